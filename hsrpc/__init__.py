@@ -1,0 +1,29 @@
+"""hsrpc serves language models that do not fit the GPU, embedded in asyncio or over gRPC."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hsrpc.config import EngineConfig
+    from hsrpc.core.request import Delta, FinishReason, SamplingParams
+    from hsrpc.engine.engine import Engine
+
+__version__ = "0.1.0"
+__all__ = ["Delta", "Engine", "EngineConfig", "FinishReason", "SamplingParams", "__version__"]
+
+_HOMES = {
+    "Delta": "hsrpc.core.request",
+    "Engine": "hsrpc.engine.engine",
+    "EngineConfig": "hsrpc.config",
+    "FinishReason": "hsrpc.core.request",
+    "SamplingParams": "hsrpc.core.request",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load on first use, so that `import hsrpc.client` needs neither torch nor the engine."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,245 @@
+"""A thin, typed client of the service, sync and async. Needs grpcio and protobuf only; loads neither torch nor numpy.
+
+with Client("localhost:50051") as client:
+    for delta in client.generate("Once upon a time", max_tokens=64):
+        print(delta.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, Self, Unpack
+
+import grpc
+import grpc.aio
+
+from hsrpc.client_messages import CallError, Completion, Settings, call_errors, generate_request, read_delta
+from hsrpc.core.request import Delta
+from hsrpc.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc, server_pb2, server_pb2_grpc
+
+if TYPE_CHECKING:
+    from hsrpc.v1.generation_pb2_grpc import GenerationServiceAsyncStub
+    from hsrpc.v1.model_pb2_grpc import ModelServiceAsyncStub
+    from hsrpc.v1.server_pb2_grpc import ServerServiceAsyncStub
+
+__all__ = ["AsyncClient", "AsyncStream", "CallError", "Client", "Completion", "Settings", "Stream"]
+
+_POLL_SECONDS = 0.2
+
+
+class _Output:
+    """What both streams do with the responses they get."""
+
+    start: generation_pb2.Start | None = None
+    """Facts about the prompt, and the settings in effect; there from the first delta on."""
+
+    def _delta(self, response: generation_pb2.GenerateResponse) -> Delta:
+        if response.HasField("start"):
+            self.start = response.start
+        return read_delta(response)
+
+    def _completion(self, deltas: Sequence[Delta]) -> Completion:
+        finish = deltas[-1].finish if deltas else None
+        if self.start is None or finish is None:
+            raise CallError(grpc.StatusCode.DATA_LOSS, "the stream ended before its last response")
+        return Completion(
+            start=self.start,
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+            logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+            finish=finish,
+        )
+
+
+class _Call(Protocol):
+    def __next__(self) -> generation_pb2.GenerateResponse: ...
+    def cancel(self) -> object: ...
+
+
+class Stream(_Output, Iterator[Delta]):
+    """Deltas of one request as they come; the last one alone has `finish`. Closing it stops the work."""
+
+    def __init__(self, call: _Call) -> None:
+        self._call = call
+
+    def __next__(self) -> Delta:
+        with call_errors():
+            return self._delta(next(self._call))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._call.cancel()
+
+
+class AsyncStream(_Output, AsyncIterator[Delta]):
+    """Deltas of one request as they come; the last one alone has `finish`. Closing it stops the work."""
+
+    def __init__(
+        self, call: grpc.aio.UnaryStreamCall[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse]
+    ) -> None:
+        self._call = call
+        self._responses = call.__aiter__()
+
+    async def __anext__(self) -> Delta:
+        with call_errors():
+            return self._delta(await anext(self._responses))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._call.cancel()
+
+
+class Client:
+    """Calls a server from ordinary code; may be shared by threads."""
+
+    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+        """`target` is host:port; without `credentials` the connection is not encrypted."""
+        self._channel = grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target)
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._model = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._server = server_pb2_grpc.ServerServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Stream:
+        """Start a request; iterating may raise CallError."""
+        request = generate_request(prompt, settings)
+        return Stream(self._generation.Generate(request, timeout=settings.get("timeout")))
+
+    def complete(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Completion:
+        """The whole output.
+
+        Raises:
+            CallError: the call did not end well.
+        """
+        with self.generate(prompt, **settings) as stream:
+            return stream._completion(list(stream))
+
+    def abort(self, request_id: str) -> bool:
+        """End a live request; False if there is none of that id."""
+        with call_errors():
+            return self._generation.Abort(generation_pb2.AbortRequest(request_id=request_id)).aborted
+
+    def get_model(self, model: str | None = None) -> model_pb2.GetModelResponse:
+        with call_errors():
+            return self._model.GetModel(model_pb2.GetModelRequest(model=model))
+
+    def tokenize(self, text: str) -> list[int]:
+        with call_errors():
+            return list(self._model.Tokenize(model_pb2.TokenizeRequest(text=text)).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        with call_errors():
+            return self._model.Detokenize(model_pb2.DetokenizeRequest(token_ids=token_ids)).text
+
+    def get_server_info(self) -> server_pb2.GetServerInfoResponse:
+        with call_errors():
+            return self._server.GetServerInfo(server_pb2.GetServerInfoRequest())
+
+    def wait_ready(self, seconds: float) -> None:
+        """Return once the server has loaded its model.
+
+        Raises:
+            CallError: it has not within that time.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                self.get_model()
+                return
+            except CallError as error:
+                if error.code is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_SECONDS)
+
+
+class AsyncClient:
+    """Calls a server from asyncio code."""
+
+    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+        """`target` is host:port; without `credentials` the connection is not encrypted."""
+        channel = grpc.aio.secure_channel(target, credentials) if credentials else grpc.aio.insecure_channel(target)
+        self._channel = channel
+        self._generation: GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
+        self._model: ModelServiceAsyncStub = model_pb2_grpc.ModelServiceStub(channel)
+        self._server: ServerServiceAsyncStub = server_pb2_grpc.ServerServiceStub(channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> AsyncStream:
+        """Start a request; iterating may raise CallError."""
+        return AsyncStream(
+            self._generation.Generate(generate_request(prompt, settings), timeout=settings.get("timeout"))
+        )
+
+    async def complete(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Completion:
+        """The whole output.
+
+        Raises:
+            CallError: the call did not end well.
+        """
+        async with self.generate(prompt, **settings) as stream:
+            return stream._completion([delta async for delta in stream])
+
+    async def abort(self, request_id: str) -> bool:
+        """End a live request; False if there is none of that id."""
+        with call_errors():
+            return (await self._generation.Abort(generation_pb2.AbortRequest(request_id=request_id))).aborted
+
+    async def get_model(self, model: str | None = None) -> model_pb2.GetModelResponse:
+        with call_errors():
+            return await self._model.GetModel(model_pb2.GetModelRequest(model=model))
+
+    async def tokenize(self, text: str) -> list[int]:
+        with call_errors():
+            return list((await self._model.Tokenize(model_pb2.TokenizeRequest(text=text))).token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        with call_errors():
+            return (await self._model.Detokenize(model_pb2.DetokenizeRequest(token_ids=token_ids))).text
+
+    async def get_server_info(self) -> server_pb2.GetServerInfoResponse:
+        with call_errors():
+            return await self._server.GetServerInfo(server_pb2.GetServerInfoRequest())
+
+    async def wait_ready(self, seconds: float) -> None:
+        """Return once the server has loaded its model.
+
+        Raises:
+            CallError: it has not within that time.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                await self.get_model()
+                return
+            except CallError as error:
+                if error.code is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_POLL_SECONDS)

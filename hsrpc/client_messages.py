@@ -1,0 +1,172 @@
+"""What the clients send and receive: settings to messages, responses to the dataclasses of an embedded engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TypedDict, cast
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from hsrpc.core.request import Delta, Finish, FinishReason, Timings, TokenLogprob, Usage
+from hsrpc.errors import HsrpcError
+from hsrpc.v1 import generation_pb2 as v1
+
+
+class Settings(TypedDict, total=False):
+    """Settings of a generation, as in `SamplingParams` and the message `Output`; times in seconds."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+    logit_bias: Mapping[int, float]
+    max_tokens: int
+    min_tokens: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    include_stop: bool
+    time_limit: float
+    logprobs: int
+    echo_prompt: bool
+    return_token_ids: bool
+    max_tokens_per_message: int
+    max_message_delay: float
+    priority: int
+    request_id: str
+    model: str
+    timeout: float
+    """Seconds after which the call ends with DEADLINE_EXCEEDED and its work is stopped."""
+
+
+class CallError(HsrpcError):
+    """A call ended with a status that is not OK.
+
+    `fields` says what is wrong with which field, `reason` is to switch on, `retry_after` is in seconds; all three
+    are filled in only where googleapis-common-protos is installed.
+    """
+
+    def __init__(self, code: grpc.StatusCode, message: str, details: bytes | None = None) -> None:
+        self.code = code
+        self.message = message
+        self.fields: dict[str, str] = {}
+        self.reason: str | None = None
+        self.retry_after: float | None = None
+        if details:
+            self._read_details(details)
+        super().__init__(f"{code.name}: {message}")
+
+    def _read_details(self, details: bytes) -> None:
+        try:
+            status_pb2 = import_module("google.rpc.status_pb2")
+            kinds = import_module("google.rpc.error_details_pb2")
+        except ModuleNotFoundError:
+            return
+        bad, info, retry = kinds.BadRequest(), kinds.ErrorInfo(), kinds.RetryInfo()
+        for detail in status_pb2.Status.FromString(details).details:
+            if detail.Unpack(bad):
+                self.fields = {violation.field: violation.description for violation in bad.field_violations}
+            elif detail.Unpack(info):
+                self.reason = info.reason
+            elif detail.Unpack(retry):
+                self.retry_after = retry.retry_delay.ToTimedelta().total_seconds()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The whole output of a request."""
+
+    start: v1.Start
+    """Facts about the prompt, and the settings in effect."""
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish: Finish
+
+
+@contextmanager
+def call_errors() -> Iterator[None]:
+    """Raises CallError for grpc's own errors."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        metadata = cast("Iterable[tuple[str, bytes]]", error.trailing_metadata() or ())
+        details = dict(metadata).get("grpc-status-details-bin")
+        raise CallError(error.code(), error.details() or "", details) from None
+
+
+def generate_request(prompt: str | Sequence[int], settings: Settings) -> v1.GenerateRequest:
+    """The message for `prompt`, as text or token ids.
+
+    Raises:
+        TypeError: a setting is unknown.
+    """
+    request = v1.GenerateRequest()
+    if isinstance(prompt, str):
+        request.text = prompt
+    else:
+        request.token_ids.ids.extend(prompt)
+        request.token_ids.SetInParent()
+    homes: tuple[Message, ...] = (request, request.sampling, request.stopping, request.output)
+    for name, value in settings.items():
+        if name == "timeout":
+            continue
+        home = next((home for home in homes if name in home.DESCRIPTOR.fields_by_name), None)
+        if home is None:
+            raise TypeError(f"{name!r} is no setting; use one of " + ", ".join(Settings.__annotations__))
+        _set(home, name, value)
+    return request
+
+
+def _set(home: Message, name: str, value: object) -> None:
+    if name in ("time_limit", "max_message_delay") and isinstance(value, int | float):
+        getattr(home, name).CopyFrom(_duration(value))
+    elif isinstance(value, Mapping):
+        getattr(home, name).update(value)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        getattr(home, name).extend(value)
+    else:
+        setattr(home, name, value)
+
+
+def _duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
+
+
+def read_delta(response: v1.GenerateResponse) -> Delta:
+    """What is new in `response`."""
+    return Delta(
+        text=response.delta.text,
+        token_ids=tuple(response.delta.token_ids),
+        logprobs=tuple(
+            TokenLogprob(item.token_id, item.logprob, item.rank, tuple((top.token_id, top.logprob) for top in item.top))
+            for item in response.delta.logprobs
+        ),
+        finish=_read_finish(response.finish) if response.HasField("finish") else None,
+    )
+
+
+def _read_finish(finish: v1.Finish) -> Finish:
+    usage, timings = finish.usage, finish.timings
+    matched = finish.WhichOneof("matched")
+    return Finish(
+        reason=FinishReason(v1.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_")),
+        usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.preemptions),
+        timings=Timings(*map(_seconds, (timings.queue, timings.prefill, timings.decode, timings.first_token))),
+        matched_stop=getattr(finish, matched) if matched else None,
+    )
+
+
+def _seconds(message: Duration) -> float:
+    return message.seconds + message.nanos / 1e9

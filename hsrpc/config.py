@@ -1,0 +1,151 @@
+"""Engine settings: one frozen dataclass, validated when it is made."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from hsrpc.errors import ConfigError
+
+BUNDLED_MODEL = str(Path(__file__).parent / "models" / "storyteller")
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power, _letter: 1024**_power}
+
+
+class DeviceKind(StrEnum):
+    """Where the engine computes."""
+
+    AUTO = "auto"
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+class DType(StrEnum):
+    """Element type of weights and caches; `auto` takes the checkpoint's (float32 on the CPU)."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+class CachePolicy(StrEnum):
+    """What is kept of the tokens a request has already seen."""
+
+    AUTO = "auto"
+    KV = "kv"
+    ACTIVATION = "activation"
+    HYBRID = "hybrid"
+    RECOMPUTE = "recompute"
+
+
+def parse_bytes(text: int | str, field: str) -> int:
+    """Bytes in `text`: a number, or one with a unit such as 24GiB, 512MiB, 1.5G (binary) or 80GB (decimal).
+
+    Raises:
+        ConfigError: not a size, or not positive.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    unit = _UNITS.get(match[2].upper()) if match else None
+    size = int(float(match[1]) * unit) if match and unit else 0
+    if size <= 0:
+        raise ConfigError(field, text, "not a positive size in bytes", "write it like 24GiB, 512MiB or 1073741824")
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """`size` bytes as people read them, in binary units: 1536 is 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of an engine. `None` means: decided when the engine starts, from model and machine.
+
+    Raises:
+        ConfigError: on construction, naming the field, its value and the remedy.
+    """
+
+    model: str = BUNDLED_MODEL
+    """Directory in Hugging Face format, or a hub id."""
+    device: DeviceKind = DeviceKind.AUTO
+    dtype: DType = DType.AUTO
+    gpu_memory: int | str | None = None
+    """Hard budget of device memory, bytes; on the CPU it bounds the emulated device."""
+    host_memory: int | str | None = None
+    """Hard budget of (pinned) host memory for weights and caches, bytes."""
+    cache_policy: CachePolicy = CachePolicy.AUTO
+    activation_share: float | None = None
+    """Share of cached tokens held as activations, in [0, 1]; only with the hybrid policy."""
+    block_size: int = 16
+    """Tokens a cache block holds."""
+    max_batch: int | None = None
+    """Most requests that run at once."""
+    max_model_len: int | None = None
+    """Most tokens of one request, prompt and output together."""
+    max_prefill_tokens: int | None = None
+    """Most prompt tokens that one step computes; longer prompts are computed in chunks."""
+    expected_context: int | None = None
+    """Tokens a running request holds on average: what the planner plans for."""
+    max_step_time: float | None = None
+    """Bound on the predicted time of a decode step, seconds."""
+    max_queued_requests: int = 1024
+    """Most requests that wait to run."""
+    seed: int | None = None
+    """Makes the seeds of requests that bring none reproducible."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("device", DeviceKind), ("dtype", DType), ("cache_policy", CachePolicy)):
+            self._set(name, _member(kind, getattr(self, name), name))
+        for name in ("gpu_memory", "host_memory"):
+            if getattr(self, name) is not None:
+                self._set(name, parse_bytes(getattr(self, name), name))
+        for name in (
+            "block_size",
+            "max_batch",
+            "max_model_len",
+            "max_prefill_tokens",
+            "expected_context",
+            "max_queued_requests",
+        ):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(name, value, "not a positive whole number", "give 1 or more")
+        if self.block_size > 1024:
+            raise ConfigError("block_size", self.block_size, "more than 1024 tokens", "16 to 64 suit most machines")
+        if self.max_step_time is not None and not (math.isfinite(self.max_step_time) and self.max_step_time > 0):
+            raise ConfigError("max_step_time", self.max_step_time, "not a positive time", "give seconds, such as 0.2")
+        self._check_share()
+
+    def _check_share(self) -> None:
+        share = self.activation_share
+        if share is None:
+            return
+        if not 0.0 <= share <= 1.0:
+            raise ConfigError("activation_share", share, "outside [0, 1]", "give the share of tokens, such as 0.5")
+        if self.cache_policy is not CachePolicy.HYBRID:
+            raise ConfigError(
+                "activation_share",
+                share,
+                f"has no meaning with cache_policy={self.cache_policy}",
+                "use cache_policy=hybrid with it",
+            )
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+def _member(kind: type[StrEnum], value: object, field: str) -> StrEnum:
+    try:
+        return kind(str(value))
+    except ValueError:
+        raise ConfigError(field, value, "unknown", "use one of " + ", ".join(kind)) from None

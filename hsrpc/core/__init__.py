@@ -1,0 +1,1 @@
+"""Requests, blocks, plan and scheduler: decisions in pure Python, without torch and without asyncio."""

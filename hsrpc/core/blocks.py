@@ -1,0 +1,171 @@
+"""Cache blocks: who owns which. Numbers only; the memory behind them belongs to the cache manager's pools.
+
+A block holds `block_size` tokens of one request across all layers. It is of one kind (K and V, or activations) and lies
+in one tier (device or host); kind and tier together name its pool.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from enum import Enum, IntEnum
+from heapq import heapify, heappop, heappush
+
+
+class BlockKind(Enum):
+    """What a block holds of its tokens."""
+
+    KV = "kv"
+    ACTIVATION = "activation"
+
+
+class Tier(Enum):
+    """Where a block lies."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
+class PoolId(IntEnum):
+    """A pool of blocks of one kind in one tier."""
+
+    DEVICE_KV = 0
+    HOST_KV = 1
+    DEVICE_ACTIVATION = 2
+    HOST_ACTIVATION = 3
+
+    @property
+    def kind(self) -> BlockKind:
+        return BlockKind.KV if self <= PoolId.HOST_KV else BlockKind.ACTIVATION
+
+    @property
+    def tier(self) -> Tier:
+        return Tier.DEVICE if self in (PoolId.DEVICE_KV, PoolId.DEVICE_ACTIVATION) else Tier.HOST
+
+
+POOLS_OF_KIND = {
+    BlockKind.KV: (PoolId.DEVICE_KV, PoolId.HOST_KV),
+    BlockKind.ACTIVATION: (PoolId.DEVICE_ACTIVATION, PoolId.HOST_ACTIVATION),
+}
+"""In order of preference: a block on the device costs no transfer."""
+
+
+class BlockTable:
+    """The blocks of one request in token order, as two parallel arrays: block i holds tokens i*block_size onward."""
+
+    __slots__ = ("indices", "pools")
+
+    def __init__(self) -> None:
+        self.pools = array("b")
+        self.indices = array("q")
+
+    def __len__(self) -> int:
+        return len(self.pools)
+
+    def append(self, pool: PoolId, index: int) -> None:
+        self.pools.append(pool)
+        self.indices.append(index)
+
+    def last_of(self, pool: PoolId) -> int | None:
+        """Index of the last block of `pool` among the newest few, for handing out its neighbour."""
+        for i in range(len(self.pools) - 1, max(-1, len(self.pools) - 9), -1):
+            if self.pools[i] == pool:
+                return self.indices[i]
+        return None
+
+
+class BlockPool:
+    """Free and used blocks 0 .. num_blocks-1 of one pool. A block is free or owned once, never both."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.num_free = num_blocks
+        self._free = bytearray(b"\x01" * num_blocks)
+        # Every free block has an entry in the heap; an entry may be stale (its block taken as a neighbour since).
+        self._heap = list(range(num_blocks))
+        self._in_heap = bytearray(b"\x01" * num_blocks)
+        heapify(self._heap)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - self.num_free
+
+    def allocate(self, after: int | None = None) -> int:
+        """Take the block behind `after` where it is free, else the lowest free one: neighbours travel as one copy.
+
+        Raises:
+            IndexError: no block is free.
+        """
+        if after is not None and after + 1 < self.num_blocks and self._free[after + 1]:
+            return self._take(after + 1)
+        while True:
+            index = heappop(self._heap)
+            self._in_heap[index] = 0
+            if self._free[index]:
+                return self._take(index)
+
+    def free(self, index: int) -> None:
+        """Give a block back.
+
+        Raises:
+            ValueError: it is free already.
+        """
+        if self._free[index]:
+            raise ValueError(f"block {index} is free already")
+        self._free[index] = 1
+        self.num_free += 1
+        if not self._in_heap[index]:
+            self._in_heap[index] = 1
+            heappush(self._heap, index)
+
+    def _take(self, index: int) -> int:
+        self._free[index] = 0
+        self.num_free -= 1
+        return index
+
+
+class BlockManager:
+    """The pools, and which of them the next block comes from.
+
+    The kind follows the planned activation share over all blocks in use; where the pools of that kind are full, the
+    other kind serves. The device comes before the host.
+    """
+
+    def __init__(self, num_blocks: Mapping[PoolId, int], activation_share: float) -> None:
+        self.pools = {pool: BlockPool(num_blocks.get(pool, 0)) for pool in PoolId}
+        self._share = activation_share
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(pool.num_blocks for pool in self.pools.values())
+
+    @property
+    def num_free(self) -> int:
+        return sum(pool.num_free for pool in self.pools.values())
+
+    def grow(self, table: BlockTable, num_blocks: int) -> bool:
+        """Append `num_blocks` blocks to the table, or none and return False where there are too few."""
+        if num_blocks > self.num_free:
+            return False
+        for _ in range(num_blocks):
+            pool = self._next_pool()
+            table.append(pool, self.pools[pool].allocate(table.last_of(pool)))
+        return True
+
+    def free(self, table: BlockTable) -> None:
+        """Give all blocks of the table back and empty it."""
+        for pool, index in zip(table.pools, table.indices, strict=True):
+            self.pools[PoolId(pool)].free(index)
+        del table.pools[:], table.indices[:]
+
+    def _next_pool(self) -> PoolId:
+        preferred = self._next_kind()
+        other = BlockKind.KV if preferred is BlockKind.ACTIVATION else BlockKind.ACTIVATION
+        candidates = POOLS_OF_KIND[preferred] + POOLS_OF_KIND[other]
+        return next(pool for pool in candidates if self.pools[pool].num_free)
+
+    def _next_kind(self) -> BlockKind:
+        activations, total = (
+            sum(self.pools[pool].num_used for pool in pools) for pools in (POOLS_OF_KIND[BlockKind.ACTIVATION], PoolId)
+        )
+        return BlockKind.ACTIVATION if activations < self._share * (total + 1) - 1e-9 else BlockKind.KV

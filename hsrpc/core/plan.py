@@ -1,0 +1,445 @@
+"""The planner: what lies where, how much of the cache is activations, how many requests run at once.
+
+The model of a step is the paper's (HybridServe, arXiv 2501.01792, section 4.2) with two additions, resident weights and
+device blocks. For each layer, with `n` requests of `context` cached tokens each, of which a share lies on the host:
+
+    bus = (streamed weights + host tokens * ((1-a) * kv_bytes + a * activation_bytes)) / load bandwidth
+    gpu = forward(n) + tokens * a * regenerate_flop / gemm rate + attention
+    layer = max(bus, gpu)
+
+Batch size, resident weights, blocks of each kind and tier and the share `a` are chosen together by trying them out: the
+model costs microseconds, so a grid is simpler than a solver and finds the optimum wherever it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from hsrpc.config import CachePolicy, EngineConfig, format_bytes
+from hsrpc.core.batch import BufferLimits, RowCosts
+from hsrpc.core.blocks import PoolId
+from hsrpc.core.sizes import ModelSizes
+from hsrpc.errors import ConfigError
+
+BUFFERS = 2
+"""Device buffers of each sort: one is filled while the other is computed with."""
+REGENERATE_ROWS = 4096
+"""Activation rows that one regeneration GEMM takes, which bounds its output."""
+SAMPLE_ELEMENTS = 2**20
+"""Logits that are sorted at once, which bounds the sampler's working memory."""
+_SHARES = tuple(i / 100 for i in range(101))
+_MAX_BATCH = 512
+_TARGET_BUFFER_BYTES = 256 * 1024**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """Rates measured on the machine at hand."""
+
+    load_bandwidth: float
+    """Host to device, bytes/s."""
+    store_bandwidth: float
+    """Device to host, bytes/s."""
+    gemm_rate: float
+    """FLOP/s at the regeneration shape."""
+    memory_bandwidth: float
+    """Device memory, bytes/s, read plus written."""
+    launch_time: float = 0.0
+    """Host seconds to launch one layer of one mini-batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """Hard limits, bytes."""
+
+    device: int
+    host: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPrediction:
+    """A decode step of `batch` requests with `context` cached tokens each; seconds, all layers."""
+
+    batch: int
+    context: int
+    bus: float
+    forward: float
+    regenerate: float
+    attention: float
+    step: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.batch / self.step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that is decided before the engine starts."""
+
+    policy: CachePolicy
+    """The policy in force: never `auto`."""
+    reason: str
+    """Why, in a sentence for people."""
+    activation_share: float
+    block_size: int
+    max_batch: int
+    max_model_len: int
+    max_prefill_tokens: int
+    buffers: BufferLimits
+    costs: RowCosts
+    resident: tuple[frozenset[str], ...]
+    """For each layer, the names of the packed tensors that stay on the device."""
+    streamed_bytes: tuple[int, ...]
+    """For each layer, the weight bytes that cross the bus in every step."""
+    num_blocks: dict[PoolId, int]
+    device_bytes: dict[str, int]
+    """What the device budget is spent on."""
+    host_bytes: dict[str, int]
+    """What the host budget is spent on."""
+    budgets: Budgets
+    prediction: StepPrediction
+    hardware: Hardware
+
+    @property
+    def keeps_cache(self) -> bool:
+        return self.policy is not CachePolicy.RECOMPUTE
+
+    @property
+    def weight_buffer_bytes(self) -> int:
+        return max(self.streamed_bytes)
+
+    @property
+    def resident_share(self) -> float:
+        """Share of the layers' weights that stay on the device."""
+        total = self.device_bytes["resident weights"] + sum(self.streamed_bytes)
+        return self.device_bytes["resident weights"] / total
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """One point of the grid, with what follows from it."""
+
+    share: float
+    batch: int
+    resident: int
+    device_tokens: int
+    host_tokens: int
+    prediction: StepPrediction
+
+
+class Planner:
+    """Finds the plan of highest predicted throughput within the budgets."""
+
+    def __init__(self, sizes: ModelSizes, budgets: Budgets, hardware: Hardware, config: EngineConfig) -> None:
+        self.sizes = sizes
+        self.budgets = budgets
+        self.hardware = hardware
+        self.config = config
+        self.max_model_len = self._max_model_len()
+        self.context = min(config.expected_context or min(1024, self.max_model_len), self.max_model_len)
+        self.policy, self.shares, self.reason = _cache_decision(config, sizes)
+        self.recomputes = self.policy is CachePolicy.RECOMPUTE
+
+    def plan(self) -> Plan:
+        """The best plan.
+
+        Raises:
+            ConfigError: the budgets are too small for the model, or `max_step_time` cannot be met.
+        """
+        return self._finish(self._best([c for batch in self._batches() for c in self._candidates(batch)]))
+
+    def curve(self) -> list[StepPrediction]:
+        """The best prediction for each activation share from 0 to 1: throughput over share, for a plot.
+
+        Raises:
+            ConfigError: as `plan`.
+        """
+        return [replace(c.prediction, batch=c.batch) for c in self._curve()]
+
+    def _curve(self) -> Iterator[_Candidate]:
+        for share in _SHARES[::5]:
+            planner = Planner(self.sizes, self.budgets, self.hardware, self.config)
+            planner.shares, planner.policy, planner.recomputes = (share,), CachePolicy.HYBRID, False
+            yield planner._best([c for batch in planner._batches() for c in planner._candidates(batch)])
+
+    def _best(self, candidates: Sequence[_Candidate]) -> _Candidate:
+        if not candidates:
+            raise self._too_small()
+        bound = self.config.max_step_time
+        allowed = [c for c in candidates if bound is None or c.prediction.step <= bound]
+        if not allowed:
+            fastest = min(c.prediction.step for c in candidates)
+            raise ConfigError(
+                "max_step_time",
+                bound,
+                f"the fastest step predicted takes {fastest:.4f} s",
+                "raise it, or give more gpu_memory",
+            )
+        return max(allowed, key=lambda c: (c.prediction.tokens_per_second, -c.share))
+
+    def _batches(self) -> list[int]:
+        most = self.config.max_batch or _MAX_BATCH
+        if self.config.max_batch:
+            return [most, *(n for n in _doubling(most) if n < most)]
+        return _doubling(most)
+
+    def _candidates(self, batch: int) -> Iterator[_Candidate]:
+        for share in self.shares:
+            candidate = self._candidate(batch, share)
+            if candidate is not None:
+                yield candidate
+
+    def _candidate(self, batch: int, share: float) -> _Candidate | None:
+        fixed = self._fixed_device_bytes(batch, share)
+        room = self.budgets.device - sum(fixed.values())
+        if room < 0:
+            return None
+        resident, streamed = self._resident_bytes(room)
+        room -= resident + self._weight_buffers(streamed)
+        device_tokens = self._tokens(room, share)
+        host_room = self.budgets.host - streamed
+        if room < 0 or host_room < 0:
+            return None
+        host_tokens = self._tokens(host_room, share)
+        if not self._batch_fits(batch, device_tokens + host_tokens):
+            return None
+        on_host = 1 - min(1.0, device_tokens / max(1, batch * self.context))
+        prediction = self._predict(batch, share, streamed, 0.0 if self.recomputes else on_host)
+        return _Candidate(share, batch, resident, device_tokens, host_tokens, prediction)
+
+    def _batch_fits(self, batch: int, tokens: int) -> bool:
+        """`batch` requests of the expected length, and one of full length, have blocks."""
+        if self.recomputes:
+            return True
+        block = self.config.block_size
+        per_request = -(-self.context // block) * block
+        longest = -(-self.max_model_len // block) * block
+        return tokens >= longest + 2 * block and (batch == 1 or tokens >= batch * per_request)
+
+    def _resident_bytes(self, room: int) -> tuple[int, int]:
+        """Weight bytes on the device and on the bus: all that fit stay, less two buffers for the rest."""
+        total = self.sizes.num_layers * self.sizes.layer_bytes
+        if total <= room:
+            return total, 0
+        assigned = spread_resident(self.sizes, max(0, room - BUFFERS * self.sizes.layer_bytes))
+        resident = sum(self._bytes_of(names) for names in assigned)
+        return resident, total - resident
+
+    def _weight_buffers(self, streamed: int) -> int:
+        return BUFFERS * self.sizes.layer_bytes if streamed else 0
+
+    def _bytes_of(self, names: frozenset[str]) -> int:
+        return sum(map(self.sizes.tensor_bytes, names))
+
+    def _tokens(self, room: int, share: float) -> int:
+        """Cached tokens that `room` bytes hold, all layers."""
+        if self.recomputes:
+            return 0
+        return int(room // (self.sizes.num_layers * self._token_bytes(share)))
+
+    def _token_bytes(self, share: float) -> float:
+        """Bytes of one cached token in one layer."""
+        return (1 - share) * self.sizes.kv_bytes + share * self.sizes.activation_bytes
+
+    def _max_model_len(self) -> int:
+        given = self.config.max_model_len
+        if given is not None and given > self.sizes.context_length:
+            raise ConfigError(
+                "max_model_len",
+                given,
+                f"the model's context has {self.sizes.context_length} tokens",
+                "give at most that",
+            )
+        return given or min(self.sizes.context_length, 4096)
+
+    def _prefill_tokens(self) -> int:
+        return min(self.config.max_prefill_tokens or 2048, self.max_model_len)
+
+    def _buffers(self, batch: int, share: float) -> BufferLimits:
+        """Rows of a mini-batch: enough for the longest request, and for copies large enough to fill the bus."""
+        wanted = min(_TARGET_BUFFER_BYTES, self.budgets.device // 20) // self.sizes.kv_bytes
+        longest = -(-self.max_model_len // self.config.block_size) * self.config.block_size
+        rows = max(longest, min(wanted, batch * longest))
+        queries = rows if self.recomputes else self._prefill_tokens() + batch
+        return BufferLimits(rows, rows if share > 0 else 0, queries)
+
+    def _fixed_device_bytes(self, batch: int, share: float) -> dict[str, int]:
+        sizes, buffers = self.sizes, self._buffers(batch, share)
+        kv_rows = buffers.rows * sizes.kv_bytes
+        activation_rows = buffers.activation_rows * sizes.activation_bytes
+        step_tokens = batch * self.max_model_len if self.recomputes else buffers.queries
+        return {
+            "embeddings and head": sizes.fixed_bytes,
+            "cache buffers": BUFFERS * (kv_rows + activation_rows),
+            "hidden states": 2 * step_tokens * sizes.activation_bytes,
+            "workspace": workspace_bytes(sizes, buffers, batch),
+        }
+
+    def _predict(self, batch: int, share: float, streamed: int, on_host: float) -> StepPrediction:
+        sizes, hardware = self.sizes, self.hardware
+        tokens = batch * self.context
+        queries = tokens if self.recomputes else batch
+        bus = (streamed / sizes.num_layers + tokens * on_host * self._token_bytes(share)) / hardware.load_bandwidth
+        forward = max(queries * sizes.layer_flop / hardware.gemm_rate, sizes.layer_bytes / hardware.memory_bandwidth)
+        regenerate = tokens * share * sizes.regenerate_flop / hardware.gemm_rate
+        attention = max(
+            tokens * sizes.kv_bytes / hardware.memory_bandwidth,
+            queries * sizes.attention_flop(self.context) / hardware.gemm_rate,
+        )
+        layer = max(bus, forward + regenerate + attention, hardware.launch_time)
+        layers = sizes.num_layers
+        return StepPrediction(
+            batch=batch,
+            context=self.context,
+            bus=layers * bus,
+            forward=layers * forward,
+            regenerate=layers * regenerate,
+            attention=layers * attention,
+            step=layers * layer,
+        )
+
+    def _finish(self, best: _Candidate) -> Plan:
+        sizes = self.sizes
+        fixed = self._fixed_device_bytes(best.batch, best.share)
+        total = sizes.num_layers * sizes.layer_bytes
+        resident = spread_resident(sizes, best.resident)
+        streamed = tuple(sizes.layer_bytes - self._bytes_of(names) for names in resident)
+        blocks = self._num_blocks(best)
+        device_cache = self._cache_bytes(blocks, PoolId.DEVICE_KV, PoolId.DEVICE_ACTIVATION)
+        return Plan(
+            policy=self._named_policy(best.share),
+            reason=self.reason,
+            activation_share=best.share,
+            block_size=self.config.block_size,
+            max_batch=best.batch,
+            max_model_len=self.max_model_len,
+            max_prefill_tokens=best.batch * self.max_model_len if self.recomputes else self._prefill_tokens(),
+            buffers=self._buffers(best.batch, best.share),
+            costs=self._row_costs(),
+            resident=resident,
+            streamed_bytes=streamed,
+            num_blocks=blocks,
+            device_bytes={
+                **fixed,
+                "weight buffers": BUFFERS * max(streamed),
+                "resident weights": total - sum(streamed),
+                "cache blocks": device_cache,
+            },
+            host_bytes={
+                "streamed weights": sum(streamed),
+                "cache blocks": self._cache_bytes(blocks, PoolId.HOST_KV, PoolId.HOST_ACTIVATION),
+            },
+            budgets=self.budgets,
+            prediction=best.prediction,
+            hardware=self.hardware,
+        )
+
+    def _named_policy(self, share: float) -> CachePolicy:
+        if self.policy is not CachePolicy.AUTO:
+            return self.policy
+        return {0.0: CachePolicy.KV, 1.0: CachePolicy.ACTIVATION}.get(share, CachePolicy.HYBRID)
+
+    def _num_blocks(self, best: _Candidate) -> dict[PoolId, int]:
+        """Blocks of each pool: the share of each kind, no more than all requests at full length could use."""
+        if self.recomputes:
+            return dict.fromkeys(PoolId, 0)
+        block = self.config.block_size
+        most = best.batch * -(-self.max_model_len // block) + best.batch
+        device = min(best.device_tokens // block, most)
+        host = min(best.host_tokens // block, most - device)
+        activations = {"device": round(device * best.share), "host": round(host * best.share)}
+        return {
+            PoolId.DEVICE_KV: device - activations["device"],
+            PoolId.HOST_KV: host - activations["host"],
+            PoolId.DEVICE_ACTIVATION: activations["device"],
+            PoolId.HOST_ACTIVATION: activations["host"],
+        }
+
+    def _cache_bytes(self, blocks: dict[PoolId, int], kv: PoolId, activation: PoolId) -> int:
+        sizes = self.sizes
+        block_bytes = blocks[kv] * sizes.kv_bytes + blocks[activation] * sizes.activation_bytes
+        return sizes.num_layers * self.config.block_size * block_bytes
+
+    def _row_costs(self) -> RowCosts:
+        sizes, hardware = self.sizes, self.hardware
+        return RowCosts(
+            load_kv=sizes.kv_bytes / hardware.load_bandwidth,
+            load_activation=sizes.activation_bytes / hardware.load_bandwidth,
+            regenerate=sizes.regenerate_flop / hardware.gemm_rate,
+        )
+
+    def _too_small(self) -> ConfigError:
+        share = min(self.shares)
+        needed = sum(self._fixed_device_bytes(1, share).values()) + BUFFERS * self.sizes.layer_bytes
+        if self.budgets.device < needed:
+            return ConfigError(
+                "gpu_memory",
+                format_bytes(self.budgets.device),
+                f"too small for a context of {self.max_model_len}: buffers and embeddings take {format_bytes(needed)}",
+                "raise it, or lower max_model_len or max_prefill_tokens",
+            )
+        weights = self.sizes.num_layers * self.sizes.layer_bytes
+        cache = self.max_model_len * self.sizes.num_layers * self._token_bytes(share)
+        return ConfigError(
+            "host_memory",
+            format_bytes(self.budgets.host),
+            f"too small: weights take {format_bytes(weights)} less what stays on the device, "
+            f"one request at full length {format_bytes(cache)}",
+            "raise it or gpu_memory, or lower max_model_len or max_batch",
+        )
+
+
+def _cache_decision(config: EngineConfig, sizes: ModelSizes) -> tuple[CachePolicy, tuple[float, ...], str]:
+    """Policy, the shares to try, and why."""
+    policy, ratio = config.cache_policy, sizes.activation_ratio
+    if policy is CachePolicy.KV:
+        return policy, (0.0,), "KV only, as asked"
+    if policy is CachePolicy.ACTIVATION:
+        return policy, (1.0,), "activations only, as asked"
+    if policy is CachePolicy.RECOMPUTE:
+        return policy, (0.0,), "nothing is cached, as asked: every step recomputes every token"
+    if config.activation_share is not None:
+        return policy, (config.activation_share,), f"share {config.activation_share:g}, as asked"
+    if ratio <= 1.0:
+        why = f"an activation takes {1 / ratio:.2f} times the bytes of K and V (grouped-query attention): KV only"
+        return policy, (0.0,), why
+    why = f"K and V take {ratio:.2f} times the bytes of an activation: the share that balances bus and compute"
+    return policy, _SHARES, why
+
+
+def workspace_bytes(sizes: ModelSizes, buffers: BufferLimits, batch: int) -> int:
+    """Upper bound of what one mini-batch's forward pass, and sampling, allocate beside the planned buffers."""
+    width = 4 * sizes.hidden_size + 3 * sizes.num_heads * sizes.head_dim + 2 * sizes.kv_size + 3 * sizes.ffn_size
+    forward = buffers.queries * (width * sizes.element_bytes + 8 * sizes.hidden_size)
+    regenerate = 3 * min(buffers.activation_rows, REGENERATE_ROWS) * sizes.kv_bytes
+    logits = batch * sizes.vocab_size
+    sampling = 8 * logits + 48 * min(logits, SAMPLE_ELEMENTS)
+    indices = 8 * 8 * (buffers.rows + buffers.queries)
+    return forward + regenerate + sampling + indices
+
+
+def spread_resident(sizes: ModelSizes, budget: int) -> tuple[frozenset[str], ...]:
+    """Tensors that stay on the device in each layer: at most `budget` bytes in all, spread evenly over the layers.
+
+    Layer by layer, largest first, the tensors stay that keep the running total within the budget's part so far.
+    """
+    names_by_size = sorted(sizes.layer_tensors, key=sizes.tensor_bytes, reverse=True)
+    chosen: list[frozenset[str]] = []
+    spent = 0
+    for layer in range(1, sizes.num_layers + 1):
+        names = []
+        for name in names_by_size:
+            size = sizes.tensor_bytes(name)
+            if spent + size <= budget * layer // sizes.num_layers:
+                names.append(name)
+                spent += size
+        chosen.append(frozenset(names))
+    return tuple(chosen)
+
+
+def _doubling(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16, ... up to `most`, which is included."""
+    steps = {n for power in range(20) for n in (2**power, 3 * 2**power) if n < most}
+    return sorted(steps | {most})

@@ -1,0 +1,238 @@
+"""Continuous batching: which requests the next step computes, who waits, and who gives way when blocks run out.
+
+The running list is kept in order (priority, then arrival). A request that needs a block when none is free takes those
+of the request that comes last, which is recomputed from its token ids later. Hence the first in order always advances,
+every request ends, and nothing dead-locks: one request at full length fits by construction (the planner sees to it).
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Step, Work, form_mini_batches, lay_out
+from hsrpc.core.blocks import BlockManager
+from hsrpc.core.request import FinishReason, Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """What bounds a step."""
+
+    max_batch: int
+    max_model_len: int
+    max_prefill_tokens: int
+    """Prompt tokens computed in one step."""
+    block_size: int
+    buffers: BufferLimits
+    costs: RowCosts
+    sliding_window: int | None = None
+    keeps_cache: bool = True
+    """False for the recompute policy: nothing is cached, every step computes all tokens of its requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a step (or an end without one) gave a request: a token, an end, or both."""
+
+    request: Request
+    token_id: int | None = None
+    finish: FinishReason | None = None
+    matched_stop: int | None = None
+    failed: bool = False
+    """Sampling failed for this request alone."""
+
+
+class Scheduler:
+    """Owns the life of requests and their blocks. Synchronous: every call leaves all of its state consistent."""
+
+    def __init__(self, blocks: BlockManager, limits: SchedulerLimits, eos_token_ids: Sequence[int]) -> None:
+        self.blocks = blocks
+        self.limits = limits
+        self.preemptions = 0
+        self._eos = frozenset(eos_token_ids)
+        self._live: dict[str, Request] = {}
+        self._running: list[Request] = []
+        self._waiting: list[tuple[tuple[int, int], Request]] = []
+        self._num_waiting = 0
+        self._steps = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running) or self._num_waiting > 0
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._live
+
+    def live(self) -> Iterator[Request]:
+        """Every request that has not ended."""
+        return iter(list(self._live.values()))
+
+    def add(self, request: Request) -> None:
+        """Let `request` wait for its turn."""
+        self._live[request.request_id] = request
+        self._wait(request)
+
+    def finish(self, request_id: str, reason: FinishReason) -> Request | None:
+        """End a live request now; blocks that a step still writes are freed when that step is committed."""
+        request = self._live.pop(request_id, None)
+        if request is None:
+            return None
+        request.finish_reason = reason
+        if request in self._running:
+            self._running.remove(request)
+        else:
+            self._num_waiting -= 1
+        if not request.in_flight:
+            self.blocks.free(request.blocks)
+        return request
+
+    def schedule(self, now: float) -> Step | None:
+        """The next step: a token for each running request, and prompts as far as room allows. None: nothing to do."""
+        works = self._continue_running()
+        works += self._admit(now, self.limits.max_prefill_tokens - sum(w.count for w in works if w.count > 1))
+        if not works:
+            return None
+        for work in works:
+            work.request.in_flight = True
+        self._steps += 1
+        return Step(self._steps, tuple(self._lay_out(works)))
+
+    def commit(self, step: Step, token_ids: Sequence[int | None], now: float) -> list[Output]:
+        """Take a step's result: `token_ids` in the order of `step.sampled`, None where sampling failed."""
+        sampled = dict(zip((work.request.request_id for work in step.sampled), token_ids, strict=True))
+        outputs = []
+        for work in step.works:
+            request = work.request
+            request.in_flight = False
+            if request.finish_reason is not None:
+                self.blocks.free(request.blocks)
+                continue
+            if self.limits.keeps_cache:
+                request.num_computed = work.context + work.count
+            if work.samples:
+                outputs.append(self._accept(request, sampled[request.request_id], now))
+        return outputs
+
+    def abandon(self, step: Step) -> None:
+        """Give up a step that nobody waits for."""
+        for work in step.works:
+            work.request.in_flight = False
+            self.blocks.free(work.request.blocks)
+
+    def _accept(self, request: Request, token_id: int | None, now: float) -> Output:
+        if token_id is None:
+            self.finish(request.request_id, FinishReason.ABORTED)
+            return Output(request, None, FinishReason.ABORTED, failed=True)
+        request.token_ids.append(token_id)
+        if request.first_token_time is None:
+            request.first_token_time = now
+        reason = self._finish_reason(request, token_id)
+        if reason is not None:
+            self.finish(request.request_id, reason)
+        return Output(request, token_id, reason, token_id if reason is FinishReason.STOP_TOKEN else None)
+
+    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
+        params = request.params
+        if token_id in self._eos and not params.ignore_eos:
+            return FinishReason.EOS
+        if token_id in params.stop_token_ids:
+            return FinishReason.STOP_TOKEN
+        if params.max_tokens is not None and request.num_output_tokens >= params.max_tokens:
+            return FinishReason.MAX_TOKENS
+        if request.num_tokens >= self.limits.max_model_len:
+            return FinishReason.CONTEXT_LENGTH
+        return None
+
+    def _continue_running(self) -> list[Work]:
+        works: list[Work] = []
+        budget = self.limits.max_prefill_tokens
+        position = 0
+        while position < len(self._running):
+            request = self._running[position]
+            work = self._next_work(request, budget)
+            position += 1
+            if work is None:
+                continue
+            if not self._reserve(request, work):
+                break  # it gave way itself, being the last
+            budget -= work.count if work.count > 1 else 0
+            works.append(work)
+        return works
+
+    def _admit(self, now: float, budget: int) -> list[Work]:
+        works: list[Work] = []
+        while len(self._running) < self.limits.max_batch and budget > 0:
+            request = self._first_waiting()
+            if request is None or not self._has_room(request):
+                break
+            work = self._next_work(request, budget)
+            if work is None or not self.blocks.grow(request.blocks, self._missing_blocks(request, work)):
+                break
+            heappop(self._waiting)
+            self._num_waiting -= 1
+            insort(self._running, request, key=lambda r: r.order)
+            if request.scheduled_time is None:
+                request.scheduled_time = now
+            budget -= work.count
+            works.append(work)
+        return works
+
+    def _next_work(self, request: Request, budget: int) -> Work | None:
+        pending = request.num_tokens - request.num_computed
+        if not self.limits.keeps_cache:
+            return Work(request, 0, pending, samples=True)
+        count = min(pending, max(budget, 1 if pending == 1 else 0))
+        return Work(request, request.num_computed, count, samples=count == pending) if count > 0 else None
+
+    def _reserve(self, request: Request, work: Work) -> bool:
+        """Blocks for `work`, preempting from the end of the running list; False where the request itself gave way."""
+        while not self.blocks.grow(request.blocks, self._missing_blocks(request, work)):
+            victim = self._running.pop()
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.blocks.free(request.blocks)
+        request.num_computed = 0
+        request.preemptions += 1
+        self.preemptions += 1
+        self._wait(request)
+
+    def _missing_blocks(self, request: Request, work: Work) -> int:
+        if not self.limits.keeps_cache:
+            return 0
+        return -(-(work.context + work.count) // self.limits.block_size) - len(request.blocks)
+
+    def _has_room(self, request: Request) -> bool:
+        """Its prompt fits beside one more block for each running request: to admit, then preempt, is work lost."""
+        if not self.limits.keeps_cache:
+            return True
+        needed = -(-request.num_tokens // self.limits.block_size)
+        return self.blocks.num_free >= needed + (len(self._running) if self._running else 0)
+
+    def _wait(self, request: Request) -> None:
+        heappush(self._waiting, (request.order, request))
+        self._num_waiting += 1
+
+    def _first_waiting(self) -> Request | None:
+        while self._waiting and self._waiting[0][1].finish_reason is not None:
+            heappop(self._waiting)  # ended while it waited
+        return self._waiting[0][1] if self._waiting else None
+
+    def _lay_out(self, works: Sequence[Work]) -> Iterator[MiniBatch]:
+        limits = self.limits
+        for part in form_mini_batches(works, limits.block_size, limits.buffers, limits.costs, limits.sliding_window):
+            yield lay_out(part, limits.block_size, limits.sliding_window)

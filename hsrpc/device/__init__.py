@@ -1,0 +1,1 @@
+"""The accelerator: its memory, streams, copies and measured rates. The CPU stands in for one in tests."""

@@ -1,0 +1,121 @@
+"""An NVIDIA GPU as a device."""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import AbstractContextManager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hsrpc.config import format_bytes
+from hsrpc.core.batch import Runs
+from hsrpc.device.batched_copy import BatchedCopy
+from hsrpc.device.device import Device, Event, Stream
+from hsrpc.device.kernels import copy_rows
+from hsrpc.errors import ConfigError
+
+_REGISTER_PORTABLE_MAPPED = 0x01 | 0x02
+
+
+class CudaDevice(Device):
+    """The current CUDA device, with one stream each for loads, compute and stores."""
+
+    def __init__(self) -> None:
+        index = torch.cuda.current_device()
+        self.torch_device = torch.device("cuda", index)
+        self.load = torch.cuda.Stream(index)
+        self.compute = torch.cuda.Stream(index)
+        self.store = torch.cuda.Stream(index)
+        self._copy = BatchedCopy()
+        self._pinned: list[tuple[int, mmap.mmap]] = []
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.torch_device)
+
+    @property
+    def total_memory(self) -> int:
+        return torch.cuda.mem_get_info(self.torch_device)[0]
+
+    @property
+    def peak_memory(self) -> int:
+        return torch.cuda.max_memory_reserved(self.torch_device)
+
+    def limit_memory(self, size: int) -> None:
+        total = torch.cuda.get_device_properties(self.torch_device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), self.torch_device)
+
+    def pinned(self, size: int) -> torch.Tensor:
+        memory = _map_memory(size)
+        tensor = torch.frombuffer(memory, dtype=torch.uint8)[:size]
+        status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), len(memory), _REGISTER_PORTABLE_MAPPED)
+        if int(status) != 0:
+            raise ConfigError(
+                "host_memory",
+                format_bytes(size),
+                f"CUDA cannot pin it (error {int(status)})",
+                "lower host_memory, or raise the limit of locked memory (ulimit -l)",
+            )
+        self._pinned.append((tensor.data_ptr(), memory))
+        return tensor
+
+    def release_pinned(self) -> None:
+        self.drain()
+        for address, _ in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(address)
+        self._pinned.clear()
+
+    def on(self, stream: Stream) -> AbstractContextManager[object]:
+        return torch.cuda.stream(stream)
+
+    def record(self, stream: Stream) -> Event:
+        event = torch.cuda.Event()
+        event.record(stream)
+        return event
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        if event is not None and stream is not None:
+            stream.wait_event(event)
+
+    def synchronize(self, event: Event) -> None:
+        if event is not None:
+            event.synchronize()
+
+    def drain(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+    def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
+        if stream is not None:
+            tensor.record_stream(stream)
+
+    def upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(array).pin_memory().to(self.torch_device, non_blocking=True)
+
+    def load_runs(self, target: torch.Tensor, source: torch.Tensor, runs: Runs) -> None:
+        row_bytes = target.stride(0) * target.element_size()
+        self._copy(
+            target.data_ptr() + runs.target * row_bytes,
+            source.data_ptr() + runs.source * row_bytes,
+            runs.count * row_bytes,
+            torch.cuda.current_stream(self.torch_device).cuda_stream,
+        )
+
+    def copy_rows(
+        self, target: torch.Tensor, target_rows: torch.Tensor, source: torch.Tensor, source_rows: torch.Tensor
+    ) -> None:
+        copy_rows(target, target_rows, source, source_rows)
+
+
+def _map_memory(size: int) -> mmap.mmap:
+    """Anonymous memory in whole pages."""
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    try:
+        memory = mmap.mmap(-1, pages, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise ConfigError(
+            "host_memory", format_bytes(size), f"the system does not give it ({error.strerror})", "lower host_memory"
+        ) from error
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

@@ -1,0 +1,190 @@
+"""A device: memory, three streams, events between them, and the copies that the engine needs.
+
+Work is ordered by events, never by waiting for the device. A stream is entered in the thread that launches on it:
+
+    with device.on(device.load): device.load_runs(...)
+    loaded = device.record(device.load)
+    device.wait(device.compute, loaded)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hsrpc.config import DeviceKind
+from hsrpc.core.batch import Runs
+from hsrpc.errors import ConfigError
+
+Stream: TypeAlias = "torch.cuda.Stream | None"
+Event: TypeAlias = "torch.cuda.Event | None"
+"""None on the CPU, where work is done when the call returns."""
+
+
+class Device(ABC):
+    """One accelerator. `load` copies host to device, `compute` computes, `store` copies device to host."""
+
+    torch_device: torch.device
+    load: Stream
+    compute: Stream
+    store: Stream
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """For people, such as NVIDIA H100."""
+
+    @property
+    @abstractmethod
+    def total_memory(self) -> int:
+        """Bytes of device memory there are."""
+
+    @property
+    @abstractmethod
+    def peak_memory(self) -> int:
+        """Most bytes of device memory in use at once so far, as the allocator counts them."""
+
+    @abstractmethod
+    def limit_memory(self, size: int) -> None:
+        """Refuse allocations beyond `size` bytes in all, where the device can."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Device memory, not initialised."""
+        return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
+
+    @abstractmethod
+    def pinned(self, size: int) -> torch.Tensor:
+        """`size` bytes of host memory that the device reads and writes at full speed: uint8 [size].
+
+        Raises:
+            ConfigError: the memory cannot be had or cannot be pinned; never falls back to pageable memory.
+        """
+
+    @abstractmethod
+    def release_pinned(self) -> None:
+        """Give back all pinned memory; tensors on it must not be used any more."""
+
+    @abstractmethod
+    def on(self, stream: Stream) -> AbstractContextManager[object]:
+        """Launches of this thread go to `stream`."""
+
+    @abstractmethod
+    def record(self, stream: Stream) -> Event:
+        """The moment when all that was launched on `stream` so far is done."""
+
+    @abstractmethod
+    def wait(self, stream: Stream, event: Event) -> None:
+        """What is launched on `stream` from now on runs after `event`."""
+
+    @abstractmethod
+    def synchronize(self, event: Event) -> None:
+        """Block this thread until `event`."""
+
+    @abstractmethod
+    def drain(self) -> None:
+        """Block until nothing is under way; only when an engine starts and ends."""
+
+    @abstractmethod
+    def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
+        """The memory of `tensor` is not reused before `stream` is done with it."""
+
+    @abstractmethod
+    def upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
+        """A small host array on the device, in order with the current stream."""
+
+    @abstractmethod
+    def load_runs(self, target: torch.Tensor, source: torch.Tensor, runs: Runs) -> None:
+        """Copy runs of rows of pinned `source` [slots, w] into device `target` [rows, w], on the current stream."""
+
+    @abstractmethod
+    def copy_rows(
+        self, target: torch.Tensor, target_rows: torch.Tensor, source: torch.Tensor, source_rows: torch.Tensor
+    ) -> None:
+        """`target[target_rows] = source[source_rows]` on the current stream; `target` [*, w] may be pinned memory."""
+
+
+class CpuDevice(Device):
+    """The CPU as a device: memory is ordinary memory, and every call is done when it returns."""
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+        self.load = self.compute = self.store = None
+
+    @property
+    def name(self) -> str:
+        return "CPU"
+
+    @property
+    def total_memory(self) -> int:
+        return available_memory()
+
+    @property
+    def peak_memory(self) -> int:
+        return 0
+
+    def limit_memory(self, size: int) -> None:
+        pass
+
+    def pinned(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def release_pinned(self) -> None:
+        pass
+
+    def on(self, stream: Stream) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def record(self, stream: Stream) -> Event:
+        return None
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        pass
+
+    def synchronize(self, event: Event) -> None:
+        pass
+
+    def drain(self) -> None:
+        pass
+
+    def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
+        pass
+
+    def upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(array)
+
+    def load_runs(self, target: torch.Tensor, source: torch.Tensor, runs: Runs) -> None:
+        for start, row, count in zip(runs.source.tolist(), runs.target.tolist(), runs.count.tolist(), strict=True):
+            target[row : row + count].copy_(source[start : start + count])
+
+    def copy_rows(
+        self, target: torch.Tensor, target_rows: torch.Tensor, source: torch.Tensor, source_rows: torch.Tensor
+    ) -> None:
+        target.index_copy_(0, target_rows, source.index_select(0, source_rows))
+
+
+def available_memory() -> int:
+    """Bytes of host memory that a new program can take (MemAvailable of Linux)."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def open_device(kind: DeviceKind) -> Device:
+    """The device to compute on; `auto` takes CUDA where there is one.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not there.
+    """
+    if kind is DeviceKind.CPU or (kind is DeviceKind.AUTO and not torch.cuda.is_available()):
+        return CpuDevice()
+    if not torch.cuda.is_available():
+        raise ConfigError("device", "cuda", "torch finds no CUDA device", "use device=cpu, or a torch build with CUDA")
+    from hsrpc.device.cuda import CudaDevice  # noqa: PLC0415  loads Triton
+
+    return CudaDevice()

@@ -1,0 +1,166 @@
+"""The cache manager: owns the pools behind the blocks, fills a mini-batch's buffers from them, stores new rows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from hsrpc.core.batch import Ints, MiniBatch, Rows, Runs, Step
+from hsrpc.core.blocks import BlockKind, PoolId, Tier
+from hsrpc.core.plan import BUFFERS, Plan
+from hsrpc.core.sizes import ModelSizes
+from hsrpc.device.device import Device, Event
+from hsrpc.engine.worker import Worker
+
+
+class Buffers(NamedTuple):
+    """Device memory of one mini-batch in one layer."""
+
+    kv: torch.Tensor
+    """[rows, 2*kv]"""
+    activations: torch.Tensor
+    """[activation_rows, h]"""
+
+
+class Staged(NamedTuple):
+    """Buffers that hold a mini-batch's cached rows once `loaded` has happened."""
+
+    buffers: Buffers
+    loaded: Event
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRows:
+    """`Rows`, on the device: int64 [n] each."""
+
+    source: torch.Tensor
+    target: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Loads:
+    """Copies of one mini-batch into one of its buffers: runs from host pools, rows from device pools."""
+
+    host: Mapping[PoolId, Runs]
+    device: Mapping[PoolId, DeviceRows]
+
+
+class CacheManager:
+    """Task that loads, layer by layer and mini-batch by mini-batch, as far ahead as there are buffers."""
+
+    def __init__(self, sizes: ModelSizes, plan: Plan, device: Device, dtype: torch.dtype) -> None:
+        self.loaded_bytes = 0
+        """Cache bytes copied from host to device since the start."""
+        self.regenerated_tokens = 0
+        """Rows rebuilt from activations since the start, all layers."""
+        self._device = device
+        self._num_layers = sizes.num_layers
+        self._widths = {BlockKind.KV: 2 * sizes.kv_size, BlockKind.ACTIVATION: sizes.hidden_size}
+        self._pools = {
+            pool: self._allocate(pool, count * plan.block_size, dtype) for pool, count in plan.num_blocks.items()
+        }
+        self._steps: asyncio.Queue[Step] = asyncio.Queue(1)
+        self._free: asyncio.Queue[tuple[Buffers, Event]] = asyncio.Queue(BUFFERS)
+        self._ready: asyncio.Queue[Staged | None] = asyncio.Queue(BUFFERS)
+        self._stored: Event = None
+        for _ in range(BUFFERS):
+            kv = device.empty((plan.buffers.rows, self._widths[BlockKind.KV]), dtype)
+            activations = device.empty((plan.buffers.activation_rows, self._widths[BlockKind.ACTIVATION]), dtype)
+            self._free.put_nowait((Buffers(kv, activations), None))
+
+    async def run(self) -> None:
+        """Load step after step; ends by cancellation."""
+        async with Worker("cache") as worker:
+            while True:
+                await self._load_step(worker, await self._steps.get())
+
+    async def begin(self, step: Step) -> None:
+        """Start to load for `step`; the step before it has ended."""
+        await self._steps.put(step)
+
+    async def take(self) -> Staged | None:
+        """Buffers of the next mini-batch of the layer, then of the next layer. None: the step is abandoned here."""
+        return await self._ready.get()
+
+    def give_back(self, staged: Staged, freed: Event) -> None:
+        """Its buffers may be overwritten once `freed` has happened."""
+        self._free.put_nowait((staged.buffers, freed))
+
+    def store(self, layer: int, stores: Mapping[PoolId, DeviceRows], kv: torch.Tensor, x: torch.Tensor) -> None:
+        """Write new rows to their blocks: kv [n, 2*kv] or x [n, h]. Called on the executor's thread."""
+        device = self._device
+        with device.on(device.store):
+            for pool, rows in stores.items():
+                source = kv if pool.kind is BlockKind.KV else x
+                device.copy_rows(self._pools[pool][layer], rows.target, source, rows.source)
+                device.keep(source, device.store)
+
+    def stored(self) -> None:
+        """All stores of a step are launched: later loads wait for them."""
+        self._stored = self._device.record(self._device.store)
+
+    def upload(self, rows: Mapping[PoolId, Rows]) -> dict[PoolId, DeviceRows]:
+        """Row numbers to the device, on the current stream, for use on the load or the store stream."""
+        return {pool: DeviceRows(self._upload(r.source), self._upload(r.target)) for pool, r in rows.items()}
+
+    def _upload(self, array: Ints) -> torch.Tensor:
+        tensor = self._device.upload(array)
+        self._device.keep(tensor, self._device.store)
+        return tensor
+
+    def _allocate(self, pool: PoolId, num_slots: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """One tensor [slots, width] a layer, so that a layer's blocks are neighbours."""
+        width = self._widths[pool.kind]
+        if num_slots == 0:
+            return []
+        if pool.tier is Tier.DEVICE:
+            return [self._device.empty((num_slots, width), dtype) for _ in range(self._num_layers)]
+        size = num_slots * width * dtype.itemsize
+        return [self._device.pinned(size).view(dtype).view(num_slots, width) for _ in range(self._num_layers)]
+
+    async def _load_step(self, worker: Worker, step: Step) -> None:
+        loads = await worker.run(partial(self._prepare, step))
+        for layer in range(self._num_layers):
+            if step.is_abandoned:
+                await self._ready.put(None)
+                return
+            for kv, activations in loads:
+                buffers, freed = await self._free.get()
+                staged = await worker.run(partial(self._load, layer, kv, activations, buffers, freed))
+                await self._ready.put(staged)
+
+    def _prepare(self, step: Step) -> list[tuple[_Loads, _Loads]]:
+        device = self._device
+        device.wait(device.load, self._stored)
+        with device.on(device.load):
+            return [self._prepare_batch(batch) for batch in step.mini_batches]
+
+    def _prepare_batch(self, batch: MiniBatch) -> tuple[_Loads, _Loads]:
+        self.regenerated_tokens += batch.num_activation_rows * self._num_layers
+        return self._split(batch.kv_loads), self._split(batch.activation_loads)
+
+    def _split(self, loads: Mapping[PoolId, Runs]) -> _Loads:
+        host = {pool: runs for pool, runs in loads.items() if pool.tier is Tier.HOST}
+        return _Loads(
+            host, self.upload({pool: runs.rows() for pool, runs in loads.items() if pool.tier is Tier.DEVICE})
+        )
+
+    def _load(self, layer: int, kv: _Loads, activations: _Loads, buffers: Buffers, freed: Event) -> Staged:
+        device = self._device
+        device.wait(device.load, freed)
+        with device.on(device.load):
+            self._fill(buffers.kv, kv, layer)
+            self._fill(buffers.activations, activations, layer)
+        return Staged(buffers, device.record(device.load))
+
+    def _fill(self, buffer: torch.Tensor, loads: _Loads, layer: int) -> None:
+        for pool, runs in loads.host.items():
+            self._device.load_runs(buffer, self._pools[pool][layer], runs)
+            self.loaded_bytes += runs.num_rows * buffer.shape[1] * buffer.element_size()
+        for pool, rows in loads.device.items():
+            self._device.copy_rows(buffer, rows.target, self._pools[pool][layer], rows.source)

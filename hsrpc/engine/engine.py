@@ -1,0 +1,364 @@
+"""The embedded engine: requests in, deltas out, three tasks in between."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import replace
+from random import Random
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+from uuid import uuid4
+
+from hsrpc.config import EngineConfig
+from hsrpc.core.batch import Step
+from hsrpc.core.blocks import BlockManager, PoolId
+from hsrpc.core.detokenizer import Detokenizer
+from hsrpc.core.plan import Plan
+from hsrpc.core.request import Delta, FinishReason, Request, SamplingParams
+from hsrpc.core.scheduler import Output, Scheduler, SchedulerLimits
+from hsrpc.core.stopping import StopMatcher
+from hsrpc.engine.generation import Generation
+from hsrpc.engine.output import Stream, TokenOutput, next_delta
+from hsrpc.engine.startup import Parts, open_parts
+from hsrpc.engine.stats import EngineStats
+from hsrpc.engine.token_ids import TokenIdsOnly
+from hsrpc.engine.tokenizer import Tokenizer
+from hsrpc.errors import (
+    EngineFaultError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestExistsError,
+    RequestFailedError,
+)
+from hsrpc.model.family import ModelSpec
+from hsrpc.model.sampler import Sampled
+
+_log = logging.getLogger(__name__)
+
+_OUTPUT_STEPS = 2
+"""Steps whose output may wait for detokenising before the next one does."""
+
+
+class _Outputs(NamedTuple):
+    """What goes to the consumers together."""
+
+    items: Sequence[TokenOutput]
+    is_step: bool
+    """It holds a place in the semaphore."""
+
+
+class Engine:
+    """Serves one model. Use as an async context manager; entering loads the model.
+
+        async with Engine(EngineConfig(model="path/to/model", gpu_memory="24GiB")) as engine:
+            async for delta in engine.generate("Once upon a time", SamplingParams(max_tokens=64)):
+                print(delta.text, end="")
+
+    Raises:
+        ConfigError, CheckpointError, ModelNotFoundError: on entering.
+    """
+
+    def __init__(self, config: EngineConfig | None = None, *, progress: bool = False) -> None:
+        self.config = config or EngineConfig()
+        self._progress = progress
+        self._parts: Parts | None = None
+        self._streams: dict[str, Stream] = {}
+        # Unbounded, but holds at most _OUTPUT_STEPS steps (by the semaphore) and one end of each live request.
+        self._outputs: asyncio.Queue[_Outputs] = asyncio.Queue()
+        self._output_room = asyncio.Semaphore(_OUTPUT_STEPS)
+        self._wake = asyncio.Event()
+        self._failed: asyncio.Future[None] | None = None
+        self._main: asyncio.Task[None] | None = None
+        self._accepts = False
+        self._arrivals = 0
+        self._counts = dict.fromkeys(("steps", "prompt_tokens", "generated_tokens"), 0)
+        self._step_seconds = 0.0
+        self._peak_blocks = dict.fromkeys(PoolId, 0)
+        self._seeds = Random(self.config.seed)
+
+    async def __aenter__(self) -> Self:
+        self._failed = asyncio.get_running_loop().create_future()
+        self._parts = await open_parts(self.config, self._progress)
+        limits = _limits(self._parts.plan, self._parts.spec)
+        blocks = BlockManager(self._parts.plan.num_blocks, self._parts.plan.activation_share)
+        self._scheduler = Scheduler(blocks, limits, self._parts.spec.eos_token_ids)
+        self._main = asyncio.create_task(self._run(), name="engine")
+        self._accepts = True
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._accepts = False
+        try:
+            if self._main is not None:
+                self._main.cancel()
+                await asyncio.wait([self._main])
+        finally:
+            self._end_all(EngineUnavailableError("the engine was shut down"))
+            await self._opened.close()
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._opened.spec
+
+    @property
+    def plan(self) -> Plan:
+        return self._opened.plan
+
+    @property
+    def device(self) -> str:
+        """Name of the device, for people."""
+        return self._opened.device.name
+
+    @property
+    def tokenizer(self) -> Tokenizer | TokenIdsOnly:
+        return self._opened.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        return self.plan.max_model_len
+
+    async def submit(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, request_id: str | None = None
+    ) -> Generation:
+        """Queue a request; nothing is allocated for one that is refused.
+
+        Raises:
+            InvalidRequestError: the prompt or a setting does not suit the model.
+            RequestExistsError: a live request has that id.
+            QueueFullError: `max_queued_requests` wait already.
+            EngineUnavailableError: the engine is not running.
+        """
+        self._check_open(request_id)
+        token_ids = await self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._check_prompt(token_ids, "token_ids" if not isinstance(prompt, str) else "text")
+        self._check_ids(params)
+        detokenizer = await self.tokenizer.run(Detokenizer, self.tokenizer.decode_now, token_ids[-8:])
+        self._check_open(request_id)  # again: while the tokenizer ran, others came
+        return self._add(request_id or uuid4().hex, token_ids, params, detokenizer)
+
+    async def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> AsyncIterator[Delta]:
+        """Submit and iterate; leaving the loop early aborts the request.
+
+        Raises:
+            As `submit`, and EngineFaultError or RequestFailedError while iterating.
+        """
+        generation = await self.submit(prompt, params or SamplingParams(), request_id=request_id)
+        try:
+            async for delta in generation:
+                yield delta
+        finally:
+            generation.close()
+
+    def abort(self, request_id: str) -> bool:
+        """End a live request with reason ABORTED; False where there is none."""
+        return self._end(request_id, FinishReason.ABORTED)
+
+    def stats(self) -> EngineStats:
+        """Counters at this moment."""
+        parts, scheduler = self._opened, self._scheduler
+        return EngineStats(
+            queued=scheduler.num_waiting,
+            running=scheduler.num_running,
+            used_blocks={pool: blocks.num_used for pool, blocks in scheduler.blocks.pools.items()},
+            peak_blocks=dict(self._peak_blocks),
+            steps=self._counts["steps"],
+            step_seconds=self._step_seconds,
+            prompt_tokens=self._counts["prompt_tokens"],
+            generated_tokens=self._counts["generated_tokens"],
+            preemptions=scheduler.preemptions,
+            weights_streamed_bytes=parts.prefetcher.streamed_bytes,
+            cache_loaded_bytes=parts.cache.loaded_bytes,
+            regenerated_tokens=parts.cache.regenerated_tokens,
+            peak_device_bytes=parts.device.peak_memory,
+        )
+
+    async def wait_failed(self) -> None:
+        """Returns never while the engine is well.
+
+        Raises:
+            EngineFaultError: an engine task died.
+        """
+        assert self._failed is not None
+        await asyncio.shield(self._failed)
+
+    @property
+    def _opened(self) -> Parts:
+        if self._parts is None:
+            raise EngineUnavailableError("the engine is not started; use `async with Engine(...)`")
+        return self._parts
+
+    async def _run(self) -> None:
+        """All tasks under one group: what fails, fails loudly and at once."""
+        parts = self._opened
+        tasks: tuple[Callable[[], Coroutine[Any, Any, None]], ...] = (
+            parts.prefetcher.run,
+            parts.cache.run,
+            parts.executor.run,
+            self._run_steps,
+            self._run_outputs,
+        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                for task in tasks:
+                    group.create_task(task())
+        except* Exception as errors:
+            self._fail(errors)
+
+    def _fail(self, errors: BaseExceptionGroup[Exception]) -> None:
+        _log.error("an engine task died", exc_info=errors)
+        self._accepts = False
+        fault = EngineFaultError("an engine task died; see the log")
+        fault.__cause__ = errors
+        if self._failed is not None and not self._failed.done():
+            self._failed.set_exception(fault)
+            self._failed.exception()  # retrieved here: nobody may be waiting for it
+        self._end_all(fault)
+
+    async def _run_steps(self) -> None:
+        while True:
+            step = self._scheduler.schedule(time.monotonic())
+            if step is None:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            self._note_peak()
+            start = time.monotonic()
+            sampled = await self._opened.executor.execute(step)
+            self._step_seconds += time.monotonic() - start
+            self._counts["steps"] += 1
+            outputs = self._commit(step, sampled)
+            await self._output_room.acquire()
+            self._outputs.put_nowait(_Outputs(outputs, is_step=True))
+
+    def _commit(self, step: Step, sampled: list[Sampled] | None) -> list[TokenOutput]:
+        if sampled is None:
+            self._scheduler.abandon(step)
+            return []
+        token_ids = [None if item.failed else item.token_id for item in sampled]
+        logprobs = {work.request.request_id: item.logprob for work, item in zip(step.sampled, sampled, strict=True)}
+        outputs = self._scheduler.commit(step, token_ids, time.monotonic())
+        self._counts["generated_tokens"] += len(outputs)
+        return [TokenOutput(output, logprobs[output.request.request_id]) for output in outputs]
+
+    async def _run_outputs(self) -> None:
+        while True:
+            items, is_step = await self._outputs.get()
+            live = [(self._streams[i.output.request.request_id], i) for i in items if self._is_streaming(i.output)]
+            deltas = await self.tokenizer.run(_next_deltas, live, time.monotonic())
+            for (stream, item), delta in zip(live, deltas, strict=True):
+                self._deliver(stream, item.output, delta)
+            if is_step:
+                self._output_room.release()
+
+    def _deliver(self, stream: Stream, output: Output, delta: Delta) -> None:
+        request_id = stream.request.request_id
+        if self._streams.get(request_id) is not stream:
+            return  # ended while its text was made
+        if output.failed:
+            del self._streams[request_id]
+            stream.generation.fail(RequestFailedError("the model's logits for this request are not finite"))
+            return
+        stream.generation.put(delta)
+        if delta.finish is not None:
+            del self._streams[request_id]
+            self._scheduler.finish(request_id, delta.finish.reason)
+
+    def _is_streaming(self, output: Output) -> bool:
+        stream = self._streams.get(output.request.request_id)
+        return stream is not None and stream.request is output.request
+
+    def _end(self, request_id: str, reason: FinishReason) -> bool:
+        """End a request from outside a step: its text so far is flushed, its blocks are freed with the step."""
+        request = self._scheduler.finish(request_id, reason)
+        if request is None:
+            return False
+        self._outputs.put_nowait(_Outputs([TokenOutput(Output(request, None, reason))], is_step=False))
+        return True
+
+    def _end_all(self, error: EngineFaultError | EngineUnavailableError) -> None:
+        for request_id, stream in list(self._streams.items()):
+            self._scheduler.finish(request_id, FinishReason.ABORTED)
+            stream.generation.fail(error)
+        self._streams.clear()
+
+    def _add(
+        self, request_id: str, token_ids: list[int], params: SamplingParams, detokenizer: Detokenizer
+    ) -> Generation:
+        params = self._effective(params, len(token_ids))
+        request = Request(request_id, token_ids, params, self._arrivals, time.monotonic())
+        generation = Generation(request_id, token_ids, params, self.abort)
+        stops = StopMatcher(params.stop, params.include_stop)
+        self._streams[request_id] = Stream(request, generation, detokenizer, stops)
+        self._arrivals += 1
+        self._counts["prompt_tokens"] += len(token_ids)
+        self._scheduler.add(request)
+        self._wake.set()
+        if params.time_limit is not None:
+            asyncio.get_running_loop().call_later(params.time_limit, self._time_out, request)
+        return generation
+
+    def _time_out(self, request: Request) -> None:
+        stream = self._streams.get(request.request_id)
+        if stream is not None and stream.request is request:
+            self._end(request.request_id, FinishReason.TIME_LIMIT)
+
+    def _effective(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+        seed = self._seeds.randrange(2**63) if params.seed is None else params.seed
+        room = self.max_model_len - num_prompt_tokens
+        return replace(params, seed=seed, max_tokens=room if params.max_tokens is None else params.max_tokens)
+
+    def _note_peak(self) -> None:
+        for pool, blocks in self._scheduler.blocks.pools.items():
+            self._peak_blocks[pool] = max(self._peak_blocks[pool], blocks.num_used)
+
+    def _check_open(self, request_id: str | None) -> None:
+        if not self._accepts:
+            raise EngineUnavailableError("the engine is not running")
+        if request_id is not None and request_id in self._streams:
+            raise RequestExistsError(request_id)
+        if self._scheduler.num_waiting >= self.config.max_queued_requests:
+            raise QueueFullError(f"{self._scheduler.num_waiting} requests wait already (max_queued_requests)")
+
+    def _check_prompt(self, token_ids: Sequence[int], field: str) -> None:
+        if not token_ids:
+            raise InvalidRequestError(field, "the prompt is empty; give at least one token")
+        if len(token_ids) >= self.max_model_len:
+            raise InvalidRequestError(
+                field, f"{len(token_ids)} prompt tokens; at most {self.max_model_len - 1} fit (max_model_len less one)"
+            )
+        self._check_vocabulary(token_ids, field)
+
+    def _check_ids(self, params: SamplingParams) -> None:
+        self._check_vocabulary(params.stop_token_ids, "stop_token_ids")
+        self._check_vocabulary(tuple(params.logit_bias), "logit_bias")
+
+    def _check_vocabulary(self, token_ids: Sequence[int], field: str) -> None:
+        vocab = self.spec.vocab_size
+        for position, token_id in enumerate(token_ids):
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab:
+                raise InvalidRequestError(f"{field}[{position}]", f"{token_id!r} is no token id; use 0 to {vocab - 1}")
+
+
+def _next_deltas(live: Sequence[tuple[Stream, TokenOutput]], now: float) -> list[Delta]:
+    return [next_delta(stream, item, now) for stream, item in live]
+
+
+def _limits(plan: Plan, spec: ModelSpec) -> SchedulerLimits:
+    return SchedulerLimits(
+        max_batch=plan.max_batch,
+        max_model_len=plan.max_model_len,
+        max_prefill_tokens=plan.max_prefill_tokens,
+        block_size=plan.block_size,
+        buffers=plan.buffers,
+        costs=plan.costs,
+        sliding_window=spec.sizes.sliding_window,
+        keeps_cache=plan.keeps_cache,
+    )

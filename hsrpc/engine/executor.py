@@ -1,0 +1,167 @@
+"""The executor: computes a step, layer by layer and mini-batch by mini-batch, on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from hsrpc.core.batch import Ints, MiniBatch, Step, Work
+from hsrpc.core.blocks import PoolId
+from hsrpc.core.plan import REGENERATE_ROWS, SAMPLE_ELEMENTS
+from hsrpc.device.device import Device, Event
+from hsrpc.engine.cache import CacheManager, DeviceRows, Staged
+from hsrpc.engine.weights import ModelWeights, Prefetched, WeightPrefetcher
+from hsrpc.engine.worker import Worker
+from hsrpc.model.attention import Attention, PackedRows
+from hsrpc.model.family import Family, Weights
+from hsrpc.model.sampler import Sampled, Sampler, SamplingRow
+
+
+@dataclass(slots=True)
+class _Batch:
+    """A mini-batch on the device."""
+
+    hidden: torch.Tensor
+    """[n, h] output of the layer computed last."""
+    positions: torch.Tensor
+    packed: PackedRows
+    new_rows: torch.Tensor
+    activation_rows: torch.Tensor
+    activation_positions: torch.Tensor
+    stores: dict[PoolId, DeviceRows]
+    sample_rows: torch.Tensor
+
+
+class Executor:
+    """Task that takes steps and returns their tokens. It alone computes."""
+
+    def __init__(
+        self,
+        family: Family,
+        weights: ModelWeights,
+        prefetcher: WeightPrefetcher,
+        cache: CacheManager,
+        device: Device,
+    ) -> None:
+        self._family = family
+        self._fixed = weights.fixed
+        self._num_layers = len(weights.layers)
+        self._prefetcher = prefetcher
+        self._cache = cache
+        self._device = device
+        self._attention = Attention(family.sizes, family.attention_scale, device.torch_device, family.spec.dtype)
+        self._sampler = Sampler(SAMPLE_ELEMENTS)
+        self._eos = frozenset(family.spec.eos_token_ids)
+        self._steps: asyncio.Queue[Step] = asyncio.Queue(1)
+        self._results: asyncio.Queue[list[Sampled] | None] = asyncio.Queue(1)
+
+    async def run(self) -> None:
+        """Compute step after step; ends by cancellation."""
+        async with Worker("compute") as worker:
+            while True:
+                step = await self._steps.get()
+                await self._results.put(await self._compute_step(worker, step))
+
+    async def execute(self, step: Step) -> list[Sampled] | None:
+        """Tokens in the order of `step.sampled`; None where the step was abandoned."""
+        await self._cache.begin(step)
+        await self._steps.put(step)
+        return await self._results.get()
+
+    async def _compute_step(self, worker: Worker, step: Step) -> list[Sampled] | None:
+        batches = await worker.run(partial(self._begin, step))
+        for layer in range(self._num_layers):
+            weights = await self._prefetcher.take(layer)
+            done = weights.loaded
+            for batch in batches:
+                staged = await self._cache.take()
+                if staged is None:
+                    self._prefetcher.give_back(weights, done)
+                    self._prefetcher.restart()
+                    return None
+                attended, done = await worker.run(partial(self._compute, layer, weights, staged, batch))
+                self._cache.give_back(staged, attended)
+            self._prefetcher.give_back(weights, done)
+        return await worker.run(partial(self._sample, step, batches))
+
+    def _begin(self, step: Step) -> list[_Batch]:
+        with self._device.on(self._device.compute):
+            return [self._upload(batch) for batch in step.mini_batches]
+
+    def _upload(self, batch: MiniBatch) -> _Batch:
+        upload = self._device.upload
+        positions = upload(batch.positions)
+        return _Batch(
+            hidden=self._family.embed(self._fixed, upload(batch.token_ids), positions),
+            positions=positions,
+            packed=PackedRows(
+                query_starts=upload(batch.query_starts.astype(np.int32)),
+                key_starts=upload(batch.key_starts.astype(np.int32)),
+                query_offsets=tuple(batch.query_starts.tolist()),
+                key_offsets=tuple(batch.key_starts.tolist()),
+                max_queries=_longest(batch.query_starts),
+                max_keys=_longest(batch.key_starts),
+            ),
+            new_rows=upload(batch.new_rows),
+            activation_rows=upload(batch.activation_rows),
+            activation_positions=upload(batch.activation_positions),
+            stores=self._cache.upload(batch.stores),
+            sample_rows=upload(batch.sample_rows),
+        )
+
+    def _compute(self, layer: int, weights: Prefetched, staged: Staged, batch: _Batch) -> tuple[Event, Event]:
+        """One layer of one mini-batch: events when the cache buffers, and when the weights, are no longer read."""
+        device, family, w, buffers = self._device, self._family, weights.tensors, staged.buffers
+        device.wait(device.compute, weights.loaded)
+        device.wait(device.compute, staged.loaded)
+        with device.on(device.compute):
+            x = family.attention_input(w, batch.hidden)
+            queries, kv = family.queries_keys_values(w, x, batch.positions)
+            buffers.kv.index_copy_(0, batch.new_rows, kv)
+            self._regenerate(w, staged, batch)
+            attended = self._attention(queries, buffers.kv, batch.packed)
+            freed = device.record(device.compute)
+            batch.hidden = family.finish_layer(w, batch.hidden, attended)
+            done = device.record(device.compute)
+        device.wait(device.store, freed)
+        self._cache.store(layer, batch.stores, kv, x)
+        return freed, done
+
+    def _regenerate(self, w: Weights, staged: Staged, batch: _Batch) -> None:
+        """Rebuild K and V of the cached activations and put them where attention reads them."""
+        total = len(batch.activation_rows)
+        for start in range(0, total, REGENERATE_ROWS):
+            rows = slice(start, min(start + REGENERATE_ROWS, total))
+            kv = self._family.keys_values(w, staged.buffers.activations[rows], batch.activation_positions[rows])
+            staged.buffers.kv.index_copy_(0, batch.activation_rows[rows], kv)
+
+    def _sample(self, step: Step, batches: Sequence[_Batch]) -> list[Sampled]:
+        """Tokens of the works that sample; waits for the device, since the next step depends on them."""
+        self._cache.stored()
+        sampling = step.sampled
+        with self._device.on(self._device.compute):
+            hidden = torch.cat([batch.hidden.index_select(0, batch.sample_rows) for batch in batches])
+            if not sampling:
+                self._device.synchronize(self._device.record(self._device.compute))
+                return []
+            logits = self._family.logits(self._fixed, hidden)
+            return self._sampler.launch(logits, [self._row(work) for work in sampling]).result()
+
+    def _row(self, work: Work) -> SamplingRow:
+        request = work.request
+        return SamplingRow(
+            params=request.params,
+            prompt_token_ids=request.token_ids[: request.num_prompt_tokens],
+            output_token_ids=request.output_token_ids,
+            seed=request.params.seed or 0,
+            stop_ids=self._eos | frozenset(request.params.stop_token_ids),
+        )
+
+
+def _longest(starts: Ints) -> int:
+    return int(np.diff(starts).max())

@@ -1,0 +1,72 @@
+"""A request's output on its way to the consumer: merged while nobody takes it, so it costs bounded memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from hsrpc.core.request import Delta, SamplingParams
+from hsrpc.errors import HsrpcError
+
+
+class Generation:
+    """Async iterator over a request's deltas; ends after the one with `finish`.
+
+    Raises:
+        EngineFaultError: while iterating, when the engine died.
+        RequestFailedError: while iterating, when this request alone cannot go on.
+    """
+
+    def __init__(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, abort: Callable[[str], object]
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = list(prompt)
+        self.params = params
+        """In effect: `seed` and `max_tokens` are filled in."""
+        self._abort = abort
+        self._pending: Delta | None = None
+        self._error: HsrpcError | None = None
+        self._arrived = asyncio.Event()
+        self._ended = False
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._ended:
+            raise StopAsyncIteration
+        await self._arrived.wait()
+        self._arrived.clear()
+        delta, self._pending = self._pending, None
+        if delta is None:
+            self._ended = True
+            raise self._error or StopAsyncIteration
+        if self._error is not None:
+            self._arrived.set()
+        self._ended = delta.finish is not None
+        return delta
+
+    def close(self) -> None:
+        """End it here: a request that is still live is aborted, and what was not taken is dropped."""
+        self._ended = True
+        self._abort(self.request_id)
+
+    def put(self, delta: Delta) -> None:
+        """Add output; engine only."""
+        self._pending = delta if self._pending is None else _merge(self._pending, delta)
+        self._arrived.set()
+
+    def fail(self, error: HsrpcError) -> None:
+        """End with an error, after what was put before; engine only."""
+        self._error = error
+        self._arrived.set()
+
+
+def _merge(first: Delta, second: Delta) -> Delta:
+    return Delta(
+        first.text + second.text,
+        first.token_ids + second.token_ids,
+        first.logprobs + second.logprobs,
+        second.finish,
+    )

@@ -1,0 +1,63 @@
+"""From tokens to text: detokenises a step's output on the tokenizer's thread, matches stop strings, ends requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hsrpc.core.detokenizer import Detokenizer
+from hsrpc.core.request import Delta, Finish, FinishReason, Request, TokenLogprob, Usage
+from hsrpc.core.scheduler import Output
+from hsrpc.core.stopping import StopMatcher
+from hsrpc.engine.generation import Generation
+
+
+@dataclass(slots=True)
+class Stream:
+    """The text of one live request."""
+
+    request: Request
+    generation: Generation
+    detokenizer: Detokenizer
+    stops: StopMatcher
+    num_tokens: int = 0
+    """Output tokens delivered."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """What the scheduler gave a request, with the token's logprob."""
+
+    output: Output
+    logprob: TokenLogprob | None = None
+
+
+def next_delta(stream: Stream, item: TokenOutput, now: float) -> Delta:
+    """The delta that follows from one output. On a stop string its `finish` says so, whatever the output said."""
+    output = item.output
+    text, matched = "", None
+    token_ids = () if output.token_id is None else (output.token_id,)
+    stream.num_tokens += len(token_ids)
+    is_stop_token = output.finish is FinishReason.STOP_TOKEN
+    if token_ids and not is_stop_token:
+        text, matched = stream.stops.push(stream.detokenizer.push(token_ids))
+    if matched is None and output.finish is not None:
+        rest, matched = stream.stops.push(stream.detokenizer.flush())
+        text += rest + ("" if matched else stream.stops.flush())
+        if is_stop_token and stream.request.params.include_stop and matched is None:
+            text += _stop_token_text(stream, token_ids)
+    finish = _finish(stream, output, matched, now)
+    return Delta(text, token_ids, () if item.logprob is None else (item.logprob,), finish)
+
+
+def _stop_token_text(stream: Stream, token_ids: Sequence[int]) -> str:
+    return stream.detokenizer.push(token_ids) + stream.detokenizer.flush()
+
+
+def _finish(stream: Stream, output: Output, matched: str | None, now: float) -> Finish | None:
+    reason = FinishReason.STOP_STRING if matched is not None else output.finish
+    if reason is None:
+        return None
+    request = stream.request
+    usage = Usage(request.num_prompt_tokens, stream.num_tokens, request.preemptions)
+    return Finish(reason, usage, request.timings(now), matched if matched is not None else output.matched_stop)

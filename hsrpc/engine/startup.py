@@ -1,0 +1,123 @@
+"""From a configuration to everything an engine is made of: model, device, calibration, plan, weights, pools."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from hsrpc.config import DType, EngineConfig
+from hsrpc.core.plan import Budgets, Plan, Planner
+from hsrpc.device.calibration import calibrate
+from hsrpc.device.device import Device, available_memory, open_device
+from hsrpc.engine.cache import CacheManager
+from hsrpc.engine.executor import Executor
+from hsrpc.engine.token_ids import TokenIdsOnly
+from hsrpc.engine.tokenizer import Tokenizer
+from hsrpc.engine.weights import WeightPrefetcher, load_weights
+from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
+from hsrpc.model.families import create_family
+from hsrpc.model.family import Family, ModelSpec
+from hsrpc.model.hub import resolve_model
+from hsrpc.model.spec import DTYPES, load_spec, named_spec
+
+RANDOM_PREFIX = "random:"
+"""`random:opt-6.7b` is a model of that shape with random weights and no tokenizer, for measurements."""
+_CPU_MAX_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an engine owns while it runs."""
+
+    spec: ModelSpec
+    device: Device
+    plan: Plan
+    tokenizer: Tokenizer | TokenIdsOnly
+    prefetcher: WeightPrefetcher
+    cache: CacheManager
+    executor: Executor
+
+    async def close(self) -> None:
+        """Give everything back; the tasks have ended."""
+        self.tokenizer.close()
+        await asyncio.to_thread(self.device.release_pinned)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A model and its plan, before any weight is read."""
+
+    spec: ModelSpec
+    device: Device
+    planner: Planner
+    directory: Path | None
+    """None: random weights."""
+
+
+def make_planner(config: EngineConfig) -> Planned:
+    """Read the model's configuration, open the device, calibrate. Takes seconds.
+
+    Raises:
+        ConfigError, CheckpointError, ModelNotFoundError: as their names say.
+    """
+    device = open_device(config.device)
+    on_cpu = device.torch_device.type == "cpu"
+    dtype = _dtype(config.dtype, on_cpu)
+    if config.model.startswith(RANDOM_PREFIX):
+        directory, spec = None, named_spec(config.model.removeprefix(RANDOM_PREFIX), dtype)
+    else:
+        directory = resolve_model(config.model)
+        spec = load_spec(directory, dtype)
+    if on_cpu:
+        config = replace(config, max_batch=config.max_batch or _CPU_MAX_BATCH)
+    hardware = calibrate(device, spec.sizes, spec.dtype)
+    return Planned(spec, device, Planner(spec.sizes, _budgets(config, device), hardware, config), directory)
+
+
+async def open_parts(config: EngineConfig, progress: bool) -> Parts:
+    """Everything, loaded and ready to run.
+
+    Raises:
+        ConfigError, CheckpointError, ModelNotFoundError: as their names say.
+    """
+    return await asyncio.to_thread(_open_parts, config, progress)
+
+
+def _open_parts(config: EngineConfig, progress: bool) -> Parts:
+    planned = make_planner(config)
+    device, spec, plan = planned.device, planned.spec, planned.planner.plan()
+    device.limit_memory(plan.budgets.device)
+    family = create_family(spec)
+    source, tokenizer = _source(planned, family)
+    with torch.inference_mode():
+        weights = load_weights(family, source, plan, device, progress=progress)
+        cache = CacheManager(spec.sizes, plan, device, spec.dtype)
+        prefetcher = WeightPrefetcher(weights, plan, device)
+        device.drain()
+    executor = Executor(family, weights, prefetcher, cache, device)
+    return Parts(spec, device, plan, tokenizer, prefetcher, cache, executor)
+
+
+def _source(planned: Planned, family: Family) -> tuple[WeightSource, Tokenizer | TokenIdsOnly]:
+    if planned.directory is None:
+        return RandomWeights(0), TokenIdsOnly()
+    checkpoint = Checkpoint(planned.directory)
+    checkpoint.check(family.all_tensors())
+    return checkpoint, Tokenizer(planned.directory)
+
+
+def _dtype(wanted: DType, on_cpu: bool) -> torch.dtype | None:
+    """None: the checkpoint's own."""
+    if wanted is DType.AUTO:
+        return torch.float32 if on_cpu else None
+    return DTYPES[wanted]
+
+
+def _budgets(config: EngineConfig, device: Device) -> Budgets:
+    on_cpu = device.torch_device.type == "cpu"
+    gpu = config.gpu_memory or (available_memory() // 4 if on_cpu else int(device.total_memory * 0.9))
+    host = config.host_memory or int(available_memory() * (0.5 if on_cpu else 0.8))
+    return Budgets(device=int(gpu), host=int(host))

@@ -1,0 +1,32 @@
+"""Counters of a running engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hsrpc.core.blocks import PoolId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """One moment; what only grows counts since the start."""
+
+    queued: int
+    running: int
+    used_blocks: Mapping[PoolId, int]
+    """In use now."""
+    peak_blocks: Mapping[PoolId, int]
+    """Most in use at once."""
+    steps: int
+    step_seconds: float
+    prompt_tokens: int
+    """Of requests that were submitted."""
+    generated_tokens: int
+    preemptions: int
+    weights_streamed_bytes: int
+    cache_loaded_bytes: int
+    regenerated_tokens: int
+    """Rows of K and V rebuilt from activations, each layer counted."""
+    peak_device_bytes: int
+    """As the device's allocator counts them; 0 on the CPU."""

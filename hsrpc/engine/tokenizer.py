@@ -1,0 +1,128 @@
+"""Text to token ids and back, on threads of its own: a long prompt never holds up the event loop or the output."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
+
+from hsrpc.errors import CheckpointError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+
+R = TypeVar("R")
+Args = TypeVarTuple("Args")
+
+
+class Tokenizer:
+    """The tokenizer of a model directory in Hugging Face format.
+
+    Prompts are encoded on one thread and output is decoded on another; each belongs to this object until `close`.
+    Making one reads files and takes seconds: do it on a thread where an event loop runs.
+
+    Raises:
+        CheckpointError: the directory holds no tokenizer that can be read.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        _check_files(Path(directory))
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="hsrpc-encode")
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="hsrpc-decode")
+        self._decoder_thread = self._decoder.submit(threading.get_ident).result()
+        loading = self._decoder.submit(_load, Path(directory))
+        # The tokenizers library raises plain Exception for what it cannot parse.
+        if (error := loading.exception()) is not None:
+            self.close()
+            raise CheckpointError(
+                f"{directory}: the tokenizer cannot be read ({error}); copy the model's tokenizer files again"
+            ) from error
+        self._tokenizer = loading.result()
+        self._vocab_size = len(self._tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this, special and added tokens included; the model's own vocabulary may be padded to more."""
+        return self._vocab_size
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The end-of-text token that the tokenizer names; generation_config.json may name others."""
+        token_id = self._tokenizer.eos_token_id
+        return token_id if isinstance(token_id, int) else None
+
+    async def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with the special tokens that the model's prompts begin with.
+
+        Raises:
+            InvalidRequestError: `text` is not valid Unicode.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, self._encode, text)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids`, special tokens left out.
+
+        Raises:
+            InvalidRequestError: an id is outside the vocabulary.
+        """
+        return await self.run(self._decode, list(token_ids))
+
+    async def run(self, function: Callable[[*Args], R], *args: *Args) -> R:
+        """Calls `function` on the decoding thread, such as one that pushes a whole step's tokens to Detokenizers."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoder, function, *args)
+
+    def decode_now(self, token_ids: list[int]) -> str:
+        """Text of `token_ids`, for Detokenizer: ids outside the vocabulary have none. Only inside `run`.
+
+        Raises:
+            RuntimeError: called on another thread.
+        """
+        if threading.get_ident() != self._decoder_thread:
+            raise RuntimeError("decode_now: called outside the decoding thread; call it through Tokenizer.run")
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def close(self) -> None:
+        """Ends both threads after what they are doing; what waits is cancelled."""
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._decoder.shutdown(wait=False, cancel_futures=True)
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = f"a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
+            raise InvalidRequestError("text", f"{found}; give valid Unicode") from None
+        return list(self._tokenizer.encode(text, verbose=False))
+
+    def _decode(self, token_ids: list[int]) -> str:
+        for position, token_id in enumerate(token_ids):
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidRequestError(
+                    "token_ids", f"{token_id} at position {position} is outside [0, {self._vocab_size})"
+                )
+        return self.decode_now(token_ids)
+
+
+def _check_files(directory: Path) -> None:
+    """Some families load as an empty tokenizer where the files are missing."""
+    if not any((directory / name).is_file() for name in _FILES):
+        raise CheckpointError(
+            f"{directory / 'tokenizer.json'}: no tokenizer found (looked for {', '.join(_FILES)}); "
+            "copy the tokenizer files of the model there"
+        )
+
+
+def _load(directory: Path) -> PreTrainedTokenizerBase:
+    # Imported here: it takes seconds, on this thread.
+    auto = importlib.import_module("transformers").AutoTokenizer
+    tokenizer: PreTrainedTokenizerBase = auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    # Drops truncation and padding settings now: later calls then only read, which two threads may do at once.
+    tokenizer.encode("")
+    return tokenizer

@@ -1,0 +1,180 @@
+"""Layer weights: a part resident on the device, the rest in one pinned buffer a layer, prefetched in one piece."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from hsrpc.core.plan import BUFFERS, Plan
+from hsrpc.core.sizes import align
+from hsrpc.device.device import Device, Event
+from hsrpc.engine.worker import Worker
+from hsrpc.model.checkpoint import WeightSource
+from hsrpc.model.family import Family, TensorSpec
+
+
+class _Slice(NamedTuple):
+    """A tensor within a packed buffer of bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Weights of one layer."""
+
+    resident: Mapping[str, torch.Tensor]
+    packed: torch.Tensor | None
+    """Pinned bytes of the tensors that are streamed; None where none is."""
+    slices: tuple[_Slice, ...]
+    dtype: torch.dtype
+
+    def on(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All tensors of the layer, given the device buffer (bytes) that holds a copy of `packed`."""
+        return {**self.resident, **views(buffer, self.slices, self.dtype)}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """All weights of a model, where the plan wants them."""
+
+    fixed: Mapping[str, torch.Tensor]
+    layers: Sequence[LayerWeights]
+
+
+def views(buffer: torch.Tensor, slices: Sequence[_Slice], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors in a buffer of bytes."""
+    return {s.name: _view(buffer, s, dtype) for s in slices}
+
+
+def _view(buffer: torch.Tensor, s: _Slice, dtype: torch.dtype) -> torch.Tensor:
+    size = math.prod(s.shape) * dtype.itemsize
+    return buffer[s.offset : s.offset + size].view(dtype).view(s.shape)
+
+
+def load_weights(
+    family: Family, source: WeightSource, plan: Plan, device: Device, progress: bool = False
+) -> ModelWeights:
+    """Read, convert, pin and place all weights; layers in parallel, since pinning and reading each use one core.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+        ConfigError: the host memory cannot be pinned.
+    """
+    fixed = {tensor.name: _read(tensor, source, device, family.spec.dtype) for tensor in family.fixed_tensors()}
+    layers = range(family.sizes.num_layers)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="load") as pool:
+        loaded = pool.map(lambda layer: _load_layer(family, source, plan, device, layer), layers)
+        bar = tqdm(loaded, total=len(layers), desc="loading weights", unit="layer", disable=not progress, leave=False)
+        return ModelWeights(fixed, list(bar))
+
+
+def _load_layer(family: Family, source: WeightSource, plan: Plan, device: Device, layer: int) -> LayerWeights:
+    dtype = family.spec.dtype
+    tensors = family.layer_tensors(layer)
+    stays = plan.resident[layer]
+    resident = {t.name: _read(t, source, device, dtype) for t in tensors if t.name in stays}
+    streamed = [t for t in tensors if t.name not in stays]
+    slices, size = _pack(streamed, dtype)
+    if not streamed:
+        return LayerWeights(resident, None, (), dtype)
+    packed = device.pinned(size)
+    host = views(packed, slices, dtype)
+    for tensor in streamed:
+        source.read(tensor, host[tensor.name])
+    return LayerWeights(resident, packed, slices, dtype)
+
+
+def _read(tensor: TensorSpec, source: WeightSource, device: Device, dtype: torch.dtype) -> torch.Tensor:
+    out = device.empty(tensor.shape, dtype)
+    source.read(tensor, out)
+    return out
+
+
+def _pack(tensors: Sequence[TensorSpec], dtype: torch.dtype) -> tuple[tuple[_Slice, ...], int]:
+    """Slices one behind the other, each aligned, and the bytes they take."""
+    slices, offset = [], 0
+    for tensor in tensors:
+        slices.append(_Slice(tensor.name, tensor.shape, offset))
+        offset += align(math.prod(tensor.shape) * dtype.itemsize)
+    return tuple(slices), offset
+
+
+class Prefetched(NamedTuple):
+    """Weights of a layer on the device once `loaded` has happened."""
+
+    layer: int
+    tensors: Mapping[str, torch.Tensor]
+    buffer: torch.Tensor | None
+    """Goes back with `WeightPrefetcher.give_back`; None for a layer that is resident."""
+    loaded: Event
+    sweep: int
+
+
+class WeightPrefetcher:
+    """Task that sweeps over the streamed layers, as far ahead of the executor as there are buffers."""
+
+    def __init__(self, weights: ModelWeights, plan: Plan, device: Device) -> None:
+        self.streamed_bytes = 0
+        """Copied to the device since the start."""
+        self._weights = weights
+        self._device = device
+        self._streamed = [i for i, layer in enumerate(weights.layers) if layer.packed is not None]
+        self._free: asyncio.Queue[tuple[torch.Tensor, Event]] = asyncio.Queue(BUFFERS)
+        self._ready: asyncio.Queue[Prefetched] = asyncio.Queue(BUFFERS)
+        self._sweep = 0
+        self._cursor = 0
+        for _ in range(BUFFERS if self._streamed else 0):
+            self._free.put_nowait((device.empty((plan.weight_buffer_bytes,), torch.uint8), None))
+
+    async def run(self) -> None:
+        """Prefetch for ever; ends by cancellation."""
+        async with Worker("weights") as worker:
+            while True:
+                buffer, freed = await self._free.get()
+                sweep, layer = self._sweep, self._streamed[self._cursor]
+                self._cursor = (self._cursor + 1) % len(self._streamed)
+                ready = await worker.run(partial(self._load, buffer, freed, layer, sweep))
+                await self._ready.put(ready)
+
+    async def take(self, layer: int) -> Prefetched:
+        """The weights of `layer`; layers are taken in order."""
+        weights = self._weights.layers[layer]
+        if weights.packed is None:
+            return Prefetched(layer, weights.resident, None, None, self._sweep)
+        while True:
+            ready = await self._ready.get()
+            if ready.sweep == self._sweep:
+                return ready
+            self.give_back(ready, ready.loaded)
+
+    def give_back(self, taken: Prefetched, freed: Event) -> None:
+        """Its buffer may be overwritten once `freed` has happened."""
+        if taken.buffer is not None:
+            self._free.put_nowait((taken.buffer, freed))
+
+    def restart(self) -> None:
+        """Begin again at the first layer: the rest of the sweep is not wanted."""
+        self._sweep += 1
+        self._cursor = 0
+
+    def _load(self, buffer: torch.Tensor, freed: Event, layer: int, sweep: int) -> Prefetched:
+        weights, device = self._weights.layers[layer], self._device
+        packed = weights.packed
+        assert packed is not None  # only streamed layers are swept
+        device.wait(device.load, freed)
+        with device.on(device.load):
+            buffer[: len(packed)].copy_(packed, non_blocking=True)
+        self.streamed_bytes += len(packed)
+        return Prefetched(layer, weights.on(buffer), buffer, device.record(device.load), sweep)

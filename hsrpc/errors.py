@@ -1,0 +1,57 @@
+"""The errors that hsrpc raises on purpose: one small tree, each with what a person can do about it."""
+
+from __future__ import annotations
+
+
+class HsrpcError(Exception):
+    """Base of every error that hsrpc raises on purpose."""
+
+
+class ConfigError(HsrpcError):
+    """A setting is wrong, alone or together with the machine or the model."""
+
+    def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
+        self.field = field
+        self.value = value
+        super().__init__(f"{field}={value!r}: {problem}; {remedy}")
+
+
+class CheckpointError(HsrpcError):
+    """A model directory cannot be served: names the file, the tensor, what was expected and found."""
+
+
+class ModelNotFoundError(HsrpcError):
+    """No model of that name here: neither a directory nor in the local hub cache."""
+
+
+class InvalidRequestError(HsrpcError):
+    """A request is wrong in one field; nothing was allocated for it."""
+
+    def __init__(self, field: str, description: str) -> None:
+        self.field = field
+        self.description = description
+        super().__init__(f"{field}: {description}")
+
+
+class RequestExistsError(HsrpcError):
+    """A live request has the same id already."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        super().__init__(f"request_id {request_id!r} belongs to a live request; use another id or none")
+
+
+class QueueFullError(HsrpcError):
+    """Too many requests wait already; try again later."""
+
+
+class EngineUnavailableError(HsrpcError):
+    """The engine is not started, or is shutting down, and takes no requests."""
+
+
+class EngineFaultError(HsrpcError):
+    """An engine task died; every running request ends with this."""
+
+
+class RequestFailedError(HsrpcError):
+    """One request could not go on; the others do."""

@@ -1,0 +1,88 @@
+"""Attention over packed rows of ragged requests: new queries against each request's own keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from hsrpc.core.sizes import ModelSizes
+
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Where each of `r` requests' rows begin. Its queries are the last of its keys, in order (causal, bottom right)."""
+
+    query_starts: torch.Tensor
+    """int32 [r+1] on the device."""
+    key_starts: torch.Tensor
+    """int32 [r+1] on the device."""
+    query_offsets: tuple[int, ...]
+    """The same on the host."""
+    key_offsets: tuple[int, ...]
+    max_queries: int
+    max_keys: int
+
+
+class Attention:
+    """Chooses the fastest attention for the device and element type, once."""
+
+    def __init__(self, sizes: ModelSizes, scale: float, device: torch.device, dtype: torch.dtype) -> None:
+        self._heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
+        self._kv = sizes.kv_size
+        self._scale = scale
+        self._window = sizes.sliding_window
+        self._uses_flash = device.type == "cuda" and dtype in _FLASH_DTYPES and sizes.head_dim % 8 == 0
+
+    def __call__(self, queries: torch.Tensor, kv: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+        """[n, q] for queries [n, q] and the kv buffer [*, 2*kv] with rows [K|V]."""
+        num_heads, num_kv_heads, head_dim = self._heads
+        q = queries.unflatten(-1, (num_heads, head_dim))
+        k = kv[:, : self._kv].unflatten(-1, (num_kv_heads, head_dim))
+        v = kv[:, self._kv :].unflatten(-1, (num_kv_heads, head_dim))
+        attend = self._flash if self._uses_flash else self._one_by_one
+        return attend(q, k, v, rows).flatten(1)
+
+    def _flash(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  CUDA only
+
+        left = -1 if self._window is None else self._window - 1
+        result: torch.Tensor = varlen_attn(
+            q,
+            k,
+            v,
+            rows.query_starts,
+            rows.key_starts,
+            rows.max_queries,
+            rows.max_keys,
+            scale=self._scale,
+            window_size=(left, 0),
+            enable_gqa=self._heads[0] != self._heads[1],
+        )
+        return result
+
+    def _one_by_one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        bounds = zip(rows.query_offsets, rows.query_offsets[1:], rows.key_offsets, rows.key_offsets[1:], strict=False)
+        for q0, q1, k0, k1 in bounds:
+            out[q0:q1] = self._request(q[q0:q1], k[k0:k1], v[k0:k1])
+        return out
+
+    def _request(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        gqa = self._heads[0] != self._heads[1]
+        mask = self._mask(q.shape[2], k.shape[2], q.device)
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self._scale, enable_gqa=gqa)
+        return attended.squeeze(0).transpose(0, 1)
+
+    def _mask(self, num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor | None:
+        """True where a query sees a key: [queries, keys]; None where every query sees every key."""
+        if num_queries == 1 and (self._window is None or num_keys <= self._window):
+            return None
+        position = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
+        key = torch.arange(num_keys, device=device)
+        visible = key <= position
+        return visible if self._window is None else visible & (key > position - self._window)

@@ -1,0 +1,93 @@
+"""A model's config.json, read with types: every refusal names the file, the key, what was expected and found."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hsrpc.errors import CheckpointError
+
+_REMEDY = "correct the file, or serve a model that hsrpc supports"
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """The values of one JSON object; a null value is an absent one.
+
+    Raises:
+        CheckpointError: from every reader, when the value is missing or is not what the reader returns.
+    """
+
+    file: str
+    values: Mapping[str, object]
+
+    def refuse(self, key: str, expected: str, remedy: str = _REMEDY) -> CheckpointError:
+        found = repr(self.values[key]) if key in self.values else "nothing"
+        return CheckpointError(f"{self.file}: {key}: expected {expected}, found {found}; {remedy}")
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+        value = self.values.get(key) if self.has(key) else default
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.refuse(key, f"a whole number, {least} or more")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.values.get(key) if self.has(key) else default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+            raise self.refuse(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key) if self.has(key) else default
+        if not isinstance(value, bool):
+            raise self.refuse(key, "true or false")
+        return value
+
+    def choice(self, key: str, choices: tuple[str, ...], default: str | None = None) -> str:
+        value = self.values.get(key) if self.has(key) else default
+        if not isinstance(value, str) or value not in choices:
+            raise self.refuse(key, "one of " + ", ".join(choices))
+        return value
+
+    def section(self, key: str) -> ConfigFile | None:
+        """The object under `key`, or None."""
+        if not self.has(key):
+            return None
+        value = self.values[key]
+        if not isinstance(value, dict):
+            raise self.refuse(key, "an object")
+        return ConfigFile(f"{self.file}: {key}", value)
+
+    def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
+        """The token id, or list of them, under `key`; empty when absent."""
+        if not self.has(key):
+            return ()
+        value = self.values[key]
+        ids = tuple(value) if isinstance(value, list) else (value,)
+        if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+            raise self.refuse(key, f"a token id, or a list of them, below vocab_size={vocab_size}")
+        return ids
+
+
+def read_config(path: Path) -> ConfigFile:
+    """The JSON object in `path`.
+
+    Raises:
+        CheckpointError: no such file, or no JSON object in it.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        remedy = "give a model directory in Hugging Face format"
+        raise CheckpointError(f"{path}: expected a readable file, found {error.strerror}; {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected JSON, found {error}; fetch the file again") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}; fetch the file again")
+    return ConfigFile(str(path), values)

@@ -1,0 +1,124 @@
+"""The contract of a model family: which tensors it needs, and how one layer computes over packed rows."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from hsrpc.core.sizes import ModelSizes
+from hsrpc.model.config_file import ConfigFile
+
+Weights: TypeAlias = Mapping[str, torch.Tensor]
+"""Packed tensor names to tensors, of one layer or of the fixed part."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A packed tensor: checkpoint tensors concatenated along dimension 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    source_rows: tuple[int, ...] = ()
+    """Length of each source along dimension 0; empty: all the same."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def source_shapes(self) -> tuple[tuple[int, ...], ...]:
+        rows = self.source_rows or (self.shape[0] // len(self.sources),) * len(self.sources)
+        return tuple((count, *self.shape[1:]) for count in rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What a model is, without its weights."""
+
+    name: str
+    """Last component of its directory or hub id."""
+    family: str
+    dtype: torch.dtype
+    """Of the weights and caches as served."""
+    checkpoint_dtype: torch.dtype
+    """Of the weights as the configuration declares them."""
+    sizes: ModelSizes
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    pad_token_id: int | None
+    config: ConfigFile
+    """What the family reads its own settings from."""
+
+
+class Family(ABC):
+    """One architecture. Rows are tokens of any number of requests, concatenated; positions are int64 [n].
+
+    With n rows, hidden size h, q = num_heads * head_dim and kv = num_kv_heads * head_dim.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.sizes = spec.sizes
+        self.q_size = spec.sizes.num_heads * spec.sizes.head_dim
+        self.kv_size = spec.sizes.kv_size
+        self.attention_scale: float = spec.sizes.head_dim**-0.5
+        """Factor on q K^T; queries come unscaled."""
+
+    @staticmethod
+    @abstractmethod
+    def read_sizes(config: ConfigFile, element_bytes: int) -> ModelSizes:
+        """The sizes in `config`, without tensors (see `load_spec`).
+
+        Raises:
+            CheckpointError: a key is missing, or its value is not supported.
+        """
+
+    @abstractmethod
+    def layer_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
+        """Tensors of one decoder layer: the same names and shapes in every layer."""
+
+    @abstractmethod
+    def fixed_tensors(self) -> tuple[TensorSpec, ...]:
+        """Embeddings, final norm and head."""
+
+    def all_tensors(self) -> Iterator[TensorSpec]:
+        """Fixed tensors, then those of each layer in turn."""
+        yield from self.fixed_tensors()
+        for layer in range(self.sizes.num_layers):
+            yield from self.layer_tensors(layer)
+
+    @abstractmethod
+    def embed(self, fixed: Weights, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Input of the first layer [n, h] for int64 `token_ids` [n]."""
+
+    @abstractmethod
+    def attention_input(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
+        """Input of the Q, K and V projections [n, h]: what an activation block stores."""
+
+    @abstractmethod
+    def queries_keys_values(
+        self, w: Weights, x: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [n, q], unscaled, and keys and values [n, 2*kv] as [K|V], for the attention input `x` [n, h].
+
+        Both are views of one [n, q + 2*kv] tensor: rows are strided.
+        """
+
+    @abstractmethod
+    def keys_values(self, w: Weights, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """[K|V] [n, 2*kv] rebuilt from the stored attention input `x` [n, h] by one GEMM."""
+
+    @abstractmethod
+    def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Output of the layer [n, h], from its input `hidden` [n, h] and the attention's output [n, q]."""
+
+    @abstractmethod
+    def logits(self, fixed: Weights, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [r, vocab] in float32 for the chosen rows [r, h] of the last layer's output."""

@@ -1,0 +1,79 @@
+"""From what a user calls a model to a directory: a path, or an id of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from hsrpc.errors import ModelNotFoundError
+from hsrpc.model.config_file import read_config
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TEXT_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
+_SAFETENSORS = "model*.safetensors"
+_PICKLES = "pytorch_model*.bin"
+
+
+def model_name(directory: Path) -> str:
+    """Last component of the directory, or of the hub id that a directory of the hub's cache belongs to."""
+    directory = directory.resolve()
+    if directory.parent.name == "snapshots":
+        return directory.parent.parent.name.rpartition("--")[2]
+    return directory.name
+
+
+def resolve_model(name: str, *, pickled: bool = False) -> Path:
+    """The directory of the model `name`, from the hub where need be; its local cache is tried first.
+
+    With `pickled` the weights are those in PyTorch's own format, which `hsrpc convert` reads.
+
+    Raises:
+        ModelNotFoundError: neither a directory nor a model that the hub has, or the hub is out of reach.
+    """
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
+        raise ModelNotFoundError(f"{name!r} is a file; give the directory that it is in")
+    if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
+        raise ModelNotFoundError(f"{name!r} is not a directory; give a directory, or a hub id such as org/name")
+    pattern = _PICKLES if pickled else _SAFETENSORS
+    cached = _fetch(name, pattern, local_files_only=True)
+    if cached is not None and _is_complete(cached, pattern):
+        return cached
+    directory = _fetch(name, pattern, local_files_only=False)
+    if directory is None:
+        remedy = "fetch it where there is a network and give its directory"
+        raise ModelNotFoundError(f"{name!r} is not on this machine and the hub is out of reach; {remedy}")
+    if not _is_complete(directory, pattern):
+        remedy = "serve it without converting it" if pickled else f"run `hsrpc convert {name} DIRECTORY`"
+        raise ModelNotFoundError(f"{name!r} has no complete {pattern} on the hub; {remedy}")
+    return directory
+
+
+def _is_complete(directory: Path, pattern: str) -> bool:
+    """Whether the configuration and all weight files are there."""
+    index = next(directory.glob(f"{pattern}.index.json"), None)
+    section = read_config(index).section("weight_map") if index else None
+    names = section.values.values() if section else [path.name for path in directory.glob(pattern)]
+    return bool(names) and all((directory / str(name)).is_file() for name in ("config.json", *names))
+
+
+def _fetch(name: str, pattern: str, *, local_files_only: bool) -> Path | None:
+    """The directory in the hub's cache; None when it is not there, or the hub is out of reach."""
+    import huggingface_hub  # noqa: PLC0415  slow to import, and of no use for a directory
+    from huggingface_hub import errors  # noqa: PLC0415
+
+    try:
+        patterns = [*_TEXT_FILES, pattern]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
+    except errors.HFValidationError:
+        problem = "is neither a directory nor a hub id; give a directory, or a hub id such as org/name"
+    except errors.GatedRepoError:
+        problem = "needs its owner's permission; ask for it on the hub, then run `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        problem = "is neither a directory nor a public model on the hub; check the spelling, or run `hf auth login`"
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError):
+        return None
+    raise ModelNotFoundError(f"{name!r} {problem}")

@@ -1,0 +1,48 @@
+"""Pieces that families share: projections, norms and the declarations of their tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from hsrpc.model.family import TensorSpec, Weights
+
+
+def project(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    """x [n, in] times `{name}_weight` [out, in], plus `{name}_bias` where there is one."""
+    return functional.linear(x, w[f"{name}_weight"], w.get(f"{name}_bias"))
+
+
+def project_rows(w: Weights, name: str, x: torch.Tensor, start: int) -> torch.Tensor:
+    """As `project`, with the weight's rows from `start` on."""
+    bias = w.get(f"{name}_bias")
+    return functional.linear(x, w[f"{name}_weight"][start:], None if bias is None else bias[start:])
+
+
+def layer_norm(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    """Layer norm over the last dimension, with epsilon 1e-5, affine where the tensors are there."""
+    return functional.layer_norm(x, x.shape[-1:], w.get(f"{name}_weight"), w.get(f"{name}_bias"))
+
+
+def rms_norm(w: Weights, name: str, x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """RMS norm over the last dimension: in float32, cast to the type of `x`, then scaled."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return w[f"{name}_weight"] * wide.to(x.dtype)
+
+
+def linear_tensors(
+    name: str, sources: tuple[str, ...], rows: tuple[int, ...], columns: int, *, bias: bool
+) -> list[TensorSpec]:
+    """Weight [sum(rows), columns], and bias [sum(rows)], of projections fused along their outputs."""
+    total = sum(rows)
+    weight = TensorSpec(f"{name}_weight", (total, columns), tuple(f"{s}.weight" for s in sources), rows)
+    if not bias:
+        return [weight]
+    return [weight, TensorSpec(f"{name}_bias", (total,), tuple(f"{s}.bias" for s in sources), rows)]
+
+
+def norm_tensors(name: str, source: str, size: int, *, weight: bool = True, bias: bool = False) -> list[TensorSpec]:
+    """Weight and bias [size] of a norm, those it has."""
+    parts = [("weight", weight), ("bias", bias)]
+    return [TensorSpec(f"{name}_{part}", (size,), (f"{source}.{part}",)) for part, present in parts if present]

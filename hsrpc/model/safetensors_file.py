@@ -1,0 +1,135 @@
+"""Reads one safetensors file: the header is checked when it is opened, data goes straight into a tensor's memory.
+
+Format: 8 bytes little-endian header length, a JSON header, then the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeGuard
+
+import torch
+
+from hsrpc.errors import CheckpointError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_HEADER_BYTES = 100_000_000
+_LENGTH_BYTES = 8
+_CHUNK_ELEMENTS = 1 << 23
+_REFETCH = "fetch the file again"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: `start` and `end` are bytes from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class SafetensorsFile:
+    """The tensors of one file. Holds no handle, so reads may come from any thread.
+
+    Raises:
+        CheckpointError: on construction, when the file is truncated or its header is not one of the format.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                length = self._header_length(file.read(_LENGTH_BYTES), size)
+                header = file.read(length)
+        except OSError as error:
+            raise self.refuse("a readable file", error.strerror) from None
+        self.entries = self._parse(header, _LENGTH_BYTES + length)
+        self._check_extent(_LENGTH_BYTES + length, size)
+
+    def refuse(self, expected: str, found: object, remedy: str = _REFETCH, tensor: str = "") -> CheckpointError:
+        where = f"{self.path}: {tensor}" if tensor else str(self.path)
+        return CheckpointError(f"{where}: expected {expected}, found {found}; {remedy}")
+
+    def _header_length(self, prefix: bytes, size: int) -> int:
+        if len(prefix) < _LENGTH_BYTES:
+            raise self.refuse("a safetensors file", f"{len(prefix)} bytes")
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER_BYTES:
+            raise self.refuse(f"a header of at most {MAX_HEADER_BYTES} bytes", f"{length} bytes")
+        if _LENGTH_BYTES + length > size:
+            raise self.refuse(f"a file of at least {_LENGTH_BYTES + length} bytes", f"{size} bytes")
+        return length
+
+    def _parse(self, header: bytes, data_start: int) -> dict[str, TensorEntry]:
+        try:
+            values = json.loads(header)
+        except (ValueError, RecursionError) as error:
+            raise self.refuse("a JSON header", error) from None
+        if not isinstance(values, dict):
+            raise self.refuse("a JSON object as header", type(values).__name__)
+        values.pop("__metadata__", None)
+        return {name: self._parse_entry(name, value, data_start) for name, value in values.items()}
+
+    def _parse_entry(self, name: str, value: object, data_start: int) -> TensorEntry:
+        fields = value if isinstance(value, dict) else {}
+        dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+        if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+            raise self.refuse("dtype, shape and two data_offsets in the header", value, tensor=name)
+        entry = TensorEntry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+        if dtype in DTYPES and entry.end - entry.start != math.prod(shape) * DTYPES[dtype].itemsize:
+            found = f"{entry.end - entry.start} bytes"
+            raise self.refuse(f"{math.prod(shape)} elements of {dtype}", found, tensor=name)
+        return entry
+
+    def _check_extent(self, data_start: int, size: int) -> None:
+        """Tensors must follow one another without overlap and end with the file."""
+        reached = data_start
+        for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].start, item[1].end)):
+            if entry.start != reached or entry.end < entry.start:
+                raise self.refuse(f"data from byte {reached} on", f"from {entry.start} to {entry.end}", tensor=name)
+            reached = entry.end
+        if reached != size:
+            raise self.refuse(f"a file of {reached} bytes", f"{size} bytes")
+
+    def read(self, name: str, out: torch.Tensor) -> None:
+        """Copies the tensor `name` into `out` (one dimension, contiguous, as many elements), converted to its type.
+
+        Raises:
+            CheckpointError: the element type is not supported, or the file has become shorter.
+        """
+        entry = self.entries[name]
+        self.check_dtype(name)
+        dtype = DTYPES[entry.dtype]
+        with self.path.open("rb", buffering=0) as file:
+            if out.dtype == dtype and out.device.type == "cpu":
+                self._fill(file.fileno(), name, entry.start, out)
+                return
+            scratch = torch.empty(min(len(out), _CHUNK_ELEMENTS), dtype=dtype, device="cpu")
+            for first in range(0, len(out), _CHUNK_ELEMENTS):
+                piece = out[first : first + _CHUNK_ELEMENTS]
+                self._fill(file.fileno(), name, entry.start + first * dtype.itemsize, scratch[: len(piece)])
+                piece.copy_(scratch[: len(piece)])
+
+    def check_dtype(self, name: str) -> None:
+        dtype = self.entries[name].dtype
+        if dtype not in DTYPES:
+            raise self.refuse("one of " + ", ".join(DTYPES), dtype, "serve an unquantized checkpoint", name)
+
+    def _fill(self, descriptor: int, name: str, start: int, out: torch.Tensor) -> None:
+        memory = out.view(torch.uint8).numpy().data
+        done = 0
+        while done < len(memory):
+            count = os.preadv(descriptor, [memory[done:]], start + done)
+            if count == 0:
+                raise self.refuse(f"{len(memory)} bytes from byte {start} on", f"{done} bytes", tensor=name)
+            done += count
+
+
+def _are_sizes(values: object) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)

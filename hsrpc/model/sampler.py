@@ -1,0 +1,163 @@
+"""Samples the next token of every request in a batch, in two halves: launch on the device, result on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsrpc.core.request import TokenLogprob
+from hsrpc.model.logits import SamplingRow, draw, edit, to_device
+
+__all__ = ["PendingSample", "Sampled", "Sampler", "SamplingRow"]
+
+_FAILED = -1
+_MAX_PARTIAL_SORT = 1024
+"""Up to this top-k the k largest logits are selected; above it, and for top-p alone, all are sorted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One row's token."""
+
+    token_id: int
+    """-1 where the row failed."""
+    logprob: TokenLogprob | None
+    failed: bool
+    """The model's logits held NaN or infinity, or nothing but minus infinity: there is no token, for this row alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingSample:
+    """Tokens that are on their way from the device to the host."""
+
+    rows: Sequence[SamplingRow]
+    token_ids: Tensor
+    """[n] int64 in host memory, right once `arrived` has happened."""
+    logprobs: Sequence[tuple[Sequence[int], Tensor]]
+    """Rows and their [rows, 2 + 2 * top] float64: logprob, rank, ids of the most probable tokens, their logprobs."""
+    arrived: torch.Event | None
+    """None on the CPU."""
+
+    def result(self) -> list[Sampled]:
+        """Waits for the device; one for each row of logits, in their order."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        logprobs = {
+            index: values
+            for indices, table in self.logprobs
+            for index, values in zip(indices, table.tolist(), strict=True)
+        }
+        return [
+            _sampled(token_id, row, logprobs.get(index))
+            for index, (token_id, row) in enumerate(zip(self.token_ids.tolist(), self.rows, strict=True))
+        ]
+
+
+class Sampler:
+    """Samples rows of logits, each as its own parameters say, whatever else is in the batch.
+
+    Working memory on the device is about `chunk_elements` * 48 bytes: rows that are not plainly greedy are worked on
+    a few at a time.
+    """
+
+    def __init__(self, chunk_elements: int = 2**22) -> None:
+        self._chunk_elements = chunk_elements
+
+    @torch.inference_mode()
+    def launch(self, logits: Tensor, rows: Sequence[SamplingRow]) -> PendingSample:
+        """Starts sampling logits [n, vocab] with `n` rows, on the current stream; waits for nothing.
+
+        Raises:
+            ValueError: not one row for each row of logits.
+        """
+        if len(rows) != logits.shape[0]:
+            raise ValueError(f"rows: {len(rows)} for {logits.shape[0]} rows of logits; give one for each")
+        best, token_ids = logits.max(dim=-1)
+        for route in sorted({_route(row) for row in rows} - {_PLAIN}):
+            for indices in self._chunks([i for i, row in enumerate(rows) if _route(row) == route], logits.shape[1]):
+                self._choose(logits, [rows[i] for i in indices], indices, route, token_ids)
+        # An infinite or NaN maximum: such logits have no distribution.
+        token_ids = torch.where(best.isfinite(), token_ids, _FAILED)
+        logprobs = self._logprobs(logits, rows, token_ids)
+        return PendingSample(rows, _to_host(token_ids), logprobs, _record(logits.device))
+
+    def _choose(
+        self, logits: Tensor, rows: Sequence[SamplingRow], indices: Sequence[int], route: int, token_ids: Tensor
+    ) -> None:
+        index = _index(indices, logits.device)
+        chosen = edit(logits.index_select(0, index).float(), rows)
+        if route == _GREEDY:
+            token_ids.index_copy_(0, index, chosen.argmax(dim=-1))
+            return
+        most = {_ALL: 0, _TOP_K: max(row.params.top_k for row in rows), _SORTED: logits.shape[1]}[route]
+        token_ids.index_copy_(0, index, draw(chosen, rows, min(most, logits.shape[1])))
+
+    def _logprobs(
+        self, logits: Tensor, rows: Sequence[SamplingRow], token_ids: Tensor
+    ) -> list[tuple[Sequence[int], Tensor]]:
+        wanted = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+        tables: list[tuple[Sequence[int], Tensor]] = []
+        for indices in self._chunks(wanted, logits.shape[1]):
+            index = _index(indices, logits.device)
+            top = min(max(rows[i].params.logprobs or 0 for i in indices), logits.shape[1])
+            table = _logprob_table(logits.index_select(0, index), token_ids.index_select(0, index), top)
+            tables.append((indices, _to_host(table)))
+        return tables
+
+    def _chunks(self, indices: Sequence[int], vocab_size: int) -> Iterator[Sequence[int]]:
+        size = max(1, self._chunk_elements // vocab_size)
+        return (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+# Ways to a row's token. A row's own parameters alone decide which, so that its token does not depend on the batch.
+_PLAIN, _GREEDY, _ALL, _TOP_K, _SORTED = range(5)
+
+
+def _route(row: SamplingRow) -> int:
+    params = row.params
+    if params.is_greedy:
+        return _GREEDY if row.has_edits else _PLAIN
+    if 0 < params.top_k <= _MAX_PARTIAL_SORT:
+        return _TOP_K
+    return _SORTED if params.top_k or params.top_p < 1.0 else _ALL
+
+
+def _logprob_table(logits: Tensor, token_ids: Tensor, top: int) -> Tensor:
+    """Of logits [n, vocab] and the chosen ids [n]: the table of PendingSample.logprobs."""
+    values = logits.float().log_softmax(dim=-1)
+    chosen = values.gather(1, token_ids.clamp(min=0).unsqueeze(1))
+    rank = (values > chosen).sum(dim=-1, keepdim=True) + 1
+    best, best_ids = values.topk(top, dim=-1)
+    return torch.cat([chosen.double(), rank.double(), best_ids.double(), best.double()], dim=1)
+
+
+def _sampled(token_id: int, row: SamplingRow, values: list[float] | None) -> Sampled:
+    if token_id == _FAILED or values is None:
+        return Sampled(token_id, None, token_id == _FAILED)
+    top = (len(values) - 2) // 2
+    best = [(int(best_id), value) for best_id, value in zip(values[2 : 2 + top], values[2 + top :], strict=True)]
+    return Sampled(
+        token_id, TokenLogprob(token_id, values[0], int(values[1]), tuple(best[: row.params.logprobs])), False
+    )
+
+
+def _index(indices: Sequence[int], device: torch.device) -> Tensor:
+    return to_device(np.array(indices, dtype=np.int64), device)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type != "cuda":
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _record(device: torch.device) -> torch.Event | None:
+    if device.type != "cuda":
+        return None
+    event = torch.Event(device, blocking=True)
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -1,0 +1,94 @@
+"""From a model directory's config.json, or a well-known name, to a `ModelSpec`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from hsrpc.core.sizes import ModelSizes
+from hsrpc.errors import ModelNotFoundError
+from hsrpc.model.config_file import ConfigFile, read_config
+from hsrpc.model.families import FAMILIES, create_family, family_name
+from hsrpc.model.family import ModelSpec
+from hsrpc.model.hub import model_name
+from hsrpc.model.shapes import SHAPES
+
+__all__ = ["ModelSpec", "load_spec", "named_spec"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_spec(directory: Path, dtype: torch.dtype | None) -> ModelSpec:
+    """The spec of the model in `directory`, to be served in `dtype`; None serves the checkpoint's own.
+
+    Raises:
+        CheckpointError: a file or key is missing or wrong, or the model is not supported.
+    """
+    config = read_config(directory / "config.json")
+    spec = _make_spec(model_name(directory), config, dtype)
+    generation = directory / "generation_config.json"
+    if not generation.exists():
+        return spec
+    more = read_config(generation).token_ids("eos_token_id", spec.vocab_size)
+    return replace(spec, eos_token_ids=tuple(dict.fromkeys(spec.eos_token_ids + more)))
+
+
+def named_spec(name: str, dtype: torch.dtype | None) -> ModelSpec:
+    """The spec of a well-known model by name, such as opt-30b, for use with random weights.
+
+    Raises:
+        ModelNotFoundError: no such name; lists those there are.
+    """
+    if name not in SHAPES:
+        raise ModelNotFoundError(f"{name!r} is not a known shape; use one of " + ", ".join(SHAPES))
+    return _make_spec(name, ConfigFile(f"shape {name}", SHAPES[name]), dtype)
+
+
+def _make_spec(name: str, config: ConfigFile, dtype: torch.dtype | None) -> ModelSpec:
+    _check_supported(config)
+    family = family_name(config)
+    declared = _read_dtype(config)
+    served = declared if dtype is None else dtype
+    sizes = FAMILIES[family].read_sizes(config, served.itemsize)
+    spec = ModelSpec(
+        name=name,
+        family=family,
+        dtype=served,
+        checkpoint_dtype=declared,
+        sizes=sizes,
+        vocab_size=sizes.vocab_size,
+        eos_token_ids=config.token_ids("eos_token_id", sizes.vocab_size),
+        bos_token_id=_optional_id(config, "bos_token_id", sizes.vocab_size),
+        pad_token_id=_optional_id(config, "pad_token_id", sizes.vocab_size),
+        config=config,
+    )
+    return replace(spec, sizes=_with_tensors(spec))
+
+
+def _with_tensors(spec: ModelSpec) -> ModelSizes:
+    family = create_family(spec)
+    layer_tensors = {tensor.name: tensor.numel for tensor in family.layer_tensors(0)}
+    fixed_elements = sum(tensor.numel for tensor in family.fixed_tensors())
+    return replace(spec.sizes, layer_tensors=layer_tensors, fixed_elements=fixed_elements)
+
+
+def _check_supported(config: ConfigFile) -> None:
+    if config.has("quantization_config"):
+        raise config.refuse("quantization_config", "nothing", "serve the model's unquantized checkpoint")
+    kinds = config.values.get("layer_types")
+    if isinstance(kinds, list) and len({str(kind) for kind in kinds}) > 1:
+        raise config.refuse("layer_types", "one kind for all layers")
+
+
+def _read_dtype(config: ConfigFile) -> torch.dtype:
+    """Declared as `dtype`, or `torch_dtype` in older files; float32 where neither is there."""
+    key = "dtype" if config.has("dtype") else "torch_dtype"
+    return DTYPES[config.choice(key, tuple(DTYPES), "float32")]
+
+
+def _optional_id(config: ConfigFile, key: str, vocab_size: int) -> int | None:
+    """None also for ids outside the vocabulary, such as the -1 of some files: generation does not need them."""
+    value = config.values.get(key)
+    return value if type(value) is int and 0 <= value < vocab_size else None

@@ -1,0 +1,7 @@
+"""The gRPC service over one engine; `serve` runs it. Needs the extra `hsrpc[engine]`."""
+
+from hsrpc.server.app import serve
+from hsrpc.server.config import ServerConfig
+from hsrpc.server.listener import Server
+
+__all__ = ["Server", "ServerConfig", "serve"]

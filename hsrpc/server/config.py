@@ -1,0 +1,50 @@
+"""Settings of the gRPC server: one frozen dataclass, validated when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hsrpc.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Where and how the server listens.
+
+    Raises:
+        ConfigError: on construction, naming the field, its value and the remedy.
+    """
+
+    host: str = "127.0.0.1"
+    """Address to bind; 0.0.0.0 or :: lets other machines in."""
+    port: int = 50051
+    """0 takes a free one."""
+    drain_timeout: float = 30.0
+    """Seconds that running requests may take to end after the first SIGTERM or SIGINT."""
+    write_timeout: float = 30.0
+    """Seconds that a client may leave its stream unread, once the transport's buffers are full."""
+    max_message_bytes: int = 4 * 1024**2
+    """Largest request taken, bytes."""
+    max_streams_per_connection: int = 4096
+    """Most calls that one connection has at once; a client keeps more than that to itself."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65_535:
+            raise ConfigError("port", self.port, "not a port", "give 0 to 65535")
+        for name in ("drain_timeout", "write_timeout"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(name, value, "not a time", "give seconds, 0 or more")
+        for name in ("max_message_bytes", "max_streams_per_connection"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, getattr(self, name), "not positive", "give 1 or more")
+
+    @property
+    def bind_address(self) -> str:
+        return join_address(self.host, self.port)
+
+
+def join_address(host: str, port: int) -> str:
+    """`host:port`, with an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

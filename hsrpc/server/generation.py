@@ -1,0 +1,95 @@
+"""GenerationService: one request in, a stream of its output back."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+
+from hsrpc.core.request import Delta
+from hsrpc.errors import InvalidRequestError, RequestFailedError
+from hsrpc.server.contract import Engine, Generation
+from hsrpc.server.convert import (
+    OutputOptions,
+    delta_message,
+    finish_message,
+    read_output,
+    read_params,
+    read_prompt,
+    read_request_id,
+    start_message,
+    with_path,
+)
+from hsrpc.server.handlers import Write
+from hsrpc.server.model import check_model
+from hsrpc.server.portions import merge, split
+from hsrpc.server.state import ServerState
+from hsrpc.v1 import generation_pb2 as v1
+
+
+class GenerationService:
+    """Methods of hsrpc.v1.GenerationService."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    async def generate(self, request: v1.GenerateRequest, write: Write[v1.GenerateResponse]) -> None:
+        """Send the continuation of the prompt; however this ends, the engine's work for it ends too."""
+        with self._state.admit() as engine:
+            check_model(engine, request)
+            options = read_output(request.output)
+            generation = await _submit(engine, request)
+            try:
+                first = await _first_response(engine, generation, request, options)
+                await _send(generation, first, options, write)
+            finally:
+                generation.close()
+
+    async def abort(self, request: v1.AbortRequest) -> v1.AbortResponse:
+        if not request.request_id:
+            raise InvalidRequestError("request_id", "empty; give the id of the request to end")
+        return v1.AbortResponse(aborted=self._state.engine.abort(request.request_id))
+
+
+async def _submit(engine: Engine, request: v1.GenerateRequest) -> Generation:
+    params, prompt, request_id = read_params(request), read_prompt(request), read_request_id(request)
+    try:
+        return await engine.submit(prompt, params, request_id=request_id)
+    except InvalidRequestError as error:
+        raise with_path(error, request) from None
+
+
+async def _first_response(
+    engine: Engine, generation: Generation, request: v1.GenerateRequest, options: OutputOptions
+) -> v1.GenerateResponse:
+    """The response that the first token will complete, so that headers are sent with it and not before."""
+    ids = generation.prompt_token_ids
+    start = start_message(generation.request_id, engine.spec.name, ids, generation.params, options)
+    response = v1.GenerateResponse(start=start)
+    if options.echo_prompt:
+        by_text = request.WhichOneof("input") == "text"
+        response.delta.text = request.text if by_text else await engine.tokenizer.decode(list(ids))
+    return response
+
+
+async def _send(
+    generation: Generation, response: v1.GenerateResponse, options: OutputOptions, write: Write[v1.GenerateResponse]
+) -> None:
+    most = options.max_tokens_per_message
+    async with aclosing(merge(generation, options.max_message_delay, most)) as portions:
+        async for portion in portions:
+            for delta in split(portion, most):
+                _add(response, delta, options)
+                if response.ByteSize():
+                    await write(response)
+                if delta.finish:
+                    return
+                response = v1.GenerateResponse()
+    raise RequestFailedError(f"request {generation.request_id} ended without a finish")
+
+
+def _add(response: v1.GenerateResponse, delta: Delta, options: OutputOptions) -> None:
+    message = delta_message(delta, options)
+    if message is not None:
+        message.text = response.delta.text + message.text
+        response.delta.CopyFrom(message)
+    if delta.finish:
+        response.finish.CopyFrom(finish_message(delta.finish))

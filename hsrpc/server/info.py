@@ -1,0 +1,77 @@
+"""ServerService: version, plan, what was measured, and the load."""
+
+from __future__ import annotations
+
+import time
+
+from hsrpc import __version__
+from hsrpc.core.blocks import BlockKind, PoolId, Tier
+from hsrpc.core.plan import Plan
+from hsrpc.server.contract import Engine, Stats
+from hsrpc.server.convert import duration
+from hsrpc.server.handlers import Write
+from hsrpc.server.state import ServerState
+from hsrpc.server.status import NotSupportedError
+from hsrpc.v1 import server_pb2 as v1
+
+_KINDS = {BlockKind.KV: v1.BLOCK_KIND_KV, BlockKind.ACTIVATION: v1.BLOCK_KIND_ACTIVATION}
+_TIERS = {Tier.DEVICE: v1.BLOCK_TIER_DEVICE, Tier.HOST: v1.BLOCK_TIER_HOST}
+
+
+class InfoService:
+    """Methods of hsrpc.v1.ServerService."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._started = time.monotonic()
+
+    async def get_server_info(self, _: v1.GetServerInfoRequest) -> v1.GetServerInfoResponse:
+        engine = self._state.engine
+        stats = engine.stats()
+        return v1.GetServerInfoResponse(
+            version=__version__,
+            model=engine.spec.name,
+            device=engine.device,
+            uptime=duration(time.monotonic() - self._started),
+            plan=_plan_message(engine.plan),
+            measured=_measured_message(stats),
+            load=_load_message(engine, stats),
+        )
+
+    async def watch_load(self, _: v1.WatchLoadRequest, __: Write[v1.WatchLoadResponse]) -> None:
+        raise NotSupportedError("WatchLoad")
+
+
+def _plan_message(plan: Plan) -> v1.Plan:
+    return v1.Plan(
+        device_memory_bytes=plan.budgets.device,
+        host_memory_bytes=plan.budgets.host,
+        resident_share=plan.resident_share,
+        activation_share=plan.activation_share,
+        max_batch=plan.max_batch,
+        expected_context=plan.prediction.context,
+        predicted_step_time=duration(plan.prediction.step),
+        predicted_tokens_per_second=plan.prediction.tokens_per_second,
+    )
+
+
+def _measured_message(stats: Stats) -> v1.Measured:
+    message = v1.Measured(
+        generated_tokens=stats.generated_tokens,
+        prompt_tokens=stats.prompt_tokens,
+        weights_streamed_bytes=stats.weights_streamed_bytes,
+        cache_loaded_bytes=stats.cache_loaded_bytes,
+    )
+    if stats.steps and stats.step_seconds > 0:
+        message.step_time.CopyFrom(duration(stats.step_seconds / stats.steps))
+        message.tokens_per_second = stats.generated_tokens / stats.step_seconds
+    return message
+
+
+def _load_message(engine: Engine, stats: Stats) -> v1.Load:
+    used, total = stats.used_blocks, engine.plan.num_blocks
+    blocks = [
+        v1.BlockUse(kind=_KINDS[pool.kind], tier=_TIERS[pool.tier], used=used.get(pool, 0), total=total.get(pool, 0))
+        for pool in PoolId
+    ]
+    return v1.Load(queued_requests=stats.queued, running_requests=stats.running, blocks=blocks)

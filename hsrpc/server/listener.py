@@ -1,0 +1,132 @@
+"""The gRPC server itself: services, health, reflection, and the order in which they go up and down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from hsrpc.errors import ConfigError
+from hsrpc.server.config import ServerConfig, join_address
+from hsrpc.server.contract import Engine
+from hsrpc.server.generation import GenerationService
+from hsrpc.server.handlers import streaming, unary
+from hsrpc.server.info import InfoService
+from hsrpc.server.model import ModelService
+from hsrpc.server.state import Phase, ServerState
+from hsrpc.v1 import generation_pb2, model_pb2, server_pb2
+
+GENERATION = "hsrpc.v1.GenerationService"
+MODEL = "hsrpc.v1.ModelService"
+SERVER = "hsrpc.v1.ServerService"
+HEALTH_NAMES = ("", GENERATION)
+_LAST_WORDS = 1.0
+"""Seconds that calls have to send their status once the server stops."""
+
+_log = logging.getLogger(__name__)
+
+
+class Server:
+    """Listens from `start` on; takes requests from `attach` to `drain`. All on one event loop."""
+
+    def __init__(self, config: ServerConfig, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
+        self.config = config
+        self.state = ServerState()
+        self.port = config.port
+        self._health = health.aio.HealthServicer()
+        self._grpc = grpc.aio.server(interceptors=list(interceptors), options=_options(config))
+        self._grpc.add_generic_rpc_handlers(_service_handlers(self.state, config))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        names = (GENERATION, MODEL, SERVER, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._grpc)
+
+    @property
+    def address(self) -> str:
+        return join_address(self.config.host, self.port)
+
+    async def start(self) -> None:
+        """Bind and answer; requests are UNAVAILABLE until an engine is attached.
+
+        Raises:
+            ConfigError: the address cannot be bound.
+        """
+        try:
+            self.port = self._grpc.add_insecure_port(self.config.bind_address)
+        except RuntimeError:
+            self.port = 0
+        if not self.port:
+            raise ConfigError(
+                "port", self.config.bind_address, "cannot be bound", "take an address of this machine and a free port"
+            )
+        await self._set_health(serving=False)
+        await self._grpc.start()
+
+    async def attach(self, engine: Engine) -> None:
+        """Take requests for `engine`, which has started."""
+        self.state.attach(engine)
+        await self._set_health(serving=True)
+
+    async def drain(self) -> None:
+        """Take no more requests, and wait for those there are, at most `drain_timeout` s."""
+        self.state.enter(Phase.DRAINING)
+        await self._set_health(serving=False)
+        await self._wait_idle(self.config.drain_timeout)
+
+    async def fail(self) -> None:
+        """The engine is dead: take no more requests, and let those there are hear of it."""
+        self.state.enter(Phase.FAILED)
+        await self._set_health(serving=False)
+        await self._wait_idle(_LAST_WORDS / 2)
+
+    async def stop(self) -> None:
+        """Cancel what is left, and close the port."""
+        self.state.enter(Phase.DRAINING)
+        await self._grpc.stop(_LAST_WORDS / 2)
+
+    async def _wait_idle(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self.state.wait_idle(), seconds)
+        except TimeoutError:
+            _log.warning("requests still run after %s s and are cancelled", seconds)
+
+    async def _set_health(self, *, serving: bool) -> None:
+        statuses = health_pb2.HealthCheckResponse
+        status = statuses.SERVING if serving else statuses.NOT_SERVING
+        for name in HEALTH_NAMES:
+            await self._health.set(name, status)
+
+
+def _service_handlers(state: ServerState, config: ServerConfig) -> list[grpc.GenericRpcHandler]:
+    generation, model, info = GenerationService(state), ModelService(state), InfoService(state)
+    methods = {
+        GENERATION: {
+            "Generate": streaming(generation_pb2.GenerateRequest, generation.generate, config.write_timeout),
+            "Abort": unary(generation_pb2.AbortRequest, generation.abort),
+        },
+        MODEL: {
+            "GetModel": unary(model_pb2.GetModelRequest, model.get_model),
+            "Tokenize": unary(model_pb2.TokenizeRequest, model.tokenize),
+            "Detokenize": unary(model_pb2.DetokenizeRequest, model.detokenize),
+        },
+        SERVER: {
+            "GetServerInfo": unary(server_pb2.GetServerInfoRequest, info.get_server_info),
+            "WatchLoad": streaming(server_pb2.WatchLoadRequest, info.watch_load, config.write_timeout),
+        },
+    }
+    return [grpc.method_handlers_generic_handler(name, handlers) for name, handlers in methods.items()]
+
+
+def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_concurrent_streams", config.max_streams_per_connection),
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]

@@ -1,0 +1,149 @@
+"""From errors to gRPC statuses with google.rpc details. What is not listed here says nothing to the client."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from dataclasses import dataclass
+from functools import singledispatch
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from hsrpc.errors import (
+    EngineFaultError,
+    EngineUnavailableError,
+    HsrpcError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    QueueFullError,
+    RequestExistsError,
+)
+from hsrpc.server.state import NotServingError, Phase
+
+DOMAIN = "hsrpc"
+DETAILS_KEY = "grpc-status-details-bin"
+_RETRY_SECONDS = 1
+
+_log = logging.getLogger(__name__)
+
+
+class MalformedRequestError(HsrpcError):
+    """The bytes of a request are not the message they should be."""
+
+
+class NotSupportedError(HsrpcError):
+    """A request asks for something that this server does not do."""
+
+    def __init__(self, feature: str) -> None:
+        self.feature = feature
+        super().__init__(f"{feature} is not supported by this server; leave it out")
+
+
+class StalledClientError(HsrpcError):
+    """A client left its stream unread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a call ends that does not end well."""
+
+    code: grpc.StatusCode
+    message: str
+    details: tuple[Message, ...] = ()
+
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        """The details as gRPC's rich error model carries them."""
+        if not self.details:
+            return ()
+        status = Status(code=self.code.value[0], message=self.message)
+        for detail in self.details:
+            status.details.add().Pack(detail)
+        return ((DETAILS_KEY, status.SerializeToString()),)
+
+
+def failure_of(error: Exception, method: str) -> Failure:
+    """The status for `error`, raised while `method` was answered; an unforeseen one is logged under a new error id."""
+    failure = _failure(error)
+    if failure is not None:
+        return failure
+    error_id = uuid.uuid4().hex
+    _log.error("%s failed, error id %s", method, error_id, exc_info=error)
+    message = f"internal error {error_id}; the server's log has more under this id"
+    return Failure(grpc.StatusCode.INTERNAL, message, (_info("INTERNAL", error_id=error_id),))
+
+
+def _info(reason: str, **metadata: str) -> ErrorInfo:
+    return ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata)
+
+
+def _retry() -> RetryInfo:
+    return RetryInfo(retry_delay=Duration(seconds=_RETRY_SECONDS))
+
+
+@singledispatch
+def _failure(_: Exception) -> Failure | None:
+    """The status of an error of a known type."""
+    return None
+
+
+@_failure.register
+def _malformed(_: MalformedRequestError) -> Failure:
+    return Failure(grpc.StatusCode.INVALID_ARGUMENT, "the request is not a protobuf message of this method's type")
+
+
+@_failure.register
+def _invalid(error: InvalidRequestError) -> Failure:
+    violation = BadRequest.FieldViolation(field=error.field, description=error.description)
+    return Failure(grpc.StatusCode.INVALID_ARGUMENT, str(error), (BadRequest(field_violations=[violation]),))
+
+
+@_failure.register
+def _exists(error: RequestExistsError) -> Failure:
+    return Failure(grpc.StatusCode.ALREADY_EXISTS, str(error), (_info("REQUEST_EXISTS"),))
+
+
+@_failure.register
+def _queue_full(_: QueueFullError) -> Failure:
+    violation = QuotaFailure.Violation(subject="queued requests", description="as many wait as may wait")
+    details = (_retry(), QuotaFailure(violations=[violation]))
+    return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full; try again later", details)
+
+
+@_failure.register
+def _unavailable(_: EngineUnavailableError) -> Failure:
+    return _try_again("the engine takes no requests now", "UNAVAILABLE")
+
+
+@_failure.register
+def _not_serving(error: NotServingError) -> Failure:
+    return _try_again(error.phase.value, error.phase.name)
+
+
+@_failure.register
+def _engine_fault(_: EngineFaultError) -> Failure:
+    return _try_again(Phase.FAILED.value, Phase.FAILED.name)
+
+
+def _try_again(message: str, reason: str) -> Failure:
+    return Failure(grpc.StatusCode.UNAVAILABLE, f"{message}; try again later", (_retry(), _info(reason)))
+
+
+@_failure.register
+def _model_not_found(_: ModelNotFoundError) -> Failure:
+    message = "no such model here; leave `model` out, or name the one that GetModel returns"
+    return Failure(grpc.StatusCode.NOT_FOUND, message, (_info("MODEL_NOT_FOUND"),))
+
+
+@_failure.register
+def _not_supported(error: NotSupportedError) -> Failure:
+    return Failure(grpc.StatusCode.UNIMPLEMENTED, str(error), (_info("NOT_SUPPORTED", feature=error.feature),))
+
+
+@_failure.register
+def _stalled(_: StalledClientError) -> Failure:
+    message = "the client left the stream unread for too long"
+    return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, message, (_info("CLIENT_STALLED"),))

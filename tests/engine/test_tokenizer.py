@@ -1,0 +1,142 @@
+"""The tokenizer of a model directory, on its own threads."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from hsrpc.core.detokenizer import Detokenizer
+from hsrpc.engine.tokenizer import Tokenizer
+from hsrpc.errors import CheckpointError, InvalidRequestError
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer of about 270 tokens; its file asks for truncation, as some published ones do."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["hello world, the cat sat"] * 3, trainer)
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<end>",
+        "clean_up_tokenization_spaces": True,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture
+def tokenizer(directory: Path) -> Iterator[Tokenizer]:
+    made = Tokenizer(directory)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("text", ["", "naïve 日本語 👩‍👩‍👧 e\u0301", "do n't , please .", "the cat sat " * 500])
+async def test_decode_gives_back_what_was_encoded(tokenizer: Tokenizer, text: str) -> None:
+    """Any text survives the way there and back: nothing is truncated or tidied."""
+    assert await tokenizer.decode(await tokenizer.encode(text)) == text
+
+
+async def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
+    """The end-of-text token is known and is left out of the text."""
+    assert tokenizer.eos_token_id == 0
+    assert await tokenizer.decode([*await tokenizer.encode("hello"), 0]) == "hello"
+
+
+async def test_decode_names_an_id_outside_the_vocabulary(tokenizer: Tokenizer) -> None:
+    """The field, the id, its position and the limits."""
+    for wrong in (tokenizer.vocab_size, -1):
+        message = f"token_ids: {wrong} at position 1 is outside [0, {tokenizer.vocab_size})"
+        with pytest.raises(InvalidRequestError, match=re.escape(message)):
+            await tokenizer.decode([1, wrong])
+    assert await tokenizer.run(tokenizer.decode_now, [tokenizer.vocab_size]) == ""
+
+
+async def test_encode_refuses_a_lone_surrogate(tokenizer: Tokenizer) -> None:
+    """Text that is no valid Unicode is the caller's mistake, and is named."""
+    with pytest.raises(InvalidRequestError, match=r"text: a lone surrogate U\+D800 at character 2"):
+        await tokenizer.encode("ab\ud800")
+
+
+async def test_a_whole_step_is_detokenized_in_one_call(tokenizer: Tokenizer) -> None:
+    """`run` carries any function to the decoding thread, where Detokenizers may call decode_now."""
+    texts = ["hello 🎉", "the cat"]
+    ids = [await tokenizer.encode(text) for text in texts]
+    requests = [Detokenizer(tokenizer.decode_now) for _ in texts]
+
+    def step(position: int) -> list[str]:
+        return [request.push(tokens[position : position + 1]) for request, tokens in zip(requests, ids, strict=True)]
+
+    steps = [await tokenizer.run(step, position) for position in range(max(map(len, ids)))]
+    assert ["".join(pieces) for pieces in zip(*steps, strict=True)] == texts
+
+
+async def test_decode_now_belongs_to_its_thread(tokenizer: Tokenizer) -> None:
+    """Called elsewhere it says where to call it; `run` is always on that one thread."""
+    with pytest.raises(RuntimeError, match=r"call it through Tokenizer\.run"):
+        tokenizer.decode_now([1])
+    threads = {await tokenizer.run(threading.get_ident) for _ in range(5)}
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+
+
+async def test_encoding_and_decoding_at_once(tokenizer: Tokenizer) -> None:
+    """Both threads use one tokenizer at the same time, many times over, and give the right results."""
+    text = "the cat sat, hello world " * 40
+    ids = await tokenizer.encode(text)
+    both = [work for _ in range(100) for work in (tokenizer.encode(text), tokenizer.decode(ids))]
+    assert await asyncio.gather(*both) == [ids, text] * 100
+
+
+async def test_a_long_prompt_holds_up_neither_the_loop_nor_decoding(tokenizer: Tokenizer) -> None:
+    """While a prompt of a million characters is encoded, decoding goes on."""
+    encoding = asyncio.create_task(tokenizer.encode("the cat sat " * 80_000))
+    await asyncio.sleep(0)
+    assert await tokenizer.decode([1, 2, 3]) != ""
+    assert not encoding.done()
+    assert len(await encoding) > 80_000
+
+
+async def test_close_ends_the_threads(directory: Path) -> None:
+    """After close nothing runs any more."""
+    tokenizer = Tokenizer(directory)
+    tokenizer.close()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        await tokenizer.encode("hello")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        pytest.param({}, "tokenizer.json: no tokenizer found", id="none"),
+        pytest.param({"config.json": '{"model_type": "opt"}'}, "copy the tokenizer files", id="empty-family"),
+        pytest.param({"tokenizer.json": "{"}, "the tokenizer cannot be read", id="cut-off"),
+        pytest.param({"tokenizer.json": '{"added_tokens": [], "model": {}}'}, "tokenizer files again", id="no-model"),
+    ],
+)
+def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    """The error names the directory, what is wrong and what to do, and no thread is left behind."""
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
