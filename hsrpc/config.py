@@ -89,7 +89,7 @@ class EngineConfig:
     block_size: int = 16
     """Tokens a cache block holds."""
     max_batch: int | None = None
-    """Most requests that run at once."""
+    """Most requests that run at once; None: as many as give the highest predicted throughput."""
     max_model_len: int | None = None
     """Most tokens of one request, prompt and output together."""
     max_prefill_tokens: int | None = None

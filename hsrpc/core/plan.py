@@ -13,7 +13,7 @@ model costs microseconds, so a grid is simpler than a solver and finds the optim
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hsrpc.config import CachePolicy, EngineConfig, format_bytes
@@ -148,7 +148,7 @@ class Planner:
         Raises:
             ConfigError: the budgets are too small for the model, or `max_step_time` cannot be met.
         """
-        return self._finish(self._best([c for batch in self._batches() for c in self._candidates(batch)]))
+        return self._finish(self._best())
 
     def curve(self) -> list[StepPrediction]:
         """The best prediction for each activation share from 0 to 1: throughput over share, for a plot.
@@ -162,9 +162,10 @@ class Planner:
         for share in _SHARES[::5]:
             planner = Planner(self.sizes, self.budgets, self.hardware, self.config)
             planner.shares, planner.policy, planner.recomputes = (share,), CachePolicy.HYBRID, False
-            yield planner._best([c for batch in planner._batches() for c in planner._candidates(batch)])
+            yield planner._best()
 
-    def _best(self, candidates: Sequence[_Candidate]) -> _Candidate:
+    def _best(self) -> _Candidate:
+        candidates = self._all_candidates()
         if not candidates:
             raise self._too_small()
         bound = self.config.max_step_time
@@ -179,11 +180,12 @@ class Planner:
             )
         return max(allowed, key=lambda c: (c.prediction.tokens_per_second, -c.share))
 
-    def _batches(self) -> list[int]:
-        most = self.config.max_batch or _MAX_BATCH
-        if self.config.max_batch:
-            return [most, *(n for n in _doubling(most) if n < most)]
-        return _doubling(most)
+    def _all_candidates(self) -> list[_Candidate]:
+        """All batch sizes, or the one that was asked for, or the largest below it that fits."""
+        if self.config.max_batch is None:
+            return [c for batch in _doubling(_MAX_BATCH) for c in self._candidates(batch)]
+        descending = reversed(_doubling(self.config.max_batch))
+        return next((found for batch in descending if (found := list(self._candidates(batch)))), [])
 
     def _candidates(self, batch: int) -> Iterator[_Candidate]:
         for share in self.shares:

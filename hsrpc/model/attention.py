@@ -50,7 +50,7 @@ class Attention:
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  CUDA only
 
         left = -1 if self._window is None else self._window - 1
-        result: torch.Tensor = varlen_attn(
+        result = varlen_attn(
             q,
             k,
             v,
@@ -62,6 +62,7 @@ class Attention:
             window_size=(left, 0),
             enable_gqa=self._heads[0] != self._heads[1],
         )
+        assert isinstance(result, torch.Tensor)  # not asked for the log-sum-exp
         return result
 
     def _one_by_one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows) -> torch.Tensor:

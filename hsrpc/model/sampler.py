@@ -60,8 +60,8 @@ class PendingSample:
 class Sampler:
     """Samples rows of logits, each as its own parameters say, whatever else is in the batch.
 
-    Working memory on the device is about `chunk_elements` * 48 bytes: rows that are not plainly greedy are worked on
-    a few at a time.
+    Rows that are not plainly greedy are worked on a few at a time, so that the working memory on the device stays
+    below about `chunk_elements` * 60 bytes (or one row's, where a row is larger).
     """
 
     def __init__(self, chunk_elements: int = 2**22) -> None:
@@ -77,8 +77,9 @@ class Sampler:
         if len(rows) != logits.shape[0]:
             raise ValueError(f"rows: {len(rows)} for {logits.shape[0]} rows of logits; give one for each")
         best, token_ids = logits.max(dim=-1)
-        for route in sorted({_route(row) for row in rows} - {_PLAIN}):
-            for indices in self._chunks([i for i, row in enumerate(rows) if _route(row) == route], logits.shape[1]):
+        routes = [_route(row) for row in rows]
+        for route in sorted({*routes} - {_PLAIN}):
+            for indices in self._chunks([i for i, of_row in enumerate(routes) if of_row == route], logits.shape[1]):
                 self._choose(logits, [rows[i] for i in indices], indices, route, token_ids)
         # An infinite or NaN maximum: such logits have no distribution.
         token_ids = torch.where(best.isfinite(), token_ids, _FAILED)

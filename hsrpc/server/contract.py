@@ -56,7 +56,7 @@ class Stats(Protocol):
     def cache_loaded_bytes(self) -> int: ...
 
 
-class Generation(AsyncIterator[Delta], Protocol):
+class Generation(Protocol):
     """A request's output. Merges the deltas that the consumer has not taken yet."""
 
     @property
@@ -67,6 +67,9 @@ class Generation(AsyncIterator[Delta], Protocol):
     def params(self) -> SamplingParams:
         """Those in effect: `seed` and `max_tokens` filled in."""
         ...
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+    async def __anext__(self) -> Delta: ...
 
     def close(self) -> None:
         """Abort if it is still live."""

@@ -74,7 +74,7 @@ async def _send(
     generation: Generation, response: v1.GenerateResponse, options: OutputOptions, write: Write[v1.GenerateResponse]
 ) -> None:
     most = options.max_tokens_per_message
-    async with aclosing(merge(generation, options.max_message_delay, most)) as portions:
+    async with aclosing(merge(aiter(generation), options.max_message_delay, most)) as portions:
         async for portion in portions:
             for delta in split(portion, most):
                 _add(response, delta, options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from array import array
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hsrpc.core.request import SamplingParams
-from hsrpc.model.logits import uniforms
+from hsrpc.model.logits import edit, uniforms
 from hsrpc.model.sampler import Sampled, Sampler, SamplingRow
 
 VOCAB = 60
@@ -19,8 +21,8 @@ GREEDY = SamplingParams(temperature=0.0)
 
 def row(
     params: SamplingParams = GREEDY,
-    prompt: tuple[int, ...] = (),
-    output: tuple[int, ...] = (),
+    prompt: Sequence[int] = (),
+    output: Sequence[int] = (),
     seed: int = 0,
     stop_ids: tuple[int, ...] = (),
 ) -> SamplingRow:
@@ -128,7 +130,7 @@ EDITS = {
     "bias": row(SamplingParams(temperature=0.0, logit_bias={3: 50.0, 7: -100.0})),
     "repetition": row(SamplingParams(temperature=0.0, repetition_penalty=1.8), (1, 2, 2, 3), (4, 4)),
     "repetition-below-1": row(SamplingParams(temperature=0.0, repetition_penalty=0.5), (1, 2), (4,)),
-    "presence": row(SamplingParams(temperature=0.0, presence_penalty=1.5), (1, 2), (5, 5, 6)),
+    "presence": row(SamplingParams(temperature=0.0, presence_penalty=1.5), (1, 2), array("q", [5, 5, 6])),
     "frequency": row(SamplingParams(temperature=0.0, frequency_penalty=-0.7), (1, 2), (5, 5, 6)),
     "min-tokens": row(SamplingParams(temperature=0.0, min_tokens=2), output=(1,), stop_ids=(0, 5, 9)),
     "min-tokens-reached": row(SamplingParams(temperature=0.0, min_tokens=1), output=(1,), stop_ids=(0, 5, 9)),
@@ -150,9 +152,16 @@ EDITS = {
 
 
 def test_edits_equal_the_reference() -> None:
-    """Rows with different edits, in one batch: each chooses the most probable token of its own edited logits."""
-    kinds = list(EDITS.values())
-    rows = [kinds[index % len(kinds)] for index in range(40 * len(kinds))]
+    """Rows with different edits, in one batch: each row's logits are as if it were edited token by token."""
+    rows = [*EDITS.values()] * 3
+    logits = random_logits(len(rows))
+    expected = [edited(values.numpy(), request) for values, request in zip(logits, rows, strict=True)]
+    assert edit(logits, rows).numpy() == pytest.approx(np.stack(expected), abs=1e-5)
+
+
+def test_greedy_rows_choose_by_their_edited_logits() -> None:
+    """Each row in a batch chooses the most probable token of its own edited logits; the given ones stay as they are."""
+    rows = [*EDITS.values()] * 20
     logits = random_logits(len(rows))
     before = logits.clone()
     expected = [int(edited(values.numpy(), request).argmax()) for values, request in zip(logits, rows, strict=True)]

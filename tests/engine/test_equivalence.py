@@ -1,0 +1,109 @@
+"""Greedy tokens equal those of transformers' `generate`, for every model family, policy, share, block size and budget."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from hsrpc import Engine, EngineConfig, SamplingParams
+from hsrpc.engine.stats import EngineStats
+from tests.engine.conftest import tightest
+from tests.engine.reference import MODELS, NEW_TOKENS, Reference
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+POLICIES = [
+    ("kv", None),
+    ("activation", None),
+    ("hybrid", 0.0),
+    ("hybrid", 0.3),
+    ("hybrid", 0.5),
+    ("hybrid", 1.0),
+    ("recompute", None),
+    ("auto", None),
+]
+
+
+def config_for(reference: Reference, **settings: object) -> EngineConfig:
+    """Prompts longer than a prefill chunk, and room for a third of what the requests grow to."""
+    base = {"max_batch": 6, "max_model_len": 128, "max_prefill_tokens": 24, "expected_context": 24, "device": "cpu"}
+    return EngineConfig(model=str(reference.directory), **(base | settings))
+
+
+async def generate_all(engine: Engine, reference: Reference, *, stagger: float = 0.0) -> list[list[int]]:
+    async def one(index: int, prompt: list[int]) -> list[int]:
+        await asyncio.sleep(stagger * index)
+        return [token async for delta in engine.generate(prompt, GREEDY) for token in delta.token_ids]
+
+    return await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(reference.prompts)))
+
+
+async def check(reference: Reference, config: EngineConfig, *, stagger: float = 0.0) -> EngineStats:
+    async with Engine(config) as engine:
+        assert await generate_all(engine, reference, stagger=stagger) == reference.outputs
+        stats = engine.stats()
+        assert sum(stats.used_blocks.values()) == 0
+        return stats
+
+
+@pytest.mark.parametrize(("policy", "share"), POLICIES)
+@pytest.mark.parametrize("model", MODELS)
+async def test_tokens_equal_the_reference_with_tight_budgets(
+    model: str, policy: str, share: float | None, reference: Callable[[str], Reference]
+) -> None:
+    """Weights stream, requests queue and are preempted, and every token is the reference's."""
+    made = reference(model)
+    config = tightest(config_for(made, cache_policy=policy, activation_share=share))
+    stats = await check(made, config)
+    assert stats.weights_streamed_bytes > 0
+    if policy != "recompute":
+        assert stats.preemptions > 0
+        assert stats.cache_loaded_bytes > 0
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 32])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("model", ["opt", "llama", "mistral-window"])
+async def test_tokens_do_not_depend_on_the_block_size(
+    model: str, share: float, block_size: int, reference: Callable[[str], Reference]
+) -> None:
+    """Blocks of one token, and of more than a prompt, give the same tokens."""
+    made = reference(model)
+    config = config_for(made, cache_policy="hybrid", activation_share=share, block_size=block_size)
+    await check(made, tightest(config))
+
+
+@pytest.mark.parametrize("model", ["opt", "llama-gqa-tied"])
+async def test_tokens_equal_the_reference_when_all_is_resident(
+    model: str, reference: Callable[[str], Reference]
+) -> None:
+    """With room for everything, nothing streams and the tokens are the same."""
+    made = reference(model)
+    stats = await check(made, config_for(made, gpu_memory="1GiB", max_batch=16, expected_context=128))
+    assert stats.weights_streamed_bytes == 0
+    assert stats.preemptions == 0
+
+
+async def test_requests_join_and_leave_while_others_run(reference: Callable[[str], Reference]) -> None:
+    """Requests that arrive while others run, and others that are cancelled mid-way, change nobody's tokens."""
+    made = reference("opt")
+    config = tightest(config_for(made, cache_policy="hybrid", activation_share=0.5))
+    async with Engine(config) as engine:
+        leavers = [await engine.submit(prompt, replace(GREEDY, max_tokens=60)) for prompt in made.prompts[:6]]
+        joiners = asyncio.create_task(generate_all(engine, made, stagger=0.02))
+        for leaver in leavers:
+            await anext(leaver)
+            leaver.close()
+        assert await joiners == made.outputs
+        assert engine.stats().used_blocks == dict.fromkeys(engine.stats().used_blocks, 0)
+
+
+async def test_mini_batches_do_not_change_tokens(reference: Callable[[str], Reference]) -> None:
+    """A step that needs several mini-batches a layer gives the same tokens."""
+    made = reference("opt")
+    config = config_for(made, cache_policy="hybrid", activation_share=0.5, max_batch=16, expected_context=100)
+    async with Engine(replace(tightest(config), host_memory="64MiB")) as engine:
+        assert engine.plan.buffers.rows < 16 * 100
+        assert await generate_all(engine, made) == made.outputs

@@ -1,0 +1,71 @@
+"""A real server on a free port of the loopback, over a fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from google.rpc.status_pb2 import Status
+
+from hsrpc.server import Server, ServerConfig
+from hsrpc.v1 import generation_pb2_grpc
+from tests.server.fake_engine import FakeEngine
+
+if TYPE_CHECKING:
+    from hsrpc.v1.generation_pb2_grpc import GenerationServiceAsyncStub
+
+
+ROOT = Path(__file__).parents[2]
+NODE_CLIENT = ROOT / "clients" / "node"
+# The Node.js client is tested where `npm ci` has been run for it.
+collect_ignore = [] if (NODE_CLIENT / "node_modules").is_dir() else ["test_node_client.py"]
+
+
+@pytest.fixture
+async def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+async def loading_server() -> AsyncIterator[Server]:
+    """Bound, without an engine."""
+    server = Server(ServerConfig(port=0, drain_timeout=5, write_timeout=0.5))
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def server(loading_server: Server, engine: FakeEngine) -> Server:
+    await loading_server.attach(engine)
+    return loading_server
+
+
+@pytest.fixture
+async def channel(loading_server: Server) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(loading_server.address) as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(server: Server, channel: grpc.aio.Channel) -> GenerationServiceAsyncStub:
+    return generation_pb2_grpc.GenerationServiceStub(channel)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until it holds; fail after two seconds."""
+    for _ in range(400):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    pytest.fail("not within two seconds")
+
+
+def rich_status(error: grpc.aio.AioRpcError) -> Status:
+    """The google.rpc details of a call that failed."""
+    metadata = dict(error.trailing_metadata())
+    return Status.FromString(metadata["grpc-status-details-bin"])

@@ -1,0 +1,56 @@
+"""ModelService and ServerService."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from hsrpc import __version__
+from hsrpc.v1 import model_pb2, model_pb2_grpc, server_pb2, server_pb2_grpc
+
+
+@pytest.fixture
+def model(server, channel):
+    return model_pb2_grpc.ModelServiceStub(channel)
+
+
+async def test_get_model_has_sizes_and_cache_decision(model, engine):
+    """GetModel says what is loaded, its sizes, and what is cached and why."""
+    answer = await model.GetModel(model_pb2.GetModelRequest())
+    assert (answer.name, answer.family, answer.context_length, answer.max_model_len) == ("fake/model", "opt", 512, 256)
+    assert list(answer.eos_token_ids) == [2]
+    assert (answer.sizes.num_layers, answer.sizes.vocab_size, answer.sizes.element_bytes) == (2, 128, 4)
+    assert not answer.sizes.HasField("sliding_window")
+    assert (answer.cache.policy, answer.cache.activation_share, answer.cache.activation_ratio) == ("hybrid", 0.5, 2.0)
+    assert answer.cache.explanation == engine.plan.reason
+
+
+async def test_tokenize_and_detokenize_are_inverse(model):
+    """Text to ids and back; empty text has no ids."""
+    ids = (await model.Tokenize(model_pb2.TokenizeRequest(text="Hi you"))).token_ids
+    assert list(ids) == list(map(ord, "Hi you"))
+    assert (await model.Detokenize(model_pb2.DetokenizeRequest(token_ids=ids))).text == "Hi you"
+    assert list((await model.Tokenize(model_pb2.TokenizeRequest())).token_ids) == []
+
+
+@pytest.mark.parametrize("token_id", [-1, 128])
+async def test_detokenize_refuses_ids_outside_the_vocabulary(model, token_id):
+    """An id that is no token is INVALID_ARGUMENT, with its place in the list."""
+    with pytest.raises(grpc.aio.AioRpcError, match=r"token_ids\[1\]") as caught:
+        await model.Detokenize(model_pb2.DetokenizeRequest(token_ids=[1, token_id]))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_server_info_has_plan_and_measurements(server, channel, engine):
+    """The plan with its prediction stands beside what was measured since."""
+    info = await server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(server_pb2.GetServerInfoRequest())
+    assert (info.version, info.model, info.device) == (__version__, "fake/model", "cpu")
+    assert info.plan.activation_share == 0.5
+    assert info.plan.device_memory_bytes == 64 * 1024**2
+    assert info.plan.predicted_tokens_per_second == engine.plan.prediction.tokens_per_second
+    assert info.measured.step_time.ToTimedelta().total_seconds() == 0.5
+    assert info.measured.tokens_per_second == 10.0
+    assert (info.load.queued_requests, info.load.running_requests) == (1, 0)
+    used = {(use.kind, use.tier): use.used for use in info.load.blocks}
+    assert used[server_pb2.BLOCK_KIND_KV, server_pb2.BLOCK_TIER_HOST] == 3
+    assert len(used) == 4
