@@ -100,7 +100,7 @@ def call_errors() -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         metadata = cast("Iterable[tuple[str, bytes]]", error.trailing_metadata() or ())
-        details = dict(metadata).get("grpc-status-details-bin")
+        details = next((value for key, value in metadata if key == "grpc-status-details-bin"), None)
         raise CallError(error.code(), error.details() or "", details) from None
 
 

@@ -44,6 +44,15 @@ class CachePolicy(StrEnum):
     RECOMPUTE = "recompute"
 
 
+class Placement(StrEnum):
+    """Where weights and caches may lie."""
+
+    AUTO = "auto"
+    """On the device as far as its budget goes, the rest on the host."""
+    HOST = "host"
+    """All layers' weights and all caches on the host: the setting of the paper, for measurements."""
+
+
 def parse_bytes(text: int | str, field: str) -> int:
     """Bytes in `text`: a number, or one with a unit such as 24GiB, 512MiB, 1.5G (binary) or 80GB (decimal).
 
@@ -86,6 +95,7 @@ class EngineConfig:
     cache_policy: CachePolicy = CachePolicy.AUTO
     activation_share: float | None = None
     """Share of cached tokens held as activations, in [0, 1]; only with the hybrid policy."""
+    placement: Placement = Placement.AUTO
     block_size: int = 16
     """Tokens a cache block holds."""
     max_batch: int | None = None
@@ -104,7 +114,12 @@ class EngineConfig:
     """Makes the seeds of requests that bring none reproducible."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("device", DeviceKind), ("dtype", DType), ("cache_policy", CachePolicy)):
+        for name, kind in (
+            ("device", DeviceKind),
+            ("dtype", DType),
+            ("cache_policy", CachePolicy),
+            ("placement", Placement),
+        ):
             self._set(name, _member(kind, getattr(self, name), name))
         for name in ("gpu_memory", "host_memory"):
             if getattr(self, name) is not None:

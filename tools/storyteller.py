@@ -80,7 +80,10 @@ class Storyteller:
 
     def story(self, slots: dict[str, str]) -> str:
         plots = [plot for plot in grammar.STORIES if plot != "a storm" or slots["place"] != "the moon"]
-        beats = paragraphs(grammar.STORIES[self.rng.choice(plots)])
+        scene = grammar.words(f"{slots['when']} {slots['a_kind']} {slots['where']}")
+        suited = [plot for plot in plots if not set(scene).isdisjoint(grammar.CUES[plot])]
+        choice = suited if suited and self.rng.random() < 0.6 else plots
+        beats = paragraphs(grammar.STORIES[self.rng.choice(choice)])
         lines = [self.rng.choice(beat) for beat in beats]
         told = [*self.opening(lines[0], slots), *(self.fill(line, slots) for line in lines[1:])]
         if self.rng.random() < 0.5:
@@ -146,14 +149,18 @@ class Storyteller:
             "skill": self.rng.choice(grammar.SKILLS),
         }
         people = hero.slots("hero", "") | friend.slots("friend", "friend_") | elder.slots("elder", "elder_")
-        return people | {"who": people["a_hero"]} | {slot: self.fill(text, {}) for slot, text in texts.items()}
+        return (
+            people
+            | {"who": people["a_hero"], "own_name": hero.name or self.name(hero.gender)}
+            | {slot: self.fill(text, {}) for slot, text in texts.items()}
+        )
 
     def character(self, *others: Character, old: bool = False) -> Character:
         """A character of another kind and name than the others; an old one is an animal without a name."""
         gender = self.rng.choice(("she", "he"))
         people, child = (grammar.WOMEN, "girl") if gender == "she" else (grammar.MEN, "boy")
         groups = (grammar.ANIMALS, people, [child], ["robot"])
-        group = groups[0 if old else self.rng.choices((0, 1, 2, 3), (50, 26, 14, 10))[0]]
+        group = groups[0 if old else self.rng.choices((0, 1, 2, 3), (60, 26, 8, 6))[0]]
         taken = {other.kind for other in others}
         kind = self.rng.choice([kind for kind in group if kind not in taken] or ["cat"])
         if kind == "robot":
@@ -166,6 +173,6 @@ class Storyteller:
 
     def name(self, gender: str) -> str:
         """A common name, or now and then a new one, so that the model learns to copy names it never saw."""
-        if self.rng.random() < 0.8:
+        if self.rng.random() < 0.85:
             return self.rng.choice(grammar.NAMES[gender])
         return "".join(self.rng.choices(grammar.SYLLABLES, k=self.rng.randint(2, 3))).capitalize()

@@ -470,13 +470,31 @@ They gave the {thing} to [a child|a stranger] who had nothing, and they felt ric
 And they never argued again, or at least [not for long|not about that].
 """,
 }
+CUES = {
+    "lost and found": words("foggy town mouse crow girl librarian"),
+    "making a friend": words("lonely forest island shy owl penguin"),
+    "a journey": words("sea mountains sailor boy duck astronaut"),
+    "an invention": words("robot wizard painter badger"),
+    "a storm": words("rainy windy lighthouse fisherman shepherd"),
+    "sharing food": words("cold farm baker bear squirrel farmer"),
+    "a question": words("desert curious princess cat teacher"),
+    "afraid of the dark": words("dragon night rabbit prince"),
+    "a seed": words("spring garden gardener hedgehog frog"),
+    "learning": words("river young turtle goat"),
+    "something broken": words("clockmaker clever dog"),
+    "a birthday": words("village king queen"),
+    "a race": words("summer fox sunny brave"),
+    "a fallen star": words("moon quiet winter witch"),
+    "two friends": words("autumn otter cheerful warm"),
+}
+"""Times, places and people that make a plot more likely: the beginning of a story hints at what follows."""
 SKILLS = ("swim", "dance", "whistle", "ride a bicycle", "play the violin", "skate on the ice", "climb trees", "juggle")
 HELLO = """
-[Hello|Hi|Good morning]! My name is {name}, and I am {a_kind}. I live {where}.
-My name is {name}. I am {a_kind}, and I live {where}.
-I am {a_kind}, and my name is {name}. My home is {where}.
+[Hello|Hi|Good morning]! My name is {own_name}, and I am {a_kind}. I live {where}.
+My name is {own_name}. I am {a_kind}, and I live {where}.
+I am {a_kind}, and my name is {own_name}. My home is {where}.
 
-My best friend is {friend_name}, {friend_a_kind}. We [walk|sing|play] together every day.
+My best friend is {a_friend}. We [walk|sing|play] together every day.
 Every morning I drink tea and look at my {thing}.
 
 I like [stories|rain|long walks], and in the evening I [eat|share] {food_a}.

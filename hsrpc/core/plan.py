@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from hsrpc.config import CachePolicy, EngineConfig, format_bytes
+from hsrpc.config import CachePolicy, EngineConfig, Placement, format_bytes
 from hsrpc.core.batch import BufferLimits, RowCosts
 from hsrpc.core.blocks import PoolId
 from hsrpc.core.sizes import ModelSizes
@@ -28,6 +28,7 @@ REGENERATE_ROWS = 4096
 """Activation rows that one regeneration GEMM takes, which bounds its output."""
 SAMPLE_ELEMENTS = 2**20
 """Logits that are sorted at once, which bounds the sampler's working memory."""
+DEFAULT_PREFILL_TOKENS = 2048
 _SHARES = tuple(i / 100 for i in range(101))
 _MAX_BATCH = 512
 _TARGET_BUFFER_BYTES = 256 * 1024**2
@@ -141,6 +142,7 @@ class Planner:
         self.context = min(config.expected_context or min(1024, self.max_model_len), self.max_model_len)
         self.policy, self.shares, self.reason = _cache_decision(config, sizes)
         self.recomputes = self.policy is CachePolicy.RECOMPUTE
+        self.on_host = config.placement is Placement.HOST
 
     def plan(self) -> Plan:
         """The best plan.
@@ -200,7 +202,7 @@ class Planner:
             return None
         resident, streamed = self._resident_bytes(room)
         room -= resident + self._weight_buffers(streamed)
-        device_tokens = self._tokens(room, share)
+        device_tokens = 0 if self.on_host else self._tokens(room, share)
         host_room = self.budgets.host - streamed
         if room < 0 or host_room < 0:
             return None
@@ -223,6 +225,8 @@ class Planner:
     def _resident_bytes(self, room: int) -> tuple[int, int]:
         """Weight bytes on the device and on the bus: all that fit stay, less two buffers for the rest."""
         total = self.sizes.num_layers * self.sizes.layer_bytes
+        if self.on_host:
+            return 0, total
         if total <= room:
             return total, 0
         assigned = spread_resident(self.sizes, max(0, room - BUFFERS * self.sizes.layer_bytes))
@@ -257,7 +261,7 @@ class Planner:
         return given or min(self.sizes.context_length, 4096)
 
     def _prefill_tokens(self) -> int:
-        return min(self.config.max_prefill_tokens or 2048, self.max_model_len)
+        return self.config.max_prefill_tokens or DEFAULT_PREFILL_TOKENS
 
     def _buffers(self, batch: int, share: float) -> BufferLimits:
         """Rows of a mini-batch: enough for the longest request, and for copies large enough to fill the bus."""

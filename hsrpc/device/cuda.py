@@ -67,6 +67,10 @@ class CudaDevice(Device):
             torch.cuda.cudart().cudaHostUnregister(address)
         self._pinned.clear()
 
+    def release_cached(self) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+
     def on(self, stream: Stream) -> AbstractContextManager[object]:
         return torch.cuda.stream(stream)
 

@@ -71,6 +71,10 @@ class Device(ABC):
         """Give back all pinned memory; tensors on it must not be used any more."""
 
     @abstractmethod
+    def release_cached(self) -> None:
+        """Give free device memory back to the system, and begin to count the peak anew."""
+
+    @abstractmethod
     def on(self, stream: Stream) -> AbstractContextManager[object]:
         """Launches of this thread go to `stream`."""
 
@@ -135,6 +139,9 @@ class CpuDevice(Device):
         return torch.empty(size, dtype=torch.uint8)
 
     def release_pinned(self) -> None:
+        pass
+
+    def release_cached(self) -> None:
         pass
 
     def on(self, stream: Stream) -> AbstractContextManager[object]:

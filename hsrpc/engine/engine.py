@@ -100,7 +100,8 @@ class Engine:
                 await asyncio.wait([self._main])
         finally:
             self._end_all(EngineUnavailableError("the engine was shut down"))
-            await self._opened.close()
+            parts, self._parts, self._main = self._opened, None, None
+            await parts.close()
 
     @property
     def spec(self) -> ModelSpec:

@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
 from hsrpc.core.batch import Ints, MiniBatch, Step, Work
 from hsrpc.core.blocks import PoolId
@@ -120,13 +121,17 @@ class Executor:
         device.wait(device.compute, weights.loaded)
         device.wait(device.compute, staged.loaded)
         with device.on(device.compute):
-            x = family.attention_input(w, batch.hidden)
-            queries, kv = family.queries_keys_values(w, x, batch.positions)
-            buffers.kv.index_copy_(0, batch.new_rows, kv)
-            self._regenerate(w, staged, batch)
-            attended = self._attention(queries, buffers.kv, batch.packed)
+            with record_function("hsrpc.project"):
+                x = family.attention_input(w, batch.hidden)
+                queries, kv = family.queries_keys_values(w, x, batch.positions)
+                buffers.kv.index_copy_(0, batch.new_rows, kv)
+            with record_function("hsrpc.regenerate"):
+                self._regenerate(w, staged, batch)
+            with record_function("hsrpc.attend"):
+                attended = self._attention(queries, buffers.kv, batch.packed)
             freed = device.record(device.compute)
-            batch.hidden = family.finish_layer(w, batch.hidden, attended)
+            with record_function("hsrpc.finish"):
+                batch.hidden = family.finish_layer(w, batch.hidden, attended)
             done = device.record(device.compute)
         device.wait(device.store, freed)
         self._cache.store(layer, batch.stores, kv, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from hsrpc.model.spec import DTYPES, load_spec, named_spec
 RANDOM_PREFIX = "random:"
 """`random:opt-6.7b` is a model of that shape with random weights and no tokenizer, for measurements."""
 _CPU_MAX_BATCH = 32
+_CPU_PREFILL_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class Parts:
         """Give everything back; the tasks have ended."""
         self.tokenizer.close()
         await asyncio.to_thread(self.device.release_pinned)
+        gc.collect()  # what the ended tasks' tracebacks still hold
+        self.device.release_cached()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,11 @@ def make_planner(config: EngineConfig) -> Planned:
         directory = resolve_model(config.model)
         spec = load_spec(directory, dtype)
     if on_cpu:
-        config = replace(config, max_batch=config.max_batch or _CPU_MAX_BATCH)
+        config = replace(
+            config,
+            max_batch=config.max_batch or _CPU_MAX_BATCH,
+            max_prefill_tokens=config.max_prefill_tokens or _CPU_PREFILL_TOKENS,
+        )
     hardware = calibrate(device, spec.sizes, spec.dtype)
     return Planned(spec, device, Planner(spec.sizes, _budgets(config, device), hardware, config), directory)
 

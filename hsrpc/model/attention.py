@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from hsrpc.core.sizes import ModelSizes
@@ -35,6 +38,8 @@ class Attention:
         self._kv = sizes.kv_size
         self._scale = scale
         self._window = sizes.sliding_window
+        # torch 2.11 takes grouped queries without being told; later ones want to be.
+        self._names_gqa = sizes.num_heads != sizes.num_kv_heads and "enable_gqa" in signature(varlen_attn).parameters
         self._uses_flash = device.type == "cuda" and dtype in _FLASH_DTYPES and sizes.head_dim % 8 == 0
 
     def __call__(self, queries: torch.Tensor, kv: torch.Tensor, rows: PackedRows) -> torch.Tensor:
@@ -47,9 +52,8 @@ class Attention:
         return attend(q, k, v, rows).flatten(1)
 
     def _flash(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  CUDA only
-
         left = -1 if self._window is None else self._window - 1
+        grouped: dict[str, Any] = {"enable_gqa": True} if self._names_gqa else {}
         result = varlen_attn(
             q,
             k,
@@ -60,7 +64,7 @@ class Attention:
             rows.max_keys,
             scale=self._scale,
             window_size=(left, 0),
-            enable_gqa=self._heads[0] != self._heads[1],
+            **grouped,
         )
         assert isinstance(result, torch.Tensor)  # not asked for the log-sum-exp
         return result

@@ -121,7 +121,7 @@ def _no_weights(directory: Path) -> CheckpointError:
 
 
 class RandomWeights:
-    """Weights drawn afresh: the same for the same seed, tensor, element type and kind of device.
+    """Weights drawn afresh: the same for the same seed and tensor, whatever the device, rounded to the element type.
 
     Matrices are normal with variance 1 / columns, so that values neither vanish nor overflow in float16.
     """
@@ -132,16 +132,16 @@ class RandomWeights:
     def read(self, tensor: TensorSpec, out: torch.Tensor) -> None:
         """Fills `out`, contiguous and of the tensor's shape; large tensors repeat a block, which costs one copy."""
         flat = _flat(tensor, out)
-        block = torch.empty(min(len(flat), _RANDOM_BLOCK), dtype=out.dtype, device=out.device)
         mean, deviation = _distribution(tensor)
-        block.normal_(mean, deviation, generator=self._generator(tensor, out.device))
+        drawn = torch.empty(min(len(flat), _RANDOM_BLOCK)).normal_(mean, deviation, generator=self._generator(tensor))
+        block = drawn.to(out.device, out.dtype)
         for start in range(0, len(flat), len(block)):
             piece = flat[start : start + len(block)]
             piece.copy_(block[: len(piece)])
 
-    def _generator(self, tensor: TensorSpec, device: torch.device) -> torch.Generator:
+    def _generator(self, tensor: TensorSpec) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed}:{':'.join(tensor.sources)}".encode(), digest_size=8).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _distribution(tensor: TensorSpec) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -94,11 +95,11 @@ def _convert_files(files: list[Path], part: Path, progress: bool, max_shard_byte
     _write_index(part, placed)
 
 
-def _tensors(files: list[Path], bar: tqdm[None]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(files: list[Path], bar: tqdm[NoReturn]) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor of all files; tensors that share memory come as copies."""
     for path in files:
         state = _load(path)
-        bar.total += sum(tensor.nbytes for tensor in state.values())
+        bar.total = (bar.total or 0) + sum(tensor.nbytes for tensor in state.values())
         storages: set[int] = set()
         for name, tensor in state.items():
             shared = tensor.untyped_storage().data_ptr() in storages

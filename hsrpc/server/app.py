@@ -26,7 +26,7 @@ async def serve(
     Must run in the main thread, which alone can handle signals.
 
     Raises:
-        ConfigError: the address cannot be bound.
+        ConfigError: the address cannot be bound; or what entering the engine raises.
         EngineFaultError: the engine died; its streams have ended with UNAVAILABLE.
         SystemExit: a second signal came, or one while loading; 128 plus its number.
     """
@@ -41,6 +41,8 @@ async def serve(
             await asyncio.wait({running})
         if shutdown.exit_code is not None:
             raise SystemExit(shutdown.exit_code)
+        if running.cancelled() or running.exception():
+            await server.fail()
         await running
     finally:
         running.cancel()
@@ -49,13 +51,9 @@ async def serve(
 
 
 async def _run(server: Server, engine: AbstractAsyncContextManager[Engine], stopping: asyncio.Event) -> None:
-    try:
-        async with engine as loaded:
-            await server.attach(loaded)
-            await _run_until_drained(server, loaded, stopping)
-    except Exception:
-        await server.fail()
-        raise
+    async with engine as loaded:
+        await server.attach(loaded)
+        await _run_until_drained(server, loaded, stopping)
 
 
 async def _run_until_drained(server: Server, engine: Engine, stopping: asyncio.Event) -> None:

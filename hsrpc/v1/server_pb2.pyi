@@ -101,7 +101,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     """Name of the device that computes, for people."""
     @property
     def uptime(self) -> google.protobuf.duration_pb2.Duration:
-        """Time since the server began to take requests."""
+        """Time since the server was started."""
 
     @property
     def plan(self) -> Global___Plan:

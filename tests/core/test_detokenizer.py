@@ -81,7 +81,7 @@ def test_pieces_concatenated_are_the_whole_text(token_ids: list[int], group: int
 
 @settings(deadline=None)
 @given(st.lists(fallback_pieces, max_size=40).map(lambda parts: [token for part in parts for token in part]))
-@example(fallback_ids("🎉日é" * 30))
+@example(fallback_ids("日🎉" * 30))
 def test_byte_fallback_and_word_spaces(token_ids: list[int]) -> None:
     """Valid characters that come byte by byte, and spaces that depend on the token before, are the whole text."""
     assert "".join(pieces(Detokenizer(BYTE_FALLBACK.decode), token_ids)) == BYTE_FALLBACK.decode(token_ids)

@@ -67,5 +67,5 @@ async def until(condition: Callable[[], object]) -> None:
 
 def rich_status(error: grpc.aio.AioRpcError) -> Status:
     """The google.rpc details of a call that failed."""
-    metadata = dict(error.trailing_metadata())
-    return Status.FromString(metadata["grpc-status-details-bin"])
+    [details] = [value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin"]
+    return Status.FromString(details)

@@ -72,6 +72,8 @@ class FakeEngine:
     """Raised by the next submits."""
     load_gate: asyncio.Event | None = None
     """Entering waits for it."""
+    load_error: Exception | None = None
+    """Entering raises it."""
     live: dict[str, Generation] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
     submitted: list[SamplingParams] = field(default_factory=list)
@@ -87,6 +89,8 @@ class FakeEngine:
     async def __aenter__(self) -> Self:
         if self.load_gate:
             await self.load_gate.wait()
+        if self.load_error:
+            raise self.load_error
         return self
 
     async def __aexit__(

@@ -181,12 +181,22 @@ async def test_a_signal_while_loading_exits():
         assert await server.exit_code() == 128 + signal.SIGTERM
 
 
+async def test_a_model_that_does_not_load_ends_the_process():
+    """What loading raises ends serve, and the process exits non-zero."""
+    async with served("broken") as server:
+        assert await server.exit_code() == 1
+        assert b"CheckpointError: no model here" in await server.process.stderr.read()
+
+
 async def test_an_engine_fault_ends_the_process():
-    """Streams end UNAVAILABLE and the process exits non-zero."""
+    """Streams end UNAVAILABLE, health turns NOT_SERVING and the process exits non-zero."""
     async with served("dies") as server:
         await server.become(SERVING)
+        watch = health_pb2_grpc.HealthStub(server.channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
         call = server.generate()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert (await watch.read()).status == NOT_SERVING
         assert await server.exit_code() == 1

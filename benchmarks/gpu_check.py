@@ -1,0 +1,125 @@
+"""Holds the engine on a GPU against a plain forward pass of transformers with the same random weights.
+
+For each shape and policy, greedy tokens of ragged prompts are compared. Where float16 rounding makes the two differ for
+the first time, each side's token must be among the other's five most probable.
+
+    python benchmarks/gpu_check.py --shape opt-1.3b --shape opt-6.7b
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
+
+from hsrpc import Engine, EngineConfig, SamplingParams
+from hsrpc.model.checkpoint import RandomWeights
+from hsrpc.model.families import create_family
+from hsrpc.model.shapes import SHAPES
+from hsrpc.model.spec import named_spec
+
+RUNS = (
+    ("kv", None, "host"),
+    ("activation", None, "host"),
+    ("hybrid", 0.5, "host"),
+    ("auto", None, "host"),
+    ("recompute", None, "host"),
+    ("hybrid", 0.5, "auto"),
+)
+"""Policy, share, placement."""
+LENGTHS = (1, 7, 33, 64, 100, 190, 301, 420)
+NEW_TOKENS = 16
+
+
+def reference_model(shape: str) -> PreTrainedModel:
+    """The transformers model of `shape` on the GPU, with the weights that `random:SHAPE` has."""
+    config = (OPTConfig if shape.startswith("opt") else LlamaConfig)(**SHAPES[shape])
+    torch.set_default_dtype(torch.float16)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    torch.set_default_dtype(torch.float32)
+    parameters = dict(model.named_parameters())
+    family, source = create_family(named_spec(shape, torch.float16)), RandomWeights(0)
+    for tensor in family.all_tensors():
+        packed = torch.empty(tensor.shape, dtype=torch.float16, device="cuda")
+        source.read(tensor, packed)
+        rows = [shape_[0] for shape_ in tensor.source_shapes]
+        for name, part in zip(tensor.sources, packed.split(rows), strict=True):
+            parameters[name].data.copy_(part)
+    return model
+
+
+async def generate(
+    shape: str, policy: str, share: float | None, placement: str, prompts: list[list[int]]
+) -> list[list[tuple[int, list[int]]]]:
+    """For each prompt: its tokens, and the five most probable at each."""
+    config = EngineConfig(
+        model=f"random:{shape}",
+        gpu_memory="24GiB",
+        host_memory="60GiB",
+        cache_policy=policy,
+        activation_share=share,
+        placement=placement,
+        max_batch=8,
+        max_model_len=512,
+        max_prefill_tokens=256,
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=5)
+    async with Engine(config) as engine:
+
+        async def one(prompt: list[int]) -> list[tuple[int, list[int]]]:
+            found = [item async for delta in engine.generate(prompt, params) for item in delta.logprobs]
+            return [(item.token_id, [token for token, _ in item.top]) for item in found]
+
+        results = await asyncio.gather(*map(one, prompts))
+        stats, plan = engine.stats(), engine.plan
+        peak, budget = stats.peak_device_bytes, plan.budgets.device
+        print(
+            f"{shape:10} {plan.policy:10} share {plan.activation_share:.2f} resident {plan.resident_share:.2f} "
+            f"streamed {stats.weights_streamed_bytes / 1e9:7.1f} GB regenerated {stats.regenerated_tokens:9,d} "
+            f"peak {peak / 2**30:5.2f} of {budget / 2**30:.0f} GiB"
+        )
+        assert peak <= budget, "the allocator's peak is over the budget"
+        return results
+
+
+@torch.inference_mode()
+def compare(model: PreTrainedModel, prompts: list[list[int]], results: list[list[tuple[int, list[int]]]]) -> int:
+    """Number of prompts without any difference.
+
+    Raises:
+        AssertionError: at a first difference a side's token is not in the other's top 5.
+    """
+    equal = 0
+    for prompt, result in zip(prompts, results, strict=True):
+        tokens = [token for token, _ in result]
+        logits = model(torch.tensor([prompt + tokens[:-1]], device="cuda")).logits[0, len(prompt) - 1 :]
+        top = logits.topk(5).indices.tolist()
+        differences = [i for i, token in enumerate(tokens) if token != top[i][0]]
+        equal += not differences
+        for i in differences[:1]:
+            assert tokens[i] in top[i], f"length {len(prompt)}, token {i}: {tokens[i]} not in {top[i]}"
+            assert top[i][0] in result[i][1], f"length {len(prompt)}, token {i}: {top[i][0]} not in {result[i][1]}"
+    return equal
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", action="append", required=True, choices=tuple(SHAPES))
+    for shape in parser.parse_args().shape:
+        generator = torch.Generator().manual_seed(3)
+        vocab = named_spec(shape, torch.float16).vocab_size
+        prompts = [torch.randint(4, vocab, (n,), generator=generator).tolist() for n in LENGTHS]
+        outputs = [asyncio.run(generate(shape, *run, prompts)) for run in RUNS]
+        model = reference_model(shape)
+        for (policy, share, placement), output in zip(RUNS, outputs, strict=True):
+            equal = compare(model, prompts, output)
+            print(f"{shape} {policy} {share} {placement}: {equal} of {len(prompts)} prompts equal throughout")
+        del model
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
