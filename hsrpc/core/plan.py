@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 from hsrpc.config import CachePolicy, EngineConfig, Placement, format_bytes
 from hsrpc.core.batch import BufferLimits, RowCosts
@@ -124,7 +125,7 @@ class _Candidate:
 
     share: float
     batch: int
-    resident: int
+    resident: tuple[frozenset[str], ...]
     device_tokens: int
     host_tokens: int
     prediction: StepPrediction
@@ -143,6 +144,8 @@ class Planner:
         self.policy, self.shares, self.reason = _cache_decision(config, sizes)
         self.recomputes = self.policy is CachePolicy.RECOMPUTE
         self.on_host = config.placement is Placement.HOST
+        self._all_layers = sizes.num_layers * sizes.layer_bytes
+        self._spread = cache(partial(spread_resident, sizes))
 
     def plan(self) -> Plan:
         """The best plan.
@@ -152,19 +155,16 @@ class Planner:
         """
         return self._finish(self._best())
 
-    def curve(self) -> list[StepPrediction]:
-        """The best prediction for each activation share from 0 to 1: throughput over share, for a plot.
+    def curve(self) -> list[tuple[float, StepPrediction]]:
+        """Activation shares from 0 to 1 and the best prediction for each, for a plot.
 
         Raises:
             ConfigError: as `plan`.
         """
-        return [replace(c.prediction, batch=c.batch) for c in self._curve()]
-
-    def _curve(self) -> Iterator[_Candidate]:
-        for share in _SHARES[::5]:
-            planner = Planner(self.sizes, self.budgets, self.hardware, self.config)
-            planner.shares, planner.policy, planner.recomputes = (share,), CachePolicy.HYBRID, False
-            yield planner._best()
+        shares = _SHARES[::5]
+        configs = [replace(self.config, cache_policy=CachePolicy.HYBRID, activation_share=share) for share in shares]
+        planners = [Planner(self.sizes, self.budgets, self.hardware, config) for config in configs]
+        return [(share, planner._best().prediction) for share, planner in zip(shares, planners, strict=True)]
 
     def _best(self) -> _Candidate:
         candidates = self._all_candidates()
@@ -200,8 +200,9 @@ class Planner:
         room = self.budgets.device - sum(fixed.values())
         if room < 0:
             return None
-        resident, streamed = self._resident_bytes(room)
-        room -= resident + self._weight_buffers(streamed)
+        resident = self._resident(room)
+        streamed = sum(self._streamed_bytes(resident))
+        room -= self._all_layers - streamed + self._weight_buffers(streamed)
         device_tokens = 0 if self.on_host else self._tokens(room, share)
         host_room = self.budgets.host - streamed
         if room < 0 or host_room < 0:
@@ -222,16 +223,16 @@ class Planner:
         longest = -(-self.max_model_len // block) * block
         return tokens >= longest + 2 * block and (batch == 1 or tokens >= batch * per_request)
 
-    def _resident_bytes(self, room: int) -> tuple[int, int]:
-        """Weight bytes on the device and on the bus: all that fit stay, less two buffers for the rest."""
-        total = self.sizes.num_layers * self.sizes.layer_bytes
+    def _resident(self, room: int) -> tuple[frozenset[str], ...]:
+        """Tensors of each layer that stay on the device: all that fit, less two buffers for the rest."""
         if self.on_host:
-            return 0, total
-        if total <= room:
-            return total, 0
-        assigned = spread_resident(self.sizes, max(0, room - BUFFERS * self.sizes.layer_bytes))
-        resident = sum(self._bytes_of(names) for names in assigned)
-        return resident, total - resident
+            return self._spread(0)
+        if self._all_layers <= room:
+            return self._spread(self._all_layers)
+        return self._spread(max(0, room - BUFFERS * self.sizes.layer_bytes))
+
+    def _streamed_bytes(self, resident: tuple[frozenset[str], ...]) -> tuple[int, ...]:
+        return tuple(self.sizes.layer_bytes - self._bytes_of(names) for names in resident)
 
     def _weight_buffers(self, streamed: int) -> int:
         return BUFFERS * self.sizes.layer_bytes if streamed else 0
@@ -307,16 +308,13 @@ class Planner:
         )
 
     def _finish(self, best: _Candidate) -> Plan:
-        sizes = self.sizes
         fixed = self._fixed_device_bytes(best.batch, best.share)
-        total = sizes.num_layers * sizes.layer_bytes
-        resident = spread_resident(sizes, best.resident)
-        streamed = tuple(sizes.layer_bytes - self._bytes_of(names) for names in resident)
+        streamed = self._streamed_bytes(best.resident)
         blocks = self._num_blocks(best)
         device_cache = self._cache_bytes(blocks, PoolId.DEVICE_KV, PoolId.DEVICE_ACTIVATION)
         return Plan(
             policy=self._named_policy(best.share),
-            reason=self.reason,
+            reason=self._full_reason(best),
             activation_share=best.share,
             block_size=self.config.block_size,
             max_batch=best.batch,
@@ -324,13 +322,13 @@ class Planner:
             max_prefill_tokens=best.batch * self.max_model_len if self.recomputes else self._prefill_tokens(),
             buffers=self._buffers(best.batch, best.share),
             costs=self._row_costs(),
-            resident=resident,
+            resident=best.resident,
             streamed_bytes=streamed,
             num_blocks=blocks,
             device_bytes={
                 **fixed,
                 "weight buffers": BUFFERS * max(streamed),
-                "resident weights": total - sum(streamed),
+                "resident weights": self._all_layers - sum(streamed),
                 "cache blocks": device_cache,
             },
             host_bytes={
@@ -341,6 +339,12 @@ class Planner:
             prediction=best.prediction,
             hardware=self.hardware,
         )
+
+    def _full_reason(self, best: _Candidate) -> str:
+        wanted = self.config.max_batch
+        if wanted is None or best.batch == wanted:
+            return self.reason
+        return f"{self.reason}; of max_batch={wanted} requests the budgets hold {best.batch} at once"
 
     def _named_policy(self, share: float) -> CachePolicy:
         if self.policy is not CachePolicy.AUTO:
@@ -386,12 +390,11 @@ class Planner:
                 f"too small for a context of {self.max_model_len}: buffers and embeddings take {format_bytes(needed)}",
                 "raise it, or lower max_model_len or max_prefill_tokens",
             )
-        weights = self.sizes.num_layers * self.sizes.layer_bytes
         cache = self.max_model_len * self.sizes.num_layers * self._token_bytes(share)
         return ConfigError(
             "host_memory",
             format_bytes(self.budgets.host),
-            f"too small: weights take {format_bytes(weights)} less what stays on the device, "
+            f"too small: weights take {format_bytes(self._all_layers)} less what stays on the device, "
             f"one request at full length {format_bytes(cache)}",
             "raise it or gpu_memory, or lower max_model_len or max_batch",
         )

@@ -192,6 +192,6 @@ def open_device(kind: DeviceKind) -> Device:
         return CpuDevice()
     if not torch.cuda.is_available():
         raise ConfigError("device", "cuda", "torch finds no CUDA device", "use device=cpu, or a torch build with CUDA")
-    from hsrpc.device.cuda import CudaDevice  # noqa: PLC0415  loads Triton
+    from hsrpc.device.cuda import CudaDevice  # loads Triton
 
     return CudaDevice()

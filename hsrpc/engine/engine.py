@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from random import Random
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -160,7 +161,8 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a live request with reason ABORTED; False where there is none."""
-        return self._end(request_id, FinishReason.ABORTED)
+        stream = self._streams.get(request_id)
+        return stream is not None and self._end(stream.request, FinishReason.ABORTED)
 
     def stats(self) -> EngineStats:
         """Counters at this moment."""
@@ -276,10 +278,12 @@ class Engine:
         stream = self._streams.get(output.request.request_id)
         return stream is not None and stream.request is output.request
 
-    def _end(self, request_id: str, reason: FinishReason) -> bool:
+    def _end(self, request: Request, reason: FinishReason) -> bool:
         """End a request from outside a step: its text so far is flushed, its blocks are freed with the step."""
-        request = self._scheduler.finish(request_id, reason)
-        if request is None:
+        stream = self._streams.get(request.request_id)
+        if stream is None or stream.request is not request:
+            return False  # ended; another may have its id by now
+        if self._scheduler.finish(request.request_id, reason) is None:
             return False
         self._outputs.put_nowait(_Outputs([TokenOutput(Output(request, None, reason))], is_step=False))
         return True
@@ -295,7 +299,8 @@ class Engine:
     ) -> Generation:
         params = self._effective(params, len(token_ids))
         request = Request(request_id, token_ids, params, self._arrivals, time.monotonic())
-        generation = Generation(request_id, token_ids, params, self.abort)
+        abort = partial(self._end, request, FinishReason.ABORTED)
+        generation = Generation(request_id, token_ids, params, abort)
         stops = StopMatcher(params.stop, params.include_stop)
         self._streams[request_id] = Stream(request, generation, detokenizer, stops)
         self._arrivals += 1
@@ -303,13 +308,8 @@ class Engine:
         self._scheduler.add(request)
         self._wake.set()
         if params.time_limit is not None:
-            asyncio.get_running_loop().call_later(params.time_limit, self._time_out, request)
+            asyncio.get_running_loop().call_later(params.time_limit, self._end, request, FinishReason.TIME_LIMIT)
         return generation
-
-    def _time_out(self, request: Request) -> None:
-        stream = self._streams.get(request.request_id)
-        if stream is not None and stream.request is request:
-            self._end(request.request_id, FinishReason.TIME_LIMIT)
 
     def _effective(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
         seed = self._seeds.randrange(2**63) if params.seed is None else params.seed

@@ -18,7 +18,7 @@ class Generation:
     """
 
     def __init__(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, abort: Callable[[str], object]
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, abort: Callable[[], object]
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = list(prompt)
@@ -50,7 +50,7 @@ class Generation:
     def close(self) -> None:
         """End it here: a request that is still live is aborted, and what was not taken is dropped."""
         self._ended = True
-        self._abort(self.request_id)
+        self._abort()
 
     def put(self, delta: Delta) -> None:
         """Add output; engine only."""

@@ -67,15 +67,9 @@ def make_planner(config: EngineConfig) -> Planned:
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
-    device = open_device(config.device)
-    on_cpu = device.torch_device.type == "cpu"
-    dtype = _dtype(config.dtype, on_cpu)
-    if config.model.startswith(RANDOM_PREFIX):
-        directory, spec = None, named_spec(config.model.removeprefix(RANDOM_PREFIX), dtype)
-    else:
-        directory = resolve_model(config.model)
-        spec = load_spec(directory, dtype)
-    if on_cpu:
+    spec, device = describe_model(config)
+    directory = None if config.model.startswith(RANDOM_PREFIX) else resolve_model(config.model)
+    if device.torch_device.type == "cpu":
         config = replace(
             config,
             max_batch=config.max_batch or _CPU_MAX_BATCH,
@@ -83,6 +77,19 @@ def make_planner(config: EngineConfig) -> Planned:
         )
     hardware = calibrate(device, spec.sizes, spec.dtype)
     return Planned(spec, device, Planner(spec.sizes, _budgets(config, device), hardware, config), directory)
+
+
+def describe_model(config: EngineConfig) -> tuple[ModelSpec, Device]:
+    """The model and the device that a configuration names; reads no weights.
+
+    Raises:
+        ConfigError, CheckpointError, ModelNotFoundError: as their names say.
+    """
+    device = open_device(config.device)
+    dtype = _dtype(config.dtype, on_cpu=device.torch_device.type == "cpu")
+    if config.model.startswith(RANDOM_PREFIX):
+        return named_spec(config.model.removeprefix(RANDOM_PREFIX), dtype), device
+    return load_spec(resolve_model(config.model), dtype), device
 
 
 async def open_parts(config: EngineConfig, progress: bool) -> Parts:

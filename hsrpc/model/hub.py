@@ -62,8 +62,8 @@ def _is_complete(directory: Path, pattern: str) -> bool:
 
 def _fetch(name: str, pattern: str, *, local_files_only: bool) -> Path | None:
     """The directory in the hub's cache; None when it is not there, or the hub is out of reach."""
-    import huggingface_hub  # noqa: PLC0415  slow to import, and of no use for a directory
-    from huggingface_hub import errors  # noqa: PLC0415
+    import huggingface_hub
+    from huggingface_hub import errors
 
     try:
         patterns = [*_TEXT_FILES, pattern]

@@ -52,6 +52,8 @@ def _plan_message(plan: Plan) -> v1.Plan:
         expected_context=plan.prediction.context,
         predicted_step_time=duration(plan.prediction.step),
         predicted_tokens_per_second=plan.prediction.tokens_per_second,
+        cache_policy=plan.policy,
+        cache_decision=plan.reason,
     )
 
 
@@ -61,6 +63,9 @@ def _measured_message(stats: Stats) -> v1.Measured:
         prompt_tokens=stats.prompt_tokens,
         weights_streamed_bytes=stats.weights_streamed_bytes,
         cache_loaded_bytes=stats.cache_loaded_bytes,
+        regenerated_tokens=stats.regenerated_tokens,
+        preemptions=stats.preemptions,
+        peak_device_bytes=stats.peak_device_bytes,
     )
     if stats.steps and stats.step_seconds > 0:
         message.step_time.CopyFrom(duration(stats.step_seconds / stats.steps))
@@ -69,9 +74,14 @@ def _measured_message(stats: Stats) -> v1.Measured:
 
 
 def _load_message(engine: Engine, stats: Stats) -> v1.Load:
-    used, total = stats.used_blocks, engine.plan.num_blocks
     blocks = [
-        v1.BlockUse(kind=_KINDS[pool.kind], tier=_TIERS[pool.tier], used=used.get(pool, 0), total=total.get(pool, 0))
+        v1.BlockUse(
+            kind=_KINDS[pool.kind],
+            tier=_TIERS[pool.tier],
+            used=stats.used_blocks.get(pool, 0),
+            total=engine.plan.num_blocks.get(pool, 0),
+            peak=stats.peak_blocks.get(pool, 0),
+        )
         for pool in PoolId
     ]
     return v1.Load(queued_requests=stats.queued, running_requests=stats.running, blocks=blocks)

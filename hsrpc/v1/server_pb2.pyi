@@ -145,6 +145,8 @@ class Plan(google.protobuf.message.Message):
     EXPECTED_CONTEXT_FIELD_NUMBER: builtins.int
     PREDICTED_STEP_TIME_FIELD_NUMBER: builtins.int
     PREDICTED_TOKENS_PER_SECOND_FIELD_NUMBER: builtins.int
+    CACHE_POLICY_FIELD_NUMBER: builtins.int
+    CACHE_DECISION_FIELD_NUMBER: builtins.int
     device_memory_bytes: builtins.int
     """Budget of device memory, bytes."""
     host_memory_bytes: builtins.int
@@ -159,6 +161,10 @@ class Plan(google.protobuf.message.Message):
     """Tokens a running request is expected to hold."""
     predicted_tokens_per_second: builtins.float
     """Predicted decode rate, tokens a second."""
+    cache_policy: builtins.str
+    """Policy in force: kv, activation, hybrid or recompute."""
+    cache_decision: builtins.str
+    """Why the policy and the share were chosen, in a sentence."""
     @property
     def predicted_step_time(self) -> google.protobuf.duration_pb2.Duration:
         """Predicted time of a decode step."""
@@ -174,9 +180,11 @@ class Plan(google.protobuf.message.Message):
         expected_context: builtins.int = ...,
         predicted_step_time: google.protobuf.duration_pb2.Duration | None = ...,
         predicted_tokens_per_second: builtins.float = ...,
+        cache_policy: builtins.str = ...,
+        cache_decision: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["predicted_step_time", b"predicted_step_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["activation_share", b"activation_share", "device_memory_bytes", b"device_memory_bytes", "expected_context", b"expected_context", "host_memory_bytes", b"host_memory_bytes", "max_batch", b"max_batch", "predicted_step_time", b"predicted_step_time", "predicted_tokens_per_second", b"predicted_tokens_per_second", "resident_share", b"resident_share"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["activation_share", b"activation_share", "cache_decision", b"cache_decision", "cache_policy", b"cache_policy", "device_memory_bytes", b"device_memory_bytes", "expected_context", b"expected_context", "host_memory_bytes", b"host_memory_bytes", "max_batch", b"max_batch", "predicted_step_time", b"predicted_step_time", "predicted_tokens_per_second", b"predicted_tokens_per_second", "resident_share", b"resident_share"]) -> None: ...
 
 Global___Plan: typing_extensions.TypeAlias = Plan
 
@@ -192,16 +200,25 @@ class Measured(google.protobuf.message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     WEIGHTS_STREAMED_BYTES_FIELD_NUMBER: builtins.int
     CACHE_LOADED_BYTES_FIELD_NUMBER: builtins.int
+    REGENERATED_TOKENS_FIELD_NUMBER: builtins.int
+    PREEMPTIONS_FIELD_NUMBER: builtins.int
+    PEAK_DEVICE_BYTES_FIELD_NUMBER: builtins.int
     tokens_per_second: builtins.float
     """Decode rate while there was work, tokens a second."""
     generated_tokens: builtins.int
     """Tokens generated."""
     prompt_tokens: builtins.int
-    """Prompt tokens computed."""
+    """Prompt tokens of the requests taken."""
     weights_streamed_bytes: builtins.int
     """Bytes of weights streamed to the device."""
     cache_loaded_bytes: builtins.int
     """Bytes of cache blocks loaded to the device."""
+    regenerated_tokens: builtins.int
+    """Keys and values rebuilt from activations, tokens times layers."""
+    preemptions: builtins.int
+    """Times that a request gave its blocks up for others and was computed anew."""
+    peak_device_bytes: builtins.int
+    """Most device memory in use at once, bytes, as the device counts it; 0 on the CPU."""
     @property
     def step_time(self) -> google.protobuf.duration_pb2.Duration:
         """Mean time of a step."""
@@ -215,9 +232,12 @@ class Measured(google.protobuf.message.Message):
         prompt_tokens: builtins.int = ...,
         weights_streamed_bytes: builtins.int = ...,
         cache_loaded_bytes: builtins.int = ...,
+        regenerated_tokens: builtins.int = ...,
+        preemptions: builtins.int = ...,
+        peak_device_bytes: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_tokens_per_second", b"_tokens_per_second", "step_time", b"step_time", "tokens_per_second", b"tokens_per_second"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_tokens_per_second", b"_tokens_per_second", "cache_loaded_bytes", b"cache_loaded_bytes", "generated_tokens", b"generated_tokens", "prompt_tokens", b"prompt_tokens", "step_time", b"step_time", "tokens_per_second", b"tokens_per_second", "weights_streamed_bytes", b"weights_streamed_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_tokens_per_second", b"_tokens_per_second", "cache_loaded_bytes", b"cache_loaded_bytes", "generated_tokens", b"generated_tokens", "peak_device_bytes", b"peak_device_bytes", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "regenerated_tokens", b"regenerated_tokens", "step_time", b"step_time", "tokens_per_second", b"tokens_per_second", "weights_streamed_bytes", b"weights_streamed_bytes"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_tokens_per_second", b"_tokens_per_second"]) -> typing.Literal["tokens_per_second"] | None: ...
 
 Global___Measured: typing_extensions.TypeAlias = Measured
@@ -260,6 +280,7 @@ class BlockUse(google.protobuf.message.Message):
     TIER_FIELD_NUMBER: builtins.int
     USED_FIELD_NUMBER: builtins.int
     TOTAL_FIELD_NUMBER: builtins.int
+    PEAK_FIELD_NUMBER: builtins.int
     kind: Global___BlockKind.ValueType
     """What the blocks hold."""
     tier: Global___BlockTier.ValueType
@@ -268,6 +289,8 @@ class BlockUse(google.protobuf.message.Message):
     """Blocks in use."""
     total: builtins.int
     """Blocks there are."""
+    peak: builtins.int
+    """Most blocks in use at once so far."""
     def __init__(
         self,
         *,
@@ -275,8 +298,9 @@ class BlockUse(google.protobuf.message.Message):
         tier: Global___BlockTier.ValueType = ...,
         used: builtins.int = ...,
         total: builtins.int = ...,
+        peak: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kind", b"kind", "tier", b"tier", "total", b"total", "used", b"used"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kind", b"kind", "peak", b"peak", "tier", b"tier", "total", b"total", "used", b"used"]) -> None: ...
 
 Global___BlockUse: typing_extensions.TypeAlias = BlockUse
 

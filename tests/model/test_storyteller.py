@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -18,7 +19,6 @@ from transformers import AutoTokenizer, OPTForCausalLM, PreTrainedTokenizerFast
 import hsrpc
 
 FOLDER = Path(hsrpc.__file__).parent / "models" / "storyteller"
-TOOLS = Path(__file__).parents[2] / "tools"
 PROMPTS = (
     "Once upon a time",
     "The little robot",
@@ -41,6 +41,8 @@ TEXTS = (
     "\x00\x7f\u200b\ufeff\uffff\U0010ffff",
     "",
 )
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+storyteller = importlib.import_module("storyteller")
 tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(FOLDER)
 
 
@@ -56,6 +58,13 @@ def stories(model: OPTForCausalLM) -> dict[str, list[int]]:
     batch = tokenizer(list(PROMPTS), return_tensors="pt", padding=True, padding_side="left")
     output = model.generate(**batch, do_sample=False, max_new_tokens=300)
     return {prompt: row[batch.input_ids.shape[1] :].tolist() for prompt, row in zip(PROMPTS, output, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> set[str]:
+    """Words of 1000 training stories."""
+    writer = storyteller.Storyteller(0)
+    return {word for _ in range(1000) for word in words(writer.story(writer.slots()))}
 
 
 def tell(prompt: str, token_ids: list[int]) -> str:
@@ -116,12 +125,12 @@ def test_greedy_story_ends_by_itself(stories: dict[str, list[int]], prompt: str)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_story_is_made_of_known_words(stories: dict[str, list[int]], prompt: str) -> None:
-    """At least 19 words in 20 are whole tokens: the words of the training stories."""
+def test_greedy_story_is_made_of_known_words(stories: dict[str, list[int]], vocabulary: set[str], prompt: str) -> None:
+    """Hardly a word that is not in the training stories."""
     told = list(words(tell("", stories[prompt])))
-    known = [word for word in told if len(tokenizer.encode(" " + word, add_special_tokens=False)) == 1]
+    known = [word for word in told if word in vocabulary]
     assert len(told) >= 40
-    assert len(known) >= 0.95 * len(told)
+    assert len(known) >= 0.97 * len(told)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -133,21 +142,18 @@ def test_greedy_story_does_not_go_in_circles(stories: dict[str, list[int]], prom
     assert all(word != following for word, following in pairwise(words(text)))
 
 
-def test_long_prompt_goes_on(model: OPTForCausalLM, stories: dict[str, list[int]]) -> None:
+def test_long_prompt_goes_on(model: OPTForCausalLM, stories: dict[str, list[int]], vocabulary: set[str]) -> None:
     """After 400 tokens of stories the next story is still legible: late positions are trained."""
     prompt = [token for story in stories.values() for token in [2, *(t for t in story if t > 2)]][:400]
     with torch.inference_mode():
         output = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=1)[0, 400:]
-    told = list(words(tell("", output.tolist())))
-    known = [word for word in told[:-1] if len(tokenizer.encode(" " + word, add_special_tokens=False)) == 1]
-    assert len(known) >= 0.9 * (len(told) - 1)
+    told = list(words(tell("", output.tolist())))[:-1]
+    assert len([word for word in told if word in vocabulary]) >= 0.9 * len(told) > 10
 
 
-def test_training_stories_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_stories_are_whole() -> None:
     """The writer leaves no slot, choice or wrong article behind, and repeats itself for the same seed."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    module = importlib.import_module("storyteller")
-    writer, again = module.Storyteller(3), module.Storyteller(3)
+    writer, again = storyteller.Storyteller(3), storyteller.Storyteller(3)
     for _ in range(500):
         story = writer.story(writer.slots())
         assert story == again.story(again.slots())

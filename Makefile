@@ -1,0 +1,77 @@
+# Everything here works from a clean clone: .venv is made when it is missing or pyproject.toml has changed.
+# Settings: PYTHON=python3.12 (any >= 3.11), PYTEST_ARGS='-k planner'.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+supported := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(firstword $(foreach python,python3.11 python3 python3.12 python3.13 python3.14,\
+	$(shell $(python) -c '$(supported)' 2>/dev/null && echo $(python))))
+PYTEST_ARGS ?=
+
+bin := .venv/bin
+installed := .venv/installed
+node_client := clients/node
+node_installed := $(if $(shell command -v npm),$(node_client)/node_modules/.package-lock.json)
+proto := PYTHON=$(bin)/python BUF=$(bin)/buf tools/proto.sh
+
+# One core per worker: torch's own threads would only compete with the other workers.
+# worksteal evens out a few long tests.
+pytest := OMP_NUM_THREADS=1 $(bin)/python -m pytest
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(installed) ## Stream text from a model that does not fit its device memory, on this machine
+	@$(bin)/python -m hsrpc.cli.demo
+
+.PHONY: test
+test: $(installed) $(node_installed) ## Run all tests
+	$(if $(node_installed),,@echo "npm is not installed: the tests of the Node.js client are left out")
+	@$(pytest) -n auto --dist worksteal $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(installed) proto-check ## Check style, format, types, the proto files and their stubs
+	@$(bin)/ruff check .
+	@$(bin)/ruff format --check .
+	@$(bin)/mypy
+
+.PHONY: format
+format: $(installed) ## Fix style and format
+	@$(bin)/ruff check --fix .
+	@$(bin)/ruff format .
+
+.PHONY: proto
+proto: $(installed) ## Generate hsrpc/v1 from proto/
+	@$(proto)
+
+.PHONY: proto-check
+proto-check: $(installed) ## Check proto/ for style and breaking changes, and hsrpc/v1 for staleness
+	@$(proto) --lint
+	@$(proto) --check
+
+.PHONY: manifests
+manifests: $(installed) ## Validate the Kubernetes manifests, offline
+	@$(pytest) tests/test_manifests.py
+
+.PHONY: clean
+clean: ## Remove the environments and everything else that was built
+	rm -rf .venv .venv-proto $(node_client)/node_modules build dist *.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(installed): pyproject.toml constraints.txt
+	@$(if $(PYTHON),,echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 1)
+	@echo "installing hsrpc and its tools into .venv (a minute or two)"
+	@$(PYTHON) -m venv .venv
+	@$(bin)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(bin)/python -c 'import sys, torch; print(f"ready: Python {sys.version.split()[0]}, torch {torch.__version__}")'
+	@touch $@
+
+$(node_client)/node_modules/.package-lock.json: $(node_client)/package.json $(node_client)/package-lock.json
+	@npm ci --prefix $(node_client) --silent --no-audit --no-fund
+	@touch $@

@@ -1,0 +1,1 @@
+"""The command line: `hsrpc serve | generate | plan | convert | info`."""

@@ -1,0 +1,135 @@
+"""`make demo`: a server whose device budget is smaller than its model, three prompts streamed from it at once.
+
+Run it with `python -m hsrpc.cli.demo`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from hsrpc.client import AsyncClient
+from hsrpc.config import format_bytes
+from hsrpc.core.request import Finish
+from hsrpc.v1.server_pb2 import BLOCK_KIND_ACTIVATION, BLOCK_KIND_KV, GetServerInfoResponse
+
+PROMPTS = ("Once upon a time", "The little robot", "One rainy morning")
+SERVER_FLAGS = (
+    "--device=cpu",
+    "--gpu-memory=13MiB",
+    "--host-memory=256MiB",
+    "--cache-policy=hybrid",
+    "--activation-share=0.5",
+    "--max-batch=3",
+    "--max-model-len=160",
+    "--max-prefill-tokens=16",
+)
+_START_SECONDS = 120
+
+
+@dataclass(slots=True)
+class Story:
+    """One prompt and what has come of it so far."""
+
+    prompt: str
+    text: str = ""
+    finish: Finish | None = None
+
+
+@asynccontextmanager
+async def running_server() -> AsyncIterator[AsyncClient]:
+    """A client of a server on a free port that is ready; both are stopped at the end."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "hsrpc.cli.main", "serve", "--port=0", *SERVER_FLAGS, stdout=PIPE
+    )
+    try:
+        async with AsyncClient(await asyncio.wait_for(_address(process), _START_SECONDS)) as client:
+            await _wait_ready(client, process)
+            yield client
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
+
+
+async def _address(process: Process) -> str:
+    assert process.stdout is not None
+    async for line in process.stdout:
+        if line.startswith(b"listening on "):
+            return line.decode().removeprefix("listening on ").strip()
+    raise SystemExit("demo: the server ended before it listened; its messages are above")
+
+
+async def _wait_ready(client: AsyncClient, process: Process) -> None:
+    ready = asyncio.create_task(client.wait_ready(_START_SECONDS))
+    ended = asyncio.create_task(process.wait())
+    await asyncio.wait({ready, ended}, return_when=asyncio.FIRST_COMPLETED)
+    ended.cancel()
+    if not ready.done():
+        ready.cancel()
+        raise SystemExit("demo: the server ended before it was ready; its messages are above")
+    await ready
+
+
+async def stream(client: AsyncClient, story: Story, live: Live, stories: list[Story]) -> None:
+    """Fill `story` from the server, showing each piece as it comes."""
+    async for delta in client.generate(story.prompt, max_tokens=120, temperature=0.7, seed=4):
+        story.text += delta.text
+        story.finish = delta.finish or story.finish
+        live.update(_panels(stories))
+
+
+def _panels(stories: list[Story]) -> Group:
+    return Group(*(Panel(Text.assemble((story.prompt, "bold"), story.text), expand=True) for story in stories))
+
+
+def summary(stories: list[Story], weights: int, info: GetServerInfoResponse) -> Table:
+    """What the server did for the stories."""
+    kinds = {BLOCK_KIND_KV: 0, BLOCK_KIND_ACTIVATION: 0}
+    for block in info.load.blocks:
+        kinds[block.kind] += block.peak
+    first = [story.finish.timings.first_token for story in stories if story.finish]
+    rows = {
+        "weights of the model": format_bytes(weights),
+        "device budget": format_bytes(info.plan.device_memory_bytes),
+        "weights resident on the device": f"{info.plan.resident_share:.0%}",
+        "weights streamed": format_bytes(info.measured.weights_streamed_bytes),
+        "KV blocks used": str(kinds[BLOCK_KIND_KV]),
+        "activation blocks used": str(kinds[BLOCK_KIND_ACTIVATION]),
+        "K and V rebuilt from activations": f"{info.measured.regenerated_tokens} tokens x layers",
+        "tokens generated": str(info.measured.generated_tokens),
+        "time to first token": f"{min(first) * 1e3:.0f} to {max(first) * 1e3:.0f} ms",
+    }
+    table = Table("what happened", "", show_lines=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+async def demo() -> None:
+    """Start, stream, report, stop."""
+    console = Console()
+    console.print("starting a server whose device budget is smaller than its model ...")
+    async with running_server() as client:
+        model = await client.get_model()
+        console.print(f"{model.name} is ready; three prompts at once:")
+        stories = [Story(prompt) for prompt in PROMPTS]
+        with Live(_panels(stories), console=console, refresh_per_second=12) as live:
+            await asyncio.gather(*(stream(client, story, live, stories) for story in stories))
+        console.line()
+        console.print(summary(stories, model.sizes.model_bytes, await client.get_server_info()))
+    console.print("server stopped")
+
+
+if __name__ == "__main__":
+    asyncio.run(demo())

@@ -1,0 +1,107 @@
+"""hsrpc generate: one request on an embedded engine, streamed to the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
+from hsrpc.core.request import Delta, SamplingParams
+from hsrpc.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from hsrpc.engine.engine import Engine
+
+_EXAMPLES = """\
+  hsrpc generate "Once upon a time"
+  hsrpc generate --temperature 0 --max-tokens 40 "The little robot"
+  hsrpc generate --model ./opt-13b --gpu-memory 20GiB --json "Dear reader," | jq .cache
+  hsrpc generate --token-ids 2,47,11
+  echo "Deep in the forest" | hsrpc generate -
+"""
+
+
+def add_parser(commands: Commands) -> None:
+    parser = add_command(commands, "generate", "continue one prompt, without a server", _EXAMPLES)
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text, or - for standard input")
+    parser.add_argument("--token-ids", metavar="IDS", help="prompt as token ids, such as 5,6,7, in place of PROMPT")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy (default: 1)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="default: 1")
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="default: 0, all tokens")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="default: to the end of the context")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-text token")
+    parser.add_argument("--json", action="store_true", help="print one object at the end instead of streaming")
+    add_engine_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Generate and print."""
+    prompt = _prompt(options)
+    params = SamplingParams(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        max_tokens=options.max_tokens,
+        stop=tuple(options.stop),
+        ignore_eos=options.ignore_eos,
+    )
+    import uvloop  # needs the extra `engine`, which --help does not
+
+    uvloop.run(_generate(options, prompt, params))
+
+
+async def _generate(options: argparse.Namespace, prompt: str | list[int], params: SamplingParams) -> None:
+    from hsrpc.engine.engine import Engine
+
+    async with Engine(engine_config(options), progress=sys.stderr.isatty()) as engine:
+        deltas = []
+        async for delta in engine.generate(prompt, params):
+            deltas.append(delta)
+            if not options.json:
+                print(delta.text, end="", flush=True)
+        print(json.dumps(_result(engine, deltas), ensure_ascii=False) if options.json else "")
+
+
+def _result(engine: Engine, deltas: list[Delta]) -> dict[str, object]:
+    finish = deltas[-1].finish
+    assert finish is not None  # the last delta has it
+    plan, stats = engine.plan, engine.stats()
+    return {
+        "token_ids": [token_id for delta in deltas for token_id in delta.token_ids],
+        "text": "".join(delta.text for delta in deltas),
+        "finish_reason": finish.reason.value,
+        "matched_stop": finish.matched_stop,
+        "usage": asdict(finish.usage),
+        "timings": asdict(finish.timings),
+        "cache": {
+            "policy": plan.policy,
+            "reason": plan.reason,
+            "activation_share": plan.activation_share,
+            "block_size": plan.block_size,
+            "peak_blocks": {pool.name.lower(): count for pool, count in stats.peak_blocks.items()},
+            "resident_share": plan.resident_share,
+            "weights_streamed_bytes": stats.weights_streamed_bytes,
+            "cache_loaded_bytes": stats.cache_loaded_bytes,
+            "regenerated_tokens": stats.regenerated_tokens,
+        },
+    }
+
+
+def _prompt(options: argparse.Namespace) -> str | list[int]:
+    if (options.prompt is None) == (options.token_ids is None):
+        raise InvalidRequestError("PROMPT", "give either a prompt or --token-ids")
+    if options.token_ids is not None:
+        return _token_ids(options.token_ids)
+    return sys.stdin.read() if options.prompt == "-" else str(options.prompt)
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidRequestError("--token-ids", f"{text!r} is not a list of numbers such as 5,6,7") from None

@@ -1,0 +1,58 @@
+"""Entry point: parses, runs the command, turns what goes wrong into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from hsrpc import __version__
+from hsrpc.cli import convert, generate, info, plan, serve
+from hsrpc.errors import HsrpcError
+
+_COMMANDS = (serve, generate, plan, convert, info)
+
+_EXAMPLES = """\
+examples:
+  hsrpc generate "Once upon a time"                        the bundled model, embedded
+  hsrpc serve --port 50051                                 the same over gRPC
+  hsrpc serve --model ~/models/opt-13b --gpu-memory 20GiB  a model larger than the device
+  hsrpc plan --model random:opt-30b --gpu-memory 24GiB     what would lie where, and how fast it would be
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="hsrpc",
+        description="Serves language models that do not fit the GPU.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hsrpc {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 is success, 1 a failure that its message explains, 2 a wrong use."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except HsrpcError as error:
+        print(f"hsrpc: error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("hsrpc"):
+            raise
+        print(f"hsrpc: error: {error.name} is not installed; pip install 'hsrpc[engine,plot]'", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Flags that several commands share, and the engine settings made from them."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import TypeAlias
+
+from hsrpc.config import BUNDLED_MODEL, CachePolicy, DeviceKind, DType, EngineConfig, Placement
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_command(commands: Commands, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    """A command's parser, with a summary and examples."""
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `EngineConfig`; each default is the dataclass's own."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        default=BUNDLED_MODEL,
+        help="directory in Hugging Face format, hub id, or random:SHAPE, such as random:opt-13b (default: bundled)",
+    )
+    model.add_argument("--dtype", choices=list(DType), default=DType.AUTO, help="of weights and caches (default: auto)")
+    model.add_argument("--max-model-len", type=int, metavar="N", help="most tokens of one request, prompt and output")
+    model.add_argument("--seed", type=int, metavar="N", help="makes the seeds of requests that bring none reproducible")
+    memory = parser.add_argument_group("device and memory")
+    memory.add_argument("--device", choices=list(DeviceKind), default=DeviceKind.AUTO, help="default: auto")
+    memory.add_argument(
+        "--gpu-memory", metavar="SIZE", help="hard budget of device memory, such as 24GiB (default: 90%% of it)"
+    )
+    memory.add_argument(
+        "--host-memory", metavar="SIZE", help="hard budget of pinned host memory (default: 80%% of what is free)"
+    )
+    memory.add_argument(
+        "--placement",
+        choices=list(Placement),
+        default=Placement.AUTO,
+        help="auto keeps on the device what fits; host keeps all layers and caches on the host, for measurements",
+    )
+    cache = parser.add_argument_group("cache")
+    cache.add_argument(
+        "--cache-policy", choices=list(CachePolicy), default=CachePolicy.AUTO, help="default: auto, planned"
+    )
+    cache.add_argument("--activation-share", type=float, metavar="X", help="0 to 1, with --cache-policy hybrid")
+    cache.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a cache block (default: 16)")
+    batch = parser.add_argument_group("batch")
+    batch.add_argument("--max-batch", type=int, metavar="N", help="most requests that run at once (default: planned)")
+    batch.add_argument("--max-prefill-tokens", type=int, metavar="N", help="most prompt tokens that one step computes")
+    batch.add_argument(
+        "--expected-context", type=int, metavar="N", help="tokens of a typical running request, to plan for"
+    )
+    batch.add_argument("--max-step-time", type=float, metavar="SECONDS", help="bound on the predicted time of a step")
+    batch.add_argument("--max-queued-requests", type=int, default=1024, metavar="N", help="default: 1024")
+
+
+def engine_config(options: argparse.Namespace) -> EngineConfig:
+    """The engine settings in parsed options.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    return EngineConfig(**{field.name: getattr(options, field.name) for field in fields(EngineConfig)})

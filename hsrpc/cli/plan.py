@@ -1,0 +1,151 @@
+"""hsrpc plan: what would lie where, and how fast it would be, without loading weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
+from hsrpc.config import format_bytes
+from hsrpc.core.plan import Plan, StepPrediction
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hsrpc.model.family import ModelSpec
+
+_EXAMPLES = """\
+  hsrpc plan --model ./opt-13b --gpu-memory 20GiB --host-memory 96GiB
+  hsrpc plan --model random:opt-30b --gpu-memory 24GiB --plot share.png
+  hsrpc plan --model ./opt-13b --json | jq .prediction
+"""
+
+
+def add_parser(commands: Commands) -> None:
+    parser = add_command(commands, "plan", "show the memory plan and the predicted throughput", _EXAMPLES)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="save throughput over activation share as PNG")
+    parser.add_argument("--json", action="store_true", help="print one object instead of tables")
+    add_engine_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Plan and print."""
+    from hsrpc.engine.startup import make_planner  # loads torch, which --help does not
+
+    planned = make_planner(engine_config(options))
+    plan = planned.planner.plan()
+    if options.json:
+        print(json.dumps(_as_json(planned.spec, plan)))
+    else:
+        _print(planned.spec, plan, planned.device.name)
+    if options.plot:
+        _plot(planned.planner.curve(), plan, planned.spec.name, options.plot)
+
+
+def _print(spec: ModelSpec, plan: Plan, device: str) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(
+        f"[bold]{spec.name}[/] ({spec.family}) on {device}: {format_bytes(spec.sizes.model_bytes)} of weights"
+    )
+    console.print(f"cache policy [bold]{plan.policy}[/]: {plan.reason}")
+    console.print(_memory_table("device memory", plan.device_bytes, plan.budgets.device))
+    console.print(_memory_table("host memory", plan.host_bytes, plan.budgets.host))
+    console.print(_blocks_table(plan))
+    console.print(_prediction_table(plan))
+
+
+def _memory_table(title: str, parts: Mapping[str, int], budget: int) -> Table:
+    table = _table(title, "", "size")
+    for name, size in parts.items():
+        table.add_row(name, format_bytes(size))
+    table.add_section()
+    table.add_row("all", format_bytes(sum(parts.values())))
+    table.add_row("budget", format_bytes(budget))
+    return table
+
+
+def _blocks_table(plan: Plan) -> Table:
+    table = _table(f"cache blocks of {plan.block_size} tokens", "", "device", "host")
+    counts = list(plan.num_blocks.values())
+    table.add_row("K and V", str(counts[0]), str(counts[1]))
+    table.add_row("activations", str(counts[2]), str(counts[3]))
+    return table
+
+
+def _prediction_table(plan: Plan) -> Table:
+    step, hardware = plan.prediction, plan.hardware
+    table = _table("a decode step, predicted", "", "")
+    rows = {
+        "requests, tokens of each": f"{step.batch}, {step.context}",
+        "activation share": f"{plan.activation_share:.2f}",
+        "weights resident": f"{plan.resident_share:.0%}",
+        f"bus ({hardware.load_bandwidth / 1e9:.1f} GB/s)": f"{step.bus * 1e3:.2f} ms",
+        "forward": f"{step.forward * 1e3:.2f} ms",
+        f"regeneration ({hardware.gemm_rate / 1e12:.2f} TFLOP/s)": f"{step.regenerate * 1e3:.2f} ms",
+        "attention": f"{step.attention * 1e3:.2f} ms",
+        "step": f"{step.step * 1e3:.2f} ms",
+        "throughput": f"{step.tokens_per_second:.1f} tokens/s",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", min_width=48, show_header=any(columns))
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _as_json(spec: ModelSpec, plan: Plan) -> dict[str, object]:
+    step = plan.prediction
+    return {
+        "model": spec.name,
+        "policy": plan.policy,
+        "reason": plan.reason,
+        "activation_share": plan.activation_share,
+        "resident_share": plan.resident_share,
+        "max_batch": plan.max_batch,
+        "max_model_len": plan.max_model_len,
+        "device_bytes": plan.device_bytes,
+        "host_bytes": plan.host_bytes,
+        "budgets": {"device": plan.budgets.device, "host": plan.budgets.host},
+        "num_blocks": {pool.name.lower(): count for pool, count in plan.num_blocks.items()},
+        "prediction": {
+            "batch": step.batch,
+            "context": step.context,
+            "step_seconds": step.step,
+            "bus_seconds": step.bus,
+            "gpu_seconds": step.forward + step.regenerate + step.attention,
+            "tokens_per_second": step.tokens_per_second,
+        },
+    }
+
+
+def _plot(curve: Sequence[tuple[float, StepPrediction]], plan: Plan, name: str, file: Path) -> None:
+    import matplotlib as mpl  # the extra `plot`
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.plot([share for share, _ in curve], [step.tokens_per_second for _, step in curve], marker="o", markersize=4)
+    axes.axvline(plan.activation_share, linestyle="--", color="gray", label=f"chosen: {plan.activation_share:.2f}")
+    axes.set(
+        xlabel="activation share of cached tokens", ylabel="tokens/s, predicted", title=f"{name}: decode throughput"
+    )
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    print(f"saved {file}")

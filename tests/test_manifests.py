@@ -1,0 +1,212 @@
+"""The Kubernetes manifests: valid by the Kubernetes schemas, and in step with the server they start."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from hsrpc.cli.main import build_parser
+from hsrpc.config import parse_bytes
+from hsrpc.server.config import ServerConfig
+from hsrpc.server.listener import HEALTH_NAMES
+
+ROOT = Path(__file__).parents[1]
+K8S = ROOT / "k8s"
+KUBERNETES = "1.30"
+"""The oldest version that the manifests are for."""
+PROCESS_BYTES = 1024**3
+"""Host memory of the process beside its budget: interpreter, torch, CUDA context, staging of requests."""
+
+Manifest = dict[str, Any]
+
+
+def read(path: Path) -> list[Manifest]:
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+def patched(manifest: Manifest, operations: list[Manifest]) -> Manifest:
+    """`manifest` after the JSON patch (RFC 6902) of an overlay: replace and remove of what is there."""
+    result = copy.deepcopy(manifest)
+    for operation in operations:
+        *path, last = (int(key) if key.isdecimal() else key for key in operation["path"].split("/")[1:])
+        parent = result
+        for key in path:
+            parent = parent[key]
+        assert last in parent, operation["path"]
+        if operation["op"] == "replace":
+            parent[last] = operation["value"]
+        else:
+            assert operation["op"] == "remove"
+            del parent[last]
+    return result
+
+
+BASE = [manifest for name in read(K8S / "base/kustomization.yaml")[0]["resources"] for manifest in read(K8S / "base" / name)]
+DEPLOYMENT = next(manifest for manifest in BASE if manifest["kind"] == "Deployment")
+DEPLOYMENTS = {
+    "base": DEPLOYMENT,
+    "cpu-demo": patched(DEPLOYMENT, read(K8S / "overlays/cpu-demo/deployment.yaml")[0]),
+}
+LOAD_MODEL = read(K8S / "load-model.yaml")
+LABELS = DEPLOYMENT["spec"]["template"]["metadata"]["labels"]
+
+
+def title(manifest: Manifest) -> str:
+    return f"{manifest['kind']}/{manifest['metadata']['name']}"
+
+
+def pod(manifest: Manifest) -> Manifest:
+    return manifest["spec"]["template"]["spec"]
+
+
+@pytest.fixture(params=DEPLOYMENTS)
+def deployment(request: pytest.FixtureRequest) -> Manifest:
+    """The deployment of the base, and of each overlay."""
+    return DEPLOYMENTS[request.param]
+
+
+@pytest.fixture
+def server(deployment: Manifest) -> Manifest:
+    [container] = pod(deployment)["containers"]
+    return container
+
+
+@pytest.fixture
+def options(server: Manifest) -> Any:
+    """What `hsrpc serve` makes of the container's arguments."""
+    return build_parser().parse_args(["serve", *server["args"]])
+
+
+@pytest.mark.parametrize("manifest", [*BASE, *LOAD_MODEL, DEPLOYMENTS["cpu-demo"]], ids=title)
+def test_is_valid_by_the_kubernetes_schema(manifest):
+    """No field is unknown, missing or of the wrong type."""
+    kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+
+
+def test_the_schema_finds_a_misspelt_field():
+    """The check above is strict."""
+    wrong = patched(DEPLOYMENT, [{"op": "replace", "path": "/spec/replicas", "value": "one"}])
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("folder", ["base", "overlays/cpu-demo"])
+def test_kustomization_names_every_file(folder):
+    """No manifest is forgotten, none named that does not exist."""
+    kustomization = read(K8S / folder / "kustomization.yaml")[0]
+    named = [*kustomization["resources"], *(patch["path"] for patch in kustomization.get("patches", []))]
+    assert all((K8S / folder / name).exists() for name in named)
+    files = {file.name for file in (K8S / folder).glob("*.yaml")}
+    assert files - {"kustomization.yaml"} == {name for name in named if "/" not in name}
+
+
+def test_names_are_unique():
+    """Kubernetes takes one object of a kind and name."""
+    titles = [title(manifest) for manifest in [*BASE, *LOAD_MODEL]]
+    assert len(titles) == len(set(titles))
+
+
+def test_selectors_find_the_pods():
+    """Services, budget and network policy all mean the deployment's pods."""
+    selectors = {title(DEPLOYMENT): DEPLOYMENT["spec"]["selector"]["matchLabels"]}
+    for manifest in BASE:
+        if manifest["kind"] == "Service":
+            selectors[title(manifest)] = manifest["spec"]["selector"]
+        elif manifest["kind"] == "PodDisruptionBudget":
+            selectors[title(manifest)] = manifest["spec"]["selector"]["matchLabels"]
+        elif manifest["kind"] == "NetworkPolicy":
+            selectors[title(manifest)] = manifest["spec"]["podSelector"]["matchLabels"]
+    assert selectors == dict.fromkeys(selectors, LABELS)
+    assert len(selectors) == 5
+
+
+def test_every_port_is_the_servers(server, options):
+    """Probes, container, services and network policy speak of the port that the server binds."""
+    [port] = server["ports"]
+    assert port["containerPort"] == options.port == ServerConfig().port
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert server[probe]["grpc"]["port"] == port["containerPort"]
+    ports = [port for manifest in BASE if manifest["kind"] == "Service" for port in manifest["spec"]["ports"]]
+    assert [(entry["targetPort"], entry["port"]) for entry in ports] == [(port["name"], port["containerPort"])] * 2
+    [policy] = (manifest for manifest in BASE if manifest["kind"] == "NetworkPolicy")
+    assert policy["spec"]["ingress"][0]["ports"] == [{"port": port["name"]}]
+
+
+def test_probes_ask_for_services_that_report_health(server):
+    """Liveness means the server, readiness the service that takes requests."""
+    services = {name: server[name]["grpc"].get("service", "") for name in ("livenessProbe", "readinessProbe")}
+    assert services == dict(zip(services, HEALTH_NAMES, strict=True))
+
+
+def test_a_pod_may_drain_before_it_is_killed(deployment, server, options):
+    """The grace period covers the pause before SIGTERM, the drain, and some seconds to exit."""
+    pause = server["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod(deployment)["terminationGracePeriodSeconds"] >= pause + options.shutdown_timeout + 10
+
+
+def test_the_rollout_waits_for_the_startup_probe(deployment, server):
+    """A pod that still loads within the startup probe's patience is no failed rollout."""
+    probe = server["startupProbe"]
+    assert deployment["spec"]["progressDeadlineSeconds"] > probe["periodSeconds"] * probe["failureThreshold"]
+
+
+def test_memory_limit_holds_the_pinned_budget(server, options):
+    """Pinned memory counts against the limit, and the node must keep it free: request = limit > budget."""
+    request, limit = (server["resources"][kind]["memory"] for kind in ("requests", "limits"))
+    assert request == limit
+    budget = parse_bytes(options.host_memory, "host_memory")
+    assert parse_bytes(re.sub("i$", "iB", limit), "limit") >= budget * 1.05 + PROCESS_BYTES
+
+
+def test_only_the_base_asks_for_a_gpu():
+    """One GPU for the server, none for the CPU overlay."""
+    asked = {name: "nvidia.com/gpu" in str(manifest) for name, manifest in DEPLOYMENTS.items()}
+    assert asked == {"base": True, "cpu-demo": False}
+    assert pod(DEPLOYMENT)["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+
+@pytest.mark.parametrize("manifest", [*DEPLOYMENTS.values(), LOAD_MODEL[-1]], ids=title)
+def test_pods_run_without_privileges(manifest):
+    """The restricted pod security standard, and a read-only root file system with a writable /tmp."""
+    spec = pod(manifest)
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert spec["automountServiceAccountToken"] is False
+    for container in spec["containers"]:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        [tmp] = (volume for volume in spec["volumes"] if volume["name"] == mounts["/tmp"])
+        assert "emptyDir" in tmp
+
+
+def test_the_model_lies_on_the_claim_that_the_job_fills():
+    """The job and the server mean the same claim and folder, which the server cannot write."""
+    [container] = pod(DEPLOYMENT)["containers"]
+    claim, job = LOAD_MODEL
+    for manifest in (DEPLOYMENT, job):
+        [volume] = (volume for volume in pod(manifest)["volumes"] if volume["name"] == "models")
+        assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    [mount] = (mount for mount in container["volumeMounts"] if mount["name"] == "models")
+    assert mount["readOnly"] is True
+    model = build_parser().parse_args(["serve", *container["args"]]).model
+    assert Path(model).is_relative_to(mount["mountPath"])
+    assert model == pod(job)["containers"][0]["command"][-1]
+
+
+def test_the_image_is_what_the_manifests_say():
+    """The Dockerfile's user and port are the manifests', and its entry point is `hsrpc serve` on all addresses."""
+    text = (ROOT / "Dockerfile").read_text()
+    context = pod(DEPLOYMENT)["securityContext"]
+    assert f"USER {context['runAsUser']}:{context['runAsGroup']}\n" in text
+    assert f"EXPOSE {ServerConfig().port}\n" in text
+    assert text.endswith('ENTRYPOINT ["hsrpc", "serve", "--host", "0.0.0.0"]\n')
