@@ -47,7 +47,8 @@ def patched(manifest: Manifest, operations: list[Manifest]) -> Manifest:
     return result
 
 
-BASE = [manifest for name in read(K8S / "base/kustomization.yaml")[0]["resources"] for manifest in read(K8S / "base" / name)]
+RESOURCES = read(K8S / "base/kustomization.yaml")[0]["resources"]
+BASE = [manifest for name in RESOURCES for manifest in read(K8S / "base" / name)]
 DEPLOYMENT = next(manifest for manifest in BASE if manifest["kind"] == "Deployment")
 DEPLOYMENTS = {
     "base": DEPLOYMENT,
@@ -156,11 +157,12 @@ def test_the_rollout_waits_for_the_startup_probe(deployment, server):
     assert deployment["spec"]["progressDeadlineSeconds"] > probe["periodSeconds"] * probe["failureThreshold"]
 
 
-def test_memory_limit_holds_the_pinned_budget(server, options):
-    """Pinned memory counts against the limit, and the node must keep it free: request = limit > budget."""
+def test_memory_limit_holds_the_budgets(server, options):
+    """Pinned memory counts against the limit, and the node must keep it free; on the CPU so does the "device"."""
     request, limit = (server["resources"][kind]["memory"] for kind in ("requests", "limits"))
     assert request == limit
     budget = parse_bytes(options.host_memory, "host_memory")
+    budget += parse_bytes(options.gpu_memory, "gpu_memory") if options.device == "cpu" else 0
     assert parse_bytes(re.sub("i$", "iB", limit), "limit") >= budget * 1.05 + PROCESS_BYTES
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Step, Work, form_mini_batches, lay_out
 from hsrpc.core.blocks import BlockManager
 from hsrpc.core.request import FinishReason, Request
+
+_MAX_ENDED_WAITING = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,7 @@ class Scheduler:
             self._running.remove(request)
         else:
             self._num_waiting -= 1
+            self._drop_ended()
         if not request.in_flight:
             self.blocks.free(request.blocks)
         return request
@@ -100,7 +103,7 @@ class Scheduler:
     def schedule(self, now: float) -> Step | None:
         """The next step: a token for each running request, and prompts as far as room allows. None: nothing to do."""
         works = self._continue_running()
-        works += self._admit(now, self.limits.max_prefill_tokens - sum(w.count for w in works if w.count > 1))
+        works += self._admit(now, self.limits.max_prefill_tokens - sum(map(_prefill_tokens, works)))
         if not works:
             return None
         for work in works:
@@ -166,7 +169,7 @@ class Scheduler:
                 continue
             if not self._reserve(request, work):
                 break  # it gave way itself, being the last
-            budget -= work.count if work.count > 1 else 0
+            budget -= _prefill_tokens(work)
             works.append(work)
         return works
 
@@ -227,6 +230,12 @@ class Scheduler:
         heappush(self._waiting, (request.order, request))
         self._num_waiting += 1
 
+    def _drop_ended(self) -> None:
+        """Requests that ended while they waited leave the queue at its head, or all at once where they are most of it."""
+        if len(self._waiting) > 2 * self._num_waiting + _MAX_ENDED_WAITING:
+            self._waiting = [entry for entry in self._waiting if entry[1].finish_reason is None]
+            heapify(self._waiting)
+
     def _first_waiting(self) -> Request | None:
         while self._waiting and self._waiting[0][1].finish_reason is not None:
             heappop(self._waiting)  # ended while it waited
@@ -236,3 +245,8 @@ class Scheduler:
         limits = self.limits
         for part in form_mini_batches(works, limits.block_size, limits.buffers, limits.costs, limits.sliding_window):
             yield lay_out(part, limits.block_size, limits.sliding_window)
+
+
+def _prefill_tokens(work: Work) -> int:
+    """Tokens of a running request's work that count against the prefill budget: all but the one of a decode."""
+    return 0 if work.count == 1 and work.samples else work.count

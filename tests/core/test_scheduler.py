@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import blake2s
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Step, Work
+from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Rows, Step, Work
 from hsrpc.core.blocks import BlockManager, PoolId
 from hsrpc.core.request import FinishReason, Request, SamplingParams
 from hsrpc.core.scheduler import Output, Scheduler, SchedulerLimits
 
 EOS = 0
-VOCAB = 12
+VOCAB = 50
 LIMITS = SchedulerLimits(
     max_batch=4,
     max_model_len=24,
@@ -59,6 +59,8 @@ class Harness:
         self.ended: dict[int, FinishReason] = {}
         """Reason by arrival, as the scheduler's outputs told."""
         self.step: Step | None = None
+        self.lengths: dict[int, int] = {}
+        """Tokens by arrival, before the step."""
 
     @property
     def running(self) -> list[Request]:
@@ -129,22 +131,438 @@ class Harness:
         blocks = -(-(work.context + work.count) // self.limits.block_size) if self.limits.keeps_cache else 0
         assert len(request.blocks) == blocks
 
-    def commit(self, failed: Callable[[Request], bool] = lambda _: False) -> list[Output]:
-        """Compute the step from what the pools hold, and commit it."""
+    def commit(self, failed: frozenset[int] = frozenset()) -> list[Output]:
+        """Compute the step from what the pools hold, and commit it; sampling fails for the arrivals in `failed`."""
         assert self.step is not None
-        tokens = {t[0].request_id: t for batch in self.step.mini_batches for t in self._compute(batch)}
-        sampled = [work.request for work in self.step.sampled]
+        step, self.step = self.step, None
+        self.lengths = {work.request.arrival: work.request.num_tokens for work in step.works}
+        tokens: dict[int, int] = {}
+        for batch in step.mini_batches:
+            tokens |= self._compute(batch)
+        sampled = [work.request for work in step.sampled]
+        token_ids = [None if request.arrival in failed else tokens[request.arrival] for request in sampled]
         live = [request for request in sampled if request.finish_reason is None]
-        token_ids = [None if failed(request) else tokens[request.request_id][1] for request in sampled]
-        works, self.step = self.step.works, None
-        outputs = self.scheduler.commit(Step(0, ()) if False else self._last(works), token_ids, 2.0)
+        outputs = self.scheduler.commit(step, token_ids, 2.0)
         assert [output.request for output in outputs] == live
         for output in outputs:
             self._note(output)
-        for work in works:
-            request = work.request
-            assert not request.in_flight
-            if request.finish_reason is None and self.limits.keeps_cache:
-                assert request.num_computed == work.context + work.count == request.num_tokens - work.samples
+        self._check_committed(step)
         self.check()
         return outputs
+
+    def abandon(self) -> None:
+        assert self.step is not None
+        assert self.step.is_abandoned
+        step, self.step = self.step, None
+        self.scheduler.abandon(step)
+        self.check()
+
+    def drain(self, max_steps: int = 5000) -> None:
+        """Run until every request has ended."""
+        if self.step is not None:
+            self.commit()
+        for _ in range(max_steps):
+            if self.schedule() is None:
+                break
+            self.commit()
+        assert not self.scheduler.has_work
+        assert list(self.scheduler.live()) == []
+        assert len(self.ended) == len(self.requests)
+        assert self.scheduler.blocks.num_free == self.scheduler.blocks.num_blocks
+
+    def check(self) -> None:
+        """Blocks are owned once by live or in-flight requests, counts agree, the running list is in order."""
+        scheduler, running, waiting = self.scheduler, self.running, self.waiting
+        tables = [(pool, index) for r in self.requests for pool, index in zip(r.blocks.pools, r.blocks.indices, strict=True)]
+        assert len(set(tables)) == len(tables)
+        assert scheduler.blocks.num_free == scheduler.blocks.num_blocks - len(tables)
+        assert scheduler.num_waiting == len(waiting)
+        assert scheduler.num_running == len(running) <= self.limits.max_batch
+        assert [r.order for r in running] == sorted(r.order for r in running)
+        assert all(len(r.blocks) == r.num_computed == 0 for r in waiting)
+        holders = [r for r in self.requests if len(r.blocks)]
+        assert all(r in running or r.in_flight for r in holders)
+        ended = {r.arrival for r in self.requests if r.finish_reason is not None}
+        assert ended == set(self.ended)
+        assert {r.arrival for r in scheduler.live()} == {r.arrival for r in self.requests} - ended
+
+    def _note(self, output: Output) -> None:
+        request = output.request
+        assert request.finish_reason is output.finish
+        assert output.failed == (output.token_id is None)
+        if output.finish is not None:
+            assert request.arrival not in self.ended
+            self.ended[request.arrival] = output.finish
+        if output.finish is FinishReason.STOP_TOKEN:
+            assert output.matched_stop == output.token_id
+        if output.token_id is not None:
+            assert request.token_ids[-1] == output.token_id
+
+    def _check_committed(self, step: Step) -> None:
+        for work in step.works:
+            request = work.request
+            assert not request.in_flight
+            if request.finish_reason is not None:
+                assert len(request.blocks) == 0
+            elif self.limits.keeps_cache:
+                assert request.num_computed == work.context + work.count
+                assert request.num_tokens == (request.num_computed + 1 if work.samples else self.lengths[request.arrival])
+
+    def _compute(self, batch: MiniBatch) -> dict[int, int]:
+        """Tokens by arrival: the model applied to what each sampling request's buffer rows hold."""
+        queries = list(zip(batch.positions.tolist(), batch.token_ids.tolist(), strict=True))
+        buffer = dict(zip(batch.new_rows.tolist(), queries, strict=True))
+        activations: dict[int, tuple[int, int]] = {}
+        for loads, target in ((batch.kv_loads, buffer), (batch.activation_loads, activations)):
+            for pool, runs in loads.items():
+                target |= {row: self.slots[pool, slot] for slot, row in pairs(runs.rows())}
+        buffer |= {row: activations[i] for i, row in enumerate(batch.activation_rows.tolist())}
+        for pool, rows in batch.stores.items():
+            self.slots |= {(pool, slot): queries[query] for query, slot in pairs(rows)}
+        tokens = {}
+        for i, work in enumerate(batch.works):
+            rows_of_request = range(batch.key_starts[i], batch.key_starts[i + 1])
+            held = sorted(buffer[row] for row in rows_of_request)
+            assert held == list(enumerate(work.request.token_ids[: work.context + work.count]))
+            if work.samples:
+                tokens[work.request.arrival] = next_token([token for _, token in held])
+        return tokens
+
+
+def pairs(rows: Rows) -> list[tuple[int, int]]:
+    return list(zip(rows.source.tolist(), rows.target.tolist(), strict=True))
+
+
+def expected(harness: Harness, request: Request) -> tuple[list[int], FinishReason]:
+    return generate(harness.prompts[request.arrival], request.params, harness.limits.max_model_len)
+
+
+@st.composite
+def harnesses(draw: st.DrawFn) -> Harness:
+    """From blocks for hardly more than one request at full length to plenty."""
+    block_size = draw(st.integers(1, 6))
+    limits = replace(
+        LIMITS,
+        block_size=block_size,
+        max_batch=draw(st.sampled_from((1, 2, 3, 4, 6))),
+        max_prefill_tokens=draw(st.sampled_from((1, 2, 3, 5, 8, 13, 24, 60))),
+    )
+    longest = -(-limits.max_model_len // block_size)
+    total = longest + draw(st.sampled_from((0, 0, 1, 2, longest // 2, longest, 2 * longest)))
+    cuts = sorted(draw(st.tuples(*[st.integers(0, total)] * 3)))
+    counts = [cuts[0], cuts[1] - cuts[0], cuts[2] - cuts[1], total - cuts[2]]
+    if draw(st.sampled_from((True, True, True, False))):
+        return Harness(dict(zip(PoolId, counts, strict=True)), draw(st.floats(0, 1)), limits)
+    prefill = limits.max_batch * limits.max_model_len
+    return Harness({}, 0.0, replace(limits, keeps_cache=False, max_prefill_tokens=prefill))
+
+
+PARAMS = st.builds(
+    SamplingParams,
+    max_tokens=st.sampled_from((None, None, 23, 20, 9, 1)),
+    ignore_eos=st.sampled_from((True, True, False)),
+    stop_token_ids=st.sampled_from(((), (), (EOS, 7))),
+    priority=st.integers(0, 2),
+)
+PROMPTS = st.builds(
+    lambda length, token_id: [token_id + i for i in range(length)],
+    st.sampled_from((1, 2, 3, 5, 8, 12, 23)),
+    st.integers(0, VOCAB - 24),
+)
+ADD = st.tuples(st.just("add"), PROMPTS, PARAMS)
+STEPS = st.tuples(st.just("steps"), st.integers(1, 6), st.just(0))
+RARE = st.one_of(
+    st.tuples(st.just("step and abort"), st.integers(1, 2), st.integers(0, 99)),
+    st.tuples(st.just("finish"), st.integers(0, 99), st.just(0)),
+    st.tuples(st.just("reuse"), st.integers(0, 99), st.just(0)),
+    st.tuples(st.just("fail"), st.integers(0, 99), st.just(0)),
+    st.tuples(st.just("abandon"), st.just(0), st.just(0)),
+)
+OPERATIONS = st.sampled_from((ADD, ADD, ADD, STEPS, STEPS, RARE)).flatmap(lambda strategy: strategy)
+
+
+def apply(harness: Harness, operation: tuple, aborted: set[int]) -> None:
+    name, first, second = operation
+    live = sorted(harness.scheduler.live(), key=lambda r: r.order)
+    if name == "add":
+        harness.add(first, second)
+    elif name == "steps":
+        for _ in range(first):
+            step_and_abort(harness, 0, 0, aborted)
+    elif name == "step and abort":
+        step_and_abort(harness, first, second, aborted)
+    elif name == "finish" and live:
+        abort(harness, live[first % len(live)], aborted)
+    elif name == "reuse" and live:
+        reuse(harness, live[first % len(live)], aborted)
+    elif name == "fail":
+        step_and_fail(harness, first, aborted)
+    elif name == "abandon" and harness.schedule() is not None:
+        for work in harness.step.works:
+            abort(harness, work.request, aborted)
+        harness.abandon()
+
+
+def step_and_fail(harness: Harness, which: int, aborted: set[int]) -> None:
+    """A step in which sampling fails for one request."""
+    if harness.schedule() is None or not harness.step.sampled:
+        if harness.step is not None:
+            harness.commit()
+        return
+    arrival = harness.step.sampled[which % len(harness.step.sampled)].request.arrival
+    aborted.add(arrival)
+    for output in harness.commit(failed=frozenset((arrival,))):
+        assert output.failed == (output.request.arrival == arrival)
+
+
+def abort(harness: Harness, request: Request, aborted: set[int]) -> None:
+    aborted.add(request.arrival)
+    harness.finish(request)
+
+
+def reuse(harness: Harness, request: Request, aborted: set[int]) -> None:
+    """A request ends, at once or while a step computes it, and another takes its id."""
+    harness.schedule()
+    abort(harness, request, aborted)
+    harness.add([1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True), request.request_id)
+    if harness.step is not None:
+        harness.commit()
+
+
+def step_and_abort(harness: Harness, num_aborted: int, which: int, aborted: set[int]) -> None:
+    """A step, and some requests that end while it is computed."""
+    if harness.schedule() is None:
+        return
+    for _ in range(num_aborted):
+        live = list(harness.scheduler.live())
+        if live:
+            abort(harness, live[which % len(live)], aborted)
+    harness.commit()
+
+
+@given(harness=harnesses(), operations=st.lists(OPERATIONS, min_size=15, max_size=50))
+@settings(max_examples=100)
+def test_every_request_ends_as_if_it_were_alone(harness: Harness, operations: list[tuple]):
+    """Whatever comes, goes and is preempted: each request ends, with the tokens that it would get alone."""
+    aborted: set[int] = set()
+    for operation in operations:
+        apply(harness, operation, aborted)
+    harness.drain()
+    for request in harness.requests:
+        tokens, reason = expected(harness, request)
+        if request.arrival in aborted:
+            assert request.finish_reason is FinishReason.ABORTED
+            assert request.token_ids == tokens[: request.num_tokens]
+        else:
+            assert (request.token_ids, request.finish_reason) == (tokens, reason)
+
+
+def endless(max_tokens: int | None = None, priority: int = 0) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True, priority=priority)
+
+
+def make(num_blocks: int = 6, **limits: object) -> Harness:
+    """A harness with host KV blocks: by default room for one request at full length."""
+    return Harness({PoolId.HOST_KV: num_blocks}, 0.0, replace(LIMITS, **limits))
+
+
+def test_full_length_alone_always_advances():
+    """With exactly the blocks of one request at full length, one computes token after token without preemption."""
+    harness = make()
+    request = harness.add([1], endless())
+    harness.drain(max_steps=25)
+    assert request.num_tokens == LIMITS.max_model_len
+    assert request.finish_reason is FinishReason.CONTEXT_LENGTH
+    assert request.preemptions == 0
+
+
+def test_two_full_lengths_do_not_thrash():
+    """Two requests that do not fit together: the later gives way once, and comes back when the first has ended."""
+    harness = make(num_blocks=7)
+    first, second = harness.add([1], endless()), harness.add([2], endless())
+    harness.drain(max_steps=60)
+    assert (first.preemptions, second.preemptions) == (0, 1)
+    assert harness.scheduler.preemptions == 1
+    assert second.token_ids == expected(harness, second)[0]
+
+
+def test_many_full_lengths_end():
+    """Eight requests over room for little more than one: the number of steps stays near that of one after the other."""
+    harness = make(num_blocks=8, max_batch=8)
+    for i in range(8):
+        harness.add([i + 1], endless(priority=i % 3))
+    harness.drain(max_steps=8 * 30)
+
+
+def test_order_is_priority_then_arrival():
+    """With one place, requests run by priority, and among equals in order of arrival."""
+    harness = make(max_batch=1)
+    for priority in (1, 0, 2, 0, 1):
+        harness.add([1, 2], endless(max_tokens=2, priority=priority))
+    harness.drain()
+    assert list(harness.ended) == [1, 3, 0, 4, 2]
+
+
+def test_a_small_request_does_not_pass_a_large_one():
+    """Requests are admitted strictly in order: what has no room yet is not overtaken, hence never starves."""
+    harness = make(num_blocks=6)
+    harness.add([1] * 12, endless(max_tokens=8))
+    harness.schedule()
+    harness.commit()
+    large, small = harness.add([2] * 20, endless(max_tokens=1)), harness.add([3], endless(max_tokens=1))
+    harness.schedule()
+    assert harness.waiting == [large, small]
+    harness.commit()
+    harness.drain()
+    assert list(harness.ended) == [0, 1, 2]
+
+
+def test_long_prompts_are_computed_in_chunks():
+    """A prompt longer than the budget takes several steps and samples in the last; decoding goes on beside it."""
+    harness = make(num_blocks=12)
+    decoding = harness.add([1, 2], endless())
+    harness.schedule()
+    harness.commit()
+    prompt = harness.add([3] * 20, endless())
+    counts = []
+    for _ in range(3):
+        step = harness.schedule()
+        counts.append([(work.request.arrival, work.count, work.samples) for work in step.works])
+        harness.commit()
+    chunks = [[work for work in works if work[0] == prompt.arrival] for works in counts]
+    assert chunks == [[(1, 8, False)], [(1, 8, False)], [(1, 4, True)]]
+    assert all((decoding.arrival, 1, True) in works for works in counts)
+
+
+def test_the_prefill_budget_holds_for_prompts_one_token_at_a_time():
+    """A budget of one token is one token a step, however many prompts are being computed."""
+    harness = make(num_blocks=24, max_prefill_tokens=3)
+    for i in range(3):
+        harness.add([i + 1] * 7, endless(max_tokens=2))
+    for step in iter(harness.schedule, None):
+        prompts = [work for work in step.works if work.context < work.request.num_prompt_tokens - 1]
+        assert sum(work.count for work in prompts) <= 3
+        harness.commit()
+    assert len(harness.ended) == 3
+
+
+def test_a_late_urgent_prompt_keeps_to_the_budget():
+    """A chunk of one token of a prompt counts: an urgent request that comes between does not raise the step's total."""
+    harness = make(num_blocks=24, max_prefill_tokens=1)
+    harness.add([1] * 6, endless(max_tokens=2, priority=1))
+    harness.schedule()
+    harness.commit()
+    harness.add([2] * 6, endless(max_tokens=2))
+    for step in iter(harness.schedule, None):
+        assert sum(work.count for work in step.works if not work.samples) <= 1
+        harness.commit()
+
+
+def test_ending_in_flight_keeps_blocks_until_commit():
+    """A step that computes an ended request still writes its blocks: nobody else gets them before the commit."""
+    harness = make()
+    request = harness.add([1] * 5, endless())
+    harness.schedule()
+    harness.finish(request, FinishReason.TIME_LIMIT)
+    assert len(request.blocks) == 2
+    assert harness.commit() == []
+    assert len(request.blocks) == 0
+    assert request.token_ids == [1] * 5
+
+
+def test_ending_while_waiting_counts_once():
+    """A waiting request that ends is gone from the count, wherever in the queue it was, and is never scheduled."""
+    harness = make(max_batch=1)
+    requests = [harness.add([i + 1], endless(max_tokens=3)) for i in range(4)]
+    harness.schedule()
+    for request in (requests[2], requests[1]):
+        harness.finish(request)
+    assert harness.scheduler.num_waiting == 1
+    harness.commit()
+    harness.drain()
+    assert list(harness.ended) == [2, 1, 0, 3]
+
+
+def test_ended_requests_do_not_pile_up():
+    """Requests that come and end behind one that waits leave nothing behind, though the queue never moves."""
+    harness = make(max_batch=1)
+    harness.add([1], endless())
+    harness.schedule()
+    harness.scheduler.add(Request("urgent", [1], endless(priority=-1), 1, 0.0))
+    for i in range(2, 2000):
+        harness.scheduler.add(Request(str(i), [1], endless(), i, 0.0))
+        harness.scheduler.finish(str(i), FinishReason.ABORTED)
+    assert harness.scheduler.num_waiting == 1
+    assert len(harness.scheduler._waiting) < 200
+
+
+class Counting(Request):
+    """A request that counts how often any of its attributes is read."""
+
+    __slots__ = ()
+    reads = 0
+
+    def __getattribute__(self, name: str) -> object:
+        Counting.reads += 1
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("num_waiting", [100, 10_000])
+def test_a_deep_queue_costs_nothing(num_waiting: int):
+    """A step reads as much with 10,000 requests waiting as with 100: it does not touch them all."""
+    scheduler = Scheduler(BlockManager({PoolId.HOST_KV: 100}, 0.0), LIMITS, [EOS])
+    for i in range(num_waiting):
+        scheduler.add(Counting(str(i), [1, 2], SamplingParams(max_tokens=2, ignore_eos=True), i, 0.0))
+    Counting.reads = 0
+    for _ in range(10):
+        step = scheduler.schedule(0.0)
+        scheduler.commit(step, [3] * len(step.sampled), 0.0)
+    assert scheduler.num_waiting == num_waiting - 20
+    assert 0 < Counting.reads < 4000
+
+
+def test_the_recompute_policy_keeps_nothing():
+    """Every step computes all tokens of its requests; no block is taken, so nobody is preempted."""
+    harness = Harness({}, 0.0, replace(LIMITS, keeps_cache=False, max_prefill_tokens=96))
+    harness.add([1] * 4, endless(max_tokens=3))
+    harness.add([2] * 20, endless(max_tokens=3))
+    counts = []
+    while (step := harness.schedule()) is not None:
+        counts.append(sorted(work.count for work in step.works))
+        harness.commit()
+    assert counts == [[4, 20], [5, 21], [6, 22]]
+    assert harness.scheduler.preemptions == 0
+
+
+def test_failed_sampling_ends_one_request_alone():
+    """A request whose logits are bad ends; the other one goes on."""
+    harness = make(num_blocks=12)
+    bad, good = harness.add([1], endless(max_tokens=3)), harness.add([2], endless(max_tokens=3))
+    harness.schedule()
+    outputs = {output.request: output for output in harness.commit(failed=frozenset((bad.arrival,)))}
+    assert outputs[bad].failed
+    assert outputs[bad].token_id is None
+    assert not outputs[good].failed
+    harness.drain()
+    assert good.finish_reason is FinishReason.MAX_TOKENS
+
+
+def test_idle_gives_no_step():
+    """Without requests there is no step; an unknown id cannot be finished."""
+    scheduler = Scheduler(BlockManager({PoolId.HOST_KV: 6}, 0.0), LIMITS, [EOS])
+    assert scheduler.schedule(0.0) is None
+    assert not scheduler.has_work
+    assert scheduler.finish("nobody", FinishReason.ABORTED) is None
+
+
+def test_times_are_those_of_the_first_step():
+    """A request's first scheduling and first token are noted once, also when it is preempted and computed again."""
+    scheduler = Scheduler(BlockManager({PoolId.HOST_KV: 7}, 0.0), LIMITS, [EOS])
+    requests = [Request(str(i), [1], endless(), i, 0.0) for i in range(2)]
+    for request in requests:
+        scheduler.add(request)
+    now = 0.0
+    while (step := scheduler.schedule(now := now + 1.0)) is not None:
+        scheduler.commit(step, [3] * len(step.sampled), now + 0.5)
+    assert requests[1].preemptions == 1
+    assert [(r.scheduled_time, r.first_token_time) for r in requests] == [(1.0, 1.5)] * 2

@@ -1,0 +1,429 @@
+"""The planner: never over budget, never a promise that it cannot keep, and the best of what there is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsrpc.config import CachePolicy, EngineConfig, Placement
+from hsrpc.core.blocks import BlockManager, BlockTable, PoolId, Tier
+from hsrpc.core.plan import BUFFERS, Budgets, Hardware, Plan, Planner, spread_resident
+from hsrpc.core.sizes import ModelSizes
+from hsrpc.errors import ConfigError
+
+MIB, GIB = 2**20, 2**30
+PCIE5_H100 = Hardware(load_bandwidth=55e9, store_bandwidth=55e9, gemm_rate=650e12, memory_bandwidth=2.6e12)
+PCIE4_4090 = Hardware(load_bandwidth=25e9, store_bandwidth=25e9, gemm_rate=140e12, memory_bandwidth=0.9e12)
+SLOW_GPU = replace(PCIE4_4090, gemm_rate=25e12)
+
+
+def make_sizes(
+    num_layers: int = 4,
+    hidden: int = 512,
+    heads: int = 8,
+    kv_heads: int | None = None,
+    ffn: int = 2048,
+    vocab: int = 1000,
+    context_length: int = 2048,
+    element_bytes: int = 2,
+    fixed_elements: int | None = None,
+) -> ModelSizes:
+    head_dim = hidden // heads
+    kv = (kv_heads or heads) * head_dim
+    tensors = {"qkv": hidden * (hidden + 2 * kv), "o": hidden * hidden, "up": hidden * ffn, "down": ffn * hidden}
+    return ModelSizes(
+        num_layers=num_layers,
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads or heads,
+        head_dim=head_dim,
+        ffn_size=ffn,
+        vocab_size=vocab,
+        context_length=context_length,
+        element_bytes=element_bytes,
+        layer_tensors={**tensors, "norm": hidden},
+        fixed_elements=vocab * hidden if fixed_elements is None else fixed_elements,
+    )
+
+
+OPT_30B = make_sizes(num_layers=48, hidden=7168, heads=56, ffn=28672, vocab=50272)
+OPT_6_7B = make_sizes(num_layers=32, hidden=4096, heads=32, ffn=16384, vocab=50272)
+LLAMA_8B = make_sizes(num_layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocab=128256)
+SMALL = make_sizes()
+
+
+def make_plan(
+    sizes: ModelSizes = SMALL,
+    device: int = 24 * GIB,
+    host: int = 200 * GIB,
+    hardware: Hardware = PCIE4_4090,
+    **settings: object,
+) -> Plan:
+    return Planner(sizes, Budgets(device=device, host=host), hardware, EngineConfig(**settings)).plan()
+
+
+def blocks_of(plan: Plan, tier: Tier) -> int:
+    return sum(count for pool, count in plan.num_blocks.items() if pool.tier is tier)
+
+
+def throughput(sizes: ModelSizes, hardware: Hardware, plan: Plan) -> float:
+    """Tokens per second of a plan that keeps its cache, by the formulas of the method alone."""
+    batch, context, share = plan.max_batch, plan.prediction.context, plan.activation_share
+    tokens = batch * context
+    host_share = max(0.0, 1 - blocks_of(plan, Tier.DEVICE) * plan.block_size / tokens)
+    cached = (1 - share) * sizes.kv_bytes + share * sizes.activation_bytes
+    streamed = sum(plan.streamed_bytes) / sizes.num_layers
+    bus = (streamed + tokens * host_share * cached) / hardware.load_bandwidth
+    forward = max(
+        batch * sizes.layer_flop / hardware.gemm_rate, sizes.layer_bytes / hardware.memory_bandwidth
+    )
+    regenerate = tokens * share * 4 * sizes.hidden_size * sizes.kv_size / hardware.gemm_rate
+    attention = max(
+        tokens * sizes.kv_bytes / hardware.memory_bandwidth,
+        batch * sizes.attention_flop(context) / hardware.gemm_rate,
+    )
+    return batch / (sizes.num_layers * max(bus, forward + regenerate + attention))
+
+
+@st.composite
+def all_sizes(draw: st.DrawFn) -> ModelSizes:
+    heads = draw(st.sampled_from((1, 2, 4, 6)))
+    return make_sizes(
+        num_layers=draw(st.integers(1, 7)),
+        hidden=heads * draw(st.sampled_from((8, 24, 64))),
+        heads=heads,
+        kv_heads=draw(st.sampled_from([n for n in (1, 2, 3, 4, 6) if heads % n == 0])),
+        ffn=draw(st.sampled_from((16, 100, 1024))),
+        vocab=draw(st.integers(2, 1000)),
+        context_length=draw(st.sampled_from((8, 64, 500))),
+        element_bytes=draw(st.sampled_from((2, 4))),
+    )
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> EngineConfig:
+    policy = draw(st.sampled_from((*CachePolicy, CachePolicy.HYBRID, CachePolicy.HYBRID)))
+    share = draw(st.none() | st.floats(0, 1)) if policy is CachePolicy.HYBRID else None
+    return EngineConfig(
+        cache_policy=policy,
+        activation_share=share,
+        placement=draw(st.sampled_from(Placement)),
+        block_size=draw(st.integers(1, 24)),
+        max_batch=draw(st.none() | st.integers(1, 40)),
+        max_model_len=draw(st.sampled_from((None, None, 1, 5, 8))),
+        max_prefill_tokens=draw(st.sampled_from((None, 1, 16, 100, 100))),
+        expected_context=draw(st.none() | st.integers(1, 600)),
+        max_step_time=draw(st.sampled_from((None, None, None, 1e-5, 1e-3))),
+    )
+
+
+HARDWARE = st.builds(
+    Hardware,
+    load_bandwidth=st.floats(1e8, 1e11),
+    store_bandwidth=st.just(1e9),
+    gemm_rate=st.floats(1e9, 1e15),
+    memory_bandwidth=st.floats(1e9, 3e12),
+)
+
+
+@st.composite
+def planners(draw: st.DrawFn) -> Planner:
+    """From budgets a little too small to those that hold everything: most of the examples are in between."""
+    sizes, config, hardware = draw(all_sizes()), draw(configs()), draw(HARDWARE)
+    guess = Planner(sizes, Budgets(device=16 * MIB, host=0), hardware, config)
+    fixed = sum(guess._fixed_device_bytes(draw(st.sampled_from((1, 4, 30))), 1.0).values())
+    weights = sizes.num_layers * sizes.layer_bytes
+    request = sizes.num_layers * guess.max_model_len * sizes.kv_bytes
+    device = fixed + weights * draw(st.integers(-1, 12)) // 8 + request * draw(st.integers(0, 40)) // 4
+    host = weights * draw(st.integers(0, 10)) // 8 + request * draw(st.integers(0, 200)) // 4
+    odd = draw(st.integers(1, 1000))
+    return Planner(sizes, Budgets(device=max(1, device) + odd, host=host + odd), hardware, config)
+
+
+def check_error(error: ConfigError) -> None:
+    """Names a setting, its value, and what to do."""
+    assert error.field in ("gpu_memory", "host_memory", "max_step_time")
+    assert str(error).startswith(f"{error.field}={error.value!r}: ")
+    assert any(word in str(error).rsplit(";", 1)[1] for word in ("raise", "lower"))
+
+
+@given(planner=planners())
+@settings(max_examples=200)
+def test_a_plan_stays_within_the_budgets(planner: Planner):
+    """Device and host bytes sum to no more than the budgets and are those of what the plan places there."""
+    try:
+        plan = planner.plan()
+    except ConfigError as error:
+        check_error(error)
+        return
+    sizes, budgets = planner.sizes, planner.budgets
+    assert sum(plan.device_bytes.values()) <= budgets.device
+    assert sum(plan.host_bytes.values()) <= budgets.host
+    assert min(*plan.device_bytes.values(), *plan.host_bytes.values()) >= 0
+    widths = {pool: sizes.kv_bytes if pool <= PoolId.HOST_KV else sizes.activation_bytes for pool in PoolId}
+    cached = {pool: count * plan.block_size * sizes.num_layers * widths[pool] for pool, count in plan.num_blocks.items()}
+    assert plan.device_bytes["cache blocks"] == sum(cached[pool] for pool in PoolId if pool.tier is Tier.DEVICE)
+    assert plan.host_bytes["cache blocks"] == sum(cached[pool] for pool in PoolId if pool.tier is Tier.HOST)
+    for names, streamed in zip(plan.resident, plan.streamed_bytes, strict=True):
+        assert streamed == sizes.layer_bytes - sum(map(sizes.tensor_bytes, names))
+    assert plan.device_bytes["resident weights"] == sizes.num_layers * sizes.layer_bytes - sum(plan.streamed_bytes)
+    assert plan.host_bytes["streamed weights"] == sum(plan.streamed_bytes)
+    assert plan.device_bytes["weight buffers"] >= BUFFERS * plan.weight_buffer_bytes
+
+
+@given(planner=planners())
+@settings(max_examples=200)
+def test_a_plan_keeps_its_promises(planner: Planner):
+    """The batch has blocks, one request at full length too, and its rows and queries fit the buffers."""
+    try:
+        plan = planner.plan()
+    except ConfigError as error:
+        check_error(error)
+        return
+    config = planner.config
+    block, batch = plan.block_size, plan.max_batch
+    assert batch <= (config.max_batch or 512)
+    assert plan.prediction.batch == batch
+    assert config.max_step_time is None or plan.prediction.step <= config.max_step_time
+    assert plan.buffers.rows >= plan.max_model_len
+    if plan.policy is CachePolicy.RECOMPUTE:
+        assert not plan.keeps_cache
+        assert sum(plan.num_blocks.values()) == 0
+        assert plan.max_prefill_tokens == batch * plan.max_model_len
+        assert plan.buffers.queries >= plan.max_model_len
+        return
+    assert plan.buffers.queries >= plan.max_prefill_tokens + batch
+    assert plan.buffers.activation_rows in (0, plan.buffers.rows)
+    assert (plan.buffers.activation_rows > 0) == (plan.activation_share > 0)
+    total = sum(plan.num_blocks.values())
+    assert total >= -(-plan.max_model_len // block)
+    if batch > 1:
+        assert total >= batch * -(-plan.prediction.context // block)
+    manager, table = BlockManager(plan.num_blocks, plan.activation_share), BlockTable()
+    assert manager.grow(table, -(-plan.max_model_len // block))
+    if config.placement is Placement.HOST:
+        assert plan.device_bytes["resident weights"] == plan.device_bytes["cache blocks"] == 0
+
+
+@given(planner=planners(), share=st.sampled_from((0.0, 0.25, 0.5, 0.75, 1.0)), batch=st.sampled_from((1, 3, 8, 32)))
+@settings(max_examples=100)
+def test_no_other_choice_is_faster(planner: Planner, share: float, batch: int):
+    """Of every batch and share that fit, the plan's throughput is the highest predicted."""
+    config = replace(planner.config, cache_policy=CachePolicy.HYBRID, activation_share=None, max_batch=None)
+    sizes = replace(planner.sizes, num_kv_heads=planner.sizes.num_heads)
+    other = replace(config, activation_share=share, max_batch=batch)
+    try:
+        forced = Planner(sizes, planner.budgets, planner.hardware, other).plan()
+    except ConfigError as error:
+        check_error(error)
+        return
+    best = Planner(sizes, planner.budgets, planner.hardware, config).plan()
+    assert best.prediction.tokens_per_second >= forced.prediction.tokens_per_second * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("hardware", [PCIE5_H100, PCIE4_4090, SLOW_GPU], ids=["h100", "4090", "slow"])
+@pytest.mark.parametrize("sizes", [OPT_30B, OPT_6_7B, LLAMA_8B], ids=["opt-30b", "opt-6.7b", "llama-8b"])
+def test_the_prediction_is_that_of_the_formulas(sizes: ModelSizes, hardware: Hardware):
+    """What a plan predicts follows from its blocks and streamed bytes; on a coarse grid nothing beats it."""
+    best = make_plan(sizes, hardware=hardware, expected_context=576)
+    shares = [None] if sizes.activation_ratio <= 1 else [0.0, 0.3, 0.6, 1.0]
+    for share in shares:
+        for batch in (1, 16, 64, 256):
+            policy = CachePolicy.HYBRID
+            plan = make_plan(
+                sizes, hardware=hardware, expected_context=576, cache_policy=policy, activation_share=share, max_batch=batch
+            )
+            computed = throughput(sizes, hardware, plan)
+            assert plan.prediction.tokens_per_second == pytest.approx(computed, rel=0.02)
+            assert computed <= best.prediction.tokens_per_second * 1.02
+
+
+def test_a_slow_gpu_wants_some_activations():
+    """Where compute is scarce beside the bus, the best share lies inside (0, 1)."""
+    plan = make_plan(OPT_30B, hardware=PCIE4_4090, expected_context=1024)
+    assert 0.5 < plan.activation_share < 0.95
+    assert plan.policy is CachePolicy.HYBRID
+    gpu = plan.prediction.forward + plan.prediction.regenerate + plan.prediction.attention
+    assert gpu == pytest.approx(plan.prediction.bus, rel=0.05)
+    slower = make_plan(OPT_30B, hardware=SLOW_GPU, expected_context=1024)
+    assert 0 < slower.activation_share < plan.activation_share
+
+
+def test_a_fast_gpu_wants_all_activations():
+    """Where compute is plentiful, a multi-head model that streams its cache caches activations only."""
+    plan = make_plan(OPT_30B, hardware=PCIE5_H100, expected_context=1024)
+    assert plan.activation_share == 1.0
+    assert plan.policy is CachePolicy.ACTIVATION
+    assert plan.num_blocks[PoolId.HOST_KV] == plan.num_blocks[PoolId.DEVICE_KV] == 0
+
+
+@pytest.mark.parametrize("policy", [CachePolicy.AUTO, CachePolicy.HYBRID])
+def test_grouped_queries_want_no_activations(policy: CachePolicy):
+    """An activation of a grouped-query model is larger than its K and V: the share is 0, and the plan says why."""
+    plan = make_plan(LLAMA_8B, hardware=PCIE5_H100, cache_policy=policy)
+    assert plan.activation_share == 0.0
+    assert "2.00 times the bytes" in plan.reason
+    assert "grouped-query" in plan.reason
+    assert plan.buffers.activation_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "share", "reason"),
+    [
+        (CachePolicy.KV, 0.0, "KV only, as asked"),
+        (CachePolicy.ACTIVATION, 1.0, "activations only, as asked"),
+        (CachePolicy.RECOMPUTE, 0.0, "nothing is cached, as asked"),
+    ],
+)
+@pytest.mark.parametrize("sizes", [OPT_6_7B, LLAMA_8B], ids=["mha", "gqa"])
+def test_a_policy_that_is_asked_for_is_kept(sizes: ModelSizes, policy: CachePolicy, share: float, reason: str):
+    """Policies are for honest comparison: they hold for any model, and the plan says that it was told to."""
+    plan = make_plan(sizes, hardware=PCIE5_H100, cache_policy=policy, max_batch=4)
+    assert (plan.policy, plan.activation_share) == (policy, share)
+    assert plan.reason.startswith(reason)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.37, 1.0])
+def test_a_share_that_is_asked_for_is_kept(share: float):
+    """The given share is planned for, in the pools of both tiers."""
+    plan = make_plan(OPT_6_7B, cache_policy=CachePolicy.HYBRID, activation_share=share, max_batch=8)
+    assert plan.activation_share == share
+    for tier in Tier:
+        counts = {pool: count for pool, count in plan.num_blocks.items() if pool.tier is tier}
+        activations = sum(count for pool, count in counts.items() if pool > PoolId.HOST_KV)
+        assert activations == pytest.approx(share * sum(counts.values()), abs=1)
+
+
+def test_a_model_that_fits_stays_on_the_device():
+    """With room for weights and cache, nothing crosses the bus and the whole cache is on the device."""
+    plan = make_plan(SMALL, device=4 * GIB, host=GIB, max_batch=4)
+    assert plan.streamed_bytes == (0,) * 4
+    assert plan.resident_share == 1.0
+    assert plan.weight_buffer_bytes == plan.device_bytes["weight buffers"] == 0
+    assert plan.prediction.bus == 0.0
+    assert all(names == frozenset(SMALL.layer_tensors) for names in plan.resident)
+
+
+def test_a_small_batch_on_the_device_can_win():
+    """OPT-6.7B fits 24 GiB: the best plan keeps all weights there, and beats streaming the same model."""
+    plan = make_plan(OPT_6_7B, hardware=PCIE5_H100, expected_context=576)
+    streamed = make_plan(OPT_6_7B, hardware=PCIE5_H100, expected_context=576, placement=Placement.HOST)
+    assert plan.resident_share == 1.0
+    assert plan.prediction.tokens_per_second > 1.5 * streamed.prediction.tokens_per_second
+    assert streamed.resident_share == 0.0
+    assert streamed.prediction.bus > 0
+
+
+@given(sizes=all_sizes(), part=st.floats(0, 1.2))
+def test_resident_weights_are_spread_evenly(sizes: ModelSizes, part: float):
+    """Never over budget; each layer is within its largest tensor of an even part; nothing that fits is left out."""
+    budget = int(part * sizes.num_layers * sizes.layer_bytes)
+    resident = spread_resident(sizes, budget)
+    sums = [sum(map(sizes.tensor_bytes, names)) for names in resident]
+    largest = max(map(sizes.tensor_bytes, sizes.layer_tensors))
+    even = min(budget / sizes.num_layers, sizes.layer_bytes)
+    assert len(resident) == sizes.num_layers
+    assert sum(sums) <= budget
+    assert all(abs(size - even) <= largest for size in sums)
+    left_out = [sizes.tensor_bytes(name) for name in sizes.layer_tensors if name not in resident[-1]]
+    assert sum(sums) + min(left_out, default=budget + 1) > budget
+
+
+@pytest.mark.parametrize(("asked", "given_batch"), [(1, 1), (5, 5), (23, 23), (100, 96)])
+def test_max_batch_is_honoured_where_it_fits(asked: int, given_batch: int):
+    """The batch that was asked for, else the next smaller one of the grid that fits the host."""
+    cache = 99 * 64 * SMALL.num_layers * SMALL.kv_bytes
+    weights = SMALL.num_layers * SMALL.layer_bytes
+    plan = make_plan(
+        SMALL,
+        device=256 * MIB,
+        host=weights + cache,
+        cache_policy=CachePolicy.KV,
+        placement=Placement.HOST,
+        max_batch=asked,
+        max_model_len=64,
+        expected_context=64,
+        max_prefill_tokens=64,
+    )
+    assert plan.max_batch == given_batch
+
+
+def test_max_step_time_bounds_the_step():
+    """A bound on the step gives a smaller batch within it; one that nothing meets is an error with the best there is."""
+    free = make_plan(OPT_30B, hardware=PCIE5_H100)
+    bound = free.prediction.step * 0.7
+    bounded = make_plan(OPT_30B, hardware=PCIE5_H100, max_step_time=bound)
+    assert bounded.prediction.step <= bound
+    assert bounded.max_batch < free.max_batch
+    with pytest.raises(ConfigError, match=r"max_step_time=1e-05: the fastest step predicted takes 0\.\d{4} s; raise it"):
+        make_plan(OPT_30B, hardware=PCIE5_H100, max_step_time=1e-5)
+
+
+def test_max_step_time_lowers_a_given_max_batch():
+    """`max_batch` is a most: where the step of that many takes too long, fewer run."""
+    whole = make_plan(OPT_30B, hardware=PCIE5_H100, max_batch=64)
+    bound = whole.prediction.step * 0.9
+    bounded = make_plan(OPT_30B, hardware=PCIE5_H100, max_batch=64, max_step_time=bound)
+    assert 1 <= bounded.max_batch < 64
+    assert bounded.prediction.step <= bound
+
+
+@pytest.mark.parametrize(
+    ("budgets", "field", "remedy"),
+    [
+        ({"device": 10 * MIB}, "gpu_memory", "raise it, or lower max_model_len or max_prefill_tokens"),
+        ({"host": 10 * MIB}, "host_memory", "raise it or gpu_memory, or lower max_model_len or max_batch"),
+    ],
+)
+def test_too_little_memory_is_explained(budgets: dict[str, int], field: str, remedy: str):
+    """The error names the budget, its value in units people read, what takes the room, and the remedy."""
+    with pytest.raises(ConfigError) as caught:
+        make_plan(OPT_30B, **budgets)
+    assert caught.value.field == field
+    assert caught.value.value == "10.0 MiB"
+    assert remedy in str(caught.value)
+
+
+def test_a_context_beyond_the_models_is_refused():
+    """`max_model_len` may not exceed the model's positions."""
+    with pytest.raises(ConfigError, match=r"max_model_len=5000: .* 2048 tokens; give at most that"):
+        make_plan(SMALL, max_model_len=5000)
+
+
+def test_lengths_are_bounded_by_the_model():
+    """Without settings the context is the model's, at most 4096; the expected one at most 1024."""
+    plan = make_plan(make_sizes(context_length=100_000))
+    assert (plan.max_model_len, plan.prediction.context) == (4096, 1024)
+    plan = make_plan(make_sizes(context_length=300))
+    assert (plan.max_model_len, plan.prediction.context) == (300, 300)
+    assert make_plan(make_sizes(context_length=300), expected_context=900).prediction.context == 300
+
+
+def test_the_curve_is_throughput_over_share():
+    """One best prediction for each share from 0 to 1; the plan's own is no worse than any of them."""
+    planner = Planner(OPT_30B, Budgets(device=24 * GIB, host=200 * GIB), PCIE4_4090, EngineConfig())
+    curve = planner.curve()
+    assert [share for share, _ in curve] == pytest.approx([i / 20 for i in range(21)])
+    rates = [prediction.tokens_per_second for _, prediction in curve]
+    assert 1.05 * rates[0] < max(rates) <= planner.plan().prediction.tokens_per_second
+
+
+def test_the_curve_leaves_out_what_does_not_fit():
+    """Where only activations are small enough for the host, the curve has the shares that fit."""
+    weights, cache = SMALL.num_layers * SMALL.layer_bytes, 2048 * SMALL.num_layers * SMALL.kv_bytes
+    config = EngineConfig(placement=Placement.HOST)
+    curve = Planner(SMALL, Budgets(device=256 * MIB, host=weights + cache * 3 // 4), PCIE4_4090, config).curve()
+    assert curve[-1][0] == 1.0
+    assert 0.4 < curve[0][0] < 0.7
+
+
+def test_prediction_parts_are_seconds_of_all_layers():
+    """Two models that differ in the number of layers alone, on the host: every part of the step doubles."""
+    settings = {"max_batch": 8, "placement": Placement.HOST, "cache_policy": CachePolicy.ACTIVATION}
+    one, two = (make_plan(make_sizes(num_layers=n), **settings).prediction for n in (3, 6))
+    for part in ("bus", "forward", "regenerate", "attention", "step"):
+        assert getattr(two, part) == pytest.approx(2 * getattr(one, part))
+    assert one.step == max(one.bus, one.forward + one.regenerate + one.attention)
