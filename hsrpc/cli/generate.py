@@ -26,8 +26,9 @@ _EXAMPLES = """\
 
 def add_parser(commands: Commands) -> None:
     parser = add_command(commands, "generate", "continue one prompt, without a server", _EXAMPLES)
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text, or - for standard input")
-    parser.add_argument("--token-ids", metavar="IDS", help="prompt as token ids, such as 5,6,7, in place of PROMPT")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("prompt", nargs="?", metavar="PROMPT", help="text, or - for standard input, less the newline at its end")
+    prompt.add_argument("--token-ids", metavar="IDS", help="prompt as token ids, such as 5,6,7, in place of PROMPT")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy (default: 1)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="default: 1")
     parser.add_argument("--top-k", type=int, default=0, metavar="N", help="default: 0, all tokens")
@@ -93,11 +94,21 @@ def _result(engine: Engine, deltas: list[Delta]) -> dict[str, object]:
 
 
 def _prompt(options: argparse.Namespace) -> str | list[int]:
-    if (options.prompt is None) == (options.token_ids is None):
-        raise InvalidRequestError("PROMPT", "give either a prompt or --token-ids")
     if options.token_ids is not None:
         return _token_ids(options.token_ids)
-    return sys.stdin.read() if options.prompt == "-" else str(options.prompt)
+    prompt = _standard_input() if options.prompt == "-" else str(options.prompt)
+    if not prompt:
+        raise InvalidRequestError("PROMPT", "empty; give text, or --token-ids")
+    return prompt
+
+
+def _standard_input() -> str:
+    """All of it, without the newline at its end that `echo` and editors add."""
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        problem = f"standard input has byte {error.object[error.start]:#x} at {error.start}, not UTF-8; convert it"
+        raise InvalidRequestError("PROMPT", problem) from None
 
 
 def _token_ids(text: str) -> list[int]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from hsrpc import __version__
 from hsrpc.cli import convert, generate, info, plan, serve
+from hsrpc.cli.options import Parser
 from hsrpc.errors import HsrpcError
 
 _COMMANDS = (serve, generate, plan, convert, info)
@@ -21,9 +22,9 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hsrpc",
         description="Serves language models that do not fit the GPU.",
         epilog=_EXAMPLES,
@@ -38,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 is success, 1 a failure that its message explains, 2 a wrong use."""
-    options = build_parser().parse_args(arguments)
+    options, unknown = build_parser().parse_known_args(arguments)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         options.run(options)
     except HsrpcError as error:

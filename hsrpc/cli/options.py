@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from typing import TypeAlias
+from enum import StrEnum
+from typing import Any, NoReturn, TypeAlias
 
 from hsrpc.config import BUNDLED_MODEL, CachePolicy, DeviceKind, DType, EngineConfig, Placement
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong and where help is; takes no abbreviated flags."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**(settings | {"allow_abbrev": False}))
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
+
+
 def add_command(commands: Commands, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
     """A command's parser, with a summary and examples."""
-    return commands.add_parser(
+    parser = commands.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(parser=parser)
+    return parser
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -30,11 +43,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=BUNDLED_MODEL,
         help="directory in Hugging Face format, hub id, or random:SHAPE, such as random:opt-13b (default: bundled)",
     )
-    model.add_argument("--dtype", choices=list(DType), default=DType.AUTO, help="of weights and caches (default: auto)")
+    model.add_argument("--dtype", choices=_values(DType), default=DType.AUTO, help="of weights and caches (default: auto)")
     model.add_argument("--max-model-len", type=int, metavar="N", help="most tokens of one request, prompt and output")
     model.add_argument("--seed", type=int, metavar="N", help="makes the seeds of requests that bring none reproducible")
     memory = parser.add_argument_group("device and memory")
-    memory.add_argument("--device", choices=list(DeviceKind), default=DeviceKind.AUTO, help="default: auto")
+    memory.add_argument("--device", choices=_values(DeviceKind), default=DeviceKind.AUTO, help="default: auto")
     memory.add_argument(
         "--gpu-memory", metavar="SIZE", help="hard budget of device memory, such as 24GiB (default: 90%% of it)"
     )
@@ -43,13 +56,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     memory.add_argument(
         "--placement",
-        choices=list(Placement),
+        choices=_values(Placement),
         default=Placement.AUTO,
         help="auto keeps on the device what fits; host keeps all layers and caches on the host, for measurements",
     )
     cache = parser.add_argument_group("cache")
     cache.add_argument(
-        "--cache-policy", choices=list(CachePolicy), default=CachePolicy.AUTO, help="default: auto, planned"
+        "--cache-policy", choices=_values(CachePolicy), default=CachePolicy.AUTO, help="default: auto, planned"
     )
     cache.add_argument("--activation-share", type=float, metavar="X", help="0 to 1, with --cache-policy hybrid")
     cache.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a cache block (default: 16)")
@@ -61,6 +74,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     batch.add_argument("--max-step-time", type=float, metavar="SECONDS", help="bound on the predicted time of a step")
     batch.add_argument("--max-queued-requests", type=int, default=1024, metavar="N", help="default: 1024")
+
+
+def _values(kind: type[StrEnum]) -> list[str]:
+    return [member.value for member in kind]
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:

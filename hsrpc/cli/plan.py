@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
 from hsrpc.config import format_bytes
-from hsrpc.core.plan import Plan, StepPrediction
+from hsrpc.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from hsrpc.core.plan import Plan, StepPrediction
     from hsrpc.model.family import ModelSpec
 
 _EXAMPLES = """\
@@ -147,5 +149,8 @@ def _plot(curve: Sequence[tuple[float, StepPrediction]], plan: Plan, name: str, 
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=150)
-    print(f"saved {file}")
+    try:
+        figure.savefig(file, format="png", dpi=150)
+    except OSError as error:
+        raise ConfigError("plot", str(file), f"cannot be written ({error.strerror})", "give another file") from None
+    print(f"saved {file}", file=sys.stderr)
