@@ -1,6 +1,6 @@
 """Trains and saves the small model that comes with hsrpc, hsrpc/models/storyteller.
 
-Everything is made from one seed: the stories (storyteller.py), the tokenizer and the weights. One core needs about 20
+Everything is made from one seed: the stories (storyteller.py), the tokenizer and the weights. One core needs 20 to 25
 minutes with bfloat16 instructions, and about an hour without.
 
 Example:

@@ -27,7 +27,9 @@ _EXAMPLES = """\
 def add_parser(commands: Commands) -> None:
     parser = add_command(commands, "generate", "continue one prompt, without a server", _EXAMPLES)
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("prompt", nargs="?", metavar="PROMPT", help="text, or - for standard input, less the newline at its end")
+    prompt.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="text, or - for standard input, less the newline at its end"
+    )
     prompt.add_argument("--token-ids", metavar="IDS", help="prompt as token ids, such as 5,6,7, in place of PROMPT")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy (default: 1)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="default: 1")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from hsrpc import __version__
-from hsrpc.cli import convert, generate, info, plan, serve
+from hsrpc.cli import bench, convert, generate, info, plan, serve
 from hsrpc.cli.options import Parser
 from hsrpc.errors import HsrpcError
 
-_COMMANDS = (serve, generate, plan, convert, info)
+_COMMANDS = (serve, generate, plan, convert, info, bench)
 
 _EXAMPLES = """\
 examples:
@@ -38,7 +39,7 @@ def build_parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 is success, 1 a failure that its message explains, 2 a wrong use."""
+    """Run a command; 0 is success, 1 a failure that its message explains, 2 a wrong use, 128 + n an end by signal n."""
     options, unknown = build_parser().parse_known_args(arguments)
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -51,6 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (error.name or "").startswith("hsrpc"):
             raise
         print(f"hsrpc: error: {error.name} is not installed; pip install 'hsrpc[engine,plot]'", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Nobody reads standard output any more: what is left of it must not fail again as the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        print(f"hsrpc: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -43,7 +43,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=BUNDLED_MODEL,
         help="directory in Hugging Face format, hub id, or random:SHAPE, such as random:opt-13b (default: bundled)",
     )
-    model.add_argument("--dtype", choices=_values(DType), default=DType.AUTO, help="of weights and caches (default: auto)")
+    model.add_argument(
+        "--dtype", choices=_values(DType), default=DType.AUTO, help="of weights and caches (default: auto)"
+    )
     model.add_argument("--max-model-len", type=int, metavar="N", help="most tokens of one request, prompt and output")
     model.add_argument("--seed", type=int, metavar="N", help="makes the seeds of requests that bring none reproducible")
     memory = parser.add_argument_group("device and memory")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
+import os
 import sys
 
 from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
@@ -21,20 +23,34 @@ def add_parser(commands: Commands) -> None:
     listen = parser.add_argument_group("listening")
     listen.add_argument("--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1)")
     listen.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: 50051)")
-    listen.add_argument("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS", help="for running requests")
+    listen.add_argument(
+        "--shutdown-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for running requests"
+    )
     add_engine_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Serve until a signal ends it."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read once, as grpc loads; hsrpc reports what goes wrong
     import uvloop  # needs the extra `engine`, which --help does not
 
-    from hsrpc.engine.engine import Engine
     from hsrpc.server import ServerConfig, serve
+
+    config = ServerConfig(host=options.host, port=options.port, drain_timeout=options.shutdown_timeout)
+    engine_settings = engine_config(options)
+    from hsrpc.engine.engine import Engine  # takes seconds: the settings are checked by now
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    engine = Engine(engine_config(options), progress=sys.stderr.isatty())
-    config = ServerConfig(host=options.host, port=options.port, drain_timeout=options.shutdown_timeout)
-    uvloop.run(serve(engine, config))
+    uvloop.run(serve(Engine(engine_settings, progress=sys.stderr.isatty()), config))
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; give seconds, 0 or more")
+    return seconds

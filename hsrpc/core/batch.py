@@ -34,6 +34,11 @@ class Work:
     samples: bool
     """The last of its tokens is the newest, so the step samples the next one."""
 
+    @property
+    def is_decode(self) -> bool:
+        """It computes the newest token alone; otherwise it is a chunk of a prefill."""
+        return self.count == 1 and self.samples
+
 
 @dataclass(frozen=True, slots=True)
 class Runs:

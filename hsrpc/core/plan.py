@@ -13,7 +13,9 @@ model costs microseconds, so a grid is simpler than a solver and finds the optim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -30,6 +32,7 @@ REGENERATE_ROWS = 4096
 SAMPLE_ELEMENTS = 2**20
 """Logits that are sorted at once, which bounds the sampler's working memory."""
 DEFAULT_PREFILL_TOKENS = 2048
+_REFINEMENTS = 4
 _SHARES = tuple(i / 100 for i in range(101))
 _MAX_BATCH = 512
 _TARGET_BUFFER_BYTES = 256 * 1024**2
@@ -156,38 +159,36 @@ class Planner:
         return self._finish(self._best())
 
     def curve(self) -> list[tuple[float, StepPrediction]]:
-        """Activation shares from 0 to 1 and the best prediction for each, for a plot.
+        """Activation shares from 0 to 1 and the best prediction for each that fits, for a plot.
 
         Raises:
             ConfigError: as `plan`.
         """
-        shares = _SHARES[::5]
-        configs = [replace(self.config, cache_policy=CachePolicy.HYBRID, activation_share=share) for share in shares]
-        planners = [Planner(self.sizes, self.budgets, self.hardware, config) for config in configs]
-        return [(share, planner._best().prediction) for share, planner in zip(shares, planners, strict=True)]
+        self._best()
+        points = []
+        for share in _SHARES[::5]:
+            config = replace(self.config, cache_policy=CachePolicy.HYBRID, activation_share=share)
+            with suppress(ConfigError):
+                best = Planner(self.sizes, self.budgets, self.hardware, config)._best()
+                points.append((share, best.prediction))
+        return points
 
     def _best(self) -> _Candidate:
-        candidates = self._all_candidates()
-        if not candidates:
-            raise self._too_small()
+        fitting: list[_Candidate] = []
         bound = self.config.max_step_time
-        allowed = [c for c in candidates if bound is None or c.prediction.step <= bound]
-        if not allowed:
-            fastest = min(c.prediction.step for c in candidates)
-            raise ConfigError(
-                "max_step_time",
-                bound,
-                f"the fastest step predicted takes {fastest:.4f} s",
-                "raise it, or give more gpu_memory",
-            )
-        return max(allowed, key=lambda c: (c.prediction.tokens_per_second, -c.share))
+        for batches in self._batch_choices():
+            found = [candidate for batch in batches for candidate in self._candidates(batch)]
+            allowed = [c for c in found if bound is None or c.prediction.step <= bound]
+            if allowed:
+                return max(allowed, key=lambda c: (c.prediction.tokens_per_second, -c.share))
+            fitting += found
+        raise self._too_slow(fitting) if fitting else self._too_small()
 
-    def _all_candidates(self) -> list[_Candidate]:
-        """All batch sizes, or the one that was asked for, or the largest below it that fits."""
+    def _batch_choices(self) -> list[list[int]]:
+        """Batch sizes to choose from: all, or the one that was asked for and only then the next smaller ones."""
         if self.config.max_batch is None:
-            return [c for batch in _doubling(_MAX_BATCH) for c in self._candidates(batch)]
-        descending = reversed(_doubling(self.config.max_batch))
-        return next((found for batch in descending if (found := list(self._candidates(batch)))), [])
+            return [_doubling(_MAX_BATCH)]
+        return [[batch] for batch in reversed(_doubling(self.config.max_batch))]
 
     def _candidates(self, batch: int) -> Iterator[_Candidate]:
         for share in self.shares:
@@ -202,26 +203,26 @@ class Planner:
             return None
         resident = self._resident(room)
         streamed = sum(self._streamed_bytes(resident))
-        room -= self._all_layers - streamed + self._weight_buffers(streamed)
+        room -= self._resident_bytes(resident) + self._weight_buffers(resident)
         device_tokens = 0 if self.on_host else self._tokens(room, share)
         host_room = self.budgets.host - streamed
         if room < 0 or host_room < 0:
             return None
         host_tokens = self._tokens(host_room, share)
-        if not self._batch_fits(batch, device_tokens + host_tokens):
+        block = self.config.block_size
+        if not self._batch_fits(batch, device_tokens // block + host_tokens // block):
             return None
         on_host = 1 - min(1.0, device_tokens / max(1, batch * self.context))
         prediction = self._predict(batch, share, streamed, 0.0 if self.recomputes else on_host)
         return _Candidate(share, batch, resident, device_tokens, host_tokens, prediction)
 
-    def _batch_fits(self, batch: int, tokens: int) -> bool:
+    def _batch_fits(self, batch: int, blocks: int) -> bool:
         """`batch` requests of the expected length, and one of full length, have blocks."""
         if self.recomputes:
             return True
-        block = self.config.block_size
-        per_request = -(-self.context // block) * block
-        longest = -(-self.max_model_len // block) * block
-        return tokens >= longest + 2 * block and (batch == 1 or tokens >= batch * per_request)
+        per_request = -(-self.context // self.config.block_size)
+        longest = -(-self.max_model_len // self.config.block_size)
+        return blocks >= longest and (batch == 1 or blocks >= batch * per_request)
 
     def _resident(self, room: int) -> tuple[frozenset[str], ...]:
         """Tensors of each layer that stay on the device: all that fit, less two buffers for the rest."""
@@ -229,13 +230,23 @@ class Planner:
             return self._spread(0)
         if self._all_layers <= room:
             return self._spread(self._all_layers)
-        return self._spread(max(0, room - BUFFERS * self.sizes.layer_bytes))
+        found = self._spread(max(0, room - BUFFERS * self.sizes.layer_bytes))
+        for _ in range(_REFINEMENTS):
+            # What stays makes the buffers smaller, which makes room for more to stay.
+            more = self._spread(max(0, room - self._weight_buffers(found)))
+            if self._resident_bytes(more) + self._weight_buffers(more) > room:
+                break
+            found = more
+        return found
 
     def _streamed_bytes(self, resident: tuple[frozenset[str], ...]) -> tuple[int, ...]:
         return tuple(self.sizes.layer_bytes - self._bytes_of(names) for names in resident)
 
-    def _weight_buffers(self, streamed: int) -> int:
-        return BUFFERS * self.sizes.layer_bytes if streamed else 0
+    def _resident_bytes(self, resident: tuple[frozenset[str], ...]) -> int:
+        return sum(map(self._bytes_of, resident))
+
+    def _weight_buffers(self, resident: tuple[frozenset[str], ...]) -> int:
+        return BUFFERS * max(self._streamed_bytes(resident))
 
     def _bytes_of(self, names: frozenset[str]) -> int:
         return sum(map(self.sizes.tensor_bytes, names))
@@ -327,8 +338,8 @@ class Planner:
             num_blocks=blocks,
             device_bytes={
                 **fixed,
-                "weight buffers": BUFFERS * max(streamed),
-                "resident weights": self._all_layers - sum(streamed),
+                "weight buffers": self._weight_buffers(best.resident),
+                "resident weights": self._resident_bytes(best.resident),
                 "cache blocks": device_cache,
             },
             host_bytes={
@@ -344,7 +355,8 @@ class Planner:
         wanted = self.config.max_batch
         if wanted is None or best.batch == wanted:
             return self.reason
-        return f"{self.reason}; of max_batch={wanted} requests the budgets hold {best.batch} at once"
+        bound = "" if self.config.max_step_time is None else " and max_step_time"
+        return f"{self.reason}; of max_batch={wanted} requests the budgets{bound} allow {best.batch} at once"
 
     def _named_policy(self, share: float) -> CachePolicy:
         if self.policy is not CachePolicy.AUTO:
@@ -359,12 +371,14 @@ class Planner:
         most = best.batch * -(-self.max_model_len // block) + best.batch
         device = min(best.device_tokens // block, most)
         host = min(best.host_tokens // block, most - device)
-        activations = {"device": round(device * best.share), "host": round(host * best.share)}
+        # Rounded to the kind that takes fewer bytes: the other way could exceed the budget.
+        rounded = math.ceil if self.sizes.activation_ratio >= 1 else math.floor
+        on_device, on_host = rounded(device * best.share), rounded(host * best.share)
         return {
-            PoolId.DEVICE_KV: device - activations["device"],
-            PoolId.HOST_KV: host - activations["host"],
-            PoolId.DEVICE_ACTIVATION: activations["device"],
-            PoolId.HOST_ACTIVATION: activations["host"],
+            PoolId.DEVICE_KV: device - on_device,
+            PoolId.HOST_KV: host - on_host,
+            PoolId.DEVICE_ACTIVATION: on_device,
+            PoolId.HOST_ACTIVATION: on_host,
         }
 
     def _cache_bytes(self, blocks: dict[PoolId, int], kv: PoolId, activation: PoolId) -> int:
@@ -378,6 +392,15 @@ class Planner:
             load_kv=sizes.kv_bytes / hardware.load_bandwidth,
             load_activation=sizes.activation_bytes / hardware.load_bandwidth,
             regenerate=sizes.regenerate_flop / hardware.gemm_rate,
+        )
+
+    def _too_slow(self, fitting: list[_Candidate]) -> ConfigError:
+        fastest = min(candidate.prediction.step for candidate in fitting)
+        return ConfigError(
+            "max_step_time",
+            self.config.max_step_time,
+            f"the fastest step predicted takes {fastest:.4f} s",
+            "raise it, or give more gpu_memory",
         )
 
     def _too_small(self) -> ConfigError:

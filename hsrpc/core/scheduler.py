@@ -231,7 +231,7 @@ class Scheduler:
         self._num_waiting += 1
 
     def _drop_ended(self) -> None:
-        """Requests that ended while they waited leave the queue at its head, or all at once where they are most of it."""
+        """Requests that ended while they waited leave the queue at its head, or here once they are most of it."""
         if len(self._waiting) > 2 * self._num_waiting + _MAX_ENDED_WAITING:
             self._waiting = [entry for entry in self._waiting if entry[1].finish_reason is None]
             heapify(self._waiting)
@@ -249,4 +249,4 @@ class Scheduler:
 
 def _prefill_tokens(work: Work) -> int:
     """Tokens of a running request's work that count against the prefill budget: all but the one of a decode."""
-    return 0 if work.count == 1 and work.samples else work.count
+    return 0 if work.is_decode else work.count

@@ -20,11 +20,12 @@ _REGISTER_PORTABLE_MAPPED = 0x01 | 0x02
 
 
 class CudaDevice(Device):
-    """The current CUDA device, with one stream each for loads, compute and stores."""
+    """The current CUDA device, with one stream each for weights, blocks, compute and stores."""
 
     def __init__(self) -> None:
         index = torch.cuda.current_device()
         self.torch_device = torch.device("cuda", index)
+        self.prefetch = torch.cuda.Stream(index)
         self.load = torch.cuda.Stream(index)
         self.compute = torch.cuda.Stream(index)
         self.store = torch.cuda.Stream(index)

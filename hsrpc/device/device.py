@@ -1,4 +1,4 @@
-"""A device: memory, three streams, events between them, and the copies that the engine needs.
+"""A device: memory, four streams, events between them, and the copies that the engine needs.
 
 Work is ordered by events, never by waiting for the device. A stream is entered in the thread that launches on it:
 
@@ -9,18 +9,26 @@ Work is ordered by events, never by waiting for the device. A stream is entered 
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hsrpc.config import DeviceKind
+from hsrpc.config import DeviceKind, format_bytes
 from hsrpc.core.batch import Runs
 from hsrpc.errors import ConfigError
+
+_CONTROL_GROUPS = {
+    "sys/fs/cgroup": ("memory.max", "memory.current"),
+    "sys/fs/cgroup/memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+"""Version 2 and 1, as a container sees its own: limit and use."""
 
 Stream: TypeAlias = "torch.cuda.Stream | None"
 Event: TypeAlias = "torch.cuda.Event | None"
@@ -28,9 +36,13 @@ Event: TypeAlias = "torch.cuda.Event | None"
 
 
 class Device(ABC):
-    """One accelerator. `load` copies host to device, `compute` computes, `store` copies device to host."""
+    """One accelerator. `prefetch` copies weights and `load` cache blocks to the device, `store` new rows from it.
+
+    Weights and blocks have a stream each: while one waits for its buffer, the other has the bus.
+    """
 
     torch_device: torch.device
+    prefetch: Stream
     load: Stream
     compute: Stream
     store: Stream
@@ -118,7 +130,7 @@ class CpuDevice(Device):
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
-        self.load = self.compute = self.store = None
+        self.prefetch = self.load = self.compute = self.store = None
 
     @property
     def name(self) -> str:
@@ -136,7 +148,12 @@ class CpuDevice(Device):
         pass
 
     def pinned(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8)
+        try:
+            return torch.empty(size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise ConfigError(
+                "host_memory", format_bytes(size), "the system does not give it", "lower host_memory"
+            ) from error
 
     def release_pinned(self) -> None:
         pass
@@ -175,11 +192,21 @@ class CpuDevice(Device):
         target.index_copy_(0, target_rows, source.index_select(0, source_rows))
 
 
-def available_memory() -> int:
-    """Bytes of host memory that a new program can take (MemAvailable of Linux)."""
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of host memory that this program can take: Linux' MemAvailable, or what its control group leaves."""
+    fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+    free = [int(fields["MemAvailable"].split()[0]) * 1024]
+    free += [_group_memory(root / group, *names) for group, names in _CONTROL_GROUPS.items()]
+    return max(0, min(free))
+
+
+def _group_memory(group: Path, limit: str, used: str) -> int:
+    """What is left of a control group's limit, counting the file cache as free; no limit: the largest integer."""
+    if not (group / limit).exists() or (text := (group / limit).read_text().strip()) == "max":
+        return sys.maxsize
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    cached = int(stat["inactive_file"]) + int(stat["active_file"])
+    return int(text) - int((group / used).read_text()) + cached
 
 
 def open_device(kind: DeviceKind) -> Device:

@@ -66,7 +66,7 @@ class CacheManager:
         }
         self._steps: asyncio.Queue[Step] = asyncio.Queue(1)
         self._free: asyncio.Queue[tuple[Buffers, Event]] = asyncio.Queue(BUFFERS)
-        self._ready: asyncio.Queue[Staged | None] = asyncio.Queue(BUFFERS)
+        self._ready: asyncio.Queue[Staged] = asyncio.Queue(BUFFERS)
         self._stored: Event = None
         for _ in range(BUFFERS):
             kv = device.empty((plan.buffers.rows, self._widths[BlockKind.KV]), dtype)
@@ -83,9 +83,15 @@ class CacheManager:
         """Start to load for `step`; the step before it has ended."""
         await self._steps.put(step)
 
-    async def take(self) -> Staged | None:
-        """Buffers of the next mini-batch of the layer, then of the next layer. None: the step is abandoned here."""
+    async def take(self) -> Staged:
+        """Buffers of the next mini-batch of the layer, then of the next layer; not filled in an abandoned step."""
         return await self._ready.get()
+
+    async def drain(self, count: int) -> None:
+        """Take the last `count` buffers of an abandoned step, unread."""
+        for _ in range(count):
+            staged = await self.take()
+            self.give_back(staged, staged.loaded)
 
     def give_back(self, staged: Staged, freed: Event) -> None:
         """Its buffers may be overwritten once `freed` has happened."""
@@ -126,12 +132,11 @@ class CacheManager:
     async def _load_step(self, worker: Worker, step: Step) -> None:
         loads = await worker.run(partial(self._prepare, step))
         for layer in range(self._num_layers):
-            if step.is_abandoned:
-                await self._ready.put(None)
-                return
             for kv, activations in loads:
                 buffers, freed = await self._free.get()
-                staged = await worker.run(partial(self._load, layer, kv, activations, buffers, freed))
+                staged = Staged(buffers, freed)
+                if not step.is_abandoned:
+                    staged = await worker.run(partial(self._load, layer, kv, activations, buffers, freed))
                 await self._ready.put(staged)
 
     def _prepare(self, step: Step) -> list[tuple[_Loads, _Loads]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from random import Random
@@ -24,7 +24,7 @@ from hsrpc.core.stopping import StopMatcher
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.output import Stream, TokenOutput, next_delta
 from hsrpc.engine.startup import Parts, open_parts
-from hsrpc.engine.stats import EngineStats
+from hsrpc.engine.stats import EngineStats, StepRecord
 from hsrpc.engine.token_ids import TokenIdsOnly
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.errors import (
@@ -59,12 +59,22 @@ class Engine:
             async for delta in engine.generate("Once upon a time", SamplingParams(max_tokens=64)):
                 print(delta.text, end="")
 
+    `progress` shows bars while loading; `observe` is called on the event loop with each step's record.
+
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: on entering.
+        EngineUnavailableError: on entering a second time; after one that failed, too.
     """
 
-    def __init__(self, config: EngineConfig | None = None, *, progress: bool = False) -> None:
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        *,
+        progress: bool = False,
+        observe: Callable[[StepRecord], object] | None = None,
+    ) -> None:
         self.config = config or EngineConfig()
+        self._observe = observe
         self._progress = progress
         self._parts: Parts | None = None
         self._streams: dict[str, Stream] = {}
@@ -82,6 +92,8 @@ class Engine:
         self._seeds = Random(self.config.seed)
 
     async def __aenter__(self) -> Self:
+        if self._failed is not None:
+            raise EngineUnavailableError("the engine was entered before; make another one")
         self._failed = asyncio.get_running_loop().create_future()
         self._parts = await open_parts(self.config, self._progress)
         limits = _limits(self._parts.plan, self._parts.spec)
@@ -146,7 +158,7 @@ class Engine:
 
     async def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Submit and iterate; leaving the loop early aborts the request.
 
         Raises:
@@ -188,14 +200,16 @@ class Engine:
 
         Raises:
             EngineFaultError: an engine task died.
+            EngineUnavailableError: the engine is not started.
         """
-        assert self._failed is not None
+        if self._failed is None:
+            raise _not_started()
         await asyncio.shield(self._failed)
 
     @property
     def _opened(self) -> Parts:
         if self._parts is None:
-            raise EngineUnavailableError("the engine is not started; use `async with Engine(...)`")
+            raise _not_started()
         return self._parts
 
     async def _run(self) -> None:
@@ -211,15 +225,21 @@ class Engine:
         try:
             async with asyncio.TaskGroup() as group:
                 for task in tasks:
-                    group.create_task(task())
-        except* Exception as errors:
-            self._fail(errors)
+                    group.create_task(task()).add_done_callback(self._note_end)
+        except* Exception:
+            _log.info("the engine's tasks have ended")
 
-    def _fail(self, errors: BaseExceptionGroup[Exception]) -> None:
-        _log.error("an engine task died", exc_info=errors)
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        """Report a fault at once: the group waits for the other tasks' threads, which may take long."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        _log.error("an engine task died", exc_info=error)
         self._accepts = False
         fault = EngineFaultError("an engine task died; see the log")
-        fault.__cause__ = errors
+        fault.__cause__ = error
         if self._failed is not None and not self._failed.done():
             self._failed.set_exception(fault)
             self._failed.exception()  # retrieved here: nobody may be waiting for it
@@ -233,13 +253,38 @@ class Engine:
                 await self._wake.wait()
                 continue
             self._note_peak()
-            start = time.monotonic()
-            sampled = await self._opened.executor.execute(step)
-            self._step_seconds += time.monotonic() - start
-            self._counts["steps"] += 1
+            sampled = await self._execute(step)
             outputs = self._commit(step, sampled)
             await self._output_room.acquire()
             self._outputs.put_nowait(_Outputs(outputs, is_step=True))
+
+    async def _execute(self, step: Step) -> list[Sampled] | None:
+        before, start = self._moved(), time.monotonic()
+        sampled = await self._opened.executor.execute(step)
+        seconds = time.monotonic() - start
+        self._step_seconds += seconds
+        self._counts["steps"] += 1
+        if self._observe is not None:
+            weights, cache, regenerated = (b - a for a, b in zip(before, self._moved(), strict=True))
+            decode = sum(work.count for work in step.works if work.is_decode)
+            self._observe(
+                StepRecord(
+                    seconds=seconds,
+                    num_requests=len(step.works),
+                    decode_tokens=decode,
+                    prefill_tokens=sum(work.count for work in step.works) - decode,
+                    context_tokens=sum(work.context for work in step.works),
+                    weight_bytes=weights,
+                    cache_bytes=cache,
+                    regenerated_tokens=regenerated,
+                )
+            )
+        return sampled
+
+    def _moved(self) -> tuple[int, int, int]:
+        """Weight bytes, cache bytes and regenerated tokens since the start."""
+        parts = self._opened
+        return parts.prefetcher.streamed_bytes, parts.cache.loaded_bytes, parts.cache.regenerated_tokens
 
     def _commit(self, step: Step, sampled: list[Sampled] | None) -> list[TokenOutput]:
         if sampled is None:
@@ -266,12 +311,12 @@ class Engine:
         if self._streams.get(request_id) is not stream:
             return  # ended while its text was made
         if output.failed:
-            del self._streams[request_id]
+            self._forget(stream)
             stream.generation.fail(RequestFailedError("the model's logits for this request are not finite"))
             return
         stream.generation.put(delta)
         if delta.finish is not None:
-            del self._streams[request_id]
+            self._forget(stream)
             self._scheduler.finish(request_id, delta.finish.reason)
 
     def _is_streaming(self, output: Output) -> bool:
@@ -288,33 +333,44 @@ class Engine:
         self._outputs.put_nowait(_Outputs([TokenOutput(Output(request, None, reason))], is_step=False))
         return True
 
+    def _leave(self, request: Request) -> None:
+        """Nobody takes its output any more: it ends without a last delta, and its id is free at once."""
+        stream = self._streams.get(request.request_id)
+        if stream is not None and stream.request is request:
+            self._forget(stream)
+            self._scheduler.finish(request.request_id, FinishReason.ABORTED)
+
+    def _forget(self, stream: Stream) -> None:
+        del self._streams[stream.request.request_id]
+        if stream.timer is not None:
+            stream.timer.cancel()
+
     def _end_all(self, error: EngineFaultError | EngineUnavailableError) -> None:
         for request_id, stream in list(self._streams.items()):
             self._scheduler.finish(request_id, FinishReason.ABORTED)
+            self._forget(stream)
             stream.generation.fail(error)
-        self._streams.clear()
 
     def _add(
         self, request_id: str, token_ids: list[int], params: SamplingParams, detokenizer: Detokenizer
     ) -> Generation:
-        params = self._effective(params, len(token_ids))
+        params = replace(params, seed=self._seeds.randrange(2**63) if params.seed is None else params.seed)
         request = Request(request_id, token_ids, params, self._arrivals, time.monotonic())
-        abort = partial(self._end, request, FinishReason.ABORTED)
-        generation = Generation(request_id, token_ids, params, abort)
+        effective = replace(params, max_tokens=params.max_tokens or self.max_model_len - len(token_ids))
+        generation = Generation(request_id, token_ids, effective, partial(self._leave, request))
         stops = StopMatcher(params.stop, params.include_stop)
-        self._streams[request_id] = Stream(request, generation, detokenizer, stops)
+        self._streams[request_id] = Stream(request, generation, detokenizer, stops, self._time_limit(request))
         self._arrivals += 1
         self._counts["prompt_tokens"] += len(token_ids)
         self._scheduler.add(request)
         self._wake.set()
-        if params.time_limit is not None:
-            asyncio.get_running_loop().call_later(params.time_limit, self._end, request, FinishReason.TIME_LIMIT)
         return generation
 
-    def _effective(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
-        seed = self._seeds.randrange(2**63) if params.seed is None else params.seed
-        room = self.max_model_len - num_prompt_tokens
-        return replace(params, seed=seed, max_tokens=room if params.max_tokens is None else params.max_tokens)
+    def _time_limit(self, request: Request) -> asyncio.TimerHandle | None:
+        limit = request.params.time_limit
+        if limit is None:
+            return None
+        return asyncio.get_running_loop().call_later(limit, self._end, request, FinishReason.TIME_LIMIT)
 
     def _note_peak(self) -> None:
         for pool, blocks in self._scheduler.blocks.pools.items():
@@ -346,6 +402,10 @@ class Engine:
         for position, token_id in enumerate(token_ids):
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab:
                 raise InvalidRequestError(f"{field}[{position}]", f"{token_id!r} is no token id; use 0 to {vocab - 1}")
+
+
+def _not_started() -> EngineUnavailableError:
+    return EngineUnavailableError("the engine is not started; use `async with Engine(...)`")
 
 
 def _next_deltas(live: Sequence[tuple[Stream, TokenOutput]], now: float) -> list[Delta]:

@@ -77,18 +77,23 @@ class Executor:
     async def _compute_step(self, worker: Worker, step: Step) -> list[Sampled] | None:
         batches = await worker.run(partial(self._begin, step))
         for layer in range(self._num_layers):
+            if step.is_abandoned:
+                await self._cache.drain((self._num_layers - layer) * len(batches))
+                self._prefetcher.restart()
+                return None
             weights = await self._prefetcher.take(layer)
-            done = weights.loaded
-            for batch in batches:
-                staged = await self._cache.take()
-                if staged is None:
-                    self._prefetcher.give_back(weights, done)
-                    self._prefetcher.restart()
-                    return None
-                attended, done = await worker.run(partial(self._compute, layer, weights, staged, batch))
-                self._cache.give_back(staged, attended)
+            done = await self._compute_layer(worker, weights, batches)
             self._prefetcher.give_back(weights, done)
         return await worker.run(partial(self._sample, step, batches))
+
+    async def _compute_layer(self, worker: Worker, weights: Prefetched, batches: Sequence[_Batch]) -> Event:
+        """When the weights are no longer read."""
+        done = weights.loaded
+        for batch in batches:
+            staged = await self._cache.take()
+            attended, done = await worker.run(partial(self._compute, weights, staged, batch))
+            self._cache.give_back(staged, attended)
+        return done
 
     def _begin(self, step: Step) -> list[_Batch]:
         with self._device.on(self._device.compute):
@@ -115,7 +120,7 @@ class Executor:
             sample_rows=upload(batch.sample_rows),
         )
 
-    def _compute(self, layer: int, weights: Prefetched, staged: Staged, batch: _Batch) -> tuple[Event, Event]:
+    def _compute(self, weights: Prefetched, staged: Staged, batch: _Batch) -> tuple[Event, Event]:
         """One layer of one mini-batch: events when the cache buffers, and when the weights, are no longer read."""
         device, family, w, buffers = self._device, self._family, weights.tensors, staged.buffers
         device.wait(device.compute, weights.loaded)
@@ -134,7 +139,7 @@ class Executor:
                 batch.hidden = family.finish_layer(w, batch.hidden, attended)
             done = device.record(device.compute)
         device.wait(device.store, freed)
-        self._cache.store(layer, batch.stores, kv, x)
+        self._cache.store(weights.layer, batch.stores, kv, x)
         return freed, done
 
     def _regenerate(self, w: Weights, staged: Staged, batch: _Batch) -> None:

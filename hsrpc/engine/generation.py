@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 from hsrpc.core.request import Delta, SamplingParams
 from hsrpc.errors import HsrpcError
@@ -25,7 +26,7 @@ class Generation:
         self.params = params
         """In effect: `seed` and `max_tokens` are filled in."""
         self._abort = abort
-        self._pending: Delta | None = None
+        self._pending: list[Delta] = []
         self._error: HsrpcError | None = None
         self._arrived = asyncio.Event()
         self._ended = False
@@ -34,27 +35,29 @@ class Generation:
         return self
 
     async def __anext__(self) -> Delta:
+        while not (self._pending or self._error or self._ended):
+            self._arrived.clear()
+            await self._arrived.wait()
         if self._ended:
             raise StopAsyncIteration
-        await self._arrived.wait()
-        self._arrived.clear()
-        delta, self._pending = self._pending, None
-        if delta is None:
+        if not self._pending:
             self._ended = True
             raise self._error or StopAsyncIteration
-        if self._error is not None:
-            self._arrived.set()
+        delta = _merge(self._pending)
+        self._pending = []
         self._ended = delta.finish is not None
         return delta
 
     def close(self) -> None:
         """End it here: a request that is still live is aborted, and what was not taken is dropped."""
         self._ended = True
+        self._pending = []
+        self._arrived.set()
         self._abort()
 
     def put(self, delta: Delta) -> None:
         """Add output; engine only."""
-        self._pending = delta if self._pending is None else _merge(self._pending, delta)
+        self._pending.append(delta)
         self._arrived.set()
 
     def fail(self, error: HsrpcError) -> None:
@@ -63,10 +66,12 @@ class Generation:
         self._arrived.set()
 
 
-def _merge(first: Delta, second: Delta) -> Delta:
+def _merge(deltas: Sequence[Delta]) -> Delta:
+    if len(deltas) == 1:
+        return deltas[0]
     return Delta(
-        first.text + second.text,
-        first.token_ids + second.token_ids,
-        first.logprobs + second.logprobs,
-        second.finish,
+        "".join(delta.text for delta in deltas),
+        tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
+        tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
+        deltas[-1].finish,
     )

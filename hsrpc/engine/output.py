@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import TimerHandle
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ class Stream:
     generation: Generation
     detokenizer: Detokenizer
     stops: StopMatcher
+    timer: TimerHandle | None = None
+    """Ends the request at its time limit."""
     num_tokens: int = 0
     """Output tokens delivered."""
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from hsrpc.config import DType, EngineConfig
-from hsrpc.core.plan import Budgets, Plan, Planner
+from hsrpc.core.plan import Budgets, Hardware, Plan, Planner
 from hsrpc.device.calibration import calibrate
 from hsrpc.device.device import Device, available_memory, open_device
 from hsrpc.engine.cache import CacheManager
@@ -79,6 +81,12 @@ def make_planner(config: EngineConfig) -> Planned:
     return Planned(spec, device, Planner(spec.sizes, _budgets(config, device), hardware, config), directory)
 
 
+def measure_hardware(config: EngineConfig) -> Hardware:
+    """The rates of the machine now, for the model's sizes."""
+    spec, device = describe_model(config)
+    return calibrate(device, spec.sizes, spec.dtype)
+
+
 def describe_model(config: EngineConfig) -> tuple[ModelSpec, Device]:
     """The model and the device that a configuration names; reads no weights.
 
@@ -93,27 +101,40 @@ def describe_model(config: EngineConfig) -> tuple[ModelSpec, Device]:
 
 
 async def open_parts(config: EngineConfig, progress: bool) -> Parts:
-    """Everything, loaded and ready to run.
+    """Everything, loaded and ready to run. Cancelled, it stops after the layers being read and gives all back.
 
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
-    return await asyncio.to_thread(_open_parts, config, progress)
+    stop = threading.Event()
+    opening = asyncio.create_task(asyncio.to_thread(_open_parts, config, progress, stop))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        stop.set()
+        await asyncio.wait([opening])
+        if opening.exception() is None:
+            await opening.result().close()
+        raise
 
 
-def _open_parts(config: EngineConfig, progress: bool) -> Parts:
-    planned = make_planner(config)
-    device, spec, plan = planned.device, planned.spec, planned.planner.plan()
-    device.limit_memory(plan.budgets.device)
-    family = create_family(spec)
-    source, tokenizer = _source(planned, family)
-    with torch.inference_mode():
-        weights = load_weights(family, source, plan, device, progress=progress)
-        cache = CacheManager(spec.sizes, plan, device, spec.dtype)
-        prefetcher = WeightPrefetcher(weights, plan, device)
-        device.drain()
-    executor = Executor(family, weights, prefetcher, cache, device)
-    return Parts(spec, device, plan, tokenizer, prefetcher, cache, executor)
+def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> Parts:
+    with ExitStack() as undo:
+        planned = make_planner(config)
+        device, spec, plan = planned.device, planned.spec, planned.planner.plan()
+        undo.callback(device.release_pinned)
+        device.limit_memory(plan.budgets.device)
+        family = create_family(spec)
+        source, tokenizer = _source(planned, family)
+        undo.callback(tokenizer.close)
+        with torch.inference_mode():
+            weights = load_weights(family, source, plan, device, stop, progress=progress)
+            cache = CacheManager(spec.sizes, plan, device, spec.dtype)
+            prefetcher = WeightPrefetcher(weights, plan, device)
+            device.drain()
+        executor = Executor(family, weights, prefetcher, cache, device)
+        undo.pop_all()
+        return Parts(spec, device, plan, tokenizer, prefetcher, cache, executor)
 
 
 def _source(planned: Planned, family: Family) -> tuple[WeightSource, Tokenizer | TokenIdsOnly]:

@@ -9,6 +9,25 @@ from hsrpc.core.blocks import PoolId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What one step did. The weights are prefetched across steps, so a single step's bytes are off by some layers."""
+
+    seconds: float
+    """From handing it out to its tokens."""
+    num_requests: int
+    decode_tokens: int
+    prefill_tokens: int
+    context_tokens: int
+    """Cached tokens attended to, of all requests."""
+    weight_bytes: int
+    """Copied to the device."""
+    cache_bytes: int
+    """Copied to the device."""
+    regenerated_tokens: int
+    """Each layer counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """One moment; what only grows counts since the start."""
 

@@ -89,9 +89,9 @@ class Tokenizer:
         return str(text)
 
     def close(self) -> None:
-        """Ends both threads after what they are doing; what waits is cancelled."""
-        self._encoder.shutdown(wait=False, cancel_futures=True)
-        self._decoder.shutdown(wait=False, cancel_futures=True)
+        """Ends both threads after what was asked of them: nobody who waits sees a cancellation that is not his."""
+        self._encoder.shutdown(wait=False)
+        self._decoder.shutdown(wait=False)
 
     def _encode(self, text: str) -> list[int]:
         try:

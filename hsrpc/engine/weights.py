@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from hsrpc.core.plan import BUFFERS, Plan
 from hsrpc.core.sizes import align
 from hsrpc.device.device import Device, Event
 from hsrpc.engine.worker import Worker
+from hsrpc.errors import EngineUnavailableError
 from hsrpc.model.checkpoint import WeightSource
 from hsrpc.model.family import Family, TensorSpec
 
@@ -64,18 +66,27 @@ def _view(buffer: torch.Tensor, s: _Slice, dtype: torch.dtype) -> torch.Tensor:
 
 
 def load_weights(
-    family: Family, source: WeightSource, plan: Plan, device: Device, progress: bool = False
+    family: Family, source: WeightSource, plan: Plan, device: Device, stop: threading.Event, *, progress: bool = False
 ) -> ModelWeights:
     """Read, convert, pin and place all weights; layers in parallel, since pinning and reading each use one core.
+
+    Once `stop` is set, no further layer is begun.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
         ConfigError: the host memory cannot be pinned.
+        EngineUnavailableError: it was stopped.
     """
+
+    def load(layer: int) -> LayerWeights:
+        if stop.is_set():
+            raise EngineUnavailableError("loading the model was stopped")
+        return _load_layer(family, source, plan, device, layer)
+
     fixed = {tensor.name: _read(tensor, source, device, family.spec.dtype) for tensor in family.fixed_tensors()}
     layers = range(family.sizes.num_layers)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="load") as pool:
-        loaded = pool.map(lambda layer: _load_layer(family, source, plan, device, layer), layers)
+        loaded = pool.map(load, layers)
         bar = tqdm(loaded, total=len(layers), desc="loading weights", unit="layer", disable=not progress, leave=False)
         return ModelWeights(fixed, list(bar))
 
@@ -173,8 +184,8 @@ class WeightPrefetcher:
         weights, device = self._weights.layers[layer], self._device
         packed = weights.packed
         assert packed is not None  # only streamed layers are swept
-        device.wait(device.load, freed)
-        with device.on(device.load):
+        device.wait(device.prefetch, freed)
+        with device.on(device.prefetch):
             buffer[: len(packed)].copy_(packed, non_blocking=True)
         self.streamed_bytes += len(packed)
-        return Prefetched(layer, weights.on(buffer), buffer, device.record(device.load), sweep)
+        return Prefetched(layer, weights.on(buffer), buffer, device.record(device.prefetch), sweep)

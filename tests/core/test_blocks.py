@@ -181,6 +181,14 @@ def test_a_freed_block_is_handed_out_again():
         pool.allocate()
 
 
+def test_the_heap_does_not_grow():
+    """A block that is taken as a neighbour and freed again, over and over, keeps one entry in the heap."""
+    pool = BlockPool(4)
+    for _ in range(50):
+        pool.free(pool.allocate(after=2))
+    assert len(pool._heap) == 4
+
+
 @pytest.mark.parametrize(
     ("pool", "kind", "tier"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from hashlib import blake2s
 
@@ -173,9 +172,10 @@ class Harness:
     def check(self) -> None:
         """Blocks are owned once by live or in-flight requests, counts agree, the running list is in order."""
         scheduler, running, waiting = self.scheduler, self.running, self.waiting
-        tables = [(pool, index) for r in self.requests for pool, index in zip(r.blocks.pools, r.blocks.indices, strict=True)]
-        assert len(set(tables)) == len(tables)
-        assert scheduler.blocks.num_free == scheduler.blocks.num_blocks - len(tables)
+        tables = [request.blocks for request in self.requests]
+        owned = [block for table in tables for block in zip(table.pools, table.indices, strict=True)]
+        assert len(set(owned)) == len(owned)
+        assert scheduler.blocks.num_free == scheduler.blocks.num_blocks - len(owned)
         assert scheduler.num_waiting == len(waiting)
         assert scheduler.num_running == len(running) <= self.limits.max_batch
         assert [r.order for r in running] == sorted(r.order for r in running)
@@ -206,7 +206,7 @@ class Harness:
                 assert len(request.blocks) == 0
             elif self.limits.keeps_cache:
                 assert request.num_computed == work.context + work.count
-                assert request.num_tokens == (request.num_computed + 1 if work.samples else self.lengths[request.arrival])
+                assert request.num_tokens == self.lengths[request.arrival] + work.samples
 
     def _compute(self, batch: MiniBatch) -> dict[int, int]:
         """Tokens by arrival: the model applied to what each sampling request's buffer rows hold."""
@@ -415,6 +415,21 @@ def test_a_small_request_does_not_pass_a_large_one():
     harness.commit()
     harness.drain()
     assert list(harness.ended) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("num_blocks", "num_running"), [(7, 1), (8, 2)])
+def test_admission_leaves_a_block_for_those_that_run(num_blocks: int, num_running: int):
+    """A prompt that would take the block that a running request needs next waits: to admit and preempt is work lost."""
+    harness = make(num_blocks=num_blocks, max_prefill_tokens=24)
+    harness.add([1] * 4, endless(max_tokens=8))
+    harness.schedule()
+    harness.commit()
+    harness.add([2] * 20, endless(max_tokens=2))
+    harness.schedule()
+    assert len(harness.running) == num_running
+    harness.commit()
+    harness.drain()
+    assert harness.scheduler.preemptions == 0
 
 
 def test_long_prompts_are_computed_in_chunks():

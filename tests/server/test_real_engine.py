@@ -3,51 +3,84 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 
+import grpc
 import pytest
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from hsrpc import __version__
 from hsrpc.client import AsyncClient, CallError
 from hsrpc.config import EngineConfig
 from hsrpc.core.request import Delta, FinishReason, SamplingParams
 from hsrpc.engine.engine import Engine
-from hsrpc.server import Server, ServerConfig
-from tests.server.conftest import until
+from hsrpc.engine.executor import Executor
+from hsrpc.errors import EngineFaultError
+from hsrpc.server import Server, ServerConfig, serve
+from hsrpc.v1 import server_pb2
 
 PROMPTS = [f"Once upon a time there were {number} kings" for number in range(16)]
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+CONFIG = EngineConfig(
+    device="cpu",
+    dtype="float32",
+    gpu_memory="18MiB",
+    host_memory="64MiB",
+    max_model_len=256,
+    max_prefill_tokens=64,
+    max_batch=8,
+    max_queued_requests=16,
+    cache_policy="hybrid",
+    activation_share=0.5,
+)
 
 
 @pytest.fixture
 async def real_engine() -> AsyncIterator[Engine]:
     torch.set_num_threads(1)
-    config = EngineConfig(
-        device="cpu",
-        dtype="float32",
-        gpu_memory="64MiB",
-        host_memory="64MiB",
-        max_model_len=256,
-        max_batch=8,
-        max_queued_requests=16,
-        cache_policy="hybrid",
-        activation_share=0.5,
-    )
-    async with Engine(config) as engine:
+    async with Engine(CONFIG) as engine:
         yield engine
 
 
 @pytest.fixture
-async def client(real_engine: Engine) -> AsyncIterator[AsyncClient]:
+async def real_server(real_engine: Engine) -> AsyncIterator[Server]:
     server = Server(ServerConfig(port=0))
     await server.start()
     await server.attach(real_engine)
-    async with AsyncClient(server.address) as client:
-        yield client
+    yield server
     await server.stop()
+
+
+@pytest.fixture
+async def client(real_server: Server) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(real_server.address) as client:
+        yield client
 
 
 async def text_of(deltas: AsyncIterator[Delta]) -> str:
     return "".join([delta.text async for delta in deltas])
+
+
+async def until_idle(client: AsyncClient) -> server_pb2.GetServerInfoResponse:
+    """What the server says of itself once nothing runs and no block is used; fail after five seconds."""
+    for _ in range(200):
+        info = await client.get_server_info()
+        if not (info.load.running_requests + info.load.queued_requests + sum(use.used for use in info.load.blocks)):
+            return info
+        await asyncio.sleep(0.025)
+    pytest.fail(f"still busy after five seconds: {info.load}")
+
+
+async def until_queued(client: AsyncClient, count: int) -> None:
+    """Return once `count` requests wait; fail after five seconds."""
+    for _ in range(1000):
+        if (await client.get_server_info()).load.queued_requests == count:
+            return
+        await asyncio.sleep(0.005)
+    pytest.fail(f"{count} requests never waited at once")
 
 
 async def test_many_streams_give_what_the_engine_gives(client, real_engine):
@@ -57,7 +90,7 @@ async def test_many_streams_give_what_the_engine_gives(client, real_engine):
     completions = await asyncio.gather(*(client.complete(prompt, temperature=0, max_tokens=12) for prompt in PROMPTS))
     assert [completion.text for completion in completions] == expected
     assert {completion.finish.reason for completion in completions} <= {FinishReason.MAX_TOKENS, FinishReason.EOS}
-    await until(lambda: not any(real_engine.stats().used_blocks.values()))
+    await until_idle(client)
 
 
 async def test_a_seed_repeats_the_output(client):
@@ -67,18 +100,203 @@ async def test_a_seed_repeats_the_output(client):
     assert first.token_ids == again.token_ids
 
 
-async def test_leaving_frees_the_blocks(client, real_engine):
+async def test_leaving_frees_the_blocks(client):
     """A cancelled stream and a passed deadline leave nothing running and no block used."""
     async with client.generate(PROMPTS[0], ignore_eos=True) as stream:
         await anext(stream)
-        assert real_engine.stats().running == 1
+        info = await client.get_server_info()
+        assert info.load.running_requests == 1
+        assert sum(use.used for use in info.load.blocks) > 0
+    generated = (await until_idle(client)).measured.generated_tokens
     with pytest.raises(CallError, match="DEADLINE_EXCEEDED"):
-        await client.complete(PROMPTS[0], ignore_eos=True, timeout=0.05)
-    await until(lambda: real_engine.stats().running == 0)
-    await until(lambda: not any(real_engine.stats().used_blocks.values()))
+        await client.complete(PROMPTS[0], ignore_eos=True, timeout=0.1)
+    info = await until_idle(client)
+    assert info.measured.generated_tokens < generated + 200
 
 
-async def test_a_full_queue_refuses_and_recovers(client, real_engine):
+async def test_a_queued_request_may_be_left_too(client):
+    """Requests that wait behind a full batch and are cancelled never run, and the batch goes on."""
+    batch = [client.generate(prompt, ignore_eos=True, max_tokens=100) for prompt in PROMPTS[:8]]
+    await asyncio.gather(*(anext(stream) for stream in batch))
+    waiting = [asyncio.create_task(client.complete(prompt, max_tokens=1)) for prompt in PROMPTS[8:]]
+    await until_queued(client, len(waiting))
+    for task in waiting:
+        task.cancel()
+    await asyncio.wait(waiting)
+    finishes = [[delta async for delta in stream][-1].finish for stream in batch]
+    assert {finish.reason for finish in finishes} == {FinishReason.MAX_TOKENS}
+    assert (await until_idle(client)).measured.generated_tokens == 800
+
+
+async def test_abort_ends_a_stream_well(client):
+    """Abort ends a running request with its text so far and reason ABORTED; then its id is unknown."""
+    stream = client.generate(PROMPTS[0], ignore_eos=True, request_id="r")
+    deltas = [await anext(stream)]
+    assert await client.abort("r")
+    deltas += [delta async for delta in stream]
+    finish = deltas[-1].finish
+    assert finish.reason is FinishReason.ABORTED
+    assert 0 < finish.usage.completion_tokens < 200
+    assert not await client.abort("r")
+    await until_idle(client)
+
+
+async def test_a_live_id_is_taken_until_it_ends(client):
+    """ALREADY_EXISTS while the first request lives; its id is free afterwards."""
+    stream = client.generate(PROMPTS[0], ignore_eos=True, request_id="r")
+    await anext(stream)
+    with pytest.raises(CallError) as caught:
+        await client.complete(PROMPTS[1], request_id="r")
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_EXISTS")
+    await client.abort("r")
+    assert [delta async for delta in stream][-1].finish.reason is FinishReason.ABORTED
+    assert (await client.complete(PROMPTS[1], request_id="r", max_tokens=2)).start.request_id == "r"
+
+
+@pytest.mark.parametrize("include_stop", [False, True])
+async def test_a_stop_string_never_shows_in_part(client, include_stop):
+    """The text ends before, or after, the first stop string, whichever tokens it spans."""
+    text = (await client.complete(PROMPTS[0], temperature=0, max_tokens=40)).text
+    stop = text[30:37]
+    stopped = await client.complete(PROMPTS[0], temperature=0, max_tokens=40, stop=[stop], include_stop=include_stop)
+    assert (stopped.finish.reason, stopped.finish.matched_stop) == (FinishReason.STOP_STRING, stop)
+    assert stopped.text == text[: text.index(stop)] + (stop if include_stop else "")
+    assert stopped.finish.usage.completion_tokens < 40
+
+
+async def test_a_stop_token_ends_the_output(client):
+    """The output ends at the token, which is named."""
+    ids = (await client.complete(PROMPTS[0], temperature=0, max_tokens=20, return_token_ids=True)).token_ids
+    stopped = await client.complete(PROMPTS[0], temperature=0, max_tokens=20, stop_token_ids=[ids[9]])
+    assert (stopped.finish.reason, stopped.finish.matched_stop) == (FinishReason.STOP_TOKEN, ids[9])
+    assert stopped.finish.usage.completion_tokens == ids.index(ids[9]) + 1
+
+
+async def test_logprobs_come_with_each_token(client):
+    """Greedy tokens have rank 1; the alternatives are ordered, and the chosen one leads them."""
+    completion = await client.complete(PROMPTS[0], temperature=0, max_tokens=8, logprobs=3, return_token_ids=True)
+    assert tuple(item.token_id for item in completion.logprobs) == completion.token_ids
+    for item in completion.logprobs:
+        assert (item.rank, item.top[0]) == (1, (item.token_id, item.logprob))
+        values = [logprob for _, logprob in item.top]
+        assert len(values) == 3
+        assert values == sorted(values, reverse=True)
+        assert sum(map(math.exp, values)) <= 1 + 1e-6
+
+
+async def test_echo_and_token_ids_as_the_prompt(client):
+    """A prompt given as its token ids has the output of the text, and the echo puts the prompt in front of it."""
+    settings = {"temperature": 0, "max_tokens": 8}
+    plain = await client.complete(PROMPTS[0], **settings)
+    ids = await client.tokenize(PROMPTS[0])
+    assert (await client.complete(PROMPTS[0], echo_prompt=True, **settings)).text == PROMPTS[0] + plain.text
+    echoed = await client.complete(ids, echo_prompt=True, **settings)
+    assert (echoed.text, echoed.start.prompt_tokens) == (PROMPTS[0] + plain.text, len(ids))
+
+
+@pytest.mark.parametrize("text", ["", "A king.", "🙂 café 👩‍👩‍👧 日本", "two  spaces\n\tand a tab "])
+async def test_text_survives_tokens_and_back(client, text):
+    """Detokenize(Tokenize(text)) is the text, with characters of many bytes too."""
+    ids = await client.tokenize(text)
+    assert await client.detokenize(ids) == text
+
+
+async def test_an_emoji_streams_whole(client):
+    """A character whose bytes are several tokens comes in one piece, and the deltas are the text."""
+    emoji = [token for token in await client.tokenize("🙂") if token != 2]
+    assert len(emoji) > 1
+    bias = {"logit_bias": dict.fromkeys(emoji, 100.0), "temperature": 0.8, "max_tokens": 40, "seed": 3}
+    stream = client.generate("x", max_tokens_per_message=1, return_token_ids=True, **bias)
+    deltas = [delta async for delta in stream]
+    ids = [token for delta in deltas for token in delta.token_ids]
+    assert set(ids) <= set(emoji)
+    text = "".join(delta.text for delta in deltas)
+    assert text == (await client.detokenize([*await client.tokenize("x"), *ids]))[1:]
+
+
+async def test_get_model_says_what_is_cached(client, real_engine):
+    """Name, sizes, and the cache decision with its numbers and its reason."""
+    model = await client.get_model()
+    assert (model.name, model.family, model.context_length, model.max_model_len) == ("storyteller", "opt", 512, 256)
+    assert list(model.eos_token_ids) == [2]
+    assert (model.sizes.num_layers, model.sizes.hidden_size, model.sizes.vocab_size) == (4, 256, 1536)
+    assert model.sizes.model_bytes == real_engine.spec.sizes.model_bytes > 14 * 1024**2
+    cache = model.cache
+    assert (cache.policy, cache.activation_share, cache.activation_ratio) == ("hybrid", 0.5, 2.0)
+    assert (cache.kv_bytes, cache.activation_bytes) == (2 * 256 * 4, 256 * 4)
+    assert cache.explanation == real_engine.plan.reason
+
+
+async def test_server_info_counts_what_was_done(client):
+    """The plan keeps to the budgets; tokens, streamed weights, rebuilt rows and the peak of the blocks are counted."""
+    await asyncio.gather(*(client.complete(prompt, max_tokens=20, ignore_eos=True) for prompt in PROMPTS[:8]))
+    info = await until_idle(client)
+    assert (info.version, info.model) == (__version__, "storyteller")
+    assert info.device
+    assert info.uptime.ToTimedelta().total_seconds() > 0
+    plan, measured = info.plan, info.measured
+    assert (plan.device_memory_bytes, plan.host_memory_bytes) == (18 * 1024**2, 64 * 1024**2)
+    assert (plan.cache_policy, plan.activation_share, plan.max_batch) == ("hybrid", 0.5, 8)
+    assert 0 <= plan.resident_share < 1
+    assert plan.predicted_tokens_per_second > 0
+    assert plan.predicted_step_time.ToTimedelta().total_seconds() > 0
+    assert measured.generated_tokens == 8 * 20
+    assert measured.prompt_tokens == sum([len(await client.tokenize(prompt)) for prompt in PROMPTS[:8]])
+    assert measured.weights_streamed_bytes > 0
+    assert measured.cache_loaded_bytes > 0
+    assert measured.regenerated_tokens > 0
+    assert measured.tokens_per_second > 0
+    assert {(use.kind, use.tier) for use in info.load.blocks} == {(kind, tier) for kind in (1, 2) for tier in (1, 2)}
+    assert all(use.used <= use.peak <= use.total for use in info.load.blocks)
+    peaks = dict.fromkeys((server_pb2.BLOCK_KIND_KV, server_pb2.BLOCK_KIND_ACTIVATION), 0)
+    for use in info.load.blocks:
+        peaks[use.kind] += use.peak
+    assert min(peaks.values()) > 0
+
+
+async def test_health_and_reflection(real_server):
+    """A server with the real engine is SERVING under both names and lists its services."""
+    async with grpc.aio.insecure_channel(real_server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "hsrpc.v1.GenerationService"):
+            assert (await health.Check(health_pb2.HealthCheckRequest(service=name))).status == SERVING
+        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+        await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol="hsrpc.v1.GenerationService"))
+        assert (await call.read()).file_descriptor_response.file_descriptor_proto
+        await call.done_writing()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "field"),
+    [
+        ("Hi", {"temperature": math.nan}, "sampling.temperature"),
+        ("Hi", {"top_p": 1.5}, "sampling.top_p"),
+        ("Hi", {"logit_bias": {1536: 1.0}}, "sampling.logit_bias["),
+        ("Hi", {"stop_token_ids": [2, -1]}, "stopping.stop_token_ids[1]"),
+        ("Hi", {"min_tokens": 3, "max_tokens": 2}, "stopping.min_tokens"),
+        ("Hi", {"logprobs": 21}, "output.logprobs"),
+        ("", {}, "text"),
+        ("word " * 300, {}, "text"),
+        ([5] * 256, {}, "token_ids.ids"),
+        ([5, 6, 1536], {}, "token_ids.ids[2]"),
+        ([-1], {}, "token_ids.ids[0]"),
+        ([], {}, "token_ids"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) > 5 and " " not in value else "",
+)
+async def test_a_bad_request_names_its_field_and_costs_nothing(client, prompt, settings, field):
+    """INVALID_ARGUMENT with a BadRequest that names the field by its path; nothing is queued or allocated."""
+    with pytest.raises(CallError) as caught:
+        await client.complete(prompt, **settings)
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    [(named, description)] = caught.value.fields.items()
+    assert named.startswith(field)
+    assert description in caught.value.message
+    info = await client.get_server_info()
+    assert info.measured.prompt_tokens == info.load.running_requests == info.load.queued_requests == 0
+
+
+async def test_a_full_queue_refuses_and_recovers(client):
     """More requests than may wait: some are refused with RESOURCE_EXHAUSTED, all others finish."""
     results = await asyncio.gather(
         *(client.complete(PROMPTS[0], max_tokens=8, ignore_eos=True) for _ in range(64)), return_exceptions=True
@@ -89,3 +307,47 @@ async def test_a_full_queue_refuses_and_recovers(client, real_engine):
     assert all(error.retry_after for error in refused)
     assert len(refused) <= 64 - 16
     assert (await client.complete(PROMPTS[0], max_tokens=2)).text
+
+
+async def test_an_engine_fault_ends_everything(monkeypatch, capsys):
+    """A task of the engine dies: every stream is UNAVAILABLE within a second, health NOT_SERVING, and serve raises."""
+    compute, dying = Executor._compute_step, asyncio.Event()
+
+    async def compute_or_die(executor, worker, step):
+        if dying.is_set():
+            raise RuntimeError("secret: device lost")
+        return await compute(executor, worker, step)
+
+    monkeypatch.setattr(Executor, "_compute_step", compute_or_die)
+    serving = asyncio.create_task(serve(Engine(CONFIG), ServerConfig(port=0)))
+    address = await printed_address(capsys)
+    async with AsyncClient(address) as client, grpc.aio.insecure_channel(address) as channel:
+        await client.wait_ready(60)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
+        streams = [client.generate(prompt, ignore_eos=True) for prompt in PROMPTS[:3]]
+        await asyncio.gather(*map(anext, streams))
+        dying.set()
+        async with asyncio.timeout(1):
+            errors = await asyncio.gather(*map(error_of, streams))
+            assert (await watch.read()).status == NOT_SERVING
+    assert {error.code for error in errors} == {grpc.StatusCode.UNAVAILABLE}
+    assert not any("secret" in str(error) for error in errors)
+    with pytest.raises(EngineFaultError):
+        await asyncio.wait_for(serving, 10)
+
+
+async def printed_address(capsys: pytest.CaptureFixture[str]) -> str:
+    """Where serve listens, once it says so; fail after five seconds."""
+    for _ in range(500):
+        if line := capsys.readouterr().out:
+            return line.removeprefix("listening on ").strip()
+        await asyncio.sleep(0.01)
+    pytest.fail("serve does not listen")
+
+
+async def error_of(stream: AsyncIterator[Delta]) -> CallError:
+    """What a stream ends with."""
+    with pytest.raises(CallError) as caught:
+        _ = [delta async for delta in stream]
+    return caught.value

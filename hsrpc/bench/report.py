@@ -1,0 +1,88 @@
+"""Results as a table, as JSON, and as plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from hsrpc.bench.run import Result
+from hsrpc.config import format_bytes
+
+
+def print_results(results: Sequence[Result]) -> None:
+    """One column a result."""
+    table = Table(
+        "", *(f"{r.policy} {r.activation_share:.2f}" for r in results), title=_title(results[0]), title_justify="left"
+    )
+    for name, values in _rows(results):
+        table.add_row(name, *values)
+    Console(width=max(80, 34 + 24 * len(results))).print(table)
+
+
+def save_json(results: Sequence[Result], file: Path) -> None:
+    """All results, with everything that was measured."""
+    file.write_text(json.dumps([result.as_json() for result in results], indent=1) + "\n")
+
+
+def plot_sweep(results: Sequence[Result], predicted: Sequence[tuple[float, float]], file: Path) -> None:
+    """Decode tokens/s over activation share: measured, and (share, tokens/s) as predicted."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    shares = [result.activation_share for result in results]
+    axes.plot(shares, [result.decode_tokens_per_second for result in results], marker="o", label="measured")
+    axes.plot([share for share, _ in predicted], [rate for _, rate in predicted], linestyle="--", label="predicted")
+    first = results[0]
+    axes.set(
+        xlabel="activation share of cached tokens",
+        ylabel="decode tokens/s",
+        title=f"{first.model}, batch {first.batch}",
+    )
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+
+
+def _title(result: Result) -> str:
+    return f"{result.model} on {result.device}"
+
+
+def _rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
+    return [
+        ("batch, steps measured", [f"{r.batch}, {r.num_steps}" for r in results]),
+        ("step, median", [_ms(r.step_seconds) for r in results]),
+        ("step, min to max", [f"{_ms(r.step_range[0])} to {_ms(r.step_range[1])}" for r in results]),
+        ("limit", [_ms(r.limit_seconds) for r in results]),
+        ("  bus", [_ms(r.limit.bus) for r in results]),
+        ("  forward", [_ms(r.limit.forward) for r in results]),
+        ("  regeneration", [_ms(r.limit.regenerate) for r in results]),
+        ("  attention", [_ms(r.limit.attention) for r in results]),
+        ("efficiency", [f"{r.efficiency:.3f}" for r in results]),
+        ("predicted step", [_ms(r.predicted_step_seconds) for r in results]),
+        ("decode", [f"{r.decode_tokens_per_second:.1f} tokens/s" for r in results]),
+        ("prefill", [f"{r.prefill_tokens_per_second:.0f} tokens/s" for r in results]),
+        ("whole run", [f"{r.total_tokens_per_second:.1f} tokens/s" for r in results]),
+        ("GEMM rate used", [f"{r.prefill_gemm_share:.1%}" for r in results]),
+        ("bus", [f"{r.bus_bytes_per_second / 1e9:.1f} of {r.hardware.load_bandwidth / 1e9:.1f} GB/s" for r in results]),
+        ("weights resident", [f"{r.resident_share:.0%}" for r in results]),
+        ("preemptions", [str(r.preemptions) for r in results]),
+        (
+            "peak device memory",
+            [f"{format_bytes(r.peak_device_bytes)} of {format_bytes(r.device_budget)}" for r in results],
+        ),
+        ("pinned host memory", [f"{format_bytes(r.pinned_bytes)} of {format_bytes(r.host_budget)}" for r in results]),
+        ("loop lag, p99", [_ms(r.loop_lag_p99) for r in results]),
+        ("ready after", [f"{r.ready_seconds:.1f} s" for r in results]),
+    ]
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"

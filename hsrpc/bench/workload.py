@@ -1,0 +1,54 @@
+"""Requests to measure with: random tokens, lengths uniform or like those of chats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+_SIGMA = 0.8
+"""Spread of the logarithm of lengths: the longest tenth has about half of the tokens."""
+_FIRST_ID = 4
+"""Below are special tokens in the families served."""
+
+
+class Lengths(StrEnum):
+    """How the requests' lengths are distributed."""
+
+    UNIFORM = "uniform"
+    """All alike."""
+    SHAREGPT_LIKE = "sharegpt-like"
+    """Log-normal with the same mean, cut at four times the mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Prompts, and how many tokens each request generates."""
+
+    prompts: Sequence[Sequence[int]]
+    output_tokens: Sequence[int]
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of one request, prompt and output together."""
+        return max(len(prompt) + count for prompt, count in zip(self.prompts, self.output_tokens, strict=True))
+
+
+def make_workload(
+    lengths: Lengths, *, count: int, prompt: int, output: int, vocab_size: int, seed: int = 0
+) -> Workload:
+    """`count` requests of `prompt` tokens that generate `output` tokens, exactly or on average."""
+    rng = np.random.default_rng(seed)
+    sizes = [_lengths(lengths, count, mean, rng) for mean in (prompt, output)]
+    prompts = [rng.integers(_FIRST_ID, vocab_size, size).tolist() for size in sizes[0]]
+    return Workload(prompts, sizes[1])
+
+
+def _lengths(lengths: Lengths, count: int, mean: int, rng: np.random.Generator) -> list[int]:
+    if lengths is Lengths.UNIFORM:
+        return [mean] * count
+    drawn = rng.lognormal(math.log(mean) - _SIGMA**2 / 2, _SIGMA, count)
+    return [int(value) for value in np.clip(drawn, 1, 4 * mean)]

@@ -1,0 +1,113 @@
+"""hsrpc bench: measured speed beside the limit of the machine."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
+from hsrpc.config import CachePolicy, EngineConfig
+
+if TYPE_CHECKING:
+    from hsrpc.bench.run import Result
+    from hsrpc.engine.stats import StepRecord
+
+_EXAMPLES = """\
+  hsrpc bench decode --shape opt-6.7b --max-batch 128 --prompt 512 --placement host
+  hsrpc bench prefill --shape opt-6.7b --max-batch 16 --prompt 2048
+  hsrpc bench offline --shape opt-13b --requests 256 --lengths sharegpt-like --gpu-memory 24GiB
+  hsrpc bench sweep --shape opt-6.7b --max-batch 64 --placement host --plot sweep.png --json sweep.json
+"""
+_KINDS = {
+    "decode": "decode steps of a full batch, after its prefill",
+    "prefill": "steps that compute prompts",
+    "offline": "all steps of a number of requests that come and go",
+    "sweep": "decode at activation shares 0 to 1",
+}
+
+
+def add_parser(commands: Commands) -> None:
+    parser = add_command(
+        commands, "bench", "measure speed beside the limit of the machine, on random weights", _EXAMPLES
+    )
+    kinds = "; ".join(f"{name}: {text}" for name, text in _KINDS.items())
+    parser.add_argument("kind", choices=tuple(_KINDS), help=kinds)
+    load = parser.add_argument_group("load")
+    load.add_argument("--shape", help="such as opt-6.7b, in place of --model random:SHAPE")
+    load.add_argument("--requests", type=int, metavar="N", help="default: as many as run at once")
+    load.add_argument("--prompt", type=int, default=512, metavar="N", help="prompt tokens of a request (default: 512)")
+    load.add_argument("--output", type=int, default=128, metavar="N", help="output tokens of a request (default: 128)")
+    load.add_argument("--lengths", choices=("uniform", "sharegpt-like"), default="uniform", help="default: uniform")
+    load.add_argument("--steps", type=int, default=20, metavar="N", help="decode steps measured (default: 20)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save everything that was measured")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="sweep: save measured and predicted curves as PNG")
+    add_engine_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print, save."""
+    from hsrpc.bench.report import plot_sweep, print_results, save_json
+
+    if options.shape:
+        options.model = f"random:{options.shape}"
+    config = engine_config(options)
+    if options.kind == "sweep":
+        results = [_measure(options, _with_share(config, share / 10)) for share in range(11)]
+    else:
+        results = [_measure(options, config)]
+    print_results(results)
+    if options.json:
+        save_json(results, options.json)
+    if options.plot:
+        predicted = [(r.activation_share, r.batch / r.predicted_step_seconds) for r in results]
+        plot_sweep(results, predicted, options.plot)
+
+
+def _with_share(config: EngineConfig, share: float) -> EngineConfig:
+    return replace(config, cache_policy=CachePolicy.HYBRID, activation_share=share)
+
+
+def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
+    import uvloop
+
+    from hsrpc.bench.run import WARM_UP_STEPS, observe_run, summarise
+    from hsrpc.bench.workload import Lengths, Workload, make_workload
+    from hsrpc.engine.startup import make_planner
+
+    lengths, output = Lengths(options.lengths), 1 if options.kind == "prefill" else options.output
+    mean = options.prompt + output // 2
+    longest = (options.prompt + output) * (1 if lengths is Lengths.UNIFORM else 4)
+    config = replace(
+        config, expected_context=config.expected_context or mean, max_model_len=config.max_model_len or longest
+    )
+    requests = options.requests or config.max_batch or make_planner(config).planner.plan().max_batch
+    wanted = options.steps + WARM_UP_STEPS
+    decoded = 0
+
+    def make(vocab_size: int) -> Workload:
+        return make_workload(lengths, count=requests, prompt=options.prompt, output=output, vocab_size=vocab_size)
+
+    def is_enough(record: StepRecord) -> bool:
+        nonlocal decoded
+        decoded += _is_full_decode(record, requests)
+        return options.kind in ("decode", "sweep") and decoded >= wanted
+
+    measured = uvloop.run(observe_run(config, make, is_enough))
+    return summarise(measured, config, _chosen(options.kind, measured.records, requests))
+
+
+def _chosen(kind: str, records: Sequence[StepRecord], requests: int) -> list[StepRecord]:
+    if kind == "prefill":
+        return [record for record in records if record.prefill_tokens]
+    if kind == "offline":
+        return list(records)
+    return [record for record in records if _is_full_decode(record, requests)]
+
+
+def _is_full_decode(record: StepRecord, requests: int) -> bool:
+    """All requests of the batch, and no prompt beside them."""
+    return record.prefill_tokens == 0 and record.decode_tokens == requests

@@ -1,0 +1,149 @@
+"""hsrpc generate: the same tokens streamed, as JSON, from ids, from standard input and under every policy."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from hsrpc.config import BUNDLED_MODEL
+from tests.cli.conftest import SMALL
+
+PROMPT = "The little robot"
+GREEDY = ("generate", *SMALL, "--temperature=0", "--max-tokens=24")
+HYBRID = ("--cache-policy=hybrid", "--activation-share=0.5")
+
+
+def generated(hsrpc, *arguments: str) -> dict:
+    """The JSON object of a greedy run."""
+    ran = hsrpc(*GREEDY, *arguments, "--json")
+    assert (ran.code, ran.err) == (0, "")
+    return json.loads(ran.out)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BUNDLED_MODEL)
+
+
+def test_json_is_one_object_with_everything(hsrpc, tokenizer):
+    """Token ids, text, why it ended, counts, times, and what the cache did."""
+    found = generated(hsrpc, PROMPT, *HYBRID)
+    assert set(found) == {"token_ids", "text", "finish_reason", "matched_stop", "usage", "timings", "cache"}
+    assert found["text"] == tokenizer.decode(found["token_ids"], skip_special_tokens=True)
+    assert (found["finish_reason"], found["matched_stop"]) == ("MAX_TOKENS", None)
+    prompt_tokens = len(tokenizer(PROMPT).input_ids)
+    assert found["usage"] == {"prompt_tokens": prompt_tokens, "completion_tokens": 24, "preemptions": 0}
+    assert len(found["token_ids"]) == 24
+    assert set(found["timings"]) == {"queue", "prefill", "decode", "first_token"}
+    assert found["timings"]["first_token"] == pytest.approx(found["timings"]["queue"] + found["timings"]["prefill"])
+    assert found["timings"]["decode"] > 0
+
+
+def test_json_tells_what_the_cache_did(hsrpc):
+    """With half the tokens as activations and weights on the host, both streamed and were rebuilt."""
+    cache = generated(hsrpc, PROMPT, *HYBRID)["cache"]
+    assert (cache["policy"], cache["activation_share"], cache["block_size"]) == ("hybrid", 0.5, 16)
+    assert 0 <= cache["resident_share"] < 1
+    assert cache["weights_streamed_bytes"] > 0
+    assert cache["regenerated_tokens"] > 0
+    assert cache["peak_blocks"]["host_activation"] + cache["peak_blocks"]["device_activation"] > 0
+    assert cache["reason"]
+
+
+def test_streaming_prints_the_same_text(hsrpc):
+    """Without --json the text alone is on standard output, with a newline at its end."""
+    ran = hsrpc(*GREEDY, PROMPT)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == generated(hsrpc, PROMPT)["text"] + "\n"
+
+
+def test_token_ids_stand_for_a_prompt(hsrpc, tokenizer):
+    """--token-ids with the prompt's ids gives the prompt's output."""
+    ids = ",".join(map(str, tokenizer(PROMPT).input_ids))
+    assert generated(hsrpc, "--token-ids", ids)["token_ids"] == generated(hsrpc, PROMPT)["token_ids"]
+
+
+def test_a_dash_reads_standard_input(hsrpc, monkeypatch):
+    """`echo TEXT | hsrpc generate -` is `hsrpc generate TEXT`: the newline of echo is no part of the prompt."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT + "\n"))
+    assert generated(hsrpc, "-")["token_ids"] == generated(hsrpc, PROMPT)["token_ids"]
+
+
+def test_policies_give_the_same_tokens(hsrpc):
+    """What is cached changes no token."""
+    found = [generated(hsrpc, PROMPT, f"--cache-policy={policy}") for policy in ("kv", "activation", "recompute")]
+    assert [one["cache"]["policy"] for one in found] == ["kv", "activation", "recompute"]
+    assert found[0]["token_ids"] == found[1]["token_ids"] == found[2]["token_ids"]
+    assert generated(hsrpc, PROMPT, *HYBRID)["token_ids"] == found[0]["token_ids"]
+
+
+def test_a_stop_string_ends_the_text(hsrpc):
+    """The text ends before the string, which is named."""
+    text = generated(hsrpc, PROMPT)["text"]
+    stop = text[len(text) // 2 :][:4]
+    found = generated(hsrpc, PROMPT, "--stop", "never said", "--stop", stop)
+    assert (found["finish_reason"], found["matched_stop"]) == ("STOP_STRING", stop)
+    assert found["text"] == text[: text.index(stop)]
+
+
+def test_more_tokens_than_the_context_has_room_for(hsrpc):
+    """A huge --max-tokens ends where --max-model-len ends, and says so."""
+    found = generated(hsrpc, PROMPT, "--max-tokens", "1000000", "--ignore-eos")
+    assert found["finish_reason"] == "CONTEXT_LENGTH"
+    assert found["usage"]["prompt_tokens"] + found["usage"]["completion_tokens"] == 96
+
+
+def test_a_seed_repeats_what_is_drawn(hsrpc):
+    """With --seed, two runs with a temperature print the same; another seed prints something else."""
+    drawn = {hsrpc("generate", *SMALL, "--max-tokens=24", "--seed", seed, PROMPT).out for seed in ("1", "1", "2")}
+    assert len(drawn) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("",), "PROMPT: empty; give text, or --token-ids"),
+        (("--token-ids", ""), "--token-ids: '' is not a list of numbers such as 5,6,7"),
+        (("--token-ids", "5,six"), "--token-ids: '5,six' is not a list of numbers"),
+        (("--token-ids", "5,99999"), "token_ids[1]: 99999 is no token id; use 0 to 1535"),
+        (("--token-ids", "-5"), "token_ids[0]: -5 is no token id"),
+        (("x " * 200,), "text: 401 prompt tokens; at most 95 fit"),
+        (("a\udcff",), "text: a lone surrogate U+DCFF at character 1; give valid Unicode"),
+        (("hi", "--max-tokens", "0"), "max_tokens: 0 is outside [1, "),
+        (("hi", "--temperature", "nan"), "temperature: nan is outside [0.0, 100.0]"),
+        (("hi", "--stop", ""), "stop: each string must have 1 to 256 characters, found 0"),
+        (("hi", "--gpu-memory", "1KiB"), "gpu_memory='1.0 KiB': too small for a context of 96: "),
+        (("hi", "--host-memory", "1MiB"), "host_memory='1.0 MiB': "),
+        (("hi", "--max-model-len", "5000"), "max_model_len=5000: "),
+    ],
+)
+def test_what_cannot_be_generated_is_explained(hsrpc, arguments, message):
+    """One line on standard error names the field, what was found and what is allowed; the exit code is 1."""
+    ran = hsrpc("generate", *SMALL, *arguments)
+    assert (ran.code, ran.out) == (1, "")
+    [line] = ran.err.splitlines()
+    assert line.startswith(f"hsrpc: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [(b"", "PROMPT: empty"), (b"a\xff", "PROMPT: standard input has byte 0xff")]
+)
+def test_standard_input_without_text_is_refused(hsrpc, monkeypatch, data, message):
+    """Nothing, or bytes that are not UTF-8, are no prompt."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+    ran = hsrpc("generate", "-")
+    assert ran.code == 1
+    assert ran.err.startswith(f"hsrpc: error: {message}")
+
+
+def test_a_hub_id_out_of_reach(hsrpc, monkeypatch, tmp_path):
+    """A hub id that is not cached, without a network, says so and what to do."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    ran = hsrpc("generate", "--model", "some-org/some-model", "hi")
+    assert ran.code == 1
+    problem = "'some-org/some-model' is not on this machine and the hub is out of reach"
+    assert ran.err == f"hsrpc: error: {problem}; fetch it where there is a network and give its directory\n"

@@ -1,0 +1,83 @@
+"""hsrpc plan: tables, one object, and a plot; no weights are read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from matplotlib import image
+
+from tests.cli.conftest import SMALL
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def planned(hsrpc, *arguments: str) -> dict:
+    """The JSON object of a plan."""
+    ran = hsrpc("plan", *SMALL, *arguments, "--json")
+    assert (ran.code, ran.err) == (0, "")
+    return json.loads(ran.out)
+
+
+def test_json_adds_up(hsrpc):
+    """What lies on device and host fits the budgets; the prediction follows from its parts."""
+    plan = planned(hsrpc, "--cache-policy=hybrid", "--activation-share=0.5", "--max-batch=3")
+    assert (plan["model"], plan["policy"], plan["activation_share"]) == ("storyteller", "hybrid", 0.5)
+    assert (plan["max_batch"], plan["max_model_len"]) == (3, 96)
+    assert plan["budgets"] == {"device": 13 * 1024**2, "host": 64 * 1024**2}
+    assert 0 < sum(plan["device_bytes"].values()) <= plan["budgets"]["device"]
+    assert 0 < sum(plan["host_bytes"].values()) <= plan["budgets"]["host"]
+    assert set(plan["num_blocks"]) == {"device_kv", "host_kv", "device_activation", "host_activation"}
+    assert 0 <= plan["resident_share"] < 1
+    step = plan["prediction"]
+    assert step["tokens_per_second"] == pytest.approx(step["batch"] / step["step_seconds"])
+    assert step["step_seconds"] >= max(step["bus_seconds"], step["gpu_seconds"]) * 0.999
+
+
+def test_a_model_without_a_checkpoint(hsrpc):
+    """A shape of a known model needs no files: a plan can be made before anything is fetched."""
+    plan = planned(hsrpc, "--model=random:opt-125m", "--gpu-memory=400MiB", "--host-memory=8GiB", "--dtype=float16")
+    assert plan["model"] == "opt-125m"
+    assert plan["prediction"]["tokens_per_second"] > 0
+
+
+def test_the_tables_name_budgets_policy_and_prediction(hsrpc):
+    """For people: memory on both sides with its sum and budget, blocks, and the predicted step."""
+    ran = hsrpc("plan", *SMALL)
+    assert (ran.code, ran.err) == (0, "")
+    for words in ("storyteller", "cache policy", "K and V take 2.00 times", "13.0 MiB", "64.0 MiB", "tokens/s"):
+        assert words in ran.out
+    rows = {line.split("│")[1].strip() for line in ran.out.splitlines() if line.count("│") >= 3}
+    assert {"all", "budget", "K and V", "activations", "activation share", "weights resident", "throughput"} <= rows
+
+
+@pytest.mark.parametrize("name", ["share.png", "share"])
+def test_plot_is_a_png(hsrpc, tmp_path, name):
+    """--plot writes a PNG whatever the file's name, drawn on; standard output stays JSON."""
+    file = tmp_path / name
+    ran = hsrpc("plan", *SMALL, "--json", "--plot", str(file))
+    assert (ran.code, ran.err) == (0, f"saved {file}\n")
+    assert json.loads(ran.out)["model"] == "storyteller"
+    assert file.read_bytes().startswith(PNG)
+    pixels = image.imread(file, format="png")
+    assert pixels.shape[0] > 300
+    assert pixels.shape[1] > 500
+    assert pixels[..., :3].std() > 0.01
+
+
+def test_a_plot_that_cannot_be_written(hsrpc, tmp_path):
+    """A folder that does not exist is named, with the system's reason."""
+    file = tmp_path / "none" / "share.png"
+    ran = hsrpc("plan", *SMALL, "--json", "--plot", str(file))
+    assert ran.code == 1
+    assert ran.err == (
+        f"hsrpc: error: plot={str(file)!r}: cannot be written (No such file or directory); give another file\n"
+    )
+
+
+def test_a_budget_that_is_too_small(hsrpc):
+    """A plan that cannot be is one line that says what it would take."""
+    ran = hsrpc("plan", *SMALL, "--gpu-memory=1MiB")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("hsrpc: error: gpu_memory='1.0 MiB': too small for a context of 96: ")
+    assert ran.err.count("\n") == 1

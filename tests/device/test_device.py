@@ -1,0 +1,134 @@
+"""The CPU as a device, which defines what the copies mean, and what memory a program may take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hsrpc.config import DeviceKind
+from hsrpc.core.batch import Runs
+from hsrpc.device.device import CpuDevice, available_memory, open_device
+from hsrpc.errors import ConfigError
+
+SLOTS, ROWS, WIDTH = 40, 30, 6
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> Runs:
+    """Runs whose targets do not overlap."""
+    pieces, row = [], 0
+    while row < ROWS and draw(st.booleans()):
+        row += draw(st.integers(0, 3))
+        count = draw(st.integers(0, max(0, min(8, ROWS - row))))
+        pieces.append((draw(st.integers(0, SLOTS - count)), row, count))
+        row += count
+    return Runs(*(ints(*(piece[i] for piece in pieces)) for i in range(3)))
+
+
+@given(copies=runs(), dtype=st.sampled_from([torch.float32, torch.float16]))
+def test_load_runs_copies_row_by_row(copies: Runs, dtype: torch.dtype) -> None:
+    """As a loop over single rows would; all other rows stay as they are."""
+    device = CpuDevice()
+    source = device.pinned(SLOTS * WIDTH * dtype.itemsize).view(dtype).view(SLOTS, WIDTH)
+    source.copy_(torch.randn(SLOTS, WIDTH))
+    target = device.empty((ROWS, WIDTH), dtype)
+    target.fill_(-7)
+    wanted = target.clone()
+    for start, row, count in zip(copies.source, copies.target, copies.count, strict=True):
+        for i in range(count):
+            wanted[row + i] = source[start + i]
+    device.load_runs(target, source, copies)
+    assert torch.equal(target, wanted)
+
+
+@given(data=st.data())
+def test_copy_rows_scatters_and_gathers(data: st.DataObject) -> None:
+    """`target[target_rows] = source[source_rows]`, also from a strided source, as the projections give it."""
+    device = CpuDevice()
+    source = torch.randn(SLOTS, 2 * WIDTH)[:, WIDTH:]
+    target = torch.zeros(ROWS, WIDTH)
+    target_rows = data.draw(st.lists(st.integers(0, ROWS - 1), unique=True))
+    source_rows = data.draw(st.lists(st.integers(0, SLOTS - 1), min_size=len(target_rows), max_size=len(target_rows)))
+    wanted = target.clone()
+    for to, start in zip(target_rows, source_rows, strict=True):
+        wanted[to] = source[start]
+    device.copy_rows(target, device.upload(ints(*target_rows)), source, device.upload(ints(*source_rows)))
+    assert torch.equal(target, wanted)
+
+
+def test_work_on_the_cpu_is_done_when_the_call_returns() -> None:
+    """Streams and events are nothing, and waiting for them is harmless."""
+    device = CpuDevice()
+    assert device.load is device.compute is device.store is None
+    with device.on(device.compute):
+        event = device.record(device.compute)
+    device.wait(device.load, event)
+    device.synchronize(event)
+    device.keep(torch.empty(1), device.store)
+    device.drain()
+    assert device.peak_memory == 0
+    assert device.name == "CPU"
+
+
+def test_memory_that_cannot_be_had_is_a_setting_to_change() -> None:
+    """ConfigError names host_memory, its size and the remedy."""
+    with pytest.raises(ConfigError, match=r"host_memory='1024\.0 TiB'.*lower host_memory"):
+        CpuDevice().pinned(2**50)
+
+
+def test_opening_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA where it is asked for and missing is an error; `auto` takes the CPU then."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert isinstance(open_device(DeviceKind.AUTO), CpuDevice)
+    assert isinstance(open_device(DeviceKind.CPU), CpuDevice)
+    with pytest.raises(ConfigError, match="use device=cpu") as caught:
+        open_device(DeviceKind.CUDA)
+    assert caught.value.field == "device"
+
+
+STAT_V2 = "anon 500\ninactive_file 200\nactive_file 100\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        pytest.param({}, 1_024_000, id="machine"),
+        pytest.param({"memory.max": "max\n"}, 1_024_000, id="no-limit"),
+        pytest.param({"memory.max": "5000\n", "memory.current": "1000\n", "memory.stat": STAT_V2}, 4300, id="v2"),
+        pytest.param({"memory.max": "900\n", "memory.current": "1500\n", "memory.stat": STAT_V2}, 0, id="exceeded"),
+        pytest.param(
+            {
+                "memory/memory.limit_in_bytes": "6000\n",
+                "memory/memory.usage_in_bytes": "1000\n",
+                "memory/memory.stat": STAT_V2,
+            },
+            5300,
+            id="v1",
+        ),
+        pytest.param(
+            {"memory.max": "9999999999\n", "memory.current": "0\n", "memory.stat": STAT_V2}, 1_024_000, id="more"
+        ),
+    ],
+)
+def test_available_memory_keeps_to_the_containers_limit(files: dict[str, str], expected: int, tmp_path: Path) -> None:
+    """The lesser of what the machine has and what the control group leaves, where the file cache counts as free."""
+    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in (files | {"proc/meminfo": "MemTotal: 2000 kB\nMemAvailable:    1000 kB\n"}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_memory(tmp_path) == expected
+
+
+def test_available_memory_of_this_machine() -> None:
+    """Positive, and no more than a machine has."""
+    assert 2**20 < available_memory() < 2**50
+    assert CpuDevice().total_memory > 2**20

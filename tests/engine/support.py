@@ -1,0 +1,105 @@
+"""What the engine's tests share: small configurations, and what an engine looks like that has nothing to do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from hsrpc import Engine, EngineConfig, SamplingParams
+from hsrpc.core.plan import BUFFERS
+from hsrpc.core.request import Delta, Request
+from tests.engine.conftest import tightest
+from tests.engine.reference import Reference
+
+PATIENCE = 20.0
+"""Seconds that a test waits at most for something that takes milliseconds."""
+
+ENGINE_TASKS = 6
+"""The group, and in it the prefetcher, the cache manager, the executor, the steps and the outputs."""
+
+
+def greedy(max_tokens: int, **settings: object) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **settings)
+
+
+def config_for(made: Reference, **settings: object) -> EngineConfig:
+    """Weights stream, half of the cache is activations, prompts are computed in chunks of 24 tokens."""
+    base = {"max_batch": 6, "max_model_len": 128, "max_prefill_tokens": 24, "expected_context": 24, "device": "cpu"}
+    base |= {"cache_policy": "hybrid", "activation_share": 0.5}
+    return EngineConfig(model=str(made.directory), **(base | settings))
+
+
+def tight(made: Reference, **settings: object) -> EngineConfig:
+    """As `config_for`, with so few blocks that requests are preempted."""
+    return tightest(config_for(made, **settings))
+
+
+def roomy(made: Reference, **settings: object) -> EngineConfig:
+    """As `config_for`, with blocks for all."""
+    return config_for(made, gpu_memory="1GiB", host_memory="64MiB", placement="host", **settings)
+
+
+async def collect(deltas: AsyncIterator[Delta]) -> list[Delta]:
+    return [delta async for delta in deltas]
+
+
+def ids(deltas: list[Delta]) -> list[int]:
+    return [token_id for delta in deltas for token_id in delta.token_ids]
+
+
+def text(deltas: list[Delta]) -> str:
+    return "".join(delta.text for delta in deltas)
+
+
+def live(engine: Engine, request_id: str) -> Request | None:
+    """The scheduler's view of a request."""
+    return next((r for r in engine._scheduler.live() if r.request_id == request_id), None)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the event loop run until `condition` holds."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"still not so after {PATIENCE} seconds"
+        await asyncio.sleep(0.0005)
+
+
+async def idle(engine: Engine) -> None:
+    """Wait for the end of all work, then check that every block, buffer and place in a queue is back."""
+    end = time.monotonic() + PATIENCE
+    while left := remains(engine):
+        assert time.monotonic() < end, left
+        await asyncio.sleep(0.0005)
+
+
+def remains(engine: Engine) -> dict[str, object]:
+    """What of past requests is still there, by name: empty when idle."""
+    scheduler, parts = engine._scheduler, engine._opened
+    weights, cache = parts.prefetcher, parts.cache
+    num_weight_buffers = BUFFERS if weights._streamed else 0
+    found = {
+        "running": scheduler.num_running,
+        "waiting": scheduler.num_waiting,
+        "live": list(scheduler.live()),
+        "used blocks": {pool: n for pool, n in engine.stats().used_blocks.items() if n},
+        "streams": engine._streams,
+        "outputs": engine._outputs.qsize(),
+        "output places": 2 - engine._output_room._value,
+        "steps": cache._steps.qsize() + parts.executor._steps.qsize() + parts.executor._results.qsize(),
+        "cache buffers": BUFFERS - cache._free.qsize(),
+        "loaded buffers": cache._ready.qsize(),
+        "weight buffers": num_weight_buffers - weights._free.qsize() - weights._ready.qsize(),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+@asynccontextmanager
+async def left_as_found(engine: Engine) -> AsyncIterator[None]:
+    """What happens inside leaves no trace: requests, blocks, buffers, tasks."""
+    await until(lambda: len(asyncio.all_tasks()) >= 1 + ENGINE_TASKS)
+    tasks = asyncio.all_tasks()
+    yield
+    await idle(engine)
+    assert asyncio.all_tasks() == tasks

@@ -1,0 +1,137 @@
+"""What starting an engine decides, and how it fails: the right error, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from hsrpc import Engine, EngineConfig
+from hsrpc.config import DeviceKind, DType
+from hsrpc.device.device import CpuDevice, available_memory
+from hsrpc.engine.startup import describe_model, make_planner
+from hsrpc.errors import CheckpointError, ConfigError, HsrpcError, ModelNotFoundError
+from hsrpc.model.checkpoint import Checkpoint
+from tests.engine.reference import Reference
+from tests.engine.support import roomy, until
+
+
+@pytest.fixture
+def directory(tmp_path: Path, reference: Callable[[str], Reference]) -> Path:
+    """A copy of a checkpoint, to be spoiled."""
+    return Path(shutil.copytree(reference("opt").directory, tmp_path / "model"))
+
+
+def truncate(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def resize(directory: Path) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ffn_dim": 97}))
+
+
+def drop_tokenizer(directory: Path) -> None:
+    (directory / "tokenizer.json").unlink()
+
+
+def drop_weights(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+
+
+def break_config(directory: Path) -> None:
+    (directory / "config.json").write_text("{")
+
+
+async def fails(config: EngineConfig, error: type[HsrpcError], message: str) -> None:
+    """Entering raises, tasks and threads are as before."""
+    tasks = asyncio.all_tasks()
+    with pytest.raises(error, match=message):
+        await Engine(config).__aenter__()
+    assert asyncio.all_tasks() == tasks
+    await until(lambda: not [t for t in threading.enumerate() if t.name.startswith(("hsrpc-", "load"))])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (truncate, "model.safetensors"),
+        (resize, "fc1"),
+        (drop_tokenizer, "tokenizer"),
+        (drop_weights, "found neither"),
+        (break_config, "config.json"),
+    ],
+)
+async def test_a_spoiled_checkpoint_is_named(spoil: Callable[[Path], None], message: str, directory: Path) -> None:
+    """CheckpointError from entering the engine, with the file or tensor."""
+    spoil(directory)
+    await fails(EngineConfig(model=str(directory), device="cpu"), CheckpointError, message)
+
+
+async def test_a_disk_that_fails_while_reading(
+    monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
+    """The error of one layer's thread comes out of entering; pinned memory is given back."""
+
+    def read(self: Checkpoint, tensor: object, out: torch.Tensor) -> None:
+        if "layers.2" in str(tensor):
+            raise CheckpointError("model.safetensors: it has become shorter; fetch it again")
+
+    released: list[int] = []
+    monkeypatch.setattr(Checkpoint, "read", read)
+    monkeypatch.setattr(CpuDevice, "release_pinned", lambda device: released.append(1))
+    await fails(roomy(reference("opt")), CheckpointError, "fetch it again")
+    assert len(released) == 2  # calibration's, and the weights'
+
+
+async def test_a_model_that_is_not_there() -> None:
+    """Neither as a directory nor as a known shape."""
+    await fails(EngineConfig(model="no/such-model", device="cpu"), ModelNotFoundError, "such-model")
+    await fails(EngineConfig(model="random:opt-1t", device="cpu"), ModelNotFoundError, "opt-30b")
+
+
+@pytest.mark.parametrize("field", ["gpu_memory", "host_memory"])
+async def test_budgets_that_are_too_small(field: str, reference: Callable[[str], Reference]) -> None:
+    """ConfigError names the budget."""
+    made = reference("opt")
+    budgets = {"gpu_memory": "1GiB", "host_memory": "64MiB"} | {field: "1KiB"}
+    config = EngineConfig(model=str(made.directory), device="cpu", placement="host", **budgets)
+    await fails(config, ConfigError, field)
+
+
+async def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]) -> None:
+    """ConfigError on entering; `auto` takes the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    directory = str(reference("opt").directory)
+    await fails(EngineConfig(model=directory, device="cuda"), ConfigError, "no CUDA device")
+    async with Engine(EngineConfig(model=directory, device=DeviceKind.AUTO, gpu_memory="64MiB")) as engine:
+        assert engine.device == "CPU"
+
+
+def test_budgets_default_to_a_part_of_what_is_there(reference: Callable[[str], Reference]) -> None:
+    """On the CPU both together leave room for the rest of the machine; what is asked for is taken."""
+    directory = str(reference("opt").directory)
+    budgets = make_planner(EngineConfig(model=directory, device="cpu")).planner.budgets
+    assert 0 < budgets.device + budgets.host < 0.9 * available_memory()
+    asked = EngineConfig(model=directory, device="cpu", gpu_memory="3GiB", host_memory="5GiB")
+    budgets = make_planner(asked).planner.budgets
+    assert (budgets.device, budgets.host) == (3 * 2**30, 5 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(DType.AUTO, torch.float32), (DType.FLOAT16, torch.float16), (DType.BFLOAT16, torch.bfloat16)],
+)
+def test_the_element_type_is_the_one_asked_for(
+    dtype: DType, expected: torch.dtype, reference: Callable[[str], Reference]
+) -> None:
+    """On the CPU `auto` computes in float32."""
+    spec, _ = describe_model(EngineConfig(model=str(reference("opt").directory), device="cpu", dtype=dtype))
+    assert spec.dtype is expected

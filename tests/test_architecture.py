@@ -1,0 +1,173 @@
+"""Who may import whom, read from the source: config, errors <- core <- {model, device} <- engine <- server <- cli."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "hsrpc"
+
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "v1": set(),
+    "core": {"config", "errors"},
+    "model": {"core", "config", "errors"},
+    "device": {"core", "config", "errors"},
+    "engine": {"model", "device", "core", "config", "errors"},
+    "server": {"engine", "core", "config", "errors", "v1"},
+    "client_messages": {"core", "errors", "v1"},
+    "client": {"client_messages", "core", "errors", "v1"},
+    "bench": {"engine", "model", "device", "core", "config", "errors"},
+    "cli": {"bench", "client", "server", "engine", "model", "device", "core", "config", "errors", "v1"},
+    "__main__": {"cli"},
+}
+"""What each part of the package may import, besides itself."""
+
+
+class Imports(ast.NodeVisitor):
+    """Collects the dotted names that run-time imports name; `deferred`: also of those inside functions."""
+
+    def __init__(self, deferred: bool) -> None:
+        self.names: list[str] = []
+        self._deferred = deferred
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.names += [alias.name for alias in node.names]
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        assert node.level == 0, f"relative import of {node.module}"
+        self.names += [f"{node.module}.{alias.name}" for alias in node.names]
+
+    def visit_If(self, node: ast.If) -> None:
+        if ast.unparse(node.test) not in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        if self._deferred:
+            self.generic_visit(node)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
+        self.visit_FunctionDef(node)
+
+
+def imports(tree: ast.Module, *, deferred: bool) -> list[str]:
+    visitor = Imports(deferred)
+    visitor.visit(tree)
+    return visitor.names
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """Source of every module of the package, by dotted name."""
+    paths = sorted((ROOT / PACKAGE).rglob("*.py"))
+    return {module_name(path): ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in paths}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(module: str) -> str | None:
+    """The part that a dotted name belongs to; None: not of this package, or the package itself."""
+    names = module.split(".")
+    return names[1] if names[0] == PACKAGE and len(names) > 1 and names[1] != "__version__" else None
+
+
+def users(library: str) -> set[str]:
+    """Modules that import `library`."""
+    return {
+        module
+        for module, tree in modules().items()
+        if any(name.split(".")[0] == library for name in imports(tree, deferred=True))
+    }
+
+
+def parts(names: set[str]) -> set[str | None]:
+    return {part_of(name) for name in names}
+
+
+def test_dependencies_point_one_way():
+    """No module imports a part that is above its own, not even inside a function."""
+    wrong = []
+    for module, tree in modules().items():
+        part = part_of(module)
+        for name in imports(tree, deferred=True):
+            target = part_of(name)
+            if target is not None and target != part and target not in ALLOWED.get(part or "", set()):
+                wrong.append(f"{module} imports {name}")
+    assert wrong == []
+
+
+def test_every_part_has_its_place():
+    """A new part of the package is put into the order first."""
+    assert parts(set(modules())) - {None} <= set(ALLOWED)
+    assert {"core", "model", "device", "engine", "server", "client"} <= parts(set(modules()))
+
+
+def test_the_order_has_no_cycles():
+    """The allowed directions themselves can be put in a row."""
+    order = list(TopologicalSorter(ALLOWED).static_order())
+    assert order.index("core") < order.index("model") < order.index("engine") < order.index("server")
+
+
+def test_no_import_cycles():
+    """Modules can be put in an order in which each needs only those before it."""
+    names = set(modules())
+    graph = {}
+    for module, tree in modules().items():
+        targets = set(imports(tree, deferred=False))
+        named = {name if name in names else name.rpartition(".")[0] for name in targets}
+        graph[module] = (named & names) - {module}
+    assert sum(map(len, graph.values())) > 50
+    assert len(list(TopologicalSorter(graph).static_order())) == len(names)
+
+
+def test_only_the_edges_know_grpc():
+    """grpc is imported by the server, the command line, the client and generated code alone."""
+    assert parts(users("grpc")) <= {"server", "cli", "client", "client_messages", "v1"}
+    assert "server" in parts(users("grpc"))
+
+
+@pytest.mark.parametrize("library", ["torch", "asyncio"])
+def test_core_is_pure(library: str):
+    """Decisions need neither tensors nor an event loop."""
+    assert "core" not in parts(users(library))
+
+
+def test_models_and_devices_are_synchronous():
+    """Neither the models nor the device know of asyncio."""
+    assert parts(users("asyncio")).isdisjoint({"model", "device", "core", "config", "errors"})
+
+
+def test_only_the_engine_joins_asyncio_and_torch():
+    """The engine imports both; no other part does."""
+    assert parts(users("asyncio")) & parts(users("torch")) == {"engine"}
+
+
+def test_imports_are_found_wherever_they_are():
+    """The reader sees plain, nested and deferred imports, and leaves out those for type checkers."""
+    source = """
+import a.b
+from c import d, e
+if TYPE_CHECKING:
+    import f
+try:
+    import g
+except ImportError:
+    pass
+def h():
+    import i
+class J:
+    def k(self):
+        from l import m
+"""
+    tree = ast.parse(source)
+    assert imports(tree, deferred=True) == ["a.b", "c.d", "c.e", "g", "i", "l.m"]
+    assert imports(tree, deferred=False) == ["a.b", "c.d", "c.e", "g"]
