@@ -17,6 +17,8 @@ from hsrpc.device.kernels import copy_rows
 from hsrpc.errors import ConfigError
 
 _REGISTER_PORTABLE_MAPPED = 0x01 | 0x02
+_PIECE_BYTES = 16 * 1024**2
+"""A copy engine runs one copy to its end: a layer's weights in one piece would keep blocks waiting for milliseconds."""
 
 
 class CudaDevice(Device):
@@ -97,6 +99,11 @@ class CudaDevice(Device):
 
     def upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array).pin_memory().to(self.torch_device, non_blocking=True)
+
+    def load_bytes(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        for start in range(0, len(source), _PIECE_BYTES):
+            piece = source[start : start + _PIECE_BYTES]
+            target[start : start + len(piece)].copy_(piece, non_blocking=True)
 
     def load_runs(self, target: torch.Tensor, source: torch.Tensor, runs: Runs) -> None:
         row_bytes = target.stride(0) * target.element_size()

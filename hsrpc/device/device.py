@@ -115,6 +115,10 @@ class Device(ABC):
         """A small host array on the device, in order with the current stream."""
 
     @abstractmethod
+    def load_bytes(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy pinned bytes to the front of `target`, on the current stream, in pieces, so that others may come between."""
+
+    @abstractmethod
     def load_runs(self, target: torch.Tensor, source: torch.Tensor, runs: Runs) -> None:
         """Copy runs of rows of pinned `source` [slots, w] into device `target` [rows, w], on the current stream."""
 
@@ -181,6 +185,9 @@ class CpuDevice(Device):
 
     def upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array)
+
+    def load_bytes(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target[: len(source)].copy_(source)
 
     def load_runs(self, target: torch.Tensor, source: torch.Tensor, runs: Runs) -> None:
         for start, row, count in zip(runs.source.tolist(), runs.target.tolist(), runs.count.tolist(), strict=True):

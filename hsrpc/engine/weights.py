@@ -1,4 +1,4 @@
-"""Layer weights: a part resident on the device, the rest in one pinned buffer a layer, prefetched in one piece."""
+"""Layer weights: a part resident on the device, the rest in one pinned buffer a layer, prefetched as a whole."""
 
 from __future__ import annotations
 
@@ -186,6 +186,6 @@ class WeightPrefetcher:
         assert packed is not None  # only streamed layers are swept
         device.wait(device.prefetch, freed)
         with device.on(device.prefetch):
-            buffer[: len(packed)].copy_(packed, non_blocking=True)
+            device.load_bytes(buffer, packed)
         self.streamed_bytes += len(packed)
         return Prefetched(layer, weights.on(buffer), buffer, device.record(device.prefetch), sweep)

@@ -82,6 +82,15 @@ async def test_what_might_become_a_stop_string_is_sent_at_the_end(engine: Engine
     assert finish.reason is FinishReason.MAX_TOKENS
 
 
+async def test_after_a_stop_string_the_request_is_not_computed_any_more(engine: Engine) -> None:
+    """No more than the steps that were under way while its text was matched."""
+    whole, _, _ = await run(engine, await letters(engine))
+    before = engine.stats().generated_tokens
+    _, token_ids, _ = await run(engine, await letters(engine, stop=[whole[:3]], max_tokens=100))
+    assert len(token_ids) == 3
+    assert engine.stats().generated_tokens - before < 50
+
+
 @pytest.mark.parametrize("include_stop", [False, True])
 async def test_a_stop_token_ends_the_text(engine: Engine, include_stop: bool) -> None:
     """Its id is in the output; its text only where that is asked for."""
