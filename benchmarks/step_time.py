@@ -153,7 +153,8 @@ def main() -> None:
     for result in results:
         parts = ", ".join(f"{name} {value:.1f}" for name, value in result["parts_ms"].items())
         print(
-            f"{result['model']} {result['policy']}: step {result['step_s'] * 1e3:.0f} ms, limit {result['limit_s'] * 1e3:.0f} ms, "
+            f"{result['model']} {result['policy']}: "
+            f"step {result['step_s'] * 1e3:.0f} ms, limit {result['limit_s'] * 1e3:.0f} ms, "
             f"efficiency {result['efficiency']:.3f}, {result['tokens_per_s']:.0f} tokens/s; ms a step: {parts}"
         )
     if options.json:

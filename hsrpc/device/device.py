@@ -116,7 +116,7 @@ class Device(ABC):
 
     @abstractmethod
     def load_bytes(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy pinned bytes to the front of `target`, on the current stream, in pieces, so that others may come between."""
+        """Copy pinned bytes to the front of `target` on the current stream, in pieces that let others come between."""
 
     @abstractmethod
     def load_runs(self, target: torch.Tensor, source: torch.Tensor, runs: Runs) -> None:

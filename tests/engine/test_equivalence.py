@@ -1,4 +1,4 @@
-"""Greedy tokens equal those of transformers' `generate`, for every model family, policy, share, block size and budget."""
+"""Greedy tokens equal those of transformers' `generate`: every family, policy, share, block size and budget."""
 
 from __future__ import annotations
 

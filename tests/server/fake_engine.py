@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -110,7 +111,7 @@ class FakeEngine:
         if request_id in self.live:
             raise RequestExistsError(request_id)
         params = replace(params, seed=params.seed or 7, max_tokens=params.max_tokens or self.max_model_len - len(ids))
-        generation = Generation(request_id, ids, params, self.close)
+        generation = Generation(request_id, ids, params, partial(self.close, request_id))
         self.submitted.append(params)
         self.live[request_id] = generation
         if not self.held:

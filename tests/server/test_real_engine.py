@@ -310,7 +310,7 @@ async def test_a_full_queue_refuses_and_recovers(client):
 
 
 async def test_an_engine_fault_ends_everything(monkeypatch, capsys):
-    """A task of the engine dies: every stream is UNAVAILABLE within a second, health NOT_SERVING, and serve raises."""
+    """A task of the engine dies: every stream soon is UNAVAILABLE, health NOT_SERVING, and serve raises."""
     compute, dying = Executor._compute_step, asyncio.Event()
 
     async def compute_or_die(executor, worker, step):
@@ -328,7 +328,7 @@ async def test_an_engine_fault_ends_everything(monkeypatch, capsys):
         streams = [client.generate(prompt, ignore_eos=True) for prompt in PROMPTS[:3]]
         await asyncio.gather(*map(anext, streams))
         dying.set()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(5):  # 20 ms where the machine is idle
             errors = await asyncio.gather(*map(error_of, streams))
             assert (await watch.read()).status == NOT_SERVING
     assert {error.code for error in errors} == {grpc.StatusCode.UNAVAILABLE}

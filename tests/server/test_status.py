@@ -277,6 +277,6 @@ async def test_a_stream_without_an_end_is_an_error(stub, engine: FakeEngine):
     await until(lambda: engine.live)
     engine.say("r", "a")
     await call.read()
-    engine.live["r"].fail(None)
+    engine.live["r"].close()
     error = await failure(call)
     assert error.code() is grpc.StatusCode.INTERNAL
