@@ -128,6 +128,7 @@ class _Candidate:
 
     share: float
     batch: int
+    buffers: BufferLimits
     resident: tuple[frozenset[str], ...]
     device_tokens: int
     host_tokens: int
@@ -197,7 +198,14 @@ class Planner:
                 yield candidate
 
     def _candidate(self, batch: int, share: float) -> _Candidate | None:
-        fixed = self._fixed_device_bytes(batch, share)
+        """With buffers of the wanted size, or the smallest where those do not fit."""
+        tried = (
+            self._with_buffers(batch, share, self._buffers(batch, share, rows)) for rows in self._row_choices(batch)
+        )
+        return next((candidate for candidate in tried if candidate is not None), None)
+
+    def _with_buffers(self, batch: int, share: float, buffers: BufferLimits) -> _Candidate | None:
+        fixed = self._fixed_device_bytes(batch, buffers)
         room = self.budgets.device - sum(fixed.values())
         if room < 0:
             return None
@@ -214,7 +222,7 @@ class Planner:
             return None
         on_host = 1 - min(1.0, device_tokens / max(1, batch * self.context))
         prediction = self._predict(batch, share, streamed, 0.0 if self.recomputes else on_host)
-        return _Candidate(share, batch, resident, device_tokens, host_tokens, prediction)
+        return _Candidate(share, batch, buffers, resident, device_tokens, host_tokens, prediction)
 
     def _batch_fits(self, batch: int, blocks: int) -> bool:
         """`batch` requests of the expected length, and one of full length, have blocks."""
@@ -275,16 +283,18 @@ class Planner:
     def _prefill_tokens(self) -> int:
         return self.config.max_prefill_tokens or DEFAULT_PREFILL_TOKENS
 
-    def _buffers(self, batch: int, share: float) -> BufferLimits:
-        """Rows of a mini-batch: enough for the longest request, and for copies large enough to fill the bus."""
+    def _row_choices(self, batch: int) -> tuple[int, int]:
+        """Rows of a mini-batch's buffers: for copies large enough to fill the bus; just for the longest request."""
         wanted = min(_TARGET_BUFFER_BYTES, self.budgets.device // 20) // self.sizes.kv_bytes
         longest = -(-self.max_model_len // self.config.block_size) * self.config.block_size
-        rows = max(longest, min(wanted, batch * longest))
+        return max(longest, min(wanted, batch * longest)), longest
+
+    def _buffers(self, batch: int, share: float, rows: int) -> BufferLimits:
         queries = rows if self.recomputes else self._prefill_tokens() + batch
         return BufferLimits(rows, rows if share > 0 else 0, queries)
 
-    def _fixed_device_bytes(self, batch: int, share: float) -> dict[str, int]:
-        sizes, buffers = self.sizes, self._buffers(batch, share)
+    def _fixed_device_bytes(self, batch: int, buffers: BufferLimits) -> dict[str, int]:
+        sizes = self.sizes
         kv_rows = buffers.rows * sizes.kv_bytes
         activation_rows = buffers.activation_rows * sizes.activation_bytes
         step_tokens = batch * self.max_model_len if self.recomputes else buffers.queries
@@ -319,7 +329,7 @@ class Planner:
         )
 
     def _finish(self, best: _Candidate) -> Plan:
-        fixed = self._fixed_device_bytes(best.batch, best.share)
+        fixed = self._fixed_device_bytes(best.batch, best.buffers)
         streamed = self._streamed_bytes(best.resident)
         blocks = self._num_blocks(best)
         device_cache = self._cache_bytes(blocks, PoolId.DEVICE_KV, PoolId.DEVICE_ACTIVATION)
@@ -331,7 +341,7 @@ class Planner:
             max_batch=best.batch,
             max_model_len=self.max_model_len,
             max_prefill_tokens=best.batch * self.max_model_len if self.recomputes else self._prefill_tokens(),
-            buffers=self._buffers(best.batch, best.share),
+            buffers=best.buffers,
             costs=self._row_costs(),
             resident=best.resident,
             streamed_bytes=streamed,
@@ -353,10 +363,18 @@ class Planner:
 
     def _full_reason(self, best: _Candidate) -> str:
         wanted = self.config.max_batch
+        reason = self.reason + (self._share_reason(best) if len(self.shares) > 1 else "")
         if wanted is None or best.batch == wanted:
-            return self.reason
+            return reason
         bound = "" if self.config.max_step_time is None else " and max_step_time"
-        return f"{self.reason}; of max_batch={wanted} requests the budgets{bound} allow {best.batch} at once"
+        return f"{reason}; of max_batch={wanted} requests the budgets{bound} allow {best.batch} at once"
+
+    def _share_reason(self, best: _Candidate) -> str:
+        if best.share == 0:
+            return ", but loading K and V is predicted to be faster here than rebuilding them: KV only"
+        if best.share == 1:
+            return ", and even so the bus is predicted to take longer than rebuilding them: activations only"
+        return f": a share of {best.share:.2f} is predicted to balance bus and compute"
 
     def _named_policy(self, share: float) -> CachePolicy:
         if self.policy is not CachePolicy.AUTO:
@@ -405,7 +423,8 @@ class Planner:
 
     def _too_small(self) -> ConfigError:
         share = min(self.shares)
-        needed = sum(self._fixed_device_bytes(1, share).values()) + BUFFERS * self.sizes.layer_bytes
+        smallest = self._buffers(1, share, self._row_choices(1)[1])
+        needed = sum(self._fixed_device_bytes(1, smallest).values()) + BUFFERS * self.sizes.layer_bytes
         if self.budgets.device < needed:
             return ConfigError(
                 "gpu_memory",
@@ -437,8 +456,7 @@ def _cache_decision(config: EngineConfig, sizes: ModelSizes) -> tuple[CachePolic
     if ratio <= 1.0:
         why = f"an activation takes {1 / ratio:.2f} times the bytes of K and V (grouped-query attention): KV only"
         return policy, (0.0,), why
-    why = f"K and V take {ratio:.2f} times the bytes of an activation: the share that balances bus and compute"
-    return policy, _SHARES, why
+    return policy, _SHARES, f"K and V take {ratio:.2f} times the bytes of an activation"
 
 
 def workspace_bytes(sizes: ModelSizes, buffers: BufferLimits, batch: int) -> int:

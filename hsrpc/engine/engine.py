@@ -395,13 +395,17 @@ class Engine:
 
     def _check_ids(self, params: SamplingParams) -> None:
         self._check_vocabulary(params.stop_token_ids, "stop_token_ids")
-        self._check_vocabulary(tuple(params.logit_bias), "logit_bias")
+        for token_id in params.logit_bias:
+            self._check_token(token_id, f"logit_bias[{token_id}]")
 
     def _check_vocabulary(self, token_ids: Sequence[int], field: str) -> None:
-        vocab = self.spec.vocab_size
         for position, token_id in enumerate(token_ids):
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab:
-                raise InvalidRequestError(f"{field}[{position}]", f"{token_id!r} is no token id; use 0 to {vocab - 1}")
+            self._check_token(token_id, f"{field}[{position}]")
+
+    def _check_token(self, token_id: object, field: str) -> None:
+        vocab = self.spec.vocab_size
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab:
+            raise InvalidRequestError(field, f"{token_id!r} is no token id; use 0 to {vocab - 1}")
 
 
 def _not_started() -> EngineUnavailableError:

@@ -126,7 +126,11 @@ def random_planner(random: Random) -> Planner:
         memory_bandwidth=10 ** random.uniform(9, 12),
     )
     guess = Planner(sizes, Budgets(device=16 * MIB, host=0), hardware, config)
-    fixed = sum(guess._fixed_device_bytes(random.choice((1, 4, 30)), 1.0).values())
+    fixed = sum(
+        guess._fixed_device_bytes(
+            count := random.choice((1, 4, 30)), guess._buffers(count, 1.0, guess._row_choices(count)[0])
+        ).values()
+    )
     weights = sizes.num_layers * sizes.layer_bytes
     request = sizes.num_layers * guess.max_model_len * sizes.kv_bytes
     device = fixed + 2 * sizes.layer_bytes + int(weights * random.uniform(-0.2, 1.1))
