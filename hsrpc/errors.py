@@ -53,5 +53,9 @@ class EngineFaultError(HsrpcError):
     """An engine task died; every running request ends with this."""
 
 
+class OutOfDeviceMemoryError(HsrpcError):
+    """A step ran out of device memory; its requests end with this, and the engine goes on."""
+
+
 class RequestFailedError(HsrpcError):
     """One request could not go on; the others do."""

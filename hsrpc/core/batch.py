@@ -110,6 +110,8 @@ class Step:
 
     number: int
     mini_batches: tuple[MiniBatch, ...]
+    is_given_up: bool = False
+    """It cannot be computed to its end."""
     works: tuple[Work, ...] = field(init=False)
     """In mini-batch order."""
 
@@ -123,8 +125,8 @@ class Step:
 
     @property
     def is_abandoned(self) -> bool:
-        """Nobody waits for any of it any more."""
-        return all(work.request.finish_reason is not None for work in self.works)
+        """Nobody waits for any of it any more, or it was given up."""
+        return self.is_given_up or all(work.request.finish_reason is not None for work in self.works)
 
 
 @dataclass(frozen=True, slots=True)

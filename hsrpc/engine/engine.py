@@ -30,7 +30,9 @@ from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.errors import (
     EngineFaultError,
     EngineUnavailableError,
+    HsrpcError,
     InvalidRequestError,
+    OutOfDeviceMemoryError,
     QueueFullError,
     RequestExistsError,
     RequestFailedError,
@@ -253,8 +255,10 @@ class Engine:
                 await self._wake.wait()
                 continue
             self._note_peak()
-            sampled = await self._execute(step)
-            outputs = self._commit(step, sampled)
+            try:
+                outputs = self._commit(step, await self._execute(step))
+            except OutOfDeviceMemoryError as error:
+                outputs = self._give_up(step, error)
             await self._output_room.acquire()
             self._outputs.put_nowait(_Outputs(outputs, is_step=True))
 
@@ -286,6 +290,13 @@ class Engine:
         parts = self._opened
         return parts.prefetcher.streamed_bytes, parts.cache.loaded_bytes, parts.cache.regenerated_tokens
 
+    def _give_up(self, step: Step, error: OutOfDeviceMemoryError) -> list[TokenOutput]:
+        """End the step's requests; their blocks are free for the others."""
+        for work in step.works:
+            self._fail_request(work.request, error)
+        self._scheduler.abandon(step)
+        return []
+
     def _commit(self, step: Step, sampled: list[Sampled] | None) -> list[TokenOutput]:
         if sampled is None:
             self._scheduler.abandon(step)
@@ -306,13 +317,14 @@ class Engine:
             if is_step:
                 self._output_room.release()
 
-    def _deliver(self, stream: Stream, output: Output, delta: Delta) -> None:
+    def _deliver(self, stream: Stream, output: Output, delta: Delta | RequestFailedError) -> None:
         request_id = stream.request.request_id
         if self._streams.get(request_id) is not stream:
             return  # ended while its text was made
         if output.failed:
-            self._forget(stream)
-            stream.generation.fail(RequestFailedError("the model's logits for this request are not finite"))
+            delta = RequestFailedError("the model's logits for this request are not finite")
+        if isinstance(delta, RequestFailedError):
+            self._fail_request(stream.request, delta)
             return
         stream.generation.put(delta)
         if delta.finish is not None:
@@ -333,12 +345,19 @@ class Engine:
         self._outputs.put_nowait(_Outputs([TokenOutput(Output(request, None, reason))], is_step=False))
         return True
 
-    def _leave(self, request: Request) -> None:
+    def _leave(self, request: Request) -> Stream | None:
         """Nobody takes its output any more: it ends without a last delta, and its id is free at once."""
         stream = self._streams.get(request.request_id)
-        if stream is not None and stream.request is request:
-            self._forget(stream)
-            self._scheduler.finish(request.request_id, FinishReason.ABORTED)
+        if stream is None or stream.request is not request:
+            return None
+        self._forget(stream)
+        self._scheduler.finish(request.request_id, FinishReason.ABORTED)
+        return stream
+
+    def _fail_request(self, request: Request, error: HsrpcError) -> None:
+        stream = self._leave(request)
+        if stream is not None:
+            stream.generation.fail(error)
 
     def _forget(self, stream: Stream) -> None:
         del self._streams[stream.request.request_id]
@@ -412,8 +431,17 @@ def _not_started() -> EngineUnavailableError:
     return EngineUnavailableError("the engine is not started; use `async with Engine(...)`")
 
 
-def _next_deltas(live: Sequence[tuple[Stream, TokenOutput]], now: float) -> list[Delta]:
-    return [next_delta(stream, item, now) for stream, item in live]
+def _next_deltas(live: Sequence[tuple[Stream, TokenOutput]], now: float) -> list[Delta | RequestFailedError]:
+    return [_next_delta(stream, item, now) for stream, item in live]
+
+
+def _next_delta(stream: Stream, item: TokenOutput, now: float) -> Delta | RequestFailedError:
+    try:
+        return next_delta(stream, item, now)
+    except Exception as error:
+        # A tokenizer may raise anything; it is the fault of this request alone.
+        _log.error("the text of request %s cannot be made", stream.request.request_id, exc_info=error)
+        return RequestFailedError("the tokenizer cannot turn the output into text")
 
 
 def _limits(plan: Plan, spec: ModelSpec) -> SchedulerLimits:

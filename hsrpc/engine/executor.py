@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +19,12 @@ from hsrpc.device.device import Device, Event
 from hsrpc.engine.cache import CacheManager, DeviceRows, Staged
 from hsrpc.engine.weights import ModelWeights, Prefetched, WeightPrefetcher
 from hsrpc.engine.worker import Worker
+from hsrpc.errors import OutOfDeviceMemoryError
 from hsrpc.model.attention import Attention, PackedRows
 from hsrpc.model.family import Family, Weights
 from hsrpc.model.sampler import Sampled, Sampler, SamplingRow
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -59,7 +63,9 @@ class Executor:
         self._sampler = Sampler(SAMPLE_ELEMENTS)
         self._eos = frozenset(family.spec.eos_token_ids)
         self._steps: asyncio.Queue[Step] = asyncio.Queue(1)
-        self._results: asyncio.Queue[list[Sampled] | None] = asyncio.Queue(1)
+        self._results: asyncio.Queue[list[Sampled] | OutOfDeviceMemoryError | None] = asyncio.Queue(1)
+        self._untaken = 0
+        """Cache buffers that the step has still to take."""
 
     async def run(self) -> None:
         """Compute step after step; ends by cancellation."""
@@ -69,29 +75,56 @@ class Executor:
                 await self._results.put(await self._compute_step(worker, step))
 
     async def execute(self, step: Step) -> list[Sampled] | None:
-        """Tokens in the order of `step.sampled`; None where the step was abandoned."""
+        """Tokens in the order of `step.sampled`; None where the step was abandoned.
+
+        Raises:
+            OutOfDeviceMemoryError: there are none; the executor is ready for the next step.
+        """
         await self._cache.begin(step)
         await self._steps.put(step)
-        return await self._results.get()
+        result = await self._results.get()
+        if isinstance(result, OutOfDeviceMemoryError):
+            raise result
+        return result
 
-    async def _compute_step(self, worker: Worker, step: Step) -> list[Sampled] | None:
-        batches = await worker.run(partial(self._begin, step))
-        for layer in range(self._num_layers):
-            if step.is_abandoned:
-                await self._cache.drain((self._num_layers - layer) * len(batches))
-                self._prefetcher.restart()
-                return None
-            weights = await self._prefetcher.take(layer)
-            done = await self._compute_layer(worker, weights, batches)
-            self._prefetcher.give_back(weights, done)
-        return await worker.run(partial(self._sample, step, batches))
+    async def _compute_step(self, worker: Worker, step: Step) -> list[Sampled] | OutOfDeviceMemoryError | None:
+        self._untaken = self._num_layers * len(step.mini_batches)
+        try:
+            batches = await worker.run(partial(self._begin, step))
+            for layer in range(self._num_layers):
+                if step.is_abandoned:
+                    await self._rewind()
+                    return None
+                await self._compute_layer(worker, layer, batches)
+            return await worker.run(partial(self._sample, step, batches))
+        except torch.OutOfMemoryError as error:
+            _log.error("a step of %d requests ran out of device memory", len(step.works), exc_info=error)
+            step.is_given_up = True
+            await self._rewind()
+            return OutOfDeviceMemoryError("the step ran out of device memory")
 
-    async def _compute_layer(self, worker: Worker, weights: Prefetched, batches: Sequence[_Batch]) -> Event:
-        """When the weights are no longer read."""
+    async def _rewind(self) -> None:
+        """Leave the step where it is: take what is still loaded for it, and begin the next sweep over the weights."""
+        await self._cache.drain(self._untaken)
+        self._prefetcher.restart()
+
+    async def _compute_layer(self, worker: Worker, layer: int, batches: Sequence[_Batch]) -> None:
+        weights = await self._prefetcher.take(layer)
         done = weights.loaded
-        for batch in batches:
-            staged = await self._cache.take()
+        try:
+            for batch in batches:
+                done = await self._compute_batch(worker, weights, batch)
+        finally:
+            self._prefetcher.give_back(weights, done)
+
+    async def _compute_batch(self, worker: Worker, weights: Prefetched, batch: _Batch) -> Event:
+        """When the weights are no longer read."""
+        staged = await self._cache.take()
+        self._untaken -= 1
+        attended = staged.loaded
+        try:
             attended, done = await worker.run(partial(self._compute, weights, staged, batch))
+        finally:
             self._cache.give_back(staged, attended)
         return done
 

@@ -19,6 +19,7 @@ from hsrpc.errors import (
     HsrpcError,
     InvalidRequestError,
     ModelNotFoundError,
+    OutOfDeviceMemoryError,
     QueueFullError,
     RequestExistsError,
 )
@@ -111,6 +112,12 @@ def _queue_full(_: QueueFullError) -> Failure:
     violation = QuotaFailure.Violation(subject="queued requests", description="as many wait as may wait")
     details = (_retry(), QuotaFailure(violations=[violation]))
     return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full; try again later", details)
+
+
+@_failure.register
+def _out_of_memory(_: OutOfDeviceMemoryError) -> Failure:
+    details = (_retry(), _info("OUT_OF_DEVICE_MEMORY"))
+    return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "the device ran out of memory; try again later", details)
 
 
 @_failure.register

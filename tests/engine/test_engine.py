@@ -18,6 +18,7 @@ from hsrpc.errors import (
     EngineFaultError,
     EngineUnavailableError,
     InvalidRequestError,
+    OutOfDeviceMemoryError,
     QueueFullError,
     RequestExistsError,
     RequestFailedError,
@@ -244,6 +245,48 @@ async def test_a_fault_ends_everything_at_once(
         for generation in generations:
             generation.close()
     assert asyncio.all_tasks() == tasks
+
+
+@pytest.mark.parametrize("part", ["_begin", "_compute", "_sample"])
+async def test_running_out_of_device_memory_ends_the_step_alone(
+    part: str, monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
+    """The step's requests end with OutOfDeviceMemoryError, buffers and blocks are back, the next one works."""
+    made = reference("opt")
+    async with Engine(tight(made, max_batch=2)) as engine:
+        generations = [await engine.submit(prompt, greedy(60)) for prompt in made.prompts[:2]]
+        for generation in generations:
+            await anext(generation)
+        executor = engine._opened.executor
+        compute, calls = getattr(executor, part), []
+
+        def run_out(*args: object) -> object:
+            calls.append(part)
+            if len(calls) == (4 if part == "_compute" else 1):
+                raise torch.OutOfMemoryError("injected")
+            return compute(*args)
+
+        monkeypatch.setattr(executor, part, run_out)
+        for generation in generations:
+            with pytest.raises(OutOfDeviceMemoryError):
+                await collect(generation)
+        assert ids(await collect(engine.generate(made.prompts[2], greedy(64)))) == made.outputs[2]
+        await idle(engine)
+
+
+async def test_a_tokenizer_error_fails_one_request_alone(
+    monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
+    """Its text cannot be made: that request raises RequestFailedError, its neighbour finishes with its tokens."""
+    made = reference("opt")
+    async with Engine(roomy(made, max_batch=2)) as engine:
+        first, second = [await engine.submit(prompt, greedy(64)) for prompt in made.prompts[:2]]
+        await anext(first)
+        monkeypatch.setattr(engine._streams[first.request_id].detokenizer, "push", boom)
+        failing, finishing = await asyncio.gather(collect(first), collect(second), return_exceptions=True)
+        assert isinstance(failing, RequestFailedError)
+        assert ids(finishing) == made.outputs[1]
+        await idle(engine)
 
 
 async def test_a_fault_does_not_wait_for_a_busy_thread(
