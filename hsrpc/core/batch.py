@@ -168,7 +168,7 @@ def form_mini_batches(
 ) -> list[list[Work]]:
     """Divide works into as few mini-batches as fit the buffers, each with about the same bus and GPU time.
 
-    Longest first into the least loaded that has room: the paper's mini-batch formation (section 4.3), ragged.
+    Longest first into the least loaded that has room: the paper's mini-batch formation, for ragged requests.
     """
     sized = [(work, *_load_rows(work, block_size, window)) for work in works]
     sized.sort(key=lambda item: (-(item[1] + item[2] + item[0].count), item[0].request.order))

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from hsrpc.config import DType, EngineConfig
-from hsrpc.core.plan import Budgets, Hardware, Plan, Planner
+from hsrpc.core.plan import Budgets, Hardware, Plan
+from hsrpc.core.planner import Planner
 from hsrpc.device.calibration import calibrate
 from hsrpc.device.device import Device, available_memory, open_device
 from hsrpc.engine.cache import CacheManager

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from hsrpc.config import CachePolicy, EngineConfig, Placement
 from hsrpc.core.blocks import BlockManager, BlockTable, PoolId, Tier
-from hsrpc.core.plan import BUFFERS, Budgets, Hardware, Plan, Planner, spread_resident
+from hsrpc.core.plan import BUFFERS, Budgets, Hardware, Plan
+from hsrpc.core.planner import Planner, spread_resident
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.errors import ConfigError
 

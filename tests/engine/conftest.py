@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hsrpc.config import EngineConfig
-from hsrpc.core.plan import Budgets, Hardware, Planner
+from hsrpc.core.plan import Budgets, Hardware
+from hsrpc.core.planner import Planner
 from hsrpc.errors import ConfigError
 from hsrpc.model.spec import load_spec
 from tests.engine.reference import Reference, make_reference
