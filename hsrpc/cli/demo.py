@@ -31,7 +31,7 @@ SERVER_FLAGS = (
     "--cache-policy=hybrid",
     "--activation-share=0.5",
     "--max-batch=3",
-    "--max-model-len=160",
+    "--max-model-len=240",
     "--max-prefill-tokens=16",
 )
 _START_SECONDS = 120
@@ -83,7 +83,7 @@ async def _wait_ready(client: AsyncClient, process: Process) -> None:
 
 async def stream(client: AsyncClient, story: Story, live: Live, stories: list[Story]) -> None:
     """Fill `story` from the server, showing each piece as it comes."""
-    async for delta in client.generate(story.prompt, max_tokens=120, temperature=0.7, seed=4):
+    async for delta in client.generate(story.prompt, max_tokens=220, temperature=0.7, seed=4):
         story.text += delta.text
         story.finish = delta.finish or story.finish
         live.update(_panels(stories))

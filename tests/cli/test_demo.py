@@ -58,7 +58,7 @@ def test_the_table_shows_that_it_streamed(output):
     assert int(rows["KV blocks used"]) > 0
     assert int(rows["activation blocks used"]) > 0
     assert int(rows["K and V rebuilt from activations"].split()[0]) > 0
-    assert 200 < int(rows["tokens generated"]) <= 360
+    assert 200 < int(rows["tokens generated"]) <= 3 * 220
 
 
 def test_the_server_is_stopped(output):
