@@ -13,7 +13,8 @@ import torch
 from hsrpc.config import EngineConfig
 from hsrpc.core.batch import Step, Work, lay_out
 from hsrpc.core.blocks import BlockKind, PoolId, Tier
-from hsrpc.core.plan import BUFFERS, Budgets, Planner
+from hsrpc.core.plan import BUFFERS, Budgets
+from hsrpc.core.planner import Planner
 from hsrpc.core.request import FinishReason, Request, SamplingParams
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.device import CpuDevice

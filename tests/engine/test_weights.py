@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsrpc.config import EngineConfig
-from hsrpc.core.plan import BUFFERS, Budgets, Plan, Planner
+from hsrpc.core.plan import BUFFERS, Budgets, Plan
+from hsrpc.core.planner import Planner
 from hsrpc.core.sizes import ALIGNMENT
 from hsrpc.device.device import CpuDevice
 from hsrpc.engine.weights import ModelWeights, WeightPrefetcher, load_weights
