@@ -9,6 +9,7 @@ import os
 import sys
 
 from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
+from hsrpc.cli.security import add_security_options, security_config
 
 _EXAMPLES = """\
   hsrpc serve                                        the bundled model on 127.0.0.1:50051
@@ -26,6 +27,7 @@ def add_parser(commands: Commands) -> None:
     listen.add_argument(
         "--shutdown-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for running requests"
     )
+    add_security_options(parser)
     add_engine_options(parser)
     parser.set_defaults(run=run)
 
@@ -37,7 +39,10 @@ def run(options: argparse.Namespace) -> None:
 
     from hsrpc.server import ServerConfig, serve
 
-    config = ServerConfig(host=options.host, port=options.port, drain_timeout=options.shutdown_timeout)
+    security = security_config(options)
+    config = ServerConfig(
+        host=options.host, port=options.port, drain_timeout=options.shutdown_timeout, security=security
+    )
     engine_settings = engine_config(options)
     from hsrpc.engine.engine import Engine  # takes seconds: the settings are checked by now
 
