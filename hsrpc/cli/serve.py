@@ -7,9 +7,16 @@ import logging
 import math
 import os
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
 from hsrpc.cli.security import add_security_options, security_config
+from hsrpc.model.hub import forbid_downloads
+
+if TYPE_CHECKING:
+    from hsrpc.engine.engine import Engine
 
 _EXAMPLES = """\
   hsrpc serve                                        the bundled model on 127.0.0.1:50051
@@ -48,7 +55,15 @@ def run(options: argparse.Namespace) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    uvloop.run(serve(Engine(engine_settings, progress=sys.stderr.isatty()), config))
+    uvloop.run(serve(_offline_once_loaded(Engine(engine_settings, progress=sys.stderr.isatty())), config))
+
+
+@asynccontextmanager
+async def _offline_once_loaded(engine: Engine) -> AsyncIterator[Engine]:
+    """The engine; only loading it may fetch files."""
+    async with engine:
+        forbid_downloads()
+        yield engine
 
 
 def _seconds(text: str) -> float:
