@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from hsrpc.cli.main import build_parser
-from hsrpc.cli.security import security_config
+from hsrpc.cli.security import add_security_options, security_config
 from hsrpc.client import CallError, Client
 from hsrpc.server.security import SecurityConfig
 from tests.cli.conftest import SMALL
 from tests.server.secured import Authority
 
+ROOT = Path(__file__).parents[2]
 TOKEN = "alice-alice-alice-1"
 GUARDED = """
 import socket, sys
@@ -98,9 +100,19 @@ def test_defaults_are_those_of_the_configuration():
     )
 
 
+def test_every_flag_is_documented():
+    """The security page names each flag of `hsrpc serve` that is about security."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_security_options(parser)
+    page = (ROOT / "docs/security.md").read_text()
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    assert len(flags) == 8
+    assert [flag for flag in flags if f"`{flag}`" not in page] == []
+
+
 def test_nothing_unpickles_and_nothing_runs_a_models_code():
     """Only `convert` reads pickles, by torch's restricted reader; no source trusts code of a model."""
-    sources = {path: path.read_text() for path in (Path(__file__).parents[2] / "hsrpc").rglob("*.py")}
+    sources = {path: path.read_text() for path in (ROOT / "hsrpc").rglob("*.py")}
     loads = {path.name for path, text in sources.items() if "torch.load(" in text or "pickle.load" in text}
     assert loads == {"convert.py"}
     assert all("weights_only=True" in text for text in sources.values() if "torch.load(" in text)

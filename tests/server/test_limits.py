@@ -74,10 +74,12 @@ async def test_metadata_is_bounded():
 
 async def test_concurrent_streams_are_advertised():
     """The server's settings tell clients how many calls a connection takes."""
-    async with serving(handshake_timeout=0.2) as server:
+    async with serving() as server:
         reader, writer = await connect(server)
         writer.write(PREFACE)
-        [(_, payload), *_] = await frames(reader)
+        header = await asyncio.wait_for(reader.readexactly(9), 10)
+        assert header[3] == SETTINGS
+        payload = await asyncio.wait_for(reader.readexactly(int.from_bytes(header[:3], "big")), 10)
         settings = dict(struct.iter_unpack(">HI", payload))
         assert settings[3] == server.config.max_streams_per_connection
         writer.close()
@@ -127,6 +129,7 @@ def test_the_arguments_are_those_of_the_documentation():
     found = dict(channel_options(ServerConfig()))
     assert (found["grpc.keepalive_time_ms"], found["grpc.keepalive_timeout_ms"]) == (30_000, 10_000)
     assert found["grpc.max_connection_age_ms"] == 1_800_000
+    assert (found["grpc.http2.max_ping_strikes"], found["grpc.http2.min_ping_interval_without_data_ms"]) == (2, 10_000)
     assert found["grpc.max_connection_age_grace_ms"] == 2**31 - 1
     assert found["grpc.server_handshake_timeout_ms"] == 10_000
     assert found["grpc.max_metadata_size"] == found["grpc.absolute_max_metadata_size"] == 16_384
