@@ -29,12 +29,18 @@ def server_credentials(config: SecurityConfig) -> grpc.ServerCredentials | None:
 
 
 def _load(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCertificateConfiguration:
-    chain, private = read_file(cert, "tls_cert", secret=False), read_file(key, "tls_key", secret=True)
+    chain, private = _read_pair(cert, key)
     roots = read_file(client_ca, "tls_client_ca", secret=False) if client_ca else None
     _check_pair(cert, key)
+    if _read_pair(cert, key) != (chain, private):
+        raise ConfigError("tls_cert", str(cert), "changed while it was read", "replace files by renaming")
     if roots is not None:
         _check_roots(roots, str(client_ca))
     return grpc.ssl_server_certificate_configuration([(private, chain)], roots)
+
+
+def _read_pair(cert: Path, key: Path) -> tuple[bytes, bytes]:
+    return read_file(cert, "tls_cert", secret=False), read_file(key, "tls_key", secret=True)
 
 
 def _check_pair(cert: Path, key: Path) -> None:
