@@ -2,6 +2,9 @@
 #
 #   docker build -t hsrpc:0.1.0-cpu .
 #   docker build -t hsrpc:0.1.0-cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
+#
+# It listens on all addresses of its container, so `docker run` gives it certificates and tokens (docs/security.md), or
+# --insecure where nobody else reaches the port: docker run -p 127.0.0.1:50051:50051 hsrpc:0.1.0-cpu --insecure
 
 ARG PYTHON=3.12
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol, Self, Unpack
 import grpc
 import grpc.aio
 
+from hsrpc.client_channel import ROUND_ROBIN, Connection, FileName, Option
 from hsrpc.client_messages import CallError, Completion, Settings, call_errors, generate_request, read_delta
 from hsrpc.core.request import Delta
 from hsrpc.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc, server_pb2, server_pb2_grpc
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from hsrpc.v1.model_pb2_grpc import ModelServiceAsyncStub
     from hsrpc.v1.server_pb2_grpc import ServerServiceAsyncStub
 
-__all__ = ["AsyncClient", "AsyncStream", "CallError", "Client", "Completion", "Settings", "Stream"]
+__all__ = ["ROUND_ROBIN", "AsyncClient", "AsyncStream", "CallError", "Client", "Completion", "Settings", "Stream"]
 
 _POLL_SECONDS = 0.2
 
@@ -104,9 +105,27 @@ class AsyncStream(_Output, AsyncIterator[Delta]):
 class Client:
     """Calls a server from ordinary code; may be shared by threads."""
 
-    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
-        """`target` is host:port; without `credentials` the connection is not encrypted."""
-        self._channel = grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target)
+    def __init__(
+        self,
+        target: str,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        tls_ca: FileName | None = None,
+        tls_cert: FileName | None = None,
+        tls_key: FileName | None = None,
+        options: Sequence[Option] = (),
+    ) -> None:
+        """`target` is host:port; `Connection` says what the others are. Without them nothing is encrypted.
+
+        Raises:
+            ValueError, OSError: the settings contradict each other; a file cannot be read.
+        """
+        connection = Connection(
+            credentials=credentials, token=token, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, options=options
+        )
+        self._metadata = connection.metadata
+        self._channel = connection.channel(target)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)
         self._server = server_pb2_grpc.ServerServiceStub(self._channel)
@@ -123,7 +142,7 @@ class Client:
     def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Stream:
         """Start a request; iterating may raise CallError."""
         request = generate_request(prompt, settings)
-        return Stream(self._generation.Generate(request, timeout=settings.get("timeout")))
+        return Stream(self._generation.Generate(request, timeout=settings.get("timeout"), metadata=self._metadata))
 
     def complete(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Completion:
         """The whole output.
@@ -136,24 +155,26 @@ class Client:
 
     def abort(self, request_id: str) -> bool:
         """End a live request; False if there is none of that id."""
+        request = generation_pb2.AbortRequest(request_id=request_id)
         with call_errors():
-            return self._generation.Abort(generation_pb2.AbortRequest(request_id=request_id)).aborted
+            return self._generation.Abort(request, metadata=self._metadata).aborted
 
     def get_model(self, model: str | None = None) -> model_pb2.GetModelResponse:
         with call_errors():
-            return self._model.GetModel(model_pb2.GetModelRequest(model=model))
+            return self._model.GetModel(model_pb2.GetModelRequest(model=model), metadata=self._metadata)
 
     def tokenize(self, text: str) -> list[int]:
         with call_errors():
-            return list(self._model.Tokenize(model_pb2.TokenizeRequest(text=text)).token_ids)
+            return list(self._model.Tokenize(model_pb2.TokenizeRequest(text=text), metadata=self._metadata).token_ids)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
+        request = model_pb2.DetokenizeRequest(token_ids=token_ids)
         with call_errors():
-            return self._model.Detokenize(model_pb2.DetokenizeRequest(token_ids=token_ids)).text
+            return self._model.Detokenize(request, metadata=self._metadata).text
 
     def get_server_info(self) -> server_pb2.GetServerInfoResponse:
         with call_errors():
-            return self._server.GetServerInfo(server_pb2.GetServerInfoRequest())
+            return self._server.GetServerInfo(server_pb2.GetServerInfoRequest(), metadata=self._metadata)
 
     def wait_ready(self, seconds: float) -> None:
         """Return once the server has loaded its model.
@@ -175,10 +196,27 @@ class Client:
 class AsyncClient:
     """Calls a server from asyncio code."""
 
-    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
-        """`target` is host:port; without `credentials` the connection is not encrypted."""
-        channel = grpc.aio.secure_channel(target, credentials) if credentials else grpc.aio.insecure_channel(target)
-        self._channel = channel
+    def __init__(
+        self,
+        target: str,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        tls_ca: FileName | None = None,
+        tls_cert: FileName | None = None,
+        tls_key: FileName | None = None,
+        options: Sequence[Option] = (),
+    ) -> None:
+        """`target` is host:port; `Connection` says what the others are. Without them nothing is encrypted.
+
+        Raises:
+            ValueError, OSError: the settings contradict each other; a file cannot be read.
+        """
+        connection = Connection(
+            credentials=credentials, token=token, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, options=options
+        )
+        self._metadata = connection.metadata
+        self._channel = channel = connection.aio_channel(target)
         self._generation: GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
         self._model: ModelServiceAsyncStub = model_pb2_grpc.ModelServiceStub(channel)
         self._server: ServerServiceAsyncStub = server_pb2_grpc.ServerServiceStub(channel)
@@ -195,7 +233,9 @@ class AsyncClient:
     def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> AsyncStream:
         """Start a request; iterating may raise CallError."""
         return AsyncStream(
-            self._generation.Generate(generate_request(prompt, settings), timeout=settings.get("timeout"))
+            self._generation.Generate(
+                generate_request(prompt, settings), timeout=settings.get("timeout"), metadata=self._metadata
+            )
         )
 
     async def complete(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Completion:
@@ -209,24 +249,27 @@ class AsyncClient:
 
     async def abort(self, request_id: str) -> bool:
         """End a live request; False if there is none of that id."""
+        request = generation_pb2.AbortRequest(request_id=request_id)
         with call_errors():
-            return (await self._generation.Abort(generation_pb2.AbortRequest(request_id=request_id))).aborted
+            return (await self._generation.Abort(request, metadata=self._metadata)).aborted
 
     async def get_model(self, model: str | None = None) -> model_pb2.GetModelResponse:
         with call_errors():
-            return await self._model.GetModel(model_pb2.GetModelRequest(model=model))
+            return await self._model.GetModel(model_pb2.GetModelRequest(model=model), metadata=self._metadata)
 
     async def tokenize(self, text: str) -> list[int]:
+        request = model_pb2.TokenizeRequest(text=text)
         with call_errors():
-            return list((await self._model.Tokenize(model_pb2.TokenizeRequest(text=text))).token_ids)
+            return list((await self._model.Tokenize(request, metadata=self._metadata)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
+        request = model_pb2.DetokenizeRequest(token_ids=token_ids)
         with call_errors():
-            return (await self._model.Detokenize(model_pb2.DetokenizeRequest(token_ids=token_ids))).text
+            return (await self._model.Detokenize(request, metadata=self._metadata)).text
 
     async def get_server_info(self) -> server_pb2.GetServerInfoResponse:
         with call_errors():
-            return await self._server.GetServerInfo(server_pb2.GetServerInfoRequest())
+            return await self._server.GetServerInfo(server_pb2.GetServerInfoRequest(), metadata=self._metadata)
 
     async def wait_ready(self, seconds: float) -> None:
         """Return once the server has loaded its model.

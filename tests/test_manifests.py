@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from hsrpc.cli.main import build_parser
+from hsrpc.cli.security import security_config
 from hsrpc.config import parse_bytes
 from hsrpc.server.config import ServerConfig
 from hsrpc.server.listener import HEALTH_NAMES
@@ -137,6 +138,11 @@ def test_every_port_is_the_servers(server, options):
     assert [(entry["targetPort"], entry["port"]) for entry in ports] == [(port["name"], port["containerPort"])] * 2
     [policy] = (manifest for manifest in BASE if manifest["kind"] == "NetworkPolicy")
     assert policy["spec"]["ingress"][0]["ports"] == [{"port": port["name"]}]
+
+
+def test_the_server_may_serve_the_image_s_address(options):
+    """The arguments say how the server is protected on all addresses, which it asks for."""
+    ServerConfig(host="0.0.0.0", security=security_config(options))
 
 
 def test_probes_ask_for_services_that_report_health(server):

@@ -1,5 +1,6 @@
 // A small client of hsrpc: it loads ../../proto when it starts, so there is no generated code.
 
+import { readFileSync } from "node:fs";
 import { promisify } from "node:util";
 import { fileURLToPath } from "node:url";
 import grpc from "@grpc/grpc-js";
@@ -14,11 +15,19 @@ const { hsrpc } = grpc.loadPackageDefinition(protoLoader.loadSync(FILES, OPTIONS
 
 /** Calls a server. Requests and responses are the messages of ../../proto, with names in camelCase. */
 export class Client {
-  /** @param {string} target host:port */
-  constructor(target, credentials = grpc.credentials.createInsecure()) {
-    this.generation = new hsrpc.v1.GenerationService(target, credentials);
-    this.model = new hsrpc.v1.ModelService(target, credentials);
-    this.server = new hsrpc.v1.ServerService(target, credentials);
+  /**
+   * Without a CA, a certificate or credentials of your own the connection is not encrypted.
+   * @param {string} target host:port
+   * @param {{token?: string, tlsCa?: string, tlsCert?: string, tlsKey?: string, credentials?: object, options?: object}}
+   *   settings a bearer token; PEM files of the server's roots, and of the client's certificate and key; channel options
+   */
+  constructor(target, { token, tlsCa, tlsCert, tlsKey, credentials, options } = {}) {
+    const channel = [target, credentials ?? channelCredentials(tlsCa, tlsCert, tlsKey), options];
+    this.metadata = new grpc.Metadata();
+    if (token !== undefined) this.metadata.set("authorization", `Bearer ${token}`);
+    this.generation = new hsrpc.v1.GenerationService(...channel);
+    this.model = new hsrpc.v1.ModelService(...channel);
+    this.server = new hsrpc.v1.ServerService(...channel);
   }
 
   /**
@@ -27,7 +36,7 @@ export class Client {
    * @param {{timeout?: number}} options timeout in milliseconds
    */
   async *generate(request, { timeout } = {}) {
-    const call = this.generation.generate(request, { deadline: deadline(timeout) });
+    const call = this.generation.generate(request, this.metadata, { deadline: deadline(timeout) });
     try {
       for await (const response of call) yield response;
     } finally {
@@ -47,34 +56,40 @@ export class Client {
   }
 
   async abort(requestId) {
-    return (await unary(this.generation, "abort", { requestId })).aborted;
+    return (await this.#unary(this.generation, "abort", { requestId })).aborted;
   }
 
   getModel() {
-    return unary(this.model, "getModel", {});
+    return this.#unary(this.model, "getModel", {});
   }
 
   async tokenize(text) {
-    return (await unary(this.model, "tokenize", { text })).tokenIds;
+    return (await this.#unary(this.model, "tokenize", { text })).tokenIds;
   }
 
   async detokenize(tokenIds) {
-    return (await unary(this.model, "detokenize", { tokenIds })).text;
+    return (await this.#unary(this.model, "detokenize", { tokenIds })).text;
   }
 
   getServerInfo() {
-    return unary(this.server, "getServerInfo", {});
+    return this.#unary(this.server, "getServerInfo", {});
   }
 
   close() {
     for (const service of [this.generation, this.model, this.server]) service.close();
   }
+
+  #unary(service, method, request) {
+    return promisify(service[method]).call(service, request, this.metadata);
+  }
 }
 
 export const status = grpc.status;
 
-function unary(service, method, request) {
-  return promisify(service[method]).call(service, request);
+function channelCredentials(ca, cert, key) {
+  if (!ca && !cert) return grpc.credentials.createInsecure();
+  const read = (file) => (file ? readFileSync(file) : null);
+  return grpc.credentials.createSsl(read(ca), read(key), read(cert));
 }
 
 function deadline(timeout) {

@@ -7,8 +7,16 @@ import logging
 import math
 import os
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
+from hsrpc.cli.security import add_security_options, security_config
+from hsrpc.model.hub import forbid_downloads
+
+if TYPE_CHECKING:
+    from hsrpc.engine.engine import Engine
 
 _EXAMPLES = """\
   hsrpc serve                                        the bundled model on 127.0.0.1:50051
@@ -26,6 +34,7 @@ def add_parser(commands: Commands) -> None:
     listen.add_argument(
         "--shutdown-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for running requests"
     )
+    add_security_options(parser)
     add_engine_options(parser)
     parser.set_defaults(run=run)
 
@@ -37,13 +46,24 @@ def run(options: argparse.Namespace) -> None:
 
     from hsrpc.server import ServerConfig, serve
 
-    config = ServerConfig(host=options.host, port=options.port, drain_timeout=options.shutdown_timeout)
+    security = security_config(options)
+    config = ServerConfig(
+        host=options.host, port=options.port, drain_timeout=options.shutdown_timeout, security=security
+    )
     engine_settings = engine_config(options)
     from hsrpc.engine.engine import Engine  # takes seconds: the settings are checked by now
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    uvloop.run(serve(Engine(engine_settings, progress=sys.stderr.isatty()), config))
+    uvloop.run(serve(_offline_once_loaded(Engine(engine_settings, progress=sys.stderr.isatty())), config))
+
+
+@asynccontextmanager
+async def _offline_once_loaded(engine: Engine) -> AsyncIterator[Engine]:
+    """The engine; only loading it may fetch files."""
+    async with engine:
+        forbid_downloads()
+        yield engine
 
 
 def _seconds(text: str) -> float:

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from hsrpc.errors import ModelNotFoundError
+from hsrpc.errors import CheckpointError, ModelNotFoundError
 from hsrpc.model.config_file import read_config
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -30,10 +30,11 @@ def resolve_model(name: str, *, pickled: bool = False) -> Path:
 
     Raises:
         ModelNotFoundError: neither a directory nor a model that the hub has, or the hub is out of reach.
+        CheckpointError: a file in it is a link to a place outside.
     """
     path = os.path.expanduser(name)
     if os.path.isdir(path):
-        return Path(path)
+        return _inside(Path(path))
     if os.path.exists(path):
         raise ModelNotFoundError(f"{name!r} is a file; give the directory that it is in")
     if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
@@ -41,7 +42,7 @@ def resolve_model(name: str, *, pickled: bool = False) -> Path:
     pattern = _PICKLES if pickled else _SAFETENSORS
     cached = _fetch(name, pattern, local_files_only=True)
     if cached is not None and _is_complete(cached, pattern):
-        return cached
+        return _inside(cached)
     directory = _fetch(name, pattern, local_files_only=False)
     if directory is None:
         remedy = "fetch it where there is a network and give its directory"
@@ -49,6 +50,33 @@ def resolve_model(name: str, *, pickled: bool = False) -> Path:
     if not _is_complete(directory, pattern):
         remedy = "serve it without converting it" if pickled else f"run `hsrpc convert {name} DIRECTORY`"
         raise ModelNotFoundError(f"{name!r} has no complete {pattern} on the hub; {remedy}")
+    return _inside(directory)
+
+
+def forbid_downloads() -> None:
+    """From here on the hub's library answers from its cache alone, and connects to nobody."""
+    import huggingface_hub.constants
+
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for what loads it later
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def _inside(directory: Path) -> Path:
+    """`directory`, whose files all lie in it: a link in a model that was fetched must not open other files.
+
+    Files of the hub's cache are links to blobs beside the snapshots, so there the model's whole folder counts.
+
+    Raises:
+        CheckpointError: a file of the model is a link to one elsewhere.
+    """
+    real = directory.resolve()
+    root = real.parent.parent if real.parent.name == "snapshots" else real
+    for path in real.iterdir():
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            remedy = "put the file itself there, or serve the directory that it is in"
+            raise CheckpointError(
+                f"{directory / path.name}: expected a file of the model, found a link out of it; {remedy}"
+            )
     return directory
 
 

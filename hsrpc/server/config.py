@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hsrpc.errors import ConfigError
+from hsrpc.server.security import SecurityConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +18,7 @@ class ServerConfig:
     """
 
     host: str = "127.0.0.1"
-    """Address to bind; 0.0.0.0 or :: lets other machines in."""
+    """Address to bind; 0.0.0.0 or :: lets other machines in, which needs TLS and authentication, or `insecure`."""
     port: int = 50051
     """0 takes a free one."""
     drain_timeout: float = 30.0
@@ -28,6 +29,7 @@ class ServerConfig:
     """Largest request taken, bytes."""
     max_streams_per_connection: int = 4096
     """Most calls that one connection has at once; a client keeps more than that to itself."""
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
@@ -39,6 +41,7 @@ class ServerConfig:
         for name in ("max_message_bytes", "max_streams_per_connection"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "not positive", "give 1 or more")
+        self.security.check_exposure(self.host)
 
     @property
     def bind_address(self) -> str:

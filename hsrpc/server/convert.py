@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from hsrpc.server.status import NotSupportedError
 from hsrpc.v1 import generation_pb2 as v1
 
 MAX_REQUEST_ID_LENGTH = 128
+_REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_LENGTH}}}")
 MAX_MESSAGE_DELAY = 60.0
 
 _SAMPLING = (
@@ -65,14 +67,22 @@ def read_request_id(request: v1.GenerateRequest) -> str | None:
     """The id that the client gave, if any.
 
     Raises:
-        InvalidRequestError: it is empty or too long.
+        InvalidRequestError: it is empty, too long, or has other characters.
     """
-    if not request.HasField("request_id"):
-        return None
-    if not 0 < len(request.request_id) <= MAX_REQUEST_ID_LENGTH:
-        found = f"{len(request.request_id)} characters"
-        raise InvalidRequestError("request_id", f"{found}; give 1 to {MAX_REQUEST_ID_LENGTH}, or leave it out")
-    return request.request_id
+    return check_request_id(request.request_id) if request.HasField("request_id") else None
+
+
+def check_request_id(request_id: str) -> str:
+    """`request_id`, which may stand in logs as it is.
+
+    Raises:
+        InvalidRequestError: it is empty, too long, or has other characters.
+    """
+    if not _REQUEST_ID.fullmatch(request_id):
+        found = f"{len(request_id)} characters" if len(request_id) > MAX_REQUEST_ID_LENGTH else ascii(request_id)
+        remedy = f"give 1 to {MAX_REQUEST_ID_LENGTH} of A-Z a-z 0-9 . _ : -"
+        raise InvalidRequestError("request_id", f"{found} is no request id; {remedy}")
+    return request_id
 
 
 def read_params(request: v1.GenerateRequest) -> SamplingParams:

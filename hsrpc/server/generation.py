@@ -9,6 +9,7 @@ from hsrpc.errors import InvalidRequestError, RequestFailedError
 from hsrpc.server.contract import Engine, Generation
 from hsrpc.server.convert import (
     OutputOptions,
+    check_request_id,
     delta_message,
     finish_message,
     read_output,
@@ -20,6 +21,7 @@ from hsrpc.server.convert import (
 )
 from hsrpc.server.handlers import Write
 from hsrpc.server.model import check_model
+from hsrpc.server.owners import Owners
 from hsrpc.server.portions import merge, split
 from hsrpc.server.state import ServerState
 from hsrpc.v1 import generation_pb2 as v1
@@ -30,6 +32,7 @@ class GenerationService:
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
+        self._owners = Owners()
 
     async def generate(self, request: v1.GenerateRequest, write: Write[v1.GenerateResponse]) -> None:
         """Send the continuation of the prompt; however this ends, the engine's work for it ends too."""
@@ -38,15 +41,16 @@ class GenerationService:
             options = read_output(request.output)
             generation = await _submit(engine, request)
             try:
-                first = await _first_response(engine, generation, request, options)
-                await _send(generation, first, options, write)
+                with self._owners.holding(generation.request_id):
+                    first = await _first_response(engine, generation, request, options)
+                    await _send(generation, first, options, write)
             finally:
                 generation.close()
 
     async def abort(self, request: v1.AbortRequest) -> v1.AbortResponse:
-        if not request.request_id:
-            raise InvalidRequestError("request_id", "empty; give the id of the request to end")
-        return v1.AbortResponse(aborted=self._state.engine.abort(request.request_id))
+        request_id = check_request_id(request.request_id)
+        self._owners.check(request_id)
+        return v1.AbortResponse(aborted=self._state.engine.abort(request_id))
 
 
 async def _submit(engine: Engine, request: v1.GenerateRequest) -> Generation:

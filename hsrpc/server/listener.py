@@ -10,14 +10,17 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from hsrpc.errors import ConfigError
+from hsrpc.server.auth import auth_interceptors
 from hsrpc.server.config import ServerConfig, join_address
 from hsrpc.server.contract import Engine
 from hsrpc.server.generation import GenerationService
 from hsrpc.server.handlers import streaming, unary
+from hsrpc.server.health_port import HealthPort, bind
 from hsrpc.server.info import InfoService
+from hsrpc.server.limits import channel_options
 from hsrpc.server.model import ModelService
 from hsrpc.server.state import Phase, ServerState
+from hsrpc.server.tls import server_credentials
 from hsrpc.v1 import generation_pb2, model_pb2, server_pb2
 
 GENERATION = "hsrpc.v1.GenerationService"
@@ -38,11 +41,15 @@ class Server:
         self.state = ServerState()
         self.port = config.port
         self._health = health.aio.HealthServicer()
-        self._grpc = grpc.aio.server(interceptors=list(interceptors), options=_options(config))
+        self._credentials = server_credentials(config.security)
+        everyone = [*auth_interceptors(config.security), *interceptors]
+        self._grpc = grpc.aio.server(interceptors=everyone, options=channel_options(config))
         self._grpc.add_generic_rpc_handlers(_service_handlers(self.state, config))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        names = (GENERATION, MODEL, SERVER, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._grpc)
+        if config.security.reflection:
+            names = (GENERATION, MODEL, SERVER, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._grpc)
+        self.health_port = HealthPort(self._health, config)
 
     @property
     def address(self) -> str:
@@ -54,15 +61,9 @@ class Server:
         Raises:
             ConfigError: the address cannot be bound.
         """
-        try:
-            self.port = self._grpc.add_insecure_port(self.config.bind_address)
-        except RuntimeError:
-            self.port = 0
-        if not self.port:
-            raise ConfigError(
-                "port", self.config.bind_address, "cannot be bound", "take an address of this machine and a free port"
-            )
+        self.port = bind(self._grpc, "port", self.config.bind_address, self._credentials)
         await self._set_health(serving=False)
+        await self.health_port.start()
         await self._grpc.start()
 
     async def attach(self, engine: Engine) -> None:
@@ -86,6 +87,7 @@ class Server:
         """Cancel what is left, and close the port."""
         self.state.enter(Phase.DRAINING)
         await self._grpc.stop(_LAST_WORDS / 2)
+        await self.health_port.stop()
 
     async def _wait_idle(self, seconds: float) -> None:
         try:
@@ -118,15 +120,3 @@ def _service_handlers(state: ServerState, config: ServerConfig) -> list[grpc.Gen
         },
     }
     return [grpc.method_handlers_generic_handler(name, handlers) for name, handlers in methods.items()]
-
-
-def _options(config: ServerConfig) -> list[tuple[str, int]]:
-    return [
-        ("grpc.max_receive_message_length", config.max_message_bytes),
-        ("grpc.max_concurrent_streams", config.max_streams_per_connection),
-        ("grpc.so_reuseport", 0),
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ]

@@ -44,6 +44,10 @@ class NotSupportedError(HsrpcError):
         super().__init__(f"{feature} is not supported by this server; leave it out")
 
 
+class NotOwnerError(HsrpcError):
+    """A client means a request of another."""
+
+
 class StalledClientError(HsrpcError):
     """A client left its stream unread."""
 
@@ -154,3 +158,9 @@ def _not_supported(error: NotSupportedError) -> Failure:
 def _stalled(_: StalledClientError) -> Failure:
     message = "the client left the stream unread for too long"
     return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, message, (_info("CLIENT_STALLED"),))
+
+
+@_failure.register
+def _not_owner(_: NotOwnerError) -> Failure:
+    message = "the request belongs to another client; only that client may end it"
+    return Failure(grpc.StatusCode.PERMISSION_DENIED, message, (_info("NOT_OWNER"),))

@@ -81,8 +81,8 @@ class GenerateRequest(google.protobuf.message.Message):
     OUTPUT_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """Name of this request, for Abort and for logs; 1 to 128 characters. Default: the server makes one. The id of a live
-    request is answered with ALREADY_EXISTS.
+    """Name of this request, for Abort and for logs: 1 to 128 of A-Z a-z 0-9 . _ : -. Default: the server makes one. The id
+    of a live request is answered with ALREADY_EXISTS.
     """
     model: builtins.str
     """Model that must answer, as GetModel names it. Default: the one that is loaded. Another is answered with NOT_FOUND."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from hsrpc.errors import ModelNotFoundError
-from hsrpc.model.hub import resolve_model
+from hsrpc.errors import CheckpointError, ModelNotFoundError
+from hsrpc.model.hub import forbid_downloads, resolve_model
 
 
 class FakeHub:
@@ -132,3 +133,41 @@ def test_reason_of_a_failure_is_said(hub, error, words):
     hub(NOT_CACHED, error)
     with pytest.raises(ModelNotFoundError, match=words):
         resolve_model("org/name")
+
+
+def test_a_link_out_of_a_directory_is_refused(tmp_path):
+    """A model that was fetched cannot have other files of the machine read."""
+    (tmp_path / "secret.json").write_text("{}")
+    model = make_model(tmp_path / "model", "model.safetensors")
+    (model / "config.json").symlink_to("../secret.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: expected a file of the model, found a link out of it"):
+        resolve_model(str(model))
+
+
+def test_links_within_a_model_are_followed(tmp_path, hub):
+    """Links to files of the same directory, and to the blobs of the hub's cache, are part of the model."""
+    model = make_model(tmp_path / "model", "model.safetensors", "first.json")
+    (model / "config.json").symlink_to("first.json")
+    assert resolve_model(str(model)) == model
+    cache = tmp_path / "models--org--name"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "blobs/abc").write_text("{}")
+    (cache / "snapshots").mkdir()
+    snapshot = make_model(cache / "snapshots/main", "model.safetensors")
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    hub(snapshot, NOT_CACHED)
+    assert resolve_model("org/name") == snapshot
+
+
+def test_downloads_can_be_forbidden(monkeypatch, tmp_path):
+    """Afterwards the hub's library fails without a connection."""
+    connected = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: connected.append(True))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: connected.append(True) or [])
+    forbid_downloads()
+    with pytest.raises(ModelNotFoundError, match="the hub is out of reach"):
+        resolve_model("some-org/some-model")
+    assert connected == []

@@ -166,3 +166,18 @@ async def test_the_async_client_does_the_same(server, engine):
         await until(lambda: engine.aborted == ["r"])
         with pytest.raises(CallError, match="DEADLINE_EXCEEDED"):
             await client.complete("Hi", timeout=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tls_cert": "me.pem"}, "tls_cert, tls_key: one without the other"),
+        ({"tls_ca": "ca.pem", "credentials": grpc.ssl_channel_credentials()}, "credentials: given together with TLS"),
+        ({"token": "token\n"}, "token: empty, or not printable ASCII"),
+        ({"token": ""}, "token: empty, or not printable ASCII"),
+    ],
+)
+def test_settings_of_a_connection_that_contradict_each_other(settings, message):
+    """They are refused before anything is sent."""
+    with pytest.raises(ValueError, match=message):
+        Client("127.0.0.1:1", **settings)

@@ -1,4 +1,4 @@
-// Runs against the server at HSRPC_TARGET (host:port).
+// Runs against the server at HSRPC_TARGET (host:port), with the token HSRPC_TOKEN and the roots in HSRPC_TLS_CA if set.
 
 import assert from "node:assert/strict";
 import { after, test } from "node:test";
@@ -6,7 +6,8 @@ import { Client, status } from "../client.js";
 
 const target = process.env.HSRPC_TARGET;
 assert.ok(target, "HSRPC_TARGET must be host:port of a running server");
-const client = new Client(target);
+const settings = { token: process.env.HSRPC_TOKEN, tlsCa: process.env.HSRPC_TLS_CA };
+const client = new Client(target, settings);
 after(() => client.close());
 
 test("the deltas are the text, the first response has start, the last one finish", async () => {

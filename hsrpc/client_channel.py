@@ -1,0 +1,77 @@
+"""How a client reaches a server: TLS, the token it shows, and options of the channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+Option = tuple[str, str | int]
+FileName = str | PathLike[str]
+
+ROUND_ROBIN: tuple[Option, ...] = (("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),)
+"""Options with which calls go to every address of the target in turn, such as to all pods of a headless service."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """Settings of a client's connection.
+
+    Raises:
+        ValueError: on construction, when the settings contradict each other.
+        OSError: a file cannot be read.
+    """
+
+    credentials: grpc.ChannelCredentials | None = None
+    """Credentials of your own, in place of the files; `grpc.ssl_channel_credentials()` trusts the system's roots."""
+    token: str | None = None
+    """Sent with every call as `authorization: Bearer TOKEN`; without TLS it travels in the clear."""
+    tls_ca: FileName | None = None
+    """PEM file of the roots that the server's certificate must come from; turns TLS on."""
+    tls_cert: FileName | None = None
+    """PEM file of the client's own certificate, for servers that ask for one."""
+    tls_key: FileName | None = None
+    """PEM file of its private key."""
+    options: Sequence[Option] = ()
+    """Arguments of the gRPC channel, such as `ROUND_ROBIN`."""
+
+    def __post_init__(self) -> None:
+        files = (self.tls_ca, self.tls_cert, self.tls_key)
+        if self.credentials is not None and any(files):
+            raise ValueError("credentials: given together with TLS files; give one of them")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert, tls_key: one without the other; give both, or neither")
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token):
+            raise ValueError("token: empty, or not printable ASCII; give the token alone, without a newline")
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call brings along."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token is not None else ()
+
+    def channel(self, target: str) -> grpc.Channel:
+        """A channel to `target`, for ordinary code."""
+        credentials, options = self._credentials(), list(self.options)
+        if credentials is None:
+            return grpc.insecure_channel(target, options)
+        return grpc.secure_channel(target, credentials, options)
+
+    def aio_channel(self, target: str) -> grpc.aio.Channel:
+        """A channel to `target`, for asyncio."""
+        credentials, options = self._credentials(), list(self.options)
+        if credentials is None:
+            return grpc.aio.insecure_channel(target, options)
+        return grpc.aio.secure_channel(target, credentials, options)
+
+    def _credentials(self) -> grpc.ChannelCredentials | None:
+        if not (self.tls_ca or self.tls_cert):
+            return self.credentials
+        return grpc.ssl_channel_credentials(_read(self.tls_ca), _read(self.tls_key), _read(self.tls_cert))
+
+
+def _read(path: FileName | None) -> bytes | None:
+    return None if path is None else Path(path).read_bytes()
