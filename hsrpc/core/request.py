@@ -76,7 +76,7 @@ class SamplingParams:
     logprobs: int | None = None
     """None: no logprobs; n: the chosen token's and the n most probable ones'."""
     priority: int = 0
-    """Smaller runs first; ties in order of arrival."""
+    """Smaller is let in first; waiting makes up for it, and ties go to the client that was served least."""
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0.0, 100.0)
@@ -194,6 +194,7 @@ class Request:
         "arrival",
         "arrival_time",
         "blocks",
+        "client",
         "finish_reason",
         "first_token_time",
         "in_flight",
@@ -201,15 +202,25 @@ class Request:
         "num_prompt_tokens",
         "params",
         "preemptions",
+        "rank",
         "request_id",
         "scheduled_time",
         "token_ids",
     )
 
     def __init__(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, arrival: int, now: float
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        arrival: int,
+        now: float,
+        *,
+        client: str = "",
     ) -> None:
         self.request_id = request_id
+        self.client = client
+        """Whose share it takes."""
         self.params = params
         self.token_ids = list(prompt)
         """Prompt, then output."""
@@ -218,6 +229,8 @@ class Request:
         """Tokens whose K and V, or activations, are in `blocks`."""
         self.blocks = BlockTable()
         self.arrival = arrival
+        self.rank = math.inf
+        """How many were let in to run before it; infinite while it has not been."""
         self.preemptions = 0
         self.in_flight = False
         """A step that computes it has been handed out and not committed."""
@@ -227,9 +240,9 @@ class Request:
         self.first_token_time: float | None = None
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Who goes first: smaller priority, then earlier arrival."""
-        return self.params.priority, self.arrival
+    def order(self) -> tuple[float, int]:
+        """Who gives way last: the one let in first. It never changes while the request runs."""
+        return self.rank, self.arrival
 
     @property
     def num_tokens(self) -> int:

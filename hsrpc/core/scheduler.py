@@ -1,8 +1,9 @@
 """Continuous batching: which requests the next step computes, who waits, and who gives way when blocks run out.
 
-The running list is kept in order (priority, then arrival). A request that needs a block when none is free takes those
-of the request that comes last, which is recomputed from its token ids later. Hence the first in order always advances,
-every request ends, and nothing dead-locks: one request at full length fits by construction (the planner sees to it).
+The running list is kept in the order in which requests were let in, whatever their priority; `FairQueue` chooses whom
+to let in. A request that needs a block when none is free takes those of the request that comes last, which is
+recomputed from its token ids later, before any that was never let in. Hence the first in order always advances, every
+request ends, and nothing dead-locks: one request at full length fits by construction (the planner sees to it).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from heapq import heapify, heappop, heappush
 
 from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Step, Work, form_mini_batches, lay_out
 from hsrpc.core.blocks import BlockManager
+from hsrpc.core.drain import DrainRate
+from hsrpc.core.fairness import FairQueue
 from hsrpc.core.request import FinishReason, Request
 
 _MAX_ENDED_WAITING = 64
@@ -57,8 +60,13 @@ class Scheduler:
         self._eos = frozenset(eos_token_ids)
         self._live: dict[str, Request] = {}
         self._running: list[Request] = []
-        self._waiting: list[tuple[tuple[int, int], Request]] = []
-        self._num_waiting = 0
+        self._queue = FairQueue()
+        self._drain = DrainRate()
+        self._preempted: list[tuple[tuple[float, int], Request]] = []
+        self._num_preempted = 0
+        self._num_let_in = 0
+        self.num_waiting_tokens = 0
+        """Tokens to compute before all that wait have their next one."""
         self._steps = 0
 
     @property
@@ -67,11 +75,11 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return self._num_waiting
+        return len(self._queue) + self._num_preempted
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running) or self._num_waiting > 0
+        return bool(self._running) or self.num_waiting > 0
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._live
@@ -83,7 +91,15 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Let `request` wait for its turn."""
         self._live[request.request_id] = request
-        self._wait(request)
+        self._queue.add(request, request.arrival_time)
+        self.num_waiting_tokens += request.num_tokens
+
+    def predicted_wait(self, client: str) -> float:
+        """Seconds until a new request of `client` would be let in, as the queue has moved lately; 0 if unknown."""
+        if not self.num_waiting:
+            return 0.0
+        ahead = self._num_preempted + self._queue.num_ahead(client)
+        return self._drain.seconds_for(self.num_waiting_tokens * ahead / self.num_waiting)
 
     def finish(self, request_id: str, reason: FinishReason) -> Request | None:
         """End a live request now; blocks that a step still writes are freed when that step is committed."""
@@ -94,8 +110,10 @@ class Scheduler:
         if request in self._running:
             self._running.remove(request)
         else:
-            self._num_waiting -= 1
+            self.num_waiting_tokens -= request.num_tokens
+            self._num_preempted -= request.scheduled_time is not None
             self._drop_ended()
+        self._queue.end(request)
         if not request.in_flight:
             self.blocks.free(request.blocks)
         return request
@@ -104,6 +122,7 @@ class Scheduler:
         """The next step: a token for each running request, and prompts as far as room allows. None: nothing to do."""
         works = self._continue_running()
         works += self._admit(now, self.limits.max_prefill_tokens - sum(map(_prefill_tokens, works)))
+        self._drain.note(now, is_waiting=self.num_waiting > 0)
         if not works:
             return None
         for work in works:
@@ -176,20 +195,29 @@ class Scheduler:
     def _admit(self, now: float, budget: int) -> list[Work]:
         works: list[Work] = []
         while len(self._running) < self.limits.max_batch and budget > 0:
-            request = self._first_waiting()
+            request = self._first_waiting(now)
             if request is None or not self._has_room(request):
                 break
             work = self._next_work(request, budget)
             if work is None or not self.blocks.grow(request.blocks, self._missing_blocks(request, work)):
                 break
-            heappop(self._waiting)
-            self._num_waiting -= 1
-            insort(self._running, request, key=lambda r: r.order)
-            if request.scheduled_time is None:
-                request.scheduled_time = now
+            self._let_in(request, now)
             budget -= work.count
             works.append(work)
         return works
+
+    def _let_in(self, request: Request, now: float) -> None:
+        self.num_waiting_tokens -= request.num_tokens
+        if request.scheduled_time is None:
+            self._queue.let_in(request, now)
+            self._drain.let_in(request.num_tokens)
+            request.scheduled_time = now
+            request.rank = self._num_let_in
+            self._num_let_in += 1
+        else:
+            heappop(self._preempted)
+            self._num_preempted -= 1
+        insort(self._running, request, key=lambda r: r.order)
 
     def _next_work(self, request: Request, budget: int) -> Work | None:
         pending = request.num_tokens - request.num_computed
@@ -212,7 +240,9 @@ class Scheduler:
         request.num_computed = 0
         request.preemptions += 1
         self.preemptions += 1
-        self._wait(request)
+        self.num_waiting_tokens += request.num_tokens
+        heappush(self._preempted, (request.order, request))
+        self._num_preempted += 1
 
     def _missing_blocks(self, request: Request, work: Work) -> int:
         if not self.limits.keeps_cache:
@@ -226,20 +256,16 @@ class Scheduler:
         needed = -(-request.num_tokens // self.limits.block_size)
         return self.blocks.num_free >= needed + (len(self._running) if self._running else 0)
 
-    def _wait(self, request: Request) -> None:
-        heappush(self._waiting, (request.order, request))
-        self._num_waiting += 1
-
     def _drop_ended(self) -> None:
-        """Requests that ended while they waited leave the queue at its head, or here once they are most of it."""
-        if len(self._waiting) > 2 * self._num_waiting + _MAX_ENDED_WAITING:
-            self._waiting = [entry for entry in self._waiting if entry[1].finish_reason is None]
-            heapify(self._waiting)
+        """Requests that ended after they were preempted leave the heap at its top, or here once they are most of it."""
+        if len(self._preempted) > 2 * self._num_preempted + _MAX_ENDED_WAITING:
+            self._preempted = [entry for entry in self._preempted if entry[1].finish_reason is None]
+            heapify(self._preempted)
 
-    def _first_waiting(self) -> Request | None:
-        while self._waiting and self._waiting[0][1].finish_reason is not None:
-            heappop(self._waiting)  # ended while it waited
-        return self._waiting[0][1] if self._waiting else None
+    def _first_waiting(self, now: float) -> Request | None:
+        while self._preempted and self._preempted[0][1].finish_reason is not None:
+            heappop(self._preempted)  # ended while it waited
+        return self._preempted[0][1] if self._preempted else self._queue.first(now)
 
     def _lay_out(self, works: Sequence[Work]) -> Iterator[MiniBatch]:
         limits = self.limits

@@ -106,12 +106,12 @@ def test_temperature_zero_is_greedy(temperature: float, greedy: bool):
     assert SamplingParams(temperature=temperature).is_greedy == greedy
 
 
-@given(keys=st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 20)), unique_by=lambda key: key[1]))
-def test_order_is_priority_then_arrival(keys: list[tuple[int, int]]):
-    """Smaller priority first, then earlier arrival."""
-    requests = [Request("r", [1], SamplingParams(priority=p), arrival, 0.0) for p, arrival in keys]
+def test_order_is_that_of_being_let_in():
+    """Who was let in first comes first; all that were come before those that wait, which keep the order of arrival."""
+    requests = [Request(str(i), [1], SamplingParams(priority=-i), i, 0.0) for i in range(4)]
+    requests[2].rank, requests[1].rank = 0, 1
     requests.sort(key=lambda request: request.order)
-    assert [(request.params.priority, request.arrival) for request in requests] == sorted(keys)
+    assert [request.arrival for request in requests] == [2, 1, 0, 3]
 
 
 @given(prompt=st.lists(st.integers(0, 99), min_size=1), output=st.lists(st.integers(0, 99)))

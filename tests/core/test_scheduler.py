@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from hashlib import blake2s
 
@@ -70,8 +71,11 @@ class Harness:
         running = self.running
         return [request for request in self.scheduler.live() if request not in running]
 
-    def add(self, prompt: list[int], params: SamplingParams, request_id: str | None = None) -> Request:
-        request = Request(request_id or str(len(self.requests)), prompt, params, len(self.requests), 0.0)
+    def add(
+        self, prompt: list[int], params: SamplingParams, request_id: str | None = None, client: str = ""
+    ) -> Request:
+        number = len(self.requests)
+        request = Request(request_id or str(number), prompt, params, number, 0.0, client=client)
         self.requests.append(request)
         self.prompts.append(list(prompt))
         self.scheduler.add(request)
@@ -177,6 +181,9 @@ class Harness:
         assert len(set(owned)) == len(owned)
         assert scheduler.blocks.num_free == scheduler.blocks.num_blocks - len(owned)
         assert scheduler.num_waiting == len(waiting)
+        assert scheduler.num_waiting_tokens == sum(r.num_tokens for r in waiting)
+        assert all((r.scheduled_time is None) == (r.rank == math.inf) for r in self.requests)
+        assert all(r.scheduled_time is not None for r in running)
         assert scheduler.num_running == len(running) <= self.limits.max_batch
         assert [r.order for r in running] == sorted(r.order for r in running)
         assert all(len(r.blocks) == r.num_computed == 0 for r in waiting)
@@ -269,7 +276,7 @@ PROMPTS = st.builds(
     st.sampled_from((1, 2, 3, 5, 8, 12, 23)),
     st.integers(0, VOCAB - 24),
 )
-ADD = st.tuples(st.just("add"), PROMPTS, PARAMS)
+ADD = st.tuples(st.sampled_from(("add for a", "add for b")), PROMPTS, PARAMS)
 STEPS = st.tuples(st.just("steps"), st.integers(1, 6), st.just(0))
 RARE = st.one_of(
     st.tuples(st.just("step and abort"), st.integers(1, 2), st.integers(0, 99)),
@@ -284,8 +291,8 @@ OPERATIONS = st.sampled_from((ADD, ADD, ADD, STEPS, STEPS, RARE)).flatmap(lambda
 def apply(harness: Harness, operation: tuple, aborted: set[int]) -> None:
     name, first, second = operation
     live = sorted(harness.scheduler.live(), key=lambda r: r.order)
-    if name == "add":
-        harness.add(first, second)
+    if name.startswith("add"):
+        harness.add(first, second, client=name[-1])
     elif name == "steps":
         for _ in range(first):
             step_and_abort(harness, 0, 0, aborted)
@@ -403,6 +410,37 @@ def test_order_is_priority_then_arrival():
     assert list(harness.ended) == [1, 3, 0, 4, 2]
 
 
+def test_who_was_let_in_first_gives_way_last():
+    """An urgent late request is let in before others, but gives way to those that run: they lose no work to it."""
+    harness = make(num_blocks=9)
+    early = harness.add([1], endless(max_tokens=20, priority=3))
+    harness.schedule()
+    harness.commit()
+    patient, urgent = harness.add([2], endless(max_tokens=20)), harness.add([3], endless(max_tokens=20, priority=-5))
+    harness.scheduler.limits = replace(harness.limits, max_batch=2)
+    harness.schedule()
+    assert harness.running == [early, urgent]
+    harness.commit()
+    harness.drain()
+    assert (early.preemptions, urgent.preemptions) == (0, 1)
+    assert list(harness.ended) == [early.arrival, urgent.arrival, patient.arrival]
+
+
+def test_a_preempted_request_comes_back_before_any_new_one():
+    """Whoever gave way is next, though an urgent request of another client has come: it is not put off for ever."""
+    harness = make(num_blocks=7)
+    _, second = harness.add([1], endless()), harness.add([2], endless())
+    while not second.preemptions:
+        harness.schedule()
+        harness.commit()
+    urgent = harness.add([3], endless(max_tokens=1, priority=-5), client="other")
+    while urgent.scheduled_time is None:
+        harness.schedule()
+        harness.commit()
+    assert second in harness.running
+    harness.drain()
+
+
 def test_a_small_request_does_not_pass_a_large_one():
     """Requests are admitted strictly in order: what has no room yet is not overtaken, hence never starves."""
     harness = make(num_blocks=6)
@@ -508,7 +546,8 @@ def test_ended_requests_do_not_pile_up():
         harness.scheduler.add(Request(str(i), [1], endless(), i, 0.0))
         harness.scheduler.finish(str(i), FinishReason.ABORTED)
     assert harness.scheduler.num_waiting == 1
-    assert len(harness.scheduler._waiting) < 200
+    queue = harness.scheduler._queue
+    assert len(queue._lines[""].heap) + len(queue._by_share) + len(queue._by_due) < 400
 
 
 class Counting(Request):
