@@ -110,6 +110,8 @@ class EngineConfig:
     """Bound on the predicted time of a decode step, seconds."""
     max_queued_requests: int = 1024
     """Most requests that wait to run."""
+    max_queued_tokens: int = 1_048_576
+    """Most prompt tokens of requests that wait to run; one request alone may have more."""
     seed: int | None = None
     """Makes the seeds of requests that bring none reproducible."""
 
@@ -131,6 +133,7 @@ class EngineConfig:
             "max_prefill_tokens",
             "expected_context",
             "max_queued_requests",
+            "max_queued_tokens",
         ):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -42,7 +42,16 @@ class RequestExistsError(HsrpcError):
 
 
 class QueueFullError(HsrpcError):
-    """Too many requests wait already; try again later."""
+    """Too many requests, or tokens, wait already; try again later."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        self.retry_after = retry_after
+        """Seconds."""
+        super().__init__(message)
+
+
+class WaitTooLongError(QueueFullError):
+    """The predicted wait is far longer than the request's deadline or time limit allows."""
 
 
 class EngineUnavailableError(HsrpcError):

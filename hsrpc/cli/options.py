@@ -76,6 +76,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     batch.add_argument("--max-step-time", type=float, metavar="SECONDS", help="bound on the predicted time of a step")
     batch.add_argument("--max-queued-requests", type=int, default=1024, metavar="N", help="default: 1024")
+    batch.add_argument(
+        "--max-queued-tokens", type=int, default=1_048_576, metavar="N", help="of prompts that wait (default: 1048576)"
+    )
 
 
 def _values(kind: type[StrEnum]) -> list[str]:

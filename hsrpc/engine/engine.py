@@ -21,6 +21,7 @@ from hsrpc.core.plan import Plan
 from hsrpc.core.request import Delta, FinishReason, Request, SamplingParams
 from hsrpc.core.scheduler import Output, Scheduler, SchedulerLimits
 from hsrpc.core.stopping import StopMatcher
+from hsrpc.engine.admission import Admission
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.output import Stream, TokenOutput, next_delta
 from hsrpc.engine.startup import Parts, open_parts
@@ -33,7 +34,6 @@ from hsrpc.errors import (
     HsrpcError,
     InvalidRequestError,
     OutOfDeviceMemoryError,
-    QueueFullError,
     RequestExistsError,
     RequestFailedError,
 )
@@ -44,6 +44,9 @@ _log = logging.getLogger(__name__)
 
 _OUTPUT_STEPS = 2
 """Steps whose output may wait for detokenising before the next one does."""
+
+_MAX_CHARACTERS_PER_TOKEN = 64
+"""A text with more than this for each token of the context cannot fit: it is refused before it is tokenised."""
 
 
 class _Outputs(NamedTuple):
@@ -101,6 +104,7 @@ class Engine:
         limits = _limits(self._parts.plan, self._parts.spec)
         blocks = BlockManager(self._parts.plan.num_blocks, self._parts.plan.activation_share)
         self._scheduler = Scheduler(blocks, limits, self._parts.spec.eos_token_ids)
+        self._admission = Admission(self._scheduler, self.config.max_queued_requests, self.config.max_queued_tokens)
         self._main = asyncio.create_task(self._run(), name="engine")
         self._accepts = True
         return self
@@ -140,23 +144,36 @@ class Engine:
         return self.plan.max_model_len
 
     async def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        client: str = "",
+        max_wait: float | None = None,
     ) -> Generation:
         """Queue a request; nothing is allocated for one that is refused.
+
+        Requests with the same `client` share one fair share. `max_wait`: seconds that the caller waits at most.
 
         Raises:
             InvalidRequestError: the prompt or a setting does not suit the model.
             RequestExistsError: a live request has that id.
-            QueueFullError: `max_queued_requests` wait already.
+            QueueFullError: `max_queued_requests` or `max_queued_tokens` wait already.
+            WaitTooLongError: the predicted wait is far longer than `max_wait` or the request's time limit.
             EngineUnavailableError: the engine is not running.
         """
         self._check_open(request_id)
-        token_ids = await self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_prompt(token_ids, "token_ids" if not isinstance(prompt, str) else "text")
+        self._check_length(prompt)
         self._check_ids(params)
-        detokenizer = await self.tokenizer.run(Detokenizer, self.tokenizer.decode_now, token_ids[-8:])
+        self._admission.check(0 if isinstance(prompt, str) else len(prompt), params, client, max_wait)
+        with self._admission.preparing():
+            token_ids = await self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            self._check_prompt(token_ids, "token_ids" if not isinstance(prompt, str) else "text")
+            detokenizer = await self.tokenizer.run(Detokenizer, self.tokenizer.decode_now, token_ids[-8:])
         self._check_open(request_id)  # again: while the tokenizer ran, others came
-        return self._add(request_id or uuid4().hex, token_ids, params, detokenizer)
+        self._admission.check(len(token_ids), params, client, max_wait)
+        return self._add(request_id or uuid4().hex, token_ids, params, detokenizer, client)
 
     async def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
@@ -371,10 +388,10 @@ class Engine:
             stream.generation.fail(error)
 
     def _add(
-        self, request_id: str, token_ids: list[int], params: SamplingParams, detokenizer: Detokenizer
+        self, request_id: str, token_ids: list[int], params: SamplingParams, detokenizer: Detokenizer, client: str
     ) -> Generation:
         params = replace(params, seed=self._seeds.randrange(2**63) if params.seed is None else params.seed)
-        request = Request(request_id, token_ids, params, self._arrivals, time.monotonic())
+        request = Request(request_id, token_ids, params, self._arrivals, time.monotonic(), client=client)
         effective = replace(params, max_tokens=params.max_tokens or self.max_model_len - len(token_ids))
         generation = Generation(request_id, token_ids, effective, partial(self._leave, request))
         stops = StopMatcher(params.stop, params.include_stop)
@@ -400,17 +417,26 @@ class Engine:
             raise EngineUnavailableError("the engine is not running")
         if request_id is not None and request_id in self._streams:
             raise RequestExistsError(request_id)
-        if self._scheduler.num_waiting >= self.config.max_queued_requests:
-            raise QueueFullError(f"{self._scheduler.num_waiting} requests wait already (max_queued_requests)")
+
+    def _check_length(self, prompt: str | Sequence[int]) -> None:
+        """What cannot fit is refused for its length alone, whatever it holds."""
+        if not isinstance(prompt, str):
+            self._check_count(len(prompt), "token_ids")
+        elif len(prompt) > self.max_model_len * _MAX_CHARACTERS_PER_TOKEN:
+            most = self.max_model_len * _MAX_CHARACTERS_PER_TOKEN
+            raise InvalidRequestError("text", f"{len(prompt)} characters; at most {most} can fit the context")
 
     def _check_prompt(self, token_ids: Sequence[int], field: str) -> None:
         if not token_ids:
             raise InvalidRequestError(field, "the prompt is empty; give at least one token")
-        if len(token_ids) >= self.max_model_len:
-            raise InvalidRequestError(
-                field, f"{len(token_ids)} prompt tokens; at most {self.max_model_len - 1} fit (max_model_len less one)"
-            )
+        self._check_count(len(token_ids), field)
         self._check_vocabulary(token_ids, field)
+
+    def _check_count(self, count: int, field: str) -> None:
+        if count >= self.max_model_len:
+            raise InvalidRequestError(
+                field, f"{count} prompt tokens; at most {self.max_model_len - 1} fit (max_model_len less one)"
+            )
 
     def _check_ids(self, params: SamplingParams) -> None:
         self._check_vocabulary(params.stop_token_ids, "stop_token_ids")

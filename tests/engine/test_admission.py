@@ -1,0 +1,160 @@
+"""Whom the queue takes, how fast it says no, and that no is free."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import tracemalloc
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from hsrpc import Engine, SamplingParams
+from hsrpc.engine.generation import Generation
+from hsrpc.errors import InvalidRequestError, QueueFullError, WaitTooLongError
+from tests.engine.reference import Reference
+from tests.engine.support import collect, greedy, idle, ids, live, roomy, until
+
+
+@asynccontextmanager
+async def busy(made: Reference, **settings: object) -> AsyncIterator[tuple[Engine, Generation]]:
+    """An engine whose only place is taken for long."""
+    async with Engine(roomy(made, max_batch=1, **settings)) as engine:
+        running = await engine.submit([5], greedy(120))
+        await until(lambda: engine.stats().running == 1)
+        yield engine, running
+        running.close()
+        await idle(engine)
+
+
+def never_tokenise(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def encode(text: str) -> list[int]:
+        pytest.fail("the prompt was tokenised")
+
+    monkeypatch.setattr(engine.tokenizer, "encode", encode)
+
+
+async def test_tokens_that_wait_are_bounded(reference: Callable[[str], Reference]) -> None:
+    """With 50 tokens waiting of at most 60, 20 more are refused, 10 are taken; one alone may be larger."""
+    async with busy(reference("opt"), max_queued_tokens=60) as (engine, _):
+        large = await engine.submit([5] * 100, greedy(1))
+        with pytest.raises(QueueFullError, match=r"100 prompt tokens wait already \(max_queued_tokens\)"):
+            await engine.submit([5], greedy(1))
+        large.close()
+        held = [await engine.submit([5] * 50, greedy(1))]
+        with pytest.raises(QueueFullError):
+            await engine.submit([5] * 20, greedy(1))
+        held.append(await engine.submit([5] * 10, greedy(1)))
+        with pytest.raises(QueueFullError):
+            await engine.submit("one", greedy(1))
+        for generation in held:
+            generation.close()
+        assert engine._scheduler.num_waiting_tokens == 0
+
+
+async def test_no_is_said_at_once_and_before_tokenising(
+    monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
+    """With a full queue, a text is refused in microseconds, without a look at it."""
+    async with busy(reference("opt"), max_queued_requests=1) as (engine, _):
+        waiting = await engine.submit([5], greedy(1))
+        never_tokenise(engine, monkeypatch)
+        seconds = []
+        for _ in range(50):
+            start = time.perf_counter()
+            with pytest.raises(QueueFullError):
+                await engine.submit("a prompt " * 500, greedy(1))
+            seconds.append(time.perf_counter() - start)
+        assert min(seconds) < 0.005
+        waiting.close()
+
+
+async def test_prompts_that_are_tokenised_hold_their_place(reference: Callable[[str], Reference]) -> None:
+    """Of ten prompts that come at once, where two may wait, eight are refused before the tokenizer has seen them."""
+    async with busy(reference("opt"), max_queued_requests=2) as (engine, _):
+        results = await asyncio.gather(
+            *(engine.submit("a prompt", greedy(1)) for _ in range(10)), return_exceptions=True
+        )
+        taken = [result for result in results if isinstance(result, Generation)]
+        assert len(taken) == 2
+        assert sum(isinstance(result, QueueFullError) for result in results) == 8
+        for generation in taken:
+            generation.close()
+        assert engine._admission._num_preparing == 0
+
+
+def drained_slowly(engine: Engine) -> None:
+    """As if 100 requests of one token had been let in within the last 200 s, with somebody waiting all the time."""
+    drain = engine._scheduler._drain
+    drain._seconds, drain._tokens, drain._count = 200.0, 100.0, 100.0
+
+
+@pytest.mark.parametrize("limit", ["deadline", "time limit"])
+async def test_a_hopeless_deadline_is_refused_at_once(limit: str, reference: Callable[[str], Reference]) -> None:
+    """50 tokens wait and 1 leaves every 2 s: who may wait 10 s is refused, who may wait 90 s, or for ever, is taken."""
+    async with busy(reference("opt")) as (engine, _):
+        held = [await engine.submit([5] * 50, greedy(1))]
+        drained_slowly(engine)
+
+        async def submit(seconds: float, priority: int = 0) -> Generation:
+            settings: dict[str, float] = {"time_limit": seconds} if limit == "time limit" else {}
+            params = greedy(1, priority=priority, **settings)
+            return await engine.submit([5], params, max_wait=None if settings else seconds)
+
+        with pytest.raises(WaitTooLongError) as caught:
+            await submit(10.0)
+        assert 1.0 <= caught.value.retry_after <= 60.0
+        held += [await submit(90.0), await submit(10.0, priority=-1), await engine.submit([5], greedy(1))]
+        for generation in held:
+            generation.close()
+
+
+async def test_an_empty_queue_refuses_no_deadline(reference: Callable[[str], Reference]) -> None:
+    """Where nobody waits, nothing is predicted, however slow the queue was."""
+    async with Engine(roomy(reference("opt"))) as engine:
+        drained_slowly(engine)
+        assert len(ids(await collect(await engine.submit([5], greedy(2), max_wait=0.001)))) == 2
+
+
+async def test_a_light_client_passes_a_greedy_one(reference: Callable[[str], Reference]) -> None:
+    """One request of a client comes before the thirty that another had queued earlier, and its tokens are its own."""
+    made = reference("opt")
+    async with busy(made) as (engine, running):
+        greedy_ones = [await engine.submit([7] * 4, greedy(1), client="greedy") for _ in range(30)]
+        light = await engine.submit(made.prompts[0], greedy(2), client="light")
+        running.close()
+        assert ids(await collect(light)) == made.outputs[0][:2]
+        left = sum(live(engine, generation.request_id) is not None for generation in greedy_ones)
+        assert left >= 25
+        for generation in greedy_ones:
+            generation.close()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"), [("x" * 10_000_000, "text"), (range(10**12), "token_ids")], ids=["text", "ids"]
+)
+async def test_a_huge_prompt_costs_nothing(
+    prompt: str | range, field: str, monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
+    """What cannot fit is refused by its length: neither tokenised nor copied."""
+    async with Engine(roomy(reference("opt"))) as engine:
+        never_tokenise(engine, monkeypatch)
+        tracemalloc.start()
+        try:
+            with pytest.raises(InvalidRequestError) as caught:
+                await engine.submit(prompt, SamplingParams())
+            assert tracemalloc.get_traced_memory()[1] < 1_000_000
+        finally:
+            tracemalloc.stop()
+        assert caught.value.field == field
+
+
+async def test_huge_settings_cost_nothing(reference: Callable[[str], Reference]) -> None:
+    """The largest max_tokens takes blocks for the tokens that there are, and no more."""
+    async with Engine(roomy(reference("opt"))) as engine:
+        generation = await engine.submit([5], SamplingParams(max_tokens=2**31 - 1, min_tokens=2**31 - 1))
+        await anext(generation)
+        assert sum(engine.stats().used_blocks.values()) <= 8
+        generation.close()
+        await idle(engine)
