@@ -99,7 +99,13 @@ class Engine(Protocol):
     def tokenizer(self) -> Tokenizer: ...
 
     async def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        client: str = "",
+        max_wait: float | None = None,
     ) -> Generation: ...
     def abort(self, request_id: str) -> bool: ...
     def stats(self) -> Stats: ...

@@ -10,7 +10,16 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from hsrpc.core.request import Delta, Finish, FinishReason, SamplingParams, TokenLogprob
+from hsrpc.core.request import (
+    MAX_LOGIT_BIAS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    Delta,
+    Finish,
+    FinishReason,
+    SamplingParams,
+    TokenLogprob,
+)
 from hsrpc.errors import InvalidRequestError
 from hsrpc.server.status import NotSupportedError
 from hsrpc.v1 import generation_pb2 as v1
@@ -48,8 +57,8 @@ class OutputOptions:
     """Seconds."""
 
 
-def read_prompt(request: v1.GenerateRequest) -> str | list[int]:
-    """The prompt, as text or token ids.
+def read_prompt(request: v1.GenerateRequest) -> str | Sequence[int]:
+    """The prompt, as text or token ids, which are not copied: their number has not been checked.
 
     Raises:
         InvalidRequestError: there is none.
@@ -57,7 +66,7 @@ def read_prompt(request: v1.GenerateRequest) -> str | list[int]:
     given = request.WhichOneof("input")
     if given is None:
         raise InvalidRequestError("input", "no prompt; set text or token_ids")
-    prompt = request.text if given == "text" else list(request.token_ids.ids)
+    prompt: str | Sequence[int] = request.text if given == "text" else request.token_ids.ids
     if not prompt:
         raise InvalidRequestError(given, "empty; give at least one token")
     return prompt
@@ -95,6 +104,7 @@ def read_params(request: v1.GenerateRequest) -> SamplingParams:
     sampling, stopping, output = request.sampling, request.stopping, request.output
     if output.HasField("prompt_logprobs"):
         raise NotSupportedError("output.prompt_logprobs")
+    _check_counts(request)
     settings = _given(sampling, _SAMPLING) | _given(stopping, _STOPPING)
     if stopping.HasField("time_limit"):
         settings["time_limit"] = _seconds(stopping.time_limit)
@@ -106,6 +116,17 @@ def read_params(request: v1.GenerateRequest) -> SamplingParams:
         return SamplingParams(**settings)
     except InvalidRequestError as error:
         raise with_path(error, request) from None
+
+
+def _check_counts(request: v1.GenerateRequest) -> None:
+    """Refuse long lists before they are copied."""
+    for path, count, most in (
+        ("stopping.stop", len(request.stopping.stop), MAX_STOP_STRINGS),
+        ("stopping.stop_token_ids", len(request.stopping.stop_token_ids), MAX_STOP_TOKEN_IDS),
+        ("sampling.logit_bias", len(request.sampling.logit_bias), MAX_LOGIT_BIAS),
+    ):
+        if count > most:
+            raise InvalidRequestError(path, f"{count} entries, at most {most} are allowed")
 
 
 def _given(message: Message, names: Sequence[str]) -> dict[str, Any]:

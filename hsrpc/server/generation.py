@@ -6,6 +6,7 @@ from contextlib import aclosing
 
 from hsrpc.core.request import Delta
 from hsrpc.errors import InvalidRequestError, RequestFailedError
+from hsrpc.server.caller import current_caller
 from hsrpc.server.contract import Engine, Generation
 from hsrpc.server.convert import (
     OutputOptions,
@@ -55,8 +56,11 @@ class GenerationService:
 
 async def _submit(engine: Engine, request: v1.GenerateRequest) -> Generation:
     params, prompt, request_id = read_params(request), read_prompt(request), read_request_id(request)
+    caller = current_caller.get()
     try:
-        return await engine.submit(prompt, params, request_id=request_id)
+        return await engine.submit(
+            prompt, params, request_id=request_id, client=caller.client, max_wait=caller.time_remaining
+        )
     except InvalidRequestError as error:
         raise with_path(error, request) from None
 

@@ -15,6 +15,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from hsrpc.server.caller import current_caller, read_caller
 from hsrpc.server.status import MalformedRequestError, NotSupportedError, StalledClientError, failure_of
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def streaming(
                 raise StalledClientError(f"no room to write for {write_timeout} s") from None
 
         async with StatusBoundary(request_type.DESCRIPTOR.full_name, context):
+            current_caller.set(read_caller(context))
             await method(parse(request_type, data), write)
 
     return grpc.unary_stream_rpc_method_handler(handle, response_serializer=_serialize)

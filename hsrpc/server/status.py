@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import uuid
 from dataclasses import dataclass
 from functools import singledispatch
@@ -22,11 +23,13 @@ from hsrpc.errors import (
     OutOfDeviceMemoryError,
     QueueFullError,
     RequestExistsError,
+    WaitTooLongError,
 )
 from hsrpc.server.state import NotServingError, Phase
 
 DOMAIN = "hsrpc"
 DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _RETRY_SECONDS = 1
 
 _log = logging.getLogger(__name__)
@@ -59,9 +62,15 @@ class Failure:
     code: grpc.StatusCode
     message: str
     details: tuple[Message, ...] = ()
+    pushback: float | None = None
+    """Seconds after which a client that retries by itself may."""
 
-    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
-        """The details as gRPC's rich error model carries them."""
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """The details as gRPC's rich error model carries them, and the pushback as its retry policy does."""
+        pushback = () if self.pushback is None else ((PUSHBACK_KEY, str(math.ceil(1000 * self.pushback))),)
+        return (*self._details_metadata(), *pushback)
+
+    def _details_metadata(self) -> tuple[tuple[str, bytes], ...]:
         if not self.details:
             return ()
         status = Status(code=self.code.value[0], message=self.message)
@@ -85,8 +94,8 @@ def _info(reason: str, **metadata: str) -> ErrorInfo:
     return ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata)
 
 
-def _retry() -> RetryInfo:
-    return RetryInfo(retry_delay=Duration(seconds=_RETRY_SECONDS))
+def _retry(seconds: float = _RETRY_SECONDS) -> RetryInfo:
+    return RetryInfo(retry_delay=Duration(seconds=math.ceil(seconds)))
 
 
 @singledispatch
@@ -112,10 +121,20 @@ def _exists(error: RequestExistsError) -> Failure:
 
 
 @_failure.register
-def _queue_full(_: QueueFullError) -> Failure:
-    violation = QuotaFailure.Violation(subject="queued requests", description="as many wait as may wait")
-    details = (_retry(), QuotaFailure(violations=[violation]))
-    return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full; try again later", details)
+def _queue_full(error: QueueFullError) -> Failure:
+    return _over_quota(error, "the queue is full; try again later", "as many wait as may wait")
+
+
+@_failure.register
+def _wait_too_long(error: WaitTooLongError) -> Failure:
+    message = "the queue is too long for the deadline or the time limit; give it longer, or try again later"
+    return _over_quota(error, message, "the predicted wait is longer than the request may wait")
+
+
+def _over_quota(error: QueueFullError, message: str, description: str) -> Failure:
+    violation = QuotaFailure.Violation(subject="queued requests", description=description)
+    details = (_retry(error.retry_after), QuotaFailure(violations=[violation]))
+    return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, message, details, math.ceil(error.retry_after))
 
 
 @_failure.register

@@ -79,6 +79,9 @@ class FakeEngine:
     live: dict[str, Generation] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
     submitted: list[SamplingParams] = field(default_factory=list)
+    clients: list[str] = field(default_factory=list)
+    """Keys of those that submitted, refused ones too."""
+    max_waits: list[float | None] = field(default_factory=list)
     spec: FakeSpec = FakeSpec()
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     device: str = "cpu"
@@ -101,8 +104,16 @@ class FakeEngine:
         self.live.clear()
 
     async def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        client: str = "",
+        max_wait: float | None = None,
     ) -> Generation:
+        self.clients.append(client)
+        self.max_waits.append(max_wait)
         if self.refusal:
             raise self.refusal
         ids = await self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
