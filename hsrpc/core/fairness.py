@@ -68,8 +68,8 @@ class FairQueue:
         self._remembered: dict[str, float] = {}
         self._by_share: list[tuple[int, float, int, int, _Line]] = []
         self._by_due: list[tuple[float, int, int, _Line]] = []
-        self._served = 0.0
-        """Level of the client that was let in last: where a newcomer starts, so that absence earns nothing."""
+        self._levels = dict.fromkeys(range(-_MOST_STEPS, _MOST_STEPS + 1), 0.0)
+        """By priority, tokens of the client let in last: a newcomer starts there; absence earns nothing."""
         self._num_waiting = 0
         self._num_lines_waiting = 0
 
@@ -86,7 +86,8 @@ class FairQueue:
         """Put `request` into its client's line."""
         line = self._lines.get(request.client)
         if line is None:
-            served = max(self._served, self._remembered.pop(request.client, 0.0))
+            level = self._levels[_steps(request.params.priority)]
+            served = max(level, self._remembered.pop(request.client, 0.0))
             line = self._lines[request.client] = _Line(request.client, served)
         priority = request.params.priority
         heappush(line.heap, (now + AGING * _steps(priority), priority, request.arrival, request))
@@ -104,7 +105,9 @@ class FairQueue:
     def let_in(self, request: Request, now: float) -> None:
         """`request`, which is `first(now)`, waits no longer; its client is charged the prompt."""
         line = self._lines[request.client]
-        self._served = max(self._served, line.served)
+        if self._by_share[0][-1] is line:  # by its share, not for its waiting: then it need not be the least served
+            step = _steps(request.params.priority)
+            self._levels[step] = max(self._levels[step], line.served)
         heappop(line.heap)
         self._count(line, -1)
         line.served += request.num_prompt_tokens
@@ -142,12 +145,11 @@ class FairQueue:
         self._drop_stale()
 
     def _leave(self, line: _Line) -> None:
-        """Forget the client, but not that it is ahead of the others."""
+        """Forget the client, but, while there is room, not how much it was served."""
         del self._lines[line.client]
-        if line.served > self._served:
-            self._remembered[line.client] = line.served
-            if len(self._remembered) > _MAX_REMEMBERED:
-                del self._remembered[next(iter(self._remembered))]
+        self._remembered[line.client] = line.served
+        if len(self._remembered) > _MAX_REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]
 
     def _drop_stale(self) -> None:
         most = 2 * self._num_lines_waiting + _SPARE_ENTRIES

@@ -89,7 +89,9 @@ class GenerateRequest(google.protobuf.message.Message):
     text: builtins.str
     """Prompt as text; the model's tokenizer adds its special tokens."""
     priority: builtins.int
-    """Smaller runs first; ties in order of arrival. Default 0."""
+    """Smaller is let in first; ten seconds of waiting make up for one step. Among equals the client that was served least
+    comes first. Default 0.
+    """
     @property
     def token_ids(self) -> Global___TokenIds:
         """Prompt as token ids, taken as they are."""

@@ -158,13 +158,25 @@ def test_absence_earns_nothing_and_does_not_clear_a_debt():
         trace.add("new")
     clients = [trace.let_in().client for _ in range(8)]
     assert clients.count("steady") >= 3
-    only = Trace()
-    greedy = only.add("greedy")
-    only.add("other")
-    assert only.let_in() is greedy
-    only.end(greedy, num_outputs=500)
-    only.add("greedy")
-    assert only.let_in().client == "other"
+    again = Trace()
+    greedy = again.add("greedy")
+    assert again.let_in() is greedy
+    again.end(greedy, num_outputs=500)
+    again.add("greedy")
+    again.add("other")
+    assert again.let_in().client == "other"
+
+
+def test_an_urgent_clients_lead_is_no_newcomers_debt():
+    """A client that has had much by its priority does not make a new client wait until a steady one has had as much."""
+    trace = Trace()
+    for _ in range(100):
+        trace.add("urgent", priority=-1)
+        trace.add("steady")
+    for _ in range(105):
+        trace.let_in()
+    light = trace.add("light")
+    assert light in [trace.let_in(), trace.let_in()]
 
 
 def test_none_starves_whatever_its_priority():
