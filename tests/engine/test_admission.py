@@ -45,6 +45,8 @@ async def test_tokens_that_wait_are_bounded(reference: Callable[[str], Reference
         held = [await engine.submit([5] * 50, greedy(1))]
         with pytest.raises(QueueFullError):
             await engine.submit([5] * 20, greedy(1))
+        with pytest.raises(QueueFullError):
+            await engine.submit("a text of more than ten tokens", greedy(1))
         held.append(await engine.submit([5] * 10, greedy(1)))
         with pytest.raises(QueueFullError):
             await engine.submit("one", greedy(1))
