@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -10,31 +11,44 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 import grpc
 
 from hsrpc.errors import EngineFaultError
-from hsrpc.server.config import ServerConfig
+from hsrpc.server.config import ServerConfig, join_address
 from hsrpc.server.contract import Engine
+from hsrpc.server.last_resort import EXIT_SECONDS, exit_within
 from hsrpc.server.listener import Server
 from hsrpc.server.state import Phase
+from hsrpc.server.telemetry import Telemetry
+
+_log = logging.getLogger(__name__)
 
 
 async def serve(
     engine: AbstractAsyncContextManager[Engine],
     config: ServerConfig,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    telemetry: Telemetry | None = None,
 ) -> None:
     """Serve `engine`, not entered yet, until a signal ends it. Prints `listening on HOST:PORT` once bound.
 
-    Must run in the main thread, which alone can handle signals.
+    Must run in the main thread, which alone can handle signals. After a signal or a fault the process ends within
+    `drain_timeout` and some seconds, even where the device no longer answers. Metrics, log and spans are those of
+    `telemetry`, made from `config` if None; its `observe_step` is for the engine.
 
     Raises:
         ConfigError: the address cannot be bound; or what entering the engine raises.
         EngineFaultError: the engine died; its streams have ended with UNAVAILABLE.
         SystemExit: a second signal came, or one while loading; 128 plus its number.
     """
-    server = Server(config, interceptors)
+    async with telemetry or Telemetry(config) as entered:
+        await _serve(engine, Server(config, interceptors, entered.observers), entered)
+
+
+async def _serve(engine: AbstractAsyncContextManager[Engine], server: Server, telemetry: Telemetry) -> None:
     await server.start()
     print(f"listening on {server.address}", flush=True)
+    if telemetry.port is not None:
+        _log.info("metrics on http://%s/metrics", join_address(server.config.host, telemetry.port))
     stopping = asyncio.Event()
-    running = asyncio.create_task(_run(server, engine, stopping))
+    running = asyncio.create_task(_run(server, engine, telemetry, stopping))
     shutdown = _Shutdown(server, running, stopping)
     try:
         with _signal_handler(shutdown.on_signal):
@@ -50,8 +64,11 @@ async def serve(
         await asyncio.wait({running})
 
 
-async def _run(server: Server, engine: AbstractAsyncContextManager[Engine], stopping: asyncio.Event) -> None:
+async def _run(
+    server: Server, engine: AbstractAsyncContextManager[Engine], telemetry: Telemetry, stopping: asyncio.Event
+) -> None:
     async with engine as loaded:
+        telemetry.attach(loaded)
         await server.attach(loaded)
         await _run_until_drained(server, loaded, stopping)
 
@@ -63,6 +80,7 @@ async def _run_until_drained(server: Server, engine: Engine, stopping: asyncio.E
     try:
         await asyncio.wait({fault, drained}, return_when=asyncio.FIRST_COMPLETED)
         if fault.done():
+            exit_within(EXIT_SECONDS, 1)
             await server.fail()
             raise fault.exception() or EngineFaultError("an engine task has ended")
         await drained
@@ -88,8 +106,10 @@ class _Shutdown:
     def on_signal(self, number: int) -> None:
         if self._server.state.phase is Phase.SERVING and not self._stopping.is_set():
             self._stopping.set()
+            exit_within(self._server.config.drain_timeout + EXIT_SECONDS, 1)
         else:
             self.exit_code = 128 + number
+            exit_within(EXIT_SECONDS, self.exit_code)
             self._running.cancel()
 
 

@@ -59,6 +59,8 @@ class Failure:
     code: grpc.StatusCode
     message: str
     details: tuple[Message, ...] = ()
+    error_id: str | None = None
+    """Under which the log has more."""
 
     def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
         """The details as gRPC's rich error model carries them."""
@@ -78,7 +80,7 @@ def failure_of(error: Exception, method: str) -> Failure:
     error_id = uuid.uuid4().hex
     _log.error("%s failed, error id %s", method, error_id, exc_info=error)
     message = f"internal error {error_id}; the server's log has more under this id"
-    return Failure(grpc.StatusCode.INTERNAL, message, (_info("INTERNAL", error_id=error_id),))
+    return Failure(grpc.StatusCode.INTERNAL, message, (_info("INTERNAL", error_id=error_id),), error_id)
 
 
 def _info(reason: str, **metadata: str) -> ErrorInfo:
