@@ -1,4 +1,4 @@
-"""Serves a fake engine, for tests of signals and faults: `python -m tests.server.serve_fake [loading|broken|dies|hangs]`."""
+"""Serves a fake engine, for tests of signals and faults: its argument is loading, broken, dies, hangs or none."""
 
 from __future__ import annotations
 

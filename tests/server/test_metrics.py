@@ -190,7 +190,7 @@ async def test_other_requests_are_refused(telemetry, request_line, status):
 async def test_a_taken_port_is_named():
     """A metrics port in use is a ConfigError before anything is loaded."""
     async with Telemetry(ServerConfig(port=0, metrics_port=0)) as first:
-        with pytest.raises(ConfigError, match="^metrics_port="):
+        with pytest.raises(ConfigError, match=r"^metrics_port="):
             await Telemetry(ServerConfig(port=0, metrics_port=first.port)).__aenter__()
 
 
