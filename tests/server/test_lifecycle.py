@@ -87,7 +87,7 @@ async def test_draining_is_bounded(engine):
         await until(lambda: engine.live)
         await asyncio.wait_for(server.drain(), 2)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call.read()
+            await asyncio.wait_for(call.read(), 2)
         await asyncio.wait_for(server.stop(), 2)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert any(detail.Is(RetryInfo.DESCRIPTOR) for detail in rich_status(caught.value).details)
