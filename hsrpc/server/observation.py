@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import grpc
 
 from hsrpc.core.request import Delta, Finish
+from hsrpc.server.auth import client_name
 from hsrpc.server.contract import Generation
 from hsrpc.server.status import Failure, StalledClientError
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Listener = Callable[["ObservedCall"], None]
 
 _log = logging.getLogger(__name__)
+_TRACE_KEYS = ("traceparent", "tracestate")
 _current: ContextVar[ObservedCall | None] = ContextVar("call", default=None)
 
 
@@ -32,9 +34,9 @@ class ObservedCall:
 
     def __init__(self, client: str, metadata: dict[str, str], observers: Sequence[CallObserver]) -> None:
         self.client = client
-        """Host of the peer."""
+        """Its authenticated name, else the host of the peer."""
         self.metadata = metadata
-        """Text metadata of the call."""
+        """What the call's metadata says of its trace."""
         self.started = time.monotonic()
         self.request_id = ""
         self.model = ""
@@ -97,7 +99,7 @@ def observed(observers: Sequence[CallObserver], context: Context) -> Iterator[Ob
     if not observers:
         yield None
         return
-    call = ObservedCall(peer_host(context.peer()), _text_metadata(context), observers)
+    call = ObservedCall(client_name.get() or peer_host(context.peer()), _trace_metadata(context), observers)
     token = _current.set(call)
     call.start()
     try:
@@ -134,9 +136,9 @@ def peer_host(peer: str) -> str:
     return host.replace("%5B", "").replace("%5D", "").strip("[]")
 
 
-def _text_metadata(context: Context) -> dict[str, str]:
+def _trace_metadata(context: Context) -> dict[str, str]:
     metadata = context.invocation_metadata() or ()
-    return {key: value for key, value in metadata if isinstance(value, str)}
+    return {key: value for key, value in metadata if key in _TRACE_KEYS and isinstance(value, str)}
 
 
 def _tell(listeners: Sequence[Listener], call: ObservedCall) -> None:

@@ -10,10 +10,12 @@ from collections.abc import AsyncIterator, Iterator
 import grpc
 import pytest
 
+from hsrpc.client import AsyncClient
 from hsrpc.errors import RequestFailedError
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.logs import JsonFormatter, LogFormat, RequestLog, TextFormatter, set_up_logs
 from hsrpc.server.observation import ObservedCall, peer_host
+from hsrpc.server.security import SecurityConfig
 from hsrpc.v1 import generation_pb2 as v1
 from tests.server.conftest import until
 
@@ -73,6 +75,21 @@ async def test_a_failure_has_the_error_id(log, stub, engine):
     assert entry["error_id"] in cause["message"]
     assert "inner reason" in cause["exception"]
     assert PROMPT not in log.getvalue()
+
+
+async def test_a_client_with_a_name_is_logged_by_it(log, engine, tmp_path):
+    """The name that a token stands for, and never the token."""
+    tokens, token = tmp_path / "tokens", "0123456789abcdef"
+    tokens.write_text(f"alice {token}\n")
+    tokens.chmod(0o600)
+    server = Server(ServerConfig(port=0, security=SecurityConfig(auth_tokens=tokens)), observers=[RequestLog()])
+    await server.start()
+    await server.attach(engine)
+    async with AsyncClient(server.address, token=token) as client:
+        await client.complete("Hi")
+    await server.stop()
+    assert requests(log)[0]["client"] == "alice"
+    assert token not in log.getvalue()
 
 
 async def test_a_cancelled_call_has_its_line(log, stub, engine):
