@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> None:
     import uvloop  # needs the extra `engine`, which --help does not
 
     from hsrpc.server import ServerConfig, serve
+    from hsrpc.server.last_resort import exit_within
     from hsrpc.server.logs import LogFormat, set_up_logs
     from hsrpc.server.telemetry import Telemetry
 
@@ -94,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
     set_up_logs(LogFormat(options.log_format), options.log_level)
     telemetry = Telemetry(config)
     engine = Engine(engine_settings, progress=sys.stderr.isatty(), observe=telemetry.observe_step)
-    uvloop.run(serve(_offline_once_loaded(engine), config, telemetry=telemetry))
+    uvloop.run(serve(_offline_once_loaded(engine), config, telemetry=telemetry, exit_within=exit_within))
 
 
 @asynccontextmanager

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from hsrpc.errors import CheckpointError
 from hsrpc.server import ServerConfig, app, serve
+from hsrpc.server.last_resort import exit_within
 from tests.server.fake_engine import FakeEngine
 
 
@@ -31,7 +32,7 @@ async def main(mode: str) -> None:
     if mode == "hangs":
         engine = HangingEngine()
         app.EXIT_SECONDS = 1.0
-        await serve(engine, ServerConfig(port=0, drain_timeout=0.1))
+        await serve(engine, ServerConfig(port=0, drain_timeout=0.1), exit_within=exit_within)
     await serve(engine, ServerConfig(port=0, drain_timeout=30))
 
 
