@@ -16,7 +16,16 @@ import grpc
 import grpc.aio
 
 from hsrpc.client_channel import ROUND_ROBIN, Connection, FileName, Option
-from hsrpc.client_messages import CallError, Completion, Settings, call_errors, generate_request, read_delta
+from hsrpc.client_messages import (
+    CallError,
+    Completion,
+    Settings,
+    call_errors,
+    closing_call,
+    generate_request,
+    read_delta,
+    watch_load_request,
+)
 from hsrpc.core.request import Delta
 from hsrpc.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc, server_pb2, server_pb2_grpc
 
@@ -176,6 +185,16 @@ class Client:
         with call_errors():
             return self._server.GetServerInfo(server_pb2.GetServerInfoRequest(), metadata=self._metadata)
 
+    def watch_load(self, interval: float = 1.0) -> Iterator[server_pb2.WatchLoadResponse]:
+        """The load, at once and then every `interval` seconds (0.1 or more), until the server drains.
+
+        Raises:
+            CallError: while iterating; the call did not end well.
+        """
+        call = self._server.WatchLoad(watch_load_request(interval), metadata=self._metadata)
+        with call_errors(), closing_call(call):
+            yield from call
+
     def wait_ready(self, seconds: float) -> None:
         """Return once the server has loaded its model.
 
@@ -270,6 +289,17 @@ class AsyncClient:
     async def get_server_info(self) -> server_pb2.GetServerInfoResponse:
         with call_errors():
             return await self._server.GetServerInfo(server_pb2.GetServerInfoRequest(), metadata=self._metadata)
+
+    async def watch_load(self, interval: float = 1.0) -> AsyncIterator[server_pb2.WatchLoadResponse]:
+        """The load, at once and then every `interval` seconds (0.1 or more), until the server drains.
+
+        Raises:
+            CallError: while iterating; the call did not end well.
+        """
+        call = self._server.WatchLoad(watch_load_request(interval), metadata=self._metadata)
+        with call_errors(), closing_call(call):
+            async for response in call:
+                yield response
 
     async def wait_ready(self, seconds: float) -> None:
         """Return once the server has loaded its model.

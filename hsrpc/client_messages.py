@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TypedDict, cast
+from typing import Protocol, TypedDict, cast
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from hsrpc.core.request import Delta, Finish, FinishReason, Timings, TokenLogprob, Usage
 from hsrpc.errors import HsrpcError
 from hsrpc.v1 import generation_pb2 as v1
+from hsrpc.v1 import server_pb2
 
 
 class Settings(TypedDict, total=False):
@@ -102,6 +103,24 @@ def call_errors() -> Iterator[None]:
         metadata = cast("Iterable[tuple[str, bytes]]", error.trailing_metadata() or ())
         details = next((value for key, value in metadata if key == "grpc-status-details-bin"), None)
         raise CallError(error.code(), error.details() or "", details) from None
+
+
+class _Cancellable(Protocol):
+    def cancel(self) -> object: ...
+
+
+@contextmanager
+def closing_call(call: _Cancellable) -> Iterator[None]:
+    """Cancels the call at the end, so that a stream that is left early ends at the server too."""
+    try:
+        yield
+    finally:
+        call.cancel()
+
+
+def watch_load_request(interval: float) -> server_pb2.WatchLoadRequest:
+    """The message for reports every `interval` seconds."""
+    return server_pb2.WatchLoadRequest(interval=_duration(interval))
 
 
 def generate_request(prompt: str | Sequence[int], settings: Settings) -> v1.GenerateRequest:

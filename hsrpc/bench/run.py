@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, fields
 from statistics import median
 
 from hsrpc.bench.lag import LoopLag
-from hsrpc.bench.limit import StepLimit, step_limit
 from hsrpc.bench.workload import Workload
 from hsrpc.config import EngineConfig
 from hsrpc.core.plan import Hardware, Plan
 from hsrpc.core.request import SamplingParams
 from hsrpc.engine.engine import Engine
+from hsrpc.engine.limit import StepLimit, step_limit
 from hsrpc.engine.startup import measure_hardware
 from hsrpc.engine.stats import EngineStats, StepRecord
 from hsrpc.errors import HsrpcError

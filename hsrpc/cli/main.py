@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from hsrpc import __version__
-from hsrpc.cli import bench, convert, generate, info, plan, serve
+from hsrpc.cli import bench, convert, generate, info, plan, serve, top
 from hsrpc.cli.options import Parser
 from hsrpc.errors import HsrpcError
 
-_COMMANDS = (serve, generate, plan, convert, info, bench)
+_COMMANDS = (serve, generate, plan, convert, info, bench, top)
 
 _EXAMPLES = """\
 examples:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields
 from enum import StrEnum
 from typing import Any, NoReturn, TypeAlias
 
 from hsrpc.config import BUNDLED_MODEL, CachePolicy, DeviceKind, DType, EngineConfig, Placement
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+ABSENT: object = object()
+"""The value of an option that no flag gave."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,12 +22,30 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**(settings | {"allow_abbrev": False}))
+        self.fill_in: Callable[[argparse.Namespace], None] | None = None
+        """Called with what the flags gave; a value that none gave is ABSENT."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As the base's; what the flags leave open comes from elsewhere where the command wants it."""
+        parsed, unknown = super().parse_known_args(args, namespace or self._empty())
+        if self.fill_in is not None:
+            self.fill_in(parsed)
+        return parsed, unknown
+
+    def _empty(self) -> argparse.Namespace:
+        """Without values, or marked where flags must be told from defaults."""
+        names = [action.dest for action in self.options()] if self.fill_in is not None else []
+        return argparse.Namespace(**dict.fromkeys(names, ABSENT))
+
+    def options(self) -> list[argparse.Action]:
+        """What its flags set, in the order of the help."""
+        return [action for action in self._actions if action.option_strings and action.dest != "help"]
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
 
 
-def add_command(commands: Commands, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+def add_command(commands: Commands, name: str, summary: str, examples: str) -> Parser:
     """A command's parser, with a summary and examples."""
     parser = commands.add_parser(
         name,

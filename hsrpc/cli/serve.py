@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import os
 import sys
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
 from hsrpc.cli.security import add_security_options, security_config
+from hsrpc.cli.settings import add_settings, print_settings
 from hsrpc.model.hub import forbid_downloads
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ _EXAMPLES = """\
   hsrpc serve                                        the bundled model on 127.0.0.1:50051
   hsrpc serve --port 0                               a free port; printed as `listening on HOST:PORT`
   hsrpc serve --model ./opt-13b --gpu-memory 20GiB   weights and caches stream from the host
+  hsrpc serve --max-batch 8 --print-config           what would be in effect, and where it came from
   hsrpc serve --model ./opt-13b --cache-policy kv    no activation caching, to compare
 """
 
@@ -34,9 +35,35 @@ def add_parser(commands: Commands) -> None:
     listen.add_argument(
         "--shutdown-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for running requests"
     )
+    listen.add_argument(
+        "--step-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="for one step, before health says that the process hangs (default: 300)",
+    )
     add_security_options(parser)
+    _add_operations_options(parser)
     add_engine_options(parser)
+    add_settings(parser)
     parser.set_defaults(run=run)
+
+
+def _add_operations_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("operations")
+    group.add_argument(
+        "--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics here; 0 takes a free one"
+    )
+    group.add_argument("--log-format", choices=("text", "json"), default="text", help="default: text")
+    group.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info"
+    )
+    group.add_argument("--log-prompts", action="store_true", help="write prompts into the log; without, never")
+    group.add_argument(
+        "--otel-endpoint",
+        metavar="URL",
+        help="send spans here by OTLP over HTTP, such as http://localhost:4318/v1/traces",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -45,17 +72,30 @@ def run(options: argparse.Namespace) -> None:
     import uvloop  # needs the extra `engine`, which --help does not
 
     from hsrpc.server import ServerConfig, serve
+    from hsrpc.server.last_resort import exit_within
+    from hsrpc.server.logs import LogFormat, set_up_logs
+    from hsrpc.server.telemetry import Telemetry
 
-    security = security_config(options)
     config = ServerConfig(
-        host=options.host, port=options.port, drain_timeout=options.shutdown_timeout, security=security
+        host=options.host,
+        port=options.port,
+        security=security_config(options),
+        drain_timeout=options.shutdown_timeout,
+        step_timeout=options.step_timeout,
+        metrics_port=options.metrics_port,
+        log_prompts=options.log_prompts,
+        otel_endpoint=options.otel_endpoint,
     )
     engine_settings = engine_config(options)
+    if options.print_config:
+        print_settings(options.settings)
+        return
     from hsrpc.engine.engine import Engine  # takes seconds: the settings are checked by now
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    uvloop.run(serve(_offline_once_loaded(Engine(engine_settings, progress=sys.stderr.isatty())), config))
+    set_up_logs(LogFormat(options.log_format), options.log_level)
+    telemetry = Telemetry(config)
+    engine = Engine(engine_settings, progress=sys.stderr.isatty(), observe=telemetry.observe_step)
+    uvloop.run(serve(_offline_once_loaded(engine), config, telemetry=telemetry, exit_within=exit_within))
 
 
 @asynccontextmanager

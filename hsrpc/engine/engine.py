@@ -42,6 +42,8 @@ from hsrpc.model.sampler import Sampled
 
 _log = logging.getLogger(__name__)
 
+_STOP_SECONDS = 10.0
+"""Most time that the tasks, and the device calls of their threads, have to end when the engine is left."""
 _OUTPUT_STEPS = 2
 """Steps whose output may wait for detokenising before the next one does."""
 
@@ -90,6 +92,7 @@ class Engine:
         self._failed: asyncio.Future[None] | None = None
         self._main: asyncio.Task[None] | None = None
         self._accepts = False
+        self._last_beat = 0.0
         self._arrivals = 0
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "generated_tokens"), 0)
         self._step_seconds = 0.0
@@ -113,14 +116,18 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._accepts = False
+        main = self._main
         try:
-            if self._main is not None:
-                self._main.cancel()
-                await asyncio.wait([self._main])
+            if main is not None:
+                main.cancel()
+                await asyncio.wait([main], timeout=_STOP_SECONDS)
         finally:
             self._end_all(EngineUnavailableError("the engine was shut down"))
             parts, self._parts, self._main = self._opened, None, None
-            await parts.close()
+            if main is None or main.done():
+                await parts.close()
+            else:  # a thread may still use the memory: it goes with the process
+                _log.error("the engine's tasks have not ended; it is left without freeing its memory")
 
     @property
     def spec(self) -> ModelSpec:
@@ -214,6 +221,20 @@ class Engine:
             peak_device_bytes=parts.device.peak_memory,
         )
 
+    def heartbeat(self) -> float:
+        """Seconds since a step last began while there is work; 0 when idle.
+
+        Raises:
+            EngineUnavailableError: the engine is not started.
+        """
+        if self._parts is None:
+            raise _not_started()
+        return time.monotonic() - self._last_beat if self._is_busy else 0.0
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self._scheduler.num_waiting or self._scheduler.num_running)
+
     async def wait_failed(self) -> None:
         """Returns never while the engine is well.
 
@@ -266,7 +287,8 @@ class Engine:
 
     async def _run_steps(self) -> None:
         while True:
-            step = self._scheduler.schedule(time.monotonic())
+            self._last_beat = time.monotonic()
+            step = self._scheduler.schedule(self._last_beat)
             if step is None:
                 self._wake.clear()
                 await self._wake.wait()
@@ -398,6 +420,8 @@ class Engine:
         self._streams[request_id] = Stream(request, generation, detokenizer, stops, self._time_limit(request))
         self._arrivals += 1
         self._counts["prompt_tokens"] += len(token_ids)
+        if not self._is_busy:
+            self._last_beat = request.arrival_time
         self._scheduler.add(request)
         self._wake.set()
         return generation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -10,38 +11,62 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 import grpc
 
 from hsrpc.errors import EngineFaultError
-from hsrpc.server.config import ServerConfig
+from hsrpc.server.config import ServerConfig, join_address
 from hsrpc.server.contract import Engine
+from hsrpc.server.last_resort import EXIT_SECONDS
 from hsrpc.server.listener import Server
 from hsrpc.server.state import Phase
+from hsrpc.server.telemetry import Telemetry
+
+ExitWithin = Callable[[float, int], object]
+
+_log = logging.getLogger(__name__)
+
+
+def _nothing(_seconds: float, _code: int) -> None:
+    """Ends nothing: a program that embeds the server is not to be killed."""
 
 
 async def serve(
     engine: AbstractAsyncContextManager[Engine],
     config: ServerConfig,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    telemetry: Telemetry | None = None,
+    exit_within: ExitWithin = _nothing,
 ) -> None:
     """Serve `engine`, not entered yet, until a signal ends it. Prints `listening on HOST:PORT` once bound.
 
-    Must run in the main thread, which alone can handle signals.
+    Must run in the main thread, which alone can handle signals. `exit_within` is called when the end begins, with the
+    seconds that it may take at most and the exit code for a process that hangs. Metrics, log and spans are those of
+    `telemetry`, made from `config` if None; its `observe_step` is for the engine.
 
     Raises:
         ConfigError: the address cannot be bound; or what entering the engine raises.
         EngineFaultError: the engine died; its streams have ended with UNAVAILABLE.
         SystemExit: a second signal came, or one while loading; 128 plus its number.
     """
-    server = Server(config, interceptors)
+    async with telemetry or Telemetry(config) as entered:
+        await _serve(engine, Server(config, interceptors, entered.observers), entered, exit_within)
+
+
+async def _serve(
+    engine: AbstractAsyncContextManager[Engine], server: Server, telemetry: Telemetry, exit_within: ExitWithin
+) -> None:
     await server.start()
     print(f"listening on {server.address}", flush=True)
+    if telemetry.port is not None:
+        _log.info("metrics on http://%s/metrics", join_address(server.config.host, telemetry.port))
     stopping = asyncio.Event()
-    running = asyncio.create_task(_run(server, engine, stopping))
-    shutdown = _Shutdown(server, running, stopping)
+    running = asyncio.create_task(_run(server, engine, telemetry, stopping))
+    shutdown = _Shutdown(server, running, stopping, exit_within)
     try:
         with _signal_handler(shutdown.on_signal):
             await asyncio.wait({running})
         if shutdown.exit_code is not None:
             raise SystemExit(shutdown.exit_code)
         if running.cancelled() or running.exception():
+            if not running.cancelled() and isinstance(running.exception(), EngineFaultError):
+                exit_within(EXIT_SECONDS, 1)
             await server.fail()
         await running
     finally:
@@ -50,8 +75,11 @@ async def serve(
         await asyncio.wait({running})
 
 
-async def _run(server: Server, engine: AbstractAsyncContextManager[Engine], stopping: asyncio.Event) -> None:
+async def _run(
+    server: Server, engine: AbstractAsyncContextManager[Engine], telemetry: Telemetry, stopping: asyncio.Event
+) -> None:
     async with engine as loaded:
+        telemetry.attach(loaded)
         await server.attach(loaded)
         await _run_until_drained(server, loaded, stopping)
 
@@ -79,17 +107,22 @@ async def _drain(server: Server, stopping: asyncio.Event) -> None:
 class _Shutdown:
     """The first signal while serving drains; any other ends the process now."""
 
-    def __init__(self, server: Server, running: asyncio.Task[None], stopping: asyncio.Event) -> None:
+    def __init__(
+        self, server: Server, running: asyncio.Task[None], stopping: asyncio.Event, exit_within: ExitWithin
+    ) -> None:
         self.exit_code: int | None = None
         self._server = server
         self._running = running
         self._stopping = stopping
+        self._exit_within = exit_within
 
     def on_signal(self, number: int) -> None:
         if self._server.state.phase is Phase.SERVING and not self._stopping.is_set():
             self._stopping.set()
+            self._exit_within(self._server.config.drain_timeout + EXIT_SECONDS, 1)
         else:
             self.exit_code = 128 + number
+            self._exit_within(EXIT_SECONDS, self.exit_code)
             self._running.cancel()
 
 

@@ -25,6 +25,14 @@ class ServerConfig:
     """Seconds that running requests may take to end after the first SIGTERM or SIGINT."""
     write_timeout: float = 30.0
     """Seconds that a client may leave its stream unread, once the transport's buffers are full."""
+    step_timeout: float = 300.0
+    """Seconds that a step may take before health says that the process should be restarted."""
+    metrics_port: int | None = None
+    """Port of the Prometheus metrics, on the same host; 0 takes a free one, None has none."""
+    log_prompts: bool = False
+    """A request's line in the log has its prompt."""
+    otel_endpoint: str | None = None
+    """URL that spans are sent to, such as http://localhost:4318/v1/traces; None: as the OTEL_* variables say."""
     max_message_bytes: int = 4 * 1024**2
     """Largest request taken, bytes."""
     max_streams_per_connection: int = 4096
@@ -32,9 +40,12 @@ class ServerConfig:
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65_535:
-            raise ConfigError("port", self.port, "not a port", "give 0 to 65535")
-        for name in ("drain_timeout", "write_timeout"):
+        for name in ("port", "metrics_port"):
+            if not 0 <= (getattr(self, name) or 0) <= 65_535:
+                raise ConfigError(name, getattr(self, name), "not a port", "give 0 to 65535")
+        if not self.step_timeout > 0:
+            raise ConfigError("step_timeout", self.step_timeout, "not a positive time", "give seconds, such as 300")
+        for name in ("drain_timeout", "write_timeout", "step_timeout"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(name, value, "not a time", "give seconds, 0 or more")

@@ -22,6 +22,7 @@ from hsrpc.server.convert import (
 )
 from hsrpc.server.handlers import Write
 from hsrpc.server.model import check_model
+from hsrpc.server.observation import note_generation, note_output
 from hsrpc.server.owners import Owners
 from hsrpc.server.portions import merge, split
 from hsrpc.server.state import ServerState
@@ -41,6 +42,7 @@ class GenerationService:
             check_model(engine, request)
             options = read_output(request.output)
             generation = await _submit(engine, request)
+            note_generation(generation, engine.spec.name, request.text)
             try:
                 with self._owners.holding(generation.request_id):
                     first = await _first_response(engine, generation, request, options)
@@ -84,6 +86,7 @@ async def _send(
     most = options.max_tokens_per_message
     async with aclosing(merge(aiter(generation), options.max_message_delay, most)) as portions:
         async for portion in portions:
+            note_output(portion)
             for delta in split(portion, most):
                 _add(response, delta, options)
                 if response.ByteSize():

@@ -6,7 +6,7 @@ Requests are parsed here and not by grpc, which answers malformed ones with UNKN
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from hsrpc.server.caller import current_caller, read_caller
+from hsrpc.server.observation import CallObserver, ObservedCall, observed
 from hsrpc.server.status import MalformedRequestError, NotSupportedError, StalledClientError, failure_of
 
 if TYPE_CHECKING:
@@ -36,9 +37,10 @@ class Write(Protocol[Response_contra]):
 class StatusBoundary:
     """An exception that leaves the block ends the call with its status; cancellation passes."""
 
-    def __init__(self, method: str, context: Context) -> None:
+    def __init__(self, method: str, context: Context, call: ObservedCall | None = None) -> None:
         self._method = method
         self._context = context
+        self._call = call
 
     async def __aenter__(self) -> Self:
         return self
@@ -48,6 +50,8 @@ class StatusBoundary:
     ) -> None:
         if isinstance(error, Exception):
             failure = failure_of(error, self._method)
+            if self._call is not None:
+                self._call.fail(failure, error)
             await self._context.abort(failure.code, failure.message, failure.trailing_metadata())
 
 
@@ -63,7 +67,10 @@ def unary(request_type: type[Request], method: Callable[[Request], Awaitable[Mes
 
 
 def streaming(
-    request_type: type[Request], method: Callable[[Request, Write[Response]], Awaitable[None]], write_timeout: float
+    request_type: type[Request],
+    method: Callable[[Request, Write[Response]], Awaitable[None]],
+    write_timeout: float,
+    observers: Sequence[CallObserver] = (),
 ) -> Handler:
     """A handler of one request and a stream of responses, each to be taken by the client within `write_timeout` s."""
 
@@ -75,9 +82,10 @@ def streaming(
             except TimeoutError:
                 raise StalledClientError(f"no room to write for {write_timeout} s") from None
 
-        async with StatusBoundary(request_type.DESCRIPTOR.full_name, context):
-            current_caller.set(read_caller(context))
-            await method(parse(request_type, data), write)
+        with observed(observers, context) as call:
+            async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call):
+                current_caller.set(read_caller(context))
+                await method(parse(request_type, data), write)
 
     return grpc.unary_stream_rpc_method_handler(handle, response_serializer=_serialize)
 

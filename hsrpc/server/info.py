@@ -7,13 +7,17 @@ import time
 from hsrpc import __version__
 from hsrpc.core.blocks import BlockKind, PoolId, Tier
 from hsrpc.core.plan import Plan
+from hsrpc.errors import InvalidRequestError
 from hsrpc.server.contract import Engine, Stats
 from hsrpc.server.convert import duration
 from hsrpc.server.handlers import Write
 from hsrpc.server.state import ServerState
-from hsrpc.server.status import NotSupportedError
 from hsrpc.v1 import server_pb2 as v1
 
+_DEFAULT_INTERVAL = 1.0
+_MIN_INTERVAL = 0.1
+_MAX_INTERVAL = 3600.0
+"""Seconds between reports of the load."""
 _KINDS = {BlockKind.KV: v1.BLOCK_KIND_KV, BlockKind.ACTIVATION: v1.BLOCK_KIND_ACTIVATION}
 _TIERS = {Tier.DEVICE: v1.BLOCK_TIER_DEVICE, Tier.HOST: v1.BLOCK_TIER_HOST}
 
@@ -38,8 +42,32 @@ class InfoService:
             load=_load_message(engine, stats),
         )
 
-    async def watch_load(self, _: v1.WatchLoadRequest, __: Write[v1.WatchLoadResponse]) -> None:
-        raise NotSupportedError("WatchLoad")
+    async def watch_load(self, request: v1.WatchLoadRequest, write: Write[v1.WatchLoadResponse]) -> None:
+        """Report at once and at every interval until the server goes down."""
+        interval = _interval(request)
+        while True:
+            engine = self._state.engine
+            await write(self._report(engine))
+            if await self._state.leaving(interval):
+                return
+
+    def _report(self, engine: Engine) -> v1.WatchLoadResponse:
+        stats = engine.stats()
+        return v1.WatchLoadResponse(
+            load=_load_message(engine, stats),
+            measured=_measured_message(stats),
+            uptime=duration(time.monotonic() - self._started),
+        )
+
+
+def _interval(request: v1.WatchLoadRequest) -> float:
+    """Seconds between reports."""
+    if not request.HasField("interval"):
+        return _DEFAULT_INTERVAL
+    seconds = request.interval.seconds + request.interval.nanos / 1e9
+    if not _MIN_INTERVAL <= seconds <= _MAX_INTERVAL:
+        raise InvalidRequestError("interval", f"{seconds} s is outside [{_MIN_INTERVAL}, {_MAX_INTERVAL}]")
+    return seconds
 
 
 def _plan_message(plan: Plan) -> v1.Plan:

@@ -18,7 +18,9 @@ from hsrpc.server.handlers import streaming, unary
 from hsrpc.server.health_port import HealthPort, bind
 from hsrpc.server.info import InfoService
 from hsrpc.server.limits import channel_options
+from hsrpc.server.liveness import watch_steps
 from hsrpc.server.model import ModelService
+from hsrpc.server.observation import CallObserver
 from hsrpc.server.state import Phase, ServerState
 from hsrpc.server.tls import server_credentials
 from hsrpc.v1 import generation_pb2, model_pb2, server_pb2
@@ -36,15 +38,21 @@ _log = logging.getLogger(__name__)
 class Server:
     """Listens from `start` on; takes requests from `attach` to `drain`. All on one event loop."""
 
-    def __init__(self, config: ServerConfig, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        observers: Sequence[CallObserver] = (),
+    ) -> None:
         self.config = config
         self.state = ServerState()
         self.port = config.port
         self._health = health.aio.HealthServicer()
+        self._liveness: asyncio.Task[None] | None = None
         self._credentials = server_credentials(config.security)
         everyone = [*auth_interceptors(config.security), *interceptors]
         self._grpc = grpc.aio.server(interceptors=everyone, options=channel_options(config))
-        self._grpc.add_generic_rpc_handlers(_service_handlers(self.state, config))
+        self._grpc.add_generic_rpc_handlers(_service_handlers(self.state, config, observers))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         if config.security.reflection:
             names = (GENERATION, MODEL, SERVER, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -70,12 +78,19 @@ class Server:
         """Take requests for `engine`, which has started."""
         self.state.attach(engine)
         await self._set_health(serving=True)
+        self._liveness = asyncio.create_task(watch_steps(engine, self.config.step_timeout, self._set_alive))
+
+    async def _set_alive(self, alive: bool) -> None:
+        if self.state.phase is Phase.SERVING:
+            await self._health.set("", _status(serving=alive))
 
     async def drain(self) -> None:
         """Take no more requests, and wait for those there are, at most `drain_timeout` s."""
         self.state.enter(Phase.DRAINING)
         await self._set_health(serving=False)
         await self._wait_idle(self.config.drain_timeout)
+        self.state.expel()
+        await self._wait_idle(_LAST_WORDS / 2)
 
     async def fail(self) -> None:
         """The engine is dead: take no more requests, and let those there are hear of it."""
@@ -86,6 +101,7 @@ class Server:
     async def stop(self) -> None:
         """Cancel what is left, and close the port."""
         self.state.enter(Phase.DRAINING)
+        await self._set_health(serving=False)
         await self._grpc.stop(_LAST_WORDS / 2)
         await self.health_port.stop()
 
@@ -93,20 +109,27 @@ class Server:
         try:
             await asyncio.wait_for(self.state.wait_idle(), seconds)
         except TimeoutError:
-            _log.warning("requests still run after %s s and are cancelled", seconds)
+            _log.warning("requests still run after %s s and are ended", seconds)
 
     async def _set_health(self, *, serving: bool) -> None:
-        statuses = health_pb2.HealthCheckResponse
-        status = statuses.SERVING if serving else statuses.NOT_SERVING
+        if self._liveness is not None and not serving:
+            self._liveness.cancel()  # what does not serve needs no watching
         for name in HEALTH_NAMES:
-            await self._health.set(name, status)
+            await self._health.set(name, _status(serving=serving))
 
 
-def _service_handlers(state: ServerState, config: ServerConfig) -> list[grpc.GenericRpcHandler]:
+def _status(*, serving: bool) -> health_pb2.HealthCheckResponse.ServingStatus.ValueType:
+    statuses = health_pb2.HealthCheckResponse
+    return statuses.SERVING if serving else statuses.NOT_SERVING
+
+
+def _service_handlers(
+    state: ServerState, config: ServerConfig, observers: Sequence[CallObserver]
+) -> list[grpc.GenericRpcHandler]:
     generation, model, info = GenerationService(state), ModelService(state), InfoService(state)
     methods = {
         GENERATION: {
-            "Generate": streaming(generation_pb2.GenerateRequest, generation.generate, config.write_timeout),
+            "Generate": streaming(generation_pb2.GenerateRequest, generation.generate, config.write_timeout, observers),
             "Abort": unary(generation_pb2.AbortRequest, generation.abort),
         },
         MODEL: {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 
 from hsrpc.errors import EngineUnavailableError
@@ -34,9 +34,11 @@ class ServerState:
     def __init__(self) -> None:
         self.phase = Phase.LOADING
         self._engine: Engine | None = None
-        self._live = 0
+        self._live: set[asyncio.Task[object]] = set()
+        self._expelled: set[asyncio.Task[object]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._left = asyncio.Event()
 
     def attach(self, engine: Engine) -> None:
         self._engine = engine
@@ -46,6 +48,8 @@ class ServerState:
         """Go on to `phase`; what has failed stays so."""
         if self.phase is not Phase.FAILED:
             self.phase = phase
+        if phase in (Phase.DRAINING, Phase.FAILED):
+            self._left.set()
 
     @property
     def engine(self) -> Engine:
@@ -67,15 +71,33 @@ class ServerState:
         """
         if self.phase is not Phase.SERVING:
             raise NotServingError(self.phase)
-        engine = self.engine
-        self._live += 1
+        engine, task = self.engine, asyncio.current_task()
+        assert task is not None  # a method runs in its call's task
+        self._live.add(task)
         self._idle.clear()
         try:
             yield engine
+        except asyncio.CancelledError:
+            if task in self._expelled and not task.uncancel():
+                raise NotServingError(self.phase) from None
+            raise
         finally:
-            self._live -= 1
+            self._live.discard(task)
+            self._expelled.discard(task)
             if not self._live:
                 self._idle.set()
+
+    def expel(self) -> None:
+        """End the admitted calls that are left: they raise NotServingError."""
+        for task in self._live - self._expelled:
+            self._expelled.add(task)
+            task.cancel()
+
+    async def leaving(self, seconds: float) -> bool:
+        """Whether the server has begun to go down, asked again for at most that time."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._left.wait(), seconds)
+        return self._left.is_set()
 
     async def wait_idle(self) -> None:
         """Until no admitted call is left."""

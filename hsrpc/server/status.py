@@ -64,6 +64,8 @@ class Failure:
     details: tuple[Message, ...] = ()
     pushback: float | None = None
     """Seconds after which a client that retries by itself may."""
+    error_id: str | None = None
+    """Under which the log has more."""
 
     def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         """The details as gRPC's rich error model carries them, and the pushback as its retry policy does."""
@@ -87,7 +89,7 @@ def failure_of(error: Exception, method: str) -> Failure:
     error_id = uuid.uuid4().hex
     _log.error("%s failed, error id %s", method, error_id, exc_info=error)
     message = f"internal error {error_id}; the server's log has more under this id"
-    return Failure(grpc.StatusCode.INTERNAL, message, (_info("INTERNAL", error_id=error_id),))
+    return Failure(grpc.StatusCode.INTERNAL, message, (_info("INTERNAL", error_id=error_id),), error_id=error_id)
 
 
 def _info(reason: str, **metadata: str) -> ErrorInfo:
@@ -134,7 +136,7 @@ def _wait_too_long(error: WaitTooLongError) -> Failure:
 def _over_quota(error: QueueFullError, message: str, description: str) -> Failure:
     violation = QuotaFailure.Violation(subject="queued requests", description=description)
     details = (_retry(error.retry_after), QuotaFailure(violations=[violation]))
-    return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, message, details, math.ceil(error.retry_after))
+    return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, message, details, pushback=math.ceil(error.retry_after))
 
 
 @_failure.register

@@ -332,16 +332,28 @@ class WatchLoadResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     LOAD_FIELD_NUMBER: builtins.int
+    MEASURED_FIELD_NUMBER: builtins.int
+    UPTIME_FIELD_NUMBER: builtins.int
     @property
     def load(self) -> Global___Load:
         """The load at this moment."""
+
+    @property
+    def measured(self) -> Global___Measured:
+        """What was measured since the engine started; rates are differences between two reports."""
+
+    @property
+    def uptime(self) -> google.protobuf.duration_pb2.Duration:
+        """Time since the server was started, by a clock that never jumps."""
 
     def __init__(
         self,
         *,
         load: Global___Load | None = ...,
+        measured: Global___Measured | None = ...,
+        uptime: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["load", b"load"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["load", b"load"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["load", b"load", "measured", b"measured", "uptime", b"uptime"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["load", b"load", "measured", b"measured", "uptime", b"uptime"]) -> None: ...
 
 Global___WatchLoadResponse: typing_extensions.TypeAlias = WatchLoadResponse

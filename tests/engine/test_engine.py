@@ -35,7 +35,8 @@ async def test_an_engine_serves_between_entering_and_leaving_only(reference: Cal
     for _ in range(2):
         with pytest.raises(EngineUnavailableError):
             await engine.submit([5], greedy(1))
-        for look in (engine.stats, lambda: engine.plan, lambda: engine.tokenizer, lambda: engine.max_model_len):
+        properties = (lambda: engine.plan, lambda: engine.tokenizer, lambda: engine.max_model_len)
+        for look in (engine.stats, engine.heartbeat, *properties):
             with pytest.raises(EngineUnavailableError, match="async with"):
                 look()
         assert not engine.abort("a")
@@ -366,3 +367,55 @@ async def test_a_model_without_files_takes_token_ids_only() -> None:
         assert len(ids(deltas)) == 2
         assert deltas[-1].finish.reason is FinishReason.MAX_TOKENS
         assert live(engine, "none") is None
+
+
+async def test_the_heartbeat_is_the_age_of_the_step(reference: Callable[[str], Reference]) -> None:
+    """0 when idle, however long; grows while a step does not end; 0 again once the work is done."""
+    async with Engine(roomy(reference("opt"))) as engine:
+        engine._last_beat -= 100
+        assert engine.heartbeat() == 0
+        execute, gate = engine._opened.executor.execute, asyncio.Event()
+
+        async def late(step: Any) -> Any:
+            await gate.wait()
+            return await execute(step)
+
+        engine._opened.executor.execute = late
+        work = asyncio.create_task(collect(engine.generate([5], greedy(2))))
+        await until(lambda: engine.heartbeat() > 0.05)
+        assert engine.heartbeat() < 50
+        gate.set()
+        await work
+        await idle(engine)
+        assert engine.heartbeat() == 0
+
+
+async def test_leaving_is_bounded(reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that does not end keeps nobody from leaving, and its memory is not freed under it."""
+    monkeypatch.setattr(engine_module, "_STOP_SECONDS", 0.1)
+    engine, closed, gate = Engine(roomy(reference("opt"))), [], asyncio.Event()
+    async with engine:
+        parts, main = engine._opened, engine._main
+        close = parts.close
+        monkeypatch.setattr(type(parts), "close", lambda _: closed.append(True))
+        assert main is not None
+        main.cancel()
+        await asyncio.wait([main])
+        engine._main = asyncio.create_task(_deaf(gate))
+        await asyncio.sleep(0)
+        hanging = engine._main
+        started = time.monotonic()
+    assert time.monotonic() - started < 5
+    assert closed == []
+    gate.set()
+    await hanging
+    await close()
+
+
+async def _deaf(gate: asyncio.Event) -> None:
+    """Does not end when it is cancelled."""
+    while not gate.is_set():
+        try:
+            await gate.wait()
+        except asyncio.CancelledError:
+            continue

@@ -86,6 +86,8 @@ class FakeEngine:
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     device: str = "cpu"
     max_model_len: int = 256
+    beat: float = 0.0
+    """Seconds that its step takes already."""
 
     def __post_init__(self) -> None:
         self.plan = make_plan()
@@ -165,6 +167,9 @@ class FakeEngine:
             regenerated_tokens=0,
             peak_device_bytes=0,
         )
+
+    def heartbeat(self) -> float:
+        return self.beat
 
     def die(self) -> None:
         """All generations end with the fault."""

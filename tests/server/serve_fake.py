@@ -1,13 +1,26 @@
-"""Serves a fake engine, for tests of signals and faults: `python -m tests.server.serve_fake [loading|broken|dies]`."""
+"""Serves a fake engine, for tests of signals and faults: its argument is loading, broken, dies, hangs or none."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+import threading
+from contextlib import suppress
 
 from hsrpc.errors import CheckpointError
-from hsrpc.server import ServerConfig, serve
+from hsrpc.server import ServerConfig, app, serve
+from hsrpc.server.last_resort import exit_within
 from tests.server.fake_engine import FakeEngine
+
+
+class HangingEngine(FakeEngine):
+    """Cannot be left, and keeps a thread that never ends."""
+
+    async def __aexit__(self, *_: object) -> None:
+        threading.Thread(target=threading.Event().wait).start()
+        while True:
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
 
 
 async def main(mode: str) -> None:
@@ -16,6 +29,10 @@ async def main(mode: str) -> None:
         engine.load_error = CheckpointError("no model here")
     if mode == "dies":
         asyncio.get_running_loop().call_later(1, engine.die)
+    if mode == "hangs":
+        engine = HangingEngine()
+        app.EXIT_SECONDS = 1.0
+        await serve(engine, ServerConfig(port=0, drain_timeout=0.1), exit_within=exit_within)
     await serve(engine, ServerConfig(port=0, drain_timeout=30))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.rpc.error_details_pb2 import RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -19,7 +20,7 @@ from hsrpc.errors import ConfigError
 from hsrpc.server import Server, ServerConfig
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc
-from tests.server.conftest import until
+from tests.server.conftest import rich_status, until
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ async def test_interceptors_see_every_call(engine):
 
 
 async def test_draining_is_bounded(engine):
-    """What still runs after drain_timeout is cancelled with the server, and its work stops."""
+    """What still runs after drain_timeout ends UNAVAILABLE with RetryInfo, and its work stops."""
     engine.held = True
     server = Server(ServerConfig(port=0, drain_timeout=0.05))
     await server.start()
@@ -85,10 +86,61 @@ async def test_draining_is_bounded(engine):
         call = generation_pb2_grpc.GenerationServiceStub(channel).Generate(v1.GenerateRequest(request_id="r", text="H"))
         await until(lambda: engine.live)
         await asyncio.wait_for(server.drain(), 2)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(call.read(), 2)
         await asyncio.wait_for(server.stop(), 2)
-        with pytest.raises(grpc.aio.AioRpcError):
-            await call.read()
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert any(detail.Is(RetryInfo.DESCRIPTOR) for detail in rich_status(caught.value).details)
     assert engine.aborted == ["r"]
+
+
+async def test_a_step_that_takes_too_long_is_not_alive(engine):
+    """Liveness turns NOT_SERVING while a step takes longer than step_timeout, readiness does not; both ways."""
+    server = Server(ServerConfig(port=0, step_timeout=0.2))
+    await server.start()
+    await server.attach(engine)
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
+        engine.beat = 0.3
+        assert (await asyncio.wait_for(watch.read(), 5)).status == NOT_SERVING
+        assert await health(channel) == {NOT_SERVING, SERVING}
+        engine.beat = 0.1
+        assert (await asyncio.wait_for(watch.read(), 5)).status == SERVING
+    await server.stop()
+
+
+async def test_a_slow_step_revives_nothing_that_drains(engine):
+    """A drained server stays NOT_SERVING, whatever the heartbeat says later."""
+    engine.beat = 1.0
+    server = Server(ServerConfig(port=0, step_timeout=0.05))
+    await server.start()
+    await server.attach(engine)
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        await asyncio.sleep(0.1)
+        await server.drain()
+        engine.beat = 0.0
+        await asyncio.sleep(0.1)
+        assert await health(channel) == {NOT_SERVING}
+    await server.stop()
+
+
+async def test_a_process_that_hangs_is_ended():
+    """A thread that waits for a device for ever keeps the process no longer than it may take."""
+    code = (
+        "import threading; from hsrpc.server.last_resort import exit_within; exit_within(0.2, 7);"
+        "threading.Thread(target=threading.Event().wait).start()"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, cwd=ROOT)
+    assert await asyncio.wait_for(process.wait(), 20) == 7
+
+
+async def test_a_hanging_engine_does_not_keep_the_process():
+    """SIGTERM ends a process whose engine cannot be left, with an exit code that says so."""
+    async with served("hangs") as server:
+        await server.become(SERVING)
+        server.process.send_signal(signal.SIGTERM)
+        assert await server.exit_code() == 1
 
 
 async def test_a_taken_port_is_a_config_error(server):

@@ -14,7 +14,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, Re
 from hsrpc.core.request import Delta
 from hsrpc.errors import QueueFullError, RequestFailedError
 from hsrpc.v1 import generation_pb2 as v1
-from hsrpc.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc, server_pb2, server_pb2_grpc
+from hsrpc.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 from tests.server.conftest import rich_status, until
 from tests.server.fake_engine import FakeEngine
 
@@ -168,7 +168,6 @@ async def test_what_is_not_supported_is_unimplemented(stub, channel, engine):
         "output.prompt_logprobs": stub.Generate(request(output=v1.Output(prompt_logprobs=0))),
         "field 100 of hsrpc.v1.GenerateRequest": raw(unknown),
         "field 100 of hsrpc.v1.Sampling": raw(unknown_in_sampling),
-        "WatchLoad": server_pb2_grpc.ServerServiceStub(channel).WatchLoad(server_pb2.WatchLoadRequest()),
     }
     for feature, call in calls.items():
         error = await failure(call)

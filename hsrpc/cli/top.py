@@ -1,0 +1,113 @@
+"""hsrpc top: what a server does, live in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from hsrpc.cli.options import Commands, add_command
+from hsrpc.config import format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from hsrpc.v1.server_pb2 import BlockUse, GetServerInfoResponse, WatchLoadResponse
+
+_EXAMPLES = """\
+  hsrpc top                                  the server on this machine; Ctrl-C ends
+  hsrpc top --target 10.0.0.7:50051 --interval 0.5
+"""
+Unit = Callable[[float], str]
+
+_BAR = 40
+"""Characters."""
+
+
+def add_parser(commands: Commands) -> None:
+    parser = add_command(commands, "top", "show load, blocks, bus and throughput of a server, live", _EXAMPLES)
+    parser.add_argument("--target", default="127.0.0.1:50051", metavar="HOST:PORT", help="default: 127.0.0.1:50051")
+    parser.add_argument(
+        "--interval", type=float, default=1.0, metavar="SECONDS", help="between reports, 0.1 or more (default: 1)"
+    )
+    parser.add_argument("--count", type=int, metavar="N", help="end after N reports (default: with the server)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Show reports until the server goes down, or Ctrl-C."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read once, as grpc loads
+    from rich.live import Live
+
+    from hsrpc.client import Client
+
+    with Client(options.target) as client:
+        info = client.get_server_info()
+        with Live(auto_refresh=False) as live:
+            for view in _views(info, client.watch_load(options.interval), options.count):
+                live.update(view, refresh=True)
+    if options.count is None:
+        print("the server is shutting down")
+
+
+def _views(
+    info: GetServerInfoResponse, reports: Iterator[WatchLoadResponse], count: int | None
+) -> Iterator[RenderableType]:
+    last: WatchLoadResponse | None = None
+    for number, report in enumerate(reports, start=1):
+        yield view(info, last, report)
+        if number == count:
+            return
+        last = report
+
+
+def view(info: GetServerInfoResponse, last: WatchLoadResponse | None, report: WatchLoadResponse) -> RenderableType:
+    """One screen; rates are between the two reports, and unknown without `last`."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.title, table.title_justify = f"{info.model} on {info.device}, hsrpc {info.version}", "left"
+    load, measured = report.load, report.measured
+    table.add_row("requests", f"{load.running_requests} of {info.plan.max_batch} run, {load.queued_requests} wait")
+    for use in load.blocks:
+        if use.total:
+            table.add_row(_title(use), f"{_bar(use.used / use.total)} {use.used} of {use.total} blocks")
+    table.add_row("bus", _rate(last, report, ("weights_streamed_bytes", "cache_loaded_bytes"), _gigabytes))
+    table.add_row("generated", _rate(last, report, ("generated_tokens",), _tokens))
+    table.add_row("prompts", _rate(last, report, ("prompt_tokens",), _tokens))
+    table.add_row("regenerated", _rate(last, report, ("regenerated_tokens",), _tokens) + ", layers counted")
+    table.add_row("preemptions", str(measured.preemptions))
+    if measured.HasField("step_time"):
+        predicted = info.plan.predicted_step_time.ToTimedelta().total_seconds()
+        mean = measured.step_time.ToTimedelta().total_seconds()
+        table.add_row("step", f"{mean * 1e3:.1f} ms on average; {predicted * 1e3:.1f} ms predicted for a full batch")
+    if measured.peak_device_bytes:
+        budget = format_bytes(info.plan.device_memory_bytes)
+        table.add_row("device memory", f"{format_bytes(measured.peak_device_bytes)} at the peak, of {budget}")
+    return table
+
+
+def _rate(last: WatchLoadResponse | None, report: WatchLoadResponse, counters: tuple[str, ...], unit: Unit) -> str:
+    if last is None:
+        return "-"
+    seconds = (report.uptime.ToNanoseconds() - last.uptime.ToNanoseconds()) / 1e9
+    moved = sum(getattr(report.measured, name) - getattr(last.measured, name) for name in counters)
+    return unit(moved / seconds) if seconds > 0 else "-"
+
+
+def _gigabytes(rate: float) -> str:
+    return f"{rate / 1e9:.2f} GB/s"
+
+
+def _tokens(rate: float) -> str:
+    return f"{rate:.1f} tokens/s"
+
+
+def _bar(share: float) -> str:
+    return ("█" * round(share * _BAR)).ljust(_BAR, "░")
+
+
+def _title(use: BlockUse) -> str:
+    kinds, tiers = ("", "KV", "activations"), ("", "device", "host")
+    return f"{kinds[use.kind]}, {tiers[use.tier]}"

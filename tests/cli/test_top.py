@@ -1,0 +1,49 @@
+"""hsrpc top: what it shows of a server's reports."""
+
+from __future__ import annotations
+
+import io
+
+from google.protobuf.duration_pb2 import Duration
+from rich.console import Console
+
+from hsrpc.cli.top import view
+from hsrpc.v1 import server_pb2 as v1
+
+INFO = v1.GetServerInfoResponse(
+    version="1.2", model="opt-13b", device="H100", plan=v1.Plan(max_batch=64, device_memory_bytes=24 * 1024**3)
+)
+
+
+def report(seconds: int, moved: int, tokens: int) -> v1.WatchLoadResponse:
+    use = v1.BlockUse(kind=v1.BLOCK_KIND_ACTIVATION, tier=v1.BLOCK_TIER_HOST, used=25, total=100)
+    none = v1.BlockUse(kind=v1.BLOCK_KIND_KV, tier=v1.BLOCK_TIER_DEVICE)
+    measured = v1.Measured(
+        weights_streamed_bytes=moved, cache_loaded_bytes=moved, generated_tokens=tokens, peak_device_bytes=1024**3
+    )
+    load = v1.Load(running_requests=5, queued_requests=2, blocks=[use, none])
+    return v1.WatchLoadResponse(load=load, measured=measured, uptime=Duration(seconds=seconds))
+
+
+def shown(last: v1.WatchLoadResponse | None, now: v1.WatchLoadResponse) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(view(INFO, last, now))
+    return console.file.getvalue()
+
+
+def test_a_view_has_load_blocks_bus_and_throughput():
+    """Rates are differences over the server's time; pools without blocks are left out."""
+    text = shown(report(10, 10**9, 50), report(12, 6 * 10**9, 250))
+    assert "opt-13b on H100" in text
+    assert "5 of 64 run, 2 wait" in text
+    assert "25 of 100 blocks" in text
+    assert "KV, device" not in text
+    assert "5.00 GB/s" in text
+    assert "100.0 tokens/s" in text
+    assert "1.0 GiB at the peak, of 24.0 GiB" in text
+
+
+def test_the_first_view_knows_no_rates():
+    """One report has no difference, and two of the same moment neither."""
+    assert "GB/s" not in shown(None, report(1, 1, 1))
+    assert "GB/s" not in shown(report(1, 1, 1), report(1, 2, 2))
