@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
 
@@ -27,6 +28,10 @@ class Generation:
         """In effect: `seed` and `max_tokens` are filled in."""
         self._abort = abort
         self._pending: list[Delta] = []
+        self._num_pending = 0
+        """Tokens in `_pending`."""
+        self._wanted = 0
+        """Tokens that wake the consumer; fewer do not."""
         self._error: HsrpcError | None = None
         self._arrived = asyncio.Event()
         self._ended = False
@@ -44,21 +49,39 @@ class Generation:
             self._ended = True
             raise self._error or StopAsyncIteration
         delta = _merge(self._pending)
-        self._pending = []
+        self._pending, self._num_pending = [], 0
         self._ended = delta.finish is not None
         return delta
+
+    async def gather(self, seconds: float, tokens: int | None) -> None:
+        """Let output gather for `seconds`; return sooner with `tokens` of it, or once it has ended."""
+        self._wanted = tokens or sys.maxsize
+        self._arrived.clear()
+        timer = asyncio.get_running_loop().call_later(seconds, self._arrived.set)
+        try:
+            if not self._is_enough():
+                await self._arrived.wait()
+        finally:
+            timer.cancel()
+            self._wanted = 0
+
+    def _is_enough(self) -> bool:
+        ended = self._ended or self._error is not None or bool(self._pending and self._pending[-1].finish)
+        return ended or self._num_pending >= self._wanted
 
     def close(self) -> None:
         """End it here: a request that is still live is aborted, and what was not taken is dropped."""
         self._ended = True
-        self._pending = []
+        self._pending, self._num_pending = [], 0
         self._arrived.set()
         self._abort()
 
     def put(self, delta: Delta) -> None:
         """Add output; engine only."""
         self._pending.append(delta)
-        self._arrived.set()
+        self._num_pending += len(delta.token_ids)
+        if delta.finish or self._num_pending >= self._wanted:
+            self._arrived.set()
 
     def fail(self, error: HsrpcError) -> None:
         """End with an error, after what was put before; engine only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import aclosing
 
 from hsrpc.core.request import Delta
@@ -24,7 +25,7 @@ from hsrpc.server.handlers import Write
 from hsrpc.server.model import check_model
 from hsrpc.server.observation import note_generation, note_output
 from hsrpc.server.owners import Owners
-from hsrpc.server.portions import merge, split
+from hsrpc.server.portions import gathered, pace, split
 from hsrpc.server.state import ServerState
 from hsrpc.v1 import generation_pb2 as v1
 
@@ -46,9 +47,12 @@ class GenerationService:
             try:
                 with self._owners.holding(generation.request_id):
                     first = await _first_response(engine, generation, request, options)
-                    await _send(generation, first, options, write)
+                    await _send(generation, first, options, self._delay(options), write)
             finally:
                 generation.close()
+
+    def _delay(self, options: OutputOptions) -> Callable[[], float]:
+        return lambda: options.max_message_delay or pace(self._state.live)
 
     async def abort(self, request: v1.AbortRequest) -> v1.AbortResponse:
         request_id = check_request_id(request.request_id)
@@ -81,10 +85,14 @@ async def _first_response(
 
 
 async def _send(
-    generation: Generation, response: v1.GenerateResponse, options: OutputOptions, write: Write[v1.GenerateResponse]
+    generation: Generation,
+    response: v1.GenerateResponse,
+    options: OutputOptions,
+    delay: Callable[[], float],
+    write: Write[v1.GenerateResponse],
 ) -> None:
     most = options.max_tokens_per_message
-    async with aclosing(merge(aiter(generation), options.max_message_delay, most)) as portions:
+    async with aclosing(gathered(generation, delay, most)) as portions:
         async for portion in portions:
             note_output(portion)
             for delta in split(portion, most):

@@ -62,6 +62,11 @@ class ServerState:
             raise NotServingError(self.phase)
         return self._engine
 
+    @property
+    def live(self) -> int:
+        """Admitted calls that have not ended."""
+        return self._live
+
     @contextmanager
     def admit(self) -> Iterator[Engine]:
         """The engine, for a call that starts work; draining waits for its end.

@@ -111,3 +111,52 @@ async def test_two_consumers_share_one_generation() -> None:
     generation.put(Delta("d", finish=END))
     texts = await asyncio.wait_for(asyncio.gather(*tasks), 5)
     assert sorted("".join(texts[0] + texts[1])) == list("abcd")
+
+
+async def test_gathering_waits_for_enough() -> None:
+    """One token of two does not end it; the second does, and both are taken at once."""
+    generation, _ = make()
+    gathering = asyncio.create_task(generation.gather(60, 2))
+    generation.put(Delta("a", (1,)))
+    await asyncio.sleep(0.01)
+    assert not gathering.done()
+    generation.put(Delta("b", (2,)))
+    await asyncio.wait_for(gathering, 5)
+    assert await anext(generation) == Delta("ab", (1, 2))
+
+
+async def test_gathering_ends_in_time() -> None:
+    """What has come within the time is there then, and a token that comes later wakes the consumer as ever."""
+    generation, _ = make()
+    await asyncio.wait_for(generation.gather(0.01, None), 5)
+    waiting = asyncio.create_task(anext(generation))
+    await asyncio.sleep(0)
+    generation.put(Delta("a", (1,)))
+    assert await asyncio.wait_for(waiting, 5) == Delta("a", (1,))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "while"])
+async def test_gathering_ends_with_the_output(first: bool) -> None:
+    """A finish, an error and a close end it, whether they come before or while it waits."""
+    ends = (lambda g: g.put(Delta(finish=END)), lambda g: g.fail(EngineFaultError("died")), Generation.close)
+    for end in ends:
+        generation, _ = make()
+        if first:
+            end(generation)
+        gathering = asyncio.create_task(generation.gather(60, None))
+        await asyncio.sleep(0)
+        if not first:
+            end(generation)
+        await asyncio.wait_for(gathering, 5)
+
+
+async def test_a_cancelled_gathering_loses_nothing() -> None:
+    """What came while it waited is taken afterwards."""
+    generation, _ = make()
+    gathering = asyncio.create_task(generation.gather(60, None))
+    await asyncio.sleep(0)
+    generation.put(Delta("a", (1,)))
+    gathering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gathering
+    assert await asyncio.wait_for(anext(generation), 5) == Delta("a", (1,))

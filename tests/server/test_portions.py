@@ -1,0 +1,34 @@
+"""How many messages a stream is cut into."""
+
+from __future__ import annotations
+
+import asyncio
+
+from hsrpc.server import portions
+from hsrpc.server.portions import pace
+from hsrpc.v1 import generation_pb2 as v1
+from tests.server.conftest import until
+
+
+def test_many_streams_leave_each_other_room():
+    """Streams together keep to the rate, each waits for a short time only, and a few do not wait at all."""
+    assert [streams / pace(streams) for streams in (1, 64, 256)] == [10_000] * 3
+    assert pace(1) < 0.001
+    assert pace(100_000) == 0.05
+
+
+async def test_a_busy_server_merges_without_being_asked(stub, engine, monkeypatch):
+    """Without a delay of the client's, tokens gather for the pace; the first is sent at once, the finish ends it."""
+    monkeypatch.setattr(portions, "_MAX_MESSAGES_PER_SECOND", 0.01)
+    monkeypatch.setattr(portions, "_MAX_PACE", 60.0)
+    engine.held = True
+    call = stub.Generate(v1.GenerateRequest(request_id="r", text="Hi"))
+    await until(lambda: engine.live)
+    engine.say("r", "a")
+    assert (await asyncio.wait_for(call.read(), 5)).delta.text == "a"
+    for word in ("b", "c", "d"):
+        engine.say("r", word)
+        await asyncio.sleep(0.01)
+    engine.end("r")
+    last = await asyncio.wait_for(call.read(), 5)
+    assert (last.delta.text, last.HasField("finish")) == ("bcd", True)
