@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hsrpc.cli.bench_serve import add_frontend_parser, add_serve_parser
 from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
 from hsrpc.config import CachePolicy, EngineConfig
 
@@ -20,6 +21,8 @@ _EXAMPLES = """\
   hsrpc bench prefill --shape opt-6.7b --max-batch 16 --prompt 2048
   hsrpc bench offline --shape opt-13b --requests 256 --lengths sharegpt-like --gpu-memory 24GiB
   hsrpc bench sweep --shape opt-6.7b --max-batch 64 --placement host --plot sweep.png --json sweep.json
+  hsrpc bench serve --rate 4 --duration 30
+  hsrpc bench frontend
 """
 _KINDS = {
     "decode": "decode steps of a full batch, after its prefill",
@@ -31,10 +34,18 @@ _KINDS = {
 
 def add_parser(commands: Commands) -> None:
     parser = add_command(
-        commands, "bench", "measure speed beside the limit of the machine, on random weights", _EXAMPLES
+        commands, "bench", "measure speed: of the engine beside the limit, and through gRPC", _EXAMPLES
     )
-    kinds = "; ".join(f"{name}: {text}" for name, text in _KINDS.items())
-    parser.add_argument("kind", choices=tuple(_KINDS), help=kinds)
+    kinds = parser.add_subparsers(title="kinds", metavar="KIND", dest="kind", required=True)
+    for name, text in _KINDS.items():
+        _add_engine_parser(kinds, name, text)
+    add_serve_parser(kinds)
+    add_frontend_parser(kinds)
+
+
+def _add_engine_parser(kinds: Commands, name: str, text: str) -> None:
+    examples = "".join(f"{line}\n" for line in _EXAMPLES.splitlines() if line.startswith(f"  hsrpc bench {name} "))
+    parser = add_command(kinds, name, text, examples)
     load = parser.add_argument_group("load")
     load.add_argument("--shape", help="such as opt-6.7b, in place of --model random:SHAPE")
     load.add_argument("--requests", type=int, metavar="N", help="default: as many as run at once")

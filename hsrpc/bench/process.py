@@ -1,0 +1,70 @@
+"""A server in a process of its own, so that load and service do not share an interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from hsrpc.errors import HsrpcError
+
+_STOP_SECONDS = 60.0
+
+
+class ServerProcessError(HsrpcError):
+    """The server did not come up; its messages are on standard error."""
+
+
+class ServerProcess:
+    """`hsrpc serve` with the given arguments: listening once made, stopped on exit.
+
+    Raises:
+        ServerProcessError: on construction, when the server ends before it listens.
+    """
+
+    def __init__(self, arguments: Sequence[str], *, port: int = 0) -> None:
+        command = [sys.executable, "-m", "hsrpc.cli.main", "serve", "--port", str(port), *arguments]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 own arguments
+        self.address = self._read_address()
+        self.port = int(self.address.rpartition(":")[2])
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def kill(self) -> None:
+        """SIGKILL: nothing is drained."""
+        self._process.kill()
+        self._wait()
+
+    def stop(self) -> int:
+        """SIGTERM, and SIGKILL where that does not help; the exit code."""
+        self._process.terminate()
+        try:
+            return self._wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._wait()
+
+    def _wait(self, timeout: float | None = None) -> int:
+        code = self._process.wait(timeout)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        return code
+
+    def _read_address(self) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("listening on "):
+                return line.removeprefix("listening on ").strip()
+        raise ServerProcessError(f"hsrpc serve ended with {self._wait()} before it listened")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()

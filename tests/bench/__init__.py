@@ -1,0 +1,1 @@
+"""Measurements: load through gRPC, and what is made of it."""
