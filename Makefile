@@ -1,5 +1,5 @@
 # Everything here works from a clean clone: .venv is made when it is missing or pyproject.toml has changed.
-# Settings: PYTHON=python3.12 (any >= 3.11), PYTEST_ARGS='-k planner'.
+# Settings: PYTHON=python3.12 (any >= 3.11), PYTEST_ARGS='-k planner', SECONDS=60, EXAMPLES=1000.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,6 +10,8 @@ supported := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(firstword $(foreach python,python3.11 python3 python3.12 python3.13 python3.14,\
 	$(shell $(python) -c '$(supported)' 2>/dev/null && echo $(python))))
 PYTEST_ARGS ?=
+SECONDS = 600
+EXAMPLES ?= 10000
 
 bin := .venv/bin
 installed := .venv/installed
@@ -33,6 +35,14 @@ demo: $(installed) ## Stream text from a model that does not fit its device memo
 test: $(installed) $(node_installed) ## Run all tests
 	$(if $(node_installed),,@echo "npm is not installed: the tests of the Node.js client are left out")
 	@$(pytest) -n auto --dist worksteal $(PYTEST_ARGS)
+
+.PHONY: soak
+soak: $(installed) ## Serve under load, cancels, faults and kills for SECONDS=600; report in build/soak
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(bin)/python tools/soak.py --seconds $(SECONDS) --out build/soak
+
+.PHONY: fuzz
+fuzz: $(installed) ## Send EXAMPLES=10000 mutated requests to a server
+	@HSRPC_FUZZ_EXAMPLES=$(EXAMPLES) $(pytest) -s --timeout 0 tests/server/test_fuzz.py
 
 .PHONY: lint
 lint: $(installed) proto-check ## Check style, format, types, the proto files and their stubs
