@@ -32,6 +32,7 @@ from hsrpc.bench.load_report import quantiles
 from hsrpc.bench.process import ServerProcess
 from hsrpc.bench.workload import Lengths
 from hsrpc.client import AsyncClient, CallError, Settings
+from hsrpc.client_messages import generate_request
 
 SERVER = (
     *("--device", "cpu", "--gpu-memory", "18MiB", "--host-memory", "64MiB", "--max-batch", "8"),
@@ -68,34 +69,10 @@ class Record:
     canaries: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     malformed: Counter[str] = field(default_factory=Counter)
+    churned: Counter[str] = field(default_factory=Counter)
     exit_code: int | None = None
     busy_at_end: int = 0
     lag_p99: float = 0.0
-
-
-class Connections:
-    """A shared connection, and now and then a new one, which is closed when its time has come."""
-
-    def __init__(self, address: str, rng: random.Random) -> None:
-        self._address = address
-        self._rng = rng
-        self._shared = AsyncClient(address)
-        self._old: list[AsyncClient] = []
-        self.opened = 1
-
-    def pick(self) -> AsyncClient:
-        if self._rng.random() < NEW_CONNECTIONS:
-            self._old.append(self._shared)
-            self._shared = AsyncClient(self._address)
-            self.opened += 1
-        return self._shared
-
-    async def close(self, *, keep: int = 0) -> None:
-        """Close those not used any more, but the latest `keep`, whose calls may still run."""
-        while len(self._old) > keep:
-            await self._old.pop(0).close()
-        if not keep:
-            await self._shared.close()
 
 
 class Soak:
@@ -135,13 +112,15 @@ class Soak:
 
     async def _live(self, server: ServerProcess, seconds: float, number: int, *, last: bool) -> None:
         """Load a server for some time; then it is killed amid its work, unless it is the last one."""
-        connections = Connections(server.address, self._rng)
         async with AsyncClient(server.address) as client:
             await client.wait_ready(RESTART_SECONDS)
             beside = [asyncio.create_task(self._watch(server.pid)), asyncio.create_task(self._canaries(client))]
-            beside += [asyncio.create_task(self._malform(server.address)), asyncio.create_task(_churn(connections))]
+            beside += [
+                asyncio.create_task(self._malform(server.address)),
+                asyncio.create_task(self._churn(server.address)),
+            ]
             killer = None if last else asyncio.create_task(_kill_after(server, seconds * 0.95))
-            await self._load(connections, seconds, number)
+            await self._load(client, seconds, number)
             if killer:
                 await killer
             for task in beside:
@@ -151,14 +130,13 @@ class Soak:
                     raise result
             if last:
                 self.record.busy_at_end = await _busy(client)
-        await connections.close()
 
-    async def _load(self, connections: Connections, seconds: float, number: int) -> None:
+    async def _load(self, client: AsyncClient, seconds: float, number: int) -> None:
         mix = _mix(self.record.capacity * LOAD, seconds, cancels=CANCELS, deadlines=DEADLINES)
         offset = time.perf_counter() - self._started
         arrivals = make_arrivals(mix, _VOCAB, _LONGEST, self._seed + number)
         with tqdm(total=len(arrivals), desc=f"life {number + 1}", unit="", mininterval=1) as bar:
-            outcomes = await run_load(connections.pick, arrivals, lambda _: bar.update())
+            outcomes = await run_load(lambda: client, arrivals, lambda _: bar.update())
         for outcome in outcomes:
             _shift(outcome, offset)
         self.record.outcomes += outcomes
@@ -190,6 +168,25 @@ class Soak:
                 with suppress(grpc.aio.AioRpcError):
                     await running.read()
                 self.record.malformed[(await running.code()).name] += 1
+
+    async def _churn(self, address: str) -> None:
+        """A new connection for each call; half of them vanish amid their stream."""
+        request = generate_request(PROMPTS[0], {"max_tokens": 16, "max_tokens_per_message": 1})
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await asyncio.sleep(self._rng.expovariate(self.record.capacity * LOAD * NEW_CONNECTIONS))
+                group.create_task(self._connect(address, request.SerializeToString(), self._rng.random() < 0.5))
+
+    async def _connect(self, address: str, request: bytes, vanish: bool) -> None:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(address, options) as channel:
+            call: grpc.aio.UnaryStreamCall[bytes, bytes] = channel.unary_stream(_METHOD)(request, timeout=60)
+            with suppress(grpc.aio.AioRpcError):
+                while await call.read() is not grpc.aio.EOF:
+                    if vanish:
+                        self.record.churned["VANISHED"] += 1
+                        return
+            self.record.churned[(await call.code()).name] += 1
 
     async def _watch(self, pid: int) -> None:
         while True:
@@ -233,12 +230,6 @@ async def _capacity(client: AsyncClient, seconds: float, workers: int = 16) -> f
     return ended / seconds
 
 
-async def _churn(connections: Connections) -> None:
-    while True:
-        await asyncio.sleep(5)
-        await connections.close(keep=20)
-
-
 async def _kill_after(server: ServerProcess, seconds: float) -> None:
     await asyncio.sleep(seconds)
     await asyncio.to_thread(server.kill)
@@ -279,6 +270,7 @@ def checks(record: Record) -> dict[str, bool]:
         "the canary gave the same text always": record.canaries[OK] > 0 and not record.wrong,
         "the canary never hung": set(record.canaries) <= refused | {OK},
         "malformed requests were refused as such": set(record.malformed) <= {"INVALID_ARGUMENT", "UNAVAILABLE"},
+        "new connections were served": set(record.churned) <= refused | {OK, "VANISHED"},
         f"file descriptors flat (grew by {fds})": fds <= FD_SLACK,
         f"resident memory flat (grew by {rss / 2**20:.1f} MiB)": rss <= RSS_SLACK,
         "nothing was in use after the load": record.busy_at_end == 0,
@@ -305,6 +297,7 @@ def report(record: Record, out: Path) -> bool:
         "capacity_requests_per_second": record.capacity,
         "statuses": Counter(outcome.status for outcome in record.outcomes),
         "malformed": record.malformed,
+        "new_connections": record.churned,
         "canaries": record.canaries,
         "wrong": record.wrong,
         "first_token": asdict(quantiles(_first_token_times(record.outcomes))),

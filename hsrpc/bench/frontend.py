@@ -30,7 +30,8 @@ MAX_LAG = 0.01
 """Seconds, 99th percentile of the event loop's lag."""
 _SLOWEST = 1.15
 """Most seconds a trial may take, relative to what its rate asks for."""
-_FIRST_RATE, _FACTOR = 10_000.0, 1.4
+_FIRST_RATE, _FACTOR, _LAST_RATE = 10_000.0, 1.4, 1_000_000.0
+"""Tokens per second; far more than any engine makes."""
 _TRIES = 2
 """A rate is kept if one of so many trials keeps it: other processes use the machine too."""
 
@@ -80,13 +81,14 @@ class _Bench:
     async def highest(self, mode: str, streams: int) -> Trial:
         """Raise the rate until it is not kept any more."""
         rate, best = _FIRST_RATE, None
-        while True:
+        while best is None or rate <= _LAST_RATE:
             trial = await self._try(mode, streams, rate)
             for _ in range(_TRIES - 1):
                 trial = trial if trial.kept else await self._try(mode, streams, rate)
             if not trial.kept:
                 return best or trial
             rate, best = rate * _FACTOR, trial
+        return best
 
     async def _try(self, mode: str, streams: int, rate: float) -> Trial:
         self.engine.rate = rate / streams

@@ -319,7 +319,7 @@ class Output(google.protobuf.message.Message):
     """Deltas carry token ids. Default false: text only."""
     max_tokens_per_message: builtins.int
     """Most tokens in one delta, at least 1. Text that cannot be told apart comes with the first of the deltas that share
-    its tokens. Default: no bound; a delta carries what has gathered since the last one.
+    its tokens. Default 1024; a delta carries what has gathered since the last one.
     """
     @property
     def max_message_delay(self) -> google.protobuf.duration_pb2.Duration:

@@ -48,6 +48,7 @@ def test_a_good_run_passes():
         {"canaries": Counter()},
         {"canaries": Counter({OK: 9, "DEADLINE_EXCEEDED": 1})},
         {"malformed": Counter(UNKNOWN=1)},
+        {"churned": Counter(INTERNAL=1)},
         {"samples": grown(1, 0)},
         {"samples": grown(0, 4 * 2**20)},
         {"busy_at_end": 1},

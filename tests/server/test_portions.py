@@ -32,3 +32,14 @@ async def test_a_busy_server_merges_without_being_asked(stub, engine, monkeypatc
     engine.end("r")
     last = await asyncio.wait_for(call.read(), 5)
     assert (last.delta.text, last.HasField("finish")) == ("bcd", True)
+
+
+async def test_a_message_is_never_too_large_for_a_client(stub, engine):
+    """What has gathered for a slow reader comes in messages of bounded size, even if the client asked for no bound."""
+    engine.held = True
+    call = stub.Generate(v1.GenerateRequest(request_id="r", text="Hi", output=v1.Output(return_token_ids=True)))
+    await until(lambda: engine.live)
+    engine.say("r", *["x"] * 5000)
+    engine.end("r")
+    sizes = [len(response.delta.token_ids) async for response in call]
+    assert (sum(sizes), max(sizes)) == (5000, 1024)
