@@ -180,7 +180,8 @@ class Soak:
     async def _connect(self, address: str, request: bytes, vanish: bool) -> None:
         options = [("grpc.use_local_subchannel_pool", 1)]
         async with grpc.aio.insecure_channel(address, options) as channel:
-            call: grpc.aio.UnaryStreamCall[bytes, bytes] = channel.unary_stream(_METHOD)(request, timeout=60)
+            method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(_METHOD)
+            call = method(request, timeout=60)
             with suppress(grpc.aio.AioRpcError):
                 while await call.read() is not grpc.aio.EOF:
                     if vanish:

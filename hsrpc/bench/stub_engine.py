@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Self
 
 from hsrpc.config import EngineConfig
-from hsrpc.core.plan import Budgets, Hardware, Plan, Planner
+from hsrpc.core.plan import Budgets, Hardware, Plan
+from hsrpc.core.planner import Planner
 from hsrpc.core.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.engine.generation import Generation
