@@ -25,7 +25,7 @@ from hsrpc.server.handlers import Write
 from hsrpc.server.model import check_model
 from hsrpc.server.observation import note_generation, note_output
 from hsrpc.server.owners import Owners
-from hsrpc.server.portions import gathered, pace, split
+from hsrpc.server.portions import Turns, gathered, pace, split
 from hsrpc.server.state import ServerState
 from hsrpc.v1 import generation_pb2 as v1
 
@@ -39,6 +39,7 @@ class GenerationService:
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._owners = Owners()
+        self._turns = Turns()
 
     async def generate(self, request: v1.GenerateRequest, write: Write[v1.GenerateResponse]) -> None:
         """Send the continuation of the prompt; however this ends, the engine's work for it ends too."""
@@ -50,9 +51,16 @@ class GenerationService:
             try:
                 with self._owners.holding(generation.request_id):
                     first = await _first_response(engine, generation, request, options)
-                    await _send(generation, first, options, self._delay(options), write)
+                    await _send(generation, first, options, self._delay(options), self._in_turn(write))
             finally:
                 generation.close()
+
+    def _in_turn(self, write: Write[v1.GenerateResponse]) -> Write[v1.GenerateResponse]:
+        async def write_in_turn(message: v1.GenerateResponse) -> None:
+            await self._turns.wait()
+            await write(message)
+
+        return write_in_turn
 
     def _delay(self, options: OutputOptions) -> Callable[[], float]:
         return lambda: options.max_message_delay or pace(self._state.live)

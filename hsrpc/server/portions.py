@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 
 from hsrpc.core.request import Delta
@@ -11,6 +13,38 @@ _MAX_MESSAGES_PER_SECOND = 10_000
 """Of all streams; half of what one core can send."""
 _MAX_PACE = 0.05
 """Seconds."""
+
+
+class Turns:
+    """Lets a bounded number pass in one iteration of the event loop, so that a step's tokens do not hold it up."""
+
+    def __init__(self, most: int = 32) -> None:
+        self._most = most
+        self._passed = 0
+        """In this iteration; where it is not 0, `_begin` is scheduled for the next one."""
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def wait(self) -> None:
+        """Return in this iteration if there is room, else in a later one, in order of arrival."""
+        if self._passed >= self._most:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            await turn
+            return
+        self._pass()
+
+    def _begin(self) -> None:
+        self._passed = 0
+        while self._waiting and self._passed < self._most:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                self._pass()
+
+    def _pass(self) -> None:
+        if not self._passed:
+            asyncio.get_running_loop().call_soon(self._begin)
+        self._passed += 1
 
 
 def pace(streams: int) -> float:

@@ -62,6 +62,7 @@ def test_a_good_run_passes():
         "silent",
         "stuck",
         "malformed",
+        "connections",
         "descriptors",
         "memory",
         "busy",

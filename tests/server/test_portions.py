@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from hsrpc.server import portions
-from hsrpc.server.portions import pace
+from hsrpc.server.portions import Turns, pace
 from hsrpc.v1 import generation_pb2 as v1
 from tests.server.conftest import until
 
@@ -43,3 +43,21 @@ async def test_a_message_is_never_too_large_for_a_client(stub, engine):
     engine.end("r")
     sizes = [len(response.delta.token_ids) async for response in call]
     assert (sum(sizes), max(sizes)) == (5000, 1024)
+
+
+async def test_writes_of_a_step_are_spread_over_iterations():
+    """Of many that are ready at once, so many pass in each iteration of the event loop, and in order."""
+    turns, passed, seen = Turns(most=3), [], []
+
+    async def wait(number: int) -> None:
+        await turns.wait()
+        passed.append(number)
+
+    waiting = [asyncio.create_task(wait(number)) for number in range(10)]
+    while len(passed) < 10:
+        before = len(passed)
+        await asyncio.sleep(0)
+        seen.append(len(passed) - before)
+    assert passed == list(range(10))
+    assert max(seen) <= 3
+    await asyncio.gather(*waiting)
