@@ -32,7 +32,7 @@ _SLOWEST = 1.15
 """Most seconds a trial may take, relative to what its rate asks for."""
 _FIRST_RATE, _FACTOR, _LAST_RATE = 10_000.0, 1.4, 1_000_000.0
 """Tokens per second; far more than any engine makes."""
-_TRIES = 2
+_TRIES = 3
 """A rate is kept if one of so many trials keeps it: other processes use the machine too."""
 
 
@@ -63,7 +63,7 @@ class Trial:
 async def measure_frontend(
     streams: Sequence[int], seconds: float, done: Callable[[Trial], object] = lambda _: None
 ) -> list[Trial]:
-    """The last trial that was kept, for each mode and number of streams."""
+    """The fastest trial that was kept, for each mode and number of streams."""
     async with _serving() as (server, engine):
         with _client(server.address) as client:
             bench = _Bench(engine, client, seconds, done)
@@ -79,15 +79,16 @@ class _Bench:
     done: Callable[[Trial], object]
 
     async def highest(self, mode: str, streams: int) -> Trial:
-        """Raise the rate until it is not kept any more."""
-        rate, best = _FIRST_RATE, None
-        while best is None or rate <= _LAST_RATE:
+        """Raise the rate until two in a row are not kept; the last one that was, else the first."""
+        rate, best, missed = _FIRST_RATE, None, 0
+        while missed < 2 and rate <= _LAST_RATE:
             trial = await self._try(mode, streams, rate)
             for _ in range(_TRIES - 1):
                 trial = trial if trial.kept else await self._try(mode, streams, rate)
-            if not trial.kept:
-                return best or trial
-            rate, best = rate * _FACTOR, trial
+            missed = 0 if trial.kept else missed + 1
+            best = trial if trial.kept or best is None else best
+            rate *= _FACTOR
+        assert best is not None
         return best
 
     async def _try(self, mode: str, streams: int, rate: float) -> Trial:
