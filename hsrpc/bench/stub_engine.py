@@ -97,7 +97,13 @@ class StubEngine:
             await asyncio.wait({self._task})
 
     async def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        client: str = "",
+        max_wait: float | None = None,
     ) -> Generation:
         ids = await self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         request_id = request_id or f"stub-{next(self._ids)}"
