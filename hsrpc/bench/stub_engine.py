@@ -135,6 +135,9 @@ class StubEngine:
             peak_device_bytes=0,
         )
 
+    def heartbeat(self) -> float:
+        return 0.0
+
     async def wait_failed(self) -> None:
         await asyncio.get_running_loop().create_future()
 

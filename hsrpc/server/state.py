@@ -65,7 +65,7 @@ class ServerState:
     @property
     def live(self) -> int:
         """Admitted calls that have not ended."""
-        return self._live
+        return len(self._live)
 
     @contextmanager
     def admit(self) -> Iterator[Engine]:
