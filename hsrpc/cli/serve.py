@@ -33,7 +33,14 @@ def add_parser(commands: Commands) -> None:
     listen.add_argument("--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1)")
     listen.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: 50051)")
     listen.add_argument(
-        "--shutdown-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for running requests"
+        "--shutdown-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for running requests (default: 30)"
+    )
+    listen.add_argument(
+        "--write-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="for a client to go on reading its stream (default: 30)",
     )
     listen.add_argument(
         "--step-timeout",
@@ -81,6 +88,7 @@ def run(options: argparse.Namespace) -> None:
         port=options.port,
         security=security_config(options),
         drain_timeout=options.shutdown_timeout,
+        write_timeout=options.write_timeout,
         step_timeout=options.step_timeout,
         metrics_port=options.metrics_port,
         log_prompts=options.log_prompts,

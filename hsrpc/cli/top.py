@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from hsrpc.cli.connection import add_connection_options, connection_settings
 from hsrpc.cli.options import Commands, add_command
 from hsrpc.config import format_bytes
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
   hsrpc top                                  the server on this machine; Ctrl-C ends
   hsrpc top --target 10.0.0.7:50051 --interval 0.5
+  hsrpc top --target serving.example.com:50051 --tls-ca ca.pem --token-file token
 """
 Unit = Callable[[float], str]
 
@@ -27,11 +29,11 @@ _BAR = 40
 
 def add_parser(commands: Commands) -> None:
     parser = add_command(commands, "top", "show load, blocks, bus and throughput of a server, live", _EXAMPLES)
-    parser.add_argument("--target", default="127.0.0.1:50051", metavar="HOST:PORT", help="default: 127.0.0.1:50051")
     parser.add_argument(
         "--interval", type=float, default=1.0, metavar="SECONDS", help="between reports, 0.1 or more (default: 1)"
     )
     parser.add_argument("--count", type=int, metavar="N", help="end after N reports (default: with the server)")
+    add_connection_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -42,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
 
     from hsrpc.client import Client
 
-    with Client(options.target) as client:
+    with Client(options.target, **connection_settings(options)) as client:
         info = client.get_server_info()
         with Live(auto_refresh=False) as live:
             for view in _views(info, client.watch_load(options.interval), options.count):
