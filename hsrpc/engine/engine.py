@@ -23,16 +23,16 @@ from hsrpc.core.scheduler import Output, Scheduler, SchedulerLimits
 from hsrpc.core.stopping import StopMatcher
 from hsrpc.engine.admission import Admission
 from hsrpc.engine.generation import Generation
-from hsrpc.engine.output import Stream, TokenOutput, next_delta
+from hsrpc.engine.output import Stream, TokenOutput, next_deltas
 from hsrpc.engine.startup import Parts, open_parts
 from hsrpc.engine.stats import EngineStats, StepRecord
 from hsrpc.engine.token_ids import TokenIdsOnly
 from hsrpc.engine.tokenizer import Tokenizer
+from hsrpc.engine.validation import Validator
 from hsrpc.errors import (
     EngineFaultError,
     EngineUnavailableError,
     HsrpcError,
-    InvalidRequestError,
     OutOfDeviceMemoryError,
     RequestExistsError,
     RequestFailedError,
@@ -46,9 +46,6 @@ _STOP_SECONDS = 10.0
 """Most time that the tasks, and the device calls of their threads, have to end when the engine is left."""
 _OUTPUT_STEPS = 2
 """Steps whose output may wait for detokenising before the next one does."""
-
-_MAX_CHARACTERS_PER_TOKEN = 64
-"""A text with more than this for each token of the context cannot fit: it is refused before it is tokenised."""
 
 
 class _Outputs(NamedTuple):
@@ -108,6 +105,7 @@ class Engine:
         blocks = BlockManager(self._parts.plan.num_blocks, self._parts.plan.activation_share)
         self._scheduler = Scheduler(blocks, limits, self._parts.spec.eos_token_ids)
         self._admission = Admission(self._scheduler, self.config.max_queued_requests, self.config.max_queued_tokens)
+        self._validator = Validator(self.spec.vocab_size, self.max_model_len)
         self._main = asyncio.create_task(self._run(), name="engine")
         self._accepts = True
         return self
@@ -171,12 +169,12 @@ class Engine:
             EngineUnavailableError: the engine is not running.
         """
         self._check_open(request_id)
-        self._check_length(prompt)
-        self._check_ids(params)
+        self._validator.check_length(prompt)
+        self._validator.check_params(params)
         self._admission.check(0 if isinstance(prompt, str) else len(prompt), params, client, max_wait)
         with self._admission.preparing():
             token_ids = await self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            self._check_prompt(token_ids, "token_ids" if not isinstance(prompt, str) else "text")
+            self._validator.check_prompt(token_ids, "text" if isinstance(prompt, str) else "token_ids")
             detokenizer = await self.tokenizer.run(Detokenizer, self.tokenizer.decode_now, token_ids[-8:])
         self._check_open(request_id)  # again: while the tokenizer ran, others came
         self._admission.check(len(token_ids), params, client, max_wait)
@@ -350,7 +348,7 @@ class Engine:
         while True:
             items, is_step = await self._outputs.get()
             live = [(self._streams[i.output.request.request_id], i) for i in items if self._is_streaming(i.output)]
-            deltas = await self.tokenizer.run(_next_deltas, live, time.monotonic())
+            deltas = await self.tokenizer.run(next_deltas, live, time.monotonic())
             for (stream, item), delta in zip(live, deltas, strict=True):
                 self._deliver(stream, item.output, delta)
             if is_step:
@@ -442,56 +440,9 @@ class Engine:
         if request_id is not None and request_id in self._streams:
             raise RequestExistsError(request_id)
 
-    def _check_length(self, prompt: str | Sequence[int]) -> None:
-        """What cannot fit is refused for its length alone, whatever it holds."""
-        if not isinstance(prompt, str):
-            self._check_count(len(prompt), "token_ids")
-        elif len(prompt) > self.max_model_len * _MAX_CHARACTERS_PER_TOKEN:
-            most = self.max_model_len * _MAX_CHARACTERS_PER_TOKEN
-            raise InvalidRequestError("text", f"{len(prompt)} characters; at most {most} can fit the context")
-
-    def _check_prompt(self, token_ids: Sequence[int], field: str) -> None:
-        if not token_ids:
-            raise InvalidRequestError(field, "the prompt is empty; give at least one token")
-        self._check_count(len(token_ids), field)
-        self._check_vocabulary(token_ids, field)
-
-    def _check_count(self, count: int, field: str) -> None:
-        if count >= self.max_model_len:
-            raise InvalidRequestError(
-                field, f"{count} prompt tokens; at most {self.max_model_len - 1} fit (max_model_len less one)"
-            )
-
-    def _check_ids(self, params: SamplingParams) -> None:
-        self._check_vocabulary(params.stop_token_ids, "stop_token_ids")
-        for token_id in params.logit_bias:
-            self._check_token(token_id, f"logit_bias[{token_id}]")
-
-    def _check_vocabulary(self, token_ids: Sequence[int], field: str) -> None:
-        for position, token_id in enumerate(token_ids):
-            self._check_token(token_id, f"{field}[{position}]")
-
-    def _check_token(self, token_id: object, field: str) -> None:
-        vocab = self.spec.vocab_size
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab:
-            raise InvalidRequestError(field, f"{token_id!r} is no token id; use 0 to {vocab - 1}")
-
 
 def _not_started() -> EngineUnavailableError:
     return EngineUnavailableError("the engine is not started; use `async with Engine(...)`")
-
-
-def _next_deltas(live: Sequence[tuple[Stream, TokenOutput]], now: float) -> list[Delta | RequestFailedError]:
-    return [_next_delta(stream, item, now) for stream, item in live]
-
-
-def _next_delta(stream: Stream, item: TokenOutput, now: float) -> Delta | RequestFailedError:
-    try:
-        return next_delta(stream, item, now)
-    except Exception as error:
-        # A tokenizer may raise anything; it is the fault of this request alone.
-        _log.error("the text of request %s cannot be made", stream.request.request_id, exc_info=error)
-        return RequestFailedError("the tokenizer cannot turn the output into text")
 
 
 def _limits(plan: Plan, spec: ModelSpec) -> SchedulerLimits:

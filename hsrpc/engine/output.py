@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from asyncio import TimerHandle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from hsrpc.core.request import Delta, Finish, FinishReason, Request, TokenLogpro
 from hsrpc.core.scheduler import Output
 from hsrpc.core.stopping import StopMatcher
 from hsrpc.engine.generation import Generation
+from hsrpc.errors import RequestFailedError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -33,6 +37,20 @@ class TokenOutput:
 
     output: Output
     logprob: TokenLogprob | None = None
+
+
+def next_deltas(live: Sequence[tuple[Stream, TokenOutput]], now: float) -> list[Delta | RequestFailedError]:
+    """The deltas of a step; an error where one request's text cannot be made. Runs on the decoder thread."""
+    return [_delta_or_error(stream, item, now) for stream, item in live]
+
+
+def _delta_or_error(stream: Stream, item: TokenOutput, now: float) -> Delta | RequestFailedError:
+    try:
+        return next_delta(stream, item, now)
+    except Exception as error:
+        # A tokenizer may raise anything; it is the fault of this request alone.
+        _log.error("the text of request %s cannot be made", stream.request.request_id, exc_info=error)
+        return RequestFailedError("the tokenizer cannot turn the output into text")
 
 
 def next_delta(stream: Stream, item: TokenOutput, now: float) -> Delta:

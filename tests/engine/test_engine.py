@@ -206,7 +206,7 @@ def break_executor(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 
 
 def break_detokenizing(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine_module, "_next_deltas", boom)
+    patch.setattr(engine_module, "next_deltas", boom)
 
 
 def break_scheduling(engine: Engine, patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,54 @@
+"""Whether a request suits the model: checked before anything is done for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hsrpc.core.request import SamplingParams
+from hsrpc.errors import InvalidRequestError
+
+_MAX_CHARACTERS_PER_TOKEN = 64
+"""More than any tokenizer packs into one on average."""
+
+
+@dataclass(frozen=True, slots=True)
+class Validator:
+    """Checks prompts and token ids against one model; each raises InvalidRequestError naming the field."""
+
+    vocab_size: int
+    max_model_len: int
+
+    def check_length(self, prompt: str | Sequence[int]) -> None:
+        """What cannot fit is refused for its length alone, whatever it holds."""
+        most = self.max_model_len * _MAX_CHARACTERS_PER_TOKEN
+        if not isinstance(prompt, str):
+            self._check_count(len(prompt), "token_ids")
+        elif len(prompt) > most:
+            raise InvalidRequestError("text", f"{len(prompt)} characters; at most {most} can fit the context")
+
+    def check_prompt(self, token_ids: Sequence[int], field: str) -> None:
+        """At least one token, and room for one more."""
+        if not token_ids:
+            raise InvalidRequestError(field, "the prompt is empty; give at least one token")
+        self._check_count(len(token_ids), field)
+        self._check_vocabulary(token_ids, field)
+
+    def check_params(self, params: SamplingParams) -> None:
+        """The token ids in the settings."""
+        self._check_vocabulary(params.stop_token_ids, "stop_token_ids")
+        for token_id in params.logit_bias:
+            self._check_token(token_id, f"logit_bias[{token_id}]")
+
+    def _check_count(self, count: int, field: str) -> None:
+        if count >= self.max_model_len:
+            most = self.max_model_len - 1
+            raise InvalidRequestError(field, f"{count} prompt tokens; at most {most} fit (max_model_len less one)")
+
+    def _check_vocabulary(self, token_ids: Sequence[int], field: str) -> None:
+        for position, token_id in enumerate(token_ids):
+            self._check_token(token_id, f"{field}[{position}]")
+
+    def _check_token(self, token_id: object, field: str) -> None:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
+            raise InvalidRequestError(field, f"{token_id!r} is no token id; use 0 to {self.vocab_size - 1}")
