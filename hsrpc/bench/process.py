@@ -25,7 +25,16 @@ class ServerProcess:
     """
 
     def __init__(self, arguments: Sequence[str], *, port: int = 0) -> None:
-        command = [sys.executable, "-m", "hsrpc.cli.main", "serve", "--port", str(port), *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "hsrpc.cli.main",
+            "serve",
+            "--port",
+            str(port),
+            "--log-level=warning",
+            *arguments,
+        ]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 own arguments
         self.address = self._read_address()
         self.port = int(self.address.rpartition(":")[2])
