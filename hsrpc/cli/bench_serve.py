@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hsrpc.cli.connection import ConnectionSettings, add_connection_options, connection_settings
 from hsrpc.cli.options import Commands, add_command
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ _FRONTEND_EXAMPLES = """\
 
 def add_serve_parser(kinds: Commands) -> None:
     parser = add_command(kinds, "serve", "open-loop Poisson load through gRPC", _SERVE_EXAMPLES)
-    parser.add_argument("--target", metavar="HOST:PORT", help="default: a server that is started for it")
     parser.add_argument(
         "server", nargs="*", metavar="SERVER_OPTION", help="of the server that is started: `-- --model DIR ...`"
     )
@@ -48,6 +48,7 @@ def add_serve_parser(kinds: Commands) -> None:
     goal.add_argument("--first-token-goal", type=_positive, metavar="SECONDS", help="from the scheduled send time")
     goal.add_argument("--inter-token-goal", type=_positive, metavar="SECONDS", help="on average over a request")
     _add_files(parser)
+    add_connection_options(parser, target=None, target_help="a server that is started for it")
     parser.set_defaults(run=run_serve)
 
 
@@ -68,10 +69,11 @@ def run_serve(options: argparse.Namespace) -> None:
     from hsrpc.bench.load_report import Goal, plot_load, print_load, save_load
     from hsrpc.bench.process import ServerProcess
 
+    connection = connection_settings(options)
     goal = Goal(first_token=options.first_token_goal, inter_token=options.inter_token_goal)
     with ExitStack() as stack:
         target = options.target or stack.enter_context(ServerProcess(options.server)).address
-        summary, outcomes = uvloop.run(_load(target, _mix(options), options.load_seed, goal))
+        summary, outcomes = uvloop.run(_load(target, connection, _mix(options), options.load_seed, goal))
     print_load(summary)
     if options.json:
         save_load(summary, outcomes, options.json)
@@ -100,12 +102,14 @@ def run_frontend(options: argparse.Namespace) -> None:
         plot_frontend(trials, options.plot)
 
 
-async def _load(target: str, mix: Mix, seed: int, goal: Goal) -> tuple[LoadSummary, list[Outcome]]:
+async def _load(
+    target: str, connection: ConnectionSettings, mix: Mix, seed: int, goal: Goal
+) -> tuple[LoadSummary, list[Outcome]]:
     from hsrpc.bench.load import make_arrivals
     from hsrpc.bench.load_report import summarise_load
     from hsrpc.client import AsyncClient
 
-    async with AsyncClient(target) as client:
+    async with AsyncClient(target, **connection) as client:
         await client.wait_ready(_READY_SECONDS)
         model = await client.get_model()
         arrivals = make_arrivals(mix, model.sizes.vocab_size, model.max_model_len, seed)

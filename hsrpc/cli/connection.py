@@ -18,10 +18,10 @@ class ConnectionSettings(TypedDict):
     tls_key: Path | None
 
 
-def add_connection_options(parser: argparse.ArgumentParser) -> None:
-    """The flags. The token comes from a file: other users of a machine see a command's arguments."""
+def add_connection_options(parser: argparse.ArgumentParser, *, target: str | None, target_help: str) -> None:
+    """The flags. The token comes from a file, since other users of a machine see the arguments of a command."""
     group = parser.add_argument_group("connection")
-    group.add_argument("--target", default="127.0.0.1:50051", metavar="HOST:PORT", help="default: 127.0.0.1:50051")
+    group.add_argument("--target", default=target, metavar="HOST:PORT", help=f"default: {target_help}")
     group.add_argument("--token-file", type=Path, metavar="FILE", help="bearer token, alone in the file")
     group.add_argument("--tls-ca", type=Path, metavar="FILE", help="roots of the server's certificate, PEM")
     group.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate to show, PEM")

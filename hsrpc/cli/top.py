@@ -21,6 +21,7 @@ _EXAMPLES = """\
   hsrpc top --target 10.0.0.7:50051 --interval 0.5
   hsrpc top --target serving.example.com:50051 --tls-ca ca.pem --token-file token
 """
+_TARGET = "127.0.0.1:50051"
 Unit = Callable[[float], str]
 
 _BAR = 40
@@ -33,7 +34,7 @@ def add_parser(commands: Commands) -> None:
         "--interval", type=float, default=1.0, metavar="SECONDS", help="between reports, 0.1 or more (default: 1)"
     )
     parser.add_argument("--count", type=int, metavar="N", help="end after N reports (default: with the server)")
-    add_connection_options(parser)
+    add_connection_options(parser, target=_TARGET, target_help=_TARGET)
     parser.set_defaults(run=run)
 
 

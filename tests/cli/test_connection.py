@@ -13,7 +13,7 @@ from hsrpc.errors import ConfigError
 
 def parse(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_connection_options(parser)
+    add_connection_options(parser, target="127.0.0.1:50051", target_help="this machine")
     return parser.parse_args(arguments)
 
 
