@@ -18,16 +18,15 @@ from hsrpc.errors import ConfigError
 
 _REGISTER_PORTABLE_MAPPED = 0x01 | 0x02
 _PIECE_BYTES = 16 * 1024**2
-"""A copy engine runs one copy to its end: a layer's weights in one piece would keep blocks waiting for milliseconds."""
+"""A copy engine runs one copy to its end: in one piece, a layer's weights would keep a step's small arrays waiting."""
 
 
 class CudaDevice(Device):
-    """The current CUDA device, with one stream each for weights, blocks, compute and stores."""
+    """The current CUDA device, with one stream each for loads, compute and stores."""
 
     def __init__(self) -> None:
         index = torch.cuda.current_device()
         self.torch_device = torch.device("cuda", index)
-        self.prefetch = torch.cuda.Stream(index)
         self.load = torch.cuda.Stream(index)
         self.compute = torch.cuda.Stream(index)
         self.store = torch.cuda.Stream(index)

@@ -1,4 +1,4 @@
-"""A device: memory, four streams, events between them, and the copies that the engine needs.
+"""A device: memory, three streams, events between them, and the copies that the engine needs.
 
 Work is ordered by events, never by waiting for the device. A stream is entered in the thread that launches on it:
 
@@ -36,13 +36,9 @@ Event: TypeAlias = "torch.cuda.Event | None"
 
 
 class Device(ABC):
-    """One accelerator. `prefetch` copies weights and `load` cache blocks to the device, `store` new rows from it.
-
-    Weights and blocks have a stream each: while one waits for its buffer, the other has the bus.
-    """
+    """One accelerator. `load` copies weights and cache blocks to the device, `store` new rows from it."""
 
     torch_device: torch.device
-    prefetch: Stream
     load: Stream
     compute: Stream
     store: Stream
@@ -134,7 +130,7 @@ class CpuDevice(Device):
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
-        self.prefetch = self.load = self.compute = self.store = None
+        self.load = self.compute = self.store = None
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from hsrpc.core.blocks import BlockKind, PoolId, Tier
 from hsrpc.core.plan import BUFFERS, Plan
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.device import Device, Event
+from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.worker import Worker
 
 
@@ -53,12 +55,14 @@ class _Loads:
 class CacheManager:
     """Task that loads, layer by layer and mini-batch by mini-batch, as far ahead as there are buffers."""
 
-    def __init__(self, sizes: ModelSizes, plan: Plan, device: Device, dtype: torch.dtype) -> None:
+    def __init__(self, sizes: ModelSizes, plan: Plan, device: Device, dtype: torch.dtype, bus: BusOrder) -> None:
         self.loaded_bytes = 0
         """Cache bytes copied from host to device since the start."""
         self.regenerated_tokens = 0
         """Rows rebuilt from activations since the start, all layers."""
         self._device = device
+        self._bus = bus
+        self._num_begun = 0
         self._num_layers = sizes.num_layers
         self._widths = {BlockKind.KV: 2 * sizes.kv_size, BlockKind.ACTIVATION: sizes.hidden_size}
         self._pools = {
@@ -130,14 +134,19 @@ class CacheManager:
         return [self._device.pinned(size).view(dtype).view(num_slots, width) for _ in range(self._num_layers)]
 
     async def _load_step(self, worker: Worker, step: Step) -> None:
+        start = self._num_begun * self._num_layers
+        self._num_begun += 1
+        self._bus.move(start)
         loads = await worker.run(partial(self._prepare, step))
         for layer in range(self._num_layers):
-            for kv, activations in loads:
+            for number, (kv, activations) in enumerate(loads, start=1):
                 buffers, freed = await self._free.get()
                 staged = Staged(buffers, freed)
                 if not step.is_abandoned:
                     staged = await worker.run(partial(self._load, layer, kv, activations, buffers, freed))
+                self._bus.move(start + layer + number / len(loads))
                 await self._ready.put(staged)
+        self._bus.move(math.inf)
 
     def _prepare(self, step: Step) -> list[tuple[_Loads, _Loads]]:
         device = self._device

@@ -64,6 +64,7 @@ class Executor:
         self._eos = frozenset(family.spec.eos_token_ids)
         self._steps: asyncio.Queue[Step] = asyncio.Queue(1)
         self._results: asyncio.Queue[list[Sampled] | OutOfDeviceMemoryError | None] = asyncio.Queue(1)
+        self._num_begun = 0
         self._untaken = 0
         """Cache buffers that the step has still to take."""
 
@@ -88,6 +89,7 @@ class Executor:
         return result
 
     async def _compute_step(self, worker: Worker, step: Step) -> list[Sampled] | OutOfDeviceMemoryError | None:
+        self._num_begun += 1
         self._untaken = self._num_layers * len(step.mini_batches)
         try:
             batches = await worker.run(partial(self._begin, step))
@@ -106,7 +108,7 @@ class Executor:
     async def _rewind(self) -> None:
         """Leave the step where it is: take what is still loaded for it, and begin the next sweep over the weights."""
         await self._cache.drain(self._untaken)
-        self._prefetcher.restart()
+        self._prefetcher.restart(self._num_begun)
 
     async def _compute_layer(self, worker: Worker, layer: int, batches: Sequence[_Batch]) -> None:
         weights = await self._prefetcher.take(layer)

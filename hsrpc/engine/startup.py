@@ -16,6 +16,7 @@ from hsrpc.core.plan import Budgets, Hardware, Plan
 from hsrpc.core.planner import Planner
 from hsrpc.device.calibration import calibrate
 from hsrpc.device.device import Device, available_memory, open_device
+from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.cache import CacheManager
 from hsrpc.engine.executor import Executor
 from hsrpc.engine.token_ids import TokenIdsOnly
@@ -130,8 +131,9 @@ def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> 
         undo.callback(tokenizer.close)
         with torch.inference_mode():
             weights = load_weights(family, source, plan, device, stop, progress=progress)
-            cache = CacheManager(spec.sizes, plan, device, spec.dtype)
-            prefetcher = WeightPrefetcher(weights, plan, device)
+            bus = BusOrder()
+            cache = CacheManager(spec.sizes, plan, device, spec.dtype, bus)
+            prefetcher = WeightPrefetcher(weights, plan, device, bus)
             device.drain()
         executor = Executor(family, weights, prefetcher, cache, device)
         undo.pop_all()

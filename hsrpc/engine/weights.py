@@ -18,10 +18,14 @@ from tqdm import tqdm
 from hsrpc.core.plan import BUFFERS, Plan
 from hsrpc.core.sizes import align
 from hsrpc.device.device import Device, Event
+from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.worker import Worker
 from hsrpc.errors import EngineUnavailableError
 from hsrpc.model.checkpoint import WeightSource
 from hsrpc.model.family import Family, TensorSpec
+
+_LEAST_BYTES = 4 * 1024**2
+"""Of one part of a layer's weights: smaller copies waste the bus."""
 
 
 class _Slice(NamedTuple):
@@ -130,22 +134,25 @@ class Prefetched(NamedTuple):
     buffer: torch.Tensor | None
     """Goes back with `WeightPrefetcher.give_back`; None for a layer that is resident."""
     loaded: Event
-    sweep: int
+    restarts: int
 
 
 class WeightPrefetcher:
-    """Task that sweeps over the streamed layers, as far ahead of the executor as there are buffers."""
+    """Task that sweeps over the streamed layers, as far ahead of the executor as there are buffers.
 
-    def __init__(self, weights: ModelWeights, plan: Plan, device: Device) -> None:
+    A layer's weights go in parts, spread over the blocks of the layers from the streamed one before it on.
+    """
+
+    def __init__(self, weights: ModelWeights, plan: Plan, device: Device, bus: BusOrder) -> None:
         self.streamed_bytes = 0
         """Copied to the device since the start."""
         self._weights = weights
         self._device = device
+        self._bus = bus
         self._streamed = [i for i, layer in enumerate(weights.layers) if layer.packed is not None]
         self._free: asyncio.Queue[tuple[torch.Tensor, Event]] = asyncio.Queue(BUFFERS)
         self._ready: asyncio.Queue[Prefetched] = asyncio.Queue(BUFFERS)
-        self._sweep = 0
-        self._cursor = 0
+        self._sweep = self._cursor = self._restarts = 0
         for _ in range(BUFFERS if self._streamed else 0):
             self._free.put_nowait((device.empty((plan.weight_buffer_bytes,), torch.uint8), None))
 
@@ -154,19 +161,16 @@ class WeightPrefetcher:
         async with Worker("weights") as worker:
             while True:
                 buffer, freed = await self._free.get()
-                sweep, layer = self._sweep, self._streamed[self._cursor]
-                self._cursor = (self._cursor + 1) % len(self._streamed)
-                ready = await worker.run(partial(self._load, buffer, freed, layer, sweep))
-                await self._ready.put(ready)
+                await self._ready.put(await self._prefetch(worker, buffer, freed))
 
     async def take(self, layer: int) -> Prefetched:
         """The weights of `layer`; layers are taken in order."""
         weights = self._weights.layers[layer]
         if weights.packed is None:
-            return Prefetched(layer, weights.resident, None, None, self._sweep)
+            return Prefetched(layer, weights.resident, None, None, self._restarts)
         while True:
             ready = await self._ready.get()
-            if ready.sweep == self._sweep:
+            if ready.restarts == self._restarts:
                 return ready
             self.give_back(ready, ready.loaded)
 
@@ -175,17 +179,41 @@ class WeightPrefetcher:
         if taken.buffer is not None:
             self._free.put_nowait((taken.buffer, freed))
 
-    def restart(self) -> None:
-        """Begin again at the first layer: the rest of the sweep is not wanted."""
-        self._sweep += 1
-        self._cursor = 0
+    def restart(self, sweep: int) -> None:
+        """Begin `sweep` (of steps, from 0) at its first layer: what is left of the one before is not wanted."""
+        self._restarts += 1
+        self._sweep, self._cursor = sweep, 0
 
-    def _load(self, buffer: torch.Tensor, freed: Event, layer: int, sweep: int) -> Prefetched:
-        weights, device = self._weights.layers[layer], self._device
-        packed = weights.packed
+    def _next_span(self) -> tuple[float, float]:
+        """Positions on the bus of the streamed layer before the one at the cursor, and of that one."""
+        num_layers, streamed, cursor = len(self._weights.layers), self._streamed, self._cursor
+        before = streamed[cursor - 1] - (num_layers if cursor == 0 else 0)
+        return self._sweep * num_layers + before, self._sweep * num_layers + streamed[cursor]
+
+    def _advance(self) -> int:
+        """The layer at the cursor, which moves on."""
+        layer = self._streamed[self._cursor]
+        self._cursor += 1
+        if self._cursor == len(self._streamed):
+            self._sweep, self._cursor = self._sweep + 1, 0
+        return layer
+
+    async def _prefetch(self, worker: Worker, buffer: torch.Tensor, freed: Event) -> Prefetched:
+        restarts, (begin, end), layer = self._restarts, self._next_span(), self._advance()
+        packed = self._weights.layers[layer].packed
         assert packed is not None  # only streamed layers are swept
-        device.wait(device.prefetch, freed)
-        with device.on(device.prefetch):
+        sent, loaded = 0, freed
+        while sent < len(packed):
+            share = (await self._bus.beyond(begin + (end - begin) * sent / len(packed)) - begin) / (end - begin)
+            upto = min(len(packed), max(sent + _LEAST_BYTES, math.ceil(len(packed) * min(1.0, share))))
+            loaded = await worker.run(partial(self._load, buffer[sent:upto], packed[sent:upto], loaded))
+            sent = upto
+        return Prefetched(layer, self._weights.layers[layer].on(buffer), buffer, loaded, restarts)
+
+    def _load(self, buffer: torch.Tensor, packed: torch.Tensor, after: Event) -> Event:
+        device = self._device
+        device.wait(device.load, after)
+        with device.on(device.load):
             device.load_bytes(buffer, packed)
         self.streamed_bytes += len(packed)
-        return Prefetched(layer, weights.on(buffer), buffer, device.record(device.prefetch), sweep)
+        return device.record(device.load)

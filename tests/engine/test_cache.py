@@ -18,6 +18,7 @@ from hsrpc.core.planner import Planner
 from hsrpc.core.request import FinishReason, Request, SamplingParams
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.device import CpuDevice
+from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.cache import CacheManager
 from hsrpc.model.spec import load_spec
 from tests.engine.conftest import HARDWARE
@@ -41,7 +42,7 @@ async def managing(sizes: ModelSizes, dtype: torch.dtype = torch.float32) -> Asy
     plan = Planner(sizes, Budgets(device=2**30, host=2**30), HARDWARE, config).plan()
     buffers = replace(plan.buffers, activation_rows=plan.buffers.rows)
     plan = replace(plan, num_blocks=dict.fromkeys(PoolId, NUM_BLOCKS), buffers=buffers)
-    cache = CacheManager(sizes, plan, CpuDevice(), dtype)
+    cache = CacheManager(sizes, plan, CpuDevice(), dtype, BusOrder())
     task = asyncio.create_task(cache.run())
     try:
         yield cache

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from hsrpc.core.plan import BUFFERS, Budgets, Plan
 from hsrpc.core.planner import Planner
 from hsrpc.core.sizes import ALIGNMENT
 from hsrpc.device.device import CpuDevice
+from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.weights import ModelWeights, WeightPrefetcher, load_weights
 from hsrpc.errors import CheckpointError, EngineUnavailableError
 from hsrpc.model.checkpoint import RandomWeights
@@ -127,11 +130,13 @@ RESIDENT_LAYERS = [(), (0,), (1, 2), (3,), (0, 1, 3)]
 
 
 @asynccontextmanager
-async def prefetching(family: Family, resident: tuple[int, ...] = ()) -> AsyncIterator[WeightPrefetcher]:
+async def prefetching(
+    family: Family, resident: tuple[int, ...] = (), bus: BusOrder | None = None
+) -> AsyncIterator[WeightPrefetcher]:
     """A running prefetcher; these layers are resident as a whole."""
     names = frozenset(family.sizes.layer_tensors)
     plan = plan_for(family, tuple(names if i in resident else frozenset() for i in range(NUM_LAYERS)))
-    prefetcher = WeightPrefetcher(load(family, plan), plan, CpuDevice())
+    prefetcher = WeightPrefetcher(load(family, plan), plan, CpuDevice(), bus or BusOrder())
     task = asyncio.create_task(prefetcher.run())
     try:
         yield prefetcher
@@ -166,7 +171,7 @@ async def test_a_resident_model_streams_nothing(family: Family) -> None:
     async with prefetching(family, (0, 1, 2, 3)) as prefetcher, asyncio.timeout(20):
         for layer in range(NUM_LAYERS):
             prefetcher.give_back(await prefetcher.take(layer), None)
-        prefetcher.restart()
+        prefetcher.restart(1)
         assert_same((await prefetcher.take(0)).tensors, expected(family, 0))
         assert prefetcher.streamed_bytes == 0
         assert prefetcher._free.empty()
@@ -195,10 +200,38 @@ async def test_restarting_in_any_phase(family: Family, taken: int, settle: bool)
                 prefetcher.give_back(await prefetcher.take(layer), None)
             if settle:
                 await until(lambda: is_settled(prefetcher))
-            prefetcher.restart()
+            prefetcher.restart(1)
             for layer in range(NUM_LAYERS):
                 again = await prefetcher.take(layer)
                 assert_same(again.tensors, expected(family, layer))
                 prefetcher.give_back(again, None)
         await until(lambda: is_settled(prefetcher))
         assert prefetcher._free.empty()
+
+
+@pytest.mark.parametrize("resident", [(), (0, 2)])
+async def test_weights_go_between_the_blocks(
+    family: Family, resident: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While blocks are sent, no part of a layer's weights is ahead of the blocks of the layers before it."""
+    monkeypatch.setattr("hsrpc.engine.weights._LEAST_BYTES", 1)
+    bus = BusOrder()
+    async with prefetching(family, resident, bus) as prefetcher, asyncio.timeout(20):
+        streamed = [layer for layer in range(NUM_LAYERS) if layer not in resident]
+        await until(lambda: is_settled(prefetcher))
+        sent = prefetcher.streamed_bytes
+        bus.move(0.0)
+        for layer in streamed[:2]:
+            prefetcher.give_back(await prefetcher.take(layer), None)
+        for position in (0.5, 1.0, 1.5, 2.0, 2.25, 2.75):
+            bus.move(position)
+            await until(lambda wanted=position: prefetcher.streamed_bytes == sent + _due(family, streamed, wanted))
+            await asyncio.sleep(0.005)
+            assert prefetcher.streamed_bytes == sent + _due(family, streamed, position)
+
+
+def _due(family: Family, streamed: list[int], position: float) -> int:
+    """Bytes that may be sent beside blocks up to `position`, of the third and fourth streamed layers."""
+    starts = [*streamed, *(layer + NUM_LAYERS for layer in streamed)]
+    shares = [(position - begin) / (end - begin) for begin, end in pairwise(starts[1:4])]
+    return sum(math.ceil(family.sizes.layer_bytes * min(1.0, max(0.0, share))) for share in shares)
