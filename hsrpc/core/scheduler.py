@@ -13,10 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
-from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Step, Work, form_mini_batches, lay_out
+from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Step, Work
 from hsrpc.core.blocks import BlockManager
 from hsrpc.core.drain import DrainRate
 from hsrpc.core.fairness import FairQueue
+from hsrpc.core.layout import lay_out
+from hsrpc.core.mini_batches import form_mini_batches
 from hsrpc.core.request import FinishReason, Request
 
 _MAX_ENDED_WAITING = 64

@@ -23,6 +23,8 @@ def copy_rows(target: torch.Tensor, target_rows: torch.Tensor, source: torch.Ten
 
     Row numbers are int64 [n] on the device; `source` [*, w] has unit stride in its last dimension.
     """
+    if not len(source_rows):
+        return
     width = target.shape[1]
     grid = (len(source_rows), triton.cdiv(width, _BLOCK))
     _copy_rows[grid](target, target_rows, source, source_rows, width, source.stride(0), BLOCK=_BLOCK)

@@ -101,14 +101,22 @@ class CacheManager:
         """Its buffers may be overwritten once `freed` has happened."""
         self._free.put_nowait((staged.buffers, freed))
 
-    def store(self, layer: int, stores: Mapping[PoolId, DeviceRows], kv: torch.Tensor, x: torch.Tensor) -> None:
-        """Write new rows to their blocks: kv [n, 2*kv] or x [n, h]. Called on the executor's thread."""
-        device = self._device
-        with device.on(device.store):
-            for pool, rows in stores.items():
+    def device_kv(self, layer: int) -> torch.Tensor:
+        """The pool of KV blocks on the device [slots, 2*kv], which attention reads in place."""
+        return self._pools[PoolId.DEVICE_KV][layer]
+
+    def store(
+        self, tier: Tier, layer: int, stores: Mapping[PoolId, DeviceRows], kv: torch.Tensor, x: torch.Tensor
+    ) -> None:
+        """Write new rows to their blocks in `tier`, on the current stream: kv [n, 2*kv] or x [n, h].
+
+        Called on the executor's thread: for the device on the compute stream, for the host on the store stream.
+        """
+        for pool, rows in stores.items():
+            if pool.tier is tier:
                 source = kv if pool.kind is BlockKind.KV else x
-                device.copy_rows(self._pools[pool][layer], rows.target, source, rows.source)
-                device.keep(source, device.store)
+                self._device.copy_rows(self._pools[pool][layer], rows.target, source, rows.source)
+                self._device.keep(source, self._device.store)
 
     def stored(self) -> None:
         """All stores of a step are launched: later loads wait for them."""
@@ -116,7 +124,10 @@ class CacheManager:
 
     def upload(self, rows: Mapping[PoolId, Rows]) -> dict[PoolId, DeviceRows]:
         """Row numbers to the device, on the current stream, for use on the load or the store stream."""
-        return {pool: DeviceRows(self._upload(r.source), self._upload(r.target)) for pool, r in rows.items()}
+        return {pool: self.upload_rows(r) for pool, r in rows.items()}
+
+    def upload_rows(self, rows: Rows) -> DeviceRows:
+        return DeviceRows(self._upload(rows.source), self._upload(rows.target))
 
     def _upload(self, array: Ints) -> torch.Tensor:
         tensor = self._device.upload(array)
@@ -126,10 +137,10 @@ class CacheManager:
     def _allocate(self, pool: PoolId, num_slots: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """One tensor [slots, width] a layer, so that a layer's blocks are neighbours."""
         width = self._widths[pool.kind]
-        if num_slots == 0:
-            return []
         if pool.tier is Tier.DEVICE:
             return [self._device.empty((num_slots, width), dtype) for _ in range(self._num_layers)]
+        if num_slots == 0:
+            return []
         size = num_slots * width * dtype.itemsize
         return [self._device.pinned(size).view(dtype).view(num_slots, width) for _ in range(self._num_layers)]
 

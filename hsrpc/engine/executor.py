@@ -13,14 +13,14 @@ import torch
 from torch.profiler import record_function
 
 from hsrpc.core.batch import Ints, MiniBatch, Step, Work
-from hsrpc.core.blocks import PoolId
+from hsrpc.core.blocks import PoolId, Tier
 from hsrpc.core.plan import REGENERATE_ROWS, SAMPLE_ELEMENTS
 from hsrpc.device.device import Device, Event
 from hsrpc.engine.cache import CacheManager, DeviceRows, Staged
 from hsrpc.engine.weights import ModelWeights, Prefetched, WeightPrefetcher
 from hsrpc.engine.worker import Worker
 from hsrpc.errors import OutOfDeviceMemoryError
-from hsrpc.model.attention import Attention, PackedRows
+from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
 from hsrpc.model.family import Family, Weights
 from hsrpc.model.sampler import Sampled, Sampler, SamplingRow
 
@@ -34,8 +34,12 @@ class _Batch:
     hidden: torch.Tensor
     """[n, h] output of the layer computed last."""
     positions: torch.Tensor
-    packed: PackedRows
-    new_rows: torch.Tensor
+    in_place: InPlaceRows | None
+    """Of the first requests, with one query each; None: there are none."""
+    packed: PackedRows | None
+    """Of the requests after them; None: there are none."""
+    num_in_place: int
+    new_rows: DeviceRows
     activation_rows: torch.Tensor
     activation_positions: torch.Tensor
     stores: dict[PoolId, DeviceRows]
@@ -52,6 +56,8 @@ class Executor:
         prefetcher: WeightPrefetcher,
         cache: CacheManager,
         device: Device,
+        *,
+        block_size: int,
     ) -> None:
         self._family = family
         self._fixed = weights.fixed
@@ -59,7 +65,9 @@ class Executor:
         self._prefetcher = prefetcher
         self._cache = cache
         self._device = device
-        self._attention = Attention(family.sizes, family.attention_scale, device.torch_device, family.spec.dtype)
+        self._attention = Attention(
+            family.sizes, family.attention_scale, block_size, device.torch_device, family.spec.dtype
+        )
         self._sampler = Sampler(SAMPLE_ELEMENTS)
         self._eos = frozenset(family.spec.eos_token_ids)
         self._steps: asyncio.Queue[Step] = asyncio.Queue(1)
@@ -140,19 +148,40 @@ class Executor:
         return _Batch(
             hidden=self._family.embed(self._fixed, upload(batch.token_ids), positions),
             positions=positions,
-            packed=PackedRows(
-                query_starts=upload(batch.query_starts.astype(np.int32)),
-                key_starts=upload(batch.key_starts.astype(np.int32)),
-                query_offsets=tuple(batch.query_starts.tolist()),
-                key_offsets=tuple(batch.key_starts.tolist()),
-                max_queries=_longest(batch.query_starts),
-                max_keys=_longest(batch.key_starts),
-            ),
-            new_rows=upload(batch.new_rows),
+            in_place=self._in_place_rows(batch),
+            packed=self._packed_rows(batch),
+            num_in_place=batch.in_place.num_requests,
+            new_rows=self._cache.upload_rows(batch.new_rows),
             activation_rows=upload(batch.activation_rows),
             activation_positions=upload(batch.activation_positions),
             stores=self._cache.upload(batch.stores),
             sample_rows=upload(batch.sample_rows),
+        )
+
+    def _in_place_rows(self, batch: MiniBatch) -> InPlaceRows | None:
+        rows, upload = batch.in_place, self._device.upload
+        if not rows.num_requests:
+            return None
+        key_starts = batch.key_starts[: rows.num_requests + 1]
+        return InPlaceRows(
+            tables=upload(rows.tables.astype(np.int32)),
+            counts=upload(rows.counts.astype(np.int32)),
+            key_starts=upload(key_starts.astype(np.int32)),
+            most_keys=int((rows.counts + np.diff(key_starts)).max()),
+        )
+
+    def _packed_rows(self, batch: MiniBatch) -> PackedRows | None:
+        first, upload = batch.in_place.num_requests, self._device.upload
+        if first == len(batch.works):
+            return None
+        query_starts, key_starts = batch.query_starts[first:] - first, batch.key_starts[first:]
+        return PackedRows(
+            query_starts=upload(query_starts.astype(np.int32)),
+            key_starts=upload(key_starts.astype(np.int32)),
+            query_offsets=tuple(query_starts.tolist()),
+            key_offsets=tuple(key_starts.tolist()),
+            max_queries=_longest(query_starts),
+            max_keys=_longest(key_starts),
         )
 
     def _compute(self, weights: Prefetched, staged: Staged, batch: _Batch) -> tuple[Event, Event]:
@@ -164,18 +193,30 @@ class Executor:
             with record_function("hsrpc.project"):
                 x = family.attention_input(w, batch.hidden)
                 queries, kv = family.queries_keys_values(w, x, batch.positions)
-                buffers.kv.index_copy_(0, batch.new_rows, kv)
+                device.copy_rows(buffers.kv, batch.new_rows.target, kv, batch.new_rows.source)
+                self._cache.store(Tier.DEVICE, weights.layer, batch.stores, kv, x)
             with record_function("hsrpc.regenerate"):
                 self._regenerate(w, staged, batch)
             with record_function("hsrpc.attend"):
-                attended = self._attention(queries, buffers.kv, batch.packed)
+                attended = self._attend(queries, weights.layer, buffers.kv, batch)
             freed = device.record(device.compute)
             with record_function("hsrpc.finish"):
                 batch.hidden = family.finish_layer(w, batch.hidden, attended)
             done = device.record(device.compute)
         device.wait(device.store, freed)
-        self._cache.store(weights.layer, batch.stores, kv, x)
+        with device.on(device.store):
+            self._cache.store(Tier.HOST, weights.layer, batch.stores, kv, x)
         return freed, done
+
+    def _attend(self, queries: torch.Tensor, layer: int, kv: torch.Tensor, batch: _Batch) -> torch.Tensor:
+        """[n, q]"""
+        parts = []
+        if batch.in_place is not None:
+            pool = self._cache.device_kv(layer)
+            parts.append(self._attention.in_place(queries[: batch.num_in_place], pool, kv, batch.in_place))
+        if batch.packed is not None:
+            parts.append(self._attention.packed(queries[batch.num_in_place :], kv, batch.packed))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _regenerate(self, w: Weights, staged: Staged, batch: _Batch) -> None:
         """Rebuild K and V of the cached activations and put them where attention reads them."""

@@ -16,6 +16,20 @@ _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
+class InPlaceRows:
+    """What `d` requests of one query each attend to: int32 on the device, a query sees all its keys."""
+
+    tables: torch.Tensor
+    """[d, b] blocks of the pool."""
+    counts: torch.Tensor
+    """[d] tokens in them."""
+    key_starts: torch.Tensor
+    """[d+1] rows of the buffer."""
+    most_keys: int
+    """Bound on the keys of a request."""
+
+
+@dataclass(frozen=True, slots=True)
 class PackedRows:
     """Where each of `r` requests' rows begin. Its queries are the last of its keys, in order (causal, bottom right)."""
 
@@ -33,16 +47,54 @@ class PackedRows:
 class Attention:
     """Chooses the fastest attention for the device and element type, once."""
 
-    def __init__(self, sizes: ModelSizes, scale: float, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, sizes: ModelSizes, scale: float, block_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._block_size = block_size
         self._heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
         self._kv = sizes.kv_size
         self._scale = scale
         self._window = sizes.sliding_window
         # torch 2.11 takes grouped queries without being told; later ones want to be.
         self._names_gqa = sizes.num_heads != sizes.num_kv_heads and "enable_gqa" in signature(varlen_attn).parameters
+        self._uses_kernel = device.type == "cuda"
         self._uses_flash = device.type == "cuda" and dtype in _FLASH_DTYPES and sizes.head_dim % 8 == 0
 
-    def __call__(self, queries: torch.Tensor, kv: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+    def in_place(self, queries: torch.Tensor, pool: torch.Tensor, kv: torch.Tensor, rows: InPlaceRows) -> torch.Tensor:
+        """[d, q] for one query a request [d, q], with rows [K|V] in the pool [*, 2*kv] and the kv buffer [*, 2*kv]."""
+        if not self._uses_kernel:
+            return self._in_place_one_by_one(queries, pool, kv, rows)
+        from hsrpc.model.decode_kernel import decode_attention  # loads Triton
+
+        _, num_kv_heads, head_dim = self._heads
+        return decode_attention(
+            queries,
+            pool,
+            kv,
+            tables=rows.tables,
+            in_place=rows.counts,
+            key_starts=rows.key_starts,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=self._block_size,
+            scale=self._scale,
+            most_keys=rows.most_keys,
+        )
+
+    def _in_place_one_by_one(
+        self, queries: torch.Tensor, pool: torch.Tensor, kv: torch.Tensor, rows: InPlaceRows
+    ) -> torch.Tensor:
+        out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+        starts, counts = rows.key_starts.tolist(), rows.counts.tolist()
+        offsets = torch.arange(self._block_size)
+        for i, (count, start, end) in enumerate(zip(counts, starts, starts[1:], strict=False)):
+            found = (rows.tables[i, :, None] * self._block_size + offsets).flatten()[:count]
+            keys = torch.cat((pool.index_select(0, found), kv[start:end]))
+            alone = PackedRows(rows.counts, rows.counts, (0, 1), (0, len(keys)), 1, len(keys))
+            out[i : i + 1] = self.packed(queries[i : i + 1], keys, alone)
+        return out
+
+    def packed(self, queries: torch.Tensor, kv: torch.Tensor, rows: PackedRows) -> torch.Tensor:
         """[n, q] for queries [n, q] and the kv buffer [*, 2*kv] with rows [K|V]."""
         num_heads, num_kv_heads, head_dim = self._heads
         q = queries.unflatten(-1, (num_heads, head_dim))

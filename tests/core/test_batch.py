@@ -10,20 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsrpc.core.batch import (
-    BufferLimits,
-    MiniBatch,
-    RowCosts,
-    Runs,
-    Step,
-    Work,
-    expand,
-    first_block,
-    form_mini_batches,
-    lay_out,
-    merge_runs,
-)
+from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Runs, Step, Work, expand
 from hsrpc.core.blocks import BlockKind, PoolId
+from hsrpc.core.layout import first_block, lay_out, merge_runs
+from hsrpc.core.mini_batches import form_mini_batches
 from hsrpc.core.request import FinishReason, Request, SamplingParams
 
 COSTS = RowCosts(load_kv=2.0, load_activation=1.0, regenerate=0.5)
@@ -52,6 +42,13 @@ class Case:
                 slots[self.slot(number, position)] = (number, position)
         return slots
 
+    def number(self, work: Work) -> int:
+        return self.works.index(work)
+
+    def new_tokens(self, batch: MiniBatch) -> list[Token]:
+        """By query row."""
+        return [(self.number(work), work.context + i) for work in batch.works for i in range(work.count)]
+
     def attended(self, number: int) -> list[int]:
         """Cached positions that the first new token sees, and the rest of their blocks."""
         work, window = self.works[number], self.window
@@ -70,7 +67,7 @@ def make_work(number: int, blocks: list[tuple[PoolId, int]], context: int, count
 def cases(draw: st.DrawFn) -> Case:
     """Ragged works; block numbers are shuffled, or in order so that neighbours can merge."""
     block_size = draw(st.integers(1, 32))
-    parts = draw(st.lists(st.tuples(st.integers(0, 90), st.integers(1, 40)), min_size=1, max_size=5))
+    parts = draw(st.lists(st.tuples(st.integers(0, 90), st.just(1) | st.integers(1, 40)), min_size=1, max_size=5))
     lengths = [-(-(context + count) // block_size) for context, count in parts]
     spare = draw(st.integers(0, 2))
     kinds = draw(st.lists(st.sampled_from(PoolId), min_size=1, max_size=4))
@@ -110,11 +107,20 @@ def kv_buffer(case: Case, batch: MiniBatch) -> dict[int, Token]:
         assert activations[row][1] == position
         assert target not in buffer
         buffer[int(target)] = activations[row]
-    new = [(number, work.context + i) for number, work in enumerate(case.works) for i in range(work.count)]
-    for target, token in zip(batch.new_rows, new, strict=True):
+    new = case.new_tokens(batch)
+    for source, target in zip(batch.new_rows.source, batch.new_rows.target, strict=True):
         assert target not in buffer
-        buffer[int(target)] = token
+        buffer[int(target)] = new[source]
     return buffer
+
+
+def rows_in_place(case: Case, batch: MiniBatch, index: int) -> list[Token]:
+    """What a request reads in the pool of device KV blocks, the new rows stored before."""
+    if index >= batch.in_place.num_requests:
+        return []
+    slots, table = case.pools(new=True), batch.in_place.tables[index]
+    places = [divmod(token, case.block_size) for token in range(batch.in_place.counts[index])]
+    return [slots[PoolId.DEVICE_KV, int(table[block]) * case.block_size + offset] for block, offset in places]
 
 
 @given(case=cases())
@@ -124,20 +130,28 @@ def test_attention_reads_exactly_what_it_must(case: Case):
     batch = lay_out(case.works, case.block_size, case.window)
     buffer = kv_buffer(case, batch)
     assert sorted(buffer) == list(range(batch.num_rows))
-    for number, work in enumerate(case.works):
-        rows = [buffer[row] for row in range(batch.key_starts[number], batch.key_starts[number + 1])]
-        cached, new = rows[: len(rows) - work.count], rows[len(rows) - work.count :]
-        assert new == [(number, work.context + i) for i in range(work.count)]
-        assert sorted(cached) == [(number, position) for position in case.attended(number)]
+    for index, work in enumerate(batch.works):
+        number = case.number(work)
+        rows = [buffer[row] for row in range(batch.key_starts[index], batch.key_starts[index + 1])]
+        in_place = rows_in_place(case, batch, index)
+        new = [(number, work.context + i) for i in range(work.count)]
+        wanted = [(number, position) for position in case.attended(number)] + new
+        assert sorted(in_place + rows) == wanted
+        assert all(case.slot(*token)[0] is PoolId.DEVICE_KV for token in in_place)
+        if work.count > 1 or case.window is not None:
+            assert in_place == []
+            assert rows[len(rows) - work.count :] == new
+        else:
+            assert all(case.slot(*token)[0] is not PoolId.DEVICE_KV for token in rows)
         if case.window is not None:
-            assert cached == sorted(cached)
+            assert rows == wanted
 
 
 @given(case=cases())
 def test_new_tokens_are_stored_in_their_blocks(case: Case):
     """Query row by query row, position p goes to its block's slot; then the pools hold all tokens of the request."""
     batch = lay_out(case.works, case.block_size, case.window)
-    queries = [(number, work.context + i) for number, work in enumerate(case.works) for i in range(work.count)]
+    queries = case.new_tokens(batch)
     slots = case.pools()
     stored: list[int] = []
     for pool, rows in batch.stores.items():
@@ -151,19 +165,21 @@ def test_new_tokens_are_stored_in_their_blocks(case: Case):
 
 @given(case=cases())
 def test_queries_are_packed_in_order_of_the_works(case: Case):
-    """Token ids, positions, starts and sampled rows are those of the works, one after the other."""
+    """Token ids, positions, starts and sampled rows are those of the works; those that read in place come first."""
     batch = lay_out(case.works, case.block_size, case.window)
-    assert batch.works == tuple(case.works)
+    singles = [work for work in case.works if work.count == 1 and case.window is None]
+    assert list(batch.works) == singles + [work for work in case.works if work not in singles]
+    assert batch.in_place.num_requests == len(singles)
     assert batch.num_queries == sum(work.count for work in case.works)
     sampled = []
-    for work, start, end in zip(case.works, batch.query_starts, batch.query_starts[1:], strict=False):
+    for work, start, end in zip(batch.works, batch.query_starts, batch.query_starts[1:], strict=False):
         new = slice(work.context, work.context + work.count)
         assert batch.token_ids[start:end].tolist() == work.request.token_ids[new]
         assert batch.positions[start:end].tolist() == list(range(new.start, new.stop))
         sampled += [end - 1] if work.samples else []
     assert batch.query_starts[-1] == batch.num_queries
     assert batch.sample_rows.tolist() == sampled
-    for array in (batch.token_ids, batch.positions, batch.new_rows, batch.activation_rows, batch.sample_rows):
+    for array in (batch.token_ids, batch.positions, batch.new_rows.source, batch.activation_rows, batch.sample_rows):
         assert array.dtype == np.int64
 
 
@@ -191,8 +207,9 @@ def measure(case: Case, works: list[Work]) -> tuple[int, int, int]:
     rows = activation_rows = queries = 0
     for work in works:
         number = case.works.index(work)
-        cached = case.attended(number)
-        rows += len(cached) + work.count
+        cached, new = case.attended(number), range(work.context, work.context + work.count)
+        in_place = work.count == 1 and case.window is None
+        rows += sum(not (in_place and case.slot(number, p)[0] is PoolId.DEVICE_KV) for p in [*cached, *new])
         activation_rows += sum(case.slot(number, p)[0].kind is BlockKind.ACTIVATION for p in cached)
         queries += work.count
     return rows, activation_rows, queries
@@ -254,7 +271,7 @@ def test_without_blocks_nothing_is_stored():
     """Under the recompute policy there are no blocks: nothing is loaded or stored, all tokens are new."""
     batch = lay_out([make_work(0, [], 0, 7), make_work(1, [], 0, 3)], 16, None)
     assert (batch.kv_loads, batch.activation_loads, batch.stores) == ({}, {}, {})
-    assert batch.new_rows.tolist() == list(range(10))
+    assert batch.new_rows.source.tolist() == batch.new_rows.target.tolist() == list(range(10))
     assert batch.key_starts.tolist() == batch.query_starts.tolist() == [0, 7, 10]
 
 

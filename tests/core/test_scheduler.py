@@ -218,7 +218,7 @@ class Harness:
     def _compute(self, batch: MiniBatch) -> dict[int, int]:
         """Tokens by arrival: the model applied to what each sampling request's buffer rows hold."""
         queries = list(zip(batch.positions.tolist(), batch.token_ids.tolist(), strict=True))
-        buffer = dict(zip(batch.new_rows.tolist(), queries, strict=True))
+        buffer = {row: queries[query] for query, row in pairs(batch.new_rows)}
         activations: dict[int, tuple[int, int]] = {}
         for loads, target in ((batch.kv_loads, buffer), (batch.activation_loads, activations)):
             for pool, runs in loads.items():
@@ -229,11 +229,19 @@ class Harness:
         tokens = {}
         for i, work in enumerate(batch.works):
             rows_of_request = range(batch.key_starts[i], batch.key_starts[i + 1])
-            held = sorted(buffer[row] for row in rows_of_request)
+            held = sorted([buffer[row] for row in rows_of_request] + self._in_place(batch, i))
             assert held == list(enumerate(work.request.token_ids[: work.context + work.count]))
             if work.samples:
                 tokens[work.request.arrival] = next_token([token for _, token in held])
         return tokens
+
+    def _in_place(self, batch: MiniBatch, index: int) -> list[tuple[int, int]]:
+        """What a request reads in the pool of device KV blocks."""
+        if index >= batch.in_place.num_requests:
+            return []
+        size, table = self.limits.block_size, batch.in_place.tables[index].tolist()
+        tokens = range(int(batch.in_place.counts[index]))
+        return [self.slots[PoolId.DEVICE_KV, table[token // size] * size + token % size] for token in tokens]
 
 
 def pairs(rows: Rows) -> list[tuple[int, int]]:

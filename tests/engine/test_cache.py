@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from hsrpc.config import EngineConfig
-from hsrpc.core.batch import Step, Work, lay_out
+from hsrpc.core.batch import Step, Work
 from hsrpc.core.blocks import BlockKind, PoolId, Tier
+from hsrpc.core.layout import lay_out
 from hsrpc.core.plan import BUFFERS, Budgets
 from hsrpc.core.planner import Planner
 from hsrpc.core.request import FinishReason, Request, SamplingParams
@@ -71,7 +72,8 @@ def store_all(cache: CacheManager, sizes: ModelSizes, step: Step, dtype: torch.d
     x = [torch.randn(batch.num_queries, sizes.hidden_size).to(dtype) for _ in range(sizes.num_layers)]
     rows = cache.upload(batch.stores)
     for layer in range(sizes.num_layers):
-        cache.store(layer, rows, kv[layer], x[layer])
+        for tier in Tier:
+            cache.store(tier, layer, rows, kv[layer], x[layer])
     cache.stored()
     return kv, x
 
@@ -99,11 +101,12 @@ TABLES |= {"mixed": list(zip(MIXED, SCATTERED, strict=True))}
 async def test_what_is_stored_comes_back(table: str, num_tokens: int, dtype: torch.dtype, sizes: ModelSizes) -> None:
     """From each pool, scattered and neighbouring blocks, the last one partly full: the same bits in every layer."""
     blocks = TABLES[table][: -(-num_tokens // BLOCK_SIZE)]
-    request = make_request(blocks, num_tokens + 1)
+    request = make_request(blocks, num_tokens + 2)
     async with managing(sizes, dtype) as cache, asyncio.timeout(20):
         kv, x = store_all(cache, sizes, make_step(request, 0, num_tokens), dtype)
-        request.blocks.append(PoolId.HOST_KV, NUM_BLOCKS - 1)
-        await cache.begin(make_step(request, num_tokens, 1))
+        for index in (NUM_BLOCKS - 1, NUM_BLOCKS - 2):
+            request.blocks.append(PoolId.HOST_KV, index)
+        await cache.begin(make_step(request, num_tokens, 2))
         for layer in range(sizes.num_layers):
             staged = await cache.take()
             for kind, rows, buffer in (

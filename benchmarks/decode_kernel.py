@@ -1,0 +1,90 @@
+"""The decode attention kernel on a GPU: its error against float64, and its share of the memory bandwidth.
+
+python benchmarks/decode_kernel.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import median
+
+import torch
+
+from hsrpc.model.decode_kernel import decode_attention
+
+BLOCK_SIZE = 16
+SHAPES = ((32, 32, 64), (32, 32, 80), (32, 32, 128), (32, 8, 128), (56, 56, 128))
+"""Query heads, KV heads, head size."""
+LOADS = ((1, 4000), (8, 600), (24, 600), (64, 600), (128, 512))
+"""Requests, tokens of each."""
+
+
+def case(shape: tuple[int, int, int], load: tuple[int, int], share: float, dtype: torch.dtype) -> dict[str, object]:
+    """Random rows; of each request's tokens `share` in place, the rest in the buffer; lengths differ a little."""
+    (heads, kv_heads, head_dim), (requests, tokens) = shape, load
+    width, device = 2 * kv_heads * head_dim, "cuda"
+    lengths = [tokens - 3 * i % 50 for i in range(requests)]
+    in_place = [int(length * share) for length in lengths]
+    blocks = -(-tokens // BLOCK_SIZE)
+    buffered = torch.tensor([0] + [n - m for n, m in zip(lengths, in_place, strict=True)])
+    return {
+        "queries": torch.randn(requests, 2 * heads * head_dim, device=device, dtype=dtype)[:, : heads * head_dim],
+        "pool": torch.randn(requests * blocks * BLOCK_SIZE, width, device=device, dtype=dtype),
+        "buffer": torch.randn(int(buffered.sum()), width, device=device, dtype=dtype),
+        "tables": torch.randperm(requests * blocks, device=device).view(requests, blocks).int(),
+        "in_place": torch.tensor(in_place, device=device).int(),
+        "key_starts": buffered.cumsum(0).int().cuda(),
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "block_size": BLOCK_SIZE,
+        "scale": head_dim**-0.5,
+        "most_keys": tokens,
+    }
+
+
+def reference(given: dict) -> torch.Tensor:
+    """In float64, request by request."""
+    head_dim, kv_heads = given["head_dim"], given["num_kv_heads"]
+    starts, rows = given["key_starts"].tolist(), []
+    for i, count in enumerate(given["in_place"].tolist()):
+        token = torch.arange(count, device="cuda")
+        slots = given["tables"][i][token // BLOCK_SIZE].long() * BLOCK_SIZE + token % BLOCK_SIZE
+        kv = torch.cat((given["pool"][slots], given["buffer"][starts[i] : starts[i + 1]])).double()
+        q = given["queries"][i].double().view(-1, head_dim)
+        k, v = (p.unflatten(1, (kv_heads, head_dim)) for p in kv.chunk(2, dim=1))
+        k, v = (p.repeat_interleave(len(q) // kv_heads, 1) for p in (k, v))
+        weights = (torch.einsum("hd,khd->hk", q, k) * given["scale"]).softmax(-1)
+        rows.append(torch.einsum("hk,khd->hd", weights, v).flatten())
+    return torch.stack(rows)
+
+
+def milliseconds(given: dict) -> float:
+    """Median of 20."""
+    times = []
+    for _ in range(23):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        decode_attention(**given)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return median(times[3:])
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for dtype in (torch.float16, torch.float32):
+        for shape in SHAPES:
+            for load in LOADS:
+                given = case(shape, load, 0.6, dtype)
+                wanted = reference(given)
+                error = ((decode_attention(**given).double() - wanted).norm() / wanted.norm()).item()
+                assert error < (2e-3 if dtype is torch.float16 else 1e-5), f"{shape} {load} {dtype}: error {error:.1e}"
+                spent = milliseconds(given)
+                tokens = int(given["in_place"].sum()) + len(given["buffer"])
+                rate = tokens * given["buffer"].shape[1] * dtype.itemsize / spent / 1e6
+                print(f"{dtype} {shape} {load}: error {error:.1e}, {spent * 1e3:.0f} us, {rate:.0f} GB/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Triton kernels: attention of one query a request to rows in place and in a buffer, in parts that are then merged."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_PROGRAMS = 1024
+"""Enough to fill a large GPU several times; fewer requests are divided into parts along their keys."""
+_LEAST_KEYS = 128
+"""Of a part."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _accumulate(q, m, total, acc, k_rows, v_rows, valid, scale, d, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, N803, PLR0917
+    """Online softmax over one tile of keys: m and total [g], acc [g, d]."""
+    mask = valid[:, None] & (d < HEAD_DIM)[None, :]
+    k = tl.load(k_rows, mask=mask, other=0.0)
+    v = tl.load(v_rows, mask=mask, other=0.0)
+    if GROUP == 1:
+        scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
+    else:
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.where(valid[None, :], scores * scale, float("-inf"))
+    new = tl.maximum(m, tl.max(scores, 1))
+    p = tl.exp(scores - new[:, None])
+    kept = tl.exp(m - new)
+    if GROUP == 1:
+        added = tl.sum(tl.trans(p) * v.to(tl.float32), 0)[None, :]
+    else:
+        added = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return new, total * kept + tl.sum(p, 1), acc * kept[:, None] + added
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend(  # type: ignore[no-untyped-def]  # noqa: PLR0917
+    out,  # noqa: ANN001
+    sums,  # noqa: ANN001
+    queries,  # noqa: ANN001
+    query_stride,  # noqa: ANN001
+    pool,  # noqa: ANN001
+    buffer,  # noqa: ANN001
+    tables,  # noqa: ANN001
+    table_stride,  # noqa: ANN001
+    in_place,  # noqa: ANN001
+    key_starts,  # noqa: ANN001
+    scale,  # noqa: ANN001
+    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+    KV_HEADS: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,  # noqa: N803
+    GROUP_TILE: tl.constexpr,  # noqa: N803
+    HEAD_DIM: tl.constexpr,  # noqa: N803
+    DIM_TILE: tl.constexpr,  # noqa: N803
+    KEYS: tl.constexpr,  # noqa: N803
+    PARTS: tl.constexpr,  # noqa: N803
+) -> None:
+    """One request, KV head and part of its keys: those in place come first, those in the buffer after them."""
+    request, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    count = tl.load(in_place + request)
+    start = tl.load(key_starts + request)
+    num_keys = count + tl.load(key_starts + request + 1) - start
+    size = tl.cdiv(tl.cdiv(num_keys, PARTS), KEYS) * KEYS
+    low = part * size
+    high = tl.minimum(low + size, num_keys)
+    g = tl.arange(0, GROUP_TILE)
+    d = tl.arange(0, DIM_TILE)
+    columns = head * HEAD_DIM + d
+    width = KV_HEADS * HEAD_DIM
+    query_heads = head * GROUP + g
+    in_query = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    q_rows = queries + request.to(tl.int64) * query_stride + query_heads[:, None] * HEAD_DIM + d[None, :]
+    q = tl.load(q_rows, mask=in_query, other=0.0)
+    m = tl.full([GROUP_TILE], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_TILE], tl.float32)
+    acc = tl.zeros([GROUP_TILE, DIM_TILE], tl.float32)
+    end = tl.minimum(high, count)
+    for first in range(low, end, KEYS):
+        key = first + tl.arange(0, KEYS)
+        valid = key < end
+        block = tl.load(tables + request * table_stride + key // BLOCK_SIZE, mask=valid, other=0)
+        rows = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
+        k_rows = pool + rows[:, None] * (2 * width) + columns[None, :]
+        m, total, acc = _accumulate(q, m, total, acc, k_rows, k_rows + width, valid, scale, d, HEAD_DIM, GROUP)
+    for first in range(tl.maximum(low, count), high, KEYS):
+        key = first + tl.arange(0, KEYS)
+        valid = key < high
+        rows = (start + key - count).to(tl.int64)
+        k_rows = buffer + rows[:, None] * (2 * width) + columns[None, :]
+        m, total, acc = _accumulate(q, m, total, acc, k_rows, k_rows + width, valid, scale, d, HEAD_DIM, GROUP)
+    in_group = g < GROUP
+    target = (request * PARTS + part).to(tl.int64) * (KV_HEADS * GROUP) + query_heads
+    if PARTS == 1:
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    else:
+        tl.store(sums + 2 * target, m, mask=in_group)
+        tl.store(sums + 2 * target + 1, total, mask=in_group)
+    tl.store(out + target[:, None] * HEAD_DIM + d[None, :], acc.to(out.dtype.element_ty), mask=in_query)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _merge(  # type: ignore[no-untyped-def]  # noqa: PLR0917
+    out,  # noqa: ANN001
+    parts,  # noqa: ANN001
+    sums,  # noqa: ANN001
+    HEADS: tl.constexpr,  # noqa: N803
+    HEAD_DIM: tl.constexpr,  # noqa: N803
+    DIM_TILE: tl.constexpr,  # noqa: N803
+    PARTS: tl.constexpr,  # noqa: N803
+) -> None:
+    """One request and head: its parts, weighted by their sums of exponentials. PARTS is a power of two."""
+    request, head = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, DIM_TILE)
+    source = (request * PARTS + tl.arange(0, PARTS)).to(tl.int64) * HEADS + head
+    m = tl.load(sums + 2 * source)
+    most = tl.max(m, 0)
+    weight = tl.where(m > float("-inf"), tl.exp(m - most), 0.0)
+    total = tl.sum(weight * tl.load(sums + 2 * source + 1), 0)
+    inside = (d < HEAD_DIM)[None, :]
+    acc = tl.load(parts + source[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    merged = tl.sum(acc * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    row = (request.to(tl.int64) * HEADS + head) * HEAD_DIM
+    tl.store(out + row + d, merged.to(out.dtype.element_ty), mask=d < HEAD_DIM)
+
+
+def decode_attention(
+    queries: torch.Tensor,
+    pool: torch.Tensor,
+    buffer: torch.Tensor,
+    *,
+    tables: torch.Tensor,
+    in_place: torch.Tensor,
+    key_starts: torch.Tensor,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    scale: float,
+    most_keys: int,
+) -> torch.Tensor:
+    """[d, q] for one query a request [d, q] (rows may be strided).
+
+    Its keys are rows [K|V] of `pool` [*, 2*kv], `in_place[i]` of them in the blocks of `tables` [d, b], and rows
+    `key_starts[i]` to `key_starts[i+1]` of `buffer` [*, 2*kv]. Integers are int32. `most_keys` a request bounds the
+    parts into which keys are divided. A request without keys gets zeros.
+    """
+    num_requests, width = queries.shape
+    num_heads = width // head_dim
+    group = num_heads // num_kv_heads
+    dim_tile = triton.next_power_of_2(head_dim)
+    parts = _num_parts(num_requests * num_kv_heads, most_keys)
+    out = torch.empty((num_requests, width), dtype=queries.dtype, device=queries.device)
+    partial, sums = out, out
+    if parts > 1:
+        partial = torch.empty((num_requests, parts, width), dtype=torch.float32, device=queries.device)
+        sums = torch.empty((num_requests, parts, num_heads, 2), dtype=torch.float32, device=queries.device)
+    _attend[num_requests, num_kv_heads, parts](
+        partial,
+        sums,
+        queries,
+        queries.stride(0),
+        pool,
+        buffer,
+        tables,
+        tables.stride(0),
+        in_place,
+        key_starts,
+        scale,
+        BLOCK_SIZE=block_size,
+        KV_HEADS=num_kv_heads,
+        GROUP=group,
+        GROUP_TILE=1 if group == 1 else max(16, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim,
+        DIM_TILE=dim_tile,
+        KEYS=max(16, min(64, 4096 // dim_tile)),
+        PARTS=parts,
+    )
+    if parts > 1:
+        _merge[num_requests, num_heads](
+            out, partial, sums, HEADS=num_heads, HEAD_DIM=head_dim, DIM_TILE=dim_tile, PARTS=parts
+        )
+    return out
+
+
+def _num_parts(num_programs: int, most_keys: int) -> int:
+    """A power of two."""
+    wanted = min(_PROGRAMS // max(1, num_programs), most_keys // _LEAST_KEYS)
+    return 1 << max(0, wanted.bit_length() - 1)

@@ -1,0 +1,62 @@
+"""Attention of single queries to rows in place and in the buffer, against a dense computation in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hsrpc.core.sizes import ModelSizes
+from hsrpc.model.attention import Attention, InPlaceRows
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 12
+HEAD_DIM = 8
+
+
+def make_sizes(num_heads: int, num_kv_heads: int) -> ModelSizes:
+    return ModelSizes(
+        num_layers=1,
+        hidden_size=num_heads * HEAD_DIM,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=HEAD_DIM,
+        ffn_size=8,
+        vocab_size=8,
+        context_length=64,
+        element_bytes=4,
+        layer_tensors={},
+        fixed_elements=0,
+    )
+
+
+def dense(q: torch.Tensor, kv: torch.Tensor, sizes: ModelSizes) -> torch.Tensor:
+    """[q] for one query [q] and rows [K|V]."""
+    group = sizes.num_heads // sizes.num_kv_heads
+    k, v = (part.unflatten(1, (sizes.num_kv_heads, HEAD_DIM)) for part in kv.double().chunk(2, dim=1))
+    k, v = (part.repeat_interleave(group, 1) for part in (k, v))
+    scores = torch.einsum("hd,khd->hk", q.double().unflatten(0, (sizes.num_heads, HEAD_DIM)), k) * 0.3
+    return torch.einsum("hk,khd->hd", scores.softmax(-1), v).flatten().float()
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+@given(parts=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 7)), min_size=1, max_size=4), seed=st.integers(0, 9))
+def test_a_query_sees_its_blocks_and_its_buffer_rows(
+    heads: tuple[int, int], parts: list[tuple[int, int]], seed: int
+) -> None:
+    """Any mix, blocks scattered and the last one partly filled; a row of another request changes nothing."""
+    parts = [(in_place, max(buffered, in_place == 0)) for in_place, buffered in parts]
+    sizes, random = make_sizes(*heads), torch.Generator().manual_seed(seed)
+    attention = Attention(sizes, 0.3, BLOCK_SIZE, torch.device("cpu"), torch.float32)
+    starts = [sum(buffered for _, buffered in parts[:i]) for i in range(len(parts) + 1)]
+    pool = torch.randn(NUM_BLOCKS * BLOCK_SIZE, 2 * sizes.kv_size, generator=random)
+    kv = torch.randn(starts[-1], 2 * sizes.kv_size, generator=random)
+    tables = torch.stack([torch.randperm(NUM_BLOCKS, generator=random)[:5] for _ in parts]).int()
+    queries = torch.randn(len(parts), sizes.hidden_size, generator=random)
+    rows = InPlaceRows(tables, torch.tensor([count for count, _ in parts]).int(), torch.tensor(starts).int(), 27)
+    found = attention.in_place(queries, pool, kv, rows)
+    for i, (count, _) in enumerate(parts):
+        slots = [int(tables[i, token // BLOCK_SIZE]) * BLOCK_SIZE + token % BLOCK_SIZE for token in range(count)]
+        keys = torch.cat((pool[slots], kv[starts[i] : starts[i + 1]]))
+        torch.testing.assert_close(found[i], dense(queries[i], keys, sizes), rtol=1e-5, atol=1e-5)
