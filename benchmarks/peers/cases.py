@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 from hsrpc.bench.workload import Lengths, Workload, make_workload
 from hsrpc.core.sizes import ModelSizes
@@ -83,6 +84,7 @@ class Setup:
         return ", ".join(parts)
 
 
+@cache
 def sizes_of(model: str) -> ModelSizes:
     """Sizes of a shape in float16."""
     return named_spec(model, DTYPES["float16"]).sizes

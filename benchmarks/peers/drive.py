@@ -18,7 +18,8 @@ from benchmarks.peers.record import Outcome, Record, add_record, read_records
 
 Measure = Callable[[Setup, float], Record]
 """Runs a setup within a number of seconds."""
-_OUT_OF_MEMORY = "out of memory"
+_MEMORY = "memory"
+"""In the reason of every failure that a smaller batch may cure."""
 _ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 """For the peers: less of the budget is lost to fragments."""
 
@@ -69,7 +70,7 @@ class Driver:
         """With a smaller batch, twice at most, where the arithmetic promised too much."""
         record = self.run(setup)
         for _ in range(2):
-            if record is None or _OUT_OF_MEMORY not in (record.error or "") or setup.case is Case.HOST:
+            if record is None or _MEMORY not in (record.error or "") or setup.case is Case.HOST:
                 break
             setup = _resized(setup, 7 / 8)
             record = self.run(setup)
@@ -97,9 +98,9 @@ def reason(code: int, messages: str) -> str:
     """Why a child had no outcome, in a line."""
     lines = [line.strip() for line in messages.splitlines() if line.strip()]
     if any("out of memory" in line.lower() for line in lines):
-        return f"{_OUT_OF_MEMORY} on the device"
+        return f"out of {_MEMORY} on the device"
     if code == -9:
-        return "killed, probably for host memory"
+        return f"killed, probably for host {_MEMORY}"
     return f"exit status {code}: {lines[-1][:300] if lines else 'no message'}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import uvloop
 
@@ -18,6 +19,7 @@ def run(setup: Setup) -> Outcome:
     """Load, serve one batch, and compare its decode steps with their limits."""
     config = engine_config(setup)
     batch = setup.batch or make_planner(config).planner.plan().max_batch
+    config = replace(config, max_batch=batch)
     observed = uvloop.run(observe_run(config, lambda _: workload_of(setup, batch), lambda _: False))
     result = summarise(observed, config, decode_steps(observed.records, batch))
     return outcome_of(setup, observed, result, batch)
@@ -33,7 +35,7 @@ def engine_config(setup: Setup) -> EngineConfig:
         placement=Placement.HOST if setup.case is Case.HOST else Placement.AUTO,
         max_batch=setup.batch,
         max_model_len=setup.prompt + setup.output,
-        expected_context=setup.prompt + setup.output // 2,
+        expected_context=setup.prompt + setup.output,  # all requests grow together: what the last steps hold
     )
 
 
