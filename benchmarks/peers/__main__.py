@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.peers.cases import MODELS, Budgets, Case, System
+from benchmarks.peers.cases import MODELS, Budgets, Case, Setup, System
+from benchmarks.peers.cells import Cell, all_cells, estimated_seconds, setups_of
 from hsrpc.config import parse_bytes
 
 _EXAMPLES = """\
 examples, from the root of the repository:
   python -m benchmarks.peers estimate
   python -m benchmarks.peers run --case host --model opt-6.7b --system flexgen --file peers.json --time 560
+  python -m benchmarks.peers run --case budget --model opt-13b --system flexgen --file peers.json \\
+      --percent 55 45 100 0 100 0 --batch 16
   python -m benchmarks.peers run --file peers.json             all cells; goes on where it was interrupted
   python -m benchmarks.peers report peers.json --json report.json --plot report.png
 """
@@ -75,6 +79,12 @@ def _add_cell_options(parser: argparse.ArgumentParser) -> None:
         help="tokens that the best is measured for, the rest projected (default: all)",
     )
 
+    parser.add_argument(
+        "--percent", type=int, nargs=6, metavar="N", help="the one FlexGen setup to measure: its six percentages"
+    )
+    parser.add_argument("--batch", type=int, metavar="N", help="of that setup (default: as in the best one offered)")
+    parser.add_argument("--num-batches", type=int, default=1, metavar="N", help="GPU batches of it (default: 1)")
+
 
 def _budgets(options: argparse.Namespace) -> Budgets:
     return Budgets(
@@ -82,8 +92,19 @@ def _budgets(options: argparse.Namespace) -> Budgets:
     )
 
 
+def _setups(cell: Cell, options: argparse.Namespace) -> list[Setup]:
+    """Those of the cell, or the one FlexGen setup that the flags give."""
+    setups = setups_of(cell, _budgets(options), options.candidates)
+    if cell.system is not System.FLEXGEN or options.percent is None:
+        return setups
+    num_batches = options.num_batches
+    batch = options.batch or setups[0].batch or num_batches
+    if batch % num_batches:
+        raise SystemExit(f"--batch {batch} is not a multiple of --num-batches {num_batches}; change one of them")
+    return [replace(setups[0], percent=tuple(options.percent), batch=batch, num_batches=num_batches)]
+
+
 def _run(options: argparse.Namespace) -> None:
-    from benchmarks.peers.cells import all_cells, setups_of
     from benchmarks.peers.drive import Driver, run_child
 
     driver = Driver(
@@ -94,7 +115,7 @@ def _run(options: argparse.Namespace) -> None:
         limit=options.limit,
     )
     for cell in all_cells(options.case, options.model, options.system):
-        setups = setups_of(cell, _budgets(options), options.candidates)
+        setups = _setups(cell, options)
         if cell.system is System.FLEXGEN:
             driver.run_best(setups, options.screen_steps, options.final_steps)
         else:
@@ -103,17 +124,12 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _estimate(options: argparse.Namespace) -> None:
-    from dataclasses import replace
-
-    from benchmarks.peers.cells import all_cells, estimated_seconds, setups_of
-
     for cell in all_cells(options.case, options.model, options.system):
-        setups = setups_of(cell, _budgets(options), options.candidates)
+        setups = _setups(cell, options)
         if cell.system is System.FLEXGEN:
-            setups = [
-                *(replace(setup, steps=options.screen_steps) for setup in setups),
-                replace(setups[0], steps=options.final_steps),
-            ]
+            tried = setups if len(setups) > 1 else []
+            final = replace(setups[0], steps=options.final_steps)
+            setups = [*(replace(setup, steps=options.screen_steps) for setup in tried), final]
         print(f"{cell.case} {cell.model} {cell.system}: {sum(map(estimated_seconds, setups)):.0f} s")
         for setup in setups:
             print(f"  {estimated_seconds(setup):4.0f} s  {setup.key}")

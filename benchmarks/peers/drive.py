@@ -18,6 +18,7 @@ from benchmarks.peers.record import Outcome, Record, add_record, read_records
 
 Measure = Callable[[Setup, float], Record]
 """Runs a setup within a number of seconds."""
+_ROOT = Path(__file__).parents[2]
 _MEMORY = "memory"
 """In the reason of every failure that a smaller batch may cure."""
 _ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
@@ -51,7 +52,12 @@ class Driver:
         return record
 
     def run_best(self, setups: Sequence[Setup], steps: int, final_steps: int | None) -> Record | None:
-        """Try setups for `steps` tokens each, then measure the best of them for `final_steps`, or in full."""
+        """Try setups for `steps` tokens each, then measure the best of them for `final_steps`, or in full.
+
+        One setup alone is measured at once.
+        """
+        if len(setups) == 1:
+            return self.run(replace(setups[0], steps=final_steps))
         tried = [record for setup in setups if (record := self._try(replace(setup, steps=steps)))]
         best = max(tried, key=_throughput, default=None)
         if best is None or best.outcome is None:
@@ -85,7 +91,13 @@ def run_child(setup: Setup, seconds: float) -> Record:
         with messages.open("w") as stream:
             try:
                 code = subprocess.run(
-                    command, stdout=stream, stderr=stream, timeout=seconds, check=False, env=_environment(setup)
+                    command,
+                    cwd=_ROOT,
+                    stdout=stream,
+                    stderr=stream,
+                    timeout=seconds,
+                    check=False,
+                    env=_environment(setup),
                 ).returncode
             except subprocess.TimeoutExpired:
                 return Record(setup=setup, outcome=None, error=f"took longer than {seconds:.0f} s")

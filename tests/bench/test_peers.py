@@ -118,8 +118,8 @@ def test_a_run_goes_on_where_it_ended(tmp_path):
 def test_if_nothing_works_there_is_no_best(tmp_path):
     """All failures are recorded."""
     made, _ = driver(tmp_path / "file.json", lambda _: "exit status 1: no")
-    assert made.run_best([setup()], 6, None) is None
-    assert len(read_records(tmp_path / "file.json")) == 1
+    assert made.run_best([setup(), setup(batch=8)], 6, None) is None
+    assert len(read_records(tmp_path / "file.json")) == 2
 
 
 def test_reasons_are_one_line():
@@ -275,3 +275,22 @@ def test_accelerate_generates_from_offloaded_weights(monkeypatch):
     timing = run_accelerate.generate(model, wanted, torch.device("cpu"), "dynamic", lambda: None)
     assert len(timing.steps) == 3
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_a_flexgen_setup_can_be_given(capsys):
+    """Its percentages and batch stand in place of the search."""
+    cell = ["--case", "budget", "--model", "opt-13b", "--system", "flexgen"]
+    main(["estimate", *cell, "--percent", "50", "50", "100", "0", "100", "0", "--batch", "16", "--num-batches", "2"])
+    [_, line] = capsys.readouterr().out.splitlines()
+    assert line.endswith("batch 16, 2 GPU batches, percent 50 50 100 0 100 0")
+    with pytest.raises(SystemExit, match="multiple"):
+        main(
+            ["estimate", *cell, "--percent", "50", "50", "100", "0", "100", "0", "--batch", "15", "--num-batches", "2"]
+        )
+
+
+def test_one_setup_alone_is_measured_at_once(tmp_path):
+    """There is nothing to choose from, hence nothing to try."""
+    made, measured = driver(tmp_path / "file.json", lambda _: outcome())
+    made.run_best([setup()], 6, None)
+    assert measured == [setup()]
