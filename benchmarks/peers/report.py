@@ -111,11 +111,15 @@ def plot_report(records: Sequence[Record], file: Path) -> None:
     for case, axes in zip(cases, panels[0], strict=True):
         for index, system in enumerate(_SYSTEMS):
             own = [entry for entry in entries if entry.setup.case is case and entry.setup.system is system]
+            if not own:
+                continue
             at = [MODELS.index(entry.setup.model) + (index - 1) * 0.27 for entry in own]
             heights = [entry.outcome.total_throughput for entry in own]
-            axes.bar_label(axes.bar(at, heights, width=0.25, label=system.value), fmt="%.3g", fontsize=8)
+            bars = axes.bar(at, heights, width=0.25, color=f"C{index}", label=system.value)
+            axes.bar_label(bars, fmt="%.3g", fontsize=8)
         axes.set(title=_TITLES[case], ylabel="new tokens/s, prefill and decode", yscale="log")
         axes.set_xticks(range(len(MODELS)), MODELS)
+        axes.set_ylim(bottom=1)
         axes.legend()
     figure.savefig(file, dpi=150)
     plt.close(figure)
@@ -128,9 +132,9 @@ def _typical(setup: Setup, records: Sequence[Record]) -> Outcome | None:
     return outcomes[(len(outcomes) - 1) // 2] if outcomes else None
 
 
-def _place(entry: Entry) -> tuple[int, str, int]:
+def _place(entry: Entry) -> tuple[int, int, int]:
     setup = entry.setup
-    return list(Case).index(setup.case), setup.model, _SYSTEMS.index(setup.system)
+    return list(Case).index(setup.case), MODELS.index(setup.model), _SYSTEMS.index(setup.system)
 
 
 def _merit(entry: Entry) -> tuple[bool, float]:

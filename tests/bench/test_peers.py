@@ -181,7 +181,7 @@ def test_the_best_of_full_measurements_is_reported():
         Record(setup=setup(model="opt-13b", steps=6), outcome=outcome(3.0, projected=True)),
     ]
     found = [(entry.setup.model, entry.outcome.total_throughput) for entry in best_entries(records)]
-    assert found == [("opt-13b", pytest.approx(3.0)), ("opt-6.7b", pytest.approx(12.0))]
+    assert found == [("opt-6.7b", pytest.approx(12.0)), ("opt-13b", pytest.approx(3.0))]
 
 
 def test_ratios_are_geometric_means_over_common_models():
