@@ -1,0 +1,106 @@
+"""What is compared: the cases, the models, and one way to run one of the systems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+
+from hsrpc.bench.workload import Lengths, Workload, make_workload
+from hsrpc.core.sizes import ModelSizes
+from hsrpc.model.spec import DTYPES, named_spec
+
+GIB = 1024**3
+MODELS = ("opt-6.7b", "opt-13b", "opt-30b")
+PROMPT = 512
+OUTPUT = {"opt-30b": 32}
+"""New tokens of a request where they are not `DEFAULT_OUTPUT`, for all systems alike."""
+DEFAULT_OUTPUT = 128
+HOST_BATCH = {"opt-6.7b": 128, "opt-13b": 64}
+"""Equal batches of the host case; for other models the largest that fits."""
+
+
+class Case(StrEnum):
+    """The settings that are compared."""
+
+    HOST = "host"
+    """All layers' weights and the whole cache on the host, equal batch: the setting of the papers."""
+    BUDGET = "budget"
+    """Equal budgets of device and host memory, each system tuned freely."""
+
+
+class System(StrEnum):
+    """Who runs."""
+
+    HSRPC = "hsrpc"
+    FLEXGEN = "flexgen"
+    ACCELERATE = "accelerate"
+    """transformers `generate`, accelerate's CPU offload, the offloaded cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """Bytes that a system may take."""
+
+    device: int = 24 * GIB
+    host: int = 108 * GIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """One way to run one system, complete: what a child process needs to know."""
+
+    case: Case
+    model: str
+    system: System
+    budgets: Budgets
+    batch: int | None
+    """None: hsrpc's planner decides."""
+    prompt: int = PROMPT
+    output: int = DEFAULT_OUTPUT
+    steps: int | None = None
+    """Tokens really generated of each request, the rest is projected; None: all."""
+    percent: Sequence[int] = ()
+    """FlexGen: weights on GPU and CPU, cache on GPU and CPU, activations on GPU and CPU."""
+    num_batches: int = 1
+    """FlexGen: GPU batches that share one sweep over the weights."""
+    cpu_attention: bool = False
+    """FlexGen: attention to the cache on the host is computed there."""
+    policy: str = "auto"
+    """hsrpc: what is cached."""
+
+    @property
+    def key(self) -> str:
+        """Names the setup in tables, and tells it from all others of its system, model and case."""
+        parts = [f"batch {self.batch or 'planned'}"]
+        if self.system is System.FLEXGEN:
+            parts += [f"{self.num_batches} GPU batches", "percent " + " ".join(map(str, self.percent))]
+            parts += ["CPU attention"] * self.cpu_attention
+        if self.system is System.HSRPC:
+            parts.append(self.policy)
+        if self.steps is not None:
+            parts.append(f"{self.steps} of {self.output} tokens")
+        return ", ".join(parts)
+
+
+@cache
+def sizes_of(model: str) -> ModelSizes:
+    """Sizes of a shape in float16."""
+    return named_spec(model, DTYPES["float16"]).sizes
+
+
+def output_of(model: str) -> int:
+    """New tokens of a request."""
+    return OUTPUT.get(model, DEFAULT_OUTPUT)
+
+
+def workload_of(setup: Setup, batch: int) -> Workload:
+    """The same prompts of random tokens for every system."""
+    vocab_size = sizes_of(setup.model).vocab_size
+    return make_workload(Lengths.UNIFORM, count=batch, prompt=setup.prompt, output=setup.output, vocab_size=vocab_size)
+
+
+def random_prompts(setup: Setup) -> list[list[int]]:
+    """Those of a setup that names its batch."""
+    return [list(prompt) for prompt in workload_of(setup, setup.batch or 0).prompts]

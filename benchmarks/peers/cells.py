@@ -1,0 +1,77 @@
+"""Cells of the comparison (a case, a model, a system), the setups that stand for each, and how long they take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from benchmarks.peers import flexgen_plan
+from benchmarks.peers.cases import GIB, HOST_BATCH, Budgets, Case, Setup, System, output_of, sizes_of
+
+ACCELERATE_STEPS = 8
+"""It takes seconds a step."""
+_START_SECONDS = 25.0
+"""Imports, calibrations, the end of the process."""
+_PINNED_RATE = 2.2e9
+_PLANNED_BATCH = 160
+_BUS_RATE = 50e9
+_ACCELERATE_RATE = 4e9
+"""Bytes/s of weights and cache together that explain 7.4 tokens/s of OPT-6.7B at batch 128."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What one comparison needs of one system."""
+
+    case: Case
+    model: str
+    system: System
+
+
+def all_cells(cases: Sequence[Case], models: Sequence[str], systems: Sequence[System]) -> list[Cell]:
+    """The chosen cells; accelerate runs OPT-6.7B in the host case only, because it is slow."""
+    chosen = [Cell(case, model, system) for case in cases for model in models for system in systems]
+    return [
+        cell
+        for cell in chosen
+        if cell.system is not System.ACCELERATE or (cell.case is Case.HOST and cell.model == "opt-6.7b")
+    ]
+
+
+def setups_of(cell: Cell, budgets: Budgets, count: int) -> list[Setup]:
+    """What to measure for a cell: of FlexGen `count` setups at most, the most promising ones, to choose the best of."""
+    batch = host_batch(cell.model, budgets) if cell.case is Case.HOST else None
+    if cell.system is System.FLEXGEN:
+        if batch is None:
+            return flexgen_plan.candidates(cell.model, budgets, count)
+        return list(flexgen_plan.host_setups(cell.model, budgets, batch))[:count]
+    setup = Setup(
+        case=cell.case,
+        model=cell.model,
+        system=cell.system,
+        budgets=budgets,
+        batch=batch,
+        output=output_of(cell.model),
+    )
+    return [replace(setup, steps=ACCELERATE_STEPS) if cell.system is System.ACCELERATE else setup]
+
+
+def host_batch(model: str, budgets: Budgets) -> int:
+    """Requests of the host case: what FlexGen's cache leaves room for where nothing else is set."""
+    return HOST_BATCH.get(model) or flexgen_plan.largest_host_batch(model, budgets)
+
+
+def estimated_seconds(setup: Setup) -> float:
+    """About how long a setup takes, from the start of its process to its end."""
+    sizes, steps = sizes_of(setup.model), setup.steps or setup.output
+    if setup.system is System.FLEXGEN:
+        decode = (steps - 1) * flexgen_plan.predicted_step(setup)
+        return _START_SECONDS + sizes.model_bytes / _PINNED_RATE + flexgen_plan.predicted_prefill(setup) + decode
+    tokens = (setup.batch or _PLANNED_BATCH) * (setup.prompt + setup.output // 2)
+    if setup.system is System.ACCELERATE:
+        moved, rate = sizes.model_bytes + tokens * sizes.num_layers * sizes.kv_bytes, _ACCELERATE_RATE
+    else:
+        resident = 0 if setup.case is Case.HOST else setup.budgets.device - 4 * GIB
+        moved, rate = max(0, sizes.model_bytes - resident), _BUS_RATE
+        moved += tokens * sizes.num_layers * sizes.activation_bytes
+    return _START_SECONDS + sizes.model_bytes / _PINNED_RATE + (steps + 5) * moved / rate

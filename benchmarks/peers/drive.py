@@ -1,0 +1,144 @@
+"""Measures cells: each setup in a process of its own, with a time limit, and its record saved at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from benchmarks.peers.cases import Case, Setup, System
+from benchmarks.peers.cells import estimated_seconds
+from benchmarks.peers.record import Outcome, Record, add_record, read_records
+
+Measure = Callable[[Setup, float], Record]
+"""Runs a setup within a number of seconds."""
+_ROOT = Path(__file__).parents[2]
+_MEMORY = "memory"
+"""In the reason of every failure that a smaller batch may cure."""
+_ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""For the peers: less of the budget is lost to fragments."""
+
+
+@dataclass(kw_only=True)
+class Driver:
+    """Measures what the file does not have yet, while there is time."""
+
+    file: Path
+    measure: Measure
+    say: Callable[[str], None]
+    deadline: float
+    """By time.monotonic()."""
+    limit: float = 400.0
+    """Seconds that one setup may take."""
+
+    def run(self, setup: Setup) -> Record | None:
+        """The setup's record, from the file or measured now; None: there is no time left for it."""
+        known = [record for record in read_records(self.file) if record.setup == setup]
+        if known:
+            return known[-1]
+        left = self.deadline - time.monotonic()
+        if left < estimated_seconds(setup):
+            self.say(f"{_name(setup)}: not started, {max(0.0, left):.0f} s are left; run again to go on")
+            return None
+        record = self.measure(setup, min(self.limit, left))
+        add_record(self.file, record)
+        self.say(f"{_name(setup)}: {_told(record)}")
+        return record
+
+    def run_best(self, setups: Sequence[Setup], steps: int, final_steps: int | None) -> Record | None:
+        """Try setups for `steps` tokens each, then measure the best of them for `final_steps`, or in full.
+
+        One setup alone is measured at once.
+        """
+        if len(setups) == 1:
+            return self.run(replace(setups[0], steps=final_steps))
+        tried = [record for setup in setups if (record := self._try(replace(setup, steps=steps)))]
+        best = max(tried, key=_throughput, default=None)
+        if best is None or best.outcome is None:
+            return None
+        return self.run(replace(self._grown(best).setup, steps=final_steps))
+
+    def _grown(self, best: Record) -> Record:
+        """With a larger batch, as long as that helps, because the arithmetic may have promised too little."""
+        while best.setup.case is Case.BUDGET and (larger := self.run(_resized(best.setup, 9 / 8))):
+            if _throughput(larger) <= _throughput(best):
+                break
+            best = larger
+        return best
+
+    def _try(self, setup: Setup) -> Record | None:
+        """With a smaller batch, twice at most, where the arithmetic promised too much."""
+        record = self.run(setup)
+        for _ in range(2):
+            if record is None or _MEMORY not in (record.error or "") or setup.case is Case.HOST:
+                break
+            setup = _resized(setup, 7 / 8)
+            record = self.run(setup)
+        return record
+
+
+def run_child(setup: Setup, seconds: float) -> Record:
+    """Measure a setup in a process of its own; what goes wrong there becomes the record's error."""
+    with tempfile.TemporaryDirectory() as folder:
+        outcome, messages = Path(folder, "outcome.json"), Path(folder, "messages")
+        command = [sys.executable, "-m", "benchmarks.peers", "one", json.dumps(asdict(setup)), str(outcome)]
+        with messages.open("w") as stream:
+            try:
+                code = subprocess.run(
+                    command,
+                    cwd=_ROOT,
+                    stdout=stream,
+                    stderr=stream,
+                    timeout=seconds,
+                    check=False,
+                    env=_environment(setup),
+                ).returncode
+            except subprocess.TimeoutExpired:
+                return Record(setup=setup, outcome=None, error=f"took longer than {seconds:.0f} s")
+        if outcome.exists():
+            return Record(setup=setup, outcome=Outcome(**json.loads(outcome.read_text())))
+        return Record(setup=setup, outcome=None, error=reason(code, messages.read_text(errors="replace")))
+
+
+def reason(code: int, messages: str) -> str:
+    """Why a child had no outcome, in a line."""
+    lines = [line.strip() for line in messages.splitlines() if line.strip()]
+    if any("out of memory" in line.lower() for line in lines):
+        return f"out of {_MEMORY} on the device"
+    if code == -9:
+        return f"killed, probably for host {_MEMORY}"
+    return f"exit status {code}: {lines[-1][:300] if lines else 'no message'}"
+
+
+def _environment(setup: Setup) -> dict[str, str]:
+    return dict(os.environ) if setup.system is System.HSRPC else os.environ | _ENVIRONMENT
+
+
+def _resized(setup: Setup, factor: float) -> Setup:
+    """With a batch that is larger or smaller by at least one request for each GPU batch."""
+    per_batch = (setup.batch or 0) // setup.num_batches
+    changed = round(per_batch * factor)
+    changed += (changed == per_batch) * (1 if factor > 1 else -1)
+    return replace(setup, batch=max(1, changed) * setup.num_batches)
+
+
+def _throughput(record: Record) -> float:
+    return record.outcome.total_throughput if record.outcome else 0.0
+
+
+def _name(setup: Setup) -> str:
+    return f"{setup.case} {setup.model} {setup.system}, {setup.key}"
+
+
+def _told(record: Record) -> str:
+    if record.outcome is None:
+        return record.error or "no outcome"
+    out = record.outcome
+    rates = f"{out.total_throughput:.1f} tokens/s in all, {out.decode_throughput:.1f} in decode"
+    return f"{rates}, {out.efficiency:.2f} of the limit"

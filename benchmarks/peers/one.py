@@ -1,0 +1,83 @@
+"""One setup in this process, which ends with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.peers.cases import Setup, System, sizes_of
+from benchmarks.peers.limits import calibrate, limit_seconds, median_hardware
+from benchmarks.peers.record import Outcome, PeerRun, setup_from
+from hsrpc.core.plan import Hardware
+
+
+def run_one(setup: str, file: Path) -> None:
+    """Measure the setup that is written in JSON, and write its outcome."""
+    file.write_text(json.dumps(asdict(measure(setup_from(json.loads(setup))))))
+
+
+def measure(setup: Setup) -> Outcome:
+    """Run a setup. What goes wrong is raised."""
+    if setup.system is System.HSRPC:
+        from benchmarks.peers import run_hsrpc
+
+        return run_hsrpc.run(setup)
+    return _measure_peer(setup)
+
+
+def _measure_peer(setup: Setup) -> Outcome:
+    from benchmarks.peers import cuda_memory
+
+    before = calibrate(setup.model, 1)
+    cuda_memory.limit_device(setup.budgets.device)
+    run = _run_peer(setup)
+    cuda_memory.unlimit_device()
+    hardware = median_hardware([*before, *calibrate(setup.model, 2)])
+    return peer_outcome(setup, run, hardware, cuda_memory.device_name())
+
+
+def _run_peer(setup: Setup) -> PeerRun:
+    if setup.system is System.FLEXGEN:
+        from benchmarks.peers import run_flexgen
+
+        return run_flexgen.run(setup)
+    from benchmarks.peers import run_accelerate
+
+    return run_accelerate.run(setup)
+
+
+def peer_outcome(setup: Setup, run: PeerRun, hardware: Hardware, device: str) -> Outcome:
+    """A peer's run beside the limit of its own placement on this machine.
+
+    Raises:
+        ValueError: it took more memory than a budget allows.
+    """
+    _check_budgets(setup, run)
+    batch, timing = setup.batch or 0, run.timing
+    decode = timing.decode_seconds(setup.output)
+    limit = limit_seconds(run.traffic, sizes_of(setup.model), hardware)
+    return Outcome(
+        device=device,
+        batch=batch,
+        prefill_seconds=timing.prefill,
+        step_seconds=timing.step_seconds,
+        decode_seconds=decode,
+        total_seconds=timing.prefill + decode,
+        decode_tokens=batch * (setup.output - 1),
+        total_tokens=batch * setup.output,
+        projected=len(timing.steps) < setup.output - 1,
+        limit_step_seconds=limit,
+        efficiency=limit * (setup.output - 1) / decode,
+        peak_device_bytes=run.peak_device_bytes,
+        host_bytes=run.host_bytes,
+        load_seconds=run.load_seconds,
+        load_bandwidth=hardware.load_bandwidth,
+    )
+
+
+def _check_budgets(setup: Setup, run: PeerRun) -> None:
+    taken = {"device": (run.peak_device_bytes, setup.budgets.device), "host": (run.host_bytes, setup.budgets.host)}
+    for name, (used, budget) in taken.items():
+        if used > budget:
+            raise ValueError(f"{name} memory: {used} bytes are over the budget of {budget}; lower the batch")

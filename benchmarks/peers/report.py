@@ -1,0 +1,165 @@
+"""The comparison as a table, as JSON and as a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import geometric_mean
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.peers.cases import MODELS, Case, Setup, System
+from benchmarks.peers.record import Outcome, Record
+from hsrpc.config import format_bytes
+
+_SYSTEMS = tuple(System)
+_TITLES = {Case.HOST: "everything on the host, equal batch", Case.BUDGET: "equal budgets, each tuned"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The best of a system's setups in a case, for a model."""
+
+    setup: Setup
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """How many times a peer's throughput hsrpc has: geometric means over the models that both have."""
+
+    case: Case
+    peer: System
+    models: tuple[str, ...]
+    total: float
+    decode: float
+
+
+def best_entries(records: Sequence[Record]) -> list[Entry]:
+    """For each case, model and system its best setup: measured in full if there is one, by total throughput."""
+    entries = [Entry(record.setup, outcome) for record in records if (outcome := _typical(record.setup, records))]
+    groups = groupby(sorted(entries, key=_place), key=_place)
+    return [max(group, key=_merit) for _, group in groups]
+
+
+def ratios(entries: Sequence[Entry]) -> list[Ratio]:
+    """For each case and peer that have a model in common with hsrpc."""
+    found = {(entry.setup.case, entry.setup.system, entry.setup.model): entry.outcome for entry in entries}
+    result = []
+    for case in Case:
+        for peer in _SYSTEMS[1:]:
+            pairs = {
+                model: (found[case, System.HSRPC, model], found[case, peer, model])
+                for model in MODELS
+                if (case, System.HSRPC, model) in found and (case, peer, model) in found
+            }
+            if pairs:
+                total = geometric_mean(
+                    ours.total_throughput / theirs.total_throughput for ours, theirs in pairs.values()
+                )
+                decode = geometric_mean(
+                    ours.decode_throughput / theirs.decode_throughput for ours, theirs in pairs.values()
+                )
+                result.append(Ratio(case, peer, tuple(pairs), total, decode))
+    return result
+
+
+def print_report(records: Sequence[Record]) -> None:
+    """A table for each case, the ratios, and what failed."""
+    entries = best_entries(records)
+    console = Console(width=170)
+    for case in Case:
+        chosen = [entry for entry in entries if entry.setup.case is case]
+        if chosen:
+            console.print(_table(case, chosen))
+    for ratio in ratios(entries):
+        console.print(
+            f"{ratio.case}: {ratio.total:.2f} times the total throughput of {ratio.peer}, "
+            f"{ratio.decode:.2f} times in decode ({', '.join(ratio.models)})"
+        )
+    for record in records:
+        if record.outcome is None:
+            setup = record.setup
+            console.print(f"no outcome: {setup.case} {setup.model} {setup.system}, {setup.key}: {record.error}")
+
+
+def save_report(records: Sequence[Record], file: Path) -> None:
+    """The best entries, the ratios, and every record they come from."""
+    entries = best_entries(records)
+    content = {
+        "best": [asdict(entry) for entry in entries],
+        "ratios": [asdict(ratio) for ratio in ratios(entries)],
+        "records": [asdict(record) for record in records],
+    }
+    file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def plot_report(records: Sequence[Record], file: Path) -> None:
+    """Total throughput by model and system, one panel a case, PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    entries = best_entries(records)
+    cases = [case for case in Case if any(entry.setup.case is case for entry in entries)]
+    figure, panels = plt.subplots(1, len(cases), figsize=(5.5 * len(cases), 4), layout="constrained", squeeze=False)
+    for case, axes in zip(cases, panels[0], strict=True):
+        for index, system in enumerate(_SYSTEMS):
+            own = [entry for entry in entries if entry.setup.case is case and entry.setup.system is system]
+            if not own:
+                continue
+            at = [MODELS.index(entry.setup.model) + (index - 1) * 0.27 for entry in own]
+            heights = [entry.outcome.total_throughput for entry in own]
+            bars = axes.bar(at, heights, width=0.25, color=f"C{index}", label=system.value)
+            axes.bar_label(bars, fmt="%.3g", fontsize=8)
+        axes.set(title=_TITLES[case], ylabel="new tokens/s, prefill and decode", yscale="log")
+        axes.set_xticks(range(len(MODELS)), MODELS)
+        axes.set_ylim(bottom=1)
+        axes.legend()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def _typical(setup: Setup, records: Sequence[Record]) -> Outcome | None:
+    """The median of a setup's outcomes by total throughput: the lower one of two."""
+    outcomes = [record.outcome for record in records if record.setup == setup and record.outcome]
+    outcomes.sort(key=lambda outcome: outcome.total_throughput)
+    return outcomes[(len(outcomes) - 1) // 2] if outcomes else None
+
+
+def _place(entry: Entry) -> tuple[int, int, int]:
+    setup = entry.setup
+    return list(Case).index(setup.case), MODELS.index(setup.model), _SYSTEMS.index(setup.system)
+
+
+def _merit(entry: Entry) -> tuple[bool, float]:
+    return not entry.outcome.projected, entry.outcome.total_throughput
+
+
+def _table(case: Case, entries: Sequence[Entry]) -> Table:
+    names = ("model", "system", "setup", "prefill", "decode step", "limit", "efficiency", "decode", "total")
+    table = Table(*names, "device peak", "host", "hsrpc is", title=_TITLES[case], title_justify="left")
+    ours = {entry.setup.model: entry.outcome for entry in entries if entry.setup.system is System.HSRPC}
+    for entry in entries:
+        setup, out = entry.setup, entry.outcome
+        own = ours.get(setup.model)
+        table.add_row(
+            setup.model,
+            setup.system,
+            setup.key.replace("planned", str(out.batch)),
+            f"{out.prefill_seconds:.2f} s",
+            f"{out.step_seconds * 1e3:.1f} ms",
+            f"{out.limit_step_seconds * 1e3:.1f} ms",
+            f"{out.efficiency:.2f}",
+            f"{out.decode_throughput:.1f} tokens/s",
+            f"{out.total_throughput:.1f} tokens/s" + " (projected)" * out.projected,
+            format_bytes(out.peak_device_bytes),
+            format_bytes(out.host_bytes),
+            f"{own.total_throughput / out.total_throughput:.2f}x" if own and own is not out else "",
+        )
+    return table
