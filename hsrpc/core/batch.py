@@ -31,6 +31,8 @@ class Work:
     count: int
     samples: bool
     """The last of its tokens is the newest, so the step samples the next one."""
+    source: int | None = None
+    """The token is not known yet: it is this one of those that the step before samples."""
 
     @property
     def is_decode(self) -> bool:
@@ -88,7 +90,7 @@ class MiniBatch:
     works: tuple[Work, ...]
     """Those that read in place come first."""
     token_ids: Ints
-    """[n]"""
+    """[n] or, for works with a source, the source."""
     positions: Ints
     """[n]"""
     query_starts: Ints
@@ -108,6 +110,11 @@ class MiniBatch:
     """Query rows to pool slots."""
     sample_rows: Ints
     """Query rows whose logits are sampled, in the order of the works that sample."""
+
+    @property
+    def is_in_place(self) -> bool:
+        """All of it is decode that uses no buffer."""
+        return self.num_rows == 0 and all(work.is_decode for work in self.works)
 
     @property
     def num_queries(self) -> int:
@@ -140,6 +147,16 @@ class Step:
     def sampled(self) -> list[Work]:
         """The works that sample, in the order in which the executor returns tokens."""
         return [work for work in self.works if work.samples]
+
+    @property
+    def is_ahead(self) -> bool:
+        """It continues with tokens that the step before has still to sample."""
+        return any(work.source is not None for work in self.works)
+
+    @property
+    def is_in_place(self) -> bool:
+        """It is one mini-batch of decode that uses no buffer."""
+        return len(self.mini_batches) == 1 and self.mini_batches[0].is_in_place
 
     @property
     def is_abandoned(self) -> bool:

@@ -121,6 +121,8 @@ def _concatenate(parts: Sequence[_Blocks], key_starts: Ints) -> _Blocks:
 
 
 def _new_tokens(work: Work) -> Ints:
+    if work.source is not None:
+        return np.array([work.source], dtype=np.int64)
     return np.array(work.request.token_ids[work.context : work.context + work.count], dtype=np.int64)
 
 

@@ -232,8 +232,8 @@ class Request:
         self.rank = math.inf
         """How many were let in to run before it; infinite while it has not been."""
         self.preemptions = 0
-        self.in_flight = False
-        """A step that computes it has been handed out and not committed."""
+        self.in_flight = 0
+        """Steps that compute it, handed out and not committed."""
         self.finish_reason: FinishReason | None = None
         self.arrival_time = now
         self.scheduled_time: float | None = None

@@ -116,8 +116,7 @@ class Scheduler:
             self._num_preempted -= request.scheduled_time is not None
             self._drop_ended()
         self._queue.end(request)
-        if not request.in_flight:
-            self.blocks.free(request.blocks)
+        self._free_ended(request)
         return request
 
     def schedule(self, now: float) -> Step | None:
@@ -125,12 +124,36 @@ class Scheduler:
         works = self._continue_running()
         works += self._admit(now, self.limits.max_prefill_tokens - sum(map(_prefill_tokens, works)))
         self._drain.note(now, is_waiting=self.num_waiting > 0)
-        if not works:
+        return self._hand_out(tuple(self._lay_out(works))) if works else None
+
+    def schedule_ahead(self, step: Step) -> Step | None:
+        """The step after `step`, which is under way: its requests' next tokens, in place.
+
+        Those that `step` ends by its length are left out; those that it ends otherwise are computed in vain. None where
+        that is not all there is to do: somebody could be let in, or would have to give way.
+        """
+        can_let_in = self.num_waiting > 0 and len(self._running) < self.limits.max_batch
+        if can_let_in or not step.is_in_place or len(self._running) != len(step.works):
             return None
-        for work in works:
-            work.request.in_flight = True
+        works = [
+            Work(work.request, work.context + 1, 1, samples=True, source=source)
+            for source, work in enumerate(step.sampled)
+            if work.request.finish_reason is None and self._length_reason(work.request, 1) is None
+        ]
+        missing = [self._missing_blocks(work.request, work) for work in works]
+        if not works or sum(missing) > self.blocks.num_free:
+            return None
+        for work, count in zip(works, missing, strict=True):
+            self.blocks.grow(work.request.blocks, count)
+        mini_batches = tuple(self._lay_out(works))
+        return self._hand_out(mini_batches) if len(mini_batches) == 1 and mini_batches[0].is_in_place else None
+
+    def _hand_out(self, mini_batches: tuple[MiniBatch, ...]) -> Step:
         self._steps += 1
-        return Step(self._steps, tuple(self._lay_out(works)))
+        step = Step(self._steps, mini_batches)
+        for work in step.works:
+            work.request.in_flight += 1
+        return step
 
     def commit(self, step: Step, token_ids: Sequence[int | None], now: float) -> list[Output]:
         """Take a step's result: `token_ids` in the order of `step.sampled`, None where sampling failed."""
@@ -138,9 +161,9 @@ class Scheduler:
         outputs = []
         for work in step.works:
             request = work.request
-            request.in_flight = False
+            request.in_flight -= 1
             if request.finish_reason is not None:
-                self.blocks.free(request.blocks)
+                self._free_ended(request)
                 continue
             if self.limits.keeps_cache:
                 request.num_computed = work.context + work.count
@@ -151,8 +174,13 @@ class Scheduler:
     def abandon(self, step: Step) -> None:
         """Give up a step that nobody waits for."""
         for work in step.works:
-            work.request.in_flight = False
-            self.blocks.free(work.request.blocks)
+            work.request.in_flight -= 1
+            self._free_ended(work.request)
+
+    def _free_ended(self, request: Request) -> None:
+        """Blocks go back with the last step that writes them."""
+        if not request.in_flight:
+            self.blocks.free(request.blocks)
 
     def _accept(self, request: Request, token_id: int | None, now: float) -> Output:
         if token_id is None:
@@ -172,9 +200,14 @@ class Scheduler:
             return FinishReason.EOS
         if token_id in params.stop_token_ids:
             return FinishReason.STOP_TOKEN
-        if params.max_tokens is not None and request.num_output_tokens >= params.max_tokens:
+        return self._length_reason(request, 0)
+
+    def _length_reason(self, request: Request, coming: int) -> FinishReason | None:
+        """With `coming` more tokens."""
+        most = request.params.max_tokens
+        if most is not None and request.num_output_tokens + coming >= most:
             return FinishReason.MAX_TOKENS
-        if request.num_tokens >= self.limits.max_model_len:
+        if request.num_tokens + coming >= self.limits.max_model_len:
             return FinishReason.CONTEXT_LENGTH
         return None
 

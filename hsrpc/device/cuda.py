@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -30,6 +31,7 @@ class CudaDevice(Device):
         self.load = torch.cuda.Stream(index)
         self.compute = torch.cuda.Stream(index)
         self.store = torch.cuda.Stream(index)
+        self._graph_memory = torch.cuda.graph_pool_handle()
         self._copy = BatchedCopy()
         self._pinned: list[tuple[int, mmap.mmap]] = []
 
@@ -91,6 +93,16 @@ class CudaDevice(Device):
 
     def drain(self) -> None:
         torch.cuda.synchronize(self.torch_device)
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        with self.on(self.compute):
+            function()  # loads kernels and makes workspaces, which cannot be captured
+        self.drain()
+        graph = torch.cuda.CUDAGraph()
+        # One memory for all graphs: no two run at once.
+        with torch.cuda.graph(graph, pool=self._graph_memory, stream=self.compute):
+            function()
+        return graph.replay
 
     def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
         if stream is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeAlias
@@ -103,6 +103,13 @@ class Device(ABC):
         """Block until nothing is under way; only when an engine starts and ends."""
 
     @abstractmethod
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        """What `function` launches on the compute stream, ready to be launched again as one; on the CPU, `function`.
+
+        Shapes and addresses are as they were. Nothing else may use the device meanwhile.
+        """
+
+    @abstractmethod
     def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
         """The memory of `tensor` is not reused before `stream` is done with it."""
 
@@ -175,6 +182,9 @@ class CpuDevice(Device):
 
     def drain(self) -> None:
         pass
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        return function
 
     def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
         pass

@@ -105,6 +105,11 @@ class CacheManager:
         """The pool of KV blocks on the device [slots, 2*kv], which attention reads in place."""
         return self._pools[PoolId.DEVICE_KV][layer]
 
+    @property
+    def spare_slot(self) -> int:
+        """Of each layer's pool of KV blocks on the device: it belongs to no block."""
+        return len(self._pools[PoolId.DEVICE_KV][0]) - 1
+
     def store(
         self, tier: Tier, layer: int, stores: Mapping[PoolId, DeviceRows], kv: torch.Tensor, x: torch.Tensor
     ) -> None:
@@ -137,8 +142,8 @@ class CacheManager:
     def _allocate(self, pool: PoolId, num_slots: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """One tensor [slots, width] a layer, so that a layer's blocks are neighbours."""
         width = self._widths[pool.kind]
-        if pool.tier is Tier.DEVICE:
-            return [self._device.empty((num_slots, width), dtype) for _ in range(self._num_layers)]
+        if pool.tier is Tier.DEVICE:  # with a spare row
+            return [self._device.empty((num_slots + 1, width), dtype) for _ in range(self._num_layers)]
         if num_slots == 0:
             return []
         size = num_slots * width * dtype.itemsize

@@ -89,7 +89,7 @@ class Engine:
         self._failed: asyncio.Future[None] | None = None
         self._main: asyncio.Task[None] | None = None
         self._accepts = False
-        self._last_beat = 0.0
+        self._last_beat = self._step_began = 0.0
         self._arrivals = 0
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "generated_tokens"), 0)
         self._step_seconds = 0.0
@@ -284,25 +284,29 @@ class Engine:
         self._end_all(fault)
 
     async def _run_steps(self) -> None:
+        ahead: Step | None = None
         while True:
             self._last_beat = time.monotonic()
-            step = self._scheduler.schedule(self._last_beat)
+            step = ahead or self._scheduler.schedule(self._last_beat)
             if step is None:
                 self._wake.clear()
                 await self._wake.wait()
+                self._step_began = time.monotonic()
                 continue
+            ahead = self._scheduler.schedule_ahead(step) if self._opened.executor.runs_ahead else None
             self._note_peak()
             try:
-                outputs = self._commit(step, await self._execute(step))
+                outputs = self._commit(step, await self._execute(step, ahead))
             except OutOfDeviceMemoryError as error:
                 outputs = self._give_up(step, error)
             await self._output_room.acquire()
             self._outputs.put_nowait(_Outputs(outputs, is_step=True))
 
-    async def _execute(self, step: Step) -> list[Sampled] | None:
-        before, start = self._moved(), time.monotonic()
-        sampled = await self._opened.executor.execute(step)
-        seconds = time.monotonic() - start
+    async def _execute(self, step: Step, ahead: Step | None) -> list[Sampled] | None:
+        before = self._moved()
+        sampled = await self._opened.executor.execute(step, ahead)
+        now = time.monotonic()
+        seconds, self._step_began = now - self._step_began, now
         self._step_seconds += seconds
         self._counts["steps"] += 1
         if self._observe is not None:

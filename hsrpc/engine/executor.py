@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,15 +15,16 @@ from torch.profiler import record_function
 
 from hsrpc.core.batch import Ints, MiniBatch, Step, Work
 from hsrpc.core.blocks import PoolId, Tier
-from hsrpc.core.plan import REGENERATE_ROWS, SAMPLE_ELEMENTS
+from hsrpc.core.plan import REGENERATE_ROWS, SAMPLE_ELEMENTS, Plan
 from hsrpc.device.device import Device, Event
 from hsrpc.engine.cache import CacheManager, DeviceRows, Staged
+from hsrpc.engine.graphs import make_graphs
 from hsrpc.engine.weights import ModelWeights, Prefetched, WeightPrefetcher
 from hsrpc.engine.worker import Worker
 from hsrpc.errors import OutOfDeviceMemoryError
 from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
 from hsrpc.model.family import Family, Weights
-from hsrpc.model.sampler import Sampled, Sampler, SamplingRow
+from hsrpc.model.sampler import PendingSample, Sampled, Sampler, SamplingRow
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +48,13 @@ class _Batch:
     sample_rows: torch.Tensor
 
 
+class _Launched(NamedTuple):
+    """A step whose logits are being computed."""
+
+    step: Step
+    logits: torch.Tensor
+
+
 class Executor:
     """Task that takes steps and returns their tokens. It alone computes."""
 
@@ -57,7 +66,7 @@ class Executor:
         cache: CacheManager,
         device: Device,
         *,
-        block_size: int,
+        plan: Plan,
     ) -> None:
         self._family = family
         self._fixed = weights.fixed
@@ -66,52 +75,100 @@ class Executor:
         self._cache = cache
         self._device = device
         self._attention = Attention(
-            family.sizes, family.attention_scale, block_size, device.torch_device, family.spec.dtype
+            family.sizes, family.attention_scale, plan.block_size, device.torch_device, family.spec.dtype
         )
+        self._graphs = make_graphs(family, weights, cache, self._attention, device, plan=plan)
         self._sampler = Sampler(SAMPLE_ELEMENTS)
         self._eos = frozenset(family.spec.eos_token_ids)
-        self._steps: asyncio.Queue[Step] = asyncio.Queue(1)
+        self._steps: asyncio.Queue[tuple[Step, Step | None]] = asyncio.Queue(1)
         self._results: asyncio.Queue[list[Sampled] | OutOfDeviceMemoryError | None] = asyncio.Queue(1)
+        self._launched: _Launched | None = None
+        """A step whose logits are under way, ahead of its turn."""
         self._num_begun = 0
         self._untaken = 0
         """Cache buffers that the step has still to take."""
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Steps in place can be launched before the tokens of the step before are known."""
+        return self._graphs is not None
 
     async def run(self) -> None:
         """Compute step after step; ends by cancellation."""
         async with Worker("compute") as worker:
             while True:
-                step = await self._steps.get()
-                await self._results.put(await self._compute_step(worker, step))
+                step, ahead = await self._steps.get()
+                await self._results.put(await self._compute_step(worker, step, ahead))
 
-    async def execute(self, step: Step) -> list[Sampled] | None:
+    async def execute(self, step: Step, ahead: Step | None = None) -> list[Sampled] | None:
         """Tokens in the order of `step.sampled`; None where the step was abandoned.
+
+        `ahead` is launched before they are known; it is the next step to be executed.
 
         Raises:
             OutOfDeviceMemoryError: there are none; the executor is ready for the next step.
         """
-        await self._cache.begin(step)
-        await self._steps.put(step)
+        if not self._is_graph(step):
+            await self._cache.begin(step)
+        await self._steps.put((step, ahead))
         result = await self._results.get()
         if isinstance(result, OutOfDeviceMemoryError):
             raise result
         return result
 
-    async def _compute_step(self, worker: Worker, step: Step) -> list[Sampled] | OutOfDeviceMemoryError | None:
-        self._num_begun += 1
-        self._untaken = self._num_layers * len(step.mini_batches)
+    def _is_graph(self, step: Step) -> bool:
+        return self._graphs is not None and step.is_in_place
+
+    async def _compute_step(
+        self, worker: Worker, step: Step, ahead: Step | None
+    ) -> list[Sampled] | OutOfDeviceMemoryError | None:
+        self._untaken = 0
+        launched, self._launched = self._launched, None
         try:
-            batches = await worker.run(partial(self._begin, step))
-            for layer in range(self._num_layers):
-                if step.is_abandoned:
-                    await self._rewind()
-                    return None
-                await self._compute_layer(worker, layer, batches)
-            return await worker.run(partial(self._sample, step, batches))
+            if self._is_graph(step):
+                return await self._run_graph(worker, step, launched, ahead)
+            return await self._run_layers(worker, step)
         except torch.OutOfMemoryError as error:
             _log.error("a step of %d requests ran out of device memory", len(step.works), exc_info=error)
             step.is_given_up = True
             await self._rewind()
             return OutOfDeviceMemoryError("the step ran out of device memory")
+
+    async def _run_graph(
+        self, worker: Worker, step: Step, launched: _Launched | None, ahead: Step | None
+    ) -> list[Sampled] | None:
+        if step.is_ahead and (launched is None or launched.step is not step):
+            return None  # the step before it failed, and with it the tokens to continue with
+        pending = await worker.run(partial(self._launch_graphs, step, launched, ahead))
+        return await worker.run(pending.result)
+
+    async def _run_layers(self, worker: Worker, step: Step) -> list[Sampled] | None:
+        self._num_begun += 1
+        self._untaken = self._num_layers * len(step.mini_batches)
+        batches = await worker.run(partial(self._begin, step))
+        for layer in range(self._num_layers):
+            if step.is_abandoned:
+                await self._rewind()
+                return None
+            await self._compute_layer(worker, layer, batches)
+        return await worker.run(partial(self._sample, step, batches))
+
+    def _launch_graphs(self, step: Step, launched: _Launched | None, ahead: Step | None) -> PendingSample:
+        """Sample `step`, and behind that compute `ahead`."""
+        logits = self._launch_graph(step, None) if launched is None else launched.logits
+        with self._device.on(self._device.compute):
+            pending = self._sampler.launch(logits, [self._row(work) for work in step.sampled])
+        if ahead is not None:
+            self._launched = _Launched(ahead, self._launch_graph(ahead, pending.on_device))
+        return pending
+
+    def _launch_graph(self, step: Step, sampled: torch.Tensor | None) -> torch.Tensor:
+        assert self._graphs is not None  # asked before
+        device = self._device
+        logits = self._graphs.run(step.mini_batches[0], sampled)
+        device.wait(device.store, device.record(device.compute))
+        self._cache.stored()
+        return logits
 
     async def _rewind(self) -> None:
         """Leave the step where it is: take what is still loaded for it, and begin the next sweep over the weights."""

@@ -135,7 +135,7 @@ def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> 
             cache = CacheManager(spec.sizes, plan, device, spec.dtype, bus)
             prefetcher = WeightPrefetcher(weights, plan, device, bus)
             device.drain()
-        executor = Executor(family, weights, prefetcher, cache, device, block_size=plan.block_size)
+            executor = Executor(family, weights, prefetcher, cache, device, plan=plan)
         undo.pop_all()
         return Parts(spec, device, plan, tokenizer, prefetcher, cache, executor)
 

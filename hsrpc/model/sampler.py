@@ -35,6 +35,8 @@ class PendingSample:
     """Tokens that are on their way from the device to the host."""
 
     rows: Sequence[SamplingRow]
+    on_device: Tensor
+    """[n] int64 where the logits are; -1 where a row failed."""
     token_ids: Tensor
     """[n] int64 in host memory, right once `arrived` has happened."""
     logprobs: Sequence[tuple[Sequence[int], Tensor]]
@@ -84,7 +86,7 @@ class Sampler:
         # An infinite or NaN maximum: such logits have no distribution.
         token_ids = torch.where(best.isfinite(), token_ids, _FAILED)
         logprobs = self._logprobs(logits, rows, token_ids)
-        return PendingSample(rows, _to_host(token_ids), logprobs, _record(logits.device))
+        return PendingSample(rows, token_ids, _to_host(token_ids), logprobs, _record(logits.device))
 
     def _choose(
         self, logits: Tensor, rows: Sequence[SamplingRow], indices: Sequence[int], route: int, token_ids: Tensor

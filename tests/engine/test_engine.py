@@ -376,9 +376,9 @@ async def test_the_heartbeat_is_the_age_of_the_step(reference: Callable[[str], R
         assert engine.heartbeat() == 0
         execute, gate = engine._opened.executor.execute, asyncio.Event()
 
-        async def late(step: Any) -> Any:
+        async def late(step: Any, ahead: Any = None) -> Any:
             await gate.wait()
-            return await execute(step)
+            return await execute(step, ahead)
 
         engine._opened.executor.execute = late
         work = asyncio.create_task(collect(engine.generate([5], greedy(2))))

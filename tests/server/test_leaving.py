@@ -67,7 +67,7 @@ class Gate:
         self.blocks = []
         self._open.set()
 
-    async def execute(self, step: Step) -> Sequence[Sampled] | None:
+    async def execute(self, step: Step, ahead: Step | None = None) -> Sequence[Sampled] | None:
         if self.request is not None:
             self.blocks.append(len(self.request.blocks))
         if self._reached is not None and self._reached():
@@ -75,7 +75,7 @@ class Gate:
             self._open.clear()
             self.closed.set()
         await self._open.wait()
-        return await self._execute(step)
+        return await self._execute(step, ahead)
 
 
 def is_queued(request: Request) -> bool:
