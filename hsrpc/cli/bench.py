@@ -47,7 +47,7 @@ def _add_engine_parser(kinds: Commands, name: str, text: str) -> None:
     examples = "".join(f"{line}\n" for line in _EXAMPLES.splitlines() if line.startswith(f"  hsrpc bench {name} "))
     parser = add_command(kinds, name, text, examples)
     load = parser.add_argument_group("load")
-    load.add_argument("--shape", help="such as opt-6.7b, in place of --model random:SHAPE")
+    load.add_argument("--shape", help="such as opt-6.7b, or a config.json; in place of --model random:SHAPE")
     load.add_argument("--requests", type=int, metavar="N", help="default: as many as run at once")
     load.add_argument("--prompt", type=int, default=512, metavar="N", help="prompt tokens of a request (default: 512)")
     load.add_argument("--output", type=int, default=128, metavar="N", help="output tokens of a request (default: 128)")
