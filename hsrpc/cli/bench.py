@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ def _add_engine_parser(kinds: Commands, name: str, text: str) -> None:
     load.add_argument("--lengths", choices=("uniform", "sharegpt-like"), default="uniform", help="default: uniform")
     load.add_argument("--steps", type=int, default=20, metavar="N", help="decode steps measured (default: 20)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save everything that was measured")
+    parser.add_argument("--profile", action="store_true", help="say where the time of a step goes, from two steps more")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="sweep: save measured and predicted curves as PNG")
     add_engine_options(parser)
     parser.set_defaults(run=run)
@@ -107,11 +109,12 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
         decoded += _is_full_decode(record, requests)
         return options.kind in ("decode", "sweep") and decoded >= wanted
 
-    measured = uvloop.run(observe_run(config, make, is_enough))
-    return summarise(measured, config, _chosen(options.kind, measured.records, requests))
+    choose = partial(_chosen, options.kind, requests)
+    profile = {"with_busy": True, "with_ranges": options.profile}
+    return summarise(uvloop.run(observe_run(config, make, choose, is_enough=is_enough, **profile)), config)
 
 
-def _chosen(kind: str, records: Sequence[StepRecord], requests: int) -> list[StepRecord]:
+def _chosen(kind: str, requests: int, records: Sequence[StepRecord]) -> list[StepRecord]:
     if kind == "prefill":
         return [record for record in records if record.prefill_tokens]
     if kind == "offline":
