@@ -5,7 +5,8 @@
 Makes a checkpoint of random float16 weights in the directory, unless it is there, and reads it once, so that it lies in
 the page cache. Then, several times: (a) pins as many bytes as the engine pins, in pieces of a layer by as many threads;
 (b) enters an engine with all layers on the host, and leaves it. The ratio of the medians of (b) and (a) is printed.
-Planning, with its calibration of the machine, is a part of (b), and is measured alone too. On the CPU nothing is pinned: the ratio then says nothing.
+Planning, with its calibration of the machine, is a part of (b), and is measured alone too. On the CPU nothing is
+pinned, and the ratio says nothing.
 """
 
 from __future__ import annotations
