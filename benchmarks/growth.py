@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import uvloop
 from matplotlib import pyplot as plt
 
 from hsrpc.bench.run import WARM_UP_STEPS, observe_run, summarise
 from hsrpc.bench.workload import Lengths, Workload, make_workload
+from hsrpc.cli.loop import run_loop
 from hsrpc.config import EngineConfig
 from hsrpc.core.batch import BufferLimits, RowCosts
 from hsrpc.core.blocks import BlockManager, PoolId
@@ -139,7 +139,7 @@ def measure_step(options: argparse.Namespace, batch: int, context: int) -> dict[
     def make(vocab_size: int) -> Workload:
         return make_workload(Lengths.UNIFORM, count=batch, prompt=context, output=output, vocab_size=vocab_size)
 
-    run = uvloop.run(observe_run(config, make, lambda records: list(filter(is_decode, records)), is_enough=is_enough))
+    run = run_loop(observe_run(config, make, lambda records: list(filter(is_decode, records)), is_enough=is_enough))
     result = summarise(run, config)
     return {
         "batch": batch,

@@ -85,10 +85,9 @@ def _with_share(config: EngineConfig, share: float) -> EngineConfig:
 
 
 def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
-    import uvloop
-
     from hsrpc.bench.run import WARM_UP_STEPS, observe_run, summarise
     from hsrpc.bench.workload import Lengths, Workload, make_workload
+    from hsrpc.cli.loop import run_loop  # needs the extra `engine`, which --help does not
     from hsrpc.engine.startup import make_planner
 
     lengths, output = Lengths(options.lengths), 1 if options.kind == "prefill" else options.output
@@ -111,7 +110,7 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
 
     choose = partial(_chosen, options.kind, requests)
     profile = {"with_busy": True, "with_ranges": options.profile}
-    return summarise(uvloop.run(observe_run(config, make, choose, is_enough=is_enough, **profile)), config)
+    return summarise(run_loop(observe_run(config, make, choose, is_enough=is_enough, **profile)), config)
 
 
 def _chosen(kind: str, requests: int, records: Sequence[StepRecord]) -> list[StepRecord]:
