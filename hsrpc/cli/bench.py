@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
   hsrpc bench decode --shape opt-6.7b --max-batch 128 --prompt 512 --placement host
+  hsrpc bench decode --shape ./my-model/config.json --profile
   hsrpc bench prefill --shape opt-6.7b --max-batch 16 --prompt 2048
   hsrpc bench offline --shape opt-13b --requests 256 --lengths sharegpt-like --gpu-memory 24GiB
   hsrpc bench sweep --shape opt-6.7b --max-batch 64 --placement host --plot sweep.png --json sweep.json
