@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import uvloop
 
@@ -20,8 +21,8 @@ def run(setup: Setup) -> Outcome:
     config = engine_config(setup)
     batch = setup.batch or make_planner(config).planner.plan().max_batch
     config = replace(config, max_batch=batch)
-    observed = uvloop.run(observe_run(config, lambda _: workload_of(setup, batch), lambda _: False))
-    result = summarise(observed, config, decode_steps(observed.records, batch))
+    observed = uvloop.run(observe_run(config, lambda _: workload_of(setup, batch), partial(decode_steps, batch)))
+    result = summarise(observed, config)
     return outcome_of(setup, observed, result, batch)
 
 
@@ -39,7 +40,7 @@ def engine_config(setup: Setup) -> EngineConfig:
     )
 
 
-def decode_steps(records: Sequence[StepRecord], batch: int) -> list[StepRecord]:
+def decode_steps(batch: int, records: Sequence[StepRecord]) -> list[StepRecord]:
     """Steps of the whole batch without prompts beside; where blocks never sufficed for that, all without prompts."""
     decoding = [record for record in records if record.decode_tokens and not record.prefill_tokens]
     full = [record for record in decoding if record.decode_tokens == batch]

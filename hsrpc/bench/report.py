@@ -12,13 +12,15 @@ from rich.table import Table
 from hsrpc.bench.run import Result
 from hsrpc.config import format_bytes
 
+_NOT_MEASURED = "not measured"
+
 
 def print_results(results: Sequence[Result]) -> None:
     """One column a result."""
     table = Table(
         "", *(f"{r.policy} {r.activation_share:.2f}" for r in results), title=_title(results[0]), title_justify="left"
     )
-    for name, values in _rows(results):
+    for name, values in _rows(results) + _profile_rows(results):
         table.add_row(name, *values)
     Console(width=max(80, 34 + 24 * len(results))).print(table)
 
@@ -72,6 +74,7 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
         ("whole run", [f"{r.total_tokens_per_second:.1f} tokens/s" for r in results]),
         ("GEMM rate used", [f"{r.prefill_gemm_share:.1%}" for r in results]),
         ("bus", [f"{r.bus_bytes_per_second / 1e9:.1f} of {r.hardware.load_bandwidth / 1e9:.1f} GB/s" for r in results]),
+        ("GPU busy", [_share(r.device_busy_share) for r in results]),
         ("weights resident", [f"{r.resident_share:.0%}" for r in results]),
         ("preemptions", [str(r.preemptions) for r in results]),
         (
@@ -84,5 +87,20 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f} ms"
+def _profile_rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
+    """Empty without --profile."""
+    profiles = [r.profile for r in results]
+    parts = dict.fromkeys(part for profile in profiles if profile for part in profile.parts)
+    if not parts:
+        return []
+    rows = [[p.step, p.copies, *(p.parts.get(part) for part in parts), p.launching] if p else [] for p in profiles]
+    names = ["step, profiled", "  copies from the host", *(f"  {part}" for part in parts), "  host, launching"]
+    return [(name, [_ms(row[i] if row else None) for row in rows]) for i, name in enumerate(names)]
+
+
+def _ms(seconds: float | None) -> str:
+    return _NOT_MEASURED if seconds is None else f"{seconds * 1e3:.1f} ms"
+
+
+def _share(value: float | None) -> str:
+    return _NOT_MEASURED if value is None else f"{value:.0%}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from contextlib import aclosing
-from dataclasses import asdict, dataclass, fields
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from statistics import median
 
 from hsrpc.bench.lag import LoopLag
+from hsrpc.bench.profile import StepProfile, StepProfiler, has_gpu
 from hsrpc.bench.workload import Workload
 from hsrpc.config import EngineConfig
 from hsrpc.core.plan import Hardware, Plan
@@ -38,11 +39,15 @@ class Run:
     plan: Plan
     device: str
     records: Sequence[StepRecord]
+    chosen: Sequence[StepRecord]
+    """Those to measure, after the warm-up."""
     stats: EngineStats
     seconds: float
     """From the first request to the end."""
     ready_seconds: float
     loop_lag_p99: float
+    profile: StepProfile | None
+    """Of steps after those."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +78,8 @@ class Result:
     prefill_gemm_share: float
     """FLOP of the products with weights over what the measured GEMM rate could have done in the steps' time."""
     bus_bytes_per_second: float
+    device_busy_share: float | None
+    """Part of a step's time in which the compute stream ran a kernel; None: not measured."""
     regenerated_tokens: int
     preemptions: int
     peak_device_bytes: int
@@ -83,47 +90,52 @@ class Result:
     ready_seconds: float
     hardware: Hardware
     """Medians of the calibrations before and after."""
+    profile: StepProfile | None
 
     def as_json(self) -> dict[str, object]:
         return asdict(self)
 
 
 async def observe_run(
-    config: EngineConfig, make: Callable[[int], Workload], is_enough: Callable[[StepRecord], bool]
+    config: EngineConfig,
+    make: Callable[[int], Workload],
+    choose: Callable[[Sequence[StepRecord]], Sequence[StepRecord]],
+    *,
+    is_enough: Callable[[StepRecord], bool] = lambda _: False,
+    with_busy: bool = False,
+    with_ranges: bool = False,
 ) -> Run:
-    """Run the workload that `make` gives for the model's vocabulary until `is_enough` says so or its requests end."""
-    records: list[StepRecord] = []
-    enough = asyncio.Event()
+    """Run the workload that `make` gives for the model's vocabulary until `is_enough` says so or its requests end.
 
-    def observe(record: StepRecord) -> None:
-        records.append(record)
-        if is_enough(record):
-            enough.set()
-
+    `choose` says which steps are measured. Steps like them are profiled afterwards, `with_busy` for the time in which
+    a GPU is busy, and `with_ranges` for the parts of a step; where the requests have ended they run once more.
+    """
+    steps = _Steps(is_enough)
     started = time.perf_counter()
-    async with Engine(config, observe=observe) as engine, LoopLag() as lag:
+    async with Engine(config, observe=steps) as engine:
         ready = time.perf_counter()
-        await _generate(engine, make(engine.spec.vocab_size), enough)
-        return Run(
-            spec=engine.spec,
-            plan=engine.plan,
-            device=engine.device,
-            records=records,
-            stats=engine.stats(),
-            seconds=time.perf_counter() - ready,
-            ready_seconds=ready - started,
-            loop_lag_p99=lag.p99(),
-        )
+        workload = make(engine.spec.vocab_size)
+        async with _load(engine, workload) as load:
+            async with LoopLag() as lag:
+                await _until(steps.enough, load)
+            run = _observed(engine, steps, choose, lag, (started, ready))
+            steps.profiler = profiler = _profiler_for(run, config, with_busy, with_ranges)
+            if profiler is not None:
+                await _until(steps.profiled, load)
+        if profiler is not None and not profiler.is_done:  # the requests have ended: the same ones once more
+            async with _load(engine, workload) as load:
+                await _until(steps.profiled, load)
+        return replace(run, profile=profiler.result() if profiler else None)
 
 
-def summarise(run: Run, config: EngineConfig, chosen: Sequence[StepRecord]) -> Result:
-    """The result of the `chosen` steps of a run; calibrates the machine again.
+def summarise(run: Run, config: EngineConfig) -> Result:
+    """The result of the chosen steps of a run; calibrates the machine again.
 
     Raises:
         BenchError: no step was chosen, memory went over a budget, or weights that should stream did not.
     """
-    chosen = chosen[WARM_UP_STEPS:]
-    _check(run, chosen)
+    _check(run)
+    chosen, profile = run.chosen, run.profile
     hardware = _median_hardware([run.plan.hardware, *(measure_hardware(config) for _ in range(_CALIBRATIONS))])
     limits = [step_limit(record, run.spec.sizes, hardware) for record in chosen]
     seconds = [record.seconds for record in chosen]
@@ -149,6 +161,7 @@ def summarise(run: Run, config: EngineConfig, chosen: Sequence[StepRecord]) -> R
         total_tokens_per_second=(stats.prompt_tokens + stats.generated_tokens) / run.seconds,
         prefill_gemm_share=sum(tokens) * sizes.num_layers * sizes.layer_flop / hardware.gemm_rate / total,
         bus_bytes_per_second=sum(record.weight_bytes + record.cache_bytes for record in chosen) / total,
+        device_busy_share=profile.busy / profile.step if profile and profile.busy is not None else None,
         regenerated_tokens=sum(record.regenerated_tokens for record in chosen),
         preemptions=stats.preemptions,
         peak_device_bytes=stats.peak_device_bytes,
@@ -158,30 +171,110 @@ def summarise(run: Run, config: EngineConfig, chosen: Sequence[StepRecord]) -> R
         loop_lag_p99=run.loop_lag_p99,
         ready_seconds=run.ready_seconds,
         hardware=hardware,
+        profile=profile,
     )
 
 
-async def _generate(engine: Engine, workload: Workload, enough: asyncio.Event) -> None:
+class _Steps:
+    """Takes the records of an engine's steps: keeps them until there are enough, then hands them to the profiler."""
+
+    def __init__(self, is_enough: Callable[[StepRecord], bool]) -> None:
+        self.records: list[StepRecord] = []
+        self.enough = asyncio.Event()
+        self.profiler: StepProfiler | None = None
+        self.profiled = asyncio.Event()
+        self._is_enough = is_enough
+
+    def __call__(self, record: StepRecord) -> None:
+        if not self.enough.is_set():
+            self.records.append(record)
+            if self._is_enough(record):
+                self.enough.set()
+        if self.profiler is not None:
+            self.profiler(record)
+            if self.profiler.is_done:
+                self.profiled.set()
+
+
+def _observed(
+    engine: Engine,
+    steps: _Steps,
+    choose: Callable[[Sequence[StepRecord]], Sequence[StepRecord]],
+    lag: LoopLag,
+    times: tuple[float, float],
+) -> Run:
+    """All but the profile; `times` are those of the start and of being ready."""
+    started, ready = times
+    return Run(
+        spec=engine.spec,
+        plan=engine.plan,
+        device=engine.device,
+        records=tuple(steps.records),
+        chosen=choose(steps.records)[WARM_UP_STEPS:],
+        stats=engine.stats(),
+        seconds=time.perf_counter() - ready,
+        ready_seconds=ready - started,
+        loop_lag_p99=lag.p99(),
+        profile=None,
+    )
+
+
+def _profiler_for(run: Run, config: EngineConfig, with_busy: bool, with_ranges: bool) -> StepProfiler | None:
+    """None where nothing is to be profiled; typical steps have the requests of the median of the chosen ones."""
+    on_cuda = has_gpu(config.device)
+    if not run.chosen or not ((with_busy and on_cuda) or with_ranges):
+        return None
+    num_requests = median(record.num_requests for record in run.chosen)
+    prefill = max(record.prefill_tokens for record in run.chosen)
+
+    def is_typical(record: StepRecord) -> bool:
+        return record.num_requests >= num_requests and record.prefill_tokens <= prefill
+
+    return StepProfiler(is_typical, on_cuda=on_cuda, ranges=with_ranges)
+
+
+@asynccontextmanager
+async def _load(engine: Engine, workload: Workload) -> AsyncIterator[asyncio.Task[None]]:
+    """All requests of the workload; leaving ends those that still run."""
+    load = asyncio.create_task(_generate(engine, workload))
+    try:
+        yield load
+    finally:
+        load.cancel()
+        await asyncio.wait({load})
+
+
+async def _until(event: asyncio.Event, load: asyncio.Task[None]) -> None:
+    """Wait for `event` or the end of `load`; raises what `load` raised."""
+    waiting = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait({waiting, load}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+    if load.done():
+        load.result()
+
+
+async def _generate(engine: Engine, workload: Workload) -> None:
     async with asyncio.TaskGroup() as group:
         for prompt, count in zip(workload.prompts, workload.output_tokens, strict=True):
-            group.create_task(_request(engine, prompt, count, enough))
+            group.create_task(_request(engine, prompt, count))
 
 
-async def _request(engine: Engine, prompt: Sequence[int], count: int, enough: asyncio.Event) -> None:
+async def _request(engine: Engine, prompt: Sequence[int], count: int) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
     async with aclosing(engine.generate(prompt, params)) as deltas:
         async for _ in deltas:
-            if enough.is_set():
-                break
+            pass
 
 
-def _check(run: Run, chosen: Sequence[StepRecord]) -> None:
+def _check(run: Run) -> None:
     plan, peak = run.plan, run.stats.peak_device_bytes
-    if not chosen:
+    if not run.chosen:
         raise BenchError("no step was left to measure after the warm-up; give more requests or more output tokens")
     if peak > plan.budgets.device:
         raise BenchError(f"the allocator's peak of {peak} bytes is over the device budget of {plan.budgets.device}")
-    if sum(plan.streamed_bytes) and not sum(record.weight_bytes for record in chosen):
+    if sum(plan.streamed_bytes) and not sum(record.weight_bytes for record in run.chosen):
         raise BenchError("weights were to stream and did not")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
   hsrpc bench decode --shape opt-6.7b --max-batch 128 --prompt 512 --placement host
+  hsrpc bench decode --shape ./my-model/config.json --profile
   hsrpc bench prefill --shape opt-6.7b --max-batch 16 --prompt 2048
   hsrpc bench offline --shape opt-13b --requests 256 --lengths sharegpt-like --gpu-memory 24GiB
   hsrpc bench sweep --shape opt-6.7b --max-batch 64 --placement host --plot sweep.png --json sweep.json
@@ -47,13 +49,14 @@ def _add_engine_parser(kinds: Commands, name: str, text: str) -> None:
     examples = "".join(f"{line}\n" for line in _EXAMPLES.splitlines() if line.startswith(f"  hsrpc bench {name} "))
     parser = add_command(kinds, name, text, examples)
     load = parser.add_argument_group("load")
-    load.add_argument("--shape", help="such as opt-6.7b, in place of --model random:SHAPE")
+    load.add_argument("--shape", help="such as opt-6.7b, or a config.json; in place of --model random:SHAPE")
     load.add_argument("--requests", type=int, metavar="N", help="default: as many as run at once")
     load.add_argument("--prompt", type=int, default=512, metavar="N", help="prompt tokens of a request (default: 512)")
     load.add_argument("--output", type=int, default=128, metavar="N", help="output tokens of a request (default: 128)")
     load.add_argument("--lengths", choices=("uniform", "sharegpt-like"), default="uniform", help="default: uniform")
     load.add_argument("--steps", type=int, default=20, metavar="N", help="decode steps measured (default: 20)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save everything that was measured")
+    parser.add_argument("--profile", action="store_true", help="say where the time of a step goes, from two steps more")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="sweep: save measured and predicted curves as PNG")
     add_engine_options(parser)
     parser.set_defaults(run=run)
@@ -83,10 +86,9 @@ def _with_share(config: EngineConfig, share: float) -> EngineConfig:
 
 
 def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
-    import uvloop
-
     from hsrpc.bench.run import WARM_UP_STEPS, observe_run, summarise
     from hsrpc.bench.workload import Lengths, Workload, make_workload
+    from hsrpc.cli.loop import run_loop  # needs the extra `engine`, which --help does not
     from hsrpc.engine.startup import make_planner
 
     lengths, output = Lengths(options.lengths), 1 if options.kind == "prefill" else options.output
@@ -107,11 +109,12 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
         decoded += _is_full_decode(record, requests)
         return options.kind in ("decode", "sweep") and decoded >= wanted
 
-    measured = uvloop.run(observe_run(config, make, is_enough))
-    return summarise(measured, config, _chosen(options.kind, measured.records, requests))
+    choose = partial(_chosen, options.kind, requests)
+    profile = {"with_busy": True, "with_ranges": options.profile}
+    return summarise(run_loop(observe_run(config, make, choose, is_enough=is_enough, **profile)), config)
 
 
-def _chosen(kind: str, records: Sequence[StepRecord], requests: int) -> list[StepRecord]:
+def _chosen(kind: str, requests: int, records: Sequence[StepRecord]) -> list[StepRecord]:
     if kind == "prefill":
         return [record for record in records if record.prefill_tokens]
     if kind == "offline":

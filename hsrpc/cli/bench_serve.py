@@ -83,10 +83,10 @@ def run_serve(options: argparse.Namespace) -> None:
 
 def run_frontend(options: argparse.Namespace) -> None:
     """Raise the rate until the server no longer keeps up; print and save."""
-    import uvloop
     from tqdm import tqdm
 
     from hsrpc.bench.frontend import Trial, measure_frontend, plot_frontend, print_frontend, save_frontend
+    from hsrpc.cli.loop import run_loop
 
     with tqdm(desc="trials", unit="") as bar:
 
@@ -94,7 +94,7 @@ def run_frontend(options: argparse.Namespace) -> None:
             bar.set_postfix_str(f"{trial.mode}, {trial.streams} streams, {trial.tokens_per_second:,.0f} tokens/s")
             bar.update()
 
-        trials = uvloop.run(measure_frontend(options.streams, options.seconds, done))
+        trials = run_loop(measure_frontend(options.streams, options.seconds, done))
     print_frontend(trials)
     if options.json:
         save_frontend(trials, options.json)

@@ -64,7 +64,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model",
         default=BUNDLED_MODEL,
-        help="directory in Hugging Face format, hub id, or random:SHAPE, such as random:opt-13b (default: bundled)",
+        help="directory in Hugging Face format, hub id, or random:SHAPE, such as random:opt-13b or random:config.json "
+        "(default: bundled)",
     )
     model.add_argument(
         "--dtype", choices=_values(DType), default=DType.AUTO, help="of weights and caches (default: auto)"

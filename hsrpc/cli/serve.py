@@ -76,8 +76,7 @@ def _add_operations_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Serve until a signal ends it."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read once, as grpc loads; hsrpc reports what goes wrong
-    import uvloop  # needs the extra `engine`, which --help does not
-
+    from hsrpc.cli.loop import run_loop  # needs the extra `engine`, which --help does not
     from hsrpc.server import ServerConfig, serve
     from hsrpc.server.last_resort import exit_within
     from hsrpc.server.logs import LogFormat, set_up_logs
@@ -103,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
     set_up_logs(LogFormat(options.log_format), options.log_level)
     telemetry = Telemetry(config)
     engine = Engine(engine_settings, progress=sys.stderr.isatty(), observe=telemetry.observe_step)
-    uvloop.run(serve(_offline_once_loaded(engine), config, telemetry=telemetry, exit_within=exit_within))
+    run_loop(serve(_offline_once_loaded(engine), config, telemetry=telemetry, exit_within=exit_within))
 
 
 @asynccontextmanager

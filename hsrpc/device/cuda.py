@@ -51,9 +51,11 @@ class CudaDevice(Device):
         total = torch.cuda.get_device_properties(self.torch_device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), self.torch_device)
 
-    def pinned(self, size: int) -> torch.Tensor:
+    def pinned(self, size: int, fill: Callable[[torch.Tensor], object] | None = None) -> torch.Tensor:
         memory = _map_memory(size)
         tensor = torch.frombuffer(memory, dtype=torch.uint8)[:size]
+        if fill is not None:
+            fill(tensor)
         status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), len(memory), _REGISTER_PORTABLE_MAPPED)
         if int(status) != 0:
             raise ConfigError(

@@ -29,7 +29,7 @@ from hsrpc.model.hub import resolve_model
 from hsrpc.model.spec import DTYPES, load_spec, named_spec
 
 RANDOM_PREFIX = "random:"
-"""`random:opt-6.7b` is a model of that shape with random weights and no tokenizer, for measurements."""
+"""`random:opt-6.7b`, or `random:` and the path of a config.json: random weights and no tokenizer, for measurements."""
 _CPU_MAX_BATCH = 32
 _CPU_PREFILL_TOKENS = 256
 

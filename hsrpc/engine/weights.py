@@ -72,7 +72,7 @@ def _view(buffer: torch.Tensor, s: _Slice, dtype: torch.dtype) -> torch.Tensor:
 def load_weights(
     family: Family, source: WeightSource, plan: Plan, device: Device, stop: threading.Event, *, progress: bool = False
 ) -> ModelWeights:
-    """Read, convert, pin and place all weights; layers in parallel, since pinning and reading each use one core.
+    """Read, convert, pin and place all weights, in parallel, since reading and pinning each use one core.
 
     Once `stop` is set, no further layer is begun.
 
@@ -87,12 +87,15 @@ def load_weights(
             raise EngineUnavailableError("loading the model was stopped")
         return _load_layer(family, source, plan, device, layer)
 
-    fixed = {tensor.name: _read(tensor, source, device, family.spec.dtype) for tensor in family.fixed_tensors()}
-    layers = range(family.sizes.num_layers)
+    fixed, layers = family.fixed_tensors(), range(family.sizes.num_layers)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="load") as pool:
+        read = pool.map(lambda tensor: _read(tensor, source, device, family.spec.dtype), fixed)
         loaded = pool.map(load, layers)
         bar = tqdm(loaded, total=len(layers), desc="loading weights", unit="layer", disable=not progress, leave=False)
-        return ModelWeights(fixed, list(bar))
+        try:
+            return ModelWeights({tensor.name: out for tensor, out in zip(fixed, read, strict=True)}, list(bar))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error the rest is not read
 
 
 def _load_layer(family: Family, source: WeightSource, plan: Plan, device: Device, layer: int) -> LayerWeights:
@@ -104,11 +107,13 @@ def _load_layer(family: Family, source: WeightSource, plan: Plan, device: Device
     slices, size = _pack(streamed, dtype)
     if not streamed:
         return LayerWeights(resident, None, (), dtype)
-    packed = device.pinned(size)
-    host = views(packed, slices, dtype)
-    for tensor in streamed:
-        source.read(tensor, host[tensor.name])
-    return LayerWeights(resident, packed, slices, dtype)
+
+    def fill(packed: torch.Tensor) -> None:
+        host = views(packed, slices, dtype)
+        for tensor in streamed:
+            source.read(tensor, host[tensor.name])
+
+    return LayerWeights(resident, device.pinned(size, fill), slices, dtype)
 
 
 def _read(tensor: TensorSpec, source: WeightSource, device: Device, dtype: torch.dtype) -> torch.Tensor:

@@ -17,6 +17,7 @@ from hsrpc.model.shapes import SHAPES
 
 __all__ = ["ModelSpec", "load_spec", "named_spec"]
 
+CONFIG_FILE = "config.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -26,7 +27,7 @@ def load_spec(directory: Path, dtype: torch.dtype | None) -> ModelSpec:
     Raises:
         CheckpointError: a file or key is missing or wrong, or the model is not supported.
     """
-    config = read_config(directory / "config.json")
+    config = read_config(directory / CONFIG_FILE)
     spec = _make_spec(model_name(directory), config, dtype)
     generation = directory / "generation_config.json"
     if not generation.exists():
@@ -36,14 +37,20 @@ def load_spec(directory: Path, dtype: torch.dtype | None) -> ModelSpec:
 
 
 def named_spec(name: str, dtype: torch.dtype | None) -> ModelSpec:
-    """The spec of a well-known model by name, such as opt-30b, for use with random weights.
+    """The spec of a model for random weights: well-known, by name, such as opt-30b, or the path of its config.json.
 
     Raises:
         ModelNotFoundError: no such name; lists those there are.
+        CheckpointError: the file cannot be read or is not of a supported model.
     """
-    if name not in SHAPES:
-        raise ModelNotFoundError(f"{name!r} is not a known shape; use one of " + ", ".join(SHAPES))
-    return _make_spec(name, ConfigFile(f"shape {name}", SHAPES[name]), dtype)
+    if name in SHAPES:
+        return _make_spec(name, ConfigFile(f"shape {name}", SHAPES[name]), dtype)
+    path = Path(name).expanduser()
+    path = path / CONFIG_FILE if path.is_dir() else path
+    if path.suffix != ".json":
+        known = ", ".join(SHAPES)
+        raise ModelNotFoundError(f"{name!r} is not a known shape; use one of {known}, or the path of a {CONFIG_FILE}")
+    return _make_spec(model_name(path.parent) if path.name == CONFIG_FILE else path.stem, read_config(path), dtype)
 
 
 def _make_spec(name: str, config: ConfigFile, dtype: torch.dtype | None) -> ModelSpec:

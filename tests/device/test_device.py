@@ -79,6 +79,13 @@ def test_work_on_the_cpu_is_done_when_the_call_returns() -> None:
     assert device.name == "CPU"
 
 
+def test_pinned_memory_comes_filled() -> None:
+    """What is to be written into it is there when it comes; a fault in writing it goes through."""
+    assert CpuDevice().pinned(3, lambda memory: memory.fill_(7)).tolist() == [7, 7, 7]
+    with pytest.raises(ZeroDivisionError):
+        CpuDevice().pinned(3, lambda memory: memory.fill_(1 // 0))
+
+
 def test_memory_that_cannot_be_had_is_a_setting_to_change() -> None:
     """ConfigError names host_memory, its size and the remedy."""
     with pytest.raises(ConfigError, match=r"host_memory='1024\.0 TiB'.*lower host_memory"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -115,6 +116,29 @@ def test_an_error_of_one_layer_ends_loading(family: Family) -> None:
     with pytest.raises(CheckpointError, match="fetch it again"):
         load_weights(family, FailingSource(), plan, CpuDevice(), threading.Event())
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
+
+
+class SlowSource(RandomWeights):
+    """Fails at once, in the fixed part; every other tensor takes its time."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.reads = 0
+
+    def read(self, tensor: TensorSpec, out: torch.Tensor) -> None:
+        self.reads += 1
+        if self.reads == 1:
+            raise CheckpointError("model.safetensors: expected 8 bytes, found 4; fetch it again")
+        time.sleep(0.02)
+
+
+def test_an_error_of_the_fixed_part_ends_loading(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers are not all read before it is told."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    plan, source = plan_for(family, (frozenset(),) * NUM_LAYERS), SlowSource()
+    with pytest.raises(CheckpointError, match="fetch it again"):
+        load_weights(family, source, plan, CpuDevice(), threading.Event())
+    assert source.reads < len(list(family.all_tensors())) / 2
 
 
 def test_once_stopped_no_layer_is_read(family: Family) -> None:

@@ -46,8 +46,35 @@ def test_named_shapes_have_the_published_parameter_counts(name):
 
 def test_unknown_shape_lists_the_known_ones():
     """An unknown name says which names there are."""
-    with pytest.raises(ModelNotFoundError, match=r"'opt-1t' is not a known shape.*opt-30b"):
+    with pytest.raises(ModelNotFoundError, match=r"'opt-1t' is not a known shape.*opt-30b.*config\.json"):
         named_spec("opt-1t", None)
+
+
+@pytest.mark.parametrize("shape", ["opt-350m", "llama-3-8b", "mistral-7b"])
+def test_a_shape_may_be_a_configuration_file(tmp_path, shape):
+    """The file or its directory, of any supported family: sizes as the file says, called after the directory."""
+    directory = tmp_path / "my-model"
+    directory.mkdir()
+    write_config(directory, shape)
+    known = named_spec(shape, torch.float16)
+    for path in (directory, directory / "config.json"):
+        found = named_spec(str(path), torch.float16)
+        assert (found.name, found.family, found.sizes) == ("my-model", known.family, known.sizes)
+
+
+def test_a_configuration_file_of_another_name_names_the_model(tmp_path):
+    """wide.json is the model `wide`."""
+    write_config(tmp_path, "opt-125m").joinpath("config.json").rename(tmp_path / "wide.json")
+    assert named_spec(str(tmp_path / "wide.json"), None).name == "wide"
+
+
+def test_a_wrong_configuration_file_is_refused_by_name(tmp_path):
+    """A path that is not there, and a model that is not supported."""
+    with pytest.raises(CheckpointError, match=r"none\.json: expected a readable file, found No such file"):
+        named_spec(str(tmp_path / "none.json"), None)
+    write_config(tmp_path, "opt-125m", {"architectures": ["BertModel"]})
+    with pytest.raises(CheckpointError, match=r"config\.json: architectures: expected.*OPTForCausalLM"):
+        named_spec(str(tmp_path / "config.json"), None)
 
 
 def test_spec_states_sizes_and_tokens(tmp_path):

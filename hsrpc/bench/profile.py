@@ -1,0 +1,128 @@
+"""Where the time of a step goes, by torch's profiler over a few steps more than the measured ones."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from hsrpc.config import DeviceKind
+from hsrpc.engine.stats import StepRecord
+
+PROFILED_STEPS = 2
+_RANGE = "hsrpc."
+"""Begins the names of the executor's ranges."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepProfile:
+    """Seconds of a step under the profiler, which slows it down by a few percent; None: not measured."""
+
+    step: float
+    busy: float | None
+    """In which the compute stream, the one with the most kernel time, had a kernel running."""
+    copies: float | None
+    """From the host to the device, added up over the streams."""
+    parts: Mapping[str, float]
+    """By range of the executor: of its kernels, or of its thread where the device is the CPU."""
+    launching: float | None
+    """Of the executor's thread in all ranges."""
+
+
+def has_gpu(device: DeviceKind) -> bool:
+    """Whether there is a GPU's time to be measured."""
+    return device is not DeviceKind.CPU and torch.cuda.is_available()
+
+
+class StepProfiler:
+    """Takes the record of each step. After the first that is typical one step warms up, and the next are profiled.
+
+    With `ranges` it sees the executor's ranges too, which costs the profiled steps more time.
+    """
+
+    def __init__(self, is_typical: Callable[[StepRecord], bool], *, on_cuda: bool, ranges: bool) -> None:
+        self.is_done = False
+        """All steps that are wanted have been profiled."""
+        self._is_typical = is_typical
+        self._on_cuda = on_cuda
+        self._ranges = ranges
+        self._seconds: list[float] = []
+        self._is_started = False
+        self._profiler = profile(
+            activities=[ProfilerActivity.CPU] * ranges + [ProfilerActivity.CUDA] * on_cuda,
+            schedule=schedule(wait=0, warmup=1, active=PROFILED_STEPS, repeat=1),
+            experimental_config=_ExperimentalConfig(profile_all_threads=True),
+        )
+
+    def __call__(self, record: StepRecord) -> None:
+        if self.is_done:
+            return
+        if self._is_started:
+            self._profiler.step()
+            self._seconds.append(record.seconds)
+        elif self._is_typical(record):
+            self._profiler.start()
+            self._is_started = True
+        if len(self._seconds) == 1 + PROFILED_STEPS:
+            self._profiler.stop()
+            self.is_done = True
+
+    def result(self) -> StepProfile | None:
+        """What was found; None, and the profiler is stopped, where the steps ended too soon."""
+        if not self.is_done:
+            if self._is_started:
+                self._profiler.stop()
+            return None
+        busy = copies = launching = None
+        parts: dict[str, float] = {}
+        if self._on_cuda:
+            busy, copies = device_times(self._raw_events())
+        if self._ranges:
+            parts, on_host = range_times(self._profiler.events(), on_cuda=self._on_cuda)
+            launching = on_host if self._on_cuda else None
+        step = sum(self._seconds[1:]) / PROFILED_STEPS
+        return StepProfile(step=step, busy=busy, copies=copies, parts=parts, launching=launching)
+
+    def _raw_events(self) -> Iterable[Any]:
+        """Far cheaper than `events()`, which builds a tree: batched copies are many."""
+        inner = self._profiler.profiler
+        assert inner is not None  # it was stopped
+        assert inner.kineto_results is not None
+        return inner.kineto_results.events()
+
+
+def device_times(events: Iterable[Any]) -> tuple[float, float]:
+    """Seconds a step, of raw events: of the stream with the most kernel time, and of copies to the device.
+
+    Kernels of one stream never overlap, hence their sum is the time in which one runs.
+    """
+    kernels: defaultdict[int, int] = defaultdict(int)
+    copies = 0
+    for event in events:
+        name = event.name()
+        if event.device_type() != DeviceType.CUDA or event.is_user_annotation() or name.startswith((_RANGE, "Memset")):
+            continue
+        if not name.startswith("Memcpy"):
+            kernels[event.device_resource_id()] += event.duration_ns()
+        elif "HtoD" in name:
+            copies += event.duration_ns()
+    return max(kernels.values(), default=0) / 1e9 / PROFILED_STEPS, copies / 1e9 / PROFILED_STEPS
+
+
+def range_times(events: Iterable[Any], *, on_cuda: bool) -> tuple[dict[str, float], float]:
+    """Seconds a step of each range, in order of first appearance, and of the host in all of them."""
+    parts: dict[str, float] = {}
+    launching = 0.0
+    for event in sorted(events, key=lambda e: e.time_range.start):
+        if event.name.startswith(_RANGE) and event.device_type == DeviceType.CPU:
+            part = event.name.removeprefix(_RANGE)
+            took = event.device_time_total if on_cuda else event.cpu_time_total
+            parts[part] = parts.get(part, 0.0) + took / 1e6 / PROFILED_STEPS
+            launching += event.cpu_time_total / 1e6 / PROFILED_STEPS
+    return parts, launching

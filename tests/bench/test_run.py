@@ -1,0 +1,197 @@
+"""hsrpc bench on the CPU: what is measured, what is profiled after it, and what the profiler's events come to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from torch.autograd import DeviceType
+
+from hsrpc.bench.profile import StepProfile, StepProfiler, device_times, range_times
+from hsrpc.bench.report import print_results
+from hsrpc.bench.run import WARM_UP_STEPS, observe_run, summarise
+from hsrpc.bench.workload import Lengths, make_workload
+from hsrpc.config import EngineConfig
+from hsrpc.engine.stats import StepRecord
+
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 100,
+}
+RECORD = StepRecord(
+    seconds=0.25,
+    num_requests=4,
+    decode_tokens=4,
+    prefill_tokens=0,
+    context_tokens=64,
+    weight_bytes=0,
+    cache_bytes=0,
+    regenerated_tokens=0,
+)
+RANGES = {"project", "regenerate", "attend", "finish"}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EngineConfig:
+    """A model of two layers from a configuration file, everything on the host."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(SHAPE))
+    memory = {"gpu_memory": "64MiB", "host_memory": "64MiB", "placement": "host"}
+    return EngineConfig(
+        model=f"random:{file}", device="cpu", cache_policy="activation", max_batch=4, max_model_len=64, **memory
+    )
+
+
+def full_decode(record: StepRecord) -> bool:
+    return record.prefill_tokens == 0 and record.num_requests == 4
+
+
+workload = partial(make_workload, Lengths.UNIFORM, count=4, prompt=8)
+
+
+async def test_steps_after_the_measured_ones_are_profiled(config):
+    """The requests go on for them; none of them counts as measured, and the executor's ranges are all there."""
+    wanted = WARM_UP_STEPS + 5
+    seen: list[StepRecord] = []
+
+    def is_enough(record: StepRecord) -> bool:
+        seen.append(record)
+        return sum(map(full_decode, seen)) == wanted
+
+    run = await observe_run(
+        config,
+        lambda vocab: workload(output=50, vocab_size=vocab),
+        lambda records: list(filter(full_decode, records)),
+        is_enough=is_enough,
+        with_ranges=True,
+    )
+    assert len(run.chosen) == 5
+    assert list(run.records) == seen
+    assert run.profile is not None
+    assert set(run.profile.parts) >= RANGES
+    assert all(0 < seconds < run.profile.step for name, seconds in run.profile.parts.items() if name in RANGES)
+    assert summarise(run, config).device_busy_share is None  # there is no GPU
+
+
+async def test_requests_that_ended_run_once_more_for_the_profile(config):
+    """Where no step is left after the measured ones; the measured figures are those of the first time."""
+    run = await observe_run(config, lambda vocab: workload(output=9, vocab_size=vocab), list, with_ranges=True)
+    assert run.profile is not None
+    assert run.stats.generated_tokens == 4 * 9
+    assert len(run.chosen) == len(run.records) - WARM_UP_STEPS == run.stats.steps - WARM_UP_STEPS
+
+
+async def test_without_a_gpu_nothing_is_profiled_unless_wanted(config):
+    """It takes time that nobody asked for."""
+    run = await observe_run(config, lambda vocab: workload(output=9, vocab_size=vocab), list, with_busy=True)
+    assert run.profile is None
+
+
+async def test_a_gpus_time_is_measured_only_where_it_is_wanted(config, monkeypatch):
+    """Requests that have ended are not run once more for nobody."""
+    monkeypatch.setattr("hsrpc.bench.run.has_gpu", lambda _: True)
+    run = await observe_run(config, lambda vocab: workload(output=9, vocab_size=vocab), list)
+    assert run.profile is None
+
+
+def test_too_few_steps_leave_no_profile():
+    """One step is passed over, and two are needed; the profiler is stopped all the same."""
+    profiler = StepProfiler(full_decode, on_cuda=False, ranges=True)
+    for record in (replace(RECORD, prefill_tokens=3), RECORD, RECORD, RECORD):
+        profiler(record)
+    assert not profiler.is_done
+    assert profiler.result() is None
+    again = StepProfiler(full_decode, on_cuda=False, ranges=True)
+    for _ in range(5):
+        again(RECORD)
+    assert again.is_done
+    assert again.result() == StepProfile(step=0.25, busy=None, copies=None, parts={}, launching=None)
+
+
+@dataclass
+class Kernel:
+    """As the profiler's raw events answer."""
+
+    text: str
+    stream: int = 7
+    nanoseconds: int = 1000
+    device: DeviceType = DeviceType.CUDA
+    annotation: bool = False
+
+    def name(self) -> str:
+        return self.text
+
+    def device_type(self) -> DeviceType:
+        return self.device
+
+    def device_resource_id(self) -> int:
+        return self.stream
+
+    def duration_ns(self) -> int:
+        return self.nanoseconds
+
+    def is_user_annotation(self) -> bool:
+        return self.annotation
+
+
+def test_busy_time_is_of_the_stream_with_the_most_kernels():
+    """Kernels of other streams, copies, annotations and the host's calls are no busy time; copies are counted apart."""
+    events = [
+        Kernel("gemm", nanoseconds=4_000_000),
+        Kernel("attention", nanoseconds=2_000_000),
+        Kernel("copy_rows", stream=9, nanoseconds=5_000_000),
+        Kernel("Memcpy HtoD (Pinned -> Device)", stream=8, nanoseconds=7_000_000),
+        Kernel("Memcpy HtoD (Pinned -> Device)", stream=10, nanoseconds=1_000_000),
+        Kernel("Memcpy DtoH (Device -> Pinned)", nanoseconds=9_000_000),
+        Kernel("Memset (Device)", nanoseconds=9_000_000),
+        Kernel("hsrpc.attend", nanoseconds=9_000_000),
+        Kernel("ProfilerStep#2", nanoseconds=90_000_000, annotation=True),
+        Kernel("cudaLaunchKernel", nanoseconds=90_000_000, device=DeviceType.CPU),
+    ]
+    assert device_times(events) == (pytest.approx(0.003), pytest.approx(0.004))
+    assert device_times([]) == (0, 0)
+
+
+@dataclass
+class Range:
+    """As the profiler's events are."""
+
+    name: str
+    start: float
+    cpu_time_total: float = 100.0
+    device_time_total: float = 3000.0
+    device_type: DeviceType = DeviceType.CPU
+    time_range: object = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.time_range = self
+
+
+def test_ranges_add_up_over_steps():
+    """Device time by range a step, in order, and the host's in all; the ranges' shadows on the device do not count."""
+    shadow = Range("hsrpc.attend", 2.0, device_type=DeviceType.CUDA)
+    events = [Range("hsrpc.attend", 2.0), Range("hsrpc.project", 1.0), Range("hsrpc.attend", 3.0), shadow]
+    parts, launching = range_times([*events, Range("aten::mm", 0.0)], on_cuda=True)
+    assert list(parts.items()) == [("project", pytest.approx(0.0015)), ("attend", pytest.approx(0.003))]
+    assert launching == pytest.approx(150e-6)
+    assert range_times(events, on_cuda=False)[0]["attend"] == pytest.approx(100e-6)
+
+
+async def test_the_table_has_the_profile(config, capsys):
+    """Each range has a line; what was not measured says so."""
+    run = await observe_run(config, lambda vocab: workload(output=9, vocab_size=vocab), list, with_ranges=True)
+    result = summarise(run, config)
+    print_results([result, replace(result, profile=None, device_busy_share=0.25)])
+    lines = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.count("│") == 4}
+    assert set(lines) >= RANGES
+    assert "not measured" in lines["GPU busy"]
+    assert "25%" in lines["GPU busy"]
