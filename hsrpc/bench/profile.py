@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ class StepProfile:
 
     step: float
     busy: float | None
-    """In which the compute stream, the one with the most kernel time, had a kernel running."""
+    """Share, from its first to its last kernel, in which the compute stream ran one; it has the most kernel time."""
     copies: float | None
     """From the host to the device, added up over the streams."""
     parts: Mapping[str, float]
@@ -98,21 +98,29 @@ class StepProfiler:
 
 
 def device_times(events: Iterable[Any]) -> tuple[float, float]:
-    """Seconds a step, of raw events: of the stream with the most kernel time, and of copies to the device.
+    """Of raw events: busy share of the stream with the most kernel time, and seconds a step of copies to the device.
 
-    Kernels of one stream never overlap, hence their sum is the time in which one runs.
+    Kernels of one stream never overlap, hence their sum is the time in which one runs. Steps may be launched ahead, so
+    the kernels seen may be those of more steps than were profiled.
     """
-    kernels: defaultdict[int, int] = defaultdict(int)
+    kernels: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
     copies = 0
     for event in events:
         name = event.name()
         if event.device_type() != DeviceType.CUDA or event.is_user_annotation() or name.startswith((_RANGE, "Memset")):
             continue
         if not name.startswith("Memcpy"):
-            kernels[event.device_resource_id()] += event.duration_ns()
+            kernels[event.device_resource_id()].append((event.start_ns(), event.duration_ns()))
         elif "HtoD" in name:
             copies += event.duration_ns()
-    return max(kernels.values(), default=0) / 1e9 / PROFILED_STEPS, copies / 1e9 / PROFILED_STEPS
+    return max(map(_busy, kernels.values()), default=(0, 0.0))[1], copies / 1e9 / PROFILED_STEPS
+
+
+def _busy(kernels: Sequence[tuple[int, int]]) -> tuple[int, float]:
+    """Time in kernels, given as starts and durations, and its share of the time from the first to the last."""
+    total = sum(duration for _, duration in kernels)
+    window = max(start + duration for start, duration in kernels) - min(start for start, _ in kernels)
+    return total, total / window
 
 
 def range_times(events: Iterable[Any], *, on_cuda: bool) -> tuple[dict[str, float], float]:

@@ -161,7 +161,7 @@ def summarise(run: Run, config: EngineConfig) -> Result:
         total_tokens_per_second=(stats.prompt_tokens + stats.generated_tokens) / run.seconds,
         prefill_gemm_share=sum(tokens) * sizes.num_layers * sizes.layer_flop / hardware.gemm_rate / total,
         bus_bytes_per_second=sum(record.weight_bytes + record.cache_bytes for record in chosen) / total,
-        device_busy_share=profile.busy / profile.step if profile and profile.busy is not None else None,
+        device_busy_share=profile.busy if profile else None,
         regenerated_tokens=sum(record.regenerated_tokens for record in chosen),
         preemptions=stats.preemptions,
         peak_device_bytes=stats.peak_device_bytes,

@@ -50,6 +50,7 @@ class Parts:
         """Give everything back; the tasks have ended."""
         self.tokenizer.close()
         await asyncio.to_thread(self.device.release_pinned)
+        gc.unfreeze()
         gc.collect()  # what the ended tasks' tracebacks still hold
         self.device.release_cached()
 
@@ -111,7 +112,9 @@ async def open_parts(config: EngineConfig, progress: bool) -> Parts:
     stop = threading.Event()
     opening = asyncio.create_task(asyncio.to_thread(_open_parts, config, progress, stop))
     try:
-        return await asyncio.shield(opening)
+        parts = await asyncio.shield(opening)
+        gc.freeze()  # what was made while loading stays: a collection that looks at it takes tens of milliseconds
+        return parts
     except asyncio.CancelledError:
         stop.set()
         await asyncio.wait([opening])

@@ -13,23 +13,23 @@ _LEAST_KEYS = 128
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _accumulate(q, m, total, acc, k_rows, v_rows, valid, scale, d, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, N803, PLR0917
+def _accumulate(q, m, total, acc, k_rows, v_rows, valid, scale, d, HEAD_DIM: tl.constexpr, DOT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, N803, PLR0917
     """Online softmax over one tile of keys: m and total [g], acc [g, d]."""
     mask = valid[:, None] & (d < HEAD_DIM)[None, :]
     k = tl.load(k_rows, mask=mask, other=0.0)
     v = tl.load(v_rows, mask=mask, other=0.0)
-    if GROUP == 1:
-        scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
-    else:
+    if DOT:
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    else:
+        scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
     scores = tl.where(valid[None, :], scores * scale, float("-inf"))
     new = tl.maximum(m, tl.max(scores, 1))
     p = tl.exp(scores - new[:, None])
     kept = tl.exp(m - new)
-    if GROUP == 1:
-        added = tl.sum(tl.trans(p) * v.to(tl.float32), 0)[None, :]
-    else:
+    if DOT:
         added = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    else:
+        added = tl.sum(tl.trans(p) * v.to(tl.float32), 0)[None, :]
     return new, total * kept + tl.sum(p, 1), acc * kept[:, None] + added
 
 
@@ -81,13 +81,13 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: PLR0917
         block = tl.load(tables + request * table_stride + key // BLOCK_SIZE, mask=valid, other=0)
         rows = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
         k_rows = pool + rows[:, None] * (2 * width) + columns[None, :]
-        m, total, acc = _accumulate(q, m, total, acc, k_rows, k_rows + width, valid, scale, d, HEAD_DIM, GROUP)
+        m, total, acc = _accumulate(q, m, total, acc, k_rows, k_rows + width, valid, scale, d, HEAD_DIM, GROUP_TILE > 1)
     for first in range(tl.maximum(low, count), high, KEYS):
         key = first + tl.arange(0, KEYS)
         valid = key < high
         rows = (start + key - count).to(tl.int64)
         k_rows = buffer + rows[:, None] * (2 * width) + columns[None, :]
-        m, total, acc = _accumulate(q, m, total, acc, k_rows, k_rows + width, valid, scale, d, HEAD_DIM, GROUP)
+        m, total, acc = _accumulate(q, m, total, acc, k_rows, k_rows + width, valid, scale, d, HEAD_DIM, GROUP_TILE > 1)
     in_group = g < GROUP
     target = (request * PARTS + part).to(tl.int64) * (KV_HEADS * GROUP) + query_heads
     if PARTS == 1:

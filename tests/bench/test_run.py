@@ -126,6 +126,7 @@ class Kernel:
     nanoseconds: int = 1000
     device: DeviceType = DeviceType.CUDA
     annotation: bool = False
+    start: int = 0
 
     def name(self) -> str:
         return self.text
@@ -139,6 +140,9 @@ class Kernel:
     def duration_ns(self) -> int:
         return self.nanoseconds
 
+    def start_ns(self) -> int:
+        return self.start
+
     def is_user_annotation(self) -> bool:
         return self.annotation
 
@@ -147,7 +151,7 @@ def test_busy_time_is_of_the_stream_with_the_most_kernels():
     """Kernels of other streams, copies, annotations and the host's calls are no busy time; copies are counted apart."""
     events = [
         Kernel("gemm", nanoseconds=4_000_000),
-        Kernel("attention", nanoseconds=2_000_000),
+        Kernel("attention", nanoseconds=2_000_000, start=6_000_000),
         Kernel("copy_rows", stream=9, nanoseconds=5_000_000),
         Kernel("Memcpy HtoD (Pinned -> Device)", stream=8, nanoseconds=7_000_000),
         Kernel("Memcpy HtoD (Pinned -> Device)", stream=10, nanoseconds=1_000_000),
@@ -157,7 +161,7 @@ def test_busy_time_is_of_the_stream_with_the_most_kernels():
         Kernel("ProfilerStep#2", nanoseconds=90_000_000, annotation=True),
         Kernel("cudaLaunchKernel", nanoseconds=90_000_000, device=DeviceType.CPU),
     ]
-    assert device_times(events) == (pytest.approx(0.003), pytest.approx(0.004))
+    assert device_times(events) == (pytest.approx(0.75), pytest.approx(0.004))  # 4 + 2 of 8 ms
     assert device_times([]) == (0, 0)
 
 
