@@ -128,6 +128,7 @@ def test_the_arguments_are_those_of_the_documentation():
     """Keepalive 30 s / 10 s, a grace without end, and sizes as configured."""
     found = dict(channel_options(ServerConfig()))
     assert (found["grpc.keepalive_time_ms"], found["grpc.keepalive_timeout_ms"]) == (30_000, 10_000)
+    assert found["grpc.http2.ping_timeout_ms"] == 10_000
     assert found["grpc.max_connection_age_ms"] == 1_800_000
     assert (found["grpc.http2.max_ping_strikes"], found["grpc.http2.min_ping_interval_without_data_ms"]) == (2, 10_000)
     assert found["grpc.max_connection_age_grace_ms"] == 2**31 - 1
