@@ -55,12 +55,17 @@ class StatusBoundary:
             await self._context.abort(failure.code, failure.message, failure.trailing_metadata())
 
 
-def unary(request_type: type[Request], method: Callable[[Request], Awaitable[Message]]) -> Handler:
+def unary(
+    request_type: type[Request],
+    method: Callable[[Request], Awaitable[Message]],
+    observers: Sequence[CallObserver] = (),
+) -> Handler:
     """A handler of one request and one response."""
 
     async def handle(data: bytes, context: Context) -> Message:
-        async with StatusBoundary(request_type.DESCRIPTOR.full_name, context):
-            return await method(parse(request_type, data))
+        with observed(observers, _name(request_type), context) as call:
+            async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call):
+                return await method(parse(request_type, data))
         raise AssertionError("a boundary lets no exception vanish")
 
     return grpc.unary_unary_rpc_method_handler(handle, response_serializer=_serialize)
@@ -82,12 +87,17 @@ def streaming(
             except TimeoutError:
                 raise StalledClientError(f"no room to write for {write_timeout} s") from None
 
-        with observed(observers, context) as call:
+        with observed(observers, _name(request_type), context) as call:
             async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call):
                 current_caller.set(read_caller(context))
                 await method(parse(request_type, data), write)
 
     return grpc.unary_stream_rpc_method_handler(handle, response_serializer=_serialize)
+
+
+def _name(request_type: type[Message]) -> str:
+    """The method that takes such requests: each has a type of its own, named after it."""
+    return request_type.DESCRIPTOR.name.removesuffix("Request")
 
 
 def parse(request_type: type[Request], data: bytes) -> Request:
