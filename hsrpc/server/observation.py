@@ -28,7 +28,7 @@ CountCall = Callable[[str, grpc.StatusCode], object]
 
 _log = logging.getLogger(__name__)
 _TRANSIT_SECONDS = 0.1
-"""A client's deadline may pass so much before the server's, which begins as the call arrives; then the client cancels."""
+"""A client's deadline may pass so much before the server's, which began with the arrival; then the client cancels."""
 _TRACE_KEYS = ("traceparent", "tracestate")
 _current: ContextVar[ObservedCall | None] = ContextVar("call", default=None)
 
