@@ -52,7 +52,10 @@ class StatusBoundary:
             failure = failure_of(error, self._method)
             if self._call is not None:
                 self._call.fail(failure, error)
-            await self._context.abort(failure.code, failure.message, failure.trailing_metadata())
+            try:
+                await self._context.abort(failure.code, failure.message, failure.trailing_metadata())
+            except grpc.aio.InternalError:
+                raise _gone() from None
 
 
 def unary(
@@ -86,6 +89,8 @@ def streaming(
                     await context.write(message)
             except TimeoutError:
                 raise StalledClientError(f"no room to write for {write_timeout} s") from None
+            except grpc.aio.InternalError:
+                raise _gone() from None
 
         with observed(observers, _name(request_type), context) as call:
             async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call):
@@ -93,6 +98,11 @@ def streaming(
                 await method(parse(request_type, data), write)
 
     return grpc.unary_stream_rpc_method_handler(handle, response_serializer=_serialize)
+
+
+def _gone() -> asyncio.CancelledError:
+    """What nobody is there to take cannot be sent: the call was cancelled, and grpc has yet to say so."""
+    return asyncio.CancelledError("the client is gone")
 
 
 def _name(request_type: type[Message]) -> str:
