@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator
 
 import grpc
@@ -310,11 +311,23 @@ async def test_a_full_queue_refuses_and_recovers(client):
 
 
 async def test_an_engine_fault_ends_everything(monkeypatch, capsys):
-    """A task of the engine dies: every stream soon is UNAVAILABLE, health NOT_SERVING, and serve raises."""
-    compute, dying = Executor._compute_step, asyncio.Event()
+    """A task of the engine dies: within a second every stream is UNAVAILABLE, health NOT_SERVING, and serve raises."""
+    for _ in range(3):  # the fastest: the machine may be busy
+        with monkeypatch.context() as patch:
+            seconds = await seconds_to_end_everything(patch, capsys)
+        if seconds < 1:
+            break
+    else:
+        pytest.fail(f"streams and health took {seconds} s")
+
+
+async def seconds_to_end_everything(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> float:
+    """From the fault until all clients know of it."""
+    compute, dying, died = Executor._compute_step, asyncio.Event(), []
 
     async def compute_or_die(executor, worker, step):
         if dying.is_set():
+            died.append(time.monotonic())
             raise RuntimeError("secret: device lost")
         return await compute(executor, worker, step)
 
@@ -328,13 +341,15 @@ async def test_an_engine_fault_ends_everything(monkeypatch, capsys):
         streams = [client.generate(prompt, ignore_eos=True) for prompt in PROMPTS[:3]]
         await asyncio.gather(*map(anext, streams))
         dying.set()
-        async with asyncio.timeout(5):  # 20 ms where the machine is idle
+        async with asyncio.timeout(30):
             errors = await asyncio.gather(*map(error_of, streams))
             assert (await watch.read()).status == NOT_SERVING
+        seconds = time.monotonic() - died[0]
     assert {error.code for error in errors} == {grpc.StatusCode.UNAVAILABLE}
     assert not any("secret" in str(error) for error in errors)
     with pytest.raises(EngineFaultError):
         await asyncio.wait_for(serving, 10)
+    return seconds
 
 
 async def printed_address(capsys: pytest.CaptureFixture[str]) -> str:
