@@ -215,6 +215,41 @@ async def test_an_emoji_streams_whole(client):
     assert text == (await client.detokenize([*await client.tokenize("x"), *ids]))[1:]
 
 
+TEXTS = {
+    "emoji": "a 🙂🙃 b",
+    "cjk": "日本語 and 中文",
+    "combining": "cafe\u0301 x\u0323\u0307",
+    "zwj": "a 👩‍👩‍👧 👨🏽‍🚀 b",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+async def test_deltas_are_the_text_in_any_script(client, real_engine, text):
+    """Characters of many tokens and sequences of many characters arrive as they are, never in part; the whole of a stop
+    string is held back, however its tokens come."""
+    ids = [token for token in await client.tokenize(text) if token != 2]
+    assert len(ids) > len(text.split())
+    dictate(real_engine, ids * 2)
+    for settings, expected in (({}, text), ({"stop": [text[-4:]]}, text[:-4])):
+        greedy = {"temperature": 0, "max_tokens": len(ids), "max_tokens_per_message": 1}
+        deltas = [delta.text async for delta in client.generate("x", **greedy, **settings)]
+        assert "".join(deltas).lstrip(" ") == expected
+        assert not any("\ufffd" in delta for delta in deltas)
+
+
+def dictate(engine: Engine, token_ids: list[int]) -> None:
+    """Make the model want these tokens, one after the other."""
+    family = engine._opened.executor._family
+    compute, wanted = family.logits, iter(token_ids)
+
+    def logits(*args: object) -> torch.Tensor:
+        found = compute(*args)
+        found[:, next(wanted, 0)] += 1e6
+        return found
+
+    family.logits = logits
+
+
 async def test_get_model_says_what_is_cached(client, real_engine):
     """Name, sizes, and the cache decision with its numbers and its reason."""
     model = await client.get_model()
