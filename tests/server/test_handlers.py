@@ -43,7 +43,10 @@ async def refuse(_: v1.GetServerInfoRequest) -> v1.GetServerInfoResponse:
     raise ValueError("secret")
 
 
-@pytest.mark.parametrize(("remaining", "status"), [(None, "CANCELLED"), (0.0, "DEADLINE_EXCEEDED")])
+@pytest.mark.parametrize(
+    ("remaining", "status"),
+    [(None, "CANCELLED"), (1.0, "CANCELLED"), (0.05, "DEADLINE_EXCEEDED"), (0.0, "DEADLINE_EXCEEDED")],
+)
 async def test_a_write_to_nobody_is_a_cancelled_call(remaining, status, caplog):
     """It is counted as cancelled, or as late, and the log has no error of it."""
     counted = []
