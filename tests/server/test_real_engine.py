@@ -360,11 +360,11 @@ async def seconds_to_end_everything(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     """From the fault until all clients know of it."""
     compute, dying, died = Executor._compute_step, asyncio.Event(), []
 
-    async def compute_or_die(executor, worker, step):
+    async def compute_or_die(*arguments):
         if dying.is_set():
             died.append(time.monotonic())
             raise RuntimeError("secret: device lost")
-        return await compute(executor, worker, step)
+        return await compute(*arguments)
 
     monkeypatch.setattr(Executor, "_compute_step", compute_or_die)
     serving = asyncio.create_task(serve(Engine(CONFIG), ServerConfig(port=0)))
