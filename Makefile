@@ -1,5 +1,5 @@
 # Everything here works from a clean clone: .venv is made when it is missing or pyproject.toml has changed.
-# Settings: PYTHON=python3.12 (any >= 3.11), PYTEST_ARGS='-k planner', SECONDS=60, EXAMPLES=1000.
+# Settings: PYTHON=python3.12 (any >= 3.11), PYTEST_ARGS='-k planner', SECONDS=60, EXAMPLES=1000, CALLS=2000.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -12,6 +12,7 @@ PYTHON ?= $(firstword $(foreach python,python3.11 python3 python3.12 python3.13 
 PYTEST_ARGS ?=
 SECONDS = 600
 EXAMPLES ?= 10000
+CALLS ?= 20000
 
 bin := .venv/bin
 installed := .venv/installed
@@ -39,6 +40,10 @@ test: $(installed) $(node_installed) ## Run all tests
 .PHONY: soak
 soak: $(installed) ## Serve under load, cancels, faults and kills for SECONDS=600; report in build/soak
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(bin)/python tools/soak.py --seconds $(SECONDS) --out build/soak
+
+.PHONY: cancels
+cancels: $(installed) ## End CALLS=20000 calls early, and check that the server holds what it held before
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(bin)/python tools/cancels.py --calls $(CALLS)
 
 .PHONY: fuzz
 fuzz: $(installed) ## Send EXAMPLES=10000 mutated requests to a server

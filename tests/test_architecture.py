@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -151,6 +152,14 @@ def test_only_the_engine_joins_asyncio_and_torch():
     """Modules of the engine import both; no others do, and apart only those of the benchmarks, for torch's profiler."""
     assert parts(set(users("asyncio")) & set(users("torch"))) == {"engine"}
     assert parts(users("asyncio")) & parts(users("torch")) == {"engine", "bench"}
+
+
+def test_clocks_are_monotonic():
+    """No part asks for the time of day: a clock that is set back must not end, stall or misjudge a request."""
+    wall = re.compile(
+        r"\btime\.time(_ns)?\(|\bdatetime\b|\bCLOCK_REALTIME\b|from time import (?!monotonic|perf_counter)"
+    )
+    assert [str(path) for path in sorted((ROOT / "hsrpc").rglob("*.py")) if wall.search(path.read_text())] == []
 
 
 def test_imports_are_found_wherever_they_are():

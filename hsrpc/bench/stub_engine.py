@@ -1,4 +1,4 @@
-"""An engine that computes nothing: it hands out tokens at a given rate, to measure what is in front of an engine."""
+"""An engine that computes nothing: it hands out tokens at a given rate, to measure and test what is in front of one."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from itertools import count
 from types import TracebackType
 from typing import Self
 
-from hsrpc.config import EngineConfig
+from hsrpc.config import CachePolicy, EngineConfig
 from hsrpc.core.plan import Budgets, Hardware, Plan
 from hsrpc.core.planner import Planner
 from hsrpc.core.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.stats import EngineStats
+from hsrpc.errors import InvalidRequestError, RequestExistsError
 
 STEP_SECONDS = 0.005
 """Tokens come in steps, as from an engine whose model is small."""
 _MAX_MODEL_LEN = 10_000_000
+_SEED = 7
 _WORD = Delta(" word", (7,))
 _SIZES = ModelSizes(
-    num_layers=1,
+    num_layers=2,
     hidden_size=64,
     num_heads=4,
     num_kv_heads=4,
     head_dim=16,
     ffn_size=256,
-    vocab_size=1024,
-    context_length=_MAX_MODEL_LEN,
-    element_bytes=2,
+    vocab_size=128,
+    context_length=512,
+    element_bytes=4,
     layer_tensors={"attention": 4 * 64 * 64, "mlp": 2 * 64 * 256},
-    fixed_elements=1024 * 64,
+    fixed_elements=128 * 64,
 )
 _HARDWARE = Hardware(load_bandwidth=5e10, store_bandwidth=5e10, gemm_rate=1e14, memory_bandwidth=1e12)
 
@@ -43,15 +45,15 @@ _HARDWARE = Hardware(load_bandwidth=5e10, store_bandwidth=5e10, gemm_rate=1e14, 
 class StubSpec:
     """A model in name only."""
 
-    name: str = "stub"
-    family: str = "stub"
+    name: str
+    family: str = "opt"
     sizes: ModelSizes = _SIZES
     vocab_size: int = _SIZES.vocab_size
-    eos_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] = (2,)
 
 
 class StubTokenizer:
-    """One token a character."""
+    """One token a character: its ASCII code."""
 
     async def encode(self, text: str) -> list[int]:
         return [ord(letter) % _SIZES.vocab_size for letter in text]
@@ -60,26 +62,26 @@ class StubTokenizer:
         return "".join(map(chr, token_ids))
 
 
-@dataclass(slots=True)
-class _Live:
-    generation: Generation
-    started: float
-    given: int = 0
+class StubGeneration(Generation):
+    """Counts what it was given."""
+
+    def __init__(self, request_id: str, prompt: Sequence[int], params: SamplingParams, engine: StubEngine) -> None:
+        super().__init__(request_id, prompt, params, partial(engine.abort, request_id))
+        self.started = time.perf_counter()
+        self.given = 0
 
 
 class StubEngine:
-    """Gives every live request `rate` tokens per second, one delta a token, until its `max_tokens`."""
+    """While entered it gives every live request `rate` tokens per second, one delta a token, until its `max_tokens`."""
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float = 0.0, name: str = "stub") -> None:
         self.rate = rate
-        self.spec = StubSpec()
+        self.spec = StubSpec(name)
         self.tokenizer = StubTokenizer()
         self.device = "none"
         self.max_model_len = _MAX_MODEL_LEN
-        self.plan: Plan = Planner(
-            _SIZES, Budgets(device=2**26, host=2**26), _HARDWARE, EngineConfig(expected_context=128, max_batch=4)
-        ).plan()
-        self._live: dict[str, _Live] = {}
+        self.plan = _plan()
+        self.live: dict[str, StubGeneration] = {}
         self._ids = count()
         self._steps = 0
         self._tokens = 0
@@ -104,24 +106,35 @@ class StubEngine:
         request_id: str | None = None,
         client: str = "",
         max_wait: float | None = None,
-    ) -> Generation:
+    ) -> StubGeneration:
         ids = await self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        request_id = request_id or f"stub-{next(self._ids)}"
-        effective = replace(params, seed=params.seed or 0, max_tokens=params.max_tokens or _MAX_MODEL_LEN)
-        generation = Generation(request_id, ids, effective, partial(self.abort, request_id))
-        self._live[request_id] = _Live(generation, time.perf_counter())
-        return generation
+        room = self.max_model_len - len(ids)
+        if room <= 0:
+            raise InvalidRequestError("text" if isinstance(prompt, str) else "token_ids", f"{len(ids)} tokens")
+        request_id = request_id or f"made-{next(self._ids)}"
+        if request_id in self.live:
+            raise RequestExistsError(request_id)
+        effective = replace(params, seed=params.seed or _SEED, max_tokens=params.max_tokens or room)
+        self.live[request_id] = StubGeneration(request_id, ids, effective, self)
+        return self.live[request_id]
 
     def abort(self, request_id: str) -> bool:
-        live = self._live.pop(request_id, None)
-        if live is not None:
-            self._end(live, FinishReason.ABORTED)
-        return live is not None
+        is_live = request_id in self.live
+        if is_live:
+            self.end(request_id, FinishReason.ABORTED)
+        return is_live
+
+    def end(self, request_id: str, reason: FinishReason) -> None:
+        """The last delta of a live request."""
+        generation = self.live.pop(request_id)
+        seconds = time.perf_counter() - generation.started
+        usage = Usage(len(generation.prompt_token_ids), generation.given)
+        generation.put(Delta(finish=Finish(reason, usage, Timings(0.0, 0.0, seconds, 0.0))))
 
     def stats(self) -> EngineStats:
         return EngineStats(
             queued=0,
-            running=len(self._live),
+            running=len(self.live),
             used_blocks={},
             peak_blocks={},
             steps=self._steps,
@@ -146,20 +159,20 @@ class StubEngine:
             await asyncio.sleep(STEP_SECONDS)
             self._steps += 1
             now = time.perf_counter()
-            for request_id, live in list(self._live.items()):
-                self._give(request_id, live, int((now - live.started) * self.rate))
+            for generation in list(self.live.values()):
+                self._give(generation, int((now - generation.started) * self.rate))
 
-    def _give(self, request_id: str, live: _Live, due: int) -> None:
-        most = live.generation.params.max_tokens or 0
-        for _ in range(min(due, most) - live.given):
-            live.generation.put(_WORD)
-            live.given += 1
+    def _give(self, generation: StubGeneration, due: int) -> None:
+        most = generation.params.max_tokens or 0
+        for _ in range(min(due, most) - generation.given):
+            generation.put(_WORD)
+            generation.given += 1
             self._tokens += 1
-        if live.given == most:
-            del self._live[request_id]
-            self._end(live, FinishReason.MAX_TOKENS)
+        if generation.given == most:
+            self.end(generation.request_id, FinishReason.MAX_TOKENS)
 
-    def _end(self, live: _Live, reason: FinishReason) -> None:
-        seconds = time.perf_counter() - live.started
-        usage = Usage(len(live.generation.prompt_token_ids), live.given)
-        live.generation.put(Delta(finish=Finish(reason, usage, Timings(0.0, 0.0, seconds, 0.0))))
+
+def _plan() -> Plan:
+    """The real planner's answer for a tiny model."""
+    config = EngineConfig(cache_policy=CachePolicy.HYBRID, activation_share=0.5, max_batch=4)
+    return Planner(_SIZES, Budgets(device=2**26, host=2**26), _HARDWARE, config).plan()

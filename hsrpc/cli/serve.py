@@ -61,6 +61,9 @@ def _add_operations_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics here; 0 takes a free one"
     )
+    group.add_argument(
+        "--metrics-host", default="127.0.0.1", metavar="HOST", help="address of the metrics (default: 127.0.0.1)"
+    )
     group.add_argument("--log-format", choices=("text", "json"), default="text", help="default: text")
     group.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info"
@@ -90,6 +93,7 @@ def run(options: argparse.Namespace) -> None:
         write_timeout=options.write_timeout,
         step_timeout=options.step_timeout,
         metrics_port=options.metrics_port,
+        metrics_host=options.metrics_host,
         log_prompts=options.log_prompts,
         otel_endpoint=options.otel_endpoint,
     )

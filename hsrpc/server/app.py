@@ -46,7 +46,7 @@ async def serve(
         SystemExit: a second signal came, or one while loading; 128 plus its number.
     """
     async with telemetry or Telemetry(config) as entered:
-        await _serve(engine, Server(config, interceptors, entered.observers), entered, exit_within)
+        await _serve(engine, Server(config, interceptors, entered.observers, entered.count_call), entered, exit_within)
 
 
 async def _serve(
@@ -55,7 +55,7 @@ async def _serve(
     await server.start()
     print(f"listening on {server.address}", flush=True)
     if telemetry.port is not None:
-        _log.info("metrics on http://%s/metrics", join_address(server.config.host, telemetry.port))
+        _log.info("metrics on http://%s/metrics", join_address(server.config.metrics_host, telemetry.port))
     stopping = asyncio.Event()
     running = asyncio.create_task(_run(server, engine, telemetry, stopping))
     shutdown = _Shutdown(server, running, stopping, exit_within)

@@ -37,6 +37,7 @@ _log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
     Context = grpc.aio.ServicerContext[Any, Any]
+    CountCall = Callable[[str, grpc.StatusCode], object]
     Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
 
 
@@ -82,14 +83,14 @@ def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-def auth_interceptors(config: SecurityConfig) -> list[grpc.aio.ServerInterceptor]:
-    """What stands before the services: nothing where clients need not say who they are.
+def auth_interceptors(config: SecurityConfig, count: CountCall | None) -> list[grpc.aio.ServerInterceptor]:
+    """What stands before the services: nothing where clients need not say who they are. `count` is told of refusals.
 
     Raises:
         ConfigError: the file of tokens cannot be used, or has none.
     """
     if config.auth_tokens is not None:
-        return [TokenAuth(config.auth_tokens)]
+        return [TokenAuth(config.auth_tokens, count)]
     return [CertificateNames()] if config.tls_client_ca else []
 
 
@@ -100,7 +101,8 @@ class TokenAuth(grpc.aio.ServerInterceptor):
         ConfigError: on construction, when the file cannot be used or has no token.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, count: CountCall | None = None) -> None:
+        self._count = count
         self._tokens = Watched([path], lambda: read_tokens(path))
         self._refused = 0
         self._reported = -math.inf
@@ -113,13 +115,15 @@ class TokenAuth(grpc.aio.ServerInterceptor):
         token = _bearer_token(handler_call_details)
         name = self._tokens.current().name_of(token) if token else None
         if name is None:
-            self._count_refusal()
+            self._count_refusal(handler_call_details.method)
             return _refusal("the token is unknown" if token else "no token")
         client_name.set(name)  # each call is a task of its own
         return await continuation(handler_call_details)
 
-    def _count_refusal(self) -> None:
+    def _count_refusal(self, method: str) -> None:
         """Log refusals, one line for all those of some seconds: strangers must not fill the disk."""
+        if self._count is not None:
+            self._count(method.rpartition("/")[2], grpc.StatusCode.UNAUTHENTICATED)
         self._refused += 1
         if time.monotonic() - self._reported >= _REPORT_SECONDS:
             _log.warning("%d calls refused for want of a known token", self._refused)

@@ -28,7 +28,9 @@ class ServerConfig:
     step_timeout: float = 300.0
     """Seconds that a step may take before health says that the process should be restarted."""
     metrics_port: int | None = None
-    """Port of the Prometheus metrics, on the same host; 0 takes a free one, None has none."""
+    """Port of the Prometheus metrics; 0 takes a free one, None has none."""
+    metrics_host: str = "127.0.0.1"
+    """Address of the metrics, which are in plain text and ask for no token, whatever `host` is."""
     log_prompts: bool = False
     """A request's line in the log has its prompt."""
     otel_endpoint: str | None = None

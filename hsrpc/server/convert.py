@@ -27,6 +27,8 @@ from hsrpc.v1 import generation_pb2 as v1
 MAX_REQUEST_ID_LENGTH = 128
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_LENGTH}}}")
 MAX_MESSAGE_DELAY = 60.0
+MAX_MESSAGE_TOKENS = 1024
+"""With all logprobs these are a tenth of the 4 MiB that clients take by default."""
 
 _SAMPLING = (
     "temperature",
@@ -52,7 +54,7 @@ class OutputOptions:
 
     echo_prompt: bool
     return_token_ids: bool
-    max_tokens_per_message: int | None
+    max_tokens_per_message: int
     max_message_delay: float
     """Seconds."""
 
@@ -149,13 +151,13 @@ def read_output(output: v1.Output) -> OutputOptions:
     Raises:
         InvalidRequestError: naming the field.
     """
-    most = output.max_tokens_per_message if output.HasField("max_tokens_per_message") else None
-    if most is not None and most < 1:
+    most = output.max_tokens_per_message if output.HasField("max_tokens_per_message") else MAX_MESSAGE_TOKENS
+    if most < 1:
         raise InvalidRequestError("output.max_tokens_per_message", f"{most} is less than 1")
     delay = _seconds(output.max_message_delay)
     if not 0 <= delay <= MAX_MESSAGE_DELAY:
         raise InvalidRequestError("output.max_message_delay", f"{delay} s is outside [0, {MAX_MESSAGE_DELAY}]")
-    return OutputOptions(output.echo_prompt, output.return_token_ids, most, delay)
+    return OutputOptions(output.echo_prompt, output.return_token_ids, min(most, MAX_MESSAGE_TOKENS), delay)
 
 
 def start_message(

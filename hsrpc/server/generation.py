@@ -29,9 +29,6 @@ from hsrpc.server.portions import Turns, gathered, pace, split
 from hsrpc.server.state import ServerState
 from hsrpc.v1 import generation_pb2 as v1
 
-_MOST_TOKENS = 1024
-"""In one message: with all logprobs it is a tenth of the 4 MiB that clients take by default."""
-
 
 class GenerationService:
     """Methods of hsrpc.v1.GenerationService."""
@@ -102,7 +99,7 @@ async def _send(
     delay: Callable[[], float],
     write: Write[v1.GenerateResponse],
 ) -> None:
-    most = options.max_tokens_per_message or _MOST_TOKENS
+    most = options.max_tokens_per_message
     async with aclosing(gathered(generation, delay, most)) as portions:
         async for portion in portions:
             note_output(portion)

@@ -52,15 +52,23 @@ class StatusBoundary:
             failure = failure_of(error, self._method)
             if self._call is not None:
                 self._call.fail(failure, error)
-            await self._context.abort(failure.code, failure.message, failure.trailing_metadata())
+            try:
+                await self._context.abort(failure.code, failure.message, failure.trailing_metadata())
+            except grpc.aio.InternalError:
+                raise _gone() from None
 
 
-def unary(request_type: type[Request], method: Callable[[Request], Awaitable[Message]]) -> Handler:
+def unary(
+    request_type: type[Request],
+    method: Callable[[Request], Awaitable[Message]],
+    observers: Sequence[CallObserver] = (),
+) -> Handler:
     """A handler of one request and one response."""
 
     async def handle(data: bytes, context: Context) -> Message:
-        async with StatusBoundary(request_type.DESCRIPTOR.full_name, context):
-            return await method(parse(request_type, data))
+        with observed(observers, _name(request_type), context) as call:
+            async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call):
+                return await method(parse(request_type, data))
         raise AssertionError("a boundary lets no exception vanish")
 
     return grpc.unary_unary_rpc_method_handler(handle, response_serializer=_serialize)
@@ -81,13 +89,25 @@ def streaming(
                     await context.write(message)
             except TimeoutError:
                 raise StalledClientError(f"no room to write for {write_timeout} s") from None
+            except grpc.aio.InternalError:
+                raise _gone() from None
 
-        with observed(observers, context) as call:
+        with observed(observers, _name(request_type), context) as call:
             async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call):
                 current_caller.set(read_caller(context))
                 await method(parse(request_type, data), write)
 
     return grpc.unary_stream_rpc_method_handler(handle, response_serializer=_serialize)
+
+
+def _gone() -> asyncio.CancelledError:
+    """What nobody is there to take cannot be sent: the call was cancelled, and grpc has yet to say so."""
+    return asyncio.CancelledError("the client is gone")
+
+
+def _name(request_type: type[Message]) -> str:
+    """The method that takes such requests: each has a type of its own, named after it."""
+    return request_type.DESCRIPTOR.name.removesuffix("Request")
 
 
 def parse(request_type: type[Request], data: bytes) -> Request:

@@ -23,9 +23,8 @@ class HealthPort:
     def __init__(self, servicer: health.aio.HealthServicer, config: ServerConfig) -> None:
         self.port = config.security.health_port
         self._host = config.host
-        security = config.security
-        limits = connection_options(security.handshake_timeout, security.max_metadata_bytes)
-        limits += [
+        limits = [
+            *connection_options(config.security),
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_concurrent_streams", _MAX_STREAMS),
         ]

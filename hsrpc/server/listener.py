@@ -20,7 +20,7 @@ from hsrpc.server.info import InfoService
 from hsrpc.server.limits import channel_options
 from hsrpc.server.liveness import watch_steps
 from hsrpc.server.model import ModelService
-from hsrpc.server.observation import CallObserver
+from hsrpc.server.observation import CallCounter, CallObserver, CountCall
 from hsrpc.server.state import Phase, ServerState
 from hsrpc.server.tls import server_credentials
 from hsrpc.v1 import generation_pb2, model_pb2, server_pb2
@@ -43,16 +43,19 @@ class Server:
         config: ServerConfig,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         observers: Sequence[CallObserver] = (),
+        count_call: CountCall | None = None,
     ) -> None:
+        """`observers` are told of the calls of Generate, `count_call` of how each call of any method ended."""
         self.config = config
         self.state = ServerState()
         self.port = config.port
         self._health = health.aio.HealthServicer()
         self._liveness: asyncio.Task[None] | None = None
         self._credentials = server_credentials(config.security)
-        everyone = [*auth_interceptors(config.security), *interceptors]
+        counters = [CallCounter(count_call)] if count_call else []
+        everyone = [*auth_interceptors(config.security, count_call), *interceptors]
         self._grpc = grpc.aio.server(interceptors=everyone, options=channel_options(config))
-        self._grpc.add_generic_rpc_handlers(_service_handlers(self.state, config, observers))
+        self._grpc.add_generic_rpc_handlers(_service_handlers(self.state, config, observers, counters))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         if config.security.reflection:
             names = (GENERATION, MODEL, SERVER, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -124,22 +127,26 @@ def _status(*, serving: bool) -> health_pb2.HealthCheckResponse.ServingStatus.Va
 
 
 def _service_handlers(
-    state: ServerState, config: ServerConfig, observers: Sequence[CallObserver]
+    state: ServerState,
+    config: ServerConfig,
+    observers: Sequence[CallObserver],
+    counters: Sequence[CallObserver],
 ) -> list[grpc.GenericRpcHandler]:
     generation, model, info = GenerationService(state), ModelService(state), InfoService(state)
+    wait, told = config.write_timeout, [*counters, *observers]
     methods = {
         GENERATION: {
-            "Generate": streaming(generation_pb2.GenerateRequest, generation.generate, config.write_timeout, observers),
-            "Abort": unary(generation_pb2.AbortRequest, generation.abort),
+            "Generate": streaming(generation_pb2.GenerateRequest, generation.generate, wait, told),
+            "Abort": unary(generation_pb2.AbortRequest, generation.abort, counters),
         },
         MODEL: {
-            "GetModel": unary(model_pb2.GetModelRequest, model.get_model),
-            "Tokenize": unary(model_pb2.TokenizeRequest, model.tokenize),
-            "Detokenize": unary(model_pb2.DetokenizeRequest, model.detokenize),
+            "GetModel": unary(model_pb2.GetModelRequest, model.get_model, counters),
+            "Tokenize": unary(model_pb2.TokenizeRequest, model.tokenize, counters),
+            "Detokenize": unary(model_pb2.DetokenizeRequest, model.detokenize, counters),
         },
         SERVER: {
-            "GetServerInfo": unary(server_pb2.GetServerInfoRequest, info.get_server_info),
-            "WatchLoad": streaming(server_pb2.WatchLoadRequest, info.watch_load, config.write_timeout),
+            "GetServerInfo": unary(server_pb2.GetServerInfoRequest, info.get_server_info, counters),
+            "WatchLoad": streaming(server_pb2.WatchLoadRequest, info.watch_load, wait, counters),
         },
     }
     return [grpc.method_handlers_generic_handler(name, handlers) for name, handlers in methods.items()]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import grpc
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -21,16 +22,18 @@ _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0,
 _LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 _RATIO = (0.5, 0.8, 0.9, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 _BUS = ("weights", "cache")
+_BUS_SECONDS = 10.0
+"""Step time after which a step has about a third of its weight in the bus's rate."""
+_OTHER = "other"
+_METHODS = ("Generate", "Abort", "GetModel", "Tokenize", "Detokenize", "GetServerInfo", "WatchLoad", _OTHER)
 
 
 class CallMetrics:
-    """Counts calls of Generate; an observer of calls."""
+    """Finishes and times of Generate; an observer of its calls."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        statuses = Counter("hsrpc_calls", "Generate calls that ended, by gRPC status", ["status"], registry=registry)
         reasons = Counter("hsrpc_requests_finished", "Requests that ended, by reason", ["reason"], registry=registry)
         # All series are there from the start: a rate needs the 0 before the first 1.
-        self._statuses = {code: statuses.labels(code.name) for code in grpc.StatusCode}
         self._reasons = {reason: reasons.labels(reason.value) for reason in FinishReason}
         self._stalled = Counter(
             "hsrpc_slow_readers", "Streams ended because the client left them unread", registry=registry
@@ -44,7 +47,6 @@ class CallMetrics:
         """Counted at its end."""
 
     def ended(self, call: ObservedCall) -> None:
-        self._statuses[call.status].inc()
         if call.client_stalled:
             self._stalled.inc()
         if call.first_token_seconds is not None:
@@ -57,12 +59,28 @@ class CallMetrics:
             self._end_to_end.observe(call.seconds)
 
 
+class MethodMetrics:
+    """Counts the calls of all methods."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        text = "Calls that ended, by method and gRPC status"
+        counter = Counter("hsrpc_calls", text, ["method", "status"], registry=registry)
+        self._series = {(name, code): counter.labels(name, code.name) for name in _METHODS for code in grpc.StatusCode}
+
+    def count(self, method: str, code: grpc.StatusCode) -> None:
+        """A call has ended. What is no method of ours goes under one name: a client chooses no label."""
+        self._series[method if method in _METHODS else _OTHER, code].inc()
+
+
 class EngineMetrics(Collector):
     """The engine's own counters, read at each scrape; a step's time as it ends."""
 
     def __init__(self, registry: CollectorRegistry, engine: Callable[[], Engine | None]) -> None:
         self._engine = engine
         self._step = _seconds("hsrpc_step_duration", "Time of a step", registry)
+        text = "Bytes copied to the device per second of step time, lately"
+        self._bus = Gauge("hsrpc_bus_bytes_per_second", text, registry=registry)
+        self._bus_bytes = self._bus_seconds = 0.0
         self._ratio = Histogram(
             "hsrpc_step_time_over_predicted_ratio",
             "Time of a step over the least that the machine's measured rates allow for what it moved and computed",
@@ -74,10 +92,18 @@ class EngineMetrics(Collector):
     def observe_step(self, record: StepRecord) -> None:
         """A step has ended."""
         self._step.observe(record.seconds)
+        self._observe_bus(record)
         engine = self._engine()
         if engine is not None:
             limit = step_limit(record, engine.spec.sizes, engine.plan.hardware).seconds
             self._ratio.observe(record.seconds / limit)
+
+    def _observe_bus(self, record: StepRecord) -> None:
+        """One step says little: the prefetcher works ahead of it. Older ones count less and less."""
+        kept = math.exp(-record.seconds / _BUS_SECONDS)
+        self._bus_bytes = self._bus_bytes * kept + record.weight_bytes + record.cache_bytes
+        self._bus_seconds = self._bus_seconds * kept + record.seconds
+        self._bus.set(self._bus_bytes / self._bus_seconds)
 
     def collect(self) -> Iterable[Metric]:
         engine = self._engine()

@@ -1,4 +1,4 @@
-"""What a Generate call becomes, gathered where it happens, told to the observers (metrics, log, spans) at its end."""
+"""What a call becomes, gathered where it happens, told to the observers (metrics, log, spans) at its end."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[bytes, Message]
 
 Listener = Callable[["ObservedCall"], None]
+CountCall = Callable[[str, grpc.StatusCode], object]
+"""Is told the method and the status of each call that has ended."""
 
 _log = logging.getLogger(__name__)
+_TRANSIT_SECONDS = 0.1
+"""A client's deadline may pass so much before the server's, which began with the arrival; then the client cancels."""
 _TRACE_KEYS = ("traceparent", "tracestate")
 _current: ContextVar[ObservedCall | None] = ContextVar("call", default=None)
 
@@ -32,7 +36,9 @@ _current: ContextVar[ObservedCall | None] = ContextVar("call", default=None)
 class ObservedCall:
     """One call; fields that are not known yet, or never become known, are empty."""
 
-    def __init__(self, client: str, metadata: dict[str, str], observers: Sequence[CallObserver]) -> None:
+    def __init__(self, method: str, client: str, metadata: dict[str, str], observers: Sequence[CallObserver]) -> None:
+        self.method = method
+        """Without its service: Generate, GetModel and so on."""
         self.client = client
         """Its authenticated name, else the host of the peer."""
         self.metadata = metadata
@@ -87,26 +93,40 @@ class ObservedCall:
 
 
 class CallObserver(Protocol):
-    """Is told of every call, on the event loop: must not wait."""
+    """Is told of calls, on the event loop: must not wait."""
 
     def started(self, call: ObservedCall) -> None: ...
     def ended(self, call: ObservedCall) -> None: ...
 
 
+class CallCounter:
+    """An observer that passes on how calls ended, and no more."""
+
+    def __init__(self, count: CountCall) -> None:
+        self._count = count
+
+    def started(self, call: ObservedCall) -> None:
+        """Counted at its end."""
+
+    def ended(self, call: ObservedCall) -> None:
+        self._count(call.method, call.status)
+
+
 @contextmanager
-def observed(observers: Sequence[CallObserver], context: Context) -> Iterator[ObservedCall | None]:
+def observed(observers: Sequence[CallObserver], method: str, context: Context) -> Iterator[ObservedCall | None]:
     """The call in the block is told to the observers; None where there are none."""
     if not observers:
         yield None
         return
-    call = ObservedCall(client_name.get() or peer_host(context.peer()), _trace_metadata(context), observers)
+    client = client_name.get() or peer_host(context.peer())
+    call = ObservedCall(method, client, _trace_metadata(context), observers)
     token = _current.set(call)
     call.start()
     try:
         yield call
     except (asyncio.CancelledError, GeneratorExit):
         remaining = context.time_remaining()
-        is_late = remaining is not None and remaining <= 0
+        is_late = remaining is not None and remaining <= _TRANSIT_SECONDS
         call.status = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
         raise
     finally:

@@ -34,6 +34,10 @@ class SecurityConfig:
     """Whether clients may ask for the proto files."""
     handshake_timeout: float = 10.0
     """Seconds that a connection has to finish its TLS and HTTP/2 handshakes."""
+    keepalive_time: float = 30.0
+    """Seconds without a word from the client after which it is asked whether it is still there."""
+    keepalive_timeout: float = 10.0
+    """Seconds that it has to answer; then the connection is closed and its calls end."""
     max_connection_age: float = 1800.0
     """Seconds after which a client is told to connect again; running calls go on. 0: never."""
     max_metadata_bytes: int = 16 * 1024
@@ -41,12 +45,13 @@ class SecurityConfig:
 
     def __post_init__(self) -> None:
         self._check_tls()
-        for name in ("handshake_timeout", "max_connection_age"):
+        for name in ("handshake_timeout", "keepalive_time", "keepalive_timeout", "max_connection_age"):
             value = getattr(self, name)
             if not (math.isfinite(value) and 0 <= value <= 1e6):
                 raise ConfigError(name, value, "not a time", "give seconds, 0 to 1000000")
-        if self.handshake_timeout < 0.001:
-            raise ConfigError("handshake_timeout", self.handshake_timeout, "leaves no time", "10 suits most networks")
+        for name in ("handshake_timeout", "keepalive_time", "keepalive_timeout"):
+            if getattr(self, name) < 0.001:
+                raise ConfigError(name, getattr(self, name), "leaves no time", "10 suits most networks")
         if self.max_metadata_bytes < 1024:
             remedy = "give 1024 or more; gRPC's own headers take some hundred"
             raise ConfigError("max_metadata_bytes", self.max_metadata_bytes, "too small for any call", remedy)

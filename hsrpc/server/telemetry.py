@@ -16,7 +16,7 @@ from hsrpc.server.config import ServerConfig
 from hsrpc.server.contract import Engine
 from hsrpc.server.exposition import exposed
 from hsrpc.server.logs import RequestLog
-from hsrpc.server.metrics import CallMetrics, EngineMetrics, LoopMetrics
+from hsrpc.server.metrics import CallMetrics, EngineMetrics, LoopMetrics, MethodMetrics
 from hsrpc.server.observation import CallObserver
 from hsrpc.server.tracing import Tracing, open_tracing
 
@@ -25,7 +25,7 @@ _LAG_PERIOD = 0.05
 
 
 class Telemetry:
-    """Enter it to listen for scrapes; give `observe_step` to the engine, and `observers` to the server."""
+    """Enter it to listen for scrapes; give `observe_step` to the engine, `observers` and `count_call` to the server."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
@@ -33,6 +33,7 @@ class Telemetry:
         self.registry = CollectorRegistry()
         self._engine_metrics = EngineMetrics(self.registry, lambda: self._engine)
         self._loop_metrics = LoopMetrics(self.registry)
+        self.count_call = MethodMetrics(self.registry).count
         self._tracing: Tracing | None = open_tracing(config.otel_endpoint)
         self.observers: list[CallObserver] = [CallMetrics(self.registry), RequestLog(prompts=config.log_prompts)]
         if self._tracing is not None:
@@ -57,7 +58,7 @@ class Telemetry:
         """
         if self._config.metrics_port is not None:
             self.port = await self._stack.enter_async_context(
-                exposed(self.registry, self._config.host, self._config.metrics_port)
+                exposed(self.registry, self._config.metrics_host, self._config.metrics_port)
             )
             await self._stack.enter_async_context(_sampling(self._loop_metrics))
         return self

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from google.protobuf.duration_pb2 import Duration
 from rich.console import Console
 
 from hsrpc.cli.top import view
+from hsrpc.client import Client
 from hsrpc.v1 import server_pb2 as v1
 
+ROOT = Path(__file__).parents[2]
 INFO = v1.GetServerInfoResponse(
     version="1.2", model="opt-13b", device="H100", plan=v1.Plan(max_batch=64, device_memory_bytes=24 * 1024**3)
 )
@@ -47,3 +54,26 @@ def test_the_first_view_knows_no_rates():
     """One report has no difference, and two of the same moment neither."""
     assert "GB/s" not in shown(None, report(1, 1, 1))
     assert "GB/s" not in shown(report(1, 1, 1), report(1, 2, 2))
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """Of a server in a process of its own, whose engine says what it is told to."""
+    command = [sys.executable, "-m", "tests.server.serve_fake"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            address = process.stdout.readline().split()[-1]
+            with Client(address) as client:
+                client.wait_ready(60)
+            yield address
+        finally:
+            process.kill()
+
+
+def test_reports_of_a_server_are_shown_live(hsrpc, address):
+    """`hsrpc top` shows what WatchLoad reports, so many times as it is told to."""
+    ran = hsrpc("top", "--target", address, "--count=3", "--interval=0.1")
+    assert ran.code == 0
+    assert "fake/model on cpu" in ran.out
+    assert "0 of 4 run, 1 wait" in ran.out
+    assert "0.00 GB/s" in ran.out  # a rate: there was a report before the last one

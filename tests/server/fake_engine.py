@@ -1,96 +1,45 @@
-"""An engine without a model: it speaks the engine's contract, and says what a test tells it to."""
+"""A stub engine that says what a test tells it to, and remembers what it was asked."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from hsrpc.config import CachePolicy, EngineConfig
+from hsrpc.bench.stub_engine import StubEngine, StubGeneration
 from hsrpc.core.blocks import PoolId
-from hsrpc.core.plan import Budgets, Hardware, Plan
-from hsrpc.core.planner import Planner
 from hsrpc.core.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
-from hsrpc.core.sizes import ModelSizes
-from hsrpc.engine.generation import Generation
 from hsrpc.engine.stats import EngineStats
-from hsrpc.errors import EngineFaultError, InvalidRequestError, RequestExistsError
+from hsrpc.errors import EngineFaultError
 
-SIZES = ModelSizes(
-    num_layers=2,
-    hidden_size=64,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=16,
-    ffn_size=256,
-    vocab_size=128,
-    context_length=512,
-    element_bytes=4,
-    layer_tensors={"attention": 4 * 64 * 64, "mlp": 2 * 64 * 256},
-    fixed_elements=128 * 64,
-)
-HARDWARE = Hardware(load_bandwidth=5e10, store_bandwidth=5e10, gemm_rate=1e14, memory_bandwidth=1e12)
 WORDS = ("Once", " upon", " a", " time")
+USAGE = Usage(3, 4, 1)
+TIMINGS = Timings(queue=0.5, prefill=1.0, decode=2.0, first_token=1.5)
 
 
-def make_plan() -> Plan:
-    """The real planner's answer for a tiny model."""
-    config = EngineConfig(cache_policy=CachePolicy.HYBRID, activation_share=0.5, max_batch=4)
-    return Planner(SIZES, Budgets(device=64 * 1024**2, host=64 * 1024**2), HARDWARE, config).plan()
-
-
-@dataclass(frozen=True)
-class FakeSpec:
-    name: str = "fake/model"
-    family: str = "opt"
-    sizes: ModelSizes = SIZES
-    vocab_size: int = SIZES.vocab_size
-    eos_token_ids: tuple[int, ...] = (2,)
-
-
-class FakeTokenizer:
-    """One token a character: its ASCII code."""
-
-    async def encode(self, text: str) -> list[int]:
-        return [ord(letter) % SIZES.vocab_size for letter in text]
-
-    async def decode(self, token_ids: Sequence[int]) -> str:
-        return "".join(map(chr, token_ids))
-
-
-def finish(reason: FinishReason = FinishReason.EOS, *, matched: str | int | None = None) -> Finish:
-    return Finish(reason, Usage(3, 4, 1), Timings(queue=0.5, prefill=1.0, decode=2.0, first_token=1.5), matched)
-
-
-@dataclass
-class FakeEngine:
+class FakeEngine(StubEngine):
     """Answers every prompt with WORDS at once, or, if `held`, with what the test puts into the generations."""
 
-    held: bool = False
-    refusal: Exception | None = None
-    """Raised by the next submits."""
-    load_gate: asyncio.Event | None = None
-    """Entering waits for it."""
-    load_error: Exception | None = None
-    """Entering raises it."""
-    live: dict[str, Generation] = field(default_factory=dict)
-    aborted: list[str] = field(default_factory=list)
-    submitted: list[SamplingParams] = field(default_factory=list)
-    clients: list[str] = field(default_factory=list)
-    """Keys of those that submitted, refused ones too."""
-    max_waits: list[float | None] = field(default_factory=list)
-    spec: FakeSpec = FakeSpec()
-    tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
-    device: str = "cpu"
-    max_model_len: int = 256
-    beat: float = 0.0
-    """Seconds that its step takes already."""
-
-    def __post_init__(self) -> None:
-        self.plan = make_plan()
+    def __init__(self, *, held: bool = False, load_gate: asyncio.Event | None = None) -> None:
+        super().__init__(name="fake/model")
+        self.held = held
+        self.load_gate = load_gate
+        """Entering waits for it."""
+        self.load_error: Exception | None = None
+        """Entering raises it."""
+        self.refusal: Exception | None = None
+        """Raised by the next submits."""
+        self.aborted: list[str] = []
+        self.submitted: list[SamplingParams] = []
+        self.clients: list[str] = []
+        """Keys of those that submitted, refused ones too."""
+        self.max_waits: list[float | None] = []
+        self.device = "cpu"
+        self.max_model_len = 256
+        self.beat = 0.0
+        """Seconds that its step takes already."""
         self._fault = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -101,7 +50,7 @@ class FakeEngine:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.live.clear()
 
@@ -113,24 +62,16 @@ class FakeEngine:
         request_id: str | None = None,
         client: str = "",
         max_wait: float | None = None,
-    ) -> Generation:
+    ) -> StubGeneration:
         self.clients.append(client)
         self.max_waits.append(max_wait)
         if self.refusal:
             raise self.refusal
-        ids = await self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if len(ids) >= self.max_model_len:
-            raise InvalidRequestError("text" if isinstance(prompt, str) else "token_ids", f"{len(ids)} tokens")
-        request_id = request_id or f"made-{len(self.submitted)}"
-        if request_id in self.live:
-            raise RequestExistsError(request_id)
-        params = replace(params, seed=params.seed or 7, max_tokens=params.max_tokens or self.max_model_len - len(ids))
-        generation = Generation(request_id, ids, params, partial(self.close, request_id))
-        self.submitted.append(params)
-        self.live[request_id] = generation
+        generation = await super().submit(prompt, params, request_id=request_id)
+        self.submitted.append(generation.params)
         if not self.held:
-            self.say(request_id, *WORDS)
-            self.end(request_id)
+            self.say(generation.request_id, *WORDS)
+            self.end(generation.request_id)
         return generation
 
     def say(self, request_id: str, *words: str) -> None:
@@ -139,34 +80,14 @@ class FakeEngine:
             self.live[request_id].put(Delta(word, (len(word),)))
 
     def end(self, request_id: str, reason: FinishReason = FinishReason.EOS, matched: str | int | None = None) -> None:
-        self.live.pop(request_id).put(Delta(finish=finish(reason, matched=matched)))
-
-    def close(self, request_id: str) -> bool:
-        """What a generation's close does: abort it if it is still live."""
-        if request_id not in self.live:
-            return False
-        self.aborted.append(request_id)
-        self.end(request_id, FinishReason.ABORTED)
-        return True
-
-    abort = close
+        if reason is FinishReason.ABORTED:
+            self.aborted.append(request_id)
+        self.live.pop(request_id).put(Delta(finish=Finish(reason, USAGE, TIMINGS, matched)))
 
     def stats(self) -> EngineStats:
-        return EngineStats(
-            queued=1,
-            running=len(self.live),
-            used_blocks={PoolId.HOST_KV: 3},
-            peak_blocks={},
-            steps=4,
-            step_seconds=2.0,
-            prompt_tokens=10,
-            generated_tokens=20,
-            preemptions=0,
-            weights_streamed_bytes=1000,
-            cache_loaded_bytes=500,
-            regenerated_tokens=0,
-            peak_device_bytes=0,
-        )
+        told = {"queued": 1, "used_blocks": {PoolId.HOST_KV: 3}, "steps": 4, "step_seconds": 2.0, "prompt_tokens": 10}
+        told |= {"generated_tokens": 20, "weights_streamed_bytes": 1000, "cache_loaded_bytes": 500}
+        return replace(super().stats(), **told)
 
     def heartbeat(self) -> float:
         return self.beat

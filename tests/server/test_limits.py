@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hsrpc.client import ROUND_ROBIN, AsyncClient
 from hsrpc.server import Server, ServerConfig
-from hsrpc.server.limits import channel_options
+from hsrpc.server.limits import channel_options, connection_options
 from hsrpc.server.security import SecurityConfig
 from hsrpc.v1 import model_pb2, model_pb2_grpc
 from tests.server.fake_engine import FakeEngine
@@ -128,6 +128,7 @@ def test_the_arguments_are_those_of_the_documentation():
     """Keepalive 30 s / 10 s, a grace without end, and sizes as configured."""
     found = dict(channel_options(ServerConfig()))
     assert (found["grpc.keepalive_time_ms"], found["grpc.keepalive_timeout_ms"]) == (30_000, 10_000)
+    assert found["grpc.http2.ping_timeout_ms"] == 10_000
     assert found["grpc.max_connection_age_ms"] == 1_800_000
     assert (found["grpc.http2.max_ping_strikes"], found["grpc.http2.min_ping_interval_without_data_ms"]) == (2, 10_000)
     assert found["grpc.max_connection_age_grace_ms"] == 2**31 - 1
@@ -135,6 +136,23 @@ def test_the_arguments_are_those_of_the_documentation():
     assert found["grpc.max_metadata_size"] == found["grpc.absolute_max_metadata_size"] == 16_384
     never = ServerConfig(security=SecurityConfig(max_connection_age=0))
     assert dict(channel_options(never))["grpc.max_connection_age_ms"] == 2**31 - 1
+
+
+async def test_both_listeners_have_the_limits(monkeypatch):
+    """Each argument reaches the listener of the services; those of every connection reach that of the probes too."""
+    made, make = [], grpc.aio.server
+
+    def server(*, options, **settings):
+        made.append(options)
+        return make(options=options, **settings)
+
+    monkeypatch.setattr(grpc.aio, "server", server)
+    config = ServerConfig(port=0, security=SecurityConfig(health_port=0))
+    Server(config)
+    services, probes = map(set, made)
+    assert services == set(channel_options(config))
+    assert probes >= set(connection_options(config.security))
+    assert {("grpc.max_receive_message_length", 4096), ("grpc.max_concurrent_streams", 64)} <= probes
 
 
 async def test_round_robin_reaches_every_address():

@@ -145,7 +145,7 @@ def test_an_observer_that_fails_ends_no_call(log):
         def ended(self, call: ObservedCall) -> None:
             raise ZeroDivisionError
 
-    call = ObservedCall("here", {}, [Broken()])
+    call = ObservedCall("Generate", "here", {}, [Broken()])
     call.start()
     call.end()
     assert log.getvalue().count("an observer of calls failed") == 2

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -17,6 +18,7 @@ from hsrpc.core.request import FinishReason
 from hsrpc.engine.stats import StepRecord
 from hsrpc.errors import ConfigError
 from hsrpc.server import Server, ServerConfig
+from hsrpc.server.security import SecurityConfig
 from hsrpc.server.telemetry import Telemetry
 from hsrpc.v1 import generation_pb2 as v1
 from tests.server.conftest import until
@@ -42,7 +44,8 @@ async def telemetry() -> AsyncIterator[Telemetry]:
 
 @pytest.fixture
 async def loading_server(telemetry: Telemetry) -> AsyncIterator[Server]:
-    server = Server(ServerConfig(port=0, drain_timeout=5, write_timeout=0.5), observers=telemetry.observers)
+    config = ServerConfig(port=0, drain_timeout=5, write_timeout=0.5)
+    server = Server(config, observers=telemetry.observers, count_call=telemetry.count_call)
     await server.start()
     yield server
     await server.stop()
@@ -89,13 +92,68 @@ async def test_calls_are_counted_as_they_end(telemetry, stub, engine):
     with pytest.raises(grpc.aio.AioRpcError):
         await stub.Generate(v1.GenerateRequest()).read()
     values = await scrape(telemetry)
-    assert values["hsrpc_calls_total", "OK"] == 1
-    assert values["hsrpc_calls_total", "INVALID_ARGUMENT"] == 1
-    assert values["hsrpc_calls_total", "INTERNAL"] == 0
+    assert values["hsrpc_calls_total", "Generate", "OK"] == 1
+    assert values["hsrpc_calls_total", "Generate", "INVALID_ARGUMENT"] == 1
+    assert values["hsrpc_calls_total", "Generate", "INTERNAL"] == 0
     assert values["hsrpc_requests_finished_total", "EOS"] == 1
     assert values["hsrpc_time_to_first_token_seconds_count",] == 1
     assert values["hsrpc_request_duration_seconds_count",] == 1
     assert values["hsrpc_request_queue_time_seconds_sum",] == 0.5
+
+
+async def test_every_method_is_counted_by_its_status(telemetry, server, channel):
+    """Each method of each service, well and not; health and reflection are not counted."""
+    names = {"Generation": ("Generate", "Abort"), "Model": ("GetModel", "Tokenize", "Detokenize")}
+    names |= {"Server": ("GetServerInfo", "WatchLoad")}
+    for service, methods in names.items():
+        for method in methods:
+            call = channel.unary_unary(f"/hsrpc.v1.{service}Service/{method}")
+            with pytest.raises(grpc.aio.AioRpcError):
+                await call(b"\xff")
+    model = channel.unary_unary("/hsrpc.v1.ModelService/GetModel")
+    assert await model(b"")
+    watch = channel.unary_stream("/hsrpc.v1.ServerService/WatchLoad")(b"")
+    assert await watch.read()
+    watch.cancel()
+    await until(lambda: calls_that_ended(telemetry, "CANCELLED", "WatchLoad"))
+    counted = {key[1:]: value for key, value in (await scrape(telemetry)).items() if key[0] == "hsrpc_calls_total"}
+    expected = {(method, "INVALID_ARGUMENT"): 1 for methods in names.values() for method in methods}
+    expected |= {("GetModel", "OK"): 1, ("WatchLoad", "CANCELLED"): 1}
+    assert {key: value for key, value in counted.items() if value} == expected
+    assert len(counted) == 8 * len(grpc.StatusCode)
+
+
+async def test_refusals_for_want_of_a_token_are_counted(telemetry, tmp_path):
+    """By method; one that does not exist goes under `other`, whatever its name is."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("alice 0123456789abcdef\n")
+    tokens.chmod(0o600)
+    server = Server(ServerConfig(port=0, security=SecurityConfig(auth_tokens=tokens)), count_call=telemetry.count_call)
+    await server.start()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        for name in ("hsrpc.v1.ModelService/GetModel", "strange.Service/Method"):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await channel.unary_unary(f"/{name}")(b"")
+    await server.stop()
+    counted = {key[1:]: value for key, value in (await scrape(telemetry)).items() if key[0] == "hsrpc_calls_total"}
+    refused = {("GetModel", "UNAUTHENTICATED"): 1, ("other", "UNAUTHENTICATED"): 1}
+    assert {key: value for key, value in counted.items() if value} == refused
+
+
+async def test_metrics_are_on_the_loopback_unless_told_otherwise(monkeypatch):
+    """They are in plain text: an address for the service is none for them."""
+    bound, start = [], asyncio.start_server
+
+    async def start_server(handle, host, port, **settings):
+        bound.append(host)
+        return await start(handle, "127.0.0.1", port, **settings)
+
+    monkeypatch.setattr(asyncio, "start_server", start_server)
+    public = ServerConfig(host="0.0.0.0", port=0, metrics_port=0, security=SecurityConfig(insecure=True))
+    for config in (public, replace(public, metrics_host="10.0.0.7")):
+        async with Telemetry(config):
+            pass
+    assert bound == ["127.0.0.1", "10.0.0.7"]
 
 
 async def test_time_between_tokens(telemetry, stub, engine):
@@ -113,19 +171,26 @@ async def test_time_between_tokens(telemetry, stub, engine):
     assert values["hsrpc_inter_token_seconds_count",] == 2
 
 
-async def test_cancels_and_deadlines_are_told_apart(telemetry, stub, engine):
+async def test_cancels_and_deadlines_are_told_apart(telemetry, server, stub, engine):
     """A cancelled call is CANCELLED, one whose deadline passed DEADLINE_EXCEEDED."""
     engine.held = True
     call = stub.Generate(v1.GenerateRequest(request_id="r", text="Hi"))
     await until(lambda: engine.live)
     call.cancel()
     await until(lambda: not engine.live)
-    with pytest.raises(grpc.aio.AioRpcError):
-        await stub.Generate(v1.GenerateRequest(text="Hi"), timeout=0.2).read()
-    await until(lambda: not engine.live)
-    await asyncio.sleep(0.05)
-    values = await scrape(telemetry)
-    assert (values["hsrpc_calls_total", "CANCELLED"], values["hsrpc_calls_total", "DEADLINE_EXCEEDED"]) == (1, 1)
+    await until(lambda: calls_that_ended(telemetry, "CANCELLED") == 1)
+    for _ in range(5):  # a cancel that was long under way looks like one before the deadline
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.Generate(v1.GenerateRequest(text="Hi"), timeout=0.2).read()
+        await until(lambda: not server.state.live)
+        if calls_that_ended(telemetry, "DEADLINE_EXCEEDED"):
+            break
+    else:
+        pytest.fail("no passed deadline was counted as one")
+
+
+def calls_that_ended(telemetry: Telemetry, code: str, method: str = "Generate") -> float | None:
+    return telemetry.registry.get_sample_value("hsrpc_calls_total", {"method": method, "status": code})
 
 
 async def test_slow_readers_are_counted(telemetry, stub, engine):
@@ -139,7 +204,7 @@ async def test_slow_readers_are_counted(telemetry, stub, engine):
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)
     values = await scrape(telemetry)
-    assert values["hsrpc_slow_readers_total",] == values["hsrpc_calls_total", "RESOURCE_EXHAUSTED"] == 1
+    assert values["hsrpc_slow_readers_total",] == values["hsrpc_calls_total", "Generate", "RESOURCE_EXHAUSTED"] == 1
     call.cancel()
 
 
@@ -149,6 +214,7 @@ async def test_steps_are_compared_with_their_limit(telemetry, engine):
     telemetry.observe_step(STEP)
     values = await scrape(telemetry)
     assert values["hsrpc_step_duration_seconds_sum",] == 0.25
+    assert values["hsrpc_bus_bytes_per_second",] == 4e9
     assert values["hsrpc_step_time_over_predicted_ratio_sum",] == pytest.approx(12.5)
 
 
@@ -197,7 +263,7 @@ async def test_a_taken_port_is_named():
 async def test_without_an_engine_there_is_a_scrape(telemetry):
     """While the model loads, calls are counted already and the engine's series are absent."""
     values = await scrape(telemetry)
-    assert ("hsrpc_calls_total", "UNAVAILABLE") in values
+    assert ("hsrpc_calls_total", "Generate", "UNAVAILABLE") in values
     assert ("hsrpc_requests_queued",) not in values
 
 

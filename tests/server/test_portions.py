@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from hsrpc.server import portions
 from hsrpc.server.portions import Turns, pace
 from hsrpc.v1 import generation_pb2 as v1
@@ -34,15 +36,20 @@ async def test_a_busy_server_merges_without_being_asked(stub, engine, monkeypatc
     assert (last.delta.text, last.HasField("finish")) == ("bcd", True)
 
 
-async def test_a_message_is_never_too_large_for_a_client(stub, engine):
-    """What has gathered for a slow reader comes in messages of bounded size, even if the client asked for no bound."""
+@pytest.mark.parametrize("asked", [None, 1_000_000])
+async def test_a_message_is_never_too_large_for_a_client(asked, stub, engine):
+    """What has gathered for a slow reader comes in messages of bounded size, whatever the client asked for; start has
+    the bound in effect."""
     engine.held = True
-    call = stub.Generate(v1.GenerateRequest(request_id="r", text="Hi", output=v1.Output(return_token_ids=True)))
+    output = v1.Output(return_token_ids=True, max_tokens_per_message=asked)
+    call = stub.Generate(v1.GenerateRequest(request_id="r", text="Hi", output=output))
     await until(lambda: engine.live)
     engine.say("r", *["x"] * 5000)
     engine.end("r")
-    sizes = [len(response.delta.token_ids) async for response in call]
+    responses = [response async for response in call]
+    sizes = [len(response.delta.token_ids) for response in responses]
     assert (sum(sizes), max(sizes)) == (5000, 1024)
+    assert responses[0].start.output.max_tokens_per_message == 1024
 
 
 async def test_writes_of_a_step_are_spread_over_iterations():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator
 
 import grpc
@@ -214,6 +215,41 @@ async def test_an_emoji_streams_whole(client):
     assert text == (await client.detokenize([*await client.tokenize("x"), *ids]))[1:]
 
 
+TEXTS = {
+    "emoji": "a 🙂🙃 b",
+    "cjk": "日本語 and 中文",
+    "combining": "cafe\u0301 x\u0323\u0307",
+    "zwj": "a 👩‍👩‍👧 👨🏽‍🚀 b",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+async def test_deltas_are_the_text_in_any_script(client, real_engine, text):
+    """Characters of many tokens and sequences of many characters arrive as they are, never in part; the whole of a stop
+    string is held back, however its tokens come."""
+    ids = [token for token in await client.tokenize(text) if token != 2]
+    assert len(ids) > len(text.split())
+    dictate(real_engine, ids * 2)
+    for settings, expected in (({}, text), ({"stop": [text[-4:]]}, text[:-4])):
+        greedy = {"temperature": 0, "max_tokens": len(ids), "max_tokens_per_message": 1}
+        deltas = [delta.text async for delta in client.generate("x", **greedy, **settings)]
+        assert "".join(deltas).lstrip(" ") == expected
+        assert not any("\ufffd" in delta for delta in deltas)
+
+
+def dictate(engine: Engine, token_ids: list[int]) -> None:
+    """Make the model want these tokens, one after the other."""
+    family = engine._opened.executor._family
+    compute, wanted = family.logits, iter(token_ids)
+
+    def logits(*args: object) -> torch.Tensor:
+        found = compute(*args)
+        found[:, next(wanted, 0)] += 1e6
+        return found
+
+    family.logits = logits
+
+
 async def test_get_model_says_what_is_cached(client, real_engine):
     """Name, sizes, and the cache decision with its numbers and its reason."""
     model = await client.get_model()
@@ -310,13 +346,25 @@ async def test_a_full_queue_refuses_and_recovers(client):
 
 
 async def test_an_engine_fault_ends_everything(monkeypatch, capsys):
-    """A task of the engine dies: every stream soon is UNAVAILABLE, health NOT_SERVING, and serve raises."""
-    compute, dying = Executor._compute_step, asyncio.Event()
+    """A task of the engine dies: within a second every stream is UNAVAILABLE, health NOT_SERVING, and serve raises."""
+    for _ in range(3):  # the fastest: the machine may be busy
+        with monkeypatch.context() as patch:
+            seconds = await seconds_to_end_everything(patch, capsys)
+        if seconds < 1:
+            break
+    else:
+        pytest.fail(f"streams and health took {seconds} s")
 
-    async def compute_or_die(executor, worker, step):
+
+async def seconds_to_end_everything(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> float:
+    """From the fault until all clients know of it."""
+    compute, dying, died = Executor._compute_step, asyncio.Event(), []
+
+    async def compute_or_die(*arguments):
         if dying.is_set():
+            died.append(time.monotonic())
             raise RuntimeError("secret: device lost")
-        return await compute(executor, worker, step)
+        return await compute(*arguments)
 
     monkeypatch.setattr(Executor, "_compute_step", compute_or_die)
     serving = asyncio.create_task(serve(Engine(CONFIG), ServerConfig(port=0)))
@@ -328,13 +376,15 @@ async def test_an_engine_fault_ends_everything(monkeypatch, capsys):
         streams = [client.generate(prompt, ignore_eos=True) for prompt in PROMPTS[:3]]
         await asyncio.gather(*map(anext, streams))
         dying.set()
-        async with asyncio.timeout(5):  # 20 ms where the machine is idle
+        async with asyncio.timeout(30):
             errors = await asyncio.gather(*map(error_of, streams))
             assert (await watch.read()).status == NOT_SERVING
+        seconds = time.monotonic() - died[0]
     assert {error.code for error in errors} == {grpc.StatusCode.UNAVAILABLE}
     assert not any("secret" in str(error) for error in errors)
     with pytest.raises(EngineFaultError):
         await asyncio.wait_for(serving, 10)
+    return seconds
 
 
 async def printed_address(capsys: pytest.CaptureFixture[str]) -> str:

@@ -153,6 +153,7 @@ async def test_draining_refuses_new_requests_only(server, stub, engine):
     error = await failure(stub.Generate(request()))
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert details(error, ErrorInfo).reason == "DRAINING"
+    assert details(error, RetryInfo).HasField("retry_delay")
     assert not draining.done()
     assert (await stub.Abort(v1.AbortRequest(request_id="r"))).aborted
     assert (await running.read()).finish.reason == v1.FINISH_REASON_ABORTED
