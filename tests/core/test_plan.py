@@ -203,7 +203,7 @@ def test_a_plan_keeps_its_promises(planner: Planner):
     assert total >= -(-plan.max_model_len // block)
     if batch > 1:
         assert total >= batch * -(-plan.prediction.context // block)
-    manager, table = BlockManager(plan.num_blocks, plan.activation_share), BlockTable()
+    manager, table = BlockManager(plan.num_blocks), BlockTable()
     assert manager.grow(table, -(-plan.max_model_len // block))
     if config.placement is Placement.HOST:
         assert plan.device_bytes["resident weights"] == plan.device_bytes["cache blocks"] == 0
