@@ -431,8 +431,8 @@ def test_the_curve_is_throughput_over_share():
     planner = Planner(OPT_30B, Budgets(device=24 * GIB, host=200 * GIB), PCIE4_4090, EngineConfig())
     curve = planner.curve()
     assert [share for share, _ in curve] == pytest.approx([i / 20 for i in range(21)])
-    rates = [prediction.tokens_per_second for _, prediction in curve]
-    assert 1.05 * rates[0] < max(rates) <= planner.plan().prediction.tokens_per_second
+    rates = [prediction.mean_tokens_per_second for _, prediction in curve]
+    assert 1.05 * rates[0] < max(rates) <= planner.plan().prediction.mean_tokens_per_second * 1.02
 
 
 def test_the_curve_leaves_out_what_does_not_fit():
