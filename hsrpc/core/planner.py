@@ -27,7 +27,7 @@ from hsrpc.errors import ConfigError
 
 DEFAULT_CONTEXT = 1024
 MAX_BATCH = 512
-_BATCH_GROWTH = 1.02
+_BATCH_GROWTH = 1.03
 _RESIDENT_SHARES = tuple(i / 128 for i in range(129))
 _BUFFER_BYTES = (512 * 1024**2, 256 * 1024**2, 128 * 1024**2)
 """Of a kv buffer: copies large enough to fill the bus, and few mini-batches."""
@@ -186,7 +186,7 @@ def _traffic(config: EngineConfig, sizes: ModelSizes, longest: int) -> Traffic:
 
 
 def _batches(most: int | None) -> Floats:
-    """Batch sizes to try: all small ones, then in steps of 2 %; `most` is among them."""
+    """Batch sizes to try: all small ones, then in steps of 3 %; `most` is among them."""
     last = most or MAX_BATCH
     steps = {1, last}
     size = 1
