@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from hsrpc.core.batch import BufferLimits, RowCosts
 from hsrpc.core.blocks import PoolId
 from hsrpc.core.cache_decision import CacheDecision
 from hsrpc.core.candidates import Evaluation, Evaluator, Point
 from hsrpc.core.memory import Staging, device_bytes
-from hsrpc.core.plan import Hardware, Plan, StepPrediction
+from hsrpc.core.plan import Hardware, Plan
+from hsrpc.core.prediction import as_prediction
 from hsrpc.core.sizes import ModelSizes
 
 
@@ -56,7 +57,7 @@ class Assembly:
                 "cache blocks": self._cache_bytes(blocks, PoolId.HOST_KV, PoolId.HOST_ACTIVATION),
             },
             budgets=evaluator.budgets,
-            prediction=self._prediction(point.batch, one),
+            prediction=as_prediction(point.batch, model.traffic.context, one.times),
             hardware=model.hardware,
         )
 
@@ -65,11 +66,6 @@ class Assembly:
         staging = self.evaluator.staging(one.grid, int(one.chunk), int(one.idle_chunk))
         has_activations = blocks[PoolId.DEVICE_ACTIVATION] + blocks[PoolId.HOST_ACTIVATION] > 0
         return staging if has_activations else replace(staging, activation_rows=0)
-
-    def _prediction(self, batch: int, one: Evaluation) -> StepPrediction:
-        times = {item.name: float(getattr(one.times, item.name)) for item in fields(one.times)}
-        mini_batches, context = round(times.pop("mini_batches")), self.evaluator.model.traffic.context
-        return StepPrediction(batch=batch, context=context, mini_batches=mini_batches, **times)
 
     def _share(self, one: Evaluation) -> float:
         """Activations' part of all tokens in use."""

@@ -17,6 +17,7 @@ from hsrpc.core.blocks import PoolId, Tier
 from hsrpc.core.memory import Staging, device_bytes
 from hsrpc.core.plan import BUFFERS, Budgets, Hardware, Plan
 from hsrpc.core.planner import Planner
+from hsrpc.core.prediction import predict_at
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.core.step_model import Candidates, StepModel, Traffic
 from tests.core.test_plan import GIB, blocks_of, make_sizes
@@ -217,11 +218,24 @@ def test_prompts_count():
 
 
 def test_a_batch_that_gains_nothing_is_not_chosen():
-    """OPT-1.3B at 80 GiB: attention grows with the batch, so twice the batch would gain next to nothing."""
+    """OPT-1.3B at 80 GiB: attention grows with the batch. Twice as many gain next to nothing, fewer lose something."""
     plan = plan_for(OPT["1.3b"], 80 * GIB)
-    twice = plan_for(OPT["1.3b"], 80 * GIB, max_batch=2 * plan.max_batch)
+    twice, fewer = (plan_for(OPT["1.3b"], 80 * GIB, max_batch=int(factor * plan.max_batch)) for factor in (2, 0.8))
     assert twice.max_batch == 2 * plan.max_batch
     assert twice.prediction.mean_tokens_per_second < 1.02 * plan.prediction.mean_tokens_per_second
+    assert fewer.prediction.mean_tokens_per_second < 0.997 * plan.prediction.mean_tokens_per_second
+
+
+@pytest.mark.parametrize(("name", "device"), [("6.7b", 24), ("13b", 24), ("13b", 40), ("30b", 24)])
+def test_a_plan_predicts_other_lengths(name: str, device: int):
+    """At the expected length the prediction is the plan's own; longer requests, and more of them, take longer."""
+    plan = plan_for(OPT[name], device * GIB)
+    same = predict_at(plan, OPT[name], CONTEXT)
+    for part in ("bus", "forward", "regenerate", "gather", "attention", "step"):
+        assert getattr(same, part) == pytest.approx(getattr(plan.prediction, part), rel=0.01, abs=1e-4)
+    assert same.prefill == 0
+    assert predict_at(plan, OPT[name], 2 * CONTEXT).step > same.step
+    assert predict_at(plan, OPT[name], CONTEXT, plan.max_batch // 2).step < same.step
 
 
 @given(
