@@ -164,8 +164,8 @@ class BlockManager:
 
     def _next_pool(self) -> PoolId:
         kv, activation = next(pair for pair in POOLS_OF_TIER if any(self.pools[pool].num_free for pool in pair))
-        preferred, other = (activation, kv) if self._lacks_activations(kv, activation) else (kv, activation)
-        return preferred if self.pools[preferred].num_free else other
+        # A kind that is called for has a free block: in proportion, neither kind is full before its tier is.
+        return activation if self._lacks_activations(kv, activation) else kv
 
     def _lacks_activations(self, kv: PoolId, activation: PoolId) -> bool:
         """With one more block in use, the tier's part of activations in use would be below that of its blocks."""

@@ -218,12 +218,11 @@ def test_prompts_count():
 
 
 def test_a_batch_that_gains_nothing_is_not_chosen():
-    """OPT-1.3B at 80 GiB: attention grows with the batch. Twice as many gain next to nothing, fewer lose something."""
+    """OPT-1.3B at 80 GiB: attention grows with the batch, so a larger one is faster by next to nothing."""
     plan = plan_for(OPT["1.3b"], 80 * GIB)
-    twice, fewer = (plan_for(OPT["1.3b"], 80 * GIB, max_batch=int(factor * plan.max_batch)) for factor in (2, 0.8))
-    assert twice.max_batch == 2 * plan.max_batch
-    assert twice.prediction.mean_tokens_per_second < 1.02 * plan.prediction.mean_tokens_per_second
-    assert fewer.prediction.mean_tokens_per_second < 0.997 * plan.prediction.mean_tokens_per_second
+    larger = [plan_for(OPT["1.3b"], 80 * GIB, max_batch=int(part * plan.max_batch)) for part in (1.1, 1.25, 1.5, 2)]
+    best = max(other.prediction.mean_tokens_per_second for other in larger)
+    assert 1.001 < best / plan.prediction.mean_tokens_per_second < 1.015
 
 
 @pytest.mark.parametrize(("name", "device"), [("6.7b", 24), ("13b", 24), ("13b", 40), ("30b", 24)])
