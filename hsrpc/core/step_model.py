@@ -190,7 +190,7 @@ class StepModel:
         boundary = hardware.boundary_time + c.batch * hardware.request_time
         exposed = np.maximum(0.0, boundary - BUFFERS * self.layer.load(c.streamed))
         on_device = (bus == 0) & (not self.recomputes)
-        has_graph = on_device & (c.device_share == 0)
+        has_graph = on_device & (c.device_share == 0) & (self.sizes.sliding_window is None)
         return (
             np.where(has_graph, 0.0, launch),
             np.where(on_device, 0.0, exposed),
