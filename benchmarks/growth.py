@@ -52,7 +52,7 @@ class Load:
             costs=RowCosts(1.0, 0.5, 0.1),
         )
         num_blocks = dict.fromkeys(PoolId, 0) | {PoolId.HOST_KV: 60_000, PoolId.HOST_ACTIVATION: 60_000}
-        self.scheduler = Scheduler(BlockManager(num_blocks, 0.5), limits, [])
+        self.scheduler = Scheduler(BlockManager(num_blocks), limits, [])
         self._arrived = 0
         self._prompt = list(range(PROMPT))
         self._arrive(running)

@@ -96,6 +96,8 @@ class EngineConfig:
     activation_share: float | None = None
     """Share of cached tokens held as activations, in [0, 1]; only with the hybrid policy."""
     placement: Placement = Placement.AUTO
+    resident_share: float | None = None
+    """Most of the layers' weights that stays on the device, in [0, 1]; for measurements. None: planned."""
     block_size: int = 16
     """Tokens a cache block holds."""
     max_batch: int | None = None
@@ -106,8 +108,10 @@ class EngineConfig:
     """Most prompt tokens that one step computes; longer prompts are computed in chunks."""
     expected_context: int | None = None
     """Tokens a running request holds on average: what the planner plans for."""
+    expected_output: int | None = None
+    """Tokens a request generates on average, from which the cost of prompts follows; None: a quarter of the context."""
     max_step_time: float | None = None
-    """Bound on the predicted time of a decode step, seconds."""
+    """Bound on the predicted time of a step in which requests decode, with and without a prompt's chunk, seconds."""
     max_queued_requests: int = 1024
     """Most requests that wait to run."""
     max_queued_tokens: int = 1_048_576
@@ -132,6 +136,7 @@ class EngineConfig:
             "max_model_len",
             "max_prefill_tokens",
             "expected_context",
+            "expected_output",
             "max_queued_requests",
             "max_queued_tokens",
         ):
@@ -145,6 +150,9 @@ class EngineConfig:
         self._check_share()
 
     def _check_share(self) -> None:
+        resident = self.resident_share
+        if resident is not None and not 0.0 <= resident <= 1.0:
+            raise ConfigError("resident_share", resident, "outside [0, 1]", "give the share of weights, such as 0.5")
         share = self.activation_share
         if share is None:
             return

@@ -95,7 +95,10 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
     mean = options.prompt + output // 2
     longest = (options.prompt + output) * (1 if lengths is Lengths.UNIFORM else 4)
     config = replace(
-        config, expected_context=config.expected_context or mean, max_model_len=config.max_model_len or longest
+        config,
+        expected_context=config.expected_context or mean,
+        expected_output=config.expected_output or (None if options.kind == "prefill" else output),
+        max_model_len=config.max_model_len or longest,
     )
     requests = options.requests or config.max_batch or make_planner(config).planner.plan().max_batch
     wanted = options.steps + WARM_UP_STEPS

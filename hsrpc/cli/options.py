@@ -86,6 +86,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=Placement.AUTO,
         help="auto keeps on the device what fits; host keeps all layers and caches on the host, for measurements",
     )
+    memory.add_argument(
+        "--resident-share", type=float, metavar="X", help="0 to 1: most of the weights that stays on the device"
+    )
     cache = parser.add_argument_group("cache")
     cache.add_argument(
         "--cache-policy", choices=_values(CachePolicy), default=CachePolicy.AUTO, help="default: auto, planned"
@@ -97,6 +100,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     batch.add_argument("--max-prefill-tokens", type=int, metavar="N", help="most prompt tokens that one step computes")
     batch.add_argument(
         "--expected-context", type=int, metavar="N", help="tokens of a typical running request, to plan for"
+    )
+    batch.add_argument(
+        "--expected-output", type=int, metavar="N", help="tokens that a typical request generates, to plan for"
     )
     batch.add_argument("--max-step-time", type=float, metavar="SECONDS", help="bound on the predicted time of a step")
     batch.add_argument("--max-queued-requests", type=int, default=1024, metavar="N", help="default: 1024")

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,18 +86,30 @@ def _prediction_table(plan: Plan) -> Table:
     table = _table("a decode step, predicted", "", "")
     rows = {
         "requests, tokens of each": f"{step.batch}, {step.context}",
+        "mini-batches": str(step.mini_batches),
         "activation share": f"{plan.activation_share:.2f}",
         "weights resident": f"{plan.resident_share:.0%}",
-        f"bus ({hardware.load_bandwidth / 1e9:.1f} GB/s)": f"{step.bus * 1e3:.2f} ms",
-        "forward": f"{step.forward * 1e3:.2f} ms",
-        f"regeneration ({hardware.gemm_rate / 1e12:.2f} TFLOP/s)": f"{step.regenerate * 1e3:.2f} ms",
-        "attention": f"{step.attention * 1e3:.2f} ms",
-        "step": f"{step.step * 1e3:.2f} ms",
+        f"bus ({hardware.load_bandwidth / 1e9:.1f} GB/s)": _ms(step.bus),
+        "forward": _ms(step.forward),
+        f"regeneration ({hardware.gemm_rate / 1e12:.2f} TFLOP/s)": _ms(step.regenerate),
+        "gathering activations": _ms(step.gather),
+        f"attention ({hardware.attention_bandwidth / 1e9:.0f} GB/s)": _ms(step.attention),
+        "logits": _ms(step.head),
+        "launching, on the host": _ms(step.launch),
+        "between steps": _ms(step.boundary),
+        "step": _ms(step.step),
+        f"step beside {plan.max_prefill_tokens} prompt tokens": _ms(step.longest_step),
+        "mean step, prompts coming in": _ms(step.mean_step),
         "throughput": f"{step.tokens_per_second:.1f} tokens/s",
+        "throughput, prompts coming in": f"{step.mean_tokens_per_second:.1f} tokens/s",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -123,14 +136,21 @@ def _as_json(spec: ModelSpec, plan: Plan) -> dict[str, object]:
         "host_bytes": plan.host_bytes,
         "budgets": {"device": plan.budgets.device, "host": plan.budgets.host},
         "num_blocks": {pool.name.lower(): count for pool, count in plan.num_blocks.items()},
-        "prediction": {
-            "batch": step.batch,
-            "context": step.context,
-            "step_seconds": step.step,
-            "bus_seconds": step.bus,
-            "gpu_seconds": step.forward + step.regenerate + step.attention,
-            "tokens_per_second": step.tokens_per_second,
-        },
+        "max_prefill_tokens": plan.max_prefill_tokens,
+        "max_idle_prefill_tokens": plan.max_idle_prefill_tokens,
+        "prediction": _prediction_json(step),
+        "hardware": asdict(plan.hardware),
+    }
+
+
+def _prediction_json(step: StepPrediction) -> dict[str, float]:
+    """Counts and tokens as they are, times in seconds."""
+    counts = {"batch", "context", "mini_batches"}
+    parts = {name if name in counts else f"{name}_seconds": value for name, value in asdict(step).items()}
+    return parts | {
+        "gpu_seconds": step.gpu,
+        "tokens_per_second": step.tokens_per_second,
+        "mean_tokens_per_second": step.mean_tokens_per_second,
     }
 
 
@@ -141,11 +161,11 @@ def _plot(curve: Sequence[tuple[float, StepPrediction]], plan: Plan, name: str, 
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    axes.plot([share for share, _ in curve], [step.tokens_per_second for _, step in curve], marker="o", markersize=4)
-    axes.axvline(plan.activation_share, linestyle="--", color="gray", label=f"chosen: {plan.activation_share:.2f}")
-    axes.set(
-        xlabel="activation share of cached tokens", ylabel="tokens/s, predicted", title=f"{name}: decode throughput"
+    axes.plot(
+        [share for share, _ in curve], [step.mean_tokens_per_second for _, step in curve], marker="o", markersize=4
     )
+    axes.axvline(plan.activation_share, linestyle="--", color="gray", label=f"chosen: {plan.activation_share:.2f}")
+    axes.set(xlabel="activation share of cached tokens", ylabel="tokens/s, predicted", title=f"{name}: throughput")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()

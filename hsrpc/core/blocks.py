@@ -47,7 +47,12 @@ POOLS_OF_KIND = {
     BlockKind.KV: (PoolId.DEVICE_KV, PoolId.HOST_KV),
     BlockKind.ACTIVATION: (PoolId.DEVICE_ACTIVATION, PoolId.HOST_ACTIVATION),
 }
-"""In order of preference: a block on the device costs no transfer."""
+"""The device first."""
+POOLS_OF_TIER = (
+    (PoolId.DEVICE_KV, PoolId.DEVICE_ACTIVATION),
+    (PoolId.HOST_KV, PoolId.HOST_ACTIVATION),
+)
+"""K and V, then activations; in order of preference: a block on the device costs no transfer."""
 
 
 class BlockTable:
@@ -127,13 +132,12 @@ class BlockPool:
 class BlockManager:
     """The pools, and which of them the next block comes from.
 
-    The kind follows the planned activation share over all blocks in use; where the pools of that kind are full, the
-    other kind serves. The device comes before the host.
+    The device comes before the host. In each tier the kinds in use keep the proportion of its pools, so that both kinds
+    run out together; a tier may have one kind only, whatever the other has.
     """
 
-    def __init__(self, num_blocks: Mapping[PoolId, int], activation_share: float) -> None:
+    def __init__(self, num_blocks: Mapping[PoolId, int]) -> None:
         self.pools = {pool: BlockPool(num_blocks.get(pool, 0)) for pool in PoolId}
-        self._share = activation_share
 
     @property
     def num_blocks(self) -> int:
@@ -159,13 +163,11 @@ class BlockManager:
         del table.pools[:], table.indices[:]
 
     def _next_pool(self) -> PoolId:
-        preferred = self._next_kind()
-        other = BlockKind.KV if preferred is BlockKind.ACTIVATION else BlockKind.ACTIVATION
-        candidates = POOLS_OF_KIND[preferred] + POOLS_OF_KIND[other]
-        return next(pool for pool in candidates if self.pools[pool].num_free)
+        kv, activation = next(pair for pair in POOLS_OF_TIER if any(self.pools[pool].num_free for pool in pair))
+        # A kind that is called for has a free block: in proportion, neither kind is full before its tier is.
+        return activation if self._lacks_activations(kv, activation) else kv
 
-    def _next_kind(self) -> BlockKind:
-        activations, total = (
-            sum(self.pools[pool].num_used for pool in pools) for pools in (POOLS_OF_KIND[BlockKind.ACTIVATION], PoolId)
-        )
-        return BlockKind.ACTIVATION if activations < self._share * (total + 1) - 1e-9 else BlockKind.KV
+    def _lacks_activations(self, kv: PoolId, activation: PoolId) -> bool:
+        """With one more block in use, the tier's part of activations in use would be below that of its blocks."""
+        k, a = self.pools[kv], self.pools[activation]
+        return a.num_used * (k.num_blocks + a.num_blocks) < a.num_blocks * (k.num_used + a.num_used + 1)

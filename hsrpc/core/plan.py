@@ -28,8 +28,30 @@ class Hardware:
     """FLOP/s at the regeneration shape."""
     memory_bandwidth: float
     """Device memory, bytes/s, read plus written."""
+    duplex_share: float = 1.0
+    """Part of both bandwidths that is left while loads and stores run at once."""
+    gemm_overhead: float = 0.0
+    """Seconds that a GEMM takes beside its FLOP: where the line of time over rows begins."""
+    weight_read_share: float = 1.0
+    """Part of the memory bandwidth at which a GEMM of few rows reads its weights."""
+    attention_read_share: float = 1.0
+    """Part of the memory bandwidth at which cached K and V are read by attention."""
     launch_time: float = 0.0
     """Host seconds to launch one layer of one mini-batch."""
+    boundary_time: float = 0.0
+    """Host seconds between two steps: schedule, sample, hand out."""
+    request_time: float = 0.0
+    """What each request adds to `boundary_time`, seconds."""
+
+    @property
+    def weight_bandwidth(self) -> float:
+        """Bytes/s."""
+        return self.memory_bandwidth * self.weight_read_share
+
+    @property
+    def attention_bandwidth(self) -> float:
+        """Bytes/s."""
+        return self.memory_bandwidth * self.attention_read_share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,15 +68,42 @@ class StepPrediction:
 
     batch: int
     context: int
+    mini_batches: int
     bus: float
     forward: float
+    """Projections and MLP of the new tokens."""
     regenerate: float
+    gather: float
+    """Activation blocks on the device, copied to where regeneration reads them."""
     attention: float
+    head: float
+    """Logits."""
+    launch: float
+    """The host's, beside bus and GPU; 0 where a graph runs the step."""
+    boundary: float
+    """Between two steps, as far as nothing hides it."""
     step: float
+    prefill: float
+    """Of the prompts that come in during a step on average; not part of `step`."""
+    longest_step: float
+    """With `max_prefill_tokens` prompt tokens beside the decoding."""
+    mean_step: float
+    """While requests come and go."""
+
+    @property
+    def gpu(self) -> float:
+        """Of a decode step."""
+        return self.forward + self.regenerate + self.gather + self.attention + self.head
 
     @property
     def tokens_per_second(self) -> float:
+        """While all requests decode."""
         return self.batch / self.step
+
+    @property
+    def mean_tokens_per_second(self) -> float:
+        """While requests come and go: what the plan was chosen for."""
+        return self.batch / self.mean_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +115,15 @@ class Plan:
     reason: str
     """Why, in a sentence for people."""
     activation_share: float
+    """Of the tokens in use, with a full batch of the expected length; each tier's follows from its blocks."""
     block_size: int
     max_batch: int
     max_model_len: int
     max_prefill_tokens: int
+    """Most prompt tokens of a step in which requests decode; fits one mini-batch beside the whole batch."""
+    max_idle_prefill_tokens: int
+    """Most prompt tokens of a step in which none decodes. May need several mini-batches: a mini-batch has at most
+    `buffers.queries` queries."""
     buffers: BufferLimits
     costs: RowCosts
     resident: tuple[frozenset[str], ...]

@@ -1,51 +1,165 @@
-"""What this machine can do: bus both ways, GEMM rate and memory bandwidth, measured in about a second."""
+"""What this machine can do: bus both ways, GEMM times over rows, memory and launches, measured in about two seconds."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
+import numpy as np
 import torch
+from torch.nn import functional
 
 from hsrpc.core.plan import Hardware
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.device import Device
 
 _REPEATS = 5
+_LAUNCHES_PER_LAYER = 30
+"""Kernels that one layer of one mini-batch takes, about."""
+_BOUNDARY_SECONDS, _REQUEST_SECONDS = 1e-3, 40e-6
+"""Host time between two steps, in all and for each request: measured on the engine, not here."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Amounts:
+    """How much is copied and computed for a measurement."""
+
+    copy_bytes: int
+    rows: tuple[int, ...]
+    """Of the GEMMs that the line is fitted to."""
+    decode_rows: int
+    """Of a GEMM that takes as long as reading its weights, where memory is the limit."""
+    weight_bytes: int
+    """Of the weights that it reads in turn: more than caches hold."""
+    loops: int
+    """Launches between two looks at the clock: waiting for the device takes longer than some of them."""
+
+
+_ON_CPU = _Amounts(copy_bytes=8 * 1024**2, rows=(16, 32, 64), decode_rows=1, weight_bytes=16 * 1024**2, loops=1)
+_ON_GPU = _Amounts(
+    copy_bytes=256 * 1024**2, rows=(1024, 2048, 4096, 8192), decode_rows=32, weight_bytes=512 * 1024**2, loops=10
+)
 
 
 def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware:
-    """Rates for copies of one layer's size and GEMMs of the regeneration shape; medians of five after a warm-up."""
-    on_cpu = device.torch_device.type == "cpu"
-    copy_bytes = 8 * 1024**2 if on_cpu else 128 * 1024**2
-    host = device.pinned(copy_bytes)
-    target = device.empty((copy_bytes,), torch.uint8)
-    other = device.empty((copy_bytes,), torch.uint8)
-    rows = 128 if on_cpu else 4096
-    x = torch.randn(rows, sizes.hidden_size, device=device.torch_device, dtype=dtype)
-    weight = torch.randn(2 * sizes.kv_size, sizes.hidden_size, device=device.torch_device, dtype=dtype)
-    load = _seconds(device, lambda: target.copy_(host, non_blocking=True))
-    store = _seconds(device, lambda: host.copy_(target, non_blocking=True))
-    memory = _seconds(device, lambda: other.copy_(target))
-    gemm = _seconds(device, lambda: torch.nn.functional.linear(x, weight))
-    device.release_pinned()
+    """Rates at the model's shapes; each is the median of five after a warm-up."""
+    amounts = _ON_CPU if device.torch_device.type == "cpu" else _ON_GPU
+    try:
+        load, store, both = _bus_seconds(device, amounts.copy_bytes)
+    finally:
+        device.release_pinned()
+    memory_bandwidth, read_bandwidth = _memory_rates(device, amounts)
+    gemm_rate, gemm_overhead, weight_bandwidth = _gemm_rates(device, sizes, dtype, amounts)
+    device.release_cached()
     return Hardware(
-        load_bandwidth=copy_bytes / load,
-        store_bandwidth=copy_bytes / store,
-        gemm_rate=2 * rows * weight.numel() / gemm,
-        memory_bandwidth=2 * copy_bytes / memory,
+        load_bandwidth=amounts.copy_bytes / load,
+        store_bandwidth=amounts.copy_bytes / store,
+        duplex_share=min(1.0, max(load, store) / both),
+        gemm_rate=gemm_rate,
+        gemm_overhead=gemm_overhead,
+        memory_bandwidth=memory_bandwidth,
+        weight_read_share=weight_bandwidth / memory_bandwidth,
+        attention_read_share=read_bandwidth / memory_bandwidth,
+        launch_time=_LAUNCHES_PER_LAYER * _launch_seconds(device),
+        boundary_time=_BOUNDARY_SECONDS,
+        request_time=_REQUEST_SECONDS,
     )
 
 
-def _seconds(device: Device, work: Callable[[], object]) -> float:
+def fit_line(rows: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """Seconds a row, and beside all rows, by least squares of the relative error.
+
+    Noise that would make either negative gives the line through the origin instead.
+    """
+    x, y = np.array(rows, dtype=np.float64), np.array(seconds, dtype=np.float64)
+    columns = np.stack((x / y, 1 / y), axis=1)
+    (slope, overhead), *_ = np.linalg.lstsq(columns, np.ones_like(x))
+    if slope > 0 and overhead >= 0:
+        return float(slope), float(overhead)
+    through_origin = x / y
+    return float(through_origin.sum() / (through_origin @ through_origin)), 0.0
+
+
+def _bus_seconds(device: Device, size: int) -> tuple[float, float, float]:
+    """To load, to store, and to do both at once, `size` bytes each."""
+    source, sink = device.pinned(size), device.pinned(size)
+    source.zero_()
+    sink.zero_()
+    target, origin = (device.empty((size,), torch.uint8) for _ in range(2))
+    origin.zero_()
+    load = _seconds(device, lambda: target.copy_(source, non_blocking=True))
+    store = _seconds(device, lambda: sink.copy_(origin, non_blocking=True))
+
+    def both() -> None:
+        begun = device.record(device.compute)
+        device.wait(device.store, begun)
+        with device.on(device.store):
+            sink.copy_(origin, non_blocking=True)
+        target.copy_(source, non_blocking=True)
+        device.wait(device.compute, device.record(device.store))
+
+    return load, store, _seconds(device, both)
+
+
+def _memory_rates(device: Device, amounts: _Amounts) -> tuple[float, float]:
+    """Bytes/s of device memory: read plus written by a copy, and read alone, as attention reads cached K and V."""
+    size, loops = amounts.copy_bytes, amounts.loops
+    source, target = (device.empty((size,), torch.uint8) for _ in range(2))
+    source.zero_()
+    words = source.view(torch.int32)
+    copy = _seconds(device, lambda: target.copy_(source), loops)
+    read = _seconds(device, lambda: torch.amax(words), loops)
+    return 2 * size / copy, size / read
+
+
+def _gemm_rates(device: Device, sizes: ModelSizes, dtype: torch.dtype, amounts: _Amounts) -> tuple[float, float, float]:
+    """FLOP/s and overhead (s) at the regeneration shape, and bytes/s at which a GEMM of few rows reads its weights."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device.torch_device, dtype=dtype)
+
+    weight = random(2 * sizes.kv_size, sizes.hidden_size)
+    inputs = [random(rows, sizes.hidden_size) for rows in amounts.rows]
+    seconds = [_seconds(device, partial(functional.linear, x, weight), amounts.loops) for x in inputs]
+    per_row, overhead = fit_line(amounts.rows, seconds)
+    size = sizes.ffn_size * sizes.hidden_size * dtype.itemsize
+    weights = [random(sizes.ffn_size, sizes.hidden_size) for _ in range(max(1, amounts.weight_bytes // size))]
+    few = random(amounts.decode_rows, sizes.hidden_size)
+
+    def decode() -> None:
+        for weight in weights:
+            functional.linear(few, weight)
+
+    return sizes.regenerate_flop / per_row, overhead, size * len(weights) / _seconds(device, decode)
+
+
+def _launch_seconds(device: Device) -> float:
+    """The host's, for one small kernel."""
+    x = device.empty((16,), torch.float32).zero_()
+    count = 200
+    times = []
+    with device.on(device.compute), torch.inference_mode():
+        for _ in range(_REPEATS):
+            device.synchronize(device.record(device.compute))
+            start = time.perf_counter()
+            for _ in range(count):
+                torch.add(x, x)
+            times.append((time.perf_counter() - start) / count)
+    return median(times)
+
+
+def _seconds(device: Device, work: Callable[[], object], loops: int = 1) -> float:
     """Median seconds of `work` on the compute stream."""
     times = []
     with device.on(device.compute), torch.inference_mode():
         for _ in range(_REPEATS + 1):
             device.synchronize(device.record(device.compute))
             start = time.perf_counter()
-            work()
+            for _ in range(loops):
+                work()
             device.synchronize(device.record(device.compute))
-            times.append(time.perf_counter() - start)
+            times.append((time.perf_counter() - start) / loops)
     return median(times[1:])

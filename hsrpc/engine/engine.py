@@ -102,7 +102,7 @@ class Engine:
         self._failed = asyncio.get_running_loop().create_future()
         self._parts = await open_parts(self.config, self._progress)
         limits = _limits(self._parts.plan, self._parts.spec)
-        blocks = BlockManager(self._parts.plan.num_blocks, self._parts.plan.activation_share)
+        blocks = BlockManager(self._parts.plan.num_blocks)
         self._scheduler = Scheduler(blocks, limits, self._parts.spec.eos_token_ids)
         self._admission = Admission(self._scheduler, self.config.max_queued_requests, self.config.max_queued_tokens)
         self._validator = Validator(self.spec.vocab_size, self.max_model_len)

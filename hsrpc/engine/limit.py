@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hsrpc.core.layer_times import LayerTimes
 from hsrpc.core.plan import Hardware
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.engine.stats import StepRecord
@@ -28,12 +29,15 @@ class StepLimit:
 
 
 def step_limit(record: StepRecord, sizes: ModelSizes, hardware: Hardware) -> StepLimit:
-    """max(bus, gpu) for the work of one step, each at the rate measured on this machine."""
+    """max(bus, gpu) for the work of one step, each at the rate measured on this machine.
+
+    The work that the method itself asks for and no more: no copies within the device, no logits, one mini-batch.
+    """
+    layer = LayerTimes(sizes, hardware)
     tokens, layers = record.decode_tokens + record.prefill_tokens, sizes.num_layers
     return StepLimit(
-        bus=(record.weight_bytes + record.cache_bytes) / hardware.load_bandwidth,
-        forward=layers
-        * max(tokens * sizes.layer_flop / hardware.gemm_rate, sizes.layer_bytes / hardware.memory_bandwidth),
-        regenerate=record.regenerated_tokens * sizes.regenerate_flop / hardware.gemm_rate,
-        attention=layers * (record.context_tokens + tokens) * sizes.kv_bytes / hardware.memory_bandwidth,
+        bus=float(layer.load(record.weight_bytes + record.cache_bytes)),
+        forward=float(layers * layer.forward(tokens)),
+        regenerate=float(layer.regenerate(record.regenerated_tokens)),
+        attention=float(layers * layer.attention(record.context_tokens + tokens, 0, 0)),
     )

@@ -32,6 +32,12 @@ def test_json_adds_up(hsrpc):
     step = plan["prediction"]
     assert step["tokens_per_second"] == pytest.approx(step["batch"] / step["step_seconds"])
     assert step["step_seconds"] >= max(step["bus_seconds"], step["gpu_seconds"]) * 0.999
+    parts = ("forward", "regenerate", "gather", "attention", "head")
+    assert step["gpu_seconds"] == pytest.approx(sum(step[f"{part}_seconds"] for part in parts))
+    assert step["longest_step_seconds"] >= step["step_seconds"]
+    assert step["mean_tokens_per_second"] == pytest.approx(step["batch"] / step["mean_step_seconds"])
+    assert 1 <= plan["max_prefill_tokens"] <= plan["max_idle_prefill_tokens"]
+    assert plan["hardware"]["load_bandwidth"] > 0
 
 
 def test_a_model_without_a_checkpoint(hsrpc):

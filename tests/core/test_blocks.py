@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hsrpc.core.blocks import POOLS_OF_KIND, BlockKind, BlockManager, BlockPool, BlockTable, PoolId, Tier
+from hsrpc.core.blocks import POOLS_OF_KIND, POOLS_OF_TIER, BlockKind, BlockManager, BlockPool, BlockTable, PoolId, Tier
 
-ACTIVATIONS = POOLS_OF_KIND[BlockKind.ACTIVATION]
 BUDGETS = st.fixed_dictionaries({pool: st.integers(0, 8) for pool in PoolId})
 
 
@@ -68,10 +67,10 @@ class PoolMachine(RuleBasedStateMachine):
 class ManagerMachine(RuleBasedStateMachine):
     """A manager with five tables that grow and are freed at random."""
 
-    @initialize(budgets=BUDGETS, share=st.floats(0, 1))
-    def make(self, budgets: dict[PoolId, int], share: float) -> None:
+    @initialize(budgets=BUDGETS)
+    def make(self, budgets: dict[PoolId, int]) -> None:
         self.budgets = budgets
-        self.manager = BlockManager(budgets, share)
+        self.manager = BlockManager(budgets)
         self.tables = [BlockTable() for _ in range(5)]
 
     @rule(which=st.integers(0, 4), num_blocks=st.integers(0, 12))
@@ -112,55 +111,74 @@ TestManager = ManagerMachine.TestCase
 TestManager.settings = settings(max_examples=60, stateful_step_count=25)
 
 
-@given(share=st.floats(0, 1), growths=st.lists(st.integers(0, 9), max_size=12))
-def test_kinds_follow_the_share(share: float, growths: list[int]):
-    """With room in every pool, the activation blocks in use are the share of all, to within one, at every moment."""
-    manager = BlockManager(dict.fromkeys(PoolId, 60), share)
+@given(budgets=BUDGETS, growths=st.lists(st.integers(0, 9), max_size=12))
+def test_kinds_follow_the_pools(budgets: dict[PoolId, int], growths: list[int]):
+    """In each tier the activation blocks in use are its pools' part of all in use, to within one, at every moment."""
+    manager = BlockManager(budgets)
     tables = []
     for num_blocks in growths:
         tables.append(BlockTable())
         for _ in range(num_blocks):
-            assert manager.grow(tables[-1], 1)
-            pools = [pool for pool, _ in owned(tables)]
-            assert abs(sum(pool in ACTIVATIONS for pool in pools) - share * len(pools)) < 1
+            manager.grow(tables[-1], 1)
+            for kv, activation in POOLS_OF_TIER:
+                check_proportion(budgets, owned(tables), kv, activation)
+
+
+def check_proportion(budgets: dict[PoolId, int], blocks: list[tuple[int, int]], kv: PoolId, activation: PoolId) -> None:
+    used = Counter(pool for pool, _ in blocks)
+    share = budgets[activation] / max(1, budgets[kv] + budgets[activation])
+    assert abs(used[activation] - share * (used[kv] + used[activation])) < 1
 
 
 @given(share=st.sampled_from((0.25, 0.5, 0.75)), freed=st.sets(st.integers(0, 9)))
-def test_the_share_recovers_after_frees(share: float, freed: set[int]):
-    """Whatever kinds were freed, growing on brings the blocks in use back to the share."""
-    manager = BlockManager(dict.fromkeys(PoolId, 200), share)
+def test_the_proportion_recovers_after_frees(share: float, freed: set[int]):
+    """Whatever kinds were freed, growing on brings the blocks in use back to the pools' proportion."""
+    budgets = dict.fromkeys(PoolId, 0) | {
+        PoolId.HOST_KV: int(600 * (1 - share)),
+        PoolId.HOST_ACTIVATION: int(600 * share),
+    }
+    manager = BlockManager(budgets)
     tables = [BlockTable() for _ in range(10)]
     for table in tables:
         assert manager.grow(table, 7)
     for i in freed:
         manager.free(tables[i])
     assert manager.grow(tables[0], 300)
-    pools = [pool for pool, _ in owned(tables)]
-    assert abs(sum(pool in ACTIVATIONS for pool in pools) - share * len(pools)) <= 1
+    check_proportion(budgets, owned(tables), PoolId.HOST_KV, PoolId.HOST_ACTIVATION)
 
 
-@given(budgets=BUDGETS, share=st.floats(0, 1))
-def test_every_block_can_be_used(budgets: dict[PoolId, int], share: float):
-    """Where the pools of the wanted kind are full, the other kind serves: growth fails only when nothing is free."""
-    manager, table = BlockManager(budgets, share), BlockTable()
+@given(budgets=BUDGETS)
+def test_every_block_can_be_used(budgets: dict[PoolId, int]):
+    """Growth fails only when nothing is free in any pool."""
+    manager, table = BlockManager(budgets), BlockTable()
     assert manager.grow(table, sum(budgets.values()))
     assert manager.num_free == 0
     assert not manager.grow(table, 1)
     assert Counter(table.pools) == {pool: count for pool, count in budgets.items() if count}
 
 
-@pytest.mark.parametrize(("share", "kind"), [(0.0, BlockKind.KV), (1.0, BlockKind.ACTIVATION)])
-def test_the_device_comes_first(share: float, kind: BlockKind):
-    """Blocks of a kind lie on the device as long as it has room; the other kind comes last, device first too."""
-    manager, table = BlockManager(dict.fromkeys(PoolId, 2), share), BlockTable()
-    assert manager.grow(table, 8)
-    other = BlockKind.ACTIVATION if kind is BlockKind.KV else BlockKind.KV
-    assert list(table.pools) == [pool for k in (kind, other) for pool in POOLS_OF_KIND[k] for _ in range(2)]
+@pytest.mark.parametrize("device", [PoolId.DEVICE_KV, PoolId.DEVICE_ACTIVATION])
+@pytest.mark.parametrize("host", [PoolId.HOST_KV, PoolId.HOST_ACTIVATION])
+def test_the_device_comes_first(device: PoolId, host: PoolId):
+    """Blocks lie on the device as long as it has room, whatever its kind and that of the host."""
+    manager, table = BlockManager({device: 3, host: 3}), BlockTable()
+    assert manager.grow(table, 6)
+    assert list(table.pools) == [device] * 3 + [host] * 3
+
+
+def test_the_other_kind_of_a_tier_serves():
+    """After frees that left one kind of the device full, the device's other kind still comes before the host."""
+    manager, tables = BlockManager(dict.fromkeys(PoolId, 4)), [BlockTable(), BlockTable()]
+    for pool in (PoolId.DEVICE_KV, PoolId.DEVICE_KV, PoolId.DEVICE_KV, PoolId.DEVICE_KV):
+        tables[0].append(pool, manager.pools[pool].allocate())
+    assert manager.grow(tables[1], 5)
+    assert list(tables[1].pools[:4]) == [PoolId.DEVICE_ACTIVATION] * 4
+    assert PoolId(tables[1].pools[4]).tier is Tier.HOST
 
 
 def test_a_request_gets_neighbours():
     """Requests that grow in large pieces have runs of neighbours, in each pool apart."""
-    manager = BlockManager(dict.fromkeys(PoolId, 40), 0.5)
+    manager = BlockManager(dict.fromkeys(PoolId, 40))
     tables = [BlockTable(), BlockTable()]
     for table in tables:
         assert manager.grow(table, 16)

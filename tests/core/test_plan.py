@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from hsrpc.config import CachePolicy, EngineConfig, Placement
 from hsrpc.core.blocks import BlockManager, BlockTable, PoolId, Tier
+from hsrpc.core.candidates import Point
+from hsrpc.core.memory import device_bytes, spread_resident
 from hsrpc.core.plan import BUFFERS, Budgets, Hardware, Plan
-from hsrpc.core.planner import Planner, spread_resident
+from hsrpc.core.planner import Planner
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.errors import ConfigError
 
@@ -71,21 +73,34 @@ def blocks_of(plan: Plan, tier: Tier) -> int:
     return sum(count for pool, count in plan.num_blocks.items() if pool.tier is tier)
 
 
-def throughput(sizes: ModelSizes, hardware: Hardware, plan: Plan) -> float:
-    """Tokens per second of a plan that keeps its cache, by the formulas of the method alone."""
-    batch, context, share = plan.max_batch, plan.prediction.context, plan.activation_share
+def decode_rate(sizes: ModelSizes, hardware: Hardware, plan: Plan) -> float:
+    """Tokens per second of a plan that keeps its cache, by the formulas of the method alone, from its blocks."""
+    batch, context, counts = plan.max_batch, plan.prediction.context, plan.num_blocks
     tokens = batch * context
-    host_share = max(0.0, 1 - blocks_of(plan, Tier.DEVICE) * plan.block_size / tokens)
-    cached = (1 - share) * sizes.kv_bytes + share * sizes.activation_bytes
-    streamed = sum(plan.streamed_bytes) / sizes.num_layers
-    bus = (streamed + tokens * host_share * cached) / hardware.load_bandwidth
-    forward = max(batch * sizes.layer_flop / hardware.gemm_rate, sizes.layer_bytes / hardware.memory_bandwidth)
-    regenerate = tokens * share * 4 * sizes.hidden_size * sizes.kv_size / hardware.gemm_rate
+    on_device = min(1.0, blocks_of(plan, Tier.DEVICE) / (batch * -(-context // plan.block_size)))
+    device_share = counts[PoolId.DEVICE_ACTIVATION] / max(1, blocks_of(plan, Tier.DEVICE))
+    host_share = counts[PoolId.HOST_ACTIVATION] / max(1, blocks_of(plan, Tier.HOST))
+    device, host = tokens * on_device, tokens * (1 - on_device)
+    cached = (1 - host_share) * sizes.kv_bytes + host_share * sizes.activation_bytes
+    bus = (sum(plan.streamed_bytes) / sizes.num_layers + host * cached) / hardware.load_bandwidth
+    mini_batches = -(-(host + device * device_share + batch) // plan.buffers.rows)
+    forward = max(
+        batch * sizes.layer_flop / hardware.gemm_rate, mini_batches * sizes.layer_bytes / hardware.memory_bandwidth
+    )
+    regenerated = device * device_share + host * host_share
+    regenerate = regenerated * 4 * sizes.hidden_size * sizes.kv_size / hardware.gemm_rate
+    copies = (regenerated * 2 * sizes.kv_bytes + device * device_share * 2 * sizes.activation_bytes) / (
+        hardware.memory_bandwidth
+    )
     attention = max(
         tokens * sizes.kv_bytes / hardware.memory_bandwidth,
         batch * sizes.attention_flop(context) / hardware.gemm_rate,
     )
-    return batch / (sizes.num_layers * max(bus, forward + regenerate + attention))
+    weights = sizes.vocab_size * sizes.hidden_size
+    head = max(2 * batch * weights / hardware.gemm_rate, weights * sizes.element_bytes / hardware.memory_bandwidth)
+    head += 8 * batch * sizes.vocab_size / hardware.memory_bandwidth
+    gpu = sizes.num_layers * (forward + regenerate + copies + attention) + head
+    return batch / max(sizes.num_layers * bus, gpu)
 
 
 def random_sizes(random: Random) -> ModelSizes:
@@ -127,11 +142,10 @@ def random_planner(random: Random) -> Planner:
         memory_bandwidth=10 ** random.uniform(9, 12),
     )
     guess = Planner(sizes, Budgets(device=16 * MIB, host=0), hardware, config)
-    fixed = sum(
-        guess._fixed_device_bytes(
-            count := random.choice((1, 4, 30)), guess._buffers(count, 1.0, guess._row_choices(count)[0])
-        ).values()
-    )
+    count = random.choice((1, 4, 30))
+    point = Point(count, 0, 1.0, kv_only=False, rows=int(guess._rows(count, guess._row_choices()[0])))
+    staging = guess._evaluator.staging(point.as_grid(), 100, 100)
+    fixed = int(sum(device_bytes(sizes, staging).values()))
     weights = sizes.num_layers * sizes.layer_bytes
     request = sizes.num_layers * guess.max_model_len * sizes.kv_bytes
     device = fixed + 2 * sizes.layer_bytes + int(weights * random.uniform(-0.2, 1.1))
@@ -178,7 +192,7 @@ def test_a_plan_stays_within_the_budgets(planner: Planner):
 @given(planner=PLANNERS)
 @settings(max_examples=200)
 def test_a_plan_keeps_its_promises(planner: Planner):
-    """The batch has blocks, one request at full length too, and its rows and queries fit the buffers."""
+    """One request at full length and the others at the expected one fit, and their rows and queries fit the buffers."""
     try:
         plan = planner.plan()
     except ConfigError as error:
@@ -188,7 +202,7 @@ def test_a_plan_keeps_its_promises(planner: Planner):
     block, batch = plan.block_size, plan.max_batch
     assert batch <= (config.max_batch or 512)
     assert plan.prediction.batch == batch
-    assert config.max_step_time is None or plan.prediction.step <= config.max_step_time
+    assert config.max_step_time is None or plan.prediction.longest_step <= config.max_step_time * (1 + 1e-9)
     assert plan.buffers.rows >= plan.max_model_len
     if plan.policy is CachePolicy.RECOMPUTE:
         assert not plan.keeps_cache
@@ -198,12 +212,12 @@ def test_a_plan_keeps_its_promises(planner: Planner):
         return
     assert plan.buffers.queries >= plan.max_prefill_tokens + batch
     assert plan.buffers.activation_rows in (0, plan.buffers.rows)
-    assert (plan.buffers.activation_rows > 0) == (plan.activation_share > 0)
-    total = sum(plan.num_blocks.values())
-    assert total >= -(-plan.max_model_len // block)
-    if batch > 1:
-        assert total >= batch * -(-plan.prediction.context // block)
-    manager, table = BlockManager(plan.num_blocks, plan.activation_share), BlockTable()
+    has_activations = plan.num_blocks[PoolId.DEVICE_ACTIVATION] + plan.num_blocks[PoolId.HOST_ACTIVATION] > 0
+    assert (plan.buffers.activation_rows > 0) == has_activations
+    others = (batch - 1) * (-(-plan.prediction.context // block) + 1)
+    assert sum(plan.num_blocks.values()) >= -(-plan.max_model_len // block) + others
+    assert plan.max_idle_prefill_tokens >= plan.max_prefill_tokens >= 1
+    manager, table = BlockManager(plan.num_blocks), BlockTable()
     assert manager.grow(table, -(-plan.max_model_len // block))
     if config.placement is Placement.HOST:
         assert plan.device_bytes["resident weights"] == plan.device_bytes["cache blocks"] == 0
@@ -212,7 +226,7 @@ def test_a_plan_keeps_its_promises(planner: Planner):
 @given(planner=PLANNERS, share=st.sampled_from((0.0, 0.25, 0.5, 0.75, 1.0)), batch=st.sampled_from((1, 3, 8, 32)))
 @settings(max_examples=100)
 def test_no_other_choice_is_faster(planner: Planner, share: float, batch: int):
-    """Of every batch and share that fit, the plan's throughput is the highest predicted."""
+    """Of every batch and share that fit, the plan's throughput is within 3 % of the highest predicted."""
     config = replace(planner.config, cache_policy=CachePolicy.HYBRID, activation_share=None, max_batch=None)
     sizes = replace(planner.sizes, num_kv_heads=planner.sizes.num_heads)
     other = replace(config, activation_share=share, max_batch=batch)
@@ -222,7 +236,7 @@ def test_no_other_choice_is_faster(planner: Planner, share: float, batch: int):
         check_error(error)
         return
     best = Planner(sizes, planner.budgets, planner.hardware, config).plan()
-    assert best.prediction.tokens_per_second >= forced.prediction.tokens_per_second * (1 - 1e-9)
+    assert best.prediction.mean_tokens_per_second >= forced.prediction.mean_tokens_per_second * 0.97
 
 
 @pytest.mark.parametrize("hardware", [PCIE5_H100, PCIE4_4090, SLOW_GPU], ids=["h100", "4090", "slow"])
@@ -235,9 +249,9 @@ def test_the_prediction_is_that_of_the_formulas(sizes: ModelSizes, hardware: Har
         for batch in (1, 16, 64, 256):
             settings = {"cache_policy": CachePolicy.HYBRID, "activation_share": share, "max_batch": batch}
             plan = make_plan(sizes, hardware=hardware, expected_context=576, **settings)
-            computed = throughput(sizes, hardware, plan)
+            computed = decode_rate(sizes, hardware, plan)
             assert plan.prediction.tokens_per_second == pytest.approx(computed, rel=0.02)
-            assert computed <= best.prediction.tokens_per_second * 1.02
+            assert plan.prediction.mean_tokens_per_second <= best.prediction.mean_tokens_per_second * 1.02
 
 
 def test_a_slow_gpu_wants_some_activations():
@@ -245,15 +259,14 @@ def test_a_slow_gpu_wants_some_activations():
     plan = make_plan(OPT_30B, hardware=PCIE4_4090, expected_context=1024)
     assert 0.5 < plan.activation_share < 0.95
     assert plan.policy is CachePolicy.HYBRID
-    gpu = plan.prediction.forward + plan.prediction.regenerate + plan.prediction.attention
-    assert gpu == pytest.approx(plan.prediction.bus, rel=0.05)
+    assert plan.prediction.gpu == pytest.approx(plan.prediction.bus, rel=0.05)
     slower = make_plan(OPT_30B, hardware=SLOW_GPU, expected_context=1024)
     assert 0 < slower.activation_share < plan.activation_share
 
 
 def test_a_fast_gpu_wants_all_activations():
     """Where compute is plentiful, a multi-head model that streams its cache caches activations only."""
-    plan = make_plan(OPT_30B, hardware=PCIE5_H100, expected_context=1024)
+    plan = make_plan(OPT_30B, hardware=PCIE5_H100, expected_context=1024, max_batch=64)
     assert plan.activation_share == 1.0
     assert plan.policy is CachePolicy.ACTIVATION
     assert plan.num_blocks[PoolId.HOST_KV] == plan.num_blocks[PoolId.DEVICE_KV] == 0
@@ -343,9 +356,9 @@ def test_rounding_to_whole_blocks_keeps_the_budget(kv_heads: int, share: float):
     assert sum(plan.host_bytes.values()) <= host
 
 
-@pytest.mark.parametrize(("asked", "given_batch"), [(1, 1), (5, 5), (23, 23), (100, 96)])
+@pytest.mark.parametrize(("asked", "given_batch"), [(1, 1), (5, 5), (23, 23), (100, 79)])
 def test_max_batch_is_honoured_where_it_fits(asked: int, given_batch: int):
-    """The batch that was asked for, else the next smaller one of the grid that fits the host."""
+    """The batch that was asked for, else the next smaller one of the grid: 4 + 78 * 5 of the host's 396 blocks."""
     cache = 99 * 64 * SMALL.num_layers * SMALL.kv_bytes
     weights = SMALL.num_layers * SMALL.layer_bytes
     plan = make_plan(
@@ -418,8 +431,8 @@ def test_the_curve_is_throughput_over_share():
     planner = Planner(OPT_30B, Budgets(device=24 * GIB, host=200 * GIB), PCIE4_4090, EngineConfig())
     curve = planner.curve()
     assert [share for share, _ in curve] == pytest.approx([i / 20 for i in range(21)])
-    rates = [prediction.tokens_per_second for _, prediction in curve]
-    assert 1.05 * rates[0] < max(rates) <= planner.plan().prediction.tokens_per_second
+    rates = [prediction.mean_tokens_per_second for _, prediction in curve]
+    assert 1.05 * rates[0] < max(rates) <= planner.plan().prediction.mean_tokens_per_second * 1.02
 
 
 def test_the_curve_leaves_out_what_does_not_fit():
@@ -435,6 +448,7 @@ def test_prediction_parts_are_seconds_of_all_layers():
     """Two models that differ in the number of layers alone, on the host: every part of the step doubles."""
     settings = {"max_batch": 8, "placement": Placement.HOST, "cache_policy": CachePolicy.ACTIVATION}
     one, two = (make_plan(make_sizes(num_layers=n), **settings).prediction for n in (3, 6))
-    for part in ("bus", "forward", "regenerate", "attention", "step"):
+    for part in ("bus", "forward", "regenerate", "attention", "prefill"):
         assert getattr(two, part) == pytest.approx(2 * getattr(one, part))
-    assert one.step == max(one.bus, one.forward + one.regenerate + one.attention)
+    assert one.step == max(one.bus, one.gpu)
+    assert one.gpu == one.forward + one.regenerate + one.gather + one.attention + one.head

@@ -21,8 +21,7 @@ class Pipeline:
     """Runs a scheduler as the engine does: the next step is scheduled before this one's tokens are committed."""
 
     def __init__(self, num_blocks: int, pool: PoolId = PoolId.DEVICE_KV) -> None:
-        share = 0.0 if pool in (PoolId.DEVICE_KV, PoolId.HOST_KV) else 1.0
-        self.scheduler = Scheduler(BlockManager({pool: num_blocks}, share), AHEAD_LIMITS, [EOS])
+        self.scheduler = Scheduler(BlockManager({pool: num_blocks}), AHEAD_LIMITS, [EOS])
         self.requests: list[Request] = []
         self.num_ahead = 0
         self.num_in_vain = 0

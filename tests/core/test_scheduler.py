@@ -50,8 +50,8 @@ def generate(prompt: list[int], params: SamplingParams, max_model_len: int) -> t
 class Harness:
     """A scheduler, pools that hold (position, token id) in each slot, and checks after every call."""
 
-    def __init__(self, num_blocks: dict[PoolId, int], share: float, limits: SchedulerLimits) -> None:
-        self.scheduler = Scheduler(BlockManager(num_blocks, share), limits, [EOS])
+    def __init__(self, num_blocks: dict[PoolId, int], limits: SchedulerLimits) -> None:
+        self.scheduler = Scheduler(BlockManager(num_blocks), limits, [EOS])
         self.limits = limits
         self.slots: dict[tuple[PoolId, int], tuple[int, int]] = {}
         self.requests: list[Request] = []
@@ -267,9 +267,9 @@ def harnesses(draw: st.DrawFn) -> Harness:
     cuts = sorted(draw(st.tuples(*[st.integers(0, total)] * 3)))
     counts = [cuts[0], cuts[1] - cuts[0], cuts[2] - cuts[1], total - cuts[2]]
     if draw(st.sampled_from((True, True, True, False))):
-        return Harness(dict(zip(PoolId, counts, strict=True)), draw(st.floats(0, 1)), limits)
+        return Harness(dict(zip(PoolId, counts, strict=True)), limits)
     prefill = limits.max_batch * limits.max_model_len
-    return Harness({}, 0.0, replace(limits, keeps_cache=False, max_prefill_tokens=prefill))
+    return Harness({}, replace(limits, keeps_cache=False, max_prefill_tokens=prefill))
 
 
 PARAMS = st.builds(
@@ -378,7 +378,7 @@ def endless(max_tokens: int | None = None, priority: int = 0) -> SamplingParams:
 
 def make(num_blocks: int = 6, **limits: object) -> Harness:
     """A harness with host KV blocks: by default room for one request at full length."""
-    return Harness({PoolId.HOST_KV: num_blocks}, 0.0, replace(LIMITS, **limits))
+    return Harness({PoolId.HOST_KV: num_blocks}, replace(LIMITS, **limits))
 
 
 def test_full_length_alone_always_advances():
@@ -572,7 +572,7 @@ class Counting(Request):
 @pytest.mark.parametrize("num_waiting", [100, 10_000])
 def test_a_deep_queue_costs_nothing(num_waiting: int):
     """A step reads as much with 10,000 requests waiting as with 100: it does not touch them all."""
-    scheduler = Scheduler(BlockManager({PoolId.HOST_KV: 100}, 0.0), LIMITS, [EOS])
+    scheduler = Scheduler(BlockManager({PoolId.HOST_KV: 100}), LIMITS, [EOS])
     for i in range(num_waiting):
         scheduler.add(Counting(str(i), [1, 2], SamplingParams(max_tokens=2, ignore_eos=True), i, 0.0))
     Counting.reads = 0
@@ -585,7 +585,7 @@ def test_a_deep_queue_costs_nothing(num_waiting: int):
 
 def test_the_recompute_policy_keeps_nothing():
     """Every step computes all tokens of its requests; no block is taken, so nobody is preempted."""
-    harness = Harness({}, 0.0, replace(LIMITS, keeps_cache=False, max_prefill_tokens=96))
+    harness = Harness({}, replace(LIMITS, keeps_cache=False, max_prefill_tokens=96))
     harness.add([1] * 4, endless(max_tokens=3))
     harness.add([2] * 20, endless(max_tokens=3))
     counts = []
@@ -611,7 +611,7 @@ def test_failed_sampling_ends_one_request_alone():
 
 def test_idle_gives_no_step():
     """Without requests there is no step; an unknown id cannot be finished."""
-    scheduler = Scheduler(BlockManager({PoolId.HOST_KV: 6}, 0.0), LIMITS, [EOS])
+    scheduler = Scheduler(BlockManager({PoolId.HOST_KV: 6}), LIMITS, [EOS])
     assert scheduler.schedule(0.0) is None
     assert not scheduler.has_work
     assert scheduler.finish("nobody", FinishReason.ABORTED) is None
@@ -619,7 +619,7 @@ def test_idle_gives_no_step():
 
 def test_times_are_those_of_the_first_step():
     """A request's first scheduling and first token are noted once, also when it is preempted and computed again."""
-    scheduler = Scheduler(BlockManager({PoolId.HOST_KV: 7}, 0.0), LIMITS, [EOS])
+    scheduler = Scheduler(BlockManager({PoolId.HOST_KV: 7}), LIMITS, [EOS])
     requests = [Request(str(i), [1], endless(), i, 0.0) for i in range(2)]
     for request in requests:
         scheduler.add(request)

@@ -7,18 +7,24 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hsrpc.device.calibration import calibrate
+from hsrpc.device.calibration import calibrate, fit_line
 from hsrpc.device.device import CpuDevice
 from hsrpc.model.spec import named_spec
+
+ROWS = (1024, 2048, 4096, 8192)
+POSITIVE = st.floats(1e-9, 1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rates_are_positive_and_finite(dtype: torch.dtype) -> None:
-    """Whatever the machine: bus both ways, memory and GEMM."""
+    """Whatever the machine: bus both ways and at once, memory, GEMM and launches."""
     rates = asdict(calibrate(CpuDevice(), named_spec("opt-125m", dtype).sizes, dtype))
-    measured = [rates[name] for name in ("load_bandwidth", "store_bandwidth", "gemm_rate", "memory_bandwidth")]
-    assert all(math.isfinite(rate) and rate > 0 for rate in measured)
+    assert rates.pop("gemm_overhead") >= 0
+    assert 0 < rates.pop("duplex_share") <= 1
+    assert all(math.isfinite(rate) and rate > 0 for rate in rates.values())
 
 
 def test_pinned_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +33,19 @@ def test_pinned_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuDevice, "release_pinned", lambda device: released.append(1))
     calibrate(CpuDevice(), named_spec("opt-125m", torch.float32).sizes, torch.float32)
     assert released == [1]
+
+
+@given(slope=POSITIVE, overhead=st.just(0.0) | POSITIVE)
+def test_a_line_is_found(slope: float, overhead: float) -> None:
+    """Times that lie on a line give its slope and where it begins."""
+    found = fit_line(ROWS, [overhead + slope * rows for rows in ROWS])
+    assert found[0] == pytest.approx(slope, rel=1e-3, abs=overhead * 1e-6)
+    assert found[1] == pytest.approx(overhead, rel=1e-3, abs=slope * 0.1)
+
+
+@given(seconds=st.lists(POSITIVE, min_size=4, max_size=4))
+def test_a_fit_never_goes_backwards(seconds: list[float]) -> None:
+    """Whatever noise there is, more rows take longer and no rows take no less than nothing."""
+    slope, overhead = fit_line(ROWS, seconds)
+    assert slope > 0
+    assert overhead >= 0

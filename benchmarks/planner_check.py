@@ -1,0 +1,224 @@
+"""The planner against measurement: is its step time right, and is its choice the best?
+
+    python benchmarks/planner_check.py grid --shape opt-6.7b --gpu-memory 24GiB --host-memory 100GiB --json grid.json
+    python benchmarks/planner_check.py sweep --regime compute --json sweep.json
+
+`grid` measures the planner's plan and forced ones: other batches, cache policies and resident shares, as far as they
+fit and are predicted to be worth the time. `sweep` measures activation shares 0 to 1 in steps of 0.1 and the planner's
+choice: bus-bound (float16, all on the host), compute-bound (float32, all on the host), or with a part of the weights
+resident.
+
+All requests have the same lengths, and only steps in which the whole batch decodes count. Predicted times are those for
+the contexts that were really measured. The file is written after each cell; what it has already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+
+from hsrpc.bench.run import WARM_UP_STEPS, observe_run
+from hsrpc.bench.workload import Lengths, make_workload
+from hsrpc.config import CachePolicy, EngineConfig, Placement, parse_bytes
+from hsrpc.core.plan import Budgets, Hardware, Plan
+from hsrpc.core.planner import Planner
+from hsrpc.core.prediction import predict_at
+from hsrpc.engine.startup import describe_model, measure_hardware
+from hsrpc.engine.stats import StepRecord
+from hsrpc.errors import ConfigError, HsrpcError
+
+FEWEST_STEPS = 5
+REGIMES: dict[str, dict[str, object]] = {
+    "bus": {"model": "random:opt-6.7b", "dtype": "float16", "placement": "host", "max_batch": 64},
+    "compute": {"model": "random:opt-2.7b", "dtype": "float32", "placement": "host", "max_batch": 64},
+    "partly": {"model": "random:opt-13b", "dtype": "float16", "placement": "auto", "max_batch": 96},
+}
+Cell = dict[str, object]
+
+
+def lengths(options: argparse.Namespace) -> dict[str, object]:
+    """Settings for requests that all have the same lengths and only decode: prompts are not what is measured."""
+    context = options.prompt + options.output // 2
+    return {
+        "gpu_memory": options.gpu_memory,
+        "host_memory": options.host_memory,
+        "expected_context": context,
+        "expected_output": 2 * context,
+        "max_model_len": options.prompt + options.output,
+    }
+
+
+def sweep_configs(options: argparse.Namespace) -> list[tuple[str, EngineConfig]]:
+    """The planner's choice, then shares 0 to 1."""
+    settings = REGIMES[options.regime] | lengths(options)
+    settings |= {"model": f"random:{options.shape}"} if options.shape else {}
+    settings |= {"max_batch": options.batch} if options.batch else {}
+    config = EngineConfig(**settings)
+    shares = [tenth / 10 for tenth in range(11)]
+    forced = [replace(config, cache_policy=CachePolicy.HYBRID, activation_share=share) for share in shares]
+    return [("planner", config), *((f"share {share:.1f}", each) for share, each in zip(shares, forced, strict=True))]
+
+
+def grid_configs(options: argparse.Namespace) -> list[tuple[str, EngineConfig]]:
+    """The planner's choice, then the forced plans that are predicted to be fastest."""
+    config = EngineConfig(model=f"random:{options.shape or 'opt-6.7b'}", dtype=options.dtype, **lengths(options))
+    hardware = measure_hardware(config)
+    best = make_plan(config, hardware)
+    found: dict[str, tuple[float, str, EngineConfig]] = {}
+    for name, forced in forced_configs(config, best.max_batch):
+        try:
+            plan = make_plan(forced, hardware)
+        except ConfigError:
+            continue
+        rate = plan.prediction.tokens_per_second
+        if plan.max_batch == forced.max_batch and rate >= options.within * best.prediction.tokens_per_second:
+            found.setdefault(signature(plan), (rate, name, forced))
+    found.pop(signature(best), None)
+    ranked = sorted(found.values(), key=lambda item: -item[0])[: options.cells]
+    return [("planner", config), *((name, forced) for _, name, forced in ranked)]
+
+
+def forced_configs(config: EngineConfig, batch: int) -> Iterator[tuple[str, EngineConfig]]:
+    """Batches around the planner's, every kind of cache, and weights from none to all on the device."""
+    for size in sorted({max(1, batch // 4), max(1, batch // 2), batch, 2 * batch, 4 * batch}):
+        for policy in (CachePolicy.AUTO, CachePolicy.KV, CachePolicy.ACTIVATION):
+            for share in (None, 0.0, 0.25, 0.5, 0.75, 1.0):
+                name = f"batch {size}, {policy}, resident {'planned' if share is None else share}"
+                yield name, replace(config, max_batch=size, cache_policy=policy, resident_share=share)
+        yield f"batch {size}, host", replace(config, max_batch=size, placement=Placement.HOST)
+
+
+def make_plan(config: EngineConfig, hardware: Hardware) -> Plan:
+    spec, _ = describe_model(config)
+    budgets = Budgets(
+        device=parse_bytes(config.gpu_memory or 0, "gpu_memory"),
+        host=parse_bytes(config.host_memory or 0, "host_memory"),
+    )
+    return Planner(spec.sizes, budgets, hardware, config).plan()
+
+
+def signature(plan: Plan) -> str:
+    """Alike for plans that do the same in all but details."""
+    blocks = [round(count, -2) for count in plan.num_blocks.values()]
+    return f"{plan.max_batch} {plan.resident_share:.2f} {blocks}"
+
+
+async def measure(name: str, config: EngineConfig, options: argparse.Namespace) -> Cell:
+    """One cell: the plan, and its step as predicted and measured; or why there is none."""
+    cell: Cell = {"name": name}
+    try:
+        async with asyncio.timeout(options.seconds):
+            return cell | await _measure(config, options)
+    except TimeoutError:
+        return cell | {"failure": f"took more than {options.seconds} s"}
+    except HsrpcError as error:
+        return cell | {"failure": str(error)}
+
+
+async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
+    decoding: list[StepRecord] = []
+
+    def is_enough(record: StepRecord) -> bool:
+        whole = record.prefill_tokens == 0 and record.decode_tokens == batch
+        decoding.extend([record] if whole else [])
+        return len(decoding) >= options.steps + WARM_UP_STEPS
+
+    hardware = measure_hardware(config)
+    batch = make_plan(config, hardware).max_batch
+    config = replace(config, max_batch=batch)
+    make = partial(make_workload, Lengths.UNIFORM, count=batch, prompt=options.prompt, output=options.output)
+    run = await observe_run(config, lambda size: make(vocab_size=size), is_enough)
+    steps = decoding[WARM_UP_STEPS:]
+    if run.plan.max_batch != batch or len(steps) < FEWEST_STEPS:
+        return {"failure": f"{len(steps)} steps of a batch of {run.plan.max_batch} in place of {batch}"}
+    context = round(fmean(step.context_tokens for step in steps) / batch)
+    predicted = predict_at(run.plan, run.spec.sizes, context)
+    seconds = median(step.seconds for step in steps)
+    return {
+        "model": run.spec.name,
+        "device": run.device,
+        "plan": plan_summary(run.plan),
+        "hardware": asdict(run.plan.hardware),
+        "context": context,
+        "num_steps": len(steps),
+        "predicted": asdict(predicted),
+        "step_seconds": seconds,
+        "step_range": [min(step.seconds for step in steps), max(step.seconds for step in steps)],
+        "predicted_over_measured": predicted.step / seconds,
+        "tokens_per_second": batch / seconds,
+        "preemptions": run.stats.preemptions,
+        "ready_seconds": run.ready_seconds,
+    }
+
+
+def plan_summary(plan: Plan) -> dict[str, object]:
+    return {
+        "policy": plan.policy,
+        "batch": plan.max_batch,
+        "activation_share": plan.activation_share,
+        "resident_share": plan.resident_share,
+        "num_blocks": {pool.name.lower(): count for pool, count in plan.num_blocks.items()},
+        "rows": plan.buffers.rows,
+        "max_prefill_tokens": plan.max_prefill_tokens,
+        "device_bytes": sum(plan.device_bytes.values()),
+        "host_bytes": sum(plan.host_bytes.values()),
+        "reason": plan.reason,
+    }
+
+
+def report(cells: list[Cell]) -> None:
+    """A line a cell, and how the planner's choice compares with the best."""
+    for cell in cells:
+        if "failure" in cell:
+            print(f"{cell['name']:42} {cell['failure']}")
+            continue
+        step, ratio, rate = (
+            float(str(cell[key])) for key in ("step_seconds", "predicted_over_measured", "tokens_per_second")
+        )
+        print(f"{cell['name']:42} {step * 1e3:9.1f} ms, predicted / measured {ratio:.3f}, {rate:9.1f} tokens/s")
+    rates = {str(cell["name"]): float(str(cell["tokens_per_second"])) for cell in cells if "failure" not in cell}
+    if "planner" in rates:
+        print(f"planner / best: {rates['planner'] / max(rates.values()):.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("grid", "sweep"))
+    parser.add_argument("--regime", choices=tuple(REGIMES), default="bus", help="of a sweep")
+    parser.add_argument("--shape", help="such as opt-13b")
+    parser.add_argument("--dtype", default="float16", help="of a grid")
+    parser.add_argument("--batch", type=int, help="of a sweep, in place of the regime's")
+    parser.add_argument("--gpu-memory", default="24GiB")
+    parser.add_argument("--host-memory", default="100GiB")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--output", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=12, help="decode steps measured in each cell")
+    parser.add_argument("--cells", type=int, default=10, help="most forced plans of a grid")
+    parser.add_argument(
+        "--within", type=float, default=0.5, help="forced plans predicted slower than this part are left out"
+    )
+    parser.add_argument("--seconds", type=float, default=150, help="most that one cell takes")
+    parser.add_argument("--time", type=float, default=3600, help="no cell is begun after this many seconds")
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    started = time.monotonic()
+    cells: list[Cell] = json.loads(options.json.read_text()) if options.json.exists() else []
+    measured = {cell["name"] for cell in cells}
+    for name, config in grid_configs(options) if options.kind == "grid" else sweep_configs(options):
+        if name in measured or time.monotonic() - started > options.time:
+            continue
+        cells.append(asyncio.run(measure(name, config, options)))
+        options.json.write_text(json.dumps(cells, indent=1) + "\n")
+        report(cells[-1:])
+    report(cells)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Many plans at once, as arrays: what each would place where, whether it fits, and how fast it would be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from hsrpc.config import EngineConfig, Placement
+from hsrpc.core.memory import Floats, Number, ResidentChoices, Staging, device_bytes, query_bytes
+from hsrpc.core.plan import Budgets
+from hsrpc.core.sizes import ModelSizes
+from hsrpc.core.step_model import Candidates, StepModel, StepTimes, token_bytes
+
+Bools: TypeAlias = npt.NDArray[np.bool_]
+
+MIN_CHUNK, MAX_CHUNK = 256, 8192
+"""Prompt tokens beside decoding, where nothing else is asked for."""
+MIN_IDLE_CHUNK, MAX_IDLE_CHUNK = 2048, 16384
+"""Prompt tokens of a step in which nothing decodes."""
+_SPARE = 1.25
+"""An idle chunk computes a little longer than the weights take to arrive: then the GPU is never the one that waits."""
+_BACKLOG = 2.0
+"""A chunk holds the prompt tokens that come in during so many steps: then newcomers catch up."""
+_CHUNK_PART = 20
+"""At most this part of the device budget is workspace for a chunk."""
+_LEAST_CHUNK = 16
+"""A bound on the step leaves at least this much of a chunk, or the candidate is too slow."""
+_SHARES = 100
+"""Shares are whole multiples of one over this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """The choices that make a candidate; arrays that broadcast."""
+
+    batch: Floats
+    choice: npt.NDArray[np.int64]
+    """Of the resident weights."""
+    device_share: Floats
+    """Activations' part of the device's blocks."""
+    kv_only: Bools
+    """The host has no activations either: no buffers for them."""
+    rows: Number
+    """Of a mini-batch's kv buffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One candidate of a grid."""
+
+    batch: int
+    choice: int
+    device_share: float
+    kv_only: bool
+    rows: int
+
+    def as_grid(self) -> Grid:
+        """Arrays without dimensions."""
+        return Grid(
+            batch=np.asarray(self.batch, dtype=np.float64),
+            choice=np.asarray(self.choice),
+            device_share=np.asarray(self.device_share),
+            kv_only=np.asarray(self.kv_only),
+            rows=self.rows,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What follows from a grid; arrays that broadcast."""
+
+    grid: Grid
+    staging: Staging
+    chunk: Number
+    idle_chunk: Number
+    host_share: Number
+    device_blocks: Number
+    host_blocks: Number
+    on_device: Number
+    times: StepTimes
+    mixes: Bools
+    """Both kinds are in use."""
+    fits: Bools
+    """Both budgets."""
+    in_time: Bools
+    """Within `max_step_time`, a chunk beside."""
+
+
+class Evaluator:
+    """Fills in what the choices of a grid leave open: chunks, blocks of each tier, the host's kinds."""
+
+    def __init__(
+        self,
+        model: StepModel,
+        budgets: Budgets,
+        config: EngineConfig,
+        choices: ResidentChoices,
+        shares: tuple[float, ...],
+    ) -> None:
+        self.model = model
+        self.sizes: ModelSizes = model.sizes
+        self.budgets = budgets
+        self.config = config
+        self.choices = choices
+        self.shares = shares
+        self.max_model_len = model.traffic.longest
+        self.longest = -(-self.max_model_len // config.block_size)
+        """Blocks of one request at full length."""
+        self._rows_per_block = self.sizes.num_layers * config.block_size
+
+    def evaluate(self, grid: Grid) -> Evaluation:
+        """Everything about the grid's candidates."""
+        streamed = self.choices.streamed[grid.choice] / self.sizes.num_layers
+        chunk, idle_chunk = self._chunks(grid.batch, streamed)
+        staging = self.staging(grid, chunk, idle_chunk)
+        device_room = self.budgets.device - sum(device_bytes(self.sizes, staging).values())
+        device_room = device_room - self.choices.resident[grid.choice] - self.choices.buffers[grid.choice]
+        host_room = self.budgets.host - self.choices.streamed[grid.choice]
+        needed, most = self._needed_blocks(grid.batch), self._most_blocks(grid.batch)
+        device_blocks = np.minimum(self._device_blocks(device_room, grid.device_share), most)
+        on_device = self._on_device(grid.batch, device_blocks, self.model.traffic.context)
+        missing = np.maximum(0, needed - device_blocks)
+        open_share = partial(self._predict, grid, streamed, device_blocks)
+        host_share = self._host_share(grid, partial(open_share, chunk), on_device, host_room, missing)
+        host_blocks = np.minimum(self._blocks(host_room, host_share), most - device_blocks)
+        times = open_share(chunk, host_share)
+        bounded, in_time = self._bounded(chunk, times)
+        if self.config.max_step_time is not None:
+            times = open_share(bounded, host_share)
+        return Evaluation(
+            grid=grid,
+            staging=staging,
+            chunk=bounded,
+            idle_chunk=idle_chunk,
+            host_share=host_share,
+            device_blocks=device_blocks,
+            host_blocks=host_blocks,
+            on_device=on_device,
+            times=times,
+            mixes=self._mixes(grid, on_device, host_share),
+            fits=(device_room >= 0) & (host_room >= 0) & (host_blocks >= missing),
+            in_time=in_time,
+        )
+
+    def staging(self, grid: Grid, chunk: Number, idle_chunk: Number) -> Staging:
+        """What a step goes through on the device."""
+        batch, rows, recomputes = grid.batch, grid.rows, self.model.recomputes
+        return Staging(
+            batch=batch,
+            rows=rows,
+            activation_rows=np.where(grid.kv_only, 0, rows),
+            queries=rows if recomputes else np.floor(chunk) + batch,
+            step_tokens=batch * self.max_model_len if recomputes else np.floor(np.maximum(chunk, idle_chunk)) + batch,
+        )
+
+    def _chunks(self, batch: Floats, streamed: Number) -> tuple[Number, Number]:
+        """Prompt tokens of a step beside decoding, and without.
+
+        Beside decoding, as many as compute while the weights stream, which costs next to nothing, or as keep up with
+        the traffic; without, as many as keep the GPU busy while the weights stream.
+        """
+        given = self.config.max_prefill_tokens
+        if given is not None or self.model.recomputes:
+            chunk = np.full_like(batch, given or 1)
+            return chunk, chunk
+        hidden = self.model.hidden_chunk(streamed)
+        wanted = np.maximum(hidden, _BACKLOG * self.model.prompt_tokens(batch))
+        part = self.budgets.device // _CHUNK_PART
+        room = min(MAX_CHUNK, max(MIN_CHUNK, part // query_bytes(self.sizes)))
+        idle_room = min(MAX_IDLE_CHUNK, max(MIN_CHUNK, part // (2 * self.sizes.activation_bytes)))
+        chunk = np.clip(wanted, MIN_CHUNK, room)
+        idle_chunk = np.maximum(chunk, np.clip(_SPARE * hidden, MIN_IDLE_CHUNK, idle_room))
+        most = batch * self.max_model_len
+        return np.minimum(chunk, most), np.minimum(idle_chunk, most)
+
+    def _needed_blocks(self, batch: Floats) -> Floats:
+        """One request at full length, and the others at the expected one with a block to grow into."""
+        if self.model.recomputes:
+            return 0 * batch
+        expected = -(-self.model.traffic.context // self.config.block_size) + 1
+        return self.longest + (batch - 1) * expected
+
+    def _most_blocks(self, batch: Floats) -> Floats:
+        """All requests at full length with a block to grow into: more is of no use."""
+        return 0 * batch if self.model.recomputes else batch * (self.longest + 1)
+
+    def _device_blocks(self, room: Number, share: Number) -> Number:
+        if self.config.placement is Placement.HOST:
+            return 0.0 * room * share
+        return self._blocks(room, share)
+
+    def _blocks(self, room: Number, share: Number) -> Number:
+        """Blocks that `room` bytes hold, where `share` of them are activations."""
+        found: Number = np.floor(np.maximum(0.0, room) / (self._rows_per_block * token_bytes(self.sizes, share)))
+        return found
+
+    def _on_device(self, batch: Floats, blocks: Number, length: int) -> Number:
+        """Part of the cached tokens of requests of `length` tokens: they take the device's blocks first."""
+        used = batch * -(-length // self.config.block_size)
+        found: Number = np.minimum(1.0, blocks / used)
+        return found
+
+    def _host_share(
+        self,
+        grid: Grid,
+        predict: Callable[[Number], StepTimes],
+        on_device: Number,
+        room: Number,
+        missing: Number,
+    ) -> Number:
+        """The share at which bus and GPU balance, or the higher one with which the missing blocks fit the host."""
+        if len(self.shares) == 1:
+            return self.shares[0]
+        sizes = self.sizes
+        allowed = np.maximum(0.0, room) / (self._rows_per_block * np.maximum(1.0, missing))
+        least = (sizes.kv_bytes - allowed) / (sizes.kv_bytes - sizes.activation_bytes)
+        balanced = self.model.balanced_share(predict(0.0), predict(1.0))
+        # A host without tokens in use has what overflows from the device, of its kind.
+        wanted = np.where(on_device < 1, balanced, grid.device_share)
+        share = np.maximum(wanted, np.clip(least, 0.0, 1.0))
+        rounded: Number = np.where(grid.kv_only, 0.0, np.ceil(share * _SHARES - 1e-9) / _SHARES)
+        return rounded
+
+    def _mixes(self, grid: Grid, on_device: Number, host_share: Number) -> Bools:
+        share = on_device * grid.device_share + (1 - on_device) * host_share
+        found: Bools = np.asarray((share > 0) & (share < 1))
+        return found
+
+    def _predict(
+        self, grid: Grid, streamed: Number, device_blocks: Number, chunk: Number, host_share: Number
+    ) -> StepTimes:
+        traffic = self.model.traffic
+        return self.model.predict(
+            Candidates(
+                batch=grid.batch,
+                streamed=streamed,
+                on_device=self._on_device(grid.batch, device_blocks, traffic.context),
+                on_device_at_end=self._on_device(grid.batch, device_blocks, traffic.at_end),
+                device_share=grid.device_share,
+                host_share=host_share,
+                chunk=chunk,
+                rows=grid.rows,
+            )
+        )
+
+    def _bounded(self, chunk: Number, times: StepTimes) -> tuple[Number, Bools]:
+        """The chunk with which a step stays within `max_step_time`, and whether it, and the step alone, do."""
+        bound = self.config.max_step_time
+        if bound is None:
+            return chunk, np.full(np.shape(times.step), fill_value=True)
+        room = self.model.chunk_within(bound, times)
+        bounded = np.clip(np.floor(room), 1, chunk)
+        return bounded, (times.step <= bound) & (bounded >= np.minimum(chunk, _LEAST_CHUNK))

@@ -1,0 +1,66 @@
+"""Seconds of each kind of work in one layer, at the rates of a machine. The only place for these formulas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsrpc.core.memory import Number
+from hsrpc.core.plan import REGENERATE_ROWS, Hardware
+from hsrpc.core.sizes import ModelSizes
+
+_PLACE_COPIES = 2
+"""Regenerated rows are read and written once more, to get to where attention reads them."""
+_LOGIT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTimes:
+    """Seconds of each kind of work in one layer."""
+
+    sizes: ModelSizes
+    hardware: Hardware
+
+    def load(self, size: Number) -> Number:
+        """`size` bytes from the host."""
+        return size / self.hardware.load_bandwidth
+
+    def forward(self, queries: Number, mini_batches: Number = 1.0) -> Number:
+        """Projections and MLP of `queries` tokens in all; each mini-batch reads the weights."""
+        sizes, hardware = self.sizes, self.hardware
+        compute = mini_batches * hardware.gemm_overhead + queries * sizes.layer_flop / hardware.gemm_rate
+        return np.maximum(compute, mini_batches * sizes.layer_bytes / hardware.weight_bandwidth)
+
+    def regenerate(self, tokens: Number) -> Number:
+        """The GEMMs alone."""
+        hardware = self.hardware
+        each = self.sizes.regenerate_flop / hardware.gemm_rate + hardware.gemm_overhead / REGENERATE_ROWS
+        return tokens * each
+
+    def place(self, tokens: Number) -> Number:
+        """Regenerated K and V to their rows."""
+        return tokens * (_PLACE_COPIES * self.sizes.kv_bytes / self.hardware.memory_bandwidth)
+
+    def gather(self, tokens: Number) -> Number:
+        """Activations within device memory: read and written."""
+        return tokens * (2 * self.sizes.activation_bytes / self.hardware.memory_bandwidth)
+
+    def attention(self, tokens: Number, queries: Number, context: float) -> Number:
+        """`queries` queries to `context` tokens each; `tokens` cached tokens are read in all."""
+        sizes, hardware = self.sizes, self.hardware
+        read = tokens * (sizes.kv_bytes / hardware.attention_bandwidth)
+        return np.maximum(read, queries * (sizes.attention_flop(round(context)) / hardware.gemm_rate))
+
+    def head(self, queries: Number) -> Number:
+        """Logits of `queries` tokens, once a step: the head's weights read, float32 logits written and read."""
+        sizes, hardware = self.sizes, self.hardware
+        weights = sizes.vocab_size * sizes.hidden_size
+        compute = queries * (2 * weights / hardware.gemm_rate)
+        read = np.maximum(compute, weights * sizes.element_bytes / hardware.weight_bandwidth)
+        return read + queries * (2 * _LOGIT_BYTES * sizes.vocab_size / hardware.memory_bandwidth)
+
+    def prompt_token(self, context: float) -> float:
+        """One token of a prompt that attends to `context` tokens on average, among many."""
+        flop = self.sizes.layer_flop + self.sizes.attention_flop(round(context))
+        return flop / self.hardware.gemm_rate

@@ -1,0 +1,55 @@
+"""What a plan predicts for requests of another length than those it was made for."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+
+from hsrpc.core.blocks import PoolId, Tier
+from hsrpc.core.plan import Plan, StepPrediction
+from hsrpc.core.sizes import ModelSizes
+from hsrpc.core.step_model import Candidates, StepModel, StepTimes, Traffic
+
+
+def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | None = None) -> StepPrediction:
+    """A decode step of `num_requests` (default: the whole batch) with `context` cached tokens each.
+
+    No prompts come in: `prefill` is 0, and `mean_step` is `step`.
+    """
+    batch = num_requests or plan.max_batch
+    attended = min(context, sizes.sliding_window or context)
+    traffic = Traffic(context=context, attended=attended, prompt=0, output=1, longest=plan.max_model_len)
+    model = StepModel(sizes, plan.hardware, traffic, recomputes=not plan.keeps_cache)
+    used = batch * -(-context // plan.block_size)
+    on_device = min(1.0, sum(_blocks(plan, Tier.DEVICE)) / used)
+    candidate = Candidates(
+        batch=np.asarray(float(batch)),
+        streamed=sum(plan.streamed_bytes) / sizes.num_layers,
+        on_device=on_device,
+        on_device_at_end=on_device,
+        device_share=_share(plan, Tier.DEVICE),
+        host_share=_share(plan, Tier.HOST),
+        chunk=plan.max_prefill_tokens,
+        rows=plan.buffers.rows,
+    )
+    return as_prediction(batch, context, model.predict(candidate))
+
+
+def as_prediction(batch: int, context: int, times: StepTimes) -> StepPrediction:
+    """One candidate's times, as plain numbers."""
+    seconds = {item.name: float(getattr(times, item.name)) for item in fields(times)}
+    mini_batches = round(seconds.pop("mini_batches"))
+    return StepPrediction(batch=batch, context=context, mini_batches=mini_batches, **seconds)
+
+
+def _blocks(plan: Plan, tier: Tier) -> tuple[int, int]:
+    """K and V, and activations."""
+    if tier is Tier.DEVICE:
+        return plan.num_blocks[PoolId.DEVICE_KV], plan.num_blocks[PoolId.DEVICE_ACTIVATION]
+    return plan.num_blocks[PoolId.HOST_KV], plan.num_blocks[PoolId.HOST_ACTIVATION]
+
+
+def _share(plan: Plan, tier: Tier) -> float:
+    kv, activations = _blocks(plan, tier)
+    return activations / max(1, kv + activations)

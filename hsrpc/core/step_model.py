@@ -1,0 +1,216 @@
+"""How long a step takes: the paper's model (HybridServe, arXiv 2501.01792), for many candidate plans at once.
+
+For each layer, of `n` requests with `context` cached tokens each:
+
+    bus    = (streamed weights + host tokens * bytes of their kind) / load bandwidth
+    gpu    = forward + regeneration + gather + attention
+    layer  = max(bus, gpu, launches)
+
+Beyond the paper: resident weights, blocks on the device, mini-batches that each read the weights again, the host's
+launches and step boundary, and the prompts that keep coming. Every number may be an array; all are of one layer but
+those in `StepTimes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsrpc.core.layer_times import LayerTimes
+from hsrpc.core.memory import Number
+from hsrpc.core.plan import BUFFERS, Hardware
+from hsrpc.core.sizes import ModelSizes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What a request costs while it lives: its tokens, and the prompts that come in its steps' time."""
+
+    context: int
+    """Tokens that a running request holds on average."""
+    attended: int
+    """Of these, what a query sees: fewer with a sliding window."""
+    prompt: int
+    output: int
+    longest: int
+    """Most tokens of a request."""
+
+    @property
+    def at_end(self) -> int:
+        """Tokens of a request that ends as expected."""
+        return min(self.prompt + self.output, self.longest)
+
+    @property
+    def prompt_tokens_per_output(self) -> float:
+        """In steady state, prompt tokens that come in for each token that goes out."""
+        return self.prompt / self.output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """What the time of a step depends on; all may be arrays."""
+
+    batch: Number
+    streamed: Number
+    """Weight bytes a layer, on average."""
+    on_device: Number
+    """Part of the cached tokens, where requests are as long as expected."""
+    on_device_at_end: Number
+    """The same, where all requests are at the end of their output."""
+    device_share: Number
+    """Activations' part of the device's tokens."""
+    host_share: Number
+    """Activations' part of the host's tokens."""
+    chunk: Number
+    """Prompt tokens a step at most, beside decoding."""
+    rows: Number
+    """Of a mini-batch's kv buffer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """Seconds, all layers; the fields are those of `StepPrediction`."""
+
+    mini_batches: Number
+    bus: Number
+    forward: Number
+    regenerate: Number
+    gather: Number
+    attention: Number
+    head: Number
+    launch: Number
+    boundary: Number
+    step: Number
+    prefill: Number
+    longest_step: Number
+    mean_step: Number
+
+
+class StepModel:
+    """Predicts steps of a model on a machine under a traffic."""
+
+    def __init__(self, sizes: ModelSizes, hardware: Hardware, traffic: Traffic, *, recomputes: bool) -> None:
+        self.sizes = sizes
+        self.hardware = hardware
+        self.traffic = traffic
+        self.layer = LayerTimes(sizes, hardware)
+        self.recomputes = recomputes
+        """Nothing is cached: every step computes all tokens."""
+        self.prompt_token = self.layer.prompt_token(traffic.prompt / 2)
+        self.chunk_token = self.layer.prompt_token(traffic.longest)
+        """Of a chunk at the end of the longest prompt: bounds use it."""
+
+    def hidden_chunk(self, streamed: Number) -> Number:
+        """Prompt tokens whose compute takes as long as the weights of a layer on the bus."""
+        return self.layer.load(streamed) / self.prompt_token
+
+    def prompt_tokens(self, batch: Number) -> Number:
+        """Prompt tokens that come in during a step on average."""
+        return 0.0 * batch if self.recomputes else batch * self.traffic.prompt_tokens_per_output
+
+    def balanced_share(self, at_zero: StepTimes, at_one: StepTimes) -> Number:
+        """Host share at which bus and GPU take equally long: both are linear in it, and given at shares 0 and 1."""
+        lead = at_zero.bus - _gpu(at_zero) - at_zero.prefill
+        closing = (at_zero.bus - at_one.bus) + (_gpu(at_one) - _gpu(at_zero))
+        share: Number = np.clip(np.where(closing > 0, lead, 0.0) / np.where(closing > 0, closing, 1.0), 0.0, 1.0)
+        return share
+
+    def chunk_within(self, bound: float, times: StepTimes) -> Number:
+        """Prompt tokens that fit beside a step's decoding before it takes `bound` seconds."""
+        return (bound - times.boundary - _gpu(times)) / (self.sizes.num_layers * self.chunk_token)
+
+    def predict(self, c: Candidates) -> StepTimes:
+        """Times of the candidates' steps."""
+        tokens = c.batch * self.traffic.attended
+        device, host = self._tiers(tokens, c.on_device)
+        regenerated = device * c.device_share + host * c.host_share
+        mini_batches = self._mini_batches(c, tokens, host + device * c.device_share)
+        queries = tokens if self.recomputes else c.batch
+        layers = self.sizes.num_layers
+        times = {
+            "mini_batches": mini_batches,
+            "bus": layers * self._bus(c, host),
+            "forward": layers * self.layer.forward(queries, mini_batches),
+            "regenerate": layers * (self.layer.regenerate(regenerated) + self.layer.place(regenerated)),
+            "gather": layers * self.layer.gather(device * c.device_share),
+            "attention": layers * self.layer.attention(tokens, queries, self.traffic.attended),
+            "head": self.layer.head(c.batch),
+        }
+        return self._whole_step(c, times)
+
+    def _whole_step(self, c: Candidates, times: dict[str, Number]) -> StepTimes:
+        layers, bus = self.sizes.num_layers, times["bus"]
+        gpu = times["forward"] + times["regenerate"] + times["gather"] + times["attention"] + times["head"]
+        prompts = self.prompt_tokens(c.batch)
+        prefill = prompts * (layers * self.prompt_token)
+        launch, boundary, shortest = self._host(c, bus, times["mini_batches"])
+        step = np.maximum(np.maximum(bus, gpu), np.maximum(launch, shortest)) + boundary
+        with_chunk = np.maximum(bus, gpu + c.chunk * (layers * self.chunk_token)) + boundary
+        # Requests come and go: prompts beside, and room for their outputs to grow.
+        tokens = c.batch * self.traffic.attended
+        later_host = self._tiers(tokens, c.on_device_at_end)[1]
+        later_bus = self._both_ways(layers * self._bus(c, later_host), self._store(c, later_host / tokens))
+        later_launch, later_boundary, _ = self._host(c, later_bus, times["mini_batches"])
+        later = np.maximum(np.maximum(later_bus, gpu + prefill), later_launch) + later_boundary
+        # A small chunk keeps newcomers waiting: the batch is not full then.
+        queueing = np.maximum(1.0, prompts / np.maximum(c.chunk, 1.0))
+        return StepTimes(
+            **times,
+            launch=launch,
+            boundary=boundary,
+            step=step,
+            prefill=prefill,
+            longest_step=np.maximum(step, with_chunk),
+            mean_step=np.maximum(step, later) * queueing,
+        )
+
+    def _tiers(self, tokens: Number, on_device: Number) -> tuple[Number, Number]:
+        """Cached tokens on the device and on the host."""
+        if self.recomputes:
+            return 0.0 * tokens, 0.0 * tokens
+        return tokens * on_device, tokens * (1.0 - on_device)
+
+    def _bus(self, c: Candidates, host: Number) -> Number:
+        return self.layer.load(c.streamed + host * token_bytes(self.sizes, c.host_share))
+
+    def _mini_batches(self, c: Candidates, tokens: Number, staged: Number) -> Number:
+        """As many as the rows take that go through the kv buffer; K and V on the device are read in place."""
+        rows = tokens if self.recomputes else staged + c.batch
+        return np.maximum(1.0, np.ceil(rows / c.rows))
+
+    def _host(self, c: Candidates, bus: Number, mini_batches: Number) -> tuple[Number, Number, Number]:
+        """The host's seconds: to launch a step, what the boundary adds, and the shortest step where it adds nothing.
+
+        While weights stream, the bus goes on with those of the next step as far as there are buffers. With nothing on
+        the bus and K and V on the device a graph runs the step, and the boundary is prepared beside it.
+        """
+        hardware = self.hardware
+        launch = self.sizes.num_layers * mini_batches * hardware.launch_time
+        boundary = hardware.boundary_time + c.batch * hardware.request_time
+        exposed = np.maximum(0.0, boundary - BUFFERS * self.layer.load(c.streamed))
+        on_device = (bus == 0) & (not self.recomputes)
+        has_graph = on_device & (c.device_share == 0) & (self.sizes.sliding_window is None)
+        return (
+            np.where(has_graph, 0.0, launch),
+            np.where(on_device, 0.0, exposed),
+            np.where(on_device, boundary, 0.0),
+        )
+
+    def _store(self, c: Candidates, on_host: Number) -> Number:
+        """All layers' seconds to store the rows of new tokens that lie on the host."""
+        size = (self.prompt_tokens(c.batch) + c.batch) * on_host * token_bytes(self.sizes, c.host_share)
+        return self.sizes.num_layers * size / self.hardware.store_bandwidth
+
+    def _both_ways(self, load: Number, store: Number) -> Number:
+        """Seconds for loads and stores at once, each given the time it takes alone."""
+        return np.maximum(load, store) + np.minimum(load, store) * (1 / self.hardware.duplex_share - 1)
+
+
+def token_bytes(sizes: ModelSizes, share: Number) -> Number:
+    """Bytes of one cached token in one layer, on average, where `share` of them are activations."""
+    return (1 - share) * sizes.kv_bytes + share * sizes.activation_bytes
+
+
+def _gpu(times: StepTimes) -> Number:
+    return times.forward + times.regenerate + times.gather + times.attention + times.head
