@@ -147,7 +147,7 @@ def decode_attention(
     num_heads = width // head_dim
     group = num_heads // num_kv_heads
     dim_tile = triton.next_power_of_2(head_dim)
-    # Matrix units where they take the type as it is, though most of their rows are idle: fewer registers, more in flight.
+    # Matrix units where they take the type as it is, though most of their rows are idle: it needs fewer registers.
     uses_dot = group > 1 or queries.dtype != torch.float32
     parts = _num_parts(num_requests * num_kv_heads, most_keys)
     out = torch.empty((num_requests, width), dtype=queries.dtype, device=queries.device)
