@@ -47,6 +47,7 @@ class Load:
             max_batch=running,
             max_model_len=2048,
             max_prefill_tokens=running * PROMPT,
+            max_idle_prefill_tokens=running * PROMPT,
             block_size=BLOCK_SIZE,
             buffers=BufferLimits(rows=64 * 2048, activation_rows=64 * 2048, queries=64 * 2048),
             costs=RowCosts(1.0, 0.5, 0.1),

@@ -48,6 +48,7 @@ class Assembly:
             num_blocks=blocks,
             device_bytes={
                 **{name: int(size) for name, size in device_bytes(sizes, staging).items()},
+                "runtime": evaluator.budgets.runtime,
                 "weight buffers": int(choices.buffers[point.choice]),
                 "resident weights": int(choices.resident[point.choice]),
                 "cache blocks": self._cache_bytes(blocks, PoolId.DEVICE_KV, PoolId.DEVICE_ACTIVATION),

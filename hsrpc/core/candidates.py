@@ -118,7 +118,7 @@ class Evaluator:
         streamed = self.choices.streamed[grid.choice] / self.sizes.num_layers
         chunk, idle_chunk = self._chunks(grid.batch, streamed)
         staging = self.staging(grid, chunk, idle_chunk)
-        device_room = self.budgets.device - sum(device_bytes(self.sizes, staging).values())
+        device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
         device_room = device_room - self.choices.resident[grid.choice] - self.choices.buffers[grid.choice]
         host_room = self.budgets.host - self.choices.streamed[grid.choice]
         needed, most = self._needed_blocks(grid.batch), self._most_blocks(grid.batch)
@@ -127,7 +127,9 @@ class Evaluator:
         missing = np.maximum(0, needed - device_blocks)
         open_share = partial(self._predict, grid, streamed, device_blocks)
         host_share = self._host_share(grid, partial(open_share, chunk), on_device, host_room, missing)
-        host_blocks = np.minimum(self._blocks(host_room, host_share), most - device_blocks)
+        # None where the device holds all requests at full length: a few would keep steps from being all in place.
+        of_use = np.where(device_blocks >= grid.batch * self.longest, 0.0, most - device_blocks)
+        host_blocks = np.minimum(self._blocks(host_room, host_share), of_use)
         times = open_share(chunk, host_share)
         bounded, in_time = self._bounded(chunk, times)
         if self.config.max_step_time is not None:

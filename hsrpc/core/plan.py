@@ -60,6 +60,8 @@ class Budgets:
 
     device: int
     host: int
+    runtime: int = 0
+    """Of `device`, what the allocator's rounding and the libraries' own buffers take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

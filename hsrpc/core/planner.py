@@ -111,7 +111,9 @@ class Planner:
     def _possible_choices(self) -> npt.NDArray[np.int64]:
         """Of resident weights, from many to few: those that alone do not exceed a budget; one where all do."""
         choices = self._choices
-        fits = (choices.resident + choices.buffers <= self.budgets.device) & (choices.streamed <= self.budgets.host)
+        fits = (choices.resident + choices.buffers <= self.budgets.device - self.budgets.runtime) & (
+            choices.streamed <= self.budgets.host
+        )
         return (np.flatnonzero(fits) if fits.any() else np.zeros(1, np.int64))[::-1]
 
     def _resident_shares(self) -> tuple[float, ...]:
@@ -145,6 +147,7 @@ class Planner:
         chunk = self.config.max_prefill_tokens or min(MIN_CHUNK, self.max_model_len)
         staging = self._evaluator.staging(smallest.as_grid(), chunk, chunk)
         needed = sum(map(int, device_bytes(self.sizes, staging).values())) + BUFFERS * self.sizes.layer_bytes
+        needed += self.budgets.runtime
         if self.budgets.device < needed:
             return ConfigError(
                 "gpu_memory",

@@ -31,7 +31,9 @@ class SchedulerLimits:
     max_batch: int
     max_model_len: int
     max_prefill_tokens: int
-    """Prompt tokens computed in one step."""
+    """Prompt tokens computed in one step beside decoding: what delays those that decode."""
+    max_idle_prefill_tokens: int
+    """Prompt tokens computed in a step in which no request decodes."""
     block_size: int
     buffers: BufferLimits
     costs: RowCosts
@@ -121,8 +123,9 @@ class Scheduler:
 
     def schedule(self, now: float) -> Step | None:
         """The next step: a token for each running request, and prompts as far as room allows. None: nothing to do."""
-        works = self._continue_running()
-        works += self._admit(now, self.limits.max_prefill_tokens - sum(map(_prefill_tokens, works)))
+        budget = self._prefill_budget()
+        works = self._continue_running(budget)
+        works += self._admit(now, budget - sum(map(_prefill_tokens, works)))
         self._drain.note(now, is_waiting=self.num_waiting > 0)
         return self._hand_out(tuple(self._lay_out(works))) if works else None
 
@@ -211,9 +214,12 @@ class Scheduler:
             return FinishReason.CONTEXT_LENGTH
         return None
 
-    def _continue_running(self) -> list[Work]:
+    def _prefill_budget(self) -> int:
+        decodes = any(r.num_tokens - r.num_computed == 1 and r.num_output_tokens for r in self._running)
+        return self.limits.max_prefill_tokens if decodes else self.limits.max_idle_prefill_tokens
+
+    def _continue_running(self, budget: int) -> list[Work]:
         works: list[Work] = []
-        budget = self.limits.max_prefill_tokens
         position = 0
         while position < len(self._running):
             request = self._running[position]
@@ -258,7 +264,7 @@ class Scheduler:
         pending = request.num_tokens - request.num_computed
         if not self.limits.keeps_cache:
             return Work(request, 0, pending, samples=True)
-        count = min(pending, max(budget, 1 if pending == 1 else 0))
+        count = min(pending, max(budget, 1 if pending == 1 else 0), self.limits.buffers.queries)
         return Work(request, request.num_computed, count, samples=count == pending) if count > 0 else None
 
     def _reserve(self, request: Request, work: Work) -> bool:

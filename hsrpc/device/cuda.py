@@ -21,6 +21,11 @@ _REGISTER_PORTABLE_MAPPED = 0x01 | 0x02
 _PIECE_BYTES = 16 * 1024**2
 """A copy engine runs one copy to its end: in one piece, a layer's weights would keep a step's small arrays waiting."""
 
+_LIBRARY_BYTES = 128 * 1024**2
+"""cuBLAS' workspaces, of two streams and of graphs."""
+_ROUNDED_PART = 100
+"""The allocator rounds large tensors up to 2 MiB: about this part of all."""
+
 
 class CudaDevice(Device):
     """The current CUDA device, with one stream each for loads, compute and stores."""
@@ -50,12 +55,16 @@ class CudaDevice(Device):
     def limit_memory(self, size: int) -> None:
         total = torch.cuda.get_device_properties(self.torch_device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), self.torch_device)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def runtime_memory(self, size: int) -> int:
+        return _LIBRARY_BYTES + size // _ROUNDED_PART
 
     def pinned(self, size: int, fill: Callable[[torch.Tensor], object] | None = None) -> torch.Tensor:
         memory = _map_memory(size)
         tensor = torch.frombuffer(memory, dtype=torch.uint8)[:size]
-        if fill is not None:
-            fill(tensor)
+        # Written before it is registered: threads write at once, but the driver registers one piece after the other.
+        (fill or _touch)(tensor)
         status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), len(memory), _REGISTER_PORTABLE_MAPPED)
         if int(status) != 0:
             raise ConfigError(
@@ -75,7 +84,6 @@ class CudaDevice(Device):
 
     def release_cached(self) -> None:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.torch_device)
 
     def on(self, stream: Stream) -> AbstractContextManager[object]:
         return torch.cuda.stream(stream)
@@ -131,6 +139,11 @@ class CudaDevice(Device):
         self, target: torch.Tensor, target_rows: torch.Tensor, source: torch.Tensor, source_rows: torch.Tensor
     ) -> None:
         copy_rows(target, target_rows, source, source_rows)
+
+
+def _touch(tensor: torch.Tensor) -> None:
+    """Have the system give every page."""
+    tensor[:: mmap.PAGESIZE] = 0
 
 
 def _map_memory(size: int) -> mmap.mmap:

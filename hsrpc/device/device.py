@@ -60,7 +60,11 @@ class Device(ABC):
 
     @abstractmethod
     def limit_memory(self, size: int) -> None:
-        """Refuse allocations beyond `size` bytes in all, where the device can."""
+        """Refuse allocations beyond `size` bytes in all, where the device can, and begin to count the peak anew."""
+
+    @abstractmethod
+    def runtime_memory(self, size: int) -> int:
+        """Of a limit of `size` bytes, what rounding and the libraries' own buffers take."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Device memory, not initialised."""
@@ -82,7 +86,7 @@ class Device(ABC):
 
     @abstractmethod
     def release_cached(self) -> None:
-        """Give free device memory back to the system, and begin to count the peak anew."""
+        """Give free device memory back to the system."""
 
     @abstractmethod
     def on(self, stream: Stream) -> AbstractContextManager[object]:
@@ -155,6 +159,9 @@ class CpuDevice(Device):
 
     def limit_memory(self, size: int) -> None:
         pass
+
+    def runtime_memory(self, size: int) -> int:
+        return 0
 
     def pinned(self, size: int, fill: Callable[[torch.Tensor], object] | None = None) -> torch.Tensor:
         try:

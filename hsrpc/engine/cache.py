@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -146,8 +148,9 @@ class CacheManager:
             return [self._device.empty((num_slots + 1, width), dtype) for _ in range(self._num_layers)]
         if num_slots == 0:
             return []
-        size = num_slots * width * dtype.itemsize
-        return [self._device.pinned(size).view(dtype).view(num_slots, width) for _ in range(self._num_layers)]
+        sizes = [num_slots * width * dtype.itemsize] * self._num_layers
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pin") as threads:
+            return [memory.view(dtype).view(num_slots, width) for memory in threads.map(self._device.pinned, sizes)]
 
     async def _load_step(self, worker: Worker, step: Step) -> None:
         start = self._num_begun * self._num_layers

@@ -128,6 +128,7 @@ def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> 
         planned = make_planner(config)
         device, spec, plan = planned.device, planned.spec, planned.planner.plan()
         undo.callback(device.release_pinned)
+        device.release_cached()  # what calibration used
         device.limit_memory(plan.budgets.device)
         family = create_family(spec)
         source, tokenizer = _source(planned, family)
@@ -162,4 +163,4 @@ def _budgets(config: EngineConfig, device: Device) -> Budgets:
     on_cpu = device.torch_device.type == "cpu"
     gpu = config.gpu_memory or (available_memory() // 4 if on_cpu else int(device.total_memory * 0.9))
     host = config.host_memory or int(available_memory() * (0.5 if on_cpu else 0.8))
-    return Budgets(device=int(gpu), host=int(host))
+    return Budgets(device=int(gpu), host=int(host), runtime=device.runtime_memory(int(gpu)))

@@ -14,7 +14,9 @@ from hsrpc.core.scheduler import Scheduler
 from tests.core.test_scheduler import EOS, LIMITS, generate, next_token
 
 BLOCKS = 40
-AHEAD_LIMITS = replace(LIMITS, max_prefill_tokens=60, buffers=replace(LIMITS.buffers, rows=100, queries=64))
+AHEAD_LIMITS = replace(
+    LIMITS, max_idle_prefill_tokens=60, max_prefill_tokens=60, buffers=replace(LIMITS.buffers, rows=100, queries=64)
+)
 
 
 class Pipeline:

@@ -21,6 +21,7 @@ LIMITS = SchedulerLimits(
     max_batch=4,
     max_model_len=24,
     max_prefill_tokens=8,
+    max_idle_prefill_tokens=8,
     block_size=4,
     buffers=BufferLimits(rows=24, activation_rows=24, queries=12),
     costs=RowCosts(1.0, 0.5, 0.1),
@@ -124,7 +125,10 @@ class Harness:
             self._check_work(work)
         if self.limits.keeps_cache:
             prompts = [w for w in works if w.request.num_tokens - w.request.num_computed > 1 or w.request in admitted]
-            assert sum(work.count for work in prompts) <= self.limits.max_prefill_tokens
+            decodes = [w for w in works if w.request.num_output_tokens and w.request in kept and w not in prompts]
+            most = self.limits.max_prefill_tokens if decodes else self.limits.max_idle_prefill_tokens
+            assert sum(work.count for work in prompts) <= most
+        assert all(work.count <= self.limits.buffers.queries for work in works) or not self.limits.keeps_cache
 
     def _check_work(self, work: Work) -> None:
         request = work.request
@@ -256,11 +260,13 @@ def expected(harness: Harness, request: Request) -> tuple[list[int], FinishReaso
 def harnesses(draw: st.DrawFn) -> Harness:
     """From blocks for hardly more than one request at full length to plenty."""
     block_size = draw(st.integers(1, 6))
+    prefill, more = draw(st.tuples(st.sampled_from((1, 2, 3, 5, 8, 13, 24, 60)), st.sampled_from((0, 1, 7))))
     limits = replace(
         LIMITS,
         block_size=block_size,
         max_batch=draw(st.sampled_from((1, 2, 3, 4, 6))),
-        max_prefill_tokens=draw(st.sampled_from((1, 2, 3, 5, 8, 13, 24, 60))),
+        max_prefill_tokens=prefill,
+        max_idle_prefill_tokens=prefill + more,
     )
     longest = -(-limits.max_model_len // block_size)
     total = longest + draw(st.sampled_from((0, 0, 1, 2, longest // 2, longest, 2 * longest)))
@@ -269,7 +275,7 @@ def harnesses(draw: st.DrawFn) -> Harness:
     if draw(st.sampled_from((True, True, True, False))):
         return Harness(dict(zip(PoolId, counts, strict=True)), limits)
     prefill = limits.max_batch * limits.max_model_len
-    return Harness({}, replace(limits, keeps_cache=False, max_prefill_tokens=prefill))
+    return Harness({}, replace(limits, keeps_cache=False, max_prefill_tokens=prefill, max_idle_prefill_tokens=prefill))
 
 
 PARAMS = st.builds(
@@ -466,7 +472,7 @@ def test_a_small_request_does_not_pass_a_large_one():
 @pytest.mark.parametrize(("num_blocks", "num_running"), [(7, 1), (8, 2)])
 def test_admission_leaves_a_block_for_those_that_run(num_blocks: int, num_running: int):
     """A prompt that would take the block that a running request needs next waits: to admit and preempt is work lost."""
-    harness = make(num_blocks=num_blocks, max_prefill_tokens=24)
+    harness = make(num_blocks=num_blocks, max_prefill_tokens=24, max_idle_prefill_tokens=24)
     harness.add([1] * 4, endless(max_tokens=8))
     harness.schedule()
     harness.commit()
@@ -497,7 +503,7 @@ def test_long_prompts_are_computed_in_chunks():
 
 def test_the_prefill_budget_holds_for_prompts_one_token_at_a_time():
     """A budget of one token is one token a step, however many prompts are being computed."""
-    harness = make(num_blocks=24, max_prefill_tokens=3)
+    harness = make(num_blocks=24, max_prefill_tokens=3, max_idle_prefill_tokens=3)
     for i in range(3):
         harness.add([i + 1] * 7, endless(max_tokens=2))
     for step in iter(harness.schedule, None):
@@ -509,7 +515,7 @@ def test_the_prefill_budget_holds_for_prompts_one_token_at_a_time():
 
 def test_a_late_urgent_prompt_keeps_to_the_budget():
     """A chunk of one token of a prompt counts: an urgent request that comes between does not raise the step's total."""
-    harness = make(num_blocks=24, max_prefill_tokens=1)
+    harness = make(num_blocks=24, max_prefill_tokens=1, max_idle_prefill_tokens=1)
     harness.add([1] * 6, endless(max_tokens=2, priority=1))
     harness.schedule()
     harness.commit()
@@ -585,7 +591,7 @@ def test_a_deep_queue_costs_nothing(num_waiting: int):
 
 def test_the_recompute_policy_keeps_nothing():
     """Every step computes all tokens of its requests; no block is taken, so nobody is preempted."""
-    harness = Harness({}, replace(LIMITS, keeps_cache=False, max_prefill_tokens=96))
+    harness = Harness({}, replace(LIMITS, keeps_cache=False, max_prefill_tokens=96, max_idle_prefill_tokens=96))
     harness.add([1] * 4, endless(max_tokens=3))
     harness.add([2] * 20, endless(max_tokens=3))
     counts = []
@@ -628,3 +634,32 @@ def test_times_are_those_of_the_first_step():
         scheduler.commit(step, [3] * len(step.sampled), now + 0.5)
     assert requests[1].preemptions == 1
     assert [(r.scheduled_time, r.first_token_time) for r in requests] == [(1.0, 1.5)] * 2
+
+
+def test_prompts_take_more_of_a_step_while_nobody_decodes():
+    """A prompt of 20 tokens: 16 in its first step alone, but 4 a step beside a request that decodes."""
+    buffers = BufferLimits(rows=99, activation_rows=99, queries=99)
+    counts = []
+    for first in ([2] * 20, [1]):
+        harness = make(num_blocks=24, max_prefill_tokens=4, max_idle_prefill_tokens=16, buffers=buffers)
+        harness.add(first, endless())
+        if len(first) == 1:
+            harness.schedule()
+            harness.commit()
+            harness.add([2] * 20, endless())
+        step = harness.schedule()
+        assert step is not None
+        counts.append([work.count for work in step.works])
+    assert counts == [[16], [1, 4]]
+
+
+def test_a_long_prompt_is_no_more_than_a_mini_batch_takes():
+    """Each request's chunk fits the buffers' queries, and several fill a step."""
+    buffers = BufferLimits(rows=99, activation_rows=99, queries=6)
+    harness = make(num_blocks=24, max_prefill_tokens=16, max_idle_prefill_tokens=16, buffers=buffers)
+    for _ in range(3):
+        harness.add([2] * 20, endless())
+    step = harness.schedule()
+    assert step is not None
+    assert [work.count for work in step.works] == [6, 6, 4]
+    assert len(step.mini_batches) == 3
