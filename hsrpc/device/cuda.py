@@ -33,6 +33,7 @@ class CudaDevice(Device):
     def __init__(self) -> None:
         index = torch.cuda.current_device()
         self.torch_device = torch.device("cuda", index)
+        self.warms_up = True
         self.load = torch.cuda.Stream(index)
         self.compute = torch.cuda.Stream(index)
         self.store = torch.cuda.Stream(index)

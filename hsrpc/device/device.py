@@ -39,6 +39,8 @@ class Device(ABC):
     """One accelerator. `load` copies weights and cache blocks to the device, `store` new rows from it."""
 
     torch_device: torch.device
+    warms_up: bool
+    """What is done for the first time takes long: kernels are compiled and loaded."""
     load: Stream
     compute: Stream
     store: Stream
@@ -143,6 +145,7 @@ class CpuDevice(Device):
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
+        self.warms_up = False
         self.load = self.compute = self.store = None
 
     @property

@@ -24,11 +24,12 @@ from hsrpc.core.stopping import StopMatcher
 from hsrpc.engine.admission import Admission
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.output import Stream, TokenOutput, next_deltas
-from hsrpc.engine.startup import Parts, open_parts
+from hsrpc.engine.startup import Parts, open_parts, release
 from hsrpc.engine.stats import EngineStats, StepRecord
 from hsrpc.engine.token_ids import TokenIdsOnly
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.validation import Validator
+from hsrpc.engine.warm_up import warm_up
 from hsrpc.errors import (
     EngineFaultError,
     EngineUnavailableError,
@@ -86,6 +87,7 @@ class Engine:
         self._outputs: asyncio.Queue[_Outputs] = asyncio.Queue()
         self._output_room = asyncio.Semaphore(_OUTPUT_STEPS)
         self._wake = asyncio.Event()
+        self._warm: asyncio.Future[None] | None = None
         self._failed: asyncio.Future[None] | None = None
         self._main: asyncio.Task[None] | None = None
         self._accepts = False
@@ -100,6 +102,7 @@ class Engine:
         if self._failed is not None:
             raise EngineUnavailableError("the engine was entered before; make another one")
         self._failed = asyncio.get_running_loop().create_future()
+        self._warm = asyncio.get_running_loop().create_future()
         self._parts = await open_parts(self.config, self._progress)
         limits = _limits(self._parts.plan, self._parts.spec)
         blocks = BlockManager(self._parts.plan.num_blocks)
@@ -107,6 +110,13 @@ class Engine:
         self._admission = Admission(self._scheduler, self.config.max_queued_requests, self.config.max_queued_tokens)
         self._validator = Validator(self.spec.vocab_size, self.max_model_len)
         self._main = asyncio.create_task(self._run(), name="engine")
+        try:
+            await asyncio.wait({self._warm, self._main}, return_when="FIRST_COMPLETED")
+            if self._failed.done():
+                await self._failed
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
         self._accepts = True
         return self
 
@@ -124,6 +134,9 @@ class Engine:
             parts, self._parts, self._main = self._opened, None, None
             if main is None or main.done():
                 await parts.close()
+                device = parts.device
+                del parts, main
+                release(device)
             else:  # a thread may still use the memory: it goes with the process
                 _log.error("the engine's tasks have not ended; it is left without freeing its memory")
 
@@ -284,6 +297,10 @@ class Engine:
         self._end_all(fault)
 
     async def _run_steps(self) -> None:
+        if self._opened.device.warms_up:
+            await warm_up(self._opened, self._scheduler.limits)
+        assert self._warm is not None  # made on entering
+        self._warm.set_result(None)
         ahead: Step | None = None
         while True:
             self._last_beat = time.monotonic()

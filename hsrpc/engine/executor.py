@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,8 @@ from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
 from hsrpc.model.family import Family, Weights
 from hsrpc.model.sampler import PendingSample, Sampled, Sampler, SamplingRow
 
+_RUN_AHEAD = 8
+"""Mini-batches of a layer that are launched and not computed yet."""
 _log = logging.getLogger(__name__)
 
 
@@ -84,6 +87,8 @@ class Executor:
         self._results: asyncio.Queue[list[Sampled] | OutOfDeviceMemoryError | None] = asyncio.Queue(1)
         self._launched: _Launched | None = None
         """A step whose logits are under way, ahead of its turn."""
+        self._under_way: deque[Event] = deque()
+        """Ends of the mini-batches that were launched last."""
         self._num_begun = 0
         self._untaken = 0
         """Cache buffers that the step has still to take."""
@@ -244,6 +249,7 @@ class Executor:
     def _compute(self, weights: Prefetched, staged: Staged, batch: _Batch) -> tuple[Event, Event]:
         """One layer of one mini-batch: events when the cache buffers, and when the weights, are no longer read."""
         device, family, w, buffers = self._device, self._family, weights.tensors, staged.buffers
+        self._keep_pace()
         device.wait(device.compute, weights.loaded)
         device.wait(device.compute, staged.loaded)
         with device.on(device.compute):
@@ -260,10 +266,16 @@ class Executor:
             with record_function("hsrpc.finish"):
                 batch.hidden = family.finish_layer(w, batch.hidden, attended)
             done = device.record(device.compute)
+        self._under_way.append(done)
         device.wait(device.store, freed)
         with device.on(device.store):
             self._cache.store(Tier.HOST, weights.layer, batch.stores, kv, x)
         return freed, done
+
+    def _keep_pace(self) -> None:
+        """Launch no further ahead than keeps the device busy: a full launch queue blocks with the interpreter held."""
+        while len(self._under_way) > _RUN_AHEAD:
+            self._device.synchronize(self._under_way.popleft())
 
     def _attend(self, queries: torch.Tensor, layer: int, kv: torch.Tensor, batch: _Batch) -> torch.Tensor:
         """[n, q]"""

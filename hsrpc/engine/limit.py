@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hsrpc.core.layer_times import LayerTimes
 from hsrpc.core.plan import Hardware
@@ -29,11 +29,13 @@ class StepLimit:
 
 
 def step_limit(record: StepRecord, sizes: ModelSizes, hardware: Hardware) -> StepLimit:
-    """max(bus, gpu) for the work of one step, each at the rate measured on this machine.
+    """max(bus, gpu) for the work of one step, each at the best rate measured on this machine.
 
     The work that the method itself asks for and no more: no copies within the device, no logits, one mini-batch.
     """
-    layer = LayerTimes(sizes, hardware)
+    share = max(1.0, hardware.weight_read_share, hardware.attention_read_share)
+    best = replace(hardware, weight_read_share=share, attention_read_share=share, gemm_overhead=0.0)
+    layer = LayerTimes(sizes, best)
     tokens, layers = record.decode_tokens + record.prefill_tokens, sizes.num_layers
     return StepLimit(
         bus=float(layer.load(record.weight_bytes + record.cache_bytes)),

@@ -47,12 +47,16 @@ class Parts:
     executor: Executor
 
     async def close(self) -> None:
-        """Give everything back; the tasks have ended."""
+        """End the tokenizer and unpin the host's memory; the tasks have ended. See `release`."""
         self.tokenizer.close()
         await asyncio.to_thread(self.device.release_pinned)
-        gc.unfreeze()
-        gc.collect()  # what the ended tasks' tracebacks still hold
-        self.device.release_cached()
+
+
+def release(device: Device) -> None:
+    """Give memory back whose parts are closed and that nobody refers to any more."""
+    gc.unfreeze()
+    gc.collect()  # what the ended tasks' tracebacks still hold
+    device.release_cached()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,21 @@ import torch
 
 from hsrpc import Engine, EngineConfig
 from hsrpc.config import DeviceKind, DType
+from hsrpc.core.batch import Step
 from hsrpc.device.device import CpuDevice, available_memory
+from hsrpc.engine.executor import Executor
 from hsrpc.engine.startup import describe_model, make_planner
-from hsrpc.errors import CheckpointError, ConfigError, HsrpcError, ModelNotFoundError
+from hsrpc.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineFaultError,
+    HsrpcError,
+    ModelNotFoundError,
+    OutOfDeviceMemoryError,
+)
 from hsrpc.model.checkpoint import Checkpoint
 from tests.engine.reference import Reference
-from tests.engine.support import roomy, until
+from tests.engine.support import collect, greedy, idle, ids, roomy, until
 
 
 @pytest.fixture
@@ -135,3 +145,52 @@ def test_the_element_type_is_the_one_asked_for(
     """On the CPU `auto` computes in float32."""
     spec, _ = describe_model(EngineConfig(model=str(reference("opt").directory), device="cpu", dtype=dtype))
     assert spec.dtype is expected
+
+
+async def test_nothing_of_an_engine_stays_when_it_is_left(reference: Callable[[str], Reference]) -> None:
+    """Pools, buffers and weights go at once: another engine may need all of the device."""
+    async with Engine(roomy(reference("opt"))) as engine:
+        await collect(engine.generate([5, 6], greedy(3)))
+        parts = engine._opened
+        left = [weakref.ref(part) for part in (parts.executor, parts.cache, parts.prefetcher)]
+        del parts
+    assert [ref() for ref in left] == [None] * 3
+
+
+async def test_a_device_that_warms_up_does_so_unseen(
+    reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are computed before the first request, and neither counters nor tokens tell of it."""
+    made, executed = reference("opt"), []
+    execute = Executor.execute
+    monkeypatch.setattr(CpuDevice, "warms_up", property(lambda _: True, lambda *_: None), raising=False)
+
+    async def counted(self: Executor, step: Step, ahead: Step | None = None) -> object:
+        executed.append(step)
+        return await execute(self, step, ahead)
+
+    monkeypatch.setattr(Executor, "execute", counted)
+    async with Engine(roomy(made)) as engine:
+        assert len(executed) > 3
+        stats = engine.stats()
+        assert (stats.steps, stats.weights_streamed_bytes, stats.cache_loaded_bytes) == (0, 0, 0)
+        assert ids(await collect(engine.generate(made.prompts[0], greedy(9)))) == made.outputs[0][:9]
+        await idle(engine)
+
+
+async def test_a_fault_while_warming_up_fails_the_start(
+    reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a fault that names its cause; no task or thread is left."""
+    monkeypatch.setattr(CpuDevice, "warms_up", property(lambda _: True, lambda *_: None), raising=False)
+
+    def broken(*_: object) -> object:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(Executor, "_begin", broken)
+    tasks = asyncio.all_tasks()
+    with pytest.raises(EngineFaultError) as caught:
+        await Engine(roomy(reference("opt"))).__aenter__()
+    assert isinstance(caught.value.__cause__, OutOfDeviceMemoryError)
+    await until(lambda: asyncio.all_tasks() == tasks)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("compute", "cache", "weights"))]

@@ -30,6 +30,7 @@ CONFIG = EngineConfig(
     dtype="float32",
     gpu_memory="18MiB",
     host_memory="64MiB",
+    placement="host",
     max_model_len=256,
     max_prefill_tokens=64,
     max_batch=8,

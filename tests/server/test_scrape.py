@@ -24,7 +24,7 @@ from tests.server.test_metrics import scrape
 from tests.server.test_real_engine import CONFIG
 from tests.server.test_vanishing import NARROW
 
-TIGHT = replace(CONFIG, host_memory="14MiB", expected_context=64)
+TIGHT = replace(CONFIG, host_memory="20MiB", expected_context=64)
 """Weights and caches stream, half of the tokens are activations, and blocks run out."""
 KINDS = [(kind, tier) for kind in ("kv", "activation") for tier in ("device", "host")]
 
@@ -83,7 +83,7 @@ def check_load(values: dict[tuple[str, ...], float], stats: EngineStats, plan: P
     assert values["vllm:kv_cache_usage_perc",] == pytest.approx(sum(used.values()) / sum(total.values()))
     assert values["hsrpc_activation_share_ratio",] == 0.5
     assert 0 < values["hsrpc_device_memory_bytes",] <= 18 * 2**20
-    assert 0 < values["hsrpc_host_memory_bytes",] <= 14 * 2**20
+    assert 0 < values["hsrpc_host_memory_bytes",] <= 20 * 2**20
     assert values["hsrpc_device_memory_peak_bytes",] == 0  # the CPU has no allocator that counts
 
 
