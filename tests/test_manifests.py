@@ -130,7 +130,7 @@ def test_selectors_find_the_pods():
 
 def test_every_port_is_the_servers(server, options):
     """Probes, container, services and network policy speak of the port that the server binds."""
-    [port] = server["ports"]
+    port, _ = server["ports"]
     assert port["containerPort"] == options.port == ServerConfig().port
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert server[probe]["grpc"]["port"] == port["containerPort"]
@@ -138,6 +138,20 @@ def test_every_port_is_the_servers(server, options):
     assert [(entry["targetPort"], entry["port"]) for entry in ports] == [(port["name"], port["containerPort"])] * 2
     [policy] = (manifest for manifest in BASE if manifest["kind"] == "NetworkPolicy")
     assert policy["spec"]["ingress"][0]["ports"] == [{"port": port["name"]}]
+
+
+def test_metrics_are_where_prometheus_is_told(deployment, server, options):
+    """On all addresses of the pod, at the annotated port, for the namespaces that the network policy names."""
+    _, port = server["ports"]
+    assert port == {"name": "metrics", "containerPort": options.metrics_port}
+    assert options.metrics_host == "0.0.0.0"
+    annotations = deployment["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["prometheus.io/scrape"] == "true"
+    assert annotations["prometheus.io/port"] == str(port["containerPort"])
+    [policy] = (manifest for manifest in BASE if manifest["kind"] == "NetworkPolicy")
+    client, scraper = policy["spec"]["ingress"]
+    assert scraper["ports"] == [{"port": port["name"]}]
+    assert scraper["from"] != client["from"]
 
 
 def test_the_server_may_serve_the_image_s_address(options):
