@@ -50,11 +50,15 @@ def _add_engine_parser(kinds: Commands, name: str, text: str) -> None:
     parser = add_command(kinds, name, text, examples)
     load = parser.add_argument_group("load")
     load.add_argument("--shape", help="such as opt-6.7b, or a config.json; in place of --model random:SHAPE")
-    load.add_argument("--requests", type=int, metavar="N", help="default: as many as run at once")
+    load.add_argument(
+        "--requests", type=int, metavar="N", help="default: as many as run at once; prefill: as many as fill the steps"
+    )
     load.add_argument("--prompt", type=int, default=512, metavar="N", help="prompt tokens of a request (default: 512)")
     load.add_argument("--output", type=int, default=128, metavar="N", help="output tokens of a request (default: 128)")
     load.add_argument("--lengths", choices=("uniform", "sharegpt-like"), default="uniform", help="default: uniform")
-    load.add_argument("--steps", type=int, default=20, metavar="N", help="decode steps measured (default: 20)")
+    load.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="decode or prompt steps measured (default: 20)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="save everything that was measured")
     parser.add_argument("--profile", action="store_true", help="say where the time of a step goes, from two steps more")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="sweep: save measured and predicted curves as PNG")
@@ -89,7 +93,6 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
     from hsrpc.bench.run import WARM_UP_STEPS, observe_run, summarise
     from hsrpc.bench.workload import Lengths, Workload, make_workload
     from hsrpc.cli.loop import run_loop  # needs the extra `engine`, which --help does not
-    from hsrpc.engine.startup import make_planner
 
     lengths, output = Lengths(options.lengths), 1 if options.kind == "prefill" else options.output
     mean = options.prompt + output // 2
@@ -100,7 +103,7 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
         expected_output=config.expected_output or (None if options.kind == "prefill" else output),
         max_model_len=config.max_model_len or longest,
     )
-    requests = options.requests or config.max_batch or make_planner(config).planner.plan().max_batch
+    requests = options.requests or _default_requests(options, config)
     wanted = options.steps + WARM_UP_STEPS
     decoded = 0
 
@@ -115,6 +118,17 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
     choose = partial(_chosen, options.kind, requests)
     profile = {"with_busy": True, "with_ranges": options.profile}
     return summarise(run_loop(observe_run(config, make, choose, is_enough=is_enough, **profile)), config)
+
+
+def _default_requests(options: argparse.Namespace, config: EngineConfig) -> int:
+    """As many as run at once; of prompts, as many as fill the steps."""
+    from hsrpc.bench.run import WARM_UP_STEPS
+    from hsrpc.engine.startup import make_planner
+
+    if options.kind != "prefill":
+        return config.max_batch or make_planner(config).planner.plan().max_batch
+    tokens = (WARM_UP_STEPS + options.steps) * make_planner(config).planner.plan().max_idle_prefill_tokens
+    return max(1, int(tokens // options.prompt))
 
 
 def _chosen(kind: str, requests: int, records: Sequence[StepRecord]) -> list[StepRecord]:
