@@ -38,13 +38,25 @@ class Workload:
 
 
 def make_workload(
-    lengths: Lengths, *, count: int, prompt: int, output: int, vocab_size: int, seed: int = 0
+    lengths: Lengths,
+    *,
+    count: int,
+    prompt: int,
+    output: int,
+    vocab_size: int,
+    longest: int | None = None,
+    seed: int = 0,
 ) -> Workload:
-    """`count` requests of `prompt` tokens that generate `output` tokens, exactly or on average."""
+    """`count` requests of `prompt` tokens that generate `output` tokens, exactly or on average.
+
+    Drawn lengths are cut so that no request has more than `longest` tokens.
+    """
     rng = np.random.default_rng(seed)
-    sizes = [_lengths(lengths, count, mean, rng) for mean in (prompt, output)]
-    prompts = [rng.integers(_FIRST_ID, vocab_size, size).tolist() for size in sizes[0]]
-    return Workload(prompts, sizes[1])
+    sizes, outputs = (_lengths(lengths, count, mean, rng) for mean in (prompt, output))
+    if longest is not None and lengths is not Lengths.UNIFORM:
+        outputs = [min(size, longest - 1) for size in outputs]
+        sizes = [min(size, longest - out) for size, out in zip(sizes, outputs, strict=True)]
+    return Workload([rng.integers(_FIRST_ID, vocab_size, size).tolist() for size in sizes], outputs)
 
 
 def _lengths(lengths: Lengths, count: int, mean: int, rng: np.random.Generator) -> list[int]:

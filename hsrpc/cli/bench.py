@@ -93,10 +93,13 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
     from hsrpc.bench.run import WARM_UP_STEPS, observe_run, summarise
     from hsrpc.bench.workload import Lengths, Workload, make_workload
     from hsrpc.cli.loop import run_loop  # needs the extra `engine`, which --help does not
+    from hsrpc.engine.startup import describe_model
 
     lengths, output = Lengths(options.lengths), 1 if options.kind == "prefill" else options.output
     mean = options.prompt + output // 2
-    longest = (options.prompt + output) * (1 if lengths is Lengths.UNIFORM else 4)
+    longest = options.prompt + output
+    if lengths is not Lengths.UNIFORM:
+        longest = min(4 * longest, describe_model(config)[0].sizes.context_length)
     config = replace(
         config,
         expected_context=config.expected_context or mean,
@@ -108,7 +111,14 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
     decoded = 0
 
     def make(vocab_size: int) -> Workload:
-        return make_workload(lengths, count=requests, prompt=options.prompt, output=output, vocab_size=vocab_size)
+        return make_workload(
+            lengths,
+            count=requests,
+            prompt=options.prompt,
+            output=output,
+            vocab_size=vocab_size,
+            longest=config.max_model_len,
+        )
 
     def is_enough(record: StepRecord) -> bool:
         nonlocal decoded

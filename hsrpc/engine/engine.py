@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
@@ -300,6 +301,7 @@ class Engine:
         if self._opened.device.warms_up:
             await warm_up(self._opened, self._scheduler.limits)
         assert self._warm is not None  # made on entering
+        gc.freeze()  # what was made so far stays: a collection that looks at it takes tens of milliseconds
         self._warm.set_result(None)
         ahead: Step | None = None
         while True:

@@ -116,9 +116,7 @@ async def open_parts(config: EngineConfig, progress: bool) -> Parts:
     stop = threading.Event()
     opening = asyncio.create_task(asyncio.to_thread(_open_parts, config, progress, stop))
     try:
-        parts = await asyncio.shield(opening)
-        gc.freeze()  # what was made while loading stays: a collection that looks at it takes tens of milliseconds
-        return parts
+        return await asyncio.shield(opening)
     except asyncio.CancelledError:
         stop.set()
         await asyncio.wait([opening])

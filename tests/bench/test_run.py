@@ -199,3 +199,14 @@ async def test_the_table_has_the_profile(config, capsys):
     assert set(lines) >= RANGES
     assert "not measured" in lines["GPU busy"]
     assert "25%" in lines["GPU busy"]
+
+
+def test_drawn_lengths_fit_the_model():
+    """No request is longer than the model's context; most keep their length."""
+    options = {"count": 200, "prompt": 100, "output": 20, "vocab_size": 99}
+    free = make_workload(Lengths.SHAREGPT_LIKE, **options)
+    cut = make_workload(Lengths.SHAREGPT_LIKE, **options, longest=256)
+    assert free.longest > 256
+    assert cut.longest == 256
+    same = sum(len(a) == len(b) for a, b in zip(free.prompts, cut.prompts, strict=True))
+    assert 100 < same < 200
