@@ -20,20 +20,23 @@ LOADS = ((1, 4000), (8, 600), (24, 600), (64, 600), (128, 512))
 
 
 def case(shape: tuple[int, int, int], load: tuple[int, int], share: float, dtype: torch.dtype) -> dict[str, object]:
-    """Random rows; of each request's tokens `share` in place, the rest in the buffer; lengths differ a little."""
+    """Random rows; of each request's tokens `share` in place, half of the rest rebuilt; lengths differ a little."""
     (heads, kv_heads, head_dim), (requests, tokens) = shape, load
     width, device = 2 * kv_heads * head_dim, "cuda"
     lengths = [tokens - 3 * i % 50 for i in range(requests)]
     in_place = [int(length * share) for length in lengths]
     blocks = -(-tokens // BLOCK_SIZE)
-    buffered = torch.tensor([0] + [n - m for n, m in zip(lengths, in_place, strict=True)])
+    rebuilt = torch.tensor([0] + [(n - m) // 2 for n, m in zip(lengths, in_place, strict=True)])
+    buffered = torch.tensor([0] + [n - m - (n - m) // 2 for n, m in zip(lengths, in_place, strict=True)])
+    front = int(rebuilt.sum())
     return {
         "queries": torch.randn(requests, 2 * heads * head_dim, device=device, dtype=dtype)[:, : heads * head_dim],
         "pool": torch.randn(requests * blocks * BLOCK_SIZE, width, device=device, dtype=dtype),
-        "buffer": torch.randn(int(buffered.sum()), width, device=device, dtype=dtype),
+        "buffer": torch.randn(front + int(buffered.sum()), width, device=device, dtype=dtype),
         "tables": torch.randperm(requests * blocks, device=device).view(requests, blocks).int(),
         "in_place": torch.tensor(in_place, device=device).int(),
-        "key_starts": buffered.cumsum(0).int().cuda(),
+        "rebuilt_starts": rebuilt.cumsum(0).int().cuda(),
+        "key_starts": (front + buffered.cumsum(0)).int().cuda(),
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "block_size": BLOCK_SIZE,
@@ -45,11 +48,13 @@ def case(shape: tuple[int, int, int], load: tuple[int, int], share: float, dtype
 def reference(given: dict) -> torch.Tensor:
     """In float64, request by request."""
     head_dim, kv_heads = given["head_dim"], given["num_kv_heads"]
-    starts, rows = given["key_starts"].tolist(), []
+    front, starts, rows = given["rebuilt_starts"].tolist(), given["key_starts"].tolist(), []
+    buffer = given["buffer"]
     for i, count in enumerate(given["in_place"].tolist()):
         token = torch.arange(count, device="cuda")
         slots = given["tables"][i][token // BLOCK_SIZE].long() * BLOCK_SIZE + token % BLOCK_SIZE
-        kv = torch.cat((given["pool"][slots], given["buffer"][starts[i] : starts[i + 1]])).double()
+        parts = (given["pool"][slots], buffer[front[i] : front[i + 1]], buffer[starts[i] : starts[i + 1]])
+        kv = torch.cat(parts).double()
         q = given["queries"][i].double().view(-1, head_dim)
         k, v = (p.unflatten(1, (kv_heads, head_dim)) for p in kv.chunk(2, dim=1))
         k, v = (p.repeat_interleave(len(q) // kv_heads, 1) for p in (k, v))

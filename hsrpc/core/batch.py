@@ -5,8 +5,10 @@ Requests are ragged, so their rows are packed one after the other. A mini-batch 
     kv buffer          one row [K|V] a token: for each request its cached tokens, then its new ones. Attention reads it.
     activation buffer  one row [h] a token cached as activation; regeneration turns it into rows of the kv buffer.
 
-A single query's attention also reads the KV blocks that lie on the device, in place: their rows are in no buffer. The
-layout is the same in every layer, because a block has the same number in all of them.
+The attention of a single query need not find its rows in one piece. It also reads the KV blocks that lie on the device,
+in place: their rows are in no buffer. And its rebuilt rows lie at the front of the kv buffer, in the order of the
+activation buffer, so that regeneration writes them where they are read. The layout is the same in every layer, because
+a block has the same number in all of them.
 """
 
 from __future__ import annotations
@@ -71,16 +73,22 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class InPlace:
-    """What the first `d` requests of a mini-batch, of one query each, attend to in the pool of device KV blocks."""
+    """What the first `d` requests, of one query each, attend to beside their kv-buffer rows from `key_starts` on."""
 
     tables: Ints
-    """[d, most blocks] block numbers in token order, 0 behind a request's last."""
+    """[d, most blocks] numbers of device KV blocks in token order, 0 behind a request's last."""
     counts: Ints
-    """[d] tokens, with the new one where its block is one of them."""
+    """[d] tokens in them, with the new one where its block is one of them."""
+    rebuilt_starts: Ints
+    """[d+1] first kv-buffer row rebuilt for each request, then the total: rows of the activation buffer as well."""
 
     @property
     def num_requests(self) -> int:
         return len(self.counts)
+
+    @property
+    def num_rebuilt(self) -> int:
+        return int(self.rebuilt_starts[-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

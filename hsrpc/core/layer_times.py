@@ -11,7 +11,7 @@ from hsrpc.core.plan import REGENERATE_ROWS, Hardware
 from hsrpc.core.sizes import ModelSizes
 
 _PLACE_COPIES = 2
-"""Regenerated rows are read and written once more, to get to where attention reads them."""
+"""Regenerated rows that are copied to where attention reads them are read and written once more."""
 _LOGIT_BYTES = 4
 
 
@@ -39,7 +39,7 @@ class LayerTimes:
         return tokens * each
 
     def place(self, tokens: Number) -> Number:
-        """Regenerated K and V to their rows."""
+        """Regenerated K and V copied to their rows."""
         return tokens * (_PLACE_COPIES * self.sizes.kv_bytes / self.hardware.memory_bandwidth)
 
     def gather(self, tokens: Number) -> Number:

@@ -21,7 +21,7 @@ def lay_out(works: Sequence[Work], block_size: int, window: int | None) -> MiniB
     """Arrays of one mini-batch.
 
     Without a sliding window a request's rows are ordered KV, regenerated, new, so that copies merge; with one they stay
-    in order of position, which the window's mask needs.
+    in order of position, which the window's mask needs. Those rebuilt for single queries come before all others.
     """
     works = sorted(works, key=lambda work: not work.reads_in_place(window))
     num_in_place = sum(work.reads_in_place(window) for work in works)
@@ -32,12 +32,14 @@ def lay_out(works: Sequence[Work], block_size: int, window: int | None) -> MiniB
     in_place, new_in_place = _in_place(table, num_in_place, len(works))
     blocks = table.select((table.pool != PoolId.DEVICE_KV) | (table.owner >= num_in_place))
     blocks = blocks.select(blocks.cached > 0)
+    in_front = blocks.is_activation & (blocks.owner < num_in_place)
     if window is None:
-        blocks = blocks.select(np.argsort(2 * blocks.owner + blocks.is_activation, kind="stable"))
-    cached = np.bincount(blocks.owner, blocks.cached, len(works)).astype(np.int64)
+        order = np.argsort(2 * blocks.owner + blocks.is_activation + 2 * len(works) * ~in_front, kind="stable")
+        blocks, in_front = blocks.select(order), in_front[order]
+    behind = np.bincount(blocks.owner, blocks.cached * ~in_front, len(works)).astype(np.int64)
     new = counts - new_in_place
-    key_starts, query_starts = starts(cached + new), starts(counts)
-    targets = starts(blocks.cached)[:-1] + starts(new)[blocks.owner]
+    key_starts, query_starts = starts(behind + new) + in_place.num_rebuilt, starts(counts)
+    targets = starts(blocks.cached)[:-1] + np.where(in_front, 0, starts(new)[blocks.owner])
     activations = blocks.is_activation
     rebuilt = blocks.select(activations)
     return MiniBatch(
@@ -47,7 +49,7 @@ def lay_out(works: Sequence[Work], block_size: int, window: int | None) -> MiniB
         query_starts=query_starts,
         key_starts=key_starts,
         in_place=in_place,
-        new_rows=Rows(expand(query_starts[:-1], new), expand(key_starts[:-1] + cached, new)),
+        new_rows=Rows(expand(query_starts[:-1], new), expand(key_starts[:-1] + behind, new)),
         kv_loads=_loads(blocks, BlockKind.KV, targets, block_size),
         activation_loads=_loads(rebuilt, BlockKind.ACTIVATION, starts(rebuilt.cached)[:-1], block_size),
         activation_rows=expand(targets[activations], rebuilt.cached),
@@ -102,14 +104,16 @@ def _read_tables(works: Sequence[Work], contexts: Ints, counts: Ints, block_size
 
 
 def _in_place(table: _Blocks, num_works: int, num_all: int) -> tuple[InPlace, Ints]:
-    """What the first works read in place; and for each of all, whether (1) or not (0) its new row is part of it."""
+    """What the first works read apart; and for each of all, whether (1) or not (0) its new row is read in place."""
+    rebuilt = table.select(table.is_activation & (table.owner < num_works))
     blocks = table.select((table.pool == PoolId.DEVICE_KV) & (table.owner < num_works))
     lengths = np.bincount(blocks.owner, minlength=num_works)
     tables = np.zeros((num_works, int(lengths.max(initial=0))), dtype=np.int64)
     tables[blocks.owner, expand(np.zeros_like(lengths), lengths)] = blocks.index
     counts = np.bincount(blocks.owner, blocks.filled, num_works).astype(np.int64)
     new = np.bincount(blocks.owner, blocks.filled - blocks.cached, num_all).astype(np.int64)
-    return InPlace(tables, counts), new
+    rebuilt_starts = starts(np.bincount(rebuilt.owner, rebuilt.cached, num_works).astype(np.int64))
+    return InPlace(tables, counts, rebuilt_starts), new
 
 
 def _new_tokens(works: Sequence[Work]) -> Ints:

@@ -132,7 +132,7 @@ class StepModel:
             "mini_batches": mini_batches,
             "bus": layers * self._bus(c, host),
             "forward": layers * self.layer.forward(queries, mini_batches),
-            "regenerate": layers * (self.layer.regenerate(regenerated) + self.layer.place(regenerated)),
+            "regenerate": layers * (self.layer.regenerate(regenerated) + self._placing(regenerated)),
             "gather": layers * self.layer.gather(device * c.device_share),
             "attention": layers * self.layer.attention(tokens, queries, self.traffic.attended),
             "head": self.layer.head(c.batch),
@@ -196,6 +196,10 @@ class StepModel:
             np.where(on_device, 0.0, exposed),
             np.where(on_device, boundary, 0.0),
         )
+
+    def _placing(self, regenerated: Number) -> Number:
+        """With a sliding window K and V are copied to rows in order of position; else they are written in place."""
+        return 0.0 * regenerated if self.sizes.sliding_window is None else self.layer.place(regenerated)
 
     def _store(self, c: Candidates, on_host: Number) -> Number:
         """All layers' seconds to store the rows of new tokens that lie on the host."""

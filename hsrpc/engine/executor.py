@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,8 @@ class _Batch:
     packed: PackedRows | None
     """Of the requests after them; None: there are none."""
     num_in_place: int
+    num_rebuilt: int
+    """Rows at the front of both buffers that regeneration turns into one another."""
     new_rows: DeviceRows
     activation_rows: torch.Tensor
     activation_positions: torch.Tensor
@@ -213,6 +216,7 @@ class Executor:
             in_place=self._in_place_rows(batch),
             packed=self._packed_rows(batch),
             num_in_place=batch.in_place.num_requests,
+            num_rebuilt=batch.in_place.num_rebuilt,
             new_rows=self._cache.upload_rows(batch.new_rows),
             activation_rows=upload(batch.activation_rows),
             activation_positions=upload(batch.activation_positions),
@@ -229,7 +233,8 @@ class Executor:
             tables=upload(rows.tables.astype(np.int32)),
             counts=upload(rows.counts.astype(np.int32)),
             key_starts=upload(key_starts.astype(np.int32)),
-            most_keys=int((rows.counts + np.diff(key_starts)).max()),
+            rebuilt_starts=upload(rows.rebuilt_starts.astype(np.int32)),
+            most_keys=int((rows.counts + np.diff(rows.rebuilt_starts) + np.diff(key_starts)).max()),
         )
 
     def _packed_rows(self, batch: MiniBatch) -> PackedRows | None:
@@ -288,12 +293,16 @@ class Executor:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _regenerate(self, w: Weights, staged: Staged, batch: _Batch) -> None:
-        """Rebuild K and V of the cached activations and put them where attention reads them."""
-        total = len(batch.activation_rows)
-        for start in range(0, total, REGENERATE_ROWS):
-            rows = slice(start, min(start + REGENERATE_ROWS, total))
-            kv = self._family.keys_values(w, staged.buffers.activations[rows], batch.activation_positions[rows])
-            staged.buffers.kv.index_copy_(0, batch.activation_rows[rows], kv)
+        """Rebuild K and V of the cached activations where attention reads them; rows of chunks are copied there."""
+        total, in_front, kv = len(batch.activation_rows), batch.num_rebuilt, staged.buffers.kv
+        pieces = [*range(0, in_front, REGENERATE_ROWS), *range(in_front, total, REGENERATE_ROWS), total]
+        for start, end in pairwise(pieces):
+            rows = slice(start, end)
+            out = kv[rows] if start < in_front else torch.empty_like(kv[rows])
+            x, positions = staged.buffers.activations[rows], batch.activation_positions[rows]
+            self._family.keys_values(w, x, positions, out)
+            if start >= in_front:
+                kv.index_copy_(0, batch.activation_rows[rows], out)
 
     def _sample(self, step: Step, batches: Sequence[_Batch]) -> list[Sampled]:
         """Tokens of the works that sample; waits for the device, since the next step depends on them."""

@@ -87,7 +87,13 @@ class DecodeGraphs:
     def _forward(self, size: int) -> None:
         family, given = self._family, self._input[:size]
         positions, slots = given[:, _POSITION].long(), given[:, _SLOT].long()
-        rows = InPlaceRows(given[:, _TABLE:], given[:, _COUNT].contiguous(), self._nothing, self._max_model_len)
+        rows = InPlaceRows(
+            tables=given[:, _TABLE:],
+            counts=given[:, _COUNT].contiguous(),
+            rebuilt_starts=self._nothing,
+            key_starts=self._nothing,
+            most_keys=self._max_model_len,
+        )
         hidden = family.embed(self._weights.fixed, given[:, _TOKEN].long(), positions)
         for layer, weights in enumerate(self._weights.layers):
             w, pool = weights.resident, self._cache.device_kv(layer)

@@ -15,7 +15,7 @@ from hsrpc.core.sizes import ModelSizes
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InPlaceRows:
     """What `d` requests of one query each attend to: int32 on the device, a query sees all its keys."""
 
@@ -23,8 +23,10 @@ class InPlaceRows:
     """[d, b] blocks of the pool."""
     counts: torch.Tensor
     """[d] tokens in them."""
+    rebuilt_starts: torch.Tensor
+    """[d+1] rows of the buffer, from one to the next."""
     key_starts: torch.Tensor
-    """[d+1] rows of the buffer."""
+    """[d+1] more rows of the buffer."""
     most_keys: int
     """Bound on the keys of a request."""
 
@@ -73,6 +75,7 @@ class Attention:
             kv,
             tables=rows.tables,
             in_place=rows.counts,
+            rebuilt_starts=rows.rebuilt_starts,
             key_starts=rows.key_starts,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -85,11 +88,12 @@ class Attention:
         self, queries: torch.Tensor, pool: torch.Tensor, kv: torch.Tensor, rows: InPlaceRows
     ) -> torch.Tensor:
         out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
-        starts, counts = rows.key_starts.tolist(), rows.counts.tolist()
+        rebuilt, starts = rows.rebuilt_starts.tolist(), rows.key_starts.tolist()
         offsets = torch.arange(self._block_size)
-        for i, (count, start, end) in enumerate(zip(counts, starts, starts[1:], strict=False)):
+        for i, count in enumerate(rows.counts.tolist()):
             found = (rows.tables[i, :, None] * self._block_size + offsets).flatten()[:count]
-            keys = torch.cat((pool.index_select(0, found), kv[start:end]))
+            parts = (pool.index_select(0, found), kv[rebuilt[i] : rebuilt[i + 1]], kv[starts[i] : starts[i + 1]])
+            keys = torch.cat(parts)
             alone = PackedRows(rows.counts, rows.counts, (0, 1), (0, len(keys)), 1, len(keys))
             out[i : i + 1] = self.packed(queries[i : i + 1], keys, alone)
         return out

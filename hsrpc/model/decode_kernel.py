@@ -44,6 +44,7 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     tables,  # noqa: ANN001
     table_stride,  # noqa: ANN001
     in_place,  # noqa: ANN001
+    rebuilt_starts,  # noqa: ANN001
     key_starts,  # noqa: ANN001
     scale,  # noqa: ANN001
     BLOCK_SIZE: tl.constexpr,  # noqa: N803
@@ -55,11 +56,13 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     KEYS: tl.constexpr,  # noqa: N803
     PARTS: tl.constexpr,  # noqa: N803
 ) -> None:
-    """One request, KV head and part of its keys: those in place come first, those in the buffer after them."""
+    """One request, KV head and part of its keys: first those in place, then the rebuilt ones, then the others."""
     request, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     count = tl.load(in_place + request)
+    rebuilt = tl.load(rebuilt_starts + request)
+    front = count + tl.load(rebuilt_starts + request + 1) - rebuilt
     start = tl.load(key_starts + request)
-    num_keys = count + tl.load(key_starts + request + 1) - start
+    num_keys = front + tl.load(key_starts + request + 1) - start
     size = tl.cdiv(tl.cdiv(num_keys, PARTS), KEYS) * KEYS
     low = part * size
     high = tl.minimum(low + size, num_keys)
@@ -82,10 +85,17 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: PLR0917
         rows = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
         k_rows = pool + rows[:, None] * (2 * width) + columns[None, :]
         m, total, acc = _accumulate(q, m, total, acc, k_rows, k_rows + width, valid, scale, d, HEAD_DIM, GROUP_TILE > 1)
-    for first in range(tl.maximum(low, count), high, KEYS):
+    end = tl.minimum(high, front)
+    for first in range(tl.maximum(low, count), end, KEYS):
+        key = first + tl.arange(0, KEYS)
+        valid = key < end
+        rows = (rebuilt + key - count).to(tl.int64)
+        k_rows = buffer + rows[:, None] * (2 * width) + columns[None, :]
+        m, total, acc = _accumulate(q, m, total, acc, k_rows, k_rows + width, valid, scale, d, HEAD_DIM, GROUP_TILE > 1)
+    for first in range(tl.maximum(low, front), high, KEYS):
         key = first + tl.arange(0, KEYS)
         valid = key < high
-        rows = (start + key - count).to(tl.int64)
+        rows = (start + key - front).to(tl.int64)
         k_rows = buffer + rows[:, None] * (2 * width) + columns[None, :]
         m, total, acc = _accumulate(q, m, total, acc, k_rows, k_rows + width, valid, scale, d, HEAD_DIM, GROUP_TILE > 1)
     in_group = g < GROUP
@@ -130,6 +140,7 @@ def decode_attention(
     *,
     tables: torch.Tensor,
     in_place: torch.Tensor,
+    rebuilt_starts: torch.Tensor,
     key_starts: torch.Tensor,
     num_kv_heads: int,
     head_dim: int,
@@ -139,9 +150,9 @@ def decode_attention(
 ) -> torch.Tensor:
     """[d, q] for one query a request [d, q] (rows may be strided).
 
-    Its keys are rows [K|V] of `pool` [*, 2*kv], `in_place[i]` of them in the blocks of `tables` [d, b], and rows
-    `key_starts[i]` to `key_starts[i+1]` of `buffer` [*, 2*kv]. Integers are int32. `most_keys` a request bounds the
-    parts into which keys are divided. A request without keys gets zeros.
+    Its keys are rows [K|V] of `pool` [*, 2*kv], `in_place[i]` of them in the blocks of `tables` [d, b], and of `buffer`
+    [*, 2*kv]: rows `rebuilt_starts[i]` to `rebuilt_starts[i+1]`, and `key_starts[i]` to `key_starts[i+1]`. Integers are
+    int32. `most_keys` a request bounds the parts into which keys are divided. A request without keys gets zeros.
     """
     num_requests, width = queries.shape
     num_heads = width // head_dim
@@ -165,6 +176,7 @@ def decode_attention(
         tables,
         tables.stride(0),
         in_place,
+        rebuilt_starts,
         key_starts,
         scale,
         BLOCK_SIZE=block_size,

@@ -112,8 +112,8 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def keys_values(self, w: Weights, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """[K|V] [n, 2*kv] rebuilt from the stored attention input `x` [n, h] by one GEMM."""
+    def keys_values(self, w: Weights, x: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+        """[K|V] rebuilt from the stored attention input `x` [n, h] by one GEMM, into `out` [n, 2*kv], contiguous."""
 
     @abstractmethod
     def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,13 @@ def project(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
     return functional.linear(x, w[f"{name}_weight"], w.get(f"{name}_bias"))
 
 
-def project_rows(w: Weights, name: str, x: torch.Tensor, start: int) -> torch.Tensor:
-    """As `project`, with the weight's rows from `start` on."""
-    bias = w.get(f"{name}_bias")
-    return functional.linear(x, w[f"{name}_weight"][start:], None if bias is None else bias[start:])
+def project_rows(w: Weights, name: str, x: torch.Tensor, start: int, out: torch.Tensor) -> None:
+    """As `project`, with the weight's rows from `start` on, into `out` [n, out]."""
+    weight, bias = w[f"{name}_weight"][start:].t(), w.get(f"{name}_bias")
+    if bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(bias[start:], x, weight, out=out)
 
 
 def layer_norm(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:

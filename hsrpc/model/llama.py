@@ -98,10 +98,9 @@ class Llama(Family):
         self._rotate(fused[:, : self.q_size + self.kv_size], positions)
         return fused[:, : self.q_size], fused[:, self.q_size :]
 
-    def keys_values(self, w: Weights, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        kv = project_rows(w, "qkv", x, self.q_size)
-        self._rotate(kv[:, : self.kv_size], positions)
-        return kv
+    def keys_values(self, w: Weights, x: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+        project_rows(w, "qkv", x, self.q_size, out)
+        self._rotate(out[:, : self.kv_size], positions)
 
     def _rotate(self, heads: torch.Tensor, positions: torch.Tensor) -> None:
         if self._frequencies.device != positions.device:

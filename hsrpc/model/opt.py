@@ -122,8 +122,8 @@ class Opt(Family):
         fused = project(w, "qkv", x)
         return fused[:, : self.q_size], fused[:, self.q_size :]
 
-    def keys_values(self, w: Weights, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return project_rows(w, "qkv", x, self.q_size)
+    def keys_values(self, w: Weights, x: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+        project_rows(w, "qkv", x, self.q_size, out)
 
     def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         hidden = hidden + project(w, "out", attended)

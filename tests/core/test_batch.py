@@ -123,6 +123,27 @@ def rows_in_place(case: Case, batch: MiniBatch, index: int) -> list[Token]:
     return [slots[PoolId.DEVICE_KV, int(table[block]) * case.block_size + offset] for block, offset in places]
 
 
+def rebuilt_rows(batch: MiniBatch, index: int) -> range:
+    """Of the kv buffer, and of the activation buffer as well."""
+    if index >= batch.in_place.num_requests:
+        return range(0)
+    starts = batch.in_place.rebuilt_starts
+    return range(starts[index], starts[index + 1])
+
+
+def is_activation(case: Case, token: Token) -> bool:
+    return case.slot(*token)[0].kind is BlockKind.ACTIVATION
+
+
+@given(case=cases())
+def test_rows_in_front_are_rebuilt_where_they_are_read(case: Case):
+    """Row by row from the activation buffer to the same row of the kv buffer."""
+    batch = lay_out(case.works, case.block_size, case.window)
+    count = batch.in_place.num_rebuilt
+    assert batch.activation_rows[:count].tolist() == list(range(count))
+    assert all(row >= count for row in batch.activation_rows[count:])
+
+
 @given(case=cases())
 @settings(max_examples=150)
 def test_attention_reads_exactly_what_it_must(case: Case):
@@ -132,7 +153,8 @@ def test_attention_reads_exactly_what_it_must(case: Case):
     assert sorted(buffer) == list(range(batch.num_rows))
     for index, work in enumerate(batch.works):
         number = case.number(work)
-        rows = [buffer[row] for row in range(batch.key_starts[index], batch.key_starts[index + 1])]
+        behind = range(batch.key_starts[index], batch.key_starts[index + 1])
+        rows = [buffer[row] for row in [*rebuilt_rows(batch, index), *behind]]
         in_place = rows_in_place(case, batch, index)
         new = [(number, work.context + i) for i in range(work.count)]
         wanted = [(number, position) for position in case.attended(number)] + new
@@ -143,6 +165,8 @@ def test_attention_reads_exactly_what_it_must(case: Case):
             assert rows[len(rows) - work.count :] == new
         else:
             assert all(case.slot(*token)[0] is not PoolId.DEVICE_KV for token in rows)
+            front = {buffer[row] for row in rebuilt_rows(batch, index)}
+            assert front == {token for token in rows if token not in new and is_activation(case, token)}
         if case.window is not None:
             assert rows == wanted
 

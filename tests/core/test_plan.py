@@ -89,9 +89,7 @@ def decode_rate(sizes: ModelSizes, hardware: Hardware, plan: Plan) -> float:
     )
     regenerated = device * device_share + host * host_share
     regenerate = regenerated * 4 * sizes.hidden_size * sizes.kv_size / hardware.gemm_rate
-    copies = (regenerated * 2 * sizes.kv_bytes + device * device_share * 2 * sizes.activation_bytes) / (
-        hardware.memory_bandwidth
-    )
+    copies = device * device_share * 2 * sizes.activation_bytes / hardware.memory_bandwidth
     attention = max(
         tokens * sizes.kv_bytes / hardware.memory_bandwidth,
         batch * sizes.attention_flop(context) / hardware.gemm_rate,

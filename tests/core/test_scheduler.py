@@ -233,7 +233,9 @@ class Harness:
         tokens = {}
         for i, work in enumerate(batch.works):
             rows_of_request = range(batch.key_starts[i], batch.key_starts[i + 1])
-            held = sorted([buffer[row] for row in rows_of_request] + self._in_place(batch, i))
+            front = batch.in_place.rebuilt_starts[i : i + 2] if i < batch.in_place.num_requests else (0, 0)
+            rows = [buffer[row] for row in [*range(*front), *rows_of_request]]
+            held = sorted(rows + self._in_place(batch, i))
             assert held == list(enumerate(work.request.token_ids[: work.context + work.count]))
             if work.samples:
                 tokens[work.request.arrival] = next_token([token for _, token in held])

@@ -41,22 +41,32 @@ def dense(q: torch.Tensor, kv: torch.Tensor, sizes: ModelSizes) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
-@given(parts=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 7)), min_size=1, max_size=4), seed=st.integers(0, 9))
+@given(
+    parts=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 7), st.integers(0, 5)), min_size=1, max_size=4),
+    seed=st.integers(0, 9),
+)
 def test_a_query_sees_its_blocks_and_its_buffer_rows(
-    heads: tuple[int, int], parts: list[tuple[int, int]], seed: int
+    heads: tuple[int, int], parts: list[tuple[int, int, int]], seed: int
 ) -> None:
     """Any mix, blocks scattered and the last one partly filled; a row of another request changes nothing."""
-    parts = [(in_place, max(buffered, in_place == 0)) for in_place, buffered in parts]
+    parts = [(in_place, max(buffered, not in_place + front), front) for in_place, buffered, front in parts]
     sizes, random = make_sizes(*heads), torch.Generator().manual_seed(seed)
     attention = Attention(sizes, 0.3, BLOCK_SIZE, torch.device("cpu"), torch.float32)
-    starts = [sum(buffered for _, buffered in parts[:i]) for i in range(len(parts) + 1)]
+    rebuilt = [sum(front for *_, front in parts[:i]) for i in range(len(parts) + 1)]
+    starts = [rebuilt[-1] + sum(buffered for _, buffered, _ in parts[:i]) for i in range(len(parts) + 1)]
     pool = torch.randn(NUM_BLOCKS * BLOCK_SIZE, 2 * sizes.kv_size, generator=random)
     kv = torch.randn(starts[-1], 2 * sizes.kv_size, generator=random)
     tables = torch.stack([torch.randperm(NUM_BLOCKS, generator=random)[:5] for _ in parts]).int()
     queries = torch.randn(len(parts), sizes.hidden_size, generator=random)
-    rows = InPlaceRows(tables, torch.tensor([count for count, _ in parts]).int(), torch.tensor(starts).int(), 27)
+    rows = InPlaceRows(
+        tables=tables,
+        counts=torch.tensor([count for count, *_ in parts]).int(),
+        rebuilt_starts=torch.tensor(rebuilt).int(),
+        key_starts=torch.tensor(starts).int(),
+        most_keys=32,
+    )
     found = attention.in_place(queries, pool, kv, rows)
-    for i, (count, _) in enumerate(parts):
+    for i, (count, *_) in enumerate(parts):
         slots = [int(tables[i, token // BLOCK_SIZE]) * BLOCK_SIZE + token % BLOCK_SIZE for token in range(count)]
-        keys = torch.cat((pool[slots], kv[starts[i] : starts[i + 1]]))
+        keys = torch.cat((pool[slots], kv[rebuilt[i] : rebuilt[i + 1]], kv[starts[i] : starts[i + 1]]))
         torch.testing.assert_close(found[i], dense(queries[i], keys, sizes), rtol=1e-5, atol=1e-5)

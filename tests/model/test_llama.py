@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from tests.model.conftest import rebuild
+
 SIZES: dict[str, object] = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -81,6 +83,6 @@ def test_keys_depend_on_position_and_values_do_not(assert_same_logits):
     """Rotation turns K with the stored position and leaves V alone."""
     packed = assert_same_logits(make_llama())
     x = torch.randn(1, 32)
-    first, later = (packed.family.keys_values(packed.layers[0], x, torch.tensor([p])) for p in (0, 9))
+    first, later = (rebuild(packed.family, packed.layers[0], x, torch.tensor([p])) for p in (0, 9))
     assert not torch.allclose(first[:, :32], later[:, :32])
     assert torch.equal(first[:, 32:], later[:, 32:])

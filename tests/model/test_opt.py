@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
+from tests.model.conftest import rebuild
+
 
 def make_model(**settings: object) -> OPTForCausalLM:
     defaults: dict[str, object] = {
@@ -63,7 +65,7 @@ def test_key_and_value_rows_of_the_fused_weight_are_one_view(assert_same_logits)
     tail = w["qkv_weight"][24:]
     assert tail.is_contiguous()
     expected = x @ tail.T + w["qkv_bias"][24:]
-    torch.testing.assert_close(packed.family.keys_values(w, x, torch.arange(4)), expected)
+    torch.testing.assert_close(rebuild(packed.family, w, x, torch.arange(4)), expected)
 
 
 def test_logits_are_float32_for_half_precision_weights(assert_same_logits):
