@@ -49,11 +49,26 @@ def add_parser(commands: Commands) -> None:
         metavar="SECONDS",
         help="for one step, before health says that the process hangs (default: 300)",
     )
+    _add_message_options(parser)
     add_security_options(parser)
     _add_operations_options(parser)
     add_engine_options(parser)
     add_settings(parser)
     parser.set_defaults(run=run)
+
+
+def _add_message_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("messages of a stream, where a request sets nothing else")
+    group.add_argument(
+        "--max-tokens-per-message", type=int, default=1024, metavar="N", help="at most 1024 (default: 1024)"
+    )
+    group.add_argument(
+        "--max-message-delay",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="for tokens to wait for others; the first never waits (default: 0, and up to 0.05 with very many streams)",
+    )
 
 
 def _add_operations_options(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +106,8 @@ def run(options: argparse.Namespace) -> None:
         security=security_config(options),
         drain_timeout=options.shutdown_timeout,
         write_timeout=options.write_timeout,
+        max_tokens_per_message=options.max_tokens_per_message,
+        max_message_delay=options.max_message_delay,
         step_timeout=options.step_timeout,
         metrics_port=options.metrics_port,
         metrics_host=options.metrics_host,

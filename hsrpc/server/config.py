@@ -8,6 +8,11 @@ from dataclasses import dataclass, field
 from hsrpc.errors import ConfigError
 from hsrpc.server.security import SecurityConfig
 
+MAX_MESSAGE_TOKENS = 1024
+"""With all logprobs these are a tenth of the 4 MiB that clients take by default."""
+MAX_MESSAGE_DELAY = 60.0
+"""Seconds."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
@@ -37,6 +42,10 @@ class ServerConfig:
     """URL that spans are sent to, such as http://localhost:4318/v1/traces; None: as the OTEL_* variables say."""
     max_message_bytes: int = 4 * 1024**2
     """Largest request taken, bytes."""
+    max_tokens_per_message: int = MAX_MESSAGE_TOKENS
+    """Where a request sets none."""
+    max_message_delay: float = 0.0
+    """Seconds, where a request sets none; 0 sends at once, except that very many streams gather for up to 50 ms."""
     max_streams_per_connection: int = 4096
     """Most calls that one connection has at once; a client keeps more than that to itself."""
     security: SecurityConfig = field(default_factory=SecurityConfig)
@@ -54,6 +63,14 @@ class ServerConfig:
         for name in ("max_message_bytes", "max_streams_per_connection"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "not positive", "give 1 or more")
+        if not 1 <= self.max_tokens_per_message <= MAX_MESSAGE_TOKENS:
+            raise ConfigError(
+                "max_tokens_per_message", self.max_tokens_per_message, "out of range", f"give 1 to {MAX_MESSAGE_TOKENS}"
+            )
+        if not 0 <= self.max_message_delay <= MAX_MESSAGE_DELAY:
+            raise ConfigError(
+                "max_message_delay", self.max_message_delay, "out of range", f"give 0 to {MAX_MESSAGE_DELAY:g} seconds"
+            )
         self.security.check_exposure(self.host)
 
     @property

@@ -21,14 +21,12 @@ from hsrpc.core.request import (
     TokenLogprob,
 )
 from hsrpc.errors import InvalidRequestError
+from hsrpc.server.config import MAX_MESSAGE_DELAY, MAX_MESSAGE_TOKENS, ServerConfig
 from hsrpc.server.status import NotSupportedError
 from hsrpc.v1 import generation_pb2 as v1
 
 MAX_REQUEST_ID_LENGTH = 128
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_LENGTH}}}")
-MAX_MESSAGE_DELAY = 60.0
-MAX_MESSAGE_TOKENS = 1024
-"""With all logprobs these are a tenth of the 4 MiB that clients take by default."""
 
 _SAMPLING = (
     "temperature",
@@ -145,16 +143,17 @@ def with_path(error: InvalidRequestError, request: v1.GenerateRequest) -> Invali
     return InvalidRequestError(path + bracket + index, error.description)
 
 
-def read_output(output: v1.Output) -> OutputOptions:
-    """How the output is to be sent.
+def read_output(output: v1.Output, config: ServerConfig) -> OutputOptions:
+    """How the output is to be sent; where it does not say, as `config` has it.
 
     Raises:
         InvalidRequestError: naming the field.
     """
-    most = output.max_tokens_per_message if output.HasField("max_tokens_per_message") else MAX_MESSAGE_TOKENS
+    given = output.HasField("max_tokens_per_message")
+    most = output.max_tokens_per_message if given else config.max_tokens_per_message
     if most < 1:
         raise InvalidRequestError("output.max_tokens_per_message", f"{most} is less than 1")
-    delay = _seconds(output.max_message_delay)
+    delay = _seconds(output.max_message_delay) if output.HasField("max_message_delay") else config.max_message_delay
     if not 0 <= delay <= MAX_MESSAGE_DELAY:
         raise InvalidRequestError("output.max_message_delay", f"{delay} s is outside [0, {MAX_MESSAGE_DELAY}]")
     return OutputOptions(output.echo_prompt, output.return_token_ids, min(most, MAX_MESSAGE_TOKENS), delay)

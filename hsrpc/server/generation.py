@@ -8,6 +8,7 @@ from contextlib import aclosing
 from hsrpc.core.request import Delta
 from hsrpc.errors import InvalidRequestError, RequestFailedError
 from hsrpc.server.caller import current_caller
+from hsrpc.server.config import ServerConfig
 from hsrpc.server.contract import Engine, Generation
 from hsrpc.server.convert import (
     OutputOptions,
@@ -33,8 +34,9 @@ from hsrpc.v1 import generation_pb2 as v1
 class GenerationService:
     """Methods of hsrpc.v1.GenerationService."""
 
-    def __init__(self, state: ServerState) -> None:
+    def __init__(self, state: ServerState, config: ServerConfig) -> None:
         self._state = state
+        self._config = config
         self._owners = Owners()
         self._turns = Turns()
 
@@ -42,7 +44,7 @@ class GenerationService:
         """Send the continuation of the prompt; however this ends, the engine's work for it ends too."""
         with self._state.admit() as engine:
             check_model(engine, request)
-            options = read_output(request.output)
+            options = read_output(request.output, self._config)
             generation = await _submit(engine, request)
             note_generation(generation, engine.spec.name, request.text)
             try:

@@ -132,7 +132,7 @@ def _service_handlers(
     observers: Sequence[CallObserver],
     counters: Sequence[CallObserver],
 ) -> list[grpc.GenericRpcHandler]:
-    generation, model, info = GenerationService(state), ModelService(state), InfoService(state)
+    generation, model, info = GenerationService(state, config), ModelService(state), InfoService(state)
     wait, told = config.write_timeout, [*counters, *observers]
     methods = {
         GENERATION: {

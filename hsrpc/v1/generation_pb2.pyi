@@ -319,12 +319,14 @@ class Output(google.protobuf.message.Message):
     """Deltas carry token ids. Default false: text only."""
     max_tokens_per_message: builtins.int
     """Most tokens in one delta, at least 1. Text that cannot be told apart comes with the first of the deltas that share
-    its tokens. Default 1024; a delta carries what has gathered since the last one.
+    its tokens. Default: the server's own, which is 1024 unless its operator says otherwise; a delta carries what has
+    gathered since the last one.
     """
     @property
     def max_message_delay(self) -> google.protobuf.duration_pb2.Duration:
         """How long tokens may wait for others, so that fewer messages are sent; at most a minute. The first token never
-        waits. Default 0: send at once; a server with very many streams lets tokens gather for up to 50 ms.
+        waits. Default: the server's own, which is 0 unless its operator says otherwise. With 0 they are sent at once; a
+        server with very many streams lets tokens gather for up to 50 ms.
         """
 
     def __init__(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 
+import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from hsrpc.core.request import Delta, FinishReason, SamplingParams, TokenLogprob
+from hsrpc.server import ServerConfig
+from hsrpc.server.listener import Server
 from hsrpc.v1 import generation_pb2 as v1
+from hsrpc.v1 import generation_pb2_grpc
 from tests.server.conftest import until
 
 
@@ -48,6 +52,24 @@ async def test_start_has_the_prompts_facts_and_every_default(stub):
     assert start.output.HasField("echo_prompt")
     for name in ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "repetition_penalty", "seed"):
         assert start.sampling.HasField(name), name
+
+
+async def test_the_operator_has_the_defaults_of_messages(engine):
+    """What a request leaves out is as the server was told; what it sets, 0 too, is as it says. Both come back."""
+    server = Server(ServerConfig(port=0, max_tokens_per_message=2, max_message_delay=0.02))
+    await server.start()
+    await server.attach(engine)
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        own = v1.Output(return_token_ids=True)
+        responses = await collect(stub, v1.GenerateRequest(text="Hello", output=own))
+        assert responses[0].start.output.max_tokens_per_message == 2
+        assert responses[0].start.output.max_message_delay.ToMilliseconds() == 20
+        assert max(len(response.delta.token_ids) for response in responses) <= 2
+        asked = v1.Output(max_tokens_per_message=7, max_message_delay=Duration())
+        start = (await collect(stub, v1.GenerateRequest(text="Hello", output=asked)))[0].start
+        assert (start.output.max_tokens_per_message, start.output.max_message_delay.ToMilliseconds()) == (7, 0)
+    await server.stop()
 
 
 async def test_zero_is_not_unset(stub, engine):

@@ -150,7 +150,17 @@ async def test_a_taken_port_is_a_config_error(server):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"port": 65_536}, {"drain_timeout": -1.0}, {"write_timeout": float("nan")}, {"max_message_bytes": 0}]
+    "settings",
+    [
+        {"port": 65_536},
+        {"drain_timeout": -1.0},
+        {"write_timeout": float("nan")},
+        {"max_message_bytes": 0},
+        {"max_tokens_per_message": 0},
+        {"max_tokens_per_message": 1025},
+        {"max_message_delay": -0.1},
+        {"max_message_delay": float("nan")},
+    ],
 )
 def test_a_bad_setting_is_named(settings):
     """A setting that cannot work is refused when the config is made."""
