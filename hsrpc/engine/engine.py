@@ -8,25 +8,25 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
-from functools import partial
 from random import Random
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 from uuid import uuid4
 
 from hsrpc.config import EngineConfig
 from hsrpc.core.batch import Step
-from hsrpc.core.blocks import BlockManager, PoolId
+from hsrpc.core.blocks import BlockManager
 from hsrpc.core.detokenizer import Detokenizer
 from hsrpc.core.plan import Plan
 from hsrpc.core.request import Delta, FinishReason, Request, SamplingParams
-from hsrpc.core.scheduler import Output, Scheduler, SchedulerLimits
-from hsrpc.core.stopping import StopMatcher
+from hsrpc.core.scheduler import Scheduler, SchedulerLimits
 from hsrpc.engine.admission import Admission
 from hsrpc.engine.generation import Generation
-from hsrpc.engine.output import Stream, TokenOutput, next_deltas
+from hsrpc.engine.meter import Meter
+from hsrpc.engine.output import TokenOutput
 from hsrpc.engine.startup import Parts, open_parts, release
 from hsrpc.engine.stats import EngineStats, StepRecord
+from hsrpc.engine.streams import Streams
 from hsrpc.engine.token_ids import TokenIdsOnly
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.validation import Validator
@@ -34,10 +34,8 @@ from hsrpc.engine.warm_up import warm_up
 from hsrpc.errors import (
     EngineFaultError,
     EngineUnavailableError,
-    HsrpcError,
     OutOfDeviceMemoryError,
     RequestExistsError,
-    RequestFailedError,
 )
 from hsrpc.model.family import ModelSpec
 from hsrpc.model.sampler import Sampled
@@ -46,16 +44,6 @@ _log = logging.getLogger(__name__)
 
 _STOP_SECONDS = 10.0
 """Most time that the tasks, and the device calls of their threads, have to end when the engine is left."""
-_OUTPUT_STEPS = 2
-"""Steps whose output may wait for detokenising before the next one does."""
-
-
-class _Outputs(NamedTuple):
-    """What goes to the consumers together."""
-
-    items: Sequence[TokenOutput]
-    is_step: bool
-    """It holds a place in the semaphore."""
 
 
 class Engine:
@@ -83,20 +71,13 @@ class Engine:
         self._observe = observe
         self._progress = progress
         self._parts: Parts | None = None
-        self._streams: dict[str, Stream] = {}
-        # Unbounded, but holds at most _OUTPUT_STEPS steps (by the semaphore) and one end of each live request.
-        self._outputs: asyncio.Queue[_Outputs] = asyncio.Queue()
-        self._output_room = asyncio.Semaphore(_OUTPUT_STEPS)
         self._wake = asyncio.Event()
         self._warm: asyncio.Future[None] | None = None
         self._failed: asyncio.Future[None] | None = None
         self._main: asyncio.Task[None] | None = None
         self._accepts = False
-        self._last_beat = self._step_began = 0.0
+        self._last_beat = 0.0
         self._arrivals = 0
-        self._counts = dict.fromkeys(("steps", "prompt_tokens", "generated_tokens"), 0)
-        self._step_seconds = 0.0
-        self._peak_blocks = dict.fromkeys(PoolId, 0)
         self._seeds = Random(self.config.seed)
 
     async def __aenter__(self) -> Self:
@@ -108,6 +89,8 @@ class Engine:
         limits = _limits(self._parts.plan, self._parts.spec)
         blocks = BlockManager(self._parts.plan.num_blocks)
         self._scheduler = Scheduler(blocks, limits, self._parts.spec.eos_token_ids)
+        self._streams = Streams(self._scheduler, self._parts.tokenizer)
+        self._meter = Meter(self._parts, self._scheduler, self._observe)
         self._admission = Admission(self._scheduler, self.config.max_queued_requests, self.config.max_queued_tokens)
         self._validator = Validator(self.spec.vocab_size, self.max_model_len)
         self._main = asyncio.create_task(self._run(), name="engine")
@@ -131,12 +114,12 @@ class Engine:
                 main.cancel()
                 await asyncio.wait([main], timeout=_STOP_SECONDS)
         finally:
-            self._end_all(EngineUnavailableError("the engine was shut down"))
+            self._streams.fail_all(EngineUnavailableError("the engine was shut down"))
             parts, self._parts, self._main = self._opened, None, None
             if main is None or main.done():
                 await parts.close()
                 device = parts.device
-                del parts, main
+                del parts, main, self._meter
                 release(device)
             else:  # a thread may still use the memory: it goes with the process
                 _log.error("the engine's tasks have not ended; it is left without freeing its memory")
@@ -211,27 +194,14 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a live request with reason ABORTED; False where there is none."""
-        stream = self._streams.get(request_id)
-        return stream is not None and self._end(stream.request, FinishReason.ABORTED)
+        stream = self._streams.live.get(request_id) if self._parts is not None else None
+        return stream is not None and self._streams.end(stream.request, FinishReason.ABORTED)
 
     def stats(self) -> EngineStats:
         """Counters at this moment."""
-        parts, scheduler = self._opened, self._scheduler
-        return EngineStats(
-            queued=scheduler.num_waiting,
-            running=scheduler.num_running,
-            used_blocks={pool: blocks.num_used for pool, blocks in scheduler.blocks.pools.items()},
-            peak_blocks=dict(self._peak_blocks),
-            steps=self._counts["steps"],
-            step_seconds=self._step_seconds,
-            prompt_tokens=self._counts["prompt_tokens"],
-            generated_tokens=self._counts["generated_tokens"],
-            preemptions=scheduler.preemptions,
-            weights_streamed_bytes=parts.prefetcher.streamed_bytes,
-            cache_loaded_bytes=parts.cache.loaded_bytes,
-            regenerated_tokens=parts.cache.regenerated_tokens,
-            peak_device_bytes=parts.device.peak_memory,
-        )
+        if self._parts is None:
+            raise _not_started()
+        return self._meter.stats()
 
     def heartbeat(self) -> float:
         """Seconds since a step last began while there is work; 0 when idle.
@@ -272,7 +242,7 @@ class Engine:
             parts.cache.run,
             parts.executor.run,
             self._run_steps,
-            self._run_outputs,
+            self._streams.run,
         )
         try:
             async with asyncio.TaskGroup() as group:
@@ -295,7 +265,7 @@ class Engine:
         if self._failed is not None and not self._failed.done():
             self._failed.set_exception(fault)
             self._failed.exception()  # retrieved here: nobody may be waiting for it
-        self._end_all(fault)
+        self._streams.fail_all(fault)
 
     async def _run_steps(self) -> None:
         if self._opened.device.warms_up:
@@ -310,50 +280,22 @@ class Engine:
             if step is None:
                 self._wake.clear()
                 await self._wake.wait()
-                self._step_began = time.monotonic()
+                self._meter.begin()
                 continue
             ahead = self._scheduler.schedule_ahead(step) if self._opened.executor.runs_ahead else None
-            self._note_peak()
+            self._meter.note_blocks()
             try:
-                outputs = self._commit(step, await self._execute(step, ahead))
+                sampled = await self._opened.executor.execute(step, ahead)
+                self._meter.note_step(step)
+                outputs = self._commit(step, sampled)
             except OutOfDeviceMemoryError as error:
                 outputs = self._give_up(step, error)
-            await self._output_room.acquire()
-            self._outputs.put_nowait(_Outputs(outputs, is_step=True))
-
-    async def _execute(self, step: Step, ahead: Step | None) -> list[Sampled] | None:
-        before = self._moved()
-        sampled = await self._opened.executor.execute(step, ahead)
-        now = time.monotonic()
-        seconds, self._step_began = now - self._step_began, now
-        self._step_seconds += seconds
-        self._counts["steps"] += 1
-        if self._observe is not None:
-            weights, cache, regenerated = (b - a for a, b in zip(before, self._moved(), strict=True))
-            decode = sum(work.count for work in step.works if work.is_decode)
-            self._observe(
-                StepRecord(
-                    seconds=seconds,
-                    num_requests=len(step.works),
-                    decode_tokens=decode,
-                    prefill_tokens=sum(work.count for work in step.works) - decode,
-                    context_tokens=sum(work.context for work in step.works),
-                    weight_bytes=weights,
-                    cache_bytes=cache,
-                    regenerated_tokens=regenerated,
-                )
-            )
-        return sampled
-
-    def _moved(self) -> tuple[int, int, int]:
-        """Weight bytes, cache bytes and regenerated tokens since the start."""
-        parts = self._opened
-        return parts.prefetcher.streamed_bytes, parts.cache.loaded_bytes, parts.cache.regenerated_tokens
+            await self._streams.put(outputs)
 
     def _give_up(self, step: Step, error: OutOfDeviceMemoryError) -> list[TokenOutput]:
         """End the step's requests; their blocks are free for the others."""
         for work in step.works:
-            self._fail_request(work.request, error)
+            self._streams.fail(work.request, error)
         self._scheduler.abandon(step)
         return []
 
@@ -364,71 +306,8 @@ class Engine:
         token_ids = [None if item.failed else item.token_id for item in sampled]
         logprobs = {work.request.request_id: item.logprob for work, item in zip(step.sampled, sampled, strict=True)}
         outputs = self._scheduler.commit(step, token_ids, time.monotonic())
-        self._counts["generated_tokens"] += len(outputs)
+        self._meter.generated_tokens += len(outputs)
         return [TokenOutput(output, logprobs[output.request.request_id]) for output in outputs]
-
-    async def _run_outputs(self) -> None:
-        while True:
-            items, is_step = await self._outputs.get()
-            live = [(self._streams[i.output.request.request_id], i) for i in items if self._is_streaming(i.output)]
-            deltas = await self.tokenizer.run(next_deltas, live, time.monotonic())
-            for (stream, item), delta in zip(live, deltas, strict=True):
-                self._deliver(stream, item.output, delta)
-            if is_step:
-                self._output_room.release()
-
-    def _deliver(self, stream: Stream, output: Output, delta: Delta | RequestFailedError) -> None:
-        request_id = stream.request.request_id
-        if self._streams.get(request_id) is not stream:
-            return  # ended while its text was made
-        if output.failed:
-            delta = RequestFailedError("the model's logits for this request are not finite")
-        if isinstance(delta, RequestFailedError):
-            self._fail_request(stream.request, delta)
-            return
-        stream.generation.put(delta)
-        if delta.finish is not None:
-            self._forget(stream)
-            self._scheduler.finish(request_id, delta.finish.reason)
-
-    def _is_streaming(self, output: Output) -> bool:
-        stream = self._streams.get(output.request.request_id)
-        return stream is not None and stream.request is output.request
-
-    def _end(self, request: Request, reason: FinishReason) -> bool:
-        """End a request from outside a step: its text so far is flushed, its blocks are freed with the step."""
-        stream = self._streams.get(request.request_id)
-        if stream is None or stream.request is not request:
-            return False  # ended; another may have its id by now
-        if self._scheduler.finish(request.request_id, reason) is None:
-            return False
-        self._outputs.put_nowait(_Outputs([TokenOutput(Output(request, None, reason))], is_step=False))
-        return True
-
-    def _leave(self, request: Request) -> Stream | None:
-        """Nobody takes its output any more: it ends without a last delta, and its id is free at once."""
-        stream = self._streams.get(request.request_id)
-        if stream is None or stream.request is not request:
-            return None
-        self._forget(stream)
-        self._scheduler.finish(request.request_id, FinishReason.ABORTED)
-        return stream
-
-    def _fail_request(self, request: Request, error: HsrpcError) -> None:
-        stream = self._leave(request)
-        if stream is not None:
-            stream.generation.fail(error)
-
-    def _forget(self, stream: Stream) -> None:
-        del self._streams[stream.request.request_id]
-        if stream.timer is not None:
-            stream.timer.cancel()
-
-    def _end_all(self, error: EngineFaultError | EngineUnavailableError) -> None:
-        for request_id, stream in list(self._streams.items()):
-            self._scheduler.finish(request_id, FinishReason.ABORTED)
-            self._forget(stream)
-            stream.generation.fail(error)
 
     def _add(
         self, request_id: str, token_ids: list[int], params: SamplingParams, detokenizer: Detokenizer, client: str
@@ -436,31 +315,19 @@ class Engine:
         params = replace(params, seed=self._seeds.randrange(2**63) if params.seed is None else params.seed)
         request = Request(request_id, token_ids, params, self._arrivals, time.monotonic(), client=client)
         effective = replace(params, max_tokens=params.max_tokens or self.max_model_len - len(token_ids))
-        generation = Generation(request_id, token_ids, effective, partial(self._leave, request))
-        stops = StopMatcher(params.stop, params.include_stop)
-        self._streams[request_id] = Stream(request, generation, detokenizer, stops, self._time_limit(request))
+        generation = self._streams.open(request, effective, detokenizer)
         self._arrivals += 1
-        self._counts["prompt_tokens"] += len(token_ids)
+        self._meter.prompt_tokens += len(token_ids)
         if not self._is_busy:
             self._last_beat = request.arrival_time
         self._scheduler.add(request)
         self._wake.set()
         return generation
 
-    def _time_limit(self, request: Request) -> asyncio.TimerHandle | None:
-        limit = request.params.time_limit
-        if limit is None:
-            return None
-        return asyncio.get_running_loop().call_later(limit, self._end, request, FinishReason.TIME_LIMIT)
-
-    def _note_peak(self) -> None:
-        for pool, blocks in self._scheduler.blocks.pools.items():
-            self._peak_blocks[pool] = max(self._peak_blocks[pool], blocks.num_used)
-
     def _check_open(self, request_id: str | None) -> None:
         if not self._accepts:
             raise EngineUnavailableError("the engine is not running")
-        if request_id is not None and request_id in self._streams:
+        if request_id is not None and request_id in self._streams.live:
             raise RequestExistsError(request_id)
 
 

@@ -14,6 +14,7 @@ import torch
 from hsrpc import Engine, EngineConfig
 from hsrpc.core.request import FinishReason, SamplingParams
 from hsrpc.engine import engine as engine_module
+from hsrpc.engine import streams as streams_module
 from hsrpc.errors import (
     EngineFaultError,
     EngineUnavailableError,
@@ -173,7 +174,7 @@ async def test_bad_logits_fail_one_request_alone(row: int, reference: Callable[[
 
         def spoil(fixed: object, hidden: torch.Tensor) -> torch.Tensor:
             result = logits(fixed, hidden)
-            if not spoiled and len(result) == 3 and engine._counts["generated_tokens"] > 20:
+            if not spoiled and len(result) == 3 and engine._meter.generated_tokens > 20:
                 spoiled.append(row)
                 result[row, 17] = float("nan")
             return result
@@ -202,11 +203,11 @@ def break_cache(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 
 
 def break_executor(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine._opened.executor, "_compute", boom)
+    patch.setattr(engine._opened.executor._forward, "compute", boom)
 
 
 def break_detokenizing(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine_module, "next_deltas", boom)
+    patch.setattr(streams_module, "next_deltas", boom)
 
 
 def break_scheduling(engine: Engine, patch: pytest.MonkeyPatch) -> None:
@@ -248,7 +249,7 @@ async def test_a_fault_ends_everything_at_once(
     assert asyncio.all_tasks() == tasks
 
 
-@pytest.mark.parametrize("part", ["_begin", "_compute", "_sample"])
+@pytest.mark.parametrize("part", ["_begin", "compute", "_sample"])
 async def test_running_out_of_device_memory_ends_the_step_alone(
     part: str, monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
 ) -> None:
@@ -259,15 +260,16 @@ async def test_running_out_of_device_memory_ends_the_step_alone(
         for generation in generations:
             await anext(generation)
         executor = engine._opened.executor
-        compute, calls = getattr(executor, part), []
+        owner = executor._forward if part == "compute" else executor
+        compute, calls = getattr(owner, part), []
 
         def run_out(*args: object) -> object:
             calls.append(part)
-            if len(calls) == (4 if part == "_compute" else 1):
+            if len(calls) == (4 if part == "compute" else 1):
                 raise torch.OutOfMemoryError("injected")
             return compute(*args)
 
-        monkeypatch.setattr(executor, part, run_out)
+        monkeypatch.setattr(owner, part, run_out)
         for generation in generations:
             with pytest.raises(OutOfDeviceMemoryError):
                 await collect(generation)
@@ -283,7 +285,7 @@ async def test_a_tokenizer_error_fails_one_request_alone(
     async with Engine(roomy(made, max_batch=2)) as engine:
         first, second = [await engine.submit(prompt, greedy(64)) for prompt in made.prompts[:2]]
         await anext(first)
-        monkeypatch.setattr(engine._streams[first.request_id].detokenizer, "push", boom)
+        monkeypatch.setattr(engine._streams.live[first.request_id].detokenizer, "push", boom)
         failing, finishing = await asyncio.gather(collect(first), collect(second), return_exceptions=True)
         assert isinstance(failing, RequestFailedError)
         assert ids(finishing) == made.outputs[1]
@@ -303,7 +305,7 @@ async def test_a_fault_does_not_wait_for_a_busy_thread(
             loop.call_soon_threadsafe(slow.set)
             time.sleep(1.5)
 
-        monkeypatch.setattr(engine._opened.executor, "_compute", stall)
+        monkeypatch.setattr(engine._opened.executor._forward, "compute", stall)
         await slow.wait()
         break_detokenizing(engine, monkeypatch)
         start = time.monotonic()

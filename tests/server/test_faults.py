@@ -59,7 +59,7 @@ def spoil_text(engine: Engine) -> None:
     def boom(*_: object) -> None:
         raise RuntimeError("secret")
 
-    engine._streams["bad"].detokenizer.push = boom
+    engine._streams.live["bad"].detokenizer.push = boom
 
 
 def run_out(engine: Engine) -> None:

@@ -1,0 +1,84 @@
+"""Counts what an engine does, and tells of each step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from hsrpc.core.batch import Step
+from hsrpc.core.blocks import PoolId
+from hsrpc.core.scheduler import Scheduler
+from hsrpc.engine.startup import Parts
+from hsrpc.engine.stats import EngineStats, StepRecord
+
+
+class Meter:
+    """What only grows counts since it was made."""
+
+    def __init__(self, parts: Parts, scheduler: Scheduler, observe: Callable[[StepRecord], object] | None) -> None:
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+        self._parts = parts
+        self._scheduler = scheduler
+        self._observe = observe
+        self._steps = 0
+        self._step_seconds = 0.0
+        self._began = time.monotonic()
+        self._moved = self._read_moved()
+        self._peak_blocks = dict.fromkeys(PoolId, 0)
+
+    def begin(self) -> None:
+        """Work has come after a pause: the time until now belongs to no step."""
+        self._began = time.monotonic()
+
+    def note_blocks(self) -> None:
+        """Blocks for a step are taken."""
+        for pool, blocks in self._scheduler.blocks.pools.items():
+            self._peak_blocks[pool] = max(self._peak_blocks[pool], blocks.num_used)
+
+    def note_step(self, step: Step) -> None:
+        """The tokens of `step` are there: it took the time since those of the step before, or since `begin`."""
+        now, moved = time.monotonic(), self._read_moved()
+        seconds, self._began = now - self._began, now
+        weights, cache, regenerated = (new - old for old, new in zip(self._moved, moved, strict=True))
+        self._moved = moved
+        self._steps += 1
+        self._step_seconds += seconds
+        if self._observe is not None:
+            decode = sum(work.count for work in step.works if work.is_decode)
+            self._observe(
+                StepRecord(
+                    seconds=seconds,
+                    num_requests=len(step.works),
+                    decode_tokens=decode,
+                    prefill_tokens=sum(work.count for work in step.works) - decode,
+                    context_tokens=sum(work.context for work in step.works),
+                    weight_bytes=weights,
+                    cache_bytes=cache,
+                    regenerated_tokens=regenerated,
+                )
+            )
+
+    def stats(self) -> EngineStats:
+        """Counters at this moment."""
+        weights, cache, regenerated = self._read_moved()
+        return EngineStats(
+            queued=self._scheduler.num_waiting,
+            running=self._scheduler.num_running,
+            used_blocks={pool: blocks.num_used for pool, blocks in self._scheduler.blocks.pools.items()},
+            peak_blocks=dict(self._peak_blocks),
+            steps=self._steps,
+            step_seconds=self._step_seconds,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=self.generated_tokens,
+            preemptions=self._scheduler.preemptions,
+            weights_streamed_bytes=weights,
+            cache_loaded_bytes=cache,
+            regenerated_tokens=regenerated,
+            peak_device_bytes=self._parts.device.peak_memory,
+        )
+
+    def _read_moved(self) -> tuple[int, int, int]:
+        """Weight bytes, cache bytes and regenerated tokens."""
+        parts = self._parts
+        return parts.prefetcher.streamed_bytes, parts.cache.loaded_bytes, parts.cache.regenerated_tokens

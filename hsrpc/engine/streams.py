@@ -1,0 +1,125 @@
+"""The live requests and their consumers: a task makes text of a step's tokens, off the event loop, and hands it out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+from hsrpc.core.detokenizer import Detokenizer
+from hsrpc.core.request import Delta, FinishReason, Request, SamplingParams
+from hsrpc.core.scheduler import Output, Scheduler
+from hsrpc.core.stopping import StopMatcher
+from hsrpc.engine.generation import Generation
+from hsrpc.engine.output import Stream, TokenOutput, next_deltas
+from hsrpc.engine.token_ids import TokenIdsOnly
+from hsrpc.engine.tokenizer import Tokenizer
+from hsrpc.errors import HsrpcError, RequestFailedError
+
+OUTPUT_STEPS = 2
+"""Steps whose output may wait for detokenising before the next one does."""
+
+
+class _Outputs(NamedTuple):
+    """What goes to the consumers together."""
+
+    items: Sequence[TokenOutput]
+    is_step: bool
+    """It holds a place in the semaphore."""
+
+
+class Streams:
+    """Each live request has one, by its id; whatever ends a request, it ends here and in the scheduler."""
+
+    def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | TokenIdsOnly) -> None:
+        self.live: dict[str, Stream] = {}
+        self._scheduler = scheduler
+        self._tokenizer = tokenizer
+        # Unbounded, but holds at most OUTPUT_STEPS steps (by the semaphore) and one end of each live request.
+        self._outputs: asyncio.Queue[_Outputs] = asyncio.Queue()
+        self._room = asyncio.Semaphore(OUTPUT_STEPS)
+
+    @property
+    def num_waiting(self) -> int:
+        """Outputs that are not detokenised yet, and steps whose place is not free again."""
+        return self._outputs.qsize() + OUTPUT_STEPS - self._room._value
+
+    def open(self, request: Request, effective: SamplingParams, detokenizer: Detokenizer) -> Generation:
+        """The consumer's side of a new request, whose settings in effect are `effective`."""
+        prompt = request.token_ids[: request.num_prompt_tokens]
+        generation = Generation(request.request_id, prompt, effective, partial(self.leave, request))
+        stops = StopMatcher(request.params.stop, request.params.include_stop)
+        self.live[request.request_id] = Stream(request, generation, detokenizer, stops, self._timer(request))
+        return generation
+
+    async def run(self) -> None:
+        """Make text and hand it out; ends by cancellation."""
+        while True:
+            items, is_step = await self._outputs.get()
+            live = [(self.live[i.output.request.request_id], i) for i in items if self._is_live(i.output.request)]
+            deltas = await self._tokenizer.run(next_deltas, live, time.monotonic())
+            for (stream, item), delta in zip(live, deltas, strict=True):
+                self._deliver(stream, item.output, delta)
+            if is_step:
+                self._room.release()
+
+    async def put(self, outputs: Sequence[TokenOutput]) -> None:
+        """The output of a step; waits while that of steps before it is not made into text."""
+        await self._room.acquire()
+        self._outputs.put_nowait(_Outputs(outputs, is_step=True))
+
+    def end(self, request: Request, reason: FinishReason) -> bool:
+        """End a request from outside a step: its text so far is flushed, its blocks are freed with the step.
+
+        False where it has ended; another may have its id by now.
+        """
+        if not self._is_live(request) or self._scheduler.finish(request.request_id, reason) is None:
+            return False
+        self._outputs.put_nowait(_Outputs([TokenOutput(Output(request, None, reason))], is_step=False))
+        return True
+
+    def leave(self, request: Request) -> None:
+        """Nobody takes its output any more: it ends without a last delta, and its id is free at once."""
+        if self._is_live(request):
+            self._close(self.live[request.request_id])
+
+    def fail(self, request: Request, error: HsrpcError) -> None:
+        """End a request with an error for its consumer."""
+        if self._is_live(request):
+            stream = self.live[request.request_id]
+            self._close(stream)
+            stream.generation.fail(error)
+
+    def fail_all(self, error: HsrpcError) -> None:
+        for stream in list(self.live.values()):
+            self.fail(stream.request, error)
+
+    def _deliver(self, stream: Stream, output: Output, delta: Delta | RequestFailedError) -> None:
+        if not self._is_live(stream.request):
+            return  # ended while its text was made
+        if output.failed:
+            delta = RequestFailedError("the model's logits for this request are not finite")
+        if isinstance(delta, RequestFailedError):
+            self.fail(stream.request, delta)
+            return
+        stream.generation.put(delta)
+        if delta.finish is not None:
+            self._close(stream, delta.finish.reason)
+
+    def _close(self, stream: Stream, reason: FinishReason = FinishReason.ABORTED) -> None:
+        del self.live[stream.request.request_id]
+        if stream.timer is not None:
+            stream.timer.cancel()
+        self._scheduler.finish(stream.request.request_id, reason)
+
+    def _is_live(self, request: Request) -> bool:
+        stream = self.live.get(request.request_id)
+        return stream is not None and stream.request is request
+
+    def _timer(self, request: Request) -> asyncio.TimerHandle | None:
+        limit = request.params.time_limit
+        if limit is None:
+            return None
+        return asyncio.get_running_loop().call_later(limit, self.end, request, FinishReason.TIME_LIMIT)
