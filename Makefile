@@ -17,6 +17,7 @@ CALLS ?= 20000
 bin := .venv/bin
 installed := .venv/installed
 node_client := clients/node
+interpreter := build/triton/installed
 node_installed := $(if $(shell command -v npm),$(node_client)/node_modules/.package-lock.json)
 proto := PYTHON=$(bin)/python BUF=$(bin)/buf tools/proto.sh
 
@@ -36,6 +37,10 @@ demo: $(installed) ## Stream text from a model that does not fit its device memo
 test: $(installed) $(node_installed) ## Run all tests
 	$(if $(node_installed),,@echo "npm is not installed: the tests of the Node.js client are left out")
 	@$(pytest) -n auto --dist worksteal $(PYTEST_ARGS)
+
+.PHONY: kernels
+kernels: $(installed) $(interpreter) ## Run the GPU kernels on the CPU, in Triton's interpreter (1 GB in build/triton)
+	@TRITON_INTERPRET=1 PYTHONPATH=build/triton $(pytest) tests/kernels
 
 .PHONY: soak
 soak: $(installed) ## Serve under load, cancels, faults and kills for SECONDS=600; report in build/soak
@@ -85,6 +90,12 @@ $(installed): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(bin)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(bin)/python -c 'import sys, torch; print(f"ready: Python {sys.version.split()[0]}, torch {torch.__version__}")'
+	@touch $@
+
+# Beside the environment, not in it: nothing but these tests needs it without a GPU. It must suit the newest numpy.
+$(interpreter): Makefile
+	@rm -rf build/triton
+	@$(bin)/pip install -qq --disable-pip-version-check --no-deps --target build/triton 'triton==3.9.0'
 	@touch $@
 
 $(node_client)/node_modules/.package-lock.json: $(node_client)/package.json $(node_client)/package-lock.json

@@ -1,0 +1,110 @@
+"""Each kernel against the same computation written plainly; every element of the output is written."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+import torch
+
+from hsrpc.device.kernels import copy_rows
+from hsrpc.model import decode_kernel
+from hsrpc.model.decode_kernel import decode_attention
+
+BLOCK_SIZE = 16
+NUM_BLOCKS = 12
+HEADS = [(2, 2, 16), (2, 2, 64), (4, 2, 80), (8, 1, 32), (3, 3, 128)]
+"""Query heads, KV heads, head size: one head a group, several, and sizes that are no powers of two."""
+REQUESTS = [(130, 0, 5), (0, 40, 0), (16, 0, 0), (0, 0, 17), (33, 18, 1), (1, 1, 63)]
+"""Keys in place, rebuilt, and behind: parts that end within a tile and with it, and single ones."""
+
+
+def dense(query: torch.Tensor, kv: torch.Tensor, kv_heads: int, head_dim: int) -> torch.Tensor:
+    """[q] for one query [q] and rows [K|V], in float64."""
+    q = query.double().unflatten(0, (-1, head_dim))
+    k, v = (part.unflatten(1, (kv_heads, head_dim)) for part in kv.double().chunk(2, dim=1))
+    k, v = (part.repeat_interleave(len(q) // kv_heads, 1) for part in (k, v))
+    weights = (torch.einsum("hd,khd->hk", q, k) * head_dim**-0.5).softmax(-1)
+    return torch.einsum("hk,khd->hd", weights, v).flatten()
+
+
+def rows_of(request: int, tables: torch.Tensor) -> list[int]:
+    """Pool rows of a request's keys in place."""
+    keys = range(REQUESTS[request][0])
+    return [int(tables[request, key // BLOCK_SIZE]) * BLOCK_SIZE + key % BLOCK_SIZE for key in keys]
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+def test_decode_attention(
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any mix of keys in place, rebuilt and behind, in one part or in several; queries are strided rows."""
+    monkeypatch.setattr(decode_kernel, "_num_parts", lambda *_: parts)
+    torch.manual_seed(heads * head_dim)
+    width, count = 2 * kv_heads * head_dim, len(REQUESTS)
+    rebuilt = [0, *accumulate(front for _, front, _ in REQUESTS)]
+    behind = [rebuilt[-1], *accumulate((rest for *_, rest in REQUESTS), initial=rebuilt[-1])][1:]
+    pool = torch.randn(NUM_BLOCKS * BLOCK_SIZE, width).to(dtype)
+    buffer = torch.randn(behind[-1], width).to(dtype)
+    tables = torch.stack([torch.randperm(NUM_BLOCKS)[:9] for _ in REQUESTS]).int()
+    queries = torch.randn(count, 3 * heads * head_dim).to(dtype)[:, : heads * head_dim]
+    found = decode_attention(
+        queries,
+        pool,
+        buffer,
+        tables=tables,
+        in_place=torch.tensor([first for first, *_ in REQUESTS]).int(),
+        rebuilt_starts=torch.tensor(rebuilt).int(),
+        key_starts=torch.tensor(behind).int(),
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=BLOCK_SIZE,
+        scale=head_dim**-0.5,
+        most_keys=200,
+    )
+    for i in range(count):
+        keys = (pool[rows_of(i, tables)], buffer[rebuilt[i] : rebuilt[i + 1]], buffer[behind[i] : behind[i + 1]])
+        wanted = dense(queries[i], torch.cat(keys), kv_heads, head_dim)
+        assert (found[i].double() - wanted).norm() <= (1e-6 if dtype is torch.float32 else 2e-3) * wanted.norm()
+
+
+def test_a_request_without_keys_gets_zeros() -> None:
+    """As the padding of a graph's batch is."""
+    nothing = torch.zeros(2).int()
+    found = decode_attention(
+        torch.randn(1, 32),
+        torch.randn(BLOCK_SIZE, 64),
+        torch.randn(1, 64),
+        tables=torch.zeros(1, 2).int(),
+        in_place=nothing[:1],
+        rebuilt_starts=nothing,
+        key_starts=nothing,
+        num_kv_heads=2,
+        head_dim=16,
+        block_size=BLOCK_SIZE,
+        scale=0.25,
+        most_keys=8,
+    )
+    assert torch.equal(found, torch.zeros(1, 32))
+
+
+@pytest.mark.parametrize(("programs", "keys", "parts"), [(1024, 9999, 1), (1, 100, 1), (32, 4096, 32), (8, 600, 4)])
+def test_parts_are_a_power_of_two(programs: int, keys: int, parts: int) -> None:
+    """Enough to fill a large GPU, none of them with hardly any keys."""
+    assert decode_kernel._num_parts(programs, keys) == parts
+
+
+@pytest.mark.parametrize("width", [8, 2048, 2056, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_copy_rows(width: int, dtype: torch.dtype) -> None:
+    """Rows of a strided source to rows of the target; all others stay; no rows at all is no error."""
+    source = torch.randn(9, 2 * width).to(dtype)[:, width:]
+    target = torch.full((20, width), 7.0, dtype=dtype)
+    wanted = target.clone()
+    source_rows, target_rows = torch.tensor([8, 0, 3, 3]), torch.tensor([1, 19, 0, 7])
+    wanted[target_rows] = source[source_rows]
+    copy_rows(target, target_rows, source, source_rows)
+    copy_rows(target, target_rows[:0], source, source_rows[:0])
+    assert torch.equal(target, wanted)
