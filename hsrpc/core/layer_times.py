@@ -26,11 +26,11 @@ class LayerTimes:
         """`size` bytes from the host."""
         return size / self.hardware.load_bandwidth
 
-    def forward(self, queries: Number, mini_batches: Number = 1.0) -> Number:
-        """Projections and MLP of `queries` tokens in all; each mini-batch reads the weights."""
+    def forward(self, queries: Number, groups: Number = 1.0) -> Number:
+        """Projections and MLP of `queries` tokens in all; each group of mini-batches reads the weights."""
         sizes, hardware = self.sizes, self.hardware
-        compute = mini_batches * hardware.gemm_overhead + queries * sizes.layer_flop / hardware.gemm_rate
-        return np.maximum(compute, mini_batches * sizes.layer_bytes / hardware.weight_bandwidth)
+        compute = groups * hardware.gemm_overhead + queries * sizes.layer_flop / hardware.gemm_rate
+        return np.maximum(compute, groups * sizes.layer_bytes / hardware.weight_bandwidth)
 
     def regenerate(self, tokens: Number) -> Number:
         """The GEMMs alone."""

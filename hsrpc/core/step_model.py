@@ -6,8 +6,8 @@ For each layer, of `n` requests with `context` cached tokens each:
     gpu    = forward + regeneration + gather + attention
     layer  = max(bus, gpu, launches)
 
-Beyond the paper: resident weights, blocks on the device, mini-batches that each read the weights again, the host's
-launches and step boundary, and the prompts that keep coming. Every number may be an array; all are of one layer but
+Beyond the paper: resident weights, blocks on the device, the host's launches and step boundary, and the prompts that
+keep coming. Every number may be an array; all are of one layer but
 those in `StepTimes`.
 """
 
@@ -131,7 +131,8 @@ class StepModel:
         times = {
             "mini_batches": mini_batches,
             "bus": layers * self._bus(c, host),
-            "forward": layers * self.layer.forward(queries, mini_batches),
+            # The mini-batches of a decode step go through the weights together; those of all tokens cannot.
+            "forward": layers * self.layer.forward(queries, mini_batches if self.recomputes else 1.0),
             "regenerate": layers * (self.layer.regenerate(regenerated) + self._placing(regenerated)),
             "gather": layers * self.layer.gather(device * c.device_share),
             "attention": layers * self.layer.attention(tokens, queries, self.traffic.attended),

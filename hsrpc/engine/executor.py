@@ -55,7 +55,7 @@ class Executor:
         attention = Attention(
             family.sizes, family.attention_scale, plan.block_size, device.torch_device, family.spec.dtype
         )
-        self._forward = Forward(family, weights, cache, attention, device)
+        self._forward = Forward(family, weights, cache, attention, device, max_queries=plan.buffers.queries)
         self._graphs = make_graphs(family, weights, cache, attention, device, plan=plan)
         self._sampler = Sampler(SAMPLE_ELEMENTS)
         self._eos = frozenset(family.spec.eos_token_ids)
@@ -176,14 +176,14 @@ class Executor:
 
     def _begin(self, step: Step) -> list[DeviceBatch]:
         with self._device.on(self._device.compute):
-            return [self._forward.upload(batch) for batch in step.mini_batches]
+            return self._forward.upload(step.mini_batches)
 
     def _sample(self, step: Step, batches: Sequence[DeviceBatch]) -> list[Sampled]:
         """Tokens of the works that sample; waits for the device, since the next step depends on them."""
         self._cache.stored()
         sampling = step.sampled
         with self._device.on(self._device.compute):
-            hidden = torch.cat([batch.hidden.index_select(0, batch.sample_rows) for batch in batches])
+            hidden = torch.cat([batch.sampled for batch in batches])
             if not sampling:
                 self._device.synchronize(self._device.record(self._device.compute))
                 return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -24,12 +25,32 @@ _RUN_AHEAD = 8
 
 
 @dataclass(slots=True)
+class Group:
+    """Mini-batches whose tokens go through projections and MLP together, so that these read the weights once."""
+
+    positions: torch.Tensor
+    """[n]"""
+    hidden: torch.Tensor
+    """[n, h] output of the layer computed last."""
+    x: torch.Tensor
+    """[n, h] input of the projections of the layer under way."""
+    queries: torch.Tensor
+    """[n, q]"""
+    kv: torch.Tensor
+    """[n, 2*kv]"""
+    attended: torch.Tensor
+    """[n, q] as far as its mini-batches are computed."""
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceBatch:
     """A mini-batch on the device."""
 
-    hidden: torch.Tensor
-    """[n, h] output of the layer computed last."""
-    positions: torch.Tensor
+    group: Group
+    rows: slice
+    """Of the group's."""
+    is_first: bool
+    is_last: bool
     in_place: InPlaceRows | None
     """Of the first requests, with one query each; None: there are none."""
     packed: PackedRows | None
@@ -43,38 +64,65 @@ class DeviceBatch:
     stores: dict[PoolId, DeviceRows]
     sample_rows: torch.Tensor
 
+    @property
+    def sampled(self) -> torch.Tensor:
+        """[r, h] output of the layer computed last, of the rows that are sampled."""
+        return self.group.hidden[self.rows].index_select(0, self.sample_rows)
+
 
 class Forward:
     """The forward pass of a step, one layer of one mini-batch at a time."""
 
     def __init__(
-        self, family: Family, weights: ModelWeights, cache: CacheManager, attention: Attention, device: Device
+        self,
+        family: Family,
+        weights: ModelWeights,
+        cache: CacheManager,
+        attention: Attention,
+        device: Device,
+        *,
+        max_queries: int,
     ) -> None:
         self._family = family
         self._fixed = weights.fixed
         self._cache = cache
         self._attention = attention
         self._device = device
+        self._max_queries = max_queries
+        """Of a group: what the workspace is planned for."""
         self._under_way: deque[Event] = deque()
         """Ends of the mini-batches that were launched last."""
 
-    def upload(self, batch: MiniBatch) -> DeviceBatch:
-        """The arrays of a mini-batch and its first layer's input, on the current stream."""
+    def upload(self, batches: Sequence[MiniBatch]) -> list[DeviceBatch]:
+        """The arrays of a step's mini-batches and their first layer's input, on the current stream."""
+        return [batch for group in group_batches(batches, self._max_queries) for batch in self._upload_group(group)]
+
+    def _upload_group(self, batches: Sequence[MiniBatch]) -> Iterator[DeviceBatch]:
         upload = self._device.upload
-        positions = upload(batch.positions)
-        return DeviceBatch(
-            hidden=self._family.embed(self._fixed, upload(batch.token_ids), positions),
-            positions=positions,
-            in_place=self._in_place_rows(batch),
-            packed=self._packed_rows(batch),
-            num_in_place=batch.in_place.num_requests,
-            num_rebuilt=batch.in_place.num_rebuilt,
-            new_rows=self._cache.upload_rows(batch.new_rows),
-            activation_rows=upload(batch.activation_rows),
-            activation_positions=upload(batch.activation_positions),
-            stores=self._cache.upload(batch.stores),
-            sample_rows=upload(batch.sample_rows),
-        )
+        positions = upload(np.concatenate([batch.positions for batch in batches]))
+        token_ids = upload(np.concatenate([batch.token_ids for batch in batches]))
+        hidden = self._family.embed(self._fixed, token_ids, positions)
+        # The rest is made in each layer.
+        group = Group(positions, hidden, x=hidden, queries=hidden, kv=hidden, attended=hidden)
+        start = 0
+        for batch in batches:
+            rows = slice(start, start + batch.num_queries)
+            start = rows.stop
+            yield DeviceBatch(
+                group=group,
+                rows=rows,
+                is_first=batch is batches[0],
+                is_last=batch is batches[-1],
+                in_place=self._in_place_rows(batch),
+                packed=self._packed_rows(batch),
+                num_in_place=batch.in_place.num_requests,
+                num_rebuilt=batch.in_place.num_rebuilt,
+                new_rows=self._cache.upload_rows(batch.new_rows),
+                activation_rows=upload(batch.activation_rows),
+                activation_positions=upload(batch.activation_positions),
+                stores=self._cache.upload(batch.stores),
+                sample_rows=upload(batch.sample_rows),
+            )
 
     def _in_place_rows(self, batch: MiniBatch) -> InPlaceRows | None:
         rows, upload = batch.in_place, self._device.upload
@@ -104,24 +152,28 @@ class Forward:
         )
 
     def compute(self, weights: Prefetched, staged: Staged, batch: DeviceBatch) -> tuple[Event, Event]:
-        """One layer of one mini-batch: events when the cache buffers, and when the weights, are no longer read."""
-        device, family, w, buffers = self._device, self._family, weights.tensors, staged.buffers
+        """One layer of one mini-batch: events when the cache buffers, and when the weights, are no longer read.
+
+        The first of a group projects for all of it, the last one finishes the layer.
+        """
+        device, w, group, rows = self._device, weights.tensors, batch.group, batch.rows
         self._keep_pace()
         device.wait(device.compute, weights.loaded)
-        device.wait(device.compute, staged.loaded)
         with device.on(device.compute):
-            with record_function("hsrpc.project"):
-                x = family.attention_input(w, batch.hidden)
-                queries, kv = family.queries_keys_values(w, x, batch.positions)
-                device.copy_rows(buffers.kv, batch.new_rows.target, kv, batch.new_rows.source)
-                self._cache.store(Tier.DEVICE, weights.layer, batch.stores, kv, x)
+            if batch.is_first:
+                self._project(w, group)
+            x, kv = group.x[rows], group.kv[rows]
+            device.wait(device.compute, staged.loaded)
+            device.copy_rows(staged.buffers.kv, batch.new_rows.target, kv, batch.new_rows.source)
+            self._cache.store(Tier.DEVICE, weights.layer, batch.stores, kv, x)
             with record_function("hsrpc.regenerate"):
                 self._regenerate(w, staged, batch)
             with record_function("hsrpc.attend"):
-                attended = self._attend(queries, weights.layer, buffers.kv, batch)
+                self._attend(weights.layer, staged.buffers.kv, batch)
             freed = device.record(device.compute)
-            with record_function("hsrpc.finish"):
-                batch.hidden = family.finish_layer(w, batch.hidden, attended)
+            if batch.is_last:
+                with record_function("hsrpc.finish"):
+                    group.hidden = self._family.finish_layer(w, group.hidden, group.attended)
             done = device.record(device.compute)
         self._under_way.append(done)
         device.wait(device.store, freed)
@@ -129,20 +181,25 @@ class Forward:
             self._cache.store(Tier.HOST, weights.layer, batch.stores, kv, x)
         return freed, done
 
+    def _project(self, w: Weights, group: Group) -> None:
+        with record_function("hsrpc.project"):
+            group.x = self._family.attention_input(w, group.hidden)
+            group.queries, group.kv = self._family.queries_keys_values(w, group.x, group.positions)
+            group.attended = torch.empty_like(group.queries, memory_format=torch.contiguous_format)
+
     def _keep_pace(self) -> None:
         """Launch no further ahead than keeps the device busy: a full launch queue blocks with the interpreter held."""
         while len(self._under_way) > _RUN_AHEAD:
             self._device.synchronize(self._under_way.popleft())
 
-    def _attend(self, queries: torch.Tensor, layer: int, kv: torch.Tensor, batch: DeviceBatch) -> torch.Tensor:
-        """[n, q]"""
-        parts = []
+    def _attend(self, layer: int, kv: torch.Tensor, batch: DeviceBatch) -> None:
+        """Fill the mini-batch's rows of what is attended to."""
+        queries, out, first = batch.group.queries[batch.rows], batch.group.attended[batch.rows], batch.num_in_place
         if batch.in_place is not None:
             pool = self._cache.device_kv(layer)
-            parts.append(self._attention.in_place(queries[: batch.num_in_place], pool, kv, batch.in_place))
+            out[:first] = self._attention.in_place(queries[:first], pool, kv, batch.in_place)
         if batch.packed is not None:
-            parts.append(self._attention.packed(queries[batch.num_in_place :], kv, batch.packed))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            out[first:] = self._attention.packed(queries[first:], kv, batch.packed)
 
     def _regenerate(self, w: Weights, staged: Staged, batch: DeviceBatch) -> None:
         """Rebuild K and V of the cached activations where attention reads them; rows of chunks are copied there."""
@@ -159,3 +216,16 @@ class Forward:
 
 def _longest(starts: Ints) -> int:
     return int(np.diff(starts).max())
+
+
+def group_batches(batches: Sequence[MiniBatch], max_queries: int) -> list[list[MiniBatch]]:
+    """Neighbours together, as long as a group has no more than `max_queries` tokens or is one mini-batch."""
+    groups: list[list[MiniBatch]] = []
+    room = 0
+    for batch in batches:
+        if not groups or batch.num_queries > room:
+            groups.append([])
+            room = max_queries
+        groups[-1].append(batch)
+        room -= batch.num_queries
+    return groups

@@ -83,10 +83,7 @@ def decode_rate(sizes: ModelSizes, hardware: Hardware, plan: Plan) -> float:
     device, host = tokens * on_device, tokens * (1 - on_device)
     cached = (1 - host_share) * sizes.kv_bytes + host_share * sizes.activation_bytes
     bus = (sum(plan.streamed_bytes) / sizes.num_layers + host * cached) / hardware.load_bandwidth
-    mini_batches = -(-(host + device * device_share + batch) // plan.buffers.rows)
-    forward = max(
-        batch * sizes.layer_flop / hardware.gemm_rate, mini_batches * sizes.layer_bytes / hardware.memory_bandwidth
-    )
+    forward = max(batch * sizes.layer_flop / hardware.gemm_rate, sizes.layer_bytes / hardware.memory_bandwidth)
     regenerated = device * device_share + host * host_share
     regenerate = regenerated * 4 * sizes.hidden_size * sizes.kv_size / hardware.gemm_rate
     copies = device * device_share * 2 * sizes.activation_bytes / hardware.memory_bandwidth

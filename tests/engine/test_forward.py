@@ -1,0 +1,60 @@
+"""Mini-batches that go through projections and MLP together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hsrpc import Engine
+from hsrpc.core.batch import MiniBatch, Work
+from hsrpc.core.layout import lay_out
+from hsrpc.core.request import Request, SamplingParams
+from hsrpc.engine.forward import Forward, group_batches
+from hsrpc.model.opt import Opt
+from tests.engine.reference import Reference
+from tests.engine.support import collect, greedy, idle, ids, roomy
+
+
+def batch_of(count: int) -> MiniBatch:
+    return lay_out([Work(Request("r", [1] * count, SamplingParams(), 0, 0.0), 0, count, samples=True)], 16, None)
+
+
+@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=12), most=st.integers(1, 20))
+def test_groups_are_neighbours_that_fit(counts: list[int], most: int) -> None:
+    """In order, none lost, none larger than it may be unless it is one mini-batch, none smaller than it need be."""
+    batches = [batch_of(count) for count in counts]
+    groups = group_batches(batches, most)
+    assert [batch for group in groups for batch in group] == batches
+    sizes = [[batch.num_queries for batch in group] for group in groups]
+    assert all(sum(size) <= most or len(size) == 1 for size in sizes)
+    assert all(sum(size) + after[0] > most for size, after in pairwise(sizes))
+
+
+async def test_a_decode_step_reads_the_weights_once(
+    reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several mini-batches attend one after the other; projections and MLP of a layer are computed once for all."""
+    made, calls = reference("opt"), {"finish": 0, "compute": 0}
+    finish, compute = Opt.finish_layer, Forward.compute
+
+    def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object) -> object:
+            calls[name] += 1
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(Opt, "finish_layer", counted("finish", finish))
+    monkeypatch.setattr(Forward, "compute", counted("compute", compute))
+    async with Engine(roomy(made, max_batch=3)) as engine:
+        buffers = engine._scheduler.limits.buffers
+        generations = [await engine.submit(prompt, greedy(40)) for prompt in made.prompts[:3]]
+        assert sum(map(len, made.prompts[:3])) + 3 * 40 > buffers.rows  # several mini-batches in the end
+        outputs = [ids(await collect(generation)) for generation in generations]
+        assert outputs == [output[:40] for output in made.outputs[:3]]
+        assert calls["compute"] > calls["finish"] == engine.stats().steps * engine.spec.sizes.num_layers
+        await idle(engine)
