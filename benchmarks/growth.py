@@ -109,7 +109,7 @@ def plot_scheduling(found: dict, file: Path) -> None:
     axes.set_xscale("symlog", linthresh=100)
     axes.set(xlabel="requests that wait", ylabel="ms of scheduling a step", yscale="log", xlim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(file, dpi=150)
 
 
