@@ -27,6 +27,7 @@ RUNS = (
     ("auto", None, "host"),
     ("recompute", None, "host"),
     ("hybrid", 0.5, "auto"),
+    ("kv", None, "auto"),
 )
 """Policy, share, placement."""
 LENGTHS = (1, 7, 33, 64, 100, 190, 301, 420)
