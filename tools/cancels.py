@@ -11,13 +11,10 @@ import argparse
 import asyncio
 import gc
 import json
-import multiprocessing
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +23,7 @@ import grpc
 import grpc.aio
 import uvloop
 
+from hsrpc.bench.process import connected
 from hsrpc.bench.stub_engine import StubEngine
 from hsrpc.client_messages import generate_request
 from hsrpc.server import Server, ServerConfig
@@ -94,23 +92,6 @@ def _held(server: Server, engine: StubEngine) -> Held:
     )
 
 
-@contextmanager
-def served() -> Iterator[Connection]:
-    """The other end of `serve_stub`, in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve_stub, args=(theirs,), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield ours
-        ours.send(None)
-        process.join(10)
-    finally:
-        process.kill()
-        process.join()
-
-
 async def leave_many(address: str, calls: int) -> Counter[str]:
     """So many calls that end early, some at once; how they ended."""
     ended: Counter[str] = Counter()
@@ -162,7 +143,7 @@ async def settled(server: Connection, before: Held | None = None) -> Held:
 
 async def check(calls: int, warm_up: int) -> dict[str, object]:
     """Leave `calls` calls; what was held before and after, and what grew too much."""
-    with served() as server:
+    with connected(serve_stub) as server:
         address = await asyncio.to_thread(server.recv)
         await leave_many(address, warm_up)
         before = await settled(server)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import multiprocessing
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from hsrpc.bench.frontend_client import Job, Received, answer_jobs
 from hsrpc.bench.lag import LoopLag
+from hsrpc.bench.process import connected
 from hsrpc.bench.stub_engine import StubEngine
 from hsrpc.client_messages import Settings
 from hsrpc.server import Server, ServerConfig
@@ -65,7 +65,7 @@ async def measure_frontend(
 ) -> list[Trial]:
     """The fastest trial that was kept, for each mode and number of streams."""
     async with _serving() as (server, engine):
-        with _client(server.address) as client:
+        with connected(answer_jobs, server.address) as client:
             bench = _Bench(engine, client, seconds, done)
             return [await bench.highest(mode, number) for mode in MODES for number in streams]
 
@@ -129,22 +129,6 @@ async def _serving() -> AsyncIterator[tuple[Server, StubEngine]]:
             yield server, engine
         finally:
             await server.stop()
-
-
-@contextmanager
-def _client(address: str) -> Iterator[Connection]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=answer_jobs, args=(theirs, address), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield ours
-        ours.send(None)
-        process.join(10)
-    finally:
-        process.kill()
-        process.join()
 
 
 def print_frontend(trials: Sequence[Trial]) -> None:

@@ -1,16 +1,37 @@
-"""A server in a process of its own, so that load and service do not share an interpreter."""
+"""Processes of their own, so that load and service do not share an interpreter."""
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
 
 from hsrpc.errors import HsrpcError
 
 _STOP_SECONDS = 60.0
+_JOIN_SECONDS = 10.0
+
+
+@contextmanager
+def connected(function: Callable[..., None], *arguments: object) -> Iterator[Connection]:
+    """Our end of a pipe to `function` in a process: it gets the other end and `arguments`, and ends when sent None."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=function, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield ours
+        ours.send(None)
+        process.join(_JOIN_SECONDS)
+    finally:
+        process.kill()
+        process.join()
 
 
 class ServerProcessError(HsrpcError):

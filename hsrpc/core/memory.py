@@ -16,7 +16,7 @@ Number: TypeAlias = float | Floats
 """One candidate's, or an array of many; whole numbers too, which are exact below 2**53."""
 
 _INDEX_BYTES = 8
-_LOGIT_BYTES = 4 + 4
+_GRAPH_LOGIT_BYTES = 4 + 4
 """Logits are float32, and a graph keeps its own."""
 _INDICES = 8
 """Arrays of row numbers that a mini-batch brings along, at most."""
@@ -87,7 +87,7 @@ def device_bytes(sizes: ModelSizes, staging: Staging) -> dict[str, Number]:
         "cache buffers": BUFFERS * buffer,
         "hidden states": 2 * staging.step_tokens * sizes.activation_bytes,
         "workspace": workspace_bytes(sizes, staging),
-        "decode graphs": staging.batch * (query_bytes(sizes) + _LOGIT_BYTES * sizes.vocab_size),
+        "decode graphs": staging.batch * (query_bytes(sizes) + _GRAPH_LOGIT_BYTES * sizes.vocab_size),
     }
 
 

@@ -9,8 +9,8 @@ import triton.language as tl
 _BLOCK = 2048
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _copy_rows(target, target_rows, source, source_rows, width, source_stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, N803, PLR0917
+@triton.jit
+def _copy_rows(target, target_rows, source, source_rows, width, source_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width

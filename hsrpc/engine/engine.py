@@ -21,12 +21,12 @@ from hsrpc.core.plan import Plan
 from hsrpc.core.request import Delta, FinishReason, Request, SamplingParams
 from hsrpc.core.scheduler import Scheduler, SchedulerLimits
 from hsrpc.engine.admission import Admission
+from hsrpc.engine.delivery import Delivery
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.meter import Meter
 from hsrpc.engine.output import TokenOutput
 from hsrpc.engine.startup import Parts, open_parts, release
 from hsrpc.engine.stats import EngineStats, StepRecord
-from hsrpc.engine.streams import Streams
 from hsrpc.engine.token_ids import TokenIdsOnly
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.validation import Validator
@@ -89,7 +89,7 @@ class Engine:
         limits = _limits(self._parts.plan, self._parts.spec)
         blocks = BlockManager(self._parts.plan.num_blocks)
         self._scheduler = Scheduler(blocks, limits, self._parts.spec.eos_token_ids)
-        self._streams = Streams(self._scheduler, self._parts.tokenizer)
+        self._delivery = Delivery(self._scheduler, self._parts.tokenizer)
         self._meter = Meter(self._parts, self._scheduler, self._observe)
         self._admission = Admission(self._scheduler, self.config.max_queued_requests, self.config.max_queued_tokens)
         self._validator = Validator(self.spec.vocab_size, self.max_model_len)
@@ -114,7 +114,7 @@ class Engine:
                 main.cancel()
                 await asyncio.wait([main], timeout=_STOP_SECONDS)
         finally:
-            self._streams.fail_all(EngineUnavailableError("the engine was shut down"))
+            self._delivery.fail_all(EngineUnavailableError("the engine was shut down"))
             parts, self._parts, self._main = self._opened, None, None
             if main is None or main.done():
                 await parts.close()
@@ -194,8 +194,8 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a live request with reason ABORTED; False where there is none."""
-        stream = self._streams.live.get(request_id) if self._parts is not None else None
-        return stream is not None and self._streams.end(stream.request, FinishReason.ABORTED)
+        transcript = self._delivery.live.get(request_id) if self._parts is not None else None
+        return transcript is not None and self._delivery.end(transcript.request, FinishReason.ABORTED)
 
     def stats(self) -> EngineStats:
         """Counters at this moment."""
@@ -242,7 +242,7 @@ class Engine:
             parts.cache.run,
             parts.executor.run,
             self._run_steps,
-            self._streams.run,
+            self._delivery.run,
         )
         try:
             async with asyncio.TaskGroup() as group:
@@ -265,7 +265,7 @@ class Engine:
         if self._failed is not None and not self._failed.done():
             self._failed.set_exception(fault)
             self._failed.exception()  # retrieved here: nobody may be waiting for it
-        self._streams.fail_all(fault)
+        self._delivery.fail_all(fault)
 
     async def _run_steps(self) -> None:
         if self._opened.device.warms_up:
@@ -290,12 +290,12 @@ class Engine:
                 outputs = self._commit(step, sampled)
             except OutOfDeviceMemoryError as error:
                 outputs = self._give_up(step, error)
-            await self._streams.put(outputs)
+            await self._delivery.put(outputs)
 
     def _give_up(self, step: Step, error: OutOfDeviceMemoryError) -> list[TokenOutput]:
         """End the step's requests; their blocks are free for the others."""
         for work in step.works:
-            self._streams.fail(work.request, error)
+            self._delivery.fail(work.request, error)
         self._scheduler.abandon(step)
         return []
 
@@ -315,7 +315,7 @@ class Engine:
         params = replace(params, seed=self._seeds.randrange(2**63) if params.seed is None else params.seed)
         request = Request(request_id, token_ids, params, self._arrivals, time.monotonic(), client=client)
         effective = replace(params, max_tokens=params.max_tokens or self.max_model_len - len(token_ids))
-        generation = self._streams.open(request, effective, detokenizer)
+        generation = self._delivery.open(request, effective, detokenizer)
         self._arrivals += 1
         self._meter.prompt_tokens += len(token_ids)
         if not self._is_busy:
@@ -327,7 +327,7 @@ class Engine:
     def _check_open(self, request_id: str | None) -> None:
         if not self._accepts:
             raise EngineUnavailableError("the engine is not running")
-        if request_id is not None and request_id in self._streams.live:
+        if request_id is not None and request_id in self._delivery.live:
             raise RequestExistsError(request_id)
 
 

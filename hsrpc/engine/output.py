@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Stream:
+class Transcript:
     """The text of one live request."""
 
     request: Request
@@ -39,46 +39,46 @@ class TokenOutput:
     logprob: TokenLogprob | None = None
 
 
-def next_deltas(live: Sequence[tuple[Stream, TokenOutput]], now: float) -> list[Delta | RequestFailedError]:
+def next_deltas(live: Sequence[tuple[Transcript, TokenOutput]], now: float) -> list[Delta | RequestFailedError]:
     """The deltas of a step; an error where one request's text cannot be made. Runs on the decoder thread."""
-    return [_delta_or_error(stream, item, now) for stream, item in live]
+    return [_delta_or_error(transcript, item, now) for transcript, item in live]
 
 
-def _delta_or_error(stream: Stream, item: TokenOutput, now: float) -> Delta | RequestFailedError:
+def _delta_or_error(transcript: Transcript, item: TokenOutput, now: float) -> Delta | RequestFailedError:
     try:
-        return next_delta(stream, item, now)
+        return next_delta(transcript, item, now)
     except Exception as error:
         # A tokenizer may raise anything; it is the fault of this request alone.
-        _log.error("the text of request %s cannot be made", stream.request.request_id, exc_info=error)
+        _log.error("the text of request %s cannot be made", transcript.request.request_id, exc_info=error)
         return RequestFailedError("the tokenizer cannot turn the output into text")
 
 
-def next_delta(stream: Stream, item: TokenOutput, now: float) -> Delta:
+def next_delta(transcript: Transcript, item: TokenOutput, now: float) -> Delta:
     """The delta that follows from one output. On a stop string its `finish` says so, whatever the output said."""
     output = item.output
     text, matched = "", None
     token_ids = () if output.token_id is None else (output.token_id,)
-    stream.num_tokens += len(token_ids)
+    transcript.num_tokens += len(token_ids)
     is_stop_token = output.finish is FinishReason.STOP_TOKEN
     if token_ids and not is_stop_token:
-        text, matched = stream.stops.push(stream.detokenizer.push(token_ids))
+        text, matched = transcript.stops.push(transcript.detokenizer.push(token_ids))
     if matched is None and output.finish is not None:
-        rest, matched = stream.stops.push(stream.detokenizer.flush())
-        text += rest + ("" if matched else stream.stops.flush())
-        if is_stop_token and stream.request.params.include_stop and matched is None:
-            text += _stop_token_text(stream, token_ids)
-    finish = _finish(stream, output, matched, now)
+        rest, matched = transcript.stops.push(transcript.detokenizer.flush())
+        text += rest + ("" if matched else transcript.stops.flush())
+        if is_stop_token and transcript.request.params.include_stop and matched is None:
+            text += _stop_token_text(transcript, token_ids)
+    finish = _finish(transcript, output, matched, now)
     return Delta(text, token_ids, () if item.logprob is None else (item.logprob,), finish)
 
 
-def _stop_token_text(stream: Stream, token_ids: Sequence[int]) -> str:
-    return stream.detokenizer.push(token_ids) + stream.detokenizer.flush()
+def _stop_token_text(transcript: Transcript, token_ids: Sequence[int]) -> str:
+    return transcript.detokenizer.push(token_ids) + transcript.detokenizer.flush()
 
 
-def _finish(stream: Stream, output: Output, matched: str | None, now: float) -> Finish | None:
+def _finish(transcript: Transcript, output: Output, matched: str | None, now: float) -> Finish | None:
     reason = FinishReason.STOP_STRING if matched is not None else output.finish
     if reason is None:
         return None
-    request = stream.request
-    usage = Usage(request.num_prompt_tokens, stream.num_tokens, request.preemptions)
+    request = transcript.request
+    usage = Usage(request.num_prompt_tokens, transcript.num_tokens, request.preemptions)
     return Finish(reason, usage, request.timings(now), matched if matched is not None else output.matched_stop)

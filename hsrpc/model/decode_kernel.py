@@ -12,8 +12,8 @@ _LEAST_KEYS = 128
 """Of a part."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _accumulate(q, m, total, acc, k_rows, v_rows, valid, scale, d, HEAD_DIM: tl.constexpr, DOT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, N803, PLR0917
+@triton.jit
+def _accumulate(q, m, total, acc, k_rows, v_rows, valid, scale, d, HEAD_DIM: tl.constexpr, DOT: tl.constexpr):
     """Online softmax over one tile of keys: m and total [g], acc [g, d]."""
     mask = valid[:, None] & (d < HEAD_DIM)[None, :]
     k = tl.load(k_rows, mask=mask, other=0.0)
@@ -33,28 +33,28 @@ def _accumulate(q, m, total, acc, k_rows, v_rows, valid, scale, d, HEAD_DIM: tl.
     return new, total * kept + tl.sum(p, 1), acc * kept[:, None] + added
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend(  # type: ignore[no-untyped-def]  # noqa: PLR0917
-    out,  # noqa: ANN001
-    sums,  # noqa: ANN001
-    queries,  # noqa: ANN001
-    query_stride,  # noqa: ANN001
-    pool,  # noqa: ANN001
-    buffer,  # noqa: ANN001
-    tables,  # noqa: ANN001
-    table_stride,  # noqa: ANN001
-    in_place,  # noqa: ANN001
-    rebuilt_starts,  # noqa: ANN001
-    key_starts,  # noqa: ANN001
-    scale,  # noqa: ANN001
-    BLOCK_SIZE: tl.constexpr,  # noqa: N803
-    KV_HEADS: tl.constexpr,  # noqa: N803
-    GROUP: tl.constexpr,  # noqa: N803
-    GROUP_TILE: tl.constexpr,  # noqa: N803
-    HEAD_DIM: tl.constexpr,  # noqa: N803
-    DIM_TILE: tl.constexpr,  # noqa: N803
-    KEYS: tl.constexpr,  # noqa: N803
-    PARTS: tl.constexpr,  # noqa: N803
+@triton.jit
+def _attend(
+    out,
+    sums,
+    queries,
+    query_stride,
+    pool,
+    buffer,
+    tables,
+    table_stride,
+    in_place,
+    rebuilt_starts,
+    key_starts,
+    scale,
+    BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+    KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
 ) -> None:
     """One request, KV head and part of its keys: first those in place, then the rebuilt ones, then the others."""
     request, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -108,15 +108,15 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     tl.store(out + target[:, None] * HEAD_DIM + d[None, :], acc.to(out.dtype.element_ty), mask=in_query)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _merge(  # type: ignore[no-untyped-def]  # noqa: PLR0917
-    out,  # noqa: ANN001
-    parts,  # noqa: ANN001
-    sums,  # noqa: ANN001
-    HEADS: tl.constexpr,  # noqa: N803
-    HEAD_DIM: tl.constexpr,  # noqa: N803
-    DIM_TILE: tl.constexpr,  # noqa: N803
-    PARTS: tl.constexpr,  # noqa: N803
+@triton.jit
+def _merge(
+    out,
+    parts,
+    sums,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+    PARTS: tl.constexpr,
 ) -> None:
     """One request and head: its parts, weighted by their sums of exponentials. PARTS is a power of two."""
     request, head = tl.program_id(0), tl.program_id(1)

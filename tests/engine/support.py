@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.core.plan import BUFFERS
 from hsrpc.core.request import Delta, Request
+from hsrpc.engine.delivery import OUTPUT_STEPS
 from tests.engine.conftest import tightest
 from tests.engine.reference import Reference
 
@@ -84,8 +85,9 @@ def remains(engine: Engine) -> dict[str, object]:
         "waiting": scheduler.num_waiting,
         "live": list(scheduler.live()),
         "used blocks": {pool: n for pool, n in engine.stats().used_blocks.items() if n},
-        "streams": engine._streams.live,
-        "outputs": engine._streams.num_waiting,
+        "transcripts": engine._delivery.live,
+        "outputs": engine._delivery._outputs.qsize(),
+        "output places": OUTPUT_STEPS - engine._delivery._room._value,
         "steps": cache._steps.qsize() + parts.executor._steps.qsize() + parts.executor._results.qsize(),
         "cache buffers": BUFFERS - cache._free.qsize(),
         "loaded buffers": cache._ready.qsize(),

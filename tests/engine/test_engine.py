@@ -13,8 +13,8 @@ import torch
 
 from hsrpc import Engine, EngineConfig
 from hsrpc.core.request import FinishReason, SamplingParams
+from hsrpc.engine import delivery as delivery_module
 from hsrpc.engine import engine as engine_module
-from hsrpc.engine import streams as streams_module
 from hsrpc.errors import (
     EngineFaultError,
     EngineUnavailableError,
@@ -207,7 +207,7 @@ def break_executor(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 
 
 def break_detokenizing(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(streams_module, "next_deltas", boom)
+    patch.setattr(delivery_module, "next_deltas", boom)
 
 
 def break_scheduling(engine: Engine, patch: pytest.MonkeyPatch) -> None:
@@ -285,7 +285,7 @@ async def test_a_tokenizer_error_fails_one_request_alone(
     async with Engine(roomy(made, max_batch=2)) as engine:
         first, second = [await engine.submit(prompt, greedy(64)) for prompt in made.prompts[:2]]
         await anext(first)
-        monkeypatch.setattr(engine._streams.live[first.request_id].detokenizer, "push", boom)
+        monkeypatch.setattr(engine._delivery.live[first.request_id].detokenizer, "push", boom)
         failing, finishing = await asyncio.gather(collect(first), collect(second), return_exceptions=True)
         assert isinstance(failing, RequestFailedError)
         assert ids(finishing) == made.outputs[1]

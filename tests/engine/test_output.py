@@ -161,7 +161,7 @@ async def test_the_timer_of_an_ended_request_is_cancelled(engine: Engine) -> Non
     """A day's limit does not keep a request in memory for a day."""
     for leave_early in (False, True):
         generation = await engine.submit([5], greedy(2, time_limit=86_400.0))
-        timer = engine._streams.live[generation.request_id].timer
+        timer = engine._delivery.live[generation.request_id].timer
         if leave_early:
             generation.close()
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from hsrpc.v1 import generation_pb2_grpc
 from tests.server.fake_engine import FakeEngine
 
 if TYPE_CHECKING:
+    from hsrpc.server.contract import Engine
     from hsrpc.v1.generation_pb2_grpc import GenerationServiceAsyncStub
 
 
@@ -54,6 +56,17 @@ async def channel(loading_server: Server) -> AsyncIterator[grpc.aio.Channel]:
 @pytest.fixture
 def stub(server: Server, channel: grpc.aio.Channel) -> GenerationServiceAsyncStub:
     return generation_pb2_grpc.GenerationServiceStub(channel)
+
+
+@asynccontextmanager
+async def stub_of(engine: Engine) -> AsyncIterator[GenerationServiceAsyncStub]:
+    """The generation service of a server that has `engine`."""
+    server = Server(ServerConfig(port=0))
+    await server.start()
+    await server.attach(engine)
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        yield generation_pb2_grpc.GenerationServiceStub(channel)
+    await server.stop()
 
 
 async def until(condition: Callable[[], object]) -> None:

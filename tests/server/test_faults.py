@@ -12,9 +12,9 @@ import torch
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 
 from hsrpc.engine.engine import Engine
-from hsrpc.server import Server, ServerConfig
 from hsrpc.v1 import generation_pb2_grpc
 from tests.engine.support import idle
+from tests.server.conftest import stub_of
 from tests.server.test_leaving import message, token_ids
 from tests.server.test_real_engine import CONFIG
 from tests.server.test_status import details
@@ -31,12 +31,8 @@ async def engine() -> AsyncIterator[Engine]:
 
 @pytest.fixture
 async def stub(engine: Engine) -> AsyncIterator[generation_pb2_grpc.GenerationServiceAsyncStub]:
-    server = Server(ServerConfig(port=0))
-    await server.start()
-    await server.attach(engine)
-    async with grpc.aio.insecure_channel(server.address) as channel:
-        yield generation_pb2_grpc.GenerationServiceStub(channel)
-    await server.stop()
+    async with stub_of(engine) as stub:
+        yield stub
 
 
 def spoil_logits(engine: Engine) -> None:
@@ -59,7 +55,7 @@ def spoil_text(engine: Engine) -> None:
     def boom(*_: object) -> None:
         raise RuntimeError("secret")
 
-    engine._streams.live["bad"].detokenizer.push = boom
+    engine._delivery.live["bad"].detokenizer.push = boom
 
 
 def run_out(engine: Engine) -> None:

@@ -18,10 +18,10 @@ from hsrpc.core.batch import Step
 from hsrpc.core.request import Request
 from hsrpc.engine.engine import Engine
 from hsrpc.model.sampler import Sampled
-from hsrpc.server import Server, ServerConfig
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc
 from tests.engine.support import PATIENCE, idle, live, until
+from tests.server.conftest import stub_of
 from tests.server.test_real_engine import CONFIG
 
 LIMIT = 0.8
@@ -38,12 +38,8 @@ async def engine() -> AsyncIterator[Engine]:
 
 @pytest.fixture
 async def stub(engine: Engine) -> AsyncIterator[generation_pb2_grpc.GenerationServiceAsyncStub]:
-    server = Server(ServerConfig(port=0))
-    await server.start()
-    await server.attach(engine)
-    async with grpc.aio.insecure_channel(server.address) as channel:
-        yield generation_pb2_grpc.GenerationServiceStub(channel)
-    await server.stop()
+    async with stub_of(engine) as stub:
+        yield stub
 
 
 class Gate:

@@ -13,7 +13,7 @@ from hsrpc.core.request import Delta, FinishReason, Request, SamplingParams
 from hsrpc.core.scheduler import Output, Scheduler
 from hsrpc.core.stopping import StopMatcher
 from hsrpc.engine.generation import Generation
-from hsrpc.engine.output import Stream, TokenOutput, next_deltas
+from hsrpc.engine.output import TokenOutput, Transcript, next_deltas
 from hsrpc.engine.token_ids import TokenIdsOnly
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.errors import HsrpcError, RequestFailedError
@@ -30,28 +30,23 @@ class _Outputs(NamedTuple):
     """It holds a place in the semaphore."""
 
 
-class Streams:
-    """Each live request has one, by its id; whatever ends a request, it ends here and in the scheduler."""
+class Delivery:
+    """Each live request has a transcript, by its id; whatever ends a request, it ends here and in the scheduler."""
 
     def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | TokenIdsOnly) -> None:
-        self.live: dict[str, Stream] = {}
+        self.live: dict[str, Transcript] = {}
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         # Unbounded, but holds at most OUTPUT_STEPS steps (by the semaphore) and one end of each live request.
         self._outputs: asyncio.Queue[_Outputs] = asyncio.Queue()
         self._room = asyncio.Semaphore(OUTPUT_STEPS)
 
-    @property
-    def num_waiting(self) -> int:
-        """Outputs that are not detokenised yet, and steps whose place is not free again."""
-        return self._outputs.qsize() + OUTPUT_STEPS - self._room._value
-
     def open(self, request: Request, effective: SamplingParams, detokenizer: Detokenizer) -> Generation:
         """The consumer's side of a new request, whose settings in effect are `effective`."""
         prompt = request.token_ids[: request.num_prompt_tokens]
         generation = Generation(request.request_id, prompt, effective, partial(self.leave, request))
         stops = StopMatcher(request.params.stop, request.params.include_stop)
-        self.live[request.request_id] = Stream(request, generation, detokenizer, stops, self._timer(request))
+        self.live[request.request_id] = Transcript(request, generation, detokenizer, stops, self._timer(request))
         return generation
 
     async def run(self) -> None:
@@ -60,8 +55,8 @@ class Streams:
             items, is_step = await self._outputs.get()
             live = [(self.live[i.output.request.request_id], i) for i in items if self._is_live(i.output.request)]
             deltas = await self._tokenizer.run(next_deltas, live, time.monotonic())
-            for (stream, item), delta in zip(live, deltas, strict=True):
-                self._deliver(stream, item.output, delta)
+            for (transcript, item), delta in zip(live, deltas, strict=True):
+                self._deliver(transcript, item.output, delta)
             if is_step:
                 self._room.release()
 
@@ -88,35 +83,35 @@ class Streams:
     def fail(self, request: Request, error: HsrpcError) -> None:
         """End a request with an error for its consumer."""
         if self._is_live(request):
-            stream = self.live[request.request_id]
-            self._close(stream)
-            stream.generation.fail(error)
+            transcript = self.live[request.request_id]
+            self._close(transcript)
+            transcript.generation.fail(error)
 
     def fail_all(self, error: HsrpcError) -> None:
-        for stream in list(self.live.values()):
-            self.fail(stream.request, error)
+        for transcript in list(self.live.values()):
+            self.fail(transcript.request, error)
 
-    def _deliver(self, stream: Stream, output: Output, delta: Delta | RequestFailedError) -> None:
-        if not self._is_live(stream.request):
+    def _deliver(self, transcript: Transcript, output: Output, delta: Delta | RequestFailedError) -> None:
+        if not self._is_live(transcript.request):
             return  # ended while its text was made
         if output.failed:
             delta = RequestFailedError("the model's logits for this request are not finite")
         if isinstance(delta, RequestFailedError):
-            self.fail(stream.request, delta)
+            self.fail(transcript.request, delta)
             return
-        stream.generation.put(delta)
+        transcript.generation.put(delta)
         if delta.finish is not None:
-            self._close(stream, delta.finish.reason)
+            self._close(transcript, delta.finish.reason)
 
-    def _close(self, stream: Stream, reason: FinishReason = FinishReason.ABORTED) -> None:
-        del self.live[stream.request.request_id]
-        if stream.timer is not None:
-            stream.timer.cancel()
-        self._scheduler.finish(stream.request.request_id, reason)
+    def _close(self, transcript: Transcript, reason: FinishReason = FinishReason.ABORTED) -> None:
+        del self.live[transcript.request.request_id]
+        if transcript.timer is not None:
+            transcript.timer.cancel()
+        self._scheduler.finish(transcript.request.request_id, reason)
 
     def _is_live(self, request: Request) -> bool:
-        stream = self.live.get(request.request_id)
-        return stream is not None and stream.request is request
+        transcript = self.live.get(request.request_id)
+        return transcript is not None and transcript.request is request
 
     def _timer(self, request: Request) -> asyncio.TimerHandle | None:
         limit = request.params.time_limit
