@@ -123,19 +123,26 @@ async def measure(name: str, config: EngineConfig, options: argparse.Namespace) 
 
 
 async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
-    decoding: list[StepRecord] = []
+    num_whole = 0
+
+    def is_whole(record: StepRecord) -> bool:
+        return record.prefill_tokens == 0 and record.decode_tokens == batch
 
     def is_enough(record: StepRecord) -> bool:
-        whole = record.prefill_tokens == 0 and record.decode_tokens == batch
-        decoding.extend([record] if whole else [])
-        return len(decoding) >= options.steps + WARM_UP_STEPS
+        nonlocal num_whole
+        num_whole += is_whole(record)
+        return num_whole >= options.steps + WARM_UP_STEPS
 
-    hardware = measure_hardware(config)
-    batch = make_plan(config, hardware).max_batch
+    batch = config.max_batch or make_plan(config, measure_hardware(config)).max_batch
     config = replace(config, max_batch=batch)
     make = partial(make_workload, Lengths.UNIFORM, count=batch, prompt=options.prompt, output=options.output)
-    run = await observe_run(config, lambda size: make(vocab_size=size), is_enough)
-    steps = decoding[WARM_UP_STEPS:]
+    run = await observe_run(
+        config,
+        lambda size: make(vocab_size=size),
+        lambda records: list(filter(is_whole, records)),
+        is_enough=is_enough,
+    )
+    steps = run.chosen
     if run.plan.max_batch != batch or len(steps) < FEWEST_STEPS:
         return {"failure": f"{len(steps)} steps of a batch of {run.plan.max_batch} in place of {batch}"}
     context = round(fmean(step.context_tokens for step in steps) / batch)
@@ -150,7 +157,7 @@ async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
         "num_steps": len(steps),
         "predicted": asdict(predicted),
         "step_seconds": seconds,
-        "step_range": [min(step.seconds for step in steps), max(step.seconds for step in steps)],
+        "step_times": [step.seconds for step in steps],
         "predicted_over_measured": predicted.step / seconds,
         "tokens_per_second": batch / seconds,
         "preemptions": run.stats.preemptions,

@@ -61,7 +61,7 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
     return [
         ("batch, steps measured", [f"{r.batch}, {r.num_steps}" for r in results]),
         ("step, median", [_ms(r.step_seconds) for r in results]),
-        ("step, min to max", [f"{_ms(r.step_range[0])} to {_ms(r.step_range[1])}" for r in results]),
+        ("step, min to max", [f"{_ms(min(r.step_times))} to {_ms(max(r.step_times))}" for r in results]),
         ("limit", [_ms(r.limit_seconds) for r in results]),
         ("  bus", [_ms(r.limit.bus) for r in results]),
         ("  forward", [_ms(r.limit.forward) for r in results]),

@@ -63,7 +63,7 @@ class Result:
     num_steps: int
     step_seconds: float
     """Median."""
-    step_range: tuple[float, float]
+    step_times: tuple[float, ...]
     limit_seconds: float
     """Median of the steps' limits."""
     limit: StepLimit
@@ -151,7 +151,7 @@ def summarise(run: Run, config: EngineConfig) -> Result:
         batch=plan.max_batch,
         num_steps=len(chosen),
         step_seconds=median(seconds),
-        step_range=(min(seconds), max(seconds)),
+        step_times=tuple(seconds),
         limit_seconds=median(limit.seconds for limit in limits),
         limit=StepLimit(*(median(getattr(limit, item.name) for limit in limits) for item in fields(StepLimit))),
         efficiency=sum(limit.seconds for limit in limits) / total,
