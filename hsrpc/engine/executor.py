@@ -55,6 +55,7 @@ class Executor:
         attention = Attention(
             family.sizes, family.attention_scale, plan.block_size, device.torch_device, family.spec.dtype
         )
+        attention.compile()
         self._forward = Forward(family, weights, cache, attention, device, max_queries=plan.buffers.queries)
         self._graphs = make_graphs(family, weights, cache, attention, device, plan=plan)
         self._sampler = Sampler(SAMPLE_ELEMENTS)

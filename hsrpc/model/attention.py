@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from hsrpc.core.sizes import ModelSizes
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
+_MANY_KEYS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,7 @@ class Attention:
         self._heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
         self._kv = sizes.kv_size
         self._scale = scale
+        self._device, self._dtype = device, dtype
         self._window = sizes.sliding_window
         # torch 2.11 takes grouped queries without being told; later ones want to be.
         self._names_gqa = sizes.num_heads != sizes.num_kv_heads and "enable_gqa" in signature(varlen_attn).parameters
@@ -83,6 +85,20 @@ class Attention:
             scale=self._scale,
             most_keys=rows.most_keys,
         )
+
+    def compile(self) -> None:
+        """Make `in_place` ready: what it would compile on its way would hold a step up for seconds."""
+        if not self._uses_kernel:
+            return
+        num_heads, _, head_dim = self._heads
+        queries = torch.zeros((1, num_heads * head_dim), dtype=self._dtype, device=self._device)
+        kv = torch.zeros((self._block_size, 2 * self._kv), dtype=self._dtype, device=self._device)
+        tables, counts, starts = (torch.zeros(size, dtype=torch.int32, device=self._device) for size in ((1, 1), 1, 2))
+        for most_keys in (1, _MANY_KEYS):  # in one part, and in several
+            rows = InPlaceRows(
+                tables=tables, counts=counts, rebuilt_starts=starts, key_starts=starts, most_keys=most_keys
+            )
+            self.in_place(queries, kv, kv, rows)
 
     def _in_place_one_by_one(
         self, queries: torch.Tensor, pool: torch.Tensor, kv: torch.Tensor, rows: InPlaceRows

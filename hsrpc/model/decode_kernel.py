@@ -1,4 +1,7 @@
-"""Triton kernels: attention of one query a request to rows in place and in a buffer, in parts that are then merged."""
+"""Triton kernels: attention of one query a request to rows in place and in a buffer, in parts that are then merged.
+
+What differs from step to step is no constant of a kernel: compiling another variant would hold a step up for a second.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ _PROGRAMS = 1024
 """Enough to fill a large GPU several times; fewer requests are divided into parts along their keys."""
 _LEAST_KEYS = 128
 """Of a part."""
+_MOST_PARTS = 32
 
 
 @triton.jit
@@ -33,7 +37,7 @@ def _accumulate(q, m, total, acc, k_rows, v_rows, valid, scale, d, HEAD_DIM: tl.
     return new, total * kept + tl.sum(p, 1), acc * kept[:, None] + added
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_parts"])
 def _attend(
     out,
     sums,
@@ -46,6 +50,7 @@ def _attend(
     in_place,
     rebuilt_starts,
     key_starts,
+    num_parts,
     scale,
     BLOCK_SIZE: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -54,7 +59,7 @@ def _attend(
     HEAD_DIM: tl.constexpr,
     DIM_TILE: tl.constexpr,
     KEYS: tl.constexpr,
-    PARTS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
 ) -> None:
     """One request, KV head and part of its keys: first those in place, then the rebuilt ones, then the others."""
     request, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -63,7 +68,7 @@ def _attend(
     front = count + tl.load(rebuilt_starts + request + 1) - rebuilt
     start = tl.load(key_starts + request)
     num_keys = front + tl.load(key_starts + request + 1) - start
-    size = tl.cdiv(tl.cdiv(num_keys, PARTS), KEYS) * KEYS
+    size = tl.cdiv(tl.cdiv(num_keys, num_parts), KEYS) * KEYS
     low = part * size
     high = tl.minimum(low + size, num_keys)
     g = tl.arange(0, GROUP_TILE)
@@ -99,34 +104,37 @@ def _attend(
         k_rows = buffer + rows[:, None] * (2 * width) + columns[None, :]
         m, total, acc = _accumulate(q, m, total, acc, k_rows, k_rows + width, valid, scale, d, HEAD_DIM, GROUP_TILE > 1)
     in_group = g < GROUP
-    target = (request * PARTS + part).to(tl.int64) * (KV_HEADS * GROUP) + query_heads
-    if PARTS == 1:
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    else:
+    target = (request * num_parts + part).to(tl.int64) * (KV_HEADS * GROUP) + query_heads
+    if IN_PARTS:
         tl.store(sums + 2 * target, m, mask=in_group)
         tl.store(sums + 2 * target + 1, total, mask=in_group)
+    else:
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out + target[:, None] * HEAD_DIM + d[None, :], acc.to(out.dtype.element_ty), mask=in_query)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _merge(
     out,
     parts,
     sums,
+    num_parts,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_TILE: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS_TILE: tl.constexpr,
 ) -> None:
-    """One request and head: its parts, weighted by their sums of exponentials. PARTS is a power of two."""
+    """One request and head: its parts, weighted by their sums of exponentials."""
     request, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, DIM_TILE)
-    source = (request * PARTS + tl.arange(0, PARTS)).to(tl.int64) * HEADS + head
-    m = tl.load(sums + 2 * source)
+    part = tl.arange(0, PARTS_TILE)
+    there = part < num_parts
+    source = (request * num_parts + part).to(tl.int64) * HEADS + head
+    m = tl.load(sums + 2 * source, mask=there, other=float("-inf"))
     most = tl.max(m, 0)
     weight = tl.where(m > float("-inf"), tl.exp(m - most), 0.0)
-    total = tl.sum(weight * tl.load(sums + 2 * source + 1), 0)
-    inside = (d < HEAD_DIM)[None, :]
+    total = tl.sum(weight * tl.load(sums + 2 * source + 1, mask=there, other=0.0), 0)
+    inside = there[:, None] & (d < HEAD_DIM)[None, :]
     acc = tl.load(parts + source[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
     merged = tl.sum(acc * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     row = (request.to(tl.int64) * HEADS + head) * HEAD_DIM
@@ -178,6 +186,7 @@ def decode_attention(
         in_place,
         rebuilt_starts,
         key_starts,
+        parts,
         scale,
         BLOCK_SIZE=block_size,
         KV_HEADS=num_kv_heads,
@@ -186,18 +195,16 @@ def decode_attention(
         HEAD_DIM=head_dim,
         DIM_TILE=dim_tile,
         KEYS=32,
-        PARTS=parts,
+        IN_PARTS=parts > 1,
         num_warps=4,
         num_stages=2,
     )
     if parts > 1:
         _merge[num_requests, num_heads](
-            out, partial, sums, HEADS=num_heads, HEAD_DIM=head_dim, DIM_TILE=dim_tile, PARTS=parts
+            out, partial, sums, parts, HEADS=num_heads, HEAD_DIM=head_dim, DIM_TILE=dim_tile, PARTS_TILE=_MOST_PARTS
         )
     return out
 
 
 def _num_parts(num_programs: int, most_keys: int) -> int:
-    """A power of two."""
-    wanted = min(_PROGRAMS // max(1, num_programs), most_keys // _LEAST_KEYS)
-    return 1 << max(0, wanted.bit_length() - 1)
+    return max(1, min(_PROGRAMS // max(1, num_programs), most_keys // _LEAST_KEYS, _MOST_PARTS))
