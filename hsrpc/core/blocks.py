@@ -7,9 +7,9 @@ in one tier (device or host); kind and tier together name its pool.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum, IntEnum
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 
 
 class BlockKind(Enum):
@@ -80,34 +80,38 @@ class BlockTable:
 
 
 class BlockPool:
-    """Free and used blocks 0 .. num_blocks-1 of one pool. A block is free or owned once, never both."""
+    """Free and used blocks 0 .. num_blocks-1 of one pool. A block is free or owned once, never both.
 
-    def __init__(self, num_blocks: int) -> None:
+    Neighbours travel as one copy. So that a request's later blocks find room behind its first ones, the pool is divided
+    into slots of `slot_size` blocks, and a run of blocks begins with a free slot as long as there is one.
+    """
+
+    def __init__(self, num_blocks: int, slot_size: int = 1) -> None:
         self.num_blocks = num_blocks
         self.num_free = num_blocks
+        self._slot_size = slot_size
         self._free = bytearray(b"\x01" * num_blocks)
-        # Every free block has an entry in the heap; an entry may be stale (its block taken as a neighbour since).
-        self._heap = list(range(num_blocks))
-        self._in_heap = bytearray(b"\x01" * num_blocks)
-        heapify(self._heap)
+        self._used_in_slot = [0] * -(-num_blocks // slot_size)
+        self._free_blocks = _LowestFirst(num_blocks)
+        self._free_slots = _LowestFirst(num_blocks // slot_size)
 
     @property
     def num_used(self) -> int:
         return self.num_blocks - self.num_free
 
     def allocate(self, after: int | None = None) -> int:
-        """Take the block behind `after` where it is free, else the lowest free one: neighbours travel as one copy.
+        """Take the block behind `after` where it is free, else the first of a free slot, else the lowest free one.
 
         Raises:
             IndexError: no block is free.
         """
         if after is not None and after + 1 < self.num_blocks and self._free[after + 1]:
             return self._take(after + 1)
-        while True:
-            index = heappop(self._heap)
-            self._in_heap[index] = 0
-            if self._free[index]:
-                return self._take(index)
+        slot = self._free_slots.first(lambda slot: not self._used_in_slot[slot])
+        index = self._free_blocks.first(self._free.__getitem__) if slot is None else slot * self._slot_size
+        if index is None:
+            raise IndexError("no block is free")
+        return self._take(index)
 
     def free(self, index: int) -> None:
         """Give a block back.
@@ -117,16 +121,38 @@ class BlockPool:
         """
         if self._free[index]:
             raise ValueError(f"block {index} is free already")
+        slot = index // self._slot_size
         self._free[index] = 1
         self.num_free += 1
-        if not self._in_heap[index]:
-            self._in_heap[index] = 1
-            heappush(self._heap, index)
+        self._used_in_slot[slot] -= 1
+        self._free_blocks.add(index)
+        if not self._used_in_slot[slot] and (slot + 1) * self._slot_size <= self.num_blocks:
+            self._free_slots.add(slot)
 
     def _take(self, index: int) -> int:
         self._free[index] = 0
         self.num_free -= 1
+        self._used_in_slot[index // self._slot_size] += 1
         return index
+
+
+class _LowestFirst:
+    """Numbers in a heap: all that are valid are in it, and some that are so no more."""
+
+    def __init__(self, count: int) -> None:
+        self._heap = list(range(count))
+        self._has = bytearray(b"\x01" * count)
+
+    def add(self, number: int) -> None:
+        if not self._has[number]:
+            self._has[number] = 1
+            heappush(self._heap, number)
+
+    def first(self, is_valid: Callable[[int], object]) -> int | None:
+        """The lowest valid one, which stays; None: there is none."""
+        while self._heap and not is_valid(self._heap[0]):
+            self._has[heappop(self._heap)] = 0
+        return self._heap[0] if self._heap else None
 
 
 class BlockManager:
@@ -136,8 +162,12 @@ class BlockManager:
     run out together; a tier may have one kind only, whatever the other has.
     """
 
-    def __init__(self, num_blocks: Mapping[PoolId, int]) -> None:
-        self.pools = {pool: BlockPool(num_blocks.get(pool, 0)) for pool in PoolId}
+    def __init__(self, num_blocks: Mapping[PoolId, int], max_batch: int | None = None) -> None:
+        """With `max_batch`, each pool leaves as many requests room to grow in."""
+        self.pools = {
+            pool: BlockPool(count, max(1, count // (max_batch or count or 1)))
+            for pool, count in ((pool, num_blocks.get(pool, 0)) for pool in PoolId)
+        }
 
     @property
     def num_blocks(self) -> int:

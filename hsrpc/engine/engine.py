@@ -87,7 +87,7 @@ class Engine:
         self._warm = asyncio.get_running_loop().create_future()
         self._parts = await open_parts(self.config, self._progress)
         limits = _limits(self._parts.plan, self._parts.spec)
-        blocks = BlockManager(self._parts.plan.num_blocks)
+        blocks = BlockManager(self._parts.plan.num_blocks, self._parts.plan.max_batch)
         self._scheduler = Scheduler(blocks, limits, self._parts.spec.eos_token_ids)
         self._delivery = Delivery(self._scheduler, self._parts.tokenizer)
         self._meter = Meter(self._parts, self._scheduler, self._observe)

@@ -25,14 +25,15 @@ def contents(table: BlockTable) -> tuple[list[int], list[int]]:
 class PoolMachine(RuleBasedStateMachine):
     """A pool against the set of blocks that were taken."""
 
-    @initialize(num_blocks=st.integers(0, 12))
-    def make(self, num_blocks: int) -> None:
-        self.pool = BlockPool(num_blocks)
+    @initialize(num_blocks=st.integers(0, 12), slot_size=st.integers(1, 5))
+    def make(self, num_blocks: int, slot_size: int) -> None:
+        self.pool = BlockPool(num_blocks, slot_size)
+        self.slots = [set(range(i, i + slot_size)) for i in range(0, num_blocks - slot_size + 1, slot_size)]
         self.taken: set[int] = set()
 
     @rule(after=st.none() | st.integers(-1, 12))
     def allocate(self, after: int | None) -> None:
-        """The neighbour where it is free, else the lowest free block, else IndexError."""
+        """The neighbour where it is free, else the first block of a free slot, else the lowest one, else IndexError."""
         free = set(range(self.pool.num_blocks)) - self.taken
         if not free:
             with pytest.raises(IndexError):
@@ -40,7 +41,8 @@ class PoolMachine(RuleBasedStateMachine):
             return
         neighbour = None if after is None else after + 1
         index = self.pool.allocate(after)
-        assert index == (neighbour if neighbour in free else min(free))
+        slot = next((slot for slot in self.slots if slot <= free), free)
+        assert index == (neighbour if neighbour in free else min(slot))
         self.taken.add(index)
 
     @precondition(lambda self: self.taken)
@@ -188,6 +190,17 @@ def test_a_request_gets_neighbours():
             assert indices == list(range(indices[0], indices[0] + len(indices)))
 
 
+def test_a_request_finds_room_to_grow_behind_its_blocks():
+    """Requests that come one after the other and then grow block by block stay in one piece each."""
+    manager = BlockManager({PoolId.HOST_KV: 70}, max_batch=7)
+    tables = [BlockTable() for _ in range(7)]
+    for size in (6, 1, 1, 1, 1):
+        for table in tables:
+            assert manager.grow(table, size)
+    assert sorted(table.indices[0] for table in tables) == list(range(0, 70, 10))
+    assert all(list(table.indices) == list(range(table.indices[0], table.indices[0] + 10)) for table in tables)
+
+
 def test_a_freed_block_is_handed_out_again():
     """A block that was taken as a neighbour while the heap still named it is handed out once, then again when freed."""
     pool = BlockPool(3)
@@ -199,12 +212,12 @@ def test_a_freed_block_is_handed_out_again():
         pool.allocate()
 
 
-def test_the_heap_does_not_grow():
-    """A block that is taken as a neighbour and freed again, over and over, keeps one entry in the heap."""
+def test_the_heaps_do_not_grow():
+    """A block that is taken as a neighbour and freed again, over and over, keeps one entry in each heap."""
     pool = BlockPool(4)
     for _ in range(50):
         pool.free(pool.allocate(after=2))
-    assert len(pool._heap) == 4
+    assert len(pool._free_blocks._heap) == len(pool._free_slots._heap) == 4
 
 
 @pytest.mark.parametrize(
