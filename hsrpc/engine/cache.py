@@ -47,11 +47,18 @@ class DeviceRows:
 
 
 @dataclass(frozen=True, slots=True)
-class _Loads:
-    """Copies of one mini-batch into one of its buffers: runs from host pools, rows from device pools."""
+class _Copies:
+    """Of one mini-batch into one of its buffers: runs from host pools, rows from device pools."""
 
     host: Mapping[PoolId, Runs]
     device: Mapping[PoolId, DeviceRows]
+
+
+class Loads(NamedTuple):
+    """What fills a mini-batch's buffers, in every layer alike."""
+
+    kv: _Copies
+    activations: _Copies
 
 
 class CacheManager:
@@ -102,6 +109,19 @@ class CacheManager:
     def give_back(self, staged: Staged, freed: Event) -> None:
         """Its buffers may be overwritten once `freed` has happened."""
         self._free.put_nowait((staged.buffers, freed))
+
+    def borrow(self) -> Staged:
+        """Buffers for a step that is not loaded by this task: free once `loaded` has happened, to be given back."""
+        return Staged(*self._free.get_nowait())
+
+    def prepare(self, step: Step) -> list[Loads]:
+        """What `fill` needs for each mini-batch, uploaded on the current stream."""
+        return [self._prepare_batch(batch) for batch in step.mini_batches]
+
+    def fill(self, buffers: Buffers, loads: Loads, layer: int) -> None:
+        """Copy a mini-batch's cached rows of a layer into its buffers, on the current stream."""
+        self._copy(buffers.kv, loads.kv, layer)
+        self._copy(buffers.activations, loads.activations, layer)
 
     def device_kv(self, layer: int) -> torch.Tensor:
         """The pool of KV blocks on the device [slots, 2*kv], which attention reads in place."""
@@ -158,42 +178,41 @@ class CacheManager:
         self._bus.move(start)
         loads = await worker.run(partial(self._prepare, step))
         for layer in range(self._num_layers):
-            for number, (kv, activations) in enumerate(loads, start=1):
+            for number, each in enumerate(loads, start=1):
                 buffers, freed = await self._free.get()
                 staged = Staged(buffers, freed)
                 if not step.is_abandoned:
-                    staged = await worker.run(partial(self._load, layer, kv, activations, buffers, freed))
+                    staged = await worker.run(partial(self._load, layer, each, buffers, freed))
                 self._bus.move(start + layer + number / len(loads))
                 await self._ready.put(staged)
         self._bus.move(math.inf)
 
-    def _prepare(self, step: Step) -> list[tuple[_Loads, _Loads]]:
+    def _prepare(self, step: Step) -> list[Loads]:
         device = self._device
         device.wait(device.load, self._stored)
         with device.on(device.load):
-            return [self._prepare_batch(batch) for batch in step.mini_batches]
+            return self.prepare(step)
 
-    def _prepare_batch(self, batch: MiniBatch) -> tuple[_Loads, _Loads]:
+    def _prepare_batch(self, batch: MiniBatch) -> Loads:
         self.regenerated_tokens += batch.num_activation_rows * self._num_layers
-        return self._split(batch.kv_loads), self._split(batch.activation_loads)
+        return Loads(self._split(batch.kv_loads), self._split(batch.activation_loads))
 
-    def _split(self, loads: Mapping[PoolId, Runs]) -> _Loads:
+    def _split(self, loads: Mapping[PoolId, Runs]) -> _Copies:
         host = {pool: runs for pool, runs in loads.items() if pool.tier is Tier.HOST}
-        return _Loads(
+        return _Copies(
             host, self.upload({pool: runs.rows() for pool, runs in loads.items() if pool.tier is Tier.DEVICE})
         )
 
-    def _load(self, layer: int, kv: _Loads, activations: _Loads, buffers: Buffers, freed: Event) -> Staged:
+    def _load(self, layer: int, loads: Loads, buffers: Buffers, freed: Event) -> Staged:
         device = self._device
         device.wait(device.load, freed)
         with device.on(device.load):
-            self._fill(buffers.kv, kv, layer)
-            self._fill(buffers.activations, activations, layer)
+            self.fill(buffers, loads, layer)
         return Staged(buffers, device.record(device.load))
 
-    def _fill(self, buffer: torch.Tensor, loads: _Loads, layer: int) -> None:
-        for pool, runs in loads.host.items():
+    def _copy(self, buffer: torch.Tensor, copies: _Copies, layer: int) -> None:
+        for pool, runs in copies.host.items():
             self._device.load_runs(buffer, self._pools[pool][layer], runs)
             self.loaded_bytes += runs.num_rows * buffer.shape[1] * buffer.element_size()
-        for pool, rows in loads.device.items():
+        for pool, rows in copies.device.items():
             self._device.copy_rows(buffer, rows.target, self._pools[pool][layer], rows.source)

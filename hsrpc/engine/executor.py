@@ -13,7 +13,7 @@ import torch
 from hsrpc.core.batch import Step, Work
 from hsrpc.core.plan import SAMPLE_ELEMENTS, Plan
 from hsrpc.device.device import Device, Event
-from hsrpc.engine.cache import CacheManager
+from hsrpc.engine.cache import CacheManager, Staged
 from hsrpc.engine.forward import DeviceBatch, Forward
 from hsrpc.engine.graphs import make_graphs
 from hsrpc.engine.weights import ModelWeights, Prefetched, WeightPrefetcher
@@ -48,6 +48,8 @@ class Executor:
     ) -> None:
         self._family = family
         self._fixed = weights.fixed
+        self._layers = weights.layers
+        self._streams_weights = any(plan.streamed_bytes)
         self._num_layers = len(weights.layers)
         self._prefetcher = prefetcher
         self._cache = cache
@@ -88,13 +90,16 @@ class Executor:
         Raises:
             OutOfDeviceMemoryError: there are none; the executor is ready for the next step.
         """
-        if not self._is_graph(step):
+        if self._needs_bus(step):
             await self._cache.begin(step)
         await self._steps.put((step, ahead))
         result = await self._results.get()
         if isinstance(result, OutOfDeviceMemoryError):
             raise result
         return result
+
+    def _needs_bus(self, step: Step) -> bool:
+        return self._streams_weights or not step.is_on_device
 
     def _is_graph(self, step: Step) -> bool:
         return self._graphs is not None and step.is_in_place
@@ -107,7 +112,9 @@ class Executor:
         try:
             if self._is_graph(step):
                 return await self._run_graph(worker, step, launched, ahead)
-            return await self._run_layers(worker, step)
+            if self._needs_bus(step):
+                return await self._run_layers(worker, step)
+            return await self._run_on_device(worker, step)
         except torch.OutOfMemoryError as error:
             _log.error("a step of %d requests ran out of device memory", len(step.works), exc_info=error)
             step.is_given_up = True
@@ -132,6 +139,31 @@ class Executor:
                 return None
             await self._compute_layer(worker, layer, batches)
         return await worker.run(partial(self._sample, step, batches))
+
+    async def _run_on_device(self, worker: Worker, step: Step) -> list[Sampled] | None:
+        staged = self._cache.borrow()
+        done = staged.loaded
+        try:
+            sampled, done = await worker.run(partial(self._sweep, step, staged))
+        finally:
+            self._cache.give_back(staged, done)
+        return sampled
+
+    def _sweep(self, step: Step, staged: Staged) -> tuple[list[Sampled] | None, Event]:
+        """All layers of a step with nothing on the bus to wait for; and when its buffers are no longer read."""
+        device, compute = self._device, self._device.compute
+        device.wait(compute, staged.loaded)
+        with device.on(compute):
+            batches, loads = self._forward.upload(step.mini_batches), self._cache.prepare(step)
+        for layer, weights in enumerate(self._layers):
+            if step.is_abandoned:
+                return None, device.record(compute)
+            here = Prefetched(layer, weights.resident, None, None, 0)
+            for batch, each in zip(batches, loads, strict=True):
+                with device.on(compute):
+                    self._cache.fill(staged.buffers, each, layer)
+                self._forward.compute(here, Staged(staged.buffers, None), batch)
+        return self._sample(step, batches), device.record(compute)
 
     def _launch_graphs(self, step: Step, launched: _Launched | None, ahead: Step | None) -> PendingSample:
         """Sample `step`, and behind that compute `ahead`."""
