@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from statistics import median
+from typing import TypedDict
 
 import torch
 
@@ -23,7 +24,24 @@ COMPILED = ((1, 20), (1, 4000))
 MOST_SECONDS = 0.05
 
 
-def case(shape: tuple[int, int, int], load: tuple[int, int], share: float, dtype: torch.dtype) -> dict[str, object]:
+class Given(TypedDict):
+    """Arguments of the kernel."""
+
+    queries: torch.Tensor
+    pool: torch.Tensor
+    buffer: torch.Tensor
+    tables: torch.Tensor
+    in_place: torch.Tensor
+    rebuilt_starts: torch.Tensor
+    key_starts: torch.Tensor
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    scale: float
+    most_keys: int
+
+
+def case(shape: tuple[int, int, int], load: tuple[int, int], share: float, dtype: torch.dtype) -> Given:
     """Random rows; of each request's tokens `share` in place, half of the rest rebuilt; lengths differ a little."""
     (heads, kv_heads, head_dim), (requests, tokens) = shape, load
     width, device = 2 * kv_heads * head_dim, "cuda"
@@ -49,7 +67,7 @@ def case(shape: tuple[int, int, int], load: tuple[int, int], share: float, dtype
     }
 
 
-def reference(given: dict) -> torch.Tensor:
+def reference(given: Given) -> torch.Tensor:
     """In float64, request by request."""
     head_dim, kv_heads = given["head_dim"], given["num_kv_heads"]
     front, starts, rows = given["rebuilt_starts"].tolist(), given["key_starts"].tolist(), []
@@ -67,9 +85,9 @@ def reference(given: dict) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def milliseconds(given: dict) -> float:
+def milliseconds(given: Given) -> float:
     """Median of 20."""
-    times = []
+    times: list[float] = []
     for _ in range(23):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

@@ -10,28 +10,41 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
 
 from hsrpc import Engine, EngineConfig, SamplingParams
+from hsrpc.config import CachePolicy, Placement
 from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.families import create_family
 from hsrpc.model.shapes import SHAPES
 from hsrpc.model.spec import named_spec
 
-RUNS = (
-    ("kv", None, "host"),
-    ("activation", None, "host"),
-    ("hybrid", 0.5, "host"),
-    ("auto", None, "host"),
-    ("recompute", None, "host"),
-    ("hybrid", 0.5, "auto"),
-    ("kv", None, "auto"),
-)
-"""Policy, share, placement."""
 LENGTHS = (1, 7, 33, 64, 100, 190, 301, 420)
 NEW_TOKENS = 16
+
+
+class Run(NamedTuple):
+    """How the engine is set up."""
+
+    policy: CachePolicy
+    share: float | None
+    placement: Placement
+
+
+RUNS = (
+    Run(CachePolicy.KV, None, Placement.HOST),
+    Run(CachePolicy.ACTIVATION, None, Placement.HOST),
+    Run(CachePolicy.HYBRID, 0.5, Placement.HOST),
+    Run(CachePolicy.AUTO, None, Placement.HOST),
+    Run(CachePolicy.RECOMPUTE, None, Placement.HOST),
+    Run(CachePolicy.HYBRID, 0.5, Placement.AUTO),
+    Run(CachePolicy.KV, None, Placement.AUTO),
+)
+Found = list[tuple[int, list[int]]]
+"""Of a prompt: its new tokens, and the five most probable at each."""
 
 
 def reference_model(shape: str) -> PreTrainedModel:
@@ -52,17 +65,15 @@ def reference_model(shape: str) -> PreTrainedModel:
     return model
 
 
-async def generate(
-    shape: str, policy: str, share: float | None, placement: str, prompts: list[list[int]]
-) -> list[list[tuple[int, list[int]]]]:
-    """For each prompt: its tokens, and the five most probable at each."""
+async def generate(shape: str, run: Run, prompts: list[list[int]]) -> list[Found]:
+    """What the engine makes of each prompt."""
     config = EngineConfig(
         model=f"random:{shape}",
         gpu_memory="24GiB",
         host_memory="60GiB",
-        cache_policy=policy,
-        activation_share=share,
-        placement=placement,
+        cache_policy=run.policy,
+        activation_share=run.share,
+        placement=run.placement,
         max_batch=8,
         max_model_len=512,
         max_prefill_tokens=256,
@@ -70,7 +81,7 @@ async def generate(
     params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=5)
     async with Engine(config) as engine:
 
-        async def one(prompt: list[int]) -> list[tuple[int, list[int]]]:
+        async def one(prompt: list[int]) -> Found:
             found = [item async for delta in engine.generate(prompt, params) for item in delta.logprobs]
             return [(item.token_id, [token for token, _ in item.top]) for item in found]
 
@@ -87,7 +98,7 @@ async def generate(
 
 
 @torch.inference_mode()
-def compare(model: PreTrainedModel, prompts: list[list[int]], results: list[list[tuple[int, list[int]]]]) -> int:
+def compare(model: PreTrainedModel, prompts: list[list[int]], results: list[Found]) -> int:
     """Number of prompts without any difference.
 
     Raises:
@@ -113,11 +124,12 @@ def main() -> None:
         generator = torch.Generator().manual_seed(3)
         vocab = named_spec(shape, torch.float16).vocab_size
         prompts = [torch.randint(4, vocab, (n,), generator=generator).tolist() for n in LENGTHS]
-        outputs = [asyncio.run(generate(shape, *run, prompts)) for run in RUNS]
+        outputs = [asyncio.run(generate(shape, run, prompts)) for run in RUNS]
         model = reference_model(shape)
-        for (policy, share, placement), output in zip(RUNS, outputs, strict=True):
+        for run, output in zip(RUNS, outputs, strict=True):
             equal = compare(model, prompts, output)
-            print(f"{shape} {policy} {share} {placement}: {equal} of {len(prompts)} prompts equal throughout")
+            name = f"{shape} {run.policy} {run.share} {run.placement}"
+            print(f"{name}: {equal} of {len(prompts)} prompts equal throughout")
         del model
         torch.cuda.empty_cache()
 

@@ -23,44 +23,48 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 from hsrpc.bench.run import WARM_UP_STEPS, observe_run
 from hsrpc.bench.workload import Lengths, make_workload
-from hsrpc.config import CachePolicy, EngineConfig, Placement, parse_bytes
+from hsrpc.config import CachePolicy, DType, EngineConfig, Placement, parse_bytes
 from hsrpc.core.plan import Budgets, Hardware, Plan
 from hsrpc.core.planner import Planner
 from hsrpc.core.prediction import predict_at
-from hsrpc.engine.startup import describe_model, measure_hardware
+from hsrpc.engine.startup import RANDOM_PREFIX, describe_model, measure_hardware
 from hsrpc.engine.stats import StepRecord
 from hsrpc.errors import ConfigError, HsrpcError
 
 FEWEST_STEPS = 5
-REGIMES: dict[str, dict[str, object]] = {
-    "bus": {"model": "random:opt-6.7b", "dtype": "float16", "placement": "host", "max_batch": 64},
-    "compute": {"model": "random:opt-2.7b", "dtype": "float32", "placement": "host", "max_batch": 64},
-    "partly": {"model": "random:opt-13b", "dtype": "float16", "placement": "auto", "max_batch": 96},
+REGIMES = {
+    "bus": EngineConfig(model="random:opt-6.7b", dtype=DType.FLOAT16, placement=Placement.HOST, max_batch=64),
+    "compute": EngineConfig(model="random:opt-2.7b", dtype=DType.FLOAT32, placement=Placement.HOST, max_batch=64),
+    "partly": EngineConfig(model="random:opt-13b", dtype=DType.FLOAT16, max_batch=96),
 }
-Cell = dict[str, object]
+Cell = dict[str, Any]
+"""What the file has of one plan: its name, and what was measured of it or its `failure`."""
 
 
-def lengths(options: argparse.Namespace) -> dict[str, object]:
-    """Settings for requests that all have the same lengths and only decode: prompts are not what is measured."""
+def with_lengths(config: EngineConfig, options: argparse.Namespace) -> EngineConfig:
+    """For requests that all have the same lengths and only decode: prompts are not what is measured."""
     context = options.prompt + options.output // 2
-    return {
-        "gpu_memory": options.gpu_memory,
-        "host_memory": options.host_memory,
-        "expected_context": context,
-        "expected_output": 2 * context,
-        "max_model_len": options.prompt + options.output,
-    }
+    return replace(
+        config,
+        gpu_memory=options.gpu_memory,
+        host_memory=options.host_memory,
+        expected_context=context,
+        expected_output=2 * context,
+        max_model_len=options.prompt + options.output,
+    )
 
 
 def sweep_configs(options: argparse.Namespace) -> list[tuple[str, EngineConfig]]:
     """The planner's choice, then shares 0 to 1."""
-    settings = REGIMES[options.regime] | lengths(options)
-    settings |= {"model": f"random:{options.shape}"} if options.shape else {}
-    settings |= {"max_batch": options.batch} if options.batch else {}
-    config = EngineConfig(**settings)
+    config = with_lengths(REGIMES[options.regime], options)
+    if options.shape:
+        config = replace(config, model=RANDOM_PREFIX + options.shape)
+    if options.batch:
+        config = replace(config, max_batch=options.batch)
     shares = [tenth / 10 for tenth in range(11)]
     forced = [replace(config, cache_policy=CachePolicy.HYBRID, activation_share=share) for share in shares]
     return [("planner", config), *((f"share {share:.1f}", each) for share, each in zip(shares, forced, strict=True))]
@@ -68,7 +72,8 @@ def sweep_configs(options: argparse.Namespace) -> list[tuple[str, EngineConfig]]
 
 def grid_configs(options: argparse.Namespace) -> list[tuple[str, EngineConfig]]:
     """The planner's choice, then the forced plans that are predicted to be fastest."""
-    config = EngineConfig(model=f"random:{options.shape or 'opt-6.7b'}", dtype=options.dtype, **lengths(options))
+    model = RANDOM_PREFIX + (options.shape or "opt-6.7b")
+    config = with_lengths(EngineConfig(model=model, dtype=options.dtype), options)
     hardware = measure_hardware(config)
     best = make_plan(config, hardware)
     found: dict[str, tuple[float, str, EngineConfig]] = {}
@@ -123,7 +128,7 @@ async def measure(name: str, config: EngineConfig, options: argparse.Namespace) 
 
 
 async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
-    num_whole = 0
+    num_whole, wanted = 0, int(options.steps) + WARM_UP_STEPS
 
     def is_whole(record: StepRecord) -> bool:
         return record.prefill_tokens == 0 and record.decode_tokens == batch
@@ -131,7 +136,7 @@ async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
     def is_enough(record: StepRecord) -> bool:
         nonlocal num_whole
         num_whole += is_whole(record)
-        return num_whole >= options.steps + WARM_UP_STEPS
+        return num_whole >= wanted
 
     batch = config.max_batch or make_plan(config, measure_hardware(config)).max_batch
     config = replace(config, max_batch=batch)
@@ -186,11 +191,10 @@ def report(cells: list[Cell]) -> None:
         if "failure" in cell:
             print(f"{cell['name']:42} {cell['failure']}")
             continue
-        step, ratio, rate = (
-            float(str(cell[key])) for key in ("step_seconds", "predicted_over_measured", "tokens_per_second")
-        )
-        print(f"{cell['name']:42} {step * 1e3:9.1f} ms, predicted / measured {ratio:.3f}, {rate:9.1f} tokens/s")
-    rates = {str(cell["name"]): float(str(cell["tokens_per_second"])) for cell in cells if "failure" not in cell}
+        ratio, rate = cell["predicted_over_measured"], cell["tokens_per_second"]
+        step = f"{cell['step_seconds'] * 1e3:9.1f} ms"
+        print(f"{cell['name']:42} {step}, predicted / measured {ratio:.3f}, {rate:9.1f} tokens/s")
+    rates = {cell["name"]: cell["tokens_per_second"] for cell in cells if "failure" not in cell}
     if "planner" in rates:
         print(f"planner / best: {rates['planner'] / max(rates.values()):.3f}")
 

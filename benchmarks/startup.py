@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from hsrpc import Engine, EngineConfig
-from hsrpc.config import parse_bytes
+from hsrpc.config import DType, Placement, parse_bytes
 from hsrpc.device.device import open_device
 from hsrpc.engine.startup import make_planner
 from hsrpc.model.families import create_family
@@ -53,9 +53,7 @@ def make_checkpoint(directory: Path, shape: str) -> None:
             name = f"model-{number:05}.safetensors"
             shapes = {s: size for t in tensors for s, size in zip(t.sources, t.source_shapes, strict=True)}
             weight_map |= dict.fromkeys(shapes, name)
-            writes.append(
-                pool.submit(_write_shard, directory / name, shapes, memoryview(block.view(torch.uint8).numpy()))
-            )
+            writes.append(pool.submit(_write_shard, directory / name, shapes, block.view(torch.uint8).numpy().data))
         for write in writes:
             write.result()
     (directory / "config.json").write_text(json.dumps(SHAPES[shape]))
@@ -123,8 +121,8 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     """All times, seconds."""
     config = EngineConfig(
         model=str(options.directory),
-        dtype="float16",
-        placement="host",
+        dtype=DType.FLOAT16,
+        placement=Placement.HOST,
         max_batch=options.max_batch,
         max_model_len=1024,
         gpu_memory=options.gpu_memory,
