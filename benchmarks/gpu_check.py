@@ -1,7 +1,7 @@
 """Holds the engine on a GPU against a plain forward pass of transformers with the same random weights.
 
-For each shape and policy, greedy tokens of ragged prompts are compared. Where float16 rounding makes the two differ for
-the first time, each side's token must be among the other's five most probable.
+For each shape and policy, greedy tokens of ragged prompts are compared, in float16. Where its rounding makes the two
+differ for the first time, each side's token must be among the other's five most probable.
 
     python benchmarks/gpu_check.py --shape opt-1.3b --shape opt-6.7b
 """
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
 
 from hsrpc import Engine, EngineConfig, SamplingParams
-from hsrpc.config import CachePolicy, Placement
+from hsrpc.config import CachePolicy, DeviceKind, DType, Placement
 from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.families import create_family
 from hsrpc.model.shapes import SHAPES
@@ -47,17 +48,17 @@ Found = list[tuple[int, list[int]]]
 """Of a prompt: its new tokens, and the five most probable at each."""
 
 
-def reference_model(shape: str) -> PreTrainedModel:
-    """The transformers model of `shape` on the GPU, with the weights that `random:SHAPE` has."""
+def reference_model(shape: str, device: DeviceKind) -> PreTrainedModel:
+    """The transformers model of `shape` on the device, with the weights that `random:SHAPE` has."""
     config = (OPTConfig if shape.startswith("opt") else LlamaConfig)(**SHAPES[shape])
     torch.set_default_dtype(torch.float16)
-    with torch.device("cuda"):
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     torch.set_default_dtype(torch.float32)
     parameters = dict(model.named_parameters())
     family, source = create_family(named_spec(shape, torch.float16)), RandomWeights(0)
     for tensor in family.all_tensors():
-        packed = torch.empty(tensor.shape, dtype=torch.float16, device="cuda")
+        packed = torch.empty(tensor.shape, dtype=torch.float16, device=model.device)
         source.read(tensor, packed)
         rows = [shape_[0] for shape_ in tensor.source_shapes]
         for name, part in zip(tensor.sources, packed.split(rows), strict=True):
@@ -65,10 +66,12 @@ def reference_model(shape: str) -> PreTrainedModel:
     return model
 
 
-async def generate(shape: str, run: Run, prompts: list[list[int]]) -> list[Found]:
+async def generate(shape: str, device: DeviceKind, run: Run, prompts: list[list[int]]) -> list[Found]:
     """What the engine makes of each prompt."""
     config = EngineConfig(
         model=f"random:{shape}",
+        device=device,
+        dtype=DType.FLOAT16,
         gpu_memory="24GiB",
         host_memory="60GiB",
         cache_policy=run.policy,
@@ -107,7 +110,7 @@ def compare(model: PreTrainedModel, prompts: list[list[int]], results: list[Foun
     equal = 0
     for prompt, result in zip(prompts, results, strict=True):
         tokens = [token for token, _ in result]
-        logits = model(torch.tensor([prompt + tokens[:-1]], device="cuda")).logits[0, len(prompt) - 1 :]
+        logits = model(torch.tensor([prompt + tokens[:-1]], device=model.device)).logits[0, len(prompt) - 1 :]
         top = logits.topk(5).indices.tolist()
         differences = [i for i, token in enumerate(tokens) if token != top[i][0]]
         equal += not differences
@@ -117,15 +120,18 @@ def compare(model: PreTrainedModel, prompts: list[list[int]], results: list[Foun
     return equal
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check each shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", required=True, choices=tuple(SHAPES))
-    for shape in parser.parse_args().shape:
+    parser.add_argument("--device", type=DeviceKind, default=DeviceKind.CUDA, choices=(DeviceKind.CUDA, DeviceKind.CPU))
+    options = parser.parse_args(arguments)
+    for shape in options.shape:
         generator = torch.Generator().manual_seed(3)
         vocab = named_spec(shape, torch.float16).vocab_size
         prompts = [torch.randint(4, vocab, (n,), generator=generator).tolist() for n in LENGTHS]
-        outputs = [asyncio.run(generate(shape, run, prompts)) for run in RUNS]
-        model = reference_model(shape)
+        outputs = [asyncio.run(generate(shape, options.device, run, prompts)) for run in RUNS]
+        model = reference_model(shape, options.device)
         for run, output in zip(RUNS, outputs, strict=True):
             equal = compare(model, prompts, output)
             name = f"{shape} {run.policy} {run.share} {run.placement}"

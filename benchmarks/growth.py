@@ -189,7 +189,8 @@ def plot_steps(found: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(required=True, metavar="scheduling | steps")
     scheduling = kinds.add_parser("scheduling")
@@ -208,7 +209,7 @@ def main() -> None:
     for kind in (scheduling, steps):
         kind.add_argument("--json", type=Path, help="save all times here")
         kind.add_argument("--plot", type=Path, help="save curves here as PNG")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     found = options.run(options)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
