@@ -12,16 +12,8 @@ from matplotlib import pyplot as plt
 from benchmarks import gpu_check, growth, planner_check, planner_report, startup
 from benchmarks.planner_report import draw_grid, draw_sweep
 from hsrpc.config import CachePolicy, DeviceKind, Placement
-from hsrpc.model.shapes import SHAPES
+from tests.bench.conftest import TINY
 
-TINY = SHAPES["opt-125m"] | {
-    "hidden_size": 64,
-    "word_embed_proj_dim": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "ffn_dim": 128,
-    "vocab_size": 100,
-}
 PNG = b"\x89PNG\r\n\x1a\n"
 LENGTHS = ("--prompt", "8", "--output", "24", "--steps", "5")
 
@@ -146,20 +138,18 @@ def test_startup_makes_a_checkpoint_once_and_times_what_follows(tiny, tmp_path, 
     assert "ratio" in capsys.readouterr().out
 
 
-def test_the_gpu_check_compares_with_transformers(monkeypatch, capsys):
+def test_the_gpu_check_compares_with_transformers(tiny_shape, monkeypatch, capsys):
     """Here on the CPU, with two of its runs and short prompts."""
-    monkeypatch.setitem(SHAPES, "opt-tiny", TINY)
     monkeypatch.setattr(gpu_check, "LENGTHS", (1, 33))
     runs = (gpu_check.Run(CachePolicy.HYBRID, 0.5, Placement.HOST), gpu_check.Run(CachePolicy.KV, None, Placement.AUTO))
     monkeypatch.setattr(gpu_check, "RUNS", runs)
-    gpu_check.main(["--shape", "opt-tiny", "--device", "cpu"])
+    gpu_check.main(["--shape", tiny_shape, "--device", "cpu"])
     assert capsys.readouterr().out.count("of 2 prompts equal throughout") == 2
 
 
-def test_the_gpu_check_finds_a_token_that_is_not_the_models(monkeypatch):
+def test_the_gpu_check_finds_a_token_that_is_not_the_models(tiny_shape):
     """The model's own tokens pass; one out of its five most probable does not."""
-    monkeypatch.setitem(SHAPES, "opt-tiny", TINY)
-    model = gpu_check.reference_model("opt-tiny", DeviceKind.CPU)
+    model = gpu_check.reference_model(tiny_shape, DeviceKind.CPU)
     ranked = model(torch.tensor([[5, 6]])).logits[0, -1].argsort(descending=True).tolist()
     top = ranked[:5]
     assert gpu_check.compare(model, [[5, 6]], [[(top[0], top)]]) == 1
