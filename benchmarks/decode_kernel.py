@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from statistics import median
+from typing import TypedDict
 
 import torch
 
@@ -23,10 +24,29 @@ COMPILED = ((1, 20), (1, 4000))
 MOST_SECONDS = 0.05
 
 
-def case(shape: tuple[int, int, int], load: tuple[int, int], share: float, dtype: torch.dtype) -> dict[str, object]:
+class Given(TypedDict):
+    """Arguments of the kernel."""
+
+    queries: torch.Tensor
+    pool: torch.Tensor
+    buffer: torch.Tensor
+    tables: torch.Tensor
+    in_place: torch.Tensor
+    rebuilt_starts: torch.Tensor
+    key_starts: torch.Tensor
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    scale: float
+    most_keys: int
+
+
+def case(
+    shape: tuple[int, int, int], load: tuple[int, int], share: float, dtype: torch.dtype, device: str = "cuda"
+) -> Given:
     """Random rows; of each request's tokens `share` in place, half of the rest rebuilt; lengths differ a little."""
     (heads, kv_heads, head_dim), (requests, tokens) = shape, load
-    width, device = 2 * kv_heads * head_dim, "cuda"
+    width = 2 * kv_heads * head_dim
     lengths = [tokens - 3 * i % 50 for i in range(requests)]
     in_place = [int(length * share) for length in lengths]
     blocks = -(-tokens // BLOCK_SIZE)
@@ -39,8 +59,8 @@ def case(shape: tuple[int, int, int], load: tuple[int, int], share: float, dtype
         "buffer": torch.randn(front + int(buffered.sum()), width, device=device, dtype=dtype),
         "tables": torch.randperm(requests * blocks, device=device).view(requests, blocks).int(),
         "in_place": torch.tensor(in_place, device=device).int(),
-        "rebuilt_starts": rebuilt.cumsum(0).int().cuda(),
-        "key_starts": (front + buffered.cumsum(0)).int().cuda(),
+        "rebuilt_starts": rebuilt.cumsum(0).int().to(device),
+        "key_starts": (front + buffered.cumsum(0)).int().to(device),
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "block_size": BLOCK_SIZE,
@@ -49,13 +69,13 @@ def case(shape: tuple[int, int, int], load: tuple[int, int], share: float, dtype
     }
 
 
-def reference(given: dict) -> torch.Tensor:
+def reference(given: Given) -> torch.Tensor:
     """In float64, request by request."""
     head_dim, kv_heads = given["head_dim"], given["num_kv_heads"]
     front, starts, rows = given["rebuilt_starts"].tolist(), given["key_starts"].tolist(), []
     buffer = given["buffer"]
     for i, count in enumerate(given["in_place"].tolist()):
-        token = torch.arange(count, device="cuda")
+        token = torch.arange(count, device=buffer.device)
         slots = given["tables"][i][token // BLOCK_SIZE].long() * BLOCK_SIZE + token % BLOCK_SIZE
         parts = (given["pool"][slots], buffer[front[i] : front[i + 1]], buffer[starts[i] : starts[i + 1]])
         kv = torch.cat(parts).double()
@@ -67,9 +87,9 @@ def reference(given: dict) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def milliseconds(given: dict) -> float:
+def milliseconds(given: Given) -> float:
     """Median of 20."""
-    times = []
+    times: list[float] = []
     for _ in range(23):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

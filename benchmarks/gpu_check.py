@@ -1,7 +1,7 @@
 """Holds the engine on a GPU against a plain forward pass of transformers with the same random weights.
 
-For each shape and policy, greedy tokens of ragged prompts are compared. Where float16 rounding makes the two differ for
-the first time, each side's token must be among the other's five most probable.
+For each shape and policy, greedy tokens of ragged prompts are compared, in float16. Where its rounding makes the two
+differ for the first time, each side's token must be among the other's five most probable.
 
     python benchmarks/gpu_check.py --shape opt-1.3b --shape opt-6.7b
 """
@@ -10,41 +10,55 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
 
 from hsrpc import Engine, EngineConfig, SamplingParams
+from hsrpc.config import CachePolicy, DeviceKind, DType, Placement
 from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.families import create_family
 from hsrpc.model.shapes import SHAPES
 from hsrpc.model.spec import named_spec
 
-RUNS = (
-    ("kv", None, "host"),
-    ("activation", None, "host"),
-    ("hybrid", 0.5, "host"),
-    ("auto", None, "host"),
-    ("recompute", None, "host"),
-    ("hybrid", 0.5, "auto"),
-    ("kv", None, "auto"),
-)
-"""Policy, share, placement."""
 LENGTHS = (1, 7, 33, 64, 100, 190, 301, 420)
 NEW_TOKENS = 16
 
 
-def reference_model(shape: str) -> PreTrainedModel:
-    """The transformers model of `shape` on the GPU, with the weights that `random:SHAPE` has."""
+class Run(NamedTuple):
+    """How the engine is set up."""
+
+    policy: CachePolicy
+    share: float | None
+    placement: Placement
+
+
+RUNS = (
+    Run(CachePolicy.KV, None, Placement.HOST),
+    Run(CachePolicy.ACTIVATION, None, Placement.HOST),
+    Run(CachePolicy.HYBRID, 0.5, Placement.HOST),
+    Run(CachePolicy.AUTO, None, Placement.HOST),
+    Run(CachePolicy.RECOMPUTE, None, Placement.HOST),
+    Run(CachePolicy.HYBRID, 0.5, Placement.AUTO),
+    Run(CachePolicy.KV, None, Placement.AUTO),
+)
+Found = list[tuple[int, list[int]]]
+"""Of a prompt: its new tokens, and the five most probable at each."""
+
+
+def reference_model(shape: str, device: DeviceKind) -> PreTrainedModel:
+    """The transformers model of `shape` on the device, with the weights that `random:SHAPE` has."""
     config = (OPTConfig if shape.startswith("opt") else LlamaConfig)(**SHAPES[shape])
     torch.set_default_dtype(torch.float16)
-    with torch.device("cuda"):
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     torch.set_default_dtype(torch.float32)
     parameters = dict(model.named_parameters())
     family, source = create_family(named_spec(shape, torch.float16)), RandomWeights(0)
     for tensor in family.all_tensors():
-        packed = torch.empty(tensor.shape, dtype=torch.float16, device="cuda")
+        packed = torch.empty(tensor.shape, dtype=torch.float16, device=model.device)
         source.read(tensor, packed)
         rows = [shape_[0] for shape_ in tensor.source_shapes]
         for name, part in zip(tensor.sources, packed.split(rows), strict=True):
@@ -52,17 +66,17 @@ def reference_model(shape: str) -> PreTrainedModel:
     return model
 
 
-async def generate(
-    shape: str, policy: str, share: float | None, placement: str, prompts: list[list[int]]
-) -> list[list[tuple[int, list[int]]]]:
-    """For each prompt: its tokens, and the five most probable at each."""
+async def generate(shape: str, device: DeviceKind, run: Run, prompts: list[list[int]]) -> list[Found]:
+    """What the engine makes of each prompt."""
     config = EngineConfig(
         model=f"random:{shape}",
+        device=device,
+        dtype=DType.FLOAT16,
         gpu_memory="24GiB",
         host_memory="60GiB",
-        cache_policy=policy,
-        activation_share=share,
-        placement=placement,
+        cache_policy=run.policy,
+        activation_share=run.share,
+        placement=run.placement,
         max_batch=8,
         max_model_len=512,
         max_prefill_tokens=256,
@@ -70,7 +84,7 @@ async def generate(
     params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=5)
     async with Engine(config) as engine:
 
-        async def one(prompt: list[int]) -> list[tuple[int, list[int]]]:
+        async def one(prompt: list[int]) -> Found:
             found = [item async for delta in engine.generate(prompt, params) for item in delta.logprobs]
             return [(item.token_id, [token for token, _ in item.top]) for item in found]
 
@@ -87,7 +101,7 @@ async def generate(
 
 
 @torch.inference_mode()
-def compare(model: PreTrainedModel, prompts: list[list[int]], results: list[list[tuple[int, list[int]]]]) -> int:
+def compare(model: PreTrainedModel, prompts: list[list[int]], results: list[Found]) -> int:
     """Number of prompts without any difference.
 
     Raises:
@@ -96,7 +110,7 @@ def compare(model: PreTrainedModel, prompts: list[list[int]], results: list[list
     equal = 0
     for prompt, result in zip(prompts, results, strict=True):
         tokens = [token for token, _ in result]
-        logits = model(torch.tensor([prompt + tokens[:-1]], device="cuda")).logits[0, len(prompt) - 1 :]
+        logits = model(torch.tensor([prompt + tokens[:-1]], device=model.device)).logits[0, len(prompt) - 1 :]
         top = logits.topk(5).indices.tolist()
         differences = [i for i, token in enumerate(tokens) if token != top[i][0]]
         equal += not differences
@@ -106,18 +120,22 @@ def compare(model: PreTrainedModel, prompts: list[list[int]], results: list[list
     return equal
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check each shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", required=True, choices=tuple(SHAPES))
-    for shape in parser.parse_args().shape:
+    parser.add_argument("--device", type=DeviceKind, default=DeviceKind.CUDA, choices=(DeviceKind.CUDA, DeviceKind.CPU))
+    options = parser.parse_args(arguments)
+    for shape in options.shape:
         generator = torch.Generator().manual_seed(3)
         vocab = named_spec(shape, torch.float16).vocab_size
         prompts = [torch.randint(4, vocab, (n,), generator=generator).tolist() for n in LENGTHS]
-        outputs = [asyncio.run(generate(shape, *run, prompts)) for run in RUNS]
-        model = reference_model(shape)
-        for (policy, share, placement), output in zip(RUNS, outputs, strict=True):
+        outputs = [asyncio.run(generate(shape, options.device, run, prompts)) for run in RUNS]
+        model = reference_model(shape, options.device)
+        for run, output in zip(RUNS, outputs, strict=True):
             equal = compare(model, prompts, output)
-            print(f"{shape} {policy} {share} {placement}: {equal} of {len(prompts)} prompts equal throughout")
+            name = f"{shape} {run.policy} {run.share} {run.placement}"
+            print(f"{name}: {equal} of {len(prompts)} prompts equal throughout")
         del model
         torch.cuda.empty_cache()
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -23,7 +24,7 @@ from matplotlib import pyplot as plt
 from hsrpc.bench.run import WARM_UP_STEPS, observe_run, summarise
 from hsrpc.bench.workload import Lengths, Workload, make_workload
 from hsrpc.cli.loop import run_loop
-from hsrpc.config import EngineConfig
+from hsrpc.config import EngineConfig, Placement
 from hsrpc.core.batch import BufferLimits, RowCosts
 from hsrpc.core.blocks import BlockManager, PoolId
 from hsrpc.core.request import FinishReason, Request, SamplingParams
@@ -99,7 +100,7 @@ def run_scheduling(options: argparse.Namespace) -> dict[str, object]:
     return {"prompt_tokens": PROMPT, "steps": options.steps, "results": results}
 
 
-def plot_scheduling(found: dict, file: Path) -> None:
+def plot_scheduling(found: dict[str, Any], file: Path) -> None:
     """A line for each batch, over the queue's length."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for running in RUNNING:
@@ -119,7 +120,7 @@ def measure_step(options: argparse.Namespace, batch: int, context: int) -> dict[
     config = EngineConfig(
         model=f"random:{options.shape}",
         device=options.device,
-        placement="host",
+        placement=Placement.HOST,
         cache_policy=options.policy,
         max_batch=batch,
         max_model_len=context + output,
@@ -127,7 +128,7 @@ def measure_step(options: argparse.Namespace, batch: int, context: int) -> dict[
         gpu_memory=options.gpu_memory,
         host_memory=options.host_memory,
     )
-    decoded = 0
+    decoded, wanted = 0, int(options.steps) + WARM_UP_STEPS
 
     def is_decode(record: StepRecord) -> bool:
         return record.prefill_tokens == 0 and record.decode_tokens == batch
@@ -135,7 +136,7 @@ def measure_step(options: argparse.Namespace, batch: int, context: int) -> dict[
     def is_enough(record: StepRecord) -> bool:
         nonlocal decoded
         decoded += is_decode(record)
-        return decoded >= options.steps + WARM_UP_STEPS
+        return decoded >= wanted
 
     def make(vocab_size: int) -> Workload:
         return make_workload(Lengths.UNIFORM, count=batch, prompt=context, output=output, vocab_size=vocab_size)
@@ -173,7 +174,7 @@ def departure(line: Sequence[dict[str, float]], name: str) -> float:
     return float(np.max(np.abs(np.polyval(np.polyfit(x, y, 1), x) - y) / y))
 
 
-def plot_steps(found: dict, file: Path) -> None:
+def plot_steps(found: dict[str, Any], file: Path) -> None:
     """Measured step time and limit over context, and over batch."""
     figure, both = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained", sharey=True)
     for axes, (name, line) in zip(both, found["lines"].items(), strict=True):
@@ -188,7 +189,8 @@ def plot_steps(found: dict, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(required=True, metavar="scheduling | steps")
     scheduling = kinds.add_parser("scheduling")
@@ -207,7 +209,7 @@ def main() -> None:
     for kind in (scheduling, steps):
         kind.add_argument("--json", type=Path, help="save all times here")
         kind.add_argument("--plot", type=Path, help="save curves here as PNG")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     found = options.run(options)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,15 +1,17 @@
 """The planner against measurement: is its step time right, and is its choice the best?
 
-    python benchmarks/planner_check.py grid --shape opt-6.7b --gpu-memory 24GiB --host-memory 100GiB --json grid.json
-    python benchmarks/planner_check.py sweep --regime compute --json sweep.json
+    python -m benchmarks.planner_check grid --shape opt-6.7b --gpu-memory 24GiB --host-memory 100GiB --json grid.json
+    python -m benchmarks.planner_check sweep --regime compute --json sweep.json --plot sweep.png
+    python -m benchmarks.planner_check sweep --regime compute --json sweep.json --plot sweep.png --shares 0.65 0.7 0.75
 
 `grid` measures the planner's plan and forced ones: other batches, cache policies and resident shares, as far as they
-fit and are predicted to be worth the time. `sweep` measures activation shares 0 to 1 in steps of 0.1 and the planner's
-choice: bus-bound (float16, all on the host), compute-bound (float32, all on the host), or with a part of the weights
-resident.
+fit and are predicted to be worth the time. `sweep` measures the planner's choice and activation shares, 0 to 1 in steps
+of 0.1 or those given: bus-bound (float16, all on the host), compute-bound (float32, all on the host), or with a part of
+the weights resident.
 
 All requests have the same lengths, and only steps in which the whole batch decodes count. Predicted times are those for
-the contexts that were really measured. The file is written after each cell; what it has already is not measured again.
+the contexts that were really measured. The file is written after each cell; what it has already is not measured again,
+and is drawn with the rest.
 """
 
 from __future__ import annotations
@@ -18,63 +20,69 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 
+from benchmarks.planner_report import PLANNER, Cell, draw_grid, draw_sweep, line_of, report
 from hsrpc.bench.run import WARM_UP_STEPS, observe_run
 from hsrpc.bench.workload import Lengths, make_workload
-from hsrpc.config import CachePolicy, EngineConfig, Placement, parse_bytes
-from hsrpc.core.plan import Budgets, Hardware, Plan
+from hsrpc.cli.loop import run_loop
+from hsrpc.config import CachePolicy, DType, EngineConfig, Placement
+from hsrpc.core.plan import Plan
 from hsrpc.core.planner import Planner
 from hsrpc.core.prediction import predict_at
-from hsrpc.engine.startup import describe_model, measure_hardware
+from hsrpc.engine.startup import RANDOM_PREFIX, make_planner
 from hsrpc.engine.stats import StepRecord
 from hsrpc.errors import ConfigError, HsrpcError
 
 FEWEST_STEPS = 5
-REGIMES: dict[str, dict[str, object]] = {
-    "bus": {"model": "random:opt-6.7b", "dtype": "float16", "placement": "host", "max_batch": 64},
-    "compute": {"model": "random:opt-2.7b", "dtype": "float32", "placement": "host", "max_batch": 64},
-    "partly": {"model": "random:opt-13b", "dtype": "float16", "placement": "auto", "max_batch": 96},
+SHARES = [tenth / 10 for tenth in range(11)]
+REGIMES = {
+    "bus": EngineConfig(model="random:opt-6.7b", dtype=DType.FLOAT16, placement=Placement.HOST, max_batch=64),
+    "compute": EngineConfig(model="random:opt-2.7b", dtype=DType.FLOAT32, placement=Placement.HOST, max_batch=64),
+    "partly": EngineConfig(model="random:opt-13b", dtype=DType.FLOAT16, max_batch=96),
 }
-Cell = dict[str, object]
 
 
-def lengths(options: argparse.Namespace) -> dict[str, object]:
-    """Settings for requests that all have the same lengths and only decode: prompts are not what is measured."""
+def with_lengths(config: EngineConfig, options: argparse.Namespace) -> EngineConfig:
+    """For requests that all have the same lengths and only decode: prompts are not what is measured."""
     context = options.prompt + options.output // 2
-    return {
-        "gpu_memory": options.gpu_memory,
-        "host_memory": options.host_memory,
-        "expected_context": context,
-        "expected_output": 2 * context,
-        "max_model_len": options.prompt + options.output,
-    }
+    return replace(
+        config,
+        device=options.device,
+        gpu_memory=options.gpu_memory,
+        host_memory=options.host_memory,
+        expected_context=context,
+        expected_output=2 * context,
+        max_model_len=options.prompt + options.output,
+    )
 
 
 def sweep_configs(options: argparse.Namespace) -> list[tuple[str, EngineConfig]]:
-    """The planner's choice, then shares 0 to 1."""
-    settings = REGIMES[options.regime] | lengths(options)
-    settings |= {"model": f"random:{options.shape}"} if options.shape else {}
-    settings |= {"max_batch": options.batch} if options.batch else {}
-    config = EngineConfig(**settings)
-    shares = [tenth / 10 for tenth in range(11)]
-    forced = [replace(config, cache_policy=CachePolicy.HYBRID, activation_share=share) for share in shares]
-    return [("planner", config), *((f"share {share:.1f}", each) for share, each in zip(shares, forced, strict=True))]
+    """The planner's choice, then the shares."""
+    config = with_lengths(REGIMES[options.regime], options)
+    if options.shape:
+        config = replace(config, model=RANDOM_PREFIX + options.shape)
+    if options.batch:
+        config = replace(config, max_batch=options.batch)
+    shared = replace(config, cache_policy=CachePolicy.HYBRID)
+    forced = [(f"share {share}", replace(shared, activation_share=share)) for share in options.shares]
+    return [(PLANNER, config), *forced]
 
 
 def grid_configs(options: argparse.Namespace) -> list[tuple[str, EngineConfig]]:
     """The planner's choice, then the forced plans that are predicted to be fastest."""
-    config = EngineConfig(model=f"random:{options.shape or 'opt-6.7b'}", dtype=options.dtype, **lengths(options))
-    hardware = measure_hardware(config)
-    best = make_plan(config, hardware)
+    model = RANDOM_PREFIX + (options.shape or "opt-6.7b")
+    config = with_lengths(EngineConfig(model=model, dtype=options.dtype), options)
+    planner = make_planner(config).planner
+    best = planner.plan()
     found: dict[str, tuple[float, str, EngineConfig]] = {}
-    for name, forced in forced_configs(config, best.max_batch):
+    for name, forced in forced_configs(planner.config, best.max_batch):
         try:
-            plan = make_plan(forced, hardware)
+            plan = Planner(planner.sizes, planner.budgets, planner.hardware, forced).plan()
         except ConfigError:
             continue
         rate = plan.prediction.tokens_per_second
@@ -82,7 +90,7 @@ def grid_configs(options: argparse.Namespace) -> list[tuple[str, EngineConfig]]:
             found.setdefault(signature(plan), (rate, name, forced))
     found.pop(signature(best), None)
     ranked = sorted(found.values(), key=lambda item: -item[0])[: options.cells]
-    return [("planner", config), *((name, forced) for _, name, forced in ranked)]
+    return [(PLANNER, config), *((name, forced) for _, name, forced in ranked)]
 
 
 def forced_configs(config: EngineConfig, batch: int) -> Iterator[tuple[str, EngineConfig]]:
@@ -93,15 +101,6 @@ def forced_configs(config: EngineConfig, batch: int) -> Iterator[tuple[str, Engi
                 name = f"batch {size}, {policy}, resident {'planned' if share is None else share}"
                 yield name, replace(config, max_batch=size, cache_policy=policy, resident_share=share)
         yield f"batch {size}, host", replace(config, max_batch=size, placement=Placement.HOST)
-
-
-def make_plan(config: EngineConfig, hardware: Hardware) -> Plan:
-    spec, _ = describe_model(config)
-    budgets = Budgets(
-        device=parse_bytes(config.gpu_memory or 0, "gpu_memory"),
-        host=parse_bytes(config.host_memory or 0, "host_memory"),
-    )
-    return Planner(spec.sizes, budgets, hardware, config).plan()
 
 
 def signature(plan: Plan) -> str:
@@ -123,7 +122,7 @@ async def measure(name: str, config: EngineConfig, options: argparse.Namespace) 
 
 
 async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
-    num_whole = 0
+    num_whole, wanted = 0, int(options.steps) + WARM_UP_STEPS
 
     def is_whole(record: StepRecord) -> bool:
         return record.prefill_tokens == 0 and record.decode_tokens == batch
@@ -131,9 +130,9 @@ async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
     def is_enough(record: StepRecord) -> bool:
         nonlocal num_whole
         num_whole += is_whole(record)
-        return num_whole >= options.steps + WARM_UP_STEPS
+        return num_whole >= wanted
 
-    batch = config.max_batch or make_plan(config, measure_hardware(config)).max_batch
+    batch = config.max_batch or make_planner(config).planner.plan().max_batch
     config = replace(config, max_batch=batch)
     make = partial(make_workload, Lengths.UNIFORM, count=batch, prompt=options.prompt, output=options.output)
     run = await observe_run(
@@ -180,28 +179,35 @@ def plan_summary(plan: Plan) -> dict[str, object]:
     }
 
 
-def report(cells: list[Cell]) -> None:
-    """A line a cell, and how the planner's choice compares with the best."""
-    for cell in cells:
-        if "failure" in cell:
-            print(f"{cell['name']:42} {cell['failure']}")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a check."""
+    options = parse(arguments)
+    started = time.monotonic()
+    cells: list[Cell] = json.loads(options.json.read_text()) if options.json.exists() else []
+    measured = {cell["name"] for cell in cells}
+    for name, config in grid_configs(options) if options.kind == "grid" else sweep_configs(options):
+        if name in measured or time.monotonic() - started > options.time:
             continue
-        step, ratio, rate = (
-            float(str(cell[key])) for key in ("step_seconds", "predicted_over_measured", "tokens_per_second")
-        )
-        print(f"{cell['name']:42} {step * 1e3:9.1f} ms, predicted / measured {ratio:.3f}, {rate:9.1f} tokens/s")
-    rates = {str(cell["name"]): float(str(cell["tokens_per_second"])) for cell in cells if "failure" not in cell}
-    if "planner" in rates:
-        print(f"planner / best: {rates['planner'] / max(rates.values()):.3f}")
+        cells.append(run_loop(measure(name, config, options)))
+        options.json.write_text(json.dumps(cells, indent=1) + "\n")
+        print(line_of(cells[-1]))
+    report(cells)
+    drawn = [cell for cell in cells if "failure" not in cell]
+    if options.plot and drawn:
+        (draw_grid if options.kind == "grid" else draw_sweep)(drawn, options.plot)
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("grid", "sweep"))
     parser.add_argument("--regime", choices=tuple(REGIMES), default="bus", help="of a sweep")
     parser.add_argument("--shape", help="such as opt-13b")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=SHARES, metavar="X", help="of a sweep (default: 0 to 1 by 0.1)"
+    )
     parser.add_argument("--dtype", default="float16", help="of a grid")
     parser.add_argument("--batch", type=int, help="of a sweep, in place of the regime's")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--gpu-memory", default="24GiB")
     parser.add_argument("--host-memory", default="100GiB")
     parser.add_argument("--prompt", type=int, default=512)
@@ -213,18 +219,9 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=150, help="most that one cell takes")
     parser.add_argument("--time", type=float, default=3600, help="no cell is begun after this many seconds")
-    parser.add_argument("--json", type=Path, required=True)
-    options = parser.parse_args()
-    started = time.monotonic()
-    cells: list[Cell] = json.loads(options.json.read_text()) if options.json.exists() else []
-    measured = {cell["name"] for cell in cells}
-    for name, config in grid_configs(options) if options.kind == "grid" else sweep_configs(options):
-        if name in measured or time.monotonic() - started > options.time:
-            continue
-        cells.append(asyncio.run(measure(name, config, options)))
-        options.json.write_text(json.dumps(cells, indent=1) + "\n")
-        report(cells[-1:])
-    report(cells)
+    parser.add_argument("--json", type=Path, required=True, help="all cells; goes on where it was interrupted")
+    parser.add_argument("--plot", type=Path, help="save tokens/s here as PNG, measured and predicted")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

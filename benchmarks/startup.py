@@ -17,7 +17,7 @@ import json
 import os
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +28,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from hsrpc import Engine, EngineConfig
-from hsrpc.config import parse_bytes
+from hsrpc.config import DType, Placement, parse_bytes
 from hsrpc.device.device import open_device
 from hsrpc.engine.startup import make_planner
 from hsrpc.model.families import create_family
 from hsrpc.model.family import Family, TensorSpec
-from hsrpc.model.shapes import SHAPES
 from hsrpc.model.spec import load_spec, named_spec
 
 LAYERS_PER_SHARD = 4
@@ -44,7 +43,8 @@ READ_BYTES = 16 * 1024**2
 def make_checkpoint(directory: Path, shape: str) -> None:
     """Shards, index, configuration and a tokenizer of one word; the index comes last and marks it as complete."""
     directory.mkdir(parents=True, exist_ok=True)
-    family = create_family(named_spec(shape, torch.float16))
+    spec = named_spec(shape, torch.float16)
+    family = create_family(spec)
     block = torch.empty(BLOCK_BYTES // 2, dtype=torch.float16).normal_(0, 0.02)
     weight_map: dict[str, str] = {}
     writes = []
@@ -53,12 +53,10 @@ def make_checkpoint(directory: Path, shape: str) -> None:
             name = f"model-{number:05}.safetensors"
             shapes = {s: size for t in tensors for s, size in zip(t.sources, t.source_shapes, strict=True)}
             weight_map |= dict.fromkeys(shapes, name)
-            writes.append(
-                pool.submit(_write_shard, directory / name, shapes, memoryview(block.view(torch.uint8).numpy()))
-            )
+            writes.append(pool.submit(_write_shard, directory / name, shapes, block.view(torch.uint8).numpy().data))
         for write in writes:
             write.result()
-    (directory / "config.json").write_text(json.dumps(SHAPES[shape]))
+    (directory / "config.json").write_text(json.dumps(spec.config.values))
     Tokenizer(WordLevel({"a": 0})).save(str(directory / "tokenizer.json"))
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
@@ -123,8 +121,9 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     """All times, seconds."""
     config = EngineConfig(
         model=str(options.directory),
-        dtype="float16",
-        placement="host",
+        device=options.device,
+        dtype=DType.FLOAT16,
+        placement=Placement.HOST,
         max_batch=options.max_batch,
         max_model_len=1024,
         gpu_memory=options.gpu_memory,
@@ -156,16 +155,18 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True, help="of the checkpoint; kept for another run")
-    parser.add_argument("--shape", default="opt-13b", choices=tuple(SHAPES))
+    parser.add_argument("--shape", default="opt-13b", help="a name, or a config.json")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--gpu-memory", default="24GiB")
     parser.add_argument("--cache-memory", default="4GiB", help="host memory beside the layers")
     parser.add_argument("--max-batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all times here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     start = time.perf_counter()
     if not (options.directory / "model.safetensors.index.json").exists():
         make_checkpoint(options.directory, options.shape)

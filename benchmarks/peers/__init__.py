@@ -1,1 +1,1 @@
-"""hsrpc beside FlexGen and transformers with accelerate: same machine, same budgets, one run."""
+"""hsrpc beside FlexGen and transformers: same machine, same budgets, one run."""

@@ -1,4 +1,4 @@
-"""python -m benchmarks.peers: hsrpc beside FlexGen and transformers with accelerate."""
+"""python -m benchmarks.peers: hsrpc beside FlexGen and transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.peers.cases import MODELS, Budgets, Case, Setup, System
+from benchmarks.peers.cases import ALL_MODELS, Budgets, Case, Setup, System
 from benchmarks.peers.cells import Cell, all_cells, estimated_seconds, setups_of
 from hsrpc.config import parse_bytes
 
@@ -18,6 +18,7 @@ examples, from the root of the repository:
   python -m benchmarks.peers run --case host --model opt-6.7b --system flexgen --file peers.json --time 560
   python -m benchmarks.peers run --case budget --model opt-13b --system flexgen --file peers.json \\
       --percent 55 45 100 0 100 0 --batch 16
+  python -m benchmarks.peers run --case resident --file peers.json
   python -m benchmarks.peers run --file peers.json             all cells; goes on where it was interrupted
   python -m benchmarks.peers report peers.json --json report.json --plot report.png
 """
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_cell_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", type=Case, choices=list(Case), nargs="+", default=list(Case), help="default: all")
-    parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS), help="default: all")
+    parser.add_argument("--model", choices=ALL_MODELS, nargs="+", default=list(ALL_MODELS), help="default: all")
     parser.add_argument(
         "--system", type=System, choices=list(System), nargs="+", default=list(System), help="default: all"
     )

@@ -13,12 +13,16 @@ from hsrpc.model.spec import DTYPES, named_spec
 
 GIB = 1024**3
 MODELS = ("opt-6.7b", "opt-13b", "opt-30b")
+"""Of the cases in which models may be larger than the device."""
+RESIDENT_MODEL = "opt-1.3b"
+ALL_MODELS = (RESIDENT_MODEL, *MODELS)
 PROMPT = 512
 OUTPUT = {"opt-30b": 32}
 """New tokens of a request where they are not `DEFAULT_OUTPUT`, for all systems alike."""
 DEFAULT_OUTPUT = 128
 HOST_BATCH = {"opt-6.7b": 128, "opt-13b": 64}
 """Equal batches of the host case; for other models the largest that fits."""
+RESIDENT_BATCH = 64
 
 
 class Case(StrEnum):
@@ -28,6 +32,8 @@ class Case(StrEnum):
     """All layers' weights and the whole cache on the host, equal batch: the setting of the papers."""
     BUDGET = "budget"
     """Equal budgets of device and host memory, each system tuned freely."""
+    RESIDENT = "resident"
+    """All weights and the whole cache on the device, equal batch."""
 
 
 class System(StrEnum):
@@ -37,6 +43,8 @@ class System(StrEnum):
     FLEXGEN = "flexgen"
     ACCELERATE = "accelerate"
     """transformers `generate`, accelerate's CPU offload, the offloaded cache."""
+    TRANSFORMERS = "transformers"
+    """transformers `generate`, the model on the device, the static cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +77,13 @@ class Setup:
     """FlexGen: attention to the cache on the host is computed there."""
     policy: str = "auto"
     """hsrpc: what is cached."""
+    compiled: bool = False
+    """transformers: decode is compiled, which it does by itself for a static cache on a GPU unless told not to."""
+
+    @property
+    def mean_context(self) -> int:
+        """Tokens that a request holds in the middle of the run."""
+        return self.prompt + self.output // 2
 
     @property
     def key(self) -> str:
@@ -79,6 +94,8 @@ class Setup:
             parts += ["CPU attention"] * self.cpu_attention
         if self.system is System.HSRPC:
             parts.append(self.policy)
+        if self.system is System.TRANSFORMERS:
+            parts.append("compiled decode" if self.compiled else "not compiled")
         if self.steps is not None:
             parts.append(f"{self.steps} of {self.output} tokens")
         return ", ".join(parts)

@@ -6,7 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.peers import flexgen_plan
-from benchmarks.peers.cases import GIB, HOST_BATCH, Budgets, Case, Setup, System, output_of, sizes_of
+from benchmarks.peers.cases import (
+    GIB,
+    HOST_BATCH,
+    MODELS,
+    RESIDENT_BATCH,
+    RESIDENT_MODEL,
+    Budgets,
+    Case,
+    Setup,
+    System,
+    output_of,
+    sizes_of,
+)
 
 ACCELERATE_STEPS = 8
 """It takes seconds a step."""
@@ -17,6 +29,8 @@ _PLANNED_BATCH = 160
 _BUS_RATE = 50e9
 _ACCELERATE_RATE = 4e9
 """Bytes/s of weights and cache together that explain 7.4 tokens/s of OPT-6.7B at batch 128."""
+_GENERATE_STEP, _COMPILE_SECONDS = 0.05, 90.0
+"""Of transformers with the model on the device: guesses, to be on the safe side of the time that is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +43,23 @@ class Cell:
 
 
 def all_cells(cases: Sequence[Case], models: Sequence[str], systems: Sequence[System]) -> list[Cell]:
-    """The chosen cells; accelerate runs OPT-6.7B in the host case only, because it is slow."""
+    """Those of the chosen ones that there are."""
     chosen = [Cell(case, model, system) for case in cases for model in models for system in systems]
-    return [
-        cell
-        for cell in chosen
-        if cell.system is not System.ACCELERATE or (cell.case is Case.HOST and cell.model == "opt-6.7b")
-    ]
+    return list(filter(_is_compared, chosen))
+
+
+def _is_compared(cell: Cell) -> bool:
+    """accelerate runs OPT-6.7B in the host case only, because it is slow."""
+    if cell.case is Case.RESIDENT:
+        return cell.model == RESIDENT_MODEL and cell.system in (System.HSRPC, System.TRANSFORMERS)
+    if cell.system is System.ACCELERATE:
+        return cell.case is Case.HOST and cell.model == "opt-6.7b"
+    return cell.model in MODELS and cell.system is not System.TRANSFORMERS
 
 
 def setups_of(cell: Cell, budgets: Budgets, count: int) -> list[Setup]:
     """What to measure for a cell: of FlexGen `count` setups at most, the most promising ones, to choose the best of."""
-    batch = host_batch(cell.model, budgets) if cell.case is Case.HOST else None
+    batch = _equal_batch(cell, budgets)
     if cell.system is System.FLEXGEN:
         if batch is None:
             return flexgen_plan.candidates(cell.model, budgets, count)
@@ -53,7 +72,16 @@ def setups_of(cell: Cell, budgets: Budgets, count: int) -> list[Setup]:
         batch=batch,
         output=output_of(cell.model),
     )
+    if cell.system is System.TRANSFORMERS:
+        return [setup, replace(setup, compiled=True)]
     return [replace(setup, steps=ACCELERATE_STEPS) if cell.system is System.ACCELERATE else setup]
+
+
+def _equal_batch(cell: Cell, budgets: Budgets) -> int | None:
+    """None: each system's own."""
+    if cell.case is Case.RESIDENT:
+        return RESIDENT_BATCH
+    return host_batch(cell.model, budgets) if cell.case is Case.HOST else None
 
 
 def host_batch(model: str, budgets: Budgets) -> int:
@@ -67,7 +95,9 @@ def estimated_seconds(setup: Setup) -> float:
     if setup.system is System.FLEXGEN:
         decode = (steps - 1) * flexgen_plan.predicted_step(setup)
         return _START_SECONDS + sizes.model_bytes / _PINNED_RATE + flexgen_plan.predicted_prefill(setup) + decode
-    tokens = (setup.batch or _PLANNED_BATCH) * (setup.prompt + setup.output // 2)
+    if setup.system is System.TRANSFORMERS:  # the same steps twice: to warm up, and to count
+        return _START_SECONDS + setup.compiled * _COMPILE_SECONDS + 2 * steps * _GENERATE_STEP
+    tokens = (setup.batch or _PLANNED_BATCH) * setup.mean_context
     if setup.system is System.ACCELERATE:
         moved, rate = sizes.model_bytes + tokens * sizes.num_layers * sizes.kv_bytes, _ACCELERATE_RATE
     else:

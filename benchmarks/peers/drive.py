@@ -22,7 +22,7 @@ _ROOT = Path(__file__).parents[2]
 _MEMORY = "memory"
 """In the reason of every failure that a smaller batch may cure."""
 _ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""For the peers: less of the budget is lost to fragments."""
+"""For the peers whose budget is tight: less of it is lost to fragments."""
 
 
 @dataclass(kw_only=True)
@@ -117,7 +117,8 @@ def reason(code: int, messages: str) -> str:
 
 
 def _environment(setup: Setup) -> dict[str, str]:
-    return dict(os.environ) if setup.system is System.HSRPC else os.environ | _ENVIRONMENT
+    is_tight = setup.system in (System.FLEXGEN, System.ACCELERATE)
+    return os.environ | _ENVIRONMENT if is_tight else dict(os.environ)
 
 
 def _resized(setup: Setup, factor: float) -> Setup:

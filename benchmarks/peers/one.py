@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.peers.cases import Setup, System, sizes_of
@@ -11,10 +12,20 @@ from benchmarks.peers.limits import calibrate, limit_seconds, median_hardware
 from benchmarks.peers.record import Outcome, PeerRun, setup_from
 from hsrpc.core.plan import Hardware
 
+_LIBRARIES = {
+    System.HSRPC: ("torch",),
+    System.FLEXGEN: ("flexgen", "torch"),
+    System.ACCELERATE: ("accelerate", "transformers", "torch"),
+    System.TRANSFORMERS: ("transformers", "torch"),
+}
+
 
 def run_one(setup: str, file: Path) -> None:
     """Measure the setup that is written in JSON, and write its outcome."""
-    file.write_text(json.dumps(asdict(measure(setup_from(json.loads(setup))))))
+    wanted = setup_from(json.loads(setup))
+    software = ", ".join(f"{name} {version(name)}" for name in _LIBRARIES[wanted.system])
+    outcome = replace(measure(wanted), software=software)
+    file.write_text(json.dumps(asdict(outcome)))
 
 
 def measure(setup: Setup) -> Outcome:
@@ -42,6 +53,10 @@ def _run_peer(setup: Setup) -> PeerRun:
         from benchmarks.peers import run_flexgen
 
         return run_flexgen.run(setup)
+    if setup.system is System.TRANSFORMERS:
+        from benchmarks.peers import run_transformers
+
+        return run_transformers.run(setup)
     from benchmarks.peers import run_accelerate
 
     return run_accelerate.run(setup)

@@ -47,6 +47,8 @@ class Outcome:
     load_seconds: float
     load_bandwidth: float
     """Host to device, bytes/s, in the same process."""
+    software: str = ""
+    """Versions of the libraries that it ran on."""
 
     @property
     def total_throughput(self) -> float:

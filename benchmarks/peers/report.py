@@ -8,16 +8,21 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import geometric_mean
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers.cases import MODELS, Case, Setup, System
+from benchmarks.peers.cases import ALL_MODELS, Case, Setup, System
 from benchmarks.peers.record import Outcome, Record
 from hsrpc.config import format_bytes
 
 _SYSTEMS = tuple(System)
-_TITLES = {Case.HOST: "everything on the host, equal batch", Case.BUDGET: "equal budgets, each tuned"}
+_TITLES = {
+    Case.HOST: "everything on the host, equal batch",
+    Case.BUDGET: "equal budgets, each tuned",
+    Case.RESIDENT: "everything on the device, equal batch",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ def ratios(entries: Sequence[Entry]) -> list[Ratio]:
         for peer in _SYSTEMS[1:]:
             pairs = {
                 model: (found[case, System.HSRPC, model], found[case, peer, model])
-                for model in MODELS
+                for model in ALL_MODELS
                 if (case, System.HSRPC, model) in found and (case, peer, model) in found
             }
             if pairs:
@@ -81,6 +86,8 @@ def print_report(records: Sequence[Record]) -> None:
             f"{ratio.case}: {ratio.total:.2f} times the total throughput of {ratio.peer}, "
             f"{ratio.decode:.2f} times in decode ({', '.join(ratio.models)})"
         )
+    for system, software in sorted({(e.setup.system, e.outcome.software) for e in entries if e.outcome.software}):
+        console.print(f"{system}: {software}")
     for record in records:
         if record.outcome is None:
             setup = record.setup
@@ -109,20 +116,25 @@ def plot_report(records: Sequence[Record], file: Path) -> None:
     cases = [case for case in Case if any(entry.setup.case is case for entry in entries)]
     figure, panels = plt.subplots(1, len(cases), figsize=(5.5 * len(cases), 4), layout="constrained", squeeze=False)
     for case, axes in zip(cases, panels[0], strict=True):
-        for index, system in enumerate(_SYSTEMS):
-            own = [entry for entry in entries if entry.setup.case is case and entry.setup.system is system]
-            if not own:
-                continue
-            at = [MODELS.index(entry.setup.model) + (index - 1) * 0.27 for entry in own]
-            heights = [entry.outcome.total_throughput for entry in own]
-            bars = axes.bar(at, heights, width=0.25, color=f"C{index}", label=system.value)
-            axes.bar_label(bars, fmt="%.3g", fontsize=8)
-        axes.set(title=_TITLES[case], ylabel="new tokens/s, prefill and decode", yscale="log")
-        axes.set_xticks(range(len(MODELS)), MODELS)
-        axes.set_ylim(bottom=1)
-        axes.legend()
+        _draw_case(case, [entry for entry in entries if entry.setup.case is case], axes)
     figure.savefig(file, dpi=150)
     plt.close(figure)
+
+
+def _draw_case(case: Case, entries: Sequence[Entry], axes: Any) -> None:
+    """A group of bars a model, one for each system."""
+    models = [model for model in ALL_MODELS if any(entry.setup.model == model for entry in entries)]
+    systems = [system for system in _SYSTEMS if any(entry.setup.system is system for entry in entries)]
+    for index, system in enumerate(systems):
+        own = [entry for entry in entries if entry.setup.system is system]
+        at = [models.index(entry.setup.model) + (index - (len(systems) - 1) / 2) * 0.27 for entry in own]
+        heights = [entry.outcome.total_throughput for entry in own]
+        bars = axes.bar(at, heights, width=0.25, color=f"C{_SYSTEMS.index(system)}", label=system.value)
+        axes.bar_label(bars, fmt="%.3g", fontsize=8)
+    axes.set(title=_TITLES[case], ylabel="new tokens/s, prefill and decode", yscale="log")
+    axes.set_xticks(range(len(models)), models)
+    axes.set_ylim(bottom=1)
+    axes.legend()
 
 
 def _typical(setup: Setup, records: Sequence[Record]) -> Outcome | None:
@@ -134,7 +146,7 @@ def _typical(setup: Setup, records: Sequence[Record]) -> Outcome | None:
 
 def _place(entry: Entry) -> tuple[int, int, int]:
     setup = entry.setup
-    return list(Case).index(setup.case), MODELS.index(setup.model), _SYSTEMS.index(setup.system)
+    return list(Case).index(setup.case), ALL_MODELS.index(setup.model), _SYSTEMS.index(setup.system)
 
 
 def _merit(entry: Entry) -> tuple[bool, float]:

@@ -118,6 +118,6 @@ def _environment() -> Iterator[Any]:
 
 def _traffic(setup: Setup) -> Traffic:
     """Of a step in the middle of the run."""
-    used, batch, context = footprint(setup), setup.batch or 0, setup.prompt + setup.output // 2
+    used, batch, context = footprint(setup), setup.batch or 0, setup.mean_context
     cache = int(batch * context * used.host_cache_per_token)
     return Traffic(batch=batch, context=context, weights=used.streamed_weights, cache=cache)

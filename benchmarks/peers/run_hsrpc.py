@@ -6,23 +6,30 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-import uvloop
-
 from benchmarks.peers.cases import Case, Setup, workload_of
 from benchmarks.peers.record import Outcome
 from hsrpc.bench.run import Result, Run, observe_run, summarise
+from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, EngineConfig, Placement
 from hsrpc.engine.startup import RANDOM_PREFIX, make_planner
 from hsrpc.engine.stats import StepRecord
 
 
 def run(setup: Setup) -> Outcome:
-    """Load, serve one batch, and compare its decode steps with their limits."""
+    """Load, serve one batch, and compare its decode steps with their limits.
+
+    Raises:
+        ValueError: the case wants all on the device, and something was copied there in the steps.
+    """
     config = engine_config(setup)
     batch = setup.batch or make_planner(config).planner.plan().max_batch
     config = replace(config, max_batch=batch)
-    observed = uvloop.run(observe_run(config, lambda _: workload_of(setup, batch), partial(decode_steps, batch)))
+    observed = run_loop(observe_run(config, lambda _: workload_of(setup, batch), partial(decode_steps, batch)))
     result = summarise(observed, config)
+    if setup.case is Case.RESIDENT and result.bus_bytes_per_second:
+        raise ValueError(
+            f"batch {batch} is not all on the device, with {config.gpu_memory} bytes; give --gpu-memory more"
+        )
     return outcome_of(setup, observed, result, batch)
 
 

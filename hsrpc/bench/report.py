@@ -30,27 +30,31 @@ def save_json(results: Sequence[Result], file: Path) -> None:
     file.write_text(json.dumps([result.as_json() for result in results], indent=1) + "\n")
 
 
-def plot_sweep(results: Sequence[Result], predicted: Sequence[tuple[float, float]], file: Path) -> None:
-    """Decode tokens/s over activation share: measured, and (share, tokens/s) as predicted."""
+def plot_sweep(
+    title: str,
+    measured: Sequence[tuple[float, float]],
+    predicted: Sequence[tuple[float, float]],
+    file: Path,
+    *,
+    chosen: tuple[float, float] | None = None,
+) -> None:
+    """Decode tokens/s over activation share, as pairs of both; `chosen` is the planner's own."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    shares = [result.activation_share for result in results]
-    axes.plot(shares, [result.decode_tokens_per_second for result in results], marker="o", label="measured")
-    axes.plot([share for share, _ in predicted], [rate for _, rate in predicted], linestyle="--", label="predicted")
-    first = results[0]
-    axes.set(
-        xlabel="activation share of cached tokens",
-        ylabel="decode tokens/s",
-        title=f"{first.model}, batch {first.batch}",
-    )
+    axes.plot(*zip(*measured, strict=True), marker="o", label="measured")
+    axes.plot(*zip(*predicted, strict=True), linestyle="--", label="predicted")
+    if chosen is not None:
+        axes.plot(*chosen, linestyle="", marker="*", markersize=16, label="the planner's choice")
+    axes.set(xlabel="activation share of cached tokens", ylabel="decode tokens/s", title=title)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=150)
+    plt.close(figure)
 
 
 def _title(result: Result) -> str:

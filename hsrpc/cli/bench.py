@@ -81,8 +81,10 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         save_json(results, options.json)
     if options.plot:
+        title = f"{results[0].model}, batch {results[0].batch}"
+        measured = [(r.activation_share, r.decode_tokens_per_second) for r in results]
         predicted = [(r.activation_share, r.batch / r.predicted_step_seconds) for r in results]
-        plot_sweep(results, predicted, options.plot)
+        plot_sweep(title, measured, predicted, options.plot)
 
 
 def _with_share(config: EngineConfig, share: float) -> EngineConfig:

@@ -12,15 +12,15 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from benchmarks.peers import run_accelerate
 from benchmarks.peers.__main__ import main
 from benchmarks.peers.cases import GIB, Budgets, Case, Setup, System
 from benchmarks.peers.drive import Driver, reason, run_child
+from benchmarks.peers.generation import empty_model, generate, random_weights
 from benchmarks.peers.one import peer_outcome
 from benchmarks.peers.record import Outcome, PeerRun, Record, Timing, Traffic, add_record, read_records
 from benchmarks.peers.report import best_entries, ratios
+from benchmarks.peers.run_accelerate import WARM_UP
 from hsrpc.core.plan import Hardware
-from hsrpc.model.shapes import SHAPES
 
 BUDGETS = Budgets()
 
@@ -240,6 +240,7 @@ def test_hsrpc_is_measured_in_a_process_of_its_own():
     assert (record.outcome.batch, record.outcome.total_tokens) == (2, 16)
     assert record.outcome.prefill_seconds + record.outcome.decode_seconds == pytest.approx(record.outcome.total_seconds)
     assert asdict(record.outcome)["decode_tokens"] == 14
+    assert record.outcome.software == f"torch {torch.__version__}"
 
 
 def test_a_failure_in_the_process_is_a_record():
@@ -256,23 +257,13 @@ def test_a_process_that_takes_too_long_is_ended():
     assert "longer" in record.error
 
 
-def test_accelerate_generates_from_offloaded_weights(monkeypatch):
+def test_accelerate_generates_from_offloaded_weights(tiny_shape):
     """Every token of every request is timed; no parameter stays on the device."""
-    tiny = SHAPES["opt-125m"] | {
-        "hidden_size": 64,
-        "word_embed_proj_dim": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "ffn_dim": 128,
-        "vocab_size": 100,
-    }
-    monkeypatch.setitem(SHAPES, "tiny", tiny)
-    made = run_accelerate.empty_model_and_weights(
-        "tiny", lambda shape, mean, deviation: torch.empty(shape).normal_(mean, deviation).half(), torch.device("cpu")
-    )
-    model = cpu_offload(*made)
-    wanted = setup(System.ACCELERATE, model="tiny", batch=3, prompt=40, output=20, steps=4)
-    timing = run_accelerate.generate(model, wanted, torch.device("cpu"), "dynamic", lambda: None)
+    cpu, model = torch.device("cpu"), empty_model(tiny_shape)
+    weights = random_weights(model, lambda shape, mean, deviation: torch.empty(shape).normal_(mean, deviation).half())
+    model = cpu_offload(model, cpu, state_dict=weights)
+    wanted = setup(System.ACCELERATE, model=tiny_shape, batch=3, prompt=40, output=20, steps=4)
+    timing = generate(model, wanted, cpu, lambda: None, warm_up=WARM_UP, cache_implementation="dynamic")
     assert len(timing.steps) == 3
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 

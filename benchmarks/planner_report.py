@@ -1,0 +1,81 @@
+"""Cells of a check of the planner as lines and as plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hsrpc.bench.report import plot_sweep
+
+PLANNER = "planner"
+"""The name of the planner's own choice."""
+Cell = dict[str, Any]
+"""What the file has of one plan: its name, and what was measured of it or its `failure`."""
+
+
+def report(cells: list[Cell]) -> None:
+    """A line a cell, and how the planner's choice compares with the best."""
+    for cell in cells:
+        print(line_of(cell))
+    rates = {cell["name"]: cell["tokens_per_second"] for cell in cells if "failure" not in cell}
+    if PLANNER in rates:
+        print(f"planner / best: {rates[PLANNER] / max(rates.values()):.3f}")
+
+
+def line_of(cell: Cell) -> str:
+    """Step time and rate, or why there is none."""
+    if "failure" in cell:
+        return f"{cell['name']:42} {cell['failure']}"
+    ratio, rate = cell["predicted_over_measured"], cell["tokens_per_second"]
+    step = f"{cell['step_seconds'] * 1e3:9.1f} ms"
+    return f"{cell['name']:42} {step}, predicted / measured {ratio:.3f}, {rate:9.1f} tokens/s"
+
+
+def draw_sweep(cells: list[Cell], file: Path) -> None:
+    """Tokens/s over the share, measured and predicted, with the planner's choice."""
+    points = sorted((share_of(cell), *rates_of(cell)) for cell in cells if cell["name"] != PLANNER)
+    chosen = [(share_of(cell), cell["tokens_per_second"]) for cell in cells if cell["name"] == PLANNER]
+    plot_sweep(
+        f"{title_of(cells)}, batch {cells[0]['plan']['batch']}",
+        [(share, measured) for share, measured, _ in points],
+        [(share, predicted) for share, _, predicted in points],
+        file,
+        chosen=chosen[0] if chosen else None,
+    )
+
+
+def draw_grid(cells: list[Cell], file: Path) -> None:
+    """A bar of the tokens/s of each cell, the planner's first, with what was predicted."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 1.8 + 0.4 * len(cells)), layout="constrained")
+    measured, predicted = zip(*map(rates_of, cells), strict=True)
+    rows = range(len(cells))
+    colors = ["C1" if cell["name"] == PLANNER else "C0" for cell in cells]
+    bars = axes.barh(rows, measured, color=colors, label="measured")
+    axes.bar_label(bars, fmt="%.4g", label_type="center")
+    axes.scatter(predicted, rows, color="black", marker="D", zorder=3, label="predicted")
+    axes.set_yticks(rows, [cell["name"] for cell in cells])
+    axes.invert_yaxis()
+    axes.set(xlabel="decode tokens/s", title=title_of(cells))
+    figure.legend(loc="outside lower right", ncols=2)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def share_of(cell: Cell) -> float:
+    """The plan's activation share."""
+    share: float = cell["plan"]["activation_share"]
+    return share
+
+
+def rates_of(cell: Cell) -> tuple[float, float]:
+    """Tokens/s measured and predicted."""
+    return cell["tokens_per_second"], cell["tokens_per_second"] / cell["predicted_over_measured"]
+
+
+def title_of(cells: list[Cell]) -> str:
+    return f"{cells[0]['model']} on {cells[0]['device']}"

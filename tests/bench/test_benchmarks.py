@@ -1,0 +1,160 @@
+"""The scripts in benchmarks/, each run on the CPU with a model of two layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib import pyplot as plt
+
+from benchmarks import gpu_check, growth, planner_check, planner_report, startup
+from benchmarks.planner_report import draw_grid, draw_sweep
+from hsrpc.config import CachePolicy, DeviceKind, Placement
+from tests.bench.conftest import TINY
+
+PNG = b"\x89PNG\r\n\x1a\n"
+LENGTHS = ("--prompt", "8", "--output", "24", "--steps", "5")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Options for a model from a configuration file, in little memory."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(TINY))
+    return ["--shape", str(file), "--device", "cpu", "--gpu-memory", "64MiB"]
+
+
+def cell(name: str, measured: float, predicted: float, share: float = 0.0) -> planner_report.Cell:
+    """As planner_check measures one, of a batch of 4."""
+    return {
+        "name": name,
+        "model": "tiny",
+        "device": "CPU",
+        "plan": {"batch": 4, "activation_share": share},
+        "tokens_per_second": measured,
+        "step_seconds": 4 / measured,
+        "predicted_over_measured": measured / predicted,
+    }
+
+
+def test_a_sweep_measures_the_planners_choice_and_the_shares(tiny, tmp_path, capsys):
+    """What the file has is not measured again, so shares near the best can be added."""
+    files = ["--json", str(tmp_path / "sweep.json"), "--plot", str(tmp_path / "sweep.png")]
+    sweep = ["sweep", *tiny, "--host-memory", "64MiB", "--batch", "3", *LENGTHS, *files, "--shares"]
+    planner_check.main([*sweep, "0", "0.5", "1"])
+    first = json.loads((tmp_path / "sweep.json").read_text())
+    assert [(each["name"], each["plan"]["batch"]) for each in first] == [
+        ("planner", 3),
+        ("share 0.0", 3),
+        ("share 0.5", 3),
+        ("share 1.0", 3),
+    ]
+    shares = [each["plan"]["activation_share"] for each in first[1:]]
+    assert shares == [0, pytest.approx(0.5, abs=0.2), 1]
+    assert "planner / best: " in capsys.readouterr().out
+    assert (tmp_path / "sweep.png").read_bytes().startswith(PNG)
+    planner_check.main([*sweep, "0.5", "0.55"])
+    second = json.loads((tmp_path / "sweep.json").read_text())
+    assert second[:4] == first
+    assert [each["name"] for each in second[4:]] == ["share 0.55"]
+
+
+def test_a_grid_measures_the_planners_plan_beside_forced_ones(tiny, tmp_path):
+    """At most as many as asked for; the planner's is the first."""
+    files = ["--json", str(tmp_path / "grid.json"), "--plot", str(tmp_path / "grid.png")]
+    more = ["--host-memory", "64MiB", "--dtype", "float32", "--cells", "2", "--within", "0"]
+    planner_check.main(["grid", *tiny, *more, *LENGTHS, *files])
+    cells = json.loads((tmp_path / "grid.json").read_text())
+    assert [each["name"] == "planner" for each in cells] == [True, False, False]
+    assert all(each["tokens_per_second"] > 0 for each in cells)
+    assert (tmp_path / "grid.png").read_bytes().startswith(PNG)
+
+
+def test_a_plan_that_does_not_come_to_be_is_a_failure(tiny, tmp_path, capsys):
+    """It is in the file with its reason, and nothing is drawn."""
+    files = ["--json", str(tmp_path / "sweep.json"), "--plot", str(tmp_path / "sweep.png")]
+    settings = ["--host-memory", "64MiB", "--batch", "3", "--prompt", "8", "--output", "6", "--steps", "5"]
+    planner_check.main(["sweep", *tiny, *settings, *files, "--shares", "0"])
+    cells = json.loads((tmp_path / "sweep.json").read_text())
+    assert [set(each) for each in cells] == [{"name", "failure"}] * 2
+    assert "steps of a batch of 3" in capsys.readouterr().out
+    assert not (tmp_path / "sweep.png").exists()
+
+
+def test_a_sweep_is_drawn_as_two_lines_and_the_planners_choice(tmp_path, monkeypatch):
+    """By share, whatever order they were measured in; the planner's cell is marked and is no point of a line."""
+    drawn = {}
+    monkeypatch.setattr(
+        planner_report, "plot_sweep", lambda *given, chosen: drawn.update(lines=given[1:3], chosen=chosen)
+    )
+    cells = [cell("planner", 50, 60, 0.75), cell("share 1.0", 40, 30, 1.0), cell("share 0.0", 20, 25, 0.0)]
+    draw_sweep(cells, tmp_path / "sweep.png")
+    assert drawn["lines"] == ([(0.0, 20), (1.0, 40)], [(0.0, 25), (1.0, 30)])
+    assert drawn["chosen"] == (0.75, 50)
+    draw_sweep(cells[1:], tmp_path / "sweep.png")
+    assert drawn["chosen"] is None
+
+
+def test_a_grid_is_drawn_as_bars_with_what_was_predicted(tmp_path, monkeypatch):
+    """A bar a cell, the planner's in a colour of its own, the prediction on each."""
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    draw_grid([cell("planner", 50, 60), cell("batch 8", 40, 30), cell("batch 2", 20, 25)], tmp_path / "grid.png")
+    axes = plt.gcf().axes[0]
+    monkeypatch.undo()
+    plt.close("all")
+    bars, [markers] = axes.containers[0], axes.collections
+    assert [bar.get_width() for bar in bars] == [50, 40, 20]
+    assert len({bar.get_facecolor() for bar in bars[1:]} | {bars[0].get_facecolor()}) == 2
+    assert markers.get_offsets().tolist() == [[60, 0], [30, 1], [25, 2]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["planner", "batch 8", "batch 2"]
+
+
+def test_steps_grow_along_two_lines(tiny, tmp_path):
+    """One over contexts and one over batches, each with its limit and its distance from a straight line."""
+    files = ["--json", str(tmp_path / "steps.json"), "--plot", str(tmp_path / "steps.png")]
+    lines = ["--context", "8", "32", "--batch", "2", "3", "--steps", "3"]
+    growth.main(["steps", *tiny, "--host-memory", "64MiB", *lines, *files])
+    found = json.loads((tmp_path / "steps.json").read_text())
+    assert [point["batch"] for point in found["lines"]["batch"]] == [2, 3]
+    contexts = [point["context"] for point in found["lines"]["context"]]
+    assert 8 < contexts[0] < 32 < contexts[1]
+    assert all(point["limit_s"] > 0 for line in found["lines"].values() for point in line)
+    assert set(found["departure_from_linear"]) == {"context", "batch"}
+    assert (tmp_path / "steps.png").read_bytes().startswith(PNG)
+
+
+def test_startup_makes_a_checkpoint_once_and_times_what_follows(tiny, tmp_path, capsys):
+    """The same directory serves another run; all times are kept."""
+    run = [*tiny, "--directory", str(tmp_path / "made"), "--cache-memory", "8MiB", "--json", str(tmp_path / "out.json")]
+    startup.main([*run, "--repeats", "2"])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found["ready_s"]) == len(found["pin_alone_s"]) == len(found["planning_s"]) == 2
+    assert found["ratio"] > 0
+    shards = [path.stat().st_mtime_ns for path in sorted((tmp_path / "made").glob("*.safetensors"))]
+    startup.main([*run, "--repeats", "1"])
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "made").glob("*.safetensors"))] == shards
+    assert "ratio" in capsys.readouterr().out
+
+
+def test_the_gpu_check_compares_with_transformers(tiny_shape, monkeypatch, capsys):
+    """Here on the CPU, with two of its runs and short prompts."""
+    monkeypatch.setattr(gpu_check, "LENGTHS", (1, 33))
+    runs = (gpu_check.Run(CachePolicy.HYBRID, 0.5, Placement.HOST), gpu_check.Run(CachePolicy.KV, None, Placement.AUTO))
+    monkeypatch.setattr(gpu_check, "RUNS", runs)
+    gpu_check.main(["--shape", tiny_shape, "--device", "cpu"])
+    assert capsys.readouterr().out.count("of 2 prompts equal throughout") == 2
+
+
+def test_the_gpu_check_finds_a_token_that_is_not_the_models(tiny_shape):
+    """The model's own tokens pass; one out of its five most probable does not."""
+    model = gpu_check.reference_model(tiny_shape, DeviceKind.CPU)
+    ranked = model(torch.tensor([[5, 6]])).logits[0, -1].argsort(descending=True).tolist()
+    top = ranked[:5]
+    assert gpu_check.compare(model, [[5, 6]], [[(top[0], top)]]) == 1
+    assert gpu_check.compare(model, [[5, 6]], [[(top[4], top)]]) == 0
+    with pytest.raises(AssertionError, match="token 0"):
+        gpu_check.compare(model, [[5, 6]], [[(ranked[5], top)]])
+    with pytest.raises(AssertionError, match="token 0"):
+        gpu_check.compare(model, [[5, 6]], [[(top[4], ranked[1:6])]])
