@@ -89,11 +89,14 @@ def footprint(setup: Setup) -> Footprint:
 
 
 def predicted_step(setup: Setup) -> float:
-    """Seconds of a decode step; copies of weights and of the cache do not overlap each other."""
+    """Seconds of a decode step; copies of weights and of the cache do not overlap each other.
+
+    Each GPU batch reads the weights on the device anew.
+    """
     sizes, used = sizes_of(setup.model), footprint(setup)
     tokens = (setup.batch or 0) * (setup.prompt + setup.output / 2)
     on_host = tokens * used.host_cache_per_token
-    touched = sizes.model_bytes + tokens * sizes.num_layers * sizes.kv_bytes
+    touched = setup.num_batches * sizes.model_bytes + tokens * sizes.num_layers * sizes.kv_bytes
     return used.streamed_weights / _PINNED_RATE + on_host / _UNPINNED_RATE + touched / _DEVICE_RATE
 
 
