@@ -20,7 +20,7 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 
 MIN_CHUNK, MAX_CHUNK = 256, 8192
 """Prompt tokens beside decoding, where nothing else is asked for."""
-MIN_IDLE_CHUNK, MAX_IDLE_CHUNK = 2048, 16384
+MIN_IDLE_CHUNK, MAX_IDLE_CHUNK = 8192, 16384
 """Prompt tokens of a step in which nothing decodes."""
 _SPARE = 1.25
 """An idle chunk computes a little longer than the weights take to arrive: then the GPU is never the one that waits."""
@@ -30,6 +30,7 @@ _CHUNK_PART = 20
 """At most this part of the device budget is workspace for a chunk."""
 _LEAST_CHUNK = 16
 """A bound on the step leaves at least this much of a chunk, or the candidate is too slow."""
+_ROUNDING = 1 + 1e-9
 _SHARES = 100
 """Shares are whole multiples of one over this."""
 
@@ -131,7 +132,7 @@ class Evaluator:
         of_use = np.where(device_blocks >= grid.batch * self.longest, 0.0, most - device_blocks)
         host_blocks = np.minimum(self._blocks(host_room, host_share), of_use)
         times = open_share(chunk, host_share)
-        bounded, in_time = self._bounded(chunk, times)
+        bounded = self._bounded(chunk, times)
         if self.config.max_step_time is not None:
             times = open_share(bounded, host_share)
         return Evaluation(
@@ -146,7 +147,7 @@ class Evaluator:
             times=times,
             mixes=self._mixes(grid, on_device, host_share),
             fits=(device_room >= 0) & (host_room >= 0) & (host_blocks >= missing),
-            in_time=in_time,
+            in_time=self._in_time(chunk, bounded, times),
         )
 
     def staging(self, grid: Grid, chunk: Number, idle_chunk: Number) -> Staging:
@@ -163,8 +164,8 @@ class Evaluator:
     def _chunks(self, batch: Floats, streamed: Number) -> tuple[Number, Number]:
         """Prompt tokens of a step beside decoding, and without.
 
-        Beside decoding, as many as compute while the weights stream, which costs next to nothing, or as keep up with
-        the traffic; without, as many as keep the GPU busy while the weights stream.
+        Beside decoding, as many as compute while the weights stream or the host launches, which costs next to nothing,
+        or as keep up with the traffic; without, as many as keep the GPU busy meanwhile.
         """
         given = self.config.max_prefill_tokens
         if given is not None or self.model.recomputes:
@@ -250,11 +251,18 @@ class Evaluator:
             )
         )
 
-    def _bounded(self, chunk: Number, times: StepTimes) -> tuple[Number, Bools]:
-        """The chunk with which a step stays within `max_step_time`, and whether it, and the step alone, do."""
+    def _bounded(self, chunk: Number, times: StepTimes) -> Number:
+        """The chunk with which a step stays within `max_step_time`."""
         bound = self.config.max_step_time
         if bound is None:
-            return chunk, np.full(np.shape(times.step), fill_value=True)
-        room = self.model.chunk_within(bound, times)
-        bounded = np.clip(np.floor(room), 1, chunk)
-        return bounded, (times.step <= bound) & (bounded >= np.minimum(chunk, _LEAST_CHUNK))
+            return chunk
+        bounded: Number = np.clip(np.floor(self.model.chunk_within(bound, times)), 1, chunk)
+        return bounded
+
+    def _in_time(self, chunk: Number, bounded: Number, times: StepTimes) -> Bools:
+        """Whether each step, with `bounded` prompt tokens beside, is within the bound; and these are of use."""
+        bound = self.config.max_step_time
+        if bound is None:
+            return np.full(np.shape(times.step), fill_value=True)
+        found: Bools = (times.longest_step <= bound * _ROUNDING) & (bounded >= np.minimum(chunk, _LEAST_CHUNK))
+        return found

@@ -102,8 +102,11 @@ class StepModel:
         """Of a chunk at the end of the longest prompt: bounds use it."""
 
     def hidden_chunk(self, streamed: Number) -> Number:
-        """Prompt tokens whose compute takes as long as the weights of a layer on the bus."""
-        return self.layer.load(streamed) / self.prompt_token
+        """Prompt tokens whose compute takes as long as a layer's weights on the bus, and its launches at least.
+
+        No graph runs a step with prompts.
+        """
+        return np.maximum(self.layer.load(streamed), self.hardware.launch_time) / self.prompt_token
 
     def prompt_tokens(self, batch: Number) -> Number:
         """Prompt tokens that come in during a step on average."""
@@ -147,7 +150,8 @@ class StepModel:
         prefill = prompts * (layers * self.prompt_token)
         launch, boundary, shortest = self._host(c, bus, times["mini_batches"])
         step = np.maximum(np.maximum(bus, gpu), np.maximum(launch, shortest)) + boundary
-        with_chunk = np.maximum(bus, gpu + c.chunk * (layers * self.chunk_token)) + boundary
+        launches = layers * times["mini_batches"] * self.hardware.launch_time
+        with_chunk = np.maximum(np.maximum(bus, launches), gpu + c.chunk * (layers * self.chunk_token)) + boundary
         # Requests come and go: prompts beside, and room for their outputs to grow.
         tokens = c.batch * self.traffic.attended
         later_host = self._tiers(tokens, c.on_device_at_end)[1]

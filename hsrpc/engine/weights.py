@@ -24,7 +24,7 @@ from hsrpc.errors import EngineUnavailableError
 from hsrpc.model.checkpoint import WeightSource
 from hsrpc.model.family import Family, TensorSpec
 
-_LEAST_BYTES = 4 * 1024**2
+_LEAST_BYTES = 16 * 1024**2
 """Of one part of a layer's weights: smaller copies waste the bus."""
 
 
