@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -118,6 +118,7 @@ class Evaluator:
         """Everything about the grid's candidates."""
         streamed = self.choices.streamed[grid.choice] / self.sizes.num_layers
         chunk, idle_chunk = self._chunks(grid.batch, streamed)
+        grid = replace(grid, rows=np.maximum(grid.rows, self._chunk_rows(grid.batch, chunk)))
         staging = self.staging(grid, chunk, idle_chunk)
         device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
         device_room = device_room - self.choices.resident[grid.choice] - self.choices.buffers[grid.choice]
@@ -180,6 +181,14 @@ class Evaluator:
         idle_chunk = np.maximum(chunk, np.clip(_SPARE * hidden, MIN_IDLE_CHUNK, idle_room))
         most = batch * self.max_model_len
         return np.minimum(chunk, most), np.minimum(idle_chunk, most)
+
+    def _chunk_rows(self, batch: Floats, chunk: Number) -> Number:
+        """Rows with which a chunk is one mini-batch, whatever its first prompt has cached: each costs launches."""
+        if self.model.recomputes:
+            return 0.0 * batch
+        longest = self.longest * self.config.block_size
+        rows: Number = np.minimum(np.ceil(chunk) + longest, batch * longest)
+        return rows
 
     def _needed_blocks(self, batch: Floats) -> Floats:
         """One request at full length, and the others at the expected one with a block to grow into."""

@@ -260,9 +260,10 @@ def test_a_slow_gpu_wants_some_activations():
 
 
 def test_a_fast_gpu_wants_all_activations():
-    """Where compute is plentiful, a multi-head model that streams its cache caches activations only."""
+    """Where compute is plentiful, a multi-head model that streams its cache caches activations on the host."""
     plan = make_plan(OPT_30B, hardware=PCIE5_H100, expected_context=1024, max_batch=64)
-    assert plan.activation_share == 1.0
+    assert plan.num_blocks[PoolId.HOST_KV] == 0
+    assert plan.activation_share > 0.99
     assert plan.policy is CachePolicy.ACTIVATION
     assert plan.num_blocks[PoolId.HOST_KV] == plan.num_blocks[PoolId.DEVICE_KV] == 0
 
