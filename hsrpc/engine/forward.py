@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,19 @@ _RUN_AHEAD = 8
 """Mini-batches of a layer that are launched and not computed yet."""
 
 
+class Projected(NamedTuple):
+    """What a group needs of a layer between its projections and its MLP."""
+
+    x: torch.Tensor
+    """[n, h] input of the projections."""
+    queries: torch.Tensor
+    """[n, q]"""
+    kv: torch.Tensor
+    """[n, 2*kv]"""
+    attended: torch.Tensor
+    """[n, q] as far as its mini-batches are computed."""
+
+
 @dataclass(slots=True)
 class Group:
     """Mini-batches whose tokens go through projections and MLP together, so that these read the weights once."""
@@ -32,14 +46,8 @@ class Group:
     """[n]"""
     hidden: torch.Tensor
     """[n, h] output of the layer computed last."""
-    x: torch.Tensor
-    """[n, h] input of the projections of the layer under way."""
-    queries: torch.Tensor
-    """[n, q]"""
-    kv: torch.Tensor
-    """[n, 2*kv]"""
-    attended: torch.Tensor
-    """[n, q] as far as its mini-batches are computed."""
+    projected: Projected | None = None
+    """Of the layer under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +110,7 @@ class Forward:
         positions = upload(np.concatenate([batch.positions for batch in batches]))
         token_ids = upload(np.concatenate([batch.token_ids for batch in batches]))
         hidden = self._family.embed(self._fixed, token_ids, positions)
-        # The rest is made in each layer.
-        group = Group(positions, hidden, x=hidden, queries=hidden, kv=hidden, attended=hidden)
+        group = Group(positions, hidden)
         start = 0
         for batch in batches:
             rows = slice(start, start + batch.num_queries)
@@ -161,19 +168,22 @@ class Forward:
         device.wait(device.compute, weights.loaded)
         with device.on(device.compute):
             if batch.is_first:
-                self._project(w, group)
-            x, kv = group.x[rows], group.kv[rows]
+                group.projected = self._project(w, group)
+            assert group.projected is not None  # by the first of the group
+            projected = Projected(*(part[rows] for part in group.projected))
+            x, kv = projected.x, projected.kv
             device.wait(device.compute, staged.loaded)
             device.copy_rows(staged.buffers.kv, batch.new_rows.target, kv, batch.new_rows.source)
             self._cache.store(Tier.DEVICE, weights.layer, batch.stores, kv, x)
             with record_function("hsrpc.regenerate"):
                 self._regenerate(w, staged, batch)
             with record_function("hsrpc.attend"):
-                self._attend(weights.layer, staged.buffers.kv, batch)
+                self._attend(weights.layer, staged.buffers.kv, projected, batch)
             freed = device.record(device.compute)
             if batch.is_last:
                 with record_function("hsrpc.finish"):
-                    group.hidden = self._family.finish_layer(w, group.hidden, group.attended)
+                    group.hidden = self._family.finish_layer(w, group.hidden, group.projected.attended)
+                group.projected = None  # one group at a time has room for it
             done = device.record(device.compute)
         self._under_way.append(done)
         device.wait(device.store, freed)
@@ -181,20 +191,20 @@ class Forward:
             self._cache.store(Tier.HOST, weights.layer, batch.stores, kv, x)
         return freed, done
 
-    def _project(self, w: Weights, group: Group) -> None:
+    def _project(self, w: Weights, group: Group) -> Projected:
         with record_function("hsrpc.project"):
-            group.x = self._family.attention_input(w, group.hidden)
-            group.queries, group.kv = self._family.queries_keys_values(w, group.x, group.positions)
-            group.attended = torch.empty_like(group.queries, memory_format=torch.contiguous_format)
+            x = self._family.attention_input(w, group.hidden)
+            queries, kv = self._family.queries_keys_values(w, x, group.positions)
+            return Projected(x, queries, kv, torch.empty_like(queries, memory_format=torch.contiguous_format))
 
     def _keep_pace(self) -> None:
         """Launch no further ahead than keeps the device busy: a full launch queue blocks with the interpreter held."""
         while len(self._under_way) > _RUN_AHEAD:
             self._device.synchronize(self._under_way.popleft())
 
-    def _attend(self, layer: int, kv: torch.Tensor, batch: DeviceBatch) -> None:
+    def _attend(self, layer: int, kv: torch.Tensor, projected: Projected, batch: DeviceBatch) -> None:
         """Fill the mini-batch's rows of what is attended to."""
-        queries, out, first = batch.group.queries[batch.rows], batch.group.attended[batch.rows], batch.num_in_place
+        queries, out, first = projected.queries, projected.attended, batch.num_in_place
         if batch.in_place is not None:
             pool = self._cache.device_kv(layer)
             out[:first] = self._attention.in_place(queries[:first], pool, kv, batch.in_place)

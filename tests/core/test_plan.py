@@ -264,8 +264,6 @@ def test_a_fast_gpu_wants_all_activations():
     plan = make_plan(OPT_30B, hardware=PCIE5_H100, expected_context=1024, max_batch=64)
     assert plan.num_blocks[PoolId.HOST_KV] == 0
     assert plan.activation_share > 0.99
-    assert plan.policy is CachePolicy.ACTIVATION
-    assert plan.num_blocks[PoolId.HOST_KV] == plan.num_blocks[PoolId.DEVICE_KV] == 0
 
 
 @pytest.mark.parametrize("policy", [CachePolicy.AUTO, CachePolicy.HYBRID])

@@ -171,7 +171,7 @@ def test_a_bound_holds_with_a_chunk_beside(name: str, part: float):
 @pytest.mark.parametrize("device", [24, 80])
 @pytest.mark.parametrize("name", list(OPT))
 def test_chunks_keep_their_bounds(name: str, device: int):
-    """Prompt tokens beside decoding keep up with the traffic, or hide behind the weights or launches; never too many."""
+    """Prompt tokens beside decoding keep up with the traffic, or hide behind weights or launches; never too many."""
     plan = plan_for(OPT[name], device * GIB)
     coming = plan.max_batch * 512 / OUTPUT
     hiding = max(sum(plan.streamed_bytes) / H100.load_bandwidth, OPT[name].num_layers * H100.launch_time)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from weakref import ref
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +15,7 @@ from hsrpc import Engine
 from hsrpc.core.batch import MiniBatch, Work
 from hsrpc.core.layout import lay_out
 from hsrpc.core.request import Request, SamplingParams
+from hsrpc.engine import forward
 from hsrpc.engine.forward import Forward, group_batches
 from hsrpc.model.opt import Opt
 from tests.engine.reference import Reference
@@ -57,4 +60,29 @@ async def test_a_decode_step_reads_the_weights_once(
         outputs = [ids(await collect(generation)) for generation in generations]
         assert outputs == [output[:40] for output in made.outputs[:3]]
         assert calls["compute"] > calls["finish"] == engine.stats().steps * engine.spec.sizes.num_layers
+        await idle(engine)
+
+
+async def test_one_group_at_a_time_holds_its_projections(
+    reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workspace has room for one: those of the group before are gone when the next is projected."""
+    made, held, most = reference("opt"), [], 0
+    project = Opt.queries_keys_values
+
+    def watched(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal most
+        found = project(*args)
+        held.append(ref(found[1]))
+        most = max(most, sum(tensor() is not None for tensor in held))
+        return found
+
+    monkeypatch.setattr(Opt, "queries_keys_values", watched)
+    monkeypatch.setattr(forward, "group_batches", lambda batches, _: [[batch] for batch in batches])
+    async with Engine(roomy(made, max_batch=3)) as engine:
+        generations = [await engine.submit(prompt, greedy(40)) for prompt in made.prompts[:3]]
+        outputs = [ids(await collect(generation)) for generation in generations]
+        assert outputs == [output[:40] for output in made.outputs[:3]]
+        assert len(held) > engine.stats().steps * engine.spec.sizes.num_layers  # several groups in some steps
+        assert most == 1
         await idle(engine)
