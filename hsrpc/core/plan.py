@@ -38,6 +38,10 @@ class Hardware:
     """Part of the memory bandwidth at which cached K and V are read by attention."""
     launch_time: float = 0.0
     """Host seconds to launch one layer of one mini-batch."""
+    hop_time: float = 0.0
+    """What it adds to that where the bus is used: the layer's mini-batch goes from thread to thread."""
+    handover_time: float = 0.0
+    """Seconds that the bus loses with each mini-batch of a layer, whose buffer changes hands."""
     boundary_time: float = 0.0
     """Host seconds between two steps: schedule, sample, hand out."""
     request_time: float = 0.0

@@ -133,7 +133,7 @@ class StepModel:
         layers = self.sizes.num_layers
         times = {
             "mini_batches": mini_batches,
-            "bus": layers * self._bus(c, host),
+            "bus": layers * self._bus(c, host, mini_batches),
             # The mini-batches of a decode step go through the weights together; those of all tokens cannot.
             "forward": layers * self.layer.forward(queries, mini_batches if self.recomputes else 1.0),
             "regenerate": layers * (self.layer.regenerate(regenerated) + self._placing(regenerated)),
@@ -155,7 +155,8 @@ class StepModel:
         # Requests come and go: prompts beside, and room for their outputs to grow.
         tokens = c.batch * self.traffic.attended
         later_host = self._tiers(tokens, c.on_device_at_end)[1]
-        later_bus = self._both_ways(layers * self._bus(c, later_host), self._store(c, later_host / tokens))
+        later_bus = layers * self._bus(c, later_host, times["mini_batches"])
+        later_bus = self._both_ways(later_bus, self._store(c, later_host / tokens))
         later_launch, later_boundary, _ = self._host(c, later_bus, times["mini_batches"])
         later = np.maximum(np.maximum(later_bus, gpu + prefill), later_launch) + later_boundary
         # A small chunk keeps newcomers waiting: the batch is not full then.
@@ -176,8 +177,9 @@ class StepModel:
             return 0.0 * tokens, 0.0 * tokens
         return tokens * on_device, tokens * (1.0 - on_device)
 
-    def _bus(self, c: Candidates, host: Number) -> Number:
-        return self.layer.load(c.streamed + host * token_bytes(self.sizes, c.host_share))
+    def _bus(self, c: Candidates, host: Number, mini_batches: Number) -> Number:
+        load = self.layer.load(c.streamed + host * token_bytes(self.sizes, c.host_share))
+        return load + np.where(load > 0, mini_batches * self.hardware.handover_time, 0.0)
 
     def _mini_batches(self, c: Candidates, tokens: Number, staged: Number) -> Number:
         """As many as the rows take that go through the kv buffer; K and V on the device are read in place."""
@@ -191,7 +193,8 @@ class StepModel:
         the bus and K and V on the device a graph runs the step, and the boundary is prepared beside it.
         """
         hardware = self.hardware
-        launch = self.sizes.num_layers * mini_batches * hardware.launch_time
+        each = hardware.launch_time + np.where(bus > 0, hardware.hop_time, 0.0)
+        launch = self.sizes.num_layers * mini_batches * each
         boundary = hardware.boundary_time + c.batch * hardware.request_time
         exposed = np.maximum(0.0, boundary - BUFFERS * self.layer.load(c.streamed))
         on_device = (bus == 0) & (not self.recomputes)

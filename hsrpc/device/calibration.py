@@ -23,6 +23,8 @@ _LAUNCHES_PER_LAYER = 30
 """Kernels that one layer of one mini-batch takes, about."""
 _BOUNDARY_SECONDS, _REQUEST_SECONDS = 1e-3, 40e-6
 """Host time between two steps, in all and for each request: measured on the engine, not here."""
+_HOP_SECONDS, _HANDOVER_SECONDS = 0.25e-3, 0.08e-3
+"""For each mini-batch of a layer: host time between threads, and of the bus. Measured on the engine as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware
         weight_read_share=weight_bandwidth / memory_bandwidth,
         attention_read_share=read_bandwidth / memory_bandwidth,
         launch_time=_LAUNCHES_PER_LAYER * _launch_seconds(device),
+        hop_time=_HOP_SECONDS,
+        handover_time=_HANDOVER_SECONDS,
         boundary_time=_BOUNDARY_SECONDS,
         request_time=_REQUEST_SECONDS,
     )
