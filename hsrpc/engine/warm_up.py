@@ -1,4 +1,7 @@
-"""A short request before the first client's: kernels are compiled and loaded, and memory is seen to suffice."""
+"""The largest steps before the first client's request: kernels are compiled and loaded, and memory is seen to suffice.
+
+Libraries load a kernel when its shape is first computed, which takes tens of milliseconds for each.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,44 @@ from hsrpc.core.request import Request, SamplingParams
 from hsrpc.core.scheduler import Scheduler, SchedulerLimits
 from hsrpc.engine.startup import Parts
 
-_PROMPT_TOKENS = 40
 _NEW_TOKENS = 3
+_PARAMS = SamplingParams(temperature=0.0, max_tokens=_NEW_TOKENS, ignore_eos=True)
+_MOST_TOKENS = 16384
+"""Of prompts in a step."""
 
 
 async def warm_up(parts: Parts, limits: SchedulerLimits) -> None:
-    """Compute a prompt and a few tokens behind it; counters are as before.
+    """Compute a step of prompts alone, one of prompts beside decoding, and decode steps; counters are as before.
 
     Raises:
         OutOfDeviceMemoryError: the device has not the memory for a step.
     """
-    scheduler = Scheduler(BlockManager(parts.plan.num_blocks), limits, ())
-    length = min(_PROMPT_TOKENS, limits.max_model_len - 1)
-    params = SamplingParams(temperature=0.0, max_tokens=_NEW_TOKENS, ignore_eos=True)
-    scheduler.add(Request("warm-up", [0] * length, params, 0, 0.0))
-    while (step := scheduler.schedule(0.0)) is not None:
-        sampled = await parts.executor.execute(step) or []
-        scheduler.commit(step, [None if item.failed else item.token_id for item in sampled], 0.0)
+    scheduler = Scheduler(BlockManager(parts.plan.num_blocks, limits.max_batch), limits, ())
+    for tokens in (limits.max_idle_prefill_tokens, limits.max_prefill_tokens):
+        for length in _prompts(tokens, limits, scheduler):
+            number = scheduler.num_running + scheduler.num_waiting
+            scheduler.add(Request(f"warm-up {number}", [0] * length, _PARAMS, number, 0.0))
+        await _step(parts, scheduler)
+    while await _step(parts, scheduler):
+        pass
     parts.prefetcher.streamed_bytes = 0
     parts.cache.loaded_bytes = parts.cache.regenerated_tokens = 0
+
+
+def _prompts(tokens: int, limits: SchedulerLimits, scheduler: Scheduler) -> list[int]:
+    """Lengths of prompts with `tokens` tokens in all, as far as there is room for them."""
+    length = max(1, min(tokens, limits.max_model_len - _NEW_TOKENS))
+    room = limits.max_batch - scheduler.num_running
+    if limits.keeps_cache:
+        room = min(room, scheduler.blocks.num_free // -(-(length + _NEW_TOKENS) // limits.block_size))
+    return [length] * min(min(tokens, _MOST_TOKENS) // length, room)
+
+
+async def _step(parts: Parts, scheduler: Scheduler) -> bool:
+    """False: there is none left."""
+    step = scheduler.schedule(0.0)
+    if step is None:
+        return False
+    sampled = await parts.executor.execute(step) or []
+    scheduler.commit(step, [None if item.failed else item.token_id for item in sampled], 0.0)
+    return True

@@ -160,7 +160,7 @@ async def test_nothing_of_an_engine_stays_when_it_is_left(reference: Callable[[s
 async def test_a_device_that_warms_up_does_so_unseen(
     reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps are computed before the first request, and neither counters nor tokens tell of it."""
+    """The largest steps are computed before the first request, and neither counters nor tokens tell of it."""
     made, executed = reference("opt"), []
     execute = Executor.execute
     monkeypatch.setattr(CpuDevice, "warms_up", property(lambda _: True, lambda *_: None), raising=False)
@@ -170,8 +170,12 @@ async def test_a_device_that_warms_up_does_so_unseen(
         return await execute(self, step, ahead)
 
     monkeypatch.setattr(Executor, "execute", counted)
-    async with Engine(roomy(made)) as engine:
-        assert len(executed) > 3
+    async with Engine(roomy(made, max_prefill_tokens=300)) as engine:
+        alone, beside, *others = executed
+        assert [work.count for work in alone.works] == [125, 125]  # as many as make no more than 300 tokens
+        assert sorted(work.count for work in beside.works) == [1, 1, 125, 125]
+        assert others
+        assert not any(work.count > 1 for step in others for work in step.works)
         stats = engine.stats()
         assert (stats.steps, stats.weights_streamed_bytes, stats.cache_loaded_bytes) == (0, 0, 0)
         assert ids(await collect(engine.generate(made.prompts[0], greedy(9)))) == made.outputs[0][:9]
