@@ -10,7 +10,7 @@ from hsrpc.core.request import Request, SamplingParams
 from hsrpc.core.scheduler import Scheduler, SchedulerLimits
 from hsrpc.engine.startup import Parts
 
-_NEW_TOKENS = 3
+_NEW_TOKENS = 2
 _PARAMS = SamplingParams(temperature=0.0, max_tokens=_NEW_TOKENS, ignore_eos=True)
 _MOST_TOKENS = 16384
 """Of prompts in a step."""

@@ -172,8 +172,8 @@ async def test_a_device_that_warms_up_does_so_unseen(
     monkeypatch.setattr(Executor, "execute", counted)
     async with Engine(roomy(made, max_prefill_tokens=300)) as engine:
         alone, beside, *others = executed
-        assert [work.count for work in alone.works] == [125, 125]  # as many as make no more than 300 tokens
-        assert sorted(work.count for work in beside.works) == [1, 1, 125, 125]
+        assert [work.count for work in alone.works] == [126, 126]  # as many as make no more than 300 tokens
+        assert sorted(work.count for work in beside.works) == [1, 1, 126, 126]
         assert others
         assert not any(work.count > 1 for step in others for work in step.works)
         stats = engine.stats()
