@@ -236,7 +236,7 @@ def _profiler_for(run: Run, config: EngineConfig, with_busy: bool, with_ranges: 
 @asynccontextmanager
 async def _load(engine: Engine, workload: Workload) -> AsyncIterator[asyncio.Task[None]]:
     """All requests of the workload; leaving ends those that still run."""
-    load = asyncio.create_task(_generate(engine, workload))
+    load = asyncio.create_task(load_requests(engine, workload))
     try:
         yield load
     finally:
@@ -255,7 +255,8 @@ async def _until(event: asyncio.Event, load: asyncio.Task[None]) -> None:
         load.result()
 
 
-async def _generate(engine: Engine, workload: Workload) -> None:
+async def load_requests(engine: Engine, workload: Workload) -> None:
+    """All requests of the workload at once, to their ends."""
     async with asyncio.TaskGroup() as group:
         for prompt, count in zip(workload.prompts, workload.output_tokens, strict=True):
             group.create_task(_request(engine, prompt, count))

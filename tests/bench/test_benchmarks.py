@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from benchmarks import gpu_check, growth, planner_check, planner_report, startup
+from benchmarks import gpu_check, growth, orchestration, planner_check, planner_report, startup
 from benchmarks.planner_report import draw_grid, draw_sweep
 from hsrpc.config import CachePolicy, DeviceKind, Placement
 from tests.bench.conftest import TINY
@@ -158,3 +158,16 @@ def test_the_gpu_check_finds_a_token_that_is_not_the_models(tiny_shape):
         gpu_check.compare(model, [[5, 6]], [[(ranked[5], top)]])
     with pytest.raises(AssertionError, match="token 0"):
         gpu_check.compare(model, [[5, 6]], [[(top[4], ranked[1:6])]])
+
+
+def test_orchestration_is_what_a_step_takes_beyond_its_work(tiny, tmp_path, capsys):
+    """Both are measured; a model that streams has no graph, and says so."""
+    file = tmp_path / "orchestration.json"
+    orchestration.main([*tiny, "--batch", "3", "--prompt", "8", "--output", "24", "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert min(found["alone_seconds"], found["step_seconds"]) > 0
+    assert found["orchestration"] == pytest.approx(1 - found["alone_seconds"] / found["step_seconds"])
+    assert "orchestration" in capsys.readouterr().out
+    tiny[tiny.index("--gpu-memory") + 1] = "2200KiB"
+    with pytest.raises(SystemExit, match="raise --gpu-memory"):
+        orchestration.main([*tiny, "--batch", "3", "--prompt", "8", "--output", "24"])
