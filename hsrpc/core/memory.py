@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hsrpc.core.plan import BUFFERS, REGENERATE_ROWS, SAMPLE_ELEMENTS
+from hsrpc.core.plan import BUFFERS, PENDING_QUERIES, REGENERATE_ROWS, SAMPLE_ELEMENTS
 from hsrpc.core.sizes import ModelSizes
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -94,6 +94,8 @@ def device_bytes(sizes: ModelSizes, staging: Staging) -> dict[str, Number]:
 def query_bytes(sizes: ModelSizes) -> int:
     """Upper bound of what a forward pass allocates for one query."""
     width = 4 * sizes.hidden_size + 3 * sizes.num_heads * sizes.head_dim + 2 * sizes.kv_size + 3 * sizes.ffn_size
+    # Of those launched ahead, what is stored: with a fused projection K and V keep the queries too.
+    width += PENDING_QUERIES * (sizes.hidden_size + sizes.num_heads * sizes.head_dim + 2 * sizes.kv_size)
     return width * sizes.element_bytes + 8 * sizes.hidden_size
 
 

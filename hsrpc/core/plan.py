@@ -12,6 +12,8 @@ BUFFERS = 2
 """Device buffers of each sort: one is filled while the other is computed with."""
 REGENERATE_ROWS = 4096
 """Activation rows that one regeneration GEMM takes, which bounds its output."""
+PENDING_QUERIES = 2
+"""Times the queries of a mini-batch that may be launched and not computed yet."""
 SAMPLE_ELEMENTS = 2**20
 """Logits that are sorted at once, which bounds the sampler's working memory."""
 

@@ -143,7 +143,8 @@ class CacheManager:
             if pool.tier is tier:
                 source = kv if pool.kind is BlockKind.KV else x
                 self._device.copy_rows(self._pools[pool][layer], rows.target, source, rows.source)
-                self._device.keep(source, self._device.store)
+                if tier is Tier.HOST:
+                    self._device.keep(source, self._device.store)
 
     def stored(self) -> None:
         """All stores of a step are launched: later loads wait for them."""

@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 from hsrpc.core.batch import Ints, MiniBatch
 from hsrpc.core.blocks import PoolId, Tier
-from hsrpc.core.plan import REGENERATE_ROWS
+from hsrpc.core.plan import PENDING_QUERIES, REGENERATE_ROWS
 from hsrpc.device.device import Device, Event
 from hsrpc.engine.cache import CacheManager, DeviceRows, Staged
 from hsrpc.engine.weights import ModelWeights, Prefetched
@@ -22,7 +22,7 @@ from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
 from hsrpc.model.family import Family, Weights
 
 _RUN_AHEAD = 8
-"""Mini-batches of a layer that are launched and not computed yet."""
+"""Mini-batches of a layer that are launched and not computed yet, at most."""
 
 
 class Projected(NamedTuple):
@@ -98,8 +98,8 @@ class Forward:
         self._device = device
         self._max_queries = max_queries
         """Of a group: what the workspace is planned for."""
-        self._under_way: deque[Event] = deque()
-        """Ends of the mini-batches that were launched last."""
+        self._under_way: deque[tuple[Event, int]] = deque()
+        """Ends of the mini-batches that were launched last, and the new tokens of each."""
 
     def upload(self, batches: Sequence[MiniBatch]) -> list[DeviceBatch]:
         """The arrays of a step's mini-batches and their first layer's input, on the current stream."""
@@ -164,7 +164,8 @@ class Forward:
         The first of a group projects for all of it, the last one finishes the layer.
         """
         device, w, group, rows = self._device, weights.tensors, batch.group, batch.rows
-        self._keep_pace()
+        num_queries = rows.stop - rows.start
+        self._keep_pace(num_queries)
         device.wait(device.compute, weights.loaded)
         with device.on(device.compute):
             if batch.is_first:
@@ -185,7 +186,7 @@ class Forward:
                     group.hidden = self._family.finish_layer(w, group.hidden, group.projected.attended)
                 group.projected = None  # one group at a time has room for it
             done = device.record(device.compute)
-        self._under_way.append(done)
+        self._under_way.append((done, num_queries))
         device.wait(device.store, freed)
         with device.on(device.store):
             self._cache.store(Tier.HOST, weights.layer, batch.stores, kv, x)
@@ -197,10 +198,16 @@ class Forward:
             queries, kv = self._family.queries_keys_values(w, x, group.positions)
             return Projected(x, queries, kv, torch.empty_like(queries, memory_format=torch.contiguous_format))
 
-    def _keep_pace(self) -> None:
-        """Launch no further ahead than keeps the device busy: a full launch queue blocks with the interpreter held."""
-        while len(self._under_way) > _RUN_AHEAD:
-            self._device.synchronize(self._under_way.popleft())
+    def _keep_pace(self, num_queries: int) -> None:
+        """Launch no further ahead than keeps the device busy, and than there is memory for.
+
+        A full launch queue blocks with the interpreter held; rows that go to the host are kept until they are there.
+        """
+        room = PENDING_QUERIES * self._max_queries - num_queries
+        while self._under_way and (
+            len(self._under_way) > _RUN_AHEAD or sum(count for _, count in self._under_way) > room
+        ):
+            self._device.synchronize(self._under_way.popleft()[0])
 
     def _attend(self, layer: int, kv: torch.Tensor, projected: Projected, batch: DeviceBatch) -> None:
         """Fill the mini-batch's rows of what is attended to."""

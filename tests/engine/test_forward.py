@@ -86,3 +86,25 @@ async def test_one_group_at_a_time_holds_its_projections(
         assert len(held) > engine.stats().steps * engine.spec.sizes.num_layers  # several groups in some steps
         assert most == 1
         await idle(engine)
+
+
+async def test_no_more_is_launched_ahead_than_memory_is_planned_for(
+    reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In mini-batches, and in their new tokens: what is launched keeps its rows until they are stored."""
+    made, under_way = reference("opt"), []
+    compute = Forward.compute
+
+    def watched(self: Forward, *args: object) -> object:
+        found = compute(self, *args)
+        under_way.append(([count for _, count in self._under_way], self._max_queries))
+        return found
+
+    monkeypatch.setattr(Forward, "compute", watched)
+    async with Engine(roomy(made, max_batch=3)) as engine:
+        outputs = [ids(await collect(engine.generate(made.prompts[0], greedy(12)))) for _ in range(2)]
+        assert outputs == [made.outputs[0][:12]] * 2
+        await idle(engine)
+    assert max(len(counts) for counts, _ in under_way) == 9  # one more than were launched before it
+    assert all(sum(counts) <= 2 * most for counts, most in under_way)
+    assert any(sum(counts) > most for counts, most in under_way)
