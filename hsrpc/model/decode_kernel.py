@@ -14,12 +14,14 @@ _PROGRAMS = 1024
 _LEAST_KEYS = 128
 """Of a part."""
 _MOST_PARTS = 32
+_PACKED_DIM = 128
+"""Smaller heads are read together: their rows are neighbours in memory, and matrix units have rows to spare."""
 
 
 @triton.jit
-def _accumulate(q, m, total, acc, k_rows, v_rows, valid, scale, d, HEAD_DIM: tl.constexpr, DOT: tl.constexpr):
+def _accumulate(q, m, total, acc, k_rows, v_rows, valid, scale, d, WIDTH: tl.constexpr, DOT: tl.constexpr):
     """Online softmax over one tile of keys: m and total [g], acc [g, d]."""
-    mask = valid[:, None] & (d < HEAD_DIM)[None, :]
+    mask = valid[:, None] & (d < WIDTH)[None, :]
     k = tl.load(k_rows, mask=mask, other=0.0)
     v = tl.load(v_rows, mask=mask, other=0.0)
     if DOT:
@@ -54,15 +56,20 @@ def _attend(
     scale,
     BLOCK_SIZE: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    PACK: tl.constexpr,
     GROUP: tl.constexpr,
-    GROUP_TILE: tl.constexpr,
+    ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_TILE: tl.constexpr,
     KEYS: tl.constexpr,
     IN_PARTS: tl.constexpr,
 ) -> None:
-    """One request, KV head and part of its keys: first those in place, then the rebuilt ones, then the others."""
-    request, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """One request, pack of KV heads and part of its keys: first those in place, then the rebuilt, then the others.
+
+    Row g of the tiles is a query head, column d belongs to one KV head of the pack. A query is 0 in the columns of the
+    others, and what its row gathers there is not stored.
+    """
+    request, pack, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     count = tl.load(in_place + request)
     rebuilt = tl.load(rebuilt_starts + request)
     front = count + tl.load(rebuilt_starts + request + 1) - rebuilt
@@ -71,17 +78,18 @@ def _attend(
     size = tl.cdiv(tl.cdiv(num_keys, num_parts), KEYS) * KEYS
     low = part * size
     high = tl.minimum(low + size, num_keys)
-    g = tl.arange(0, GROUP_TILE)
+    g = tl.arange(0, ROWS)
     d = tl.arange(0, DIM_TILE)
-    columns = head * HEAD_DIM + d
+    columns = pack * PACK * HEAD_DIM + d
     width = KV_HEADS * HEAD_DIM
-    query_heads = head * GROUP + g
-    in_query = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-    q_rows = queries + request.to(tl.int64) * query_stride + query_heads[:, None] * HEAD_DIM + d[None, :]
-    q = tl.load(q_rows, mask=in_query, other=0.0)
-    m = tl.full([GROUP_TILE], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_TILE], tl.float32)
-    acc = tl.zeros([GROUP_TILE, DIM_TILE], tl.float32)
+    query_heads = pack * PACK * GROUP + g
+    in_pack = g < PACK * GROUP
+    own = in_pack[:, None] & (d // HEAD_DIM == (g // GROUP)[:, None])
+    q_rows = queries + request.to(tl.int64) * query_stride + query_heads[:, None] * HEAD_DIM + (d % HEAD_DIM)[None, :]
+    q = tl.load(q_rows, mask=own, other=0.0)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM_TILE], tl.float32)
     end = tl.minimum(high, count)
     for first in range(low, end, KEYS):
         key = first + tl.arange(0, KEYS)
@@ -89,28 +97,33 @@ def _attend(
         block = tl.load(tables + request * table_stride + key // BLOCK_SIZE, mask=valid, other=0)
         rows = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
         k_rows = pool + rows[:, None] * (2 * width) + columns[None, :]
-        m, total, acc = _accumulate(q, m, total, acc, k_rows, k_rows + width, valid, scale, d, HEAD_DIM, GROUP_TILE > 1)
+        m, total, acc = _accumulate(
+            q, m, total, acc, k_rows, k_rows + width, valid, scale, d, PACK * HEAD_DIM, ROWS > 1
+        )
     end = tl.minimum(high, front)
     for first in range(tl.maximum(low, count), end, KEYS):
         key = first + tl.arange(0, KEYS)
         valid = key < end
         rows = (rebuilt + key - count).to(tl.int64)
         k_rows = buffer + rows[:, None] * (2 * width) + columns[None, :]
-        m, total, acc = _accumulate(q, m, total, acc, k_rows, k_rows + width, valid, scale, d, HEAD_DIM, GROUP_TILE > 1)
+        m, total, acc = _accumulate(
+            q, m, total, acc, k_rows, k_rows + width, valid, scale, d, PACK * HEAD_DIM, ROWS > 1
+        )
     for first in range(tl.maximum(low, front), high, KEYS):
         key = first + tl.arange(0, KEYS)
         valid = key < high
         rows = (start + key - front).to(tl.int64)
         k_rows = buffer + rows[:, None] * (2 * width) + columns[None, :]
-        m, total, acc = _accumulate(q, m, total, acc, k_rows, k_rows + width, valid, scale, d, HEAD_DIM, GROUP_TILE > 1)
-    in_group = g < GROUP
+        m, total, acc = _accumulate(
+            q, m, total, acc, k_rows, k_rows + width, valid, scale, d, PACK * HEAD_DIM, ROWS > 1
+        )
     target = (request * num_parts + part).to(tl.int64) * (KV_HEADS * GROUP) + query_heads
     if IN_PARTS:
-        tl.store(sums + 2 * target, m, mask=in_group)
-        tl.store(sums + 2 * target + 1, total, mask=in_group)
+        tl.store(sums + 2 * target, m, mask=in_pack)
+        tl.store(sums + 2 * target + 1, total, mask=in_pack)
     else:
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out + target[:, None] * HEAD_DIM + d[None, :], acc.to(out.dtype.element_ty), mask=in_query)
+    tl.store(out + target[:, None] * HEAD_DIM + (d % HEAD_DIM)[None, :], acc.to(out.dtype.element_ty), mask=own)
 
 
 @triton.jit(do_not_specialize=["num_parts"])
@@ -165,16 +178,16 @@ def decode_attention(
     num_requests, width = queries.shape
     num_heads = width // head_dim
     group = num_heads // num_kv_heads
-    dim_tile = triton.next_power_of_2(head_dim)
     # Matrix units where they take the type as it is, though most of their rows are idle: it needs fewer registers.
     uses_dot = group > 1 or queries.dtype != torch.float32
-    parts = _num_parts(num_requests * num_kv_heads, most_keys)
+    pack = _heads_in_a_pack(num_kv_heads, head_dim) if uses_dot else 1
+    parts = _num_parts(num_requests * num_kv_heads // pack, most_keys)
     out = torch.empty((num_requests, width), dtype=queries.dtype, device=queries.device)
     partial, sums = out, out
     if parts > 1:
         partial = torch.empty((num_requests, parts, width), dtype=torch.float32, device=queries.device)
         sums = torch.empty((num_requests, parts, num_heads, 2), dtype=torch.float32, device=queries.device)
-    _attend[num_requests, num_kv_heads, parts](
+    _attend[num_requests, num_kv_heads // pack, parts](
         partial,
         sums,
         queries,
@@ -190,10 +203,11 @@ def decode_attention(
         scale,
         BLOCK_SIZE=block_size,
         KV_HEADS=num_kv_heads,
+        PACK=pack,
         GROUP=group,
-        GROUP_TILE=max(16, triton.next_power_of_2(group)) if uses_dot else 1,
+        ROWS=max(16, triton.next_power_of_2(pack * group)) if uses_dot else 1,
         HEAD_DIM=head_dim,
-        DIM_TILE=dim_tile,
+        DIM_TILE=triton.next_power_of_2(pack * head_dim),
         KEYS=32,
         IN_PARTS=parts > 1,
         num_warps=4,
@@ -201,10 +215,23 @@ def decode_attention(
     )
     if parts > 1:
         _merge[num_requests, num_heads](
-            out, partial, sums, parts, HEADS=num_heads, HEAD_DIM=head_dim, DIM_TILE=dim_tile, PARTS_TILE=_MOST_PARTS
+            out,
+            partial,
+            sums,
+            parts,
+            HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            DIM_TILE=triton.next_power_of_2(head_dim),
+            PARTS_TILE=_MOST_PARTS,
         )
     return out
 
 
 def _num_parts(num_programs: int, most_keys: int) -> int:
     return max(1, min(_PROGRAMS // max(1, num_programs), most_keys // _LEAST_KEYS, _MOST_PARTS))
+
+
+def _heads_in_a_pack(num_kv_heads: int, head_dim: int) -> int:
+    """As many as fill `_PACKED_DIM`, where all packs are alike."""
+    wanted = max(1, _PACKED_DIM // head_dim)
+    return wanted if num_kv_heads % wanted == 0 else 1

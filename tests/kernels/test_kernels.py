@@ -13,8 +13,8 @@ from hsrpc.model.decode_kernel import decode_attention
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 12
-HEADS = [(2, 2, 16), (2, 2, 64), (4, 2, 80), (8, 1, 32), (3, 3, 128)]
-"""Query heads, KV heads, head size: one head a group, several, and sizes that are no powers of two."""
+HEADS = [(2, 2, 16), (6, 6, 64), (4, 2, 80), (8, 1, 32), (16, 8, 32), (3, 3, 128)]
+"""Query heads, KV heads, head size: one head a group, several; packs of heads; sizes that are no powers of two."""
 REQUESTS = [(130, 0, 5), (0, 40, 0), (16, 0, 0), (0, 0, 17), (33, 18, 1), (1, 1, 63)]
 """Keys in place, rebuilt, and behind: parts that end within a tile and with it, and single ones."""
 
