@@ -1,0 +1,1 @@
+"""Policies of other papers, emulated on hsrpc's own data path."""

@@ -1,0 +1,226 @@
+"""Policies of other papers, emulated: their rules, their tokens, the bytes they move, the memory they take."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
+
+import pytest
+import torch
+
+from benchmarks.policies.emulate import Policy, emulated
+from benchmarks.policies.hcache import HCachePlanner, LayerSplitPlan
+from benchmarks.policies.kvpr import KvprPlanner, PositionBlocks
+from benchmarks.policies.rules import hcache_layers, kvpr_blocks
+from hsrpc import Engine, EngineConfig
+from hsrpc.core.batch import RowCosts
+from hsrpc.core.blocks import BlockTable, PoolId, Tier
+from hsrpc.core.plan import Budgets, Plan
+from hsrpc.engine import startup
+from hsrpc.engine.stats import StepRecord
+from hsrpc.errors import ConfigError
+from hsrpc.model.spec import load_spec
+from tests.engine.conftest import HARDWARE
+from tests.engine.reference import Reference, make_reference
+from tests.engine.support import collect, greedy
+
+BALANCED = replace(HARDWARE, gemm_rate=3e11)
+"""KVPR's rule gives 12 of 24 tokens of the model `opt`, HCache's 3 of 4 layers."""
+NUM_LAYERS, BLOCK_SIZE, MAX_TOKENS = 4, 4, 40
+GREEDY = greedy(MAX_TOKENS)
+Make = Callable[[str], Reference]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    torch.set_num_threads(1)
+    return cache(lambda name: make_reference(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(autouse=True)
+def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine that the tests run on decides nothing."""
+    monkeypatch.setattr(startup, "calibrate", lambda *_: BALANCED)
+
+
+def config_for(made: Reference, **settings: object) -> EngineConfig:
+    """Prompts are computed in chunks of 24 tokens; weights stream, and all of the cache is on the host."""
+    base = {"max_batch": 6, "max_model_len": 128, "max_prefill_tokens": 24, "expected_context": 24, "device": "cpu"}
+    base |= {"placement": "host", "block_size": BLOCK_SIZE, "gpu_memory": "64MiB", "host_memory": "64MiB"}
+    return EngineConfig(model=str(made.directory), **(base | settings))
+
+
+def follow(name: str) -> tuple[Policy, int | None]:
+    """`hcache 1` is HCache's split with 1 layer of hidden states; without a number its rule decides."""
+    policy, _, layers = name.partition(" ")
+    return Policy(policy), int(layers) if layers else None
+
+
+def plan_of(name: str, made: Reference, config: EngineConfig) -> Plan:
+    """As an engine plans it."""
+    policy, layers = follow(name)
+    planner = KvprPlanner if policy is Policy.KVPR else partial(HCachePlanner, hidden_layers=layers)
+    sizes = load_spec(made.directory, torch.float32).sizes
+    budgets = Budgets(device=int(config.gpu_memory), host=int(config.host_memory))
+    return planner(sizes, budgets, BALANCED, config).plan()
+
+
+def tightest(name: str, made: Reference, config: EngineConfig) -> EngineConfig:
+    """The smallest host budget with which the whole batch runs."""
+    low, high = 0, 2**26
+    while high - low > 1024:
+        middle = (low + high) // 2
+        try:
+            fits = plan_of(name, made, replace(config, host_memory=middle)).max_batch == config.max_batch
+        except ConfigError:
+            fits = False
+        low, high = (low, middle) if fits else (middle, high)
+    return replace(config, host_memory=high)
+
+
+async def outputs(engine: Engine, prompts: Sequence[list[int]]) -> list[list[int]]:
+    async def one(prompt: list[int]) -> list[int]:
+        return [token async for delta in engine.generate(prompt, GREEDY) for token in delta.token_ids]
+
+    return await asyncio.gather(*map(one, prompts))
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("kvpr", "opt"),
+        ("kvpr", "llama"),
+        ("hcache", "opt"),
+        ("hcache 4", "opt"),
+        ("hcache 1", "llama"),
+        ("hcache 2", "mistral-window"),
+    ],
+)
+async def test_tokens_equal_the_reference(name: str, model: str, reference: Make) -> None:
+    """Every token is the reference's, with prompts in chunks and so few blocks that requests give way."""
+    made = reference(model)
+    config = tightest(name, made, config_for(made))
+    with emulated(*follow(name)):
+        async with Engine(config) as engine:
+            assert await outputs(engine, made.prompts[:8]) == [tokens[:MAX_TOKENS] for tokens in made.outputs[:8]]
+            stats = engine.stats()
+            assert stats.preemptions > 0
+            assert stats.regenerated_tokens > 0
+            assert sum(stats.used_blocks.values()) == 0
+
+
+async def decodes_of(name: str, made: Reference) -> tuple[Plan, list[StepRecord]]:
+    """The plan, and the steps in which all of three requests, with prompts of 20 tokens, decode."""
+    records: list[StepRecord] = []
+    prompts = [list(range(first, first + 20)) for first in (3, 50, 100)]
+    with emulated(*follow(name)):
+        async with Engine(config_for(made, max_prefill_tokens=60), observe=records.append) as engine:
+            await asyncio.gather(*(collect(engine.generate(prompt, GREEDY)) for prompt in prompts))
+            return engine.plan, [record for record in records if record.decode_tokens == 3]
+
+
+@pytest.mark.parametrize(("name", "hidden_layers"), [("kvpr", None), ("hcache", 3), ("hcache 1", 1), ("hcache 4", 4)])
+async def test_bytes_and_rebuilt_rows_are_counted_as_they_are_moved(
+    name: str, hidden_layers: int | None, reference: Make
+) -> None:
+    """In each step: what the contexts' tokens take, in each layer, by the kind that they have there."""
+    made = reference("opt")
+    plan, records = await decodes_of(name, made)
+    sizes = load_spec(made.directory, torch.float32).sizes
+    assert getattr(plan, "hidden_layers", None) == hidden_layers
+    assert len(records) > MAX_TOKENS // 2
+    for record in records:
+        rebuilt = 3 * 12 * NUM_LAYERS if hidden_layers is None else record.context_tokens * hidden_layers
+        loaded = record.context_tokens * NUM_LAYERS - rebuilt
+        assert record.regenerated_tokens == rebuilt
+        assert record.cache_bytes == rebuilt * sizes.activation_bytes + loaded * sizes.kv_bytes
+
+
+@pytest.mark.parametrize("name", ["kvpr", "hcache", "hcache 1"])
+async def test_host_memory_is_counted_and_within_its_budget(name: str, reference: Make) -> None:
+    """What the plan says is what the pools take; the budget is kept wherever between two blocks it ends."""
+    made = reference("opt")
+    config = tightest(name, made, config_for(made))
+    with emulated(*follow(name)):
+        async with Engine(config) as engine:
+            pools = engine._opened.cache._pools
+            taken = sum(layer.nbytes for pool, layers in pools.items() if pool.tier is Tier.HOST for layer in layers)
+            assert engine.plan.host_bytes["cache blocks"] == taken
+    least = int(config.host_memory)
+    block_bytes = NUM_LAYERS * BLOCK_SIZE * load_spec(made.directory, torch.float32).sizes.kv_bytes
+    for host in range(least, least + 5 * block_bytes, block_bytes // 7):
+        plan = plan_of(name, made, replace(config, host_memory=host))
+        assert host - block_bytes < sum(plan.host_bytes.values()) <= host == plan.budgets.host
+
+
+@pytest.mark.parametrize(("name", "hidden_layers"), [("kvpr", None), ("hcache", 3), ("hcache 1", 1)])
+def test_the_plan_predicts_the_split(name: str, hidden_layers: int | None, reference: Make) -> None:
+    """Bus time and rebuilding of six requests of the expected 24 tokens; mini-batches are formed by the same costs."""
+    made = reference("opt")
+    plan, sizes = plan_of(name, made, config_for(made)), load_spec(made.directory, torch.float32).sizes
+    rebuilt = 12 * NUM_LAYERS if hidden_layers is None else 24 * hidden_layers
+    loaded = 24 * NUM_LAYERS - rebuilt
+    cached = 6 * (rebuilt * sizes.activation_bytes + loaded * sizes.kv_bytes)
+    assert plan.prediction.bus * BALANCED.load_bandwidth == pytest.approx(sum(plan.streamed_bytes) + cached)
+    assert plan.prediction.regenerate * BALANCED.gemm_rate == pytest.approx(6 * rebuilt * sizes.regenerate_flop)
+    assert plan.activation_share == pytest.approx(rebuilt / (24 * NUM_LAYERS))
+    if hidden_layers is not None:
+        assert plan.costs.load_activation * BALANCED.load_bandwidth * 24 * NUM_LAYERS == pytest.approx(cached / 6)
+        assert plan.costs.regenerate * BALANCED.gemm_rate * 24 * NUM_LAYERS == pytest.approx(
+            rebuilt * sizes.regenerate_flop
+        )
+
+
+def test_kvpr_ends_transfer_and_rebuilding_together() -> None:
+    """At l * G = (context - l) * V; nothing is rebuilt where an activation saves nothing."""
+    assert kvpr_blocks(RowCosts(load_kv=2, load_activation=1, regenerate=2), context=64, block_size=8) == 4
+    assert kvpr_blocks(RowCosts(load_kv=3, load_activation=1, regenerate=1), context=64, block_size=8) == 6
+    assert kvpr_blocks(RowCosts(load_kv=1, load_activation=1, regenerate=0), context=64, block_size=8) == 0
+    assert kvpr_blocks(RowCosts(load_kv=2, load_activation=1, regenerate=0), context=60, block_size=8) == 8
+
+
+def test_hcache_ends_bus_and_gpu_together() -> None:
+    """At n * G = n * A + (L - n) * V; hidden states everywhere where the bus is slower even so."""
+    assert hcache_layers(RowCosts(load_kv=2, load_activation=1, regenerate=2), 30) == 20
+    assert hcache_layers(RowCosts(load_kv=2, load_activation=1, regenerate=1), 30) == 30
+    assert hcache_layers(RowCosts(load_kv=1, load_activation=1.5, regenerate=1), 30) == 0
+
+
+def test_the_first_blocks_of_each_request_are_activations() -> None:
+    """However they come, in whatever turn; a kind that has run out is not replaced by the other."""
+    blocks = PositionBlocks({PoolId.HOST_KV: 5, PoolId.HOST_ACTIVATION: 6}, max_batch=2)
+    one, two = BlockTable(), BlockTable()
+    assert blocks.grow(one, 2)
+    assert blocks.grow(two, 4)
+    assert blocks.grow(one, 5)
+    assert [PoolId(pool) for pool in one.pools] == [PoolId.HOST_ACTIVATION] * 3 + [PoolId.HOST_KV] * 4
+    assert [PoolId(pool) for pool in two.pools] == [PoolId.HOST_ACTIVATION] * 3 + [PoolId.HOST_KV]
+    blocks.free(two)
+    assert not blocks.grow(two, 5)
+    assert len(two) == 0
+    assert blocks.num_free == 4
+    assert blocks.grow(two, 4)
+
+
+async def test_what_is_not_emulated_is_said(reference: Make) -> None:
+    """Caches on the device, and layers that the model has not; the error names the remedy."""
+    made = reference("opt")
+    for name, settings, message in (
+        ("kvpr", {"placement": "auto"}, "use placement=host"),
+        ("hcache", {"placement": "auto"}, "use placement=host"),
+        ("hcache 5", {}, "give 1 to 4"),
+        ("hcache 0", {}, "measure the policy kv"),
+    ):
+        with emulated(*follow(name)), pytest.raises(ConfigError, match=message):
+            await Engine(config_for(made, **settings)).__aenter__()
+
+
+async def test_an_emulation_ends_with_its_context(reference: Make) -> None:
+    """Engines that start afterwards plan for themselves."""
+    made = reference("opt")
+    with emulated(Policy.HCACHE, 2):
+        pass
+    async with Engine(config_for(made)) as engine:
+        assert not isinstance(engine.plan, LayerSplitPlan)
