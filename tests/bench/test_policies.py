@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.policies.__main__ import main
 from benchmarks.policies.emulate import Policy, emulated
 from benchmarks.policies.hcache import HCachePlanner, LayerSplitPlan
 from benchmarks.policies.kvpr import KvprPlanner, PositionBlocks
@@ -22,6 +25,7 @@ from hsrpc.engine import startup
 from hsrpc.engine.stats import StepRecord
 from hsrpc.errors import ConfigError
 from hsrpc.model.spec import load_spec
+from tests.bench.conftest import TINY
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference, make_reference
 from tests.engine.support import collect, greedy
@@ -68,16 +72,21 @@ def plan_of(name: str, made: Reference, config: EngineConfig) -> Plan:
 
 
 def tightest(name: str, made: Reference, config: EngineConfig) -> EngineConfig:
-    """The smallest host budget with which the whole batch runs."""
-    low, high = 0, 2**26
-    while high - low > 1024:
-        middle = (low + high) // 2
-        try:
-            fits = plan_of(name, made, replace(config, host_memory=middle)).max_batch == config.max_batch
-        except ConfigError:
-            fits = False
-        low, high = (low, middle) if fits else (middle, high)
-    return replace(config, host_memory=high)
+    """The smallest device budget, then the smallest host budget, with which the whole batch runs."""
+    for budget in ("gpu_memory", "host_memory"):
+        low, high = 0, 2**26
+        while high - low > 1024:
+            middle = (low + high) // 2
+            low, high = (low, middle) if runs(name, made, replace(config, **{budget: middle})) else (middle, high)
+        config = replace(config, **{budget: high})
+    return config
+
+
+def runs(name: str, made: Reference, config: EngineConfig) -> bool:
+    try:
+        return plan_of(name, made, config).max_batch == config.max_batch
+    except ConfigError:
+        return False
 
 
 async def outputs(engine: Engine, prompts: Sequence[list[int]]) -> list[list[int]]:
@@ -99,14 +108,15 @@ async def outputs(engine: Engine, prompts: Sequence[list[int]]) -> list[list[int
     ],
 )
 async def test_tokens_equal_the_reference(name: str, model: str, reference: Make) -> None:
-    """Every token is the reference's, with prompts in chunks and so few blocks that requests give way."""
+    """Every token is the reference's: prompts in chunks, several mini-batches, so few blocks that requests give way."""
     made = reference(model)
     config = tightest(name, made, config_for(made))
     with emulated(*follow(name)):
         async with Engine(config) as engine:
-            assert await outputs(engine, made.prompts[:8]) == [tokens[:MAX_TOKENS] for tokens in made.outputs[:8]]
+            assert await outputs(engine, made.prompts) == [tokens[:MAX_TOKENS] for tokens in made.outputs]
             stats = engine.stats()
             assert stats.preemptions > 0
+            assert engine.plan.buffers.rows < 6 * 64
             assert stats.regenerated_tokens > 0
             assert sum(stats.used_blocks.values()) == 0
 
@@ -224,3 +234,65 @@ async def test_an_emulation_ends_with_its_context(reference: Make) -> None:
         pass
     async with Engine(config_for(made)) as engine:
         assert not isinstance(engine.plan, LayerSplitPlan)
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """Three requests to a model of two layers, from a configuration file."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(TINY))
+    memory = ["--gpu-memory", "64MiB", "--host-memory", "64MiB", "--json", str(tmp_path / "found.json")]
+    lengths = ["--batch", "3", "--prompt", "40", "--output", "32", "--steps", "6"]
+    return ["--shape", str(file), "--device", "cpu", "--dtype", "float32", *lengths, *memory]
+
+
+def cells_of(tmp_path: Path) -> dict[str, dict[str, object]]:
+    cells = json.loads((tmp_path / "found.json").read_text())["policies"]
+    by_policy = {cell["policy"]: cell for cell in cells}
+    assert len(by_policy) == len(cells)
+    return by_policy
+
+
+def test_all_policies_are_measured_and_drawn(command, tmp_path, capsys):
+    """Each with its share and the limit of the bytes that it moved; emulations are named so."""
+    main([*command, "--plot", str(tmp_path / "found.png")])
+    cells = cells_of(tmp_path)
+    assert list(cells) == ["kv", "activation", "auto", "kvpr", "hcache"]
+    assert [cells[name]["share"] for name in ("kv", "activation", "hcache")] == [0, 1, 0.5]
+    assert 16 / 72 < cells["kvpr"]["share"] < 16 / 40
+    for cell in cells.values():
+        result = cell["result"]
+        row_bytes = 4 * 64 * (2 - cell["share"])
+        assert cell["cache_bytes"] == pytest.approx(2 * cell["context_tokens"] * row_bytes)
+        assert result["limit"]["bus"] * HARDWARE.load_bandwidth >= cell["cache_bytes"]
+        assert cell["efficiency"] > 0
+        assert result["preemptions"] == 0
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "kvpr (emulated)" in printed
+    assert "hidden states in 1 of 2 layers" in printed
+
+
+def test_a_file_is_continued_with_the_same_settings_only(command, tmp_path, capsys):
+    """A failure is kept with its reason; what is there is not measured again."""
+    main([*command, "--policy", "hcache", "--hidden-layers", "3"])
+    assert "give 1 to 2" in cells_of(tmp_path)["hcache"]["failure"]
+    main([*command, "--policy", "hcache", "kv", "--hidden-layers", "3"])
+    assert ["failure" in cell for cell in cells_of(tmp_path).values()] == [True, False]
+    with pytest.raises(SystemExit):
+        main([*command, "--policy", "hcache"])
+    assert "give another file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--output", "3"], "raise the steps"),
+        (["--host-memory", "1MiB", "--batch", "64"], "fit at once"),
+        (["--seconds", "0.001"], "took more than"),
+    ],
+)
+def test_a_run_that_is_no_measurement_is_a_failure(more, reason, command, tmp_path):
+    """It names what to change."""
+    main([*command, "--policy", "kvpr", *more])
+    assert reason in cells_of(tmp_path)["kvpr"]["failure"]
