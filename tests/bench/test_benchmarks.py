@@ -168,6 +168,6 @@ def test_orchestration_is_what_a_step_takes_beyond_its_work(tiny, tmp_path, caps
     assert min(found["alone_seconds"], found["step_seconds"]) > 0
     assert found["orchestration"] == pytest.approx(1 - found["alone_seconds"] / found["step_seconds"])
     assert "orchestration" in capsys.readouterr().out
-    tiny[tiny.index("--gpu-memory") + 1] = "2200KiB"
+    tiny[tiny.index("--gpu-memory") + 1] = "2600KiB"
     with pytest.raises(SystemExit, match="raise --gpu-memory"):
         orchestration.main([*tiny, "--batch", "3", "--prompt", "8", "--output", "24"])
