@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from hsrpc.bench.frontend_client import Job, Received, answer_jobs
+from hsrpc.bench.frontend_client import Job, answer_jobs, ask
 from hsrpc.bench.lag import LoopLag
 from hsrpc.bench.process import connected
 from hsrpc.bench.stub_engine import StubEngine
@@ -96,7 +96,7 @@ class _Bench:
         job = Job(streams, max(1, int(self.engine.rate * self.seconds)), MODES[mode])
         async with LoopLag() as lag:
             cpu, started = time.process_time(), time.perf_counter()
-            received = await asyncio.to_thread(_ask, self.client, job)
+            received = await asyncio.to_thread(ask, self.client, job)
             cores = (time.process_time() - cpu) / (time.perf_counter() - started)
         trial = Trial(
             mode=mode,
@@ -110,13 +110,6 @@ class _Bench:
         )
         self.done(trial)
         return trial
-
-
-def _ask(client: Connection, job: Job) -> Received:
-    client.send(job)
-    received = client.recv()
-    assert isinstance(received, Received)
-    return received
 
 
 @asynccontextmanager
