@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass
 from enum import StrEnum
 from multiprocessing.connection import Connection
 from statistics import median
+from typing import Protocol
 
 from hsrpc.bench.frontend_client import Job, Received, answer_jobs, ask
 from hsrpc.bench.lag import LoopLag
 from hsrpc.bench.process import connected
 from hsrpc.bench.run import BenchError
+from hsrpc.bench.serving import serving
 from hsrpc.bench.workload import Lengths, make_workload
 from hsrpc.client_messages import Settings
-from hsrpc.config import EngineConfig
-from hsrpc.core.request import SamplingParams
-from hsrpc.engine.engine import Engine
+from hsrpc.core.request import Delta, SamplingParams
 from hsrpc.engine.stats import StepRecord
-from hsrpc.server import Server, ServerConfig
+from hsrpc.server import ServerConfig
+from hsrpc.server.contract import Engine
 from hsrpc.server.telemetry import Telemetry
 
 
@@ -55,13 +56,18 @@ class Sample:
 
     way: Way
     tokens_per_second: float
+    """New ones over the time from the first request to the last token."""
+    full_tokens_per_second: float
+    """In the steps in which all requests decode: they neither begin nor end."""
     step_seconds: float
-    """Median."""
+    """Of those, median."""
     loop_lag_p99: float
     cores: float
     """CPU seconds per second of the engine's process, all its threads."""
     loop_cores: float
     """Of them, those of the event loop's thread."""
+    cpu_seconds: float
+    """Of the process, for 1,000 tokens."""
     messages: int
     """What the consumers took: deltas, or messages through gRPC."""
 
@@ -79,14 +85,25 @@ class Cost:
         """Of a field of the way's samples."""
         return median(float(getattr(sample, name)) for sample in self.samples if sample.way is way)
 
-    @property
-    def ratio(self) -> float:
-        """Throughput through gRPC over embedded throughput."""
-        return self.median(Way.GRPC, "tokens_per_second") / self.median(Way.EMBEDDED, "tokens_per_second")
+    def ratio(self, name: str) -> float:
+        """A field through gRPC over the same embedded."""
+        return self.median(Way.GRPC, name) / self.median(Way.EMBEDDED, name)
+
+
+class EmbeddedEngine(Engine, Protocol):
+    """What the measurement needs: the engine, or a stand-in for it."""
+
+    def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Delta, None]: ...
+
+
+OpenEngine = Callable[[Callable[[StepRecord], object]], AbstractAsyncContextManager[EmbeddedEngine]]
+"""Makes an engine that gives the records of its steps to the argument."""
 
 
 class _Bench:
-    def __init__(self, engine: Engine, clients: Sequence[Connection], load: Load, steps: list[StepRecord]) -> None:
+    def __init__(
+        self, engine: EmbeddedEngine, clients: Sequence[Connection], load: Load, steps: list[StepRecord]
+    ) -> None:
         """`steps` gets the engine's as they end."""
         self._engine = engine
         self._clients = clients
@@ -111,13 +128,16 @@ class _Bench:
         seconds, process, thread = (end - start for start, end in zip(before, after, strict=True))
         if received.tokens != (wanted := self._load.requests * self._load.output):
             raise BenchError(f"{received.tokens} tokens came in place of {wanted}")
+        steps = full_steps(self._steps, min(self._load.requests, self._engine.plan.max_batch))
         return Sample(
             way=way,
             tokens_per_second=received.tokens / received.seconds,
-            step_seconds=self._step_seconds(),
+            full_tokens_per_second=sum(step.decode_tokens for step in steps) / sum(step.seconds for step in steps),
+            step_seconds=median(step.seconds for step in steps),
             loop_lag_p99=lag.p99(),
             cores=process / seconds,
             loop_cores=thread / seconds,
+            cpu_seconds=process / received.tokens * 1000,
             messages=received.messages,
         )
 
@@ -147,32 +167,36 @@ class _Bench:
         prompts = self._prompts[first :: len(self._clients)]
         return Job(len(prompts), self._load.output, settings, prompts)
 
-    def _step_seconds(self) -> float:
-        whole = min(self._load.requests, self._engine.plan.max_batch)
-        found = [step.seconds for step in self._steps if step.decode_tokens == whole and not step.prefill_tokens]
-        if not found:
-            raise BenchError(f"in no step did {whole} requests decode at once; give a larger --output")
-        return median(found)
+
+def full_steps(steps: Sequence[StepRecord], requests: int) -> list[StepRecord]:
+    """Those in which so many requests decode, and no prompt is computed.
+
+    Raises:
+        BenchError: there are none.
+    """
+    found = [step for step in steps if step.decode_tokens == requests and not step.prefill_tokens]
+    if not found:
+        raise BenchError(f"in no step did {requests} requests decode at once; give a larger --output")
+    return found
 
 
-async def measure_cost(config: EngineConfig, load: Load, repeats: int) -> Cost:
+async def measure_cost(open_engine: OpenEngine, load: Load, repeats: int) -> Cost:
     """Run the load both ways by turns, `repeats` times each after a warm-up.
 
     Raises:
         HsrpcError: the engine cannot be had, or the load did not run as it should.
     """
     steps: list[StepRecord] = []
-    server_config = ServerConfig(port=0)
     async with AsyncExitStack() as stack:
-        telemetry = await stack.enter_async_context(Telemetry(server_config))
+        telemetry = await stack.enter_async_context(Telemetry(ServerConfig()))
 
         def observe(step: StepRecord) -> None:
             telemetry.observe_step(step)
             steps.append(step)
 
-        engine = await stack.enter_async_context(Engine(config, observe=observe))
+        engine = await stack.enter_async_context(open_engine(observe))
         telemetry.attach(engine)
-        server = await stack.enter_async_context(_serving(engine, telemetry, server_config))
+        server = await stack.enter_async_context(serving(engine, telemetry))
         clients = [stack.enter_context(connected(answer_jobs, server.address)) for _ in range(load.clients)]
         await _ask_all(clients, [Job(1, 1, {})] * len(clients))  # they have loaded now, and will start together
         bench = _Bench(engine, clients, load, steps)
@@ -183,14 +207,3 @@ async def measure_cost(config: EngineConfig, load: Load, repeats: int) -> Cost:
 async def _ask_all(clients: Sequence[Connection], jobs: Sequence[Job]) -> list[Received]:
     asked = (asyncio.to_thread(ask, client, job) for client, job in zip(clients, jobs, strict=True))
     return await asyncio.gather(*asked)
-
-
-@asynccontextmanager
-async def _serving(engine: Engine, telemetry: Telemetry, config: ServerConfig) -> AsyncIterator[Server]:
-    server = Server(config, (), telemetry.observers, telemetry.count_call)
-    await server.start()
-    await server.attach(engine)
-    try:
-        yield server
-    finally:
-        await server.stop()
