@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,12 +13,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from hsrpc.bench.frontend_client import Job, Received, answer_jobs
+from hsrpc.bench.frontend_client import Job, answer_jobs, ask
 from hsrpc.bench.lag import LoopLag
 from hsrpc.bench.process import connected
+from hsrpc.bench.serving import serving
 from hsrpc.bench.stub_engine import StubEngine
 from hsrpc.client_messages import Settings
-from hsrpc.server import Server, ServerConfig
 
 MODES: Mapping[str, Settings] = {
     "one token a message": {"return_token_ids": True, "max_tokens_per_message": 1},
@@ -64,7 +63,7 @@ async def measure_frontend(
     streams: Sequence[int], seconds: float, done: Callable[[Trial], object] = lambda _: None
 ) -> list[Trial]:
     """The fastest trial that was kept, for each mode and number of streams."""
-    async with _serving() as (server, engine):
+    async with StubEngine(0.0) as engine, serving(engine) as server:
         with connected(answer_jobs, server.address) as client:
             bench = _Bench(engine, client, seconds, done)
             return [await bench.highest(mode, number) for mode in MODES for number in streams]
@@ -96,7 +95,7 @@ class _Bench:
         job = Job(streams, max(1, int(self.engine.rate * self.seconds)), MODES[mode])
         async with LoopLag() as lag:
             cpu, started = time.process_time(), time.perf_counter()
-            received = await asyncio.to_thread(_ask, self.client, job)
+            received = await asyncio.to_thread(ask, self.client, job)
             cores = (time.process_time() - cpu) / (time.perf_counter() - started)
         trial = Trial(
             mode=mode,
@@ -110,25 +109,6 @@ class _Bench:
         )
         self.done(trial)
         return trial
-
-
-def _ask(client: Connection, job: Job) -> Received:
-    client.send(job)
-    received = client.recv()
-    assert isinstance(received, Received)
-    return received
-
-
-@asynccontextmanager
-async def _serving() -> AsyncIterator[tuple[Server, StubEngine]]:
-    async with StubEngine(0.0) as engine:
-        server = Server(ServerConfig(port=0))
-        await server.start()
-        await server.attach(engine)
-        try:
-            yield server, engine
-        finally:
-            await server.stop()
 
 
 def print_frontend(trials: Sequence[Trial]) -> None:

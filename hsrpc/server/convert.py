@@ -210,12 +210,16 @@ def _output_message(params: SamplingParams, options: OutputOptions) -> v1.Output
     )
 
 
-def delta_message(delta: Delta, options: OutputOptions) -> v1.Delta | None:
-    """What of `delta` the client asked for; None if that is nothing."""
-    token_ids = delta.token_ids if options.return_token_ids else ()
-    if not (delta.text or token_ids or delta.logprobs):
-        return None
-    return v1.Delta(text=delta.text, token_ids=token_ids, logprobs=map(_logprob_message, delta.logprobs))
+def add_delta(response: v1.GenerateResponse, delta: Delta, options: OutputOptions) -> None:
+    """Put what the client asked for of `delta` behind what `response` has; the field stays unset if that is nothing."""
+    if delta.text:
+        response.delta.text += delta.text
+    if options.return_token_ids and delta.token_ids:
+        response.delta.token_ids.extend(delta.token_ids)
+    if delta.logprobs:
+        response.delta.logprobs.extend(map(_logprob_message, delta.logprobs))
+    if delta.finish:
+        response.finish.CopyFrom(finish_message(delta.finish))
 
 
 def _logprob_message(logprob: TokenLogprob) -> v1.TokenLogprob:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import aclosing
 
-from hsrpc.core.request import Delta
 from hsrpc.errors import InvalidRequestError, RequestFailedError
 from hsrpc.server.caller import current_caller
 from hsrpc.server.config import ServerConfig
 from hsrpc.server.contract import Engine, Generation
 from hsrpc.server.convert import (
     OutputOptions,
+    add_delta,
     check_request_id,
-    delta_message,
-    finish_message,
     read_output,
     read_params,
     read_prompt,
@@ -26,7 +23,7 @@ from hsrpc.server.handlers import Write
 from hsrpc.server.model import check_model
 from hsrpc.server.observation import note_generation, note_output
 from hsrpc.server.owners import Owners
-from hsrpc.server.portions import Turns, gathered, pace, split
+from hsrpc.server.portions import Timetable, Turns, split
 from hsrpc.server.state import ServerState
 from hsrpc.v1 import generation_pb2 as v1
 
@@ -39,6 +36,7 @@ class GenerationService:
         self._config = config
         self._owners = Owners()
         self._turns = Turns()
+        self._timetable = Timetable()
 
     async def generate(self, request: v1.GenerateRequest, write: Write[v1.GenerateResponse]) -> None:
         """Send the continuation of the prompt; however this ends, the engine's work for it ends too."""
@@ -62,7 +60,7 @@ class GenerationService:
         return write_in_turn
 
     def _delay(self, options: OutputOptions) -> Callable[[], float]:
-        return lambda: options.max_message_delay or pace(self._state.live)
+        return lambda: options.max_message_delay or self._timetable.delay(self._state.live)
 
     async def abort(self, request: v1.AbortRequest) -> v1.AbortResponse:
         request_id = check_request_id(request.request_id)
@@ -102,23 +100,14 @@ async def _send(
     write: Write[v1.GenerateResponse],
 ) -> None:
     most = options.max_tokens_per_message
-    async with aclosing(gathered(generation, delay, most)) as portions:
-        async for portion in portions:
-            note_output(portion)
-            for delta in split(portion, most):
-                _add(response, delta, options)
-                if response.ByteSize():
-                    await write(response)
-                if delta.finish:
-                    return
-                response = v1.GenerateResponse()
+    async for portion in generation:
+        note_output(portion)
+        for delta in split(portion, most):
+            add_delta(response, delta, options)
+            if response.ByteSize():
+                await write(response)
+            if delta.finish:
+                return
+            response = v1.GenerateResponse()
+        await generation.gather(delay(), most)
     raise RequestFailedError(f"request {generation.request_id} ended without a finish")
-
-
-def _add(response: v1.GenerateResponse, delta: Delta, options: OutputOptions) -> None:
-    message = delta_message(delta, options)
-    if message is not None:
-        message.text = response.delta.text + message.text
-        response.delta.CopyFrom(message)
-    if delta.finish:
-        response.finish.CopyFrom(finish_message(delta.finish))

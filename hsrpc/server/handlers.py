@@ -17,7 +17,8 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from hsrpc.server.caller import current_caller, read_caller
 from hsrpc.server.observation import CallObserver, ObservedCall, observed
-from hsrpc.server.status import MalformedRequestError, NotSupportedError, StalledClientError, failure_of
+from hsrpc.server.status import MalformedRequestError, NotSupportedError, failure_of
+from hsrpc.server.write_limit import WriteLimit
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[bytes, Message]
@@ -83,17 +84,16 @@ def streaming(
     """A handler of one request and a stream of responses, each to be taken by the client within `write_timeout` s."""
 
     async def handle(data: bytes, context: Context) -> None:
+        limit = WriteLimit(write_timeout)
+
         async def write(message: Response) -> None:
             try:
-                async with asyncio.timeout(write_timeout):
-                    await context.write(message)
-            except TimeoutError:
-                raise StalledClientError(f"no room to write for {write_timeout} s") from None
+                await limit.wait(context.write(message))
             except grpc.aio.InternalError:
                 raise _gone() from None
 
         with observed(observers, _name(request_type), context) as call:
-            async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call):
+            async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call), limit:
                 current_caller.set(read_caller(context))
                 await method(parse(request_type, data), write)
 

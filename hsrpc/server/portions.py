@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Callable, Iterator
 
 from hsrpc.core.request import Delta
-from hsrpc.server.contract import Generation
 
-_MAX_MESSAGES_PER_SECOND = 10_000
-"""Of all streams; half of what one core can send."""
-_MAX_PACE = 0.05
-"""Seconds."""
+_MAX_MESSAGES_PER_SECOND = 1_000
+"""Of all streams: a few percent of the event loop's core, which the engine needs for its next step."""
+_MAX_DELAY = 0.05
+"""Seconds; streams too many for it send more messages than that."""
 
 
 class Turns:
     """Lets a bounded number pass in one iteration of the event loop, so that a step's tokens do not hold it up."""
 
-    def __init__(self, most: int = 32) -> None:
+    def __init__(self, most: int = 8) -> None:
         self._most = most
         self._passed = 0
         """In this iteration; where it is not 0, `_begin` is scheduled for the next one."""
@@ -47,16 +47,20 @@ class Turns:
         self._passed += 1
 
 
-def pace(streams: int) -> float:
-    """Seconds that a stream leaves between its messages, so that many streams do not hold up the event loop."""
-    return min(_MAX_PACE, streams / _MAX_MESSAGES_PER_SECOND)
+class Timetable:
+    """When streams may send again, evenly spread: messages in bunches would hold up the event loop for a whole step."""
 
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last = 0.0
+        """The latest time given away."""
 
-async def gathered(generation: Generation, delay: Callable[[], float], most: int | None) -> AsyncGenerator[Delta]:
-    """What there is, at once; what comes within `delay()` s after it in one, sooner at `most` tokens or at the end."""
-    async for delta in generation:
-        yield delta
-        await generation.gather(delay(), most)
+    def delay(self, streams: int) -> float:
+        """Seconds that one of `streams`, which has sent now, leaves before it sends again: to a time of its own."""
+        now = self._clock()
+        apart = min(1 / _MAX_MESSAGES_PER_SECOND, _MAX_DELAY / max(1, streams))
+        self._last = min(max(self._last, now) + apart, now + _MAX_DELAY)
+        return self._last - now
 
 
 def split(delta: Delta, most: int | None) -> Iterator[Delta]:

@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 
+import numpy as np
 import pytest
 
 from hsrpc.server import portions
-from hsrpc.server.portions import Turns, pace
+from hsrpc.server.portions import Timetable, Turns
 from hsrpc.v1 import generation_pb2 as v1
 from tests.server.conftest import until
 
 
-def test_many_streams_leave_each_other_room():
-    """Streams together keep to the rate, each waits for a short time only, and a few do not wait at all."""
-    assert [streams / pace(streams) for streams in (1, 64, 256)] == [10_000] * 3
-    assert pace(1) < 0.001
-    assert pace(100_000) == 0.05
+def test_streams_take_times_one_after_the_other():
+    """Those that ask together are apart by their share of the bound, a lone one hardly waits, and none waits long."""
+    now = 100.0
+    for streams, apart in ((1, 0.001), (20, 0.001), (64, 0.05 / 64), (1000, 0.00005)):
+        table = Timetable(lambda: now)
+        delays = [table.delay(streams) for _ in range(streams)]
+        assert delays == pytest.approx([apart * (place + 1) for place in range(streams)])
+    assert [table.delay(1) for _ in range(100)] == pytest.approx([0.05] * 100)
+    now += 1.0
+    assert table.delay(1) == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize("streams", [16, 64, 256])
+def test_messages_never_come_in_bunches(streams):
+    """Streams that began together, on a loop whose timers are late by up to 2 ms, send evenly over time."""
+    rng = np.random.default_rng(0)
+    clock = 0.0
+    table = Timetable(lambda: clock)
+    due, sent = [(0.0, number) for number in range(streams)], []
+    while clock < 2.0:
+        at, number = heapq.heappop(due)
+        clock = max(clock, at) + 0.00005  # what a message takes
+        sent.append(clock)
+        heapq.heappush(due, (clock + table.delay(streams) + 0.002 * rng.random(), number))
+    counts, _ = np.histogram(sent, bins=np.arange(0.2, 2.0, 0.005))
+    assert counts.max() <= 2 * counts.mean()
+    assert counts.min() >= counts.mean() / 3
 
 
 async def test_a_busy_server_merges_without_being_asked(stub, engine, monkeypatch):
-    """Without a delay of the client's, tokens gather for the pace; the first is sent at once, the finish ends it."""
+    """Without a delay of the client's, tokens gather for a while; the first is sent at once, the finish ends it."""
     monkeypatch.setattr(portions, "_MAX_MESSAGES_PER_SECOND", 0.01)
-    monkeypatch.setattr(portions, "_MAX_PACE", 60.0)
+    monkeypatch.setattr(portions, "_MAX_DELAY", 60.0)
     engine.held = True
     call = stub.Generate(v1.GenerateRequest(request_id="r", text="Hi"))
     await until(lambda: engine.live)
