@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Callable, Sequence
 from itertools import chain
 
@@ -32,6 +33,8 @@ class Generation:
         """Tokens in `_pending`."""
         self._wanted = 0
         """Tokens that wake the consumer; fewer do not."""
+        self._due = 0.0
+        """Monotonic time from which any output does."""
         self._error: HsrpcError | None = None
         self._arrived = asyncio.Event()
         self._ended = False
@@ -53,9 +56,13 @@ class Generation:
         self._ended = delta.finish is not None
         return delta
 
-    async def gather(self, seconds: float, tokens: int | None) -> None:
-        """Let output gather for `seconds`; return sooner with `tokens` of it, or once it has ended."""
+    async def gather(self, seconds: float, tokens: int | None, soonest: float | None = None) -> None:
+        """Let output gather for `seconds`; return sooner with `tokens` of it, or once it has ended.
+
+        Output that comes when `soonest` seconds have passed ends it too: it goes with its step, and needs no timer.
+        """
         self._wanted = tokens or sys.maxsize
+        self._due = time.monotonic() + (seconds if soonest is None else soonest)
         self._arrived.clear()
         timer = asyncio.get_running_loop().call_later(seconds, self._arrived.set)
         try:
@@ -80,7 +87,7 @@ class Generation:
         """Add output; engine only."""
         self._pending.append(delta)
         self._num_pending += len(delta.token_ids)
-        if delta.finish or self._num_pending >= self._wanted:
+        if delta.finish or self._num_pending >= self._wanted or time.monotonic() >= self._due:
             self._arrived.set()
 
     def fail(self, error: HsrpcError) -> None:

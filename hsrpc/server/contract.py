@@ -79,8 +79,11 @@ class Generation(Protocol):
     def __aiter__(self) -> AsyncIterator[Delta]: ...
     async def __anext__(self) -> Delta: ...
 
-    async def gather(self, seconds: float, tokens: int | None) -> None:
-        """Let output gather for `seconds`; return sooner with `tokens` of it, or once it has ended."""
+    async def gather(self, seconds: float, tokens: int | None, soonest: float | None = None) -> None:
+        """Let output gather for `seconds`; return sooner with `tokens` of it, or once it has ended.
+
+        Output that comes when `soonest` seconds have passed ends it too.
+        """
         ...
 
     def close(self) -> None:

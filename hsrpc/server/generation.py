@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from hsrpc.errors import InvalidRequestError, RequestFailedError
 from hsrpc.server.caller import current_caller
@@ -23,7 +23,7 @@ from hsrpc.server.handlers import Write
 from hsrpc.server.model import check_model
 from hsrpc.server.observation import note_generation, note_output
 from hsrpc.server.owners import Owners
-from hsrpc.server.portions import Timetable, Turns, split
+from hsrpc.server.portions import MAX_DELAY, Timetable, Turns, split
 from hsrpc.server.state import ServerState
 from hsrpc.v1 import generation_pb2 as v1
 
@@ -48,7 +48,7 @@ class GenerationService:
             try:
                 with self._owners.holding(generation.request_id):
                     first = await _first_response(engine, generation, request, options)
-                    await _send(generation, first, options, self._delay(options), self._in_turn(write))
+                    await _send(generation, first, options, self._gather(generation, options), self._in_turn(write))
             finally:
                 generation.close()
 
@@ -59,8 +59,12 @@ class GenerationService:
 
         return write_in_turn
 
-    def _delay(self, options: OutputOptions) -> Callable[[], float]:
-        return lambda: options.max_message_delay or self._timetable.delay(self._state.live)
+    def _gather(self, generation: Generation, options: OutputOptions) -> Callable[[], Awaitable[None]]:
+        """Waits, after a message, until there should be another."""
+        delay, most = options.max_message_delay, options.max_tokens_per_message
+        if delay:
+            return lambda: generation.gather(delay, most)
+        return lambda: generation.gather(MAX_DELAY, most, self._timetable.delay(self._state.live))
 
     async def abort(self, request: v1.AbortRequest) -> v1.AbortResponse:
         request_id = check_request_id(request.request_id)
@@ -96,18 +100,17 @@ async def _send(
     generation: Generation,
     response: v1.GenerateResponse,
     options: OutputOptions,
-    delay: Callable[[], float],
+    gather: Callable[[], Awaitable[None]],
     write: Write[v1.GenerateResponse],
 ) -> None:
-    most = options.max_tokens_per_message
     async for portion in generation:
         note_output(portion)
-        for delta in split(portion, most):
+        for delta in split(portion, options.max_tokens_per_message):
             add_delta(response, delta, options)
             if response.ByteSize():
                 await write(response)
             if delta.finish:
                 return
             response = v1.GenerateResponse()
-        await generation.gather(delay(), most)
+        await gather()
     raise RequestFailedError(f"request {generation.request_id} ended without a finish")

@@ -11,8 +11,8 @@ from hsrpc.core.request import Delta
 
 _MAX_MESSAGES_PER_SECOND = 1_000
 """Of all streams: a few percent of the event loop's core, which the engine needs for its next step."""
-_MAX_DELAY = 0.05
-"""Seconds; streams too many for it send more messages than that."""
+MAX_DELAY = 0.05
+"""Seconds that output waits for more at most; streams too many for it send more messages than that."""
 
 
 class Turns:
@@ -48,7 +48,11 @@ class Turns:
 
 
 class Timetable:
-    """When streams may send again, evenly spread: messages in bunches would hold up the event loop for a whole step."""
+    """When streams may send again, evenly spread: messages in bunches would hold up the event loop for a whole step.
+
+    What gathers from a stream's time on goes with the step that made it, when the loop is awake and the engine's
+    threads are between steps: in the middle of one, each wake-up of the loop would take the interpreter from them.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -58,8 +62,8 @@ class Timetable:
     def delay(self, streams: int) -> float:
         """Seconds that one of `streams`, which has sent now, leaves before it sends again: to a time of its own."""
         now = self._clock()
-        apart = min(1 / _MAX_MESSAGES_PER_SECOND, _MAX_DELAY / max(1, streams))
-        self._last = min(max(self._last, now) + apart, now + _MAX_DELAY)
+        apart = min(1 / _MAX_MESSAGES_PER_SECOND, MAX_DELAY / max(1, streams))
+        self._last = min(max(self._last, now) + apart, now + MAX_DELAY)
         return self._last - now
 
 

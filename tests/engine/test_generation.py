@@ -135,6 +135,24 @@ async def test_gathering_ends_in_time() -> None:
     assert await asyncio.wait_for(waiting, 5) == Delta("a", (1,))
 
 
+async def test_gathering_ends_with_output_that_comes_late_enough() -> None:
+    """From the soonest time on the next output ends it; before that none does, though what there is goes in the end."""
+    generation, _ = make()
+    gathering = asyncio.create_task(generation.gather(60, None, 0.0))
+    await asyncio.sleep(0.01)
+    assert not gathering.done()
+    generation.put(Delta("a", (1,)))
+    await asyncio.wait_for(gathering, 5)
+    assert await anext(generation) == Delta("a", (1,))
+    gathering = asyncio.create_task(generation.gather(0.05, None, 60))
+    await asyncio.sleep(0)
+    generation.put(Delta("b", (2,)))
+    await asyncio.sleep(0)
+    assert not gathering.done()
+    await asyncio.wait_for(gathering, 5)
+    assert await anext(generation) == Delta("b", (2,))
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["before", "while"])
 async def test_gathering_ends_with_the_output(first: bool) -> None:
     """A finish, an error and a close end it, whether they come before or while it waits."""

@@ -43,10 +43,29 @@ def test_messages_never_come_in_bunches(streams):
     assert counts.min() >= counts.mean() / 3
 
 
-async def test_a_busy_server_merges_without_being_asked(stub, engine, monkeypatch):
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output may wait for a minute."""
+    for module in ("portions", "generation"):
+        monkeypatch.setattr(f"hsrpc.server.{module}.MAX_DELAY", 60.0)
+
+
+async def test_tokens_of_few_streams_go_at_once(stub, engine, patient):
+    """Each as it comes, though they could wait."""
+    engine.held = True
+    call = stub.Generate(v1.GenerateRequest(request_id="r", text="Hi"))
+    await until(lambda: engine.live)
+    for word in ("a", "b", "c"):
+        engine.say("r", word)
+        assert (await asyncio.wait_for(call.read(), 5)).delta.text == word
+        await asyncio.sleep(0.2)
+    engine.end("r")
+    assert (await asyncio.wait_for(call.read(), 5)).HasField("finish")
+
+
+async def test_a_busy_server_merges_without_being_asked(stub, engine, patient, monkeypatch):
     """Without a delay of the client's, tokens gather for a while; the first is sent at once, the finish ends it."""
     monkeypatch.setattr(portions, "_MAX_MESSAGES_PER_SECOND", 0.01)
-    monkeypatch.setattr(portions, "_MAX_DELAY", 60.0)
     engine.held = True
     call = stub.Generate(v1.GenerateRequest(request_id="r", text="Hi"))
     await until(lambda: engine.live)
