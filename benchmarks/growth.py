@@ -29,6 +29,7 @@ from hsrpc.core.batch import BufferLimits, RowCosts
 from hsrpc.core.blocks import BlockManager, PoolId
 from hsrpc.core.request import FinishReason, Request, SamplingParams
 from hsrpc.core.scheduler import Scheduler, SchedulerLimits
+from hsrpc.engine.engine import Engine
 from hsrpc.engine.stats import StepRecord
 
 WAITING = (0, 100, 1_000, 10_000)
@@ -138,7 +139,8 @@ def measure_step(options: argparse.Namespace, batch: int, context: int) -> dict[
         decoded += is_decode(record)
         return decoded >= wanted
 
-    def make(vocab_size: int) -> Workload:
+    def make(engine: Engine) -> Workload:
+        vocab_size = engine.spec.vocab_size
         return make_workload(Lengths.UNIFORM, count=batch, prompt=context, output=output, vocab_size=vocab_size)
 
     run = run_loop(observe_run(config, make, lambda records: list(filter(is_decode, records)), is_enough=is_enough))

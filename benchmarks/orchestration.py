@@ -2,8 +2,8 @@
 
     python -m benchmarks.orchestration --shape opt-1.3b --batch 64 --json orchestration.json
 
-Measures the engine's last decode steps of a full batch. Then, with the engine idle, it launches the last step's graph
-and its sampling again and again, with nothing else between: what a step takes beyond that is orchestration.
+Measures the engine's last decode steps of a full batch. Then, with the engine idle, it launches the last of those steps
+again and again, graph and sampling with nothing else between: what a step takes beyond that is orchestration.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from hsrpc.bench.run import load_requests
 from hsrpc.bench.workload import Lengths, make_workload
 from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, DeviceKind
+from hsrpc.core.batch import MiniBatch
+from hsrpc.engine.graphs import DecodeGraphs
 from hsrpc.engine.stats import StepRecord
 from hsrpc.model.sampler import SamplingRow
 
@@ -58,9 +60,10 @@ async def measure(options: argparse.Namespace) -> Found:
         gpu_memory=options.gpu_memory,
     )
     async with Engine(config, observe=records.append) as engine:
+        last = LastFull(_graphs(engine), options.batch)
         lengths = {"prompt": options.prompt, "output": options.output, "vocab_size": engine.spec.vocab_size}
         await load_requests(engine, make_workload(Lengths.UNIFORM, count=options.batch, **lengths))
-        alone = time_alone(engine, options.batch)
+        alone = time_alone(engine, last)
         name, device = engine.spec.name, engine.device
     full = [each.seconds for each in records if each.decode_tokens == options.batch and not each.prefill_tokens]
     step = median(full[-LAST_STEPS:])
@@ -76,28 +79,52 @@ async def measure(options: argparse.Namespace) -> Found:
     )
 
 
-@torch.inference_mode()
-def time_alone(engine: Engine, batch: int) -> float:
-    """Seconds of the last step's graph and sampling, whose inputs are where they were.
+class LastFull:
+    """Remembers the last step of a full batch that `graphs` is given: those after it have fewer requests and rows."""
 
-    Raises:
-        SystemExit: no graph runs the model's steps.
-    """
+    def __init__(self, graphs: DecodeGraphs, batch: int) -> None:
+        self.graphs = graphs
+        self.step: MiniBatch | None = None
+        self._batch = batch
+        self._run = graphs.run
+        graphs.run = self._remember  # type: ignore[method-assign]
+
+    def _remember(self, batch: MiniBatch, sampled: torch.Tensor | None) -> torch.Tensor:
+        if batch.num_queries == self._batch:
+            self.step = batch
+        return self._run(batch, sampled)
+
+    def prepare(self) -> torch.Tensor:
+        """Its input where the graph reads it: the logits that each replay makes."""
+        assert self.step is not None  # a full batch was decoded
+        return self._run(self.step, None)
+
+
+@torch.inference_mode()
+def time_alone(engine: Engine, last: LastFull) -> float:
+    """Seconds of the last full step's graph and sampling."""
     parts = engine._opened
-    device, graphs, sampler = parts.device, parts.executor._graphs, parts.executor._sampler
-    if graphs is None:
-        raise SystemExit(f"--shape {engine.spec.name}: it does not fit the device with its cache; raise --gpu-memory")
-    rows = [SamplingRow(SamplingParams(temperature=0.0), [], [], 0, frozenset())] * batch
-    graph = graphs._graphs[batch]
+    device, sampler = parts.device, parts.executor._sampler
+    logits = last.prepare()
+    rows = [SamplingRow(SamplingParams(temperature=0.0), [], [], 0, frozenset())] * len(logits)
+    graph = last.graphs._graphs[len(logits)]
     with device.on(device.compute):
         for repeat in range(REPLAYS + 1):
             if repeat == 1:
                 device.drain()
                 start = time.perf_counter()
             graph()
-            sampler.launch(graphs._logits[:batch], rows)
+            sampler.launch(logits, rows)
         device.drain()
     return (time.perf_counter() - start) / REPLAYS
+
+
+def _graphs(engine: Engine) -> DecodeGraphs:
+    """Raises SystemExit: no graph runs the model's steps."""
+    graphs = engine._opened.executor._graphs
+    if graphs is None:
+        raise SystemExit(f"--shape {engine.spec.name}: it does not fit the device with its cache; raise --gpu-memory")
+    return graphs
 
 
 def main(arguments: list[str] | None = None) -> None:

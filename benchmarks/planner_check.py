@@ -22,18 +22,18 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 
 from benchmarks.planner_report import PLANNER, Cell, draw_grid, draw_sweep, line_of, report
 from hsrpc.bench.run import WARM_UP_STEPS, observe_run
-from hsrpc.bench.workload import Lengths, make_workload
+from hsrpc.bench.workload import Lengths, Workload, make_workload
 from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, DType, EngineConfig, Placement
 from hsrpc.core.plan import Plan
 from hsrpc.core.planner import Planner
 from hsrpc.core.prediction import predict_at
+from hsrpc.engine.engine import Engine
 from hsrpc.engine.startup import RANDOM_PREFIX, make_planner
 from hsrpc.engine.stats import StepRecord
 from hsrpc.errors import ConfigError, HsrpcError
@@ -122,7 +122,7 @@ async def measure(name: str, config: EngineConfig, options: argparse.Namespace) 
 
 
 async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
-    num_whole, wanted = 0, int(options.steps) + WARM_UP_STEPS
+    batch, num_whole, wanted = 0, 0, int(options.steps) + WARM_UP_STEPS
 
     def is_whole(record: StepRecord) -> bool:
         return record.prefill_tokens == 0 and record.decode_tokens == batch
@@ -132,12 +132,15 @@ async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
         num_whole += is_whole(record)
         return num_whole >= wanted
 
-    batch = config.max_batch or make_planner(config).planner.plan().max_batch
-    config = replace(config, max_batch=batch)
-    make = partial(make_workload, Lengths.UNIFORM, count=batch, prompt=options.prompt, output=options.output)
+    def make(engine: Engine) -> Workload:
+        nonlocal batch
+        batch = config.max_batch or engine.plan.max_batch
+        lengths = {"prompt": options.prompt, "output": options.output, "vocab_size": engine.spec.vocab_size}
+        return make_workload(Lengths.UNIFORM, count=batch, **lengths)
+
     run = await observe_run(
         config,
-        lambda size: make(vocab_size=size),
+        make,
         lambda records: list(filter(is_whole, records)),
         is_enough=is_enough,
     )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 
 from benchmarks.peers.cases import Case, Setup, workload_of
 from benchmarks.peers.record import Outcome
 from hsrpc.bench.run import Result, Run, observe_run, summarise
+from hsrpc.bench.workload import Workload
 from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, EngineConfig, Placement
-from hsrpc.engine.startup import RANDOM_PREFIX, make_planner
+from hsrpc.engine.engine import Engine
+from hsrpc.engine.startup import RANDOM_PREFIX
 from hsrpc.engine.stats import StepRecord
 
 
@@ -22,9 +22,14 @@ def run(setup: Setup) -> Outcome:
         ValueError: the case wants all on the device, and something was copied there in the steps.
     """
     config = engine_config(setup)
-    batch = setup.batch or make_planner(config).planner.plan().max_batch
-    config = replace(config, max_batch=batch)
-    observed = run_loop(observe_run(config, lambda _: workload_of(setup, batch), partial(decode_steps, batch)))
+    batch = 0
+
+    def make(engine: Engine) -> Workload:
+        nonlocal batch
+        batch = setup.batch or engine.plan.max_batch
+        return workload_of(setup, batch)
+
+    observed = run_loop(observe_run(config, make, lambda records: decode_steps(batch, records)))
     result = summarise(observed, config)
     if setup.case is Case.RESIDENT and result.bus_bytes_per_second:
         raise ValueError(

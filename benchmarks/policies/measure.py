@@ -83,7 +83,7 @@ async def _observe(setting: Setting, config: EngineConfig) -> Run:
     make = partial(make_workload, Lengths.UNIFORM, count=setting.batch, prompt=setting.prompt, output=setting.output)
     return await observe_run(
         config,
-        lambda vocab_size: make(vocab_size=vocab_size),
+        lambda engine: make(vocab_size=engine.spec.vocab_size),
         lambda records: list(filter(is_whole, records)),
         is_enough=is_enough,
     )

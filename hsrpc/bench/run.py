@@ -98,14 +98,14 @@ class Result:
 
 async def observe_run(
     config: EngineConfig,
-    make: Callable[[int], Workload],
+    make: Callable[[Engine], Workload],
     choose: Callable[[Sequence[StepRecord]], Sequence[StepRecord]],
     *,
     is_enough: Callable[[StepRecord], bool] = lambda _: False,
     with_busy: bool = False,
     with_ranges: bool = False,
 ) -> Run:
-    """Run the workload that `make` gives for the model's vocabulary until `is_enough` says so or its requests end.
+    """Run the workload that `make` gives for the engine until `is_enough` says so or its requests end.
 
     `choose` says which steps are measured. Steps like them are profiled afterwards, `with_busy` for the time in which
     a GPU is busy, and `with_ranges` for the parts of a step; where the requests have ended they run once more.
@@ -114,7 +114,7 @@ async def observe_run(
     started = time.perf_counter()
     async with Engine(config, observe=steps) as engine:
         ready = time.perf_counter()
-        workload = make(engine.spec.vocab_size)
+        workload = make(engine)
         async with _load(engine, workload) as load:
             async with LoopLag() as lag:
                 await _until(steps.enough, load)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,8 @@ from hsrpc.config import CachePolicy, EngineConfig
 
 if TYPE_CHECKING:
     from hsrpc.bench.run import Result
+    from hsrpc.core.plan import Plan
+    from hsrpc.engine.engine import Engine
     from hsrpc.engine.stats import StepRecord
 
 _EXAMPLES = """\
@@ -108,17 +109,18 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
         expected_output=config.expected_output or (None if options.kind == "prefill" else output),
         max_model_len=config.max_model_len or longest,
     )
-    requests = options.requests or _default_requests(options, config)
     wanted = options.steps + WARM_UP_STEPS
-    decoded = 0
+    requests = decoded = 0
 
-    def make(vocab_size: int) -> Workload:
+    def make(engine: Engine) -> Workload:
+        nonlocal requests
+        requests = options.requests or _default_requests(options, engine.plan)
         return make_workload(
             lengths,
             count=requests,
             prompt=options.prompt,
             output=output,
-            vocab_size=vocab_size,
+            vocab_size=engine.spec.vocab_size,
             longest=config.max_model_len,
         )
 
@@ -127,19 +129,20 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
         decoded += _is_full_decode(record, requests)
         return options.kind in ("decode", "sweep") and decoded >= wanted
 
-    choose = partial(_chosen, options.kind, requests)
+    def choose(records: Sequence[StepRecord]) -> list[StepRecord]:
+        return _chosen(options.kind, requests, records)
+
     profile = {"with_busy": True, "with_ranges": options.profile}
     return summarise(run_loop(observe_run(config, make, choose, is_enough=is_enough, **profile)), config)
 
 
-def _default_requests(options: argparse.Namespace, config: EngineConfig) -> int:
+def _default_requests(options: argparse.Namespace, plan: Plan) -> int:
     """As many as run at once; of prompts, as many as fill the steps."""
     from hsrpc.bench.run import WARM_UP_STEPS
-    from hsrpc.engine.startup import make_planner
 
     if options.kind != "prefill":
-        return config.max_batch or make_planner(config).planner.plan().max_batch
-    tokens = (WARM_UP_STEPS + options.steps) * make_planner(config).planner.plan().max_idle_prefill_tokens
+        return plan.max_batch
+    tokens = (WARM_UP_STEPS + options.steps) * plan.max_idle_prefill_tokens
     return max(1, int(tokens // options.prompt))
 
 

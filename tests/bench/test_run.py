@@ -13,8 +13,9 @@ from torch.autograd import DeviceType
 from hsrpc.bench.profile import StepProfile, StepProfiler, device_times, range_times
 from hsrpc.bench.report import print_results
 from hsrpc.bench.run import WARM_UP_STEPS, observe_run, summarise
-from hsrpc.bench.workload import Lengths, make_workload
+from hsrpc.bench.workload import Lengths, Workload, make_workload
 from hsrpc.config import EngineConfig
+from hsrpc.engine.engine import Engine
 from hsrpc.engine.stats import StepRecord
 
 SHAPE = {
@@ -58,6 +59,10 @@ def full_decode(record: StepRecord) -> bool:
 workload = partial(make_workload, Lengths.UNIFORM, count=4, prompt=8)
 
 
+def nine_tokens(engine: Engine) -> Workload:
+    return workload(output=9, vocab_size=engine.spec.vocab_size)
+
+
 async def test_steps_after_the_measured_ones_are_profiled(config):
     """The requests go on for them; none of them counts as measured, and the executor's ranges are all there."""
     wanted = WARM_UP_STEPS + 5
@@ -69,7 +74,7 @@ async def test_steps_after_the_measured_ones_are_profiled(config):
 
     run = await observe_run(
         config,
-        lambda vocab: workload(output=50, vocab_size=vocab),
+        lambda engine: workload(output=50, vocab_size=engine.spec.vocab_size),
         lambda records: list(filter(full_decode, records)),
         is_enough=is_enough,
         with_ranges=True,
@@ -84,7 +89,7 @@ async def test_steps_after_the_measured_ones_are_profiled(config):
 
 async def test_requests_that_ended_run_once_more_for_the_profile(config):
     """Where no step is left after the measured ones; the measured figures are those of the first time."""
-    run = await observe_run(config, lambda vocab: workload(output=9, vocab_size=vocab), list, with_ranges=True)
+    run = await observe_run(config, nine_tokens, list, with_ranges=True)
     assert run.profile is not None
     assert run.stats.generated_tokens == 4 * 9
     assert len(run.chosen) == len(run.records) - WARM_UP_STEPS == run.stats.steps - WARM_UP_STEPS
@@ -92,14 +97,14 @@ async def test_requests_that_ended_run_once_more_for_the_profile(config):
 
 async def test_without_a_gpu_nothing_is_profiled_unless_wanted(config):
     """It takes time that nobody asked for."""
-    run = await observe_run(config, lambda vocab: workload(output=9, vocab_size=vocab), list, with_busy=True)
+    run = await observe_run(config, nine_tokens, list, with_busy=True)
     assert run.profile is None
 
 
 async def test_a_gpus_time_is_measured_only_where_it_is_wanted(config, monkeypatch):
     """Requests that have ended are not run once more for nobody."""
     monkeypatch.setattr("hsrpc.bench.run.has_gpu", lambda _: True)
-    run = await observe_run(config, lambda vocab: workload(output=9, vocab_size=vocab), list)
+    run = await observe_run(config, nine_tokens, list)
     assert run.profile is None
 
 
@@ -192,7 +197,7 @@ def test_ranges_add_up_over_steps():
 
 async def test_the_table_has_the_profile(config, capsys):
     """Each range has a line; what was not measured says so."""
-    run = await observe_run(config, lambda vocab: workload(output=9, vocab_size=vocab), list, with_ranges=True)
+    run = await observe_run(config, nine_tokens, list, with_ranges=True)
     result = summarise(run, config)
     print_results([result, replace(result, profile=None, device_busy_share=0.25)])
     lines = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.count("│") == 4}
