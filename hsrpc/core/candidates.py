@@ -24,10 +24,11 @@ MIN_IDLE_CHUNK, MAX_IDLE_CHUNK = 8192, 16384
 """Prompt tokens of a step in which nothing decodes."""
 _SPARE = 1.25
 """An idle chunk computes a little longer than the weights take to arrive: then the GPU is never the one that waits."""
-_BACKLOG = 2.0
-"""A chunk holds the prompt tokens that come in during so many steps: then newcomers catch up."""
+_BACKLOG = 8.0
+"""A chunk holds the prompt tokens that come in during so many steps: then newcomers catch up, and requests that begin
+together do so within this part of their output."""
 _CHUNK_PART = 20
-"""At most this part of the device budget is workspace for a chunk."""
+"""At most this part of the device budget is workspace for the queries of a mini-batch."""
 _LEAST_CHUNK = 16
 """A bound on the step leaves at least this much of a chunk, or the candidate is too slow."""
 _ROUNDING = 1 + 1e-9
@@ -118,7 +119,7 @@ class Evaluator:
         """Everything about the grid's candidates."""
         streamed = self.choices.streamed[grid.choice] / self.sizes.num_layers
         chunk, idle_chunk = self._chunks(grid.batch, streamed)
-        grid = replace(grid, rows=np.maximum(grid.rows, self._chunk_rows(grid.batch, chunk)))
+        grid = replace(grid, rows=np.maximum(grid.rows, self._chunk_rows(grid.batch, self._prompt_queries(chunk))))
         staging = self.staging(grid, chunk, idle_chunk)
         device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
         device_room = device_room - self.choices.resident[grid.choice] - self.choices.buffers[grid.choice]
@@ -134,8 +135,7 @@ class Evaluator:
         host_blocks = np.minimum(self._blocks(host_room, host_share), of_use)
         times = open_share(chunk, host_share)
         bounded = self._bounded(chunk, times)
-        if self.config.max_step_time is not None:
-            times = open_share(bounded, host_share)
+        times = open_share(bounded, host_share)
         return Evaluation(
             grid=grid,
             staging=staging,
@@ -158,15 +158,16 @@ class Evaluator:
             batch=batch,
             rows=rows,
             activation_rows=np.where(grid.kv_only, 0, rows),
-            queries=rows if recomputes else np.floor(chunk) + batch,
-            step_tokens=batch * self.max_model_len if recomputes else np.floor(np.maximum(chunk, idle_chunk)) + batch,
+            queries=rows if recomputes else self._prompt_queries(chunk) + batch,
+            step_tokens=batch * self.max_model_len if recomputes else np.maximum(chunk, idle_chunk) + batch,
         )
 
     def _chunks(self, batch: Floats, streamed: Number) -> tuple[Number, Number]:
         """Prompt tokens of a step beside decoding, and without.
 
         Beside decoding, as many as compute while the weights stream or the host launches, which costs next to nothing,
-        or as keep up with the traffic; without, as many as keep the GPU busy meanwhile.
+        or as keep up with the traffic; without, as many as keep the GPU busy meanwhile. Where the bus is busy anyway,
+        they may take several mini-batches.
         """
         given = self.config.max_prefill_tokens
         if given is not None or self.model.recomputes:
@@ -174,20 +175,32 @@ class Evaluator:
             return chunk, chunk
         hidden = self.model.hidden_chunk(streamed)
         wanted = np.maximum(hidden, _BACKLOG * self.model.prompt_tokens(batch))
+        room = self._most_prompt_tokens()
         part = self.budgets.device // _CHUNK_PART
-        room = min(MAX_CHUNK, max(MIN_CHUNK, part // query_bytes(self.sizes)))
         idle_room = min(MAX_IDLE_CHUNK, max(MIN_CHUNK, part // (2 * self.sizes.activation_bytes)))
-        chunk = np.clip(wanted, MIN_CHUNK, room)
+        chunk = np.clip(wanted, MIN_CHUNK, np.where(streamed > 0, max(room, min(MAX_CHUNK, idle_room)), room))
         idle_chunk = np.maximum(chunk, np.clip(_SPARE * hidden, MIN_IDLE_CHUNK, idle_room))
         most = batch * self.max_model_len
-        return np.minimum(chunk, most), np.minimum(idle_chunk, most)
+        return np.floor(np.minimum(chunk, most)), np.floor(np.minimum(idle_chunk, most))
 
-    def _chunk_rows(self, batch: Floats, chunk: Number) -> Number:
-        """Rows with which a chunk is one mini-batch, whatever its first prompt has cached: each costs launches."""
+    def _most_prompt_tokens(self) -> int:
+        """Of a mini-batch, where nothing else is asked for: its workspace takes no more than a part of the device."""
+        part = self.budgets.device // _CHUNK_PART
+        return min(MAX_CHUNK, max(MIN_CHUNK, part // query_bytes(self.sizes)))
+
+    def _prompt_queries(self, chunk: Number) -> Number:
+        """Prompt tokens of a mini-batch, at most."""
+        if self.config.max_prefill_tokens is not None:
+            return chunk
+        found: Number = np.minimum(chunk, self._most_prompt_tokens())
+        return found
+
+    def _chunk_rows(self, batch: Floats, prompt_queries: Number) -> Number:
+        """Rows with which that many prompt tokens are one mini-batch, whatever the first prompt has cached."""
         if self.model.recomputes:
             return 0.0 * batch
         longest = self.longest * self.config.block_size
-        rows: Number = np.minimum(np.ceil(chunk) + longest, batch * longest)
+        rows: Number = np.minimum(prompt_queries + longest, batch * longest)
         return rows
 
     def _needed_blocks(self, batch: Floats) -> Floats:
@@ -256,17 +269,23 @@ class Evaluator:
                 device_share=grid.device_share,
                 host_share=host_share,
                 chunk=chunk,
+                chunk_parts=np.ceil(chunk / np.maximum(1.0, self._prompt_queries(chunk))),
                 rows=grid.rows,
             )
         )
 
     def _bounded(self, chunk: Number, times: StepTimes) -> Number:
-        """The chunk with which a step stays within `max_step_time`."""
+        """The chunk with which a step stays within `max_step_time`; without that, one on the bus at most doubles."""
         bound = self.config.max_step_time
-        if bound is None:
+        if bound is not None:
+            bounded: Number = np.clip(np.floor(self.model.chunk_within(bound, times)), 1, chunk)
+            return bounded
+        if self.config.max_prefill_tokens is not None or self.model.recomputes:
             return chunk
-        bounded: Number = np.clip(np.floor(self.model.chunk_within(bound, times)), 1, chunk)
-        return bounded
+        delay = np.maximum(times.step, self.sizes.num_layers * self.model.hardware.prompt_launch_time)
+        most = np.maximum(self.model.chunk_within(times.step + delay, times), MIN_CHUNK)
+        doubled: Number = np.where(times.bus > 0, np.minimum(chunk, np.floor(most)), chunk)
+        return doubled
 
     def _in_time(self, chunk: Number, bounded: Number, times: StepTimes) -> Bools:
         """Whether each step, with `bounded` prompt tokens beside, is within the bound; and these are of use."""

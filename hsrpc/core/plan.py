@@ -40,6 +40,8 @@ class Hardware:
     """Part of the memory bandwidth at which cached K and V are read by attention."""
     launch_time: float = 0.0
     """Host seconds to launch one layer of one mini-batch."""
+    prompt_launch_time: float = 0.0
+    """The same where it has prompts: more kernels, and attention that takes longer to launch."""
     hop_time: float = 0.0
     """What it adds to that where the bus is used: the layer's mini-batch goes from thread to thread."""
     handover_time: float = 0.0
@@ -128,10 +130,10 @@ class Plan:
     max_batch: int
     max_model_len: int
     max_prefill_tokens: int
-    """Most prompt tokens of a step in which requests decode; fits one mini-batch beside the whole batch."""
+    """Most prompt tokens of a step in which requests decode. Where weights stream they may need several mini-batches: a
+    mini-batch has at most `buffers.queries` queries."""
     max_idle_prefill_tokens: int
-    """Most prompt tokens of a step in which none decodes. May need several mini-batches: a mini-batch has at most
-    `buffers.queries` queries."""
+    """Most prompt tokens of a step in which none decodes; may need several mini-batches."""
     buffers: BufferLimits
     costs: RowCosts
     resident: tuple[frozenset[str], ...]

@@ -64,6 +64,8 @@ class Candidates:
     """Activations' part of the host's tokens."""
     chunk: Number
     """Prompt tokens a step at most, beside decoding."""
+    chunk_parts: Number
+    """Mini-batches that those take."""
     rows: Number
     """Of a mini-batch's kv buffer."""
 
@@ -106,7 +108,7 @@ class StepModel:
 
         No graph runs a step with prompts.
         """
-        return np.maximum(self.layer.load(streamed), self.hardware.launch_time) / self.prompt_token
+        return np.maximum(self.layer.load(streamed), self.hardware.prompt_launch_time) / self.prompt_token
 
     def prompt_tokens(self, batch: Number) -> Number:
         """Prompt tokens that come in during a step on average."""
@@ -150,7 +152,8 @@ class StepModel:
         prefill = prompts * (layers * self.prompt_token)
         launch, boundary, shortest = self._host(c, bus, times["mini_batches"])
         step = np.maximum(np.maximum(bus, gpu), np.maximum(launch, shortest)) + boundary
-        launches = layers * times["mini_batches"] * self.hardware.launch_time
+        hardware = self.hardware
+        launches = layers * (times["mini_batches"] * hardware.launch_time + c.chunk_parts * hardware.prompt_launch_time)
         with_chunk = np.maximum(np.maximum(bus, launches), gpu + c.chunk * (layers * self.chunk_token)) + boundary
         # Requests come and go: prompts beside, and room for their outputs to grow.
         tokens = c.batch * self.traffic.attended

@@ -19,8 +19,9 @@ from hsrpc.device.device import Device
 _REPEATS = 5
 _BUS_REPEATS = 20
 """Others use the bus of a shared machine, for moments: the quarter of the copies that they disturbed least counts."""
-_LAUNCHES_PER_LAYER = 30
-"""Kernels that one layer of one mini-batch takes, about."""
+_LAUNCHES_PER_LAYER, _LAUNCHES_PER_PROMPT_LAYER = 30, 90
+"""One layer of one mini-batch takes the host as long as so many small kernels; the second, with prompts in it, was
+measured on the engine: 1.1 ms where a small kernel takes 10 us, a part of it once a step."""
 _BOUNDARY_SECONDS, _REQUEST_SECONDS = 1e-3, 40e-6
 """Host time between two steps, in all and for each request: measured on the engine, not here."""
 _HOP_SECONDS, _HANDOVER_SECONDS = 0.25e-3, 0.08e-3
@@ -57,6 +58,7 @@ def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware
         device.release_pinned()
     memory_bandwidth, read_bandwidth = _memory_rates(device, amounts)
     gemm_rate, gemm_overhead, weight_bandwidth = _gemm_rates(device, sizes, dtype, amounts)
+    small_kernel = _launch_seconds(device)
     device.release_cached()
     return Hardware(
         load_bandwidth=amounts.copy_bytes / load,
@@ -67,7 +69,8 @@ def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware
         memory_bandwidth=memory_bandwidth,
         weight_read_share=weight_bandwidth / memory_bandwidth,
         attention_read_share=read_bandwidth / memory_bandwidth,
-        launch_time=_LAUNCHES_PER_LAYER * _launch_seconds(device),
+        launch_time=_LAUNCHES_PER_LAYER * small_kernel,
+        prompt_launch_time=_LAUNCHES_PER_PROMPT_LAYER * small_kernel,
         hop_time=_HOP_SECONDS,
         handover_time=_HANDOVER_SECONDS,
         boundary_time=_BOUNDARY_SECONDS,

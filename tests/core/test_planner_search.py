@@ -29,6 +29,7 @@ H100 = Hardware(
     gemm_rate=650e12,
     memory_bandwidth=2.9e12,
     launch_time=4e-4,
+    prompt_launch_time=9e-4,
     boundary_time=1e-3,
     request_time=40e-6,
 )
@@ -88,6 +89,7 @@ def enumerate_all(sizes: ModelSizes, device: int) -> float:
             device_share=device_share,
             host_share=host_share,
             chunk=chunk,
+            chunk_parts=1,
             rows=rows,
         )
     )
@@ -161,7 +163,8 @@ def test_a_bound_holds_with_a_chunk_beside(name: str, part: float):
     plan = plan_for(OPT[name], 24 * GIB, max_step_time=bound)
     sizes, step = OPT[name], plan.prediction
     token = (sizes.layer_flop + sizes.attention_flop(LONGEST)) / H100.gemm_rate * sizes.num_layers
-    launches = sizes.num_layers * step.mini_batches * H100.launch_time
+    parts = -(-plan.max_prefill_tokens // (plan.buffers.queries - plan.max_batch))
+    launches = sizes.num_layers * (step.mini_batches * H100.launch_time + parts * H100.prompt_launch_time)
     with_chunk = max(step.bus, launches, step.gpu + plan.max_prefill_tokens * token) + step.boundary
     assert step.longest_step == pytest.approx(max(step.step, with_chunk))
     assert step.longest_step <= bound * (1 + 1e-9)
@@ -174,13 +177,18 @@ def test_chunks_keep_their_bounds(name: str, device: int):
     """Prompt tokens beside decoding keep up with the traffic, or hide behind weights or launches; never too many."""
     plan = plan_for(OPT[name], device * GIB)
     coming = plan.max_batch * 512 / OUTPUT
-    hiding = max(sum(plan.streamed_bytes) / H100.load_bandwidth, OPT[name].num_layers * H100.launch_time)
+    hiding = max(sum(plan.streamed_bytes) / H100.load_bandwidth, OPT[name].num_layers * H100.prompt_launch_time)
     hidden = hiding / (OPT[name].num_layers * (OPT[name].layer_flop + OPT[name].attention_flop(256)) / H100.gemm_rate)
-    assert 256 <= plan.max_prefill_tokens <= 8192
-    assert plan.max_prefill_tokens >= min(max(2 * coming, hidden), 2700) - 1
-    assert plan.max_prefill_tokens <= max(256, 2 * coming, hidden)
+    assert 256 <= plan.max_prefill_tokens <= min(8192, max(256, 8 * coming, hidden))
     assert plan.max_prefill_tokens <= plan.max_idle_prefill_tokens <= 16384
-    assert plan.buffers.queries == plan.max_prefill_tokens + plan.max_batch
+    assert plan.buffers.queries <= plan.max_prefill_tokens + plan.max_batch
+    if plan.prediction.bus:
+        delay = max(plan.prediction.step, OPT[name].num_layers * H100.prompt_launch_time)
+        assert plan.prediction.longest_step <= plan.prediction.step + delay
+        assert plan.max_prefill_tokens >= min(hidden, 8192) - 1
+    else:
+        assert plan.max_prefill_tokens >= min(max(8 * coming, hidden), 2700) - 1
+        assert plan.buffers.queries == plan.max_prefill_tokens + plan.max_batch
 
 
 def test_large_chunks_use_the_weights_stream():
