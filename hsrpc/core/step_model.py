@@ -121,7 +121,7 @@ class StepModel:
         share: Number = np.clip(np.where(closing > 0, lead, 0.0) / np.where(closing > 0, closing, 1.0), 0.0, 1.0)
         return share
 
-    def chunk_within(self, bound: float, times: StepTimes) -> Number:
+    def chunk_within(self, bound: Number, times: StepTimes) -> Number:
         """Prompt tokens that fit beside a step's decoding before it takes `bound` seconds."""
         return (bound - times.boundary - _gpu(times)) / (self.sizes.num_layers * self.chunk_token)
 
@@ -153,7 +153,8 @@ class StepModel:
         launch, boundary, shortest = self._host(c, bus, times["mini_batches"])
         step = np.maximum(np.maximum(bus, gpu), np.maximum(launch, shortest)) + boundary
         hardware = self.hardware
-        launches = layers * (times["mini_batches"] * hardware.launch_time + c.chunk_parts * hardware.prompt_launch_time)
+        rest = np.maximum(0.0, times["mini_batches"] - c.chunk_parts)
+        launches = layers * (rest * hardware.launch_time + c.chunk_parts * hardware.prompt_launch_time)
         with_chunk = np.maximum(np.maximum(bus, launches), gpu + c.chunk * (layers * self.chunk_token)) + boundary
         # Requests come and go: prompts beside, and room for their outputs to grow.
         tokens = c.batch * self.traffic.attended
