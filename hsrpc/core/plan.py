@@ -26,6 +26,8 @@ class Hardware:
     """Host to device, bytes/s."""
     store_bandwidth: float
     """Device to host, bytes/s."""
+    contended_share: float = 1.0
+    """Part of the load bandwidth that is left while regeneration's GEMMs run."""
     gemm_rate: float
     """FLOP/s at the regeneration shape."""
     memory_bandwidth: float
@@ -91,7 +93,7 @@ class StepPrediction:
     launch: float
     """The host's, beside bus and GPU; 0 where a graph runs the step."""
     boundary: float
-    """Between two steps, as far as nothing hides it."""
+    """Between two steps, as far as nothing hides it, and the first or last mini-batch that nothing runs beside."""
     step: float
     prefill: float
     """Of the prompts that come in during a step on average; not part of `step`."""

@@ -133,12 +133,14 @@ class StepModel:
         mini_batches = self._mini_batches(c, tokens, host + device * c.device_share)
         queries = tokens if self.recomputes else c.batch
         layers = self.sizes.num_layers
+        # The mini-batches of a decode step go through the weights together; those of all tokens cannot.
+        forward = layers * self.layer.forward(queries, mini_batches if self.recomputes else 1.0)
+        gemms = layers * self.layer.regenerate(regenerated)
         times = {
             "mini_batches": mini_batches,
-            "bus": layers * self._bus(c, host, mini_batches),
-            # The mini-batches of a decode step go through the weights together; those of all tokens cannot.
-            "forward": layers * self.layer.forward(queries, mini_batches if self.recomputes else 1.0),
-            "regenerate": layers * (self.layer.regenerate(regenerated) + self._placing(regenerated)),
+            "bus": self._beside(layers * self._bus(c, host, mini_batches), forward + gemms),
+            "forward": forward,
+            "regenerate": gemms + layers * self._placing(regenerated),
             "gather": layers * self.layer.gather(device * c.device_share),
             "attention": layers * self.layer.attention(tokens, queries, self.traffic.attended),
             "head": self.layer.head(c.batch),
@@ -151,6 +153,8 @@ class StepModel:
         prompts = self.prompt_tokens(c.batch)
         prefill = prompts * (layers * self.prompt_token)
         launch, boundary, shortest = self._host(c, bus, times["mini_batches"])
+        # Bus and GPU take turns with a mini-batch: one of them has nothing to do beside the step's first or last.
+        boundary = boundary + np.minimum(bus, gpu) / (layers * times["mini_batches"])
         step = np.maximum(np.maximum(bus, gpu), np.maximum(launch, shortest)) + boundary
         hardware = self.hardware
         rest = np.maximum(0.0, times["mini_batches"] - c.chunk_parts)
@@ -160,8 +164,10 @@ class StepModel:
         tokens = c.batch * self.traffic.attended
         later_host = self._tiers(tokens, c.on_device_at_end)[1]
         later_bus = layers * self._bus(c, later_host, times["mini_batches"])
+        later_bus = self._beside(later_bus, times["forward"] + times["regenerate"] + prefill)
         later_bus = self._both_ways(later_bus, self._store(c, later_host / tokens))
         later_launch, later_boundary, _ = self._host(c, later_bus, times["mini_batches"])
+        later_boundary = later_boundary + np.minimum(later_bus, gpu) / (layers * times["mini_batches"])
         later = np.maximum(np.maximum(later_bus, gpu + prefill), later_launch) + later_boundary
         # A small chunk keeps newcomers waiting: the batch is not full then.
         queueing = np.maximum(1.0, prompts / np.maximum(c.chunk, 1.0))
@@ -184,6 +190,12 @@ class StepModel:
     def _bus(self, c: Candidates, host: Number, mini_batches: Number) -> Number:
         load = self.layer.load(c.streamed + host * token_bytes(self.sizes, c.host_share))
         return load + np.where(load > 0, mini_batches * self.hardware.handover_time, 0.0)
+
+    def _beside(self, bus: Number, gemms: Number) -> Number:
+        """Seconds on the bus while the device computes products for `gemms` seconds of them, which slows copies."""
+        share = self.hardware.contended_share
+        found: Number = np.minimum(bus + (1 - share) * gemms, bus / share)
+        return found
 
     def _mini_batches(self, c: Candidates, tokens: Number, staged: Number) -> Number:
         """As many as the rows take that go through the kv buffer; K and V on the device are read in place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ _LAUNCHES_PER_LAYER, _LAUNCHES_PER_PROMPT_LAYER = 30, 90
 measured on the engine: 1.1 ms where a small kernel takes 10 us, a part of it once a step."""
 _BOUNDARY_SECONDS, _REQUEST_SECONDS = 1e-3, 40e-6
 """Host time between two steps, in all and for each request: measured on the engine, not here."""
-_HOP_SECONDS, _HANDOVER_SECONDS = 0.25e-3, 0.08e-3
+_HOP_SECONDS, _HANDOVER_SECONDS = 0.25e-3, 0.02e-3
 """For each mini-batch of a layer: host time between threads, and of the bus. Measured on the engine as well."""
 
 
@@ -52,18 +53,21 @@ _ON_GPU = _Amounts(
 def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware:
     """Rates at the model's shapes, after a warm-up: medians of five, of the bus lower quartiles of twenty."""
     amounts = _ON_CPU if device.torch_device.type == "cpu" else _ON_GPU
-    try:
-        load, store, both = _bus_seconds(device, amounts.copy_bytes)
-    finally:
-        device.release_pinned()
     memory_bandwidth, read_bandwidth = _memory_rates(device, amounts)
     gemm_rate, gemm_overhead, weight_bandwidth = _gemm_rates(device, sizes, dtype, amounts)
+    try:
+        load, store, both = _bus_seconds(device, amounts.copy_bytes)
+        gemms_beside = math.ceil(2 * load * gemm_rate / (amounts.rows[-1] * sizes.regenerate_flop))
+        alone, beside = _contention_seconds(device, sizes, dtype, amounts, gemms_beside)
+    finally:
+        device.release_pinned()
     small_kernel = _launch_seconds(device)
     device.release_cached()
     return Hardware(
         load_bandwidth=amounts.copy_bytes / load,
         store_bandwidth=amounts.copy_bytes / store,
         duplex_share=min(1.0, max(load, store) / both),
+        contended_share=min(1.0, alone / beside),
         gemm_rate=gemm_rate,
         gemm_overhead=gemm_overhead,
         memory_bandwidth=memory_bandwidth,
@@ -111,6 +115,33 @@ def _bus_seconds(device: Device, size: int) -> tuple[float, float, float]:
         device.wait(device.compute, device.record(device.store))
 
     return load, store, _undisturbed_seconds(device, both)
+
+
+def _contention_seconds(
+    device: Device, sizes: ModelSizes, dtype: torch.dtype, amounts: _Amounts, gemms: int
+) -> tuple[float, float]:
+    """To load as many bytes alone, and while the device computes `gemms` products at the regeneration shape."""
+    source, target = device.pinned(amounts.copy_bytes), device.empty((amounts.copy_bytes,), torch.uint8)
+    x, weight = (
+        torch.randn(rows, sizes.hidden_size, device=device.torch_device, dtype=dtype)
+        for rows in (amounts.rows[-1], 2 * sizes.kv_size)
+    )
+
+    def seconds(count: int) -> float:
+        times = []
+        for _ in range(_BUS_REPEATS):
+            device.synchronize(device.record(device.compute))
+            with device.on(device.compute), torch.inference_mode():
+                for _ in range(count):
+                    functional.linear(x, weight)
+            start = time.perf_counter()
+            with device.on(device.load):
+                target.copy_(source, non_blocking=True)
+            device.synchronize(device.record(device.load))
+            times.append(time.perf_counter() - start)
+        return sorted(times)[_BUS_REPEATS // 4]
+
+    return seconds(0), seconds(gemms)
 
 
 def _memory_rates(device: Device, amounts: _Amounts) -> tuple[float, float]:

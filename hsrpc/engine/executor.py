@@ -44,6 +44,7 @@ class Executor:
         cache: CacheManager,
         device: Device,
         *,
+        attention: Attention,
         plan: Plan,
     ) -> None:
         self._family = family
@@ -54,10 +55,6 @@ class Executor:
         self._prefetcher = prefetcher
         self._cache = cache
         self._device = device
-        attention = Attention(
-            family.sizes, family.attention_scale, plan.block_size, device.torch_device, family.spec.dtype
-        )
-        attention.compile()
         self._forward = Forward(family, weights, cache, attention, device, max_queries=plan.buffers.queries)
         self._graphs = make_graphs(family, weights, cache, attention, device, plan=plan)
         self._sampler = Sampler(SAMPLE_ELEMENTS)

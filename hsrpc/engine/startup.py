@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from hsrpc.engine.executor import Executor
 from hsrpc.engine.token_ids import TokenIdsOnly
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.weights import WeightPrefetcher, load_weights
+from hsrpc.model.attention import Attention
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
 from hsrpc.model.families import create_family
 from hsrpc.model.family import Family, ModelSpec
@@ -135,13 +137,17 @@ def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> 
         family = create_family(spec)
         source, tokenizer = _source(planned, family)
         undo.callback(tokenizer.close)
-        with torch.inference_mode():
+        dtype, torch_device = spec.dtype, device.torch_device
+        attention = Attention(spec.sizes, family.attention_scale, plan.block_size, torch_device, dtype)
+        with torch.inference_mode(), ThreadPoolExecutor(1, thread_name_prefix="compile") as compiler:
+            compiled = compiler.submit(attention.compile)
             weights = load_weights(family, source, plan, device, stop, progress=progress)
             bus = BusOrder()
             cache = CacheManager(spec.sizes, plan, device, spec.dtype, bus)
             prefetcher = WeightPrefetcher(weights, plan, device, bus)
+            compiled.result()
             device.drain()
-            executor = Executor(family, weights, prefetcher, cache, device, plan=plan)
+            executor = Executor(family, weights, prefetcher, cache, device, attention=attention, plan=plan)
         undo.pop_all()
         return Parts(spec, device, plan, tokenizer, prefetcher, cache, executor)
 

@@ -86,8 +86,9 @@ class Attention:
             most_keys=rows.most_keys,
         )
 
+    @torch.inference_mode()
     def compile(self) -> None:
-        """Make `in_place` ready: what it would compile on its way would hold a step up for seconds."""
+        """Make both ready: what they would compile, import and load on their way would hold a step up for seconds."""
         if not self._uses_kernel:
             return
         num_heads, _, head_dim = self._heads
@@ -99,6 +100,8 @@ class Attention:
                 tables=tables, counts=counts, rebuilt_starts=starts, key_starts=starts, most_keys=most_keys
             )
             self.in_place(queries, kv, kv, rows)
+        one = torch.arange(2, dtype=torch.int32, device=self._device)
+        self.packed(queries, kv, PackedRows(one, one, (0, 1), (0, 1), 1, 1))
 
     def _in_place_one_by_one(
         self, queries: torch.Tensor, pool: torch.Tensor, kv: torch.Tensor, rows: InPlaceRows

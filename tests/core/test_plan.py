@@ -446,5 +446,6 @@ def test_prediction_parts_are_seconds_of_all_layers():
     one, two = (make_plan(make_sizes(num_layers=n), **settings).prediction for n in (3, 6))
     for part in ("bus", "forward", "regenerate", "attention", "prefill"):
         assert getattr(two, part) == pytest.approx(2 * getattr(one, part))
-    assert one.step == max(one.bus, one.gpu)
+    assert one.step == pytest.approx(max(one.bus, one.gpu) + one.boundary)
+    assert one.boundary == pytest.approx(min(one.bus, one.gpu) / (3 * one.mini_batches), rel=0.02)
     assert one.gpu == one.forward + one.regenerate + one.gather + one.attention + one.head
