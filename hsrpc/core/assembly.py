@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from hsrpc.core.batch import BufferLimits, RowCosts
 from hsrpc.core.blocks import PoolId
@@ -40,6 +40,7 @@ class Assembly:
             max_batch=point.batch,
             max_model_len=evaluator.max_model_len,
             max_prefill_tokens=every_prompt if model.recomputes else int(one.chunk),
+            spare_prefill_tokens=self._spare_prefill_tokens(point, one),
             max_idle_prefill_tokens=every_prompt if model.recomputes else int(one.idle_chunk),
             buffers=BufferLimits(point.rows, int(staging.activation_rows), int(staging.queries)),
             costs=_row_costs(sizes, model.hardware),
@@ -62,9 +63,17 @@ class Assembly:
             hardware=model.hardware,
         )
 
+    def _spare_prefill_tokens(self, point: Point, one: Evaluation) -> float:
+        """None where no weights stream: there each mini-batch more costs its launches, as it does with a bound."""
+        evaluator = self.evaluator
+        streams = evaluator.choices.streamed[point.choice] > 0
+        if not streams or evaluator.model.recomputes or evaluator.config.max_step_time is not None:
+            return 0.0
+        return float(evaluator.model.spare_prompt_tokens(point.batch, one.times))
+
     def _staging(self, one: Evaluation, blocks: dict[PoolId, int]) -> Staging:
-        """As evaluated, less a chunk that was cut and the activation buffers of a plan without activations."""
-        staging = self.evaluator.staging(one.grid, int(one.chunk), int(one.idle_chunk))
+        """As evaluated, in whole numbers, less the activation buffers of a plan without activations."""
+        staging = Staging(**{item.name: int(getattr(one.staging, item.name)) for item in fields(Staging)})
         has_activations = blocks[PoolId.DEVICE_ACTIVATION] + blocks[PoolId.HOST_ACTIVATION] > 0
         return staging if has_activations else replace(staging, activation_rows=0)
 

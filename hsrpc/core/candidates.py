@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -29,6 +27,8 @@ _BACKLOG = 8.0
 together do so within this part of their output."""
 _CHUNK_PART = 20
 """At most this part of the device budget is workspace for the queries of a mini-batch."""
+_LEAST_STREAMED = 2048
+"""Prompt tokens that compute for longer than the host takes to launch a layer of them."""
 _LEAST_CHUNK = 16
 """A bound on the step leaves at least this much of a chunk, or the candidate is too slow."""
 _ROUNDING = 1 + 1e-9
@@ -119,8 +119,9 @@ class Evaluator:
         """Everything about the grid's candidates."""
         streamed = self.choices.streamed[grid.choice] / self.sizes.num_layers
         chunk, idle_chunk = self._chunks(grid.batch, streamed)
-        grid = replace(grid, rows=np.maximum(grid.rows, self._chunk_rows(grid.batch, self._prompt_queries(chunk))))
-        staging = self.staging(grid, chunk, idle_chunk)
+        prompt_queries = self._prompt_queries(chunk, idle_chunk, streamed)
+        grid = replace(grid, rows=np.maximum(grid.rows, self._chunk_rows(grid.batch, prompt_queries)))
+        staging = self.staging(grid, prompt_queries, idle_chunk)
         device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
         device_room = device_room - self.choices.resident[grid.choice] - self.choices.buffers[grid.choice]
         host_room = self.budgets.host - self.choices.streamed[grid.choice]
@@ -128,18 +129,20 @@ class Evaluator:
         device_blocks = np.minimum(self._device_blocks(device_room, grid.device_share), most)
         on_device = self._on_device(grid.batch, device_blocks, self.model.traffic.context)
         missing = np.maximum(0, needed - device_blocks)
-        open_share = partial(self._predict, grid, streamed, device_blocks)
-        host_share = self._host_share(grid, partial(open_share, chunk), on_device, host_room, missing)
+        candidates = self._candidates(grid, streamed, device_blocks, chunk, prompt_queries)
+        host_share = self._host_share(candidates, grid.kv_only, host_room, missing)
         # None where the device holds all requests at full length: a few would keep steps from being all in place.
         of_use = np.where(device_blocks >= grid.batch * self.longest, 0.0, most - device_blocks)
         host_blocks = np.minimum(self._blocks(host_room, host_share), of_use)
-        times = open_share(chunk, host_share)
-        bounded = self._bounded(chunk, times)
-        times = open_share(bounded, host_share)
+        candidates = replace(candidates, host_share=host_share)
+        times = self.model.predict(candidates)
+        most = np.where(streamed > 0, np.minimum(idle_chunk, MAX_CHUNK), chunk)
+        fitted = self._fitted(chunk, most, times)
+        times = self.model.predict(replace(candidates, chunk=fitted))
         return Evaluation(
             grid=grid,
             staging=staging,
-            chunk=bounded,
+            chunk=fitted,
             idle_chunk=idle_chunk,
             host_share=host_share,
             device_blocks=device_blocks,
@@ -148,18 +151,18 @@ class Evaluator:
             times=times,
             mixes=self._mixes(grid, on_device, host_share),
             fits=(device_room >= 0) & (host_room >= 0) & (host_blocks >= missing),
-            in_time=self._in_time(chunk, bounded, times),
+            in_time=self._in_time(chunk, fitted, times),
         )
 
-    def staging(self, grid: Grid, chunk: Number, idle_chunk: Number) -> Staging:
-        """What a step goes through on the device."""
+    def staging(self, grid: Grid, prompt_queries: Number, idle_chunk: Number) -> Staging:
+        """What a step goes through on the device; `prompt_queries` are of a mini-batch."""
         batch, rows, recomputes = grid.batch, grid.rows, self.model.recomputes
         return Staging(
             batch=batch,
             rows=rows,
             activation_rows=np.where(grid.kv_only, 0, rows),
-            queries=rows if recomputes else self._prompt_queries(chunk) + batch,
-            step_tokens=batch * self.max_model_len if recomputes else np.maximum(chunk, idle_chunk) + batch,
+            queries=rows if recomputes else prompt_queries + batch,
+            step_tokens=batch * self.max_model_len if recomputes else idle_chunk + batch,
         )
 
     def _chunks(self, batch: Floats, streamed: Number) -> tuple[Number, Number]:
@@ -188,11 +191,12 @@ class Evaluator:
         part = self.budgets.device // _CHUNK_PART
         return min(MAX_CHUNK, max(MIN_CHUNK, part // query_bytes(self.sizes)))
 
-    def _prompt_queries(self, chunk: Number) -> Number:
-        """Prompt tokens of a mini-batch, at most."""
-        if self.config.max_prefill_tokens is not None:
+    def _prompt_queries(self, chunk: Number, idle_chunk: Number, streamed: Number) -> Number:
+        """Prompt tokens of a mini-batch, at most; not few where weights stream: a step may have several of those."""
+        if self.config.max_prefill_tokens is not None or self.model.recomputes:
             return chunk
-        found: Number = np.minimum(chunk, self._most_prompt_tokens())
+        least = np.where(streamed > 0, np.minimum(_LEAST_STREAMED, idle_chunk), 0)
+        found: Number = np.minimum(np.maximum(chunk, least), self._most_prompt_tokens())
         return found
 
     def _chunk_rows(self, batch: Floats, prompt_queries: Number) -> Number:
@@ -230,25 +234,19 @@ class Evaluator:
         found: Number = np.minimum(1.0, blocks / used)
         return found
 
-    def _host_share(
-        self,
-        grid: Grid,
-        predict: Callable[[Number], StepTimes],
-        on_device: Number,
-        room: Number,
-        missing: Number,
-    ) -> Number:
+    def _host_share(self, candidates: Candidates, kv_only: Bools, room: Number, missing: Number) -> Number:
         """The share at which bus and GPU balance, or the higher one with which the missing blocks fit the host."""
         if len(self.shares) == 1:
             return self.shares[0]
         sizes = self.sizes
         allowed = np.maximum(0.0, room) / (self._rows_per_block * np.maximum(1.0, missing))
         least = (sizes.kv_bytes - allowed) / (sizes.kv_bytes - sizes.activation_bytes)
-        balanced = self.model.balanced_share(predict(0.0), predict(1.0))
+        at_zero, at_one = (self.model.predict(replace(candidates, host_share=share)) for share in (0.0, 1.0))
+        balanced = self.model.balanced_share(at_zero, at_one)
         # A host without tokens in use has what overflows from the device, of its kind.
-        wanted = np.where(on_device < 1, balanced, grid.device_share)
+        wanted = np.where(candidates.on_device < 1, balanced, candidates.device_share)
         share = np.maximum(wanted, np.clip(least, 0.0, 1.0))
-        rounded: Number = np.where(grid.kv_only, 0.0, np.ceil(share * _SHARES - 1e-9) / _SHARES)
+        rounded: Number = np.where(kv_only, 0.0, np.ceil(share * _SHARES - 1e-9) / _SHARES)
         return rounded
 
     def _mixes(self, grid: Grid, on_device: Number, host_share: Number) -> Bools:
@@ -256,41 +254,45 @@ class Evaluator:
         found: Bools = np.asarray((share > 0) & (share < 1))
         return found
 
-    def _predict(
-        self, grid: Grid, streamed: Number, device_blocks: Number, chunk: Number, host_share: Number
-    ) -> StepTimes:
+    def _candidates(
+        self, grid: Grid, streamed: Number, device_blocks: Number, chunk: Number, prompt_queries: Number
+    ) -> Candidates:
+        """With K and V alone on the host."""
         traffic = self.model.traffic
-        return self.model.predict(
-            Candidates(
-                batch=grid.batch,
-                streamed=streamed,
-                on_device=self._on_device(grid.batch, device_blocks, traffic.context),
-                on_device_at_end=self._on_device(grid.batch, device_blocks, traffic.at_end),
-                device_share=grid.device_share,
-                host_share=host_share,
-                chunk=chunk,
-                chunk_parts=np.ceil(chunk / np.maximum(1.0, self._prompt_queries(chunk))),
-                rows=grid.rows,
-            )
+        return Candidates(
+            batch=grid.batch,
+            streamed=streamed,
+            on_device=self._on_device(grid.batch, device_blocks, traffic.context),
+            on_device_at_end=self._on_device(grid.batch, device_blocks, traffic.at_end),
+            device_share=grid.device_share,
+            host_share=0.0,
+            chunk=chunk,
+            prompt_queries=prompt_queries,
+            rows=grid.rows,
         )
 
-    def _bounded(self, chunk: Number, times: StepTimes) -> Number:
-        """The chunk with which a step stays within `max_step_time`; without that, one on the bus at most doubles."""
-        bound = self.config.max_step_time
-        if bound is not None:
-            bounded: Number = np.clip(np.floor(self.model.chunk_within(bound, times)), 1, chunk)
-            return bounded
-        if self.config.max_prefill_tokens is not None or self.model.recomputes:
-            return chunk
-        delay = np.maximum(times.step, self.sizes.num_layers * self.model.hardware.prompt_launch_time)
-        most = np.maximum(self.model.chunk_within(times.step + delay, times), MIN_CHUNK)
-        doubled: Number = np.where(times.bus > 0, np.minimum(chunk, np.floor(most)), chunk)
-        return doubled
+    def _fitted(self, chunk: Number, most: Number, times: StepTimes) -> Number:
+        """The chunk for a step that is predicted: up to `most` tokens where they compute while the bus is busy anyway.
 
-    def _in_time(self, chunk: Number, bounded: Number, times: StepTimes) -> Bools:
-        """Whether each step, with `bounded` prompt tokens beside, is within the bound; and these are of use."""
+        It keeps the step within `max_step_time`; without that, it at most doubles a step on the bus.
+        """
+        bound, model = self.config.max_step_time, self.model
+        if self.config.max_prefill_tokens is None and not model.recomputes:
+            hidden = np.minimum(np.floor(model.chunk_within(times.step, times)), most)
+            chunk = np.where(times.bus > 0, np.maximum(chunk, hidden), chunk)
+            if bound is None:
+                delay = np.maximum(times.step, self.sizes.num_layers * model.hardware.prompt_launch_time)
+                doubled = np.maximum(np.floor(model.chunk_within(times.step + delay, times)), MIN_CHUNK)
+                chunk = np.where(times.bus > 0, np.minimum(chunk, doubled), chunk)
+        if bound is None:
+            return chunk
+        bounded: Number = np.clip(np.floor(model.chunk_within(bound, times)), 1, chunk)
+        return bounded
+
+    def _in_time(self, chunk: Number, fitted: Number, times: StepTimes) -> Bools:
+        """Whether each step, with `fitted` prompt tokens beside, is within the bound; and these are of use."""
         bound = self.config.max_step_time
         if bound is None:
             return np.full(np.shape(times.step), fill_value=True)
-        found: Bools = (times.longest_step <= bound * _ROUNDING) & (bounded >= np.minimum(chunk, _LEAST_CHUNK))
+        found: Bools = (times.longest_step <= bound * _ROUNDING) & (fitted >= np.minimum(chunk, _LEAST_CHUNK))
         return found

@@ -132,8 +132,10 @@ class Plan:
     max_batch: int
     max_model_len: int
     max_prefill_tokens: int
-    """Most prompt tokens of a step in which requests decode. Where weights stream they may need several mini-batches: a
-    mini-batch has at most `buffers.queries` queries."""
+    """Most prompt tokens of a step in which a full batch decodes. Where weights stream they may need several
+    mini-batches: a mini-batch has at most `buffers.queries` queries."""
+    spare_prefill_tokens: float
+    """More of them for each request that the batch lacks: as many as take the time of its decoding."""
     max_idle_prefill_tokens: int
     """Most prompt tokens of a step in which none decodes; may need several mini-batches."""
     buffers: BufferLimits

@@ -31,7 +31,7 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
         device_share=_share(plan, Tier.DEVICE),
         host_share=_share(plan, Tier.HOST),
         chunk=plan.max_prefill_tokens,
-        chunk_parts=-(-plan.max_prefill_tokens // max(1, plan.buffers.queries - plan.max_batch)),
+        prompt_queries=max(1, plan.buffers.queries - plan.max_batch),
         rows=plan.buffers.rows,
     )
     return as_prediction(batch, context, model.predict(candidate))

@@ -31,7 +31,9 @@ class SchedulerLimits:
     max_batch: int
     max_model_len: int
     max_prefill_tokens: int
-    """Prompt tokens computed in one step beside decoding: what delays those that decode."""
+    """Prompt tokens computed in one step beside a full batch's decoding: what delays those that decode."""
+    spare_prefill_tokens: float = 0.0
+    """More of them for each request that the batch lacks."""
     max_idle_prefill_tokens: int
     """Prompt tokens computed in a step in which no request decodes."""
     block_size: int
@@ -215,8 +217,11 @@ class Scheduler:
         return None
 
     def _prefill_budget(self) -> int:
-        decodes = any(r.num_tokens - r.num_computed == 1 and r.num_output_tokens for r in self._running)
-        return self.limits.max_prefill_tokens if decodes else self.limits.max_idle_prefill_tokens
+        limits = self.limits
+        decoding = sum(r.num_tokens - r.num_computed == 1 and r.num_output_tokens > 0 for r in self._running)
+        spare = int(limits.spare_prefill_tokens * (limits.max_batch - decoding))
+        idle = limits.max_idle_prefill_tokens
+        return min(idle, limits.max_prefill_tokens + spare) if decoding else idle
 
     def _continue_running(self, budget: int) -> list[Work]:
         works: list[Work] = []

@@ -64,8 +64,8 @@ class Candidates:
     """Activations' part of the host's tokens."""
     chunk: Number
     """Prompt tokens a step at most, beside decoding."""
-    chunk_parts: Number
-    """Mini-batches that those take."""
+    prompt_queries: Number
+    """Of those in a mini-batch, at most."""
     rows: Number
     """Of a mini-batch's kv buffer."""
 
@@ -125,6 +125,12 @@ class StepModel:
         """Prompt tokens that fit beside a step's decoding before it takes `bound` seconds."""
         return (bound - times.boundary - _gpu(times)) / (self.sizes.num_layers * self.chunk_token)
 
+    def spare_prompt_tokens(self, batch: Number, times: StepTimes) -> Number:
+        """Prompt tokens that compute in the GPU time of one request's decoding: room that a missing one leaves."""
+        each = (times.regenerate + times.gather + times.attention) / batch
+        found: Number = each / (self.sizes.num_layers * self.chunk_token)
+        return found
+
     def predict(self, c: Candidates) -> StepTimes:
         """Times of the candidates' steps."""
         tokens = c.batch * self.traffic.attended
@@ -157,8 +163,9 @@ class StepModel:
         boundary = boundary + np.minimum(bus, gpu) / (layers * times["mini_batches"])
         step = np.maximum(np.maximum(bus, gpu), np.maximum(launch, shortest)) + boundary
         hardware = self.hardware
-        rest = np.maximum(0.0, times["mini_batches"] - c.chunk_parts)
-        launches = layers * (rest * hardware.launch_time + c.chunk_parts * hardware.prompt_launch_time)
+        parts = np.ceil(c.chunk / c.prompt_queries)
+        rest = np.maximum(0.0, times["mini_batches"] - parts)
+        launches = layers * (rest * hardware.launch_time + parts * hardware.prompt_launch_time)
         with_chunk = np.maximum(np.maximum(bus, launches), gpu + c.chunk * (layers * self.chunk_token)) + boundary
         # Requests come and go: prompts beside, and room for their outputs to grow.
         tokens = c.batch * self.traffic.attended

@@ -25,7 +25,7 @@ _LAUNCHES_PER_LAYER, _LAUNCHES_PER_PROMPT_LAYER = 30, 90
 measured on the engine: 1.1 ms where a small kernel takes 10 us, a part of it once a step."""
 _BOUNDARY_SECONDS, _REQUEST_SECONDS = 1e-3, 40e-6
 """Host time between two steps, in all and for each request: measured on the engine, not here."""
-_HOP_SECONDS, _HANDOVER_SECONDS = 0.25e-3, 0.02e-3
+_HOP_SECONDS, _HANDOVER_SECONDS = 0.25e-3, 0.08e-3
 """For each mini-batch of a layer: host time between threads, and of the bus. Measured on the engine as well."""
 
 

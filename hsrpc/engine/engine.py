@@ -340,6 +340,7 @@ def _limits(plan: Plan, spec: ModelSpec) -> SchedulerLimits:
         max_batch=plan.max_batch,
         max_model_len=plan.max_model_len,
         max_prefill_tokens=plan.max_prefill_tokens,
+        spare_prefill_tokens=plan.spare_prefill_tokens,
         max_idle_prefill_tokens=plan.max_idle_prefill_tokens,
         block_size=plan.block_size,
         buffers=plan.buffers,

@@ -89,7 +89,7 @@ def enumerate_all(sizes: ModelSizes, device: int) -> float:
             device_share=device_share,
             host_share=host_share,
             chunk=chunk,
-            chunk_parts=1,
+            prompt_queries=chunk,
             rows=rows,
         )
     )
@@ -265,3 +265,16 @@ def test_more_is_never_worse(name: str, device: int, host: int, more: str, facto
         patch.setattr(planner_module, "MAX_BATCH", 48)
         rates = [plan_for(sizes, hardware=h, **b).prediction for h, b in ((H100, budgets), (hardware, better))]
     assert rates[1].mean_tokens_per_second >= 0.98 * rates[0].mean_tokens_per_second
+
+
+def test_requests_that_are_missing_leave_room_for_prompts():
+    """OPT-13B at 24 GiB: half a batch, with the prompt tokens that then fit, computes for as long as a full one."""
+    sizes, device = OPT["13b"], 24 * GIB
+    plan = plan_for(sizes, device)
+    token = sizes.num_layers * (sizes.layer_flop + sizes.attention_flop(LONGEST)) / H100.gemm_rate
+    decoding = predict_at(plan, sizes, CONTEXT, plan.max_batch // 2).gpu
+    tokens = plan.max_prefill_tokens + plan.spare_prefill_tokens * (plan.max_batch - plan.max_batch // 2)
+    full = plan.prediction.gpu + plan.max_prefill_tokens * token
+    assert decoding + tokens * token == pytest.approx(full, rel=0.02)
+    assert plan_for(sizes, device, max_step_time=2 * plan.prediction.longest_step).spare_prefill_tokens == 0
+    assert plan_for(OPT["1.3b"], device).spare_prefill_tokens == 0

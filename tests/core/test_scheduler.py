@@ -126,9 +126,16 @@ class Harness:
         if self.limits.keeps_cache:
             prompts = [w for w in works if w.request.num_tokens - w.request.num_computed > 1 or w.request in admitted]
             decodes = [w for w in works if w.request.num_output_tokens and w.request in kept and w not in prompts]
-            most = self.limits.max_prefill_tokens if decodes else self.limits.max_idle_prefill_tokens
+            most = self._most_prompt_tokens(len(decodes))
             assert sum(work.count for work in prompts) <= most
         assert all(work.count <= self.limits.buffers.queries for work in works) or not self.limits.keeps_cache
+
+    def _most_prompt_tokens(self, decoding: int) -> int:
+        limits = self.limits
+        if not decoding:
+            return limits.max_idle_prefill_tokens
+        spare = int(limits.spare_prefill_tokens * (limits.max_batch - decoding))
+        return min(limits.max_idle_prefill_tokens, limits.max_prefill_tokens + spare)
 
     def _check_work(self, work: Work) -> None:
         request = work.request
@@ -269,6 +276,7 @@ def harnesses(draw: st.DrawFn) -> Harness:
         max_batch=draw(st.sampled_from((1, 2, 3, 4, 6))),
         max_prefill_tokens=prefill,
         max_idle_prefill_tokens=prefill + more,
+        spare_prefill_tokens=draw(st.sampled_from((0.0, 0.4, 2.5))),
     )
     longest = -(-limits.max_model_len // block_size)
     total = longest + draw(st.sampled_from((0, 0, 1, 2, longest // 2, longest, 2 * longest)))
@@ -653,6 +661,21 @@ def test_prompts_take_more_of_a_step_while_nobody_decodes():
         assert step is not None
         counts.append([work.count for work in step.works])
     assert counts == [[16], [1, 4]]
+
+
+def test_a_batch_that_is_not_full_leaves_room_for_prompts():
+    """One of four decodes: beside it 4 tokens, and 2 for each of the three that are missing; never more than idle."""
+    buffers = BufferLimits(rows=99, activation_rows=99, queries=99)
+    for spare, expected in ((2.0, 10), (0.5, 5), (9.0, 16)):
+        limits = {"max_prefill_tokens": 4, "max_idle_prefill_tokens": 16, "spare_prefill_tokens": spare}
+        harness = make(num_blocks=24, max_batch=4, buffers=buffers, **limits)
+        harness.add([1], endless())
+        harness.schedule()
+        harness.commit()
+        harness.add([2] * 20, endless())
+        step = harness.schedule()
+        assert step is not None
+        assert [work.count for work in step.works] == [1, expected]
 
 
 def test_a_long_prompt_is_no_more_than_a_mini_batch_takes():
