@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from statistics import median
 
 import numpy as np
@@ -18,6 +19,8 @@ from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.device import Device
 
 _REPEATS = 5
+_PIECES = 4
+"""Copied in turn: what lies in the host's caches arrives even beside GEMMs at full speed, other bytes do not."""
 _BUS_REPEATS = 20
 """Others use the bus of a shared machine, for moments: the quarter of the copies that they disturbed least counts."""
 _LAUNCHES_PER_LAYER, _LAUNCHES_PER_PROMPT_LAYER = 30, 90
@@ -56,9 +59,14 @@ def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware
     memory_bandwidth, read_bandwidth = _memory_rates(device, amounts)
     gemm_rate, gemm_overhead, weight_bandwidth = _gemm_rates(device, sizes, dtype, amounts)
     try:
-        load, store, both = _bus_seconds(device, amounts.copy_bytes)
-        gemms_beside = math.ceil(2 * load * gemm_rate / (amounts.rows[-1] * sizes.regenerate_flop))
-        alone, beside = _contention_seconds(device, sizes, dtype, amounts, gemms_beside)
+        source = device.pinned(_PIECES * amounts.copy_bytes)
+        source.zero_()
+        pieces = cycle(source.split(amounts.copy_bytes))
+        load, store, both = _bus_seconds(device, pieces, amounts.copy_bytes)
+        rows = amounts.rows[-1]
+        product = _regeneration(device, sizes, dtype, rows)
+        count = math.ceil(2 * load * gemm_rate / (rows * sizes.regenerate_flop))  # they outlast the copy
+        contended_share = _contended_share(device, pieces, product, count)
     finally:
         device.release_pinned()
     small_kernel = _launch_seconds(device)
@@ -67,7 +75,7 @@ def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware
         load_bandwidth=amounts.copy_bytes / load,
         store_bandwidth=amounts.copy_bytes / store,
         duplex_share=min(1.0, max(load, store) / both),
-        contended_share=min(1.0, alone / beside),
+        contended_share=contended_share,
         gemm_rate=gemm_rate,
         gemm_overhead=gemm_overhead,
         memory_bandwidth=memory_bandwidth,
@@ -96,14 +104,13 @@ def fit_line(rows: Sequence[int], seconds: Sequence[float]) -> tuple[float, floa
     return float(through_origin.sum() / (through_origin @ through_origin)), 0.0
 
 
-def _bus_seconds(device: Device, size: int) -> tuple[float, float, float]:
-    """To load, to store, and to do both at once, `size` bytes each."""
-    source, sink = device.pinned(size), device.pinned(size)
-    source.zero_()
+def _bus_seconds(device: Device, pieces: Iterator[torch.Tensor], size: int) -> tuple[float, float, float]:
+    """To load the next of `pieces`, to store, and to do both at once, `size` bytes each."""
+    sink = device.pinned(size)
     sink.zero_()
     target, origin = (device.empty((size,), torch.uint8) for _ in range(2))
     origin.zero_()
-    load = _undisturbed_seconds(device, lambda: target.copy_(source, non_blocking=True))
+    load = _undisturbed_seconds(device, lambda: target.copy_(next(pieces), non_blocking=True))
     store = _undisturbed_seconds(device, lambda: sink.copy_(origin, non_blocking=True))
 
     def both() -> None:
@@ -111,37 +118,33 @@ def _bus_seconds(device: Device, size: int) -> tuple[float, float, float]:
         device.wait(device.store, begun)
         with device.on(device.store):
             sink.copy_(origin, non_blocking=True)
-        target.copy_(source, non_blocking=True)
+        target.copy_(next(pieces), non_blocking=True)
         device.wait(device.compute, device.record(device.store))
 
     return load, store, _undisturbed_seconds(device, both)
 
 
-def _contention_seconds(
-    device: Device, sizes: ModelSizes, dtype: torch.dtype, amounts: _Amounts, gemms: int
-) -> tuple[float, float]:
-    """To load as many bytes alone, and while the device computes `gemms` products at the regeneration shape."""
-    source, target = device.pinned(amounts.copy_bytes), device.empty((amounts.copy_bytes,), torch.uint8)
-    x, weight = (
-        torch.randn(rows, sizes.hidden_size, device=device.torch_device, dtype=dtype)
-        for rows in (amounts.rows[-1], 2 * sizes.kv_size)
-    )
+def _contended_share(
+    device: Device, pieces: Iterator[torch.Tensor], product: Callable[[], object], count: int
+) -> float:
+    """Rate at which the next of `pieces` is loaded while the device computes `count` products, over that alone."""
+    target = torch.empty_like(next(pieces), device=device.torch_device)
 
-    def seconds(count: int) -> float:
+    def seconds(products: int) -> float:
         times = []
         for _ in range(_BUS_REPEATS):
             device.synchronize(device.record(device.compute))
             with device.on(device.compute), torch.inference_mode():
-                for _ in range(count):
-                    functional.linear(x, weight)
+                for _ in range(products):
+                    product()
             start = time.perf_counter()
             with device.on(device.load):
-                target.copy_(source, non_blocking=True)
+                target.copy_(next(pieces), non_blocking=True)
             device.synchronize(device.record(device.load))
             times.append(time.perf_counter() - start)
         return sorted(times)[_BUS_REPEATS // 4]
 
-    return seconds(0), seconds(gemms)
+    return min(1.0, seconds(0) / seconds(count))
 
 
 def _memory_rates(device: Device, amounts: _Amounts) -> tuple[float, float]:
@@ -161,9 +164,8 @@ def _gemm_rates(device: Device, sizes: ModelSizes, dtype: torch.dtype, amounts: 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device.torch_device, dtype=dtype)
 
-    weight = random(2 * sizes.kv_size, sizes.hidden_size)
-    inputs = [random(rows, sizes.hidden_size) for rows in amounts.rows]
-    seconds = [_seconds(device, partial(functional.linear, x, weight), amounts.loops) for x in inputs]
+    products = (_regeneration(device, sizes, dtype, rows) for rows in amounts.rows)
+    seconds = [_seconds(device, product, amounts.loops) for product in products]
     per_row, overhead = fit_line(amounts.rows, seconds)
     size = sizes.ffn_size * sizes.hidden_size * dtype.itemsize
     weights = [random(sizes.ffn_size, sizes.hidden_size) for _ in range(max(1, amounts.weight_bytes // size))]
@@ -174,6 +176,15 @@ def _gemm_rates(device: Device, sizes: ModelSizes, dtype: torch.dtype, amounts: 
             functional.linear(few, weight)
 
     return sizes.regenerate_flop / per_row, overhead, size * len(weights) / _seconds(device, decode)
+
+
+def _regeneration(device: Device, sizes: ModelSizes, dtype: torch.dtype, rows: int) -> Callable[[], object]:
+    """A product that rebuilds K and V of as many activations."""
+    x, weight = (
+        torch.randn(size, sizes.hidden_size, device=device.torch_device, dtype=dtype)
+        for size in (rows, 2 * sizes.kv_size)
+    )
+    return partial(functional.linear, x, weight)
 
 
 def _launch_seconds(device: Device) -> float:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from inspect import signature
-from typing import Any
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from hsrpc.core.sizes import ModelSizes
@@ -59,8 +56,6 @@ class Attention:
         self._scale = scale
         self._device, self._dtype = device, dtype
         self._window = sizes.sliding_window
-        # torch 2.11 takes grouped queries without being told; later ones want to be.
-        self._names_gqa = sizes.num_heads != sizes.num_kv_heads and "enable_gqa" in signature(varlen_attn).parameters
         self._uses_kernel = device.type == "cuda"
         self._uses_flash = device.type == "cuda" and dtype in _FLASH_DTYPES and sizes.head_dim % 8 == 0
 
@@ -127,9 +122,9 @@ class Attention:
         return attend(q, k, v, rows).flatten(1)
 
     def _flash(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows) -> torch.Tensor:
-        left = -1 if self._window is None else self._window - 1
-        grouped: dict[str, Any] = {"enable_gqa": True} if self._names_gqa else {}
-        result = varlen_attn(
+        """The operator behind `torch.nn.attention.varlen`, which takes the host three times as long to launch, and five
+        seconds of imports for the first time where Python's compiled files are not kept."""
+        result: torch.Tensor = torch.ops.aten._flash_attention_forward(
             q,
             k,
             v,
@@ -137,11 +132,13 @@ class Attention:
             rows.key_starts,
             rows.max_queries,
             rows.max_keys,
+            0.0,  # dropout
+            False,  # the window makes it causal
+            False,  # no mask to debug
             scale=self._scale,
-            window_size=(left, 0),
-            **grouped,
-        )
-        assert isinstance(result, torch.Tensor)  # not asked for the log-sum-exp
+            window_size_left=-1 if self._window is None else self._window - 1,
+            window_size_right=0,
+        )[0]
         return result
 
     def _one_by_one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows) -> torch.Tensor:
