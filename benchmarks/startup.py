@@ -113,7 +113,7 @@ def pin_alone(config: EngineConfig, size: int, pieces: int) -> float:
 
 
 def pin_by_torch(config: EngineConfig, size: int) -> float | None:
-    """Seconds to pin as much with torch's own allocator, in pieces that it does not round up; None where nothing is pinned."""
+    """Seconds to pin as much by torch's own allocator, in pieces that it does not round up; None: nothing is pinned."""
     if open_device(config.device).torch_device.type == "cpu":
         return None
     start = time.perf_counter()

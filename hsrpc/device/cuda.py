@@ -124,6 +124,11 @@ class CudaDevice(Device):
     def upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array).pin_memory().to(self.torch_device, non_blocking=True)
 
+    def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        target = self.empty((size,), torch.uint8)
+        self.keep(target, self.store)
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True), target
+
     def load_bytes(self, target: torch.Tensor, source: torch.Tensor) -> None:
         for start in range(0, len(source), _PIECE_BYTES):
             piece = source[start : start + _PIECE_BYTES]

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,6 +22,7 @@ import torch
 
 from hsrpc.config import DeviceKind, format_bytes
 from hsrpc.core.batch import Runs
+from hsrpc.device.uploads import Uploads
 from hsrpc.errors import ConfigError
 
 _CONTROL_GROUPS = {
@@ -125,6 +126,17 @@ class Device(ABC):
     def upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         """A small host array on the device, in order with the current stream."""
 
+    @contextmanager
+    def uploads(self) -> Iterator[Uploads]:
+        """Gathers small host arrays, for use on the current stream and on `store`: on the device when this is left."""
+        uploads = Uploads(self.small_memory)
+        yield uploads
+        uploads.send()
+
+    @abstractmethod
+    def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """For `uploads`: uint8 [size] on the host, from which copies do not block, and [size] on the device."""
+
     @abstractmethod
     def load_bytes(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy pinned bytes to the front of `target` on the current stream, in pieces that let others come between."""
@@ -206,6 +218,9 @@ class CpuDevice(Device):
 
     def upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array)
+
+    def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
 
     def load_bytes(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target[: len(source)].copy_(source)

@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import torch
 
-from hsrpc.core.batch import Ints, MiniBatch, Rows, Runs, Step
+from hsrpc.core.batch import MiniBatch, Rows, Runs, Step
 from hsrpc.core.blocks import BlockKind, PoolId, Tier
 from hsrpc.core.plan import BUFFERS, Plan
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.device import Device, Event
+from hsrpc.device.uploads import Upload
 from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.worker import Worker
 
@@ -44,6 +45,10 @@ class DeviceRows:
 
     source: torch.Tensor
     target: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Rows, upload: Upload) -> DeviceRows:
+        return cls(upload(rows.source), upload(rows.target))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +121,8 @@ class CacheManager:
 
     def prepare(self, step: Step) -> list[Loads]:
         """What `fill` needs for each mini-batch, uploaded on the current stream."""
-        return [self._prepare_batch(batch) for batch in step.mini_batches]
+        with self._device.uploads() as upload:
+            return [self._prepare_batch(batch, upload) for batch in step.mini_batches]
 
     def fill(self, buffers: Buffers, loads: Loads, layer: int) -> None:
         """Copy a mini-batch's cached rows of a layer into its buffers, on the current stream."""
@@ -150,18 +156,6 @@ class CacheManager:
         """All stores of a step are launched: later loads wait for them."""
         self._stored = self._device.record(self._device.store)
 
-    def upload(self, rows: Mapping[PoolId, Rows]) -> dict[PoolId, DeviceRows]:
-        """Row numbers to the device, on the current stream, for use on the load or the store stream."""
-        return {pool: self.upload_rows(r) for pool, r in rows.items()}
-
-    def upload_rows(self, rows: Rows) -> DeviceRows:
-        return DeviceRows(self._upload(rows.source), self._upload(rows.target))
-
-    def _upload(self, array: Ints) -> torch.Tensor:
-        tensor = self._device.upload(array)
-        self._device.keep(tensor, self._device.store)
-        return tensor
-
     def _allocate(self, pool: PoolId, num_slots: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """One tensor [slots, width] a layer, so that a layer's blocks are neighbours."""
         width = self._widths[pool.kind]
@@ -194,15 +188,14 @@ class CacheManager:
         with device.on(device.load):
             return self.prepare(step)
 
-    def _prepare_batch(self, batch: MiniBatch) -> Loads:
+    def _prepare_batch(self, batch: MiniBatch, upload: Upload) -> Loads:
         self.regenerated_tokens += batch.num_activation_rows * self._num_layers
-        return Loads(self._split(batch.kv_loads), self._split(batch.activation_loads))
+        return Loads(self._split(batch.kv_loads, upload), self._split(batch.activation_loads, upload))
 
-    def _split(self, loads: Mapping[PoolId, Runs]) -> _Copies:
+    def _split(self, loads: Mapping[PoolId, Runs], upload: Upload) -> _Copies:
         host = {pool: runs for pool, runs in loads.items() if pool.tier is Tier.HOST}
-        return _Copies(
-            host, self.upload({pool: runs.rows() for pool, runs in loads.items() if pool.tier is Tier.DEVICE})
-        )
+        device = {pool: runs.rows() for pool, runs in loads.items() if pool.tier is Tier.DEVICE}
+        return _Copies(host, {pool: DeviceRows.of(rows, upload) for pool, rows in device.items()})
 
     def _load(self, layer: int, loads: Loads, buffers: Buffers, freed: Event) -> Staged:
         device = self._device

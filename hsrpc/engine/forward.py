@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from hsrpc.core.batch import Ints, MiniBatch
 from hsrpc.core.blocks import PoolId, Tier
 from hsrpc.core.plan import PENDING_QUERIES, REGENERATE_ROWS
 from hsrpc.device.device import Device, Event
+from hsrpc.device.uploads import Upload
 from hsrpc.engine.cache import CacheManager, DeviceRows, Staged
 from hsrpc.engine.weights import ModelWeights, Prefetched
 from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
@@ -42,10 +43,12 @@ class Projected(NamedTuple):
 class Group:
     """Mini-batches whose tokens go through projections and MLP together, so that these read the weights once."""
 
+    token_ids: torch.Tensor
+    """[n]"""
     positions: torch.Tensor
     """[n]"""
-    hidden: torch.Tensor
-    """[n, h] output of the layer computed last."""
+    hidden: torch.Tensor = field(init=False)
+    """[n, h] input of the first layer, then output of the layer computed last."""
     projected: Projected | None = None
     """Of the layer under way."""
 
@@ -103,60 +106,11 @@ class Forward:
 
     def upload(self, batches: Sequence[MiniBatch]) -> list[DeviceBatch]:
         """The arrays of a step's mini-batches and their first layer's input, on the current stream."""
-        return [batch for group in group_batches(batches, self._max_queries) for batch in self._upload_group(group)]
-
-    def _upload_group(self, batches: Sequence[MiniBatch]) -> Iterator[DeviceBatch]:
-        upload = self._device.upload
-        positions = upload(np.concatenate([batch.positions for batch in batches]))
-        token_ids = upload(np.concatenate([batch.token_ids for batch in batches]))
-        hidden = self._family.embed(self._fixed, token_ids, positions)
-        group = Group(positions, hidden)
-        start = 0
-        for batch in batches:
-            rows = slice(start, start + batch.num_queries)
-            start = rows.stop
-            yield DeviceBatch(
-                group=group,
-                rows=rows,
-                is_first=batch is batches[0],
-                is_last=batch is batches[-1],
-                in_place=self._in_place_rows(batch),
-                packed=self._packed_rows(batch),
-                num_in_place=batch.in_place.num_requests,
-                num_rebuilt=batch.in_place.num_rebuilt,
-                new_rows=self._cache.upload_rows(batch.new_rows),
-                activation_rows=upload(batch.activation_rows),
-                activation_positions=upload(batch.activation_positions),
-                stores=self._cache.upload(batch.stores),
-                sample_rows=upload(batch.sample_rows),
-            )
-
-    def _in_place_rows(self, batch: MiniBatch) -> InPlaceRows | None:
-        rows, upload = batch.in_place, self._device.upload
-        if not rows.num_requests:
-            return None
-        key_starts = batch.key_starts[: rows.num_requests + 1]
-        return InPlaceRows(
-            tables=upload(rows.tables.astype(np.int32)),
-            counts=upload(rows.counts.astype(np.int32)),
-            key_starts=upload(key_starts.astype(np.int32)),
-            rebuilt_starts=upload(rows.rebuilt_starts.astype(np.int32)),
-            most_keys=int((rows.counts + np.diff(rows.rebuilt_starts) + np.diff(key_starts)).max()),
-        )
-
-    def _packed_rows(self, batch: MiniBatch) -> PackedRows | None:
-        first, upload = batch.in_place.num_requests, self._device.upload
-        if first == len(batch.works):
-            return None
-        query_starts, key_starts = batch.query_starts[first:] - first, batch.key_starts[first:]
-        return PackedRows(
-            query_starts=upload(query_starts.astype(np.int32)),
-            key_starts=upload(key_starts.astype(np.int32)),
-            query_offsets=tuple(query_starts.tolist()),
-            key_offsets=tuple(key_starts.tolist()),
-            max_queries=_longest(query_starts),
-            max_keys=_longest(key_starts),
-        )
+        with self._device.uploads() as upload:
+            groups = [list(_upload(group, upload)) for group in group_batches(batches, self._max_queries)]
+        for group in (found[0].group for found in groups):
+            group.hidden = self._family.embed(self._fixed, group.token_ids, group.positions)
+        return [batch for group in groups for batch in group]
 
     def compute(self, weights: Prefetched, staged: Staged, batch: DeviceBatch) -> tuple[Event, Event]:
         """One layer of one mini-batch: events when the cache buffers, and when the weights, are no longer read.
@@ -229,6 +183,60 @@ class Forward:
             self._family.keys_values(w, x, positions, out)
             if start >= in_front:
                 kv.index_copy_(0, batch.activation_rows[rows], out)
+
+
+def _upload(batches: Sequence[MiniBatch], upload: Upload) -> Iterator[DeviceBatch]:
+    """A group's mini-batches."""
+    positions = upload(np.concatenate([batch.positions for batch in batches]))
+    group = Group(upload(np.concatenate([batch.token_ids for batch in batches])), positions)
+    start = 0
+    for batch in batches:
+        rows = slice(start, start + batch.num_queries)
+        start = rows.stop
+        yield DeviceBatch(
+            group=group,
+            rows=rows,
+            is_first=batch is batches[0],
+            is_last=batch is batches[-1],
+            in_place=_in_place_rows(batch, upload),
+            packed=_packed_rows(batch, upload),
+            num_in_place=batch.in_place.num_requests,
+            num_rebuilt=batch.in_place.num_rebuilt,
+            new_rows=DeviceRows.of(batch.new_rows, upload),
+            activation_rows=upload(batch.activation_rows),
+            activation_positions=upload(batch.activation_positions),
+            stores={pool: DeviceRows.of(rows, upload) for pool, rows in batch.stores.items()},
+            sample_rows=upload(batch.sample_rows),
+        )
+
+
+def _in_place_rows(batch: MiniBatch, upload: Upload) -> InPlaceRows | None:
+    rows = batch.in_place
+    if not rows.num_requests:
+        return None
+    key_starts = batch.key_starts[: rows.num_requests + 1]
+    return InPlaceRows(
+        tables=upload(rows.tables.astype(np.int32)),
+        counts=upload(rows.counts.astype(np.int32)),
+        key_starts=upload(key_starts.astype(np.int32)),
+        rebuilt_starts=upload(rows.rebuilt_starts.astype(np.int32)),
+        most_keys=int((rows.counts + np.diff(rows.rebuilt_starts) + np.diff(key_starts)).max()),
+    )
+
+
+def _packed_rows(batch: MiniBatch, upload: Upload) -> PackedRows | None:
+    first = batch.in_place.num_requests
+    if first == len(batch.works):
+        return None
+    query_starts, key_starts = batch.query_starts[first:] - first, batch.key_starts[first:]
+    return PackedRows(
+        query_starts=upload(query_starts.astype(np.int32)),
+        key_starts=upload(key_starts.astype(np.int32)),
+        query_offsets=tuple(query_starts.tolist()),
+        key_offsets=tuple(key_starts.tolist()),
+        max_queries=_longest(query_starts),
+        max_keys=_longest(key_starts),
+    )
 
 
 def _longest(starts: Ints) -> int:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hsrpc.config import DeviceKind
 from hsrpc.core.batch import Runs
 from hsrpc.device.device import CpuDevice, available_memory, open_device
+from hsrpc.device.uploads import Uploads
 from hsrpc.errors import ConfigError
 
 SLOTS, ROWS, WIDTH = 40, 30, 6
@@ -139,3 +140,37 @@ def test_available_memory_of_this_machine() -> None:
     """Positive, and no more than a machine has."""
     assert 2**20 < available_memory() < 2**50
     assert CpuDevice().total_memory > 2**20
+
+
+@given(data=st.data())
+def test_uploads_arrive_as_they_are(data: st.DataObject) -> None:
+    """Arrays of any sizes and both types, through chunks that most do not fit, and after a first sending."""
+    sizes, given_arrays = [], []
+
+    def allocate(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.append(size)
+        return torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hsrpc.device.uploads._CHUNK_BYTES", 64)
+        uploads = Uploads(allocate)
+        for _ in range(2):
+            shapes = data.draw(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=8))
+            for shape in shapes:
+                dtype = data.draw(st.sampled_from([np.int32, np.int64]))
+                array = np.arange(100, 100 + shape[0] * shape[1], dtype=dtype).reshape(shape).T
+                given_arrays.append((array, uploads(array)))
+            uploads.send()
+    for array, tensor in given_arrays:
+        assert tensor.dtype == torch.from_numpy(array).dtype
+        assert np.array_equal(tensor.numpy(), array)
+    assert len(sizes) <= len(given_arrays)
+
+
+def test_a_steps_arrays_travel_together() -> None:
+    """Many small arrays take one chunk, and hold what they should once the context is left."""
+    device = CpuDevice()
+    with device.uploads() as upload:
+        tensors = [upload(ints(*range(count))) for count in range(50)]
+    assert [tensor.tolist() for tensor in tensors] == [list(range(count)) for count in range(50)]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors if len(tensor)}) == 1

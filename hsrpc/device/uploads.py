@@ -1,0 +1,46 @@
+"""Small arrays on their way to the device, gathered into few copies: one apiece costs the host more than the bus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+_CHUNK_BYTES = 2 * 1024**2
+_ALIGNMENT = 16
+"""Bytes; of each array."""
+_DTYPES = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64}
+
+Upload: TypeAlias = Callable[[npt.NDArray[np.integer]], torch.Tensor]
+"""Takes an array of int32 or int64 and gives a tensor on the device, to be filled."""
+
+
+class Uploads:
+    """Gives each array its place in a chunk of device memory; `send` fills them, in order with the current stream."""
+
+    def __init__(self, allocate: Callable[[int], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._allocate = allocate
+        """As many bytes on the host and on the device: uint8 [size] each."""
+        self._host = self._device = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def __call__(self, array: npt.NDArray[np.integer]) -> torch.Tensor:
+        """Where `array` will be once it is sent."""
+        start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+        if start + array.nbytes > len(self._host):
+            self.send()
+            self._host, self._device = self._allocate(max(_CHUNK_BYTES, array.nbytes))
+            start = 0
+        self._used = end = start + array.nbytes
+        self._host[start:end].numpy()[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return self._device[start:end].view(_DTYPES[array.dtype]).view(array.shape)
+
+    def send(self) -> None:
+        """Copy what has been gathered; what comes later goes to another chunk."""
+        if self._used:
+            self._device[: self._used].copy_(self._host[: self._used], non_blocking=True)
+        self._host = self._device = self._host[:0]
+        self._used = 0
