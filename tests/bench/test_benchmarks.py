@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from benchmarks import gpu_check, growth, orchestration, planner_check, planner_report, startup
+from benchmarks import bus, gpu_check, growth, orchestration, planner_check, planner_report, startup
 from benchmarks.planner_report import draw_grid, draw_sweep
 from hsrpc.config import CachePolicy, DeviceKind, Placement
 from tests.bench.conftest import TINY
@@ -171,3 +171,13 @@ def test_orchestration_is_what_a_step_takes_beyond_its_work(tiny, tmp_path, caps
     tiny[tiny.index("--gpu-memory") + 1] = "2600KiB"
     with pytest.raises(SystemExit, match="raise --gpu-memory"):
         orchestration.main([*tiny, "--batch", "3", "--prompt", "8", "--output", "24"])
+
+
+def test_the_bus_is_timed_alone_and_beside_gemms(tiny, tmp_path):
+    """Every kind of copy, with every kind of work beside it."""
+    file = tmp_path / "bus.json"
+    sizes = ["--rows", "16", "--buffer", "64KiB", "--run", "4KiB", "--memory", "1MiB", "--repeats", "2"]
+    bus.main([*tiny[:4], *sizes, "--json", str(file)])
+    rates = json.loads(file.read_text())["rates"]
+    assert set(rates) == {"one piece", "many pieces", "runs"}
+    assert all(len(found) == 3 and min(found.values()) > 0 for found in rates.values())
