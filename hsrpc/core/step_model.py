@@ -4,7 +4,7 @@ For each layer, of `n` requests with `context` cached tokens each:
 
     bus    = (streamed weights + host tokens * bytes of their kind) / load bandwidth
     gpu    = forward + regeneration + gather + attention
-    layer  = max(bus, gpu, launches)
+    layer  = max(bus, gpu, launches)        (near the balance of bus and GPU a little more: `_beside`)
 
 Beyond the paper: resident weights, blocks on the device, the host's launches and step boundary, and the prompts that
 keep coming. Every number may be an array; all are of one layer but
@@ -21,6 +21,12 @@ from hsrpc.core.layer_times import LayerTimes
 from hsrpc.core.memory import Number
 from hsrpc.core.plan import BUFFERS, Hardware
 from hsrpc.core.sizes import ModelSizes
+
+_WAITING = 8
+"""Bus and GPU take turns with two buffers. Where they take equally long, they wait for each other: by 9 % with this
+exponent, by 1 % where one takes three quarters of the other's time. Measured: 10 and 0 to 1 % (docs/performance.md)."""
+_BALANCE = 7 / 8
+"""GPU time over bus time where a step is shortest: beyond it a higher share costs the GPU more than the bus gains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,9 +121,9 @@ class StepModel:
         return 0.0 * batch if self.recomputes else batch * self.traffic.prompt_tokens_per_output
 
     def balanced_share(self, at_zero: StepTimes, at_one: StepTimes) -> Number:
-        """Host share at which bus and GPU take equally long: both are linear in it, and given at shares 0 and 1."""
-        lead = at_zero.bus - _gpu(at_zero) - at_zero.prefill
-        closing = (at_zero.bus - at_one.bus) + (_gpu(at_one) - _gpu(at_zero))
+        """Host share at which bus and GPU balance: both are linear in it, and given at shares 0 and 1."""
+        lead = _BALANCE * at_zero.bus - _gpu(at_zero) - at_zero.prefill
+        closing = _BALANCE * (at_zero.bus - at_one.bus) + (_gpu(at_one) - _gpu(at_zero))
         share: Number = np.clip(np.where(closing > 0, lead, 0.0) / np.where(closing > 0, closing, 1.0), 0.0, 1.0)
         return share
 
@@ -144,7 +150,7 @@ class StepModel:
         gemms = layers * self.layer.regenerate(regenerated)
         times = {
             "mini_batches": mini_batches,
-            "bus": self._beside(layers * self._bus(c, host, mini_batches), forward + gemms),
+            "bus": self._contended(layers * self._bus(c, host, mini_batches), forward + gemms),
             "forward": forward,
             "regenerate": gemms + layers * self._placing(regenerated),
             "gather": layers * self.layer.gather(device * c.device_share),
@@ -161,7 +167,7 @@ class StepModel:
         launch, boundary, shortest = self._host(c, bus, times["mini_batches"])
         # Bus and GPU take turns with a mini-batch: one of them has nothing to do beside the step's first or last.
         boundary = boundary + np.minimum(bus, gpu) / (layers * times["mini_batches"])
-        step = np.maximum(np.maximum(bus, gpu), np.maximum(launch, shortest)) + boundary
+        step = np.maximum(_beside(bus, gpu), np.maximum(launch, shortest)) + boundary
         hardware = self.hardware
         parts = np.ceil(c.chunk / c.prompt_queries)
         rest = np.maximum(0.0, times["mini_batches"] - parts)
@@ -171,11 +177,11 @@ class StepModel:
         tokens = c.batch * self.traffic.attended
         later_host = self._tiers(tokens, c.on_device_at_end)[1]
         later_bus = layers * self._bus(c, later_host, times["mini_batches"])
-        later_bus = self._beside(later_bus, times["forward"] + times["regenerate"] + prefill)
+        later_bus = self._contended(later_bus, times["forward"] + times["regenerate"] + prefill)
         later_bus = self._both_ways(later_bus, self._store(c, later_host / tokens))
         later_launch, later_boundary, _ = self._host(c, later_bus, times["mini_batches"])
         later_boundary = later_boundary + np.minimum(later_bus, gpu) / (layers * times["mini_batches"])
-        later = np.maximum(np.maximum(later_bus, gpu + prefill), later_launch) + later_boundary
+        later = np.maximum(_beside(later_bus, gpu + prefill), later_launch) + later_boundary
         # A small chunk keeps newcomers waiting: the batch is not full then.
         queueing = np.maximum(1.0, prompts / np.maximum(c.chunk, 1.0))
         return StepTimes(
@@ -198,7 +204,7 @@ class StepModel:
         load = self.layer.load(c.streamed + host * token_bytes(self.sizes, c.host_share))
         return load + np.where(load > 0, mini_batches * self.hardware.handover_time, 0.0)
 
-    def _beside(self, bus: Number, gemms: Number) -> Number:
+    def _contended(self, bus: Number, gemms: Number) -> Number:
         """Seconds on the bus while the device computes products for `gemms` seconds of them, which slows copies."""
         share = self.hardware.contended_share
         found: Number = np.minimum(bus + (1 - share) * gemms, bus / share)
@@ -245,6 +251,13 @@ class StepModel:
 def token_bytes(sizes: ModelSizes, share: Number) -> Number:
     """Bytes of one cached token in one layer, on average, where `share` of them are activations."""
     return (1 - share) * sizes.kv_bytes + share * sizes.activation_bytes
+
+
+def _beside(bus: Number, gpu: Number) -> Number:
+    """Seconds for what bus and GPU do at the same time."""
+    longer = np.maximum(np.maximum(bus, gpu), 1e-12)
+    found: Number = longer * ((bus / longer) ** _WAITING + (gpu / longer) ** _WAITING) ** (1 / _WAITING)
+    return found
 
 
 def _gpu(times: StepTimes) -> Number:

@@ -126,7 +126,7 @@ def test_what_does_not_fit_streams_for_many(name: str, at_least: float):
     assert plan.activation_share > 0.9
     assert 0 < plan.resident_share < 1
     assert at_least < plan.prediction.tokens_per_second < 1.2 * at_least
-    assert plan.prediction.step == pytest.approx(plan.prediction.bus, rel=0.02)
+    assert plan.prediction.step == pytest.approx(plan.prediction.bus, rel=0.05)
 
 
 def test_the_search_is_quick():
@@ -142,7 +142,7 @@ def test_scarce_compute_wants_a_share_inside():
     plan = plan_for(OPT["30b"], 24 * GIB, RTX_4090, host=200 * GIB, **lengths)
     assert 0.6 < plan.activation_share < 0.85
     assert plan.policy is CachePolicy.HYBRID
-    assert plan.prediction.gpu == pytest.approx(plan.prediction.bus, rel=0.03)
+    assert plan.prediction.gpu == pytest.approx(7 / 8 * plan.prediction.bus, rel=0.03)
 
 
 def test_the_tiers_may_differ():
