@@ -28,10 +28,8 @@ def layer_norm(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def rms_norm(w: Weights, name: str, x: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """RMS norm over the last dimension: in float32, cast to the type of `x`, then scaled."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return w[f"{name}_weight"] * wide.to(x.dtype)
+    """RMS norm over the last dimension, computed in float32 and scaled."""
+    return functional.rms_norm(x, x.shape[-1:], w[f"{name}_weight"], epsilon)
 
 
 def linear_tensors(
