@@ -47,6 +47,8 @@ class Group:
     """[n]"""
     positions: torch.Tensor
     """[n]"""
+    rotation: torch.Tensor = field(init=False)
+    """[n, ...] of those positions."""
     hidden: torch.Tensor = field(init=False)
     """[n, h] input of the first layer, then output of the layer computed last."""
     projected: Projected | None = None
@@ -109,6 +111,7 @@ class Forward:
         with self._device.uploads() as upload:
             groups = [list(_upload(group, upload)) for group in group_batches(batches, self._max_queries)]
         for group in (found[0].group for found in groups):
+            group.rotation = self._family.rotation(group.positions)
             group.hidden = self._family.embed(self._fixed, group.token_ids, group.positions)
         return [batch for group in groups for batch in group]
 
@@ -149,7 +152,7 @@ class Forward:
     def _project(self, w: Weights, group: Group) -> Projected:
         with record_function("hsrpc.project"):
             x = self._family.attention_input(w, group.hidden)
-            queries, kv = self._family.queries_keys_values(w, x, group.positions)
+            queries, kv = self._family.queries_keys_values(w, x, group.rotation)
             return Projected(x, queries, kv, torch.empty_like(queries, memory_format=torch.contiguous_format))
 
     def _keep_pace(self, num_queries: int) -> None:
@@ -179,8 +182,8 @@ class Forward:
         for start, end in pairwise(pieces):
             rows = slice(start, end)
             out = kv[rows] if start < in_front else torch.empty_like(kv[rows])
-            x, positions = staged.buffers.activations[rows], batch.activation_positions[rows]
-            self._family.keys_values(w, x, positions, out)
+            rotation = self._family.rotation(batch.activation_positions[rows])
+            self._family.keys_values(w, staged.buffers.activations[rows], rotation, out)
             if start >= in_front:
                 kv.index_copy_(0, batch.activation_rows[rows], out)
 

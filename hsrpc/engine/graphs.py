@@ -95,10 +95,11 @@ class DecodeGraphs:
             most_keys=self._max_model_len,
         )
         hidden = family.embed(self._weights.fixed, given[:, _TOKEN].long(), positions)
+        rotation = family.rotation(positions)
         for layer, weights in enumerate(self._weights.layers):
             w, pool = weights.resident, self._cache.device_kv(layer)
             x = family.attention_input(w, hidden)
-            queries, kv = family.queries_keys_values(w, x, positions)
+            queries, kv = family.queries_keys_values(w, x, rotation)
             self._device.copy_rows(pool, slots, kv, self._rows[:size])
             hidden = family.finish_layer(w, hidden, self._attention.in_place(queries, pool, pool, rows))
         self._logits[:size].copy_(family.logits(self._weights.fixed, hidden))

@@ -98,13 +98,17 @@ class Family(ABC):
     def embed(self, fixed: Weights, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Input of the first layer [n, h] for int64 `token_ids` [n]."""
 
+    def rotation(self, positions: torch.Tensor) -> torch.Tensor:
+        """What the projections of all layers take of `positions` [n], computed once: [n, ...]; here the positions."""
+        return positions
+
     @abstractmethod
     def attention_input(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
         """Input of the Q, K and V projections [n, h]: what an activation block stores."""
 
     @abstractmethod
     def queries_keys_values(
-        self, w: Weights, x: torch.Tensor, positions: torch.Tensor
+        self, w: Weights, x: torch.Tensor, rotation: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [n, q], unscaled, and keys and values [n, 2*kv] as [K|V], for the attention input `x` [n, h].
 
@@ -112,7 +116,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def keys_values(self, w: Weights, x: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+    def keys_values(self, w: Weights, x: torch.Tensor, rotation: torch.Tensor, out: torch.Tensor) -> None:
         """[K|V] rebuilt from the stored attention input `x` [n, h] by one GEMM, into `out` [n, 2*kv], contiguous."""
 
     @abstractmethod

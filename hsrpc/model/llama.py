@@ -11,7 +11,7 @@ from hsrpc.core.sizes import ModelSizes
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.family import Family, ModelSpec, TensorSpec, Weights
 from hsrpc.model.layers import linear_tensors, norm_tensors, project, project_rows, rms_norm
-from hsrpc.model.rope import RopeSettings, rope_frequencies, rotate_
+from hsrpc.model.rope import RopeSettings, make_rotation, rope_frequencies, rotate_
 
 
 @dataclass(frozen=True)
@@ -88,25 +88,28 @@ class Llama(Family):
     def embed(self, fixed: Weights, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return functional.embedding(token_ids, fixed["embed_weight"])
 
+    def rotation(self, positions: torch.Tensor) -> torch.Tensor:
+        if self._frequencies.device != positions.device:
+            self._frequencies = self._frequencies.to(positions.device)
+        return make_rotation(positions, self._frequencies, self.spec.dtype)
+
     def attention_input(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
         return rms_norm(w, "attention_norm", hidden, self.settings.epsilon)
 
     def queries_keys_values(
-        self, w: Weights, x: torch.Tensor, positions: torch.Tensor
+        self, w: Weights, x: torch.Tensor, rotation: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         fused = project(w, "qkv", x)
-        self._rotate(fused[:, : self.q_size + self.kv_size], positions)
+        self._rotate(fused[:, : self.q_size + self.kv_size], rotation)
         return fused[:, : self.q_size], fused[:, self.q_size :]
 
-    def keys_values(self, w: Weights, x: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+    def keys_values(self, w: Weights, x: torch.Tensor, rotation: torch.Tensor, out: torch.Tensor) -> None:
         project_rows(w, "qkv", x, self.q_size, out)
-        self._rotate(out[:, : self.kv_size], positions)
+        self._rotate(out[:, : self.kv_size], rotation)
 
-    def _rotate(self, heads: torch.Tensor, positions: torch.Tensor) -> None:
-        if self._frequencies.device != positions.device:
-            self._frequencies = self._frequencies.to(positions.device)
+    def _rotate(self, heads: torch.Tensor, rotation: torch.Tensor) -> None:
         count = heads.shape[1] // self.sizes.head_dim
-        rotate_(heads.view(len(heads), count, self.sizes.head_dim), positions, self._frequencies)
+        rotate_(heads.view(len(heads), count, self.sizes.head_dim), rotation)
 
     def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         hidden = hidden + project(w, "out", attended)

@@ -117,12 +117,12 @@ class Opt(Family):
         return layer_norm(w, "attention_norm", hidden) if self.settings.pre_norm else hidden
 
     def queries_keys_values(
-        self, w: Weights, x: torch.Tensor, positions: torch.Tensor
+        self, w: Weights, x: torch.Tensor, rotation: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         fused = project(w, "qkv", x)
         return fused[:, : self.q_size], fused[:, self.q_size :]
 
-    def keys_values(self, w: Weights, x: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+    def keys_values(self, w: Weights, x: torch.Tensor, rotation: torch.Tensor, out: torch.Tensor) -> None:
         project_rows(w, "qkv", x, self.q_size, out)
 
     def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:

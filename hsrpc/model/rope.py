@@ -63,13 +63,15 @@ def _scale_llama3(frequencies: torch.Tensor, settings: RopeSettings) -> torch.Te
     return (1 - kept) * frequencies / settings.factor + kept * frequencies
 
 
-def rotate_(x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor) -> None:
-    """Rotates the heads `x` [n, heads, head_dim] in place to `positions` [n]; dimension i pairs with i + head_dim/2.
+def make_rotation(positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Cosines and sines [n, head_dim] of the angles at `positions` [n], for `rotate_`; the angles are float32."""
+    angles = positions[:, None].float() * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=1).to(dtype)
 
-    Angles are float32; cosine and sine are cast to the type of `x` first.
-    """
-    angles = (positions[:, None].float() * frequencies)[:, None, :]
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+def rotate_(x: torch.Tensor, rotation: torch.Tensor) -> None:
+    """Rotates the heads `x` [n, heads, head_dim] in place by `rotation`; dimension i pairs with i + head_dim/2."""
+    cos, sin = rotation[:, None, :].chunk(2, dim=-1)
     first, second = x.chunk(2, dim=-1)
     turned = first * cos - second * sin
     second.copy_(second * cos + first * sin)

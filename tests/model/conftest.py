@@ -29,7 +29,7 @@ def read_all(source: WeightSource, tensors: tuple[TensorSpec, ...], dtype: torch
 def rebuild(family: Family, w: Weights, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """[K|V] [n, 2*kv] of the attention input `x` [n, h]; every element is written."""
     out = torch.full((len(x), 2 * family.kv_size), torch.nan, dtype=x.dtype)
-    family.keys_values(w, x, positions, out)
+    family.keys_values(w, x, family.rotation(positions), out)
     return out
 
 
@@ -62,7 +62,7 @@ class PackedModel:
         hidden = family.embed(self.fixed, torch.tensor([token for prompt in prompts for token in prompt]), positions)
         for w in self.layers:
             x = family.attention_input(w, hidden)
-            q, kv = family.queries_keys_values(w, x.clone(), positions)
+            q, kv = family.queries_keys_values(w, x.clone(), family.rotation(positions))
             torch.testing.assert_close(rebuild(family, w, x, positions), kv, atol=close, rtol=close)
             pieces = zip(q.split(lengths), kv.split(lengths), strict=True)
             attended = torch.cat([dense_attention(family, *piece) for piece in pieces])
