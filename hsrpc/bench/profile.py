@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,6 +89,10 @@ class StepProfiler:
             launching = on_host if self._on_cuda else None
         step = sum(self._seconds[1:]) / PROFILED_STEPS
         return StepProfile(step=step, busy=busy, copies=copies, parts=parts, launching=launching)
+
+    def save(self, file: Path) -> None:
+        """The profiled steps for Perfetto or chrome://tracing, compressed where the name ends in .gz."""
+        self._profiler.export_chrome_trace(str(file))
 
     def _raw_events(self) -> Iterable[Any]:
         """Far cheaper than `events()`, which builds a tree: batched copies are many."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from statistics import median
 
 from hsrpc.bench.lag import LoopLag
@@ -104,11 +105,13 @@ async def observe_run(
     is_enough: Callable[[StepRecord], bool] = lambda _: False,
     with_busy: bool = False,
     with_ranges: bool = False,
+    trace: Path | None = None,
 ) -> Run:
     """Run the workload that `make` gives for the engine until `is_enough` says so or its requests end.
 
     `choose` says which steps are measured. Steps like them are profiled afterwards, `with_busy` for the time in which
-    a GPU is busy, and `with_ranges` for the parts of a step; where the requests have ended they run once more.
+    a GPU is busy, and `with_ranges` for the parts of a step; where the requests have ended they run once more. What was
+    profiled is saved as `trace`.
     """
     steps = _Steps(is_enough)
     started = time.perf_counter()
@@ -125,6 +128,8 @@ async def observe_run(
         if profiler is not None and not profiler.is_done:  # the requests have ended: the same ones once more
             async with _load(engine, workload) as load:
                 await _until(steps.profiled, load)
+        if profiler is not None and profiler.is_done and trace is not None:
+            profiler.save(trace)
         return replace(run, profile=profiler.result() if profiler else None)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hsrpc.cli.bench_serve import add_frontend_parser, add_serve_parser
 from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
 from hsrpc.config import CachePolicy, EngineConfig
+from hsrpc.errors import ConfigError
 
 if TYPE_CHECKING:
     from hsrpc.bench.run import Result
@@ -62,6 +63,12 @@ def _add_engine_parser(kinds: Commands, name: str, text: str) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="save everything that was measured")
     parser.add_argument("--profile", action="store_true", help="say where the time of a step goes, from two steps more")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="save those two for Perfetto or chrome://tracing, such as trace.json.gz",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="sweep: save measured and predicted curves as PNG")
     add_engine_options(parser)
     parser.set_defaults(run=run)
@@ -74,6 +81,9 @@ def run(options: argparse.Namespace) -> None:
     if options.shape:
         options.model = f"random:{options.shape}"
     config = engine_config(options)
+    if options.kind == "sweep" and options.trace:
+        problem, remedy = "a sweep is many measurements", "trace one of them, with --activation-share"
+        raise ConfigError("trace", str(options.trace), problem, remedy)
     if options.kind == "sweep":
         results = [_measure(options, _with_share(config, share / 10)) for share in range(11)]
     else:
@@ -132,7 +142,8 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
     def choose(records: Sequence[StepRecord]) -> list[StepRecord]:
         return _chosen(options.kind, requests, records)
 
-    profile = {"with_busy": True, "with_ranges": options.profile}
+    with_ranges, trace = options.profile or options.trace is not None, options.trace
+    profile = {"with_busy": True, "with_ranges": with_ranges, "trace": trace}
     return summarise(run_loop(observe_run(config, make, choose, is_enough=is_enough, **profile)), config)
 
 

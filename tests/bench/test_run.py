@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch.autograd import DeviceType
 
-from hsrpc.bench.profile import StepProfile, StepProfiler, device_times, range_times
+from hsrpc.bench.profile import PROFILED_STEPS, StepProfile, StepProfiler, device_times, range_times
 from hsrpc.bench.report import print_results
 from hsrpc.bench.run import WARM_UP_STEPS, observe_run, summarise
 from hsrpc.bench.workload import Lengths, Workload, make_workload
@@ -93,6 +94,16 @@ async def test_requests_that_ended_run_once_more_for_the_profile(config):
     assert run.profile is not None
     assert run.stats.generated_tokens == 4 * 9
     assert len(run.chosen) == len(run.records) - WARM_UP_STEPS == run.stats.steps - WARM_UP_STEPS
+
+
+async def test_the_profiled_steps_can_be_looked_at(config, tmp_path):
+    """The trace has the executor's ranges, of just those steps."""
+    file = tmp_path / "trace.json.gz"
+    await observe_run(config, nine_tokens, list, with_ranges=True, trace=file)
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    assert {name.removeprefix("hsrpc.") for name in names} >= RANGES
+    assert names.count("hsrpc.finish") == 2 * PROFILED_STEPS  # layers
 
 
 async def test_without_a_gpu_nothing_is_profiled_unless_wanted(config):

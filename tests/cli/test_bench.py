@@ -31,6 +31,13 @@ def test_a_wrong_number_is_named(hsrpc, flag):
     assert all(part in ran.err for part in (flag.partition("=")[0], flag.partition("=")[2], "give a"))
 
 
+def test_a_sweep_is_not_traced(hsrpc):
+    """It is many measurements: the flag, its value and the remedy are named before anything runs."""
+    ran = hsrpc("bench", "sweep", "--trace=trace.json.gz")
+    assert ran.code != 0
+    assert all(part in ran.err for part in ("trace=trace.json.gz", "--activation-share"))
+
+
 @pytest.mark.timeout(120)
 def test_serve_loads_a_server_of_its_own(hsrpc, tmp_path):
     """A server is started with the options after --, loaded, and stopped; all requests are accounted for."""
