@@ -35,7 +35,7 @@ def test_a_sweep_is_not_traced(hsrpc):
     """It is many measurements: the flag, its value and the remedy are named before anything runs."""
     ran = hsrpc("bench", "sweep", "--trace=trace.json.gz")
     assert ran.code != 0
-    assert all(part in ran.err for part in ("trace=trace.json.gz", "--activation-share"))
+    assert all(part in ran.err for part in ("trace='trace.json.gz'", "--activation-share"))
 
 
 @pytest.mark.timeout(120)
