@@ -22,9 +22,9 @@ MIN_IDLE_CHUNK, MAX_IDLE_CHUNK = 8192, 16384
 """Prompt tokens of a step in which nothing decodes."""
 _SPARE = 1.25
 """An idle chunk computes a little longer than the weights take to arrive: then the GPU is never the one that waits."""
-_BACKLOG = 8.0
-"""A chunk holds the prompt tokens that come in during so many steps: then newcomers catch up, and requests that begin
-together do so within this part of their output."""
+_BACKLOG, _STREAMED_BACKLOG = 2.0, 8.0
+"""A chunk holds the prompt tokens that come in during so many steps: then newcomers catch up. Where weights stream, a
+step takes long with few requests too, so that those that begin together are to be many soon."""
 _CHUNK_PART = 20
 """At most this part of the device budget is workspace for the queries of a mini-batch."""
 _LEAST_STREAMED = 2048
@@ -177,7 +177,8 @@ class Evaluator:
             chunk = np.full_like(batch, given or 1)
             return chunk, chunk
         hidden = self.model.hidden_chunk(streamed)
-        wanted = np.maximum(hidden, _BACKLOG * self.model.prompt_tokens(batch))
+        backlog = np.where(streamed > 0, _STREAMED_BACKLOG, _BACKLOG)
+        wanted = np.maximum(hidden, backlog * self.model.prompt_tokens(batch))
         room = self._most_prompt_tokens()
         part = self.budgets.device // _CHUNK_PART
         idle_room = min(MAX_IDLE_CHUNK, max(MIN_CHUNK, part // (2 * self.sizes.activation_bytes)))
