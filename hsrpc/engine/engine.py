@@ -21,6 +21,7 @@ from hsrpc.core.plan import Plan
 from hsrpc.core.request import Delta, FinishReason, Request, SamplingParams
 from hsrpc.core.scheduler import Scheduler, SchedulerLimits
 from hsrpc.engine.admission import Admission
+from hsrpc.engine.completion import complete
 from hsrpc.engine.delivery import Delivery
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.meter import Meter
@@ -108,21 +109,22 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._accepts = False
+        await complete(asyncio.create_task(self._close()))
+
+    async def _close(self) -> None:
         main = self._main
-        try:
-            if main is not None:
-                main.cancel()
-                await asyncio.wait([main], timeout=_STOP_SECONDS)
-        finally:
-            self._delivery.fail_all(EngineUnavailableError("the engine was shut down"))
-            parts, self._parts, self._main = self._opened, None, None
-            if main is None or main.done():
-                await parts.close()
-                device = parts.device
-                del parts, main, self._meter
-                release(device)
-            else:  # a thread may still use the memory: it goes with the process
-                _log.error("the engine's tasks have not ended; it is left without freeing its memory")
+        if main is not None:
+            main.cancel()
+            await asyncio.wait([main], timeout=_STOP_SECONDS)
+        self._delivery.fail_all(EngineUnavailableError("the engine was shut down"))
+        parts, self._parts, self._main = self._opened, None, None
+        if main is None or main.done():
+            await parts.close()
+            device = parts.device
+            del parts, main, self._meter
+            release(device)
+        else:  # a thread may still use the memory: it goes with the process
+            _log.error("the engine's tasks have not ended; it is left without freeing its memory")
 
     @property
     def spec(self) -> ModelSpec:

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from hsrpc.device.calibration import calibrate
 from hsrpc.device.device import Device, available_memory, open_device
 from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.cache import CacheManager
+from hsrpc.engine.completion import complete
 from hsrpc.engine.executor import Executor
 from hsrpc.engine.token_ids import TokenIdsOnly
 from hsrpc.engine.tokenizer import Tokenizer
@@ -121,10 +122,13 @@ async def open_parts(config: EngineConfig, progress: bool) -> Parts:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
         stop.set()
-        await asyncio.wait([opening])
-        if opening.exception() is None:
-            await opening.result().close()
+        await complete(asyncio.create_task(_close_opened(opening)))
         raise
+
+
+async def _close_opened(opening: asyncio.Task[Parts]) -> None:
+    with suppress(Exception):  # nobody is there to be told
+        await (await opening).close()
 
 
 def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> Parts:

@@ -13,7 +13,7 @@ import pytest
 
 from hsrpc import Engine
 from hsrpc.core.request import FinishReason, SamplingParams
-from hsrpc.engine import weights
+from hsrpc.engine import startup, weights
 from hsrpc.engine.generation import Generation
 from hsrpc.errors import EngineUnavailableError
 from tests.engine.reference import Reference
@@ -275,6 +275,60 @@ async def test_cancelling_while_loading_stops_it(
         await entering
     await until(lambda: not engine_threads())
     assert layers == [0]
+
+
+async def test_cancelling_again_while_loading_stops_gives_everything_back(
+    monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
+    """An impatient caller does not leave memory or threads behind."""
+    released, started, proceed = [], threading.Event(), threading.Event()
+
+    def slow(*args: Any, progress: bool) -> weights.ModelWeights:
+        started.set()
+        assert proceed.wait(20)
+        return load_weights(*args, progress=progress)
+
+    load_weights = startup.load_weights
+    monkeypatch.setattr(startup, "load_weights", slow)
+    monkeypatch.setattr("hsrpc.device.device.CpuDevice.release_pinned", lambda device: released.append(1))
+    entering = asyncio.create_task(Engine(roomy(reference("opt"))).__aenter__())
+    await asyncio.to_thread(started.wait, 20)
+    before = len(released)
+    for _ in range(3):
+        entering.cancel()
+        await asyncio.sleep(0.01)
+    assert not entering.done()
+    proceed.set()
+    with pytest.raises(asyncio.CancelledError):
+        await entering
+    assert len(released) > before
+    await until(lambda: not engine_threads())
+
+
+async def test_cancelling_while_it_is_left_gives_everything_back(
+    monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
+    """Leaving an engine ends, then the cancellation is told."""
+    engine, begun, proceed, given_back = Engine(roomy(reference("opt"))), threading.Event(), threading.Event(), []
+    await engine.__aenter__()
+
+    def slow(device: object) -> None:
+        begun.set()
+        assert proceed.wait(20)
+
+    monkeypatch.setattr("hsrpc.device.device.CpuDevice.release_pinned", slow)
+    monkeypatch.setattr("hsrpc.device.device.CpuDevice.release_cached", lambda device: given_back.append(1))
+    leaving = asyncio.create_task(engine.__aexit__(None, None, None))
+    await asyncio.to_thread(begun.wait, 20)
+    for _ in range(3):
+        leaving.cancel()
+        await asyncio.sleep(0.01)
+    assert not leaving.done()
+    proceed.set()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert given_back == [1]
+    await until(lambda: not engine_threads())
 
 
 async def test_cancelling_at_the_end_of_loading_gives_everything_back(
