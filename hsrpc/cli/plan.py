@@ -137,6 +137,7 @@ def _as_json(spec: ModelSpec, plan: Plan) -> dict[str, object]:
         "budgets": {"device": plan.budgets.device, "host": plan.budgets.host},
         "num_blocks": {pool.name.lower(): count for pool, count in plan.num_blocks.items()},
         "max_prefill_tokens": plan.max_prefill_tokens,
+        "spare_prefill_tokens": plan.spare_prefill_tokens,
         "max_idle_prefill_tokens": plan.max_idle_prefill_tokens,
         "prediction": _prediction_json(step),
         "hardware": asdict(plan.hardware),

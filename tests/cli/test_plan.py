@@ -37,6 +37,7 @@ def test_json_adds_up(hsrpc):
     assert step["longest_step_seconds"] >= step["step_seconds"]
     assert step["mean_tokens_per_second"] == pytest.approx(step["batch"] / step["mean_step_seconds"])
     assert 1 <= plan["max_prefill_tokens"] <= plan["max_idle_prefill_tokens"]
+    assert plan["spare_prefill_tokens"] >= 0
     assert plan["hardware"]["load_bandwidth"] > 0
 
 
