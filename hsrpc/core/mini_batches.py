@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heappop, heappush
 
 from hsrpc.core.batch import BufferLimits, RowCosts, Work
 from hsrpc.core.blocks import PoolId
@@ -33,21 +34,25 @@ def form_mini_batches(
     Longest first into the least loaded that has room.
     """
     sized = [(work, *_buffer_rows(work, block_size, window)) for work in works]
-    sized.sort(key=lambda item: (-sum(item[1:]), item[0].request.order))
+    sized.sort(key=lambda item: (-item[1] - item[2] - item[3], item[0].request.order))
     bins = [_Bin() for _ in range(_fewest_bins(sized, limits))]
+    least_loaded = [(0.0, 0, number) for number in range(len(bins))]  # load, rows, number: a heap
     for work, kv_rows, activation_rows, new_rows in sized:
-        rows = kv_rows + activation_rows + new_rows
-        fitting = [b for b in bins if b.fits(rows, activation_rows, work.count, limits)]
-        if not fitting:
+        rows, full = kv_rows + activation_rows + new_rows, []
+        while least_loaded and not bins[least_loaded[0][2]].fits(rows, activation_rows, work.count, limits):
+            full.append(heappop(least_loaded))
+        number = heappop(least_loaded)[2] if least_loaded else len(bins)
+        if number == len(bins):
             bins.append(_Bin())
-            fitting = bins[-1:]
-        chosen = min(fitting, key=lambda b: (max(b.bus, b.gpu), b.rows))
+        chosen = bins[number]
         chosen.works.append(work)
         chosen.rows += rows
         chosen.activation_rows += activation_rows
         chosen.queries += work.count
         chosen.bus += kv_rows * costs.load_kv + activation_rows * costs.load_activation
         chosen.gpu += activation_rows * costs.regenerate
+        for entry in (*full, (max(chosen.bus, chosen.gpu), chosen.rows, number)):
+            heappush(least_loaded, entry)
     return [b.works for b in bins if b.works]
 
 
@@ -62,14 +67,17 @@ def _fewest_bins(sized: Sequence[tuple[Work, int, int, int]], limits: BufferLimi
 def _buffer_rows(work: Work, block_size: int, window: int | None) -> tuple[int, int, int]:
     """Rows of the kv buffer that `work` takes: cached as KV, cached as activations, new."""
     first, last = first_block(work.context, block_size, window), -(-work.context // block_size)
-    pools = work.request.blocks.pools[first:last]
+    pools = work.request.blocks.pools[first:last].tobytes()
     missing = last * block_size - work.context  # in the last block, which is partly filled
-
-    def rows(*of: PoolId) -> int:
-        return sum(map(pools.count, of)) * block_size - (missing if pools and pools[-1] in of else 0)
-
-    activations = rows(PoolId.DEVICE_ACTIVATION, PoolId.HOST_ACTIVATION)
-    if not work.reads_in_place(window):
-        return rows(PoolId.DEVICE_KV, PoolId.HOST_KV), activations, work.count
+    in_place = work.reads_in_place(window)
+    kv = pools.count(PoolId.HOST_KV) + (0 if in_place else pools.count(PoolId.DEVICE_KV))
+    activations = pools.count(PoolId.DEVICE_ACTIVATION) + pools.count(PoolId.HOST_ACTIVATION)
+    kv_rows, activation_rows = kv * block_size, activations * block_size
+    if pools and pools[-1] >= PoolId.DEVICE_ACTIVATION:
+        activation_rows -= missing
+    elif pools and (pools[-1] == PoolId.HOST_KV or not in_place):
+        kv_rows -= missing
+    if not in_place:
+        return kv_rows, activation_rows, work.count
     newest = work.request.blocks.pools[work.context // block_size : work.context // block_size + 1]
-    return rows(PoolId.HOST_KV), activations, 1 - newest.count(PoolId.DEVICE_KV)
+    return kv_rows, activation_rows, 1 - newest.count(PoolId.DEVICE_KV)
