@@ -2,8 +2,9 @@
 
     python -m benchmarks.orchestration --shape opt-1.3b --batch 64 --json orchestration.json
 
-Measures the engine's last decode steps of a full batch. Then, with the engine idle, it launches the last of those steps
-again and again, graph and sampling with nothing else between: what a step takes beyond that is orchestration.
+Measures the engine's last decode steps of a full batch. Then, with the engine idle, it launches a step with as many
+cached tokens again and again, graph and sampling with nothing else between: what a step takes beyond that is
+orchestration.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from hsrpc.bench.run import load_requests
 from hsrpc.bench.workload import Lengths, make_workload
 from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, DeviceKind
-from hsrpc.core.batch import MiniBatch
+from hsrpc.core.batch import MiniBatch, Work
+from hsrpc.core.blocks import BlockManager
+from hsrpc.core.layout import lay_out
+from hsrpc.core.request import Request
 from hsrpc.engine.graphs import DecodeGraphs
 from hsrpc.engine.stats import StepRecord
 from hsrpc.model.sampler import SamplingRow
@@ -60,54 +64,35 @@ async def measure(options: argparse.Namespace) -> Found:
         gpu_memory=options.gpu_memory,
     )
     async with Engine(config, observe=records.append) as engine:
-        last = LastFull(_graphs(engine), options.batch)
+        graphs = _graphs(engine)
         lengths = {"prompt": options.prompt, "output": options.output, "vocab_size": engine.spec.vocab_size}
         await load_requests(engine, make_workload(Lengths.UNIFORM, count=options.batch, **lengths))
-        alone = time_alone(engine, last)
+        full = [each for each in records if each.decode_tokens == options.batch and not each.prefill_tokens]
+        context = round(median(each.context_tokens for each in full[-LAST_STEPS:]) / options.batch)
+        alone = time_alone(engine, graphs, options.batch, context)
         name, device = engine.spec.name, engine.device
-    full = [each.seconds for each in records if each.decode_tokens == options.batch and not each.prefill_tokens]
-    step = median(full[-LAST_STEPS:])
+    times = [each.seconds for each in full[-LAST_STEPS:]]
+    step = median(times)
     return Found(
         model=name,
         device=device,
         batch=options.batch,
-        context=options.prompt + options.output,
+        context=context,
         step_seconds=step,
         alone_seconds=alone,
         orchestration=1 - alone / step,
-        step_times=full[-LAST_STEPS:],
+        step_times=times,
     )
 
 
-class LastFull:
-    """Remembers the last step of a full batch that `graphs` is given: those after it have fewer requests and rows."""
-
-    def __init__(self, graphs: DecodeGraphs, batch: int) -> None:
-        self.graphs = graphs
-        self.step: MiniBatch | None = None
-        self._batch = batch
-        self._run = graphs.run
-        graphs.run = self._remember  # type: ignore[method-assign]
-
-    def _remember(self, batch: MiniBatch, sampled: torch.Tensor | None) -> torch.Tensor:
-        if batch.num_queries == self._batch:
-            self.step = batch
-        return self._run(batch, sampled)
-
-    def prepare(self) -> torch.Tensor:
-        """Its input where the graph reads it: the logits that each replay makes."""
-        assert self.step is not None  # a full batch was decoded
-        return self._run(self.step, None)
-
-
 @torch.inference_mode()
-def time_alone(engine: Engine, last: LastFull) -> float:
-    """Seconds of the last full step's graph and sampling."""
+def time_alone(engine: Engine, graphs: DecodeGraphs, batch: int, context: int) -> float:
+    """Seconds of a decode step's graph and sampling."""
     parts = engine._opened
     device, sampler = parts.device, parts.executor._sampler
-    logits = last.prepare()
-    rows = [SamplingRow(SamplingParams(temperature=0.0), [], [], 0, frozenset())] * len(logits)
-    graph = last.graphs._graphs[len(logits)]
+    logits = graphs.run(_decode_step(engine, batch, context), None)  # fills the input where the graph reads it
+    rows = [SamplingRow(SamplingParams(temperature=0.0), [], [], 0, frozenset())] * batch
+    graph = graphs._graphs[batch]
     with device.on(device.compute):
         for repeat in range(REPLAYS + 1):
             if repeat == 1:
@@ -117,6 +102,17 @@ def time_alone(engine: Engine, last: LastFull) -> float:
             sampler.launch(logits, rows)
         device.drain()
     return (time.perf_counter() - start) / REPLAYS
+
+
+def _decode_step(engine: Engine, batch: int, context: int) -> MiniBatch:
+    """Of requests with `context` cached tokens each, in blocks of the idle engine."""
+    plan, params = engine.plan, SamplingParams()
+    blocks, works = BlockManager(plan.num_blocks, plan.max_batch), []
+    for number in range(batch):
+        request = Request(str(number), [0] * (context + 1), params, number, 0.0)
+        assert blocks.grow(request.blocks, -(-(context + 1) // plan.block_size))
+        works.append(Work(request, context, 1, samples=True))
+    return lay_out(works, plan.block_size, None)
 
 
 def _graphs(engine: Engine) -> DecodeGraphs:

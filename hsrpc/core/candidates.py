@@ -136,8 +136,7 @@ class Evaluator:
         host_blocks = np.minimum(self._blocks(host_room, host_share), of_use)
         candidates = replace(candidates, host_share=host_share)
         times = self.model.predict(candidates)
-        most = np.where(streamed > 0, np.minimum(idle_chunk, MAX_CHUNK), chunk)
-        fitted = self._fitted(chunk, most, times)
+        fitted = self._fitted(chunk, np.where(streamed > 0, np.minimum(idle_chunk, MAX_CHUNK), chunk), times)
         times = self.model.predict(replace(candidates, chunk=fitted))
         return Evaluation(
             grid=grid,

@@ -20,7 +20,7 @@ from hsrpc.device.device import Device
 
 _REPEATS = 5
 _PIECES = 4
-"""Copied in turn: what lies in the host's caches arrives even beside GEMMs at full speed, other bytes do not."""
+"""Copied in turn, so that they come from memory and not from the host's caches, as the engine's do."""
 _BUS_REPEATS = 20
 """Others use the bus of a shared machine, for moments: the quarter of the copies that they disturbed least counts."""
 _LAUNCHES_PER_LAYER, _LAUNCHES_PER_PROMPT_LAYER = 30, 90
@@ -142,7 +142,7 @@ def _contended_share(
                 target.copy_(next(pieces), non_blocking=True)
             device.synchronize(device.record(device.load))
             times.append(time.perf_counter() - start)
-        return sorted(times)[_BUS_REPEATS // 4]
+        return _lower_quartile(times)
 
     return min(1.0, seconds(0) / seconds(count))
 
@@ -208,8 +208,11 @@ def _seconds(device: Device, work: Callable[[], object], loops: int = 1) -> floa
 
 
 def _undisturbed_seconds(device: Device, work: Callable[[], object]) -> float:
-    """Lower quartile."""
-    return sorted(_times(device, work, _BUS_REPEATS))[_BUS_REPEATS // 4]
+    return _lower_quartile(_times(device, work, _BUS_REPEATS))
+
+
+def _lower_quartile(times: Sequence[float]) -> float:
+    return sorted(times)[len(times) // 4]
 
 
 def _times(device: Device, work: Callable[[], object], repeats: int, loops: int = 1) -> list[float]:

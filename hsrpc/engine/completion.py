@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TypeVar
+from collections.abc import Coroutine
+from typing import Any
 
-T = TypeVar("T")
 
-
-async def complete(task: asyncio.Task[T]) -> T:
-    """The result of `task`, which is waited for although the caller is cancelled; that is raised once it has ended."""
+async def complete(work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` to its end although the caller is cancelled; that is raised afterwards, or what `work` raised."""
+    task = asyncio.create_task(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
             await asyncio.wait([task])
         except asyncio.CancelledError as error:
             cancelled = error
+    task.result()
     if cancelled is not None:
         raise cancelled
-    return task.result()

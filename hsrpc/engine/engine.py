@@ -109,7 +109,7 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._accepts = False
-        await complete(asyncio.create_task(self._close()))
+        await complete(self._close())
 
     async def _close(self) -> None:
         main = self._main

@@ -122,7 +122,7 @@ async def open_parts(config: EngineConfig, progress: bool) -> Parts:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
         stop.set()
-        await complete(asyncio.create_task(_close_opened(opening)))
+        await complete(_close_opened(opening))
         raise
 
 

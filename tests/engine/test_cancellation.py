@@ -277,6 +277,17 @@ async def test_cancelling_while_loading_stops_it(
     assert layers == [0]
 
 
+async def cancel_until(proceed: threading.Event, task: asyncio.Task[Any]) -> None:
+    """Cancel it several times while it is held up: it ends, cancelled, when it may proceed."""
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0.01)
+    assert not task.done()
+    proceed.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 async def test_cancelling_again_while_loading_stops_gives_everything_back(
     monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
 ) -> None:
@@ -294,13 +305,7 @@ async def test_cancelling_again_while_loading_stops_gives_everything_back(
     entering = asyncio.create_task(Engine(roomy(reference("opt"))).__aenter__())
     await asyncio.to_thread(started.wait, 20)
     before = len(released)
-    for _ in range(3):
-        entering.cancel()
-        await asyncio.sleep(0.01)
-    assert not entering.done()
-    proceed.set()
-    with pytest.raises(asyncio.CancelledError):
-        await entering
+    await cancel_until(proceed, entering)
     assert len(released) > before
     await until(lambda: not engine_threads())
 
@@ -320,13 +325,7 @@ async def test_cancelling_while_it_is_left_gives_everything_back(
     monkeypatch.setattr("hsrpc.device.device.CpuDevice.release_cached", lambda device: given_back.append(1))
     leaving = asyncio.create_task(engine.__aexit__(None, None, None))
     await asyncio.to_thread(begun.wait, 20)
-    for _ in range(3):
-        leaving.cancel()
-        await asyncio.sleep(0.01)
-    assert not leaving.done()
-    proceed.set()
-    with pytest.raises(asyncio.CancelledError):
-        await leaving
+    await cancel_until(proceed, leaving)
     assert given_back == [1]
     await until(lambda: not engine_threads())
 
