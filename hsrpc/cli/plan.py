@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
   hsrpc plan --model ./opt-13b --gpu-memory 20GiB --host-memory 96GiB
-  hsrpc plan --model random:opt-30b --gpu-memory 24GiB --plot share.png
+  hsrpc plan --model random:opt-30b --gpu-memory 24GiB --host-memory 96GiB --plot share.png
   hsrpc plan --model ./opt-13b --json | jq .prediction
 """
 
