@@ -95,6 +95,9 @@ class EngineConfig:
     cache_policy: CachePolicy = CachePolicy.AUTO
     activation_share: float | None = None
     """Share of cached tokens held as activations, in [0, 1]; only with the hybrid policy."""
+    recompute_share: float | None = None
+    """Most of the tokens in use that are cached nowhere and computed anew in each step, in [0, 1]; for measurements.
+    None: planned under the policy `auto`, none under others."""
     placement: Placement = Placement.AUTO
     resident_share: float | None = None
     """Most of the layers' weights that stays on the device, in [0, 1]; for measurements. None: planned."""
@@ -153,6 +156,9 @@ class EngineConfig:
         resident = self.resident_share
         if resident is not None and not 0.0 <= resident <= 1.0:
             raise ConfigError("resident_share", resident, "outside [0, 1]", "give the share of weights, such as 0.5")
+        recomputed = self.recompute_share
+        if recomputed is not None and not 0.0 <= recomputed <= 1.0:
+            raise ConfigError("recompute_share", recomputed, "outside [0, 1]", "give the share of tokens, such as 0.2")
         share = self.activation_share
         if share is None:
             return

@@ -94,6 +94,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--cache-policy", choices=_values(CachePolicy), default=CachePolicy.AUTO, help="default: auto, planned"
     )
     cache.add_argument("--activation-share", type=float, metavar="X", help="0 to 1, with --cache-policy hybrid")
+    cache.add_argument(
+        "--recompute-share",
+        type=float,
+        metavar="X",
+        help="0 to 1: most of the tokens in use that are cached nowhere and computed anew in each step "
+        "(default: planned under auto, 0 under other policies)",
+    )
     cache.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a cache block (default: 16)")
     batch = parser.add_argument_group("batch")
     batch.add_argument("--max-batch", type=int, metavar="N", help="most requests that run at once (default: planned)")

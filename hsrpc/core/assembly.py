@@ -12,6 +12,7 @@ from hsrpc.core.candidates import Evaluation, Evaluator, Point
 from hsrpc.core.memory import Staging, device_bytes
 from hsrpc.core.plan import Hardware, Plan
 from hsrpc.core.prediction import as_prediction
+from hsrpc.core.recomputing import NO_RECOMPUTING, RecomputeLimits
 from hsrpc.core.sizes import ModelSizes
 
 
@@ -39,9 +40,10 @@ class Assembly:
             block_size=config.block_size,
             max_batch=point.batch,
             max_model_len=evaluator.max_model_len,
-            max_prefill_tokens=every_prompt if model.recomputes else int(one.chunk),
+            max_prefill_tokens=every_prompt if evaluator.recomputes else int(one.chunk),
             spare_prefill_tokens=self._spare_prefill_tokens(point, one),
-            max_idle_prefill_tokens=every_prompt if model.recomputes else int(one.idle_chunk),
+            max_idle_prefill_tokens=every_prompt if evaluator.recomputes else int(one.idle_chunk),
+            recompute=self._recompute(point, one),
             buffers=BufferLimits(point.rows, int(staging.activation_rows), int(staging.queries)),
             costs=_row_costs(sizes, model.hardware),
             resident=resident,
@@ -67,9 +69,20 @@ class Assembly:
         """None where no weights stream: there each mini-batch more costs its launches, as it does with a bound."""
         evaluator = self.evaluator
         streams = evaluator.choices.streamed[point.choice] > 0
-        if not streams or evaluator.model.recomputes or evaluator.config.max_step_time is not None:
+        if not streams or evaluator.recomputes or evaluator.config.max_step_time is not None:
             return 0.0
         return float(evaluator.model.spare_prompt_tokens(point.batch, one.times))
+
+    def _recompute(self, point: Point, one: Evaluation) -> RecomputeLimits:
+        evaluator = self.evaluator
+        if evaluator.recomputes or not one.recomputed:
+            return NO_RECOMPUTING
+        streamed = evaluator.choices.streamed[point.choice] / evaluator.sizes.num_layers
+        return RecomputeLimits(
+            tokens=int(one.recomputed * point.batch * evaluator.model.traffic.context),
+            weights=float(evaluator.model.layer.load(streamed)),
+            is_forced=evaluator.config.recompute_share is not None,
+        )
 
     def _staging(self, one: Evaluation, blocks: dict[PoolId, int]) -> Staging:
         """As evaluated, in whole numbers, less the activation buffers of a plan without activations."""
@@ -87,6 +100,8 @@ class Assembly:
 
     def _reason(self, point: Point, one: Evaluation, share: float) -> str:
         reason = self.decision.explain(share, point.device_share, float(one.host_share), float(one.on_device))
+        if one.recomputed and not self.evaluator.recomputes:
+            reason += f"; {one.recomputed:.0%} of the tokens in use are computed anew in each step, and not cached"
         wanted = self.evaluator.config.max_batch
         if wanted is None or point.batch == wanted:
             return reason
@@ -117,4 +132,5 @@ def _row_costs(sizes: ModelSizes, hardware: Hardware) -> RowCosts:
         load_kv=sizes.kv_bytes / hardware.load_bandwidth,
         load_activation=sizes.activation_bytes / hardware.load_bandwidth,
         regenerate=sizes.regenerate_flop / hardware.gemm_rate,
+        compute=sizes.layer_flop / (hardware.gemm_rate * hardware.prompt_rate_share),
     )

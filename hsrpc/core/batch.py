@@ -35,11 +35,13 @@ class Work:
     """The last of its tokens is the newest, so the step samples the next one."""
     source: int | None = None
     """The token is not known yet: it is this one of those that the step before samples."""
+    recomputed: int = 0
+    """Of its tokens, the first ones that were computed in the step before as well, and not kept."""
 
     @property
     def is_decode(self) -> bool:
-        """It computes the newest token alone; otherwise it is a chunk of a prefill."""
-        return self.count == 1 and self.samples
+        """Of its tokens the newest alone is new; otherwise it is a chunk of a prefill."""
+        return self.count - self.recomputed == 1 and self.samples
 
     def reads_in_place(self, window: int | None) -> bool:
         """Its attention reads device KV blocks where they lie; a sliding window's mask needs packed rows."""
@@ -184,11 +186,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class RowCosts:
-    """Seconds a layer takes for one row of the kv buffer loaded as KV or as activation, or computed anew."""
+    """Seconds a layer takes for one row of the kv buffer: loaded as KV or activation, rebuilt from it, or computed."""
 
     load_kv: float
     load_activation: float
     regenerate: float
+    compute: float = 0.0
+    """From the layer's input, and on to its output."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hsrpc.config import EngineConfig, Placement
+from hsrpc.config import CachePolicy, EngineConfig, Placement
 from hsrpc.core.memory import Floats, Number, ResidentChoices, Staging, device_bytes, query_bytes
 from hsrpc.core.plan import Budgets
 from hsrpc.core.sizes import ModelSizes
@@ -49,6 +49,8 @@ class Grid:
     """The host has no activations either: no buffers for them."""
     rows: Number
     """Of a mini-batch's kv buffer."""
+    recompute: Number
+    """Tokens that a step may compute anew, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Point:
     device_share: float
     kv_only: bool
     rows: int
+    recompute: float
 
     def as_grid(self) -> Grid:
         """Arrays without dimensions."""
@@ -69,6 +72,7 @@ class Point:
             device_share=np.asarray(self.device_share),
             kv_only=np.asarray(self.kv_only),
             rows=self.rows,
+            recompute=self.recompute,
         )
 
 
@@ -81,6 +85,8 @@ class Evaluation:
     chunk: Number
     idle_chunk: Number
     host_share: Number
+    recomputed: Number
+    """Part of the tokens in use that every step computes anew."""
     device_blocks: Number
     host_blocks: Number
     on_device: Number
@@ -110,6 +116,8 @@ class Evaluator:
         self.config = config
         self.choices = choices
         self.shares = shares
+        self.recomputes = config.cache_policy is CachePolicy.RECOMPUTE
+        """Nothing is cached: every step computes all tokens."""
         self.max_model_len = model.traffic.longest
         self.longest = -(-self.max_model_len // config.block_size)
         """Blocks of one request at full length."""
@@ -125,16 +133,19 @@ class Evaluator:
         device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
         device_room = device_room - self.choices.resident[grid.choice] - self.choices.buffers[grid.choice]
         host_room = self.budgets.host - self.choices.streamed[grid.choice]
-        needed, most = self._needed_blocks(grid.batch), self._most_blocks(grid.batch)
+        most = self._most_blocks(grid.batch)
         device_blocks = np.minimum(self._device_blocks(device_room, grid.device_share), most)
         on_device = self._on_device(grid.batch, device_blocks, self.model.traffic.context)
-        missing = np.maximum(0, needed - device_blocks)
         candidates = self._candidates(grid, streamed, device_blocks, chunk, prompt_queries)
+        missing = np.maximum(0, self._needed_blocks(grid.batch) - device_blocks)
         host_share = self._host_share(candidates, grid.kv_only, host_room, missing)
+        candidates = replace(candidates, host_share=host_share)
+        recomputed = self._recomputed(candidates, grid.recompute, staging)
+        candidates = replace(candidates, recomputed=recomputed)
+        missing = np.maximum(0, self._needed_blocks(grid.batch * (1 - recomputed)) - device_blocks)
         # None where the device holds all requests at full length: a few would keep steps from being all in place.
         of_use = np.where(device_blocks >= grid.batch * self.longest, 0.0, most - device_blocks)
         host_blocks = np.minimum(self._blocks(host_room, host_share), of_use)
-        candidates = replace(candidates, host_share=host_share)
         times = self.model.predict(candidates)
         fitted = self._fitted(chunk, np.where(streamed > 0, np.minimum(idle_chunk, MAX_CHUNK), chunk), times)
         times = self.model.predict(replace(candidates, chunk=fitted))
@@ -144,6 +155,7 @@ class Evaluator:
             chunk=fitted,
             idle_chunk=idle_chunk,
             host_share=host_share,
+            recomputed=recomputed,
             device_blocks=device_blocks,
             host_blocks=host_blocks,
             on_device=on_device,
@@ -155,13 +167,17 @@ class Evaluator:
 
     def staging(self, grid: Grid, prompt_queries: Number, idle_chunk: Number) -> Staging:
         """What a step goes through on the device; `prompt_queries` are of a mini-batch."""
-        batch, rows, recomputes = grid.batch, grid.rows, self.model.recomputes
+        batch, rows, traffic = grid.batch, grid.rows, self.model.traffic
+        if self.recomputes:
+            step_tokens = batch * self.max_model_len
+            return Staging(batch=batch, rows=rows, activation_rows=0, queries=rows, step_tokens=step_tokens)
+        whole = np.where(np.asarray(grid.recompute) > 0, traffic.at_end, 0)
         return Staging(
             batch=batch,
             rows=rows,
             activation_rows=np.where(grid.kv_only, 0, rows),
-            queries=rows if recomputes else prompt_queries + batch,
-            step_tokens=batch * self.max_model_len if recomputes else idle_chunk + batch,
+            queries=np.maximum(prompt_queries + batch, whole),
+            step_tokens=idle_chunk + batch + np.minimum(grid.recompute, batch * traffic.at_end),
         )
 
     def _chunks(self, batch: Floats, streamed: Number) -> tuple[Number, Number]:
@@ -172,7 +188,7 @@ class Evaluator:
         they may take several mini-batches.
         """
         given = self.config.max_prefill_tokens
-        if given is not None or self.model.recomputes:
+        if given is not None or self.recomputes:
             chunk = np.full_like(batch, given or 1)
             return chunk, chunk
         hidden = self.model.hidden_chunk(streamed)
@@ -193,7 +209,9 @@ class Evaluator:
 
     def _prompt_queries(self, chunk: Number, idle_chunk: Number, streamed: Number) -> Number:
         """Prompt tokens of a mini-batch, at most; not few where weights stream: a step may have several of those."""
-        if self.config.max_prefill_tokens is not None or self.model.recomputes:
+        if self.recomputes:
+            return MAX_CHUNK  # bounded by its rows
+        if self.config.max_prefill_tokens is not None:
             return chunk
         least = np.where(streamed > 0, np.minimum(_LEAST_STREAMED, idle_chunk), 0)
         found: Number = np.minimum(np.maximum(chunk, least), self._most_prompt_tokens())
@@ -201,22 +219,23 @@ class Evaluator:
 
     def _chunk_rows(self, batch: Floats, prompt_queries: Number) -> Number:
         """Rows with which that many prompt tokens are one mini-batch, whatever the first prompt has cached."""
-        if self.model.recomputes:
+        if self.recomputes:
             return 0.0 * batch
         longest = self.longest * self.config.block_size
         rows: Number = np.minimum(prompt_queries + longest, batch * longest)
         return rows
 
-    def _needed_blocks(self, batch: Floats) -> Floats:
+    def _needed_blocks(self, batch: Number) -> Number:
         """One request at full length, and the others at the expected one with a block to grow into."""
-        if self.model.recomputes:
+        if self.recomputes:
             return 0 * batch
         expected = -(-self.model.traffic.context // self.config.block_size) + 1
-        return self.longest + (batch - 1) * expected
+        found: Number = self.longest + np.maximum(0, np.ceil(batch) - 1) * expected
+        return found
 
     def _most_blocks(self, batch: Floats) -> Floats:
         """All requests at full length with a block to grow into: more is of no use."""
-        return 0 * batch if self.model.recomputes else batch * (self.longest + 1)
+        return 0 * batch if self.recomputes else batch * (self.longest + 1)
 
     def _device_blocks(self, room: Number, share: Number) -> Number:
         if self.config.placement is Placement.HOST:
@@ -249,6 +268,21 @@ class Evaluator:
         rounded: Number = np.where(kv_only, 0.0, np.ceil(share * _SHARES - 1e-9) / _SHARES)
         return rounded
 
+    def _recomputed(self, candidates: Candidates, tokens: Number, staging: Staging) -> Number:
+        """The part at which bus and GPU balance, of requests that fit a mini-batch to their end; or what was asked."""
+        if self.recomputes:
+            return 1.0
+        traffic, given = self.model.traffic, self.config.recompute_share
+        part = np.asarray(tokens) / (candidates.batch * traffic.context)
+        most = np.minimum(part, 1.0 - candidates.on_device)
+        most = np.where(staging.queries >= traffic.at_end, most, 0.0)
+        if given is not None:
+            return np.minimum(given, most)
+        if not np.any(most):
+            return 0.0 * most
+        found: Number = np.floor(self.model.balanced_recomputing(candidates, most) * _SHARES) / _SHARES
+        return found
+
     def _mixes(self, grid: Grid, on_device: Number, host_share: Number) -> Bools:
         share = on_device * grid.device_share + (1 - on_device) * host_share
         found: Bools = np.asarray((share > 0) & (share < 1))
@@ -266,6 +300,7 @@ class Evaluator:
             on_device_at_end=self._on_device(grid.batch, device_blocks, traffic.at_end),
             device_share=grid.device_share,
             host_share=0.0,
+            recomputed=0.0,
             chunk=chunk,
             prompt_queries=prompt_queries,
             rows=grid.rows,
@@ -277,7 +312,7 @@ class Evaluator:
         It keeps the step within `max_step_time`; without that, it at most doubles a step on the bus.
         """
         bound, model = self.config.max_step_time, self.model
-        if self.config.max_prefill_tokens is None and not model.recomputes:
+        if self.config.max_prefill_tokens is None and not self.recomputes:
             hidden = np.minimum(np.floor(model.chunk_within(times.step, times)), most)
             chunk = np.where(times.bus > 0, np.maximum(chunk, hidden), chunk)
             if bound is None:

@@ -63,4 +63,4 @@ class LayerTimes:
     def prompt_token(self, context: float) -> float:
         """One token of a prompt that attends to `context` tokens on average, among many."""
         flop = self.sizes.layer_flop + self.sizes.attention_flop(round(context))
-        return flop / self.hardware.gemm_rate
+        return flop / (self.hardware.gemm_rate * self.hardware.prompt_rate_share)

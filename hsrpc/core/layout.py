@@ -83,7 +83,7 @@ class _Blocks:
 
 
 def _read_tables(works: Sequence[Work], contexts: Ints, counts: Ints, block_size: int, window: int | None) -> _Blocks:
-    """The blocks that each work's attention sees or its new tokens go to, in token order; none under `recompute`."""
+    """The blocks that each work's attention sees or its new tokens go to, in token order; some requests keep none."""
     tables = [work.request.blocks for work in works]
     first = np.array([first_block(work.context, block_size, window) for work in works], dtype=np.int64)
     last = np.minimum(-(-(contexts + counts) // block_size), [len(table) for table in tables])
@@ -142,10 +142,12 @@ def merge_runs(source: Ints, target: Ints, count: Ints) -> Runs:
 
 def _stores(table: _Blocks, positions: Ints, owners: Ints, block_size: int) -> dict[PoolId, Rows]:
     """Query rows of works `owners` to the slots of their positions."""
-    if not len(table.owner):
+    kept = np.flatnonzero(np.isin(owners, table.owner))
+    if not len(kept):
         return {}
+    owners, positions = owners[kept], positions[kept]
     # The table has each owner's blocks one behind the other, its first at the owner's first row.
     rows = np.searchsorted(table.owner, owners)
     rows += (positions - table.position[rows]) // block_size
     pools, slots = table.pool[rows], table.index[rows] * block_size + positions % block_size
-    return {pool: Rows(np.flatnonzero(pools == pool), slots[pools == pool]) for pool in PoolId if (pools == pool).any()}
+    return {pool: Rows(kept[pools == pool], slots[pools == pool]) for pool in PoolId if (pools == pool).any()}

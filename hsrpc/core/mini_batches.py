@@ -50,7 +50,7 @@ def form_mini_batches(
         chosen.activation_rows += activation_rows
         chosen.queries += work.count
         chosen.bus += kv_rows * costs.load_kv + activation_rows * costs.load_activation
-        chosen.gpu += activation_rows * costs.regenerate
+        chosen.gpu += activation_rows * costs.regenerate + work.count * costs.compute
         for entry in (*full, (max(chosen.bus, chosen.gpu), chosen.rows, number)):
             heappush(least_loaded, entry)
     return [b.works for b in bins if b.works]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hsrpc.config import CachePolicy
 from hsrpc.core.batch import BufferLimits, RowCosts
 from hsrpc.core.blocks import PoolId
+from hsrpc.core.recomputing import RecomputeLimits
 
 BUFFERS = 2
 """Device buffers of each sort: one is filled while the other is computed with."""
@@ -34,6 +35,8 @@ class Hardware:
     """Device memory, bytes/s, read plus written."""
     duplex_share: float = 1.0
     """Part of both bandwidths that is left while loads and stores run at once."""
+    prompt_rate_share: float = 1.0
+    """Part of the GEMM rate at which whole layers of many tokens are computed, all their kernels included."""
     gemm_overhead: float = 0.0
     """Seconds that a GEMM takes beside its FLOP: where the line of time over rows begins."""
     weight_read_share: float = 1.0
@@ -83,7 +86,7 @@ class StepPrediction:
     mini_batches: int
     bus: float
     forward: float
-    """Projections and MLP of the new tokens."""
+    """Projections and MLP of the new tokens; of those computed anew their attention as well."""
     regenerate: float
     gather: float
     """Activation blocks on the device, copied to where regeneration reads them."""
@@ -138,6 +141,7 @@ class Plan:
     """More of them for each request that the batch lacks: as many as take the time of its decoding."""
     max_idle_prefill_tokens: int
     """Most prompt tokens of a step in which none decodes; may need several mini-batches."""
+    recompute: RecomputeLimits
     buffers: BufferLimits
     costs: RowCosts
     resident: tuple[frozenset[str], ...]

@@ -33,6 +33,8 @@ _BUFFER_BYTES = (512 * 1024**2, 256 * 1024**2, 128 * 1024**2)
 """Of a kv buffer: copies large enough to fill the bus, and few mini-batches."""
 _BUFFER_PART = 20
 """At most this part of the device budget is one kv buffer."""
+_RECOMPUTE_TOKENS = (8192, 32768)
+"""Their hidden states lie on the device."""
 _WORTH = 0.99
 """A larger batch is chosen only where throughput grows by more than the rest: it makes every request wait longer."""
 _EQUAL = 0.995
@@ -49,10 +51,9 @@ class Planner:
         self.config = config
         self.max_model_len = _max_model_len(config, sizes)
         self.decision = decide_cache(config, sizes)
-        self.recomputes = self.decision.policy is CachePolicy.RECOMPUTE
         self.traffic = _traffic(config, sizes, self.max_model_len)
         self._choices = resident_choices(sizes, self._resident_shares())
-        model = StepModel(sizes, hardware, self.traffic, recomputes=self.recomputes)
+        model = StepModel(sizes, hardware, self.traffic)
         self._evaluator = Evaluator(model, budgets, config, self._choices, self.decision.shares)
 
     def plan(self) -> Plan:
@@ -93,7 +94,12 @@ class Planner:
         worth = rates >= _WORTH * rates.max()
         rates[batch != batch[worth].min()] = 0.0
         equal = np.flatnonzero(rates >= _EQUAL * rates.max())
-        simpler = ([e.grid.rows for e in found], [e.mixes for e in found], [e.times.mini_batches for e in found])
+        simpler = (
+            [e.grid.rows for e in found],
+            [e.mixes for e in found],
+            [e.times.mini_batches for e in found],
+            [e.recomputed for e in found],
+        )
         order = np.lexsort((-rates[equal], *(_join(parts, found)[equal] for parts in simpler)))
         return _point(found, int(equal[order[0]]))
 
@@ -106,7 +112,10 @@ class Planner:
         kv_only = (share == 0) & (np.arange(len(shares)) == 0)
         for wanted in self._row_choices():
             rows = self._rows(batch, wanted)
-            yield Grid(batch=batch, choice=choice, device_share=share, kv_only=kv_only, rows=rows)
+            for recompute in self._recompute_choices(batch):
+                yield Grid(
+                    batch=batch, choice=choice, device_share=share, kv_only=kv_only, rows=rows, recompute=recompute
+                )
 
     def _possible_choices(self) -> npt.NDArray[np.int64]:
         """Of resident weights, from many to few: those that alone do not exceed a budget; one where all do."""
@@ -127,6 +136,13 @@ class Planner:
         most = self.budgets.device // _BUFFER_PART
         return [*dict.fromkeys(min(size, most) // self.sizes.kv_bytes for size in _BUFFER_BYTES), 1]
 
+    def _recompute_choices(self, batch: Floats) -> list[Number]:
+        """Tokens that a step may compute anew: none, some, many."""
+        given = self.config.recompute_share
+        if given is not None:
+            return [given * batch * self.traffic.context]
+        return [0, *_RECOMPUTE_TOKENS] if self.config.cache_policy is CachePolicy.AUTO else [0]
+
     def _rows(self, batch: Number, wanted: int) -> Number:
         block = self.config.block_size
         longest = -(-self.max_model_len // block) * block
@@ -143,7 +159,8 @@ class Planner:
 
     def _too_small(self) -> ConfigError:
         rows = int(self._rows(1, 1))
-        smallest = Point(1, 0, min(self.decision.shares), kv_only=min(self.decision.shares) == 0, rows=rows)
+        share = min(self.decision.shares)
+        smallest = Point(1, 0, share, kv_only=share == 0, rows=rows, recompute=0)
         chunk = self.config.max_prefill_tokens or min(MIN_CHUNK, self.max_model_len)
         staging = self._evaluator.staging(smallest.as_grid(), chunk, chunk)
         needed = sum(map(int, device_bytes(self.sizes, staging).values())) + BUFFERS * self.sizes.layer_bytes
@@ -209,5 +226,5 @@ def _point(found: Sequence[Evaluation], index: int) -> Point:
     """The candidate at `index` of what `_join` gives."""
     grids = [evaluation.grid for evaluation in found]
     values = [[getattr(grid, item.name) for grid in grids] for item in fields(Grid)]
-    batch, choice, share, kv_only, rows = (_join(value, found)[index] for value in values)
-    return Point(int(batch), int(choice), float(share), bool(kv_only), int(rows))
+    batch, choice, share, kv_only, rows, recompute = (_join(value, found)[index] for value in values)
+    return Point(int(batch), int(choice), float(share), bool(kv_only), int(rows), float(recompute))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
     batch = num_requests or plan.max_batch
     attended = min(context, sizes.sliding_window or context)
     traffic = Traffic(context=context, attended=attended, prompt=0, output=1, longest=plan.max_model_len)
-    model = StepModel(sizes, plan.hardware, traffic, recomputes=not plan.keeps_cache)
+    model = StepModel(sizes, plan.hardware, traffic)
     used = batch * -(-context // plan.block_size)
     on_device = min(1.0, sum(_blocks(plan, Tier.DEVICE)) / used)
     candidate = Candidates(
@@ -30,10 +30,17 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
         on_device_at_end=on_device,
         device_share=_share(plan, Tier.DEVICE),
         host_share=_share(plan, Tier.HOST),
+        recomputed=0.0 if plan.keeps_cache else 1.0,
         chunk=plan.max_prefill_tokens,
         prompt_queries=max(1, plan.buffers.queries - plan.max_batch),
         rows=plan.buffers.rows,
     )
+    anew = plan.recompute.tokens / (batch * context)
+    if plan.recompute.is_forced:
+        candidate = replace(candidate, recomputed=min(1.0, anew))
+    elif anew:
+        part = model.balanced_recomputing(candidate, min(1.0 - on_device, anew))
+        candidate = replace(candidate, recomputed=part)
     return as_prediction(batch, context, model.predict(candidate))
 
 

@@ -203,6 +203,7 @@ class Request:
         "params",
         "preemptions",
         "rank",
+        "recomputes",
         "request_id",
         "scheduled_time",
         "token_ids",
@@ -231,6 +232,8 @@ class Request:
         self.arrival = arrival
         self.rank = math.inf
         """How many were let in to run before it; infinite while it has not been."""
+        self.recomputes = False
+        """It keeps no blocks: each step computes all of its tokens."""
         self.preemptions = 0
         self.in_flight = 0
         """Steps that compute it, handed out and not committed."""
@@ -251,6 +254,17 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Its newest token alone is to be computed for the first time."""
+        is_computed = self.recomputes or self.num_tokens - self.num_computed == 1
+        return is_computed and self.num_output_tokens > 0
+
+    def most_tokens(self, max_model_len: int) -> int:
+        """That it may come to have, if no more than `max_model_len` are allowed."""
+        most = self.params.max_tokens
+        return max_model_len if most is None else min(max_model_len, self.num_prompt_tokens + most)
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -3,7 +3,8 @@
 The running list is kept in the order in which requests were let in, whatever their priority; `FairQueue` chooses whom
 to let in. A request that needs a block when none is free takes those of the request that comes last, which is
 recomputed from its token ids later, before any that was never let in. Hence the first in order always advances, every
-request ends, and nothing dead-locks: one request at full length fits by construction (the planner sees to it).
+request ends, and nothing dead-locks: one request at full length fits by construction (the planner sees to it). Requests
+that keep no blocks need none and never give way.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from hsrpc.core.drain import DrainRate
 from hsrpc.core.fairness import FairQueue
 from hsrpc.core.layout import lay_out
 from hsrpc.core.mini_batches import form_mini_batches
+from hsrpc.core.recomputing import NO_RECOMPUTING, RecomputeLimits, Recomputing
 from hsrpc.core.request import FinishReason, Request
 
 _MAX_ENDED_WAITING = 64
@@ -42,6 +44,8 @@ class SchedulerLimits:
     sliding_window: int | None = None
     keeps_cache: bool = True
     """False for the recompute policy: nothing is cached, every step computes all tokens of its requests."""
+    recompute: RecomputeLimits = NO_RECOMPUTING
+    """Of the requests that keep a cache at first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,13 @@ class Scheduler:
         self.limits = limits
         self.preemptions = 0
         self._eos = frozenset(eos_token_ids)
+        self._recomputing = Recomputing(
+            limits.recompute,
+            limits.costs,
+            block_size=limits.block_size,
+            max_model_len=limits.max_model_len,
+            max_queries=limits.buffers.queries,
+        )
         self._live: dict[str, Request] = {}
         self._running: list[Request] = []
         self._queue = FairQueue()
@@ -96,6 +107,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Let `request` wait for its turn."""
+        request.recomputes = not self.limits.keeps_cache
         self._live[request.request_id] = request
         self._queue.add(request, request.arrival_time)
         self.num_waiting_tokens += request.num_tokens
@@ -125,6 +137,8 @@ class Scheduler:
 
     def schedule(self, now: float) -> Step | None:
         """The next step: a token for each running request, and prompts as far as room allows. None: nothing to do."""
+        if self._recomputing.is_of_use:
+            self._balance()
         budget = self._prefill_budget()
         works = self._continue_running(budget)
         works += self._admit(now, budget - sum(map(_prefill_tokens, works)))
@@ -170,8 +184,9 @@ class Scheduler:
             if request.finish_reason is not None:
                 self._free_ended(request)
                 continue
-            if self.limits.keeps_cache:
+            if len(request.blocks):
                 request.num_computed = work.context + work.count
+                request.recomputes = False
             if work.samples:
                 outputs.append(self._accept(request, sampled[request.request_id], now))
         return outputs
@@ -218,10 +233,20 @@ class Scheduler:
 
     def _prefill_budget(self) -> int:
         limits = self.limits
-        decoding = sum(r.num_tokens - r.num_computed == 1 and r.num_output_tokens > 0 for r in self._running)
+        decoding = sum(request.is_decoding for request in self._running)
         spare = int(limits.spare_prefill_tokens * (limits.max_batch - decoding))
         idle = limits.max_idle_prefill_tokens
         return min(idle, limits.max_prefill_tokens + spare) if decoding else idle
+
+    def _balance(self) -> None:
+        """Let requests give up their blocks, or one take some again, as bus and GPU have time."""
+        for request in self._recomputing.giving_up(self._running):
+            self.blocks.free(request.blocks)
+            request.num_computed = 0
+            request.recomputes = True
+        taking_back = self._recomputing.taking_back(self._running)
+        if taking_back is not None and self._has_room(taking_back.num_tokens):
+            self.blocks.grow(taking_back.blocks, self._num_blocks(taking_back.num_tokens))  # as the step computes it
 
     def _continue_running(self, budget: int) -> list[Work]:
         works: list[Work] = []
@@ -233,7 +258,8 @@ class Scheduler:
             if work is None:
                 continue
             if not self._reserve(request, work):
-                break  # it gave way itself, being the last
+                position -= 1  # it gave way itself, being the last with blocks
+                continue
             budget -= _prefill_tokens(work)
             works.append(work)
         return works
@@ -242,7 +268,7 @@ class Scheduler:
         works: list[Work] = []
         while len(self._running) < self.limits.max_batch and budget > 0:
             request = self._first_waiting(now)
-            if request is None or not self._has_room(request):
+            if request is None or not (request.recomputes or self._has_room(request.num_tokens)):
                 break
             work = self._next_work(request, budget)
             if work is None or not self.blocks.grow(request.blocks, self._missing_blocks(request, work)):
@@ -267,15 +293,16 @@ class Scheduler:
 
     def _next_work(self, request: Request, budget: int) -> Work | None:
         pending = request.num_tokens - request.num_computed
-        if not self.limits.keeps_cache:
-            return Work(request, 0, pending, samples=True)
+        if request.recomputes:
+            return Work(request, 0, pending, samples=True, recomputed=pending - 1 if request.is_decoding else 0)
         count = min(pending, max(budget, 1 if pending == 1 else 0), self.limits.buffers.queries)
         return Work(request, request.num_computed, count, samples=count == pending) if count > 0 else None
 
     def _reserve(self, request: Request, work: Work) -> bool:
         """Blocks for `work`, preempting from the end of the running list; False where the request itself gave way."""
         while not self.blocks.grow(request.blocks, self._missing_blocks(request, work)):
-            victim = self._running.pop()
+            victim = next(r for r in reversed(self._running) if not r.recomputes)
+            self._running.remove(victim)
             self._preempt(victim)
             if victim is request:
                 return False
@@ -291,16 +318,14 @@ class Scheduler:
         self._num_preempted += 1
 
     def _missing_blocks(self, request: Request, work: Work) -> int:
-        if not self.limits.keeps_cache:
-            return 0
-        return -(-(work.context + work.count) // self.limits.block_size) - len(request.blocks)
+        return 0 if request.recomputes else self._num_blocks(work.context + work.count) - len(request.blocks)
 
-    def _has_room(self, request: Request) -> bool:
-        """Its prompt fits beside one more block for each running request: to admit, then preempt, is work lost."""
-        if not self.limits.keeps_cache:
-            return True
-        needed = -(-request.num_tokens // self.limits.block_size)
-        return self.blocks.num_free >= needed + (len(self._running) if self._running else 0)
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.block_size)
+
+    def _has_room(self, num_tokens: int) -> bool:
+        """They fit beside one more block for each running request: to admit, then preempt, is work lost."""
+        return self.blocks.num_free >= self._num_blocks(num_tokens) + len(self._running)
 
     def _drop_ended(self) -> None:
         """Requests that ended after they were preempted leave the heap at its top, or here once they are most of it."""

@@ -3,7 +3,7 @@
 For each layer, of `n` requests with `context` cached tokens each:
 
     bus    = (streamed weights + host tokens * bytes of their kind) / load bandwidth
-    gpu    = forward + regeneration + gather + attention
+    gpu    = forward + tokens computed anew + regeneration + gather + attention
     layer  = max(bus, gpu, launches)        (near the balance of bus and GPU a little more: `_beside`)
 
 Beyond the paper: resident weights, blocks on the device, the host's launches and step boundary, and the prompts that
@@ -13,20 +13,19 @@ those in `StepTimes`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hsrpc.core.layer_times import LayerTimes
 from hsrpc.core.memory import Number
 from hsrpc.core.plan import BUFFERS, Hardware
+from hsrpc.core.recomputing import BALANCE
 from hsrpc.core.sizes import ModelSizes
 
 _WAITING = 8
 """Bus and GPU take turns with two buffers. Where they take equally long, they wait for each other: by 9 % with this
 exponent, by 1 % where one takes three quarters of the other's time. Measured: 10 and 0 to 1 % (docs/performance.md)."""
-_BALANCE = 7 / 8
-"""GPU time over bus time where a step is shortest: beyond it a higher share costs the GPU more than the bus gains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +67,12 @@ class Candidates:
     """Activations' part of the device's tokens."""
     host_share: Number
     """Activations' part of the host's tokens."""
+    recomputed: Number
+    """Part of the tokens that no block holds and every step computes anew; they leave the host's blocks first."""
     chunk: Number
     """Prompt tokens a step at most, beside decoding."""
     prompt_queries: Number
-    """Of those in a mini-batch, at most."""
+    """Of those, and of the ones computed anew, in a mini-batch, at most."""
     rows: Number
     """Of a mini-batch's kv buffer."""
 
@@ -98,14 +99,14 @@ class StepTimes:
 class StepModel:
     """Predicts steps of a model on a machine under a traffic."""
 
-    def __init__(self, sizes: ModelSizes, hardware: Hardware, traffic: Traffic, *, recomputes: bool) -> None:
+    def __init__(self, sizes: ModelSizes, hardware: Hardware, traffic: Traffic) -> None:
         self.sizes = sizes
         self.hardware = hardware
         self.traffic = traffic
         self.layer = LayerTimes(sizes, hardware)
-        self.recomputes = recomputes
-        """Nothing is cached: every step computes all tokens."""
         self.prompt_token = self.layer.prompt_token(traffic.prompt / 2)
+        self.anew_token = self.layer.prompt_token(traffic.attended / 2)
+        """Of a request that keeps no cache."""
         self.chunk_token = self.layer.prompt_token(traffic.longest)
         """Of a chunk at the end of the longest prompt: bounds use it."""
 
@@ -118,14 +119,19 @@ class StepModel:
 
     def prompt_tokens(self, batch: Number) -> Number:
         """Prompt tokens that come in during a step on average."""
-        return 0.0 * batch if self.recomputes else batch * self.traffic.prompt_tokens_per_output
+        return batch * self.traffic.prompt_tokens_per_output
 
     def balanced_share(self, at_zero: StepTimes, at_one: StepTimes) -> Number:
-        """Host share at which bus and GPU balance: both are linear in it, and given at shares 0 and 1."""
-        lead = _BALANCE * at_zero.bus - _gpu(at_zero) - at_zero.prefill
-        closing = _BALANCE * (at_zero.bus - at_one.bus) + (_gpu(at_one) - _gpu(at_zero))
+        """Share of something at which bus and GPU balance: both are linear in it, and given at shares 0 and 1."""
+        lead = BALANCE * at_zero.bus - _gpu(at_zero) - at_zero.prefill
+        closing = BALANCE * (at_zero.bus - at_one.bus) + (_gpu(at_one) - _gpu(at_zero))
         share: Number = np.clip(np.where(closing > 0, lead, 0.0) / np.where(closing > 0, closing, 1.0), 0.0, 1.0)
         return share
+
+    def balanced_recomputing(self, c: Candidates, most: Number) -> Number:
+        """Part of the tokens, `most` at most, with which the GPU is as busy as the bus if they are computed anew."""
+        at_zero, at_most = (self.predict(replace(c, recomputed=part)) for part in (0.0, most))
+        return most * self.balanced_share(at_zero, at_most)
 
     def chunk_within(self, bound: Number, times: StepTimes) -> Number:
         """Prompt tokens that fit beside a step's decoding before it takes `bound` seconds."""
@@ -140,13 +146,16 @@ class StepModel:
     def predict(self, c: Candidates) -> StepTimes:
         """Times of the candidates' steps."""
         tokens = c.batch * self.traffic.attended
-        device, host = self._tiers(tokens, c.on_device)
+        device, host = _tiers(tokens, c.on_device, c.recomputed)
         regenerated = device * c.device_share + host * c.host_share
-        mini_batches = self._mini_batches(c, tokens, host + device * c.device_share)
-        queries = tokens if self.recomputes else c.batch
-        layers = self.sizes.num_layers
+        anew = c.batch * self.traffic.context * c.recomputed
+        mini_batches = self._mini_batches(c, anew, host + device * c.device_share)
+        queries, layers = c.batch * (1 - c.recomputed), self.sizes.num_layers
         # The mini-batches of a decode step go through the weights together; those of all tokens cannot.
-        forward = layers * self.layer.forward(queries, mini_batches if self.recomputes else 1.0)
+        groups = np.where(anew > 0, mini_batches, 1.0)
+        forward = layers * np.maximum(
+            self.layer.forward(queries, groups), self.layer.forward(queries) + anew * self.anew_token
+        )
         gemms = layers * self.layer.regenerate(regenerated)
         times = {
             "mini_batches": mini_batches,
@@ -154,7 +163,7 @@ class StepModel:
             "forward": forward,
             "regenerate": gemms + layers * self._placing(regenerated),
             "gather": layers * self.layer.gather(device * c.device_share),
-            "attention": layers * self.layer.attention(tokens, queries, self.traffic.attended),
+            "attention": layers * self.layer.attention(device + host, queries, self.traffic.attended),
             "head": self.layer.head(c.batch),
         }
         return self._whole_step(c, times)
@@ -162,7 +171,7 @@ class StepModel:
     def _whole_step(self, c: Candidates, times: dict[str, Number]) -> StepTimes:
         layers, bus = self.sizes.num_layers, times["bus"]
         gpu = times["forward"] + times["regenerate"] + times["gather"] + times["attention"] + times["head"]
-        prompts = self.prompt_tokens(c.batch)
+        prompts = self.prompt_tokens(c.batch * (1 - c.recomputed))
         prefill = prompts * (layers * self.prompt_token)
         launch, boundary, shortest = self._host(c, bus, times["mini_batches"])
         # Bus and GPU take turns with a mini-batch: one of them has nothing to do beside the step's first or last.
@@ -175,7 +184,7 @@ class StepModel:
         with_chunk = np.maximum(np.maximum(bus, launches), gpu + c.chunk * (layers * self.chunk_token)) + boundary
         # Requests come and go: prompts beside, and room for their outputs to grow.
         tokens = c.batch * self.traffic.attended
-        later_host = self._tiers(tokens, c.on_device_at_end)[1]
+        later_host = _tiers(tokens, c.on_device_at_end, c.recomputed)[1]
         later_bus = layers * self._bus(c, later_host, times["mini_batches"])
         later_bus = self._contended(later_bus, times["forward"] + times["regenerate"] + prefill)
         later_bus = self._both_ways(later_bus, self._store(c, later_host / tokens))
@@ -194,12 +203,6 @@ class StepModel:
             mean_step=np.maximum(step, later) * queueing,
         )
 
-    def _tiers(self, tokens: Number, on_device: Number) -> tuple[Number, Number]:
-        """Cached tokens on the device and on the host."""
-        if self.recomputes:
-            return 0.0 * tokens, 0.0 * tokens
-        return tokens * on_device, tokens * (1.0 - on_device)
-
     def _bus(self, c: Candidates, host: Number, mini_batches: Number) -> Number:
         load = self.layer.load(c.streamed + host * token_bytes(self.sizes, c.host_share))
         return load + np.where(load > 0, mini_batches * self.hardware.handover_time, 0.0)
@@ -210,10 +213,10 @@ class StepModel:
         found: Number = np.minimum(bus + (1 - share) * gemms, bus / share)
         return found
 
-    def _mini_batches(self, c: Candidates, tokens: Number, staged: Number) -> Number:
+    def _mini_batches(self, c: Candidates, anew: Number, staged: Number) -> Number:
         """As many as the rows take that go through the kv buffer; K and V on the device are read in place."""
-        rows = tokens if self.recomputes else staged + c.batch
-        return np.maximum(1.0, np.ceil(rows / c.rows))
+        rows = staged + anew + c.batch * (1 - c.recomputed)
+        return np.maximum(np.maximum(1.0, np.ceil(rows / c.rows)), np.ceil(anew / c.prompt_queries))
 
     def _host(self, c: Candidates, bus: Number, mini_batches: Number) -> tuple[Number, Number, Number]:
         """The host's seconds: to launch a step, what the boundary adds, and the shortest step where it adds nothing.
@@ -222,11 +225,12 @@ class StepModel:
         the bus and K and V on the device a graph runs the step, and the boundary is prepared beside it.
         """
         hardware = self.hardware
-        each = hardware.launch_time + np.where(bus > 0, hardware.hop_time, 0.0)
+        each = np.where(c.recomputed > 0, hardware.prompt_launch_time, hardware.launch_time)
+        each = each + np.where(bus > 0, hardware.hop_time, 0.0)
         launch = self.sizes.num_layers * mini_batches * each
         boundary = hardware.boundary_time + c.batch * hardware.request_time
         exposed = np.maximum(0.0, boundary - BUFFERS * self.layer.load(c.streamed))
-        on_device = (bus == 0) & (not self.recomputes)
+        on_device = (bus == 0) & (c.recomputed == 0)
         has_graph = on_device & (c.device_share == 0) & (self.sizes.sliding_window is None)
         return (
             np.where(has_graph, 0.0, launch),
@@ -246,6 +250,11 @@ class StepModel:
     def _both_ways(self, load: Number, store: Number) -> Number:
         """Seconds for loads and stores at once, each given the time it takes alone."""
         return np.maximum(load, store) + np.minimum(load, store) * (1 / self.hardware.duplex_share - 1)
+
+
+def _tiers(tokens: Number, on_device: Number, recomputed: Number) -> tuple[Number, Number]:
+    """Cached tokens on the device and on the host."""
+    return tokens * np.minimum(on_device, 1.0 - recomputed), tokens * np.maximum(0.0, 1.0 - on_device - recomputed)
 
 
 def token_bytes(sizes: ModelSizes, share: Number) -> Number:

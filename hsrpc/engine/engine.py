@@ -349,4 +349,5 @@ def _limits(plan: Plan, spec: ModelSpec) -> SchedulerLimits:
         costs=plan.costs,
         sliding_window=spec.sizes.sliding_window,
         keeps_cache=plan.keeps_cache,
+        recompute=plan.recompute,
     )

@@ -36,7 +36,8 @@ def step_limit(record: StepRecord, sizes: ModelSizes, hardware: Hardware) -> Ste
     share = max(1.0, hardware.weight_read_share, hardware.attention_read_share)
     best = replace(hardware, weight_read_share=share, attention_read_share=share, gemm_overhead=0.0)
     layer = LayerTimes(sizes, best)
-    tokens, layers = record.decode_tokens + record.prefill_tokens, sizes.num_layers
+    tokens = record.decode_tokens + record.prefill_tokens + record.recomputed_tokens
+    layers = sizes.num_layers
     return StepLimit(
         bus=float(layer.load(record.weight_bytes + record.cache_bytes)),
         forward=float(layers * layer.forward(tokens)),

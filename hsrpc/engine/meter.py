@@ -45,13 +45,15 @@ class Meter:
         self._steps += 1
         self._step_seconds += seconds
         if self._observe is not None:
-            decode = sum(work.count for work in step.works if work.is_decode)
+            decode = sum(work.is_decode for work in step.works)
+            recomputed = sum(work.recomputed for work in step.works)
             self._observe(
                 StepRecord(
                     seconds=seconds,
                     num_requests=len(step.works),
                     decode_tokens=decode,
-                    prefill_tokens=sum(work.count for work in step.works) - decode,
+                    prefill_tokens=sum(work.count for work in step.works) - decode - recomputed,
+                    recomputed_tokens=recomputed,
                     context_tokens=sum(work.context for work in step.works),
                     weight_bytes=weights,
                     cache_bytes=cache,

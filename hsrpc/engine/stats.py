@@ -17,6 +17,8 @@ class StepRecord:
     num_requests: int
     decode_tokens: int
     prefill_tokens: int
+    recomputed_tokens: int = 0
+    """Of requests that keep no cache: all but the newest."""
     context_tokens: int
     """Cached tokens attended to, of all requests."""
     weight_bytes: int

@@ -141,7 +141,7 @@ def random_planner(random: Random) -> Planner:
     )
     guess = Planner(sizes, Budgets(device=16 * MIB, host=0), hardware, config)
     count = random.choice((1, 4, 30))
-    point = Point(count, 0, 1.0, kv_only=False, rows=int(guess._rows(count, guess._row_choices()[0])))
+    point = Point(count, 0, 1.0, kv_only=False, rows=int(guess._rows(count, guess._row_choices()[0])), recompute=0)
     staging = guess._evaluator.staging(point.as_grid(), 100, 100)
     fixed = int(sum(device_bytes(sizes, staging).values()))
     weights = sizes.num_layers * sizes.layer_bytes
@@ -213,7 +213,8 @@ def test_a_plan_keeps_its_promises(planner: Planner):
     assert plan.buffers.activation_rows in (0, plan.buffers.rows)
     has_activations = plan.num_blocks[PoolId.DEVICE_ACTIVATION] + plan.num_blocks[PoolId.HOST_ACTIVATION] > 0
     assert (plan.buffers.activation_rows > 0) == has_activations
-    others = (batch - 1) * (-(-plan.prediction.context // block) + 1)
+    cached = int(batch - plan.recompute.tokens / plan.prediction.context)
+    others = max(0, cached - 1) * (-(-plan.prediction.context // block) + 1)
     assert sum(plan.num_blocks.values()) >= -(-plan.max_model_len // block) + others
     assert plan.max_idle_prefill_tokens >= plan.max_prefill_tokens >= 1
     manager, table = BlockManager(plan.num_blocks), BlockTable()
