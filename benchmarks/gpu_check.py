@@ -33,6 +33,7 @@ class Run(NamedTuple):
     policy: CachePolicy
     share: float | None
     placement: Placement
+    recompute: float | None = None
 
 
 RUNS = (
@@ -41,6 +42,7 @@ RUNS = (
     Run(CachePolicy.HYBRID, 0.5, Placement.HOST),
     Run(CachePolicy.AUTO, None, Placement.HOST),
     Run(CachePolicy.RECOMPUTE, None, Placement.HOST),
+    Run(CachePolicy.HYBRID, 0.5, Placement.HOST, 0.5),
     Run(CachePolicy.HYBRID, 0.5, Placement.AUTO),
     Run(CachePolicy.KV, None, Placement.AUTO),
 )
@@ -76,6 +78,7 @@ async def generate(shape: str, device: DeviceKind, run: Run, prompts: list[list[
         host_memory="60GiB",
         cache_policy=run.policy,
         activation_share=run.share,
+        recompute_share=run.recompute,
         placement=run.placement,
         max_batch=8,
         max_model_len=512,

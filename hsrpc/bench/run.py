@@ -82,6 +82,8 @@ class Result:
     device_busy_share: float | None
     """Part of a step's time in which the compute stream ran a kernel; None: not measured."""
     regenerated_tokens: int
+    recomputed_tokens: int
+    """Computed anew, of requests that keep no cache."""
     preemptions: int
     peak_device_bytes: int
     device_budget: int
@@ -168,6 +170,7 @@ def summarise(run: Run, config: EngineConfig) -> Result:
         bus_bytes_per_second=sum(record.weight_bytes + record.cache_bytes for record in chosen) / total,
         device_busy_share=profile.busy if profile else None,
         regenerated_tokens=sum(record.regenerated_tokens for record in chosen),
+        recomputed_tokens=sum(record.recomputed_tokens for record in chosen),
         preemptions=stats.preemptions,
         peak_device_bytes=stats.peak_device_bytes,
         device_budget=plan.budgets.device,

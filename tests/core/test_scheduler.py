@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Rows, Step, Work
 from hsrpc.core.blocks import BlockManager, PoolId
+from hsrpc.core.recomputing import RecomputeLimits
 from hsrpc.core.request import FinishReason, Request, SamplingParams
 from hsrpc.core.scheduler import Output, Scheduler, SchedulerLimits
 
@@ -24,7 +25,7 @@ LIMITS = SchedulerLimits(
     max_idle_prefill_tokens=8,
     block_size=4,
     buffers=BufferLimits(rows=24, activation_rows=24, queries=12),
-    costs=RowCosts(1.0, 0.5, 0.1),
+    costs=RowCosts(1.0, 0.5, 0.1, 0.6),
 )
 
 
@@ -105,8 +106,9 @@ class Harness:
         return self.step
 
     def _check_preempted(self, before: list[Request], preempted: list[Request]) -> None:
-        """Those that came last gave way, all of their blocks with them, and not to be admitted at once."""
-        assert preempted == before[len(before) - len(preempted) :]
+        """Of those with blocks, the last gave way, all of their blocks with them, and not to be admitted at once."""
+        cached = [request for request in before if not request.recomputes]
+        assert preempted == cached[len(cached) - len(preempted) :]
         for request in preempted:
             assert request in self.waiting
             assert len(request.blocks) == request.num_computed == 0
@@ -117,14 +119,15 @@ class Harness:
         assert all(request in self.running and request.in_flight for request in requests)
         assert self.running[0] in requests
         for request in kept:
-            assert request in requests or request.num_tokens - request.num_computed > 1
+            assert request in requests or (request.num_tokens - request.num_computed > 1 and not request.recomputes)
         admitted = [request for request in self.running if request not in kept]
         assert all(request in requests for request in admitted)
         assert all(a.order < b.order for a in admitted for b in self.waiting)
         for work in works:
             self._check_work(work)
         if self.limits.keeps_cache:
-            prompts = [w for w in works if w.request.num_tokens - w.request.num_computed > 1 or w.request in admitted]
+            pending = [w for w in works if w.request.num_tokens - w.request.num_computed > 1 and not w.recomputed]
+            prompts = pending + [w for w in works if w.request in admitted and w not in pending]
             decodes = [w for w in works if w.request.num_output_tokens and w.request in kept and w not in prompts]
             most = self._most_prompt_tokens(len(decodes))
             assert sum(work.count for work in prompts) <= most
@@ -142,8 +145,9 @@ class Harness:
         assert work.count >= 1
         assert work.context == request.num_computed
         assert work.samples == (work.context + work.count == request.num_tokens)
-        blocks = -(-(work.context + work.count) // self.limits.block_size) if self.limits.keeps_cache else 0
-        assert len(request.blocks) == blocks
+        blocks = -(-(work.context + work.count) // self.limits.block_size)
+        assert len(request.blocks) in ((0, blocks * self.limits.keeps_cache) if request.recomputes else (blocks,))
+        assert work.recomputed == (work.count - 1 if request.recomputes and request.num_output_tokens else 0)
 
     def commit(self, failed: frozenset[int] = frozenset()) -> list[Output]:
         """Compute the step from what the pools hold, and commit it; sampling fails for the arrivals in `failed`."""
@@ -223,7 +227,8 @@ class Harness:
             if request.finish_reason is not None:
                 assert len(request.blocks) == 0
             elif self.limits.keeps_cache:
-                assert request.num_computed == work.context + work.count
+                assert request.num_computed == (0 if request.recomputes else work.context + work.count)
+                assert request.recomputes == (len(request.blocks) == 0)
                 assert request.num_tokens == self.lengths[request.arrival] + work.samples
 
     def _compute(self, batch: MiniBatch) -> dict[int, int]:
@@ -277,6 +282,12 @@ def harnesses(draw: st.DrawFn) -> Harness:
         max_prefill_tokens=prefill,
         max_idle_prefill_tokens=prefill + more,
         spare_prefill_tokens=draw(st.sampled_from((0.0, 0.4, 2.5))),
+        recompute=RecomputeLimits(
+            tokens=draw(st.sampled_from((0, 0, 12, 40, 1000))),
+            weights=draw(st.sampled_from((0.0, 4.0, 1000.0))),
+            is_forced=draw(st.booleans()),
+        ),
+        buffers=replace(LIMITS.buffers, queries=draw(st.sampled_from((12, 24)))),
     )
     longest = -(-limits.max_model_len // block_size)
     total = longest + draw(st.sampled_from((0, 0, 1, 2, longest // 2, longest, 2 * longest)))

@@ -63,6 +63,21 @@ async def test_tokens_equal_the_reference_with_tight_budgets(
         assert stats.cache_loaded_bytes > 0
 
 
+@pytest.mark.parametrize("recompute", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize(("policy", "share"), [("kv", None), ("activation", None), ("hybrid", 0.5)])
+@pytest.mark.parametrize("model", MODELS)
+async def test_tokens_do_not_depend_on_who_keeps_a_cache(
+    model: str, policy: str, share: float | None, recompute: float, reference: Callable[[str], Reference]
+) -> None:
+    """Some of the requests give up their blocks and are computed anew in each step, beside those that keep theirs."""
+    made, computed = reference(model), []
+    config = config_for(made, cache_policy=policy, activation_share=share, recompute_share=recompute)
+    async with Engine(tightest(replace(config, expected_context=90)), observe=computed.append) as engine:
+        assert await generate_all(engine, made) == made.outputs
+        assert engine.plan.recompute.tokens > 0
+    assert sum(step.recomputed_tokens for step in computed) > 0
+
+
 @pytest.mark.parametrize("block_size", [1, 16, 32])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("model", ["opt", "llama", "mistral-window"])
