@@ -75,8 +75,9 @@ def peak_bytes() -> int:
 
 
 def pinned_by_torch() -> int:
-    """Bytes in torch's own pinned allocator at its peak."""
-    return int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
+    """Most bytes of torch's own pinned allocator in use at once; not those that it keeps for later."""
+    stats = torch.cuda.host_memory_stats()
+    return int(stats.get("active_bytes.peak", stats.get("allocated_bytes.peak", 0)))
 
 
 def device_name() -> str:

@@ -30,7 +30,7 @@ def run(setup: Setup) -> PeerRun:
         timing=timing,
         traffic=traffic,
         peak_device_bytes=cuda_memory.peak_bytes(),
-        host_bytes=pinned.num_bytes + _cache_bytes(setup) + cuda_memory.pinned_by_torch(),
+        host_bytes=pinned.num_bytes + max(_cache_bytes(setup), cuda_memory.pinned_by_torch()),  # the cache is pinned
         load_seconds=loaded - started,
     )
 

@@ -30,6 +30,8 @@ class StepProfile:
     """Share, from its first to its last kernel, in which the compute stream ran one; it has the most kernel time."""
     copies: float | None
     """From the host to the device, added up over the streams."""
+    copy_rate: float | None
+    """Bytes/s while they run."""
     parts: Mapping[str, float]
     """By range of the executor: of its kernels, or of its thread where the device is the CPU."""
     launching: float | None
@@ -54,6 +56,7 @@ class StepProfiler:
         self._on_cuda = on_cuda
         self._ranges = ranges
         self._seconds: list[float] = []
+        self._bytes: list[int] = []
         self._is_started = False
         self._profiler = profile(
             activities=[ProfilerActivity.CPU] * ranges + [ProfilerActivity.CUDA] * on_cuda,
@@ -67,6 +70,7 @@ class StepProfiler:
         if self._is_started:
             self._profiler.step()
             self._seconds.append(record.seconds)
+            self._bytes.append(record.weight_bytes + record.cache_bytes)
         elif self._is_typical(record):
             self._profiler.start()
             self._is_started = True
@@ -88,7 +92,9 @@ class StepProfiler:
             parts, on_host = range_times(self._profiler.events(), on_cuda=self._on_cuda)
             launching = on_host if self._on_cuda else None
         step = sum(self._seconds[1:]) / PROFILED_STEPS
-        return StepProfile(step=step, busy=busy, copies=copies, parts=parts, launching=launching)
+        size = sum(self._bytes[1:]) / PROFILED_STEPS
+        rate = size / copies if copies else None
+        return StepProfile(step=step, busy=busy, copies=copies, copy_rate=rate, parts=parts, launching=launching)
 
     def save(self, file: Path) -> None:
         """The profiled steps for Perfetto or chrome://tracing, compressed where the name ends in .gz."""

@@ -79,6 +79,7 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
         ("whole run", [f"{r.total_tokens_per_second:.1f} tokens/s" for r in results]),
         ("GEMM rate used", [f"{r.prefill_gemm_share:.1%}" for r in results]),
         ("bus", [f"{r.bus_bytes_per_second / 1e9:.1f} of {r.hardware.load_bandwidth / 1e9:.1f} GB/s" for r in results]),
+        ("bus while it copies", [_rate(r.profile.copy_rate if r.profile else None) for r in results]),
         ("GPU busy", [_share(r.device_busy_share) for r in results]),
         ("weights resident", [f"{r.resident_share:.0%}" for r in results]),
         ("preemptions", [str(r.preemptions) for r in results]),
@@ -105,6 +106,10 @@ def _profile_rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
 
 def _ms(seconds: float | None) -> str:
     return _NOT_MEASURED if seconds is None else f"{seconds * 1e3:.1f} ms"
+
+
+def _rate(value: float | None) -> str:
+    return _NOT_MEASURED if value is None else f"{value / 1e9:.1f} GB/s"
 
 
 def _share(value: float | None) -> str:

@@ -91,6 +91,7 @@ def _result(engine: Engine, deltas: list[Delta]) -> dict[str, object]:
             "weights_streamed_bytes": stats.weights_streamed_bytes,
             "cache_loaded_bytes": stats.cache_loaded_bytes,
             "regenerated_tokens": stats.regenerated_tokens,
+            "recomputed_tokens": stats.recomputed_tokens,
         },
     }
 

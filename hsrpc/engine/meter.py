@@ -18,6 +18,7 @@ class Meter:
     def __init__(self, parts: Parts, scheduler: Scheduler, observe: Callable[[StepRecord], object] | None) -> None:
         self.prompt_tokens = 0
         self.generated_tokens = 0
+        self.recomputed_tokens = 0
         self._parts = parts
         self._scheduler = scheduler
         self._observe = observe
@@ -44,9 +45,10 @@ class Meter:
         self._moved = moved
         self._steps += 1
         self._step_seconds += seconds
+        recomputed = sum(work.recomputed for work in step.works)
+        self.recomputed_tokens += recomputed
         if self._observe is not None:
             decode = sum(work.is_decode for work in step.works)
-            recomputed = sum(work.recomputed for work in step.works)
             self._observe(
                 StepRecord(
                     seconds=seconds,
@@ -77,6 +79,7 @@ class Meter:
             weights_streamed_bytes=weights,
             cache_loaded_bytes=cache,
             regenerated_tokens=regenerated,
+            recomputed_tokens=self.recomputed_tokens,
             peak_device_bytes=self._parts.device.peak_memory,
         )
 

@@ -49,5 +49,7 @@ class EngineStats:
     cache_loaded_bytes: int
     regenerated_tokens: int
     """Rows of K and V rebuilt from activations, each layer counted."""
+    recomputed_tokens: int = 0
+    """Of requests that keep no cache, in all steps: all but the newest."""
     peak_device_bytes: int
     """As the device's allocator counts them; 0 on the CPU."""

@@ -130,7 +130,7 @@ def test_too_few_steps_leave_no_profile():
     for _ in range(5):
         again(RECORD)
     assert again.is_done
-    assert again.result() == StepProfile(step=0.25, busy=None, copies=None, parts={}, launching=None)
+    assert again.result() == StepProfile(step=0.25, busy=None, copies=None, copy_rate=None, parts={}, launching=None)
 
 
 @dataclass
