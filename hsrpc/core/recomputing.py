@@ -58,9 +58,10 @@ class Recomputing:
     def is_of_use(self) -> bool:
         return self._limits.tokens > 0
 
-    def giving_up(self, running: Sequence[Request]) -> Iterator[Request]:
-        """Those that are to give up their blocks, the first to run first."""
+    def giving_up(self, running: Sequence[Request], prompt_tokens: int) -> Iterator[Request]:
+        """Those that are to give up their blocks, the first to run first; so many prompt tokens are computed beside."""
         load, room = self._load(running), self._limits.tokens - sum(map(self._mean_tokens, _recomputing(running)))
+        load.gpu += prompt_tokens * self._costs.compute
         for request in running:
             tokens = self._mean_tokens(request)
             bus, gpu = self._cached(request)

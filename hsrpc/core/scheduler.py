@@ -240,13 +240,20 @@ class Scheduler:
 
     def _balance(self) -> None:
         """Let requests give up their blocks, or one take some again, as bus and GPU have time."""
-        for request in self._recomputing.giving_up(self._running):
+        for request in self._recomputing.giving_up(self._running, self._coming_prompt_tokens()):
             self.blocks.free(request.blocks)
             request.num_computed = 0
             request.recomputes = True
         taking_back = self._recomputing.taking_back(self._running)
         if taking_back is not None and self._has_room(taking_back.num_tokens):
             self.blocks.grow(taking_back.blocks, self._num_blocks(taking_back.num_tokens))  # as the step computes it
+
+    def _coming_prompt_tokens(self) -> int:
+        """Of the next step, at most."""
+        pending = sum(r.num_tokens - r.num_computed for r in self._running if not r.is_decoding)
+        if len(self._running) < self.limits.max_batch:
+            pending += self.num_waiting_tokens
+        return min(pending, self._prefill_budget())
 
     def _continue_running(self, budget: int) -> list[Work]:
         works: list[Work] = []
