@@ -7,8 +7,9 @@ activations. A request needs no more than its token ids for it, so it can give i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hsrpc.core.batch import RowCosts
 from hsrpc.core.blocks import PoolId
@@ -33,16 +34,17 @@ class RecomputeLimits:
 NO_RECOMPUTING = RecomputeLimits()
 
 
-@dataclass(slots=True)
-class _Load:
-    """Seconds of a layer."""
+class Choice(NamedTuple):
+    """For the next step."""
 
-    bus: float
-    gpu: float
+    giving_up: list[Request]
+    """Those that are to give up their blocks."""
+    taking_back: Request | None
+    """One that should keep its cache again."""
 
 
 class Recomputing:
-    """Chooses, before each step, which of the requests that decode give up their blocks, and who takes some again."""
+    """Chooses, before each step, which of the requests that decode give up their blocks, or who takes some again."""
 
     def __init__(
         self, limits: RecomputeLimits, costs: RowCosts, *, block_size: int, max_model_len: int, max_queries: int
@@ -58,35 +60,25 @@ class Recomputing:
     def is_of_use(self) -> bool:
         return self._limits.tokens > 0
 
-    def giving_up(self, running: Sequence[Request], prompt_tokens: int) -> Iterator[Request]:
-        """Those that are to give up their blocks, the first to run first; so many prompt tokens are computed beside."""
-        load, room = self._load(running), self._limits.tokens - sum(map(self._mean_tokens, _recomputing(running)))
-        load.gpu += prompt_tokens * self._costs.compute
-        for request in running:
-            tokens = self._mean_tokens(request)
-            bus, gpu = self._cached(request)
-            if tokens > room or not self._can_give_up(request) or not (bus or self._limits.is_forced):
-                continue
-            less, more = load.bus - bus, load.gpu - gpu + request.num_tokens * self._costs.compute
-            if more <= BALANCE * less or self._limits.is_forced:
-                load.bus, load.gpu = less, more
-                room -= tokens
-                yield request
-
-    def taking_back(self, running: Sequence[Request]) -> Request | None:
-        """One that should keep its cache again, because the GPU has too much to do; None: nobody."""
-        load = self._load(running)
-        if load.gpu <= load.bus or self._limits.is_forced:
-            return None
-        return next(_recomputing(reversed(running)), None)
-
-    def _load(self, running: Iterable[Request]) -> _Load:
-        load = _Load(self._limits.weights, 0.0)
-        for request in running:
-            bus, gpu = self._cached(request)
-            load.bus += bus
-            load.gpu += request.num_tokens * self._costs.compute if request.recomputes else gpu
-        return load
+    def choose(self, running: Sequence[Request], prompt_tokens: int) -> Choice:
+        """As bus and GPU have time in a step with so many prompt tokens; the first to run give up first."""
+        compute, is_forced = self._costs.compute, self._limits.is_forced
+        anew = [request for request in running if request.recomputes]
+        cached = [(request, *self._cached(request)) for request in running if not request.recomputes]
+        bus = self._limits.weights + sum(on_bus for _, on_bus, _ in cached)
+        gpu = compute * sum(request.num_tokens for request in anew) + sum(on_gpu for *_, on_gpu in cached)
+        if gpu > bus and anew and not is_forced:
+            return Choice([], anew[-1])
+        gpu += compute * prompt_tokens
+        room = self._limits.tokens - sum(map(self._mean_tokens, anew))
+        giving_up = []
+        for request, on_bus, on_gpu in cached:
+            less, more = bus - on_bus, gpu - on_gpu + compute * request.num_tokens
+            pays = on_bus > 0 and more <= BALANCE * less
+            if (pays or is_forced) and self._can_give_up(request) and self._mean_tokens(request) <= room:
+                bus, gpu, room = less, more, room - self._mean_tokens(request)
+                giving_up.append(request)
+        return Choice(giving_up, None)
 
     def _cached(self, request: Request) -> tuple[float, float]:
         """Seconds of bus and GPU for what is cached of it."""
@@ -97,16 +89,8 @@ class Recomputing:
         return self._block_size * bus, self._block_size * activations * costs.regenerate
 
     def _can_give_up(self, request: Request) -> bool:
-        return (
-            request.is_decoding
-            and not request.recomputes
-            and request.most_tokens(self._max_model_len) <= self._max_queries
-        )
+        return request.is_decoding and request.most_tokens(self._max_model_len) <= self._max_queries
 
     def _mean_tokens(self, request: Request) -> int:
         """From now to its end."""
         return (request.num_tokens + request.most_tokens(self._max_model_len)) // 2
-
-
-def _recomputing(running: Iterable[Request]) -> Iterator[Request]:
-    return (request for request in running if request.recomputes)

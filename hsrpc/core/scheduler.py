@@ -240,11 +240,12 @@ class Scheduler:
 
     def _balance(self) -> None:
         """Let requests give up their blocks, or one take some again, as bus and GPU have time."""
-        for request in self._recomputing.giving_up(self._running, self._coming_prompt_tokens()):
+        choice = self._recomputing.choose(self._running, self._coming_prompt_tokens())
+        for request in choice.giving_up:
             self.blocks.free(request.blocks)
             request.num_computed = 0
             request.recomputes = True
-        taking_back = self._recomputing.taking_back(self._running)
+        taking_back = choice.taking_back
         if taking_back is not None and self._has_room(taking_back.num_tokens):
             self.blocks.grow(taking_back.blocks, self._num_blocks(taking_back.num_tokens))  # as the step computes it
 

@@ -55,51 +55,51 @@ def test_as_many_give_up_as_the_gpu_has_time_for():
     """Four long ones, of 16 s each on the bus and 25 s on the GPU; no fifth, but a short one has room."""
     running = [make_request(number, 4) for number in range(7)] + [make_request(7, 2)]
     chosen = [*running[:4], running[7]]
-    assert list(recomputing().giving_up(running, 0)) == chosen
+    assert recomputing().choose(running, 0).giving_up == chosen
     for request in chosen:
         give_up(request)
     assert times(running, LIMITS.weights) == (148.0, 127.5)
     assert 127.5 <= BALANCE * 148.0 < 127.5 + 21.5 + BALANCE * 16
-    assert list(recomputing().giving_up(running, 0)) == []
+    assert recomputing().choose(running, 0).giving_up == []
 
 
 def test_the_planned_tokens_are_not_exceeded():
     """A request counts with the tokens that it has on average until it ends."""
     running = [make_request(number, 4) for number in range(4)]
     mean = (17 + 24) // 2
-    assert list(recomputing(replace(LIMITS, tokens=2 * mean)).giving_up(running, 0)) == running[:2]
-    assert list(recomputing(replace(LIMITS, tokens=2 * mean - 1)).giving_up(running, 0)) == running[:1]
+    assert recomputing(replace(LIMITS, tokens=2 * mean)).choose(running, 0).giving_up == running[:2]
+    assert recomputing(replace(LIMITS, tokens=2 * mean - 1)).choose(running, 0).giving_up == running[:1]
 
 
 def test_prompts_come_first():
     """The GPU's time for the prompts of the step is not there for others."""
     running = [make_request(number, 4) for number in range(7)]
-    assert list(recomputing().giving_up(running, 30)) == running[:3]
-    assert list(recomputing().giving_up(running, 100)) == []
+    assert recomputing().choose(running, 30).giving_up == running[:3]
+    assert recomputing().choose(running, 100).giving_up == []
 
 
 @pytest.mark.parametrize("pool", [PoolId.DEVICE_KV, PoolId.DEVICE_ACTIVATION])
 def test_what_lies_on_the_device_is_kept(pool: PoolId):
     """It costs the bus nothing."""
-    assert list(recomputing().giving_up([make_request(0, 4, pool)], 0)) == []
+    assert recomputing().choose([make_request(0, 4, pool)], 0).giving_up == []
 
 
 def test_a_request_that_would_outgrow_a_mini_batch_keeps_its_cache():
     """It must fit to its end, whatever it has now."""
     short, long, endless = make_request(0, 4), make_request(1, 4, output=49), make_request(2, 4)
     endless.params = SamplingParams(max_tokens=None)
-    assert list(recomputing(max_queries=64).giving_up([endless, long, short], 0)) == [short]
-    assert list(recomputing(max_queries=65).giving_up([endless, long, short], 0)) == [long, short]
+    assert recomputing(max_queries=64).choose([endless, long, short], 0).giving_up == [short]
+    assert recomputing(max_queries=65).choose([endless, long, short], 0).giving_up == [long, short]
 
 
 def test_a_prompt_is_computed_first():
     """Only those that decode give up what they have."""
     request = make_request(0, 4)
     request.num_computed = 8
-    assert list(recomputing().giving_up([request], 0)) == []
+    assert recomputing().choose([request], 0).giving_up == []
     request.num_computed = 16
     del request.token_ids[-1]
-    assert list(recomputing().giving_up([request], 0)) == []
+    assert recomputing().choose([request], 0).giving_up == []
 
 
 def test_the_last_takes_its_cache_back_when_the_bus_has_time():
@@ -107,18 +107,18 @@ def test_the_last_takes_its_cache_back_when_the_bus_has_time():
     running = [make_request(number, 4) for number in range(4)]
     for request in running[1:3]:
         give_up(request)
-    assert recomputing().taking_back(running) is None
-    assert recomputing(replace(LIMITS, weights=0.0)).taking_back(running) is running[2]
+    assert recomputing().choose(running, 0).taking_back is None
+    assert recomputing(replace(LIMITS, weights=0.0)).choose(running, 0).taking_back is running[2]
 
 
 def test_forced_requests_give_up_whatever_it_costs():
     """For measurements: as many as are asked for, and nobody takes anything back."""
     limits = RecomputeLimits(tokens=1000, weights=0.0, is_forced=True)
     running = [make_request(0, 4, PoolId.DEVICE_KV), make_request(1, 4)]
-    assert list(recomputing(limits).giving_up(running, 0)) == running
+    assert recomputing(limits).choose(running, 0).giving_up == running
     for request in running:
         give_up(request)
-    assert recomputing(limits).taking_back(running) is None
+    assert recomputing(limits).choose(running, 0).taking_back is None
 
 
 @given(
@@ -133,10 +133,10 @@ def test_it_settles(blocks: list[tuple[int, PoolId, bool]], weights: float, toke
         if has_given_up:
             give_up(request)
     chooser = recomputing(RecomputeLimits(tokens=tokens, weights=weights))
-    given_up = list(chooser.giving_up(running, 0))
+    given_up = chooser.choose(running, 0).giving_up
     for request in given_up:
         assert not request.recomputes
         give_up(request)
     bus, gpu = times(running, weights)
     assert not given_up or gpu <= BALANCE * bus
-    assert (chooser.taking_back(running) is None) == (gpu <= bus or not any(r.recomputes for r in running))
+    assert (chooser.choose(running, 0).taking_back is None) == (gpu <= bus or not any(r.recomputes for r in running))
