@@ -18,7 +18,7 @@ from hsrpc.core.plan import Hardware, Plan
 from hsrpc.core.request import SamplingParams
 from hsrpc.engine.engine import Engine
 from hsrpc.engine.limit import StepLimit, step_limit
-from hsrpc.engine.startup import measure_hardware
+from hsrpc.engine.startup import measure_hardware, measure_sustained_load
 from hsrpc.engine.stats import EngineStats, StepRecord
 from hsrpc.errors import HsrpcError
 from hsrpc.model.family import ModelSpec
@@ -71,6 +71,10 @@ class Result:
     """Its terms, medians."""
     efficiency: float
     """Sum of the limits over the sum of the times."""
+    sustained_efficiency: float
+    """The same at the bandwidth that plain copies keep up after the run, whatever disturbs them."""
+    sustained_bandwidth: float
+    """Bytes/s."""
     predicted_step_seconds: float
     decode_tokens_per_second: float
     prefill_tokens_per_second: float
@@ -144,7 +148,8 @@ def summarise(run: Run, config: EngineConfig) -> Result:
     _check(run)
     chosen, profile = run.chosen, run.profile
     hardware = _median_hardware([run.plan.hardware, *(measure_hardware(config) for _ in range(_CALIBRATIONS))])
-    limits = [step_limit(record, run.spec.sizes, hardware) for record in chosen]
+    sustained = replace(hardware, load_bandwidth=measure_sustained_load(config))
+    limits, kept_up = ([step_limit(each, run.spec.sizes, rates) for each in chosen] for rates in (hardware, sustained))
     seconds = [record.seconds for record in chosen]
     total = sum(seconds)
     tokens = [record.decode_tokens + record.prefill_tokens for record in chosen]
@@ -162,6 +167,8 @@ def summarise(run: Run, config: EngineConfig) -> Result:
         limit_seconds=median(limit.seconds for limit in limits),
         limit=StepLimit(*(median(getattr(limit, item.name) for limit in limits) for item in fields(StepLimit))),
         efficiency=sum(limit.seconds for limit in limits) / total,
+        sustained_efficiency=sum(limit.seconds for limit in kept_up) / total,
+        sustained_bandwidth=sustained.load_bandwidth,
         predicted_step_seconds=plan.prediction.step,
         decode_tokens_per_second=sum(record.decode_tokens for record in chosen) / total,
         prefill_tokens_per_second=sum(record.prefill_tokens for record in chosen) / total,

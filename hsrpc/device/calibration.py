@@ -47,17 +47,26 @@ class _Amounts:
     """Of the weights that it reads in turn: more than caches hold."""
     loops: int
     """Launches between two looks at the clock: waiting for the device takes longer than some of them."""
+    sustained: float
+    """Seconds of copies that show what the bus keeps up."""
 
 
-_ON_CPU = _Amounts(copy_bytes=8 * 1024**2, rows=(16, 32, 64), decode_rows=1, weight_bytes=16 * 1024**2, loops=1)
+_ON_CPU = _Amounts(
+    copy_bytes=8 * 1024**2, rows=(16, 32, 64), decode_rows=1, weight_bytes=16 * 1024**2, loops=1, sustained=0.05
+)
 _ON_GPU = _Amounts(
-    copy_bytes=256 * 1024**2, rows=(1024, 2048, 4096, 8192), decode_rows=32, weight_bytes=512 * 1024**2, loops=10
+    copy_bytes=256 * 1024**2,
+    rows=(1024, 2048, 4096, 8192),
+    decode_rows=32,
+    weight_bytes=512 * 1024**2,
+    loops=10,
+    sustained=1.5,
 )
 
 
 def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware:
     """Rates at the model's shapes, after a warm-up: medians of five, of the bus lower quartiles of twenty."""
-    amounts = _ON_CPU if device.torch_device.type == "cpu" else _ON_GPU
+    amounts = _amounts(device)
     memory_bandwidth, read_bandwidth = _memory_rates(device, amounts)
     gemm_rate, gemm_overhead, weight_bandwidth = _gemm_rates(device, sizes, dtype, amounts)
     try:
@@ -91,6 +100,30 @@ def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware
         boundary_time=_BOUNDARY_SECONDS,
         request_time=_REQUEST_SECONDS,
     )
+
+
+def sustained_load(device: Device) -> float:
+    """Bytes/s of plain copies to the device, one behind the other, whatever disturbs them; takes 1.5 s on a GPU."""
+    amounts, moved = _amounts(device), 0
+    target = device.empty((amounts.copy_bytes,), torch.uint8)
+    try:
+        source = device.pinned(_PIECES * amounts.copy_bytes)
+        source.zero_()
+        device.synchronize(device.record(device.load))
+        start = time.perf_counter()
+        while time.perf_counter() - start < amounts.sustained:
+            with device.on(device.load):
+                for piece in source.split(amounts.copy_bytes):
+                    target.copy_(piece, non_blocking=True)
+            device.synchronize(device.record(device.load))
+            moved += len(source)
+        return moved / (time.perf_counter() - start)
+    finally:
+        device.release_pinned()
+
+
+def _amounts(device: Device) -> _Amounts:
+    return _ON_CPU if device.torch_device.type == "cpu" else _ON_GPU
 
 
 def fit_line(rows: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:

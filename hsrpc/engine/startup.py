@@ -15,7 +15,7 @@ import torch
 from hsrpc.config import DType, EngineConfig
 from hsrpc.core.plan import Budgets, Hardware, Plan
 from hsrpc.core.planner import Planner
-from hsrpc.device.calibration import calibrate
+from hsrpc.device.calibration import calibrate, sustained_load
 from hsrpc.device.device import Device, available_memory, open_device
 from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.cache import CacheManager
@@ -95,6 +95,11 @@ def measure_hardware(config: EngineConfig) -> Hardware:
     """The rates of the machine now, for the model's sizes."""
     spec, device = describe_model(config)
     return calibrate(device, spec.sizes, spec.dtype)
+
+
+def measure_sustained_load(config: EngineConfig) -> float:
+    """Bytes/s that the bus keeps up now, whatever disturbs it."""
+    return sustained_load(describe_model(config)[1])
 
 
 def describe_model(config: EngineConfig) -> tuple[ModelSpec, Device]:

@@ -85,7 +85,10 @@ async def test_steps_after_the_measured_ones_are_profiled(config):
     assert run.profile is not None
     assert set(run.profile.parts) >= RANGES
     assert all(0 < seconds < run.profile.step for name, seconds in run.profile.parts.items() if name in RANGES)
-    assert summarise(run, config).device_busy_share is None  # there is no GPU
+    result = summarise(run, config)
+    assert result.device_busy_share is None  # there is no GPU
+    assert result.sustained_bandwidth > 0
+    assert result.sustained_efficiency > 0
 
 
 async def test_requests_that_ended_run_once_more_for_the_profile(config):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict
+from itertools import cycle
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsrpc.device.calibration import calibrate, fit_line
+from hsrpc.device.calibration import calibrate, fit_line, sustained_load
 from hsrpc.device.device import CpuDevice
 from hsrpc.model.spec import named_spec
 
@@ -33,6 +35,21 @@ def test_pinned_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuDevice, "release_pinned", lambda device: released.append(1))
     calibrate(CpuDevice(), named_spec("opt-125m", torch.float32).sizes, torch.float32)
     assert released == [1]
+    sustained_load(CpuDevice())
+    assert released == [1, 1]
+
+
+def test_what_the_bus_keeps_up_counts_what_disturbs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of 8 MiB that now and then wait for 20 ms: the time of all counts, not that of the fast ones."""
+    copy, waits = torch.Tensor.copy_, cycle((0.02, 0.0, 0.0, 0.0))
+
+    def disturbed(target: torch.Tensor, source: torch.Tensor, **options: bool) -> torch.Tensor:
+        time.sleep(next(waits))
+        return copy(target, source, **options)
+
+    undisturbed = sustained_load(CpuDevice())
+    monkeypatch.setattr(torch.Tensor, "copy_", disturbed)
+    assert 0 < sustained_load(CpuDevice()) <= min(undisturbed, 4 * 8 * 1024**2 / 0.02)
 
 
 @given(slope=POSITIVE, overhead=st.just(0.0) | POSITIVE)
