@@ -147,7 +147,7 @@ def measure_step(options: argparse.Namespace, batch: int, context: int) -> dict[
     result = summarise(run, config)
     return {
         "batch": batch,
-        "context": median(record.context_tokens for record in run.chosen) / batch,
+        "context": median(record.held_tokens for record in run.chosen) / batch,
         "step_s": result.step_seconds,
         "limit_s": result.limit_seconds,
         "efficiency": result.efficiency,

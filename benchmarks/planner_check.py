@@ -3,11 +3,13 @@
     python -m benchmarks.planner_check grid --shape opt-6.7b --gpu-memory 24GiB --host-memory 100GiB --json grid.json
     python -m benchmarks.planner_check sweep --regime compute --json sweep.json --plot sweep.png
     python -m benchmarks.planner_check sweep --regime compute --json sweep.json --plot sweep.png --shares 0.65 0.7 0.75
+    python -m benchmarks.planner_check sweep --over recompute --json anew.json --plot anew.png --shares 0 0.1 0.2 0.3
 
 `grid` measures the planner's plan and forced ones: other batches, cache policies and resident shares, as far as they
 fit and are predicted to be worth the time. `sweep` measures the planner's choice and activation shares, 0 to 1 in steps
 of 0.1 or those given: bus-bound (float16, all on the host), compute-bound (float32, all on the host), or with a part of
-the weights resident.
+the weights resident. `--over recompute` forces parts of the tokens to be computed anew in place of activation shares,
+with activations for all others.
 
 All requests have the same lengths, and only steps in which the whole batch decodes count. Predicted times are those for
 the contexts that were really measured. The file is written after each cell; what it has already is not measured again,
@@ -24,8 +26,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
-from benchmarks.planner_report import PLANNER, Cell, draw_grid, draw_sweep, line_of, report
+from benchmarks.planner_report import PLANNER, RECOMPUTE, Cell, draw_grid, draw_sweep, line_of, report
 from hsrpc.bench.run import WARM_UP_STEPS, observe_run
 from hsrpc.bench.workload import Lengths, Workload, make_workload
 from hsrpc.cli.loop import run_loop
@@ -68,9 +71,15 @@ def sweep_configs(options: argparse.Namespace) -> list[tuple[str, EngineConfig]]
         config = replace(config, model=RANDOM_PREFIX + options.shape)
     if options.batch:
         config = replace(config, max_batch=options.batch)
-    shared = replace(config, cache_policy=CachePolicy.HYBRID)
-    forced = [(f"share {share}", replace(shared, activation_share=share)) for share in options.shares]
-    return [(PLANNER, config), *forced]
+    return [(PLANNER, config), *((name, replace(config, **forced)) for name, forced in _forced_shares(options))]
+
+
+def _forced_shares(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    for share in options.shares:
+        if options.over == RECOMPUTE:
+            yield f"{RECOMPUTE} {share}", {"cache_policy": CachePolicy.ACTIVATION, "recompute_share": share}
+        else:
+            yield f"share {share}", {"cache_policy": CachePolicy.HYBRID, "activation_share": share}
 
 
 def grid_configs(options: argparse.Namespace) -> list[tuple[str, EngineConfig]]:
@@ -147,7 +156,7 @@ async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
     steps = run.chosen
     if run.plan.max_batch != batch or len(steps) < FEWEST_STEPS:
         return {"failure": f"{len(steps)} steps of a batch of {run.plan.max_batch} in place of {batch}"}
-    context = round(fmean(step.context_tokens for step in steps) / batch)
+    context = round(fmean(step.held_tokens for step in steps) / batch)
     predicted = predict_at(run.plan, run.spec.sizes, context)
     seconds = median(step.seconds for step in steps)
     return {
@@ -158,6 +167,7 @@ async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
         "context": context,
         "num_steps": len(steps),
         "predicted": asdict(predicted),
+        "recomputed_share": sum(step.recomputed_tokens for step in steps) / sum(step.held_tokens for step in steps),
         "step_seconds": seconds,
         "step_times": [step.seconds for step in steps],
         "predicted_over_measured": predicted.step / seconds,
@@ -197,13 +207,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report(cells)
     drawn = [cell for cell in cells if "failure" not in cell]
     if options.plot and drawn:
-        (draw_grid if options.kind == "grid" else draw_sweep)(drawn, options.plot)
+        if options.kind == "grid":
+            draw_grid(drawn, options.plot)
+        else:
+            draw_sweep(drawn, options.plot, over=options.over)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("grid", "sweep"))
     parser.add_argument("--regime", choices=tuple(REGIMES), default="bus", help="of a sweep")
+    parser.add_argument("--over", choices=("activation", RECOMPUTE), default="activation", help="shares of a sweep")
     parser.add_argument("--shape", help="such as opt-13b")
     parser.add_argument(
         "--shares", type=float, nargs="+", default=SHARES, metavar="X", help="of a sweep (default: 0 to 1 by 0.1)"

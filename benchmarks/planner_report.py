@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hsrpc.bench.report import plot_sweep
+from hsrpc.bench.report import ACTIVATION_SHARE, plot_sweep
 
 PLANNER = "planner"
 """The name of the planner's own choice."""
+RECOMPUTE = "recompute"
+"""A sweep over the part of the tokens that is computed anew, in place of the activation share."""
 Cell = dict[str, Any]
 """What the file has of one plan: its name, and what was measured of it or its `failure`."""
 
@@ -31,16 +33,17 @@ def line_of(cell: Cell) -> str:
     return f"{cell['name']:42} {step}, predicted / measured {ratio:.3f}, {rate:9.1f} tokens/s"
 
 
-def draw_sweep(cells: list[Cell], file: Path) -> None:
+def draw_sweep(cells: list[Cell], file: Path, *, over: str) -> None:
     """Tokens/s over the share, measured and predicted, with the planner's choice."""
-    points = sorted((share_of(cell), *rates_of(cell)) for cell in cells if cell["name"] != PLANNER)
-    chosen = [(share_of(cell), cell["tokens_per_second"]) for cell in cells if cell["name"] == PLANNER]
+    points = sorted((share_of(cell, over), *rates_of(cell)) for cell in cells if cell["name"] != PLANNER)
+    chosen = [(share_of(cell, over), cell["tokens_per_second"]) for cell in cells if cell["name"] == PLANNER]
     plot_sweep(
         f"{title_of(cells)}, batch {cells[0]['plan']['batch']}",
         [(share, measured) for share, measured, _ in points],
         [(share, predicted) for share, _, predicted in points],
         file,
         chosen=chosen[0] if chosen else None,
+        share="part of the tokens computed anew" if over == RECOMPUTE else ACTIVATION_SHARE,
     )
 
 
@@ -66,9 +69,9 @@ def draw_grid(cells: list[Cell], file: Path) -> None:
     plt.close(figure)
 
 
-def share_of(cell: Cell) -> float:
-    """The plan's activation share."""
-    share: float = cell["plan"]["activation_share"]
+def share_of(cell: Cell, over: str) -> float:
+    """The plan's activation share, or the part of the tokens that was computed anew."""
+    share: float = cell["recomputed_share"] if over == RECOMPUTE else cell["plan"]["activation_share"]
     return share
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from hsrpc.bench.run import Result
 from hsrpc.config import format_bytes
 
+ACTIVATION_SHARE = "activation share of cached tokens"
 _NOT_MEASURED = "not measured"
 
 
@@ -37,8 +38,9 @@ def plot_sweep(
     file: Path,
     *,
     chosen: tuple[float, float] | None = None,
+    share: str = ACTIVATION_SHARE,
 ) -> None:
-    """Decode tokens/s over activation share, as pairs of both; `chosen` is the planner's own."""
+    """Decode tokens/s over a share, named on the axis, as pairs of both; `chosen` is the planner's own."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -49,7 +51,7 @@ def plot_sweep(
     axes.plot(*zip(*predicted, strict=True), linestyle="--", label="predicted")
     if chosen is not None:
         axes.plot(*chosen, linestyle="", marker="*", markersize=16, label="the planner's choice")
-    axes.set(xlabel="activation share of cached tokens", ylabel="decode tokens/s", title=title)
+    axes.set(xlabel=share, ylabel="decode tokens/s", title=title)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()

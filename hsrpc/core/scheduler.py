@@ -253,7 +253,8 @@ class Scheduler:
         """Of the next step, at most."""
         pending = sum(r.num_tokens - r.num_computed for r in self._running if not r.is_decoding)
         if len(self._running) < self.limits.max_batch:
-            pending += self.num_waiting_tokens
+            room = max(0, self.blocks.num_free - len(self._running)) * self.limits.block_size
+            pending += min(room, self.num_waiting_tokens)
         return min(pending, self._prefill_budget())
 
     def _continue_running(self, budget: int) -> list[Work]:

@@ -28,6 +28,11 @@ class StepRecord:
     regenerated_tokens: int
     """Each layer counted."""
 
+    @property
+    def held_tokens(self) -> int:
+        """Of all requests before the step: cached, or computed anew."""
+        return self.context_tokens + self.recomputed_tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:

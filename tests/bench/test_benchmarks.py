@@ -61,6 +61,20 @@ def test_a_sweep_measures_the_planners_choice_and_the_shares(tiny, tmp_path, cap
     assert [each["name"] for each in second[4:]] == ["share 0.55"]
 
 
+def test_a_sweep_forces_tokens_to_be_computed_anew(tiny, tmp_path):
+    """What was asked for is what was computed, beside activations alone; the plot has it on its axis."""
+    files = ["--json", str(tmp_path / "anew.json"), "--plot", str(tmp_path / "anew.png")]
+    sweep = ["sweep", "--over", "recompute", *tiny, "--host-memory", "64MiB", "--batch", "4", *LENGTHS, *files]
+    planner_check.main([*sweep, "--shares", "0", "0.5"])
+    cells = json.loads((tmp_path / "anew.json").read_text())
+    assert [each["name"] for each in cells] == ["planner", "recompute 0.0", "recompute 0.5"]
+    assert [each["plan"]["policy"] for each in cells[1:]] == ["activation"] * 2
+    assert cells[1]["recomputed_share"] == 0
+    assert cells[2]["recomputed_share"] == pytest.approx(0.5, abs=0.1)
+    assert cells[1]["context"] == pytest.approx(cells[2]["context"], rel=0.1)
+    assert (tmp_path / "anew.png").read_bytes().startswith(PNG)
+
+
 def test_a_grid_measures_the_planners_plan_beside_forced_ones(tiny, tmp_path):
     """At most as many as asked for; the planner's is the first."""
     files = ["--json", str(tmp_path / "grid.json"), "--plot", str(tmp_path / "grid.png")]
@@ -87,13 +101,13 @@ def test_a_sweep_is_drawn_as_two_lines_and_the_planners_choice(tmp_path, monkeyp
     """By share, whatever order they were measured in; the planner's cell is marked and is no point of a line."""
     drawn = {}
     monkeypatch.setattr(
-        planner_report, "plot_sweep", lambda *given, chosen: drawn.update(lines=given[1:3], chosen=chosen)
+        planner_report, "plot_sweep", lambda *given, chosen, share: drawn.update(lines=given[1:3], chosen=chosen)
     )
     cells = [cell("planner", 50, 60, 0.75), cell("share 1.0", 40, 30, 1.0), cell("share 0.0", 20, 25, 0.0)]
-    draw_sweep(cells, tmp_path / "sweep.png")
+    draw_sweep(cells, tmp_path / "sweep.png", over="activation")
     assert drawn["lines"] == ([(0.0, 20), (1.0, 40)], [(0.0, 25), (1.0, 30)])
     assert drawn["chosen"] == (0.75, 50)
-    draw_sweep(cells[1:], tmp_path / "sweep.png")
+    draw_sweep(cells[1:], tmp_path / "sweep.png", over="activation")
     assert drawn["chosen"] is None
 
 

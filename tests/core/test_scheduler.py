@@ -699,3 +699,19 @@ def test_a_long_prompt_is_no_more_than_a_mini_batch_takes():
     assert step is not None
     assert [work.count for work in step.works] == [6, 6, 4]
     assert len(step.mini_batches) == 3
+
+
+def test_blocks_that_are_given_up_let_others_in():
+    """Blocks for two of three: one that decodes gives up its own, and so the third needs not wait for an end."""
+    recompute = RecomputeLimits(tokens=20, weights=6.0)
+    limits = replace(LIMITS, recompute=recompute, max_prefill_tokens=24, max_idle_prefill_tokens=24)
+    harness = Harness({PoolId.HOST_ACTIVATION: 7}, limits)
+    first, second, third = (harness.add([5] * 8, SamplingParams(max_tokens=4, ignore_eos=True)) for _ in range(3))
+    harness.schedule()
+    harness.commit()
+    assert harness.running == [first, second]
+    harness.schedule()
+    assert first.recomputes
+    assert harness.running == [first, second, third]
+    harness.drain()
+    assert all(request.preemptions == 0 for request in (first, second, third))
