@@ -101,13 +101,14 @@ def _check(run: Run, setting: Setting) -> None:
 def _measured(run: Run, setting: Setting, config: EngineConfig) -> Cell:
     _check(run, setting)
     result, steps = summarise(run, config), run.chosen
-    context = sum(step.context_tokens for step in steps)
+    held = sum(step.held_tokens for step in steps)
     return {
         "reason": run.plan.reason,
         "hidden_layers": getattr(run.plan, "hidden_layers", None),
         "num_blocks": {pool.name.lower(): count for pool, count in run.plan.num_blocks.items()},
-        "context_tokens": context / len(steps),
-        "share": sum(step.regenerated_tokens for step in steps) / (context * run.spec.sizes.num_layers),
+        "held_tokens": held / len(steps),
+        "share": sum(step.regenerated_tokens for step in steps) / (held * run.spec.sizes.num_layers),
+        "recomputed_share": sum(step.recomputed_tokens for step in steps) / held,
         "cache_bytes": sum(step.cache_bytes for step in steps) / len(steps),
         "step_seconds": result.step_seconds,
         "limit_seconds": result.limit_seconds,

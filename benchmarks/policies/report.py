@@ -11,7 +11,7 @@ from rich.table import Table
 from benchmarks.policies.measure import Cell
 from hsrpc.config import format_bytes
 
-_COLUMNS = ("step", "limit", "efficiency", "decode", "share rebuilt", "cache loaded a step")
+_COLUMNS = ("step", "limit", "efficiency", "decode", "rebuilt", "computed anew", "cache loaded a step")
 
 
 def print_table(title: str, cells: Sequence[Cell]) -> None:
@@ -61,5 +61,6 @@ def _row(cell: Cell) -> list[str]:
         f"{cell['efficiency']:.3f}",
         f"{cell['tokens_per_second']:.1f} tokens/s",
         f"{cell['share']:.2f}",
+        f"{cell['recomputed_share']:.2f}",
         format_bytes(cell["cache_bytes"]),
     ]

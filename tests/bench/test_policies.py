@@ -262,8 +262,8 @@ def test_all_policies_are_measured_and_drawn(command, tmp_path, capsys):
     assert 16 / 72 < cells["kvpr"]["share"] < 16 / 40
     for cell in cells.values():
         result = cell["result"]
-        row_bytes = 4 * 64 * (2 - cell["share"])
-        assert cell["cache_bytes"] == pytest.approx(2 * cell["context_tokens"] * row_bytes)
+        row_bytes = 4 * 64 * (2 * (1 - cell["recomputed_share"]) - cell["share"])
+        assert cell["cache_bytes"] == pytest.approx(2 * cell["held_tokens"] * row_bytes)
         assert result["limit"]["bus"] * HARDWARE.load_bandwidth >= cell["cache_bytes"]
         assert cell["efficiency"] > 0
         assert result["preemptions"] == 0
