@@ -150,27 +150,22 @@ class EngineConfig:
             raise ConfigError("block_size", self.block_size, "more than 1024 tokens", "16 to 64 suit most machines")
         if self.max_step_time is not None and not (math.isfinite(self.max_step_time) and self.max_step_time > 0):
             raise ConfigError("max_step_time", self.max_step_time, "not a positive time", "give seconds, such as 0.2")
-        self._check_share()
+        self._check_shares()
 
-    def _check_share(self) -> None:
-        resident = self.resident_share
-        if resident is not None and not 0.0 <= resident <= 1.0:
-            raise ConfigError("resident_share", resident, "outside [0, 1]", "give the share of weights, such as 0.5")
-        recomputed = self.recompute_share
-        if recomputed is not None and not 0.0 <= recomputed <= 1.0:
-            raise ConfigError("recompute_share", recomputed, "outside [0, 1]", "give the share of tokens, such as 0.2")
-        share = self.activation_share
-        if share is None:
-            return
-        if not 0.0 <= share <= 1.0:
-            raise ConfigError("activation_share", share, "outside [0, 1]", "give the share of tokens, such as 0.5")
-        if self.cache_policy is not CachePolicy.HYBRID:
-            raise ConfigError(
-                "activation_share",
-                share,
-                f"has no meaning with cache_policy={self.cache_policy}",
-                "use cache_policy=hybrid with it",
-            )
+    def _check_shares(self) -> None:
+        for name, whole in (
+            ("resident_share", "weights"),
+            ("recompute_share", "tokens"),
+            ("activation_share", "tokens"),
+        ):
+            share = getattr(self, name)
+            if share is not None and not 0.0 <= share <= 1.0:
+                raise ConfigError(name, share, "outside [0, 1]", f"give the share of {whole}, such as 0.5")
+        meaningless = f"has no meaning with cache_policy={self.cache_policy}"
+        if self.activation_share is not None and self.cache_policy is not CachePolicy.HYBRID:
+            raise ConfigError("activation_share", self.activation_share, meaningless, "use cache_policy=hybrid with it")
+        if self.recompute_share is not None and self.cache_policy is CachePolicy.RECOMPUTE:
+            raise ConfigError("recompute_share", self.recompute_share, meaningless, "leave it out: nothing is cached")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

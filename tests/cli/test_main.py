@@ -107,6 +107,8 @@ def test_a_wrong_use_is_one_line_and_exits_with_2(hsrpc, arguments, named):
             "activation_share=0.5: has no meaning with cache_policy=auto; use",
         ),
         (("info", "--cache-policy=hybrid", "--activation-share=2"), "activation_share=2.0: outside [0, 1]; give"),
+        (("info", "--recompute-share=2"), "recompute_share=2.0: outside [0, 1]; give"),
+        (("info", "--cache-policy=recompute", "--recompute-share=0"), "recompute_share=0.0: has no meaning with"),
         (("info", "--max-batch", "0"), "max_batch=0: not a positive whole number; give 1 or more"),
         (("plan", "--max-step-time", "nan"), "max_step_time=nan: not a positive time; give seconds"),
         (("serve", "--port", "99999"), "port=99999: not a port; give 0 to 65535"),
