@@ -40,7 +40,6 @@ def copies(device: Device, options: argparse.Namespace, width: int, dtype: torch
     num_buffers = options.memory // (rows * row_bytes)
     host = device.pinned(num_buffers * rows * row_bytes).view(dtype).view(-1, width)
     target = device.empty((rows, width), dtype)
-    pieces = [torch.arange(first, first + rows) for first in range(0, len(host), rows)]
     order = np.random.default_rng(0).permutation(len(host) // run)
     scattered = order[: len(order) // (rows // run) * (rows // run)].reshape(-1, rows // run) * run
 
@@ -62,7 +61,7 @@ def copies(device: Device, options: argparse.Namespace, width: int, dtype: torch
         return copy
 
     yield "one piece", copy_pieces(cycle([0]))
-    yield "many pieces", copy_pieces(cycle(int(piece[0]) for piece in pieces))
+    yield "many pieces", copy_pieces(cycle(range(0, len(host), rows)))
     yield "runs", copy_runs(cycle(scattered))
 
 

@@ -35,6 +35,12 @@ class Run(NamedTuple):
     placement: Placement
     recompute: float | None = None
 
+    @property
+    def name(self) -> str:
+        """As it is printed."""
+        anew = "" if self.recompute is None else f", {self.recompute} computed anew"
+        return f"{self.policy} {self.share} {self.placement}{anew}"
+
 
 RUNS = (
     Run(CachePolicy.KV, None, Placement.HOST),
@@ -137,8 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = reference_model(shape, options.device)
         for run, output in zip(RUNS, outputs, strict=True):
             equal = compare(model, prompts, output)
-            name = f"{shape} {run.policy} {run.share} {run.placement}"
-            print(f"{name}: {equal} of {len(prompts)} prompts equal throughout")
+            print(f"{shape} {run.name}: {equal} of {len(prompts)} prompts equal throughout")
         del model
         torch.cuda.empty_cache()
 

@@ -7,8 +7,7 @@ For each layer, of `n` requests with `context` cached tokens each:
     layer  = max(bus, gpu, launches)        (near the balance of bus and GPU a little more: `_beside`)
 
 Beyond the paper: resident weights, blocks on the device, the host's launches and step boundary, and the prompts that
-keep coming. Every number may be an array; all are of one layer but
-those in `StepTimes`.
+keep coming. Every number may be an array; all are of one layer but those in `StepTimes`.
 """
 
 from __future__ import annotations
