@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from hsrpc.core.batch import RowCosts
 from hsrpc.core.blocks import PoolId
+from hsrpc.core.layout import first_block
 from hsrpc.core.request import Request
 
 BALANCE = 7 / 8
@@ -47,7 +48,14 @@ class Recomputing:
     """Chooses, before each step, which of the requests that decode give up their blocks, or who takes some again."""
 
     def __init__(
-        self, limits: RecomputeLimits, costs: RowCosts, *, block_size: int, max_model_len: int, max_queries: int
+        self,
+        limits: RecomputeLimits,
+        costs: RowCosts,
+        *,
+        block_size: int,
+        max_model_len: int,
+        max_queries: int,
+        window: int | None,
     ) -> None:
         self._limits = limits
         self._costs = costs
@@ -55,6 +63,7 @@ class Recomputing:
         self._max_model_len = max_model_len
         self._max_queries = max_queries
         """Of a mini-batch: a request that keeps nothing has to fit to its end."""
+        self._window = window
 
     @property
     def is_of_use(self) -> bool:
@@ -81,8 +90,9 @@ class Recomputing:
         return Choice(giving_up, None)
 
     def _cached(self, request: Request) -> tuple[float, float]:
-        """Seconds of bus and GPU for what is cached of it."""
-        count, costs = request.blocks.pools.count, self._costs
+        """Seconds of bus and GPU for what is cached of it, as far as its next token sees it."""
+        seen = request.blocks.pools[first_block(request.num_computed, self._block_size, self._window) :]
+        count, costs = seen.count, self._costs
         on_host = count(PoolId.HOST_ACTIVATION)
         activations = on_host + count(PoolId.DEVICE_ACTIVATION)
         bus = count(PoolId.HOST_KV) * costs.load_kv + on_host * costs.load_activation

@@ -74,6 +74,7 @@ class Scheduler:
             block_size=limits.block_size,
             max_model_len=limits.max_model_len,
             max_queries=limits.buffers.queries,
+            window=limits.sliding_window,
         )
         self._live: dict[str, Request] = {}
         self._running: list[Request] = []
