@@ -67,12 +67,17 @@ async def until(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0.0005)
 
 
+async def gone(left: Callable[[], object]) -> None:
+    """Let the event loop run until nothing is `left`; what is left at last is the failure's message."""
+    end = time.monotonic() + PATIENCE
+    while found := left():
+        assert time.monotonic() < end, found
+        await asyncio.sleep(0.0005)
+
+
 async def idle(engine: Engine) -> None:
     """Wait for the end of all work, then check that every block, buffer and place in a queue is back."""
-    end = time.monotonic() + PATIENCE
-    while left := remains(engine):
-        assert time.monotonic() < end, left
-        await asyncio.sleep(0.0005)
+    await gone(lambda: remains(engine))
 
 
 def remains(engine: Engine) -> dict[str, object]:
