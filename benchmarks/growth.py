@@ -157,16 +157,23 @@ def measure_step(options: argparse.Namespace, batch: int, context: int) -> dict[
 
 
 def run_steps(options: argparse.Namespace) -> dict[str, object]:
-    """A line over contexts at the last batch, and one over batches at the last context."""
-    lines = {
-        "context": [measure_step(options, options.batch[-1], context) for context in options.context],
-        "batch": [measure_step(options, batch, options.context[-1]) for batch in options.batch],
+    """A line over contexts at the last batch, and one over batches at the last context; they share a point."""
+    wanted = {
+        "context": [(options.batch[-1], context) for context in options.context],
+        "batch": [(batch, options.context[-1]) for batch in options.batch],
     }
+    points: dict[tuple[int, int], dict[str, float]] = {}
+    for point in dict.fromkeys(wanted["context"] + wanted["batch"]):
+        points[point] = measure_step(options, *point)
+        print(
+            "{batch:4} x {context:5.0f}: step {step_s:.4f} s, limit {limit_s:.4f} s".format(**points[point]), flush=True
+        )
+        if options.json:  # at once: of a run that is cut short the points are left
+            options.json.write_text(json.dumps({"points": list(points.values())}, indent=1) + "\n")
+    lines = {name: [points[point] for point in line] for name, line in wanted.items()}
     departures = {name: departure(line, name) for name, line in lines.items()}
-    for name, line in lines.items():
-        for point in line:
-            print("{batch:4} x {context:5.0f}: step {step_s:.4f} s, limit {limit_s:.4f} s".format(**point))
-        print(f"over {name}: at most {departures[name]:.1%} from a straight line")
+    for name, value in departures.items():
+        print(f"over {name}: at most {value:.1%} from a straight line")
     return {"model": options.shape, "policy": options.policy, "lines": lines, "departure_from_linear": departures}
 
 

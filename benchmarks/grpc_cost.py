@@ -138,14 +138,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.clients > options.requests:
         parser.error(f"--clients {options.clients}: more than --requests {options.requests}; give each a request")
     load = Load(**{field.name: getattr(options, field.name) for field in fields(Load)})
+    if options.json:
+        options.json.absolute().parent.mkdir(parents=True, exist_ok=True)
+
+    def note(cost: Cost) -> None:
+        """What is there is kept, whatever comes."""
+        rates = ", ".join(f"{sample.way} {sample.full_tokens_per_second:,.0f}" for sample in cost.samples[-len(Way) :])
+        print(f"{len(cost.samples) // len(Way)} of {options.repeats}: {rates} tokens/s in full steps", flush=True)
+        if options.json:
+            save_cost(cost, options.json)
+
     try:
-        cost = run_loop(measure_cost(_opening(options, load), load, options.repeats))
+        cost = run_loop(measure_cost(_opening(options, load), load, options.repeats, note))
     except HsrpcError as error:
         print(f"grpc_cost: error: {error}", file=sys.stderr)
         return 1
     print_cost(cost)
-    if options.json:
-        save_cost(cost, options.json)
     return 0
 
 

@@ -22,6 +22,8 @@ import argparse
 import asyncio
 import json
 import time
+import traceback
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +31,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.planner_report import PLANNER, RECOMPUTE, Cell, draw_grid, draw_sweep, line_of, report
-from hsrpc.bench.run import WARM_UP_STEPS, observe_run
+from hsrpc.bench.run import WARM_UP_STEPS, BenchError, observe_run
 from hsrpc.bench.workload import Lengths, Workload, make_workload
 from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, DType, EngineConfig, Placement
@@ -43,6 +45,8 @@ from hsrpc.errors import ConfigError, HsrpcError
 
 FEWEST_STEPS = 5
 SHARES = [tenth / 10 for tenth in range(11)]
+SETTING = ("kind", "regime", "over", "shape", "dtype", "batch", "gpu_memory", "host_memory", "prompt", "output")
+"""Options that all cells of a file have in common: by them their times can be compared."""
 REGIMES = {
     "bus": EngineConfig(model="random:opt-6.7b", dtype=DType.FLOAT16, placement=Placement.HOST, max_batch=64),
     "compute": EngineConfig(model="random:opt-2.7b", dtype=DType.FLOAT32, placement=Placement.HOST, max_batch=64),
@@ -82,24 +86,33 @@ def _forced_shares(options: argparse.Namespace) -> Iterator[tuple[str, dict[str,
             yield f"share {share}", {"cache_policy": CachePolicy.HYBRID, "activation_share": share}
 
 
-def grid_configs(options: argparse.Namespace) -> list[tuple[str, EngineConfig]]:
-    """The planner's choice, then the forced plans that are predicted to be fastest."""
+def grid_configs(options: argparse.Namespace, batch: int | None = None) -> list[tuple[str, EngineConfig]]:
+    """The planner's choice, then forced plans that are predicted to be fast, of many kinds.
+
+    Of each batch and kind of cache the fastest comes first, then the second fastest of each, and so on: plans that
+    differ in little but their resident weights are as fast as each other. `batch` is the planner's, as measured before.
+    """
     model = RANDOM_PREFIX + (options.shape or "opt-6.7b")
     config = with_lengths(EngineConfig(model=model, dtype=options.dtype), options)
     planner = make_planner(config).planner
     best = planner.plan()
-    found: dict[str, tuple[float, str, EngineConfig]] = {}
-    for name, forced in forced_configs(planner.config, best.max_batch):
+    found: dict[str, tuple[float, str, EngineConfig, tuple[object, ...]]] = {}
+    for name, forced in forced_configs(planner.config, batch or best.max_batch):
         try:
             plan = Planner(planner.sizes, planner.budgets, planner.hardware, forced).plan()
         except ConfigError:
             continue
         rate = plan.prediction.tokens_per_second
         if plan.max_batch == forced.max_batch and rate >= options.within * best.prediction.tokens_per_second:
-            found.setdefault(signature(plan), (rate, name, forced))
+            found.setdefault(signature(plan), (rate, name, forced, (plan.max_batch, plan.policy)))
     found.pop(signature(best), None)
-    ranked = sorted(found.values(), key=lambda item: -item[0])[: options.cells]
-    return [(PLANNER, config), *((name, forced) for _, name, forced in ranked)]
+    places: defaultdict[tuple[object, ...], int] = defaultdict(int, {(batch or best.max_batch, best.policy): 1})
+    ranked = []
+    for rate, name, forced, kind in sorted(found.values(), key=lambda item: -item[0]):
+        ranked.append((places[kind], -rate, name, forced))
+        places[kind] += 1
+    ranked.sort(key=lambda item: item[:2])
+    return [(PLANNER, config), *((name, forced) for _, _, name, forced in ranked[: options.cells])]
 
 
 def forced_configs(config: EngineConfig, batch: int) -> Iterator[tuple[str, EngineConfig]]:
@@ -128,6 +141,9 @@ async def measure(name: str, config: EngineConfig, options: argparse.Namespace) 
         return cell | {"failure": f"took more than {options.seconds} s"}
     except HsrpcError as error:
         return cell | {"failure": str(error)}
+    except Exception as error:  # such as memory that the device does not have: the other cells may do
+        traceback.print_exc()
+        return cell | {"failure": f"{type(error).__name__}: {error}"}
 
 
 async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
@@ -144,6 +160,8 @@ async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
     def make(engine: Engine) -> Workload:
         nonlocal batch
         batch = config.max_batch or engine.plan.max_batch
+        if engine.plan.max_batch < batch:
+            raise BenchError(f"{engine.plan.max_batch} of {batch} requests fit at once")
         lengths = {"prompt": options.prompt, "output": options.output, "vocab_size": engine.spec.vocab_size}
         return make_workload(Lengths.UNIFORM, count=batch, **lengths)
 
@@ -155,7 +173,8 @@ async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
     )
     steps = run.chosen
     if run.plan.max_batch != batch or len(steps) < FEWEST_STEPS:
-        return {"failure": f"{len(steps)} steps of a batch of {run.plan.max_batch} in place of {batch}"}
+        few = f"{len(steps)} whole steps of a batch of {run.plan.max_batch} in place of {batch}"
+        return {"failure": f"{few}: at least {FEWEST_STEPS} count; raise the output"}
     context = round(fmean(step.held_tokens for step in steps) / batch)
     predicted = predict_at(run.plan, run.spec.sizes, context)
     seconds = median(step.seconds for step in steps)
@@ -196,14 +215,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a check."""
     options = parse(arguments)
     started = time.monotonic()
-    cells: list[Cell] = json.loads(options.json.read_text()) if options.json.exists() else []
-    measured = {cell["name"] for cell in cells}
-    for name, config in grid_configs(options) if options.kind == "grid" else sweep_configs(options):
-        if name in measured or time.monotonic() - started > options.time:
-            continue
-        cells.append(run_loop(measure(name, config, options)))
+    setting = {name: getattr(options, name) for name in SETTING}
+    cells = read_cells(options.json, setting)
+    for name, config in todo(options, cells):
+        if time.monotonic() - started > options.time:
+            break
+        cell = run_loop(measure(name, config, options)) | {"setting": setting}
+        cells[:] = [each for each in cells if each["name"] != name] + [cell]
         options.json.write_text(json.dumps(cells, indent=1) + "\n")
-        print(line_of(cells[-1]))
+        print(line_of(cell), flush=True)
+    print()
     report(cells)
     drawn = [cell for cell in cells if "failure" not in cell]
     if options.plot and drawn:
@@ -211,6 +232,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
             draw_grid(drawn, options.plot)
         else:
             draw_sweep(drawn, options.plot, over=options.over)
+
+
+def read_cells(file: Path, setting: dict[str, Any]) -> list[Cell]:
+    """What the file has.
+
+    Raises:
+        SystemExit: it was measured with another setting.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    cells: list[Cell] = json.loads(file.read_text()) if file.exists() else []
+    for cell in cells:
+        others = {name: value for name, value in cell.get("setting", setting).items() if value != setting[name]}
+        if others:
+            raise SystemExit(f"{file} was measured with {others}; give another file, or the same options")
+    return cells
+
+
+def todo(options: argparse.Namespace, cells: Sequence[Cell]) -> list[tuple[str, EngineConfig]]:
+    """What is not measured yet: new cells first, then those that failed. A grid has no more cells than asked for."""
+    measured = {cell["name"]: cell for cell in cells}
+    if options.kind == "sweep":
+        wanted = sweep_configs(options)
+    elif len(measured) > options.cells and not any("failure" in cell for cell in cells):
+        return []
+    else:
+        wanted = grid_configs(options, measured.get(PLANNER, {}).get("plan", {}).get("batch"))
+    new = [each for each in wanted if each[0] not in measured]
+    if options.kind == "grid":
+        new = new[: options.cells + 1 - len(measured)]
+    return new + [each for each in wanted if "failure" in measured.get(each[0], {})]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -238,7 +289,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--time", type=float, default=3600, help="no cell is begun after this many seconds")
     parser.add_argument("--json", type=Path, required=True, help="all cells; goes on where it was interrupted")
     parser.add_argument("--plot", type=Path, help="save tokens/s here as PNG, measured and predicted")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.steps < FEWEST_STEPS:
+        parser.error(f"--steps {options.steps}: at least {FEWEST_STEPS} count as a measurement")
+    return options
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ def line_of(cell: Cell) -> str:
         return f"{cell['name']:42} {cell['failure']}"
     ratio, rate = cell["predicted_over_measured"], cell["tokens_per_second"]
     step = f"{cell['step_seconds'] * 1e3:9.1f} ms"
-    return f"{cell['name']:42} {step}, predicted / measured {ratio:.3f}, {rate:9.1f} tokens/s"
+    anew = f", {cell['recomputed_share']:.1%} computed anew" if cell.get("recomputed_share") else ""
+    return f"{cell['name']:42} {step}, predicted / measured {ratio:.3f}, {rate:9.1f} tokens/s{anew}"
 
 
 def draw_sweep(cells: list[Cell], file: Path, *, over: str) -> None:

@@ -108,6 +108,7 @@ def _setups(cell: Cell, options: argparse.Namespace) -> list[Setup]:
 def _run(options: argparse.Namespace) -> None:
     from benchmarks.peers.drive import Driver, run_child
 
+    options.file.absolute().parent.mkdir(parents=True, exist_ok=True)
     driver = Driver(
         file=options.file,
         measure=run_child,
@@ -141,10 +142,12 @@ def _report(options: argparse.Namespace) -> None:
     from benchmarks.peers.report import plot_report, print_report, save_report
 
     records = [record for file in options.files for record in read_records(file)]
+    if not records:
+        raise SystemExit(f"nothing was measured in {', '.join(map(str, options.files))}; check the names")
     print_report(records)
     if options.json:
         save_report(records, options.json)
-    if options.plot:
+    if options.plot and any(record.outcome for record in records):
         plot_report(records, options.plot)
 
 

@@ -25,7 +25,7 @@ ACCELERATE_STEPS = 8
 _START_SECONDS = 25.0
 """Imports, calibrations, the end of the process."""
 _PINNED_RATE = 2.2e9
-_PLANNED_BATCH = 160
+_MOST_PLANNED = 512
 _BUS_RATE = 50e9
 _ACCELERATE_RATE = 4e9
 """Bytes/s of weights and cache together that explain 7.4 tokens/s of OPT-6.7B at batch 128."""
@@ -97,11 +97,19 @@ def estimated_seconds(setup: Setup) -> float:
         return _START_SECONDS + sizes.model_bytes / _PINNED_RATE + flexgen_plan.predicted_prefill(setup) + decode
     if setup.system is System.TRANSFORMERS:  # the same steps twice: to warm up, and to count
         return _START_SECONDS + setup.compiled * _COMPILE_SECONDS + 2 * steps * _GENERATE_STEP
-    tokens = (setup.batch or _PLANNED_BATCH) * setup.mean_context
     if setup.system is System.ACCELERATE:
+        tokens = (setup.batch or 0) * setup.mean_context
         moved, rate = sizes.model_bytes + tokens * sizes.num_layers * sizes.kv_bytes, _ACCELERATE_RATE
     else:
         resident = 0 if setup.case is Case.HOST else setup.budgets.device - 4 * GIB
-        moved, rate = max(0, sizes.model_bytes - resident), _BUS_RATE
-        moved += tokens * sizes.num_layers * sizes.activation_bytes
+        streamed, rate = max(0, sizes.model_bytes - resident), _BUS_RATE
+        row = sizes.num_layers * sizes.activation_bytes
+        tokens = (setup.batch or _planned_batch(setup, streamed, row)) * setup.mean_context
+        moved = streamed + tokens * row
     return _START_SECONDS + sizes.model_bytes / _PINNED_RATE + (steps + 5) * moved / rate
+
+
+def _planned_batch(setup: Setup, streamed: int, row: int) -> int:
+    """hsrpc's: none that moves anything where the model fits the device, else as many as the host holds."""
+    room = (setup.budgets.host - streamed) // ((setup.prompt + setup.output) * row)
+    return min(_MOST_PLANNED, max(1, room)) if streamed else 0

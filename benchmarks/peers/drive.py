@@ -41,12 +41,17 @@ class Driver:
         """The setup's record, from the file or measured now; None: there is no time left for it."""
         known = [record for record in read_records(self.file) if record.setup == setup]
         if known:
+            self.say(f"{_name(setup)}: in {self.file.name} already: {_told(known[-1])}")
             return known[-1]
         left = self.deadline - time.monotonic()
         if left < estimated_seconds(setup):
             self.say(f"{_name(setup)}: not started, {max(0.0, left):.0f} s are left; run again to go on")
             return None
+        self.say(f"{_name(setup)}: started, {estimated_seconds(setup):.0f} s estimated")
         record = self.measure(setup, min(self.limit, left))
+        if record.outcome is None and time.monotonic() > self.deadline:  # not its fault: there was no more time
+            self.say(f"{_name(setup)}: stopped, the time is over; run again to measure it")
+            return None
         add_record(self.file, record)
         self.say(f"{_name(setup)}: {_told(record)}")
         return record

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.policies.emulate import Policy
 from benchmarks.policies.measure import Setting, measure
-from benchmarks.policies.report import measured, plot, print_table
+from benchmarks.policies.report import line_of, measured, plot, print_table
 from hsrpc.cli.loop import run_loop
 from hsrpc.config import DeviceKind, DType, parse_bytes
 from hsrpc.errors import ConfigError
@@ -47,10 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     cells = found["policies"]
     for policy in map(Policy, options.policy):
-        if policy in {cell["policy"] for cell in cells} or time.monotonic() - started > options.time:
+        known = [cell for cell in measured(cells) if cell["policy"] == policy]
+        if known or time.monotonic() - started > options.time:
             continue
+        cells[:] = [cell for cell in cells if cell["policy"] != policy]  # what failed is tried again
         cells.append(run_loop(measure(policy, setting, options.seconds)))
+        print(line_of(cells[-1]), flush=True)
         if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(found, indent=1) + "\n")
     done = measured(cells)
     title = f"{setting.shape}, {setting.batch} requests x {setting.prompt} tokens"

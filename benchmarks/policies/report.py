@@ -27,6 +27,13 @@ def print_table(title: str, cells: Sequence[Cell]) -> None:
         console.print(f"{cell['label']}: {cell.get('failure') or cell['reason']}", markup=False, highlight=False)
 
 
+def line_of(cell: Cell) -> str:
+    """What came of a policy, for those who wait for the others."""
+    if "failure" in cell:
+        return f"{cell['label']}: {cell['failure']}"
+    return f"{cell['label']}: {cell['step_seconds'] * 1e3:.1f} ms a step, {cell['tokens_per_second']:.1f} tokens/s"
+
+
 def plot(title: str, cells: Sequence[Cell], file: Path) -> None:
     """A bar of decode tokens/s for each policy, emulations in a colour of their own, with its limit."""
     import matplotlib as mpl

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from multiprocessing.connection import Connection
 from statistics import median
@@ -180,8 +180,10 @@ def full_steps(steps: Sequence[StepRecord], requests: int) -> list[StepRecord]:
     return found
 
 
-async def measure_cost(open_engine: OpenEngine, load: Load, repeats: int) -> Cost:
-    """Run the load both ways by turns, `repeats` times each after a warm-up.
+async def measure_cost(
+    open_engine: OpenEngine, load: Load, repeats: int, note: Callable[[Cost], object] = lambda _: None
+) -> Cost:
+    """Run the load both ways by turns, `repeats` times each after a warm-up; `note` gets what there is after each turn.
 
     Raises:
         HsrpcError: the engine cannot be had, or the load did not run as it should.
@@ -200,8 +202,13 @@ async def measure_cost(open_engine: OpenEngine, load: Load, repeats: int) -> Cos
         clients = [stack.enter_context(connected(answer_jobs, server.address)) for _ in range(load.clients)]
         await _ask_all(clients, [Job(1, 1, {})] * len(clients))  # they have loaded now, and will start together
         bench = _Bench(engine, clients, load, steps)
-        samples = [await bench.sample(way) for _ in range(1 + repeats) for way in Way]
-        return Cost(model=engine.spec.name, device=engine.device, load=load, samples=samples[len(Way) :])
+        cost = Cost(model=engine.spec.name, device=engine.device, load=load, samples=())
+        for way in Way:
+            await bench.sample(way)
+        for _ in range(repeats):
+            cost = replace(cost, samples=[*cost.samples, *[await bench.sample(way) for way in Way]])
+            note(cost)
+        return cost
 
 
 async def _ask_all(clients: Sequence[Connection], jobs: Sequence[Job]) -> list[Received]:

@@ -271,10 +271,13 @@ async def _until(event: asyncio.Event, load: asyncio.Task[None]) -> None:
 
 
 async def load_requests(engine: Engine, workload: Workload) -> None:
-    """All requests of the workload at once, to their ends."""
-    async with asyncio.TaskGroup() as group:
-        for prompt, count in zip(workload.prompts, workload.output_tokens, strict=True):
-            group.create_task(_request(engine, prompt, count))
+    """All requests of the workload at once, to their ends; of several errors the first is raised, not their group."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for prompt, count in zip(workload.prompts, workload.output_tokens, strict=True):
+                group.create_task(_request(engine, prompt, count))
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 async def _request(engine: Engine, prompt: Sequence[int], count: int) -> None:

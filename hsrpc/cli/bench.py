@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from hsrpc.errors import ConfigError
 
 if TYPE_CHECKING:
     from hsrpc.bench.run import Result
+    from hsrpc.bench.workload import Workload
     from hsrpc.core.plan import Plan
     from hsrpc.engine.engine import Engine
     from hsrpc.engine.stats import StepRecord
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
   hsrpc bench decode --shape opt-6.7b --max-batch 128 --prompt 512 --placement host
   hsrpc bench decode --shape ./my-model/config.json --profile
-  hsrpc bench prefill --shape opt-6.7b --max-batch 16 --prompt 2048
+  hsrpc bench prefill --shape opt-6.7b --max-batch 16 --prompt 2047
   hsrpc bench offline --shape opt-13b --requests 256 --lengths sharegpt-like --gpu-memory 24GiB
   hsrpc bench sweep --shape opt-6.7b --max-batch 64 --placement host --plot sweep.png --json sweep.json
   hsrpc bench serve --rate 4 --duration 30
@@ -61,7 +64,10 @@ def _add_engine_parser(kinds: Commands, name: str, text: str) -> None:
     load.add_argument(
         "--steps", type=int, default=20, metavar="N", help="decode or prompt steps measured (default: 20)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save everything that was measured")
+    load.add_argument("--seconds", type=float, metavar="S", help="measure no longer than so (default: to the end)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="save everything that was measured; sweep: after each share"
+    )
     parser.add_argument("--profile", action="store_true", help="say where the time of a step goes, from two steps more")
     parser.add_argument(
         "--trace",
@@ -84,13 +90,16 @@ def run(options: argparse.Namespace) -> None:
     if options.kind == "sweep" and options.trace:
         problem, remedy = "a sweep is many measurements", "trace one of them, with --activation-share"
         raise ConfigError("trace", str(options.trace), problem, remedy)
-    if options.kind == "sweep":
-        results = [_measure(options, _with_share(config, share / 10)) for share in range(11)]
-    else:
-        results = [_measure(options, config)]
+    for name in ("json", "trace", "plot"):
+        file = getattr(options, name)
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ConfigError(name, str(file), "its directory is not there", "make it first")
+    results: list[Result] = []
+    for each in [_with_share(config, share / 10) for share in range(11)] if options.kind == "sweep" else [config]:
+        results.append(_measure(options, each))
+        if options.json:  # at once: a run that is cut short keeps what it measured
+            save_json(results, options.json)
     print_results(results)
-    if options.json:
-        save_json(results, options.json)
     if options.plot:
         title = f"{results[0].model}, batch {results[0].batch}"
         measured = [(r.activation_share, r.decode_tokens_per_second) for r in results]
@@ -104,7 +113,7 @@ def _with_share(config: EngineConfig, share: float) -> EngineConfig:
 
 def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
     from hsrpc.bench.run import WARM_UP_STEPS, observe_run, summarise
-    from hsrpc.bench.workload import Lengths, Workload, make_workload
+    from hsrpc.bench.workload import Lengths, make_workload
     from hsrpc.cli.loop import run_loop  # needs the extra `engine`, which --help does not
     from hsrpc.engine.startup import describe_model
 
@@ -121,11 +130,13 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
     )
     wanted = options.steps + WARM_UP_STEPS
     requests = decoded = 0
+    began = math.inf
+    is_whole = options.kind in ("decode", "sweep")
 
     def make(engine: Engine) -> Workload:
-        nonlocal requests
+        nonlocal requests, began
         requests = options.requests or _default_requests(options, engine.plan)
-        return make_workload(
+        workload = make_workload(
             lengths,
             count=requests,
             prompt=options.prompt,
@@ -133,11 +144,16 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
             vocab_size=engine.spec.vocab_size,
             longest=config.max_model_len,
         )
+        if is_whole:
+            _check_whole(workload, engine.plan)
+        began = time.monotonic()
+        return workload
 
     def is_enough(record: StepRecord) -> bool:
         nonlocal decoded
         decoded += _is_full_decode(record, requests)
-        return options.kind in ("decode", "sweep") and decoded >= wanted
+        is_late = options.seconds is not None and time.monotonic() - began > options.seconds
+        return is_late or (is_whole and decoded >= wanted)
 
     def choose(records: Sequence[StepRecord]) -> list[StepRecord]:
         return _chosen(options.kind, requests, records)
@@ -145,6 +161,22 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
     with_ranges, trace = options.profile or options.trace is not None, options.trace
     profile = {"with_busy": True, "with_ranges": with_ranges, "trace": trace}
     return summarise(run_loop(observe_run(config, make, choose, is_enough=is_enough, **profile)), config)
+
+
+def _check_whole(workload: Workload, plan: Plan) -> None:
+    """Before the run: with these requests there would be no step in which all decode.
+
+    Raises:
+        BenchError: they do not run at once, or one ends too soon.
+    """
+    from hsrpc.bench.run import WARM_UP_STEPS, BenchError
+
+    requests, shortest = len(workload.prompts), min(workload.output_tokens)
+    if requests > plan.max_batch:
+        raise BenchError(f"{plan.max_batch} of {requests} requests run at once; give fewer, or use bench offline")
+    if shortest < WARM_UP_STEPS + 2:
+        found = f"one of {requests} requests has {shortest} output tokens, too few for steps in which all decode"
+        raise BenchError(f"{found}; give more output tokens, or use bench offline")
 
 
 def _default_requests(options: argparse.Namespace, plan: Plan) -> int:

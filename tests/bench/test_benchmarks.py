@@ -92,9 +92,70 @@ def test_a_plan_that_does_not_come_to_be_is_a_failure(tiny, tmp_path, capsys):
     settings = ["--host-memory", "64MiB", "--batch", "3", "--prompt", "8", "--output", "6", "--steps", "5"]
     planner_check.main(["sweep", *tiny, *settings, *files, "--shares", "0"])
     cells = json.loads((tmp_path / "sweep.json").read_text())
-    assert [set(each) for each in cells] == [{"name", "failure"}] * 2
+    assert [set(each) for each in cells] == [{"name", "failure", "setting"}] * 2
     assert "steps of a batch of 3" in capsys.readouterr().out
     assert not (tmp_path / "sweep.png").exists()
+
+
+def test_what_failed_is_tried_again_after_what_is_new(tiny, tmp_path, monkeypatch):
+    """A crash in one cell takes neither its place in the file nor the other cells with it."""
+    file = tmp_path / "sweep.json"
+    sweep = ["sweep", *tiny, "--host-memory", "64MiB", "--batch", "3", *LENGTHS, "--json", str(file), "--shares"]
+    measured = []
+
+    async def crash(config, options):
+        measured.append(config.activation_share)
+        if config.activation_share == 0.5 and len(measured) < 4:
+            raise RuntimeError("CUDA error")
+        return {"predicted_over_measured": 1.0, "tokens_per_second": 1.0, "step_seconds": 1.0}
+
+    monkeypatch.setattr(planner_check, "_measure", crash)
+    planner_check.main([*sweep, "0.5", "1"])
+    assert [each.get("failure") for each in json.loads(file.read_text())] == [None, "RuntimeError: CUDA error", None]
+    planner_check.main([*sweep, "0.5", "0.75"])
+    assert measured == [None, 0.5, 1, 0.75, 0.5]
+    cells = {each["name"]: each for each in json.loads(file.read_text())}
+    assert len(cells) == 4
+    assert not any("failure" in each for each in cells.values())
+
+
+def test_a_batch_that_does_not_fit_is_known_before_it_runs(tiny, tmp_path, monkeypatch, capsys):
+    """Its steps would never be whole, and all of its tokens would be waited for."""
+    monkeypatch.setattr(planner_check, "make_workload", lambda *_, **__: pytest.fail("it runs"))
+    tiny[tiny.index("--gpu-memory") + 1] = "4MiB"
+    settings = ["--host-memory", "1MiB", "--batch", "512", *LENGTHS, "--json", str(tmp_path / "sweep.json")]
+    planner_check.main(["sweep", *tiny, *settings, "--shares", "0"])
+    assert capsys.readouterr().out.count("of 512 requests fit at once") == 4
+
+
+def test_a_file_is_for_one_setting(tiny, tmp_path):
+    """Cells of another budget or prompt are not compared with its own."""
+    sweep = ["sweep", *tiny, "--host-memory", "64MiB", *LENGTHS, "--json", str(tmp_path / "f" / "sweep.json")]
+    planner_check.main([*sweep, "--batch", "3", "--shares", "0"])
+    with pytest.raises(SystemExit, match="'batch': 3"):
+        planner_check.main([*sweep, "--batch", "4", "--shares", "0"])
+
+
+def test_a_grid_goes_on_around_the_batch_that_was_measured(tiny, tmp_path, monkeypatch):
+    """A plan made anew may have another batch: the cells would not be those of before. A whole grid plans nothing."""
+    file = tmp_path / "grid.json"
+    more = ["--host-memory", "64MiB", "--dtype", "float32", "--cells", "2", "--within", "0", "--json", str(file)]
+    grid = ["grid", *tiny, *more, *LENGTHS]
+    planner_check.main(grid)
+    cells = json.loads(file.read_text())
+    kinds = [(each["plan"]["batch"], each["plan"]["policy"]) for each in cells]
+    assert len(set(kinds)) == 3
+    file.write_text(json.dumps(cells[:2]))
+    batches = []
+    forced = planner_check.forced_configs
+    monkeypatch.setattr(
+        planner_check, "forced_configs", lambda config, batch: batches.append(batch) or forced(config, batch)
+    )
+    planner_check.main(grid)
+    assert batches == [cells[0]["plan"]["batch"]]
+    assert len(json.loads(file.read_text())) == 3
+    planner_check.main(grid)
+    assert len(batches) == 1
 
 
 def test_a_sweep_is_drawn_as_two_lines_and_the_planners_choice(tmp_path, monkeypatch):

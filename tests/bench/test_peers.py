@@ -14,6 +14,7 @@ from accelerate import cpu_offload
 
 from benchmarks.peers.__main__ import main
 from benchmarks.peers.cases import GIB, Budgets, Case, Setup, System
+from benchmarks.peers.cells import estimated_seconds
 from benchmarks.peers.drive import Driver, reason, run_child
 from benchmarks.peers.generation import empty_model, generate, random_weights
 from benchmarks.peers.one import peer_outcome
@@ -113,6 +114,33 @@ def test_a_run_goes_on_where_it_ended(tmp_path):
     assert again.run(setup()).outcome == outcome()
     assert again.run(setup(batch=8)) is None
     assert measured == []
+
+
+def test_what_the_time_did_not_suffice_for_is_no_failure(tmp_path):
+    """A setup that was stopped because the whole run was over is measured by the next run; a failure is not."""
+    made, measured = driver(tmp_path / "file.json", lambda _: "took longer than 0 s")
+    made.run(setup())
+    late, _ = driver(tmp_path / "late.json", lambda _: "took longer than 0 s", seconds=estimated_seconds(setup()) + 0.1)
+    original = late.measure
+
+    def slow(wanted: Setup, limit: float) -> Record:
+        late.deadline = time.monotonic() - 1
+        return original(wanted, limit)
+
+    late.measure = slow
+    assert late.run(setup()) is None
+    assert [len(read_records(tmp_path / name)) for name in ("file.json", "late.json")] == [1, 0]
+    made.run(setup())
+    assert len(measured) == 1
+
+
+def test_a_report_of_nothing_says_so(tmp_path):
+    """Names of files are mistyped; and failures alone are no plot."""
+    with pytest.raises(SystemExit, match=r"typo\.json"):
+        main(["report", str(tmp_path / "typo.json")])
+    add_record(tmp_path / "failed.json", Record(setup=setup(), outcome=None, error="no"))
+    main(["report", str(tmp_path / "failed.json"), "--plot", str(tmp_path / "plot.png")])
+    assert not (tmp_path / "plot.png").exists()
 
 
 def test_if_nothing_works_there_is_no_best(tmp_path):

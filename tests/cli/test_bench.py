@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from hsrpc.cli.main import build_parser
+from hsrpc.cli import bench
+from hsrpc.cli.main import build_parser, main
+from hsrpc.errors import ConfigError
 from tests.cli.conftest import SMALL
 from tests.cli.test_main import examples
 
@@ -36,6 +38,59 @@ def test_a_sweep_is_not_traced(hsrpc):
     ran = hsrpc("bench", "sweep", "--trace=trace.json.gz")
     assert ran.code != 0
     assert all(part in ran.err for part in ("trace='trace.json.gz'", "--activation-share"))
+
+
+@pytest.mark.parametrize("name", ["json", "trace", "plot"])
+def test_a_file_that_cannot_be_saved_is_known_before_anything_runs(hsrpc, tmp_path, name):
+    """A measurement takes minutes, and would be lost."""
+    ran = hsrpc("bench", "decode", f"--{name}={tmp_path / 'none' / 'file'}")
+    assert ran.code == 1
+    assert "its directory is not there" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [(("--requests=9", "--max-batch=3"), "3 of 9 requests run at once"), (("--output=4",), "4 output tokens, too few")],
+)
+def test_requests_that_never_decode_together_are_known_before_they_run(hsrpc, load, message):
+    """There would be no step to measure, which would be said after the last of their tokens."""
+    ran = hsrpc("bench", "decode", "--prompt=8", *load, *SMALL)
+    assert ran.code == 1
+    assert message in ran.err
+
+
+def test_requests_that_are_refused_are_an_error_in_a_line(hsrpc):
+    """And not a group of tracebacks."""
+    ran = hsrpc("bench", "offline", "--requests=5", "--prompt=8", "--output=8", "--max-queued-requests=2", *SMALL)
+    assert ran.code == 1
+    assert ran.err.count("\n") == 1
+    assert "max_queued_requests" in ran.err
+
+
+def test_an_offline_run_ends_when_its_seconds_have_passed(hsrpc, tmp_path):
+    """What was measured until then is the result."""
+    load = ("--requests=400", "--prompt=8", "--output=100", "--max-batch=4", "--seconds=1")
+    ran = hsrpc("bench", "offline", *load, f"--json={tmp_path / 'offline.json'}", *SMALL)
+    assert ran.code == 0, ran.err
+    [found] = json.loads((tmp_path / "offline.json").read_text())
+    assert 0.5 < sum(found["step_times"]) < 5
+
+
+def test_a_sweep_is_saved_share_by_share(hsrpc, tmp_path, monkeypatch):
+    """What was measured before a failure is in the file."""
+    file = tmp_path / "sweep.json"
+    original, seen = bench._measure, []
+
+    def measure(options, config):
+        seen.append(config.activation_share)
+        if len(seen) == 3:
+            raise ConfigError("activation_share", 0.2, "no", "yes")
+        return original(options, config)
+
+    monkeypatch.setattr(bench, "_measure", measure)
+    sweep = ["bench", "sweep", "--prompt=8", "--output=16", "--steps=2", "--max-batch=2", f"--json={file}", *SMALL]
+    assert main(sweep) == 1
+    assert [found["activation_share"] for found in json.loads(file.read_text())] == [0, pytest.approx(0.1, abs=0.1)]
 
 
 @pytest.mark.timeout(120)
