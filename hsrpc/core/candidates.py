@@ -136,7 +136,8 @@ class Evaluator:
         most = self._most_blocks(grid.batch)
         device_blocks = np.minimum(self._device_blocks(device_room, grid.device_share), most)
         on_device = self._on_device(grid.batch, device_blocks, self.model.traffic.context)
-        candidates = self._candidates(grid, streamed, device_blocks, chunk, prompt_queries)
+        queries = prompt_queries if self.recomputes else staging.queries - grid.batch
+        candidates = self._candidates(grid, streamed, device_blocks, chunk, queries)
         missing = np.maximum(0, self._needed_blocks(grid.batch) - device_blocks)
         host_share = self._host_share(candidates, grid.kv_only, host_room, missing)
         candidates = replace(candidates, host_share=host_share)
@@ -171,7 +172,9 @@ class Evaluator:
         if self.recomputes:
             step_tokens = batch * self.max_model_len
             return Staging(batch=batch, rows=rows, activation_rows=0, queries=rows, step_tokens=step_tokens)
-        whole = np.where(np.asarray(grid.recompute) > 0, traffic.at_end, 0)
+        # Of what is computed anew whole requests, and no fewer tokens than compute for as long as they take to launch.
+        least = max(traffic.at_end, min(_LEAST_STREAMED, self._most_prompt_tokens()))
+        whole = np.where(np.asarray(grid.recompute) > 0, np.minimum(least, batch * self.max_model_len), 0)
         return Staging(
             batch=batch,
             rows=rows,

@@ -35,7 +35,8 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
         prompt_queries=max(1, plan.buffers.queries - plan.max_batch),
         rows=plan.buffers.rows,
     )
-    anew = plan.recompute.tokens / (batch * context)
+    fits = context <= plan.buffers.queries  # a request that keeps no cache is part of one mini-batch
+    anew = fits * plan.recompute.tokens / (batch * context)
     if plan.recompute.is_forced:
         candidate = replace(candidate, recomputed=min(1.0, anew))
     elif anew:

@@ -40,8 +40,8 @@ class Choice(NamedTuple):
 
     giving_up: list[Request]
     """Those that are to give up their blocks."""
-    taking_back: Request | None
-    """One that should keep its cache again."""
+    taking_back: list[Request]
+    """Of these the first for which there is room should keep its cache again."""
 
 
 class Recomputing:
@@ -77,7 +77,7 @@ class Recomputing:
         bus = self._limits.weights + sum(on_bus for _, on_bus, _ in cached)
         gpu = compute * sum(request.num_tokens for request in anew) + sum(on_gpu for *_, on_gpu in cached)
         if gpu > bus and anew and not is_forced:
-            return Choice([], anew[-1])
+            return Choice([], anew[::-1])
         gpu += compute * prompt_tokens
         room = self._limits.tokens - sum(map(self._mean_tokens, anew))
         giving_up = []
@@ -87,7 +87,7 @@ class Recomputing:
             if (pays or is_forced) and self._can_give_up(request) and self._mean_tokens(request) <= room:
                 bus, gpu, room = less, more, room - self._mean_tokens(request)
                 giving_up.append(request)
-        return Choice(giving_up, None)
+        return Choice(giving_up, [])
 
     def _cached(self, request: Request) -> tuple[float, float]:
         """Seconds of bus and GPU for what is cached of it, as far as its next token sees it."""

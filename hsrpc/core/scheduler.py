@@ -139,7 +139,7 @@ class Scheduler:
     def schedule(self, now: float) -> Step | None:
         """The next step: a token for each running request, and prompts as far as room allows. None: nothing to do."""
         if self._recomputing.is_of_use:
-            self._balance()
+            self._balance(now)
         budget = self._prefill_budget()
         works = self._continue_running(budget)
         works += self._admit(now, budget - sum(map(_prefill_tokens, works)))
@@ -239,23 +239,27 @@ class Scheduler:
         idle = limits.max_idle_prefill_tokens
         return min(idle, limits.max_prefill_tokens + spare) if decoding else idle
 
-    def _balance(self) -> None:
+    def _balance(self, now: float) -> None:
         """Let requests give up their blocks, or one take some again, as bus and GPU have time."""
-        choice = self._recomputing.choose(self._running, self._coming_prompt_tokens())
+        choice = self._recomputing.choose(self._running, self._coming_prompt_tokens(now))
         for request in choice.giving_up:
             self.blocks.free(request.blocks)
             request.num_computed = 0
             request.recomputes = True
-        taking_back = choice.taking_back
-        if taking_back is not None and self._has_room(taking_back.num_tokens):
-            self.blocks.grow(taking_back.blocks, self._num_blocks(taking_back.num_tokens))  # as the step computes it
+        reserved = self._reserved() if choice.taking_back else 0
+        for request in choice.taking_back:
+            if self._has_room(request.num_tokens, reserved):
+                self.blocks.grow(request.blocks, self._num_blocks(request.num_tokens))  # as the step computes it
+                break
 
-    def _coming_prompt_tokens(self) -> int:
+    def _coming_prompt_tokens(self, now: float) -> int:
         """Of the next step, at most."""
         pending = sum(r.num_tokens - r.num_computed for r in self._running if not r.is_decoding)
         if len(self._running) < self.limits.max_batch:
-            room = max(0, self.blocks.num_free - len(self._running)) * self.limits.block_size
-            pending += min(room, self.num_waiting_tokens)
+            first, reserved = self._first_waiting(now), self._reserved()
+            if first is not None and self._has_room(first.num_tokens, reserved):
+                room = (self.blocks.num_free - reserved) * self.limits.block_size
+                pending += min(room, self.num_waiting_tokens)
         return min(pending, self._prefill_budget())
 
     def _continue_running(self, budget: int) -> list[Work]:
@@ -276,14 +280,18 @@ class Scheduler:
 
     def _admit(self, now: float, budget: int) -> list[Work]:
         works: list[Work] = []
+        if not self.num_waiting or len(self._running) >= self.limits.max_batch:
+            return works
+        reserved = self._reserved()
         while len(self._running) < self.limits.max_batch and budget > 0:
             request = self._first_waiting(now)
-            if request is None or not (request.recomputes or self._has_room(request.num_tokens)):
+            if request is None or not (request.recomputes or self._has_room(request.num_tokens, reserved)):
                 break
             work = self._next_work(request, budget)
             if work is None or not self.blocks.grow(request.blocks, self._missing_blocks(request, work)):
                 break
             self._let_in(request, now)
+            reserved += self._num_needed(request)
             budget -= work.count
             works.append(work)
         return works
@@ -333,9 +341,19 @@ class Scheduler:
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.block_size)
 
-    def _has_room(self, num_tokens: int) -> bool:
-        """They fit beside one more block for each running request: to admit, then preempt, is work lost."""
-        return self.blocks.num_free >= self._num_blocks(num_tokens) + len(self._running)
+    def _has_room(self, num_tokens: int, reserved: int) -> bool:
+        """They fit beside `reserved` blocks for those that run: to admit, then preempt, is work lost."""
+        return self.blocks.num_free >= self._num_blocks(num_tokens) + reserved
+
+    def _reserved(self) -> int:
+        """Blocks that those that run still need."""
+        return sum(map(self._num_needed, self._running))
+
+    def _num_needed(self, request: Request) -> int:
+        """Blocks for what is left of a running request's prompt, and at least one to grow into."""
+        if request.recomputes and not len(request.blocks):
+            return 0
+        return max(1, self._num_blocks(request.num_tokens) - len(request.blocks))
 
     def _drop_ended(self) -> None:
         """Requests that ended after they were preempted leave the heap at its top, or here once they are most of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 
 import numpy as np
@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 
 from hsrpc.config import CachePolicy, EngineConfig, Placement
 from hsrpc.core import planner as planner_module
-from hsrpc.core.blocks import PoolId, Tier
+from hsrpc.core.blocks import BlockManager, PoolId, Tier
 from hsrpc.core.memory import Staging, device_bytes
 from hsrpc.core.plan import BUFFERS, Budgets, Hardware, Plan
 from hsrpc.core.planner import Planner
 from hsrpc.core.prediction import predict_at
+from hsrpc.core.recomputing import NO_RECOMPUTING
+from hsrpc.core.request import Request, SamplingParams
+from hsrpc.core.scheduler import Scheduler, SchedulerLimits
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.core.step_model import Candidates, StepModel, Traffic
 from tests.core.test_plan import GIB, blocks_of, make_sizes
@@ -296,6 +299,47 @@ def test_a_gpu_that_would_wait_computes_anew(name: str, batch: int):
     assert plan.prediction.gpu < plan.prediction.bus < cached.prediction.bus
     assert plan.buffers.queries >= 512 + OUTPUT
     assert predict_at(plan, OPT[name], CONTEXT).step == pytest.approx(plan.prediction.step, rel=0.02)
+
+
+def test_a_small_chunk_of_prompts_keeps_nobody_from_being_computed_anew():
+    """Tokens computed anew take the mini-batches that they need: what a step takes of prompts has no part in that."""
+    settings = {"max_batch": 64, "max_model_len": 640, "placement": Placement.HOST, "max_prefill_tokens": 256}
+    assert plan_for(OPT["13b"], 24 * GIB, **settings).recompute.tokens > 0
+    forced = plan_for(OPT["13b"], 24 * GIB, recompute_share=0.14, **settings)
+    assert forced.prediction.mini_batches <= -(-forced.recompute.tokens // CONTEXT) + 2
+
+
+def scheduler_limits(plan: Plan) -> SchedulerLimits:
+    """The engine's, by name."""
+    names = {item.name for item in fields(SchedulerLimits)} & {item.name for item in fields(Plan)}
+    return SchedulerLimits(**{name: getattr(plan, name) for name in names})
+
+
+def test_what_is_computed_anew_takes_less_time_to_launch_than_the_bus_takes():
+    """Shorter requests than expected, and so more of them: their mini-batches hold several each."""
+    settings = {"max_batch": 64, "max_model_len": 640, "placement": Placement.HOST, "max_prefill_tokens": 512}
+    plan = plan_for(OPT["13b"], 24 * GIB, **settings)
+    scheduler = Scheduler(BlockManager(plan.num_blocks, plan.max_batch), scheduler_limits(plan), ())
+    for number in range(64):
+        scheduler.add(Request(str(number), [0] * 325, SamplingParams(max_tokens=100, ignore_eos=True), number, 0.0))
+    for _ in range(80):
+        step = scheduler.schedule(0.0)
+        assert step is not None
+        scheduler.commit(step, [1] * len(step.sampled), 0.0)
+    assert len(step.works) == 64
+    assert sum(work.recomputed for work in step.works) > 0
+    rows = sum(pool.num_used for pool in scheduler.blocks.pools.values()) * plan.block_size
+    bus = plan.recompute.weights + rows * plan.costs.load_activation
+    assert len(step.mini_batches) * H100.prompt_launch_time <= bus
+
+
+def test_contexts_that_outgrow_a_mini_batch_are_predicted_cached():
+    """A request that keeps no cache is part of one mini-batch: where none can be, none is."""
+    plan = plan_for(OPT["13b"], 24 * GIB, max_batch=64, placement=Placement.HOST)
+    context = plan.buffers.queries + 1
+    cached = replace(plan, recompute=NO_RECOMPUTING)
+    assert plan.recompute.tokens > 0
+    assert predict_at(plan, OPT["13b"], context) == predict_at(cached, OPT["13b"], context)
 
 
 @pytest.mark.parametrize("policy", [CachePolicy.KV, CachePolicy.ACTIVATION])

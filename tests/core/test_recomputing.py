@@ -116,8 +116,8 @@ def test_the_last_takes_its_cache_back_when_the_bus_has_time():
     running = [make_request(number, 4) for number in range(4)]
     for request in running[1:3]:
         give_up(request)
-    assert recomputing().choose(running, 0).taking_back is None
-    assert recomputing(replace(LIMITS, weights=0.0)).choose(running, 0).taking_back is running[2]
+    assert recomputing().choose(running, 0).taking_back == []
+    assert recomputing(replace(LIMITS, weights=0.0)).choose(running, 0).taking_back == [running[2], running[1]]
 
 
 def test_forced_requests_give_up_whatever_it_costs():
@@ -127,7 +127,7 @@ def test_forced_requests_give_up_whatever_it_costs():
     assert recomputing(limits).choose(running, 0).giving_up == running
     for request in running:
         give_up(request)
-    assert recomputing(limits).choose(running, 0).taking_back is None
+    assert recomputing(limits).choose(running, 0).taking_back == []
 
 
 @given(
@@ -148,4 +148,4 @@ def test_it_settles(blocks: list[tuple[int, PoolId, bool]], weights: float, toke
         give_up(request)
     bus, gpu = times(running, weights)
     assert not given_up or gpu <= BALANCE * bus
-    assert (chooser.choose(running, 0).taking_back is None) == (gpu <= bus or not any(r.recomputes for r in running))
+    assert (chooser.choose(running, 0).taking_back == []) == (gpu <= bus or not any(r.recomputes for r in running))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Rows, Step, Work
 from hsrpc.core.blocks import BlockManager, PoolId
-from hsrpc.core.recomputing import RecomputeLimits
+from hsrpc.core.recomputing import Choice, RecomputeLimits
 from hsrpc.core.request import FinishReason, Request, SamplingParams
 from hsrpc.core.scheduler import Output, Scheduler, SchedulerLimits
 
@@ -715,3 +715,85 @@ def test_blocks_that_are_given_up_let_others_in():
     assert harness.running == [first, second, third]
     harness.drain()
     assert all(request.preemptions == 0 for request in (first, second, third))
+
+
+def test_no_block_is_kept_free_for_those_that_keep_none():
+    """Blocks for one request at full length, and all are forced to keep none: the whole batch runs."""
+    recompute = RecomputeLimits(tokens=1000, is_forced=True)
+    chunks = {"max_prefill_tokens": 24, "max_idle_prefill_tokens": 24, "buffers": BufferLimits(24, 24, 24)}
+    harness = Harness({PoolId.HOST_KV: 6}, replace(LIMITS, max_batch=10, recompute=recompute, **chunks))
+    for _ in range(10):
+        harness.add([5] * 8, endless(max_tokens=16))
+    most = 0
+    while harness.schedule() is not None:
+        harness.commit()
+        most = max(most, len(harness.running))
+    assert most == 10
+
+
+def test_a_prompt_that_finds_no_room_is_none_of_the_next_step():
+    """The one that waits needs five blocks beside one for each that runs, and four are free: the GPU has time."""
+    recompute = RecomputeLimits(tokens=20, weights=6.0)
+    limits = replace(LIMITS, recompute=recompute, max_prefill_tokens=24, max_idle_prefill_tokens=24)
+    harness = Harness({PoolId.HOST_ACTIVATION: 8}, limits)
+    first, _ = (harness.add([5] * 8, SamplingParams(max_tokens=4, ignore_eos=True)) for _ in range(2))
+    harness.schedule()
+    harness.commit()
+    harness.add([5] * 20, SamplingParams(max_tokens=2, ignore_eos=True))
+    harness.schedule()
+    assert first.recomputes
+
+
+def takes_back(harness: Harness, requests: list[Request]) -> None:
+    """From now on `requests` should keep their caches again, the first of them before the others."""
+
+    class Fixed:
+        is_of_use = True
+
+        def choose(self, running: list[Request], prompt_tokens: int) -> Choice:
+            return Choice([], [r for r in requests if r in running and r.recomputes])
+
+    harness.scheduler._recomputing = Fixed()
+
+
+def keeping_none(num_blocks: int, prompts: list[int]) -> tuple[Harness, list[Request]]:
+    """Requests with prompts of so many tokens that all keep no cache."""
+    chunks = {"max_prefill_tokens": 4, "max_idle_prefill_tokens": 40, "buffers": BufferLimits(40, 40, 40)}
+    limits = replace(LIMITS, max_model_len=40, recompute=RecomputeLimits(tokens=1000, is_forced=True), **chunks)
+    harness = Harness({PoolId.HOST_KV: num_blocks}, limits)
+    requests = [harness.add([1] * length, endless(max_tokens=12)) for length in prompts]
+    while not all(request.recomputes for request in requests):
+        harness.schedule()
+        harness.commit()
+    return harness, requests
+
+
+def test_a_cache_is_not_taken_back_at_the_cost_of_a_prompt():
+    """Ten blocks: six are not taken while a prompt that has one of them needs four more."""
+    harness, [request] = keeping_none(10, [20])
+    takes_back(harness, [])
+    prompt = harness.add([3] * 20, endless(max_tokens=2))
+    harness.schedule()
+    harness.commit()
+    assert prompt.num_computed == 4
+    takes_back(harness, [request])
+    harness.schedule()
+    assert request.recomputes
+    harness.commit()
+    harness.drain()
+    assert harness.scheduler.preemptions == 0
+
+
+def test_the_first_with_room_takes_its_cache_back():
+    """Of one that needs six blocks and one that needs three, where five are free."""
+    harness, [short, long] = keeping_none(10, [8, 20])
+    takes_back(harness, [])
+    harness.add([3] * 16, endless(max_tokens=2))
+    for _ in range(4):
+        harness.schedule()
+        harness.commit()
+    takes_back(harness, [long, short])
+    harness.schedule()
+    harness.commit()
+    assert (short.recomputes, long.recomputes) == (False, True)
+    harness.drain()
