@@ -40,6 +40,7 @@ LAYERS_PER_SHARD = 4
 BLOCK_BYTES = 64 * 1024**2
 READ_BYTES = 16 * 1024**2
 PINNED_PIECE = 512 * 1024**2
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 
 
 def make_checkpoint(directory: Path, shape: str) -> None:
@@ -58,9 +59,9 @@ def make_checkpoint(directory: Path, shape: str) -> None:
             writes.append(pool.submit(_write_shard, directory / name, shapes, block.view(torch.uint8).numpy().data))
         for write in writes:
             write.result()
-    (directory / "config.json").write_text(json.dumps(spec.config.values))
+    (directory / CONFIG).write_text(json.dumps(spec.config.values))
     Tokenizer(WordLevel({"a": 0})).save(str(directory / "tokenizer.json"))
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 def _shards(family: Family) -> Iterator[list[TensorSpec]]:
@@ -181,8 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write all times here")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
-    if not (options.directory / "model.safetensors.index.json").exists():
+    if not (options.directory / INDEX).exists():
         make_checkpoint(options.directory, options.shape)
+    elif json.loads((options.directory / CONFIG).read_text()) != named_spec(options.shape, torch.float16).config.values:
+        parser.error(f"--directory {options.directory}: has a checkpoint that is not {options.shape}; give another")
     making = time.perf_counter() - start
     result = {**measure(options), "make_s": making}
     for name, value in result.items():

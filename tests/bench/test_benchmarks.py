@@ -211,6 +211,9 @@ def test_startup_makes_a_checkpoint_once_and_times_what_follows(tiny, tmp_path, 
     startup.main([*run, "--repeats", "1"])
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "made").glob("*.safetensors"))] == shards
     assert "ratio" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        startup.main([*run, "--shape", "opt-125m"])
+    assert "not opt-125m; give another" in capsys.readouterr().err
 
 
 def test_the_gpu_check_compares_with_transformers(tiny_shape, monkeypatch, capsys):
