@@ -19,10 +19,8 @@ and is drawn with the rest.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -30,20 +28,16 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.planner_report import PLANNER, RECOMPUTE, Cell, draw_grid, draw_sweep, line_of, report
-from hsrpc.bench.run import WARM_UP_STEPS, BenchError, observe_run
-from hsrpc.bench.workload import Lengths, Workload, make_workload
+from benchmarks.decoding import FEWEST_STEPS, Cell, cell_of, check_steps, observe_decoding
+from benchmarks.planner_report import PLANNER, RECOMPUTE, draw_grid, draw_sweep, line_of, report
 from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, DType, EngineConfig, Placement
 from hsrpc.core.plan import Plan
 from hsrpc.core.planner import Planner
 from hsrpc.core.prediction import predict_at
-from hsrpc.engine.engine import Engine
 from hsrpc.engine.startup import RANDOM_PREFIX, make_planner
-from hsrpc.engine.stats import StepRecord
-from hsrpc.errors import ConfigError, HsrpcError
+from hsrpc.errors import ConfigError
 
-FEWEST_STEPS = 5
 SHARES = [tenth / 10 for tenth in range(11)]
 SETTING = ("kind", "regime", "over", "shape", "dtype", "batch", "gpu_memory", "host_memory", "prompt", "output")
 """Options that all cells of a file have in common: by them their times can be compared."""
@@ -133,48 +127,13 @@ def signature(plan: Plan) -> str:
 
 async def measure(name: str, config: EngineConfig, options: argparse.Namespace) -> Cell:
     """One cell: the plan, and its step as predicted and measured; or why there is none."""
-    cell: Cell = {"name": name}
-    try:
-        async with asyncio.timeout(options.seconds):
-            return cell | await _measure(config, options)
-    except TimeoutError:
-        return cell | {"failure": f"took more than {options.seconds} s"}
-    except HsrpcError as error:
-        return cell | {"failure": str(error)}
-    except Exception as error:  # such as memory that the device does not have: the other cells may do
-        traceback.print_exc()
-        return cell | {"failure": f"{type(error).__name__}: {error}"}
+    return {"name": name} | await cell_of(_measure(config, options), options.seconds)
 
 
 async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
-    batch, num_whole, wanted = 0, 0, int(options.steps) + WARM_UP_STEPS
-
-    def is_whole(record: StepRecord) -> bool:
-        return record.prefill_tokens == 0 and record.decode_tokens == batch
-
-    def is_enough(record: StepRecord) -> bool:
-        nonlocal num_whole
-        num_whole += is_whole(record)
-        return num_whole >= wanted
-
-    def make(engine: Engine) -> Workload:
-        nonlocal batch
-        batch = config.max_batch or engine.plan.max_batch
-        if engine.plan.max_batch < batch:
-            raise BenchError(f"{engine.plan.max_batch} of {batch} requests fit at once")
-        lengths = {"prompt": options.prompt, "output": options.output, "vocab_size": engine.spec.vocab_size}
-        return make_workload(Lengths.UNIFORM, count=batch, **lengths)
-
-    run = await observe_run(
-        config,
-        make,
-        lambda records: list(filter(is_whole, records)),
-        is_enough=is_enough,
-    )
-    steps = run.chosen
-    if run.plan.max_batch != batch or len(steps) < FEWEST_STEPS:
-        few = f"{len(steps)} whole steps of a batch of {run.plan.max_batch} in place of {batch}"
-        return {"failure": f"{few}: at least {FEWEST_STEPS} count; raise the output"}
+    run = await observe_decoding(config, prompt=options.prompt, output=options.output, steps=options.steps)
+    check_steps(run)
+    steps, batch = run.chosen, run.plan.max_batch
     context = round(fmean(step.held_tokens for step in steps) / batch)
     predicted = predict_at(run.plan, run.spec.sizes, context)
     seconds = median(step.seconds for step in steps)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from benchmarks.decoding import Cell
 from hsrpc.bench.report import ACTIVATION_SHARE, plot_sweep
 
 PLANNER = "planner"
 """The name of the planner's own choice."""
 RECOMPUTE = "recompute"
 """A sweep over the part of the tokens that is computed anew, in place of the activation share."""
-Cell = dict[str, Any]
-"""What the file has of one plan: its name, and what was measured of it or its `failure`."""
 
 
 def report(cells: list[Cell]) -> None:

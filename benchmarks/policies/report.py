@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.policies.measure import Cell
+from benchmarks.decoding import Cell
 from hsrpc.config import format_bytes
 
 _COLUMNS = ("step", "limit", "efficiency", "decode", "rebuilt", "computed anew", "cache loaded a step")

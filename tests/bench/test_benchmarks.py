@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from benchmarks import bus, gpu_check, growth, orchestration, planner_check, planner_report, startup
+from benchmarks import bus, decoding, gpu_check, growth, orchestration, planner_check, planner_report, startup
 from benchmarks.planner_report import draw_grid, draw_sweep
 from hsrpc.config import CachePolicy, DeviceKind, Placement
 from tests.bench.conftest import TINY
@@ -121,7 +121,7 @@ def test_what_failed_is_tried_again_after_what_is_new(tiny, tmp_path, monkeypatc
 
 def test_a_batch_that_does_not_fit_is_known_before_it_runs(tiny, tmp_path, monkeypatch, capsys):
     """Its steps would never be whole, and all of its tokens would be waited for."""
-    monkeypatch.setattr(planner_check, "make_workload", lambda *_, **__: pytest.fail("it runs"))
+    monkeypatch.setattr(decoding, "make_workload", lambda *_, **__: pytest.fail("it runs"))
     tiny[tiny.index("--gpu-memory") + 1] = "4MiB"
     settings = ["--host-memory", "1MiB", "--batch", "512", *LENGTHS, "--json", str(tmp_path / "sweep.json")]
     planner_check.main(["sweep", *tiny, *settings, "--shares", "0"])

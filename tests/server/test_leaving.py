@@ -29,8 +29,8 @@ LIMIT = 0.8
 """Seconds: for the deadlines and time limits that are to pass."""
 LONG = list(range(5, 205))
 SPARE = 4
-"""Tasks and descriptors that gRPC may have more at one moment than at another: between a call's arrival and its start
-the task that took it is missing. Calls that kept one each would have hundreds."""
+"""Tasks and descriptors, of all that this process has, that there may be more of at one moment than at another. Calls
+that kept one each would have hundreds."""
 
 
 @pytest.fixture
