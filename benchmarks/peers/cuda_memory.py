@@ -75,9 +75,11 @@ def peak_bytes() -> int:
 
 
 def pinned_by_torch() -> int:
-    """Most bytes of torch's own pinned allocator in use at once; not those that it keeps for later."""
-    stats = torch.cuda.host_memory_stats()
-    return int(stats.get("active_bytes.peak", stats.get("allocated_bytes.peak", 0)))
+    """Most bytes that torch's own pinned allocator held at once, rounded up to powers of two.
+
+    Its count of the bytes in use does not sink when pinned memory is freed (torch 2.11), and cannot be used.
+    """
+    return int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
 
 
 def device_name() -> str:

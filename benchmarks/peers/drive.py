@@ -20,7 +20,7 @@ Measure = Callable[[Setup, float], Record]
 """Runs a setup within a number of seconds."""
 _ROOT = Path(__file__).parents[2]
 _MEMORY = "memory"
-"""In the reason of every failure that a smaller batch may cure."""
+"""In the reason of every failure or excess that a smaller batch may cure."""
 _ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 """For the peers whose budget is tight: less of it is lost to fragments."""
 
@@ -65,7 +65,7 @@ class Driver:
             return self.run(replace(setups[0], steps=final_steps))
         tried = [record for setup in setups if (record := self._try(replace(setup, steps=steps)))]
         best = max(tried, key=_throughput, default=None)
-        if best is None or best.outcome is None:
+        if best is None or _throughput(best) == 0:
             return None
         return self.run(replace(self._grown(best).setup, steps=final_steps))
 
@@ -81,7 +81,7 @@ class Driver:
         """With a smaller batch, twice at most, where the arithmetic promised too much."""
         record = self.run(setup)
         for _ in range(2):
-            if record is None or _MEMORY not in (record.error or "") or setup.case is Case.HOST:
+            if record is None or _MEMORY not in (record.error or record.excess or "") or setup.case is Case.HOST:
                 break
             setup = _resized(setup, 7 / 8)
             record = self.run(setup)
@@ -135,7 +135,8 @@ def _resized(setup: Setup, factor: float) -> Setup:
 
 
 def _throughput(record: Record) -> float:
-    return record.outcome.total_throughput if record.outcome else 0.0
+    """0 without an outcome, or with one that took more memory than it may."""
+    return record.outcome.total_throughput if record.outcome and not record.excess else 0.0
 
 
 def _name(setup: Setup) -> str:
@@ -147,4 +148,4 @@ def _told(record: Record) -> str:
         return record.error or "no outcome"
     out = record.outcome
     rates = f"{out.total_throughput:.1f} tokens/s in all, {out.decode_throughput:.1f} in decode"
-    return f"{rates}, {out.efficiency:.2f} of the limit"
+    return f"{rates}, {out.efficiency:.2f} of the limit" + (f", but {record.excess}" if record.excess else "")

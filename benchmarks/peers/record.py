@@ -11,6 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.peers.cases import Budgets, Case, Setup, System
+from hsrpc.config import format_bytes
 
 _SETTLING_STEPS = 2
 """Left out of the mean that stands for steps that were not made."""
@@ -58,6 +59,16 @@ class Outcome:
     @property
     def decode_throughput(self) -> float:
         return self.decode_tokens / self.decode_seconds
+
+    def excess(self, budgets: Budgets) -> str | None:
+        """Which memory it took more of than it may, in a line; None: it kept to its budgets."""
+        taken = {"device": (self.peak_device_bytes, budgets.device), "host": (self.host_bytes, budgets.host)}
+        over = [
+            f"{format_bytes(used)} of {format_bytes(budget)} {name} memory"
+            for name, (used, budget) in taken.items()
+            if used > budget
+        ]
+        return ", ".join(over) or None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +118,11 @@ class Record:
     outcome: Outcome | None
     error: str | None = None
     """Why there is no outcome, in a line."""
+
+    @property
+    def excess(self) -> str | None:
+        """Which memory was taken beyond the budgets; None: there is no outcome, or it kept to them."""
+        return self.outcome.excess(self.setup.budgets) if self.outcome else None
 
 
 def read_records(file: Path) -> list[Record]:

@@ -32,6 +32,11 @@ class Entry:
     setup: Setup
     outcome: Outcome
 
+    @property
+    def excess(self) -> str | None:
+        """Which memory was taken beyond the budgets."""
+        return self.outcome.excess(self.setup.budgets)
+
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
@@ -45,7 +50,10 @@ class Ratio:
 
 
 def best_entries(records: Sequence[Record]) -> list[Entry]:
-    """For each case, model and system its best setup: measured in full if there is one, by total throughput."""
+    """For each case, model and system its best setup, by total throughput.
+
+    One within its budgets goes before one beyond, and one measured in full before one that was projected.
+    """
     entries = [Entry(record.setup, outcome) for record in records if (outcome := _typical(record.setup, records))]
     groups = groupby(sorted(entries, key=_place), key=_place)
     return [max(group, key=_merit) for _, group in groups]
@@ -88,6 +96,10 @@ def print_report(records: Sequence[Record]) -> None:
         )
     for system, software in sorted({(e.setup.system, e.outcome.software) for e in entries if e.outcome.software}):
         console.print(f"{system}: {software}")
+    for entry in entries:
+        if entry.excess:
+            setup = entry.setup
+            console.print(f"beyond its budget: {setup.case} {setup.model} {setup.system}, {setup.key}: {entry.excess}")
     for record in records:
         if record.outcome is None:
             setup = record.setup
@@ -149,8 +161,8 @@ def _place(entry: Entry) -> tuple[int, int, int]:
     return list(Case).index(setup.case), ALL_MODELS.index(setup.model), _SYSTEMS.index(setup.system)
 
 
-def _merit(entry: Entry) -> tuple[bool, float]:
-    return not entry.outcome.projected, entry.outcome.total_throughput
+def _merit(entry: Entry) -> tuple[bool, bool, float]:
+    return entry.excess is None, not entry.outcome.projected, entry.outcome.total_throughput
 
 
 def _table(case: Case, entries: Sequence[Entry]) -> Table:

@@ -19,7 +19,7 @@ from benchmarks.peers.drive import Driver, reason, run_child
 from benchmarks.peers.generation import empty_model, generate, random_weights
 from benchmarks.peers.one import peer_outcome
 from benchmarks.peers.record import Outcome, PeerRun, Record, Timing, Traffic, add_record, read_records
-from benchmarks.peers.report import best_entries, ratios
+from benchmarks.peers.report import best_entries, print_report, ratios
 from benchmarks.peers.run_accelerate import WARM_UP
 from hsrpc.core.plan import Hardware
 
@@ -94,6 +94,33 @@ def test_what_does_not_fit_is_tried_smaller(tmp_path):
     assert best.setup.batch == 28
     batches = [(r.setup.batch, r.error is None) for r in read_records(tmp_path / "file.json")]
     assert batches == [(64, False), (56, False), (49, False), (32, False), (28, True), (28, True)]
+
+
+def test_what_takes_more_memory_than_it_may_is_kept_but_never_the_best(tmp_path, capsys):
+    """Nothing that was measured is thrown away; the report says by how much it was too much."""
+
+    def rate(wanted: Setup) -> Outcome:
+        return replace(outcome(wanted.batch), host_bytes=wanted.batch * 4 * GIB)
+
+    made, _ = driver(tmp_path / "file.json", rate)
+    best = made.run_best([setup(batch=8), setup(batch=32)], 6, None)
+    assert best.setup.batch == 27
+    records = read_records(tmp_path / "file.json")
+    assert [(r.setup.batch, r.excess is None) for r in records] == [
+        (8, True),
+        (32, False),
+        (28, False),
+        (24, True),
+        (27, True),
+        (30, False),
+        (27, True),
+    ]
+    only = Record(setup=setup(batch=32), outcome=rate(setup(batch=32)))
+    assert best_entries([best, only])[0].setup == best.setup
+    print_report([only])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "beyond its budget: budget opt-6.7b flexgen, batch 32" in told
+    assert told.endswith("128.0 GiB of 108.0 GiB host memory")
 
 
 def test_the_equal_batch_stays_equal(tmp_path):
@@ -196,8 +223,9 @@ def test_a_peers_outcome_beside_its_limit():
     assert found.efficiency == pytest.approx(0.5)
     assert not found.projected
     assert peer_outcome(replace(wanted, output=6), run, hardware, "device").projected
-    with pytest.raises(ValueError, match="host memory"):
-        peer_outcome(wanted, replace(run, host_bytes=BUDGETS.host + 1), hardware, "device")
+    assert found.excess(BUDGETS) is None
+    larger = peer_outcome(wanted, replace(run, host_bytes=2 * BUDGETS.host), hardware, "device")
+    assert larger.excess(BUDGETS) == "216.0 GiB of 108.0 GiB host memory"
 
 
 def test_the_best_of_full_measurements_is_reported():
