@@ -42,7 +42,9 @@ class System(StrEnum):
     HSRPC = "hsrpc"
     FLEXGEN = "flexgen"
     ACCELERATE = "accelerate"
-    """transformers `generate`, accelerate's CPU offload, the offloaded cache."""
+    """transformers `generate`, accelerate's CPU offload from pageable weights, as it comes, the offloaded cache."""
+    ACCELERATE_PINNED = "accelerate-pinned"
+    """The same, from weights that are pinned for it."""
     TRANSFORMERS = "transformers"
     """transformers `generate`, the model on the device, the static cache."""
 

@@ -20,15 +20,15 @@ from benchmarks.peers.cases import (
     sizes_of,
 )
 
-ACCELERATE_STEPS = 8
-"""It takes seconds a step."""
+ACCELERATE_STEPS = {System.ACCELERATE: 4, System.ACCELERATE_PINNED: 8}
+"""It takes seconds a step, and many more where it copies from pageable memory."""
 _START_SECONDS = 25.0
 """Imports, calibrations, the end of the process."""
 _PINNED_RATE = 2.2e9
 _MOST_PLANNED = 512
 _BUS_RATE = 50e9
-_ACCELERATE_RATE = 4e9
-"""Bytes/s of weights and cache together that explain 7.4 tokens/s of OPT-6.7B at batch 128."""
+_ACCELERATE_RATE = {System.ACCELERATE: 3e9, System.ACCELERATE_PINNED: 20e9}
+"""Bytes/s of weights and cache together that explain 7.4 and 60 tokens/s of OPT-6.7B at batch 128."""
 _GENERATE_STEP, _COMPILE_SECONDS = 0.05, 90.0
 """Of transformers with the model on the device: guesses, to be on the safe side of the time that is left."""
 
@@ -52,7 +52,7 @@ def _is_compared(cell: Cell) -> bool:
     """accelerate runs OPT-6.7B in the host case only, because it is slow."""
     if cell.case is Case.RESIDENT:
         return cell.model == RESIDENT_MODEL and cell.system in (System.HSRPC, System.TRANSFORMERS)
-    if cell.system is System.ACCELERATE:
+    if cell.system in ACCELERATE_STEPS:
         return cell.case is Case.HOST and cell.model == "opt-6.7b"
     return cell.model in MODELS and cell.system is not System.TRANSFORMERS
 
@@ -74,7 +74,7 @@ def setups_of(cell: Cell, budgets: Budgets, count: int) -> list[Setup]:
     )
     if cell.system is System.TRANSFORMERS:
         return [setup, replace(setup, compiled=True)]
-    return [replace(setup, steps=ACCELERATE_STEPS) if cell.system is System.ACCELERATE else setup]
+    return [replace(setup, steps=ACCELERATE_STEPS.get(cell.system))]
 
 
 def _equal_batch(cell: Cell, budgets: Budgets) -> int | None:
@@ -97,9 +97,10 @@ def estimated_seconds(setup: Setup) -> float:
         return _START_SECONDS + sizes.model_bytes / _PINNED_RATE + flexgen_plan.predicted_prefill(setup) + decode
     if setup.system is System.TRANSFORMERS:  # the same steps twice: to warm up, and to count
         return _START_SECONDS + setup.compiled * _COMPILE_SECONDS + 2 * steps * _GENERATE_STEP
-    if setup.system is System.ACCELERATE:
+    if setup.system in _ACCELERATE_RATE:
         tokens = (setup.batch or 0) * setup.mean_context
-        moved, rate = sizes.model_bytes + tokens * sizes.num_layers * sizes.kv_bytes, _ACCELERATE_RATE
+        moved = sizes.model_bytes + tokens * sizes.num_layers * sizes.kv_bytes
+        rate = _ACCELERATE_RATE[setup.system]
     else:
         resident = 0 if setup.case is Case.HOST else setup.budgets.device - 4 * GIB
         streamed, rate = max(0, sizes.model_bytes - resident), _BUS_RATE

@@ -122,7 +122,7 @@ def reason(code: int, messages: str) -> str:
 
 
 def _environment(setup: Setup) -> dict[str, str]:
-    is_tight = setup.system in (System.FLEXGEN, System.ACCELERATE)
+    is_tight = setup.system in (System.FLEXGEN, System.ACCELERATE, System.ACCELERATE_PINNED)
     return os.environ | _ENVIRONMENT if is_tight else dict(os.environ)
 
 

@@ -12,10 +12,12 @@ from benchmarks.peers.limits import calibrate, limit_seconds, median_hardware
 from benchmarks.peers.record import Outcome, PeerRun, setup_from
 from hsrpc.core.plan import Hardware
 
+_ACCELERATE = ("accelerate", "transformers", "torch")
 _LIBRARIES = {
     System.HSRPC: ("torch",),
     System.FLEXGEN: ("flexgen", "torch"),
-    System.ACCELERATE: ("accelerate", "transformers", "torch"),
+    System.ACCELERATE: _ACCELERATE,
+    System.ACCELERATE_PINNED: _ACCELERATE,
     System.TRANSFORMERS: ("transformers", "torch"),
 }
 

@@ -118,7 +118,7 @@ def save_report(records: Sequence[Record], file: Path) -> None:
 
 
 def plot_report(records: Sequence[Record], file: Path) -> None:
-    """Total throughput by model and system, one panel a case, PNG."""
+    """Total throughput by model and system beside the fastest's, one panel a case, PNG."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -134,19 +134,23 @@ def plot_report(records: Sequence[Record], file: Path) -> None:
 
 
 def _draw_case(case: Case, entries: Sequence[Entry], axes: Any) -> None:
-    """A group of bars a model, one for each system."""
+    """A group of bars a model, one for each system, as high as their part of the fastest's total throughput."""
     models = [model for model in ALL_MODELS if any(entry.setup.model == model for entry in entries)]
     systems = [system for system in _SYSTEMS if any(entry.setup.system is system for entry in entries)]
+    width = 0.8 / len(systems)
+    fastest = {
+        model: max(entry.outcome.total_throughput for entry in entries if entry.setup.model == model)
+        for model in models
+    }
     for index, system in enumerate(systems):
         own = [entry for entry in entries if entry.setup.system is system]
-        at = [models.index(entry.setup.model) + (index - (len(systems) - 1) / 2) * 0.27 for entry in own]
-        heights = [entry.outcome.total_throughput for entry in own]
-        bars = axes.bar(at, heights, width=0.25, color=f"C{_SYSTEMS.index(system)}", label=system.value)
-        axes.bar_label(bars, fmt="%.3g", fontsize=8)
-    axes.set(title=_TITLES[case], ylabel="new tokens/s, prefill and decode", yscale="log")
+        at = [models.index(entry.setup.model) + (index - (len(systems) - 1) / 2) * width * 1.05 for entry in own]
+        heights = [entry.outcome.total_throughput / fastest[entry.setup.model] for entry in own]
+        bars = axes.bar(at, heights, width=width, color=f"C{_SYSTEMS.index(system)}", label=system.value)
+        axes.bar_label(bars, [f"{entry.outcome.total_throughput:.3g}" for entry in own], fontsize=8)
+    axes.set(title=f"{_TITLES[case]}: new tokens/s", ylabel="part of the fastest's, prefill and decode", ylim=(0, 1.1))
     axes.set_xticks(range(len(models)), models)
-    axes.set_ylim(bottom=1)
-    axes.legend()
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(systems), frameon=False)
 
 
 def _typical(setup: Setup, records: Sequence[Record]) -> Outcome | None:

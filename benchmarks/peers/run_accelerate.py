@@ -1,4 +1,4 @@
-"""transformers `generate` with accelerate's CPU offload from pinned weights, and the offloaded cache."""
+"""transformers `generate` with accelerate's CPU offload and the offloaded cache; weights pageable or pinned."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from accelerate import cpu_offload
 
 from benchmarks.peers import cuda_memory
-from benchmarks.peers.cases import Setup, sizes_of
+from benchmarks.peers.cases import Setup, System, sizes_of
 from benchmarks.peers.generation import empty_model, generate, random_weights
 from benchmarks.peers.record import PeerRun, Traffic
 
@@ -19,20 +19,25 @@ WARM_UP = (32, 1)
 def run(setup: Setup) -> PeerRun:
     """Load, warm up, generate."""
     pinned, device = cuda_memory.PinnedWeights(), torch.device("cuda", 0)
+    make = pinned.random if setup.system is System.ACCELERATE_PINNED else _pageable
     started = time.perf_counter()
     model = empty_model(setup.model)
-    model = cpu_offload(model, device, state_dict=random_weights(model, pinned.random))
+    model = cpu_offload(model, device, state_dict=random_weights(model, make))
     loaded = time.perf_counter()
     cuda_memory.reset_peak()
     timing = generate(model, setup, device, torch.cuda.synchronize, warm_up=WARM_UP, cache_implementation="offloaded")
-    traffic = _traffic(setup, pinned.num_bytes)
+    weights = sizes_of(setup.model).model_bytes
     return PeerRun(
         timing=timing,
-        traffic=traffic,
+        traffic=_traffic(setup, weights),
         peak_device_bytes=cuda_memory.peak_bytes(),
-        host_bytes=pinned.num_bytes + max(_cache_bytes(setup), cuda_memory.pinned_by_torch()),  # the cache is pinned
+        host_bytes=weights + max(_cache_bytes(setup), cuda_memory.pinned_by_torch()),  # the cache is pinned
         load_seconds=loaded - started,
     )
+
+
+def _pageable(shape: torch.Size, mean: float, deviation: float) -> torch.Tensor:
+    return cuda_memory.random_on_gpu(shape, mean, deviation).cpu()
 
 
 def _cache_bytes(setup: Setup) -> int:

@@ -115,12 +115,13 @@ def test_the_host_batch_is_the_same_for_all_and_fits():
 
 
 def test_accelerate_runs_where_it_ends():
-    """One cell, a few tokens, and they are said to be few."""
-    cells = [cell for cell in all_cells(list(Case), MODELS, list(System)) if cell.system is System.ACCELERATE]
-    assert cells == [Cell(Case.HOST, "opt-6.7b", System.ACCELERATE)]
-    [setup] = setups_of(cells[0], BUDGETS, 4)
-    assert setup.steps == ACCELERATE_STEPS
-    assert f"{ACCELERATE_STEPS} of 128 tokens" in setup.key
+    """One cell with pageable weights and one with pinned, a few tokens, and they are said to be few."""
+    cells = [cell for cell in all_cells(list(Case), MODELS, list(System)) if cell.system in ACCELERATE_STEPS]
+    assert cells == [Cell(Case.HOST, "opt-6.7b", system) for system in (System.ACCELERATE, System.ACCELERATE_PINNED)]
+    for cell, steps in zip(cells, (4, 8), strict=True):
+        [setup] = setups_of(cell, BUDGETS, 4)
+        assert setup.steps == steps
+        assert f"{steps} of 128 tokens" in setup.key
 
 
 def test_fewer_tokens_are_estimated_to_take_less():
