@@ -43,7 +43,7 @@ def _machine_and_model(config: EngineConfig) -> dict[str, str]:
     sizes = spec.sizes
     return {
         "device": device.name,
-        "device memory free": format_bytes(device.total_memory),
+        "device memory free": format_bytes(device.free_memory),
         "model": spec.name,
         "family": spec.family,
         "dtype": str(spec.dtype).removeprefix("torch."),

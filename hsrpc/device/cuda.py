@@ -46,7 +46,7 @@ class CudaDevice(Device):
         return torch.cuda.get_device_name(self.torch_device)
 
     @property
-    def total_memory(self) -> int:
+    def free_memory(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]
 
     @property

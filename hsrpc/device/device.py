@@ -53,8 +53,8 @@ class Device(ABC):
 
     @property
     @abstractmethod
-    def total_memory(self) -> int:
-        """Bytes of device memory there are."""
+    def free_memory(self) -> int:
+        """Bytes of device memory that nobody uses."""
 
     @property
     @abstractmethod
@@ -165,7 +165,7 @@ class CpuDevice(Device):
         return "CPU"
 
     @property
-    def total_memory(self) -> int:
+    def free_memory(self) -> int:
         return available_memory()
 
     @property

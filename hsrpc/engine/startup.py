@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from hsrpc.config import DType, EngineConfig
+from hsrpc.config import DType, EngineConfig, format_bytes
 from hsrpc.core.plan import Budgets, Hardware, Plan
 from hsrpc.core.planner import Planner
 from hsrpc.device.calibration import calibrate, sustained_load
@@ -24,6 +24,7 @@ from hsrpc.engine.executor import Executor
 from hsrpc.engine.token_ids import TokenIdsOnly
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.weights import WeightPrefetcher, load_weights
+from hsrpc.errors import ConfigError
 from hsrpc.model.attention import Attention
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
 from hsrpc.model.families import create_family
@@ -142,6 +143,7 @@ def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> 
         device, spec, plan = planned.device, planned.spec, planned.planner.plan()
         undo.callback(device.release_pinned)
         device.release_cached()  # what calibration used
+        _check_room(plan, device)
         device.limit_memory(plan.budgets.device)
         family = create_family(spec)
         source, tokenizer = _source(planned, family)
@@ -161,6 +163,22 @@ def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> 
         return Parts(spec, device, plan, tokenizer, prefetcher, cache, executor)
 
 
+def _check_room(plan: Plan, device: Device) -> None:
+    """Before anything is allocated: a host whose memory runs out ends this program, or another.
+
+    Raises:
+        ConfigError: the device or the host has less memory left than the plan takes.
+    """
+    wanted = {
+        "gpu_memory": (plan.budgets.device, sum(plan.device_bytes.values()), device.free_memory),
+        "host_memory": (plan.budgets.host, sum(plan.host_bytes.values()), available_memory()),
+    }
+    for field, (budget, size, free) in wanted.items():
+        if size > free:
+            problem = f"the plan takes {format_bytes(size)} of it, and {format_bytes(free)} are free"
+            raise ConfigError(field, format_bytes(budget), problem, "lower it, or end what else uses the memory")
+
+
 def _source(planned: Planned, family: Family) -> tuple[WeightSource, Tokenizer | TokenIdsOnly]:
     if planned.directory is None:
         return RandomWeights(0), TokenIdsOnly()
@@ -178,6 +196,6 @@ def _dtype(wanted: DType, on_cpu: bool) -> torch.dtype | None:
 
 def _budgets(config: EngineConfig, device: Device) -> Budgets:
     on_cpu = device.torch_device.type == "cpu"
-    gpu = config.gpu_memory or (available_memory() // 4 if on_cpu else int(device.total_memory * 0.9))
+    gpu = config.gpu_memory or (available_memory() // 4 if on_cpu else int(device.free_memory * 0.9))
     host = config.host_memory or int(available_memory() * (0.5 if on_cpu else 0.8))
     return Budgets(device=int(gpu), host=int(host), runtime=device.runtime_memory(int(gpu)))

@@ -17,6 +17,7 @@ from hsrpc import Engine, EngineConfig
 from hsrpc.config import DeviceKind, DType
 from hsrpc.core.batch import Step
 from hsrpc.device.device import CpuDevice, available_memory
+from hsrpc.engine import startup
 from hsrpc.engine.executor import Executor
 from hsrpc.engine.startup import describe_model, make_planner
 from hsrpc.errors import (
@@ -28,6 +29,7 @@ from hsrpc.errors import (
     OutOfDeviceMemoryError,
 )
 from hsrpc.model.checkpoint import Checkpoint
+from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
 from tests.engine.support import collect, greedy, idle, ids, roomy, until
 
@@ -114,6 +116,22 @@ async def test_budgets_that_are_too_small(field: str, reference: Callable[[str],
     budgets = {"gpu_memory": "1GiB", "host_memory": "64MiB"} | {field: "1KiB"}
     config = EngineConfig(model=str(made.directory), device="cpu", placement="host", **budgets)
     await fails(config, ConfigError, field)
+
+
+@pytest.mark.parametrize("field", ["gpu_memory", "host_memory"])
+async def test_memory_that_is_not_free(
+    field: str, monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
+    """ConfigError before anything is allocated: neither the system nor the device is asked for what it has not."""
+    allocated: list[int] = []
+    monkeypatch.setattr(CpuDevice, "pinned", lambda *_: allocated.append(1))
+    monkeypatch.setattr(CpuDevice, "free_memory", property(lambda _: 2**16 if field == "gpu_memory" else 2**40))
+    monkeypatch.setattr(startup, "available_memory", lambda: 2**16 if field == "host_memory" else 2**40)
+    monkeypatch.setattr(startup, "calibrate", lambda *_: HARDWARE)
+    budgets = {"gpu_memory": "1GiB", "host_memory": "64MiB", "placement": "host"}
+    config = EngineConfig(model=str(reference("opt").directory), device="cpu", **budgets)
+    await fails(config, ConfigError, f"{field}=.* 64.0 KiB are free; lower it")
+    assert not allocated
 
 
 async def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]) -> None:
