@@ -101,6 +101,8 @@ class EngineConfig:
     placement: Placement = Placement.AUTO
     resident_share: float | None = None
     """Most of the layers' weights that stays on the device, in [0, 1]; for measurements. None: planned."""
+    code_weights: bool = False
+    """16-bit weights that stream cross the bus coded without loss, in fewer bytes, and are decoded on the device."""
     block_size: int = 16
     """Tokens a cache block holds."""
     max_batch: int | None = None

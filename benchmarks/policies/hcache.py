@@ -29,7 +29,8 @@ from hsrpc.device.uploads import Upload
 from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.cache import Buffers, CacheManager, DeviceRows, Loads, Staged
 from hsrpc.engine.forward import DeviceBatch, Forward
-from hsrpc.engine.weights import ModelWeights, Prefetched
+from hsrpc.engine.prefetcher import Prefetched
+from hsrpc.engine.weights import ModelWeights
 from hsrpc.errors import ConfigError
 from hsrpc.model.attention import Attention
 from hsrpc.model.family import Family

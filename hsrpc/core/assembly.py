@@ -48,6 +48,7 @@ class Assembly:
             costs=_row_costs(sizes, model.hardware),
             resident=resident,
             streamed_bytes=tuple(sizes.layer_bytes - sum(map(sizes.tensor_bytes, names)) for names in resident),
+            codes_weights=sizes.codes_weights,
             num_blocks=blocks,
             device_bytes={
                 **{name: int(size) for name, size in device_bytes(sizes, staging).items()},
@@ -57,7 +58,7 @@ class Assembly:
                 "cache blocks": self._cache_bytes(blocks, PoolId.DEVICE_KV, PoolId.DEVICE_ACTIVATION),
             },
             host_bytes={
-                "streamed weights": int(choices.streamed[point.choice]),
+                "streamed weights": int(choices.on_host[point.choice]),
                 "cache blocks": self._cache_bytes(blocks, PoolId.HOST_KV, PoolId.HOST_ACTIVATION),
             },
             budgets=evaluator.budgets,
@@ -77,7 +78,7 @@ class Assembly:
         evaluator = self.evaluator
         if evaluator.recomputes or not one.recomputed:
             return NO_RECOMPUTING
-        streamed = evaluator.choices.streamed[point.choice] / evaluator.sizes.num_layers
+        streamed = evaluator.choices.on_bus[point.choice] / evaluator.sizes.num_layers
         return RecomputeLimits(
             tokens=int(one.recomputed * point.batch * evaluator.model.traffic.context),
             weights=float(evaluator.model.layer.load(streamed)),

@@ -125,14 +125,14 @@ class Evaluator:
 
     def evaluate(self, grid: Grid) -> Evaluation:
         """Everything about the grid's candidates."""
-        streamed = self.choices.streamed[grid.choice] / self.sizes.num_layers
+        streamed = self.choices.on_bus[grid.choice] / self.sizes.num_layers
         chunk, idle_chunk = self._chunks(grid.batch, streamed)
         prompt_queries = self._prompt_queries(chunk, idle_chunk, streamed)
         grid = replace(grid, rows=np.maximum(grid.rows, self._chunk_rows(grid.batch, prompt_queries)))
         staging = self.staging(grid, prompt_queries, idle_chunk)
         device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
         device_room = device_room - self.choices.resident[grid.choice] - self.choices.buffers[grid.choice]
-        host_room = self.budgets.host - self.choices.streamed[grid.choice]
+        host_room = self.budgets.host - self.choices.on_host[grid.choice]
         most = self._most_blocks(grid.batch)
         device_blocks = np.minimum(self._device_blocks(device_room, grid.device_share), most)
         on_device = self._on_device(grid.batch, device_blocks, self.model.traffic.context)

@@ -13,6 +13,8 @@ from hsrpc.core.sizes import ModelSizes
 _PLACE_COPIES = 2
 """Regenerated rows that are copied to where attention reads them are read and written once more."""
 _LOGIT_BYTES = 4
+_DECODE_RATE_SHARE = 0.3
+"""Of the memory bandwidth, for what decoding weights reads and writes: an estimate from its instructions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,11 @@ class LayerTimes:
     def load(self, size: Number) -> Number:
         """`size` bytes from the host."""
         return size / self.hardware.load_bandwidth
+
+    def decode(self, size: Number) -> Number:
+        """Weights of which `size` bytes came over the bus."""
+        sizes, rate = self.sizes, self.hardware.memory_bandwidth * _DECODE_RATE_SHARE
+        return size * ((1 + 1 / sizes.coded_share) / rate if sizes.codes_weights else 0.0)
 
     def forward(self, queries: Number, groups: Number = 1.0) -> Number:
         """Projections and MLP of `queries` tokens in all; each group of mini-batches reads the weights."""

@@ -31,7 +31,11 @@ class ResidentChoices:
     resident: Floats
     """Bytes that stay, all layers."""
     streamed: Floats
-    """Bytes that cross the bus in every step."""
+    """Bytes that are needed from the host in every step."""
+    on_bus: Floats
+    """Bytes that those take on the bus."""
+    on_host: Floats
+    """Bytes that those take in host memory, at most."""
     buffers: Floats
     """Bytes of the device buffers for those."""
 
@@ -43,7 +47,14 @@ def resident_choices(sizes: ModelSizes, shares: tuple[float, ...]) -> ResidentCh
     kept = [[sum(map(sizes.tensor_bytes, layer)) for layer in names] for names in found]
     resident = np.array([sum(layers) for layers in kept], dtype=np.float64)
     largest = np.array([sizes.layer_bytes - min(layers) for layers in kept], dtype=np.float64)
-    return ResidentChoices(tuple(found), resident, total - resident, BUFFERS * largest)
+    return ResidentChoices(
+        names=tuple(found),
+        resident=resident,
+        streamed=total - resident,
+        on_bus=(total - resident) * sizes.coded_share,
+        on_host=np.ceil((total - resident) * sizes.most_coded_share),
+        buffers=(BUFFERS + sizes.codes_weights) * largest,
+    )
 
 
 def spread_resident(sizes: ModelSizes, budget: int) -> tuple[frozenset[str], ...]:

@@ -147,7 +147,9 @@ class Plan:
     resident: tuple[frozenset[str], ...]
     """For each layer, the names of the packed tensors that stay on the device."""
     streamed_bytes: tuple[int, ...]
-    """For each layer, the weight bytes that cross the bus in every step."""
+    """For each layer, the bytes of the weights that cross the bus in every step, before they are coded."""
+    codes_weights: bool
+    """They are coded on the host, and decoded on the device."""
     num_blocks: dict[PoolId, int]
     device_bytes: dict[str, int]
     """What the device budget is spent on."""

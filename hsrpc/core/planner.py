@@ -121,7 +121,7 @@ class Planner:
         """Of resident weights, from many to few: those that alone do not exceed a budget; one where all do."""
         choices = self._choices
         fits = (choices.resident + choices.buffers <= self.budgets.device - self.budgets.runtime) & (
-            choices.streamed <= self.budgets.host
+            choices.on_host <= self.budgets.host
         )
         return (np.flatnonzero(fits) if fits.any() else np.zeros(1, np.int64))[::-1]
 
@@ -177,7 +177,7 @@ class Planner:
         return ConfigError(
             "host_memory",
             format_bytes(self.budgets.host),
-            f"too small: weights take {format_bytes(self._choices.streamed[0])} less what stays on the device, "
+            f"too small: weights take {format_bytes(self._choices.on_host[0])} less what stays on the device, "
             f"one request at full length {format_bytes(cache)}",
             "raise it or gpu_memory, or lower max_model_len or max_batch",
         )

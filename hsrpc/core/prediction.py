@@ -25,7 +25,7 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
     on_device = min(1.0, sum(_blocks(plan, Tier.DEVICE)) / used)
     candidate = Candidates(
         batch=np.asarray(float(batch)),
-        streamed=sum(plan.streamed_bytes) / sizes.num_layers,
+        streamed=sum(plan.streamed_bytes) * sizes.coded_share / sizes.num_layers,
         on_device=on_device,
         on_device_at_end=on_device,
         device_share=_share(plan, Tier.DEVICE),

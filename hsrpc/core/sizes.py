@@ -30,8 +30,17 @@ class ModelSizes:
     layer_tensors: dict[str, int]
     fixed_elements: int
     """Embeddings, final norm and head: always on the device."""
+    coded_share: float = 1.0
+    """Bytes that weights take on the bus over their own: less than 1 where they are coded."""
+    most_coded_share: float = 1.0
+    """At most: what host memory is planned for."""
     sliding_window: int | None = None
     """A token sees itself and the `sliding_window - 1` tokens before it; None: all."""
+
+    @property
+    def codes_weights(self) -> bool:
+        """Streamed weights are coded, and decoded on the device."""
+        return self.coded_share < 1
 
     @property
     def kv_size(self) -> int:

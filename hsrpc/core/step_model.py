@@ -57,7 +57,7 @@ class Candidates:
 
     batch: Number
     streamed: Number
-    """Weight bytes a layer, on average."""
+    """Weight bytes that cross the bus, a layer, on average."""
     on_device: Number
     """Part of the cached tokens, where requests are as long as expected."""
     on_device_at_end: Number
@@ -155,6 +155,7 @@ class StepModel:
         forward = layers * np.maximum(
             self.layer.forward(queries, groups), self.layer.forward(queries) + anew * self.anew_token
         )
+        forward = forward + layers * self.layer.decode(c.streamed)
         gemms = layers * self.layer.regenerate(regenerated)
         times = {
             "mini_batches": mini_batches,

@@ -13,8 +13,9 @@ import torch
 from hsrpc.config import format_bytes
 from hsrpc.core.batch import Runs
 from hsrpc.device.batched_copy import BatchedCopy
+from hsrpc.device.coding import Coding
 from hsrpc.device.device import Device, Event, Stream
-from hsrpc.device.kernels import copy_rows
+from hsrpc.device.kernels import copy_rows, decode
 from hsrpc.errors import ConfigError
 
 _REGISTER_PORTABLE_MAPPED = 0x01 | 0x02
@@ -147,6 +148,9 @@ class CudaDevice(Device):
         self, target: torch.Tensor, target_rows: torch.Tensor, source: torch.Tensor, source_rows: torch.Tensor
     ) -> None:
         copy_rows(target, target_rows, source, source_rows)
+
+    def decode(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
+        decode(data, coding, target)
 
 
 def _touch(tensor: torch.Tensor) -> None:

@@ -22,6 +22,7 @@ import torch
 
 from hsrpc.config import DeviceKind, format_bytes
 from hsrpc.core.batch import Runs
+from hsrpc.device.coding import Coding, decode
 from hsrpc.device.uploads import Uploads
 from hsrpc.errors import ConfigError
 
@@ -151,6 +152,10 @@ class Device(ABC):
     ) -> None:
         """`target[target_rows] = source[source_rows]` on the current stream; `target` [*, w] may be pinned memory."""
 
+    @abstractmethod
+    def decode(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
+        """Write a coded tensor's values to `target`, which is contiguous, on the current stream."""
+
 
 class CpuDevice(Device):
     """The CPU as a device: memory is ordinary memory, and every call is done when it returns."""
@@ -233,6 +238,9 @@ class CpuDevice(Device):
         self, target: torch.Tensor, target_rows: torch.Tensor, source: torch.Tensor, source_rows: torch.Tensor
     ) -> None:
         target.index_copy_(0, target_rows, source.index_select(0, source_rows))
+
+    def decode(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
+        decode(data, coding, target)
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -16,7 +16,8 @@ from hsrpc.device.device import Device, Event
 from hsrpc.engine.cache import CacheManager, Staged
 from hsrpc.engine.forward import DeviceBatch, Forward
 from hsrpc.engine.graphs import make_graphs
-from hsrpc.engine.weights import ModelWeights, Prefetched, WeightPrefetcher
+from hsrpc.engine.prefetcher import Prefetched, WeightPrefetcher
+from hsrpc.engine.weights import ModelWeights
 from hsrpc.engine.worker import Worker
 from hsrpc.errors import OutOfDeviceMemoryError
 from hsrpc.model.attention import Attention
@@ -188,6 +189,8 @@ class Executor:
         weights = await self._prefetcher.take(layer)
         done = weights.loaded
         try:
+            if weights.decodings:
+                await worker.run(partial(self._forward.decode, weights))
             for batch in batches:
                 done = await self._compute_batch(worker, weights, batch)
         finally:

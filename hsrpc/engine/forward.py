@@ -18,7 +18,8 @@ from hsrpc.core.plan import PENDING_QUERIES, REGENERATE_ROWS
 from hsrpc.device.device import Device, Event
 from hsrpc.device.uploads import Upload
 from hsrpc.engine.cache import CacheManager, DeviceRows, Staged
-from hsrpc.engine.weights import ModelWeights, Prefetched
+from hsrpc.engine.prefetcher import Prefetched
+from hsrpc.engine.weights import ModelWeights
 from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
 from hsrpc.model.family import Family, Weights
 
@@ -114,6 +115,14 @@ class Forward:
             group.rotation = self._family.rotation(group.positions)
             group.hidden = self._family.embed(self._fixed, group.token_ids, group.positions)
         return [batch for group in groups for batch in group]
+
+    def decode(self, weights: Prefetched) -> None:
+        """Decode what of a layer's weights came coded; they are then used by all its mini-batches."""
+        device = self._device
+        device.wait(device.compute, weights.loaded)
+        with device.on(device.compute):
+            for coding, data, target in weights.decodings:
+                device.decode(data, coding, target)
 
     def compute(self, weights: Prefetched, staged: Staged, batch: DeviceBatch) -> tuple[Event, Event]:
         """One layer of one mini-batch: events when the cache buffers, and when the weights, are no longer read.

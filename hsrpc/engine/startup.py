@@ -15,15 +15,18 @@ import torch
 from hsrpc.config import DType, EngineConfig, format_bytes
 from hsrpc.core.plan import Budgets, Hardware, Plan
 from hsrpc.core.planner import Planner
+from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.calibration import calibrate, sustained_load
+from hsrpc.device.coding import EXPECTED_SHARES, MOST_SHARES
 from hsrpc.device.device import Device, available_memory, open_device
 from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.cache import CacheManager
 from hsrpc.engine.completion import complete
 from hsrpc.engine.executor import Executor
+from hsrpc.engine.loading import load_weights
+from hsrpc.engine.prefetcher import WeightPrefetcher
 from hsrpc.engine.token_ids import TokenIdsOnly
 from hsrpc.engine.tokenizer import Tokenizer
-from hsrpc.engine.weights import WeightPrefetcher, load_weights
 from hsrpc.errors import ConfigError
 from hsrpc.model.attention import Attention
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
@@ -88,8 +91,17 @@ def make_planner(config: EngineConfig) -> Planned:
             max_batch=config.max_batch or _CPU_MAX_BATCH,
             max_prefill_tokens=config.max_prefill_tokens or _CPU_PREFILL_TOKENS,
         )
+    if config.code_weights:
+        spec = replace(spec, sizes=_coded(spec))
     hardware = calibrate(device, spec.sizes, spec.dtype)
     return Planned(spec, device, Planner(spec.sizes, _budgets(config, device), hardware, config), directory)
+
+
+def _coded(spec: ModelSpec) -> ModelSizes:
+    if spec.dtype not in EXPECTED_SHARES:
+        problem = f"{spec.dtype} weights are not coded"
+        raise ConfigError("code_weights", True, problem, "use dtype=float16 or bfloat16, or leave it out")
+    return replace(spec.sizes, coded_share=EXPECTED_SHARES[spec.dtype], most_coded_share=MOST_SHARES[spec.dtype])
 
 
 def measure_hardware(config: EngineConfig) -> Hardware:

@@ -7,7 +7,8 @@ from itertools import accumulate
 import pytest
 import torch
 
-from hsrpc.device.kernels import copy_rows
+from hsrpc.device.coding import BLOCK, encode
+from hsrpc.device.kernels import copy_rows, decode
 from hsrpc.model import decode_kernel
 from hsrpc.model.decode_kernel import decode_attention
 
@@ -108,3 +109,17 @@ def test_copy_rows(width: int, dtype: torch.dtype) -> None:
     copy_rows(target, target_rows, source, source_rows)
     copy_rows(target, target_rows[:0], source, source_rows[:0])
     assert torch.equal(target, wanted)
+
+
+@pytest.mark.parametrize("count", [1, BLOCK, 3 * BLOCK + 5])
+@pytest.mark.parametrize("spread", [0, 6])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_decode(dtype: torch.dtype, spread: int, count: int) -> None:
+    """Every bit of coded weights, with few and with many exponents out of the ordinary; nothing behind the last."""
+    values = (torch.randn(count) * 0.02 * 2.0 ** torch.randint(-spread, spread + 1, (count,))).to(dtype)
+    values[::7] = -0.0
+    coding, data = encode(values)
+    target = torch.full((count + 9,), 3.0, dtype=dtype)
+    decode(data, coding, target[:count])
+    assert torch.equal(target[:count].view(torch.int16), values.view(torch.int16))
+    assert torch.equal(target[count:], torch.full((9,), 3.0, dtype=dtype))

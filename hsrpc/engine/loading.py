@@ -1,0 +1,132 @@
+"""Weights from their source to where the plan wants them: on the device, or packed in pinned memory, coded or not."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import torch
+from tqdm import tqdm
+
+from hsrpc.config import format_bytes
+from hsrpc.core.plan import Plan
+from hsrpc.core.sizes import align
+from hsrpc.device.coding import encode
+from hsrpc.device.device import Device
+from hsrpc.engine.weights import CodedSlice, LayerWeights, ModelWeights, Slice, views
+from hsrpc.errors import ConfigError, EngineUnavailableError
+from hsrpc.model.checkpoint import WeightSource
+from hsrpc.model.family import Family, TensorSpec
+
+
+def load_weights(
+    family: Family, source: WeightSource, plan: Plan, device: Device, stop: threading.Event, *, progress: bool = False
+) -> ModelWeights:
+    """Read, convert, pin and place all weights, in parallel, since reading and pinning each use one core.
+
+    Once `stop` is set, no further layer is begun.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+        ConfigError: the host memory cannot be pinned, or coded weights take more than planned.
+        EngineUnavailableError: it was stopped.
+    """
+    loader = _Loader(family, source, plan, device, stop)
+    fixed, layers = family.fixed_tensors(), range(family.sizes.num_layers)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="load") as pool:
+        read = pool.map(loader.read, fixed)
+        loaded = pool.map(loader.layer, layers)
+        bar = tqdm(loaded, total=len(layers), desc="loading weights", unit="layer", disable=not progress, leave=False)
+        try:
+            return ModelWeights({tensor.name: out for tensor, out in zip(fixed, read, strict=True)}, list(bar))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error the rest is not read
+
+
+@dataclass(slots=True)
+class _Loader:
+    """Loads layers, several at a time."""
+
+    family: Family
+    source: WeightSource
+    plan: Plan
+    device: Device
+    stop: threading.Event
+    _encoding: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a layer takes device memory to be coded."""
+    _num_coded: int = 0
+    """Bytes of all layers coded so far."""
+
+    def read(self, tensor: TensorSpec) -> torch.Tensor:
+        """On the device."""
+        out = self.device.empty(tensor.shape, self.family.spec.dtype)
+        self.source.read(tensor, out)
+        return out
+
+    def layer(self, number: int) -> LayerWeights:
+        if self.stop.is_set():
+            raise EngineUnavailableError("loading the model was stopped")
+        tensors, stays = self.family.layer_tensors(number), self.plan.resident[number]
+        resident = {tensor.name: self.read(tensor) for tensor in tensors if tensor.name in stays}
+        streamed = [tensor for tensor in tensors if tensor.name not in stays]
+        if not streamed:
+            return LayerWeights(resident, None, (), self.family.spec.dtype)
+        return replace(self._coded(streamed) if self.plan.codes_weights else self._packed(streamed), resident=resident)
+
+    def _packed(self, tensors: Sequence[TensorSpec]) -> LayerWeights:
+        slices, size = _pack(tensors, self.family.spec.dtype)
+
+        def fill(packed: torch.Tensor) -> None:
+            host = views(packed, slices, self.family.spec.dtype)
+            for tensor in tensors:
+                self.source.read(tensor, host[tensor.name])
+
+        return LayerWeights({}, self.device.pinned(size, fill), slices, self.family.spec.dtype)
+
+    def _coded(self, tensors: Sequence[TensorSpec]) -> LayerWeights:
+        """Matrices are coded, on the device; other tensors are small, and stay as they are."""
+        slices: list[Slice] = []
+        coded: list[CodedSlice] = []
+        parts: list[tuple[int, torch.Tensor]] = []
+        size = target = 0
+        with self._encoding:
+            for tensor in tensors:
+                values = self.read(tensor)
+                if values.dim() > 1:
+                    coding, data = encode(values)
+                    coded.append(CodedSlice(tensor.name, coding, size, target))
+                    target += align(values.nbytes)
+                else:
+                    data = values.view(torch.uint8)
+                    slices.append(Slice(tensor.name, tensor.shape, size))
+                parts.append((size, data.cpu()))
+                size += align(len(data))
+            self._take(size)
+
+        def fill(packed: torch.Tensor) -> None:
+            for start, data in parts:
+                packed[start : start + len(data)] = data
+
+        return LayerWeights({}, self.device.pinned(size, fill), tuple(slices), self.family.spec.dtype, tuple(coded))
+
+    def _take(self, size: int) -> None:
+        """Count what is coded, before it is pinned."""
+        self._num_coded += size
+        planned = self.plan.host_bytes["streamed weights"]
+        if self._num_coded > planned:
+            problem = f"coded weights take more than the {format_bytes(planned)} planned"
+            remedy = "leave it out: the matrices are too small for it, or their exponents differ too much"
+            raise ConfigError("code_weights", True, problem, remedy)
+
+
+def _pack(tensors: Sequence[TensorSpec], dtype: torch.dtype) -> tuple[tuple[Slice, ...], int]:
+    """Slices one behind the other, each aligned, and the bytes they take."""
+    slices, offset = [], 0
+    for tensor in tensors:
+        slices.append(Slice(tensor.name, tensor.shape, offset))
+        offset += align(math.prod(tensor.shape) * dtype.itemsize)
+    return tuple(slices), offset

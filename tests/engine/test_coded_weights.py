@@ -1,0 +1,128 @@
+"""Coded weights: fewer bytes on the bus, and the same tokens and log probabilities to the bit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+from hsrpc import Engine, EngineConfig
+from hsrpc.core.plan import BUFFERS
+from hsrpc.core.request import Delta
+from hsrpc.engine import startup
+from hsrpc.errors import ConfigError
+from hsrpc.model.checkpoint import RandomWeights
+from hsrpc.model.family import TensorSpec
+from tests.engine.conftest import HARDWARE
+from tests.engine.support import collect, greedy, idle
+
+_SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 300}
+CONFIGS = {
+    "opt": {
+        **_SIZES,
+        "model_type": "opt",
+        "architectures": ["OPTForCausalLM"],
+        "ffn_dim": 512,
+        "max_position_embeddings": 160,
+        "word_embed_proj_dim": 128,
+    },
+    "llama": {
+        **_SIZES,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "intermediate_size": 384,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 160,
+        "rms_norm_eps": 1e-5,
+    },
+}
+PROMPTS = [[(7 * i + j) % 290 + 5 for j in range(3 + 9 * i)] for i in range(5)]
+SHARES = {"float16": 0.89, "bfloat16": 0.71}
+
+
+@pytest.fixture(autouse=True)
+def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine that the tests run on decides nothing."""
+    monkeypatch.setattr(startup, "calibrate", lambda *_: HARDWARE)
+
+
+def config_for(directory: Path, model: str, **settings: object) -> EngineConfig:
+    """Everything on the host, prompts in chunks."""
+    file = directory / f"{model}.json"
+    file.write_text(json.dumps(CONFIGS[model]))
+    base = {"max_batch": 4, "max_model_len": 128, "max_prefill_tokens": 24, "expected_context": 64, "device": "cpu"}
+    base |= {"gpu_memory": "64MiB", "host_memory": "64MiB", "placement": "host", "seed": 1}
+    return EngineConfig(model=f"random:{file}", **(base | settings))
+
+
+async def run(config: EngineConfig) -> tuple[list[list[Delta]], float]:
+    """What the requests get, and the weight bytes that crossed the bus in a step."""
+    weights = []
+    async with Engine(config, observe=lambda step: weights.append(step.weight_bytes)) as engine:
+        requests = (collect(engine.generate(prompt, greedy(20, logprobs=3))) for prompt in PROMPTS)
+        found = await asyncio.gather(*requests)
+        await idle(engine)
+        assert engine.plan.codes_weights == config.code_weights
+    return found, median(weights)
+
+
+def told(deltas: list[Delta]) -> list[tuple[object, ...]]:
+    """All tokens and log probabilities, however they were cut into deltas."""
+    return [
+        (token, logprob) for delta in deltas for token, logprob in zip(delta.token_ids, delta.logprobs, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("resident", [0.0, 0.4])
+@pytest.mark.parametrize("policy", ["kv", "activation", "recompute"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("model", list(CONFIGS))
+async def test_tokens_are_the_same_to_the_bit(
+    model: str, dtype: str, policy: str, resident: float, tmp_path: Path
+) -> None:
+    """With all weights streamed, and with a part of them on the device."""
+    placement = {"placement": "auto", "resident_share": resident} if resident else {}
+    config = config_for(tmp_path, model, dtype=dtype, cache_policy=policy, **placement)
+    plain, plain_bytes = await run(config)
+    coded, coded_bytes = await run(replace(config, code_weights=True))
+    assert [told(each) for each in coded] == [told(each) for each in plain]
+    assert coded_bytes < SHARES[dtype] * plain_bytes * 1.02  # biases and norms are not coded
+
+
+async def test_the_host_holds_what_is_coded(tmp_path: Path) -> None:
+    """The plan counts fewer bytes in host memory and on the bus, and one buffer more on the device."""
+    config = config_for(tmp_path, "opt", dtype="bfloat16", cache_policy="kv")
+    plans = {}
+    for coded in (False, True):
+        async with Engine(replace(config, code_weights=coded)) as engine:
+            packed = [len(layer.packed) for layer in engine._opened.prefetcher._weights.layers]
+            plans[coded] = plan = engine.plan
+            assert sum(packed) <= plan.host_bytes["streamed weights"]
+            assert max(packed) <= plan.weight_buffer_bytes
+            buffers = (BUFFERS + coded) * plan.weight_buffer_bytes
+            assert plan.device_bytes["weight buffers"] == buffers
+    assert plans[True].host_bytes["streamed weights"] < 0.77 * plans[False].host_bytes["streamed weights"]
+    assert plans[True].prediction.bus < plans[False].prediction.bus
+
+
+async def test_what_is_not_coded_is_refused(tmp_path: Path) -> None:
+    """float32, by name."""
+    with pytest.raises(ConfigError, match=r"code_weights=True: .*float32.*use dtype=float16 or bfloat16"):
+        await Engine(config_for(tmp_path, "opt", code_weights=True)).__aenter__()
+
+
+async def test_weights_that_hardly_get_smaller_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before more host memory is taken than was planned."""
+
+    def noise(_: RandomWeights, tensor: TensorSpec, out: torch.Tensor) -> None:
+        out.copy_(torch.randn(tensor.shape) * 2.0 ** torch.randint(-60, 60, tensor.shape))
+
+    monkeypatch.setattr(RandomWeights, "read", noise)
+    config = config_for(tmp_path, "opt", dtype="bfloat16", code_weights=True)
+    with pytest.raises(ConfigError, match=r"code_weights=True: coded weights take more than .* planned; leave it out"):
+        await Engine(config).__aenter__()
