@@ -34,12 +34,13 @@ class Run(NamedTuple):
     share: float | None
     placement: Placement
     recompute: float | None = None
+    code_weights: bool = False
 
     @property
     def name(self) -> str:
         """As it is printed."""
         anew = "" if self.recompute is None else f", {self.recompute} computed anew"
-        return f"{self.policy} {self.share} {self.placement}{anew}"
+        return f"{self.policy} {self.share} {self.placement}{anew}{', coded weights' if self.code_weights else ''}"
 
 
 RUNS = (
@@ -49,6 +50,7 @@ RUNS = (
     Run(CachePolicy.AUTO, None, Placement.HOST),
     Run(CachePolicy.RECOMPUTE, None, Placement.HOST),
     Run(CachePolicy.HYBRID, 0.5, Placement.HOST, 0.5),
+    Run(CachePolicy.HYBRID, 0.5, Placement.HOST, code_weights=True),
     Run(CachePolicy.HYBRID, 0.5, Placement.AUTO),
     Run(CachePolicy.KV, None, Placement.AUTO),
 )
@@ -85,6 +87,7 @@ async def generate(shape: str, device: DeviceKind, run: Run, prompts: list[list[
         cache_policy=run.policy,
         activation_share=run.share,
         recompute_share=run.recompute,
+        code_weights=run.code_weights,
         placement=run.placement,
         max_batch=len(LENGTHS),
         max_model_len=512,
