@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -21,6 +22,9 @@ from hsrpc.engine.weights import CodedSlice, LayerWeights, ModelWeights, Slice, 
 from hsrpc.errors import ConfigError, EngineUnavailableError
 from hsrpc.model.checkpoint import WeightSource
 from hsrpc.model.family import Family, TensorSpec
+
+_CODED_AT_ONCE = 2
+"""Layers: each takes its own size of device memory meanwhile, less than the weight buffers that are allocated later."""
 
 
 def load_weights(
@@ -56,8 +60,9 @@ class _Loader:
     plan: Plan
     device: Device
     stop: threading.Event
-    _encoding: threading.Lock = field(default_factory=threading.Lock)
+    _coding: threading.Semaphore = field(default_factory=partial(threading.Semaphore, _CODED_AT_ONCE))
     """Held while a layer takes device memory to be coded."""
+    _counting: threading.Lock = field(default_factory=threading.Lock)
     _num_coded: int = 0
     """Bytes of all layers coded so far."""
 
@@ -93,7 +98,7 @@ class _Loader:
         coded: list[CodedSlice] = []
         parts: list[tuple[int, torch.Tensor]] = []
         size = target = 0
-        with self._encoding:
+        with self._coding:
             for tensor in tensors:
                 values = self.read(tensor)
                 if values.dim() > 1:
@@ -103,19 +108,18 @@ class _Loader:
                 else:
                     data = values.view(torch.uint8)
                     slices.append(Slice(tensor.name, tensor.shape, size))
-                parts.append((size, data.cpu()))
+                parts.append((size, data))
                 size += align(len(data))
-            self._take(size)
-
-        def fill(packed: torch.Tensor) -> None:
+            self._count(size)
+            packed = self.device.pinned(size)
             for start, data in parts:
                 packed[start : start + len(data)] = data
+        return LayerWeights({}, packed, tuple(slices), self.family.spec.dtype, tuple(coded))
 
-        return LayerWeights({}, self.device.pinned(size, fill), tuple(slices), self.family.spec.dtype, tuple(coded))
-
-    def _take(self, size: int) -> None:
-        """Count what is coded, before it is pinned."""
-        self._num_coded += size
+    def _count(self, size: int) -> None:
+        """Of a coded layer, before it is pinned."""
+        with self._counting:
+            self._num_coded += size
         planned = self.plan.host_bytes["streamed weights"]
         if self._num_coded > planned:
             problem = f"coded weights take more than the {format_bytes(planned)} planned"
