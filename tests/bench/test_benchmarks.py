@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from benchmarks import bus, decoding, gpu_check, growth, orchestration, planner_check, planner_report, startup
+from benchmarks import bus, coding, decoding, gpu_check, growth, orchestration, planner_check, planner_report, startup
 from benchmarks.planner_report import draw_grid, draw_sweep
 from hsrpc.config import CachePolicy, DeviceKind, Placement
 from tests.bench.conftest import TINY
@@ -259,3 +259,18 @@ def test_the_bus_is_timed_alone_and_beside_gemms(tiny, tmp_path):
     rates = json.loads(file.read_text())["rates"]
     assert set(rates) == {"one piece", "many pieces", "runs"}
     assert all(len(found) == 3 and min(found.values()) > 0 for found in rates.values())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_coding_says_how_much_smaller_matrices_get(dtype, tmp_path, capsys):
+    """Of random weights of a shape; each matrix and all together."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(TINY | {"hidden_size": 128, "ffn_dim": 256, "word_embed_proj_dim": 128}))
+    saved = tmp_path / "coding.json"
+    coding.main(
+        ["--model", f"random:{file}", "--dtype", dtype, "--device", "cpu", "--layers", "2", "--json", str(saved)]
+    )
+    found = json.loads(saved.read_text())
+    assert found["share"] == pytest.approx({"float16": 0.888, "bfloat16": 0.70}[dtype], abs=0.01)
+    assert found["decode_rate"] > 0
+    assert "of the bytes; coded at" in capsys.readouterr().out

@@ -1,0 +1,110 @@
+"""How much smaller a model's matrices get when they are coded, and how fast they are decoded on the device.
+
+    python benchmarks/coding.py --model random:opt-13b --dtype float16 --json coding.json
+    python benchmarks/coding.py --model path/to/checkpoint --layers 4
+
+Every matrix is coded and decoded, and compared bit by bit. Rates are of the matrices' own bytes; beside them stand what
+decoding reads and writes as a part of the measured memory bandwidth, and the rate at which the bus brings coded ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from hsrpc.config import DeviceKind, DType, EngineConfig
+from hsrpc.device.coding import Coding, encode
+from hsrpc.device.device import Device
+from hsrpc.engine.startup import RANDOM_PREFIX, describe_model, measure_hardware
+from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
+from hsrpc.model.families import create_family
+from hsrpc.model.hub import resolve_model
+
+_REPEATS = 7
+
+
+def seconds_of(device: Device, work: Callable[[], object]) -> float:
+    """Median of several times, after one that compiles."""
+    times = []
+    for _ in range(_REPEATS + 1):
+        device.drain()
+        start = time.perf_counter()
+        work()
+        device.drain()
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Of the first layers' matrices.
+
+    Raises:
+        AssertionError: a bit is not the same.
+    """
+    config = EngineConfig(model=options.model, device=options.device, dtype=options.dtype)
+    spec, device = describe_model(config)
+    hardware = measure_hardware(config)
+    is_random = options.model.startswith(RANDOM_PREFIX)
+    source: WeightSource = RandomWeights(0) if is_random else Checkpoint(resolve_model(options.model))
+    family = create_family(spec)
+    matrices = [t for layer in range(options.layers) for t in family.layer_tensors(layer) if len(t.shape) > 1]
+    own = coded = 0
+    encoding = 0.0
+    kept: list[tuple[Coding, torch.Tensor, torch.Tensor]] = []
+    for tensor in matrices:
+        values = device.empty(tensor.shape, spec.dtype)
+        source.read(tensor, values)
+        encoding += seconds_of(device, lambda values=values: encode(values))  # type: ignore[misc]
+        coding, data = encode(values)
+        target = torch.empty_like(values)
+        device.decode(data, coding, target)
+        assert torch.equal(target.view(torch.int16), values.view(torch.int16)), f"{tensor.name}: not the same bits"
+        kept.append((coding, data, target))
+        own, coded = own + values.nbytes, coded + len(data)
+        share, escapes = len(data) / values.nbytes, coding.num_escapes / coding.num_values
+        print(f"{tensor.name:24} {tuple(tensor.shape)!s:16} {share:.4f} of its bytes, {escapes:.2%} escapes")
+
+    def decode() -> None:
+        for coding, data, target in kept:
+            device.decode(data, coding, target)
+
+    decoding = seconds_of(device, decode)
+    return {
+        "model": spec.name,
+        "device": device.name,
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "share": coded / own,
+        "encode_rate": own / encoding,
+        "decode_rate": own / decoding,
+        "memory_share": (own + coded) / decoding / hardware.memory_bandwidth,
+        "bus_rate": hardware.load_bandwidth * own / coded,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="random:opt-13b", help="directory, hub id or random:SHAPE")
+    parser.add_argument("--dtype", type=DType, default=DType.AUTO, choices=tuple(DType))
+    parser.add_argument("--device", type=DeviceKind, default=DeviceKind.AUTO, choices=tuple(DeviceKind))
+    parser.add_argument("--layers", type=int, default=1, metavar="N", help="the first ones (default: 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save the figures here")
+    options = parser.parse_args(arguments)
+    found = measure(options)
+    rates = {name: f"{found[name] / 1e9:.1f} GB/s" for name in ("encode_rate", "decode_rate", "bus_rate")}
+    print(
+        f"{found['share']:.4f} of the bytes; coded at {rates['encode_rate']}, decoded at {rates['decode_rate']}, "
+        f"{found['memory_share']:.2f} of the memory bandwidth; the bus brings {rates['bus_rate']}"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
