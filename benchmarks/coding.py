@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         assert torch.equal(target.view(torch.int16), values.view(torch.int16)), f"{tensor.name}: not the same bits"
         kept.append((coding, data, target))
         own, coded = own + values.nbytes, coded + len(data)
-        share, escapes = len(data) / values.nbytes, coding.num_escapes / coding.num_values
+        share, escapes = len(data) / values.nbytes, coding.counts[-1] / coding.num_values
         print(f"{tensor.name:24} {tuple(tensor.shape)!s:16} {share:.4f} of its bytes, {escapes:.2%} escapes")
 
     def decode() -> None:

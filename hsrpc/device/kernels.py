@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hsrpc.device.coding import BLOCK, WORD, Coding
+from hsrpc.device.coding import BLOCK, CODES_IN_WORD, WORD, Coding
 
 _BLOCK = 2048
 
@@ -32,51 +32,55 @@ def copy_rows(target: torch.Tensor, target_rows: torch.Tensor, source: torch.Ten
     _copy_rows[grid](target, target_rows, source, source_rows, width, source.stride(0), BLOCK=_BLOCK)
 
 
-@triton.jit(do_not_specialize=["base", "num_values"])
+@triton.jit(do_not_specialize=["num_values", "first_table", "second_table", "third_table"])
 def _decode(
     target,
+    codes,
     planes,
     offsets,
     low,
     escapes,
-    base,
     num_values,
-    CODE_BITS: tl.constexpr,
+    first_table,
+    second_table,
+    third_table,
     MANTISSA_BITS: tl.constexpr,
-    WORD: tl.constexpr,
     BLOCK: tl.constexpr,
+    WORD: tl.constexpr,
+    CODES_IN_WORD: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(0)
     values = block * BLOCK + tl.arange(0, BLOCK)
     inside = values < num_values
-    words = planes + values // WORD * (CODE_BITS + MANTISSA_BITS)
-    bit = (values % WORD).to(tl.int32)
-    code = tl.zeros((BLOCK,), tl.int32)
-    for number in tl.static_range(CODE_BITS + MANTISSA_BITS):
-        code |= ((tl.load(words + number) >> bit) & 1) << number
-    place = code & ((1 << CODE_BITS) - 1)
-    is_outside = (place == (1 << CODE_BITS) - 1) & inside
-    rank = tl.cumsum(is_outside.to(tl.int32), 0) - 1
-    escaped = tl.load(escapes + tl.load(offsets + block) + rank, mask=is_outside, other=0).to(tl.int32)
-    exponent = tl.where(is_outside, escaped, base + place)
-    turned = (exponent << MANTISSA_BITS) | (code >> CODE_BITS)
-    turned = (turned << 8) | tl.load(low + values, mask=inside, other=0).to(tl.int32)
+    left, position = inside, values
+    exponent = tl.zeros((BLOCK,), tl.int32)
+    for level in tl.static_range(3):
+        table = first_table if level == 0 else (second_table if level == 1 else third_table)
+        word = tl.load(codes + position // CODES_IN_WORD, mask=left, other=0)
+        code = (word >> (2 * (position % CODES_IN_WORD))) & 3
+        exponent = tl.where(left, (table >> (8 * code)) & 0xFF, exponent)
+        left = left & (code == 3)
+        position = tl.load(offsets + 3 * block + level) + tl.cumsum(left.to(tl.int32), 0) - 1
+    exponent = tl.where(left, tl.load(escapes + position, mask=left, other=0).to(tl.int32), exponent)
+    high = exponent << MANTISSA_BITS
+    for bit in tl.static_range(MANTISSA_BITS):
+        plane = tl.load(planes + values // WORD * MANTISSA_BITS + bit, mask=inside, other=0)
+        high |= ((plane >> (values % WORD)) & 1) << bit
+    turned = (high << 8) | tl.load(low + values, mask=inside, other=0).to(tl.int32)
     tl.store(target + values, ((turned >> 1) | ((turned & 1) << 15)).to(tl.int16), mask=inside)
 
 
 def decode(data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
     """As `coding.decode`, on the current stream."""
-    planes, offsets, low, escapes = coding.parts(data)
+    parts = coding.parts(data)
     _decode[(coding.num_blocks,)](
         target.view(torch.int16),
-        planes,
-        offsets,
-        low,
-        escapes,
-        coding.base,
+        *parts,
         coding.num_values,
-        CODE_BITS=coding.code_bits,
+        *coding.tables,
         MANTISSA_BITS=coding.mantissa_bits,
-        WORD=WORD,
         BLOCK=BLOCK,
+        WORD=WORD,
+        CODES_IN_WORD=CODES_IN_WORD,
+        num_warps=8,
     )

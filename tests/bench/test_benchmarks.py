@@ -271,6 +271,6 @@ def test_coding_says_how_much_smaller_matrices_get(dtype, tmp_path, capsys):
         ["--model", f"random:{file}", "--dtype", dtype, "--device", "cpu", "--layers", "2", "--json", str(saved)]
     )
     found = json.loads(saved.read_text())
-    assert found["share"] == pytest.approx({"float16": 0.888, "bfloat16": 0.70}[dtype], abs=0.01)
+    assert found["share"] == pytest.approx({"float16": 0.856, "bfloat16": 0.668}[dtype], abs=0.01)
     assert found["decode_rate"] > 0
     assert "of the bytes; coded at" in capsys.readouterr().out
