@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
 
 from hsrpc import Engine, EngineConfig, SamplingParams
-from hsrpc.config import CachePolicy, DeviceKind, DType, Placement
+from hsrpc.config import CachePolicy, DeviceKind, DType, Placement, WeightCoding
 from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.families import create_family
 from hsrpc.model.shapes import SHAPES
@@ -34,13 +34,14 @@ class Run(NamedTuple):
     share: float | None
     placement: Placement
     recompute: float | None = None
-    code_weights: bool = False
+    coding: WeightCoding = WeightCoding.NONE
 
     @property
     def name(self) -> str:
         """As it is printed."""
         anew = "" if self.recompute is None else f", {self.recompute} computed anew"
-        return f"{self.policy} {self.share} {self.placement}{anew}{', coded weights' if self.code_weights else ''}"
+        coded = "" if self.coding is WeightCoding.NONE else ", coded weights"
+        return f"{self.policy} {self.share} {self.placement}{anew}{coded}"
 
 
 RUNS = (
@@ -50,7 +51,7 @@ RUNS = (
     Run(CachePolicy.AUTO, None, Placement.HOST),
     Run(CachePolicy.RECOMPUTE, None, Placement.HOST),
     Run(CachePolicy.HYBRID, 0.5, Placement.HOST, 0.5),
-    Run(CachePolicy.HYBRID, 0.5, Placement.HOST, code_weights=True),
+    Run(CachePolicy.HYBRID, 0.5, Placement.HOST, coding=WeightCoding.LOSSLESS),
     Run(CachePolicy.HYBRID, 0.5, Placement.AUTO),
     Run(CachePolicy.KV, None, Placement.AUTO),
 )
@@ -87,7 +88,7 @@ async def generate(shape: str, device: DeviceKind, run: Run, prompts: list[list[
         cache_policy=run.policy,
         activation_share=run.share,
         recompute_share=run.recompute,
-        code_weights=run.code_weights,
+        weight_coding=run.coding,
         placement=run.placement,
         max_batch=len(LENGTHS),
         max_model_len=512,

@@ -76,6 +76,17 @@ def format_bytes(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
+class WeightCoding(StrEnum):
+    """How weights cross the bus that stream."""
+
+    AUTO = "auto"
+    """Coded where the device decodes them in less time than that saves."""
+    NONE = "none"
+    """As they are."""
+    LOSSLESS = "lossless"
+    """float16 and bfloat16 in fewer bytes, decoded on the device to the same bits."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Settings of an engine. `None` means: decided when the engine starts, from model and machine.
@@ -101,8 +112,8 @@ class EngineConfig:
     placement: Placement = Placement.AUTO
     resident_share: float | None = None
     """Most of the layers' weights that stays on the device, in [0, 1]; for measurements. None: planned."""
-    code_weights: bool = False
-    """16-bit weights that stream cross the bus coded without loss, in fewer bytes, and are decoded on the device."""
+    weight_coding: WeightCoding = WeightCoding.AUTO
+    """How weights cross the bus that stream."""
     block_size: int = 16
     """Tokens a cache block holds."""
     max_batch: int | None = None
@@ -130,6 +141,7 @@ class EngineConfig:
             ("dtype", DType),
             ("cache_policy", CachePolicy),
             ("placement", Placement),
+            ("weight_coding", WeightCoding),
         ):
             self._set(name, _member(kind, getattr(self, name), name))
         for name in ("gpu_memory", "host_memory"):

@@ -8,7 +8,7 @@ from dataclasses import fields
 from enum import StrEnum
 from typing import Any, NoReturn, TypeAlias
 
-from hsrpc.config import BUNDLED_MODEL, CachePolicy, DeviceKind, DType, EngineConfig, Placement
+from hsrpc.config import BUNDLED_MODEL, CachePolicy, DeviceKind, DType, EngineConfig, Placement, WeightCoding
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -90,9 +90,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--resident-share", type=float, metavar="X", help="0 to 1: most of the weights that stays on the device"
     )
     memory.add_argument(
-        "--code-weights",
-        action="store_true",
-        help="code 16-bit weights that stream without loss: 0.86 of the bytes on the bus (float16) or 0.67 (bfloat16)",
+        "--weight-coding",
+        choices=_values(WeightCoding),
+        default=WeightCoding.AUTO,
+        help="lossless sends 16-bit weights that stream in fewer bytes: 0.86 (float16) or 0.67 (bfloat16) of their own "
+        "(default: auto)",
     )
     cache = parser.add_argument_group("cache")
     cache.add_argument(

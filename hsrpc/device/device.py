@@ -41,6 +41,8 @@ class Device(ABC):
     """One accelerator. `load` copies weights and cache blocks to the device, `store` new rows from it."""
 
     torch_device: torch.device
+    codes_weights: bool
+    """It decodes weights in less time than their fewer bytes save on the bus."""
     warms_up: bool
     """What is done for the first time takes long: kernels are compiled and loaded."""
     load: Stream
@@ -162,6 +164,7 @@ class CpuDevice(Device):
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
+        self.codes_weights = False
         self.warms_up = False
         self.load = self.compute = self.store = None
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from hsrpc.config import format_bytes
+from hsrpc.config import WeightCoding, format_bytes
 from hsrpc.core.plan import Plan
 from hsrpc.core.sizes import align
 from hsrpc.device.coding import encode
@@ -27,6 +27,10 @@ _CODED_AT_ONCE = 2
 """Layers: each takes its own size of device memory meanwhile, less than the weight buffers that are allocated later."""
 
 
+class HardlySmallerError(ConfigError):
+    """Coded weights take more than was planned: matrices are small, or their exponents differ a lot."""
+
+
 def load_weights(
     family: Family, source: WeightSource, plan: Plan, device: Device, stop: threading.Event, *, progress: bool = False
 ) -> ModelWeights:
@@ -36,7 +40,8 @@ def load_weights(
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
-        ConfigError: the host memory cannot be pinned, or coded weights take more than planned.
+        ConfigError: the host memory cannot be pinned.
+        HardlySmallerError: as its name says.
         EngineUnavailableError: it was stopped.
     """
     loader = _Loader(family, source, plan, device, stop)
@@ -123,8 +128,7 @@ class _Loader:
         planned = self.plan.host_bytes["streamed weights"]
         if self._num_coded > planned:
             problem = f"coded weights take more than the {format_bytes(planned)} planned"
-            remedy = "leave it out: the matrices are too small for it, or their exponents differ too much"
-            raise ConfigError("code_weights", True, problem, remedy)
+            raise HardlySmallerError("weight_coding", WeightCoding.LOSSLESS.value, problem, "use weight_coding=none")
 
 
 def _pack(tensors: Sequence[TensorSpec], dtype: torch.dtype) -> tuple[tuple[Slice, ...], int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -12,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from hsrpc.config import DType, EngineConfig, format_bytes
+from hsrpc.config import DType, EngineConfig, WeightCoding, format_bytes
 from hsrpc.core.plan import Budgets, Hardware, Plan
 from hsrpc.core.planner import Planner
-from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.calibration import calibrate, sustained_load
 from hsrpc.device.coding import EXPECTED_SHARES, MOST_SHARES
 from hsrpc.device.device import Device, available_memory, open_device
@@ -23,7 +23,7 @@ from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.cache import CacheManager
 from hsrpc.engine.completion import complete
 from hsrpc.engine.executor import Executor
-from hsrpc.engine.loading import load_weights
+from hsrpc.engine.loading import HardlySmallerError, load_weights
 from hsrpc.engine.prefetcher import WeightPrefetcher
 from hsrpc.engine.token_ids import TokenIdsOnly
 from hsrpc.engine.tokenizer import Tokenizer
@@ -35,6 +35,7 @@ from hsrpc.model.family import Family, ModelSpec
 from hsrpc.model.hub import resolve_model
 from hsrpc.model.spec import DTYPES, load_spec, named_spec
 
+_log = logging.getLogger(__name__)
 RANDOM_PREFIX = "random:"
 """`random:opt-6.7b`, or `random:` and the path of a config.json: random weights and no tokenizer, for measurements."""
 _CPU_MAX_BATCH = 32
@@ -91,17 +92,20 @@ def make_planner(config: EngineConfig) -> Planned:
             max_batch=config.max_batch or _CPU_MAX_BATCH,
             max_prefill_tokens=config.max_prefill_tokens or _CPU_PREFILL_TOKENS,
         )
-    if config.code_weights:
-        spec = replace(spec, sizes=_coded(spec))
+    if _codes_weights(config, spec, device):
+        expected, most = EXPECTED_SHARES[spec.dtype], MOST_SHARES[spec.dtype]
+        spec = replace(spec, sizes=replace(spec.sizes, coded_share=expected, most_coded_share=most))
     hardware = calibrate(device, spec.sizes, spec.dtype)
     return Planned(spec, device, Planner(spec.sizes, _budgets(config, device), hardware, config), directory)
 
 
-def _coded(spec: ModelSpec) -> ModelSizes:
-    if spec.dtype not in EXPECTED_SHARES:
-        problem = f"{spec.dtype} weights are not coded"
-        raise ConfigError("code_weights", True, problem, "use dtype=float16 or bfloat16, or leave it out")
-    return replace(spec.sizes, coded_share=EXPECTED_SHARES[spec.dtype], most_coded_share=MOST_SHARES[spec.dtype])
+def _codes_weights(config: EngineConfig, spec: ModelSpec, device: Device) -> bool:
+    can_be_coded = spec.dtype in EXPECTED_SHARES
+    if config.weight_coding is WeightCoding.LOSSLESS and not can_be_coded:
+        value, problem = config.weight_coding.value, f"{spec.dtype} weights cannot be coded"
+        raise ConfigError("weight_coding", value, problem, "use dtype=float16 or bfloat16, or weight_coding=auto")
+    wanted = {WeightCoding.AUTO: device.codes_weights, WeightCoding.NONE: False, WeightCoding.LOSSLESS: True}
+    return can_be_coded and wanted[config.weight_coding]
 
 
 def measure_hardware(config: EngineConfig) -> Hardware:
@@ -135,7 +139,7 @@ async def open_parts(config: EngineConfig, progress: bool) -> Parts:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
     stop = threading.Event()
-    opening = asyncio.create_task(asyncio.to_thread(_open_parts, config, progress, stop))
+    opening = asyncio.create_task(asyncio.to_thread(_open_best, config, progress, stop))
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
@@ -147,6 +151,17 @@ async def open_parts(config: EngineConfig, progress: bool) -> Parts:
 async def _close_opened(opening: asyncio.Task[Parts]) -> None:
     with suppress(Exception):  # nobody is there to be told
         await (await opening).close()
+
+
+def _open_best(config: EngineConfig, progress: bool, stop: threading.Event) -> Parts:
+    """With weights as they are where they turn out not to get much smaller."""
+    try:
+        return _open_parts(config, progress, stop)
+    except HardlySmallerError as error:
+        if config.weight_coding is not WeightCoding.AUTO:
+            raise
+        _log.warning("%s; loading them as they are", error)
+        return _open_parts(replace(config, weight_coding=WeightCoding.NONE), progress, stop)
 
 
 def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> Parts:

@@ -14,6 +14,7 @@ import torch
 from hsrpc import Engine, EngineConfig
 from hsrpc.core.plan import BUFFERS
 from hsrpc.core.request import Delta
+from hsrpc.device.device import CpuDevice
 from hsrpc.engine import startup
 from hsrpc.errors import ConfigError
 from hsrpc.model.checkpoint import RandomWeights
@@ -42,6 +43,7 @@ CONFIGS = {
     },
 }
 PROMPTS = [[(7 * i + j) % 290 + 5 for j in range(3 + 9 * i)] for i in range(5)]
+DEVICE = CpuDevice()
 SHARES = {"float16": 0.86, "bfloat16": 0.67}
 
 
@@ -67,7 +69,7 @@ async def run(config: EngineConfig) -> tuple[list[list[Delta]], float]:
         requests = (collect(engine.generate(prompt, greedy(20, logprobs=3))) for prompt in PROMPTS)
         found = await asyncio.gather(*requests)
         await idle(engine)
-        assert engine.plan.codes_weights == config.code_weights
+        assert engine.plan.codes_weights == (config.weight_coding == "lossless")
     return found, median(weights)
 
 
@@ -89,7 +91,7 @@ async def test_tokens_are_the_same_to_the_bit(
     placement = {"placement": "auto", "resident_share": resident} if resident else {}
     config = config_for(tmp_path, model, dtype=dtype, cache_policy=policy, **placement)
     plain, plain_bytes = await run(config)
-    coded, coded_bytes = await run(replace(config, code_weights=True))
+    coded, coded_bytes = await run(replace(config, weight_coding="lossless"))
     assert [told(each) for each in coded] == [told(each) for each in plain]
     assert coded_bytes < SHARES[dtype] * plain_bytes * 1.02  # biases and norms are not coded
 
@@ -98,8 +100,8 @@ async def test_the_host_holds_what_is_coded(tmp_path: Path) -> None:
     """The plan counts fewer bytes in host memory and on the bus, and one buffer more on the device."""
     config = config_for(tmp_path, "opt", dtype="bfloat16", cache_policy="kv")
     plans = {}
-    for coded in (False, True):
-        async with Engine(replace(config, code_weights=coded)) as engine:
+    for coded, name in enumerate(("none", "lossless")):
+        async with Engine(replace(config, weight_coding=name)) as engine:
             packed = [len(layer.packed) for layer in engine._opened.prefetcher._weights.layers]
             plans[coded] = plan = engine.plan
             assert sum(packed) <= plan.host_bytes["streamed weights"]
@@ -110,19 +112,37 @@ async def test_the_host_holds_what_is_coded(tmp_path: Path) -> None:
     assert plans[True].prediction.bus < plans[False].prediction.bus
 
 
-async def test_what_is_not_coded_is_refused(tmp_path: Path) -> None:
+async def test_what_cannot_be_coded_is_refused(tmp_path: Path) -> None:
     """float32, by name."""
-    with pytest.raises(ConfigError, match=r"code_weights=True: .*float32.*use dtype=float16 or bfloat16"):
-        await Engine(config_for(tmp_path, "opt", code_weights=True)).__aenter__()
+    with pytest.raises(ConfigError, match=r"weight_coding='lossless': .*float32.*use dtype=float16 or bfloat16"):
+        await Engine(config_for(tmp_path, "opt", weight_coding="lossless")).__aenter__()
+
+
+def noise(_: RandomWeights, tensor: TensorSpec, out: torch.Tensor) -> None:
+    """Weights whose exponents are all equally frequent."""
+    out.copy_(torch.randn(tensor.shape) * 2.0 ** torch.randint(-60, 60, tensor.shape))
 
 
 async def test_weights_that_hardly_get_smaller_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before more host memory is taken than was planned."""
-
-    def noise(_: RandomWeights, tensor: TensorSpec, out: torch.Tensor) -> None:
-        out.copy_(torch.randn(tensor.shape) * 2.0 ** torch.randint(-60, 60, tensor.shape))
-
     monkeypatch.setattr(RandomWeights, "read", noise)
-    config = config_for(tmp_path, "opt", dtype="bfloat16", code_weights=True)
-    with pytest.raises(ConfigError, match=r"code_weights=True: coded weights take more than .* planned; leave it out"):
+    config = config_for(tmp_path, "opt", dtype="bfloat16", weight_coding="lossless")
+    with pytest.raises(ConfigError, match=r"weight_coding='lossless': .* more than .* planned; use weight_coding=none"):
         await Engine(config).__aenter__()
+
+
+@pytest.mark.parametrize(("read", "is_coded"), [(RandomWeights.read, True), (noise, False)])
+async def test_auto_codes_what_gets_smaller(
+    read: object, is_coded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a device that is fast at it; other weights are loaded as they are, and the log says so."""
+    monkeypatch.setattr(RandomWeights, "read", read)
+    monkeypatch.setattr(
+        "hsrpc.device.device.CpuDevice.__init__",
+        lambda self: self.__dict__.update(DEVICE.__dict__ | {"codes_weights": True}),
+    )
+    async with Engine(config_for(tmp_path, "opt", dtype="bfloat16")) as engine:
+        assert engine.plan.codes_weights == is_coded
+    assert ("loading them as they are" in caplog.text) != is_coded
+    async with Engine(config_for(tmp_path, "opt", dtype="float32")) as engine:
+        assert not engine.plan.codes_weights
