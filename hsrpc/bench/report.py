@@ -86,6 +86,7 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
         ("bus while it copies", [_rate(r.profile.copy_rate if r.profile else None) for r in results]),
         ("GPU busy", [_share(r.device_busy_share) for r in results]),
         ("weights resident", [f"{r.resident_share:.0%}" for r in results]),
+        ("weights that stream", ["coded" if r.codes_weights else "as they are" for r in results]),
         ("preemptions", [str(r.preemptions) for r in results]),
         (
             "peak device memory",

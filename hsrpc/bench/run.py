@@ -60,6 +60,8 @@ class Result:
     policy: str
     activation_share: float
     resident_share: float
+    codes_weights: bool
+    """Those that stream cross the bus coded."""
     batch: int
     num_steps: int
     step_seconds: float
@@ -160,6 +162,7 @@ def summarise(run: Run, config: EngineConfig) -> Result:
         policy=plan.policy,
         activation_share=plan.activation_share,
         resident_share=plan.resident_share,
+        codes_weights=plan.codes_weights,
         batch=plan.max_batch,
         num_steps=len(chosen),
         step_seconds=median(seconds),

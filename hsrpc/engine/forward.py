@@ -120,7 +120,7 @@ class Forward:
         """Decode what of a layer's weights came coded; they are then used by all its mini-batches."""
         device = self._device
         device.wait(device.compute, weights.loaded)
-        with device.on(device.compute):
+        with device.on(device.compute), record_function("hsrpc.decode"):
             for coding, data, target in weights.decodings:
                 device.decode(data, coding, target)
 
