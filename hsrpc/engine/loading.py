@@ -78,8 +78,7 @@ class _Loader:
         return out
 
     def layer(self, number: int) -> LayerWeights:
-        if self.stop.is_set():
-            raise EngineUnavailableError("loading the model was stopped")
+        self._check_stop()
         tensors, stays = self.family.layer_tensors(number), self.plan.resident[number]
         resident = {tensor.name: self.read(tensor) for tensor in tensors if tensor.name in stays}
         streamed = [tensor for tensor in tensors if tensor.name not in stays]
@@ -104,6 +103,7 @@ class _Loader:
         parts: list[tuple[int, torch.Tensor]] = []
         size = target = 0
         with self._coding:
+            self._check_stop()  # again: others were coded meanwhile
             for tensor in tensors:
                 values = self.read(tensor)
                 if values.dim() > 1:
@@ -120,6 +120,10 @@ class _Loader:
             for start, data in parts:
                 packed[start : start + len(data)] = data
         return LayerWeights({}, packed, tuple(slices), self.family.spec.dtype, tuple(coded))
+
+    def _check_stop(self) -> None:
+        if self.stop.is_set():
+            raise EngineUnavailableError("loading the model was stopped")
 
     def _count(self, size: int) -> None:
         """Of a coded layer, before it is pinned."""

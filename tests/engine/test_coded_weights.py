@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -16,8 +20,10 @@ from hsrpc.core.plan import BUFFERS
 from hsrpc.core.request import Delta
 from hsrpc.device.device import CpuDevice
 from hsrpc.engine import startup
-from hsrpc.errors import ConfigError
+from hsrpc.engine.loading import load_weights
+from hsrpc.errors import ConfigError, EngineUnavailableError
 from hsrpc.model.checkpoint import RandomWeights
+from hsrpc.model.families import create_family
 from hsrpc.model.family import TensorSpec
 from tests.engine.conftest import HARDWARE
 from tests.engine.support import collect, greedy, idle
@@ -146,3 +152,26 @@ async def test_auto_codes_what_gets_smaller(
     assert ("loading them as they are" in caplog.text) != is_coded
     async with Engine(config_for(tmp_path, "opt", dtype="float32")) as engine:
         assert not engine.plan.codes_weights
+
+
+async def test_once_stopped_no_further_layer_is_coded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two are coded at once; those whose threads wait for that are left."""
+    model = {**CONFIGS["opt"], "num_hidden_layers": 8}
+    (tmp_path / "deep.json").write_text(json.dumps(model))
+    config = replace(config_for(tmp_path, "opt", dtype="bfloat16"), model=f"random:{tmp_path / 'deep.json'}")
+    planned = startup.make_planner(replace(config, weight_coding="lossless"))
+    stop, layers = threading.Event(), set()
+
+    class Source(RandomWeights):
+        def read(self, tensor: TensorSpec, out: torch.Tensor) -> None:
+            numbers = re.findall(r"layers\.(\d+)\.", tensor.sources[0])
+            if numbers:
+                layers.add(int(numbers[0]))
+                time.sleep(0.05)  # by then the others wait
+                stop.set()
+            super().read(tensor, out)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    with pytest.raises(EngineUnavailableError, match="stopped"):
+        load_weights(create_family(planned.spec), Source(0), planned.planner.plan(), CpuDevice(), stop)
+    assert 1 <= len(layers) <= 2
