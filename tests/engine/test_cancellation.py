@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import suppress
 from types import coroutine
 from typing import Any
@@ -13,9 +13,11 @@ import pytest
 
 from hsrpc import Engine
 from hsrpc.core.request import FinishReason, SamplingParams
-from hsrpc.engine import startup, weights
+from hsrpc.engine import loading, startup
 from hsrpc.engine.generation import Generation
+from hsrpc.engine.weights import LayerWeights, ModelWeights
 from hsrpc.errors import EngineUnavailableError
+from hsrpc.model.family import TensorSpec
 from tests.engine.reference import Reference
 from tests.engine.support import collect, greedy, idle, ids, left_as_found, live, roomy, text, tight, until
 
@@ -257,15 +259,15 @@ async def test_cancelling_while_loading_stops_it(
     """The layer being read is the last one; no thread is left."""
     layers, started, proceed = [], threading.Event(), threading.Event()
 
-    def slow(*args: Any) -> weights.LayerWeights:
-        layers.append(args[-1])
+    def slow(loader: object, tensors: Sequence[TensorSpec]) -> LayerWeights:
+        layers.append(tensors)
         started.set()
         assert proceed.wait(20)
-        return load_layer(*args)
+        return load_packed(loader, tensors)
 
-    load_layer = weights._load_layer
-    monkeypatch.setattr(weights, "_load_layer", slow)
-    monkeypatch.setattr(weights.os, "cpu_count", lambda: 1)
+    load_packed = loading._Loader._packed
+    monkeypatch.setattr(loading._Loader, "_packed", slow)
+    monkeypatch.setattr(loading.os, "cpu_count", lambda: 1)
     entering = asyncio.create_task(Engine(roomy(reference("opt"))).__aenter__())
     await asyncio.to_thread(started.wait, 20)
     entering.cancel()
@@ -274,7 +276,7 @@ async def test_cancelling_while_loading_stops_it(
     with pytest.raises(asyncio.CancelledError):
         await entering
     await until(lambda: not engine_threads())
-    assert layers == [0]
+    assert len(layers) == 1
 
 
 async def cancel_until(proceed: threading.Event, task: asyncio.Task[Any]) -> None:
@@ -294,7 +296,7 @@ async def test_cancelling_again_while_loading_stops_gives_everything_back(
     """An impatient caller does not leave memory or threads behind."""
     released, started, proceed = [], threading.Event(), threading.Event()
 
-    def slow(*args: Any, progress: bool) -> weights.ModelWeights:
+    def slow(*args: Any, progress: bool) -> ModelWeights:
         started.set()
         assert proceed.wait(20)
         return load_weights(*args, progress=progress)
