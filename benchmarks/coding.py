@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -61,10 +62,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for tensor in matrices:
         values = device.empty(tensor.shape, spec.dtype)
         source.read(tensor, values)
-        encoding += seconds_of(device, lambda values=values: encode(values))  # type: ignore[misc]
+        encoding += seconds_of(device, partial(encode, values))
         coding, data = encode(values)
         target = torch.empty_like(values)
-        device.decode(data, coding, target)
+        device.decode_weights(data, coding, target)
         assert torch.equal(target.view(torch.int16), values.view(torch.int16)), f"{tensor.name}: not the same bits"
         kept.append((coding, data, target))
         own, coded = own + values.nbytes, coded + len(data)
@@ -73,7 +74,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     def decode() -> None:
         for coding, data, target in kept:
-            device.decode(data, coding, target)
+            device.decode_weights(data, coding, target)
 
     decoding = seconds_of(device, decode)
     return {

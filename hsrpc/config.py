@@ -53,6 +53,17 @@ class Placement(StrEnum):
     """All layers' weights and all caches on the host: the setting of the paper, for measurements."""
 
 
+class WeightCoding(StrEnum):
+    """How weights cross the bus that stream."""
+
+    AUTO = "auto"
+    """Coded where the device is known to decode them in less time than that saves: so far on none."""
+    NONE = "none"
+    """As they are."""
+    LOSSLESS = "lossless"
+    """float16 and bfloat16 in fewer bytes, decoded on the device to the same bits."""
+
+
 def parse_bytes(text: int | str, field: str) -> int:
     """Bytes in `text`: a number, or one with a unit such as 24GiB, 512MiB, 1.5G (binary) or 80GB (decimal).
 
@@ -74,17 +85,6 @@ def format_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
-
-
-class WeightCoding(StrEnum):
-    """How weights cross the bus that stream."""
-
-    AUTO = "auto"
-    """Coded where the device decodes them in less time than that saves."""
-    NONE = "none"
-    """As they are."""
-    LOSSLESS = "lossless"
-    """float16 and bfloat16 in fewer bytes, decoded on the device to the same bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,6 +88,11 @@ class Setup:
         return self.prompt + self.output // 2
 
     @property
+    def name(self) -> str:
+        """Tells the setup from all others."""
+        return f"{self.case} {self.model} {self.system}, {self.key}"
+
+    @property
     def key(self) -> str:
         """Names the setup in tables, and tells it from all others of its system, model and case."""
         parts = [f"batch {self.batch or 'planned'}"]

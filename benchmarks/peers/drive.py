@@ -41,19 +41,19 @@ class Driver:
         """The setup's record, from the file or measured now; None: there is no time left for it."""
         known = [record for record in read_records(self.file) if record.setup == setup]
         if known:
-            self.say(f"{_name(setup)}: in {self.file.name} already: {_told(known[-1])}")
+            self.say(f"{setup.name}: in {self.file.name} already: {_told(known[-1])}")
             return known[-1]
         left = self.deadline - time.monotonic()
         if left < estimated_seconds(setup):
-            self.say(f"{_name(setup)}: not started, {max(0.0, left):.0f} s are left; run again to go on")
+            self.say(f"{setup.name}: not started, {max(0.0, left):.0f} s are left; run again to go on")
             return None
-        self.say(f"{_name(setup)}: started, {estimated_seconds(setup):.0f} s estimated")
+        self.say(f"{setup.name}: started, {estimated_seconds(setup):.0f} s estimated")
         record = self.measure(setup, min(self.limit, left))
         if record.outcome is None and time.monotonic() > self.deadline:  # not its fault: there was no more time
-            self.say(f"{_name(setup)}: stopped, the time is over; run again to measure it")
+            self.say(f"{setup.name}: stopped, the time is over; run again to measure it")
             return None
         add_record(self.file, record)
-        self.say(f"{_name(setup)}: {_told(record)}")
+        self.say(f"{setup.name}: {_told(record)}")
         return record
 
     def run_best(self, setups: Sequence[Setup], steps: int, final_steps: int | None) -> Record | None:
@@ -137,10 +137,6 @@ def _resized(setup: Setup, factor: float) -> Setup:
 def _throughput(record: Record) -> float:
     """0 without an outcome, or with one that took more memory than it may."""
     return record.outcome.total_throughput if record.outcome and not record.excess else 0.0
-
-
-def _name(setup: Setup) -> str:
-    return f"{setup.case} {setup.model} {setup.system}, {setup.key}"
 
 
 def _told(record: Record) -> str:

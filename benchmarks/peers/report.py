@@ -98,12 +98,10 @@ def print_report(records: Sequence[Record]) -> None:
         console.print(f"{system}: {software}")
     for entry in entries:
         if entry.excess:
-            setup = entry.setup
-            console.print(f"beyond its budget: {setup.case} {setup.model} {setup.system}, {setup.key}: {entry.excess}")
+            console.print(f"beyond its budget: {entry.setup.name}: {entry.excess}")
     for record in records:
         if record.outcome is None:
-            setup = record.setup
-            console.print(f"no outcome: {setup.case} {setup.model} {setup.system}, {setup.key}: {record.error}")
+            console.print(f"no outcome: {record.setup.name}: {record.error}")
 
 
 def save_report(records: Sequence[Record], file: Path) -> None:

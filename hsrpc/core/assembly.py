@@ -69,7 +69,7 @@ class Assembly:
     def _spare_prefill_tokens(self, point: Point, one: Evaluation) -> float:
         """None where no weights stream: there each mini-batch more costs its launches, as it does with a bound."""
         evaluator = self.evaluator
-        streams = evaluator.choices.streamed[point.choice] > 0
+        streams = evaluator.choices.on_bus[point.choice] > 0
         if not streams or evaluator.recomputes or evaluator.config.max_step_time is not None:
             return 0.0
         return float(evaluator.model.spare_prompt_tokens(point.batch, one.times))

@@ -28,7 +28,7 @@ class LayerTimes:
         """`size` bytes from the host."""
         return size / self.hardware.load_bandwidth
 
-    def decode(self, size: Number) -> Number:
+    def decode_weights(self, size: Number) -> Number:
         """Weights of which `size` bytes came over the bus."""
         sizes, rate = self.sizes, self.hardware.memory_bandwidth * _DECODE_RATE_SHARE
         return size * ((1 + 1 / sizes.coded_share) / rate if sizes.codes_weights else 0.0)

@@ -30,14 +30,12 @@ class ResidentChoices:
     """For each choice and layer, the packed tensors that stay."""
     resident: Floats
     """Bytes that stay, all layers."""
-    streamed: Floats
-    """Bytes that are needed from the host in every step."""
     on_bus: Floats
-    """Bytes that those take on the bus."""
+    """Bytes that cross the bus in every step for the others."""
     on_host: Floats
-    """Bytes that those take in host memory, at most."""
+    """Bytes that the others take in host memory, at most."""
     buffers: Floats
-    """Bytes of the device buffers for those."""
+    """Bytes of the device buffers for them."""
 
 
 def resident_choices(sizes: ModelSizes, shares: tuple[float, ...]) -> ResidentChoices:
@@ -50,7 +48,6 @@ def resident_choices(sizes: ModelSizes, shares: tuple[float, ...]) -> ResidentCh
     return ResidentChoices(
         names=tuple(found),
         resident=resident,
-        streamed=total - resident,
         on_bus=(total - resident) * sizes.coded_share,
         on_host=np.ceil((total - resident) * sizes.most_coded_share),
         buffers=(BUFFERS + sizes.codes_weights) * largest,

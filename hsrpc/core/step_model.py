@@ -155,7 +155,7 @@ class StepModel:
         forward = layers * np.maximum(
             self.layer.forward(queries, groups), self.layer.forward(queries) + anew * self.anew_token
         )
-        forward = forward + layers * self.layer.decode(c.streamed)
+        forward = forward + layers * self.layer.decode_weights(c.streamed)
         gemms = layers * self.layer.regenerate(regenerated)
         times = {
             "mini_batches": mini_batches,

@@ -15,7 +15,7 @@ from hsrpc.core.batch import Runs
 from hsrpc.device.batched_copy import BatchedCopy
 from hsrpc.device.coding import Coding
 from hsrpc.device.device import Device, Event, Stream
-from hsrpc.device.kernels import copy_rows, decode
+from hsrpc.device.kernels import copy_rows, decode_weights
 from hsrpc.errors import ConfigError
 
 _REGISTER_PORTABLE_MAPPED = 0x01 | 0x02
@@ -34,7 +34,7 @@ class CudaDevice(Device):
     def __init__(self) -> None:
         index = torch.cuda.current_device()
         self.torch_device = torch.device("cuda", index)
-        self.codes_weights = False  # not measured yet
+        self.decodes_weights = False  # not measured yet
         self.warms_up = True
         self.load = torch.cuda.Stream(index)
         self.compute = torch.cuda.Stream(index)
@@ -150,8 +150,8 @@ class CudaDevice(Device):
     ) -> None:
         copy_rows(target, target_rows, source, source_rows)
 
-    def decode(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
-        decode(data, coding, target)
+    def decode_weights(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
+        decode_weights(data, coding, target)
 
 
 def _touch(tensor: torch.Tensor) -> None:

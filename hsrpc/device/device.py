@@ -41,8 +41,8 @@ class Device(ABC):
     """One accelerator. `load` copies weights and cache blocks to the device, `store` new rows from it."""
 
     torch_device: torch.device
-    codes_weights: bool
-    """It decodes weights in less time than their fewer bytes save on the bus."""
+    decodes_weights: bool
+    """In less time than their fewer bytes save on the bus."""
     warms_up: bool
     """What is done for the first time takes long: kernels are compiled and loaded."""
     load: Stream
@@ -155,7 +155,7 @@ class Device(ABC):
         """`target[target_rows] = source[source_rows]` on the current stream; `target` [*, w] may be pinned memory."""
 
     @abstractmethod
-    def decode(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
+    def decode_weights(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
         """Write a coded tensor's values to `target`, which is contiguous, on the current stream."""
 
 
@@ -164,7 +164,7 @@ class CpuDevice(Device):
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
-        self.codes_weights = False
+        self.decodes_weights = False
         self.warms_up = False
         self.load = self.compute = self.store = None
 
@@ -242,7 +242,7 @@ class CpuDevice(Device):
     ) -> None:
         target.index_copy_(0, target_rows, source.index_select(0, source_rows))
 
-    def decode(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
+    def decode_weights(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
         decode(data, coding, target)
 
 

@@ -33,7 +33,7 @@ def copy_rows(target: torch.Tensor, target_rows: torch.Tensor, source: torch.Ten
 
 
 @triton.jit(do_not_specialize=["num_values", "first_table", "second_table", "third_table"])
-def _decode(
+def _decode_weights(
     target,
     codes,
     planes,
@@ -54,7 +54,7 @@ def _decode(
     inside = values < num_values
     left, position = inside, values
     exponent = tl.zeros((BLOCK,), tl.int32)
-    for level in tl.static_range(3):
+    for level in tl.static_range(3):  # as many as `coding.LEVELS`
         table = first_table if level == 0 else (second_table if level == 1 else third_table)
         word = tl.load(codes + position // CODES_IN_WORD, mask=left, other=0)
         code = (word >> (2 * (position % CODES_IN_WORD))) & 3
@@ -70,10 +70,10 @@ def _decode(
     tl.store(target + values, ((turned >> 1) | ((turned & 1) << 15)).to(tl.int16), mask=inside)
 
 
-def decode(data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
+def decode_weights(data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
     """As `coding.decode`, on the current stream."""
     parts = coding.parts(data)
-    _decode[(coding.num_blocks,)](
+    _decode_weights[(coding.num_blocks,)](
         target.view(torch.int16),
         *parts,
         coding.num_values,

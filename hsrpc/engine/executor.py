@@ -190,7 +190,7 @@ class Executor:
         done = weights.loaded
         try:
             if weights.decodings:
-                await worker.run(partial(self._forward.decode, weights))
+                await worker.run(partial(self._forward.decode_weights, weights))
             for batch in batches:
                 done = await self._compute_batch(worker, weights, batch)
         finally:

@@ -116,13 +116,13 @@ class Forward:
             group.hidden = self._family.embed(self._fixed, group.token_ids, group.positions)
         return [batch for group in groups for batch in group]
 
-    def decode(self, weights: Prefetched) -> None:
+    def decode_weights(self, weights: Prefetched) -> None:
         """Decode what of a layer's weights came coded; they are then used by all its mini-batches."""
         device = self._device
         device.wait(device.compute, weights.loaded)
-        with device.on(device.compute), record_function("hsrpc.decode"):
+        with device.on(device.compute), record_function("hsrpc.decode_weights"):
             for coding, data, target in weights.decodings:
-                device.decode(data, coding, target)
+                device.decode_weights(data, coding, target)
 
     def compute(self, weights: Prefetched, staged: Staged, batch: DeviceBatch) -> tuple[Event, Event]:
         """One layer of one mini-batch: events when the cache buffers, and when the weights, are no longer read.

@@ -104,7 +104,7 @@ def _codes_weights(config: EngineConfig, spec: ModelSpec, device: Device) -> boo
     if config.weight_coding is WeightCoding.LOSSLESS and not can_be_coded:
         value, problem = config.weight_coding.value, f"{spec.dtype} weights cannot be coded"
         raise ConfigError("weight_coding", value, problem, "use dtype=float16 or bfloat16, or weight_coding=auto")
-    wanted = {WeightCoding.AUTO: device.codes_weights, WeightCoding.NONE: False, WeightCoding.LOSSLESS: True}
+    wanted = {WeightCoding.AUTO: device.decodes_weights, WeightCoding.NONE: False, WeightCoding.LOSSLESS: True}
     return can_be_coded and wanted[config.weight_coding]
 
 

@@ -49,7 +49,6 @@ CONFIGS = {
     },
 }
 PROMPTS = [[(7 * i + j) % 290 + 5 for j in range(3 + 9 * i)] for i in range(5)]
-DEVICE = CpuDevice()
 SHARES = {"float16": 0.86, "bfloat16": 0.67}
 
 
@@ -143,10 +142,9 @@ async def test_auto_codes_what_gets_smaller(
 ) -> None:
     """On a device that is fast at it; other weights are loaded as they are, and the log says so."""
     monkeypatch.setattr(RandomWeights, "read", read)
-    monkeypatch.setattr(
-        "hsrpc.device.device.CpuDevice.__init__",
-        lambda self: self.__dict__.update(DEVICE.__dict__ | {"codes_weights": True}),
-    )
+    device = CpuDevice()
+    device.decodes_weights = True
+    monkeypatch.setattr(startup, "open_device", lambda _: device)
     async with Engine(config_for(tmp_path, "opt", dtype="bfloat16")) as engine:
         assert engine.plan.codes_weights == is_coded
     assert ("loading them as they are" in caplog.text) != is_coded

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hsrpc.device.coding import BLOCK, encode
-from hsrpc.device.kernels import copy_rows, decode
+from hsrpc.device.kernels import copy_rows, decode_weights
 from hsrpc.model import decode_kernel
 from hsrpc.model.decode_kernel import decode_attention
 
@@ -114,12 +114,12 @@ def test_copy_rows(width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("count", [1, BLOCK, 3 * BLOCK + 5])
 @pytest.mark.parametrize("spread", [0, 6])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_decode(dtype: torch.dtype, spread: int, count: int) -> None:
+def test_decode_weights(dtype: torch.dtype, spread: int, count: int) -> None:
     """Every bit of coded weights, with few and with many exponents out of the ordinary; nothing behind the last."""
     values = (torch.randn(count) * 0.02 * 2.0 ** torch.randint(-spread, spread + 1, (count,))).to(dtype)
     values[::7] = -0.0
     coding, data = encode(values)
     target = torch.full((count + 9,), 3.0, dtype=dtype)
-    decode(data, coding, target[:count])
+    decode_weights(data, coding, target[:count])
     assert torch.equal(target[:count].view(torch.int16), values.view(torch.int16))
     assert torch.equal(target[count:], torch.full((9,), 3.0, dtype=dtype))
