@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +92,7 @@ class StepProfiler:
         if self._on_cuda:
             busy, copies = device_times(self._raw_events())
         if self._ranges:
-            parts, on_host = range_times(self._profiler.events(), on_cuda=self._on_cuda)
+            parts, on_host = range_times(self._raw_events(), on_cuda=self._on_cuda)
             launching = on_host if self._on_cuda else None
         step = sum(self._seconds[1:]) / PROFILED_STEPS
         size = sum(self._bytes[1:]) / PROFILED_STEPS
@@ -135,13 +138,29 @@ def _busy(kernels: Sequence[tuple[int, int]]) -> tuple[int, float]:
 
 
 def range_times(events: Iterable[Any], *, on_cuda: bool) -> tuple[dict[str, float], float]:
-    """Seconds a step of each range, in order of first appearance, and of the host in all of them."""
-    parts: dict[str, float] = {}
-    launching = 0.0
-    for event in sorted(events, key=lambda e: e.time_range.start):
-        if event.name.startswith(_RANGE) and event.device_type == DeviceType.CPU:
-            part = event.name.removeprefix(_RANGE)
-            took = event.device_time_total if on_cuda else event.cpu_time_total
-            parts[part] = parts.get(part, 0.0) + took / 1e6 / PROFILED_STEPS
-            launching += event.cpu_time_total / 1e6 / PROFILED_STEPS
-    return parts, launching
+    """Of raw events: seconds a step of each range, in order of first appearance, and of the host in all of them.
+
+    On CUDA a range's seconds are of the kernels that lie within its shadow on their stream.
+    """
+    ranges: defaultdict[tuple[object, object], list[tuple[int, int, str]]] = defaultdict(list)
+    kernels: list[tuple[tuple[object, object], int, int]] = []
+    for event in events:
+        name, where = event.name(), (event.device_type(), event.device_resource_id())
+        if name.startswith(_RANGE):
+            ranges[where].append((event.start_ns(), event.duration_ns(), name.removeprefix(_RANGE)))
+        elif where[0] == DeviceType.CUDA and not event.is_user_annotation():
+            kernels.append((where, event.start_ns(), event.duration_ns()))
+    found = sorted(chain.from_iterable(times for where, times in ranges.items() if where[0] == DeviceType.CPU))
+    parts = {name: 0.0 for *_, name in found}
+    per_step = 1e9 * PROFILED_STEPS
+    for times in ranges.values():
+        times.sort()
+    for where, start, duration in kernels:
+        place = bisect_right(ranges[where], start, key=itemgetter(0)) - 1
+        if place >= 0 and start < sum(ranges[where][place][:2]):
+            name = ranges[where][place][2]
+            parts[name] = parts.get(name, 0.0) + duration / per_step
+    if not on_cuda:
+        for _, duration, name in found:
+            parts[name] += duration / per_step
+    return parts, sum(duration for _, duration, _ in found) / per_step

@@ -22,7 +22,8 @@ _REPEATS = 5
 _PIECES = 4
 """Copied in turn, so that they come from memory and not from the host's caches, as the engine's do."""
 _BUS_REPEATS = 20
-"""Others use the bus of a shared machine, for moments: the quarter of the copies that they disturbed least counts."""
+"""Others use the bus of a shared machine, for moments: the quarter of the copies that they disturbed least counts.
+Loads are measured at two times, since some moments last longer than all the copies of one."""
 _LAUNCHES_PER_LAYER, _LAUNCHES_PER_PROMPT_LAYER = 30, 90
 """One layer of one mini-batch takes the host as long as so many small kernels; the second, with prompts in it, was
 measured on the engine: 1.1 ms where a small kernel takes 10 us, a part of it once a step."""
@@ -77,16 +78,16 @@ def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware
         rows = amounts.rows[-1]
         product = _regeneration(device, sizes, dtype, rows)
         count = math.ceil(2 * load * gemm_rate / (rows * sizes.regenerate_flop))  # they outlast the copy
-        contended_share = _contended_share(device, pieces, product, count)
+        alone, contended = _contended_seconds(device, pieces, product, count)
     finally:
         device.release_pinned()
     small_kernel = _launch_seconds(device)
     device.release_cached()
     return Hardware(
-        load_bandwidth=amounts.copy_bytes / load,
+        load_bandwidth=amounts.copy_bytes / min(load, alone),
         store_bandwidth=amounts.copy_bytes / store,
         duplex_share=min(1.0, max(load, store) / both),
-        contended_share=contended_share,
+        contended_share=min(1.0, alone / contended),
         gemm_rate=gemm_rate,
         prompt_rate_share=_PROMPT_RATE_SHARE,
         gemm_overhead=gemm_overhead,
@@ -160,27 +161,26 @@ def _bus_seconds(device: Device, pieces: Iterator[torch.Tensor], size: int) -> t
     return load, store, _undisturbed_seconds(device, both)
 
 
-def _contended_share(
+def _contended_seconds(
     device: Device, pieces: Iterator[torch.Tensor], product: Callable[[], object], count: int
-) -> float:
-    """Rate at which the next of `pieces` is loaded while the device computes `count` products, over that alone."""
+) -> tuple[float, float]:
+    """To load the next of `pieces`, alone and while the device computes `count` products, in turn."""
     target = torch.empty_like(next(pieces), device=device.torch_device)
 
     def seconds(products: int) -> float:
-        times = []
-        for _ in range(_BUS_REPEATS):
-            device.synchronize(device.record(device.compute))
-            with device.on(device.compute), torch.inference_mode():
-                for _ in range(products):
-                    product()
-            start = time.perf_counter()
-            with device.on(device.load):
-                target.copy_(next(pieces), non_blocking=True)
-            device.synchronize(device.record(device.load))
-            times.append(time.perf_counter() - start)
-        return _lower_quartile(times)
+        device.synchronize(device.record(device.compute))
+        with device.on(device.compute), torch.inference_mode():
+            for _ in range(products):
+                product()
+        start = time.perf_counter()
+        with device.on(device.load):
+            target.copy_(next(pieces), non_blocking=True)
+        device.synchronize(device.record(device.load))
+        return time.perf_counter() - start
 
-    return min(1.0, seconds(0) / seconds(count))
+    times = [(seconds(0), seconds(count)) for _ in range(_BUS_REPEATS)]
+    alone, contended = zip(*times, strict=True)
+    return _lower_quartile(alone), _lower_quartile(contended)
 
 
 def _memory_rates(device: Device, amounts: _Amounts) -> tuple[float, float]:

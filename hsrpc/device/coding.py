@@ -29,7 +29,7 @@ BLOCK = 4096
 """Values with offsets of their own."""
 CODES_IN_WORD = 16
 WORD = 32
-"""Values that share a word of a plane."""
+"""Values that share a word of a plane; a tensor that is coded has a multiple of them."""
 _ESCAPE = 3
 """The code that no exponent has."""
 _ALIGNMENT = 16
@@ -94,26 +94,36 @@ class Coding:
         return [sum(exponent << 8 * code for code, exponent in enumerate(part)) for part in parts]
 
     @property
+    def plane_words(self) -> int:
+        """Of each plane."""
+        return self.num_values // WORD
+
+    @property
     def num_bytes(self) -> int:
         return self._bounds()[-1][1]
 
     def parts(self, data: torch.Tensor) -> Parts:
         """Of the tensor's coded bytes (uint8)."""
         codes, planes, offsets, low, escapes = (data[start:end] for start, end in self._bounds())
-        planes = planes.view(torch.int32).view(-(-self.num_values // WORD), self.mantissa_bits)
+        planes = planes.view(torch.int32).view(self.plane_words, self.mantissa_bits)
         offsets = offsets.view(torch.int32).view(-1, LEVELS)
         return Parts(codes.view(torch.int32), planes, offsets, low, escapes)
 
     def _bounds(self) -> list[tuple[int, int]]:
         """First byte and end of each part."""
-        words = -(-self.num_values // WORD) * self.mantissa_bits
-        sizes = (4 * self.level_words[-1], 4 * words, 4 * LEVELS * self.num_blocks, self.num_values, self.counts[-1])
+        planes = 4 * self.plane_words * self.mantissa_bits
+        sizes = (4 * self.level_words[-1], planes, 4 * LEVELS * self.num_blocks, self.num_values, self.counts[-1])
         starts = accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0)
         return [(start, start + size) for start, size in zip(starts, sizes, strict=False)]
 
 
+def can_encode(values: torch.Tensor) -> bool:
+    """Whether it is a matrix that fills words; other tensors of a model are small."""
+    return values.dim() > 1 and values.numel() % WORD == 0
+
+
 def encode(values: torch.Tensor) -> tuple[Coding, torch.Tensor]:
-    """A float16 or bfloat16 tensor's coding and its bytes (uint8), on the tensor's device."""
+    """A float16 or bfloat16 tensor's coding and its bytes (uint8), on the tensor's device. It fills words."""
     chunks = values.reshape(-1).view(torch.int16).split(_CHUNK)
     coding = _choose(values, chunks)
     data = torch.zeros(coding.num_bytes, dtype=torch.uint8, device=values.device)
@@ -154,7 +164,7 @@ def decode(data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
     mantissa = torch.zeros_like(exponents)
     for bit in range(coding.mantissa_bits):
         plane = parts.planes[:, bit, None] >> torch.arange(WORD, device=device) & 1
-        mantissa |= plane.view(-1)[: coding.num_values].int() << bit
+        mantissa |= plane.view(-1).int() << bit
     turned = (exponents << coding.mantissa_bits | mantissa) << 8 | parts.low
     target.view(-1).view(torch.int16).copy_(turned >> 1 | (turned & 1) << 15)
 
@@ -188,7 +198,7 @@ def _ranks(coding: Coding, device: torch.device) -> torch.Tensor:
 def _write_planes(planes: torch.Tensor, high: torch.Tensor) -> None:
     """Bit j of 32 numbers is word j of theirs."""
     if planes.shape[1]:
-        numbers, bits = _in_rows(high, WORD).long(), torch.arange(WORD, device=high.device)
+        numbers, bits = high.view(-1, WORD).long(), torch.arange(WORD, device=high.device)
         for bit in range(planes.shape[1]):
             planes[: len(numbers), bit] = ((numbers >> bit & 1) << bits).sum(1).int()
 

@@ -34,7 +34,7 @@ class CudaDevice(Device):
     def __init__(self) -> None:
         index = torch.cuda.current_device()
         self.torch_device = torch.device("cuda", index)
-        self.decodes_weights = False  # not measured yet
+        self.decodes_weights = True
         self.warms_up = True
         self.load = torch.cuda.Stream(index)
         self.compute = torch.cuda.Stream(index)

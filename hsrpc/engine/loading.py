@@ -16,7 +16,7 @@ from tqdm import tqdm
 from hsrpc.config import WeightCoding, format_bytes
 from hsrpc.core.plan import Plan
 from hsrpc.core.sizes import align
-from hsrpc.device.coding import encode
+from hsrpc.device.coding import can_encode, encode
 from hsrpc.device.device import Device
 from hsrpc.engine.weights import CodedSlice, LayerWeights, ModelWeights, Slice, views
 from hsrpc.errors import ConfigError, EngineUnavailableError
@@ -106,7 +106,7 @@ class _Loader:
             self._check_stop()  # again: others were coded meanwhile
             for tensor in tensors:
                 values = self.read(tensor)
-                if values.dim() > 1:
+                if can_encode(values):
                     coding, data = encode(values)
                     coded.append(CodedSlice(tensor.name, coding, size, target))
                     target += align(values.nbytes)

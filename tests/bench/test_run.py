@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -184,29 +184,27 @@ def test_busy_time_is_of_the_stream_with_the_most_kernels():
     assert device_times([]) == (0, 0)
 
 
-@dataclass
-class Range:
-    """As the profiler's events are."""
-
-    name: str
-    start: float
-    cpu_time_total: float = 100.0
-    device_time_total: float = 3000.0
-    device_type: DeviceType = DeviceType.CPU
-    time_range: object = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.time_range = self
-
-
 def test_ranges_add_up_over_steps():
-    """Device time by range a step, in order, and the host's in all; the ranges' shadows on the device do not count."""
-    shadow = Range("hsrpc.attend", 2.0, device_type=DeviceType.CUDA)
-    events = [Range("hsrpc.attend", 2.0), Range("hsrpc.project", 1.0), Range("hsrpc.attend", 3.0), shadow]
-    parts, launching = range_times([*events, Range("aten::mm", 0.0)], on_cuda=True)
-    assert list(parts.items()) == [("project", pytest.approx(0.0015)), ("attend", pytest.approx(0.003))]
-    assert launching == pytest.approx(150e-6)
-    assert range_times(events, on_cuda=False)[0]["attend"] == pytest.approx(100e-6)
+    """Kernels' time by range a step, in order, and the host's in all; a kernel belongs to its stream's range."""
+    events = [
+        Kernel("hsrpc.attend", device=DeviceType.CPU, start=200, nanoseconds=100_000),
+        Kernel("hsrpc.project", device=DeviceType.CPU, start=100, nanoseconds=200_000),
+        Kernel("hsrpc.attend", device=DeviceType.CPU, start=300, nanoseconds=300_000),
+        Kernel("aten::mm", device=DeviceType.CPU, start=0, nanoseconds=900_000),
+        Kernel("hsrpc.attend", start=30_000_000, nanoseconds=20_000_000),
+        Kernel("hsrpc.project", start=1_000_000, nanoseconds=9_000_000),
+        Kernel("hsrpc.attend", start=10_000_000, nanoseconds=20_000_000),
+        Kernel("gemm", start=2_000_000, nanoseconds=3_000_000),
+        Kernel("triton", start=10_000_000, nanoseconds=4_000_000),
+        Kernel("triton", start=49_000_000, nanoseconds=1_000_000),
+        Kernel("between", start=60_000_000, nanoseconds=7_000_000),
+        Kernel("copy_rows", start=11_000_000, nanoseconds=7_000_000, stream=9),
+        Kernel("ProfilerStep#2", nanoseconds=90_000_000, annotation=True),
+    ]
+    parts, launching = range_times(events, on_cuda=True)
+    assert list(parts.items()) == [("project", pytest.approx(0.0015)), ("attend", pytest.approx(0.0025))]
+    assert launching == pytest.approx(300e-6)
+    assert range_times(events[:4], on_cuda=False) == (pytest.approx({"project": 100e-6, "attend": 200e-6}), launching)
 
 
 async def test_the_table_has_the_profile(config, capsys):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsrpc.device import coding
-from hsrpc.device.coding import BLOCK, MOST_SHARES, decode, encode
+from hsrpc.device.coding import BLOCK, MOST_SHARES, WORD, can_encode, decode, encode
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -37,7 +37,7 @@ def test_every_value_there_is(dtype: torch.dtype) -> None:
 
 @given(
     dtype=st.sampled_from(DTYPES),
-    count=st.sampled_from((1, 31, 32, 33, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 7)),
+    count=st.sampled_from((WORD, 7 * WORD, BLOCK - WORD, BLOCK, BLOCK + WORD, 5 * BLOCK, 5 * BLOCK + 3 * WORD)),
     scale=st.floats(1e-6, 1e3),
     spread=st.integers(0, 30),
     chunk=st.sampled_from((BLOCK, 2 * BLOCK, 64 * BLOCK)),
@@ -70,3 +70,10 @@ def test_a_wide_distribution_takes_no_more_than_planned(dtype: torch.dtype) -> N
     _, data = encode(weights)
     assert len(data) <= MOST_SHARES[dtype] * 2 * weights.numel()
     assert torch.equal(returned(weights), weights)
+
+
+def test_only_matrices_that_fill_words_are_coded() -> None:
+    """Biases, norms and odd matrices stay as they are."""
+    assert can_encode(torch.empty(3, WORD))
+    assert not can_encode(torch.empty(3 * WORD))
+    assert not can_encode(torch.empty(3, WORD + 1))

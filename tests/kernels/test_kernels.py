@@ -7,7 +7,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from hsrpc.device.coding import BLOCK, encode
+from hsrpc.device.coding import BLOCK, WORD, encode
 from hsrpc.device.kernels import copy_rows, decode_weights
 from hsrpc.model import decode_kernel
 from hsrpc.model.decode_kernel import decode_attention
@@ -111,7 +111,7 @@ def test_copy_rows(width: int, dtype: torch.dtype) -> None:
     assert torch.equal(target, wanted)
 
 
-@pytest.mark.parametrize("count", [1, BLOCK, 3 * BLOCK + 5])
+@pytest.mark.parametrize("count", [WORD, BLOCK, 3 * BLOCK + 5 * WORD])
 @pytest.mark.parametrize("spread", [0, 6])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_decode_weights(dtype: torch.dtype, spread: int, count: int) -> None:
