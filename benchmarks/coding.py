@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from hsrpc.config import DeviceKind, DType, EngineConfig
-from hsrpc.device.coding import Coding, encode
+from hsrpc.device.coding import Coding
 from hsrpc.device.device import Device
 from hsrpc.engine.startup import RANDOM_PREFIX, describe_model, measure_hardware
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
@@ -62,8 +62,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for tensor in matrices:
         values = device.empty(tensor.shape, spec.dtype)
         source.read(tensor, values)
-        encoding += seconds_of(device, partial(encode, values))
-        coding, data = encode(values)
+        encoding += seconds_of(device, partial(device.encode_weights, values))
+        coding, data = device.encode_weights(values)
         target = torch.empty_like(values)
         device.decode_weights(data, coding, target)
         assert torch.equal(target.view(torch.int16), values.view(torch.int16)), f"{tensor.name}: not the same bits"

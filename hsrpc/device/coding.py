@@ -99,6 +99,18 @@ class Coding:
         return self.num_values // WORD
 
     @property
+    def ranks(self) -> torch.Tensor:
+        """Of each exponent, by frequency: int32 [256]; the number of codes for all that have none."""
+        ranks = torch.full((256,), len(self.exponents), dtype=torch.int32)
+        ranks[list(self.exponents)] = torch.arange(len(self.exponents), dtype=torch.int32)
+        return ranks
+
+    def offsets(self, counts: torch.Tensor) -> torch.Tensor:
+        """[blocks, levels] where a block's codes of the next levels begin, then its escapes, by how many it has."""
+        words = torch.tensor([*self.level_words[1:LEVELS], 0], device=counts.device)
+        return counts.cumsum(0) - counts + CODES_IN_WORD * words
+
+    @property
     def num_bytes(self) -> int:
         return self._bounds()[-1][1]
 
@@ -122,96 +134,91 @@ def can_encode(values: torch.Tensor) -> bool:
     return values.dim() > 1 and values.numel() % WORD == 0
 
 
+def exponent_shift(dtype: torch.dtype) -> int:
+    """Bits behind the exponent of a value that is turned."""
+    return 8 + _MANTISSA_BITS[dtype]
+
+
+def choose(values: torch.Tensor, counts: torch.Tensor) -> Coding:
+    """The most frequent exponents get the codes; `counts` [256] says how often each occurs."""
+    found, order = (part.tolist() for part in counts.sort(descending=True, stable=True))
+    left = [sum(found[level * _ESCAPE :]) for level in range(LEVELS + 1)]
+    return Coding(tuple(values.shape), values.dtype, tuple(order[: LEVELS * _ESCAPE]), tuple(left))
+
+
 def encode(values: torch.Tensor) -> tuple[Coding, torch.Tensor]:
-    """A float16 or bfloat16 tensor's coding and its bytes (uint8), on the tensor's device. It fills words."""
-    chunks = values.reshape(-1).view(torch.int16).split(_CHUNK)
-    coding = _choose(values, chunks)
-    data = torch.zeros(coding.num_bytes, dtype=torch.uint8, device=values.device)
-    parts, ranks = coding.parts(data), _ranks(coding, values.device)
+    """The coding of a float16 or bfloat16 tensor in host memory, which fills words, and its bytes (uint8)."""
+    chunks, shift = values.reshape(-1).view(torch.int16).split(_CHUNK), exponent_shift(values.dtype)
+    occurring = [(turn(chunk) >> shift).bincount(minlength=256) for chunk in chunks]
+    coding = choose(values, torch.stack(occurring).sum(0))
+    data = torch.zeros(coding.num_bytes, dtype=torch.uint8)
+    parts, ranks = coding.parts(data), coding.ranks
     levels: list[list[torch.Tensor]] = [[] for _ in range(LEVELS)]
     escapes, per_block = [], []
     for number, chunk in enumerate(chunks):
-        turned, first = _turned(chunk), number * _CHUNK
-        exponents = turned >> 8 + coding.mantissa_bits
+        turned, first = turn(chunk), number * _CHUNK
+        exponents = turned >> shift
         rank = ranks[exponents]
         for level, codes in enumerate(levels):
             codes.append((rank[rank >= level * _ESCAPE] - level * _ESCAPE).clamp(max=_ESCAPE))
         escapes.append(exponents[rank >= LEVELS * _ESCAPE])
-        per_block.append(_in_rows(rank, BLOCK)[:, :, None].ge(_LEVEL_ENDS.to(rank.device)).sum(1))
+        per_block.append(_in_rows(rank, BLOCK)[:, :, None].ge(_LEVEL_ENDS).sum(1))
         parts.low[first : first + len(chunk)] = turned & 0xFF
         _write_planes(parts.planes[first // WORD :], turned >> 8)
     for start, codes in zip(coding.level_words, levels, strict=False):
         packed = _packed(torch.cat(codes))
         parts.codes[start : start + len(packed)] = packed
     parts.escapes.copy_(torch.cat(escapes))
-    counts = torch.cat(per_block)
-    firsts = torch.tensor([*(CODES_IN_WORD * word for word in coding.level_words[1:LEVELS]), 0], device=values.device)
-    parts.offsets.copy_(counts.cumsum(0) - counts + firsts)
+    parts.offsets.copy_(coding.offsets(torch.cat(per_block)))
     return coding, data
 
 
 def decode(data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
-    """Write the values that were coded to `target`, the same to the bit."""
-    parts, device = coding.parts(data), data.device
-    exponents = torch.zeros(coding.num_values, dtype=torch.int32, device=device)
-    left = torch.arange(coding.num_values, device=device)
+    """Write the values that were coded to `target`, the same to the bit. All is in host memory."""
+    parts = coding.parts(data)
+    exponents = torch.zeros(coding.num_values, dtype=torch.int32)
+    left = torch.arange(coding.num_values)
     for level, word in enumerate(coding.level_words[:LEVELS]):
-        table = torch.tensor([*coding.exponents[level * _ESCAPE :][:_ESCAPE], 0], dtype=torch.int32, device=device)
+        table = torch.tensor([*coding.exponents[level * _ESCAPE :][:_ESCAPE], 0], dtype=torch.int32)
         codes = _unpacked(parts.codes[word:], len(left))
         exponents[left] = table[codes]
         left = left[codes == _ESCAPE]
     exponents[left] = parts.escapes.int()
     mantissa = torch.zeros_like(exponents)
     for bit in range(coding.mantissa_bits):
-        plane = parts.planes[:, bit, None] >> torch.arange(WORD, device=device) & 1
+        plane = parts.planes[:, bit, None] >> torch.arange(WORD) & 1
         mantissa |= plane.view(-1).int() << bit
     turned = (exponents << coding.mantissa_bits | mantissa) << 8 | parts.low
     target.view(-1).view(torch.int16).copy_(turned >> 1 | (turned & 1) << 15)
 
 
-_LEVEL_ENDS = torch.arange(1, LEVELS + 1, dtype=torch.int8) * _ESCAPE
+_LEVEL_ENDS = torch.arange(1, LEVELS + 1, dtype=torch.int32) * _ESCAPE
 """Ranks from which on a value has codes of the next level, or an escape."""
 
 
-def _turned(values: torch.Tensor) -> torch.Tensor:
+def turn(values: torch.Tensor) -> torch.Tensor:
     """16 bits each (int16), turned left by one: numbers below 2**16 (int32), of which the last bit is the sign."""
     bits = values.int() & 0xFFFF
     return (bits << 1 | bits >> 15) & 0xFFFF
 
 
-def _choose(values: torch.Tensor, chunks: tuple[torch.Tensor, ...]) -> Coding:
-    """The most frequent exponents get the codes."""
-    shift = 8 + _MANTISSA_BITS[values.dtype]
-    counts = torch.stack([(_turned(chunk) >> shift).bincount(minlength=256) for chunk in chunks]).sum(0)
-    found, order = (part.tolist() for part in counts.sort(descending=True, stable=True))
-    left = [sum(found[level * _ESCAPE :]) for level in range(LEVELS + 1)]
-    return Coding(tuple(values.shape), values.dtype, tuple(order[: LEVELS * _ESCAPE]), tuple(left))
-
-
-def _ranks(coding: Coding, device: torch.device) -> torch.Tensor:
-    """Of each exponent, by frequency: int8 [256]; as many as there are codes stand for all that have none."""
-    ranks = torch.full((256,), len(coding.exponents), dtype=torch.int8)
-    ranks[list(coding.exponents)] = torch.arange(len(coding.exponents), dtype=torch.int8)
-    return ranks.to(device)
-
-
 def _write_planes(planes: torch.Tensor, high: torch.Tensor) -> None:
     """Bit j of 32 numbers is word j of theirs."""
     if planes.shape[1]:
-        numbers, bits = high.view(-1, WORD).long(), torch.arange(WORD, device=high.device)
+        numbers, bits = high.view(-1, WORD).long(), torch.arange(WORD)
         for bit in range(planes.shape[1]):
             planes[: len(numbers), bit] = ((numbers >> bit & 1) << bits).sum(1).int()
 
 
 def _packed(codes: torch.Tensor) -> torch.Tensor:
     """Two bits each: int32 words."""
-    shifts = 2 * torch.arange(CODES_IN_WORD, device=codes.device)
+    shifts = 2 * torch.arange(CODES_IN_WORD)
     parts = [(_in_rows(part, CODES_IN_WORD).long() << shifts).sum(1).int() for part in codes.split(_CHUNK)]
     return torch.cat(parts)
 
 
 def _unpacked(words: torch.Tensor, count: int) -> torch.Tensor:
-    shifts = 2 * torch.arange(CODES_IN_WORD, device=words.device)
+    shifts = 2 * torch.arange(CODES_IN_WORD)
     return (words[: -(-count // CODES_IN_WORD), None] >> shifts & 3).view(-1)[:count]
 
 

@@ -14,8 +14,9 @@ from hsrpc.config import format_bytes
 from hsrpc.core.batch import Runs
 from hsrpc.device.batched_copy import BatchedCopy
 from hsrpc.device.coding import Coding
+from hsrpc.device.coding_kernels import decode_weights, encode_weights
 from hsrpc.device.device import Device, Event, Stream
-from hsrpc.device.kernels import copy_rows, decode_weights
+from hsrpc.device.kernels import copy_rows
 from hsrpc.errors import ConfigError
 
 _REGISTER_PORTABLE_MAPPED = 0x01 | 0x02
@@ -149,6 +150,9 @@ class CudaDevice(Device):
         self, target: torch.Tensor, target_rows: torch.Tensor, source: torch.Tensor, source_rows: torch.Tensor
     ) -> None:
         copy_rows(target, target_rows, source, source_rows)
+
+    def encode_weights(self, values: torch.Tensor) -> tuple[Coding, torch.Tensor]:
+        return encode_weights(values)
 
     def decode_weights(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
         decode_weights(data, coding, target)

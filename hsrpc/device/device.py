@@ -22,7 +22,7 @@ import torch
 
 from hsrpc.config import DeviceKind, format_bytes
 from hsrpc.core.batch import Runs
-from hsrpc.device.coding import Coding, decode
+from hsrpc.device.coding import Coding, decode, encode
 from hsrpc.device.uploads import Uploads
 from hsrpc.errors import ConfigError
 
@@ -155,6 +155,10 @@ class Device(ABC):
         """`target[target_rows] = source[source_rows]` on the current stream; `target` [*, w] may be pinned memory."""
 
     @abstractmethod
+    def encode_weights(self, values: torch.Tensor) -> tuple[Coding, torch.Tensor]:
+        """A tensor on the device, which fills words, and its coded bytes; the host waits for the current stream."""
+
+    @abstractmethod
     def decode_weights(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
         """Write a coded tensor's values to `target`, which is contiguous, on the current stream."""
 
@@ -241,6 +245,9 @@ class CpuDevice(Device):
         self, target: torch.Tensor, target_rows: torch.Tensor, source: torch.Tensor, source_rows: torch.Tensor
     ) -> None:
         target.index_copy_(0, target_rows, source.index_select(0, source_rows))
+
+    def encode_weights(self, values: torch.Tensor) -> tuple[Coding, torch.Tensor]:
+        return encode(values)
 
     def decode_weights(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
         decode(data, coding, target)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from hsrpc.config import WeightCoding, format_bytes
 from hsrpc.core.plan import Plan
 from hsrpc.core.sizes import align
-from hsrpc.device.coding import can_encode, encode
+from hsrpc.device.coding import WORD, can_encode
 from hsrpc.device.device import Device
 from hsrpc.engine.weights import CodedSlice, LayerWeights, ModelWeights, Slice, views
 from hsrpc.errors import ConfigError, EngineUnavailableError
@@ -29,6 +29,14 @@ _CODED_AT_ONCE = 2
 
 class HardlySmallerError(ConfigError):
     """Coded weights take more than was planned: matrices are small, or their exponents differ a lot."""
+
+
+def compile_coding(device: Device, dtype: torch.dtype) -> None:
+    """Code and decode a few values: the threads that load would otherwise all compile the same kernels."""
+    values = device.empty((1, WORD), dtype)
+    values.copy_(torch.arange(WORD))  # of six exponents, for which the second level is needed
+    coding, data = device.encode_weights(values)
+    device.decode_weights(data, coding, values)
 
 
 def load_weights(
@@ -107,7 +115,7 @@ class _Loader:
             for tensor in tensors:
                 values = self.read(tensor)
                 if can_encode(values):
-                    coding, data = encode(values)
+                    coding, data = self.device.encode_weights(values)
                     coded.append(CodedSlice(tensor.name, coding, size, target))
                     target += align(values.nbytes)
                 else:

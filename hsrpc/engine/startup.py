@@ -23,7 +23,7 @@ from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.cache import CacheManager
 from hsrpc.engine.completion import complete
 from hsrpc.engine.executor import Executor
-from hsrpc.engine.loading import HardlySmallerError, load_weights
+from hsrpc.engine.loading import HardlySmallerError, compile_coding, load_weights
 from hsrpc.engine.prefetcher import WeightPrefetcher
 from hsrpc.engine.token_ids import TokenIdsOnly
 from hsrpc.engine.tokenizer import Tokenizer
@@ -178,6 +178,8 @@ def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> 
         dtype, torch_device = spec.dtype, device.torch_device
         attention = Attention(spec.sizes, family.attention_scale, plan.block_size, torch_device, dtype)
         with torch.inference_mode(), ThreadPoolExecutor(1, thread_name_prefix="compile") as compiler:
+            if plan.codes_weights:
+                compile_coding(device, dtype)  # before the other thread compiles
             compiled = compiler.submit(attention.compile)
             weights = load_weights(family, source, plan, device, stop, progress=progress)
             bus = BusOrder()

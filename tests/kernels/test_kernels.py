@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hsrpc.device.coding import BLOCK, WORD, encode
-from hsrpc.device.kernels import copy_rows, decode_weights
+from hsrpc.device.coding_kernels import decode_weights, encode_weights
+from hsrpc.device.kernels import copy_rows
 from hsrpc.model import decode_kernel
 from hsrpc.model.decode_kernel import decode_attention
 
@@ -123,3 +124,17 @@ def test_decode_weights(dtype: torch.dtype, spread: int, count: int) -> None:
     decode_weights(data, coding, target[:count])
     assert torch.equal(target[:count].view(torch.int16), values.view(torch.int16))
     assert torch.equal(target[count:], torch.full((9,), 3.0, dtype=dtype))
+
+
+@pytest.mark.parametrize("count", [WORD, BLOCK, 3 * BLOCK + 5 * WORD])
+@pytest.mark.parametrize("spread", [0, 6, 60])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_encode_weights(dtype: torch.dtype, spread: int, count: int) -> None:
+    """The same bytes as those of the host, where no value has a code of the next levels and where most are escapes."""
+    values = (torch.randn(count) * 0.02 * 2.0 ** torch.randint(-spread, spread + 1, (count,))).to(dtype)
+    values[::7] = -0.0
+    for tensor in (values.view(-1, WORD), torch.ones_like(values), torch.arange(count).to(torch.int16).view(dtype)):
+        coding, data = encode_weights(tensor)
+        wanted, bytes_wanted = encode(tensor)
+        assert coding == wanted
+        assert torch.equal(data, bytes_wanted)
