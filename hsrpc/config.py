@@ -57,7 +57,7 @@ class WeightCoding(StrEnum):
     """How weights cross the bus that stream."""
 
     AUTO = "auto"
-    """Coded where the device is known to decode them in less time than that saves: so far on none."""
+    """Coded on a device that decodes them in less time than that saves (CUDA), unless they hardly get smaller."""
     NONE = "none"
     """As they are."""
     LOSSLESS = "lossless"

@@ -145,7 +145,7 @@ def _draw_case(case: Case, entries: Sequence[Entry], axes: Any) -> None:
         at = [models.index(entry.setup.model) + (index - (len(systems) - 1) / 2) * width * 1.05 for entry in own]
         heights = [entry.outcome.total_throughput / fastest[entry.setup.model] for entry in own]
         bars = axes.bar(at, heights, width=width, color=f"C{_SYSTEMS.index(system)}", label=system.value)
-        axes.bar_label(bars, [f"{entry.outcome.total_throughput:.3g}" for entry in own], fontsize=8)
+        axes.bar_label(bars, [f"{entry.outcome.total_throughput:,.4g}" for entry in own], fontsize=8)
     axes.set(title=f"{_TITLES[case]}: new tokens/s", ylabel="part of the fastest's, prefill and decode", ylim=(0, 1.1))
     axes.set_xticks(range(len(models)), models)
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(systems), frameon=False)
