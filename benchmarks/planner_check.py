@@ -35,7 +35,7 @@ from hsrpc.config import CachePolicy, DType, EngineConfig, Placement
 from hsrpc.core.plan import Plan
 from hsrpc.core.planner import Planner
 from hsrpc.core.prediction import predict_at
-from hsrpc.engine.startup import RANDOM_PREFIX, make_planner
+from hsrpc.engine.startup import RANDOM_PREFIX, make_plan
 from hsrpc.errors import ConfigError
 
 SHARES = [tenth / 10 for tenth in range(11)]
@@ -88,8 +88,8 @@ def grid_configs(options: argparse.Namespace, batch: int | None = None) -> list[
     """
     model = RANDOM_PREFIX + (options.shape or "opt-6.7b")
     config = with_lengths(EngineConfig(model=model, dtype=options.dtype), options)
-    planner = make_planner(config).planner
-    best = planner.plan()
+    planned = make_plan(config)
+    planner, best = planned.planner, planned.plan
     found: dict[str, tuple[float, str, EngineConfig, tuple[object, ...]]] = {}
     for name, forced in forced_configs(planner.config, batch or best.max_batch):
         try:

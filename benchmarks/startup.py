@@ -31,7 +31,7 @@ from tokenizers.models import WordLevel
 from hsrpc import Engine, EngineConfig
 from hsrpc.config import DType, Placement, parse_bytes
 from hsrpc.device.device import open_device
-from hsrpc.engine.startup import make_planner
+from hsrpc.engine.startup import make_plan
 from hsrpc.model.families import create_family
 from hsrpc.model.family import Family, TensorSpec
 from hsrpc.model.spec import load_spec, named_spec
@@ -150,7 +150,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     plannings, pins, readies = [], [], []
     for _ in range(options.repeats):
         start = time.perf_counter()
-        plan = make_planner(config).planner.plan()
+        plan = make_plan(config).plan
         plannings.append(time.perf_counter() - start)
         pinned = sum(plan.host_bytes.values())
         pins.append(pin_alone(config, pinned, sizes.num_layers))

@@ -57,7 +57,7 @@ class WeightCoding(StrEnum):
     """How weights cross the bus that stream."""
 
     AUTO = "auto"
-    """Coded on a device that decodes them in less time than that saves (CUDA), unless they hardly get smaller."""
+    """On CUDA coded where the planner expects that it pays, unless they hardly get smaller; elsewhere as they are."""
     NONE = "none"
     """As they are."""
     LOSSLESS = "lossless"

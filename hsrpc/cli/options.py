@@ -94,7 +94,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         choices=_values(WeightCoding),
         default=WeightCoding.AUTO,
         help="lossless sends 16-bit weights that stream in fewer bytes: 0.86 (float16) or 0.67 (bfloat16) of their own "
-        "(default: auto, on CUDA lossless)",
+        "(default: auto, on CUDA lossless where it pays)",
     )
     cache = parser.add_argument_group("cache")
     cache.add_argument(

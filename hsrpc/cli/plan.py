@@ -37,10 +37,10 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Plan and print."""
-    from hsrpc.engine.startup import make_planner  # loads torch, which --help does not
+    from hsrpc.engine.startup import make_plan  # loads torch, which --help does not
 
-    planned = make_planner(engine_config(options))
-    plan = planned.planner.plan()
+    planned = make_plan(engine_config(options))
+    plan = planned.plan
     if options.json:
         print(json.dumps(_as_json(planned.spec, plan)))
     else:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import torch
 from hsrpc.config import DType, EngineConfig, WeightCoding, format_bytes
 from hsrpc.core.plan import Budgets, Hardware, Plan
 from hsrpc.core.planner import Planner
+from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.calibration import calibrate, sustained_load
 from hsrpc.device.coding import EXPECTED_SHARES, MOST_SHARES
 from hsrpc.device.device import Device, available_memory, open_device
@@ -74,12 +76,13 @@ class Planned:
     spec: ModelSpec
     device: Device
     planner: Planner
+    plan: Plan
     directory: Path | None
     """None: random weights."""
 
 
-def make_planner(config: EngineConfig) -> Planned:
-    """Read the model's configuration, open the device, calibrate. Takes seconds.
+def make_plan(config: EngineConfig) -> Planned:
+    """Read the model's configuration, open the device, calibrate, and plan. Takes seconds.
 
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
@@ -92,20 +95,43 @@ def make_planner(config: EngineConfig) -> Planned:
             max_batch=config.max_batch or _CPU_MAX_BATCH,
             max_prefill_tokens=config.max_prefill_tokens or _CPU_PREFILL_TOKENS,
         )
-    if _codes_weights(config, spec, device):
-        expected, most = EXPECTED_SHARES[spec.dtype], MOST_SHARES[spec.dtype]
-        spec = replace(spec, sizes=replace(spec.sizes, coded_share=expected, most_coded_share=most))
-    hardware = calibrate(device, spec.sizes, spec.dtype)
-    return Planned(spec, device, Planner(spec.sizes, _budgets(config, device), hardware, config), directory)
+    codings = _codings(config, spec, device)
+    hardware, budgets = calibrate(device, spec.sizes, spec.dtype), _budgets(config, device)
+    planner, plan = _fastest([Planner(sizes, budgets, hardware, config) for sizes in codings])
+    return Planned(replace(spec, sizes=planner.sizes), device, planner, plan, directory)
 
 
-def _codes_weights(config: EngineConfig, spec: ModelSpec, device: Device) -> bool:
-    can_be_coded = spec.dtype in EXPECTED_SHARES
-    if config.weight_coding is WeightCoding.LOSSLESS and not can_be_coded:
-        value, problem = config.weight_coding.value, f"{spec.dtype} weights cannot be coded"
-        raise ConfigError("weight_coding", value, problem, "use dtype=float16 or bfloat16, or weight_coding=auto")
-    wanted = {WeightCoding.AUTO: device.decodes_weights, WeightCoding.NONE: False, WeightCoding.LOSSLESS: True}
-    return can_be_coded and wanted[config.weight_coding]
+def _codings(config: EngineConfig, spec: ModelSpec, device: Device) -> list[ModelSizes]:
+    """The model's sizes with weights that stream as they are, and coded: those that may be."""
+    coding, can_be_coded = config.weight_coding, spec.dtype in EXPECTED_SHARES
+    if coding is WeightCoding.LOSSLESS and not can_be_coded:
+        problem = f"{spec.dtype} weights cannot be coded"
+        raise ConfigError(
+            "weight_coding", coding.value, problem, "use dtype=float16 or bfloat16, or weight_coding=auto"
+        )
+    if coding is WeightCoding.NONE or not can_be_coded or (coding is WeightCoding.AUTO and not device.decodes_weights):
+        return [spec.sizes]
+    expected, most = EXPECTED_SHARES[spec.dtype], MOST_SHARES[spec.dtype]
+    coded = replace(spec.sizes, coded_share=expected, most_coded_share=most)
+    return [coded] if coding is WeightCoding.LOSSLESS else [spec.sizes, coded]
+
+
+def _fastest(planners: Sequence[Planner]) -> tuple[Planner, Plan]:
+    """Of those whose plans fit; the first one, where they are equal.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    found: list[tuple[Planner, Plan]] = []
+    errors: list[ConfigError] = []
+    for planner in planners:
+        try:
+            found.append((planner, planner.plan()))
+        except ConfigError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return max(found, key=lambda each: each[1].prediction.mean_tokens_per_second)
 
 
 def measure_hardware(config: EngineConfig) -> Hardware:
@@ -166,8 +192,8 @@ def _open_best(config: EngineConfig, progress: bool, stop: threading.Event) -> P
 
 def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> Parts:
     with ExitStack() as undo:
-        planned = make_planner(config)
-        device, spec, plan = planned.device, planned.spec, planned.planner.plan()
+        planned = make_plan(config)
+        device, spec, plan = planned.device, planned.spec, planned.plan
         undo.callback(device.release_pinned)
         device.release_cached()  # what calibration used
         _check_room(plan, device)

@@ -140,11 +140,14 @@ async def test_weights_that_hardly_get_smaller_are_refused(tmp_path: Path, monke
 async def test_auto_codes_what_gets_smaller(
     read: object, is_coded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a device that is fast at it; other weights are loaded as they are, and the log says so."""
+    """On a device that is fast beside the bus; other weights are loaded as they are, and the log says so."""
     monkeypatch.setattr(RandomWeights, "read", read)
     device = CpuDevice()
     device.decodes_weights = True
     monkeypatch.setattr(startup, "open_device", lambda _: device)
+    async with Engine(config_for(tmp_path, "opt", dtype="bfloat16")) as engine:
+        assert not engine.plan.codes_weights  # decoding would take longer than it saves
+    monkeypatch.setattr(startup, "calibrate", lambda *_: replace(HARDWARE, load_bandwidth=1e8))
     async with Engine(config_for(tmp_path, "opt", dtype="bfloat16")) as engine:
         assert engine.plan.codes_weights == is_coded
     assert ("loading them as they are" in caplog.text) != is_coded
@@ -152,12 +155,51 @@ async def test_auto_codes_what_gets_smaller(
         assert not engine.plan.codes_weights
 
 
+def fits(config: EngineConfig) -> bool:
+    """Whether there is a plan."""
+    try:
+        startup.make_plan(config)
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("budget", "fitting"), [("gpu_memory", "none"), ("host_memory", "lossless")])
+def test_auto_takes_the_coding_that_fits(
+    budget: str, fitting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Coded weights need a buffer more on the device, plain ones more of the host; else the faster plan counts."""
+    device = CpuDevice()
+    device.decodes_weights = True
+    monkeypatch.setattr(startup, "open_device", lambda _: device)
+    auto = config_for(tmp_path, "opt", dtype="bfloat16")
+    other = {"none": "lossless", "lossless": "none"}[fitting]
+    tight = next(
+        config
+        for size in range(2**20, 2**26, 2**14)
+        if fits(config := replace(auto, **{budget: size, "weight_coding": fitting}))
+    )
+    assert not fits(replace(tight, weight_coding=other))
+    planned = startup.make_plan(replace(tight, weight_coding="auto"))
+    assert planned.plan.codes_weights == planned.spec.sizes.codes_weights == (fitting == "lossless")
+
+
+def test_nothing_is_coded_where_nothing_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plans are equal then."""
+    device = CpuDevice()
+    device.decodes_weights = True
+    monkeypatch.setattr(startup, "open_device", lambda _: device)
+    planned = startup.make_plan(config_for(tmp_path, "opt", dtype="bfloat16", placement="auto"))
+    assert planned.plan.resident_share == 1
+    assert not planned.plan.codes_weights
+
+
 async def test_once_stopped_no_further_layer_is_coded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two are coded at once; those whose threads wait for that are left."""
     model = {**CONFIGS["opt"], "num_hidden_layers": 8}
     (tmp_path / "deep.json").write_text(json.dumps(model))
     config = replace(config_for(tmp_path, "opt", dtype="bfloat16"), model=f"random:{tmp_path / 'deep.json'}")
-    planned = startup.make_planner(replace(config, weight_coding="lossless"))
+    planned = startup.make_plan(replace(config, weight_coding="lossless"))
     stop, layers = threading.Event(), set()
 
     class Source(RandomWeights):
@@ -171,5 +213,5 @@ async def test_once_stopped_no_further_layer_is_coded(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     with pytest.raises(EngineUnavailableError, match="stopped"):
-        load_weights(create_family(planned.spec), Source(0), planned.planner.plan(), CpuDevice(), stop)
+        load_weights(create_family(planned.spec), Source(0), planned.plan, CpuDevice(), stop)
     assert 1 <= len(layers) <= 2

@@ -19,7 +19,7 @@ from hsrpc.core.batch import Step
 from hsrpc.device.device import CpuDevice, available_memory
 from hsrpc.engine import startup
 from hsrpc.engine.executor import Executor
-from hsrpc.engine.startup import describe_model, make_planner
+from hsrpc.engine.startup import describe_model, make_plan
 from hsrpc.errors import (
     CheckpointError,
     ConfigError,
@@ -146,10 +146,10 @@ async def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch, referen
 def test_budgets_default_to_a_part_of_what_is_there(reference: Callable[[str], Reference]) -> None:
     """On the CPU both together leave room for the rest of the machine; what is asked for is taken."""
     directory = str(reference("opt").directory)
-    budgets = make_planner(EngineConfig(model=directory, device="cpu")).planner.budgets
+    budgets = make_plan(EngineConfig(model=directory, device="cpu")).planner.budgets
     assert 0 < budgets.device + budgets.host < 0.9 * available_memory()
     asked = EngineConfig(model=directory, device="cpu", gpu_memory="3GiB", host_memory="5GiB")
-    budgets = make_planner(asked).planner.budgets
+    budgets = make_plan(asked).planner.budgets
     assert (budgets.device, budgets.host) == (3 * 2**30, 5 * 2**30)
 
 
