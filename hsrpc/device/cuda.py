@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -16,6 +15,7 @@ from hsrpc.device.batched_copy import BatchedCopy
 from hsrpc.device.coding import Coding
 from hsrpc.device.coding_kernels import decode_weights, encode_weights
 from hsrpc.device.device import Device, Event, Stream
+from hsrpc.device.host_pages import HostPages
 from hsrpc.device.kernels import copy_rows
 from hsrpc.errors import ConfigError
 
@@ -42,7 +42,7 @@ class CudaDevice(Device):
         self.store = torch.cuda.Stream(index)
         self._graph_memory = torch.cuda.graph_pool_handle()
         self._copy = BatchedCopy()
-        self._pinned: list[tuple[int, mmap.mmap]] = []
+        self._pinned: list[HostPages] = []
 
     @property
     def name(self) -> str:
@@ -64,12 +64,18 @@ class CudaDevice(Device):
     def runtime_memory(self, size: int) -> int:
         return _LIBRARY_BYTES + size // _ROUNDED_PART
 
-    def pinned(self, size: int, fill: Callable[[torch.Tensor], object] | None = None) -> torch.Tensor:
-        memory = _map_memory(size)
-        tensor = torch.frombuffer(memory, dtype=torch.uint8)[:size]
+    def pages(self, size: int) -> HostPages | None:
+        return HostPages(size)
+
+    def pinned(
+        self, size: int, fill: Callable[[torch.Tensor], object] | None = None, *, pages: HostPages | None = None
+    ) -> torch.Tensor:
         # Written before it is registered: threads write at once, but the driver registers one piece after the other.
-        (fill or _touch)(tensor)
-        status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), len(memory), _REGISTER_PORTABLE_MAPPED)
+        if pages is None or len(pages.tensor) < size:
+            pages = HostPages(size, fill)
+        pages.shorten(size)
+        address = pages.tensor.data_ptr()
+        status = torch.cuda.cudart().cudaHostRegister(address, pages.num_bytes, _REGISTER_PORTABLE_MAPPED)
         if int(status) != 0:
             raise ConfigError(
                 "host_memory",
@@ -77,13 +83,13 @@ class CudaDevice(Device):
                 f"CUDA cannot pin it (error {int(status)})",
                 "lower host_memory, or raise the limit of locked memory (ulimit -l)",
             )
-        self._pinned.append((tensor.data_ptr(), memory))
-        return tensor
+        self._pinned.append(pages)
+        return pages.tensor
 
     def release_pinned(self) -> None:
         self.drain()
-        for address, _ in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(address)
+        for pages in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(pages.tensor.data_ptr())
         self._pinned.clear()
 
     def release_cached(self) -> None:
@@ -156,21 +162,3 @@ class CudaDevice(Device):
 
     def decode_weights(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
         decode_weights(data, coding, target)
-
-
-def _touch(tensor: torch.Tensor) -> None:
-    """Have the system give every page."""
-    tensor[:: mmap.PAGESIZE] = 0
-
-
-def _map_memory(size: int) -> mmap.mmap:
-    """Anonymous memory in whole pages."""
-    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    try:
-        memory = mmap.mmap(-1, pages, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise ConfigError(
-            "host_memory", format_bytes(size), f"the system does not give it ({error.strerror})", "lower host_memory"
-        ) from error
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory

@@ -23,6 +23,7 @@ import torch
 from hsrpc.config import DeviceKind, format_bytes
 from hsrpc.core.batch import Runs
 from hsrpc.device.coding import Coding, decode, encode
+from hsrpc.device.host_pages import HostPages
 from hsrpc.device.uploads import Uploads
 from hsrpc.errors import ConfigError
 
@@ -77,10 +78,21 @@ class Device(ABC):
         return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
 
     @abstractmethod
-    def pinned(self, size: int, fill: Callable[[torch.Tensor], object] | None = None) -> torch.Tensor:
+    def pages(self, size: int) -> HostPages | None:
+        """Memory for `pinned`, from the system: that takes longer than pinning it. None where nothing is pinned.
+
+        Raises:
+            ConfigError: the memory cannot be had.
+        """
+
+    @abstractmethod
+    def pinned(
+        self, size: int, fill: Callable[[torch.Tensor], object] | None = None, *, pages: HostPages | None = None
+    ) -> torch.Tensor:
         """`size` bytes of host memory that the device reads and writes at full speed: uint8 [size].
 
-        `fill` writes them before they are pinned: pages that are there already are pinned faster.
+        `fill` writes them before they are pinned: pages that are there already are pinned faster. Or they are those
+        of `pages`, if these suffice; what is left of them goes back to the system.
 
         Raises:
             ConfigError: the memory cannot be had or cannot be pinned; never falls back to pageable memory.
@@ -190,7 +202,12 @@ class CpuDevice(Device):
     def runtime_memory(self, size: int) -> int:
         return 0
 
-    def pinned(self, size: int, fill: Callable[[torch.Tensor], object] | None = None) -> torch.Tensor:
+    def pages(self, size: int) -> HostPages | None:
+        return None
+
+    def pinned(
+        self, size: int, fill: Callable[[torch.Tensor], object] | None = None, *, pages: HostPages | None = None
+    ) -> torch.Tensor:
         try:
             tensor = torch.empty(size, dtype=torch.uint8)
         except RuntimeError as error:

@@ -27,6 +27,10 @@ _CODED_AT_ONCE = 2
 """Layers: each takes its own size of device memory meanwhile, less than the weight buffers that are allocated later."""
 
 
+_MARGIN = 1.05
+"""Of the pages for coded weights over what is expected: too many go back at once, too few come late."""
+
+
 class HardlySmallerError(ConfigError):
     """Coded weights take more than was planned: matrices are small, or their exponents differ a lot."""
 
@@ -110,6 +114,7 @@ class _Loader:
         coded: list[CodedSlice] = []
         parts: list[tuple[int, torch.Tensor]] = []
         size = target = 0
+        pages = self.device.pages(self._expected_bytes(tensors))  # all threads at once, other than coding
         with self._coding:
             self._check_stop()  # again: others were coded meanwhile
             for tensor in tensors:
@@ -124,10 +129,15 @@ class _Loader:
                 parts.append((size, data))
                 size += align(len(data))
             self._count(size)
-            packed = self.device.pinned(size)
+            packed = self.device.pinned(size, pages=pages)
             for start, data in parts:
                 packed[start : start + len(data)] = data
         return LayerWeights({}, packed, tuple(slices), self.family.spec.dtype, tuple(coded))
+
+    def _expected_bytes(self, tensors: Sequence[TensorSpec]) -> int:
+        """Of coded tensors, and a little more."""
+        sizes = self.family.sizes
+        return math.ceil(sum(sizes.tensor_bytes(tensor.name) for tensor in tensors) * sizes.coded_share * _MARGIN)
 
     def _check_stop(self) -> None:
         if self.stop.is_set():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hsrpc.config import DeviceKind
 from hsrpc.core.batch import Runs
 from hsrpc.device.device import CpuDevice, available_memory, open_device
+from hsrpc.device.host_pages import HostPages
 from hsrpc.device.uploads import Uploads
 from hsrpc.errors import ConfigError
 
@@ -85,6 +87,27 @@ def test_pinned_memory_comes_filled() -> None:
     assert CpuDevice().pinned(3, lambda memory: memory.fill_(7)).tolist() == [7, 7, 7]
     with pytest.raises(ZeroDivisionError):
         CpuDevice().pinned(3, lambda memory: memory.fill_(1 // 0))
+
+
+def test_pages_are_given_and_go_back() -> None:
+    """They are there before they are asked for, filled or not; what is not kept is not the program's any more."""
+    filled = HostPages(3, lambda memory: memory.fill_(7))
+    assert filled.tensor.tolist() == [7, 7, 7]
+    assert filled.num_bytes == mmap.PAGESIZE
+    before = _resident_bytes()
+    pages = HostPages(2**26 + 1)
+    assert _resident_bytes() > before + 0.9 * 2**26
+    pages.tensor[: 2**20] = 3
+    pages.shorten(2**20)
+    assert _resident_bytes() < before + 0.2 * 2**26
+    assert len(pages.tensor) == pages.num_bytes == 2**20
+    assert pages.tensor.sum() == 3 * 2**20
+    with pytest.raises(ConfigError, match=r"host_memory='1024\.0 TiB'.*lower host_memory"):
+        HostPages(2**50)
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_memory_that_cannot_be_had_is_a_setting_to_change() -> None:
