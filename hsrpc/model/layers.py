@@ -13,6 +13,14 @@ def project(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
     return functional.linear(x, w[f"{name}_weight"], w.get(f"{name}_bias"))
 
 
+def project_relu(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    """Of `project` what is positive, else 0; with a bias that is one kernel on CUDA, where it saves a pass."""
+    weight, bias = w[f"{name}_weight"], w.get(f"{name}_bias")
+    if bias is None:
+        return functional.linear(x, weight).relu_()
+    return torch._addmm_activation(bias, x, weight.t())
+
+
 def project_rows(w: Weights, name: str, x: torch.Tensor, start: int, out: torch.Tensor) -> None:
     """As `project`, with the weight's rows from `start` on, into `out` [n, out]."""
     weight, bias = w[f"{name}_weight"][start:].t(), w.get(f"{name}_bias")
@@ -20,6 +28,16 @@ def project_rows(w: Weights, name: str, x: torch.Tensor, start: int, out: torch.
         torch.mm(x, weight, out=out)
     else:
         torch.addmm(bias[start:], x, weight, out=out)
+
+
+def gate(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up [n, f] of [gate|up] [n, 2*f]."""
+    if gate_up.is_cuda:
+        from hsrpc.model import fused_kernels  # loads Triton
+
+        return fused_kernels.gate(gate_up)
+    left, right = gate_up.chunk(2, dim=-1)
+    return functional.silu(left) * right
 
 
 def layer_norm(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.family import Family, ModelSpec, TensorSpec, Weights
-from hsrpc.model.layers import linear_tensors, norm_tensors, project, project_rows, rms_norm
+from hsrpc.model.layers import gate, linear_tensors, norm_tensors, project, project_rows, rms_norm
 from hsrpc.model.rope import RopeSettings, make_rotation, rope_frequencies, rotate_
 
 
@@ -91,6 +91,8 @@ class Llama(Family):
     def rotation(self, positions: torch.Tensor) -> torch.Tensor:
         if self._frequencies.device != positions.device:
             self._frequencies = self._frequencies.to(positions.device)
+        if positions.is_cuda:
+            return positions  # the kernel computes the angles
         return make_rotation(positions, self._frequencies, self.spec.dtype)
 
     def attention_input(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
@@ -109,15 +111,20 @@ class Llama(Family):
 
     def _rotate(self, heads: torch.Tensor, rotation: torch.Tensor) -> None:
         count = heads.shape[1] // self.sizes.head_dim
-        rotate_(heads.view(len(heads), count, self.sizes.head_dim), rotation)
+        heads = heads.view(len(heads), count, self.sizes.head_dim)
+        if heads.is_cuda:
+            from hsrpc.model.fused_kernels import rotate_heads_  # loads Triton
+
+            rotate_heads_(heads, rotation, self._frequencies)
+        else:
+            rotate_(heads, rotation)
 
     def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         hidden = hidden + project(w, "out", attended)
         return hidden + self._mlp(w, rms_norm(w, "ffn_norm", hidden, self.settings.epsilon))
 
     def _mlp(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
-        gate, up = project(w, "gate_up", x).chunk(2, dim=-1)
-        return project(w, "down", functional.silu(gate) * up)
+        return project(w, "down", gate(project(w, "gate_up", x)))
 
     def logits(self, fixed: Weights, hidden: torch.Tensor) -> torch.Tensor:
         head = fixed["embed_weight"] if self.settings.tied else fixed["head_weight"]

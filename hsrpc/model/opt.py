@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +10,11 @@ from torch.nn import functional
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.family import Family, ModelSpec, TensorSpec, Weights
-from hsrpc.model.layers import layer_norm, linear_tensors, norm_tensors, project, project_rows
+from hsrpc.model.layers import layer_norm, linear_tensors, norm_tensors, project, project_relu, project_rows
 
 POSITION_OFFSET = 2
 """Rows at the start of the position table that no token uses."""
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": functional.relu, "gelu": functional.gelu}
+ACTIVATIONS = ("relu", "gelu")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class OptSettings:
             bias=config.flag("enable_bias", True),
             affine=config.flag("layer_norm_elementwise_affine", True),
             tied=config.flag("tie_word_embeddings", True),
-            activation=config.choice("activation_function", tuple(ACTIVATIONS), "relu"),
+            activation=config.choice("activation_function", ACTIVATIONS, "relu"),
         )
 
 
@@ -133,7 +132,9 @@ class Opt(Family):
         return layer_norm(w, "ffn_norm", hidden + self._mlp(w, hidden))
 
     def _mlp(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
-        return project(w, "fc2", ACTIVATIONS[self.settings.activation](project(w, "fc1", x)))
+        is_relu = self.settings.activation == "relu"
+        inner = project_relu(w, "fc1", x) if is_relu else functional.gelu(project(w, "fc1", x))
+        return project(w, "fc2", inner)
 
     def logits(self, fixed: Weights, hidden: torch.Tensor) -> torch.Tensor:
         if self.settings.final_norm:

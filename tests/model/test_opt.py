@@ -31,6 +31,7 @@ def make_model(**settings: object) -> OPTForCausalLM:
         pytest.param({}, id="pre-norm"),
         pytest.param({"do_layer_norm_before": False, "word_embed_proj_dim": 12}, id="post-norm with projections"),
         pytest.param({"num_attention_heads": 4, "hidden_size": 20, "word_embed_proj_dim": 20}, id="odd head size"),
+        pytest.param({"enable_bias": False}, id="no bias"),
         pytest.param({"enable_bias": False, "activation_function": "gelu"}, id="no bias, gelu"),
         pytest.param({"layer_norm_elementwise_affine": False}, id="norms without weights"),
         pytest.param({"_remove_final_layer_norm": True}, id="no final norm"),
