@@ -11,7 +11,7 @@ _HEADS = 16
 _BLOCK = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["x", "positions"])  # they begin at any row
 def _rotate(x, positions, frequencies, row_stride, num_heads, half, head_dim, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)

@@ -145,7 +145,7 @@ def test_encode_weights(dtype: torch.dtype, spread: int, count: int) -> None:
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 8), (16, 128), (21, 80)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rotate_heads(dtype: torch.dtype, heads: int, head_dim: int) -> None:
-    """As rotated in several passes; what lies between the rows stays as it is. The interpreter truncates to bfloat16."""
+    """As in several passes; what lies between the rows stays as it is. The interpreter truncates to bfloat16."""
     positions = torch.tensor([0, 1, 77, 4095, 12])
     frequencies = rope_frequencies(RopeSettings("default", 1e4, 1.0), head_dim)
     whole = torch.randn(len(positions), heads * head_dim + 24).to(dtype)
