@@ -25,7 +25,6 @@ from hsrpc.core.plan import Budgets, Hardware, Plan
 from hsrpc.core.planner import Planner
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.device import Device, Event
-from hsrpc.device.uploads import Upload
 from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.cache import Buffers, CacheManager, DeviceRows, Loads, Staged
 from hsrpc.engine.forward import DeviceBatch, Forward
@@ -100,7 +99,7 @@ class LayerSplitCache(CacheManager):
         self.hidden_layers = plan.hidden_layers
         super().__init__(sizes, plan, device, dtype, bus)
 
-    def fill(self, buffers: Buffers, loads: Loads, layer: int) -> None:
+    def _fill(self, buffers: Buffers, loads: Loads, layer: int) -> None:
         if layer < self.hidden_layers:
             self._copy(buffers.activations, loads.activations, layer)
         else:
@@ -122,11 +121,10 @@ class LayerSplitCache(CacheManager):
             pinned = threads.map(self._device.pinned, sizes)
             return [memory.view(dtype).view(num_slots, width) for memory, width in zip(pinned, widths, strict=True)]
 
-    def _prepare_batch(self, batch: MiniBatch, upload: Upload) -> Loads:
+    def _loads(self, batch: MiniBatch) -> Loads:
         """The same blocks twice: for the kv buffer of the layers with K and V, and for the activation buffer."""
-        self.regenerated_tokens += batch.num_activation_rows * self.hidden_layers
-        in_kv_buffer = {pool: _to_rows(runs, batch.activation_rows) for pool, runs in batch.activation_loads.items()}
-        return Loads(self._split(in_kv_buffer, upload), self._split(batch.activation_loads, upload))
+        loads = batch.activation_loads
+        return Loads({pool: _to_rows(runs, batch.activation_rows) for pool, runs in loads.items()}, loads)
 
 
 class LayerSplitForward(Forward):

@@ -51,19 +51,18 @@ class DeviceRows:
         return cls(upload(rows.source), upload(rows.target))
 
 
-@dataclass(frozen=True, slots=True)
-class _Copies:
-    """Of one mini-batch into one of its buffers: runs from host pools, rows from device pools."""
-
-    host: Mapping[PoolId, Runs]
-    device: Mapping[PoolId, DeviceRows]
-
-
 class Loads(NamedTuple):
-    """What fills a mini-batch's buffers, in every layer alike."""
+    """What comes from host pools to a mini-batch's buffers, in every layer alike."""
 
-    kv: _Copies
-    activations: _Copies
+    kv: Mapping[PoolId, Runs]
+    activations: Mapping[PoolId, Runs]
+
+
+class Gathers(NamedTuple):
+    """What comes from device pools."""
+
+    kv: Mapping[PoolId, DeviceRows]
+    activations: Mapping[PoolId, DeviceRows]
 
 
 class CacheManager:
@@ -72,8 +71,6 @@ class CacheManager:
     def __init__(self, sizes: ModelSizes, plan: Plan, device: Device, dtype: torch.dtype, bus: BusOrder) -> None:
         self.loaded_bytes = 0
         """Cache bytes copied from host to device since the start."""
-        self.regenerated_tokens = 0
-        """Rows rebuilt from activations since the start, all layers."""
         self._device = device
         self._bus = bus
         self._num_begun = 0
@@ -119,15 +116,23 @@ class CacheManager:
         """Buffers for a step that is not loaded by this task: free once `loaded` has happened, to be given back."""
         return Staged(*self._free.get_nowait())
 
-    def prepare(self, step: Step) -> list[Loads]:
-        """What `fill` needs for each mini-batch, uploaded on the current stream."""
-        with self._device.uploads() as upload:
-            return [self._prepare_batch(batch, upload) for batch in step.mini_batches]
+    def gathers(self, batch: MiniBatch, upload: Upload) -> Gathers:
+        """What `gather` needs for a mini-batch, in every layer alike."""
+        kv, activations = (
+            {pool: DeviceRows.of(runs.rows(), upload) for pool, runs in loads.items() if pool.tier is Tier.DEVICE}
+            for loads in (batch.kv_loads, batch.activation_loads)
+        )
+        return Gathers(kv, activations)
 
-    def fill(self, buffers: Buffers, loads: Loads, layer: int) -> None:
-        """Copy a mini-batch's cached rows of a layer into its buffers, on the current stream."""
-        self._copy(buffers.kv, loads.kv, layer)
-        self._copy(buffers.activations, loads.activations, layer)
+    def gather(self, buffers: Buffers, gathers: Gathers, layer: int) -> None:
+        """Copy a mini-batch's rows of a layer from the device's blocks into its buffers, on the current stream.
+
+        Called on the executor's thread, for the compute stream: on that of the loads, the bus would wait until the
+        GPU has room for another kernel.
+        """
+        for buffer, pools in zip(buffers, gathers, strict=True):
+            for pool, rows in pools.items():
+                self._device.copy_rows(buffer, rows.target, self._pools[pool][layer], rows.source)
 
     def device_kv(self, layer: int) -> torch.Tensor:
         """The pool of KV blocks on the device [slots, 2*kv], which attention reads in place."""
@@ -183,30 +188,28 @@ class CacheManager:
         self._bus.move(math.inf)
 
     def _prepare(self, step: Step) -> list[Loads]:
-        device = self._device
-        device.wait(device.load, self._stored)
-        with device.on(device.load):
-            return self.prepare(step)
+        self._device.wait(self._device.load, self._stored)
+        return [self._loads(batch) for batch in step.mini_batches]
 
-    def _prepare_batch(self, batch: MiniBatch, upload: Upload) -> Loads:
-        self.regenerated_tokens += batch.num_activation_rows * self._num_layers
-        return Loads(self._split(batch.kv_loads, upload), self._split(batch.activation_loads, upload))
-
-    def _split(self, loads: Mapping[PoolId, Runs], upload: Upload) -> _Copies:
-        host = {pool: runs for pool, runs in loads.items() if pool.tier is Tier.HOST}
-        device = {pool: runs.rows() for pool, runs in loads.items() if pool.tier is Tier.DEVICE}
-        return _Copies(host, {pool: DeviceRows.of(rows, upload) for pool, rows in device.items()})
+    def _loads(self, batch: MiniBatch) -> Loads:
+        kv, activations = (
+            {pool: runs for pool, runs in loads.items() if pool.tier is Tier.HOST}
+            for loads in (batch.kv_loads, batch.activation_loads)
+        )
+        return Loads(kv, activations)
 
     def _load(self, layer: int, loads: Loads, buffers: Buffers, freed: Event) -> Staged:
         device = self._device
         device.wait(device.load, freed)
         with device.on(device.load):
-            self.fill(buffers, loads, layer)
+            self._fill(buffers, loads, layer)
         return Staged(buffers, device.record(device.load))
 
-    def _copy(self, buffer: torch.Tensor, copies: _Copies, layer: int) -> None:
-        for pool, runs in copies.host.items():
+    def _fill(self, buffers: Buffers, loads: Loads, layer: int) -> None:
+        self._copy(buffers.kv, loads.kv, layer)
+        self._copy(buffers.activations, loads.activations, layer)
+
+    def _copy(self, buffer: torch.Tensor, loads: Mapping[PoolId, Runs], layer: int) -> None:
+        for pool, runs in loads.items():
             self._device.load_runs(buffer, self._pools[pool][layer], runs)
             self.loaded_bytes += runs.num_rows * buffer.shape[1] * buffer.element_size()
-        for pool, rows in copies.device.items():
-            self._device.copy_rows(buffer, rows.target, self._pools[pool][layer], rows.source)

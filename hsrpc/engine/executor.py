@@ -56,7 +56,7 @@ class Executor:
         self._prefetcher = prefetcher
         self._cache = cache
         self._device = device
-        self._forward = Forward(family, weights, cache, attention, device, max_queries=plan.buffers.queries)
+        self.forward = Forward(family, weights, cache, attention, device, max_queries=plan.buffers.queries)
         self._graphs = make_graphs(family, weights, cache, attention, device, plan=plan)
         self._sampler = Sampler(SAMPLE_ELEMENTS)
         self._eos = frozenset(family.spec.eos_token_ids)
@@ -152,15 +152,13 @@ class Executor:
         device, compute = self._device, self._device.compute
         device.wait(compute, staged.loaded)
         with device.on(compute):
-            batches, loads = self._forward.upload(step.mini_batches), self._cache.prepare(step)
+            batches = self.forward.upload(step.mini_batches)
         for layer, weights in enumerate(self._layers):
             if step.is_abandoned:
                 return None, device.record(compute)
             here = Prefetched(layer, weights.resident, None, None, 0)
-            for batch, each in zip(batches, loads, strict=True):
-                with device.on(compute):
-                    self._cache.fill(staged.buffers, each, layer)
-                self._forward.compute(here, Staged(staged.buffers, None), batch)
+            for batch in batches:
+                self.forward.compute(here, Staged(staged.buffers, None), batch)
         return self._sample(step, batches), device.record(compute)
 
     def _launch_graphs(self, step: Step, launched: _Launched | None, ahead: Step | None) -> PendingSample:
@@ -190,7 +188,7 @@ class Executor:
         done = weights.loaded
         try:
             if weights.decodings:
-                await worker.run(partial(self._forward.decode_weights, weights))
+                await worker.run(partial(self.forward.decode_weights, weights))
             for batch in batches:
                 done = await self._compute_batch(worker, weights, batch)
         finally:
@@ -202,14 +200,14 @@ class Executor:
         self._untaken -= 1
         attended = staged.loaded
         try:
-            attended, done = await worker.run(partial(self._forward.compute, weights, staged, batch))
+            attended, done = await worker.run(partial(self.forward.compute, weights, staged, batch))
         finally:
             self._cache.give_back(staged, attended)
         return done
 
     def _begin(self, step: Step) -> list[DeviceBatch]:
         with self._device.on(self._device.compute):
-            return self._forward.upload(step.mini_batches)
+            return self.forward.upload(step.mini_batches)
 
     def _sample(self, step: Step, batches: Sequence[DeviceBatch]) -> list[Sampled]:
         """Tokens of the works that sample; waits for the device, since the next step depends on them."""

@@ -17,7 +17,7 @@ from hsrpc.core.blocks import PoolId, Tier
 from hsrpc.core.plan import PENDING_QUERIES, REGENERATE_ROWS
 from hsrpc.device.device import Device, Event
 from hsrpc.device.uploads import Upload
-from hsrpc.engine.cache import CacheManager, DeviceRows, Staged
+from hsrpc.engine.cache import CacheManager, DeviceRows, Gathers, Staged
 from hsrpc.engine.prefetcher import Prefetched
 from hsrpc.engine.weights import ModelWeights
 from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
@@ -72,6 +72,7 @@ class DeviceBatch:
     num_in_place: int
     num_rebuilt: int
     """Rows at the front of both buffers that regeneration turns into one another."""
+    gathers: Gathers
     new_rows: DeviceRows
     activation_rows: torch.Tensor
     activation_positions: torch.Tensor
@@ -97,6 +98,8 @@ class Forward:
         *,
         max_queries: int,
     ) -> None:
+        self.regenerated_tokens = 0
+        """Rows rebuilt from activations since the start, all layers."""
         self._family = family
         self._fixed = weights.fixed
         self._cache = cache
@@ -110,11 +113,36 @@ class Forward:
     def upload(self, batches: Sequence[MiniBatch]) -> list[DeviceBatch]:
         """The arrays of a step's mini-batches and their first layer's input, on the current stream."""
         with self._device.uploads() as upload:
-            groups = [list(_upload(group, upload)) for group in group_batches(batches, self._max_queries)]
+            groups = [list(self._upload(group, upload)) for group in group_batches(batches, self._max_queries)]
         for group in (found[0].group for found in groups):
             group.rotation = self._family.rotation(group.positions)
             group.hidden = self._family.embed(self._fixed, group.token_ids, group.positions)
         return [batch for group in groups for batch in group]
+
+    def _upload(self, batches: Sequence[MiniBatch], upload: Upload) -> Iterator[DeviceBatch]:
+        """A group's mini-batches."""
+        positions = upload(np.concatenate([batch.positions for batch in batches]))
+        group = Group(upload(np.concatenate([batch.token_ids for batch in batches])), positions)
+        start = 0
+        for batch in batches:
+            rows = slice(start, start + batch.num_queries)
+            start = rows.stop
+            yield DeviceBatch(
+                group=group,
+                rows=rows,
+                is_first=batch is batches[0],
+                is_last=batch is batches[-1],
+                in_place=_in_place_rows(batch, upload),
+                packed=_packed_rows(batch, upload),
+                num_in_place=batch.in_place.num_requests,
+                num_rebuilt=batch.in_place.num_rebuilt,
+                gathers=self._cache.gathers(batch, upload),
+                new_rows=DeviceRows.of(batch.new_rows, upload),
+                activation_rows=upload(batch.activation_rows),
+                activation_positions=upload(batch.activation_positions),
+                stores={pool: DeviceRows.of(rows, upload) for pool, rows in batch.stores.items()},
+                sample_rows=upload(batch.sample_rows),
+            )
 
     def decode_weights(self, weights: Prefetched) -> None:
         """Decode what of a layer's weights came coded; they are then used by all its mini-batches."""
@@ -140,6 +168,7 @@ class Forward:
             projected = Projected(*(part[rows] for part in group.projected))
             x, kv = projected.x, projected.kv
             device.wait(device.compute, staged.loaded)
+            self._cache.gather(staged.buffers, batch.gathers, weights.layer)
             device.copy_rows(staged.buffers.kv, batch.new_rows.target, kv, batch.new_rows.source)
             self._cache.store(Tier.DEVICE, weights.layer, batch.stores, kv, x)
             with record_function("hsrpc.regenerate"):
@@ -187,6 +216,7 @@ class Forward:
     def _regenerate(self, w: Weights, staged: Staged, batch: DeviceBatch) -> None:
         """Rebuild K and V of the cached activations where attention reads them; rows of chunks are copied there."""
         total, in_front, kv = len(batch.activation_rows), batch.num_rebuilt, staged.buffers.kv
+        self.regenerated_tokens += total
         pieces = [*range(0, in_front, REGENERATE_ROWS), *range(in_front, total, REGENERATE_ROWS), total]
         for start, end in pairwise(pieces):
             rows = slice(start, end)
@@ -195,31 +225,6 @@ class Forward:
             self._family.keys_values(w, staged.buffers.activations[rows], rotation, out)
             if start >= in_front:
                 kv.index_copy_(0, batch.activation_rows[rows], out)
-
-
-def _upload(batches: Sequence[MiniBatch], upload: Upload) -> Iterator[DeviceBatch]:
-    """A group's mini-batches."""
-    positions = upload(np.concatenate([batch.positions for batch in batches]))
-    group = Group(upload(np.concatenate([batch.token_ids for batch in batches])), positions)
-    start = 0
-    for batch in batches:
-        rows = slice(start, start + batch.num_queries)
-        start = rows.stop
-        yield DeviceBatch(
-            group=group,
-            rows=rows,
-            is_first=batch is batches[0],
-            is_last=batch is batches[-1],
-            in_place=_in_place_rows(batch, upload),
-            packed=_packed_rows(batch, upload),
-            num_in_place=batch.in_place.num_requests,
-            num_rebuilt=batch.in_place.num_rebuilt,
-            new_rows=DeviceRows.of(batch.new_rows, upload),
-            activation_rows=upload(batch.activation_rows),
-            activation_positions=upload(batch.activation_positions),
-            stores={pool: DeviceRows.of(rows, upload) for pool, rows in batch.stores.items()},
-            sample_rows=upload(batch.sample_rows),
-        )
 
 
 def _in_place_rows(batch: MiniBatch, upload: Upload) -> InPlaceRows | None:

@@ -86,4 +86,5 @@ class Meter:
     def _read_moved(self) -> tuple[int, int, int]:
         """Weight bytes, cache bytes and regenerated tokens."""
         parts = self._parts
-        return parts.prefetcher.streamed_bytes, parts.cache.loaded_bytes, parts.cache.regenerated_tokens
+        regenerated = parts.executor.forward.regenerated_tokens
+        return parts.prefetcher.streamed_bytes, parts.cache.loaded_bytes, regenerated

@@ -31,7 +31,7 @@ async def warm_up(parts: Parts, limits: SchedulerLimits) -> None:
     while await _step(parts, scheduler):
         pass
     parts.prefetcher.streamed_bytes = 0
-    parts.cache.loaded_bytes = parts.cache.regenerated_tokens = 0
+    parts.cache.loaded_bytes = parts.executor.forward.regenerated_tokens = 0
 
 
 def _prompts(tokens: int, limits: SchedulerLimits, scheduler: Scheduler) -> list[int]:

@@ -201,7 +201,7 @@ async def test_an_abandoned_step_stops_by_the_next_layer(layers: int, reference:
     made = reference("opt")
     async with Engine(roomy(made)) as engine:
         executor, loop, computed = engine._opened.executor, asyncio.get_running_loop(), []
-        compute = executor._forward.compute
+        compute = executor.forward.compute
 
         def leave_in_a_layer(*args: object) -> object:
             computed.append(args)
@@ -212,7 +212,7 @@ async def test_an_abandoned_step_stops_by_the_next_layer(layers: int, reference:
         async def leave() -> None:
             generation.close()
 
-        executor._forward.compute = leave_in_a_layer
+        executor.forward.compute = leave_in_a_layer
         async with left_as_found(engine):
             generation = await engine.submit([7] * 20, greedy(64))
             await until(lambda: len(computed) == layers)

@@ -203,7 +203,7 @@ def break_cache(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 
 
 def break_executor(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine._opened.executor._forward, "compute", boom)
+    patch.setattr(engine._opened.executor.forward, "compute", boom)
 
 
 def break_detokenizing(engine: Engine, patch: pytest.MonkeyPatch) -> None:
@@ -260,7 +260,7 @@ async def test_running_out_of_device_memory_ends_the_step_alone(
         for generation in generations:
             await anext(generation)
         executor = engine._opened.executor
-        owner = executor._forward if part == "compute" else executor
+        owner = executor.forward if part == "compute" else executor
         compute, calls = getattr(owner, part), []
 
         def run_out(*args: object) -> object:
@@ -305,7 +305,7 @@ async def test_a_fault_does_not_wait_for_a_busy_thread(
             loop.call_soon_threadsafe(slow.set)
             time.sleep(1.5)
 
-        monkeypatch.setattr(engine._opened.executor._forward, "compute", stall)
+        monkeypatch.setattr(engine._opened.executor.forward, "compute", stall)
         await slow.wait()
         break_detokenizing(engine, monkeypatch)
         start = time.monotonic()

@@ -78,6 +78,21 @@ async def test_tokens_do_not_depend_on_who_keeps_a_cache(
     assert sum(step.recomputed_tokens for step in computed) > 0
 
 
+@pytest.mark.parametrize("placement", ["host", "auto"])
+async def test_every_cached_activation_is_rebuilt_in_every_layer(
+    placement: str, reference: Callable[[str], Reference]
+) -> None:
+    """From blocks on the host and on the device alike, and each is counted once."""
+    made, computed = reference("opt"), []
+    config = config_for(made, cache_policy="activation", placement=placement, gpu_memory="1GiB", host_memory="1GiB")
+    async with Engine(config, observe=computed.append) as engine:
+        assert await generate_all(engine, made) == made.outputs
+        layers = engine.spec.sizes.num_layers
+        assert (engine.stats().cache_loaded_bytes > 0) == (placement == "host")
+    assert all(step.regenerated_tokens == step.context_tokens * layers for step in computed)
+    assert sum(step.regenerated_tokens for step in computed) > 0
+
+
 @pytest.mark.parametrize("block_size", [1, 16, 32])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("model", ["opt", "llama", "mistral-window"])

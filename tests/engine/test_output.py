@@ -135,13 +135,13 @@ async def test_the_context_ends_the_output(engine: Engine) -> None:
 
 async def test_the_time_limit_ends_running_and_queued_requests(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each ends with what there is: some tokens, or none; an ended request leaves no timer behind."""
-    compute = engine._opened.executor._forward.compute
+    compute = engine._opened.executor.forward.compute
 
     def slow(*args: Any) -> Any:
         time.sleep(0.005)
         return compute(*args)
 
-    monkeypatch.setattr(engine._opened.executor._forward, "compute", slow)
+    monkeypatch.setattr(engine._opened.executor.forward, "compute", slow)
     blockers = [await engine.submit([5] * 3, greedy(120)) for _ in range(3)]
     running = await engine.submit([5] * 3, greedy(120, time_limit=0.5))
     await until(lambda: engine.stats().running == 4)
