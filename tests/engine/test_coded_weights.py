@@ -180,6 +180,7 @@ def test_auto_takes_the_coding_that_fits(
         if fits(config := replace(auto, **{budget: size, "weight_coding": fitting}))
     )
     assert not fits(replace(tight, weight_coding=other))
+    assert not fits(replace(auto, **{budget: 2**16}))
     planned = startup.make_plan(replace(tight, weight_coding="auto"))
     assert planned.plan.codes_weights == planned.spec.sizes.codes_weights == (fitting == "lossless")
 
