@@ -55,7 +55,7 @@ def copies(device: Device, options: argparse.Namespace, width: int, dtype: torch
         def copy() -> int:
             starts = next(all_starts)
             count = np.full(len(starts), run, dtype=np.int64)
-            device.load_runs(target, host, Runs(starts, np.arange(len(starts)) * run, count))
+            device.copy_runs(target, host, Runs(starts, np.arange(len(starts)) * run, count))
             return len(starts) * run * row_bytes
 
         return copy

@@ -26,7 +26,7 @@ from hsrpc.core.planner import Planner
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.device import Device, Event
 from hsrpc.engine.bus import BusOrder
-from hsrpc.engine.cache import Buffers, CacheManager, DeviceRows, Loads, Staged
+from hsrpc.engine.cache import Buffers, CacheManager, Loads, Staged, Stores
 from hsrpc.engine.forward import DeviceBatch, Forward
 from hsrpc.engine.prefetcher import Prefetched
 from hsrpc.engine.weights import ModelWeights
@@ -105,10 +105,8 @@ class LayerSplitCache(CacheManager):
         else:
             self._copy(buffers.kv, loads.kv, layer)
 
-    def store(
-        self, tier: Tier, layer: int, stores: Mapping[PoolId, DeviceRows], kv: torch.Tensor, x: torch.Tensor
-    ) -> None:
-        super().store(tier, layer, stores, kv, x if layer < self.hidden_layers else kv)
+    def store(self, tier: Tier, layer: int, stores: Mapping[PoolId, Stores], kv: torch.Tensor, x: torch.Tensor) -> None:
+        super().store(tier, layer, stores, kv, x if layer < self.hidden_layers else kv.contiguous())
 
     def _allocate(self, pool: PoolId, num_slots: int, dtype: torch.dtype) -> list[torch.Tensor]:
         if pool is not PoolId.HOST_ACTIVATION:

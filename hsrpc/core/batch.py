@@ -50,7 +50,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Copies of neighbouring rows: `count[i]` rows from slot `source[i]` of a pool to row `target[i]` of a buffer."""
+    """Copies of neighbouring rows: `count[i]` rows from `source[i]` on to `target[i]` on, in a pool and a buffer."""
 
     source: Ints
     target: Ints
@@ -59,6 +59,10 @@ class Runs:
     @property
     def num_rows(self) -> int:
         return int(self.count.sum())
+
+    def where(self, chosen: npt.NDArray[np.bool_]) -> Runs:
+        """Some of them."""
+        return Runs(self.source[chosen], self.target[chosen], self.count[chosen])
 
     def rows(self) -> Rows:
         """The same copies row by row."""

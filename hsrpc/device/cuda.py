@@ -143,7 +143,9 @@ class CudaDevice(Device):
             piece = source[start : start + _PIECE_BYTES]
             target[start : start + len(piece)].copy_(piece, non_blocking=True)
 
-    def load_runs(self, target: torch.Tensor, source: torch.Tensor, runs: Runs) -> None:
+    def copy_runs(self, target: torch.Tensor, source: torch.Tensor, runs: Runs) -> None:
+        assert target.is_contiguous()
+        assert source.is_contiguous()
         row_bytes = target.stride(0) * target.element_size()
         self._copy(
             target.data_ptr() + runs.target * row_bytes,

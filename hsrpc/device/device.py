@@ -2,7 +2,7 @@
 
 Work is ordered by events, never by waiting for the device. A stream is entered in the thread that launches on it:
 
-    with device.on(device.load): device.load_runs(...)
+    with device.on(device.load): device.copy_runs(...)
     loaded = device.record(device.load)
     device.wait(device.compute, loaded)
 """
@@ -157,8 +157,11 @@ class Device(ABC):
         """Copy pinned bytes to the front of `target` on the current stream, in pieces that let others come between."""
 
     @abstractmethod
-    def load_runs(self, target: torch.Tensor, source: torch.Tensor, runs: Runs) -> None:
-        """Copy runs of rows of pinned `source` [slots, w] into device `target` [rows, w], on the current stream."""
+    def copy_runs(self, target: torch.Tensor, source: torch.Tensor, runs: Runs) -> None:
+        """Copy runs of rows of `source` [*, w] to `target` [*, w], on the current stream, by copy engine.
+
+        One is pinned, the other on the device; both are contiguous.
+        """
 
     @abstractmethod
     def copy_rows(
@@ -254,7 +257,9 @@ class CpuDevice(Device):
     def load_bytes(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target[: len(source)].copy_(source)
 
-    def load_runs(self, target: torch.Tensor, source: torch.Tensor, runs: Runs) -> None:
+    def copy_runs(self, target: torch.Tensor, source: torch.Tensor, runs: Runs) -> None:
+        assert target.is_contiguous()
+        assert source.is_contiguous()
         for start, row, count in zip(runs.source.tolist(), runs.target.tolist(), runs.count.tolist(), strict=True):
             target[row : row + count].copy_(source[start : start + count])
 

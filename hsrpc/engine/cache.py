@@ -11,16 +11,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from hsrpc.core.batch import MiniBatch, Rows, Runs, Step
 from hsrpc.core.blocks import BlockKind, PoolId, Tier
+from hsrpc.core.layout import merge_runs
 from hsrpc.core.plan import BUFFERS, Plan
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.device import Device, Event
 from hsrpc.device.uploads import Upload
 from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.worker import Worker
+
+_LEAST_RUN = 16
+"""Rows that are worth a copy of their own."""
 
 
 class Buffers(NamedTuple):
@@ -49,6 +54,23 @@ class DeviceRows:
     @classmethod
     def of(cls, rows: Rows, upload: Upload) -> DeviceRows:
         return cls(upload(rows.source), upload(rows.target))
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """New rows of a mini-batch on their way to a pool."""
+
+    rows: DeviceRows
+    """By a kernel: decode has one row of each request."""
+    runs: Runs
+    """By copy engine, which leaves the GPU to others: prompts. On the host."""
+
+    @classmethod
+    def of(cls, pool: PoolId, rows: Rows, upload: Upload) -> Stores:
+        """Long runs of activations for the host are runs; rows of K and V are not contiguous."""
+        runs = merge_runs(rows.source, rows.target, np.ones_like(rows.source))
+        is_run = runs.count >= (_LEAST_RUN if pool is PoolId.HOST_ACTIVATION else np.inf)
+        return cls(DeviceRows.of(runs.where(~is_run).rows(), upload), runs.where(is_run))
 
 
 class Loads(NamedTuple):
@@ -143,17 +165,17 @@ class CacheManager:
         """Of each layer's pool of KV blocks on the device: it belongs to no block."""
         return len(self._pools[PoolId.DEVICE_KV][0]) - 1
 
-    def store(
-        self, tier: Tier, layer: int, stores: Mapping[PoolId, DeviceRows], kv: torch.Tensor, x: torch.Tensor
-    ) -> None:
+    def store(self, tier: Tier, layer: int, stores: Mapping[PoolId, Stores], kv: torch.Tensor, x: torch.Tensor) -> None:
         """Write new rows to their blocks in `tier`, on the current stream: kv [n, 2*kv] or x [n, h].
 
         Called on the executor's thread: for the device on the compute stream, for the host on the store stream.
         """
-        for pool, rows in stores.items():
+        for pool, new in stores.items():
             if pool.tier is tier:
-                source = kv if pool.kind is BlockKind.KV else x
-                self._device.copy_rows(self._pools[pool][layer], rows.target, source, rows.source)
+                source, target = kv if pool.kind is BlockKind.KV else x, self._pools[pool][layer]
+                self._device.copy_rows(target, new.rows.target, source, new.rows.source)
+                if len(new.runs.count):
+                    self._device.copy_runs(target, source, new.runs)
                 if tier is Tier.HOST:
                     self._device.keep(source, self._device.store)
 
@@ -211,5 +233,5 @@ class CacheManager:
 
     def _copy(self, buffer: torch.Tensor, loads: Mapping[PoolId, Runs], layer: int) -> None:
         for pool, runs in loads.items():
-            self._device.load_runs(buffer, self._pools[pool][layer], runs)
+            self._device.copy_runs(buffer, self._pools[pool][layer], runs)
             self.loaded_bytes += runs.num_rows * buffer.shape[1] * buffer.element_size()

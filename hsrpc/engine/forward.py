@@ -17,7 +17,7 @@ from hsrpc.core.blocks import PoolId, Tier
 from hsrpc.core.plan import PENDING_QUERIES, REGENERATE_ROWS
 from hsrpc.device.device import Device, Event
 from hsrpc.device.uploads import Upload
-from hsrpc.engine.cache import CacheManager, DeviceRows, Gathers, Staged
+from hsrpc.engine.cache import CacheManager, DeviceRows, Gathers, Staged, Stores
 from hsrpc.engine.prefetcher import Prefetched
 from hsrpc.engine.weights import ModelWeights
 from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
@@ -76,7 +76,7 @@ class DeviceBatch:
     new_rows: DeviceRows
     activation_rows: torch.Tensor
     activation_positions: torch.Tensor
-    stores: dict[PoolId, DeviceRows]
+    stores: dict[PoolId, Stores]
     sample_rows: torch.Tensor
 
     @property
@@ -140,7 +140,7 @@ class Forward:
                 new_rows=DeviceRows.of(batch.new_rows, upload),
                 activation_rows=upload(batch.activation_rows),
                 activation_positions=upload(batch.activation_positions),
-                stores={pool: DeviceRows.of(rows, upload) for pool, rows in batch.stores.items()},
+                stores={pool: Stores.of(pool, rows, upload) for pool, rows in batch.stores.items()},
                 sample_rows=upload(batch.sample_rows),
             )
 

@@ -38,7 +38,7 @@ def runs(draw: st.DrawFn) -> Runs:
 
 
 @given(copies=runs(), dtype=st.sampled_from([torch.float32, torch.float16]))
-def test_load_runs_copies_row_by_row(copies: Runs, dtype: torch.dtype) -> None:
+def test_copy_runs_copies_row_by_row(copies: Runs, dtype: torch.dtype) -> None:
     """As a loop over single rows would; all other rows stay as they are."""
     device = CpuDevice()
     source = device.pinned(SLOTS * WIDTH * dtype.itemsize).view(dtype).view(SLOTS, WIDTH)
@@ -49,7 +49,7 @@ def test_load_runs_copies_row_by_row(copies: Runs, dtype: torch.dtype) -> None:
     for start, row, count in zip(copies.source, copies.target, copies.count, strict=True):
         for i in range(count):
             wanted[row + i] = source[start + i]
-    device.load_runs(target, source, copies)
+    device.copy_runs(target, source, copies)
     assert torch.equal(target, wanted)
 
 

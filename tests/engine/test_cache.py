@@ -20,7 +20,7 @@ from hsrpc.core.request import FinishReason, Request, SamplingParams
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.device import CpuDevice
 from hsrpc.engine.bus import BusOrder
-from hsrpc.engine.cache import CacheManager, DeviceRows
+from hsrpc.engine.cache import CacheManager, Stores
 from hsrpc.model.spec import load_spec
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
@@ -70,7 +70,7 @@ def store_all(cache: CacheManager, sizes: ModelSizes, step: Step, dtype: torch.d
     batch = step.mini_batches[0]
     kv = [torch.randn(batch.num_queries, 2 * sizes.kv_size).to(dtype) for _ in range(sizes.num_layers)]
     x = [torch.randn(batch.num_queries, sizes.hidden_size).to(dtype) for _ in range(sizes.num_layers)]
-    rows = {pool: DeviceRows.of(rows, torch.from_numpy) for pool, rows in batch.stores.items()}
+    rows = {pool: Stores.of(pool, rows, torch.from_numpy) for pool, rows in batch.stores.items()}
     for layer in range(sizes.num_layers):
         for tier in Tier:
             cache.store(tier, layer, rows, kv[layer], x[layer])
@@ -93,6 +93,7 @@ SCATTERED = (7, 2, 3, 20, 11, 0)
 MIXED = [pool for _ in range(2) for pool in PoolId][:6]
 TABLES = {pool.name: [(pool, index) for index in SCATTERED] for pool in PoolId}
 TABLES |= {"mixed": list(zip(MIXED, SCATTERED, strict=True))}
+TABLES |= {"neighbours": [(PoolId.HOST_ACTIVATION, index) for index in range(9, 15)]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
