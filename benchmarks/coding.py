@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from hsrpc.config import DeviceKind, DType, EngineConfig
-from hsrpc.device.coding import Coding
+from hsrpc.device.coding import Coding, can_encode
 from hsrpc.device.device import Device
 from hsrpc.engine.startup import RANDOM_PREFIX, describe_model, measure_hardware
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
@@ -55,13 +55,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     is_random = options.model.startswith(RANDOM_PREFIX)
     source: WeightSource = RandomWeights(0) if is_random else Checkpoint(resolve_model(options.model))
     family = create_family(spec)
-    matrices = [t for layer in range(options.layers) for t in family.layer_tensors(layer) if len(t.shape) > 1]
+    tensors = [tensor for layer in range(options.layers) for tensor in family.layer_tensors(layer)]
     own = coded = 0
     encoding = 0.0
     kept: list[tuple[Coding, torch.Tensor, torch.Tensor]] = []
-    for tensor in matrices:
+    for tensor in tensors:
         values = device.empty(tensor.shape, spec.dtype)
         source.read(tensor, values)
+        if not can_encode(values):
+            continue
         encoding += seconds_of(device, partial(device.encode_weights, values))
         coding, data = device.encode_weights(values)
         target = torch.empty_like(values)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch._C._autograd import DeviceType
@@ -137,30 +137,38 @@ def _busy(kernels: Sequence[tuple[int, int]]) -> tuple[int, float]:
     return total, total / window
 
 
+_Place: TypeAlias = tuple[object, object]
+"""Device type, and stream or thread."""
+
+
 def range_times(events: Iterable[Any], *, on_cuda: bool) -> tuple[dict[str, float], float]:
     """Of raw events: seconds a step of each range, in order of first appearance, and of the host in all of them.
 
     On CUDA a range's seconds are of the kernels that lie within its shadow on their stream.
     """
-    ranges: defaultdict[tuple[object, object], list[tuple[int, int, str]]] = defaultdict(list)
-    kernels: list[tuple[tuple[object, object], int, int]] = []
+    ranges: defaultdict[_Place, list[tuple[int, int, str]]] = defaultdict(list)
+    kernels: list[tuple[_Place, int, int]] = []
     for event in events:
-        name, where = event.name(), (event.device_type(), event.device_resource_id())
+        name, place = event.name(), (event.device_type(), event.device_resource_id())
         if name.startswith(_RANGE):
-            ranges[where].append((event.start_ns(), event.duration_ns(), name.removeprefix(_RANGE)))
-        elif where[0] == DeviceType.CUDA and not event.is_user_annotation():
-            kernels.append((where, event.start_ns(), event.duration_ns()))
-    found = sorted(chain.from_iterable(times for where, times in ranges.items() if where[0] == DeviceType.CPU))
-    parts = {name: 0.0 for *_, name in found}
+            ranges[place].append((event.start_ns(), event.duration_ns(), name.removeprefix(_RANGE)))
+        elif place[0] == DeviceType.CUDA and not event.is_user_annotation():
+            kernels.append((place, event.start_ns(), event.duration_ns()))
+    on_host = sorted(chain.from_iterable(found for place, found in ranges.items() if place[0] == DeviceType.CPU))
+    parts = {name: 0.0 for *_, name in on_host}
     per_step = 1e9 * PROFILED_STEPS
-    for times in ranges.values():
-        times.sort()
-    for where, start, duration in kernels:
-        place = bisect_right(ranges[where], start, key=itemgetter(0)) - 1
-        if place >= 0 and start < sum(ranges[where][place][:2]):
-            name = ranges[where][place][2]
-            parts[name] = parts.get(name, 0.0) + duration / per_step
-    if not on_cuda:
-        for _, duration, name in found:
-            parts[name] += duration / per_step
-    return parts, sum(duration for _, duration, _ in found) / per_step
+    for name, duration in _kernels_of(ranges, kernels) if on_cuda else ((name, took) for _, took, name in on_host):
+        parts[name] = parts.get(name, 0.0) + duration / per_step
+    return parts, sum(duration for _, duration, _ in on_host) / per_step
+
+
+def _kernels_of(
+    ranges: Mapping[_Place, list[tuple[int, int, str]]], kernels: Iterable[tuple[_Place, int, int]]
+) -> Iterator[tuple[str, int]]:
+    """The range that each kernel begins in, and its nanoseconds; ranges of one stream never overlap."""
+    shadows = {place: sorted(found) for place, found in ranges.items()}
+    for place, start, duration in kernels:
+        found = shadows.get(place, [])
+        number = bisect_right(found, start, key=itemgetter(0)) - 1
+        if number >= 0 and start < sum(found[number][:2]):
+            yield found[number][2], duration

@@ -1,4 +1,7 @@
-"""Triton kernels that code weights and decode them."""
+"""Triton kernels that code weights and decode them: the same bytes as `coding.encode`, the same bits as `decode`.
+
+That codes have two bits and three levels, and that 16 values are a row, is written out in them.
+"""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Device(ABC):
 
     torch_device: torch.device
     decodes_weights: bool
-    """In less time than their fewer bytes save on the bus."""
+    """By a kernel, as fast as the planner counts."""
     warms_up: bool
     """What is done for the first time takes long: kernels are compiled and loaded."""
     load: Stream

@@ -69,8 +69,8 @@ class Stores:
     def of(cls, pool: PoolId, rows: Rows, upload: Upload) -> Stores:
         """Long runs of activations for the host are runs; rows of K and V are not contiguous."""
         runs = merge_runs(rows.source, rows.target, np.ones_like(rows.source))
-        is_run = runs.count >= (_LEAST_RUN if pool is PoolId.HOST_ACTIVATION else np.inf)
-        return cls(DeviceRows.of(runs.where(~is_run).rows(), upload), runs.where(is_run))
+        is_long = (runs.count >= _LEAST_RUN) & (pool is PoolId.HOST_ACTIVATION)
+        return cls(DeviceRows.of(runs.where(~is_long).rows(), upload), runs.where(is_long))
 
 
 class Loads(NamedTuple):
