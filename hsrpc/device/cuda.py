@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -25,6 +26,7 @@ _PIECE_BYTES = 16 * 1024**2
 
 _LIBRARY_BYTES = 128 * 1024**2
 """cuBLAS' workspaces, of two streams and of graphs."""
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _ROUNDED_PART = 100
 """The allocator rounds large tensors up to 2 MiB: about this part of all."""
 
@@ -33,6 +35,7 @@ class CudaDevice(Device):
     """The current CUDA device, with one stream each for loads, compute and stores."""
 
     def __init__(self) -> None:
+        _share_memory()
         index = torch.cuda.current_device()
         self.torch_device = torch.device("cuda", index)
         self.decodes_weights = True
@@ -164,3 +167,12 @@ class CudaDevice(Device):
 
     def decode_weights(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
         decode_weights(data, coding, target)
+
+
+def _share_memory() -> None:
+    """Let the allocator map what is free anywhere to where it is wanted: it may have a budget's last bytes in pieces.
+
+    Torch has no public function for it, only variables that it reads once; what they say holds.
+    """
+    if not any(os.environ.get(name) for name in _ALLOCATOR_VARIABLES):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import time
+import traceback
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from random import Random
@@ -262,6 +263,7 @@ class Engine:
     def _fail(self, error: BaseException) -> None:
         _log.error("an engine task died", exc_info=error)
         self._accepts = False
+        _forget(error)
         fault = EngineFaultError("an engine task died; see the log")
         fault.__cause__ = error
         if self._failed is not None and not self._failed.done():
@@ -331,6 +333,13 @@ class Engine:
             raise EngineUnavailableError("the engine is not running")
         if request_id is not None and request_id in self._delivery.live:
             raise RequestExistsError(request_id)
+
+
+def _forget(error: BaseException | None) -> None:
+    """What the functions that failed had: whoever holds the error would hold weights and pools with it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _not_started() -> EngineUnavailableError:

@@ -208,6 +208,7 @@ def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> 
                 compile_coding(device, dtype)  # before the other thread compiles
             compiled = compiler.submit(attention.compile)
             weights = load_weights(family, source, plan, device, stop, progress=progress)
+            device.release_cached()  # what coding used
             bus = BusOrder()
             cache = CacheManager(spec.sizes, plan, device, spec.dtype, bus)
             prefetcher = WeightPrefetcher(weights, plan, device, bus)

@@ -200,6 +200,24 @@ async def test_a_device_that_warms_up_does_so_unseen(
         await idle(engine)
 
 
+async def test_nothing_of_an_engine_that_died_stays(
+    reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even while its fault is held, whose tracebacks lead to all that its tasks had."""
+    left: list[weakref.ref[Executor]] = []
+
+    def broken(executor: Executor, *_: object) -> object:
+        left.append(weakref.ref(executor))
+        raise ValueError("broken")
+
+    monkeypatch.setattr(CpuDevice, "warms_up", property(lambda _: True, lambda *_: None), raising=False)
+    monkeypatch.setattr(Executor, "_begin", broken)
+    with pytest.raises(EngineFaultError) as caught:
+        await Engine(roomy(reference("opt"))).__aenter__()
+    assert caught.value.__cause__ is not None
+    assert [executor() for executor in left] == [None]
+
+
 async def test_a_fault_while_warming_up_fails_the_start(
     reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
