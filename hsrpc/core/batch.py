@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from hsrpc.core.blocks import PoolId, Tier
+from hsrpc.core.blocks import PoolId
 from hsrpc.core.request import Request
 
 Ints = npt.NDArray[np.int64]
@@ -131,11 +131,6 @@ class MiniBatch:
         return self.num_rows == 0 and all(work.is_decode for work in self.works)
 
     @property
-    def is_on_device(self) -> bool:
-        """No block that it reads lies on the host."""
-        return all(pool.tier is Tier.DEVICE for pool in (*self.kv_loads, *self.activation_loads))
-
-    @property
     def num_queries(self) -> int:
         return len(self.token_ids)
 
@@ -176,11 +171,6 @@ class Step:
     def is_in_place(self) -> bool:
         """It is one mini-batch of decode that uses no buffer."""
         return len(self.mini_batches) == 1 and self.mini_batches[0].is_in_place
-
-    @property
-    def is_on_device(self) -> bool:
-        """No block that it reads lies on the host."""
-        return all(batch.is_on_device for batch in self.mini_batches)
 
     @property
     def is_abandoned(self) -> bool:

@@ -134,9 +134,25 @@ class CacheManager:
         """Its buffers may be overwritten once `freed` has happened."""
         self._free.put_nowait((staged.buffers, freed))
 
-    def borrow(self) -> Staged:
-        """Buffers for a step that is not loaded by this task: free once `loaded` has happened, to be given back."""
-        return Staged(*self._free.get_nowait())
+    def borrow(self) -> list[Staged]:
+        """All buffers, for a step that this task does not load: free once `loaded` has happened, to be given back."""
+        return [Staged(*self._free.get_nowait()) for _ in range(BUFFERS)]
+
+    def prepare(self, step: Step) -> list[Loads]:
+        """What `load` needs for each mini-batch, in every layer alike; it comes after what was stored before."""
+        self._device.wait(self._device.load, self._stored)
+        return [self._loads(batch) for batch in step.mini_batches]
+
+    def load(self, layer: int, loads: Loads, staged: Staged) -> Staged:
+        """Launch the copies of a mini-batch's rows of a layer to buffers that are free once `loaded` has happened."""
+        if not (loads.kv or loads.activations):
+            return staged
+        device = self._device
+        device.wait(device.load, staged.loaded)
+        with device.on(device.load):
+            self._copy(staged.buffers.kv, loads.kv, layer)
+            self._copy(staged.buffers.activations, loads.activations, layer)
+        return Staged(staged.buffers, device.record(device.load))
 
     def gathers(self, batch: MiniBatch, upload: Upload) -> Gathers:
         """What `gather` needs for a mini-batch, in every layer alike."""
@@ -198,20 +214,15 @@ class CacheManager:
         start = self._num_begun * self._num_layers
         self._num_begun += 1
         self._bus.move(start)
-        loads = await worker.run(partial(self._prepare, step))
+        loads = await worker.run(partial(self.prepare, step))
         for layer in range(self._num_layers):
             for number, each in enumerate(loads, start=1):
-                buffers, freed = await self._free.get()
-                staged = Staged(buffers, freed)
+                staged = Staged(*await self._free.get())
                 if not step.is_abandoned:
-                    staged = await worker.run(partial(self._load, layer, each, buffers, freed))
+                    staged = await worker.run(partial(self.load, layer, each, staged))
                 self._bus.move(start + layer + number / len(loads))
                 await self._ready.put(staged)
         self._bus.move(math.inf)
-
-    def _prepare(self, step: Step) -> list[Loads]:
-        self._device.wait(self._device.load, self._stored)
-        return [self._loads(batch) for batch in step.mini_batches]
 
     def _loads(self, batch: MiniBatch) -> Loads:
         kv, activations = (
@@ -219,17 +230,6 @@ class CacheManager:
             for loads in (batch.kv_loads, batch.activation_loads)
         )
         return Loads(kv, activations)
-
-    def _load(self, layer: int, loads: Loads, buffers: Buffers, freed: Event) -> Staged:
-        device = self._device
-        device.wait(device.load, freed)
-        with device.on(device.load):
-            self._fill(buffers, loads, layer)
-        return Staged(buffers, device.record(device.load))
-
-    def _fill(self, buffers: Buffers, loads: Loads, layer: int) -> None:
-        self._copy(buffers.kv, loads.kv, layer)
-        self._copy(buffers.activations, loads.activations, layer)
 
     def _copy(self, buffer: torch.Tensor, loads: Mapping[PoolId, Runs], layer: int) -> None:
         for pool, runs in loads.items():

@@ -88,16 +88,13 @@ class Executor:
         Raises:
             OutOfDeviceMemoryError: there are none; the executor is ready for the next step.
         """
-        if self._needs_bus(step):
+        if self._streams_weights:
             await self._cache.begin(step)
         await self._steps.put((step, ahead))
         result = await self._results.get()
         if isinstance(result, OutOfDeviceMemoryError):
             raise result
         return result
-
-    def _needs_bus(self, step: Step) -> bool:
-        return self._streams_weights or not step.is_on_device
 
     def _is_graph(self, step: Step) -> bool:
         return self._graphs is not None and step.is_in_place
@@ -110,9 +107,9 @@ class Executor:
         try:
             if self._is_graph(step):
                 return await self._run_graph(worker, step, launched, ahead)
-            if self._needs_bus(step):
+            if self._streams_weights:
                 return await self._run_layers(worker, step)
-            return await self._run_on_device(worker, step)
+            return await self._run_resident(worker, step)
         except torch.OutOfMemoryError as error:
             _log.error("a step of %d requests ran out of device memory", len(step.works), exc_info=error)
             step.is_given_up = True
@@ -138,28 +135,42 @@ class Executor:
             await self._compute_layer(worker, layer, batches)
         return await worker.run(partial(self._sample, step, batches))
 
-    async def _run_on_device(self, worker: Worker, step: Step) -> list[Sampled] | None:
-        staged = self._cache.borrow()
-        done = staged.loaded
+    async def _run_resident(self, worker: Worker, step: Step) -> list[Sampled] | None:
+        slots = self._cache.borrow()
         try:
-            sampled, done = await worker.run(partial(self._sweep, step, staged))
+            return await worker.run(partial(self._sweep, step, slots))
         finally:
-            self._cache.give_back(staged, done)
-        return sampled
+            for staged in slots:
+                self._cache.give_back(staged, staged.loaded)
 
-    def _sweep(self, step: Step, staged: Staged) -> tuple[list[Sampled] | None, Event]:
-        """All layers of a step with nothing on the bus to wait for; and when its buffers are no longer read."""
-        device, compute = self._device, self._device.compute
-        device.wait(compute, staged.loaded)
+    def _sweep(self, step: Step, slots: list[Staged]) -> list[Sampled] | None:
+        """All layers of a step that waits for no weights: blocks are loaded from here as well.
+
+        Going from thread to thread with each mini-batch takes longer than launching it. `slots` has buffers with the
+        events after which they are free, now and at the end.
+        """
+        device, compute, cache = self._device, self._device.compute, self._cache
+        loads = cache.prepare(step)
+        todo = [(layer, number) for layer in range(self._num_layers) for number in range(len(loads))]
+
+        def load(place: int) -> None:
+            if place < len(todo):
+                layer, number = todo[place]
+                slots[place % len(slots)] = cache.load(layer, loads[number], slots[place % len(slots)])
+
+        for place in range(len(slots)):
+            load(place)
         with device.on(compute):
             batches = self.forward.upload(step.mini_batches)
-        for layer, weights in enumerate(self._layers):
-            if step.is_abandoned:
-                return None, device.record(compute)
-            here = Prefetched(layer, weights.resident, None, None, 0)
-            for batch in batches:
-                self.forward.compute(here, Staged(staged.buffers, None), batch)
-        return self._sample(step, batches), device.record(compute)
+        for place, (layer, number) in enumerate(todo):
+            if number == 0 and step.is_abandoned:
+                return None
+            weights = Prefetched(layer, self._layers[layer].resident, None, None, 0)
+            staged = slots[place % len(slots)]
+            attended, _ = self.forward.compute(weights, staged, batches[number])
+            slots[place % len(slots)] = Staged(staged.buffers, attended)
+            load(place + len(slots))
+        return self._sample(step, batches)
 
     def _launch_graphs(self, step: Step, launched: _Launched | None, ahead: Step | None) -> PendingSample:
         """Sample `step`, and behind that compute `ahead`."""

@@ -50,7 +50,8 @@ class Generation:
             raise StopAsyncIteration
         if not self._pending:
             self._ended = True
-            raise self._error or StopAsyncIteration
+            # Without the way it took in other requests, which share it.
+            raise self._error.with_traceback(None) if self._error else StopAsyncIteration
         delta = _merge(self._pending)
         self._pending, self._num_pending = [], 0
         self._ended = delta.finish is not None

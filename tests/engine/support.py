@@ -37,6 +37,11 @@ def tight(made: Reference, **settings: object) -> EngineConfig:
     return tightest(config_for(made, **settings))
 
 
+def weights_on_device(made: Reference, **settings: object) -> EngineConfig:
+    """As `tight`, with no weights that stream: what crosses the bus are the cache's blocks."""
+    return tight(made, resident_share=1.0, **settings)
+
+
 def roomy(made: Reference, **settings: object) -> EngineConfig:
     """As `config_for`, with blocks for all."""
     return config_for(made, gpu_memory="1GiB", host_memory="64MiB", placement="host", **settings)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hsrpc import Engine
+from hsrpc import Engine, EngineConfig
 from hsrpc.core.request import FinishReason, SamplingParams
 from hsrpc.engine import loading, startup
 from hsrpc.engine.generation import Generation
@@ -19,7 +19,19 @@ from hsrpc.engine.weights import LayerWeights, ModelWeights
 from hsrpc.errors import EngineUnavailableError
 from hsrpc.model.family import TensorSpec
 from tests.engine.reference import Reference
-from tests.engine.support import collect, greedy, idle, ids, left_as_found, live, roomy, text, tight, until
+from tests.engine.support import (
+    collect,
+    greedy,
+    idle,
+    ids,
+    left_as_found,
+    live,
+    roomy,
+    text,
+    tight,
+    until,
+    weights_on_device,
+)
 
 PROMPT = "a prompt that is computed in two chunks"
 MAX_TOKENS = 6
@@ -196,10 +208,13 @@ async def test_closing_wakes_whoever_waits(reference: Callable[[str], Reference]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 6])
-async def test_an_abandoned_step_stops_by_the_next_layer(layers: int, reference: Callable[[str], Reference]) -> None:
+@pytest.mark.parametrize("make", [roomy, weights_on_device])
+async def test_an_abandoned_step_stops_by_the_next_layer(
+    make: Callable[[Reference], EngineConfig], layers: int, reference: Callable[[str], Reference]
+) -> None:
     """Once all its requests have left, no further layer is computed, and the next request is computed rightly."""
     made = reference("opt")
-    async with Engine(roomy(made)) as engine:
+    async with Engine(make(made)) as engine:
         executor, loop, computed = engine._opened.executor, asyncio.get_running_loop(), []
         compute = executor.forward.compute
 

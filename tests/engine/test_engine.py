@@ -25,7 +25,7 @@ from hsrpc.errors import (
     RequestFailedError,
 )
 from tests.engine.reference import VOCAB, Reference
-from tests.engine.support import collect, greedy, idle, ids, live, remains, roomy, tight, until
+from tests.engine.support import collect, greedy, idle, ids, live, remains, roomy, tight, until, weights_on_device
 
 SEEDED = SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=40, ignore_eos=True)
 
@@ -199,7 +199,7 @@ def break_prefetcher(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 
 
 def break_cache(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine._opened.cache, "_load", boom)
+    patch.setattr(engine._opened.cache, "load", boom)
 
 
 def break_executor(engine: Engine, patch: pytest.MonkeyPatch) -> None:
@@ -249,13 +249,19 @@ async def test_a_fault_ends_everything_at_once(
     assert asyncio.all_tasks() == tasks
 
 
-@pytest.mark.parametrize("part", ["_begin", "compute", "_sample"])
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [(tight, "_begin"), (tight, "compute"), (tight, "_sample"), (weights_on_device, "compute")],
+)
 async def test_running_out_of_device_memory_ends_the_step_alone(
-    part: str, monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+    make: Callable[..., EngineConfig],
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
+    reference: Callable[[str], Reference],
 ) -> None:
     """The step's requests end with OutOfDeviceMemoryError, buffers and blocks are back, the next one works."""
     made = reference("opt")
-    async with Engine(tight(made, max_batch=2)) as engine:
+    async with Engine(make(made, max_batch=2)) as engine:
         generations = [await engine.submit(prompt, greedy(60)) for prompt in made.prompts[:2]]
         for generation in generations:
             await anext(generation)
@@ -320,7 +326,7 @@ async def test_the_event_loop_runs_while_the_device_computes(
     """A call that takes long on the thread of any task holds up no other task of the loop."""
     async with Engine(roomy(reference("opt"))) as engine:
         parts, slept = engine._opened, []
-        for part, name in ((parts.executor, "_sample"), (parts.cache, "_load"), (parts.prefetcher, "_load")):
+        for part, name in ((parts.executor, "_sample"), (parts.cache, "load"), (parts.prefetcher, "_load")):
             monkeypatch.setattr(part, name, slow_once(getattr(part, name), slept))
         generating = asyncio.create_task(collect(engine.generate([5] * 20, greedy(6))))
         ticks = 0

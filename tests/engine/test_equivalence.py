@@ -63,6 +63,20 @@ async def test_tokens_equal_the_reference_with_tight_budgets(
         assert stats.cache_loaded_bytes > 0
 
 
+@pytest.mark.parametrize(("policy", "share"), [("kv", None), ("activation", None), ("hybrid", 0.5)])
+@pytest.mark.parametrize("model", MODELS)
+async def test_tokens_equal_the_reference_when_no_weights_stream(
+    model: str, policy: str, share: float | None, reference: Callable[[str], Reference]
+) -> None:
+    """Weights on the device, most blocks on the host: these are loaded by the thread that computes."""
+    made = reference(model)
+    config = config_for(made, cache_policy=policy, activation_share=share, resident_share=1.0)
+    stats = await check(made, tightest(config))
+    assert stats.weights_streamed_bytes == 0
+    assert stats.cache_loaded_bytes > 0
+    assert stats.preemptions > 0
+
+
 @pytest.mark.parametrize("recompute", [0.3, 0.6, 1.0])
 @pytest.mark.parametrize(("policy", "share"), [("kv", None), ("activation", None), ("hybrid", 0.5)])
 @pytest.mark.parametrize("model", MODELS)

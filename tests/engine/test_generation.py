@@ -71,6 +71,18 @@ async def test_an_error_comes_after_the_output_and_once() -> None:
         await anext(generation)
 
 
+async def test_an_error_of_many_says_where_each_met_it() -> None:
+    """The engine's fault is one for all its requests: its traceback does not grow with each that raises it."""
+    fault, lengths = EngineFaultError("died"), []
+    for _ in range(3):
+        generation, _ = make()
+        generation.fail(fault)
+        with pytest.raises(EngineFaultError) as caught:
+            await anext(generation)
+        lengths.append(len(caught.traceback))
+    assert len(set(lengths)) == 1
+
+
 async def test_cancelling_a_wait_loses_nothing() -> None:
     """What arrives after, or together with, a cancelled wait is there for the next."""
     generation, _ = make()
