@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.profiler import record_function
+from torch.autograd import profiler
 
 from hsrpc.core.batch import Ints, MiniBatch
 from hsrpc.core.blocks import PoolId, Tier
@@ -148,7 +149,7 @@ class Forward:
         """Decode what of a layer's weights came coded; they are then used by all its mini-batches."""
         device = self._device
         device.wait(device.compute, weights.loaded)
-        with device.on(device.compute), record_function("hsrpc.decode_weights"):
+        with device.on(device.compute), _part("decode_weights"):
             for coding, data, target in weights.decodings:
                 device.decode_weights(data, coding, target)
 
@@ -171,13 +172,13 @@ class Forward:
             self._cache.gather(staged.buffers, batch.gathers, weights.layer)
             device.copy_rows(staged.buffers.kv, batch.new_rows.target, kv, batch.new_rows.source)
             self._cache.store(Tier.DEVICE, weights.layer, batch.stores, kv, x)
-            with record_function("hsrpc.regenerate"):
+            with _part("regenerate"):
                 self._regenerate(w, staged, batch)
-            with record_function("hsrpc.attend"):
+            with _part("attend"):
                 self._attend(weights.layer, staged.buffers.kv, projected, batch)
             freed = device.record(device.compute)
             if batch.is_last:
-                with record_function("hsrpc.finish"):
+                with _part("finish"):
                     group.hidden = self._family.finish_layer(w, group.hidden, group.projected.attended)
                 group.projected = None  # one group at a time has room for it
             done = device.record(device.compute)
@@ -188,7 +189,7 @@ class Forward:
         return freed, done
 
     def _project(self, w: Weights, group: Group) -> Projected:
-        with record_function("hsrpc.project"):
+        with _part("project"):
             x = self._family.attention_input(w, group.hidden)
             queries, kv = self._family.queries_keys_values(w, x, group.rotation)
             return Projected(x, queries, kv, torch.empty_like(queries, memory_format=torch.contiguous_format))
@@ -225,6 +226,11 @@ class Forward:
             self._family.keys_values(w, staged.buffers.activations[rows], rotation, out)
             if start >= in_front:
                 kv.index_copy_(0, batch.activation_rows[rows], out)
+
+
+def _part(name: str) -> AbstractContextManager[object]:
+    """A range for torch's profiler while that runs: it takes the host as long as a small kernel."""
+    return profiler.record_function(f"hsrpc.{name}") if profiler._is_profiler_enabled else nullcontext()
 
 
 def _in_place_rows(batch: MiniBatch, upload: Upload) -> InPlaceRows | None:
