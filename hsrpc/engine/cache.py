@@ -150,8 +150,7 @@ class CacheManager:
         device = self._device
         device.wait(device.load, staged.loaded)
         with device.on(device.load):
-            self._copy(staged.buffers.kv, loads.kv, layer)
-            self._copy(staged.buffers.activations, loads.activations, layer)
+            self._fill(staged.buffers, loads, layer)
         return Staged(staged.buffers, device.record(device.load))
 
     def gathers(self, batch: MiniBatch, upload: Upload) -> Gathers:
@@ -230,6 +229,10 @@ class CacheManager:
             for loads in (batch.kv_loads, batch.activation_loads)
         )
         return Loads(kv, activations)
+
+    def _fill(self, buffers: Buffers, loads: Loads, layer: int) -> None:
+        self._copy(buffers.kv, loads.kv, layer)
+        self._copy(buffers.activations, loads.activations, layer)
 
     def _copy(self, buffer: torch.Tensor, loads: Mapping[PoolId, Runs], layer: int) -> None:
         for pool, runs in loads.items():

@@ -52,6 +52,8 @@ class WeightPrefetcher:
         for _ in range(BUFFERS if self._streamed else 0):
             self._free.put_nowait((device.empty((plan.weight_buffer_bytes,), torch.uint8), None))
         self._decoded = device.empty((plan.weight_buffer_bytes * plan.codes_weights,), torch.uint8)
+        self._made: dict[tuple[int, int], tuple[Mapping[str, torch.Tensor], tuple[Decoding, ...]]] = {}
+        """By layer and address of the buffer."""
 
     async def run(self) -> None:
         """Prefetch for ever; ends by cancellation."""
@@ -106,8 +108,17 @@ class WeightPrefetcher:
             upto = min(len(packed), max(sent + _LEAST_BYTES, math.ceil(len(packed) * min(1.0, share))))
             loaded = await worker.run(partial(self._load, buffer[sent:upto], packed[sent:upto], loaded))
             sent = upto
-        tensors = weights.on(buffer, self._decoded)
-        return Prefetched(layer, tensors, buffer, loaded, restarts, weights.decodings(buffer, tensors))
+        tensors, decodings = self._views(layer, buffer)
+        return Prefetched(layer, tensors, buffer, loaded, restarts, decodings)
+
+    def _views(self, layer: int, buffer: torch.Tensor) -> tuple[Mapping[str, torch.Tensor], tuple[Decoding, ...]]:
+        """Of a layer's weights in a buffer, and what is to be decoded there: made once, for it takes long."""
+        key = layer, buffer.data_ptr()
+        if key not in self._made:
+            weights = self._weights.layers[layer]
+            tensors = weights.on(buffer, self._decoded)
+            self._made[key] = tensors, weights.decodings(buffer, tensors)
+        return self._made[key]
 
     def _load(self, buffer: torch.Tensor, packed: torch.Tensor, after: Event) -> Event:
         device = self._device

@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
 T = TypeVar("T")
 
 
+class _Job(NamedTuple):
+    """A call, and who waits for its result in which loop."""
+
+    function: Callable[[], object]
+    done: asyncio.Future[Any]
+
+
 class Worker:
-    """One thread, in inference mode. Leaving waits for the call under way, also where its awaiter was cancelled."""
+    """One thread, in inference mode. Leaving waits for the call under way, also where its awaiter was cancelled.
+
+    The executor of `concurrent.futures` takes the event loop and the thread twice as long for a call, and there are
+    several for each mini-batch of a layer.
+    """
 
     def __init__(self, name: str) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._thread = Thread(target=self._work, name=name, daemon=True)  # a program may end without leaving
+        self._thread.start()
 
     async def run(self, function: Callable[[], T]) -> T:
         """The result of `function` on the thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, _in_inference_mode, function)
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._jobs.put(_Job(function, done))
+        return await done
 
     async def __aenter__(self) -> Self:
         return self
@@ -29,9 +45,30 @@ class Worker:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
+        self._jobs.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    @torch.inference_mode()
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if not job.done.cancelled():
+                self._settle(job)
+            del job  # before waiting for the next: its function and result may hold much
+
+    def _settle(self, job: _Job) -> None:
+        result: object = None
+        fault: BaseException | None = None
+        try:
+            result = job.function()
+        except BaseException as error:
+            fault = error
+        job.done.get_loop().call_soon_threadsafe(_tell, job.done, result, fault)
 
 
-def _in_inference_mode(function: Callable[[], T]) -> T:
-    with torch.inference_mode():
-        return function()
+def _tell(done: asyncio.Future[Any], result: object, fault: BaseException | None) -> None:
+    if done.cancelled():
+        return
+    if fault is None:
+        done.set_result(result)
+    else:
+        done.set_exception(fault)
