@@ -12,7 +12,7 @@ from hsrpc.core.recomputing import RecomputeLimits
 BUFFERS = 2
 """Device buffers of each sort: one is filled while the other is computed with."""
 REGENERATE_ROWS = 4096
-"""Activation rows that one regeneration GEMM takes, which bounds its output."""
+"""Activation rows that one regeneration GEMM takes, where its output is copied to its place: that bounds it."""
 PENDING_QUERIES = 2
 """Times the queries of a mini-batch that may be launched and not computed yet."""
 SAMPLE_ELEMENTS = 2**20

@@ -81,6 +81,11 @@ class DeviceBatch:
     sample_rows: torch.Tensor
 
     @property
+    def stores_on_host(self) -> bool:
+        """Some of its new rows go there."""
+        return any(pool.tier is Tier.HOST for pool in self.stores)
+
+    @property
     def sampled(self) -> torch.Tensor:
         """[r, h] output of the layer computed last, of the rows that are sampled."""
         return self.group.hidden[self.rows].index_select(0, self.sample_rows)
@@ -166,7 +171,8 @@ class Forward:
             if batch.is_first:
                 group.projected = self._project(w, group)
             assert group.projected is not None  # by the first of the group
-            projected = Projected(*(part[rows] for part in group.projected))
+            is_whole = batch.is_first and batch.is_last
+            projected = group.projected if is_whole else Projected(*(part[rows] for part in group.projected))
             x, kv = projected.x, projected.kv
             device.wait(device.compute, staged.loaded)
             self._cache.gather(staged.buffers, batch.gathers, weights.layer)
@@ -176,16 +182,17 @@ class Forward:
                 self._regenerate(w, staged, batch)
             with _part("attend"):
                 self._attend(weights.layer, staged.buffers.kv, projected, batch)
-            freed = device.record(device.compute)
+            done = freed = device.record(device.compute)
             if batch.is_last:
                 with _part("finish"):
                     group.hidden = self._family.finish_layer(w, group.hidden, group.projected.attended)
                 group.projected = None  # one group at a time has room for it
-            done = device.record(device.compute)
+                done = device.record(device.compute)
         self._under_way.append((done, num_queries))
-        device.wait(device.store, freed)
-        with device.on(device.store):
-            self._cache.store(Tier.HOST, weights.layer, batch.stores, kv, x)
+        if batch.stores_on_host:
+            device.wait(device.store, freed)
+            with device.on(device.store):
+                self._cache.store(Tier.HOST, weights.layer, batch.stores, kv, x)
         return freed, done
 
     def _project(self, w: Weights, group: Group) -> Projected:
@@ -210,7 +217,7 @@ class Forward:
         queries, out, first = projected.queries, projected.attended, batch.num_in_place
         if batch.in_place is not None:
             pool = self._cache.device_kv(layer)
-            out[:first] = self._attention.in_place(queries[:first], pool, kv, batch.in_place)
+            self._attention.in_place(queries[:first], pool, kv, batch.in_place, out[:first])
         if batch.packed is not None:
             out[first:] = self._attention.packed(queries[first:], kv, batch.packed)
 
@@ -218,7 +225,7 @@ class Forward:
         """Rebuild K and V of the cached activations where attention reads them; rows of chunks are copied there."""
         total, in_front, kv = len(batch.activation_rows), batch.num_rebuilt, staged.buffers.kv
         self.regenerated_tokens += total
-        pieces = [*range(0, in_front, REGENERATE_ROWS), *range(in_front, total, REGENERATE_ROWS), total]
+        pieces = [*([0] if in_front else []), *range(in_front, total, REGENERATE_ROWS), total]
         for start, end in pairwise(pieces):
             rows = slice(start, end)
             out = kv[rows] if start < in_front else torch.empty_like(kv[rows])

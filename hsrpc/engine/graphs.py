@@ -101,7 +101,9 @@ class DecodeGraphs:
             x = family.attention_input(w, hidden)
             queries, kv = family.queries_keys_values(w, x, rotation)
             self._device.copy_rows(pool, slots, kv, self._rows[:size])
-            hidden = family.finish_layer(w, hidden, self._attention.in_place(queries, pool, pool, rows))
+            attended = torch.empty_like(queries, memory_format=torch.contiguous_format)
+            self._attention.in_place(queries, pool, pool, rows, attended)
+            hidden = family.finish_layer(w, hidden, attended)
         self._logits[:size].copy_(family.logits(self._weights.fixed, hidden))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
@@ -62,7 +63,8 @@ class Worker:
             result = job.function()
         except BaseException as error:
             fault = error
-        job.done.get_loop().call_soon_threadsafe(_tell, job.done, result, fault)
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            job.done.get_loop().call_soon_threadsafe(_tell, job.done, result, fault)
 
 
 def _tell(done: asyncio.Future[Any], result: object, fault: BaseException | None) -> None:

@@ -59,17 +59,21 @@ class Attention:
         self._uses_kernel = device.type == "cuda"
         self._uses_flash = device.type == "cuda" and dtype in _FLASH_DTYPES and sizes.head_dim % 8 == 0
 
-    def in_place(self, queries: torch.Tensor, pool: torch.Tensor, kv: torch.Tensor, rows: InPlaceRows) -> torch.Tensor:
-        """[d, q] for one query a request [d, q], with rows [K|V] in the pool [*, 2*kv] and the kv buffer [*, 2*kv]."""
+    def in_place(
+        self, queries: torch.Tensor, pool: torch.Tensor, kv: torch.Tensor, rows: InPlaceRows, out: torch.Tensor
+    ) -> None:
+        """Fill `out` [d, q] for one query a request [d, q], with rows [K|V] in the pool and the kv buffer [*, 2*kv]."""
         if not self._uses_kernel:
-            return self._in_place_one_by_one(queries, pool, kv, rows)
+            self._in_place_one_by_one(queries, pool, kv, rows, out)
+            return
         from hsrpc.model.decode_kernel import decode_attention  # loads Triton
 
         _, num_kv_heads, head_dim = self._heads
-        return decode_attention(
+        decode_attention(
             queries,
             pool,
             kv,
+            out,
             tables=rows.tables,
             in_place=rows.counts,
             rebuilt_starts=rows.rebuilt_starts,
@@ -94,14 +98,13 @@ class Attention:
             rows = InPlaceRows(
                 tables=tables, counts=counts, rebuilt_starts=starts, key_starts=starts, most_keys=most_keys
             )
-            self.in_place(queries, kv, kv, rows)
+            self.in_place(queries, kv, kv, rows, torch.empty_like(queries))
         one = torch.arange(2, dtype=torch.int32, device=self._device)
         self.packed(queries, kv, PackedRows(one, one, (0, 1), (0, 1), 1, 1))
 
     def _in_place_one_by_one(
-        self, queries: torch.Tensor, pool: torch.Tensor, kv: torch.Tensor, rows: InPlaceRows
-    ) -> torch.Tensor:
-        out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+        self, queries: torch.Tensor, pool: torch.Tensor, kv: torch.Tensor, rows: InPlaceRows, out: torch.Tensor
+    ) -> None:
         rebuilt, starts = rows.rebuilt_starts.tolist(), rows.key_starts.tolist()
         offsets = torch.arange(self._block_size)
         for i, count in enumerate(rows.counts.tolist()):
@@ -110,7 +113,6 @@ class Attention:
             keys = torch.cat(parts)
             alone = PackedRows(rows.counts, rows.counts, (0, 1), (0, len(keys)), 1, len(keys))
             out[i : i + 1] = self.packed(queries[i : i + 1], keys, alone)
-        return out
 
     def packed(self, queries: torch.Tensor, kv: torch.Tensor, rows: PackedRows) -> torch.Tensor:
         """[n, q] for queries [n, q] and the kv buffer [*, 2*kv] with rows [K|V]."""

@@ -158,6 +158,7 @@ def decode_attention(
     queries: torch.Tensor,
     pool: torch.Tensor,
     buffer: torch.Tensor,
+    out: torch.Tensor,
     *,
     tables: torch.Tensor,
     in_place: torch.Tensor,
@@ -168,8 +169,8 @@ def decode_attention(
     block_size: int,
     scale: float,
     most_keys: int,
-) -> torch.Tensor:
-    """[d, q] for one query a request [d, q] (rows may be strided).
+) -> None:
+    """Fill `out` [d, q] for one query a request [d, q] (rows may be strided; those of `out` are not).
 
     Its keys are rows [K|V] of `pool` [*, 2*kv], `in_place[i]` of them in the blocks of `tables` [d, b], and of `buffer`
     [*, 2*kv]: rows `rebuilt_starts[i]` to `rebuilt_starts[i+1]`, and `key_starts[i]` to `key_starts[i+1]`. Integers are
@@ -182,7 +183,6 @@ def decode_attention(
     uses_dot = group > 1 or queries.dtype != torch.float32
     pack = _heads_in_a_pack(num_kv_heads, head_dim) if uses_dot else 1
     parts = _num_parts(num_requests * num_kv_heads // pack, most_keys)
-    out = torch.empty((num_requests, width), dtype=queries.dtype, device=queries.device)
     partial, sums = out, out
     if parts > 1:
         partial = torch.empty((num_requests, parts, width), dtype=torch.float32, device=queries.device)
@@ -224,7 +224,6 @@ def decode_attention(
             DIM_TILE=triton.next_power_of_2(head_dim),
             PARTS_TILE=_MOST_PARTS,
         )
-    return out
 
 
 def _num_parts(num_programs: int, most_keys: int) -> int:

@@ -14,4 +14,5 @@ def test_its_reference_agrees_with_the_kernel(share: float) -> None:
     """Whatever share of the rows is in place, with several query heads to a KV head."""
     given = case((4, 2, 16), (3, 80), share, torch.float32, "cpu")
     wanted = reference(given)
-    assert (decode_attention(**given) - wanted).norm() < 1e-5 * wanted.norm()
+    decode_attention(**given)
+    assert (given["out"] - wanted).norm() < 1e-5 * wanted.norm()

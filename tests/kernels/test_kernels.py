@@ -54,10 +54,12 @@ def test_decode_attention(
     buffer = torch.randn(behind[-1], width).to(dtype)
     tables = torch.stack([torch.randperm(NUM_BLOCKS)[:9] for _ in REQUESTS]).int()
     queries = torch.randn(count, 3 * heads * head_dim).to(dtype)[:, : heads * head_dim]
-    found = decode_attention(
+    found = torch.full((count, heads * head_dim), torch.nan, dtype=dtype)
+    decode_attention(
         queries,
         pool,
         buffer,
+        found,
         tables=tables,
         in_place=torch.tensor([first for first, *_ in REQUESTS]).int(),
         rebuilt_starts=torch.tensor(rebuilt).int(),
@@ -77,10 +79,12 @@ def test_decode_attention(
 def test_a_request_without_keys_gets_zeros() -> None:
     """As the padding of a graph's batch is."""
     nothing = torch.zeros(2).int()
-    found = decode_attention(
+    found = torch.full((1, 32), torch.nan)
+    decode_attention(
         torch.randn(1, 32),
         torch.randn(BLOCK_SIZE, 64),
         torch.randn(1, 64),
+        found,
         tables=torch.zeros(1, 2).int(),
         in_place=nothing[:1],
         rebuilt_starts=nothing,

@@ -65,7 +65,8 @@ def test_a_query_sees_its_blocks_and_its_buffer_rows(
         key_starts=torch.tensor(starts).int(),
         most_keys=32,
     )
-    found = attention.in_place(queries, pool, kv, rows)
+    found = torch.full_like(queries, torch.nan)
+    attention.in_place(queries, pool, kv, rows, found)
     for i, (count, *_) in enumerate(parts):
         slots = [int(tables[i, token // BLOCK_SIZE]) * BLOCK_SIZE + token % BLOCK_SIZE for token in range(count)]
         keys = torch.cat((pool[slots], kv[rebuilt[i] : rebuilt[i + 1]], kv[starts[i] : starts[i + 1]]))
