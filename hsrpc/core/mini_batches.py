@@ -34,8 +34,11 @@ def form_mini_batches(
     Longest first into the least loaded that has room.
     """
     sized = [(work, *_buffer_rows(work, block_size, window)) for work in works]
+    fewest = _fewest_bins(sized, limits)
+    if fewest == 1 and works:  # nothing to balance
+        return [list(works)]
     sized.sort(key=lambda item: (-item[1] - item[2] - item[3], item[0].request.order))
-    bins = [_Bin() for _ in range(_fewest_bins(sized, limits))]
+    bins = [_Bin() for _ in range(fewest)]
     least_loaded = [(0.0, 0, number) for number in range(len(bins))]  # load, rows, number: a heap
     for work, kv_rows, activation_rows, new_rows in sized:
         rows, full = kv_rows + activation_rows + new_rows, []
