@@ -82,11 +82,14 @@ async def attempt(engine: Engine, index: int, delay: float, params: SamplingPara
         return True
 
 
+@pytest.mark.parametrize("make", [roomy, weights_on_device])
 @pytest.mark.parametrize("delay", [0.0, 0.002])
-async def test_cancelling_at_any_await_leaves_no_trace(delay: float, reference: Callable[[str], Reference]) -> None:
+async def test_cancelling_at_any_await_leaves_no_trace(
+    delay: float, make: Callable[[Reference], EngineConfig], reference: Callable[[str], Reference]
+) -> None:
     """Encoding, waiting for the first token, between tokens: wherever it is cancelled, everything is back."""
     made = reference("opt")
-    async with Engine(roomy(made)) as engine:
+    async with Engine(make(made)) as engine:
         reached = []
         for index in range(AWAITS):
             async with left_as_found(engine):
@@ -96,10 +99,13 @@ async def test_cancelling_at_any_await_leaves_no_trace(delay: float, reference: 
         assert ids(await collect(engine.generate(made.prompts[0], greedy(12)))) == made.outputs[0][:12]
 
 
-async def test_cancelling_in_a_crowd_changes_nobody_elses_tokens(reference: Callable[[str], Reference]) -> None:
+@pytest.mark.parametrize("make", [tight, weights_on_device])
+async def test_cancelling_in_a_crowd_changes_nobody_elses_tokens(
+    make: Callable[[Reference], EngineConfig], reference: Callable[[str], Reference]
+) -> None:
     """Requests before and behind the crowd are cancelled at every await, under preemption; the crowd never notices."""
     made = reference("opt")
-    async with Engine(tight(made)) as engine, asyncio.TaskGroup() as group, left_as_found(engine):
+    async with Engine(make(made)) as engine, asyncio.TaskGroup() as group, left_as_found(engine):
         crowd = [asyncio.create_task(collect(engine.generate(p, greedy(64)))) for p in made.prompts[:8]]
         for index in range(AWAITS):
             for priority in (-1, 1):
@@ -240,11 +246,14 @@ def engine_threads() -> set[str]:
     return {thread.name for thread in threading.enumerate() if thread.name.startswith(prefixes)}
 
 
-async def test_shutting_down_ends_every_request(reference: Callable[[str], Reference]) -> None:
+@pytest.mark.parametrize("make", [tight, weights_on_device])
+async def test_shutting_down_ends_every_request(
+    make: Callable[[Reference], EngineConfig], reference: Callable[[str], Reference]
+) -> None:
     """Running and queued requests raise EngineUnavailableError; tasks and threads are gone."""
     made = reference("opt")
     tasks = asyncio.all_tasks()
-    async with Engine(tight(made)) as engine:
+    async with Engine(make(made)) as engine:
         generations = [await engine.submit(prompt, greedy(64)) for prompt in made.prompts[:8]]
         await anext(generations[0])
     for generation in generations:
