@@ -12,6 +12,7 @@ import torch
 _CHUNK_BYTES = 2 * 1024**2
 _ALIGNMENT = 16
 """Bytes; of each array."""
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 _DTYPES = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64}
 
 Upload: TypeAlias = Callable[[npt.NDArray[np.integer]], torch.Tensor]
@@ -24,23 +25,30 @@ class Uploads:
     def __init__(self, allocate: Callable[[int], tuple[torch.Tensor, torch.Tensor]]) -> None:
         self._allocate = allocate
         """As many bytes on the host and on the device: uint8 [size] each."""
-        self._host = self._device = torch.empty(0, dtype=torch.uint8)
         self._used = 0
+        self._open(0)
 
     def __call__(self, array: npt.NDArray[np.integer]) -> torch.Tensor:
         """Where `array` will be once it is sent."""
         start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
-        if start + array.nbytes > len(self._host):
+        if start + array.nbytes > self._bytes.size:
             self.send()
-            self._host, self._device = self._allocate(max(_CHUNK_BYTES, array.nbytes))
+            self._open(max(_CHUNK_BYTES, -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT))
             start = 0
         self._used = end = start + array.nbytes
-        self._host[start:end].numpy()[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        return self._device[start:end].view(_DTYPES[array.dtype]).view(array.shape)
+        self._bytes[start:end].view(array.dtype)[:] = array.reshape(-1)
+        found = self._views[array.dtype][start // array.itemsize : end // array.itemsize]
+        return found if array.ndim == 1 else found.view(array.shape)
 
     def send(self) -> None:
         """Copy what has been gathered; what comes later goes to another chunk."""
         if self._used:
             self._device[: self._used].copy_(self._host[: self._used], non_blocking=True)
-        self._host = self._device = self._host[:0]
+        self._open(0)
+
+    def _open(self, size: int) -> None:
+        """A chunk, which is written as bytes and taken as whole numbers."""
+        self._host, self._device = self._allocate(size) if size else (_NOTHING, _NOTHING)
+        self._bytes = self._host.numpy()
+        self._views = {dtype: self._device.view(to) for dtype, to in _DTYPES.items()}
         self._used = 0
