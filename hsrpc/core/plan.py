@@ -48,7 +48,7 @@ class Hardware:
     prompt_launch_time: float = 0.0
     """The same where it has prompts: more kernels, and attention that takes longer to launch."""
     hop_time: float = 0.0
-    """What it adds to that where the bus is used: the layer's mini-batch goes from thread to thread."""
+    """What it adds to that where the bus is used: loads are launched, and where weights stream threads take turns."""
     handover_time: float = 0.0
     """Seconds that the bus loses with each mini-batch of a layer, whose buffer changes hands."""
     boundary_time: float = 0.0

@@ -30,7 +30,8 @@ measured on the engine: 1.1 ms where a small kernel takes 10 us, a part of it on
 _BOUNDARY_SECONDS, _REQUEST_SECONDS = 1e-3, 40e-6
 """Host time between two steps, in all and for each request: measured on the engine, not here."""
 _HOP_SECONDS, _HANDOVER_SECONDS = 0.25e-3, 0.08e-3
-"""For each mini-batch of a layer: host time between threads, and of the bus. Measured on the engine as well."""
+"""For each mini-batch of a layer: host time beside that of its compute, and of the bus. Measured on the engine as well,
+where weights stream; where none do, one thread launches all."""
 _PROMPT_RATE_SHARE = 0.9
 """Of the GEMM rate, for whole layers: measured on the engine, 0.93 for 8,000 tokens beside decoding."""
 
