@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
@@ -36,9 +37,12 @@ class Worker:
 
     async def run(self, function: Callable[[], T]) -> T:
         """The result of `function` on the thread."""
+        return await self._submit(function)  # in no variable: an error would hold the frame that holds it
+
+    def _submit(self, function: Callable[[], T]) -> asyncio.Future[T]:
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._jobs.put(_Job(function, done))
-        return await done
+        return done
 
     async def __aenter__(self) -> Self:
         return self
@@ -57,20 +61,20 @@ class Worker:
             del job  # before waiting for the next: its function and result may hold much
 
     def _settle(self, job: _Job) -> None:
-        result: object = None
-        fault: BaseException | None = None
         try:
-            result = job.function()
+            tell = partial(_give, job.done, job.function())
         except BaseException as error:
-            fault = error
+            tell = partial(_fail, job.done, error)
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            job.done.get_loop().call_soon_threadsafe(_tell, job.done, result, fault)
+            job.done.get_loop().call_soon_threadsafe(tell)
+        del job, tell  # an error holds this frame: it must not hold the error
 
 
-def _tell(done: asyncio.Future[Any], result: object, fault: BaseException | None) -> None:
-    if done.cancelled():
-        return
-    if fault is None:
+def _give(done: asyncio.Future[T], result: T) -> None:
+    if not done.cancelled():
         done.set_result(result)
-    else:
-        done.set_exception(fault)
+
+
+def _fail(done: asyncio.Future[Any], error: BaseException) -> None:
+    if not done.cancelled():
+        done.set_exception(error)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -91,6 +93,29 @@ async def test_an_idle_thread_holds_nothing_of_its_last_call() -> None:
         del large
         await worker.run(lambda: None)
         assert held() is None
+
+
+async def test_a_handled_error_holds_nothing() -> None:
+    """No cycle of error and frames is left, which would keep a failed step's tensors until the collector comes."""
+    held: list[weakref.ref[object]] = []
+
+    class Large:
+        pass
+
+    def fail() -> None:
+        large = Large()
+        held.append(weakref.ref(large))
+        raise ValueError("failed")
+
+    gc.disable()
+    try:
+        async with Worker("owned") as worker:
+            with suppress(ValueError):
+                await worker.run(fail)
+            await worker.run(lambda: None)
+            assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_program_may_end_without_leaving() -> None:
