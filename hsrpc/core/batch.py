@@ -138,10 +138,6 @@ class MiniBatch:
     def num_rows(self) -> int:
         return int(self.key_starts[-1])
 
-    @property
-    def num_activation_rows(self) -> int:
-        return len(self.activation_rows)
-
 
 @dataclass(slots=True)
 class Step:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ALIGNMENT = 256
-"""Tensors in a packed buffer begin at multiples of this many bytes."""
+"""Tensors in a buffer begin at multiples of this many bytes."""
 
 
 def align(size: int) -> int:
-    """`size` bytes rounded up to the alignment of packed tensors."""
+    """`size` bytes rounded up to the alignment of tensors in a buffer."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hsrpc.core.sizes import align
+
 _CHUNK_BYTES = 2 * 1024**2
-_ALIGNMENT = 16
-"""Bytes; of each array."""
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 _DTYPES = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64}
 
@@ -30,10 +30,10 @@ class Uploads:
 
     def __call__(self, array: npt.NDArray[np.integer]) -> torch.Tensor:
         """Where `array` will be once it is sent."""
-        start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+        start = align(self._used)
         if start + array.nbytes > self._bytes.size:
             self.send()
-            self._open(max(_CHUNK_BYTES, -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT))
+            self._open(max(_CHUNK_BYTES, align(array.nbytes)))
             start = 0
         self._used = end = start + array.nbytes
         self._bytes[start:end].view(array.dtype)[:] = array.reshape(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -156,8 +156,8 @@ class CacheManager:
     def gathers(self, batch: MiniBatch, upload: Upload) -> Gathers:
         """What `gather` needs for a mini-batch, in every layer alike."""
         kv, activations = (
-            {pool: DeviceRows.of(runs.rows(), upload) for pool, runs in loads.items() if pool.tier is Tier.DEVICE}
-            for loads in (batch.kv_loads, batch.activation_loads)
+            {pool: DeviceRows.of(runs.rows(), upload) for pool, runs in loads.items()}
+            for loads in _loads_from(Tier.DEVICE, batch)
         )
         return Gathers(kv, activations)
 
@@ -224,11 +224,7 @@ class CacheManager:
         self._bus.move(math.inf)
 
     def _loads(self, batch: MiniBatch) -> Loads:
-        kv, activations = (
-            {pool: runs for pool, runs in loads.items() if pool.tier is Tier.HOST}
-            for loads in (batch.kv_loads, batch.activation_loads)
-        )
-        return Loads(kv, activations)
+        return Loads(*_loads_from(Tier.HOST, batch))
 
     def _fill(self, buffers: Buffers, loads: Loads, layer: int) -> None:
         self._copy(buffers.kv, loads.kv, layer)
@@ -238,3 +234,9 @@ class CacheManager:
         for pool, runs in loads.items():
             self._device.copy_runs(buffer, self._pools[pool][layer], runs)
             self.loaded_bytes += runs.num_rows * buffer.shape[1] * buffer.element_size()
+
+
+def _loads_from(tier: Tier, batch: MiniBatch) -> Iterator[dict[PoolId, Runs]]:
+    """Of K and V, then of activations."""
+    for loads in (batch.kv_loads, batch.activation_loads):
+        yield {pool: runs for pool, runs in loads.items() if pool.tier is tier}

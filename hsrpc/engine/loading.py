@@ -25,8 +25,6 @@ from hsrpc.model.family import Family, TensorSpec
 
 _CODED_AT_ONCE = 2
 """Layers: each takes its own size of device memory meanwhile, less than the weight buffers that are allocated later."""
-
-
 _MARGIN = 1.05
 """Of the pages for coded weights over what is expected: too many go back at once, too few come late."""
 

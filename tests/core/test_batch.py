@@ -102,7 +102,7 @@ def kv_buffer(case: Case, batch: MiniBatch) -> dict[int, Token]:
     slots = case.pools()
     buffer = run_copies(batch.kv_loads, BlockKind.KV, slots)
     activations = run_copies(batch.activation_loads, BlockKind.ACTIVATION, slots)
-    assert sorted(activations) == list(range(batch.num_activation_rows))
+    assert sorted(activations) == list(range(len(batch.activation_rows)))
     for row, (target, position) in enumerate(zip(batch.activation_rows, batch.activation_positions, strict=True)):
         assert activations[row][1] == position
         assert target not in buffer
