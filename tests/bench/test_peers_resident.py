@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CompileConfig, StaticCache
+from transformers import Cache, CompileConfig, StaticCache
 
 from benchmarks.peers import run_hsrpc
 from benchmarks.peers.__main__ import main
@@ -79,7 +79,12 @@ def test_a_model_is_made_of_the_weights_on_the_device(tiny_shape):
 def test_transformers_generates_with_a_static_cache(tiny_shape):
     """Every token of every request is timed; nothing is compiled unless asked for."""
     model, caches = resident_model(tiny_shape, make), []
-    model.register_forward_pre_hook(lambda _, args, more: caches.append(more["past_key_values"]), with_kwargs=True)
+
+    def note(_: object, args: tuple[object, ...], more: dict[str, object]) -> None:
+        """Versions of transformers differ in what they call it."""
+        caches.extend(value for value in more.values() if isinstance(value, Cache))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
     wanted = setup(System.TRANSFORMERS, tiny_shape)
     timing = generate_resident(model, wanted, CPU, lambda: None, compile_config=on_the_cpu())
     assert len(timing.steps) == 7
