@@ -91,7 +91,7 @@ def time_alone(engine: Engine, graphs: DecodeGraphs, batch: int, context: int) -
     parts = engine._opened
     device, sampler = parts.device, parts.executor._sampler
     logits = graphs.run(_decode_step(engine, batch, context), None)  # fills the input where the graph reads it
-    rows = [SamplingRow(SamplingParams(temperature=0.0), [], [], 0, frozenset())] * batch
+    rows = [SamplingRow(SamplingParams(temperature=0.0), [], 0, seed=0)] * batch
     graph = graphs._graphs[batch]
     with device.on(device.compute):
         for repeat in range(REPLAYS + 1):

@@ -14,6 +14,7 @@ a block has the same number in all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +25,12 @@ from hsrpc.core.request import Request
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One request's part in a step: compute `count` tokens behind `context` cached ones."""
+class Work(NamedTuple):
+    """One request's part in a step: compute `num_new` tokens behind `context` cached ones."""
 
     request: Request
     context: int
-    count: int
+    num_new: int
     samples: bool
     """The last of its tokens is the newest, so the step samples the next one."""
     source: int | None = None
@@ -41,11 +41,11 @@ class Work:
     @property
     def is_decode(self) -> bool:
         """Of its tokens the newest alone is new; otherwise it is a chunk of a prefill."""
-        return self.count - self.recomputed == 1 and self.samples
+        return self.num_new - self.recomputed == 1 and self.samples
 
     def reads_in_place(self, window: int | None) -> bool:
         """Its attention reads device KV blocks where they lie; a sliding window's mask needs packed rows."""
-        return self.count == 1 and window is None
+        return self.num_new == 1 and window is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,24 +149,20 @@ class Step:
     """It cannot be computed to its end."""
     works: tuple[Work, ...] = field(init=False)
     """In mini-batch order."""
+    sampled: list[Work] = field(init=False)
+    """The works that sample, in the order in which the executor returns tokens."""
+    is_in_place: bool = field(init=False)
+    """It is one mini-batch of decode that uses no buffer."""
 
     def __post_init__(self) -> None:
         self.works = tuple(work for batch in self.mini_batches for work in batch.works)
-
-    @property
-    def sampled(self) -> list[Work]:
-        """The works that sample, in the order in which the executor returns tokens."""
-        return [work for work in self.works if work.samples]
+        self.sampled = [work for work in self.works if work.samples]
+        self.is_in_place = len(self.mini_batches) == 1 and self.mini_batches[0].is_in_place
 
     @property
     def is_ahead(self) -> bool:
         """It continues with tokens that the step before has still to sample."""
         return any(work.source is not None for work in self.works)
-
-    @property
-    def is_in_place(self) -> bool:
-        """It is one mini-batch of decode that uses no buffer."""
-        return len(self.mini_batches) == 1 and self.mini_batches[0].is_in_place
 
     @property
     def is_abandoned(self) -> bool:

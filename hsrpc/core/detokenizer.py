@@ -8,9 +8,9 @@ _REPLACEMENT = "\ufffd"
 # An unfinished UTF-8 character has at most 3 bytes, each of which a decoder may show as one U+FFFD.
 _MAX_UNFINISHED = 3
 _MAX_CHARACTER_TOKENS = 4
-# Once the window has more than _LIMIT tokens it is cut to about _KEPT: a token's cost does not grow with the output.
-_KEPT = 24
-_LIMIT = 48
+# A window of more tokens is cut to about half: a token's cost does not grow with the output. Characters of many tokens
+# need a larger one, which then stays.
+_LIMIT = 12
 
 
 class Detokenizer:
@@ -26,7 +26,8 @@ class Detokenizer:
 
     def __init__(self, decode: Callable[[list[int]], str], context: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._window = list(context[-_KEPT:])
+        self._limit = _LIMIT
+        self._window = list(context[-_LIMIT:])
         self._text = decode(self._window) if self._window else ""
         # The part of the window's text that needs no sending any more: always its beginning.
         self._sent = self._text
@@ -81,12 +82,13 @@ class Detokenizer:
         if its unsent text and the 4 characters before are right. One of 4 neighbouring starts is no middle of a
         character, which matters to decoders with byte fallback.
         """
-        if len(self._window) <= _LIMIT:
+        if len(self._window) <= self._limit:
             return
         unsent = len(self._text) - len(self._sent)
         tail = self._text[-(unsent + 4) :]
-        for kept in range(_KEPT, _KEPT + 4):
+        for kept in range(self._limit // 2, self._limit // 2 + 4):
             text = self._decode(self._window[-kept:])
             if len(text) >= unsent + 4 and text.endswith(tail):
                 self._window, self._text, self._sent = self._window[-kept:], text, text[: len(text) - unsent]
                 return
+        self._limit *= 2

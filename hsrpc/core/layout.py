@@ -11,10 +11,19 @@ import numpy.typing as npt
 from hsrpc.core.batch import InPlace, Ints, MiniBatch, Rows, Runs, Work, expand, starts
 from hsrpc.core.blocks import POOLS_OF_KIND, BlockKind, PoolId
 
+_NOTHING = np.zeros(0, dtype=np.int64)
+
 
 def first_block(context: int, block_size: int, window: int | None) -> int:
     """First block that a query at position `context` sees: 0, or the one in which the sliding window begins."""
     return 0 if window is None else max(0, context - window + 1) // block_size
+
+
+def first_blocks(contexts: Ints, block_size: int, window: int | None) -> Ints:
+    """`first_block` of many."""
+    if window is None:
+        return np.zeros_like(contexts)
+    return np.maximum(0, contexts - window + 1) // block_size
 
 
 def lay_out(works: Sequence[Work], block_size: int, window: int | None) -> MiniBatch:
@@ -23,15 +32,16 @@ def lay_out(works: Sequence[Work], block_size: int, window: int | None) -> MiniB
     Without a sliding window a request's rows are ordered KV, regenerated, new, so that copies merge; with one they stay
     in order of position, which the window's mask needs. Those rebuilt for single queries come before all others.
     """
-    works = sorted(works, key=lambda work: not work.reads_in_place(window))
-    num_in_place = sum(work.reads_in_place(window) for work in works)
-    counts = np.array([work.count for work in works], dtype=np.int64)
+    apart = [work for work in works if work.reads_in_place(window)]
+    num_in_place = len(apart)
+    works = apart + [work for work in works if not work.reads_in_place(window)]
+    counts = np.array([work.num_new for work in works], dtype=np.int64)
     contexts = np.array([work.context for work in works], dtype=np.int64)
     positions = expand(contexts, counts)
     table = _read_tables(works, contexts, counts, block_size, window)
     in_place, new_in_place = _in_place(table, num_in_place, len(works))
-    blocks = table.select((table.pool != PoolId.DEVICE_KV) | (table.owner >= num_in_place))
-    blocks = blocks.select(blocks.cached > 0)
+    is_loaded = (table.pool != PoolId.DEVICE_KV) | (table.owner >= num_in_place)
+    blocks = table.select(is_loaded & (table.cached > 0))
     in_front = blocks.is_activation & (blocks.owner < num_in_place)
     if window is None:
         order = np.argsort(2 * blocks.owner + blocks.is_activation + 2 * len(works) * ~in_front, kind="stable")
@@ -56,6 +66,44 @@ def lay_out(works: Sequence[Work], block_size: int, window: int | None) -> MiniB
         activation_positions=expand(rebuilt.position, rebuilt.cached),
         stores=_stores(table, positions, np.repeat(np.arange(len(works)), counts), block_size),
         sample_rows=query_starts[1:][[work.samples for work in works]] - 1,
+    )
+
+
+def advance(batch: MiniBatch, works: Sequence[Work], block_size: int) -> MiniBatch | None:
+    """The mini-batch behind one in place: `works` go on with its tokens, each with that of its source.
+
+    What `lay_out` makes of them in ten times the time, except that tables may be wider. None where a new token goes to
+    a block that is not read in place.
+    """
+    source = np.array([work.source for work in works], dtype=np.int64)
+    positions, slots = batch.positions[source] + 1, batch.stores[PoolId.DEVICE_KV].target[source] + 1
+    tables = batch.in_place.tables[source]
+    begun = np.flatnonzero(positions % block_size == 0)
+    if len(begun):
+        number = positions[begun] // block_size
+        blocks = [(works[i].request.blocks, k) for i, k in zip(begun.tolist(), number.tolist(), strict=True)]
+        if any(table.pools[k] != PoolId.DEVICE_KV for table, k in blocks):
+            return None
+        index = np.array([table.indices[k] for table, k in blocks], dtype=np.int64)
+        missing = int(number.max()) + 1 - tables.shape[1]
+        if missing > 0:
+            tables = np.pad(tables, ((0, 0), (0, missing)))
+        tables[begun, number], slots[begun] = index, index * block_size
+    rows, nowhere = np.arange(len(works), dtype=np.int64), np.zeros(len(works) + 1, dtype=np.int64)
+    return MiniBatch(
+        works=tuple(works),
+        token_ids=source,
+        positions=positions,
+        query_starts=np.arange(len(works) + 1, dtype=np.int64),
+        key_starts=nowhere,
+        in_place=InPlace(tables, positions + 1, nowhere),
+        new_rows=Rows(_NOTHING, _NOTHING),
+        kv_loads={},
+        activation_loads={},
+        activation_rows=_NOTHING,
+        activation_positions=_NOTHING,
+        stores={PoolId.DEVICE_KV: Rows(rows, slots)},
+        sample_rows=rows,
     )
 
 
@@ -85,7 +133,7 @@ class _Blocks:
 def _read_tables(works: Sequence[Work], contexts: Ints, counts: Ints, block_size: int, window: int | None) -> _Blocks:
     """The blocks that each work's attention sees or its new tokens go to, in token order; some requests keep none."""
     tables = [work.request.blocks for work in works]
-    first = np.array([first_block(work.context, block_size, window) for work in works], dtype=np.int64)
+    first = first_blocks(contexts, block_size, window)
     last = np.minimum(-(-(contexts + counts) // block_size), [len(table) for table in tables])
     lengths = np.maximum(last - first, 0)
     bounds = list(zip(tables, first.tolist(), last.tolist(), strict=True))
@@ -105,21 +153,22 @@ def _read_tables(works: Sequence[Work], contexts: Ints, counts: Ints, block_size
 
 def _in_place(table: _Blocks, num_works: int, num_all: int) -> tuple[InPlace, Ints]:
     """What the first works read apart; and for each of all, whether (1) or not (0) its new row is read in place."""
-    rebuilt = table.select(table.is_activation & (table.owner < num_works))
-    blocks = table.select((table.pool == PoolId.DEVICE_KV) & (table.owner < num_works))
-    lengths = np.bincount(blocks.owner, minlength=num_works)
+    end = np.searchsorted(table.owner, num_works)
+    owner, pool, cached, filled = table.owner[:end], table.pool[:end], table.cached[:end], table.filled[:end]
+    rebuilt, read = pool >= PoolId.DEVICE_ACTIVATION, pool == PoolId.DEVICE_KV
+    rebuilt_starts = starts(np.bincount(owner, cached * rebuilt, num_works).astype(np.int64))
+    lengths = np.bincount(owner[read], minlength=num_works)
     tables = np.zeros((num_works, int(lengths.max(initial=0))), dtype=np.int64)
-    tables[blocks.owner, expand(np.zeros_like(lengths), lengths)] = blocks.index
-    counts = np.bincount(blocks.owner, blocks.filled, num_works).astype(np.int64)
-    new = np.bincount(blocks.owner, blocks.filled - blocks.cached, num_all).astype(np.int64)
-    rebuilt_starts = starts(np.bincount(rebuilt.owner, rebuilt.cached, num_works).astype(np.int64))
+    tables[owner[read], expand(np.zeros_like(lengths), lengths)] = table.index[:end][read]
+    counts = np.bincount(owner, filled * read, num_works).astype(np.int64)
+    new = np.bincount(owner, (filled - cached) * read, num_all).astype(np.int64)
     return InPlace(tables, counts, rebuilt_starts), new
 
 
 def _new_tokens(works: Sequence[Work]) -> Ints:
     tokens: list[int] = []
     for work in works:
-        new = work.request.token_ids[work.context : work.context + work.count]
+        new = work.request.token_ids[work.context : work.context + work.num_new]
         tokens += new if work.source is None else [work.source]
     return np.array(tokens, dtype=np.int64)
 
@@ -142,12 +191,13 @@ def merge_runs(source: Ints, target: Ints, count: Ints) -> Runs:
 
 def _stores(table: _Blocks, positions: Ints, owners: Ints, block_size: int) -> dict[PoolId, Rows]:
     """Query rows of works `owners` to the slots of their positions."""
-    kept = np.flatnonzero(np.isin(owners, table.owner))
-    if not len(kept):
-        return {}
-    owners, positions = owners[kept], positions[kept]
     # The table has each owner's blocks one behind the other, its first at the owner's first row.
     rows = np.searchsorted(table.owner, owners)
+    has_blocks = rows < len(table.owner)
+    has_blocks[has_blocks] = table.owner[rows[has_blocks]] == owners[has_blocks]
+    kept = np.flatnonzero(has_blocks)
+    rows, positions = rows[kept], positions[kept]
     rows += (positions - table.position[rows]) // block_size
     pools, slots = table.pool[rows], table.index[rows] * block_size + positions % block_size
-    return {pool: Rows(kept[pools == pool], slots[pools == pool]) for pool in PoolId if (pools == pool).any()}
+    found = ((pool, pools == pool) for pool in PoolId)
+    return {pool: Rows(kept[chosen], slots[chosen]) for pool, chosen in found if chosen.any()}

@@ -53,14 +53,12 @@ class Recomputing:
         costs: RowCosts,
         *,
         block_size: int,
-        max_model_len: int,
         max_queries: int,
         window: int | None,
     ) -> None:
         self._limits = limits
         self._costs = costs
         self._block_size = block_size
-        self._max_model_len = max_model_len
         self._max_queries = max_queries
         """Of a mini-batch: a request that keeps nothing has to fit to its end."""
         self._window = window
@@ -99,8 +97,8 @@ class Recomputing:
         return self._block_size * bus, self._block_size * activations * costs.regenerate
 
     def _can_give_up(self, request: Request) -> bool:
-        return request.is_decoding and request.most_tokens(self._max_model_len) <= self._max_queries
+        return request.is_decoding and request.most_tokens <= self._max_queries
 
     def _mean_tokens(self, request: Request) -> int:
         """From now to its end."""
-        return (request.num_tokens + request.most_tokens(self._max_model_len)) // 2
+        return (request.num_tokens + request.most_tokens) // 2

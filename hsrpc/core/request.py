@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -198,6 +199,7 @@ class Request:
         "finish_reason",
         "first_token_time",
         "in_flight",
+        "most_tokens",
         "num_computed",
         "num_prompt_tokens",
         "params",
@@ -226,6 +228,8 @@ class Request:
         self.token_ids = list(prompt)
         """Prompt, then output."""
         self.num_prompt_tokens = len(self.token_ids)
+        self.most_tokens = sys.maxsize if params.max_tokens is None else self.num_prompt_tokens + params.max_tokens
+        """That it may come to have; the scheduler allows no more than fit the context."""
         self.num_computed = 0
         """Tokens whose K and V, or activations, are in `blocks`."""
         self.blocks = BlockTable()
@@ -261,10 +265,10 @@ class Request:
         is_computed = self.recomputes or self.num_tokens - self.num_computed == 1
         return is_computed and self.num_output_tokens > 0
 
-    def most_tokens(self, max_model_len: int) -> int:
-        """That it may come to have, if no more than `max_model_len` are allowed."""
-        most = self.params.max_tokens
-        return max_model_len if most is None else min(max_model_len, self.num_prompt_tokens + most)
+    def has_room_for_next(self, block_size: int) -> bool:
+        """Its newest token alone is to be computed, and a block for it is there."""
+        known = self.num_computed
+        return len(self.token_ids) - known == 1 and known < len(self.blocks.pools) * block_size
 
     @property
     def output_token_ids(self) -> list[int]:

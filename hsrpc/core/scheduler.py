@@ -13,15 +13,16 @@ from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
 from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Step, Work
 from hsrpc.core.blocks import BlockManager
 from hsrpc.core.drain import DrainRate
 from hsrpc.core.fairness import FairQueue
-from hsrpc.core.layout import lay_out
+from hsrpc.core.layout import advance, lay_out
 from hsrpc.core.mini_batches import form_mini_batches
 from hsrpc.core.recomputing import NO_RECOMPUTING, RecomputeLimits, Recomputing
-from hsrpc.core.request import FinishReason, Request
+from hsrpc.core.request import FinishReason, Request, TokenLogprob
 
 _MAX_ENDED_WAITING = 64
 
@@ -48,8 +49,7 @@ class SchedulerLimits:
     """Of the requests that keep a cache at first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """What a step (or an end without one) gave a request: a token, an end, or both."""
 
     request: Request
@@ -58,6 +58,8 @@ class Output:
     matched_stop: int | None = None
     failed: bool = False
     """Sampling failed for this request alone."""
+    logprob: TokenLogprob | None = None
+    """Of the token, where it was asked for."""
 
 
 class Scheduler:
@@ -72,7 +74,6 @@ class Scheduler:
             limits.recompute,
             limits.costs,
             block_size=limits.block_size,
-            max_model_len=limits.max_model_len,
             max_queries=limits.buffers.queries,
             window=limits.sliding_window,
         )
@@ -109,6 +110,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Let `request` wait for its turn."""
         request.recomputes = not self.limits.keeps_cache
+        request.most_tokens = min(request.most_tokens, self.limits.max_model_len)
         self._live[request.request_id] = request
         self._queue.add(request, request.arrival_time)
         self.num_waiting_tokens += request.num_tokens
@@ -142,7 +144,8 @@ class Scheduler:
             self._balance(now)
         budget = self._prefill_budget()
         works = self._continue_running(budget)
-        works += self._admit(now, budget - sum(map(_prefill_tokens, works)))
+        if self.num_waiting:
+            works += self._admit(now, budget - sum(map(_prefill_tokens, works)))
         self._drain.note(now, is_waiting=self.num_waiting > 0)
         return self._hand_out(tuple(self._lay_out(works))) if works else None
 
@@ -157,16 +160,21 @@ class Scheduler:
             return None
         works = [
             Work(work.request, work.context + 1, 1, samples=True, source=source)
-            for source, work in enumerate(step.sampled)
-            if work.request.finish_reason is None and self._length_reason(work.request, 1) is None
+            for source, work in enumerate(step.works)
+            if _goes_on(work.request)
         ]
-        missing = [self._missing_blocks(work.request, work) for work in works]
-        if not works or sum(missing) > self.blocks.num_free:
+        if not works or not self._grow_ahead(works):
             return None
-        for work, count in zip(works, missing, strict=True):
-            self.blocks.grow(work.request.blocks, count)
-        mini_batches = tuple(self._lay_out(works))
-        return self._hand_out(mini_batches) if len(mini_batches) == 1 and mini_batches[0].is_in_place else None
+        batch = advance(step.mini_batches[0], works, self.limits.block_size)
+        return None if batch is None else self._hand_out((batch,))
+
+    def _grow_ahead(self, works: Sequence[Work]) -> bool:
+        """A block for each that begins one; False, and nothing taken, where there are too few."""
+        size = self.limits.block_size
+        starting = [work.request.blocks for work in works if len(work.request.blocks.pools) * size == work.context]
+        if len(starting) > self.blocks.num_free:
+            return False
+        return all(self.blocks.grow(blocks, 1) for blocks in starting)
 
     def _hand_out(self, mini_batches: tuple[MiniBatch, ...]) -> Step:
         self._steps += 1
@@ -175,21 +183,27 @@ class Scheduler:
             work.request.in_flight += 1
         return step
 
-    def commit(self, step: Step, token_ids: Sequence[int | None], now: float) -> list[Output]:
-        """Take a step's result: `token_ids` in the order of `step.sampled`, None where sampling failed."""
-        sampled = dict(zip((work.request.request_id for work in step.sampled), token_ids, strict=True))
+    def commit(
+        self,
+        step: Step,
+        token_ids: Sequence[int | None],
+        now: float,
+        logprobs: Sequence[TokenLogprob | None] | None = None,
+    ) -> list[Output]:
+        """Take a step's result, both in the order of `step.sampled`: the token is None where sampling failed."""
+        sampled = zip(token_ids, logprobs or [None] * len(token_ids), strict=True)
         outputs = []
-        for work in step.works:
-            request = work.request
+        for request, context, count, samples, *_ in step.works:
+            token_id, logprob = next(sampled) if samples else (None, None)
             request.in_flight -= 1
             if request.finish_reason is not None:
                 self._free_ended(request)
                 continue
-            if len(request.blocks):
-                request.num_computed = work.context + work.count
+            if request.blocks.pools:
+                request.num_computed = context + count
                 request.recomputes = False
-            if work.samples:
-                outputs.append(self._accept(request, sampled[request.request_id], now))
+            if samples:
+                outputs.append(self._accept(request, token_id, logprob, now))
         return outputs
 
     def abandon(self, step: Step) -> None:
@@ -203,7 +217,7 @@ class Scheduler:
         if not request.in_flight:
             self.blocks.free(request.blocks)
 
-    def _accept(self, request: Request, token_id: int | None, now: float) -> Output:
+    def _accept(self, request: Request, token_id: int | None, logprob: TokenLogprob | None, now: float) -> Output:
         if token_id is None:
             self.finish(request.request_id, FinishReason.ABORTED)
             return Output(request, None, FinishReason.ABORTED, failed=True)
@@ -213,7 +227,8 @@ class Scheduler:
         reason = self._finish_reason(request, token_id)
         if reason is not None:
             self.finish(request.request_id, reason)
-        return Output(request, token_id, reason, token_id if reason is FinishReason.STOP_TOKEN else None)
+        matched = token_id if reason is FinishReason.STOP_TOKEN else None
+        return Output(request, token_id, reason, matched, logprob=logprob)
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         params = request.params
@@ -221,16 +236,10 @@ class Scheduler:
             return FinishReason.EOS
         if token_id in params.stop_token_ids:
             return FinishReason.STOP_TOKEN
-        return self._length_reason(request, 0)
-
-    def _length_reason(self, request: Request, coming: int) -> FinishReason | None:
-        """With `coming` more tokens."""
-        most = request.params.max_tokens
-        if most is not None and request.num_output_tokens + coming >= most:
-            return FinishReason.MAX_TOKENS
-        if request.num_tokens + coming >= self.limits.max_model_len:
-            return FinishReason.CONTEXT_LENGTH
-        return None
+        if len(request.token_ids) < request.most_tokens:
+            return None
+        is_enough = params.max_tokens is not None and request.num_output_tokens >= params.max_tokens
+        return FinishReason.MAX_TOKENS if is_enough else FinishReason.CONTEXT_LENGTH
 
     def _prefill_budget(self) -> int:
         limits = self.limits
@@ -264,11 +273,14 @@ class Scheduler:
 
     def _continue_running(self, budget: int) -> list[Work]:
         works: list[Work] = []
-        position = 0
+        position, block_size = 0, self.limits.block_size
         while position < len(self._running):
             request = self._running[position]
-            work = self._next_work(request, budget)
             position += 1
+            if request.has_room_for_next(block_size):  # most of them, in most steps
+                works.append(Work(request, request.num_computed, 1, samples=True))
+                continue
+            work = self._next_work(request, budget)
             if work is None:
                 continue
             if not self._reserve(request, work):
@@ -280,7 +292,7 @@ class Scheduler:
 
     def _admit(self, now: float, budget: int) -> list[Work]:
         works: list[Work] = []
-        if not self.num_waiting or len(self._running) >= self.limits.max_batch:
+        if len(self._running) >= self.limits.max_batch:
             return works
         reserved = self._reserved()
         while len(self._running) < self.limits.max_batch and budget > 0:
@@ -292,7 +304,7 @@ class Scheduler:
                 break
             self._let_in(request, now)
             reserved += self._num_needed(request)
-            budget -= work.count
+            budget -= work.num_new
             works.append(work)
         return works
 
@@ -336,7 +348,7 @@ class Scheduler:
         self._num_preempted += 1
 
     def _missing_blocks(self, request: Request, work: Work) -> int:
-        return 0 if request.recomputes else self._num_blocks(work.context + work.count) - len(request.blocks)
+        return 0 if request.recomputes else self._num_blocks(work.context + work.num_new) - len(request.blocks)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.block_size)
@@ -374,4 +386,9 @@ class Scheduler:
 
 def _prefill_tokens(work: Work) -> int:
     """Tokens of a running request's work that count against the prefill budget: all but the one of a decode."""
-    return 0 if work.is_decode else work.count
+    return 0 if work.is_decode else work.num_new
+
+
+def _goes_on(request: Request) -> bool:
+    """It does not end with the token that is under way, unless by what that token is."""
+    return request.finish_reason is None and len(request.token_ids) + 1 < request.most_tokens

@@ -13,7 +13,7 @@ from hsrpc.core.request import Delta, FinishReason, Request, SamplingParams
 from hsrpc.core.scheduler import Output, Scheduler
 from hsrpc.core.stopping import StopMatcher
 from hsrpc.engine.generation import Generation
-from hsrpc.engine.output import TokenOutput, Transcript, next_deltas
+from hsrpc.engine.output import Transcript, next_deltas
 from hsrpc.engine.token_ids import TokenIdsOnly
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.errors import HsrpcError, RequestFailedError
@@ -25,7 +25,7 @@ OUTPUT_STEPS = 2
 class _Outputs(NamedTuple):
     """What goes to the consumers together."""
 
-    items: Sequence[TokenOutput]
+    items: Sequence[Output]
     is_step: bool
     """It holds a place in the semaphore."""
 
@@ -53,14 +53,14 @@ class Delivery:
         """Make text and hand it out; ends by cancellation."""
         while True:
             items, is_step = await self._outputs.get()
-            live = [(self.live[i.output.request.request_id], i) for i in items if self._is_live(i.output.request)]
+            live = [(self.live[item.request.request_id], item) for item in items if self._is_live(item.request)]
             deltas = await self._tokenizer.run(next_deltas, live, time.monotonic())
             for (transcript, item), delta in zip(live, deltas, strict=True):
-                self._deliver(transcript, item.output, delta)
+                self._deliver(transcript, item, delta)
             if is_step:
                 self._room.release()
 
-    async def put(self, outputs: Sequence[TokenOutput]) -> None:
+    async def put(self, outputs: Sequence[Output]) -> None:
         """The output of a step; waits while that of steps before it is not made into text."""
         await self._room.acquire()
         self._outputs.put_nowait(_Outputs(outputs, is_step=True))
@@ -72,7 +72,7 @@ class Delivery:
         """
         if not self._is_live(request) or self._scheduler.finish(request.request_id, reason) is None:
             return False
-        self._outputs.put_nowait(_Outputs([TokenOutput(Output(request, None, reason))], is_step=False))
+        self._outputs.put_nowait(_Outputs([Output(request, None, reason)], is_step=False))
         return True
 
     def leave(self, request: Request) -> None:

@@ -20,13 +20,12 @@ from hsrpc.core.blocks import BlockManager
 from hsrpc.core.detokenizer import Detokenizer
 from hsrpc.core.plan import Plan
 from hsrpc.core.request import Delta, FinishReason, Request, SamplingParams
-from hsrpc.core.scheduler import Scheduler, SchedulerLimits
+from hsrpc.core.scheduler import Output, Scheduler, SchedulerLimits
 from hsrpc.engine.admission import Admission
 from hsrpc.engine.completion import complete
 from hsrpc.engine.delivery import Delivery
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.meter import Meter
-from hsrpc.engine.output import TokenOutput
 from hsrpc.engine.startup import Parts, open_parts, release
 from hsrpc.engine.stats import EngineStats, StepRecord
 from hsrpc.engine.token_ids import TokenIdsOnly
@@ -296,22 +295,22 @@ class Engine:
                 outputs = self._give_up(step, error)
             await self._delivery.put(outputs)
 
-    def _give_up(self, step: Step, error: OutOfDeviceMemoryError) -> list[TokenOutput]:
+    def _give_up(self, step: Step, error: OutOfDeviceMemoryError) -> list[Output]:
         """End the step's requests; their blocks are free for the others."""
         for work in step.works:
             self._delivery.fail(work.request, error)
         self._scheduler.abandon(step)
         return []
 
-    def _commit(self, step: Step, sampled: list[Sampled] | None) -> list[TokenOutput]:
+    def _commit(self, step: Step, sampled: list[Sampled] | None) -> list[Output]:
         if sampled is None:
             self._scheduler.abandon(step)
             return []
-        token_ids = [None if item.failed else item.token_id for item in sampled]
-        logprobs = {work.request.request_id: item.logprob for work, item in zip(step.sampled, sampled, strict=True)}
-        outputs = self._scheduler.commit(step, token_ids, time.monotonic())
+        token_ids = [None if failed else token_id for token_id, _, failed in sampled]
+        logprobs = [logprob for _, logprob, _ in sampled]
+        outputs = self._scheduler.commit(step, token_ids, time.monotonic(), logprobs)
         self._meter.generated_tokens += len(outputs)
-        return [TokenOutput(output, logprobs[output.request.request_id]) for output in outputs]
+        return outputs
 
     def _add(
         self, request_id: str, token_ids: list[int], params: SamplingParams, detokenizer: Detokenizer, client: str

@@ -22,7 +22,7 @@ from hsrpc.engine.worker import Worker
 from hsrpc.errors import OutOfDeviceMemoryError
 from hsrpc.model.attention import Attention
 from hsrpc.model.family import Family
-from hsrpc.model.sampler import PendingSample, Sampled, Sampler, SamplingRow
+from hsrpc.model.sampler import Sampled, Sampler, SamplingRow
 
 _log = logging.getLogger(__name__)
 
@@ -121,8 +121,7 @@ class Executor:
     ) -> list[Sampled] | None:
         if step.is_ahead and (launched is None or launched.step is not step):
             return None  # the step before it failed, and with it the tokens to continue with
-        pending = await worker.run(partial(self._launch_graphs, step, launched, ahead))
-        return await worker.run(pending.result)
+        return await worker.run(partial(self._sample_graphs, step, launched, ahead))
 
     async def _run_layers(self, worker: Worker, step: Step) -> list[Sampled] | None:
         self._num_begun += 1
@@ -172,14 +171,14 @@ class Executor:
             load(place + len(slots))
         return self._sample(step, batches)
 
-    def _launch_graphs(self, step: Step, launched: _Launched | None, ahead: Step | None) -> PendingSample:
-        """Sample `step`, and behind that compute `ahead`."""
+    def _sample_graphs(self, step: Step, launched: _Launched | None, ahead: Step | None) -> list[Sampled]:
+        """Tokens of `step`; behind them `ahead` is computed already."""
         logits = self._launch_graph(step, None) if launched is None else launched.logits
         with self._device.on(self._device.compute):
-            pending = self._sampler.launch(logits, [self._row(work) for work in step.sampled])
+            pending = self._sampler.launch(logits, list(map(self._row, step.sampled)))
         if ahead is not None:
             self._launched = _Launched(ahead, self._launch_graph(ahead, pending.on_device))
-        return pending
+        return pending.result()
 
     def _launch_graph(self, step: Step, sampled: torch.Tensor | None) -> torch.Tensor:
         assert self._graphs is not None  # asked before
@@ -230,14 +229,9 @@ class Executor:
                 self._device.synchronize(self._device.record(self._device.compute))
                 return []
             logits = self._family.logits(self._fixed, hidden)
-            return self._sampler.launch(logits, [self._row(work) for work in sampling]).result()
+            return self._sampler.launch(logits, list(map(self._row, sampling))).result()
 
     def _row(self, work: Work) -> SamplingRow:
         request = work.request
-        return SamplingRow(
-            params=request.params,
-            prompt_token_ids=request.token_ids[: request.num_prompt_tokens],
-            output_token_ids=request.output_token_ids,
-            seed=request.params.seed or 0,
-            stop_ids=self._eos | frozenset(request.params.stop_token_ids),
-        )
+        params = request.params
+        return SamplingRow(params, request.token_ids, request.num_prompt_tokens, params.seed or 0, self._eos)

@@ -54,7 +54,7 @@ class Meter:
                     seconds=seconds,
                     num_requests=len(step.works),
                     decode_tokens=decode,
-                    prefill_tokens=sum(work.count for work in step.works) - decode - recomputed,
+                    prefill_tokens=sum(work.num_new for work in step.works) - decode - recomputed,
                     recomputed_tokens=recomputed,
                     context_tokens=sum(work.context for work in step.works),
                     weight_bytes=weights,

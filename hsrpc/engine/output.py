@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hsrpc.core.detokenizer import Detokenizer
-from hsrpc.core.request import Delta, Finish, FinishReason, Request, TokenLogprob, Usage
+from hsrpc.core.request import Delta, Finish, FinishReason, Request, Usage
 from hsrpc.core.scheduler import Output
 from hsrpc.core.stopping import StopMatcher
 from hsrpc.engine.generation import Generation
@@ -31,31 +31,22 @@ class Transcript:
     """Output tokens delivered."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
-    """What the scheduler gave a request, with the token's logprob."""
-
-    output: Output
-    logprob: TokenLogprob | None = None
-
-
-def next_deltas(live: Sequence[tuple[Transcript, TokenOutput]], now: float) -> list[Delta | RequestFailedError]:
+def next_deltas(live: Sequence[tuple[Transcript, Output]], now: float) -> list[Delta | RequestFailedError]:
     """The deltas of a step; an error where one request's text cannot be made. Runs on the decoder thread."""
-    return [_delta_or_error(transcript, item, now) for transcript, item in live]
+    return [_delta_or_error(transcript, output, now) for transcript, output in live]
 
 
-def _delta_or_error(transcript: Transcript, item: TokenOutput, now: float) -> Delta | RequestFailedError:
+def _delta_or_error(transcript: Transcript, output: Output, now: float) -> Delta | RequestFailedError:
     try:
-        return next_delta(transcript, item, now)
+        return next_delta(transcript, output, now)
     except Exception as error:
         # A tokenizer may raise anything; it is the fault of this request alone.
         _log.error("the text of request %s cannot be made", transcript.request.request_id, exc_info=error)
         return RequestFailedError("the tokenizer cannot turn the output into text")
 
 
-def next_delta(transcript: Transcript, item: TokenOutput, now: float) -> Delta:
+def next_delta(transcript: Transcript, output: Output, now: float) -> Delta:
     """The delta that follows from one output. On a stop string its `finish` says so, whatever the output said."""
-    output = item.output
     text, matched = "", None
     token_ids = () if output.token_id is None else (output.token_id,)
     transcript.num_tokens += len(token_ids)
@@ -68,7 +59,7 @@ def next_delta(transcript: Transcript, item: TokenOutput, now: float) -> Delta:
         if is_stop_token and transcript.request.params.include_stop and matched is None:
             text += _stop_token_text(transcript, token_ids)
     finish = _finish(transcript, output, matched, now)
-    return Delta(text, token_ids, () if item.logprob is None else (item.logprob,), finish)
+    return Delta(text, token_ids, () if output.logprob is None else (output.logprob,), finish)
 
 
 def _stop_token_text(transcript: Transcript, token_ids: Sequence[int]) -> str:

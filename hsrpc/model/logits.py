@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,20 +16,29 @@ _LEAST_DIVISOR = 1e-30  # a normal float32: nothing is divided by zero
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingRow:
-    """What one row of logits is sampled with. Ids outside the vocabulary are ignored.
-
-    Where penalties are used, all ids are read at every step: `array("q")` is read many times faster than a list.
-    """
+class SamplingRow(NamedTuple):
+    """What one row of logits is sampled with. Ids outside the vocabulary are ignored."""
 
     params: SamplingParams
-    prompt_token_ids: Sequence[int]
-    output_token_ids: Sequence[int]
+    token_ids: Sequence[int]
+    """Prompt, then output; read where a setting asks for it: `array("q")` is read many times faster than a list."""
+    num_prompt_tokens: int
     seed: int
     """Of the request, in [0, 2**64): with the number of output tokens it decides the draw."""
-    stop_ids: frozenset[int] = frozenset()
-    """Excluded until the output has `params.min_tokens`: the model's end tokens and the request's stop tokens."""
+    eos_token_ids: frozenset[int] = frozenset()
+    """The model's."""
+
+    @property
+    def prompt_token_ids(self) -> Sequence[int]:
+        return self.token_ids[: self.num_prompt_tokens]
+
+    @property
+    def output_token_ids(self) -> Sequence[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def has_penalties(self) -> bool:
@@ -38,7 +47,10 @@ class SamplingRow:
 
     @property
     def excluded_ids(self) -> frozenset[int]:
-        return self.stop_ids if len(self.output_token_ids) < self.params.min_tokens else frozenset()
+        """Until the output has `params.min_tokens`: the model's end tokens and the request's stop tokens."""
+        if self.num_output_tokens >= self.params.min_tokens:
+            return frozenset()
+        return self.eos_token_ids | frozenset(self.params.stop_token_ids)
 
     @property
     def has_edits(self) -> bool:
@@ -155,7 +167,7 @@ def _columns(rows: Sequence[SamplingRow], vocab_size: int) -> NDArray[np.float64
         top_p = params.top_p if params.top_p < 1.0 else np.inf
         top_k = min(params.top_k or vocab_size, vocab_size)
         column[:4] = max(params.temperature, _LEAST_DIVISOR), params.min_p, top_p, top_k
-    columns[:, 4] = uniforms([row.seed for row in rows], [len(row.output_token_ids) for row in rows])
+    columns[:, 4] = uniforms([row.seed for row in rows], [row.num_output_tokens for row in rows])
     return columns
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +20,7 @@ _MAX_PARTIAL_SORT = 1024
 """Up to this top-k the k largest logits are selected; above it, and for top-p alone, all are sorted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """One row's token."""
 
     token_id: int

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Runs, Step, Work, expand
 from hsrpc.core.blocks import BlockKind, PoolId
-from hsrpc.core.layout import first_block, lay_out, merge_runs
+from hsrpc.core.layout import advance, first_block, lay_out, merge_runs
 from hsrpc.core.mini_batches import form_mini_batches
 from hsrpc.core.request import FinishReason, Request, SamplingParams
 
@@ -38,7 +39,7 @@ class Case:
         """What the pools' slots hold before the step, or also of the new tokens."""
         slots: dict[tuple[PoolId, int], Token] = {}
         for number, work in enumerate(self.works):
-            for position in range(work.context + (work.count if new else 0)):
+            for position in range(work.context + (work.num_new if new else 0)):
                 slots[self.slot(number, position)] = (number, position)
         return slots
 
@@ -47,7 +48,7 @@ class Case:
 
     def new_tokens(self, batch: MiniBatch) -> list[Token]:
         """By query row."""
-        return [(self.number(work), work.context + i) for work in batch.works for i in range(work.count)]
+        return [(self.number(work), work.context + i) for work in batch.works for i in range(work.num_new)]
 
     def attended(self, number: int) -> list[int]:
         """Cached positions that the first new token sees, and the rest of their blocks."""
@@ -156,13 +157,13 @@ def test_attention_reads_exactly_what_it_must(case: Case):
         behind = range(batch.key_starts[index], batch.key_starts[index + 1])
         rows = [buffer[row] for row in [*rebuilt_rows(batch, index), *behind]]
         in_place = rows_in_place(case, batch, index)
-        new = [(number, work.context + i) for i in range(work.count)]
+        new = [(number, work.context + i) for i in range(work.num_new)]
         wanted = [(number, position) for position in case.attended(number)] + new
         assert sorted(in_place + rows) == wanted
         assert all(case.slot(*token)[0] is PoolId.DEVICE_KV for token in in_place)
-        if work.count > 1 or case.window is not None:
+        if work.num_new > 1 or case.window is not None:
             assert in_place == []
-            assert rows[len(rows) - work.count :] == new
+            assert rows[len(rows) - work.num_new :] == new
         else:
             assert all(case.slot(*token)[0] is not PoolId.DEVICE_KV for token in rows)
             front = {buffer[row] for row in rebuilt_rows(batch, index)}
@@ -191,13 +192,13 @@ def test_new_tokens_are_stored_in_their_blocks(case: Case):
 def test_queries_are_packed_in_order_of_the_works(case: Case):
     """Token ids, positions, starts and sampled rows are those of the works; those that read in place come first."""
     batch = lay_out(case.works, case.block_size, case.window)
-    singles = [work for work in case.works if work.count == 1 and case.window is None]
+    singles = [work for work in case.works if work.num_new == 1 and case.window is None]
     assert list(batch.works) == singles + [work for work in case.works if work not in singles]
     assert batch.in_place.num_requests == len(singles)
-    assert batch.num_queries == sum(work.count for work in case.works)
+    assert batch.num_queries == sum(work.num_new for work in case.works)
     sampled = []
     for work, start, end in zip(batch.works, batch.query_starts, batch.query_starts[1:], strict=False):
-        new = slice(work.context, work.context + work.count)
+        new = slice(work.context, work.context + work.num_new)
         assert batch.token_ids[start:end].tolist() == work.request.token_ids[new]
         assert batch.positions[start:end].tolist() == list(range(new.start, new.stop))
         sampled += [end - 1] if work.samples else []
@@ -231,11 +232,11 @@ def measure(case: Case, works: list[Work]) -> tuple[int, int, int]:
     rows = activation_rows = queries = 0
     for work in works:
         number = case.works.index(work)
-        cached, new = case.attended(number), range(work.context, work.context + work.count)
-        in_place = work.count == 1 and case.window is None
+        cached, new = case.attended(number), range(work.context, work.context + work.num_new)
+        in_place = work.num_new == 1 and case.window is None
         rows += sum(not (in_place and case.slot(number, p)[0] is PoolId.DEVICE_KV) for p in [*cached, *new])
         activation_rows += sum(case.slot(number, p)[0].kind is BlockKind.ACTIVATION for p in cached)
-        queries += work.count
+        queries += work.num_new
     return rows, activation_rows, queries
 
 
@@ -332,3 +333,62 @@ def test_the_last_block_is_copied_to_the_exact_token(count: int):
     batch = lay_out([make_work(0, [(PoolId.HOST_KV, 7), (PoolId.HOST_KV, 3)], 18, count)], 16, None)
     runs = batch.kv_loads[PoolId.HOST_KV]
     assert (runs.source.tolist(), runs.target.tolist(), runs.count.tolist()) == ([112, 48], [0, 16], [16, 2])
+
+
+@given(
+    contexts=st.lists(st.integers(1, 70), min_size=1, max_size=6),
+    block_size=st.integers(1, 20),
+    ended=st.sets(st.integers(0, 5)),
+    shuffled=st.randoms(use_true_random=False),
+)
+def test_a_batch_in_place_advances_as_it_would_be_laid_out(
+    contexts: list[int], block_size: int, ended: set[int], shuffled: Random
+):
+    """Some requests end, some begin a block: the next step's arrays are those of a new layout."""
+    free = list(range(500))
+    shuffled.shuffle(free)
+    works = []
+    for number, context in enumerate(contexts):
+        blocks = [(PoolId.DEVICE_KV, free.pop()) for _ in range(context // block_size + 1)]
+        works.append(make_work(number, blocks, context, 1))
+    following = [
+        Work(work.request, work.context + 1, 1, samples=True, source=source)
+        for source, work in enumerate(works)
+        if source not in ended
+    ]
+    for work in following:
+        if work.context == len(work.request.blocks) * block_size:
+            work.request.blocks.append(PoolId.DEVICE_KV, free.pop())
+    assume(following)
+    found = advance(lay_out(works, block_size, None), following, block_size)
+    wanted = lay_out(following, block_size, None)
+    assert found is not None
+    assert found.is_in_place
+    width = wanted.in_place.tables.shape[1]
+    assert not found.in_place.tables[:, width:].any() or len(following) < len(works)
+    trimmed = replace(found, in_place=replace(found.in_place, tables=found.in_place.tables[:, :width]))
+    assert_same(trimmed, wanted)
+
+
+def assert_same(found: object, wanted: object) -> None:
+    """Arrays, and what has them, are equal."""
+    if isinstance(wanted, np.ndarray):
+        assert np.array_equal(found, wanted)
+    elif isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert_same(found[key], value)
+    elif is_dataclass(wanted):
+        for item in fields(wanted):
+            assert_same(getattr(found, item.name), getattr(wanted, item.name))
+    else:
+        assert found == wanted
+
+
+@pytest.mark.parametrize("pool", [PoolId.HOST_KV, PoolId.DEVICE_ACTIVATION])
+def test_a_block_that_is_not_read_in_place_needs_a_new_layout(pool: PoolId):
+    """The new token begins a block elsewhere: the batch is in place no more."""
+    work = make_work(0, [(PoolId.DEVICE_KV, 5)], 3, 1)
+    work.request.blocks.append(pool, 0)
+    batch = lay_out([work], 4, None)
+    assert advance(batch, [Work(work.request, 4, 1, samples=True, source=0)], 4) is None

@@ -35,7 +35,7 @@ def give_up(request: Request) -> None:
 
 
 def recomputing(limits: RecomputeLimits = LIMITS, max_queries: int = 64, window: int | None = None) -> Recomputing:
-    return Recomputing(limits, COSTS, block_size=BLOCK, max_model_len=256, max_queries=max_queries, window=window)
+    return Recomputing(limits, COSTS, block_size=BLOCK, max_queries=max_queries, window=window)
 
 
 def times(requests: Sequence[Request], weights: float) -> tuple[float, float]:
@@ -96,7 +96,7 @@ def test_what_lies_before_the_window_is_not_loaded_anyway():
 def test_a_request_that_would_outgrow_a_mini_batch_keeps_its_cache():
     """It must fit to its end, whatever it has now."""
     short, long, endless = make_request(0, 4), make_request(1, 4, output=49), make_request(2, 4)
-    endless.params = SamplingParams(max_tokens=None)
+    endless.most_tokens = 256
     assert recomputing(max_queries=64).choose([endless, long, short], 0).giving_up == [short]
     assert recomputing(max_queries=65).choose([endless, long, short], 0).giving_up == [long, short]
 

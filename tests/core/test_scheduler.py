@@ -130,8 +130,8 @@ class Harness:
             prompts = pending + [w for w in works if w.request in admitted and w not in pending]
             decodes = [w for w in works if w.request.num_output_tokens and w.request in kept and w not in prompts]
             most = self._most_prompt_tokens(len(decodes))
-            assert sum(work.count for work in prompts) <= most
-        assert all(work.count <= self.limits.buffers.queries for work in works) or not self.limits.keeps_cache
+            assert sum(work.num_new for work in prompts) <= most
+        assert all(work.num_new <= self.limits.buffers.queries for work in works) or not self.limits.keeps_cache
 
     def _most_prompt_tokens(self, decoding: int) -> int:
         limits = self.limits
@@ -142,12 +142,12 @@ class Harness:
 
     def _check_work(self, work: Work) -> None:
         request = work.request
-        assert work.count >= 1
+        assert work.num_new >= 1
         assert work.context == request.num_computed
-        assert work.samples == (work.context + work.count == request.num_tokens)
-        blocks = -(-(work.context + work.count) // self.limits.block_size)
+        assert work.samples == (work.context + work.num_new == request.num_tokens)
+        blocks = -(-(work.context + work.num_new) // self.limits.block_size)
         assert len(request.blocks) in ((0, blocks * self.limits.keeps_cache) if request.recomputes else (blocks,))
-        assert work.recomputed == (work.count - 1 if request.recomputes and request.num_output_tokens else 0)
+        assert work.recomputed == (work.num_new - 1 if request.recomputes and request.num_output_tokens else 0)
 
     def commit(self, failed: frozenset[int] = frozenset()) -> list[Output]:
         """Compute the step from what the pools hold, and commit it; sampling fails for the arrivals in `failed`."""
@@ -227,7 +227,7 @@ class Harness:
             if request.finish_reason is not None:
                 assert len(request.blocks) == 0
             elif self.limits.keeps_cache:
-                assert request.num_computed == (0 if request.recomputes else work.context + work.count)
+                assert request.num_computed == (0 if request.recomputes else work.context + work.num_new)
                 assert request.recomputes == (len(request.blocks) == 0)
                 assert request.num_tokens == self.lengths[request.arrival] + work.samples
 
@@ -248,7 +248,7 @@ class Harness:
             front = batch.in_place.rebuilt_starts[i : i + 2] if i < batch.in_place.num_requests else (0, 0)
             rows = [buffer[row] for row in [*range(*front), *rows_of_request]]
             held = sorted(rows + self._in_place(batch, i))
-            assert held == list(enumerate(work.request.token_ids[: work.context + work.count]))
+            assert held == list(enumerate(work.request.token_ids[: work.context + work.num_new]))
             if work.samples:
                 tokens[work.request.arrival] = next_token([token for _, token in held])
         return tokens
@@ -515,7 +515,7 @@ def test_long_prompts_are_computed_in_chunks():
     counts = []
     for _ in range(3):
         step = harness.schedule()
-        counts.append([(work.request.arrival, work.count, work.samples) for work in step.works])
+        counts.append([(work.request.arrival, work.num_new, work.samples) for work in step.works])
         harness.commit()
     chunks = [[work for work in works if work[0] == prompt.arrival] for works in counts]
     assert chunks == [[(1, 8, False)], [(1, 8, False)], [(1, 4, True)]]
@@ -529,7 +529,7 @@ def test_the_prefill_budget_holds_for_prompts_one_token_at_a_time():
         harness.add([i + 1] * 7, endless(max_tokens=2))
     for step in iter(harness.schedule, None):
         prompts = [work for work in step.works if work.context < work.request.num_prompt_tokens - 1]
-        assert sum(work.count for work in prompts) <= 3
+        assert sum(work.num_new for work in prompts) <= 3
         harness.commit()
     assert len(harness.ended) == 3
 
@@ -542,7 +542,7 @@ def test_a_late_urgent_prompt_keeps_to_the_budget():
     harness.commit()
     harness.add([2] * 6, endless(max_tokens=2))
     for step in iter(harness.schedule, None):
-        assert sum(work.count for work in step.works if not work.samples) <= 1
+        assert sum(work.num_new for work in step.works if not work.samples) <= 1
         harness.commit()
 
 
@@ -617,7 +617,7 @@ def test_the_recompute_policy_keeps_nothing():
     harness.add([2] * 20, endless(max_tokens=3))
     counts = []
     while (step := harness.schedule()) is not None:
-        counts.append(sorted(work.count for work in step.works))
+        counts.append(sorted(work.num_new for work in step.works))
         harness.commit()
     assert counts == [[4, 20], [5, 21], [6, 22]]
     assert harness.scheduler.preemptions == 0
@@ -670,7 +670,7 @@ def test_prompts_take_more_of_a_step_while_nobody_decodes():
             harness.add([2] * 20, endless())
         step = harness.schedule()
         assert step is not None
-        counts.append([work.count for work in step.works])
+        counts.append([work.num_new for work in step.works])
     assert counts == [[16], [1, 4]]
 
 
@@ -686,7 +686,7 @@ def test_a_batch_that_is_not_full_leaves_room_for_prompts():
         harness.add([2] * 20, endless())
         step = harness.schedule()
         assert step is not None
-        assert [work.count for work in step.works] == [1, expected]
+        assert [work.num_new for work in step.works] == [1, expected]
 
 
 def test_a_long_prompt_is_no_more_than_a_mini_batch_takes():
@@ -697,7 +697,7 @@ def test_a_long_prompt_is_no_more_than_a_mini_batch_takes():
         harness.add([2] * 20, endless())
     step = harness.schedule()
     assert step is not None
-    assert [work.count for work in step.works] == [6, 6, 4]
+    assert [work.num_new for work in step.works] == [6, 6, 4]
     assert len(step.mini_batches) == 3
 
 

@@ -24,9 +24,9 @@ def row(
     prompt: Sequence[int] = (),
     output: Sequence[int] = (),
     seed: int = 0,
-    stop_ids: tuple[int, ...] = (),
+    eos: tuple[int, ...] = (),
 ) -> SamplingRow:
-    return SamplingRow(params, prompt, output, seed, frozenset(stop_ids))
+    return SamplingRow(params, array("q", [*prompt, *output]), len(prompt), seed, frozenset(eos))
 
 
 def random_logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> Tensor:
@@ -56,7 +56,7 @@ def edited(logits: np.ndarray, request: SamplingRow) -> np.ndarray:
     for token_id in set(request.output_token_ids):
         values[token_id] -= params.presence_penalty
     if len(request.output_token_ids) < params.min_tokens:
-        values[list(request.stop_ids)] = -math.inf
+        values[[*request.eos_token_ids, *request.params.stop_token_ids]] = -math.inf
     return values
 
 
@@ -132,8 +132,8 @@ EDITS = {
     "repetition-below-1": row(SamplingParams(temperature=0.0, repetition_penalty=0.5), (1, 2), (4,)),
     "presence": row(SamplingParams(temperature=0.0, presence_penalty=1.5), (1, 2), array("q", [5, 5, 6])),
     "frequency": row(SamplingParams(temperature=0.0, frequency_penalty=-0.7), (1, 2), (5, 5, 6)),
-    "min-tokens": row(SamplingParams(temperature=0.0, min_tokens=2), output=(1,), stop_ids=(0, 5, 9)),
-    "min-tokens-reached": row(SamplingParams(temperature=0.0, min_tokens=1), output=(1,), stop_ids=(0, 5, 9)),
+    "min-tokens": row(SamplingParams(temperature=0.0, min_tokens=2), output=(1,), eos=(0, 5, 9)),
+    "min-tokens-reached": row(SamplingParams(temperature=0.0, min_tokens=1), output=(1,), eos=(0, 5, 9)),
     "every-edit": row(
         SamplingParams(
             temperature=0.0,
@@ -145,7 +145,7 @@ EDITS = {
         ),
         (1, 2, 3, 10, 11),
         (3, 4, 4, 20),
-        stop_ids=(8, 30),
+        eos=(8, 30),
     ),
     "none": row(),
 }
@@ -268,7 +268,7 @@ def test_exclusions_that_leave_nothing_are_dropped() -> None:
     """min_tokens with every token an end token: the row keeps them rather than fail."""
     logits = random_logits(2)
     params = SamplingParams(temperature=0.0, min_tokens=5)
-    rows = [row(params, stop_ids=tuple(range(VOCAB))), row(params, stop_ids=(int(logits[1].argmax()),))]
+    rows = [row(params, eos=tuple(range(VOCAB))), row(params, eos=(int(logits[1].argmax()),))]
     assert token_ids(logits, rows) == [int(logits[0].argmax()), int(logits[1].argsort()[-2])]
 
 
@@ -276,7 +276,7 @@ def test_ids_outside_the_vocabulary_are_ignored() -> None:
     """Such ids touch no other row's logits."""
     params = SamplingParams(temperature=0.0, min_tokens=9, logit_bias={VOCAB: 100.0, -1: 100.0}, presence_penalty=2.0)
     logits = random_logits(3)
-    rows = [row(params, (VOCAB + 1,), (VOCAB, 5 * VOCAB), stop_ids=(VOCAB + 2,))] * 3
+    rows = [row(params, (VOCAB + 1,), (VOCAB, 5 * VOCAB), eos=(VOCAB + 2,))] * 3
     assert token_ids(logits, rows) == logits.argmax(dim=-1).tolist()
 
 
