@@ -151,6 +151,7 @@ async def _measure(config: EngineConfig, options: argparse.Namespace) -> Cell:
         "predicted_over_measured": predicted.step / seconds,
         "tokens_per_second": batch / seconds,
         "preemptions": run.stats.preemptions,
+        "loop_lag_p99": run.loop_lag_p99,
         "ready_seconds": run.ready_seconds,
     }
 

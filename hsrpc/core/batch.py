@@ -13,7 +13,9 @@ a block has the same number in all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -126,11 +128,6 @@ class MiniBatch:
     """Query rows whose logits are sampled, in the order of the works that sample."""
 
     @property
-    def is_in_place(self) -> bool:
-        """All of it is decode that uses no buffer."""
-        return self.num_rows == 0 and all(work.is_decode for work in self.works)
-
-    @property
     def num_queries(self) -> int:
         return len(self.token_ids)
 
@@ -141,23 +138,35 @@ class MiniBatch:
 
 @dataclass(slots=True)
 class Step:
-    """One sweep over the layers for every request in it."""
+    """One sweep over the layers for every request in it, whose blocks stay as they are until it is committed."""
 
     number: int
-    mini_batches: tuple[MiniBatch, ...]
+    parts: tuple[tuple[Work, ...], ...]
+    """The works of each mini-batch."""
+    lay_out: Callable[[], tuple[MiniBatch, ...]]
+    """Makes their arrays."""
+    is_in_place: bool = False
+    """It is one mini-batch of decode that uses no buffer."""
     is_given_up: bool = False
     """It cannot be computed to its end."""
     works: tuple[Work, ...] = field(init=False)
     """In mini-batch order."""
     sampled: list[Work] = field(init=False)
     """The works that sample, in the order in which the executor returns tokens."""
-    is_in_place: bool = field(init=False)
-    """It is one mini-batch of decode that uses no buffer."""
+    _mini_batches: tuple[MiniBatch, ...] | None = field(init=False, default=None)
+    _laying_out: Lock = field(init=False, default_factory=Lock)
 
     def __post_init__(self) -> None:
-        self.works = tuple(work for batch in self.mini_batches for work in batch.works)
+        self.works = tuple(work for part in self.parts for work in part)
         self.sampled = [work for work in self.works if work.samples]
-        self.is_in_place = len(self.mini_batches) == 1 and self.mini_batches[0].is_in_place
+
+    @property
+    def mini_batches(self) -> tuple[MiniBatch, ...]:
+        """Made by the thread that asks first: of a large batch in milliseconds, which the event loop does not have."""
+        with self._laying_out:
+            if self._mini_batches is None:
+                self._mini_batches = self.lay_out()
+            return self._mini_batches
 
     @property
     def is_ahead(self) -> bool:

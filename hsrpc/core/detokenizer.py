@@ -35,6 +35,8 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; "" while the last character is unfinished."""
+        if len(token_ids) == 1:
+            return self._push(token_ids[0])
         # One by one: with byte fallback the text of several tokens would depend on how they came together.
         return "".join([self._push(token_id) for token_id in token_ids])
 

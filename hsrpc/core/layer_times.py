@@ -13,6 +13,8 @@ from hsrpc.core.sizes import ModelSizes
 _PLACE_COPIES = 2
 """Regenerated rows that are copied to where attention reads them are read and written once more."""
 _LOGIT_BYTES = 4
+_SMALL_KERNELS = 4
+"""Of a layer beside GEMMs and attention, each counted as a norm: there are two, and shorter sums and copies."""
 _DECODE_RATE_SHARE = 0.3
 """Of the memory bandwidth, for what decoding reads and writes: 0.33 (float16) and 0.45 (bfloat16) on an H100."""
 
@@ -34,10 +36,11 @@ class LayerTimes:
         return size * ((1 + 1 / sizes.coded_share) / rate if sizes.codes_weights else 0.0)
 
     def forward(self, queries: Number, groups: Number = 1.0) -> Number:
-        """Projections and MLP of `queries` tokens in all; each group of mini-batches reads the weights."""
+        """All but attention for `queries` tokens; each group of mini-batches reads the weights."""
         sizes, hardware = self.sizes, self.hardware
         compute = groups * hardware.gemm_overhead + queries * sizes.layer_flop / hardware.gemm_rate
-        return np.maximum(compute, groups * sizes.layer_bytes / hardware.weight_bandwidth)
+        read = groups * sizes.layer_bytes / hardware.weight_bandwidth
+        return np.maximum(compute, read) + groups * (_SMALL_KERNELS * hardware.small_kernel_time)
 
     def regenerate(self, tokens: Number) -> Number:
         """The GEMMs alone."""

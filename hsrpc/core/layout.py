@@ -32,9 +32,8 @@ def lay_out(works: Sequence[Work], block_size: int, window: int | None) -> MiniB
     Without a sliding window a request's rows are ordered KV, regenerated, new, so that copies merge; with one they stay
     in order of position, which the window's mask needs. Those rebuilt for single queries come before all others.
     """
-    apart = [work for work in works if work.reads_in_place(window)]
-    num_in_place = len(apart)
-    works = apart + [work for work in works if not work.reads_in_place(window)]
+    works = in_order(works, window)
+    num_in_place = sum(work.reads_in_place(window) for work in works)
     counts = np.array([work.num_new for work in works], dtype=np.int64)
     contexts = np.array([work.context for work in works], dtype=np.int64)
     positions = expand(contexts, counts)
@@ -53,7 +52,7 @@ def lay_out(works: Sequence[Work], block_size: int, window: int | None) -> MiniB
     activations = blocks.is_activation
     rebuilt = blocks.select(activations)
     return MiniBatch(
-        works=tuple(works),
+        works=works,
         token_ids=_new_tokens(works),
         positions=positions,
         query_starts=query_starts,
@@ -67,6 +66,21 @@ def lay_out(works: Sequence[Work], block_size: int, window: int | None) -> MiniB
         stores=_stores(table, positions, np.repeat(np.arange(len(works)), counts), block_size),
         sample_rows=query_starts[1:][[work.samples for work in works]] - 1,
     )
+
+
+def in_order(works: Sequence[Work], window: int | None) -> tuple[Work, ...]:
+    """As a mini-batch has them: those that read in place come first."""
+    return tuple(sorted(works, key=lambda work: not work.reads_in_place(window)))
+
+
+def uses_no_buffer(works: Sequence[Work], block_size: int, window: int | None) -> bool:
+    """All of it is decode that reads, and stores to, KV blocks on the device."""
+    return all(work.is_decode and work.reads_in_place(window) and _is_on_device(work, block_size) for work in works)
+
+
+def _is_on_device(work: Work, block_size: int) -> bool:
+    used = work.context // block_size + 1
+    return work.request.blocks.pools[:used].count(PoolId.DEVICE_KV) == used
 
 
 def advance(batch: MiniBatch, works: Sequence[Work], block_size: int) -> MiniBatch | None:

@@ -43,6 +43,8 @@ class Hardware:
     """Part of the memory bandwidth at which a GEMM of few rows reads its weights."""
     attention_read_share: float = 1.0
     """Part of the memory bandwidth at which cached K and V are read by attention."""
+    small_kernel_time: float = 0.0
+    """Seconds of a kernel between the GEMMs of a layer of few tokens, such as a norm, with the gap before it."""
     launch_time: float = 0.0
     """Host seconds to launch one layer of one mini-batch."""
     prompt_launch_time: float = 0.0

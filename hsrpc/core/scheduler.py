@@ -19,7 +19,7 @@ from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Step, Work
 from hsrpc.core.blocks import BlockManager
 from hsrpc.core.drain import DrainRate
 from hsrpc.core.fairness import FairQueue
-from hsrpc.core.layout import advance, lay_out
+from hsrpc.core.layout import advance, in_order, lay_out, uses_no_buffer
 from hsrpc.core.mini_batches import form_mini_batches
 from hsrpc.core.recomputing import NO_RECOMPUTING, RecomputeLimits, Recomputing
 from hsrpc.core.request import FinishReason, Request, TokenLogprob
@@ -147,7 +147,7 @@ class Scheduler:
         if self.num_waiting:
             works += self._admit(now, budget - sum(map(_prefill_tokens, works)))
         self._drain.note(now, is_waiting=self.num_waiting > 0)
-        return self._hand_out(tuple(self._lay_out(works))) if works else None
+        return self._hand_out(self._divide(works)) if works else None
 
     def schedule_ahead(self, step: Step) -> Step | None:
         """The step after `step`, which is under way: its requests' next tokens, in place.
@@ -166,7 +166,7 @@ class Scheduler:
         if not works or not self._grow_ahead(works):
             return None
         batch = advance(step.mini_batches[0], works, self.limits.block_size)
-        return None if batch is None else self._hand_out((batch,))
+        return None if batch is None else self._hand_out((batch.works,), batch)
 
     def _grow_ahead(self, works: Sequence[Work]) -> bool:
         """A block for each that begins one; False, and nothing taken, where there are too few."""
@@ -176,9 +176,15 @@ class Scheduler:
             return False
         return all(self.blocks.grow(blocks, 1) for blocks in starting)
 
-    def _hand_out(self, mini_batches: tuple[MiniBatch, ...]) -> Step:
+    def _hand_out(self, parts: tuple[tuple[Work, ...], ...], advanced: MiniBatch | None = None) -> Step:
+        size, window = self.limits.block_size, self.limits.sliding_window
+
+        def lay_out_parts() -> tuple[MiniBatch, ...]:
+            return tuple(lay_out(part, size, window) for part in parts) if advanced is None else (advanced,)
+
         self._steps += 1
-        step = Step(self._steps, mini_batches)
+        is_in_place = advanced is not None or (len(parts) == 1 and uses_no_buffer(parts[0], size, window))
+        step = Step(self._steps, parts, lay_out_parts, is_in_place)
         for work in step.works:
             work.request.in_flight += 1
         return step
@@ -378,10 +384,10 @@ class Scheduler:
             heappop(self._preempted)  # ended while it waited
         return self._preempted[0][1] if self._preempted else self._queue.first(now)
 
-    def _lay_out(self, works: Sequence[Work]) -> Iterator[MiniBatch]:
-        limits = self.limits
-        for part in form_mini_batches(works, limits.block_size, limits.buffers, limits.costs, limits.sliding_window):
-            yield lay_out(part, limits.block_size, limits.sliding_window)
+    def _divide(self, works: Sequence[Work]) -> tuple[tuple[Work, ...], ...]:
+        limits, window = self.limits, self.limits.sliding_window
+        parts = form_mini_batches(works, limits.block_size, limits.buffers, limits.costs, window)
+        return tuple(in_order(part, window) for part in parts)
 
 
 def _prefill_tokens(work: Work) -> int:

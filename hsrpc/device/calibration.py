@@ -27,11 +27,13 @@ Loads are measured at two times, since some moments last longer than all the cop
 _LAUNCHES_PER_LAYER, _LAUNCHES_PER_PROMPT_LAYER = 30, 90
 """One layer of one mini-batch takes the host as long as so many small kernels; the second, with prompts in it, was
 measured on the engine: 1.1 ms where a small kernel takes 10 us, a part of it once a step."""
-_BOUNDARY_SECONDS, _REQUEST_SECONDS = 1e-3, 40e-6
+_BOUNDARY_SECONDS, _REQUEST_SECONDS = 1e-3, 20e-6
 """Host time between two steps, in all and for each request: measured on the engine, not here."""
 _HOP_SECONDS, _HANDOVER_SECONDS = 0.25e-3, 0.08e-3
 """For each mini-batch of a layer: host time beside that of its compute, and of the bus. Measured on the engine as well,
 where weights stream; where none do, one thread launches all."""
+_NORM_ROWS, _NORMS = 64, 50
+"""Of the norms that stand for the small kernels of a layer: rows, and how many run as one graph."""
 _PROMPT_RATE_SHARE = 0.9
 """Of the GEMM rate, for whole layers: measured on the engine, 0.93 for 8,000 tokens beside decoding."""
 
@@ -92,7 +94,8 @@ def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware
         alone, contended = _contended_seconds(device, pieces, product, count)
     finally:
         device.release_pinned()
-    small_kernel = _launch_seconds(device)
+    launch = _launch_seconds(device)
+    small_kernel = _norm_seconds(device, sizes, dtype, amounts.loops)
     device.release_cached()
     return Hardware(
         load_bandwidth=amounts.copy_bytes / min(load, alone),
@@ -105,8 +108,9 @@ def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware
         memory_bandwidth=memory_bandwidth,
         weight_read_share=weight_bandwidth / memory_bandwidth,
         attention_read_share=read_bandwidth / memory_bandwidth,
-        launch_time=_LAUNCHES_PER_LAYER * small_kernel,
-        prompt_launch_time=_LAUNCHES_PER_PROMPT_LAYER * small_kernel,
+        small_kernel_time=small_kernel,
+        launch_time=_LAUNCHES_PER_LAYER * launch,
+        prompt_launch_time=_LAUNCHES_PER_PROMPT_LAYER * launch,
         hop_time=_HOP_SECONDS,
         handover_time=_HANDOVER_SECONDS,
         boundary_time=_BOUNDARY_SECONDS,
@@ -241,6 +245,18 @@ def _regeneration(device: Device, sizes: ModelSizes, dtype: torch.dtype, rows: i
         for size in (rows, 2 * sizes.kv_size)
     )
     return partial(functional.linear, x, weight)
+
+
+def _norm_seconds(device: Device, sizes: ModelSizes, dtype: torch.dtype, loops: int) -> float:
+    """The device's, for a norm of few rows that waits for the one before, as kernels in a graph do."""
+    x = torch.randn(_NORM_ROWS, sizes.hidden_size, device=device.torch_device, dtype=dtype)
+
+    def norms() -> None:
+        normed = x
+        for _ in range(_NORMS):
+            normed = functional.layer_norm(normed, normed.shape[-1:])
+
+    return _seconds(device, device.capture(norms), loops) / _NORMS
 
 
 def _launch_seconds(device: Device) -> float:

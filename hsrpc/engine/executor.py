@@ -125,7 +125,7 @@ class Executor:
 
     async def _run_layers(self, worker: Worker, step: Step) -> list[Sampled] | None:
         self._num_begun += 1
-        self._untaken = self._num_layers * len(step.mini_batches)
+        self._untaken = self._num_layers * len(step.parts)
         batches = await worker.run(partial(self._begin, step))
         for layer in range(self._num_layers):
             if step.is_abandoned:

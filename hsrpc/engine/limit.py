@@ -34,7 +34,9 @@ def step_limit(record: StepRecord, sizes: ModelSizes, hardware: Hardware) -> Ste
     The work that the method itself asks for and no more: no copies within the device, no logits, one mini-batch.
     """
     share = max(1.0, hardware.weight_read_share, hardware.attention_read_share)
-    best = replace(hardware, weight_read_share=share, attention_read_share=share, gemm_overhead=0.0)
+    best = replace(
+        hardware, weight_read_share=share, attention_read_share=share, gemm_overhead=0.0, small_kernel_time=0.0
+    )
     layer = LayerTimes(sizes, best)
     tokens = record.decode_tokens + record.prefill_tokens + record.recomputed_tokens
     layers = sizes.num_layers

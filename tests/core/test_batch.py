@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass, replace
 from random import Random
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Runs, Step, Work, expand
 from hsrpc.core.blocks import BlockKind, PoolId
-from hsrpc.core.layout import advance, first_block, lay_out, merge_runs
+from hsrpc.core.layout import advance, first_block, in_order, lay_out, merge_runs, uses_no_buffer
 from hsrpc.core.mini_batches import form_mini_batches
 from hsrpc.core.request import FinishReason, Request, SamplingParams
 
@@ -194,6 +196,7 @@ def test_queries_are_packed_in_order_of_the_works(case: Case):
     batch = lay_out(case.works, case.block_size, case.window)
     singles = [work for work in case.works if work.num_new == 1 and case.window is None]
     assert list(batch.works) == singles + [work for work in case.works if work not in singles]
+    assert in_order(case.works, case.window) == batch.works
     assert batch.in_place.num_requests == len(singles)
     assert batch.num_queries == sum(work.num_new for work in case.works)
     sampled = []
@@ -206,6 +209,16 @@ def test_queries_are_packed_in_order_of_the_works(case: Case):
     assert batch.sample_rows.tolist() == sampled
     for array in (batch.token_ids, batch.positions, batch.new_rows.source, batch.activation_rows, batch.sample_rows):
         assert array.dtype == np.int64
+
+
+@given(case=cases())
+def test_what_uses_no_buffer_is_known_without_a_layout(case: Case):
+    """All of it is decode, and nothing goes through the kv buffer."""
+    for works in (case.works, [work for work in case.works if work.is_decode]):
+        assume(works)
+        batch = lay_out(works, case.block_size, case.window)
+        wanted = batch.num_rows == 0 and all(work.is_decode for work in works)
+        assert uses_no_buffer(works, case.block_size, case.window) == wanted
 
 
 @given(case=cases(), slack=st.tuples(*[st.integers(0, 60)] * 3))
@@ -318,7 +331,8 @@ def test_expand_counts_up_from_each_start(parts: list[tuple[int, int]]):
 def test_a_step_lists_its_works_in_order():
     """Works and sampled works are in mini-batch order; the step is abandoned once every request in it has ended."""
     works = [make_work(i, [(PoolId.HOST_KV, i)], 0, 3, samples=i != 1) for i in range(3)]
-    step = Step(1, (lay_out(works[1:], 16, None), lay_out(works[:1], 16, None)))
+    parts = (tuple(works[1:]), tuple(works[:1]))
+    step = Step(1, parts, lambda: tuple(lay_out(part, 16, None) for part in parts))
     assert list(step.works) == [works[1], works[2], works[0]]
     assert step.sampled == [works[2], works[0]]
     for work in works:
@@ -363,7 +377,7 @@ def test_a_batch_in_place_advances_as_it_would_be_laid_out(
     found = advance(lay_out(works, block_size, None), following, block_size)
     wanted = lay_out(following, block_size, None)
     assert found is not None
-    assert found.is_in_place
+    assert uses_no_buffer(following, block_size, None)
     width = wanted.in_place.tables.shape[1]
     assert not found.in_place.tables[:, width:].any() or len(following) < len(works)
     trimmed = replace(found, in_place=replace(found.in_place, tables=found.in_place.tables[:, :width]))
@@ -392,3 +406,21 @@ def test_a_block_that_is_not_read_in_place_needs_a_new_layout(pool: PoolId):
     work.request.blocks.append(pool, 0)
     batch = lay_out([work], 4, None)
     assert advance(batch, [Work(work.request, 4, 1, samples=True, source=0)], 4) is None
+
+
+def test_a_steps_arrays_are_made_once_and_when_they_are_wanted():
+    """Whichever thread asks first makes them; the others wait for it."""
+    made: list[int] = []
+    works = (make_work(0, [(PoolId.HOST_KV, 0)], 3, 1),)
+
+    def make() -> tuple[MiniBatch, ...]:
+        made.append(1)
+        time.sleep(0.02)
+        return (lay_out(works, 16, None),)
+
+    step = Step(1, (works,), make)
+    assert not made
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: step.mini_batches, range(4)))
+    assert made == [1]
+    assert all(each is found[0] for each in found)

@@ -61,8 +61,8 @@ def make_request(blocks: Sequence[tuple[PoolId, int]], num_tokens: int) -> Reque
 
 
 def make_step(request: Request, context: int, count: int) -> Step:
-    batch = lay_out([Work(request, context, count, samples=True)], BLOCK_SIZE, None)
-    return Step(1, (batch,))
+    works = (Work(request, context, count, samples=True),)
+    return Step(1, (works,), lambda: (lay_out(works, BLOCK_SIZE, None),))
 
 
 def store_all(cache: CacheManager, sizes: ModelSizes, step: Step, dtype: torch.dtype) -> tuple[Rows, Rows]:
