@@ -79,6 +79,7 @@ class Load:
     def _step(self) -> Request:
         step = self.scheduler.schedule(time.monotonic())
         assert step is not None
+        assert step.mini_batches  # made when they are asked for: they belong to the time
         self.scheduler.commit(step, [1] * len(step.sampled), time.monotonic())
         return min((work.request for work in step.works), key=lambda request: request.rank)
 

@@ -183,9 +183,13 @@ class BlockManager:
             return True  # most tokens go to a block that is there
         if num_blocks > self.num_free:
             return False
-        for _ in range(num_blocks):
-            pool = self._next_pool()
-            table.append(pool, self.pools[pool].allocate(table.last_of(pool)))
+        while num_blocks:
+            pool, count = self._next_run(num_blocks)
+            blocks, index = self.pools[pool], table.last_of(pool)
+            for _ in range(count):
+                index = blocks.allocate(index)
+                table.append(pool, index)
+            num_blocks -= count
         return True
 
     def free(self, table: BlockTable) -> None:
@@ -194,10 +198,14 @@ class BlockManager:
             self.pools[PoolId(pool)].free(index)
         del table.pools[:], table.indices[:]
 
-    def _next_pool(self) -> PoolId:
+    def _next_run(self, wanted: int) -> tuple[PoolId, int]:
+        """The pool of the next block, and how many of those `wanted` come from it one after the other."""
         kv, activation = next(pair for pair in POOLS_OF_TIER if any(self.pools[pool].num_free for pool in pair))
+        for pool, other in ((kv, activation), (activation, kv)):
+            if not self.pools[other].num_blocks:
+                return pool, min(wanted, self.pools[pool].num_free)
         # A kind that is called for has a free block: in proportion, neither kind is full before its tier is.
-        return activation if self._lacks_activations(kv, activation) else kv
+        return (activation if self._lacks_activations(kv, activation) else kv), 1
 
     def _lacks_activations(self, kv: PoolId, activation: PoolId) -> bool:
         """With one more block in use, the tier's part of activations in use would be below that of its blocks."""
