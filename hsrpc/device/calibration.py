@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
-from statistics import median
 
 import numpy as np
 import torch
@@ -18,12 +17,13 @@ from hsrpc.core.plan import Hardware
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.device import Device
 
-_REPEATS = 5
+_REPEATS = 9
+"""What disturbs a machine makes it slower, never faster: the quarter of the times that were disturbed least counts."""
 _PIECES = 4
 """Copied in turn, so that they come from memory and not from the host's caches, as the engine's do."""
 _BUS_REPEATS = 20
-"""Others use the bus of a shared machine, for moments: the quarter of the copies that they disturbed least counts.
-Loads are measured at two times, since some moments last longer than all the copies of one."""
+"""Others use the bus of a shared machine more than its GPU. Loads are measured at two times, since some moments last
+longer than all the copies of one."""
 _LAUNCHES_PER_LAYER, _LAUNCHES_PER_PROMPT_LAYER = 30, 90
 """One layer of one mini-batch takes the host as long as so many small kernels; the second, with prompts in it, was
 measured on the engine: 1.1 ms where a small kernel takes 10 us, a part of it once a step."""
@@ -78,7 +78,7 @@ _ON_GPU = _Amounts(
 
 
 def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware:
-    """Rates at the model's shapes, after a warm-up: medians of five, of the bus lower quartiles of twenty."""
+    """Rates at the model's shapes, after a warm-up: lower quartiles of nine times, of the bus of twenty."""
     amounts = _amounts(device)
     _wake(device, _regeneration(device, sizes, dtype, amounts.rows[-1]), amounts.waking)
     memory_bandwidth, read_bandwidth = _memory_rates(device, amounts)
@@ -271,12 +271,12 @@ def _launch_seconds(device: Device) -> float:
             for _ in range(count):
                 torch.add(x, x)
             times.append((time.perf_counter() - start) / count)
-    return median(times)
+    return _lower_quartile(times)
 
 
 def _seconds(device: Device, work: Callable[[], object], loops: int = 1) -> float:
-    """Median seconds of `work` on the compute stream."""
-    return median(_times(device, work, _REPEATS, loops))
+    """Seconds of `work` on the compute stream."""
+    return _lower_quartile(_times(device, work, _REPEATS, loops))
 
 
 def _undisturbed_seconds(device: Device, work: Callable[[], object]) -> float:

@@ -52,6 +52,19 @@ def test_what_the_bus_keeps_up_counts_what_disturbs_it(monkeypatch: pytest.Monke
     assert 0 < sustained_load(CpuDevice()) <= min(undisturbed, 4 * 8 * 1024**2 / 0.02)
 
 
+def test_a_disturbance_of_most_times_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five of nine reads of memory wait for 50 ms: the rate is that of the others."""
+    amax, waits = torch.amax, cycle((0.0, *[0.05] * 5, *[0.0] * 4))
+
+    def disturbed(values: torch.Tensor) -> torch.Tensor:
+        time.sleep(next(waits))
+        return amax(values)
+
+    monkeypatch.setattr(torch, "amax", disturbed)
+    found = calibrate(CpuDevice(), named_spec("opt-125m", torch.float32).sizes, torch.float32)
+    assert found.attention_bandwidth > 8 * 1024**2 / 0.05
+
+
 @given(slope=POSITIVE, overhead=st.just(0.0) | POSITIVE)
 def test_a_line_is_found(slope: float, overhead: float) -> None:
     """Times that lie on a line give its slope and where it begins."""
