@@ -18,8 +18,10 @@ from typing import NamedTuple
 from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Step, Work
 from hsrpc.core.blocks import BlockManager
 from hsrpc.core.drain import DrainRate
+from hsrpc.core.ending import finish_reason, goes_on
 from hsrpc.core.fairness import FairQueue
-from hsrpc.core.layout import advance, in_order, lay_out, uses_no_buffer
+from hsrpc.core.in_place import advance, uses_no_buffer
+from hsrpc.core.layout import in_order, lay_out
 from hsrpc.core.mini_batches import form_mini_batches
 from hsrpc.core.recomputing import NO_RECOMPUTING, RecomputeLimits, Recomputing
 from hsrpc.core.request import FinishReason, Request, TokenLogprob
@@ -161,7 +163,7 @@ class Scheduler:
         works = [
             Work(work.request, work.context + 1, 1, samples=True, source=source)
             for source, work in enumerate(step.works)
-            if _goes_on(work.request)
+            if goes_on(work.request)
         ]
         if not works or not self._grow_ahead(works):
             return None
@@ -230,22 +232,11 @@ class Scheduler:
         request.token_ids.append(token_id)
         if request.first_token_time is None:
             request.first_token_time = now
-        reason = self._finish_reason(request, token_id)
+        reason = finish_reason(request, token_id, self._eos)
         if reason is not None:
             self.finish(request.request_id, reason)
         matched = token_id if reason is FinishReason.STOP_TOKEN else None
         return Output(request, token_id, reason, matched, logprob=logprob)
-
-    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        params = request.params
-        if token_id in self._eos and not params.ignore_eos:
-            return FinishReason.EOS
-        if token_id in params.stop_token_ids:
-            return FinishReason.STOP_TOKEN
-        if len(request.token_ids) < request.most_tokens:
-            return None
-        is_enough = params.max_tokens is not None and request.num_output_tokens >= params.max_tokens
-        return FinishReason.MAX_TOKENS if is_enough else FinishReason.CONTEXT_LENGTH
 
     def _prefill_budget(self) -> int:
         limits = self.limits
@@ -393,8 +384,3 @@ class Scheduler:
 def _prefill_tokens(work: Work) -> int:
     """Tokens of a running request's work that count against the prefill budget: all but the one of a decode."""
     return 0 if work.is_decode else work.num_new
-
-
-def _goes_on(request: Request) -> bool:
-    """It does not end with the token that is under way, unless by what that token is."""
-    return request.finish_reason is None and len(request.token_ids) + 1 < request.most_tokens

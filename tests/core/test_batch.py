@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from hsrpc.core.batch import BufferLimits, MiniBatch, RowCosts, Runs, Step, Work, expand
 from hsrpc.core.blocks import BlockKind, PoolId
-from hsrpc.core.layout import advance, first_block, in_order, lay_out, merge_runs, uses_no_buffer
+from hsrpc.core.in_place import advance, uses_no_buffer
+from hsrpc.core.layout import first_block, in_order, lay_out, merge_runs
 from hsrpc.core.mini_batches import form_mini_batches
 from hsrpc.core.request import FinishReason, Request, SamplingParams
 
