@@ -1,4 +1,4 @@
-"""Decode that uses no buffer: K and V are read on the device where they lie, and each step's arrays follow from the last."""
+"""Decode that uses no buffer: K and V are read where they lie, and each step's arrays follow from those of the last."""
 
 from __future__ import annotations
 
