@@ -8,9 +8,10 @@ _REPLACEMENT = "\ufffd"
 # An unfinished UTF-8 character has at most 3 bytes, each of which a decoder may show as one U+FFFD.
 _MAX_UNFINISHED = 3
 _MAX_CHARACTER_TOKENS = 4
-# A window of more tokens is cut to about half: a token's cost does not grow with the output. Characters of many tokens
-# need a larger one, which then stays.
-_LIMIT = 12
+# With each so many tokens the window is cut, if it can be: a token's cost does not grow with the output.
+_GROWTH = 12
+# Tokens that it is cut to: few where they are words, more where they are bytes.
+_KEPT = (*range(6, 10), *range(24, 28))
 
 
 class Detokenizer:
@@ -26,8 +27,8 @@ class Detokenizer:
 
     def __init__(self, decode: Callable[[list[int]], str], context: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._limit = _LIMIT
-        self._window = list(context[-_LIMIT:])
+        self._window = list(context[-_GROWTH:])
+        self._grown = len(self._window)
         self._text = decode(self._window) if self._window else ""
         # The part of the window's text that needs no sending any more: always its beginning.
         self._sent = self._text
@@ -35,8 +36,6 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; "" while the last character is unfinished."""
-        if len(token_ids) == 1:
-            return self._push(token_ids[0])
         # One by one: with byte fallback the text of several tokens would depend on how they came together.
         return "".join([self._push(token_id) for token_id in token_ids])
 
@@ -53,6 +52,7 @@ class Detokenizer:
         if text == self._text and not self._decode([token_id, token_id]):
             return ""  # A special token. Were it kept, a run of them would make the window grow without end.
         self._window.append(token_id)
+        self._grown += 1
         self._text = text
         self._unsent_tokens += 1
         if not text.startswith(self._sent):
@@ -82,15 +82,15 @@ class Detokenizer:
 
         A UTF-8 decoder that starts inside a character is back in step after 3 bytes: the window may start anywhere
         if its unsent text and the 4 characters before are right. One of 4 neighbouring starts is no middle of a
-        character, which matters to decoders with byte fallback.
+        character, which matters to decoders with byte fallback. Where none is right the window stays as it is.
         """
-        if len(self._window) <= self._limit:
+        if self._grown < _GROWTH:
             return
+        self._grown = 0
         unsent = len(self._text) - len(self._sent)
         tail = self._text[-(unsent + 4) :]
-        for kept in range(self._limit // 2, self._limit // 2 + 4):
+        for kept in _KEPT:
             text = self._decode(self._window[-kept:])
             if len(text) >= unsent + 4 and text.endswith(tail):
                 self._window, self._text, self._sent = self._window[-kept:], text, text[: len(text) - unsent]
                 return
-        self._limit *= 2

@@ -151,3 +151,26 @@ def test_the_cost_of_a_token_does_not_grow(token_ids: list[int]) -> None:
     assert "".join(pieces(Detokenizer(decode), token_ids)) == BYTE_LEVEL.decode(token_ids)
     assert max(lengths) <= 60
     assert len(lengths) <= 2.2 * len(token_ids)
+
+
+def test_a_long_run_that_cannot_be_cut_costs_nothing_afterwards() -> None:
+    """While letters are capital since a token far before, no later start is right; then the window is short again."""
+    opens, closes, letter = 0, 1, 2
+    lengths: list[int] = []
+
+    def decode(window: list[int]) -> str:
+        lengths.append(len(window))
+        capital, text = False, ""
+        for token in window:
+            capital = token == opens or (capital and token != closes)
+            text += "[" if token == opens else "]" if token == closes else "A" if capital else "a"
+        return text
+
+    detokenizer = Detokenizer(decode)
+    run = [opens, *[letter] * 500, closes]
+    assert detokenizer.push(run) == decode(run)
+    detokenizer.push([letter] * 50)
+    lengths.clear()
+    assert detokenizer.push([letter] * 200) == "a" * 200
+    assert max(lengths) <= 60
+    assert len(lengths) <= 2.2 * 200
