@@ -19,9 +19,7 @@ def first_block(context: int, block_size: int, window: int | None) -> int:
 
 def first_blocks(contexts: Ints, block_size: int, window: int | None) -> Ints:
     """`first_block` of many."""
-    if window is None:
-        return np.zeros_like(contexts)
-    return np.maximum(0, contexts - window + 1) // block_size
+    return np.array([first_block(context, block_size, window) for context in contexts.tolist()], dtype=np.int64)
 
 
 def lay_out(works: Sequence[Work], block_size: int, window: int | None) -> MiniBatch:

@@ -173,12 +173,13 @@ class Scheduler:
     def _grow_ahead(self, works: Sequence[Work]) -> bool:
         """A block for each that begins one; False, and nothing taken, where there are too few."""
         size = self.limits.block_size
-        starting = [work.request.blocks for work in works if len(work.request.blocks.pools) * size == work.context]
+        starting = [work.request.blocks for work in works if len(work.request.blocks) * size == work.context]
         if len(starting) > self.blocks.num_free:
             return False
         return all(self.blocks.grow(blocks, 1) for blocks in starting)
 
     def _hand_out(self, parts: tuple[tuple[Work, ...], ...], advanced: MiniBatch | None = None) -> Step:
+        """A step of these mini-batches; `advanced` is the only one, where its arrays are there already."""
         size, window = self.limits.block_size, self.limits.sliding_window
 
         def lay_out_parts() -> tuple[MiniBatch, ...]:
@@ -198,19 +199,21 @@ class Scheduler:
         now: float,
         logprobs: Sequence[TokenLogprob | None] | None = None,
     ) -> list[Output]:
-        """Take a step's result, both in the order of `step.sampled`: the token is None where sampling failed."""
+        """Take a step's result in the order of `step.sampled`: the token is None where sampling failed."""
+        assert len(token_ids) == len(step.sampled)
         sampled = zip(token_ids, logprobs or [None] * len(token_ids), strict=True)
         outputs = []
-        for request, context, count, samples, *_ in step.works:
-            token_id, logprob = next(sampled) if samples else (None, None)
+        for work in step.works:
+            request = work.request
+            token_id, logprob = next(sampled) if work.samples else (None, None)
             request.in_flight -= 1
             if request.finish_reason is not None:
                 self._free_ended(request)
                 continue
-            if request.blocks.pools:
-                request.num_computed = context + count
+            if len(request.blocks):
+                request.num_computed = work.context + work.num_new
                 request.recomputes = False
-            if samples:
+            if work.samples:
                 outputs.append(self._accept(request, token_id, logprob, now))
         return outputs
 

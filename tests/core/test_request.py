@@ -122,7 +122,7 @@ def test_tokens_are_prompt_then_output(prompt: list[int], output: list[int]):
     request.token_ids += output
     assert prompt == given_prompt
     assert request.token_ids == prompt + output
-    assert request.output_token_ids == output
+    assert request.token_ids[request.num_prompt_tokens :] == output
     assert (request.num_prompt_tokens, request.num_output_tokens) == (len(prompt), len(output))
     assert request.num_tokens == len(prompt) + len(output)
 
