@@ -25,8 +25,8 @@ def _is_on_device(work: Work, block_size: int) -> bool:
 def advance(batch: MiniBatch, works: Sequence[Work], block_size: int) -> MiniBatch | None:
     """The mini-batch behind one in place: `works` go on with its tokens, each with that of its source.
 
-    What `lay_out` makes of them in ten times the time, except that tables may be wider. None where a new token goes to
-    a block that is not read in place.
+    What `lay_out` makes of them, except that tables may be wider. None where a new token goes to a block that is not
+    read in place.
     """
     source = np.array([work.source for work in works], dtype=np.int64)
     positions, slots = batch.positions[source] + 1, batch.stores[PoolId.DEVICE_KV].target[source] + 1
