@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: config, errors <- core <- {model, device} <- engine <- server <- cli."""
+"""Who may import whom, read from the source: request <- text, schedule <- plan <- {model, device} <- engine <- server <- cli."""
 
 from __future__ import annotations
 
@@ -16,17 +16,26 @@ PACKAGE = "hsrpc"
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
+    "request": {"errors"},
     "v1": set(),
-    "core": {"config", "errors"},
-    "model": {"core", "config", "errors"},
-    "device": {"core", "config", "errors"},
-    "engine": {"model", "device", "core", "config", "errors"},
-    "server": {"engine", "core", "config", "errors", "v1"},
-    "client_messages": {"core", "errors", "v1"},
+    "text": set(),
+    "schedule": {"request", "errors"},
+    "plan": {"schedule", "config", "errors"},
+    "model": {"plan", "request", "config", "errors"},
+    "device": {"model", "plan", "schedule", "config", "errors"},
+    "engine": {"model", "device", "plan", "schedule", "text", "request", "config", "errors"},
+    "server": {"engine", "schedule", "request", "config", "errors", "v1"},
+    "client_messages": {"request", "errors", "v1"},
     "client_channel": set(),
-    "client": {"client_channel", "client_messages", "core", "errors", "v1"},
-    "bench": {"server", "client", "client_messages", "v1", "engine", "model", "device", "core", "config", "errors"},
-    "cli": {"bench", "client", "server", "engine", "model", "device", "core", "config", "errors", "v1"},
+    "client": {"client_channel", "client_messages", "request", "errors", "v1"},
+    "bench": {
+        *("server", "client", "client_messages", "v1"),
+        *("engine", "model", "device", "plan", "schedule", "request", "config", "errors"),
+    },
+    "cli": {
+        *("bench", "client", "server", "v1"),
+        *("engine", "model", "device", "plan", "schedule", "request", "config", "errors"),
+    },
     "__main__": {"cli"},
 }
 """What each part of the package may import, besides itself."""
@@ -110,13 +119,19 @@ def test_dependencies_point_one_way():
 def test_every_part_has_its_place():
     """A new part of the package is put into the order first."""
     assert parts(set(modules())) - {None} <= set(ALLOWED)
-    assert {"core", "model", "device", "engine", "server", "client"} <= parts(set(modules()))
+    assert {"schedule", "plan", "model", "device", "engine", "server", "client"} <= parts(set(modules()))
 
 
 def test_the_order_has_no_cycles():
     """The allowed directions themselves can be put in a row."""
     order = list(TopologicalSorter(ALLOWED).static_order())
-    assert order.index("core") < order.index("model") < order.index("engine") < order.index("server")
+    assert (
+        order.index("schedule")
+        < order.index("plan")
+        < order.index("model")
+        < order.index("engine")
+        < order.index("server")
+    )
 
 
 def test_no_import_cycles():
@@ -138,14 +153,16 @@ def test_only_the_edges_know_grpc():
 
 
 @pytest.mark.parametrize("library", ["torch", "asyncio"])
-def test_core_is_pure(library: str):
-    """Decisions need neither tensors nor an event loop."""
-    assert "core" not in parts(users(library))
+def test_decisions_are_pure(library: str):
+    """They need neither tensors nor an event loop."""
+    assert parts(users(library)).isdisjoint({"request", "text", "schedule", "plan"})
 
 
 def test_models_and_devices_are_synchronous():
     """Neither the models nor the device know of asyncio."""
-    assert parts(users("asyncio")).isdisjoint({"model", "device", "core", "config", "errors"})
+    assert parts(users("asyncio")).isdisjoint(
+        {"model", "device", "plan", "schedule", "text", "request", "config", "errors"}
+    )
 
 
 def test_only_the_engine_joins_asyncio_and_torch():
