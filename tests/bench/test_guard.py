@@ -150,6 +150,7 @@ def test_without_a_reference_it_says_how_to_make_one(answers, capsys):
     out = capsys.readouterr().out
     assert "NOT COMPARED: there is no reference of tiny" in out
     assert "--save" in out
+    assert out.count("NOT COMPARED") == 1
     assert "OK" not in out
     assert measured == NAMES
 
