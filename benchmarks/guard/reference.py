@@ -26,8 +26,14 @@ class Comparison:
     """Why there is nothing to compare."""
 
     def has_lost(self, within: float) -> bool:
-        """Whether more than the part `within` of the reference's efficiency is gone, or the case has no figures."""
-        return "failure" in self.cell or (self.efficiency is not None and self.efficiency < 1 - within)
+        """Whether more than the part `within` of the reference's speed is gone, or the case has no figures.
+
+        Both must say so: on a slower bus the step takes longer with the same efficiency, and a calibration that was
+        disturbed gives the same step another limit.
+        """
+        if self.efficiency is None or self.step is None:
+            return "failure" in self.cell
+        return self.efficiency < 1 - within and self.step > 1 + within
 
 
 def gpu_kind(device: str) -> str:
