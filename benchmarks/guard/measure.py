@@ -12,9 +12,9 @@ from benchmarks.guard.cases import Case, Kind
 from benchmarks.orchestration import decode_graphs, time_alone
 from hsrpc.bench.run import WARM_UP_STEPS, Result, Run, observe_run, summarise
 from hsrpc.bench.workload import Workload, make_workload
-from hsrpc.core.prediction import predict_at
 from hsrpc.engine.engine import Engine
-from hsrpc.engine.stats import StepRecord
+from hsrpc.plan.prediction import predict_at
+from hsrpc.plan.roofline import StepRecord
 
 _CASE_SECONDS = 90.0
 """A case that takes longer has failed."""
