@@ -54,6 +54,10 @@ cancels: $(installed) ## End CALLS=20000 calls early, and check that the server 
 fuzz: $(installed) ## Send EXAMPLES=10000 mutated requests to a server
 	@HSRPC_FUZZ_EXAMPLES=$(EXAMPLES) $(pytest) -s --timeout 0 tests/server/test_fuzz.py
 
+.PHONY: guard
+guard: $(installed) ## Hold the speed of the engine's data path against the reference of this kind of GPU
+	@$(bin)/python -m benchmarks.guard
+
 .PHONY: lint
 lint: $(installed) proto-check ## Check style, format, types, the proto files and their stubs
 	@$(bin)/ruff check .

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from hsrpc.bench.run import WARM_UP_STEPS, BenchError, Run, observe_run
@@ -34,8 +35,19 @@ async def cell_of(measuring: Awaitable[Cell], seconds: float) -> Cell:
         return {"failure": f"{type(error).__name__}: {error}"}
 
 
-async def observe_decoding(config: EngineConfig, *, prompt: int, output: int, steps: int) -> Run:
+async def observe_decoding(
+    config: EngineConfig,
+    *,
+    prompt: int,
+    output: int,
+    steps: int,
+    lengths: Lengths = Lengths.UNIFORM,
+    prepare: Callable[[Engine], None] | None = None,
+) -> Run:
     """At least `steps` steps, as far as the output goes, in which `max_batch` requests, or as many as planned, decode.
+
+    `lengths` are those of the prompts, whose mean is `prompt`; all requests generate `output` tokens. `prepare` is
+    called with the idle engine before they run.
 
     Raises:
         BenchError: so many do not fit at once.
@@ -57,8 +69,10 @@ async def observe_decoding(config: EngineConfig, *, prompt: int, output: int, st
         if planned < batch:  # no step would be whole
             fitting = f"{planned} of {batch} requests fit at once"
             raise BenchError(f"{fitting}; raise gpu_memory or host_memory, or lower the batch")
-        lengths = {"prompt": prompt, "output": output, "vocab_size": engine.spec.vocab_size}
-        return make_workload(Lengths.UNIFORM, count=batch, **lengths)
+        if prepare is not None:
+            prepare(engine)
+        sizes = {"prompt": prompt, "output": output, "vocab_size": engine.spec.vocab_size}
+        return replace(make_workload(lengths, count=batch, **sizes), output_tokens=[output] * batch)
 
     return await observe_run(config, make, lambda records: list(filter(is_whole, records)), is_enough=is_enough)
 

@@ -19,9 +19,8 @@ from statistics import median
 import torch
 
 from hsrpc import Engine, EngineConfig, SamplingParams
-from hsrpc.bench.run import load_requests
+from hsrpc.bench.run import BenchError, load_requests
 from hsrpc.bench.workload import Lengths, make_workload
-from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, DeviceKind
 from hsrpc.engine.graphs import DecodeGraphs
 from hsrpc.model.sampler import SamplingRow
@@ -64,7 +63,7 @@ async def measure(options: argparse.Namespace) -> Found:
         gpu_memory=options.gpu_memory,
     )
     async with Engine(config, observe=records.append) as engine:
-        graphs = _graphs(engine)
+        graphs = decode_graphs(engine)
         lengths = {"prompt": options.prompt, "output": options.output, "vocab_size": engine.spec.vocab_size}
         await load_requests(engine, make_workload(Lengths.UNIFORM, count=options.batch, **lengths))
         full = [each for each in records if each.decode_tokens == options.batch and not each.prefill_tokens]
@@ -115,15 +114,21 @@ def _decode_step(engine: Engine, batch: int, context: int) -> MiniBatch:
     return pack(works, plan.block_size, None)
 
 
-def _graphs(engine: Engine) -> DecodeGraphs:
-    """Raises SystemExit: no graph runs the model's steps."""
+def decode_graphs(engine: Engine) -> DecodeGraphs:
+    """The graphs of a running engine's decode steps.
+
+    Raises:
+        BenchError: no graph runs the model's steps.
+    """
     graphs = engine._opened.executor._graphs
     if graphs is None:
-        raise SystemExit(f"--shape {engine.spec.name}: it does not fit the device with its cache; raise --gpu-memory")
+        raise BenchError(f"{engine.spec.name} does not fit the device with its cache; raise --gpu-memory")
     return graphs
 
 
 def main(arguments: list[str] | None = None) -> None:
+    from hsrpc.cli.loop import run_loop  # here: what measures with `time_alone` needs nothing of the command line
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="opt-1.3b", help="a name, or a config.json")
     parser.add_argument("--batch", type=int, default=64)
@@ -133,7 +138,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gpu-memory", default="24GiB")
     parser.add_argument("--json", type=Path, help="save the times here")
     options = parser.parse_args(arguments)
-    found = run_loop(measure(options))
+    try:
+        found = run_loop(measure(options))
+    except BenchError as error:
+        raise SystemExit(f"--shape {options.shape}: {error}") from None
     step, alone = found.step_seconds * 1e3, found.alone_seconds * 1e3
     print(f"{found.model}, {found.batch} requests: {step:.3f} ms a step, {alone:.3f} ms its graph and sampling alone")
     print(f"orchestration {found.orchestration:.1%} of the step")

@@ -53,9 +53,8 @@ async def measure(policy: Policy, setting: Setting, seconds: float) -> Cell:
 
 async def _measure(policy: Policy, setting: Setting) -> Cell:
     config = setting.config(policy)
-    lengths = {"prompt": setting.prompt, "output": setting.output, "steps": setting.steps}
     with emulated(policy, setting.hidden_layers):
-        run = await observe_decoding(config, **lengths)
+        run = await observe_decoding(config, prompt=setting.prompt, output=setting.output, steps=setting.steps)
     check_steps(run)
     return _measured(run, config)
 
