@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import records, tables
-from benchmarks.records import RESULTS, Record
+from benchmarks import raw_results, tables
+from benchmarks.raw_results import RESULTS, Record
 from benchmarks.tables import Row
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/performance.md", "docs/findings.md", "benchmarks/results/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/performance.md", "docs/findings.md", "benchmarks/results/README.md")
 MARKED = re.compile(r"<!-- table: (?P<name>[a-z-]+) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
 
 
@@ -35,6 +35,7 @@ class Table:
     rows: Callable[[Sequence[Record]], Iterator[Row]]
 
 
+_ALL = tuple(raw_results.names())
 _STEP = ("step", "limit", "efficiency")
 _POLICIES = ("policies/opt-6.7b", "policies/opt-13b", "policies/opt-30b", "policies/opt-30b-kv")
 _CODING = ("coding/opt-13b-plain", "coding/opt-13b-coded", "coding/llama-2-13b-plain", "coding/llama-2-13b-coded")
@@ -101,6 +102,11 @@ TABLES = {
     "growth": Table(("growth/current",), ("over", "step", "from a straight line"), tables.growth),
     "startup": Table(("startup/current",), ("OPT-13B, 27 GB pinned", "time"), tables.startup),
     "bus": Table(("bus/current",), ("copies, GB/s", "alone", "beside GEMMs", "beside GEMMs into a buffer"), tables.bus),
+    "guard": Table(
+        tuple(name for name in _ALL if name.startswith("guard/")),
+        ("GPU", "case", *_STEP, "tokens/s", "commit"),
+        tables.guard,
+    ),
     "overview": Table(
         (*_POLICIES[:3], *_CODING[2:]),
         ("weights and caches all on the host", "policy", *_STEP, "tokens/s"),
@@ -114,7 +120,7 @@ TABLES = {
         ("measured", "what"),
         tables.beside,
     ),
-    "commands": Table(tuple(records.names()), ("file", "command", "commit", "date"), tables.commands),
+    "commands": Table(_ALL, ("file", "command", "commit", "date"), tables.commands),
 }
 
 
@@ -123,7 +129,7 @@ def render(name: str, page: Path) -> str:
     table = TABLES[name]
     lines = ["| " + " | ".join(row) + " |" for row in _rows(table)]
     lines.insert(1, "|" + "---|" * len(table.columns))
-    if page.parent != RESULTS:
+    if table.sources and page.parent != RESULTS:
         lines += ["", *_raw(table.sources, os.path.relpath(RESULTS, page.parent))]
     return "\n".join(lines) + "\n"
 
@@ -161,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _rows(table: Table) -> Iterator[Row]:
     yield table.columns
-    for row in table.rows([records.read(source) for source in table.sources]):
+    for row in table.rows([raw_results.read(source) for source in table.sources]):
         if len(row) != len(table.columns):
             raise ValueError(f"a row has {len(row)} cells, its table {len(table.columns)} columns: {row}")
         yield row

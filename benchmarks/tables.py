@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import geometric_mean, median
 from typing import Any
 
-from benchmarks.records import MEASURED, Record
+from benchmarks.raw_results import Record
 
 Row = tuple[str, ...]
 NAMES = {
@@ -234,12 +234,20 @@ def beside(records: Sequence[Record]) -> Iterator[Row]:
     yield f"{lost:.1f} %", "of all tokens/s lost: streaming OPT-1.3B through gRPC"
 
 
+def guard(records: Sequence[Record]) -> Iterator[Row]:
+    """References of the guard, for each kind of GPU."""
+    for record in records:
+        kind = record.result["kind"]
+        for cell in record.result["cases"]:
+            yield (kind, cell["name"], *_step(cell), rate(cell["tokens_per_second"]), record.header.commit)
+            kind = ""
+
+
 def commands(records: Sequence[Record]) -> Iterator[Row]:
     """Where every file comes from."""
     for record in records:
         header = record.header
-        commit = header.commit if header.commit_is == MEASURED else f"{header.commit} or its parent"
-        yield f"[{record.name}]({record.name}.json)", f"`{header.command}`", commit, header.date
+        yield f"[{record.name}]({record.name}.json)", f"`{header.command}`", header.commit, header.date
 
 
 def ms(seconds: float) -> str:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import records, render, tables
-from benchmarks.records import Header
+from benchmarks import raw_results, render, tables
+from benchmarks.raw_results import Header, Record
 
 ROOT = Path(__file__).parents[2]
 HEADER = {
     "commit": "d88018c",
-    "commit_is": "recorded",
     "command": "hsrpc bench decode",
     "date": "2026-11-28",
     "machine": "a machine",
@@ -24,14 +23,14 @@ HEADER = {
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder in place of the results."""
-    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(raw_results, "RESULTS", tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("name", records.names())
+@pytest.mark.parametrize("name", raw_results.names())
 def test_every_result_says_where_it_comes_from(name):
     """Commit, command, date, machine and torch, none of them empty."""
-    assert records.read(name).header.command
+    assert raw_results.read(name).header.command
 
 
 def test_every_result_is_in_a_table_that_a_page_shows():
@@ -39,7 +38,7 @@ def test_every_result_is_in_a_table_that_a_page_shows():
     pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in render.PAGES)
     shown = {match["name"] for match in render.MARKED.finditer(pages)} - {"commands"}
     used = {source for name in shown for source in render.TABLES[name].sources}
-    assert sorted(used) == records.names()
+    assert sorted(used) == raw_results.names()
 
 
 def test_every_table_is_shown():
@@ -71,7 +70,6 @@ def test_a_stale_table_is_named_and_written_again(tmp_path, monkeypatch, capsys)
     ("field", "value"),
     [
         ("commit", "main"),
-        ("commit_is", "guessed"),
         ("command", ""),
         ("date", "yesterday"),
         ("machine", " "),
@@ -82,26 +80,41 @@ def test_a_header_that_says_nothing_is_refused(results, field, value):
     """The error names the file, the field and the value."""
     (results / "case.json").write_text(json.dumps({"header": HEADER | {field: value}, "result": 1}))
     with pytest.raises(ValueError, match=rf"case: the header's {field} is {value!r}"):
-        records.read("case")
+        raw_results.read("case")
 
 
 def test_a_header_without_a_field_is_refused(results):
     """So is a file without any header."""
     header = {field: value for field, value in HEADER.items() if field != "torch"}
     (results / "case.json").write_text(json.dumps({"header": header, "result": 1}))
-    with pytest.raises(ValueError, match=r"case: the header must have .*torch; it has commit, commit_is"):
-        records.read("case")
+    with pytest.raises(ValueError, match=r"case: the header must have .*torch; it has commit, command"):
+        raw_results.read("case")
     (results / "case.json").write_text("[1]")
     with pytest.raises(ValueError, match="header"):
-        records.read("case")
+        raw_results.read("case")
 
 
 def test_a_result_is_read_with_its_header(results):
     """By its path below the folder."""
     (results / "question").mkdir()
     (results / "question" / "case.json").write_text(json.dumps({"header": HEADER, "result": [1]}))
-    assert records.names() == ["question/case"]
-    assert records.read("question/case") == ("question/case", Header(**HEADER), [1])
+    assert raw_results.names() == ["question/case"]
+    assert raw_results.read("question/case") == ("question/case", Header(**HEADER), [1])
+    (results / "more.json").write_text(
+        json.dumps({"header": HEADER | {"commit": "d88018c+"}, "kind": "h", "cases": []})
+    )
+    assert raw_results.read("more").result == {"kind": "h", "cases": []}
+
+
+def test_the_guards_references_are_listed_by_gpu():
+    """A line a case; the GPU is said once."""
+    cell = {"step_seconds": 0.5, "limit_seconds": 0.49, "efficiency": 0.98, "tokens_per_second": 128.0}
+    cases = [cell | {"name": "host-kv"}, cell | {"name": "resident", "step_seconds": 0.0044}]
+    record = Record("guard/nvidia-h200", Header(**HEADER), {"kind": "nvidia-h200", "cases": cases})
+    assert list(tables.guard([record])) == [
+        ("nvidia-h200", "host-kv", "500 ms", "490 ms", "0.98", "128", "d88018c"),
+        ("", "resident", "4.4 ms", "490 ms", "0.98", "128", "d88018c"),
+    ]
 
 
 def test_numbers_have_as_many_digits_as_they_are_worth():

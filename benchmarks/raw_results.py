@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
-"""One folder a question, one file a case: `{"header": {...}, "result": ...}`."""
-RECORDED, MEASURED = "recorded", "measured"
-_PATTERNS = {
-    "commit": r"[0-9a-f]{7,40}",
-    "commit_is": f"{RECORDED}|{MEASURED}",
-    "date": r"\d{4}-\d\d-\d\d",
-}
+"""One folder a question, one file a case: `{"header": {...}, "result": ...}`, or other keys beside the header."""
+RECORDED = " (recorded)"
+"""Behind a commit: it added the file; the code that ran is its own or its parent's."""
+_PATTERNS = {"commit": rf"[0-9a-f]{{7,40}}\+?({re.escape(RECORDED)})?", "date": r"\d{4}-\d\d-\d\d"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +20,11 @@ class Header:
     """Where a result comes from; every field is a text that says something."""
 
     commit: str
-    """Short hash."""
-    commit_is: str
-    """`measured`: the code that ran. `recorded`: the commit that added the file; the code is that one or a parent."""
+    """Short hash of the code that ran, `+` behind it where files differed."""
     command: str
     """Line that makes the file again, or "not kept"."""
     date: str
-    """Day of the commit or of the run, as 2026-11-28."""
+    """Day of the run or of that commit, as 2026-11-28."""
     machine: str
     torch: str
     """Version, or "not used"."""
@@ -42,7 +37,7 @@ class Record(NamedTuple):
     """Path below `RESULTS` without its suffix, such as `policies/opt-13b`."""
     header: Header
     result: Any
-    """What the benchmark wrote."""
+    """What the benchmark wrote: the value of `result`, or all keys but the header."""
 
 
 def names() -> list[str]:
@@ -52,11 +47,11 @@ def names() -> list[str]:
 
 def read(name: str) -> Record:
     """The file of that name. ValueError: its header lacks a field, or has one that says nothing."""
-    file = RESULTS / f"{name}.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or set(content) != {"header", "result"}:
-        raise ValueError(f'{file.name}: must be {{"header": ..., "result": ...}}; wrap what the benchmark wrote')
-    return Record(name, _header(name, content["header"]), content["result"])
+    content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("header"), dict):
+        raise ValueError(f'{name}: has no header; make it {{"header": {{...}}, "result": what the benchmark wrote}}')
+    header = _header(name, content.pop("header"))
+    return Record(name, header, content.get("result", content))
 
 
 def _header(name: str, values: dict[str, object]) -> Header:
