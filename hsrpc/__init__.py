@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hsrpc.core.request import Delta, FinishReason, SamplingParams
     from hsrpc.engine.engine import Engine
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Delta", "Engine", "EngineConfig", "FinishReason", "SamplingParams", "__version__"]
 
 _HOMES = {
