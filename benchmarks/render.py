@@ -179,10 +179,15 @@ def _raw(sources: Sequence[str], results: str) -> list[str]:
     for source in sources:
         folder, _, case = source.partition("/")
         by_folder.setdefault(folder, []).append(case)
-    folders = ", ".join(f"[{folder}]({results}/{folder}) ({', '.join(cases)})" for folder, cases in by_folder.items())
+    folders = ", ".join(f"[{folder}]({results}/{folder}) ({_listed(cases)})" for folder, cases in by_folder.items())
     return textwrap.wrap(
         f"Raw: {folders}; [commands]({results}/README.md).", 120, break_long_words=False, break_on_hyphens=False
     )
+
+
+def _listed(cases: Sequence[str]) -> str:
+    """Names of the files, or how many there are."""
+    return ", ".join(cases) if len(cases) <= 4 else f"{len(cases)} files"
 
 
 if __name__ == "__main__":

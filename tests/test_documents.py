@@ -91,3 +91,8 @@ def test_lines_are_short(page):
         return
     lines = page.read_text(encoding="utf-8").splitlines()
     assert [f"{number}: {line}" for number, line in enumerate(lines, 1) if len(line) > WIDTH] == []
+
+
+def test_the_page_of_performance_is_short():
+    """Method and current tables; what was learnt has a page of its own."""
+    assert len((ROOT / "docs/performance.md").read_text(encoding="utf-8").splitlines()) <= 150
