@@ -7,10 +7,11 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from hsrpc.plan.hardware import Hardware
+
 from benchmarks.peers.cases import Setup, System, sizes_of
 from benchmarks.peers.limits import calibrate, limit_seconds, median_hardware
 from benchmarks.peers.record import Outcome, PeerRun, setup_from
-from hsrpc.core.plan import Hardware
 
 _ACCELERATE = ("accelerate", "transformers", "torch")
 _LIBRARIES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hsrpc.core.blocks import PoolId
+from hsrpc.schedule.blocks import PoolId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,9 +10,9 @@ from types import coroutine
 from typing import Any
 
 import pytest
+from hsrpc.request import FinishReason, SamplingParams
 
 from hsrpc import Engine, EngineConfig
-from hsrpc.core.request import FinishReason, SamplingParams
 from hsrpc.engine import loading, startup
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.weights import LayerWeights, ModelWeights

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from hsrpc.request import FinishReason, SamplingParams
 
 from hsrpc import Engine, EngineConfig
-from hsrpc.core.request import FinishReason, SamplingParams
 from hsrpc.engine import delivery as delivery_module
 from hsrpc.engine import engine as engine_module
 from hsrpc.errors import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, TokenLogprob, Usage
 
-from hsrpc.core.request import Delta, Finish, FinishReason, SamplingParams, Timings, TokenLogprob, Usage
 from hsrpc.engine.generation import Generation
 from hsrpc.errors import EngineFaultError
 

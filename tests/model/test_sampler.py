@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from hsrpc.request import SamplingParams
 from torch import Tensor
 
-from hsrpc.core.request import SamplingParams
 from hsrpc.model.logits import edit, uniforms
 from hsrpc.model.sampler import Sampled, Sampler, SamplingRow
 
