@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from hsrpc.request import FinishReason, SamplingParams
 from matplotlib import pyplot as plt
 
 from hsrpc.bench.run import WARM_UP_STEPS, observe_run, summarise
@@ -28,6 +27,7 @@ from hsrpc.cli.loop import run_loop
 from hsrpc.config import EngineConfig, Placement
 from hsrpc.engine.engine import Engine
 from hsrpc.plan.roofline import StepRecord
+from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.schedule.blocks import BlockManager, PoolId
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Scheduler, SchedulerLimits

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hsrpc.errors import InvalidRequestError
 from hsrpc.request import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
@@ -14,10 +18,6 @@ from hsrpc.request import (
     SamplingParams,
     Timings,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-from hsrpc.errors import InvalidRequestError
 from hsrpc.schedule.request_state import Request
 
 BOUNDS = {

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 from statistics import median
 
-from hsrpc.plan.hardware import Hardware
-
 from benchmarks.peers.record import Traffic
 from hsrpc.config import EngineConfig
 from hsrpc.engine.startup import RANDOM_PREFIX, measure_hardware
+from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.roofline import StepRecord, roofline
 from hsrpc.plan.sizes import ModelSizes
 

@@ -7,11 +7,10 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from hsrpc.plan.hardware import Hardware
-
 from benchmarks.peers.cases import Setup, System, sizes_of
 from benchmarks.peers.limits import calibrate, limit_seconds, median_hardware
 from benchmarks.peers.record import Outcome, PeerRun, setup_from
+from hsrpc.plan.hardware import Hardware
 
 _ACCELERATE = ("accelerate", "transformers", "torch")
 _LIBRARIES = {

@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from hsrpc.plan.hardware import Hardware
 
 from benchmarks.policies.kvpr import require_host
 from benchmarks.policies.rules import hcache_layers, row_costs
@@ -28,6 +27,7 @@ from hsrpc.engine.weights import ModelWeights
 from hsrpc.errors import ConfigError
 from hsrpc.model.attention import Attention
 from hsrpc.model.family import Family
+from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import ModelSizes

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from hsrpc.plan.hardware import Hardware
-
 from benchmarks.policies.rules import kvpr_blocks, row_costs
 from hsrpc.config import CachePolicy, EngineConfig, Placement
 from hsrpc.errors import ConfigError
+from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at

@@ -9,7 +9,6 @@ sentences in our symbols.
 from __future__ import annotations
 
 from hsrpc.plan.hardware import Hardware
-
 from hsrpc.plan.layer_times import LayerTimes
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.step import RowCosts

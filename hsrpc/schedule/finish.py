@@ -1,4 +1,4 @@
-"""When a request ends by the tokens that it has; stop strings are found in the text (`core/stopping.py`)."""
+"""When a request ends by the tokens that it has; stop strings are found in the text (`text/stop_strings.py`)."""
 
 from __future__ import annotations
 

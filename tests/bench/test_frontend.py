@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from hsrpc.request import FinishReason, SamplingParams
 
 from hsrpc.bench import frontend
 from hsrpc.bench.frontend import measure_frontend, plot_frontend, print_frontend, save_frontend
 from hsrpc.bench.stub_engine import StubEngine
+from hsrpc.request import FinishReason, SamplingParams
 
 
 async def test_the_stub_keeps_its_rate():

@@ -12,7 +12,6 @@ from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
-from hsrpc.request import SamplingParams
 
 from benchmarks.grpc_cost import main, make_parser
 from hsrpc.bench.frontend_client import ClientProcessError, Job, ask
@@ -20,6 +19,7 @@ from hsrpc.bench.grpc_cost import Cost, Load, Sample, Way, full_steps
 from hsrpc.bench.pretend_engine import PretendedStep, PretendEngine
 from hsrpc.bench.run import BenchError
 from hsrpc.plan.roofline import StepRecord
+from hsrpc.request import SamplingParams
 from tests.bench.test_run import RECORD, SHAPE
 
 LOAD = Load(requests=4, prompt=8, output=20, clients=1, max_message_delay=None)

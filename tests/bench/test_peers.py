@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
-from hsrpc.plan.hardware import Hardware
 
 from benchmarks.peers.__main__ import main
 from benchmarks.peers.cases import GIB, Budgets, Case, Setup, System
@@ -22,6 +21,7 @@ from benchmarks.peers.one import peer_outcome
 from benchmarks.peers.record import Outcome, PeerRun, Record, Timing, Traffic, add_record, read_records
 from benchmarks.peers.report import best_entries, print_report, ratios
 from benchmarks.peers.run_accelerate import WARM_UP
+from hsrpc.plan.hardware import Hardware
 
 BUDGETS = Budgets()
 

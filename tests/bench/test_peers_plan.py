@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hsrpc.plan.hardware import Hardware
 
 from benchmarks.peers.cases import GIB, MODELS, Budgets, Case, Setup, System, sizes_of
 from benchmarks.peers.cells import ACCELERATE_STEPS, Cell, all_cells, estimated_seconds, host_batch, setups_of
@@ -21,6 +20,7 @@ from benchmarks.peers.flexgen_plan import (
 )
 from benchmarks.peers.limits import limit_seconds
 from benchmarks.peers.record import Traffic
+from hsrpc.plan.hardware import Hardware
 
 BUDGETS = Budgets()
 HARDWARE = Hardware(load_bandwidth=50e9, store_bandwidth=50e9, gemm_rate=600e12, memory_bandwidth=3e12)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hsrpc.plan.hardware import Hardware
 from transformers import Cache, CompileConfig, StaticCache
 
 from benchmarks.peers import run_hsrpc
@@ -19,6 +18,7 @@ from benchmarks.peers.one import peer_outcome
 from benchmarks.peers.record import Outcome, PeerRun, Record, Timing, Traffic, add_record
 from benchmarks.peers.run_transformers import generate_resident, resident_model
 from hsrpc.config import Placement
+from hsrpc.plan.hardware import Hardware
 
 CPU = torch.device("cpu")
 BUDGETS = Budgets()

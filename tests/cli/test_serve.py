@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import grpc
 import pytest
-from hsrpc.request import FinishReason
 
 from hsrpc.client import CallError, Client
+from hsrpc.request import FinishReason
 from tests.cli.conftest import SMALL
 
 PROMPT = "Once upon a time"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hsrpc.plan.hardware import Hardware
 
 from hsrpc.config import EngineConfig
 from hsrpc.errors import ConfigError
 from hsrpc.model.spec import load_spec
+from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets
 from hsrpc.plan.planner import Planner
 from tests.engine.reference import Reference, make_reference

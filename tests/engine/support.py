@@ -7,11 +7,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from hsrpc.request import Delta
-
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.engine.delivery import OUTPUT_STEPS
 from hsrpc.plan.plan import BUFFERS
+from hsrpc.request import Delta
 from hsrpc.schedule.request_state import Request
 from tests.engine.conftest import tightest
 from tests.engine.reference import Reference

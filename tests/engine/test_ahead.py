@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hsrpc.request import FinishReason
 
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.errors import OutOfDeviceMemoryError
+from hsrpc.request import FinishReason
 from hsrpc.schedule.step import Step
 from tests.engine.reference import NEW_TOKENS, Reference
 from tests.engine.support import collect, config_for, greedy, idle, ids

@@ -10,7 +10,6 @@ from types import coroutine
 from typing import Any
 
 import pytest
-from hsrpc.request import FinishReason, SamplingParams
 
 from hsrpc import Engine, EngineConfig
 from hsrpc.engine import loading, startup
@@ -18,6 +17,7 @@ from hsrpc.engine.generation import Generation
 from hsrpc.engine.weights import LayerWeights, ModelWeights
 from hsrpc.errors import EngineUnavailableError
 from hsrpc.model.family import TensorSpec
+from hsrpc.request import FinishReason, SamplingParams
 from tests.engine.reference import Reference
 from tests.engine.support import (
     collect,

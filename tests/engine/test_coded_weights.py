@@ -14,7 +14,6 @@ from statistics import median
 
 import pytest
 import torch
-from hsrpc.request import Delta
 
 from hsrpc import Engine, EngineConfig
 from hsrpc.device.device import CpuDevice
@@ -25,6 +24,7 @@ from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import TensorSpec
 from hsrpc.plan.plan import BUFFERS
+from hsrpc.request import Delta
 from tests.engine.conftest import HARDWARE
 from tests.engine.support import collect, greedy, idle
 

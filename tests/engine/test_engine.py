@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hsrpc.request import FinishReason, SamplingParams
 
 from hsrpc import Engine, EngineConfig
 from hsrpc.engine import delivery as delivery_module
@@ -24,6 +23,7 @@ from hsrpc.errors import (
     RequestExistsError,
     RequestFailedError,
 )
+from hsrpc.request import FinishReason, SamplingParams
 from tests.engine.reference import VOCAB, Reference
 from tests.engine.support import collect, greedy, idle, ids, live, remains, roomy, tight, until, weights_on_device
 

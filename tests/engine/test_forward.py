@@ -8,7 +8,6 @@ from weakref import ref
 
 import pytest
 import torch
-from hsrpc.request import SamplingParams
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from hsrpc import Engine
 from hsrpc.engine import forward
 from hsrpc.engine.forward import Forward, group_batches
 from hsrpc.model.families.opt import Opt
+from hsrpc.request import SamplingParams
 from hsrpc.schedule.packing import pack
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.step import MiniBatch, Work

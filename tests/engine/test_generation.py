@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, TokenLogprob, Usage
 
 from hsrpc.engine.generation import Generation
 from hsrpc.errors import EngineFaultError
+from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, TokenLogprob, Usage
 
 END = Finish(FinishReason.EOS, Usage(1, 2), Timings(0.0, 0.0, 0.0, 0.0))
 

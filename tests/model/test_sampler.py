@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hsrpc.request import SamplingParams
 from torch import Tensor
 
 from hsrpc.model.logits import edit, uniforms
 from hsrpc.model.sampler import Sampled, Sampler, SamplingRow
+from hsrpc.request import SamplingParams
 
 VOCAB = 60
 GREEDY = SamplingParams(temperature=0.0)

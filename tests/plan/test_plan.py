@@ -7,14 +7,14 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from hsrpc.plan.hardware import Hardware
-from hsrpc.plan.placement import spread_resident
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsrpc.config import CachePolicy, EngineConfig, Placement
 from hsrpc.errors import ConfigError
 from hsrpc.plan.device_memory import device_bytes
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.placement import spread_resident
 from hsrpc.plan.plan import BUFFERS, Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.search import Point

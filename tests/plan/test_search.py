@@ -8,19 +8,19 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hsrpc.plan.hardware import Hardware
-from hsrpc.request import SamplingParams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsrpc.config import CachePolicy, EngineConfig, Placement
 from hsrpc.plan import planner as planner_module
 from hsrpc.plan.device_memory import Staging, device_bytes
+from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import BUFFERS, Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.plan.step_time import Candidates, StepModel, Traffic
+from hsrpc.request import SamplingParams
 from hsrpc.schedule.blocks import BlockManager, PoolId, Tier
 from hsrpc.schedule.recompute import NO_RECOMPUTE
 from hsrpc.schedule.request_state import Request

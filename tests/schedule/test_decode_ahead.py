@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hsrpc.request import FinishReason, SamplingParams
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.schedule.blocks import BlockManager, PoolId
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Scheduler

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from hsrpc.request import FinishReason, SamplingParams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.schedule.fair_queue import AGING, FairQueue, patience
 from hsrpc.schedule.queue_rate import QueueRate
 from hsrpc.schedule.request_state import Request

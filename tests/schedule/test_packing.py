@@ -10,10 +10,10 @@ from random import Random
 
 import numpy as np
 import pytest
-from hsrpc.request import FinishReason, SamplingParams
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.schedule.blocks import BlockKind, PoolId
 from hsrpc.schedule.decode_ahead import advance, uses_no_buffer
 from hsrpc.schedule.mini_batches import form_mini_batches

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from hsrpc.request import SamplingParams
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hsrpc.request import SamplingParams
 from hsrpc.schedule.blocks import PoolId
 from hsrpc.schedule.recompute import BALANCE, RecomputeLimits, RecomputePolicy
 from hsrpc.schedule.request_state import Request

@@ -7,10 +7,10 @@ from dataclasses import replace
 from hashlib import blake2s
 
 import pytest
-from hsrpc.request import FinishReason, SamplingParams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.schedule.blocks import BlockManager, PoolId
 from hsrpc.schedule.recompute import Choice, RecomputeLimits
 from hsrpc.schedule.request_state import Request

@@ -8,11 +8,10 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
-
 from hsrpc.bench.stub_engine import StubEngine, StubGeneration
 from hsrpc.engine.stats import EngineStats
 from hsrpc.errors import EngineFaultError
+from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
 from hsrpc.schedule.blocks import PoolId
 
 WORDS = ("Once", " upon", " a", " time")

@@ -10,9 +10,9 @@ from typing import TypeVar
 
 import grpc
 import pytest
-from hsrpc.request import Delta, FinishReason, SamplingParams, Timings, Usage
 
 from hsrpc.client import AsyncClient, CallError, Client, Settings
+from hsrpc.request import Delta, FinishReason, SamplingParams, Timings, Usage
 from hsrpc.server import Server
 from hsrpc.v1 import generation_pb2 as v1
 from tests.server.conftest import until

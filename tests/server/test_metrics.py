@@ -12,11 +12,11 @@ from pathlib import Path
 
 import grpc
 import pytest
-from hsrpc.request import FinishReason
 from prometheus_client.parser import text_string_to_metric_families
 
 from hsrpc.errors import ConfigError
 from hsrpc.plan.roofline import StepRecord
+from hsrpc.request import FinishReason
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.security import SecurityConfig
 from hsrpc.server.telemetry import Telemetry

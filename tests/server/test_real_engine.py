@@ -12,7 +12,6 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from hsrpc.request import Delta, FinishReason, SamplingParams
 
 from hsrpc import __version__
 from hsrpc.client import AsyncClient, CallError
@@ -20,6 +19,7 @@ from hsrpc.config import EngineConfig
 from hsrpc.engine.engine import Engine
 from hsrpc.engine.tasks.executor import Executor
 from hsrpc.errors import EngineFaultError
+from hsrpc.request import Delta, FinishReason, SamplingParams
 from hsrpc.server import Server, ServerConfig, serve
 from hsrpc.v1 import server_pb2
 

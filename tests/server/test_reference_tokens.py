@@ -7,11 +7,11 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
-from hsrpc.request import FinishReason
 
 from hsrpc.client import AsyncClient
 from hsrpc.config import EngineConfig
 from hsrpc.engine.engine import Engine
+from hsrpc.request import FinishReason
 from hsrpc.server import Server, ServerConfig
 from hsrpc.v1.server_pb2 import BLOCK_KIND_ACTIVATION, BLOCK_KIND_KV, GetServerInfoResponse
 from tests.engine.conftest import tightest

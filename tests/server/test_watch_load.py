@@ -7,9 +7,9 @@ import time
 
 import grpc
 import pytest
-from hsrpc.request import SamplingParams
 
 from hsrpc.client import AsyncClient, CallError
+from hsrpc.request import SamplingParams
 from hsrpc.v1 import server_pb2
 from tests.server.conftest import until
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hsrpc.request import FinishReason, SamplingParams
 
 from hsrpc.config import EngineConfig
 from hsrpc.device.device import CpuDevice
@@ -19,6 +18,7 @@ from hsrpc.model.spec import load_spec
 from hsrpc.plan.plan import BUFFERS, Budgets
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import ModelSizes
+from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
 from hsrpc.schedule.packing import pack
 from hsrpc.schedule.request_state import Request

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, TokenLogprob
 
 from hsrpc import Engine
+from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, TokenLogprob
 from tests.engine.reference import Reference
 from tests.engine.support import collect, greedy, idle, ids, roomy, text, tight, until
 
