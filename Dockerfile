@@ -1,10 +1,10 @@
 # The server. Without arguments it is the CPU build of torch; for a GPU, name the index of a CUDA build:
 #
-#   docker build -t hsrpc:0.1.0-cpu .
-#   docker build -t hsrpc:0.1.0-cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
+#   docker build -t hsrpc:0.2.0-cpu .
+#   docker build -t hsrpc:0.2.0-cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
 #
 # It listens on all addresses of its container, so `docker run` gives it certificates and tokens (docs/security.md), or
-# --insecure where nobody else reaches the port: docker run -p 127.0.0.1:50051:50051 hsrpc:0.1.0-cpu --insecure
+# --insecure where nobody else reaches the port: docker run -p 127.0.0.1:50051:50051 hsrpc:0.2.0-cpu --insecure
 
 ARG PYTHON=3.12
 

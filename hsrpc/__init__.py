@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hsrpc.engine.engine import Engine
     from hsrpc.request import Delta, FinishReason, SamplingParams
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Delta", "Engine", "EngineConfig", "FinishReason", "SamplingParams", "__version__"]
 
 _HOMES = {

@@ -1,0 +1,302 @@
+"""Tables of the documents, each made of raw results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import geometric_mean, median
+from typing import Any
+
+from benchmarks.raw_results import Record
+
+Row = tuple[str, ...]
+NAMES = {
+    "opt-1.3b": "OPT-1.3B",
+    "opt-2.7b": "OPT-2.7B",
+    "opt-6.7b": "OPT-6.7B",
+    "opt-13b": "OPT-13B",
+    "opt-30b": "OPT-30B",
+    "llama-2-13b": "Llama-2-13B",
+}
+OWN = "hsrpc"
+
+
+def policies(records: Sequence[Record]) -> Iterator[Row]:
+    """Whole decode steps under each policy."""
+    for record in records:
+        setting = record.result["setting"]
+        model = f"{NAMES[setting['shape']]}, {setting['batch']} x {setting['prompt']}"
+        for cell in record.result["policies"]:
+            run = cell["result"]
+            copies, predicted = f"{run['sustained_efficiency']:.2f}", ms(run["predicted_step_seconds"])
+            yield (model, _policy(cell), *_step(cell), copies, predicted, rate(cell["tokens_per_second"]))
+            model = ""
+
+
+def coding(records: Sequence[Record]) -> Iterator[Row]:
+    """Decode steps with weights as they are and coded."""
+    seen = ""
+    for record in records:
+        [run] = record.result
+        weights = "coded without loss" if run["codes_weights"] else "as they are"
+        copies, predicted = f"{run['sustained_efficiency']:.2f}", ms(run["predicted_step_seconds"])
+        model = f"{NAMES[run['model']]}, {run['batch']} requests"
+        model, seen = ("" if model == seen else model), model
+        yield (model, weights, *_step(run), copies, predicted, rate(run["decode_tokens_per_second"]))
+
+
+def recompute(records: Sequence[Record]) -> Iterator[Row]:
+    """Decode steps with a growing part of the tokens recomputed."""
+    layers = {"opt-6.7b": 32, "opt-13b": 40, "opt-30b": 48}
+    for record in records:
+        steps, busy = [], []
+        for run in record.result:
+            rebuilt = run["regenerated_tokens"] / layers[run["model"]]
+            share = run["recomputed_tokens"] / (run["recomputed_tokens"] + rebuilt)
+            steps.append(f"{share:.2f}: {run['step_seconds'] * 1e3:.0f}")
+            busy.append(f"{run['device_busy_share']:.2f}")
+        run = record.result[0]
+        yield f"{NAMES[run['model']]}, {run['batch']}", "; ".join(steps), ", ".join(busy)
+
+
+def sweeps(records: Sequence[Record]) -> Iterator[Row]:
+    """Steps and predictions over the activation share, with the planner's choice."""
+    for record in records:
+        cells = {cell["name"]: cell for cell in record.result}
+        chosen = cells.pop("planner")
+        in_order = [cells[f"share {tenths / 10}"] for tenths in range(11)] + [chosen]
+        share = f" ({chosen['plan']['activation_share']:.2g})"
+        steps = [f"{cell['step_seconds'] * 1e3:.0f}" for cell in in_order]
+        ratios = [f"{cell['predicted_over_measured']:.2f}" for cell in in_order]
+        yield (f"{NAMES[chosen['model']]}: step, ms", *steps[:-1], steps[-1] + share)
+        yield ("predicted / measured", *ratios)
+
+
+def grids(records: Sequence[Record]) -> Iterator[Row]:
+    """The planner's choice beside other batches and placements."""
+    for record in records:
+        chosen, *others = record.result
+        memory = chosen["setting"]["gpu_memory"].replace("GiB", " GiB")
+        rates = "; ".join(f"{cell['plan']['batch']}: {rate(cell['tokens_per_second'])}" for cell in others)
+        yield (
+            f"{NAMES[chosen['model']]}, {memory}",
+            _placement(chosen["plan"]),
+            ms(chosen["step_seconds"]),
+            f"{chosen['predicted_over_measured']:.2f}",
+            rate(chosen["tokens_per_second"]),
+            rates,
+        )
+
+
+def prompts(records: Sequence[Record]) -> Iterator[Row]:
+    """Prompts while all weights stream."""
+    for record in records:
+        [run] = record.result
+        tokens = record.header.command.split("--prompt ")[1].split()[0]
+        launch = f"{run['hardware']['launch_time'] * 1e3:.2f} ms"
+        coded = "coded" if run.get("codes_weights") else "as they are"
+        per_second, share = rate(run["prefill_tokens_per_second"]), f"{run['prefill_gemm_share']:.2f}"
+        yield f"{NAMES[run['model']]}, {tokens}", coded, per_second, share, launch
+
+
+def mixed(records: Sequence[Record]) -> Iterator[Row]:
+    """Steps of prompts and decoding together."""
+    for record in records:
+        [run] = record.result
+        steps = run["step_times"]
+        yield (
+            record.name.partition("/")[2].replace("-", " "),
+            f"{len(steps)}, {ms(min(steps))} to {ms(max(steps))}",
+            f"{run['efficiency']:.2f}",
+            f"{run['recomputed_tokens'] / len(steps):,.0f}",
+            str(run["preemptions"]),
+            f"{run['loop_lag_p99'] * 1e3:.1f} ms",
+        )
+
+
+def peers(records: Sequence[Record]) -> Iterator[Row]:
+    """Total throughput beside each peer, in the same case."""
+    for record in records:
+        best = _best(record.result)
+        ratios: dict[str, list[float]] = {}
+        for (model, system), (setup, outcome) in best.items():
+            if system == OWN:
+                continue
+            own = best[model, OWN][1]
+            ratio = _total(own) / _total(outcome)
+            ratios.setdefault(system, []).append(ratio)
+            yield (
+                setup["case"],
+                f"{NAMES[model]}, {_requests(own['batch'], outcome['batch'])}",
+                system,
+                *_of_peer(own),
+                *_of_peer(outcome),
+                f"{ratio:.2f}",
+            )
+        for system, found in ratios.items():
+            if len(found) > 1:
+                yield (setup["case"], "geometric mean", system, *[""] * 6, f"**{geometric_mean(found):.2f}**")
+
+
+def grpc(records: Sequence[Record]) -> Iterator[Row]:
+    """The same requests embedded and through the server, medians."""
+    [record] = records
+    for way, label in (("embedded", "embedded"), ("grpc", "through gRPC")):
+        samples = [sample for sample in record.result["samples"] if sample["way"] == way]
+
+        def typical(name: str, samples: Sequence[Any] = samples) -> float:
+            return float(median(sample[name] for sample in samples))
+
+        yield (
+            label,
+            rate(typical("tokens_per_second")),
+            rate(typical("full_tokens_per_second")),
+            f"{typical('step_seconds') * 1e3:.2f} ms",
+            f"{typical('loop_lag_p99') * 1e3:.1f} ms",
+            f"{typical('loop_cores'):.2f}",
+        )
+
+
+def scheduling(records: Sequence[Record]) -> Iterator[Row]:
+    """Milliseconds of a step by requests that run and wait."""
+    [record] = records
+    found = {(cell["running"], cell["waiting"]): cell["median_s"] for cell in record.result["results"]}
+    for running in sorted({running for running, _ in found}):
+        waiting = sorted(waiting for other, waiting in found if other == running)
+        yield (str(running), *(f"{found[running, number] * 1e3:.2f} ms" for number in waiting))
+
+
+def growth(records: Sequence[Record]) -> Iterator[Row]:
+    """Steps along a line of contexts and one of batches."""
+    [record] = records
+    for axis, points in record.result["lines"].items():
+        steps = ", ".join(f"{point[axis]:.0f}: {ms(point['step_s'])}" for point in points)
+        yield axis, steps, f"{record.result['departure_from_linear'][axis] * 100:.1f} %"
+
+
+def startup(records: Sequence[Record]) -> Iterator[Row]:
+    """Seconds until an engine is ready, and of pinning alone."""
+    [record] = records
+    found = record.result
+    yield "pinning alone, by torch's allocator", f"{found['pin_by_torch_s']:.1f} s"
+    pinning = " and ".join(f"{seconds:.1f}" for seconds in found["pin_alone_s"])
+    yield "pinning alone, as the engine does", f"{pinning} s"
+    for order, seconds in zip(("first", "second"), found["ready_s"], strict=True):
+        yield f"{order} engine of a process until ready", f"{seconds:.1f} s"
+
+
+def bus(records: Sequence[Record]) -> Iterator[Row]:
+    """GB/s of copies alone and beside GEMMs."""
+    [record] = records
+    for copies, rates in record.result["rates"].items():
+        yield (copies, *(f"{gigabytes:.1f}" for gigabytes in rates.values()))
+
+
+def orchestration(records: Sequence[Record]) -> Iterator[Row]:
+    """A step beside its graph and sampling alone."""
+    [record] = records
+    found = record.result
+    step, alone = (f"{found[name] * 1e3:.2f} ms" for name in ("step_seconds", "alone_seconds"))
+    yield f"{NAMES[found['model']]}, {found['batch']} requests", step, alone, f"{found['orchestration'] * 100:.1f} %"
+
+
+def overview(records: Sequence[Record]) -> Iterator[Row]:
+    """Steps with everything on the host, for the first page."""
+    for record in records:
+        if "policies" in record.result:
+            yield from ((*row[:5], row[7]) for row in policies([record]) if "emulated" not in row[1])
+        else:
+            [(model, weights, step, limit, efficiency, _, _, tokens)] = coding([record])
+            yield f"{model}, bfloat16", f"auto, weights {weights}", step, limit, efficiency, tokens
+
+
+def placed(records: Sequence[Record]) -> Iterator[Row]:
+    """What the planner chooses, for the first page."""
+    for record, (model, placement, step, _, tokens, _) in zip(records, grids(records), strict=True):
+        chosen = record.result[0]
+        predicted = ms(chosen["step_seconds"] * chosen["predicted_over_measured"])
+        yield model.partition(",")[0], placement, step, predicted, tokens
+
+
+def beside(records: Sequence[Record]) -> Iterator[Row]:
+    """What else the first page says, each in a line."""
+    host, budget, resident, prompt, come, cost = records
+    for record, what in ((host, "equal batches, all on the host"), (budget, "equal budgets, each tuned")):
+        *each, mean = [row[-1] for row in peers([record]) if row[2] == "flexgen"]
+        yield f"{mean} times", f"FlexGen's total throughput, {what}: {', '.join(each)}; geometric mean"
+    plain, compiled = [row[-1] for row in peers([resident])]
+    what = "transformers with a static cache, OPT-1.3B on the device; where it compiles its decode"
+    yield f"{plain} and {compiled} times", what
+    [(_, _, per_second, share, _)] = prompts([prompt])
+    yield share, f"of the GEMM rate: prompts of 512 tokens while all weights stream, {per_second} tokens/s"
+    [(_, _, efficiency, *_)] = mixed([come])
+    yield efficiency, "of the limit: requests that come and go, with lengths like those of chats"
+    lost = (1 - cost.result["tokens_per_second_ratio"]) * 100
+    yield f"{lost:.1f} %", "of all tokens/s lost: streaming OPT-1.3B through gRPC"
+
+
+def guard(records: Sequence[Record]) -> Iterator[Row]:
+    """References of the guard, for each kind of GPU."""
+    for record in records:
+        kind = record.result["kind"]
+        for cell in record.result["cases"]:
+            yield (kind, cell["name"], *_step(cell), rate(cell["tokens_per_second"]), record.header.commit)
+            kind = ""
+
+
+def commands(records: Sequence[Record]) -> Iterator[Row]:
+    """Where every file comes from."""
+    for record in records:
+        header = record.header
+        yield f"[{record.name}]({record.name}.json)", f"`{header.command}`", header.commit, header.date
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds, with a decimal where there are less than a hundred."""
+    return f"{seconds * 1e3:.{1 if seconds < 0.1 else 0}f} ms"
+
+
+def rate(number: float) -> str:
+    """A number with three digits or more, and no more decimals than that takes."""
+    return f"{number:,.{0 if number >= 100 else 1}f}"
+
+
+def _step(cell: Any) -> Row:
+    return ms(cell["step_seconds"]), ms(cell["limit_seconds"]), f"{cell['efficiency']:.2f}"
+
+
+def _policy(cell: Any) -> str:
+    share = cell["recomputed_share"]
+    return f"{cell['label']}, {share * 100:.0f} % of the tokens recomputed" if share else str(cell["label"])
+
+
+def _placement(plan: Any) -> str:
+    resident = plan["resident_share"]
+    where = "all on the device" if resident == 1 else f"{resident * 100:.0f} % of the weights on the device"
+    return f"{plan['batch']} requests, {plan['policy']}, {where}"
+
+
+def _best(entries: Sequence[Any]) -> dict[tuple[str, str], tuple[Any, Any]]:
+    """Setup and outcome with the highest total throughput, by model and system; in order of the models."""
+    best: dict[tuple[str, str], tuple[Any, Any]] = {}
+    for entry in entries:
+        setup, outcome = entry["setup"], entry["outcome"]
+        if outcome is None:
+            continue
+        key = (setup["model"], f"{setup['system']}{', compiled' if setup['compiled'] else ''}")
+        if key not in best or _total(outcome) > _total(best[key][1]):
+            best[key] = setup, outcome
+    order = list(NAMES)
+    return dict(sorted(best.items(), key=lambda item: order.index(item[0][0])))
+
+
+def _total(outcome: Any) -> float:
+    tokens: float = outcome["total_tokens"] / outcome["total_seconds"]
+    return tokens
+
+
+def _requests(own: int, other: int) -> str:
+    return str(own) if own == other else f"{own} and {other}"
+
+
+def _of_peer(outcome: Any) -> Row:
+    return rate(_total(outcome)), ms(outcome["step_seconds"]), f"{outcome['efficiency']:.2f}"
