@@ -1,4 +1,7 @@
-"""Who may import whom, read from the source: request <- text, schedule <- plan <- {model, device} <- engine <- server <- cli."""
+"""Who may import whom, read from the source.
+
+request <- text, schedule <- plan <- {model, device} <- engine <- server <- cli
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ ALLOWED = {
     "model": {"plan", "request", "config", "errors"},
     "device": {"model", "plan", "schedule", "config", "errors"},
     "engine": {"model", "device", "plan", "schedule", "text", "request", "config", "errors"},
-    "server": {"engine", "schedule", "request", "config", "errors", "v1"},
+    "server": {"engine", "plan", "schedule", "request", "config", "errors", "v1"},
     "client_messages": {"request", "errors", "v1"},
     "client_channel": set(),
     "client": {"client_channel", "client_messages", "request", "errors", "v1"},
