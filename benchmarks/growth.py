@@ -82,7 +82,7 @@ class Load:
         assert step is not None
         assert step.mini_batches  # made when they are asked for: they belong to the time
         self.scheduler.commit(step, [1] * len(step.sampled), time.monotonic())
-        return min((work.request for work in step.works), key=lambda request: request.rank)
+        return min((chunk.request for chunk in step.chunks), key=lambda request: request.rank)
 
 
 def time_scheduling(waiting: int, running: int, steps: int) -> dict[str, float]:

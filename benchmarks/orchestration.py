@@ -28,7 +28,7 @@ from hsrpc.plan.roofline import StepRecord
 from hsrpc.schedule.blocks import BlockManager
 from hsrpc.schedule.packing import pack
 from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.step import MiniBatch, Work
+from hsrpc.schedule.step import Chunk, MiniBatch
 
 LAST_STEPS = 20
 REPLAYS = 50
@@ -46,7 +46,7 @@ class Found:
     """Median of `step_times`."""
     alone_seconds: float
     orchestration: float
-    """Part of the step beyond its work."""
+    """Part of the step beyond its chunk."""
     step_times: list[float]
 
 
@@ -106,12 +106,12 @@ def time_alone(engine: Engine, graphs: DecodeGraphs, batch: int, context: int) -
 def _decode_step(engine: Engine, batch: int, context: int) -> MiniBatch:
     """Of requests with `context` cached tokens each, in blocks of the idle engine."""
     plan, params = engine.plan, SamplingParams()
-    blocks, works = BlockManager(plan.num_blocks, plan.max_batch), []
+    blocks, chunks = BlockManager(plan.num_blocks, plan.max_batch), []
     for number in range(batch):
         request = Request(str(number), [0] * (context + 1), params, number, 0.0)
         assert blocks.grow(request.blocks, -(-(context + 1) // plan.block_size))
-        works.append(Work(request, context, 1, samples=True))
-    return pack(works, plan.block_size, None)
+        chunks.append(Chunk(request, context, 1, samples=True))
+    return pack(chunks, plan.block_size, None)
 
 
 def decode_graphs(engine: Engine) -> DecodeGraphs:

@@ -117,6 +117,11 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def has_penalties(self) -> bool:
+        """Logits depend on the tokens that there are."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 def _check_range(field: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
     if isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high or (low_open and value == low):

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from random import Random
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +27,7 @@ from hsrpc.engine.stats import EngineStats
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.validation import Validator
 from hsrpc.engine.warm_up import warm_up
+from hsrpc.engine.worker import Worker
 from hsrpc.errors import (
     EngineFaultError,
     EngineUnavailableError,
@@ -278,39 +280,54 @@ class Engine:
         assert self._warm is not None  # made on entering
         gc.freeze()  # what was made so far stays: a collection that looks at it takes tens of milliseconds
         self._warm.set_result(None)
+        async with Worker("arrays") as worker:
+            await self._run_forever(worker)
+
+    async def _run_forever(self, worker: Worker) -> None:
+        scheduler, executor = self._scheduler, self._opened.executor
         ahead: Step | None = None
         while True:
             self._last_beat = time.monotonic()
-            step = ahead or self._scheduler.schedule(self._last_beat)
-            if step is None:
+            step = ahead
+            if step is not None:
+                step.sampling = scheduler.sampling(step.step_id)
+            elif (scheduled := scheduler.schedule(self._last_beat)) is not None:
+                step = await worker.run(partial(executor.assemble, scheduled))
+            else:
                 self._wake.clear()
                 await self._wake.wait()
                 self._meter.begin()
                 continue
-            ahead = self._scheduler.schedule_ahead(step) if self._opened.executor.runs_ahead else None
+            ahead = self._schedule_ahead(step)
             self._meter.note_blocks()
             try:
-                sampled = await self._opened.executor.execute(step, ahead)
-                self._meter.note_step(step)
+                sampled = await executor.execute(step, ahead)
+                self._meter.note_step(step.counts)
                 outputs = self._commit(step, sampled)
             except OutOfDeviceMemoryError as error:
                 outputs = self._give_up(step, error)
             await self._delivery.put(outputs)
 
+    def _schedule_ahead(self, step: Step) -> Step | None:
+        """The step after `step`, where it is known already what that will be."""
+        executor = self._opened.executor
+        scheduled = self._scheduler.schedule_ahead(step) if executor.runs_ahead else None
+        return None if scheduled is None else executor.assemble(scheduled)  # its arrays are there
+
     def _give_up(self, step: Step, error: OutOfDeviceMemoryError) -> list[Output]:
         """End the step's requests; their blocks are free for the others."""
-        for work in step.works:
-            self._delivery.fail(work.request, error)
-        self._scheduler.abandon(step)
+        for request in self._scheduler.requests(step.step_id):
+            self._delivery.fail(request, error)
+        self._scheduler.abandon(step.step_id)
         return []
 
     def _commit(self, step: Step, sampled: list[Sampled] | None) -> list[Output]:
         if sampled is None:
-            self._scheduler.abandon(step)
+            self._scheduler.abandon(step.step_id)
             return []
         token_ids = [None if failed else token_id for token_id, _, failed in sampled]
         logprobs = [logprob for _, logprob, _ in sampled]
-        outputs = self._scheduler.commit(step, token_ids, time.monotonic(), logprobs)
+        outputs = self._scheduler.commit(step.step_id, token_ids, time.monotonic(), logprobs)
         self._meter.generated_tokens += len(outputs)
         return outputs
 

@@ -1,31 +1,26 @@
-"""Computes mini-batches layer by layer, on the compute stream. Called on the executor's thread."""
+"""The compute lane's operations, as launches. Called on the executor's thread."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.autograd import profiler
 
-from hsrpc.device.device import Device, Event
+from hsrpc.device.device import Device
 from hsrpc.device.uploads import Upload
-from hsrpc.engine.tasks.cache import CacheManager, DeviceRows, Gathers, Staged, Stores
-from hsrpc.engine.tasks.weights import Prefetched
-from hsrpc.engine.weights import ModelWeights
+from hsrpc.engine.tasks.cache import Buffers, CacheManager, DeviceRows, Gathers, Stores
+from hsrpc.engine.tasks.weights import OpenWeights, WeightPrefetcher
 from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
 from hsrpc.model.family import Family, Weights
-from hsrpc.plan.plan import PENDING_QUERIES, REGENERATE_ROWS
+from hsrpc.plan.plan import REGENERATE_ROWS
+from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import PoolId, Tier
 from hsrpc.schedule.step import Ints, MiniBatch
-
-_RUN_AHEAD = 8
-"""Mini-batches of a layer that are launched and not computed yet, at most."""
+from hsrpc.schedule.sweep import Op, OpKind
 
 
 class Projected(NamedTuple):
@@ -72,7 +67,7 @@ class DeviceBatch:
     """Of the requests after them; None: there are none."""
     num_in_place: int
     num_rebuilt: int
-    """Rows at the front of both buffers that regeneration turns into one another."""
+    """Rows at the front of both buffers that are rebuilt in place."""
     gathers: Gathers
     new_rows: DeviceRows
     activation_rows: torch.Tensor
@@ -81,49 +76,89 @@ class DeviceBatch:
     sample_rows: torch.Tensor
 
     @property
-    def stores_on_host(self) -> bool:
-        """Some of its new rows go there."""
-        return any(pool.tier is Tier.HOST for pool in self.stores)
+    def num_queries(self) -> int:
+        return self.rows.stop - self.rows.start
 
     @property
     def sampled(self) -> torch.Tensor:
-        """[r, h] output of the layer computed last, of the rows that are sampled."""
+        """[r, h] output of the layer computed last: the rows that are sampled."""
         return self.group.hidden[self.rows].index_select(0, self.sample_rows)
 
 
+@dataclass(slots=True)
+class Pass:
+    """A step on the device."""
+
+    batches: list[DeviceBatch]
+    weights: OpenWeights | None = None
+    """The layer's that is computed."""
+    projected: Projected | None = None
+    """The mini-batch's that is computed."""
+    logits: torch.Tensor | None = None
+    """[r, vocab] of the rows that are sampled."""
+
+    @property
+    def w(self) -> Weights:
+        assert self.weights is not None  # PROJECT comes first
+        return self.weights.tensors
+
+
 class Forward:
-    """The forward pass of a step, one layer of one mini-batch at a time."""
+    """Launches the operations of the compute lane: a step's forward pass."""
 
     def __init__(
         self,
         family: Family,
-        weights: ModelWeights,
-        cache: CacheManager,
-        attention: Attention,
+        fixed: Weights,
         device: Device,
         *,
-        max_queries: int,
+        prefetcher: WeightPrefetcher,
+        cache: CacheManager,
+        attention: Attention,
     ) -> None:
         self.regenerated_tokens = 0
         """Rows rebuilt from activations since the start, all layers."""
         self._family = family
-        self._fixed = weights.fixed
+        self._fixed = fixed
+        self._prefetcher = prefetcher
         self._cache = cache
         self._attention = attention
         self._device = device
-        self._max_queries = max_queries
-        """Of a group: what the workspace is planned for."""
-        self._under_way: deque[tuple[Event, int]] = deque()
-        """Ends of the mini-batches that were launched last, and the new tokens of each."""
 
-    def upload(self, batches: Sequence[MiniBatch]) -> list[DeviceBatch]:
-        """The arrays of a step's mini-batches and their first layer's input, on the current stream."""
+    @property
+    def sizes(self) -> ModelSizes:
+        return self._family.sizes
+
+    def upload(self, batches: Sequence[MiniBatch], group_starts: Sequence[int]) -> Pass:
+        """A step's mini-batches on the device, as soon as the current stream has come to it."""
+        bounds = pairwise((*group_starts, len(batches)))
         with self._device.uploads() as upload:
-            groups = [list(self._upload(group, upload)) for group in group_batches(batches, self._max_queries)]
-        for group in (found[0].group for found in groups):
-            group.rotation = self._family.rotation(group.positions)
-            group.hidden = self._family.embed(self._fixed, group.token_ids, group.positions)
-        return [batch for group in groups for batch in group]
+            return Pass([batch for start, end in bounds for batch in self._upload(batches[start:end], upload)])
+
+    def launch(self, op: Op, step: Pass) -> None:
+        """Launch an operation of a layer, or of all, on the stream that is current."""
+        match op.kind:
+            case OpKind.EMBED:
+                self._embed(step)
+            case OpKind.DECODE:
+                self._decode(self._prefetcher.open(op.layer, op.slot))
+            case OpKind.PROJECT:
+                step.weights = self._prefetcher.open(op.layer, op.slot)
+                self._project(step.w, step.batches[op.batch])
+            case OpKind.PLACE:
+                self._place(op, step, step.batches[op.batch])
+            case OpKind.REBUILD:
+                self._rebuild(step.w, self._cache.buffers[op.slot], step.batches[op.batch])
+            case OpKind.ATTEND:
+                self._attend(op, step, step.batches[op.batch])
+            case OpKind.FINISH:
+                self._finish(step, step.batches[op.batch])
+            case OpKind.STORE:
+                self._store(Tier.HOST, op, step)
+            case OpKind.HEAD:
+                step.logits = self._logits(step)
+            case _:
+                raise AssertionError(f"{op.kind} is no operation of the forward pass")
 
     def _upload(self, batches: Sequence[MiniBatch], upload: Upload) -> Iterator[DeviceBatch]:
         """A group's mini-batches."""
@@ -150,94 +185,71 @@ class Forward:
                 sample_rows=upload(batch.sample_rows),
             )
 
-    def decode_weights(self, weights: Prefetched) -> None:
+    def _embed(self, step: Pass) -> None:
+        for group in (batch.group for batch in step.batches if batch.is_first):
+            group.rotation = self._family.rotation(group.positions)
+            group.hidden = self._family.embed(self._fixed, group.token_ids, group.positions)
+
+    def _decode(self, weights: OpenWeights) -> None:
         """Decode what of a layer's weights came coded; they are then used by all its mini-batches."""
-        device = self._device
-        device.wait(device.compute, weights.loaded)
-        with device.on(device.compute), _part("decode_weights"):
-            for coding, data, target in weights.decodings:
-                device.decode_weights(data, coding, target)
+        for coding, data, target in weights.decodings:
+            self._device.decode_weights(data, coding, target)
 
-    def compute(self, weights: Prefetched, staged: Staged, batch: DeviceBatch) -> tuple[Event, Event]:
-        """One layer of one mini-batch: events when the cache buffers, and when the weights, are no longer read.
+    def _project(self, w: Weights, batch: DeviceBatch) -> None:
+        """Project for a whole group, of which this is the first mini-batch."""
+        group = batch.group
+        x = self._family.attention_input(w, group.hidden)
+        queries, kv = self._family.queries_keys_values(w, x, group.rotation)
+        attended = torch.empty_like(queries, memory_format=torch.contiguous_format)
+        group.projected = Projected(x, queries, kv, attended)
 
-        The first of a group projects for all of it, the last one finishes the layer.
-        """
-        device, w, group, rows = self._device, weights.tensors, batch.group, batch.rows
-        num_queries = rows.stop - rows.start
-        self._keep_pace(num_queries)
-        device.wait(device.compute, weights.loaded)
-        with device.on(device.compute):
-            if batch.is_first:
-                group.projected = self._project(w, group)
-            assert group.projected is not None  # by the first of the group
-            is_whole = batch.is_first and batch.is_last
-            projected = group.projected if is_whole else Projected(*(part[rows] for part in group.projected))
-            x, kv = projected.x, projected.kv
-            device.wait(device.compute, staged.loaded)
-            self._cache.gather(staged.buffers, batch.gathers, weights.layer)
-            device.copy_rows(staged.buffers.kv, batch.new_rows.target, kv, batch.new_rows.source)
-            self._cache.store(Tier.DEVICE, weights.layer, batch.stores, kv, x)
-            with _part("regenerate"):
-                self._regenerate(w, staged, batch)
-            with _part("attend"):
-                self._attend(weights.layer, staged.buffers.kv, projected, batch)
-            done = freed = device.record(device.compute)
-            if batch.is_last:
-                with _part("finish"):
-                    group.hidden = self._family.finish_layer(w, group.hidden, group.projected.attended)
-                group.projected = None  # one group at a time has room for it
-                done = device.record(device.compute)
-        self._under_way.append((done, num_queries))
-        if batch.stores_on_host:
-            device.wait(device.store, freed)
-            with device.on(device.store):
-                self._cache.store(Tier.HOST, weights.layer, batch.stores, kv, x)
-        return freed, done
+    def _place(self, op: Op, step: Pass, batch: DeviceBatch) -> None:
+        """Fill the buffer with what is on the device already, and store new rows there."""
+        buffers, projected = self._cache.buffers[op.slot], batch.group.projected
+        assert projected is not None  # PROJECT comes first
+        is_whole = batch.is_first and batch.is_last
+        step.projected = projected if is_whole else Projected(*(part[batch.rows] for part in projected))
+        self._cache.gather(buffers, batch.gathers, op.layer)
+        self._device.copy_rows(buffers.kv, batch.new_rows.target, step.projected.kv, batch.new_rows.source)
+        self._store(Tier.DEVICE, op, step)
 
-    def _project(self, w: Weights, group: Group) -> Projected:
-        with _part("project"):
-            x = self._family.attention_input(w, group.hidden)
-            queries, kv = self._family.queries_keys_values(w, x, group.rotation)
-            return Projected(x, queries, kv, torch.empty_like(queries, memory_format=torch.contiguous_format))
+    def _store(self, tier: Tier, op: Op, step: Pass) -> None:
+        assert step.projected is not None  # PLACE comes first
+        self._cache.store(tier, op.layer, step.batches[op.batch].stores, step.projected.kv, step.projected.x)
 
-    def _keep_pace(self, num_queries: int) -> None:
-        """Launch no further ahead than keeps the device busy, and than there is memory for.
-
-        A full launch queue blocks with the interpreter held; rows that go to the host are kept until they are there.
-        """
-        room = PENDING_QUERIES * self._max_queries - num_queries
-        while self._under_way and (
-            len(self._under_way) > _RUN_AHEAD or sum(count for _, count in self._under_way) > room
-        ):
-            self._device.synchronize(self._under_way.popleft()[0])
-
-    def _attend(self, layer: int, kv: torch.Tensor, projected: Projected, batch: DeviceBatch) -> None:
+    def _attend(self, op: Op, step: Pass, batch: DeviceBatch) -> None:
         """Fill the mini-batch's rows of what is attended to."""
-        queries, out, first = projected.queries, projected.attended, batch.num_in_place
+        assert step.projected is not None  # PLACE comes first
+        (_, queries, _, out), kv, first = step.projected, self._cache.buffers[op.slot].kv, batch.num_in_place
         if batch.in_place is not None:
-            pool = self._cache.device_kv(layer)
+            pool = self._cache.device_kv(op.layer)
             self._attention.in_place(queries[:first], pool, kv, batch.in_place, out[:first])
         if batch.packed is not None:
             out[first:] = self._attention.packed(queries[first:], kv, batch.packed)
 
-    def _regenerate(self, w: Weights, staged: Staged, batch: DeviceBatch) -> None:
+    def _finish(self, step: Pass, batch: DeviceBatch) -> None:
+        """Finish the layer for a whole group, of which this is the last mini-batch."""
+        group = batch.group
+        assert group.projected is not None  # PROJECT comes first
+        group.hidden = self._family.finish_layer(step.w, group.hidden, group.projected.attended)
+        group.projected = step.projected = None  # one group at a time has room for it
+
+    def _rebuild(self, w: Weights, buffers: Buffers, batch: DeviceBatch) -> None:
         """Rebuild K and V of the cached activations where attention reads them; rows of chunks are copied there."""
-        total, in_front, kv = len(batch.activation_rows), batch.num_rebuilt, staged.buffers.kv
+        total, in_front, kv = len(batch.activation_rows), batch.num_rebuilt, buffers.kv
         self.regenerated_tokens += total
         pieces = [*([0] if in_front else []), *range(in_front, total, REGENERATE_ROWS), total]
         for start, end in pairwise(pieces):
             rows = slice(start, end)
             out = kv[rows] if start < in_front else torch.empty_like(kv[rows])
             rotation = self._family.rotation(batch.activation_positions[rows])
-            self._family.keys_values(w, staged.buffers.activations[rows], rotation, out)
+            self._family.keys_values(w, buffers.activations[rows], rotation, out)
             if start >= in_front:
                 kv.index_copy_(0, batch.activation_rows[rows], out)
 
-
-def _part(name: str) -> AbstractContextManager[object]:
-    """A range for torch's profiler while that runs: it takes the host as long as a small kernel."""
-    return profiler.record_function(f"hsrpc.{name}") if profiler._is_profiler_enabled else nullcontext()
+    def _logits(self, step: Pass) -> torch.Tensor:
+        hidden = torch.cat([batch.sampled for batch in step.batches])
+        return self._family.logits(self._fixed, hidden)
 
 
 def _in_place_rows(batch: MiniBatch, upload: Upload) -> InPlaceRows | None:
@@ -256,7 +268,7 @@ def _in_place_rows(batch: MiniBatch, upload: Upload) -> InPlaceRows | None:
 
 def _packed_rows(batch: MiniBatch, upload: Upload) -> PackedRows | None:
     first = batch.in_place.num_requests
-    if first == len(batch.works):
+    if first == batch.num_requests:
         return None
     query_starts, key_starts = batch.query_starts[first:] - first, batch.key_starts[first:]
     return PackedRows(
@@ -271,16 +283,3 @@ def _packed_rows(batch: MiniBatch, upload: Upload) -> PackedRows | None:
 
 def _longest(starts: Ints) -> int:
     return int(np.diff(starts).max())
-
-
-def group_batches(batches: Sequence[MiniBatch], max_queries: int) -> list[list[MiniBatch]]:
-    """Neighbours together, as long as a group has no more than `max_queries` tokens or is one mini-batch."""
-    groups: list[list[MiniBatch]] = []
-    room = 0
-    for batch in batches:
-        if not groups or batch.num_queries > room:
-            groups.append([])
-            room = max_queries
-        groups[-1].append(batch)
-        room -= batch.num_queries
-    return groups

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from hsrpc.device.device import Device
-from hsrpc.engine.tasks.cache import CacheManager
-from hsrpc.engine.weights import ModelWeights
-from hsrpc.model.attention import Attention, InPlaceRows
-from hsrpc.model.family import Family
+from hsrpc.engine.forward import DeviceBatch, Forward, Group, Pass
+from hsrpc.engine.tasks.cache import CacheManager, DeviceRows, Gathers, Stores
+from hsrpc.model.attention import InPlaceRows
 from hsrpc.plan.plan import Plan
 from hsrpc.schedule.blocks import PoolId
-from hsrpc.schedule.step import MiniBatch
+from hsrpc.schedule.step import NO_RUNS, MiniBatch
+from hsrpc.schedule.sweep import BatchShape, OpKind, Places, sweep
 
 _TOKEN, _POSITION, _COUNT, _SLOT, _TABLE = range(5)
 """Columns of a step's input; the block table takes the rest."""
@@ -28,22 +28,11 @@ _TOKEN, _POSITION, _COUNT, _SLOT, _TABLE = range(5)
 class DecodeGraphs:
     """Runs mini-batches that are in place."""
 
-    def __init__(
-        self,
-        family: Family,
-        weights: ModelWeights,
-        cache: CacheManager,
-        attention: Attention,
-        device: Device,
-        *,
-        plan: Plan,
-    ) -> None:
-        self._family = family
-        self._weights = weights
+    def __init__(self, forward: Forward, cache: CacheManager, device: Device, *, layers: Places, plan: Plan) -> None:
+        self._launches = forward
         self._cache = cache
-        self._attention = attention
         self._device = device
-        self._block_size = plan.block_size
+        self._ops = sweep(layers, (BatchShape(),)).ops
         self._max_model_len = plan.max_model_len
         self._sizes = _batch_sizes(plan.max_batch)
         most = self._sizes[-1]
@@ -52,9 +41,9 @@ class DecodeGraphs:
         self._input.copy_(torch.from_numpy(self._padding(most)))
         self._rows = torch.arange(most, device=device.torch_device)
         self._nothing = torch.zeros(most + 1, dtype=torch.int32, device=device.torch_device)
-        self._logits = device.empty((most, family.sizes.vocab_size), torch.float32)
+        self._logits = device.empty((most, forward.sizes.vocab_size), torch.float32)
         # The largest first, so that the others fit into its memory.
-        self._graphs = {size: device.capture(partial(self._forward, size)) for size in reversed(self._sizes)}
+        self._graphs = {size: device.capture(partial(self._compute, size)) for size in reversed(self._sizes)}
 
     def run(self, batch: MiniBatch, sampled: torch.Tensor | None) -> torch.Tensor:
         """Logits [n, vocab] of a mini-batch in place, launched on the compute stream; good until the next run.
@@ -84,42 +73,44 @@ class DecodeGraphs:
         array[:, _SLOT] = self._cache.spare_slot
         return array
 
-    def _forward(self, size: int) -> None:
-        family, given = self._family, self._input[:size]
+    def _compute(self, size: int) -> None:
+        given = self._input[:size]
         positions, slots = given[:, _POSITION].long(), given[:, _SLOT].long()
-        rows = InPlaceRows(
+        rows, nothing = self._rows[:size], self._rows[:0]
+        in_place = InPlaceRows(
             tables=given[:, _TABLE:],
             counts=given[:, _COUNT].contiguous(),
             rebuilt_starts=self._nothing,
             key_starts=self._nothing,
             max_keys=self._max_model_len,
         )
-        hidden = family.embed(self._weights.fixed, given[:, _TOKEN].long(), positions)
-        rotation = family.rotation(positions)
-        for layer, weights in enumerate(self._weights.layers):
-            w, pool = weights.resident, self._cache.device_kv(layer)
-            x = family.attention_input(w, hidden)
-            queries, kv = family.queries_keys_values(w, x, rotation)
-            self._device.copy_rows(pool, slots, kv, self._rows[:size])
-            attended = torch.empty_like(queries, memory_format=torch.contiguous_format)
-            self._attention.in_place(queries, pool, pool, rows, attended)
-            hidden = family.finish_layer(w, hidden, attended)
-        self._logits[:size].copy_(family.logits(self._weights.fixed, hidden))
+        batch = DeviceBatch(
+            group=Group(given[:, _TOKEN].long(), positions),
+            rows=slice(0, size),
+            is_first=True,
+            is_last=True,
+            in_place=in_place,
+            packed=None,
+            num_in_place=size,
+            num_rebuilt=0,
+            gathers=Gathers({}, {}),
+            new_rows=DeviceRows(nothing, nothing),
+            activation_rows=nothing,
+            activation_positions=nothing,
+            stores={PoolId.DEVICE_KV: Stores(DeviceRows(rows, slots), NO_RUNS)},
+            sample_rows=rows,
+        )
+        step = Pass([batch])
+        for op in self._ops:
+            if op.kind is not OpKind.SAMPLE:
+                self._launches.launch(op, step)
+        assert step.logits is not None  # HEAD made them
+        self._logits[:size].copy_(step.logits)
 
 
-def make_graphs(
-    family: Family,
-    weights: ModelWeights,
-    cache: CacheManager,
-    attention: Attention,
-    device: Device,
-    *,
-    plan: Plan,
-) -> DecodeGraphs | None:
-    """None where weights stream, or no KV blocks lie on the device, or a sliding window needs packed rows."""
-    streams = any(plan.streamed_bytes)
-    in_place = plan.num_blocks[PoolId.DEVICE_KV] and family.sizes.sliding_window is None
-    return DecodeGraphs(family, weights, cache, attention, device, plan=plan) if in_place and not streams else None
+def can_capture(plan: Plan, window: int | None) -> bool:
+    """Not where weights stream, or no KV blocks lie on the device, or a sliding window needs packed rows."""
+    return not any(plan.streamed_bytes) and plan.num_blocks[PoolId.DEVICE_KV] > 0 and window is None
 
 
 def _batch_sizes(most: int) -> list[int]:

@@ -10,7 +10,7 @@ from hsrpc.engine.stats import EngineStats
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.schedule.blocks import PoolId
 from hsrpc.schedule.scheduler import Scheduler
-from hsrpc.schedule.step import Step
+from hsrpc.schedule.step import StepCounts
 
 
 class Meter:
@@ -38,26 +38,24 @@ class Meter:
         for pool, blocks in self._scheduler.blocks.pools.items():
             self._peak_blocks[pool] = max(self._peak_blocks[pool], blocks.num_used)
 
-    def note_step(self, step: Step) -> None:
-        """The tokens of `step` are there: it took the time since those of the step before, or since `begin`."""
+    def note_step(self, counts: StepCounts) -> None:
+        """The tokens of a step are there: it took the time since those of the step before, or since `begin`."""
         now, moved = time.monotonic(), self._read_moved()
         seconds, self._began = now - self._began, now
         weights, cache, regenerated = (new - old for old, new in zip(self._moved, moved, strict=True))
         self._moved = moved
         self._steps += 1
         self._step_seconds += seconds
-        recomputed = sum(work.recomputed for work in step.works)
-        self.recomputed_tokens += recomputed
+        self.recomputed_tokens += counts.recomputed
         if self._observe is not None:
-            decode = sum(work.is_decode for work in step.works)
             self._observe(
                 StepRecord(
                     seconds=seconds,
-                    num_requests=len(step.works),
-                    decode_tokens=decode,
-                    prefill_tokens=sum(work.num_new for work in step.works) - decode - recomputed,
-                    recomputed_tokens=recomputed,
-                    context_tokens=sum(work.context for work in step.works),
+                    num_requests=counts.requests,
+                    decode_tokens=counts.decode,
+                    prefill_tokens=counts.prefill,
+                    recomputed_tokens=counts.recomputed,
+                    context_tokens=counts.context,
                     weight_bytes=weights,
                     cache_bytes=cache,
                     regenerated_tokens=regenerated,

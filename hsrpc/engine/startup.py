@@ -17,7 +17,8 @@ import torch
 from hsrpc.config import DType, EngineConfig, WeightCoding, format_bytes
 from hsrpc.device.calibration import calibrate, sustained_load
 from hsrpc.device.device import Device, available_memory, open_device
-from hsrpc.engine.bus import BusOrder
+from hsrpc.engine.forward import Forward
+from hsrpc.engine.graphs import DecodeGraphs, can_capture
 from hsrpc.engine.loading import HardlySmallerError, compile_coding, load_weights
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.run_to_end import run_to_end
@@ -37,6 +38,7 @@ from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import ModelSizes
+from hsrpc.schedule.assemble import Assembler
 
 _log = logging.getLogger(__name__)
 RANDOM_PREFIX = "random:"
@@ -210,12 +212,24 @@ def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> 
             compiled = compiler.submit(attention.compile)
             weights = load_weights(family, source, plan, device, stop, progress=progress)
             device.release_cached()  # what coding used
-            bus = BusOrder()
-            cache = CacheManager(spec.sizes, plan, device, spec.dtype, bus)
-            prefetcher = WeightPrefetcher(weights, plan, device, bus)
+            cache = CacheManager(spec.sizes, plan, device, spec.dtype)
+            prefetcher = WeightPrefetcher(weights, plan, device)
+            forward = Forward(family, weights.fixed, device, prefetcher=prefetcher, cache=cache, attention=attention)
             compiled.result()
             device.drain()
-            executor = Executor(family, weights, prefetcher, cache, device, attention=attention, plan=plan)
+            window = spec.sizes.sliding_window
+            assembler = Assembler(
+                layers=prefetcher.places,
+                block_size=plan.block_size,
+                window=window,
+                max_queries=plan.buffers.queries,
+            )
+            graphs = (
+                DecodeGraphs(forward, cache, device, layers=assembler.layers, plan=plan)
+                if can_capture(plan, window)
+                else None
+            )
+            executor = Executor(assembler, device, prefetcher=prefetcher, cache=cache, forward=forward, graphs=graphs)
         undo.pop_all()
         return Components(spec, device, plan, tokenizer, prefetcher, cache, executor)
 

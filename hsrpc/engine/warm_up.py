@@ -46,9 +46,9 @@ def _prompts(tokens: int, limits: SchedulerLimits, scheduler: Scheduler) -> list
 
 async def _step(parts: Components, scheduler: Scheduler) -> bool:
     """False: there is none left."""
-    step = scheduler.schedule(0.0)
-    if step is None:
+    scheduled = scheduler.schedule(0.0)
+    if scheduled is None:
         return False
-    sampled = await parts.executor.execute(step) or []
-    scheduler.commit(step, [None if item.failed else item.token_id for item in sampled], 0.0)
+    sampled = await parts.executor.execute(parts.executor.assemble(scheduled)) or []
+    scheduler.commit(scheduled.step_id, [None if item.failed else item.token_id for item in sampled], 0.0)
     return True

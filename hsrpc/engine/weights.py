@@ -52,6 +52,11 @@ class LayerWeights:
     dtype: torch.dtype
     coded: tuple[CodedSlice, ...] = ()
 
+    @property
+    def bus_bytes(self) -> int:
+        """Bytes that cross the bus in every step; 0 where all lie on the device."""
+        return 0 if self.packed is None else len(self.packed)
+
     def on(self, buffer: torch.Tensor, decoded: torch.Tensor) -> dict[str, torch.Tensor]:
         """All tensors, given the device buffers (bytes) with a copy of `packed`, and of what is decoded from it."""
         targets = [Slice(each.name, each.coding.shape, each.target) for each in self.coded]

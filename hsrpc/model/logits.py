@@ -3,58 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hsrpc.request import SamplingParams
+from hsrpc.schedule.step import SamplingRow
 
 _MIN_DIVISOR = 1e-30  # a normal float32: nothing is divided by zero
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-
-
-class SamplingRow(NamedTuple):
-    """What one row of logits is sampled with. Ids outside the vocabulary are ignored."""
-
-    params: SamplingParams
-    token_ids: Sequence[int]
-    """Prompt, then output; read where a setting asks for it: `array("q")` is read many times faster than a list."""
-    num_prompt_tokens: int
-    seed: int
-    """Of the request, in [0, 2**64): with the number of output tokens it decides the draw."""
-    eos_token_ids: frozenset[int] = frozenset()
-    """The model's."""
-
-    @property
-    def prompt_token_ids(self) -> Sequence[int]:
-        return self.token_ids[: self.num_prompt_tokens]
-
-    @property
-    def output_token_ids(self) -> Sequence[int]:
-        return self.token_ids[self.num_prompt_tokens :]
-
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def has_penalties(self) -> bool:
-        params = self.params
-        return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-
-    @property
-    def excluded_ids(self) -> frozenset[int]:
-        """Until the output has `params.min_tokens`: the model's end tokens and the request's stop tokens."""
-        if self.num_output_tokens >= self.params.min_tokens:
-            return frozenset()
-        return self.eos_token_ids | frozenset(self.params.stop_token_ids)
-
-    @property
-    def has_edits(self) -> bool:
-        return bool(self.params.logit_bias) or self.has_penalties or bool(self.excluded_ids)
 
 
 def to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
@@ -80,7 +38,7 @@ def edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Logits [n, vocab] with bias, penalties and exclusions; `logits` may be overwritten."""
     if any(row.params.logit_bias for row in rows):
         _add_bias(logits, rows)
-    if any(row.has_penalties for row in rows):
+    if any(row.params.has_penalties for row in rows):
         logits = _penalise(logits, rows)
     excluded = _positions([row.excluded_ids for row in rows], logits.shape[1])
     if excluded.size:
@@ -118,7 +76,7 @@ def _penalise(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     params = [row.params for row in rows]
     penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
     repetition, presence, frequency = to_device(np.array(penalties, dtype=np.float32), logits.device).chunk(3, dim=1)
-    outputs = _counts([row.output_token_ids if row.has_penalties else () for row in rows], logits)
+    outputs = _counts([row.output_token_ids if row.params.has_penalties else () for row in rows], logits)
     seen = outputs > 0
     if any(p.repetition_penalty != 1.0 for p in params):
         prompts = _counts(

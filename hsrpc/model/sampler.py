@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsrpc.model.logits import SamplingRow, draw, edit, to_device
+from hsrpc.model.logits import draw, edit, to_device
 from hsrpc.request import TokenLogprob
-
-__all__ = ["PendingSample", "Sampled", "Sampler", "SamplingRow"]
+from hsrpc.schedule.step import SamplingRow
 
 _FAILED = -1
 _MAX_PARTIAL_SORT = 1024

@@ -8,8 +8,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hsrpc.plan.plan import BUFFERS, PENDING_QUERIES, REGENERATE_ROWS, SAMPLE_ELEMENTS
+from hsrpc.plan.plan import PENDING_QUERIES, REGENERATE_ROWS, SAMPLE_ELEMENTS
 from hsrpc.plan.sizes import ModelSizes
+from hsrpc.schedule.sweep import BUFFERS
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Number: TypeAlias = float | Floats

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hsrpc.plan.device_memory import Floats
-from hsrpc.plan.plan import BUFFERS
 from hsrpc.plan.sizes import ModelSizes
+from hsrpc.schedule.sweep import BUFFERS
 
 
 @dataclass(frozen=True, slots=True)

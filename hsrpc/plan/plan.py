@@ -10,8 +10,6 @@ from hsrpc.schedule.blocks import PoolId
 from hsrpc.schedule.recompute import RecomputeLimits
 from hsrpc.schedule.step import BufferLimits, RowCosts
 
-BUFFERS = 2
-"""Device buffers of each sort: one is filled while the other is computed with."""
 REGENERATE_ROWS = 4096
 """Activation rows that one regeneration GEMM takes, where its output is copied to its place: that bounds it."""
 PENDING_QUERIES = 2

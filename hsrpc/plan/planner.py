@@ -22,10 +22,11 @@ from hsrpc.plan.cache_policy import decide_cache
 from hsrpc.plan.device_memory import Floats, Number, device_bytes
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.placement import resident_choices
-from hsrpc.plan.plan import BUFFERS, Budgets, Plan, StepPrediction
+from hsrpc.plan.plan import Budgets, Plan, StepPrediction
 from hsrpc.plan.search import MIN_CHUNK, Bools, Evaluation, Evaluator, Grid, Point
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.plan.step_time import StepModel, Traffic, token_bytes
+from hsrpc.schedule.sweep import BUFFERS
 
 DEFAULT_CONTEXT = 1024
 MAX_BATCH = 512

@@ -19,9 +19,9 @@ import numpy as np
 from hsrpc.plan.device_memory import Number
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.layer_times import LayerTimes
-from hsrpc.plan.plan import BUFFERS
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.recompute import BALANCE
+from hsrpc.schedule.sweep import BUFFERS
 
 _WAITING = 8
 """Bus and GPU take turns with two buffers. Where they take equally long, they wait for each other: by 9 % with this

@@ -7,34 +7,36 @@ from collections.abc import Sequence
 import numpy as np
 
 from hsrpc.schedule.blocks import PoolId
-from hsrpc.schedule.step import InPlace, MiniBatch, Rows, Work
+from hsrpc.schedule.step import Chunk, InPlace, MiniBatch, Rows
 
 _NOTHING = np.zeros(0, dtype=np.int64)
 
 
-def uses_no_buffer(works: Sequence[Work], block_size: int, window: int | None) -> bool:
+def uses_no_buffer(chunks: Sequence[Chunk], block_size: int, window: int | None) -> bool:
     """All of it is decode that reads, and stores to, KV blocks on the device."""
-    return all(work.is_decode and work.reads_in_place(window) and _is_on_device(work, block_size) for work in works)
+    return all(
+        chunk.is_decode and chunk.reads_in_place(window) and _is_on_device(chunk, block_size) for chunk in chunks
+    )
 
 
-def _is_on_device(work: Work, block_size: int) -> bool:
-    used = work.context // block_size + 1
-    return work.request.blocks.pools[:used].count(PoolId.DEVICE_KV) == used
+def _is_on_device(chunk: Chunk, block_size: int) -> bool:
+    used = chunk.context // block_size + 1
+    return chunk.request.blocks.pools[:used].count(PoolId.DEVICE_KV) == used
 
 
-def advance(batch: MiniBatch, works: Sequence[Work], block_size: int) -> MiniBatch | None:
-    """The mini-batch behind one in place: `works` go on with its tokens, each with that of its source.
+def advance(batch: MiniBatch, chunks: Sequence[Chunk], block_size: int) -> MiniBatch | None:
+    """The mini-batch behind one in place: `chunks` go on with its tokens, each with that of its row there.
 
     What `pack` makes of them, except that tables may be wider. None where a new token goes to a block that is not
     read in place.
     """
-    source = np.array([work.source for work in works], dtype=np.int64)
+    source = np.array([chunk.previous_row for chunk in chunks], dtype=np.int64)
     positions, slots = batch.positions[source] + 1, batch.stores[PoolId.DEVICE_KV].target[source] + 1
     tables = batch.in_place.tables[source]
     begun = np.flatnonzero(positions % block_size == 0)
     if len(begun):
         number = positions[begun] // block_size
-        blocks = [(works[i].request.blocks, k) for i, k in zip(begun.tolist(), number.tolist(), strict=True)]
+        blocks = [(chunks[i].request.blocks, k) for i, k in zip(begun.tolist(), number.tolist(), strict=True)]
         if any(table.pools[k] != PoolId.DEVICE_KV for table, k in blocks):
             return None
         index = np.array([table.indices[k] for table, k in blocks], dtype=np.int64)
@@ -42,12 +44,11 @@ def advance(batch: MiniBatch, works: Sequence[Work], block_size: int) -> MiniBat
         if missing > 0:
             tables = np.pad(tables, ((0, 0), (0, missing)))
         tables[begun, number], slots[begun] = index, index * block_size
-    rows, nowhere = np.arange(len(works), dtype=np.int64), np.zeros(len(works) + 1, dtype=np.int64)
+    rows, nowhere = np.arange(len(chunks), dtype=np.int64), np.zeros(len(chunks) + 1, dtype=np.int64)
     return MiniBatch(
-        works=tuple(works),
         token_ids=source,
         positions=positions,
-        query_starts=np.arange(len(works) + 1, dtype=np.int64),
+        query_starts=np.arange(len(chunks) + 1, dtype=np.int64),
         key_starts=nowhere,
         in_place=InPlace(tables, positions + 1, nowhere),
         new_rows=Rows(_NOTHING, _NOTHING),

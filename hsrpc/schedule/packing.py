@@ -1,4 +1,4 @@
-"""From works to the arrays of a mini-batch."""
+"""From chunks to the arrays of a mini-batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsrpc.schedule.blocks import POOLS_OF_KIND, BlockKind, PoolId
-from hsrpc.schedule.step import InPlace, Ints, MiniBatch, Rows, Runs, Work, expand, starts
+from hsrpc.schedule.step import Chunk, InPlace, Ints, MiniBatch, Rows, Runs, expand, starts
 
 
 def first_block(context: int, block_size: int, window: int | None) -> int:
@@ -22,34 +22,33 @@ def first_blocks(contexts: Ints, block_size: int, window: int | None) -> Ints:
     return np.array([first_block(context, block_size, window) for context in contexts.tolist()], dtype=np.int64)
 
 
-def pack(works: Sequence[Work], block_size: int, window: int | None) -> MiniBatch:
+def pack(chunks: Sequence[Chunk], block_size: int, window: int | None) -> MiniBatch:
     """Arrays of one mini-batch.
 
     Without a sliding window a request's rows are ordered KV, regenerated, new, so that copies merge; with one they stay
     in order of position, which the window's mask needs. Those rebuilt for single queries come before all others.
     """
-    works = in_order(works, window)
-    num_in_place = sum(work.reads_in_place(window) for work in works)
-    counts = np.array([work.num_new for work in works], dtype=np.int64)
-    contexts = np.array([work.context for work in works], dtype=np.int64)
+    chunks = in_order(chunks, window)
+    num_in_place = sum(chunk.reads_in_place(window) for chunk in chunks)
+    counts = np.array([chunk.num_new for chunk in chunks], dtype=np.int64)
+    contexts = np.array([chunk.context for chunk in chunks], dtype=np.int64)
     positions = expand(contexts, counts)
-    table = _read_tables(works, contexts, counts, block_size, window)
-    in_place, new_in_place = _in_place(table, num_in_place, len(works))
+    table = _read_tables(chunks, contexts, counts, block_size, window)
+    in_place, new_in_place = _in_place(table, num_in_place, len(chunks))
     is_loaded = (table.pool != PoolId.DEVICE_KV) | (table.owner >= num_in_place)
     blocks = table.select(is_loaded & (table.cached > 0))
     in_front = blocks.is_activation & (blocks.owner < num_in_place)
     if window is None:
-        order = np.argsort(2 * blocks.owner + blocks.is_activation + 2 * len(works) * ~in_front, kind="stable")
+        order = np.argsort(2 * blocks.owner + blocks.is_activation + 2 * len(chunks) * ~in_front, kind="stable")
         blocks, in_front = blocks.select(order), in_front[order]
-    behind = np.bincount(blocks.owner, blocks.cached * ~in_front, len(works)).astype(np.int64)
+    behind = np.bincount(blocks.owner, blocks.cached * ~in_front, len(chunks)).astype(np.int64)
     new = counts - new_in_place
     key_starts, query_starts = starts(behind + new) + in_place.num_rebuilt, starts(counts)
     targets = starts(blocks.cached)[:-1] + np.where(in_front, 0, starts(new)[blocks.owner])
     activations = blocks.is_activation
     rebuilt = blocks.select(activations)
     return MiniBatch(
-        works=works,
-        token_ids=_new_tokens(works),
+        token_ids=_new_tokens(chunks),
         positions=positions,
         query_starts=query_starts,
         key_starts=key_starts,
@@ -59,14 +58,14 @@ def pack(works: Sequence[Work], block_size: int, window: int | None) -> MiniBatc
         activation_loads=_loads(rebuilt, BlockKind.ACTIVATION, starts(rebuilt.cached)[:-1], block_size),
         activation_rows=expand(targets[activations], rebuilt.cached),
         activation_positions=expand(rebuilt.position, rebuilt.cached),
-        stores=_stores(table, positions, np.repeat(np.arange(len(works)), counts), block_size),
-        sample_rows=query_starts[1:][[work.samples for work in works]] - 1,
+        stores=_stores(table, positions, np.repeat(np.arange(len(chunks)), counts), block_size),
+        sample_rows=query_starts[1:][[chunk.samples for chunk in chunks]] - 1,
     )
 
 
-def in_order(works: Sequence[Work], window: int | None) -> tuple[Work, ...]:
+def in_order(chunks: Sequence[Chunk], window: int | None) -> tuple[Chunk, ...]:
     """As a mini-batch has them: those that read in place come first."""
-    return tuple(sorted(works, key=lambda work: not work.reads_in_place(window)))
+    return tuple(sorted(chunks, key=lambda chunk: not chunk.reads_in_place(window)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ class _Blocks:
     """Blocks of all requests of a mini-batch, parallel arrays."""
 
     owner: Ints
-    """Number of the work."""
+    """Number of the chunk."""
     pool: Ints
     index: Ints
     position: Ints
@@ -92,16 +91,16 @@ class _Blocks:
         return _Blocks(*(getattr(self, item.name)[chosen] for item in fields(self)))
 
 
-def _read_tables(works: Sequence[Work], contexts: Ints, counts: Ints, block_size: int, window: int | None) -> _Blocks:
-    """The blocks that each work's attention sees or its new tokens go to, in token order; some requests keep none."""
-    tables = [work.request.blocks for work in works]
+def _read_tables(chunks: Sequence[Chunk], contexts: Ints, counts: Ints, block_size: int, window: int | None) -> _Blocks:
+    """The blocks that each chunk's attention sees or its new tokens go to, in token order; some requests keep none."""
+    tables = [chunk.request.blocks for chunk in chunks]
     first = first_blocks(contexts, block_size, window)
     last = np.minimum(-(-(contexts + counts) // block_size), [len(table) for table in tables])
     lengths = np.maximum(last - first, 0)
     bounds = list(zip(tables, first.tolist(), last.tolist(), strict=True))
     pools = b"".join([table.pools[start:end] for table, start, end in bounds])
     indices = b"".join([table.indices[start:end] for table, start, end in bounds])
-    owner = np.repeat(np.arange(len(works)), lengths)
+    owner = np.repeat(np.arange(len(chunks)), lengths)
     position = expand(first, lengths) * block_size
     return _Blocks(
         owner=owner,
@@ -113,25 +112,25 @@ def _read_tables(works: Sequence[Work], contexts: Ints, counts: Ints, block_size
     )
 
 
-def _in_place(table: _Blocks, num_works: int, num_all: int) -> tuple[InPlace, Ints]:
-    """What the first works read apart; and for each of all, whether (1) or not (0) its new row is read in place."""
-    end = np.searchsorted(table.owner, num_works)
+def _in_place(table: _Blocks, num_chunks: int, num_all: int) -> tuple[InPlace, Ints]:
+    """What the first chunks read apart; and for each of all, whether (1) or not (0) its new row is read in place."""
+    end = np.searchsorted(table.owner, num_chunks)
     owner, pool, cached, filled = table.owner[:end], table.pool[:end], table.cached[:end], table.filled[:end]
     rebuilt, read = pool >= PoolId.DEVICE_ACTIVATION, pool == PoolId.DEVICE_KV
-    rebuilt_starts = starts(np.bincount(owner, cached * rebuilt, num_works).astype(np.int64))
-    lengths = np.bincount(owner[read], minlength=num_works)
-    tables = np.zeros((num_works, int(lengths.max(initial=0))), dtype=np.int64)
+    rebuilt_starts = starts(np.bincount(owner, cached * rebuilt, num_chunks).astype(np.int64))
+    lengths = np.bincount(owner[read], minlength=num_chunks)
+    tables = np.zeros((num_chunks, int(lengths.max(initial=0))), dtype=np.int64)
     tables[owner[read], expand(np.zeros_like(lengths), lengths)] = table.index[:end][read]
-    counts = np.bincount(owner, filled * read, num_works).astype(np.int64)
+    counts = np.bincount(owner, filled * read, num_chunks).astype(np.int64)
     new = np.bincount(owner, (filled - cached) * read, num_all).astype(np.int64)
     return InPlace(tables, counts, rebuilt_starts), new
 
 
-def _new_tokens(works: Sequence[Work]) -> Ints:
+def _new_tokens(chunks: Sequence[Chunk]) -> Ints:
     tokens: list[int] = []
-    for work in works:
-        new = work.request.token_ids[work.context : work.context + work.num_new]
-        tokens += new if work.source is None else [work.source]
+    for chunk in chunks:
+        new = chunk.request.token_ids[chunk.context : chunk.context + chunk.num_new]
+        tokens += new if chunk.previous_row is None else [chunk.previous_row]
     return np.array(tokens, dtype=np.int64)
 
 
@@ -152,7 +151,7 @@ def merge_runs(source: Ints, target: Ints, count: Ints) -> Runs:
 
 
 def _stores(table: _Blocks, positions: Ints, owners: Ints, block_size: int) -> dict[PoolId, Rows]:
-    """Query rows of works `owners` to the slots of their positions."""
+    """Query rows of chunks `owners` to the slots of their positions."""
     # The table has each owner's blocks one behind the other, its first at the owner's first row.
     rows = np.searchsorted(table.owner, owners)
     has_blocks = rows < len(table.owner)

@@ -70,8 +70,8 @@ class RecomputePolicy:
     def choose(self, running: Sequence[Request], prompt_tokens: int) -> Choice:
         """As bus and GPU have time in a step with so many prompt tokens; the first to run give up first."""
         compute, is_forced = self._costs.compute, self._limits.is_forced
-        anew = [request for request in running if request.recomputes]
-        cached = [(request, *self._cached(request)) for request in running if not request.recomputes]
+        anew = [request for request in running if request.is_uncached]
+        cached = [(request, *self._cached(request)) for request in running if not request.is_uncached]
         bus = self._limits.weights + sum(on_bus for _, on_bus, _ in cached)
         gpu = compute * sum(request.num_tokens for request in anew) + sum(on_gpu for *_, on_gpu in cached)
         if gpu > bus and anew and not is_forced:

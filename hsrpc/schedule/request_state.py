@@ -21,13 +21,13 @@ class Request:
         "finish_reason",
         "first_token_time",
         "in_flight",
+        "is_uncached",
         "max_total_tokens",
         "num_computed",
         "num_prompt_tokens",
         "params",
         "preemptions",
         "rank",
-        "recomputes",
         "request_id",
         "scheduled_time",
         "token_ids",
@@ -58,8 +58,8 @@ class Request:
         self.arrival = arrival
         self.rank = math.inf
         """How many were let in to run before it; infinite while it has not been."""
-        self.recomputes = False
-        """It keeps no blocks: each step computes all of its tokens."""
+        self.is_uncached = False
+        """It keeps no blocks: each step computes all of its tokens anew."""
         self.preemptions = 0
         self.in_flight = 0
         """Steps that compute it, handed out and not committed."""
@@ -84,7 +84,7 @@ class Request:
     @property
     def is_decoding(self) -> bool:
         """Its newest token alone is to be computed for the first time."""
-        is_computed = self.recomputes or self.num_tokens - self.num_computed == 1
+        is_computed = self.is_uncached or self.num_tokens - self.num_computed == 1
         return is_computed and self.num_output_tokens > 0
 
     def has_room_for_next(self, block_size: int) -> bool:

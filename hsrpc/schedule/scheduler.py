@@ -9,6 +9,7 @@ that keep no blocks need none and never give way.
 
 from __future__ import annotations
 
+from array import array
 from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,11 +22,11 @@ from hsrpc.schedule.decode_ahead import advance, uses_no_buffer
 from hsrpc.schedule.fair_queue import FairQueue
 from hsrpc.schedule.finish import finish_reason, goes_on
 from hsrpc.schedule.mini_batches import form_mini_batches
-from hsrpc.schedule.packing import in_order, pack
+from hsrpc.schedule.packing import in_order
 from hsrpc.schedule.queue_rate import QueueRate
 from hsrpc.schedule.recompute import NO_RECOMPUTE, RecomputeLimits, RecomputePolicy
 from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.step import BufferLimits, MiniBatch, RowCosts, Step, Work
+from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, RowCosts, SamplingRow, Scheduled, Step, StopFlag
 
 _MAX_ENDED_WAITING = 64
 
@@ -52,6 +53,14 @@ class SchedulerLimits:
     """Of the requests that keep a cache at first."""
 
 
+class _InFlight(NamedTuple):
+    """A step that is handed out."""
+
+    chunks: tuple[Chunk, ...]
+    """In mini-batch order."""
+    stop: StopFlag
+
+
 class Output(NamedTuple):
     """What a step (or an end without one) gave a request: a token, an end, or both."""
 
@@ -73,7 +82,7 @@ class Scheduler:
         self.limits = limits
         self.preemptions = 0
         self._eos = frozenset(eos_token_ids)
-        self._recomputing = RecomputePolicy(
+        self._recompute = RecomputePolicy(
             limits.recompute,
             limits.costs,
             block_size=limits.block_size,
@@ -83,13 +92,15 @@ class Scheduler:
         self._live: dict[str, Request] = {}
         self._running: list[Request] = []
         self._queue = FairQueue()
-        self._drain = QueueRate()
+        self._queue_rate = QueueRate()
         self._preempted: list[tuple[tuple[float, int], Request]] = []
         self._num_preempted = 0
         self._num_admitted = 0
         self.num_waiting_tokens = 0
         """Tokens to compute before all that wait have their next one."""
-        self._steps = 0
+        self._num_steps = 0
+        self._in_flight: dict[int, _InFlight] = {}
+        """Steps handed out and not committed, by id."""
 
     @property
     def num_running(self) -> int:
@@ -112,7 +123,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Let `request` wait for its turn."""
-        request.recomputes = not self.limits.keeps_cache
+        request.is_uncached = not self.limits.keeps_cache
         request.max_total_tokens = min(request.max_total_tokens, self.limits.max_model_len)
         self._live[request.request_id] = request
         self._queue.add(request, request.arrival_time)
@@ -123,7 +134,7 @@ class Scheduler:
         if not self.num_waiting:
             return 0.0
         ahead = self._num_preempted + self._queue.num_ahead(client)
-        return self._drain.seconds_for(self.num_waiting_tokens * ahead / self.num_waiting)
+        return self._queue_rate.seconds_for(self.num_waiting_tokens * ahead / self.num_waiting)
 
     def finish(self, request_id: str, reason: FinishReason) -> Request | None:
         """End a live request now; blocks that a step still writes are freed when that step is committed."""
@@ -139,90 +150,131 @@ class Scheduler:
             self._drop_ended()
         self._queue.end(request)
         self._free_ended(request)
+        if request.in_flight:
+            self._stop_abandoned()
         return request
 
-    def schedule(self, now: float) -> Step | None:
+    def schedule(self, now: float) -> Scheduled | None:
         """The next step: a token for each running request, and prompts as far as room allows. None: nothing to do."""
-        if self._recomputing.is_of_use:
+        if self._recompute.is_of_use:
             self._balance(now)
         budget = self._prefill_budget()
-        works = self._continue_running(budget)
+        chunks = self._continue_running(budget)
         if self.num_waiting:
-            works += self._admit(now, budget - sum(map(_prefill_tokens, works)))
-        self._drain.note(now, is_waiting=self.num_waiting > 0)
-        return self._hand_out(self._divide(works)) if works else None
+            chunks += self._admit(now, budget - sum(map(_prefill_tokens, chunks)))
+        self._queue_rate.note(now, is_waiting=self.num_waiting > 0)
+        if not chunks:
+            return None
+        parts = self._divide(chunks)
+        is_in_place = len(parts) == 1 and uses_no_buffer(parts[0], self.limits.block_size, self.limits.sliding_window)
+        return self._hand_out(parts, is_in_place=is_in_place)
 
-    def schedule_ahead(self, step: Step) -> Step | None:
+    def schedule_ahead(self, step: Step) -> Scheduled | None:
         """The step after `step`, which is under way: its requests' next tokens, in place.
 
         Those that `step` ends by its length are left out; those that it ends otherwise are computed in vain. None where
-        that is not all there is to do: somebody could be let in, or would have to give way.
+        that is not all there is to do: somebody could be admitted, or would have to be preempted.
         """
+        under_way = self._in_flight[step.step_id].chunks
         can_admit = self.num_waiting > 0 and len(self._running) < self.limits.max_batch
-        if can_admit or not step.is_in_place or len(self._running) != len(step.works):
+        if can_admit or not step.is_in_place or len(self._running) != len(under_way):
             return None
-        works = [
-            Work(work.request, work.context + 1, 1, samples=True, source=source)
-            for source, work in enumerate(step.works)
-            if goes_on(work.request)
+        chunks = [
+            Chunk(chunk.request, chunk.context + 1, 1, samples=True, previous_row=row)
+            for row, chunk in enumerate(under_way)
+            if goes_on(chunk.request)
         ]
-        if not works or not self._grow_ahead(works):
+        if not chunks or not self._grow_ahead(chunks):
             return None
-        batch = advance(step.mini_batches[0], works, self.limits.block_size)
-        return None if batch is None else self._hand_out((batch.works,), batch)
+        batch = advance(step.mini_batches[0], chunks, self.limits.block_size)
+        return None if batch is None else self._hand_out((tuple(chunks),), is_in_place=True, arrays=(batch,))
 
-    def _grow_ahead(self, works: Sequence[Work]) -> bool:
+    def sampling(self, step_id: int) -> tuple[SamplingRow, ...]:
+        """Rows of a step that was scheduled ahead, now that the tokens of the step before are known."""
+        return tuple(self._row(chunk.request) for chunk in self._in_flight[step_id].chunks if chunk.samples)
+
+    def requests(self, step_id: int) -> list[Request]:
+        """All that a step computes, which is handed out and not committed."""
+        return [chunk.request for chunk in self._in_flight[step_id].chunks]
+
+    def _grow_ahead(self, chunks: Sequence[Chunk]) -> bool:
         """A block for each that begins one; False, and nothing taken, where there are too few."""
         size = self.limits.block_size
-        starting = [work.request.blocks for work in works if len(work.request.blocks) * size == work.context]
+        starting = [chunk.request.blocks for chunk in chunks if len(chunk.request.blocks) * size == chunk.context]
         if len(starting) > self.blocks.num_free:
             return False
         return all(self.blocks.grow(blocks, 1) for blocks in starting)
 
-    def _hand_out(self, parts: tuple[tuple[Work, ...], ...], advanced: MiniBatch | None = None) -> Step:
-        """A step of these mini-batches; `advanced` is the only one, where its arrays are there already."""
-        size, window = self.limits.block_size, self.limits.sliding_window
+    def _hand_out(
+        self,
+        mini_batches: tuple[tuple[Chunk, ...], ...],
+        *,
+        is_in_place: bool,
+        arrays: tuple[MiniBatch, ...] | None = None,
+    ) -> Scheduled:
+        """A step of these mini-batches, with their `arrays` where these are there already: then it is ahead."""
+        self._num_steps += 1
+        chunks, stop = tuple(chunk for part in mini_batches for chunk in part), StopFlag()
+        self._in_flight[self._num_steps] = _InFlight(chunks, stop)
+        for chunk in chunks:
+            chunk.request.in_flight += 1
+        return Scheduled(
+            step_id=self._num_steps,
+            mini_batches=mini_batches,
+            sampling=self.sampling(self._num_steps) if arrays is None else (),
+            stop=stop,
+            arrays=arrays,
+            is_in_place=is_in_place,
+        )
 
-        def lay_out_parts() -> tuple[MiniBatch, ...]:
-            return tuple(pack(part, size, window) for part in parts) if advanced is None else (advanced,)
-
-        self._steps += 1
-        is_in_place = advanced is not None or (len(parts) == 1 and uses_no_buffer(parts[0], size, window))
-        step = Step(self._steps, parts, lay_out_parts, is_in_place)
-        for work in step.works:
-            work.request.in_flight += 1
-        return step
+    def _row(self, request: Request) -> SamplingRow:
+        params = request.params
+        return SamplingRow(
+            params,
+            request.num_prompt_tokens,
+            request.num_output_tokens,
+            params.seed or 0,
+            self._eos,
+            array("q", request.token_ids) if params.has_penalties else (),
+        )
 
     def commit(
         self,
-        step: Step,
+        step_id: int,
         token_ids: Sequence[int | None],
         now: float,
         logprobs: Sequence[TokenLogprob | None] | None = None,
     ) -> list[Output]:
-        """Take a step's result in the order of `step.sampled`: the token is None where sampling failed."""
-        assert len(token_ids) == len(step.sampled)
+        """Take a step's result in the order of its rows that sample: the token is None where sampling failed."""
+        chunks = self._in_flight.pop(step_id).chunks
+        assert len(token_ids) == sum(chunk.samples for chunk in chunks)
         sampled = zip(token_ids, logprobs or [None] * len(token_ids), strict=True)
         outputs = []
-        for work in step.works:
-            request = work.request
-            token_id, logprob = next(sampled) if work.samples else (None, None)
+        for chunk in chunks:
+            request = chunk.request
+            token_id, logprob = next(sampled) if chunk.samples else (None, None)
             request.in_flight -= 1
             if request.finish_reason is not None:
                 self._free_ended(request)
                 continue
             if len(request.blocks):
-                request.num_computed = work.context + work.num_new
-                request.recomputes = False
-            if work.samples:
+                request.num_computed = chunk.context + chunk.num_new
+                request.is_uncached = False
+            if chunk.samples:
                 outputs.append(self._accept(request, token_id, logprob, now))
         return outputs
 
-    def abandon(self, step: Step) -> None:
+    def abandon(self, step_id: int) -> None:
         """Give up a step that nobody waits for."""
-        for work in step.works:
-            work.request.in_flight -= 1
-            self._free_ended(work.request)
+        for chunk in self._in_flight.pop(step_id).chunks:
+            chunk.request.in_flight -= 1
+            self._free_ended(chunk.request)
+
+    def _stop_abandoned(self) -> None:
+        """Flag the steps of which nobody waits for anything any more."""
+        for flight in self._in_flight.values():
+            if all(chunk.request.finish_reason is not None for chunk in flight.chunks):
+                flight.stop.set()
 
     def _free_ended(self, request: Request) -> None:
         """Blocks go back with the last step that writes them."""
@@ -251,11 +303,11 @@ class Scheduler:
 
     def _balance(self, now: float) -> None:
         """Let requests give up their blocks, or one take some again, as bus and GPU have time."""
-        choice = self._recomputing.choose(self._running, self._coming_prompt_tokens(now))
+        choice = self._recompute.choose(self._running, self._coming_prompt_tokens(now))
         for request in choice.giving_up:
             self.blocks.free(request.blocks)
             request.num_computed = 0
-            request.recomputes = True
+            request.is_uncached = True
         reserved = self._reserved() if choice.taking_back else 0
         for request in choice.taking_back:
             if self._has_room(request.num_tokens, reserved):
@@ -272,48 +324,48 @@ class Scheduler:
                 pending += min(room, self.num_waiting_tokens)
         return min(pending, self._prefill_budget())
 
-    def _continue_running(self, budget: int) -> list[Work]:
-        works: list[Work] = []
+    def _continue_running(self, budget: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
         position, block_size = 0, self.limits.block_size
         while position < len(self._running):
             request = self._running[position]
             position += 1
             if request.has_room_for_next(block_size):  # most of them, in most steps
-                works.append(Work(request, request.num_computed, 1, samples=True))
+                chunks.append(Chunk(request, request.num_computed, 1, samples=True))
                 continue
-            work = self._next_work(request, budget)
-            if work is None:
+            chunk = self._next_chunk(request, budget)
+            if chunk is None:
                 continue
-            if not self._reserve(request, work):
+            if not self._reserve(request, chunk):
                 position -= 1  # it gave way itself, being the last with blocks
                 continue
-            budget -= _prefill_tokens(work)
-            works.append(work)
-        return works
+            budget -= _prefill_tokens(chunk)
+            chunks.append(chunk)
+        return chunks
 
-    def _admit(self, now: float, budget: int) -> list[Work]:
-        works: list[Work] = []
+    def _admit(self, now: float, budget: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
         if len(self._running) >= self.limits.max_batch:
-            return works
+            return chunks
         reserved = self._reserved()
         while len(self._running) < self.limits.max_batch and budget > 0:
             request = self._first_waiting(now)
-            if request is None or not (request.recomputes or self._has_room(request.num_tokens, reserved)):
+            if request is None or not (request.is_uncached or self._has_room(request.num_tokens, reserved)):
                 break
-            work = self._next_work(request, budget)
-            if work is None or not self.blocks.grow(request.blocks, self._missing_blocks(request, work)):
+            chunk = self._next_chunk(request, budget)
+            if chunk is None or not self.blocks.grow(request.blocks, self._missing_blocks(request, chunk)):
                 break
             self._admit_one(request, now)
             reserved += self._num_needed(request)
-            budget -= work.num_new
-            works.append(work)
-        return works
+            budget -= chunk.num_new
+            chunks.append(chunk)
+        return chunks
 
     def _admit_one(self, request: Request, now: float) -> None:
         self.num_waiting_tokens -= request.num_tokens
         if request.scheduled_time is None:
             self._queue.admit(request, now)
-            self._drain.admit(request.num_tokens)
+            self._queue_rate.admit(request.num_tokens)
             request.scheduled_time = now
             request.rank = self._num_admitted
             self._num_admitted += 1
@@ -322,17 +374,17 @@ class Scheduler:
             self._num_preempted -= 1
         insort(self._running, request, key=lambda r: r.order)
 
-    def _next_work(self, request: Request, budget: int) -> Work | None:
+    def _next_chunk(self, request: Request, budget: int) -> Chunk | None:
         pending = request.num_tokens - request.num_computed
-        if request.recomputes:
-            return Work(request, 0, pending, samples=True, recomputed=pending - 1 if request.is_decoding else 0)
+        if request.is_uncached:
+            return Chunk(request, 0, pending, samples=True, recomputed=pending - 1 if request.is_decoding else 0)
         count = min(pending, max(budget, 1 if pending == 1 else 0), self.limits.buffers.queries)
-        return Work(request, request.num_computed, count, samples=count == pending) if count > 0 else None
+        return Chunk(request, request.num_computed, count, samples=count == pending) if count > 0 else None
 
-    def _reserve(self, request: Request, work: Work) -> bool:
-        """Blocks for `work`, preempting from the end of the running list; False where the request itself gave way."""
-        while not self.blocks.grow(request.blocks, self._missing_blocks(request, work)):
-            victim = next(r for r in reversed(self._running) if not r.recomputes)
+    def _reserve(self, request: Request, chunk: Chunk) -> bool:
+        """Blocks for `chunk`, preempting from the end of the running list; False where the request itself gave way."""
+        while not self.blocks.grow(request.blocks, self._missing_blocks(request, chunk)):
+            victim = next(r for r in reversed(self._running) if not r.is_uncached)
             self._running.remove(victim)
             self._preempt(victim)
             if victim is request:
@@ -348,8 +400,8 @@ class Scheduler:
         heappush(self._preempted, (request.order, request))
         self._num_preempted += 1
 
-    def _missing_blocks(self, request: Request, work: Work) -> int:
-        return 0 if request.recomputes else self._num_blocks(work.context + work.num_new) - len(request.blocks)
+    def _missing_blocks(self, request: Request, chunk: Chunk) -> int:
+        return 0 if request.is_uncached else self._num_blocks(chunk.context + chunk.num_new) - len(request.blocks)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.block_size)
@@ -364,7 +416,7 @@ class Scheduler:
 
     def _num_needed(self, request: Request) -> int:
         """Blocks for what is left of a running request's prompt, and at least one to grow into."""
-        if request.recomputes and not len(request.blocks):
+        if request.is_uncached and not len(request.blocks):
             return 0
         return max(1, self._num_blocks(request.num_tokens) - len(request.blocks))
 
@@ -379,12 +431,12 @@ class Scheduler:
             heappop(self._preempted)  # ended while it waited
         return self._preempted[0][1] if self._preempted else self._queue.first(now)
 
-    def _divide(self, works: Sequence[Work]) -> tuple[tuple[Work, ...], ...]:
+    def _divide(self, chunks: Sequence[Chunk]) -> tuple[tuple[Chunk, ...], ...]:
         limits, window = self.limits, self.limits.sliding_window
-        parts = form_mini_batches(works, limits.block_size, limits.buffers, limits.costs, window)
+        parts = form_mini_batches(chunks, limits.block_size, limits.buffers, limits.costs, window)
         return tuple(in_order(part, window) for part in parts)
 
 
-def _prefill_tokens(work: Work) -> int:
-    """Tokens of a running request's work that count against the prefill budget: all but the one of a decode."""
-    return 0 if work.is_decode else work.num_new
+def _prefill_tokens(chunk: Chunk) -> int:
+    """Tokens of a running request's chunk that count against the prefill budget: all but the one of a decode."""
+    return 0 if chunk.is_decode else chunk.num_new

@@ -13,36 +13,37 @@ a block has the same number in all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from threading import Lock
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from hsrpc.request import SamplingParams
 from hsrpc.schedule.blocks import PoolId
 from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.sweep import OpList
 
 Ints = npt.NDArray[np.int64]
 
 
-class Work(NamedTuple):
+class Chunk(NamedTuple):
     """One request's part in a step: compute `num_new` tokens behind `context` cached ones."""
 
     request: Request
     context: int
     num_new: int
     samples: bool
-    """The last of its tokens is the newest, so the step samples the next one."""
-    source: int | None = None
+    """Its last token is the newest, so the step samples the next one."""
+    previous_row: int | None = None
     """The token is not known yet: it is this one of those that the step before samples."""
     recomputed: int = 0
-    """Of its tokens, the first ones that were computed in the step before as well, and not kept."""
+    """How many of its tokens, from the first, were computed in the step before as well, and not kept."""
 
     @property
     def is_decode(self) -> bool:
-        """Of its tokens the newest alone is new; otherwise it is a chunk of a prefill."""
+        """Its newest token alone is new; otherwise it is a part of a prefill."""
         return self.num_new - self.recomputed == 1 and self.samples
 
     def reads_in_place(self, window: int | None) -> bool:
@@ -69,6 +70,9 @@ class Runs:
     def rows(self) -> Rows:
         """The same copies row by row."""
         return Rows(expand(self.source, self.count), expand(self.target, self.count))
+
+
+NO_RUNS = Runs(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +107,8 @@ class InPlace:
 class MiniBatch:
     """The part of a step that shares device buffers. `n` query rows of `r` requests; `m` activation rows."""
 
-    works: tuple[Work, ...]
-    """Those that read in place come first."""
     token_ids: Ints
-    """[n] or, for works with a source, the source."""
+    """[n] token ids; for a chunk that continues a step under way, the row of its token among those sampled there."""
     positions: Ints
     """[n]"""
     query_starts: Ints
@@ -125,7 +127,11 @@ class MiniBatch:
     stores: dict[PoolId, Rows]
     """Query rows to pool slots."""
     sample_rows: Ints
-    """Query rows whose logits are sampled, in the order of the works that sample."""
+    """Query rows whose logits are sampled, in the order of the chunks that sample."""
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.query_starts) - 1
 
     @property
     def num_queries(self) -> int:
@@ -136,47 +142,109 @@ class MiniBatch:
         return int(self.key_starts[-1])
 
 
-@dataclass(slots=True)
-class Step:
-    """One sweep over the layers for every request in it, whose blocks stay as they are until it is committed."""
+class SamplingRow(NamedTuple):
+    """What one row of logits is sampled with. Ids outside the vocabulary are ignored."""
 
-    number: int
-    parts: tuple[tuple[Work, ...], ...]
-    """The works of each mini-batch."""
-    pack: Callable[[], tuple[MiniBatch, ...]]
-    """Makes their arrays."""
+    params: SamplingParams
+    num_prompt_tokens: int
+    num_output_tokens: int
+    seed: int
+    """Of the request, in [0, 2**64): with the number of output tokens it decides the draw."""
+    eos_token_ids: frozenset[int] = frozenset()
+    """The model's."""
+    token_ids: Sequence[int] = ()
+    """Prompt, then output, where a penalty asks for them."""
+
+    @property
+    def prompt_token_ids(self) -> Sequence[int]:
+        return self.token_ids[: self.num_prompt_tokens]
+
+    @property
+    def output_token_ids(self) -> Sequence[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def excluded_ids(self) -> frozenset[int]:
+        """Until the output has `params.min_tokens`: the model's end tokens and the request's stop tokens."""
+        if self.num_output_tokens >= self.params.min_tokens:
+            return frozenset()
+        return self.eos_token_ids | frozenset(self.params.stop_token_ids)
+
+    @property
+    def has_edits(self) -> bool:
+        return bool(self.params.logit_bias) or self.params.has_penalties or bool(self.excluded_ids)
+
+
+class StepCounts(NamedTuple):
+    """Tokens of a step, by what they are for."""
+
+    requests: int
+    decode: int
+    prefill: int
+    recomputed: int
+    """Computed in the step before as well."""
+    context: int
+    """Cached tokens of all its requests."""
+
+
+@dataclass(slots=True)
+class StopFlag:
+    """Set once nobody waits for a step any more, or it cannot be computed to its end; never taken back."""
+
+    is_set: bool = False
+
+    def set(self) -> None:
+        self.is_set = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduled:
+    """What the scheduler decided for a step. Its chunks' blocks and tokens stay as they are until it is committed."""
+
+    step_id: int
+    mini_batches: tuple[tuple[Chunk, ...], ...]
+    """Chunks of each mini-batch; those that read in place come first."""
+    sampling: tuple[SamplingRow, ...]
+    """Rows of the chunks that sample, in mini-batch order."""
+    stop: StopFlag
+    arrays: tuple[MiniBatch, ...] | None = None
+    """Those of the mini-batches, where they are made already."""
     is_in_place: bool = False
     """It is one mini-batch of decode that uses no buffer."""
-    is_given_up: bool = False
-    """It cannot be computed to its end."""
-    works: tuple[Work, ...] = field(init=False)
-    """In mini-batch order."""
-    sampled: list[Work] = field(init=False)
-    """The works that sample, in the order in which the executor returns tokens."""
-    _mini_batches: tuple[MiniBatch, ...] | None = field(init=False, default=None)
-    _laying_out: Lock = field(init=False, default_factory=Lock)
-
-    def __post_init__(self) -> None:
-        self.works = tuple(work for part in self.parts for work in part)
-        self.sampled = [work for work in self.works if work.samples]
 
     @property
-    def mini_batches(self) -> tuple[MiniBatch, ...]:
-        """Made by the thread that asks first: of a large batch in milliseconds, which the event loop does not have."""
-        with self._laying_out:
-            if self._mini_batches is None:
-                self._mini_batches = self.pack()
-            return self._mini_batches
+    def chunks(self) -> Iterator[Chunk]:
+        """In mini-batch order."""
+        return (chunk for chunks in self.mini_batches for chunk in chunks)
 
     @property
-    def is_ahead(self) -> bool:
-        """It continues with tokens that the step before has still to sample."""
-        return any(work.source is not None for work in self.works)
+    def counts(self) -> StepCounts:
+        chunks = list(self.chunks)
+        decode, recomputed = sum(c.is_decode for c in chunks), sum(c.recomputed for c in chunks)
+        return StepCounts(
+            requests=len(chunks),
+            decode=decode,
+            prefill=sum(c.num_new for c in chunks) - decode - recomputed,
+            recomputed=recomputed,
+            context=sum(c.context for c in chunks),
+        )
 
-    @property
-    def is_abandoned(self) -> bool:
-        """Nobody waits for any of it any more, or it was given up."""
-        return self.is_given_up or all(work.request.finish_reason is not None for work in self.works)
+
+@dataclass(slots=True, kw_only=True)
+class Step:
+    """One sweep over the layers for every request in it: plain data, which can be sent to another process."""
+
+    step_id: int
+    mini_batches: tuple[MiniBatch, ...]
+    ops: OpList
+    sampling: tuple[SamplingRow, ...]
+    """One for each row that is sampled, in mini-batch order."""
+    counts: StepCounts
+    stop: StopFlag
+    is_in_place: bool = False
+    """It is one mini-batch of decode that uses no buffer."""
+    is_ahead: bool = False
+    """It continues with tokens that the step before has still to sample."""
 
 
 @dataclass(frozen=True, slots=True)

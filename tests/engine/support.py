@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.engine.delivery import OUTPUT_STEPS
-from hsrpc.plan.plan import BUFFERS
 from hsrpc.request import Delta
 from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.sweep import BUFFERS
 from tests.engine.conftest import tightest
 from tests.engine.reference import Reference
 

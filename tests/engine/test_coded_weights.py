@@ -23,8 +23,8 @@ from hsrpc.errors import ConfigError, EngineUnavailableError
 from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import TensorSpec
-from hsrpc.plan.plan import BUFFERS
 from hsrpc.request import Delta
+from hsrpc.schedule.sweep import BUFFERS
 from tests.engine.conftest import HARDWARE
 from tests.engine.support import collect, greedy, idle
 

@@ -18,13 +18,13 @@ from hsrpc.model.families.opt import Opt
 from hsrpc.request import SamplingParams
 from hsrpc.schedule.packing import pack
 from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.step import MiniBatch, Work
+from hsrpc.schedule.step import Chunk, MiniBatch
 from tests.engine.reference import Reference
 from tests.engine.support import collect, greedy, idle, ids, roomy
 
 
 def batch_of(count: int) -> MiniBatch:
-    return pack([Work(Request("r", [1] * count, SamplingParams(), 0, 0.0), 0, count, samples=True)], 16, None)
+    return pack([Chunk(Request("r", [1] * count, SamplingParams(), 0, 0.0), 0, count, samples=True)], 16, None)
 
 
 @given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=12), most=st.integers(1, 20))

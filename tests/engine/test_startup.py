@@ -190,10 +190,10 @@ async def test_a_device_that_warms_up_does_so_unseen(
     monkeypatch.setattr(Executor, "execute", counted)
     async with Engine(roomy(made, max_prefill_tokens=300)) as engine:
         alone, beside, *others = executed
-        assert [work.num_new for work in alone.works] == [126, 126]  # as many as make no more than 300 tokens
-        assert sorted(work.num_new for work in beside.works) == [1, 1, 126, 126]
+        assert [chunk.num_new for chunk in alone.chunks] == [126, 126]  # as many as make no more than 300 tokens
+        assert sorted(chunk.num_new for chunk in beside.chunks) == [1, 1, 126, 126]
         assert others
-        assert not any(work.num_new > 1 for step in others for work in step.works)
+        assert not any(chunk.num_new > 1 for step in others for chunk in step.chunks)
         stats = engine.stats()
         assert (stats.steps, stats.weights_streamed_bytes, stats.cache_loaded_bytes) == (0, 0, 0)
         assert ids(await collect(engine.generate(made.prompts[0], greedy(9)))) == made.outputs[0][:9]

@@ -13,12 +13,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hsrpc.engine.bus import BusOrder
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hsrpc.config import EngineConfig
 from hsrpc.device.device import CpuDevice
-from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.loading import load_weights
 from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.weights import ModelWeights
@@ -27,9 +27,10 @@ from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family, TensorSpec
 from hsrpc.model.spec import load_spec
-from hsrpc.plan.plan import BUFFERS, Budgets, Plan
+from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import ALIGNMENT
+from hsrpc.schedule.sweep import BUFFERS
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
 from tests.engine.support import until

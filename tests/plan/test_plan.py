@@ -15,11 +15,12 @@ from hsrpc.errors import ConfigError
 from hsrpc.plan.device_memory import device_bytes
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.placement import spread_resident
-from hsrpc.plan.plan import BUFFERS, Budgets, Plan
+from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.search import Point
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import BlockManager, BlockTable, PoolId, Tier
+from hsrpc.schedule.sweep import BUFFERS
 
 MIB, GIB = 2**20, 2**30
 PCIE5_H100 = Hardware(load_bandwidth=55e9, store_bandwidth=55e9, gemm_rate=650e12, memory_bandwidth=2.6e12)

@@ -15,7 +15,7 @@ from hsrpc.config import CachePolicy, EngineConfig, Placement
 from hsrpc.plan import planner as planner_module
 from hsrpc.plan.device_memory import Staging, device_bytes
 from hsrpc.plan.hardware import Hardware
-from hsrpc.plan.plan import BUFFERS, Budgets, Plan
+from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at
 from hsrpc.plan.sizes import ModelSizes
@@ -25,6 +25,7 @@ from hsrpc.schedule.blocks import BlockManager, PoolId, Tier
 from hsrpc.schedule.recompute import NO_RECOMPUTE
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Scheduler, SchedulerLimits
+from hsrpc.schedule.sweep import BUFFERS
 from tests.plan.test_plan import GIB, blocks_of, make_sizes
 
 H100 = Hardware(
@@ -328,8 +329,8 @@ def test_what_is_computed_anew_takes_less_time_to_launch_than_the_bus_takes():
         step = scheduler.schedule(0.0)
         assert step is not None
         scheduler.commit(step, [1] * len(step.sampled), 0.0)
-    assert len(step.works) == 64
-    assert sum(work.recomputed for work in step.works) > 0
+    assert len(step.chunks) == 64
+    assert sum(chunk.recomputed for chunk in step.chunks) > 0
     rows = sum(pool.num_used for pool in scheduler.blocks.pools.values()) * plan.block_size
     bus = plan.recompute.weights + rows * plan.costs.load_activation
     assert len(step.mini_batches) * H100.prompt_launch_time <= bus

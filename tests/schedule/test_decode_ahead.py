@@ -47,20 +47,20 @@ class Pipeline:
             assert self.next.is_ahead
             assert self.next.is_in_place
         self.sampled = self._sample(step)
-        self.num_in_vain += sum(work.request.finish_reason is not None for work in step.sampled)
+        self.num_in_vain += sum(chunk.request.finish_reason is not None for chunk in step.sampled)
         self.scheduler.commit(step, self.sampled, 2.0)
         return True
 
     def _sample(self, step: Step) -> list[int]:
         """The model: a function of the tokens computed so far, the one that the step before sampled among them."""
         before, tokens = self.sampled, []
-        for work in step.sampled:
-            known = list(work.request.token_ids[: work.context])
-            if work.source is None:
-                known += work.request.token_ids[work.context :]
-            elif work.request.finish_reason is None:
-                assert before[work.source] == work.request.token_ids[work.context]
-                known.append(before[work.source])
+        for chunk in step.sampled:
+            known = list(chunk.request.token_ids[: chunk.context])
+            if chunk.previous_row is None:
+                known += chunk.request.token_ids[chunk.context :]
+            elif chunk.request.finish_reason is None:
+                assert before[chunk.previous_row] == chunk.request.token_ids[chunk.context]
+                known.append(before[chunk.previous_row])
             tokens.append(next_token(known))
         return tokens
 

@@ -19,7 +19,7 @@ from hsrpc.schedule.decode_ahead import advance, uses_no_buffer
 from hsrpc.schedule.mini_batches import form_mini_batches
 from hsrpc.schedule.packing import first_block, in_order, merge_runs, pack
 from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.step import BufferLimits, MiniBatch, RowCosts, Runs, Step, Work, expand
+from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, RowCosts, Runs, Step, expand
 
 COSTS = RowCosts(load_kv=2.0, load_activation=1.0, regenerate=0.5)
 Token = tuple[int, int]
@@ -30,47 +30,47 @@ Token = tuple[int, int]
 class Case:
     """Works whose requests have random blocks in all four pools."""
 
-    works: list[Work]
+    chunks: list[Chunk]
     block_size: int
     window: int | None
 
     def slot(self, number: int, position: int) -> tuple[PoolId, int]:
-        blocks = self.works[number].request.blocks
+        blocks = self.chunks[number].request.blocks
         block, offset = divmod(position, self.block_size)
         return PoolId(blocks.pools[block]), blocks.indices[block] * self.block_size + offset
 
     def pools(self, new: bool = False) -> dict[tuple[PoolId, int], Token]:
         """What the pools' slots hold before the step, or also of the new tokens."""
         slots: dict[tuple[PoolId, int], Token] = {}
-        for number, work in enumerate(self.works):
-            for position in range(work.context + (work.num_new if new else 0)):
+        for number, chunk in enumerate(self.chunks):
+            for position in range(chunk.context + (chunk.num_new if new else 0)):
                 slots[self.slot(number, position)] = (number, position)
         return slots
 
-    def number(self, work: Work) -> int:
-        return self.works.index(work)
+    def number(self, chunk: Chunk) -> int:
+        return self.chunks.index(chunk)
 
     def new_tokens(self, batch: MiniBatch) -> list[Token]:
         """By query row."""
-        return [(self.number(work), work.context + i) for work in batch.works for i in range(work.num_new)]
+        return [(self.number(chunk), chunk.context + i) for chunk in batch.chunks for i in range(chunk.num_new)]
 
     def attended(self, number: int) -> list[int]:
         """Cached positions that the first new token sees, and the rest of their blocks."""
-        work, window = self.works[number], self.window
-        seen = {p // self.block_size for p in range(work.context + 1) if window is None or work.context - p < window}
-        return [p for p in range(work.context) if p // self.block_size in seen]
+        chunk, window = self.chunks[number], self.window
+        seen = {p // self.block_size for p in range(chunk.context + 1) if window is None or chunk.context - p < window}
+        return [p for p in range(chunk.context) if p // self.block_size in seen]
 
 
-def make_work(number: int, blocks: list[tuple[PoolId, int]], context: int, count: int, samples: bool = True) -> Work:
+def make_chunk(number: int, blocks: list[tuple[PoolId, int]], context: int, count: int, samples: bool = True) -> Chunk:
     request = Request(str(number), range(number * 1000, number * 1000 + context + count), SamplingParams(), number, 0.0)
     for pool, index in blocks:
         request.blocks.append(pool, index)
-    return Work(request, context, count, samples)
+    return Chunk(request, context, count, samples)
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Ragged works; block numbers are shuffled, or in order so that neighbours can merge."""
+    """Ragged chunks; block numbers are shuffled, or in order so that neighbours can merge."""
     block_size = draw(st.integers(1, 32))
     parts = draw(st.lists(st.tuples(st.integers(0, 90), st.just(1) | st.integers(1, 40)), min_size=1, max_size=5))
     lengths = [-(-(context + count) // block_size) for context, count in parts]
@@ -81,13 +81,13 @@ def cases(draw: st.DrawFn) -> Case:
     if draw(st.booleans()):
         for free in numbers.values():
             random.shuffle(free)
-    works = []
+    chunks = []
     for number, ((context, count), length) in enumerate(zip(parts, lengths, strict=True)):
         chosen = [random.choice(kinds) for _ in range(length + spare)]
         blocks = [(pool, numbers[pool].pop(0)) for pool in chosen]
-        works.append(make_work(number, blocks, context, count, samples=random.random() < 0.7))
+        chunks.append(make_chunk(number, blocks, context, count, samples=random.random() < 0.7))
     window = draw(st.none() | st.integers(1, 60))
-    return Case(works, block_size, window)
+    return Case(chunks, block_size, window)
 
 
 def run_copies(loads: dict[PoolId, Runs], kind: BlockKind, slots: dict[tuple[PoolId, int], Token]) -> dict[int, Token]:
@@ -143,7 +143,7 @@ def is_activation(case: Case, token: Token) -> bool:
 @given(case=cases())
 def test_rows_in_front_are_rebuilt_where_they_are_read(case: Case):
     """Row by row from the activation buffer to the same row of the kv buffer."""
-    batch = pack(case.works, case.block_size, case.window)
+    batch = pack(case.chunks, case.block_size, case.window)
     count = batch.in_place.num_rebuilt
     assert batch.activation_rows[:count].tolist() == list(range(count))
     assert all(row >= count for row in batch.activation_rows[count:])
@@ -153,21 +153,21 @@ def test_rows_in_front_are_rebuilt_where_they_are_read(case: Case):
 @settings(max_examples=150)
 def test_attention_reads_exactly_what_it_must(case: Case):
     """A request's rows are its visible tokens, each once, the new ones last; in order where a window masks them."""
-    batch = pack(case.works, case.block_size, case.window)
+    batch = pack(case.chunks, case.block_size, case.window)
     buffer = kv_buffer(case, batch)
     assert sorted(buffer) == list(range(batch.num_rows))
-    for index, work in enumerate(batch.works):
-        number = case.number(work)
+    for index, chunk in enumerate(batch.chunks):
+        number = case.number(chunk)
         behind = range(batch.key_starts[index], batch.key_starts[index + 1])
         rows = [buffer[row] for row in [*rebuilt_rows(batch, index), *behind]]
         in_place = rows_in_place(case, batch, index)
-        new = [(number, work.context + i) for i in range(work.num_new)]
+        new = [(number, chunk.context + i) for i in range(chunk.num_new)]
         wanted = [(number, position) for position in case.attended(number)] + new
         assert sorted(in_place + rows) == wanted
         assert all(case.slot(*token)[0] is PoolId.DEVICE_KV for token in in_place)
-        if work.num_new > 1 or case.window is not None:
+        if chunk.num_new > 1 or case.window is not None:
             assert in_place == []
-            assert rows[len(rows) - work.num_new :] == new
+            assert rows[len(rows) - chunk.num_new :] == new
         else:
             assert all(case.slot(*token)[0] is not PoolId.DEVICE_KV for token in rows)
             front = {buffer[row] for row in rebuilt_rows(batch, index)}
@@ -179,7 +179,7 @@ def test_attention_reads_exactly_what_it_must(case: Case):
 @given(case=cases())
 def test_new_tokens_are_stored_in_their_blocks(case: Case):
     """Query row by query row, position p goes to its block's slot; then the pools hold all tokens of the request."""
-    batch = pack(case.works, case.block_size, case.window)
+    batch = pack(case.chunks, case.block_size, case.window)
     queries = case.new_tokens(batch)
     slots = case.pools()
     stored: list[int] = []
@@ -194,19 +194,19 @@ def test_new_tokens_are_stored_in_their_blocks(case: Case):
 
 @given(case=cases())
 def test_queries_are_packed_in_order_of_the_works(case: Case):
-    """Token ids, positions, starts and sampled rows are those of the works; those that read in place come first."""
-    batch = pack(case.works, case.block_size, case.window)
-    singles = [work for work in case.works if work.num_new == 1 and case.window is None]
-    assert list(batch.works) == singles + [work for work in case.works if work not in singles]
-    assert in_order(case.works, case.window) == batch.works
+    """Token ids, positions, starts and sampled rows are those of the chunks; those that read in place come first."""
+    batch = pack(case.chunks, case.block_size, case.window)
+    singles = [chunk for chunk in case.chunks if chunk.num_new == 1 and case.window is None]
+    assert list(batch.chunks) == singles + [chunk for chunk in case.chunks if work not in singles]
+    assert in_order(case.chunks, case.window) == batch.chunks
     assert batch.in_place.num_requests == len(singles)
-    assert batch.num_queries == sum(work.num_new for work in case.works)
+    assert batch.num_queries == sum(chunk.num_new for chunk in case.chunks)
     sampled = []
-    for work, start, end in zip(batch.works, batch.query_starts, batch.query_starts[1:], strict=False):
-        new = slice(work.context, work.context + work.num_new)
-        assert batch.token_ids[start:end].tolist() == work.request.token_ids[new]
+    for chunk, start, end in zip(batch.chunks, batch.query_starts, batch.query_starts[1:], strict=False):
+        new = slice(chunk.context, chunk.context + chunk.num_new)
+        assert batch.token_ids[start:end].tolist() == chunk.request.token_ids[new]
         assert batch.positions[start:end].tolist() == list(range(new.start, new.stop))
-        sampled += [end - 1] if work.samples else []
+        sampled += [end - 1] if chunk.samples else []
     assert batch.query_starts[-1] == batch.num_queries
     assert batch.sample_rows.tolist() == sampled
     for array in (batch.token_ids, batch.positions, batch.new_rows.source, batch.activation_rows, batch.sample_rows):
@@ -216,59 +216,59 @@ def test_queries_are_packed_in_order_of_the_works(case: Case):
 @given(case=cases())
 def test_what_uses_no_buffer_is_known_without_a_layout(case: Case):
     """All of it is decode, and nothing goes through the kv buffer."""
-    for works in (case.works, [work for work in case.works if work.is_decode]):
-        assume(works)
-        batch = pack(works, case.block_size, case.window)
-        wanted = batch.num_rows == 0 and all(work.is_decode for work in works)
-        assert uses_no_buffer(works, case.block_size, case.window) == wanted
+    for chunks in (case.chunks, [chunk for chunk in case.chunks if chunk.is_decode]):
+        assume(chunks)
+        batch = pack(chunks, case.block_size, case.window)
+        wanted = batch.num_rows == 0 and all(chunk.is_decode for chunk in chunks)
+        assert uses_no_buffer(chunks, case.block_size, case.window) == wanted
 
 
 @given(case=cases(), slack=st.tuples(*[st.integers(0, 60)] * 3))
 @settings(max_examples=150)
 def test_mini_batches_fit_and_lose_nothing(case: Case, slack: tuple[int, int, int]):
     """Every work is in one mini-batch, none exceeds the buffers, and what fits together is not divided."""
-    alone = [measure(case, [work]) for work in case.works]
+    alone = [measure(case, [chunk]) for chunk in case.chunks]
     limits = BufferLimits(*(max(sizes) + extra for sizes, extra in zip(zip(*alone, strict=True), slack, strict=True)))
-    parts = form_mini_batches(case.works, case.block_size, limits, COSTS, case.window)
-    ids = [work.request.request_id for part in parts for work in part]
-    assert Counter(ids) == Counter(work.request.request_id for work in case.works)
+    parts = form_mini_batches(case.chunks, case.block_size, limits, COSTS, case.window)
+    ids = [chunk.request.request_id for part in parts for chunk in part]
+    assert Counter(ids) == Counter(chunk.request.request_id for chunk in case.chunks)
     for part in parts:
         rows, activation_rows, queries = measure(case, part)
         assert rows <= limits.rows
         assert activation_rows <= limits.activation_rows
         assert queries <= limits.queries
-    rows, activation_rows, queries = measure(case, case.works)
+    rows, activation_rows, queries = measure(case, case.chunks)
     if rows <= limits.rows and activation_rows <= limits.activation_rows and queries <= limits.queries:
         assert len(parts) == 1
 
 
-def measure(case: Case, works: list[Work]) -> tuple[int, int, int]:
+def measure(case: Case, chunks: list[Chunk]) -> tuple[int, int, int]:
     """Rows, activation rows and queries, counted token by token."""
     rows = activation_rows = queries = 0
-    for work in works:
-        number = case.works.index(work)
-        cached, new = case.attended(number), range(work.context, work.context + work.num_new)
-        in_place = work.num_new == 1 and case.window is None
+    for chunk in chunks:
+        number = case.chunks.index(chunk)
+        cached, new = case.attended(number), range(chunk.context, chunk.context + chunk.num_new)
+        in_place = chunk.num_new == 1 and case.window is None
         rows += sum(not (in_place and case.slot(number, p)[0] is PoolId.DEVICE_KV) for p in [*cached, *new])
         activation_rows += sum(case.slot(number, p)[0].kind is BlockKind.ACTIVATION for p in cached)
-        queries += work.num_new
+        queries += chunk.num_new
     return rows, activation_rows, queries
 
 
 def test_mini_batches_balance():
     """Works of equal length but unlike kinds divide so that each mini-batch has the same bus time."""
     pools = [PoolId.HOST_KV, PoolId.HOST_ACTIVATION] * 6
-    works = [make_work(i, [(pool, 10 * i + j) for j in range(5)], 64, 1) for i, pool in enumerate(pools)]
+    chunks = [make_chunk(i, [(pool, 10 * i + j) for j in range(5)], 64, 1) for i, pool in enumerate(pools)]
     limits = BufferLimits(rows=65 * 6, activation_rows=1000, queries=100)
-    parts = form_mini_batches(works, 16, limits, COSTS, None)
-    kinds = [Counter(PoolId(work.request.blocks.pools[0]) for work in part) for part in parts]
+    parts = form_mini_batches(chunks, 16, limits, COSTS, None)
+    kinds = [Counter(PoolId(chunk.request.blocks.pools[0]) for chunk in part) for part in parts]
     assert kinds == [{PoolId.HOST_KV: 3, PoolId.HOST_ACTIVATION: 3}] * 2
 
 
 def test_a_partly_filled_activation_block_counts_as_far_as_it_is_filled():
     """Two requests of one activation row each share a buffer of two rows, though their blocks hold 16."""
-    works = [make_work(i, [(PoolId.HOST_ACTIVATION, i)], 1, 1) for i in range(2)]
-    parts = form_mini_batches(works, 16, BufferLimits(rows=4, activation_rows=2, queries=2), COSTS, None)
+    chunks = [make_chunk(i, [(PoolId.HOST_ACTIVATION, i)], 1, 1) for i in range(2)]
+    parts = form_mini_batches(chunks, 16, BufferLimits(rows=4, activation_rows=2, queries=2), COSTS, None)
     assert len(parts) == 1
 
 
@@ -301,15 +301,15 @@ def test_merged_runs_copy_the_same_rows(copy: tuple[list[int], list[int], list[i
 def test_neighbouring_blocks_travel_as_one_copy():
     """A request whose KV blocks are neighbours is one run, though activation blocks lie between them in token order."""
     pools = [PoolId.HOST_KV, PoolId.HOST_ACTIVATION] * 4
-    work = make_work(0, [(pool, 5 + i // 2) for i, pool in enumerate(pools)], 31, 1)
-    batch = pack([work], 4, None)
+    work = make_chunk(0, [(pool, 5 + i // 2) for i, pool in enumerate(pools)], 31, 1)
+    batch = pack([chunk], 4, None)
     assert [(r.source.tolist(), r.count.tolist()) for r in batch.kv_loads.values()] == [([20], [16])]
     assert [(r.source.tolist(), r.count.tolist()) for r in batch.activation_loads.values()] == [([20], [15])]
 
 
 def test_without_blocks_nothing_is_stored():
     """Under the recompute policy there are no blocks: nothing is loaded or stored, all tokens are new."""
-    batch = pack([make_work(0, [], 0, 7), make_work(1, [], 0, 3)], 16, None)
+    batch = pack([make_chunk(0, [], 0, 7), make_chunk(1, [], 0, 3)], 16, None)
     assert (batch.kv_loads, batch.activation_loads, batch.stores) == ({}, {}, {})
     assert batch.new_rows.source.tolist() == batch.new_rows.target.tolist() == list(range(10))
     assert batch.key_starts.tolist() == batch.query_starts.tolist() == [0, 7, 10]
@@ -331,22 +331,22 @@ def test_expand_counts_up_from_each_start(parts: list[tuple[int, int]]):
 
 
 def test_a_step_lists_its_works_in_order():
-    """Works and sampled works are in mini-batch order; the step is abandoned once every request in it has ended."""
-    works = [make_work(i, [(PoolId.HOST_KV, i)], 0, 3, samples=i != 1) for i in range(3)]
-    parts = (tuple(works[1:]), tuple(works[:1]))
+    """Works and sampled chunks are in mini-batch order; the step is abandoned once every request in it has ended."""
+    chunks = [make_chunk(i, [(PoolId.HOST_KV, i)], 0, 3, samples=i != 1) for i in range(3)]
+    parts = (tuple(chunks[1:]), tuple(chunks[:1]))
     step = Step(1, parts, lambda: tuple(pack(part, 16, None) for part in parts))
-    assert list(step.works) == [works[1], works[2], works[0]]
-    assert step.sampled == [works[2], works[0]]
-    for work in works:
+    assert list(step.chunks) == [chunks[1], chunks[2], chunks[0]]
+    assert step.sampled == [chunks[2], chunks[0]]
+    for chunk in chunks:
         assert not step.is_abandoned
-        work.request.finish_reason = FinishReason.ABORTED
+        chunk.request.finish_reason = FinishReason.ABORTED
     assert step.is_abandoned
 
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_the_last_block_is_copied_to_the_exact_token(count: int):
     """A block that is partly filled is loaded as far as it is filled, so that packed rows have no holes."""
-    batch = pack([make_work(0, [(PoolId.HOST_KV, 7), (PoolId.HOST_KV, 3)], 18, count)], 16, None)
+    batch = pack([make_chunk(0, [(PoolId.HOST_KV, 7), (PoolId.HOST_KV, 3)], 18, count)], 16, None)
     runs = batch.kv_loads[PoolId.HOST_KV]
     assert (runs.source.tolist(), runs.target.tolist(), runs.count.tolist()) == ([112, 48], [0, 16], [16, 2])
 
@@ -363,25 +363,25 @@ def test_a_batch_in_place_advances_as_it_would_be_laid_out(
     """Some requests end, some begin a block: the next step's arrays are those of a new layout."""
     free = list(range(500))
     shuffled.shuffle(free)
-    works = []
+    chunks = []
     for number, context in enumerate(contexts):
         blocks = [(PoolId.DEVICE_KV, free.pop()) for _ in range(context // block_size + 1)]
-        works.append(make_work(number, blocks, context, 1))
+        chunks.append(make_chunk(number, blocks, context, 1))
     following = [
-        Work(work.request, work.context + 1, 1, samples=True, source=source)
-        for source, work in enumerate(works)
+        Chunk(chunk.request, chunk.context + 1, 1, samples=True, source=source)
+        for source, chunk in enumerate(chunks)
         if source not in ended
     ]
-    for work in following:
-        if work.context == len(work.request.blocks) * block_size:
-            work.request.blocks.append(PoolId.DEVICE_KV, free.pop())
+    for chunk in following:
+        if chunk.context == len(chunk.request.blocks) * block_size:
+            chunk.request.blocks.append(PoolId.DEVICE_KV, free.pop())
     assume(following)
-    found = advance(pack(works, block_size, None), following, block_size)
+    found = advance(pack(chunks, block_size, None), following, block_size)
     wanted = pack(following, block_size, None)
     assert found is not None
     assert uses_no_buffer(following, block_size, None)
     width = wanted.in_place.tables.shape[1]
-    assert not found.in_place.tables[:, width:].any() or len(following) < len(works)
+    assert not found.in_place.tables[:, width:].any() or len(following) < len(chunks)
     trimmed = replace(found, in_place=replace(found.in_place, tables=found.in_place.tables[:, :width]))
     assert_same(trimmed, wanted)
 
@@ -404,23 +404,23 @@ def assert_same(found: object, wanted: object) -> None:
 @pytest.mark.parametrize("pool", [PoolId.HOST_KV, PoolId.DEVICE_ACTIVATION])
 def test_a_block_that_is_not_read_in_place_needs_a_new_layout(pool: PoolId):
     """The new token begins a block elsewhere: the batch is in place no more."""
-    work = make_work(0, [(PoolId.DEVICE_KV, 5)], 3, 1)
-    work.request.blocks.append(pool, 0)
-    batch = pack([work], 4, None)
-    assert advance(batch, [Work(work.request, 4, 1, samples=True, source=0)], 4) is None
+    work = make_chunk(0, [(PoolId.DEVICE_KV, 5)], 3, 1)
+    chunk.request.blocks.append(pool, 0)
+    batch = pack([chunk], 4, None)
+    assert advance(batch, [Chunk(chunk.request, 4, 1, samples=True, source=0)], 4) is None
 
 
 def test_a_steps_arrays_are_made_once_and_when_they_are_wanted():
     """Whichever thread asks first makes them; the others wait for it."""
     made: list[int] = []
-    works = (make_work(0, [(PoolId.HOST_KV, 0)], 3, 1),)
+    chunks = (make_chunk(0, [(PoolId.HOST_KV, 0)], 3, 1),)
 
     def make() -> tuple[MiniBatch, ...]:
         made.append(1)
         time.sleep(0.02)
-        return (pack(works, 16, None),)
+        return (pack(chunks, 16, None),)
 
-    step = Step(1, (works,), make)
+    step = Step(1, (chunks,), make)
     assert not made
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda _: step.mini_batches, range(4)))

@@ -32,7 +32,7 @@ def make_request(number: int, num_blocks: int, pool: PoolId = PoolId.HOST_ACTIVA
 
 def give_up(request: Request) -> None:
     del request.blocks.pools[:], request.blocks.indices[:]
-    request.num_computed, request.recomputes = 0, True
+    request.num_computed, request.is_uncached = 0, True
 
 
 def recomputing(limits: RecomputeLimits = LIMITS, max_queries: int = 64, window: int | None = None) -> RecomputePolicy:
@@ -43,7 +43,7 @@ def times(requests: Sequence[Request], weights: float) -> tuple[float, float]:
     """Seconds of bus and GPU for a layer, by definition."""
     bus, gpu = weights, 0.0
     for request in requests:
-        if request.recomputes:
+        if request.is_uncached:
             gpu += 1.5 * request.num_tokens
             continue
         for pool in request.blocks.pools:
@@ -145,8 +145,8 @@ def test_it_settles(blocks: list[tuple[int, PoolId, bool]], weights: float, toke
     chooser = recomputing(RecomputeLimits(tokens=tokens, weights=weights))
     given_up = chooser.choose(running, 0).giving_up
     for request in given_up:
-        assert not request.recomputes
+        assert not request.is_uncached
         give_up(request)
     bus, gpu = times(running, weights)
     assert not given_up or gpu <= BALANCE * bus
-    assert (chooser.choose(running, 0).taking_back == []) == (gpu <= bus or not any(r.recomputes for r in running))
+    assert (chooser.choose(running, 0).taking_back == []) == (gpu <= bus or not any(r.is_uncached for r in running))

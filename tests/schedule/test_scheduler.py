@@ -15,7 +15,7 @@ from hsrpc.schedule.blocks import BlockManager, PoolId
 from hsrpc.schedule.recompute import Choice, RecomputeLimits
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Output, Scheduler, SchedulerLimits
-from hsrpc.schedule.step import BufferLimits, MiniBatch, RowCosts, Rows, Step, Work
+from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, RowCosts, Rows, Step
 
 EOS = 0
 VOCAB = 50
@@ -103,36 +103,36 @@ class Harness:
         if self.step is None:
             assert not self.scheduler.has_work
             return None
-        self._check_works(self.step.works, [request for request in before if request not in preempted])
+        self._check_chunks(self.step.chunks, [request for request in before if request not in preempted])
         return self.step
 
     def _check_preempted(self, before: list[Request], preempted: list[Request]) -> None:
         """Of those with blocks, the last gave way, all of their blocks with them, and not to be admitted at once."""
-        cached = [request for request in before if not request.recomputes]
+        cached = [request for request in before if not request.is_uncached]
         assert preempted == cached[len(cached) - len(preempted) :]
         for request in preempted:
             assert request in self.waiting
             assert len(request.blocks) == request.num_computed == 0
 
-    def _check_works(self, works: tuple[Work, ...], kept: list[Request]) -> None:
-        requests = [work.request for work in works]
+    def _check_chunks(self, chunks: tuple[Chunk, ...], kept: list[Request]) -> None:
+        requests = [chunk.request for chunk in chunks]
         assert len(set(map(id, requests))) == len(requests)
         assert all(request in self.running and request.in_flight for request in requests)
         assert self.running[0] in requests
         for request in kept:
-            assert request in requests or (request.num_tokens - request.num_computed > 1 and not request.recomputes)
+            assert request in requests or (request.num_tokens - request.num_computed > 1 and not request.is_uncached)
         admitted = [request for request in self.running if request not in kept]
         assert all(request in requests for request in admitted)
         assert all(a.order < b.order for a in admitted for b in self.waiting)
-        for work in works:
-            self._check_work(work)
+        for chunk in chunks:
+            self._check_work(chunk)
         if self.limits.keeps_cache:
-            pending = [w for w in works if w.request.num_tokens - w.request.num_computed > 1 and not w.recomputed]
-            prompts = pending + [w for w in works if w.request in admitted and w not in pending]
-            decodes = [w for w in works if w.request.num_output_tokens and w.request in kept and w not in prompts]
+            pending = [w for w in chunks if w.request.num_tokens - w.request.num_computed > 1 and not w.recomputed]
+            prompts = pending + [w for w in chunks if w.request in admitted and w not in pending]
+            decodes = [w for w in chunks if w.request.num_output_tokens and w.request in kept and w not in prompts]
             most = self._max_prompt_tokens(len(decodes))
-            assert sum(work.num_new for work in prompts) <= most
-        assert all(work.num_new <= self.limits.buffers.queries for work in works) or not self.limits.keeps_cache
+            assert sum(chunk.num_new for chunk in prompts) <= most
+        assert all(chunk.num_new <= self.limits.buffers.queries for chunk in chunks) or not self.limits.keeps_cache
 
     def _max_prompt_tokens(self, decoding: int) -> int:
         limits = self.limits
@@ -141,24 +141,24 @@ class Harness:
         spare = int(limits.spare_prefill_tokens * (limits.max_batch - decoding))
         return min(limits.max_idle_prefill_tokens, limits.max_prefill_tokens + spare)
 
-    def _check_work(self, work: Work) -> None:
-        request = work.request
-        assert work.num_new >= 1
-        assert work.context == request.num_computed
-        assert work.samples == (work.context + work.num_new == request.num_tokens)
-        blocks = -(-(work.context + work.num_new) // self.limits.block_size)
-        assert len(request.blocks) in ((0, blocks * self.limits.keeps_cache) if request.recomputes else (blocks,))
-        assert work.recomputed == (work.num_new - 1 if request.recomputes and request.num_output_tokens else 0)
+    def _check_work(self, chunk: Chunk) -> None:
+        request = chunk.request
+        assert chunk.num_new >= 1
+        assert chunk.context == request.num_computed
+        assert chunk.samples == (chunk.context + chunk.num_new == request.num_tokens)
+        blocks = -(-(chunk.context + chunk.num_new) // self.limits.block_size)
+        assert len(request.blocks) in ((0, blocks * self.limits.keeps_cache) if request.is_uncached else (blocks,))
+        assert chunk.recomputed == (chunk.num_new - 1 if request.is_uncached and request.num_output_tokens else 0)
 
     def commit(self, failed: frozenset[int] = frozenset()) -> list[Output]:
         """Compute the step from what the pools hold, and commit it; sampling fails for the arrivals in `failed`."""
         assert self.step is not None
         step, self.step = self.step, None
-        self.lengths = {work.request.arrival: work.request.num_tokens for work in step.works}
+        self.lengths = {chunk.request.arrival: chunk.request.num_tokens for chunk in step.chunks}
         tokens: dict[int, int] = {}
         for batch in step.mini_batches:
             tokens |= self._compute(batch)
-        sampled = [work.request for work in step.sampled]
+        sampled = [chunk.request for chunk in step.sampled]
         token_ids = [None if request.arrival in failed else tokens[request.arrival] for request in sampled]
         live = [request for request in sampled if request.finish_reason is None]
         outputs = self.scheduler.commit(step, token_ids, 2.0)
@@ -222,15 +222,15 @@ class Harness:
             assert request.token_ids[-1] == output.token_id
 
     def _check_committed(self, step: Step) -> None:
-        for work in step.works:
-            request = work.request
+        for chunk in step.chunks:
+            request = chunk.request
             assert not request.in_flight
             if request.finish_reason is not None:
                 assert len(request.blocks) == 0
             elif self.limits.keeps_cache:
-                assert request.num_computed == (0 if request.recomputes else work.context + work.num_new)
-                assert request.recomputes == (len(request.blocks) == 0)
-                assert request.num_tokens == self.lengths[request.arrival] + work.samples
+                assert request.num_computed == (0 if request.is_uncached else chunk.context + chunk.num_new)
+                assert request.is_uncached == (len(request.blocks) == 0)
+                assert request.num_tokens == self.lengths[request.arrival] + chunk.samples
 
     def _compute(self, batch: MiniBatch) -> dict[int, int]:
         """Tokens by arrival: the model applied to what each sampling request's buffer rows hold."""
@@ -244,14 +244,14 @@ class Harness:
         for pool, rows in batch.stores.items():
             self.slots |= {(pool, slot): queries[query] for query, slot in pairs(rows)}
         tokens = {}
-        for i, work in enumerate(batch.works):
+        for i, chunk in enumerate(batch.chunks):
             rows_of_request = range(batch.key_starts[i], batch.key_starts[i + 1])
             front = batch.in_place.rebuilt_starts[i : i + 2] if i < batch.in_place.num_requests else (0, 0)
             rows = [buffer[row] for row in [*range(*front), *rows_of_request]]
             held = sorted(rows + self._in_place(batch, i))
-            assert held == list(enumerate(work.request.token_ids[: work.context + work.num_new]))
-            if work.samples:
-                tokens[work.request.arrival] = next_token([token for _, token in held])
+            assert held == list(enumerate(chunk.request.token_ids[: chunk.context + chunk.num_new]))
+            if chunk.samples:
+                tokens[chunk.request.arrival] = next_token([token for _, token in held])
         return tokens
 
     def _in_place(self, batch: MiniBatch, index: int) -> list[tuple[int, int]]:
@@ -341,8 +341,8 @@ def apply(harness: Harness, operation: tuple, aborted: set[int]) -> None:
     elif name == "fail":
         step_and_fail(harness, first, aborted)
     elif name == "abandon" and harness.schedule() is not None:
-        for work in harness.step.works:
-            abort(harness, work.request, aborted)
+        for chunk in harness.step.chunks:
+            abort(harness, chunk.request, aborted)
         harness.abandon()
 
 
@@ -516,11 +516,11 @@ def test_long_prompts_are_computed_in_chunks():
     counts = []
     for _ in range(3):
         step = harness.schedule()
-        counts.append([(work.request.arrival, work.num_new, work.samples) for work in step.works])
+        counts.append([(chunk.request.arrival, chunk.num_new, chunk.samples) for chunk in step.chunks])
         harness.commit()
-    chunks = [[work for work in works if work[0] == prompt.arrival] for works in counts]
+    chunks = [[chunk for chunk in chunks if work[0] == prompt.arrival] for chunks in counts]
     assert chunks == [[(1, 8, False)], [(1, 8, False)], [(1, 4, True)]]
-    assert all((decoding.arrival, 1, True) in works for works in counts)
+    assert all((decoding.arrival, 1, True) in chunks for chunks in counts)
 
 
 def test_the_prefill_budget_holds_for_prompts_one_token_at_a_time():
@@ -529,8 +529,8 @@ def test_the_prefill_budget_holds_for_prompts_one_token_at_a_time():
     for i in range(3):
         harness.add([i + 1] * 7, endless(max_tokens=2))
     for step in iter(harness.schedule, None):
-        prompts = [work for work in step.works if work.context < work.request.num_prompt_tokens - 1]
-        assert sum(work.num_new for work in prompts) <= 3
+        prompts = [chunk for chunk in step.chunks if chunk.context < chunk.request.num_prompt_tokens - 1]
+        assert sum(chunk.num_new for chunk in prompts) <= 3
         harness.commit()
     assert len(harness.ended) == 3
 
@@ -543,7 +543,7 @@ def test_a_late_urgent_prompt_keeps_to_the_budget():
     harness.commit()
     harness.add([2] * 6, endless(max_tokens=2))
     for step in iter(harness.schedule, None):
-        assert sum(work.num_new for work in step.works if not work.samples) <= 1
+        assert sum(chunk.num_new for chunk in step.chunks if not chunk.samples) <= 1
         harness.commit()
 
 
@@ -618,7 +618,7 @@ def test_the_recompute_policy_keeps_nothing():
     harness.add([2] * 20, endless(max_tokens=3))
     counts = []
     while (step := harness.schedule()) is not None:
-        counts.append(sorted(work.num_new for work in step.works))
+        counts.append(sorted(chunk.num_new for chunk in step.chunks))
         harness.commit()
     assert counts == [[4, 20], [5, 21], [6, 22]]
     assert harness.scheduler.preemptions == 0
@@ -671,7 +671,7 @@ def test_prompts_take_more_of_a_step_while_nobody_decodes():
             harness.add([2] * 20, endless())
         step = harness.schedule()
         assert step is not None
-        counts.append([work.num_new for work in step.works])
+        counts.append([chunk.num_new for chunk in step.chunks])
     assert counts == [[16], [1, 4]]
 
 
@@ -687,7 +687,7 @@ def test_a_batch_that_is_not_full_leaves_room_for_prompts():
         harness.add([2] * 20, endless())
         step = harness.schedule()
         assert step is not None
-        assert [work.num_new for work in step.works] == [1, expected]
+        assert [chunk.num_new for chunk in step.chunks] == [1, expected]
 
 
 def test_a_long_prompt_is_no_more_than_a_mini_batch_takes():
@@ -698,7 +698,7 @@ def test_a_long_prompt_is_no_more_than_a_mini_batch_takes():
         harness.add([2] * 20, endless())
     step = harness.schedule()
     assert step is not None
-    assert [work.num_new for work in step.works] == [6, 6, 4]
+    assert [chunk.num_new for chunk in step.chunks] == [6, 6, 4]
     assert len(step.mini_batches) == 3
 
 
@@ -712,7 +712,7 @@ def test_blocks_that_are_given_up_let_others_in():
     harness.commit()
     assert harness.running == [first, second]
     harness.schedule()
-    assert first.recomputes
+    assert first.is_uncached
     assert harness.running == [first, second, third]
     harness.drain()
     assert all(request.preemptions == 0 for request in (first, second, third))
@@ -742,7 +742,7 @@ def test_a_prompt_that_finds_no_room_is_none_of_the_next_step():
     harness.commit()
     harness.add([5] * 20, SamplingParams(max_tokens=2, ignore_eos=True))
     harness.schedule()
-    assert first.recomputes
+    assert first.is_uncached
 
 
 def takes_back(harness: Harness, requests: list[Request]) -> None:
@@ -752,7 +752,7 @@ def takes_back(harness: Harness, requests: list[Request]) -> None:
         is_of_use = True
 
         def choose(self, running: list[Request], prompt_tokens: int) -> Choice:
-            return Choice([], [r for r in requests if r in running and r.recomputes])
+            return Choice([], [r for r in requests if r in running and r.is_uncached])
 
     harness.scheduler._recomputing = Fixed()
 
@@ -763,7 +763,7 @@ def keeping_none(num_blocks: int, prompts: list[int]) -> tuple[Harness, list[Req
     limits = replace(LIMITS, max_model_len=40, recompute=RecomputeLimits(tokens=1000, is_forced=True), **chunks)
     harness = Harness({PoolId.HOST_KV: num_blocks}, limits)
     requests = [harness.add([1] * length, endless(max_tokens=12)) for length in prompts]
-    while not all(request.recomputes for request in requests):
+    while not all(request.is_uncached for request in requests):
         harness.schedule()
         harness.commit()
     return harness, requests
@@ -779,7 +779,7 @@ def test_a_cache_is_not_taken_back_at_the_cost_of_a_prompt():
     assert prompt.num_computed == 4
     takes_back(harness, [request])
     harness.schedule()
-    assert request.recomputes
+    assert request.is_uncached
     harness.commit()
     harness.drain()
     assert harness.scheduler.preemptions == 0
@@ -796,5 +796,5 @@ def test_the_first_with_room_takes_its_cache_back():
     takes_back(harness, [long, short])
     harness.schedule()
     harness.commit()
-    assert (short.recomputes, long.recomputes) == (False, True)
+    assert (short.is_uncached, long.is_uncached) == (False, True)
     harness.drain()

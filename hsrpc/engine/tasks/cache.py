@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from hsrpc.device.device import Device, Event
+from hsrpc.device.device import Device
 from hsrpc.device.uploads import Upload
-from hsrpc.engine.bus import BusOrder
+from hsrpc.engine.lanes import StepRun
 from hsrpc.engine.worker import Worker
-from hsrpc.plan.plan import BUFFERS, Plan
+from hsrpc.plan.plan import Plan
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
 from hsrpc.schedule.packing import merge_runs
 from hsrpc.schedule.step import MiniBatch, Rows, Runs, Step
+from hsrpc.schedule.sweep import BUFFERS, Lane, Op
 
 _MIN_RUN = 16
 """Rows that are worth a copy of their own."""
@@ -35,13 +34,6 @@ class Buffers(NamedTuple):
     """[rows, 2*kv]"""
     activations: torch.Tensor
     """[activation_rows, h]"""
-
-
-class Staged(NamedTuple):
-    """Buffers that hold a mini-batch's cached rows once `loaded` has happened."""
-
-    buffers: Buffers
-    loaded: Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,70 +80,43 @@ class Gathers(NamedTuple):
 
 
 class CacheManager:
-    """Task that loads, layer by layer and mini-batch by mini-batch, as far ahead as there are buffers."""
+    """Task that runs the cache's lane of each step: it loads blocks, ahead of the executor by its buffers."""
 
-    def __init__(self, sizes: ModelSizes, plan: Plan, device: Device, dtype: torch.dtype, bus: BusOrder) -> None:
+    def __init__(self, sizes: ModelSizes, plan: Plan, device: Device, dtype: torch.dtype) -> None:
         self.loaded_bytes = 0
         """Cache bytes copied from host to device since the start."""
+        self.steps: asyncio.Queue[StepRun] = asyncio.Queue(1)
         self._device = device
-        self._bus = bus
-        self._num_begun = 0
         self._num_layers = sizes.num_layers
         self._widths = {BlockKind.KV: 2 * sizes.kv_size, BlockKind.ACTIVATION: sizes.hidden_size}
         self._pools = {
             pool: self._allocate(pool, count * plan.block_size, dtype) for pool, count in plan.num_blocks.items()
         }
-        self._steps: asyncio.Queue[Step] = asyncio.Queue(1)
-        self._free: asyncio.Queue[tuple[Buffers, Event]] = asyncio.Queue(BUFFERS)
-        self._ready: asyncio.Queue[Staged] = asyncio.Queue(BUFFERS)
-        self._stored: Event = None
-        for _ in range(BUFFERS):
-            kv = device.empty((plan.buffers.rows, self._widths[BlockKind.KV]), dtype)
-            activations = device.empty((plan.buffers.activation_rows, self._widths[BlockKind.ACTIVATION]), dtype)
-            self._free.put_nowait((Buffers(kv, activations), None))
+        rows = {BlockKind.KV: plan.buffers.rows, BlockKind.ACTIVATION: plan.buffers.activation_rows}
+        self.buffers = [
+            Buffers(*(device.empty((rows[kind], self._widths[kind]), dtype) for kind in BlockKind))
+            for _ in range(BUFFERS)
+        ]
+        self._loads: list[Loads] = []
 
     async def run(self) -> None:
-        """Load step after step; ends by cancellation."""
+        """Run step after step; ends by cancellation."""
         async with Worker("cache") as worker:
             while True:
-                await self._load_step(worker, await self._steps.get())
+                step = await self.steps.get()
+                self.begin(step.step)
+                await step.run(Lane.CACHE, worker, self.launch)
 
-    async def begin(self, step: Step) -> None:
-        """Start to load for `step`; the step before it has ended."""
-        await self._steps.put(step)
+    def begin(self, step: Step) -> None:
+        """Take the copies of a step, in every layer alike."""
+        self._loads = [Loads(*_loads_from(Tier.HOST, batch)) for batch in step.mini_batches]
 
-    async def take(self) -> Staged:
-        """Buffers of the next mini-batch of the layer, then of the next layer; not filled in an abandoned step."""
-        return await self._ready.get()
-
-    async def drain(self, count: int) -> None:
-        """Take the last `count` buffers of an abandoned step, unread."""
-        for _ in range(count):
-            staged = await self.take()
-            self.give_back(staged, staged.loaded)
-
-    def give_back(self, staged: Staged, freed: Event) -> None:
-        """Its buffers may be overwritten once `freed` has happened."""
-        self._free.put_nowait((staged.buffers, freed))
-
-    def borrow(self) -> list[Staged]:
-        """All buffers, for a step that this task does not load: free once `loaded` has happened, to be given back."""
-        return [Staged(*self._free.get_nowait()) for _ in range(BUFFERS)]
-
-    def prepare(self, step: Step) -> list[Loads]:
-        """What `load` needs for each mini-batch, in every layer alike; it comes after what was stored before."""
-        self._device.wait(self._device.load, self._stored)
-        return [self._loads(batch) for batch in step.mini_batches]
-
-    def load(self, layer: int, loads: Loads, staged: Staged) -> Staged:
-        """Launch the copies of a mini-batch's rows of a layer to buffers that are free once `loaded` has happened."""
-        if not (loads.kv or loads.activations):
-            return staged
-        device = self._device
-        device.wait(device.load, staged.loaded)
-        with device.on(device.load):
-            self._fill(staged.buffers, loads, layer)
-        return Staged(staged.buffers, device.record(device.load))
+    def launch(self, op: Op) -> None:
+        """Load a mini-batch's rows of a layer from the host to a buffer, on the current stream."""
+        for buffer, loads in zip(self.buffers[op.slot], self._loads[op.batch], strict=True):
+            for pool, runs in loads.items():
+                self._device.copy_runs(buffer, self._pools[pool][op.layer], runs)
+                self.loaded_bytes += runs.num_rows * buffer.shape[1] * buffer.element_size()
 
     def gathers(self, batch: MiniBatch, upload: Upload) -> Gathers:
         """What `gather` needs for a mini-batch, in every layer alike."""
@@ -194,10 +159,6 @@ class CacheManager:
                 if tier is Tier.HOST:
                     self._device.keep(source, self._device.store)
 
-    def stored(self) -> None:
-        """All stores of a step are launched: later loads wait for them."""
-        self._stored = self._device.record(self._device.store)
-
     def _allocate(self, pool: PoolId, num_slots: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """One tensor [slots, width] a layer, so that a layer's blocks are neighbours."""
         width = self._widths[pool.kind]
@@ -208,32 +169,6 @@ class CacheManager:
         sizes = [num_slots * width * dtype.itemsize] * self._num_layers
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pin") as threads:
             return [memory.view(dtype).view(num_slots, width) for memory in threads.map(self._device.pinned, sizes)]
-
-    async def _load_step(self, worker: Worker, step: Step) -> None:
-        start = self._num_begun * self._num_layers
-        self._num_begun += 1
-        self._bus.move(start)
-        loads = await worker.run(partial(self.prepare, step))
-        for layer in range(self._num_layers):
-            for number, each in enumerate(loads, start=1):
-                staged = Staged(*await self._free.get())
-                if not step.is_abandoned:
-                    staged = await worker.run(partial(self.load, layer, each, staged))
-                self._bus.move(start + layer + number / len(loads))
-                await self._ready.put(staged)
-        self._bus.move(math.inf)
-
-    def _loads(self, batch: MiniBatch) -> Loads:
-        return Loads(*_loads_from(Tier.HOST, batch))
-
-    def _fill(self, buffers: Buffers, loads: Loads, layer: int) -> None:
-        self._copy(buffers.kv, loads.kv, layer)
-        self._copy(buffers.activations, loads.activations, layer)
-
-    def _copy(self, buffer: torch.Tensor, loads: Mapping[PoolId, Runs], layer: int) -> None:
-        for pool, runs in loads.items():
-            self._device.copy_runs(buffer, self._pools[pool][layer], runs)
-            self.loaded_bytes += runs.num_rows * buffer.shape[1] * buffer.element_size()
 
 
 def _loads_from(tier: Tier, batch: MiniBatch) -> Iterator[dict[PoolId, Runs]]:

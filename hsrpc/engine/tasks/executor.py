@@ -1,28 +1,32 @@
-"""The executor: computes a step, layer by layer and mini-batch by mini-batch, on a thread of its own."""
+"""The executor: computes steps on a thread of its own, and sees to it that the other lanes' tasks run theirs."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch.autograd import profiler
 
 from hsrpc.device.device import Device, Event
-from hsrpc.engine.forward import DeviceBatch, Forward
-from hsrpc.engine.graphs import make_graphs
-from hsrpc.engine.tasks.cache import CacheManager, Staged
-from hsrpc.engine.tasks.weights import Prefetched, WeightPrefetcher
-from hsrpc.engine.weights import ModelWeights
+from hsrpc.engine.forward import Forward, Pass
+from hsrpc.engine.graphs import DecodeGraphs
+from hsrpc.engine.lanes import StepRun
+from hsrpc.engine.pace import Pace
+from hsrpc.engine.tasks.cache import CacheManager
+from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.worker import Worker
 from hsrpc.errors import OutOfDeviceMemoryError
-from hsrpc.model.attention import Attention
-from hsrpc.model.family import Family
-from hsrpc.model.sampler import Sampled, Sampler, SamplingRow
-from hsrpc.plan.plan import SAMPLE_ELEMENTS, Plan
-from hsrpc.schedule.step import Step, Work
+from hsrpc.model.sampler import Sampled, Sampler
+from hsrpc.plan.plan import SAMPLE_ELEMENTS
+from hsrpc.schedule.assemble import Assembler
+from hsrpc.schedule.step import Scheduled, Step
+from hsrpc.schedule.sweep import NOTHING_CARRIED, Carried, Lane, Op, OpKind
 
 _log = logging.getLogger(__name__)
 
@@ -30,8 +34,26 @@ _log = logging.getLogger(__name__)
 class _Launched(NamedTuple):
     """A step whose logits are being computed."""
 
-    step: Step
+    step_id: int
     logits: torch.Tensor
+
+
+class _Request(NamedTuple):
+    """What the executor's task is asked for."""
+
+    run: StepRun
+    ahead: Step | None
+
+
+@dataclass(slots=True)
+class _Before:
+    """What the step before has left."""
+
+    carried: Carried = NOTHING_CARRIED
+    events: Sequence[Event] = ()
+    """Of its operations, where it ran to its end."""
+    barrier: tuple[Event, ...] = ()
+    """All that it has launched: loads of the next step must not overwrite what it reads, nor read what it stores."""
 
 
 class Executor:
@@ -39,34 +61,29 @@ class Executor:
 
     def __init__(
         self,
-        family: Family,
-        weights: ModelWeights,
-        prefetcher: WeightPrefetcher,
-        cache: CacheManager,
+        assembler: Assembler,
         device: Device,
         *,
-        attention: Attention,
-        plan: Plan,
+        prefetcher: WeightPrefetcher,
+        cache: CacheManager,
+        forward: Forward,
+        graphs: DecodeGraphs | None,
     ) -> None:
-        self._family = family
-        self._fixed = weights.fixed
-        self._layers = weights.layers
-        self._streams_weights = any(plan.streamed_bytes)
-        self._num_layers = len(weights.layers)
+        """`graphs`: for steps in place, where there are such."""
+        self.forward = forward
+        self._assembler = assembler
         self._prefetcher = prefetcher
         self._cache = cache
         self._device = device
-        self.forward = Forward(family, weights, cache, attention, device, max_queries=plan.buffers.queries)
-        self._graphs = make_graphs(family, weights, cache, attention, device, plan=plan)
+        self._graphs = graphs
         self._sampler = Sampler(SAMPLE_ELEMENTS)
-        self._eos = frozenset(family.spec.eos_token_ids)
-        self._steps: asyncio.Queue[tuple[Step, Step | None]] = asyncio.Queue(1)
+        self._pace = Pace(device, assembler.max_queries)
+        self._streams_weights = any(layer.bus_bytes for layer in assembler.layers)
+        self._requests: asyncio.Queue[_Request] = asyncio.Queue(1)
         self._results: asyncio.Queue[list[Sampled] | OutOfDeviceMemoryError | None] = asyncio.Queue(1)
         self._launched: _Launched | None = None
         """A step whose logits are under way, ahead of its turn."""
-        self._num_begun = 0
-        self._untaken = 0
-        """Cache buffers that the step has still to take."""
+        self._before = _Before()
 
     @property
     def runs_ahead(self) -> bool:
@@ -77,161 +94,121 @@ class Executor:
         """Compute step after step; ends by cancellation."""
         async with Worker("compute") as worker:
             while True:
-                step, ahead = await self._steps.get()
-                await self._results.put(await self._compute_step(worker, step, ahead))
+                request = await self._requests.get()
+                await self._results.put(await self._compute(worker, request))
+
+    def assemble(self, scheduled: Scheduled) -> Step:
+        """The step, to be executed next; it takes milliseconds for a large batch."""
+        return self._assembler.assemble(scheduled, self._before.carried)
 
     async def execute(self, step: Step, ahead: Step | None = None) -> list[Sampled] | None:
-        """Tokens in the order of `step.sampled`; None where the step was abandoned.
+        """Tokens in the order of `step.sampling`; None where the step was abandoned.
 
         `ahead` is launched before they are known; it is the next step to be executed.
 
         Raises:
             OutOfDeviceMemoryError: there are none; the executor is ready for the next step.
         """
+        run = StepRun(step, self._device, self._before.events, self._before.barrier)
         if self._streams_weights:
-            await self._cache.begin(step)
-        await self._steps.put((step, ahead))
+            await self._prefetcher.steps.put(run)
+            await self._cache.steps.put(run)
+        await self._requests.put(_Request(run, ahead))
         result = await self._results.get()
+        if self._streams_weights:
+            is_whole = all([await run.ended.get() for _ in Lane])
+            self._before.carried, self._before.events = (
+                (step.ops.carries, run.events) if is_whole else (NOTHING_CARRIED, ())
+            )
         if isinstance(result, OutOfDeviceMemoryError):
             raise result
         return result
 
-    def _is_graph(self, step: Step) -> bool:
-        return self._graphs is not None and step.is_in_place
-
-    async def _compute_step(
-        self, worker: Worker, step: Step, ahead: Step | None
-    ) -> list[Sampled] | OutOfDeviceMemoryError | None:
-        self._untaken = 0
+    async def _compute(self, worker: Worker, request: _Request) -> list[Sampled] | OutOfDeviceMemoryError | None:
+        run, ahead = request
+        step = run.step
         launched, self._launched = self._launched, None
         try:
-            if self._is_graph(step):
-                return await self._run_graph(worker, step, launched, ahead)
+            if self._graphs is not None and step.is_in_place:
+                if step.is_ahead and (launched is None or launched.step_id != step.step_id):
+                    return None  # the step before it failed, and with it the tokens to continue with
+                return await worker.run(partial(self._run_graph, step, launched, ahead))
+            state = _Computing(step)
             if self._streams_weights:
-                return await self._run_layers(worker, step)
-            return await self._run_resident(worker, step)
+                await run.run(Lane.COMPUTE, worker, partial(self._launch, state))
+            else:
+                await worker.run(partial(self._run_here, run, state))
+            if state.sampled is None:
+                await worker.run(self._note_end)
+            return state.sampled
         except torch.OutOfMemoryError as error:
-            _log.error("a step of %d requests ran out of device memory", len(step.works), exc_info=error)
-            step.is_given_up = True
-            await self._rewind()
+            _log.error("a step of %d requests ran out of device memory", step.counts.requests, exc_info=error)
+            step.stop.set()
+            await worker.run(self._note_end)
             return OutOfDeviceMemoryError("the step ran out of device memory")
 
-    async def _run_graph(
-        self, worker: Worker, step: Step, launched: _Launched | None, ahead: Step | None
-    ) -> list[Sampled] | None:
-        if step.is_ahead and (launched is None or launched.step is not step):
-            return None  # the step before it failed, and with it the tokens to continue with
-        return await worker.run(partial(self._sample_graphs, step, launched, ahead))
+    def _run_here(self, run: StepRun, state: _Computing) -> None:
+        """All lanes of a step that waits for no weights: going from thread to thread takes longer than launching it."""
+        self._cache.begin(run.step)
+        run.hold_loads()
+        run.run_here(partial(self._launch, state))
 
-    async def _run_layers(self, worker: Worker, step: Step) -> list[Sampled] | None:
-        self._num_begun += 1
-        self._untaken = self._num_layers * len(step.parts)
-        batches = await worker.run(partial(self._begin, step))
-        for layer in range(self._num_layers):
-            if step.is_abandoned:
-                await self._rewind()
-                return None
-            await self._compute_layer(worker, layer, batches)
-        return await worker.run(partial(self._sample, step, batches))
+    def _launch(self, state: _Computing, op: Op) -> None:
+        step = state.step
+        with _range(op.kind):
+            match op.kind:
+                case OpKind.LOAD_BLOCKS:
+                    self._cache.launch(op)
+                case OpKind.EMBED:
+                    state.on_device = self.forward.upload(step.mini_batches, step.ops.group_starts)
+                    self.forward.launch(op, state.on_device)
+                case OpKind.SAMPLE:
+                    state.sampled = self._sample(step, state.on_device.logits)
+                case _:
+                    if op.batch >= 0:
+                        self._pace.turn(op.place, step.mini_batches[op.batch].num_queries)
+                    self.forward.launch(op, state.on_device)
 
-    async def _run_resident(self, worker: Worker, step: Step) -> list[Sampled] | None:
-        slots = self._cache.borrow()
-        try:
-            return await worker.run(partial(self._sweep, step, slots))
-        finally:
-            for staged in slots:
-                self._cache.give_back(staged, staged.loaded)
+    def _sample(self, step: Step, logits: torch.Tensor | None) -> list[Sampled]:
+        """Tokens of the rows that are sampled; waits for the device, since the next step depends on them."""
+        self._note_end()
+        if logits is None or not step.sampling:
+            self._device.synchronize(self._device.record(self._device.compute))
+            return []
+        return self._sampler.launch(logits, step.sampling).result()
 
-    def _sweep(self, step: Step, slots: list[Staged]) -> list[Sampled] | None:
-        """All layers of a step that waits for no weights: blocks are loaded from here as well.
+    def _note_end(self) -> None:
+        """All of a step is launched: loads of the next one come after it."""
+        device = self._device
+        self._before.barrier = (device.record(device.compute), device.record(device.store))
 
-        Going from thread to thread with each mini-batch takes longer than launching it. `slots` has buffers with the
-        events after which they are free, now and at the end.
-        """
-        device, compute, cache = self._device, self._device.compute, self._cache
-        loads = cache.prepare(step)
-        todo = [(layer, number) for layer in range(self._num_layers) for number in range(len(loads))]
-
-        def load(place: int) -> None:
-            if place < len(todo):
-                layer, number = todo[place]
-                slots[place % len(slots)] = cache.load(layer, loads[number], slots[place % len(slots)])
-
-        for place in range(len(slots)):
-            load(place)
-        with device.on(compute):
-            batches = self.forward.upload(step.mini_batches)
-        for place, (layer, number) in enumerate(todo):
-            if number == 0 and step.is_abandoned:
-                return None
-            weights = Prefetched(layer, self._layers[layer].resident, None, None, 0)
-            staged = slots[place % len(slots)]
-            attended, _ = self.forward.compute(weights, staged, batches[number])
-            slots[place % len(slots)] = Staged(staged.buffers, attended)
-            load(place + len(slots))
-        return self._sample(step, batches)
-
-    def _sample_graphs(self, step: Step, launched: _Launched | None, ahead: Step | None) -> list[Sampled]:
+    def _run_graph(self, step: Step, launched: _Launched | None, ahead: Step | None) -> list[Sampled]:
         """Tokens of `step`; behind them `ahead` is computed already."""
         logits = self._launch_graph(step, None) if launched is None else launched.logits
         with self._device.on(self._device.compute):
-            pending = self._sampler.launch(logits, list(map(self._row, step.sampled)))
+            pending = self._sampler.launch(logits, step.sampling)
         if ahead is not None:
-            self._launched = _Launched(ahead, self._launch_graph(ahead, pending.on_device))
+            self._launched = _Launched(ahead.step_id, self._launch_graph(ahead, pending.on_device))
         return pending.result()
 
     def _launch_graph(self, step: Step, sampled: torch.Tensor | None) -> torch.Tensor:
         assert self._graphs is not None  # asked before
-        device = self._device
         logits = self._graphs.run(step.mini_batches[0], sampled)
-        device.wait(device.store, device.record(device.compute))
-        self._cache.stored()
+        self._note_end()
         return logits
 
-    async def _rewind(self) -> None:
-        """Leave the step where it is: take what is still loaded for it, and begin the next sweep over the weights."""
-        await self._cache.drain(self._untaken)
-        self._prefetcher.restart(self._num_begun)
 
-    async def _compute_layer(self, worker: Worker, layer: int, batches: Sequence[DeviceBatch]) -> None:
-        weights = await self._prefetcher.take(layer)
-        done = weights.loaded
-        try:
-            if weights.decodings:
-                await worker.run(partial(self.forward.decode_weights, weights))
-            for batch in batches:
-                done = await self._compute_batch(worker, weights, batch)
-        finally:
-            self._prefetcher.give_back(weights, done)
+@dataclass(slots=True)
+class _Computing:
+    """A step in the compute lane."""
 
-    async def _compute_batch(self, worker: Worker, weights: Prefetched, batch: DeviceBatch) -> Event:
-        """When the weights are no longer read."""
-        staged = await self._cache.take()
-        self._untaken -= 1
-        attended = staged.loaded
-        try:
-            attended, done = await worker.run(partial(self.forward.compute, weights, staged, batch))
-        finally:
-            self._cache.give_back(staged, attended)
-        return done
+    step: Step
+    on_device: Pass = field(default_factory=lambda: Pass([]))
+    """From EMBED on."""
+    sampled: list[Sampled] | None = None
+    """Its tokens, once it is computed to its end."""
 
-    def _begin(self, step: Step) -> list[DeviceBatch]:
-        with self._device.on(self._device.compute):
-            return self.forward.upload(step.mini_batches)
 
-    def _sample(self, step: Step, batches: Sequence[DeviceBatch]) -> list[Sampled]:
-        """Tokens of the works that sample; waits for the device, since the next step depends on them."""
-        self._cache.stored()
-        sampling = step.sampled
-        with self._device.on(self._device.compute):
-            hidden = torch.cat([batch.sampled for batch in batches])
-            if not sampling:
-                self._device.synchronize(self._device.record(self._device.compute))
-                return []
-            logits = self._family.logits(self._fixed, hidden)
-            return self._sampler.launch(logits, list(map(self._row, sampling))).result()
-
-    def _row(self, work: Work) -> SamplingRow:
-        request = work.request
-        params = request.params
-        return SamplingRow(params, request.token_ids, request.num_prompt_tokens, params.seed or 0, self._eos)
+def _range(kind: OpKind) -> AbstractContextManager[object]:
+    """A range for torch's profiler while that runs: it takes the host as long as a small kernel."""
+    return profiler.record_function(f"hsrpc.{kind.value}") if profiler._is_profiler_enabled else nullcontext()

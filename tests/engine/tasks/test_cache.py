@@ -9,20 +9,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hsrpc.engine.bus import BusOrder
 
 from hsrpc.config import EngineConfig
 from hsrpc.device.device import CpuDevice
-from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.tasks.cache import CacheManager, Stores
 from hsrpc.model.spec import load_spec
-from hsrpc.plan.plan import BUFFERS, Budgets
+from hsrpc.plan.plan import Budgets
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
 from hsrpc.schedule.packing import pack
 from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.step import Step, Work
+from hsrpc.schedule.step import Chunk, Step
+from hsrpc.schedule.sweep import BUFFERS
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
 from tests.engine.support import until
@@ -62,8 +63,8 @@ def make_request(blocks: Sequence[tuple[PoolId, int]], num_tokens: int) -> Reque
 
 
 def make_step(request: Request, context: int, count: int) -> Step:
-    works = (Work(request, context, count, samples=True),)
-    return Step(1, (works,), lambda: (pack(works, BLOCK_SIZE, None),))
+    chunks = (Chunk(request, context, count, samples=True),)
+    return Step(1, (chunks,), lambda: (pack(chunks, BLOCK_SIZE, None),))
 
 
 def store_all(cache: CacheManager, sizes: ModelSizes, step: Step, dtype: torch.dtype) -> tuple[Rows, Rows]:

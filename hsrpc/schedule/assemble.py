@@ -1,0 +1,66 @@
+"""From what the scheduler decided to a step that can be handed out: its arrays and its list of operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hsrpc.schedule.blocks import Tier
+from hsrpc.schedule.packing import pack
+from hsrpc.schedule.step import MiniBatch, Scheduled, Step
+from hsrpc.schedule.sweep import BatchShape, Carried, Places, sweep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembler:
+    """Makes steps for a model that lies as `layers` say. Large batches take milliseconds: not for the event loop."""
+
+    layers: Places
+    block_size: int
+    window: int | None
+    max_queries: int
+    """Query rows of a group of mini-batches: what the workspace is planned for."""
+
+    def assemble(self, scheduled: Scheduled, carried: Carried) -> Step:
+        """The step, after a list that has left `carried` in the weight buffers."""
+        arrays = scheduled.arrays
+        batches = arrays or tuple(pack(chunks, self.block_size, self.window) for chunks in scheduled.mini_batches)
+        return Step(
+            step_id=scheduled.step_id,
+            mini_batches=batches,
+            ops=sweep(self.layers, batch_shapes(batches, self.max_queries), carried),
+            sampling=scheduled.sampling,
+            counts=scheduled.counts,
+            stop=scheduled.stop,
+            is_in_place=scheduled.is_in_place,
+            is_ahead=arrays is not None,
+        )
+
+
+def batch_shapes(batches: Sequence[MiniBatch], max_queries: int) -> tuple[BatchShape, ...]:
+    """What each mini-batch asks of a sweep."""
+    groups = group_numbers([batch.num_queries for batch in batches], max_queries)
+    return tuple(map(_shape, batches, groups))
+
+
+def group_numbers(queries: Sequence[int], max_queries: int) -> list[int]:
+    """Neighbours share a number, as long as a group has no more than `max_queries` rows or is one mini-batch."""
+    groups: list[int] = []
+    room = 0
+    for count in queries:
+        if not groups or count > room:
+            groups.append(groups[-1] + 1 if groups else 0)
+            room = max_queries
+        else:
+            groups.append(groups[-1])
+        room -= count
+    return groups
+
+
+def _shape(batch: MiniBatch, group: int) -> BatchShape:
+    return BatchShape(
+        group=group,
+        loads=any(pool.tier is Tier.HOST for pool in (*batch.kv_loads, *batch.activation_loads)),
+        rebuilds=len(batch.activation_rows) > 0,
+        stores=any(pool.tier is Tier.HOST for pool in batch.stores),
+    )

@@ -1,0 +1,335 @@
+"""A step's operations as one list: what each lane launches, in which order, into which buffer, and after what.
+
+The order of a step exists here and nowhere else. The three tasks run their lanes of the list, CUDA graphs are captured
+from its compute lane, a step without streaming is the list run on one thread, and the planner simulates it. All are
+numbers: nothing here knows of requests, tensors or threads.
+
+A layer is computed mini-batch by mini-batch. The n-th mini-batch of a step, counted through its layers, uses cache
+buffer `n mod 2`; the j-th streamed layer uses weight buffer `j mod 2`, counted on from step to step. Weights of the
+next step's first layers are the tail of this step's list.
+
+The bus takes blocks and weights in turns: between the blocks of two mini-batches goes a part of the weights that are
+wanted next. Blocks are wanted at once, and their buffers come free while the layer computes; weights are wanted a layer
+later. Sent whole, a layer's weights would keep the blocks waiting, and then the bus would wait for the blocks' buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import NamedTuple, TypeAlias
+
+BUFFERS = 2
+"""Device buffers of each sort: one is filled while the other is computed with."""
+MIN_PART_BYTES = 16 * 1024**2
+"""One part of a layer's weights, at least: smaller copies waste the bus."""
+
+
+class Lane(IntEnum):
+    """The task that launches an operation."""
+
+    WEIGHTS = 0
+    CACHE = 1
+    COMPUTE = 2
+
+
+class Stream(Enum):
+    """The device's queue that an operation is launched on."""
+
+    LOAD = "load"
+    COMPUTE = "compute"
+    STORE = "store"
+
+
+class OpKind(Enum):
+    """What an operation does; its value names its range in a profile."""
+
+    LOAD_WEIGHTS = "load_weights"
+    """A part of a layer's weights, from pinned memory to a weight buffer."""
+    LOAD_BLOCKS = "load_blocks"
+    """A mini-batch's cached rows of a layer, from the host's pools to a cache buffer."""
+    EMBED = "embed"
+    """The step's arrays to the device, and the input of the first layer."""
+    DECODE = "decode"
+    """Weights of a layer that came coded, made ready for use."""
+    PROJECT = "project"
+    """Queries, keys and values of a group of mini-batches."""
+    PLACE = "place"
+    """A mini-batch's rows that are on the device already: new ones, and those of the device's pools."""
+    REBUILD = "rebuild"
+    """K and V of cached activations."""
+    ATTEND = "attend"
+    """A mini-batch's attention."""
+    FINISH = "finish"
+    """The rest of a layer for a group of mini-batches."""
+    STORE = "store"
+    """A mini-batch's new rows of a layer, to the host's pools."""
+    HEAD = "head"
+    """Logits of the rows that are sampled."""
+    SAMPLE = "sample"
+    """Tokens, on the host."""
+
+    @property
+    def lane(self) -> Lane:
+        return _LANES.get(self, Lane.COMPUTE)
+
+    @property
+    def stream(self) -> Stream:
+        return _STREAMS.get(self, Stream.COMPUTE)
+
+
+_LANES = {OpKind.LOAD_WEIGHTS: Lane.WEIGHTS, OpKind.LOAD_BLOCKS: Lane.CACHE}
+_STREAMS = {OpKind.LOAD_WEIGHTS: Stream.LOAD, OpKind.LOAD_BLOCKS: Stream.LOAD, OpKind.STORE: Stream.STORE}
+
+
+class Op(NamedTuple):
+    """One operation of a step. Fields that its kind has no use for are -1."""
+
+    kind: OpKind
+    layer: int = -1
+    batch: int = -1
+    """Mini-batch; of a group the first for PROJECT, the last for FINISH."""
+    slot: int = -1
+    """Weight buffer (LOAD_WEIGHTS, DECODE, PROJECT) or cache buffer (LOAD_BLOCKS, PLACE, REBUILD, ATTEND)."""
+    part: tuple[int, int] = (0, 0)
+    """First byte and end, of a layer's weights (LOAD_WEIGHTS)."""
+    after: tuple[int, ...] = ()
+    """Numbers of the operations of other lanes or streams that come first; below 0: from the end of the list before."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """What a lane launches in one go has the same."""
+        return self.layer, self.batch
+
+
+class LayerPlacement(NamedTuple):
+    """Where the weights of a layer are."""
+
+    bus_bytes: int = 0
+    """Bytes that cross the bus in every step; 0 where all lie on the device."""
+    is_coded: bool = False
+    """Some of them are decoded on the device."""
+    rebuilds: bool = True
+    """Activation blocks hold activations in this layer; else K and V, of which nothing is to be rebuilt."""
+
+
+class BatchShape(NamedTuple):
+    """What a mini-batch asks of a sweep."""
+
+    group: int = 0
+    """Neighbours of one number go through projections and MLP together."""
+    loads: bool = False
+    """Some of its cached rows come from the host."""
+    rebuilds: bool = False
+    """It has cached activations."""
+    stores: bool = False
+    """Some of its new rows go to the host."""
+
+
+class Carried(NamedTuple):
+    """What the list before has left in the weight buffers; nothing where it was abandoned."""
+
+    first_slot: int = 0
+    """Weight buffer of the first streamed layer."""
+    loaded: tuple[int, ...] = ()
+    """For each of the first streamed layers, the operation that completes it, from the end of the list before."""
+
+
+NOTHING_CARRIED = Carried()
+Places: TypeAlias = tuple[LayerPlacement, ...]
+
+
+@dataclass(frozen=True)
+class OpList:
+    """All operations of a step, each behind those that it comes after."""
+
+    ops: tuple[Op, ...]
+    carries: Carried
+    """For the next list, where this one is run to its end."""
+
+    def __len__(self) -> int:
+        return len(self.ops)
+
+    @cached_property
+    def lanes(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of each lane's operations, in order."""
+        return tuple(tuple(i for i, op in enumerate(self.ops) if op.kind.lane is lane) for lane in Lane)
+
+    @cached_property
+    def group_starts(self) -> tuple[int, ...]:
+        """Mini-batches that begin a group."""
+        return tuple(op.batch for op in self.ops if op.kind is OpKind.PROJECT and op.layer == 0)
+
+    @cached_property
+    def awaited(self) -> frozenset[int]:
+        """Operations that one of another stream waits for, and those that the next list may wait for."""
+        found = {a for op in self.ops for a in op.after if a >= 0 and self.ops[a].kind.stream is not op.kind.stream}
+        return frozenset(found | {len(self.ops) + number for number in self.carries.loaded})
+
+    @cached_property
+    def readers(self) -> tuple[tuple[Lane, ...], ...]:
+        """For each operation, the other lanes in which one comes after it."""
+        lanes: list[set[Lane]] = [set() for _ in self.ops]
+        for op in self.ops:
+            for number in op.after:
+                if number >= 0 and self.ops[number].kind.lane is not op.kind.lane:
+                    lanes[number].add(op.kind.lane)
+        return tuple(tuple(sorted(each)) for each in lanes)
+
+
+@lru_cache(maxsize=256)
+def sweep(layers: Places, batches: tuple[BatchShape, ...], carried: Carried = NOTHING_CARRIED) -> OpList:
+    """The list of a step of these mini-batches through these layers."""
+    builder = _Builder(layers, batches, carried)
+    builder.compute(OpKind.EMBED)
+    for layer in range(len(layers)):
+        builder.layer(layer)
+    builder.compute(OpKind.HEAD)
+    builder.compute(OpKind.SAMPLE)
+    builder.tail()
+    return builder.merged()
+
+
+class _Ref(NamedTuple):
+    """An operation by its place in its lane; those of the list before have no lane and a number below 0."""
+
+    lane: Lane | None
+    number: int
+
+
+class _Builder:
+    """Fills the three lanes, then makes one list of them."""
+
+    def __init__(self, layers: Places, batches: tuple[BatchShape, ...], carried: Carried) -> None:
+        self._layers = layers
+        self._batches = batches
+        self._carried = carried
+        self._lanes: dict[Lane, list[tuple[Op, tuple[_Ref, ...]]]] = {lane: [] for lane in Lane}
+        self._streamed = [number for number, layer in enumerate(layers) if layer.bus_bytes]
+        self._loads: dict[int, _Ref] = {}
+        """Loads of blocks by the number n of the mini-batch in the step."""
+        self._attends: list[_Ref] = []
+        self._finishes: list[_Ref] = []
+        """The last of each layer."""
+        self._weights: list[_Ref] = []
+        """What completes each streamed layer, on through the next step's first ones."""
+
+    def compute(self, kind: OpKind) -> _Ref:
+        """An operation for the whole step."""
+        return self._add(Op(kind))
+
+    def layer(self, layer: int) -> None:
+        """All of a layer, and its weights."""
+        weights = self._layer_weights(layer)
+        slot = self._slot(len(self._weights) - 1) if weights else -1
+        if weights and self._layers[layer].is_coded:
+            self._add(Op(OpKind.DECODE, layer, slot=slot), *weights)
+            weights = ()  # what follows on the same stream needs not wait for them again
+        for batch in range(len(self._batches)):
+            self._mini_batch(layer, batch, slot, weights)
+            weights = ()
+
+    def tail(self) -> None:
+        """Weights of the next step's first layers, as far as there are buffers."""
+        for number, layer in enumerate(self._streamed[:BUFFERS]):
+            latest = [(1.0, self._loads[max(self._loads)])] if self._loads else []
+            self._load_weights(layer, latest if number else self._between(self._streamed[-1], len(self._layers)))
+
+    def merged(self) -> OpList:
+        """One list: loads as early as what they come after allows, blocks before weights."""
+        numbers: dict[_Ref, int] = {}
+        done = dict.fromkeys(Lane, 0)
+        ops: list[Op] = []
+        while len(ops) < sum(map(len, self._lanes.values())):
+            lane = next(lane for lane in (Lane.CACHE, Lane.WEIGHTS, Lane.COMPUTE) if self._is_ready(lane, done))
+            op, after = self._lanes[lane][done[lane]]
+            numbers[_Ref(lane, done[lane])] = len(ops)
+            done[lane] += 1
+            ops.append(op._replace(after=tuple(r.number if r.lane is None else numbers[r] for r in after)))
+        num_streamed = len(self._streamed)
+        loaded = tuple(numbers[ref] - len(ops) for ref in self._weights[num_streamed:])
+        return OpList(tuple(ops), Carried(self._slot(num_streamed), loaded))
+
+    def _is_ready(self, lane: Lane, done: dict[Lane, int]) -> bool:
+        if done[lane] == len(self._lanes[lane]):
+            return False
+        _, after = self._lanes[lane][done[lane]]
+        return all(ref.lane is None or ref.number < done[ref.lane] for ref in after)
+
+    def _add(self, op: Op, *after: _Ref) -> _Ref:
+        lane = self._lanes[op.kind.lane]
+        lane.append((op, after))
+        return _Ref(op.kind.lane, len(lane) - 1)
+
+    def _slot(self, number: int) -> int:
+        """Weight buffer of the streamed layer of that number."""
+        return (self._carried.first_slot + number) % BUFFERS
+
+    def _mini_batch(self, layer: int, batch: int, weight_slot: int, weights: tuple[_Ref, ...]) -> None:
+        shape, n = self._batches[batch], len(self._attends)
+        slot = n % BUFFERS
+        is_first = batch == 0 or self._batches[batch - 1].group != shape.group
+        is_last = batch == len(self._batches) - 1 or self._batches[batch + 1].group != shape.group
+        if shape.loads:
+            free = self._attends[n - BUFFERS : n - BUFFERS + 1] if n >= BUFFERS else []
+            self._loads[n] = self._add(Op(OpKind.LOAD_BLOCKS, layer, batch, slot), *free)
+        if is_first:
+            self._add(Op(OpKind.PROJECT, layer, batch, weight_slot), *weights)
+        self._add(Op(OpKind.PLACE, layer, batch, slot), *([self._loads[n]] if shape.loads else []))
+        if shape.rebuilds and self._layers[layer].rebuilds:
+            self._add(Op(OpKind.REBUILD, layer, batch, slot))
+        self._attends.append(self._add(Op(OpKind.ATTEND, layer, batch, slot)))
+        if shape.stores:
+            self._add(Op(OpKind.STORE, layer, batch), self._attends[-1])
+        if is_last:
+            finish = self._add(Op(OpKind.FINISH, layer, batch))
+            if batch == len(self._batches) - 1:
+                self._finishes.append(finish)
+
+    def _layer_weights(self, layer: int) -> tuple[_Ref, ...]:
+        """What completes the weights of a layer; nothing where they lie on the device."""
+        if not self._layers[layer].bus_bytes:
+            return ()
+        number = len(self._weights)
+        if number < len(self._carried.loaded):
+            self._weights.append(_Ref(None, self._carried.loaded[number]))
+        elif number < BUFFERS and not self._carried.loaded:  # the first of all: they wait for no blocks
+            self._load_weights(layer, [])
+        else:
+            self._load_weights(layer, self._between(self._streamed[number - 1], layer))
+        return (self._weights[-1],)
+
+    def _load_weights(self, layer: int, anchors: list[tuple[float, _Ref]]) -> None:
+        """A streamed layer's weights: behind each anchor's blocks, the part up to its share of them all."""
+        number, size = len(self._weights), self._layers[layer].bus_bytes
+        before = number - BUFFERS
+        free = (self._finishes[self._streamed[before]],) if before >= 0 else ()
+        slot, ref = self._slot(number), None
+        ends = _cut(size, [share for share, _ in anchors] or [1.0])
+        behind: list[tuple[_Ref, ...]] = [(blocks,) for _, blocks in anchors] or [()]
+        for part, blocks in zip(pairwise((0, *ends)), behind, strict=True):
+            if part[0] < part[1]:
+                ref = self._add(Op(OpKind.LOAD_WEIGHTS, layer, slot=slot, part=part), *free, *blocks)
+                free = ()  # the others follow the first on its stream
+        assert ref is not None  # a streamed layer has bytes
+        self._weights.append(ref)
+
+    def _between(self, first: int, end: int) -> list[tuple[float, _Ref]]:
+        """Loads of blocks of the layers from `first` to before `end`, and which share of those is done with each."""
+        begin, stop = first * len(self._batches), end * len(self._batches)
+        return [((n - begin + 1) / (stop - begin), self._loads[n]) for n in range(begin, stop) if n in self._loads]
+
+
+def _cut(size: int, shares: Sequence[float]) -> list[int]:
+    """Where the parts end, by the shares that are due; all of it with the last one, and no part is small."""
+    ends, sent = [], 0
+    for share in (*shares[:-1], 1.0):
+        due = math.ceil(size * share)
+        if due > sent:
+            sent = min(size, max(due, sent + MIN_PART_BYTES))
+        ends.append(sent)
+    return ends
