@@ -52,7 +52,7 @@ cancels: $(installed) ## End CALLS=20000 calls early, and check that the server 
 
 .PHONY: fuzz
 fuzz: $(installed) ## Send EXAMPLES=10000 mutated requests to a server
-	@HSRPC_FUZZ_EXAMPLES=$(EXAMPLES) $(pytest) -s --timeout 0 tests/server/test_fuzz.py
+	@HSRPC_FUZZ_EXAMPLES=$(EXAMPLES) $(pytest) -s --timeout 0 tests/server/grpc/test_fuzz.py
 
 .PHONY: lint
 lint: $(installed) proto-check ## Check style, format, types, the proto files and their stubs

@@ -26,8 +26,8 @@ from hsrpc.client_messages import Settings
 from hsrpc.core.request import Delta, SamplingParams
 from hsrpc.engine.stats import StepRecord
 from hsrpc.server import ServerConfig
-from hsrpc.server.contract import Engine
-from hsrpc.server.telemetry import Telemetry
+from hsrpc.server.engine_protocol import Engine
+from hsrpc.server.ops.telemetry import Telemetry
 
 
 class Way(StrEnum):

@@ -2,6 +2,6 @@
 
 from hsrpc.server.app import serve
 from hsrpc.server.config import ServerConfig
-from hsrpc.server.listener import Server
+from hsrpc.server.grpc.listener import Server
 
 __all__ = ["Server", "ServerConfig", "serve"]

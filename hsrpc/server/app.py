@@ -12,11 +12,11 @@ import grpc
 
 from hsrpc.errors import EngineFaultError
 from hsrpc.server.config import ServerConfig, join_address
-from hsrpc.server.contract import Engine
-from hsrpc.server.last_resort import EXIT_SECONDS
-from hsrpc.server.listener import Server
+from hsrpc.server.engine_protocol import Engine
+from hsrpc.server.grpc.listener import Server
+from hsrpc.server.ops.forced_exit import EXIT_SECONDS
+from hsrpc.server.ops.telemetry import Telemetry
 from hsrpc.server.state import Phase
-from hsrpc.server.telemetry import Telemetry
 
 ExitWithin = Callable[[float, int], object]
 

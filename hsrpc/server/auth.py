@@ -19,9 +19,9 @@ import grpc
 from google.rpc.error_details_pb2 import ErrorInfo
 
 from hsrpc.errors import ConfigError
+from hsrpc.server.grpc.status import DOMAIN, Failure
+from hsrpc.server.reloaded_file import Watched, read_file
 from hsrpc.server.security import SecurityConfig
-from hsrpc.server.status import DOMAIN, Failure
-from hsrpc.server.watched import Watched, read_file
 
 client_name: ContextVar[str | None] = ContextVar("client_name", default=None)
 """Name of the client whose call this is; None where clients need not say who they are."""

@@ -14,8 +14,8 @@ import grpc
 
 from hsrpc.core.request import Delta, Finish
 from hsrpc.server.auth import client_name
-from hsrpc.server.contract import Generation
-from hsrpc.server.status import Failure, StalledClientError
+from hsrpc.server.engine_protocol import Generation
+from hsrpc.server.grpc.status import Failure, StalledClientError
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message

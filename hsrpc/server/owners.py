@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hsrpc.server.auth import client_name
-from hsrpc.server.status import NotOwnerError
+from hsrpc.server.grpc.status import NotOwnerError
 
 
 class Owners:

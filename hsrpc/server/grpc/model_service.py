@@ -1,0 +1,88 @@
+"""ModelService: what is loaded, and its tokenizer."""
+
+from __future__ import annotations
+
+from hsrpc.core.plan import Plan
+from hsrpc.core.sizes import ModelSizes
+from hsrpc.errors import InvalidRequestError, ModelNotFoundError
+from hsrpc.server.engine_protocol import Engine
+from hsrpc.server.state import ServerState
+from hsrpc.v1 import generation_pb2, model_pb2
+
+ModelRequest = (
+    generation_pb2.GenerateRequest | model_pb2.GetModelRequest | model_pb2.TokenizeRequest | model_pb2.DetokenizeRequest
+)
+
+
+def check_model(engine: Engine, request: ModelRequest) -> None:
+    """Let pass a request for the loaded model, or for none in particular.
+
+    Raises:
+        ModelNotFoundError: another model is asked for.
+    """
+    if request.HasField("model") and request.model != engine.spec.name:
+        raise ModelNotFoundError("another model is loaded")
+
+
+class ModelService:
+    """Methods of hsrpc.v1.ModelService."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    async def get_model(self, request: model_pb2.GetModelRequest) -> model_pb2.GetModelResponse:
+        engine = self._engine(request)
+        spec = engine.spec
+        return model_pb2.GetModelResponse(
+            name=spec.name,
+            family=spec.family,
+            context_length=spec.sizes.context_length,
+            max_model_len=engine.max_model_len,
+            eos_token_ids=spec.eos_token_ids,
+            sizes=_sizes_message(spec.sizes),
+            cache=_cache_message(spec.sizes, engine.plan),
+        )
+
+    async def tokenize(self, request: model_pb2.TokenizeRequest) -> model_pb2.TokenizeResponse:
+        engine = self._engine(request)
+        return model_pb2.TokenizeResponse(token_ids=await engine.tokenizer.encode(request.text))
+
+    async def detokenize(self, request: model_pb2.DetokenizeRequest) -> model_pb2.DetokenizeResponse:
+        engine = self._engine(request)
+        vocab_size = engine.spec.vocab_size
+        for i, token_id in enumerate(request.token_ids):
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(f"token_ids[{i}]", f"{token_id} is outside the vocabulary [0, {vocab_size})")
+        return model_pb2.DetokenizeResponse(text=await engine.tokenizer.decode(list(request.token_ids)))
+
+    def _engine(self, request: ModelRequest) -> Engine:
+        engine = self._state.engine
+        check_model(engine, request)
+        return engine
+
+
+def _sizes_message(sizes: ModelSizes) -> model_pb2.ModelSizes:
+    return model_pb2.ModelSizes(
+        num_layers=sizes.num_layers,
+        hidden_size=sizes.hidden_size,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        ffn_size=sizes.ffn_size,
+        vocab_size=sizes.vocab_size,
+        element_bytes=sizes.element_bytes,
+        layer_bytes=sizes.layer_bytes,
+        model_bytes=sizes.model_bytes,
+        sliding_window=sizes.sliding_window,
+    )
+
+
+def _cache_message(sizes: ModelSizes, plan: Plan) -> model_pb2.CacheDecision:
+    return model_pb2.CacheDecision(
+        policy=plan.policy.value,
+        activation_share=plan.activation_share,
+        activation_ratio=sizes.activation_ratio,
+        kv_bytes=sizes.kv_bytes,
+        activation_bytes=sizes.activation_bytes,
+        explanation=plan.reason,
+    )
