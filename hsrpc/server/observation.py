@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 import grpc
 
 from hsrpc.core.request import Delta, Finish
-from hsrpc.server.auth import client_name
 from hsrpc.server.engine_protocol import Generation
-from hsrpc.server.grpc.status import Failure, StalledClientError
+from hsrpc.server.errors import StalledClientError
+from hsrpc.server.failure import Failure, Outcome
+from hsrpc.server.grpc.caller import client_name
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[bytes, Message]
 
 Listener = Callable[["ObservedCall"], None]
-CountCall = Callable[[str, grpc.StatusCode], object]
-"""Is told the method and the status of each call that has ended."""
+CountCall = Callable[[str, Outcome], object]
+"""Is told the method and the outcome of each call that has ended."""
 
 _log = logging.getLogger(__name__)
 _TRANSIT_SECONDS = 0.1
@@ -54,7 +55,7 @@ class ObservedCall:
         self.inter_token_seconds: list[float] = []
         """For each portion after the first, the mean time of its tokens."""
         self.finish: Finish | None = None
-        self.status = grpc.StatusCode.OK
+        self.outcome = Outcome.OK
         self.error_id: str | None = None
         self.client_stalled = False
         self.seconds = 0.0
@@ -75,8 +76,8 @@ class ObservedCall:
         self.finish = delta.finish
 
     def fail(self, failure: Failure, error: Exception) -> None:
-        """The call ends with a status that is not OK, however long it takes until the client has it."""
-        self.status = failure.code
+        """The call ends with a failure, however long it takes until the client has it."""
+        self.outcome = failure.kind
         self.error_id = failure.error_id
         self.client_stalled = isinstance(error, StalledClientError)
         self.end()
@@ -109,7 +110,7 @@ class CallCounter:
         """Counted at its end."""
 
     def ended(self, call: ObservedCall) -> None:
-        self._count(call.method, call.status)
+        self._count(call.method, call.outcome)
 
 
 @contextmanager
@@ -127,7 +128,7 @@ def observed(observers: Sequence[CallObserver], method: str, context: Context) -
     except (asyncio.CancelledError, GeneratorExit):
         remaining = context.time_remaining()
         is_late = remaining is not None and remaining <= _TRANSIT_SECONDS
-        call.status = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+        call.outcome = Outcome.DEADLINE_EXCEEDED if is_late else Outcome.CANCELLED
         raise
     finally:
         _current.reset(token)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hsrpc.server.auth import client_name
-from hsrpc.server.grpc.status import NotOwnerError
+from hsrpc.server.errors import NotOwnerError
+from hsrpc.server.grpc.caller import client_name
 
 
 class Owners:

@@ -7,10 +7,10 @@ from collections.abc import Awaitable
 from types import TracebackType
 from typing import Self
 
-from hsrpc.server.grpc.status import StalledClientError
+from hsrpc.server.errors import StalledClientError
 
 
-class WriteLimit:
+class StallTimeout:
     """Ends the block when a write in it has waited for room for `seconds`; one timer serves all writes of the block.
 
     Raises:

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from hsrpc.server.grpc.status import StalledClientError
-from hsrpc.server.stall_timeout import WriteLimit
+from hsrpc.server.errors import StalledClientError
+from hsrpc.server.stall_timeout import StallTimeout
 
 
 async def never() -> None:
@@ -20,7 +20,7 @@ async def test_a_write_that_waits_too_long_ends_the_block(seconds):
     left = []
 
     async def write() -> None:
-        async with WriteLimit(seconds) as limit:
+        async with StallTimeout(seconds) as limit:
             try:
                 await limit.wait(asyncio.sleep(0, None))
                 await asyncio.sleep(seconds / 2)
@@ -36,7 +36,7 @@ async def test_a_write_that_waits_too_long_ends_the_block(seconds):
 
 async def test_time_without_a_write_does_not_count():
     """A stream may be silent for longer than a write may take."""
-    async with WriteLimit(0.2) as limit:
+    async with StallTimeout(0.2) as limit:
         for _ in range(2):
             await limit.wait(asyncio.sleep(0, None))
             await asyncio.sleep(0.4)
@@ -44,7 +44,7 @@ async def test_time_without_a_write_does_not_count():
 
 async def test_every_write_has_the_whole_time():
     """The timer that an earlier write set does not end a later one."""
-    async with WriteLimit(1.0) as limit:
+    async with StallTimeout(1.0) as limit:
         await limit.wait(asyncio.sleep(0, None))
         await asyncio.sleep(0.6)
         await limit.wait(asyncio.sleep(0.6, None))
@@ -55,7 +55,7 @@ async def test_writes_share_one_timer(monkeypatch):
     loop, timers = asyncio.get_running_loop(), []
     call_at = loop.call_at
     monkeypatch.setattr(loop, "call_at", lambda *args, **rest: timers.append(call_at(*args, **rest)) or timers[-1])
-    async with WriteLimit(30.0) as limit:
+    async with StallTimeout(30.0) as limit:
         for _ in range(1000):
             await limit.wait(asyncio.sleep(0, None))
     assert len(timers) == 1
@@ -66,11 +66,11 @@ async def test_what_else_ends_the_block_passes():
     """Errors of the block, a TimeoutError of its own too, and a cancellation from outside stay what they are."""
     for error in (ValueError("wrong"), TimeoutError("its own")):
         with pytest.raises(type(error), match=str(error)):
-            async with WriteLimit(30.0):
+            async with StallTimeout(30.0):
                 raise error
 
     async def write() -> None:
-        async with WriteLimit(30.0) as limit:
+        async with StallTimeout(30.0) as limit:
             await limit.wait(never())
 
     task = asyncio.create_task(write())

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hsrpc.errors import InvalidRequestError
-from hsrpc.server.auth import client_name
 
 if TYPE_CHECKING:
     from hsrpc.server.grpc.handlers import Context
+
+client_name: ContextVar[str | None] = ContextVar("client_name", default=None)
+"""Name of the client whose call this is; None where clients need not say who they are."""
 
 CLIENT_KEY = "x-hsrpc-client"
 _CLIENT = re.compile(r"[A-Za-z0-9._:@/-]{1,128}")

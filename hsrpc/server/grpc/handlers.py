@@ -15,10 +15,12 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from hsrpc.server.errors import MalformedRequestError, NotSupportedError
+from hsrpc.server.failure import failure_of
 from hsrpc.server.grpc.caller import current_caller, read_caller
-from hsrpc.server.grpc.status import MalformedRequestError, NotSupportedError, failure_of
+from hsrpc.server.grpc.status import abort
 from hsrpc.server.observation import CallObserver, ObservedCall, observed
-from hsrpc.server.stall_timeout import WriteLimit
+from hsrpc.server.stall_timeout import StallTimeout
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[bytes, Message]
@@ -54,7 +56,7 @@ class StatusBoundary:
             if self._call is not None:
                 self._call.fail(failure, error)
             try:
-                await self._context.abort(failure.code, failure.message, failure.trailing_metadata())
+                await abort(self._context, failure)
             except grpc.aio.InternalError:
                 raise _gone() from None
 
@@ -84,7 +86,7 @@ def streaming(
     """A handler of one request and a stream of responses, each to be taken by the client within `write_timeout` s."""
 
     async def handle(data: bytes, context: Context) -> None:
-        limit = WriteLimit(write_timeout)
+        limit = StallTimeout(write_timeout)
 
         async def write(message: Response) -> None:
             try:
@@ -120,7 +122,7 @@ def parse(request_type: type[Request], data: bytes) -> Request:
     try:
         request = request_type.FromString(data)
     except DecodeError:
-        raise MalformedRequestError(request_type.DESCRIPTOR.full_name) from None
+        raise MalformedRequestError("a protobuf message of this method's type") from None
     _refuse_unknown_fields(request)
     return request
 

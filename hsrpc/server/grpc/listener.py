@@ -10,13 +10,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from hsrpc.server.auth import auth_interceptors
 from hsrpc.server.config import ServerConfig, join_address
 from hsrpc.server.engine_protocol import Engine
 from hsrpc.server.grpc.channel_options import channel_options
 from hsrpc.server.grpc.generation_service import GenerationService
 from hsrpc.server.grpc.handlers import streaming, unary
 from hsrpc.server.grpc.health_port import HealthPort, bind
+from hsrpc.server.grpc.interceptors import auth_interceptors
 from hsrpc.server.grpc.model_service import ModelService
 from hsrpc.server.grpc.server_service import InfoService
 from hsrpc.server.grpc.tls import server_credentials

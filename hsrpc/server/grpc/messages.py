@@ -22,7 +22,7 @@ from hsrpc.core.request import (
 )
 from hsrpc.errors import InvalidRequestError
 from hsrpc.server.config import MAX_MESSAGE_DELAY, MAX_MESSAGE_TOKENS, ServerConfig
-from hsrpc.server.grpc.status import NotSupportedError
+from hsrpc.server.errors import NotSupportedError
 from hsrpc.v1 import generation_pb2 as v1
 
 MAX_REQUEST_ID_LENGTH = 128

@@ -9,8 +9,7 @@ import time
 from enum import StrEnum
 from typing import TextIO
 
-import grpc
-
+from hsrpc.server.failure import Outcome
 from hsrpc.server.observation import ObservedCall
 
 _requests = logging.getLogger("hsrpc.request")
@@ -71,7 +70,7 @@ class RequestLog:
         """Nothing is written yet."""
 
     def ended(self, call: ObservedCall) -> None:
-        level = logging.ERROR if call.status is grpc.StatusCode.INTERNAL else logging.INFO
+        level = logging.ERROR if call.outcome is Outcome.INTERNAL else logging.INFO
         _requests.log(level, "request", extra={_FIELDS: self._fields(call)})
 
     def _fields(self, call: ObservedCall) -> dict[str, object]:
@@ -82,7 +81,7 @@ class RequestLog:
             "model": call.model or None,
             "prompt_tokens": call.prompt_tokens,
             "completion_tokens": call.completion_tokens,
-            "status": call.status.name,
+            "status": call.outcome.value,
             "finish": finish.reason.value if finish else None,
             "queue_seconds": _rounded(timings.queue if timings else None),
             "ttft_seconds": _rounded(call.first_token_seconds),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 
-import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -16,6 +16,7 @@ from hsrpc.engine.limit import step_limit
 from hsrpc.engine.stats import StepRecord
 from hsrpc.errors import EngineUnavailableError
 from hsrpc.server.engine_protocol import Engine, Stats
+from hsrpc.server.failure import Outcome
 from hsrpc.server.observation import ObservedCall
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 1000.0)
@@ -65,11 +66,11 @@ class MethodMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         text = "Calls that ended, by method and gRPC status"
         counter = Counter("hsrpc_calls", text, ["method", "status"], registry=registry)
-        self._series = {(name, code): counter.labels(name, code.name) for name in _METHODS for code in grpc.StatusCode}
+        self._series = {pair: counter.labels(*pair) for pair in product(_METHODS, Outcome)}
 
-    def count(self, method: str, code: grpc.StatusCode) -> None:
+    def count(self, method: str, outcome: Outcome) -> None:
         """A call has ended. What is no method of ours goes under one name: a client chooses no label."""
-        self._series[method if method in _METHODS else _OTHER, code].inc()
+        self._series[method if method in _METHODS else _OTHER, outcome].inc()
 
 
 class EngineMetrics(Collector):

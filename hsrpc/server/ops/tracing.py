@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from hsrpc.errors import ConfigError
+from hsrpc.server.failure import Outcome
 from hsrpc.server.observation import ObservedCall
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ class Tracing:
         span.set_attributes(_attributes(call))
         if call.model:
             span.update_name(f"text_completion {call.model}")
-        if call.status is not grpc.StatusCode.OK:
-            span.set_attribute("error.type", call.status.name)
+        if call.outcome is not Outcome.OK:
+            span.set_attribute("error.type", call.outcome.value)
             span.set_status(StatusCode.ERROR)
         span.end()
 
@@ -85,7 +86,7 @@ def _attributes(call: ObservedCall) -> dict[str, str | int | float | list[str]]:
         "rpc.system": "grpc",
         "rpc.service": "hsrpc.v1.GenerationService",
         "rpc.method": "Generate",
-        "rpc.grpc.status_code": call.status.value[0],
+        "rpc.grpc.status_code": grpc.StatusCode[call.outcome.name].value[0],
         "client.address": call.client,
     }
     if call.model:

@@ -10,8 +10,7 @@ from google.rpc.error_details_pb2 import BadRequest, QuotaFailure, RetryInfo
 
 from hsrpc.errors import InvalidRequestError, QueueFullError, WaitTooLongError
 from hsrpc.server import Server, ServerConfig
-from hsrpc.server.auth import client_name
-from hsrpc.server.grpc.caller import host_of
+from hsrpc.server.grpc.caller import client_name, host_of
 from hsrpc.server.grpc.messages import read_params
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc

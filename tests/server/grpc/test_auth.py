@@ -14,7 +14,8 @@ from grpc_reflection.v1alpha import reflection
 from hsrpc.client import AsyncClient, CallError, Client
 from hsrpc.errors import ConfigError
 from hsrpc.server import auth, reloaded_file
-from hsrpc.server.auth import TokenAuth, client_name, read_tokens
+from hsrpc.server.auth import Authenticator, read_tokens
+from hsrpc.server.grpc.caller import client_name
 from hsrpc.testing.fake_engine import FakeEngine
 from hsrpc.v1 import generation_pb2, model_pb2, server_pb2
 from tests.server.secured import ALONE, Authority, name_of_model, plain, refusal, serving
@@ -202,7 +203,7 @@ def test_a_file_with_a_mistake_is_refused(tokens, text, message):
     """The error names the file and the line, and never a token."""
     tokens.write_text(text)
     with pytest.raises(ConfigError, match=message) as caught:
-        TokenAuth(tokens)
+        Authenticator(tokens)
     assert str(tokens) in str(caught.value)
     assert ALICE not in str(caught.value)
 

@@ -13,6 +13,8 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, Re
 
 from hsrpc.core.request import Delta
 from hsrpc.errors import QueueFullError, RequestFailedError
+from hsrpc.server.failure import Outcome
+from hsrpc.server.grpc.status import status_code
 from hsrpc.testing.fake_engine import FakeEngine
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
@@ -74,6 +76,11 @@ async def test_a_bad_field_is_named(stub, engine, message, field):
     assert error.code() is INVALID
     assert [violation.field for violation in details(error, BadRequest).field_violations] == [field]
     assert not engine.live
+
+
+def test_every_outcome_is_a_code():
+    """Outcomes and gRPC's codes have the same names, so that none is lost on the way to a client or a metric."""
+    assert [status_code(outcome).name for outcome in Outcome] == [code.name for code in grpc.StatusCode]
 
 
 async def test_malformed_protobuf_is_the_clients_fault(server, channel):

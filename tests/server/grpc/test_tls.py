@@ -8,8 +8,8 @@ import pytest
 from hsrpc.client import AsyncClient
 from hsrpc.errors import ConfigError
 from hsrpc.server import Server, ServerConfig, reloaded_file
-from hsrpc.server.auth import client_name
 from hsrpc.server.grpc import tls
+from hsrpc.server.grpc.caller import client_name
 from hsrpc.server.security import SecurityConfig
 from hsrpc.testing.fake_engine import FakeEngine
 from tests.server.secured import ALONE, Authority, name_of_model, refusal, serving
