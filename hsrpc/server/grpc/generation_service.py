@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from hsrpc.errors import InvalidRequestError, RequestFailedError
 from hsrpc.server.config import ServerConfig
 from hsrpc.server.engine_protocol import Engine, Generation
-from hsrpc.server.grpc.caller import current_caller
+from hsrpc.server.grpc.caller import client_name, current_caller
 from hsrpc.server.grpc.handlers import Write
 from hsrpc.server.grpc.messages import (
     OutputOptions,
@@ -46,7 +46,7 @@ class GenerationService:
             generation = await _submit(engine, request)
             note_generation(generation, engine.spec.name, request.text)
             try:
-                with self._owners.holding(generation.request_id):
+                with self._owners.holding(generation.request_id, client_name.get()):
                     first = await _first_response(engine, generation, request, options)
                     await _send(generation, first, options, self._gather(generation, options), self._in_turn(write))
             finally:
@@ -68,7 +68,7 @@ class GenerationService:
 
     async def abort(self, request: v1.AbortRequest) -> v1.AbortResponse:
         request_id = check_request_id(request.request_id)
-        self._owners.check(request_id)
+        self._owners.check(request_id, client_name.get())
         return v1.AbortResponse(aborted=self._state.engine.abort(request_id))
 
 

@@ -18,8 +18,9 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from hsrpc.server.errors import MalformedRequestError, NotSupportedError
 from hsrpc.server.failure import failure_of
 from hsrpc.server.grpc.caller import current_caller, read_caller
+from hsrpc.server.grpc.observation import RpcMethod, observed_call
 from hsrpc.server.grpc.status import abort
-from hsrpc.server.observation import CallObserver, ObservedCall, observed
+from hsrpc.server.observation import CallObserver, ObservedCall
 from hsrpc.server.stall_timeout import StallTimeout
 
 if TYPE_CHECKING:
@@ -67,9 +68,10 @@ def unary(
     observers: Sequence[CallObserver] = (),
 ) -> Handler:
     """A handler of one request and one response."""
+    called = _method(request_type)
 
     async def handle(data: bytes, context: Context) -> Message:
-        with observed(observers, _name(request_type), context) as call:
+        with observed_call(observers, called, context) as call:
             async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call):
                 return await method(parse(request_type, data))
         raise AssertionError("a boundary lets no exception vanish")
@@ -84,6 +86,7 @@ def streaming(
     observers: Sequence[CallObserver] = (),
 ) -> Handler:
     """A handler of one request and a stream of responses, each to be taken by the client within `write_timeout` s."""
+    called = _method(request_type)
 
     async def handle(data: bytes, context: Context) -> None:
         limit = StallTimeout(write_timeout)
@@ -94,7 +97,7 @@ def streaming(
             except grpc.aio.InternalError:
                 raise _gone() from None
 
-        with observed(observers, _name(request_type), context) as call:
+        with observed_call(observers, called, context) as call:
             async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call), limit:
                 current_caller.set(read_caller(context))
                 await method(parse(request_type, data), write)
@@ -107,9 +110,16 @@ def _gone() -> asyncio.CancelledError:
     return asyncio.CancelledError("the client is gone")
 
 
-def _name(request_type: type[Message]) -> str:
-    """The method that takes such requests: each has a type of its own, named after it."""
-    return request_type.DESCRIPTOR.name.removesuffix("Request")
+def _method(request_type: type[Message]) -> RpcMethod:
+    """The method that takes such requests: each has a type of its own."""
+    taken = request_type.DESCRIPTOR
+    [method] = [
+        RpcMethod(service.full_name, method.name)
+        for service in taken.file.services_by_name.values()
+        for method in service.methods
+        if method.input_type is taken
+    ]
+    return method
 
 
 def parse(request_type: type[Request], data: bytes) -> Request:

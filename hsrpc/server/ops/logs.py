@@ -77,7 +77,7 @@ class RequestLog:
         finish, timings = call.finish, call.finish.timings if call.finish else None
         fields: dict[str, object | None] = {
             "request_id": call.request_id or None,
-            "client": call.client,
+            "client": call.arrival.client,
             "model": call.model or None,
             "prompt_tokens": call.prompt_tokens,
             "completion_tokens": call.completion_tokens,

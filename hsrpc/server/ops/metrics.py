@@ -17,7 +17,7 @@ from hsrpc.engine.stats import StepRecord
 from hsrpc.errors import EngineUnavailableError
 from hsrpc.server.engine_protocol import Engine, Stats
 from hsrpc.server.failure import Outcome
-from hsrpc.server.observation import ObservedCall
+from hsrpc.server.observation import METHODS, ObservedCall
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 1000.0)
 _LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
@@ -26,7 +26,6 @@ _BUS = ("weights", "cache")
 _BUS_SECONDS = 10.0
 """Step time after which a step has about a third of its weight in the bus's rate."""
 _OTHER = "other"
-_METHODS = ("Generate", "Abort", "GetModel", "Tokenize", "Detokenize", "GetServerInfo", "WatchLoad", _OTHER)
 
 
 class CallMetrics:
@@ -66,11 +65,11 @@ class MethodMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         text = "Calls that ended, by method and gRPC status"
         counter = Counter("hsrpc_calls", text, ["method", "status"], registry=registry)
-        self._series = {pair: counter.labels(*pair) for pair in product(_METHODS, Outcome)}
+        self._series = {pair: counter.labels(*pair) for pair in product((*METHODS, _OTHER), Outcome)}
 
     def count(self, method: str, outcome: Outcome) -> None:
         """A call has ended. What is no method of ours goes under one name: a client chooses no label."""
-        self._series[method if method in _METHODS else _OTHER, outcome].inc()
+        self._series[method if method in METHODS else _OTHER, outcome].inc()
 
 
 class EngineMetrics(Collector):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-import grpc
-
 from hsrpc.errors import ConfigError
 from hsrpc.server.failure import Outcome
 from hsrpc.server.observation import ObservedCall
@@ -56,7 +54,7 @@ class Tracing:
         self._spans: dict[ObservedCall, Span] = {}
 
     def started(self, call: ObservedCall) -> None:
-        parent = self._propagator.extract(call.metadata)
+        parent = self._propagator.extract(call.arrival.trace)
         self._spans[call] = self._tracer.start_span("text_completion", parent, self._kind)
 
     def ended(self, call: ObservedCall) -> None:
@@ -77,17 +75,14 @@ class Tracing:
 
 
 def _attributes(call: ObservedCall) -> dict[str, str | int | float | list[str]]:
-    """By the semantic conventions for generative AI and RPC."""
+    """By the semantic conventions for generative AI, and those of the call's protocol."""
     attributes: dict[str, str | int | float | list[str]] = {
         "gen_ai.operation.name": "text_completion",
         "gen_ai.provider.name": "hsrpc",
         "gen_ai.usage.input_tokens": call.prompt_tokens,
         "gen_ai.usage.output_tokens": call.completion_tokens,
-        "rpc.system": "grpc",
-        "rpc.service": "hsrpc.v1.GenerationService",
-        "rpc.method": "Generate",
-        "rpc.grpc.status_code": grpc.StatusCode[call.outcome.name].value[0],
-        "client.address": call.client,
+        "client.address": call.arrival.client,
+        **call.arrival.protocol(call.outcome),
     }
     if call.model:
         attributes |= {"gen_ai.request.model": call.model, "gen_ai.response.model": call.model}

@@ -13,7 +13,7 @@ import pytest
 from hsrpc.client import AsyncClient
 from hsrpc.errors import RequestFailedError
 from hsrpc.server import Server, ServerConfig
-from hsrpc.server.observation import ObservedCall, peer_host
+from hsrpc.server.observation import Arrival, ObservedCall
 from hsrpc.server.ops.logs import JsonFormatter, LogFormat, RequestLog, TextFormatter, set_up_logs
 from hsrpc.server.security import SecurityConfig
 from hsrpc.v1 import generation_pb2 as v1
@@ -121,20 +121,6 @@ def test_text_is_one_line_of_key_and_value():
     assert json.loads(JsonFormatter().format(record))["request_id"] == "\u2028"
 
 
-@pytest.mark.parametrize(
-    ("peer", "host"),
-    [
-        ("ipv4:10.0.0.7:5000", "10.0.0.7"),
-        ("ipv6:%5B::1%5D:5", "::1"),
-        ("ipv6:[fe80::1]:5", "fe80::1"),
-        ("unix:", "unix:"),
-    ],
-)
-def test_a_client_is_its_host(peer, host):
-    """The port changes with every connection and is left out."""
-    assert peer_host(peer) == host
-
-
 def test_an_observer_that_fails_ends_no_call(log):
     """What watches a call must not end it; the fault is logged."""
 
@@ -145,7 +131,7 @@ def test_an_observer_that_fails_ends_no_call(log):
         def ended(self, call: ObservedCall) -> None:
             raise ZeroDivisionError
 
-    call = ObservedCall("Generate", "here", {}, [Broken()])
+    call = ObservedCall(Arrival("Generate", "here"), [Broken()])
     call.start()
     call.end()
     assert log.getvalue().count("an observer of calls failed") == 2
