@@ -136,11 +136,12 @@ def observed(arrival: Arrival, observers: Sequence[CallObserver]) -> Iterator[Ob
         call.end()
 
 
-def note_generation(generation: Generation, model: str, prompt: str) -> None:
+def note_generation(generation: Generation, model: str, prompt: str | Sequence[int]) -> None:
     """The current call has become a request of the engine."""
     call = _current.get()
     if call is not None:
-        call.request_id, call.model, call.prompt = generation.request_id, model, prompt
+        call.request_id, call.model = generation.request_id, model
+        call.prompt = prompt if isinstance(prompt, str) else ""
         call.prompt_tokens = len(generation.prompt_token_ids)
 
 

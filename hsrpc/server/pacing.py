@@ -1,4 +1,4 @@
-"""How deltas become portions: gathered so that there are fewer messages, split so that none is too large."""
+"""When a stream sends, and how much: output gathers so that there are fewer messages, none of which is too large."""
 
 from __future__ import annotations
 
@@ -6,13 +6,42 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from hsrpc.core.request import Delta
+from hsrpc.errors import InvalidRequestError
+from hsrpc.server.config import MAX_MESSAGE_DELAY, MAX_MESSAGE_TOKENS, ServerConfig
+from hsrpc.server.engine_protocol import Generation
 
 _MAX_MESSAGES_PER_SECOND = 1_000
 """Of all streams: a few percent of the event loop's core, which the engine needs for its next step."""
-MAX_DELAY = 0.05
+_MAX_DELAY = 0.05
 """Seconds that output waits for more at most; streams too many for it send more messages than that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a client wants its output."""
+
+    max_tokens: int
+    """Largest message, tokens."""
+    max_delay: float
+    """Seconds that output may wait for more; 0 leaves it to the server."""
+
+
+def choose_pace(config: ServerConfig, max_tokens: int | None, max_delay: float | None) -> Pace:
+    """What a client asks for, within bounds; None is as `config` has it.
+
+    Raises:
+        InvalidRequestError: for `max_tokens_per_message` or `max_message_delay`.
+    """
+    tokens = config.max_tokens_per_message if max_tokens is None else max_tokens
+    if tokens < 1:
+        raise InvalidRequestError("max_tokens_per_message", f"{tokens} is less than 1")
+    delay = config.max_message_delay if max_delay is None else max_delay
+    if not 0 <= delay <= MAX_MESSAGE_DELAY:
+        raise InvalidRequestError("max_message_delay", f"{delay} s is outside [0, {MAX_MESSAGE_DELAY}]")
+    return Pace(min(tokens, MAX_MESSAGE_TOKENS), delay)
 
 
 class Turns:
@@ -62,15 +91,34 @@ class Timetable:
     def delay(self, streams: int) -> float:
         """Seconds that one of `streams`, which has sent now, leaves before it sends again: to a time of its own."""
         now = self._clock()
-        apart = min(1 / _MAX_MESSAGES_PER_SECOND, MAX_DELAY / max(1, streams))
-        self._last = min(max(self._last, now) + apart, now + MAX_DELAY)
+        apart = min(1 / _MAX_MESSAGES_PER_SECOND, _MAX_DELAY / max(1, streams))
+        self._last = min(max(self._last, now) + apart, now + _MAX_DELAY)
         return self._last - now
 
 
-def split(delta: Delta, most: int | None) -> Iterator[Delta]:
+class Pacer:
+    """Spreads the messages of all streams, over time and over the iterations of the event loop."""
+
+    def __init__(self) -> None:
+        self._turns = Turns()
+        self._timetable = Timetable()
+
+    async def turn(self) -> None:
+        """Wait until one more message may be sent."""
+        await self._turns.wait()
+
+    async def gather(self, generation: Generation, pace: Pace, streams: int) -> None:
+        """Wait, after a message of one of `streams`, until there should be another."""
+        if pace.max_delay:
+            await generation.gather(pace.max_delay, pace.max_tokens)
+        else:
+            await generation.gather(_MAX_DELAY, pace.max_tokens, self._timetable.delay(streams))
+
+
+def split(delta: Delta, most: int) -> Iterator[Delta]:
     """`delta` in pieces of at most `most` tokens; the first has the text, the last the finish."""
     size = len(delta.token_ids)
-    if most is None or size <= most:
+    if size <= most:
         yield delta
         return
     for start in range(0, size, most):

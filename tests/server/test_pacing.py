@@ -46,8 +46,7 @@ def test_messages_never_come_in_bunches(streams):
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output may wait for a minute."""
-    for module in ("pacing", "grpc.generation_service"):
-        monkeypatch.setattr(f"hsrpc.server.{module}.MAX_DELAY", 60.0)
+    monkeypatch.setattr(pacing, "_MAX_DELAY", 60.0)
 
 
 async def test_tokens_of_few_streams_go_at_once(stub, engine, patient):

@@ -18,11 +18,12 @@ from hsrpc.server.grpc.handlers import streaming, unary
 from hsrpc.server.grpc.health_port import HealthPort, bind
 from hsrpc.server.grpc.interceptors import auth_interceptors
 from hsrpc.server.grpc.model_service import ModelService
-from hsrpc.server.grpc.server_service import InfoService
+from hsrpc.server.grpc.server_service import ServerService
 from hsrpc.server.grpc.tls import server_credentials
 from hsrpc.server.liveness import watch_steps
 from hsrpc.server.observation import CallCounter, CallObserver, CountCall
-from hsrpc.server.state import Phase, ServerState
+from hsrpc.server.service import Service
+from hsrpc.server.state import Phase
 from hsrpc.v1 import generation_pb2, model_pb2, server_pb2
 
 GENERATION = "hsrpc.v1.GenerationService"
@@ -47,7 +48,8 @@ class Server:
     ) -> None:
         """`observers` are told of the calls of Generate, `count_call` of how each call of any method ended."""
         self.config = config
-        self.state = ServerState()
+        self.service = Service(config)
+        self.state = self.service.state
         self.port = config.port
         self._health = health.aio.HealthServicer()
         self._liveness: asyncio.Task[None] | None = None
@@ -55,7 +57,7 @@ class Server:
         counters = [CallCounter(count_call)] if count_call else []
         everyone = [*auth_interceptors(config.security, count_call), *interceptors]
         self._grpc = grpc.aio.server(interceptors=everyone, options=channel_options(config))
-        self._grpc.add_generic_rpc_handlers(_service_handlers(self.state, config, observers, counters))
+        self._grpc.add_generic_rpc_handlers(_service_handlers(self.service, config, observers, counters))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         if config.security.reflection:
             names = (GENERATION, MODEL, SERVER, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -127,12 +129,12 @@ def _status(*, serving: bool) -> health_pb2.HealthCheckResponse.ServingStatus.Va
 
 
 def _service_handlers(
-    state: ServerState,
+    service: Service,
     config: ServerConfig,
     observers: Sequence[CallObserver],
     counters: Sequence[CallObserver],
 ) -> list[grpc.GenericRpcHandler]:
-    generation, model, info = GenerationService(state, config), ModelService(state), InfoService(state)
+    generation, model, info = GenerationService(service), ModelService(service), ServerService(service)
     wait, told = config.write_timeout, [*counters, *observers]
     methods = {
         GENERATION: {

@@ -1,10 +1,9 @@
-"""Between messages and the engine's dataclasses."""
+"""Between messages and what the service takes and gives."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -21,12 +20,13 @@ from hsrpc.core.request import (
     TokenLogprob,
 )
 from hsrpc.errors import InvalidRequestError
-from hsrpc.server.config import MAX_MESSAGE_DELAY, MAX_MESSAGE_TOKENS, ServerConfig
+from hsrpc.server.config import ServerConfig
 from hsrpc.server.errors import NotSupportedError
+from hsrpc.server.pacing import Pace, choose_pace
+from hsrpc.server.service import Submission
+from hsrpc.server.stream import Stream
 from hsrpc.v1 import generation_pb2 as v1
-
-MAX_REQUEST_ID_LENGTH = 128
-_REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_LENGTH}}}")
+from hsrpc.v1 import model_pb2
 
 _SAMPLING = (
     "temperature",
@@ -46,15 +46,44 @@ _SECTIONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class OutputOptions:
-    """What the service, not the engine, does with a request's output."""
+ModelRequest = v1.GenerateRequest | model_pb2.GetModelRequest | model_pb2.TokenizeRequest | model_pb2.DetokenizeRequest
 
-    echo_prompt: bool
-    return_token_ids: bool
-    max_tokens_per_message: int
-    max_message_delay: float
-    """Seconds."""
+
+def model_of(request: ModelRequest) -> str | None:
+    """The model that is asked for; None: the one that is loaded."""
+    return request.model if request.HasField("model") else None
+
+
+def read_submission(request: v1.GenerateRequest, config: ServerConfig) -> Submission:
+    """What is asked for; where the request does not say, as `config` has it.
+
+    Raises:
+        InvalidRequestError: naming the field by its path in the message.
+        NotSupportedError: a field that the server lacks is set.
+    """
+    with field_paths(request):
+        pace = read_pace(request.output, config)
+        params = read_params(request)
+    request_id = request.request_id if request.HasField("request_id") else None
+    return Submission(read_prompt(request), params, pace, request_id)
+
+
+@contextmanager
+def field_paths(request: v1.GenerateRequest) -> Iterator[None]:
+    """Errors that leave the block name fields by their path in the message: temperature is sampling.temperature."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise InvalidRequestError(_path(error.field, request), error.description) from None
+
+
+def _path(field: str, request: v1.GenerateRequest) -> str:
+    name, bracket, index = field.partition("[")
+    if name in ("prompt", "prompt_token_ids", "text", "token_ids"):
+        path = "token_ids.ids" if request.WhichOneof("input") == "token_ids" else "text"
+    else:
+        path = f"{_SECTIONS[name]}.{name}" if name in _SECTIONS else name
+    return path + bracket + index
 
 
 def read_prompt(request: v1.GenerateRequest) -> str | Sequence[int]:
@@ -72,33 +101,11 @@ def read_prompt(request: v1.GenerateRequest) -> str | Sequence[int]:
     return prompt
 
 
-def read_request_id(request: v1.GenerateRequest) -> str | None:
-    """The id that the client gave, if any.
-
-    Raises:
-        InvalidRequestError: it is empty, too long, or has other characters.
-    """
-    return check_request_id(request.request_id) if request.HasField("request_id") else None
-
-
-def check_request_id(request_id: str) -> str:
-    """`request_id`, which may stand in logs as it is.
-
-    Raises:
-        InvalidRequestError: it is empty, too long, or has other characters.
-    """
-    if not _REQUEST_ID.fullmatch(request_id):
-        found = f"{len(request_id)} characters" if len(request_id) > MAX_REQUEST_ID_LENGTH else ascii(request_id)
-        remedy = f"give 1 to {MAX_REQUEST_ID_LENGTH} of A-Z a-z 0-9 . _ : -"
-        raise InvalidRequestError("request_id", f"{found} is no request id; {remedy}")
-    return request_id
-
-
 def read_params(request: v1.GenerateRequest) -> SamplingParams:
     """What the request sets, the rest at its default.
 
     Raises:
-        InvalidRequestError: naming the field by its path in the message.
+        InvalidRequestError: naming the field.
         NotSupportedError: a field that the engine lacks is set.
     """
     sampling, stopping, output = request.sampling, request.stopping, request.output
@@ -112,10 +119,7 @@ def read_params(request: v1.GenerateRequest) -> SamplingParams:
         settings["logprobs"] = output.logprobs
     settings |= {"logit_bias": dict(sampling.logit_bias), "priority": request.priority}
     settings |= {"stop": tuple(stopping.stop), "stop_token_ids": tuple(stopping.stop_token_ids)}
-    try:
-        return SamplingParams(**settings)
-    except InvalidRequestError as error:
-        raise with_path(error, request) from None
+    return SamplingParams(**settings)
 
 
 def _check_counts(request: v1.GenerateRequest) -> None:
@@ -133,43 +137,27 @@ def _given(message: Message, names: Sequence[str]) -> dict[str, Any]:
     return {name: getattr(message, name) for name in names if message.HasField(name)}
 
 
-def with_path(error: InvalidRequestError, request: v1.GenerateRequest) -> InvalidRequestError:
-    """`error` with its field named by the path in the message: temperature is sampling.temperature."""
-    name, bracket, index = error.field.partition("[")
-    if name in ("prompt", "prompt_token_ids", "text", "token_ids"):
-        path = "token_ids.ids" if request.WhichOneof("input") == "token_ids" else "text"
-    else:
-        path = f"{_SECTIONS[name]}.{name}" if name in _SECTIONS else name
-    return InvalidRequestError(path + bracket + index, error.description)
-
-
-def read_output(output: v1.Output, config: ServerConfig) -> OutputOptions:
-    """How the output is to be sent; where it does not say, as `config` has it.
+def read_pace(output: v1.Output, config: ServerConfig) -> Pace:
+    """How the output is to be sent.
 
     Raises:
         InvalidRequestError: naming the field.
     """
-    given = output.HasField("max_tokens_per_message")
-    most = output.max_tokens_per_message if given else config.max_tokens_per_message
-    if most < 1:
-        raise InvalidRequestError("output.max_tokens_per_message", f"{most} is less than 1")
-    delay = _seconds(output.max_message_delay) if output.HasField("max_message_delay") else config.max_message_delay
-    if not 0 <= delay <= MAX_MESSAGE_DELAY:
-        raise InvalidRequestError("output.max_message_delay", f"{delay} s is outside [0, {MAX_MESSAGE_DELAY}]")
-    return OutputOptions(output.echo_prompt, output.return_token_ids, min(most, MAX_MESSAGE_TOKENS), delay)
+    tokens = output.max_tokens_per_message if output.HasField("max_tokens_per_message") else None
+    delay = _seconds(output.max_message_delay) if output.HasField("max_message_delay") else None
+    return choose_pace(config, tokens, delay)
 
 
-def start_message(
-    request_id: str, model: str, prompt_token_ids: Sequence[int], params: SamplingParams, options: OutputOptions
-) -> v1.Start:
+def start_message(stream: Stream, model: str, output: v1.Output) -> v1.Start:
     """Facts about the prompt, and the settings in effect."""
+    params = stream.params
     return v1.Start(
-        request_id=request_id,
+        request_id=stream.request_id,
         model=model,
-        prompt_tokens=len(prompt_token_ids),
+        prompt_tokens=len(stream.prompt_token_ids),
         sampling=_sampling_message(params),
         stopping=_stopping_message(params),
-        output=_output_message(params, options),
+        output=_output_message(params, stream.pace, output),
         priority=params.priority,
     )
 
@@ -200,21 +188,21 @@ def _stopping_message(params: SamplingParams) -> v1.Stopping:
     )
 
 
-def _output_message(params: SamplingParams, options: OutputOptions) -> v1.Output:
+def _output_message(params: SamplingParams, pace: Pace, output: v1.Output) -> v1.Output:
     return v1.Output(
         logprobs=params.logprobs,
-        echo_prompt=options.echo_prompt,
-        return_token_ids=options.return_token_ids,
-        max_tokens_per_message=options.max_tokens_per_message,
-        max_message_delay=duration(options.max_message_delay),
+        echo_prompt=output.echo_prompt,
+        return_token_ids=output.return_token_ids,
+        max_tokens_per_message=pace.max_tokens,
+        max_message_delay=duration(pace.max_delay),
     )
 
 
-def add_delta(response: v1.GenerateResponse, delta: Delta, options: OutputOptions) -> None:
+def add_delta(response: v1.GenerateResponse, delta: Delta, output: v1.Output) -> None:
     """Put what the client asked for of `delta` behind what `response` has; the field stays unset if that is nothing."""
     if delta.text:
         response.delta.text += delta.text
-    if options.return_token_ids and delta.token_ids:
+    if output.return_token_ids and delta.token_ids:
         response.delta.token_ids.extend(delta.token_ids)
     if delta.logprobs:
         response.delta.logprobs.extend(map(_logprob_message, delta.logprobs))

@@ -4,34 +4,19 @@ from __future__ import annotations
 
 from hsrpc.core.plan import Plan
 from hsrpc.core.sizes import ModelSizes
-from hsrpc.errors import InvalidRequestError, ModelNotFoundError
-from hsrpc.server.engine_protocol import Engine
-from hsrpc.server.state import ServerState
-from hsrpc.v1 import generation_pb2, model_pb2
-
-ModelRequest = (
-    generation_pb2.GenerateRequest | model_pb2.GetModelRequest | model_pb2.TokenizeRequest | model_pb2.DetokenizeRequest
-)
-
-
-def check_model(engine: Engine, request: ModelRequest) -> None:
-    """Let pass a request for the loaded model, or for none in particular.
-
-    Raises:
-        ModelNotFoundError: another model is asked for.
-    """
-    if request.HasField("model") and request.model != engine.spec.name:
-        raise ModelNotFoundError("another model is loaded")
+from hsrpc.server.grpc.messages import model_of
+from hsrpc.server.service import Service
+from hsrpc.v1 import model_pb2
 
 
 class ModelService:
     """Methods of hsrpc.v1.ModelService."""
 
-    def __init__(self, state: ServerState) -> None:
-        self._state = state
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     async def get_model(self, request: model_pb2.GetModelRequest) -> model_pb2.GetModelResponse:
-        engine = self._engine(request)
+        engine = self._service.engine(model_of(request))
         spec = engine.spec
         return model_pb2.GetModelResponse(
             name=spec.name,
@@ -44,21 +29,11 @@ class ModelService:
         )
 
     async def tokenize(self, request: model_pb2.TokenizeRequest) -> model_pb2.TokenizeResponse:
-        engine = self._engine(request)
-        return model_pb2.TokenizeResponse(token_ids=await engine.tokenizer.encode(request.text))
+        return model_pb2.TokenizeResponse(token_ids=await self._service.tokenize(model_of(request), request.text))
 
     async def detokenize(self, request: model_pb2.DetokenizeRequest) -> model_pb2.DetokenizeResponse:
-        engine = self._engine(request)
-        vocab_size = engine.spec.vocab_size
-        for i, token_id in enumerate(request.token_ids):
-            if not 0 <= token_id < vocab_size:
-                raise InvalidRequestError(f"token_ids[{i}]", f"{token_id} is outside the vocabulary [0, {vocab_size})")
-        return model_pb2.DetokenizeResponse(text=await engine.tokenizer.decode(list(request.token_ids)))
-
-    def _engine(self, request: ModelRequest) -> Engine:
-        engine = self._state.engine
-        check_model(engine, request)
-        return engine
+        text = await self._service.detokenize(model_of(request), request.token_ids)
+        return model_pb2.DetokenizeResponse(text=text)
 
 
 def _sizes_message(sizes: ModelSizes) -> model_pb2.ModelSizes:

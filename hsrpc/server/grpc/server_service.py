@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from hsrpc import __version__
 from hsrpc.core.blocks import BlockKind, PoolId, Tier
 from hsrpc.core.plan import Plan
@@ -11,7 +9,7 @@ from hsrpc.errors import InvalidRequestError
 from hsrpc.server.engine_protocol import Engine, Stats
 from hsrpc.server.grpc.handlers import Write
 from hsrpc.server.grpc.messages import duration
-from hsrpc.server.state import ServerState
+from hsrpc.server.service import Service
 from hsrpc.v1 import server_pb2 as v1
 
 _DEFAULT_INTERVAL = 1.0
@@ -22,21 +20,20 @@ _KINDS = {BlockKind.KV: v1.BLOCK_KIND_KV, BlockKind.ACTIVATION: v1.BLOCK_KIND_AC
 _TIERS = {Tier.DEVICE: v1.BLOCK_TIER_DEVICE, Tier.HOST: v1.BLOCK_TIER_HOST}
 
 
-class InfoService:
+class ServerService:
     """Methods of hsrpc.v1.ServerService."""
 
-    def __init__(self, state: ServerState) -> None:
-        self._state = state
-        self._started = time.monotonic()
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     async def get_server_info(self, _: v1.GetServerInfoRequest) -> v1.GetServerInfoResponse:
-        engine = self._state.engine
+        engine = self._service.engine()
         stats = engine.stats()
         return v1.GetServerInfoResponse(
             version=__version__,
             model=engine.spec.name,
             device=engine.device,
-            uptime=duration(time.monotonic() - self._started),
+            uptime=duration(self._service.uptime),
             plan=_plan_message(engine.plan),
             measured=_measured_message(stats),
             load=_load_message(engine, stats),
@@ -46,9 +43,9 @@ class InfoService:
         """Report at once and at every interval until the server goes down."""
         interval = _interval(request)
         while True:
-            engine = self._state.engine
+            engine = self._service.engine()
             await write(self._report(engine))
-            if await self._state.leaving(interval):
+            if await self._service.state.leaving(interval):
                 return
 
     def _report(self, engine: Engine) -> v1.WatchLoadResponse:
@@ -56,7 +53,7 @@ class InfoService:
         return v1.WatchLoadResponse(
             load=_load_message(engine, stats),
             measured=_measured_message(stats),
-            uptime=duration(time.monotonic() - self._started),
+            uptime=duration(self._service.uptime),
         )
 
 
