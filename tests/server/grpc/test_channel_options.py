@@ -174,7 +174,7 @@ async def test_health_on_a_port_of_its_own(tmp_path):
     files = authority.issue()
     async with (
         serving(health_port=0, tls_client_ca=authority.roots, **files) as server,
-        grpc.aio.insecure_channel(f"127.0.0.1:{server.health_port.port}") as channel,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc.health_port.port}") as channel,
     ):
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
@@ -188,13 +188,13 @@ async def test_health_on_a_port_of_its_own(tmp_path):
 async def test_without_a_health_port_none_is_open():
     """By default there is one listener."""
     async with serving() as server:
-        assert server.health_port.port is None
+        assert server.grpc.health_port.port is None
 
 
 async def test_the_health_port_closes_with_the_server():
     """After stop nobody answers there."""
     async with serving(health_port=0) as server:
-        port = server.health_port.port
+        port = server.grpc.health_port.port
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.close()
     with pytest.raises(ConnectionRefusedError):

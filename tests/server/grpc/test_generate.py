@@ -9,8 +9,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from hsrpc.core.request import Delta, FinishReason, SamplingParams, TokenLogprob
-from hsrpc.server import ServerConfig
-from hsrpc.server.grpc.listener import Server
+from hsrpc.server import Server, ServerConfig
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc
 from tests.server.conftest import until

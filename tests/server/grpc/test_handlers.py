@@ -9,8 +9,20 @@ import grpc
 import pytest
 
 from hsrpc.server.grpc.handlers import streaming, unary
-from hsrpc.server.observation import CallCounter
+from hsrpc.server.observation import METHODS, CallCounter
+from hsrpc.v1 import generation_pb2, model_pb2
 from hsrpc.v1 import server_pb2 as v1
+
+
+def test_methods_have_the_names_that_metrics_know():
+    """All that the proto files declare: a method that is missing would be counted as other."""
+    declared = [
+        method.name
+        for module in (generation_pb2, model_pb2, v1)
+        for service in module.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+    ]
+    assert tuple(declared) == METHODS
 
 
 class DeadContext:
