@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hsrpc.errors import ConfigError
 from hsrpc.server.errors import UnauthenticatedError
-from hsrpc.server.reloaded_file import Watched, read_file
+from hsrpc.server.reloaded_file import Reloaded, read_file
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,512}=*")
@@ -72,7 +72,7 @@ class Authenticator:
     """
 
     def __init__(self, path: Path) -> None:
-        self._tokens = Watched([path], lambda: read_tokens(path))
+        self._tokens = Reloaded([path], lambda: read_tokens(path))
         self._refused = 0
         self._reported = -math.inf
         if not self._tokens.current().entries:

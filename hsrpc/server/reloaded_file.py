@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Watched(Generic[T]):
+class Reloaded(Generic[T]):
     """What `load` makes of files. A change that it refuses is logged, and what there was stays. Safe in threads.
 
     Raises:

@@ -8,7 +8,7 @@ import pytest
 
 from hsrpc.errors import ConfigError
 from hsrpc.server import reloaded_file
-from hsrpc.server.reloaded_file import Watched, read_file
+from hsrpc.server.reloaded_file import Reloaded, read_file
 
 
 @pytest.fixture
@@ -19,28 +19,28 @@ def path(tmp_path) -> Path:
 
 
 @pytest.fixture
-def watched(path) -> Watched[bytes]:
-    return Watched([path], lambda: read_file(path, "file", secret=False))
+def reloaded(path) -> Reloaded[bytes]:
+    return Reloaded([path], lambda: read_file(path, "file", secret=False))
 
 
-def test_files_are_not_looked_at_for_every_call(path, watched, monkeypatch):
+def test_files_are_not_looked_at_for_every_call(path, reloaded, monkeypatch):
     """A change is seen once the time between two looks has passed, and not before."""
     monkeypatch.setattr(reloaded_file, "CHECK_SECONDS", 1000.0)
     path.write_text("two")
-    assert watched.current() == b"one"
+    assert reloaded.current() == b"one"
     monkeypatch.setattr(reloaded_file, "CHECK_SECONDS", 0.0)
-    assert watched.current() == b"two"
+    assert reloaded.current() == b"two"
 
 
-def test_a_file_may_be_renamed_over_or_be_away_for_a_while(path, watched, monkeypatch, caplog):
+def test_a_file_may_be_renamed_over_or_be_away_for_a_while(path, reloaded, monkeypatch, caplog):
     """What was read stays while the file is away, said once; a new file in its place counts, even of the same size."""
     monkeypatch.setattr(reloaded_file, "CHECK_SECONDS", 0.0)
     path.unlink()
-    assert [watched.current() for _ in range(3)] == [b"one"] * 3
+    assert [reloaded.current() for _ in range(3)] == [b"one"] * 3
     assert caplog.text.count("what was read before stays") == 1
     (path.parent / "new").write_text("two")
     (path.parent / "new").rename(path)
-    assert watched.current() == b"two"
+    assert reloaded.current() == b"two"
 
 
 def test_a_link_that_is_turned_counts_as_a_change(tmp_path, monkeypatch):
@@ -51,10 +51,10 @@ def test_a_link_that_is_turned_counts_as_a_change(tmp_path, monkeypatch):
         (tmp_path / name / "file").write_text(name)
     link = tmp_path / "data"
     link.symlink_to("one")
-    watched = Watched([link / "file"], lambda: read_file(link / "file", "file", secret=False))
+    reloaded = Reloaded([link / "file"], lambda: read_file(link / "file", "file", secret=False))
     (tmp_path / "next").symlink_to("two")
     (tmp_path / "next").rename(link)
-    assert watched.current() == b"two"
+    assert reloaded.current() == b"two"
 
 
 def test_large_files_are_refused(path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 
 from hsrpc.errors import ConfigError
-from hsrpc.server.reloaded_file import Watched, read_file
+from hsrpc.server.reloaded_file import Reloaded, read_file
 from hsrpc.server.security import SecurityConfig
 
 
@@ -22,9 +22,9 @@ def server_credentials(config: SecurityConfig) -> grpc.ServerCredentials | None:
         return None
     cert, key, client_ca = config.tls_cert, config.tls_key, config.tls_client_ca
     paths = [cert, key] + ([client_ca] if client_ca else [])
-    watched = Watched(paths, lambda: _load(cert, key, client_ca))
+    reloaded = Reloaded(paths, lambda: _load(cert, key, client_ca))
     return grpc.dynamic_ssl_server_credentials(
-        watched.current(), watched.current, require_client_authentication=client_ca is not None
+        reloaded.current(), reloaded.current, require_client_authentication=client_ca is not None
     )
 
 
