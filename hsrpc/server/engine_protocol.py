@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypedDict, Unpack
 
 from hsrpc.core.blocks import PoolId
 from hsrpc.core.plan import Plan
@@ -93,6 +93,17 @@ class Generation(Protocol):
         ...
 
 
+class SubmitOptions(TypedDict, total=False):
+    """What a submission may say beside the prompt and how to continue it."""
+
+    request_id: str | None
+    """None: one is made."""
+    client: str
+    """Clients with the same key share one fair share; empty where it is left out."""
+    max_wait: float | None
+    """Seconds that the caller waits at most; None: for ever."""
+
+
 class Engine(Protocol):
     """An engine that has started."""
 
@@ -108,14 +119,11 @@ class Engine(Protocol):
     def tokenizer(self) -> Tokenizer: ...
 
     async def submit(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams,
-        *,
-        request_id: str | None = None,
-        client: str = "",
-        max_wait: float | None = None,
-    ) -> Generation: ...
+        self, prompt: str | Sequence[int], params: SamplingParams, **options: Unpack[SubmitOptions]
+    ) -> Generation:
+        """Queue a request, as `hsrpc.engine.engine.Engine.submit` does."""
+        ...
+
     def abort(self, request_id: str) -> bool: ...
     def stats(self) -> Stats: ...
     def heartbeat(self) -> float:

@@ -1,4 +1,4 @@
-"""A stub engine that says what a test tells it to, and remembers what it was asked."""
+"""An engine for tests: it says what it is told to, and remembers what it was asked."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Self, Unpack
 
 from hsrpc.core.blocks import PoolId
 from hsrpc.core.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
 from hsrpc.engine.stats import EngineStats
 from hsrpc.errors import EngineFaultError
+from hsrpc.server.engine_protocol import SubmitOptions
 from hsrpc.testing.stub_engine import StubEngine, StubGeneration
 
 WORDS = ("Once", " upon", " a", " time")
@@ -55,19 +56,13 @@ class FakeEngine(StubEngine):
         self.live.clear()
 
     async def submit(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams,
-        *,
-        request_id: str | None = None,
-        client: str = "",
-        max_wait: float | None = None,
+        self, prompt: str | Sequence[int], params: SamplingParams, **options: Unpack[SubmitOptions]
     ) -> StubGeneration:
-        self.clients.append(client)
-        self.max_waits.append(max_wait)
+        self.clients.append(options.get("client", ""))
+        self.max_waits.append(options.get("max_wait"))
         if self.refusal:
             raise self.refusal
-        generation = await super().submit(prompt, params, request_id=request_id)
+        generation = await super().submit(prompt, params, **options)
         self.submitted.append(generation.params)
         if not self.held:
             self.say(generation.request_id, *WORDS)

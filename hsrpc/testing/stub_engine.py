@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from types import TracebackType
-from typing import Self
+from typing import Self, Unpack
 
 from hsrpc.config import CachePolicy, EngineConfig
 from hsrpc.core.plan import Budgets, Hardware, Plan
@@ -19,6 +19,7 @@ from hsrpc.core.sizes import ModelSizes
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.stats import EngineStats
 from hsrpc.errors import InvalidRequestError, RequestExistsError
+from hsrpc.server.engine_protocol import SubmitOptions
 
 STEP_SECONDS = 0.005
 """Tokens come in steps, as from an engine whose model is small."""
@@ -99,19 +100,13 @@ class StubEngine:
             await asyncio.wait({self._task})
 
     async def submit(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams,
-        *,
-        request_id: str | None = None,
-        client: str = "",
-        max_wait: float | None = None,
+        self, prompt: str | Sequence[int], params: SamplingParams, **options: Unpack[SubmitOptions]
     ) -> StubGeneration:
         ids = await self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         room = self.max_model_len - len(ids)
         if room <= 0:
             raise InvalidRequestError("text" if isinstance(prompt, str) else "token_ids", f"{len(ids)} tokens")
-        request_id = request_id or f"made-{next(self._ids)}"
+        request_id = options.get("request_id") or f"made-{next(self._ids)}"
         if request_id in self.live:
             raise RequestExistsError(request_id)
         effective = replace(params, seed=params.seed or _SEED, max_tokens=params.max_tokens or room)
