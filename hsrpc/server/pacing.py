@@ -14,7 +14,7 @@ from hsrpc.server.config import MAX_MESSAGE_DELAY, MAX_MESSAGE_TOKENS, ServerCon
 from hsrpc.server.engine_protocol import Generation
 
 _MAX_MESSAGES_PER_SECOND = 1_000
-"""Of all streams: a few percent of the event loop's core, which the engine needs for its next step."""
+"""For all streams together: a few percent of the event loop's core, which the engine needs for its next step."""
 _MAX_DELAY = 0.05
 """Seconds that output waits for more at most; streams too many for it send more messages than that."""
 
@@ -47,15 +47,15 @@ def choose_pace(config: ServerConfig, max_tokens: int | None, max_delay: float |
 class Turns:
     """Lets a bounded number pass in one iteration of the event loop, so that a step's tokens do not hold it up."""
 
-    def __init__(self, most: int = 8) -> None:
-        self._most = most
+    def __init__(self, max_passes: int = 8) -> None:
+        self._max_passes = max_passes
         self._passed = 0
         """In this iteration; where it is not 0, `_begin` is scheduled for the next one."""
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def wait(self) -> None:
         """Return in this iteration if there is room, else in a later one, in order of arrival."""
-        if self._passed >= self._most:
+        if self._passed >= self._max_passes:
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
             await turn
@@ -64,7 +64,7 @@ class Turns:
 
     def _begin(self) -> None:
         self._passed = 0
-        while self._waiting and self._passed < self._most:
+        while self._waiting and self._passed < self._max_passes:
             turn = self._waiting.popleft()
             if not turn.done():
                 turn.set_result(None)
@@ -115,14 +115,14 @@ class Pacer:
             await generation.gather(_MAX_DELAY, pace.max_tokens, self._timetable.delay(streams))
 
 
-def split(delta: Delta, most: int) -> Iterator[Delta]:
-    """`delta` in pieces of at most `most` tokens; the first has the text, the last the finish."""
+def split(delta: Delta, max_tokens: int) -> Iterator[Delta]:
+    """`delta` in pieces of at most `max_tokens` tokens; the first has the text, the last the finish."""
     size = len(delta.token_ids)
-    if size <= most:
+    if size <= max_tokens:
         yield delta
         return
-    for start in range(0, size, most):
-        end = start + most
+    for start in range(0, size, max_tokens):
+        end = start + max_tokens
         yield Delta(
             text="" if start else delta.text,
             token_ids=delta.token_ids[start:end],

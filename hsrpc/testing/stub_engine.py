@@ -158,12 +158,12 @@ class StubEngine:
                 self._give(generation, int((now - generation.started) * self.rate))
 
     def _give(self, generation: StubGeneration, due: int) -> None:
-        most = generation.params.max_tokens or 0
-        for _ in range(min(due, most) - generation.given):
+        max_tokens = generation.params.max_tokens or 0
+        for _ in range(min(due, max_tokens) - generation.given):
             generation.put(_WORD)
             generation.given += 1
             self._tokens += 1
-        if generation.given == most:
+        if generation.given == max_tokens:
             self.end(generation.request_id, FinishReason.MAX_TOKENS)
 
 

@@ -244,7 +244,7 @@ async def test_it_goes_up_and_down_with_the_server(lifecycle, front_end, engine)
     late = asyncio.ensure_future(refusal(front_end.generate(ALICE, "Hi", request_id="r")))
     await until(lambda: engine.live)
     await lifecycle.drain()
-    assert (await late).info.reason == "DRAINING"
+    assert (await asyncio.wait_for(late, 5)).info.reason == "DRAINING"
     assert (await refusal(front_end.generate(ALICE, "Hi"))).info.reason == "DRAINING"
     assert front_end.health == [Health.DOWN, Health.SERVING, Health.DOWN]
     assert front_end.listens

@@ -95,8 +95,8 @@ async def test_a_message_is_never_too_large_for_a_client(asked, stub, engine):
 
 
 async def test_writes_of_a_step_are_spread_over_iterations():
-    """Of many that are ready at once, so many pass in each iteration of the event loop, and in order."""
-    turns, passed, seen = Turns(most=3), [], []
+    """Where many are ready at once, so many pass in each iteration of the event loop, and in order."""
+    turns, passed, seen = Turns(max_passes=3), [], []
 
     async def wait(number: int) -> None:
         await turns.wait()

@@ -124,13 +124,13 @@ def read_params(request: v1.GenerateRequest) -> SamplingParams:
 
 def _check_counts(request: v1.GenerateRequest) -> None:
     """Refuse long lists before they are copied."""
-    for path, count, most in (
+    for path, count, max_count in (
         ("stopping.stop", len(request.stopping.stop), MAX_STOP_STRINGS),
         ("stopping.stop_token_ids", len(request.stopping.stop_token_ids), MAX_STOP_TOKEN_IDS),
         ("sampling.logit_bias", len(request.sampling.logit_bias), MAX_LOGIT_BIAS),
     ):
-        if count > most:
-            raise InvalidRequestError(path, f"{count} entries, at most {most} are allowed")
+        if count > max_count:
+            raise InvalidRequestError(path, f"{count} entries, at most {max_count} are allowed")
 
 
 def _given(message: Message, names: Sequence[str]) -> dict[str, Any]:

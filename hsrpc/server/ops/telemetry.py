@@ -39,7 +39,7 @@ class Telemetry:
         if self._tracing is not None:
             self.observers.append(self._tracing)
         self.port: int | None = None
-        """Of the metrics, while entered."""
+        """Port of the metrics, while entered."""
         self._stack = AsyncExitStack()
 
     def attach(self, engine: Engine) -> None:

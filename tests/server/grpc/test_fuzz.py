@@ -35,7 +35,7 @@ DOCUMENTED = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNIMPLEMENTED,
 }
-"""Of docs/grpc.md, those that a client can bring about by what it sends. INTERNAL is a fault of the server's."""
+"""Codes of docs/grpc.md that a client can bring about by what it sends. INTERNAL is a fault of the server's."""
 
 INTS = {
     FieldDescriptor.TYPE_INT32: (-(2**31), 2**31 - 1),

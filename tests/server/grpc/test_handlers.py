@@ -26,7 +26,7 @@ def test_methods_have_the_names_that_metrics_know():
 
 
 class DeadContext:
-    """Of a call whose connection has just gone: nothing can be sent any more."""
+    """The context of a call whose connection has just gone: nothing can be sent any more."""
 
     def __init__(self, remaining: float | None) -> None:
         self._remaining = remaining
