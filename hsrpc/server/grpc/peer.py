@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from urllib.parse import unquote
 
 from hsrpc.server.caller import canonical_host
@@ -9,6 +10,7 @@ from hsrpc.server.caller import canonical_host
 _UNKNOWN = "unknown"
 
 
+@lru_cache(maxsize=1024)  # a connection has one name, and many calls
 def peer_host(peer: str) -> str:
     """The host of a peer: ipv4:127.0.0.1:5 is 127.0.0.1, ipv6:%5B::1%5D:5 is ::1, unix:PATH stays, nothing is unknown.
 
