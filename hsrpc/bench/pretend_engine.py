@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from hsrpc.core.request import Delta, SamplingParams
-from hsrpc.engine.stats import StepRecord
 from hsrpc.engine.worker import Worker
+from hsrpc.plan.roofline import StepRecord
+from hsrpc.request import Delta, SamplingParams
 from hsrpc.testing.stub_engine import StubEngine, StubGeneration
 
 _IDLE_SECONDS = 0.001

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from hsrpc.core.request import Delta, Finish
+from hsrpc.request import Delta, Finish
 from hsrpc.server.engine_protocol import Generation
 from hsrpc.server.errors import StalledClientError
 from hsrpc.server.failure import Failure, Outcome

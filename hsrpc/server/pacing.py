@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from hsrpc.core.request import Delta
 from hsrpc.errors import InvalidRequestError
+from hsrpc.request import Delta
 from hsrpc.server.config import MAX_MESSAGE_DELAY, MAX_MESSAGE_TOKENS, ServerConfig
 from hsrpc.server.engine_protocol import Generation
 

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
-from hsrpc.core.request import SamplingParams
 from hsrpc.errors import InvalidRequestError, ModelNotFoundError
+from hsrpc.request import SamplingParams
 from hsrpc.server.caller import Caller
 from hsrpc.server.config import ServerConfig
 from hsrpc.server.engine_protocol import Engine

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from hsrpc.core.request import Delta, SamplingParams
 from hsrpc.errors import RequestFailedError
+from hsrpc.request import Delta, SamplingParams
 from hsrpc.server.engine_protocol import Generation
 from hsrpc.server.observation import note_output
 from hsrpc.server.pacing import Pace, Pacer, split

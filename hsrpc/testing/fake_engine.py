@@ -8,10 +8,10 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self, Unpack
 
-from hsrpc.core.blocks import PoolId
-from hsrpc.core.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
 from hsrpc.engine.stats import EngineStats
 from hsrpc.errors import EngineFaultError
+from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
+from hsrpc.schedule.blocks import PoolId
 from hsrpc.server.engine_protocol import SubmitOptions
 from hsrpc.testing.stub_engine import StubEngine, StubGeneration
 

@@ -8,7 +8,7 @@ import pytest
 
 from hsrpc.bench import frontend
 from hsrpc.bench.frontend import measure_frontend, plot_frontend, print_frontend, save_frontend
-from hsrpc.core.request import FinishReason, SamplingParams
+from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.testing.stub_engine import StubEngine
 
 

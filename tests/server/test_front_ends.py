@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from hsrpc.core.request import Delta, FinishReason, SamplingParams
 from hsrpc.errors import QueueFullError
+from hsrpc.request import Delta, FinishReason, SamplingParams
 from hsrpc.server import ServerConfig
 from hsrpc.server.caller import Caller
 from hsrpc.server.failure import Failure, FieldViolation, Outcome, failure_of

@@ -9,7 +9,8 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from hsrpc.core.request import (
+from hsrpc.errors import InvalidRequestError
+from hsrpc.request import (
     MAX_LOGIT_BIAS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
@@ -19,7 +20,6 @@ from hsrpc.core.request import (
     SamplingParams,
     TokenLogprob,
 )
-from hsrpc.errors import InvalidRequestError
 from hsrpc.server.config import ServerConfig
 from hsrpc.server.errors import NotSupportedError
 from hsrpc.server.pacing import Pace, choose_pace

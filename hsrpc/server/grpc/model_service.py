@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hsrpc.core.plan import Plan
-from hsrpc.core.sizes import ModelSizes
+from hsrpc.plan.plan import Plan
+from hsrpc.plan.sizes import ModelSizes
 from hsrpc.server.grpc.messages import model_of
 from hsrpc.server.service import Service
 from hsrpc.v1 import model_pb2

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from hsrpc import __version__
-from hsrpc.core.blocks import BlockKind, PoolId, Tier
-from hsrpc.core.plan import Plan
 from hsrpc.errors import InvalidRequestError
+from hsrpc.plan.plan import Plan
+from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
 from hsrpc.server.engine_protocol import Engine, Stats
 from hsrpc.server.grpc.handlers import Write
 from hsrpc.server.grpc.messages import duration

@@ -8,7 +8,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from hsrpc.core.request import Delta, FinishReason, SamplingParams, TokenLogprob
+from hsrpc.request import Delta, FinishReason, SamplingParams, TokenLogprob
 from hsrpc.server import Server, ServerConfig
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc

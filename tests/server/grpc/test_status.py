@@ -11,8 +11,8 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 
-from hsrpc.core.request import Delta
 from hsrpc.errors import QueueFullError, RequestFailedError
+from hsrpc.request import Delta
 from hsrpc.server.failure import Outcome
 from hsrpc.server.grpc.status import status_code
 from hsrpc.testing.fake_engine import FakeEngine
