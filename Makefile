@@ -52,7 +52,7 @@ cancels: $(installed) ## End CALLS=20000 calls early, and check that the server 
 
 .PHONY: fuzz
 fuzz: $(installed) ## Send EXAMPLES=10000 mutated requests to a server
-	@HSRPC_FUZZ_EXAMPLES=$(EXAMPLES) $(pytest) -s --timeout 0 tests/server/test_fuzz.py
+	@HSRPC_FUZZ_EXAMPLES=$(EXAMPLES) $(pytest) -s --timeout 0 tests/server/grpc/test_fuzz.py
 
 .PHONY: guard
 guard: $(installed) ## Hold the speed of the engine's data path against the reference of this kind of GPU

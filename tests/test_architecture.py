@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -24,15 +26,16 @@ ALLOWED = {
     "text": set(),
     "schedule": {"request", "errors"},
     "plan": {"schedule", "config", "errors"},
-    "model": {"plan", "request", "config", "errors"},
+    "model": {"plan", "schedule", "request", "config", "errors"},
     "device": {"model", "plan", "schedule", "config", "errors"},
     "engine": {"model", "device", "plan", "schedule", "text", "request", "config", "errors"},
     "server": {"engine", "plan", "schedule", "request", "config", "errors", "v1"},
     "client_messages": {"request", "errors", "v1"},
     "client_channel": set(),
     "client": {"client_channel", "client_messages", "request", "errors", "v1"},
+    "testing": {"server", "engine", "model", "device", "plan", "schedule", "request", "config", "errors"},
     "bench": {
-        *("server", "client", "client_messages", "v1"),
+        *("testing", "server", "client", "client_messages", "v1"),
         *("engine", "model", "device", "plan", "schedule", "request", "config", "errors"),
     },
     "cli": {
@@ -128,13 +131,7 @@ def test_every_part_has_its_place():
 def test_the_order_has_no_cycles():
     """The allowed directions themselves can be put in a row."""
     order = list(TopologicalSorter(ALLOWED).static_order())
-    assert (
-        order.index("schedule")
-        < order.index("plan")
-        < order.index("model")
-        < order.index("engine")
-        < order.index("server")
-    )
+    assert order.index("schedule") < order.index("plan") < order.index("model") < order.index("engine") < order.index("server")
 
 
 def test_no_import_cycles():
@@ -155,6 +152,81 @@ def test_only_the_edges_know_grpc():
     assert "server" in parts(users("grpc"))
 
 
+SERVER = "hsrpc.server"
+COMPOSITION = f"{SERVER}.app"
+"""The one module that puts the use case, its operations and its front ends together."""
+FRONT_ENDS = {"grpc"}
+"""Folders of the server that each carry calls over one transport."""
+TRANSPORT = {"grpc", "google", "grpc_health", "grpc_reflection", "hsrpc.v1"}
+"""What gRPC's folder alone may know of."""
+
+
+def room_of(module: str) -> str | None:
+    """The folder of a module of the server, `use case` for those in none, or `app`; None: not of the server."""
+    names = module.split(".")
+    if names[:2] != SERVER.split("."):
+        return None
+    if module == COMPOSITION or module.startswith(f"{COMPOSITION}."):
+        return "app"
+    folder = names[2] if len(names) > 2 else ""
+    return folder if folder in FRONT_ENDS | {"ops"} else "use case"
+
+
+def of_server(module: str, tree: ast.Module) -> list[tuple[str, str]]:
+    """Each import of a module of the server with the room, or the library, that it is of."""
+    found = []
+    for name in imports(tree, deferred=True):
+        library = next((known for known in TRANSPORT if name == known or name.startswith(f"{known}.")), None)
+        found.append((name, room_of(name) or library or ""))
+    return found
+
+
+def test_the_server_knows_its_transport_in_one_folder():
+    """The use case imports neither operations nor a transport, operations no transport, and front ends neither
+    operations nor each other: what adds an HTTP front end adds a folder, and a line to the composition."""
+    allowed = {
+        "app": {"use case", "ops", *FRONT_ENDS},
+        "use case": {"use case"},
+        "ops": {"use case", "ops"},
+        "grpc": {"use case", "grpc", *TRANSPORT},
+    }
+    rooms = {module: room for module in modules() if (room := room_of(module))}
+    assert set(rooms.values()) == set(allowed)
+    wrong = [
+        f"{module} imports {name}"
+        for module, room in rooms.items()
+        for name, target in of_server(module, modules()[module])
+        if target and target not in allowed[room]
+    ]
+    assert wrong == []
+
+
+def test_only_the_composition_names_front_ends():
+    """Outside the server nothing imports a front end: who serves, does so by `hsrpc.server`."""
+    inside = {f"{SERVER}.{folder}" for folder in FRONT_ENDS}
+    naming = {
+        module
+        for module, tree in modules().items()
+        for name in imports(tree, deferred=True)
+        if any(name == folder or name.startswith(f"{folder}.") for folder in inside)
+    }
+    assert {module for module in naming if room_of(module) not in FRONT_ENDS} == {COMPOSITION}
+
+
+def test_the_use_case_loads_no_transport():
+    """Neither by itself nor by what it imports, however deep; the operations neither."""
+    names = [module for module in modules() if room_of(module) in ("use case", "ops")]
+    assert len(names) > 15
+    program = f"""
+import importlib, sys
+for name in {names}:
+    importlib.import_module(name)
+print(sorted({{"grpc", "google.protobuf", "google.rpc", "hsrpc.v1", "hsrpc.server.grpc"}} & set(sys.modules)))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("library", ["torch", "asyncio"])
 def test_decisions_are_pure(library: str):
     """They need neither tensors nor an event loop."""
@@ -163,15 +235,13 @@ def test_decisions_are_pure(library: str):
 
 def test_models_and_devices_are_synchronous():
     """Neither the models nor the device know of asyncio."""
-    assert parts(users("asyncio")).isdisjoint(
-        {"model", "device", "plan", "schedule", "text", "request", "config", "errors"}
-    )
+    assert parts(users("asyncio")).isdisjoint({"model", "device", "plan", "schedule", "text", "request", "config", "errors"})
 
 
 def test_only_the_engine_joins_asyncio_and_torch():
-    """Modules of the engine import both; no others do, and apart only those of the benchmarks, for torch's profiler."""
+    """Modules of the engine import both, no others do; apart, benchmarks (torch's profiler) and testing's devices."""
     assert parts(set(users("asyncio")) & set(users("torch"))) == {"engine"}
-    assert parts(users("asyncio")) & parts(users("torch")) == {"engine", "bench"}
+    assert parts(users("asyncio")) & parts(users("torch")) <= {"engine", "bench", "testing"}
 
 
 def test_clocks_are_monotonic():

@@ -15,7 +15,7 @@ from hsrpc.cli.main import build_parser
 from hsrpc.cli.security import security_config
 from hsrpc.config import parse_bytes
 from hsrpc.server.config import ServerConfig
-from hsrpc.server.listener import HEALTH_NAMES
+from hsrpc.server.grpc.listener import HEALTH_NAMES
 
 ROOT = Path(__file__).parents[1]
 K8S = ROOT / "k8s"

@@ -24,10 +24,10 @@ import grpc.aio
 import uvloop
 
 from hsrpc.bench.process import connected
-from hsrpc.bench.stub_engine import StubEngine
 from hsrpc.client_messages import generate_request
 from hsrpc.server import Server, ServerConfig
-from hsrpc.server.telemetry import Telemetry
+from hsrpc.server.ops.telemetry import Telemetry
+from hsrpc.testing.stub_engine import StubEngine
 
 TOKENS_PER_SECOND = 200.0
 """Of each stream; none ends by itself."""

@@ -17,8 +17,8 @@ from hsrpc.bench.frontend_client import Job, answer_jobs, ask
 from hsrpc.bench.lag import LoopLag
 from hsrpc.bench.process import connected
 from hsrpc.bench.serving import serving
-from hsrpc.bench.stub_engine import StubEngine
 from hsrpc.client_messages import Settings
+from hsrpc.testing.stub_engine import StubEngine
 
 MODES: Mapping[str, Settings] = {
     "one token a message": {"return_token_ids": True, "max_tokens_per_message": 1},

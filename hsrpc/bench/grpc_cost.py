@@ -26,8 +26,8 @@ from hsrpc.client_messages import Settings
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.request import Delta, SamplingParams
 from hsrpc.server import ServerConfig
-from hsrpc.server.contract import Engine
-from hsrpc.server.telemetry import Telemetry
+from hsrpc.server.engine_protocol import Engine
+from hsrpc.server.ops.telemetry import Telemetry
 
 
 class Way(StrEnum):

@@ -8,10 +8,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from hsrpc.bench.stub_engine import StubEngine, StubGeneration
 from hsrpc.engine.worker import Worker
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.request import Delta, SamplingParams
+from hsrpc.testing.stub_engine import StubEngine, StubGeneration
 
 _IDLE_SECONDS = 0.001
 

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from hsrpc.server import Server, ServerConfig
-from hsrpc.server.contract import Engine
-from hsrpc.server.telemetry import Telemetry
+from hsrpc.server.engine_protocol import Engine
+from hsrpc.server.ops.telemetry import Telemetry
 
 
 @asynccontextmanager

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from hsrpc.server.security import SecurityConfig
+from hsrpc.server.security import SecurityConfig
 
 
 def add_security_options(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +38,5 @@ def security_config(options: argparse.Namespace) -> SecurityConfig:
     Raises:
         ConfigError: a setting is wrong.
     """
-    from hsrpc.server.security import SecurityConfig  # loads grpc, which --help does not need
-
     names = [field.name for field in fields(SecurityConfig) if hasattr(options, field.name)]
     return SecurityConfig(**{name: getattr(options, name) for name in names})

@@ -96,9 +96,9 @@ def run(options: argparse.Namespace) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read once, as grpc loads; hsrpc reports what goes wrong
     from hsrpc.cli.loop import run_loop  # needs the extra `engine`, which --help does not
     from hsrpc.server import ServerConfig, serve
-    from hsrpc.server.last_resort import exit_within
-    from hsrpc.server.logs import LogFormat, set_up_logs
-    from hsrpc.server.telemetry import Telemetry
+    from hsrpc.server.ops.forced_exit import exit_within
+    from hsrpc.server.ops.logs import LogFormat, set_up_logs
+    from hsrpc.server.ops.telemetry import Telemetry
 
     config = ServerConfig(
         host=options.host,

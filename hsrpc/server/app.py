@@ -1,4 +1,4 @@
-"""`serve`: one process that loads a model, answers requests, drains at the first signal and exits at the second."""
+"""The server put together, and `serve`: loads a model, drains at the first signal, ends at the second."""
 
 from __future__ import annotations
 
@@ -12,15 +12,48 @@ import grpc
 
 from hsrpc.errors import EngineFaultError
 from hsrpc.server.config import ServerConfig, join_address
-from hsrpc.server.contract import Engine
-from hsrpc.server.last_resort import EXIT_SECONDS
-from hsrpc.server.listener import Server
+from hsrpc.server.engine_protocol import Engine
+from hsrpc.server.grpc.listener import GrpcFrontEnd
+from hsrpc.server.lifecycle import Lifecycle
+from hsrpc.server.observation import CallObserver, CountCall
+from hsrpc.server.ops.forced_exit import EXIT_SECONDS
+from hsrpc.server.ops.telemetry import Telemetry
+from hsrpc.server.service import Service
 from hsrpc.server.state import Phase
-from hsrpc.server.telemetry import Telemetry
 
 ExitWithin = Callable[[float, int], object]
 
 _log = logging.getLogger(__name__)
+
+
+class Server(Lifecycle):
+    """The service with its front ends, of which there is one: gRPC."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        observers: Sequence[CallObserver] = (),
+        count_call: CountCall | None = None,
+    ) -> None:
+        """`observers` are told of the calls of Generate, `count_call` of how each call of any method ended.
+
+        Raises:
+            ConfigError: a file of the security settings cannot be used.
+        """
+        service = Service(config)
+        self.grpc = GrpcFrontEnd(service, interceptors, observers, count_call)
+        super().__init__(service, [self.grpc])
+
+    @property
+    def address(self) -> str:
+        """`HOST:PORT` of gRPC."""
+        return self.grpc.address
+
+    @property
+    def port(self) -> int:
+        """Port of gRPC, once bound."""
+        return self.grpc.port
 
 
 def _nothing(_seconds: float, _code: int) -> None:

@@ -1,49 +1,33 @@
-"""Who calls, and how long the caller waits: what admission needs to know of a call beside its request."""
+"""Who calls, and how long the caller waits: what the use case needs to know of a call beside its request."""
 
 from __future__ import annotations
 
-import re
-from contextvars import ContextVar
+import ipaddress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from hsrpc.errors import InvalidRequestError
-from hsrpc.server.auth import client_name
-
-if TYPE_CHECKING:
-    from hsrpc.server.handlers import Context
-
-CLIENT_KEY = "x-hsrpc-client"
-_CLIENT = re.compile(r"[A-Za-z0-9._:@/-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The caller of the call that the current task answers."""
+    """The client of one call."""
 
+    name: str | None
+    """Proven by a token or a certificate: the owner of what it starts; None where clients need not say who they are."""
     client: str
     """Clients with the same key share one fair share."""
-    time_remaining: float | None
+    time_remaining: float | None = None
     """Seconds until the call's deadline, as the call arrived; None: it has none."""
 
 
-current_caller: ContextVar[Caller] = ContextVar("current_caller")
-"""Set for each call, in the task that answers it."""
+def canonical_host(host: str) -> str:
+    """The one form of an address, such as 10.0.0.7, ::1 or fe80::1%eth0, in which shares, log and spans name a client.
 
-
-def read_caller(context: Context) -> Caller:
-    """The caller, named by its token or certificate, else by the metadata `x-hsrpc-client`, else by its host.
-
-    Raises:
-        InvalidRequestError: the metadata is no name.
+    IPv6 may be in brackets and is compressed; an IPv4 address mapped into IPv6 is that address. Names stay as they are.
     """
-    given = [str(value) for key, value in context.invocation_metadata() or () if key == CLIENT_KEY]
-    if not all(map(_CLIENT.fullmatch, given)):
-        raise InvalidRequestError(CLIENT_KEY, "no name; give 1 to 128 letters, digits or ._:@/- in the metadata")
-    claimed = given[-1] if given else host_of(context.peer())
-    return Caller(client_name.get() or claimed, context.time_remaining())
-
-
-def host_of(peer: str) -> str:
-    """The host in grpc's name of a peer, such as ipv4:127.0.0.1:40500, which has a port of its own each connection."""
-    return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
+    bare = host.strip("[]")
+    try:
+        address = ipaddress.ip_address(bare)
+    except ValueError:
+        return bare
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    return str(address)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from hsrpc.server.contract import Engine
+from hsrpc.server.engine_protocol import Engine
 
 _MAX_PERIOD = 1.0
 """Seconds between two looks at the heartbeat."""

@@ -5,44 +5,50 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Protocol
-
-import grpc
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from hsrpc.request import Delta, Finish
-from hsrpc.server.auth import client_name
-from hsrpc.server.contract import Generation
-from hsrpc.server.status import Failure, StalledClientError
+from hsrpc.server.engine_protocol import Generation
+from hsrpc.server.errors import StalledClientError
+from hsrpc.server.failure import Failure, Outcome
 
-if TYPE_CHECKING:
-    from google.protobuf.message import Message
-
-    Context = grpc.aio.ServicerContext[bytes, Message]
-
+METHODS = ("Generate", "Abort", "GetModel", "Tokenize", "Detokenize", "GetServerInfo", "WatchLoad")
+"""What may be asked of the server; every front end calls it so."""
 Listener = Callable[["ObservedCall"], None]
-CountCall = Callable[[str, grpc.StatusCode], object]
-"""Is told the method and the status of each call that has ended."""
+CountCall = Callable[[str, Outcome], object]
+"""Is told the method and the outcome of each call that has ended."""
 
 _log = logging.getLogger(__name__)
 _TRANSIT_SECONDS = 0.1
 """A client's deadline may pass so much before the server's, which began with the arrival; then the client cancels."""
-_TRACE_KEYS = ("traceparent", "tracestate")
 _current: ContextVar[ObservedCall | None] = ContextVar("call", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A call as its front end knows it when it comes."""
+
+    method: str
+    """One of METHODS."""
+    client: str
+    """Its authenticated name, else its host, as `canonical_host` has it."""
+    time_remaining: Callable[[], float | None] = lambda: None
+    """Seconds until its deadline; None: it has none."""
+    trace: Mapping[str, str] = field(default_factory=dict)
+    """W3C trace context: `traceparent` and `tracestate`, where the caller gave them."""
+    protocol: Callable[[Outcome], Mapping[str, str | int]] = lambda _: {}
+    """Attributes of its span that name its protocol, and how that says the outcome."""
 
 
 class ObservedCall:
     """One call; fields that are not known yet, or never become known, are empty."""
 
-    def __init__(self, method: str, client: str, metadata: dict[str, str], observers: Sequence[CallObserver]) -> None:
-        self.method = method
-        """Without its service: Generate, GetModel and so on."""
-        self.client = client
-        """Its authenticated name, else the host of the peer."""
-        self.metadata = metadata
-        """What the call's metadata says of its trace."""
+    def __init__(self, arrival: Arrival, observers: Sequence[CallObserver]) -> None:
+        self.arrival = arrival
         self.started = time.monotonic()
         self.request_id = ""
         self.model = ""
@@ -54,7 +60,7 @@ class ObservedCall:
         self.inter_token_seconds: list[float] = []
         """For each portion after the first, the mean time of its tokens."""
         self.finish: Finish | None = None
-        self.status = grpc.StatusCode.OK
+        self.outcome = Outcome.OK
         self.error_id: str | None = None
         self.client_stalled = False
         self.seconds = 0.0
@@ -75,8 +81,8 @@ class ObservedCall:
         self.finish = delta.finish
 
     def fail(self, failure: Failure, error: Exception) -> None:
-        """The call ends with a status that is not OK, however long it takes until the client has it."""
-        self.status = failure.code
+        """The call ends with a failure, however long it takes until the client has it."""
+        self.outcome = failure.kind
         self.error_id = failure.error_id
         self.client_stalled = isinstance(error, StalledClientError)
         self.end()
@@ -109,36 +115,33 @@ class CallCounter:
         """Counted at its end."""
 
     def ended(self, call: ObservedCall) -> None:
-        self._count(call.method, call.status)
+        self._count(call.arrival.method, call.outcome)
 
 
 @contextmanager
-def observed(observers: Sequence[CallObserver], method: str, context: Context) -> Iterator[ObservedCall | None]:
-    """The call in the block is told to the observers; None where there are none."""
-    if not observers:
-        yield None
-        return
-    client = client_name.get() or peer_host(context.peer())
-    call = ObservedCall(method, client, _trace_metadata(context), observers)
+def observed(arrival: Arrival, observers: Sequence[CallObserver]) -> Iterator[ObservedCall]:
+    """The call in the block is told to the observers."""
+    call = ObservedCall(arrival, observers)
     token = _current.set(call)
     call.start()
     try:
         yield call
     except (asyncio.CancelledError, GeneratorExit):
-        remaining = context.time_remaining()
+        remaining = arrival.time_remaining()
         is_late = remaining is not None and remaining <= _TRANSIT_SECONDS
-        call.status = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+        call.outcome = Outcome.DEADLINE_EXCEEDED if is_late else Outcome.CANCELLED
         raise
     finally:
         _current.reset(token)
         call.end()
 
 
-def note_generation(generation: Generation, model: str, prompt: str) -> None:
+def note_generation(generation: Generation, model: str, prompt: str | Sequence[int]) -> None:
     """The current call has become a request of the engine."""
     call = _current.get()
     if call is not None:
-        call.request_id, call.model, call.prompt = generation.request_id, model, prompt
+        call.request_id, call.model = generation.request_id, model
+        call.prompt = prompt if isinstance(prompt, str) else ""
         call.prompt_tokens = len(generation.prompt_token_ids)
 
 
@@ -147,18 +150,6 @@ def note_output(delta: Delta) -> None:
     call = _current.get()
     if call is not None:
         call.output(delta)
-
-
-def peer_host(peer: str) -> str:
-    """The host in gRPC's name of a peer: ipv4:127.0.0.1:5 is 127.0.0.1."""
-    kind, _, address = peer.partition(":")
-    host = address.rpartition(":")[0] if kind in ("ipv4", "ipv6") else peer
-    return host.replace("%5B", "").replace("%5D", "").strip("[]")
-
-
-def _trace_metadata(context: Context) -> dict[str, str]:
-    metadata = context.invocation_metadata() or ()
-    return {key: value for key, value in metadata if key in _TRACE_KEYS and isinstance(value, str)}
 
 
 def _tell(listeners: Sequence[Listener], call: ObservedCall) -> None:

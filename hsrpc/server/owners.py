@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hsrpc.server.auth import client_name
-from hsrpc.server.status import NotOwnerError
+from hsrpc.server.errors import NotOwnerError
 
 
 class Owners:
@@ -16,20 +15,19 @@ class Owners:
         self._names: dict[str, str | None] = {}
 
     @contextmanager
-    def holding(self, request_id: str) -> Iterator[None]:
-        """While the block runs the request belongs to the client whose call this is."""
-        self._names[request_id] = client_name.get()
+    def holding(self, request_id: str, name: str | None) -> Iterator[None]:
+        """While the block runs the request belongs to the client of that name."""
+        self._names[request_id] = name
         try:
             yield
         finally:
             del self._names[request_id]
 
-    def check(self, request_id: str) -> None:
-        """Let pass the owner of a request, and anybody for an id that no request has.
+    def check(self, request_id: str, name: str | None) -> None:
+        """Let pass a client that is the owner of a request, and anybody for an id that no request has.
 
         Raises:
             NotOwnerError: it belongs to another client.
         """
-        caller = client_name.get()
-        if self._names.get(request_id, caller) != caller:
+        if self._names.get(request_id, name) != name:
             raise NotOwnerError("the request belongs to another client")

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from enum import Enum
 
 from hsrpc.errors import EngineUnavailableError
-from hsrpc.server.contract import Engine
+from hsrpc.server.engine_protocol import Engine
 
 
 class Phase(Enum):

@@ -8,8 +8,8 @@ import pytest
 
 from hsrpc.bench import frontend
 from hsrpc.bench.frontend import measure_frontend, plot_frontend, print_frontend, save_frontend
-from hsrpc.bench.stub_engine import StubEngine
 from hsrpc.request import FinishReason, SamplingParams
+from hsrpc.testing.stub_engine import StubEngine
 
 
 async def test_the_stub_keeps_its_rate():

@@ -14,8 +14,8 @@ from hsrpc.bench.workload import Lengths
 from hsrpc.client import AsyncClient
 from hsrpc.errors import QueueFullError
 from hsrpc.server import Server, ServerConfig
+from hsrpc.testing.fake_engine import WORDS, FakeEngine
 from tests.server.conftest import until
-from tests.server.fake_engine import WORDS, FakeEngine
 
 
 def mix(**changes) -> Mix:

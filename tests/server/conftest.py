@@ -13,18 +13,18 @@ import pytest
 from google.rpc.status_pb2 import Status
 
 from hsrpc.server import Server, ServerConfig
+from hsrpc.testing.fake_engine import FakeEngine
 from hsrpc.v1 import generation_pb2_grpc
-from tests.server.fake_engine import FakeEngine
 
 if TYPE_CHECKING:
-    from hsrpc.server.contract import Engine
+    from hsrpc.server.engine_protocol import Engine
     from hsrpc.v1.generation_pb2_grpc import GenerationServiceAsyncStub
 
 
 ROOT = Path(__file__).parents[2]
 NODE_CLIENT = ROOT / "clients" / "node"
 # The Node.js client is tested where `npm ci` has been run for it.
-collect_ignore = [] if (NODE_CLIENT / "node_modules").is_dir() else ["test_node_client.py"]
+collect_ignore = [] if (NODE_CLIENT / "node_modules").is_dir() else ["grpc/test_node_client.py"]
 
 
 @pytest.fixture

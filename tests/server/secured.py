@@ -16,7 +16,7 @@ import trustme
 from hsrpc.client import AsyncClient, CallError
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.security import SecurityConfig
-from tests.server.fake_engine import FakeEngine
+from hsrpc.testing.fake_engine import FakeEngine
 
 ALONE = (("grpc.use_local_subchannel_pool", 1),)
 """A channel with these shares no connection with another."""

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 from hsrpc.errors import CheckpointError
 from hsrpc.server import ServerConfig, app, serve
-from hsrpc.server.last_resort import exit_within
-from tests.server.fake_engine import FakeEngine
+from hsrpc.server.ops.forced_exit import exit_within
+from hsrpc.testing.fake_engine import FakeEngine
 
 
 class HangingEngine(FakeEngine):

@@ -15,9 +15,9 @@ from hsrpc.engine.engine import Engine
 from hsrpc.v1 import generation_pb2_grpc
 from tests.engine.support import idle
 from tests.server.conftest import stub_of
+from tests.server.grpc.test_status import details
 from tests.server.test_leaving import message, token_ids
 from tests.server.test_real_engine import CONFIG
-from tests.server.test_status import details
 
 BAD, GOOD = [5, 6, 7], [9, 8, 7]
 

@@ -1,0 +1,133 @@
+"""What the server needs of an engine, as protocols: `hsrpc.engine.engine.Engine` has it, and so may a stand-in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Protocol, TypedDict, Unpack
+
+from hsrpc.plan.plan import Plan
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.request import Delta, SamplingParams
+from hsrpc.schedule.blocks import PoolId
+
+
+class Spec(Protocol):
+    """The model that is loaded."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def family(self) -> str: ...
+    @property
+    def sizes(self) -> ModelSizes: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_token_ids(self) -> Sequence[int]: ...
+
+
+class Tokenizer(Protocol):
+    """Works off the event loop."""
+
+    async def encode(self, text: str) -> list[int]: ...
+    async def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+class Stats(Protocol):
+    """Counters of an engine at one moment, since it started."""
+
+    @property
+    def queued(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def used_blocks(self) -> Mapping[PoolId, int]: ...
+    @property
+    def peak_blocks(self) -> Mapping[PoolId, int]: ...
+    @property
+    def regenerated_tokens(self) -> int: ...
+    @property
+    def recomputed_tokens(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
+    @property
+    def peak_device_bytes(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def step_seconds(self) -> float: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def generated_tokens(self) -> int: ...
+    @property
+    def weights_streamed_bytes(self) -> int: ...
+    @property
+    def cache_loaded_bytes(self) -> int: ...
+
+
+class Generation(Protocol):
+    """A request's output. Merges the deltas that the consumer has not taken yet."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def prompt_token_ids(self) -> Sequence[int]: ...
+    @property
+    def params(self) -> SamplingParams:
+        """Those in effect: `seed` and `max_tokens` filled in."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+    async def __anext__(self) -> Delta: ...
+
+    async def gather(self, seconds: float, tokens: int | None, soonest: float | None = None) -> None:
+        """Let output gather for `seconds`; return sooner with `tokens` of it, or once it has ended.
+
+        Output that comes when `soonest` seconds have passed ends it too.
+        """
+        ...
+
+    def close(self) -> None:
+        """Abort if it is still live."""
+        ...
+
+
+class SubmitOptions(TypedDict, total=False):
+    """What a submission may say beside the prompt and how to continue it."""
+
+    request_id: str | None
+    """None: one is made."""
+    client: str
+    """Clients with the same key share one fair share; empty where it is left out."""
+    max_wait: float | None
+    """Seconds that the caller waits at most; None: for ever."""
+
+
+class Engine(Protocol):
+    """An engine that has started."""
+
+    @property
+    def spec(self) -> Spec: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    async def submit(
+        self, prompt: str | Sequence[int], params: SamplingParams, **options: Unpack[SubmitOptions]
+    ) -> Generation:
+        """Queue a request, as `hsrpc.engine.engine.Engine.submit` does."""
+        ...
+
+    def abort(self, request_id: str) -> bool: ...
+    def stats(self) -> Stats: ...
+    def heartbeat(self) -> float:
+        """Seconds since a step last began while there is work; 0 when idle."""
+        ...
+
+    async def wait_failed(self) -> None: ...

@@ -1,0 +1,38 @@
+"""Errors that the server adds to those of the engine."""
+
+from __future__ import annotations
+
+from hsrpc.errors import HsrpcError
+
+
+class MalformedRequestError(HsrpcError):
+    """The bytes of a request are not what they should be."""
+
+    def __init__(self, expected: str) -> None:
+        self.expected = expected
+        """What they should be, for the client."""
+        super().__init__(f"the request is not {expected}")
+
+
+class NotSupportedError(HsrpcError):
+    """A request asks for something that this server does not do."""
+
+    def __init__(self, feature: str) -> None:
+        self.feature = feature
+        super().__init__(f"{feature} is not supported by this server; leave it out")
+
+
+class UnauthenticatedError(HsrpcError):
+    """A client has not said who it is, or nobody knows it by what it said."""
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+        super().__init__(problem)
+
+
+class NotOwnerError(HsrpcError):
+    """A client means a request of another."""
+
+
+class StalledClientError(HsrpcError):
+    """A client left its stream unread."""

@@ -1,0 +1,52 @@
+"""GenerationService: one request in, a stream of its output back."""
+
+from __future__ import annotations
+
+from hsrpc.server.engine_protocol import Engine
+from hsrpc.server.grpc.caller import client_name, current_caller
+from hsrpc.server.grpc.handlers import Write
+from hsrpc.server.grpc.messages import add_delta, field_paths, model_of, read_submission, start_message
+from hsrpc.server.service import Service, Submission
+from hsrpc.server.stream import Stream
+from hsrpc.v1 import generation_pb2 as v1
+
+
+class GenerationService:
+    """Methods of hsrpc.v1.GenerationService."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def generate(self, request: v1.GenerateRequest, write: Write[v1.GenerateResponse]) -> None:
+        """Send the continuation of the prompt; however this ends, the engine's work for it ends too."""
+        with self._service.admit(model_of(request)) as admitted:
+            submission = read_submission(request, self._service.config)
+            with field_paths(request):
+                async with admitted.submit(submission, current_caller.get()) as stream:
+                    first = await _first_response(admitted.engine, stream, submission, request.output)
+                    await _send(stream, first, request.output, write)
+
+    async def abort(self, request: v1.AbortRequest) -> v1.AbortResponse:
+        return v1.AbortResponse(aborted=self._service.abort(request.request_id, client_name.get()))
+
+
+async def _first_response(
+    engine: Engine, stream: Stream, submission: Submission, output: v1.Output
+) -> v1.GenerateResponse:
+    """The response that the first token will complete, so that headers are sent with it and not before."""
+    response = v1.GenerateResponse(start=start_message(stream, engine.spec.name, output))
+    if output.echo_prompt:
+        prompt = submission.prompt
+        response.delta.text = prompt if isinstance(prompt, str) else await engine.tokenizer.decode(list(prompt))
+    return response
+
+
+async def _send(
+    stream: Stream, response: v1.GenerateResponse, output: v1.Output, write: Write[v1.GenerateResponse]
+) -> None:
+    async for delta in stream:
+        add_delta(response, delta, output)
+        if response.ByteSize():
+            await stream.turn()
+            await write(response)
+        response = v1.GenerateResponse()

@@ -1,0 +1,110 @@
+"""The gRPC server itself: services, health, reflection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from hsrpc.server.config import join_address
+from hsrpc.server.grpc.channel_options import channel_options
+from hsrpc.server.grpc.generation_service import GenerationService
+from hsrpc.server.grpc.handlers import streaming, unary
+from hsrpc.server.grpc.health_port import HealthPort, bind
+from hsrpc.server.grpc.interceptors import auth_interceptors
+from hsrpc.server.grpc.model_service import ModelService
+from hsrpc.server.grpc.server_service import ServerService
+from hsrpc.server.grpc.tls import server_credentials
+from hsrpc.server.lifecycle import Health
+from hsrpc.server.observation import CallCounter, CallObserver, CountCall
+from hsrpc.server.service import Service
+from hsrpc.v1 import generation_pb2, model_pb2, server_pb2
+
+GENERATION = "hsrpc.v1.GenerationService"
+MODEL = "hsrpc.v1.ModelService"
+SERVER = "hsrpc.v1.ServerService"
+HEALTH_NAMES = ("", GENERATION)
+_SERVING, _NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class GrpcFrontEnd:
+    """The gRPC server: services, health, reflection. A front end as `lifecycle.FrontEnd` has it."""
+
+    def __init__(
+        self,
+        service: Service,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        observers: Sequence[CallObserver] = (),
+        count_call: CountCall | None = None,
+    ) -> None:
+        """`observers` are told of the calls of Generate, `count_call` of how each call of any method ended.
+
+        Raises:
+            ConfigError: a file of the security settings cannot be used.
+        """
+        config = self._config = service.config
+        self.port = config.port
+        self._health = health_aio.HealthServicer()
+        self._credentials = server_credentials(config.security)
+        counters = [CallCounter(count_call)] if count_call else []
+        everyone = [*auth_interceptors(config.security, count_call), *interceptors]
+        self._grpc = grpc.aio.server(interceptors=everyone, options=channel_options(config))
+        self._grpc.add_generic_rpc_handlers(_service_handlers(service, observers, counters))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        if config.security.reflection:
+            names = (GENERATION, MODEL, SERVER, HEALTH_SERVICE, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._grpc)
+        self.health_port = HealthPort(self._health, config)
+
+    @property
+    def address(self) -> str:
+        return join_address(self._config.host, self.port)
+
+    async def start(self) -> None:
+        """Bind and answer.
+
+        Raises:
+            ConfigError: the address cannot be bound.
+        """
+        self.port = bind(self._grpc, "port", self._config.bind_address, self._credentials)
+        await self.health_port.start()
+        await self._grpc.start()
+
+    async def report(self, health: Health) -> None:
+        """Set the health of the services; that of the whole server, under no name, has stalls too."""
+        for name, good in zip(HEALTH_NAMES, (health is Health.SERVING, health is not Health.DOWN), strict=True):
+            await self._health.set(name, _SERVING if good else _NOT_SERVING)
+
+    async def stop(self, seconds: float) -> None:
+        """Close the ports; calls that are left after `seconds` are cancelled."""
+        await self._grpc.stop(seconds)
+        await self.health_port.stop()
+
+
+def _service_handlers(
+    service: Service,
+    observers: Sequence[CallObserver],
+    counters: Sequence[CallObserver],
+) -> list[grpc.GenericRpcHandler]:
+    generation, model, info = GenerationService(service), ModelService(service), ServerService(service)
+    wait, told = service.config.write_timeout, [*counters, *observers]
+    methods = {
+        GENERATION: {
+            "Generate": streaming(generation_pb2.GenerateRequest, generation.generate, wait, told),
+            "Abort": unary(generation_pb2.AbortRequest, generation.abort, counters),
+        },
+        MODEL: {
+            "GetModel": unary(model_pb2.GetModelRequest, model.get_model, counters),
+            "Tokenize": unary(model_pb2.TokenizeRequest, model.tokenize, counters),
+            "Detokenize": unary(model_pb2.DetokenizeRequest, model.detokenize, counters),
+        },
+        SERVER: {
+            "GetServerInfo": unary(server_pb2.GetServerInfoRequest, info.get_server_info, counters),
+            "WatchLoad": streaming(server_pb2.WatchLoadRequest, info.watch_load, wait, counters),
+        },
+    }
+    return [grpc.method_handlers_generic_handler(name, handlers) for name, handlers in methods.items()]

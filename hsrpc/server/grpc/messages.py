@@ -1,0 +1,250 @@
+"""Between messages and what the service takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from hsrpc.errors import InvalidRequestError
+from hsrpc.request import (
+    MAX_LOGIT_BIAS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    Delta,
+    Finish,
+    FinishReason,
+    SamplingParams,
+    TokenLogprob,
+)
+from hsrpc.server.config import ServerConfig
+from hsrpc.server.errors import NotSupportedError
+from hsrpc.server.pacing import Pace, choose_pace
+from hsrpc.server.service import Submission
+from hsrpc.server.stream import Stream
+from hsrpc.v1 import generation_pb2 as v1
+from hsrpc.v1 import model_pb2
+
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
+_STOPPING = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
+_SECTIONS = {
+    **{field.name: "sampling" for field in v1.Sampling.DESCRIPTOR.fields},
+    **{field.name: "stopping" for field in v1.Stopping.DESCRIPTOR.fields},
+    **{field.name: "output" for field in v1.Output.DESCRIPTOR.fields},
+}
+
+
+ModelRequest = v1.GenerateRequest | model_pb2.GetModelRequest | model_pb2.TokenizeRequest | model_pb2.DetokenizeRequest
+
+
+def model_of(request: ModelRequest) -> str | None:
+    """The model that is asked for; None: the one that is loaded."""
+    return request.model if request.HasField("model") else None
+
+
+def read_submission(request: v1.GenerateRequest, config: ServerConfig) -> Submission:
+    """What is asked for; where the request does not say, as `config` has it.
+
+    Raises:
+        InvalidRequestError: naming the field by its path in the message.
+        NotSupportedError: a field that the server lacks is set.
+    """
+    with field_paths(request):
+        pace = read_pace(request.output, config)
+        params = read_params(request)
+    request_id = request.request_id if request.HasField("request_id") else None
+    return Submission(read_prompt(request), params, pace, request_id)
+
+
+@contextmanager
+def field_paths(request: v1.GenerateRequest) -> Iterator[None]:
+    """Errors that leave the block name fields by their path in the message: temperature is sampling.temperature."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise InvalidRequestError(_path(error.field, request), error.description) from None
+
+
+def _path(field: str, request: v1.GenerateRequest) -> str:
+    name, bracket, index = field.partition("[")
+    if name in ("prompt", "prompt_token_ids", "text", "token_ids"):
+        path = "token_ids.ids" if request.WhichOneof("input") == "token_ids" else "text"
+    else:
+        path = f"{_SECTIONS[name]}.{name}" if name in _SECTIONS else name
+    return path + bracket + index
+
+
+def read_prompt(request: v1.GenerateRequest) -> str | Sequence[int]:
+    """The prompt, as text or token ids, which are not copied: their number has not been checked.
+
+    Raises:
+        InvalidRequestError: there is none.
+    """
+    given = request.WhichOneof("input")
+    if given is None:
+        raise InvalidRequestError("input", "no prompt; set text or token_ids")
+    prompt: str | Sequence[int] = request.text if given == "text" else request.token_ids.ids
+    if not prompt:
+        raise InvalidRequestError(given, "empty; give at least one token")
+    return prompt
+
+
+def read_params(request: v1.GenerateRequest) -> SamplingParams:
+    """What the request sets, the rest at its default.
+
+    Raises:
+        InvalidRequestError: naming the field.
+        NotSupportedError: a field that the engine lacks is set.
+    """
+    sampling, stopping, output = request.sampling, request.stopping, request.output
+    if output.HasField("prompt_logprobs"):
+        raise NotSupportedError("output.prompt_logprobs")
+    _check_counts(request)
+    settings = _given(sampling, _SAMPLING) | _given(stopping, _STOPPING)
+    if stopping.HasField("time_limit"):
+        settings["time_limit"] = _seconds(stopping.time_limit)
+    if output.HasField("logprobs"):
+        settings["logprobs"] = output.logprobs
+    settings |= {"logit_bias": dict(sampling.logit_bias), "priority": request.priority}
+    settings |= {"stop": tuple(stopping.stop), "stop_token_ids": tuple(stopping.stop_token_ids)}
+    return SamplingParams(**settings)
+
+
+def _check_counts(request: v1.GenerateRequest) -> None:
+    """Refuse long lists before they are copied."""
+    for path, count, max_count in (
+        ("stopping.stop", len(request.stopping.stop), MAX_STOP_STRINGS),
+        ("stopping.stop_token_ids", len(request.stopping.stop_token_ids), MAX_STOP_TOKEN_IDS),
+        ("sampling.logit_bias", len(request.sampling.logit_bias), MAX_LOGIT_BIAS),
+    ):
+        if count > max_count:
+            raise InvalidRequestError(path, f"{count} entries, at most {max_count} are allowed")
+
+
+def _given(message: Message, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
+
+
+def read_pace(output: v1.Output, config: ServerConfig) -> Pace:
+    """How the output is to be sent.
+
+    Raises:
+        InvalidRequestError: naming the field.
+    """
+    tokens = output.max_tokens_per_message if output.HasField("max_tokens_per_message") else None
+    delay = _seconds(output.max_message_delay) if output.HasField("max_message_delay") else None
+    return choose_pace(config, tokens, delay)
+
+
+def start_message(stream: Stream, model: str, output: v1.Output) -> v1.Start:
+    """Facts about the prompt, and the settings in effect."""
+    params = stream.params
+    return v1.Start(
+        request_id=stream.request_id,
+        model=model,
+        prompt_tokens=len(stream.prompt_token_ids),
+        sampling=_sampling_message(params),
+        stopping=_stopping_message(params),
+        output=_output_message(params, stream.pace, output),
+        priority=params.priority,
+    )
+
+
+def _sampling_message(params: SamplingParams) -> v1.Sampling:
+    return v1.Sampling(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        seed=params.seed,
+        logit_bias=params.logit_bias,
+    )
+
+
+def _stopping_message(params: SamplingParams) -> v1.Stopping:
+    return v1.Stopping(
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        include_stop=params.include_stop,
+        time_limit=None if params.time_limit is None else duration(params.time_limit),
+    )
+
+
+def _output_message(params: SamplingParams, pace: Pace, output: v1.Output) -> v1.Output:
+    return v1.Output(
+        logprobs=params.logprobs,
+        echo_prompt=output.echo_prompt,
+        return_token_ids=output.return_token_ids,
+        max_tokens_per_message=pace.max_tokens,
+        max_message_delay=duration(pace.max_delay),
+    )
+
+
+def add_delta(response: v1.GenerateResponse, delta: Delta, output: v1.Output) -> None:
+    """Put what the client asked for of `delta` behind what `response` has; the field stays unset if that is nothing."""
+    if delta.text:
+        response.delta.text += delta.text
+    if output.return_token_ids and delta.token_ids:
+        response.delta.token_ids.extend(delta.token_ids)
+    if delta.logprobs:
+        response.delta.logprobs.extend(map(_logprob_message, delta.logprobs))
+    if delta.finish:
+        response.finish.CopyFrom(finish_message(delta.finish))
+
+
+def _logprob_message(logprob: TokenLogprob) -> v1.TokenLogprob:
+    top = [v1.TopLogprob(token_id=token_id, logprob=value) for token_id, value in logprob.top]
+    return v1.TokenLogprob(token_id=logprob.token_id, logprob=logprob.logprob, rank=logprob.rank, top=top)
+
+
+def finish_message(finish: Finish) -> v1.Finish:
+    """How the request ended."""
+    usage, timings = finish.usage, finish.timings
+    message = v1.Finish(
+        reason=v1.FinishReason.Value(f"FINISH_REASON_{finish.reason.value}"),
+        usage=v1.Usage(
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            preemptions=usage.preemptions,
+        ),
+        timings=v1.Timings(
+            queue=duration(timings.queue),
+            prefill=duration(timings.prefill),
+            decode=duration(timings.decode),
+            first_token=duration(timings.first_token),
+        ),
+    )
+    if isinstance(finish.matched_stop, str):
+        message.stop_string = finish.matched_stop
+    elif finish.matched_stop is not None and finish.reason is FinishReason.STOP_TOKEN:
+        message.stop_token_id = finish.matched_stop
+    return message
+
+
+def duration(seconds: float) -> Duration:
+    """`seconds` to the nanosecond."""
+    message = Duration()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
+
+
+def _seconds(message: Duration) -> float:
+    return message.seconds + message.nanos / 1e9

@@ -1,0 +1,180 @@
+"""Prometheus metrics: of the engine at each scrape, of steps and requests as they end; docs/metrics.md lists them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from hsrpc.errors import EngineUnavailableError
+from hsrpc.plan.roofline import StepRecord, roofline
+from hsrpc.request import FinishReason
+from hsrpc.schedule.blocks import PoolId
+from hsrpc.server.engine_protocol import Engine, Stats
+from hsrpc.server.failure import Outcome
+from hsrpc.server.observation import METHODS, ObservedCall
+
+_LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 1000.0)
+_LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
+_RATIO = (0.5, 0.8, 0.9, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+_BUS = ("weights", "cache")
+_BUS_SECONDS = 10.0
+"""Step time after which a step has about a third of its weight in the bus's rate."""
+_OTHER = "other"
+
+
+class CallMetrics:
+    """Finishes and times of Generate; an observer of its calls."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        reasons = Counter("hsrpc_requests_finished", "Requests that ended, by reason", ["reason"], registry=registry)
+        # All series are there from the start: a rate needs the 0 before the first 1.
+        self._reasons = {reason: reasons.labels(reason.value) for reason in FinishReason}
+        self._stalled = Counter(
+            "hsrpc_slow_readers", "Streams ended because the client left them unread", registry=registry
+        )
+        self._first_token = _seconds("hsrpc_time_to_first_token", "From the call's start to its first token", registry)
+        self._inter_token = _seconds("hsrpc_inter_token", "Between tokens, mean of each portion sent", registry)
+        self._end_to_end = _seconds("hsrpc_request_duration", "From a call's start to its end with a finish", registry)
+        self._queue = _seconds("hsrpc_request_queue_time", "From arrival to first scheduled", registry)
+
+    def started(self, call: ObservedCall) -> None:
+        """Counted at its end."""
+
+    def ended(self, call: ObservedCall) -> None:
+        if call.client_stalled:
+            self._stalled.inc()
+        if call.first_token_seconds is not None:
+            self._first_token.observe(call.first_token_seconds)
+        for seconds in call.inter_token_seconds:
+            self._inter_token.observe(seconds)
+        if call.finish is not None:
+            self._reasons[call.finish.reason].inc()
+            self._queue.observe(call.finish.timings.queue)
+            self._end_to_end.observe(call.seconds)
+
+
+class MethodMetrics:
+    """Counts the calls of all methods."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        text = "Calls that ended, by method and gRPC status"
+        counter = Counter("hsrpc_calls", text, ["method", "status"], registry=registry)
+        self._series = {pair: counter.labels(*pair) for pair in product((*METHODS, _OTHER), Outcome)}
+
+    def count(self, method: str, outcome: Outcome) -> None:
+        """A call has ended. What is no method of ours goes under one name: a client chooses no label."""
+        self._series[method if method in METHODS else _OTHER, outcome].inc()
+
+
+class EngineMetrics(Collector):
+    """The engine's own counters, read at each scrape; a step's time as it ends."""
+
+    def __init__(self, registry: CollectorRegistry, engine: Callable[[], Engine | None]) -> None:
+        self._engine = engine
+        self._step = _seconds("hsrpc_step_duration", "Time of a step", registry)
+        text = "Bytes copied to the device per second of step time, lately"
+        self._bus = Gauge("hsrpc_bus_bytes_per_second", text, registry=registry)
+        self._bus_bytes = self._bus_seconds = 0.0
+        self._ratio = Histogram(
+            "hsrpc_step_time_over_predicted_ratio",
+            "Time of a step over the least that the machine's measured rates allow for what it moved and computed",
+            buckets=_RATIO,
+            registry=registry,
+        )
+        registry.register(self)
+
+    def observe_step(self, record: StepRecord) -> None:
+        """A step has ended."""
+        self._step.observe(record.seconds)
+        self._observe_bus(record)
+        engine = self._engine()
+        if engine is not None:
+            limit = roofline(record, engine.spec.sizes, engine.plan.hardware).seconds
+            self._ratio.observe(record.seconds / limit)
+
+    def _observe_bus(self, record: StepRecord) -> None:
+        """One step says little: the prefetcher works ahead of it. Older ones count less and less."""
+        kept = math.exp(-record.seconds / _BUS_SECONDS)
+        self._bus_bytes = self._bus_bytes * kept + record.weight_bytes + record.cache_bytes
+        self._bus_seconds = self._bus_seconds * kept + record.seconds
+        self._bus.set(self._bus_bytes / self._bus_seconds)
+
+    def collect(self) -> Iterable[Metric]:
+        engine = self._engine()
+        if engine is None:
+            return
+        try:
+            stats = engine.stats()
+        except EngineUnavailableError:
+            return  # left meanwhile
+        yield from _requests(stats)
+        yield from _memory(engine, stats)
+        yield from _work(stats)
+
+
+class LoopMetrics:
+    """How late the event loop runs what is due."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._lag = Histogram(
+            "hsrpc_event_loop_lag_seconds", "Lateness of the event loop, sampled", buckets=_LAG, registry=registry
+        )
+
+    def observe_lag(self, seconds: float) -> None:
+        """A sample."""
+        self._lag.observe(seconds)
+
+
+def _seconds(name: str, text: str, registry: CollectorRegistry) -> Histogram:
+    return Histogram(f"{name}_seconds", f"{text}, seconds", buckets=_LATENCY, registry=registry)
+
+
+def _requests(stats: Stats) -> Iterator[Metric]:
+    yield _gauge("hsrpc_requests_queued", "Requests that wait to run", stats.queued)
+    yield _gauge("hsrpc_requests_running", "Requests that run", stats.running)
+    yield _gauge("vllm:num_requests_waiting", "Alias of hsrpc_requests_queued", stats.queued)
+    yield _gauge("vllm:num_requests_running", "Alias of hsrpc_requests_running", stats.running)
+
+
+def _memory(engine: Engine, stats: Stats) -> Iterator[Metric]:
+    plan, labels = engine.plan, ["kind", "tier"]
+    used = GaugeMetricFamily("hsrpc_cache_blocks_used", "Cache blocks in use", labels=labels)
+    total = GaugeMetricFamily("hsrpc_cache_blocks", "Cache blocks there are", labels=labels)
+    for pool in PoolId:
+        names = [pool.kind.value, pool.tier.value]
+        used.add_metric(names, stats.used_blocks.get(pool, 0))
+        total.add_metric(names, plan.num_blocks.get(pool, 0))
+    yield used
+    yield total
+    blocks = sum(plan.num_blocks.values())
+    usage = sum(stats.used_blocks.values()) / blocks if blocks else 0.0
+    yield _gauge("vllm:kv_cache_usage_perc", "Share of all cache blocks in use, 0 to 1", usage)
+    yield _gauge("hsrpc_device_memory_bytes", "Device memory that the plan uses", sum(plan.device_bytes.values()))
+    yield _gauge("hsrpc_device_memory_peak_bytes", "Most device memory in use at once", stats.peak_device_bytes)
+    yield _gauge("hsrpc_host_memory_bytes", "Pinned host memory that the plan uses", sum(plan.host_bytes.values()))
+    yield _gauge("hsrpc_activation_share_ratio", "Planned share of tokens held as activations", plan.activation_share)
+
+
+def _work(stats: Stats) -> Iterator[Metric]:
+    bus = CounterMetricFamily("hsrpc_bus_bytes", "Bytes copied to the device; its rate is the bus's", labels=["what"])
+    for what, moved in zip(_BUS, (stats.weights_streamed_bytes, stats.cache_loaded_bytes), strict=True):
+        bus.add_metric([what], moved)
+    yield bus
+    yield _counter("hsrpc_regenerated_tokens", "K and V rebuilt, tokens times layers", stats.regenerated_tokens)
+    yield _counter("hsrpc_recomputed_tokens", "Computed anew: their requests keep no cache", stats.recomputed_tokens)
+    yield _counter("hsrpc_preemptions", "Times that a request gave its blocks up", stats.preemptions)
+    yield _counter("hsrpc_prompt_tokens", "Prompt tokens of the requests taken", stats.prompt_tokens)
+    yield _counter("hsrpc_generated_tokens", "Tokens generated", stats.generated_tokens)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, text, value=value)

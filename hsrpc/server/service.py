@@ -1,0 +1,150 @@
+"""What clients may ask of the server, whatever carries their calls: a front end reads, calls this, and writes."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+from hsrpc.errors import InvalidRequestError, ModelNotFoundError
+from hsrpc.request import SamplingParams
+from hsrpc.server.caller import Caller
+from hsrpc.server.config import ServerConfig
+from hsrpc.server.engine_protocol import Engine
+from hsrpc.server.observation import note_generation
+from hsrpc.server.owners import Owners
+from hsrpc.server.pacing import Pace, Pacer
+from hsrpc.server.state import ServerState
+from hsrpc.server.stream import Stream
+
+MAX_REQUEST_ID_LENGTH = 128
+_REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_LENGTH}}}")
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request for a continuation."""
+
+    prompt: str | Sequence[int]
+    """Text, or token ids."""
+    params: SamplingParams
+    pace: Pace
+    request_id: str | None = None
+    """None: one is made."""
+
+
+class Service:
+    """The use case over one engine. All on one event loop; each call in a task of its own.
+
+    Its errors become what the client is told by `failure_of`.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.state = ServerState()
+        self._owners = Owners()
+        self._pacer = Pacer()
+        self._started = time.monotonic()
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the service was made."""
+        return time.monotonic() - self._started
+
+    @contextmanager
+    def admit(self, model: str | None) -> Iterator[Admitted]:
+        """Take in a call that starts work, before its request is read; draining waits for the block's end.
+
+        Raises:
+            NotServingError: new work is not taken.
+            ModelNotFoundError: another model than the loaded one is asked for.
+        """
+        with self.state.admit() as engine:
+            _check_model(engine, model)
+            yield Admitted(engine, self._owners, self._pacer, self.state)
+
+    def engine(self, model: str | None = None) -> Engine:
+        """The engine, for calls that start no work; `model` None is the loaded one.
+
+        Raises:
+            NotServingError: it is loading or has failed.
+            ModelNotFoundError: another model than the loaded one is asked for.
+        """
+        engine = self.state.engine
+        _check_model(engine, model)
+        return engine
+
+    def abort(self, request_id: str, name: str | None) -> bool:
+        """End a live request of the client called `name`; False where there is none of that id.
+
+        Raises:
+            InvalidRequestError: it is no request id.
+            NotOwnerError: the request belongs to another client.
+            NotServingError: the engine is loading or has failed.
+        """
+        _check_request_id(request_id)
+        self._owners.check(request_id, name)
+        return self.state.engine.abort(request_id)
+
+    async def tokenize(self, model: str | None, text: str) -> list[int]:
+        """Token ids of `text`. Raises as `engine` does."""
+        return await self.engine(model).tokenizer.encode(text)
+
+    async def detokenize(self, model: str | None, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids`. Raises as `engine` does, and InvalidRequestError for an id outside the vocabulary."""
+        engine = self.engine(model)
+        vocab_size = engine.spec.vocab_size
+        for i, token_id in enumerate(token_ids):
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(f"token_ids[{i}]", f"{token_id} is outside the vocabulary [0, {vocab_size})")
+        return await engine.tokenizer.decode(list(token_ids))
+
+
+class Admitted:
+    """A call that may start work on the engine."""
+
+    def __init__(self, engine: Engine, owners: Owners, pacer: Pacer, state: ServerState) -> None:
+        self.engine = engine
+        self._owners = owners
+        self._pacer = pacer
+        self._state = state
+
+    @asynccontextmanager
+    async def submit(self, submission: Submission, caller: Caller) -> AsyncIterator[Stream]:
+        """The output of a request, owned by the caller; however the block ends, the engine's work ends too.
+
+        Raises:
+            InvalidRequestError: the request id is none, or the engine refuses a field; fields are the engine's.
+            RequestExistsError: a live request has that id.
+            QueueFullError, WaitTooLongError, EngineUnavailableError: try again later.
+        """
+        if submission.request_id is not None:
+            _check_request_id(submission.request_id)
+        generation = await self.engine.submit(
+            submission.prompt,
+            submission.params,
+            request_id=submission.request_id,
+            client=caller.client,
+            max_wait=caller.time_remaining,
+        )
+        note_generation(generation, self.engine.spec.name, submission.prompt)
+        try:
+            with self._owners.holding(generation.request_id, caller.name):
+                yield Stream(generation, submission.pace, self._pacer, self._state)
+        finally:
+            generation.close()
+
+
+def _check_model(engine: Engine, model: str | None) -> None:
+    if model is not None and model != engine.spec.name:
+        raise ModelNotFoundError("another model is loaded")
+
+
+def _check_request_id(request_id: str) -> None:
+    """Let pass an id that may stand in logs as it is."""
+    if not _REQUEST_ID.fullmatch(request_id):
+        found = f"{len(request_id)} characters" if len(request_id) > MAX_REQUEST_ID_LENGTH else ascii(request_id)
+        remedy = f"give 1 to {MAX_REQUEST_ID_LENGTH} of A-Z a-z 0-9 . _ : -"
+        raise InvalidRequestError("request_id", f"{found} is no request id; {remedy}")

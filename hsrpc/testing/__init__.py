@@ -1,0 +1,1 @@
+"""Parts for those who test their own clients, front ends and devices."""

@@ -1,0 +1,174 @@
+"""An engine that computes nothing: it hands out tokens at a given rate, to measure and test what is in front of one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from types import TracebackType
+from typing import Self, Unpack
+
+from hsrpc.config import CachePolicy, EngineConfig
+from hsrpc.engine.generation import Generation
+from hsrpc.engine.stats import EngineStats
+from hsrpc.errors import InvalidRequestError, RequestExistsError
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.plan import Budgets, Plan
+from hsrpc.plan.planner import Planner
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
+from hsrpc.server.engine_protocol import SubmitOptions
+
+STEP_SECONDS = 0.005
+"""Tokens come in steps, as from an engine whose model is small."""
+_MAX_MODEL_LEN = 10_000_000
+_SEED = 7
+_WORD = Delta(" word", (7,))
+_SIZES = ModelSizes(
+    num_layers=2,
+    hidden_size=64,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=16,
+    ffn_size=256,
+    vocab_size=128,
+    context_length=512,
+    element_bytes=4,
+    layer_tensors={"attention": 4 * 64 * 64, "mlp": 2 * 64 * 256},
+    fixed_elements=128 * 64,
+)
+_HARDWARE = Hardware(load_bandwidth=5e10, store_bandwidth=5e10, gemm_rate=1e14, memory_bandwidth=1e12)
+
+
+@dataclass(frozen=True, slots=True)
+class StubSpec:
+    """A model in name only."""
+
+    name: str
+    family: str = "opt"
+    sizes: ModelSizes = _SIZES
+    vocab_size: int = _SIZES.vocab_size
+    eos_token_ids: tuple[int, ...] = (2,)
+
+
+class StubTokenizer:
+    """One token a character: its ASCII code."""
+
+    async def encode(self, text: str) -> list[int]:
+        return [ord(letter) % _SIZES.vocab_size for letter in text]
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(chr, token_ids))
+
+
+class StubGeneration(Generation):
+    """Counts what it was given."""
+
+    def __init__(self, request_id: str, prompt: Sequence[int], params: SamplingParams, engine: StubEngine) -> None:
+        super().__init__(request_id, prompt, params, partial(engine.abort, request_id))
+        self.started = time.perf_counter()
+        self.given = 0
+
+
+class StubEngine:
+    """While entered it gives every live request `rate` tokens per second, one delta a token, until its `max_tokens`."""
+
+    def __init__(self, rate: float = 0.0, name: str = "stub") -> None:
+        self.rate = rate
+        self.spec = StubSpec(name)
+        self.tokenizer = StubTokenizer()
+        self.device = "none"
+        self.max_model_len = _MAX_MODEL_LEN
+        self.plan = _plan()
+        self.live: dict[str, StubGeneration] = {}
+        self._ids = count()
+        self._steps = 0
+        self._tokens = 0
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    async def submit(
+        self, prompt: str | Sequence[int], params: SamplingParams, **options: Unpack[SubmitOptions]
+    ) -> StubGeneration:
+        ids = await self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        room = self.max_model_len - len(ids)
+        if room <= 0:
+            raise InvalidRequestError("text" if isinstance(prompt, str) else "token_ids", f"{len(ids)} tokens")
+        request_id = options.get("request_id") or f"made-{next(self._ids)}"
+        if request_id in self.live:
+            raise RequestExistsError(request_id)
+        effective = replace(params, seed=params.seed or _SEED, max_tokens=params.max_tokens or room)
+        self.live[request_id] = StubGeneration(request_id, ids, effective, self)
+        return self.live[request_id]
+
+    def abort(self, request_id: str) -> bool:
+        is_live = request_id in self.live
+        if is_live:
+            self.end(request_id, FinishReason.ABORTED)
+        return is_live
+
+    def end(self, request_id: str, reason: FinishReason) -> None:
+        """The last delta of a live request."""
+        generation = self.live.pop(request_id)
+        seconds = time.perf_counter() - generation.started
+        usage = Usage(len(generation.prompt_token_ids), generation.given)
+        generation.put(Delta(finish=Finish(reason, usage, Timings(0.0, 0.0, seconds, 0.0))))
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            queued=0,
+            running=len(self.live),
+            used_blocks={},
+            peak_blocks={},
+            steps=self._steps,
+            step_seconds=STEP_SECONDS,
+            prompt_tokens=0,
+            generated_tokens=self._tokens,
+            preemptions=0,
+            weights_streamed_bytes=0,
+            cache_loaded_bytes=0,
+            regenerated_tokens=0,
+            peak_device_bytes=0,
+        )
+
+    def heartbeat(self) -> float:
+        return 0.0
+
+    async def wait_failed(self) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(STEP_SECONDS)
+            self._steps += 1
+            now = time.perf_counter()
+            for generation in list(self.live.values()):
+                self._give(generation, int((now - generation.started) * self.rate))
+
+    def _give(self, generation: StubGeneration, due: int) -> None:
+        max_tokens = generation.params.max_tokens or 0
+        for _ in range(min(due, max_tokens) - generation.given):
+            generation.put(_WORD)
+            generation.given += 1
+            self._tokens += 1
+        if generation.given == max_tokens:
+            self.end(generation.request_id, FinishReason.MAX_TOKENS)
+
+
+def _plan() -> Plan:
+    """The real planner's answer for a tiny model."""
+    config = EngineConfig(cache_policy=CachePolicy.HYBRID, activation_share=0.5, max_batch=4)
+    return Planner(_SIZES, Budgets(device=2**26, host=2**26), _HARDWARE, config).plan()
