@@ -21,6 +21,7 @@ ALLOWED = {
     "model": {"core", "config", "errors"},
     "device": {"core", "config", "errors"},
     "engine": {"model", "device", "core", "config", "errors"},
+    "testing": {"engine", "model", "device", "core", "config", "errors"},
     "server": {"engine", "core", "config", "errors", "v1"},
     "client_messages": {"core", "errors", "v1"},
     "client_channel": set(),

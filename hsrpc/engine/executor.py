@@ -58,7 +58,7 @@ class Executor:
         self._device = device
         self.forward = Forward(family, weights, cache, attention, device, max_queries=plan.buffers.queries)
         self._graphs = make_graphs(family, weights, cache, attention, device, plan=plan)
-        self._sampler = Sampler(SAMPLE_ELEMENTS)
+        self._sampler = Sampler(device.fetch, SAMPLE_ELEMENTS)
         self._eos = frozenset(family.spec.eos_token_ids)
         self._steps: asyncio.Queue[tuple[Step, Step | None]] = asyncio.Queue(1)
         self._results: asyncio.Queue[list[Sampled] | OutOfDeviceMemoryError | None] = asyncio.Queue(1)

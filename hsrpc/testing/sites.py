@@ -1,0 +1,48 @@
+"""Where in the code something happens: exact places for messages, and names of sites that survive an edit."""
+
+from __future__ import annotations
+
+import dis
+import sys
+from functools import cache
+from types import CodeType, FrameType
+from typing import NamedTuple
+
+_PACKAGE = "hsrpc."
+_BETWEEN = ("hsrpc.device.", "hsrpc.testing.", "torch", "contextlib", "functools")
+"""Modules between whoever uses a device and the one who asks."""
+
+
+class Place(NamedTuple):
+    """A line of code."""
+
+    module: str
+    code: CodeType
+    line: int
+
+    @property
+    def function(self) -> str:
+        return f"{self.module.removeprefix(_PACKAGE)}.{self.code.co_qualname}"
+
+    def __str__(self) -> str:
+        return f"{self.function}:{self.line}"
+
+
+def user_place() -> Place:
+    """Where a device was used: the innermost frame that is neither its own nor torch's."""
+    frame = sys._getframe(1)
+    while (module := frame.f_globals["__name__"]).startswith(_BETWEEN) and frame.f_back is not None:
+        frame = frame.f_back
+    return Place(module, frame.f_code, frame.f_lineno)
+
+
+def site_of(frame: FrameType, method: str) -> str:
+    """Name of the function that runs in `frame`, and where it calls `method` several times, which call this is."""
+    return _site(frame.f_globals["__name__"], frame.f_code, frame.f_lasti, method)
+
+
+@cache
+def _site(module: str, code: CodeType, offset: int, method: str) -> str:
+    calls = [each.offset for each in dis.get_instructions(code) if each.argval == method]
+    name = f"{module.removeprefix(_PACKAGE)}.{code.co_qualname}"
+    return name if len(calls) < 2 else f"{name} #{sum(call < offset for call in calls)}"
