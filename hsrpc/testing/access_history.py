@@ -27,7 +27,8 @@ class Actor(IntEnum):
         return self.name.lower()
 
 
-_NUM_ACTORS = len(Actor)
+_ACTORS = tuple(Actor)
+_NUM_ACTORS = len(_ACTORS)
 
 
 class Region(Protocol):
@@ -152,16 +153,19 @@ class AccessHistory:
             region.fill(self._fine(region)[row], self._unit, number)
         self._last[row] = number
 
+    def add_whole(self, actor: Actor, number: int) -> None:
+        """Note the write that makes the buffer: the first access, to all of it."""
+        self._last[actor] = number
+
     def unordered(self, region: Region, actor: Actor, clock: Sequence[int], *, writes: bool) -> Iterator[Conflict]:
         """Accesses of others to the region that conflict with one by `actor`, who knows of those up to `clock`."""
-        for row in range(2 * _NUM_ACTORS if writes else _NUM_ACTORS):
+        for row, latest in enumerate(self._last if writes else self._last[:_NUM_ACTORS]):
             other = row % _NUM_ACTORS
-            if other != actor and self._last[row] > clock[other]:
-                number = self._last[row]
-                if self._units is not None or not region.covers(self._size):
-                    number = region.max(self._fine(region)[row], self._unit)
-                if number > clock[other]:
-                    yield Conflict(Actor(other), number, row < _NUM_ACTORS)
+            if latest <= clock[other] or other == actor:
+                continue
+            number = latest if self._units is None else region.max(self._fine(region)[row], self._unit)
+            if number > clock[other]:
+                yield Conflict(_ACTORS[other], number, row < _NUM_ACTORS)
 
     def _fine(self, region: Region) -> Numbers:
         """Numbers in units that divide the region's bounds."""

@@ -52,21 +52,28 @@ class _Operation(NamedTuple):
 class _Buffer:
     """One storage."""
 
-    name: str
+    kind: str
+    """What it is, without the place where it was made."""
+    made: Place
     history: AccessHistory
     owner: Actor | None
     """Its stream, which may use the memory anew once nothing refers to it. None: the memory is the host's."""
     is_staging: bool = False
     """Copies leave it without waiting for the host, which fills it."""
+    others: set[Actor] = field(default_factory=set)
+    """Who used it, apart from its owner."""
     kept: set[Actor] = field(default_factory=set)
     """Streams that are waited for before its memory is used anew."""
     storage: ref[torch.UntypedStorage] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.made.function}"
 
 
 class _Read(NamedTuple):
     """A copy out of a staging buffer that the host has not waited for, and what it is to find there."""
 
-    buffer: str
+    buffer: _Buffer
     tensor: torch.Tensor
     content: torch.Tensor
     stream: Actor
@@ -101,10 +108,10 @@ class Checker:
             self._check_reads(self._reads)
             return dict(self._races)
 
-    def allocate(self, tensor: torch.Tensor, name: str, owner: Actor | None, *, is_staging: bool = False) -> None:
+    def allocate(self, tensor: torch.Tensor, kind: str, owner: Actor | None, *, is_staging: bool = False) -> None:
         """New memory; `owner` None: the host's."""
         with self._lock:
-            self._allocate(tensor, name, owner).is_staging = is_staging
+            self._allocate(tensor, kind, user_place(), owner).is_staging = is_staging
             if owner is Actor.DEFAULT:  # which may fill it, unseen
                 self._operations.append(_Operation("filling", user_place()))
                 self._access(Use(tensor, Role.WRITE), owner, len(self._operations))
@@ -131,8 +138,9 @@ class Checker:
             for tensor in results:
                 if tensor.untyped_storage()._cdata not in self._buffers:
                     is_view = False
-                    self._allocate(tensor, f"result {list(tensor.shape)} of {self._told(number)}", actor)
-                    self._access(Use(tensor, Role.WRITE), actor, number)
+                    operation = self._operations[number - 1]
+                    buffer = self._allocate(tensor, operation.name, operation.place, actor)
+                    buffer.history.add_whole(actor, number)
             for use in used:
                 if use.role is Role.ALIAS and not is_view:  # such as of `reshape`, where it has to copy
                     self._access(use._replace(role=Role.READ), actor, number)
@@ -175,12 +183,12 @@ class Checker:
     def _buffer(self, tensor: torch.Tensor) -> _Buffer:
         """Of a tensor; one that nobody made known is the result of something that is not seen."""
         found = self._buffers.get(tensor.untyped_storage()._cdata)
-        return self._allocate(tensor, f"tensor {list(tensor.shape)}", None) if found is None else found
+        return self._allocate(tensor, "tensor", user_place(), None) if found is None else found
 
-    def _allocate(self, tensor: torch.Tensor, name: str, owner: Actor | None) -> _Buffer:
+    def _allocate(self, tensor: torch.Tensor, kind: str, made: Place, owner: Actor | None) -> _Buffer:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        buffer = _Buffer(name, AccessHistory(storage.nbytes()), owner)
+        buffer = _Buffer(kind, made, AccessHistory(storage.nbytes()), owner)
 
         def unreferenced(_: object) -> None:  # by whatever thread, perhaps within this object: it only takes note
             if self._buffers.get(key) is buffer:
@@ -202,24 +210,26 @@ class Checker:
         writes = role is Role.WRITE
         for conflict in buffer.history.unordered(region, actor, self._clocks[actor], writes=writes):
             kind = "write" if writes else "read"
-            self._report(buffer.name, f"{kind} by {self._told(number)} on {actor}", conflict)
+            self._report(buffer, f"{kind} by {self._told(number)} on {actor}", conflict)
+        if actor is not buffer.owner:
+            buffer.others.add(actor)
         buffer.history.add(region, actor, number, writes=writes)
         if buffer.is_staging and not writes:
-            self._reads.append(_Read(buffer.name, tensor, tensor.clone(), actor, number))
+            self._reads.append(_Read(buffer, tensor, tensor.clone(), actor, number))
 
     def _look_at_unreferenced(self) -> None:
         while self._unreferenced:
             buffer = self._unreferenced.popleft()
-            if buffer.owner is not None:
+            if buffer.owner is not None and buffer.others - buffer.kept:
                 self._reusable[buffer.owner].append(buffer)
 
     def _reuse(self, owner: Actor) -> None:
         """Memory is allocated on `owner`, perhaps that of any buffer that is there no more."""
         self._look_at_unreferenced()
         for buffer in self._reusable[owner]:
-            for user in set(Actor) - {owner, *buffer.kept}:
+            for user in buffer.others - buffer.kept:
                 if (number := buffer.history.last(user)) > self._clocks[owner][user]:
-                    self._report(buffer.name, f"reuse of its memory on {owner}", Conflict(user, number, writes=False))
+                    self._report(buffer, f"reuse of its memory on {owner}", Conflict(user, number, writes=False))
         self._reusable[owner].clear()
 
     def _check_reads(self, reads: Iterable[_Read]) -> None:
@@ -228,9 +238,9 @@ class Checker:
                 later = f"rewriting it on {Actor.HOST}"
                 self._report(read.buffer, later, Conflict(read.stream, read.number, writes=False))
 
-    def _report(self, buffer: str, later: str, earlier: Conflict) -> None:
+    def _report(self, buffer: _Buffer, later: str, earlier: Conflict) -> None:
         kind = "write" if earlier.writes else "read"
-        self._races[Race(buffer, later, f"the {kind} by {self._told(earlier.number)} on {earlier.actor}")] += 1
+        self._races[Race(str(buffer), later, f"the {kind} by {self._told(earlier.number)} on {earlier.actor}")] += 1
 
     def _told(self, number: int) -> str:
         operation = self._operations[number - 1]

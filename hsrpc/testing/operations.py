@@ -34,58 +34,51 @@ class Use(NamedTuple):
     """None: all of it."""
 
 
-class _Schema(NamedTuple):
-    """Roles of the arguments that may hold tensors."""
+class Schema(NamedTuple):
+    """An operation, and the roles of the arguments that may hold tensors."""
 
     name: str
+    """Such as aten::copy_."""
+    gives_values: bool
+    """Its result is on the host, which waits for it."""
     by_position: tuple[Role | None, ...]
     by_keyword: Mapping[str, Role]
 
-
-def operation_name(func: torch._ops.OpOverload) -> str:
-    """Such as aten::copy_."""
-    return _schema(func).name
-
-
-def gives_values(func: torch._ops.OpOverload) -> bool:
-    """Its result is on the host, which waits for it."""
-    return _schema(func).name in _GIVES_VALUES
-
-
-def uses(func: torch._ops.OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Use]:
-    """All tensors that an operation is given."""
-    schema = _schema(func)
-    found = [
-        Use(tensor, role)
-        for value, role in zip(args, schema.by_position, strict=False)
-        if role is not None
-        for tensor in tensors(value)
-    ]
-    for name, value in kwargs.items():
-        if (role := schema.by_keyword.get(name)) is not None:
-            found += [Use(tensor, role) for tensor in tensors(value)]
-    if schema.name in _BY_ROW and args[1] == 0:
-        rows = args[2]
-        assert isinstance(rows, torch.Tensor)
-        found[0] = found[0]._replace(rows=rows.numpy())
-    return found
-
-
-def tensors(value: object) -> Iterator[torch.Tensor]:
-    """Those of a value that is a tensor, or a list of them, or something else."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors(item)
+    def uses(self, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Use]:
+        """All tensors that the operation is given."""
+        found: list[Use] = []
+        for value, role in zip(args, self.by_position, strict=False):
+            if role is not None:
+                found += [Use(tensor, role) for tensor in tensors(value)]
+        for name, value in kwargs.items():
+            if (role := self.by_keyword.get(name)) is not None:
+                found += [Use(tensor, role) for tensor in tensors(value)]
+        if self.name in _BY_ROW and args[1] == 0:
+            rows = args[2]
+            assert isinstance(rows, torch.Tensor)
+            found[0] = found[0]._replace(rows=rows.numpy())
+        return found
 
 
 @cache
-def _schema(func: torch._ops.OpOverload) -> _Schema:
-    arguments = func._schema.arguments
+def schema_of(func: torch._ops.OpOverload) -> Schema:
+    """Its schema, read once."""
+    name, arguments = func._schema.name, func._schema.arguments
     roles = {each.name: _role(each) for each in arguments if "Tensor" in str(each.type)}
     by_position = tuple(roles.get(each.name) for each in arguments if not each.kwarg_only)
-    return _Schema(func._schema.name, by_position, roles)
+    return Schema(name, name in _GIVES_VALUES, by_position, roles)
+
+
+def tensors(value: object) -> Sequence[torch.Tensor]:
+    """Those of a value that is a tensor, or a list of them, or something else."""
+    if isinstance(value, torch.Tensor):
+        return (value,)
+    return tuple(_nested(value)) if isinstance(value, (list, tuple)) else ()
+
+
+def _nested(values: Sequence[object]) -> Iterator[torch.Tensor]:
+    for value in values:
+        yield from tensors(value)
 
 
 def _role(argument: torch._C.Argument) -> Role:

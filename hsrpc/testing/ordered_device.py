@@ -34,8 +34,8 @@ from hsrpc.device.device import OPENERS, CpuDevice, Event, Stream
 from hsrpc.device.host_pages import HostPages
 from hsrpc.testing.access_history import Actor
 from hsrpc.testing.checker import Checker, Mark
-from hsrpc.testing.operations import Role, Use, gives_values, operation_name, tensors, uses
-from hsrpc.testing.sites import site_of, user_place
+from hsrpc.testing.operations import Role, Use, schema_of, tensors
+from hsrpc.testing.sites import site_of
 
 _MAX_RACES = 10
 """Told of in one error."""
@@ -53,6 +53,10 @@ class _Watch(TorchDispatchMode):
         self._checker = checker
         self._stream = stream
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the wrapper that keeps it from being compiled takes longer than what it wraps
+
     def __torch_dispatch__(
         self,
         func: torch._ops.OpOverload,
@@ -61,11 +65,12 @@ class _Watch(TorchDispatchMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        used = uses(func, args, kwargs)
-        number = self._checker.operation(operation_name(func), self._stream, used)
+        schema = schema_of(func)
+        used = schema.uses(args, kwargs)
+        number = self._checker.operation(schema.name, self._stream, used)
         results = func(*args, **kwargs)
         self._checker.results(number, self._stream, used, tensors(results))
-        if gives_values(func):
+        if schema.gives_values:
             self._checker.synchronize(self._checker.mark(self._stream))
         return results
 
@@ -110,14 +115,14 @@ class OrderedDevice(CpuDevice):
         with _disable_current_modes():
             tensor = super().empty(shape, dtype)
         owner = self._stream if self._stream is not None else Actor.DEFAULT
-        self._checker.allocate(tensor, f"device memory {list(shape)} of {user_place().function}", owner)
+        self._checker.allocate(tensor, f"device memory {list(shape)}", owner)
         return tensor
 
     def pinned(
         self, size: int, fill: Callable[[torch.Tensor], object] | None = None, *, pages: HostPages | None = None
     ) -> torch.Tensor:
         tensor = super().pinned(size, fill, pages=pages)
-        self._checker.allocate(tensor, f"pinned memory [{size}] of {user_place().function}", None)
+        self._checker.allocate(tensor, f"pinned memory [{size}]", None)
         return tensor
 
     def release_pinned(self) -> None:
@@ -156,7 +161,7 @@ class OrderedDevice(CpuDevice):
     def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         with _disable_current_modes():
             host = torch.empty(size, dtype=torch.uint8)
-        self._checker.allocate(host, f"pinned memory [{size}] of {user_place().function}", None, is_staging=True)
+        self._checker.allocate(host, f"pinned memory [{size}]", None, is_staging=True)
         return host, self.empty((size,), torch.uint8)
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -14,18 +14,20 @@ _BETWEEN = ("hsrpc.device.", "hsrpc.testing.", "torch", "contextlib", "functools
 
 
 class Place(NamedTuple):
-    """A line of code."""
+    """A call in the code."""
 
     module: str
     code: CodeType
-    line: int
+    offset: int
+    """Of the instruction; the line is looked up when somebody wants to read it, since that takes long."""
 
     @property
     def function(self) -> str:
         return f"{self.module.removeprefix(_PACKAGE)}.{self.code.co_qualname}"
 
     def __str__(self) -> str:
-        return f"{self.function}:{self.line}"
+        lines = (line for start, end, line in self.code.co_lines() if start <= self.offset < end)
+        return f"{self.function}:{next(lines, None)}"
 
 
 def user_place() -> Place:
@@ -33,7 +35,7 @@ def user_place() -> Place:
     frame = sys._getframe(1)
     while (module := frame.f_globals["__name__"]).startswith(_BETWEEN) and frame.f_back is not None:
         frame = frame.f_back
-    return Place(module, frame.f_code, frame.f_lineno)
+    return Place(module, frame.f_code, frame.f_lasti)
 
 
 def site_of(frame: FrameType, method: str) -> str:
