@@ -149,6 +149,7 @@ class OrderedDevice(CpuDevice):
     def drain(self) -> None:
         if self._waits("host waits for all", "drain"):
             self._checker.drain()
+        super().drain()
 
     def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
         actor = cast("Actor", stream)

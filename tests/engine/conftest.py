@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,13 +13,28 @@ import torch
 from hsrpc.config import EngineConfig
 from hsrpc.core.plan import Budgets, Hardware
 from hsrpc.core.planner import Planner
+from hsrpc.engine import startup
 from hsrpc.errors import ConfigError
 from hsrpc.model.spec import load_spec
+from hsrpc.testing.ordered_device import OrderedDevice, ordered_devices
 from tests.engine.reference import Reference, make_reference
 
 torch.set_num_threads(1)
 
 HARDWARE = Hardware(load_bandwidth=1e10, store_bandwidth=1e10, gemm_rate=1e11, memory_bandwidth=1e11)
+
+
+@pytest.fixture(autouse=True)
+def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine that the tests run on decides nothing."""
+    monkeypatch.setattr(startup, "calibrate", lambda *_: HARDWARE)
+
+
+@pytest.fixture(autouse=True)
+def ordered() -> Iterator[list[OrderedDevice]]:
+    """Every engine computes on a device that fails the test if two accesses to memory are in no order."""
+    with ordered_devices() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")
