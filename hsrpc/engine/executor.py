@@ -138,6 +138,10 @@ class Executor:
         slots = self._cache.borrow()
         try:
             return await worker.run(partial(self._sweep, step, slots))
+        except torch.OutOfMemoryError:
+            freed = self._given_up()
+            slots = [Staged(staged.buffers, freed) for staged in slots]
+            raise
         finally:
             for staged in slots:
                 self._cache.give_back(staged, staged.loaded)
@@ -201,6 +205,9 @@ class Executor:
                 await worker.run(partial(self.forward.decode_weights, weights))
             for batch in batches:
                 done = await self._compute_batch(worker, weights, batch)
+        except torch.OutOfMemoryError:
+            done = self._given_up()
+            raise
         finally:
             self._prefetcher.give_back(weights, done)
 
@@ -211,9 +218,18 @@ class Executor:
         attended = staged.loaded
         try:
             attended, done = await worker.run(partial(self.forward.compute, weights, staged, batch))
+        except torch.OutOfMemoryError:
+            attended = self._given_up()
+            raise
         finally:
             self._cache.give_back(staged, attended)
         return done
+
+    def _given_up(self) -> Event:
+        """When all is done that a step launched before it failed: what was loaded, and what was computed with it."""
+        device = self._device
+        device.wait(device.load, device.record(device.compute))
+        return device.record(device.load)
 
     def _begin(self, step: Step) -> list[DeviceBatch]:
         with self._device.on(self._device.compute):
