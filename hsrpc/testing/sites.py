@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dis
+import re
 import sys
 from functools import cache
 from types import CodeType, FrameType
 from typing import NamedTuple
 
 _PACKAGE = "hsrpc."
+_NAMELESS = re.compile(r"\.<locals>\.<\w+>")
 _BETWEEN = ("hsrpc.device.", "hsrpc.testing.", "torch", "contextlib", "functools")
 """Modules between whoever uses a device and the one who asks."""
 
@@ -23,7 +25,7 @@ class Place(NamedTuple):
 
     @property
     def function(self) -> str:
-        return f"{self.module.removeprefix(_PACKAGE)}.{self.code.co_qualname}"
+        return _function(self.module, self.code)
 
     def __str__(self) -> str:
         lines = (line for start, end, line in self.code.co_lines() if start <= self.offset < end)
@@ -46,5 +48,10 @@ def site_of(frame: FrameType, method: str) -> str:
 @cache
 def _site(module: str, code: CodeType, offset: int, method: str) -> str:
     calls = [each.offset for each in dis.get_instructions(code) if each.argval == method]
-    name = f"{module.removeprefix(_PACKAGE)}.{code.co_qualname}"
+    name = _function(module, code)
     return name if len(calls) < 2 else f"{name} #{sum(call < offset for call in calls)}"
+
+
+def _function(module: str, code: CodeType) -> str:
+    """Its name; what is in a comprehension or a lambda belongs to the function around it, as from Python 3.12 on."""
+    return f"{module.removeprefix(_PACKAGE)}.{_NAMELESS.sub('', code.co_qualname)}"
