@@ -46,12 +46,12 @@ class RaceError(AssertionError):
 
 
 class _Watch(TorchDispatchMode):
-    """Tells the checker of each of this thread's operations."""
+    """Tells the checker of each of this thread's operations, on the stream that is its own now."""
 
     def __init__(self, checker: Checker, stream: Actor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.stream = stream
         self._checker = checker
-        self._stream = stream
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -67,11 +67,11 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         schema = schema_of(func)
         used = schema.uses(args, kwargs)
-        number = self._checker.operation(schema.name, self._stream, used)
+        number = self._checker.operation(schema.name, self.stream, used)
         results = func(*args, **kwargs)
-        self._checker.results(number, self._stream, used, tensors(results))
+        self._checker.results(number, self.stream, used, tensors(results))
         if schema.gives_values:
-            self._checker.synchronize(self._checker.mark(self._stream))
+            self._checker.synchronize(self._checker.mark(self.stream))
         return results
 
 
@@ -90,7 +90,7 @@ class OrderedDevice(CpuDevice):
         """Where something was to wait for something else, so far: streams, the host, and whoever reuses memory."""
         self._without = without
         self._checker = Checker()
-        self._current = threading.local()
+        self._of_thread = threading.local()
 
     @property
     def num_operations(self) -> int:
@@ -204,16 +204,28 @@ class OrderedDevice(CpuDevice):
     @property
     def _stream(self) -> Actor | None:
         """The one that this thread launches on."""
-        return getattr(self._current, "stream", None)
+        watch = self._watch
+        return None if watch is None else watch.stream
+
+    @property
+    def _watch(self) -> _Watch | None:
+        return getattr(self._of_thread, "watch", None)
 
     @contextmanager
     def _on(self, stream: Actor) -> Iterator[None]:
-        before, self._current.stream = self._stream, stream
+        if (watch := self._watch) is not None:  # a second one would see the same operations
+            before, watch.stream = watch.stream, stream
+            try:
+                yield
+            finally:
+                watch.stream = before
+            return
+        self._of_thread.watch = _Watch(self._checker, stream)
         try:
-            with _Watch(self._checker, stream):
+            with self._of_thread.watch:
                 yield
         finally:
-            self._current.stream = before
+            self._of_thread.watch = None
 
     def _launch(self, name: str, *used: Use) -> None:
         """Note one of the device's own kernels or copies."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 _PACKAGE = "hsrpc."
 _NAMELESS = re.compile(r"\.<locals>\.<\w+>")
-_BETWEEN = ("hsrpc.device.", "hsrpc.testing.", "torch", "contextlib", "functools")
+_BETWEEN = ("hsrpc.device.device", "hsrpc.device.uploads", "hsrpc.testing.", "torch", "contextlib", "functools")
 """Modules between whoever uses a device and the one who asks."""
 
 

@@ -99,6 +99,14 @@ def by_way_of_a_value(device: OrderedDevice, memory: torch.Tensor, ordered: bool
         memory.sum()
 
 
+def a_stream_inside_another(device: OrderedDevice, memory: torch.Tensor, ordered: bool) -> None:
+    with device.on(device.compute):
+        memory[0].zero_()
+        with device.on(device.load):
+            memory[1].fill_(1.0)
+        memory[2 if ordered else 1].zero_()
+
+
 def parts_that_overlap(device: OrderedDevice, memory: torch.Tensor, ordered: bool) -> None:
     with device.on(device.load):
         memory.view(-1)[:20].fill_(1.0)
@@ -290,6 +298,7 @@ EXAMPLES: list[Example] = [
     by_way_of_a_third_stream,
     by_way_of_the_host,
     by_way_of_a_value,
+    a_stream_inside_another,
     parts_that_overlap,
     columns,
     every_other_row,
@@ -336,13 +345,12 @@ def test_two_reads_need_no_order() -> None:
 
 
 def test_a_stream_runs_in_order() -> None:
-    """Of itself it need not wait for anything; also where another one is entered in between."""
+    """Of itself it need not wait for anything, whenever it is entered."""
     device, memory = made()
-    with device.on(device.compute):
-        memory.fill_(1.0)
-        with device.on(device.load):
-            pass
-        memory.sum()
+    for _ in range(2):
+        with device.on(device.compute):
+            memory.fill_(1.0)
+            memory.sum()
     device.check()
 
 
