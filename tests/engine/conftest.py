@@ -30,9 +30,13 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(startup, "calibrate", lambda *_: HARDWARE)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def ordered() -> Iterator[list[OrderedDevice]]:
-    """Every engine computes on a device that fails the test if two accesses to memory are in no order."""
+    """Engines compute on a device that fails the test if two accesses to memory are in no order.
+
+    A step takes about four times as long on it. So it is for one test of each kind of step, and for all that end steps
+    early; the many combinations of families, policies and budgets, which launch no other operations, do without.
+    """
     with ordered_devices() as opened:
         yield opened
 

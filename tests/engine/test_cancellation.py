@@ -33,6 +33,8 @@ from tests.engine.support import (
     weights_on_device,
 )
 
+pytestmark = pytest.mark.usefixtures("ordered")
+
 PROMPT = "a prompt that is computed in two chunks"
 MAX_TOKENS = 6
 AWAITS = 16

@@ -21,6 +21,8 @@ from hsrpc.model.opt import Opt
 from tests.engine.reference import Reference
 from tests.engine.support import collect, greedy, idle, ids, roomy
 
+pytestmark = pytest.mark.usefixtures("ordered")
+
 
 def batch_of(count: int) -> MiniBatch:
     return lay_out([Work(Request("r", [1] * count, SamplingParams(), 0, 0.0), 0, count, samples=True)], 16, None)
