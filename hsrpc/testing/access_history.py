@@ -38,6 +38,10 @@ class Region(Protocol):
     def grain(self) -> int:
         """Bytes: all bounds of the region are multiples of it."""
 
+    @property
+    def end(self) -> int:
+        """The byte behind its last one."""
+
     def covers(self, size: int) -> bool:
         """Whether it is all of a buffer of `size` bytes."""
 
@@ -77,6 +81,11 @@ class Box(NamedTuple):
     def grain(self) -> int:
         return gcd(self.offset, self.run, *self.strides)
 
+    @property
+    def end(self) -> int:
+        steps = ((count - 1) * stride for count, stride in zip(self.shape, self.strides, strict=True))
+        return self.offset + self.run + sum(steps)
+
     def covers(self, size: int) -> bool:
         return self.run == size
 
@@ -108,6 +117,10 @@ class RowSet(NamedTuple):
     def grain(self) -> int:
         return int(np.gcd.reduce(self.starts, initial=self.width))
 
+    @property
+    def end(self) -> int:
+        return int(self.starts.max()) + self.width
+
     def covers(self, size: int) -> bool:
         return self.width == size
 
@@ -126,18 +139,20 @@ class AccessHistory:
     """Number of the last write and the last read by each actor, for each byte of a buffer.
 
     Numbers grow with time and begin at 1. While only all of it is accessed at once, ten numbers are kept; from then on
-    ten for each unit, the largest piece of which all bounds so far are multiples.
+    ten for each unit, the largest piece of which all bounds so far are multiples, as far as parts were accessed.
     """
 
-    __slots__ = ("_last", "_size", "_unit", "_units")
+    __slots__ = ("_last", "_size", "_unit", "_units", "_whole")
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._unit = size
         self._units: Numbers | None = None
-        """[2 * actors, units]: writes by each actor, then reads."""
+        """[2 * actors, units] of the front of the buffer: writes by each actor, then reads. None: no unit differs."""
+        self._whole = [0] * (2 * _NUM_ACTORS)
+        """Those of the bytes behind."""
         self._last = [0] * (2 * _NUM_ACTORS)
-        """Largest of each row of them."""
+        """Largest of each row."""
 
     def last(self, actor: Actor) -> int:
         """The actor's last access to any byte; 0: there is none."""
@@ -147,6 +162,7 @@ class AccessHistory:
         """Note an access; `number` is no smaller than those before."""
         row = actor if writes else _NUM_ACTORS + actor
         if region.covers(self._size):
+            self._whole[row] = number
             if self._units is not None:
                 self._units[row] = number
         else:
@@ -155,7 +171,7 @@ class AccessHistory:
 
     def add_whole(self, actor: Actor, number: int) -> None:
         """Note the write that makes the buffer: the first access, to all of it."""
-        self._last[actor] = number
+        self._whole[actor] = self._last[actor] = number
 
     def unordered(self, region: Region, actor: Actor, clock: Sequence[int], *, writes: bool) -> Iterator[Conflict]:
         """Accesses of others to the region that conflict with one by `actor`, who knows of those up to `clock`."""
@@ -168,14 +184,20 @@ class AccessHistory:
                 yield Conflict(_ACTORS[other], number, row < _NUM_ACTORS)
 
     def _fine(self, region: Region) -> Numbers:
-        """Numbers in units that divide the region's bounds."""
+        """Numbers in units that divide the region's bounds, as far as it goes."""
         unit = gcd(self._unit, region.grain)
-        if self._units is None:
-            self._units = np.repeat(np.array(self._last, dtype=np.int64)[:, None], self._size // unit, axis=1)
-        elif unit != self._unit:
-            self._units = np.repeat(self._units, self._unit // unit, axis=1)
-        self._unit = unit
-        return self._units
+        units = self._behind(0) if self._units is None else self._units
+        if unit != self._unit:
+            units = np.repeat(units, self._unit // unit, axis=1)
+        if (end := region.end) > units.shape[1] * unit:
+            more = min(self._size // unit, 2 * end // unit) - units.shape[1]
+            units = np.concatenate((units, self._behind(more)), axis=1)
+        self._unit, self._units = unit, units
+        return units
+
+    def _behind(self, count: int) -> Numbers:
+        """Numbers of `count` units to which nothing happened apart from what happened to all."""
+        return np.repeat(np.array(self._whole, dtype=np.int64)[:, None], count, axis=1)
 
 
 class Conflict(NamedTuple):
