@@ -28,10 +28,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from hsrpc.config import DeviceKind
-from hsrpc.core.batch import Runs
-from hsrpc.device.coding import Coding
 from hsrpc.device.device import OPENERS, CpuDevice, Event, Stream
 from hsrpc.device.host_pages import HostPages
+from hsrpc.model.formats.lossless import Coding
+from hsrpc.schedule.step import Runs
 from hsrpc.testing.access_history import Actor
 from hsrpc.testing.checker import Checker, Mark
 from hsrpc.testing.operations import Role, Use, schema_of, tensors

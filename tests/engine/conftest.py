@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from hsrpc.config import EngineConfig
-from hsrpc.core.plan import Budgets, Hardware
-from hsrpc.core.planner import Planner
 from hsrpc.engine import startup
 from hsrpc.errors import ConfigError
 from hsrpc.model.spec import load_spec
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.plan import Budgets
+from hsrpc.plan.planner import Planner
 from hsrpc.testing.ordered_device import OrderedDevice, ordered_devices
 from tests.engine.reference import Reference, make_reference
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsrpc.core.request import SamplingParams
 from hsrpc.device.device import CpuDevice
 from hsrpc.model.logits import edit, uniforms
 from hsrpc.model.sampler import Sampled, Sampler, SamplingRow
+from hsrpc.request import SamplingParams
 
 VOCAB = 60
 GREEDY = SamplingParams(temperature=0.0)

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsrpc.config import DeviceKind
-from hsrpc.core.batch import Runs
-from hsrpc.device.coding import WORD
 from hsrpc.device.device import open_device
+from hsrpc.model.formats.lossless import WORD
+from hsrpc.schedule.step import Runs
 from hsrpc.testing.access_history import AccessHistory, Actor, Box, RowSet
 from hsrpc.testing.ordered_device import OrderedDevice, RaceError, ordered_devices
 

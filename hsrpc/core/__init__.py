@@ -1,1 +1,0 @@
-"""Requests, blocks, plan and scheduler: decisions in pure Python, without torch and without asyncio."""
