@@ -125,7 +125,7 @@ def sustained_load(device: Device) -> float:
     try:
         source = device.pinned(_PIECES * amounts.copy_bytes)
         source.zero_()
-        device.synchronize(device.record(device.load))
+        device.drain()
         start = time.perf_counter()
         while time.perf_counter() - start < amounts.sustained:
             with device.on(device.load):
@@ -262,6 +262,7 @@ def _norm_seconds(device: Device, sizes: ModelSizes, dtype: torch.dtype, loops: 
 def _launch_seconds(device: Device) -> float:
     """The host's, for one small kernel."""
     x = device.empty((16,), torch.float32).zero_()
+    device.drain()
     count = 200
     times = []
     with device.on(device.compute), torch.inference_mode():
@@ -289,6 +290,7 @@ def _lower_quartile(times: Sequence[float]) -> float:
 
 def _times(device: Device, work: Callable[[], object], repeats: int, loops: int = 1) -> list[float]:
     """Seconds of `work` on the compute stream, `repeats` times after a warm-up."""
+    device.drain()  # what it reads was filled on no stream of the device's
     times = []
     with device.on(device.compute), torch.inference_mode():
         for _ in range(repeats + 1):

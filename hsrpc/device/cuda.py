@@ -137,9 +137,18 @@ class CudaDevice(Device):
         return torch.from_numpy(array).pin_memory().to(self.torch_device, non_blocking=True)
 
     def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        target = self.empty((size,), torch.uint8)
-        self.keep(target, self.store)
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True), target
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True), self.empty((size,), torch.uint8)
+
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        on_host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+        event = torch.Event(self.torch_device, blocking=True)
+        event.record(torch.cuda.current_stream(self.torch_device))
+
+        def arrived() -> torch.Tensor:
+            event.synchronize()
+            return on_host
+
+        return arrived
 
     def load_bytes(self, target: torch.Tensor, source: torch.Tensor) -> None:
         for start in range(0, len(source), _PIECE_BYTES):

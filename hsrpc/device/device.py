@@ -144,13 +144,22 @@ class Device(ABC):
     @contextmanager
     def uploads(self) -> Iterator[Uploads]:
         """Gathers small host arrays, for use on the current stream and on `store`: on the device when this is left."""
-        uploads = Uploads(self.small_memory)
+        uploads = Uploads(self._upload_memory)
         yield uploads
         uploads.send()
+
+    def _upload_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        host, target = self.small_memory(size)
+        self.keep(target, self.store)
+        return host, target
 
     @abstractmethod
     def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For `uploads`: uint8 [size] on the host, from which copies do not block, and [size] on the device."""
+
+    @abstractmethod
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to copy a tensor to the host, on the current stream. What this returns waits for it and gives it."""
 
     @abstractmethod
     def load_bytes(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -254,6 +263,9 @@ class CpuDevice(Device):
     def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
 
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: tensor
+
     def load_bytes(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target[: len(source)].copy_(source)
 
@@ -292,16 +304,24 @@ def _group_memory(group: Path, limit: str, used: str) -> int:
     return int(text) - int((group / used).read_text()) + cached
 
 
+def _open_cuda() -> Device:
+    if not torch.cuda.is_available():
+        raise ConfigError("device", "cuda", "torch finds no CUDA device", "use device=cpu, or a torch build with CUDA")
+    from hsrpc.device.cuda import CudaDevice  # loads Triton
+
+    return CudaDevice()
+
+
+OPENERS: dict[DeviceKind, Callable[[], Device]] = {DeviceKind.CPU: CpuDevice, DeviceKind.CUDA: _open_cuda}
+"""What `open_device` calls; tests put other devices in place of the CPU."""
+
+
 def open_device(kind: DeviceKind) -> Device:
     """The device to compute on; `auto` takes CUDA where there is one.
 
     Raises:
         ConfigError: CUDA was asked for and is not there.
     """
-    if kind is DeviceKind.CPU or (kind is DeviceKind.AUTO and not torch.cuda.is_available()):
-        return CpuDevice()
-    if not torch.cuda.is_available():
-        raise ConfigError("device", "cuda", "torch finds no CUDA device", "use device=cpu, or a torch build with CUDA")
-    from hsrpc.device.cuda import CudaDevice  # loads Triton
-
-    return CudaDevice()
+    if kind is DeviceKind.AUTO:
+        kind = DeviceKind.CUDA if torch.cuda.is_available() else DeviceKind.CPU
+    return OPENERS[kind]()

@@ -37,11 +37,12 @@ class DecodeGraphs:
         self._sizes = _batch_sizes(plan.max_batch)
         most = self._sizes[-1]
         columns = _TABLE + -(-plan.max_model_len // plan.block_size)
-        self._input = device.empty((most, columns), torch.int32)
-        self._input.copy_(torch.from_numpy(self._padding(most)))
-        self._rows = torch.arange(most, device=device.torch_device)
-        self._nothing = torch.zeros(most + 1, dtype=torch.int32, device=device.torch_device)
-        self._logits = device.empty((most, forward.sizes.vocab_size), torch.float32)
+        with device.on(device.compute):  # which reads them at once
+            self._input = device.empty((most, columns), torch.int32)
+            self._input.copy_(torch.from_numpy(self._padding(most)))
+            self._rows = torch.arange(most, device=device.torch_device)
+            self._nothing = torch.zeros(most + 1, dtype=torch.int32, device=device.torch_device)
+            self._logits = device.empty((most, forward.sizes.vocab_size), torch.float32)
         # The largest first, so that the others fit into its memory.
         self._graphs = {size: device.capture(partial(self._compute, size)) for size in reversed(self._sizes)}
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 from hsrpc.model.logits import draw, edit, to_device
 from hsrpc.request import TokenLogprob
 from hsrpc.schedule.step import SamplingRow
+
+Fetch: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
+"""Begins to copy a tensor to the host, on the current stream; what it returns waits for the copy and gives it."""
 
 _FAILED = -1
 _MAX_PARTIAL_SORT = 1024
@@ -36,25 +39,21 @@ class PendingSample:
     rows: Sequence[SamplingRow]
     on_device: Tensor
     """[n] int64 where the logits are; -1 where a row failed."""
-    token_ids: Tensor
-    """[n] int64 in host memory, right once `arrived` has happened."""
-    logprobs: Sequence[tuple[Sequence[int], Tensor]]
+    token_ids: Callable[[], Tensor]
+    """[n] int64 in host memory."""
+    logprobs: Sequence[tuple[Sequence[int], Callable[[], Tensor]]]
     """Rows and their [rows, 2 + 2 * top] float64: logprob, rank, ids of the most probable tokens, their logprobs."""
-    arrived: torch.Event | None
-    """None on the CPU."""
 
     def result(self) -> list[Sampled]:
         """Waits for the device; one for each row of logits, in their order."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
         logprobs = {
             index: values
             for indices, table in self.logprobs
-            for index, values in zip(indices, table.tolist(), strict=True)
+            for index, values in zip(indices, table().tolist(), strict=True)
         }
         return [
             _sampled(token_id, row, logprobs.get(index))
-            for index, (token_id, row) in enumerate(zip(self.token_ids.tolist(), self.rows, strict=True))
+            for index, (token_id, row) in enumerate(zip(self.token_ids().tolist(), self.rows, strict=True))
         ]
 
 
@@ -65,7 +64,8 @@ class Sampler:
     below about `chunk_elements` * 60 bytes (or one row's, where a row is larger).
     """
 
-    def __init__(self, chunk_elements: int = 2**22) -> None:
+    def __init__(self, fetch: Fetch, chunk_elements: int = 2**22) -> None:
+        self._fetch = fetch
         self._chunk_elements = chunk_elements
 
     @torch.inference_mode()
@@ -85,7 +85,7 @@ class Sampler:
         # An infinite or NaN maximum: such logits have no distribution.
         token_ids = torch.where(best.isfinite(), token_ids, _FAILED)
         logprobs = self._logprobs(logits, rows, token_ids)
-        return PendingSample(rows, token_ids, _to_host(token_ids), logprobs, _record(logits.device))
+        return PendingSample(rows, token_ids, self._fetch(token_ids), logprobs)
 
     def _choose(
         self, logits: Tensor, rows: Sequence[SamplingRow], indices: Sequence[int], route: int, token_ids: Tensor
@@ -100,14 +100,14 @@ class Sampler:
 
     def _logprobs(
         self, logits: Tensor, rows: Sequence[SamplingRow], token_ids: Tensor
-    ) -> list[tuple[Sequence[int], Tensor]]:
+    ) -> list[tuple[Sequence[int], Callable[[], Tensor]]]:
         wanted = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
-        tables: list[tuple[Sequence[int], Tensor]] = []
+        tables: list[tuple[Sequence[int], Callable[[], Tensor]]] = []
         for indices in self._chunks(wanted, logits.shape[1]):
             index = _index(indices, logits.device)
             top = min(max(rows[i].params.logprobs or 0 for i in indices), logits.shape[1])
             table = _logprob_table(logits.index_select(0, index), token_ids.index_select(0, index), top)
-            tables.append((indices, _to_host(table)))
+            tables.append((indices, self._fetch(table)))
         return tables
 
     def _chunks(self, indices: Sequence[int], vocab_size: int) -> Iterator[Sequence[int]]:
@@ -149,17 +149,3 @@ def _sampled(token_id: int, row: SamplingRow, values: list[float] | None) -> Sam
 
 def _index(indices: Sequence[int], device: torch.device) -> Tensor:
     return to_device(np.array(indices, dtype=np.int64), device)
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    if tensor.device.type != "cuda":
-        return tensor
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def _record(device: torch.device) -> torch.Event | None:
-    if device.type != "cuda":
-        return None
-    event = torch.Event(device, blocking=True)
-    event.record(torch.cuda.current_stream(device))
-    return event

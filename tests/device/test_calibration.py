@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hsrpc.device.calibration import calibrate, fit_line, sustained_load
 from hsrpc.device.device import CpuDevice
 from hsrpc.model.spec import named_spec
+from hsrpc.testing.ordered_device import OrderedDevice
 
 ROWS = (1024, 2048, 4096, 8192)
 POSITIVE = st.floats(1e-9, 1e-3)
@@ -27,6 +28,14 @@ def test_rates_are_positive_and_finite(dtype: torch.dtype) -> None:
     assert rates.pop("gemm_overhead") >= 0
     assert 0 < rates.pop("duplex_share") <= 1
     assert all(math.isfinite(rate) and rate > 0 for rate in rates.values())
+
+
+def test_what_is_measured_is_in_order() -> None:
+    """No copy or product runs before what it reads is there."""
+    device = OrderedDevice()
+    calibrate(device, named_spec("opt-125m", torch.float32).sizes, torch.float32)
+    sustained_load(device)
+    device.check()
 
 
 def test_pinned_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:

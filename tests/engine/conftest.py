@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,16 +11,35 @@ import pytest
 import torch
 
 from hsrpc.config import EngineConfig
+from hsrpc.engine import startup
 from hsrpc.errors import ConfigError
 from hsrpc.model.spec import load_spec
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets
 from hsrpc.plan.planner import Planner
+from hsrpc.testing.ordered_device import OrderedDevice, ordered_devices
 from tests.engine.reference import Reference, make_reference
 
 torch.set_num_threads(1)
 
 HARDWARE = Hardware(load_bandwidth=1e10, store_bandwidth=1e10, gemm_rate=1e11, memory_bandwidth=1e11)
+
+
+@pytest.fixture(autouse=True)
+def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine that the tests run on decides nothing."""
+    monkeypatch.setattr(startup, "calibrate", lambda *_: HARDWARE)
+
+
+@pytest.fixture
+def ordered() -> Iterator[list[OrderedDevice]]:
+    """Engines compute on a device that fails the test if two accesses to memory are in no order.
+
+    A step takes about four times as long on it. So it is for one test of each kind of step, and for all that end steps
+    early; the many combinations of families, policies and budgets, which launch no other operations, do without.
+    """
+    with ordered_devices() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from hsrpc.schedule.step import Step
 from tests.engine.reference import NEW_TOKENS, Reference
 from tests.engine.support import collect, config_for, greedy, idle, ids
 
+pytestmark = pytest.mark.usefixtures("ordered")
+
 
 def resident(made: Reference, **settings: object) -> EngineConfig:
     """Weights and cache all on the device, K and V only."""

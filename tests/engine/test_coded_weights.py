@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from hsrpc import Engine, EngineConfig
-from hsrpc.device.device import CpuDevice
+from hsrpc.config import DeviceKind
+from hsrpc.device.device import OPENERS, CpuDevice
 from hsrpc.engine import startup
 from hsrpc.engine.loading import load_weights
 from hsrpc.errors import ConfigError, EngineUnavailableError
@@ -50,12 +51,6 @@ CONFIGS = {
 }
 PROMPTS = [[(7 * i + j) % 290 + 5 for j in range(3 + 9 * i)] for i in range(5)]
 SHARES = {"float16": 0.86, "bfloat16": 0.67}
-
-
-@pytest.fixture(autouse=True)
-def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine that the tests run on decides nothing."""
-    monkeypatch.setattr(startup, "calibrate", lambda *_: HARDWARE)
 
 
 def config_for(directory: Path, model: str, **settings: object) -> EngineConfig:
@@ -144,7 +139,7 @@ async def test_auto_codes_what_gets_smaller(
     monkeypatch.setattr(RandomWeights, "read", read)
     device = CpuDevice()
     device.decodes_weights = True
-    monkeypatch.setattr(startup, "open_device", lambda _: device)
+    monkeypatch.setitem(OPENERS, DeviceKind.CPU, lambda: device)
     async with Engine(config_for(tmp_path, "opt", dtype="bfloat16")) as engine:
         assert not engine.plan.codes_weights  # decoding would take longer than it saves
     monkeypatch.setattr(startup, "calibrate", lambda *_: replace(HARDWARE, load_bandwidth=1e8))
@@ -171,7 +166,7 @@ def test_auto_takes_the_coding_that_fits(
     """Coded weights need a buffer more on the device, plain ones more of the host; else the faster plan counts."""
     device = CpuDevice()
     device.decodes_weights = True
-    monkeypatch.setattr(startup, "open_device", lambda _: device)
+    monkeypatch.setitem(OPENERS, DeviceKind.CPU, lambda: device)
     auto = config_for(tmp_path, "opt", dtype="bfloat16")
     other = {"none": "lossless", "lossless": "none"}[fitting]
     tight = next(
@@ -189,7 +184,7 @@ def test_nothing_is_coded_where_nothing_streams(tmp_path: Path, monkeypatch: pyt
     """The plans are equal then."""
     device = CpuDevice()
     device.decodes_weights = True
-    monkeypatch.setattr(startup, "open_device", lambda _: device)
+    monkeypatch.setitem(OPENERS, DeviceKind.CPU, lambda: device)
     planned = startup.make_plan(config_for(tmp_path, "opt", dtype="bfloat16", placement="auto"))
     assert planned.plan.resident_share == 1
     assert not planned.plan.codes_weights

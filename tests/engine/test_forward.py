@@ -22,6 +22,8 @@ from hsrpc.schedule.step import Chunk, MiniBatch
 from tests.engine.reference import Reference
 from tests.engine.support import collect, greedy, idle, ids, roomy
 
+pytestmark = pytest.mark.usefixtures("ordered")
+
 
 def batch_of(count: int) -> MiniBatch:
     return pack([Chunk(Request("r", [1] * count, SamplingParams(), 0, 0.0), 0, count, samples=True)], 16, None)

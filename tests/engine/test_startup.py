@@ -100,7 +100,7 @@ async def test_a_disk_that_fails_while_reading(
     monkeypatch.setattr(Checkpoint, "read", read)
     monkeypatch.setattr(CpuDevice, "release_pinned", lambda device: released.append(1))
     await fails(roomy(reference("opt")), CheckpointError, "fetch it again")
-    assert len(released) == 2  # calibration's, and the weights'
+    assert released == [1]
 
 
 async def test_a_model_that_is_not_there() -> None:

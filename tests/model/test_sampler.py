@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hsrpc.device.device import CpuDevice
 from hsrpc.model.logits import edit, uniforms
 from hsrpc.model.sampler import Sampled, Sampler, SamplingRow
 from hsrpc.request import SamplingParams
@@ -34,7 +35,7 @@ def random_logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> Tensor:
 
 
 def sample(logits: Tensor, rows: list[SamplingRow]) -> list[Sampled]:
-    return Sampler().launch(logits, rows).result()
+    return Sampler(CpuDevice().fetch).launch(logits, rows).result()
 
 
 def token_ids(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
@@ -115,7 +116,8 @@ def test_filters_keep_exactly_the_reference_set(params: SamplingParams, chunk_el
         logits = random_logits(1, seed, vocab=12) * 0.15
         expected = distribution(logits[0].numpy(), row(params))
         rows = [row(params, seed=draw) for draw in range(600)]
-        drawn = {s.token_id for s in Sampler(chunk_elements).launch(logits.expand(600, -1), rows).result()}
+        sampler = Sampler(CpuDevice().fetch, chunk_elements)
+        drawn = {s.token_id for s in sampler.launch(logits.expand(600, -1), rows).result()}
         assert drawn == set(expected)
 
 
@@ -216,10 +218,10 @@ def test_a_preempted_request_goes_on_with_the_same_tokens() -> None:
             output.append(sampler.launch(logits[len(output)].expand(len(rows), -1), rows).result()[-1].token_id)
 
     whole: list[int] = []
-    go_on(Sampler(), whole, 8, beside=0)
+    go_on(Sampler(CpuDevice().fetch), whole, 8, beside=0)
     resumed: list[int] = []
-    go_on(Sampler(), resumed, 3, beside=5)
-    go_on(Sampler(), resumed, 5, beside=2)
+    go_on(Sampler(CpuDevice().fetch), resumed, 3, beside=5)
+    go_on(Sampler(CpuDevice().fetch), resumed, 5, beside=2)
     assert resumed == whole
 
 

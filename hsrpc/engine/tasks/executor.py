@@ -76,7 +76,7 @@ class Executor:
         self._cache = cache
         self._device = device
         self._graphs = graphs
-        self._sampler = Sampler(SAMPLE_ELEMENTS)
+        self._sampler = Sampler(device.fetch, SAMPLE_ELEMENTS)
         self._pace = Pace(device, assembler.max_queries)
         self._streams_weights = any(layer.bus_bytes for layer in assembler.layers)
         self._requests: asyncio.Queue[_Request] = asyncio.Queue(1)

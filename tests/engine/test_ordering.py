@@ -1,0 +1,245 @@
+"""Each wait, and each promise to keep memory, is needed: without any one of them the ordered device finds a race.
+
+They are known by the function that calls for them, not by lines. Who adds, moves or removes one edits `SHOWN`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hsrpc import Engine, EngineConfig
+from hsrpc.engine.generation import Generation
+from hsrpc.errors import OutOfDeviceMemoryError
+from hsrpc.testing.ordered_device import OrderedDevice, ordered_devices
+from tests.engine.reference import Reference
+from tests.engine.support import collect, config_for, greedy, idle, tight, weights_on_device
+
+NUM_REQUESTS, NUM_TOKENS = 6, 10
+
+
+async def crowd(engine: Engine, made: Reference, num_tokens: int = NUM_TOKENS) -> None:
+    """Requests of several lengths, so that prompts are computed beside others' tokens."""
+    prompts = made.prompts[:NUM_REQUESTS]
+    await asyncio.gather(*(collect(engine.generate(p, greedy(num_tokens, logprobs=1))) for p in prompts))
+    await idle(engine)
+
+
+async def streaming(made: Reference) -> None:
+    """Weights, K and V and activations all cross the bus; the first steps are of a prompt alone, and sample nothing."""
+    async with Engine(config_for(made, gpu_memory="1GiB", host_memory="64MiB", placement="host")) as engine:
+        await collect(engine.generate([5] * 60, greedy(2)))
+        await crowd(engine, made)
+
+
+async def preemption(made: Reference) -> None:
+    """As few blocks as the planner allows."""
+    async with Engine(tight(made)) as engine, asyncio.timeout(60):
+        await crowd(engine, made, 40)
+        assert engine.stats().preemptions > 0
+
+
+async def partly_resident(made: Reference) -> None:
+    """Some of each layer's weights stay."""
+    config = config_for(made, gpu_memory="1GiB", host_memory="64MiB", resident_share=0.5)
+    async with Engine(config) as engine, asyncio.timeout(60):
+        assert 0 < engine.plan.resident_share < 1
+        await crowd(engine, made)
+
+
+async def weights_resident(made: Reference) -> None:
+    """One thread launches loads and layers."""
+    async with Engine(weights_on_device(made)) as engine, asyncio.timeout(60):
+        await crowd(engine, made)
+
+
+async def mini_batches(made: Reference) -> None:
+    """Buffers for one request at a time: several mini-batches a layer."""
+    config = tight(made, max_batch=3, expected_context=24)
+    async with Engine(config) as engine, asyncio.timeout(60):
+        rows = engine.plan.buffers.rows
+        assert rows < sum(map(len, made.prompts[:3])) + 3 * 20
+        await crowd(engine, made, 20)
+
+
+async def recompute(made: Reference) -> None:
+    """Some requests keep no cache."""
+    config = tight(made, recompute_share=0.6, expected_context=90)
+    async with Engine(config) as engine, asyncio.timeout(60):
+        assert engine.plan.recompute.tokens > 0
+        await crowd(engine, made)
+
+
+async def ahead(made: Reference) -> None:
+    """Steps as graphs, launched before the tokens of those before."""
+    config = config_for(made, gpu_memory="1GiB", host_memory="1GiB", cache_policy="kv", activation_share=None)
+    async with Engine(config) as engine, asyncio.timeout(60):
+        assert engine._opened.executor.runs_ahead
+        await crowd(engine, made)
+
+
+async def ahead_and_loads(made: Reference) -> None:
+    """Some blocks on the host: steps as graphs, and others that load what they read."""
+    config = tight(made, cache_policy="kv", activation_share=None, resident_share=1.0)
+    async with Engine(replace(config, gpu_memory=config.gpu_memory + 150_000)) as engine, asyncio.timeout(60):
+        assert engine._opened.executor.runs_ahead
+        await collect(engine.generate(made.prompts[0], greedy(4)))
+        await crowd(engine, made, 40)
+        await collect(engine.generate(made.prompts[0], greedy(4)))
+        assert engine.stats().cache_loaded_bytes > 0
+
+
+async def coded(made: Reference, dtype: str) -> None:
+    settings = {"gpu_memory": "1GiB", "host_memory": "64MiB", "placement": "host", "weight_coding": "lossless"}
+    async with Engine(config_for(made, dtype=dtype, **settings)) as engine, asyncio.timeout(60):
+        assert engine.plan.codes_weights
+        await crowd(engine, made)
+
+
+async def coded_float16(made: Reference) -> None:
+    """Weights cross the bus coded, with planes."""
+    await coded(made, "float16")
+
+
+async def coded_bfloat16(made: Reference) -> None:
+    """The same, without."""
+    await coded(made, "bfloat16")
+
+
+async def cancels(made: Reference) -> None:
+    """Steps are abandoned in the middle, over and over."""
+    async with Engine(tight(made)) as engine, asyncio.timeout(60):
+        for delay in range(10):
+            generations = [await engine.submit(prompt, greedy(20)) for prompt in made.prompts[:2]]
+            await anext(generations[0])
+            await asyncio.sleep(0.001 * delay)
+            for generation in generations:
+                generation.close()
+        await crowd(engine, made)
+
+
+async def gives_up(config: EngineConfig, made: Reference) -> None:
+    """Steps end in the middle of a layer, with the device under way; the next ones are right."""
+    async with Engine(config) as engine, asyncio.timeout(60):
+        family, calls = engine._opened.executor._family, 0
+        finish = family.finish_layer
+
+        def failing(*args: object) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if calls % 7 == 0 and calls < 40:
+                raise torch.OutOfMemoryError("no memory")
+            return finish(*args)
+
+        family.finish_layer = failing
+
+        async def one(generation: Generation) -> None:
+            with suppress(OutOfDeviceMemoryError):
+                await collect(generation)
+
+        for _ in range(8):
+            await asyncio.gather(*[one(await engine.submit(prompt, greedy(5))) for prompt in made.prompts[:3]])
+        assert calls > 40
+        await crowd(engine, made)
+
+
+async def out_of_memory(made: Reference) -> None:
+    await gives_up(config_for(made, gpu_memory="1GiB", host_memory="64MiB", placement="host"), made)
+
+
+async def out_of_memory_weights_resident(made: Reference) -> None:
+    await gives_up(weights_on_device(made), made)
+
+
+async def window(made: Reference) -> None:
+    """Old blocks are given up while the request goes on."""
+    async with Engine(tight(made)) as engine, asyncio.timeout(60):
+        assert engine.spec.sizes.sliding_window
+        await crowd(engine, made, 40)
+
+
+Scenario = Callable[[Reference], Awaitable[None]]
+SCENARIOS: list[Scenario] = [
+    streaming,
+    preemption,
+    partly_resident,
+    weights_resident,
+    mini_batches,
+    recompute,
+    ahead,
+    ahead_and_loads,
+    coded_float16,
+    coded_bfloat16,
+    cancels,
+    out_of_memory,
+    out_of_memory_weights_resident,
+    window,
+]
+
+SHOWN: dict[str, Scenario] = {
+    "compute waits for load in engine.forward.Forward.compute #1": streaming,
+    "compute waits for load in engine.forward.Forward.compute #2": streaming,
+    "compute waits for load in engine.forward.Forward.decode_weights": coded_bfloat16,
+    "host waits for all in engine.startup._open_parts": streaming,
+    "host waits for compute in model.sampler.PendingSample.result": streaming,
+    "load waits for compute in engine.cache.CacheManager.load": streaming,
+    "load waits for compute in engine.executor.Executor._given_up": out_of_memory,
+    "load waits for compute in engine.prefetcher.WeightPrefetcher._load": streaming,
+    "load waits for store in engine.cache.CacheManager.prepare": streaming,
+    "memory is kept for store in device.device.Device._upload_memory": streaming,
+    "memory is kept for store in engine.cache.CacheManager.store": streaming,
+    "store waits for compute in engine.forward.Forward.compute #3": streaming,
+}
+"""Whoever waits, and where: a scenario that goes wrong without it."""
+
+UNSEEN: dict[str, tuple[Scenario, str]] = {
+    "host waits for compute in engine.executor.Executor._sample": (streaming, "the host's pace"),
+    "host waits for compute in engine.forward.Forward._keep_pace": (mini_batches, "the host's pace, and memory"),
+    "store waits for compute in engine.executor.Executor._launch_graph": (
+        ahead_and_loads,
+        "a graph writes to blocks on the device alone, which no other stream touches",
+    ),
+}
+"""Whoever waits for something other than order on the device, and for what: without it nothing is out of order."""
+
+
+def reference_of(scenario: Scenario, reference: Callable[[str], Reference]) -> Reference:
+    return reference("mistral-window" if scenario is window else "opt")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+async def test_nothing_is_out_of_order_and_every_wait_is_listed(
+    scenario: Scenario, reference: Callable[[str], Reference], ordered: list[OrderedDevice]
+) -> None:
+    """The fixture finds no race; whoever waits is known here."""
+    await scenario(reference_of(scenario, reference))
+    (device,) = ordered
+    assert device.num_operations > 1000
+    assert device.sites - SHOWN.keys() - UNSEEN.keys() == set()
+
+
+async def run_without(site: str, scenario: Scenario, made: Reference) -> list[str]:
+    """The races of a scenario in which one site is left out that occurs in it."""
+    with ordered_devices(without=site) as opened:
+        await scenario(made)
+    (device,) = opened
+    assert site in device.sites
+    return device.races
+
+
+@pytest.mark.parametrize(("site", "scenario"), SHOWN.items())
+async def test_without_it_there_is_a_race(site: str, scenario: Scenario, reference: Callable[[str], Reference]) -> None:
+    """Each wait and each keep, left out one at a time."""
+    assert await run_without(site, scenario, reference_of(scenario, reference)) != []
+
+
+@pytest.mark.parametrize("site", UNSEEN)
+async def test_what_is_said_to_order_nothing_orders_nothing(site: str, reference: Callable[[str], Reference]) -> None:
+    """Once it does, it belongs to the others."""
+    scenario, _ = UNSEEN[site]
+    assert await run_without(site, scenario, reference_of(scenario, reference)) == []
