@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from hsrpc.config import DeviceKind, DType, EngineConfig
+from hsrpc.core.memory_use import DeviceUse
 from hsrpc.device.coding import Coding, can_encode
 from hsrpc.device.device import Device
 from hsrpc.engine.startup import RANDOM_PREFIX, describe_model, measure_hardware
@@ -60,7 +61,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     encoding = 0.0
     kept: list[tuple[Coding, torch.Tensor, torch.Tensor]] = []
     for tensor in tensors:
-        values = device.empty(tensor.shape, spec.dtype)
+        values = device.empty(tensor.shape, spec.dtype, DeviceUse.MEASUREMENT)
         source.read(tensor, values)
         if not can_encode(values):
             continue

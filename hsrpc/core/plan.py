@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hsrpc.config import CachePolicy
 from hsrpc.core.batch import BufferLimits, RowCosts
 from hsrpc.core.blocks import PoolId
+from hsrpc.core.memory_use import DeviceUse, HostUse
 from hsrpc.core.recomputing import RecomputeLimits
 
 BUFFERS = 2
@@ -153,10 +154,10 @@ class Plan:
     codes_weights: bool
     """They are coded on the host, and decoded on the device."""
     num_blocks: dict[PoolId, int]
-    device_bytes: dict[str, int]
-    """What the device budget is spent on."""
-    host_bytes: dict[str, int]
-    """What the host budget is spent on."""
+    device_bytes: dict[DeviceUse, int]
+    """What the device budget is spent on; for hidden states, workspace, graphs and runtime bounds, else exact."""
+    host_bytes: dict[HostUse, int]
+    """What the host budget is spent on; for coded weights a bound, since their values decide how small they get."""
     budgets: Budgets
     prediction: StepPrediction
     hardware: Hardware
@@ -172,5 +173,5 @@ class Plan:
     @property
     def resident_share(self) -> float:
         """Share of the layers' weights that stay on the device."""
-        total = self.device_bytes["resident weights"] + sum(self.streamed_bytes)
-        return self.device_bytes["resident weights"] / total
+        resident = self.device_bytes[DeviceUse.RESIDENT_WEIGHTS]
+        return resident / (resident + sum(self.streamed_bytes))

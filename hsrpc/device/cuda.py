@@ -12,6 +12,7 @@ import torch
 
 from hsrpc.config import format_bytes
 from hsrpc.core.batch import Runs
+from hsrpc.core.memory_use import DeviceUse, HostUse
 from hsrpc.device.batched_copy import BatchedCopy
 from hsrpc.device.coding import Coding
 from hsrpc.device.coding_kernels import decode_weights, encode_weights
@@ -35,6 +36,7 @@ class CudaDevice(Device):
     """The current CUDA device, with one stream each for loads, compute and stores."""
 
     def __init__(self) -> None:
+        super().__init__()
         _share_memory()
         index = torch.cuda.current_device()
         self.torch_device = torch.device("cuda", index)
@@ -71,7 +73,12 @@ class CudaDevice(Device):
         return HostPages(size)
 
     def pinned(
-        self, size: int, fill: Callable[[torch.Tensor], object] | None = None, *, pages: HostPages | None = None
+        self,
+        size: int,
+        use: HostUse,
+        fill: Callable[[torch.Tensor], object] | None = None,
+        *,
+        pages: HostPages | None = None,
     ) -> torch.Tensor:
         # Written before it is registered: threads write at once, but the driver registers one piece after the other.
         if pages is None or len(pages.tensor) < size:
@@ -87,7 +94,7 @@ class CudaDevice(Device):
                 "lower host_memory, or raise the limit of locked memory (ulimit -l)",
             )
         self._pinned.append(pages)
-        return pages.tensor
+        return self._account.add(pages.tensor, use)
 
     def release_pinned(self) -> None:
         self.drain()
@@ -137,7 +144,7 @@ class CudaDevice(Device):
         return torch.from_numpy(array).pin_memory().to(self.torch_device, non_blocking=True)
 
     def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        target = self.empty((size,), torch.uint8)
+        target = self.empty((size,), torch.uint8, DeviceUse.WORKSPACE)
         self.keep(target, self.store)
         return torch.empty(size, dtype=torch.uint8, pin_memory=True), target
 

@@ -17,6 +17,7 @@ import torch
 from hsrpc.core.batch import MiniBatch, Rows, Runs, Step
 from hsrpc.core.blocks import BlockKind, PoolId, Tier
 from hsrpc.core.layout import merge_runs
+from hsrpc.core.memory_use import DeviceUse, HostUse
 from hsrpc.core.plan import BUFFERS, Plan
 from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.device import Device, Event
@@ -106,8 +107,9 @@ class CacheManager:
         self._ready: asyncio.Queue[Staged] = asyncio.Queue(BUFFERS)
         self._stored: Event = None
         for _ in range(BUFFERS):
-            kv = device.empty((plan.buffers.rows, self._widths[BlockKind.KV]), dtype)
-            activations = device.empty((plan.buffers.activation_rows, self._widths[BlockKind.ACTIVATION]), dtype)
+            kv = device.empty((plan.buffers.rows, self._widths[BlockKind.KV]), dtype, DeviceUse.CACHE_BUFFERS)
+            shape = plan.buffers.activation_rows, self._widths[BlockKind.ACTIVATION]
+            activations = device.empty(shape, dtype, DeviceUse.CACHE_BUFFERS)
             self._free.put_nowait((Buffers(kv, activations), None))
 
     async def run(self) -> None:
@@ -202,12 +204,14 @@ class CacheManager:
         """One tensor [slots, width] a layer, so that a layer's blocks are neighbours."""
         width = self._widths[pool.kind]
         if pool.tier is Tier.DEVICE:  # with a spare row
-            return [self._device.empty((num_slots + 1, width), dtype) for _ in range(self._num_layers)]
+            shape = num_slots + 1, width
+            return [self._device.empty(shape, dtype, DeviceUse.CACHE_BLOCKS) for _ in range(self._num_layers)]
         if num_slots == 0:
             return []
         sizes = [num_slots * width * dtype.itemsize] * self._num_layers
+        pin = partial(self._device.pinned, use=HostUse.CACHE_BLOCKS)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pin") as threads:
-            return [memory.view(dtype).view(num_slots, width) for memory in threads.map(self._device.pinned, sizes)]
+            return [memory.view(dtype).view(num_slots, width) for memory in threads.map(pin, sizes)]
 
     async def _load_step(self, worker: Worker, step: Step) -> None:
         start = self._num_begun * self._num_layers

@@ -14,6 +14,7 @@ import torch
 
 from hsrpc.core.batch import MiniBatch
 from hsrpc.core.blocks import PoolId
+from hsrpc.core.memory_use import DeviceUse
 from hsrpc.core.plan import Plan
 from hsrpc.device.device import Device
 from hsrpc.engine.cache import CacheManager
@@ -48,11 +49,11 @@ class DecodeGraphs:
         self._sizes = _batch_sizes(plan.max_batch)
         most = self._sizes[-1]
         columns = _TABLE + -(-plan.max_model_len // plan.block_size)
-        self._input = device.empty((most, columns), torch.int32)
+        self._input = device.empty((most, columns), torch.int32, DeviceUse.GRAPH_BUFFERS)
         self._input.copy_(torch.from_numpy(self._padding(most)))
         self._rows = torch.arange(most, device=device.torch_device)
         self._nothing = torch.zeros(most + 1, dtype=torch.int32, device=device.torch_device)
-        self._logits = device.empty((most, family.sizes.vocab_size), torch.float32)
+        self._logits = device.empty((most, family.sizes.vocab_size), torch.float32, DeviceUse.GRAPH_BUFFERS)
         # The largest first, so that the others fit into its memory.
         self._graphs = {size: device.capture(partial(self._forward, size)) for size in reversed(self._sizes)}
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from hsrpc.core.memory_use import DeviceUse
 from hsrpc.core.plan import BUFFERS, Plan
 from hsrpc.device.device import Device, Event
 from hsrpc.engine.bus import BusOrder
@@ -50,8 +51,10 @@ class WeightPrefetcher:
         self._ready: asyncio.Queue[Prefetched] = asyncio.Queue(BUFFERS)
         self._sweep = self._cursor = self._restarts = 0
         for _ in range(BUFFERS if self._streamed else 0):
-            self._free.put_nowait((device.empty((plan.weight_buffer_bytes,), torch.uint8), None))
-        self._decoded = device.empty((plan.weight_buffer_bytes * plan.codes_weights,), torch.uint8)
+            buffer = device.empty((plan.weight_buffer_bytes,), torch.uint8, DeviceUse.WEIGHT_BUFFERS)
+            self._free.put_nowait((buffer, None))
+        decoded_bytes = plan.weight_buffer_bytes * plan.codes_weights
+        self._decoded = device.empty((decoded_bytes,), torch.uint8, DeviceUse.WEIGHT_BUFFERS)
         self._made: dict[tuple[int, int], tuple[Mapping[str, torch.Tensor], tuple[Decoding, ...]]] = {}
         """By layer and address of the buffer."""
 

@@ -20,6 +20,7 @@ from benchmarks.policies.rules import hcache_layers, kvpr_blocks
 from hsrpc import Engine, EngineConfig
 from hsrpc.core.batch import RowCosts
 from hsrpc.core.blocks import BlockTable, PoolId, Tier
+from hsrpc.core.memory_use import HostUse
 from hsrpc.core.plan import Budgets, Plan
 from hsrpc.engine import startup
 from hsrpc.engine.stats import StepRecord
@@ -157,7 +158,7 @@ async def test_host_memory_is_counted_and_within_its_budget(name: str, reference
         async with Engine(config) as engine:
             pools = engine._opened.cache._pools
             taken = sum(layer.nbytes for pool, layers in pools.items() if pool.tier is Tier.HOST for layer in layers)
-            assert engine.plan.host_bytes["cache blocks"] == taken
+            assert engine.plan.host_bytes[HostUse.CACHE_BLOCKS] == taken
     least = int(config.host_memory)
     block_bytes = NUM_LAYERS * BLOCK_SIZE * load_spec(made.directory, torch.float32).sizes.kv_bytes
     for host in range(least, least + 5 * block_bytes, block_bytes // 7):
