@@ -29,7 +29,7 @@ _LIBRARY_BYTES = 128 * 1024**2
 """cuBLAS' workspaces, of two streams and of graphs."""
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _ROUNDED_PART = 100
-"""The allocator rounds large tensors up to 2 MiB: about this part of all."""
+"""The allocator rounds large tensors up to 2 MiB, as uploads do themselves: about this part of all."""
 
 
 class CudaDevice(Device):
