@@ -24,11 +24,11 @@ import torch
 from torch.nn import functional
 
 from hsrpc.config import DeviceKind, parse_bytes
-from hsrpc.core.batch import Ints, Runs
 from hsrpc.core.memory_use import DeviceUse, HostUse
-from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.device import Device, open_device
 from hsrpc.model.spec import named_spec
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.schedule.step import Ints, Runs
 
 Copy = Callable[[], int]
 """Launches copies on the current stream, and tells how many bytes."""

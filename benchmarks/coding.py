@@ -22,11 +22,11 @@ import torch
 
 from hsrpc.config import DeviceKind, DType, EngineConfig
 from hsrpc.core.memory_use import DeviceUse
-from hsrpc.device.coding import Coding, can_encode
 from hsrpc.device.device import Device
 from hsrpc.engine.startup import RANDOM_PREFIX, describe_model, measure_hardware
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
-from hsrpc.model.families import create_family
+from hsrpc.model.families.registry import create_family
+from hsrpc.model.formats.lossless import Coding, can_encode
 from hsrpc.model.hub import resolve_model
 
 _REPEATS = 7

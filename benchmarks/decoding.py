@@ -11,8 +11,8 @@ from hsrpc.bench.run import WARM_UP_STEPS, BenchError, Run, observe_run
 from hsrpc.bench.workload import Lengths, Workload, make_workload
 from hsrpc.config import EngineConfig
 from hsrpc.engine.engine import Engine
-from hsrpc.engine.stats import StepRecord
 from hsrpc.errors import HsrpcError
+from hsrpc.plan.roofline import StepRecord
 
 FEWEST_STEPS = 5
 """That count as a measurement."""

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTraine
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.config import CachePolicy, DeviceKind, DType, Placement, WeightCoding
 from hsrpc.model.checkpoint import RandomWeights
-from hsrpc.model.families import create_family
+from hsrpc.model.families.registry import create_family
 from hsrpc.model.shapes import SHAPES
 from hsrpc.model.spec import named_spec
 

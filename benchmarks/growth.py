@@ -25,12 +25,13 @@ from hsrpc.bench.run import WARM_UP_STEPS, observe_run, summarise
 from hsrpc.bench.workload import Lengths, Workload, make_workload
 from hsrpc.cli.loop import run_loop
 from hsrpc.config import EngineConfig, Placement
-from hsrpc.core.batch import BufferLimits, RowCosts
-from hsrpc.core.blocks import BlockManager, PoolId
-from hsrpc.core.request import FinishReason, Request, SamplingParams
-from hsrpc.core.scheduler import Scheduler, SchedulerLimits
 from hsrpc.engine.engine import Engine
-from hsrpc.engine.stats import StepRecord
+from hsrpc.plan.roofline import StepRecord
+from hsrpc.request import FinishReason, SamplingParams
+from hsrpc.schedule.blocks import BlockManager, PoolId
+from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.scheduler import Scheduler, SchedulerLimits
+from hsrpc.schedule.step import BufferLimits, RowCosts
 
 WAITING = (0, 100, 1_000, 10_000)
 RUNNING = (1, 8, 32, 128, 512)

@@ -23,13 +23,13 @@ from hsrpc.bench.run import load_requests
 from hsrpc.bench.workload import Lengths, make_workload
 from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, DeviceKind
-from hsrpc.core.batch import MiniBatch, Work
-from hsrpc.core.blocks import BlockManager
-from hsrpc.core.layout import lay_out
-from hsrpc.core.request import Request
 from hsrpc.engine.graphs import DecodeGraphs
-from hsrpc.engine.stats import StepRecord
 from hsrpc.model.sampler import SamplingRow
+from hsrpc.plan.roofline import StepRecord
+from hsrpc.schedule.blocks import BlockManager
+from hsrpc.schedule.packing import pack
+from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.step import MiniBatch, Work
 
 LAST_STEPS = 20
 REPLAYS = 50
@@ -112,7 +112,7 @@ def _decode_step(engine: Engine, batch: int, context: int) -> MiniBatch:
         request = Request(str(number), [0] * (context + 1), params, number, 0.0)
         assert blocks.grow(request.blocks, -(-(context + 1) // plan.block_size))
         works.append(Work(request, context, 1, samples=True))
-    return lay_out(works, plan.block_size, None)
+    return pack(works, plan.block_size, None)
 
 
 def _graphs(engine: Engine) -> DecodeGraphs:

@@ -32,11 +32,11 @@ from benchmarks.decoding import FEWEST_STEPS, Cell, cell_of, check_steps, observ
 from benchmarks.planner_report import PLANNER, RECOMPUTE, draw_grid, draw_sweep, line_of, report
 from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, DType, EngineConfig, Placement
-from hsrpc.core.plan import Plan
-from hsrpc.core.planner import Planner
-from hsrpc.core.prediction import predict_at
 from hsrpc.engine.startup import RANDOM_PREFIX, make_plan
 from hsrpc.errors import ConfigError
+from hsrpc.plan.plan import Plan
+from hsrpc.plan.planner import Planner
+from hsrpc.plan.prediction import predict_at
 
 SHARES = [tenth / 10 for tenth in range(11)]
 SETTING = ("kind", "regime", "over", "shape", "dtype", "batch", "gpu_memory", "host_memory", "prompt", "output")

@@ -32,7 +32,7 @@ from hsrpc import Engine, EngineConfig
 from hsrpc.config import DType, Placement, parse_bytes
 from hsrpc.device.device import open_device
 from hsrpc.engine.startup import make_plan
-from hsrpc.model.families import create_family
+from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family, TensorSpec
 from hsrpc.model.spec import load_spec, named_spec
 

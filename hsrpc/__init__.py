@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hsrpc.config import EngineConfig
-    from hsrpc.core.request import Delta, FinishReason, SamplingParams
     from hsrpc.engine.engine import Engine
+    from hsrpc.request import Delta, FinishReason, SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["Delta", "Engine", "EngineConfig", "FinishReason", "SamplingParams", "__version__"]
 
 _HOMES = {
-    "Delta": "hsrpc.core.request",
+    "Delta": "hsrpc.schedule.request_state",
     "Engine": "hsrpc.engine.engine",
     "EngineConfig": "hsrpc.config",
-    "FinishReason": "hsrpc.core.request",
-    "SamplingParams": "hsrpc.core.request",
+    "FinishReason": "hsrpc.schedule.request_state",
+    "SamplingParams": "hsrpc.schedule.request_state",
 }
 
 

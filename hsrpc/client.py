@@ -26,7 +26,7 @@ from hsrpc.client_messages import (
     read_delta,
     watch_load_request,
 )
-from hsrpc.core.request import Delta
+from hsrpc.request import Delta
 from hsrpc.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc, server_pb2, server_pb2_grpc
 
 if TYPE_CHECKING:

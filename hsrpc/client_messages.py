@@ -12,8 +12,8 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from hsrpc.core.request import Delta, Finish, FinishReason, Timings, TokenLogprob, Usage
 from hsrpc.errors import HsrpcError
+from hsrpc.request import Delta, Finish, FinishReason, Timings, TokenLogprob, Usage
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import server_pb2
 

@@ -8,8 +8,8 @@ from enum import StrEnum
 from functools import cache
 
 from hsrpc.bench.workload import Lengths, Workload, make_workload
-from hsrpc.core.sizes import ModelSizes
 from hsrpc.model.spec import DTYPES, named_spec
+from hsrpc.plan.sizes import ModelSizes
 
 GIB = 1024**3
 MODELS = ("opt-6.7b", "opt-13b", "opt-30b")

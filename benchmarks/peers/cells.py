@@ -25,7 +25,7 @@ ACCELERATE_STEPS = {System.ACCELERATE: 4, System.ACCELERATE_PINNED: 8}
 _START_SECONDS = 25.0
 """Imports, calibrations, the end of the process."""
 _PINNED_RATE = 2.2e9
-_MOST_PLANNED = 512
+_MAX_PLANNED = 512
 _BUS_RATE = 50e9
 _ACCELERATE_RATE = {System.ACCELERATE: 3e9, System.ACCELERATE_PINNED: 20e9}
 """Bytes/s of weights and cache together that explain 7.4 and 60 tokens/s of OPT-6.7B at batch 128."""
@@ -113,4 +113,4 @@ def estimated_seconds(setup: Setup) -> float:
 def _planned_batch(setup: Setup, streamed: int, row: int) -> int:
     """hsrpc's: none that moves anything where the model fits the device, else as many as the host holds."""
     room = (setup.budgets.host - streamed) // ((setup.prompt + setup.output) * row)
-    return min(_MOST_PLANNED, max(1, room)) if streamed else 0
+    return min(_MAX_PLANNED, max(1, room)) if streamed else 0

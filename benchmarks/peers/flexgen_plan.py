@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from benchmarks.peers.cases import GIB, Budgets, Case, Setup, System, output_of, sizes_of
-from hsrpc.core.sizes import ModelSizes
+from hsrpc.plan.sizes import ModelSizes
 
 RELAY_BYTES = 8 * GIB
 """Pinned buffers of its four copy threads."""

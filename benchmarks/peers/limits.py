@@ -7,11 +7,10 @@ from statistics import median
 
 from benchmarks.peers.record import Traffic
 from hsrpc.config import EngineConfig
-from hsrpc.core.plan import Hardware
-from hsrpc.core.sizes import ModelSizes
-from hsrpc.engine.limit import step_limit
 from hsrpc.engine.startup import RANDOM_PREFIX, measure_hardware
-from hsrpc.engine.stats import StepRecord
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.roofline import StepRecord, roofline
+from hsrpc.plan.sizes import ModelSizes
 
 
 def limit_seconds(traffic: Traffic, sizes: ModelSizes, hardware: Hardware) -> float:
@@ -26,7 +25,7 @@ def limit_seconds(traffic: Traffic, sizes: ModelSizes, hardware: Hardware) -> fl
         cache_bytes=traffic.cache,
         regenerated_tokens=0,
     )
-    return step_limit(record, sizes, hardware).seconds
+    return roofline(record, sizes, hardware).seconds
 
 
 def calibrate(model: str, count: int) -> list[Hardware]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.peers.cases import Setup, System, sizes_of
 from benchmarks.peers.limits import calibrate, limit_seconds, median_hardware
 from benchmarks.peers.record import Outcome, PeerRun, setup_from
-from hsrpc.core.plan import Hardware
+from hsrpc.plan.hardware import Hardware
 
 _ACCELERATE = ("accelerate", "transformers", "torch")
 _LIBRARIES = {

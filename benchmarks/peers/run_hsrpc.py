@@ -12,7 +12,7 @@ from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, EngineConfig, Placement
 from hsrpc.engine.engine import Engine
 from hsrpc.engine.startup import RANDOM_PREFIX
-from hsrpc.engine.stats import StepRecord
+from hsrpc.plan.roofline import StepRecord
 
 
 def run(setup: Setup) -> Outcome:

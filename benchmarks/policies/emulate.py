@@ -12,7 +12,8 @@ from unittest.mock import patch
 from benchmarks.policies.hcache import HCachePlanner, LayerSplitCache, LayerSplitForward
 from benchmarks.policies.kvpr import KvprPlanner, PositionBlocks
 from hsrpc.config import CachePolicy
-from hsrpc.engine import engine, executor, startup
+from hsrpc.engine import engine, startup
+from hsrpc.engine.tasks import executor
 
 
 class Policy(StrEnum):

@@ -19,22 +19,23 @@ import torch
 from benchmarks.policies.kvpr import require_host
 from benchmarks.policies.rules import hcache_layers, row_costs
 from hsrpc.config import CachePolicy, EngineConfig
-from hsrpc.core.batch import Ints, MiniBatch, RowCosts, Runs
-from hsrpc.core.blocks import BlockKind, PoolId, Tier
-from hsrpc.core.layout import merge_runs
 from hsrpc.core.memory_use import HostUse
-from hsrpc.core.plan import Budgets, Hardware, Plan
-from hsrpc.core.planner import Planner
-from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.device import Device, Event
 from hsrpc.engine.bus import BusOrder
-from hsrpc.engine.cache import Buffers, CacheManager, Loads, Staged, Stores
 from hsrpc.engine.forward import DeviceBatch, Forward
-from hsrpc.engine.prefetcher import Prefetched
+from hsrpc.engine.tasks.cache import Buffers, CacheManager, Loads, Staged, Stores
+from hsrpc.engine.tasks.weights import Prefetched
 from hsrpc.engine.weights import ModelWeights
 from hsrpc.errors import ConfigError
 from hsrpc.model.attention import Attention
 from hsrpc.model.family import Family
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.plan import Budgets, Plan
+from hsrpc.plan.planner import Planner
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
+from hsrpc.schedule.packing import merge_runs
+from hsrpc.schedule.step import Ints, MiniBatch, RowCosts, Runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,13 +11,14 @@ from dataclasses import replace
 
 from benchmarks.policies.rules import kvpr_blocks, row_costs
 from hsrpc.config import CachePolicy, EngineConfig, Placement
-from hsrpc.core.blocks import BlockManager, BlockTable, PoolId
 from hsrpc.core.memory_use import HostUse
-from hsrpc.core.plan import Budgets, Hardware, Plan
-from hsrpc.core.planner import Planner
-from hsrpc.core.prediction import predict_at
-from hsrpc.core.sizes import ModelSizes
 from hsrpc.errors import ConfigError
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.plan import Budgets, Plan
+from hsrpc.plan.planner import Planner
+from hsrpc.plan.prediction import predict_at
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.schedule.blocks import BlockManager, BlockTable, PoolId
 
 
 class KvprPlanner(Planner):

@@ -8,10 +8,10 @@ sentences in our symbols.
 
 from __future__ import annotations
 
-from hsrpc.core.batch import RowCosts
-from hsrpc.core.layer_times import LayerTimes
-from hsrpc.core.plan import Hardware
-from hsrpc.core.sizes import ModelSizes
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.layer_times import LayerTimes
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.schedule.step import RowCosts
 
 
 def row_costs(sizes: ModelSizes, hardware: Hardware) -> RowCosts:

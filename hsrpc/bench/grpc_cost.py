@@ -23,8 +23,8 @@ from hsrpc.bench.run import BenchError
 from hsrpc.bench.serving import serving
 from hsrpc.bench.workload import Lengths, make_workload
 from hsrpc.client_messages import Settings
-from hsrpc.core.request import Delta, SamplingParams
-from hsrpc.engine.stats import StepRecord
+from hsrpc.plan.roofline import StepRecord
+from hsrpc.request import Delta, SamplingParams
 from hsrpc.server import ServerConfig
 from hsrpc.server.contract import Engine
 from hsrpc.server.telemetry import Telemetry

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from hsrpc.bench.stub_engine import StubEngine, StubGeneration
-from hsrpc.core.request import Delta, SamplingParams
-from hsrpc.engine.stats import StepRecord
 from hsrpc.engine.worker import Worker
+from hsrpc.plan.roofline import StepRecord
+from hsrpc.request import Delta, SamplingParams
 
 _IDLE_SECONDS = 0.001
 

@@ -17,7 +17,7 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from hsrpc.config import DeviceKind
-from hsrpc.engine.stats import StepRecord
+from hsrpc.plan.roofline import StepRecord
 
 PROFILED_STEPS = 2
 _RANGE = "hsrpc."

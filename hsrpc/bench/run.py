@@ -14,14 +14,15 @@ from hsrpc.bench.lag import LoopLag
 from hsrpc.bench.profile import StepProfile, StepProfiler, has_gpu
 from hsrpc.bench.workload import Workload
 from hsrpc.config import EngineConfig
-from hsrpc.core.plan import Hardware, Plan
-from hsrpc.core.request import SamplingParams
 from hsrpc.engine.engine import Engine
-from hsrpc.engine.limit import StepLimit, step_limit
 from hsrpc.engine.startup import measure_hardware, measure_sustained_load
-from hsrpc.engine.stats import EngineStats, StepRecord
+from hsrpc.engine.stats import EngineStats
 from hsrpc.errors import HsrpcError
 from hsrpc.model.family import ModelSpec
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.plan import Plan
+from hsrpc.plan.roofline import Roofline, StepRecord, roofline
+from hsrpc.request import SamplingParams
 
 WARM_UP_STEPS = 3
 _CALIBRATIONS = 2
@@ -69,7 +70,7 @@ class Result:
     step_times: tuple[float, ...]
     limit_seconds: float
     """Median of the steps' limits."""
-    limit: StepLimit
+    limit: Roofline
     """Its terms, medians."""
     efficiency: float
     """Sum of the limits over the sum of the times."""
@@ -151,7 +152,7 @@ def summarise(run: Run, config: EngineConfig) -> Result:
     chosen, profile = run.chosen, run.profile
     hardware = _median_hardware([run.plan.hardware, *(measure_hardware(config) for _ in range(_CALIBRATIONS))])
     sustained = replace(hardware, load_bandwidth=measure_sustained_load(config))
-    limits, kept_up = ([step_limit(each, run.spec.sizes, rates) for each in chosen] for rates in (hardware, sustained))
+    limits, kept_up = ([roofline(each, run.spec.sizes, rates) for each in chosen] for rates in (hardware, sustained))
     seconds = [record.seconds for record in chosen]
     total = sum(seconds)
     tokens = [record.decode_tokens + record.prefill_tokens for record in chosen]
@@ -168,7 +169,7 @@ def summarise(run: Run, config: EngineConfig) -> Result:
         step_seconds=median(seconds),
         step_times=tuple(seconds),
         limit_seconds=median(limit.seconds for limit in limits),
-        limit=StepLimit(*(median(getattr(limit, item.name) for limit in limits) for item in fields(StepLimit))),
+        limit=Roofline(*(median(getattr(limit, item.name) for limit in limits) for item in fields(Roofline))),
         efficiency=sum(limit.seconds for limit in limits) / total,
         sustained_efficiency=sum(limit.seconds for limit in kept_up) / total,
         sustained_bandwidth=sustained.load_bandwidth,

@@ -12,13 +12,14 @@ from types import TracebackType
 from typing import Self
 
 from hsrpc.config import CachePolicy, EngineConfig
-from hsrpc.core.plan import Budgets, Hardware, Plan
-from hsrpc.core.planner import Planner
-from hsrpc.core.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
-from hsrpc.core.sizes import ModelSizes
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.stats import EngineStats
 from hsrpc.errors import InvalidRequestError, RequestExistsError
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.plan import Budgets, Plan
+from hsrpc.plan.planner import Planner
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
 
 STEP_SECONDS = 0.005
 """Tokens come in steps, as from an engine whose model is small."""

@@ -18,9 +18,9 @@ from hsrpc.errors import ConfigError
 if TYPE_CHECKING:
     from hsrpc.bench.run import Result
     from hsrpc.bench.workload import Workload
-    from hsrpc.core.plan import Plan
     from hsrpc.engine.engine import Engine
-    from hsrpc.engine.stats import StepRecord
+    from hsrpc.plan.plan import Plan
+    from hsrpc.plan.roofline import StepRecord
 
 _EXAMPLES = """\
   hsrpc bench decode --shape opt-6.7b --max-batch 128 --prompt 512 --placement host

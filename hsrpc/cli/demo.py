@@ -20,7 +20,7 @@ from rich.text import Text
 
 from hsrpc.client import AsyncClient
 from hsrpc.config import format_bytes
-from hsrpc.core.request import Finish
+from hsrpc.request import Finish
 from hsrpc.v1.server_pb2 import BLOCK_KIND_ACTIVATION, BLOCK_KIND_KV, GetServerInfoResponse
 
 PROMPTS = ("Once upon a time", "The little robot", "One rainy morning")

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
-from hsrpc.core.request import Delta, SamplingParams
 from hsrpc.errors import InvalidRequestError
+from hsrpc.request import Delta, SamplingParams
 
 if TYPE_CHECKING:
     from hsrpc.engine.engine import Engine

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hsrpc.core.memory_use import DeviceUse, HostUse
-    from hsrpc.core.plan import Plan, StepPrediction
     from hsrpc.model.family import ModelSpec
+    from hsrpc.plan.plan import Plan, StepPrediction
 
 _EXAMPLES = """\
   hsrpc plan --model ./opt-13b --gpu-memory 20GiB --host-memory 96GiB

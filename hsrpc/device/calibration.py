@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional
 
 from hsrpc.core.memory_use import DeviceUse, HostUse
-from hsrpc.core.plan import Hardware
-from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.device import Device
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.sizes import ModelSizes
 
 _REPEATS = 9
 """What disturbs a machine makes it slower, never faster: the quarter of the times that were disturbed least counts."""

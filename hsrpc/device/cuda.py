@@ -11,15 +11,15 @@ import numpy.typing as npt
 import torch
 
 from hsrpc.config import format_bytes
-from hsrpc.core.batch import Runs
 from hsrpc.core.memory_use import DeviceUse, HostUse
 from hsrpc.device.batched_copy import BatchedCopy
-from hsrpc.device.coding import Coding
-from hsrpc.device.coding_kernels import decode_weights, encode_weights
 from hsrpc.device.device import Device, Event, Stream
 from hsrpc.device.host_pages import HostPages
 from hsrpc.device.kernels import copy_rows
 from hsrpc.errors import ConfigError
+from hsrpc.model.formats.lossless import Coding
+from hsrpc.model.kernels.lossless import decode_weights, encode_weights
+from hsrpc.schedule.step import Runs
 
 _REGISTER_PORTABLE_MAPPED = 0x01 | 0x02
 _PIECE_BYTES = 16 * 1024**2

@@ -21,13 +21,13 @@ import numpy.typing as npt
 import torch
 
 from hsrpc.config import DeviceKind, format_bytes
-from hsrpc.core.batch import Runs
 from hsrpc.core.memory_use import DeviceUse, HostUse
 from hsrpc.device.account import Account
-from hsrpc.device.coding import Coding, decode, encode
 from hsrpc.device.host_pages import HostPages
 from hsrpc.device.uploads import Uploads
 from hsrpc.errors import ConfigError
+from hsrpc.model.formats.lossless import Coding, decode, encode
+from hsrpc.schedule.step import Runs
 
 _CONTROL_GROUPS = {
     "sys/fs/cgroup": ("memory.max", "memory.current"),

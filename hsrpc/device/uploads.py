@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hsrpc.core.sizes import align
+from hsrpc.plan.sizes import align
 
 _CHUNK_BYTES = 2 * 1024**2
 _NOTHING = torch.empty(0, dtype=torch.uint8)

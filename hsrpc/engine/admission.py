@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hsrpc.core.request import SamplingParams
-from hsrpc.core.scheduler import Scheduler
 from hsrpc.errors import QueueFullError, WaitTooLongError
+from hsrpc.request import SamplingParams
+from hsrpc.schedule.scheduler import Scheduler
 
 _HOPELESS = 2.0
 """A request is refused for its predicted wait if that is so many times longer than it may be: predictions are rough."""

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from hsrpc.core.detokenizer import Detokenizer
-from hsrpc.core.request import Delta, FinishReason, Request, SamplingParams
-from hsrpc.core.scheduler import Output, Scheduler
-from hsrpc.core.stopping import StopMatcher
 from hsrpc.engine.generation import Generation
-from hsrpc.engine.output import Transcript, next_deltas
-from hsrpc.engine.token_ids import TokenIdsOnly
+from hsrpc.engine.no_tokenizer import NoTokenizer
+from hsrpc.engine.tasks.text import Transcript, next_deltas
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.errors import HsrpcError, RequestFailedError
+from hsrpc.request import Delta, FinishReason, SamplingParams
+from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.scheduler import Output, Scheduler
+from hsrpc.text.detokenizer import Detokenizer
+from hsrpc.text.stop_strings import StopMatcher
 
 OUTPUT_STEPS = 2
 """Steps whose output may wait for detokenising before the next one does."""
@@ -33,7 +34,7 @@ class _Outputs(NamedTuple):
 class Delivery:
     """Each live request has a transcript, by its id; whatever ends a request, it ends here and in the scheduler."""
 
-    def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | TokenIdsOnly) -> None:
+    def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | NoTokenizer) -> None:
         self.live: dict[str, Transcript] = {}
         self._scheduler = scheduler
         self._tokenizer = tokenizer

@@ -15,20 +15,14 @@ from typing import Any, Self
 from uuid import uuid4
 
 from hsrpc.config import EngineConfig
-from hsrpc.core.batch import Step
-from hsrpc.core.blocks import BlockManager
-from hsrpc.core.detokenizer import Detokenizer
-from hsrpc.core.plan import Plan
-from hsrpc.core.request import Delta, FinishReason, Request, SamplingParams
-from hsrpc.core.scheduler import Output, Scheduler, SchedulerLimits
 from hsrpc.engine.admission import Admission
-from hsrpc.engine.completion import complete
 from hsrpc.engine.delivery import Delivery
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.meter import Meter
-from hsrpc.engine.startup import Parts, open_parts, release
-from hsrpc.engine.stats import EngineStats, StepRecord
-from hsrpc.engine.token_ids import TokenIdsOnly
+from hsrpc.engine.no_tokenizer import NoTokenizer
+from hsrpc.engine.run_to_end import run_to_end
+from hsrpc.engine.startup import Components, open_components, release
+from hsrpc.engine.stats import EngineStats
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.validation import Validator
 from hsrpc.engine.warm_up import warm_up
@@ -40,6 +34,14 @@ from hsrpc.errors import (
 )
 from hsrpc.model.family import ModelSpec
 from hsrpc.model.sampler import Sampled
+from hsrpc.plan.plan import Plan
+from hsrpc.plan.roofline import StepRecord
+from hsrpc.request import Delta, FinishReason, SamplingParams
+from hsrpc.schedule.blocks import BlockManager
+from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.scheduler import Output, Scheduler, SchedulerLimits
+from hsrpc.schedule.step import Step
+from hsrpc.text.detokenizer import Detokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ class Engine:
         self.config = config or EngineConfig()
         self._observe = observe
         self._progress = progress
-        self._parts: Parts | None = None
+        self._parts: Components | None = None
         self._wake = asyncio.Event()
         self._warm: asyncio.Future[None] | None = None
         self._failed: asyncio.Future[None] | None = None
@@ -86,7 +88,7 @@ class Engine:
             raise EngineUnavailableError("the engine was entered before; make another one")
         self._failed = asyncio.get_running_loop().create_future()
         self._warm = asyncio.get_running_loop().create_future()
-        self._parts = await open_parts(self.config, self._progress)
+        self._parts = await open_components(self.config, self._progress)
         limits = _limits(self._parts.plan, self._parts.spec)
         blocks = BlockManager(self._parts.plan.num_blocks, self._parts.plan.max_batch)
         self._scheduler = Scheduler(blocks, limits, self._parts.spec.eos_token_ids)
@@ -109,7 +111,7 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._accepts = False
-        await complete(self._close())
+        await run_to_end(self._close())
 
     async def _close(self) -> None:
         main = self._main
@@ -140,7 +142,7 @@ class Engine:
         return self._opened.device.name
 
     @property
-    def tokenizer(self) -> Tokenizer | TokenIdsOnly:
+    def tokenizer(self) -> Tokenizer | NoTokenizer:
         return self._opened.tokenizer
 
     @property
@@ -231,7 +233,7 @@ class Engine:
         await asyncio.shield(self._failed)
 
     @property
-    def _opened(self) -> Parts:
+    def _opened(self) -> Components:
         if self._parts is None:
             raise _not_started()
         return self._parts

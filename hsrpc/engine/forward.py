@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch.autograd import profiler
 
-from hsrpc.core.batch import Ints, MiniBatch
-from hsrpc.core.blocks import PoolId, Tier
-from hsrpc.core.plan import PENDING_QUERIES, REGENERATE_ROWS
 from hsrpc.device.device import Device, Event
 from hsrpc.device.uploads import Upload
-from hsrpc.engine.cache import CacheManager, DeviceRows, Gathers, Staged, Stores
-from hsrpc.engine.prefetcher import Prefetched
+from hsrpc.engine.tasks.cache import CacheManager, DeviceRows, Gathers, Staged, Stores
+from hsrpc.engine.tasks.weights import Prefetched
 from hsrpc.engine.weights import ModelWeights
 from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
 from hsrpc.model.family import Family, Weights
+from hsrpc.plan.plan import PENDING_QUERIES, REGENERATE_ROWS
+from hsrpc.schedule.blocks import PoolId, Tier
+from hsrpc.schedule.step import Ints, MiniBatch
 
 _RUN_AHEAD = 8
 """Mini-batches of a layer that are launched and not computed yet, at most."""
@@ -250,7 +250,7 @@ def _in_place_rows(batch: MiniBatch, upload: Upload) -> InPlaceRows | None:
         counts=upload(rows.counts.astype(np.int32)),
         key_starts=upload(key_starts.astype(np.int32)),
         rebuilt_starts=upload(rows.rebuilt_starts.astype(np.int32)),
-        most_keys=int((rows.counts + np.diff(rows.rebuilt_starts) + np.diff(key_starts)).max()),
+        max_keys=int((rows.counts + np.diff(rows.rebuilt_starts) + np.diff(key_starts)).max()),
     )
 
 

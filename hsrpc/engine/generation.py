@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import chain
 
-from hsrpc.core.request import Delta, SamplingParams
 from hsrpc.errors import HsrpcError
+from hsrpc.request import Delta, SamplingParams
 
 
 class Generation:

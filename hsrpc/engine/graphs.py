@@ -12,15 +12,15 @@ from functools import partial
 import numpy as np
 import torch
 
-from hsrpc.core.batch import MiniBatch
-from hsrpc.core.blocks import PoolId
 from hsrpc.core.memory_use import DeviceUse
-from hsrpc.core.plan import Plan
 from hsrpc.device.device import Device
-from hsrpc.engine.cache import CacheManager
+from hsrpc.engine.tasks.cache import CacheManager
 from hsrpc.engine.weights import ModelWeights
 from hsrpc.model.attention import Attention, InPlaceRows
 from hsrpc.model.family import Family
+from hsrpc.plan.plan import Plan
+from hsrpc.schedule.blocks import PoolId
+from hsrpc.schedule.step import MiniBatch
 
 _TOKEN, _POSITION, _COUNT, _SLOT, _TABLE = range(5)
 """Columns of a step's input; the block table takes the rest."""
@@ -93,7 +93,7 @@ class DecodeGraphs:
             counts=given[:, _COUNT].contiguous(),
             rebuilt_starts=self._nothing,
             key_starts=self._nothing,
-            most_keys=self._max_model_len,
+            max_keys=self._max_model_len,
         )
         hidden = family.embed(self._weights.fixed, given[:, _TOKEN].long(), positions)
         rotation = family.rotation(positions)

@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 from hsrpc.config import WeightCoding, format_bytes
 from hsrpc.core.memory_use import DeviceUse, HostUse
-from hsrpc.core.plan import Plan
-from hsrpc.core.sizes import align
-from hsrpc.device.coding import WORD, can_encode
 from hsrpc.device.device import Device
 from hsrpc.engine.weights import CodedSlice, LayerWeights, ModelWeights, Slice, views
 from hsrpc.errors import ConfigError, EngineUnavailableError
 from hsrpc.model.checkpoint import WeightSource
 from hsrpc.model.family import Family, TensorSpec
+from hsrpc.model.formats.lossless import WORD, can_encode
+from hsrpc.plan.plan import Plan
+from hsrpc.plan.sizes import align
 
 _CODED_AT_ONCE = 2
 """Layers: each takes its own size of device memory meanwhile, less than the weight buffers that are allocated later."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from hsrpc.core.batch import Step
-from hsrpc.core.blocks import PoolId
-from hsrpc.core.scheduler import Scheduler
-from hsrpc.engine.startup import Parts
-from hsrpc.engine.stats import EngineStats, StepRecord
+from hsrpc.engine.startup import Components
+from hsrpc.engine.stats import EngineStats
+from hsrpc.plan.roofline import StepRecord
+from hsrpc.schedule.blocks import PoolId
+from hsrpc.schedule.scheduler import Scheduler
+from hsrpc.schedule.step import Step
 
 
 class Meter:
     """What only grows counts since it was made."""
 
-    def __init__(self, parts: Parts, scheduler: Scheduler, observe: Callable[[StepRecord], object] | None) -> None:
+    def __init__(self, parts: Components, scheduler: Scheduler, observe: Callable[[StepRecord], object] | None) -> None:
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.recomputed_tokens = 0

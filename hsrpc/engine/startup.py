@@ -15,27 +15,28 @@ from pathlib import Path
 import torch
 
 from hsrpc.config import DType, EngineConfig, WeightCoding, format_bytes
-from hsrpc.core.plan import Budgets, Hardware, Plan
-from hsrpc.core.planner import Planner
-from hsrpc.core.sizes import ModelSizes
 from hsrpc.device.calibration import calibrate, sustained_load
-from hsrpc.device.coding import EXPECTED_SHARES, MOST_SHARES
 from hsrpc.device.device import Device, available_memory, open_device
 from hsrpc.engine.bus import BusOrder
-from hsrpc.engine.cache import CacheManager
-from hsrpc.engine.completion import complete
-from hsrpc.engine.executor import Executor
 from hsrpc.engine.loading import HardlySmallerError, compile_coding, load_weights
-from hsrpc.engine.prefetcher import WeightPrefetcher
-from hsrpc.engine.token_ids import TokenIdsOnly
+from hsrpc.engine.no_tokenizer import NoTokenizer
+from hsrpc.engine.run_to_end import run_to_end
+from hsrpc.engine.tasks.cache import CacheManager
+from hsrpc.engine.tasks.executor import Executor
+from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.errors import ConfigError
 from hsrpc.model.attention import Attention
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
-from hsrpc.model.families import create_family
+from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family, ModelSpec
+from hsrpc.model.formats.lossless import EXPECTED_SHARES, MAX_SHARES
 from hsrpc.model.hub import resolve_model
 from hsrpc.model.spec import DTYPES, load_spec, named_spec
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.plan import Budgets, Plan
+from hsrpc.plan.planner import Planner
+from hsrpc.plan.sizes import ModelSizes
 
 _log = logging.getLogger(__name__)
 RANDOM_PREFIX = "random:"
@@ -45,13 +46,13 @@ _CPU_PREFILL_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class Components:
     """What an engine owns while it runs."""
 
     spec: ModelSpec
     device: Device
     plan: Plan
-    tokenizer: Tokenizer | TokenIdsOnly
+    tokenizer: Tokenizer | NoTokenizer
     prefetcher: WeightPrefetcher
     cache: CacheManager
     executor: Executor
@@ -111,8 +112,8 @@ def _codings(config: EngineConfig, spec: ModelSpec, device: Device) -> list[Mode
         )
     if coding is WeightCoding.NONE or not can_be_coded or (coding is WeightCoding.AUTO and not device.decodes_weights):
         return [spec.sizes]
-    expected, most = EXPECTED_SHARES[spec.dtype], MOST_SHARES[spec.dtype]
-    coded = replace(spec.sizes, coded_share=expected, most_coded_share=most)
+    expected, most = EXPECTED_SHARES[spec.dtype], MAX_SHARES[spec.dtype]
+    coded = replace(spec.sizes, coded_share=expected, max_coded_share=most)
     return [coded] if coding is WeightCoding.LOSSLESS else [spec.sizes, coded]
 
 
@@ -158,7 +159,7 @@ def describe_model(config: EngineConfig) -> tuple[ModelSpec, Device]:
     return load_spec(resolve_model(config.model), dtype), device
 
 
-async def open_parts(config: EngineConfig, progress: bool) -> Parts:
+async def open_components(config: EngineConfig, progress: bool) -> Components:
     """Everything, loaded and ready to run. Cancelled, it stops after the layers being read and gives all back.
 
     Raises:
@@ -170,16 +171,16 @@ async def open_parts(config: EngineConfig, progress: bool) -> Parts:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
         stop.set()
-        await complete(_close_opened(opening))
+        await run_to_end(_close_opened(opening))
         raise
 
 
-async def _close_opened(opening: asyncio.Task[Parts]) -> None:
+async def _close_opened(opening: asyncio.Task[Components]) -> None:
     with suppress(Exception):  # nobody is there to be told
         await (await opening).close()
 
 
-def _open_best(config: EngineConfig, progress: bool, stop: threading.Event) -> Parts:
+def _open_best(config: EngineConfig, progress: bool, stop: threading.Event) -> Components:
     """With weights as they are where they turn out not to get much smaller."""
     try:
         return _open_parts(config, progress, stop)
@@ -190,7 +191,7 @@ def _open_best(config: EngineConfig, progress: bool, stop: threading.Event) -> P
         return _open_parts(replace(config, weight_coding=WeightCoding.NONE), progress, stop)
 
 
-def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> Parts:
+def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> Components:
     with ExitStack() as undo:
         planned = make_plan(config)
         device, spec, plan = planned.device, planned.spec, planned.plan
@@ -216,7 +217,7 @@ def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> 
             device.drain()
             executor = Executor(family, weights, prefetcher, cache, device, attention=attention, plan=plan)
         undo.pop_all()
-        return Parts(spec, device, plan, tokenizer, prefetcher, cache, executor)
+        return Components(spec, device, plan, tokenizer, prefetcher, cache, executor)
 
 
 def _check_room(plan: Plan, device: Device) -> None:
@@ -235,9 +236,9 @@ def _check_room(plan: Plan, device: Device) -> None:
             raise ConfigError(field, format_bytes(budget), problem, "lower it, or end what else uses the memory")
 
 
-def _source(planned: Planned, family: Family) -> tuple[WeightSource, Tokenizer | TokenIdsOnly]:
+def _source(planned: Planned, family: Family) -> tuple[WeightSource, Tokenizer | NoTokenizer]:
     if planned.directory is None:
-        return RandomWeights(0), TokenIdsOnly()
+        return RandomWeights(0), NoTokenizer()
     checkpoint = Checkpoint(planned.directory)
     checkpoint.check(family.all_tensors())
     return checkpoint, Tokenizer(planned.directory)

@@ -5,33 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hsrpc.core.blocks import PoolId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """What one step did. The weights are prefetched across steps, so a single step's bytes are off by some layers."""
-
-    seconds: float
-    """From the tokens of the step before, or from the arrival of work, to its own."""
-    num_requests: int
-    decode_tokens: int
-    prefill_tokens: int
-    recomputed_tokens: int = 0
-    """Of requests that keep no cache: all but the newest."""
-    context_tokens: int
-    """Cached tokens attended to, of all requests."""
-    weight_bytes: int
-    """Copied to the device."""
-    cache_bytes: int
-    """Copied to the device."""
-    regenerated_tokens: int
-    """Each layer counted."""
-
-    @property
-    def held_tokens(self) -> int:
-        """Of all requests before the step: cached, or computed anew."""
-        return self.context_tokens + self.recomputed_tokens
+from hsrpc.schedule.blocks import PoolId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hsrpc.core.request import SamplingParams
 from hsrpc.errors import InvalidRequestError
+from hsrpc.request import SamplingParams
 
 _MAX_CHARACTERS_PER_TOKEN = 64
 """More than any tokenizer packs into one on average."""

@@ -5,18 +5,19 @@ Libraries load a kernel when its shape is first computed, which takes tens of mi
 
 from __future__ import annotations
 
-from hsrpc.core.blocks import BlockManager
-from hsrpc.core.request import Request, SamplingParams
-from hsrpc.core.scheduler import Scheduler, SchedulerLimits
-from hsrpc.engine.startup import Parts
+from hsrpc.engine.startup import Components
+from hsrpc.request import SamplingParams
+from hsrpc.schedule.blocks import BlockManager
+from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.scheduler import Scheduler, SchedulerLimits
 
 _NEW_TOKENS = 2
 _PARAMS = SamplingParams(temperature=0.0, max_tokens=_NEW_TOKENS, ignore_eos=True)
-_MOST_TOKENS = 16384
+_MAX_TOKENS = 16384
 """Of prompts in a step."""
 
 
-async def warm_up(parts: Parts, limits: SchedulerLimits) -> None:
+async def warm_up(parts: Components, limits: SchedulerLimits) -> None:
     """Compute a step of prompts alone, one of prompts beside decoding, and decode steps; counters are as before.
 
     Raises:
@@ -40,10 +41,10 @@ def _prompts(tokens: int, limits: SchedulerLimits, scheduler: Scheduler) -> list
     room = limits.max_batch - scheduler.num_running
     if limits.keeps_cache:
         room = min(room, scheduler.blocks.num_free // -(-(length + _NEW_TOKENS) // limits.block_size))
-    return [length] * min(min(tokens, _MOST_TOKENS) // length, room)
+    return [length] * min(min(tokens, _MAX_TOKENS) // length, room)
 
 
-async def _step(parts: Parts, scheduler: Scheduler) -> bool:
+async def _step(parts: Components, scheduler: Scheduler) -> bool:
     """False: there is none left."""
     step = scheduler.schedule(0.0)
     if step is None:

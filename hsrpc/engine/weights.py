@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from hsrpc.device.coding import Coding
+from hsrpc.model.formats.lossless import Coding
 
 
 class Slice(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from hsrpc.core.sizes import ModelSizes
+from hsrpc.plan.sizes import ModelSizes
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _MANY_KEYS = 1 << 20
@@ -25,7 +25,7 @@ class InPlaceRows:
     """[d+1] rows of the buffer, from one to the next."""
     key_starts: torch.Tensor
     """[d+1] more rows of the buffer."""
-    most_keys: int
+    max_keys: int
     """Bound on the keys of a request."""
 
 
@@ -66,7 +66,7 @@ class Attention:
         if not self._uses_kernel:
             self._in_place_one_by_one(queries, pool, kv, rows, out)
             return
-        from hsrpc.model.decode_kernel import decode_attention  # loads Triton
+        from hsrpc.model.kernels.decode_attention import decode_attention  # loads Triton
 
         _, num_kv_heads, head_dim = self._heads
         decode_attention(
@@ -82,7 +82,7 @@ class Attention:
             head_dim=head_dim,
             block_size=self._block_size,
             scale=self._scale,
-            most_keys=rows.most_keys,
+            max_keys=rows.max_keys,
         )
 
     @torch.inference_mode()
@@ -94,9 +94,9 @@ class Attention:
         queries = torch.zeros((1, num_heads * head_dim), dtype=self._dtype, device=self._device)
         kv = torch.zeros((self._block_size, 2 * self._kv), dtype=self._dtype, device=self._device)
         tables, counts, starts = (torch.zeros(size, dtype=torch.int32, device=self._device) for size in ((1, 1), 1, 2))
-        for most_keys in (1, _MANY_KEYS):  # in one part, and in several
+        for max_keys in (1, _MANY_KEYS):  # in one part, and in several
             rows = InPlaceRows(
-                tables=tables, counts=counts, rebuilt_starts=starts, key_starts=starts, most_keys=most_keys
+                tables=tables, counts=counts, rebuilt_starts=starts, key_starts=starts, max_keys=max_keys
             )
             self.in_place(queries, kv, kv, rows, torch.empty_like(queries))
         one = torch.arange(2, dtype=torch.int32, device=self._device)

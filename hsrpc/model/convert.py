@@ -19,7 +19,7 @@ from tqdm import tqdm
 from hsrpc.errors import CheckpointError, ConfigError
 from hsrpc.model.checkpoint import INDEX_FILE, PICKLE_SUFFIXES, WEIGHTS_FILE, Checkpoint
 from hsrpc.model.config_file import read_config
-from hsrpc.model.families import create_family
+from hsrpc.model.families.registry import create_family
 from hsrpc.model.spec import load_spec
 
 MAX_SHARD_BYTES = 5_000_000_000

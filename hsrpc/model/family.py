@@ -10,8 +10,8 @@ from typing import TypeAlias
 
 import torch
 
-from hsrpc.core.sizes import ModelSizes
 from hsrpc.model.config_file import ConfigFile
+from hsrpc.plan.sizes import ModelSizes
 
 Weights: TypeAlias = Mapping[str, torch.Tensor]
 """Packed tensor names to tensors, of one layer or of the fixed part."""

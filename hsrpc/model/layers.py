@@ -33,7 +33,7 @@ def project_rows(w: Weights, name: str, x: torch.Tensor, start: int, out: torch.
 def gate(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up [n, f] of [gate|up] [n, 2*f]."""
     if gate_up.is_cuda:
-        from hsrpc.model import fused_kernels  # loads Triton
+        from hsrpc.model.kernels import fused as fused_kernels  # loads Triton
 
         return fused_kernels.gate(gate_up)
     left, right = gate_up.chunk(2, dim=-1)

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hsrpc.core.request import SamplingParams
+from hsrpc.request import SamplingParams
 
-_LEAST_DIVISOR = 1e-30  # a normal float32: nothing is divided by zero
+_MIN_DIVISOR = 1e-30  # a normal float32: nothing is divided by zero
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 
@@ -124,7 +124,7 @@ def _penalise(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         prompts = _counts(
             [() if row.params.repetition_penalty == 1.0 else row.prompt_token_ids for row in rows], logits
         )
-        repetition = repetition.clamp(min=_LEAST_DIVISOR)
+        repetition = repetition.clamp(min=_MIN_DIVISOR)
         repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
         logits = torch.where(seen | (prompts > 0), repeated, logits)
     logits = logits - frequency * outputs - presence * seen
@@ -166,7 +166,7 @@ def _columns(rows: Sequence[SamplingRow], vocab_size: int) -> NDArray[np.float64
         params = row.params
         top_p = params.top_p if params.top_p < 1.0 else np.inf
         top_k = min(params.top_k or vocab_size, vocab_size)
-        column[:4] = max(params.temperature, _LEAST_DIVISOR), params.min_p, top_p, top_k
+        column[:4] = max(params.temperature, _MIN_DIVISOR), params.min_p, top_p, top_k
     columns[:, 4] = uniforms([row.seed for row in rows], [row.num_output_tokens for row in rows])
     return columns
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsrpc.core.request import TokenLogprob
 from hsrpc.model.logits import SamplingRow, draw, edit, to_device
+from hsrpc.request import TokenLogprob
 
 __all__ = ["PendingSample", "Sampled", "Sampler", "SamplingRow"]
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from hsrpc.core.sizes import ModelSizes
 from hsrpc.errors import ModelNotFoundError
 from hsrpc.model.config_file import ConfigFile, read_config
-from hsrpc.model.families import FAMILIES, create_family, family_name
+from hsrpc.model.families.registry import FAMILIES, create_family, family_name
 from hsrpc.model.family import ModelSpec
 from hsrpc.model.hub import model_name
 from hsrpc.model.shapes import SHAPES
+from hsrpc.plan.sizes import ModelSizes
 
 __all__ = ["ModelSpec", "load_spec", "named_spec"]
 

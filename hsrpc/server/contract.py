@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
-from hsrpc.core.blocks import PoolId
-from hsrpc.core.plan import Plan
-from hsrpc.core.request import Delta, SamplingParams
-from hsrpc.core.sizes import ModelSizes
+from hsrpc.plan.plan import Plan
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.request import Delta, SamplingParams
+from hsrpc.schedule.blocks import PoolId
 
 
 class Spec(Protocol):

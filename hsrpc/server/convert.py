@@ -10,7 +10,8 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from hsrpc.core.request import (
+from hsrpc.errors import InvalidRequestError
+from hsrpc.request import (
     MAX_LOGIT_BIAS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
@@ -20,7 +21,6 @@ from hsrpc.core.request import (
     SamplingParams,
     TokenLogprob,
 )
-from hsrpc.errors import InvalidRequestError
 from hsrpc.server.config import MAX_MESSAGE_DELAY, MAX_MESSAGE_TOKENS, ServerConfig
 from hsrpc.server.status import NotSupportedError
 from hsrpc.v1 import generation_pb2 as v1

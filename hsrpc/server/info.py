@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 from hsrpc import __version__
-from hsrpc.core.blocks import BlockKind, PoolId, Tier
-from hsrpc.core.plan import Plan
 from hsrpc.errors import InvalidRequestError
+from hsrpc.plan.plan import Plan
+from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
 from hsrpc.server.contract import Engine, Stats
 from hsrpc.server.convert import duration
 from hsrpc.server.handlers import Write

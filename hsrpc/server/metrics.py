@@ -10,11 +10,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from hsrpc.core.blocks import PoolId
-from hsrpc.core.request import FinishReason
-from hsrpc.engine.limit import step_limit
-from hsrpc.engine.stats import StepRecord
 from hsrpc.errors import EngineUnavailableError
+from hsrpc.plan.roofline import StepRecord, roofline
+from hsrpc.request import FinishReason
+from hsrpc.schedule.blocks import PoolId
 from hsrpc.server.contract import Engine, Stats
 from hsrpc.server.observation import ObservedCall
 
@@ -95,7 +94,7 @@ class EngineMetrics(Collector):
         self._observe_bus(record)
         engine = self._engine()
         if engine is not None:
-            limit = step_limit(record, engine.spec.sizes, engine.plan.hardware).seconds
+            limit = roofline(record, engine.spec.sizes, engine.plan.hardware).seconds
             self._ratio.observe(record.seconds / limit)
 
     def _observe_bus(self, record: StepRecord) -> None:

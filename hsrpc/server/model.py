@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hsrpc.core.plan import Plan
-from hsrpc.core.sizes import ModelSizes
 from hsrpc.errors import InvalidRequestError, ModelNotFoundError
+from hsrpc.plan.plan import Plan
+from hsrpc.plan.sizes import ModelSizes
 from hsrpc.server.contract import Engine
 from hsrpc.server.state import ServerState
 from hsrpc.v1 import generation_pb2, model_pb2

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
-from hsrpc.core.request import Delta, Finish
+from hsrpc.request import Delta, Finish
 from hsrpc.server.auth import client_name
 from hsrpc.server.contract import Generation
 from hsrpc.server.status import Failure, StalledClientError

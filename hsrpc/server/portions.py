@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from hsrpc.core.request import Delta
+from hsrpc.request import Delta
 
 _MAX_MESSAGES_PER_SECOND = 1_000
 """Of all streams: a few percent of the event loop's core, which the engine needs for its next step."""

@@ -11,7 +11,7 @@ from typing import Self
 
 from prometheus_client import CollectorRegistry
 
-from hsrpc.engine.stats import StepRecord
+from hsrpc.plan.roofline import StepRecord
 from hsrpc.server.config import ServerConfig
 from hsrpc.server.contract import Engine
 from hsrpc.server.exposition import exposed

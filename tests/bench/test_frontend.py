@@ -9,7 +9,7 @@ import pytest
 from hsrpc.bench import frontend
 from hsrpc.bench.frontend import measure_frontend, plot_frontend, print_frontend, save_frontend
 from hsrpc.bench.stub_engine import StubEngine
-from hsrpc.core.request import FinishReason, SamplingParams
+from hsrpc.request import FinishReason, SamplingParams
 
 
 async def test_the_stub_keeps_its_rate():

@@ -18,8 +18,8 @@ from hsrpc.bench.frontend_client import ClientProcessError, Job, ask
 from hsrpc.bench.grpc_cost import Cost, Load, Sample, Way, full_steps
 from hsrpc.bench.pretend_engine import PretendedStep, PretendEngine
 from hsrpc.bench.run import BenchError
-from hsrpc.core.request import SamplingParams
-from hsrpc.engine.stats import StepRecord
+from hsrpc.plan.roofline import StepRecord
+from hsrpc.request import SamplingParams
 from tests.bench.test_run import RECORD, SHAPE
 
 LOAD = Load(requests=4, prompt=8, output=20, clients=1, max_message_delay=None)

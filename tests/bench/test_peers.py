@@ -21,7 +21,7 @@ from benchmarks.peers.one import peer_outcome
 from benchmarks.peers.record import Outcome, PeerRun, Record, Timing, Traffic, add_record, read_records
 from benchmarks.peers.report import best_entries, print_report, ratios
 from benchmarks.peers.run_accelerate import WARM_UP
-from hsrpc.core.plan import Hardware
+from hsrpc.plan.hardware import Hardware
 
 BUDGETS = Budgets()
 

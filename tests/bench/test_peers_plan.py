@@ -20,7 +20,7 @@ from benchmarks.peers.flexgen_plan import (
 )
 from benchmarks.peers.limits import limit_seconds
 from benchmarks.peers.record import Traffic
-from hsrpc.core.plan import Hardware
+from hsrpc.plan.hardware import Hardware
 
 BUDGETS = Budgets()
 HARDWARE = Hardware(load_bandwidth=50e9, store_bandwidth=50e9, gemm_rate=600e12, memory_bandwidth=3e12)

@@ -18,7 +18,7 @@ from benchmarks.peers.one import peer_outcome
 from benchmarks.peers.record import Outcome, PeerRun, Record, Timing, Traffic, add_record
 from benchmarks.peers.run_transformers import generate_resident, resident_model
 from hsrpc.config import Placement
-from hsrpc.core.plan import Hardware
+from hsrpc.plan.hardware import Hardware
 
 CPU = torch.device("cpu")
 BUDGETS = Budgets()

@@ -18,14 +18,14 @@ from benchmarks.policies.hcache import HCachePlanner, LayerSplitPlan
 from benchmarks.policies.kvpr import KvprPlanner, PositionBlocks
 from benchmarks.policies.rules import hcache_layers, kvpr_blocks
 from hsrpc import Engine, EngineConfig
-from hsrpc.core.batch import RowCosts
-from hsrpc.core.blocks import BlockTable, PoolId, Tier
 from hsrpc.core.memory_use import HostUse
-from hsrpc.core.plan import Budgets, Plan
 from hsrpc.engine import startup
-from hsrpc.engine.stats import StepRecord
 from hsrpc.errors import ConfigError
 from hsrpc.model.spec import load_spec
+from hsrpc.plan.plan import Budgets, Plan
+from hsrpc.plan.roofline import StepRecord
+from hsrpc.schedule.blocks import BlockTable, PoolId, Tier
+from hsrpc.schedule.step import RowCosts
 from tests.bench.conftest import TINY
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference, make_reference

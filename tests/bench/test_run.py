@@ -17,7 +17,7 @@ from hsrpc.bench.run import WARM_UP_STEPS, observe_run, summarise
 from hsrpc.bench.workload import Lengths, Workload, make_workload
 from hsrpc.config import EngineConfig
 from hsrpc.engine.engine import Engine
-from hsrpc.engine.stats import StepRecord
+from hsrpc.plan.roofline import StepRecord
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],

@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from hsrpc.client import CallError, Client
-from hsrpc.core.request import FinishReason
+from hsrpc.request import FinishReason
 from tests.cli.conftest import SMALL
 
 PROMPT = "Once upon a time"

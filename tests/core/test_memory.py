@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from hsrpc.core.memory import Staging, device_bytes, query_bytes
 from hsrpc.core.memory_use import DeviceUse
-from hsrpc.core.plan import REGENERATE_ROWS, SAMPLE_ELEMENTS
-from tests.core.test_plan import OPT_6_7B as SIZES
+from hsrpc.plan.device_memory import Staging, device_bytes, query_bytes
+from hsrpc.plan.plan import REGENERATE_ROWS, SAMPLE_ELEMENTS
+from tests.plan.test_plan import OPT_6_7B as SIZES
 
 STAGING = Staging(batch=64, rows=9000, activation_rows=9000, queries=500, step_tokens=700, graph_batch=64, table=128)
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from hsrpc.core.layer_times import LayerTimes
-from hsrpc.core.plan import REGENERATE_ROWS, Hardware
-from hsrpc.core.step_model import Candidates, StepModel, StepTimes, Traffic
 from hsrpc.model.spec import named_spec
-from tests.core.test_plan import OPT_6_7B as SIZES
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.layer_times import LayerTimes
+from hsrpc.plan.plan import REGENERATE_ROWS
+from hsrpc.plan.step_time import Candidates, StepModel, StepTimes, Traffic
+from tests.plan.test_plan import OPT_6_7B as SIZES
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 EVEN = Hardware(load_bandwidth=5e10, store_bandwidth=4e10, gemm_rate=5e14, memory_bandwidth=2e12)

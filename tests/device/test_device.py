@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsrpc.config import DeviceKind
-from hsrpc.core.batch import Runs
 from hsrpc.core.memory_use import DeviceUse, HostUse
 from hsrpc.device.device import CpuDevice, available_memory, open_device
 from hsrpc.device.host_pages import HostPages
 from hsrpc.device.uploads import Uploads
 from hsrpc.errors import ConfigError
+from hsrpc.schedule.step import Runs
 
 SLOTS, ROWS, WIDTH = 40, 30, 6
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from hsrpc.config import EngineConfig
-from hsrpc.core.plan import Budgets, Hardware
-from hsrpc.core.planner import Planner
 from hsrpc.errors import ConfigError
 from hsrpc.model.spec import load_spec
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.plan import Budgets
+from hsrpc.plan.planner import Planner
 from tests.engine.reference import Reference, make_reference
 
 torch.set_num_threads(1)

@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from hsrpc import Engine, EngineConfig, SamplingParams
-from hsrpc.core.plan import BUFFERS
-from hsrpc.core.request import Delta, Request
 from hsrpc.engine.delivery import OUTPUT_STEPS
+from hsrpc.plan.plan import BUFFERS
+from hsrpc.request import Delta
+from hsrpc.schedule.request_state import Request
 from tests.engine.conftest import tightest
 from tests.engine.reference import Reference
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hsrpc import Engine, EngineConfig, SamplingParams
-from hsrpc.core.batch import Step
-from hsrpc.core.request import FinishReason
 from hsrpc.errors import OutOfDeviceMemoryError
+from hsrpc.request import FinishReason
+from hsrpc.schedule.step import Step
 from tests.engine.reference import NEW_TOKENS, Reference
 from tests.engine.support import collect, config_for, greedy, idle, ids
 

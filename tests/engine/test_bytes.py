@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from hsrpc import Engine, SamplingParams
 from hsrpc.core.memory_use import DeviceUse, HostUse
-from hsrpc.core.plan import Plan
 from hsrpc.device.device import CpuDevice, Stream
 from hsrpc.device.uploads import Uploads
 from hsrpc.engine import startup
 from hsrpc.model.attention import Attention
+from hsrpc.plan.plan import Plan
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
 from tests.engine.support import collect, config_for, greedy, tight

@@ -17,15 +17,15 @@ import torch
 
 from hsrpc import Engine, EngineConfig
 from hsrpc.core.memory_use import DeviceUse, HostUse
-from hsrpc.core.plan import BUFFERS
-from hsrpc.core.request import Delta
 from hsrpc.device.device import CpuDevice
 from hsrpc.engine import startup
 from hsrpc.engine.loading import load_weights
 from hsrpc.errors import ConfigError, EngineUnavailableError
 from hsrpc.model.checkpoint import RandomWeights
-from hsrpc.model.families import create_family
+from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import TensorSpec
+from hsrpc.plan.plan import BUFFERS
+from hsrpc.request import Delta
 from tests.engine.conftest import HARDWARE
 from tests.engine.support import collect, greedy, idle
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from hsrpc import Engine, EngineConfig
-from hsrpc.core.request import FinishReason, SamplingParams
 from hsrpc.engine import delivery as delivery_module
 from hsrpc.engine import engine as engine_module
 from hsrpc.errors import (
@@ -24,6 +23,7 @@ from hsrpc.errors import (
     RequestExistsError,
     RequestFailedError,
 )
+from hsrpc.request import FinishReason, SamplingParams
 from tests.engine.reference import VOCAB, Reference
 from tests.engine.support import collect, greedy, idle, ids, live, remains, roomy, tight, until, weights_on_device
 

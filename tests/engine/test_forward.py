@@ -12,18 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsrpc import Engine
-from hsrpc.core.batch import MiniBatch, Work
-from hsrpc.core.layout import lay_out
-from hsrpc.core.request import Request, SamplingParams
 from hsrpc.engine import forward
 from hsrpc.engine.forward import Forward, group_batches
-from hsrpc.model.opt import Opt
+from hsrpc.model.families.opt import Opt
+from hsrpc.request import SamplingParams
+from hsrpc.schedule.packing import pack
+from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.step import MiniBatch, Work
 from tests.engine.reference import Reference
 from tests.engine.support import collect, greedy, idle, ids, roomy
 
 
 def batch_of(count: int) -> MiniBatch:
-    return lay_out([Work(Request("r", [1] * count, SamplingParams(), 0, 0.0), 0, count, samples=True)], 16, None)
+    return pack([Work(Request("r", [1] * count, SamplingParams(), 0, 0.0), 0, count, samples=True)], 16, None)
 
 
 @given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=12), most=st.integers(1, 20))

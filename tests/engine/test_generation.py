@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from hsrpc.core.request import Delta, Finish, FinishReason, SamplingParams, Timings, TokenLogprob, Usage
 from hsrpc.engine.generation import Generation
 from hsrpc.errors import EngineFaultError
+from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, TokenLogprob, Usage
 
 END = Finish(FinishReason.EOS, Usage(1, 2), Timings(0.0, 0.0, 0.0, 0.0))
 

@@ -15,11 +15,10 @@ import torch
 
 from hsrpc import Engine, EngineConfig
 from hsrpc.config import DeviceKind, DType
-from hsrpc.core.batch import Step
 from hsrpc.device.device import CpuDevice, available_memory
 from hsrpc.engine import startup
-from hsrpc.engine.executor import Executor
 from hsrpc.engine.startup import describe_model, make_plan
+from hsrpc.engine.tasks.executor import Executor
 from hsrpc.errors import (
     CheckpointError,
     ConfigError,
@@ -29,6 +28,7 @@ from hsrpc.errors import (
     OutOfDeviceMemoryError,
 )
 from hsrpc.model.checkpoint import Checkpoint
+from hsrpc.schedule.step import Step
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
 from tests.engine.support import collect, greedy, idle, ids, roomy, until

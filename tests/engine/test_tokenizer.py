@@ -13,9 +13,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from hsrpc.core.detokenizer import Detokenizer
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.errors import CheckpointError, InvalidRequestError
+from hsrpc.text.detokenizer import Detokenizer
 
 
 @pytest.fixture(scope="module")

@@ -17,19 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsrpc.config import EngineConfig
-from hsrpc.core.plan import BUFFERS, Budgets, Plan
-from hsrpc.core.planner import Planner
-from hsrpc.core.sizes import ALIGNMENT
 from hsrpc.device.device import CpuDevice
 from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.loading import load_weights
-from hsrpc.engine.prefetcher import WeightPrefetcher
+from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.weights import ModelWeights
 from hsrpc.errors import CheckpointError, EngineUnavailableError
 from hsrpc.model.checkpoint import RandomWeights
-from hsrpc.model.families import create_family
+from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family, TensorSpec
 from hsrpc.model.spec import load_spec
+from hsrpc.plan.plan import BUFFERS, Budgets, Plan
+from hsrpc.plan.planner import Planner
+from hsrpc.plan.sizes import ALIGNMENT
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
 from tests.engine.support import until
@@ -240,7 +240,7 @@ async def test_weights_go_between_the_blocks(
     family: Family, resident: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While blocks are sent, no part of a layer's weights is ahead of the blocks of the layers before it."""
-    monkeypatch.setattr("hsrpc.engine.prefetcher._LEAST_BYTES", 1)
+    monkeypatch.setattr("hsrpc.engine.tasks.weights._MIN_PART_BYTES", 1)
     bus = BusOrder()
     async with prefetching(family, resident, bus) as prefetcher, asyncio.timeout(20):
         streamed = [layer for layer in range(NUM_LAYERS) if layer not in resident]

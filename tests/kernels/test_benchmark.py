@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.decode_kernel import case, reference
-from hsrpc.model.decode_kernel import decode_attention
+from hsrpc.model.kernels.decode_attention import decode_attention
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])

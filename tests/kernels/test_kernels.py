@@ -7,12 +7,12 @@ from itertools import accumulate
 import pytest
 import torch
 
-from hsrpc.device.coding import BLOCK, WORD, encode
-from hsrpc.device.coding_kernels import decode_weights, encode_weights
 from hsrpc.device.kernels import copy_rows
-from hsrpc.model import decode_kernel
-from hsrpc.model.decode_kernel import decode_attention
-from hsrpc.model.fused_kernels import gate, rotate_heads_
+from hsrpc.model.formats.lossless import BLOCK, WORD, encode
+from hsrpc.model.kernels import decode_attention as decode_kernel
+from hsrpc.model.kernels.decode_attention import decode_attention
+from hsrpc.model.kernels.fused import gate, rotate_heads_
+from hsrpc.model.kernels.lossless import decode_weights, encode_weights
 from hsrpc.model.rope import RopeSettings, make_rotation, rope_frequencies, rotate_
 
 BLOCK_SIZE = 16
@@ -68,7 +68,7 @@ def test_decode_attention(
         head_dim=head_dim,
         block_size=BLOCK_SIZE,
         scale=head_dim**-0.5,
-        most_keys=200,
+        max_keys=200,
     )
     for i in range(count):
         keys = (pool[rows_of(i, tables)], buffer[rebuilt[i] : rebuilt[i + 1]], buffer[behind[i] : behind[i + 1]])
@@ -93,7 +93,7 @@ def test_a_request_without_keys_gets_zeros() -> None:
         head_dim=16,
         block_size=BLOCK_SIZE,
         scale=0.25,
-        most_keys=8,
+        max_keys=8,
     )
     assert torch.equal(found, torch.zeros(1, 32))
 

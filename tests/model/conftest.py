@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
-from hsrpc.model.families import create_family
+from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family, TensorSpec, Weights
 from hsrpc.model.spec import load_spec
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsrpc.core.sizes import ModelSizes
 from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
+from hsrpc.plan.sizes import ModelSizes
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 12
@@ -64,7 +64,7 @@ def test_a_query_sees_its_blocks_and_its_buffer_rows(
         counts=torch.tensor([count for count, *_ in parts]).int(),
         rebuilt_starts=torch.tensor(rebuilt).int(),
         key_starts=torch.tensor(starts).int(),
-        most_keys=32,
+        max_keys=32,
     )
     found = torch.full_like(queries, torch.nan)
     attention.in_place(queries, pool, kv, rows, found)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from hsrpc.errors import CheckpointError
 from hsrpc.model import safetensors_file
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights
-from hsrpc.model.families import create_family
+from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import TensorSpec
 from hsrpc.model.shapes import SHAPES
 from hsrpc.model.spec import named_spec

@@ -15,7 +15,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from hsrpc.errors import CheckpointError, ConfigError
 from hsrpc.model.checkpoint import Checkpoint
 from hsrpc.model.convert import convert_checkpoint
-from hsrpc.model.families import create_family
+from hsrpc.model.families.registry import create_family
 from hsrpc.model.spec import load_spec
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsrpc.core.request import SamplingParams
 from hsrpc.model.logits import edit, uniforms
 from hsrpc.model.sampler import Sampled, Sampler, SamplingRow
+from hsrpc.request import SamplingParams
 
 VOCAB = 60
 GREEDY = SamplingParams(temperature=0.0)

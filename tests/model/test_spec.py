@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hsrpc.errors import CheckpointError, ModelNotFoundError
-from hsrpc.model.families import create_family
+from hsrpc.model.families.registry import create_family
 from hsrpc.model.shapes import SHAPES
 from hsrpc.model.spec import load_spec, named_spec
 

@@ -9,10 +9,10 @@ from types import TracebackType
 from typing import Self
 
 from hsrpc.bench.stub_engine import StubEngine, StubGeneration
-from hsrpc.core.blocks import PoolId
-from hsrpc.core.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
 from hsrpc.engine.stats import EngineStats
 from hsrpc.errors import EngineFaultError
+from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
+from hsrpc.schedule.blocks import PoolId
 
 WORDS = ("Once", " upon", " a", " time")
 USAGE = Usage(3, 4, 1)

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from hsrpc.client import AsyncClient, CallError, Client, Settings
-from hsrpc.core.request import Delta, FinishReason, SamplingParams, Timings, Usage
+from hsrpc.request import Delta, FinishReason, SamplingParams, Timings, Usage
 from hsrpc.server import Server
 from hsrpc.v1 import generation_pb2 as v1
 from tests.server.conftest import until

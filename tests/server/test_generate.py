@@ -8,7 +8,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from hsrpc.core.request import Delta, FinishReason, SamplingParams, TokenLogprob
+from hsrpc.request import Delta, FinishReason, SamplingParams, TokenLogprob
 from hsrpc.server import ServerConfig
 from hsrpc.server.listener import Server
 from hsrpc.v1 import generation_pb2 as v1

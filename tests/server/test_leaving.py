@@ -15,10 +15,10 @@ import pytest
 import torch
 from google.protobuf.duration_pb2 import Duration
 
-from hsrpc.core.batch import Step
-from hsrpc.core.request import Request
 from hsrpc.engine.engine import Engine
 from hsrpc.model.sampler import Sampled
+from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.step import Step
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc
 from tests.engine.support import PATIENCE, gone, idle, live, until

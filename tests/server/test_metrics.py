@@ -14,9 +14,9 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hsrpc.core.request import FinishReason
-from hsrpc.engine.stats import StepRecord
 from hsrpc.errors import ConfigError
+from hsrpc.plan.roofline import StepRecord
+from hsrpc.request import FinishReason
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.security import SecurityConfig
 from hsrpc.server.telemetry import Telemetry

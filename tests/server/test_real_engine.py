@@ -16,10 +16,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hsrpc import __version__
 from hsrpc.client import AsyncClient, CallError
 from hsrpc.config import EngineConfig
-from hsrpc.core.request import Delta, FinishReason, SamplingParams
 from hsrpc.engine.engine import Engine
-from hsrpc.engine.executor import Executor
+from hsrpc.engine.tasks.executor import Executor
 from hsrpc.errors import EngineFaultError
+from hsrpc.request import Delta, FinishReason, SamplingParams
 from hsrpc.server import Server, ServerConfig, serve
 from hsrpc.v1 import server_pb2
 

@@ -10,8 +10,8 @@ import pytest
 
 from hsrpc.client import AsyncClient
 from hsrpc.config import EngineConfig
-from hsrpc.core.request import FinishReason
 from hsrpc.engine.engine import Engine
+from hsrpc.request import FinishReason
 from hsrpc.server import Server, ServerConfig
 from hsrpc.v1.server_pb2 import BLOCK_KIND_ACTIVATION, BLOCK_KIND_KV, GetServerInfoResponse
 from tests.engine.conftest import tightest

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from hsrpc.client import AsyncClient, CallError
-from hsrpc.core.plan import Plan
 from hsrpc.engine.engine import Engine
 from hsrpc.engine.stats import EngineStats
+from hsrpc.plan.plan import Plan
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.telemetry import Telemetry
 from hsrpc.v1 import generation_pb2_grpc

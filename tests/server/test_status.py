@@ -11,8 +11,8 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 
-from hsrpc.core.request import Delta
 from hsrpc.errors import QueueFullError, RequestFailedError
+from hsrpc.request import Delta
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 from tests.server.conftest import rich_status, until

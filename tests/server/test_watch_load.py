@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from hsrpc.client import AsyncClient, CallError
-from hsrpc.core.request import SamplingParams
+from hsrpc.request import SamplingParams
 from hsrpc.v1 import server_pb2
 from tests.server.conftest import until
 

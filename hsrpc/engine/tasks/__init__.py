@@ -1,0 +1,1 @@
+"""The engine's tasks: weights, cache, executor, text."""

@@ -1,0 +1,145 @@
+"""OPT (Zhang et al., arXiv 2205.01068): learned positions, layer norm before or after the block, biased projections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from hsrpc.model.config_file import ConfigFile
+from hsrpc.model.family import Family, ModelSpec, TensorSpec, Weights
+from hsrpc.model.layers import layer_norm, linear_tensors, norm_tensors, project, project_relu, project_rows
+from hsrpc.plan.sizes import ModelSizes
+
+POSITION_OFFSET = 2
+"""Rows at the start of the position table that no token uses."""
+ACTIVATIONS = ("relu", "gelu")
+
+
+@dataclass(frozen=True)
+class OptSettings:
+    """What OPT models differ in, besides sizes."""
+
+    embed_size: int
+    """Width of the token embedding; projected to and from the hidden size where they differ."""
+    pre_norm: bool
+    final_norm: bool
+    bias: bool
+    affine: bool
+    tied: bool
+    activation: str
+
+    @classmethod
+    def read(cls, config: ConfigFile) -> OptSettings:
+        pre_norm = config.flag("do_layer_norm_before", True)
+        return cls(
+            embed_size=config.integer("word_embed_proj_dim", config.integer("hidden_size")),
+            pre_norm=pre_norm,
+            final_norm=pre_norm and not config.flag("_remove_final_layer_norm", False),
+            bias=config.flag("enable_bias", True),
+            affine=config.flag("layer_norm_elementwise_affine", True),
+            tied=config.flag("tie_word_embeddings", True),
+            activation=config.choice("activation_function", ACTIVATIONS, "relu"),
+        )
+
+
+class Opt(Family):
+    """OPT, from 125m to 66b; 350m alone has post-norm and a projected embedding."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.settings = OptSettings.read(spec.config)
+
+    @staticmethod
+    def read_sizes(config: ConfigFile, element_bytes: int) -> ModelSizes:
+        hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+        if hidden_size % num_heads:
+            raise config.refuse("hidden_size", f"a multiple of num_attention_heads={num_heads}")
+        return ModelSizes(
+            num_layers=config.integer("num_hidden_layers"),
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_heads,
+            head_dim=hidden_size // num_heads,
+            ffn_size=config.integer("ffn_dim"),
+            vocab_size=config.integer("vocab_size"),
+            context_length=config.integer("max_position_embeddings"),
+            element_bytes=element_bytes,
+            layer_tensors={},
+            fixed_elements=0,
+        )
+
+    def layer_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
+        prefix, size, ffn = f"model.decoder.layers.{layer}", self.sizes.hidden_size, self.sizes.ffn_size
+        qkv = tuple(f"{prefix}.self_attn.{part}_proj" for part in "qkv")
+        return (
+            *self._norm("attention_norm", f"{prefix}.self_attn_layer_norm"),
+            *self._linear("qkv", qkv, (size, size, size), size),
+            *self._linear("out", (f"{prefix}.self_attn.out_proj",), (size,), size),
+            *self._norm("ffn_norm", f"{prefix}.final_layer_norm"),
+            *self._linear("fc1", (f"{prefix}.fc1",), (ffn,), size),
+            *self._linear("fc2", (f"{prefix}.fc2",), (size,), ffn),
+        )
+
+    def fixed_tensors(self) -> tuple[TensorSpec, ...]:
+        sizes, settings, prefix = self.sizes, self.settings, "model.decoder"
+        hidden, embed = sizes.hidden_size, settings.embed_size
+        positions = sizes.context_length + POSITION_OFFSET
+        tensors = [
+            TensorSpec("embed_weight", (sizes.vocab_size, embed), (f"{prefix}.embed_tokens.weight",)),
+            TensorSpec("position_weight", (positions, hidden), (f"{prefix}.embed_positions.weight",)),
+        ]
+        if embed != hidden:
+            tensors += linear_tensors("project_in", (f"{prefix}.project_in",), (hidden,), embed, bias=False)
+            tensors += linear_tensors("project_out", (f"{prefix}.project_out",), (embed,), hidden, bias=False)
+        if settings.final_norm:
+            tensors += self._norm("final_norm", f"{prefix}.final_layer_norm")
+        if not settings.tied:
+            tensors += linear_tensors("head", ("lm_head",), (sizes.vocab_size,), embed, bias=False)
+        return tuple(tensors)
+
+    def _linear(self, name: str, sources: tuple[str, ...], rows: tuple[int, ...], columns: int) -> list[TensorSpec]:
+        return linear_tensors(name, sources, rows, columns, bias=self.settings.bias)
+
+    def _norm(self, name: str, source: str) -> list[TensorSpec]:
+        affine = self.settings.affine
+        return norm_tensors(name, source, self.sizes.hidden_size, weight=affine, bias=affine)
+
+    def embed(self, fixed: Weights, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        tokens = functional.embedding(token_ids, fixed["embed_weight"])
+        if self.settings.embed_size != self.sizes.hidden_size:
+            tokens = project(fixed, "project_in", tokens)
+        return tokens + functional.embedding(positions + POSITION_OFFSET, fixed["position_weight"])
+
+    def attention_input(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
+        return layer_norm(w, "attention_norm", hidden) if self.settings.pre_norm else hidden
+
+    def queries_keys_values(
+        self, w: Weights, x: torch.Tensor, rotation: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        fused = project(w, "qkv", x)
+        return fused[:, : self.q_size], fused[:, self.q_size :]
+
+    def keys_values(self, w: Weights, x: torch.Tensor, rotation: torch.Tensor, out: torch.Tensor) -> None:
+        project_rows(w, "qkv", x, self.q_size, out)
+
+    def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        hidden = hidden + project(w, "out", attended)
+        if self.settings.pre_norm:
+            return hidden + self._mlp(w, layer_norm(w, "ffn_norm", hidden))
+        hidden = layer_norm(w, "attention_norm", hidden)
+        return layer_norm(w, "ffn_norm", hidden + self._mlp(w, hidden))
+
+    def _mlp(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
+        is_relu = self.settings.activation == "relu"
+        inner = project_relu(w, "fc1", x) if is_relu else functional.gelu(project(w, "fc1", x))
+        return project(w, "fc2", inner)
+
+    def logits(self, fixed: Weights, hidden: torch.Tensor) -> torch.Tensor:
+        if self.settings.final_norm:
+            hidden = layer_norm(fixed, "final_norm", hidden)
+        if self.settings.embed_size != self.sizes.hidden_size:
+            hidden = project(fixed, "project_out", hidden)
+        head = fixed["embed_weight"] if self.settings.tied else fixed["head_weight"]
+        return functional.linear(hidden, head).float()

@@ -1,0 +1,1 @@
+"""Formats in which weights lie and travel."""

@@ -1,0 +1,236 @@
+"""Triton kernels: attention of one query a request to rows in place and in a buffer, in parts that are then merged.
+
+What differs from step to step is no constant of a kernel: compiling another variant would hold a step up for a second.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_PROGRAMS = 1024
+"""Enough to fill a large GPU several times; fewer requests are divided into parts along their keys."""
+_MIN_KEYS = 128
+"""Of a part."""
+_MAX_PARTS = 32
+_PACKED_DIM = 128
+"""Smaller heads are read together: their rows are neighbours in memory, and matrix units have rows to spare."""
+
+
+@triton.jit
+def _accumulate(q, m, total, acc, k_rows, v_rows, valid, scale, d, WIDTH: tl.constexpr, DOT: tl.constexpr):
+    """Online softmax over one tile of keys: m and total [g], acc [g, d]."""
+    mask = valid[:, None] & (d < WIDTH)[None, :]
+    k = tl.load(k_rows, mask=mask, other=0.0)
+    v = tl.load(v_rows, mask=mask, other=0.0)
+    if DOT:
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    else:
+        scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
+    scores = tl.where(valid[None, :], scores * scale, float("-inf"))
+    new = tl.maximum(m, tl.max(scores, 1))
+    p = tl.exp(scores - new[:, None])
+    kept = tl.exp(m - new)
+    if DOT:
+        added = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    else:
+        added = tl.sum(tl.trans(p) * v.to(tl.float32), 0)[None, :]
+    return new, total * kept + tl.sum(p, 1), acc * kept[:, None] + added
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_parts"])
+def _attend(
+    out,
+    sums,
+    queries,
+    query_stride,
+    pool,
+    buffer,
+    tables,
+    table_stride,
+    in_place,
+    rebuilt_starts,
+    key_starts,
+    num_parts,
+    scale,
+    BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    PACK: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+    KEYS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+) -> None:
+    """One request, pack of KV heads and part of its keys: first those in place, then the rebuilt, then the others.
+
+    Row g of the tiles is a query head, column d belongs to one KV head of the pack. A query is 0 in the columns of the
+    others, and what its row gathers there is not stored.
+    """
+    request, pack, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    count = tl.load(in_place + request)
+    rebuilt = tl.load(rebuilt_starts + request)
+    front = count + tl.load(rebuilt_starts + request + 1) - rebuilt
+    start = tl.load(key_starts + request)
+    num_keys = front + tl.load(key_starts + request + 1) - start
+    size = tl.cdiv(tl.cdiv(num_keys, num_parts), KEYS) * KEYS
+    low = part * size
+    high = tl.minimum(low + size, num_keys)
+    g = tl.arange(0, ROWS)
+    d = tl.arange(0, DIM_TILE)
+    columns = pack * PACK * HEAD_DIM + d
+    width = KV_HEADS * HEAD_DIM
+    query_heads = pack * PACK * GROUP + g
+    in_pack = g < PACK * GROUP
+    own = in_pack[:, None] & (d // HEAD_DIM == (g // GROUP)[:, None])
+    q_rows = queries + request.to(tl.int64) * query_stride + query_heads[:, None] * HEAD_DIM + (d % HEAD_DIM)[None, :]
+    q = tl.load(q_rows, mask=own, other=0.0)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM_TILE], tl.float32)
+    end = tl.minimum(high, count)
+    for first in range(low, end, KEYS):
+        key = first + tl.arange(0, KEYS)
+        valid = key < end
+        block = tl.load(tables + request * table_stride + key // BLOCK_SIZE, mask=valid, other=0)
+        rows = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
+        k_rows = pool + rows[:, None] * (2 * width) + columns[None, :]
+        m, total, acc = _accumulate(
+            q, m, total, acc, k_rows, k_rows + width, valid, scale, d, PACK * HEAD_DIM, ROWS > 1
+        )
+    end = tl.minimum(high, front)
+    for first in range(tl.maximum(low, count), end, KEYS):
+        key = first + tl.arange(0, KEYS)
+        valid = key < end
+        rows = (rebuilt + key - count).to(tl.int64)
+        k_rows = buffer + rows[:, None] * (2 * width) + columns[None, :]
+        m, total, acc = _accumulate(
+            q, m, total, acc, k_rows, k_rows + width, valid, scale, d, PACK * HEAD_DIM, ROWS > 1
+        )
+    for first in range(tl.maximum(low, front), high, KEYS):
+        key = first + tl.arange(0, KEYS)
+        valid = key < high
+        rows = (start + key - front).to(tl.int64)
+        k_rows = buffer + rows[:, None] * (2 * width) + columns[None, :]
+        m, total, acc = _accumulate(
+            q, m, total, acc, k_rows, k_rows + width, valid, scale, d, PACK * HEAD_DIM, ROWS > 1
+        )
+    target = (request * num_parts + part).to(tl.int64) * (KV_HEADS * GROUP) + query_heads
+    if IN_PARTS:
+        tl.store(sums + 2 * target, m, mask=in_pack)
+        tl.store(sums + 2 * target + 1, total, mask=in_pack)
+    else:
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out + target[:, None] * HEAD_DIM + (d % HEAD_DIM)[None, :], acc.to(out.dtype.element_ty), mask=own)
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def _merge(
+    out,
+    parts,
+    sums,
+    num_parts,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+    PARTS_TILE: tl.constexpr,
+) -> None:
+    """One request and head: its parts, weighted by their sums of exponentials."""
+    request, head = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, DIM_TILE)
+    part = tl.arange(0, PARTS_TILE)
+    there = part < num_parts
+    source = (request * num_parts + part).to(tl.int64) * HEADS + head
+    m = tl.load(sums + 2 * source, mask=there, other=float("-inf"))
+    most = tl.max(m, 0)
+    weight = tl.where(m > float("-inf"), tl.exp(m - most), 0.0)
+    total = tl.sum(weight * tl.load(sums + 2 * source + 1, mask=there, other=0.0), 0)
+    inside = there[:, None] & (d < HEAD_DIM)[None, :]
+    acc = tl.load(parts + source[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    merged = tl.sum(acc * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    row = (request.to(tl.int64) * HEADS + head) * HEAD_DIM
+    tl.store(out + row + d, merged.to(out.dtype.element_ty), mask=d < HEAD_DIM)
+
+
+def decode_attention(
+    queries: torch.Tensor,
+    pool: torch.Tensor,
+    buffer: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    tables: torch.Tensor,
+    in_place: torch.Tensor,
+    rebuilt_starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    scale: float,
+    max_keys: int,
+) -> None:
+    """Fill `out` [d, q] for one query a request [d, q] (rows may be strided; those of `out` are not).
+
+    Its keys are rows [K|V] of `pool` [*, 2*kv], `in_place[i]` of them in the blocks of `tables` [d, b], and of `buffer`
+    [*, 2*kv]: rows `rebuilt_starts[i]` to `rebuilt_starts[i+1]`, and `key_starts[i]` to `key_starts[i+1]`. Integers are
+    int32. `max_keys` a request bounds the parts into which keys are divided. A request without keys gets zeros.
+    """
+    num_requests, width = queries.shape
+    num_heads = width // head_dim
+    group = num_heads // num_kv_heads
+    # Matrix units where they take the type as it is, though most of their rows are idle: it needs fewer registers.
+    uses_dot = group > 1 or queries.dtype != torch.float32
+    pack = _heads_in_a_pack(num_kv_heads, head_dim) if uses_dot else 1
+    parts = _num_parts(num_requests * num_kv_heads // pack, max_keys)
+    partial, sums = out, out
+    if parts > 1:
+        partial = torch.empty((num_requests, parts, width), dtype=torch.float32, device=queries.device)
+        sums = torch.empty((num_requests, parts, num_heads, 2), dtype=torch.float32, device=queries.device)
+    _attend[num_requests, num_kv_heads // pack, parts](
+        partial,
+        sums,
+        queries,
+        queries.stride(0),
+        pool,
+        buffer,
+        tables,
+        tables.stride(0),
+        in_place,
+        rebuilt_starts,
+        key_starts,
+        parts,
+        scale,
+        BLOCK_SIZE=block_size,
+        KV_HEADS=num_kv_heads,
+        PACK=pack,
+        GROUP=group,
+        ROWS=max(16, triton.next_power_of_2(pack * group)) if uses_dot else 1,
+        HEAD_DIM=head_dim,
+        DIM_TILE=triton.next_power_of_2(pack * head_dim),
+        KEYS=32,
+        IN_PARTS=parts > 1,
+        num_warps=4,
+        num_stages=2,
+    )
+    if parts > 1:
+        _merge[num_requests, num_heads](
+            out,
+            partial,
+            sums,
+            parts,
+            HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            DIM_TILE=triton.next_power_of_2(head_dim),
+            PARTS_TILE=_MAX_PARTS,
+        )
+
+
+def _num_parts(num_programs: int, max_keys: int) -> int:
+    return max(1, min(_PROGRAMS // max(1, num_programs), max_keys // _MIN_KEYS, _MAX_PARTS))
+
+
+def _heads_in_a_pack(num_kv_heads: int, head_dim: int) -> int:
+    """As many as fill `_PACKED_DIM`, where all packs are alike."""
+    wanted = max(1, _PACKED_DIM // head_dim)
+    return wanted if num_kv_heads % wanted == 0 else 1

@@ -1,0 +1,143 @@
+"""From the chosen candidate to the plan: whole blocks, bytes by what they are for, and the reason in words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+from hsrpc.core.memory_use import DeviceUse, HostUse
+from hsrpc.plan.cache_policy import CacheDecision
+from hsrpc.plan.device_memory import SPARE_SLOTS, Staging, device_bytes, pool_bytes
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.plan import Plan
+from hsrpc.plan.prediction import as_prediction
+from hsrpc.plan.search import Evaluation, Evaluator, Point
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
+from hsrpc.schedule.recompute import NO_RECOMPUTE, RecomputeLimits
+from hsrpc.schedule.step import BufferLimits, RowCosts
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """Makes the plan of a candidate."""
+
+    evaluator: Evaluator
+    decision: CacheDecision
+
+    def plan(self, point: Point) -> Plan:
+        """All that the candidate means."""
+        evaluator = self.evaluator
+        model, config = evaluator.model, evaluator.config
+        one = evaluator.evaluate(point.as_grid())
+        blocks = self._num_blocks(one)
+        staging = self._staging(point, one, blocks)
+        choices, every_prompt = evaluator.choices, point.batch * evaluator.max_model_len
+        resident, sizes = choices.names[point.choice], model.sizes
+        share = self._share(one)
+        return Plan(
+            policy=self.decision.named(share),
+            reason=self._reason(point, one, share),
+            activation_share=share,
+            block_size=config.block_size,
+            max_batch=point.batch,
+            max_model_len=evaluator.max_model_len,
+            max_prefill_tokens=every_prompt if evaluator.recomputes else int(one.chunk),
+            spare_prefill_tokens=self._spare_prefill_tokens(point, one),
+            max_idle_prefill_tokens=every_prompt if evaluator.recomputes else int(one.idle_chunk),
+            recompute=self._recompute(point, one),
+            buffers=BufferLimits(point.rows, int(staging.activation_rows), int(staging.queries)),
+            costs=_row_costs(sizes, model.hardware),
+            resident=resident,
+            streamed_bytes=tuple(sizes.layer_bytes - sum(map(sizes.tensor_bytes, names)) for names in resident),
+            codes_weights=sizes.codes_weights,
+            num_blocks=blocks,
+            device_bytes={
+                **{use: int(size) for use, size in device_bytes(sizes, staging).items()},
+                DeviceUse.RUNTIME: evaluator.budgets.runtime,
+                DeviceUse.WEIGHT_BUFFERS: int(choices.buffers[point.choice]),
+                DeviceUse.RESIDENT_WEIGHTS: int(choices.resident[point.choice]),
+                DeviceUse.CACHE_BLOCKS: self._pool_bytes(blocks, Tier.DEVICE, SPARE_SLOTS),
+            },
+            host_bytes={
+                HostUse.STREAMED_WEIGHTS: int(choices.on_host[point.choice]),
+                HostUse.CACHE_BLOCKS: self._pool_bytes(blocks, Tier.HOST),
+            },
+            budgets=evaluator.budgets,
+            prediction=as_prediction(point.batch, model.traffic.context, one.times),
+            hardware=model.hardware,
+        )
+
+    def _spare_prefill_tokens(self, point: Point, one: Evaluation) -> float:
+        """None where no weights stream: there each mini-batch more costs its launches, as it does with a bound."""
+        evaluator = self.evaluator
+        streams = evaluator.choices.on_bus[point.choice] > 0
+        if not streams or evaluator.recomputes or evaluator.config.max_step_time is not None:
+            return 0.0
+        return float(evaluator.model.spare_prompt_tokens(point.batch, one.times))
+
+    def _recompute(self, point: Point, one: Evaluation) -> RecomputeLimits:
+        evaluator = self.evaluator
+        if evaluator.recomputes or not one.recomputed:
+            return NO_RECOMPUTE
+        streamed = evaluator.choices.on_bus[point.choice] / evaluator.sizes.num_layers
+        return RecomputeLimits(
+            tokens=int(one.recomputed * point.batch * evaluator.model.traffic.context),
+            weights=float(evaluator.model.layer.load(streamed)),
+            is_forced=evaluator.config.recompute_share is not None,
+        )
+
+    def _staging(self, point: Point, one: Evaluation, blocks: dict[PoolId, int]) -> Staging:
+        """As evaluated, in whole numbers, less the activation buffers and decode graphs that the plan has no use of."""
+        staging = Staging(**{item.name: int(getattr(one.staging, item.name)) for item in fields(Staging)})
+        if not blocks[PoolId.DEVICE_ACTIVATION] + blocks[PoolId.HOST_ACTIVATION]:
+            staging = replace(staging, activation_rows=0)
+        streams = self.evaluator.choices.on_bus[point.choice] > 0
+        in_place = blocks[PoolId.DEVICE_KV] > 0 and self.evaluator.sizes.sliding_window is None
+        return staging if in_place and not streams else replace(staging, graph_batch=0)
+
+    def _share(self, one: Evaluation) -> float:
+        """Activations' part of all tokens in use."""
+        if not self.decision.is_free:
+            return self.decision.shares[0]
+        on_device = float(one.on_device)
+        share = on_device * float(one.grid.device_share) + (1 - on_device) * float(one.host_share)
+        return round(share, 4)
+
+    def _reason(self, point: Point, one: Evaluation, share: float) -> str:
+        reason = self.decision.explain(share, point.device_share, float(one.host_share), float(one.on_device))
+        if one.recomputed and not self.evaluator.recomputes:
+            reason += f"; {one.recomputed:.0%} of the tokens in use are computed anew in each step, and not cached"
+        wanted = self.evaluator.config.max_batch
+        if wanted is None or point.batch == wanted:
+            return reason
+        bound = "" if self.evaluator.config.max_step_time is None else " and max_step_time"
+        return f"{reason}; of max_batch={wanted} requests the budgets{bound} allow {point.batch} at once"
+
+    def _num_blocks(self, one: Evaluation) -> dict[PoolId, int]:
+        """Blocks of each pool; shares rounded to the kind that takes fewer bytes: the other could exceed the budget."""
+        rounded = math.ceil if self.evaluator.sizes.activation_ratio >= 1 else math.floor
+        device, host = int(one.device_blocks), int(one.host_blocks)
+        on_device = rounded(round(device * float(one.grid.device_share), 6))
+        on_host = rounded(round(host * float(one.host_share), 6))
+        return {
+            PoolId.DEVICE_KV: device - on_device,
+            PoolId.HOST_KV: host - on_host,
+            PoolId.DEVICE_ACTIVATION: on_device,
+            PoolId.HOST_ACTIVATION: on_host,
+        }
+
+    def _pool_bytes(self, blocks: dict[PoolId, int], tier: Tier, spare: int = 0) -> int:
+        """Of a tier, with `spare` slots more in each of its pools."""
+        block_size = self.evaluator.config.block_size
+        slots = {pool.kind: blocks[pool] * block_size + spare for pool in PoolId if pool.tier is tier}
+        return pool_bytes(self.evaluator.sizes, slots[BlockKind.KV], slots[BlockKind.ACTIVATION])
+
+
+def _row_costs(sizes: ModelSizes, hardware: Hardware) -> RowCosts:
+    return RowCosts(
+        load_kv=sizes.kv_bytes / hardware.load_bandwidth,
+        load_activation=sizes.activation_bytes / hardware.load_bandwidth,
+        regenerate=sizes.regenerate_flop / hardware.gemm_rate,
+        compute=sizes.layer_flop / (hardware.gemm_rate * hardware.prompt_rate_share),
+    )

@@ -1,0 +1,63 @@
+"""Whether activations may be cached at all, decided from the model's sizes and the settings, and said in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hsrpc.config import CachePolicy, EngineConfig
+from hsrpc.plan.sizes import ModelSizes
+
+_FREE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheDecision:
+    """What the planner may choose from."""
+
+    policy: CachePolicy
+    """As configured."""
+    shares: tuple[float, ...]
+    """Activations' parts of the device's blocks to try; one alone holds for the host as well."""
+    reason: str
+
+    @property
+    def is_free(self) -> bool:
+        return len(self.shares) > 1
+
+    def named(self, share: float) -> CachePolicy:
+        """The policy in force at a share of all tokens in use."""
+        if self.policy is not CachePolicy.AUTO:
+            return self.policy
+        return {0.0: CachePolicy.KV, 1.0: CachePolicy.ACTIVATION}.get(share, CachePolicy.HYBRID)
+
+    def explain(self, share: float, device_share: float, host_share: float, on_device: float) -> str:
+        """The decision, and what came of it where it was free."""
+        if not self.is_free:
+            return self.reason
+        if share == 0:
+            return f"{self.reason}, but reading K and V is predicted to be faster here than rebuilding them: KV only"
+        if share == 1:
+            return (
+                f"{self.reason}, and even so the bus is predicted to take longer than rebuilding them: activations only"
+            )
+        if 0 < on_device < 1 and device_share != host_share:
+            parts = f"{device_share:.2f} on the device and {host_share:.2f} on the host"
+            return f"{self.reason}: a share of {parts} is predicted to balance bus and compute"
+        return f"{self.reason}: a share of {share:.2f} is predicted to balance bus and compute"
+
+
+def decide_cache(config: EngineConfig, sizes: ModelSizes) -> CacheDecision:
+    """Policy, the shares to try, and why."""
+    policy, ratio = config.cache_policy, sizes.activation_ratio
+    if policy is CachePolicy.KV:
+        return CacheDecision(policy, (0.0,), "KV only, as asked")
+    if policy is CachePolicy.ACTIVATION:
+        return CacheDecision(policy, (1.0,), "activations only, as asked")
+    if policy is CachePolicy.RECOMPUTE:
+        return CacheDecision(policy, (0.0,), "nothing is cached, as asked: every step recomputes every token")
+    if config.activation_share is not None:
+        return CacheDecision(policy, (config.activation_share,), f"share {config.activation_share:g}, as asked")
+    if ratio <= 1.0:
+        why = f"an activation takes {1 / ratio:.2f} times the bytes of K and V (grouped-query attention): KV only"
+        return CacheDecision(policy, (0.0,), why)
+    return CacheDecision(policy, _FREE_SHARES, f"K and V take {ratio:.2f} times the bytes of an activation")

@@ -1,0 +1,128 @@
+"""What is decided before an engine starts, and the measured rates and budgets that it follows from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hsrpc.config import CachePolicy
+from hsrpc.core.memory_use import DeviceUse, HostUse
+from hsrpc.plan.hardware import Hardware
+from hsrpc.schedule.blocks import PoolId
+from hsrpc.schedule.recompute import RecomputeLimits
+from hsrpc.schedule.step import BufferLimits, RowCosts
+
+BUFFERS = 2
+"""Device buffers of each sort: one is filled while the other is computed with."""
+REGENERATE_ROWS = 4096
+"""Activation rows that one regeneration GEMM takes, where its output is copied to its place: that bounds it."""
+PENDING_QUERIES = 2
+"""Times the queries of a mini-batch that may be launched and not computed yet."""
+SAMPLE_ELEMENTS = 2**20
+"""Logits that are sorted at once, which bounds the sampler's working memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """Hard limits, bytes."""
+
+    device: int
+    host: int
+    runtime: int = 0
+    """Of `device`, what the allocator's rounding and the libraries' own buffers take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPrediction:
+    """A decode step of `batch` requests with `context` cached tokens each; seconds, all layers."""
+
+    batch: int
+    context: int
+    mini_batches: int
+    bus: float
+    forward: float
+    """Projections and MLP of the new tokens; of those computed anew their attention as well."""
+    regenerate: float
+    gather: float
+    """Activation blocks on the device, copied to where regeneration reads them."""
+    attention: float
+    head: float
+    """Logits."""
+    launch: float
+    """The host's, beside bus and GPU; 0 where a graph runs the step."""
+    boundary: float
+    """Between two steps, as far as nothing hides it, and the first or last mini-batch that nothing runs beside."""
+    step: float
+    prefill: float
+    """Of the prompts that come in during a step on average; not part of `step`."""
+    longest_step: float
+    """With `max_prefill_tokens` prompt tokens beside the decoding."""
+    mean_step: float
+    """While requests come and go."""
+
+    @property
+    def gpu(self) -> float:
+        """Of a decode step."""
+        return self.forward + self.regenerate + self.gather + self.attention + self.head
+
+    @property
+    def tokens_per_second(self) -> float:
+        """While all requests decode."""
+        return self.batch / self.step
+
+    @property
+    def mean_tokens_per_second(self) -> float:
+        """While requests come and go: what the plan was chosen for."""
+        return self.batch / self.mean_step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that is decided before the engine starts."""
+
+    policy: CachePolicy
+    """The policy in force: never `auto`."""
+    reason: str
+    """Why, in a sentence for people."""
+    activation_share: float
+    """Of the tokens in use, with a full batch of the expected length; each tier's follows from its blocks."""
+    block_size: int
+    max_batch: int
+    max_model_len: int
+    max_prefill_tokens: int
+    """Most prompt tokens of a step in which a full batch decodes. Where weights stream they may need several
+    mini-batches: a mini-batch has at most `buffers.queries` queries."""
+    spare_prefill_tokens: float
+    """More of them for each request that the batch lacks: as many as take the time of its decoding."""
+    max_idle_prefill_tokens: int
+    """Most prompt tokens of a step in which none decodes; may need several mini-batches."""
+    recompute: RecomputeLimits
+    buffers: BufferLimits
+    costs: RowCosts
+    resident: tuple[frozenset[str], ...]
+    """For each layer, the names of the packed tensors that stay on the device."""
+    streamed_bytes: tuple[int, ...]
+    """For each layer, the bytes of the weights that cross the bus in every step, before they are coded."""
+    codes_weights: bool
+    """They are coded on the host, and decoded on the device."""
+    num_blocks: dict[PoolId, int]
+    device_bytes: dict[DeviceUse, int]
+    """What the device budget is spent on; for hidden states, workspace, graphs and runtime bounds, else exact."""
+    host_bytes: dict[HostUse, int]
+    """What the host budget is spent on; for coded weights a bound, since their values decide how small they get."""
+    budgets: Budgets
+    prediction: StepPrediction
+    hardware: Hardware
+
+    @property
+    def keeps_cache(self) -> bool:
+        return self.policy is not CachePolicy.RECOMPUTE
+
+    @property
+    def weight_buffer_bytes(self) -> int:
+        return max(self.streamed_bytes)
+
+    @property
+    def resident_share(self) -> float:
+        """Share of the layers' weights that stay on the device."""
+        resident = self.device_bytes[DeviceUse.RESIDENT_WEIGHTS]
+        return resident / (resident + sum(self.streamed_bytes))

@@ -1,0 +1,232 @@
+"""The planner: what lies where, how much of the cache is activations, how many requests run at once.
+
+Batch size, resident weights, and the kinds of the device's and of the host's blocks are chosen together by trying them
+all out: the model of a step (`step_model`) takes arrays, so a grid is simpler than a solver, as quick, and finds the
+optimum wherever it lies. The host's share of activations is the one dimension with a closed form: bus and GPU time are
+linear in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import fields, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from hsrpc.config import CachePolicy, EngineConfig, Placement, format_bytes
+from hsrpc.errors import ConfigError
+from hsrpc.plan.build import Assembly
+from hsrpc.plan.cache_policy import decide_cache
+from hsrpc.plan.device_memory import Floats, Number, device_bytes
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.placement import resident_choices
+from hsrpc.plan.plan import BUFFERS, Budgets, Plan, StepPrediction
+from hsrpc.plan.search import MIN_CHUNK, Bools, Evaluation, Evaluator, Grid, Point
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.step_time import StepModel, Traffic, token_bytes
+
+DEFAULT_CONTEXT = 1024
+MAX_BATCH = 512
+_BATCH_GROWTH = 1.03
+_RESIDENT_SHARES = tuple(i / 128 for i in range(129))
+_BUFFER_BYTES = (512 * 1024**2, 256 * 1024**2, 128 * 1024**2)
+"""Of a kv buffer: copies large enough to fill the bus, and few mini-batches."""
+_BUFFER_PART = 20
+"""At most this part of the device budget is one kv buffer."""
+_RECOMPUTE_TOKENS = (8192, 32768)
+"""Their hidden states lie on the device."""
+_WORTH = 0.99
+"""A larger batch is chosen only where throughput grows by more than the rest: it makes every request wait longer."""
+_EQUAL = 0.995
+"""Of candidates so near to the best of a batch, the simplest is chosen: fewest mini-batches, kinds, rows."""
+
+
+class Planner:
+    """Finds the plan of highest predicted throughput within the budgets."""
+
+    def __init__(self, sizes: ModelSizes, budgets: Budgets, hardware: Hardware, config: EngineConfig) -> None:
+        self.sizes = sizes
+        self.budgets = budgets
+        self.hardware = hardware
+        self.config = config
+        self.max_model_len = _max_model_len(config, sizes)
+        self.decision = decide_cache(config, sizes)
+        self.traffic = _traffic(config, sizes, self.max_model_len)
+        self._choices = resident_choices(sizes, self._resident_shares())
+        model = StepModel(sizes, hardware, self.traffic)
+        self._evaluator = Evaluator(model, budgets, config, self._choices, self.decision.shares)
+
+    def plan(self) -> Plan:
+        """The best plan.
+
+        Raises:
+            ConfigError: the budgets are too small for the model, or `max_step_time` cannot be met.
+        """
+        return Assembly(self._evaluator, self.decision).plan(self._best())
+
+    def curve(self) -> list[tuple[float, StepPrediction]]:
+        """Activation shares from 0 to 1 and the best prediction for each that fits, for a plot.
+
+        Raises:
+            ConfigError: as `plan`.
+        """
+        self._best()
+        points = []
+        for share in (i / 20 for i in range(21)):
+            config = replace(self.config, cache_policy=CachePolicy.HYBRID, activation_share=share)
+            with suppress(ConfigError):
+                points.append((share, Planner(self.sizes, self.budgets, self.hardware, config).plan().prediction))
+        return points
+
+    def _best(self) -> Point:
+        """The smallest batch that is worth it, and of its fast candidates the simplest."""
+        found = [self._evaluator.evaluate(grid) for grid in self._grids()]
+        fits = _join([e.fits for e in found], found).astype(np.bool_)
+        if not fits.any():
+            raise self._too_small()
+        in_time = _join([e.in_time for e in found], found).astype(np.bool_)
+        if not (fits & in_time).any():
+            raise self._too_slow(_join([e.times.longest_step for e in found], found)[fits])
+        batch = _join([e.grid.batch for e in found], found)
+        rates = np.where(fits & in_time, batch / _join([e.times.mean_step for e in found], found), 0.0)
+        if self.config.max_batch is not None:
+            rates[batch < batch[rates > 0].max()] = 0.0
+        worth = rates >= _WORTH * rates.max()
+        rates[batch != batch[worth].min()] = 0.0
+        equal = np.flatnonzero(rates >= _EQUAL * rates.max())
+        simpler = (
+            [e.grid.rows for e in found],
+            [e.mixes for e in found],
+            [e.times.mini_batches for e in found],
+            [e.recomputed for e in found],
+        )
+        order = np.lexsort((-rates[equal], *(_join(parts, found)[equal] for parts in simpler)))
+        return _point(found, int(equal[order[0]]))
+
+    def _grids(self) -> Iterator[Grid]:
+        """All choices, for each size of the buffers; of equal candidates the first, with most resident, is taken."""
+        batch = _batches(self.config.max_batch)[:, None, None]
+        choice = self._possible_choices()[None, :, None]
+        shares = (0.0, *self.decision.shares) if self.decision.is_free else self.decision.shares
+        share = np.array(shares)[None, None, :]
+        kv_only = (share == 0) & (np.arange(len(shares)) == 0)
+        for wanted in self._row_choices():
+            rows = self._rows(batch, wanted)
+            for recompute in self._recompute_choices(batch):
+                yield Grid(
+                    batch=batch, choice=choice, device_share=share, kv_only=kv_only, rows=rows, recompute=recompute
+                )
+
+    def _possible_choices(self) -> npt.NDArray[np.int64]:
+        """Of resident weights, from many to few: those that alone do not exceed a budget; one where all do."""
+        choices = self._choices
+        fits = (choices.resident + choices.buffers <= self.budgets.device - self.budgets.runtime) & (
+            choices.on_host <= self.budgets.host
+        )
+        return (np.flatnonzero(fits) if fits.any() else np.zeros(1, np.int64))[::-1]
+
+    def _resident_shares(self) -> tuple[float, ...]:
+        if self.config.placement is Placement.HOST:
+            return (0.0,)
+        given = self.config.resident_share
+        return _RESIDENT_SHARES if given is None else (given,)
+
+    def _row_choices(self) -> list[int]:
+        """Rows of a kv buffer: as many as are wanted, or just those of the longest request."""
+        most = self.budgets.device // _BUFFER_PART
+        return [*dict.fromkeys(min(size, most) // self.sizes.kv_bytes for size in _BUFFER_BYTES), 1]
+
+    def _recompute_choices(self, batch: Floats) -> list[Number]:
+        """Tokens that a step may compute anew: none, some, many."""
+        given = self.config.recompute_share
+        if given is not None:
+            return [given * batch * self.traffic.context]
+        return [0, *_RECOMPUTE_TOKENS] if self.config.cache_policy is CachePolicy.AUTO else [0]
+
+    def _rows(self, batch: Number, wanted: int) -> Number:
+        block = self.config.block_size
+        longest = -(-self.max_model_len // block) * block
+        rows: Number = np.clip(wanted, longest, batch * longest)
+        return rows
+
+    def _too_slow(self, steps: Floats) -> ConfigError:
+        return ConfigError(
+            "max_step_time",
+            self.config.max_step_time,
+            f"the fastest step predicted takes {steps.min():.4f} s",
+            "raise it, or give more gpu_memory",
+        )
+
+    def _too_small(self) -> ConfigError:
+        rows = int(self._rows(1, 1))
+        share = min(self.decision.shares)
+        smallest = Point(1, 0, share, kv_only=share == 0, rows=rows, recompute=0)
+        chunk = self.config.max_prefill_tokens or min(MIN_CHUNK, self.max_model_len)
+        staging = self._evaluator.staging(smallest.as_grid(), chunk, chunk)
+        needed = sum(map(int, device_bytes(self.sizes, staging).values())) + BUFFERS * self.sizes.layer_bytes
+        needed += self.budgets.runtime
+        if self.budgets.device < needed:
+            return ConfigError(
+                "gpu_memory",
+                format_bytes(self.budgets.device),
+                f"too small for a context of {self.max_model_len}: buffers and embeddings take {format_bytes(needed)}",
+                "raise it, or lower max_model_len or max_prefill_tokens",
+            )
+        share = max(self.decision.shares) if self.sizes.activation_ratio > 1 else min(self.decision.shares)
+        cache = self.max_model_len * self.sizes.num_layers * float(token_bytes(self.sizes, share))
+        return ConfigError(
+            "host_memory",
+            format_bytes(self.budgets.host),
+            f"too small: weights take {format_bytes(self._choices.on_host[0])} less what stays on the device, "
+            f"one request at full length {format_bytes(cache)}",
+            "raise it or gpu_memory, or lower max_model_len or max_batch",
+        )
+
+
+def _max_model_len(config: EngineConfig, sizes: ModelSizes) -> int:
+    given = config.max_model_len
+    if given is not None and given > sizes.context_length:
+        raise ConfigError(
+            "max_model_len", given, f"the model's context has {sizes.context_length} tokens", "give at most that"
+        )
+    return given or min(sizes.context_length, 4096)
+
+
+def _traffic(config: EngineConfig, sizes: ModelSizes, longest: int) -> Traffic:
+    """A request holds its prompt and half of its output on average."""
+    context = min(config.expected_context or DEFAULT_CONTEXT, longest)
+    output = config.expected_output or max(1, context // 4)
+    return Traffic(
+        context=context,
+        attended=min(context, sizes.sliding_window or context),
+        prompt=max(1, context - output // 2),
+        output=output,
+        longest=longest,
+    )
+
+
+def _batches(most: int | None) -> Floats:
+    """Batch sizes to try: all small ones, then in steps of 3 %; `most` is among them."""
+    last = most or MAX_BATCH
+    steps = {1, last}
+    size = 1
+    while size < last:
+        steps.add(size)
+        size = max(size + 1, int(size * _BATCH_GROWTH))
+    return np.array(sorted(steps), dtype=np.float64)
+
+
+def _join(parts: Iterable[Number | Bools], found: Sequence[Evaluation]) -> Floats:
+    """One value for each candidate of all grids, in a row."""
+    shapes = [np.shape(evaluation.times.step) for evaluation in found]
+    return np.concatenate([np.broadcast_to(part, shape).ravel() for part, shape in zip(parts, shapes, strict=True)])
+
+
+def _point(found: Sequence[Evaluation], index: int) -> Point:
+    """The candidate at `index` of what `_join` gives."""
+    grids = [evaluation.grid for evaluation in found]
+    values = [[getattr(grid, item.name) for grid in grids] for item in fields(Grid)]
+    batch, choice, share, kv_only, rows, recompute = (_join(value, found)[index] for value in values)
+    return Point(int(batch), int(choice), float(share), bool(kv_only), int(rows), float(recompute))

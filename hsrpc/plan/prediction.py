@@ -1,0 +1,64 @@
+"""What a plan predicts for requests of another length than those it was made for."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+
+from hsrpc.plan.plan import Plan, StepPrediction
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.step_time import Candidates, StepModel, StepTimes, Traffic
+from hsrpc.schedule.blocks import PoolId, Tier
+
+
+def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | None = None) -> StepPrediction:
+    """A decode step of `num_requests` (default: the whole batch) with `context` cached tokens each.
+
+    No prompts come in: `prefill` is 0, and `mean_step` is `step`.
+    """
+    batch = num_requests or plan.max_batch
+    attended = min(context, sizes.sliding_window or context)
+    traffic = Traffic(context=context, attended=attended, prompt=0, output=1, longest=plan.max_model_len)
+    model = StepModel(sizes, plan.hardware, traffic)
+    used = batch * -(-context // plan.block_size)
+    on_device = min(1.0, sum(_blocks(plan, Tier.DEVICE)) / used)
+    candidate = Candidates(
+        batch=np.asarray(float(batch)),
+        streamed=sum(plan.streamed_bytes) * sizes.coded_share / sizes.num_layers,
+        on_device=on_device,
+        on_device_at_end=on_device,
+        device_share=_share(plan, Tier.DEVICE),
+        host_share=_share(plan, Tier.HOST),
+        recomputed=0.0 if plan.keeps_cache else 1.0,
+        chunk=plan.max_prefill_tokens,
+        prompt_queries=max(1, plan.buffers.queries - plan.max_batch),
+        rows=plan.buffers.rows,
+    )
+    fits = context <= plan.buffers.queries  # a request that keeps no cache is part of one mini-batch
+    anew = fits * plan.recompute.tokens / (batch * context)
+    if plan.recompute.is_forced:
+        candidate = replace(candidate, recomputed=min(1.0, anew))
+    elif anew:
+        part = model.balanced_recompute(candidate, min(1.0 - on_device, anew))
+        candidate = replace(candidate, recomputed=part)
+    return as_prediction(batch, context, model.predict(candidate))
+
+
+def as_prediction(batch: int, context: int, times: StepTimes) -> StepPrediction:
+    """One candidate's times, as plain numbers."""
+    seconds = {item.name: float(getattr(times, item.name)) for item in fields(times)}
+    mini_batches = round(seconds.pop("mini_batches"))
+    return StepPrediction(batch=batch, context=context, mini_batches=mini_batches, **seconds)
+
+
+def _blocks(plan: Plan, tier: Tier) -> tuple[int, int]:
+    """K and V, and activations."""
+    if tier is Tier.DEVICE:
+        return plan.num_blocks[PoolId.DEVICE_KV], plan.num_blocks[PoolId.DEVICE_ACTIVATION]
+    return plan.num_blocks[PoolId.HOST_KV], plan.num_blocks[PoolId.HOST_ACTIVATION]
+
+
+def _share(plan: Plan, tier: Tier) -> float:
+    kv, activations = _blocks(plan, tier)
+    return activations / max(1, kv + activations)

@@ -1,0 +1,73 @@
+"""The least time that a step can take on a machine, given the bytes and tokens that it really moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.layer_times import LayerTimes
+from hsrpc.plan.sizes import ModelSizes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What one step did. The weights are prefetched across steps, so a single step's bytes are off by some layers."""
+
+    seconds: float
+    """From the tokens of the step before, or from the arrival of work, to its own."""
+    num_requests: int
+    decode_tokens: int
+    prefill_tokens: int
+    recomputed_tokens: int = 0
+    """Of requests that keep no cache: all but the newest."""
+    context_tokens: int
+    """Cached tokens attended to, of all requests."""
+    weight_bytes: int
+    """Copied to the device."""
+    cache_bytes: int
+    """Copied to the device."""
+    regenerated_tokens: int
+    """Each layer counted."""
+
+    @property
+    def held_tokens(self) -> int:
+        """Of all requests before the step: cached, or computed anew."""
+        return self.context_tokens + self.recomputed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """Seconds, all layers."""
+
+    bus: float
+    forward: float
+    regenerate: float
+    attention: float
+
+    @property
+    def gpu(self) -> float:
+        return self.forward + self.regenerate + self.attention
+
+    @property
+    def seconds(self) -> float:
+        return max(self.bus, self.gpu)
+
+
+def roofline(record: StepRecord, sizes: ModelSizes, hardware: Hardware) -> Roofline:
+    """max(bus, gpu) for the work of one step, each at the best rate measured on this machine.
+
+    The work that the method itself asks for and no more: no copies within the device, no logits, one mini-batch.
+    """
+    share = max(1.0, hardware.weight_read_share, hardware.attention_read_share)
+    best = replace(
+        hardware, weight_read_share=share, attention_read_share=share, gemm_overhead=0.0, small_kernel_time=0.0
+    )
+    layer = LayerTimes(sizes, best)
+    tokens = record.decode_tokens + record.prefill_tokens + record.recomputed_tokens
+    layers = sizes.num_layers
+    return Roofline(
+        bus=float(layer.load(record.weight_bytes + record.cache_bytes)),
+        forward=float(layers * layer.forward(tokens)),
+        regenerate=float(layer.regenerate(record.regenerated_tokens)),
+        attention=float(layers * layer.attention(record.context_tokens + tokens, 0, 0)),
+    )

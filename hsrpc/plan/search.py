@@ -1,0 +1,347 @@
+"""Many plans at once, as arrays: what each would place where, whether it fits, and how fast it would be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from hsrpc.config import CachePolicy, EngineConfig, Placement
+from hsrpc.plan.device_memory import Floats, Number, Staging, device_bytes, query_bytes
+from hsrpc.plan.placement import ResidentChoices
+from hsrpc.plan.plan import Budgets
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.step_time import Candidates, StepModel, StepTimes, token_bytes
+
+Bools: TypeAlias = npt.NDArray[np.bool_]
+
+MIN_CHUNK, MAX_CHUNK = 256, 8192
+"""Prompt tokens beside decoding, where nothing else is asked for."""
+MIN_IDLE_CHUNK, MAX_IDLE_CHUNK = 8192, 16384
+"""Prompt tokens of a step in which nothing decodes."""
+_SPARE = 1.25
+"""An idle chunk computes a little longer than the weights take to arrive: then the GPU is never the one that waits."""
+_BACKLOG, _STREAMED_BACKLOG = 2.0, 8.0
+"""A chunk holds the prompt tokens that come in during so many steps: then newcomers catch up. Where weights stream, a
+step takes long with few requests too, so that those that begin together are to be many soon."""
+_CHUNK_PART = 20
+"""At most this part of the device budget is workspace for the queries of a mini-batch."""
+_MIN_STREAMED = 2048
+"""Prompt tokens that compute for longer than the host takes to launch a layer of them."""
+_MIN_CHUNK = 16
+"""A bound on the step leaves at least this much of a chunk, or the candidate is too slow."""
+_ROUNDING = 1 + 1e-9
+_SHARES = 100
+"""Shares are whole multiples of one over this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """The choices that make a candidate; arrays that broadcast."""
+
+    batch: Floats
+    choice: npt.NDArray[np.int64]
+    """Of the resident weights."""
+    device_share: Floats
+    """Activations' part of the device's blocks."""
+    kv_only: Bools
+    """The host has no activations either: no buffers for them."""
+    rows: Number
+    """Of a mini-batch's kv buffer."""
+    recompute: Number
+    """Tokens that a step may compute anew, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One candidate of a grid."""
+
+    batch: int
+    choice: int
+    device_share: float
+    kv_only: bool
+    rows: int
+    recompute: float
+
+    def as_grid(self) -> Grid:
+        """Arrays without dimensions."""
+        return Grid(
+            batch=np.asarray(self.batch, dtype=np.float64),
+            choice=np.asarray(self.choice),
+            device_share=np.asarray(self.device_share),
+            kv_only=np.asarray(self.kv_only),
+            rows=self.rows,
+            recompute=self.recompute,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What follows from a grid; arrays that broadcast."""
+
+    grid: Grid
+    staging: Staging
+    chunk: Number
+    idle_chunk: Number
+    host_share: Number
+    recomputed: Number
+    """Part of the tokens in use that every step computes anew."""
+    device_blocks: Number
+    host_blocks: Number
+    on_device: Number
+    times: StepTimes
+    mixes: Bools
+    """Both kinds are in use."""
+    fits: Bools
+    """Both budgets."""
+    in_time: Bools
+    """Within `max_step_time`, a chunk beside."""
+
+
+class Evaluator:
+    """Fills in what the choices of a grid leave open: chunks, blocks of each tier, the host's kinds."""
+
+    def __init__(
+        self,
+        model: StepModel,
+        budgets: Budgets,
+        config: EngineConfig,
+        choices: ResidentChoices,
+        shares: tuple[float, ...],
+    ) -> None:
+        self.model = model
+        self.sizes: ModelSizes = model.sizes
+        self.budgets = budgets
+        self.config = config
+        self.choices = choices
+        self.shares = shares
+        self.recomputes = config.cache_policy is CachePolicy.RECOMPUTE
+        """Nothing is cached: every step computes all tokens."""
+        self.max_model_len = model.traffic.longest
+        self.longest = -(-self.max_model_len // config.block_size)
+        """Blocks of one request at full length."""
+        self._rows_per_block = self.sizes.num_layers * config.block_size
+
+    def evaluate(self, grid: Grid) -> Evaluation:
+        """Everything about the grid's candidates."""
+        streamed = self.choices.on_bus[grid.choice] / self.sizes.num_layers
+        chunk, idle_chunk = self._chunks(grid.batch, streamed)
+        prompt_queries = self._prompt_queries(chunk, idle_chunk, streamed)
+        grid = replace(grid, rows=np.maximum(grid.rows, self._chunk_rows(grid.batch, prompt_queries)))
+        staging = self.staging(grid, prompt_queries, idle_chunk)
+        device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
+        device_room = device_room - self.choices.resident[grid.choice] - self.choices.buffers[grid.choice]
+        host_room = self.budgets.host - self.choices.on_host[grid.choice]
+        most = self._max_blocks(grid.batch)
+        device_blocks = np.minimum(self._device_blocks(device_room, grid.device_share), most)
+        on_device = self._on_device(grid.batch, device_blocks, self.model.traffic.context)
+        queries = prompt_queries if self.recomputes else staging.queries - grid.batch
+        candidates = self._candidates(grid, streamed, device_blocks, chunk, queries)
+        missing = np.maximum(0, self._needed_blocks(grid.batch) - device_blocks)
+        host_share = self._host_share(candidates, grid.kv_only, host_room, missing)
+        candidates = replace(candidates, host_share=host_share)
+        recomputed = self._recomputed(candidates, grid.recompute, staging)
+        candidates = replace(candidates, recomputed=recomputed)
+        missing = np.maximum(0, self._needed_blocks(grid.batch * (1 - recomputed)) - device_blocks)
+        # None where the device holds all requests at full length: a few would keep steps from being all in place.
+        of_use = np.where(device_blocks >= grid.batch * self.longest, 0.0, most - device_blocks)
+        host_blocks = np.minimum(self._blocks(host_room, host_share), of_use)
+        times = self.model.predict(candidates)
+        fitted = self._fitted(chunk, np.where(streamed > 0, np.minimum(idle_chunk, MAX_CHUNK), chunk), times)
+        times = self.model.predict(replace(candidates, chunk=fitted))
+        return Evaluation(
+            grid=grid,
+            staging=staging,
+            chunk=fitted,
+            idle_chunk=idle_chunk,
+            host_share=host_share,
+            recomputed=recomputed,
+            device_blocks=device_blocks,
+            host_blocks=host_blocks,
+            on_device=on_device,
+            times=times,
+            mixes=self._mixes(grid, on_device, host_share),
+            fits=(device_room >= 0) & (host_room >= 0) & (host_blocks >= missing),
+            in_time=self._in_time(chunk, fitted, times),
+        )
+
+    def staging(self, grid: Grid, prompt_queries: Number, idle_chunk: Number) -> Staging:
+        """What a step goes through on the device; `prompt_queries` are of a mini-batch."""
+        batch, rows, traffic = grid.batch, grid.rows, self.model.traffic
+        if self.recomputes:
+            step_tokens = batch * self.max_model_len
+            return Staging(
+                batch=batch,
+                rows=rows,
+                activation_rows=0,
+                queries=rows,
+                step_tokens=step_tokens,
+                graph_batch=batch,
+                table=self.longest,
+            )
+        # Of what is computed anew whole requests, and no fewer tokens than compute for as long as they take to launch.
+        least = max(traffic.at_end, min(_MIN_STREAMED, self._max_prompt_tokens()))
+        whole = np.where(np.asarray(grid.recompute) > 0, np.minimum(least, batch * self.max_model_len), 0)
+        return Staging(
+            batch=batch,
+            rows=rows,
+            activation_rows=np.where(grid.kv_only, 0, rows),
+            queries=np.maximum(prompt_queries + batch, whole),
+            step_tokens=idle_chunk + batch + np.minimum(grid.recompute, batch * traffic.at_end),
+            graph_batch=batch,
+            table=self.longest,
+        )
+
+    def _chunks(self, batch: Floats, streamed: Number) -> tuple[Number, Number]:
+        """Prompt tokens of a step beside decoding, and without.
+
+        Beside decoding, as many as compute while the weights stream or the host launches, which costs next to nothing,
+        or as keep up with the traffic; without, as many as keep the GPU busy meanwhile. Where the bus is busy anyway,
+        they may take several mini-batches.
+        """
+        given = self.config.max_prefill_tokens
+        if given is not None or self.recomputes:
+            chunk = np.full_like(batch, given or 1)
+            return chunk, chunk
+        hidden = self.model.hidden_chunk(streamed)
+        backlog = np.where(streamed > 0, _STREAMED_BACKLOG, _BACKLOG)
+        wanted = np.maximum(hidden, backlog * self.model.prompt_tokens(batch))
+        room = self._max_prompt_tokens()
+        part = self.budgets.device // _CHUNK_PART
+        idle_room = min(MAX_IDLE_CHUNK, max(MIN_CHUNK, part // (2 * self.sizes.activation_bytes)))
+        chunk = np.clip(wanted, MIN_CHUNK, np.where(streamed > 0, max(room, min(MAX_CHUNK, idle_room)), room))
+        idle_chunk = np.maximum(chunk, np.clip(_SPARE * hidden, MIN_IDLE_CHUNK, idle_room))
+        most = batch * self.max_model_len
+        return np.floor(np.minimum(chunk, most)), np.floor(np.minimum(idle_chunk, most))
+
+    def _max_prompt_tokens(self) -> int:
+        """Of a mini-batch, where nothing else is asked for: its workspace takes no more than a part of the device."""
+        part = self.budgets.device // _CHUNK_PART
+        return min(MAX_CHUNK, max(MIN_CHUNK, part // query_bytes(self.sizes)))
+
+    def _prompt_queries(self, chunk: Number, idle_chunk: Number, streamed: Number) -> Number:
+        """Prompt tokens of a mini-batch, at most; not few where weights stream: a step may have several of those."""
+        if self.recomputes:
+            return MAX_CHUNK  # bounded by its rows
+        if self.config.max_prefill_tokens is not None:
+            return chunk
+        least = np.where(streamed > 0, np.minimum(_MIN_STREAMED, idle_chunk), 0)
+        found: Number = np.minimum(np.maximum(chunk, least), self._max_prompt_tokens())
+        return found
+
+    def _chunk_rows(self, batch: Floats, prompt_queries: Number) -> Number:
+        """Rows with which that many prompt tokens are one mini-batch, whatever the first prompt has cached."""
+        if self.recomputes:
+            return 0.0 * batch
+        longest = self.longest * self.config.block_size
+        rows: Number = np.minimum(prompt_queries + longest, batch * longest)
+        return rows
+
+    def _needed_blocks(self, batch: Number) -> Number:
+        """One request at full length, and the others at the expected one with a block to grow into."""
+        if self.recomputes:
+            return 0 * batch
+        expected = -(-self.model.traffic.context // self.config.block_size) + 1
+        found: Number = self.longest + np.maximum(0, np.ceil(batch) - 1) * expected
+        return found
+
+    def _max_blocks(self, batch: Floats) -> Floats:
+        """All requests at full length with a block to grow into: more is of no use."""
+        return 0 * batch if self.recomputes else batch * (self.longest + 1)
+
+    def _device_blocks(self, room: Number, share: Number) -> Number:
+        if self.config.placement is Placement.HOST:
+            return 0.0 * room * share
+        return self._blocks(room, share)
+
+    def _blocks(self, room: Number, share: Number) -> Number:
+        """Blocks that `room` bytes hold, where `share` of them are activations."""
+        found: Number = np.floor(np.maximum(0.0, room) / (self._rows_per_block * token_bytes(self.sizes, share)))
+        return found
+
+    def _on_device(self, batch: Floats, blocks: Number, length: int) -> Number:
+        """Part of the cached tokens of requests of `length` tokens: they take the device's blocks first."""
+        used = batch * -(-length // self.config.block_size)
+        found: Number = np.minimum(1.0, blocks / used)
+        return found
+
+    def _host_share(self, candidates: Candidates, kv_only: Bools, room: Number, missing: Number) -> Number:
+        """The share at which bus and GPU balance, or the higher one with which the missing blocks fit the host."""
+        if len(self.shares) == 1:
+            return self.shares[0]
+        sizes = self.sizes
+        allowed = np.maximum(0.0, room) / (self._rows_per_block * np.maximum(1.0, missing))
+        least = (sizes.kv_bytes - allowed) / (sizes.kv_bytes - sizes.activation_bytes)
+        at_zero, at_one = (self.model.predict(replace(candidates, host_share=share)) for share in (0.0, 1.0))
+        balanced = self.model.balanced_share(at_zero, at_one)
+        # A host without tokens in use has what overflows from the device, of its kind.
+        wanted = np.where(candidates.on_device < 1, balanced, candidates.device_share)
+        share = np.maximum(wanted, np.clip(least, 0.0, 1.0))
+        rounded: Number = np.where(kv_only, 0.0, np.ceil(share * _SHARES - 1e-9) / _SHARES)
+        return rounded
+
+    def _recomputed(self, candidates: Candidates, tokens: Number, staging: Staging) -> Number:
+        """The part at which bus and GPU balance, of requests that fit a mini-batch to their end; or what was asked."""
+        if self.recomputes:
+            return 1.0
+        traffic, given = self.model.traffic, self.config.recompute_share
+        part = np.asarray(tokens) / (candidates.batch * traffic.context)
+        most = np.minimum(part, 1.0 - candidates.on_device)
+        most = np.where(staging.queries >= traffic.at_end, most, 0.0)
+        if given is not None:
+            return np.minimum(given, most)
+        if not np.any(most):
+            return 0.0 * most
+        found: Number = np.floor(self.model.balanced_recompute(candidates, most) * _SHARES) / _SHARES
+        return found
+
+    def _mixes(self, grid: Grid, on_device: Number, host_share: Number) -> Bools:
+        share = on_device * grid.device_share + (1 - on_device) * host_share
+        found: Bools = np.asarray((share > 0) & (share < 1))
+        return found
+
+    def _candidates(
+        self, grid: Grid, streamed: Number, device_blocks: Number, chunk: Number, prompt_queries: Number
+    ) -> Candidates:
+        """With K and V alone on the host."""
+        traffic = self.model.traffic
+        return Candidates(
+            batch=grid.batch,
+            streamed=streamed,
+            on_device=self._on_device(grid.batch, device_blocks, traffic.context),
+            on_device_at_end=self._on_device(grid.batch, device_blocks, traffic.at_end),
+            device_share=grid.device_share,
+            host_share=0.0,
+            recomputed=0.0,
+            chunk=chunk,
+            prompt_queries=prompt_queries,
+            rows=grid.rows,
+        )
+
+    def _fitted(self, chunk: Number, most: Number, times: StepTimes) -> Number:
+        """The chunk for a step that is predicted: up to `most` tokens where they compute while the bus is busy anyway.
+
+        It keeps the step within `max_step_time`; without that, it at most doubles a step on the bus.
+        """
+        bound, model = self.config.max_step_time, self.model
+        if self.config.max_prefill_tokens is None and not self.recomputes:
+            hidden = np.minimum(np.floor(model.chunk_within(times.step, times)), most)
+            chunk = np.where(times.bus > 0, np.maximum(chunk, hidden), chunk)
+            if bound is None:
+                delay = np.maximum(times.step, self.sizes.num_layers * model.hardware.prompt_launch_time)
+                doubled = np.maximum(np.floor(model.chunk_within(times.step + delay, times)), MIN_CHUNK)
+                chunk = np.where(times.bus > 0, np.minimum(chunk, doubled), chunk)
+        if bound is None:
+            return chunk
+        bounded: Number = np.clip(np.floor(model.chunk_within(bound, times)), 1, chunk)
+        return bounded
+
+    def _in_time(self, chunk: Number, fitted: Number, times: StepTimes) -> Bools:
+        """Whether each step, with `fitted` prompt tokens beside, is within the bound; and these are of use."""
+        bound = self.config.max_step_time
+        if bound is None:
+            return np.full(np.shape(times.step), fill_value=True)
+        found: Bools = (times.longest_step <= bound * _ROUNDING) & (fitted >= np.minimum(chunk, _MIN_CHUNK))
+        return found

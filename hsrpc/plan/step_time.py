@@ -1,0 +1,274 @@
+"""How long a step takes: the paper's model (HybridServe, arXiv 2501.01792), for many candidate plans at once.
+
+For each layer, of `n` requests with `context` cached tokens each:
+
+    bus    = (streamed weights + host tokens * bytes of their kind) / load bandwidth
+    gpu    = forward + tokens computed anew + regeneration + gather + attention
+    layer  = max(bus, gpu, launches)        (near the balance of bus and GPU a little more: `_beside`)
+
+Beyond the paper: resident weights, blocks on the device, the host's launches and step boundary, and the prompts that
+keep coming. Every number may be an array; all are of one layer but those in `StepTimes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hsrpc.plan.device_memory import Number
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.layer_times import LayerTimes
+from hsrpc.plan.plan import BUFFERS
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.schedule.recompute import BALANCE
+
+_WAITING = 8
+"""Bus and GPU take turns with two buffers. Where they take equally long, they wait for each other: by 9 % with this
+exponent, by 1 % where one takes three quarters of the other's time. Measured: 10 and 0 to 1 % (docs/performance.md)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What a request costs while it lives: its tokens, and the prompts that come in its steps' time."""
+
+    context: int
+    """Tokens that a running request holds on average."""
+    attended: int
+    """Of these, what a query sees: fewer with a sliding window."""
+    prompt: int
+    output: int
+    longest: int
+    """Most tokens of a request."""
+
+    @property
+    def at_end(self) -> int:
+        """Tokens of a request that ends as expected."""
+        return min(self.prompt + self.output, self.longest)
+
+    @property
+    def prompt_tokens_per_output(self) -> float:
+        """In steady state, prompt tokens that come in for each token that goes out."""
+        return self.prompt / self.output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """What the time of a step depends on; all may be arrays."""
+
+    batch: Number
+    streamed: Number
+    """Weight bytes that cross the bus, a layer, on average."""
+    on_device: Number
+    """Part of the cached tokens, where requests are as long as expected."""
+    on_device_at_end: Number
+    """The same, where all requests are at the end of their output."""
+    device_share: Number
+    """Activations' part of the device's tokens."""
+    host_share: Number
+    """Activations' part of the host's tokens."""
+    recomputed: Number
+    """Part of the tokens that no block holds and every step computes anew; they leave the host's blocks first."""
+    chunk: Number
+    """Prompt tokens a step at most, beside decoding."""
+    prompt_queries: Number
+    """Of those, and of the ones computed anew, in a mini-batch, at most."""
+    rows: Number
+    """Of a mini-batch's kv buffer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """Seconds, all layers; the fields are those of `StepPrediction`."""
+
+    mini_batches: Number
+    bus: Number
+    forward: Number
+    regenerate: Number
+    gather: Number
+    attention: Number
+    head: Number
+    launch: Number
+    boundary: Number
+    step: Number
+    prefill: Number
+    longest_step: Number
+    mean_step: Number
+
+
+class StepModel:
+    """Predicts steps of a model on a machine under a traffic."""
+
+    def __init__(self, sizes: ModelSizes, hardware: Hardware, traffic: Traffic) -> None:
+        self.sizes = sizes
+        self.hardware = hardware
+        self.traffic = traffic
+        self.layer = LayerTimes(sizes, hardware)
+        self.prompt_token = self.layer.prompt_token(traffic.prompt / 2)
+        self.recompute_token = self.layer.prompt_token(traffic.attended / 2)
+        """Of a request that keeps no cache."""
+        self.chunk_token = self.layer.prompt_token(traffic.longest)
+        """Of a chunk at the end of the longest prompt: bounds use it."""
+
+    def hidden_chunk(self, streamed: Number) -> Number:
+        """Prompt tokens whose compute takes as long as a layer's weights on the bus, and its launches at least.
+
+        No graph runs a step with prompts.
+        """
+        return np.maximum(self.layer.load(streamed), self.hardware.prompt_launch_time) / self.prompt_token
+
+    def prompt_tokens(self, batch: Number) -> Number:
+        """Prompt tokens that come in during a step on average."""
+        return batch * self.traffic.prompt_tokens_per_output
+
+    def balanced_share(self, at_zero: StepTimes, at_one: StepTimes) -> Number:
+        """Share of something at which bus and GPU balance: both are linear in it, and given at shares 0 and 1."""
+        lead = BALANCE * at_zero.bus - _gpu(at_zero) - at_zero.prefill
+        closing = BALANCE * (at_zero.bus - at_one.bus) + (_gpu(at_one) - _gpu(at_zero))
+        share: Number = np.clip(np.where(closing > 0, lead, 0.0) / np.where(closing > 0, closing, 1.0), 0.0, 1.0)
+        return share
+
+    def balanced_recompute(self, c: Candidates, most: Number) -> Number:
+        """Part of the tokens, `most` at most, with which the GPU is as busy as the bus if they are computed anew."""
+        at_zero, at_most = (self.predict(replace(c, recomputed=part)) for part in (0.0, most))
+        return most * self.balanced_share(at_zero, at_most)
+
+    def chunk_within(self, bound: Number, times: StepTimes) -> Number:
+        """Prompt tokens that fit beside a step's decoding before it takes `bound` seconds."""
+        return (bound - times.boundary - _gpu(times)) / (self.sizes.num_layers * self.chunk_token)
+
+    def spare_prompt_tokens(self, batch: Number, times: StepTimes) -> Number:
+        """Prompt tokens that compute in the GPU time of one request's decoding: room that a missing one leaves."""
+        each = (times.regenerate + times.gather + times.attention) / batch
+        found: Number = each / (self.sizes.num_layers * self.chunk_token)
+        return found
+
+    def predict(self, c: Candidates) -> StepTimes:
+        """Times of the candidates' steps."""
+        tokens = c.batch * self.traffic.attended
+        device, host = _tiers(tokens, c.on_device, c.recomputed)
+        regenerated = device * c.device_share + host * c.host_share
+        anew = c.batch * self.traffic.context * c.recomputed
+        mini_batches = self._mini_batches(c, anew, host + device * c.device_share)
+        queries, layers = c.batch * (1 - c.recomputed), self.sizes.num_layers
+        # The mini-batches of a decode step go through the weights together; those of all tokens cannot.
+        groups = np.where(anew > 0, mini_batches, 1.0)
+        forward = layers * np.maximum(
+            self.layer.forward(queries, groups), self.layer.forward(queries) + anew * self.recompute_token
+        )
+        forward = forward + layers * self.layer.decode_weights(c.streamed)
+        gemms = layers * self.layer.regenerate(regenerated)
+        times = {
+            "mini_batches": mini_batches,
+            "bus": self._contended(layers * self._bus(c, host, mini_batches), forward + gemms),
+            "forward": forward,
+            "regenerate": gemms + layers * self._placing(regenerated),
+            "gather": layers * self.layer.gather(device * c.device_share),
+            "attention": layers * self.layer.attention(device + host, queries, self.traffic.attended),
+            "head": self.layer.head(c.batch),
+        }
+        return self._whole_step(c, times)
+
+    def _whole_step(self, c: Candidates, times: dict[str, Number]) -> StepTimes:
+        layers, bus = self.sizes.num_layers, times["bus"]
+        gpu = times["forward"] + times["regenerate"] + times["gather"] + times["attention"] + times["head"]
+        prompts = self.prompt_tokens(c.batch * (1 - c.recomputed))
+        prefill = prompts * (layers * self.prompt_token)
+        launch, boundary, shortest = self._host(c, bus, times["mini_batches"])
+        # Bus and GPU take turns with a mini-batch: one of them has nothing to do beside the step's first or last.
+        boundary = boundary + np.minimum(bus, gpu) / (layers * times["mini_batches"])
+        step = np.maximum(_beside(bus, gpu), np.maximum(launch, shortest)) + boundary
+        hardware = self.hardware
+        parts = np.ceil(c.chunk / c.prompt_queries)
+        rest = np.maximum(0.0, times["mini_batches"] - parts)
+        launches = layers * (rest * hardware.launch_time + parts * hardware.prompt_launch_time)
+        with_chunk = np.maximum(np.maximum(bus, launches), gpu + c.chunk * (layers * self.chunk_token)) + boundary
+        # Requests come and go: prompts beside, and room for their outputs to grow.
+        tokens = c.batch * self.traffic.attended
+        later_host = _tiers(tokens, c.on_device_at_end, c.recomputed)[1]
+        later_bus = layers * self._bus(c, later_host, times["mini_batches"])
+        later_bus = self._contended(later_bus, times["forward"] + times["regenerate"] + prefill)
+        later_bus = self._both_ways(later_bus, self._store(c, later_host / tokens))
+        later_launch, later_boundary, _ = self._host(c, later_bus, times["mini_batches"])
+        later_boundary = later_boundary + np.minimum(later_bus, gpu) / (layers * times["mini_batches"])
+        later = np.maximum(_beside(later_bus, gpu + prefill), later_launch) + later_boundary
+        # A small chunk keeps newcomers waiting: the batch is not full then.
+        queueing = np.maximum(1.0, prompts / np.maximum(c.chunk, 1.0))
+        return StepTimes(
+            **times,
+            launch=launch,
+            boundary=boundary,
+            step=step,
+            prefill=prefill,
+            longest_step=np.maximum(step, with_chunk),
+            mean_step=np.maximum(step, later) * queueing,
+        )
+
+    def _bus(self, c: Candidates, host: Number, mini_batches: Number) -> Number:
+        load = self.layer.load(c.streamed + host * token_bytes(self.sizes, c.host_share))
+        return load + np.where(load > 0, mini_batches * self.hardware.handover_time, 0.0)
+
+    def _contended(self, bus: Number, gemms: Number) -> Number:
+        """Seconds on the bus while the device computes products for `gemms` seconds of them, which slows copies."""
+        share = self.hardware.contended_share
+        found: Number = np.minimum(bus + (1 - share) * gemms, bus / share)
+        return found
+
+    def _mini_batches(self, c: Candidates, anew: Number, staged: Number) -> Number:
+        """As many as the rows take that go through the kv buffer; K and V on the device are read in place."""
+        rows = staged + anew + c.batch * (1 - c.recomputed)
+        return np.maximum(np.maximum(1.0, np.ceil(rows / c.rows)), np.ceil(anew / c.prompt_queries))
+
+    def _host(self, c: Candidates, bus: Number, mini_batches: Number) -> tuple[Number, Number, Number]:
+        """The host's seconds: to launch a step, what the boundary adds, and the shortest step where it adds nothing.
+
+        While weights stream, the bus goes on with those of the next step as far as there are buffers. With nothing on
+        the bus and K and V on the device a graph runs the step, and the boundary is prepared beside it.
+        """
+        hardware = self.hardware
+        each = np.where(c.recomputed > 0, hardware.prompt_launch_time, hardware.launch_time)
+        each = each + np.where(bus > 0, hardware.hop_time, 0.0)
+        launch = self.sizes.num_layers * mini_batches * each
+        boundary = hardware.boundary_time + c.batch * hardware.request_time
+        exposed = np.maximum(0.0, boundary - BUFFERS * self.layer.load(c.streamed))
+        on_device = (bus == 0) & (c.recomputed == 0)
+        has_graph = on_device & (c.device_share == 0) & (self.sizes.sliding_window is None)
+        return (
+            np.where(has_graph, 0.0, launch),
+            np.where(on_device, 0.0, exposed),
+            np.where(on_device, boundary, 0.0),
+        )
+
+    def _placing(self, regenerated: Number) -> Number:
+        """With a sliding window K and V are copied to rows in order of position; else they are written in place."""
+        return 0.0 * regenerated if self.sizes.sliding_window is None else self.layer.place(regenerated)
+
+    def _store(self, c: Candidates, on_host: Number) -> Number:
+        """All layers' seconds to store the rows of new tokens that lie on the host."""
+        size = (self.prompt_tokens(c.batch) + c.batch) * on_host * token_bytes(self.sizes, c.host_share)
+        return self.sizes.num_layers * size / self.hardware.store_bandwidth
+
+    def _both_ways(self, load: Number, store: Number) -> Number:
+        """Seconds for loads and stores at once, each given the time it takes alone."""
+        return np.maximum(load, store) + np.minimum(load, store) * (1 / self.hardware.duplex_share - 1)
+
+
+def _tiers(tokens: Number, on_device: Number, recomputed: Number) -> tuple[Number, Number]:
+    """Cached tokens on the device and on the host."""
+    return tokens * np.minimum(on_device, 1.0 - recomputed), tokens * np.maximum(0.0, 1.0 - on_device - recomputed)
+
+
+def token_bytes(sizes: ModelSizes, share: Number) -> Number:
+    """Bytes of one cached token in one layer, on average, where `share` of them are activations."""
+    return (1 - share) * sizes.kv_bytes + share * sizes.activation_bytes
+
+
+def _beside(bus: Number, gpu: Number) -> Number:
+    """Seconds for what bus and GPU do at the same time."""
+    longer = np.maximum(np.maximum(bus, gpu), 1e-12)
+    found: Number = longer * ((bus / longer) ** _WAITING + (gpu / longer) ** _WAITING) ** (1 / _WAITING)
+    return found
+
+
+def _gpu(times: StepTimes) -> Number:
+    return times.forward + times.regenerate + times.gather + times.attention + times.head

@@ -1,0 +1,97 @@
+"""The paper's mini-batch formation, for ragged requests: each fits the buffers and balances bus and GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import heappop, heappush
+
+import numpy as np
+
+from hsrpc.schedule.blocks import PoolId
+from hsrpc.schedule.packing import first_blocks
+from hsrpc.schedule.step import BufferLimits, Ints, RowCosts, Work
+
+
+class _Bin:
+    """A mini-batch being filled."""
+
+    def __init__(self) -> None:
+        self.works: list[Work] = []
+        self.rows = self.activation_rows = self.queries = 0
+        self.bus = self.gpu = 0.0
+
+    def fits(self, rows: int, activation_rows: int, queries: int, limits: BufferLimits) -> bool:
+        return (
+            self.rows + rows <= limits.rows
+            and self.activation_rows + activation_rows <= limits.activation_rows
+            and self.queries + queries <= limits.queries
+        )
+
+
+def form_mini_batches(
+    works: Sequence[Work], block_size: int, limits: BufferLimits, costs: RowCosts, window: int | None
+) -> list[list[Work]]:
+    """Divide works into as few mini-batches as fit the buffers, each with about the same bus and GPU time.
+
+    Longest first into the least loaded that has room.
+    """
+    if not works:
+        return []
+    sized = list(zip(works, *(rows.tolist() for rows in _buffer_rows(works, block_size, window)), strict=True))
+    fewest = _fewest_bins(sized, limits)
+    if fewest == 1:  # nothing to balance
+        return [list(works)]
+    sized.sort(key=lambda item: (-item[1] - item[2] - item[3], item[0].request.order))
+    bins = [_Bin() for _ in range(fewest)]
+    least_loaded = [(0.0, 0, number) for number in range(len(bins))]  # load, rows, number: a heap
+    for work, kv_rows, activation_rows, new_rows in sized:
+        rows, full = kv_rows + activation_rows + new_rows, []
+        while least_loaded and not bins[least_loaded[0][2]].fits(rows, activation_rows, work.num_new, limits):
+            full.append(heappop(least_loaded))
+        number = heappop(least_loaded)[2] if least_loaded else len(bins)
+        if number == len(bins):
+            bins.append(_Bin())
+        chosen = bins[number]
+        chosen.works.append(work)
+        chosen.rows += rows
+        chosen.activation_rows += activation_rows
+        chosen.queries += work.num_new
+        chosen.bus += kv_rows * costs.load_kv + activation_rows * costs.load_activation
+        chosen.gpu += activation_rows * costs.regenerate + work.num_new * costs.compute
+        for entry in (*full, (max(chosen.bus, chosen.gpu), chosen.rows, number)):
+            heappush(least_loaded, entry)
+    return [b.works for b in bins if b.works]
+
+
+def _fewest_bins(sized: Sequence[tuple[Work, int, int, int]], limits: BufferLimits) -> int:
+    rows = sum(kv_rows + activation_rows + new_rows for _, kv_rows, activation_rows, new_rows in sized)
+    activations = sum(activation_rows for _, _, activation_rows, _ in sized)
+    queries = sum(work.num_new for work, *_ in sized)
+    demands = ((rows, limits.rows), (activations, limits.activation_rows), (queries, limits.queries))
+    return max(1, *(-(-amount // room) for amount, room in demands if room))
+
+
+def _buffer_rows(works: Sequence[Work], block_size: int, window: int | None) -> tuple[Ints, Ints, Ints]:
+    """Rows of the kv buffer that each of `works` takes: cached as KV, cached as activations, new."""
+    contexts = np.array([work.context for work in works], dtype=np.int64)
+    in_place = np.array([work.reads_in_place(window) for work in works])
+    first, last = first_blocks(contexts, block_size, window), -(-contexts // block_size)
+    bounds = zip(works, first.tolist(), last.tolist(), strict=True)
+    pools = np.frombuffer(b"".join([work.request.blocks.pools[i:j] for work, i, j in bounds]), dtype=np.int8)
+    owner = np.repeat(np.arange(len(works)), last - first)
+    counts = np.bincount(owner * len(PoolId) + pools, minlength=len(works) * len(PoolId)).reshape(-1, len(PoolId))
+    counts[in_place, PoolId.DEVICE_KV] = 0
+    kv = counts[:, PoolId.DEVICE_KV] + counts[:, PoolId.HOST_KV]
+    activations = counts[:, PoolId.DEVICE_ACTIVATION] + counts[:, PoolId.HOST_ACTIVATION]
+    missing, newest = last * block_size - contexts, _pools_at(works, contexts // block_size)
+    # Where the last cached block is partly filled, the newest token goes to that block too.
+    is_activation = newest >= PoolId.DEVICE_ACTIVATION
+    is_loaded_kv = (newest == PoolId.HOST_KV) | ((newest == PoolId.DEVICE_KV) & ~in_place)
+    new = np.array([work.num_new for work in works], dtype=np.int64) - (in_place & (newest == PoolId.DEVICE_KV))
+    return kv * block_size - missing * is_loaded_kv, activations * block_size - missing * is_activation, new
+
+
+def _pools_at(works: Sequence[Work], numbers: Ints) -> Ints:
+    """Of each request's block of that number; -1 where it has none."""
+    tables = [(work.request.blocks.pools, number) for work, number in zip(works, numbers.tolist(), strict=True)]
+    return np.array([pools[number] if number < len(pools) else -1 for pools, number in tables], dtype=np.int64)

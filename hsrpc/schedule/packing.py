@@ -1,0 +1,165 @@
+"""From works to the arrays of a mini-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from hsrpc.schedule.blocks import POOLS_OF_KIND, BlockKind, PoolId
+from hsrpc.schedule.step import InPlace, Ints, MiniBatch, Rows, Runs, Work, expand, starts
+
+
+def first_block(context: int, block_size: int, window: int | None) -> int:
+    """First block that a query at position `context` sees: 0, or the one in which the sliding window begins."""
+    return 0 if window is None else max(0, context - window + 1) // block_size
+
+
+def first_blocks(contexts: Ints, block_size: int, window: int | None) -> Ints:
+    """`first_block` of many."""
+    return np.array([first_block(context, block_size, window) for context in contexts.tolist()], dtype=np.int64)
+
+
+def pack(works: Sequence[Work], block_size: int, window: int | None) -> MiniBatch:
+    """Arrays of one mini-batch.
+
+    Without a sliding window a request's rows are ordered KV, regenerated, new, so that copies merge; with one they stay
+    in order of position, which the window's mask needs. Those rebuilt for single queries come before all others.
+    """
+    works = in_order(works, window)
+    num_in_place = sum(work.reads_in_place(window) for work in works)
+    counts = np.array([work.num_new for work in works], dtype=np.int64)
+    contexts = np.array([work.context for work in works], dtype=np.int64)
+    positions = expand(contexts, counts)
+    table = _read_tables(works, contexts, counts, block_size, window)
+    in_place, new_in_place = _in_place(table, num_in_place, len(works))
+    is_loaded = (table.pool != PoolId.DEVICE_KV) | (table.owner >= num_in_place)
+    blocks = table.select(is_loaded & (table.cached > 0))
+    in_front = blocks.is_activation & (blocks.owner < num_in_place)
+    if window is None:
+        order = np.argsort(2 * blocks.owner + blocks.is_activation + 2 * len(works) * ~in_front, kind="stable")
+        blocks, in_front = blocks.select(order), in_front[order]
+    behind = np.bincount(blocks.owner, blocks.cached * ~in_front, len(works)).astype(np.int64)
+    new = counts - new_in_place
+    key_starts, query_starts = starts(behind + new) + in_place.num_rebuilt, starts(counts)
+    targets = starts(blocks.cached)[:-1] + np.where(in_front, 0, starts(new)[blocks.owner])
+    activations = blocks.is_activation
+    rebuilt = blocks.select(activations)
+    return MiniBatch(
+        works=works,
+        token_ids=_new_tokens(works),
+        positions=positions,
+        query_starts=query_starts,
+        key_starts=key_starts,
+        in_place=in_place,
+        new_rows=Rows(expand(query_starts[:-1], new), expand(key_starts[:-1] + behind, new)),
+        kv_loads=_loads(blocks, BlockKind.KV, targets, block_size),
+        activation_loads=_loads(rebuilt, BlockKind.ACTIVATION, starts(rebuilt.cached)[:-1], block_size),
+        activation_rows=expand(targets[activations], rebuilt.cached),
+        activation_positions=expand(rebuilt.position, rebuilt.cached),
+        stores=_stores(table, positions, np.repeat(np.arange(len(works)), counts), block_size),
+        sample_rows=query_starts[1:][[work.samples for work in works]] - 1,
+    )
+
+
+def in_order(works: Sequence[Work], window: int | None) -> tuple[Work, ...]:
+    """As a mini-batch has them: those that read in place come first."""
+    return tuple(sorted(works, key=lambda work: not work.reads_in_place(window)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Blocks of all requests of a mini-batch, parallel arrays."""
+
+    owner: Ints
+    """Number of the work."""
+    pool: Ints
+    index: Ints
+    position: Ints
+    """Of its first token."""
+    cached: Ints
+    """Tokens in it before the step."""
+    filled: Ints
+    """And after it."""
+
+    @property
+    def is_activation(self) -> npt.NDArray[np.bool_]:
+        return self.pool >= PoolId.DEVICE_ACTIVATION
+
+    def select(self, chosen: npt.NDArray[np.bool_] | Ints) -> _Blocks:
+        return _Blocks(*(getattr(self, item.name)[chosen] for item in fields(self)))
+
+
+def _read_tables(works: Sequence[Work], contexts: Ints, counts: Ints, block_size: int, window: int | None) -> _Blocks:
+    """The blocks that each work's attention sees or its new tokens go to, in token order; some requests keep none."""
+    tables = [work.request.blocks for work in works]
+    first = first_blocks(contexts, block_size, window)
+    last = np.minimum(-(-(contexts + counts) // block_size), [len(table) for table in tables])
+    lengths = np.maximum(last - first, 0)
+    bounds = list(zip(tables, first.tolist(), last.tolist(), strict=True))
+    pools = b"".join([table.pools[start:end] for table, start, end in bounds])
+    indices = b"".join([table.indices[start:end] for table, start, end in bounds])
+    owner = np.repeat(np.arange(len(works)), lengths)
+    position = expand(first, lengths) * block_size
+    return _Blocks(
+        owner=owner,
+        pool=np.frombuffer(pools, dtype=np.int8).astype(np.int64),
+        index=np.frombuffer(indices, dtype=np.int64),
+        position=position,
+        cached=np.clip(contexts[owner] - position, 0, block_size),
+        filled=np.clip((contexts + counts)[owner] - position, 0, block_size),
+    )
+
+
+def _in_place(table: _Blocks, num_works: int, num_all: int) -> tuple[InPlace, Ints]:
+    """What the first works read apart; and for each of all, whether (1) or not (0) its new row is read in place."""
+    end = np.searchsorted(table.owner, num_works)
+    owner, pool, cached, filled = table.owner[:end], table.pool[:end], table.cached[:end], table.filled[:end]
+    rebuilt, read = pool >= PoolId.DEVICE_ACTIVATION, pool == PoolId.DEVICE_KV
+    rebuilt_starts = starts(np.bincount(owner, cached * rebuilt, num_works).astype(np.int64))
+    lengths = np.bincount(owner[read], minlength=num_works)
+    tables = np.zeros((num_works, int(lengths.max(initial=0))), dtype=np.int64)
+    tables[owner[read], expand(np.zeros_like(lengths), lengths)] = table.index[:end][read]
+    counts = np.bincount(owner, filled * read, num_works).astype(np.int64)
+    new = np.bincount(owner, (filled - cached) * read, num_all).astype(np.int64)
+    return InPlace(tables, counts, rebuilt_starts), new
+
+
+def _new_tokens(works: Sequence[Work]) -> Ints:
+    tokens: list[int] = []
+    for work in works:
+        new = work.request.token_ids[work.context : work.context + work.num_new]
+        tokens += new if work.source is None else [work.source]
+    return np.array(tokens, dtype=np.int64)
+
+
+def _loads(blocks: _Blocks, kind: BlockKind, targets: Ints, block_size: int) -> dict[PoolId, Runs]:
+    loads = {}
+    for pool in POOLS_OF_KIND[kind]:
+        chosen = blocks.pool == pool
+        if chosen.any():
+            loads[pool] = merge_runs(blocks.index[chosen] * block_size, targets[chosen], blocks.cached[chosen])
+    return loads
+
+
+def merge_runs(source: Ints, target: Ints, count: Ints) -> Runs:
+    """Join copies that are neighbours at both ends."""
+    joins = (source[:-1] + count[:-1] == source[1:]) & (target[:-1] + count[:-1] == target[1:])
+    heads = np.flatnonzero(np.concatenate(([True], ~joins)))
+    return Runs(source[heads], target[heads], np.add.reduceat(count, heads))
+
+
+def _stores(table: _Blocks, positions: Ints, owners: Ints, block_size: int) -> dict[PoolId, Rows]:
+    """Query rows of works `owners` to the slots of their positions."""
+    # The table has each owner's blocks one behind the other, its first at the owner's first row.
+    rows = np.searchsorted(table.owner, owners)
+    has_blocks = rows < len(table.owner)
+    has_blocks[has_blocks] = table.owner[rows[has_blocks]] == owners[has_blocks]
+    kept = np.flatnonzero(has_blocks)
+    rows, positions = rows[kept], positions[kept]
+    rows += (positions - table.position[rows]) // block_size
+    pools, slots = table.pool[rows], table.index[rows] * block_size + positions % block_size
+    found = ((pool, pools == pool) for pool in PoolId)
+    return {pool: Rows(kept[chosen], slots[chosen]) for pool, chosen in found if chosen.any()}

@@ -1,0 +1,104 @@
+"""Which requests keep no cache: their tokens are computed anew in every step, while the bus is busy with the others'.
+
+The third way to have a token's K and V, beside loading them and rebuilding them from its activation: it takes the bus
+nothing, and the GPU several times what rebuilding takes. It pays where the GPU would wait in spite of all caches being
+activations. A request needs no more than its token ids for it, so it can give its blocks up between any two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hsrpc.schedule.blocks import PoolId
+from hsrpc.schedule.packing import first_block
+from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.step import RowCosts
+
+BALANCE = 7 / 8
+"""GPU time over bus time at which a step is shortest: beyond it the GPU loses more than the bus gains."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecomputeLimits:
+    """What a step may compute anew."""
+
+    tokens: int = 0
+    """Of all requests in a step, on average over their lives; 0: every request keeps its cache."""
+    weights: float = 0.0
+    """Seconds that a layer's weights take on the bus."""
+    is_forced: bool = False
+    """Whatever it costs: for measurements and tests."""
+
+
+NO_RECOMPUTE = RecomputeLimits()
+
+
+class Choice(NamedTuple):
+    """For the next step."""
+
+    giving_up: list[Request]
+    """Those that are to give up their blocks."""
+    taking_back: list[Request]
+    """Of these the first for which there is room should keep its cache again."""
+
+
+class RecomputePolicy:
+    """Chooses, before each step, which of the requests that decode give up their blocks, or who takes some again."""
+
+    def __init__(
+        self,
+        limits: RecomputeLimits,
+        costs: RowCosts,
+        *,
+        block_size: int,
+        max_queries: int,
+        window: int | None,
+    ) -> None:
+        self._limits = limits
+        self._costs = costs
+        self._block_size = block_size
+        self._max_queries = max_queries
+        """Of a mini-batch: a request that keeps nothing has to fit to its end."""
+        self._window = window
+
+    @property
+    def is_of_use(self) -> bool:
+        return self._limits.tokens > 0
+
+    def choose(self, running: Sequence[Request], prompt_tokens: int) -> Choice:
+        """As bus and GPU have time in a step with so many prompt tokens; the first to run give up first."""
+        compute, is_forced = self._costs.compute, self._limits.is_forced
+        anew = [request for request in running if request.recomputes]
+        cached = [(request, *self._cached(request)) for request in running if not request.recomputes]
+        bus = self._limits.weights + sum(on_bus for _, on_bus, _ in cached)
+        gpu = compute * sum(request.num_tokens for request in anew) + sum(on_gpu for *_, on_gpu in cached)
+        if gpu > bus and anew and not is_forced:
+            return Choice([], anew[::-1])
+        gpu += compute * prompt_tokens
+        room = self._limits.tokens - sum(map(self._mean_tokens, anew))
+        giving_up = []
+        for request, on_bus, on_gpu in cached:
+            less, more = bus - on_bus, gpu - on_gpu + compute * request.num_tokens
+            pays = on_bus > 0 and more <= BALANCE * less
+            if (pays or is_forced) and self._can_give_up(request) and self._mean_tokens(request) <= room:
+                bus, gpu, room = less, more, room - self._mean_tokens(request)
+                giving_up.append(request)
+        return Choice(giving_up, [])
+
+    def _cached(self, request: Request) -> tuple[float, float]:
+        """Seconds of bus and GPU for what is cached of it, as far as its next token sees it."""
+        seen = request.blocks.pools[first_block(request.num_computed, self._block_size, self._window) :]
+        count, costs = seen.count, self._costs
+        on_host = count(PoolId.HOST_ACTIVATION)
+        activations = on_host + count(PoolId.DEVICE_ACTIVATION)
+        bus = count(PoolId.HOST_KV) * costs.load_kv + on_host * costs.load_activation
+        return self._block_size * bus, self._block_size * activations * costs.regenerate
+
+    def _can_give_up(self, request: Request) -> bool:
+        return request.is_decoding and request.max_total_tokens <= self._max_queries
+
+    def _mean_tokens(self, request: Request) -> int:
+        """From now to its end."""
+        return (request.num_tokens + request.max_total_tokens) // 2

@@ -1,0 +1,104 @@
+"""A live request: its tokens, what of them is cached, and its life."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+
+from hsrpc.request import FinishReason, SamplingParams, Timings
+from hsrpc.schedule.blocks import BlockTable
+
+
+class Request:
+    """A live request: its tokens, what of them is cached, and the clock of its life (monotonic seconds)."""
+
+    __slots__ = (
+        "arrival",
+        "arrival_time",
+        "blocks",
+        "client",
+        "finish_reason",
+        "first_token_time",
+        "in_flight",
+        "max_total_tokens",
+        "num_computed",
+        "num_prompt_tokens",
+        "params",
+        "preemptions",
+        "rank",
+        "recomputes",
+        "request_id",
+        "scheduled_time",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        arrival: int,
+        now: float,
+        *,
+        client: str = "",
+    ) -> None:
+        self.request_id = request_id
+        self.client = client
+        """Whose share it takes."""
+        self.params = params
+        self.token_ids = list(prompt)
+        """Prompt, then output."""
+        self.num_prompt_tokens = len(self.token_ids)
+        self.max_total_tokens = sys.maxsize if params.max_tokens is None else self.num_prompt_tokens + params.max_tokens
+        """That it may come to have; the scheduler allows no more than fit the context."""
+        self.num_computed = 0
+        """Tokens whose K and V, or activations, are in `blocks`."""
+        self.blocks = BlockTable()
+        self.arrival = arrival
+        self.rank = math.inf
+        """How many were let in to run before it; infinite while it has not been."""
+        self.recomputes = False
+        """It keeps no blocks: each step computes all of its tokens."""
+        self.preemptions = 0
+        self.in_flight = 0
+        """Steps that compute it, handed out and not committed."""
+        self.finish_reason: FinishReason | None = None
+        self.arrival_time = now
+        self.scheduled_time: float | None = None
+        self.first_token_time: float | None = None
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Who gives way last: the one let in first. It never changes while the request runs."""
+        return self.rank, self.arrival
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Its newest token alone is to be computed for the first time."""
+        is_computed = self.recomputes or self.num_tokens - self.num_computed == 1
+        return is_computed and self.num_output_tokens > 0
+
+    def has_room_for_next(self, block_size: int) -> bool:
+        """Its newest token alone is to be computed, and a block for it is there."""
+        known = self.num_computed
+        return len(self.token_ids) - known == 1 and known < len(self.blocks) * block_size
+
+    def timings(self, now: float) -> Timings:
+        """The parts of its life so far; a part that did not begin is 0."""
+        scheduled = now if self.scheduled_time is None else self.scheduled_time
+        first_token = now if self.first_token_time is None else self.first_token_time
+        return Timings(
+            queue=scheduled - self.arrival_time,
+            prefill=first_token - scheduled,
+            decode=now - first_token,
+            first_token=first_token - self.arrival_time,
+        )

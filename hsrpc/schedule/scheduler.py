@@ -1,0 +1,390 @@
+"""Continuous batching: which requests the next step computes, who waits, and who gives way when blocks run out.
+
+The running list is kept in the order in which requests were let in, whatever their priority; `FairQueue` chooses whom
+to let in. A request that needs a block when none is free takes those of the request that comes last, which is
+recomputed from its token ids later, before any that was never let in. Hence the first in order always advances, every
+request ends, and nothing dead-locks: one request at full length fits by construction (the planner sees to it). Requests
+that keep no blocks need none and never give way.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from typing import NamedTuple
+
+from hsrpc.request import FinishReason, TokenLogprob
+from hsrpc.schedule.blocks import BlockManager
+from hsrpc.schedule.decode_ahead import advance, uses_no_buffer
+from hsrpc.schedule.fair_queue import FairQueue
+from hsrpc.schedule.finish import finish_reason, goes_on
+from hsrpc.schedule.mini_batches import form_mini_batches
+from hsrpc.schedule.packing import in_order, pack
+from hsrpc.schedule.queue_rate import QueueRate
+from hsrpc.schedule.recompute import NO_RECOMPUTE, RecomputeLimits, RecomputePolicy
+from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.step import BufferLimits, MiniBatch, RowCosts, Step, Work
+
+_MAX_ENDED_WAITING = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """What bounds a step."""
+
+    max_batch: int
+    max_model_len: int
+    max_prefill_tokens: int
+    """Prompt tokens computed in one step beside a full batch's decoding: what delays those that decode."""
+    spare_prefill_tokens: float = 0.0
+    """More of them for each request that the batch lacks."""
+    max_idle_prefill_tokens: int
+    """Prompt tokens computed in a step in which no request decodes."""
+    block_size: int
+    buffers: BufferLimits
+    costs: RowCosts
+    sliding_window: int | None = None
+    keeps_cache: bool = True
+    """False for the recompute policy: nothing is cached, every step computes all tokens of its requests."""
+    recompute: RecomputeLimits = NO_RECOMPUTE
+    """Of the requests that keep a cache at first."""
+
+
+class Output(NamedTuple):
+    """What a step (or an end without one) gave a request: a token, an end, or both."""
+
+    request: Request
+    token_id: int | None = None
+    finish: FinishReason | None = None
+    matched_stop: int | None = None
+    failed: bool = False
+    """Sampling failed for this request alone."""
+    logprob: TokenLogprob | None = None
+    """Of the token, where it was asked for."""
+
+
+class Scheduler:
+    """Owns the life of requests and their blocks. Synchronous: every call leaves all of its state consistent."""
+
+    def __init__(self, blocks: BlockManager, limits: SchedulerLimits, eos_token_ids: Sequence[int]) -> None:
+        self.blocks = blocks
+        self.limits = limits
+        self.preemptions = 0
+        self._eos = frozenset(eos_token_ids)
+        self._recomputing = RecomputePolicy(
+            limits.recompute,
+            limits.costs,
+            block_size=limits.block_size,
+            max_queries=limits.buffers.queries,
+            window=limits.sliding_window,
+        )
+        self._live: dict[str, Request] = {}
+        self._running: list[Request] = []
+        self._queue = FairQueue()
+        self._drain = QueueRate()
+        self._preempted: list[tuple[tuple[float, int], Request]] = []
+        self._num_preempted = 0
+        self._num_admitted = 0
+        self.num_waiting_tokens = 0
+        """Tokens to compute before all that wait have their next one."""
+        self._steps = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue) + self._num_preempted
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running) or self.num_waiting > 0
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._live
+
+    def live(self) -> Iterator[Request]:
+        """Every request that has not ended."""
+        return iter(list(self._live.values()))
+
+    def add(self, request: Request) -> None:
+        """Let `request` wait for its turn."""
+        request.recomputes = not self.limits.keeps_cache
+        request.max_total_tokens = min(request.max_total_tokens, self.limits.max_model_len)
+        self._live[request.request_id] = request
+        self._queue.add(request, request.arrival_time)
+        self.num_waiting_tokens += request.num_tokens
+
+    def predicted_wait(self, client: str) -> float:
+        """Seconds until a new request of `client` would be let in, as the queue has moved lately; 0 if unknown."""
+        if not self.num_waiting:
+            return 0.0
+        ahead = self._num_preempted + self._queue.num_ahead(client)
+        return self._drain.seconds_for(self.num_waiting_tokens * ahead / self.num_waiting)
+
+    def finish(self, request_id: str, reason: FinishReason) -> Request | None:
+        """End a live request now; blocks that a step still writes are freed when that step is committed."""
+        request = self._live.pop(request_id, None)
+        if request is None:
+            return None
+        request.finish_reason = reason
+        if request in self._running:
+            self._running.remove(request)
+        else:
+            self.num_waiting_tokens -= request.num_tokens
+            self._num_preempted -= request.scheduled_time is not None
+            self._drop_ended()
+        self._queue.end(request)
+        self._free_ended(request)
+        return request
+
+    def schedule(self, now: float) -> Step | None:
+        """The next step: a token for each running request, and prompts as far as room allows. None: nothing to do."""
+        if self._recomputing.is_of_use:
+            self._balance(now)
+        budget = self._prefill_budget()
+        works = self._continue_running(budget)
+        if self.num_waiting:
+            works += self._admit(now, budget - sum(map(_prefill_tokens, works)))
+        self._drain.note(now, is_waiting=self.num_waiting > 0)
+        return self._hand_out(self._divide(works)) if works else None
+
+    def schedule_ahead(self, step: Step) -> Step | None:
+        """The step after `step`, which is under way: its requests' next tokens, in place.
+
+        Those that `step` ends by its length are left out; those that it ends otherwise are computed in vain. None where
+        that is not all there is to do: somebody could be let in, or would have to give way.
+        """
+        can_admit = self.num_waiting > 0 and len(self._running) < self.limits.max_batch
+        if can_admit or not step.is_in_place or len(self._running) != len(step.works):
+            return None
+        works = [
+            Work(work.request, work.context + 1, 1, samples=True, source=source)
+            for source, work in enumerate(step.works)
+            if goes_on(work.request)
+        ]
+        if not works or not self._grow_ahead(works):
+            return None
+        batch = advance(step.mini_batches[0], works, self.limits.block_size)
+        return None if batch is None else self._hand_out((batch.works,), batch)
+
+    def _grow_ahead(self, works: Sequence[Work]) -> bool:
+        """A block for each that begins one; False, and nothing taken, where there are too few."""
+        size = self.limits.block_size
+        starting = [work.request.blocks for work in works if len(work.request.blocks) * size == work.context]
+        if len(starting) > self.blocks.num_free:
+            return False
+        return all(self.blocks.grow(blocks, 1) for blocks in starting)
+
+    def _hand_out(self, parts: tuple[tuple[Work, ...], ...], advanced: MiniBatch | None = None) -> Step:
+        """A step of these mini-batches; `advanced` is the only one, where its arrays are there already."""
+        size, window = self.limits.block_size, self.limits.sliding_window
+
+        def lay_out_parts() -> tuple[MiniBatch, ...]:
+            return tuple(pack(part, size, window) for part in parts) if advanced is None else (advanced,)
+
+        self._steps += 1
+        is_in_place = advanced is not None or (len(parts) == 1 and uses_no_buffer(parts[0], size, window))
+        step = Step(self._steps, parts, lay_out_parts, is_in_place)
+        for work in step.works:
+            work.request.in_flight += 1
+        return step
+
+    def commit(
+        self,
+        step: Step,
+        token_ids: Sequence[int | None],
+        now: float,
+        logprobs: Sequence[TokenLogprob | None] | None = None,
+    ) -> list[Output]:
+        """Take a step's result in the order of `step.sampled`: the token is None where sampling failed."""
+        assert len(token_ids) == len(step.sampled)
+        sampled = zip(token_ids, logprobs or [None] * len(token_ids), strict=True)
+        outputs = []
+        for work in step.works:
+            request = work.request
+            token_id, logprob = next(sampled) if work.samples else (None, None)
+            request.in_flight -= 1
+            if request.finish_reason is not None:
+                self._free_ended(request)
+                continue
+            if len(request.blocks):
+                request.num_computed = work.context + work.num_new
+                request.recomputes = False
+            if work.samples:
+                outputs.append(self._accept(request, token_id, logprob, now))
+        return outputs
+
+    def abandon(self, step: Step) -> None:
+        """Give up a step that nobody waits for."""
+        for work in step.works:
+            work.request.in_flight -= 1
+            self._free_ended(work.request)
+
+    def _free_ended(self, request: Request) -> None:
+        """Blocks go back with the last step that writes them."""
+        if not request.in_flight:
+            self.blocks.free(request.blocks)
+
+    def _accept(self, request: Request, token_id: int | None, logprob: TokenLogprob | None, now: float) -> Output:
+        if token_id is None:
+            self.finish(request.request_id, FinishReason.ABORTED)
+            return Output(request, None, FinishReason.ABORTED, failed=True)
+        request.token_ids.append(token_id)
+        if request.first_token_time is None:
+            request.first_token_time = now
+        reason = finish_reason(request, token_id, self._eos)
+        if reason is not None:
+            self.finish(request.request_id, reason)
+        matched = token_id if reason is FinishReason.STOP_TOKEN else None
+        return Output(request, token_id, reason, matched, logprob=logprob)
+
+    def _prefill_budget(self) -> int:
+        limits = self.limits
+        decoding = sum(request.is_decoding for request in self._running)
+        spare = int(limits.spare_prefill_tokens * (limits.max_batch - decoding))
+        idle = limits.max_idle_prefill_tokens
+        return min(idle, limits.max_prefill_tokens + spare) if decoding else idle
+
+    def _balance(self, now: float) -> None:
+        """Let requests give up their blocks, or one take some again, as bus and GPU have time."""
+        choice = self._recomputing.choose(self._running, self._coming_prompt_tokens(now))
+        for request in choice.giving_up:
+            self.blocks.free(request.blocks)
+            request.num_computed = 0
+            request.recomputes = True
+        reserved = self._reserved() if choice.taking_back else 0
+        for request in choice.taking_back:
+            if self._has_room(request.num_tokens, reserved):
+                self.blocks.grow(request.blocks, self._num_blocks(request.num_tokens))  # as the step computes it
+                break
+
+    def _coming_prompt_tokens(self, now: float) -> int:
+        """Of the next step, at most."""
+        pending = sum(r.num_tokens - r.num_computed for r in self._running if not r.is_decoding)
+        if len(self._running) < self.limits.max_batch:
+            first, reserved = self._first_waiting(now), self._reserved()
+            if first is not None and self._has_room(first.num_tokens, reserved):
+                room = (self.blocks.num_free - reserved) * self.limits.block_size
+                pending += min(room, self.num_waiting_tokens)
+        return min(pending, self._prefill_budget())
+
+    def _continue_running(self, budget: int) -> list[Work]:
+        works: list[Work] = []
+        position, block_size = 0, self.limits.block_size
+        while position < len(self._running):
+            request = self._running[position]
+            position += 1
+            if request.has_room_for_next(block_size):  # most of them, in most steps
+                works.append(Work(request, request.num_computed, 1, samples=True))
+                continue
+            work = self._next_work(request, budget)
+            if work is None:
+                continue
+            if not self._reserve(request, work):
+                position -= 1  # it gave way itself, being the last with blocks
+                continue
+            budget -= _prefill_tokens(work)
+            works.append(work)
+        return works
+
+    def _admit(self, now: float, budget: int) -> list[Work]:
+        works: list[Work] = []
+        if len(self._running) >= self.limits.max_batch:
+            return works
+        reserved = self._reserved()
+        while len(self._running) < self.limits.max_batch and budget > 0:
+            request = self._first_waiting(now)
+            if request is None or not (request.recomputes or self._has_room(request.num_tokens, reserved)):
+                break
+            work = self._next_work(request, budget)
+            if work is None or not self.blocks.grow(request.blocks, self._missing_blocks(request, work)):
+                break
+            self._admit_one(request, now)
+            reserved += self._num_needed(request)
+            budget -= work.num_new
+            works.append(work)
+        return works
+
+    def _admit_one(self, request: Request, now: float) -> None:
+        self.num_waiting_tokens -= request.num_tokens
+        if request.scheduled_time is None:
+            self._queue.admit(request, now)
+            self._drain.admit(request.num_tokens)
+            request.scheduled_time = now
+            request.rank = self._num_admitted
+            self._num_admitted += 1
+        else:
+            heappop(self._preempted)
+            self._num_preempted -= 1
+        insort(self._running, request, key=lambda r: r.order)
+
+    def _next_work(self, request: Request, budget: int) -> Work | None:
+        pending = request.num_tokens - request.num_computed
+        if request.recomputes:
+            return Work(request, 0, pending, samples=True, recomputed=pending - 1 if request.is_decoding else 0)
+        count = min(pending, max(budget, 1 if pending == 1 else 0), self.limits.buffers.queries)
+        return Work(request, request.num_computed, count, samples=count == pending) if count > 0 else None
+
+    def _reserve(self, request: Request, work: Work) -> bool:
+        """Blocks for `work`, preempting from the end of the running list; False where the request itself gave way."""
+        while not self.blocks.grow(request.blocks, self._missing_blocks(request, work)):
+            victim = next(r for r in reversed(self._running) if not r.recomputes)
+            self._running.remove(victim)
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.blocks.free(request.blocks)
+        request.num_computed = 0
+        request.preemptions += 1
+        self.preemptions += 1
+        self.num_waiting_tokens += request.num_tokens
+        heappush(self._preempted, (request.order, request))
+        self._num_preempted += 1
+
+    def _missing_blocks(self, request: Request, work: Work) -> int:
+        return 0 if request.recomputes else self._num_blocks(work.context + work.num_new) - len(request.blocks)
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.block_size)
+
+    def _has_room(self, num_tokens: int, reserved: int) -> bool:
+        """They fit beside `reserved` blocks for those that run: to admit, then preempt, is work lost."""
+        return self.blocks.num_free >= self._num_blocks(num_tokens) + reserved
+
+    def _reserved(self) -> int:
+        """Blocks that those that run still need."""
+        return sum(map(self._num_needed, self._running))
+
+    def _num_needed(self, request: Request) -> int:
+        """Blocks for what is left of a running request's prompt, and at least one to grow into."""
+        if request.recomputes and not len(request.blocks):
+            return 0
+        return max(1, self._num_blocks(request.num_tokens) - len(request.blocks))
+
+    def _drop_ended(self) -> None:
+        """Requests that ended after they were preempted leave the heap at its top, or here once they are most of it."""
+        if len(self._preempted) > 2 * self._num_preempted + _MAX_ENDED_WAITING:
+            self._preempted = [entry for entry in self._preempted if entry[1].finish_reason is None]
+            heapify(self._preempted)
+
+    def _first_waiting(self, now: float) -> Request | None:
+        while self._preempted and self._preempted[0][1].finish_reason is not None:
+            heappop(self._preempted)  # ended while it waited
+        return self._preempted[0][1] if self._preempted else self._queue.first(now)
+
+    def _divide(self, works: Sequence[Work]) -> tuple[tuple[Work, ...], ...]:
+        limits, window = self.limits, self.limits.sliding_window
+        parts = form_mini_batches(works, limits.block_size, limits.buffers, limits.costs, window)
+        return tuple(in_order(part, window) for part in parts)
+
+
+def _prefill_tokens(work: Work) -> int:
+    """Tokens of a running request's work that count against the prefill budget: all but the one of a decode."""
+    return 0 if work.is_decode else work.num_new

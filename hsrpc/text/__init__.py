@@ -1,0 +1,1 @@
+"""Text as it comes: token ids to characters, and stop strings."""

@@ -1,0 +1,463 @@
+"""The planner: never over budget, never a promise that it cannot keep, and the best of what there is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsrpc.config import CachePolicy, EngineConfig, Placement
+from hsrpc.core.memory_use import DeviceUse, HostUse
+from hsrpc.errors import ConfigError
+from hsrpc.plan.device_memory import device_bytes
+from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.placement import spread_resident
+from hsrpc.plan.plan import BUFFERS, Budgets, Plan
+from hsrpc.plan.planner import Planner
+from hsrpc.plan.search import Point
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.schedule.blocks import BlockManager, BlockTable, PoolId, Tier
+
+MIB, GIB = 2**20, 2**30
+PCIE5_H100 = Hardware(load_bandwidth=55e9, store_bandwidth=55e9, gemm_rate=650e12, memory_bandwidth=2.6e12)
+PCIE4_4090 = Hardware(load_bandwidth=25e9, store_bandwidth=25e9, gemm_rate=140e12, memory_bandwidth=0.9e12)
+SLOW_GPU = replace(PCIE4_4090, gemm_rate=25e12)
+
+
+def make_sizes(
+    num_layers: int = 4,
+    hidden: int = 512,
+    heads: int = 8,
+    kv_heads: int | None = None,
+    ffn: int = 2048,
+    vocab: int = 1000,
+    context_length: int = 2048,
+    element_bytes: int = 2,
+    fixed_elements: int | None = None,
+) -> ModelSizes:
+    head_dim = hidden // heads
+    kv = (kv_heads or heads) * head_dim
+    tensors = {"qkv": hidden * (hidden + 2 * kv), "o": hidden * hidden, "up": hidden * ffn, "down": ffn * hidden}
+    return ModelSizes(
+        num_layers=num_layers,
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads or heads,
+        head_dim=head_dim,
+        ffn_size=ffn,
+        vocab_size=vocab,
+        context_length=context_length,
+        element_bytes=element_bytes,
+        layer_tensors={**tensors, "norm": hidden},
+        fixed_elements=vocab * hidden if fixed_elements is None else fixed_elements,
+    )
+
+
+OPT_30B = make_sizes(num_layers=48, hidden=7168, heads=56, ffn=28672, vocab=50272)
+OPT_6_7B = make_sizes(num_layers=32, hidden=4096, heads=32, ffn=16384, vocab=50272)
+LLAMA_8B = make_sizes(num_layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocab=128256)
+SMALL = make_sizes()
+
+
+def make_plan(
+    sizes: ModelSizes = SMALL,
+    device: int = 24 * GIB,
+    host: int = 200 * GIB,
+    hardware: Hardware = PCIE4_4090,
+    **settings: object,
+) -> Plan:
+    return Planner(sizes, Budgets(device=device, host=host), hardware, EngineConfig(**settings)).plan()
+
+
+def blocks_of(plan: Plan, tier: Tier) -> int:
+    return sum(count for pool, count in plan.num_blocks.items() if pool.tier is tier)
+
+
+def decode_rate(sizes: ModelSizes, hardware: Hardware, plan: Plan) -> float:
+    """Tokens per second of a plan that keeps its cache, by the formulas of the method alone, from its blocks."""
+    batch, context, counts = plan.max_batch, plan.prediction.context, plan.num_blocks
+    tokens = batch * context
+    on_device = min(1.0, blocks_of(plan, Tier.DEVICE) / (batch * -(-context // plan.block_size)))
+    device_share = counts[PoolId.DEVICE_ACTIVATION] / max(1, blocks_of(plan, Tier.DEVICE))
+    host_share = counts[PoolId.HOST_ACTIVATION] / max(1, blocks_of(plan, Tier.HOST))
+    device, host = tokens * on_device, tokens * (1 - on_device)
+    cached = (1 - host_share) * sizes.kv_bytes + host_share * sizes.activation_bytes
+    bus = (sum(plan.streamed_bytes) / sizes.num_layers + host * cached) / hardware.load_bandwidth
+    forward = max(batch * sizes.layer_flop / hardware.gemm_rate, sizes.layer_bytes / hardware.memory_bandwidth)
+    regenerated = device * device_share + host * host_share
+    regenerate = regenerated * 4 * sizes.hidden_size * sizes.kv_size / hardware.gemm_rate
+    copies = device * device_share * 2 * sizes.activation_bytes / hardware.memory_bandwidth
+    attention = max(
+        tokens * sizes.kv_bytes / hardware.memory_bandwidth,
+        batch * sizes.attention_flop(context) / hardware.gemm_rate,
+    )
+    weights = sizes.vocab_size * sizes.hidden_size
+    head = max(2 * batch * weights / hardware.gemm_rate, weights * sizes.element_bytes / hardware.memory_bandwidth)
+    head += 8 * batch * sizes.vocab_size / hardware.memory_bandwidth
+    gpu = sizes.num_layers * (forward + regenerate + copies + attention) + head
+    return batch / ((sizes.num_layers * bus) ** 8 + gpu**8) ** (
+        1 / 8
+    )  # their longer one, and a little where both count
+
+
+def random_sizes(random: Random) -> ModelSizes:
+    heads = random.choice((1, 2, 4, 6))
+    return make_sizes(
+        num_layers=random.randint(1, 7),
+        hidden=heads * random.choice((8, 24, 64)),
+        heads=heads,
+        kv_heads=random.choice([heads] * 3 + [n for n in (1, 2, 3) if heads % n == 0]),
+        ffn=random.choice((16, 100, 1024)),
+        vocab=random.randint(2, 1000),
+        context_length=random.choice((8, 64, 500)),
+        element_bytes=random.choice((2, 4)),
+    )
+
+
+def random_config(random: Random) -> EngineConfig:
+    policy = random.choice((*CachePolicy, CachePolicy.HYBRID, CachePolicy.HYBRID))
+    return EngineConfig(
+        cache_policy=policy,
+        activation_share=random.choice((None, random.random())) if policy is CachePolicy.HYBRID else None,
+        placement=random.choice(list(Placement)),
+        block_size=random.randint(1, 24),
+        max_batch=random.choice((None, random.randint(1, 40))),
+        max_model_len=random.choice((None, None, 1, 5, 8)),
+        max_prefill_tokens=random.choice((None, 1, 16, 100, 100)),
+        expected_context=random.choice((None, random.randint(1, 600))),
+        max_step_time=random.choice((None, None, None, 1e-5, 1e-3)),
+    )
+
+
+def random_planner(random: Random) -> Planner:
+    """With budgets from a little too small to those that hold everything: most are in between."""
+    sizes, config = random_sizes(random), random_config(random)
+    if random.random() < 0.3:
+        sizes = replace(sizes, coded_share=0.7, max_coded_share=0.76)
+    hardware = Hardware(
+        load_bandwidth=10 ** random.uniform(8, 11),
+        store_bandwidth=1e9,
+        gemm_rate=10 ** random.uniform(9, 15),
+        memory_bandwidth=10 ** random.uniform(9, 12),
+    )
+    guess = Planner(sizes, Budgets(device=16 * MIB, host=0), hardware, config)
+    count = random.choice((1, 4, 30))
+    point = Point(count, 0, 1.0, kv_only=False, rows=int(guess._rows(count, guess._row_choices()[0])), recompute=0)
+    staging = guess._evaluator.staging(point.as_grid(), 100, 100)
+    fixed = int(sum(device_bytes(sizes, staging).values()))
+    weights = sizes.num_layers * sizes.layer_bytes
+    request = sizes.num_layers * guess.max_model_len * sizes.kv_bytes
+    device = fixed + 2 * sizes.layer_bytes + int(weights * random.uniform(-0.2, 1.1))
+    host = int(weights * random.uniform(0.1, 1.2) + request * random.choice((1, 3, 30)) * random.random())
+    device += int(request * random.random() * random.choice((0, 0, 3, 30)))
+    return Planner(sizes, Budgets(device=max(1, device), host=max(1, host)), hardware, config)
+
+
+PLANNERS = st.randoms(use_true_random=True).map(random_planner)
+
+
+def check_error(error: ConfigError) -> None:
+    """Names a setting, its value, and what to do."""
+    assert error.field in ("gpu_memory", "host_memory", "max_step_time")
+    assert str(error).startswith(f"{error.field}={error.value!r}: ")
+    assert any(word in str(error).rsplit(";", 1)[1] for word in ("raise", "lower"))
+
+
+@given(planner=PLANNERS)
+@settings(max_examples=200)
+def test_a_plan_stays_within_the_budgets(planner: Planner):
+    """Device and host bytes sum to no more than the budgets and are those of what the plan places there."""
+    try:
+        plan = planner.plan()
+    except ConfigError as error:
+        check_error(error)
+        return
+    sizes, budgets = planner.sizes, planner.budgets
+    assert sum(plan.device_bytes.values()) <= budgets.device
+    assert sum(plan.host_bytes.values()) <= budgets.host
+    assert min(*plan.device_bytes.values(), *plan.host_bytes.values()) >= 0
+    widths = {pool: sizes.kv_bytes if pool <= PoolId.HOST_KV else sizes.activation_bytes for pool in PoolId}
+    slots = {pool: count * plan.block_size * sizes.num_layers for pool, count in plan.num_blocks.items()}
+    cached = {pool: slots[pool] * widths[pool] for pool in PoolId}
+    on_device, on_host = (sum(cached[pool] for pool in PoolId if pool.tier is tier) for tier in Tier)
+    spare = sizes.num_layers * (sizes.kv_bytes + sizes.activation_bytes)
+    assert plan.device_bytes[DeviceUse.CACHE_BLOCKS] == on_device + spare
+    assert plan.host_bytes[HostUse.CACHE_BLOCKS] == on_host
+    for names, streamed in zip(plan.resident, plan.streamed_bytes, strict=True):
+        assert streamed == sizes.layer_bytes - sum(map(sizes.tensor_bytes, names))
+    own = sum(sizes.layer_tensors[name] for names in plan.resident for name in names) * sizes.element_bytes
+    assert plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS] == own
+    assert plan.host_bytes[HostUse.STREAMED_WEIGHTS] == math.ceil(sum(plan.streamed_bytes) * sizes.max_coded_share)
+    assert plan.device_bytes[DeviceUse.WEIGHT_BUFFERS] >= (BUFFERS + plan.codes_weights) * plan.weight_buffer_bytes
+
+
+@given(planner=PLANNERS)
+@settings(max_examples=200)
+def test_a_plan_keeps_its_promises(planner: Planner):
+    """One request at full length and the others at the expected one fit, and their rows and queries fit the buffers."""
+    try:
+        plan = planner.plan()
+    except ConfigError as error:
+        check_error(error)
+        return
+    config = planner.config
+    block, batch = plan.block_size, plan.max_batch
+    assert batch <= (config.max_batch or 512)
+    assert plan.prediction.batch == batch
+    assert config.max_step_time is None or plan.prediction.longest_step <= config.max_step_time * (1 + 1e-9)
+    assert plan.buffers.rows >= plan.max_model_len
+    if plan.policy is CachePolicy.RECOMPUTE:
+        assert not plan.keeps_cache
+        assert sum(plan.num_blocks.values()) == 0
+        assert plan.max_prefill_tokens == batch * plan.max_model_len
+        assert plan.buffers.queries >= plan.max_model_len
+        return
+    streams = sum(plan.streamed_bytes) > 0
+    assert plan.buffers.queries >= min(plan.max_prefill_tokens, 256 if streams else math.inf) + batch
+    assert plan.buffers.activation_rows in (0, plan.buffers.rows)
+    has_activations = plan.num_blocks[PoolId.DEVICE_ACTIVATION] + plan.num_blocks[PoolId.HOST_ACTIVATION] > 0
+    assert (plan.buffers.activation_rows > 0) == has_activations
+    cached = int(batch - plan.recompute.tokens / plan.prediction.context)
+    others = max(0, cached - 1) * (-(-plan.prediction.context // block) + 1)
+    assert sum(plan.num_blocks.values()) >= -(-plan.max_model_len // block) + others
+    assert plan.max_idle_prefill_tokens >= plan.max_prefill_tokens >= 1
+    manager, table = BlockManager(plan.num_blocks), BlockTable()
+    assert manager.grow(table, -(-plan.max_model_len // block))
+    if config.placement is Placement.HOST:
+        assert plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS] == 0
+        assert blocks_of(plan, Tier.DEVICE) == 0
+
+
+@given(planner=PLANNERS, share=st.sampled_from((0.0, 0.25, 0.5, 0.75, 1.0)), batch=st.sampled_from((1, 3, 8, 32)))
+@settings(max_examples=100)
+def test_no_other_choice_is_faster(planner: Planner, share: float, batch: int):
+    """Of every batch and share that fit, the plan's throughput is within 3 % of the highest predicted."""
+    config = replace(planner.config, cache_policy=CachePolicy.HYBRID, activation_share=None, max_batch=None)
+    sizes = replace(planner.sizes, num_kv_heads=planner.sizes.num_heads)
+    other = replace(config, activation_share=share, max_batch=batch)
+    try:
+        forced = Planner(sizes, planner.budgets, planner.hardware, other).plan()
+    except ConfigError as error:
+        check_error(error)
+        return
+    best = Planner(sizes, planner.budgets, planner.hardware, config).plan()
+    assert best.prediction.mean_tokens_per_second >= forced.prediction.mean_tokens_per_second * 0.97
+
+
+@pytest.mark.parametrize("hardware", [PCIE5_H100, PCIE4_4090, SLOW_GPU], ids=["h100", "4090", "slow"])
+@pytest.mark.parametrize("sizes", [OPT_30B, OPT_6_7B, LLAMA_8B], ids=["opt-30b", "opt-6.7b", "llama-8b"])
+def test_the_prediction_is_that_of_the_formulas(sizes: ModelSizes, hardware: Hardware):
+    """What a plan predicts follows from its blocks and streamed bytes; on a coarse grid nothing beats it."""
+    best = make_plan(sizes, hardware=hardware, expected_context=576)
+    shares = [None] if sizes.activation_ratio <= 1 else [0.0, 0.3, 0.6, 1.0]
+    for share in shares:
+        for batch in (1, 16, 64, 256):
+            settings = {"cache_policy": CachePolicy.HYBRID, "activation_share": share, "max_batch": batch}
+            plan = make_plan(sizes, hardware=hardware, expected_context=576, **settings)
+            computed = decode_rate(sizes, hardware, plan)
+            assert plan.prediction.tokens_per_second == pytest.approx(computed, rel=0.02)
+            assert plan.prediction.mean_tokens_per_second <= best.prediction.mean_tokens_per_second * 1.02
+
+
+def test_a_slow_gpu_wants_some_activations():
+    """Where compute is scarce beside the bus, the best share lies inside (0, 1)."""
+    plan = make_plan(OPT_30B, hardware=PCIE4_4090, expected_context=1024)
+    assert 0.5 < plan.activation_share < 0.95
+    assert plan.policy is CachePolicy.HYBRID
+    assert plan.prediction.gpu == pytest.approx(7 / 8 * plan.prediction.bus, rel=0.05)
+    slower = make_plan(OPT_30B, hardware=SLOW_GPU, expected_context=1024)
+    assert 0 < slower.activation_share < plan.activation_share
+
+
+def test_a_fast_gpu_wants_all_activations():
+    """Where compute is plentiful, a multi-head model that streams its cache caches activations on the host."""
+    plan = make_plan(OPT_30B, hardware=PCIE5_H100, expected_context=1024, max_batch=64)
+    assert plan.num_blocks[PoolId.HOST_KV] == 0
+    assert plan.activation_share > 0.99
+
+
+@pytest.mark.parametrize("policy", [CachePolicy.AUTO, CachePolicy.HYBRID])
+def test_grouped_queries_want_no_activations(policy: CachePolicy):
+    """An activation of a grouped-query model is larger than its K and V: the share is 0, and the plan says why."""
+    plan = make_plan(LLAMA_8B, hardware=PCIE5_H100, cache_policy=policy)
+    assert plan.activation_share == 0.0
+    assert "2.00 times the bytes" in plan.reason
+    assert "grouped-query" in plan.reason
+    assert plan.buffers.activation_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "share", "reason"),
+    [
+        (CachePolicy.KV, 0.0, "KV only, as asked"),
+        (CachePolicy.ACTIVATION, 1.0, "activations only, as asked"),
+        (CachePolicy.RECOMPUTE, 0.0, "nothing is cached, as asked"),
+    ],
+)
+@pytest.mark.parametrize("sizes", [OPT_6_7B, LLAMA_8B], ids=["mha", "gqa"])
+def test_a_policy_that_is_asked_for_is_kept(sizes: ModelSizes, policy: CachePolicy, share: float, reason: str):
+    """Policies are for honest comparison: they hold for any model, and the plan says that it was told to."""
+    plan = make_plan(sizes, hardware=PCIE5_H100, cache_policy=policy, max_batch=4)
+    assert (plan.policy, plan.activation_share) == (policy, share)
+    assert plan.reason.startswith(reason)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.37, 1.0])
+def test_a_share_that_is_asked_for_is_kept(share: float):
+    """The given share is planned for, in the pools of both tiers."""
+    plan = make_plan(OPT_6_7B, cache_policy=CachePolicy.HYBRID, activation_share=share, max_batch=8)
+    assert plan.activation_share == share
+    for tier in Tier:
+        counts = {pool: count for pool, count in plan.num_blocks.items() if pool.tier is tier}
+        activations = sum(count for pool, count in counts.items() if pool > PoolId.HOST_KV)
+        assert activations == pytest.approx(share * sum(counts.values()), abs=1)
+
+
+def test_a_model_that_fits_stays_on_the_device():
+    """With room for weights and cache, nothing crosses the bus and the whole cache is on the device."""
+    plan = make_plan(SMALL, device=4 * GIB, host=GIB, max_batch=4)
+    assert plan.streamed_bytes == (0,) * 4
+    assert plan.resident_share == 1.0
+    assert plan.weight_buffer_bytes == plan.device_bytes[DeviceUse.WEIGHT_BUFFERS] == 0
+    assert plan.prediction.bus == 0.0
+    assert all(names == frozenset(SMALL.layer_tensors) for names in plan.resident)
+
+
+def test_a_small_batch_on_the_device_can_win():
+    """OPT-6.7B fits 24 GiB: the best plan keeps all weights there, and beats streaming the same model."""
+    plan = make_plan(OPT_6_7B, hardware=PCIE5_H100, expected_context=576)
+    streamed = make_plan(OPT_6_7B, hardware=PCIE5_H100, expected_context=576, placement=Placement.HOST)
+    assert plan.resident_share == 1.0
+    assert plan.prediction.tokens_per_second > 1.5 * streamed.prediction.tokens_per_second
+    assert streamed.resident_share == 0.0
+    assert streamed.prediction.bus > 0
+
+
+@given(sizes=st.randoms(use_true_random=True).map(random_sizes), part=st.floats(0, 1.2))
+def test_resident_weights_are_spread_evenly(sizes: ModelSizes, part: float):
+    """Never over budget; each layer is within its largest tensor of an even part; nothing that fits is left out."""
+    budget = int(part * sizes.num_layers * sizes.layer_bytes)
+    resident = spread_resident(sizes, budget)
+    sums = [sum(map(sizes.tensor_bytes, names)) for names in resident]
+    largest = max(map(sizes.tensor_bytes, sizes.layer_tensors))
+    even = min(budget / sizes.num_layers, sizes.layer_bytes)
+    assert len(resident) == sizes.num_layers
+    assert sum(sums) <= budget
+    assert all(abs(size - even) <= largest for size in sums)
+    left_out = [sizes.tensor_bytes(name) for name in sizes.layer_tensors if name not in resident[-1]]
+    assert sum(sums) + min(left_out, default=budget + 1) > budget
+
+
+@pytest.mark.parametrize(("kv_heads", "share"), [(8, 0.25), (2, 0.75)], ids=["mha", "gqa"])
+def test_rounding_to_whole_blocks_keeps_the_budget(kv_heads: int, share: float):
+    """Two blocks' bytes at a share that is no whole number of blocks: rounded to the kind that takes less room."""
+    sizes = make_sizes(kv_heads=kv_heads)
+    token = (1 - share) * sizes.kv_bytes + share * sizes.activation_bytes
+    host = sizes.num_layers * (sizes.layer_bytes + int(2 * 16 * token))
+    settings = {"cache_policy": CachePolicy.HYBRID, "activation_share": share, "max_batch": 2}
+    plan = make_plan(sizes, host=host, placement=Placement.HOST, max_model_len=16, **settings)
+    assert sum(plan.num_blocks.values()) == 2
+    assert sum(plan.host_bytes.values()) <= host
+
+
+@pytest.mark.parametrize(("asked", "given_batch"), [(1, 1), (5, 5), (23, 23), (100, 79)])
+def test_max_batch_is_honoured_where_it_fits(asked: int, given_batch: int):
+    """The batch that was asked for, else the next smaller one of the grid: 4 + 78 * 5 of the host's 396 blocks."""
+    cache = 99 * 64 * SMALL.num_layers * SMALL.kv_bytes
+    weights = SMALL.num_layers * SMALL.layer_bytes
+    plan = make_plan(
+        SMALL,
+        device=256 * MIB,
+        host=weights + cache,
+        cache_policy=CachePolicy.KV,
+        placement=Placement.HOST,
+        max_batch=asked,
+        max_model_len=64,
+        expected_context=64,
+        max_prefill_tokens=64,
+    )
+    assert plan.max_batch == given_batch
+
+
+def test_max_step_time_bounds_the_step():
+    """A bound on the step gives a smaller batch; one that nothing meets is an error that names the fastest step."""
+    free = make_plan(OPT_30B, hardware=PCIE5_H100)
+    bound = free.prediction.step * 0.7
+    bounded = make_plan(OPT_30B, hardware=PCIE5_H100, max_step_time=bound)
+    assert bounded.prediction.step <= bound
+    assert bounded.max_batch < free.max_batch
+    with pytest.raises(ConfigError, match=r"max_step_time=1e-05: the fastest step .* takes 0\.\d{4} s; raise it"):
+        make_plan(OPT_30B, hardware=PCIE5_H100, max_step_time=1e-5)
+
+
+def test_max_step_time_lowers_a_given_max_batch():
+    """`max_batch` is a most: where the step of that many takes too long, fewer run."""
+    whole = make_plan(OPT_30B, hardware=PCIE5_H100, max_batch=64)
+    bound = whole.prediction.step * 0.9
+    bounded = make_plan(OPT_30B, hardware=PCIE5_H100, max_batch=64, max_step_time=bound)
+    assert 1 <= bounded.max_batch < 64
+    assert bounded.prediction.step <= bound
+
+
+@pytest.mark.parametrize(
+    ("budgets", "field", "remedy"),
+    [
+        ({"device": 10 * MIB}, "gpu_memory", "raise it, or lower max_model_len or max_prefill_tokens"),
+        ({"host": 10 * MIB}, "host_memory", "raise it or gpu_memory, or lower max_model_len or max_batch"),
+    ],
+)
+def test_too_little_memory_is_explained(budgets: dict[str, int], field: str, remedy: str):
+    """The error names the budget, its value in units people read, what takes the room, and the remedy."""
+    with pytest.raises(ConfigError) as caught:
+        make_plan(OPT_30B, **budgets)
+    assert caught.value.field == field
+    assert caught.value.value == "10.0 MiB"
+    assert remedy in str(caught.value)
+
+
+def test_a_context_beyond_the_models_is_refused():
+    """`max_model_len` may not exceed the model's positions."""
+    with pytest.raises(ConfigError, match=r"max_model_len=5000: .* 2048 tokens; give at most that"):
+        make_plan(SMALL, max_model_len=5000)
+
+
+def test_lengths_are_bounded_by_the_model():
+    """Without settings the context is the model's, at most 4096; the expected one at most 1024."""
+    plan = make_plan(make_sizes(context_length=100_000))
+    assert (plan.max_model_len, plan.prediction.context) == (4096, 1024)
+    plan = make_plan(make_sizes(context_length=300))
+    assert (plan.max_model_len, plan.prediction.context) == (300, 300)
+    assert make_plan(make_sizes(context_length=300), expected_context=900).prediction.context == 300
+
+
+def test_the_curve_is_throughput_over_share():
+    """One best prediction for each share from 0 to 1; the plan's own is no worse than any of them."""
+    planner = Planner(OPT_30B, Budgets(device=24 * GIB, host=200 * GIB), PCIE4_4090, EngineConfig())
+    curve = planner.curve()
+    assert [share for share, _ in curve] == pytest.approx([i / 20 for i in range(21)])
+    rates = [prediction.mean_tokens_per_second for _, prediction in curve]
+    assert 1.05 * rates[0] < max(rates) <= planner.plan().prediction.mean_tokens_per_second * 1.02
+
+
+def test_the_curve_leaves_out_what_does_not_fit():
+    """Where only activations are small enough for the host, the curve has the shares that fit."""
+    weights, cache = SMALL.num_layers * SMALL.layer_bytes, 2048 * SMALL.num_layers * SMALL.kv_bytes
+    config = EngineConfig(placement=Placement.HOST)
+    curve = Planner(SMALL, Budgets(device=256 * MIB, host=weights + cache * 3 // 4), PCIE4_4090, config).curve()
+    assert curve[-1][0] == 1.0
+    assert 0.4 < curve[0][0] < 0.7
+
+
+def test_prediction_parts_are_seconds_of_all_layers():
+    """Two models that differ in the number of layers alone, on the host: every part of the step doubles."""
+    settings = {"max_batch": 8, "placement": Placement.HOST, "cache_policy": CachePolicy.ACTIVATION}
+    one, two = (make_plan(make_sizes(num_layers=n), **settings).prediction for n in (3, 6))
+    for part in ("bus", "forward", "regenerate", "attention", "prefill"):
+        assert getattr(two, part) == pytest.approx(2 * getattr(one, part))
+    assert one.step == pytest.approx(max(one.bus, one.gpu) + one.boundary)
+    assert one.boundary == pytest.approx(min(one.bus, one.gpu) / (3 * one.mini_batches), rel=0.02)
+    assert one.gpu == one.forward + one.regenerate + one.gather + one.attention + one.head

@@ -1,0 +1,446 @@
+"""The layout of mini-batches against a plain simulation of pools and buffers, token by token."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, is_dataclass, replace
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hsrpc.request import FinishReason, SamplingParams
+from hsrpc.schedule.blocks import BlockKind, PoolId
+from hsrpc.schedule.decode_ahead import advance, uses_no_buffer
+from hsrpc.schedule.mini_batches import form_mini_batches
+from hsrpc.schedule.packing import first_block, in_order, merge_runs, pack
+from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.step import BufferLimits, MiniBatch, RowCosts, Runs, Step, Work, expand
+
+COSTS = RowCosts(load_kv=2.0, load_activation=1.0, regenerate=0.5)
+Token = tuple[int, int]
+"""(request number, position): what a slot or a buffer row holds."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Works whose requests have random blocks in all four pools."""
+
+    works: list[Work]
+    block_size: int
+    window: int | None
+
+    def slot(self, number: int, position: int) -> tuple[PoolId, int]:
+        blocks = self.works[number].request.blocks
+        block, offset = divmod(position, self.block_size)
+        return PoolId(blocks.pools[block]), blocks.indices[block] * self.block_size + offset
+
+    def pools(self, new: bool = False) -> dict[tuple[PoolId, int], Token]:
+        """What the pools' slots hold before the step, or also of the new tokens."""
+        slots: dict[tuple[PoolId, int], Token] = {}
+        for number, work in enumerate(self.works):
+            for position in range(work.context + (work.num_new if new else 0)):
+                slots[self.slot(number, position)] = (number, position)
+        return slots
+
+    def number(self, work: Work) -> int:
+        return self.works.index(work)
+
+    def new_tokens(self, batch: MiniBatch) -> list[Token]:
+        """By query row."""
+        return [(self.number(work), work.context + i) for work in batch.works for i in range(work.num_new)]
+
+    def attended(self, number: int) -> list[int]:
+        """Cached positions that the first new token sees, and the rest of their blocks."""
+        work, window = self.works[number], self.window
+        seen = {p // self.block_size for p in range(work.context + 1) if window is None or work.context - p < window}
+        return [p for p in range(work.context) if p // self.block_size in seen]
+
+
+def make_work(number: int, blocks: list[tuple[PoolId, int]], context: int, count: int, samples: bool = True) -> Work:
+    request = Request(str(number), range(number * 1000, number * 1000 + context + count), SamplingParams(), number, 0.0)
+    for pool, index in blocks:
+        request.blocks.append(pool, index)
+    return Work(request, context, count, samples)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Ragged works; block numbers are shuffled, or in order so that neighbours can merge."""
+    block_size = draw(st.integers(1, 32))
+    parts = draw(st.lists(st.tuples(st.integers(0, 90), st.just(1) | st.integers(1, 40)), min_size=1, max_size=5))
+    lengths = [-(-(context + count) // block_size) for context, count in parts]
+    spare = draw(st.integers(0, 2))
+    kinds = draw(st.lists(st.sampled_from(PoolId), min_size=1, max_size=4))
+    random = draw(st.randoms(use_true_random=False))
+    numbers = {pool: list(range(sum(lengths) + spare * len(parts))) for pool in PoolId}
+    if draw(st.booleans()):
+        for free in numbers.values():
+            random.shuffle(free)
+    works = []
+    for number, ((context, count), length) in enumerate(zip(parts, lengths, strict=True)):
+        chosen = [random.choice(kinds) for _ in range(length + spare)]
+        blocks = [(pool, numbers[pool].pop(0)) for pool in chosen]
+        works.append(make_work(number, blocks, context, count, samples=random.random() < 0.7))
+    window = draw(st.none() | st.integers(1, 60))
+    return Case(works, block_size, window)
+
+
+def run_copies(loads: dict[PoolId, Runs], kind: BlockKind, slots: dict[tuple[PoolId, int], Token]) -> dict[int, Token]:
+    """Buffer rows after the copies; each row is written once, from pools of the right kind."""
+    buffer: dict[int, Token] = {}
+    for pool, runs in loads.items():
+        assert pool.kind is kind
+        for source, target, count in zip(runs.source, runs.target, runs.count, strict=True):
+            for i in range(count):
+                assert target + i not in buffer
+                buffer[int(target + i)] = slots[pool, int(source + i)]
+    return buffer
+
+
+def kv_buffer(case: Case, batch: MiniBatch) -> dict[int, Token]:
+    """The kv buffer as attention reads it: loaded, rebuilt from activations, and new rows."""
+    slots = case.pools()
+    buffer = run_copies(batch.kv_loads, BlockKind.KV, slots)
+    activations = run_copies(batch.activation_loads, BlockKind.ACTIVATION, slots)
+    assert sorted(activations) == list(range(len(batch.activation_rows)))
+    for row, (target, position) in enumerate(zip(batch.activation_rows, batch.activation_positions, strict=True)):
+        assert activations[row][1] == position
+        assert target not in buffer
+        buffer[int(target)] = activations[row]
+    new = case.new_tokens(batch)
+    for source, target in zip(batch.new_rows.source, batch.new_rows.target, strict=True):
+        assert target not in buffer
+        buffer[int(target)] = new[source]
+    return buffer
+
+
+def rows_in_place(case: Case, batch: MiniBatch, index: int) -> list[Token]:
+    """What a request reads in the pool of device KV blocks, the new rows stored before."""
+    if index >= batch.in_place.num_requests:
+        return []
+    slots, table = case.pools(new=True), batch.in_place.tables[index]
+    places = [divmod(token, case.block_size) for token in range(batch.in_place.counts[index])]
+    return [slots[PoolId.DEVICE_KV, int(table[block]) * case.block_size + offset] for block, offset in places]
+
+
+def rebuilt_rows(batch: MiniBatch, index: int) -> range:
+    """Of the kv buffer, and of the activation buffer as well."""
+    if index >= batch.in_place.num_requests:
+        return range(0)
+    starts = batch.in_place.rebuilt_starts
+    return range(starts[index], starts[index + 1])
+
+
+def is_activation(case: Case, token: Token) -> bool:
+    return case.slot(*token)[0].kind is BlockKind.ACTIVATION
+
+
+@given(case=cases())
+def test_rows_in_front_are_rebuilt_where_they_are_read(case: Case):
+    """Row by row from the activation buffer to the same row of the kv buffer."""
+    batch = pack(case.works, case.block_size, case.window)
+    count = batch.in_place.num_rebuilt
+    assert batch.activation_rows[:count].tolist() == list(range(count))
+    assert all(row >= count for row in batch.activation_rows[count:])
+
+
+@given(case=cases())
+@settings(max_examples=150)
+def test_attention_reads_exactly_what_it_must(case: Case):
+    """A request's rows are its visible tokens, each once, the new ones last; in order where a window masks them."""
+    batch = pack(case.works, case.block_size, case.window)
+    buffer = kv_buffer(case, batch)
+    assert sorted(buffer) == list(range(batch.num_rows))
+    for index, work in enumerate(batch.works):
+        number = case.number(work)
+        behind = range(batch.key_starts[index], batch.key_starts[index + 1])
+        rows = [buffer[row] for row in [*rebuilt_rows(batch, index), *behind]]
+        in_place = rows_in_place(case, batch, index)
+        new = [(number, work.context + i) for i in range(work.num_new)]
+        wanted = [(number, position) for position in case.attended(number)] + new
+        assert sorted(in_place + rows) == wanted
+        assert all(case.slot(*token)[0] is PoolId.DEVICE_KV for token in in_place)
+        if work.num_new > 1 or case.window is not None:
+            assert in_place == []
+            assert rows[len(rows) - work.num_new :] == new
+        else:
+            assert all(case.slot(*token)[0] is not PoolId.DEVICE_KV for token in rows)
+            front = {buffer[row] for row in rebuilt_rows(batch, index)}
+            assert front == {token for token in rows if token not in new and is_activation(case, token)}
+        if case.window is not None:
+            assert rows == wanted
+
+
+@given(case=cases())
+def test_new_tokens_are_stored_in_their_blocks(case: Case):
+    """Query row by query row, position p goes to its block's slot; then the pools hold all tokens of the request."""
+    batch = pack(case.works, case.block_size, case.window)
+    queries = case.new_tokens(batch)
+    slots = case.pools()
+    stored: list[int] = []
+    for pool, rows in batch.stores.items():
+        for source, target in zip(rows.source, rows.target, strict=True):
+            assert (pool, int(target)) not in slots
+            slots[pool, int(target)] = queries[source]
+            stored.append(int(source))
+    assert sorted(stored) == list(range(len(queries)))
+    assert slots == case.pools(new=True)
+
+
+@given(case=cases())
+def test_queries_are_packed_in_order_of_the_works(case: Case):
+    """Token ids, positions, starts and sampled rows are those of the works; those that read in place come first."""
+    batch = pack(case.works, case.block_size, case.window)
+    singles = [work for work in case.works if work.num_new == 1 and case.window is None]
+    assert list(batch.works) == singles + [work for work in case.works if work not in singles]
+    assert in_order(case.works, case.window) == batch.works
+    assert batch.in_place.num_requests == len(singles)
+    assert batch.num_queries == sum(work.num_new for work in case.works)
+    sampled = []
+    for work, start, end in zip(batch.works, batch.query_starts, batch.query_starts[1:], strict=False):
+        new = slice(work.context, work.context + work.num_new)
+        assert batch.token_ids[start:end].tolist() == work.request.token_ids[new]
+        assert batch.positions[start:end].tolist() == list(range(new.start, new.stop))
+        sampled += [end - 1] if work.samples else []
+    assert batch.query_starts[-1] == batch.num_queries
+    assert batch.sample_rows.tolist() == sampled
+    for array in (batch.token_ids, batch.positions, batch.new_rows.source, batch.activation_rows, batch.sample_rows):
+        assert array.dtype == np.int64
+
+
+@given(case=cases())
+def test_what_uses_no_buffer_is_known_without_a_layout(case: Case):
+    """All of it is decode, and nothing goes through the kv buffer."""
+    for works in (case.works, [work for work in case.works if work.is_decode]):
+        assume(works)
+        batch = pack(works, case.block_size, case.window)
+        wanted = batch.num_rows == 0 and all(work.is_decode for work in works)
+        assert uses_no_buffer(works, case.block_size, case.window) == wanted
+
+
+@given(case=cases(), slack=st.tuples(*[st.integers(0, 60)] * 3))
+@settings(max_examples=150)
+def test_mini_batches_fit_and_lose_nothing(case: Case, slack: tuple[int, int, int]):
+    """Every work is in one mini-batch, none exceeds the buffers, and what fits together is not divided."""
+    alone = [measure(case, [work]) for work in case.works]
+    limits = BufferLimits(*(max(sizes) + extra for sizes, extra in zip(zip(*alone, strict=True), slack, strict=True)))
+    parts = form_mini_batches(case.works, case.block_size, limits, COSTS, case.window)
+    ids = [work.request.request_id for part in parts for work in part]
+    assert Counter(ids) == Counter(work.request.request_id for work in case.works)
+    for part in parts:
+        rows, activation_rows, queries = measure(case, part)
+        assert rows <= limits.rows
+        assert activation_rows <= limits.activation_rows
+        assert queries <= limits.queries
+    rows, activation_rows, queries = measure(case, case.works)
+    if rows <= limits.rows and activation_rows <= limits.activation_rows and queries <= limits.queries:
+        assert len(parts) == 1
+
+
+def measure(case: Case, works: list[Work]) -> tuple[int, int, int]:
+    """Rows, activation rows and queries, counted token by token."""
+    rows = activation_rows = queries = 0
+    for work in works:
+        number = case.works.index(work)
+        cached, new = case.attended(number), range(work.context, work.context + work.num_new)
+        in_place = work.num_new == 1 and case.window is None
+        rows += sum(not (in_place and case.slot(number, p)[0] is PoolId.DEVICE_KV) for p in [*cached, *new])
+        activation_rows += sum(case.slot(number, p)[0].kind is BlockKind.ACTIVATION for p in cached)
+        queries += work.num_new
+    return rows, activation_rows, queries
+
+
+def test_mini_batches_balance():
+    """Works of equal length but unlike kinds divide so that each mini-batch has the same bus time."""
+    pools = [PoolId.HOST_KV, PoolId.HOST_ACTIVATION] * 6
+    works = [make_work(i, [(pool, 10 * i + j) for j in range(5)], 64, 1) for i, pool in enumerate(pools)]
+    limits = BufferLimits(rows=65 * 6, activation_rows=1000, queries=100)
+    parts = form_mini_batches(works, 16, limits, COSTS, None)
+    kinds = [Counter(PoolId(work.request.blocks.pools[0]) for work in part) for part in parts]
+    assert kinds == [{PoolId.HOST_KV: 3, PoolId.HOST_ACTIVATION: 3}] * 2
+
+
+@pytest.mark.parametrize(
+    ("short", "costs"),
+    [
+        (PoolId.HOST_ACTIVATION, RowCosts(load_kv=1.0, load_activation=0.5, regenerate=5.0)),
+        (PoolId.HOST_KV, RowCosts(load_kv=1.0, load_activation=0.0, regenerate=0.1)),
+    ],
+    ids=["gpu", "bus"],
+)
+def test_mini_batches_balance_the_longer_side(short: PoolId, costs: RowCosts):
+    """Four short works take longer on one side than a long one on the other: each mini-batch has two of them."""
+    long = PoolId.HOST_KV if short is PoolId.HOST_ACTIVATION else PoolId.HOST_ACTIVATION
+    works = [make_work(i, [(short, 10 * i + j) for j in range(5)], 64, 1) for i in range(4)]
+    works.append(make_work(4, [(long, 100 + j) for j in range(13)], 200, 1))
+    parts = form_mini_batches(works, 16, BufferLimits(rows=400, activation_rows=1000, queries=100), costs, None)
+    kinds = [Counter(PoolId(work.request.blocks.pools[0]) for work in part) for part in parts]
+    assert [count[short] for count in kinds] == [2, 2]
+
+
+def test_a_partly_filled_activation_block_counts_as_far_as_it_is_filled():
+    """Two requests of one activation row each share a buffer of two rows, though their blocks hold 16."""
+    works = [make_work(i, [(PoolId.HOST_ACTIVATION, i)], 1, 1) for i in range(2)]
+    parts = form_mini_batches(works, 16, BufferLimits(rows=4, activation_rows=2, queries=2), COSTS, None)
+    assert len(parts) == 1
+
+
+@st.composite
+def copies(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
+    count = draw(st.lists(st.integers(1, 5), min_size=1, max_size=12))
+    gaps = st.lists(st.sampled_from((0, 0, 0, 3, -7)), min_size=len(count), max_size=len(count))
+    ends = []
+    for gap in (draw(gaps), draw(gaps)):
+        place, starts = 100, []
+        for step, length in zip(gap, count, strict=True):
+            starts.append(place + step)
+            place += step + length
+        ends.append(starts)
+    return ends[0], ends[1], count
+
+
+@given(copy=copies())
+def test_merged_runs_copy_the_same_rows(copy: tuple[list[int], list[int], list[int]]):
+    """Merging changes no row, and leaves no two neighbouring runs that could be one."""
+    runs = Runs(*(np.array(part, dtype=np.int64) for part in copy))
+    merged = merge_runs(runs.source, runs.target, runs.count)
+    assert merged.rows().source.tolist() == [s + i for s, _, n in zip(*copy, strict=True) for i in range(n)]
+    assert merged.rows().target.tolist() == [t + i for _, t, n in zip(*copy, strict=True) for i in range(n)]
+    assert merged.num_rows == runs.num_rows
+    source_ends, target_ends = merged.source + merged.count, merged.target + merged.count
+    assert not np.any((source_ends[:-1] == merged.source[1:]) & (target_ends[:-1] == merged.target[1:]))
+
+
+def test_neighbouring_blocks_travel_as_one_copy():
+    """A request whose KV blocks are neighbours is one run, though activation blocks lie between them in token order."""
+    pools = [PoolId.HOST_KV, PoolId.HOST_ACTIVATION] * 4
+    work = make_work(0, [(pool, 5 + i // 2) for i, pool in enumerate(pools)], 31, 1)
+    batch = pack([work], 4, None)
+    assert [(r.source.tolist(), r.count.tolist()) for r in batch.kv_loads.values()] == [([20], [16])]
+    assert [(r.source.tolist(), r.count.tolist()) for r in batch.activation_loads.values()] == [([20], [15])]
+
+
+def test_without_blocks_nothing_is_stored():
+    """Under the recompute policy there are no blocks: nothing is loaded or stored, all tokens are new."""
+    batch = pack([make_work(0, [], 0, 7), make_work(1, [], 0, 3)], 16, None)
+    assert (batch.kv_loads, batch.activation_loads, batch.stores) == ({}, {}, {})
+    assert batch.new_rows.source.tolist() == batch.new_rows.target.tolist() == list(range(10))
+    assert batch.key_starts.tolist() == batch.query_starts.tolist() == [0, 7, 10]
+
+
+@given(context=st.integers(0, 300), block_size=st.integers(1, 32), window=st.integers(1, 100))
+def test_first_block_holds_the_windows_first_token(context: int, block_size: int, window: int):
+    """The block of the first position that the next token sees; 0 without a window."""
+    visible = [p for p in range(context + 1) if context - p < window]
+    assert first_block(context, block_size, window) == visible[0] // block_size
+    assert first_block(context, block_size, None) == 0
+
+
+@given(parts=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 6)), max_size=8))
+def test_expand_counts_up_from_each_start(parts: list[tuple[int, int]]):
+    """`expand` is the concatenation of ranges."""
+    starts, counts = (np.array([part[i] for part in parts], dtype=np.int64) for i in (0, 1))
+    assert expand(starts, counts).tolist() == [start + i for start, count in parts for i in range(count)]
+
+
+def test_a_step_lists_its_works_in_order():
+    """Works and sampled works are in mini-batch order; the step is abandoned once every request in it has ended."""
+    works = [make_work(i, [(PoolId.HOST_KV, i)], 0, 3, samples=i != 1) for i in range(3)]
+    parts = (tuple(works[1:]), tuple(works[:1]))
+    step = Step(1, parts, lambda: tuple(pack(part, 16, None) for part in parts))
+    assert list(step.works) == [works[1], works[2], works[0]]
+    assert step.sampled == [works[2], works[0]]
+    for work in works:
+        assert not step.is_abandoned
+        work.request.finish_reason = FinishReason.ABORTED
+    assert step.is_abandoned
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_last_block_is_copied_to_the_exact_token(count: int):
+    """A block that is partly filled is loaded as far as it is filled, so that packed rows have no holes."""
+    batch = pack([make_work(0, [(PoolId.HOST_KV, 7), (PoolId.HOST_KV, 3)], 18, count)], 16, None)
+    runs = batch.kv_loads[PoolId.HOST_KV]
+    assert (runs.source.tolist(), runs.target.tolist(), runs.count.tolist()) == ([112, 48], [0, 16], [16, 2])
+
+
+@given(
+    contexts=st.lists(st.integers(1, 70), min_size=1, max_size=6),
+    block_size=st.integers(1, 20),
+    ended=st.sets(st.integers(0, 5)),
+    shuffled=st.randoms(use_true_random=False),
+)
+def test_a_batch_in_place_advances_as_it_would_be_laid_out(
+    contexts: list[int], block_size: int, ended: set[int], shuffled: Random
+):
+    """Some requests end, some begin a block: the next step's arrays are those of a new layout."""
+    free = list(range(500))
+    shuffled.shuffle(free)
+    works = []
+    for number, context in enumerate(contexts):
+        blocks = [(PoolId.DEVICE_KV, free.pop()) for _ in range(context // block_size + 1)]
+        works.append(make_work(number, blocks, context, 1))
+    following = [
+        Work(work.request, work.context + 1, 1, samples=True, source=source)
+        for source, work in enumerate(works)
+        if source not in ended
+    ]
+    for work in following:
+        if work.context == len(work.request.blocks) * block_size:
+            work.request.blocks.append(PoolId.DEVICE_KV, free.pop())
+    assume(following)
+    found = advance(pack(works, block_size, None), following, block_size)
+    wanted = pack(following, block_size, None)
+    assert found is not None
+    assert uses_no_buffer(following, block_size, None)
+    width = wanted.in_place.tables.shape[1]
+    assert not found.in_place.tables[:, width:].any() or len(following) < len(works)
+    trimmed = replace(found, in_place=replace(found.in_place, tables=found.in_place.tables[:, :width]))
+    assert_same(trimmed, wanted)
+
+
+def assert_same(found: object, wanted: object) -> None:
+    """Arrays, and what has them, are equal."""
+    if isinstance(wanted, np.ndarray):
+        assert np.array_equal(found, wanted)
+    elif isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert_same(found[key], value)
+    elif is_dataclass(wanted):
+        for item in fields(wanted):
+            assert_same(getattr(found, item.name), getattr(wanted, item.name))
+    else:
+        assert found == wanted
+
+
+@pytest.mark.parametrize("pool", [PoolId.HOST_KV, PoolId.DEVICE_ACTIVATION])
+def test_a_block_that_is_not_read_in_place_needs_a_new_layout(pool: PoolId):
+    """The new token begins a block elsewhere: the batch is in place no more."""
+    work = make_work(0, [(PoolId.DEVICE_KV, 5)], 3, 1)
+    work.request.blocks.append(pool, 0)
+    batch = pack([work], 4, None)
+    assert advance(batch, [Work(work.request, 4, 1, samples=True, source=0)], 4) is None
+
+
+def test_a_steps_arrays_are_made_once_and_when_they_are_wanted():
+    """Whichever thread asks first makes them; the others wait for it."""
+    made: list[int] = []
+    works = (make_work(0, [(PoolId.HOST_KV, 0)], 3, 1),)
+
+    def make() -> tuple[MiniBatch, ...]:
+        made.append(1)
+        time.sleep(0.02)
+        return (pack(works, 16, None),)
+
+    step = Step(1, (works,), make)
+    assert not made
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: step.mini_batches, range(4)))
+    assert made == [1]
+    assert all(each is found[0] for each in found)

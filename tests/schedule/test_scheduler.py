@@ -1,0 +1,831 @@
+"""The scheduler on random traces, with pools that hold token ids: no request and no block is ever lost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from hashlib import blake2s
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsrpc.request import FinishReason, SamplingParams
+from hsrpc.schedule.blocks import BlockManager, PoolId
+from hsrpc.schedule.recompute import Choice, RecomputeLimits
+from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.scheduler import Output, Scheduler, SchedulerLimits
+from hsrpc.schedule.step import BufferLimits, MiniBatch, RowCosts, Rows, Step, Work
+
+EOS = 0
+VOCAB = 50
+LIMITS = SchedulerLimits(
+    max_batch=4,
+    max_model_len=24,
+    max_prefill_tokens=8,
+    max_idle_prefill_tokens=8,
+    block_size=4,
+    buffers=BufferLimits(rows=24, activation_rows=24, queries=12),
+    costs=RowCosts(1.0, 0.5, 0.1, 0.6),
+)
+
+
+def next_token(token_ids: list[int]) -> int:
+    """The model: any function of all tokens so far."""
+    return blake2s(bytes(token_ids), digest_size=1).digest()[0] % VOCAB
+
+
+def generate(prompt: list[int], params: SamplingParams, max_model_len: int) -> tuple[list[int], FinishReason]:
+    """What a request alone gives, by definition."""
+    tokens = list(prompt)
+    while True:
+        tokens.append(next_token(tokens))
+        if tokens[-1] == EOS and not params.ignore_eos:
+            return tokens, FinishReason.EOS
+        if tokens[-1] in params.stop_token_ids:
+            return tokens, FinishReason.STOP_TOKEN
+        if len(tokens) - len(prompt) == params.max_tokens:
+            return tokens, FinishReason.MAX_TOKENS
+        if len(tokens) == max_model_len:
+            return tokens, FinishReason.CONTEXT_LENGTH
+
+
+class Harness:
+    """A scheduler, pools that hold (position, token id) in each slot, and checks after every call."""
+
+    def __init__(self, num_blocks: dict[PoolId, int], limits: SchedulerLimits) -> None:
+        self.scheduler = Scheduler(BlockManager(num_blocks), limits, [EOS])
+        self.limits = limits
+        self.slots: dict[tuple[PoolId, int], tuple[int, int]] = {}
+        self.requests: list[Request] = []
+        self.prompts: list[list[int]] = []
+        self.ended: dict[int, FinishReason] = {}
+        """Reason by arrival, as the scheduler's outputs told."""
+        self.step: Step | None = None
+        self.lengths: dict[int, int] = {}
+        """Tokens by arrival, before the step."""
+
+    @property
+    def running(self) -> list[Request]:
+        return list(self.scheduler._running)
+
+    @property
+    def waiting(self) -> list[Request]:
+        running = self.running
+        return [request for request in self.scheduler.live() if request not in running]
+
+    def add(
+        self, prompt: list[int], params: SamplingParams, request_id: str | None = None, client: str = ""
+    ) -> Request:
+        number = len(self.requests)
+        request = Request(request_id or str(number), prompt, params, number, 0.0, client=client)
+        self.requests.append(request)
+        self.prompts.append(list(prompt))
+        self.scheduler.add(request)
+        self.check()
+        return request
+
+    def finish(self, request: Request, reason: FinishReason = FinishReason.ABORTED) -> None:
+        assert self.scheduler.finish(request.request_id, reason) is request
+        assert self.scheduler.finish(request.request_id, reason) is None
+        assert request.request_id not in self.scheduler
+        self.ended[request.arrival] = reason
+        self.check()
+
+    def schedule(self) -> Step | None:
+        """A step, checked against the contract."""
+        before = self.running
+        preemptions = {request.arrival: request.preemptions for request in self.requests}
+        self.step = self.scheduler.schedule(1.0)
+        self.check()
+        preempted = [request for request in before if request.preemptions > preemptions[request.arrival]]
+        self._check_preempted(before, preempted)
+        if self.step is None:
+            assert not self.scheduler.has_work
+            return None
+        self._check_works(self.step.works, [request for request in before if request not in preempted])
+        return self.step
+
+    def _check_preempted(self, before: list[Request], preempted: list[Request]) -> None:
+        """Of those with blocks, the last gave way, all of their blocks with them, and not to be admitted at once."""
+        cached = [request for request in before if not request.recomputes]
+        assert preempted == cached[len(cached) - len(preempted) :]
+        for request in preempted:
+            assert request in self.waiting
+            assert len(request.blocks) == request.num_computed == 0
+
+    def _check_works(self, works: tuple[Work, ...], kept: list[Request]) -> None:
+        requests = [work.request for work in works]
+        assert len(set(map(id, requests))) == len(requests)
+        assert all(request in self.running and request.in_flight for request in requests)
+        assert self.running[0] in requests
+        for request in kept:
+            assert request in requests or (request.num_tokens - request.num_computed > 1 and not request.recomputes)
+        admitted = [request for request in self.running if request not in kept]
+        assert all(request in requests for request in admitted)
+        assert all(a.order < b.order for a in admitted for b in self.waiting)
+        for work in works:
+            self._check_work(work)
+        if self.limits.keeps_cache:
+            pending = [w for w in works if w.request.num_tokens - w.request.num_computed > 1 and not w.recomputed]
+            prompts = pending + [w for w in works if w.request in admitted and w not in pending]
+            decodes = [w for w in works if w.request.num_output_tokens and w.request in kept and w not in prompts]
+            most = self._max_prompt_tokens(len(decodes))
+            assert sum(work.num_new for work in prompts) <= most
+        assert all(work.num_new <= self.limits.buffers.queries for work in works) or not self.limits.keeps_cache
+
+    def _max_prompt_tokens(self, decoding: int) -> int:
+        limits = self.limits
+        if not decoding:
+            return limits.max_idle_prefill_tokens
+        spare = int(limits.spare_prefill_tokens * (limits.max_batch - decoding))
+        return min(limits.max_idle_prefill_tokens, limits.max_prefill_tokens + spare)
+
+    def _check_work(self, work: Work) -> None:
+        request = work.request
+        assert work.num_new >= 1
+        assert work.context == request.num_computed
+        assert work.samples == (work.context + work.num_new == request.num_tokens)
+        blocks = -(-(work.context + work.num_new) // self.limits.block_size)
+        assert len(request.blocks) in ((0, blocks * self.limits.keeps_cache) if request.recomputes else (blocks,))
+        assert work.recomputed == (work.num_new - 1 if request.recomputes and request.num_output_tokens else 0)
+
+    def commit(self, failed: frozenset[int] = frozenset()) -> list[Output]:
+        """Compute the step from what the pools hold, and commit it; sampling fails for the arrivals in `failed`."""
+        assert self.step is not None
+        step, self.step = self.step, None
+        self.lengths = {work.request.arrival: work.request.num_tokens for work in step.works}
+        tokens: dict[int, int] = {}
+        for batch in step.mini_batches:
+            tokens |= self._compute(batch)
+        sampled = [work.request for work in step.sampled]
+        token_ids = [None if request.arrival in failed else tokens[request.arrival] for request in sampled]
+        live = [request for request in sampled if request.finish_reason is None]
+        outputs = self.scheduler.commit(step, token_ids, 2.0)
+        assert [output.request for output in outputs] == live
+        for output in outputs:
+            self._note(output)
+        self._check_committed(step)
+        self.check()
+        return outputs
+
+    def abandon(self) -> None:
+        assert self.step is not None
+        assert self.step.is_abandoned
+        step, self.step = self.step, None
+        self.scheduler.abandon(step)
+        self.check()
+
+    def drain(self, max_steps: int = 5000) -> None:
+        """Run until every request has ended."""
+        if self.step is not None:
+            self.commit()
+        for _ in range(max_steps):
+            if self.schedule() is None:
+                break
+            self.commit()
+        assert not self.scheduler.has_work
+        assert list(self.scheduler.live()) == []
+        assert len(self.ended) == len(self.requests)
+        assert self.scheduler.blocks.num_free == self.scheduler.blocks.num_blocks
+
+    def check(self) -> None:
+        """Blocks are owned once by live or in-flight requests, counts agree, the running list is in order."""
+        scheduler, running, waiting = self.scheduler, self.running, self.waiting
+        tables = [request.blocks for request in self.requests]
+        owned = [block for table in tables for block in zip(table.pools, table.indices, strict=True)]
+        assert len(set(owned)) == len(owned)
+        assert scheduler.blocks.num_free == scheduler.blocks.num_blocks - len(owned)
+        assert scheduler.num_waiting == len(waiting)
+        assert scheduler.num_waiting_tokens == sum(r.num_tokens for r in waiting)
+        assert all((r.scheduled_time is None) == (r.rank == math.inf) for r in self.requests)
+        assert all(r.scheduled_time is not None for r in running)
+        assert scheduler.num_running == len(running) <= self.limits.max_batch
+        assert [r.order for r in running] == sorted(r.order for r in running)
+        assert all(len(r.blocks) == r.num_computed == 0 for r in waiting)
+        holders = [r for r in self.requests if len(r.blocks)]
+        assert all(r in running or r.in_flight for r in holders)
+        ended = {r.arrival for r in self.requests if r.finish_reason is not None}
+        assert ended == set(self.ended)
+        assert {r.arrival for r in scheduler.live()} == {r.arrival for r in self.requests} - ended
+
+    def _note(self, output: Output) -> None:
+        request = output.request
+        assert request.finish_reason is output.finish
+        assert output.failed == (output.token_id is None)
+        if output.finish is not None:
+            assert request.arrival not in self.ended
+            self.ended[request.arrival] = output.finish
+        if output.finish is FinishReason.STOP_TOKEN:
+            assert output.matched_stop == output.token_id
+        if output.token_id is not None:
+            assert request.token_ids[-1] == output.token_id
+
+    def _check_committed(self, step: Step) -> None:
+        for work in step.works:
+            request = work.request
+            assert not request.in_flight
+            if request.finish_reason is not None:
+                assert len(request.blocks) == 0
+            elif self.limits.keeps_cache:
+                assert request.num_computed == (0 if request.recomputes else work.context + work.num_new)
+                assert request.recomputes == (len(request.blocks) == 0)
+                assert request.num_tokens == self.lengths[request.arrival] + work.samples
+
+    def _compute(self, batch: MiniBatch) -> dict[int, int]:
+        """Tokens by arrival: the model applied to what each sampling request's buffer rows hold."""
+        queries = list(zip(batch.positions.tolist(), batch.token_ids.tolist(), strict=True))
+        buffer = {row: queries[query] for query, row in pairs(batch.new_rows)}
+        activations: dict[int, tuple[int, int]] = {}
+        for loads, target in ((batch.kv_loads, buffer), (batch.activation_loads, activations)):
+            for pool, runs in loads.items():
+                target |= {row: self.slots[pool, slot] for slot, row in pairs(runs.rows())}
+        buffer |= {row: activations[i] for i, row in enumerate(batch.activation_rows.tolist())}
+        for pool, rows in batch.stores.items():
+            self.slots |= {(pool, slot): queries[query] for query, slot in pairs(rows)}
+        tokens = {}
+        for i, work in enumerate(batch.works):
+            rows_of_request = range(batch.key_starts[i], batch.key_starts[i + 1])
+            front = batch.in_place.rebuilt_starts[i : i + 2] if i < batch.in_place.num_requests else (0, 0)
+            rows = [buffer[row] for row in [*range(*front), *rows_of_request]]
+            held = sorted(rows + self._in_place(batch, i))
+            assert held == list(enumerate(work.request.token_ids[: work.context + work.num_new]))
+            if work.samples:
+                tokens[work.request.arrival] = next_token([token for _, token in held])
+        return tokens
+
+    def _in_place(self, batch: MiniBatch, index: int) -> list[tuple[int, int]]:
+        """What a request reads in the pool of device KV blocks."""
+        if index >= batch.in_place.num_requests:
+            return []
+        size, table = self.limits.block_size, batch.in_place.tables[index].tolist()
+        tokens = range(int(batch.in_place.counts[index]))
+        return [self.slots[PoolId.DEVICE_KV, table[token // size] * size + token % size] for token in tokens]
+
+
+def pairs(rows: Rows) -> list[tuple[int, int]]:
+    return list(zip(rows.source.tolist(), rows.target.tolist(), strict=True))
+
+
+def expected(harness: Harness, request: Request) -> tuple[list[int], FinishReason]:
+    return generate(harness.prompts[request.arrival], request.params, harness.limits.max_model_len)
+
+
+@st.composite
+def harnesses(draw: st.DrawFn) -> Harness:
+    """From blocks for hardly more than one request at full length to plenty."""
+    block_size = draw(st.integers(1, 6))
+    prefill, more = draw(st.tuples(st.sampled_from((1, 2, 3, 5, 8, 13, 24, 60)), st.sampled_from((0, 1, 7))))
+    limits = replace(
+        LIMITS,
+        block_size=block_size,
+        max_batch=draw(st.sampled_from((1, 2, 3, 4, 6))),
+        max_prefill_tokens=prefill,
+        max_idle_prefill_tokens=prefill + more,
+        spare_prefill_tokens=draw(st.sampled_from((0.0, 0.4, 2.5))),
+        recompute=RecomputeLimits(
+            tokens=draw(st.sampled_from((0, 0, 12, 40, 1000))),
+            weights=draw(st.sampled_from((0.0, 4.0, 1000.0))),
+            is_forced=draw(st.booleans()),
+        ),
+        buffers=replace(LIMITS.buffers, queries=draw(st.sampled_from((12, 24)))),
+    )
+    longest = -(-limits.max_model_len // block_size)
+    total = longest + draw(st.sampled_from((0, 0, 1, 2, longest // 2, longest, 2 * longest)))
+    cuts = sorted(draw(st.tuples(*[st.integers(0, total)] * 3)))
+    counts = [cuts[0], cuts[1] - cuts[0], cuts[2] - cuts[1], total - cuts[2]]
+    if draw(st.sampled_from((True, True, True, False))):
+        return Harness(dict(zip(PoolId, counts, strict=True)), limits)
+    prefill = limits.max_batch * limits.max_model_len
+    return Harness({}, replace(limits, keeps_cache=False, max_prefill_tokens=prefill, max_idle_prefill_tokens=prefill))
+
+
+PARAMS = st.builds(
+    SamplingParams,
+    max_tokens=st.sampled_from((None, None, 23, 20, 9, 1)),
+    ignore_eos=st.sampled_from((True, True, False)),
+    stop_token_ids=st.sampled_from(((), (), (EOS, 7))),
+    priority=st.integers(0, 2),
+)
+PROMPTS = st.builds(
+    lambda length, token_id: [token_id + i for i in range(length)],
+    st.sampled_from((1, 2, 3, 5, 8, 12, 23)),
+    st.integers(0, VOCAB - 24),
+)
+ADD = st.tuples(st.sampled_from(("add for a", "add for b")), PROMPTS, PARAMS)
+STEPS = st.tuples(st.just("steps"), st.integers(1, 6), st.just(0))
+RARE = st.one_of(
+    st.tuples(st.just("step and abort"), st.integers(1, 2), st.integers(0, 99)),
+    st.tuples(st.just("finish"), st.integers(0, 99), st.just(0)),
+    st.tuples(st.just("reuse"), st.integers(0, 99), st.just(0)),
+    st.tuples(st.just("fail"), st.integers(0, 99), st.just(0)),
+    st.tuples(st.just("abandon"), st.just(0), st.just(0)),
+)
+OPERATIONS = st.sampled_from((ADD, ADD, ADD, STEPS, STEPS, RARE)).flatmap(lambda strategy: strategy)
+
+
+def apply(harness: Harness, operation: tuple, aborted: set[int]) -> None:
+    name, first, second = operation
+    live = sorted(harness.scheduler.live(), key=lambda r: r.order)
+    if name.startswith("add"):
+        harness.add(first, second, client=name[-1])
+    elif name == "steps":
+        for _ in range(first):
+            step_and_abort(harness, 0, 0, aborted)
+    elif name == "step and abort":
+        step_and_abort(harness, first, second, aborted)
+    elif name == "finish" and live:
+        abort(harness, live[first % len(live)], aborted)
+    elif name == "reuse" and live:
+        reuse(harness, live[first % len(live)], aborted)
+    elif name == "fail":
+        step_and_fail(harness, first, aborted)
+    elif name == "abandon" and harness.schedule() is not None:
+        for work in harness.step.works:
+            abort(harness, work.request, aborted)
+        harness.abandon()
+
+
+def step_and_fail(harness: Harness, which: int, aborted: set[int]) -> None:
+    """A step in which sampling fails for one request."""
+    if harness.schedule() is None or not harness.step.sampled:
+        if harness.step is not None:
+            harness.commit()
+        return
+    arrival = harness.step.sampled[which % len(harness.step.sampled)].request.arrival
+    aborted.add(arrival)
+    for output in harness.commit(failed=frozenset((arrival,))):
+        assert output.failed == (output.request.arrival == arrival)
+
+
+def abort(harness: Harness, request: Request, aborted: set[int]) -> None:
+    aborted.add(request.arrival)
+    harness.finish(request)
+
+
+def reuse(harness: Harness, request: Request, aborted: set[int]) -> None:
+    """A request ends, at once or while a step computes it, and another takes its id."""
+    harness.schedule()
+    abort(harness, request, aborted)
+    harness.add([1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True), request.request_id)
+    if harness.step is not None:
+        harness.commit()
+
+
+def step_and_abort(harness: Harness, num_aborted: int, which: int, aborted: set[int]) -> None:
+    """A step, and some requests that end while it is computed."""
+    if harness.schedule() is None:
+        return
+    for _ in range(num_aborted):
+        live = list(harness.scheduler.live())
+        if live:
+            abort(harness, live[which % len(live)], aborted)
+    harness.commit()
+
+
+@given(harness=harnesses(), operations=st.lists(OPERATIONS, min_size=15, max_size=50))
+@settings(max_examples=100)
+def test_every_request_ends_as_if_it_were_alone(harness: Harness, operations: list[tuple]):
+    """Whatever comes, goes and is preempted: each request ends, with the tokens that it would get alone."""
+    aborted: set[int] = set()
+    for operation in operations:
+        apply(harness, operation, aborted)
+    harness.drain()
+    for request in harness.requests:
+        tokens, reason = expected(harness, request)
+        if request.arrival in aborted:
+            assert request.finish_reason is FinishReason.ABORTED
+            assert request.token_ids == tokens[: request.num_tokens]
+        else:
+            assert (request.token_ids, request.finish_reason) == (tokens, reason)
+
+
+def endless(max_tokens: int | None = None, priority: int = 0) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True, priority=priority)
+
+
+def make(num_blocks: int = 6, **limits: object) -> Harness:
+    """A harness with host KV blocks: by default room for one request at full length."""
+    return Harness({PoolId.HOST_KV: num_blocks}, replace(LIMITS, **limits))
+
+
+def test_full_length_alone_always_advances():
+    """With exactly the blocks of one request at full length, one computes token after token without preemption."""
+    harness = make()
+    request = harness.add([1], endless())
+    harness.drain(max_steps=25)
+    assert request.num_tokens == LIMITS.max_model_len
+    assert request.finish_reason is FinishReason.CONTEXT_LENGTH
+    assert request.preemptions == 0
+
+
+def test_two_full_lengths_do_not_thrash():
+    """Two requests that do not fit together: the later gives way once, and comes back when the first has ended."""
+    harness = make(num_blocks=7)
+    first, second = harness.add([1], endless()), harness.add([2], endless())
+    harness.drain(max_steps=60)
+    assert (first.preemptions, second.preemptions) == (0, 1)
+    assert harness.scheduler.preemptions == 1
+    assert second.token_ids == expected(harness, second)[0]
+
+
+def test_many_full_lengths_end():
+    """Eight requests over room for little more than one: the number of steps stays near that of one after the other."""
+    harness = make(num_blocks=8, max_batch=8)
+    for i in range(8):
+        harness.add([i + 1], endless(priority=i % 3))
+    harness.drain(max_steps=8 * 30)
+
+
+def test_order_is_priority_then_arrival():
+    """With one place, requests run by priority, and among equals in order of arrival."""
+    harness = make(max_batch=1)
+    for priority in (1, 0, 2, 0, 1):
+        harness.add([1, 2], endless(max_tokens=2, priority=priority))
+    harness.drain()
+    assert list(harness.ended) == [1, 3, 0, 4, 2]
+
+
+def test_who_was_let_in_first_gives_way_last():
+    """An urgent late request is let in before others, but gives way to those that run: they lose no work to it."""
+    harness = make(num_blocks=9)
+    early = harness.add([1], endless(max_tokens=20, priority=3))
+    harness.schedule()
+    harness.commit()
+    patient, urgent = harness.add([2], endless(max_tokens=20)), harness.add([3], endless(max_tokens=20, priority=-5))
+    harness.scheduler.limits = replace(harness.limits, max_batch=2)
+    harness.schedule()
+    assert harness.running == [early, urgent]
+    harness.commit()
+    harness.drain()
+    assert (early.preemptions, urgent.preemptions) == (0, 1)
+    assert list(harness.ended) == [early.arrival, urgent.arrival, patient.arrival]
+
+
+def test_a_preempted_request_comes_back_before_any_new_one():
+    """Whoever gave way is next, though an urgent request of another client has come: it is not put off for ever."""
+    harness = make(num_blocks=7)
+    _, second = harness.add([1], endless()), harness.add([2], endless())
+    while not second.preemptions:
+        harness.schedule()
+        harness.commit()
+    urgent = harness.add([3], endless(max_tokens=1, priority=-5), client="other")
+    while urgent.scheduled_time is None:
+        harness.schedule()
+        harness.commit()
+    assert second in harness.running
+    harness.drain()
+
+
+def test_a_small_request_does_not_pass_a_large_one():
+    """Requests are admitted strictly in order: what has no room yet is not overtaken, hence never starves."""
+    harness = make(num_blocks=6)
+    harness.add([1] * 12, endless(max_tokens=8))
+    harness.schedule()
+    harness.commit()
+    large, small = harness.add([2] * 20, endless(max_tokens=1)), harness.add([3], endless(max_tokens=1))
+    harness.schedule()
+    assert harness.waiting == [large, small]
+    harness.commit()
+    harness.drain()
+    assert list(harness.ended) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("num_blocks", "num_running"), [(7, 1), (8, 2)])
+def test_admission_leaves_a_block_for_those_that_run(num_blocks: int, num_running: int):
+    """A prompt that would take the block that a running request needs next waits: to admit and preempt is work lost."""
+    harness = make(num_blocks=num_blocks, max_prefill_tokens=24, max_idle_prefill_tokens=24)
+    harness.add([1] * 4, endless(max_tokens=8))
+    harness.schedule()
+    harness.commit()
+    harness.add([2] * 20, endless(max_tokens=2))
+    harness.schedule()
+    assert len(harness.running) == num_running
+    harness.commit()
+    harness.drain()
+    assert harness.scheduler.preemptions == 0
+
+
+def test_long_prompts_are_computed_in_chunks():
+    """A prompt longer than the budget takes several steps and samples in the last; decoding goes on beside it."""
+    harness = make(num_blocks=12)
+    decoding = harness.add([1, 2], endless())
+    harness.schedule()
+    harness.commit()
+    prompt = harness.add([3] * 20, endless())
+    counts = []
+    for _ in range(3):
+        step = harness.schedule()
+        counts.append([(work.request.arrival, work.num_new, work.samples) for work in step.works])
+        harness.commit()
+    chunks = [[work for work in works if work[0] == prompt.arrival] for works in counts]
+    assert chunks == [[(1, 8, False)], [(1, 8, False)], [(1, 4, True)]]
+    assert all((decoding.arrival, 1, True) in works for works in counts)
+
+
+def test_the_prefill_budget_holds_for_prompts_one_token_at_a_time():
+    """A budget of one token is one token a step, however many prompts are being computed."""
+    harness = make(num_blocks=24, max_prefill_tokens=3, max_idle_prefill_tokens=3)
+    for i in range(3):
+        harness.add([i + 1] * 7, endless(max_tokens=2))
+    for step in iter(harness.schedule, None):
+        prompts = [work for work in step.works if work.context < work.request.num_prompt_tokens - 1]
+        assert sum(work.num_new for work in prompts) <= 3
+        harness.commit()
+    assert len(harness.ended) == 3
+
+
+def test_a_late_urgent_prompt_keeps_to_the_budget():
+    """A chunk of one token of a prompt counts: an urgent request that comes between does not raise the step's total."""
+    harness = make(num_blocks=24, max_prefill_tokens=1, max_idle_prefill_tokens=1)
+    harness.add([1] * 6, endless(max_tokens=2, priority=1))
+    harness.schedule()
+    harness.commit()
+    harness.add([2] * 6, endless(max_tokens=2))
+    for step in iter(harness.schedule, None):
+        assert sum(work.num_new for work in step.works if not work.samples) <= 1
+        harness.commit()
+
+
+def test_ending_in_flight_keeps_blocks_until_commit():
+    """A step that computes an ended request still writes its blocks: nobody else gets them before the commit."""
+    harness = make()
+    request = harness.add([1] * 5, endless())
+    harness.schedule()
+    harness.finish(request, FinishReason.TIME_LIMIT)
+    assert len(request.blocks) == 2
+    assert harness.commit() == []
+    assert len(request.blocks) == 0
+    assert request.token_ids == [1] * 5
+
+
+def test_ending_while_waiting_counts_once():
+    """A waiting request that ends is gone from the count, wherever in the queue it was, and is never scheduled."""
+    harness = make(max_batch=1)
+    requests = [harness.add([i + 1], endless(max_tokens=3)) for i in range(4)]
+    harness.schedule()
+    for request in (requests[2], requests[1]):
+        harness.finish(request)
+    assert harness.scheduler.num_waiting == 1
+    harness.commit()
+    harness.drain()
+    assert list(harness.ended) == [2, 1, 0, 3]
+
+
+def test_ended_requests_do_not_pile_up():
+    """Requests that come and end behind one that waits leave nothing behind, though the queue never moves."""
+    harness = make(max_batch=1)
+    harness.add([1], endless())
+    harness.schedule()
+    harness.scheduler.add(Request("urgent", [1], endless(priority=-1), 1, 0.0))
+    for i in range(2, 2000):
+        harness.scheduler.add(Request(str(i), [1], endless(), i, 0.0))
+        harness.scheduler.finish(str(i), FinishReason.ABORTED)
+    assert harness.scheduler.num_waiting == 1
+    queue = harness.scheduler._queue
+    assert len(queue._lines[""].heap) + len(queue._by_share) + len(queue._by_due) < 400
+
+
+class Counting(Request):
+    """A request that counts how often any of its attributes is read."""
+
+    __slots__ = ()
+    reads = 0
+
+    def __getattribute__(self, name: str) -> object:
+        Counting.reads += 1
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("num_waiting", [100, 10_000])
+def test_a_deep_queue_costs_nothing(num_waiting: int):
+    """A step reads as much with 10,000 requests waiting as with 100: it does not touch them all."""
+    scheduler = Scheduler(BlockManager({PoolId.HOST_KV: 100}), LIMITS, [EOS])
+    for i in range(num_waiting):
+        scheduler.add(Counting(str(i), [1, 2], SamplingParams(max_tokens=2, ignore_eos=True), i, 0.0))
+    Counting.reads = 0
+    for _ in range(10):
+        step = scheduler.schedule(0.0)
+        scheduler.commit(step, [3] * len(step.sampled), 0.0)
+    assert scheduler.num_waiting == num_waiting - 20
+    assert 0 < Counting.reads < 4000
+
+
+def test_the_recompute_policy_keeps_nothing():
+    """Every step computes all tokens of its requests; no block is taken, so nobody is preempted."""
+    harness = Harness({}, replace(LIMITS, keeps_cache=False, max_prefill_tokens=96, max_idle_prefill_tokens=96))
+    harness.add([1] * 4, endless(max_tokens=3))
+    harness.add([2] * 20, endless(max_tokens=3))
+    counts = []
+    while (step := harness.schedule()) is not None:
+        counts.append(sorted(work.num_new for work in step.works))
+        harness.commit()
+    assert counts == [[4, 20], [5, 21], [6, 22]]
+    assert harness.scheduler.preemptions == 0
+
+
+def test_failed_sampling_ends_one_request_alone():
+    """A request whose logits are bad ends; the other one goes on."""
+    harness = make(num_blocks=12)
+    bad, good = harness.add([1], endless(max_tokens=3)), harness.add([2], endless(max_tokens=3))
+    harness.schedule()
+    outputs = {output.request: output for output in harness.commit(failed=frozenset((bad.arrival,)))}
+    assert outputs[bad].failed
+    assert outputs[bad].token_id is None
+    assert not outputs[good].failed
+    harness.drain()
+    assert good.finish_reason is FinishReason.MAX_TOKENS
+
+
+def test_idle_gives_no_step():
+    """Without requests there is no step; an unknown id cannot be finished."""
+    scheduler = Scheduler(BlockManager({PoolId.HOST_KV: 6}), LIMITS, [EOS])
+    assert scheduler.schedule(0.0) is None
+    assert not scheduler.has_work
+    assert scheduler.finish("nobody", FinishReason.ABORTED) is None
+
+
+def test_times_are_those_of_the_first_step():
+    """A request's first scheduling and first token are noted once, also when it is preempted and computed again."""
+    scheduler = Scheduler(BlockManager({PoolId.HOST_KV: 7}), LIMITS, [EOS])
+    requests = [Request(str(i), [1], endless(), i, 0.0) for i in range(2)]
+    for request in requests:
+        scheduler.add(request)
+    now = 0.0
+    while (step := scheduler.schedule(now := now + 1.0)) is not None:
+        scheduler.commit(step, [3] * len(step.sampled), now + 0.5)
+    assert requests[1].preemptions == 1
+    assert [(r.scheduled_time, r.first_token_time) for r in requests] == [(1.0, 1.5)] * 2
+
+
+def test_prompts_take_more_of_a_step_while_nobody_decodes():
+    """A prompt of 20 tokens: 16 in its first step alone, but 4 a step beside a request that decodes."""
+    buffers = BufferLimits(rows=99, activation_rows=99, queries=99)
+    counts = []
+    for first in ([2] * 20, [1]):
+        harness = make(num_blocks=24, max_prefill_tokens=4, max_idle_prefill_tokens=16, buffers=buffers)
+        harness.add(first, endless())
+        if len(first) == 1:
+            harness.schedule()
+            harness.commit()
+            harness.add([2] * 20, endless())
+        step = harness.schedule()
+        assert step is not None
+        counts.append([work.num_new for work in step.works])
+    assert counts == [[16], [1, 4]]
+
+
+def test_a_batch_that_is_not_full_leaves_room_for_prompts():
+    """One of four decodes: beside it 4 tokens, and 2 for each of the three that are missing; never more than idle."""
+    buffers = BufferLimits(rows=99, activation_rows=99, queries=99)
+    for spare, expected in ((2.0, 10), (0.5, 5), (9.0, 16)):
+        limits = {"max_prefill_tokens": 4, "max_idle_prefill_tokens": 16, "spare_prefill_tokens": spare}
+        harness = make(num_blocks=24, max_batch=4, buffers=buffers, **limits)
+        harness.add([1], endless())
+        harness.schedule()
+        harness.commit()
+        harness.add([2] * 20, endless())
+        step = harness.schedule()
+        assert step is not None
+        assert [work.num_new for work in step.works] == [1, expected]
+
+
+def test_a_long_prompt_is_no_more_than_a_mini_batch_takes():
+    """Each request's chunk fits the buffers' queries, and several fill a step."""
+    buffers = BufferLimits(rows=99, activation_rows=99, queries=6)
+    harness = make(num_blocks=24, max_prefill_tokens=16, max_idle_prefill_tokens=16, buffers=buffers)
+    for _ in range(3):
+        harness.add([2] * 20, endless())
+    step = harness.schedule()
+    assert step is not None
+    assert [work.num_new for work in step.works] == [6, 6, 4]
+    assert len(step.mini_batches) == 3
+
+
+def test_blocks_that_are_given_up_let_others_in():
+    """Blocks for two of three: one that decodes gives up its own, and so the third needs not wait for an end."""
+    recompute = RecomputeLimits(tokens=20, weights=6.0)
+    limits = replace(LIMITS, recompute=recompute, max_prefill_tokens=24, max_idle_prefill_tokens=24)
+    harness = Harness({PoolId.HOST_ACTIVATION: 7}, limits)
+    first, second, third = (harness.add([5] * 8, SamplingParams(max_tokens=4, ignore_eos=True)) for _ in range(3))
+    harness.schedule()
+    harness.commit()
+    assert harness.running == [first, second]
+    harness.schedule()
+    assert first.recomputes
+    assert harness.running == [first, second, third]
+    harness.drain()
+    assert all(request.preemptions == 0 for request in (first, second, third))
+
+
+def test_no_block_is_kept_free_for_those_that_keep_none():
+    """Blocks for one request at full length, and all are forced to keep none: the whole batch runs."""
+    recompute = RecomputeLimits(tokens=1000, is_forced=True)
+    chunks = {"max_prefill_tokens": 24, "max_idle_prefill_tokens": 24, "buffers": BufferLimits(24, 24, 24)}
+    harness = Harness({PoolId.HOST_KV: 6}, replace(LIMITS, max_batch=10, recompute=recompute, **chunks))
+    for _ in range(10):
+        harness.add([5] * 8, endless(max_tokens=16))
+    most = 0
+    while harness.schedule() is not None:
+        harness.commit()
+        most = max(most, len(harness.running))
+    assert most == 10
+
+
+def test_a_prompt_that_finds_no_room_is_none_of_the_next_step():
+    """The one that waits needs five blocks beside one for each that runs, and four are free: the GPU has time."""
+    recompute = RecomputeLimits(tokens=20, weights=6.0)
+    limits = replace(LIMITS, recompute=recompute, max_prefill_tokens=24, max_idle_prefill_tokens=24)
+    harness = Harness({PoolId.HOST_ACTIVATION: 8}, limits)
+    first, _ = (harness.add([5] * 8, SamplingParams(max_tokens=4, ignore_eos=True)) for _ in range(2))
+    harness.schedule()
+    harness.commit()
+    harness.add([5] * 20, SamplingParams(max_tokens=2, ignore_eos=True))
+    harness.schedule()
+    assert first.recomputes
+
+
+def takes_back(harness: Harness, requests: list[Request]) -> None:
+    """From now on `requests` should keep their caches again, the first of them before the others."""
+
+    class Fixed:
+        is_of_use = True
+
+        def choose(self, running: list[Request], prompt_tokens: int) -> Choice:
+            return Choice([], [r for r in requests if r in running and r.recomputes])
+
+    harness.scheduler._recomputing = Fixed()
+
+
+def keeping_none(num_blocks: int, prompts: list[int]) -> tuple[Harness, list[Request]]:
+    """Requests with prompts of so many tokens that all keep no cache."""
+    chunks = {"max_prefill_tokens": 4, "max_idle_prefill_tokens": 40, "buffers": BufferLimits(40, 40, 40)}
+    limits = replace(LIMITS, max_model_len=40, recompute=RecomputeLimits(tokens=1000, is_forced=True), **chunks)
+    harness = Harness({PoolId.HOST_KV: num_blocks}, limits)
+    requests = [harness.add([1] * length, endless(max_tokens=12)) for length in prompts]
+    while not all(request.recomputes for request in requests):
+        harness.schedule()
+        harness.commit()
+    return harness, requests
+
+
+def test_a_cache_is_not_taken_back_at_the_cost_of_a_prompt():
+    """Ten blocks: six are not taken while a prompt that has one of them needs four more."""
+    harness, [request] = keeping_none(10, [20])
+    takes_back(harness, [])
+    prompt = harness.add([3] * 20, endless(max_tokens=2))
+    harness.schedule()
+    harness.commit()
+    assert prompt.num_computed == 4
+    takes_back(harness, [request])
+    harness.schedule()
+    assert request.recomputes
+    harness.commit()
+    harness.drain()
+    assert harness.scheduler.preemptions == 0
+
+
+def test_the_first_with_room_takes_its_cache_back():
+    """Of one that needs six blocks and one that needs three, where five are free."""
+    harness, [short, long] = keeping_none(10, [8, 20])
+    takes_back(harness, [])
+    harness.add([3] * 16, endless(max_tokens=2))
+    for _ in range(4):
+        harness.schedule()
+        harness.commit()
+    takes_back(harness, [long, short])
+    harness.schedule()
+    harness.commit()
+    assert (short.recomputes, long.recomputes) == (False, True)
+    harness.drain()
+
+
+def test_prompts_of_several_mini_batches_share_a_budget():
+    """A prompt that fills a mini-batch leaves the rest of the step's prompt tokens to the next, in every step."""
+    limits = replace(LIMITS, max_idle_prefill_tokens=10, buffers=BufferLimits(rows=24, activation_rows=24, queries=8))
+    harness = Harness({PoolId.HOST_KV: 40}, limits)
+    for _ in range(2):
+        harness.add([1] * 23, SamplingParams(max_tokens=1))
+    for wanted in ([8, 2], [8, 2], [7, 3]):
+        step = harness.schedule()
+        assert step is not None
+        assert sorted((work.num_new for work in step.works), reverse=True) == wanted
+        harness.scheduler.commit(step, [1] * len(step.sampled), 1.0)
+
+
+def test_a_preempted_request_that_ends_waits_no_longer():
+    """It is counted among those that wait until then; nothing is left to do after it."""
+    scheduler = Scheduler(BlockManager({PoolId.HOST_KV: 8}), LIMITS, [EOS])
+    params = SamplingParams(max_tokens=18, ignore_eos=True)
+    first, second = (Request(str(number), [1] * 6, params, number, 0.0) for number in range(2))
+    for request in (first, second):
+        scheduler.add(request)
+    while not second.preemptions:
+        step = scheduler.schedule(1.0)
+        assert step is not None
+        scheduler.commit(step, [1] * len(step.sampled), 1.0)
+    assert scheduler.num_waiting == 1
+    scheduler.finish("1", FinishReason.ABORTED)
+    assert scheduler.num_waiting == scheduler.num_waiting_tokens == 0
+    scheduler.finish("0", FinishReason.ABORTED)
+    assert not scheduler.has_work
