@@ -26,6 +26,7 @@ from torch.nn import functional
 from hsrpc.config import DeviceKind, parse_bytes
 from hsrpc.device.device import Device, open_device
 from hsrpc.model.spec import named_spec
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.step import Ints, Runs
 
@@ -38,8 +39,8 @@ def copies(device: Device, options: argparse.Namespace, width: int, dtype: torch
     row_bytes = width * dtype.itemsize
     rows, run = int(options.buffer) // row_bytes, int(options.run) // row_bytes
     num_buffers = options.memory // (rows * row_bytes)
-    host = device.pinned(num_buffers * rows * row_bytes).view(dtype).view(-1, width)
-    target = device.empty((rows, width), dtype)
+    host = device.pinned(num_buffers * rows * row_bytes, HostUse.MEASUREMENT).view(dtype).view(-1, width)
+    target = device.empty((rows, width), dtype, DeviceUse.MEASUREMENT)
     order = np.random.default_rng(0).permutation(len(host) // run)
     scattered = order[: len(order) // (rows // run) * (rows // run)].reshape(-1, rows // run) * run
 
@@ -72,7 +73,7 @@ def gemms(device: Device, rows: int, sizes: ModelSizes, dtype: torch.dtype) -> d
         for size in (rows, 2 * sizes.kv_size)
     )
     bias = torch.zeros(2 * sizes.kv_size, device=device.torch_device, dtype=dtype)
-    out = device.empty((rows, 2 * sizes.kv_size), dtype)
+    out = device.empty((rows, 2 * sizes.kv_size), dtype, DeviceUse.MEASUREMENT)
     return {
         "alone": lambda: None,
         "beside GEMMs": lambda: functional.linear(x, weight),

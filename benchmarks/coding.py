@@ -27,6 +27,7 @@ from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.formats.lossless import Coding, can_encode
 from hsrpc.model.hub import resolve_model
+from hsrpc.plan.memory_use import DeviceUse
 
 _REPEATS = 7
 
@@ -60,7 +61,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     encoding = 0.0
     kept: list[tuple[Coding, torch.Tensor, torch.Tensor]] = []
     for tensor in tensors:
-        values = device.empty(tensor.shape, spec.dtype)
+        values = device.empty(tensor.shape, spec.dtype, DeviceUse.MEASUREMENT)
         source.read(tensor, values)
         if not can_encode(values):
             continue

@@ -131,7 +131,13 @@ def test_every_part_has_its_place():
 def test_the_order_has_no_cycles():
     """The allowed directions themselves can be put in a row."""
     order = list(TopologicalSorter(ALLOWED).static_order())
-    assert order.index("schedule") < order.index("plan") < order.index("model") < order.index("engine") < order.index("server")
+    assert (
+        order.index("schedule")
+        < order.index("plan")
+        < order.index("model")
+        < order.index("engine")
+        < order.index("server")
+    )
 
 
 def test_no_import_cycles():
@@ -235,7 +241,9 @@ def test_decisions_are_pure(library: str):
 
 def test_models_and_devices_are_synchronous():
     """Neither the models nor the device know of asyncio."""
-    assert parts(users("asyncio")).isdisjoint({"model", "device", "plan", "schedule", "text", "request", "config", "errors"})
+    assert parts(users("asyncio")).isdisjoint(
+        {"model", "device", "plan", "schedule", "text", "request", "config", "errors"}
+    )
 
 
 def test_only_the_engine_joins_asyncio_and_torch():

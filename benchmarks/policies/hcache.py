@@ -11,15 +11,16 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
+from hsrpc.engine.bus import BusOrder
 
 from benchmarks.policies.kvpr import require_host
 from benchmarks.policies.rules import hcache_layers, row_costs
 from hsrpc.config import CachePolicy, EngineConfig
 from hsrpc.device.device import Device, Event
-from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.forward import DeviceBatch, Forward
 from hsrpc.engine.tasks.cache import Buffers, CacheManager, Loads, Staged, Stores
 from hsrpc.engine.tasks.weights import Prefetched
@@ -28,6 +29,7 @@ from hsrpc.errors import ConfigError
 from hsrpc.model.attention import Attention
 from hsrpc.model.family import Family
 from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.memory_use import HostUse
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import ModelSizes
@@ -84,7 +86,7 @@ class HCachePlanner(Planner):
         changes = {
             "reason": f"HCache's split: hidden states in {hidden} of {sizes.num_layers} layers, K and V in the others",
             "num_blocks": dict.fromkeys(PoolId, 0) | {PoolId.HOST_ACTIVATION: num_blocks},
-            "host_bytes": plan.host_bytes | {"cache blocks": num_blocks * plan.block_size * row_bytes},
+            "host_bytes": plan.host_bytes | {HostUse.CACHE_BLOCKS: num_blocks * plan.block_size * row_bytes},
             "costs": _mean_costs(plan.costs, hidden / sizes.num_layers),
         }
         same = {item.name: getattr(plan, item.name) for item in fields(plan)}
@@ -116,8 +118,9 @@ class LayerSplitCache(CacheManager):
         kv, activation = self._widths[BlockKind.KV], self._widths[BlockKind.ACTIVATION]
         widths = [activation] * hidden + [kv] * (layers - hidden)
         sizes = [num_slots * width * dtype.itemsize for width in widths]
+        pin = partial(self._device.pinned, use=HostUse.CACHE_BLOCKS)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pin") as threads:
-            pinned = threads.map(self._device.pinned, sizes)
+            pinned = threads.map(pin, sizes)
             return [memory.view(dtype).view(num_slots, width) for memory, width in zip(pinned, widths, strict=True)]
 
     def _loads(self, batch: MiniBatch) -> Loads:

@@ -13,6 +13,7 @@ from benchmarks.policies.rules import kvpr_blocks, row_costs
 from hsrpc.config import CachePolicy, EngineConfig, Placement
 from hsrpc.errors import ConfigError
 from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.memory_use import HostUse
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at
@@ -44,7 +45,7 @@ class KvprPlanner(Planner):
         plan, sizes, first = super().plan(), self.sizes, self.first_blocks
         block = sizes.num_layers * plan.block_size
         activations = plan.max_batch * first
-        used = plan.host_bytes["streamed weights"] + activations * block * sizes.activation_bytes
+        used = plan.host_bytes[HostUse.STREAMED_WEIGHTS] + activations * block * sizes.activation_bytes
         most = plan.max_batch * (self._longest + 1 - first)
         kv = min(most, (plan.budgets.host - used) // (block * sizes.kv_bytes))
         cache = block * (activations * sizes.activation_bytes + kv * sizes.kv_bytes)
@@ -54,7 +55,7 @@ class KvprPlanner(Planner):
             reason=f"KVPR's split for {context} tokens: the first {first * plan.block_size} as activations",
             activation_share=min(1.0, first * plan.block_size / context),
             num_blocks=plan.num_blocks | {PoolId.HOST_KV: kv, PoolId.HOST_ACTIVATION: activations},
-            host_bytes=plan.host_bytes | {"cache blocks": cache},
+            host_bytes=plan.host_bytes | {HostUse.CACHE_BLOCKS: cache},
         )
         return replace(plan, prediction=predict_at(self._with_blocks_in_use(plan), sizes, context))
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hsrpc.model.family import ModelSpec
+    from hsrpc.plan.memory_use import DeviceUse, HostUse
     from hsrpc.plan.plan import Plan, StepPrediction
 
 _EXAMPLES = """\
@@ -63,10 +64,10 @@ def _print(spec: ModelSpec, plan: Plan, device: str) -> None:
     console.print(_prediction_table(plan))
 
 
-def _memory_table(title: str, parts: Mapping[str, int], budget: int) -> Table:
+def _memory_table(title: str, parts: Mapping[DeviceUse, int] | Mapping[HostUse, int], budget: int) -> Table:
     table = _table(title, "", "size")
-    for name, size in parts.items():
-        table.add_row(name, format_bytes(size))
+    for use, size in parts.items():
+        table.add_row(use.value, format_bytes(size))
     table.add_section()
     table.add_row("all", format_bytes(sum(parts.values())))
     table.add_row("budget", format_bytes(budget))
@@ -135,8 +136,8 @@ def _as_json(spec: ModelSpec, plan: Plan) -> dict[str, object]:
         "resident_share": plan.resident_share,
         "max_batch": plan.max_batch,
         "max_model_len": plan.max_model_len,
-        "device_bytes": plan.device_bytes,
-        "host_bytes": plan.host_bytes,
+        "device_bytes": {use.value: size for use, size in plan.device_bytes.items()},
+        "host_bytes": {use.value: size for use, size in plan.host_bytes.items()},
         "budgets": {"device": plan.budgets.device, "host": plan.budgets.host},
         "num_blocks": {pool.name.lower(): count for pool, count in plan.num_blocks.items()},
         "max_prefill_tokens": plan.max_prefill_tokens,

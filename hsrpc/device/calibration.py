@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from hsrpc.device.device import Device
 from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.sizes import ModelSizes
 
 _REPEATS = 9
@@ -84,7 +85,7 @@ def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware
     memory_bandwidth, read_bandwidth = _memory_rates(device, amounts)
     gemm_rate, gemm_overhead, weight_bandwidth = _gemm_rates(device, sizes, dtype, amounts)
     try:
-        source = device.pinned(_PIECES * amounts.copy_bytes)
+        source = device.pinned(_PIECES * amounts.copy_bytes, HostUse.MEASUREMENT)
         source.zero_()
         pieces = cycle(source.split(amounts.copy_bytes))
         load, store, both = _bus_seconds(device, pieces, amounts.copy_bytes)
@@ -121,9 +122,9 @@ def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware
 def sustained_load(device: Device) -> float:
     """Bytes/s of plain copies to the device, one behind the other, whatever disturbs them; takes 1.5 s on a GPU."""
     amounts, moved = _amounts(device), 0
-    target = device.empty((amounts.copy_bytes,), torch.uint8)
+    target = device.empty((amounts.copy_bytes,), torch.uint8, DeviceUse.MEASUREMENT)
     try:
-        source = device.pinned(_PIECES * amounts.copy_bytes)
+        source = device.pinned(_PIECES * amounts.copy_bytes, HostUse.MEASUREMENT)
         source.zero_()
         device.drain()
         start = time.perf_counter()
@@ -158,9 +159,9 @@ def fit_line(rows: Sequence[int], seconds: Sequence[float]) -> tuple[float, floa
 
 def _bus_seconds(device: Device, pieces: Iterator[torch.Tensor], size: int) -> tuple[float, float, float]:
     """To load the next of `pieces`, to store, and to do both at once, `size` bytes each."""
-    sink = device.pinned(size)
+    sink = device.pinned(size, HostUse.MEASUREMENT)
     sink.zero_()
-    target, origin = (device.empty((size,), torch.uint8) for _ in range(2))
+    target, origin = (device.empty((size,), torch.uint8, DeviceUse.MEASUREMENT) for _ in range(2))
     origin.zero_()
     load = _undisturbed_seconds(device, lambda: target.copy_(next(pieces), non_blocking=True))
     store = _undisturbed_seconds(device, lambda: sink.copy_(origin, non_blocking=True))
@@ -208,7 +209,7 @@ def _wake(device: Device, work: Callable[[], object], seconds: float) -> None:
 def _memory_rates(device: Device, amounts: _Amounts) -> tuple[float, float]:
     """Bytes/s of device memory: read plus written by a copy, and read alone, as attention reads cached K and V."""
     size, loops = amounts.copy_bytes, amounts.loops
-    source, target = (device.empty((size,), torch.uint8) for _ in range(2))
+    source, target = (device.empty((size,), torch.uint8, DeviceUse.MEASUREMENT) for _ in range(2))
     source.zero_()
     words = source.view(torch.int32)
     copy = _seconds(device, lambda: target.copy_(source), loops)
@@ -261,7 +262,7 @@ def _norm_seconds(device: Device, sizes: ModelSizes, dtype: torch.dtype, loops: 
 
 def _launch_seconds(device: Device) -> float:
     """The host's, for one small kernel."""
-    x = device.empty((16,), torch.float32).zero_()
+    x = device.empty((16,), torch.float32, DeviceUse.MEASUREMENT).zero_()
     device.drain()
     count = 200
     times = []

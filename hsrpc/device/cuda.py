@@ -18,6 +18,7 @@ from hsrpc.device.kernels import copy_rows
 from hsrpc.errors import ConfigError
 from hsrpc.model.formats.lossless import Coding
 from hsrpc.model.kernels.lossless import decode_weights, encode_weights
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.schedule.step import Runs
 
 _REGISTER_PORTABLE_MAPPED = 0x01 | 0x02
@@ -28,13 +29,14 @@ _LIBRARY_BYTES = 128 * 1024**2
 """cuBLAS' workspaces, of two streams and of graphs."""
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _ROUNDED_PART = 100
-"""The allocator rounds large tensors up to 2 MiB: about this part of all."""
+"""The allocator rounds large tensors up to 2 MiB, as uploads do themselves: about this part of all."""
 
 
 class CudaDevice(Device):
     """The current CUDA device, with one stream each for loads, compute and stores."""
 
     def __init__(self) -> None:
+        super().__init__()
         _share_memory()
         index = torch.cuda.current_device()
         self.torch_device = torch.device("cuda", index)
@@ -71,7 +73,12 @@ class CudaDevice(Device):
         return HostPages(size)
 
     def pinned(
-        self, size: int, fill: Callable[[torch.Tensor], object] | None = None, *, pages: HostPages | None = None
+        self,
+        size: int,
+        use: HostUse,
+        fill: Callable[[torch.Tensor], object] | None = None,
+        *,
+        pages: HostPages | None = None,
     ) -> torch.Tensor:
         # Written before it is registered: threads write at once, but the driver registers one piece after the other.
         if pages is None or len(pages.tensor) < size:
@@ -87,7 +94,7 @@ class CudaDevice(Device):
                 "lower host_memory, or raise the limit of locked memory (ulimit -l)",
             )
         self._pinned.append(pages)
-        return pages.tensor
+        return self._account.add(pages.tensor, use)
 
     def release_pinned(self) -> None:
         self.drain()
@@ -137,7 +144,8 @@ class CudaDevice(Device):
         return torch.from_numpy(array).pin_memory().to(self.torch_device, non_blocking=True)
 
     def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True), self.empty((size,), torch.uint8)
+        target = self.empty((size,), torch.uint8, DeviceUse.WORKSPACE)
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True), target
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         on_host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeAlias
@@ -21,10 +21,12 @@ import numpy.typing as npt
 import torch
 
 from hsrpc.config import DeviceKind, format_bytes
+from hsrpc.device.account import Account
 from hsrpc.device.host_pages import HostPages
 from hsrpc.device.uploads import Uploads
 from hsrpc.errors import ConfigError
 from hsrpc.model.formats.lossless import Coding, decode, encode
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.schedule.step import Runs
 
 _CONTROL_GROUPS = {
@@ -50,6 +52,14 @@ class Device(ABC):
     compute: Stream
     store: Stream
 
+    def __init__(self) -> None:
+        self._account = Account()
+
+    @property
+    def allocated(self) -> Mapping[DeviceUse | HostUse, int]:
+        """Bytes of `empty` and `pinned` that are held now, by use; what torch's operations allocate is not counted."""
+        return self._account.num_bytes
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -73,9 +83,9 @@ class Device(ABC):
     def runtime_memory(self, size: int) -> int:
         """Of a limit of `size` bytes, what rounding and the libraries' own buffers take."""
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Device memory, not initialised."""
-        return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, use: DeviceUse) -> torch.Tensor:
+        """Device memory for `use`, not initialised."""
+        return self._account.add(torch.empty(tuple(shape), dtype=dtype, device=self.torch_device), use)
 
     @abstractmethod
     def pages(self, size: int) -> HostPages | None:
@@ -87,9 +97,14 @@ class Device(ABC):
 
     @abstractmethod
     def pinned(
-        self, size: int, fill: Callable[[torch.Tensor], object] | None = None, *, pages: HostPages | None = None
+        self,
+        size: int,
+        use: HostUse,
+        fill: Callable[[torch.Tensor], object] | None = None,
+        *,
+        pages: HostPages | None = None,
     ) -> torch.Tensor:
-        """`size` bytes of host memory that the device reads and writes at full speed: uint8 [size].
+        """`size` bytes of host memory for `use` that the device reads and writes at full speed: uint8 [size].
 
         `fill` writes them before they are pinned: pages that are there already are pinned faster. Or they are those
         of `pages`, if these suffice; what is left of them goes back to the system.
@@ -191,6 +206,7 @@ class CpuDevice(Device):
     """The CPU as a device: memory is ordinary memory, and every call is done when it returns."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.torch_device = torch.device("cpu")
         self.decodes_weights = False
         self.warms_up = False
@@ -218,7 +234,12 @@ class CpuDevice(Device):
         return None
 
     def pinned(
-        self, size: int, fill: Callable[[torch.Tensor], object] | None = None, *, pages: HostPages | None = None
+        self,
+        size: int,
+        use: HostUse,
+        fill: Callable[[torch.Tensor], object] | None = None,
+        *,
+        pages: HostPages | None = None,
     ) -> torch.Tensor:
         try:
             tensor = torch.empty(size, dtype=torch.uint8)
@@ -228,7 +249,7 @@ class CpuDevice(Device):
             ) from error
         if fill is not None:
             fill(tensor)
-        return tensor
+        return self._account.add(tensor, use)
 
     def release_pinned(self) -> None:
         pass
@@ -261,7 +282,7 @@ class CpuDevice(Device):
         return torch.from_numpy(array)
 
     def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8), self.empty((size,), torch.uint8, DeviceUse.WORKSPACE)
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         return lambda: tensor

@@ -77,7 +77,7 @@ class DeviceBatch:
 
     @property
     def num_queries(self) -> int:
-        return self.rows.stop - self.rows.start
+        return int(self.rows.stop - self.rows.start)
 
     @property
     def sampled(self) -> torch.Tensor:
@@ -127,7 +127,7 @@ class Forward:
 
     @property
     def sizes(self) -> ModelSizes:
-        return self._family.sizes
+        return self._family.spec.sizes
 
     def upload(self, batches: Sequence[MiniBatch], group_starts: Sequence[int]) -> Pass:
         """A step's mini-batches on the device, as soon as the current stream has come to it."""

@@ -16,6 +16,7 @@ from hsrpc.device.device import Device
 from hsrpc.engine.forward import DeviceBatch, Forward, Group, Pass
 from hsrpc.engine.tasks.cache import CacheManager, DeviceRows, Gathers, Stores
 from hsrpc.model.attention import InPlaceRows
+from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import Plan
 from hsrpc.schedule.blocks import PoolId
 from hsrpc.schedule.step import NO_RUNS, MiniBatch
@@ -38,11 +39,11 @@ class DecodeGraphs:
         most = self._sizes[-1]
         columns = _TABLE + -(-plan.max_model_len // plan.block_size)
         with device.on(device.compute):  # which reads them at once
-            self._input = device.empty((most, columns), torch.int32)
+            self._input = device.empty((most, columns), torch.int32, DeviceUse.GRAPH_BUFFERS)
             self._input.copy_(torch.from_numpy(self._padding(most)))
             self._rows = torch.arange(most, device=device.torch_device)
             self._nothing = torch.zeros(most + 1, dtype=torch.int32, device=device.torch_device)
-            self._logits = device.empty((most, forward.sizes.vocab_size), torch.float32)
+            self._logits = device.empty((most, forward.sizes.vocab_size), torch.float32, DeviceUse.GRAPH_BUFFERS)
         # The largest first, so that the others fit into its memory.
         self._graphs = {size: device.capture(partial(self._compute, size)) for size in reversed(self._sizes)}
 

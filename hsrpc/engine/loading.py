@@ -20,6 +20,7 @@ from hsrpc.errors import ConfigError, EngineUnavailableError
 from hsrpc.model.checkpoint import WeightSource
 from hsrpc.model.family import Family, TensorSpec
 from hsrpc.model.formats.lossless import WORD, can_encode
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.sizes import align
 
@@ -35,7 +36,7 @@ class HardlySmallerError(ConfigError):
 
 def compile_coding(device: Device, dtype: torch.dtype) -> None:
     """Code and decode a few values: the threads that load would otherwise all compile the same kernels."""
-    values = device.empty((1, WORD), dtype)
+    values = device.empty((1, WORD), dtype, DeviceUse.WORKSPACE)
     values.copy_(torch.arange(WORD))  # of six exponents, for which the second level is needed
     coding, data = device.encode_weights(values)
     device.decode_weights(data, coding, values)
@@ -57,7 +58,7 @@ def load_weights(
     loader = _Loader(family, source, plan, device, stop)
     fixed, layers = family.fixed_tensors(), range(family.sizes.num_layers)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="load") as pool:
-        read = pool.map(loader.read, fixed)
+        read = pool.map(loader.fixed, fixed)
         loaded = pool.map(loader.layer, layers)
         bar = tqdm(loaded, total=len(layers), desc="loading weights", unit="layer", disable=not progress, leave=False)
         try:
@@ -81,16 +82,19 @@ class _Loader:
     _num_coded: int = 0
     """Bytes of all layers coded so far."""
 
-    def read(self, tensor: TensorSpec) -> torch.Tensor:
-        """On the device."""
-        out = self.device.empty(tensor.shape, self.family.spec.dtype)
+    def fixed(self, tensor: TensorSpec) -> torch.Tensor:
+        """A tensor that is no layer's, on the device."""
+        return self._read(tensor, DeviceUse.FIXED)
+
+    def _read(self, tensor: TensorSpec, use: DeviceUse) -> torch.Tensor:
+        out = self.device.empty(tensor.shape, self.family.spec.dtype, use)
         self.source.read(tensor, out)
         return out
 
     def layer(self, number: int) -> LayerWeights:
         self._check_stop()
         tensors, stays = self.family.layer_tensors(number), self.plan.resident[number]
-        resident = {tensor.name: self.read(tensor) for tensor in tensors if tensor.name in stays}
+        resident = {t.name: self._read(t, DeviceUse.RESIDENT_WEIGHTS) for t in tensors if t.name in stays}
         streamed = [tensor for tensor in tensors if tensor.name not in stays]
         if not streamed:
             return LayerWeights(resident, None, (), self.family.spec.dtype)
@@ -104,7 +108,8 @@ class _Loader:
             for tensor in tensors:
                 self.source.read(tensor, host[tensor.name])
 
-        return LayerWeights({}, self.device.pinned(size, fill), slices, self.family.spec.dtype)
+        packed = self.device.pinned(size, HostUse.STREAMED_WEIGHTS, fill)
+        return LayerWeights({}, packed, slices, self.family.spec.dtype)
 
     def _coded(self, tensors: Sequence[TensorSpec]) -> LayerWeights:
         """Matrices are coded, on the device; other tensors are small, and stay as they are."""
@@ -116,7 +121,7 @@ class _Loader:
         with self._coding:
             self._check_stop()  # again: others were coded meanwhile
             for tensor in tensors:
-                values = self.read(tensor)
+                values = self._read(tensor, DeviceUse.WEIGHT_BUFFERS)  # in their room
                 if can_encode(values):
                     coding, data = self.device.encode_weights(values)
                     coded.append(CodedSlice(tensor.name, coding, size, target))
@@ -127,7 +132,7 @@ class _Loader:
                 parts.append((size, data))
                 size += align(len(data))
             self._count(size)
-            packed = self.device.pinned(size, pages=pages)
+            packed = self.device.pinned(size, HostUse.STREAMED_WEIGHTS, pages=pages)
             for start, data in parts:
                 packed[start : start + len(data)] = data
         return LayerWeights({}, packed, tuple(slices), self.family.spec.dtype, tuple(coded))
@@ -145,7 +150,7 @@ class _Loader:
         """Of a coded layer, before it is pinned."""
         with self._counting:
             self._num_coded += size
-        planned = self.plan.host_bytes["streamed weights"]
+        planned = self.plan.host_bytes[HostUse.STREAMED_WEIGHTS]
         if self._num_coded > planned:
             problem = f"coded weights take more than the {format_bytes(planned)} planned"
             raise HardlySmallerError("weight_coding", WeightCoding.LOSSLESS.value, problem, "use weight_coding=none")

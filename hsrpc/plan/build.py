@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from hsrpc.plan.cache_policy import CacheDecision
-from hsrpc.plan.device_memory import Staging, device_bytes
+from hsrpc.plan.device_memory import SPARE_SLOTS, Staging, device_bytes, pool_bytes
 from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.prediction import as_prediction
 from hsrpc.plan.search import Evaluation, Evaluator, Point
 from hsrpc.plan.sizes import ModelSizes
-from hsrpc.schedule.blocks import PoolId
+from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
 from hsrpc.schedule.recompute import NO_RECOMPUTE, RecomputeLimits
 from hsrpc.schedule.step import BufferLimits, RowCosts
 
@@ -30,7 +31,7 @@ class Assembly:
         model, config = evaluator.model, evaluator.config
         one = evaluator.evaluate(point.as_grid())
         blocks = self._num_blocks(one)
-        staging = self._staging(one, blocks)
+        staging = self._staging(point, one, blocks)
         choices, every_prompt = evaluator.choices, point.batch * evaluator.max_model_len
         resident, sizes = choices.names[point.choice], model.sizes
         share = self._share(one)
@@ -52,15 +53,15 @@ class Assembly:
             codes_weights=sizes.codes_weights,
             num_blocks=blocks,
             device_bytes={
-                **{name: int(size) for name, size in device_bytes(sizes, staging).items()},
-                "runtime": evaluator.budgets.runtime,
-                "weight buffers": int(choices.buffers[point.choice]),
-                "resident weights": int(choices.resident[point.choice]),
-                "cache blocks": self._cache_bytes(blocks, PoolId.DEVICE_KV, PoolId.DEVICE_ACTIVATION),
+                **{use: int(size) for use, size in device_bytes(sizes, staging).items()},
+                DeviceUse.RUNTIME: evaluator.budgets.runtime,
+                DeviceUse.WEIGHT_BUFFERS: int(choices.buffers[point.choice]),
+                DeviceUse.RESIDENT_WEIGHTS: int(choices.resident[point.choice]),
+                DeviceUse.CACHE_BLOCKS: self._pool_bytes(blocks, Tier.DEVICE, SPARE_SLOTS),
             },
             host_bytes={
-                "streamed weights": int(choices.on_host[point.choice]),
-                "cache blocks": self._cache_bytes(blocks, PoolId.HOST_KV, PoolId.HOST_ACTIVATION),
+                HostUse.STREAMED_WEIGHTS: int(choices.on_host[point.choice]),
+                HostUse.CACHE_BLOCKS: self._pool_bytes(blocks, Tier.HOST),
             },
             budgets=evaluator.budgets,
             prediction=as_prediction(point.batch, model.traffic.context, one.times),
@@ -86,11 +87,14 @@ class Assembly:
             is_forced=evaluator.config.recompute_share is not None,
         )
 
-    def _staging(self, one: Evaluation, blocks: dict[PoolId, int]) -> Staging:
-        """As evaluated, in whole numbers, less the activation buffers of a plan without activations."""
+    def _staging(self, point: Point, one: Evaluation, blocks: dict[PoolId, int]) -> Staging:
+        """As evaluated, in whole numbers, less the activation buffers and decode graphs that the plan has no use of."""
         staging = Staging(**{item.name: int(getattr(one.staging, item.name)) for item in fields(Staging)})
-        has_activations = blocks[PoolId.DEVICE_ACTIVATION] + blocks[PoolId.HOST_ACTIVATION] > 0
-        return staging if has_activations else replace(staging, activation_rows=0)
+        if not blocks[PoolId.DEVICE_ACTIVATION] + blocks[PoolId.HOST_ACTIVATION]:
+            staging = replace(staging, activation_rows=0)
+        streams = self.evaluator.choices.on_bus[point.choice] > 0
+        in_place = blocks[PoolId.DEVICE_KV] > 0 and self.evaluator.sizes.sliding_window is None
+        return staging if in_place and not streams else replace(staging, graph_batch=0)
 
     def _share(self, one: Evaluation) -> float:
         """Activations' part of all tokens in use."""
@@ -123,10 +127,11 @@ class Assembly:
             PoolId.HOST_ACTIVATION: on_host,
         }
 
-    def _cache_bytes(self, blocks: dict[PoolId, int], kv: PoolId, activation: PoolId) -> int:
-        sizes = self.evaluator.sizes
-        block_bytes = blocks[kv] * sizes.kv_bytes + blocks[activation] * sizes.activation_bytes
-        return sizes.num_layers * self.evaluator.config.block_size * block_bytes
+    def _pool_bytes(self, blocks: dict[PoolId, int], tier: Tier, spare: int = 0) -> int:
+        """Of a tier, with `spare` slots more in each of its pools."""
+        block_size = self.evaluator.config.block_size
+        slots = {pool.kind: blocks[pool] * block_size + spare for pool in PoolId if pool.tier is tier}
+        return pool_bytes(self.evaluator.sizes, slots[BlockKind.KV], slots[BlockKind.ACTIVATION])
 
 
 def _row_costs(sizes: ModelSizes, hardware: Hardware) -> RowCosts:

@@ -18,7 +18,7 @@ class ResidentChoices:
     names: tuple[tuple[frozenset[str], ...], ...]
     """For each choice and layer, the packed tensors that stay."""
     resident: Floats
-    """Bytes that stay, all layers."""
+    """Bytes that stay, all layers: each tensor is allocated by itself, without padding."""
     on_bus: Floats
     """Bytes that cross the bus in every step for the others."""
     on_host: Floats
@@ -32,13 +32,14 @@ def resident_choices(sizes: ModelSizes, shares: tuple[float, ...]) -> ResidentCh
     total = sizes.num_layers * sizes.layer_bytes
     found = {spread_resident(sizes, int(share * total)): None for share in sorted(shares)}
     kept = [[sum(map(sizes.tensor_bytes, layer)) for layer in names] for names in found]
-    resident = np.array([sum(layers) for layers in kept], dtype=np.float64)
+    streamed = np.array([total - sum(layers) for layers in kept], dtype=np.float64)
+    resident = [sum(sizes.layer_tensors[name] for layer in names for name in layer) for names in found]
     largest = np.array([sizes.layer_bytes - min(layers) for layers in kept], dtype=np.float64)
     return ResidentChoices(
         names=tuple(found),
-        resident=resident,
-        on_bus=(total - resident) * sizes.coded_share,
-        on_host=np.ceil((total - resident) * sizes.max_coded_share),
+        resident=np.array(resident, dtype=np.float64) * sizes.element_bytes,
+        on_bus=streamed * sizes.coded_share,
+        on_host=np.ceil(streamed * sizes.max_coded_share),
         buffers=(BUFFERS + sizes.codes_weights) * largest,
     )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from hsrpc.config import CachePolicy
 from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.schedule.blocks import PoolId
 from hsrpc.schedule.recompute import RecomputeLimits
 from hsrpc.schedule.step import BufferLimits, RowCosts
@@ -102,10 +103,10 @@ class Plan:
     codes_weights: bool
     """They are coded on the host, and decoded on the device."""
     num_blocks: dict[PoolId, int]
-    device_bytes: dict[str, int]
-    """What the device budget is spent on."""
-    host_bytes: dict[str, int]
-    """What the host budget is spent on."""
+    device_bytes: dict[DeviceUse, int]
+    """What the device budget is spent on; for hidden states, workspace, graphs and runtime bounds, else exact."""
+    host_bytes: dict[HostUse, int]
+    """What the host budget is spent on; for coded weights a bound, since their values decide how small they get."""
     budgets: Budgets
     prediction: StepPrediction
     hardware: Hardware
@@ -121,5 +122,5 @@ class Plan:
     @property
     def resident_share(self) -> float:
         """Share of the layers' weights that stay on the device."""
-        total = self.device_bytes["resident weights"] + sum(self.streamed_bytes)
-        return self.device_bytes["resident weights"] / total
+        resident = self.device_bytes[DeviceUse.RESIDENT_WEIGHTS]
+        return resident / (resident + sum(self.streamed_bytes))

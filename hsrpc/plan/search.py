@@ -172,7 +172,15 @@ class Evaluator:
         batch, rows, traffic = grid.batch, grid.rows, self.model.traffic
         if self.recomputes:
             step_tokens = batch * self.max_model_len
-            return Staging(batch=batch, rows=rows, activation_rows=0, queries=rows, step_tokens=step_tokens)
+            return Staging(
+                batch=batch,
+                rows=rows,
+                activation_rows=0,
+                queries=rows,
+                step_tokens=step_tokens,
+                graph_batch=batch,
+                table=self.longest,
+            )
         # Of what is computed anew whole requests, and no fewer tokens than compute for as long as they take to launch.
         least = max(traffic.at_end, min(_MIN_STREAMED, self._max_prompt_tokens()))
         whole = np.where(np.asarray(grid.recompute) > 0, np.minimum(least, batch * self.max_model_len), 0)
@@ -182,6 +190,8 @@ class Evaluator:
             activation_rows=np.where(grid.kv_only, 0, rows),
             queries=np.maximum(prompt_queries + batch, whole),
             step_tokens=idle_chunk + batch + np.minimum(grid.recompute, batch * traffic.at_end),
+            graph_batch=batch,
+            table=self.longest,
         )
 
     def _chunks(self, batch: Floats, streamed: Number) -> tuple[Number, Number]:

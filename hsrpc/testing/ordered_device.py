@@ -31,6 +31,7 @@ from hsrpc.config import DeviceKind
 from hsrpc.device.device import OPENERS, CpuDevice, Event, Stream
 from hsrpc.device.host_pages import HostPages
 from hsrpc.model.formats.lossless import Coding
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.schedule.step import Runs
 from hsrpc.testing.access_history import Actor
 from hsrpc.testing.checker import Checker, Mark
@@ -111,18 +112,23 @@ class OrderedDevice(CpuDevice):
         if found := self.races:
             raise RaceError("\n".join([f"{len(found)} kinds of races, the first ones:", *found[:_MAX_RACES]]))
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, use: DeviceUse) -> torch.Tensor:
         with _disable_current_modes():
-            tensor = super().empty(shape, dtype)
+            tensor = super().empty(shape, dtype, use)
         owner = self._stream if self._stream is not None else Actor.DEFAULT
-        self._checker.allocate(tensor, f"device memory {list(shape)}", owner)
+        self._checker.allocate(tensor, f"{use.value} {list(shape)}", owner)
         return tensor
 
     def pinned(
-        self, size: int, fill: Callable[[torch.Tensor], object] | None = None, *, pages: HostPages | None = None
+        self,
+        size: int,
+        use: HostUse,
+        fill: Callable[[torch.Tensor], object] | None = None,
+        *,
+        pages: HostPages | None = None,
     ) -> torch.Tensor:
-        tensor = super().pinned(size, fill, pages=pages)
-        self._checker.allocate(tensor, f"pinned memory [{size}]", None)
+        tensor = super().pinned(size, use, fill, pages=pages)
+        self._checker.allocate(tensor, f"pinned {use.value} [{size}]", None)
         return tensor
 
     def release_pinned(self) -> None:
@@ -163,7 +169,7 @@ class OrderedDevice(CpuDevice):
         with _disable_current_modes():
             host = torch.empty(size, dtype=torch.uint8)
         self._checker.allocate(host, f"pinned memory [{size}]", None, is_staging=True)
-        return host, self.empty((size,), torch.uint8)
+        return host, self.empty((size,), torch.uint8, DeviceUse.WORKSPACE)
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         if self._stream is None:

@@ -21,6 +21,7 @@ from hsrpc import Engine, EngineConfig
 from hsrpc.engine import startup
 from hsrpc.errors import ConfigError
 from hsrpc.model.spec import load_spec
+from hsrpc.plan.memory_use import HostUse
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.schedule.blocks import BlockTable, PoolId, Tier
@@ -157,7 +158,7 @@ async def test_host_memory_is_counted_and_within_its_budget(name: str, reference
         async with Engine(config) as engine:
             pools = engine._opened.cache._pools
             taken = sum(layer.nbytes for pool, layers in pools.items() if pool.tier is Tier.HOST for layer in layers)
-            assert engine.plan.host_bytes["cache blocks"] == taken
+            assert engine.plan.host_bytes[HostUse.CACHE_BLOCKS] == taken
     least = int(config.host_memory)
     block_bytes = NUM_LAYERS * BLOCK_SIZE * load_spec(made.directory, torch.float32).sizes.kv_bytes
     for host in range(least, least + 5 * block_bytes, block_bytes // 7):

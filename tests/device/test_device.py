@@ -16,6 +16,7 @@ from hsrpc.device.device import CpuDevice, available_memory, open_device
 from hsrpc.device.host_pages import HostPages
 from hsrpc.device.uploads import Uploads
 from hsrpc.errors import ConfigError
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.schedule.step import Runs
 
 SLOTS, ROWS, WIDTH = 40, 30, 6
@@ -41,9 +42,9 @@ def runs(draw: st.DrawFn) -> Runs:
 def test_copy_runs_copies_row_by_row(copies: Runs, dtype: torch.dtype) -> None:
     """As a loop over single rows would; all other rows stay as they are."""
     device = CpuDevice()
-    source = device.pinned(SLOTS * WIDTH * dtype.itemsize).view(dtype).view(SLOTS, WIDTH)
+    source = device.pinned(SLOTS * WIDTH * dtype.itemsize, HostUse.CACHE_BLOCKS).view(dtype).view(SLOTS, WIDTH)
     source.copy_(torch.randn(SLOTS, WIDTH))
-    target = device.empty((ROWS, WIDTH), dtype)
+    target = device.empty((ROWS, WIDTH), dtype, DeviceUse.CACHE_BUFFERS)
     target.fill_(-7)
     wanted = target.clone()
     for start, row, count in zip(copies.source, copies.target, copies.count, strict=True):
@@ -84,9 +85,9 @@ def test_work_on_the_cpu_is_done_when_the_call_returns() -> None:
 
 def test_pinned_memory_comes_filled() -> None:
     """What is to be written into it is there when it comes; a fault in writing it goes through."""
-    assert CpuDevice().pinned(3, lambda memory: memory.fill_(7)).tolist() == [7, 7, 7]
+    assert CpuDevice().pinned(3, HostUse.STREAMED_WEIGHTS, lambda memory: memory.fill_(7)).tolist() == [7, 7, 7]
     with pytest.raises(ZeroDivisionError):
-        CpuDevice().pinned(3, lambda memory: memory.fill_(1 // 0))
+        CpuDevice().pinned(3, HostUse.STREAMED_WEIGHTS, lambda memory: memory.fill_(1 // 0))
 
 
 def test_pages_are_given_and_go_back() -> None:
@@ -113,7 +114,7 @@ def _resident_bytes() -> int:
 def test_memory_that_cannot_be_had_is_a_setting_to_change() -> None:
     """ConfigError names host_memory, its size and the remedy."""
     with pytest.raises(ConfigError, match=r"host_memory='1024\.0 TiB'.*lower host_memory"):
-        CpuDevice().pinned(2**50)
+        CpuDevice().pinned(2**50, HostUse.CACHE_BLOCKS)
 
 
 def test_opening_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from hsrpc.errors import ConfigError, EngineUnavailableError
 from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import TensorSpec
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.request import Delta
 from hsrpc.schedule.sweep import BUFFERS
 from tests.engine.conftest import HARDWARE
@@ -104,11 +105,12 @@ async def test_the_host_holds_what_is_coded(tmp_path: Path) -> None:
         async with Engine(replace(config, weight_coding=name)) as engine:
             packed = [len(layer.packed) for layer in engine._opened.prefetcher._weights.layers]
             plans[coded] = plan = engine.plan
-            assert sum(packed) <= plan.host_bytes["streamed weights"]
+            assert sum(packed) <= plan.host_bytes[HostUse.STREAMED_WEIGHTS]
             assert max(packed) <= plan.weight_buffer_bytes
             buffers = (BUFFERS + coded) * plan.weight_buffer_bytes
-            assert plan.device_bytes["weight buffers"] == buffers
-    assert plans[True].host_bytes["streamed weights"] < 0.77 * plans[False].host_bytes["streamed weights"]
+            assert plan.device_bytes[DeviceUse.WEIGHT_BUFFERS] == buffers
+    streamed = {coded: plan.host_bytes[HostUse.STREAMED_WEIGHTS] for coded, plan in plans.items()}
+    assert streamed[True] < 0.77 * streamed[False]
     assert plans[True].prediction.bus < plans[False].prediction.bus
 
 

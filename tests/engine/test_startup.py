@@ -124,7 +124,7 @@ async def test_memory_that_is_not_free(
 ) -> None:
     """ConfigError before anything is allocated: neither the system nor the device is asked for what it has not."""
     allocated: list[int] = []
-    monkeypatch.setattr(CpuDevice, "pinned", lambda *_: allocated.append(1))
+    monkeypatch.setattr(CpuDevice, "pinned", lambda *_, **__: allocated.append(1))
     monkeypatch.setattr(CpuDevice, "free_memory", property(lambda _: 2**16 if field == "gpu_memory" else 2**40))
     monkeypatch.setattr(startup, "available_memory", lambda: 2**16 if field == "host_memory" else 2**40)
     monkeypatch.setattr(startup, "calibrate", lambda *_: HARDWARE)

@@ -1,4 +1,4 @@
-"""Attention of single queries to rows in place and in the buffer, against a dense computation in float64."""
+"""Attention of single queries to rows in place, and of packed rows, against a dense computation in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsrpc.model.attention import Attention, InPlaceRows
+from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
 from hsrpc.plan.sizes import ModelSizes
 
 BLOCK_SIZE = 4
@@ -15,7 +15,7 @@ NUM_BLOCKS = 12
 HEAD_DIM = 8
 
 
-def make_sizes(num_heads: int, num_kv_heads: int) -> ModelSizes:
+def make_sizes(num_heads: int, num_kv_heads: int, window: int | None = None) -> ModelSizes:
     return ModelSizes(
         num_layers=1,
         hidden_size=num_heads * HEAD_DIM,
@@ -28,6 +28,7 @@ def make_sizes(num_heads: int, num_kv_heads: int) -> ModelSizes:
         element_bytes=4,
         layer_tensors={},
         fixed_elements=0,
+        sliding_window=window,
     )
 
 
@@ -71,3 +72,38 @@ def test_a_query_sees_its_blocks_and_its_buffer_rows(
         slots = [int(tables[i, token // BLOCK_SIZE]) * BLOCK_SIZE + token % BLOCK_SIZE for token in range(count)]
         keys = torch.cat((pool[slots], kv[rebuilt[i] : rebuilt[i + 1]], kv[starts[i] : starts[i + 1]]))
         torch.testing.assert_close(found[i], dense(queries[i], keys, sizes), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 6)), min_size=1, max_size=4), seed=st.integers(0, 9)
+)
+def test_packed_queries_see_their_own_keys_up_to_themselves(
+    heads: tuple[int, int], window: int | None, lengths: list[tuple[int, int]], seed: int
+) -> None:
+    """Ragged requests of cached and new rows: causal at the end of the keys, and no further back than the window."""
+    sizes, random = make_sizes(*heads, window), torch.Generator().manual_seed(seed)
+    attention = Attention(sizes, 0.3, BLOCK_SIZE, torch.device("cpu"), torch.float32)
+    queries_at, keys_at = [0], [2]  # rows before the first request's are nobody's
+    for cached, new in lengths:
+        queries_at.append(queries_at[-1] + new)
+        keys_at.append(keys_at[-1] + cached + new)
+    queries = torch.randn(queries_at[-1], sizes.hidden_size, generator=random)
+    kv = torch.randn(keys_at[-1] + 3, 2 * sizes.kv_size, generator=random)
+    rows = PackedRows(
+        query_starts=torch.tensor(queries_at).int(),
+        key_starts=torch.tensor(keys_at).int(),
+        query_offsets=tuple(queries_at),
+        key_offsets=tuple(keys_at),
+        max_queries=max(new for _, new in lengths),
+        max_keys=max(cached + new for cached, new in lengths),
+    )
+    found = attention.packed(queries, kv, rows)
+    assert found.shape == queries.shape
+    for request, (cached, new) in enumerate(lengths):
+        for number in range(new):
+            end = keys_at[request] + cached + number + 1
+            start = keys_at[request] if window is None else max(keys_at[request], end - window)
+            row = queries_at[request] + number
+            torch.testing.assert_close(found[row], dense(queries[row], kv[start:end], sizes), rtol=1e-5, atol=1e-5)

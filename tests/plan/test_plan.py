@@ -14,6 +14,7 @@ from hsrpc.config import CachePolicy, EngineConfig, Placement
 from hsrpc.errors import ConfigError
 from hsrpc.plan.device_memory import device_bytes
 from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.placement import spread_resident
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
@@ -183,13 +184,16 @@ def test_a_plan_stays_within_the_budgets(planner: Planner):
     widths = {pool: sizes.kv_bytes if pool <= PoolId.HOST_KV else sizes.activation_bytes for pool in PoolId}
     slots = {pool: count * plan.block_size * sizes.num_layers for pool, count in plan.num_blocks.items()}
     cached = {pool: slots[pool] * widths[pool] for pool in PoolId}
-    assert plan.device_bytes["cache blocks"] == sum(cached[pool] for pool in PoolId if pool.tier is Tier.DEVICE)
-    assert plan.host_bytes["cache blocks"] == sum(cached[pool] for pool in PoolId if pool.tier is Tier.HOST)
+    on_device, on_host = (sum(cached[pool] for pool in PoolId if pool.tier is tier) for tier in Tier)
+    spare = sizes.num_layers * (sizes.kv_bytes + sizes.activation_bytes)
+    assert plan.device_bytes[DeviceUse.CACHE_BLOCKS] == on_device + spare
+    assert plan.host_bytes[HostUse.CACHE_BLOCKS] == on_host
     for names, streamed in zip(plan.resident, plan.streamed_bytes, strict=True):
         assert streamed == sizes.layer_bytes - sum(map(sizes.tensor_bytes, names))
-    assert plan.device_bytes["resident weights"] == sizes.num_layers * sizes.layer_bytes - sum(plan.streamed_bytes)
-    assert plan.host_bytes["streamed weights"] == math.ceil(sum(plan.streamed_bytes) * sizes.max_coded_share)
-    assert plan.device_bytes["weight buffers"] >= (BUFFERS + plan.codes_weights) * plan.weight_buffer_bytes
+    own = sum(sizes.layer_tensors[name] for names in plan.resident for name in names) * sizes.element_bytes
+    assert plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS] == own
+    assert plan.host_bytes[HostUse.STREAMED_WEIGHTS] == math.ceil(sum(plan.streamed_bytes) * sizes.max_coded_share)
+    assert plan.device_bytes[DeviceUse.WEIGHT_BUFFERS] >= (BUFFERS + plan.codes_weights) * plan.weight_buffer_bytes
 
 
 @given(planner=PLANNERS)
@@ -225,7 +229,8 @@ def test_a_plan_keeps_its_promises(planner: Planner):
     manager, table = BlockManager(plan.num_blocks), BlockTable()
     assert manager.grow(table, -(-plan.max_model_len // block))
     if config.placement is Placement.HOST:
-        assert plan.device_bytes["resident weights"] == plan.device_bytes["cache blocks"] == 0
+        assert plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS] == 0
+        assert blocks_of(plan, Tier.DEVICE) == 0
 
 
 @given(planner=PLANNERS, share=st.sampled_from((0.0, 0.25, 0.5, 0.75, 1.0)), batch=st.sampled_from((1, 3, 8, 32)))
@@ -318,7 +323,7 @@ def test_a_model_that_fits_stays_on_the_device():
     plan = make_plan(SMALL, device=4 * GIB, host=GIB, max_batch=4)
     assert plan.streamed_bytes == (0,) * 4
     assert plan.resident_share == 1.0
-    assert plan.weight_buffer_bytes == plan.device_bytes["weight buffers"] == 0
+    assert plan.weight_buffer_bytes == plan.device_bytes[DeviceUse.WEIGHT_BUFFERS] == 0
     assert plan.prediction.bus == 0.0
     assert all(names == frozenset(SMALL.layer_tensors) for names in plan.resident)
 

@@ -15,6 +15,7 @@ from hsrpc.config import CachePolicy, EngineConfig, Placement
 from hsrpc.plan import planner as planner_module
 from hsrpc.plan.device_memory import Staging, device_bytes
 from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at
@@ -76,6 +77,8 @@ def enumerate_all(sizes: ModelSizes, device: int) -> float:
         activation_rows=uses_activations * rows,
         queries=chunk + batch,
         step_tokens=np.maximum(chunk, 2048) + batch,
+        graph_batch=batch,
+        table=LONGEST // BLOCK,
     )
     streamed = (1 - resident) * sizes.layer_bytes
     room = device - sum(device_bytes(sizes, staging).values()) - resident * total - BUFFERS * streamed
@@ -221,7 +224,7 @@ def test_a_resident_share_that_is_asked_for_is_kept(share: float):
     plan = plan_for(OPT["13b"], 40 * GIB, resident_share=share)
     largest = max(map(OPT["13b"].tensor_bytes, OPT["13b"].layer_tensors))
     total = OPT["13b"].num_layers * OPT["13b"].layer_bytes
-    assert share * total - largest <= plan.device_bytes["resident weights"] <= share * total
+    assert share * total - largest <= plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS] <= share * total
 
 
 def test_prompts_count():

@@ -177,6 +177,15 @@ def test_the_device_comes_first(device: PoolId, host: PoolId):
     assert list(table.pools) == [device] * 3 + [host] * 3
 
 
+@pytest.mark.parametrize(("kv", "activation"), [(3, 1), (1, 3), (5, 2), (4, 4)])
+def test_activations_are_not_behind_their_share(kv: int, activation: int):
+    """Of any number of blocks as many are activations as their part of the pools, rounded up."""
+    manager, table = BlockManager({PoolId.HOST_KV: kv, PoolId.HOST_ACTIVATION: activation}), BlockTable()
+    for count in range(1, kv + activation + 1):
+        assert manager.grow(table, 1)
+        assert table.pools.count(PoolId.HOST_ACTIVATION) == -(-count * activation // (kv + activation))
+
+
 def test_the_other_kind_of_a_tier_serves():
     """After frees that left one kind of the device full, the device's other kind still comes before the host."""
     manager, tables = BlockManager(dict.fromkeys(PoolId, 4)), [BlockTable(), BlockTable()]

@@ -64,9 +64,9 @@ class Trace:
         dues = {r: self.first_since[r.client] + patience(r.params.priority) for r in firsts}
         overdue = [r for r in firsts if dues[r] <= self.now]
         if overdue:
-            assert dues[request] == min(dues[r] for r in overdue)
+            assert (dues[request], request.arrival) == min((dues[r], r.arrival) for r in overdue)
         else:
-            served = {r: (r.params.priority, self.queue._lines[r.client].served) for r in firsts}
+            served = {r: (r.params.priority, self.queue._lines[r.client].served, r.arrival) for r in firsts}
             assert served[request] == min(served.values())
 
 
@@ -122,6 +122,22 @@ def test_a_greedy_client_does_not_delay_a_light_one():
     assert trace.queue.num_ahead("greedy") == 999
     light = trace.add("light")
     assert light in [trace.admit(), trace.admit()]
+
+
+def test_of_equals_the_first_to_come_is_let_in_first():
+    """Clients whose priority and tokens are the same, whatever their names; also where all are overdue together."""
+    for wait in (0.0, 2 * patience(0)):
+        trace = Trace()
+        added = [trace.add(client) for client in "cabd"]
+        trace.now = wait
+        assert [trace.admit() for _ in added] == added
+
+
+def test_of_one_client_the_first_to_come_is_let_in_first():
+    """At the same time and priority."""
+    trace = Trace()
+    added = [trace.add("a") for _ in range(5)]
+    assert [trace.admit() for _ in added] == added
 
 
 def test_clients_share_tokens_and_not_requests():

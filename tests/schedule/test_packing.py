@@ -265,6 +265,24 @@ def test_mini_batches_balance():
     assert kinds == [{PoolId.HOST_KV: 3, PoolId.HOST_ACTIVATION: 3}] * 2
 
 
+@pytest.mark.parametrize(
+    ("short", "costs"),
+    [
+        (PoolId.HOST_ACTIVATION, RowCosts(load_kv=1.0, load_activation=0.5, regenerate=5.0)),
+        (PoolId.HOST_KV, RowCosts(load_kv=1.0, load_activation=0.0, regenerate=0.1)),
+    ],
+    ids=["gpu", "bus"],
+)
+def test_mini_batches_balance_the_longer_side(short: PoolId, costs: RowCosts):
+    """Four short works take longer on one side than a long one on the other: each mini-batch has two of them."""
+    long = PoolId.HOST_KV if short is PoolId.HOST_ACTIVATION else PoolId.HOST_ACTIVATION
+    works = [make_work(i, [(short, 10 * i + j) for j in range(5)], 64, 1) for i in range(4)]
+    works.append(make_work(4, [(long, 100 + j) for j in range(13)], 200, 1))
+    parts = form_mini_batches(works, 16, BufferLimits(rows=400, activation_rows=1000, queries=100), costs, None)
+    kinds = [Counter(PoolId(work.request.blocks.pools[0]) for work in part) for part in parts]
+    assert [count[short] for count in kinds] == [2, 2]
+
+
 def test_a_partly_filled_activation_block_counts_as_far_as_it_is_filled():
     """Two requests of one activation row each share a buffer of two rows, though their blocks hold 16."""
     chunks = [make_chunk(i, [(PoolId.HOST_ACTIVATION, i)], 1, 1) for i in range(2)]

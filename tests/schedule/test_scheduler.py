@@ -798,3 +798,34 @@ def test_the_first_with_room_takes_its_cache_back():
     harness.commit()
     assert (short.is_uncached, long.is_uncached) == (False, True)
     harness.drain()
+
+
+def test_prompts_of_several_mini_batches_share_a_budget():
+    """A prompt that fills a mini-batch leaves the rest of the step's prompt tokens to the next, in every step."""
+    limits = replace(LIMITS, max_idle_prefill_tokens=10, buffers=BufferLimits(rows=24, activation_rows=24, queries=8))
+    harness = Harness({PoolId.HOST_KV: 40}, limits)
+    for _ in range(2):
+        harness.add([1] * 23, SamplingParams(max_tokens=1))
+    for wanted in ([8, 2], [8, 2], [7, 3]):
+        step = harness.schedule()
+        assert step is not None
+        assert sorted((work.num_new for work in step.works), reverse=True) == wanted
+        harness.scheduler.commit(step, [1] * len(step.sampled), 1.0)
+
+
+def test_a_preempted_request_that_ends_waits_no_longer():
+    """It is counted among those that wait until then; nothing is left to do after it."""
+    scheduler = Scheduler(BlockManager({PoolId.HOST_KV: 8}), LIMITS, [EOS])
+    params = SamplingParams(max_tokens=18, ignore_eos=True)
+    first, second = (Request(str(number), [1] * 6, params, number, 0.0) for number in range(2))
+    for request in (first, second):
+        scheduler.add(request)
+    while not second.preemptions:
+        step = scheduler.schedule(1.0)
+        assert step is not None
+        scheduler.commit(step, [1] * len(step.sampled), 1.0)
+    assert scheduler.num_waiting == 1
+    scheduler.finish("1", FinishReason.ABORTED)
+    assert scheduler.num_waiting == scheduler.num_waiting_tokens == 0
+    scheduler.finish("0", FinishReason.ABORTED)
+    assert not scheduler.has_work

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hsrpc.config import DeviceKind
 from hsrpc.device.device import open_device
 from hsrpc.model.formats.lossless import WORD
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.schedule.step import Runs
 from hsrpc.testing.access_history import AccessHistory, Actor, Box, RowSet
 from hsrpc.testing.ordered_device import OrderedDevice, RaceError, ordered_devices
@@ -24,7 +25,7 @@ Example: TypeAlias = Callable[[OrderedDevice, torch.Tensor, bool], None]
 
 def made() -> tuple[OrderedDevice, torch.Tensor]:
     device = OrderedDevice()
-    memory = device.empty((8, 6), torch.float32)
+    memory = device.empty((8, 6), torch.float32, DeviceUse.MEASUREMENT)
     device.drain()
     return device, memory
 
@@ -159,7 +160,7 @@ def runs_of_rows(device: OrderedDevice, memory: torch.Tensor, ordered: bool) -> 
 
 
 def row_numbers(device: OrderedDevice, memory: torch.Tensor, ordered: bool) -> None:
-    rows = device.empty((2,), torch.int64)
+    rows = device.empty((2,), torch.int64, DeviceUse.MEASUREMENT)
     rows.copy_(torch.tensor([1, 2]))
     device.drain()
     with device.on(device.store):
@@ -171,14 +172,14 @@ def row_numbers(device: OrderedDevice, memory: torch.Tensor, ordered: bool) -> N
 
 def bytes_loaded(device: OrderedDevice, memory: torch.Tensor, ordered: bool) -> None:
     with device.on(device.load):
-        device.load_bytes(memory.view(torch.uint8).view(-1), device.pinned(40).zero_())
+        device.load_bytes(memory.view(torch.uint8).view(-1), device.pinned(40, HostUse.MEASUREMENT).zero_())
     with device.on(device.compute):
         memory.view(-1)[10 if ordered else 9 :].sum()
 
 
 def weights_decoded(device: OrderedDevice, memory: torch.Tensor, ordered: bool) -> None:
     coding, data = device.encode_weights(torch.randn(1, WORD, dtype=torch.bfloat16))
-    target = device.empty((1, WORD), torch.bfloat16)
+    target = device.empty((1, WORD), torch.bfloat16, DeviceUse.MEASUREMENT)
     device.drain()
     with device.on(device.compute):
         device.decode_weights(data, coding, target)
@@ -251,7 +252,7 @@ def memory_of_uploads(device: OrderedDevice, memory: torch.Tensor, ordered: bool
 
 
 def memory_without_a_stream(device: OrderedDevice, memory: torch.Tensor, ordered: bool) -> None:
-    other = device.empty((4,), torch.float32)
+    other = device.empty((4,), torch.float32, DeviceUse.MEASUREMENT)
     if ordered:
         device.drain()
     with device.on(device.load):
@@ -259,14 +260,14 @@ def memory_without_a_stream(device: OrderedDevice, memory: torch.Tensor, ordered
 
 
 def memory_without_a_stream_is_reused(device: OrderedDevice, memory: torch.Tensor, ordered: bool) -> None:
-    other = device.empty((4,), torch.float32)
+    other = device.empty((4,), torch.float32, DeviceUse.MEASUREMENT)
     device.drain()
     with device.on(device.load):
         other.sum()
     if ordered:
         device.synchronize(device.record(device.load))
     del other
-    device.empty((4,), torch.float32)
+    device.empty((4,), torch.float32, DeviceUse.MEASUREMENT)
 
 
 def a_result_on_the_host(device: OrderedDevice, memory: torch.Tensor, ordered: bool) -> None:
@@ -360,7 +361,7 @@ def test_a_race_names_the_buffer_both_operations_their_places_and_streams() -> N
     write_after_write(device, memory, False)
     (race,) = device.races
     place = r"\({}\.write_after_write:\d+\)".format(__name__.replace(".", r"\."))
-    assert f"device memory [8, 6] of {__name__}.made" in race
+    assert f"measurement [8, 6] of {__name__}.made" in race
     with pytest.raises(
         RaceError, match=rf"write by aten::zero_ {place} on compute .* write by aten::fill_ {place} on load"
     ):
@@ -394,7 +395,7 @@ def test_one_site_is_left_out() -> None:
         f"store waits for load in {__name__}.twice #1",
     ):
         device = OrderedDevice(without=without)
-        memory = device.empty((4,), torch.float32)
+        memory = device.empty((4,), torch.float32, DeviceUse.MEASUREMENT)
         device.drain()
         with device.on(device.store):
             memory.fill_(1.0)
@@ -418,7 +419,7 @@ def test_inside_the_context_the_cpu_is_ordered() -> None:
 def race() -> None:
     with ordered_devices():
         device = open_device(DeviceKind.CPU)
-        write_after_write(device, device.empty((8, 6), torch.float32), False)
+        write_after_write(device, device.empty((8, 6), torch.float32, DeviceUse.MEASUREMENT), False)
 
 
 _SIZE = 48

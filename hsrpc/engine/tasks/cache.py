@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from hsrpc.device.device import Device
 from hsrpc.device.uploads import Upload
 from hsrpc.engine.lanes import StepRun
 from hsrpc.engine.worker import Worker
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
@@ -93,9 +95,9 @@ class CacheManager:
             pool: self._allocate(pool, count * plan.block_size, dtype) for pool, count in plan.num_blocks.items()
         }
         rows = {BlockKind.KV: plan.buffers.rows, BlockKind.ACTIVATION: plan.buffers.activation_rows}
+        shapes = [(rows[kind], self._widths[kind]) for kind in BlockKind]
         self.buffers = [
-            Buffers(*(device.empty((rows[kind], self._widths[kind]), dtype) for kind in BlockKind))
-            for _ in range(BUFFERS)
+            Buffers(*(device.empty(shape, dtype, DeviceUse.CACHE_BUFFERS) for shape in shapes)) for _ in range(BUFFERS)
         ]
         self._loads: list[Loads] = []
 
@@ -163,12 +165,14 @@ class CacheManager:
         """One tensor [slots, width] a layer, so that a layer's blocks are neighbours."""
         width = self._widths[pool.kind]
         if pool.tier is Tier.DEVICE:  # with a spare row
-            return [self._device.empty((num_slots + 1, width), dtype) for _ in range(self._num_layers)]
+            shape = num_slots + 1, width
+            return [self._device.empty(shape, dtype, DeviceUse.CACHE_BLOCKS) for _ in range(self._num_layers)]
         if num_slots == 0:
             return []
         sizes = [num_slots * width * dtype.itemsize] * self._num_layers
+        pin = partial(self._device.pinned, use=HostUse.CACHE_BLOCKS)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pin") as threads:
-            return [memory.view(dtype).view(num_slots, width) for memory in threads.map(self._device.pinned, sizes)]
+            return [memory.view(dtype).view(num_slots, width) for memory in threads.map(pin, sizes)]
 
 
 def _loads_from(tier: Tier, batch: MiniBatch) -> Iterator[dict[PoolId, Runs]]:

@@ -12,6 +12,7 @@ from hsrpc.device.device import Device
 from hsrpc.engine.lanes import StepRun
 from hsrpc.engine.weights import Decoding, ModelWeights
 from hsrpc.engine.worker import Worker
+from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import Plan
 from hsrpc.schedule.sweep import BUFFERS, Lane, LayerPlacement, Op, Places
 
@@ -34,18 +35,18 @@ class WeightPrefetcher:
         self._layers = weights.layers
         self._device = device
         streams = any(layer.packed is not None for layer in weights.layers)
-        self._buffers = [device.empty((plan.weight_buffer_bytes,), torch.uint8) for _ in range(BUFFERS * streams)]
-        self._decoded = device.empty((plan.weight_buffer_bytes * plan.codes_weights,), torch.uint8)
+        self._buffers = [self._buffer(plan.weight_buffer_bytes) for _ in range(BUFFERS * streams)]
+        self._decoded = self._buffer(plan.weight_buffer_bytes * plan.codes_weights)
         self._open: dict[tuple[int, int], OpenWeights] = {}
         """By layer and buffer."""
 
     @property
     def places(self) -> Places:
         """Where each layer's weights are."""
-        return tuple(
-            LayerPlacement(0 if layer.packed is None else len(layer.packed), bool(layer.coded))
-            for layer in self._layers
-        )
+        return tuple(LayerPlacement(each.bus_bytes, bool(each.coded)) for each in self._layers)
+
+    def _buffer(self, size: int) -> torch.Tensor:
+        return self._device.empty((size,), torch.uint8, DeviceUse.WEIGHT_BUFFERS)
 
     async def run(self) -> None:
         """Run step after step; ends by cancellation."""

@@ -1,0 +1,31 @@
+"""What memory is for: the lines of a plan, and of a device's account of what it handed out."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class DeviceUse(Enum):
+    """Lines of the device budget; the value is the name that people see."""
+
+    FIXED = "embeddings and head"
+    CACHE_BUFFERS = "cache buffers"
+    HIDDEN_STATES = "hidden states"
+    WORKSPACE = "workspace"
+    GRAPH_BUFFERS = "decode graphs' input and logits"
+    GRAPHS = "decode graphs"
+    RUNTIME = "runtime"
+    WEIGHT_BUFFERS = "weight buffers"
+    RESIDENT_WEIGHTS = "resident weights"
+    CACHE_BLOCKS = "cache blocks"
+    MEASUREMENT = "measurement"
+    """Before there is a plan, and given back: no line of one."""
+
+
+class HostUse(Enum):
+    """Lines of the host budget."""
+
+    STREAMED_WEIGHTS = "streamed weights"
+    CACHE_BLOCKS = "cache blocks"
+    MEASUREMENT = "measurement"
+    """Before there is a plan, and given back: no line of one."""
