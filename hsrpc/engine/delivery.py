@@ -42,6 +42,15 @@ class Delivery:
         self._outputs: asyncio.Queue[_Outputs] = asyncio.Queue()
         self._room = asyncio.Semaphore(OUTPUT_STEPS)
 
+    def integrity(self) -> dict[str, object]:
+        """What is on its way to consumers, by name; empty where nothing is."""
+        found = {
+            "transcripts": list(self.live),
+            "outputs": self._outputs.qsize(),
+            "output places": OUTPUT_STEPS - self._room._value,
+        }
+        return {name: value for name, value in found.items() if value}
+
     def open(self, request: Request, effective: SamplingParams, detokenizer: Detokenizer) -> Generation:
         """The consumer's side of a new request, whose settings in effect are `effective`."""
         prompt = request.token_ids[: request.num_prompt_tokens]

@@ -209,6 +209,18 @@ class Engine:
             raise _not_started()
         return self._meter.stats()
 
+    def integrity(self) -> dict[str, object]:
+        """What past and present requests hold, by name: empty when idle, if nothing was lost.
+
+        What begins with "blocks of" or "blocks without" is a fault at any time.
+        """
+        steps = self._opened.executor.num_queued
+        return {
+            **self._scheduler.integrity(),
+            **self._delivery.integrity(),
+            **({"steps queued": steps} if steps else {}),
+        }
+
     def heartbeat(self) -> float:
         """Seconds since a step last began while there is work; 0 when idle.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -192,6 +193,25 @@ class Scheduler:
     def sampling(self, step_id: int) -> tuple[SamplingRow, ...]:
         """Rows of a step that was scheduled ahead, now that the tokens of the step before are known."""
         return tuple(self._row(chunk.request) for chunk in self._in_flight[step_id].chunks if chunk.samples)
+
+    def integrity(self) -> dict[str, object]:
+        """What requests hold, and what contradicts itself, by name; empty where nobody is there and all is well."""
+        owned = Counter(
+            block for r in self._live.values() for block in zip(r.blocks.pools, r.blocks.indices, strict=True)
+        )
+        used = sum(pool.num_used for pool in self.blocks.pools.values())
+        in_flight = {chunk.request.request_id for flight in self._in_flight.values() for chunk in flight.chunks}
+        found = {
+            "running": self.num_running,
+            "waiting": self.num_waiting,
+            "waiting tokens": self.num_waiting_tokens,
+            "live": list(self._live),
+            "steps in flight": list(self._in_flight),
+            "used blocks": used,
+            "blocks of two owners": [block for block, count in owned.items() if count > 1],
+            "blocks without owner": 0 if in_flight - set(self._live) else used - len(owned),
+        }
+        return {name: value for name, value in found.items() if value}
 
     def requests(self, step_id: int) -> list[Request]:
         """All that a step computes, which is handed out and not committed."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Container
 from contextlib import asynccontextmanager
 
+import pytest
+
 from hsrpc import Engine, EngineConfig, SamplingParams
-from hsrpc.engine.delivery import OUTPUT_STEPS
 from hsrpc.request import Delta
 from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.sweep import BUFFERS
+from hsrpc.schedule.sweep import Op, OpKind
 from tests.engine.conftest import tightest
 from tests.engine.reference import Reference
 
@@ -83,28 +84,20 @@ async def gone(left: Callable[[], object]) -> None:
 
 async def idle(engine: Engine) -> None:
     """Wait for the end of all work, then check that every block, buffer and place in a queue is back."""
-    await gone(lambda: remains(engine))
+    await gone(engine.integrity)
 
 
-def remains(engine: Engine) -> dict[str, object]:
-    """What of past requests is still there, by name: empty when idle."""
-    scheduler, parts = engine._scheduler, engine._opened
-    weights, cache = parts.prefetcher, parts.cache
-    num_weight_buffers = BUFFERS if weights._streamed else 0
-    found = {
-        "running": scheduler.num_running,
-        "waiting": scheduler.num_waiting,
-        "live": list(scheduler.live()),
-        "used blocks": {pool: n for pool, n in engine.stats().used_blocks.items() if n},
-        "transcripts": engine._delivery.live,
-        "outputs": engine._delivery._outputs.qsize(),
-        "output places": OUTPUT_STEPS - engine._delivery._room._value,
-        "steps": cache._steps.qsize() + parts.executor._steps.qsize() + parts.executor._results.qsize(),
-        "cache buffers": BUFFERS - cache._free.qsize(),
-        "loaded buffers": cache._ready.qsize(),
-        "weight buffers": num_weight_buffers - weights._free.qsize() - weights._ready.qsize(),
-    }
-    return {name: value for name, value in found.items() if value}
+def before(engine: Engine, patch: pytest.MonkeyPatch, kinds: Container[OpKind], call: Callable[[Op], object]) -> None:
+    """Call `call` before each operation of these kinds of the compute lane, on its thread."""
+    forward = engine._opened.executor.forward
+    launch = forward.launch
+
+    def watched(op: Op, step: object) -> None:
+        if op.kind in kinds:
+            call(op)
+        launch(op, step)
+
+    patch.setattr(forward, "launch", watched)
 
 
 @asynccontextmanager

@@ -88,7 +88,7 @@ async def test_prompts_that_are_tokenised_hold_their_place(reference: Callable[[
 
 def drained_slowly(engine: Engine) -> None:
     """As if 100 requests of one token had been let in within the last 200 s, with somebody waiting all the time."""
-    drain = engine._scheduler._drain
+    drain = engine._scheduler._queue_rate
     drain._seconds, drain._tokens, drain._count = 200.0, 100.0, 100.0
 
 

@@ -31,9 +31,9 @@ def counting(engine: Engine) -> Iterator[list[Step]]:
     executor, found = engine._opened.executor, []
     run = executor._run_graph
 
-    async def counted(worker: object, step: Step, launched: object, ahead: Step | None) -> object:
+    def counted(step: Step, launched: object, ahead: Step | None) -> object:
         found.extend([step] if launched is not None else [])
-        return await run(worker, step, launched, ahead)
+        return run(step, launched, ahead)
 
     executor._run_graph = counted
     yield found

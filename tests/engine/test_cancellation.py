@@ -18,8 +18,10 @@ from hsrpc.engine.weights import LayerWeights, ModelWeights
 from hsrpc.errors import EngineUnavailableError
 from hsrpc.model.family import TensorSpec
 from hsrpc.request import FinishReason, SamplingParams
+from hsrpc.schedule.sweep import Op, OpKind
 from tests.engine.reference import Reference
 from tests.engine.support import (
+    before,
     collect,
     greedy,
     idle,
@@ -218,24 +220,25 @@ async def test_closing_wakes_whoever_waits(reference: Callable[[str], Reference]
 @pytest.mark.parametrize("layers", [1, 2, 4, 6])
 @pytest.mark.parametrize("make", [roomy, weights_on_device])
 async def test_an_abandoned_step_stops_by_the_next_layer(
-    make: Callable[[Reference], EngineConfig], layers: int, reference: Callable[[str], Reference]
+    make: Callable[[Reference], EngineConfig],
+    layers: int,
+    reference: Callable[[str], Reference],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Once all its requests have left, no further layer is computed, and the next request is computed rightly."""
     made = reference("opt")
     async with Engine(make(made)) as engine:
-        executor, loop, computed = engine._opened.executor, asyncio.get_running_loop(), []
-        compute = executor.forward.compute
+        loop, computed = asyncio.get_running_loop(), []
 
-        def leave_in_a_layer(*args: object) -> object:
-            computed.append(args)
+        def leave_in_a_layer(op: Op) -> None:
+            computed.append(op)
             if len(computed) == layers:
                 asyncio.run_coroutine_threadsafe(leave(), loop).result(20)
-            return compute(*args)
 
         async def leave() -> None:
             generation.close()
 
-        executor.forward.compute = leave_in_a_layer
+        before(engine, monkeypatch, {OpKind.ATTEND}, leave_in_a_layer)
         async with left_as_found(engine):
             generation = await engine.submit([7] * 20, greedy(64))
             await until(lambda: len(computed) == layers)

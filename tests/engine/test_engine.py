@@ -24,8 +24,9 @@ from hsrpc.errors import (
     RequestFailedError,
 )
 from hsrpc.request import FinishReason, SamplingParams
+from hsrpc.schedule.sweep import Op
 from tests.engine.reference import VOCAB, Reference
-from tests.engine.support import collect, greedy, idle, ids, live, remains, roomy, tight, until, weights_on_device
+from tests.engine.support import collect, greedy, idle, ids, live, roomy, tight, until, weights_on_device
 
 SEEDED = SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=40, ignore_eos=True)
 
@@ -74,7 +75,7 @@ async def test_a_wrong_prompt_is_refused_and_allocates_nothing(
         with pytest.raises(InvalidRequestError, match=message) as caught:
             await engine.submit(prompt, greedy(1))
         assert caught.value.field == field
-        assert not remains(engine) or set(remains(engine)) <= {"weight buffers"}
+        assert engine.integrity() == {}
         assert engine.stats().prompt_tokens == 0
 
 
@@ -169,7 +170,7 @@ async def test_bad_logits_fail_one_request_alone(row: int, reference: Callable[[
     """NaN in one row: that request raises RequestFailedError after its text, the others finish with their tokens."""
     made = reference("opt")
     async with Engine(roomy(made)) as engine:
-        family = engine._opened.executor._family
+        family = engine._opened.executor.forward._family
         logits, spoiled = family.logits, []
 
         def spoil(fixed: object, hidden: torch.Tensor) -> torch.Tensor:
@@ -195,15 +196,15 @@ def boom(*args: object) -> None:
 
 
 def break_prefetcher(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine._opened.prefetcher, "_load", boom)
+    patch.setattr(engine._opened.prefetcher, "launch", boom)
 
 
 def break_cache(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine._opened.cache, "load", boom)
+    patch.setattr(engine._opened.cache, "launch", boom)
 
 
 def break_executor(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine._opened.executor.forward, "compute", boom)
+    patch.setattr(engine._opened.executor.forward, "launch", boom)
 
 
 def break_detokenizing(engine: Engine, patch: pytest.MonkeyPatch) -> None:
@@ -251,7 +252,7 @@ async def test_a_fault_ends_everything_at_once(
 
 @pytest.mark.parametrize(
     ("make", "part"),
-    [(tight, "_begin"), (tight, "compute"), (tight, "_sample"), (weights_on_device, "compute")],
+    [(tight, "embed"), (tight, "attend"), (tight, "sample"), (weights_on_device, "attend")],
 )
 async def test_running_out_of_device_memory_ends_the_step_alone(
     make: Callable[..., EngineConfig],
@@ -266,16 +267,16 @@ async def test_running_out_of_device_memory_ends_the_step_alone(
         for generation in generations:
             await anext(generation)
         executor = engine._opened.executor
-        owner = executor.forward if part == "compute" else executor
-        compute, calls = getattr(owner, part), []
+        compute, calls = executor._launch, []
 
-        def run_out(*args: object) -> object:
-            calls.append(part)
-            if len(calls) == (4 if part == "compute" else 1):
+        def run_out(state: object, op: Op) -> None:
+            calls.extend([op] if op.kind.value == part else [])
+            if len(calls) == (4 if part == "attend" else 1):
+                calls.append(op)
                 raise torch.OutOfMemoryError("injected")
-            return compute(*args)
+            compute(state, op)
 
-        monkeypatch.setattr(owner, part, run_out)
+        monkeypatch.setattr(executor, "_launch", run_out)
         for generation in generations:
             with pytest.raises(OutOfDeviceMemoryError):
                 await collect(generation)
@@ -311,7 +312,7 @@ async def test_a_fault_does_not_wait_for_a_busy_thread(
             loop.call_soon_threadsafe(slow.set)
             time.sleep(1.5)
 
-        monkeypatch.setattr(engine._opened.executor.forward, "compute", stall)
+        monkeypatch.setattr(engine._opened.executor.forward, "launch", stall)
         await slow.wait()
         break_detokenizing(engine, monkeypatch)
         start = time.monotonic()
@@ -326,7 +327,7 @@ async def test_the_event_loop_runs_while_the_device_computes(
     """A call that takes long on the thread of any task holds up no other task of the loop."""
     async with Engine(roomy(reference("opt"))) as engine:
         parts, slept = engine._opened, []
-        for part, name in ((parts.executor, "_sample"), (parts.cache, "load"), (parts.prefetcher, "_load")):
+        for part, name in ((parts.executor, "_sample"), (parts.cache, "launch"), (parts.prefetcher, "launch")):
             monkeypatch.setattr(part, name, slow_once(getattr(part, name), slept))
         generating = asyncio.create_task(collect(engine.generate([5] * 20, greedy(6))))
         ticks = 0

@@ -126,7 +126,7 @@ async def cancels(made: Reference) -> None:
 async def gives_up(config: EngineConfig, made: Reference) -> None:
     """Steps end in the middle of a layer, with the device under way; the next ones are right."""
     async with Engine(config) as engine, asyncio.timeout(60):
-        family, calls = engine._opened.executor._family, 0
+        family, calls = engine._opened.executor.forward._family, 0
         finish = family.finish_layer
 
         def failing(*args: object) -> torch.Tensor:

@@ -37,7 +37,7 @@ async def stub(engine: Engine) -> AsyncIterator[generation_pb2_grpc.GenerationSe
 
 def spoil_logits(engine: Engine) -> None:
     """NaN in the first row of the next step."""
-    family = engine._opened.executor._family
+    family = engine._opened.executor.forward._family
     compute = family.logits
 
     def spoil(*args: object) -> torch.Tensor:

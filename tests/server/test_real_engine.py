@@ -240,7 +240,7 @@ async def test_deltas_are_the_text_in_any_script(client, real_engine, text):
 
 def dictate(engine: Engine, token_ids: list[int]) -> None:
     """Make the model want these tokens, one after the other."""
-    family = engine._opened.executor._family
+    family = engine._opened.executor.forward._family
     compute, wanted = family.logits, iter(token_ids)
 
     def logits(*args: object) -> torch.Tensor:

@@ -90,6 +90,12 @@ class Executor:
         """Steps in place can be launched before the tokens of the step before are known."""
         return self._graphs is not None
 
+    @property
+    def num_queued(self) -> int:
+        """Steps, and parts of them, that are handed to a task and not taken, and results not taken."""
+        queues = (self._requests, self._results, self._prefetcher.steps, self._cache.steps)
+        return sum(queue.qsize() for queue in queues)
+
     async def run(self) -> None:
         """Compute step after step; ends by cancellation."""
         async with Worker("compute") as worker:
@@ -115,43 +121,58 @@ class Executor:
             await self._cache.steps.put(run)
         await self._requests.put(_Request(run, ahead))
         result = await self._results.get()
-        if self._streams_weights:
-            is_whole = all([await run.ended.get() for _ in Lane])
-            self._before.carried, self._before.events = (
-                (step.ops.carries, run.events) if is_whole else (NOTHING_CARRIED, ())
-            )
         if isinstance(result, OutOfDeviceMemoryError):
             raise result
         return result
 
     async def _compute(self, worker: Worker, request: _Request) -> list[Sampled] | OutOfDeviceMemoryError | None:
+        step = request.run.step
+        try:
+            return await self._compute_step(worker, request)
+        except torch.OutOfMemoryError as error:
+            _log.error("a step of %d requests ran out of device memory", step.counts.requests, exc_info=error)
+            return OutOfDeviceMemoryError("the step ran out of device memory")
+
+    async def _compute_step(self, worker: Worker, request: _Request) -> list[Sampled] | None:
         run, ahead = request
         step = run.step
         launched, self._launched = self._launched, None
+        if self._graphs is not None and step.is_in_place:
+            if step.is_ahead and (launched is None or launched.step_id != step.step_id):
+                return None  # the step before it failed, and with it the tokens to continue with
+            return await worker.run(partial(self._run_graph, step, launched, ahead))
+        state = _Computing(step)
         try:
-            if self._graphs is not None and step.is_in_place:
-                if step.is_ahead and (launched is None or launched.step_id != step.step_id):
-                    return None  # the step before it failed, and with it the tokens to continue with
-                return await worker.run(partial(self._run_graph, step, launched, ahead))
-            state = _Computing(step)
-            if self._streams_weights:
-                await run.run(Lane.COMPUTE, worker, partial(self._launch, state))
-            else:
-                await worker.run(partial(self._run_here, run, state))
-            if state.sampled is None:
-                await worker.run(self._note_end)
-            return state.sampled
-        except torch.OutOfMemoryError as error:
-            _log.error("a step of %d requests ran out of device memory", step.counts.requests, exc_info=error)
+            is_whole = await self._run_lanes(worker, run, state)
+        except torch.OutOfMemoryError:
             step.stop.set()
-            await worker.run(self._note_end)
-            return OutOfDeviceMemoryError("the step ran out of device memory")
+            await self._end(worker, run)
+            raise
+        await self._end(worker, run)
+        return state.sampled if is_whole else None
 
-    def _run_here(self, run: StepRun, state: _Computing) -> None:
-        """All lanes of a step that waits for no weights: going from thread to thread takes longer than launching it."""
+    async def _run_lanes(self, worker: Worker, run: StepRun, state: _Computing) -> bool:
+        """Whether the compute lane was run to its end; of a step that waits for no weights, all lanes."""
+        if self._streams_weights:
+            return await run.run(Lane.COMPUTE, worker, partial(self._launch, state))
         self._cache.begin(run.step)
-        run.hold_loads()
-        run.run_here(partial(self._launch, state))
+        # Going from thread to thread takes longer than launching it.
+        return await worker.run(partial(run.run_here, partial(self._launch, state)))
+
+    async def _end(self, worker: Worker, run: StepRun) -> None:
+        """Take what the step leaves to the next one, once all lanes have launched what they will."""
+        if self._streams_weights:
+            is_whole = all([await run.ended.get() for _ in Lane])
+            self._before.carried = run.step.ops.carries if is_whole else NOTHING_CARRIED
+            self._before.events = run.events if is_whole else ()
+        if run.step.stop.is_set:
+            await worker.run(self._join_streams)
+
+    def _join_streams(self) -> None:
+        """What follows a step that was given up, on any stream, comes after all of it: not all of it was waited for."""
+        device = self._device
+        device.wait(device.compute, device.record(device.load))
+        self._note_end()
 
     def _launch(self, state: _Computing, op: Op) -> None:
         step = state.step

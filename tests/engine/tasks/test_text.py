@@ -12,8 +12,9 @@ import pytest_asyncio
 
 from hsrpc import Engine
 from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, TokenLogprob
+from hsrpc.schedule.sweep import OpKind
 from tests.engine.reference import Reference
-from tests.engine.support import collect, greedy, idle, ids, roomy, text, tight, until
+from tests.engine.support import before, collect, greedy, idle, ids, roomy, text, tight, until
 
 EOS = 2
 LETTERS = "abc"
@@ -135,13 +136,7 @@ async def test_the_context_ends_the_output(engine: Engine) -> None:
 
 async def test_the_time_limit_ends_running_and_queued_requests(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each ends with what there is: some tokens, or none; an ended request leaves no timer behind."""
-    compute = engine._opened.executor.forward.compute
-
-    def slow(*args: Any) -> Any:
-        time.sleep(0.005)
-        return compute(*args)
-
-    monkeypatch.setattr(engine._opened.executor.forward, "compute", slow)
+    before(engine, monkeypatch, {OpKind.ATTEND}, lambda _: time.sleep(0.005))
     blockers = [await engine.submit([5] * 3, greedy(120)) for _ in range(3)]
     running = await engine.submit([5] * 3, greedy(120, time_limit=0.5))
     await until(lambda: engine.stats().running == 4)
