@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 from hsrpc.device.device import Device, Event
 from hsrpc.engine.worker import Worker
 from hsrpc.schedule.step import Step
-from hsrpc.schedule.sweep import Lane, Op, Stream
+from hsrpc.schedule.sweep import Lane, Op, OpKind, Stream
 
 Launch: TypeAlias = Callable[[Op], object]
 """Launches an operation on the stream that is current."""
@@ -91,12 +91,11 @@ class StepRun:
 
     def _waits(self, number: int) -> Iterator[Event]:
         """Events of another stream before which an operation must not run."""
-        op = self.step.ops.ops[number]
-        for before in op.after:
-            if before < 0:
-                yield self._before[before]
-            elif self.step.ops.ops[before].kind.stream is not op.kind.stream:
-                yield self.events[before]
+        ops = self.step.ops.ops
+        for before in ops[number].after:
+            kind = OpKind.LOAD_WEIGHTS if before < 0 else ops[before].kind  # no others are carried over
+            if crosses(ops[number].kind, kind):
+                yield self._before[before] if before < 0 else self.events[before]
 
     async def _launch_all(self, lane: Lane, worker: Worker, launch: Launch) -> bool:
         numbers = self.step.ops.lanes[lane]
@@ -138,3 +137,8 @@ class StepRun:
                 return False
             self._launched[lane][message.lane] = message.number
         return True
+
+
+def crosses(kind: OpKind, before: OpKind) -> bool:
+    """Whether two kinds of operations are on different streams: then the one waits for the other's event."""
+    return kind.stream is not before.stream

@@ -298,7 +298,7 @@ class Scheduler:
 
     def _free_ended(self, request: Request) -> None:
         """Blocks go back with the last step that writes them."""
-        if not request.in_flight:
+        if not request.in_flight and request.finish_reason is not None:
             self.blocks.free(request.blocks)
 
     def _accept(self, request: Request, token_id: int | None, logprob: TokenLogprob | None, now: float) -> Output:

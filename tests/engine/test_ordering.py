@@ -9,14 +9,18 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
 
 from hsrpc import Engine, EngineConfig
+from hsrpc.engine import lanes
 from hsrpc.engine.generation import Generation
+from hsrpc.engine.lanes import crosses
 from hsrpc.errors import OutOfDeviceMemoryError
-from hsrpc.testing.ordered_device import OrderedDevice, ordered_devices
+from hsrpc.schedule.sweep import BatchShape, LayerPlacement, Op, OpKind, sweep
+from hsrpc.testing.ordered_device import OrderedDevice, RaceError, ordered_devices
 from tests.engine.reference import Reference
 from tests.engine.support import collect, config_for, greedy, idle, tight, weights_on_device
 
@@ -126,25 +130,26 @@ async def cancels(made: Reference) -> None:
 async def gives_up(config: EngineConfig, made: Reference) -> None:
     """Steps end in the middle of a layer, with the device under way; the next ones are right."""
     async with Engine(config) as engine, asyncio.timeout(60):
-        family, calls = engine._opened.executor.forward._family, 0
-        finish = family.finish_layer
+        executor, num_failures, left, drawn = engine._opened.executor, 0, 9, Random(0)
+        launch = executor._launch
 
-        def failing(*args: object) -> torch.Tensor:
-            nonlocal calls
-            calls += 1
-            if calls % 7 == 0 and calls < 40:
+        def failing(state: object, op: Op) -> None:
+            nonlocal num_failures, left
+            left -= 1
+            if left == 0:  # any kind of operation, in any layer
+                num_failures, left = num_failures + 1, drawn.randrange(3, 60)
                 raise torch.OutOfMemoryError("no memory")
-            return finish(*args)
+            launch(state, op)
 
-        family.finish_layer = failing
+        executor._launch = failing
 
         async def one(generation: Generation) -> None:
             with suppress(OutOfDeviceMemoryError):
                 await collect(generation)
 
-        for _ in range(8):
+        while num_failures < 20:
             await asyncio.gather(*[one(await engine.submit(prompt, greedy(5))) for prompt in made.prompts[:3]])
-        assert calls > 40
+        executor._launch = launch
         await crowd(engine, made)
 
 
@@ -181,31 +186,38 @@ SCENARIOS: list[Scenario] = [
     window,
 ]
 
+LAUNCH = "engine.lanes.StepRun.launch"
+"""Waits for the events that the step's list asks for, each kind of which is left out by itself: see `EDGES`."""
+
 SHOWN: dict[str, Scenario] = {
-    "compute waits for load in engine.forward.Forward.compute #1": streaming,
-    "compute waits for load in engine.forward.Forward.compute #2": streaming,
-    "compute waits for load in engine.forward.Forward.decode_weights": coded_bfloat16,
+    "compute waits for load in engine.tasks.executor.Executor._join_streams": out_of_memory_weights_resident,
     "host waits for all in engine.startup._open_parts": streaming,
     "host waits for compute in model.sampler.PendingSample.result": streaming,
-    "load waits for compute in engine.cache.CacheManager.load": streaming,
-    "load waits for compute in engine.executor.Executor._given_up": out_of_memory,
-    "load waits for compute in engine.prefetcher.WeightPrefetcher._load": streaming,
-    "load waits for store in engine.cache.CacheManager.prepare": streaming,
+    "load waits for compute in engine.lanes.StepRun.hold_loads": out_of_memory,
+    "load waits for store in engine.lanes.StepRun.hold_loads": streaming,
     "memory is kept for store in device.device.Device._upload_memory": streaming,
-    "memory is kept for store in engine.cache.CacheManager.store": streaming,
-    "store waits for compute in engine.forward.Forward.compute #3": streaming,
+    "memory is kept for store in engine.tasks.cache.CacheManager.store": streaming,
+    f"compute waits for load in {LAUNCH}": streaming,
+    f"load waits for compute in {LAUNCH}": streaming,
+    f"store waits for compute in {LAUNCH}": streaming,
 }
 """Whoever waits, and where: a scenario that goes wrong without it."""
 
 UNSEEN: dict[str, tuple[Scenario, str]] = {
-    "host waits for compute in engine.executor.Executor._sample": (streaming, "the host's pace"),
-    "host waits for compute in engine.forward.Forward._keep_pace": (mini_batches, "the host's pace, and memory"),
-    "store waits for compute in engine.executor.Executor._launch_graph": (
-        ahead_and_loads,
-        "a graph writes to blocks on the device alone, which no other stream touches",
-    ),
+    "host waits for compute in engine.tasks.executor.Executor._sample": (streaming, "the host's pace"),
+    "host waits for compute in engine.pace.Pace.turn": (mini_batches, "the host's pace, and memory"),
 }
 """Whoever waits for something other than order on the device, and for what: without it nothing is out of order."""
+
+EDGES: dict[tuple[OpKind, OpKind], Scenario] = {
+    (OpKind.ATTEND, OpKind.LOAD_BLOCKS): mini_batches,
+    (OpKind.ATTEND, OpKind.STORE): streaming,
+    (OpKind.FINISH, OpKind.LOAD_WEIGHTS): streaming,
+    (OpKind.LOAD_BLOCKS, OpKind.PLACE): streaming,
+    (OpKind.LOAD_WEIGHTS, OpKind.DECODE): coded_bfloat16,
+    (OpKind.LOAD_WEIGHTS, OpKind.PROJECT): streaming,
+}
+"""Which kind of operation waits for which, first the one that is waited for; a scenario that goes wrong without it."""
 
 
 def reference_of(scenario: Scenario, reference: Callable[[str], Reference]) -> Reference:
@@ -243,3 +255,26 @@ async def test_what_is_said_to_order_nothing_orders_nothing(site: str, reference
     """Once it does, it belongs to the others."""
     scenario, _ = UNSEEN[site]
     assert await run_without(site, scenario, reference_of(scenario, reference)) == []
+
+
+def test_every_edge_of_a_list_is_known() -> None:
+    """Operations of different streams wait for one another in no other way."""
+    placements = tuple(LayerPlacement(2**26, is_coded=number % 2 > 0) for number in range(5))
+    batches = tuple(BatchShape(group, loads=True, rebuilds=True, stores=True) for group in (0, 0, 1))
+    ops = sweep(placements, batches).ops
+    found = {(ops[before].kind, op.kind) for op in ops for before in op.after if crosses(op.kind, ops[before].kind)}
+    assert found == EDGES.keys()
+
+
+@pytest.mark.parametrize(("edge", "scenario"), EDGES.items(), ids=lambda each: str(getattr(each, "__name__", each)))
+async def test_without_an_edge_there_is_a_race(
+    edge: tuple[OpKind, OpKind],
+    scenario: Scenario,
+    reference: Callable[[str], Reference],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The events that one kind of operation waits for, left out one kind at a time."""
+    before, after = edge
+    monkeypatch.setattr(lanes, "crosses", lambda kind, first: crosses(kind, first) and (first, kind) != (before, after))
+    with pytest.raises(RaceError), ordered_devices():
+        await scenario(reference_of(scenario, reference))
