@@ -11,7 +11,8 @@ from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.schedule.blocks import BlockManager, PoolId
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Scheduler
-from hsrpc.schedule.step import Step
+from hsrpc.schedule.step import Scheduled
+from tests.schedule.support import assemble, sampled
 from tests.schedule.test_scheduler import EOS, LIMITS, generate, next_token
 
 BLOCKS = 40
@@ -28,7 +29,7 @@ class Pipeline:
         self.requests: list[Request] = []
         self.num_ahead = 0
         self.num_in_vain = 0
-        self.next: Step | None = None
+        self.next: Scheduled | None = None
         self.sampled: list[int] = []
 
     def add(self, prompt: list[int], params: SamplingParams) -> Request:
@@ -38,23 +39,44 @@ class Pipeline:
 
     def step(self) -> bool:
         """One round; False when there is nothing to do."""
-        step = self.next or self.scheduler.schedule(1.0)
-        if step is None:
+        scheduled = self.next or self.scheduler.schedule(1.0)
+        if scheduled is None:
             return False
-        self.next = self.scheduler.schedule_ahead(step)
+        self._check_sampling(scheduled)
+        self.next = self.scheduler.schedule_ahead(assemble(scheduled, AHEAD_LIMITS))
         if self.next is not None:
             self.num_ahead += 1
-            assert self.next.is_ahead
-            assert self.next.is_in_place
-        self.sampled = self._sample(step)
-        self.num_in_vain += sum(chunk.request.finish_reason is not None for chunk in step.sampled)
-        self.scheduler.commit(step, self.sampled, 2.0)
+            self._check_ahead(self.next)
+        self.sampled = self._sample(scheduled)
+        self.num_in_vain += sum(request.finish_reason is not None for request in sampled(scheduled))
+        self.scheduler.commit(scheduled.step_id, self.sampled, 2.0)
         return True
 
-    def _sample(self, step: Step) -> list[int]:
+    def _check_sampling(self, scheduled: Scheduled) -> None:
+        """At its turn a step has a row for each that samples, with the tokens that there are by then."""
+        rows = self.scheduler.sampling(scheduled.step_id)
+        known = [
+            (request.params, request.num_prompt_tokens, request.num_output_tokens) for request in sampled(scheduled)
+        ]
+        assert [(row.params, row.num_prompt_tokens, row.num_output_tokens) for row in rows] == known
+        assert scheduled.sampling == (() if scheduled is self.next else rows)
+
+    def _check_ahead(self, scheduled: Scheduled) -> None:
+        """It is in place, its arrays are there, and the step has those."""
+        step = assemble(scheduled, AHEAD_LIMITS)
+        assert step.is_ahead
+        assert step.is_in_place
+        assert scheduled.is_in_place
+        assert step.mini_batches is scheduled.arrays
+        assert step.stop is scheduled.stop
+
+    def _sample(self, scheduled: Scheduled) -> list[int]:
         """The model: a function of the tokens computed so far, the one that the step before sampled among them."""
         before, tokens = self.sampled, []
-        for chunk in step.sampled:
+        for chunk in scheduled.chunks:
+            assert chunk.samples or scheduled.arrays is None
+            if not chunk.samples:
+                continue
             known = list(chunk.request.token_ids[: chunk.context])
             if chunk.previous_row is None:
                 known += chunk.request.token_ids[chunk.context :]
