@@ -580,6 +580,54 @@ def test_ending_in_flight_keeps_blocks_until_commit():
     assert request.token_ids == [1] * 5
 
 
+def test_a_step_stops_with_the_last_of_its_requests():
+    """All but one ended: somebody waits for it still. One that waits to be let in has no part in it."""
+    harness = make(num_blocks=24, max_batch=3)
+    requests = [harness.add([number + 1], endless()) for number in range(4)]
+    step = harness.schedule()
+    for request in (requests[2], requests[0]):
+        harness.finish(request)
+        assert not step.stop.is_set
+    harness.finish(requests[1])
+    assert step.stop.is_set
+    assert harness.waiting == [requests[3]]
+    harness.abandon()
+    assert not harness.schedule().stop.is_set
+    harness.drain()
+
+
+def test_a_step_that_is_taken_back_is_forgotten():
+    """Committed or abandoned: nothing is known of it, it cannot be taken back twice, and no end flags it."""
+    harness = make(num_blocks=24)
+    request = harness.add([1, 2], endless())
+    committed = harness.schedule()
+    assert harness.scheduler.requests(committed.step_id) == [request]
+    assert harness.scheduler.sampling(committed.step_id) == committed.sampling
+    harness.commit()
+    abandoned = harness.schedule()
+    assert abandoned.step_id != committed.step_id
+    harness.finish(request)
+    harness.abandon()
+    assert (committed.stop.is_set, abandoned.stop.is_set) == (False, True)
+    for step_id in (committed.step_id, abandoned.step_id):
+        for call in (harness.scheduler.requests, harness.scheduler.sampling, harness.scheduler.abandon):
+            with pytest.raises(KeyError):
+                call(step_id)
+        with pytest.raises(KeyError):
+            harness.scheduler.commit(step_id, [3], 2.0)
+
+
+def test_a_step_is_handed_out_without_arrays():
+    """Making them takes milliseconds, which the event loop does not have; one mini-batch in place is known as such."""
+    harness = Harness({PoolId.DEVICE_KV: 24}, LIMITS)
+    harness.add([1] * 5, endless())
+    for is_in_place in (False, True):
+        step = harness.schedule()
+        assert step.arrays is None
+        assert step.is_in_place == is_in_place
+        harness.commit()
+
+
 def test_ending_while_waiting_counts_once():
     """A waiting request that ends is gone from the count, wherever in the queue it was, and is never scheduled."""
     harness = make(max_batch=1)
