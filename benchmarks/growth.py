@@ -28,10 +28,12 @@ from hsrpc.config import EngineConfig, Placement
 from hsrpc.engine.engine import Engine
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.request import FinishReason, SamplingParams
+from hsrpc.schedule.assemble import Assembler
 from hsrpc.schedule.blocks import BlockManager, PoolId
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Scheduler, SchedulerLimits
 from hsrpc.schedule.step import BufferLimits, RowCosts
+from hsrpc.schedule.sweep import NOTHING_CARRIED
 
 WAITING = (0, 100, 1_000, 10_000)
 RUNNING = (1, 8, 32, 128, 512)
@@ -57,6 +59,9 @@ class Load:
         )
         num_blocks = dict.fromkeys(PoolId, 0) | {PoolId.HOST_KV: 60_000, PoolId.HOST_ACTIVATION: 60_000}
         self.scheduler = Scheduler(BlockManager(num_blocks), limits, [])
+        self._assembler = Assembler(
+            layers=(), block_size=limits.block_size, window=limits.sliding_window, max_queries=limits.buffers.queries
+        )
         self._arrived = 0
         self._prompt = list(range(PROMPT))
         self._arrive(running)
@@ -80,8 +85,8 @@ class Load:
     def _step(self) -> Request:
         step = self.scheduler.schedule(time.monotonic())
         assert step is not None
-        assert step.mini_batches  # made when they are asked for: they belong to the time
-        self.scheduler.commit(step, [1] * len(step.sampled), time.monotonic())
+        assert self._assembler.assemble(step, NOTHING_CARRIED).mini_batches  # making them belongs to the time
+        self.scheduler.commit(step.step_id, [1] * len(step.sampling), time.monotonic())
         return min((chunk.request for chunk in step.chunks), key=lambda request: request.rank)
 
 

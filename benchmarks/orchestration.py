@@ -23,12 +23,11 @@ from hsrpc.bench.run import BenchError, load_requests
 from hsrpc.bench.workload import Lengths, make_workload
 from hsrpc.config import CachePolicy, DeviceKind
 from hsrpc.engine.graphs import DecodeGraphs
-from hsrpc.model.sampler import SamplingRow
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.schedule.blocks import BlockManager
 from hsrpc.schedule.packing import pack
 from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.step import Chunk, MiniBatch
+from hsrpc.schedule.step import Chunk, MiniBatch, SamplingRow
 
 LAST_STEPS = 20
 REPLAYS = 50
@@ -46,7 +45,7 @@ class Found:
     """Median of `step_times`."""
     alone_seconds: float
     orchestration: float
-    """Part of the step beyond its chunk."""
+    """Part of the step beyond its work."""
     step_times: list[float]
 
 
@@ -90,7 +89,7 @@ def time_alone(engine: Engine, graphs: DecodeGraphs, batch: int, context: int) -
     parts = engine._opened
     device, sampler = parts.device, parts.executor._sampler
     logits = graphs.run(_decode_step(engine, batch, context), None)  # fills the input where the graph reads it
-    rows = [SamplingRow(SamplingParams(temperature=0.0), [], 0, seed=0)] * batch
+    rows = [SamplingRow(SamplingParams(temperature=0.0), num_prompt_tokens=0, num_output_tokens=0, seed=0)] * batch
     graph = graphs._graphs[batch]
     with device.on(device.compute):
         for repeat in range(REPLAYS + 1):

@@ -14,11 +14,11 @@ __version__ = "0.2.0"
 __all__ = ["Delta", "Engine", "EngineConfig", "FinishReason", "SamplingParams", "__version__"]
 
 _HOMES = {
-    "Delta": "hsrpc.schedule.request_state",
+    "Delta": "hsrpc.request",
     "Engine": "hsrpc.engine.engine",
     "EngineConfig": "hsrpc.config",
-    "FinishReason": "hsrpc.schedule.request_state",
-    "SamplingParams": "hsrpc.schedule.request_state",
+    "FinishReason": "hsrpc.request",
+    "SamplingParams": "hsrpc.request",
 }
 
 

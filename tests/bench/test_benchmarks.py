@@ -186,6 +186,18 @@ def test_a_grid_is_drawn_as_bars_with_what_was_predicted(tmp_path, monkeypatch):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["planner", "batch 8", "batch 2"]
 
 
+def test_scheduling_is_timed_for_each_queue_and_batch(tmp_path, monkeypatch):
+    """All pairs; a step takes some time, and the batch and the queue are as full as they are said to be."""
+    monkeypatch.setattr(growth, "RUNNING", (1, 3))
+    monkeypatch.setattr(growth, "WAITING", (0, 5))
+    files = ["--json", str(tmp_path / "scheduling.json"), "--plot", str(tmp_path / "scheduling.png")]
+    growth.main(["scheduling", "--steps", "2", *files])
+    found = json.loads((tmp_path / "scheduling.json").read_text())["results"]
+    assert [(each["running"], each["waiting"]) for each in found] == [(1, 0), (1, 5), (3, 0), (3, 5)]
+    assert all(0 < each["min_s"] <= each["median_s"] <= each["max_s"] for each in found)
+    assert (tmp_path / "scheduling.png").read_bytes().startswith(PNG)
+
+
 def test_steps_grow_along_two_lines(tiny, tmp_path):
     """One over contexts and one over batches, each with its limit and its distance from a straight line."""
     files = ["--json", str(tmp_path / "steps.json"), "--plot", str(tmp_path / "steps.png")]

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -175,6 +176,11 @@ async def test_nothing_of_an_engine_stays_when_it_is_left(reference: Callable[[s
     assert [ref() for ref in left] == [None] * 3
 
 
+def queries(step: Step) -> list[int]:
+    """Of each request, in mini-batch order."""
+    return [count for batch in step.mini_batches for count in np.diff(batch.query_starts).tolist()]
+
+
 async def test_a_device_that_warms_up_does_so_unseen(
     reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,10 +196,10 @@ async def test_a_device_that_warms_up_does_so_unseen(
     monkeypatch.setattr(Executor, "execute", counted)
     async with Engine(roomy(made, max_prefill_tokens=300)) as engine:
         alone, beside, *others = executed
-        assert [chunk.num_new for chunk in alone.chunks] == [126, 126]  # as many as make no more than 300 tokens
-        assert sorted(chunk.num_new for chunk in beside.chunks) == [1, 1, 126, 126]
+        assert queries(alone) == [126, 126]  # as many as make no more than 300 tokens
+        assert sorted(queries(beside)) == [1, 1, 126, 126]
         assert others
-        assert not any(chunk.num_new > 1 for step in others for chunk in step.chunks)
+        assert not any(count > 1 for step in others for count in queries(step))
         stats = engine.stats()
         assert (stats.steps, stats.weights_streamed_bytes, stats.cache_loaded_bytes) == (0, 0, 0)
         assert ids(await collect(engine.generate(made.prompts[0], greedy(9)))) == made.outputs[0][:9]
@@ -211,7 +217,7 @@ async def test_nothing_of_an_engine_that_died_stays(
         raise ValueError("broken")
 
     monkeypatch.setattr(CpuDevice, "warms_up", property(lambda _: True, lambda *_: None), raising=False)
-    monkeypatch.setattr(Executor, "_begin", broken)
+    monkeypatch.setattr(Executor, "_launch", broken)
     with pytest.raises(EngineFaultError) as caught:
         await Engine(roomy(reference("opt"))).__aenter__()
     assert caught.value.__cause__ is not None
@@ -227,7 +233,7 @@ async def test_a_fault_while_warming_up_fails_the_start(
     def broken(*_: object) -> object:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(Executor, "_begin", broken)
+    monkeypatch.setattr(Executor, "_launch", broken)
     tasks = asyncio.all_tasks()
     with pytest.raises(EngineFaultError) as caught:
         await Engine(roomy(reference("opt"))).__aenter__()

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from hsrpc.device.device import CpuDevice
 from hsrpc.model.logits import edit, uniforms
-from hsrpc.model.sampler import Sampled, Sampler, SamplingRow
+from hsrpc.model.sampler import Sampled, Sampler
 from hsrpc.request import SamplingParams
+from hsrpc.schedule.step import SamplingRow
 
 VOCAB = 60
 GREEDY = SamplingParams(temperature=0.0)
@@ -27,7 +28,9 @@ def row(
     seed: int = 0,
     eos: tuple[int, ...] = (),
 ) -> SamplingRow:
-    return SamplingRow(params, array("q", [*prompt, *output]), len(prompt), seed, frozenset(eos))
+    """With the tokens where a penalty asks for them, as the scheduler makes it."""
+    token_ids = array("q", [*prompt, *output]) if params.has_penalties else ()
+    return SamplingRow(params, len(prompt), len(output), seed, frozenset(eos), token_ids)
 
 
 def random_logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> Tensor:
@@ -56,7 +59,7 @@ def edited(logits: np.ndarray, request: SamplingRow) -> np.ndarray:
         values[token_id] -= params.frequency_penalty
     for token_id in set(request.output_token_ids):
         values[token_id] -= params.presence_penalty
-    if len(request.output_token_ids) < params.min_tokens:
+    if request.num_output_tokens < params.min_tokens:
         values[[*request.eos_token_ids, *request.params.stop_token_ids]] = -math.inf
     return values
 

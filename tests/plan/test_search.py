@@ -331,9 +331,9 @@ def test_what_is_computed_anew_takes_less_time_to_launch_than_the_bus_takes():
     for _ in range(80):
         step = scheduler.schedule(0.0)
         assert step is not None
-        scheduler.commit(step, [1] * len(step.sampled), 0.0)
-    assert len(step.chunks) == 64
-    assert sum(chunk.recomputed for chunk in step.chunks) > 0
+        scheduler.commit(step.step_id, [1] * len(step.sampling), 0.0)
+    assert step.counts.requests == 64
+    assert step.counts.recomputed > 0
     rows = sum(pool.num_used for pool in scheduler.blocks.pools.values()) * plan.block_size
     bus = plan.recompute.weights + rows * plan.costs.load_activation
     assert len(step.mini_batches) * H100.prompt_launch_time <= bus

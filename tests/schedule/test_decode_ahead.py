@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
+from itertools import product
+from typing import NamedTuple
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,7 +15,8 @@ from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.schedule.blocks import BlockManager, PoolId
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Scheduler
-from hsrpc.schedule.step import Step
+from hsrpc.schedule.step import SamplingRow, Scheduled
+from tests.schedule.support import assemble, sampled
 from tests.schedule.test_scheduler import EOS, LIMITS, generate, next_token
 
 BLOCKS = 40
@@ -28,7 +33,7 @@ class Pipeline:
         self.requests: list[Request] = []
         self.num_ahead = 0
         self.num_in_vain = 0
-        self.next: Step | None = None
+        self.next: Scheduled | None = None
         self.sampled: list[int] = []
 
     def add(self, prompt: list[int], params: SamplingParams) -> Request:
@@ -38,23 +43,44 @@ class Pipeline:
 
     def step(self) -> bool:
         """One round; False when there is nothing to do."""
-        step = self.next or self.scheduler.schedule(1.0)
-        if step is None:
+        scheduled = self.next or self.scheduler.schedule(1.0)
+        if scheduled is None:
             return False
-        self.next = self.scheduler.schedule_ahead(step)
+        self._check_sampling(scheduled)
+        self.next = self.scheduler.schedule_ahead(assemble(scheduled, AHEAD_LIMITS))
         if self.next is not None:
             self.num_ahead += 1
-            assert self.next.is_ahead
-            assert self.next.is_in_place
-        self.sampled = self._sample(step)
-        self.num_in_vain += sum(chunk.request.finish_reason is not None for chunk in step.sampled)
-        self.scheduler.commit(step, self.sampled, 2.0)
+            self._check_ahead(self.next)
+        self.sampled = self._sample(scheduled)
+        self.num_in_vain += sum(request.finish_reason is not None for request in sampled(scheduled))
+        self.scheduler.commit(scheduled.step_id, self.sampled, 2.0)
         return True
 
-    def _sample(self, step: Step) -> list[int]:
+    def _check_sampling(self, scheduled: Scheduled) -> None:
+        """At its turn a step has a row for each that samples, with the tokens that there are by then."""
+        rows = self.scheduler.sampling(scheduled.step_id)
+        known = [
+            (request.params, request.num_prompt_tokens, request.num_output_tokens) for request in sampled(scheduled)
+        ]
+        assert [(row.params, row.num_prompt_tokens, row.num_output_tokens) for row in rows] == known
+        assert scheduled.sampling == (() if scheduled is self.next else rows)
+
+    def _check_ahead(self, scheduled: Scheduled) -> None:
+        """It is in place, its arrays are there, and the step has those."""
+        step = assemble(scheduled, AHEAD_LIMITS)
+        assert step.is_ahead
+        assert step.is_in_place
+        assert scheduled.is_in_place
+        assert step.mini_batches is scheduled.arrays
+        assert step.stop is scheduled.stop
+
+    def _sample(self, scheduled: Scheduled) -> list[int]:
         """The model: a function of the tokens computed so far, the one that the step before sampled among them."""
         before, tokens = self.sampled, []
-        for chunk in step.sampled:
+        for chunk in scheduled.chunks:
+            assert chunk.samples or scheduled.arrays is None
+            if not chunk.samples:
+                continue
             known = list(chunk.request.token_ids[: chunk.context])
             if chunk.previous_row is None:
                 known += chunk.request.token_ids[chunk.context :]
@@ -151,3 +177,115 @@ def test_without_free_blocks_nobody_gives_way_for_a_step_ahead() -> None:
     assert first.preemptions == 0
     assert last.preemptions > 0
     assert pipeline.num_in_vain == 0
+
+
+class InFlight(NamedTuple):
+    """A decode step and the one ahead of its tokens."""
+
+    scheduler: Scheduler
+    requests: list[Request]
+    steps: tuple[Scheduled, Scheduled]
+
+    @property
+    def are_stopped(self) -> tuple[bool, bool]:
+        first, second = self.steps
+        return first.stop.is_set, second.stop.is_set
+
+
+def two_in_flight(*max_tokens: int, params: SamplingParams | None = None) -> InFlight:
+    """Of requests with outputs of so many tokens, of which one each is there."""
+    scheduler = Scheduler(BlockManager({PoolId.DEVICE_KV: BLOCKS}), AHEAD_LIMITS, [EOS])
+    requests = [
+        Request(str(number), [1, 2], params or greedy(count), number, 0.0) for number, count in enumerate(max_tokens)
+    ]
+    for request in requests:
+        scheduler.add(request)
+    prompts = scheduler.schedule(1.0)
+    assert prompts is not None
+    scheduler.commit(prompts.step_id, [3] * len(requests), 2.0)
+    first = scheduler.schedule(2.0)
+    assert first is not None
+    second = scheduler.schedule_ahead(assemble(first, AHEAD_LIMITS))
+    assert second is not None
+    return InFlight(scheduler, requests, (first, second))
+
+
+def test_two_steps_in_flight_stop_with_the_last_request_that_they_share() -> None:
+    """Not while one of them is waited for."""
+    found = two_in_flight(9, 9, 9)
+    for request in found.requests:
+        assert found.are_stopped == (False, False)
+        found.scheduler.finish(request.request_id, FinishReason.ABORTED)
+    assert found.are_stopped == (True, True)
+
+
+def test_a_step_ahead_stops_though_the_one_before_has_another_request() -> None:
+    """One that ends with the first step's token is no part of the second, so that stops with the other one."""
+    found = two_in_flight(2, 9)
+    last, other = found.requests
+    assert found.scheduler.requests(found.steps[1].step_id) == [other]
+    found.scheduler.finish(other.request_id, FinishReason.ABORTED)
+    assert found.are_stopped == (False, True)
+    found.scheduler.commit(found.steps[0].step_id, [5, 6], 3.0)
+    assert last.finish_reason is FinishReason.MAX_TOKENS
+    assert found.are_stopped == (False, True)
+    found.scheduler.abandon(found.steps[1].step_id)
+    assert found.scheduler.blocks.num_free == BLOCKS
+
+
+def test_a_token_that_ends_the_last_request_stops_the_step_ahead() -> None:
+    """It is known with the commit of the step before, which is forgotten by then and not flagged."""
+    found = two_in_flight(9, 9, params=SamplingParams(temperature=0.0, stop_token_ids=(7,)))
+    found.scheduler.commit(found.steps[0].step_id, [7, EOS], 3.0)
+    assert [request.finish_reason for request in found.requests] == [FinishReason.STOP_TOKEN, FinishReason.EOS]
+    assert found.are_stopped == (False, True)
+    found.scheduler.abandon(found.steps[1].step_id)
+    assert found.scheduler.blocks.num_free == BLOCKS
+
+
+@pytest.mark.parametrize("ways", list(product(("commit", "abandon"), repeat=2)), ids="-".join)
+def test_blocks_are_kept_until_the_last_step_that_writes_them(ways: tuple[str, str]) -> None:
+    """Requests end while two steps compute them: their blocks go back with the second step, however each ends."""
+    found = two_in_flight(9, 9)
+    scheduler = found.scheduler
+    taken = [len(request.blocks) for request in found.requests]
+    assert min(taken) > 0
+    for request in found.requests:
+        scheduler.finish(request.request_id, FinishReason.ABORTED)
+    for num_left, way, step in zip((2, 1), ways, found.steps, strict=True):
+        assert [request.in_flight for request in found.requests] == [num_left] * 2
+        assert [len(request.blocks) for request in found.requests] == taken
+        assert scheduler.blocks.num_free == BLOCKS - sum(taken)
+        if way == "commit":
+            assert scheduler.commit(step.step_id, [5, 6], 3.0) == []
+        else:
+            scheduler.abandon(step.step_id)
+    assert [(len(request.blocks), request.in_flight) for request in found.requests] == [(0, 0)] * 2
+    assert scheduler.blocks.num_free == BLOCKS
+
+
+def test_one_that_ends_in_flight_gives_back_its_own_blocks() -> None:
+    """With the second of the steps that compute it; the other request goes on, and keeps what it has."""
+    found = two_in_flight(9, 9)
+    ended, other = found.requests
+    taken = len(ended.blocks), len(other.blocks)
+    found.scheduler.finish(ended.request_id, FinishReason.ABORTED)
+    for step in found.steps:
+        assert (len(ended.blocks), len(other.blocks)) == taken
+        [output] = found.scheduler.commit(step.step_id, [5, 6], 3.0)
+        assert (output.request, output.token_id) == (other, 6)
+    assert (len(ended.blocks), len(other.blocks)) == (0, taken[1])
+    assert found.scheduler.blocks.num_free == BLOCKS - taken[1]
+    assert found.are_stopped == (False, False)
+
+
+def test_rows_of_a_step_ahead_are_those_of_its_turn() -> None:
+    """None when it is scheduled; then with the token of the step before, for its draw and its penalties."""
+    params = SamplingParams(seed=11, presence_penalty=1.0, max_tokens=9, ignore_eos=True)
+    found = two_in_flight(9, params=params)
+    first, second = found.steps
+    assert first.sampling == (SamplingRow(params, 2, 1, 11, frozenset((EOS,)), array("q", [1, 2, 3])),)
+    assert second.sampling == ()
+    found.scheduler.commit(first.step_id, [8], 3.0)
+    rows = (SamplingRow(params, 2, 2, 11, frozenset((EOS,)), array("q", [1, 2, 3, 8])),)
+    assert found.scheduler.sampling(second.step_id) == rows

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -13,13 +12,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hsrpc.request import FinishReason, SamplingParams
+from hsrpc.request import SamplingParams
 from hsrpc.schedule.blocks import BlockKind, PoolId
 from hsrpc.schedule.decode_ahead import advance, uses_no_buffer
 from hsrpc.schedule.mini_batches import form_mini_batches
 from hsrpc.schedule.packing import first_block, in_order, merge_runs, pack
 from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, RowCosts, Runs, Step, expand
+from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, RowCosts, Runs, Scheduled, StopFlag, expand
+from tests.schedule.support import assert_same
 
 COSTS = RowCosts(load_kv=2.0, load_activation=1.0, regenerate=0.5)
 Token = tuple[int, int]
@@ -28,7 +28,7 @@ Token = tuple[int, int]
 
 @dataclass(frozen=True)
 class Case:
-    """Works whose requests have random blocks in all four pools."""
+    """Chunks whose requests have random blocks in all four pools."""
 
     chunks: list[Chunk]
     block_size: int
@@ -50,9 +50,16 @@ class Case:
     def number(self, chunk: Chunk) -> int:
         return self.chunks.index(chunk)
 
-    def new_tokens(self, batch: MiniBatch) -> list[Token]:
+    @property
+    def packed(self) -> list[Chunk]:
+        """As a mini-batch has them."""
+        singles = [chunk for chunk in self.chunks if chunk.num_new == 1 and self.window is None]
+        return singles + [chunk for chunk in self.chunks if chunk not in singles]
+
+    @property
+    def new_tokens(self) -> list[Token]:
         """By query row."""
-        return [(self.number(chunk), chunk.context + i) for chunk in batch.chunks for i in range(chunk.num_new)]
+        return [(self.number(chunk), chunk.context + i) for chunk in self.packed for i in range(chunk.num_new)]
 
     def attended(self, number: int) -> list[int]:
         """Cached positions that the first new token sees, and the rest of their blocks."""
@@ -112,7 +119,7 @@ def kv_buffer(case: Case, batch: MiniBatch) -> dict[int, Token]:
         assert activations[row][1] == position
         assert target not in buffer
         buffer[int(target)] = activations[row]
-    new = case.new_tokens(batch)
+    new = case.new_tokens
     for source, target in zip(batch.new_rows.source, batch.new_rows.target, strict=True):
         assert target not in buffer
         buffer[int(target)] = new[source]
@@ -156,7 +163,7 @@ def test_attention_reads_exactly_what_it_must(case: Case):
     batch = pack(case.chunks, case.block_size, case.window)
     buffer = kv_buffer(case, batch)
     assert sorted(buffer) == list(range(batch.num_rows))
-    for index, chunk in enumerate(batch.chunks):
+    for index, chunk in enumerate(case.packed):
         number = case.number(chunk)
         behind = range(batch.key_starts[index], batch.key_starts[index + 1])
         rows = [buffer[row] for row in [*rebuilt_rows(batch, index), *behind]]
@@ -180,7 +187,7 @@ def test_attention_reads_exactly_what_it_must(case: Case):
 def test_new_tokens_are_stored_in_their_blocks(case: Case):
     """Query row by query row, position p goes to its block's slot; then the pools hold all tokens of the request."""
     batch = pack(case.chunks, case.block_size, case.window)
-    queries = case.new_tokens(batch)
+    queries = case.new_tokens
     slots = case.pools()
     stored: list[int] = []
     for pool, rows in batch.stores.items():
@@ -193,16 +200,17 @@ def test_new_tokens_are_stored_in_their_blocks(case: Case):
 
 
 @given(case=cases())
-def test_queries_are_packed_in_order_of_the_works(case: Case):
+def test_queries_are_packed_in_order_of_the_chunks(case: Case):
     """Token ids, positions, starts and sampled rows are those of the chunks; those that read in place come first."""
     batch = pack(case.chunks, case.block_size, case.window)
     singles = [chunk for chunk in case.chunks if chunk.num_new == 1 and case.window is None]
-    assert list(batch.chunks) == singles + [chunk for chunk in case.chunks if work not in singles]
-    assert in_order(case.chunks, case.window) == batch.chunks
+    assert case.packed[: len(singles)] == singles
+    assert in_order(case.chunks, case.window) == tuple(case.packed)
+    assert batch.num_requests == len(case.chunks)
     assert batch.in_place.num_requests == len(singles)
     assert batch.num_queries == sum(chunk.num_new for chunk in case.chunks)
     sampled = []
-    for chunk, start, end in zip(batch.chunks, batch.query_starts, batch.query_starts[1:], strict=False):
+    for chunk, (start, end) in zip(case.packed, pairwise(batch.query_starts), strict=True):
         new = slice(chunk.context, chunk.context + chunk.num_new)
         assert batch.token_ids[start:end].tolist() == chunk.request.token_ids[new]
         assert batch.positions[start:end].tolist() == list(range(new.start, new.stop))
@@ -226,7 +234,7 @@ def test_what_uses_no_buffer_is_known_without_a_layout(case: Case):
 @given(case=cases(), slack=st.tuples(*[st.integers(0, 60)] * 3))
 @settings(max_examples=150)
 def test_mini_batches_fit_and_lose_nothing(case: Case, slack: tuple[int, int, int]):
-    """Every work is in one mini-batch, none exceeds the buffers, and what fits together is not divided."""
+    """Every chunk is in one mini-batch, none exceeds the buffers, and what fits together is not divided."""
     alone = [measure(case, [chunk]) for chunk in case.chunks]
     limits = BufferLimits(*(max(sizes) + extra for sizes, extra in zip(zip(*alone, strict=True), slack, strict=True)))
     parts = form_mini_batches(case.chunks, case.block_size, limits, COSTS, case.window)
@@ -256,7 +264,7 @@ def measure(case: Case, chunks: list[Chunk]) -> tuple[int, int, int]:
 
 
 def test_mini_batches_balance():
-    """Works of equal length but unlike kinds divide so that each mini-batch has the same bus time."""
+    """Chunks of equal length but unlike kinds divide so that each mini-batch has the same bus time."""
     pools = [PoolId.HOST_KV, PoolId.HOST_ACTIVATION] * 6
     chunks = [make_chunk(i, [(pool, 10 * i + j) for j in range(5)], 64, 1) for i, pool in enumerate(pools)]
     limits = BufferLimits(rows=65 * 6, activation_rows=1000, queries=100)
@@ -319,7 +327,7 @@ def test_merged_runs_copy_the_same_rows(copy: tuple[list[int], list[int], list[i
 def test_neighbouring_blocks_travel_as_one_copy():
     """A request whose KV blocks are neighbours is one run, though activation blocks lie between them in token order."""
     pools = [PoolId.HOST_KV, PoolId.HOST_ACTIVATION] * 4
-    work = make_chunk(0, [(pool, 5 + i // 2) for i, pool in enumerate(pools)], 31, 1)
+    chunk = make_chunk(0, [(pool, 5 + i // 2) for i, pool in enumerate(pools)], 31, 1)
     batch = pack([chunk], 4, None)
     assert [(r.source.tolist(), r.count.tolist()) for r in batch.kv_loads.values()] == [([20], [16])]
     assert [(r.source.tolist(), r.count.tolist()) for r in batch.activation_loads.values()] == [([20], [15])]
@@ -348,17 +356,13 @@ def test_expand_counts_up_from_each_start(parts: list[tuple[int, int]]):
     assert expand(starts, counts).tolist() == [start + i for start, count in parts for i in range(count)]
 
 
-def test_a_step_lists_its_works_in_order():
-    """Works and sampled chunks are in mini-batch order; the step is abandoned once every request in it has ended."""
-    chunks = [make_chunk(i, [(PoolId.HOST_KV, i)], 0, 3, samples=i != 1) for i in range(3)]
+def test_a_step_lists_its_chunks_in_order():
+    """In mini-batch order, as often as they are asked for."""
+    chunks = [make_chunk(i, [(PoolId.HOST_KV, i)], 0, 3) for i in range(3)]
     parts = (tuple(chunks[1:]), tuple(chunks[:1]))
-    step = Step(1, parts, lambda: tuple(pack(part, 16, None) for part in parts))
-    assert list(step.chunks) == [chunks[1], chunks[2], chunks[0]]
-    assert step.sampled == [chunks[2], chunks[0]]
-    for chunk in chunks:
-        assert not step.is_abandoned
-        chunk.request.finish_reason = FinishReason.ABORTED
-    assert step.is_abandoned
+    step = Scheduled(step_id=1, mini_batches=parts, sampling=(), stop=StopFlag())
+    for _ in range(2):
+        assert list(step.chunks) == [chunks[1], chunks[2], chunks[0]]
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -386,9 +390,9 @@ def test_a_batch_in_place_advances_as_it_would_be_laid_out(
         blocks = [(PoolId.DEVICE_KV, free.pop()) for _ in range(context // block_size + 1)]
         chunks.append(make_chunk(number, blocks, context, 1))
     following = [
-        Chunk(chunk.request, chunk.context + 1, 1, samples=True, source=source)
-        for source, chunk in enumerate(chunks)
-        if source not in ended
+        Chunk(chunk.request, chunk.context + 1, 1, samples=True, previous_row=row)
+        for row, chunk in enumerate(chunks)
+        if row not in ended
     ]
     for chunk in following:
         if chunk.context == len(chunk.request.blocks) * block_size:
@@ -404,43 +408,10 @@ def test_a_batch_in_place_advances_as_it_would_be_laid_out(
     assert_same(trimmed, wanted)
 
 
-def assert_same(found: object, wanted: object) -> None:
-    """Arrays, and what has them, are equal."""
-    if isinstance(wanted, np.ndarray):
-        assert np.array_equal(found, wanted)
-    elif isinstance(wanted, dict):
-        assert found.keys() == wanted.keys()
-        for key, value in wanted.items():
-            assert_same(found[key], value)
-    elif is_dataclass(wanted):
-        for item in fields(wanted):
-            assert_same(getattr(found, item.name), getattr(wanted, item.name))
-    else:
-        assert found == wanted
-
-
 @pytest.mark.parametrize("pool", [PoolId.HOST_KV, PoolId.DEVICE_ACTIVATION])
 def test_a_block_that_is_not_read_in_place_needs_a_new_layout(pool: PoolId):
     """The new token begins a block elsewhere: the batch is in place no more."""
-    work = make_chunk(0, [(PoolId.DEVICE_KV, 5)], 3, 1)
+    chunk = make_chunk(0, [(PoolId.DEVICE_KV, 5)], 3, 1)
     chunk.request.blocks.append(pool, 0)
     batch = pack([chunk], 4, None)
-    assert advance(batch, [Chunk(chunk.request, 4, 1, samples=True, source=0)], 4) is None
-
-
-def test_a_steps_arrays_are_made_once_and_when_they_are_wanted():
-    """Whichever thread asks first makes them; the others wait for it."""
-    made: list[int] = []
-    chunks = (make_chunk(0, [(PoolId.HOST_KV, 0)], 3, 1),)
-
-    def make() -> tuple[MiniBatch, ...]:
-        made.append(1)
-        time.sleep(0.02)
-        return (pack(chunks, 16, None),)
-
-    step = Step(1, (chunks,), make)
-    assert not made
-    with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda _: step.mini_batches, range(4)))
-    assert made == [1]
-    assert all(each is found[0] for each in found)
+    assert advance(batch, [Chunk(chunk.request, 4, 1, samples=True, previous_row=0)], 4) is None

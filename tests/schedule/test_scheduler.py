@@ -15,7 +15,8 @@ from hsrpc.schedule.blocks import BlockManager, PoolId
 from hsrpc.schedule.recompute import Choice, RecomputeLimits
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Output, Scheduler, SchedulerLimits
-from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, RowCosts, Rows, Step
+from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, RowCosts, Rows, Scheduled
+from tests.schedule.support import assemble, sampled
 
 EOS = 0
 VOCAB = 50
@@ -61,7 +62,7 @@ class Harness:
         self.prompts: list[list[int]] = []
         self.ended: dict[int, FinishReason] = {}
         """Reason by arrival, as the scheduler's outputs told."""
-        self.step: Step | None = None
+        self.step: Scheduled | None = None
         self.lengths: dict[int, int] = {}
         """Tokens by arrival, before the step."""
 
@@ -92,7 +93,7 @@ class Harness:
         self.ended[request.arrival] = reason
         self.check()
 
-    def schedule(self) -> Step | None:
+    def schedule(self) -> Scheduled | None:
         """A step, checked against the contract."""
         before = self.running
         preemptions = {request.arrival: request.preemptions for request in self.requests}
@@ -103,7 +104,8 @@ class Harness:
         if self.step is None:
             assert not self.scheduler.has_work
             return None
-        self._check_chunks(self.step.chunks, [request for request in before if request not in preempted])
+        self._check_sampling(self.step)
+        self._check_chunks(list(self.step.chunks), [request for request in before if request not in preempted])
         return self.step
 
     def _check_preempted(self, before: list[Request], preempted: list[Request]) -> None:
@@ -114,7 +116,20 @@ class Harness:
             assert request in self.waiting
             assert len(request.blocks) == request.num_computed == 0
 
-    def _check_chunks(self, chunks: tuple[Chunk, ...], kept: list[Request]) -> None:
+    def _check_sampling(self, step: Scheduled) -> None:
+        """A row for each that samples, in mini-batch order, with the tokens where a penalty asks for them."""
+        assert self.scheduler.requests(step.step_id) == [chunk.request for chunk in step.chunks]
+        assert len(step.sampling) == len(sampled(step))
+        for row, request in zip(step.sampling, sampled(step), strict=True):
+            assert row.params is request.params
+            assert (row.num_prompt_tokens, row.num_output_tokens) == (
+                request.num_prompt_tokens,
+                request.num_output_tokens,
+            )
+            assert (row.seed, row.eos_token_ids) == (request.params.seed or 0, {EOS})
+            assert list(row.token_ids) == (request.token_ids if request.params.has_penalties else [])
+
+    def _check_chunks(self, chunks: list[Chunk], kept: list[Request]) -> None:
         requests = [chunk.request for chunk in chunks]
         assert len(set(map(id, requests))) == len(requests)
         assert all(request in self.running and request.in_flight for request in requests)
@@ -125,7 +140,7 @@ class Harness:
         assert all(request in requests for request in admitted)
         assert all(a.order < b.order for a in admitted for b in self.waiting)
         for chunk in chunks:
-            self._check_work(chunk)
+            self._check_chunk(chunk)
         if self.limits.keeps_cache:
             pending = [w for w in chunks if w.request.num_tokens - w.request.num_computed > 1 and not w.recomputed]
             prompts = pending + [w for w in chunks if w.request in admitted and w not in pending]
@@ -141,7 +156,7 @@ class Harness:
         spare = int(limits.spare_prefill_tokens * (limits.max_batch - decoding))
         return min(limits.max_idle_prefill_tokens, limits.max_prefill_tokens + spare)
 
-    def _check_work(self, chunk: Chunk) -> None:
+    def _check_chunk(self, chunk: Chunk) -> None:
         request = chunk.request
         assert chunk.num_new >= 1
         assert chunk.context == request.num_computed
@@ -156,12 +171,12 @@ class Harness:
         step, self.step = self.step, None
         self.lengths = {chunk.request.arrival: chunk.request.num_tokens for chunk in step.chunks}
         tokens: dict[int, int] = {}
-        for batch in step.mini_batches:
-            tokens |= self._compute(batch)
-        sampled = [chunk.request for chunk in step.sampled]
-        token_ids = [None if request.arrival in failed else tokens[request.arrival] for request in sampled]
-        live = [request for request in sampled if request.finish_reason is None]
-        outputs = self.scheduler.commit(step, token_ids, 2.0)
+        for chunks, batch in zip(step.mini_batches, assemble(step, self.limits).mini_batches, strict=True):
+            tokens |= self._compute(chunks, batch)
+        requests = sampled(step)
+        token_ids = [None if request.arrival in failed else tokens[request.arrival] for request in requests]
+        live = [request for request in requests if request.finish_reason is None]
+        outputs = self.scheduler.commit(step.step_id, token_ids, 2.0)
         assert [output.request for output in outputs] == live
         for output in outputs:
             self._note(output)
@@ -171,9 +186,9 @@ class Harness:
 
     def abandon(self) -> None:
         assert self.step is not None
-        assert self.step.is_abandoned
+        assert self.step.stop.is_set
         step, self.step = self.step, None
-        self.scheduler.abandon(step)
+        self.scheduler.abandon(step.step_id)
         self.check()
 
     def drain(self, max_steps: int = 5000) -> None:
@@ -208,6 +223,9 @@ class Harness:
         ended = {r.arrival for r in self.requests if r.finish_reason is not None}
         assert ended == set(self.ended)
         assert {r.arrival for r in scheduler.live()} == {r.arrival for r in self.requests} - ended
+        assert list(scheduler._in_flight) == ([self.step.step_id] if self.step is not None else [])
+        if self.step is not None:
+            assert self.step.stop.is_set == all(chunk.request.arrival in ended for chunk in self.step.chunks)
 
     def _note(self, output: Output) -> None:
         request = output.request
@@ -221,7 +239,7 @@ class Harness:
         if output.token_id is not None:
             assert request.token_ids[-1] == output.token_id
 
-    def _check_committed(self, step: Step) -> None:
+    def _check_committed(self, step: Scheduled) -> None:
         for chunk in step.chunks:
             request = chunk.request
             assert not request.in_flight
@@ -232,7 +250,7 @@ class Harness:
                 assert request.is_uncached == (len(request.blocks) == 0)
                 assert request.num_tokens == self.lengths[request.arrival] + chunk.samples
 
-    def _compute(self, batch: MiniBatch) -> dict[int, int]:
+    def _compute(self, chunks: tuple[Chunk, ...], batch: MiniBatch) -> dict[int, int]:
         """Tokens by arrival: the model applied to what each sampling request's buffer rows hold."""
         queries = list(zip(batch.positions.tolist(), batch.token_ids.tolist(), strict=True))
         buffer = {row: queries[query] for query, row in pairs(batch.new_rows)}
@@ -244,7 +262,7 @@ class Harness:
         for pool, rows in batch.stores.items():
             self.slots |= {(pool, slot): queries[query] for query, slot in pairs(rows)}
         tokens = {}
-        for i, chunk in enumerate(batch.chunks):
+        for i, chunk in enumerate(chunks):
             rows_of_request = range(batch.key_starts[i], batch.key_starts[i + 1])
             front = batch.in_place.rebuilt_starts[i : i + 2] if i < batch.in_place.num_requests else (0, 0)
             rows = [buffer[row] for row in [*range(*front), *rows_of_request]]
@@ -306,6 +324,8 @@ PARAMS = st.builds(
     ignore_eos=st.sampled_from((True, True, False)),
     stop_token_ids=st.sampled_from(((), (), (EOS, 7))),
     priority=st.integers(0, 2),
+    presence_penalty=st.sampled_from((0.0, 0.0, 0.5)),
+    seed=st.none() | st.integers(0, 9),
 )
 PROMPTS = st.builds(
     lambda length, token_id: [token_id + i for i in range(length)],
@@ -348,11 +368,12 @@ def apply(harness: Harness, operation: tuple, aborted: set[int]) -> None:
 
 def step_and_fail(harness: Harness, which: int, aborted: set[int]) -> None:
     """A step in which sampling fails for one request."""
-    if harness.schedule() is None or not harness.step.sampled:
+    if harness.schedule() is None or not sampled(harness.step):
         if harness.step is not None:
             harness.commit()
         return
-    arrival = harness.step.sampled[which % len(harness.step.sampled)].request.arrival
+    requests = sampled(harness.step)
+    arrival = requests[which % len(requests)].arrival
     aborted.add(arrival)
     for output in harness.commit(failed=frozenset((arrival,))):
         assert output.failed == (output.request.arrival == arrival)
@@ -518,9 +539,9 @@ def test_long_prompts_are_computed_in_chunks():
         step = harness.schedule()
         counts.append([(chunk.request.arrival, chunk.num_new, chunk.samples) for chunk in step.chunks])
         harness.commit()
-    chunks = [[chunk for chunk in chunks if work[0] == prompt.arrival] for chunks in counts]
+    chunks = [[count for count in each if count[0] == prompt.arrival] for each in counts]
     assert chunks == [[(1, 8, False)], [(1, 8, False)], [(1, 4, True)]]
-    assert all((decoding.arrival, 1, True) in chunks for chunks in counts)
+    assert all((decoding.arrival, 1, True) in each for each in counts)
 
 
 def test_the_prefill_budget_holds_for_prompts_one_token_at_a_time():
@@ -557,6 +578,54 @@ def test_ending_in_flight_keeps_blocks_until_commit():
     assert harness.commit() == []
     assert len(request.blocks) == 0
     assert request.token_ids == [1] * 5
+
+
+def test_a_step_stops_with_the_last_of_its_requests():
+    """All but one ended: somebody waits for it still. One that waits to be let in has no part in it."""
+    harness = make(num_blocks=24, max_batch=3)
+    requests = [harness.add([number + 1], endless()) for number in range(4)]
+    step = harness.schedule()
+    for request in (requests[2], requests[0]):
+        harness.finish(request)
+        assert not step.stop.is_set
+    harness.finish(requests[1])
+    assert step.stop.is_set
+    assert harness.waiting == [requests[3]]
+    harness.abandon()
+    assert not harness.schedule().stop.is_set
+    harness.drain()
+
+
+def test_a_step_that_is_taken_back_is_forgotten():
+    """Committed or abandoned: nothing is known of it, it cannot be taken back twice, and no end flags it."""
+    harness = make(num_blocks=24)
+    request = harness.add([1, 2], endless())
+    committed = harness.schedule()
+    assert harness.scheduler.requests(committed.step_id) == [request]
+    assert harness.scheduler.sampling(committed.step_id) == committed.sampling
+    harness.commit()
+    abandoned = harness.schedule()
+    assert abandoned.step_id != committed.step_id
+    harness.finish(request)
+    harness.abandon()
+    assert (committed.stop.is_set, abandoned.stop.is_set) == (False, True)
+    for step_id in (committed.step_id, abandoned.step_id):
+        for call in (harness.scheduler.requests, harness.scheduler.sampling, harness.scheduler.abandon):
+            with pytest.raises(KeyError):
+                call(step_id)
+        with pytest.raises(KeyError):
+            harness.scheduler.commit(step_id, [3], 2.0)
+
+
+def test_a_step_is_handed_out_without_arrays():
+    """Making them takes milliseconds, which the event loop does not have; one mini-batch in place is known as such."""
+    harness = Harness({PoolId.DEVICE_KV: 24}, LIMITS)
+    harness.add([1] * 5, endless())
+    for is_in_place in (False, True):
+        step = harness.schedule()
+        assert step.arrays is None
+        assert step.is_in_place == is_in_place
+        harness.commit()
 
 
 def test_ending_while_waiting_counts_once():
@@ -606,7 +675,7 @@ def test_a_deep_queue_costs_nothing(num_waiting: int):
     Counting.reads = 0
     for _ in range(10):
         step = scheduler.schedule(0.0)
-        scheduler.commit(step, [3] * len(step.sampled), 0.0)
+        scheduler.commit(step.step_id, [3] * len(step.sampling), 0.0)
     assert scheduler.num_waiting == num_waiting - 20
     assert 0 < Counting.reads < 4000
 
@@ -653,7 +722,7 @@ def test_times_are_those_of_the_first_step():
         scheduler.add(request)
     now = 0.0
     while (step := scheduler.schedule(now := now + 1.0)) is not None:
-        scheduler.commit(step, [3] * len(step.sampled), now + 0.5)
+        scheduler.commit(step.step_id, [3] * len(step.sampling), now + 0.5)
     assert requests[1].preemptions == 1
     assert [(r.scheduled_time, r.first_token_time) for r in requests] == [(1.0, 1.5)] * 2
 
@@ -754,7 +823,7 @@ def takes_back(harness: Harness, requests: list[Request]) -> None:
         def choose(self, running: list[Request], prompt_tokens: int) -> Choice:
             return Choice([], [r for r in requests if r in running and r.is_uncached])
 
-    harness.scheduler._recomputing = Fixed()
+    harness.scheduler._recompute = Fixed()
 
 
 def keeping_none(num_blocks: int, prompts: list[int]) -> tuple[Harness, list[Request]]:
