@@ -181,7 +181,7 @@ class OpList:
         return tuple(tuple(sorted(each)) for each in lanes)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def sweep(layers: Places, batches: tuple[BatchShape, ...], carried: Carried = NOTHING_CARRIED) -> OpList:
     """The list of a step of these mini-batches through these layers."""
     builder = _Builder(layers, batches, carried)
@@ -210,7 +210,8 @@ class _Builder:
         self._carried = carried
         self._lanes: dict[Lane, list[tuple[Op, tuple[_Ref, ...]]]] = {lane: [] for lane in Lane}
         self._streamed = [number for number, layer in enumerate(layers) if layer.bus_bytes]
-        self._loads: dict[int, _Ref] = {}
+        loading = [n for n in range(len(layers) * len(batches)) if batches[n % len(batches)].loads]
+        self._loads = {n: _Ref(Lane.CACHE, number) for number, n in enumerate(loading)}
         """Loads of blocks by the number n of the mini-batch in the step."""
         self._attends: list[_Ref] = []
         self._finishes: list[_Ref] = []
@@ -240,16 +241,22 @@ class _Builder:
             self._load_weights(layer, latest if number else self._between(self._streamed[-1], len(self._layers)))
 
     def merged(self) -> OpList:
-        """One list: loads as early as what they come after allows, blocks before weights."""
+        """One list: loads as early as what they come after allows, blocks before weights, and in this order."""
         numbers: dict[_Ref, int] = {}
         done = dict.fromkeys(Lane, 0)
         ops: list[Op] = []
+        last_load: int | None = None
         while len(ops) < sum(map(len, self._lanes.values())):
             lane = next(lane for lane in (Lane.CACHE, Lane.WEIGHTS, Lane.COMPUTE) if self._is_ready(lane, done))
-            op, after = self._lanes[lane][done[lane]]
+            op, refs = self._lanes[lane][done[lane]]
+            after = {ref.number if ref.lane is None else numbers[ref] for ref in refs}
+            if op.kind.stream is Stream.LOAD:  # the tasks that share the bus take their turns
+                if last_load is not None and ops[last_load].kind.lane is not lane:
+                    after.add(last_load)
+                last_load = len(ops)
             numbers[_Ref(lane, done[lane])] = len(ops)
             done[lane] += 1
-            ops.append(op._replace(after=tuple(r.number if r.lane is None else numbers[r] for r in after)))
+            ops.append(op._replace(after=tuple(sorted(after))))
         num_streamed = len(self._streamed)
         loaded = tuple(numbers[ref] - len(ops) for ref in self._weights[num_streamed:])
         return OpList(tuple(ops), Carried(self._slot(num_streamed), loaded))
@@ -276,7 +283,7 @@ class _Builder:
         is_last = batch == len(self._batches) - 1 or self._batches[batch + 1].group != shape.group
         if shape.loads:
             free = self._attends[n - BUFFERS : n - BUFFERS + 1] if n >= BUFFERS else []
-            self._loads[n] = self._add(Op(OpKind.LOAD_BLOCKS, layer, batch, slot), *free)
+            self._add(Op(OpKind.LOAD_BLOCKS, layer, batch, slot), *free)
         if is_first:
             self._add(Op(OpKind.PROJECT, layer, batch, weight_slot), *weights)
         self._add(Op(OpKind.PLACE, layer, batch, slot), *([self._loads[n]] if shape.loads else []))
