@@ -1,0 +1,307 @@
+"""The list of a step, with ints alone: nothing is overwritten before its last reader, the bus never idle in vain."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsrpc.schedule.simulate import simulate
+from hsrpc.schedule.sweep import (
+    BUFFERS,
+    MIN_PART_BYTES,
+    NOTHING_CARRIED,
+    BatchShape,
+    Carried,
+    Lane,
+    LayerPlacement,
+    Op,
+    OpKind,
+    OpList,
+    Places,
+    Stream,
+    sweep,
+)
+
+MIB = 2**20
+READS_WEIGHTS = {OpKind.DECODE, OpKind.PROJECT, OpKind.REBUILD, OpKind.FINISH}
+READS_BLOCKS = {OpKind.REBUILD, OpKind.ATTEND}
+
+placements = st.builds(
+    LayerPlacement,
+    bus_bytes=st.sampled_from((0, 1, 5 * MIB, 40 * MIB, 300 * MIB)),
+    is_coded=st.booleans(),
+    rebuilds=st.booleans(),
+)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[BatchShape, ...]:
+    group, found = 0, []
+    for _ in range(draw(st.integers(1, 5))):
+        loads, rebuilds, stores = (draw(st.booleans()) for _ in range(3))
+        found.append(BatchShape(group, loads, rebuilds, stores))
+        group += draw(st.integers(0, 1))
+    return tuple(found)
+
+
+models = st.lists(placements, min_size=1, max_size=7).map(tuple)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Several lists, one behind the other, as one device sees them: operations by (list, number)."""
+
+    layers: Places
+    lists: tuple[OpList, ...]
+
+    @property
+    def ops(self) -> Iterator[tuple[tuple[int, int], Op]]:
+        return (((step, number), op) for step, ops in enumerate(self.lists) for number, op in enumerate(ops.ops))
+
+    def before(self) -> dict[tuple[int, int], set[tuple[int, int]]]:
+        """For each operation all that are done when it begins: by order of its stream, and by what it comes after.
+
+        A step's loads come after all that the step before has computed and stored (the executor's barrier), and its
+        tokens are waited for before the next list is made.
+        """
+        done: dict[tuple[int, int], set[tuple[int, int]]] = {}
+        latest: dict[Stream, tuple[int, int]] = {}
+        barrier: set[tuple[int, int]] = set()
+        for step, ops in enumerate(self.lists):
+            for number, op in enumerate(ops.ops):
+                direct = {(step, a) if a >= 0 else (step - 1, len(self.lists[step - 1]) + a) for a in op.after}
+                if op.kind.stream in latest:
+                    direct.add(latest[op.kind.stream])
+                found = set(direct) | barrier
+                for each in direct:
+                    found |= done[each]
+                done[step, number] = found
+                latest[op.kind.stream] = (step, number)
+            ended = [key for key in done if key[0] == step and ops.ops[key[1]].kind.stream is not Stream.LOAD]
+            barrier = barrier | set(ended).union(*(done[key] for key in ended))
+        return done
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> Steps:
+    layers, carried, lists = draw(models), NOTHING_CARRIED, []
+    for _ in range(draw(st.integers(1, 3))):
+        lists.append(sweep(layers, draw(batches()), carried))
+        carried = lists[-1].carries
+    return Steps(layers, tuple(lists))
+
+
+@given(run=steps())
+def test_every_operation_is_behind_those_that_it_comes_after(run: Steps) -> None:
+    """Below 0 stand loads of weights of the list before, and nothing else."""
+    for (step, number), op in run.ops:
+        for after in op.after:
+            assert after < number
+            if after < 0:
+                assert run.lists[step - 1].ops[after].kind is OpKind.LOAD_WEIGHTS
+
+
+@given(run=steps())
+def test_each_lane_has_its_operations_in_order(run: Steps) -> None:
+    """All lanes together have each operation once; a lane's mini-batches come in order, layer by layer."""
+    for ops in run.lists:
+        assert sorted(number for lane in ops.lanes for number in lane) == list(range(len(ops)))
+        for lane in Lane:
+            places = [ops.ops[number].place for number in ops.lanes[lane] if ops.ops[number].batch >= 0]
+            assert places == sorted(places)
+
+
+@given(run=steps())
+@settings(max_examples=60)
+def test_a_cache_buffer_is_not_written_before_its_last_reader(run: Steps) -> None:
+    """Blocks come when the mini-batch before in that buffer is computed, and are there when their own is."""
+    before, holds, used = run.before(), {}, {}
+    for key, op in run.ops:
+        if op.kind in (OpKind.LOAD_BLOCKS, OpKind.PLACE):
+            place = (key[0], *op.place)
+            if holds.get(op.slot) != place:
+                assert used.get(op.slot, set()) <= before[key]
+                holds[op.slot], used[op.slot] = place, set()
+        if op.kind in (OpKind.PLACE, *READS_BLOCKS):
+            assert holds[op.slot] == (key[0], *op.place)
+            used[op.slot].add(key)
+            loads = [k for k, o in run.ops if o.kind is OpKind.LOAD_BLOCKS and (k[0], *o.place) == (key[0], *op.place)]
+            assert set(loads) <= before[key]
+
+
+@given(run=steps())
+@settings(max_examples=60)
+def test_a_weight_buffer_is_not_written_before_its_last_reader(run: Steps) -> None:
+    """A layer's weights are whole before they are read, and stay until they have been read for the last time."""
+    before = run.before()
+    owner: dict[int, tuple[int, list[tuple[int, int]]]] = {}
+    readers: dict[int, set[tuple[int, int]]] = {slot: set() for slot in range(BUFFERS)}
+    slots: dict[int, int] = {}
+    for key, op in run.ops:
+        if op.kind is OpKind.LOAD_WEIGHTS:
+            if op.part[0] == 0:
+                assert readers[op.slot] <= before[key]
+                owner[op.slot], readers[op.slot] = (op.layer, []), set()
+            assert owner[op.slot][0] == op.layer
+            owner[op.slot][1].append(key)
+        elif op.kind in READS_WEIGHTS and run.layers[op.layer].bus_bytes:
+            slot = slots[op.layer] = op.slot if op.kind in (OpKind.DECODE, OpKind.PROJECT) else slots[op.layer]
+            layer, parts = owner[slot]
+            assert layer == op.layer
+            assert set(parts) <= before[key]
+            ends = [run.lists[step].ops[number].part for step, number in parts]
+            assert ends[0][0] == 0
+            assert ends[-1][1] == run.layers[op.layer].bus_bytes
+            assert all(first[1] == second[0] for first, second in pairwise(ends))
+            readers[slot].add(key)
+
+
+@given(run=steps())
+def test_each_layer_crosses_the_bus_once_a_step(run: Steps) -> None:
+    """What is loaded ahead is not loaded again; at a list's end as many layers are loaded as there are buffers for."""
+    streamed = [number for number, layer in enumerate(run.layers) if layer.bus_bytes]
+    ahead = streamed[:BUFFERS]
+    for step, ops in enumerate(run.lists):
+        loaded = [op.layer for op in ops.ops if op.kind is OpKind.LOAD_WEIGHTS and op.part[0] == 0]
+        assert loaded == (streamed if step == 0 else streamed[len(ahead) :]) + ahead
+        assert [ops.ops[number].layer for number in ops.carries.loaded] == ahead
+        assert [ops.ops[number].part[1] for number in ops.carries.loaded] == [run.layers[n].bus_bytes for n in ahead]
+
+
+@given(run=steps())
+def test_stores_follow_what_they_store(run: Steps) -> None:
+    """Rows go to the host once their mini-batch has been attended to; there is one store for each that has any."""
+    before = run.before()
+    for key, op in run.ops:
+        if op.kind is OpKind.STORE:
+            ops = run.lists[key[0]].ops
+            assert any(ops[a].kind is OpKind.ATTEND and ops[a].place == op.place for _, a in before[key] if _ == key[0])
+
+
+@given(layers=models, shapes=batches())
+def test_what_a_mini_batch_does_not_ask_for_is_not_there(layers: Places, shapes: tuple[BatchShape, ...]) -> None:
+    """Loads, rebuilding and stores for those that have any; each group is projected and finished once a layer."""
+    found = sweep(layers, shapes).ops
+    for layer, place in enumerate(layers):
+        kinds = [[op.kind for op in found if op.place == (layer, batch)] for batch in range(len(shapes))]
+        for shape, has in zip(shapes, kinds, strict=True):
+            assert (OpKind.LOAD_BLOCKS in has) == shape.loads
+            assert (OpKind.REBUILD in has) == (shape.rebuilds and place.rebuilds)
+            assert (OpKind.STORE in has) == shape.stores
+            assert has.count(OpKind.PLACE) == has.count(OpKind.ATTEND) == 1
+        groups = len({shape.group for shape in shapes})
+        assert (
+            sum(has.count(OpKind.PROJECT) for has in kinds) == sum(has.count(OpKind.FINISH) for has in kinds) == groups
+        )
+        decodes = [op for op in found if op.kind is OpKind.DECODE and op.layer == layer]
+        assert len(decodes) == (place.bus_bytes > 0 and place.is_coded)
+
+
+@given(run=steps())
+def test_the_bus_is_taken_in_turns(run: Steps) -> None:
+    """Tasks that share it follow one another as the list says: which of them is quicker changes nothing."""
+    for ops in run.lists:
+        loads = [number for number, op in enumerate(ops.ops) if op.kind.stream is Stream.LOAD]
+        for first, second in pairwise(loads):
+            assert ops.ops[first].kind.lane is ops.ops[second].kind.lane or first in ops.ops[second].after
+
+
+@given(run=steps())
+def test_the_bus_has_something_to_copy_whenever_it_can(run: Steps) -> None:
+    """No operation of the compute lane stands before a load that could have been in its place."""
+    for ops in run.lists:
+        for number, (op, follower) in enumerate(pairwise(ops.ops)):
+            if op.kind.lane is Lane.COMPUTE and follower.kind.stream is Stream.LOAD:
+                assert number in follower.after
+
+
+@given(layers=models, shapes=batches(), data=st.data())
+def test_while_the_bus_binds_it_never_waits(
+    layers: Places, shapes: tuple[BatchShape, ...], data: st.DataObject
+) -> None:
+    """With a device that computes in no time, a list takes as long as its copies, however these are divided."""
+    load = data.draw(st.floats(0.1, 5.0))
+
+    def seconds(op: Op) -> float:
+        if op.kind is OpKind.LOAD_WEIGHTS:
+            return (op.part[1] - op.part[0]) / MIB
+        return load if op.kind is OpKind.LOAD_BLOCKS else 0.0
+
+    timeline = simulate(sweep(layers, shapes), seconds)
+    assert max(timeline.ends) == pytest.approx(timeline.busy[Stream.LOAD])
+
+
+def test_weights_go_between_the_blocks() -> None:
+    """With each mini-batch's blocks an equal part of the next streamed layer's weights, behind them."""
+    layers = (LayerPlacement(90 * MIB),) * 4
+    ops = sweep(layers, (BatchShape(loads=True),) * 3, Carried(0, (-2, -1))).ops
+    order = [(op.kind.value, op.layer, op.batch if op.batch >= 0 else op.part[1] // MIB) for op in ops]
+    loads = [each for each in order if each[0].startswith("load")]
+    blocks, weights = "load_blocks", "load_weights"
+    at = loads.index((weights, 2, 90))
+    assert loads[at - 1] == (blocks, 1, 2)
+    assert [each[2] for each in loads if each[:2] == (weights, 2)] == [30, 60, 90]
+    assert [each[1] for each in loads if each[0] == weights] == [2, 2, 2, 3, 3, 3, 0, 0, 0, 1]
+
+
+def test_small_parts_are_joined() -> None:
+    """No part but the last is smaller than a copy that is worth its while."""
+    layers = (LayerPlacement(2 * MIN_PART_BYTES + 5),) * 3
+    ops = sweep(layers, (BatchShape(loads=True),) * 8, Carried(0, (-2, -1))).ops
+    parts = [op.part for op in ops if op.kind is OpKind.LOAD_WEIGHTS and op.layer == 2]
+    assert [end - start for start, end in parts] == [MIN_PART_BYTES, MIN_PART_BYTES, 5]
+
+
+def test_layers_without_a_stream_are_skipped() -> None:
+    """Weights of a streamed layer go beside the blocks of all layers since the streamed one before."""
+    layers = tuple(LayerPlacement(200 * MIB if number in (0, 4) else 0) for number in range(6))
+    found = sweep(layers, (BatchShape(loads=True),), Carried(0, (-2, -1)))
+    tail = [op for op in found.ops if op.kind is OpKind.LOAD_WEIGHTS]
+    assert [(op.layer, op.slot) for op in tail] == [(0, 0), (0, 0), (4, 1)]
+    assert sweep(layers, (BatchShape(),)).carries.first_slot == 0
+
+
+def test_an_odd_number_of_layers_takes_buffers_in_turns() -> None:
+    """The first layer's weights are in the other buffer in every second step."""
+    layers, carried, slots = (LayerPlacement(MIB),) * 3, NOTHING_CARRIED, []
+    for _ in range(4):
+        ops = sweep(layers, (BatchShape(),), carried)
+        slots.append(next(op.slot for op in ops.ops if op.kind is OpKind.PROJECT))
+        carried = ops.carries
+    assert slots == [0, 1, 0, 1]
+
+
+def test_after_an_abandoned_list_nothing_is_carried() -> None:
+    """The next one loads all its weights, and waits for nothing of the list before: any prefix can be abandoned."""
+    layers = (LayerPlacement(MIB),) * 5
+    ops = sweep(layers, (BatchShape(loads=True),) * 2, NOTHING_CARRIED)
+    assert all(after >= 0 for op in ops.ops for after in op.after)
+    assert {op.layer for op in ops.ops if op.kind is OpKind.LOAD_WEIGHTS} == set(range(5))
+
+
+@given(run=steps())
+@settings(max_examples=20)
+def test_a_list_is_plain_data(run: Steps) -> None:
+    """It is the same for the same numbers, and can be sent to another process."""
+    ops = run.lists[0]
+    assert pickle.loads(pickle.dumps(ops)) == ops
+    assert hash(ops.ops) == hash(pickle.loads(pickle.dumps(ops)).ops)
+
+
+@given(run=steps())
+def test_who_is_told_and_what_is_recorded(run: Steps) -> None:
+    """An event for each operation that one of another stream waits for, a message for each lane that waits for it."""
+    for ops in run.lists:
+        carried = {len(ops) + number for number in ops.carries.loaded}
+        for number, op in enumerate(ops.ops):
+            waiting = [later for later in ops.ops if number in later.after]
+            crosses = any(later.kind.stream is not op.kind.stream for later in waiting)
+            assert (number in ops.awaited) == (crosses or number in carried)
+            lanes = {later.kind.lane for later in waiting} - {op.kind.lane}
+            assert ops.readers[number] == tuple(sorted(lanes))
