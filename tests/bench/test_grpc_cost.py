@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.grpc_cost import main, make_parser
+from benchmarks.grpc_cost.__main__ import main, make_parser
+from benchmarks.grpc_cost.measure import Cost, Load, Sample, Way, full_steps
+from benchmarks.grpc_cost.pretend_engine import PretendedStep, PretendEngine
 from hsrpc.bench.frontend_client import ClientProcessError, Job, ask
-from hsrpc.bench.grpc_cost import Cost, Load, Sample, Way, full_steps
-from hsrpc.bench.pretend_engine import PretendedStep, PretendEngine
 from hsrpc.bench.run import BenchError
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.request import SamplingParams
@@ -128,8 +128,8 @@ def test_help_has_examples_that_parse():
     lines = [line.split("  ")[1].split() for line in (make_parser().epilog or "").splitlines()[1:]]
     assert len(lines) == 4
     for words in lines:
-        assert words[:2] == ["python", "benchmarks/grpc_cost.py"]
-        make_parser().parse_args(words[2:])
+        assert words[:3] == ["python", "-m", "benchmarks.grpc_cost"]
+        make_parser().parse_args(words[3:])
 
 
 def test_the_cost_is_of_medians():

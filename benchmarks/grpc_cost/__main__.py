@@ -18,8 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from hsrpc.bench.grpc_cost import Cost, Load, OpenEngine, Way, measure_cost
-from hsrpc.bench.pretend_engine import PretendedStep, PretendEngine
+from benchmarks.grpc_cost.measure import Cost, Load, OpenEngine, Way, measure_cost
+from benchmarks.grpc_cost.pretend_engine import PretendedStep, PretendEngine
 from hsrpc.cli.loop import run_loop
 from hsrpc.cli.options import Parser, add_engine_options, engine_config
 from hsrpc.engine.engine import Engine
@@ -31,10 +31,10 @@ MAX_LAG = 0.01
 """Seconds, 99th percentile of the event loop's lag."""
 _EXAMPLES = """\
 examples:
-  python benchmarks/grpc_cost.py --model random:opt-1.3b --requests 64 --prompt 128 --output 1024 --json cost.json
-  python benchmarks/grpc_cost.py --model random:opt-1.3b --clients 4 --max-message-delay 0.02
-  python benchmarks/grpc_cost.py --pretend 0.0044 0.003      such a model's steps, without a GPU
-  python benchmarks/grpc_cost.py --device cpu --requests 8 --prompt 16 --output 64      the bundled model
+  python -m benchmarks.grpc_cost --model random:opt-1.3b --requests 64 --prompt 128 --output 1024 --json cost.json
+  python -m benchmarks.grpc_cost --model random:opt-1.3b --clients 4 --max-message-delay 0.02
+  python -m benchmarks.grpc_cost --pretend 0.0044 0.003      such a model's steps, without a GPU
+  python -m benchmarks.grpc_cost --device cpu --requests 8 --prompt 16 --output 64      the bundled model
 """
 
 

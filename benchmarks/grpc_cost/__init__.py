@@ -1,0 +1,1 @@
+"""What streaming through gRPC costs."""
