@@ -39,6 +39,7 @@ from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.assemble import Assembler
+from hsrpc.schedule.sweep import Places
 
 _log = logging.getLogger(__name__)
 RANDOM_PREFIX = "random:"
@@ -219,7 +220,7 @@ def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> 
             device.drain()
             window = spec.sizes.sliding_window
             assembler = Assembler(
-                layers=prefetcher.places,
+                layers=_places(prefetcher, plan),
                 block_size=plan.block_size,
                 window=window,
                 max_queries=plan.buffers.queries,
@@ -232,6 +233,11 @@ def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> 
             executor = Executor(assembler, device, prefetcher=prefetcher, cache=cache, forward=forward, graphs=graphs)
         undo.pop_all()
         return Components(spec, device, plan, tokenizer, prefetcher, cache, executor)
+
+
+def _places(prefetcher: WeightPrefetcher, plan: Plan) -> Places:
+    """Where each layer's weights are, and whether anything is rebuilt in it."""
+    return tuple(place._replace(rebuilds=layer not in plan.kv_layers) for layer, place in enumerate(prefetcher.places))
 
 
 def _check_room(plan: Plan, device: Device) -> None:

@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 
 
 class BlockKind(Enum):
-    """What a block holds of its tokens."""
+    """What a block holds of its tokens; a plan may have activation blocks hold K and V in some layers."""
 
     KV = "kv"
     ACTIVATION = "activation"
