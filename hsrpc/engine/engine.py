@@ -91,8 +91,9 @@ class Engine:
         self._failed = asyncio.get_running_loop().create_future()
         self._warm = asyncio.get_running_loop().create_future()
         self._parts = await open_components(self.config, self._progress)
-        limits = _limits(self._parts.plan, self._parts.spec)
-        blocks = BlockManager(self._parts.plan.num_blocks, self._parts.plan.max_batch)
+        plan = self._parts.plan
+        limits = _limits(plan, self._parts.spec)
+        blocks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule)
         self._scheduler = Scheduler(blocks, limits, self._parts.spec.eos_token_ids)
         self._delivery = Delivery(self._scheduler, self._parts.tokenizer)
         self._meter = Meter(self._parts, self._scheduler, self._observe)
