@@ -12,7 +12,9 @@ from hsrpc.bench.run import WARM_UP_STEPS, BenchError, Run, observe_run
 from hsrpc.bench.workload import Lengths, Workload, make_workload
 from hsrpc.config import EngineConfig
 from hsrpc.engine.engine import Engine
+from hsrpc.engine.startup import ChoosePlan
 from hsrpc.errors import HsrpcError
+from hsrpc.plan.planner import Planner
 from hsrpc.plan.roofline import StepRecord
 
 FEWEST_STEPS = 5
@@ -43,11 +45,12 @@ async def observe_decoding(
     steps: int,
     lengths: Lengths = Lengths.UNIFORM,
     prepare: Callable[[Engine], None] | None = None,
+    choose_plan: ChoosePlan = Planner.plan,
 ) -> Run:
     """At least `steps` steps, as far as the output goes, in which `max_batch` requests, or as many as planned, decode.
 
     `lengths` are those of the prompts, whose mean is `prompt`; all requests generate `output` tokens. `prepare` is
-    called with the idle engine before they run.
+    called with the idle engine before they run; `choose_plan` makes the engine's plan.
 
     Raises:
         BenchError: so many do not fit at once.
@@ -74,7 +77,13 @@ async def observe_decoding(
         sizes = {"prompt": prompt, "output": output, "vocab_size": engine.spec.vocab_size}
         return replace(make_workload(lengths, count=batch, **sizes), output_tokens=[output] * batch)
 
-    return await observe_run(config, make, lambda records: list(filter(is_whole, records)), is_enough=is_enough)
+    return await observe_run(
+        config,
+        make,
+        lambda records: list(filter(is_whole, records)),
+        is_enough=is_enough,
+        choose_plan=choose_plan,
+    )
 
 
 def check_steps(run: Run) -> None:

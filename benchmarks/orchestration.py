@@ -105,7 +105,7 @@ def time_alone(engine: Engine, graphs: DecodeGraphs, batch: int, context: int) -
 def _decode_step(engine: Engine, batch: int, context: int) -> MiniBatch:
     """Of requests with `context` cached tokens each, in blocks of the idle engine."""
     plan, params = engine.plan, SamplingParams()
-    blocks, chunks = BlockManager(plan.num_blocks, plan.max_batch), []
+    blocks, chunks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule), []
     for number in range(batch):
         request = Request(str(number), [0] * (context + 1), params, number, 0.0)
         assert blocks.grow(request.blocks, -(-(context + 1) // plan.block_size))

@@ -1,19 +1,15 @@
-"""Puts a policy's classes in the place of the engine's own, for engines that start meanwhile."""
+"""The policies that are measured, and who makes the plan of each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from functools import partial
-from types import ModuleType
-from unittest.mock import patch
 
-from benchmarks.policies.hcache import HCachePlanner, LayerSplitCache, LayerSplitForward
-from benchmarks.policies.kvpr import KvprPlanner, PositionBlocks
+from benchmarks.policies.hcache import hcache_plan
+from benchmarks.policies.kvpr import kvpr_plan
 from hsrpc.config import CachePolicy
-from hsrpc.engine import engine, startup
-from hsrpc.engine.tasks import executor
+from hsrpc.engine.startup import ChoosePlan
+from hsrpc.plan.planner import Planner
 
 
 class Policy(StrEnum):
@@ -37,31 +33,15 @@ class Policy(StrEnum):
 
     @property
     def cache_policy(self) -> CachePolicy:
-        """The engine's; an emulation's planner sets its own."""
+        """The engine's; an emulation's plan sets its own."""
         return CachePolicy.AUTO if self.paper else CachePolicy(self)
 
-
-@contextmanager
-def emulated(policy: Policy, hidden_layers: int | None = None) -> Iterator[None]:
-    """Engines that are entered inside follow `policy`; one of hsrpc's own changes nothing.
-
-    `hidden_layers` overrides HCache's rule.
-    """
-    with ExitStack() as stack:
-        for module, name, value in _replacements(policy, hidden_layers):
-            stack.enter_context(patch.object(module, name, value))
-        yield
-
-
-def _replacements(policy: Policy, hidden_layers: int | None) -> list[tuple[ModuleType, str, object]]:
-    match policy:
-        case Policy.KVPR:
-            return [(startup, "Planner", KvprPlanner), (engine, "BlockManager", PositionBlocks)]
-        case Policy.HCACHE:
-            return [
-                (startup, "Planner", partial(HCachePlanner, hidden_layers=hidden_layers)),
-                (startup, "CacheManager", LayerSplitCache),
-                (executor, "Forward", LayerSplitForward),
-            ]
-        case _:
-            return []
+    def choose_plan(self, hidden_layers: int | None = None) -> ChoosePlan:
+        """For an engine that follows this policy; `hidden_layers` overrides HCache's rule."""
+        match self:
+            case Policy.KVPR:
+                return kvpr_plan
+            case Policy.HCACHE:
+                return partial(hcache_plan, hidden_layers=hidden_layers)
+            case _:
+                return Planner.plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.decoding import Cell, cell_of, check_steps, observe_decoding
-from benchmarks.policies.emulate import Policy, emulated
+from benchmarks.policies.emulate import Policy
 from hsrpc.bench.run import Run, summarise
 from hsrpc.config import DeviceKind, DType, EngineConfig, Placement
 from hsrpc.engine.startup import RANDOM_PREFIX
@@ -53,18 +53,24 @@ async def measure(policy: Policy, setting: Setting, seconds: float) -> Cell:
 
 async def _measure(policy: Policy, setting: Setting) -> Cell:
     config = setting.config(policy)
-    with emulated(policy, setting.hidden_layers):
-        run = await observe_decoding(config, prompt=setting.prompt, output=setting.output, steps=setting.steps)
+    run = await observe_decoding(
+        config,
+        prompt=setting.prompt,
+        output=setting.output,
+        steps=setting.steps,
+        choose_plan=policy.choose_plan(setting.hidden_layers),
+    )
     check_steps(run)
-    return _measured(run, config)
+    return _measured(policy, run, config)
 
 
-def _measured(run: Run, config: EngineConfig) -> Cell:
+def _measured(policy: Policy, run: Run, config: EngineConfig) -> Cell:
     result, steps = summarise(run, config), run.chosen
+    hidden_layers = run.spec.sizes.num_layers - len(run.plan.kv_layers)
     held = sum(step.held_tokens for step in steps)
     return {
         "reason": run.plan.reason,
-        "hidden_layers": getattr(run.plan, "hidden_layers", None),
+        "hidden_layers": hidden_layers if policy is Policy.HCACHE else None,
         "num_blocks": {pool.name.lower(): count for pool, count in run.plan.num_blocks.items()},
         "held_tokens": held / len(steps),
         "share": sum(step.regenerated_tokens for step in steps) / (held * run.spec.sizes.num_layers),

@@ -15,12 +15,13 @@ from hsrpc.bench.profile import StepProfile, StepProfiler, has_gpu
 from hsrpc.bench.workload import Workload
 from hsrpc.config import EngineConfig
 from hsrpc.engine.engine import Engine
-from hsrpc.engine.startup import measure_hardware, measure_sustained_load
+from hsrpc.engine.startup import ChoosePlan, measure_hardware, measure_sustained_load
 from hsrpc.engine.stats import EngineStats
 from hsrpc.errors import HsrpcError
 from hsrpc.model.family import ModelSpec
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Plan
+from hsrpc.plan.planner import Planner
 from hsrpc.plan.roofline import Roofline, StepRecord, roofline
 from hsrpc.request import SamplingParams
 
@@ -112,19 +113,20 @@ async def observe_run(
     choose: Callable[[Sequence[StepRecord]], Sequence[StepRecord]],
     *,
     is_enough: Callable[[StepRecord], bool] = lambda _: False,
+    choose_plan: ChoosePlan = Planner.plan,
     with_busy: bool = False,
     with_ranges: bool = False,
     trace: Path | None = None,
 ) -> Run:
     """Run the workload that `make` gives for the engine until `is_enough` says so or its requests end.
 
-    `choose` says which steps are measured. Steps like them are profiled afterwards, `with_busy` for the time in which
-    a GPU is busy, and `with_ranges` for the parts of a step; where the requests have ended they run once more. What was
-    profiled is saved as `trace`.
+    `choose` says which steps are measured, `choose_plan` makes the engine's plan. Steps like them are profiled
+    afterwards, `with_busy` for the time in which a GPU is busy, and `with_ranges` for the parts of a step; where the
+    requests have ended they run once more. What was profiled is saved as `trace`.
     """
     steps = _Steps(is_enough)
     started = time.perf_counter()
-    async with Engine(config, observe=steps) as engine:
+    async with Engine(config, observe=steps, choose_plan=choose_plan) as engine:
         ready = time.perf_counter()
         workload = make(engine)
         async with _load(engine, workload) as load:

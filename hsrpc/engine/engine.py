@@ -22,7 +22,7 @@ from hsrpc.engine.generation import Generation
 from hsrpc.engine.meter import Meter
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.run_to_end import run_to_end
-from hsrpc.engine.startup import Components, open_components, release
+from hsrpc.engine.startup import ChoosePlan, Components, open_components, release
 from hsrpc.engine.stats import EngineStats
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.validation import Validator
@@ -37,6 +37,7 @@ from hsrpc.errors import (
 from hsrpc.model.family import ModelSpec
 from hsrpc.model.sampler import Sampled
 from hsrpc.plan.plan import Plan
+from hsrpc.plan.planner import Planner
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.request import Delta, FinishReason, SamplingParams
 from hsrpc.schedule.blocks import BlockManager
@@ -58,7 +59,8 @@ class Engine:
             async for delta in engine.generate("Once upon a time", SamplingParams(max_tokens=64)):
                 print(delta.text, end="")
 
-    `progress` shows bars while loading; `observe` is called on the event loop with each step's record.
+    `progress` shows bars while loading; `observe` is called on the event loop with each step's record;
+    `choose_plan` makes the plan, for policies that hsrpc's planner does not know.
 
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: on entering.
@@ -71,9 +73,11 @@ class Engine:
         *,
         progress: bool = False,
         observe: Callable[[StepRecord], object] | None = None,
+        choose_plan: ChoosePlan = Planner.plan,
     ) -> None:
         self.config = config or EngineConfig()
         self._observe = observe
+        self._choose_plan = choose_plan
         self._progress = progress
         self._parts: Components | None = None
         self._wake = asyncio.Event()
@@ -90,9 +94,10 @@ class Engine:
             raise EngineUnavailableError("the engine was entered before; make another one")
         self._failed = asyncio.get_running_loop().create_future()
         self._warm = asyncio.get_running_loop().create_future()
-        self._parts = await open_components(self.config, self._progress)
-        limits = _limits(self._parts.plan, self._parts.spec)
-        blocks = BlockManager(self._parts.plan.num_blocks, self._parts.plan.max_batch)
+        self._parts = await open_components(self.config, self._choose_plan, self._progress)
+        plan = self._parts.plan
+        limits = _limits(plan, self._parts.spec)
+        blocks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule)
         self._scheduler = Scheduler(blocks, limits, self._parts.spec.eos_token_ids)
         self._delivery = Delivery(self._scheduler, self._parts.tokenizer)
         self._meter = Meter(self._parts, self._scheduler, self._observe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
 from hsrpc.model.family import Family, Weights
 from hsrpc.plan.plan import REGENERATE_ROWS
 from hsrpc.plan.sizes import ModelSizes
-from hsrpc.schedule.blocks import PoolId, Tier
+from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
 from hsrpc.schedule.step import Ints, MiniBatch
 from hsrpc.schedule.sweep import Op, OpKind
 
@@ -68,11 +68,12 @@ class DeviceBatch:
     num_in_place: int
     num_rebuilt: int
     """Rows at the front of both buffers that are rebuilt in place."""
-    gathers: Gathers
+    gathers: Mapping[BlockKind, Gathers]
+    """By what activation blocks hold in a layer; `stores` as well."""
     new_rows: DeviceRows
     activation_rows: torch.Tensor
     activation_positions: torch.Tensor
-    stores: dict[PoolId, Stores]
+    stores: Mapping[BlockKind, Mapping[PoolId, Stores]]
     sample_rows: torch.Tensor
 
     @property
@@ -181,7 +182,7 @@ class Forward:
                 new_rows=DeviceRows.of(batch.new_rows, upload),
                 activation_rows=upload(batch.activation_rows),
                 activation_positions=upload(batch.activation_positions),
-                stores={pool: Stores.of(pool, rows, upload) for pool, rows in batch.stores.items()},
+                stores=self._cache.stores(batch, upload),
                 sample_rows=upload(batch.sample_rows),
             )
 

@@ -7,6 +7,7 @@ one graph is captured for each of a few batch sizes; smaller batches are padded 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
@@ -18,7 +19,7 @@ from hsrpc.engine.tasks.cache import CacheManager, DeviceRows, Gathers, Stores
 from hsrpc.model.attention import InPlaceRows
 from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import Plan
-from hsrpc.schedule.blocks import PoolId
+from hsrpc.schedule.blocks import BlockKind, PoolId
 from hsrpc.schedule.step import NO_RUNS, MiniBatch
 from hsrpc.schedule.sweep import BatchShape, OpKind, Places, sweep
 
@@ -86,6 +87,7 @@ class DecodeGraphs:
             key_starts=self._nothing,
             max_keys=self._max_model_len,
         )
+        stores: Mapping[PoolId, Stores] = {PoolId.DEVICE_KV: Stores(DeviceRows(rows, slots), NO_RUNS)}
         batch = DeviceBatch(
             group=Group(given[:, _TOKEN].long(), positions),
             rows=slice(0, size),
@@ -95,11 +97,11 @@ class DecodeGraphs:
             packed=None,
             num_in_place=size,
             num_rebuilt=0,
-            gathers=Gathers({}, {}),
+            gathers={held: Gathers({}, {}) for held in BlockKind},
             new_rows=DeviceRows(nothing, nothing),
             activation_rows=nothing,
             activation_positions=nothing,
-            stores={PoolId.DEVICE_KV: Stores(DeviceRows(rows, slots), NO_RUNS)},
+            stores=dict.fromkeys(BlockKind, stores),
             sample_rows=rows,
         )
         step = Pass([batch])

@@ -6,11 +6,12 @@ import asyncio
 import gc
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -39,8 +40,11 @@ from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.assemble import Assembler
+from hsrpc.schedule.sweep import Places
 
 _log = logging.getLogger(__name__)
+ChoosePlan: TypeAlias = Callable[[Planner], Plan]
+"""Another policy is another plan, made with hsrpc's planner for the model, the machine and the settings."""
 RANDOM_PREFIX = "random:"
 """`random:opt-6.7b`, or `random:` and the path of a config.json: random weights and no tokenizer, for measurements."""
 _CPU_MAX_BATCH = 32
@@ -79,12 +83,13 @@ class Planned:
     spec: ModelSpec
     device: Device
     planner: Planner
+    """hsrpc's own, whoever made the plan."""
     plan: Plan
     directory: Path | None
     """None: random weights."""
 
 
-def make_plan(config: EngineConfig) -> Planned:
+def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> Planned:
     """Read the model's configuration, open the device, calibrate, and plan. Takes seconds.
 
     Raises:
@@ -100,7 +105,7 @@ def make_plan(config: EngineConfig) -> Planned:
         )
     codings = _codings(config, spec, device)
     hardware, budgets = calibrate(device, spec.sizes, spec.dtype), _budgets(config, device)
-    planner, plan = _fastest([Planner(sizes, budgets, hardware, config) for sizes in codings])
+    planner, plan = _fastest([Planner(sizes, budgets, hardware, config) for sizes in codings], choose_plan)
     return Planned(replace(spec, sizes=planner.sizes), device, planner, plan, directory)
 
 
@@ -119,7 +124,7 @@ def _codings(config: EngineConfig, spec: ModelSpec, device: Device) -> list[Mode
     return [coded] if coding is WeightCoding.LOSSLESS else [spec.sizes, coded]
 
 
-def _fastest(planners: Sequence[Planner]) -> tuple[Planner, Plan]:
+def _fastest(planners: Sequence[Planner], choose_plan: ChoosePlan) -> tuple[Planner, Plan]:
     """Of those whose plans fit; the first one, where they are equal.
 
     Raises:
@@ -129,7 +134,7 @@ def _fastest(planners: Sequence[Planner]) -> tuple[Planner, Plan]:
     errors: list[ConfigError] = []
     for planner in planners:
         try:
-            found.append((planner, planner.plan()))
+            found.append((planner, choose_plan(planner)))
         except ConfigError as error:
             errors.append(error)
     if not found:
@@ -161,14 +166,14 @@ def describe_model(config: EngineConfig) -> tuple[ModelSpec, Device]:
     return load_spec(resolve_model(config.model), dtype), device
 
 
-async def open_components(config: EngineConfig, progress: bool) -> Components:
+async def open_components(config: EngineConfig, choose_plan: ChoosePlan, progress: bool) -> Components:
     """Everything, loaded and ready to run. Cancelled, it stops after the layers being read and gives all back.
 
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
     stop = threading.Event()
-    opening = asyncio.create_task(asyncio.to_thread(_open_best, config, progress, stop))
+    opening = asyncio.create_task(asyncio.to_thread(_open_best, config, choose_plan, progress, stop))
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
@@ -182,20 +187,20 @@ async def _close_opened(opening: asyncio.Task[Components]) -> None:
         await (await opening).close()
 
 
-def _open_best(config: EngineConfig, progress: bool, stop: threading.Event) -> Components:
+def _open_best(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
     """With weights as they are where they turn out not to get much smaller."""
     try:
-        return _open_parts(config, progress, stop)
+        return _open_parts(config, choose_plan, progress, stop)
     except HardlySmallerError as error:
         if config.weight_coding is not WeightCoding.AUTO:
             raise
         _log.warning("%s; loading them as they are", error)
-        return _open_parts(replace(config, weight_coding=WeightCoding.NONE), progress, stop)
+        return _open_parts(replace(config, weight_coding=WeightCoding.NONE), choose_plan, progress, stop)
 
 
-def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> Components:
+def _open_parts(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
     with ExitStack() as undo:
-        planned = make_plan(config)
+        planned = make_plan(config, choose_plan)
         device, spec, plan = planned.device, planned.spec, planned.plan
         undo.callback(device.release_pinned)
         device.release_cached()  # what calibration used
@@ -219,7 +224,7 @@ def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> 
             device.drain()
             window = spec.sizes.sliding_window
             assembler = Assembler(
-                layers=prefetcher.places,
+                layers=_places(prefetcher, plan),
                 block_size=plan.block_size,
                 window=window,
                 max_queries=plan.buffers.queries,
@@ -232,6 +237,11 @@ def _open_parts(config: EngineConfig, progress: bool, stop: threading.Event) -> 
             executor = Executor(assembler, device, prefetcher=prefetcher, cache=cache, forward=forward, graphs=graphs)
         undo.pop_all()
         return Components(spec, device, plan, tokenizer, prefetcher, cache, executor)
+
+
+def _places(prefetcher: WeightPrefetcher, plan: Plan) -> Places:
+    """Where each layer's weights are, and whether anything is rebuilt in it."""
+    return tuple(place._replace(rebuilds=layer not in plan.kv_layers) for layer, place in enumerate(prefetcher.places))
 
 
 def _check_room(plan: Plan, device: Device) -> None:

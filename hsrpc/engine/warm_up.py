@@ -23,7 +23,8 @@ async def warm_up(parts: Components, limits: SchedulerLimits) -> None:
     Raises:
         OutOfDeviceMemoryError: the device has not the memory for a step.
     """
-    scheduler = Scheduler(BlockManager(parts.plan.num_blocks, limits.max_batch), limits, ())
+    plan = parts.plan
+    scheduler = Scheduler(BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule), limits, ())
     for tokens in (limits.max_idle_prefill_tokens, limits.max_prefill_tokens):
         for length in _prompts(tokens, limits, scheduler):
             number = scheduler.num_running + scheduler.num_waiting

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hsrpc.config import CachePolicy
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.memory_use import DeviceUse, HostUse
-from hsrpc.schedule.blocks import PoolId
+from hsrpc.schedule.blocks import IN_PROPORTION, BlockKind, KindRule, PoolId
 from hsrpc.schedule.recompute import RecomputeLimits
 from hsrpc.schedule.step import BufferLimits, RowCosts
 
@@ -110,6 +110,14 @@ class Plan:
     budgets: Budgets
     prediction: StepPrediction
     hardware: Hardware
+    kv_layers: frozenset[int] = frozenset()
+    """Layers in which activation blocks hold K and V, so that nothing is rebuilt there."""
+    kind_rule: KindRule = IN_PROPORTION
+    """Decides of which kind a request's next blocks are."""
+
+    def held(self, kind: BlockKind, layer: int) -> BlockKind:
+        """What blocks of a kind hold in a layer."""
+        return BlockKind.KV if layer in self.kv_layers else kind
 
     @property
     def keeps_cache(self) -> bool:

@@ -23,13 +23,14 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
     model = StepModel(sizes, plan.hardware, traffic)
     used = batch * -(-context // plan.block_size)
     on_device = min(1.0, sum(_blocks(plan, Tier.DEVICE)) / used)
+    rebuilding = 1 - len(plan.kv_layers) / sizes.num_layers
     candidate = Candidates(
         batch=np.asarray(float(batch)),
         streamed=sum(plan.streamed_bytes) * sizes.coded_share / sizes.num_layers,
         on_device=on_device,
         on_device_at_end=on_device,
-        device_share=_share(plan, Tier.DEVICE),
-        host_share=_share(plan, Tier.HOST),
+        device_share=rebuilding * _share(plan, Tier.DEVICE),
+        host_share=rebuilding * _share(plan, Tier.HOST),
         recomputed=0.0 if plan.keeps_cache else 1.0,
         chunk=plan.max_prefill_tokens,
         prompt_queries=max(1, plan.buffers.queries - plan.max_batch),

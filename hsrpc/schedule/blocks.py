@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import Enum, IntEnum
 from heapq import heappop, heappush
+from typing import Protocol, TypeAlias
 
 
 class BlockKind(Enum):
-    """What a block holds of its tokens."""
+    """What a block holds of its tokens; a plan may have activation blocks hold K and V in some layers."""
 
     KV = "kv"
     ACTIVATION = "activation"
@@ -155,19 +157,56 @@ class _LowestFirst:
         return self._heap[0] if self._heap else None
 
 
-class BlockManager:
-    """The pools, and which of them the next block comes from.
+Pools: TypeAlias = Mapping[PoolId, BlockPool]
 
-    The device comes before the host. In each tier the kinds in use keep the proportion of its pools, so that both kinds
-    run out together; a tier may have one kind only, whatever the other has.
+
+class KindRule(Protocol):
+    """Decides which pools a request's next blocks come from, and so which kind they are."""
+
+    def has_room(self, pools: Pools, number: int, wanted: int) -> bool:
+        """There are free blocks for `wanted` blocks of a request, from its block `number` on."""
+
+    def next_run(self, pools: Pools, number: int, wanted: int) -> tuple[PoolId, int]:
+        """The pool of a request's block `number`, and how many of the `wanted` come from it one after the other.
+
+        Asked only where there is room for all of them.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class InProportion:
+    """The kinds in use keep the proportion of their tier's pools, so that both run out together.
+
+    The device comes before the host. A tier may have one kind only, whatever the other has.
     """
 
-    def __init__(self, num_blocks: Mapping[PoolId, int], max_batch: int | None = None) -> None:
+    def has_room(self, pools: Pools, number: int, wanted: int) -> bool:
+        return wanted <= sum(pool.num_free for pool in pools.values())
+
+    def next_run(self, pools: Pools, number: int, wanted: int) -> tuple[PoolId, int]:
+        kv, activation = next(pair for pair in POOLS_OF_TIER if any(pools[pool].num_free for pool in pair))
+        for pool, other in ((kv, activation), (activation, kv)):
+            if not pools[other].num_blocks:
+                return pool, min(wanted, pools[pool].num_free)
+        # A kind that is called for has a free block: in proportion, neither kind is full before its tier is.
+        return (activation if _lacks_activations(pools[kv], pools[activation]) else kv), 1
+
+
+IN_PROPORTION = InProportion()
+
+
+class BlockManager:
+    """The pools, and which of them the next block comes from."""
+
+    def __init__(
+        self, num_blocks: Mapping[PoolId, int], max_batch: int | None = None, rule: KindRule = IN_PROPORTION
+    ) -> None:
         """With `max_batch`, each pool leaves as many requests room to grow in."""
         self.pools = {
             pool: BlockPool(count, max(1, count // (max_batch or count or 1)))
             for pool, count in ((pool, num_blocks.get(pool, 0)) for pool in PoolId)
         }
+        self._rule = rule
 
     @property
     def num_blocks(self) -> int:
@@ -175,16 +214,17 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
+        """Free blocks of all kinds: by the rule, a request's next ones may be of a kind that has fewer."""
         return sum(pool.num_free for pool in self.pools.values())
 
     def grow(self, table: BlockTable, num_blocks: int) -> bool:
         """Append `num_blocks` blocks to the table, or none and return False where there are too few."""
         if num_blocks <= 0:
             return True  # most tokens go to a block that is there
-        if num_blocks > self.num_free:
+        if not self._rule.has_room(self.pools, len(table), num_blocks):
             return False
         while num_blocks:
-            pool, count = self._next_run(num_blocks)
+            pool, count = self._rule.next_run(self.pools, len(table), num_blocks)
             blocks, index = self.pools[pool], table.last_of(pool)
             for _ in range(count):
                 index = blocks.allocate(index)
@@ -198,16 +238,8 @@ class BlockManager:
             self.pools[PoolId(pool)].free(index)
         del table.pools[:], table.indices[:]
 
-    def _next_run(self, wanted: int) -> tuple[PoolId, int]:
-        """The pool of the next block, and how many of those `wanted` come from it one after the other."""
-        kv, activation = next(pair for pair in POOLS_OF_TIER if any(self.pools[pool].num_free for pool in pair))
-        for pool, other in ((kv, activation), (activation, kv)):
-            if not self.pools[other].num_blocks:
-                return pool, min(wanted, self.pools[pool].num_free)
-        # A kind that is called for has a free block: in proportion, neither kind is full before its tier is.
-        return (activation if self._lacks_activations(kv, activation) else kv), 1
 
-    def _lacks_activations(self, kv: PoolId, activation: PoolId) -> bool:
-        """With one more block in use, the tier's part of activations in use would be below that of its blocks."""
-        k, a = self.pools[kv], self.pools[activation]
-        return a.num_used * (k.num_blocks + a.num_blocks) < a.num_blocks * (k.num_used + a.num_used + 1)
+def _lacks_activations(kv: BlockPool, activation: BlockPool) -> bool:
+    """With one more block in use, the tier's part of activations in use would be below that of its blocks."""
+    num_blocks, num_used = kv.num_blocks + activation.num_blocks, kv.num_used + activation.num_used
+    return activation.num_used * num_blocks < activation.num_blocks * (num_used + 1)

@@ -218,7 +218,7 @@ class Scheduler:
         return [chunk.request for chunk in self._in_flight[step_id].chunks]
 
     def _grow_ahead(self, chunks: Sequence[Chunk]) -> bool:
-        """A block for each that begins one; False, and nothing taken, where there are too few."""
+        """A block for each that begins one; False where there are too few, and what was taken by then stays taken."""
         size = self.limits.block_size
         starting = [chunk.request.blocks for chunk in chunks if len(chunk.request.blocks) * size == chunk.context]
         if len(starting) > self.blocks.num_free:

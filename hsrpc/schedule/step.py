@@ -8,7 +8,8 @@ Requests are ragged, so their rows are packed one after the other. A mini-batch 
 The attention of a single query need not find its rows in one piece. It also reads the KV blocks that lie on the device,
 in place: their rows are in no buffer. And its rebuilt rows lie at the front of the kv buffer, in the order of the
 activation buffer, so that regeneration writes them where they are read. The layout is the same in every layer, because
-a block has the same number in all of them.
+a block has the same number in all of them: in layers in which activation blocks hold K and V, by the plan, these are
+loaded to the rows that regeneration would fill.
 """
 
 from __future__ import annotations

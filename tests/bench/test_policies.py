@@ -6,26 +6,30 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.policies.__main__ import main
-from benchmarks.policies.emulate import Policy, emulated
-from benchmarks.policies.hcache import HCachePlanner, LayerSplitPlan
-from benchmarks.policies.kvpr import KvprPlanner, PositionBlocks
+from benchmarks.policies.emulate import Policy
+from benchmarks.policies.kvpr import ByPosition
 from benchmarks.policies.rules import hcache_layers, kvpr_blocks
 from hsrpc import Engine, EngineConfig
 from hsrpc.engine import startup
+from hsrpc.engine.startup import ChoosePlan
 from hsrpc.errors import ConfigError
 from hsrpc.model.spec import load_spec
 from hsrpc.plan.memory_use import HostUse
 from hsrpc.plan.plan import Budgets, Plan
+from hsrpc.plan.planner import Planner
+from hsrpc.plan.prediction import predict_at
 from hsrpc.plan.roofline import StepRecord
-from hsrpc.schedule.blocks import BlockTable, PoolId, Tier
-from hsrpc.schedule.step import RowCosts
+from hsrpc.schedule.assemble import Assembler, batch_shapes
+from hsrpc.schedule.blocks import BlockManager, BlockTable, PoolId, Tier
+from hsrpc.schedule.step import RowCosts, Scheduled, Step
+from hsrpc.schedule.sweep import Carried, OpKind, OpList, sweep
 from tests.bench.conftest import TINY
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference, make_reference
@@ -57,19 +61,17 @@ def config_for(made: Reference, **settings: object) -> EngineConfig:
     return EngineConfig(model=str(made.directory), **(base | settings))
 
 
-def follow(name: str) -> tuple[Policy, int | None]:
+def follow(name: str) -> ChoosePlan:
     """`hcache 1` is HCache's split with 1 layer of hidden states; without a number its rule decides."""
     policy, _, layers = name.partition(" ")
-    return Policy(policy), int(layers) if layers else None
+    return Policy(policy).choose_plan(int(layers) if layers else None)
 
 
 def plan_of(name: str, made: Reference, config: EngineConfig) -> Plan:
     """As an engine plans it."""
-    policy, layers = follow(name)
-    planner = KvprPlanner if policy is Policy.KVPR else partial(HCachePlanner, hidden_layers=layers)
     sizes = load_spec(made.directory, torch.float32).sizes
     budgets = Budgets(device=int(config.gpu_memory), host=int(config.host_memory))
-    return planner(sizes, budgets, BALANCED, config).plan()
+    return follow(name)(Planner(sizes, budgets, BALANCED, config))
 
 
 def tightest(name: str, made: Reference, config: EngineConfig) -> EngineConfig:
@@ -112,24 +114,23 @@ async def test_tokens_equal_the_reference(name: str, model: str, reference: Make
     """Every token is the reference's: prompts in chunks, several mini-batches, so few blocks that requests give way."""
     made = reference(model)
     config = tightest(name, made, config_for(made))
-    with emulated(*follow(name)):
-        async with Engine(config) as engine:
-            assert await outputs(engine, made.prompts) == [tokens[:MAX_TOKENS] for tokens in made.outputs]
-            stats = engine.stats()
-            assert stats.preemptions > 0
-            assert engine.plan.buffers.rows < 6 * 64
-            assert stats.regenerated_tokens > 0
-            assert sum(stats.used_blocks.values()) == 0
+    async with Engine(config, choose_plan=follow(name)) as engine:
+        assert await outputs(engine, made.prompts) == [tokens[:MAX_TOKENS] for tokens in made.outputs]
+        stats = engine.stats()
+        assert stats.preemptions > 0
+        assert engine.plan.buffers.rows < 6 * 64
+        assert stats.regenerated_tokens > 0
+        assert sum(stats.used_blocks.values()) == 0
 
 
 async def decodes_of(name: str, made: Reference) -> tuple[Plan, list[StepRecord]]:
     """The plan, and the steps in which all of three requests, with prompts of 20 tokens, decode."""
     records: list[StepRecord] = []
     prompts = [list(range(first, first + 20)) for first in (3, 50, 100)]
-    with emulated(*follow(name)):
-        async with Engine(config_for(made, max_prefill_tokens=60), observe=records.append) as engine:
-            await asyncio.gather(*(collect(engine.generate(prompt, GREEDY)) for prompt in prompts))
-            return engine.plan, [record for record in records if record.decode_tokens == 3]
+    config = config_for(made, max_prefill_tokens=60)
+    async with Engine(config, observe=records.append, choose_plan=follow(name)) as engine:
+        await asyncio.gather(*(collect(engine.generate(prompt, GREEDY)) for prompt in prompts))
+        return engine.plan, [record for record in records if record.decode_tokens == 3]
 
 
 @pytest.mark.parametrize(("name", "hidden_layers"), [("kvpr", None), ("hcache", 3), ("hcache 1", 1), ("hcache 4", 4)])
@@ -140,7 +141,7 @@ async def test_bytes_and_rebuilt_rows_are_counted_as_they_are_moved(
     made = reference("opt")
     plan, records = await decodes_of(name, made)
     sizes = load_spec(made.directory, torch.float32).sizes
-    assert getattr(plan, "hidden_layers", None) == hidden_layers
+    assert plan.kv_layers == frozenset(range(hidden_layers or NUM_LAYERS, NUM_LAYERS))
     assert len(records) > MAX_TOKENS // 2
     for record in records:
         rebuilt = 3 * 12 * NUM_LAYERS if hidden_layers is None else record.context_tokens * hidden_layers
@@ -149,16 +150,71 @@ async def test_bytes_and_rebuilt_rows_are_counted_as_they_are_moved(
         assert record.cache_bytes == rebuilt * sizes.activation_bytes + loaded * sizes.kv_bytes
 
 
+class Recording:
+    """An assembler that keeps the steps that it makes, each with what was carried into it."""
+
+    def __init__(self, assembler: Assembler) -> None:
+        self.assembler = assembler
+        self.made: list[tuple[Step, Carried]] = []
+
+    def assemble(self, scheduled: Scheduled, carried: Carried) -> Step:
+        step = self.assembler.assemble(scheduled, carried)
+        self.made.append((step, carried))
+        return step
+
+
+@pytest.mark.parametrize(("name", "hidden_layers"), [("hcache", 3), ("hcache 1", 1), ("hcache 4", 4), ("kvpr", 4)])
+async def test_a_step_is_our_own_list_less_what_is_not_rebuilt(name: str, hidden_layers: int, reference: Make) -> None:
+    """K and V are rebuilt in exactly the layers of hidden states; all else is as in a list that rebuilds in all."""
+    made = reference("opt")
+    async with Engine(config_for(made), choose_plan=follow(name)) as engine:
+        executor = engine._opened.executor
+        executor._assembler = recording = Recording(executor._assembler)
+        await outputs(engine, made.prompts)
+    assembler = recording.assembler
+    rebuilding = tuple(place._replace(rebuilds=True) for place in assembler.layers)
+    num_rebuilding = 0
+    for step, carried in recording.made:
+        shapes = batch_shapes(step.mini_batches, assembler.max_queries)
+        layers = set(range(hidden_layers)) if any(shape.rebuilds for shape in shapes) else set()
+        assert {op.layer for op in step.ops.ops if op.kind is OpKind.REBUILD} == layers
+        assert step.ops == without_rebuilding(sweep(rebuilding, shapes, carried), set(range(NUM_LAYERS)) - layers)
+        num_rebuilding += bool(layers)
+    assert num_rebuilding >= MAX_TOKENS
+
+
+def without_rebuilding(whole: OpList, layers: set[int]) -> OpList:
+    """The list with nothing rebuilt in these layers, numbered anew."""
+    kept = [i for i, op in enumerate(whole.ops) if op.kind is not OpKind.REBUILD or op.layer not in layers]
+    numbers = {old: new for new, old in enumerate(kept)}
+    ops = [whole.ops[i]._replace(after=tuple(numbers[n] if n >= 0 else n for n in whole.ops[i].after)) for i in kept]
+    loaded = tuple(numbers[len(whole) + n] - len(kept) for n in whole.carries.loaded)
+    return OpList(tuple(ops), whole.carries._replace(loaded=loaded))
+
+
+async def test_the_first_blocks_of_requests_that_kvpr_serves_are_activations(reference: Make) -> None:
+    """At every step of each request, however prompts and outputs grow: three blocks, then K and V."""
+    made, tables = reference("opt"), []
+
+    def look(_: StepRecord) -> None:
+        tables.extend(list(request.blocks.pools) for request in engine._scheduler.live())
+
+    async with Engine(config_for(made), observe=look, choose_plan=follow("kvpr")) as engine:
+        await outputs(engine, made.prompts)
+    assert max(map(len, tables)) > 3 + MAX_TOKENS // BLOCK_SIZE
+    for pools in tables:
+        assert pools == [PoolId.HOST_ACTIVATION] * min(3, len(pools)) + [PoolId.HOST_KV] * max(0, len(pools) - 3)
+
+
 @pytest.mark.parametrize("name", ["kvpr", "hcache", "hcache 1"])
 async def test_host_memory_is_counted_and_within_its_budget(name: str, reference: Make) -> None:
     """What the plan says is what the pools take; the budget is kept wherever between two blocks it ends."""
     made = reference("opt")
     config = tightest(name, made, config_for(made))
-    with emulated(*follow(name)):
-        async with Engine(config) as engine:
-            pools = engine._opened.cache._pools
-            taken = sum(layer.nbytes for pool, layers in pools.items() if pool.tier is Tier.HOST for layer in layers)
-            assert engine.plan.host_bytes[HostUse.CACHE_BLOCKS] == taken
+    async with Engine(config, choose_plan=follow(name)) as engine:
+        pools = engine._opened.cache._pools
+        taken = sum(layer.nbytes for pool, layers in pools.items() if pool.tier is Tier.HOST for layer in layers)
+        assert engine.plan.host_bytes[HostUse.CACHE_BLOCKS] == taken
     least = int(config.host_memory)
     block_bytes = NUM_LAYERS * BLOCK_SIZE * load_spec(made.directory, torch.float32).sizes.kv_bytes
     for host in range(least, least + 5 * block_bytes, block_bytes // 7):
@@ -178,6 +234,8 @@ def test_the_plan_predicts_the_split(name: str, hidden_layers: int | None, refer
     assert plan.prediction.regenerate * BALANCED.gemm_rate == pytest.approx(6 * rebuilt * sizes.regenerate_flop)
     assert plan.activation_share == pytest.approx(rebuilt / (24 * NUM_LAYERS))
     if hidden_layers is not None:
+        again = predict_at(plan, sizes, 24)
+        assert (again.bus, again.regenerate) == pytest.approx((plan.prediction.bus, plan.prediction.regenerate))
         assert plan.costs.load_activation * BALANCED.load_bandwidth * 24 * NUM_LAYERS == pytest.approx(cached / 6)
         assert plan.costs.regenerate * BALANCED.gemm_rate * 24 * NUM_LAYERS == pytest.approx(
             rebuilt * sizes.regenerate_flop
@@ -201,7 +259,7 @@ def test_hcache_ends_bus_and_gpu_together() -> None:
 
 def test_the_first_blocks_of_each_request_are_activations() -> None:
     """However they come, in whatever turn; a kind that has run out is not replaced by the other."""
-    blocks = PositionBlocks({PoolId.HOST_KV: 5, PoolId.HOST_ACTIVATION: 6}, max_batch=2)
+    blocks = BlockManager({PoolId.HOST_KV: 5, PoolId.HOST_ACTIVATION: 6}, max_batch=2, rule=ByPosition(3))
     one, two = BlockTable(), BlockTable()
     assert blocks.grow(one, 2)
     assert blocks.grow(two, 4)
@@ -224,17 +282,16 @@ async def test_what_is_not_emulated_is_said(reference: Make) -> None:
         ("hcache 5", {}, "give 1 to 4"),
         ("hcache 0", {}, "measure the policy kv"),
     ):
-        with emulated(*follow(name)), pytest.raises(ConfigError, match=message):
-            await Engine(config_for(made, **settings)).__aenter__()
+        with pytest.raises(ConfigError, match=message):
+            await Engine(config_for(made, **settings), choose_plan=follow(name)).__aenter__()
 
 
-async def test_an_emulation_ends_with_its_context(reference: Make) -> None:
-    """Engines that start afterwards plan for themselves."""
+async def test_an_emulation_is_its_engine_s_alone(reference: Make) -> None:
+    """An engine beside it plans for itself."""
     made = reference("opt")
-    with emulated(Policy.HCACHE, 2):
-        pass
-    async with Engine(config_for(made)) as engine:
-        assert not isinstance(engine.plan, LayerSplitPlan)
+    async with Engine(config_for(made), choose_plan=follow("hcache 2")) as emulating, Engine(config_for(made)) as own:
+        assert emulating.plan.kv_layers == {2, 3}
+        assert not own.plan.kv_layers
 
 
 @pytest.fixture

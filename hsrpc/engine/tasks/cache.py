@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from hsrpc.plan.plan import Plan
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
 from hsrpc.schedule.packing import merge_runs
-from hsrpc.schedule.step import MiniBatch, Rows, Runs, Step
+from hsrpc.schedule.step import Ints, MiniBatch, Rows, Runs, Step
 from hsrpc.schedule.sweep import BUFFERS, Lane, Op
 
 _MIN_RUN = 16
@@ -60,15 +60,15 @@ class Stores:
     """By copy engine, which leaves the GPU to others: prompts. On the host."""
 
     @classmethod
-    def of(cls, pool: PoolId, rows: Rows, upload: Upload) -> Stores:
+    def of(cls, pool: PoolId, held: BlockKind, rows: Rows, upload: Upload) -> Stores:
         """Long runs of activations for the host are runs; rows of K and V are not contiguous."""
         runs = merge_runs(rows.source, rows.target, np.ones_like(rows.source))
-        is_long = (runs.count >= _MIN_RUN) & (pool is PoolId.HOST_ACTIVATION)
+        is_long = (runs.count >= _MIN_RUN) & (pool is PoolId.HOST_ACTIVATION and held is BlockKind.ACTIVATION)
         return cls(DeviceRows.of(runs.where(~is_long).rows(), upload), runs.where(is_long))
 
 
 class Loads(NamedTuple):
-    """What comes from host pools to a mini-batch's buffers, in every layer alike."""
+    """What comes from host pools to a mini-batch's buffers, in all layers in which activation blocks hold the same."""
 
     kv: Mapping[PoolId, Runs]
     activations: Mapping[PoolId, Runs]
@@ -89,7 +89,9 @@ class CacheManager:
         """Cache bytes copied from host to device since the start."""
         self.steps: asyncio.Queue[StepRun] = asyncio.Queue(1)
         self._device = device
-        self._num_layers = sizes.num_layers
+        self._plan = plan
+        self._held = tuple(plan.held(BlockKind.ACTIVATION, layer) for layer in range(sizes.num_layers))
+        """What activation blocks hold in each layer."""
         self._widths = {BlockKind.KV: 2 * sizes.kv_size, BlockKind.ACTIVATION: sizes.hidden_size}
         self._pools = {
             pool: self._allocate(pool, count * plan.block_size, dtype) for pool, count in plan.num_blocks.items()
@@ -99,7 +101,8 @@ class CacheManager:
         self.buffers = [
             Buffers(*(device.empty(shape, dtype, DeviceUse.CACHE_BUFFERS) for shape in shapes)) for _ in range(BUFFERS)
         ]
-        self._loads: list[Loads] = []
+        self._loads: list[dict[BlockKind, Loads]] = []
+        """Of each mini-batch, by what activation blocks hold."""
 
     async def run(self) -> None:
         """Run step after step; ends by cancellation."""
@@ -110,31 +113,29 @@ class CacheManager:
                 await step.run(Lane.CACHE, worker, self.launch)
 
     def begin(self, step: Step) -> None:
-        """Take the copies of a step, in every layer alike."""
-        self._loads = [Loads(*_loads_from(Tier.HOST, batch)) for batch in step.mini_batches]
+        """Take the copies of a step."""
+        self._loads = [
+            {held: _loads_from(Tier.HOST, batch, held) for held in set(self._held)} for batch in step.mini_batches
+        ]
 
     def launch(self, op: Op) -> None:
         """Load a mini-batch's rows of a layer from the host to a buffer, on the current stream."""
-        for buffer, loads in zip(self.buffers[op.slot], self._loads[op.batch], strict=True):
+        for buffer, loads in zip(self.buffers[op.slot], self._loads[op.batch][self._held[op.layer]], strict=True):
             for pool, runs in loads.items():
                 self._device.copy_runs(buffer, self._pools[pool][op.layer], runs)
                 self.loaded_bytes += runs.num_rows * buffer.shape[1] * buffer.element_size()
 
-    def gathers(self, batch: MiniBatch, upload: Upload) -> Gathers:
-        """What `gather` needs for a mini-batch, in every layer alike."""
-        kv, activations = (
-            {pool: DeviceRows.of(runs.rows(), upload) for pool, runs in loads.items()}
-            for loads in _loads_from(Tier.DEVICE, batch)
-        )
-        return Gathers(kv, activations)
+    def gathers(self, batch: MiniBatch, upload: Upload) -> dict[BlockKind, Gathers]:
+        """What `gather` needs for a mini-batch, by what activation blocks hold in a layer."""
+        return {held: _as_gathers(_loads_from(Tier.DEVICE, batch, held), upload) for held in set(self._held)}
 
-    def gather(self, buffers: Buffers, gathers: Gathers, layer: int) -> None:
+    def gather(self, buffers: Buffers, gathers: Mapping[BlockKind, Gathers], layer: int) -> None:
         """Copy a mini-batch's rows of a layer from the device's blocks into its buffers, on the current stream.
 
         Called on the executor's thread, for the compute stream: on that of the loads, the bus would wait until the
         GPU has room for another kernel.
         """
-        for buffer, pools in zip(buffers, gathers, strict=True):
+        for buffer, pools in zip(buffers, gathers[self._held[layer]], strict=True):
             for pool, rows in pools.items():
                 self._device.copy_rows(buffer, rows.target, self._pools[pool][layer], rows.source)
 
@@ -147,14 +148,29 @@ class CacheManager:
         """Of each layer's pool of KV blocks on the device: it belongs to no block."""
         return len(self._pools[PoolId.DEVICE_KV][0]) - 1
 
-    def store(self, tier: Tier, layer: int, stores: Mapping[PoolId, Stores], kv: torch.Tensor, x: torch.Tensor) -> None:
+    def stores(self, batch: MiniBatch, upload: Upload) -> dict[BlockKind, dict[PoolId, Stores]]:
+        """What `store` needs for a mini-batch, by what activation blocks hold in a layer."""
+        return {
+            held: {pool: Stores.of(pool, held, rows, upload) for pool, rows in batch.stores.items()}
+            for held in set(self._held)
+        }
+
+    def store(
+        self,
+        tier: Tier,
+        layer: int,
+        stores: Mapping[BlockKind, Mapping[PoolId, Stores]],
+        kv: torch.Tensor,
+        x: torch.Tensor,
+    ) -> None:
         """Write new rows to their blocks in `tier`, on the current stream: kv [n, 2*kv] or x [n, h].
 
         Called on the executor's thread: for the device on the compute stream, for the host on the store stream.
         """
-        for pool, new in stores.items():
+        for pool, new in stores[self._held[layer]].items():
             if pool.tier is tier:
-                source, target = kv if pool.kind is BlockKind.KV else x, self._pools[pool][layer]
+                holds_kv, target = self._plan.held(pool.kind, layer) is BlockKind.KV, self._pools[pool][layer]
+                source = kv if holds_kv else x
                 self._device.copy_rows(target, new.rows.target, source, new.rows.source)
                 if len(new.runs.count):
                     self._device.copy_runs(target, source, new.runs)
@@ -163,19 +179,33 @@ class CacheManager:
 
     def _allocate(self, pool: PoolId, num_slots: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """One tensor [slots, width] a layer, so that a layer's blocks are neighbours."""
-        width = self._widths[pool.kind]
+        widths = [self._widths[self._plan.held(pool.kind, layer)] for layer in range(len(self._held))]
         if pool.tier is Tier.DEVICE:  # with a spare row
-            shape = num_slots + 1, width
-            return [self._device.empty(shape, dtype, DeviceUse.CACHE_BLOCKS) for _ in range(self._num_layers)]
+            return [self._device.empty((num_slots + 1, width), dtype, DeviceUse.CACHE_BLOCKS) for width in widths]
         if num_slots == 0:
             return []
-        sizes = [num_slots * width * dtype.itemsize] * self._num_layers
+        sizes = [num_slots * width * dtype.itemsize for width in widths]
         pin = partial(self._device.pinned, use=HostUse.CACHE_BLOCKS)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pin") as threads:
-            return [memory.view(dtype).view(num_slots, width) for memory in threads.map(pin, sizes)]
+            return [memory.view(dtype).view(num_slots, -1) for memory in threads.map(pin, sizes)]
 
 
-def _loads_from(tier: Tier, batch: MiniBatch) -> Iterator[dict[PoolId, Runs]]:
-    """Of K and V, then of activations."""
-    for loads in (batch.kv_loads, batch.activation_loads):
-        yield {pool: runs for pool, runs in loads.items() if pool.tier is tier}
+def _loads_from(tier: Tier, batch: MiniBatch, held: BlockKind) -> Loads:
+    """A mini-batch's copies in layers in which activation blocks hold K and V, or activations."""
+    kv, activations = (
+        {pool: runs for pool, runs in loads.items() if pool.tier is tier}
+        for loads in (batch.kv_loads, batch.activation_loads)
+    )
+    if held is BlockKind.ACTIVATION:
+        return Loads(kv, activations)
+    return Loads(kv | {pool: _to_rows(runs, batch.activation_rows) for pool, runs in activations.items()}, {})
+
+
+def _to_rows(runs: Runs, rows: Ints) -> Runs:
+    """The copies of `runs` to `rows[i]` in place of row i; neighbours are joined anew."""
+    each = runs.rows()
+    return merge_runs(each.source, rows[each.target], np.ones_like(each.source))
+
+
+def _as_gathers(loads: Loads, upload: Upload) -> Gathers:
+    return Gathers(*({pool: DeviceRows.of(runs.rows(), upload) for pool, runs in each.items()} for each in loads))
