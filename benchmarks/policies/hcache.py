@@ -27,6 +27,7 @@ from hsrpc.engine.weights import ModelWeights
 from hsrpc.errors import ConfigError
 from hsrpc.model.attention import Attention
 from hsrpc.model.family import Family
+from hsrpc.model.formats.format import Formats
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
@@ -80,7 +81,8 @@ class HCachePlanner(Planner):
         """All blocks in the pool of activations."""
         plan, sizes, hidden = super().plan(), self.sizes, self.hidden_layers
         num_blocks = sum(plan.num_blocks.values())
-        row_bytes = hidden * sizes.activation_bytes + (sizes.num_layers - hidden) * sizes.kv_bytes
+        row_bytes = sum(layer.activation.num_bytes for layer in sizes.layers[:hidden])
+        row_bytes += sum(layer.kv.num_bytes for layer in sizes.layers[hidden:])
         changes = {
             "reason": f"HCache's split: hidden states in {hidden} of {sizes.num_layers} layers, K and V in the others",
             "num_blocks": dict.fromkeys(PoolId, 0) | {PoolId.HOST_ACTIVATION: num_blocks},
@@ -95,10 +97,10 @@ class LayerSplitCache(CacheManager):
     """Loads and stores activations in the first layers, K and V of the same blocks in the others."""
 
     def __init__(
-        self, sizes: ModelSizes, plan: LayerSplitPlan, device: Device, dtype: torch.dtype, bus: BusOrder
+        self, sizes: ModelSizes, plan: LayerSplitPlan, device: Device, formats: Formats, bus: BusOrder
     ) -> None:
         self.hidden_layers = plan.hidden_layers
-        super().__init__(sizes, plan, device, dtype, bus)
+        super().__init__(sizes, plan, device, formats, bus)
 
     def _fill(self, buffers: Buffers, loads: Loads, layer: int) -> None:
         if layer < self.hidden_layers:
@@ -109,16 +111,14 @@ class LayerSplitCache(CacheManager):
     def store(self, tier: Tier, layer: int, stores: Mapping[PoolId, Stores], kv: torch.Tensor, x: torch.Tensor) -> None:
         super().store(tier, layer, stores, kv, x if layer < self.hidden_layers else kv.contiguous())
 
-    def _allocate(self, pool: PoolId, num_slots: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    def _allocate(self, pool: PoolId, num_slots: int) -> list[torch.Tensor]:
         if pool is not PoolId.HOST_ACTIVATION:
-            return super()._allocate(pool, num_slots, dtype)
-        hidden, layers = self.hidden_layers, self._num_layers
-        kv, activation = self._widths[BlockKind.KV], self._widths[BlockKind.ACTIVATION]
-        widths = [activation] * hidden + [kv] * (layers - hidden)
-        sizes = [num_slots * width * dtype.itemsize for width in widths]
+            return super()._allocate(pool, num_slots)
+        hidden, dtype = self.hidden_layers, self._formats.activation.dtype
+        rows = self._rows[BlockKind.ACTIVATION][:hidden] + self._rows[BlockKind.KV][hidden:]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pin") as threads:
-            pinned = threads.map(self._device.pinned, sizes)
-            return [memory.view(dtype).view(num_slots, width) for memory, width in zip(pinned, widths, strict=True)]
+            pinned = threads.map(self._device.pinned, [num_slots * row.num_bytes for row in rows])
+            return [memory.view(dtype).view(num_slots, -1) for memory in pinned]
 
     def _loads(self, batch: MiniBatch) -> Loads:
         """The same blocks twice: for the kv buffer of the layers with K and V, and for the activation buffer."""

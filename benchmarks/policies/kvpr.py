@@ -17,7 +17,7 @@ from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at
 from hsrpc.plan.sizes import ModelSizes
-from hsrpc.schedule.blocks import BlockManager, BlockTable, PoolId
+from hsrpc.schedule.blocks import BlockKind, BlockManager, BlockTable, PoolId
 
 
 class KvprPlanner(Planner):
@@ -42,12 +42,12 @@ class KvprPlanner(Planner):
     def plan(self) -> Plan:
         """As many activation blocks as each request of the batch needs, then K and V up to the host budget."""
         plan, sizes, first = super().plan(), self.sizes, self.first_blocks
-        block = sizes.num_layers * plan.block_size
+        kv_block, activation_block = (plan.block_size * sizes.token_bytes(kind) for kind in BlockKind)
         activations = plan.max_batch * first
-        used = plan.host_bytes["streamed weights"] + activations * block * sizes.activation_bytes
+        used = plan.host_bytes["streamed weights"] + activations * activation_block
         most = plan.max_batch * (self._longest + 1 - first)
-        kv = min(most, (plan.budgets.host - used) // (block * sizes.kv_bytes))
-        cache = block * (activations * sizes.activation_bytes + kv * sizes.kv_bytes)
+        kv = min(most, (plan.budgets.host - used) // kv_block)
+        cache = activations * activation_block + kv * kv_block
         context = self.traffic.context
         plan = replace(
             plan,

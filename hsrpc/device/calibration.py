@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from hsrpc.device.device import Device
 from hsrpc.plan.hardware import Hardware
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.sizes import LayerSizes, ModelSizes
 
 _REPEATS = 9
 """What disturbs a machine makes it slower, never faster: the quarter of the times that were disturbed least counts."""
@@ -79,23 +79,23 @@ _ON_GPU = _Amounts(
 
 def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware:
     """Rates at the model's shapes, after a warm-up: lower quartiles of nine times, of the bus of twenty."""
-    amounts = _amounts(device)
-    _wake(device, _regeneration(device, sizes, dtype, amounts.rows[-1]), amounts.waking)
+    amounts, layer = _amounts(device), sizes.commonest
+    _wake(device, _regeneration(device, layer, dtype, amounts.rows[-1]), amounts.waking)
     memory_bandwidth, read_bandwidth = _memory_rates(device, amounts)
-    gemm_rate, gemm_overhead, weight_bandwidth = _gemm_rates(device, sizes, dtype, amounts)
+    gemm_rate, gemm_overhead, weight_bandwidth = _gemm_rates(device, layer, dtype, amounts)
     try:
         source = device.pinned(_PIECES * amounts.copy_bytes)
         source.zero_()
         pieces = cycle(source.split(amounts.copy_bytes))
         load, store, both = _bus_seconds(device, pieces, amounts.copy_bytes)
         rows = amounts.rows[-1]
-        product = _regeneration(device, sizes, dtype, rows)
-        count = math.ceil(2 * load * gemm_rate / (rows * sizes.regenerate_flop))  # they outlast the copy
+        product = _regeneration(device, layer, dtype, rows)
+        count = math.ceil(2 * load * gemm_rate / (rows * layer.regenerate_flop))  # they outlast the copy
         alone, contended = _contended_seconds(device, pieces, product, count)
     finally:
         device.release_pinned()
     launch = _launch_seconds(device)
-    small_kernel = _norm_seconds(device, sizes, dtype, amounts.loops)
+    small_kernel = _norm_seconds(device, layer, dtype, amounts.loops)
     device.release_cached()
     return Hardware(
         load_bandwidth=amounts.copy_bytes / min(load, alone),
@@ -216,18 +216,18 @@ def _memory_rates(device: Device, amounts: _Amounts) -> tuple[float, float]:
     return 2 * size / copy, size / read
 
 
-def _gemm_rates(device: Device, sizes: ModelSizes, dtype: torch.dtype, amounts: _Amounts) -> tuple[float, float, float]:
+def _gemm_rates(device: Device, layer: LayerSizes, dtype: torch.dtype, amounts: _Amounts) -> tuple[float, float, float]:
     """FLOP/s and overhead (s) at the regeneration shape, and bytes/s at which a GEMM of few rows reads its weights."""
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device.torch_device, dtype=dtype)
 
-    products = (_regeneration(device, sizes, dtype, rows) for rows in amounts.rows)
+    products = (_regeneration(device, layer, dtype, rows) for rows in amounts.rows)
     seconds = [_seconds(device, product, amounts.loops) for product in products]
     per_row, overhead = fit_line(amounts.rows, seconds)
-    size = sizes.ffn_size * sizes.hidden_size * dtype.itemsize
-    weights = [random(sizes.ffn_size, sizes.hidden_size) for _ in range(max(1, amounts.weight_bytes // size))]
-    few = random(amounts.decode_rows, sizes.hidden_size)
+    size = layer.ffn_size * layer.hidden_size * dtype.itemsize
+    weights = [random(layer.ffn_size, layer.hidden_size) for _ in range(max(1, amounts.weight_bytes // size))]
+    few = random(amounts.decode_rows, layer.hidden_size)
 
     def decode() -> None:
         for weight in weights:
@@ -235,21 +235,21 @@ def _gemm_rates(device: Device, sizes: ModelSizes, dtype: torch.dtype, amounts: 
 
     # Launched as one: the host takes as long to launch a small GEMM as the device to compute it.
     decoding = _seconds(device, device.capture(decode), amounts.loops)
-    return sizes.regenerate_flop / per_row, overhead, size * len(weights) / decoding
+    return layer.regenerate_flop / per_row, overhead, size * len(weights) / decoding
 
 
-def _regeneration(device: Device, sizes: ModelSizes, dtype: torch.dtype, rows: int) -> Callable[[], object]:
+def _regeneration(device: Device, layer: LayerSizes, dtype: torch.dtype, rows: int) -> Callable[[], object]:
     """A product that rebuilds K and V of as many activations."""
     x, weight = (
-        torch.randn(size, sizes.hidden_size, device=device.torch_device, dtype=dtype)
-        for size in (rows, 2 * sizes.kv_size)
+        torch.randn(size, layer.activation.width, device=device.torch_device, dtype=dtype)
+        for size in (rows, layer.key_size + layer.value_size)
     )
     return partial(functional.linear, x, weight)
 
 
-def _norm_seconds(device: Device, sizes: ModelSizes, dtype: torch.dtype, loops: int) -> float:
+def _norm_seconds(device: Device, layer: LayerSizes, dtype: torch.dtype, loops: int) -> float:
     """The device's, for a norm of few rows that waits for the one before, as kernels in a graph do."""
-    x = torch.randn(_NORM_ROWS, sizes.hidden_size, device=device.torch_device, dtype=dtype)
+    x = torch.randn(_NORM_ROWS, layer.hidden_size, device=device.torch_device, dtype=dtype)
 
     def norms() -> None:
         normed = x

@@ -108,6 +108,7 @@ class Forward:
         """Rows rebuilt from activations since the start, all layers."""
         self._family = family
         self._fixed = weights.fixed
+        self._windows = [layer.sliding_window for layer in family.sizes.layers]
         self._cache = cache
         self._attention = attention
         self._device = device
@@ -155,8 +156,8 @@ class Forward:
         device = self._device
         device.wait(device.compute, weights.loaded)
         with device.on(device.compute), _part("decode_weights"):
-            for coding, data, target in weights.decodings:
-                device.decode_weights(data, coding, target)
+            for decoding in weights.decodings:
+                decoding.run()
 
     def compute(self, weights: Prefetched, staged: Staged, batch: DeviceBatch) -> tuple[Event, Event]:
         """One layer of one mini-batch: events when the cache buffers, and when the weights, are no longer read.
@@ -219,7 +220,7 @@ class Forward:
             pool = self._cache.device_kv(layer)
             self._attention.in_place(queries[:first], pool, kv, batch.in_place, out[:first])
         if batch.packed is not None:
-            out[first:] = self._attention.packed(queries[first:], kv, batch.packed)
+            out[first:] = self._attention.packed(queries[first:], kv, batch.packed, self._windows[layer])
 
     def _regenerate(self, w: Weights, staged: Staged, batch: DeviceBatch) -> None:
         """Rebuild K and V of the cached activations where attention reads them; rows of chunks are copied there."""

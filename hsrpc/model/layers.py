@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from hsrpc.model.family import TensorSpec, Weights
+from hsrpc.model.family import Weights
+from hsrpc.model.tensor import TensorSpec
 
 
 def project(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:

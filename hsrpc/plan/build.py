@@ -12,7 +12,7 @@ from hsrpc.plan.plan import Plan
 from hsrpc.plan.prediction import as_prediction
 from hsrpc.plan.search import Evaluation, Evaluator, Point
 from hsrpc.plan.sizes import ModelSizes
-from hsrpc.schedule.blocks import PoolId
+from hsrpc.schedule.blocks import BlockKind, PoolId
 from hsrpc.schedule.recompute import NO_RECOMPUTE, RecomputeLimits
 from hsrpc.schedule.step import BufferLimits, RowCosts
 
@@ -48,8 +48,7 @@ class Assembly:
             buffers=BufferLimits(point.rows, int(staging.activation_rows), int(staging.queries)),
             costs=_row_costs(sizes, model.hardware),
             resident=resident,
-            streamed_bytes=tuple(sizes.layer_bytes - sum(map(sizes.tensor_bytes, names)) for names in resident),
-            codes_weights=sizes.codes_weights,
+            streamed=tuple(layer.streamed(names) for layer, names in zip(sizes.layers, resident, strict=True)),
             num_blocks=blocks,
             device_bytes={
                 **{name: int(size) for name, size in device_bytes(sizes, staging).items()},
@@ -124,15 +123,15 @@ class Assembly:
         }
 
     def _cache_bytes(self, blocks: dict[PoolId, int], kv: PoolId, activation: PoolId) -> int:
-        sizes = self.evaluator.sizes
-        block_bytes = blocks[kv] * sizes.kv_bytes + blocks[activation] * sizes.activation_bytes
-        return sizes.num_layers * self.evaluator.config.block_size * block_bytes
+        token_bytes = sum(blocks[pool] * self.evaluator.sizes.token_bytes(pool.kind) for pool in (kv, activation))
+        return self.evaluator.config.block_size * token_bytes
 
 
 def _row_costs(sizes: ModelSizes, hardware: Hardware) -> RowCosts:
+    """Seconds of one row in a layer, on average."""
     return RowCosts(
-        load_kv=sizes.kv_bytes / hardware.load_bandwidth,
-        load_activation=sizes.activation_bytes / hardware.load_bandwidth,
-        regenerate=sizes.regenerate_flop / hardware.gemm_rate,
-        compute=sizes.layer_flop / (hardware.gemm_rate * hardware.prompt_rate_share),
+        load_kv=sizes.mean_row_bytes(BlockKind.KV) / hardware.load_bandwidth,
+        load_activation=sizes.mean_row_bytes(BlockKind.ACTIVATION) / hardware.load_bandwidth,
+        regenerate=float(sizes.mean(lambda layer: layer.regenerate_flop)) / hardware.gemm_rate,
+        compute=float(sizes.mean(lambda layer: layer.flop(1))) / (hardware.gemm_rate * hardware.prompt_rate_share),
     )

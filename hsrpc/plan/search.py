@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hsrpc.config import CachePolicy, EngineConfig, Placement
-from hsrpc.plan.device_memory import Floats, Number, Staging, device_bytes, query_bytes
+from hsrpc.plan.device_memory import Staging, device_bytes, query_bytes
 from hsrpc.plan.placement import ResidentChoices
 from hsrpc.plan.plan import Budgets
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.sizes import Floats, ModelSizes, Number
 from hsrpc.plan.step_time import Candidates, StepModel, StepTimes, token_bytes
+from hsrpc.schedule.blocks import BlockKind
 
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
@@ -43,13 +44,13 @@ class Grid:
 
     batch: Floats
     choice: npt.NDArray[np.int64]
-    """Of the resident weights."""
+    """Number of a choice of the resident weights."""
     device_share: Floats
     """Activations' part of the device's blocks."""
     kv_only: Bools
     """The host has no activations either: no buffers for them."""
     rows: Number
-    """Of a mini-batch's kv buffer."""
+    """Rows of a mini-batch's kv buffer."""
     recompute: Number
     """Tokens that a step may compute anew, at most."""
 
@@ -138,7 +139,7 @@ class Evaluator:
         device_blocks = np.minimum(self._device_blocks(device_room, grid.device_share), most)
         on_device = self._on_device(grid.batch, device_blocks, self.model.traffic.context)
         queries = prompt_queries if self.recomputes else staging.queries - grid.batch
-        candidates = self._candidates(grid, streamed, device_blocks, chunk, queries)
+        candidates = self._candidates(grid, device_blocks, chunk, queries)
         missing = np.maximum(0, self._needed_blocks(grid.batch) - device_blocks)
         host_share = self._host_share(candidates, grid.kv_only, host_room, missing)
         candidates = replace(candidates, host_share=host_share)
@@ -173,7 +174,7 @@ class Evaluator:
         if self.recomputes:
             step_tokens = batch * self.max_model_len
             return Staging(batch=batch, rows=rows, activation_rows=0, queries=rows, step_tokens=step_tokens)
-        # Of what is computed anew whole requests, and no fewer tokens than compute for as long as they take to launch.
+        # Recomputed requests are whole ones, and together no fewer tokens than keep the GPU busy while it is launched.
         least = max(traffic.at_end, min(_MIN_STREAMED, self._max_prompt_tokens()))
         whole = np.where(np.asarray(grid.recompute) > 0, np.minimum(least, batch * self.max_model_len), 0)
         return Staging(
@@ -200,16 +201,16 @@ class Evaluator:
         wanted = np.maximum(hidden, backlog * self.model.prompt_tokens(batch))
         room = self._max_prompt_tokens()
         part = self.budgets.device // _CHUNK_PART
-        idle_room = min(MAX_IDLE_CHUNK, max(MIN_CHUNK, part // (2 * self.sizes.activation_bytes)))
+        idle_room = min(MAX_IDLE_CHUNK, max(MIN_CHUNK, part // (2 * self.sizes.hidden_bytes)))
         chunk = np.clip(wanted, MIN_CHUNK, np.where(streamed > 0, max(room, min(MAX_CHUNK, idle_room)), room))
         idle_chunk = np.maximum(chunk, np.clip(_SPARE * hidden, MIN_IDLE_CHUNK, idle_room))
         most = batch * self.max_model_len
         return np.floor(np.minimum(chunk, most)), np.floor(np.minimum(idle_chunk, most))
 
     def _max_prompt_tokens(self) -> int:
-        """Of a mini-batch, where nothing else is asked for: its workspace takes no more than a part of the device."""
+        """Prompt tokens of a mini-batch where nothing else is asked for: their workspace takes a part of the device."""
         part = self.budgets.device // _CHUNK_PART
-        return min(MAX_CHUNK, max(MIN_CHUNK, part // query_bytes(self.sizes)))
+        return min(MAX_CHUNK, max(MIN_CHUNK, part // int(query_bytes(self.sizes, 1))))
 
     def _prompt_queries(self, chunk: Number, idle_chunk: Number, streamed: Number) -> Number:
         """Prompt tokens of a mini-batch, at most; not few where weights stream: a step may have several of those."""
@@ -263,7 +264,8 @@ class Evaluator:
             return self.shares[0]
         sizes = self.sizes
         allowed = np.maximum(0.0, room) / (self._rows_per_block * np.maximum(1.0, missing))
-        least = (sizes.kv_bytes - allowed) / (sizes.kv_bytes - sizes.activation_bytes)
+        kv, activation = (sizes.mean_row_bytes(kind) for kind in BlockKind)
+        least = (kv - allowed) / (kv - activation)
         at_zero, at_one = (self.model.predict(replace(candidates, host_share=share)) for share in (0.0, 1.0))
         balanced = self.model.balanced_share(at_zero, at_one)
         # A host without tokens in use has what overflows from the device, of its kind.
@@ -292,14 +294,13 @@ class Evaluator:
         found: Bools = np.asarray((share > 0) & (share < 1))
         return found
 
-    def _candidates(
-        self, grid: Grid, streamed: Number, device_blocks: Number, chunk: Number, prompt_queries: Number
-    ) -> Candidates:
+    def _candidates(self, grid: Grid, device_blocks: Number, chunk: Number, prompt_queries: Number) -> Candidates:
         """With K and V alone on the host."""
         traffic = self.model.traffic
         return Candidates(
             batch=grid.batch,
-            streamed=streamed,
+            streamed=self.choices.on_bus[grid.choice] / self.sizes.num_layers,
+            decode_traffic=self.choices.decode_traffic[grid.choice] / self.sizes.num_layers,
             on_device=self._on_device(grid.batch, device_blocks, traffic.context),
             on_device_at_end=self._on_device(grid.batch, device_blocks, traffic.at_end),
             device_share=grid.device_share,

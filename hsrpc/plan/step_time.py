@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hsrpc.plan.device_memory import Number
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.layer_times import LayerTimes
 from hsrpc.plan.plan import BUFFERS
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.sizes import ModelSizes, Number
+from hsrpc.schedule.blocks import BlockKind
 from hsrpc.schedule.recompute import BALANCE
 
 _WAITING = 8
@@ -35,7 +35,7 @@ class Traffic:
     context: int
     """Tokens that a running request holds on average."""
     attended: int
-    """Of these, what a query sees: fewer with a sliding window."""
+    """Tokens of these that a query sees: fewer with a sliding window."""
     prompt: int
     output: int
     longest: int
@@ -59,6 +59,8 @@ class Candidates:
     batch: Number
     streamed: Number
     """Weight bytes that cross the bus, a layer, on average."""
+    decode_traffic: Number = 0.0
+    """Bytes of device memory that decoding these reads and writes."""
     on_device: Number
     """Part of the cached tokens, where requests are as long as expected."""
     on_device_at_end: Number
@@ -72,9 +74,9 @@ class Candidates:
     chunk: Number
     """Prompt tokens a step at most, beside decoding."""
     prompt_queries: Number
-    """Of those, and of the ones computed anew, in a mini-batch, at most."""
+    """Prompt tokens and recomputed ones of a mini-batch, at most."""
     rows: Number
-    """Of a mini-batch's kv buffer."""
+    """Rows of a mini-batch's kv buffer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +108,9 @@ class StepModel:
         self.layer = LayerTimes(sizes, hardware)
         self.prompt_token = self.layer.prompt_token(traffic.prompt / 2)
         self.recompute_token = self.layer.prompt_token(traffic.attended / 2)
-        """Of a request that keeps no cache."""
+        """Seconds of one token of a request that keeps no cache."""
         self.chunk_token = self.layer.prompt_token(traffic.longest)
-        """Of a chunk at the end of the longest prompt: bounds use it."""
+        """Seconds of one token of a chunk at the end of the longest prompt: bounds use it."""
 
     def hidden_chunk(self, streamed: Number) -> Number:
         """Prompt tokens whose compute takes as long as a layer's weights on the bus, and its launches at least.
@@ -156,7 +158,7 @@ class StepModel:
         forward = layers * np.maximum(
             self.layer.forward(queries, groups), self.layer.forward(queries) + anew * self.recompute_token
         )
-        forward = forward + layers * self.layer.decode_weights(c.streamed)
+        forward = forward + layers * self.layer.decode_weights(c.decode_traffic)
         gemms = layers * self.layer.regenerate(regenerated)
         times = {
             "mini_batches": mini_batches,
@@ -260,7 +262,8 @@ def _tiers(tokens: Number, on_device: Number, recomputed: Number) -> tuple[Numbe
 
 def token_bytes(sizes: ModelSizes, share: Number) -> Number:
     """Bytes of one cached token in one layer, on average, where `share` of them are activations."""
-    return (1 - share) * sizes.kv_bytes + share * sizes.activation_bytes
+    kv, activation = (sizes.mean_row_bytes(kind) for kind in BlockKind)
+    return (1 - share) * kv + share * activation
 
 
 def _beside(bus: Number, gpu: Number) -> Number:

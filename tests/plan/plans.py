@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, astuple
 from itertools import groupby
 from typing import NamedTuple
 
@@ -15,8 +15,9 @@ import torch
 
 from hsrpc.config import EngineConfig
 from hsrpc.errors import ConfigError
-from hsrpc.model.formats.lossless import EXPECTED_SHARES, MAX_SHARES
-from hsrpc.model.spec import named_spec
+from hsrpc.model.formats.choice import uniform
+from hsrpc.model.formats.lossless import Lossless
+from hsrpc.model.spec import in_formats, named_spec
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
@@ -85,10 +86,7 @@ CASES = {
 def sizes_of(case: Case) -> ModelSizes:
     """The model's sizes with the formats of the case."""
     spec = named_spec(case.shape, case.dtype)
-    if not case.coded:
-        return spec.sizes
-    expected, bound = EXPECTED_SHARES[spec.dtype], MAX_SHARES[spec.dtype]
-    return replace(spec.sizes, coded_share=expected, max_coded_share=bound)
+    return (in_formats(spec, uniform(Lossless(spec.dtype), spec.dtype)) if case.coded else spec).sizes
 
 
 def describe(case: Case, digits: int = 9) -> str:
@@ -133,8 +131,8 @@ def _facts(plan: Plan, sizes: ModelSizes) -> Iterator[tuple[str, object]]:
 
 def _streamed(plan: Plan, sizes: ModelSizes) -> Iterator[str]:
     """For each layer, what does not stay on the device, and the bytes that this takes before it is coded."""
-    for resident, size in zip(plan.resident, plan.streamed_bytes, strict=True):
-        yield f"{' '.join(sorted(sizes.layer_tensors.keys() - resident))} {size}"
+    for layer, resident, streamed in zip(sizes.layers, plan.resident, plan.streamed, strict=True):
+        yield f"{' '.join(sorted(layer.names - resident))} {streamed.device_bytes}"
 
 
 def _runs(values: Iterable[object]) -> str:

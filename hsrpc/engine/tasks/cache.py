@@ -18,6 +18,7 @@ from hsrpc.device.device import Device, Event
 from hsrpc.device.uploads import Upload
 from hsrpc.engine.bus import BusOrder
 from hsrpc.engine.worker import Worker
+from hsrpc.model.formats.format import Formats
 from hsrpc.plan.plan import BUFFERS, Plan
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
@@ -90,24 +91,23 @@ class Gathers(NamedTuple):
 class CacheManager:
     """Task that loads, layer by layer and mini-batch by mini-batch, as far ahead as there are buffers."""
 
-    def __init__(self, sizes: ModelSizes, plan: Plan, device: Device, dtype: torch.dtype, bus: BusOrder) -> None:
+    def __init__(self, sizes: ModelSizes, plan: Plan, device: Device, formats: Formats, bus: BusOrder) -> None:
         self.loaded_bytes = 0
         """Cache bytes copied from host to device since the start."""
         self._device = device
         self._bus = bus
         self._num_begun = 0
         self._num_layers = sizes.num_layers
-        self._widths = {BlockKind.KV: 2 * sizes.kv_size, BlockKind.ACTIVATION: sizes.hidden_size}
-        self._pools = {
-            pool: self._allocate(pool, count * plan.block_size, dtype) for pool, count in plan.num_blocks.items()
-        }
+        self._formats = formats
+        self._rows = {kind: [layer.row(kind) for layer in sizes.layers] for kind in BlockKind}
+        self._pools = {pool: self._allocate(pool, count * plan.block_size) for pool, count in plan.num_blocks.items()}
         self._steps: asyncio.Queue[Step] = asyncio.Queue(1)
         self._free: asyncio.Queue[tuple[Buffers, Event]] = asyncio.Queue(BUFFERS)
         self._ready: asyncio.Queue[Staged] = asyncio.Queue(BUFFERS)
         self._stored: Event = None
         for _ in range(BUFFERS):
-            kv = device.empty((plan.buffers.rows, self._widths[BlockKind.KV]), dtype)
-            activations = device.empty((plan.buffers.activation_rows, self._widths[BlockKind.ACTIVATION]), dtype)
+            kv = self._buffer(BlockKind.KV, plan.buffers.rows)
+            activations = self._buffer(BlockKind.ACTIVATION, plan.buffers.activation_rows)
             self._free.put_nowait((Buffers(kv, activations), None))
 
     async def run(self) -> None:
@@ -198,16 +198,22 @@ class CacheManager:
         """All stores of a step are launched: later loads wait for them."""
         self._stored = self._device.record(self._device.store)
 
-    def _allocate(self, pool: PoolId, num_slots: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    def _buffer(self, kind: BlockKind, num_rows: int) -> torch.Tensor:
+        """A mini-batch's rows, in every layer."""
+        width = max(row.width for row in self._rows[kind])
+        return self._device.empty((num_rows, width), self._formats.cache(kind).dtype)
+
+    def _allocate(self, pool: PoolId, num_slots: int) -> list[torch.Tensor]:
         """One tensor [slots, width] a layer, so that a layer's blocks are neighbours."""
-        width = self._widths[pool.kind]
+        rows, dtype = self._rows[pool.kind], self._formats.cache(pool.kind).dtype
         if pool.tier is Tier.DEVICE:  # with a spare row
-            return [self._device.empty((num_slots + 1, width), dtype) for _ in range(self._num_layers)]
+            return [self._device.empty((num_slots + 1, row.width), dtype) for row in rows]
         if num_slots == 0:
             return []
-        sizes = [num_slots * width * dtype.itemsize] * self._num_layers
+        sizes = [num_slots * row.num_bytes for row in rows]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pin") as threads:
-            return [memory.view(dtype).view(num_slots, width) for memory in threads.map(self._device.pinned, sizes)]
+            pinned = threads.map(self._device.pinned, sizes)
+            return [memory.view(dtype).view(num_slots, -1) for memory in pinned]
 
     async def _load_step(self, worker: Worker, step: Step) -> None:
         start = self._num_begun * self._num_layers

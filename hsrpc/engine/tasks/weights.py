@@ -12,7 +12,7 @@ import torch
 
 from hsrpc.device.device import Device, Event
 from hsrpc.engine.bus import BusOrder
-from hsrpc.engine.weights import Decoding, ModelWeights
+from hsrpc.engine.weights import Decoding, ModelWeights, OpenedLayer
 from hsrpc.engine.worker import Worker
 from hsrpc.plan.plan import BUFFERS, Plan
 
@@ -51,8 +51,8 @@ class WeightPrefetcher:
         self._sweep = self._cursor = self._restarts = 0
         for _ in range(BUFFERS if self._streamed else 0):
             self._free.put_nowait((device.empty((plan.weight_buffer_bytes,), torch.uint8), None))
-        self._decoded = device.empty((plan.weight_buffer_bytes * plan.codes_weights,), torch.uint8)
-        self._made: dict[tuple[int, int], tuple[Mapping[str, torch.Tensor], tuple[Decoding, ...]]] = {}
+        self._decoded = device.empty((plan.decode_buffer_bytes,), torch.uint8)
+        self._made: dict[tuple[int, int], OpenedLayer] = {}
         """By layer and address of the buffer."""
 
     async def run(self) -> None:
@@ -108,16 +108,14 @@ class WeightPrefetcher:
             upto = min(len(packed), max(sent + _MIN_PART_BYTES, math.ceil(len(packed) * min(1.0, share))))
             loaded = await worker.run(partial(self._load, buffer[sent:upto], packed[sent:upto], loaded))
             sent = upto
-        tensors, decodings = self._views(layer, buffer)
+        tensors, decodings = self._open(layer, buffer)
         return Prefetched(layer, tensors, buffer, loaded, restarts, decodings)
 
-    def _views(self, layer: int, buffer: torch.Tensor) -> tuple[Mapping[str, torch.Tensor], tuple[Decoding, ...]]:
-        """Of a layer's weights in a buffer, and what is to be decoded there: made once, for it takes long."""
+    def _open(self, layer: int, buffer: torch.Tensor) -> OpenedLayer:
+        """A layer's weights in a buffer: opened once, for it takes long."""
         key = layer, buffer.data_ptr()
         if key not in self._made:
-            weights = self._weights.layers[layer]
-            tensors = weights.on(buffer, self._decoded)
-            self._made[key] = tensors, weights.decodings(buffer, tensors)
+            self._made[key] = self._weights.layers[layer].open(buffer, self._decoded)
         return self._made[key]
 
     def _load(self, buffer: torch.Tensor, packed: torch.Tensor, after: Event) -> Event:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
 
 from hsrpc.model.config_file import ConfigFile
-from hsrpc.model.family import Family, ModelSpec, TensorSpec, Weights
+from hsrpc.model.family import Family, ModelSpec, Weights
 from hsrpc.model.layers import gate, linear_tensors, norm_tensors, project, project_rows, rms_norm
 from hsrpc.model.rope import RopeSettings, make_rotation, rope_frequencies, rotate_
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.model.tensor import TensorSpec
+from hsrpc.plan.sizes import LayerSizes, ModelSizes
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class LlamaSettings:
     attention_bias: bool
     mlp_bias: bool
     tied: bool
+    sliding_window: int | None
 
     @classmethod
     def read(cls, config: ConfigFile) -> LlamaSettings:
@@ -33,6 +35,7 @@ class LlamaSettings:
             attention_bias=config.flag("attention_bias", False),
             mlp_bias=config.flag("mlp_bias", False),
             tied=config.flag("tie_word_embeddings", False),
+            sliding_window=_read_window(config),
         )
 
 
@@ -45,21 +48,19 @@ class Llama(Family):
         self._frequencies = rope_frequencies(self.settings.rope, self.sizes.head_dim)
 
     @staticmethod
-    def read_sizes(config: ConfigFile, element_bytes: int) -> ModelSizes:
-        num_heads, context_length = config.integer("num_attention_heads"), config.integer("max_position_embeddings")
+    def read_sizes(config: ConfigFile, compute_bytes: int) -> ModelSizes:
+        num_heads = config.integer("num_attention_heads")
         return ModelSizes(
-            num_layers=config.integer("num_hidden_layers"),
             hidden_size=config.integer("hidden_size"),
             num_heads=num_heads,
             num_kv_heads=_read_kv_heads(config, num_heads),
             head_dim=_read_head_dim(config, num_heads),
             ffn_size=config.integer("intermediate_size"),
             vocab_size=config.integer("vocab_size"),
-            context_length=context_length,
-            element_bytes=element_bytes,
-            layer_tensors={},
-            fixed_elements=0,
-            sliding_window=_read_window(config, context_length),
+            context_length=config.integer("max_position_embeddings"),
+            compute_bytes=compute_bytes,
+            layers=(),
+            fixed_bytes=0,
         )
 
     def layer_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
@@ -75,6 +76,9 @@ class Llama(Family):
             *linear_tensors("gate_up", gate_up, (ffn, ffn), size, bias=mlp_bias),
             *linear_tensors("down", (f"{prefix}.mlp.down_proj",), (size,), ffn, bias=mlp_bias),
         )
+
+    def layer_sizes(self, layer: int) -> LayerSizes:
+        return replace(super().layer_sizes(layer), sliding_window=self.settings.sliding_window)
 
     def fixed_tensors(self) -> tuple[TensorSpec, ...]:
         vocab, size = self.sizes.vocab_size, self.sizes.hidden_size
@@ -149,9 +153,9 @@ def _read_head_dim(config: ConfigFile, num_heads: int) -> int:
     return head_dim
 
 
-def _read_window(config: ConfigFile, context_length: int) -> int | None:
+def _read_window(config: ConfigFile) -> int | None:
     """Only Mistral slides its window; a window no smaller than the context hides nothing."""
     if config.values.get("model_type") != "mistral" or not config.has("sliding_window"):
         return None
     window = config.integer("sliding_window")
-    return window if window < context_length else None
+    return window if window < config.integer("max_position_embeddings") else None

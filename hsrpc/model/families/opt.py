@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional
 
 from hsrpc.model.config_file import ConfigFile
-from hsrpc.model.family import Family, ModelSpec, TensorSpec, Weights
+from hsrpc.model.family import Family, ModelSpec, Weights
 from hsrpc.model.layers import layer_norm, linear_tensors, norm_tensors, project, project_relu, project_rows
+from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.sizes import ModelSizes
 
 POSITION_OFFSET = 2
@@ -52,12 +53,11 @@ class Opt(Family):
         self.settings = OptSettings.read(spec.config)
 
     @staticmethod
-    def read_sizes(config: ConfigFile, element_bytes: int) -> ModelSizes:
+    def read_sizes(config: ConfigFile, compute_bytes: int) -> ModelSizes:
         hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
         if hidden_size % num_heads:
             raise config.refuse("hidden_size", f"a multiple of num_attention_heads={num_heads}")
         return ModelSizes(
-            num_layers=config.integer("num_hidden_layers"),
             hidden_size=hidden_size,
             num_heads=num_heads,
             num_kv_heads=num_heads,
@@ -65,9 +65,9 @@ class Opt(Family):
             ffn_size=config.integer("ffn_dim"),
             vocab_size=config.integer("vocab_size"),
             context_length=config.integer("max_position_embeddings"),
-            element_bytes=element_bytes,
-            layer_tensors={},
-            fixed_elements=0,
+            compute_bytes=compute_bytes,
+            layers=(),
+            fixed_bytes=0,
         )
 
     def layer_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
