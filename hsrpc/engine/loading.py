@@ -94,7 +94,7 @@ class _Loader:
     def layer(self, number: int) -> LayerWeights:
         self._check_stop()
         tensors, stays = self.family.layer_tensors(number), self.plan.resident[number]
-        resident = {tensor.name: self.read(tensor) for tensor in tensors if tensor.name in stays}
+        resident = {each.name: self._format(each).place(self.read(each)) for each in tensors if each.name in stays}
         streamed = [tensor for tensor in tensors if tensor.name not in stays]
         if not streamed:
             return LayerWeights(resident, None, ())

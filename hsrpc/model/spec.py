@@ -9,7 +9,7 @@ import torch
 
 from hsrpc.errors import ModelNotFoundError
 from hsrpc.model.config_file import ConfigFile, read_config
-from hsrpc.model.families.registry import FAMILIES, create_family, family_name
+from hsrpc.model.families.registry import create_family, family_class, family_name
 from hsrpc.model.family import ModelSpec
 from hsrpc.model.formats.choice import uniform
 from hsrpc.model.formats.format import Formats
@@ -60,7 +60,7 @@ def _make_spec(name: str, config: ConfigFile, dtype: torch.dtype | None) -> Mode
     family = family_name(config)
     declared = _read_dtype(config)
     served = declared if dtype is None else dtype
-    sizes = FAMILIES[family].read_sizes(config, served.itemsize)
+    sizes = family_class(family).read_sizes(config, served.itemsize)
     spec = ModelSpec(
         name=name,
         family=family,

@@ -77,15 +77,16 @@ def decode_buffer_bytes(streamed: Counter[StreamedSizes]) -> int:
 
 
 def spread_resident(sizes: ModelSizes, budget: int) -> Resident:
-    """Tensors that stay on the device in each layer: at most `budget` bytes in all, spread evenly over the layers.
+    """Tensors that stay on the device in each layer: at most `budget` bytes in all, the same part of each layer.
 
     Layer by layer, largest first, the tensors stay that keep the running total within the budget's part so far.
     """
     chosen: list[frozenset[str]] = []
-    spent = 0
-    for number, layer in enumerate(sizes.layers, start=1):
+    spent = passed = 0
+    for layer in sizes.layers:
         names = []
-        limit = budget * number // sizes.num_layers
+        passed += layer.weight_bytes
+        limit = budget * passed // sizes.layers_bytes
         for tensor in layer.largest_first:
             if spent + tensor.device_bytes <= limit:
                 names.append(tensor.name)

@@ -49,6 +49,13 @@ class WeightFormat(ABC):
     def pack(self, values: torch.Tensor) -> tuple[Packing, torch.Tensor]:
         """Packed bytes (uint8) of a tensor's values, on their device; the host may wait for the current stream."""
 
+    def place(self, values: torch.Tensor) -> torch.Tensor:
+        """The operand of a tensor that stays on the device, from its values there: what a streamed one decodes to.
+
+        Here the values themselves: packing loses nothing.
+        """
+        return values
+
     def packing(self, tensor: TensorSpec) -> Packing | None:
         """How the tensor is packed where packed bytes are its values as they are read: no `pack` is needed.
 
