@@ -20,7 +20,7 @@ from hsrpc import Engine, EngineConfig
 from hsrpc.config import WeightCoding
 from hsrpc.engine import startup
 from hsrpc.model.checkpoint import RandomWeights
-from hsrpc.model.families.llama import Llama
+from hsrpc.model.families.llama import DOWN, GATE_UP, Llama
 from hsrpc.model.families.registry import create_family, register_family
 from hsrpc.model.family import Family
 from hsrpc.model.formats.format import CacheFormat, Formats, Packing, WeightFormat
@@ -115,12 +115,12 @@ class Patchwork(Llama):
         return 40 if layer % 2 else self.sizes.ffn_size
 
     def layer_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
-        kept = [tensor for tensor in super().layer_tensors(layer) if not tensor.name.startswith(("gate_up", "down"))]
+        kept = [tensor for tensor in super().layer_tensors(layer) if tensor.name not in (GATE_UP.weight, DOWN.weight)]
         prefix, ffn = f"model.layers.{layer}.mlp", self.ffn_size(layer)
         gate_up = linear_tensors(
-            "gate_up", (f"{prefix}.gate_proj", f"{prefix}.up_proj"), (ffn, ffn), self.sizes.hidden_size, bias=False
+            GATE_UP, (f"{prefix}.gate_proj", f"{prefix}.up_proj"), (ffn, ffn), self.sizes.hidden_size, bias=False
         )
-        down = linear_tensors("down", (f"{prefix}.down_proj",), (self.sizes.hidden_size,), ffn, bias=False)
+        down = linear_tensors(DOWN, (f"{prefix}.down_proj",), (self.sizes.hidden_size,), ffn, bias=False)
         return (*kept, *gate_up, *down)
 
     def layer_sizes(self, layer: int) -> LayerSizes:

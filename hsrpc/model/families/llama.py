@@ -9,10 +9,20 @@ from torch.nn import functional
 
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.family import Family, ModelSpec, Weights
-from hsrpc.model.layers import gate, linear_tensors, norm_tensors, project, project_rows, rms_norm
+from hsrpc.model.layers import Affine, gate, linear_tensors, norm_tensors, project, project_rows, rms_norm
 from hsrpc.model.rope import RopeSettings, make_rotation, rope_frequencies, rotate_
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.sizes import LayerSizes, ModelSizes
+
+EMBED = "embed_weight"
+ATTENTION_NORM = Affine.named("attention_norm")
+FFN_NORM = Affine.named("ffn_norm")
+FINAL_NORM = Affine.named("final_norm")
+QKV = Affine.named("qkv")
+OUT = Affine.named("out")
+GATE_UP = Affine.named("gate_up")
+DOWN = Affine.named("down")
+HEAD = Affine.named("head")
 
 
 @dataclass(frozen=True)
@@ -69,12 +79,12 @@ class Llama(Family):
         gate_up = (f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj")
         attention_bias, mlp_bias = self.settings.attention_bias, self.settings.mlp_bias
         return (
-            *norm_tensors("attention_norm", f"{prefix}.input_layernorm", size),
-            *linear_tensors("qkv", qkv, (self.q_size, self.kv_size, self.kv_size), size, bias=attention_bias),
-            *linear_tensors("out", (f"{prefix}.self_attn.o_proj",), (size,), self.q_size, bias=attention_bias),
-            *norm_tensors("ffn_norm", f"{prefix}.post_attention_layernorm", size),
-            *linear_tensors("gate_up", gate_up, (ffn, ffn), size, bias=mlp_bias),
-            *linear_tensors("down", (f"{prefix}.mlp.down_proj",), (size,), ffn, bias=mlp_bias),
+            *norm_tensors(ATTENTION_NORM, f"{prefix}.input_layernorm", size),
+            *linear_tensors(QKV, qkv, (self.q_size, self.kv_size, self.kv_size), size, bias=attention_bias),
+            *linear_tensors(OUT, (f"{prefix}.self_attn.o_proj",), (size,), self.q_size, bias=attention_bias),
+            *norm_tensors(FFN_NORM, f"{prefix}.post_attention_layernorm", size),
+            *linear_tensors(GATE_UP, gate_up, (ffn, ffn), size, bias=mlp_bias),
+            *linear_tensors(DOWN, (f"{prefix}.mlp.down_proj",), (size,), ffn, bias=mlp_bias),
         )
 
     def layer_sizes(self, layer: int) -> LayerSizes:
@@ -82,15 +92,15 @@ class Llama(Family):
 
     def fixed_tensors(self) -> tuple[TensorSpec, ...]:
         vocab, size = self.sizes.vocab_size, self.sizes.hidden_size
-        head = () if self.settings.tied else linear_tensors("head", ("lm_head",), (vocab,), size, bias=False)
+        head = () if self.settings.tied else linear_tensors(HEAD, ("lm_head",), (vocab,), size, bias=False)
         return (
-            TensorSpec("embed_weight", (vocab, size), ("model.embed_tokens.weight",)),
-            *norm_tensors("final_norm", "model.norm", size),
+            TensorSpec(EMBED, (vocab, size), ("model.embed_tokens.weight",)),
+            *norm_tensors(FINAL_NORM, "model.norm", size),
             *head,
         )
 
     def embed(self, fixed: Weights, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return functional.embedding(token_ids, fixed["embed_weight"])
+        return functional.embedding(token_ids, fixed[EMBED])
 
     def rotation(self, positions: torch.Tensor) -> torch.Tensor:
         if self._frequencies.device != positions.device:
@@ -100,17 +110,17 @@ class Llama(Family):
         return make_rotation(positions, self._frequencies, self.spec.dtype)
 
     def attention_input(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        return rms_norm(w, "attention_norm", hidden, self.settings.epsilon)
+        return rms_norm(w, ATTENTION_NORM, hidden, self.settings.epsilon)
 
     def queries_keys_values(
         self, w: Weights, x: torch.Tensor, rotation: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        fused = project(w, "qkv", x)
+        fused = project(w, QKV, x)
         self._rotate(fused[:, : self.q_size + self.kv_size], rotation)
         return fused[:, : self.q_size], fused[:, self.q_size :]
 
     def keys_values(self, w: Weights, x: torch.Tensor, rotation: torch.Tensor, out: torch.Tensor) -> None:
-        project_rows(w, "qkv", x, self.q_size, out)
+        project_rows(w, QKV, x, self.q_size, out)
         self._rotate(out[:, : self.kv_size], rotation)
 
     def _rotate(self, heads: torch.Tensor, rotation: torch.Tensor) -> None:
@@ -124,15 +134,15 @@ class Llama(Family):
             rotate_(heads, rotation)
 
     def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        hidden = hidden + project(w, "out", attended)
-        return hidden + self._mlp(w, rms_norm(w, "ffn_norm", hidden, self.settings.epsilon))
+        hidden = hidden + project(w, OUT, attended)
+        return hidden + self._mlp(w, rms_norm(w, FFN_NORM, hidden, self.settings.epsilon))
 
     def _mlp(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
-        return project(w, "down", gate(project(w, "gate_up", x)))
+        return project(w, DOWN, gate(project(w, GATE_UP, x)))
 
     def logits(self, fixed: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        head = fixed["embed_weight"] if self.settings.tied else fixed["head_weight"]
-        return functional.linear(rms_norm(fixed, "final_norm", hidden, self.settings.epsilon), head).float()
+        head = fixed[EMBED] if self.settings.tied else fixed[HEAD.weight]
+        return functional.linear(rms_norm(fixed, FINAL_NORM, hidden, self.settings.epsilon), head).float()
 
 
 def _read_kv_heads(config: ConfigFile, num_heads: int) -> int:
