@@ -14,28 +14,19 @@ import torch
 from torch.nn import functional
 
 from hsrpc.device.device import Device
+from hsrpc.plan import fitted
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.sizes import LayerSizes, ModelSizes
 
 _REPEATS = 9
-"""What disturbs a machine makes it slower, never faster: the quarter of the times that were disturbed least counts."""
+"""Times of a measurement, of which the lower quartile counts: what disturbs a machine makes it slower, never faster."""
 _PIECES = 4
-"""Copied in turn, so that they come from memory and not from the host's caches, as the engine's do."""
+"""Pieces of memory copied in turn, so that they come from memory and not from the host's caches, as the engine's do."""
 _BUS_REPEATS = 20
-"""Others use the bus of a shared machine more than its GPU. Loads are measured at two times, since some moments last
-longer than all the copies of one."""
-_LAUNCHES_PER_LAYER, _LAUNCHES_PER_PROMPT_LAYER = 30, 90
-"""One layer of one mini-batch takes the host as long as so many small kernels; the second, with prompts in it, was
-measured on the engine: 1.1 ms where a small kernel takes 10 us, a part of it once a step."""
-_BOUNDARY_SECONDS, _REQUEST_SECONDS = 1e-3, 20e-6
-"""Host time between two steps, in all and for each request: measured on the engine, not here."""
-_HOP_SECONDS, _HANDOVER_SECONDS = 0.25e-3, 0.08e-3
-"""For each mini-batch of a layer: host time beside that of its compute, and of the bus. Measured on the engine as well,
-where weights stream; where none do, one thread launches all."""
+"""The same for copies: others use the bus of a shared machine more than its GPU. Loads are measured at two times, since
+some moments last longer than all the copies of one."""
 _NORM_ROWS, _NORMS = 64, 50
-"""Of the norms that stand for the small kernels of a layer: rows, and how many run as one graph."""
-_PROMPT_RATE_SHARE = 0.9
-"""Of the GEMM rate, for whole layers: measured on the engine, 0.93 for 8,000 tokens beside decoding."""
+"""Rows of the norms that stand for the small kernels of a layer, and how many run as one graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +35,11 @@ class _Amounts:
 
     copy_bytes: int
     rows: tuple[int, ...]
-    """Of the GEMMs that the line is fitted to."""
+    """Rows of the GEMMs that the line is fitted to."""
     decode_rows: int
-    """Of a GEMM that takes as long as reading its weights, where memory is the limit."""
+    """Rows of a GEMM that takes as long as reading its weights, where memory is the limit."""
     weight_bytes: int
-    """Of the weights that it reads in turn: more than caches hold."""
+    """Bytes of the weights that it reads in turn: more than caches hold."""
     loops: int
     """Launches between two looks at the clock: waiting for the device takes longer than some of them."""
     waking: float
@@ -103,18 +94,18 @@ def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware
         duplex_share=min(1.0, max(load, store) / both),
         contended_share=min(1.0, alone / contended),
         gemm_rate=gemm_rate,
-        prompt_rate_share=_PROMPT_RATE_SHARE,
+        prompt_rate_share=fitted.PROMPT_RATE_SHARE,
         gemm_overhead=gemm_overhead,
         memory_bandwidth=memory_bandwidth,
         weight_read_share=weight_bandwidth / memory_bandwidth,
         attention_read_share=read_bandwidth / memory_bandwidth,
         small_kernel_time=small_kernel,
-        launch_time=_LAUNCHES_PER_LAYER * launch,
-        prompt_launch_time=_LAUNCHES_PER_PROMPT_LAYER * launch,
-        hop_time=_HOP_SECONDS,
-        handover_time=_HANDOVER_SECONDS,
-        boundary_time=_BOUNDARY_SECONDS,
-        request_time=_REQUEST_SECONDS,
+        launch_time=fitted.LAUNCHES * launch,
+        prompt_launch_time=fitted.PROMPT_LAUNCHES * launch,
+        hop_time=fitted.HOP_SECONDS,
+        handover_time=fitted.HANDOVER_SECONDS,
+        boundary_time=fitted.BOUNDARY_SECONDS,
+        request_time=fitted.REQUEST_SECONDS,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hsrpc.plan.fitted import SMALL_KERNELS
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import REGENERATE_ROWS
 from hsrpc.plan.sizes import LayerSizes, ModelSizes, Number
@@ -14,8 +15,6 @@ from hsrpc.schedule.blocks import BlockKind
 _PLACE_COPIES = 2
 """Regenerated rows that are copied to where attention reads them are read and written once more."""
 _LOGIT_BYTES = 4
-_SMALL_KERNELS = 4
-"""Kernels of a layer beside GEMMs and attention, each counted as a norm: two norms, and shorter sums and copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class LayerTimes:
             compute = groups * hardware.gemm_overhead + layer.flop(queries) / hardware.gemm_rate
             return np.maximum(compute, groups * layer.read_bytes(queries / groups) / hardware.weight_bandwidth)
 
-        return self.sizes.mean(products) + groups * (_SMALL_KERNELS * hardware.small_kernel_time)
+        return self.sizes.mean(products) + groups * (SMALL_KERNELS * hardware.small_kernel_time)
 
     def regenerate(self, tokens: Number) -> Number:
         """The GEMMs alone."""

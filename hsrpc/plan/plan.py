@@ -40,7 +40,7 @@ class StepPrediction:
     mini_batches: int
     bus: float
     forward: float
-    """Projections and MLP of the new tokens; of those computed anew their attention as well."""
+    """Projections and MLP of the new tokens; the attention of recomputed ones as well."""
     regenerate: float
     gather: float
     """Activation blocks on the device, copied to where regeneration reads them."""
@@ -89,12 +89,12 @@ class Plan:
     max_batch: int
     max_model_len: int
     max_prefill_tokens: int
-    """Most prompt tokens of a step in which a full batch decodes. Where weights stream they may need several
+    """Prompt tokens of a step in which a full batch decodes, at most. Where weights stream they may need several
     mini-batches: a mini-batch has at most `buffers.queries` queries."""
     spare_prefill_tokens: float
     """More of them for each request that the batch lacks: as many as take the time of its decoding."""
     max_idle_prefill_tokens: int
-    """Most prompt tokens of a step in which none decodes; may need several mini-batches."""
+    """Prompt tokens of a step in which none decodes, at most; may need several mini-batches."""
     recompute: RecomputeLimits
     buffers: BufferLimits
     costs: RowCosts

@@ -136,12 +136,12 @@ class Planner:
 
     def _row_choices(self) -> list[int]:
         """Rows of a kv buffer: as many as are wanted, or just those of the longest request."""
-        most = self.budgets.device // _BUFFER_PART
+        max_bytes = self.budgets.device // _BUFFER_PART
         row = self.sizes.max_row_bytes(BlockKind.KV)
-        return [*dict.fromkeys(min(size, most) // row for size in _BUFFER_BYTES), 1]
+        return [*dict.fromkeys(min(size, max_bytes) // row for size in _BUFFER_BYTES), 1]
 
     def _recompute_choices(self, batch: Floats) -> list[Number]:
-        """Tokens that a step may compute anew: none, some, many."""
+        """Tokens that a step may recompute: none, some, many."""
         given = self.config.recompute_share
         if given is not None:
             return [given * batch * self.traffic.context]
@@ -210,9 +210,9 @@ def _traffic(config: EngineConfig, sizes: ModelSizes, longest: int) -> Traffic:
     )
 
 
-def _batches(most: int | None) -> Floats:
-    """Batch sizes to try: all small ones, then in steps of 3 %; `most` is among them."""
-    last = most or MAX_BATCH
+def _batches(max_batch: int | None) -> Floats:
+    """Batch sizes to try: all small ones, then in steps of 3 %; `max_batch` is among them."""
+    last = max_batch or MAX_BATCH
     steps = {1, last}
     size = 1
     while size < last:

@@ -37,12 +37,12 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
         rows=plan.buffers.rows,
     )
     fits = context <= plan.buffers.queries  # a request that keeps no cache is part of one mini-batch
-    anew = fits * plan.recompute.tokens / (batch * context)
+    part = fits * plan.recompute.tokens / (batch * context)
     if plan.recompute.is_forced:
-        candidate = replace(candidate, recomputed=min(1.0, anew))
-    elif anew:
-        part = model.balanced_recompute(candidate, min(1.0 - on_device, anew))
-        candidate = replace(candidate, recomputed=part)
+        candidate = replace(candidate, recomputed=min(1.0, part))
+    elif part:
+        balanced = model.balanced_recompute(candidate, min(1.0 - on_device, part))
+        candidate = replace(candidate, recomputed=balanced)
     return as_prediction(batch, context, model.predict(candidate))
 
 

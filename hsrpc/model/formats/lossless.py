@@ -27,6 +27,7 @@ from torch.nn import functional
 from hsrpc.model.formats.format import Packing, WeightFormat
 from hsrpc.model.formats.plain import PlainPacking
 from hsrpc.model.tensor import TensorSpec
+from hsrpc.plan.fitted import DECODE_RATE_SHARE
 from hsrpc.plan.sizes import TensorSizes, align
 
 LEVELS = 3
@@ -47,9 +48,6 @@ EXPECTED_SHARES = {torch.float16: 0.856, torch.bfloat16: 0.668}
 """Bytes of a coded tensor over its own, where values are normally distributed."""
 MAX_SHARES = {torch.float16: 0.945, torch.bfloat16: 0.76}
 """The same for distributions a good deal wider, such as of seven exponents that are equally frequent."""
-_DECODE_RATE_SHARE = 0.3
-"""Part of the device's memory bandwidth at which decoding reads and writes; measured by `benchmarks.coding` on an H100:
-0.33 (float16) and 0.45 (bfloat16)."""
 
 
 class CodedViews(NamedTuple):
@@ -182,7 +180,7 @@ class Lossless(WeightFormat):
             bus_bytes=expected,
             host_bytes=size * MAX_SHARES[self.dtype],
             decoded_bytes=size,
-            decode_traffic=(expected + size) / _DECODE_RATE_SHARE,
+            decode_traffic=(expected + size) / DECODE_RATE_SHARE,
         )
 
     def pack(self, values: torch.Tensor) -> tuple[Packing, torch.Tensor]:
