@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hsrpc.plan.plan import BUFFERS
-from hsrpc.plan.sizes import Floats, ModelSizes, StreamedSizes
+from hsrpc.plan.sizes import Floats, ModelSizes, StreamedSizes, WeightBuffers
 
 Resident = tuple[frozenset[str], ...]
 """For each layer, the names of the packed tensors that stay on the device."""
@@ -47,7 +47,7 @@ def resident_choices(sizes: ModelSizes, shares: tuple[float, ...]) -> ResidentCh
         on_bus=floats([sum(n * each.bus_bytes for each, n in found.items()) for found in placed]),
         decode_traffic=floats([sum(n * each.decode_traffic for each, n in found.items()) for found in placed]),
         on_host=floats([host_bytes(found) for found in placed]),
-        buffers=floats([BUFFERS * buffer_bytes(found) + decode_buffer_bytes(found) for found in placed]),
+        buffers=floats([BUFFERS * each.packed + each.decoded for each in map(WeightBuffers.of, placed)]),
     )
 
 
@@ -64,16 +64,6 @@ def host_bytes(streamed: Counter[StreamedSizes]) -> int:
     """Bytes of all layers' streamed weights in host memory, at most."""
     exact = sum(count * each.host_bytes for each, count in streamed.items())
     return math.ceil(round(exact, 3))  # what is rounded in the last place adds no byte
-
-
-def buffer_bytes(streamed: Counter[StreamedSizes]) -> int:
-    """Bytes of a weight buffer: those of the largest layer's packed tensors."""
-    return max(each.buffer_bytes for each in streamed)
-
-
-def decode_buffer_bytes(streamed: Counter[StreamedSizes]) -> int:
-    """Bytes of the buffer that a layer is decoded to: one for all layers, since one is computed after the other."""
-    return max(each.decoded_bytes for each in streamed)
 
 
 def spread_resident(sizes: ModelSizes, budget: int) -> Resident:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hsrpc.config import CachePolicy
 from hsrpc.plan.hardware import Hardware
-from hsrpc.plan.sizes import StreamedSizes
+from hsrpc.plan.sizes import StreamedSizes, WeightBuffers
 from hsrpc.schedule.blocks import PoolId
 from hsrpc.schedule.recompute import RecomputeLimits
 from hsrpc.schedule.step import BufferLimits, RowCosts
@@ -122,13 +122,13 @@ class Plan:
 
     @property
     def weight_buffer_bytes(self) -> int:
-        """Bytes of a weight buffer: those of the largest layer's packed tensors."""
-        return max(layer.buffer_bytes for layer in self.streamed)
+        """Bytes of each of the buffers that weights are loaded to."""
+        return WeightBuffers.of(self.streamed).packed
 
     @property
     def decode_buffer_bytes(self) -> int:
-        """Bytes of the buffer that a layer is decoded to: one for all, since one is computed after the other."""
-        return max(layer.decoded_bytes for layer in self.streamed)
+        """Bytes of the buffer that a layer's weights are decoded to; 0: none are decoded."""
+        return WeightBuffers.of(self.streamed).decoded
 
     @property
     def resident_share(self) -> float:

@@ -6,10 +6,10 @@ A family makes one `LayerSizes` for each layer; what a tensor or a cached row ta
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,21 @@ class StreamedSizes:
     host_bytes: float
     decoded_bytes: int
     decode_traffic: float
+
+
+class WeightBuffers(NamedTuple):
+    """Bytes of the device buffers that streamed weights go through: those of the layer that takes most."""
+
+    packed: int
+    """As they came over the bus."""
+    decoded: int
+    """Decoded: one buffer for all layers, since one is computed after the other."""
+
+    @classmethod
+    def of(cls, streamed: Iterable[StreamedSizes]) -> WeightBuffers:
+        """The buffers for what streams of each layer."""
+        sizes = [(each.buffer_bytes, each.decoded_bytes) for each in streamed]
+        return cls(*map(max, zip(*sizes, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
