@@ -70,10 +70,10 @@ def gemms(device: Device, rows: int, sizes: ModelSizes, dtype: torch.dtype) -> d
     """By name, each one product at the regeneration shape."""
     x, weight = (
         torch.randn(size, sizes.hidden_size, device=device.torch_device, dtype=dtype)
-        for size in (rows, 2 * sizes.kv_size)
+        for size in (rows, 2 * sizes.num_kv_heads * sizes.head_dim)
     )
-    bias = torch.zeros(2 * sizes.kv_size, device=device.torch_device, dtype=dtype)
-    out = device.empty((rows, 2 * sizes.kv_size), dtype, DeviceUse.MEASUREMENT)
+    bias = torch.zeros(2 * sizes.num_kv_heads * sizes.head_dim, device=device.torch_device, dtype=dtype)
+    out = device.empty((rows, 2 * sizes.num_kv_heads * sizes.head_dim), dtype, DeviceUse.MEASUREMENT)
     return {
         "alone": lambda: None,
         "beside GEMMs": lambda: functional.linear(x, weight),

@@ -25,7 +25,7 @@ from hsrpc.device.device import Device
 from hsrpc.engine.startup import RANDOM_PREFIX, describe_model, measure_hardware
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
 from hsrpc.model.families.registry import create_family
-from hsrpc.model.formats.lossless import Coding, can_encode
+from hsrpc.model.formats.lossless import Coding, Lossless
 from hsrpc.model.hub import resolve_model
 from hsrpc.plan.memory_use import DeviceUse
 
@@ -57,18 +57,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     source: WeightSource = RandomWeights(0) if is_random else Checkpoint(resolve_model(options.model))
     family = create_family(spec)
     tensors = [tensor for layer in range(options.layers) for tensor in family.layer_tensors(layer)]
+    lossless = Lossless(spec.dtype)
     own = coded = 0
     encoding = 0.0
     kept: list[tuple[Coding, torch.Tensor, torch.Tensor]] = []
     for tensor in tensors:
         values = device.empty(tensor.shape, spec.dtype, DeviceUse.MEASUREMENT)
         source.read(tensor, values)
-        if not can_encode(values):
-            continue
-        encoding += seconds_of(device, partial(device.encode_weights, values))
-        coding, data = device.encode_weights(values)
+        coding, data = lossless.pack(values)
+        if not isinstance(coding, Coding):
+            continue  # no matrix: it lies as it is
+        encoding += seconds_of(device, partial(lossless.pack, values))
         target = torch.empty_like(values)
-        device.decode_weights(data, coding, target)
+        coding.decode(data, target)
         assert torch.equal(target.view(torch.int16), values.view(torch.int16)), f"{tensor.name}: not the same bits"
         kept.append((coding, data, target))
         own, coded = own + values.nbytes, coded + len(data)
@@ -77,7 +78,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     def decode() -> None:
         for coding, data, target in kept:
-            device.decode_weights(data, coding, target)
+            coding.decode(data, target)
 
     decoding = seconds_of(device, decode)
     return {

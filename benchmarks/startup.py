@@ -33,8 +33,9 @@ from hsrpc.config import DType, Placement, parse_bytes
 from hsrpc.device.device import open_device
 from hsrpc.engine.startup import make_plan
 from hsrpc.model.families.registry import create_family
-from hsrpc.model.family import Family, TensorSpec
+from hsrpc.model.family import Family
 from hsrpc.model.spec import load_spec, named_spec
+from hsrpc.model.tensor import TensorSpec
 
 LAYERS_PER_SHARD = 4
 BLOCK_BYTES = 64 * 1024**2
@@ -144,7 +145,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     )
     spec = load_spec(options.directory, torch.float16)
     sizes = spec.sizes
-    layers = sizes.num_layers * sizes.layer_bytes
+    layers = sizes.layers_bytes
     config = replace(config, host_memory=layers + parse_bytes(options.cache_memory, "cache_memory"))
     warming = warm(options.directory)
     plannings, pins, readies = [], [], []

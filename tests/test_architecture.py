@@ -27,7 +27,7 @@ ALLOWED = {
     "schedule": {"request", "errors"},
     "plan": {"schedule", "config", "errors"},
     "model": {"plan", "schedule", "request", "config", "errors"},
-    "device": {"model", "plan", "schedule", "config", "errors"},
+    "device": {"plan", "schedule", "config", "errors"},
     "engine": {"model", "device", "plan", "schedule", "text", "request", "config", "errors"},
     "server": {"engine", "plan", "schedule", "request", "config", "errors", "v1"},
     "client_messages": {"request", "errors", "v1"},

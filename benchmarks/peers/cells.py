@@ -19,6 +19,7 @@ from benchmarks.peers.cases import (
     output_of,
     sizes_of,
 )
+from hsrpc.schedule.blocks import BlockKind
 
 ACCELERATE_STEPS = {System.ACCELERATE: 4, System.ACCELERATE_PINNED: 8}
 """It takes seconds a step, and many more where it copies from pageable memory."""
@@ -99,12 +100,12 @@ def estimated_seconds(setup: Setup) -> float:
         return _START_SECONDS + setup.compiled * _COMPILE_SECONDS + 2 * steps * _GENERATE_STEP
     if setup.system in _ACCELERATE_RATE:
         tokens = (setup.batch or 0) * setup.mean_context
-        moved = sizes.model_bytes + tokens * sizes.num_layers * sizes.kv_bytes
+        moved = sizes.model_bytes + tokens * sizes.token_bytes(BlockKind.KV)
         rate = _ACCELERATE_RATE[setup.system]
     else:
         resident = 0 if setup.case is Case.HOST else setup.budgets.device - 4 * GIB
         streamed, rate = max(0, sizes.model_bytes - resident), _BUS_RATE
-        row = sizes.num_layers * sizes.activation_bytes
+        row = sizes.token_bytes(BlockKind.ACTIVATION)
         tokens = (setup.batch or _planned_batch(setup, streamed, row)) * setup.mean_context
         moved = streamed + tokens * row
     return _START_SECONDS + sizes.model_bytes / _PINNED_RATE + (steps + 5) * moved / rate

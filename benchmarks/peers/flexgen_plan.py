@@ -12,6 +12,7 @@ from itertools import product
 
 from benchmarks.peers.cases import GIB, Budgets, Case, Setup, System, output_of, sizes_of
 from hsrpc.plan.sizes import ModelSizes
+from hsrpc.schedule.blocks import BlockKind
 
 RELAY_BYTES = 8 * GIB
 """Pinned buffers of its four copy threads."""
@@ -45,7 +46,7 @@ class Footprint:
 
 def weight_groups(sizes: ModelSizes) -> list[list[int]]:
     """Bytes of each tensor, in FlexGen's order, of its groups: input, attention and MLP of a layer, output."""
-    h, b = sizes.hidden_size, sizes.element_bytes
+    h, b = sizes.hidden_size, sizes.compute_bytes
     vocab = sizes.vocab_size * h
     attention, mlp = [h * h, h] * 4 + [h, h], [4 * h * h, 4 * h, 4 * h * h, h, h, h]
     groups = [[vocab, _POSITIONS * h], attention, mlp, [h, h, vocab]]
@@ -73,7 +74,7 @@ def footprint(setup: Setup) -> Footprint:
     on_device = sum(count * size for count, size in zip(counts, resident, strict=True))
     per_batch = (setup.batch or 0) // setup.num_batches
     on_gpu = per_batch * setup.percent[2] // 100
-    request = (setup.prompt + setup.output - 1) * sizes.kv_bytes
+    request = (setup.prompt + setup.output - 1) * sizes.max_row_bytes(BlockKind.KV)
     cache = setup.num_batches * sizes.num_layers * request
     weight_buffers = max(streamed[1] + streamed[2], streamed[2] + streamed[3], streamed[3] + streamed[0])
     cache_buffers = (3 if on_gpu < per_batch else 1) * per_batch * request
@@ -84,7 +85,7 @@ def footprint(setup: Setup) -> Footprint:
         host=of_model + (per_batch - on_gpu) * cache + RELAY_BYTES + 2 * relayed + _OVERHEAD,
         host_cache=(per_batch - on_gpu) * cache,
         streamed_weights=of_model,
-        host_cache_per_token=sizes.num_layers * sizes.kv_bytes * (1 - on_gpu / max(1, per_batch)),
+        host_cache_per_token=sizes.token_bytes(BlockKind.KV) * (1 - on_gpu / max(1, per_batch)),
     )
 
 
@@ -96,7 +97,7 @@ def predicted_step(setup: Setup) -> float:
     sizes, used = sizes_of(setup.model), footprint(setup)
     tokens = (setup.batch or 0) * (setup.prompt + setup.output / 2)
     on_host = tokens * used.host_cache_per_token
-    touched = setup.num_batches * sizes.model_bytes + tokens * sizes.num_layers * sizes.kv_bytes
+    touched = setup.num_batches * sizes.model_bytes + tokens * sizes.token_bytes(BlockKind.KV)
     return used.streamed_weights / _PINNED_RATE + on_host / _UNPINNED_RATE + touched / _DEVICE_RATE
 
 
@@ -104,7 +105,7 @@ def predicted_prefill(setup: Setup) -> float:
     """Seconds until the first tokens."""
     sizes, used = sizes_of(setup.model), footprint(setup)
     tokens = (setup.batch or 0) * setup.prompt
-    compute = tokens * sizes.num_layers * sizes.layer_flop / _PREFILL_RATE
+    compute = sizes.num_layers * float(sizes.mean(lambda layer: layer.flop(tokens))) / _PREFILL_RATE
     return compute + max(used.streamed_weights / _PINNED_RATE, tokens * used.host_cache_per_token / _UNPINNED_RATE)
 
 
@@ -170,7 +171,7 @@ def _prefill_bytes(sizes: ModelSizes, setup: Setup, batch: int) -> int:
     hidden = tokens * sizes.hidden_size
     scores = batch * sizes.num_heads * setup.prompt**2
     peak = max(9 * hidden + 3 * scores, 9 * hidden, 3 * hidden + tokens * sizes.vocab_size)
-    return sizes.element_bytes * (peak + setup.num_batches * hidden)
+    return sizes.compute_bytes * (peak + setup.num_batches * hidden)
 
 
 def _power_of_two(size: int) -> int:

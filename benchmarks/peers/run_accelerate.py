@@ -11,6 +11,7 @@ from benchmarks.peers import cuda_memory
 from benchmarks.peers.cases import Setup, System, sizes_of
 from benchmarks.peers.generation import empty_model, generate, random_weights
 from benchmarks.peers.record import PeerRun, Traffic
+from hsrpc.schedule.blocks import BlockKind
 
 WARM_UP = (32, 1)
 """Tokens of a prompt, and new ones: nothing is compiled, and a step takes seconds."""
@@ -42,11 +43,11 @@ def _pageable(shape: torch.Size, mean: float, deviation: float) -> torch.Tensor:
 
 def _cache_bytes(setup: Setup) -> int:
     sizes = sizes_of(setup.model)
-    return (setup.batch or 0) * (setup.prompt + setup.output) * sizes.num_layers * sizes.kv_bytes
+    return (setup.batch or 0) * (setup.prompt + setup.output) * sizes.token_bytes(BlockKind.KV)
 
 
 def _traffic(setup: Setup, weights: int) -> Traffic:
     """Of a step in the middle of the run."""
     sizes, batch, context = sizes_of(setup.model), setup.batch or 0, setup.mean_context
-    cache = batch * context * sizes.num_layers * sizes.kv_bytes
+    cache = batch * context * sizes.token_bytes(BlockKind.KV)
     return Traffic(batch=batch, context=context, weights=weights, cache=cache)

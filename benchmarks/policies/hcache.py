@@ -31,7 +31,8 @@ def hcache_plan(planner: Planner, hidden_layers: int | None = None) -> Plan:
     layers, hidden = sizes.num_layers, _hidden_layers(planner, hidden_layers)
     plan = with_share(planner, hidden / layers).plan()
     num_blocks = sum(plan.num_blocks.values())
-    row_bytes = hidden * sizes.activation_bytes + (layers - hidden) * sizes.kv_bytes
+    row_bytes = sum(layer.activation.num_bytes for layer in sizes.layers[:hidden])
+    row_bytes += sum(layer.kv.num_bytes for layer in sizes.layers[hidden:])
     return replace(
         plan,
         reason=f"HCache's split: hidden states in {hidden} of {layers} layers, K and V in the others",

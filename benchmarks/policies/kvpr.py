@@ -14,7 +14,7 @@ from hsrpc.plan.memory_use import HostUse
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at
-from hsrpc.schedule.blocks import PoolId, Pools
+from hsrpc.schedule.blocks import BlockKind, PoolId, Pools
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,12 @@ def kvpr_plan(planner: Planner) -> Plan:
     longest = -(-planner.max_model_len // block_size)
     # Of a request that has all its blocks, so of no more than any request's first ones: room is never overrated.
     plan = with_share(planner, first / (longest + 1)).plan()
-    block = sizes.num_layers * block_size
+    kv_block, activation_block = (block_size * sizes.token_bytes(kind) for kind in BlockKind)
     activations = plan.max_batch * first
-    used = plan.host_bytes[HostUse.STREAMED_WEIGHTS] + activations * block * sizes.activation_bytes
+    used = plan.host_bytes[HostUse.STREAMED_WEIGHTS] + activations * activation_block
     most = plan.max_batch * (longest + 1 - first)
-    kv = min(most, (plan.budgets.host - used) // (block * sizes.kv_bytes))
-    cache = block * (activations * sizes.activation_bytes + kv * sizes.kv_bytes)
+    kv = min(most, (plan.budgets.host - used) // kv_block)
+    cache = activations * activation_block + kv * kv_block
     plan = replace(
         plan,
         reason=f"KVPR's split for {context} tokens: the first {first * block_size} as activations",

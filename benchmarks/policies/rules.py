@@ -11,6 +11,7 @@ from __future__ import annotations
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.layer_times import LayerTimes
 from hsrpc.plan.sizes import ModelSizes
+from hsrpc.schedule.blocks import BlockKind
 from hsrpc.schedule.step import RowCosts
 
 
@@ -18,8 +19,8 @@ def row_costs(sizes: ModelSizes, hardware: Hardware) -> RowCosts:
     """`V`, `A` and `G`, in seconds."""
     layer = LayerTimes(sizes, hardware)
     return RowCosts(
-        load_kv=float(layer.load(sizes.kv_bytes)),
-        load_activation=float(layer.load(sizes.activation_bytes)),
+        load_kv=float(layer.load(sizes.mean_row_bytes(BlockKind.KV))),
+        load_activation=float(layer.load(sizes.mean_row_bytes(BlockKind.ACTIVATION))),
         regenerate=float(layer.regenerate(1)),
     )
 

@@ -159,13 +159,14 @@ def summarise(run: Run, config: EngineConfig) -> Result:
     total = sum(seconds)
     tokens = [record.decode_tokens + record.prefill_tokens for record in chosen]
     plan, stats, sizes = run.plan, run.stats, run.spec.sizes
+    flop = sizes.num_layers * float(sizes.mean(lambda layer: layer.flop(sum(tokens))))
     return Result(
         model=run.spec.name,
         device=run.device,
         policy=plan.policy,
         activation_share=plan.activation_share,
         resident_share=plan.resident_share,
-        codes_weights=plan.codes_weights,
+        codes_weights=plan.decode_buffer_bytes > 0,
         batch=plan.max_batch,
         num_steps=len(chosen),
         step_seconds=median(seconds),
@@ -179,7 +180,7 @@ def summarise(run: Run, config: EngineConfig) -> Result:
         decode_tokens_per_second=sum(record.decode_tokens for record in chosen) / total,
         prefill_tokens_per_second=sum(record.prefill_tokens for record in chosen) / total,
         total_tokens_per_second=(stats.prompt_tokens + stats.generated_tokens) / run.seconds,
-        prefill_gemm_share=sum(tokens) * sizes.num_layers * sizes.layer_flop / hardware.gemm_rate / total,
+        prefill_gemm_share=flop / hardware.gemm_rate / total,
         bus_bytes_per_second=sum(record.weight_bytes + record.cache_bytes for record in chosen) / total,
         device_busy_share=profile.busy if profile else None,
         regenerated_tokens=sum(record.regenerated_tokens for record in chosen),

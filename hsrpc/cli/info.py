@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from hsrpc import __version__
 from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
 from hsrpc.config import EngineConfig, format_bytes
+from hsrpc.schedule.blocks import BlockKind
 
 _EXAMPLES = """\
   hsrpc info
@@ -51,8 +52,8 @@ def _machine_and_model(config: EngineConfig) -> dict[str, str]:
         "heads, K and V heads": f"{sizes.num_heads}, {sizes.num_kv_heads}",
         "context length": str(sizes.context_length),
         "weights": format_bytes(sizes.model_bytes),
-        "K and V of a token": format_bytes(sizes.num_layers * sizes.kv_bytes),
-        "activations of a token": format_bytes(sizes.num_layers * sizes.activation_bytes),
+        "K and V of a token": format_bytes(sizes.token_bytes(BlockKind.KV)),
+        "activations of a token": format_bytes(sizes.token_bytes(BlockKind.ACTIVATION)),
         "K and V over activations": f"{sizes.activation_ratio:.2f} (activations pay above 1)",
     }
 

@@ -91,7 +91,7 @@ def _prediction_table(plan: Plan) -> Table:
         "activation share": f"{plan.activation_share:.2f}",
         "tokens computed anew": str(plan.recompute.tokens),
         "weights resident": f"{plan.resident_share:.0%}",
-        "weights that stream": "coded" if plan.codes_weights else "as they are",
+        "weights that stream": "coded" if plan.decode_buffer_bytes else "as they are",
         f"bus ({hardware.load_bandwidth / 1e9:.1f} GB/s)": _ms(step.bus),
         "forward": _ms(step.forward),
         f"regeneration ({hardware.gemm_rate / 1e12:.2f} TFLOP/s)": _ms(step.regenerate),

@@ -14,29 +14,20 @@ import torch
 from torch.nn import functional
 
 from hsrpc.device.device import Device
+from hsrpc.plan import fitted
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.memory_use import DeviceUse, HostUse
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.sizes import LayerSizes, ModelSizes
 
 _REPEATS = 9
-"""What disturbs a machine makes it slower, never faster: the quarter of the times that were disturbed least counts."""
+"""Times of a measurement, of which the lower quartile counts: what disturbs a machine makes it slower, never faster."""
 _PIECES = 4
-"""Copied in turn, so that they come from memory and not from the host's caches, as the engine's do."""
+"""Pieces of memory copied in turn, so that they come from memory and not from the host's caches, as the engine's do."""
 _BUS_REPEATS = 20
-"""Others use the bus of a shared machine more than its GPU. Loads are measured at two times, since some moments last
-longer than all the copies of one."""
-_LAUNCHES_PER_LAYER, _LAUNCHES_PER_PROMPT_LAYER = 30, 90
-"""One layer of one mini-batch takes the host as long as so many small kernels; the second, with prompts in it, was
-measured on the engine: 1.1 ms where a small kernel takes 10 us, a part of it once a step."""
-_BOUNDARY_SECONDS, _REQUEST_SECONDS = 1e-3, 20e-6
-"""Host time between two steps, in all and for each request: measured on the engine, not here."""
-_HOP_SECONDS, _HANDOVER_SECONDS = 0.25e-3, 0.08e-3
-"""For each mini-batch of a layer: host time beside that of its compute, and of the bus. Measured on the engine as well,
-where weights stream; where none do, one thread launches all."""
+"""The same for copies: others use the bus of a shared machine more than its GPU. Loads are measured at two times, since
+some moments last longer than all the copies of one."""
 _NORM_ROWS, _NORMS = 64, 50
-"""Of the norms that stand for the small kernels of a layer: rows, and how many run as one graph."""
-_PROMPT_RATE_SHARE = 0.9
-"""Of the GEMM rate, for whole layers: measured on the engine, 0.93 for 8,000 tokens beside decoding."""
+"""Rows of the norms that stand for the small kernels of a layer, and how many run as one graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +36,11 @@ class _Amounts:
 
     copy_bytes: int
     rows: tuple[int, ...]
-    """Of the GEMMs that the line is fitted to."""
+    """Rows of the GEMMs that the line is fitted to."""
     decode_rows: int
-    """Of a GEMM that takes as long as reading its weights, where memory is the limit."""
+    """Rows of a GEMM that takes as long as reading its weights, where memory is the limit."""
     weight_bytes: int
-    """Of the weights that it reads in turn: more than caches hold."""
+    """Bytes of the weights that it reads in turn: more than caches hold."""
     loops: int
     """Launches between two looks at the clock: waiting for the device takes longer than some of them."""
     waking: float
@@ -80,23 +71,23 @@ _ON_GPU = _Amounts(
 
 def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware:
     """Rates at the model's shapes, after a warm-up: lower quartiles of nine times, of the bus of twenty."""
-    amounts = _amounts(device)
-    _wake(device, _regeneration(device, sizes, dtype, amounts.rows[-1]), amounts.waking)
+    amounts, layer = _amounts(device), sizes.commonest
+    _wake(device, _regeneration(device, layer, dtype, amounts.rows[-1]), amounts.waking)
     memory_bandwidth, read_bandwidth = _memory_rates(device, amounts)
-    gemm_rate, gemm_overhead, weight_bandwidth = _gemm_rates(device, sizes, dtype, amounts)
+    gemm_rate, gemm_overhead, weight_bandwidth = _gemm_rates(device, layer, dtype, amounts)
     try:
         source = device.pinned(_PIECES * amounts.copy_bytes, HostUse.MEASUREMENT)
         source.zero_()
         pieces = cycle(source.split(amounts.copy_bytes))
         load, store, both = _bus_seconds(device, pieces, amounts.copy_bytes)
         rows = amounts.rows[-1]
-        product = _regeneration(device, sizes, dtype, rows)
-        count = math.ceil(2 * load * gemm_rate / (rows * sizes.regenerate_flop))  # they outlast the copy
+        product = _regeneration(device, layer, dtype, rows)
+        count = math.ceil(2 * load * gemm_rate / (rows * layer.regenerate_flop))  # they outlast the copy
         alone, contended = _contended_seconds(device, pieces, product, count)
     finally:
         device.release_pinned()
     launch = _launch_seconds(device)
-    small_kernel = _norm_seconds(device, sizes, dtype, amounts.loops)
+    small_kernel = _norm_seconds(device, layer, dtype, amounts.loops)
     device.release_cached()
     return Hardware(
         load_bandwidth=amounts.copy_bytes / min(load, alone),
@@ -104,18 +95,18 @@ def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware
         duplex_share=min(1.0, max(load, store) / both),
         contended_share=min(1.0, alone / contended),
         gemm_rate=gemm_rate,
-        prompt_rate_share=_PROMPT_RATE_SHARE,
+        prompt_rate_share=fitted.PROMPT_RATE_SHARE,
         gemm_overhead=gemm_overhead,
         memory_bandwidth=memory_bandwidth,
         weight_read_share=weight_bandwidth / memory_bandwidth,
         attention_read_share=read_bandwidth / memory_bandwidth,
         small_kernel_time=small_kernel,
-        launch_time=_LAUNCHES_PER_LAYER * launch,
-        prompt_launch_time=_LAUNCHES_PER_PROMPT_LAYER * launch,
-        hop_time=_HOP_SECONDS,
-        handover_time=_HANDOVER_SECONDS,
-        boundary_time=_BOUNDARY_SECONDS,
-        request_time=_REQUEST_SECONDS,
+        launch_time=fitted.LAUNCHES * launch,
+        prompt_launch_time=fitted.PROMPT_LAUNCHES * launch,
+        hop_time=fitted.HOP_SECONDS,
+        handover_time=fitted.HANDOVER_SECONDS,
+        boundary_time=fitted.BOUNDARY_SECONDS,
+        request_time=fitted.REQUEST_SECONDS,
     )
 
 
@@ -217,18 +208,18 @@ def _memory_rates(device: Device, amounts: _Amounts) -> tuple[float, float]:
     return 2 * size / copy, size / read
 
 
-def _gemm_rates(device: Device, sizes: ModelSizes, dtype: torch.dtype, amounts: _Amounts) -> tuple[float, float, float]:
+def _gemm_rates(device: Device, layer: LayerSizes, dtype: torch.dtype, amounts: _Amounts) -> tuple[float, float, float]:
     """FLOP/s and overhead (s) at the regeneration shape, and bytes/s at which a GEMM of few rows reads its weights."""
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device.torch_device, dtype=dtype)
 
-    products = (_regeneration(device, sizes, dtype, rows) for rows in amounts.rows)
+    products = (_regeneration(device, layer, dtype, rows) for rows in amounts.rows)
     seconds = [_seconds(device, product, amounts.loops) for product in products]
     per_row, overhead = fit_line(amounts.rows, seconds)
-    size = sizes.ffn_size * sizes.hidden_size * dtype.itemsize
-    weights = [random(sizes.ffn_size, sizes.hidden_size) for _ in range(max(1, amounts.weight_bytes // size))]
-    few = random(amounts.decode_rows, sizes.hidden_size)
+    size = layer.ffn_size * layer.hidden_size * dtype.itemsize
+    weights = [random(layer.ffn_size, layer.hidden_size) for _ in range(max(1, amounts.weight_bytes // size))]
+    few = random(amounts.decode_rows, layer.hidden_size)
 
     def decode() -> None:
         for weight in weights:
@@ -236,21 +227,21 @@ def _gemm_rates(device: Device, sizes: ModelSizes, dtype: torch.dtype, amounts: 
 
     # Launched as one: the host takes as long to launch a small GEMM as the device to compute it.
     decoding = _seconds(device, device.capture(decode), amounts.loops)
-    return sizes.regenerate_flop / per_row, overhead, size * len(weights) / decoding
+    return layer.regenerate_flop / per_row, overhead, size * len(weights) / decoding
 
 
-def _regeneration(device: Device, sizes: ModelSizes, dtype: torch.dtype, rows: int) -> Callable[[], object]:
+def _regeneration(device: Device, layer: LayerSizes, dtype: torch.dtype, rows: int) -> Callable[[], object]:
     """A product that rebuilds K and V of as many activations."""
     x, weight = (
-        torch.randn(size, sizes.hidden_size, device=device.torch_device, dtype=dtype)
-        for size in (rows, 2 * sizes.kv_size)
+        torch.randn(size, layer.activation.width, device=device.torch_device, dtype=dtype)
+        for size in (rows, layer.key_size + layer.value_size)
     )
     return partial(functional.linear, x, weight)
 
 
-def _norm_seconds(device: Device, sizes: ModelSizes, dtype: torch.dtype, loops: int) -> float:
+def _norm_seconds(device: Device, layer: LayerSizes, dtype: torch.dtype, loops: int) -> float:
     """The device's, for a norm of few rows that waits for the one before, as kernels in a graph do."""
-    x = torch.randn(_NORM_ROWS, sizes.hidden_size, device=device.torch_device, dtype=dtype)
+    x = torch.randn(_NORM_ROWS, layer.hidden_size, device=device.torch_device, dtype=dtype)
 
     def norms() -> None:
         normed = x

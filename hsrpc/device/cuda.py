@@ -16,8 +16,6 @@ from hsrpc.device.device import Device, Event, Stream
 from hsrpc.device.host_pages import HostPages
 from hsrpc.device.kernels import copy_rows
 from hsrpc.errors import ConfigError
-from hsrpc.model.formats.lossless import Coding
-from hsrpc.model.kernels.lossless import decode_weights, encode_weights
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.schedule.step import Runs
 
@@ -40,7 +38,6 @@ class CudaDevice(Device):
         _share_memory()
         index = torch.cuda.current_device()
         self.torch_device = torch.device("cuda", index)
-        self.decodes_weights = True
         self.warms_up = True
         self.load = torch.cuda.Stream(index)
         self.compute = torch.cuda.Stream(index)
@@ -178,12 +175,6 @@ class CudaDevice(Device):
         self, target: torch.Tensor, target_rows: torch.Tensor, source: torch.Tensor, source_rows: torch.Tensor
     ) -> None:
         copy_rows(target, target_rows, source, source_rows)
-
-    def encode_weights(self, values: torch.Tensor) -> tuple[Coding, torch.Tensor]:
-        return encode_weights(values)
-
-    def decode_weights(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
-        decode_weights(data, coding, target)
 
 
 def _share_memory() -> None:

@@ -25,7 +25,6 @@ from hsrpc.device.account import Account
 from hsrpc.device.host_pages import HostPages
 from hsrpc.device.uploads import Uploads
 from hsrpc.errors import ConfigError
-from hsrpc.model.formats.lossless import Coding, decode, encode
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.schedule.step import Runs
 
@@ -44,8 +43,6 @@ class Device(ABC):
     """One accelerator. `load` copies weights and cache blocks to the device, `store` new rows from it."""
 
     torch_device: torch.device
-    decodes_weights: bool
-    """By a kernel, as fast as the planner counts."""
     warms_up: bool
     """What is done for the first time takes long: kernels are compiled and loaded."""
     load: Stream
@@ -193,14 +190,6 @@ class Device(ABC):
     ) -> None:
         """`target[target_rows] = source[source_rows]` on the current stream; `target` [*, w] may be pinned memory."""
 
-    @abstractmethod
-    def encode_weights(self, values: torch.Tensor) -> tuple[Coding, torch.Tensor]:
-        """A tensor on the device, which fills words, and its coded bytes; the host waits for the current stream."""
-
-    @abstractmethod
-    def decode_weights(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
-        """Write a coded tensor's values to `target`, which is contiguous, on the current stream."""
-
 
 class CpuDevice(Device):
     """The CPU as a device: memory is ordinary memory, and every call is done when it returns."""
@@ -208,7 +197,6 @@ class CpuDevice(Device):
     def __init__(self) -> None:
         super().__init__()
         self.torch_device = torch.device("cpu")
-        self.decodes_weights = False
         self.warms_up = False
         self.load = self.compute = self.store = None
 
@@ -300,12 +288,6 @@ class CpuDevice(Device):
         self, target: torch.Tensor, target_rows: torch.Tensor, source: torch.Tensor, source_rows: torch.Tensor
     ) -> None:
         target.index_copy_(0, target_rows, source.index_select(0, source_rows))
-
-    def encode_weights(self, values: torch.Tensor) -> tuple[Coding, torch.Tensor]:
-        return encode(values)
-
-    def decode_weights(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
-        decode(data, coding, target)
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -13,7 +13,8 @@ import torch
 from hsrpc.device.device import Device
 from hsrpc.device.uploads import Upload
 from hsrpc.engine.tasks.cache import Buffers, CacheManager, DeviceRows, Gathers, Stores
-from hsrpc.engine.tasks.weights import OpenWeights, WeightPrefetcher
+from hsrpc.engine.tasks.weights import WeightPrefetcher
+from hsrpc.engine.weights import OpenedLayer
 from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
 from hsrpc.model.family import Family, Weights
 from hsrpc.plan.plan import REGENERATE_ROWS
@@ -91,7 +92,7 @@ class Pass:
     """A step on the device."""
 
     batches: list[DeviceBatch]
-    weights: OpenWeights | None = None
+    weights: OpenedLayer | None = None
     """The layer's that is computed."""
     projected: Projected | None = None
     """The mini-batch's that is computed."""
@@ -122,6 +123,7 @@ class Forward:
         self._family = family
         self._fixed = fixed
         self._prefetcher = prefetcher
+        self._windows = [layer.sliding_window for layer in family.sizes.layers]
         self._cache = cache
         self._attention = attention
         self._device = device
@@ -191,10 +193,10 @@ class Forward:
             group.rotation = self._family.rotation(group.positions)
             group.hidden = self._family.embed(self._fixed, group.token_ids, group.positions)
 
-    def _decode(self, weights: OpenWeights) -> None:
+    def _decode(self, weights: OpenedLayer) -> None:
         """Decode what of a layer's weights came coded; they are then used by all its mini-batches."""
-        for coding, data, target in weights.decodings:
-            self._device.decode_weights(data, coding, target)
+        for decoding in weights.decodings:
+            decoding.run()
 
     def _project(self, w: Weights, batch: DeviceBatch) -> None:
         """Project for a whole group, of which this is the first mini-batch."""
@@ -226,7 +228,7 @@ class Forward:
             pool = self._cache.device_kv(op.layer)
             self._attention.in_place(queries[:first], pool, kv, batch.in_place, out[:first])
         if batch.packed is not None:
-            out[first:] = self._attention.packed(queries[first:], kv, batch.packed)
+            out[first:] = self._attention.packed(queries[first:], kv, batch.packed, self._windows[op.layer])
 
     def _finish(self, step: Pass, batch: DeviceBatch) -> None:
         """Finish the layer for a whole group, of which this is the last mini-batch."""

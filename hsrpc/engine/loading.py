@@ -1,4 +1,4 @@
-"""Weights from their source to where the plan wants them: on the device, or packed in pinned memory, coded or not."""
+"""Weights from their source to where the plan wants them: on the device, or in pinned memory, packed by format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,31 +15,35 @@ from tqdm import tqdm
 
 from hsrpc.config import WeightCoding, format_bytes
 from hsrpc.device.device import Device
-from hsrpc.engine.weights import CodedSlice, LayerWeights, ModelWeights, Slice, views
+from hsrpc.engine.weights import LayerWeights, ModelWeights, arrange
 from hsrpc.errors import ConfigError, EngineUnavailableError
 from hsrpc.model.checkpoint import WeightSource
-from hsrpc.model.family import Family, TensorSpec
-from hsrpc.model.formats.lossless import WORD, can_encode
+from hsrpc.model.family import Family
+from hsrpc.model.formats.format import Packing, WeightFormat
+from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
-from hsrpc.plan.sizes import align
 
-_CODED_AT_ONCE = 2
-"""Layers: each takes its own size of device memory meanwhile, less than the weight buffers that are allocated later."""
+_PACKED_AT_ONCE = 2
+"""Layers that are packed on the device at once. Each takes its own size of device memory meanwhile, together
+less than the weight buffers, which are allocated later."""
 _MARGIN = 1.05
-"""Of the pages for coded weights over what is expected: too many go back at once, too few come late."""
+"""Host memory taken for a layer that is being packed, over what is expected: what is too much goes back to the system,
+what is too little comes late."""
 
 
-class HardlySmallerError(ConfigError):
-    """Coded weights take more than was planned: matrices are small, or their exponents differ a lot."""
+class OverBoundError(ConfigError):
+    """Packed weights take more than the bound of their format, which host memory was planned for."""
 
 
-def compile_coding(device: Device, dtype: torch.dtype) -> None:
-    """Code and decode a few values: the threads that load would otherwise all compile the same kernels."""
-    values = device.empty((1, WORD), dtype, DeviceUse.WORKSPACE)
-    values.copy_(torch.arange(WORD))  # of six exponents, for which the second level is needed
-    coding, data = device.encode_weights(values)
-    device.decode_weights(data, coding, values)
+def compile_formats(family: Family, plan: Plan, device: Device) -> None:
+    """Make the formats of the streamed tensors ready: the threads that load would otherwise all compile the same."""
+    formats: dict[WeightFormat, None] = {}
+    for layer, resident in enumerate(plan.resident):
+        streamed = [tensor for tensor in family.layer_tensors(layer) if tensor.name not in resident]
+        formats |= dict.fromkeys(map(family.spec.formats.weight, streamed))
+    for each in formats:
+        each.compile(device.torch_device)
 
 
 def load_weights(
@@ -52,11 +56,11 @@ def load_weights(
     Raises:
         CheckpointError: a tensor is missing or has another shape.
         ConfigError: the host memory cannot be pinned.
-        HardlySmallerError: as its name says.
+        OverBoundError: as its name says.
         EngineUnavailableError: it was stopped.
     """
     loader = _Loader(family, source, plan, device, stop)
-    fixed, layers = family.fixed_tensors(), range(family.sizes.num_layers)
+    fixed, layers = family.fixed_tensors(), range(family.num_layers)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="load") as pool:
         read = pool.map(loader.fixed, fixed)
         loaded = pool.map(loader.layer, layers)
@@ -76,11 +80,11 @@ class _Loader:
     plan: Plan
     device: Device
     stop: threading.Event
-    _coding: threading.Semaphore = field(default_factory=partial(threading.Semaphore, _CODED_AT_ONCE))
-    """Held while a layer takes device memory to be coded."""
+    _packing: threading.Semaphore = field(default_factory=partial(threading.Semaphore, _PACKED_AT_ONCE))
+    """Held while a layer takes device memory to be packed."""
     _counting: threading.Lock = field(default_factory=threading.Lock)
-    _num_coded: int = 0
-    """Bytes of all layers coded so far."""
+    _num_packed: int = 0
+    """Bytes of all layers packed so far."""
 
     def fixed(self, tensor: TensorSpec) -> torch.Tensor:
         """A tensor that is no layer's, on the device."""
@@ -94,72 +98,57 @@ class _Loader:
     def layer(self, number: int) -> LayerWeights:
         self._check_stop()
         tensors, stays = self.family.layer_tensors(number), self.plan.resident[number]
-        resident = {t.name: self._read(t, DeviceUse.RESIDENT_WEIGHTS) for t in tensors if t.name in stays}
+        kept = [tensor for tensor in tensors if tensor.name in stays]
+        resident = {each.name: self._format(each).place(self._read(each, DeviceUse.RESIDENT_WEIGHTS)) for each in kept}
         streamed = [tensor for tensor in tensors if tensor.name not in stays]
         if not streamed:
-            return LayerWeights(resident, None, (), self.family.spec.dtype)
-        return replace(self._coded(streamed) if self.plan.codes_weights else self._packed(streamed), resident=resident)
+            return LayerWeights(resident, None, ())
+        known = [(tensor.name, self._format(tensor).packing(tensor)) for tensor in streamed]
+        packings = [(name, packing) for name, packing in known if packing is not None]
+        if len(packings) == len(streamed):
+            return self._read_packed(resident, streamed, packings)
+        return self._pack(resident, streamed, self.plan.streamed[number].bus_bytes)
 
-    def _packed(self, tensors: Sequence[TensorSpec]) -> LayerWeights:
-        slices, size = _pack(tensors, self.family.spec.dtype)
+    def _format(self, tensor: TensorSpec) -> WeightFormat:
+        return self.family.spec.formats.weight(tensor)
+
+    def _read_packed(
+        self,
+        resident: dict[str, torch.Tensor],
+        tensors: Sequence[TensorSpec],
+        packings: Sequence[tuple[str, Packing]],
+    ) -> LayerWeights:
+        """Packed bytes are the values as they are read: right into the memory that is then pinned."""
+        parts, size = arrange(packings)
 
         def fill(packed: torch.Tensor) -> None:
-            host = views(packed, slices, self.family.spec.dtype)
-            for tensor in tensors:
-                self.source.read(tensor, host[tensor.name])
+            for tensor, part in zip(tensors, parts, strict=True):
+                self.source.read(tensor, part.open(packed, packed[:0]))
 
-        packed = self.device.pinned(size, HostUse.STREAMED_WEIGHTS, fill)
-        return LayerWeights({}, packed, slices, self.family.spec.dtype)
+        return LayerWeights(resident, self.device.pinned(size, HostUse.STREAMED_WEIGHTS, fill), parts)
 
-    def _coded(self, tensors: Sequence[TensorSpec]) -> LayerWeights:
-        """Matrices are coded, on the device; other tensors are small, and stay as they are."""
-        slices: list[Slice] = []
-        coded: list[CodedSlice] = []
-        parts: list[tuple[int, torch.Tensor]] = []
-        size = target = 0
-        pages = self.device.pages(self._expected_bytes(tensors))  # all threads at once, other than coding
-        with self._coding:
-            self._check_stop()  # again: others were coded meanwhile
-            for tensor in tensors:
-                values = self._read(tensor, DeviceUse.WEIGHT_BUFFERS)  # in their room
-                if can_encode(values):
-                    coding, data = self.device.encode_weights(values)
-                    coded.append(CodedSlice(tensor.name, coding, size, target))
-                    target += align(values.nbytes)
-                else:
-                    data = values.view(torch.uint8)
-                    slices.append(Slice(tensor.name, tensor.shape, size))
-                parts.append((size, data))
-                size += align(len(data))
+    def _pack(self, resident: dict[str, torch.Tensor], tensors: Sequence[TensorSpec], expected: float) -> LayerWeights:
+        """Each tensor is read to the device and packed there."""
+        pages = self.device.pages(math.ceil(expected * _MARGIN))  # all threads at once, other than packing
+        with self._packing:
+            self._check_stop()  # again: others were packed meanwhile
+            packed = [self._format(tensor).pack(self._read(tensor, DeviceUse.WEIGHT_BUFFERS)) for tensor in tensors]
+            parts, size = arrange((each.name, packing) for each, (packing, _) in zip(tensors, packed, strict=True))
             self._count(size)
-            packed = self.device.pinned(size, HostUse.STREAMED_WEIGHTS, pages=pages)
-            for start, data in parts:
-                packed[start : start + len(data)] = data
-        return LayerWeights({}, packed, tuple(slices), self.family.spec.dtype, tuple(coded))
-
-    def _expected_bytes(self, tensors: Sequence[TensorSpec]) -> int:
-        """Of coded tensors, and a little more."""
-        sizes = self.family.sizes
-        return math.ceil(sum(sizes.tensor_bytes(tensor.name) for tensor in tensors) * sizes.coded_share * _MARGIN)
+            pinned = self.device.pinned(size, HostUse.STREAMED_WEIGHTS, pages=pages)
+            for part, (_, data) in zip(parts, packed, strict=True):
+                part.data(pinned).copy_(data)
+        return LayerWeights(resident, pinned, parts)
 
     def _check_stop(self) -> None:
         if self.stop.is_set():
             raise EngineUnavailableError("loading the model was stopped")
 
     def _count(self, size: int) -> None:
-        """Of a coded layer, before it is pinned."""
+        """Add the bytes of a packed layer, before it is pinned."""
         with self._counting:
-            self._num_coded += size
+            self._num_packed += size
         planned = self.plan.host_bytes[HostUse.STREAMED_WEIGHTS]
-        if self._num_coded > planned:
+        if self._num_packed > planned:
             problem = f"coded weights take more than the {format_bytes(planned)} planned"
-            raise HardlySmallerError("weight_coding", WeightCoding.LOSSLESS.value, problem, "use weight_coding=none")
-
-
-def _pack(tensors: Sequence[TensorSpec], dtype: torch.dtype) -> tuple[tuple[Slice, ...], int]:
-    """Slices one behind the other, each aligned, and the bytes they take."""
-    slices, offset = [], 0
-    for tensor in tensors:
-        slices.append(Slice(tensor.name, tensor.shape, offset))
-        offset += align(math.prod(tensor.shape) * dtype.itemsize)
-    return tuple(slices), offset
+            raise OverBoundError("weight_coding", WeightCoding.LOSSLESS.value, problem, "use weight_coding=none")

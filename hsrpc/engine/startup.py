@@ -20,7 +20,7 @@ from hsrpc.device.calibration import calibrate, sustained_load
 from hsrpc.device.device import Device, available_memory, open_device
 from hsrpc.engine.forward import Forward
 from hsrpc.engine.graphs import DecodeGraphs, can_capture
-from hsrpc.engine.loading import HardlySmallerError, compile_coding, load_weights
+from hsrpc.engine.loading import OverBoundError, compile_formats, load_weights
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.run_to_end import run_to_end
 from hsrpc.engine.tasks.cache import CacheManager
@@ -32,13 +32,11 @@ from hsrpc.model.attention import Attention
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family, ModelSpec
-from hsrpc.model.formats.lossless import EXPECTED_SHARES, MAX_SHARES
 from hsrpc.model.hub import resolve_model
-from hsrpc.model.spec import DTYPES, load_spec, named_spec
+from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
-from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.assemble import Assembler
 from hsrpc.schedule.sweep import Places
 
@@ -103,43 +101,31 @@ def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> P
             max_batch=config.max_batch or _CPU_MAX_BATCH,
             max_prefill_tokens=config.max_prefill_tokens or _CPU_PREFILL_TOKENS,
         )
-    codings = _codings(config, spec, device)
+    choices = create_family(spec).format_choices(config.weight_coding, device.torch_device)
     hardware, budgets = calibrate(device, spec.sizes, spec.dtype), _budgets(config, device)
-    planner, plan = _fastest([Planner(sizes, budgets, hardware, config) for sizes in codings], choose_plan)
-    return Planned(replace(spec, sizes=planner.sizes), device, planner, plan, directory)
+    specs = [in_formats(spec, formats) for formats in choices]
+    spec, planner, plan = _fastest(
+        [(each, Planner(each.sizes, budgets, hardware, config)) for each in specs], choose_plan
+    )
+    return Planned(spec, device, planner, plan, directory)
 
 
-def _codings(config: EngineConfig, spec: ModelSpec, device: Device) -> list[ModelSizes]:
-    """The model's sizes with weights that stream as they are, and coded: those that may be."""
-    coding, can_be_coded = config.weight_coding, spec.dtype in EXPECTED_SHARES
-    if coding is WeightCoding.LOSSLESS and not can_be_coded:
-        problem = f"{spec.dtype} weights cannot be coded"
-        raise ConfigError(
-            "weight_coding", coding.value, problem, "use dtype=float16 or bfloat16, or weight_coding=auto"
-        )
-    if coding is WeightCoding.NONE or not can_be_coded or (coding is WeightCoding.AUTO and not device.decodes_weights):
-        return [spec.sizes]
-    expected, most = EXPECTED_SHARES[spec.dtype], MAX_SHARES[spec.dtype]
-    coded = replace(spec.sizes, coded_share=expected, max_coded_share=most)
-    return [coded] if coding is WeightCoding.LOSSLESS else [spec.sizes, coded]
-
-
-def _fastest(planners: Sequence[Planner], choose_plan: ChoosePlan) -> tuple[Planner, Plan]:
-    """Of those whose plans fit; the first one, where they are equal.
+def _fastest(choices: Sequence[tuple[ModelSpec, Planner]], choose_plan: ChoosePlan) -> tuple[ModelSpec, Planner, Plan]:
+    """The choice of formats with the fastest plan, of those that fit; the first one, where they are equal.
 
     Raises:
         ConfigError: none fits.
     """
-    found: list[tuple[Planner, Plan]] = []
+    found: list[tuple[ModelSpec, Planner, Plan]] = []
     errors: list[ConfigError] = []
-    for planner in planners:
+    for spec, planner in choices:
         try:
-            found.append((planner, choose_plan(planner)))
+            found.append((spec, planner, choose_plan(planner)))
         except ConfigError as error:
             errors.append(error)
     if not found:
         raise errors[0]
-    return max(found, key=lambda each: each[1].prediction.mean_tokens_per_second)
+    return max(found, key=lambda each: each[2].prediction.mean_tokens_per_second)
 
 
 def measure_hardware(config: EngineConfig) -> Hardware:
@@ -188,10 +174,10 @@ async def _close_opened(opening: asyncio.Task[Components]) -> None:
 
 
 def _open_best(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
-    """With weights as they are where they turn out not to get much smaller."""
+    """With weights as they are where packed ones turn out to take more than their bound."""
     try:
         return _open_parts(config, choose_plan, progress, stop)
-    except HardlySmallerError as error:
+    except OverBoundError as error:
         if config.weight_coding is not WeightCoding.AUTO:
             raise
         _log.warning("%s; loading them as they are", error)
@@ -212,12 +198,11 @@ def _open_parts(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, s
         dtype, torch_device = spec.dtype, device.torch_device
         attention = Attention(spec.sizes, family.attention_scale, plan.block_size, torch_device, dtype)
         with torch.inference_mode(), ThreadPoolExecutor(1, thread_name_prefix="compile") as compiler:
-            if plan.codes_weights:
-                compile_coding(device, dtype)  # before the other thread compiles
+            compile_formats(family, plan, device)  # before the other thread compiles
             compiled = compiler.submit(attention.compile)
             weights = load_weights(family, source, plan, device, stop, progress=progress)
-            device.release_cached()  # what coding used
-            cache = CacheManager(spec.sizes, plan, device, spec.dtype)
+            device.release_cached()  # what packing used
+            cache = CacheManager(spec.sizes, plan, device, spec.formats)
             prefetcher = WeightPrefetcher(weights, plan, device)
             forward = Forward(family, weights.fixed, device, prefetcher=prefetcher, cache=cache, attention=attention)
             compiled.result()

@@ -1,44 +1,56 @@
 """Layer weights: a part resident on the device, the rest in one pinned buffer a layer, which crosses the bus whole.
 
-What is streamed may be coded: then the matrices lie in that buffer as coded bytes, and are decoded on the device to
-another one, the same for all layers, because the compute stream uses them one after the other.
+Each tensor lies in that buffer as its format packs it. What is to be decoded before it is used goes to another buffer
+on the device, the same for all layers, because the compute stream uses them one after the other.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from hsrpc.model.formats.lossless import Coding
+from hsrpc.model.formats.format import Packing
+from hsrpc.plan.sizes import align
 
 
-class Slice(NamedTuple):
-    """A tensor within a packed buffer of bytes."""
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-
-
-class CodedSlice(NamedTuple):
-    """A coded tensor within a packed buffer, and where it is decoded to in another."""
+class PackedTensor(NamedTuple):
+    """A tensor within a packed buffer, and where it is decoded to in another, if it is."""
 
     name: str
-    coding: Coding
+    packing: Packing
     offset: int
     target: int
+
+    def data(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Its packed bytes: uint8."""
+        return buffer[self.offset : self.offset + self.packing.num_bytes]
+
+    def open(self, buffer: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+        """Its operand: a view of one of the two buffers."""
+        return self.packing.open(self.data(buffer), decoded[self.target : self.target + self.packing.decoded_bytes])
 
 
 class Decoding(NamedTuple):
     """A tensor to decode on the device before it is used."""
 
-    coding: Coding
+    packing: Packing
     data: torch.Tensor
-    target: torch.Tensor
+    operand: torch.Tensor
+
+    def run(self) -> None:
+        """Launch it on the current stream."""
+        self.packing.decode(self.data, self.operand)
+
+
+class OpenedLayer(NamedTuple):
+    """A layer's weights as they are multiplied."""
+
+    tensors: Mapping[str, torch.Tensor]
+    decodings: tuple[Decoding, ...]
+    """To be run before the tensors are used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +60,28 @@ class LayerWeights:
     resident: Mapping[str, torch.Tensor]
     packed: torch.Tensor | None
     """Pinned bytes of the tensors that are streamed; None where none is."""
-    slices: tuple[Slice, ...]
-    dtype: torch.dtype
-    coded: tuple[CodedSlice, ...] = ()
+    parts: tuple[PackedTensor, ...]
+    """Tensors within `packed`."""
 
     @property
     def bus_bytes(self) -> int:
         """Bytes that cross the bus in every step; 0 where all lie on the device."""
         return 0 if self.packed is None else len(self.packed)
 
-    def on(self, buffer: torch.Tensor, decoded: torch.Tensor) -> dict[str, torch.Tensor]:
-        """All tensors, given the device buffers (bytes) with a copy of `packed`, and of what is decoded from it."""
-        targets = [Slice(each.name, each.coding.shape, each.target) for each in self.coded]
-        return {**self.resident, **views(buffer, self.slices, self.dtype), **views(decoded, targets, self.dtype)}
+    @property
+    def is_decoded(self) -> bool:
+        """Some tensors are decoded on the device before they are used."""
+        return any(part.packing.decoded_bytes for part in self.parts)
 
-    def decodings(self, buffer: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> tuple[Decoding, ...]:
-        """What makes the coded ones of `tensors` from the copy of `packed`."""
-        return tuple(
-            Decoding(each.coding, buffer[each.offset : each.offset + each.coding.num_bytes], tensors[each.name])
-            for each in self.coded
+    def open(self, buffer: torch.Tensor, decoded: torch.Tensor) -> OpenedLayer:
+        """All tensors, given the device buffers (bytes) with a copy of `packed`, and of what is decoded from it."""
+        tensors = {part.name: part.open(buffer, decoded) for part in self.parts}
+        decodings = tuple(
+            Decoding(part.packing, part.data(buffer), tensors[part.name])
+            for part in self.parts
+            if part.packing.decoded_bytes
         )
+        return OpenedLayer({**self.resident, **tensors}, decodings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +92,11 @@ class ModelWeights:
     layers: Sequence[LayerWeights]
 
 
-def views(buffer: torch.Tensor, slices: Sequence[Slice], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors in a buffer of bytes."""
-    return {s.name: _view(buffer, s, dtype) for s in slices}
-
-
-def _view(buffer: torch.Tensor, s: Slice, dtype: torch.dtype) -> torch.Tensor:
-    size = math.prod(s.shape) * dtype.itemsize
-    return buffer[s.offset : s.offset + size].view(dtype).view(s.shape)
+def arrange(packings: Iterable[tuple[str, Packing]]) -> tuple[tuple[PackedTensor, ...], int]:
+    """Tensors one behind the other, each aligned, and the bytes of the packed buffer."""
+    parts, offset, target = [], 0, 0
+    for name, packing in packings:
+        parts.append(PackedTensor(name, packing, offset, target))
+        offset += align(packing.num_bytes)
+        target += align(packing.decoded_bytes)
+    return tuple(parts), offset

@@ -52,10 +52,9 @@ class Attention:
     ) -> None:
         self._block_size = block_size
         self._heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
-        self._kv = sizes.kv_size
+        self._kv = sizes.num_kv_heads * sizes.head_dim
         self._scale = scale
         self._device, self._dtype = device, dtype
-        self._window = sizes.sliding_window
         self._uses_kernel = device.type == "cuda"
         self._uses_flash = device.type == "cuda" and dtype in _FLASH_DTYPES and sizes.head_dim % 8 == 0
 
@@ -100,7 +99,7 @@ class Attention:
             )
             self.in_place(queries, kv, kv, rows, torch.empty_like(queries))
         one = torch.arange(2, dtype=torch.int32, device=self._device)
-        self.packed(queries, kv, PackedRows(one, one, (0, 1), (0, 1), 1, 1))
+        self.packed(queries, kv, PackedRows(one, one, (0, 1), (0, 1), 1, 1), None)
 
     def _in_place_one_by_one(
         self, queries: torch.Tensor, pool: torch.Tensor, kv: torch.Tensor, rows: InPlaceRows, out: torch.Tensor
@@ -112,18 +111,23 @@ class Attention:
             parts = (pool.index_select(0, found), kv[rebuilt[i] : rebuilt[i + 1]], kv[starts[i] : starts[i + 1]])
             keys = torch.cat(parts)
             alone = PackedRows(rows.counts, rows.counts, (0, 1), (0, len(keys)), 1, len(keys))
-            out[i : i + 1] = self.packed(queries[i : i + 1], keys, alone)
+            out[i : i + 1] = self.packed(queries[i : i + 1], keys, alone, None)
 
-    def packed(self, queries: torch.Tensor, kv: torch.Tensor, rows: PackedRows) -> torch.Tensor:
-        """[n, q] for queries [n, q] and the kv buffer [*, 2*kv] with rows [K|V]."""
+    def packed(self, queries: torch.Tensor, kv: torch.Tensor, rows: PackedRows, window: int | None) -> torch.Tensor:
+        """[n, q] for queries [n, q] and the kv buffer [*, 2*kv] with rows [K|V].
+
+        With a sliding `window` a query sees itself and the `window - 1` keys before it; keys are in order of position.
+        """
         num_heads, num_kv_heads, head_dim = self._heads
         q = queries.unflatten(-1, (num_heads, head_dim))
         k = kv[:, : self._kv].unflatten(-1, (num_kv_heads, head_dim))
         v = kv[:, self._kv :].unflatten(-1, (num_kv_heads, head_dim))
         attend = self._flash if self._uses_flash else self._one_by_one
-        return attend(q, k, v, rows).flatten(1)
+        return attend(q, k, v, rows, window).flatten(1)
 
-    def _flash(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+    def _flash(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows, window: int | None
+    ) -> torch.Tensor:
         """The operator behind `torch.nn.attention.varlen`, which takes the host three times as long to launch, and five
         seconds of imports for the first time where Python's compiled files are not kept."""
         result: torch.Tensor = torch.ops.aten._flash_attention_forward(
@@ -138,30 +142,33 @@ class Attention:
             False,  # the window makes it causal
             False,  # no mask to debug
             scale=self._scale,
-            window_size_left=-1 if self._window is None else self._window - 1,
+            window_size_left=-1 if window is None else window - 1,
             window_size_right=0,
         )[0]
         return result
 
-    def _one_by_one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+    def _one_by_one(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows, window: int | None
+    ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         bounds = zip(rows.query_offsets, rows.query_offsets[1:], rows.key_offsets, rows.key_offsets[1:], strict=False)
         for q0, q1, k0, k1 in bounds:
-            out[q0:q1] = self._request(q[q0:q1], k[k0:k1], v[k0:k1])
+            out[q0:q1] = self._request(q[q0:q1], k[k0:k1], v[k0:k1], window)
         return out
 
-    def _request(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _request(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         gqa = self._heads[0] != self._heads[1]
-        mask = self._mask(q.shape[2], k.shape[2], q.device)
+        mask = _mask(q.shape[2], k.shape[2], window, q.device)
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self._scale, enable_gqa=gqa)
         return attended.squeeze(0).transpose(0, 1)
 
-    def _mask(self, num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor | None:
-        """True where a query sees a key: [queries, keys]; None where every query sees every key."""
-        if num_queries == 1 and (self._window is None or num_keys <= self._window):
-            return None
-        position = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
-        key = torch.arange(num_keys, device=device)
-        visible = key <= position
-        return visible if self._window is None else visible & (key > position - self._window)
+
+def _mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """True where a query sees a key: [queries, keys]; None where every query sees every key."""
+    if num_queries == 1 and (window is None or num_keys <= window):
+        return None
+    position = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
+    key = torch.arange(num_keys, device=device)
+    visible = key <= position
+    return visible if window is None else visible & (key > position - window)

@@ -12,8 +12,8 @@ import torch
 
 from hsrpc.errors import CheckpointError
 from hsrpc.model.config_file import read_config
-from hsrpc.model.family import TensorSpec
 from hsrpc.model.safetensors_file import SafetensorsFile
+from hsrpc.model.tensor import TensorSpec
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

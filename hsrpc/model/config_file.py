@@ -31,10 +31,10 @@ class ConfigFile:
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None
 
-    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
         value = self.values.get(key) if self.has(key) else default
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.refuse(key, f"a whole number, {least} or more")
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.refuse(key, f"a whole number, {minimum} or more")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 
+from hsrpc.config import WeightCoding
 from hsrpc.model.config_file import ConfigFile
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.model.formats.choice import format_choices
+from hsrpc.model.formats.format import Formats
+from hsrpc.model.tensor import TensorSpec
+from hsrpc.plan.sizes import LayerSizes, ModelSizes
 
 Weights: TypeAlias = Mapping[str, torch.Tensor]
 """Packed tensor names to tensors, of one layer or of the fixed part."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A packed tensor: checkpoint tensors concatenated along dimension 0."""
-
-    name: str
-    shape: tuple[int, ...]
-    sources: tuple[str, ...]
-    source_rows: tuple[int, ...] = ()
-    """Length of each source along dimension 0; empty: all the same."""
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def source_shapes(self) -> tuple[tuple[int, ...], ...]:
-        rows = self.source_rows or (self.shape[0] // len(self.sources),) * len(self.sources)
-        return tuple((count, *self.shape[1:]) for count in rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +28,12 @@ class ModelSpec:
     """Last component of its directory or hub id."""
     family: str
     dtype: torch.dtype
-    """Of the weights and caches as served."""
+    """Element type of what is computed: hidden states, and weights as they are multiplied."""
     checkpoint_dtype: torch.dtype
-    """Of the weights as the configuration declares them."""
+    """Element type of the weights as the configuration declares them."""
+    formats: Formats
     sizes: ModelSizes
+    """With the weights and caches in `formats`."""
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
@@ -66,15 +51,16 @@ class Family(ABC):
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self.sizes = spec.sizes
+        self.num_layers = spec.config.integer("num_hidden_layers")
         self.q_size = spec.sizes.num_heads * spec.sizes.head_dim
-        self.kv_size = spec.sizes.kv_size
+        self.kv_size = spec.sizes.num_kv_heads * spec.sizes.head_dim
         self.attention_scale: float = spec.sizes.head_dim**-0.5
         """Factor on q K^T; queries come unscaled."""
 
     @staticmethod
     @abstractmethod
-    def read_sizes(config: ConfigFile, element_bytes: int) -> ModelSizes:
-        """The sizes in `config`, without tensors (see `load_spec`).
+    def read_sizes(config: ConfigFile, compute_bytes: int) -> ModelSizes:
+        """The sizes in `config`, without layers (see `layer_sizes`).
 
         Raises:
             CheckpointError: a key is missing, or its value is not supported.
@@ -82,7 +68,30 @@ class Family(ABC):
 
     @abstractmethod
     def layer_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
-        """Tensors of one decoder layer: the same names and shapes in every layer."""
+        """Tensors of one decoder layer."""
+
+    def layer_sizes(self, layer: int) -> LayerSizes:
+        """Sizes of one decoder layer, in the model's formats; here of one whose attention sees all tokens."""
+        sizes, formats = self.sizes, self.spec.formats
+        return LayerSizes(
+            tensors=tuple(formats.weight(tensor).sizes(tensor) for tensor in self.layer_tensors(layer)),
+            hidden_size=sizes.hidden_size,
+            query_size=self.q_size,
+            key_size=self.kv_size,
+            value_size=self.kv_size,
+            ffn_size=sizes.ffn_size,
+            kv=formats.kv.row(2 * self.kv_size),
+            activation=formats.activation.row(sizes.hidden_size),
+            compute_bytes=sizes.compute_bytes,
+        )
+
+    def format_choices(self, coding: WeightCoding, device: torch.device) -> Sequence[Formats]:
+        """Formats that the planner may choose from on `device`; a quantised checkpoint's family has its own.
+
+        Raises:
+            ConfigError: the weights cannot be coded as the configuration asks.
+        """
+        return format_choices(coding, self.spec.dtype, device)
 
     @abstractmethod
     def fixed_tensors(self) -> tuple[TensorSpec, ...]:
@@ -91,7 +100,7 @@ class Family(ABC):
     def all_tensors(self) -> Iterator[TensorSpec]:
         """Fixed tensors, then those of each layer in turn."""
         yield from self.fixed_tensors()
-        for layer in range(self.sizes.num_layers):
+        for layer in range(self.num_layers):
             yield from self.layer_tensors(layer)
 
     @abstractmethod

@@ -96,10 +96,10 @@ def _counts(token_ids: Sequence[Sequence[int]], like: Tensor) -> Tensor:
     return counts.scatter_add_(0, positions, torch.ones_like(positions, dtype=like.dtype)).view_as(like)
 
 
-def draw(logits: Tensor, rows: Sequence[SamplingRow], most: int) -> Tensor:
+def draw(logits: Tensor, rows: Sequence[SamplingRow], max_rank: int) -> Tensor:
     """Token ids [n], drawn by each row's temperature, min-p, top-k and top-p from edited logits [n, vocab].
 
-    `most`: the largest top-k of the rows, where each has one; the vocabulary's size where some have only top-p; 0
+    `max_rank`: the largest top-k of the rows, where each has one; the vocabulary's size where some have only top-p; 0
     where none has either. Tokens as probable as the least probable one kept are kept too. The inverse of the
     cumulative distribution, in order of token id and in float64, makes a row's token independent of the other rows.
     """
@@ -109,8 +109,8 @@ def draw(logits: Tensor, rows: Sequence[SamplingRow], most: int) -> Tensor:
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.to(logits.dtype)
     weights = scaled.exp()
     weights = weights.masked_fill(weights < min_p.to(logits.dtype), 0.0)
-    if most:
-        weights = weights.masked_fill(scaled < _cutoff(scaled, weights, top_k.long(), top_p, most), 0.0)
+    if max_rank:
+        weights = weights.masked_fill(scaled < _cutoff(scaled, weights, top_k.long(), top_p, max_rank), 0.0)
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
     # A parallel sum may round up at an excluded token; that token must not be drawn.
@@ -129,10 +129,10 @@ def _columns(rows: Sequence[SamplingRow], vocab_size: int) -> NDArray[np.float64
     return columns
 
 
-def _cutoff(scaled: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor, most: int) -> Tensor:
+def _cutoff(scaled: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor, max_rank: int) -> Tensor:
     """The least of `scaled` that top-k, then top-p over what top-k and min-p leave, keep: [n, 1]."""
-    every = most == scaled.shape[1]
-    ordered = scaled.sort(dim=-1, descending=True).values if every else scaled.topk(most, dim=-1).values
+    every = max_rank == scaled.shape[1]
+    ordered = scaled.sort(dim=-1, descending=True).values if every else scaled.topk(max_rank, dim=-1).values
     kth = ordered.gather(1, top_k - 1)
     total = weights.masked_fill(scaled < kth, 0.0).sum(dim=-1, keepdim=True, dtype=torch.float64)
     mass = ordered.exp().masked_fill_(ordered < kth, 0.0).double()

@@ -95,8 +95,8 @@ class Sampler:
         if route == _GREEDY:
             token_ids.index_copy_(0, index, chosen.argmax(dim=-1))
             return
-        most = {_ALL: 0, _TOP_K: max(row.params.top_k for row in rows), _SORTED: logits.shape[1]}[route]
-        token_ids.index_copy_(0, index, draw(chosen, rows, min(most, logits.shape[1])))
+        max_rank = {_ALL: 0, _TOP_K: max(row.params.top_k for row in rows), _SORTED: logits.shape[1]}[route]
+        token_ids.index_copy_(0, index, draw(chosen, rows, min(max_rank, logits.shape[1])))
 
     def _logprobs(
         self, logits: Tensor, rows: Sequence[SamplingRow], token_ids: Tensor
@@ -129,7 +129,7 @@ def _route(row: SamplingRow) -> int:
 
 
 def _logprob_table(logits: Tensor, token_ids: Tensor, top: int) -> Tensor:
-    """Of logits [n, vocab] and the chosen ids [n]: the table of PendingSample.logprobs."""
+    """The table of PendingSample.logprobs, for logits [n, vocab] and the chosen ids [n]."""
     values = logits.float().log_softmax(dim=-1)
     chosen = values.gather(1, token_ids.clamp(min=0).unsqueeze(1))
     rank = (values > chosen).sum(dim=-1, keepdim=True) + 1

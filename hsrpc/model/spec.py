@@ -9,13 +9,15 @@ import torch
 
 from hsrpc.errors import ModelNotFoundError
 from hsrpc.model.config_file import ConfigFile, read_config
-from hsrpc.model.families.registry import FAMILIES, create_family, family_name
+from hsrpc.model.families.registry import create_family, family_class, family_name
 from hsrpc.model.family import ModelSpec
+from hsrpc.model.formats.choice import uniform
+from hsrpc.model.formats.format import Formats
+from hsrpc.model.formats.plain import Plain
 from hsrpc.model.hub import model_name
 from hsrpc.model.shapes import SHAPES
-from hsrpc.plan.sizes import ModelSizes
 
-__all__ = ["ModelSpec", "load_spec", "named_spec"]
+__all__ = ["ModelSpec", "in_formats", "load_spec", "named_spec"]
 
 CONFIG_FILE = "config.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -58,12 +60,13 @@ def _make_spec(name: str, config: ConfigFile, dtype: torch.dtype | None) -> Mode
     family = family_name(config)
     declared = _read_dtype(config)
     served = declared if dtype is None else dtype
-    sizes = FAMILIES[family].read_sizes(config, served.itemsize)
+    sizes = family_class(family).read_sizes(config, served.itemsize)
     spec = ModelSpec(
         name=name,
         family=family,
         dtype=served,
         checkpoint_dtype=declared,
+        formats=uniform(Plain(served), served),
         sizes=sizes,
         vocab_size=sizes.vocab_size,
         eos_token_ids=config.token_ids("eos_token_id", sizes.vocab_size),
@@ -71,14 +74,19 @@ def _make_spec(name: str, config: ConfigFile, dtype: torch.dtype | None) -> Mode
         pad_token_id=_optional_id(config, "pad_token_id", sizes.vocab_size),
         config=config,
     )
-    return replace(spec, sizes=_with_tensors(spec))
+    return in_formats(spec, spec.formats)
 
 
-def _with_tensors(spec: ModelSpec) -> ModelSizes:
+def in_formats(spec: ModelSpec, formats: Formats) -> ModelSpec:
+    """The same model, its weights and caches in `formats`."""
+    spec = replace(spec, formats=formats)
     family = create_family(spec)
-    layer_tensors = {tensor.name: tensor.numel for tensor in family.layer_tensors(0)}
-    fixed_elements = sum(tensor.numel for tensor in family.fixed_tensors())
-    return replace(spec.sizes, layer_tensors=layer_tensors, fixed_elements=fixed_elements)
+    sizes = replace(
+        spec.sizes,
+        layers=tuple(map(family.layer_sizes, range(family.num_layers))),
+        fixed_bytes=sum(tensor.numel for tensor in family.fixed_tensors()) * spec.dtype.itemsize,
+    )
+    return replace(spec, sizes=sizes)
 
 
 def _check_supported(config: ConfigFile) -> None:

@@ -49,8 +49,7 @@ class Assembly:
             buffers=BufferLimits(point.rows, int(staging.activation_rows), int(staging.queries)),
             costs=_row_costs(sizes, model.hardware),
             resident=resident,
-            streamed_bytes=tuple(sizes.layer_bytes - sum(map(sizes.tensor_bytes, names)) for names in resident),
-            codes_weights=sizes.codes_weights,
+            streamed=tuple(layer.streamed(names) for layer, names in zip(sizes.layers, resident, strict=True)),
             num_blocks=blocks,
             device_bytes={
                 **{use: int(size) for use, size in device_bytes(sizes, staging).items()},
@@ -135,9 +134,10 @@ class Assembly:
 
 
 def _row_costs(sizes: ModelSizes, hardware: Hardware) -> RowCosts:
+    """Seconds of one row in a layer, on average."""
     return RowCosts(
-        load_kv=sizes.kv_bytes / hardware.load_bandwidth,
-        load_activation=sizes.activation_bytes / hardware.load_bandwidth,
-        regenerate=sizes.regenerate_flop / hardware.gemm_rate,
-        compute=sizes.layer_flop / (hardware.gemm_rate * hardware.prompt_rate_share),
+        load_kv=sizes.mean_row_bytes(BlockKind.KV) / hardware.load_bandwidth,
+        load_activation=sizes.mean_row_bytes(BlockKind.ACTIVATION) / hardware.load_bandwidth,
+        regenerate=float(sizes.mean(lambda layer: layer.regenerate_flop)) / hardware.gemm_rate,
+        compute=float(sizes.mean(lambda layer: layer.flop(1))) / (hardware.gemm_rate * hardware.prompt_rate_share),
     )

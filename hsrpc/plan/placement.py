@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
-from hsrpc.plan.device_memory import Floats
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.sizes import Floats, ModelSizes, StreamedSizes, WeightBuffers
 from hsrpc.schedule.sweep import BUFFERS
+
+Resident = tuple[frozenset[str], ...]
+"""For each layer, the names of the packed tensors that stay on the device."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResidentChoices:
     """Choices of the weights that stay on the device, from few to many; parallel."""
 
-    names: tuple[tuple[frozenset[str], ...], ...]
-    """For each choice and layer, the packed tensors that stay."""
+    names: tuple[Resident, ...]
     resident: Floats
     """Bytes that stay, all layers: each tensor is allocated by itself, without padding."""
     on_bus: Floats
     """Bytes that cross the bus in every step for the others."""
+    decode_traffic: Floats
+    """Bytes of device memory that decoding these reads and writes in every step."""
     on_host: Floats
     """Bytes that the others take in host memory, at most."""
     buffers: Floats
@@ -29,35 +34,58 @@ class ResidentChoices:
 
 def resident_choices(sizes: ModelSizes, shares: tuple[float, ...]) -> ResidentChoices:
     """The weights that stay for each of the given shares of all layers' bytes, at most."""
-    total = sizes.num_layers * sizes.layer_bytes
-    found = {spread_resident(sizes, int(share * total)): None for share in sorted(shares)}
-    kept = [[sum(map(sizes.tensor_bytes, layer)) for layer in names] for names in found]
-    streamed = np.array([total - sum(layers) for layers in kept], dtype=np.float64)
-    resident = [sum(sizes.layer_tensors[name] for layer in names for name in layer) for names in found]
-    largest = np.array([sizes.layer_bytes - min(layers) for layers in kept], dtype=np.float64)
+    total = sizes.layers_bytes
+    names = tuple({spread_resident(sizes, int(share * total)): None for share in sorted(shares)})
+    placed = [count_streamed(sizes, each) for each in names]
+
+    def floats(values: list[float]) -> Floats:
+        return np.array(values, dtype=np.float64)
+
     return ResidentChoices(
-        names=tuple(found),
-        resident=np.array(resident, dtype=np.float64) * sizes.element_bytes,
-        on_bus=streamed * sizes.coded_share,
-        on_host=np.ceil(streamed * sizes.max_coded_share),
-        buffers=(BUFFERS + sizes.codes_weights) * largest,
+        names=names,
+        resident=floats([resident_bytes(sizes, each) for each in names]),
+        on_bus=floats([sum(n * each.bus_bytes for each, n in found.items()) for found in placed]),
+        decode_traffic=floats([sum(n * each.decode_traffic for each, n in found.items()) for found in placed]),
+        on_host=floats([host_bytes(found) for found in placed]),
+        buffers=floats([BUFFERS * each.packed + each.decoded for each in map(WeightBuffers.of, placed)]),
     )
 
 
-def spread_resident(sizes: ModelSizes, budget: int) -> tuple[frozenset[str], ...]:
-    """Tensors that stay on the device in each layer: at most `budget` bytes in all, spread evenly over the layers.
+def resident_bytes(sizes: ModelSizes, resident: Resident) -> int:
+    """Bytes of the weights that stay: each tensor is allocated by itself, without padding."""
+    alike = Counter(zip(sizes.kinds, resident, strict=True))
+    return sum(count * sizes.distinct[kind][0].resident_bytes(names) for (kind, names), count in alike.items())
+
+
+def count_streamed(sizes: ModelSizes, resident: Resident) -> Counter[StreamedSizes]:
+    """What streams of each layer, and in how many layers the same does."""
+    alike = Counter(zip(sizes.kinds, resident, strict=True))
+    found: Counter[StreamedSizes] = Counter()
+    for (kind, names), count in alike.items():
+        found[sizes.distinct[kind][0].streamed(names)] += count
+    return found
+
+
+def host_bytes(streamed: Counter[StreamedSizes]) -> int:
+    """Bytes of all layers' streamed weights in host memory, at most."""
+    exact = sum(count * each.host_bytes for each, count in streamed.items())
+    return math.ceil(round(exact, 3))  # what is rounded in the last place adds no byte
+
+
+def spread_resident(sizes: ModelSizes, budget: int) -> Resident:
+    """Tensors that stay on the device in each layer: at most `budget` bytes in all, the same part of each layer.
 
     Layer by layer, largest first, the tensors stay that keep the running total within the budget's part so far.
     """
-    by_size = sorted(((sizes.tensor_bytes(name), name) for name in sizes.layer_tensors), key=lambda item: -item[0])
     chosen: list[frozenset[str]] = []
-    spent = 0
-    for layer in range(1, sizes.num_layers + 1):
+    spent = passed = 0
+    for layer in sizes.layers:
         names = []
-        limit = budget * layer // sizes.num_layers
-        for size, name in by_size:
-            if spent + size <= limit:
-                names.append(name)
-                spent += size
+        passed += layer.weight_bytes
+        limit = budget * passed // sizes.layers_bytes
+        for tensor in layer.largest_first:
+            if spent + tensor.device_bytes <= limit:
+                names.append(tensor.name)
+                spent += tensor.device_bytes
         chosen.append(frozenset(names))
     return tuple(chosen)

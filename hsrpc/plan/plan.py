@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hsrpc.config import CachePolicy
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.memory_use import DeviceUse, HostUse
+from hsrpc.plan.sizes import StreamedSizes, WeightBuffers
 from hsrpc.schedule.blocks import IN_PROPORTION, BlockKind, KindRule, PoolId
 from hsrpc.schedule.recompute import RecomputeLimits
 from hsrpc.schedule.step import BufferLimits, RowCosts
@@ -14,7 +15,7 @@ from hsrpc.schedule.step import BufferLimits, RowCosts
 REGENERATE_ROWS = 4096
 """Activation rows that one regeneration GEMM takes, where its output is copied to its place: that bounds it."""
 PENDING_QUERIES = 2
-"""Times the queries of a mini-batch that may be launched and not computed yet."""
+"""Queries that may be launched and not computed yet, in mini-batches of the largest size."""
 SAMPLE_ELEMENTS = 2**20
 """Logits that are sorted at once, which bounds the sampler's working memory."""
 
@@ -26,7 +27,7 @@ class Budgets:
     device: int
     host: int
     runtime: int = 0
-    """Of `device`, what the allocator's rounding and the libraries' own buffers take."""
+    """Part of `device` that the allocator's rounding and the libraries' own buffers take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ class StepPrediction:
     mini_batches: int
     bus: float
     forward: float
-    """Projections and MLP of the new tokens; of those computed anew their attention as well."""
+    """Projections and MLP of the new tokens; the attention of recomputed ones as well."""
     regenerate: float
     gather: float
     """Activation blocks on the device, copied to where regeneration reads them."""
@@ -51,7 +52,7 @@ class StepPrediction:
     """Between two steps, as far as nothing hides it, and the first or last mini-batch that nothing runs beside."""
     step: float
     prefill: float
-    """Of the prompts that come in during a step on average; not part of `step`."""
+    """Compute of the prompts that come in during a step on average; not part of `step`."""
     longest_step: float
     """With `max_prefill_tokens` prompt tokens beside the decoding."""
     mean_step: float
@@ -59,7 +60,7 @@ class StepPrediction:
 
     @property
     def gpu(self) -> float:
-        """Of a decode step."""
+        """All that a decode step computes."""
         return self.forward + self.regenerate + self.gather + self.attention + self.head
 
     @property
@@ -82,26 +83,24 @@ class Plan:
     reason: str
     """Why, in a sentence for people."""
     activation_share: float
-    """Of the tokens in use, with a full batch of the expected length; each tier's follows from its blocks."""
+    """Part of the tokens in use, with a full batch of the expected length; each tier's follows from its blocks."""
     block_size: int
     max_batch: int
     max_model_len: int
     max_prefill_tokens: int
-    """Most prompt tokens of a step in which a full batch decodes. Where weights stream they may need several
+    """Prompt tokens of a step in which a full batch decodes, at most. Where weights stream they may need several
     mini-batches: a mini-batch has at most `buffers.queries` queries."""
     spare_prefill_tokens: float
     """More of them for each request that the batch lacks: as many as take the time of its decoding."""
     max_idle_prefill_tokens: int
-    """Most prompt tokens of a step in which none decodes; may need several mini-batches."""
+    """Prompt tokens of a step in which none decodes, at most; may need several mini-batches."""
     recompute: RecomputeLimits
     buffers: BufferLimits
     costs: RowCosts
     resident: tuple[frozenset[str], ...]
     """For each layer, the names of the packed tensors that stay on the device."""
-    streamed_bytes: tuple[int, ...]
-    """For each layer, the bytes of the weights that cross the bus in every step, before they are coded."""
-    codes_weights: bool
-    """They are coded on the host, and decoded on the device."""
+    streamed: tuple[StreamedSizes, ...]
+    """For each layer, what the other ones take, which cross the bus in every step."""
     num_blocks: dict[PoolId, int]
     device_bytes: dict[DeviceUse, int]
     """What the device budget is spent on; for hidden states, workspace, graphs and runtime bounds, else exact."""
@@ -124,8 +123,19 @@ class Plan:
         return self.policy is not CachePolicy.RECOMPUTE
 
     @property
+    def streamed_bytes(self) -> tuple[int, ...]:
+        """For each layer, the bytes of the weights that stream, as they are when they are used."""
+        return tuple(layer.device_bytes for layer in self.streamed)
+
+    @property
     def weight_buffer_bytes(self) -> int:
-        return max(self.streamed_bytes)
+        """Bytes of each of the buffers that weights are loaded to."""
+        return WeightBuffers.of(self.streamed).packed
+
+    @property
+    def decode_buffer_bytes(self) -> int:
+        """Bytes of the buffer that a layer's weights are decoded to; 0: none are decoded."""
+        return WeightBuffers.of(self.streamed).decoded
 
     @property
     def resident_share(self) -> float:

@@ -1,7 +1,7 @@
 """The planner: what lies where, how much of the cache is activations, how many requests run at once.
 
 Batch size, resident weights, and the kinds of the device's and of the host's blocks are chosen together by trying them
-all out: the model of a step (`step_model`) takes arrays, so a grid is simpler than a solver, as quick, and finds the
+all out: the model of a step (`step_time`) takes arrays, so a grid is simpler than a solver, as quick, and finds the
 optimum wherever it lies. The host's share of activations is the one dimension with a closed form: bus and GPU time are
 linear in it.
 """
@@ -19,13 +19,14 @@ from hsrpc.config import CachePolicy, EngineConfig, Placement, format_bytes
 from hsrpc.errors import ConfigError
 from hsrpc.plan.build import Assembly
 from hsrpc.plan.cache_policy import decide_cache
-from hsrpc.plan.device_memory import Floats, Number, device_bytes
+from hsrpc.plan.device_memory import device_bytes
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.placement import resident_choices
 from hsrpc.plan.plan import Budgets, Plan, StepPrediction
 from hsrpc.plan.search import MIN_CHUNK, Bools, Evaluation, Evaluator, Grid, Point
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.sizes import Floats, ModelSizes, Number, attended
 from hsrpc.plan.step_time import StepModel, Traffic, token_bytes
+from hsrpc.schedule.blocks import BlockKind
 from hsrpc.schedule.sweep import BUFFERS
 
 DEFAULT_CONTEXT = 1024
@@ -33,7 +34,7 @@ MAX_BATCH = 512
 _BATCH_GROWTH = 1.03
 _RESIDENT_SHARES = tuple(i / 128 for i in range(129))
 _BUFFER_BYTES = (512 * 1024**2, 256 * 1024**2, 128 * 1024**2)
-"""Of a kv buffer: copies large enough to fill the bus, and few mini-batches."""
+"""Sizes of a kv buffer to try: copies large enough to fill the bus, and few mini-batches."""
 _BUFFER_PART = 20
 """At most this part of the device budget is one kv buffer."""
 _RECOMPUTE_TOKENS = (8192, 32768)
@@ -41,7 +42,7 @@ _RECOMPUTE_TOKENS = (8192, 32768)
 _WORTH = 0.99
 """A larger batch is chosen only where throughput grows by more than the rest: it makes every request wait longer."""
 _EQUAL = 0.995
-"""Of candidates so near to the best of a batch, the simplest is chosen: fewest mini-batches, kinds, rows."""
+"""Candidates so near to the best of a batch count as equal: the simplest is chosen, by mini-batches, kinds, rows."""
 
 
 class Planner:
@@ -121,7 +122,7 @@ class Planner:
                 )
 
     def _possible_choices(self) -> npt.NDArray[np.int64]:
-        """Of resident weights, from many to few: those that alone do not exceed a budget; one where all do."""
+        """Choices of resident weights, from many to few, that alone do not exceed a budget; one where all do."""
         choices = self._choices
         fits = (choices.resident + choices.buffers <= self.budgets.device - self.budgets.runtime) & (
             choices.on_host <= self.budgets.host
@@ -136,11 +137,12 @@ class Planner:
 
     def _row_choices(self) -> list[int]:
         """Rows of a kv buffer: as many as are wanted, or just those of the longest request."""
-        most = self.budgets.device // _BUFFER_PART
-        return [*dict.fromkeys(min(size, most) // self.sizes.kv_bytes for size in _BUFFER_BYTES), 1]
+        max_bytes = self.budgets.device // _BUFFER_PART
+        row = self.sizes.max_row_bytes(BlockKind.KV)
+        return [*dict.fromkeys(min(size, max_bytes) // row for size in _BUFFER_BYTES), 1]
 
     def _recompute_choices(self, batch: Floats) -> list[Number]:
-        """Tokens that a step may compute anew: none, some, many."""
+        """Tokens that a step may recompute: none, some, many."""
         given = self.config.recompute_share
         if given is not None:
             return [given * batch * self.traffic.context]
@@ -166,7 +168,8 @@ class Planner:
         smallest = Point(1, 0, share, kv_only=share == 0, rows=rows, recompute=0)
         chunk = self.config.max_prefill_tokens or min(MIN_CHUNK, self.max_model_len)
         staging = self._evaluator.staging(smallest.as_grid(), chunk, chunk)
-        needed = sum(map(int, device_bytes(self.sizes, staging).values())) + BUFFERS * self.sizes.layer_bytes
+        layer = int(self.sizes.largest(lambda layer: layer.weight_bytes))
+        needed = sum(map(int, device_bytes(self.sizes, staging).values())) + BUFFERS * layer
         needed += self.budgets.runtime
         if self.budgets.device < needed:
             return ConfigError(
@@ -201,16 +204,16 @@ def _traffic(config: EngineConfig, sizes: ModelSizes, longest: int) -> Traffic:
     output = config.expected_output or max(1, context // 4)
     return Traffic(
         context=context,
-        attended=min(context, sizes.sliding_window or context),
+        attended=attended(context, sizes.sliding_window),
         prompt=max(1, context - output // 2),
         output=output,
         longest=longest,
     )
 
 
-def _batches(most: int | None) -> Floats:
-    """Batch sizes to try: all small ones, then in steps of 3 %; `most` is among them."""
-    last = most or MAX_BATCH
+def _batches(max_batch: int | None) -> Floats:
+    """Batch sizes to try: all small ones, then in steps of 3 %; `max_batch` is among them."""
+    last = max_batch or MAX_BATCH
     steps = {1, last}
     size = 1
     while size < last:

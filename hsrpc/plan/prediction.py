@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 
 from hsrpc.plan.plan import Plan, StepPrediction
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.sizes import ModelSizes, attended
 from hsrpc.plan.step_time import Candidates, StepModel, StepTimes, Traffic
 from hsrpc.schedule.blocks import PoolId, Tier
 
@@ -18,15 +18,16 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
     No prompts come in: `prefill` is 0, and `mean_step` is `step`.
     """
     batch = num_requests or plan.max_batch
-    attended = min(context, sizes.sliding_window or context)
-    traffic = Traffic(context=context, attended=attended, prompt=0, output=1, longest=plan.max_model_len)
+    seen = attended(context, sizes.sliding_window)
+    traffic = Traffic(context=context, attended=seen, prompt=0, output=1, longest=plan.max_model_len)
     model = StepModel(sizes, plan.hardware, traffic)
     used = batch * -(-context // plan.block_size)
     on_device = min(1.0, sum(_blocks(plan, Tier.DEVICE)) / used)
     rebuilding = 1 - len(plan.kv_layers) / sizes.num_layers
     candidate = Candidates(
         batch=np.asarray(float(batch)),
-        streamed=sum(plan.streamed_bytes) * sizes.coded_share / sizes.num_layers,
+        streamed=sum(layer.bus_bytes for layer in plan.streamed) / sizes.num_layers,
+        decode_traffic=sum(layer.decode_traffic for layer in plan.streamed) / sizes.num_layers,
         on_device=on_device,
         on_device_at_end=on_device,
         device_share=rebuilding * _share(plan, Tier.DEVICE),
@@ -37,12 +38,12 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
         rows=plan.buffers.rows,
     )
     fits = context <= plan.buffers.queries  # a request that keeps no cache is part of one mini-batch
-    anew = fits * plan.recompute.tokens / (batch * context)
+    part = fits * plan.recompute.tokens / (batch * context)
     if plan.recompute.is_forced:
-        candidate = replace(candidate, recomputed=min(1.0, anew))
-    elif anew:
-        part = model.balanced_recompute(candidate, min(1.0 - on_device, anew))
-        candidate = replace(candidate, recomputed=part)
+        candidate = replace(candidate, recomputed=min(1.0, part))
+    elif part:
+        balanced = model.balanced_recompute(candidate, min(1.0 - on_device, part))
+        candidate = replace(candidate, recomputed=balanced)
     return as_prediction(batch, context, model.predict(candidate))
 
 

@@ -1,4 +1,4 @@
-"""The least time that a step can take on a machine, given the bytes and tokens that it really moved."""
+"""The shortest time that a step can take on a machine, given the bytes and tokens that it really moved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StepRecord:
     decode_tokens: int
     prefill_tokens: int
     recomputed_tokens: int = 0
-    """Of requests that keep no cache: all but the newest."""
+    """Tokens of requests that keep no cache, all but the newest of each."""
     context_tokens: int
     """Cached tokens attended to, of all requests."""
     weight_bytes: int
@@ -31,7 +31,7 @@ class StepRecord:
 
     @property
     def held_tokens(self) -> int:
-        """Of all requests before the step: cached, or computed anew."""
+        """Tokens of all requests before the step: cached, or recomputed."""
         return self.context_tokens + self.recomputed_tokens
 
 

@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hsrpc.config import CachePolicy, EngineConfig, Placement
-from hsrpc.plan.device_memory import Floats, Number, Staging, device_bytes, query_bytes
+from hsrpc.plan.device_memory import Staging, device_bytes, query_bytes
 from hsrpc.plan.placement import ResidentChoices
 from hsrpc.plan.plan import Budgets
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.sizes import Floats, ModelSizes, Number
 from hsrpc.plan.step_time import Candidates, StepModel, StepTimes, token_bytes
+from hsrpc.schedule.blocks import BlockKind
 
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
@@ -43,15 +44,15 @@ class Grid:
 
     batch: Floats
     choice: npt.NDArray[np.int64]
-    """Of the resident weights."""
+    """Number of a choice of the resident weights."""
     device_share: Floats
     """Activations' part of the device's blocks."""
     kv_only: Bools
     """The host has no activations either: no buffers for them."""
     rows: Number
-    """Of a mini-batch's kv buffer."""
+    """Rows of a mini-batch's kv buffer."""
     recompute: Number
-    """Tokens that a step may compute anew, at most."""
+    """Tokens that a step may recompute, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Evaluation:
     idle_chunk: Number
     host_share: Number
     recomputed: Number
-    """Part of the tokens in use that every step computes anew."""
+    """Part of the tokens in use that every step recomputes."""
     device_blocks: Number
     host_blocks: Number
     on_device: Number
@@ -134,11 +135,11 @@ class Evaluator:
         device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
         device_room = device_room - self.choices.resident[grid.choice] - self.choices.buffers[grid.choice]
         host_room = self.budgets.host - self.choices.on_host[grid.choice]
-        most = self._max_blocks(grid.batch)
-        device_blocks = np.minimum(self._device_blocks(device_room, grid.device_share), most)
+        max_blocks = self._max_blocks(grid.batch)
+        device_blocks = np.minimum(self._device_blocks(device_room, grid.device_share), max_blocks)
         on_device = self._on_device(grid.batch, device_blocks, self.model.traffic.context)
         queries = prompt_queries if self.recomputes else staging.queries - grid.batch
-        candidates = self._candidates(grid, streamed, device_blocks, chunk, queries)
+        candidates = self._candidates(grid, device_blocks, chunk, queries)
         missing = np.maximum(0, self._needed_blocks(grid.batch) - device_blocks)
         host_share = self._host_share(candidates, grid.kv_only, host_room, missing)
         candidates = replace(candidates, host_share=host_share)
@@ -146,7 +147,7 @@ class Evaluator:
         candidates = replace(candidates, recomputed=recomputed)
         missing = np.maximum(0, self._needed_blocks(grid.batch * (1 - recomputed)) - device_blocks)
         # None where the device holds all requests at full length: a few would keep steps from being all in place.
-        of_use = np.where(device_blocks >= grid.batch * self.longest, 0.0, most - device_blocks)
+        of_use = np.where(device_blocks >= grid.batch * self.longest, 0.0, max_blocks - device_blocks)
         host_blocks = np.minimum(self._blocks(host_room, host_share), of_use)
         times = self.model.predict(candidates)
         fitted = self._fitted(chunk, np.where(streamed > 0, np.minimum(idle_chunk, MAX_CHUNK), chunk), times)
@@ -181,9 +182,9 @@ class Evaluator:
                 graph_batch=batch,
                 table=self.longest,
             )
-        # Of what is computed anew whole requests, and no fewer tokens than compute for as long as they take to launch.
-        least = max(traffic.at_end, min(_MIN_STREAMED, self._max_prompt_tokens()))
-        whole = np.where(np.asarray(grid.recompute) > 0, np.minimum(least, batch * self.max_model_len), 0)
+        # Recomputed requests are whole ones, and together no fewer tokens than keep the GPU busy while it is launched.
+        min_tokens = max(traffic.at_end, min(_MIN_STREAMED, self._max_prompt_tokens()))
+        whole = np.where(np.asarray(grid.recompute) > 0, np.minimum(min_tokens, batch * self.max_model_len), 0)
         return Staging(
             batch=batch,
             rows=rows,
@@ -210,16 +211,16 @@ class Evaluator:
         wanted = np.maximum(hidden, backlog * self.model.prompt_tokens(batch))
         room = self._max_prompt_tokens()
         part = self.budgets.device // _CHUNK_PART
-        idle_room = min(MAX_IDLE_CHUNK, max(MIN_CHUNK, part // (2 * self.sizes.activation_bytes)))
+        idle_room = min(MAX_IDLE_CHUNK, max(MIN_CHUNK, part // (2 * self.sizes.hidden_bytes)))
         chunk = np.clip(wanted, MIN_CHUNK, np.where(streamed > 0, max(room, min(MAX_CHUNK, idle_room)), room))
         idle_chunk = np.maximum(chunk, np.clip(_SPARE * hidden, MIN_IDLE_CHUNK, idle_room))
-        most = batch * self.max_model_len
-        return np.floor(np.minimum(chunk, most)), np.floor(np.minimum(idle_chunk, most))
+        every_token = batch * self.max_model_len
+        return np.floor(np.minimum(chunk, every_token)), np.floor(np.minimum(idle_chunk, every_token))
 
     def _max_prompt_tokens(self) -> int:
-        """Of a mini-batch, where nothing else is asked for: its workspace takes no more than a part of the device."""
+        """Prompt tokens of a mini-batch where nothing else is asked for: their workspace takes a part of the device."""
         part = self.budgets.device // _CHUNK_PART
-        return min(MAX_CHUNK, max(MIN_CHUNK, part // query_bytes(self.sizes)))
+        return min(MAX_CHUNK, max(MIN_CHUNK, part // int(query_bytes(self.sizes, 1))))
 
     def _prompt_queries(self, chunk: Number, idle_chunk: Number, streamed: Number) -> Number:
         """Prompt tokens of a mini-batch, at most; not few where weights stream: a step may have several of those."""
@@ -227,8 +228,8 @@ class Evaluator:
             return MAX_CHUNK  # bounded by its rows
         if self.config.max_prefill_tokens is not None:
             return chunk
-        least = np.where(streamed > 0, np.minimum(_MIN_STREAMED, idle_chunk), 0)
-        found: Number = np.minimum(np.maximum(chunk, least), self._max_prompt_tokens())
+        min_queries = np.where(streamed > 0, np.minimum(_MIN_STREAMED, idle_chunk), 0)
+        found: Number = np.minimum(np.maximum(chunk, min_queries), self._max_prompt_tokens())
         return found
 
     def _chunk_rows(self, batch: Floats, prompt_queries: Number) -> Number:
@@ -273,12 +274,13 @@ class Evaluator:
             return self.shares[0]
         sizes = self.sizes
         allowed = np.maximum(0.0, room) / (self._rows_per_block * np.maximum(1.0, missing))
-        least = (sizes.kv_bytes - allowed) / (sizes.kv_bytes - sizes.activation_bytes)
+        kv, activation = (sizes.mean_row_bytes(kind) for kind in BlockKind)
+        min_share = (kv - allowed) / (kv - activation)
         at_zero, at_one = (self.model.predict(replace(candidates, host_share=share)) for share in (0.0, 1.0))
         balanced = self.model.balanced_share(at_zero, at_one)
         # A host without tokens in use has what overflows from the device, of its kind.
         wanted = np.where(candidates.on_device < 1, balanced, candidates.device_share)
-        share = np.maximum(wanted, np.clip(least, 0.0, 1.0))
+        share = np.maximum(wanted, np.clip(min_share, 0.0, 1.0))
         rounded: Number = np.where(kv_only, 0.0, np.ceil(share * _SHARES - 1e-9) / _SHARES)
         return rounded
 
@@ -288,13 +290,13 @@ class Evaluator:
             return 1.0
         traffic, given = self.model.traffic, self.config.recompute_share
         part = np.asarray(tokens) / (candidates.batch * traffic.context)
-        most = np.minimum(part, 1.0 - candidates.on_device)
-        most = np.where(staging.queries >= traffic.at_end, most, 0.0)
+        max_part = np.minimum(part, 1.0 - candidates.on_device)
+        max_part = np.where(staging.queries >= traffic.at_end, max_part, 0.0)
         if given is not None:
-            return np.minimum(given, most)
-        if not np.any(most):
-            return 0.0 * most
-        found: Number = np.floor(self.model.balanced_recompute(candidates, most) * _SHARES) / _SHARES
+            return np.minimum(given, max_part)
+        if not np.any(max_part):
+            return 0.0 * max_part
+        found: Number = np.floor(self.model.balanced_recompute(candidates, max_part) * _SHARES) / _SHARES
         return found
 
     def _mixes(self, grid: Grid, on_device: Number, host_share: Number) -> Bools:
@@ -302,14 +304,13 @@ class Evaluator:
         found: Bools = np.asarray((share > 0) & (share < 1))
         return found
 
-    def _candidates(
-        self, grid: Grid, streamed: Number, device_blocks: Number, chunk: Number, prompt_queries: Number
-    ) -> Candidates:
+    def _candidates(self, grid: Grid, device_blocks: Number, chunk: Number, prompt_queries: Number) -> Candidates:
         """With K and V alone on the host."""
         traffic = self.model.traffic
         return Candidates(
             batch=grid.batch,
-            streamed=streamed,
+            streamed=self.choices.on_bus[grid.choice] / self.sizes.num_layers,
+            decode_traffic=self.choices.decode_traffic[grid.choice] / self.sizes.num_layers,
             on_device=self._on_device(grid.batch, device_blocks, traffic.context),
             on_device_at_end=self._on_device(grid.batch, device_blocks, traffic.at_end),
             device_share=grid.device_share,
@@ -320,14 +321,14 @@ class Evaluator:
             rows=grid.rows,
         )
 
-    def _fitted(self, chunk: Number, most: Number, times: StepTimes) -> Number:
-        """The chunk for a step that is predicted: up to `most` tokens where they compute while the bus is busy anyway.
+    def _fitted(self, chunk: Number, max_chunk: Number, times: StepTimes) -> Number:
+        """The chunk for a predicted step: up to `max_chunk` tokens where they compute while the bus is busy anyway.
 
-        It keeps the step within `max_step_time`; without that, it at most doubles a step on the bus.
+        It keeps the step within `max_step_time`; without that, it no more than doubles a step on the bus.
         """
         bound, model = self.config.max_step_time, self.model
         if self.config.max_prefill_tokens is None and not self.recomputes:
-            hidden = np.minimum(np.floor(model.chunk_within(times.step, times)), most)
+            hidden = np.minimum(np.floor(model.chunk_within(times.step, times)), max_chunk)
             chunk = np.where(times.bus > 0, np.maximum(chunk, hidden), chunk)
             if bound is None:
                 delay = np.maximum(times.step, self.sizes.num_layers * model.hardware.prompt_launch_time)

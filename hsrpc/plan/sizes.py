@@ -1,8 +1,24 @@
-"""The sizes of a model, as plain numbers: all that planning and scheduling need to know of it."""
+"""The sizes of a model, as plain numbers: all that planning and scheduling need to know of it.
+
+A family makes one `LayerSizes` for each layer; what a tensor or a cached row takes in its format is a number in there.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from hsrpc.schedule.blocks import BlockKind
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+Number: TypeAlias = float | Floats
+"""One candidate's, or an array of many; whole numbers too, which are exact below 2**53."""
 
 ALIGNMENT = 256
 """Tensors in a buffer begin at multiples of this many bytes."""
@@ -13,11 +29,176 @@ def align(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSizes:
-    """Sizes in elements unless the name says bytes. `layer_tensors` are those of one decoder layer, by packed name."""
+def attended(context: int, window: int | None) -> int:
+    """Tokens that a query sees of `context` with a sliding window, or without one."""
+    return min(context, window or context)
 
-    num_layers: int
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSizes:
+    """A packed weight tensor in its format; bytes with the padding behind it."""
+
+    name: str
+    num_elements: int
+    resident_bytes: int
+    """On the device where it stays there: it is allocated by itself, without padding."""
+    device_bytes: int
+    """On the device in a buffer, ready to multiply by."""
+    buffer_bytes: int
+    """In a weight buffer on the device, as it came over the bus; at most."""
+    bus_bytes: float
+    """On the bus, as expected."""
+    host_bytes: float
+    """In host memory, at most."""
+    decoded_bytes: int = 0
+    """Device memory that it is decoded to before it is used; 0: it is used where it lies in the weight buffer."""
+    decode_traffic: float = 0.0
+    """Bytes of device memory that are read and written in the time that decoding takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamedSizes:
+    """What the tensors of a layer take that stream."""
+
+    device_bytes: int
+    """If they stayed on the device instead."""
+    buffer_bytes: int
+    bus_bytes: float
+    host_bytes: float
+    decoded_bytes: int
+    decode_traffic: float
+
+
+class WeightBuffers(NamedTuple):
+    """Bytes of the device buffers that streamed weights go through: those of the layer that takes most."""
+
+    packed: int
+    """As they came over the bus."""
+    decoded: int
+    """Decoded: one buffer for all layers, since one is computed after the other."""
+
+    @classmethod
+    def of(cls, streamed: Iterable[StreamedSizes]) -> WeightBuffers:
+        """The buffers for what streams of each layer."""
+        sizes = [(each.buffer_bytes, each.decoded_bytes) for each in streamed]
+        return cls(*map(max, zip(*sizes, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRow:
+    """What a block keeps of one token in one layer."""
+
+    width: int
+    """Elements of a row of the pool."""
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSizes:
+    """One decoder layer. Widths are elements of a token; a layer that works differently overrides the methods."""
+
+    tensors: tuple[TensorSizes, ...]
+    hidden_size: int
+    query_size: int
+    """Width of the queries of all heads, and of what attention gives."""
+    key_size: int
+    value_size: int
+    ffn_size: int
+    """Widest row between the products of the MLP."""
+    kv: CacheRow
+    """In a KV block."""
+    activation: CacheRow
+    """In an activation block: what K and V are rebuilt from."""
+    compute_bytes: int
+    """Bytes of an element of hidden states and whatever else is computed."""
+    sliding_window: int | None = None
+    """A token sees itself and the `sliding_window - 1` tokens before it; None: all."""
+
+    @cached_property
+    def num_elements(self) -> int:
+        """Elements of all weight tensors."""
+        return sum(tensor.num_elements for tensor in self.tensors)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names of the weight tensors."""
+        return frozenset(tensor.name for tensor in self.tensors)
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights on the device."""
+        return sum(tensor.device_bytes for tensor in self.tensors)
+
+    @cached_property
+    def largest_first(self) -> tuple[TensorSizes, ...]:
+        """The weight tensors by their bytes on the device."""
+        return tuple(sorted(self.tensors, key=lambda tensor: -tensor.device_bytes))
+
+    def resident_bytes(self, names: Collection[str]) -> int:
+        """Bytes of the weight tensors of these names on the device."""
+        return sum(tensor.resident_bytes for tensor in self.tensors if tensor.name in names)
+
+    def streamed(self, resident: Collection[str]) -> StreamedSizes:
+        """What the other weight tensors take, where those of these names stay on the device."""
+        tensors = [tensor for tensor in self.tensors if tensor.name not in resident]
+        return StreamedSizes(
+            device_bytes=sum(tensor.device_bytes for tensor in tensors),
+            buffer_bytes=sum(tensor.buffer_bytes for tensor in tensors),
+            bus_bytes=sum(tensor.bus_bytes for tensor in tensors),
+            host_bytes=sum(tensor.host_bytes for tensor in tensors),
+            decoded_bytes=sum(tensor.decoded_bytes for tensor in tensors),
+            decode_traffic=sum(tensor.decode_traffic for tensor in tensors),
+        )
+
+    def row(self, kind: BlockKind) -> CacheRow:
+        """What a block of that kind keeps of a token."""
+        return self.kv if kind is BlockKind.KV else self.activation
+
+    def flop(self, tokens: Number) -> Number:
+        """FLOP of the projections and the MLP of `tokens` tokens: two for each weight."""
+        return tokens * (2 * self.num_elements)
+
+    def read_bytes(self, tokens: Number) -> Number:
+        """Bytes of weights that the products of `tokens` tokens read from device memory."""
+        return self.weight_bytes
+
+    def workspace_bytes(self, tokens: Number) -> Number:
+        """Upper bound of what computing `tokens` tokens allocates on the device, beside buffers."""
+        width = 4 * self.hidden_size + 3 * self.query_size + self.key_size + self.value_size + 3 * self.ffn_size
+        return tokens * (width * self.compute_bytes + 8 * self.hidden_size)
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes that a token which is launched and not computed yet keeps for its stores.
+
+        With a fused projection K and V keep the queries in memory too.
+        """
+        width = self.hidden_size + self.query_size + self.key_size + self.value_size
+        return width * self.compute_bytes
+
+    @property
+    def rebuilt_bytes(self) -> int:
+        """Bytes of one token's K and V as attention reads them."""
+        return (self.key_size + self.value_size) * self.compute_bytes
+
+    @property
+    def regenerate_flop(self) -> int:
+        """FLOP to rebuild one token's K and V from its activation: one GEMM with [W_K W_V]."""
+        return 2 * self.activation.width * (self.key_size + self.value_size)
+
+    def attention_flop(self, context: int) -> int:
+        """FLOP of one query's attention to `context` tokens: its products with K, and with V."""
+        return 4 * self.query_size * context
+
+    def attended(self, context: int) -> int:
+        """Tokens that a query sees of `context`."""
+        return attended(context, self.sliding_window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """A model: what all its layers share, and each layer. Sizes in elements unless the name says bytes."""
+
     hidden_size: int
     num_heads: int
     num_kv_heads: int
@@ -26,72 +207,85 @@ class ModelSizes:
     vocab_size: int
     context_length: int
     """Most tokens that the model's positions allow."""
-    element_bytes: int
-    layer_tensors: dict[str, int]
-    fixed_elements: int
-    """Embeddings, final norm and head: always on the device."""
-    coded_share: float = 1.0
-    """Bytes that weights take on the bus over their own: less than 1 where they are coded."""
-    max_coded_share: float = 1.0
-    """At most: what host memory is planned for."""
-    sliding_window: int | None = None
-    """A token sees itself and the `sliding_window - 1` tokens before it; None: all."""
+    compute_bytes: int
+    """Bytes of an element of hidden states and whatever else is computed."""
+    layers: tuple[LayerSizes, ...]
+    fixed_bytes: int
+    """Bytes of embeddings, final norm and head: always on the device."""
 
     @property
-    def codes_weights(self) -> bool:
-        """Streamed weights are coded, and decoded on the device."""
-        return self.coded_share < 1
+    def hidden_bytes(self) -> int:
+        """Bytes of one token's hidden state."""
+        return self.hidden_size * self.compute_bytes
 
     @property
-    def kv_size(self) -> int:
-        """Width of K, and of V: `kv` of the formulas."""
-        return self.num_kv_heads * self.head_dim
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @cached_property
+    def distinct(self) -> tuple[tuple[LayerSizes, int], ...]:
+        """Layers that differ, and how many there are of each: what is alike is computed once."""
+        return tuple(Counter(self.layers).items())
 
     @property
-    def kv_bytes(self) -> int:
-        """Bytes of one token's K and V in one layer."""
-        return 2 * self.kv_size * self.element_bytes
+    def commonest(self) -> LayerSizes:
+        """The layer of which there are most alike."""
+        return max(self.distinct, key=lambda each: each[1])[0]
+
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """For each layer, its number among the distinct ones."""
+        numbers = {layer: number for number, (layer, _) in enumerate(self.distinct)}
+        return tuple(numbers[layer] for layer in self.layers)
+
+    @cached_property
+    def sliding_window(self) -> int | None:
+        """Tokens that the layers see, at most: what a step loads. None: no layer has a window.
+
+        Where one has, rows are packed in order of position, for its mask, in the layers that see all tokens too.
+        """
+        windows = [layer.sliding_window for layer, _ in self.distinct]
+        return max(window or self.context_length for window in windows) if any(windows) else None
+
+    @cached_property
+    def layers_bytes(self) -> int:
+        """Bytes of all layers' weights on the device."""
+        return sum(count * layer.weight_bytes for layer, count in self.distinct)
 
     @property
-    def activation_bytes(self) -> int:
-        """Bytes of one token's activation (the input of the K and V projections) in one layer."""
-        return self.hidden_size * self.element_bytes
+    def model_bytes(self) -> int:
+        """Bytes of all weights on the device."""
+        return self.layers_bytes + self.fixed_bytes
+
+    def token_bytes(self, kind: BlockKind) -> int:
+        """Bytes that blocks of that kind keep of one token, in all layers together."""
+        return sum(count * layer.row(kind).num_bytes for layer, count in self.distinct)
+
+    def mean_row_bytes(self, kind: BlockKind) -> float:
+        """The same in one layer, on average."""
+        return self.token_bytes(kind) / self.num_layers
+
+    def max_row_bytes(self, kind: BlockKind) -> int:
+        """The same in the layer where it is most."""
+        return max(layer.row(kind).num_bytes for layer, _ in self.distinct)
 
     @property
     def activation_ratio(self) -> float:
         """Bytes of KV over bytes of activation; activations pay only above 1."""
-        return self.kv_bytes / self.activation_bytes
+        return self.token_bytes(BlockKind.KV) / self.token_bytes(BlockKind.ACTIVATION)
 
-    @property
-    def layer_elements(self) -> int:
-        return sum(self.layer_tensors.values())
+    def mean(self, of_layer: Callable[[LayerSizes], Number]) -> Number:
+        """Mean over all layers; equal ones are asked once."""
+        (first, count), *others = self.distinct
+        found = of_layer(first) * (count / self.num_layers)
+        for layer, count in others:
+            found = found + of_layer(layer) * (count / self.num_layers)
+        return found
 
-    def tensor_bytes(self, name: str) -> int:
-        """Bytes of one packed tensor of a layer, with the padding behind it."""
-        return align(self.layer_tensors[name] * self.element_bytes)
-
-    @property
-    def layer_bytes(self) -> int:
-        return sum(map(self.tensor_bytes, self.layer_tensors))
-
-    @property
-    def fixed_bytes(self) -> int:
-        return self.fixed_elements * self.element_bytes
-
-    @property
-    def model_bytes(self) -> int:
-        return self.num_layers * self.layer_bytes + self.fixed_bytes
-
-    @property
-    def regenerate_flop(self) -> int:
-        """FLOP to rebuild one token's K and V in one layer from its activation: one GEMM with [W_K W_V]."""
-        return 4 * self.hidden_size * self.kv_size
-
-    @property
-    def layer_flop(self) -> int:
-        """FLOP of one token's projections and MLP in one layer (two for each weight)."""
-        return 2 * self.layer_elements
-
-    def attention_flop(self, context: int) -> int:
-        """FLOP of one query's attention to `context` tokens in one layer."""
-        return 4 * self.num_heads * self.head_dim * context
+    def largest(self, of_layer: Callable[[LayerSizes], Number]) -> Number:
+        """Maximum over all layers; equal ones are asked once."""
+        (first, _), *others = self.distinct
+        found = of_layer(first)
+        for layer, _ in others:
+            found = np.maximum(found, of_layer(layer))
+        return found

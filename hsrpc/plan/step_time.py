@@ -3,7 +3,7 @@
 For each layer, of `n` requests with `context` cached tokens each:
 
     bus    = (streamed weights + host tokens * bytes of their kind) / load bandwidth
-    gpu    = forward + tokens computed anew + regeneration + gather + attention
+    gpu    = forward + recomputed tokens + regeneration + gather + attention
     layer  = max(bus, gpu, launches)        (near the balance of bus and GPU a little more: `_beside`)
 
 Beyond the paper: resident weights, blocks on the device, the host's launches and step boundary, and the prompts that
@@ -16,16 +16,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hsrpc.plan.device_memory import Number
+from hsrpc.plan.fitted import WAITING
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.layer_times import LayerTimes
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.sizes import ModelSizes, Number
+from hsrpc.schedule.blocks import BlockKind
 from hsrpc.schedule.recompute import BALANCE
 from hsrpc.schedule.sweep import BUFFERS
-
-_WAITING = 8
-"""Bus and GPU take turns with two buffers. Where they take equally long, they wait for each other: by 9 % with this
-exponent, by 1 % where one takes three quarters of the other's time. Measured: 10 and 0 to 1 % (docs/performance.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +32,7 @@ class Traffic:
     context: int
     """Tokens that a running request holds on average."""
     attended: int
-    """Of these, what a query sees: fewer with a sliding window."""
+    """Tokens of these that a query sees: fewer with a sliding window."""
     prompt: int
     output: int
     longest: int
@@ -59,6 +56,8 @@ class Candidates:
     batch: Number
     streamed: Number
     """Weight bytes that cross the bus, a layer, on average."""
+    decode_traffic: Number = 0.0
+    """Bytes of device memory that decoding these reads and writes."""
     on_device: Number
     """Part of the cached tokens, where requests are as long as expected."""
     on_device_at_end: Number
@@ -68,13 +67,13 @@ class Candidates:
     host_share: Number
     """Activations' part of the host's tokens."""
     recomputed: Number
-    """Part of the tokens that no block holds and every step computes anew; they leave the host's blocks first."""
+    """Part of the tokens that no block holds and every step recomputes; they leave the host's blocks first."""
     chunk: Number
     """Prompt tokens a step at most, beside decoding."""
     prompt_queries: Number
-    """Of those, and of the ones computed anew, in a mini-batch, at most."""
+    """Prompt tokens and recomputed ones of a mini-batch, at most."""
     rows: Number
-    """Of a mini-batch's kv buffer."""
+    """Rows of a mini-batch's kv buffer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +105,9 @@ class StepModel:
         self.layer = LayerTimes(sizes, hardware)
         self.prompt_token = self.layer.prompt_token(traffic.prompt / 2)
         self.recompute_token = self.layer.prompt_token(traffic.attended / 2)
-        """Of a request that keeps no cache."""
+        """Seconds of one token of a request that keeps no cache."""
         self.chunk_token = self.layer.prompt_token(traffic.longest)
-        """Of a chunk at the end of the longest prompt: bounds use it."""
+        """Seconds of one token of a chunk at the end of the longest prompt: bounds use it."""
 
     def hidden_chunk(self, streamed: Number) -> Number:
         """Prompt tokens whose compute takes as long as a layer's weights on the bus, and its launches at least.
@@ -128,10 +127,10 @@ class StepModel:
         share: Number = np.clip(np.where(closing > 0, lead, 0.0) / np.where(closing > 0, closing, 1.0), 0.0, 1.0)
         return share
 
-    def balanced_recompute(self, c: Candidates, most: Number) -> Number:
-        """Part of the tokens, `most` at most, with which the GPU is as busy as the bus if they are computed anew."""
-        at_zero, at_most = (self.predict(replace(c, recomputed=part)) for part in (0.0, most))
-        return most * self.balanced_share(at_zero, at_most)
+    def balanced_recompute(self, c: Candidates, max_part: Number) -> Number:
+        """Part of the tokens, up to `max_part`, with which the GPU is as busy as the bus if they are recomputed."""
+        at_zero, at_max = (self.predict(replace(c, recomputed=part)) for part in (0.0, max_part))
+        return max_part * self.balanced_share(at_zero, at_max)
 
     def chunk_within(self, bound: Number, times: StepTimes) -> Number:
         """Prompt tokens that fit beside a step's decoding before it takes `bound` seconds."""
@@ -148,15 +147,15 @@ class StepModel:
         tokens = c.batch * self.traffic.attended
         device, host = _tiers(tokens, c.on_device, c.recomputed)
         regenerated = device * c.device_share + host * c.host_share
-        anew = c.batch * self.traffic.context * c.recomputed
-        mini_batches = self._mini_batches(c, anew, host + device * c.device_share)
+        recomputed_tokens = c.batch * self.traffic.context * c.recomputed
+        mini_batches = self._mini_batches(c, recomputed_tokens, host + device * c.device_share)
         queries, layers = c.batch * (1 - c.recomputed), self.sizes.num_layers
         # The mini-batches of a decode step go through the weights together; those of all tokens cannot.
-        groups = np.where(anew > 0, mini_batches, 1.0)
+        groups = np.where(recomputed_tokens > 0, mini_batches, 1.0)
         forward = layers * np.maximum(
-            self.layer.forward(queries, groups), self.layer.forward(queries) + anew * self.recompute_token
+            self.layer.forward(queries, groups), self.layer.forward(queries) + recomputed_tokens * self.recompute_token
         )
-        forward = forward + layers * self.layer.decode_weights(c.streamed)
+        forward = forward + layers * self.layer.decode_weights(c.decode_traffic)
         gemms = layers * self.layer.regenerate(regenerated)
         times = {
             "mini_batches": mini_batches,
@@ -214,10 +213,10 @@ class StepModel:
         found: Number = np.minimum(bus + (1 - share) * gemms, bus / share)
         return found
 
-    def _mini_batches(self, c: Candidates, anew: Number, staged: Number) -> Number:
+    def _mini_batches(self, c: Candidates, recomputed_tokens: Number, staged: Number) -> Number:
         """As many as the rows take that go through the kv buffer; K and V on the device are read in place."""
-        rows = staged + anew + c.batch * (1 - c.recomputed)
-        return np.maximum(np.maximum(1.0, np.ceil(rows / c.rows)), np.ceil(anew / c.prompt_queries))
+        rows = staged + recomputed_tokens + c.batch * (1 - c.recomputed)
+        return np.maximum(np.maximum(1.0, np.ceil(rows / c.rows)), np.ceil(recomputed_tokens / c.prompt_queries))
 
     def _host(self, c: Candidates, bus: Number, mini_batches: Number) -> tuple[Number, Number, Number]:
         """The host's seconds: to launch a step, what the boundary adds, and the shortest step where it adds nothing.
@@ -260,13 +259,14 @@ def _tiers(tokens: Number, on_device: Number, recomputed: Number) -> tuple[Numbe
 
 def token_bytes(sizes: ModelSizes, share: Number) -> Number:
     """Bytes of one cached token in one layer, on average, where `share` of them are activations."""
-    return (1 - share) * sizes.kv_bytes + share * sizes.activation_bytes
+    kv, activation = (sizes.mean_row_bytes(kind) for kind in BlockKind)
+    return (1 - share) * kv + share * activation
 
 
 def _beside(bus: Number, gpu: Number) -> Number:
     """Seconds for what bus and GPU do at the same time."""
     longer = np.maximum(np.maximum(bus, gpu), 1e-12)
-    found: Number = longer * ((bus / longer) ** _WAITING + (gpu / longer) ** _WAITING) ** (1 / _WAITING)
+    found: Number = longer * ((bus / longer) ** WAITING + (gpu / longer) ** WAITING) ** (1 / WAITING)
     return found
 
 

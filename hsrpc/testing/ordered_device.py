@@ -30,7 +30,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from hsrpc.config import DeviceKind
 from hsrpc.device.device import OPENERS, CpuDevice, Event, Stream
 from hsrpc.device.host_pages import HostPages
-from hsrpc.model.formats.lossless import Coding
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.schedule.step import Runs
 from hsrpc.testing.access_history import Actor
@@ -201,11 +200,6 @@ class OrderedDevice(CpuDevice):
                 Use(target, Role.WRITE, target_rows.numpy()),
             )
             super().copy_rows(target, target_rows, source, source_rows)
-
-    def decode_weights(self, data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
-        with _disable_current_modes():
-            self._launch("decode_weights", Use(data, Role.READ), Use(target, Role.WRITE))
-            super().decode_weights(data, coding, target)
 
     @property
     def _stream(self) -> Actor | None:

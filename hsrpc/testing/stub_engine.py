@@ -18,7 +18,7 @@ from hsrpc.errors import InvalidRequestError, RequestExistsError
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.sizes import CacheRow, LayerSizes, ModelSizes, TensorSizes
 from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
 from hsrpc.server.engine_protocol import SubmitOptions
 
@@ -27,8 +27,29 @@ STEP_SECONDS = 0.005
 _MAX_MODEL_LEN = 10_000_000
 _SEED = 7
 _WORD = Delta(" word", (7,))
+_LAYER = LayerSizes(
+    tensors=tuple(
+        TensorSizes(
+            name=name,
+            num_elements=size,
+            resident_bytes=4 * size,
+            device_bytes=4 * size,
+            buffer_bytes=4 * size,
+            bus_bytes=4 * size,
+            host_bytes=4 * size,
+        )
+        for name, size in {"attention": 4 * 64 * 64, "mlp": 2 * 64 * 256}.items()
+    ),
+    hidden_size=64,
+    query_size=64,
+    key_size=64,
+    value_size=64,
+    ffn_size=256,
+    kv=CacheRow(128, 512),
+    activation=CacheRow(64, 256),
+    compute_bytes=4,
+)
 _SIZES = ModelSizes(
-    num_layers=2,
     hidden_size=64,
     num_heads=4,
     num_kv_heads=4,
@@ -36,9 +57,9 @@ _SIZES = ModelSizes(
     ffn_size=256,
     vocab_size=128,
     context_length=512,
-    element_bytes=4,
-    layer_tensors={"attention": 4 * 64 * 64, "mlp": 2 * 64 * 256},
-    fixed_elements=128 * 64,
+    compute_bytes=4,
+    layers=(_LAYER, _LAYER),
+    fixed_bytes=4 * 128 * 64,
 )
 _HARDWARE = Hardware(load_bandwidth=5e10, store_bandwidth=5e10, gemm_rate=1e14, memory_bandwidth=1e12)
 

@@ -21,6 +21,7 @@ from benchmarks.peers.flexgen_plan import (
 from benchmarks.peers.limits import limit_seconds
 from benchmarks.peers.record import Traffic
 from hsrpc.plan.hardware import Hardware
+from hsrpc.schedule.blocks import BlockKind
 
 BUDGETS = Budgets()
 HARDWARE = Hardware(load_bandwidth=50e9, store_bandwidth=50e9, gemm_rate=600e12, memory_bandwidth=3e12)
@@ -43,12 +44,12 @@ def test_everything_on_the_host():
     """The device holds buffers only; the host holds weights, cache and the pinned relays."""
     setup, sizes = flexgen(batch=128), sizes_of("opt-6.7b")
     used = footprint(setup)
-    cache = 128 * (512 + 127) * sizes.num_layers * sizes.kv_bytes
+    cache = 128 * (512 + 127) * sizes.token_bytes(BlockKind.KV)
     assert used.host_cache == cache
     assert used.streamed_weights == pytest.approx(sizes.model_bytes, rel=0.05)
     assert used.host >= used.streamed_weights + cache + RELAY_BYTES
     assert used.device < sizes.model_bytes
-    assert used.host_cache_per_token == sizes.num_layers * sizes.kv_bytes
+    assert used.host_cache_per_token == sizes.token_bytes(BlockKind.KV)
 
 
 def test_everything_on_the_device():
@@ -56,7 +57,7 @@ def test_everything_on_the_device():
     setup, sizes = flexgen(percent=(100, 0, 100, 0, 100, 0)), sizes_of("opt-6.7b")
     used = footprint(setup)
     assert (used.streamed_weights, used.host_cache, used.host_cache_per_token) == (0, 0, 0)
-    assert used.device > sizes.model_bytes + 24 * (512 + 127) * sizes.num_layers * sizes.kv_bytes
+    assert used.device > sizes.model_bytes + 24 * (512 + 127) * sizes.token_bytes(BlockKind.KV)
 
 
 def test_gpu_batches_share_the_buffers():
@@ -138,5 +139,5 @@ def test_the_limit_is_the_busier_of_bus_and_gpu():
     streamed = Traffic(batch=128, context=512, weights=10**10, cache=4 * 10**10)
     assert limit_seconds(streamed, sizes, HARDWARE) == pytest.approx(1.0)
     resident = Traffic(batch=24, context=512, weights=0, cache=0)
-    expected = (sizes.num_layers * sizes.layer_bytes + 24 * 513 * sizes.num_layers * sizes.kv_bytes) / 3e12
+    expected = (sizes.layers_bytes + 24 * 513 * sizes.token_bytes(BlockKind.KV)) / 3e12
     assert limit_seconds(resident, sizes, HARDWARE) == pytest.approx(expected)

@@ -19,6 +19,7 @@ from benchmarks.peers.record import Outcome, PeerRun, Record, Timing, Traffic, a
 from benchmarks.peers.run_transformers import generate_resident, resident_model
 from hsrpc.config import Placement
 from hsrpc.plan.hardware import Hardware
+from hsrpc.schedule.blocks import BlockKind
 
 CPU = torch.device("cpu")
 BUDGETS = Budgets()
@@ -118,7 +119,7 @@ def test_the_limit_is_the_memory_bandwidth():
     hardware = Hardware(load_bandwidth=1e9, store_bandwidth=1e9, gemm_rate=1e18, memory_bandwidth=1e12)
     wanted = setup(System.TRANSFORMERS, batch=64, prompt=512, output=128)
     sizes = sizes_of(RESIDENT_MODEL)
-    moved = sizes.num_layers * (sizes.layer_bytes + 64 * (512 + 64 + 1) * sizes.kv_bytes)
+    moved = sizes.layers_bytes + 64 * (512 + 64 + 1) * sizes.token_bytes(BlockKind.KV)
     run = PeerRun(
         timing=Timing(prefill=1.0, steps=[2 * moved / 1e12] * 127),
         traffic=Traffic(batch=64, context=wanted.mean_context, weights=0, cache=0),

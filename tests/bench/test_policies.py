@@ -27,7 +27,7 @@ from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.schedule.assemble import Assembler, batch_shapes
-from hsrpc.schedule.blocks import BlockManager, BlockTable, PoolId, Tier
+from hsrpc.schedule.blocks import BlockKind, BlockManager, BlockTable, PoolId, Tier
 from hsrpc.schedule.step import RowCosts, Scheduled, Step
 from hsrpc.schedule.sweep import Carried, OpKind, OpList, sweep
 from tests.bench.conftest import TINY
@@ -147,7 +147,9 @@ async def test_bytes_and_rebuilt_rows_are_counted_as_they_are_moved(
         rebuilt = 3 * 12 * NUM_LAYERS if hidden_layers is None else record.context_tokens * hidden_layers
         loaded = record.context_tokens * NUM_LAYERS - rebuilt
         assert record.regenerated_tokens == rebuilt
-        assert record.cache_bytes == rebuilt * sizes.activation_bytes + loaded * sizes.kv_bytes
+        assert record.cache_bytes == rebuilt * sizes.max_row_bytes(BlockKind.ACTIVATION) + loaded * sizes.max_row_bytes(
+            BlockKind.KV
+        )
 
 
 class Recording:
@@ -216,7 +218,7 @@ async def test_host_memory_is_counted_and_within_its_budget(name: str, reference
         taken = sum(layer.nbytes for pool, layers in pools.items() if pool.tier is Tier.HOST for layer in layers)
         assert engine.plan.host_bytes[HostUse.CACHE_BLOCKS] == taken
     least = int(config.host_memory)
-    block_bytes = NUM_LAYERS * BLOCK_SIZE * load_spec(made.directory, torch.float32).sizes.kv_bytes
+    block_bytes = BLOCK_SIZE * load_spec(made.directory, torch.float32).sizes.token_bytes(BlockKind.KV)
     for host in range(least, least + 5 * block_bytes, block_bytes // 7):
         plan = plan_of(name, made, replace(config, host_memory=host))
         assert host - block_bytes < sum(plan.host_bytes.values()) <= host == plan.budgets.host
@@ -229,16 +231,18 @@ def test_the_plan_predicts_the_split(name: str, hidden_layers: int | None, refer
     plan, sizes = plan_of(name, made, config_for(made)), load_spec(made.directory, torch.float32).sizes
     rebuilt = 12 * NUM_LAYERS if hidden_layers is None else 24 * hidden_layers
     loaded = 24 * NUM_LAYERS - rebuilt
-    cached = 6 * (rebuilt * sizes.activation_bytes + loaded * sizes.kv_bytes)
+    cached = 6 * (rebuilt * sizes.layers[0].activation.num_bytes + loaded * sizes.layers[0].kv.num_bytes)
     assert plan.prediction.bus * BALANCED.load_bandwidth == pytest.approx(sum(plan.streamed_bytes) + cached)
-    assert plan.prediction.regenerate * BALANCED.gemm_rate == pytest.approx(6 * rebuilt * sizes.regenerate_flop)
+    assert plan.prediction.regenerate * BALANCED.gemm_rate == pytest.approx(
+        6 * rebuilt * sizes.layers[0].regenerate_flop
+    )
     assert plan.activation_share == pytest.approx(rebuilt / (24 * NUM_LAYERS))
     if hidden_layers is not None:
         again = predict_at(plan, sizes, 24)
         assert (again.bus, again.regenerate) == pytest.approx((plan.prediction.bus, plan.prediction.regenerate))
         assert plan.costs.load_activation * BALANCED.load_bandwidth * 24 * NUM_LAYERS == pytest.approx(cached / 6)
         assert plan.costs.regenerate * BALANCED.gemm_rate * 24 * NUM_LAYERS == pytest.approx(
-            rebuilt * sizes.regenerate_flop
+            rebuilt * sizes.layers[0].regenerate_flop
         )
 
 

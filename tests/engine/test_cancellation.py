@@ -16,7 +16,7 @@ from hsrpc.engine import loading, startup
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.weights import LayerWeights, ModelWeights
 from hsrpc.errors import EngineUnavailableError
-from hsrpc.model.family import TensorSpec
+from hsrpc.model.tensor import TensorSpec
 from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.schedule.sweep import Op, OpKind
 from tests.engine.reference import Reference

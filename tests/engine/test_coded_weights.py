@@ -16,14 +16,15 @@ import pytest
 import torch
 
 from hsrpc import Engine, EngineConfig
-from hsrpc.config import DeviceKind
-from hsrpc.device.device import OPENERS, CpuDevice
+from hsrpc.device.device import CpuDevice
 from hsrpc.engine import startup
 from hsrpc.engine.loading import load_weights
 from hsrpc.errors import ConfigError, EngineUnavailableError
 from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.families.registry import create_family
-from hsrpc.model.family import TensorSpec
+from hsrpc.model.formats.lossless import Lossless
+from hsrpc.model.formats.plain import Plain
+from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.request import Delta
 from hsrpc.schedule.sweep import BUFFERS
@@ -70,7 +71,7 @@ async def run(config: EngineConfig) -> tuple[list[list[Delta]], float]:
         requests = (collect(engine.generate(prompt, greedy(20, logprobs=3))) for prompt in PROMPTS)
         found = await asyncio.gather(*requests)
         await idle(engine)
-        assert engine.plan.codes_weights == (config.weight_coding == "lossless")
+        assert (engine.plan.decode_buffer_bytes > 0) == (config.weight_coding == "lossless")
     return found, median(weights)
 
 
@@ -139,17 +140,15 @@ async def test_auto_codes_what_gets_smaller(
 ) -> None:
     """On a device that is fast beside the bus; other weights are loaded as they are, and the log says so."""
     monkeypatch.setattr(RandomWeights, "read", read)
-    device = CpuDevice()
-    device.decodes_weights = True
-    monkeypatch.setitem(OPENERS, DeviceKind.CPU, lambda: device)
+    monkeypatch.setattr(Lossless, "pays_on", lambda _: True)
     async with Engine(config_for(tmp_path, "opt", dtype="bfloat16")) as engine:
-        assert not engine.plan.codes_weights  # decoding would take longer than it saves
+        assert not engine.plan.decode_buffer_bytes  # decoding would take longer than it saves
     monkeypatch.setattr(startup, "calibrate", lambda *_: replace(HARDWARE, load_bandwidth=1e8))
     async with Engine(config_for(tmp_path, "opt", dtype="bfloat16")) as engine:
-        assert engine.plan.codes_weights == is_coded
+        assert (engine.plan.decode_buffer_bytes > 0) == is_coded
     assert ("loading them as they are" in caplog.text) != is_coded
     async with Engine(config_for(tmp_path, "opt", dtype="float32")) as engine:
-        assert not engine.plan.codes_weights
+        assert not engine.plan.decode_buffer_bytes
 
 
 def fits(config: EngineConfig) -> bool:
@@ -166,9 +165,7 @@ def test_auto_takes_the_coding_that_fits(
     budget: str, fitting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Coded weights need a buffer more on the device, plain ones more of the host; else the faster plan counts."""
-    device = CpuDevice()
-    device.decodes_weights = True
-    monkeypatch.setitem(OPENERS, DeviceKind.CPU, lambda: device)
+    monkeypatch.setattr(Lossless, "pays_on", lambda _: True)
     auto = config_for(tmp_path, "opt", dtype="bfloat16")
     other = {"none": "lossless", "lossless": "none"}[fitting]
     tight = next(
@@ -179,17 +176,17 @@ def test_auto_takes_the_coding_that_fits(
     assert not fits(replace(tight, weight_coding=other))
     assert not fits(replace(auto, **{budget: 2**16}))
     planned = startup.make_plan(replace(tight, weight_coding="auto"))
-    assert planned.plan.codes_weights == planned.spec.sizes.codes_weights == (fitting == "lossless")
+    assert (planned.plan.decode_buffer_bytes > 0) == (fitting == "lossless")
+    weights = [planned.spec.formats.weight(tensor) for tensor in create_family(planned.spec).layer_tensors(0)]
+    assert all(isinstance(each, Lossless if fitting == "lossless" else Plain) for each in weights)
 
 
 def test_nothing_is_coded_where_nothing_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plans are equal then."""
-    device = CpuDevice()
-    device.decodes_weights = True
-    monkeypatch.setitem(OPENERS, DeviceKind.CPU, lambda: device)
+    monkeypatch.setattr(Lossless, "pays_on", lambda _: True)
     planned = startup.make_plan(config_for(tmp_path, "opt", dtype="bfloat16", placement="auto"))
     assert planned.plan.resident_share == 1
-    assert not planned.plan.codes_weights
+    assert not planned.plan.decode_buffer_bytes
 
 
 async def test_once_stopped_no_further_layer_is_coded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

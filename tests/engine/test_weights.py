@@ -25,8 +25,9 @@ from hsrpc.engine.weights import ModelWeights
 from hsrpc.errors import CheckpointError, EngineUnavailableError
 from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.families.registry import create_family
-from hsrpc.model.family import Family, TensorSpec
+from hsrpc.model.family import Family
 from hsrpc.model.spec import load_spec
+from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import ALIGNMENT
@@ -47,9 +48,8 @@ def plan_for(family: Family, resident: tuple[frozenset[str], ...]) -> Plan:
     """A plan in which exactly these tensors stay on the device."""
     config = EngineConfig(device="cpu", max_batch=1, max_model_len=64, expected_context=32, max_prefill_tokens=32)
     plan = Planner(family.sizes, Budgets(device=2**30, host=2**30), HARDWARE, config).plan()
-    sizes = family.sizes
-    streamed = tuple(sum(sizes.tensor_bytes(n) for n in sizes.layer_tensors if n not in stays) for stays in resident)
-    return replace(plan, resident=resident, streamed_bytes=streamed)
+    streamed = tuple(layer.streamed(stays) for layer, stays in zip(family.sizes.layers, resident, strict=True))
+    return replace(plan, resident=resident, streamed=streamed)
 
 
 def load(family: Family, plan: Plan) -> ModelWeights:
@@ -72,7 +72,7 @@ def assert_same(found: object, wanted: dict[str, torch.Tensor]) -> None:
 @given(data=st.data())
 def test_any_split_gives_the_same_tensors(family: Family, data: st.DataObject) -> None:
     """Resident or streamed, each tensor has its numbers, aligned and apart from the others."""
-    names = list(family.sizes.layer_tensors)
+    names = sorted(family.sizes.layers[0].names)
     resident = tuple(data.draw(st.frozensets(st.sampled_from(names)) | st.just(frozenset(names))) for _ in range(4))
     plan = plan_for(family, resident)
     for index, layer in enumerate(load(family, plan).layers):
@@ -82,12 +82,12 @@ def test_any_split_gives_the_same_tensors(family: Family, data: st.DataObject) -
         if layer.packed is not None:
             assert len(layer.packed) == plan.streamed_bytes[index]
             buffer[: len(layer.packed)] = layer.packed
-        assert_same(layer.on(buffer, buffer[:0]), expected(family, index))
+        assert_same(layer.open(buffer, buffer[:0]).tensors, expected(family, index))
         ends = [0]
-        for part in layer.slices:
+        for part in layer.parts:
             assert part.offset % ALIGNMENT == 0
             assert part.offset >= ends[-1]
-            ends.append(part.offset + torch.Size(part.shape).numel() * 4)
+            ends.append(part.offset + part.packing.num_bytes)
 
 
 def test_fixed_tensors_are_read(family: Family) -> None:
@@ -161,7 +161,7 @@ async def prefetching(
     family: Family, resident: tuple[int, ...] = (), bus: BusOrder | None = None
 ) -> AsyncIterator[WeightPrefetcher]:
     """A running prefetcher; these layers are resident as a whole."""
-    names = frozenset(family.sizes.layer_tensors)
+    names = family.sizes.layers[0].names
     plan = plan_for(family, tuple(names if i in resident else frozenset() for i in range(NUM_LAYERS)))
     prefetcher = WeightPrefetcher(load(family, plan), plan, CpuDevice(), bus or BusOrder())
     task = asyncio.create_task(prefetcher.run())
@@ -189,7 +189,7 @@ async def test_sweeps_give_the_layers_in_order(family: Family, resident: tuple[i
                 assert_same(taken.tensors, expected(family, layer))
                 prefetcher.give_back(taken, None)
         await until(lambda: is_settled(prefetcher))
-        layer_bytes = family.sizes.layer_bytes
+        layer_bytes = family.sizes.layers[0].weight_bytes
         assert prefetcher.streamed_bytes == (3 * (NUM_LAYERS - len(resident)) + BUFFERS) * layer_bytes
 
 
@@ -210,11 +210,11 @@ async def test_it_is_ahead_by_its_buffers_and_no_further(family: Family) -> None
         taken = await prefetcher.take(0)
         await until(lambda: is_settled(prefetcher, held=1))
         await asyncio.sleep(0.01)
-        assert prefetcher.streamed_bytes == BUFFERS * family.sizes.layer_bytes
+        assert prefetcher.streamed_bytes == BUFFERS * family.sizes.layers[0].weight_bytes
         assert_same(taken.tensors, expected(family, 0))
         prefetcher.give_back(taken, None)
         await until(lambda: is_settled(prefetcher))
-        assert prefetcher.streamed_bytes == (BUFFERS + 1) * family.sizes.layer_bytes
+        assert prefetcher.streamed_bytes == (BUFFERS + 1) * family.sizes.layers[0].weight_bytes
 
 
 @pytest.mark.parametrize("settle", [False, True])
@@ -261,4 +261,4 @@ def _due(family: Family, streamed: list[int], position: float) -> int:
     """Bytes that may be sent beside blocks up to `position`, of the third and fourth streamed layers."""
     starts = [*streamed, *(layer + NUM_LAYERS for layer in streamed)]
     shares = [(position - begin) / (end - begin) for begin, end in pairwise(starts[1:4])]
-    return sum(math.ceil(family.sizes.layer_bytes * min(1.0, max(0.0, share))) for share in shares)
+    return sum(math.ceil(family.sizes.layers[0].weight_bytes * min(1.0, max(0.0, share))) for share in shares)

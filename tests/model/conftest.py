@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
 from hsrpc.model.families.registry import create_family
-from hsrpc.model.family import Family, TensorSpec, Weights
+from hsrpc.model.family import Family, Weights
 from hsrpc.model.spec import load_spec
+from hsrpc.model.tensor import TensorSpec
 
 torch.set_num_threads(1)
 

@@ -17,7 +17,6 @@ HEAD_DIM = 8
 
 def make_sizes(num_heads: int, num_kv_heads: int, window: int | None = None) -> ModelSizes:
     return ModelSizes(
-        num_layers=1,
         hidden_size=num_heads * HEAD_DIM,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -25,10 +24,9 @@ def make_sizes(num_heads: int, num_kv_heads: int, window: int | None = None) -> 
         ffn_size=8,
         vocab_size=8,
         context_length=64,
-        element_bytes=4,
-        layer_tensors={},
-        fixed_elements=0,
-        sliding_window=window,
+        compute_bytes=4,
+        layers=(),
+        fixed_bytes=0,
     )
 
 
@@ -55,8 +53,8 @@ def test_a_query_sees_its_blocks_and_its_buffer_rows(
     attention = Attention(sizes, 0.3, BLOCK_SIZE, torch.device("cpu"), torch.float32)
     rebuilt = [sum(front for *_, front in parts[:i]) for i in range(len(parts) + 1)]
     starts = [rebuilt[-1] + sum(buffered for _, buffered, _ in parts[:i]) for i in range(len(parts) + 1)]
-    pool = torch.randn(NUM_BLOCKS * BLOCK_SIZE, 2 * sizes.kv_size, generator=random)
-    kv = torch.randn(starts[-1], 2 * sizes.kv_size, generator=random)
+    pool = torch.randn(NUM_BLOCKS * BLOCK_SIZE, 2 * sizes.num_kv_heads * HEAD_DIM, generator=random)
+    kv = torch.randn(starts[-1], 2 * sizes.num_kv_heads * HEAD_DIM, generator=random)
     tables = torch.stack([torch.randperm(NUM_BLOCKS, generator=random)[:5] for _ in parts]).int()
     queries = torch.randn(len(parts), sizes.hidden_size, generator=random)
     rows = InPlaceRows(

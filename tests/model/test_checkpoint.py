@@ -15,9 +15,9 @@ from hsrpc.errors import CheckpointError
 from hsrpc.model import safetensors_file
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights
 from hsrpc.model.families.registry import create_family
-from hsrpc.model.family import TensorSpec
 from hsrpc.model.shapes import SHAPES
 from hsrpc.model.spec import named_spec
+from hsrpc.model.tensor import TensorSpec
 
 FUSED = TensorSpec("ab_weight", (5, 3), ("model.a", "model.b"), (2, 3))
 

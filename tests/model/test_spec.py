@@ -89,19 +89,22 @@ def test_spec_states_sizes_and_tokens(tmp_path):
 
 
 def test_layer_sizes_are_those_of_the_declared_tensors():
-    """`layer_tensors` and `fixed_elements` count what the family declares."""
+    """Each layer's tensors, and the bytes of the fixed ones, are what the family declares."""
     spec = named_spec("opt-350m", None)
     family = create_family(spec)
-    assert spec.sizes.layer_tensors == {tensor.name: tensor.numel for tensor in family.layer_tensors(5)}
-    assert spec.sizes.fixed_elements == sum(tensor.numel for tensor in family.fixed_tensors())
-    assert spec.sizes.layer_tensors["qkv_weight"] == 3 * 1024 * 1024
+    found = {tensor.name: tensor.num_elements for tensor in spec.sizes.layers[5].tensors}
+    assert found == {tensor.name: tensor.numel for tensor in family.layer_tensors(5)}
+    assert found["qkv_weight"] == 3 * 1024 * 1024
+    assert spec.sizes.fixed_bytes == 2 * sum(tensor.numel for tensor in family.fixed_tensors())
+    assert spec.sizes.distinct == ((spec.sizes.layers[0], 24),)
 
 
-@pytest.mark.parametrize(("served", "element_bytes"), [(torch.float32, 4), (torch.bfloat16, 2), (None, 2)])
-def test_element_bytes_follow_the_served_type(tmp_path, served, element_bytes):
+@pytest.mark.parametrize(("served", "compute_bytes"), [(torch.float32, 4), (torch.bfloat16, 2), (None, 2)])
+def test_bytes_follow_the_served_type(tmp_path, served, compute_bytes):
     """Sizes count bytes of the type asked for; None serves the checkpoint's own."""
     spec = load_spec(write_config(tmp_path, "opt-125m"), served)
-    assert spec.sizes.element_bytes == element_bytes
+    assert spec.sizes.compute_bytes == compute_bytes
+    assert spec.sizes.layers[0].activation.num_bytes == 768 * compute_bytes
     assert spec.dtype == (served or torch.float16)
     assert spec.checkpoint_dtype == torch.float16
 

@@ -22,7 +22,7 @@ from hsrpc.plan.prediction import predict_at
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.plan.step_time import Candidates, StepModel, Traffic
 from hsrpc.request import SamplingParams
-from hsrpc.schedule.blocks import BlockManager, PoolId, Tier
+from hsrpc.schedule.blocks import BlockKind, BlockManager, PoolId, Tier
 from hsrpc.schedule.recompute import NO_RECOMPUTE
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Scheduler, SchedulerLimits
@@ -59,17 +59,18 @@ def plan_for(sizes: ModelSizes, device: int, hardware: Hardware = H100, host: in
 
 def enumerate_all(sizes: ModelSizes, device: int) -> float:
     """The highest mean throughput of a coarse grid: every batch, resident share, chunk, and kinds of both tiers."""
+    kv, activation = map(sizes.max_row_bytes, BlockKind)
     axes = {
         "batch": (1, 2, 4, 8, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 160, 192, 224, 256, 384, 512),
         "resident": np.linspace(0, 1, 26),
         "device_share": (0.0, 0.5, 1.0),
         "host_share": (0.0, 0.25, 0.5, 0.75, 0.9, 1.0),
         "chunk": (256, 1024, 4096),
-        "rows": (LONGEST, 128 * 2**20 // sizes.kv_bytes, 512 * 2**20 // sizes.kv_bytes),
+        "rows": (LONGEST, 128 * 2**20 // kv, 512 * 2**20 // kv),
     }
     grid = np.array(list(product(*axes.values())), dtype=np.float64).T
     batch, resident, device_share, host_share, chunk, rows = grid
-    total = sizes.num_layers * sizes.layer_bytes
+    total = sizes.layers_bytes
     uses_activations = (device_share > 0) | (host_share > 0)
     staging = Staging(
         batch=batch,
@@ -80,10 +81,9 @@ def enumerate_all(sizes: ModelSizes, device: int) -> float:
         graph_batch=batch,
         table=LONGEST // BLOCK,
     )
-    streamed = (1 - resident) * sizes.layer_bytes
+    streamed = (1 - resident) * sizes.layers[0].weight_bytes
     room = device - sum(device_bytes(sizes, staging).values()) - resident * total - BUFFERS * streamed
     host_room = HOST - streamed * sizes.num_layers
-    kv, activation = sizes.kv_bytes, sizes.activation_bytes
     block_bytes = sizes.num_layers * BLOCK
     device_blocks = np.maximum(0, room) // (block_bytes * ((1 - device_share) * kv + device_share * activation))
     host_blocks = np.maximum(0, host_room) // (block_bytes * ((1 - host_share) * kv + host_share * activation))
@@ -173,7 +173,7 @@ def test_a_bound_holds_with_a_chunk_beside(name: str, part: float):
     bound = free.prediction.longest_step * part
     plan = plan_for(OPT[name], 24 * GIB, max_step_time=bound)
     sizes, step = OPT[name], plan.prediction
-    token = (sizes.layer_flop + sizes.attention_flop(LONGEST)) / H100.gemm_rate * sizes.num_layers
+    token = (sizes.layers[0].flop(1) + sizes.layers[0].attention_flop(LONGEST)) / H100.gemm_rate * sizes.num_layers
     parts = -(-plan.max_prefill_tokens // (plan.buffers.queries - plan.max_batch))
     rest = max(0, step.mini_batches - parts)
     launches = sizes.num_layers * (rest * H100.launch_time + parts * H100.prompt_launch_time)
@@ -187,10 +187,10 @@ def test_a_bound_holds_with_a_chunk_beside(name: str, part: float):
 @pytest.mark.parametrize("name", list(OPT))
 def test_chunks_keep_their_bounds(name: str, device: int):
     """Prompt tokens beside decoding keep up with the traffic, or hide behind weights or launches; never too many."""
-    plan = plan_for(OPT[name], device * GIB)
+    plan, layer = plan_for(OPT[name], device * GIB), OPT[name].layers[0]
     coming = plan.max_batch * 512 / OUTPUT
     hiding = max(sum(plan.streamed_bytes) / H100.load_bandwidth, OPT[name].num_layers * H100.prompt_launch_time)
-    hidden = hiding / (OPT[name].num_layers * (OPT[name].layer_flop + OPT[name].attention_flop(256)) / H100.gemm_rate)
+    hidden = hiding / (OPT[name].num_layers * (layer.flop(1) + layer.attention_flop(256)) / H100.gemm_rate)
     backlog = 8 if sum(plan.streamed_bytes) else 2
     assert 256 <= plan.max_prefill_tokens <= min(8192, max(256, backlog * coming, hidden))
     assert plan.max_prefill_tokens <= plan.max_idle_prefill_tokens <= 16384
@@ -208,8 +208,8 @@ def test_large_chunks_use_the_weights_stream():
     """With all weights on the host, a step of prompts alone computes at more than 60 % of the GEMM rate."""
     for sizes in (OPT["6.7b"], OPT["13b"], OPT["30b"]):
         plan = plan_for(sizes, 24 * GIB, placement=Placement.HOST)
-        compute = plan.max_idle_prefill_tokens * sizes.layer_flop / H100.gemm_rate
-        assert compute > 0.6 * max(compute, sizes.layer_bytes / H100.load_bandwidth)
+        compute = plan.max_idle_prefill_tokens * sizes.layers[0].flop(1) / H100.gemm_rate
+        assert compute > 0.6 * max(compute, sizes.layers[0].weight_bytes / H100.load_bandwidth)
 
 
 def test_what_was_asked_for_is_both_chunks():
@@ -222,8 +222,8 @@ def test_what_was_asked_for_is_both_chunks():
 def test_a_resident_share_that_is_asked_for_is_kept(share: float):
     """As many weights stay as were asked for, to within one tensor."""
     plan = plan_for(OPT["13b"], 40 * GIB, resident_share=share)
-    largest = max(map(OPT["13b"].tensor_bytes, OPT["13b"].layer_tensors))
-    total = OPT["13b"].num_layers * OPT["13b"].layer_bytes
+    largest = OPT["13b"].layers[0].largest_first[0].device_bytes
+    total = OPT["13b"].layers_bytes
     assert share * total - largest <= plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS] <= share * total
 
 
@@ -266,7 +266,7 @@ def test_a_plan_predicts_other_lengths(name: str, device: int):
 @settings(max_examples=12)
 def test_more_is_never_worse(name: str, device: int, host: int, more: str, factor: float):
     """More device or host memory, or a faster bus, never lowers the predicted throughput (beyond the search's 2 %)."""
-    sizes = replace(OPT[name], num_layers=OPT[name].num_layers // 4)
+    sizes = replace(OPT[name], layers=OPT[name].layers[: OPT[name].num_layers // 4])
     budgets = {"device": device * GIB // 4, "host": host * GIB // 4}
     better, hardware = dict(budgets), H100
     if more == "bus":
@@ -283,7 +283,7 @@ def test_requests_that_are_missing_leave_room_for_prompts():
     """OPT-13B at 24 GiB: half a batch, with the prompt tokens that then fit, computes for as long as a full one."""
     sizes, device = OPT["13b"], 24 * GIB
     plan = plan_for(sizes, device)
-    token = sizes.num_layers * (sizes.layer_flop + sizes.attention_flop(LONGEST)) / H100.gemm_rate
+    token = sizes.num_layers * (sizes.layers[0].flop(1) + sizes.layers[0].attention_flop(LONGEST)) / H100.gemm_rate
     decoding = predict_at(plan, sizes, CONTEXT, plan.max_batch // 2).gpu
     tokens = plan.max_prefill_tokens + plan.spare_prefill_tokens * (plan.max_batch - plan.max_batch // 2)
     full = plan.prediction.gpu + plan.max_prefill_tokens * token

@@ -17,6 +17,7 @@ from hsrpc.device.device import Device
 from hsrpc.device.uploads import Upload
 from hsrpc.engine.lanes import StepRun
 from hsrpc.engine.worker import Worker
+from hsrpc.model.formats.format import Formats
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.sizes import ModelSizes
@@ -84,25 +85,31 @@ class Gathers(NamedTuple):
 class CacheManager:
     """Task that runs the cache's lane of each step: it loads blocks, ahead of the executor by its buffers."""
 
-    def __init__(self, sizes: ModelSizes, plan: Plan, device: Device, dtype: torch.dtype) -> None:
+    def __init__(self, sizes: ModelSizes, plan: Plan, device: Device, formats: Formats) -> None:
         self.loaded_bytes = 0
         """Cache bytes copied from host to device since the start."""
         self.steps: asyncio.Queue[StepRun] = asyncio.Queue(1)
         self._device = device
         self._plan = plan
+        self._formats = formats
         self._held = tuple(plan.held(BlockKind.ACTIVATION, layer) for layer in range(sizes.num_layers))
         """What activation blocks hold in each layer."""
-        self._widths = {BlockKind.KV: 2 * sizes.kv_size, BlockKind.ACTIVATION: sizes.hidden_size}
-        self._pools = {
-            pool: self._allocate(pool, count * plan.block_size, dtype) for pool, count in plan.num_blocks.items()
+        self._rows = {
+            kind: [layer.row(plan.held(kind, number)) for number, layer in enumerate(sizes.layers)]
+            for kind in BlockKind
         }
-        rows = {BlockKind.KV: plan.buffers.rows, BlockKind.ACTIVATION: plan.buffers.activation_rows}
-        shapes = [(rows[kind], self._widths[kind]) for kind in BlockKind]
+        """What a block of each kind keeps of a token, layer by layer."""
+        self._pools = {pool: self._allocate(pool, count * plan.block_size) for pool, count in plan.num_blocks.items()}
+        shapes = [
+            (plan.buffers.rows, max(layer.kv.width for layer in sizes.layers)),
+            (plan.buffers.activation_rows, max(layer.activation.width for layer in sizes.layers)),
+        ]
         self.buffers = [
-            Buffers(*(device.empty(shape, dtype, DeviceUse.CACHE_BUFFERS) for shape in shapes)) for _ in range(BUFFERS)
+            Buffers(*(self._buffer(kind, shape) for kind, shape in zip(BlockKind, shapes, strict=True)))
+            for _ in range(BUFFERS)
         ]
         self._loads: list[dict[BlockKind, Loads]] = []
-        """Of each mini-batch, by what activation blocks hold."""
+        """For each mini-batch, by what activation blocks hold."""
 
     async def run(self) -> None:
         """Run step after step; ends by cancellation."""
@@ -177,17 +184,22 @@ class CacheManager:
                 if tier is Tier.HOST:
                     self._device.keep(source, self._device.store)
 
-    def _allocate(self, pool: PoolId, num_slots: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    def _buffer(self, kind: BlockKind, shape: tuple[int, int]) -> torch.Tensor:
+        """A mini-batch's rows, in every layer."""
+        return self._device.empty(shape, self._formats.cache(kind).dtype, DeviceUse.CACHE_BUFFERS)
+
+    def _allocate(self, pool: PoolId, num_slots: int) -> list[torch.Tensor]:
         """One tensor [slots, width] a layer, so that a layer's blocks are neighbours."""
-        widths = [self._widths[self._plan.held(pool.kind, layer)] for layer in range(len(self._held))]
+        rows, dtype = self._rows[pool.kind], self._formats.cache(pool.kind).dtype
         if pool.tier is Tier.DEVICE:  # with a spare row
-            return [self._device.empty((num_slots + 1, width), dtype, DeviceUse.CACHE_BLOCKS) for width in widths]
+            shapes = [(num_slots + 1, row.width) for row in rows]
+            return [self._device.empty(shape, dtype, DeviceUse.CACHE_BLOCKS) for shape in shapes]
         if num_slots == 0:
             return []
-        sizes = [num_slots * width * dtype.itemsize for width in widths]
         pin = partial(self._device.pinned, use=HostUse.CACHE_BLOCKS)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pin") as threads:
-            return [memory.view(dtype).view(num_slots, -1) for memory in threads.map(pin, sizes)]
+            pinned = threads.map(pin, [num_slots * row.num_bytes for row in rows])
+            return [memory.view(dtype).view(num_slots, -1) for memory in pinned]
 
 
 def _loads_from(tier: Tier, batch: MiniBatch, held: BlockKind) -> Loads:

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 
 from hsrpc.device.device import Device
 from hsrpc.engine.lanes import StepRun
-from hsrpc.engine.weights import Decoding, ModelWeights
+from hsrpc.engine.weights import ModelWeights, OpenedLayer
 from hsrpc.engine.worker import Worker
 from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import Plan
 from hsrpc.schedule.sweep import BUFFERS, Lane, LayerPlacement, Op, Places
-
-
-class OpenWeights(NamedTuple):
-    """A layer's weights on the device, once its loads and decodings are done."""
-
-    tensors: Mapping[str, torch.Tensor]
-    decodings: tuple[Decoding, ...] = ()
-    """To be done before the tensors are used."""
 
 
 class WeightPrefetcher:
@@ -36,14 +26,14 @@ class WeightPrefetcher:
         self._device = device
         streams = any(layer.packed is not None for layer in weights.layers)
         self._buffers = [self._buffer(plan.weight_buffer_bytes) for _ in range(BUFFERS * streams)]
-        self._decoded = self._buffer(plan.weight_buffer_bytes * plan.codes_weights)
-        self._open: dict[tuple[int, int], OpenWeights] = {}
+        self._decoded = self._buffer(plan.decode_buffer_bytes)
+        self._open: dict[tuple[int, int], OpenedLayer] = {}
         """By layer and buffer."""
 
     @property
     def places(self) -> Places:
         """Where each layer's weights are."""
-        return tuple(LayerPlacement(each.bus_bytes, bool(each.coded)) for each in self._layers)
+        return tuple(LayerPlacement(each.bus_bytes, each.is_decoded) for each in self._layers)
 
     def _buffer(self, size: int) -> torch.Tensor:
         return self._device.empty((size,), torch.uint8, DeviceUse.WEIGHT_BUFFERS)
@@ -61,16 +51,15 @@ class WeightPrefetcher:
         self._device.load_bytes(self._buffers[op.slot][start:end], packed[start:end])
         self.streamed_bytes += end - start
 
-    def open(self, layer: int, slot: int) -> OpenWeights:
+    def open(self, layer: int, slot: int) -> OpenedLayer:
         """A layer's weights, in that buffer where they are streamed: made once, for it takes long."""
         key = layer, slot
         if key not in self._open:
             self._open[key] = self._make(layer, slot)
         return self._open[key]
 
-    def _make(self, layer: int, slot: int) -> OpenWeights:
+    def _make(self, layer: int, slot: int) -> OpenedLayer:
         weights = self._layers[layer]
         if weights.packed is None:
-            return OpenWeights(weights.resident)
-        tensors = weights.on(self._buffers[slot], self._decoded)
-        return OpenWeights(tensors, weights.decodings(self._buffers[slot], tensors))
+            return OpenedLayer(weights.resident, ())
+        return weights.open(self._buffers[slot], self._decoded)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
 
 from hsrpc.model.config_file import ConfigFile
-from hsrpc.model.family import Family, ModelSpec, TensorSpec, Weights
-from hsrpc.model.layers import gate, linear_tensors, norm_tensors, project, project_rows, rms_norm
+from hsrpc.model.family import Family, ModelSpec, Weights
+from hsrpc.model.layers import Affine, gate, linear_tensors, norm_tensors, project, project_rows, rms_norm
 from hsrpc.model.rope import RopeSettings, make_rotation, rope_frequencies, rotate_
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.model.tensor import TensorSpec
+from hsrpc.plan.sizes import LayerSizes, ModelSizes
+
+EMBED = "embed_weight"
+ATTENTION_NORM = Affine.named("attention_norm")
+FFN_NORM = Affine.named("ffn_norm")
+FINAL_NORM = Affine.named("final_norm")
+QKV = Affine.named("qkv")
+OUT = Affine.named("out")
+GATE_UP = Affine.named("gate_up")
+DOWN = Affine.named("down")
+HEAD = Affine.named("head")
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,7 @@ class LlamaSettings:
     attention_bias: bool
     mlp_bias: bool
     tied: bool
+    sliding_window: int | None
 
     @classmethod
     def read(cls, config: ConfigFile) -> LlamaSettings:
@@ -33,6 +45,7 @@ class LlamaSettings:
             attention_bias=config.flag("attention_bias", False),
             mlp_bias=config.flag("mlp_bias", False),
             tied=config.flag("tie_word_embeddings", False),
+            sliding_window=_read_window(config),
         )
 
 
@@ -45,21 +58,19 @@ class Llama(Family):
         self._frequencies = rope_frequencies(self.settings.rope, self.sizes.head_dim)
 
     @staticmethod
-    def read_sizes(config: ConfigFile, element_bytes: int) -> ModelSizes:
-        num_heads, context_length = config.integer("num_attention_heads"), config.integer("max_position_embeddings")
+    def read_sizes(config: ConfigFile, compute_bytes: int) -> ModelSizes:
+        num_heads = config.integer("num_attention_heads")
         return ModelSizes(
-            num_layers=config.integer("num_hidden_layers"),
             hidden_size=config.integer("hidden_size"),
             num_heads=num_heads,
             num_kv_heads=_read_kv_heads(config, num_heads),
             head_dim=_read_head_dim(config, num_heads),
             ffn_size=config.integer("intermediate_size"),
             vocab_size=config.integer("vocab_size"),
-            context_length=context_length,
-            element_bytes=element_bytes,
-            layer_tensors={},
-            fixed_elements=0,
-            sliding_window=_read_window(config, context_length),
+            context_length=config.integer("max_position_embeddings"),
+            compute_bytes=compute_bytes,
+            layers=(),
+            fixed_bytes=0,
         )
 
     def layer_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
@@ -68,25 +79,28 @@ class Llama(Family):
         gate_up = (f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj")
         attention_bias, mlp_bias = self.settings.attention_bias, self.settings.mlp_bias
         return (
-            *norm_tensors("attention_norm", f"{prefix}.input_layernorm", size),
-            *linear_tensors("qkv", qkv, (self.q_size, self.kv_size, self.kv_size), size, bias=attention_bias),
-            *linear_tensors("out", (f"{prefix}.self_attn.o_proj",), (size,), self.q_size, bias=attention_bias),
-            *norm_tensors("ffn_norm", f"{prefix}.post_attention_layernorm", size),
-            *linear_tensors("gate_up", gate_up, (ffn, ffn), size, bias=mlp_bias),
-            *linear_tensors("down", (f"{prefix}.mlp.down_proj",), (size,), ffn, bias=mlp_bias),
+            *norm_tensors(ATTENTION_NORM, f"{prefix}.input_layernorm", size),
+            *linear_tensors(QKV, qkv, (self.q_size, self.kv_size, self.kv_size), size, bias=attention_bias),
+            *linear_tensors(OUT, (f"{prefix}.self_attn.o_proj",), (size,), self.q_size, bias=attention_bias),
+            *norm_tensors(FFN_NORM, f"{prefix}.post_attention_layernorm", size),
+            *linear_tensors(GATE_UP, gate_up, (ffn, ffn), size, bias=mlp_bias),
+            *linear_tensors(DOWN, (f"{prefix}.mlp.down_proj",), (size,), ffn, bias=mlp_bias),
         )
+
+    def layer_sizes(self, layer: int) -> LayerSizes:
+        return replace(super().layer_sizes(layer), sliding_window=self.settings.sliding_window)
 
     def fixed_tensors(self) -> tuple[TensorSpec, ...]:
         vocab, size = self.sizes.vocab_size, self.sizes.hidden_size
-        head = () if self.settings.tied else linear_tensors("head", ("lm_head",), (vocab,), size, bias=False)
+        head = () if self.settings.tied else linear_tensors(HEAD, ("lm_head",), (vocab,), size, bias=False)
         return (
-            TensorSpec("embed_weight", (vocab, size), ("model.embed_tokens.weight",)),
-            *norm_tensors("final_norm", "model.norm", size),
+            TensorSpec(EMBED, (vocab, size), ("model.embed_tokens.weight",)),
+            *norm_tensors(FINAL_NORM, "model.norm", size),
             *head,
         )
 
     def embed(self, fixed: Weights, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return functional.embedding(token_ids, fixed["embed_weight"])
+        return functional.embedding(token_ids, fixed[EMBED])
 
     def rotation(self, positions: torch.Tensor) -> torch.Tensor:
         if self._frequencies.device != positions.device:
@@ -96,17 +110,17 @@ class Llama(Family):
         return make_rotation(positions, self._frequencies, self.spec.dtype)
 
     def attention_input(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        return rms_norm(w, "attention_norm", hidden, self.settings.epsilon)
+        return rms_norm(w, ATTENTION_NORM, hidden, self.settings.epsilon)
 
     def queries_keys_values(
         self, w: Weights, x: torch.Tensor, rotation: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        fused = project(w, "qkv", x)
+        fused = project(w, QKV, x)
         self._rotate(fused[:, : self.q_size + self.kv_size], rotation)
         return fused[:, : self.q_size], fused[:, self.q_size :]
 
     def keys_values(self, w: Weights, x: torch.Tensor, rotation: torch.Tensor, out: torch.Tensor) -> None:
-        project_rows(w, "qkv", x, self.q_size, out)
+        project_rows(w, QKV, x, self.q_size, out)
         self._rotate(out[:, : self.kv_size], rotation)
 
     def _rotate(self, heads: torch.Tensor, rotation: torch.Tensor) -> None:
@@ -120,15 +134,15 @@ class Llama(Family):
             rotate_(heads, rotation)
 
     def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        hidden = hidden + project(w, "out", attended)
-        return hidden + self._mlp(w, rms_norm(w, "ffn_norm", hidden, self.settings.epsilon))
+        hidden = hidden + project(w, OUT, attended)
+        return hidden + self._mlp(w, rms_norm(w, FFN_NORM, hidden, self.settings.epsilon))
 
     def _mlp(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
-        return project(w, "down", gate(project(w, "gate_up", x)))
+        return project(w, DOWN, gate(project(w, GATE_UP, x)))
 
     def logits(self, fixed: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        head = fixed["embed_weight"] if self.settings.tied else fixed["head_weight"]
-        return functional.linear(rms_norm(fixed, "final_norm", hidden, self.settings.epsilon), head).float()
+        head = fixed[EMBED] if self.settings.tied else fixed[HEAD.weight]
+        return functional.linear(rms_norm(fixed, FINAL_NORM, hidden, self.settings.epsilon), head).float()
 
 
 def _read_kv_heads(config: ConfigFile, num_heads: int) -> int:
@@ -149,9 +163,9 @@ def _read_head_dim(config: ConfigFile, num_heads: int) -> int:
     return head_dim
 
 
-def _read_window(config: ConfigFile, context_length: int) -> int | None:
+def _read_window(config: ConfigFile) -> int | None:
     """Only Mistral slides its window; a window no smaller than the context hides nothing."""
     if config.values.get("model_type") != "mistral" or not config.has("sliding_window"):
         return None
     window = config.integer("sliding_window")
-    return window if window < context_length else None
+    return window if window < config.integer("max_position_embeddings") else None

@@ -8,12 +8,25 @@ import torch
 from torch.nn import functional
 
 from hsrpc.model.config_file import ConfigFile
-from hsrpc.model.family import Family, ModelSpec, TensorSpec, Weights
-from hsrpc.model.layers import layer_norm, linear_tensors, norm_tensors, project, project_relu, project_rows
+from hsrpc.model.family import Family, ModelSpec, Weights
+from hsrpc.model.layers import Affine, layer_norm, linear_tensors, norm_tensors, project, project_relu, project_rows
+from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.sizes import ModelSizes
 
 POSITION_OFFSET = 2
 """Rows at the start of the position table that no token uses."""
+EMBED = "embed_weight"
+POSITIONS = "position_weight"
+ATTENTION_NORM = Affine.named("attention_norm")
+FFN_NORM = Affine.named("ffn_norm")
+FINAL_NORM = Affine.named("final_norm")
+QKV = Affine.named("qkv")
+OUT = Affine.named("out")
+HEAD = Affine.named("head")
+FC1 = Affine.named("fc1")
+FC2 = Affine.named("fc2")
+PROJECT_IN = Affine.named("project_in")
+PROJECT_OUT = Affine.named("project_out")
 ACTIVATIONS = ("relu", "gelu")
 
 
@@ -52,12 +65,11 @@ class Opt(Family):
         self.settings = OptSettings.read(spec.config)
 
     @staticmethod
-    def read_sizes(config: ConfigFile, element_bytes: int) -> ModelSizes:
+    def read_sizes(config: ConfigFile, compute_bytes: int) -> ModelSizes:
         hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
         if hidden_size % num_heads:
             raise config.refuse("hidden_size", f"a multiple of num_attention_heads={num_heads}")
         return ModelSizes(
-            num_layers=config.integer("num_hidden_layers"),
             hidden_size=hidden_size,
             num_heads=num_heads,
             num_kv_heads=num_heads,
@@ -65,21 +77,21 @@ class Opt(Family):
             ffn_size=config.integer("ffn_dim"),
             vocab_size=config.integer("vocab_size"),
             context_length=config.integer("max_position_embeddings"),
-            element_bytes=element_bytes,
-            layer_tensors={},
-            fixed_elements=0,
+            compute_bytes=compute_bytes,
+            layers=(),
+            fixed_bytes=0,
         )
 
     def layer_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
         prefix, size, ffn = f"model.decoder.layers.{layer}", self.sizes.hidden_size, self.sizes.ffn_size
         qkv = tuple(f"{prefix}.self_attn.{part}_proj" for part in "qkv")
         return (
-            *self._norm("attention_norm", f"{prefix}.self_attn_layer_norm"),
-            *self._linear("qkv", qkv, (size, size, size), size),
-            *self._linear("out", (f"{prefix}.self_attn.out_proj",), (size,), size),
-            *self._norm("ffn_norm", f"{prefix}.final_layer_norm"),
-            *self._linear("fc1", (f"{prefix}.fc1",), (ffn,), size),
-            *self._linear("fc2", (f"{prefix}.fc2",), (size,), ffn),
+            *self._norm(ATTENTION_NORM, f"{prefix}.self_attn_layer_norm"),
+            *self._linear(QKV, qkv, (size, size, size), size),
+            *self._linear(OUT, (f"{prefix}.self_attn.out_proj",), (size,), size),
+            *self._norm(FFN_NORM, f"{prefix}.final_layer_norm"),
+            *self._linear(FC1, (f"{prefix}.fc1",), (ffn,), size),
+            *self._linear(FC2, (f"{prefix}.fc2",), (size,), ffn),
         )
 
     def fixed_tensors(self) -> tuple[TensorSpec, ...]:
@@ -87,59 +99,59 @@ class Opt(Family):
         hidden, embed = sizes.hidden_size, settings.embed_size
         positions = sizes.context_length + POSITION_OFFSET
         tensors = [
-            TensorSpec("embed_weight", (sizes.vocab_size, embed), (f"{prefix}.embed_tokens.weight",)),
-            TensorSpec("position_weight", (positions, hidden), (f"{prefix}.embed_positions.weight",)),
+            TensorSpec(EMBED, (sizes.vocab_size, embed), (f"{prefix}.embed_tokens.weight",)),
+            TensorSpec(POSITIONS, (positions, hidden), (f"{prefix}.embed_positions.weight",)),
         ]
         if embed != hidden:
-            tensors += linear_tensors("project_in", (f"{prefix}.project_in",), (hidden,), embed, bias=False)
-            tensors += linear_tensors("project_out", (f"{prefix}.project_out",), (embed,), hidden, bias=False)
+            tensors += linear_tensors(PROJECT_IN, (f"{prefix}.project_in",), (hidden,), embed, bias=False)
+            tensors += linear_tensors(PROJECT_OUT, (f"{prefix}.project_out",), (embed,), hidden, bias=False)
         if settings.final_norm:
-            tensors += self._norm("final_norm", f"{prefix}.final_layer_norm")
+            tensors += self._norm(FINAL_NORM, f"{prefix}.final_layer_norm")
         if not settings.tied:
-            tensors += linear_tensors("head", ("lm_head",), (sizes.vocab_size,), embed, bias=False)
+            tensors += linear_tensors(HEAD, ("lm_head",), (sizes.vocab_size,), embed, bias=False)
         return tuple(tensors)
 
-    def _linear(self, name: str, sources: tuple[str, ...], rows: tuple[int, ...], columns: int) -> list[TensorSpec]:
-        return linear_tensors(name, sources, rows, columns, bias=self.settings.bias)
+    def _linear(self, of: Affine, sources: tuple[str, ...], rows: tuple[int, ...], columns: int) -> list[TensorSpec]:
+        return linear_tensors(of, sources, rows, columns, bias=self.settings.bias)
 
-    def _norm(self, name: str, source: str) -> list[TensorSpec]:
+    def _norm(self, of: Affine, source: str) -> list[TensorSpec]:
         affine = self.settings.affine
-        return norm_tensors(name, source, self.sizes.hidden_size, weight=affine, bias=affine)
+        return norm_tensors(of, source, self.sizes.hidden_size, weight=affine, bias=affine)
 
     def embed(self, fixed: Weights, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        tokens = functional.embedding(token_ids, fixed["embed_weight"])
+        tokens = functional.embedding(token_ids, fixed[EMBED])
         if self.settings.embed_size != self.sizes.hidden_size:
-            tokens = project(fixed, "project_in", tokens)
-        return tokens + functional.embedding(positions + POSITION_OFFSET, fixed["position_weight"])
+            tokens = project(fixed, PROJECT_IN, tokens)
+        return tokens + functional.embedding(positions + POSITION_OFFSET, fixed[POSITIONS])
 
     def attention_input(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        return layer_norm(w, "attention_norm", hidden) if self.settings.pre_norm else hidden
+        return layer_norm(w, ATTENTION_NORM, hidden) if self.settings.pre_norm else hidden
 
     def queries_keys_values(
         self, w: Weights, x: torch.Tensor, rotation: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        fused = project(w, "qkv", x)
+        fused = project(w, QKV, x)
         return fused[:, : self.q_size], fused[:, self.q_size :]
 
     def keys_values(self, w: Weights, x: torch.Tensor, rotation: torch.Tensor, out: torch.Tensor) -> None:
-        project_rows(w, "qkv", x, self.q_size, out)
+        project_rows(w, QKV, x, self.q_size, out)
 
     def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        hidden = hidden + project(w, "out", attended)
+        hidden = hidden + project(w, OUT, attended)
         if self.settings.pre_norm:
-            return hidden + self._mlp(w, layer_norm(w, "ffn_norm", hidden))
-        hidden = layer_norm(w, "attention_norm", hidden)
-        return layer_norm(w, "ffn_norm", hidden + self._mlp(w, hidden))
+            return hidden + self._mlp(w, layer_norm(w, FFN_NORM, hidden))
+        hidden = layer_norm(w, ATTENTION_NORM, hidden)
+        return layer_norm(w, FFN_NORM, hidden + self._mlp(w, hidden))
 
     def _mlp(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
         is_relu = self.settings.activation == "relu"
-        inner = project_relu(w, "fc1", x) if is_relu else functional.gelu(project(w, "fc1", x))
-        return project(w, "fc2", inner)
+        inner = project_relu(w, FC1, x) if is_relu else functional.gelu(project(w, FC1, x))
+        return project(w, FC2, inner)
 
     def logits(self, fixed: Weights, hidden: torch.Tensor) -> torch.Tensor:
         if self.settings.final_norm:
-            hidden = layer_norm(fixed, "final_norm", hidden)
+            hidden = layer_norm(fixed, FINAL_NORM, hidden)
         if self.settings.embed_size != self.sizes.hidden_size:
-            hidden = project(fixed, "project_out", hidden)
-        head = fixed["embed_weight"] if self.settings.tied else fixed["head_weight"]
+            hidden = project(fixed, PROJECT_OUT, hidden)
+        head = fixed[EMBED] if self.settings.tied else fixed[HEAD.weight]
         return functional.linear(hidden, head).float()

@@ -24,6 +24,12 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from hsrpc.model.formats.format import Packing, WeightFormat
+from hsrpc.model.formats.plain import PlainPacking
+from hsrpc.model.tensor import TensorSpec
+from hsrpc.plan.fitted import DECODE_RATE_SHARE
+from hsrpc.plan.sizes import TensorSizes, align
+
 LEVELS = 3
 BLOCK = 4096
 """Values with offsets of their own."""
@@ -33,19 +39,19 @@ WORD = 32
 _ESCAPE = 3
 """The code that no exponent has."""
 _ALIGNMENT = 16
-"""Of the parts, bytes."""
+"""Bytes; each part of the coded data begins at a multiple."""
 _CHUNK = 1024 * BLOCK
 """Values encoded at once: they take about 50 bytes each meanwhile."""
 _MANTISSA_BITS = {torch.float16: 3, torch.bfloat16: 0}
-"""Of the high byte, behind the exponent."""
+"""Bits of the mantissa in the high byte, behind the exponent."""
 EXPECTED_SHARES = {torch.float16: 0.856, torch.bfloat16: 0.668}
 """Bytes of a coded tensor over its own, where values are normally distributed."""
 MAX_SHARES = {torch.float16: 0.945, torch.bfloat16: 0.76}
 """The same for distributions a good deal wider, such as of seven exponents that are equally frequent."""
 
 
-class Parts(NamedTuple):
-    """Views of coded bytes."""
+class CodedViews(NamedTuple):
+    """Views of the parts of coded bytes."""
 
     codes: torch.Tensor
     """int32"""
@@ -60,7 +66,7 @@ class Parts(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Coding:
+class Coding(Packing):
     """How a tensor was coded."""
 
     shape: tuple[int, ...]
@@ -68,7 +74,7 @@ class Coding:
     exponents: tuple[int, ...]
     """Those with codes, the most frequent first."""
     counts: tuple[int, ...]
-    """Of the codes of each level, then of the escapes."""
+    """Numbers of codes of each level, then of escapes."""
 
     @property
     def num_values(self) -> int:
@@ -95,12 +101,12 @@ class Coding:
 
     @property
     def plane_words(self) -> int:
-        """Of each plane."""
+        """Words of each plane."""
         return self.num_values // WORD
 
     @property
     def ranks(self) -> torch.Tensor:
-        """Of each exponent, by frequency: int32 [256]; the number of codes for all that have none."""
+        """Ranks of the exponents by frequency: int32 [256]; the number of codes for all that have none."""
         ranks = torch.full((256,), len(self.exponents), dtype=torch.int32)
         ranks[list(self.exponents)] = torch.arange(len(self.exponents), dtype=torch.int32)
         return ranks
@@ -114,12 +120,27 @@ class Coding:
     def num_bytes(self) -> int:
         return self._bounds()[-1][1]
 
-    def parts(self, data: torch.Tensor) -> Parts:
-        """Of the tensor's coded bytes (uint8)."""
+    @property
+    def decoded_bytes(self) -> int:
+        return self.num_values * self.dtype.itemsize
+
+    def open(self, data: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return target.view(self.dtype).view(self.shape)
+
+    def decode(self, data: torch.Tensor, operand: torch.Tensor) -> None:
+        if data.is_cuda:
+            from hsrpc.model.kernels.lossless import decode_weights  # loads Triton
+
+            decode_weights(data, self, operand)
+        else:
+            decode(data, self, operand)
+
+    def views(self, data: torch.Tensor) -> CodedViews:
+        """The parts of the tensor's coded bytes (uint8)."""
         codes, planes, offsets, low, escapes = (data[start:end] for start, end in self._bounds())
         planes = planes.view(torch.int32).view(self.plane_words, self.mantissa_bits)
         offsets = offsets.view(torch.int32).view(-1, LEVELS)
-        return Parts(codes.view(torch.int32), planes, offsets, low, escapes)
+        return CodedViews(codes.view(torch.int32), planes, offsets, low, escapes)
 
     def _bounds(self) -> list[tuple[int, int]]:
         """First byte and end of each part."""
@@ -129,8 +150,57 @@ class Coding:
         return [(start, start + size) for start, size in zip(starts, sizes, strict=False)]
 
 
+@dataclass(frozen=True, slots=True)
+class Lossless(WeightFormat):
+    """Weights coded without loss: on the device while they are loaded, and decoded there before they are used.
+
+    Tensors that do not fill words lie as they are. They are small, and counted as if they were coded.
+    """
+
+    dtype: torch.dtype
+
+    @staticmethod
+    def takes(dtype: torch.dtype) -> bool:
+        """Whether weights of that type can be coded."""
+        return dtype in EXPECTED_SHARES
+
+    @staticmethod
+    def pays_on(device: torch.device) -> bool:
+        """Whether a kernel decodes there, as fast as the planner counts."""
+        return device.type == "cuda"
+
+    def sizes(self, tensor: TensorSpec) -> TensorSizes:
+        size = align(tensor.numel * self.dtype.itemsize)
+        expected = size * EXPECTED_SHARES[self.dtype]
+        return TensorSizes(
+            name=tensor.name,
+            num_elements=tensor.numel,
+            resident_bytes=tensor.numel * self.dtype.itemsize,
+            device_bytes=size,
+            buffer_bytes=size,
+            bus_bytes=expected,
+            host_bytes=size * MAX_SHARES[self.dtype],
+            decoded_bytes=size,
+            decode_traffic=(expected + size) / DECODE_RATE_SHARE,
+        )
+
+    def pack(self, values: torch.Tensor) -> tuple[Packing, torch.Tensor]:
+        if not can_encode(values):
+            return PlainPacking(tuple(values.shape), values.dtype), values.view(-1).view(torch.uint8)
+        if values.is_cuda:
+            from hsrpc.model.kernels.lossless import encode_weights  # loads Triton
+
+            return encode_weights(values)
+        return encode(values)
+
+    def compile(self, device: torch.device) -> None:
+        values = torch.arange(WORD, device=device).to(self.dtype).view(1, WORD)  # six exponents: a second level
+        coding, data = self.pack(values)
+        coding.decode(data, values)
+
+
 def can_encode(values: torch.Tensor) -> bool:
-    """Whether it is a matrix that fills words; other tensors of a model are small."""
+    """Whether `values` is a matrix that fills words; other tensors of a model are small."""
     return values.dim() > 1 and values.numel() % WORD == 0
 
 
@@ -152,7 +222,7 @@ def encode(values: torch.Tensor) -> tuple[Coding, torch.Tensor]:
     occurring = [(turn(chunk) >> shift).bincount(minlength=256) for chunk in chunks]
     coding = choose(values, torch.stack(occurring).sum(0))
     data = torch.zeros(coding.num_bytes, dtype=torch.uint8)
-    parts, ranks = coding.parts(data), coding.ranks
+    parts, ranks = coding.views(data), coding.ranks
     levels: list[list[torch.Tensor]] = [[] for _ in range(LEVELS)]
     escapes, per_block = [], []
     for number, chunk in enumerate(chunks):
@@ -175,7 +245,7 @@ def encode(values: torch.Tensor) -> tuple[Coding, torch.Tensor]:
 
 def decode(data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
     """Write the values that were coded to `target`, the same to the bit. All is in host memory."""
-    parts = coding.parts(data)
+    parts = coding.views(data)
     exponents = torch.zeros(coding.num_values, dtype=torch.int32)
     left = torch.arange(coding.num_values)
     for level, word in enumerate(coding.level_words[:LEVELS]):
@@ -223,5 +293,5 @@ def _unpacked(words: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _in_rows(values: torch.Tensor, size: int) -> torch.Tensor:
-    """Of `size` each, zeros behind the last."""
+    """Rows of `size` values each, zeros behind the last."""
     return functional.pad(values, (0, -len(values) % size)).view(-1, size)

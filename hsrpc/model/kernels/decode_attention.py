@@ -12,7 +12,7 @@ import triton.language as tl
 _PROGRAMS = 1024
 """Enough to fill a large GPU several times; fewer requests are divided into parts along their keys."""
 _MIN_KEYS = 128
-"""Of a part."""
+"""Keys of a part, where a request is divided."""
 _MAX_PARTS = 32
 _PACKED_DIM = 128
 """Smaller heads are read together: their rows are neighbours in memory, and matrix units have rows to spare."""

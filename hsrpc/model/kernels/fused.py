@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 _HEADS = 16
-"""Of a program, which computes cosines and sines once for all of them."""
+"""Heads of a program, which computes cosines and sines once for all of them."""
 _BLOCK = 2048
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels that code weights and decode them: the same bytes as `coding.encode`, the same bits as `decode`.
+"""Triton kernels that code weights and decode them: the same bytes as `lossless.encode`, the same bits as `decode`.
 
 That codes have two bits and three levels, and that 16 values are a row, is written out in them.
 """
@@ -120,8 +120,8 @@ def _decode_weights(
 
 
 def decode_weights(data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
-    """As `coding.decode`, on the current stream."""
-    parts = coding.parts(data)
+    """As `lossless.decode`, on the current stream."""
+    parts = coding.views(data)
     _decode_weights[(coding.num_blocks,)](
         target.view(-1).view(torch.int32),
         parts.codes,
@@ -139,7 +139,7 @@ def decode_weights(data: torch.Tensor, coding: Coding, target: torch.Tensor) -> 
 
 @triton.jit
 def _turn(values):
-    """As `coding.turn`."""
+    """As `lossless.turn`."""
     bits = values.to(tl.uint16, bitcast=True).to(tl.uint32)
     return ((bits << 1) | (bits >> 15)) & 0xFFFF
 
@@ -208,7 +208,7 @@ def _pack_codes(codes, words, first, num_words, WORDS: tl.constexpr):
 
 
 def encode_weights(values: torch.Tensor) -> tuple[Coding, torch.Tensor]:
-    """As `coding.encode`, on the current stream, for which the host waits."""
+    """As `lossless.encode`, on the current stream, for which the host waits."""
     device, flat = values.device, values.reshape(-1).view(torch.int16)
     grid, num_values = (triton.cdiv(len(flat), BLOCK),), len(flat)
     found = torch.zeros(256, dtype=torch.int32, device=device)
@@ -216,7 +216,7 @@ def encode_weights(values: torch.Tensor) -> tuple[Coding, torch.Tensor]:
     _count_exponents[grid](flat, found, num_values, SHIFT=shift, BLOCK=BLOCK)
     coding = choose(values, found)
     data = torch.zeros(coding.num_bytes, dtype=torch.uint8, device=device)
-    parts, ranks = coding.parts(data), coding.ranks.to(device)
+    parts, ranks = coding.views(data), coding.ranks.to(device)
     counts = torch.empty_like(parts.offsets)
     _write_rows[grid](
         flat,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.sizes import ModelSizes
+from hsrpc.schedule.blocks import BlockKind
 from hsrpc.server.grpc.messages import model_of
 from hsrpc.server.service import Service
 from hsrpc.v1 import model_pb2
@@ -45,8 +46,8 @@ def _sizes_message(sizes: ModelSizes) -> model_pb2.ModelSizes:
         head_dim=sizes.head_dim,
         ffn_size=sizes.ffn_size,
         vocab_size=sizes.vocab_size,
-        element_bytes=sizes.element_bytes,
-        layer_bytes=sizes.layer_bytes,
+        element_bytes=sizes.compute_bytes,
+        layer_bytes=max(layer.weight_bytes for layer in sizes.layers),
         model_bytes=sizes.model_bytes,
         sliding_window=sizes.sliding_window,
     )
@@ -57,7 +58,7 @@ def _cache_message(sizes: ModelSizes, plan: Plan) -> model_pb2.CacheDecision:
         policy=plan.policy.value,
         activation_share=plan.activation_share,
         activation_ratio=sizes.activation_ratio,
-        kv_bytes=sizes.kv_bytes,
-        activation_bytes=sizes.activation_bytes,
+        kv_bytes=sizes.max_row_bytes(BlockKind.KV),
+        activation_bytes=sizes.max_row_bytes(BlockKind.ACTIVATION),
         explanation=plan.reason,
     )

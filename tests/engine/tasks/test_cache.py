@@ -14,6 +14,8 @@ from hsrpc.engine.bus import BusOrder
 from hsrpc.config import EngineConfig
 from hsrpc.device.device import CpuDevice
 from hsrpc.engine.tasks.cache import CacheManager, Stores
+from hsrpc.model.formats.choice import uniform
+from hsrpc.model.formats.plain import Plain
 from hsrpc.model.spec import load_spec
 from hsrpc.plan.plan import Budgets
 from hsrpc.plan.planner import Planner
@@ -45,7 +47,7 @@ async def managing(sizes: ModelSizes, dtype: torch.dtype = torch.float32) -> Asy
     plan = Planner(sizes, Budgets(device=2**30, host=2**30), HARDWARE, config).plan()
     buffers = replace(plan.buffers, activation_rows=plan.buffers.rows)
     plan = replace(plan, num_blocks=dict.fromkeys(PoolId, NUM_BLOCKS), buffers=buffers)
-    cache = CacheManager(sizes, plan, CpuDevice(), dtype, BusOrder())
+    cache = CacheManager(sizes, plan, CpuDevice(), uniform(Plain(dtype), dtype), BusOrder())
     task = asyncio.create_task(cache.run())
     try:
         yield cache
@@ -70,7 +72,7 @@ def make_step(request: Request, context: int, count: int) -> Step:
 def store_all(cache: CacheManager, sizes: ModelSizes, step: Step, dtype: torch.dtype) -> tuple[Rows, Rows]:
     """Random rows for every layer, stored: K and V, and activations."""
     batch = step.mini_batches[0]
-    kv = [torch.randn(batch.num_queries, 2 * sizes.kv_size).to(dtype) for _ in range(sizes.num_layers)]
+    kv = [torch.randn(batch.num_queries, sizes.layers[0].kv.width).to(dtype) for _ in range(sizes.num_layers)]
     x = [torch.randn(batch.num_queries, sizes.hidden_size).to(dtype) for _ in range(sizes.num_layers)]
     rows = {pool: Stores.of(pool, rows, torch.from_numpy) for pool, rows in batch.stores.items()}
     for layer in range(sizes.num_layers):
@@ -101,8 +103,11 @@ TABLES |= {"neighbours": [(PoolId.HOST_ACTIVATION, index) for index in range(9, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("num_tokens", [1, 4, 22])
 @pytest.mark.parametrize("table", TABLES)
-async def test_what_is_stored_comes_back(table: str, num_tokens: int, dtype: torch.dtype, sizes: ModelSizes) -> None:
+async def test_what_is_stored_comes_back(
+    table: str, num_tokens: int, dtype: torch.dtype, reference: Callable[[str], Reference]
+) -> None:
     """From each pool, scattered and neighbouring blocks, the last one partly full: the same bits in every layer."""
+    sizes = load_spec(reference("opt").directory, dtype).sizes
     blocks = TABLES[table][: -(-num_tokens // BLOCK_SIZE)]
     request = make_request(blocks, num_tokens + 2)
     async with managing(sizes, dtype) as cache, asyncio.timeout(20):
@@ -128,7 +133,8 @@ async def test_what_is_stored_comes_back(table: str, num_tokens: int, dtype: tor
 
 async def test_only_host_blocks_count_as_loaded(sizes: ModelSizes) -> None:
     """Bytes over the bus: K and V, or activations, of the host's rows, all layers."""
-    for pool, token_bytes in ((PoolId.HOST_KV, sizes.kv_bytes), (PoolId.HOST_ACTIVATION, sizes.activation_bytes)):
+    for pool in (PoolId.HOST_KV, PoolId.HOST_ACTIVATION):
+        token_bytes = sizes.max_row_bytes(pool.kind)
         async with managing(sizes) as cache, asyncio.timeout(20):
             request = make_request([(pool, 3), (PoolId.DEVICE_KV, 3)], 7)
             await run(cache, sizes, make_step(request, 6, 1))
@@ -144,7 +150,7 @@ async def test_loads_are_ahead_by_the_buffers_and_no_further(sizes: ModelSizes) 
     """The next load waits for a buffer, and a buffer that was taken is not written to."""
     async with managing(sizes) as cache, asyncio.timeout(20):
         request = make_request([(PoolId.HOST_KV, 3), (PoolId.HOST_KV, 9)], 5)
-        per_layer = 4 * sizes.kv_bytes
+        per_layer = 4 * sizes.max_row_bytes(BlockKind.KV)
         await cache.begin(make_step(request, 4, 1))
         await until(cache._ready.full)
         await asyncio.sleep(0.01)
@@ -170,7 +176,7 @@ async def test_an_abandoned_step_loads_nothing_more(sizes: ModelSizes) -> None:
         assert cache.loaded_bytes == loaded
         assert cache._free.full()
         await run(cache, sizes, make_step(make_request([(PoolId.HOST_KV, 3), (PoolId.HOST_KV, 9)], 5), 4, 1))
-        assert cache.loaded_bytes == loaded + sizes.num_layers * 4 * sizes.kv_bytes
+        assert cache.loaded_bytes == loaded + sizes.num_layers * 4 * sizes.max_row_bytes(BlockKind.KV)
 
 
 async def test_a_request_without_cache_loads_nothing(sizes: ModelSizes) -> None:

@@ -1,0 +1,37 @@
+"""Which formats a model's weights and caches may have: decided here, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hsrpc.config import WeightCoding
+from hsrpc.errors import ConfigError
+from hsrpc.model.formats.format import CacheFormat, Formats, WeightFormat
+from hsrpc.model.formats.lossless import Lossless
+from hsrpc.model.formats.plain import Plain
+
+
+def uniform(weight: WeightFormat, dtype: torch.dtype) -> Formats:
+    """One format for all weights of the layers, and caches of the type that is computed with."""
+    return Formats(weight=lambda _: weight, kv=CacheFormat(dtype), activation=CacheFormat(dtype))
+
+
+def format_choices(coding: WeightCoding, dtype: torch.dtype, device: torch.device) -> Sequence[Formats]:
+    """What the planner may choose from, the first one where two are as fast: weights as they are, and coded.
+
+    Raises:
+        ConfigError: weights of that type cannot be coded, and were to be.
+    """
+    plain, can_code = uniform(Plain(dtype), dtype), Lossless.takes(dtype)
+    if coding is WeightCoding.LOSSLESS and not can_code:
+        problem = f"{dtype} weights cannot be coded"
+        raise ConfigError(
+            "weight_coding", coding.value, problem, "use dtype=float16 or bfloat16, or weight_coding=auto"
+        )
+    if coding is WeightCoding.LOSSLESS:
+        return [uniform(Lossless(dtype), dtype)]
+    if coding is WeightCoding.AUTO and can_code and Lossless.pays_on(device):
+        return [plain, uniform(Lossless(dtype), dtype)]
+    return [plain]

@@ -1,0 +1,93 @@
+"""What a format answers: how many bytes a weight tensor or a cached row takes, and how one becomes the other."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hsrpc.model.tensor import TensorSpec
+from hsrpc.plan.sizes import CacheRow, TensorSizes
+from hsrpc.schedule.blocks import BlockKind
+
+
+class Packing(ABC):
+    """How one tensor lies in its packed bytes."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Packed bytes, without padding behind them."""
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of the operand that `decode` writes; 0: it lies ready in the packed bytes."""
+        return 0
+
+    @abstractmethod
+    def open(self, data: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The operand that `layers.project` multiplies by: a view of the packed bytes `data` (uint8 [num_bytes]).
+
+        Or a view of `target` (uint8 [decoded_bytes]), which holds it once it is decoded.
+        """
+
+    @abstractmethod
+    def decode(self, data: torch.Tensor, operand: torch.Tensor) -> None:
+        """Write an operand that does not lie ready from its packed bytes, on the current stream."""
+
+
+class WeightFormat(ABC):
+    """The format of a weight tensor."""
+
+    @abstractmethod
+    def sizes(self, tensor: TensorSpec) -> TensorSizes:
+        """The tensor's bytes: expected ones, and bounds that loading holds packed weights to."""
+
+    @abstractmethod
+    def pack(self, values: torch.Tensor) -> tuple[Packing, torch.Tensor]:
+        """Packed bytes (uint8) of a tensor's values, on their device; the host may wait for the current stream."""
+
+    def place(self, values: torch.Tensor) -> torch.Tensor:
+        """The operand of a tensor that stays on the device, from its values there: what a streamed one decodes to.
+
+        Here the values themselves: packing loses nothing.
+        """
+        return values
+
+    def packing(self, tensor: TensorSpec) -> Packing | None:
+        """How the tensor is packed where packed bytes are its values as they are read: no `pack` is needed.
+
+        None: only `pack` knows.
+        """
+        return None
+
+    @abstractmethod
+    def compile(self, device: torch.device) -> None:
+        """Make ready what packing and decoding compile for the first time: several threads would do it at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFormat:
+    """The format of a kind of block: rows of numbers of one type, which loads and stores copy as they are."""
+
+    dtype: torch.dtype
+    """Element type of the pool."""
+
+    def row(self, width: int) -> CacheRow:
+        """A row of `width` elements."""
+        return CacheRow(width, width * self.dtype.itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """The formats of a model: of each weight tensor of its layers, and of each kind of block."""
+
+    weight: Callable[[TensorSpec], WeightFormat]
+    kv: CacheFormat
+    activation: CacheFormat
+
+    def cache(self, kind: BlockKind) -> CacheFormat:
+        """The format of that kind of block."""
+        return self.kv if kind is BlockKind.KV else self.activation

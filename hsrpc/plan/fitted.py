@@ -1,0 +1,37 @@
+"""Constants that were fitted to measurements of the engine, in one table: nothing measures them at start-up.
+
+All on one H100 (PCIe 5, 16 cores). "From" names the heading of docs/findings.md and, where raw results were kept, their
+file in benchmarks/results.
+
+| constant | value, unit | measured | from |
+|---|---|---|---|
+| WAITING | 8 | 10 | "The planner's choice"; planner/sweep-partly.json |
+| PROMPT_RATE_SHARE | 0.9 of the GEMM rate | 0.93, 8,360 tokens | "Recomputing requests"; recompute/opt-13b.json |
+| SMALL_KERNELS | 4 kernels a layer | counted: two norms, and shorter sums and copies | the families' code |
+| DECODE_RATE_SHARE | 0.3 of the memory bandwidth | 0.33 (float16), 0.45 (bfloat16) | "Coded weights" |
+| LAUNCHES | 30 kernels a layer of a mini-batch | 0.3 ms where a kernel takes 10 us | "Prompts" |
+| PROMPT_LAUNCHES | 90 kernels a layer of a mini-batch | 1.1 ms, a part of it once a step | "Prompts" |
+| BOUNDARY_SECONDS | 1e-3 s a step | 1 ms | "The host between and inside steps" |
+| REQUEST_SECONDS | 20e-6 s a request and step | 20 us | "The planner's choice" |
+| HOP_SECONDS | 0.25e-3 s a layer of a mini-batch | 0.25 ms | "Mini-batches and what they cost the host" |
+| HANDOVER_SECONDS | 0.08e-3 s a layer of a mini-batch | 0.07 to 0.09 ms | "Mini-batches and what they cost the host" |
+"""
+
+from __future__ import annotations
+
+WAITING = 8
+"""Bus and GPU take turns with two buffers. Where they take equally long, they wait for each other: by 9 % with this
+exponent, by 1 % where one takes three quarters of the other's time."""
+PROMPT_RATE_SHARE = 0.9
+"""Part of the GEMM rate at which whole layers of many tokens are computed, all their kernels included."""
+SMALL_KERNELS = 4
+"""Kernels of a layer beside GEMMs and attention, each counted as a norm."""
+DECODE_RATE_SHARE = 0.3
+"""Part of the device's memory bandwidth at which coded weights are read, and decoded ones written."""
+LAUNCHES, PROMPT_LAUNCHES = 30, 90
+"""Small kernels that take the host as long as one layer of one mini-batch; the second, with prompts in it."""
+BOUNDARY_SECONDS, REQUEST_SECONDS = 1e-3, 20e-6
+"""Host time between two steps, in all and for each request."""
+HOP_SECONDS, HANDOVER_SECONDS = 0.25e-3, 0.08e-3
+"""For each mini-batch of a layer, where weights stream: host time beside that of its compute, and time of the bus.
+Where none stream, one thread launches all."""

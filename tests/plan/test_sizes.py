@@ -1,0 +1,153 @@
+"""Layers that differ: what is summed, what is averaged, and what later kinds of layers may answer in their own way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from hsrpc.config import EngineConfig
+from hsrpc.plan.device_memory import Staging, device_bytes, query_bytes
+from hsrpc.plan.layer_times import LayerTimes
+from hsrpc.plan.plan import Budgets
+from hsrpc.plan.planner import Planner
+from hsrpc.plan.sizes import CacheRow, LayerSizes, Number
+from hsrpc.schedule.blocks import BlockKind
+from tests.plan.test_plan import GIB, PCIE4_4090, make_layer, make_sizes
+
+NUM_EXPERTS, NUM_ACTIVE = 8, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLayer(LayerSizes):
+    """A layer whose MLP has eight experts, of which a token goes through two."""
+
+    @property
+    def expert_elements(self) -> int:
+        return sum(tensor.num_elements for tensor in self.tensors if tensor.name in ("up", "down"))
+
+    def flop(self, tokens: Number) -> Number:
+        idle = self.expert_elements * (NUM_EXPERTS - NUM_ACTIVE) // NUM_EXPERTS
+        return tokens * (2 * (self.num_elements - idle))
+
+    def read_bytes(self, tokens: Number) -> Number:
+        missed = (1 - NUM_ACTIVE / NUM_EXPERTS) ** tokens
+        return self.weight_bytes - missed * self.expert_elements * self.compute_bytes
+
+    def workspace_bytes(self, tokens: Number) -> Number:
+        return 4096 + 2 * super().workspace_bytes(tokens)
+
+
+def experts(layer: LayerSizes) -> ExpertLayer:
+    return ExpertLayer(**{name: getattr(layer, name) for name in layer.__dataclass_fields__})
+
+
+DENSE = make_layer(hidden=256, kv=256, ffn=1024, compute_bytes=2)
+EXPERTS = experts(make_layer(hidden=256, kv=256, ffn=8192, compute_bytes=2))
+MIXED = replace(make_sizes(hidden=256, heads=4), layers=(DENSE, EXPERTS, EXPERTS, EXPERTS))
+
+
+def test_equal_layers_are_one():
+    """They are counted, and asked once, in the order in which they come first."""
+    asked: list[LayerSizes] = []
+    sizes = replace(MIXED, layers=(EXPERTS, DENSE, EXPERTS, EXPERTS, DENSE))
+
+    def ask(layer: LayerSizes) -> float:
+        asked.append(layer)
+        return float(layer.ffn_size)
+
+    assert sizes.distinct == ((EXPERTS, 3), (DENSE, 2))
+    assert sizes.kinds == (0, 1, 0, 0, 1)
+    assert sizes.mean(ask) == pytest.approx((3 * 8192 + 2 * 1024) / 5)
+    assert sizes.largest(ask) == 8192
+    assert asked == [EXPERTS, DENSE] * 2
+    assert sizes.commonest == EXPERTS
+    assert sizes.layers_bytes == 3 * EXPERTS.weight_bytes + 2 * DENSE.weight_bytes
+
+
+def test_the_mean_is_taken_of_each_candidate():
+    """Arrays of many candidates are averaged one by one."""
+    tokens = np.array([1.0, 64.0])
+    expected = [(DENSE.flop(n) + 3 * EXPERTS.flop(n)) / 4 for n in (1, 64)]
+    assert MIXED.mean(lambda layer: layer.flop(tokens)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("queries", [1, 4, 64])
+def test_few_tokens_read_few_experts(queries: int):
+    """The time of a layer is the longer of its own compute and its own reads, averaged over the layers."""
+    seconds = LayerTimes(MIXED, PCIE4_4090).forward(np.array([float(queries)]))
+    each = [
+        max(layer.flop(queries) / PCIE4_4090.gemm_rate, layer.read_bytes(queries) / PCIE4_4090.memory_bandwidth)
+        for layer in MIXED.layers
+    ]
+    assert seconds == pytest.approx([sum(each) / 4])
+    shared = EXPERTS.weight_bytes - 2 * EXPERTS.expert_elements
+    part = 1 - 0.75**queries
+    assert EXPERTS.read_bytes(queries) == pytest.approx(shared + part * 2 * EXPERTS.expert_elements)
+
+
+def test_groups_of_mini_batches_read_for_their_own_tokens():
+    """Two groups of 4 tokens read what 4 tokens need, twice."""
+    slow = replace(PCIE4_4090, memory_bandwidth=1e9)
+    seconds = LayerTimes(MIXED, slow).forward(8.0, 2.0)
+    assert seconds == pytest.approx(2 * sum(layer.read_bytes(4) for layer in MIXED.layers) / 4 / 1e9)
+
+
+def test_the_workspace_is_that_of_the_largest_layer():
+    """An MLP eight times as wide that says twice that; the planner plans for it."""
+    wide = EXPERTS.workspace_bytes(10)
+    assert wide == 4096 + 10 * 2 * (2 * (4 * 256 + 3 * 256 + 2 * 256 + 3 * 8192) + 8 * 256)
+    assert query_bytes(MIXED, 10) == wide + 10 * 2 * EXPERTS.pending_bytes
+    staging = Staging(batch=4, rows=100, activation_rows=50, queries=20, step_tokens=30)
+    dense = replace(MIXED, layers=(DENSE,) * 4)
+    larger, smaller = (device_bytes(sizes, staging) for sizes in (MIXED, dense))
+    assert larger["cache buffers"] == smaller["cache buffers"] == 2 * (100 * 2 * 256 + 50 * 256) * 2
+    difference = query_bytes(MIXED, 20) - query_bytes(dense, 20)
+    assert larger["workspace"] - smaller["workspace"] == difference > 0
+
+
+def test_a_model_with_experts_is_planned():
+    """As fast as its active experts where the GPU is the longer side."""
+    slow = replace(PCIE4_4090, gemm_rate=1e11, load_bandwidth=1e12)
+    config = EngineConfig(max_batch=64, expected_context=64, placement="host", cache_policy="kv")
+    budgets = Budgets(device=GIB, host=GIB)
+    all_active = replace(MIXED, layers=tuple(LayerSizes(**vars_of(layer)) for layer in MIXED.layers))
+    active, every = (Planner(sizes, budgets, slow, config).plan().prediction for sizes in (MIXED, all_active))
+    flop = [sum(layer.flop(64) for layer in sizes.layers) for sizes in (MIXED, all_active)]
+    assert (active.forward, every.forward) == pytest.approx([each / slow.gemm_rate for each in flop])
+
+
+def vars_of(layer: LayerSizes) -> dict[str, object]:
+    return {name: getattr(layer, name) for name in LayerSizes.__dataclass_fields__}
+
+
+def test_a_latent_is_an_activation_of_its_own_width():
+    """Multi-head latent attention: 576 elements from which K and V of 128 heads are rebuilt."""
+    width, latent = 128 * 160, 576
+    layer = replace(
+        DENSE,
+        key_size=width,
+        value_size=width,
+        kv=CacheRow(2 * width, 4 * width),
+        activation=CacheRow(latent, 2 * latent),
+    )
+    sizes = replace(MIXED, layers=(layer, layer))
+    assert layer.regenerate_flop == 2 * latent * 2 * width
+    assert sizes.activation_ratio == pytest.approx(40_960 / 576)
+    assert [sizes.token_bytes(kind) for kind in BlockKind] == [2 * 4 * width, 2 * 2 * latent]
+    budgets = Budgets(device=8 * GIB, host=8 * GIB)
+    configs = (EngineConfig(max_batch=16, placement="host", cache_policy=each) for each in ("kv", "activation"))
+    kv, plan = (Planner(sizes, budgets, PCIE4_4090, config).plan() for config in configs)
+    assert plan.prediction.step < kv.prediction.step / 5
+    assert plan.host_bytes["cache blocks"] == sum(plan.num_blocks.values()) * 16 * 2 * 2 * latent
+
+
+def test_rows_of_layers_may_differ():
+    """Blocks take the sum of all layers, buffers the widest row, and the share is decided for all together."""
+    narrow = make_layer(hidden=256, kv=64, ffn=1024, compute_bytes=2)
+    sizes = replace(MIXED, layers=(DENSE, narrow, narrow))
+    assert sizes.token_bytes(BlockKind.KV) == 2 * 2 * (256 + 64 + 64)
+    assert sizes.max_row_bytes(BlockKind.KV) == 2 * 2 * 256
+    assert sizes.mean_row_bytes(BlockKind.KV) == 2 * 2 * 128
+    assert sizes.activation_ratio == 1.0
