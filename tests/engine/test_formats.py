@@ -27,7 +27,8 @@ from hsrpc.model.formats.format import CacheFormat, Formats, Packing, WeightForm
 from hsrpc.model.formats.plain import Plain
 from hsrpc.model.layers import linear_tensors
 from hsrpc.model.tensor import TensorSpec
-from hsrpc.plan.plan import BUFFERS, Budgets
+from hsrpc.schedule.sweep import BUFFERS
+from hsrpc.plan.plan import Budgets
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import LayerSizes, TensorSizes, align
 from hsrpc.schedule.blocks import PoolId

@@ -15,7 +15,7 @@ NUM_BLOCKS = 12
 HEAD_DIM = 8
 
 
-def make_sizes(num_heads: int, num_kv_heads: int, window: int | None = None) -> ModelSizes:
+def make_sizes(num_heads: int, num_kv_heads: int) -> ModelSizes:
     return ModelSizes(
         hidden_size=num_heads * HEAD_DIM,
         num_heads=num_heads,
@@ -81,14 +81,14 @@ def test_packed_queries_see_their_own_keys_up_to_themselves(
     heads: tuple[int, int], window: int | None, lengths: list[tuple[int, int]], seed: int
 ) -> None:
     """Ragged requests of cached and new rows: causal at the end of the keys, and no further back than the window."""
-    sizes, random = make_sizes(*heads, window), torch.Generator().manual_seed(seed)
+    sizes, random = make_sizes(*heads), torch.Generator().manual_seed(seed)
     attention = Attention(sizes, 0.3, BLOCK_SIZE, torch.device("cpu"), torch.float32)
     queries_at, keys_at = [0], [2]  # rows before the first request's are nobody's
     for cached, new in lengths:
         queries_at.append(queries_at[-1] + new)
         keys_at.append(keys_at[-1] + cached + new)
     queries = torch.randn(queries_at[-1], sizes.hidden_size, generator=random)
-    kv = torch.randn(keys_at[-1] + 3, 2 * sizes.kv_size, generator=random)
+    kv = torch.randn(keys_at[-1] + 3, 2 * sizes.num_kv_heads * HEAD_DIM, generator=random)
     rows = PackedRows(
         query_starts=torch.tensor(queries_at).int(),
         key_starts=torch.tensor(keys_at).int(),
@@ -97,7 +97,7 @@ def test_packed_queries_see_their_own_keys_up_to_themselves(
         max_queries=max(new for _, new in lengths),
         max_keys=max(cached + new for cached, new in lengths),
     )
-    found = attention.packed(queries, kv, rows)
+    found = attention.packed(queries, kv, rows, window)
     assert found.shape == queries.shape
     for request, (cached, new) in enumerate(lengths):
         for number in range(new):

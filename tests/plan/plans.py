@@ -110,9 +110,9 @@ def _facts(plan: Plan, sizes: ModelSizes) -> Iterator[tuple[str, object]]:
     yield "buffers", astuple(plan.buffers)
     yield "costs", astuple(plan.costs)
     yield "streamed", _runs(_streamed(plan, sizes))
-    yield "blocks", tuple(plan.num_blocks.values())
-    yield "device", plan.device_bytes
-    yield "host", plan.host_bytes
+    yield "blocks", {pool.name.lower(): count for pool, count in plan.num_blocks.items()}
+    yield "device", {use.value: size for use, size in plan.device_bytes.items()}
+    yield "host", {use.value: size for use, size in plan.host_bytes.items()}
     yield "step", asdict(plan.prediction)
     yield "step at 300 tokens", asdict(predict_at(plan, sizes, 300))
     record = StepRecord(

@@ -21,11 +21,12 @@ from tests.plan.test_plan import OPT_6_7B as SIZES
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 EVEN = Hardware(load_bandwidth=5e10, store_bandwidth=4e10, gemm_rate=5e14, memory_bandwidth=2e12)
 """No fitted term has an effect."""
+LAYER = SIZES.layers[0]
 LAYERS, BATCH, CONTEXT, PROMPT, OUTPUT = SIZES.num_layers, 64, 512, 448, 128
 TRAFFIC = Traffic(context=CONTEXT, attended=CONTEXT, prompt=PROMPT, output=OUTPUT, longest=2048)
 STREAMED = Candidates(
     batch=BATCH,
-    streamed=SIZES.layer_bytes,
+    streamed=LAYER.weight_bytes,
     on_device=0.0,
     on_device_at_end=0.0,
     device_share=0.0,
@@ -50,12 +51,12 @@ def test_even_hardware_adds_nothing() -> None:
     """The paper's formulas alone: bytes over the bus, FLOP, bytes read."""
     times = predict(STREAMED)
     assert times.mini_batches == NUM_PARTS
-    cached = BATCH * CONTEXT * SIZES.activation_bytes
-    assert times.bus == pytest.approx(LAYERS * (SIZES.layer_bytes + cached) / EVEN.load_bandwidth)
-    assert times.regenerate == pytest.approx(LAYERS * BATCH * CONTEXT * SIZES.regenerate_flop / EVEN.gemm_rate)
+    cached = BATCH * CONTEXT * LAYER.activation.num_bytes
+    assert times.bus == pytest.approx(LAYERS * (LAYER.weight_bytes + cached) / EVEN.load_bandwidth)
+    assert times.regenerate == pytest.approx(LAYERS * BATCH * CONTEXT * LAYER.regenerate_flop / EVEN.gemm_rate)
     assert times.launch == 0
     assert times.prefill == pytest.approx(
-        LAYERS * BATCH * PROMPT / OUTPUT * (SIZES.layer_flop + SIZES.attention_flop(PROMPT // 2)) / EVEN.gemm_rate
+        LAYERS * BATCH * PROMPT / OUTPUT * (LAYER.flop(1) + LAYER.attention_flop(PROMPT // 2)) / EVEN.gemm_rate
     )
 
 
@@ -73,7 +74,7 @@ def test_stores_slow_loads() -> None:
     """`duplex_share`: what goes both ways takes longer by a part of the shorter one, while requests come and go."""
     fast = {"gemm_rate": 1e18, "memory_bandwidth": 1e15}
     alone, both = (predict(STREAMED, **fast, duplex_share=share) for share in (1.0, 0.8))
-    store = LAYERS * BATCH * (PROMPT / OUTPUT + 1) * SIZES.activation_bytes / EVEN.store_bandwidth
+    store = LAYERS * BATCH * (PROMPT / OUTPUT + 1) * LAYER.activation.num_bytes / EVEN.store_bandwidth
     assert both.mean_step - alone.mean_step == pytest.approx(store * (1 / 0.8 - 1), rel=1e-4)
     assert both.step == alone.step
 
@@ -102,8 +103,8 @@ def test_few_rows_read_weights_slowly() -> None:
     """`weight_read_share`: a decode step's GEMMs, and the head, take as long as reading their weights."""
     whole, part = (predict(RESIDENT, weight_read_share=share) for share in (1.0, 0.5))
     assert part.forward == pytest.approx(2 * whole.forward)
-    assert part.forward == pytest.approx(LAYERS * SIZES.layer_bytes / (0.5 * EVEN.memory_bandwidth))
-    weights = SIZES.vocab_size * SIZES.hidden_size * SIZES.element_bytes
+    assert part.forward == pytest.approx(LAYERS * LAYER.weight_bytes / (0.5 * EVEN.memory_bandwidth))
+    weights = SIZES.vocab_size * SIZES.hidden_size * SIZES.compute_bytes
     assert part.head - whole.head == pytest.approx(weights / EVEN.memory_bandwidth)
     assert part.attention == whole.attention
 
@@ -111,7 +112,7 @@ def test_few_rows_read_weights_slowly() -> None:
 def test_attention_reads_slowly() -> None:
     """`attention_read_share`: K and V of all cached tokens at that part of the memory's bandwidth."""
     whole, part = (predict(RESIDENT, attention_read_share=share) for share in (1.0, 0.5))
-    assert part.attention == pytest.approx(LAYERS * BATCH * CONTEXT * SIZES.kv_bytes / (0.5 * EVEN.memory_bandwidth))
+    assert part.attention == pytest.approx(LAYERS * BATCH * CONTEXT * LAYER.kv.num_bytes / (0.5 * EVEN.memory_bandwidth))
     assert part.attention == pytest.approx(2 * whole.attention)
     assert part.forward == whole.forward
 
@@ -160,7 +161,7 @@ def test_a_boundary_counts_as_far_as_nothing_hides_it() -> None:
     """`boundary_time` and `request_time`: behind two layers' weights, beside a graph, or in full."""
     terms = {"boundary_time": 0.01, "request_time": 1e-3}
     whole = 0.01 + BATCH * 1e-3
-    hidden = 2 * SIZES.layer_bytes / EVEN.load_bandwidth
+    hidden = 2 * LAYER.weight_bytes / EVEN.load_bandwidth
     for candidate, added in ((STREAMED, whole - hidden), (CACHE_ON_HOST, whole), (RESIDENT, 0.0)):
         assert predict(candidate, **terms).boundary - predict(candidate).boundary == pytest.approx(added)
     slow = {name: 100 * seconds for name, seconds in terms.items()}
@@ -183,7 +184,7 @@ def test_coded_weights_are_decoded_at_a_part_of_the_memory_bandwidth() -> None:
     assert LayerTimes(sizes, EVEN).decode_weights(8e8) == pytest.approx(wanted)
     assert LayerTimes(SIZES, EVEN).decode_weights(8e8) == 0
     coded, plain = (StepModel(each, EVEN, TRAFFIC).predict(STREAMED) for each in (sizes, SIZES))
-    decoding = LAYERS * SIZES.layer_bytes * (1 + 1 / 0.8) / (0.3 * EVEN.memory_bandwidth)
+    decoding = LAYERS * LAYER.weight_bytes * (1 + 1 / 0.8) / (0.3 * EVEN.memory_bandwidth)
     assert coded.forward - plain.forward == pytest.approx(decoding)
 
 
@@ -214,7 +215,7 @@ def predicted(cell: dict[str, Any], **terms: float) -> float:
     on_device = min(1.0, device / (batch * -(-context // 16)))
     candidate = Candidates(
         batch=np.asarray(float(batch)),
-        streamed=(1 - plan["resident_share"]) * sizes.layer_bytes,
+        streamed=(1 - plan["resident_share"]) * sizes.layers_bytes / sizes.num_layers,
         on_device=on_device,
         on_device_at_end=on_device,
         device_share=blocks["device_activation"] / max(1, device),
