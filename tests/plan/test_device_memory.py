@@ -22,16 +22,16 @@ def change(use: DeviceUse, **more: int) -> float:
 
 def test_hidden_states_are_those_before_and_after_a_layer() -> None:
     """Of all tokens of a step."""
-    assert device_bytes(SIZES, STAGING)[DeviceUse.HIDDEN_STATES] == 2 * 700 * SIZES.activation_bytes
-    assert change(DeviceUse.HIDDEN_STATES, step_tokens=10) == 20 * SIZES.activation_bytes
+    assert device_bytes(SIZES, STAGING)[DeviceUse.HIDDEN_STATES] == 2 * 700 * SIZES.hidden_bytes
+    assert change(DeviceUse.HIDDEN_STATES, step_tokens=10) == 20 * SIZES.hidden_bytes
 
 
 def test_workspace_grows_with_queries_rows_and_logits() -> None:
     """A layer of the queries, indices of rows and tokens, logits; no more for regeneration than one GEMM's rows."""
-    assert change(DeviceUse.WORKSPACE, queries=10) == 10 * query_bytes(SIZES)
+    assert change(DeviceUse.WORKSPACE, queries=10) == query_bytes(SIZES, 10)
     assert change(DeviceUse.WORKSPACE, step_tokens=10) == change(DeviceUse.WORKSPACE, rows=10) == 10 * 64
     assert change(DeviceUse.WORKSPACE, activation_rows=10) == 0
-    assert change(DeviceUse.WORKSPACE, activation_rows=-9000) == -3 * REGENERATE_ROWS * SIZES.kv_bytes
+    assert change(DeviceUse.WORKSPACE, activation_rows=-9000) == -3 * REGENERATE_ROWS * SIZES.layers[0].rebuilt_bytes
     assert change(DeviceUse.WORKSPACE, batch=1) == 8 * SIZES.vocab_size
     few = SAMPLE_ELEMENTS // SIZES.vocab_size - 64
     assert change(DeviceUse.WORKSPACE, batch=few) == pytest.approx(
@@ -41,15 +41,15 @@ def test_workspace_grows_with_queries_rows_and_logits() -> None:
 
 def test_a_layer_of_a_query_takes_what_it_computes() -> None:
     """OPT's: QKV, MLP, norms; and twice what is kept of a mini-batch that is launched ahead."""
-    hidden, element = SIZES.hidden_size, SIZES.element_bytes
+    hidden, element = SIZES.hidden_size, SIZES.compute_bytes
     computed, launched = (4 + 3 + 2 + 3 * 4) * hidden, 2 * (hidden + hidden + 2 * hidden)
-    assert query_bytes(SIZES) == (computed + launched) * element + 8 * hidden
+    assert query_bytes(SIZES, 1) == (computed + launched) * element + 8 * hidden
 
 
 def test_graphs_take_a_step_of_their_largest_batch() -> None:
     """Its layer and logits, and beside these its input and output."""
     logits = 4 * SIZES.vocab_size
-    assert change(DeviceUse.GRAPHS, graph_batch=1) == query_bytes(SIZES) + logits
+    assert change(DeviceUse.GRAPHS, graph_batch=1) == query_bytes(SIZES, 1) + logits
     assert change(DeviceUse.GRAPH_BUFFERS, graph_batch=1) == 4 * (4 + 128) + logits
     none = device_bytes(SIZES, replace(STAGING, graph_batch=0))
     assert none[DeviceUse.GRAPHS] == none[DeviceUse.GRAPH_BUFFERS] == 0

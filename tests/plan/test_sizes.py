@@ -10,6 +10,7 @@ import pytest
 from hsrpc.config import EngineConfig
 from hsrpc.plan.device_memory import Staging, device_bytes, query_bytes
 from hsrpc.plan.layer_times import LayerTimes
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Budgets
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import CacheRow, LayerSizes, Number
@@ -99,12 +100,12 @@ def test_the_workspace_is_that_of_the_largest_layer():
     wide = EXPERTS.workspace_bytes(10)
     assert wide == 4096 + 10 * 2 * (2 * (4 * 256 + 3 * 256 + 2 * 256 + 3 * 8192) + 8 * 256)
     assert query_bytes(MIXED, 10) == wide + 10 * 2 * EXPERTS.pending_bytes
-    staging = Staging(batch=4, rows=100, activation_rows=50, queries=20, step_tokens=30)
+    staging = Staging(batch=4, rows=100, activation_rows=50, queries=20, step_tokens=30, graph_batch=0, table=1)
     dense = replace(MIXED, layers=(DENSE,) * 4)
     larger, smaller = (device_bytes(sizes, staging) for sizes in (MIXED, dense))
-    assert larger["cache buffers"] == smaller["cache buffers"] == 2 * (100 * 2 * 256 + 50 * 256) * 2
+    assert larger[DeviceUse.CACHE_BUFFERS] == smaller[DeviceUse.CACHE_BUFFERS] == 2 * (100 * 2 * 256 + 50 * 256) * 2
     difference = query_bytes(MIXED, 20) - query_bytes(dense, 20)
-    assert larger["workspace"] - smaller["workspace"] == difference > 0
+    assert larger[DeviceUse.WORKSPACE] - smaller[DeviceUse.WORKSPACE] == difference > 0
 
 
 def test_a_model_with_experts_is_planned():
@@ -140,7 +141,7 @@ def test_a_latent_is_an_activation_of_its_own_width():
     configs = (EngineConfig(max_batch=16, placement="host", cache_policy=each) for each in ("kv", "activation"))
     kv, plan = (Planner(sizes, budgets, PCIE4_4090, config).plan() for config in configs)
     assert plan.prediction.step < kv.prediction.step / 5
-    assert plan.host_bytes["cache blocks"] == sum(plan.num_blocks.values()) * 16 * 2 * 2 * latent
+    assert plan.host_bytes[HostUse.CACHE_BLOCKS] == sum(plan.num_blocks.values()) * 16 * 2 * 2 * latent
 
 
 def test_rows_of_layers_may_differ():

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from hsrpc.model.formats.lossless import Lossless
+from hsrpc.model.formats.plain import Plain
 from hsrpc.model.spec import named_spec
+from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.layer_times import LayerTimes
 from hsrpc.plan.plan import REGENERATE_ROWS
@@ -179,13 +182,15 @@ def test_bus_and_gpu_wait_for_each_other(ratio: float, longer: float) -> None:
 
 def test_coded_weights_are_decoded_at_a_part_of_the_memory_bandwidth() -> None:
     """Coded bytes are read and the weights written, at 0.3 of it; others take nothing."""
-    sizes = replace(SIZES, coded_share=0.8)
-    wanted = 8e8 * (1 + 1 / 0.8) / (0.3 * EVEN.memory_bandwidth)
-    assert LayerTimes(sizes, EVEN).decode_weights(8e8) == pytest.approx(wanted)
-    assert LayerTimes(SIZES, EVEN).decode_weights(8e8) == 0
-    coded, plain = (StepModel(each, EVEN, TRAFFIC).predict(STREAMED) for each in (sizes, SIZES))
-    decoding = LAYERS * LAYER.weight_bytes * (1 + 1 / 0.8) / (0.3 * EVEN.memory_bandwidth)
-    assert coded.forward - plain.forward == pytest.approx(decoding)
+    tensor = TensorSpec("weight", (4096, 8192), ("weight",))
+    plain, coded = (kind(torch.float16).sizes(tensor) for kind in (Plain, Lossless))
+    size = 2 * 4096 * 8192
+    wanted = (coded.bus_bytes + size) / (0.3 * EVEN.memory_bandwidth)
+    assert coded.bus_bytes == pytest.approx(0.856 * size)
+    assert LayerTimes(SIZES, EVEN).decode_weights(coded.decode_traffic) == pytest.approx(wanted)
+    assert LayerTimes(SIZES, EVEN).decode_weights(plain.decode_traffic) == 0
+    times = [predict(replace(STREAMED, decode_traffic=each.decode_traffic)).forward for each in (plain, coded)]
+    assert times[1] - times[0] == pytest.approx(LAYERS * wanted)
 
 
 def test_the_gpu_is_given_seven_eighths_of_the_bus_time() -> None:
