@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hsrpc.config import DeviceKind
 from hsrpc.device.device import open_device
-from hsrpc.model.formats.lossless import WORD
+from hsrpc.model.formats.lossless import WORD, Lossless
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.schedule.step import Runs
 from hsrpc.testing.access_history import AccessHistory, Actor, Box, RowSet
@@ -178,11 +178,13 @@ def bytes_loaded(device: OrderedDevice, memory: torch.Tensor, ordered: bool) -> 
 
 
 def weights_decoded(device: OrderedDevice, memory: torch.Tensor, ordered: bool) -> None:
-    coding, data = device.encode_weights(torch.randn(1, WORD, dtype=torch.bfloat16))
+    packing, values = Lossless(torch.bfloat16).pack(torch.randn(1, WORD, dtype=torch.bfloat16))
+    data = device.empty((packing.num_bytes,), torch.uint8, DeviceUse.MEASUREMENT)
     target = device.empty((1, WORD), torch.bfloat16, DeviceUse.MEASUREMENT)
+    data.copy_(values)
     device.drain()
     with device.on(device.compute):
-        device.decode_weights(data, coding, target)
+        packing.decode(data, target)
     order(device, device.compute, device.store, ordered)
     with device.on(device.store):
         target.clone()
