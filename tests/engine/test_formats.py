@@ -27,11 +27,12 @@ from hsrpc.model.formats.format import CacheFormat, Formats, Packing, WeightForm
 from hsrpc.model.formats.plain import Plain
 from hsrpc.model.layers import linear_tensors
 from hsrpc.model.tensor import TensorSpec
-from hsrpc.schedule.sweep import BUFFERS
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Budgets
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import LayerSizes, TensorSizes, align
 from hsrpc.schedule.blocks import PoolId
+from hsrpc.schedule.sweep import BUFFERS
 from tests.engine.conftest import HARDWARE
 from tests.engine.support import collect, greedy, idle, ids
 
@@ -205,16 +206,16 @@ async def test_tokens_are_those_of_a_plain_forward_pass(policy: str, resident: f
         found = await asyncio.gather(*(collect(engine.generate(prompt, greedy(NUM_TOKENS))) for prompt in PROMPTS))
         await idle(engine)
         plan, family = engine.plan, create_family(engine.spec)
-        layers = engine._opened.prefetcher._weights.layers
+        layers = engine._opened.prefetcher._layers
     with torch.inference_mode():
         assert [ids(each) for each in found] == [continued(family, prompt) for prompt in PROMPTS]
     packed = [0 if layer.packed is None else len(layer.packed) for layer in layers]
     assert packed == [streamed.host_bytes for streamed in plan.streamed]
-    assert sum(packed) == plan.host_bytes["streamed weights"]
+    assert sum(packed) == plan.host_bytes[HostUse.STREAMED_WEIGHTS]
     assert median(moved) == pytest.approx(sum(packed))
     assert (len(compiled) > 0) == (resident < 1)
     stays = sum(tensor.nbytes for layer in layers for tensor in layer.resident.values())
-    assert stays <= plan.device_bytes["resident weights"] < stays + 256 * NUM_LAYERS * 9
+    assert stays == plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS]
 
 
 def test_the_plan_counts_each_layer(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_the_plan_counts_each_layer(tmp_path: Path) -> None:
     assert [count for _, count in planned.spec.sizes.distinct] == [2, 1, 1, 1]
     assert plan.streamed == tuple(layer.streamed(()) for layer in layers)
     assert plan.weight_buffer_bytes == max(layer.streamed(()).buffer_bytes for layer in layers)
-    assert plan.device_bytes["weight buffers"] == BUFFERS * plan.weight_buffer_bytes + plan.decode_buffer_bytes
+    assert plan.device_bytes[DeviceUse.WEIGHT_BUFFERS] == BUFFERS * plan.weight_buffer_bytes + plan.decode_buffer_bytes
     undecoded = [replace(each, tensors=tuple(replace(t, decode_traffic=0.0) for t in each.tensors)) for each in layers]
     without = Planner(
         replace(planned.spec.sizes, layers=tuple(undecoded)), plan.budgets, HARDWARE, planned.planner.config
