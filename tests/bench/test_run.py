@@ -18,6 +18,7 @@ from hsrpc.bench.workload import Lengths, Workload, make_workload
 from hsrpc.config import EngineConfig
 from hsrpc.engine.engine import Engine
 from hsrpc.plan.roofline import StepRecord
+from hsrpc.schedule.sweep import OpKind
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
@@ -39,7 +40,7 @@ RECORD = StepRecord(
     cache_bytes=0,
     regenerated_tokens=0,
 )
-RANGES = {"project", "regenerate", "attend", "finish"}
+RANGES = {kind.value for kind in (OpKind.PROJECT, OpKind.REBUILD, OpKind.ATTEND, OpKind.FINISH)}
 
 
 @pytest.fixture
