@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -36,6 +37,7 @@ from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family
 from hsrpc.model.spec import load_spec, named_spec
 from hsrpc.model.tensor import TensorSpec
+from hsrpc.plan.memory_use import HostUse
 
 LAYERS_PER_SHARD = 4
 BLOCK_BYTES = 64 * 1024**2
@@ -109,7 +111,7 @@ def pin_alone(config: EngineConfig, size: int, pieces: int) -> float:
     """Seconds to pin `size` bytes in equal pieces."""
     device = open_device(config.device)
     try:
-        return _parallel(device.pinned, [size // pieces] * pieces)
+        return _parallel(partial(device.pinned, use=HostUse.MEASUREMENT), [size // pieces] * pieces)
     finally:
         device.release_pinned()
 
