@@ -27,11 +27,11 @@ from hsrpc.model.formats.format import CacheFormat, Formats, Packing, WeightForm
 from hsrpc.model.formats.plain import Plain
 from hsrpc.model.layers import linear_tensors
 from hsrpc.model.tensor import TensorSpec
-from hsrpc.schedule.sweep import BUFFERS
 from hsrpc.plan.plan import Budgets
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import LayerSizes, TensorSizes, align
 from hsrpc.schedule.blocks import PoolId
+from hsrpc.schedule.sweep import BUFFERS
 from tests.engine.conftest import HARDWARE
 from tests.engine.support import collect, greedy, idle, ids
 

@@ -101,7 +101,7 @@ async def ahead_and_loads(made: Reference) -> None:
 async def coded(made: Reference, dtype: str) -> None:
     settings = {"gpu_memory": "1GiB", "host_memory": "64MiB", "placement": "host", "weight_coding": "lossless"}
     async with Engine(config_for(made, dtype=dtype, **settings)) as engine, asyncio.timeout(60):
-        assert engine.plan.codes_weights
+        assert engine.plan.decode_buffer_bytes
         await crowd(engine, made)
 
 
