@@ -18,9 +18,11 @@ def simulated_step(plan: Plan, sizes: ModelSizes, step: StepPrediction) -> float
     Each mini-batch has an equal part of all that is not the weights'. The step's own time is not looked at.
     """
     places = placements(plan)
-    shape = BatchShape(loads=True, rebuilds=step.regenerate > 0, stores=True)
-    batches = (shape,) * step.mini_batches
-    seconds = _OpSeconds.of(plan, LayerTimes(sizes, plan.hardware), step)
+    # Mini-batches of a decode step go through the weights together; those with whole requests that recompute cannot.
+    num_groups = step.mini_batches if plan.recompute.tokens or not plan.keeps_cache else 1
+    shapes = (BatchShape(number % num_groups, True, step.regenerate > 0, True) for number in range(step.mini_batches))
+    batches = tuple(shapes)
+    seconds = _OpSeconds.of(plan, LayerTimes(sizes, plan.hardware), step, num_groups)
 
     def repeat(ops: OpList) -> OpList:
         return sweep(places, batches, ops.carries)
@@ -52,7 +54,7 @@ class _OpSeconds:
     head: float
 
     @classmethod
-    def of(cls, plan: Plan, layer: LayerTimes, step: StepPrediction) -> _OpSeconds:
+    def of(cls, plan: Plan, layer: LayerTimes, step: StepPrediction, num_groups: int) -> _OpSeconds:
         """Parts of a step divided among its operations."""
         decode = [float(layer.decode_weights(each.decode_traffic)) for each in plan.streamed]
         weights = float(layer.load(sum(each.bus_bytes for each in plan.streamed)))
@@ -64,7 +66,7 @@ class _OpSeconds:
             rebuild=step.regenerate / each,
             place=step.gather / each,
             attend=step.attention / each,
-            group=(step.forward - sum(decode)) / len(plan.streamed),
+            group=(step.forward - sum(decode)) / (len(plan.streamed) * num_groups),
             head=step.head,
         )
 
