@@ -64,7 +64,6 @@ class StepRun:
     def run_here(self, launch: Launch) -> bool:
         """Launch all operations on this thread, in the order of the list; as `run`."""
         self.hold_loads()
-        self.hold_loads()
         for _, numbers in groupby(range(len(self.events)), key=lambda number: self.step.ops.ops[number].place):
             if self.step.stop.is_set:
                 return False

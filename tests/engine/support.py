@@ -12,7 +12,8 @@ import pytest
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.request import Delta
 from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.sweep import Op, OpKind
+from hsrpc.schedule.step import Step, StepCounts, StopFlag
+from hsrpc.schedule.sweep import Op, OpKind, OpList
 from tests.engine.conftest import tightest
 from tests.engine.reference import Reference
 
@@ -108,3 +109,9 @@ async def left_as_found(engine: Engine) -> AsyncIterator[None]:
     yield
     await idle(engine)
     await until(lambda: asyncio.all_tasks() == tasks)  # a consumer may not have had its turn yet
+
+
+def bare_step(ops: OpList) -> Step:
+    """A step that is its list of operations alone."""
+    counts = StepCounts(requests=0, decode=0, prefill=0, recomputed=0, context=0)
+    return Step(step_id=1, mini_batches=(), ops=ops, sampling=(), counts=counts, stop=StopFlag())
