@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Container
+from collections.abc import AsyncIterator, Callable, Container, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
+import torch
 
 from hsrpc import Engine, EngineConfig, SamplingParams
+from hsrpc.engine.forward import Pass
+from hsrpc.model.sampler import PendingSample, Sampler
 from hsrpc.request import Delta
 from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.step import Step, StepCounts, StopFlag
+from hsrpc.schedule.step import SamplingRow, Step, StepCounts, StopFlag
 from hsrpc.schedule.sweep import Op, OpKind, OpList
 from tests.engine.conftest import tightest
 from tests.engine.reference import Reference
@@ -99,6 +102,31 @@ def before(engine: Engine, patch: pytest.MonkeyPatch, kinds: Container[OpKind], 
         launch(op, step)
 
     patch.setattr(forward, "launch", watched)
+
+
+def edit_logits(engine: Engine, patch: pytest.MonkeyPatch, edit: Callable[[torch.Tensor], object]) -> None:
+    """Let `edit` change each step's logits [r, vocab] before they are sampled, on the compute lane's thread."""
+    forward = engine._opened.executor.forward
+    launch = forward.launch
+
+    def edited(op: Op, step: Pass) -> None:
+        launch(op, step)
+        if op.kind is OpKind.HEAD:
+            assert step.logits is not None
+            edit(step.logits)
+
+    patch.setattr(forward, "launch", edited)
+
+
+def before_sampling(patch: pytest.MonkeyPatch, call: Callable[[], object]) -> None:
+    """Call `call` before each step's rows are sampled, on the compute lane's thread."""
+    launch = Sampler.launch
+
+    def watched(sampler: Sampler, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> PendingSample:
+        call()
+        return launch(sampler, logits, rows)
+
+    patch.setattr(Sampler, "launch", watched)
 
 
 @asynccontextmanager

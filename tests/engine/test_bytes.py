@@ -216,8 +216,7 @@ async def test_coded_weights_take_no_more_than_was_planned(
         planned, found = lines(engine.plan), taken(device)
         most, coded = planned.pop(HostUse.STREAMED_WEIGHTS), found.pop(HostUse.STREAMED_WEIGHTS, 0)
         assert found == without(planned)
-        packed = [layer.packed for layer in engine._opened.prefetcher._layers if layer.packed is not None]
-        assert coded == sum(map(len, packed))
+        assert coded == sum(layer.bus_bytes for layer in engine._opened.prefetcher.places)
         assert 0.8 * most <= coded <= most
         assert device.most.get(DeviceUse.WEIGHT_BUFFERS, 0) == planned[DeviceUse.WEIGHT_BUFFERS]
 

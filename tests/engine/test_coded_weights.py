@@ -103,7 +103,7 @@ async def test_the_host_holds_what_is_coded(tmp_path: Path) -> None:
     plans = {}
     for coded, name in enumerate(("none", "lossless")):
         async with Engine(replace(config, weight_coding=name)) as engine:
-            packed = [len(layer.packed) for layer in engine._opened.prefetcher._layers]
+            packed = [layer.bus_bytes for layer in engine._opened.prefetcher.places]
             plans[coded] = plan = engine.plan
             assert sum(packed) <= plan.host_bytes[HostUse.STREAMED_WEIGHTS]
             assert max(packed) <= plan.weight_buffer_bytes

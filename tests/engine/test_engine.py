@@ -24,9 +24,22 @@ from hsrpc.errors import (
     RequestFailedError,
 )
 from hsrpc.request import FinishReason, SamplingParams
-from hsrpc.schedule.sweep import Op
+from hsrpc.schedule.sweep import OpKind
 from tests.engine.reference import VOCAB, Reference
-from tests.engine.support import collect, greedy, idle, ids, live, roomy, tight, until, weights_on_device
+from tests.engine.support import (
+    before,
+    before_sampling,
+    collect,
+    edit_logits,
+    greedy,
+    idle,
+    ids,
+    live,
+    roomy,
+    tight,
+    until,
+    weights_on_device,
+)
 
 SEEDED = SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=40, ignore_eos=True)
 
@@ -34,7 +47,7 @@ SEEDED = SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=40, ignor
 async def test_an_engine_serves_between_entering_and_leaving_only(reference: Callable[[str], Reference]) -> None:
     """Before, after and on a second entering: EngineUnavailableError, which says what to do."""
     engine = Engine(roomy(reference("opt")))
-    for _ in range(2):
+    for is_new in (True, False):
         with pytest.raises(EngineUnavailableError):
             await engine.submit([5], greedy(1))
         properties = (lambda: engine.plan, lambda: engine.tokenizer, lambda: engine.max_model_len)
@@ -42,7 +55,7 @@ async def test_an_engine_serves_between_entering_and_leaving_only(reference: Cal
             with pytest.raises(EngineUnavailableError, match="async with"):
                 look()
         assert not engine.abort("a")
-        if engine._failed is None:
+        if is_new:
             with pytest.raises(EngineUnavailableError):
                 await engine.wait_failed()
             async with engine:
@@ -166,21 +179,20 @@ async def test_the_engines_seed_makes_unseeded_requests_reproducible(reference: 
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
-async def test_bad_logits_fail_one_request_alone(row: int, reference: Callable[[str], Reference]) -> None:
+async def test_bad_logits_fail_one_request_alone(
+    row: int, monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
     """NaN in one row: that request raises RequestFailedError after its text, the others finish with their tokens."""
     made = reference("opt")
     async with Engine(roomy(made)) as engine:
-        family = engine._opened.executor.forward._family
-        logits, spoiled = family.logits, []
+        spoiled = []
 
-        def spoil(fixed: object, hidden: torch.Tensor) -> torch.Tensor:
-            result = logits(fixed, hidden)
-            if not spoiled and len(result) == 3 and engine._meter.generated_tokens > 20:
+        def spoil(logits: torch.Tensor) -> None:
+            if not spoiled and len(logits) == 3 and engine.stats().generated_tokens > 20:
                 spoiled.append(row)
-                result[row, 17] = float("nan")
-            return result
+                logits[row, 17] = float("nan")
 
-        family.logits = spoil
+        edit_logits(engine, monkeypatch, spoil)
         generations = [await engine.submit(prompt, greedy(40)) for prompt in made.prompts[:3]]
         results = await asyncio.gather(*map(collect, generations), return_exceptions=True)
         failed = [i for i, result in enumerate(results) if isinstance(result, RequestFailedError)]
@@ -251,12 +263,12 @@ async def test_a_fault_ends_everything_at_once(
 
 
 @pytest.mark.parametrize(
-    ("make", "part"),
-    [(tight, "embed"), (tight, "attend"), (tight, "sample"), (weights_on_device, "attend")],
+    ("make", "kind"),
+    [(tight, OpKind.EMBED), (tight, OpKind.ATTEND), (tight, OpKind.SAMPLE), (weights_on_device, OpKind.ATTEND)],
 )
 async def test_running_out_of_device_memory_ends_the_step_alone(
     make: Callable[..., EngineConfig],
-    part: str,
+    kind: OpKind,
     monkeypatch: pytest.MonkeyPatch,
     reference: Callable[[str], Reference],
 ) -> None:
@@ -266,17 +278,17 @@ async def test_running_out_of_device_memory_ends_the_step_alone(
         generations = [await engine.submit(prompt, greedy(60)) for prompt in made.prompts[:2]]
         for generation in generations:
             await anext(generation)
-        executor = engine._opened.executor
-        compute, calls = executor._launch, []
+        calls = []
 
-        def run_out(state: object, op: Op) -> None:
-            calls.extend([op] if op.kind.value == part else [])
-            if len(calls) == (4 if part == "attend" else 1):
-                calls.append(op)
+        def run_out(_: object = None) -> None:
+            calls.append(kind)
+            if len(calls) == (4 if kind is OpKind.ATTEND else 1):
                 raise torch.OutOfMemoryError("injected")
-            compute(state, op)
 
-        monkeypatch.setattr(executor, "_launch", run_out)
+        if kind is OpKind.SAMPLE:
+            before_sampling(monkeypatch, run_out)
+        else:
+            before(engine, monkeypatch, {kind}, run_out)
         for generation in generations:
             with pytest.raises(OutOfDeviceMemoryError):
                 await collect(generation)
@@ -327,8 +339,8 @@ async def test_the_event_loop_runs_while_the_device_computes(
     """A call that takes long on the thread of any task holds up no other task of the loop."""
     async with Engine(roomy(reference("opt"))) as engine:
         parts, slept = engine._opened, []
-        for part, name in ((parts.executor, "_sample"), (parts.cache, "launch"), (parts.prefetcher, "launch")):
-            monkeypatch.setattr(part, name, slow_once(getattr(part, name), slept))
+        for part in (parts.executor.forward, parts.cache, parts.prefetcher):
+            monkeypatch.setattr(part, "launch", slow_once(part.launch, slept))
         generating = asyncio.create_task(collect(engine.generate([5] * 20, greedy(6))))
         ticks = 0
         while not generating.done():
