@@ -12,6 +12,7 @@ import torch
 
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.engine.forward import Pass
+from hsrpc.engine.startup import Components
 from hsrpc.model.sampler import PendingSample, Sampler
 from hsrpc.request import Delta
 from hsrpc.schedule.request_state import Request
@@ -65,6 +66,11 @@ def text(deltas: list[Delta]) -> str:
     return "".join(delta.text for delta in deltas)
 
 
+def parts(engine: Engine) -> Components:
+    """What a running engine is made of: tests look at it, or break it, where no public way leads."""
+    return engine._opened
+
+
 def live(engine: Engine, request_id: str) -> Request | None:
     """The scheduler's view of a request."""
     return next((r for r in engine._scheduler.live() if r.request_id == request_id), None)
@@ -93,7 +99,7 @@ async def idle(engine: Engine) -> None:
 
 def before(engine: Engine, patch: pytest.MonkeyPatch, kinds: Container[OpKind], call: Callable[[Op], object]) -> None:
     """Call `call` before each operation of these kinds of the compute lane, on its thread."""
-    forward = engine._opened.executor.forward
+    forward = parts(engine).executor.forward
     launch = forward.launch
 
     def watched(op: Op, step: object) -> None:
@@ -106,7 +112,7 @@ def before(engine: Engine, patch: pytest.MonkeyPatch, kinds: Container[OpKind], 
 
 def edit_logits(engine: Engine, patch: pytest.MonkeyPatch, edit: Callable[[torch.Tensor], object]) -> None:
     """Let `edit` change each step's logits [r, vocab] before they are sampled, on the compute lane's thread."""
-    forward = engine._opened.executor.forward
+    forward = parts(engine).executor.forward
     launch = forward.launch
 
     def edited(op: Op, step: Pass) -> None:

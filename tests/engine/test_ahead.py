@@ -15,7 +15,7 @@ from hsrpc.errors import OutOfDeviceMemoryError
 from hsrpc.request import FinishReason
 from hsrpc.schedule.step import MiniBatch
 from tests.engine.reference import NEW_TOKENS, Reference
-from tests.engine.support import before_sampling, collect, config_for, greedy, idle, ids
+from tests.engine.support import before_sampling, collect, config_for, greedy, idle, ids, parts
 
 pytestmark = pytest.mark.usefixtures("ordered")
 
@@ -85,7 +85,7 @@ async def test_sampling_settings_see_every_token(reference: Callable[[str], Refe
     texts = []
     for settings in ({}, {"placement": "host"}):
         async with Engine(resident(made, **settings)) as engine, asyncio.timeout(60):
-            assert engine._opened.executor.runs_ahead == (not settings)
+            assert parts(engine).executor.runs_ahead == (not settings)
             texts.append(ids(await collect(engine.generate(made.prompts[0], params))))
             await idle(engine)
     assert texts[0] == texts[1]

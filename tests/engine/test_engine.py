@@ -14,6 +14,10 @@ import torch
 from hsrpc import Engine, EngineConfig
 from hsrpc.engine import delivery as delivery_module
 from hsrpc.engine import engine as engine_module
+from hsrpc.engine.forward import Forward
+from hsrpc.engine.tasks.cache import CacheManager
+from hsrpc.engine.tasks.executor import Executor
+from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.errors import (
     EngineFaultError,
     EngineUnavailableError,
@@ -24,6 +28,7 @@ from hsrpc.errors import (
     RequestFailedError,
 )
 from hsrpc.request import FinishReason, SamplingParams
+from hsrpc.schedule.scheduler import Scheduler
 from hsrpc.schedule.sweep import OpKind
 from tests.engine.reference import VOCAB, Reference
 from tests.engine.support import (
@@ -35,6 +40,7 @@ from tests.engine.support import (
     idle,
     ids,
     live,
+    parts,
     roomy,
     tight,
     until,
@@ -207,27 +213,14 @@ def boom(*args: object) -> None:
     raise RuntimeError("injected")
 
 
-def break_prefetcher(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine._opened.prefetcher, "launch", boom)
-
-
-def break_cache(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine._opened.cache, "launch", boom)
-
-
-def break_executor(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine._opened.executor.forward, "launch", boom)
-
-
-def break_detokenizing(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(delivery_module, "next_deltas", boom)
-
-
-def break_scheduling(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine._scheduler, "schedule", boom)
-
-
-FAULTS = [break_prefetcher, break_cache, break_executor, break_detokenizing, break_scheduling]
+FAULTS = [
+    (WeightPrefetcher, "launch"),
+    (CacheManager, "launch"),
+    (Forward, "launch"),
+    (delivery_module, "next_deltas"),
+    (Scheduler, "schedule"),
+]
+"""A call of each task."""
 
 
 async def expect_fault(work: Any) -> None:
@@ -236,9 +229,10 @@ async def expect_fault(work: Any) -> None:
     assert "injected" in repr(caught.value.__cause__)
 
 
-@pytest.mark.parametrize("break_it", FAULTS)
+@pytest.mark.parametrize(("owner", "call"), FAULTS, ids=lambda each: getattr(each, "__name__", each))
 async def test_a_fault_ends_everything_at_once(
-    break_it: Callable[[Engine, pytest.MonkeyPatch], None],
+    owner: object,
+    call: str,
     monkeypatch: pytest.MonkeyPatch,
     reference: Callable[[str], Reference],
 ) -> None:
@@ -249,7 +243,7 @@ async def test_a_fault_ends_everything_at_once(
         generations = [await engine.submit(prompt, greedy(60)) for prompt in made.prompts[:4]]
         watch = asyncio.create_task(engine.wait_failed())
         await anext(generations[0])
-        break_it(engine, monkeypatch)
+        monkeypatch.setattr(owner, call, boom)
         start = time.monotonic()
         await asyncio.gather(*(expect_fault(collect(generation)) for generation in generations))
         assert time.monotonic() - start < 1
@@ -324,9 +318,9 @@ async def test_a_fault_does_not_wait_for_a_busy_thread(
             loop.call_soon_threadsafe(slow.set)
             time.sleep(1.5)
 
-        monkeypatch.setattr(engine._opened.executor.forward, "launch", stall)
+        monkeypatch.setattr(Forward, "launch", stall)
         await slow.wait()
-        break_detokenizing(engine, monkeypatch)
+        monkeypatch.setattr(delivery_module, "next_deltas", boom)
         start = time.monotonic()
         engine.abort(generation.request_id)
         await expect_fault(collect(generation))
@@ -338,8 +332,8 @@ async def test_the_event_loop_runs_while_the_device_computes(
 ) -> None:
     """A call that takes long on the thread of any task holds up no other task of the loop."""
     async with Engine(roomy(reference("opt"))) as engine:
-        parts, slept = engine._opened, []
-        for part in (parts.executor.forward, parts.cache, parts.prefetcher):
+        slept = []
+        for part in (Forward, CacheManager, WeightPrefetcher):
             monkeypatch.setattr(part, "launch", slow_once(part.launch, slept))
         generating = asyncio.create_task(collect(engine.generate([5] * 20, greedy(6))))
         ticks = 0
@@ -390,18 +384,20 @@ async def test_a_model_without_files_takes_token_ids_only() -> None:
         assert live(engine, "none") is None
 
 
-async def test_the_heartbeat_is_the_age_of_the_step(reference: Callable[[str], Reference]) -> None:
+async def test_the_heartbeat_is_the_age_of_the_step(
+    monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
     """0 when idle, however long; grows while a step does not end; 0 again once the work is done."""
     async with Engine(roomy(reference("opt"))) as engine:
         engine._last_beat -= 100
         assert engine.heartbeat() == 0
-        execute, gate = engine._opened.executor.execute, asyncio.Event()
+        execute, gate = Executor.execute, asyncio.Event()
 
-        async def late(step: Any, ahead: Any = None) -> Any:
+        async def late(executor: Executor, step: Any, ahead: Any = None) -> Any:
             await gate.wait()
-            return await execute(step, ahead)
+            return await execute(executor, step, ahead)
 
-        engine._opened.executor.execute = late
+        monkeypatch.setattr(Executor, "execute", late)
         work = asyncio.create_task(collect(engine.generate([5], greedy(2))))
         await until(lambda: engine.heartbeat() > 0.05)
         assert engine.heartbeat() < 50
@@ -416,9 +412,9 @@ async def test_leaving_is_bounded(reference: Callable[[str], Reference], monkeyp
     monkeypatch.setattr(engine_module, "_STOP_SECONDS", 0.1)
     engine, closed, gate = Engine(roomy(reference("opt"))), [], asyncio.Event()
     async with engine:
-        parts, main = engine._opened, engine._main
-        close = parts.close
-        monkeypatch.setattr(type(parts), "close", lambda _: closed.append(True))
+        opened, main = parts(engine), engine._main
+        close = opened.close
+        monkeypatch.setattr(type(opened), "close", lambda _: closed.append(True))
         assert main is not None
         main.cancel()
         await asyncio.wait([main])

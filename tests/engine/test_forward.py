@@ -97,18 +97,19 @@ async def test_each_mini_batch_of_a_layer_waits_its_turn(
             attends.extend([op.place] * (op.kind is OpKind.ATTEND))
 
         before(engine, monkeypatch, kinds, launched)
-        for prompt, output in zip(made.prompts[:2], made.outputs[:2], strict=True):
-            assert ids(await collect(engine.generate(prompt, greedy(12)))) == output[:12]
+        generations = [await engine.submit(prompt, greedy(40)) for prompt in made.prompts[:3]]
+        outputs = [ids(await collect(generation)) for generation in generations]
+        assert outputs == [output[:40] for output in made.outputs[:3]]
         await idle(engine)
         assert planned == [engine.plan.buffers.queries]
         assert [place for place, _ in groupby(place for place, _ in turns)] == attends
-        computed = sum(len(prompt) + 11 for prompt in made.prompts[:2])
-        per_layer = sum(max(counts) for counts in _counts_of_places(turns))
-        assert per_layer == engine.spec.sizes.num_layers * computed
+        assert {batch for (_, batch), _ in turns} > {0}
+        computed = sum(len(prompt) + 39 for prompt in made.prompts[:3])
+        assert sum(_counts_of_places(turns)) == engine.spec.sizes.num_layers * computed
 
 
-def _counts_of_places(turns: list[tuple[tuple[int, int], int]]) -> list[set[int]]:
-    """New tokens of each mini-batch of a layer, in order: one number each."""
+def _counts_of_places(turns: list[tuple[tuple[int, int], int]]) -> list[int]:
+    """New tokens of each mini-batch of a layer, in order: the same at each of its operations."""
     found = [{count for _, count in same} for _, same in groupby(turns, key=lambda turn: turn[0])]
     assert all(len(counts) == 1 for counts in found)
-    return found
+    return [counts.pop() for counts in found]

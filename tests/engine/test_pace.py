@@ -46,7 +46,7 @@ def test_the_host_waits_as_soon_as_it_must_and_no_sooner(launches: list[tuple[in
     for number, (queries, num_operations) in enumerate(launches):
         count = min(queries, largest)
         for _ in range(num_operations):  # of one place
-            pace.turn((number, 0), count)
+            pace.turn(divmod(number, 3), count)
         assert device.num_recorded == number  # the end of each but the last
         while len(under_way) > AHEAD or sum(under_way) + count > PENDING_QUERIES * MAX_QUERIES:
             under_way.popleft()

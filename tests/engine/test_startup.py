@@ -33,7 +33,7 @@ from hsrpc.model.checkpoint import Checkpoint
 from hsrpc.schedule.step import Step
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
-from tests.engine.support import collect, greedy, idle, ids, roomy, until
+from tests.engine.support import collect, greedy, idle, ids, parts, roomy, until
 
 
 @pytest.fixture
@@ -171,9 +171,9 @@ async def test_nothing_of_an_engine_stays_when_it_is_left(reference: Callable[[s
     """Pools, buffers and weights go at once: another engine may need all of the device."""
     async with Engine(roomy(reference("opt"))) as engine:
         await collect(engine.generate([5, 6], greedy(3)))
-        parts = engine._opened
-        left = [weakref.ref(part) for part in (parts.executor, parts.cache, parts.prefetcher)]
-        del parts
+        opened = parts(engine)
+        left = [weakref.ref(part) for part in (opened.executor, opened.cache, opened.prefetcher)]
+        del opened
     assert [ref() for ref in left] == [None] * 3
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -64,13 +64,15 @@ def make_step(sizes: ModelSizes, *parts: tuple[Request, int, int]) -> Step:
     return assembler.assemble(scheduled, NOTHING_CARRIED)
 
 
-def store_all(cache: CacheManager, sizes: ModelSizes, batch: MiniBatch, dtype: torch.dtype) -> tuple[Rows, Rows]:
-    """Random rows for every layer, stored: K and V, and activations."""
+def store_all(
+    cache: CacheManager, sizes: ModelSizes, batch: MiniBatch, dtype: torch.dtype, tiers: Iterable[Tier] = Tier
+) -> tuple[Rows, Rows]:
+    """Random rows for every layer, of which those for `tiers` are stored: K and V, and activations."""
     kv = [torch.randn(batch.num_queries, 2 * sizes.kv_size).to(dtype) for _ in range(sizes.num_layers)]
     x = [torch.randn(batch.num_queries, sizes.hidden_size).to(dtype) for _ in range(sizes.num_layers)]
     rows = {pool: Stores.of(pool, rows, torch.from_numpy) for pool, rows in batch.stores.items()}
     for layer in range(sizes.num_layers):
-        for tier in Tier:
+        for tier in tiers:
             cache.store(tier, layer, rows, kv[layer], x[layer])
     return kv, x
 
@@ -128,6 +130,25 @@ def test_what_is_stored_comes_back(table: str, num_tokens: int, dtype: torch.dty
     assert layers == list(range(sizes.num_layers))
     host = [pool for pool, _ in blocks if pool.tier is Tier.HOST]
     assert (cache.loaded_bytes > 0) == bool(host)
+
+
+@pytest.mark.parametrize("tier", Tier)
+def test_a_tiers_rows_are_stored_by_themselves(tier: Tier, sizes: ModelSizes) -> None:
+    """The device's are at once, on the compute stream; the host's go on a stream of their own."""
+    cache, blocks = make_cache(sizes), [(PoolId.HOST_KV, 1), (PoolId.DEVICE_KV, 1)]
+    request = make_request(blocks, 2 * BLOCK_SIZE + 2)
+    batch = make_step(sizes, (request, 0, 2 * BLOCK_SIZE)).mini_batches[0]
+    before, _ = store_all(cache, sizes, batch, torch.float32)
+    after, _ = store_all(cache, sizes, batch, torch.float32, tiers=[tier])
+    request.blocks.append(PoolId.HOST_KV, 2)
+
+    def check(op: Op) -> None:
+        for (pool, _), start in zip(blocks, (0, BLOCK_SIZE), strict=True):
+            rows = slice(start, start + BLOCK_SIZE)
+            wanted = after if pool.tier is tier else before
+            assert torch.equal(cache.buffers[op.slot].kv[rows], wanted[op.layer][rows])
+
+    run_cache_lane(cache, make_step(sizes, (request, 2 * BLOCK_SIZE, 2)), check)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
