@@ -46,7 +46,7 @@ class StepRun:
         self._barrier = barrier
         self._streams = {Stream.LOAD: device.load, Stream.COMPUTE: device.compute, Stream.STORE: device.store}
         self._inboxes: dict[Lane, asyncio.Queue[_Message]] = {lane: asyncio.Queue() for lane in Lane}
-        """No lane is further ahead of another than there are buffers between them: that bounds what is in one."""
+        """A lane is ahead of another by their buffers at most, and weights come in few parts: that bounds each."""
         self._launched = {lane: dict.fromkeys(Lane, _ENDED) for lane in Lane}
         """For each lane, the last operation of each other one that it knows of."""
 
