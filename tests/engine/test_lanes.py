@@ -256,6 +256,18 @@ async def test_a_stop_at_any_operation_ends_all_lanes(seed: int) -> None:
             assert len({EXAMPLE.ops[number].place for number in late}) <= 1  # what was under way
 
 
+async def test_a_stop_from_outside_ends_all_lanes() -> None:
+    """At any turn of the event loop, wherever the lanes are then."""
+    for turns in range(60):
+        step, launches = bare_step(EXAMPLE), Launches(EXAMPLE)
+        running = asyncio.create_task(run_lanes(StepRun(step, CpuDevice()), launches, slow_workers(turns)))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        step.stop.set()
+        assert await running == [launches.of(lane) == list(EXAMPLE.lanes[lane]) for lane in Lane]
+        launches.check()
+
+
 async def test_a_step_that_is_stopped_before_it_begins_launches_nothing() -> None:
     """In lanes and on one thread."""
     step, launches = bare_step(EXAMPLE), Launches(EXAMPLE)
