@@ -112,7 +112,9 @@ def test_few_rows_read_weights_slowly() -> None:
 def test_attention_reads_slowly() -> None:
     """`attention_read_share`: K and V of all cached tokens at that part of the memory's bandwidth."""
     whole, part = (predict(RESIDENT, attention_read_share=share) for share in (1.0, 0.5))
-    assert part.attention == pytest.approx(LAYERS * BATCH * CONTEXT * LAYER.kv.num_bytes / (0.5 * EVEN.memory_bandwidth))
+    assert part.attention == pytest.approx(
+        LAYERS * BATCH * CONTEXT * LAYER.kv.num_bytes / (0.5 * EVEN.memory_bandwidth)
+    )
     assert part.attention == pytest.approx(2 * whole.attention)
     assert part.forward == whole.forward
 

@@ -11,6 +11,8 @@ import torch
 from hsrpc.config import EngineConfig
 from hsrpc.device.device import CpuDevice
 from hsrpc.engine.tasks.cache import CacheManager
+from hsrpc.model.formats.choice import uniform
+from hsrpc.model.formats.plain import Plain
 from hsrpc.model.spec import load_spec
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
@@ -26,6 +28,7 @@ from tests.engine.reference import Reference
 
 BLOCK_SIZE = 4
 NUM_TOKENS = 38
+FORMATS = uniform(Plain(torch.float32), torch.float32)
 NUM_LAYERS = 4
 KV_LAYERS = frozenset({1, 2})
 
@@ -60,8 +63,8 @@ def test_activation_blocks_come_back_as_what_they_hold(tier: Tier, num_new: int,
     request = Request("a", [5] * (NUM_TOKENS + num_new), SamplingParams(), 0, 0.0)
     for kind, index in zip(kinds, (3, 4, 5, 6, 7, 20, 2, 11, 0, 9), strict=True):
         request.blocks.append(next(pool for pool in PoolId if (pool.kind, pool.tier) == (kind, tier)), index)
-    cache = CacheManager(sizes, plan, CpuDevice(), torch.float32)
-    kv, x = (torch.randn(NUM_LAYERS, NUM_TOKENS, width) for width in (2 * sizes.kv_size, sizes.hidden_size))
+    cache = CacheManager(sizes, plan, CpuDevice(), FORMATS)
+    kv, x = (torch.randn(NUM_LAYERS, NUM_TOKENS, width) for width in (sizes.layers[0].kv.width, sizes.hidden_size))
     for start, end in ((0, NUM_TOKENS - 1), (NUM_TOKENS - 1, NUM_TOKENS)):
         stores = cache.stores(make_step(plan, request, start, end - start).mini_batches[0], torch.from_numpy)
         for layer in range(NUM_LAYERS):
@@ -86,19 +89,20 @@ def test_activation_blocks_come_back_as_what_they_hold(tier: Tier, num_new: int,
         else:
             assert torch.equal(buffers.activations[: len(rebuilt)], x[layer, rebuilt])
             assert not buffers.kv[rows].any()
-    held = sum(sizes.kv_bytes if layer in KV_LAYERS else sizes.activation_bytes for layer in range(NUM_LAYERS))
+    kv_bytes, activation_bytes = sizes.layers[0].kv.num_bytes, sizes.layers[0].activation.num_bytes
+    held = sum(kv_bytes if layer in KV_LAYERS else activation_bytes for layer in range(NUM_LAYERS))
     num_kv = NUM_TOKENS - len(rebuilt)
-    loaded = len(rebuilt) * held + num_kv * NUM_LAYERS * sizes.kv_bytes
+    loaded = len(rebuilt) * held + num_kv * NUM_LAYERS * sizes.layers[0].kv.num_bytes
     assert cache.loaded_bytes == (loaded if tier is Tier.HOST else 0)
 
 
 def test_pools_are_as_wide_as_what_they_hold(plan: Plan, sizes: ModelSizes) -> None:
     """The pools of KV blocks in every layer alike, those of activation blocks by the plan."""
-    cache = CacheManager(sizes, plan, CpuDevice(), torch.float32)
+    cache = CacheManager(sizes, plan, CpuDevice(), FORMATS)
     for pool, layers in cache._pools.items():
         wide = set(range(NUM_LAYERS)) if pool.kind is BlockKind.KV else KV_LAYERS
-        assert {layer for layer, rows in enumerate(layers) if rows.shape[1] == 2 * sizes.kv_size} == wide
-        assert {rows.shape[1] for rows in layers} <= {2 * sizes.kv_size, sizes.hidden_size}
+        assert {layer for layer, rows in enumerate(layers) if rows.shape[1] == sizes.layers[0].kv.width} == wide
+        assert {rows.shape[1] for rows in layers} <= {sizes.layers[0].kv.width, sizes.hidden_size}
 
 
 def test_only_activations_are_stored_in_runs(plan: Plan, sizes: ModelSizes) -> None:
@@ -106,7 +110,7 @@ def test_only_activations_are_stored_in_runs(plan: Plan, sizes: ModelSizes) -> N
     request = Request("a", [5] * NUM_TOKENS, SamplingParams(), 0, 0.0)
     for index in range(10):
         request.blocks.append(PoolId.HOST_ACTIVATION, index)
-    cache = CacheManager(sizes, plan, CpuDevice(), torch.float32)
+    cache = CacheManager(sizes, plan, CpuDevice(), FORMATS)
     stores = cache.stores(make_step(plan, request, 0, NUM_TOKENS).mini_batches[0], torch.from_numpy)
     assert stores[BlockKind.ACTIVATION][PoolId.HOST_ACTIVATION].runs.num_rows == NUM_TOKENS
     assert stores[BlockKind.KV][PoolId.HOST_ACTIVATION].runs.num_rows == 0
