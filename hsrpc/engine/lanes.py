@@ -46,7 +46,7 @@ class StepRun:
         self._barrier = barrier
         self._streams = {Stream.LOAD: device.load, Stream.COMPUTE: device.compute, Stream.STORE: device.store}
         self._inboxes: dict[Lane, asyncio.Queue[_Message]] = {lane: asyncio.Queue() for lane in Lane}
-        """No lane is further ahead of another than there are buffers between them: that bounds what is in one."""
+        """A lane is ahead of another by their buffers at most, and weights come in few parts: that bounds each."""
         self._launched = {lane: dict.fromkeys(Lane, _ENDED) for lane in Lane}
         """For each lane, the last operation of each other one that it knows of."""
 
@@ -63,7 +63,6 @@ class StepRun:
 
     def run_here(self, launch: Launch) -> bool:
         """Launch all operations on this thread, in the order of the list; as `run`."""
-        self.hold_loads()
         self.hold_loads()
         for _, numbers in groupby(range(len(self.events)), key=lambda number: self.step.ops.ops[number].place):
             if self.step.stop.is_set:

@@ -10,7 +10,7 @@ from hsrpc.plan.device_memory import SPARE_SLOTS, Staging, device_bytes, pool_by
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
-from hsrpc.plan.prediction import as_prediction
+from hsrpc.plan.prediction import as_prediction, simulated
 from hsrpc.plan.search import Evaluation, Evaluator, Point
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
@@ -35,7 +35,8 @@ class Assembly:
         choices, every_prompt = evaluator.choices, point.batch * evaluator.max_model_len
         resident, sizes = choices.names[point.choice], model.sizes
         share = self._share(one)
-        return Plan(
+        closed = as_prediction(point.batch, model.traffic.context, one.times)
+        plan = Plan(
             policy=self.decision.named(share),
             reason=self._reason(point, one, share),
             activation_share=share,
@@ -63,9 +64,10 @@ class Assembly:
                 HostUse.CACHE_BLOCKS: self._pool_bytes(blocks, Tier.HOST),
             },
             budgets=evaluator.budgets,
-            prediction=as_prediction(point.batch, model.traffic.context, one.times),
+            prediction=closed,
             hardware=model.hardware,
         )
+        return replace(plan, prediction=simulated(plan, sizes, closed))
 
     def _spare_prefill_tokens(self, point: Point, one: Evaluation) -> float:
         """None where no weights stream: there each mini-batch more costs its launches, as it does with a bound."""

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 
 from hsrpc.plan.plan import Plan, StepPrediction
+from hsrpc.plan.simulated_step import simulated_step
 from hsrpc.plan.sizes import ModelSizes, attended
 from hsrpc.plan.step_time import Candidates, StepModel, StepTimes, Traffic
 from hsrpc.schedule.blocks import PoolId, Tier
@@ -44,7 +45,8 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
     elif part:
         balanced = model.balanced_recompute(candidate, min(1.0 - on_device, part))
         candidate = replace(candidate, recomputed=balanced)
-    return as_prediction(batch, context, model.predict(candidate))
+    found = simulated(plan, sizes, as_prediction(batch, context, model.predict(candidate)))
+    return replace(found, mean_step=found.step)
 
 
 def as_prediction(batch: int, context: int, times: StepTimes) -> StepPrediction:
@@ -52,6 +54,26 @@ def as_prediction(batch: int, context: int, times: StepTimes) -> StepPrediction:
     seconds = {item.name: float(getattr(times, item.name)) for item in fields(times)}
     mini_batches = round(seconds.pop("mini_batches"))
     return StepPrediction(batch=batch, context=context, mini_batches=mini_batches, **seconds)
+
+
+def simulated(plan: Plan, sizes: ModelSizes, closed: StepPrediction) -> StepPrediction:
+    """A step with the parts of `closed`, whose own time is that of the list which the engine will run.
+
+    A search compares thousands of candidates by a closed form; what is told of the chosen one is its list's time. Where
+    nothing crosses the bus there is nothing that takes turns.
+    """
+    if not closed.bus:
+        return closed
+    taking_turns = min(closed.bus, closed.gpu) / (sizes.num_layers * closed.mini_batches)
+    boundary = max(0.0, closed.boundary - taking_turns)  # the list's first and last mini-batch are in its time
+    step = max(simulated_step(plan, sizes, closed), closed.launch) + boundary
+    return replace(
+        closed,
+        boundary=boundary,
+        step=step,
+        longest_step=max(step, closed.longest_step),
+        mean_step=max(step, closed.mean_step),
+    )
 
 
 def _blocks(plan: Plan, tier: Tier) -> tuple[int, int]:

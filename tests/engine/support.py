@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Container
+from collections.abc import AsyncIterator, Callable, Container, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
+import torch
 
 from hsrpc import Engine, EngineConfig, SamplingParams
+from hsrpc.engine.forward import Pass
+from hsrpc.engine.startup import Components
+from hsrpc.model.sampler import PendingSample, Sampler
 from hsrpc.request import Delta
 from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.sweep import Op, OpKind
+from hsrpc.schedule.step import SamplingRow, Step, StepCounts, StopFlag
+from hsrpc.schedule.sweep import Op, OpKind, OpList
 from tests.engine.conftest import tightest
 from tests.engine.reference import Reference
 
@@ -61,6 +66,11 @@ def text(deltas: list[Delta]) -> str:
     return "".join(delta.text for delta in deltas)
 
 
+def parts(engine: Engine) -> Components:
+    """What a running engine is made of: tests look at it, or break it, where no public way leads."""
+    return engine._opened
+
+
 def live(engine: Engine, request_id: str) -> Request | None:
     """The scheduler's view of a request."""
     return next((r for r in engine._scheduler.live() if r.request_id == request_id), None)
@@ -89,7 +99,7 @@ async def idle(engine: Engine) -> None:
 
 def before(engine: Engine, patch: pytest.MonkeyPatch, kinds: Container[OpKind], call: Callable[[Op], object]) -> None:
     """Call `call` before each operation of these kinds of the compute lane, on its thread."""
-    forward = engine._opened.executor.forward
+    forward = parts(engine).executor.forward
     launch = forward.launch
 
     def watched(op: Op, step: object) -> None:
@@ -100,6 +110,31 @@ def before(engine: Engine, patch: pytest.MonkeyPatch, kinds: Container[OpKind], 
     patch.setattr(forward, "launch", watched)
 
 
+def edit_logits(engine: Engine, patch: pytest.MonkeyPatch, edit: Callable[[torch.Tensor], object]) -> None:
+    """Let `edit` change each step's logits [r, vocab] before they are sampled, on the compute lane's thread."""
+    forward = parts(engine).executor.forward
+    launch = forward.launch
+
+    def edited(op: Op, step: Pass) -> None:
+        launch(op, step)
+        if op.kind is OpKind.HEAD:
+            assert step.logits is not None
+            edit(step.logits)
+
+    patch.setattr(forward, "launch", edited)
+
+
+def before_sampling(patch: pytest.MonkeyPatch, call: Callable[[], object]) -> None:
+    """Call `call` before each step's rows are sampled, on the compute lane's thread."""
+    launch = Sampler.launch
+
+    def watched(sampler: Sampler, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> PendingSample:
+        call()
+        return launch(sampler, logits, rows)
+
+    patch.setattr(Sampler, "launch", watched)
+
+
 @asynccontextmanager
 async def left_as_found(engine: Engine) -> AsyncIterator[None]:
     """What happens inside leaves no trace: requests, blocks, buffers, tasks."""
@@ -108,3 +143,9 @@ async def left_as_found(engine: Engine) -> AsyncIterator[None]:
     yield
     await idle(engine)
     await until(lambda: asyncio.all_tasks() == tasks)  # a consumer may not have had its turn yet
+
+
+def bare_step(ops: OpList) -> Step:
+    """A step that is its list of operations alone."""
+    counts = StepCounts(requests=0, decode=0, prefill=0, recomputed=0, context=0)
+    return Step(step_id=1, mini_batches=(), ops=ops, sampling=(), counts=counts, stop=StopFlag())

@@ -13,6 +13,7 @@ import pytest
 from hsrpc import Engine, SamplingParams
 from hsrpc.engine.generation import Generation
 from hsrpc.errors import InvalidRequestError, QueueFullError, WaitTooLongError
+from hsrpc.schedule.queue_rate import QueueRate
 from tests.engine.reference import Reference
 from tests.engine.support import collect, greedy, idle, ids, live, roomy, until
 
@@ -52,7 +53,7 @@ async def test_tokens_that_wait_are_bounded(reference: Callable[[str], Reference
             await engine.submit("one", greedy(1))
         for generation in held:
             generation.close()
-        assert engine._scheduler.num_waiting_tokens == 0
+        assert "waiting tokens" not in engine.integrity()
 
 
 async def test_no_is_said_at_once_and_before_tokenising(
@@ -83,21 +84,23 @@ async def test_prompts_that_are_tokenised_hold_their_place(reference: Callable[[
         assert sum(isinstance(result, QueueFullError) for result in results) == 8
         for generation in taken:
             generation.close()
-        assert engine._admission._num_preparing == 0
+        for generation in [await engine.submit("a prompt", greedy(1)) for _ in range(2)]:  # there is room again
+            generation.close()
 
 
-def drained_slowly(engine: Engine) -> None:
+def drained_slowly(patch: pytest.MonkeyPatch) -> None:
     """As if 100 requests of one token had been let in within the last 200 s, with somebody waiting all the time."""
-    drain = engine._scheduler._queue_rate
-    drain._seconds, drain._tokens, drain._count = 200.0, 100.0, 100.0
+    patch.setattr(QueueRate, "seconds_for", lambda _, num_tokens: 200.0 / 100.0 * num_tokens)
 
 
 @pytest.mark.parametrize("limit", ["deadline", "time limit"])
-async def test_a_hopeless_deadline_is_refused_at_once(limit: str, reference: Callable[[str], Reference]) -> None:
+async def test_a_hopeless_deadline_is_refused_at_once(
+    limit: str, monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
     """50 tokens wait and 1 leaves every 2 s: who may wait 10 s is refused, who may wait 90 s, or for ever, is taken."""
     async with busy(reference("opt")) as (engine, _):
         held = [await engine.submit([5] * 50, greedy(1))]
-        drained_slowly(engine)
+        drained_slowly(monkeypatch)
 
         async def submit(seconds: float, priority: int = 0) -> Generation:
             settings: dict[str, float] = {"time_limit": seconds} if limit == "time limit" else {}
@@ -112,10 +115,12 @@ async def test_a_hopeless_deadline_is_refused_at_once(limit: str, reference: Cal
             generation.close()
 
 
-async def test_an_empty_queue_refuses_no_deadline(reference: Callable[[str], Reference]) -> None:
+async def test_an_empty_queue_refuses_no_deadline(
+    monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
     """Where nobody waits, nothing is predicted, however slow the queue was."""
     async with Engine(roomy(reference("opt"))) as engine:
-        drained_slowly(engine)
+        drained_slowly(monkeypatch)
         assert len(ids(await collect(await engine.submit([5], greedy(2), max_wait=0.001)))) == 2
 
 

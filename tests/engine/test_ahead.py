@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from hsrpc import Engine, EngineConfig, SamplingParams
+from hsrpc.engine.graphs import DecodeGraphs
 from hsrpc.errors import OutOfDeviceMemoryError
 from hsrpc.request import FinishReason
-from hsrpc.schedule.step import Step
+from hsrpc.schedule.step import MiniBatch
 from tests.engine.reference import NEW_TOKENS, Reference
-from tests.engine.support import collect, config_for, greedy, idle, ids
+from tests.engine.support import before_sampling, collect, config_for, greedy, idle, ids, parts
 
 pytestmark = pytest.mark.usefixtures("ordered")
 
@@ -26,17 +27,17 @@ def resident(made: Reference, **settings: object) -> EngineConfig:
 
 
 @contextmanager
-def counting(engine: Engine) -> Iterator[list[Step]]:
-    """The steps that are computed after being launched ahead."""
-    executor, found = engine._opened.executor, []
-    run = executor._run_graph
+def counting() -> Iterator[list[MiniBatch]]:
+    """The mini-batches that are launched before the tokens that they continue with are known."""
+    run, found = DecodeGraphs.run, []
 
-    def counted(step: Step, launched: object, ahead: Step | None) -> object:
-        found.extend([step] if launched is not None else [])
-        return run(step, launched, ahead)
+    def counted(graphs: DecodeGraphs, batch: MiniBatch, sampled: torch.Tensor | None) -> torch.Tensor:
+        found.extend([batch] if sampled is not None else [])
+        return run(graphs, batch, sampled)
 
-    executor._run_graph = counted
-    yield found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodeGraphs, "run", counted)
+        yield found
 
 
 @pytest.mark.parametrize("model", ["opt", "llama"])
@@ -44,7 +45,7 @@ async def test_tokens_equal_the_reference(model: str, reference: Callable[[str],
     """Requests that come and go; most steps run ahead."""
     made = reference(model)
     async with Engine(resident(made)) as engine, asyncio.timeout(60):
-        with counting(engine) as ahead:
+        with counting() as ahead:
 
             async def one(index: int, prompt: list[int]) -> list[int]:
                 await asyncio.sleep(0.01 * index)
@@ -64,7 +65,7 @@ async def test_a_stop_ends_a_request_though_its_next_step_is_under_way(reference
         stop = made.outputs[0][4]
         count = made.outputs[0].index(stop) + 1
         params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, stop_token_ids=(stop,))
-        with counting(engine) as ahead:
+        with counting() as ahead:
             stopped, whole = await asyncio.gather(
                 collect(engine.generate(made.prompts[0], params)),
                 collect(engine.generate(made.prompts[1], greedy(NEW_TOKENS))),
@@ -84,7 +85,7 @@ async def test_sampling_settings_see_every_token(reference: Callable[[str], Refe
     texts = []
     for settings in ({}, {"placement": "host"}):
         async with Engine(resident(made, **settings)) as engine, asyncio.timeout(60):
-            assert engine._opened.executor.runs_ahead == (not settings)
+            assert parts(engine).executor.runs_ahead == (not settings)
             texts.append(ids(await collect(engine.generate(made.prompts[0], params))))
             await idle(engine)
     assert texts[0] == texts[1]
@@ -108,17 +109,15 @@ async def test_memory_running_out_ends_the_requests_and_no_more(
     """In the sampling of a step whose successor is scheduled already; the next request finds everything as it was."""
     made = reference("opt")
     async with Engine(resident(made)) as engine, asyncio.timeout(60):
-        sampler, calls = engine._opened.executor._sampler, 0
-        launch = sampler.launch
+        calls = 0
 
-        def failing(*args: object) -> object:
+        def failing() -> None:
             nonlocal calls
             calls += 1
             if calls == 4:
                 raise torch.OutOfMemoryError("no memory")
-            return launch(*args)
 
-        monkeypatch.setattr(sampler, "launch", failing)
+        before_sampling(monkeypatch, failing)
         with pytest.raises(OutOfDeviceMemoryError):
             await collect(engine.generate(made.prompts[0], greedy(NEW_TOKENS)))
         await idle(engine)

@@ -24,7 +24,7 @@ from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
-from tests.engine.support import collect, config_for, greedy, tight
+from tests.engine.support import collect, config_for, greedy, parts, tight
 from tests.engine.test_coded_weights import config_for as config_of_shape
 
 BOUNDS = {DeviceUse.HIDDEN_STATES, DeviceUse.WORKSPACE, DeviceUse.GRAPHS, DeviceUse.RUNTIME}
@@ -216,8 +216,7 @@ async def test_coded_weights_take_no_more_than_was_planned(
         planned, found = lines(engine.plan), taken(device)
         most, coded = planned.pop(HostUse.STREAMED_WEIGHTS), found.pop(HostUse.STREAMED_WEIGHTS, 0)
         assert found == without(planned)
-        packed = [layer.packed for layer in engine._opened.prefetcher._layers if layer.packed is not None]
-        assert coded == sum(map(len, packed))
+        assert coded == sum(layer.bus_bytes for layer in parts(engine).prefetcher.places)
         assert 0.8 * most <= coded <= most
         assert device.most.get(DeviceUse.WEIGHT_BUFFERS, 0) == planned[DeviceUse.WEIGHT_BUFFERS]
 

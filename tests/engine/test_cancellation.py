@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
 from types import coroutine
 from typing import Any
@@ -16,7 +16,6 @@ from hsrpc.engine import loading, startup
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.weights import LayerWeights, ModelWeights
 from hsrpc.errors import EngineUnavailableError
-from hsrpc.model.tensor import TensorSpec
 from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.schedule.sweep import Op, OpKind
 from tests.engine.reference import Reference
@@ -288,14 +287,14 @@ async def test_cancelling_while_loading_stops_it(
     """The layer being read is the last one; no thread is left."""
     layers, started, proceed = [], threading.Event(), threading.Event()
 
-    def slow(loader: object, tensors: Sequence[TensorSpec]) -> LayerWeights:
-        layers.append(tensors)
+    def slow(*args: object) -> LayerWeights:
+        layers.append(args)
         started.set()
         assert proceed.wait(20)
-        return load_packed(loader, tensors)
+        return read_packed(*args)
 
-    load_packed = loading._Loader._packed
-    monkeypatch.setattr(loading._Loader, "_packed", slow)
+    read_packed = loading._Loader._read_packed
+    monkeypatch.setattr(loading._Loader, "_read_packed", slow)
     monkeypatch.setattr(loading.os, "cpu_count", lambda: 1)
     entering = asyncio.create_task(Engine(roomy(reference("opt"))).__aenter__())
     await asyncio.to_thread(started.wait, 20)

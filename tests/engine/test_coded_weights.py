@@ -29,7 +29,7 @@ from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.request import Delta
 from hsrpc.schedule.sweep import BUFFERS
 from tests.engine.conftest import HARDWARE
-from tests.engine.support import collect, greedy, idle
+from tests.engine.support import collect, greedy, idle, parts
 
 _SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 300}
 CONFIGS = {
@@ -104,7 +104,7 @@ async def test_the_host_holds_what_is_coded(tmp_path: Path) -> None:
     plans = {}
     for coded, name in enumerate(("none", "lossless")):
         async with Engine(replace(config, weight_coding=name)) as engine:
-            packed = [len(layer.packed) for layer in engine._opened.prefetcher._layers]
+            packed = [layer.bus_bytes for layer in parts(engine).prefetcher.places]
             plans[coded] = plan = engine.plan
             assert sum(packed) <= plan.host_bytes[HostUse.STREAMED_WEIGHTS]
             assert max(packed) <= plan.weight_buffer_bytes

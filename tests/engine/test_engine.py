@@ -14,6 +14,10 @@ import torch
 from hsrpc import Engine, EngineConfig
 from hsrpc.engine import delivery as delivery_module
 from hsrpc.engine import engine as engine_module
+from hsrpc.engine.forward import Forward
+from hsrpc.engine.tasks.cache import CacheManager
+from hsrpc.engine.tasks.executor import Executor
+from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.errors import (
     EngineFaultError,
     EngineUnavailableError,
@@ -24,9 +28,24 @@ from hsrpc.errors import (
     RequestFailedError,
 )
 from hsrpc.request import FinishReason, SamplingParams
-from hsrpc.schedule.sweep import Op
+from hsrpc.schedule.scheduler import Scheduler
+from hsrpc.schedule.sweep import OpKind
 from tests.engine.reference import VOCAB, Reference
-from tests.engine.support import collect, greedy, idle, ids, live, roomy, tight, until, weights_on_device
+from tests.engine.support import (
+    before,
+    before_sampling,
+    collect,
+    edit_logits,
+    greedy,
+    idle,
+    ids,
+    live,
+    parts,
+    roomy,
+    tight,
+    until,
+    weights_on_device,
+)
 
 SEEDED = SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=40, ignore_eos=True)
 
@@ -34,7 +53,7 @@ SEEDED = SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=40, ignor
 async def test_an_engine_serves_between_entering_and_leaving_only(reference: Callable[[str], Reference]) -> None:
     """Before, after and on a second entering: EngineUnavailableError, which says what to do."""
     engine = Engine(roomy(reference("opt")))
-    for _ in range(2):
+    for is_new in (True, False):
         with pytest.raises(EngineUnavailableError):
             await engine.submit([5], greedy(1))
         properties = (lambda: engine.plan, lambda: engine.tokenizer, lambda: engine.max_model_len)
@@ -42,7 +61,7 @@ async def test_an_engine_serves_between_entering_and_leaving_only(reference: Cal
             with pytest.raises(EngineUnavailableError, match="async with"):
                 look()
         assert not engine.abort("a")
-        if engine._failed is None:
+        if is_new:
             with pytest.raises(EngineUnavailableError):
                 await engine.wait_failed()
             async with engine:
@@ -166,21 +185,20 @@ async def test_the_engines_seed_makes_unseeded_requests_reproducible(reference: 
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
-async def test_bad_logits_fail_one_request_alone(row: int, reference: Callable[[str], Reference]) -> None:
+async def test_bad_logits_fail_one_request_alone(
+    row: int, monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
     """NaN in one row: that request raises RequestFailedError after its text, the others finish with their tokens."""
     made = reference("opt")
     async with Engine(roomy(made)) as engine:
-        family = engine._opened.executor.forward._family
-        logits, spoiled = family.logits, []
+        spoiled = []
 
-        def spoil(fixed: object, hidden: torch.Tensor) -> torch.Tensor:
-            result = logits(fixed, hidden)
-            if not spoiled and len(result) == 3 and engine._meter.generated_tokens > 20:
+        def spoil(logits: torch.Tensor) -> None:
+            if not spoiled and len(logits) == 3 and engine.stats().generated_tokens > 20:
                 spoiled.append(row)
-                result[row, 17] = float("nan")
-            return result
+                logits[row, 17] = float("nan")
 
-        family.logits = spoil
+        edit_logits(engine, monkeypatch, spoil)
         generations = [await engine.submit(prompt, greedy(40)) for prompt in made.prompts[:3]]
         results = await asyncio.gather(*map(collect, generations), return_exceptions=True)
         failed = [i for i, result in enumerate(results) if isinstance(result, RequestFailedError)]
@@ -195,27 +213,14 @@ def boom(*args: object) -> None:
     raise RuntimeError("injected")
 
 
-def break_prefetcher(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine._opened.prefetcher, "launch", boom)
-
-
-def break_cache(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine._opened.cache, "launch", boom)
-
-
-def break_executor(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine._opened.executor.forward, "launch", boom)
-
-
-def break_detokenizing(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(delivery_module, "next_deltas", boom)
-
-
-def break_scheduling(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine._scheduler, "schedule", boom)
-
-
-FAULTS = [break_prefetcher, break_cache, break_executor, break_detokenizing, break_scheduling]
+FAULTS = [
+    (WeightPrefetcher, "launch"),
+    (CacheManager, "launch"),
+    (Forward, "launch"),
+    (delivery_module, "next_deltas"),
+    (Scheduler, "schedule"),
+]
+"""A call of each task."""
 
 
 async def expect_fault(work: Any) -> None:
@@ -224,9 +229,10 @@ async def expect_fault(work: Any) -> None:
     assert "injected" in repr(caught.value.__cause__)
 
 
-@pytest.mark.parametrize("break_it", FAULTS)
+@pytest.mark.parametrize(("owner", "call"), FAULTS, ids=lambda each: getattr(each, "__name__", each))
 async def test_a_fault_ends_everything_at_once(
-    break_it: Callable[[Engine, pytest.MonkeyPatch], None],
+    owner: object,
+    call: str,
     monkeypatch: pytest.MonkeyPatch,
     reference: Callable[[str], Reference],
 ) -> None:
@@ -237,7 +243,7 @@ async def test_a_fault_ends_everything_at_once(
         generations = [await engine.submit(prompt, greedy(60)) for prompt in made.prompts[:4]]
         watch = asyncio.create_task(engine.wait_failed())
         await anext(generations[0])
-        break_it(engine, monkeypatch)
+        monkeypatch.setattr(owner, call, boom)
         start = time.monotonic()
         await asyncio.gather(*(expect_fault(collect(generation)) for generation in generations))
         assert time.monotonic() - start < 1
@@ -251,12 +257,12 @@ async def test_a_fault_ends_everything_at_once(
 
 
 @pytest.mark.parametrize(
-    ("make", "part"),
-    [(tight, "embed"), (tight, "attend"), (tight, "sample"), (weights_on_device, "attend")],
+    ("make", "kind"),
+    [(tight, OpKind.EMBED), (tight, OpKind.ATTEND), (tight, OpKind.SAMPLE), (weights_on_device, OpKind.ATTEND)],
 )
 async def test_running_out_of_device_memory_ends_the_step_alone(
     make: Callable[..., EngineConfig],
-    part: str,
+    kind: OpKind,
     monkeypatch: pytest.MonkeyPatch,
     reference: Callable[[str], Reference],
 ) -> None:
@@ -266,17 +272,17 @@ async def test_running_out_of_device_memory_ends_the_step_alone(
         generations = [await engine.submit(prompt, greedy(60)) for prompt in made.prompts[:2]]
         for generation in generations:
             await anext(generation)
-        executor = engine._opened.executor
-        compute, calls = executor._launch, []
+        calls = []
 
-        def run_out(state: object, op: Op) -> None:
-            calls.extend([op] if op.kind.value == part else [])
-            if len(calls) == (4 if part == "attend" else 1):
-                calls.append(op)
+        def run_out(_: object = None) -> None:
+            calls.append(kind)
+            if len(calls) == (4 if kind is OpKind.ATTEND else 1):
                 raise torch.OutOfMemoryError("injected")
-            compute(state, op)
 
-        monkeypatch.setattr(executor, "_launch", run_out)
+        if kind is OpKind.SAMPLE:
+            before_sampling(monkeypatch, run_out)
+        else:
+            before(engine, monkeypatch, {kind}, run_out)
         for generation in generations:
             with pytest.raises(OutOfDeviceMemoryError):
                 await collect(generation)
@@ -312,9 +318,9 @@ async def test_a_fault_does_not_wait_for_a_busy_thread(
             loop.call_soon_threadsafe(slow.set)
             time.sleep(1.5)
 
-        monkeypatch.setattr(engine._opened.executor.forward, "launch", stall)
+        monkeypatch.setattr(Forward, "launch", stall)
         await slow.wait()
-        break_detokenizing(engine, monkeypatch)
+        monkeypatch.setattr(delivery_module, "next_deltas", boom)
         start = time.monotonic()
         engine.abort(generation.request_id)
         await expect_fault(collect(generation))
@@ -326,9 +332,9 @@ async def test_the_event_loop_runs_while_the_device_computes(
 ) -> None:
     """A call that takes long on the thread of any task holds up no other task of the loop."""
     async with Engine(roomy(reference("opt"))) as engine:
-        parts, slept = engine._opened, []
-        for part, name in ((parts.executor, "_sample"), (parts.cache, "launch"), (parts.prefetcher, "launch")):
-            monkeypatch.setattr(part, name, slow_once(getattr(part, name), slept))
+        slept = []
+        for part in (Forward, CacheManager, WeightPrefetcher):
+            monkeypatch.setattr(part, "launch", slow_once(part.launch, slept))
         generating = asyncio.create_task(collect(engine.generate([5] * 20, greedy(6))))
         ticks = 0
         while not generating.done():
@@ -378,18 +384,20 @@ async def test_a_model_without_files_takes_token_ids_only() -> None:
         assert live(engine, "none") is None
 
 
-async def test_the_heartbeat_is_the_age_of_the_step(reference: Callable[[str], Reference]) -> None:
+async def test_the_heartbeat_is_the_age_of_the_step(
+    monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
     """0 when idle, however long; grows while a step does not end; 0 again once the work is done."""
     async with Engine(roomy(reference("opt"))) as engine:
         engine._last_beat -= 100
         assert engine.heartbeat() == 0
-        execute, gate = engine._opened.executor.execute, asyncio.Event()
+        execute, gate = Executor.execute, asyncio.Event()
 
-        async def late(step: Any, ahead: Any = None) -> Any:
+        async def late(executor: Executor, step: Any, ahead: Any = None) -> Any:
             await gate.wait()
-            return await execute(step, ahead)
+            return await execute(executor, step, ahead)
 
-        engine._opened.executor.execute = late
+        monkeypatch.setattr(Executor, "execute", late)
         work = asyncio.create_task(collect(engine.generate([5], greedy(2))))
         await until(lambda: engine.heartbeat() > 0.05)
         assert engine.heartbeat() < 50
@@ -404,9 +412,9 @@ async def test_leaving_is_bounded(reference: Callable[[str], Reference], monkeyp
     monkeypatch.setattr(engine_module, "_STOP_SECONDS", 0.1)
     engine, closed, gate = Engine(roomy(reference("opt"))), [], asyncio.Event()
     async with engine:
-        parts, main = engine._opened, engine._main
-        close = parts.close
-        monkeypatch.setattr(type(parts), "close", lambda _: closed.append(True))
+        opened, main = parts(engine), engine._main
+        close = opened.close
+        monkeypatch.setattr(type(opened), "close", lambda _: closed.append(True))
         assert main is not None
         main.cancel()
         await asyncio.wait([main])

@@ -1,68 +1,46 @@
-"""Mini-batches that go through projections and MLP together."""
+"""Mini-batches that go through projections and MLP together, and how far they are launched ahead."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import groupby
 from weakref import ref
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hsrpc import Engine
-from hsrpc.engine import forward
-from hsrpc.engine.forward import Forward, group_batches
+from hsrpc.engine.pace import Pace
 from hsrpc.model.families.opt import Opt
-from hsrpc.request import SamplingParams
-from hsrpc.schedule.packing import pack
-from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.step import Chunk, MiniBatch
+from hsrpc.schedule import assemble
+from hsrpc.schedule.sweep import OpKind
 from tests.engine.reference import Reference
-from tests.engine.support import collect, greedy, idle, ids, roomy
+from tests.engine.support import before, collect, greedy, idle, ids, roomy
 
 pytestmark = pytest.mark.usefixtures("ordered")
-
-
-def batch_of(count: int) -> MiniBatch:
-    return pack([Chunk(Request("r", [1] * count, SamplingParams(), 0, 0.0), 0, count, samples=True)], 16, None)
-
-
-@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=12), most=st.integers(1, 20))
-def test_groups_are_neighbours_that_fit(counts: list[int], most: int) -> None:
-    """In order, none lost, none larger than it may be unless it is one mini-batch, none smaller than it need be."""
-    batches = [batch_of(count) for count in counts]
-    groups = group_batches(batches, most)
-    assert [batch for group in groups for batch in group] == batches
-    sizes = [[batch.num_queries for batch in group] for group in groups]
-    assert all(sum(size) <= most or len(size) == 1 for size in sizes)
-    assert all(sum(size) + after[0] > most for size, after in pairwise(sizes))
 
 
 async def test_a_decode_step_reads_the_weights_once(
     reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several mini-batches attend one after the other; projections and MLP of a layer are computed once for all."""
-    made, calls = reference("opt"), {"finish": 0, "compute": 0}
-    finish, compute = Opt.finish_layer, Forward.compute
+    made, calls = reference("opt"), Counter[OpKind | str]()
+    finish = Opt.finish_layer
 
-    def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object) -> object:
-            calls[name] += 1
-            return function(*args)
+    def finish_counted(*args: object) -> object:
+        calls["finish"] += 1
+        return finish(*args)
 
-        return call
-
-    monkeypatch.setattr(Opt, "finish_layer", counted("finish", finish))
-    monkeypatch.setattr(Forward, "compute", counted("compute", compute))
+    monkeypatch.setattr(Opt, "finish_layer", finish_counted)
     async with Engine(roomy(made, max_batch=3)) as engine:
-        buffers = engine._scheduler.limits.buffers
+        before(engine, monkeypatch, {OpKind.PROJECT, OpKind.ATTEND}, lambda op: calls.update([op.kind]))
         generations = [await engine.submit(prompt, greedy(40)) for prompt in made.prompts[:3]]
-        assert sum(map(len, made.prompts[:3])) + 3 * 40 > buffers.rows  # several mini-batches in the end
+        assert sum(map(len, made.prompts[:3])) + 3 * 40 > engine.plan.buffers.rows  # several mini-batches in the end
         outputs = [ids(await collect(generation)) for generation in generations]
         assert outputs == [output[:40] for output in made.outputs[:3]]
-        assert calls["compute"] > calls["finish"] == engine.stats().steps * engine.spec.sizes.num_layers
+        assert calls[OpKind.ATTEND] > calls["finish"] == engine.stats().steps * engine.spec.sizes.num_layers
+        assert calls[OpKind.PROJECT] == calls["finish"]
         await idle(engine)
 
 
@@ -81,7 +59,7 @@ async def test_one_group_at_a_time_holds_its_projections(
         return found
 
     monkeypatch.setattr(Opt, "queries_keys_values", watched)
-    monkeypatch.setattr(forward, "group_batches", lambda batches, _: [[batch] for batch in batches])
+    monkeypatch.setattr(assemble, "group_numbers", lambda queries, _: list(range(len(queries))))
     async with Engine(roomy(made, max_batch=3)) as engine:
         generations = [await engine.submit(prompt, greedy(40)) for prompt in made.prompts[:3]]
         outputs = [ids(await collect(generation)) for generation in generations]
@@ -91,23 +69,47 @@ async def test_one_group_at_a_time_holds_its_projections(
         await idle(engine)
 
 
-async def test_no_more_is_launched_ahead_than_memory_is_planned_for(
+async def test_each_mini_batch_of_a_layer_waits_its_turn(
     reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In mini-batches, and in their new tokens: what is launched keeps its rows until they are stored."""
-    made, under_way = reference("opt"), []
-    compute = Forward.compute
+    """With its new tokens, before the first of its operations: what is launched keeps its rows until they are stored.
 
-    def watched(self: Forward, *args: object) -> object:
-        found = compute(self, *args)
-        under_way.append(([count for _, count in self._under_way], self._max_queries))
-        return found
+    How long it waits is tested with the pace.
+    """
+    made, turns, attends, planned = reference("opt"), [], [], []
+    begin, turn = Pace.__init__, Pace.turn
 
-    monkeypatch.setattr(Forward, "compute", watched)
+    def begun(pace: Pace, device: object, max_queries: int) -> None:
+        planned.append(max_queries)
+        begin(pace, device, max_queries)
+
+    def watched(pace: Pace, place: tuple[int, int], num_queries: int) -> None:
+        turns.append((place, num_queries))
+        turn(pace, place, num_queries)
+
+    monkeypatch.setattr(Pace, "__init__", begun)
+    monkeypatch.setattr(Pace, "turn", watched)
     async with Engine(roomy(made, max_batch=3)) as engine:
-        outputs = [ids(await collect(engine.generate(made.prompts[0], greedy(12)))) for _ in range(2)]
-        assert outputs == [made.outputs[0][:12]] * 2
+        kinds = {OpKind.PROJECT, OpKind.PLACE, OpKind.REBUILD, OpKind.ATTEND, OpKind.FINISH, OpKind.STORE}
+
+        def launched(op: object) -> None:
+            assert turns[-1][0] == op.place
+            attends.extend([op.place] * (op.kind is OpKind.ATTEND))
+
+        before(engine, monkeypatch, kinds, launched)
+        generations = [await engine.submit(prompt, greedy(40)) for prompt in made.prompts[:3]]
+        outputs = [ids(await collect(generation)) for generation in generations]
+        assert outputs == [output[:40] for output in made.outputs[:3]]
         await idle(engine)
-    assert max(len(counts) for counts, _ in under_way) == 9  # one more than were launched before it
-    assert all(sum(counts) <= 2 * most for counts, most in under_way)
-    assert any(sum(counts) > most for counts, most in under_way)
+        assert planned == [engine.plan.buffers.queries]
+        assert [place for place, _ in groupby(place for place, _ in turns)] == attends
+        assert {batch for (_, batch), _ in turns} > {0}
+        computed = sum(len(prompt) + 39 for prompt in made.prompts[:3])
+        assert sum(_counts_of_places(turns)) == engine.spec.sizes.num_layers * computed
+
+
+def _counts_of_places(turns: list[tuple[tuple[int, int], int]]) -> list[int]:
+    """New tokens of each mini-batch of a layer, in order: the same at each of its operations."""
+    found = [{count for _, count in same} for _, same in groupby(turns, key=lambda turn: turn[0])]
+    assert all(len(counts) == 1 for counts in found)
+    return [counts.pop() for counts in found]

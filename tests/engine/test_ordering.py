@@ -22,7 +22,7 @@ from hsrpc.errors import OutOfDeviceMemoryError
 from hsrpc.schedule.sweep import BatchShape, LayerPlacement, Op, OpKind, sweep
 from hsrpc.testing.ordered_device import OrderedDevice, RaceError, ordered_devices
 from tests.engine.reference import Reference
-from tests.engine.support import collect, config_for, greedy, idle, tight, weights_on_device
+from tests.engine.support import collect, config_for, greedy, idle, parts, tight, weights_on_device
 
 NUM_REQUESTS, NUM_TOKENS = 6, 10
 
@@ -83,7 +83,7 @@ async def ahead(made: Reference) -> None:
     """Steps as graphs, launched before the tokens of those before."""
     config = config_for(made, gpu_memory="1GiB", host_memory="1GiB", cache_policy="kv", activation_share=None)
     async with Engine(config) as engine, asyncio.timeout(60):
-        assert engine._opened.executor.runs_ahead
+        assert parts(engine).executor.runs_ahead
         await crowd(engine, made)
 
 
@@ -91,7 +91,7 @@ async def ahead_and_loads(made: Reference) -> None:
     """Some blocks on the host: steps as graphs, and others that load what they read."""
     config = tight(made, cache_policy="kv", activation_share=None, resident_share=1.0)
     async with Engine(replace(config, gpu_memory=config.gpu_memory + 150_000)) as engine, asyncio.timeout(60):
-        assert engine._opened.executor.runs_ahead
+        assert parts(engine).executor.runs_ahead
         await collect(engine.generate(made.prompts[0], greedy(4)))
         await crowd(engine, made, 40)
         await collect(engine.generate(made.prompts[0], greedy(4)))
@@ -101,7 +101,7 @@ async def ahead_and_loads(made: Reference) -> None:
 async def coded(made: Reference, dtype: str) -> None:
     settings = {"gpu_memory": "1GiB", "host_memory": "64MiB", "placement": "host", "weight_coding": "lossless"}
     async with Engine(config_for(made, dtype=dtype, **settings)) as engine, asyncio.timeout(60):
-        assert engine.plan.codes_weights
+        assert engine.plan.decode_buffer_bytes
         await crowd(engine, made)
 
 
@@ -130,7 +130,7 @@ async def cancels(made: Reference) -> None:
 async def gives_up(config: EngineConfig, made: Reference) -> None:
     """Steps end in the middle of a layer, with the device under way; the next ones are right."""
     async with Engine(config) as engine, asyncio.timeout(60):
-        executor, num_failures, left, drawn = engine._opened.executor, 0, 9, Random(0)
+        executor, num_failures, left, drawn = parts(engine).executor, 0, 9, Random(0)
         launch = executor._launch
 
         def failing(state: object, op: Op) -> None:

@@ -18,6 +18,7 @@ from hsrpc import Engine, EngineConfig
 from hsrpc.config import DeviceKind, DType
 from hsrpc.device.device import CpuDevice, available_memory
 from hsrpc.engine import startup
+from hsrpc.engine.forward import Forward
 from hsrpc.engine.startup import describe_model, make_plan
 from hsrpc.engine.tasks.executor import Executor
 from hsrpc.errors import (
@@ -32,7 +33,7 @@ from hsrpc.model.checkpoint import Checkpoint
 from hsrpc.schedule.step import Step
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
-from tests.engine.support import collect, greedy, idle, ids, roomy, until
+from tests.engine.support import collect, greedy, idle, ids, parts, roomy, until
 
 
 @pytest.fixture
@@ -170,9 +171,9 @@ async def test_nothing_of_an_engine_stays_when_it_is_left(reference: Callable[[s
     """Pools, buffers and weights go at once: another engine may need all of the device."""
     async with Engine(roomy(reference("opt"))) as engine:
         await collect(engine.generate([5, 6], greedy(3)))
-        parts = engine._opened
-        left = [weakref.ref(part) for part in (parts.executor, parts.cache, parts.prefetcher)]
-        del parts
+        opened = parts(engine)
+        left = [weakref.ref(part) for part in (opened.executor, opened.cache, opened.prefetcher)]
+        del opened
     assert [ref() for ref in left] == [None] * 3
 
 
@@ -210,18 +211,18 @@ async def test_nothing_of_an_engine_that_died_stays(
     reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even while its fault is held, whose tracebacks lead to all that its tasks had."""
-    left: list[weakref.ref[Executor]] = []
+    left: list[weakref.ref[Forward]] = []
 
-    def broken(executor: Executor, *_: object) -> object:
-        left.append(weakref.ref(executor))
+    def broken(forward: Forward, *_: object) -> object:
+        left.append(weakref.ref(forward))
         raise ValueError("broken")
 
     monkeypatch.setattr(CpuDevice, "warms_up", property(lambda _: True, lambda *_: None), raising=False)
-    monkeypatch.setattr(Executor, "_launch", broken)
+    monkeypatch.setattr(Forward, "launch", broken)
     with pytest.raises(EngineFaultError) as caught:
         await Engine(roomy(reference("opt"))).__aenter__()
     assert caught.value.__cause__ is not None
-    assert [executor() for executor in left] == [None]
+    assert [forward() for forward in left] == [None]
 
 
 async def test_a_fault_while_warming_up_fails_the_start(
@@ -233,7 +234,7 @@ async def test_a_fault_while_warming_up_fails_the_start(
     def broken(*_: object) -> object:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(Executor, "_launch", broken)
+    monkeypatch.setattr(Forward, "launch", broken)
     tasks = asyncio.all_tasks()
     with pytest.raises(EngineFaultError) as caught:
         await Engine(roomy(reference("opt"))).__aenter__()

@@ -1,40 +1,40 @@
-"""Layer weights: the same numbers wherever they lie, and a prefetcher that is never further ahead than its buffers."""
+"""Layer weights: the same numbers wherever they lie, and loaded to the buffers that the step's list says."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
-from hsrpc.engine.bus import BusOrder
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hsrpc.config import EngineConfig
 from hsrpc.device.device import CpuDevice
+from hsrpc.engine.lanes import StepRun
 from hsrpc.engine.loading import load_weights
 from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.weights import ModelWeights
+from hsrpc.engine.worker import Worker
 from hsrpc.errors import CheckpointError, EngineUnavailableError
 from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family
 from hsrpc.model.spec import load_spec
 from hsrpc.model.tensor import TensorSpec
+from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import ALIGNMENT
-from hsrpc.schedule.sweep import BUFFERS
+from hsrpc.schedule import sweep as sweeps
+from hsrpc.schedule.sweep import BUFFERS, NOTHING_CARRIED, BatchShape, Lane, Op, OpKind, OpList, sweep
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
-from tests.engine.support import until
+from tests.engine.support import PATIENCE, bare_step
 
 NUM_LAYERS = 4
 
@@ -72,7 +72,7 @@ def assert_same(found: object, wanted: dict[str, torch.Tensor]) -> None:
 @given(data=st.data())
 def test_any_split_gives_the_same_tensors(family: Family, data: st.DataObject) -> None:
     """Resident or streamed, each tensor has its numbers, aligned and apart from the others."""
-    names = sorted(family.sizes.layers[0].names)
+    names = [tensor.name for tensor in family.sizes.layers[0].tensors]
     resident = tuple(data.draw(st.frozensets(st.sampled_from(names)) | st.just(frozenset(names))) for _ in range(4))
     plan = plan_for(family, resident)
     for index, layer in enumerate(load(family, plan).layers):
@@ -154,111 +154,143 @@ def test_once_stopped_no_layer_is_read(family: Family) -> None:
 
 
 RESIDENT_LAYERS = [(), (0,), (1, 2), (3,), (0, 1, 3)]
+PLAIN = (BatchShape(),)
+LOADING = (BatchShape(loads=True),) * 3
 
 
-@asynccontextmanager
-async def prefetching(
-    family: Family, resident: tuple[int, ...] = (), bus: BusOrder | None = None
-) -> AsyncIterator[WeightPrefetcher]:
-    """A running prefetcher; these layers are resident as a whole."""
-    names = family.sizes.layers[0].names
-    plan = plan_for(family, tuple(names if i in resident else frozenset() for i in range(NUM_LAYERS)))
-    prefetcher = WeightPrefetcher(load(family, plan), plan, CpuDevice(), bus or BusOrder())
-    task = asyncio.create_task(prefetcher.run())
-    try:
-        yield prefetcher
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
+def make_prefetcher(family: Family, resident: tuple[int, ...] = (), share: int = 0) -> WeightPrefetcher:
+    """These layers are resident as a whole; of the others the first `share` tensors are."""
+    names = [tensor.name for tensor in family.sizes.layers[0].tensors]
+    stays = tuple(frozenset(names if i in resident else names[:share]) for i in range(NUM_LAYERS))
+    plan = plan_for(family, stays)
+    return WeightPrefetcher(load(family, plan), plan, CpuDevice())
 
 
-def is_settled(prefetcher: WeightPrefetcher, held: int = 0) -> bool:
-    """Every buffer that nobody holds is loaded."""
-    return prefetcher._ready.qsize() == BUFFERS - held
+def lists(prefetcher: WeightPrefetcher, count: int, batches: tuple[BatchShape, ...] = PLAIN) -> list[OpList]:
+    """One after the other, each run to its end."""
+    found, carried = [], NOTHING_CARRIED
+    for _ in range(count):
+        found.append(sweep(prefetcher.places, batches, carried))
+        carried = found[-1].carries
+    return found
 
 
+class Layers:
+    """The compute lane of a list: at a layer's first and last use its weights must be its own."""
+
+    def __init__(self, family: Family, prefetcher: WeightPrefetcher) -> None:
+        self.seen: list[tuple[int, bool]] = []
+        """Layers, and whether their weights were in a buffer."""
+        self._family = family
+        self._prefetcher = prefetcher
+        self._slot = -1
+
+    def launch(self, op: Op) -> None:
+        if op.kind is OpKind.PROJECT:
+            self._slot = op.slot
+            self.seen.append((op.layer, op.slot >= 0))
+        if op.kind in (OpKind.PROJECT, OpKind.FINISH):
+            found = self._prefetcher.open(op.layer, self._slot)
+            assert_same(found.tensors, expected(self._family, op.layer))
+
+
+@pytest.mark.parametrize("share", [0, 5])
 @pytest.mark.parametrize("resident", RESIDENT_LAYERS)
-async def test_sweeps_give_the_layers_in_order(family: Family, resident: tuple[int, ...]) -> None:
-    """Sweep after sweep, each layer's own numbers; those of resident layers without a buffer."""
-    async with prefetching(family, resident) as prefetcher, asyncio.timeout(20):
-        for _ in range(3):
-            for layer in range(NUM_LAYERS):
-                taken = await prefetcher.take(layer)
-                assert taken.layer == layer
-                assert (taken.buffer is None) == (layer in resident)
-                assert_same(taken.tensors, expected(family, layer))
-                prefetcher.give_back(taken, None)
-        await until(lambda: is_settled(prefetcher))
-        layer_bytes = family.sizes.layers[0].weight_bytes
-        assert prefetcher.streamed_bytes == (3 * (NUM_LAYERS - len(resident)) + BUFFERS) * layer_bytes
+def test_sweeps_give_the_layers_in_order(family: Family, resident: tuple[int, ...], share: int) -> None:
+    """Sweep after sweep, each layer's own numbers in the buffer that the list says; resident layers without one."""
+    prefetcher = make_prefetcher(family, resident, share)
+    layers = Layers(family, prefetcher)
+    for ops in lists(prefetcher, 3):
+        for op in ops.ops:
+            (prefetcher.launch if op.kind is OpKind.LOAD_WEIGHTS else layers.launch)(op)
+    assert layers.seen == [(layer, layer not in resident) for layer in range(NUM_LAYERS)] * 3
+    streamed = [layer.bus_bytes for layer in prefetcher.places if layer.bus_bytes]
+    assert len(streamed) == NUM_LAYERS - len(resident)
+    assert (set(streamed) == {family.sizes.layers[0].weight_bytes}) == (share == 0)
+    assert prefetcher.streamed_bytes == 3 * sum(streamed) + sum(streamed[:BUFFERS])
 
 
-async def test_a_resident_model_streams_nothing(family: Family) -> None:
-    """All layers come at once, and there is no buffer."""
-    async with prefetching(family, (0, 1, 2, 3)) as prefetcher, asyncio.timeout(20):
-        for layer in range(NUM_LAYERS):
-            prefetcher.give_back(await prefetcher.take(layer), None)
-        prefetcher.restart(1)
-        assert_same((await prefetcher.take(0)).tensors, expected(family, 0))
-        assert prefetcher.streamed_bytes == 0
-        assert prefetcher._free.empty()
+def test_a_resident_model_streams_nothing(family: Family) -> None:
+    """Its list loads no weights, and there is no buffer for them."""
+    names, device = family.sizes.layers[0].names, CpuDevice()
+    plan = plan_for(family, (names,) * NUM_LAYERS)
+    prefetcher = WeightPrefetcher(load_weights(family, RandomWeights(0), plan, device, threading.Event()), plan, device)
+    layers = Layers(family, prefetcher)
+    for ops in lists(prefetcher, 2):
+        assert not ops.lanes[Lane.WEIGHTS]
+        for op in ops.ops:
+            layers.launch(op)
+    assert layers.seen == [(layer, False) for layer in range(NUM_LAYERS)] * 2
+    assert prefetcher.streamed_bytes == 0
+    assert not device.allocated.get(DeviceUse.WEIGHT_BUFFERS)
 
 
-async def test_it_is_ahead_by_its_buffers_and_no_further(family: Family) -> None:
-    """Loading goes on only when a buffer comes back; a buffer in use is not written to."""
-    async with prefetching(family) as prefetcher, asyncio.timeout(20):
-        taken = await prefetcher.take(0)
-        await until(lambda: is_settled(prefetcher, held=1))
-        await asyncio.sleep(0.01)
-        assert prefetcher.streamed_bytes == BUFFERS * family.sizes.layers[0].weight_bytes
-        assert_same(taken.tensors, expected(family, 0))
-        prefetcher.give_back(taken, None)
-        await until(lambda: is_settled(prefetcher))
-        assert prefetcher.streamed_bytes == (BUFFERS + 1) * family.sizes.layers[0].weight_bytes
-
-
-@pytest.mark.parametrize("settle", [False, True])
-@pytest.mark.parametrize("taken", range(NUM_LAYERS + 1))
-async def test_restarting_in_any_phase(family: Family, taken: int, settle: bool) -> None:
-    """Before the first layer, in the middle, at the end; with all buffers loaded or one being loaded."""
-    async with prefetching(family, (1,)) as prefetcher, asyncio.timeout(20):
-        for _ in range(2):
-            for layer in range(taken):
-                prefetcher.give_back(await prefetcher.take(layer), None)
-            if settle:
-                await until(lambda: is_settled(prefetcher))
-            prefetcher.restart(1)
-            for layer in range(NUM_LAYERS):
-                again = await prefetcher.take(layer)
-                assert_same(again.tensors, expected(family, layer))
-                prefetcher.give_back(again, None)
-        await until(lambda: is_settled(prefetcher))
-        assert prefetcher._free.empty()
+def test_a_layer_is_opened_once(family: Family) -> None:
+    """In each buffer: making views of all tensors takes long."""
+    prefetcher = make_prefetcher(family, (1,))
+    for layer, slots in ((0, (0, 1)), (1, (-1,)), (2, (0, 1))):
+        opened = [prefetcher.open(layer, slot) for slot in slots]
+        assert all(a is b for a, b in zip(opened, (prefetcher.open(layer, slot) for slot in slots), strict=True))
+        starts = {tuple(t.data_ptr() for t in each.tensors.values()) for each in opened}
+        assert len(starts) == len(slots)
 
 
 @pytest.mark.parametrize("resident", [(), (0, 2)])
-async def test_weights_go_between_the_blocks(
+def test_the_parts_of_a_layer_are_all_of_it(
     family: Family, resident: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While blocks are sent, no part of a layer's weights is ahead of the blocks of the layers before it."""
-    monkeypatch.setattr("hsrpc.engine.tasks.weights._MIN_PART_BYTES", 1)
-    bus = BusOrder()
-    async with prefetching(family, resident, bus) as prefetcher, asyncio.timeout(20):
-        streamed = [layer for layer in range(NUM_LAYERS) if layer not in resident]
-        await until(lambda: is_settled(prefetcher))
-        sent = prefetcher.streamed_bytes
-        bus.move(0.0)
-        for layer in streamed[:2]:
-            prefetcher.give_back(await prefetcher.take(layer), None)
-        for position in (0.5, 1.0, 1.5, 2.0, 2.25, 2.75):
-            bus.move(position)
-            await until(lambda wanted=position: prefetcher.streamed_bytes == sent + _due(family, streamed, wanted))
-            await asyncio.sleep(0.005)
-            assert prefetcher.streamed_bytes == sent + _due(family, streamed, position)
+    """Sent between the blocks of mini-batches, they are one layer's weights together when it is computed."""
+    monkeypatch.setattr(sweeps, "MIN_PART_BYTES", 1000)
+    sweep.cache_clear()
+    prefetcher = make_prefetcher(family, resident)
+    layers, num_parts = Layers(family, prefetcher), 0
+    for ops in lists(prefetcher, 3, LOADING):
+        for op in ops.ops:
+            (prefetcher.launch if op.kind is OpKind.LOAD_WEIGHTS else layers.launch)(op)
+        num_parts += len(ops.lanes[Lane.WEIGHTS])
+    sweep.cache_clear()
+    num_streamed = NUM_LAYERS - len(resident)
+    assert num_parts > 2 * 3 * num_streamed
+    assert prefetcher.streamed_bytes == (3 * num_streamed + BUFFERS) * family.sizes.layers[0].weight_bytes
 
 
-def _due(family: Family, streamed: list[int], position: float) -> int:
-    """Bytes that may be sent beside blocks up to `position`, of the third and fourth streamed layers."""
-    starts = [*streamed, *(layer + NUM_LAYERS for layer in streamed)]
-    shares = [(position - begin) / (end - begin) for begin, end in pairwise(starts[1:4])]
-    return sum(math.ceil(family.sizes.layers[0].weight_bytes * min(1.0, max(0.0, share))) for share in shares)
+async def run_list(
+    prefetcher: WeightPrefetcher, run: StepRun, launch: Callable[[Op], None], workers: dict[Lane, Worker]
+) -> bool:
+    """The prefetcher's task runs its lane, this the others; whether all of it was launched."""
+    await prefetcher.steps.put(run)
+    await asyncio.gather(*(run.run(lane, workers[lane], launch) for lane in (Lane.CACHE, Lane.COMPUTE)))
+    return all([await run.ended.get() for _ in Lane])
+
+
+@pytest.mark.parametrize("batches", [PLAIN, LOADING], ids=["plain", "loading"])
+@pytest.mark.parametrize("resident", [(), (1,)])
+async def test_its_task_goes_on_behind_a_step_given_up_anywhere(
+    family: Family, resident: tuple[int, ...], batches: tuple[BatchShape, ...]
+) -> None:
+    """Each list after it begins anew, and gives each layer's numbers; those after whole ones go on."""
+    prefetcher = make_prefetcher(family, resident)
+    task, num_stops = asyncio.create_task(prefetcher.run()), 0
+    async with asyncio.timeout(PATIENCE), Worker("cache") as cache, Worker("compute") as compute:
+        workers = {Lane.CACHE: cache, Lane.COMPUTE: compute}
+        for stops_at in sweep(prefetcher.places, batches).lanes[Lane.COMPUTE]:
+            carried, events = NOTHING_CARRIED, []
+            for stops in (False, True, False):
+                ops, layers = sweep(prefetcher.places, batches, carried), Layers(family, prefetcher)
+                step = bare_step(ops)
+                at = ops.ops[min(stops_at, len(ops) - 1)]
+
+                def launch(op: Op, at: Op | None = at if stops else None, layers=layers, step=step) -> None:
+                    layers.launch(op)
+                    if op is at:
+                        step.stop.set()
+
+                run = StepRun(step, CpuDevice(), events)
+                is_whole = await run_list(prefetcher, run, launch, workers)
+                num_stops += not is_whole
+                assert is_whole or stops
+                assert not is_whole or [layer for layer, _ in layers.seen] == list(range(NUM_LAYERS))
+                carried, events = (ops.carries, run.events) if is_whole else (NOTHING_CARRIED, [])
+    task.cancel()
+    await asyncio.wait([task])
+    assert num_stops > NUM_LAYERS

@@ -282,12 +282,12 @@ def test_mini_batches_balance():
     ids=["gpu", "bus"],
 )
 def test_mini_batches_balance_the_longer_side(short: PoolId, costs: RowCosts):
-    """Four short works take longer on one side than a long one on the other: each mini-batch has two of them."""
+    """Four short chunks take longer on one side than a long one on the other: each mini-batch has two of them."""
     long = PoolId.HOST_KV if short is PoolId.HOST_ACTIVATION else PoolId.HOST_ACTIVATION
-    works = [make_chunk(i, [(short, 10 * i + j) for j in range(5)], 64, 1) for i in range(4)]
-    works.append(make_chunk(4, [(long, 100 + j) for j in range(13)], 200, 1))
-    parts = form_mini_batches(works, 16, BufferLimits(rows=400, activation_rows=1000, queries=100), costs, None)
-    kinds = [Counter(PoolId(work.request.blocks.pools[0]) for work in part) for part in parts]
+    chunks = [make_chunk(i, [(short, 10 * i + j) for j in range(5)], 64, 1) for i in range(4)]
+    chunks.append(make_chunk(4, [(long, 100 + j) for j in range(13)], 200, 1))
+    parts = form_mini_batches(chunks, 16, BufferLimits(rows=400, activation_rows=1000, queries=100), costs, None)
+    kinds = [Counter(PoolId(chunk.request.blocks.pools[0]) for chunk in part) for part in parts]
     assert [count[short] for count in kinds] == [2, 2]
 
 

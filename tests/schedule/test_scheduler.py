@@ -878,8 +878,8 @@ def test_prompts_of_several_mini_batches_share_a_budget():
     for wanted in ([8, 2], [8, 2], [7, 3]):
         step = harness.schedule()
         assert step is not None
-        assert sorted((work.num_new for work in step.works), reverse=True) == wanted
-        harness.scheduler.commit(step, [1] * len(step.sampled), 1.0)
+        assert sorted((chunk.num_new for chunk in step.chunks), reverse=True) == wanted
+        harness.scheduler.commit(step.step_id, [1] * len(step.sampling), 1.0)
 
 
 def test_a_preempted_request_that_ends_waits_no_longer():
@@ -892,7 +892,7 @@ def test_a_preempted_request_that_ends_waits_no_longer():
     while not second.preemptions:
         step = scheduler.schedule(1.0)
         assert step is not None
-        scheduler.commit(step, [1] * len(step.sampled), 1.0)
+        scheduler.commit(step.step_id, [1] * len(step.sampling), 1.0)
     assert scheduler.num_waiting == 1
     scheduler.finish("1", FinishReason.ABORTED)
     assert scheduler.num_waiting == scheduler.num_waiting_tokens == 0

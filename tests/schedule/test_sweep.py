@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hsrpc.schedule import sweep as sweeps
 from hsrpc.schedule.simulate import simulate
 from hsrpc.schedule.sweep import (
     BUFFERS,
@@ -248,6 +250,34 @@ def test_weights_go_between_the_blocks() -> None:
     assert loads[at - 1] == (blocks, 1, 2)
     assert [each[2] for each in loads if each[:2] == (weights, 2)] == [30, 60, 90]
     assert [each[1] for each in loads if each[0] == weights] == [2, 2, 2, 3, 3, 3, 0, 0, 0, 1]
+
+
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 100, 12345]), min_size=2, max_size=7),
+    shapes=st.lists(st.booleans(), min_size=1, max_size=4),
+)
+def test_no_part_of_the_weights_is_ahead_of_its_blocks(sizes: list[int], shapes: list[bool]) -> None:
+    """No part of a layer's weights is ahead of the blocks of the layers before it, and the last follows all of them."""
+    batches = tuple(BatchShape(loads=loads) for loads in shapes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweeps, "MIN_PART_BYTES", 1)
+        ops = sweep.__wrapped__(tuple(map(LayerPlacement, sizes)), batches, NOTHING_CARRIED).ops
+    streamed = [layer for layer, size in enumerate(sizes) if size]
+    for begin, layer in pairwise(streamed[1:]):
+        parts = [op for op in ops if op.kind is OpKind.LOAD_WEIGHTS and op.layer == layer]
+        first, last = begin * len(batches), layer * len(batches)
+        sent = 0
+        for part in parts:
+            blocks = [ops[number] for number in part.after if ops[number].kind is OpKind.LOAD_BLOCKS]
+            assert bool(blocks) == any(shapes)
+            assert part.part[0] == sent
+            sent = part.part[1]
+            for block in blocks[:1]:  # another is the one before it on the bus
+                done = block.layer * len(batches) + block.batch + 1
+                is_last = part is parts[-1]
+                assert first < done <= last
+                assert is_last or sent == math.ceil(sizes[layer] * (done - first) / (last - first))
+        assert sent == sizes[layer]
 
 
 def test_small_parts_are_joined() -> None:

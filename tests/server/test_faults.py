@@ -13,7 +13,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 
 from hsrpc.engine.engine import Engine
 from hsrpc.v1 import generation_pb2_grpc
-from tests.engine.support import idle
+from tests.engine.support import before_sampling, edit_logits, idle
 from tests.server.conftest import stub_of
 from tests.server.grpc.test_status import details
 from tests.server.test_leaving import message, token_ids
@@ -35,21 +35,17 @@ async def stub(engine: Engine) -> AsyncIterator[generation_pb2_grpc.GenerationSe
         yield stub
 
 
-def spoil_logits(engine: Engine) -> None:
+def spoil_logits(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     """NaN in the first row of the next step."""
-    family = engine._opened.executor.forward._family
-    compute = family.logits
+    rest = iter([float("nan")])
 
-    def spoil(*args: object) -> torch.Tensor:
-        family.logits = compute
-        logits = compute(*args)
-        logits[0, 17] = float("nan")
-        return logits
+    def spoil(logits: torch.Tensor) -> None:
+        logits[0, 17] = next(rest, logits[0, 17])
 
-    family.logits = spoil
+    edit_logits(engine, patch, spoil)
 
 
-def spoil_text(engine: Engine) -> None:
+def spoil_text(engine: Engine, _: pytest.MonkeyPatch) -> None:
     """The text of one request cannot be made."""
 
     def boom(*_: object) -> None:
@@ -58,16 +54,15 @@ def spoil_text(engine: Engine) -> None:
     engine._delivery.live["bad"].detokenizer.push = boom
 
 
-def run_out(engine: Engine) -> None:
+def run_out(patch: pytest.MonkeyPatch) -> None:
     """The device has no memory for the next step."""
-    executor = engine._opened.executor
-    sample = executor._sample
+    rest = iter([torch.OutOfMemoryError("secret")])
 
-    def fail(*_: object) -> None:
-        executor._sample = sample
-        raise torch.OutOfMemoryError("secret")
+    def fail() -> None:
+        for error in rest:
+            raise error
 
-    executor._sample = fail
+    before_sampling(patch, fail)
 
 
 async def begun(stub) -> list[grpc.aio.UnaryStreamCall]:
@@ -87,13 +82,13 @@ async def error_of(call: grpc.aio.UnaryStreamCall) -> grpc.aio.AioRpcError:
 
 
 @pytest.mark.parametrize("spoil", [spoil_logits, spoil_text])
-async def test_a_spoiled_request_ends_alone(spoil, stub, engine, caplog):
+async def test_a_spoiled_request_ends_alone(spoil, stub, engine, caplog, monkeypatch):
     """Logits that are no numbers, and text that cannot be made, are INTERNAL with an error id that is in the log; the
     neighbour gets its tokens, and nothing is left in use."""
     expected = await token_ids(stub.Generate(message(GOOD, 100)))
     bad, good = await begun(stub)
     with caplog.at_level(logging.ERROR):
-        spoil(engine)
+        spoil(engine, monkeypatch)
         error, tokens = await asyncio.gather(error_of(bad), token_ids(good))
     assert error.code() is grpc.StatusCode.INTERNAL
     assert details(error, ErrorInfo).metadata["error_id"] in caplog.text
@@ -102,11 +97,11 @@ async def test_a_spoiled_request_ends_alone(spoil, stub, engine, caplog):
     await idle(engine)
 
 
-async def test_a_step_without_device_memory_ends_its_requests(stub, engine):
+async def test_a_step_without_device_memory_ends_its_requests(stub, engine, monkeypatch):
     """They are RESOURCE_EXHAUSTED and may be tried again; blocks and buffers are back, and the next request works."""
     expected = await token_ids(stub.Generate(message(GOOD, 100)))
     calls = await begun(stub)
-    run_out(engine)
+    run_out(monkeypatch)
     for error in await asyncio.gather(*map(error_of, calls)):
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert details(error, RetryInfo).HasField("retry_delay")

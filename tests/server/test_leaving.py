@@ -21,7 +21,7 @@ from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.step import Step
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc
-from tests.engine.support import PATIENCE, gone, idle, live, until
+from tests.engine.support import PATIENCE, gone, idle, live, parts, until
 from tests.server.conftest import stub_of
 from tests.server.test_real_engine import CONFIG
 
@@ -51,13 +51,13 @@ class Gate:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._execute = engine._opened.executor.execute
+        self._execute = parts(engine).executor.execute
         self._open, self.closed = asyncio.Event(), asyncio.Event()
         self._reached: Callable[[], object] | None = None
         self.request: Request | None = None
         self.blocks: list[int] = []
         self._open.set()
-        engine._opened.executor.execute = self.execute
+        parts(engine).executor.execute = self.execute
 
     def close_when(self, reached: Callable[[], object]) -> None:
         self._reached = reached

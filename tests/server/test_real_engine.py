@@ -17,11 +17,12 @@ from hsrpc import __version__
 from hsrpc.client import AsyncClient, CallError
 from hsrpc.config import EngineConfig
 from hsrpc.engine.engine import Engine
-from hsrpc.engine.tasks.executor import Executor
+from hsrpc.engine.forward import Forward
 from hsrpc.errors import EngineFaultError
 from hsrpc.request import Delta, FinishReason, SamplingParams
 from hsrpc.server import Server, ServerConfig, serve
 from hsrpc.v1 import server_pb2
+from tests.engine.support import edit_logits
 
 PROMPTS = [f"Once upon a time there were {number} kings" for number in range(16)]
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -225,12 +226,12 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-async def test_deltas_are_the_text_in_any_script(client, real_engine, text):
+async def test_deltas_are_the_text_in_any_script(client, real_engine, text, monkeypatch):
     """Characters of many tokens and sequences of many characters arrive as they are, never in part; the whole of a stop
     string is held back, however its tokens come."""
     ids = [token for token in await client.tokenize(text) if token != 2]
     assert len(ids) > len(text.split())
-    dictate(real_engine, ids * 2)
+    dictate(real_engine, monkeypatch, ids * 2)
     for settings, expected in (({}, text), ({"stop": [text[-4:]]}, text[:-4])):
         greedy = {"temperature": 0, "max_tokens": len(ids), "max_tokens_per_message": 1}
         deltas = [delta.text async for delta in client.generate("x", **greedy, **settings)]
@@ -238,17 +239,14 @@ async def test_deltas_are_the_text_in_any_script(client, real_engine, text):
         assert not any("\ufffd" in delta for delta in deltas)
 
 
-def dictate(engine: Engine, token_ids: list[int]) -> None:
+def dictate(engine: Engine, patch: pytest.MonkeyPatch, token_ids: list[int]) -> None:
     """Make the model want these tokens, one after the other."""
-    family = engine._opened.executor.forward._family
-    compute, wanted = family.logits, iter(token_ids)
+    wanted = iter(token_ids)
 
-    def logits(*args: object) -> torch.Tensor:
-        found = compute(*args)
-        found[:, next(wanted, 0)] += 1e6
-        return found
+    def favour(logits: torch.Tensor) -> None:
+        logits[:, next(wanted, 0)] += 1e6
 
-    family.logits = logits
+    edit_logits(engine, patch, favour)
 
 
 async def test_get_model_says_what_is_cached(client, real_engine):
@@ -364,15 +362,15 @@ async def test_an_engine_fault_ends_everything(monkeypatch, capsys):
 
 async def seconds_to_end_everything(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> float:
     """From the fault until all clients know of it."""
-    compute, dying, died = Executor._compute_step, asyncio.Event(), []
+    launch, dying, died = Forward.launch, asyncio.Event(), []
 
-    async def compute_or_die(*arguments):
+    def launch_or_die(*arguments):
         if dying.is_set():
             died.append(time.monotonic())
             raise RuntimeError("secret: device lost")
-        return await compute(*arguments)
+        launch(*arguments)
 
-    monkeypatch.setattr(Executor, "_compute_step", compute_or_die)
+    monkeypatch.setattr(Forward, "launch", launch_or_die)
     serving = asyncio.create_task(serve(Engine(CONFIG), ServerConfig(port=0)))
     address = await printed_address(capsys)
     async with AsyncClient(address) as client, grpc.aio.insecure_channel(address) as channel:

@@ -28,19 +28,14 @@ from tests.engine.reference import Reference
 
 BLOCK_SIZE = 4
 NUM_TOKENS = 38
+FORMATS = uniform(Plain(torch.float32), torch.float32)
 NUM_LAYERS = 4
 KV_LAYERS = frozenset({1, 2})
-FORMATS = uniform(Plain(torch.float32), torch.float32)
 
 
 @pytest.fixture(scope="module")
 def sizes(reference: Callable[[str], Reference]) -> ModelSizes:
     return load_spec(reference("opt").directory, torch.float32).sizes
-
-
-def widths(sizes: ModelSizes) -> tuple[int, int]:
-    """Elements of a token's K and V, and of its activation."""
-    return 2 * sizes.num_kv_heads * sizes.head_dim, sizes.hidden_size
 
 
 @pytest.fixture
@@ -69,7 +64,7 @@ def test_activation_blocks_come_back_as_what_they_hold(tier: Tier, num_new: int,
     for kind, index in zip(kinds, (3, 4, 5, 6, 7, 20, 2, 11, 0, 9), strict=True):
         request.blocks.append(next(pool for pool in PoolId if (pool.kind, pool.tier) == (kind, tier)), index)
     cache = CacheManager(sizes, plan, CpuDevice(), FORMATS)
-    kv, x = (torch.randn(NUM_LAYERS, NUM_TOKENS, width) for width in widths(sizes))
+    kv, x = (torch.randn(NUM_LAYERS, NUM_TOKENS, width) for width in (sizes.layers[0].kv.width, sizes.hidden_size))
     for start, end in ((0, NUM_TOKENS - 1), (NUM_TOKENS - 1, NUM_TOKENS)):
         stores = cache.stores(make_step(plan, request, start, end - start).mini_batches[0], torch.from_numpy)
         for layer in range(NUM_LAYERS):
@@ -94,10 +89,10 @@ def test_activation_blocks_come_back_as_what_they_hold(tier: Tier, num_new: int,
         else:
             assert torch.equal(buffers.activations[: len(rebuilt)], x[layer, rebuilt])
             assert not buffers.kv[rows].any()
-    kv_bytes, activation_bytes = (4 * width for width in widths(sizes))
+    kv_bytes, activation_bytes = sizes.layers[0].kv.num_bytes, sizes.layers[0].activation.num_bytes
     held = sum(kv_bytes if layer in KV_LAYERS else activation_bytes for layer in range(NUM_LAYERS))
     num_kv = NUM_TOKENS - len(rebuilt)
-    loaded = len(rebuilt) * held + num_kv * NUM_LAYERS * kv_bytes
+    loaded = len(rebuilt) * held + num_kv * NUM_LAYERS * sizes.layers[0].kv.num_bytes
     assert cache.loaded_bytes == (loaded if tier is Tier.HOST else 0)
 
 
@@ -106,8 +101,8 @@ def test_pools_are_as_wide_as_what_they_hold(plan: Plan, sizes: ModelSizes) -> N
     cache = CacheManager(sizes, plan, CpuDevice(), FORMATS)
     for pool, layers in cache._pools.items():
         wide = set(range(NUM_LAYERS)) if pool.kind is BlockKind.KV else KV_LAYERS
-        assert {layer for layer, rows in enumerate(layers) if rows.shape[1] == widths(sizes)[0]} == wide
-        assert {rows.shape[1] for rows in layers} <= set(widths(sizes))
+        assert {layer for layer, rows in enumerate(layers) if rows.shape[1] == sizes.layers[0].kv.width} == wide
+        assert {rows.shape[1] for rows in layers} <= {sizes.layers[0].kv.width, sizes.hidden_size}
 
 
 def test_only_activations_are_stored_in_runs(plan: Plan, sizes: ModelSizes) -> None:

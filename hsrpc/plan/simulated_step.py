@@ -1,0 +1,92 @@
+"""A step's time by its list of operations: bus and GPU as the tasks will use them, buffer by buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hsrpc.plan.layer_times import LayerTimes
+from hsrpc.plan.plan import Plan, StepPrediction
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.schedule.simulate import steady
+from hsrpc.schedule.sweep import BatchShape, LayerPlacement, Op, OpKind, OpList, Places, sweep
+
+
+def simulated_step(plan: Plan, sizes: ModelSizes, step: StepPrediction) -> float:
+    """Seconds of bus and GPU for a step in the middle of many, whose parts take as long as `step` says.
+
+    Each mini-batch has an equal part of all that is not the weights'. The step's own time is not looked at.
+    """
+    places = placements(plan)
+    # Mini-batches of a decode step go through the weights together; those with whole requests that recompute cannot.
+    num_groups = step.mini_batches if plan.recompute.tokens or not plan.keeps_cache else 1
+    shapes = (BatchShape(number % num_groups, True, step.regenerate > 0, True) for number in range(step.mini_batches))
+    batches = tuple(shapes)
+    seconds = _OpSeconds.of(plan, LayerTimes(sizes, plan.hardware), step, num_groups)
+
+    def repeat(ops: OpList) -> OpList:
+        return sweep(places, batches, ops.carries)
+
+    return steady(sweep(places, batches), repeat, seconds).seconds
+
+
+def placements(plan: Plan) -> Places:
+    """Where each layer's weights are, as planned."""
+    return tuple(
+        LayerPlacement(round(layer.bus_bytes), layer.decode_traffic > 0, number not in plan.kv_layers)
+        for number, layer in enumerate(plan.streamed)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _OpSeconds:
+    """Seconds of each operation; those of a mini-batch are of one layer."""
+
+    load_bandwidth: float
+    decode: Sequence[float]
+    """For each layer."""
+    blocks: float
+    rebuild: float
+    place: float
+    attend: float
+    group: float
+    """Projections and the rest of a layer, all but attention."""
+    head: float
+
+    @classmethod
+    def of(cls, plan: Plan, layer: LayerTimes, step: StepPrediction, num_groups: int) -> _OpSeconds:
+        """Parts of a step divided among its operations."""
+        decode = [float(layer.decode_weights(each.decode_traffic)) for each in plan.streamed]
+        weights = float(layer.load(sum(each.bus_bytes for each in plan.streamed)))
+        each = len(plan.streamed) * step.mini_batches
+        return cls(
+            load_bandwidth=plan.hardware.load_bandwidth,
+            decode=decode,
+            blocks=max(0.0, step.bus - weights) / each,
+            rebuild=step.regenerate / each,
+            place=step.gather / each,
+            attend=step.attention / each,
+            group=(step.forward - sum(decode)) / (len(plan.streamed) * num_groups),
+            head=step.head,
+        )
+
+    def __call__(self, op: Op) -> float:
+        match op.kind:
+            case OpKind.LOAD_WEIGHTS:
+                return (op.part[1] - op.part[0]) / self.load_bandwidth
+            case OpKind.LOAD_BLOCKS:
+                return self.blocks
+            case OpKind.DECODE:
+                return self.decode[op.layer]
+            case OpKind.PLACE:
+                return self.place
+            case OpKind.REBUILD:
+                return self.rebuild
+            case OpKind.ATTEND:
+                return self.attend
+            case OpKind.FINISH:
+                return self.group
+            case OpKind.HEAD:
+                return self.head
+            case _:
+                return 0.0
