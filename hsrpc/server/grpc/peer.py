@@ -10,7 +10,7 @@ from hsrpc.server.caller import canonical_host
 _UNKNOWN = "unknown"
 
 
-@lru_cache(maxsize=1024)  # a connection has one name, and many calls
+@lru_cache(maxsize=128)  # a connection has one name, and many calls; few, since names of closed ones stay
 def peer_host(peer: str) -> str:
     """The host of a peer: ipv4:127.0.0.1:5 is 127.0.0.1, ipv6:%5B::1%5D:5 is ::1, unix:PATH stays, nothing is unknown.
 
