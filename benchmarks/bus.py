@@ -99,7 +99,7 @@ def rate(device: Device, copy: Copy, product: Callable[[], object], count: int, 
 
 
 def seconds_of(device: Device, product: Callable[[], object]) -> float:
-    """Of one product, among many."""
+    """Seconds that one product takes, among many."""
     with device.on(device.compute), torch.inference_mode():
         product()
         device.drain()

@@ -56,7 +56,7 @@ RUNS = (
     Run(CachePolicy.KV, None, Placement.AUTO),
 )
 Found = list[tuple[int, list[int]]]
-"""Of a prompt: its new tokens, and the five most probable at each."""
+"""New tokens of a prompt, and the five most probable ones at each."""
 
 
 def reference_model(shape: str, device: DeviceKind) -> PreTrainedModel:

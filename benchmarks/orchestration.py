@@ -103,7 +103,7 @@ def time_alone(engine: Engine, graphs: DecodeGraphs, batch: int, context: int) -
 
 
 def _decode_step(engine: Engine, batch: int, context: int) -> MiniBatch:
-    """Of requests with `context` cached tokens each, in blocks of the idle engine."""
+    """Mini-batch that decodes for requests with `context` cached tokens each, in blocks of the idle engine."""
     plan, params = engine.plan, SamplingParams()
     blocks, chunks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule), []
     for number in range(batch):

@@ -22,7 +22,7 @@ class PretendedStep:
 
     device: float
     host: float
-    """Of Python: a quarter on the event loop before the launch, half on a thread, a quarter on the loop at the end."""
+    """Seconds of Python: a quarter on the event loop before the launch, half on a thread, a quarter at the end."""
 
 
 class PretendEngine(StubEngine):

@@ -49,7 +49,7 @@ class Case:
     output: int = 1
     """Tokens that each request generates at most; what is not needed for the steps is not generated."""
     lengths: Lengths = Lengths.UNIFORM
-    """Of prompts."""
+    """How the lengths of the prompts are distributed."""
     steps: int
     """Measured, after the warm-up."""
     runs_graphs: bool = False

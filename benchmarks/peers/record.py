@@ -79,7 +79,7 @@ class Timing:
     steps: Sequence[float]
 
     def decode_seconds(self, output: int) -> float:
-        """Of all steps that `output` tokens take, those that were not made at the mean of the settled ones."""
+        """Seconds of all steps that `output` tokens take; those that were not made count as the mean settled one."""
         settled = self.steps[_SETTLING_STEPS:] or self.steps
         missing = output - 1 - len(self.steps)
         return sum(self.steps) + (missing * fmean(settled) if missing > 0 else 0.0)

@@ -47,7 +47,7 @@ class LoadSummary:
     first_token: Quantiles
     inter_token: Quantiles
     end_to_end: Quantiles
-    """Of requests that ended OK."""
+    """Seconds from the scheduled send to the end, of requests that ended OK."""
     goal: Goal
     goodput: float
     """Requests per second that ended OK and kept to the goal."""

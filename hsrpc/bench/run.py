@@ -50,7 +50,7 @@ class Run:
     ready_seconds: float
     loop_lag_p99: float
     profile: StepProfile | None
-    """Of steps after those."""
+    """Profile of the steps after the measured ones; None: none were profiled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

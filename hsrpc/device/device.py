@@ -78,7 +78,7 @@ class Device(ABC):
 
     @abstractmethod
     def runtime_memory(self, size: int) -> int:
-        """Of a limit of `size` bytes, what rounding and the libraries' own buffers take."""
+        """Bytes that rounding and the libraries' own buffers take of a limit of `size` bytes."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, use: DeviceUse) -> torch.Tensor:
         """Device memory for `use`, not initialised."""

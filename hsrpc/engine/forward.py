@@ -50,7 +50,7 @@ class Group:
     hidden: torch.Tensor = field(init=False)
     """[n, h] input of the first layer, then output of the layer computed last."""
     projected: Projected | None = None
-    """Of the layer under way."""
+    """Projections of the layer under way; None before its first and after its last use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +59,13 @@ class DeviceBatch:
 
     group: Group
     rows: slice
-    """Of the group's."""
+    """Query rows of this mini-batch within its group's tensors."""
     is_first: bool
     is_last: bool
     in_place: InPlaceRows | None
-    """Of the first requests, with one query each; None: there are none."""
+    """Rows of the first `num_in_place` requests, with one query each; None: there are no such requests."""
     packed: PackedRows | None
-    """Of the requests after them; None: there are none."""
+    """Rows of the requests after those read in place; None: there are no such requests."""
     num_in_place: int
     num_rebuilt: int
     """Rows at the front of both buffers that are rebuilt in place."""

@@ -14,7 +14,7 @@ from hsrpc.schedule.scheduler import Scheduler, SchedulerLimits
 _NEW_TOKENS = 2
 _PARAMS = SamplingParams(temperature=0.0, max_tokens=_NEW_TOKENS, ignore_eos=True)
 _MAX_TOKENS = 16384
-"""Of prompts in a step."""
+"""Prompt tokens of a warm-up step, at most."""
 
 
 async def warm_up(parts: Components, limits: SchedulerLimits) -> None:

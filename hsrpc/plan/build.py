@@ -127,7 +127,7 @@ class Assembly:
         }
 
     def _pool_bytes(self, blocks: dict[PoolId, int], tier: Tier, spare: int = 0) -> int:
-        """Of a tier, with `spare` slots more in each of its pools."""
+        """Bytes of a tier's pools, with `spare` slots more in each."""
         block_size = self.evaluator.config.block_size
         slots = {pool.kind: blocks[pool] * block_size + spare for pool in PoolId if pool.tier is tier}
         return pool_bytes(self.evaluator.sizes, slots[BlockKind.KV], slots[BlockKind.ACTIVATION])

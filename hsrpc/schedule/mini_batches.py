@@ -92,6 +92,6 @@ def _buffer_rows(chunks: Sequence[Chunk], block_size: int, window: int | None) -
 
 
 def _pools_at(chunks: Sequence[Chunk], numbers: Ints) -> Ints:
-    """Of each request's block of that number; -1 where it has none."""
+    """Pool of each request's block of that number, [num_chunks]; -1 where it has no such block."""
     tables = [(chunk.request.blocks.pools, number) for chunk, number in zip(chunks, numbers.tolist(), strict=True)]
     return np.array([pools[number] if number < len(pools) else -1 for pools, number in tables], dtype=np.int64)

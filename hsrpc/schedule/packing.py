@@ -77,7 +77,7 @@ class _Blocks:
     pool: Ints
     index: Ints
     position: Ints
-    """Of its first token."""
+    """Position of the block's first token in its request."""
     cached: Ints
     """Tokens in it before the step."""
     filled: Ints

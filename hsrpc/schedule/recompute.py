@@ -25,7 +25,7 @@ class RecomputeLimits:
     """What a step may compute anew."""
 
     tokens: int = 0
-    """Of all requests in a step, on average over their lives; 0: every request keeps its cache."""
+    """Tokens of all uncached requests in a step, on average over their lives; 0: every request keeps its cache."""
     weights: float = 0.0
     """Seconds that a layer's weights take on the bus."""
     is_forced: bool = False
@@ -41,7 +41,7 @@ class Choice(NamedTuple):
     giving_up: list[Request]
     """Those that are to give up their blocks."""
     taking_back: list[Request]
-    """Of these the first for which there is room should keep its cache again."""
+    """Uncached requests in order of preference: the first for which there is room is cached again, the others stay."""
 
 
 class RecomputePolicy:
@@ -60,7 +60,7 @@ class RecomputePolicy:
         self._costs = costs
         self._block_size = block_size
         self._max_queries = max_queries
-        """Of a mini-batch: a request that keeps nothing has to fit to its end."""
+        """Queries of a mini-batch, at most: an uncached request has to fit into one until it ends."""
         self._window = window
 
     @property

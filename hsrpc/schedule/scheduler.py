@@ -51,7 +51,7 @@ class SchedulerLimits:
     keeps_cache: bool = True
     """False for the recompute policy: nothing is cached, every step computes all tokens of its requests."""
     recompute: RecomputeLimits = NO_RECOMPUTE
-    """Of the requests that keep a cache at first."""
+    """How many tokens of requests that began with a cache each step may recompute instead of loading them."""
 
 
 class _InFlight(NamedTuple):
@@ -72,7 +72,7 @@ class Output(NamedTuple):
     failed: bool = False
     """Sampling failed for this request alone."""
     logprob: TokenLogprob | None = None
-    """Of the token, where it was asked for."""
+    """The token's log-probability, where it was asked for."""
 
 
 class Scheduler:
@@ -335,7 +335,7 @@ class Scheduler:
                 break
 
     def _coming_prompt_tokens(self, now: float) -> int:
-        """Of the next step, at most."""
+        """Upper bound of the prompt tokens in the next step."""
         pending = sum(r.num_tokens - r.num_computed for r in self._running if not r.is_decoding)
         if len(self._running) < self.limits.max_batch:
             first, reserved = self._first_waiting(now), self._reserved()

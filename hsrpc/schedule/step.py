@@ -150,7 +150,7 @@ class SamplingRow(NamedTuple):
     num_prompt_tokens: int
     num_output_tokens: int
     seed: int
-    """Of the request, in [0, 2**64): with the number of output tokens it decides the draw."""
+    """The request's, in [0, 2**64): with the number of output tokens it decides the draw."""
     eos_token_ids: frozenset[int] = frozenset()
     """The model's."""
     token_ids: Sequence[int] = ()

@@ -181,7 +181,7 @@ class Checker:
         mine[:] = map(max, mine, clock)
 
     def _buffer(self, tensor: torch.Tensor) -> _Buffer:
-        """Of a tensor; one that nobody made known is the result of something that is not seen."""
+        """Find a tensor's buffer, or make one: a tensor that nobody made known is the result of something unseen."""
         found = self._buffers.get(tensor.untyped_storage()._cdata)
         return self._allocate(tensor, "tensor", user_place(), None) if found is None else found
 

@@ -21,7 +21,7 @@ class Place(NamedTuple):
     module: str
     code: CodeType
     offset: int
-    """Of the instruction; the line is looked up when somebody wants to read it, since that takes long."""
+    """The instruction's; its line is looked up when somebody wants to read it, since that takes long."""
 
     @property
     def function(self) -> str:

@@ -152,7 +152,7 @@ class CacheManager:
 
     @property
     def spare_slot(self) -> int:
-        """Of each layer's pool of KV blocks on the device: it belongs to no block."""
+        """Slot that belongs to no block, in each layer's pool of KV blocks on the device."""
         return len(self._pools[PoolId.DEVICE_KV][0]) - 1
 
     def stores(self, batch: MiniBatch, upload: Upload) -> dict[BlockKind, dict[PoolId, Stores]]:

@@ -51,7 +51,7 @@ class _Before:
 
     carried: Carried = NOTHING_CARRIED
     events: Sequence[Event] = ()
-    """Of its operations, where it ran to its end."""
+    """Events of its operations, by their numbers; empty where it did not run to its end."""
     barrier: tuple[Event, ...] = ()
     """All that it has launched: loads of the next step must not overwrite what it reads, nor read what it stores."""
 
