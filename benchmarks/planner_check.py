@@ -37,6 +37,7 @@ from hsrpc.errors import ConfigError
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at
+from hsrpc.schedule.blocks import PoolId
 
 SHARES = [tenth / 10 for tenth in range(11)]
 SETTING = ("kind", "regime", "over", "shape", "dtype", "batch", "gpu_memory", "host_memory", "prompt", "output")
@@ -121,7 +122,7 @@ def forced_configs(config: EngineConfig, batch: int) -> Iterator[tuple[str, Engi
 
 def signature(plan: Plan) -> str:
     """Alike for plans that do the same in all but details."""
-    blocks = [round(count, -2) for count in plan.num_blocks.values()]
+    blocks = [round(plan.num_blocks[pool], -2) for pool in PoolId]
     return f"{plan.max_batch} {plan.resident_share:.2f} {blocks}"
 
 

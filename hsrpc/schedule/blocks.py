@@ -29,7 +29,7 @@ class Tier(Enum):
 
 
 class PoolId(IntEnum):
-    """A pool of blocks of one kind in one tier."""
+    """A pool of blocks of one kind in one tier. The numbers say nothing: they index tables and arrays, no more."""
 
     DEVICE_KV = 0
     HOST_KV = 1
@@ -38,7 +38,7 @@ class PoolId(IntEnum):
 
     @property
     def kind(self) -> BlockKind:
-        return BlockKind.KV if self <= PoolId.HOST_KV else BlockKind.ACTIVATION
+        return BlockKind.KV if self in (PoolId.DEVICE_KV, PoolId.HOST_KV) else BlockKind.ACTIVATION
 
     @property
     def tier(self) -> Tier:

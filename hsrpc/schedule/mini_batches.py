@@ -8,8 +8,10 @@ from heapq import heappop, heappush
 import numpy as np
 
 from hsrpc.schedule.blocks import PoolId
-from hsrpc.schedule.packing import first_blocks
+from hsrpc.schedule.packing import IS_ACTIVATION, first_blocks
 from hsrpc.schedule.step import BufferLimits, Chunk, Ints, RowCosts
+
+_NO_POOL = -1
 
 
 class _Bin:
@@ -81,17 +83,16 @@ def _buffer_rows(chunks: Sequence[Chunk], block_size: int, window: int | None) -
     owner = np.repeat(np.arange(len(chunks)), last - first)
     counts = np.bincount(owner * len(PoolId) + pools, minlength=len(chunks) * len(PoolId)).reshape(-1, len(PoolId))
     counts[in_place, PoolId.DEVICE_KV] = 0
-    kv = counts[:, PoolId.DEVICE_KV] + counts[:, PoolId.HOST_KV]
-    activations = counts[:, PoolId.DEVICE_ACTIVATION] + counts[:, PoolId.HOST_ACTIVATION]
+    kv, activations = counts[:, ~IS_ACTIVATION].sum(axis=1), counts[:, IS_ACTIVATION].sum(axis=1)
     missing, newest = last * block_size - contexts, _pools_at(chunks, contexts // block_size)
     # Where the last cached block is partly filled, the newest token goes to that block too.
-    is_activation = newest >= PoolId.DEVICE_ACTIVATION
+    is_activation = (newest != _NO_POOL) & IS_ACTIVATION[newest]
     is_loaded_kv = (newest == PoolId.HOST_KV) | ((newest == PoolId.DEVICE_KV) & ~in_place)
     new = np.array([chunk.num_new for chunk in chunks], dtype=np.int64) - (in_place & (newest == PoolId.DEVICE_KV))
     return kv * block_size - missing * is_loaded_kv, activations * block_size - missing * is_activation, new
 
 
 def _pools_at(chunks: Sequence[Chunk], numbers: Ints) -> Ints:
-    """Pool of each request's block of that number, [num_chunks]; -1 where it has no such block."""
+    """Pool of each request's block of that number, [num_chunks]; `_NO_POOL` where it has no such block."""
     tables = [(chunk.request.blocks.pools, number) for chunk, number in zip(chunks, numbers.tolist(), strict=True)]
-    return np.array([pools[number] if number < len(pools) else -1 for pools, number in tables], dtype=np.int64)
+    return np.array([pools[number] if number < len(pools) else _NO_POOL for pools, number in tables], dtype=np.int64)
