@@ -68,7 +68,7 @@ class Components:
 
 
 def release(device: Device) -> None:
-    """Give memory back whose parts are closed and that nobody refers to any more."""
+    """Give memory back whose components are closed and that nobody refers to any more."""
     gc.unfreeze()
     gc.collect()  # what the ended tasks' tracebacks still hold
     device.release_cached()
@@ -176,15 +176,15 @@ async def _close_opened(opening: asyncio.Task[Components]) -> None:
 def _open_best(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
     """With weights as they are where packed ones turn out to take more than their bound."""
     try:
-        return _open_parts(config, choose_plan, progress, stop)
+        return _open_once(config, choose_plan, progress, stop)
     except OverBoundError as error:
         if config.weight_coding is not WeightCoding.AUTO:
             raise
         _log.warning("%s; loading them as they are", error)
-        return _open_parts(replace(config, weight_coding=WeightCoding.NONE), choose_plan, progress, stop)
+        return _open_once(replace(config, weight_coding=WeightCoding.NONE), choose_plan, progress, stop)
 
 
-def _open_parts(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
+def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
     with ExitStack() as undo:
         planned = make_plan(config, choose_plan)
         device, spec, plan = planned.device, planned.spec, planned.plan
