@@ -119,7 +119,7 @@ def main() -> None:
                 start = time.perf_counter()
                 decode_attention(**given)
                 spent = time.perf_counter() - start
-                assert spent < MAX_SECONDS, f"{shape} {load} {dtype}: {spent:.3f} s for the first call, compiled anew?"
+                assert spent < MAX_SECONDS, f"{shape} {load} {dtype}: {spent:.3f} s for the first call, compiled again?"
                 error = ((given["out"].double() - wanted).norm() / wanted.norm()).item()
                 assert error < (2e-3 if dtype is torch.float16 else 1e-5), f"{shape} {load} {dtype}: error {error:.1e}"
                 spent = milliseconds(given)

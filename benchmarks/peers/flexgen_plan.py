@@ -92,7 +92,7 @@ def footprint(setup: Setup) -> Footprint:
 def predicted_step(setup: Setup) -> float:
     """Seconds of a decode step; copies of weights and of the cache do not overlap each other.
 
-    Each GPU batch reads the weights on the device anew.
+    Each GPU batch reads the weights on the device once more.
     """
     sizes, used = sizes_of(setup.model), footprint(setup)
     tokens = (setup.batch or 0) * (setup.prompt + setup.output / 2)

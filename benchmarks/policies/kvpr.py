@@ -52,8 +52,8 @@ def kvpr_plan(planner: Planner) -> Plan:
     kv_block, activation_block = (block_size * sizes.token_bytes(kind) for kind in BlockKind)
     activations = plan.max_batch * first
     used = plan.host_bytes[HostUse.STREAMED_WEIGHTS] + activations * activation_block
-    most = plan.max_batch * (longest + 1 - first)
-    kv = min(most, (plan.budgets.host - used) // kv_block)
+    max_kv = plan.max_batch * (longest + 1 - first)
+    kv = min(max_kv, (plan.budgets.host - used) // kv_block)
     cache = activations * activation_block + kv * kv_block
     plan = replace(
         plan,

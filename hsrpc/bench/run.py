@@ -91,7 +91,7 @@ class Result:
     """Part of a step's time in which the compute stream ran a kernel; None: not measured."""
     regenerated_tokens: int
     recomputed_tokens: int
-    """Computed anew, of requests that keep no cache."""
+    """Tokens recomputed because their requests keep no cache."""
     preemptions: int
     peak_device_bytes: int
     device_budget: int

@@ -105,7 +105,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--recompute-share",
         type=float,
         metavar="X",
-        help="0 to 1: most of the tokens in use that are cached nowhere and computed anew in each step "
+        help="0 to 1: most of the tokens in use that are cached nowhere and recomputed in each step "
         "(default: planned under auto, 0 under other policies)",
     )
     cache.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a cache block (default: 16)")

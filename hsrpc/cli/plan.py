@@ -90,7 +90,7 @@ def _prediction_table(plan: Plan) -> Table:
         "requests, tokens of each": f"{step.batch}, {step.context}",
         "mini-batches": str(step.mini_batches),
         "activation share": f"{plan.activation_share:.2f}",
-        "tokens computed anew": str(plan.recompute.tokens),
+        "tokens recomputed": str(plan.recompute.tokens),
         "weights resident": f"{plan.resident_share:.0%}",
         "weights that stream": "coded" if plan.decode_buffer_bytes else "as they are",
         f"bus ({hardware.load_bandwidth / 1e9:.1f} GB/s)": _ms(step.bus),

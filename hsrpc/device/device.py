@@ -74,7 +74,7 @@ class Device(ABC):
 
     @abstractmethod
     def limit_memory(self, size: int) -> None:
-        """Refuse allocations beyond `size` bytes in all, where the device can, and begin to count the peak anew."""
+        """Refuse allocations beyond `size` bytes in all, where the device can, and reset the peak."""
 
     @abstractmethod
     def runtime_memory(self, size: int) -> int:

@@ -322,7 +322,7 @@ class Engine:
                 self._meter.note_step(step.counts)
                 outputs = self._commit(step, sampled)
             except OutOfDeviceMemoryError as error:
-                outputs = self._give_up(step, error)
+                outputs = self._fail_step(step, error)
             await self._delivery.put(outputs)
 
     def _schedule_ahead(self, step: Step) -> Step | None:
@@ -331,7 +331,7 @@ class Engine:
         scheduled = self._scheduler.schedule_ahead(step) if executor.runs_ahead else None
         return None if scheduled is None else executor.assemble(scheduled)  # its arrays are there
 
-    def _give_up(self, step: Step, error: OutOfDeviceMemoryError) -> list[Output]:
+    def _fail_step(self, step: Step, error: OutOfDeviceMemoryError) -> list[Output]:
         """End the step's requests; their blocks are free for the others."""
         for request in self._scheduler.requests(step.step_id):
             self._delivery.fail(request, error)

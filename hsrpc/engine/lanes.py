@@ -2,7 +2,7 @@
 
 A task launches its operations in order. Before one it waits until those that it comes after are launched, which their
 tasks say through its inbox, and lets its stream wait for their events where they are on another stream. A step that is
-given up ends wherever its lanes are: each skips the rest of its operations and tells the others.
+stopped ends wherever its lanes are: each skips the rest of its operations and tells the others.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StepRun:
         """For each lane, the last operation of each other one that it knows of."""
 
     async def run(self, lane: Lane, worker: Worker, launch: Launch) -> bool:
-        """Launch a lane's operations on its worker; whether all were, for the step may be given up on the way."""
+        """Launch a lane's operations on its worker; whether all were, for the step may be stopped on the way."""
         is_whole = False
         try:
             is_whole = await self._launch_all(lane, worker, launch)

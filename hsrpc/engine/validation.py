@@ -21,11 +21,11 @@ class Validator:
 
     def check_length(self, prompt: str | Sequence[int]) -> None:
         """What cannot fit is refused for its length alone, whatever it holds."""
-        most = self.max_model_len * _MAX_CHARACTERS_PER_TOKEN
+        max_characters = self.max_model_len * _MAX_CHARACTERS_PER_TOKEN
         if not isinstance(prompt, str):
             self._check_count(len(prompt), "token_ids")
-        elif len(prompt) > most:
-            raise InvalidRequestError("text", f"{len(prompt)} characters; at most {most} can fit the context")
+        elif len(prompt) > max_characters:
+            raise InvalidRequestError("text", f"{len(prompt)} characters; at most {max_characters} can fit the context")
 
     def check_prompt(self, token_ids: Sequence[int], field: str) -> None:
         """At least one token, and room for one more."""
@@ -42,8 +42,8 @@ class Validator:
 
     def _check_count(self, count: int, field: str) -> None:
         if count >= self.max_model_len:
-            most = self.max_model_len - 1
-            raise InvalidRequestError(field, f"{count} prompt tokens; at most {most} fit (max_model_len less one)")
+            max_count = self.max_model_len - 1
+            raise InvalidRequestError(field, f"{count} prompt tokens; at most {max_count} fit (max_model_len less one)")
 
     def _check_vocabulary(self, token_ids: Sequence[int], field: str) -> None:
         """At once where all is well: a long prompt checked one by one would hold the event loop up."""

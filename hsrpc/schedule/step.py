@@ -89,7 +89,7 @@ class InPlace:
     """What the first `d` requests, of one query each, attend to beside their kv-buffer rows from `key_starts` on."""
 
     tables: Ints
-    """[d, most blocks] numbers of device KV blocks in token order, 0 behind a request's last."""
+    """[d, max_blocks] numbers of device KV blocks in token order, 0 behind a request's last."""
     counts: Ints
     """[d] tokens in them, with the new one where its block is one of them."""
     rebuilt_starts: Ints

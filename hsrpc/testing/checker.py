@@ -57,13 +57,13 @@ class _Buffer:
     made: Place
     history: AccessHistory
     owner: Actor | None
-    """Its stream, which may use the memory anew once nothing refers to it. None: the memory is the host's."""
+    """Its stream, which may reuse the memory once nothing refers to it. None: the memory is the host's."""
     is_staging: bool = False
     """Copies leave it without waiting for the host, which fills it."""
     others: set[Actor] = field(default_factory=set)
     """Who used it, apart from its owner."""
     kept: set[Actor] = field(default_factory=set)
-    """Streams that are waited for before its memory is used anew."""
+    """Streams that are waited for before its memory is reused."""
     storage: ref[torch.UntypedStorage] | None = None
 
     def __str__(self) -> str:
@@ -146,7 +146,7 @@ class Checker:
                     self._access(use._replace(role=Role.READ), actor, number)
 
     def keep(self, tensor: torch.Tensor, stream: Actor) -> None:
-        """The tensor's memory is not used anew before `stream` is done with it."""
+        """The tensor's memory is not reused before `stream` is done with it."""
         with self._lock:
             self._buffer(tensor).kept.add(stream)
 

@@ -214,7 +214,7 @@ def _loads_from(tier: Tier, batch: MiniBatch, held: BlockKind) -> Loads:
 
 
 def _to_rows(runs: Runs, rows: Ints) -> Runs:
-    """The copies of `runs` to `rows[i]` in place of row i; neighbours are joined anew."""
+    """The copies of `runs` to `rows[i]` in place of row i; neighbours are joined again."""
     each = runs.rows()
     return merge_runs(each.source, rows[each.target], np.ones_like(each.source))
 

@@ -169,7 +169,7 @@ class Executor:
             await worker.run(self._join_streams)
 
     def _join_streams(self) -> None:
-        """What follows a step that was given up, on any stream, comes after all of it: not all of it was waited for."""
+        """Let what follows a stopped step, on any stream, come after all of it: nobody waited for all of its events."""
         device = self._device
         device.wait(device.compute, device.record(device.load))
         self._note_end()

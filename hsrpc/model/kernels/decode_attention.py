@@ -144,8 +144,8 @@ def _merge(
     there = part < num_parts
     source = (request * num_parts + part).to(tl.int64) * HEADS + head
     m = tl.load(sums + 2 * source, mask=there, other=float("-inf"))
-    most = tl.max(m, 0)
-    weight = tl.where(m > float("-inf"), tl.exp(m - most), 0.0)
+    max_m = tl.max(m, 0)
+    weight = tl.where(m > float("-inf"), tl.exp(m - max_m), 0.0)
     total = tl.sum(weight * tl.load(sums + 2 * source + 1, mask=there, other=0.0), 0)
     inside = there[:, None] & (d < HEAD_DIM)[None, :]
     acc = tl.load(parts + source[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
