@@ -15,7 +15,7 @@ from hsrpc.schedule.step import BufferLimits, RowCosts
 REGENERATE_ROWS = 4096
 """Activation rows that one regeneration GEMM takes, where its output is copied to its place: that bounds it."""
 PENDING_QUERIES = 2
-"""Queries that may be launched and not computed yet, in mini-batches of the largest size."""
+"""Mini-batches of the largest size whose queries may be launched and not computed yet: memory is planned for these."""
 SAMPLE_ELEMENTS = 2**20
 """Logits that are sorted at once, which bounds the sampler's working memory."""
 

@@ -169,9 +169,9 @@ class LayerSizes:
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes that a token which is launched and not computed yet keeps for its stores.
+        """Bytes that one token keeps allocated from its launch until its row is stored.
 
-        With a fused projection K and V keep the queries in memory too.
+        K and V of a fused projection are views of a tensor that has the queries too, so all of it stays allocated.
         """
         width = self.hidden_size + self.query_size + self.key_size + self.value_size
         return width * self.compute_bytes
