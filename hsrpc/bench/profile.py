@@ -32,11 +32,11 @@ class StepProfile:
     busy: float | None
     """Share, from its first to its last kernel, in which the compute stream ran one; it has the most kernel time."""
     copies: float | None
-    """From the host to the device, added up over the streams."""
+    """Copies from the host to the device, added up over the streams."""
     copy_rate: float | None
     """Bytes/s while they run."""
     parts: Mapping[str, float]
-    """By range of the executor: of its kernels, or of its thread where the device is the CPU."""
+    """Seconds by range of the executor: of its kernels, or of its thread where the device is the CPU."""
     launching: float | None
     """Seconds a step that the executor's thread spends in all ranges."""
 

@@ -27,7 +27,7 @@ from hsrpc.request import SamplingParams
 
 WARM_UP_STEPS = 3
 _CALIBRATIONS = 2
-"""After the run, beside the one before it: the bus of a shared machine varies."""
+"""Calibrations after the run, beside the one before it: the bus of a shared machine varies."""
 
 
 class BenchError(HsrpcError):
@@ -46,7 +46,7 @@ class Run:
     """Those to measure, after the warm-up."""
     stats: EngineStats
     seconds: float
-    """From the first request to the end."""
+    """Time from the first request to the end."""
     ready_seconds: float
     loop_lag_p99: float
     profile: StepProfile | None

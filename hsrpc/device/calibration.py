@@ -149,7 +149,7 @@ def fit_line(rows: Sequence[int], seconds: Sequence[float]) -> tuple[float, floa
 
 
 def _bus_seconds(device: Device, pieces: Iterator[torch.Tensor], size: int) -> tuple[float, float, float]:
-    """To load the next of `pieces`, to store, and to do both at once, `size` bytes each."""
+    """Seconds to load the next of `pieces`, to store, and to do both at once, `size` bytes each."""
     sink = device.pinned(size, HostUse.MEASUREMENT)
     sink.zero_()
     target, origin = (device.empty((size,), torch.uint8, DeviceUse.MEASUREMENT) for _ in range(2))
@@ -171,7 +171,7 @@ def _bus_seconds(device: Device, pieces: Iterator[torch.Tensor], size: int) -> t
 def _contended_seconds(
     device: Device, pieces: Iterator[torch.Tensor], product: Callable[[], object], count: int
 ) -> tuple[float, float]:
-    """To load the next of `pieces`, alone and while the device computes `count` products, in turn."""
+    """Seconds to load the next of `pieces`, alone and while the device computes `count` products, in turn."""
     target = torch.empty_like(next(pieces), device=device.torch_device)
 
     def seconds(products: int) -> float:

@@ -60,7 +60,7 @@ class Device(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """For people, such as NVIDIA H100."""
+        """Name for people, such as NVIDIA H100."""
 
     @property
     @abstractmethod
@@ -167,7 +167,7 @@ class Device(ABC):
 
     @abstractmethod
     def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """For `uploads`: uint8 [size] on the host, from which copies do not block, and [size] on the device."""
+        """Memory for `uploads`: uint8 [size] on the host, from which copies do not block, and [size] on the device."""
 
     @abstractmethod
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:

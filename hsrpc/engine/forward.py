@@ -70,7 +70,7 @@ class DeviceBatch:
     num_rebuilt: int
     """Rows at the front of both buffers that are rebuilt in place."""
     gathers: Mapping[BlockKind, Gathers]
-    """By what activation blocks hold in a layer; `stores` as well."""
+    """Copies of activation blocks on the device, by what such blocks hold in a layer; `stores` is keyed alike."""
     new_rows: DeviceRows
     activation_rows: torch.Tensor
     activation_positions: torch.Tensor

@@ -113,7 +113,7 @@ class DecodeGraphs:
 
 
 def can_capture(plan: Plan, window: int | None) -> bool:
-    """Not where weights stream, or no KV blocks lie on the device, or a sliding window needs packed rows."""
+    """Whether graphs can run steps: nothing streams, KV blocks lie on the device, no window needs packed rows."""
     return not any(plan.streamed_bytes) and plan.num_blocks[PoolId.DEVICE_KV] > 0 and window is None
 
 

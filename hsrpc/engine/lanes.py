@@ -40,7 +40,7 @@ class StepRun:
         self.step = step
         self.events: list[Event] = [None] * len(step.ops)
         self.ended: asyncio.Queue[bool] = asyncio.Queue(len(Lane))
-        """For each lane, once it has launched all that it will: whether that is all of it."""
+        """An entry of each lane once it launches no more: whether it has launched all of its operations."""
         self._device = device
         self._before = before
         self._barrier = barrier
@@ -48,7 +48,7 @@ class StepRun:
         self._inboxes: dict[Lane, asyncio.Queue[_Message]] = {lane: asyncio.Queue() for lane in Lane}
         """No lane is further ahead of another than there are buffers between them: that bounds what is in one."""
         self._launched = {lane: dict.fromkeys(Lane, _ENDED) for lane in Lane}
-        """For each lane, the last operation of each other one that it knows of."""
+        """Last operation of each other lane that a lane knows to be launched, by lane."""
 
     async def run(self, lane: Lane, worker: Worker, launch: Launch) -> bool:
         """Launch a lane's operations on its worker; whether all were, for the step may be stopped on the way."""

@@ -15,9 +15,9 @@ class EngineStats:
     queued: int
     running: int
     used_blocks: Mapping[PoolId, int]
-    """In use now."""
+    """Blocks in use now."""
     peak_blocks: Mapping[PoolId, int]
-    """Most in use at once."""
+    """Blocks in use at once, at most, since the start."""
     steps: int
     step_seconds: float
     prompt_tokens: int
@@ -31,4 +31,4 @@ class EngineStats:
     recomputed_tokens: int = 0
     """Tokens that steps recomputed because their requests keep no cache; a request's newest token is not counted."""
     peak_device_bytes: int
-    """As the device's allocator counts them; 0 on the CPU."""
+    """Bytes of device memory at the peak, as the allocator counts them; 0 on the CPU."""

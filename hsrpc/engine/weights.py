@@ -50,7 +50,7 @@ class OpenedLayer(NamedTuple):
 
     tensors: Mapping[str, torch.Tensor]
     decodings: tuple[Decoding, ...]
-    """To be run before the tensors are used."""
+    """Decodings to run before the tensors are used."""
 
 
 @dataclass(frozen=True, slots=True)

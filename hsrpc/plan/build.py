@@ -87,7 +87,7 @@ class Assembly:
         )
 
     def _staging(self, point: Point, one: Evaluation, blocks: dict[PoolId, int]) -> Staging:
-        """As evaluated, in whole numbers, less the activation buffers and decode graphs that the plan has no use of."""
+        """Staging as evaluated, in whole numbers, without activation buffers and graphs that nothing would use."""
         staging = Staging(**{item.name: int(getattr(one.staging, item.name)) for item in fields(Staging)})
         if not blocks[PoolId.DEVICE_ACTIVATION] + blocks[PoolId.HOST_ACTIVATION]:
             staging = replace(staging, activation_rows=0)

@@ -45,7 +45,7 @@ class Traffic:
 
     @property
     def prompt_tokens_per_output(self) -> float:
-        """In steady state, prompt tokens that come in for each token that goes out."""
+        """Prompt tokens that come in for each token that goes out, in steady state."""
         return self.prompt / self.output
 
 
@@ -241,7 +241,7 @@ class StepModel:
         )
 
     def _placing(self, regenerated: Number) -> Number:
-        """With a sliding window K and V are copied to rows in order of position; else they are written in place."""
+        """Seconds to copy rebuilt K and V into order of position, which a sliding window needs; else 0."""
         return 0.0 * regenerated if self.sizes.sliding_window is None else self.layer.place(regenerated)
 
     def _store(self, c: Candidates, on_host: Number) -> Number:

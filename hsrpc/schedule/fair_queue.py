@@ -69,7 +69,7 @@ class FairQueue:
         self._by_share: list[tuple[int, float, int, int, _Line]] = []
         self._by_due: list[tuple[float, int, int, _Line]] = []
         self._levels = dict.fromkeys(range(-_MAX_STEPS, _MAX_STEPS + 1), 0.0)
-        """By priority, tokens of the client admitted last: a newcomer starts there; absence earns nothing."""
+        """Tokens of the client admitted last, by priority: a newcomer starts there; absence earns nothing."""
         self._num_waiting = 0
         self._num_lines_waiting = 0
 

@@ -67,7 +67,7 @@ def pack(chunks: Sequence[Chunk], block_size: int, window: int | None) -> MiniBa
 
 
 def in_order(chunks: Sequence[Chunk], window: int | None) -> tuple[Chunk, ...]:
-    """As a mini-batch has them: those that read in place come first."""
+    """Order chunks as a mini-batch has them: those that read in place come first."""
     return tuple(sorted(chunks, key=lambda chunk: not chunk.reads_in_place(window)))
 
 
@@ -84,7 +84,7 @@ class _Blocks:
     cached: Ints
     """Tokens in it before the step."""
     filled: Ints
-    """And after it."""
+    """Tokens in it after the step."""
 
     @property
     def is_activation(self) -> npt.NDArray[np.bool_]:

@@ -58,7 +58,7 @@ class _InFlight(NamedTuple):
     """A step that is handed out."""
 
     chunks: tuple[Chunk, ...]
-    """In mini-batch order."""
+    """Chunks in mini-batch order."""
     stop: StopFlag
 
 
@@ -427,7 +427,7 @@ class Scheduler:
         return -(-num_tokens // self.limits.block_size)
 
     def _has_room(self, num_tokens: int, reserved: int) -> bool:
-        """They fit beside `reserved` blocks for those that run: to admit, then preempt, is work lost."""
+        """Whether they fit beside `reserved` blocks for those that run: to admit, then preempt, is work lost."""
         return self.blocks.num_free >= self._num_blocks(num_tokens) + reserved
 
     def _reserved(self) -> int:

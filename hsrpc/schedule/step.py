@@ -166,7 +166,7 @@ class SamplingRow(NamedTuple):
 
     @property
     def excluded_ids(self) -> frozenset[int]:
-        """Until the output has `params.min_tokens`: the model's end tokens and the request's stop tokens."""
+        """Tokens that are not sampled until the output has `params.min_tokens`: end tokens and stop tokens."""
         if self.num_output_tokens >= self.params.min_tokens:
             return frozenset()
         return self.eos_token_ids | frozenset(self.params.stop_token_ids)
@@ -215,7 +215,7 @@ class Scheduled:
 
     @property
     def chunks(self) -> Iterator[Chunk]:
-        """In mini-batch order."""
+        """Chunks in mini-batch order."""
         return (chunk for chunks in self.mini_batches for chunk in chunks)
 
     @property
@@ -256,7 +256,7 @@ class RowCosts:
     load_activation: float
     regenerate: float
     compute: float = 0.0
-    """From the layer's input, and on to its output."""
+    """Seconds to compute a row from the layer's input to its output."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,14 +87,14 @@ class Checker:
         self._lock = threading.RLock()
         self._clocks: dict[Actor, Clock] = {actor: [0, 0, 0, 0, _EVER] for actor in Actor}
         self._operations: list[_Operation] = []
-        """By number, from 1."""
+        """Operations by number, from 1."""
         self._races: Counter[Race] = Counter()
         self._buffers: dict[int, _Buffer] = {}
-        """By address of the storage."""
+        """Buffers by address of the storage."""
         self._unreferenced: deque[_Buffer] = deque()
-        """Not looked at yet."""
+        """Buffers that nothing refers to and that were not looked at yet."""
         self._reusable: dict[Actor, list[_Buffer]] = {actor: [] for actor in Actor}
-        """By owner: its next allocation may take their memory."""
+        """Buffers by owner, whose next allocation may take their memory."""
         self._reads: list[_Read] = []
 
     @property

@@ -56,9 +56,9 @@ class Stores:
     """New rows of a mini-batch on their way to a pool."""
 
     rows: DeviceRows
-    """By a kernel: decode has one row of each request."""
+    """Rows that a kernel copies: decode has one row of each request."""
     runs: Runs
-    """By copy engine, which leaves the GPU to others: prompts. On the host."""
+    """Runs that the copy engine copies, which leaves the GPU free: prompts. Their numbers are on the host."""
 
     @classmethod
     def of(cls, pool: PoolId, held: BlockKind, rows: Rows, upload: Upload) -> Stores:
@@ -109,7 +109,7 @@ class CacheManager:
             for _ in range(BUFFERS)
         ]
         self._loads: list[dict[BlockKind, Loads]] = []
-        """For each mini-batch, by what activation blocks hold."""
+        """Loads of each mini-batch, by what activation blocks hold."""
 
     async def run(self) -> None:
         """Run step after step; ends by cancellation."""

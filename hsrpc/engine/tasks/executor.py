@@ -225,7 +225,7 @@ class _Computing:
 
     step: Step
     on_device: Pass = field(default_factory=lambda: Pass([]))
-    """From EMBED on."""
+    """Its mini-batches on the device, from the EMBED operation on."""
     sampled: list[Sampled] | None = None
     """Its tokens, once it is computed to its end."""
 

@@ -231,6 +231,6 @@ def _num_parts(num_programs: int, max_keys: int) -> int:
 
 
 def _heads_in_a_pack(num_kv_heads: int, head_dim: int) -> int:
-    """As many as fill `_PACKED_DIM`, where all packs are alike."""
+    """Heads that fill `_PACKED_DIM` together, where all packs are alike; else 1."""
     wanted = max(1, _PACKED_DIM // head_dim)
     return wanted if num_kv_heads % wanted == 0 else 1
