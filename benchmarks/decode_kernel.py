@@ -20,7 +20,7 @@ SHAPES = ((32, 32, 64), (32, 32, 80), (32, 32, 128), (32, 8, 128), (56, 56, 128)
 LOADS = ((1, 4000), (8, 600), (24, 600), (64, 600), (128, 512))
 """Requests, tokens of each."""
 COMPILED = ((1, 20), (1, 4000))
-"""In one part, and in several: all others are to be ready with these."""
+"""Loads in one part and in several: with these compiled, all others are to be ready."""
 MAX_SECONDS = 0.05
 CALLS = 10
 
@@ -73,7 +73,7 @@ def case(
 
 
 def reference(given: Given) -> torch.Tensor:
-    """In float64, request by request."""
+    """Attention in float64, request by request."""
     head_dim, kv_heads = given["head_dim"], given["num_kv_heads"]
     front, starts, rows = given["rebuilt_starts"].tolist(), given["key_starts"].tolist(), []
     buffer = given["buffer"]

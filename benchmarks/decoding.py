@@ -18,7 +18,7 @@ from hsrpc.plan.planner import Planner
 from hsrpc.plan.roofline import StepRecord
 
 MIN_STEPS = 5
-"""That count as a measurement."""
+"""Steps that count as a measurement, at least."""
 Cell: TypeAlias = dict[str, Any]
 """What a file has of one measurement, or its `failure`."""
 

@@ -38,7 +38,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As it is printed."""
+        """Name as it is printed."""
         recomputed = "" if self.recompute is None else f", {self.recompute} recomputed"
         coded = "" if self.coding is WeightCoding.NONE else ", coded weights"
         return f"{self.policy} {self.share} {self.placement}{recomputed}{coded}"

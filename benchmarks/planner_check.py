@@ -50,7 +50,7 @@ REGIMES = {
 
 
 def with_lengths(config: EngineConfig, options: argparse.Namespace) -> EngineConfig:
-    """For requests that all have the same lengths and only decode: prompts are not what is measured."""
+    """Config for requests that all have the same lengths and only decode: prompts are not what is measured."""
     context = options.prompt + options.output // 2
     return replace(
         config,

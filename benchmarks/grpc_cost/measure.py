@@ -58,7 +58,7 @@ class Sample:
     tokens_per_second: float
     """New ones over the time from the first request to the last token."""
     full_tokens_per_second: float
-    """In the steps in which all requests decode: they neither begin nor end."""
+    """Rate in the steps in which all requests decode: they neither begin nor end."""
     step_seconds: float
     """Median duration of the steps in which all requests decode."""
     loop_lag_p99: float

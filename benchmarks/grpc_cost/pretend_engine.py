@@ -38,7 +38,7 @@ class PretendEngine(StubEngine):
         """When what has been launched will have been computed."""
 
     async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Delta, None]:
-        """As an engine's."""
+        """Generate as an engine does."""
         generation = await self.submit(prompt, params)
         try:
             async for delta in generation:

@@ -22,7 +22,7 @@ from benchmarks.peers.cases import (
 from hsrpc.schedule.blocks import BlockKind
 
 ACCELERATE_STEPS = {System.ACCELERATE: 4, System.ACCELERATE_PINNED: 8}
-"""It takes seconds a step, and many more where it copies from pageable memory."""
+"""Steps that Accelerate measures: each takes seconds, and many more where it copies from pageable memory."""
 _START_SECONDS = 25.0
 """Imports, calibrations, the end of the process."""
 _PINNED_RATE = 2.2e9

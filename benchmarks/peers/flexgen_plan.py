@@ -159,7 +159,7 @@ def _setup(case: Case, model: str, budgets: Budgets, *, weights: int, cache: int
 
 
 def _largest(setup: Setup, granularity: int = 2) -> Setup | None:
-    """With the largest batch that fits."""
+    """Setup with the largest batch that fits; None: none fits."""
     step = max(granularity, setup.num_batches)
     fitting = (sized for size in range(_MAX_BATCH, 0, -step) if fits(sized := replace(setup, batch=size)))
     return next(fitting, None)

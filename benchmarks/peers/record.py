@@ -40,7 +40,7 @@ class Outcome:
     limit_step_seconds: float
     """The least time of a decode step with this placement on this machine, at the mean context."""
     efficiency: float
-    """That limit over the mean step."""
+    """Limit of a step over the mean step."""
     peak_device_bytes: int
     """The allocator's peak, with what it reserved."""
     host_bytes: int

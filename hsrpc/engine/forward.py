@@ -93,9 +93,9 @@ class Pass:
 
     batches: list[DeviceBatch]
     weights: OpenedLayer | None = None
-    """The layer's that is computed."""
+    """Weights of the layer that is computed."""
     projected: Projected | None = None
-    """The mini-batch's that is computed."""
+    """Projections of the mini-batch that is computed."""
     logits: torch.Tensor | None = None
     """[r, vocab] of the rows that are sampled."""
 

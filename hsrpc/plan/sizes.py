@@ -262,11 +262,11 @@ class ModelSizes:
         return sum(count * layer.row(kind).num_bytes for layer, count in self.distinct)
 
     def mean_row_bytes(self, kind: BlockKind) -> float:
-        """The same in one layer, on average."""
+        """Bytes that a block of that kind keeps of one token in one layer, on average."""
         return self.token_bytes(kind) / self.num_layers
 
     def max_row_bytes(self, kind: BlockKind) -> int:
-        """The same in the layer where it is most."""
+        """Bytes that a block of that kind keeps of one token in the layer where they are most."""
         return max(layer.row(kind).num_bytes for layer, _ in self.distinct)
 
     @property

@@ -59,9 +59,9 @@ class Candidates:
     decode_traffic: Number = 0.0
     """Bytes of device memory that decoding these reads and writes."""
     on_device: Number
-    """Part of the cached tokens, where requests are as long as expected."""
+    """Part of the cached tokens that lies on the device, where requests are as long as expected."""
     on_device_at_end: Number
-    """The same, where all requests are at the end of their output."""
+    """Part of the cached tokens that lies on the device, where all requests are at the end of their output."""
     device_share: Number
     """Activations' part of the device's tokens."""
     host_share: Number

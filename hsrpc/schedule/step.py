@@ -69,7 +69,7 @@ class Runs:
         return Runs(self.source[chosen], self.target[chosen], self.count[chosen])
 
     def rows(self) -> Rows:
-        """The same copies row by row."""
+        """Copies of the same rows, row by row."""
         return Rows(expand(self.source, self.count), expand(self.target, self.count))
 
 
@@ -150,9 +150,9 @@ class SamplingRow(NamedTuple):
     num_prompt_tokens: int
     num_output_tokens: int
     seed: int
-    """The request's, in [0, 2**64): with the number of output tokens it decides the draw."""
+    """Seed of the request, in [0, 2**64): with the number of output tokens it decides the draw."""
     eos_token_ids: frozenset[int] = frozenset()
-    """The model's."""
+    """End tokens of the model."""
     token_ids: Sequence[int] = ()
     """Prompt, then output, where a penalty asks for them."""
 
@@ -209,7 +209,7 @@ class Scheduled:
     """Rows of the chunks that sample, in mini-batch order."""
     stop: StopFlag
     arrays: tuple[MiniBatch, ...] | None = None
-    """Those of the mini-batches, where they are made already."""
+    """Arrays of the mini-batches, where they are made already."""
     is_in_place: bool = False
     """It is one mini-batch of decode that uses no buffer."""
 
@@ -239,7 +239,7 @@ class Step:
     mini_batches: tuple[MiniBatch, ...]
     ops: OpList
     sampling: tuple[SamplingRow, ...]
-    """One for each row that is sampled, in mini-batch order."""
+    """Settings for each row that is sampled, in mini-batch order."""
     counts: StepCounts
     stop: StopFlag
     is_in_place: bool = False

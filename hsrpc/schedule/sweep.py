@@ -26,7 +26,7 @@ from typing import NamedTuple, TypeAlias
 BUFFERS = 2
 """Device buffers of each sort: one is filled while the other is computed with."""
 MIN_PART_BYTES = 16 * 1024**2
-"""One part of a layer's weights, at least: smaller copies waste the bus."""
+"""Bytes of one part of a layer's weights, at least: smaller copies waste the bus."""
 
 
 class Lane(IntEnum):

@@ -57,7 +57,7 @@ class _Buffer:
     made: Place
     history: AccessHistory
     owner: Actor | None
-    """Its stream, which may reuse the memory once nothing refers to it. None: the memory is the host's."""
+    """Stream that may reuse the memory once nothing refers to it. None: the memory is the host's."""
     is_staging: bool = False
     """Copies leave it without waiting for the host, which fills it."""
     others: set[Actor] = field(default_factory=set)

@@ -225,9 +225,9 @@ class _Computing:
 
     step: Step
     on_device: Pass = field(default_factory=lambda: Pass([]))
-    """Its mini-batches on the device, from the EMBED operation on."""
+    """Mini-batches of the step on the device, from the EMBED operation on."""
     sampled: list[Sampled] | None = None
-    """Its tokens, once it is computed to its end."""
+    """Tokens of the step, once it is computed to its end."""
 
 
 def _range(kind: OpKind) -> AbstractContextManager[object]:
