@@ -35,7 +35,7 @@ Copy = Callable[[], int]
 
 
 def copies(device: Device, options: argparse.Namespace, width: int, dtype: torch.dtype) -> Iterator[tuple[str, Copy]]:
-    """By name; rows of `width` elements."""
+    """Copies of rows of `width` elements, by name."""
     row_bytes = width * dtype.itemsize
     rows, run = int(options.buffer) // row_bytes, int(options.run) // row_bytes
     num_buffers = options.memory // (rows * row_bytes)
@@ -67,7 +67,7 @@ def copies(device: Device, options: argparse.Namespace, width: int, dtype: torch
 
 
 def gemms(device: Device, rows: int, sizes: ModelSizes, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """By name, each one product at the regeneration shape."""
+    """Products at the regeneration shape, by name."""
     x, weight = (
         torch.randn(size, sizes.hidden_size, device=device.torch_device, dtype=dtype)
         for size in (rows, 2 * sizes.num_kv_heads * sizes.head_dim)
@@ -99,7 +99,7 @@ def rate(device: Device, copy: Copy, product: Callable[[], object], count: int, 
 
 
 def seconds_of(device: Device, product: Callable[[], object]) -> float:
-    """Of one product, among many."""
+    """Seconds that one product takes, among many."""
     with device.on(device.compute), torch.inference_mode():
         product()
         device.drain()

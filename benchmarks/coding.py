@@ -45,7 +45,7 @@ def seconds_of(device: Device, work: Callable[[], object]) -> float:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Of the first layers' matrices.
+    """Measure the coding of the first layers' matrices.
 
     Raises:
         AssertionError: a bit is not the same.

@@ -20,7 +20,7 @@ SHAPES = ((32, 32, 64), (32, 32, 80), (32, 32, 128), (32, 8, 128), (56, 56, 128)
 LOADS = ((1, 4000), (8, 600), (24, 600), (64, 600), (128, 512))
 """Requests, tokens of each."""
 COMPILED = ((1, 20), (1, 4000))
-"""In one part, and in several: all others are to be ready with these."""
+"""Loads in one part and in several: with these compiled, all others are to be ready."""
 MAX_SECONDS = 0.05
 CALLS = 10
 
@@ -73,7 +73,7 @@ def case(
 
 
 def reference(given: Given) -> torch.Tensor:
-    """In float64, request by request."""
+    """Attention in float64, request by request."""
     head_dim, kv_heads = given["head_dim"], given["num_kv_heads"]
     front, starts, rows = given["rebuilt_starts"].tolist(), given["key_starts"].tolist(), []
     buffer = given["buffer"]
@@ -119,7 +119,7 @@ def main() -> None:
                 start = time.perf_counter()
                 decode_attention(**given)
                 spent = time.perf_counter() - start
-                assert spent < MAX_SECONDS, f"{shape} {load} {dtype}: {spent:.3f} s for the first call, compiled anew?"
+                assert spent < MAX_SECONDS, f"{shape} {load} {dtype}: {spent:.3f} s for the first call, compiled again?"
                 error = ((given["out"].double() - wanted).norm() / wanted.norm()).item()
                 assert error < (2e-3 if dtype is torch.float16 else 1e-5), f"{shape} {load} {dtype}: error {error:.1e}"
                 spent = milliseconds(given)

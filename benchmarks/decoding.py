@@ -17,8 +17,8 @@ from hsrpc.errors import HsrpcError
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.roofline import StepRecord
 
-FEWEST_STEPS = 5
-"""That count as a measurement."""
+MIN_STEPS = 5
+"""Steps that count as a measurement, at least."""
 Cell: TypeAlias = dict[str, Any]
 """What a file has of one measurement, or its `failure`."""
 
@@ -91,6 +91,6 @@ def check_steps(run: Run) -> None:
     Raises:
         BenchError: the run has too few whole steps.
     """
-    if len(run.chosen) < FEWEST_STEPS:
-        found = f"{len(run.chosen)} whole steps of a batch of {run.plan.max_batch} are fewer than {FEWEST_STEPS}"
+    if len(run.chosen) < MIN_STEPS:
+        found = f"{len(run.chosen)} whole steps of a batch of {run.plan.max_batch} are fewer than {MIN_STEPS}"
         raise BenchError(f"{found}; raise the steps, and the output")

@@ -38,10 +38,10 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As it is printed."""
-        anew = "" if self.recompute is None else f", {self.recompute} computed anew"
+        """Name as it is printed."""
+        recomputed = "" if self.recompute is None else f", {self.recompute} recomputed"
         coded = "" if self.coding is WeightCoding.NONE else ", coded weights"
-        return f"{self.policy} {self.share} {self.placement}{anew}{coded}"
+        return f"{self.policy} {self.share} {self.placement}{recomputed}{coded}"
 
 
 RUNS = (
@@ -56,7 +56,7 @@ RUNS = (
     Run(CachePolicy.KV, None, Placement.AUTO),
 )
 Found = list[tuple[int, list[int]]]
-"""Of a prompt: its new tokens, and the five most probable at each."""
+"""New tokens of a prompt, and the five most probable ones at each."""
 
 
 def reference_model(shape: str, device: DeviceKind) -> PreTrainedModel:
@@ -92,7 +92,7 @@ async def generate(shape: str, device: DeviceKind, run: Run, prompts: list[list[
         placement=run.placement,
         max_batch=len(LENGTHS),
         max_model_len=512,
-        expected_context=sum(LENGTHS) // len(LENGTHS) + NEW_TOKENS,  # a part computed anew is a part of these
+        expected_context=sum(LENGTHS) // len(LENGTHS) + NEW_TOKENS,  # a recomputed part is a part of these
         max_prefill_tokens=256,
     )
     params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=5)
@@ -108,12 +108,12 @@ async def generate(shape: str, device: DeviceKind, run: Run, prompts: list[list[
         print(
             f"{shape:10} {plan.policy:10} share {plan.activation_share:.2f} resident {plan.resident_share:.2f} "
             f"streamed {stats.weights_streamed_bytes / 1e9:7.1f} GB regenerated {stats.regenerated_tokens:9,d} "
-            f"anew {stats.recomputed_tokens:7,d} "
+            f"recomputed {stats.recomputed_tokens:7,d} "
             f"peak {peak / 2**30:5.2f} of {budget / 2**30:.0f} GiB"
         )
         assert peak <= budget, "the allocator's peak is over the budget"
-        most = 0.75 * NEW_TOKENS * sum(LENGTHS)
-        assert not run.recompute or 0 < stats.recomputed_tokens < most, "not some cached and others computed anew"
+        max_recomputed = 0.75 * NEW_TOKENS * sum(LENGTHS)
+        assert not run.recompute or 0 < stats.recomputed_tokens < max_recomputed, "not some cached, some recomputed"
         return results
 
 

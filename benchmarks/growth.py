@@ -3,8 +3,8 @@
     python benchmarks/growth.py scheduling --json scheduling.json --plot scheduling.png
     python benchmarks/growth.py steps --shape opt-6.7b --json steps.json --plot steps.png
 
-`scheduling` needs no model and no GPU: it times the scheduler while in every step one request ends, one is let in and
-one arrives. `steps` measures decode steps on random weights with all layers and caches on the host, along a line of
+`scheduling` needs no model and no GPU: it times the scheduler while in every step one request ends, one is admitted
+and one arrives. `steps` measures decode steps on random weights with all layers and caches on the host, along a line of
 contexts and a line of batches, and states how far each line is from a straight one.
 """
 

@@ -86,8 +86,8 @@ async def measure(options: argparse.Namespace) -> Found:
 @torch.inference_mode()
 def time_alone(engine: Engine, graphs: DecodeGraphs, batch: int, context: int) -> float:
     """Seconds of a decode step's graph and sampling."""
-    parts = engine._opened
-    device, sampler = parts.device, parts.executor._sampler
+    components = engine._opened
+    device, sampler = components.device, components.executor._sampler
     logits = graphs.run(_decode_step(engine, batch, context), None)  # fills the input where the graph reads it
     rows = [SamplingRow(SamplingParams(temperature=0.0), num_prompt_tokens=0, num_output_tokens=0, seed=0)] * batch
     graph = graphs._graphs[batch]
@@ -103,7 +103,7 @@ def time_alone(engine: Engine, graphs: DecodeGraphs, batch: int, context: int) -
 
 
 def _decode_step(engine: Engine, batch: int, context: int) -> MiniBatch:
-    """Of requests with `context` cached tokens each, in blocks of the idle engine."""
+    """Mini-batch that decodes for requests with `context` cached tokens each, in blocks of the idle engine."""
     plan, params = engine.plan, SamplingParams()
     blocks, chunks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule), []
     for number in range(batch):

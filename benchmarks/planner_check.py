@@ -3,12 +3,12 @@
     python -m benchmarks.planner_check grid --shape opt-6.7b --gpu-memory 24GiB --host-memory 100GiB --json grid.json
     python -m benchmarks.planner_check sweep --regime compute --json sweep.json --plot sweep.png
     python -m benchmarks.planner_check sweep --regime compute --json sweep.json --plot sweep.png --shares 0.65 0.7 0.75
-    python -m benchmarks.planner_check sweep --over recompute --json anew.json --plot anew.png --shares 0 0.1 0.2 0.3
+    python -m benchmarks.planner_check sweep --over recompute --json part.json --plot part.png --shares 0 0.1 0.2 0.3
 
 `grid` measures the planner's plan and forced ones: other batches, cache policies and resident shares, as far as they
 fit and are predicted to be worth the time. `sweep` measures the planner's choice and activation shares, 0 to 1 in steps
 of 0.1 or those given: bus-bound (float16, all on the host), compute-bound (float32, all on the host), or with a part of
-the weights resident. `--over recompute` forces parts of the tokens to be computed anew in place of activation shares,
+the weights resident. `--over recompute` forces parts of the tokens to be recomputed in place of activation shares,
 with activations for all others.
 
 All requests have the same lengths, and only steps in which the whole batch decodes count. Predicted times are those for
@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.decoding import FEWEST_STEPS, Cell, cell_of, check_steps, observe_decoding
+from benchmarks.decoding import MIN_STEPS, Cell, cell_of, check_steps, observe_decoding
 from benchmarks.planner_report import PLANNER, RECOMPUTE, draw_grid, draw_sweep, line_of, report
 from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, DType, EngineConfig, Placement
@@ -37,6 +37,7 @@ from hsrpc.errors import ConfigError
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at
+from hsrpc.schedule.blocks import PoolId
 
 SHARES = [tenth / 10 for tenth in range(11)]
 SETTING = ("kind", "regime", "over", "shape", "dtype", "batch", "gpu_memory", "host_memory", "prompt", "output")
@@ -49,7 +50,7 @@ REGIMES = {
 
 
 def with_lengths(config: EngineConfig, options: argparse.Namespace) -> EngineConfig:
-    """For requests that all have the same lengths and only decode: prompts are not what is measured."""
+    """Config for requests that all have the same lengths and only decode: prompts are not what is measured."""
     context = options.prompt + options.output // 2
     return replace(
         config,
@@ -121,7 +122,7 @@ def forced_configs(config: EngineConfig, batch: int) -> Iterator[tuple[str, Engi
 
 def signature(plan: Plan) -> str:
     """Alike for plans that do the same in all but details."""
-    blocks = [round(count, -2) for count in plan.num_blocks.values()]
+    blocks = [round(plan.num_blocks[pool], -2) for pool in PoolId]
     return f"{plan.max_batch} {plan.resident_share:.2f} {blocks}"
 
 
@@ -250,8 +251,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, required=True, help="all cells; goes on where it was interrupted")
     parser.add_argument("--plot", type=Path, help="save tokens/s here as PNG, measured and predicted")
     options = parser.parse_args(arguments)
-    if options.steps < FEWEST_STEPS:
-        parser.error(f"--steps {options.steps}: at least {FEWEST_STEPS} count as a measurement")
+    if options.steps < MIN_STEPS:
+        parser.error(f"--steps {options.steps}: at least {MIN_STEPS} count as a measurement")
     return options
 
 

@@ -10,7 +10,7 @@ from hsrpc.bench.report import ACTIVATION_SHARE, plot_sweep
 PLANNER = "planner"
 """The name of the planner's own choice."""
 RECOMPUTE = "recompute"
-"""A sweep over the part of the tokens that is computed anew, in place of the activation share."""
+"""A sweep over the part of the tokens that is recomputed, in place of the activation share."""
 
 
 def report(cells: list[Cell]) -> None:
@@ -28,8 +28,8 @@ def line_of(cell: Cell) -> str:
         return f"{cell['name']:42} {cell['failure']}"
     ratio, rate = cell["predicted_over_measured"], cell["tokens_per_second"]
     step = f"{cell['step_seconds'] * 1e3:9.1f} ms"
-    anew = f", {cell['recomputed_share']:.1%} computed anew" if cell.get("recomputed_share") else ""
-    return f"{cell['name']:42} {step}, predicted / measured {ratio:.3f}, {rate:9.1f} tokens/s{anew}"
+    recomputed = f", {cell['recomputed_share']:.1%} recomputed" if cell.get("recomputed_share") else ""
+    return f"{cell['name']:42} {step}, predicted / measured {ratio:.3f}, {rate:9.1f} tokens/s{recomputed}"
 
 
 def draw_sweep(cells: list[Cell], file: Path, *, over: str) -> None:
@@ -42,7 +42,7 @@ def draw_sweep(cells: list[Cell], file: Path, *, over: str) -> None:
         [(share, predicted) for share, _, predicted in points],
         file,
         chosen=chosen[0] if chosen else None,
-        share="part of the tokens computed anew" if over == RECOMPUTE else ACTIVATION_SHARE,
+        share="part of the tokens recomputed" if over == RECOMPUTE else ACTIVATION_SHARE,
     )
 
 
@@ -69,7 +69,7 @@ def draw_grid(cells: list[Cell], file: Path) -> None:
 
 
 def share_of(cell: Cell, over: str) -> float:
-    """The plan's activation share, or the part of the tokens that was computed anew."""
+    """The plan's activation share, or the part of the tokens that was recomputed."""
     share: float = cell["recomputed_share"] if over == RECOMPUTE else cell["plan"]["activation_share"]
     return share
 

@@ -107,7 +107,7 @@ class EngineConfig:
     activation_share: float | None = None
     """Share of cached tokens held as activations, in [0, 1]; only with the hybrid policy."""
     recompute_share: float | None = None
-    """Most of the tokens in use that are cached nowhere and computed anew in each step, in [0, 1]; for measurements.
+    """Most of the tokens in use that are cached nowhere and recomputed in each step, in [0, 1]; for measurements.
     None: planned under the policy `auto`, none under others."""
     placement: Placement = Placement.AUTO
     resident_share: float | None = None

@@ -75,7 +75,7 @@ class SamplingParams:
     logprobs: int | None = None
     """None: no logprobs; n: the chosen token's and the n most probable ones'."""
     priority: int = 0
-    """Smaller is let in first; waiting makes up for it, and ties go to the client that was served least."""
+    """Smaller is admitted first; waiting makes up for it, and ties go to the client that was served least."""
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0.0, 100.0)
@@ -129,9 +129,9 @@ def _check_range(field: str, value: float, low: float, high: float, *, low_open:
         raise InvalidRequestError(field, f"{value} is outside {bracket}{low}, {high}]")
 
 
-def _check_size(field: str, values: Sequence[object] | Mapping[int, float], most: int) -> None:
-    if len(values) > most:
-        raise InvalidRequestError(field, f"{len(values)} entries, at most {most} are allowed")
+def _check_size(field: str, values: Sequence[object] | Mapping[int, float], max_count: int) -> None:
+    if len(values) > max_count:
+        raise InvalidRequestError(field, f"{len(values)} entries, at most {max_count} are allowed")
 
 
 @dataclass(frozen=True, slots=True)

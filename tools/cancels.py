@@ -30,7 +30,7 @@ from hsrpc.server.ops.telemetry import Telemetry
 from hsrpc.testing.stub_engine import StubEngine
 
 TOKENS_PER_SECOND = 200.0
-"""Of each stream; none ends by itself."""
+"""Rate of each stream; none ends by itself."""
 AT_ONCE = 64
 """Calls under way."""
 DEADLINE = 0.02
@@ -51,11 +51,11 @@ class Held:
     live: int
     """Admitted calls."""
     requests: int
-    """Of the engine."""
+    """Requests that the engine holds."""
     tasks: int
     fds: int
     blocks: int
-    """Of memory that Python objects take, after a collection."""
+    """Blocks of memory that Python objects take, after a collection."""
     rss_bytes: int
 
     def over(self, before: Held) -> dict[str, int]:

@@ -26,7 +26,7 @@ from hsrpc.engine.engine import Engine
 from hsrpc.errors import HsrpcError
 
 MAX_COST = 0.02
-"""Of the embedded throughput."""
+"""Share of the embedded throughput that gRPC may cost."""
 MAX_LAG = 0.01
 """Seconds, 99th percentile of the event loop's lag."""
 _EXAMPLES = """\

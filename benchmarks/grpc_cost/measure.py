@@ -58,16 +58,16 @@ class Sample:
     tokens_per_second: float
     """New ones over the time from the first request to the last token."""
     full_tokens_per_second: float
-    """In the steps in which all requests decode: they neither begin nor end."""
+    """Rate in the steps in which all requests decode: they neither begin nor end."""
     step_seconds: float
-    """Of those, median."""
+    """Median duration of the steps in which all requests decode."""
     loop_lag_p99: float
     cores: float
     """CPU seconds per second of the engine's process, all its threads."""
     loop_cores: float
-    """Of them, those of the event loop's thread."""
+    """CPU seconds per second of the event loop's thread."""
     cpu_seconds: float
-    """Of the process, for 1,000 tokens."""
+    """CPU seconds of the process for 1,000 tokens."""
     messages: int
     """What the consumers took: deltas, or messages through gRPC."""
 
@@ -82,7 +82,7 @@ class Cost:
     samples: Sequence[Sample]
 
     def median(self, way: Way, name: str) -> float:
-        """Of a field of the way's samples."""
+        """Median of a field over the way's samples."""
         return median(float(getattr(sample, name)) for sample in self.samples if sample.way is way)
 
     def ratio(self, name: str) -> float:

@@ -22,7 +22,7 @@ class PretendedStep:
 
     device: float
     host: float
-    """Of Python: a quarter on the event loop before the launch, half on a thread, a quarter on the loop at the end."""
+    """Seconds of Python: a quarter on the event loop before the launch, half on a thread, a quarter at the end."""
 
 
 class PretendEngine(StubEngine):
@@ -38,7 +38,7 @@ class PretendEngine(StubEngine):
         """When what has been launched will have been computed."""
 
     async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Delta, None]:
-        """As an engine's."""
+        """Generate as an engine does."""
         generation = await self.submit(prompt, params)
         try:
             async for delta in generation:

@@ -29,9 +29,9 @@ class Kind(StrEnum):
     """Which steps are measured."""
 
     DECODE = "decode"
-    """Those in which the whole batch decodes, with no prompt beside."""
+    """Steps in which the whole batch decodes, with no prompt beside."""
     PREFILL = "prefill"
-    """Those that compute prompts."""
+    """Steps that compute prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,16 +42,16 @@ class Case:
     shows: str
     """Which part of the data path it would show to be slower."""
     config: EngineConfig
-    """Without lengths, which follow from the case's own: see `engine_config`."""
+    """Config without lengths, which follow from the case's own: see `engine_config`."""
     kind: Kind = Kind.DECODE
     prompt: int
     """Tokens of each prompt, or their mean where `lengths` are not uniform."""
     output: int = 1
     """Tokens that each request generates at most; what is not needed for the steps is not generated."""
     lengths: Lengths = Lengths.UNIFORM
-    """Of prompts."""
+    """How the lengths of the prompts are distributed."""
     steps: int
-    """Measured, after the warm-up."""
+    """Steps that are measured, after the warm-up."""
     runs_graphs: bool = False
     """The time of its steps' graphs alone is measured as well, from which the host's part follows."""
 
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def engine_config(self) -> EngineConfig:
-        """With lengths as the case has them; requests that are to decode are expected to do nothing else."""
+        """Config with the case's lengths; requests that are to decode are expected to do nothing else."""
         context = self.prompt + self.output // 2
         return replace(
             self.config,

@@ -51,7 +51,7 @@ async def _measure(case: Case) -> Cell:
 
 
 async def _observe_prompts(case: Case) -> Run:
-    """As many steps of prompts as the case measures, without those in which a request decodes."""
+    """Run the steps of prompts that the case measures, without those in which a request decodes."""
     num_steps = 0
 
     def has_prompts(record: StepRecord) -> bool:

@@ -19,7 +19,7 @@ class Comparison:
 
     cell: Cell
     efficiency: float | None
-    """Of the case over the reference's; None: there is nothing to compare."""
+    """The case's efficiency over the reference's; None: there is nothing to compare."""
     step: float | None
     """Seconds of a step over the reference's."""
     remark: str | None

@@ -13,7 +13,7 @@ from hsrpc.plan.sizes import ModelSizes
 
 GIB = 1024**3
 MODELS = ("opt-6.7b", "opt-13b", "opt-30b")
-"""Of the cases in which models may be larger than the device."""
+"""Models of the cases in which they may be larger than the device."""
 RESIDENT_MODEL = "opt-1.3b"
 ALL_MODELS = (RESIDENT_MODEL, *MODELS)
 PROMPT = 512

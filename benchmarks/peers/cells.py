@@ -22,7 +22,7 @@ from benchmarks.peers.cases import (
 from hsrpc.schedule.blocks import BlockKind
 
 ACCELERATE_STEPS = {System.ACCELERATE: 4, System.ACCELERATE_PINNED: 8}
-"""It takes seconds a step, and many more where it copies from pageable memory."""
+"""Steps that Accelerate measures: each takes seconds, and many more where it copies from pageable memory."""
 _START_SECONDS = 25.0
 """Imports, calibrations, the end of the process."""
 _PINNED_RATE = 2.2e9
@@ -31,7 +31,7 @@ _BUS_RATE = 50e9
 _ACCELERATE_RATE = {System.ACCELERATE: 3e9, System.ACCELERATE_PINNED: 20e9}
 """Bytes/s of weights and cache together that explain 7.4 and 60 tokens/s of OPT-6.7B at batch 128."""
 _GENERATE_STEP, _COMPILE_SECONDS = 0.05, 90.0
-"""Of transformers with the model on the device: guesses, to be on the safe side of the time that is left."""
+"""Seconds a step and to compile, of transformers with the model on the device: guesses on the safe side."""
 
 
 @dataclass(frozen=True, slots=True)

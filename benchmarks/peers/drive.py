@@ -20,9 +20,9 @@ Measure = Callable[[Setup, float], Record]
 """Runs a setup within a number of seconds."""
 _ROOT = Path(__file__).parents[2]
 _MEMORY = "memory"
-"""In the reason of every failure or excess that a smaller batch may cure."""
+"""Word in the reason of every failure or excess that a smaller batch may cure."""
 _ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""For the peers whose budget is tight: less of it is lost to fragments."""
+"""Settings for the peers whose budget is tight: less of it is lost to fragments."""
 
 
 @dataclass(kw_only=True)
@@ -33,7 +33,7 @@ class Driver:
     measure: Measure
     say: Callable[[str], None]
     deadline: float
-    """By time.monotonic()."""
+    """End of the time for all setups, by time.monotonic()."""
     limit: float = 400.0
     """Seconds that one setup may take."""
 
@@ -70,7 +70,7 @@ class Driver:
         return self.run(replace(self._grown(best).setup, steps=final_steps))
 
     def _grown(self, best: Record) -> Record:
-        """With a larger batch, as long as that helps, because the arithmetic may have promised too little."""
+        """Measure larger batches as long as that helps: the arithmetic may have promised too little."""
         while best.setup.case is Case.BUDGET and (larger := self.run(_resized(best.setup, 9 / 8))):
             if _throughput(larger) <= _throughput(best):
                 break
@@ -78,7 +78,7 @@ class Driver:
         return best
 
     def _try(self, setup: Setup) -> Record | None:
-        """With a smaller batch, twice at most, where the arithmetic promised too much."""
+        """Measure; where memory ran out, with a smaller batch, twice at most: the arithmetic promised too much."""
         record = self.run(setup)
         for _ in range(2):
             if record is None or _MEMORY not in (record.error or record.excess or "") or setup.case is Case.HOST:
@@ -127,7 +127,7 @@ def _environment(setup: Setup) -> dict[str, str]:
 
 
 def _resized(setup: Setup, factor: float) -> Setup:
-    """With a batch that is larger or smaller by at least one request for each GPU batch."""
+    """Setup whose batch is larger or smaller by at least one request for each GPU batch."""
     per_batch = (setup.batch or 0) // setup.num_batches
     changed = round(per_batch * factor)
     changed += (changed == per_batch) * (1 if factor > 1 else -1)

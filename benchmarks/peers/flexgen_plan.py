@@ -92,7 +92,7 @@ def footprint(setup: Setup) -> Footprint:
 def predicted_step(setup: Setup) -> float:
     """Seconds of a decode step; copies of weights and of the cache do not overlap each other.
 
-    Each GPU batch reads the weights on the device anew.
+    Each GPU batch reads the weights on the device once more.
     """
     sizes, used = sizes_of(setup.model), footprint(setup)
     tokens = (setup.batch or 0) * (setup.prompt + setup.output / 2)
@@ -159,7 +159,7 @@ def _setup(case: Case, model: str, budgets: Budgets, *, weights: int, cache: int
 
 
 def _largest(setup: Setup, granularity: int = 2) -> Setup | None:
-    """With the largest batch that fits."""
+    """Setup with the largest batch that fits; None: none fits."""
     step = max(granularity, setup.num_batches)
     fitting = (sized for size in range(_MAX_BATCH, 0, -step) if fits(sized := replace(setup, batch=size)))
     return next(fitting, None)

@@ -35,5 +35,5 @@ def calibrate(model: str, count: int) -> list[Hardware]:
 
 
 def median_hardware(found: list[Hardware]) -> Hardware:
-    """Of each rate the median."""
+    """Median of each rate."""
     return Hardware(**{item.name: median(getattr(each, item.name) for each in found) for item in fields(Hardware)})

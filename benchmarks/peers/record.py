@@ -40,7 +40,7 @@ class Outcome:
     limit_step_seconds: float
     """The least time of a decode step with this placement on this machine, at the mean context."""
     efficiency: float
-    """That limit over the mean step."""
+    """Limit of a step over the mean step."""
     peak_device_bytes: int
     """The allocator's peak, with what it reserved."""
     host_bytes: int
@@ -79,7 +79,7 @@ class Timing:
     steps: Sequence[float]
 
     def decode_seconds(self, output: int) -> float:
-        """Of all steps that `output` tokens take, those that were not made at the mean of the settled ones."""
+        """Seconds of all steps that `output` tokens take; those that were not made count as the mean settled one."""
         settled = self.steps[_SETTLING_STEPS:] or self.steps
         missing = output - 1 - len(self.steps)
         return sum(self.steps) + (missing * fmean(settled) if missing > 0 else 0.0)

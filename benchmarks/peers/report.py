@@ -50,7 +50,7 @@ class Ratio:
 
 
 def best_entries(records: Sequence[Record]) -> list[Entry]:
-    """For each case, model and system its best setup, by total throughput.
+    """Best setup of each case, model and system, by total throughput.
 
     One within its budgets goes before one beyond, and one measured in full before one that was projected.
     """
@@ -60,7 +60,7 @@ def best_entries(records: Sequence[Record]) -> list[Entry]:
 
 
 def ratios(entries: Sequence[Entry]) -> list[Ratio]:
-    """For each case and peer that have a model in common with hsrpc."""
+    """Ratios for each case and peer that have a model in common with hsrpc."""
     found = {(entry.setup.case, entry.setup.system, entry.setup.model): entry.outcome for entry in entries}
     result = []
     for case in Case:

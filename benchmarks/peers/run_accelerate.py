@@ -47,7 +47,7 @@ def _cache_bytes(setup: Setup) -> int:
 
 
 def _traffic(setup: Setup, weights: int) -> Traffic:
-    """Of a step in the middle of the run."""
+    """What moves in a step in the middle of the run."""
     sizes, batch, context = sizes_of(setup.model), setup.batch or 0, setup.mean_context
     cache = batch * context * sizes.token_bytes(BlockKind.KV)
     return Traffic(batch=batch, context=context, weights=weights, cache=cache)

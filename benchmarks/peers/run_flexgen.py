@@ -117,7 +117,7 @@ def _environment() -> Iterator[Any]:
 
 
 def _traffic(setup: Setup) -> Traffic:
-    """Of a step in the middle of the run."""
+    """What moves in a step in the middle of the run."""
     used, batch, context = footprint(setup), setup.batch or 0, setup.mean_context
     cache = int(batch * context * used.host_cache_per_token)
     return Traffic(batch=batch, context=context, weights=used.streamed_weights, cache=cache)

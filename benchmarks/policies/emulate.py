@@ -28,7 +28,7 @@ class Policy(StrEnum):
 
     @property
     def label(self) -> str:
-        """For people: an emulation is named as one."""
+        """Name for people: an emulation is named as one."""
         return f"{self} (emulated)" if self.paper else str(self)
 
     @property
@@ -37,7 +37,7 @@ class Policy(StrEnum):
         return CachePolicy.AUTO if self.paper else CachePolicy(self)
 
     def choose_plan(self, hidden_layers: int | None = None) -> ChoosePlan:
-        """For an engine that follows this policy; `hidden_layers` overrides HCache's rule."""
+        """Planning for an engine that follows this policy; `hidden_layers` overrides HCache's rule."""
         match self:
             case Policy.KVPR:
                 return kvpr_plan

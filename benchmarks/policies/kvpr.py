@@ -47,13 +47,13 @@ def kvpr_plan(planner: Planner) -> Plan:
     sizes, context, block_size = planner.sizes, planner.traffic.context, planner.config.block_size
     first = kvpr_blocks(row_costs(sizes, planner.hardware), context, block_size)
     longest = -(-planner.max_model_len // block_size)
-    # Of a request that has all its blocks, so of no more than any request's first ones: room is never overrated.
+    # The share of a request with all its blocks, the smallest that any request has: room is never overrated.
     plan = with_share(planner, first / (longest + 1)).plan()
     kv_block, activation_block = (block_size * sizes.token_bytes(kind) for kind in BlockKind)
     activations = plan.max_batch * first
     used = plan.host_bytes[HostUse.STREAMED_WEIGHTS] + activations * activation_block
-    most = plan.max_batch * (longest + 1 - first)
-    kv = min(most, (plan.budgets.host - used) // kv_block)
+    max_kv = plan.max_batch * (longest + 1 - first)
+    kv = min(max_kv, (plan.budgets.host - used) // kv_block)
     cache = activations * activation_block + kv * kv_block
     plan = replace(
         plan,

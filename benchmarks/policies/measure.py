@@ -25,7 +25,7 @@ class Setting:
     gpu_memory: int
     host_memory: int
     hidden_layers: int | None
-    """In place of HCache's rule."""
+    """Number of layers with hidden states, in place of HCache's rule."""
 
     def config(self, policy: Policy) -> EngineConfig:
         """Everything on the host, for requests that only decode: prompts are not what is measured."""

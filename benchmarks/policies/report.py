@@ -11,7 +11,7 @@ from rich.table import Table
 from benchmarks.decoding import Cell
 from hsrpc.config import format_bytes
 
-_COLUMNS = ("step", "limit", "efficiency", "decode", "rebuilt", "computed anew", "cache loaded a step")
+_COLUMNS = ("step", "limit", "efficiency", "decode", "rebuilt", "recomputed", "cache loaded a step")
 
 
 def print_table(title: str, cells: Sequence[Cell]) -> None:

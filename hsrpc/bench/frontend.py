@@ -74,7 +74,7 @@ class _Bench:
     engine: StubEngine
     client: Connection
     seconds: float
-    """Of a trial."""
+    """Duration of a trial."""
     done: Callable[[Trial], object]
 
     async def highest(self, mode: str, streams: int) -> Trial:

@@ -30,7 +30,7 @@ class Job:
 
     streams: int
     tokens: int
-    """Of each stream."""
+    """Output tokens of each stream."""
     settings: Settings
     prompts: Sequence[Sequence[int]] = ((1,),)
     """Token ids; the streams take them in turn."""

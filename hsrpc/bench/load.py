@@ -14,9 +14,9 @@ from hsrpc.client import AsyncClient, AsyncStream, CallError, Settings
 
 OK = "OK"
 CANCELLED = "CANCELLED"
-"""Ended by this client, on purpose."""
+"""Status of a call that this client ended, on purpose."""
 HANG = "HANG"
-"""Not ended within `_PATIENCE`, by any status."""
+"""Status of a call that did not end within `_PATIENCE`."""
 _PATIENCE = 300.0
 """Seconds."""
 
@@ -44,7 +44,7 @@ class Outcome:
     end: float = 0.0
     tokens: int = 0
     gaps: list[float] = field(default_factory=list)
-    """Between tokens: a message's gap is shared evenly by its tokens."""
+    """Times between tokens: a message's gap is shared evenly by its tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +59,9 @@ class Mix:
     prompt: int
     output: int
     cancel_share: float = 0.0
-    """Cancelled by the client, uniformly over their output."""
+    """Share of requests that the client cancels, uniformly over their output."""
     deadline_share: float = 0.0
-    """With a deadline that is likely to pass."""
+    """Share of requests with a deadline that is likely to pass."""
     deadline: float = 0.1
     """Seconds."""
 

@@ -30,7 +30,7 @@ class Goal:
 
     first_token: float | None = None
     inter_token: float | None = None
-    """On average over the request."""
+    """Time between tokens, on average over the request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +41,13 @@ class LoadSummary:
     rate: float
     """Requests per second offered."""
     seconds: float
-    """From the start to the last end."""
+    """Time from the start to the last end."""
     requests: int
     statuses: Mapping[str, int]
     first_token: Quantiles
     inter_token: Quantiles
     end_to_end: Quantiles
-    """Of requests that ended OK."""
+    """Seconds from the scheduled send to the end, of requests that ended OK."""
     goal: Goal
     goodput: float
     """Requests per second that ended OK and kept to the goal."""

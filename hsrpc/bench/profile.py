@@ -32,13 +32,13 @@ class StepProfile:
     busy: float | None
     """Share, from its first to its last kernel, in which the compute stream ran one; it has the most kernel time."""
     copies: float | None
-    """From the host to the device, added up over the streams."""
+    """Copies from the host to the device, added up over the streams."""
     copy_rate: float | None
     """Bytes/s while they run."""
     parts: Mapping[str, float]
-    """By range of the executor: of its kernels, or of its thread where the device is the CPU."""
+    """Seconds by range of the executor: of its kernels, or of its thread where the device is the CPU."""
     launching: float | None
-    """Of the executor's thread in all ranges."""
+    """Seconds a step that the executor's thread spends in all ranges."""
 
 
 def has_gpu(device: DeviceKind) -> bool:
@@ -112,7 +112,7 @@ class StepProfiler:
 
 
 def device_times(events: Iterable[Any]) -> tuple[float, float]:
-    """Of raw events: busy share of the stream with the most kernel time, and seconds a step of copies to the device.
+    """Busy share of the stream with the most kernel time, and seconds a step of copies to the device, from raw events.
 
     Kernels of one stream never overlap, hence their sum is the time in which one runs. Steps may be launched ahead, so
     the kernels seen may be those of more steps than were profiled.
@@ -142,7 +142,7 @@ _Place: TypeAlias = tuple[object, object]
 
 
 def range_times(events: Iterable[Any], *, on_cuda: bool) -> tuple[dict[str, float], float]:
-    """Of raw events: seconds a step of each range, in order of first appearance, and of the host in all of them.
+    """Seconds a step of each range, in order of first appearance, and of the host in all of them, from raw events.
 
     On CUDA a range's seconds are of the kernels that lie within its shadow on their stream.
     """

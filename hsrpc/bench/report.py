@@ -75,7 +75,7 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
         ("  attention", [_ms(r.limit.attention) for r in results]),
         ("efficiency", [f"{r.efficiency:.3f}" for r in results]),
         ("  beside plain copies", [f"{r.sustained_efficiency:.3f}" for r in results]),
-        ("computed anew", [f"{r.recomputed_tokens / r.num_steps:,.0f} tokens a step" for r in results]),
+        ("recomputed", [f"{r.recomputed_tokens / r.num_steps:,.0f} tokens a step" for r in results]),
         ("predicted step", [_ms(r.predicted_step_seconds) for r in results]),
         ("decode", [f"{r.decode_tokens_per_second:.1f} tokens/s" for r in results]),
         ("prefill", [f"{r.prefill_tokens_per_second:.0f} tokens/s" for r in results]),

@@ -27,7 +27,7 @@ from hsrpc.request import SamplingParams
 
 WARM_UP_STEPS = 3
 _CALIBRATIONS = 2
-"""After the run, beside the one before it: the bus of a shared machine varies."""
+"""Calibrations after the run, beside the one before it: the bus of a shared machine varies."""
 
 
 class BenchError(HsrpcError):
@@ -46,11 +46,11 @@ class Run:
     """Those to measure, after the warm-up."""
     stats: EngineStats
     seconds: float
-    """From the first request to the end."""
+    """Time from the first request to the end."""
     ready_seconds: float
     loop_lag_p99: float
     profile: StepProfile | None
-    """Of steps after those."""
+    """Profile of the steps after the measured ones; None: none were profiled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ class Result:
     """Part of a step's time in which the compute stream ran a kernel; None: not measured."""
     regenerated_tokens: int
     recomputed_tokens: int
-    """Computed anew, of requests that keep no cache."""
+    """Tokens recomputed because their requests keep no cache."""
     preemptions: int
     peak_device_bytes: int
     device_budget: int

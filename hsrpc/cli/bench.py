@@ -180,7 +180,7 @@ def _check_whole(workload: Workload, plan: Plan) -> None:
 
 
 def _default_requests(options: argparse.Namespace, plan: Plan) -> int:
-    """As many as run at once; of prompts, as many as fill the steps."""
+    """Requests that run at once; for prompts, those that fill the steps."""
     from hsrpc.bench.run import WARM_UP_STEPS
 
     if options.kind != "prefill":

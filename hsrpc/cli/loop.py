@@ -11,8 +11,8 @@ import uvloop
 T = TypeVar("T")
 
 SWITCH_SECONDS = 0.0001
-"""After which a thread must let another have the interpreter. The engine's threads run Python as well as copies and
-kernels, and with Python's own 5 ms each of them keeps the event loop waiting for as long."""
+"""Seconds after which a thread must let another have the interpreter. The engine's threads run Python as well as copies
+and kernels, and with Python's own 5 ms each of them keeps the event loop waiting for as long."""
 
 
 def run_loop(main: Coroutine[Any, Any, T]) -> T:

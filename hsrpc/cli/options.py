@@ -26,14 +26,14 @@ class Parser(argparse.ArgumentParser):
         """Called with what the flags gave; a value that none gave is ABSENT."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As the base's; what the flags leave open comes from elsewhere where the command wants it."""
+        """Parse as the base does; what the flags leave open comes from elsewhere where the command wants it."""
         parsed, unknown = super().parse_known_args(args, namespace or self._empty())
         if self.fill_in is not None:
             self.fill_in(parsed)
         return parsed, unknown
 
     def _empty(self) -> argparse.Namespace:
-        """Without values, or marked where flags must be told from defaults."""
+        """Namespace without values, or marked ABSENT where flags must be told from defaults."""
         names = [action.dest for action in self.options()] if self.fill_in is not None else []
         return argparse.Namespace(**dict.fromkeys(names, ABSENT))
 
@@ -105,7 +105,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--recompute-share",
         type=float,
         metavar="X",
-        help="0 to 1: most of the tokens in use that are cached nowhere and computed anew in each step "
+        help="0 to 1: most of the tokens in use that are cached nowhere and recomputed in each step "
         "(default: planned under auto, 0 under other policies)",
     )
     cache.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a cache block (default: 16)")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
 from hsrpc.config import format_bytes
 from hsrpc.errors import ConfigError
+from hsrpc.schedule.blocks import PoolId
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,9 +77,9 @@ def _memory_table(title: str, parts: Mapping[DeviceUse, int] | Mapping[HostUse, 
 
 def _blocks_table(plan: Plan) -> Table:
     table = _table(f"cache blocks of {plan.block_size} tokens", "", "device", "host")
-    counts = list(plan.num_blocks.values())
-    table.add_row("K and V", str(counts[0]), str(counts[1]))
-    table.add_row("activations", str(counts[2]), str(counts[3]))
+    counts = plan.num_blocks
+    table.add_row("K and V", str(counts[PoolId.DEVICE_KV]), str(counts[PoolId.HOST_KV]))
+    table.add_row("activations", str(counts[PoolId.DEVICE_ACTIVATION]), str(counts[PoolId.HOST_ACTIVATION]))
     return table
 
 
@@ -89,7 +90,7 @@ def _prediction_table(plan: Plan) -> Table:
         "requests, tokens of each": f"{step.batch}, {step.context}",
         "mini-batches": str(step.mini_batches),
         "activation share": f"{plan.activation_share:.2f}",
-        "tokens computed anew": str(plan.recompute.tokens),
+        "tokens recomputed": str(plan.recompute.tokens),
         "weights resident": f"{plan.resident_share:.0%}",
         "weights that stream": "coded" if plan.decode_buffer_bytes else "as they are",
         f"bus ({hardware.load_bandwidth / 1e9:.1f} GB/s)": _ms(step.bus),

@@ -33,7 +33,7 @@ class Setting(NamedTuple):
     """One effective value."""
 
     name: str
-    """As in the file: the flag without its dashes in front."""
+    """Name in a settings file: the flag without its dashes in front."""
     value: object
     source: Source
 
@@ -130,7 +130,7 @@ class _Sources:
 
 
 def print_settings(settings: Sequence[Setting]) -> None:
-    """As a TOML file that gives the same settings; each line says where its value came from."""
+    """Print a TOML file that gives the same settings; each line says where its value came from."""
     for setting in settings:
         left = f"# {setting.name} =" if setting.value is None else f"{setting.name} = {_toml(setting.value)}"
         print(f"{left:<48}  # {setting.source}")
@@ -141,7 +141,7 @@ def _name(action: argparse.Action) -> str:
 
 
 def _shown(action: argparse.Action, value: object) -> object:
-    """As in a file: a switch is true where it is given, whatever that sets."""
+    """Value as in a file: a switch is true where it is given, whatever that sets."""
     return value == action.const if action.nargs == 0 else value
 
 

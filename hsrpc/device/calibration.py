@@ -20,12 +20,12 @@ from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.sizes import LayerSizes, ModelSizes
 
 _REPEATS = 9
-"""Times of a measurement, of which the lower quartile counts: what disturbs a machine makes it slower, never faster."""
+"""Repetitions of a measurement. The lower quartile of their times counts, since disturbances only add time."""
 _PIECES = 4
 """Pieces of memory copied in turn, so that they come from memory and not from the host's caches, as the engine's do."""
 _BUS_REPEATS = 20
-"""The same for copies: others use the bus of a shared machine more than its GPU. Loads are measured at two times, since
-some moments last longer than all the copies of one."""
+"""Repetitions of a copy: more, since others use the bus of a shared machine more than its GPU. Loads are measured
+twice, some time apart, since a disturbance may outlast all repetitions of one measurement."""
 _NORM_ROWS, _NORMS = 64, 50
 """Rows of the norms that stand for the small kernels of a layer, and how many run as one graph."""
 
@@ -42,7 +42,7 @@ class _Amounts:
     weight_bytes: int
     """Bytes of the weights that it reads in turn: more than caches hold."""
     loops: int
-    """Launches between two looks at the clock: waiting for the device takes longer than some of them."""
+    """Launches for each reading of the clock: to wait for the device takes longer than some of them."""
     waking: float
     """Seconds of work before anything is measured."""
     sustained: float
@@ -70,7 +70,7 @@ _ON_GPU = _Amounts(
 
 
 def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware:
-    """Rates at the model's shapes, after a warm-up: lower quartiles of nine times, of the bus of twenty."""
+    """Measure the rates at the model's shapes, after a warm-up: lower quartiles of nine times, of the bus of twenty."""
     amounts, layer = _amounts(device), sizes.commonest
     _wake(device, _regeneration(device, layer, dtype, amounts.rows[-1]), amounts.waking)
     memory_bandwidth, read_bandwidth = _memory_rates(device, amounts)
@@ -149,7 +149,7 @@ def fit_line(rows: Sequence[int], seconds: Sequence[float]) -> tuple[float, floa
 
 
 def _bus_seconds(device: Device, pieces: Iterator[torch.Tensor], size: int) -> tuple[float, float, float]:
-    """To load the next of `pieces`, to store, and to do both at once, `size` bytes each."""
+    """Seconds to load the next of `pieces`, to store, and to do both at once, `size` bytes each."""
     sink = device.pinned(size, HostUse.MEASUREMENT)
     sink.zero_()
     target, origin = (device.empty((size,), torch.uint8, DeviceUse.MEASUREMENT) for _ in range(2))
@@ -171,7 +171,7 @@ def _bus_seconds(device: Device, pieces: Iterator[torch.Tensor], size: int) -> t
 def _contended_seconds(
     device: Device, pieces: Iterator[torch.Tensor], product: Callable[[], object], count: int
 ) -> tuple[float, float]:
-    """To load the next of `pieces`, alone and while the device computes `count` products, in turn."""
+    """Seconds to load the next of `pieces`, alone and while the device computes `count` products, in turn."""
     target = torch.empty_like(next(pieces), device=device.torch_device)
 
     def seconds(products: int) -> float:
@@ -240,7 +240,7 @@ def _regeneration(device: Device, layer: LayerSizes, dtype: torch.dtype, rows: i
 
 
 def _norm_seconds(device: Device, layer: LayerSizes, dtype: torch.dtype, loops: int) -> float:
-    """The device's, for a norm of few rows that waits for the one before, as kernels in a graph do."""
+    """Device seconds of a norm of few rows that waits for the one before, as kernels in a graph do."""
     x = torch.randn(_NORM_ROWS, layer.hidden_size, device=device.torch_device, dtype=dtype)
 
     def norms() -> None:
@@ -252,7 +252,7 @@ def _norm_seconds(device: Device, layer: LayerSizes, dtype: torch.dtype, loops: 
 
 
 def _launch_seconds(device: Device) -> float:
-    """The host's, for one small kernel."""
+    """Host seconds to launch one small kernel."""
     x = device.empty((16,), torch.float32, DeviceUse.MEASUREMENT).zero_()
     device.drain()
     count = 200

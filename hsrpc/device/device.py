@@ -60,7 +60,7 @@ class Device(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """For people, such as NVIDIA H100."""
+        """Name for people, such as NVIDIA H100."""
 
     @property
     @abstractmethod
@@ -74,11 +74,11 @@ class Device(ABC):
 
     @abstractmethod
     def limit_memory(self, size: int) -> None:
-        """Refuse allocations beyond `size` bytes in all, where the device can, and begin to count the peak anew."""
+        """Refuse allocations beyond `size` bytes in all, where the device can, and reset the peak."""
 
     @abstractmethod
     def runtime_memory(self, size: int) -> int:
-        """Of a limit of `size` bytes, what rounding and the libraries' own buffers take."""
+        """Bytes that rounding and the libraries' own buffers take of a limit of `size` bytes."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, use: DeviceUse) -> torch.Tensor:
         """Device memory for `use`, not initialised."""
@@ -167,7 +167,7 @@ class Device(ABC):
 
     @abstractmethod
     def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """For `uploads`: uint8 [size] on the host, from which copies do not block, and [size] on the device."""
+        """Memory for `uploads`: uint8 [size] on the host, from which copies do not block, and [size] on the device."""
 
     @abstractmethod
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -31,7 +31,7 @@ class HostPages:
 
     @property
     def num_bytes(self) -> int:
-        """Of the pages that are kept."""
+        """Bytes of the pages that are kept."""
         return _whole_pages(len(self.tensor))
 
     def shorten(self, size: int) -> None:

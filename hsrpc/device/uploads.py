@@ -24,12 +24,12 @@ class Uploads:
 
     def __init__(self, allocate: Callable[[int], tuple[torch.Tensor, torch.Tensor]]) -> None:
         self._allocate = allocate
-        """As many bytes on the host and on the device: uint8 [size] each."""
+        """Allocator of as many bytes on the host and on the device: uint8 [size] each."""
         self._used = 0
         self._open(0)
 
     def __call__(self, array: npt.NDArray[np.integer]) -> torch.Tensor:
-        """Where `array` will be once it is sent."""
+        """Reserve a place for `array`: the device tensor that holds it once it is sent."""
         start = align(self._used)
         if start + array.nbytes > self._bytes.size:
             self.send()

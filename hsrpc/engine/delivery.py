@@ -28,7 +28,7 @@ class _Outputs(NamedTuple):
 
     items: Sequence[Output]
     is_step: bool
-    """It holds a place in the semaphore."""
+    """Whether it is a step's output, which holds a place in the semaphore."""
 
 
 class Delivery:

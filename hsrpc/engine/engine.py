@@ -79,7 +79,7 @@ class Engine:
         self._observe = observe
         self._choose_plan = choose_plan
         self._progress = progress
-        self._parts: Components | None = None
+        self._components: Components | None = None
         self._wake = asyncio.Event()
         self._warm: asyncio.Future[None] | None = None
         self._failed: asyncio.Future[None] | None = None
@@ -94,13 +94,13 @@ class Engine:
             raise EngineUnavailableError("the engine was entered before; make another one")
         self._failed = asyncio.get_running_loop().create_future()
         self._warm = asyncio.get_running_loop().create_future()
-        self._parts = await open_components(self.config, self._choose_plan, self._progress)
-        plan = self._parts.plan
-        limits = _limits(plan, self._parts.spec)
+        self._components = await open_components(self.config, self._choose_plan, self._progress)
+        plan = self._components.plan
+        limits = _limits(plan, self._components.spec)
         blocks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule)
-        self._scheduler = Scheduler(blocks, limits, self._parts.spec.eos_token_ids)
-        self._delivery = Delivery(self._scheduler, self._parts.tokenizer)
-        self._meter = Meter(self._parts, self._scheduler, self._observe)
+        self._scheduler = Scheduler(blocks, limits, self._components.spec.eos_token_ids)
+        self._delivery = Delivery(self._scheduler, self._components.tokenizer)
+        self._meter = Meter(self._components, self._scheduler, self._observe)
         self._admission = Admission(self._scheduler, self.config.max_queued_requests, self.config.max_queued_tokens)
         self._validator = Validator(self.spec.vocab_size, self.max_model_len)
         self._main = asyncio.create_task(self._run(), name="engine")
@@ -126,11 +126,11 @@ class Engine:
             main.cancel()
             await asyncio.wait([main], timeout=_STOP_SECONDS)
         self._delivery.fail_all(EngineUnavailableError("the engine was shut down"))
-        parts, self._parts, self._main = self._opened, None, None
+        components, self._components, self._main = self._opened, None, None
         if main is None or main.done():
-            await parts.close()
-            device = parts.device
-            del parts, main, self._meter
+            await components.close()
+            device = components.device
+            del components, main, self._meter
             release(device)
         else:  # a thread may still use the memory: it goes with the process
             _log.error("the engine's tasks have not ended; it is left without freeing its memory")
@@ -205,12 +205,12 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a live request with reason ABORTED; False where there is none."""
-        transcript = self._delivery.live.get(request_id) if self._parts is not None else None
+        transcript = self._delivery.live.get(request_id) if self._components is not None else None
         return transcript is not None and self._delivery.end(transcript.request, FinishReason.ABORTED)
 
     def stats(self) -> EngineStats:
         """Counters at this moment."""
-        if self._parts is None:
+        if self._components is None:
             raise _not_started()
         return self._meter.stats()
 
@@ -232,7 +232,7 @@ class Engine:
         Raises:
             EngineUnavailableError: the engine is not started.
         """
-        if self._parts is None:
+        if self._components is None:
             raise _not_started()
         return time.monotonic() - self._last_beat if self._is_busy else 0.0
 
@@ -253,17 +253,17 @@ class Engine:
 
     @property
     def _opened(self) -> Components:
-        if self._parts is None:
+        if self._components is None:
             raise _not_started()
-        return self._parts
+        return self._components
 
     async def _run(self) -> None:
         """All tasks under one group: what fails, fails loudly and at once."""
-        parts = self._opened
+        components = self._opened
         tasks: tuple[Callable[[], Coroutine[Any, Any, None]], ...] = (
-            parts.prefetcher.run,
-            parts.cache.run,
-            parts.executor.run,
+            components.prefetcher.run,
+            components.cache.run,
+            components.executor.run,
             self._run_steps,
             self._delivery.run,
         )
@@ -322,7 +322,7 @@ class Engine:
                 self._meter.note_step(step.counts)
                 outputs = self._commit(step, sampled)
             except OutOfDeviceMemoryError as error:
-                outputs = self._give_up(step, error)
+                outputs = self._fail_step(step, error)
             await self._delivery.put(outputs)
 
     def _schedule_ahead(self, step: Step) -> Step | None:
@@ -331,7 +331,7 @@ class Engine:
         scheduled = self._scheduler.schedule_ahead(step) if executor.runs_ahead else None
         return None if scheduled is None else executor.assemble(scheduled)  # its arrays are there
 
-    def _give_up(self, step: Step, error: OutOfDeviceMemoryError) -> list[Output]:
+    def _fail_step(self, step: Step, error: OutOfDeviceMemoryError) -> list[Output]:
         """End the step's requests; their blocks are free for the others."""
         for request in self._scheduler.requests(step.step_id):
             self._delivery.fail(request, error)

@@ -50,7 +50,7 @@ class Group:
     hidden: torch.Tensor = field(init=False)
     """[n, h] input of the first layer, then output of the layer computed last."""
     projected: Projected | None = None
-    """Of the layer under way."""
+    """Projections of the layer under way; None before its first and after its last use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +59,18 @@ class DeviceBatch:
 
     group: Group
     rows: slice
-    """Of the group's."""
+    """Query rows of this mini-batch within its group's tensors."""
     is_first: bool
     is_last: bool
     in_place: InPlaceRows | None
-    """Of the first requests, with one query each; None: there are none."""
+    """Rows of the first `num_in_place` requests, with one query each; None: there are no such requests."""
     packed: PackedRows | None
-    """Of the requests after them; None: there are none."""
+    """Rows of the requests after those read in place; None: there are no such requests."""
     num_in_place: int
     num_rebuilt: int
     """Rows at the front of both buffers that are rebuilt in place."""
     gathers: Mapping[BlockKind, Gathers]
-    """By what activation blocks hold in a layer; `stores` as well."""
+    """Copies of activation blocks on the device, by what such blocks hold in a layer; `stores` is keyed alike."""
     new_rows: DeviceRows
     activation_rows: torch.Tensor
     activation_positions: torch.Tensor
@@ -93,9 +93,9 @@ class Pass:
 
     batches: list[DeviceBatch]
     weights: OpenedLayer | None = None
-    """The layer's that is computed."""
+    """Weights of the layer that is computed."""
     projected: Projected | None = None
-    """The mini-batch's that is computed."""
+    """Projections of the mini-batch that is computed."""
     logits: torch.Tensor | None = None
     """[r, vocab] of the rows that are sampled."""
 

@@ -37,21 +37,21 @@ class DecodeGraphs:
         self._ops = sweep(layers, (BatchShape(),)).ops
         self._max_model_len = plan.max_model_len
         self._sizes = _batch_sizes(plan.max_batch)
-        most = self._sizes[-1]
+        max_size = self._sizes[-1]
         columns = _TABLE + -(-plan.max_model_len // plan.block_size)
         with device.on(device.compute):  # which reads them at once
-            self._input = device.empty((most, columns), torch.int32, DeviceUse.GRAPH_BUFFERS)
-            self._input.copy_(torch.from_numpy(self._padding(most)))
-            self._rows = torch.arange(most, device=device.torch_device)
-            self._nothing = torch.zeros(most + 1, dtype=torch.int32, device=device.torch_device)
-            self._logits = device.empty((most, forward.sizes.vocab_size), torch.float32, DeviceUse.GRAPH_BUFFERS)
+            self._input = device.empty((max_size, columns), torch.int32, DeviceUse.GRAPH_BUFFERS)
+            self._input.copy_(torch.from_numpy(self._padding(max_size)))
+            self._rows = torch.arange(max_size, device=device.torch_device)
+            self._nothing = torch.zeros(max_size + 1, dtype=torch.int32, device=device.torch_device)
+            self._logits = device.empty((max_size, forward.sizes.vocab_size), torch.float32, DeviceUse.GRAPH_BUFFERS)
         # The largest first, so that the others fit into its memory.
         self._graphs = {size: device.capture(partial(self._compute, size)) for size in reversed(self._sizes)}
 
     def run(self, batch: MiniBatch, sampled: torch.Tensor | None) -> torch.Tensor:
         """Logits [n, vocab] of a mini-batch in place, launched on the compute stream; good until the next run.
 
-        `sampled`: token ids of the step before on the device, which works with a source continue with.
+        `sampled`: token ids of the step before on the device, with which chunks that have a `previous_row` continue.
         """
         count = batch.num_queries
         size = self._sizes[bisect_left(self._sizes, count)]
@@ -113,11 +113,11 @@ class DecodeGraphs:
 
 
 def can_capture(plan: Plan, window: int | None) -> bool:
-    """Not where weights stream, or no KV blocks lie on the device, or a sliding window needs packed rows."""
+    """Whether graphs can run steps: nothing streams, KV blocks lie on the device, no window needs packed rows."""
     return not any(plan.streamed_bytes) and plan.num_blocks[PoolId.DEVICE_KV] > 0 and window is None
 
 
-def _batch_sizes(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, ... up to `most`, which is included: no batch is padded by more than half."""
-    smaller = {n for power in range(most.bit_length()) for n in (2**power, 3 * 2**power) if n < most}
-    return sorted(smaller | {most})
+def _batch_sizes(max_size: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16, ... up to `max_size`, which is included: no batch is padded by more than half."""
+    smaller = {n for power in range(max_size.bit_length()) for n in (2**power, 3 * 2**power) if n < max_size}
+    return sorted(smaller | {max_size})

@@ -2,7 +2,7 @@
 
 A task launches its operations in order. Before one it waits until those that it comes after are launched, which their
 tasks say through its inbox, and lets its stream wait for their events where they are on another stream. A step that is
-given up ends wherever its lanes are: each skips the rest of its operations and tells the others.
+stopped ends wherever its lanes are: each skips the rest of its operations and tells the others.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StepRun:
         self.step = step
         self.events: list[Event] = [None] * len(step.ops)
         self.ended: asyncio.Queue[bool] = asyncio.Queue(len(Lane))
-        """For each lane, once it has launched all that it will: whether that is all of it."""
+        """An entry of each lane once it launches no more: whether it has launched all of its operations."""
         self._device = device
         self._before = before
         self._barrier = barrier
@@ -48,10 +48,10 @@ class StepRun:
         self._inboxes: dict[Lane, asyncio.Queue[_Message]] = {lane: asyncio.Queue() for lane in Lane}
         """A lane is ahead of another by their buffers at most, and weights come in few parts: that bounds each."""
         self._launched = {lane: dict.fromkeys(Lane, _ENDED) for lane in Lane}
-        """For each lane, the last operation of each other one that it knows of."""
+        """Last operation of each other lane that a lane knows to be launched, by lane."""
 
     async def run(self, lane: Lane, worker: Worker, launch: Launch) -> bool:
-        """Launch a lane's operations on its worker; whether all were, for the step may be given up on the way."""
+        """Launch a lane's operations on its worker; whether all were, for the step may be stopped on the way."""
         is_whole = False
         try:
             is_whole = await self._launch_all(lane, worker, launch)

@@ -28,8 +28,8 @@ _PACKED_AT_ONCE = 2
 """Layers that are packed on the device at once. Each takes its own size of device memory meanwhile, together
 less than the weight buffers, which are allocated later."""
 _MARGIN = 1.05
-"""Host memory taken for a layer that is being packed, over what is expected: what is too much goes back to the system,
-what is too little comes late."""
+"""Host memory taken in advance for a layer that is being packed, over its expected size. What is left over goes back to
+the system; what is missing is taken only when the size is known, which makes loading slower."""
 
 
 class OverBoundError(ConfigError):
@@ -56,7 +56,7 @@ def load_weights(
     Raises:
         CheckpointError: a tensor is missing or has another shape.
         ConfigError: the host memory cannot be pinned.
-        OverBoundError: as its name says.
+        OverBoundError: packed weights take more than the bound of their format.
         EngineUnavailableError: it was stopped.
     """
     loader = _Loader(family, source, plan, device, stop)
@@ -118,7 +118,7 @@ class _Loader:
         tensors: Sequence[TensorSpec],
         packings: Sequence[tuple[str, Packing]],
     ) -> LayerWeights:
-        """Packed bytes are the values as they are read: right into the memory that is then pinned."""
+        """Read tensors whose packed bytes are their values straight into the memory that is then pinned."""
         parts, size = arrange(packings)
 
         def fill(packed: torch.Tensor) -> None:
@@ -128,7 +128,7 @@ class _Loader:
         return LayerWeights(resident, self.device.pinned(size, HostUse.STREAMED_WEIGHTS, fill), parts)
 
     def _pack(self, resident: dict[str, torch.Tensor], tensors: Sequence[TensorSpec], expected: float) -> LayerWeights:
-        """Each tensor is read to the device and packed there."""
+        """Read each tensor to the device and pack it there."""
         pages = self.device.pages(math.ceil(expected * _MARGIN))  # all threads at once, other than packing
         with self._packing:
             self._check_stop()  # again: others were packed meanwhile

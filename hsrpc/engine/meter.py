@@ -16,11 +16,13 @@ from hsrpc.schedule.step import StepCounts
 class Meter:
     """What only grows counts since it was made."""
 
-    def __init__(self, parts: Components, scheduler: Scheduler, observe: Callable[[StepRecord], object] | None) -> None:
+    def __init__(
+        self, components: Components, scheduler: Scheduler, observe: Callable[[StepRecord], object] | None
+    ) -> None:
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.recomputed_tokens = 0
-        self._parts = parts
+        self._components = components
         self._scheduler = scheduler
         self._observe = observe
         self._steps = 0
@@ -79,11 +81,11 @@ class Meter:
             cache_loaded_bytes=cache,
             regenerated_tokens=regenerated,
             recomputed_tokens=self.recomputed_tokens,
-            peak_device_bytes=self._parts.device.peak_memory,
+            peak_device_bytes=self._components.device.peak_memory,
         )
 
     def _read_moved(self) -> tuple[int, int, int]:
         """Weight bytes, cache bytes and regenerated tokens."""
-        parts = self._parts
-        regenerated = parts.executor.forward.regenerated_tokens
-        return parts.prefetcher.streamed_bytes, parts.cache.loaded_bytes, regenerated
+        components = self._components
+        regenerated = components.executor.forward.regenerated_tokens
+        return components.prefetcher.streamed_bytes, components.cache.loaded_bytes, regenerated

@@ -12,7 +12,7 @@ _RUN_AHEAD = 8
 
 
 class Pace:
-    """Lets the host launch no further ahead than keeps the device busy, and than there is memory for.
+    """Holds the host back when it is far enough ahead to keep the device busy, or as far as there is memory for.
 
     A full launch queue blocks with the interpreter held; rows that go to the host are kept until they are there.
     """

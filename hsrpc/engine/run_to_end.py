@@ -1,4 +1,4 @@
-"""Ends that are reached whoever loses patience."""
+"""Run a coroutine to its end although the caller is cancelled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import Any
 
 
 async def run_to_end(work: Coroutine[Any, Any, None]) -> None:
-    """Run `work` to its end although the caller is cancelled; that is raised afterwards, or what `work` raised."""
+    """Run `work` to its end although the caller is cancelled.
+
+    Raises:
+        CancelledError: the caller was cancelled meanwhile; raised once `work` has ended.
+        Exception: whatever `work` raised; it takes precedence over the cancellation.
+    """
     task = asyncio.create_task(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():

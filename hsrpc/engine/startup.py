@@ -68,7 +68,7 @@ class Components:
 
 
 def release(device: Device) -> None:
-    """Give memory back whose parts are closed and that nobody refers to any more."""
+    """Give memory back whose components are closed and that nobody refers to any more."""
     gc.unfreeze()
     gc.collect()  # what the ended tasks' tracebacks still hold
     device.release_cached()
@@ -174,17 +174,17 @@ async def _close_opened(opening: asyncio.Task[Components]) -> None:
 
 
 def _open_best(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
-    """With weights as they are where packed ones turn out to take more than their bound."""
+    """Open components; with weights as they are where packed ones turn out to take more than their bound."""
     try:
-        return _open_parts(config, choose_plan, progress, stop)
+        return _open_once(config, choose_plan, progress, stop)
     except OverBoundError as error:
         if config.weight_coding is not WeightCoding.AUTO:
             raise
         _log.warning("%s; loading them as they are", error)
-        return _open_parts(replace(config, weight_coding=WeightCoding.NONE), choose_plan, progress, stop)
+        return _open_once(replace(config, weight_coding=WeightCoding.NONE), choose_plan, progress, stop)
 
 
-def _open_parts(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
+def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
     with ExitStack() as undo:
         planned = make_plan(config, choose_plan)
         device, spec, plan = planned.device, planned.spec, planned.plan
@@ -225,12 +225,12 @@ def _open_parts(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, s
 
 
 def _places(prefetcher: WeightPrefetcher, plan: Plan) -> Places:
-    """Where each layer's weights are, and whether anything is rebuilt in it."""
+    """Placement of each layer's weights, and whether anything is rebuilt in it."""
     return tuple(place._replace(rebuilds=layer not in plan.kv_layers) for layer, place in enumerate(prefetcher.places))
 
 
 def _check_room(plan: Plan, device: Device) -> None:
-    """Before anything is allocated: a host whose memory runs out ends this program, or another.
+    """Check the free memory before anything is allocated: a host that runs out ends this program, or another.
 
     Raises:
         ConfigError: the device or the host has less memory left than the plan takes.

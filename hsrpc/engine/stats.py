@@ -15,13 +15,13 @@ class EngineStats:
     queued: int
     running: int
     used_blocks: Mapping[PoolId, int]
-    """In use now."""
+    """Blocks in use now."""
     peak_blocks: Mapping[PoolId, int]
-    """Most in use at once."""
+    """Blocks in use at once, at most, since the start."""
     steps: int
     step_seconds: float
     prompt_tokens: int
-    """Of requests that were submitted."""
+    """Tokens of all prompts that were submitted."""
     generated_tokens: int
     preemptions: int
     weights_streamed_bytes: int
@@ -29,6 +29,6 @@ class EngineStats:
     regenerated_tokens: int
     """Rows of K and V rebuilt from activations, each layer counted."""
     recomputed_tokens: int = 0
-    """Of requests that keep no cache, in all steps: all but the newest."""
+    """Tokens that steps recomputed because their requests keep no cache; a request's newest token is not counted."""
     peak_device_bytes: int
-    """As the device's allocator counts them; 0 on the CPU."""
+    """Bytes of device memory at the peak, as the allocator counts them; 0 on the CPU."""

@@ -21,14 +21,14 @@ class Validator:
 
     def check_length(self, prompt: str | Sequence[int]) -> None:
         """What cannot fit is refused for its length alone, whatever it holds."""
-        most = self.max_model_len * _MAX_CHARACTERS_PER_TOKEN
+        max_characters = self.max_model_len * _MAX_CHARACTERS_PER_TOKEN
         if not isinstance(prompt, str):
             self._check_count(len(prompt), "token_ids")
-        elif len(prompt) > most:
-            raise InvalidRequestError("text", f"{len(prompt)} characters; at most {most} can fit the context")
+        elif len(prompt) > max_characters:
+            raise InvalidRequestError("text", f"{len(prompt)} characters; at most {max_characters} can fit the context")
 
     def check_prompt(self, token_ids: Sequence[int], field: str) -> None:
-        """At least one token, and room for one more."""
+        """Check that there is at least one token, and room for one more."""
         if not token_ids:
             raise InvalidRequestError(field, "the prompt is empty; give at least one token")
         self._check_count(len(token_ids), field)
@@ -42,11 +42,11 @@ class Validator:
 
     def _check_count(self, count: int, field: str) -> None:
         if count >= self.max_model_len:
-            most = self.max_model_len - 1
-            raise InvalidRequestError(field, f"{count} prompt tokens; at most {most} fit (max_model_len less one)")
+            max_count = self.max_model_len - 1
+            raise InvalidRequestError(field, f"{count} prompt tokens; at most {max_count} fit (max_model_len less one)")
 
     def _check_vocabulary(self, token_ids: Sequence[int], field: str) -> None:
-        """At once where all is well: a long prompt checked one by one would hold the event loop up."""
+        """Check all ids at once, and each only to name a wrong one: a long prompt would hold the event loop up."""
         if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < self.vocab_size:
             return
         for position, token_id in enumerate(token_ids):

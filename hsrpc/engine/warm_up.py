@@ -14,26 +14,26 @@ from hsrpc.schedule.scheduler import Scheduler, SchedulerLimits
 _NEW_TOKENS = 2
 _PARAMS = SamplingParams(temperature=0.0, max_tokens=_NEW_TOKENS, ignore_eos=True)
 _MAX_TOKENS = 16384
-"""Of prompts in a step."""
+"""Prompt tokens of a warm-up step, at most."""
 
 
-async def warm_up(parts: Components, limits: SchedulerLimits) -> None:
+async def warm_up(components: Components, limits: SchedulerLimits) -> None:
     """Compute a step of prompts alone, one of prompts beside decoding, and decode steps; counters are as before.
 
     Raises:
         OutOfDeviceMemoryError: the device has not the memory for a step.
     """
-    plan = parts.plan
+    plan = components.plan
     scheduler = Scheduler(BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule), limits, ())
     for tokens in (limits.max_idle_prefill_tokens, limits.max_prefill_tokens):
         for length in _prompts(tokens, limits, scheduler):
             number = scheduler.num_running + scheduler.num_waiting
             scheduler.add(Request(f"warm-up {number}", [0] * length, _PARAMS, number, 0.0))
-        await _step(parts, scheduler)
-    while await _step(parts, scheduler):
+        await _step(components, scheduler)
+    while await _step(components, scheduler):
         pass
-    parts.prefetcher.streamed_bytes = 0
-    parts.cache.loaded_bytes = parts.executor.forward.regenerated_tokens = 0
+    components.prefetcher.streamed_bytes = 0
+    components.cache.loaded_bytes = components.executor.forward.regenerated_tokens = 0
 
 
 def _prompts(tokens: int, limits: SchedulerLimits, scheduler: Scheduler) -> list[int]:
@@ -45,11 +45,11 @@ def _prompts(tokens: int, limits: SchedulerLimits, scheduler: Scheduler) -> list
     return [length] * min(min(tokens, _MAX_TOKENS) // length, room)
 
 
-async def _step(parts: Components, scheduler: Scheduler) -> bool:
+async def _step(components: Components, scheduler: Scheduler) -> bool:
     """False: there is none left."""
     scheduled = scheduler.schedule(0.0)
     if scheduled is None:
         return False
-    sampled = await parts.executor.execute(parts.executor.assemble(scheduled)) or []
+    sampled = await components.executor.execute(components.executor.assemble(scheduled)) or []
     scheduler.commit(scheduled.step_id, [None if item.failed else item.token_id for item in sampled], 0.0)
     return True

@@ -25,11 +25,11 @@ class PackedTensor(NamedTuple):
     target: int
 
     def data(self, buffer: torch.Tensor) -> torch.Tensor:
-        """Its packed bytes: uint8."""
+        """Packed bytes of the tensor: uint8."""
         return buffer[self.offset : self.offset + self.packing.num_bytes]
 
     def open(self, buffer: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-        """Its operand: a view of one of the two buffers."""
+        """Operand to multiply by: a view of one of the two buffers."""
         return self.packing.open(self.data(buffer), decoded[self.target : self.target + self.packing.decoded_bytes])
 
 
@@ -50,7 +50,7 @@ class OpenedLayer(NamedTuple):
 
     tensors: Mapping[str, torch.Tensor]
     decodings: tuple[Decoding, ...]
-    """To be run before the tensors are used."""
+    """Decodings to run before the tensors are used."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ class PackedRows:
     key_starts: torch.Tensor
     """int32 [r+1] on the device."""
     query_offsets: tuple[int, ...]
-    """The same on the host."""
+    """First query row of each request, then the total, on the host; `key_offsets` alike."""
     key_offsets: tuple[int, ...]
     max_queries: int
     max_keys: int

@@ -33,7 +33,7 @@ class ModelSpec:
     """Element type of the weights as the configuration declares them."""
     formats: Formats
     sizes: ModelSizes
-    """With the weights and caches in `formats`."""
+    """Sizes with weights and caches in `formats`."""
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None

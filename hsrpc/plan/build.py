@@ -89,7 +89,7 @@ class Assembly:
         )
 
     def _staging(self, point: Point, one: Evaluation, blocks: dict[PoolId, int]) -> Staging:
-        """As evaluated, in whole numbers, less the activation buffers and decode graphs that the plan has no use of."""
+        """Staging as evaluated, in whole numbers, without activation buffers and graphs that nothing would use."""
         staging = Staging(**{item.name: int(getattr(one.staging, item.name)) for item in fields(Staging)})
         if not blocks[PoolId.DEVICE_ACTIVATION] + blocks[PoolId.HOST_ACTIVATION]:
             staging = replace(staging, activation_rows=0)
@@ -129,7 +129,7 @@ class Assembly:
         }
 
     def _pool_bytes(self, blocks: dict[PoolId, int], tier: Tier, spare: int = 0) -> int:
-        """Of a tier, with `spare` slots more in each of its pools."""
+        """Bytes of a tier's pools, with `spare` slots more in each."""
         block_size = self.evaluator.config.block_size
         slots = {pool.kind: blocks[pool] * block_size + spare for pool in PoolId if pool.tier is tier}
         return pool_bytes(self.evaluator.sizes, slots[BlockKind.KV], slots[BlockKind.ACTIVATION])

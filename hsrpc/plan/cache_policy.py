@@ -15,7 +15,7 @@ class CacheDecision:
     """What the planner may choose from."""
 
     policy: CachePolicy
-    """As configured."""
+    """The configured policy."""
     shares: tuple[float, ...]
     """Activations' parts of the device's blocks to try; one alone holds for the host as well."""
     reason: str

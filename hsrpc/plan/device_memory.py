@@ -25,7 +25,7 @@ _INDICES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Staging:
-    """What a step goes through on the device; numbers or arrays."""
+    """Sizes of what a step goes through on the device, for one candidate or, as arrays, for many."""
 
     batch: Number
     rows: Number
@@ -63,14 +63,14 @@ def pool_bytes(sizes: ModelSizes, kv_slots: int, activation_slots: int) -> int:
 
 
 def query_bytes(sizes: ModelSizes, queries: Number) -> Number:
-    """Upper bound of what a forward pass allocates for `queries` tokens, those that are launched ahead included."""
+    """Upper bound of the bytes that a forward pass allocates for `queries` tokens, with those launched ahead of it."""
     return sizes.largest(
         lambda layer: layer.workspace_bytes(queries) + queries * (PENDING_QUERIES * layer.pending_bytes)
     )
 
 
 def workspace_bytes(sizes: ModelSizes, staging: Staging) -> Number:
-    """Upper bound of what one mini-batch's forward pass, and sampling, allocate beside the planned buffers."""
+    """Upper bound of the bytes that a mini-batch's forward pass and sampling allocate beside the planned buffers."""
     rows = 3 * np.minimum(staging.activation_rows, REGENERATE_ROWS)
     regenerate = rows * sizes.largest(lambda layer: layer.rebuilt_bytes)
     logits = staging.batch * sizes.vocab_size

@@ -34,9 +34,9 @@ class Hardware:
     launch_time: float = 0.0
     """Host seconds to launch one layer of one mini-batch."""
     prompt_launch_time: float = 0.0
-    """The same where it has prompts: more kernels, and attention that takes longer to launch."""
+    """Host seconds to launch one layer of one mini-batch with prompts: more kernels, and attention takes longer."""
     hop_time: float = 0.0
-    """What it adds to that where the bus is used: loads are launched, and where weights stream threads take turns."""
+    """Host seconds that a used bus adds to each: loads are launched, and where weights stream threads take turns."""
     handover_time: float = 0.0
     """Seconds that the bus loses with each mini-batch of a layer, whose buffer changes hands."""
     boundary_time: float = 0.0

@@ -12,7 +12,7 @@ from hsrpc.plan.sizes import Floats, ModelSizes, StreamedSizes, WeightBuffers
 from hsrpc.schedule.sweep import BUFFERS
 
 Resident = tuple[frozenset[str], ...]
-"""For each layer, the names of the packed tensors that stay on the device."""
+"""Names of the packed tensors that stay on the device, for each layer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from hsrpc.schedule.step import BufferLimits, RowCosts
 REGENERATE_ROWS = 4096
 """Activation rows that one regeneration GEMM takes, where its output is copied to its place: that bounds it."""
 PENDING_QUERIES = 2
-"""Queries that may be launched and not computed yet, in mini-batches of the largest size."""
+"""Mini-batches of the largest size whose queries may be launched and not computed yet: memory is planned for these."""
 SAMPLE_ELEMENTS = 2**20
 """Logits that are sorted at once, which bounds the sampler's working memory."""
 
@@ -47,16 +47,16 @@ class StepPrediction:
     head: float
     """Logits."""
     launch: float
-    """The host's, beside bus and GPU; 0 where a graph runs the step."""
+    """Host time to launch the step, beside bus and GPU; 0 where a graph runs it."""
     boundary: float
-    """Between two steps, as far as nothing hides it, and the first or last mini-batch that nothing runs beside."""
+    """Time between two steps that nothing hides, and the step's first load or last compute, which overlaps nothing."""
     step: float
     prefill: float
     """Compute of the prompts that come in during a step on average; not part of `step`."""
     longest_step: float
-    """With `max_prefill_tokens` prompt tokens beside the decoding."""
+    """A step with `max_prefill_tokens` prompt tokens beside the decoding."""
     mean_step: float
-    """While requests come and go."""
+    """A step while requests come and go."""
 
     @property
     def gpu(self) -> float:
@@ -98,9 +98,9 @@ class Plan:
     buffers: BufferLimits
     costs: RowCosts
     resident: tuple[frozenset[str], ...]
-    """For each layer, the names of the packed tensors that stay on the device."""
+    """Names of the packed tensors that stay on the device, for each layer."""
     streamed: tuple[StreamedSizes, ...]
-    """For each layer, what the other ones take, which cross the bus in every step."""
+    """Sizes of each layer's other tensors, which cross the bus in every step."""
     num_blocks: dict[PoolId, int]
     device_bytes: dict[DeviceUse, int]
     """What the device budget is spent on; for hidden states, workspace, graphs and runtime bounds, else exact."""
@@ -124,7 +124,7 @@ class Plan:
 
     @property
     def streamed_bytes(self) -> tuple[int, ...]:
-        """For each layer, the bytes of the weights that stream, as they are when they are used."""
+        """Bytes of each layer's weights that stream, as they are when they are used."""
         return tuple(layer.device_bytes for layer in self.streamed)
 
     @property

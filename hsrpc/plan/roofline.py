@@ -14,7 +14,7 @@ class StepRecord:
     """What one step did. The weights are prefetched across steps, so a single step's bytes are off by some layers."""
 
     seconds: float
-    """From the tokens of the step before, or from the arrival of work, to its own."""
+    """Time from the tokens of the step before, or from the arrival of work, to its own."""
     num_requests: int
     decode_tokens: int
     prefill_tokens: int

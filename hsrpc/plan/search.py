@@ -23,16 +23,16 @@ MIN_CHUNK, MAX_CHUNK = 256, 8192
 MIN_IDLE_CHUNK, MAX_IDLE_CHUNK = 8192, 16384
 """Prompt tokens of a step in which nothing decodes."""
 _SPARE = 1.25
-"""An idle chunk computes a little longer than the weights take to arrive: then the GPU is never the one that waits."""
+"""Compute time of an idle chunk over the time in which the weights arrive: above 1, the GPU never waits for them."""
 _BACKLOG, _STREAMED_BACKLOG = 2.0, 8.0
-"""A chunk holds the prompt tokens that come in during so many steps: then newcomers catch up. Where weights stream, a
-step takes long with few requests too, so that those that begin together are to be many soon."""
+"""Steps whose incoming prompt tokens fit one chunk, so that newcomers catch up; the second, where weights stream. There
+a step of few requests takes as long as one of many, so the batch should fill quickly."""
 _CHUNK_PART = 20
 """At most this part of the device budget is workspace for the queries of a mini-batch."""
 _MIN_STREAMED = 2048
-"""Prompt tokens that compute for longer than the host takes to launch a layer of them."""
+"""Prompt tokens of a mini-batch whose compute in a layer takes longer than the host needs to launch it."""
 _MIN_CHUNK = 16
-"""A bound on the step leaves at least this much of a chunk, or the candidate is too slow."""
+"""Prompt tokens that must fit a step within `max_step_time`; a candidate that has room for fewer is too slow."""
 _ROUNDING = 1 + 1e-9
 _SHARES = 100
 """Shares are whole multiples of one over this."""
@@ -146,7 +146,8 @@ class Evaluator:
         recomputed = self._recomputed(candidates, grid.recompute, staging)
         candidates = replace(candidates, recomputed=recomputed)
         missing = np.maximum(0, self._needed_blocks(grid.batch * (1 - recomputed)) - device_blocks)
-        # None where the device holds all requests at full length: a few would keep steps from being all in place.
+        # Where the device holds all requests at full length, the host gets no blocks: a step that reads any of them
+        # goes through buffers, while all others read their blocks in place.
         of_use = np.where(device_blocks >= grid.batch * self.longest, 0.0, max_blocks - device_blocks)
         host_blocks = np.minimum(self._blocks(host_room, host_share), of_use)
         times = self.model.predict(candidates)
@@ -169,7 +170,7 @@ class Evaluator:
         )
 
     def staging(self, grid: Grid, prompt_queries: Number, idle_chunk: Number) -> Staging:
-        """What a step goes through on the device; `prompt_queries` are of a mini-batch."""
+        """Sizes of the device buffers for candidates; `prompt_queries`: prompt tokens of a mini-batch, at most."""
         batch, rows, traffic = grid.batch, grid.rows, self.model.traffic
         if self.recomputes:
             step_tokens = batch * self.max_model_len
@@ -182,7 +183,7 @@ class Evaluator:
                 graph_batch=batch,
                 table=self.longest,
             )
-        # Recomputed requests are whole ones, and together no fewer tokens than keep the GPU busy while it is launched.
+        # A mini-batch of recomputed requests holds whole requests, and enough tokens to compute longer than its launch.
         min_tokens = max(traffic.at_end, min(_MIN_STREAMED, self._max_prompt_tokens()))
         whole = np.where(np.asarray(grid.recompute) > 0, np.minimum(min_tokens, batch * self.max_model_len), 0)
         return Staging(
@@ -223,7 +224,11 @@ class Evaluator:
         return min(MAX_CHUNK, max(MIN_CHUNK, part // int(query_bytes(self.sizes, 1))))
 
     def _prompt_queries(self, chunk: Number, idle_chunk: Number, streamed: Number) -> Number:
-        """Prompt tokens of a mini-batch, at most; not few where weights stream: a step may have several of those."""
+        """Upper bound of the prompt tokens of a mini-batch.
+
+        Where weights stream, a step may have several mini-batches with prompts. Each has room for `_MIN_STREAMED`
+        tokens then, so that it computes longer than its launch takes.
+        """
         if self.recomputes:
             return MAX_CHUNK  # bounded by its rows
         if self.config.max_prefill_tokens is not None:
@@ -233,7 +238,7 @@ class Evaluator:
         return found
 
     def _chunk_rows(self, batch: Floats, prompt_queries: Number) -> Number:
-        """Rows with which that many prompt tokens are one mini-batch, whatever the first prompt has cached."""
+        """Buffer rows that let `prompt_queries` tokens be one mini-batch, however much of a prompt is cached."""
         if self.recomputes:
             return 0.0 * batch
         longest = self.longest * self.config.block_size
@@ -241,7 +246,7 @@ class Evaluator:
         return rows
 
     def _needed_blocks(self, batch: Number) -> Number:
-        """One request at full length, and the others at the expected one with a block to grow into."""
+        """Blocks for one request at full length and the others at the expected one, each with a block to grow into."""
         if self.recomputes:
             return 0 * batch
         expected = -(-self.model.traffic.context // self.config.block_size) + 1
@@ -249,7 +254,7 @@ class Evaluator:
         return found
 
     def _max_blocks(self, batch: Floats) -> Floats:
-        """All requests at full length with a block to grow into: more is of no use."""
+        """Blocks for all requests at full length with a block to grow into: more would never be used."""
         return 0 * batch if self.recomputes else batch * (self.longest + 1)
 
     def _device_blocks(self, room: Number, share: Number) -> Number:
@@ -263,7 +268,7 @@ class Evaluator:
         return found
 
     def _on_device(self, batch: Floats, blocks: Number, length: int) -> Number:
-        """Part of the cached tokens of requests of `length` tokens: they take the device's blocks first."""
+        """Part of the cached tokens that lies on the device, which fills first; requests have `length` tokens."""
         used = batch * -(-length // self.config.block_size)
         found: Number = np.minimum(1.0, blocks / used)
         return found
@@ -278,14 +283,17 @@ class Evaluator:
         min_share = (kv - allowed) / (kv - activation)
         at_zero, at_one = (self.model.predict(replace(candidates, host_share=share)) for share in (0.0, 1.0))
         balanced = self.model.balanced_share(at_zero, at_one)
-        # A host without tokens in use has what overflows from the device, of its kind.
+        # Where all tokens in use fit the device, the host takes what overflows later, in the device's mix of kinds.
         wanted = np.where(candidates.on_device < 1, balanced, candidates.device_share)
         share = np.maximum(wanted, np.clip(min_share, 0.0, 1.0))
         rounded: Number = np.where(kv_only, 0.0, np.ceil(share * _SHARES - 1e-9) / _SHARES)
         return rounded
 
     def _recomputed(self, candidates: Candidates, tokens: Number, staging: Staging) -> Number:
-        """The part at which bus and GPU balance, of requests that fit a mini-batch to their end; or what was asked."""
+        """Part of the tokens to recompute: where bus and GPU balance, or as configured.
+
+        0 where requests outgrow a mini-batch before they end: an uncached request must fit into one.
+        """
         if self.recomputes:
             return 1.0
         traffic, given = self.model.traffic, self.config.recompute_share
@@ -305,7 +313,7 @@ class Evaluator:
         return found
 
     def _candidates(self, grid: Grid, device_blocks: Number, chunk: Number, prompt_queries: Number) -> Candidates:
-        """With K and V alone on the host."""
+        """Candidates with K and V alone on the host and nothing recomputed; both are decided with their step times."""
         traffic = self.model.traffic
         return Candidates(
             batch=grid.batch,
@@ -340,7 +348,7 @@ class Evaluator:
         return bounded
 
     def _in_time(self, chunk: Number, fitted: Number, times: StepTimes) -> Bools:
-        """Whether each step, with `fitted` prompt tokens beside, is within the bound; and these are of use."""
+        """Whether each step with `fitted` prompt tokens is within `max_step_time`, and these are not too few."""
         bound = self.config.max_step_time
         if bound is None:
             return np.full(np.shape(times.step), fill_value=True)

@@ -41,15 +41,15 @@ class TensorSizes:
     name: str
     num_elements: int
     resident_bytes: int
-    """On the device where it stays there: it is allocated by itself, without padding."""
+    """Bytes on the device where it stays there: it is allocated by itself, without padding."""
     device_bytes: int
-    """On the device in a buffer, ready to multiply by."""
+    """Bytes in a buffer on the device, ready to multiply by."""
     buffer_bytes: int
-    """In a weight buffer on the device, as it came over the bus; at most."""
+    """Upper bound of the bytes in a weight buffer on the device, as it came over the bus."""
     bus_bytes: float
-    """On the bus, as expected."""
+    """Bytes expected on the bus."""
     host_bytes: float
-    """In host memory, at most."""
+    """Upper bound of the bytes in host memory."""
     decoded_bytes: int = 0
     """Device memory that it is decoded to before it is used; 0: it is used where it lies in the weight buffer."""
     decode_traffic: float = 0.0
@@ -61,7 +61,7 @@ class StreamedSizes:
     """What the tensors of a layer take that stream."""
 
     device_bytes: int
-    """If they stayed on the device instead."""
+    """Bytes that they would take if they stayed on the device."""
     buffer_bytes: int
     bus_bytes: float
     host_bytes: float
@@ -73,9 +73,9 @@ class WeightBuffers(NamedTuple):
     """Bytes of the device buffers that streamed weights go through: those of the layer that takes most."""
 
     packed: int
-    """As they came over the bus."""
+    """Buffer for weights as they came over the bus."""
     decoded: int
-    """Decoded: one buffer for all layers, since one is computed after the other."""
+    """Buffer for decoded weights: one for all layers, since one is computed after the other."""
 
     @classmethod
     def of(cls, streamed: Iterable[StreamedSizes]) -> WeightBuffers:
@@ -106,9 +106,9 @@ class LayerSizes:
     ffn_size: int
     """Widest row between the products of the MLP."""
     kv: CacheRow
-    """In a KV block."""
+    """Row of a token in a KV block."""
     activation: CacheRow
-    """In an activation block: what K and V are rebuilt from."""
+    """Row of a token in an activation block: what K and V are rebuilt from."""
     compute_bytes: int
     """Bytes of an element of hidden states and whatever else is computed."""
     sliding_window: int | None = None
@@ -169,9 +169,9 @@ class LayerSizes:
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes that a token which is launched and not computed yet keeps for its stores.
+        """Bytes that one token keeps allocated from its launch until its row is stored.
 
-        With a fused projection K and V keep the queries in memory too.
+        K and V of a fused projection are views of a tensor that has the queries too, so all of it stays allocated.
         """
         width = self.hidden_size + self.query_size + self.key_size + self.value_size
         return width * self.compute_bytes
@@ -234,7 +234,7 @@ class ModelSizes:
 
     @cached_property
     def kinds(self) -> tuple[int, ...]:
-        """For each layer, its number among the distinct ones."""
+        """Number of each layer among the distinct ones."""
         numbers = {layer: number for number, (layer, _) in enumerate(self.distinct)}
         return tuple(numbers[layer] for layer in self.layers)
 
@@ -262,11 +262,11 @@ class ModelSizes:
         return sum(count * layer.row(kind).num_bytes for layer, count in self.distinct)
 
     def mean_row_bytes(self, kind: BlockKind) -> float:
-        """The same in one layer, on average."""
+        """Bytes that a block of that kind keeps of one token in one layer, on average."""
         return self.token_bytes(kind) / self.num_layers
 
     def max_row_bytes(self, kind: BlockKind) -> int:
-        """The same in the layer where it is most."""
+        """Bytes that a block of that kind keeps of one token in the layer where they are most."""
         return max(layer.row(kind).num_bytes for layer, _ in self.distinct)
 
     @property

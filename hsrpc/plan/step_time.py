@@ -45,7 +45,7 @@ class Traffic:
 
     @property
     def prompt_tokens_per_output(self) -> float:
-        """In steady state, prompt tokens that come in for each token that goes out."""
+        """Prompt tokens that come in for each token that goes out, in steady state."""
         return self.prompt / self.output
 
 
@@ -59,9 +59,9 @@ class Candidates:
     decode_traffic: Number = 0.0
     """Bytes of device memory that decoding these reads and writes."""
     on_device: Number
-    """Part of the cached tokens, where requests are as long as expected."""
+    """Part of the cached tokens that lies on the device, where requests are as long as expected."""
     on_device_at_end: Number
-    """The same, where all requests are at the end of their output."""
+    """Part of the cached tokens that lies on the device, where all requests are at the end of their output."""
     device_share: Number
     """Activations' part of the device's tokens."""
     host_share: Number
@@ -110,9 +110,9 @@ class StepModel:
         """Seconds of one token of a chunk at the end of the longest prompt: bounds use it."""
 
     def hidden_chunk(self, streamed: Number) -> Number:
-        """Prompt tokens whose compute takes as long as a layer's weights on the bus, and its launches at least.
+        """Prompt tokens that compute in a layer for as long as its weights take on the bus, or its launches if longer.
 
-        No graph runs a step with prompts.
+        Launches count because no graph runs a step with prompts.
         """
         return np.maximum(self.layer.load(streamed), self.hardware.prompt_launch_time) / self.prompt_token
 
@@ -121,14 +121,14 @@ class StepModel:
         return batch * self.traffic.prompt_tokens_per_output
 
     def balanced_share(self, at_zero: StepTimes, at_one: StepTimes) -> Number:
-        """Share of something at which bus and GPU balance: both are linear in it, and given at shares 0 and 1."""
+        """Share in [0, 1] at which bus and GPU balance, given the times at shares 0 and 1; both are linear in it."""
         lead = BALANCE * at_zero.bus - _gpu(at_zero) - at_zero.prefill
         closing = BALANCE * (at_zero.bus - at_one.bus) + (_gpu(at_one) - _gpu(at_zero))
         share: Number = np.clip(np.where(closing > 0, lead, 0.0) / np.where(closing > 0, closing, 1.0), 0.0, 1.0)
         return share
 
     def balanced_recompute(self, c: Candidates, max_part: Number) -> Number:
-        """Part of the tokens, up to `max_part`, with which the GPU is as busy as the bus if they are recomputed."""
+        """Part of the tokens, up to `max_part`, that makes the GPU as busy as the bus when it is recomputed."""
         at_zero, at_max = (self.predict(replace(c, recomputed=part)) for part in (0.0, max_part))
         return max_part * self.balanced_share(at_zero, at_max)
 
@@ -137,7 +137,7 @@ class StepModel:
         return (bound - times.boundary - _gpu(times)) / (self.sizes.num_layers * self.chunk_token)
 
     def spare_prompt_tokens(self, batch: Number, times: StepTimes) -> Number:
-        """Prompt tokens that compute in the GPU time of one request's decoding: room that a missing one leaves."""
+        """Prompt tokens that take the GPU time of decoding one request: the room that each missing request leaves."""
         each = (times.regenerate + times.gather + times.attention) / batch
         found: Number = each / (self.sizes.num_layers * self.chunk_token)
         return found
@@ -150,7 +150,8 @@ class StepModel:
         recomputed_tokens = c.batch * self.traffic.context * c.recomputed
         mini_batches = self._mini_batches(c, recomputed_tokens, host + device * c.device_share)
         queries, layers = c.batch * (1 - c.recomputed), self.sizes.num_layers
-        # The mini-batches of a decode step go through the weights together; those of all tokens cannot.
+        # Mini-batches that only decode form one group, which reads the weights once; with recomputed tokens each
+        # mini-batch reads them itself.
         groups = np.where(recomputed_tokens > 0, mini_batches, 1.0)
         forward = layers * np.maximum(
             self.layer.forward(queries, groups), self.layer.forward(queries) + recomputed_tokens * self.recompute_token
@@ -174,7 +175,7 @@ class StepModel:
         prompts = self.prompt_tokens(c.batch * (1 - c.recomputed))
         prefill = prompts * (layers * self.prompt_token)
         launch, boundary, shortest = self._host(c, bus, times["mini_batches"])
-        # Bus and GPU take turns with a mini-batch: one of them has nothing to do beside the step's first or last.
+        # A mini-batch loads while the one before it computes: the step's first load or last compute overlaps nothing.
         boundary = boundary + np.minimum(bus, gpu) / (layers * times["mini_batches"])
         step = np.maximum(_beside(bus, gpu), np.maximum(launch, shortest)) + boundary
         hardware = self.hardware
@@ -191,7 +192,7 @@ class StepModel:
         later_launch, later_boundary, _ = self._host(c, later_bus, times["mini_batches"])
         later_boundary = later_boundary + np.minimum(later_bus, gpu) / (layers * times["mini_batches"])
         later = np.maximum(_beside(later_bus, gpu + prefill), later_launch) + later_boundary
-        # A small chunk keeps newcomers waiting: the batch is not full then.
+        # Where more prompt tokens come in than a chunk takes, newcomers wait and the batch is not full.
         queueing = np.maximum(1.0, prompts / np.maximum(c.chunk, 1.0))
         return StepTimes(
             **times,
@@ -208,21 +209,22 @@ class StepModel:
         return load + np.where(load > 0, mini_batches * self.hardware.handover_time, 0.0)
 
     def _contended(self, bus: Number, gemms: Number) -> Number:
-        """Seconds on the bus while the device computes products for `gemms` seconds of them, which slows copies."""
+        """Seconds that copies of `bus` seconds take beside products of `gemms` seconds, which slow them down."""
         share = self.hardware.contended_share
         found: Number = np.minimum(bus + (1 - share) * gemms, bus / share)
         return found
 
     def _mini_batches(self, c: Candidates, recomputed_tokens: Number, staged: Number) -> Number:
-        """As many as the rows take that go through the kv buffer; K and V on the device are read in place."""
+        """Mini-batches that the rows in the kv buffer need; K and V on the device are read in place, without rows."""
         rows = staged + recomputed_tokens + c.batch * (1 - c.recomputed)
         return np.maximum(np.maximum(1.0, np.ceil(rows / c.rows)), np.ceil(recomputed_tokens / c.prompt_queries))
 
     def _host(self, c: Candidates, bus: Number, mini_batches: Number) -> tuple[Number, Number, Number]:
-        """The host's seconds: to launch a step, what the boundary adds, and the shortest step where it adds nothing.
+        """Host seconds: to launch a step, that the boundary adds to it, and that bound it where the boundary is hidden.
 
-        While weights stream, the bus goes on with those of the next step as far as there are buffers. With nothing on
-        the bus and K and V on the device a graph runs the step, and the boundary is prepared beside it.
+        While weights stream, the boundary is hidden for as long as the bus goes on filling the weight buffers for the
+        next step. With nothing on the bus it is hidden beside the step itself, which a graph runs where all of the
+        cache is K and V.
         """
         hardware = self.hardware
         each = np.where(c.recomputed > 0, hardware.prompt_launch_time, hardware.launch_time)
@@ -239,7 +241,7 @@ class StepModel:
         )
 
     def _placing(self, regenerated: Number) -> Number:
-        """With a sliding window K and V are copied to rows in order of position; else they are written in place."""
+        """Seconds to copy rebuilt K and V into order of position, which a sliding window needs; else 0."""
         return 0.0 * regenerated if self.sizes.sliding_window is None else self.layer.place(regenerated)
 
     def _store(self, c: Candidates, on_host: Number) -> Number:
@@ -264,7 +266,7 @@ def token_bytes(sizes: ModelSizes, share: Number) -> Number:
 
 
 def _beside(bus: Number, gpu: Number) -> Number:
-    """Seconds for what bus and GPU do at the same time."""
+    """Seconds until both bus and GPU are done, which work at the same time and now and then wait for each other."""
     longer = np.maximum(np.maximum(bus, gpu), 1e-12)
     found: Number = longer * ((bus / longer) ** WAITING + (gpu / longer) ** WAITING) ** (1 / WAITING)
     return found

@@ -29,7 +29,7 @@ class Tier(Enum):
 
 
 class PoolId(IntEnum):
-    """A pool of blocks of one kind in one tier."""
+    """A pool of blocks of one kind in one tier. The numbers say nothing: they index tables and arrays, no more."""
 
     DEVICE_KV = 0
     HOST_KV = 1
@@ -38,7 +38,7 @@ class PoolId(IntEnum):
 
     @property
     def kind(self) -> BlockKind:
-        return BlockKind.KV if self <= PoolId.HOST_KV else BlockKind.ACTIVATION
+        return BlockKind.KV if self in (PoolId.DEVICE_KV, PoolId.HOST_KV) else BlockKind.ACTIVATION
 
     @property
     def tier(self) -> Tier:
@@ -164,7 +164,7 @@ class KindRule(Protocol):
     """Decides which pools a request's next blocks come from, and so which kind they are."""
 
     def has_room(self, pools: Pools, number: int, wanted: int) -> bool:
-        """There are free blocks for `wanted` blocks of a request, from its block `number` on."""
+        """Whether there are free blocks for `wanted` blocks of a request, from its block `number` on."""
 
     def next_run(self, pools: Pools, number: int, wanted: int) -> tuple[PoolId, int]:
         """The pool of a request's block `number`, and how many of the `wanted` come from it one after the other.
@@ -201,7 +201,7 @@ class BlockManager:
     def __init__(
         self, num_blocks: Mapping[PoolId, int], max_batch: int | None = None, rule: KindRule = IN_PROPORTION
     ) -> None:
-        """With `max_batch`, each pool leaves as many requests room to grow in."""
+        """Make the pools; with `max_batch`, each of them leaves as many requests room to grow in."""
         self.pools = {
             pool: BlockPool(count, max(1, count // (max_batch or count or 1)))
             for pool, count in ((pool, num_blocks.get(pool, 0)) for pool in PoolId)
@@ -240,6 +240,6 @@ class BlockManager:
 
 
 def _lacks_activations(kv: BlockPool, activation: BlockPool) -> bool:
-    """With one more block in use, the tier's part of activations in use would be below that of its blocks."""
+    """Whether one more block in use makes the activations' part of used blocks smaller than that of all blocks."""
     num_blocks, num_used = kv.num_blocks + activation.num_blocks, kv.num_used + activation.num_used
     return activation.num_used * num_blocks < activation.num_blocks * (num_used + 1)

@@ -30,9 +30,9 @@ def advance(batch: MiniBatch, chunks: Sequence[Chunk], block_size: int) -> MiniB
     What `pack` makes of them, except that tables may be wider. None where a new token goes to a block that is not
     read in place.
     """
-    source = np.array([chunk.previous_row for chunk in chunks], dtype=np.int64)
-    positions, slots = batch.positions[source] + 1, batch.stores[PoolId.DEVICE_KV].target[source] + 1
-    tables = batch.in_place.tables[source]
+    previous = np.array([chunk.previous_row for chunk in chunks], dtype=np.int64)
+    positions, slots = batch.positions[previous] + 1, batch.stores[PoolId.DEVICE_KV].target[previous] + 1
+    tables = batch.in_place.tables[previous]
     begun = np.flatnonzero(positions % block_size == 0)
     if len(begun):
         number = positions[begun] // block_size
@@ -46,7 +46,7 @@ def advance(batch: MiniBatch, chunks: Sequence[Chunk], block_size: int) -> MiniB
         tables[begun, number], slots[begun] = index, index * block_size
     rows, nowhere = np.arange(len(chunks), dtype=np.int64), np.zeros(len(chunks) + 1, dtype=np.int64)
     return MiniBatch(
-        token_ids=source,
+        token_ids=previous,
         positions=positions,
         query_starts=np.arange(len(chunks) + 1, dtype=np.int64),
         key_starts=nowhere,

@@ -1,9 +1,9 @@
-"""Who is let in next of those that wait: by priority, then the client that was served least, and nobody waits for ever.
+"""Who is admitted next: by priority, then the client that was served least, and nobody waits for ever.
 
 Each client has a line of its own, in which a step of priority is worth `AGING` seconds of waiting, and only the first
 of each line competes. Among these the smallest priority goes first, then the client with the fewest tokens served. One
 that has been first in its line for longer than its patience goes before all that are not overdue, whatever its priority
-and whatever its client has had: hence none starves. Since a line's clock starts anew with each request let in, many
+and whatever its client has had: hence none starves. Since a line's clock restarts with each admitted request, many
 requests of one client gain nothing from having waited together.
 
 Every operation costs O(log n) amortised: what is outdated in a heap is dropped when it comes to the top, or all at once
@@ -47,7 +47,7 @@ class _Line:
         self.first_since = 0.0
         self.num_waiting = 0
         self.num_live = 0
-        """Waiting, or let in and not ended."""
+        """Requests that wait, or were admitted and have not ended."""
         self.entry = 0
 
     def find_first(self) -> Request | None:
@@ -61,7 +61,7 @@ class _Line:
 
 
 class FairQueue:
-    """Requests that have never been let in. Times are monotonic seconds, given by the caller."""
+    """Requests that have never been admitted. Times are monotonic seconds, given by the caller."""
 
     def __init__(self) -> None:
         self._lines: dict[str, _Line] = {}
@@ -69,7 +69,7 @@ class FairQueue:
         self._by_share: list[tuple[int, float, int, int, _Line]] = []
         self._by_due: list[tuple[float, int, int, _Line]] = []
         self._levels = dict.fromkeys(range(-_MAX_STEPS, _MAX_STEPS + 1), 0.0)
-        """By priority, tokens of the client let in last: a newcomer starts there; absence earns nothing."""
+        """Tokens of the client admitted last, by priority: a newcomer starts there; absence earns nothing."""
         self._num_waiting = 0
         self._num_lines_waiting = 0
 
@@ -77,7 +77,7 @@ class FairQueue:
         return self._num_waiting
 
     def num_ahead(self, client: str) -> int:
-        """About how many are let in before a new request of `client` is: its own, and as many of each other client."""
+        """About how many are admitted before a new request of `client`: its own, and as many of each other client."""
         line = self._lines.get(client)
         own = line.num_waiting if line else 0
         return min(self._num_waiting, own + (own + 1) * (self._num_lines_waiting - bool(own)))
@@ -96,7 +96,7 @@ class FairQueue:
         self._update(line, now)
 
     def first(self, now: float) -> Request | None:
-        """Who is next, without letting it in."""
+        """Who is next, without admitting it."""
         self._drop_stale()
         if self._by_due and self._by_due[0][0] <= now:
             return self._by_due[0][-1].first
@@ -115,7 +115,7 @@ class FairQueue:
         self._update(line, now)
 
     def end(self, request: Request) -> None:
-        """`request`, let in or not, has ended; its client is charged the output."""
+        """`request`, admitted or not, has ended; its client is charged the output."""
         line = self._lines[request.client]
         line.num_live -= 1
         line.served += request.num_output_tokens
@@ -152,11 +152,11 @@ class FairQueue:
             del self._remembered[next(iter(self._remembered))]
 
     def _drop_stale(self) -> None:
-        most = 2 * self._num_lines_waiting + _SPARE_ENTRIES
-        if len(self._by_share) > most:
+        max_entries = 2 * self._num_lines_waiting + _SPARE_ENTRIES
+        if len(self._by_share) > max_entries:
             self._by_share = [item for item in self._by_share if item[-2] == item[-1].entry]
             heapify(self._by_share)
-        if len(self._by_due) > most:
+        if len(self._by_due) > max_entries:
             self._by_due = [item for item in self._by_due if item[-2] == item[-1].entry]
             heapify(self._by_due)
         while self._by_share and self._by_share[0][-2] != self._by_share[0][-1].entry:

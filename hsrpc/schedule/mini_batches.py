@@ -8,8 +8,10 @@ from heapq import heappop, heappush
 import numpy as np
 
 from hsrpc.schedule.blocks import PoolId
-from hsrpc.schedule.packing import first_blocks
+from hsrpc.schedule.packing import IS_ACTIVATION, first_blocks
 from hsrpc.schedule.step import BufferLimits, Chunk, Ints, RowCosts
+
+_NO_POOL = -1
 
 
 class _Bin:
@@ -38,17 +40,17 @@ def form_mini_batches(
     if not chunks:
         return []
     sized = list(zip(chunks, *(rows.tolist() for rows in _buffer_rows(chunks, block_size, window)), strict=True))
-    fewest = _fewest_bins(sized, limits)
-    if fewest == 1:  # nothing to balance
+    min_bins = _min_bins(sized, limits)
+    if min_bins == 1:  # nothing to balance
         return [list(chunks)]
     sized.sort(key=lambda item: (-item[1] - item[2] - item[3], item[0].request.order))
-    bins = [_Bin() for _ in range(fewest)]
-    least_loaded = [(0.0, 0, number) for number in range(len(bins))]  # load, rows, number: a heap
+    bins = [_Bin() for _ in range(min_bins)]
+    by_load = [(0.0, 0, number) for number in range(len(bins))]  # load, rows, number: a heap
     for chunk, kv_rows, activation_rows, new_rows in sized:
         rows, full = kv_rows + activation_rows + new_rows, []
-        while least_loaded and not bins[least_loaded[0][2]].fits(rows, activation_rows, chunk.num_new, limits):
-            full.append(heappop(least_loaded))
-        number = heappop(least_loaded)[2] if least_loaded else len(bins)
+        while by_load and not bins[by_load[0][2]].fits(rows, activation_rows, chunk.num_new, limits):
+            full.append(heappop(by_load))
+        number = heappop(by_load)[2] if by_load else len(bins)
         if number == len(bins):
             bins.append(_Bin())
         chosen = bins[number]
@@ -59,11 +61,12 @@ def form_mini_batches(
         chosen.bus += kv_rows * costs.load_kv + activation_rows * costs.load_activation
         chosen.gpu += activation_rows * costs.regenerate + chunk.num_new * costs.compute
         for entry in (*full, (max(chosen.bus, chosen.gpu), chosen.rows, number)):
-            heappush(least_loaded, entry)
+            heappush(by_load, entry)
     return [b.chunks for b in bins if b.chunks]
 
 
-def _fewest_bins(sized: Sequence[tuple[Chunk, int, int, int]], limits: BufferLimits) -> int:
+def _min_bins(sized: Sequence[tuple[Chunk, int, int, int]], limits: BufferLimits) -> int:
+    """Mini-batches that are needed if rows could be divided at will."""
     rows = sum(kv_rows + activation_rows + new_rows for _, kv_rows, activation_rows, new_rows in sized)
     activations = sum(activation_rows for _, _, activation_rows, _ in sized)
     queries = sum(chunk.num_new for chunk, *_ in sized)
@@ -81,17 +84,16 @@ def _buffer_rows(chunks: Sequence[Chunk], block_size: int, window: int | None) -
     owner = np.repeat(np.arange(len(chunks)), last - first)
     counts = np.bincount(owner * len(PoolId) + pools, minlength=len(chunks) * len(PoolId)).reshape(-1, len(PoolId))
     counts[in_place, PoolId.DEVICE_KV] = 0
-    kv = counts[:, PoolId.DEVICE_KV] + counts[:, PoolId.HOST_KV]
-    activations = counts[:, PoolId.DEVICE_ACTIVATION] + counts[:, PoolId.HOST_ACTIVATION]
+    kv, activations = counts[:, ~IS_ACTIVATION].sum(axis=1), counts[:, IS_ACTIVATION].sum(axis=1)
     missing, newest = last * block_size - contexts, _pools_at(chunks, contexts // block_size)
     # Where the last cached block is partly filled, the newest token goes to that block too.
-    is_activation = newest >= PoolId.DEVICE_ACTIVATION
+    is_activation = (newest != _NO_POOL) & IS_ACTIVATION[newest]
     is_loaded_kv = (newest == PoolId.HOST_KV) | ((newest == PoolId.DEVICE_KV) & ~in_place)
     new = np.array([chunk.num_new for chunk in chunks], dtype=np.int64) - (in_place & (newest == PoolId.DEVICE_KV))
     return kv * block_size - missing * is_loaded_kv, activations * block_size - missing * is_activation, new
 
 
 def _pools_at(chunks: Sequence[Chunk], numbers: Ints) -> Ints:
-    """Of each request's block of that number; -1 where it has none."""
+    """Pool of each request's block of that number, [num_chunks]; `_NO_POOL` where it has no such block."""
     tables = [(chunk.request.blocks.pools, number) for chunk, number in zip(chunks, numbers.tolist(), strict=True)]
-    return np.array([pools[number] if number < len(pools) else -1 for pools, number in tables], dtype=np.int64)
+    return np.array([pools[number] if number < len(pools) else _NO_POOL for pools, number in tables], dtype=np.int64)

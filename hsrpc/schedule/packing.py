@@ -11,6 +11,9 @@ import numpy.typing as npt
 from hsrpc.schedule.blocks import POOLS_OF_KIND, BlockKind, PoolId
 from hsrpc.schedule.step import Chunk, InPlace, Ints, MiniBatch, Rows, Runs, expand, starts
 
+IS_ACTIVATION = np.array([pool.kind is BlockKind.ACTIVATION for pool in PoolId])
+"""[num_pools] whether a pool's blocks hold activations, by the pool's number."""
+
 
 def first_block(context: int, block_size: int, window: int | None) -> int:
     """First block that a query at position `context` sees: 0, or the one in which the sliding window begins."""
@@ -64,7 +67,7 @@ def pack(chunks: Sequence[Chunk], block_size: int, window: int | None) -> MiniBa
 
 
 def in_order(chunks: Sequence[Chunk], window: int | None) -> tuple[Chunk, ...]:
-    """As a mini-batch has them: those that read in place come first."""
+    """Order chunks as a mini-batch has them: those that read in place come first."""
     return tuple(sorted(chunks, key=lambda chunk: not chunk.reads_in_place(window)))
 
 
@@ -77,15 +80,16 @@ class _Blocks:
     pool: Ints
     index: Ints
     position: Ints
-    """Of its first token."""
+    """Position of the block's first token in its request."""
     cached: Ints
     """Tokens in it before the step."""
     filled: Ints
-    """And after it."""
+    """Tokens in it after the step."""
 
     @property
     def is_activation(self) -> npt.NDArray[np.bool_]:
-        return self.pool >= PoolId.DEVICE_ACTIVATION
+        found: npt.NDArray[np.bool_] = IS_ACTIVATION[self.pool]
+        return found
 
     def select(self, chosen: npt.NDArray[np.bool_] | Ints) -> _Blocks:
         return _Blocks(*(getattr(self, item.name)[chosen] for item in fields(self)))
@@ -116,7 +120,7 @@ def _in_place(table: _Blocks, num_chunks: int, num_all: int) -> tuple[InPlace, I
     """What the first chunks read apart; and for each of all, whether (1) or not (0) its new row is read in place."""
     end = np.searchsorted(table.owner, num_chunks)
     owner, pool, cached, filled = table.owner[:end], table.pool[:end], table.cached[:end], table.filled[:end]
-    rebuilt, read = pool >= PoolId.DEVICE_ACTIVATION, pool == PoolId.DEVICE_KV
+    rebuilt, read = IS_ACTIVATION[pool], pool == PoolId.DEVICE_KV
     rebuilt_starts = starts(np.bincount(owner, cached * rebuilt, num_chunks).astype(np.int64))
     lengths = np.bincount(owner[read], minlength=num_chunks)
     tables = np.zeros((num_chunks, int(lengths.max(initial=0))), dtype=np.int64)

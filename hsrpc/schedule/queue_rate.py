@@ -9,7 +9,7 @@ _MIN_ADMITTED = 8.0
 
 
 class QueueRate:
-    """How fast a queue moves: prompt tokens let in per second, of the time in which somebody waited."""
+    """How fast a queue moves: prompt tokens admitted per second of the time in which somebody waited."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -26,7 +26,7 @@ class QueueRate:
         self._new_count += 1
 
     def note(self, now: float, *, is_waiting: bool) -> None:
-        """Once a step, after requests have been let in."""
+        """Count what was admitted since the last call; called once a step, after admission."""
         if self._since is not None:
             seconds = now - self._since
             kept = 0.5 ** (seconds / _HALF_LIFE)
@@ -37,7 +37,7 @@ class QueueRate:
         self._since = now if is_waiting else None
 
     def seconds_for(self, num_tokens: float) -> float:
-        """Predicted time for `num_tokens` to be let in; 0 while too little has been seen to tell."""
+        """Predicted time until `num_tokens` are admitted; 0 while too little has been seen to tell."""
         if self._seconds < _MIN_SECONDS or self._count < _MIN_ADMITTED:
             return 0.0
         return num_tokens * self._seconds / self._tokens

@@ -1,8 +1,9 @@
-"""Which requests keep no cache: their tokens are computed anew in every step, while the bus is busy with the others'.
+"""Which requests are uncached: every step recomputes their tokens while the bus loads the caches of the others.
 
-The third way to have a token's K and V, beside loading them and rebuilding them from its activation: it takes the bus
-nothing, and the GPU several times what rebuilding takes. It pays where the GPU would wait in spite of all caches being
-activations. A request needs no more than its token ids for it, so it can give its blocks up between any two steps.
+Recomputing is the third way to have a token's K and V, beside loading them and rebuilding them from its activation. It
+takes no time on the bus, and several times the GPU time of rebuilding, so it pays where the GPU would wait for the bus
+even if all blocks held activations. It needs a request's token ids only, so the request's blocks can be freed between
+any two steps.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ BALANCE = 7 / 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecomputeLimits:
-    """What a step may compute anew."""
+    """What a step may recompute."""
 
     tokens: int = 0
-    """Of all requests in a step, on average over their lives; 0: every request keeps its cache."""
+    """Tokens of all uncached requests in a step, on average over their lives; 0: every request keeps its cache."""
     weights: float = 0.0
     """Seconds that a layer's weights take on the bus."""
     is_forced: bool = False
@@ -36,16 +37,16 @@ NO_RECOMPUTE = RecomputeLimits()
 
 
 class Choice(NamedTuple):
-    """For the next step."""
+    """Which requests become uncached, or cached, with the next step."""
 
     giving_up: list[Request]
-    """Those that are to give up their blocks."""
+    """Cached requests whose blocks are to be freed: they are uncached from now on."""
     taking_back: list[Request]
-    """Of these the first for which there is room should keep its cache again."""
+    """Uncached requests in order of preference: the first for which there is room is cached again, the others stay."""
 
 
 class RecomputePolicy:
-    """Chooses, before each step, which of the requests that decode give up their blocks, or who takes some again."""
+    """Chooses, before each step, which decoding requests become uncached, or which one is cached again."""
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class RecomputePolicy:
         self._costs = costs
         self._block_size = block_size
         self._max_queries = max_queries
-        """Of a mini-batch: a request that keeps nothing has to fit to its end."""
+        """Queries of a mini-batch, at most: an uncached request has to fit into one until it ends."""
         self._window = window
 
     @property
@@ -68,27 +69,31 @@ class RecomputePolicy:
         return self._limits.tokens > 0
 
     def choose(self, running: Sequence[Request], prompt_tokens: int) -> Choice:
-        """As bus and GPU have time in a step with so many prompt tokens; the first to run give up first."""
+        """Choose for a step with `prompt_tokens` prompt tokens, in the order of `running`, as far as the GPU has time.
+
+        Where the GPU takes longer than the bus even without prompts, uncached requests are cached again instead, the
+        last first.
+        """
         compute, is_forced = self._costs.compute, self._limits.is_forced
-        anew = [request for request in running if request.is_uncached]
+        uncached = [request for request in running if request.is_uncached]
         cached = [(request, *self._cached(request)) for request in running if not request.is_uncached]
         bus = self._limits.weights + sum(on_bus for _, on_bus, _ in cached)
-        gpu = compute * sum(request.num_tokens for request in anew) + sum(on_gpu for *_, on_gpu in cached)
-        if gpu > bus and anew and not is_forced:
-            return Choice([], anew[::-1])
+        gpu = compute * sum(request.num_tokens for request in uncached) + sum(on_gpu for *_, on_gpu in cached)
+        if gpu > bus and uncached and not is_forced:
+            return Choice([], uncached[::-1])
         gpu += compute * prompt_tokens
-        room = self._limits.tokens - sum(map(self._mean_tokens, anew))
+        room = self._limits.tokens - sum(map(self._mean_tokens, uncached))
         giving_up = []
         for request, on_bus, on_gpu in cached:
             less, more = bus - on_bus, gpu - on_gpu + compute * request.num_tokens
             pays = on_bus > 0 and more <= BALANCE * less
-            if (pays or is_forced) and self._can_give_up(request) and self._mean_tokens(request) <= room:
+            if (pays or is_forced) and self._can_recompute(request) and self._mean_tokens(request) <= room:
                 bus, gpu, room = less, more, room - self._mean_tokens(request)
                 giving_up.append(request)
         return Choice(giving_up, [])
 
     def _cached(self, request: Request) -> tuple[float, float]:
-        """Seconds of bus and GPU for what is cached of it, as far as its next token sees it."""
+        """Seconds of bus and GPU for the cached tokens of a request that its next token attends to."""
         seen = request.blocks.pools[first_block(request.num_computed, self._block_size, self._window) :]
         count, costs = seen.count, self._costs
         on_host = count(PoolId.HOST_ACTIVATION)
@@ -96,9 +101,9 @@ class RecomputePolicy:
         bus = count(PoolId.HOST_KV) * costs.load_kv + on_host * costs.load_activation
         return self._block_size * bus, self._block_size * activations * costs.regenerate
 
-    def _can_give_up(self, request: Request) -> bool:
+    def _can_recompute(self, request: Request) -> bool:
         return request.is_decoding and request.max_total_tokens <= self._max_queries
 
     def _mean_tokens(self, request: Request) -> int:
-        """From now to its end."""
+        """Tokens of a request, on average from now to its end."""
         return (request.num_tokens + request.max_total_tokens) // 2

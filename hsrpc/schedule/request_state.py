@@ -57,9 +57,9 @@ class Request:
         self.blocks = BlockTable()
         self.arrival = arrival
         self.rank = math.inf
-        """How many were let in to run before it; infinite while it has not been."""
+        """How many requests were admitted before it; infinite until it is admitted itself."""
         self.is_uncached = False
-        """It keeps no blocks: each step computes all of its tokens anew."""
+        """It keeps no blocks: each step recomputes all of its tokens."""
         self.preemptions = 0
         self.in_flight = 0
         """Steps that compute it, handed out and not committed."""
@@ -70,7 +70,7 @@ class Request:
 
     @property
     def order(self) -> tuple[float, int]:
-        """Who gives way last: the one let in first. It never changes while the request runs."""
+        """Sort key of running requests: the last is preempted first. It never changes while the request runs."""
         return self.rank, self.arrival
 
     @property

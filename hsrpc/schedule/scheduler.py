@@ -1,10 +1,10 @@
-"""Continuous batching: which requests the next step computes, who waits, and who gives way when blocks run out.
+"""Continuous batching: which requests the next step computes, who waits, and who is preempted when blocks run out.
 
-The running list is kept in the order in which requests were let in, whatever their priority; `FairQueue` chooses whom
-to let in. A request that needs a block when none is free takes those of the request that comes last, which is
-recomputed from its token ids later, before any that was never let in. Hence the first in order always advances, every
-request ends, and nothing dead-locks: one request at full length fits by construction (the planner sees to it). Requests
-that keep no blocks need none and never give way.
+The running list is kept in the order in which requests were admitted, whatever their priority; `FairQueue` chooses whom
+to admit. A request that needs a block when none is free preempts the one that comes last: its blocks are freed, and it
+is recomputed from its token ids later, before any that was never admitted. Hence the first in order always advances,
+every request ends, and nothing dead-locks: one request at full length fits by construction (the planner sees to it).
+Uncached requests need no blocks and are never preempted.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class SchedulerLimits:
     keeps_cache: bool = True
     """False for the recompute policy: nothing is cached, every step computes all tokens of its requests."""
     recompute: RecomputeLimits = NO_RECOMPUTE
-    """Of the requests that keep a cache at first."""
+    """How many tokens of requests that began with a cache each step may recompute instead of loading them."""
 
 
 class _InFlight(NamedTuple):
     """A step that is handed out."""
 
     chunks: tuple[Chunk, ...]
-    """In mini-batch order."""
+    """Chunks in mini-batch order."""
     stop: StopFlag
 
 
@@ -72,7 +72,7 @@ class Output(NamedTuple):
     failed: bool = False
     """Sampling failed for this request alone."""
     logprob: TokenLogprob | None = None
-    """Of the token, where it was asked for."""
+    """The token's log-probability, where it was asked for."""
 
 
 class Scheduler:
@@ -131,7 +131,7 @@ class Scheduler:
         self.num_waiting_tokens += request.num_tokens
 
     def predicted_wait(self, client: str) -> float:
-        """Seconds until a new request of `client` would be let in, as the queue has moved lately; 0 if unknown."""
+        """Seconds until a new request of `client` would be admitted, as the queue has moved lately; 0 if unknown."""
         if not self.num_waiting:
             return 0.0
         ahead = self._num_preempted + self._queue.num_ahead(client)
@@ -166,9 +166,9 @@ class Scheduler:
         self._queue_rate.note(now, is_waiting=self.num_waiting > 0)
         if not chunks:
             return None
-        parts = self._divide(chunks)
-        is_in_place = len(parts) == 1 and uses_no_buffer(parts[0], self.limits.block_size, self.limits.sliding_window)
-        return self._hand_out(parts, is_in_place=is_in_place)
+        batches, limits = self._divide(chunks), self.limits
+        is_in_place = len(batches) == 1 and uses_no_buffer(batches[0], limits.block_size, limits.sliding_window)
+        return self._hand_out(batches, is_in_place=is_in_place)
 
     def schedule_ahead(self, step: Step) -> Scheduled | None:
         """The step after `step`, which is under way: its requests' next tokens, in place.
@@ -234,7 +234,7 @@ class Scheduler:
     ) -> Scheduled:
         """A step of these mini-batches, with their `arrays` where these are there already: then it is ahead."""
         self._num_steps += 1
-        chunks, stop = tuple(chunk for part in mini_batches for chunk in part), StopFlag()
+        chunks, stop = tuple(chunk for batch in mini_batches for chunk in batch), StopFlag()
         self._in_flight[self._num_steps] = _InFlight(chunks, stop)
         for chunk in chunks:
             chunk.request.in_flight += 1
@@ -285,7 +285,7 @@ class Scheduler:
         return outputs
 
     def abandon(self, step_id: int) -> None:
-        """Give up a step that nobody waits for."""
+        """Forget a step whose result nobody waits for."""
         for chunk in self._in_flight.pop(step_id).chunks:
             chunk.request.in_flight -= 1
             self._free_ended(chunk.request)
@@ -322,7 +322,7 @@ class Scheduler:
         return min(idle, limits.max_prefill_tokens + spare) if decoding else idle
 
     def _balance(self, now: float) -> None:
-        """Let requests give up their blocks, or one take some again, as bus and GPU have time."""
+        """Free the blocks of requests, which are uncached then, or cache one again, as bus and GPU have time."""
         choice = self._recompute.choose(self._running, self._coming_prompt_tokens(now))
         for request in choice.giving_up:
             self.blocks.free(request.blocks)
@@ -335,7 +335,7 @@ class Scheduler:
                 break
 
     def _coming_prompt_tokens(self, now: float) -> int:
-        """Of the next step, at most."""
+        """Upper bound of the prompt tokens in the next step."""
         pending = sum(r.num_tokens - r.num_computed for r in self._running if not r.is_decoding)
         if len(self._running) < self.limits.max_batch:
             first, reserved = self._first_waiting(now), self._reserved()
@@ -357,7 +357,7 @@ class Scheduler:
             if chunk is None:
                 continue
             if not self._reserve(request, chunk):
-                position -= 1  # it gave way itself, being the last with blocks
+                position -= 1  # it was preempted itself, being the last with blocks
                 continue
             budget -= _prefill_tokens(chunk)
             chunks.append(chunk)
@@ -402,7 +402,7 @@ class Scheduler:
         return Chunk(request, request.num_computed, count, samples=count == pending) if count > 0 else None
 
     def _reserve(self, request: Request, chunk: Chunk) -> bool:
-        """Blocks for `chunk`, preempting from the end of the running list; False where the request itself gave way."""
+        """Blocks for `chunk`, preempting from the end of the running list; False where it is the request itself."""
         while not self.blocks.grow(request.blocks, self._missing_blocks(request, chunk)):
             victim = next(r for r in reversed(self._running) if not r.is_uncached)
             self._running.remove(victim)
@@ -427,7 +427,7 @@ class Scheduler:
         return -(-num_tokens // self.limits.block_size)
 
     def _has_room(self, num_tokens: int, reserved: int) -> bool:
-        """They fit beside `reserved` blocks for those that run: to admit, then preempt, is work lost."""
+        """Whether they fit beside `reserved` blocks for those that run: to admit, then preempt, is work lost."""
         return self.blocks.num_free >= self._num_blocks(num_tokens) + reserved
 
     def _reserved(self) -> int:
@@ -453,8 +453,8 @@ class Scheduler:
 
     def _divide(self, chunks: Sequence[Chunk]) -> tuple[tuple[Chunk, ...], ...]:
         limits, window = self.limits, self.limits.sliding_window
-        parts = form_mini_batches(chunks, limits.block_size, limits.buffers, limits.costs, window)
-        return tuple(in_order(part, window) for part in parts)
+        batches = form_mini_batches(chunks, limits.block_size, limits.buffers, limits.costs, window)
+        return tuple(in_order(batch, window) for batch in batches)
 
 
 def _prefill_tokens(chunk: Chunk) -> int:

@@ -12,11 +12,11 @@ class Timeline(NamedTuple):
     """When the operations of a list run."""
 
     ends: tuple[float, ...]
-    """For each operation, when it is done: seconds since the list's beginning."""
+    """End of each operation, in seconds since the list's beginning."""
     busy: dict[Stream, float]
     """Seconds in which each stream works."""
     seconds: float
-    """Until the tokens are there."""
+    """Seconds until the tokens are there."""
 
 
 def simulate(ops: OpList, seconds: Callable[[Op], float], before: Sequence[float] = ()) -> Timeline:

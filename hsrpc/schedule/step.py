@@ -69,7 +69,7 @@ class Runs:
         return Runs(self.source[chosen], self.target[chosen], self.count[chosen])
 
     def rows(self) -> Rows:
-        """The same copies row by row."""
+        """Copies of the same rows, row by row."""
         return Rows(expand(self.source, self.count), expand(self.target, self.count))
 
 
@@ -89,7 +89,7 @@ class InPlace:
     """What the first `d` requests, of one query each, attend to beside their kv-buffer rows from `key_starts` on."""
 
     tables: Ints
-    """[d, most blocks] numbers of device KV blocks in token order, 0 behind a request's last."""
+    """[d, max_blocks] numbers of device KV blocks in token order, 0 behind a request's last."""
     counts: Ints
     """[d] tokens in them, with the new one where its block is one of them."""
     rebuilt_starts: Ints
@@ -150,9 +150,9 @@ class SamplingRow(NamedTuple):
     num_prompt_tokens: int
     num_output_tokens: int
     seed: int
-    """Of the request, in [0, 2**64): with the number of output tokens it decides the draw."""
+    """Seed of the request, in [0, 2**64): with the number of output tokens it decides the draw."""
     eos_token_ids: frozenset[int] = frozenset()
-    """The model's."""
+    """End tokens of the model."""
     token_ids: Sequence[int] = ()
     """Prompt, then output, where a penalty asks for them."""
 
@@ -166,7 +166,7 @@ class SamplingRow(NamedTuple):
 
     @property
     def excluded_ids(self) -> frozenset[int]:
-        """Until the output has `params.min_tokens`: the model's end tokens and the request's stop tokens."""
+        """Tokens that are not sampled until the output has `params.min_tokens`: end tokens and stop tokens."""
         if self.num_output_tokens >= self.params.min_tokens:
             return frozenset()
         return self.eos_token_ids | frozenset(self.params.stop_token_ids)
@@ -209,13 +209,13 @@ class Scheduled:
     """Rows of the chunks that sample, in mini-batch order."""
     stop: StopFlag
     arrays: tuple[MiniBatch, ...] | None = None
-    """Those of the mini-batches, where they are made already."""
+    """Arrays of the mini-batches, where they are made already."""
     is_in_place: bool = False
     """It is one mini-batch of decode that uses no buffer."""
 
     @property
     def chunks(self) -> Iterator[Chunk]:
-        """In mini-batch order."""
+        """Chunks in mini-batch order."""
         return (chunk for chunks in self.mini_batches for chunk in chunks)
 
     @property
@@ -239,7 +239,7 @@ class Step:
     mini_batches: tuple[MiniBatch, ...]
     ops: OpList
     sampling: tuple[SamplingRow, ...]
-    """One for each row that is sampled, in mini-batch order."""
+    """Settings for each row that is sampled, in mini-batch order."""
     counts: StepCounts
     stop: StopFlag
     is_in_place: bool = False
@@ -256,7 +256,7 @@ class RowCosts:
     load_activation: float
     regenerate: float
     compute: float = 0.0
-    """From the layer's input, and on to its output."""
+    """Seconds to compute a row from the layer's input to its output."""
 
 
 @dataclass(frozen=True, slots=True)

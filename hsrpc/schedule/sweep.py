@@ -26,7 +26,7 @@ from typing import NamedTuple, TypeAlias
 BUFFERS = 2
 """Device buffers of each sort: one is filled while the other is computed with."""
 MIN_PART_BYTES = 16 * 1024**2
-"""One part of a layer's weights, at least: smaller copies waste the bus."""
+"""Bytes of one part of a layer's weights, at least: smaller copies waste the bus."""
 
 
 class Lane(IntEnum):
@@ -136,7 +136,7 @@ class Carried(NamedTuple):
     first_slot: int = 0
     """Weight buffer of the first streamed layer."""
     loaded: tuple[int, ...] = ()
-    """For each of the first streamed layers, the operation that completes it, from the end of the list before."""
+    """Operation that completes each of the first streamed layers, counted from the end of the list before."""
 
 
 NOTHING_CARRIED = Carried()
@@ -149,7 +149,7 @@ class OpList:
 
     ops: tuple[Op, ...]
     carries: Carried
-    """For the next list, where this one is run to its end."""
+    """What is left to the next list, where this one is run to its end."""
 
     def __len__(self) -> int:
         return len(self.ops)
@@ -172,7 +172,7 @@ class OpList:
 
     @cached_property
     def readers(self) -> tuple[tuple[Lane, ...], ...]:
-        """For each operation, the other lanes in which one comes after it."""
+        """Other lanes that have operations behind each operation."""
         lanes: list[set[Lane]] = [set() for _ in self.ops]
         for op in self.ops:
             for number in op.after:

@@ -9,7 +9,7 @@ from hsrpc.errors import ConfigError
 from hsrpc.server.security import SecurityConfig
 
 MAX_MESSAGE_TOKENS = 1024
-"""With all logprobs these are a tenth of the 4 MiB that clients take by default."""
+"""Tokens in a message, at most: with all logprobs, a tenth of the 4 MiB that clients take by default."""
 MAX_MESSAGE_DELAY = 60.0
 """Seconds."""
 
@@ -43,7 +43,7 @@ class ServerConfig:
     max_message_bytes: int = 4 * 1024**2
     """Largest request taken, bytes."""
     max_tokens_per_message: int = MAX_MESSAGE_TOKENS
-    """Where a request sets none."""
+    """Tokens in a message, at most, where a request sets no number."""
     max_message_delay: float = 0.0
     """Seconds, where a request sets none; 0 sends at once, except that very many streams gather for up to 50 ms."""
     max_streams_per_connection: int = 4096

@@ -53,12 +53,12 @@ class ObservedCall:
         self.request_id = ""
         self.model = ""
         self.prompt = ""
-        """Where it was given as text."""
+        """The prompt's text, where it was given as text."""
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.first_token_seconds: float | None = None
         self.inter_token_seconds: list[float] = []
-        """For each portion after the first, the mean time of its tokens."""
+        """Mean time between tokens, for each portion after the first."""
         self.finish: Finish | None = None
         self.outcome = Outcome.OK
         self.error_id: str | None = None

@@ -14,7 +14,7 @@ from hsrpc.server.config import MAX_MESSAGE_DELAY, MAX_MESSAGE_TOKENS, ServerCon
 from hsrpc.server.engine_protocol import Generation
 
 _MAX_MESSAGES_PER_SECOND = 1_000
-"""For all streams together: a few percent of the event loop's core, which the engine needs for its next step."""
+"""Messages of all streams together: a few percent of the event loop's core, which the engine needs as well."""
 _MAX_DELAY = 0.05
 """Seconds that output waits for more at most; streams too many for it send more messages than that."""
 
@@ -50,7 +50,7 @@ class Turns:
     def __init__(self, max_passes: int = 8) -> None:
         self._max_passes = max_passes
         self._passed = 0
-        """In this iteration; where it is not 0, `_begin` is scheduled for the next one."""
+        """Passes in this iteration; where it is not 0, `_begin` is scheduled for the next one."""
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def wait(self) -> None:

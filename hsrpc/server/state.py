@@ -105,5 +105,5 @@ class ServerState:
         return self._left.is_set()
 
     async def wait_idle(self) -> None:
-        """Until no admitted call is left."""
+        """Wait until no admitted call is left."""
         await self._idle.wait()

@@ -42,7 +42,7 @@ class Stream:
 
     @property
     def params(self) -> SamplingParams:
-        """Those in effect: `seed` and `max_tokens` filled in."""
+        """Settings in effect: `seed` and `max_tokens` filled in."""
         return self._generation.params
 
     def __aiter__(self) -> Stream:

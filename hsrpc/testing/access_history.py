@@ -150,7 +150,7 @@ class AccessHistory:
         self._units: Numbers | None = None
         """[2 * actors, units] of the front of the buffer: writes by each actor, then reads. None: no unit differs."""
         self._whole = [0] * (2 * _NUM_ACTORS)
-        """Those of the bytes behind."""
+        """Writes by each actor, then reads, of the bytes behind that front."""
         self._last = [0] * (2 * _NUM_ACTORS)
         """Largest of each row."""
 

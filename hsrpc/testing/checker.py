@@ -57,13 +57,13 @@ class _Buffer:
     made: Place
     history: AccessHistory
     owner: Actor | None
-    """Its stream, which may use the memory anew once nothing refers to it. None: the memory is the host's."""
+    """Stream that may reuse the memory once nothing refers to it. None: the memory is the host's."""
     is_staging: bool = False
     """Copies leave it without waiting for the host, which fills it."""
     others: set[Actor] = field(default_factory=set)
     """Who used it, apart from its owner."""
     kept: set[Actor] = field(default_factory=set)
-    """Streams that are waited for before its memory is used anew."""
+    """Streams that are waited for before its memory is reused."""
     storage: ref[torch.UntypedStorage] | None = None
 
     def __str__(self) -> str:
@@ -87,14 +87,14 @@ class Checker:
         self._lock = threading.RLock()
         self._clocks: dict[Actor, Clock] = {actor: [0, 0, 0, 0, _EVER] for actor in Actor}
         self._operations: list[_Operation] = []
-        """By number, from 1."""
+        """Operations by number, from 1."""
         self._races: Counter[Race] = Counter()
         self._buffers: dict[int, _Buffer] = {}
-        """By address of the storage."""
+        """Buffers by address of the storage."""
         self._unreferenced: deque[_Buffer] = deque()
-        """Not looked at yet."""
+        """Buffers that nothing refers to and that were not looked at yet."""
         self._reusable: dict[Actor, list[_Buffer]] = {actor: [] for actor in Actor}
-        """By owner: its next allocation may take their memory."""
+        """Buffers by owner, whose next allocation may take their memory."""
         self._reads: list[_Read] = []
 
     @property
@@ -146,7 +146,7 @@ class Checker:
                     self._access(use._replace(role=Role.READ), actor, number)
 
     def keep(self, tensor: torch.Tensor, stream: Actor) -> None:
-        """The tensor's memory is not used anew before `stream` is done with it."""
+        """The tensor's memory is not reused before `stream` is done with it."""
         with self._lock:
             self._buffer(tensor).kept.add(stream)
 
@@ -181,7 +181,7 @@ class Checker:
         mine[:] = map(max, mine, clock)
 
     def _buffer(self, tensor: torch.Tensor) -> _Buffer:
-        """Of a tensor; one that nobody made known is the result of something that is not seen."""
+        """Find a tensor's buffer, or make one: a tensor that nobody made known is the result of something unseen."""
         found = self._buffers.get(tensor.untyped_storage()._cdata)
         return self._allocate(tensor, "tensor", user_place(), None) if found is None else found
 

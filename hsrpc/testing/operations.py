@@ -38,7 +38,7 @@ class Schema(NamedTuple):
     """An operation, and the roles of the arguments that may hold tensors."""
 
     name: str
-    """Such as aten::copy_."""
+    """Name of the operator, such as aten::copy_."""
     gives_values: bool
     """Its result is on the host, which waits for it."""
     by_position: tuple[Role | None, ...]
@@ -62,7 +62,7 @@ class Schema(NamedTuple):
 
 @cache
 def schema_of(func: torch._ops.OpOverload) -> Schema:
-    """Its schema, read once."""
+    """Schema of an operator, read once."""
     name, arguments = func._schema.name, func._schema.arguments
     roles = {each.name: _role(each) for each in arguments if "Tensor" in str(each.type)}
     by_position = tuple(roles.get(each.name) for each in arguments if not each.kwarg_only)
@@ -70,7 +70,7 @@ def schema_of(func: torch._ops.OpOverload) -> Schema:
 
 
 def tensors(value: object) -> Sequence[torch.Tensor]:
-    """Those of a value that is a tensor, or a list of them, or something else."""
+    """Tensors of a value that is one, or a list of them, or something else."""
     if isinstance(value, torch.Tensor):
         return (value,)
     return tuple(_nested(value)) if isinstance(value, (list, tuple)) else ()

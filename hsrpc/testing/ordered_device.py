@@ -87,7 +87,7 @@ class OrderedDevice(CpuDevice):
             cast("Stream", stream) for stream in (Actor.LOAD, Actor.COMPUTE, Actor.STORE)
         )
         self.sites: set[str] = set()
-        """Where something was to wait for something else, so far: streams, the host, and whoever reuses memory."""
+        """Places where something had to wait for something else: streams, the host, and whoever reuses memory."""
         self._without = without
         self._checker = Checker()
         self._of_thread = threading.local()

@@ -21,7 +21,7 @@ class Place(NamedTuple):
     module: str
     code: CodeType
     offset: int
-    """Of the instruction; the line is looked up when somebody wants to read it, since that takes long."""
+    """Offset of the instruction, whose line is looked up only when somebody reads it, since that takes long."""
 
     @property
     def function(self) -> str:
@@ -53,5 +53,5 @@ def _site(module: str, code: CodeType, offset: int, method: str) -> str:
 
 
 def _function(module: str, code: CodeType) -> str:
-    """Its name; what is in a comprehension or a lambda belongs to the function around it, as from Python 3.12 on."""
+    """Name of a function; comprehensions and lambdas belong to the function around them, as from Python 3.12 on."""
     return f"{module.removeprefix(_PACKAGE)}.{_NAMELESS.sub('', code.co_qualname)}"

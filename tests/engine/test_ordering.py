@@ -191,7 +191,7 @@ LAUNCH = "engine.lanes.StepRun.launch"
 
 SHOWN: dict[str, Scenario] = {
     "compute waits for load in engine.tasks.executor.Executor._join_streams": out_of_memory_weights_resident,
-    "host waits for all in engine.startup._open_parts": streaming,
+    "host waits for all in engine.startup._open_once": streaming,
     "host waits for compute in model.sampler.PendingSample.result": streaming,
     "load waits for compute in engine.lanes.StepRun.hold_loads": out_of_memory,
     "load waits for store in engine.lanes.StepRun.hold_loads": streaming,

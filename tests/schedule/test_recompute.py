@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsrpc.request import SamplingParams
-from hsrpc.schedule.blocks import PoolId
+from hsrpc.schedule.blocks import BlockKind, PoolId
 from hsrpc.schedule.recompute import BALANCE, RecomputeLimits, RecomputePolicy
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.step import RowCosts
@@ -48,7 +48,7 @@ def times(requests: Sequence[Request], weights: float) -> tuple[float, float]:
             continue
         for pool in request.blocks.pools:
             bus += BLOCK * {PoolId.HOST_KV: 2.0, PoolId.HOST_ACTIVATION: 1.0}.get(PoolId(pool), 0.0)
-            gpu += BLOCK * 0.25 * (pool >= PoolId.DEVICE_ACTIVATION)
+            gpu += BLOCK * 0.25 * (PoolId(pool).kind is BlockKind.ACTIVATION)
     return bus, gpu
 
 

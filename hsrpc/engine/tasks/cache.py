@@ -56,9 +56,9 @@ class Stores:
     """New rows of a mini-batch on their way to a pool."""
 
     rows: DeviceRows
-    """By a kernel: decode has one row of each request."""
+    """Rows that a kernel copies: decode has one row of each request."""
     runs: Runs
-    """By copy engine, which leaves the GPU to others: prompts. On the host."""
+    """Runs that the copy engine copies, which leaves the GPU free: prompts. Their numbers are on the host."""
 
     @classmethod
     def of(cls, pool: PoolId, held: BlockKind, rows: Rows, upload: Upload) -> Stores:
@@ -109,7 +109,7 @@ class CacheManager:
             for _ in range(BUFFERS)
         ]
         self._loads: list[dict[BlockKind, Loads]] = []
-        """For each mini-batch, by what activation blocks hold."""
+        """Loads of each mini-batch, by what activation blocks hold."""
 
     async def run(self) -> None:
         """Run step after step; ends by cancellation."""
@@ -152,7 +152,7 @@ class CacheManager:
 
     @property
     def spare_slot(self) -> int:
-        """Of each layer's pool of KV blocks on the device: it belongs to no block."""
+        """Slot that belongs to no block, in each layer's pool of KV blocks on the device."""
         return len(self._pools[PoolId.DEVICE_KV][0]) - 1
 
     def stores(self, batch: MiniBatch, upload: Upload) -> dict[BlockKind, dict[PoolId, Stores]]:
@@ -214,7 +214,7 @@ def _loads_from(tier: Tier, batch: MiniBatch, held: BlockKind) -> Loads:
 
 
 def _to_rows(runs: Runs, rows: Ints) -> Runs:
-    """The copies of `runs` to `rows[i]` in place of row i; neighbours are joined anew."""
+    """The copies of `runs` to `rows[i]` in place of row i; neighbours are joined again."""
     each = runs.rows()
     return merge_runs(each.source, rows[each.target], np.ones_like(each.source))
 

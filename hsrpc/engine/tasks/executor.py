@@ -51,7 +51,7 @@ class _Before:
 
     carried: Carried = NOTHING_CARRIED
     events: Sequence[Event] = ()
-    """Of its operations, where it ran to its end."""
+    """Events of its operations, by their numbers; empty where it did not run to its end."""
     barrier: tuple[Event, ...] = ()
     """All that it has launched: loads of the next step must not overwrite what it reads, nor read what it stores."""
 
@@ -169,7 +169,7 @@ class Executor:
             await worker.run(self._join_streams)
 
     def _join_streams(self) -> None:
-        """What follows a step that was given up, on any stream, comes after all of it: not all of it was waited for."""
+        """Let what follows a stopped step, on any stream, come after all of it: nobody waited for all of its events."""
         device = self._device
         device.wait(device.compute, device.record(device.load))
         self._note_end()
@@ -225,9 +225,9 @@ class _Computing:
 
     step: Step
     on_device: Pass = field(default_factory=lambda: Pass([]))
-    """From EMBED on."""
+    """Mini-batches of the step on the device, from the EMBED operation on."""
     sampled: list[Sampled] | None = None
-    """Its tokens, once it is computed to its end."""
+    """Tokens of the step, once it is computed to its end."""
 
 
 def _range(kind: OpKind) -> AbstractContextManager[object]:

@@ -28,11 +28,11 @@ class WeightPrefetcher:
         self._buffers = [self._buffer(plan.weight_buffer_bytes) for _ in range(BUFFERS * streams)]
         self._decoded = self._buffer(plan.decode_buffer_bytes)
         self._open: dict[tuple[int, int], OpenedLayer] = {}
-        """By layer and buffer."""
+        """Opened layers by layer and buffer."""
 
     @property
     def places(self) -> Places:
-        """Where each layer's weights are."""
+        """Placement of each layer's weights."""
         return tuple(LayerPlacement(each.bus_bytes, each.is_decoded) for each in self._layers)
 
     def _buffer(self, size: int) -> torch.Tensor:

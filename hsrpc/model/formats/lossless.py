@@ -72,7 +72,7 @@ class Coding(Packing):
     shape: tuple[int, ...]
     dtype: torch.dtype
     exponents: tuple[int, ...]
-    """Those with codes, the most frequent first."""
+    """Exponents with codes, the most frequent first."""
     counts: tuple[int, ...]
     """Numbers of codes of each level, then of escapes."""
 

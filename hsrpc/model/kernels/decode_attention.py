@@ -144,8 +144,8 @@ def _merge(
     there = part < num_parts
     source = (request * num_parts + part).to(tl.int64) * HEADS + head
     m = tl.load(sums + 2 * source, mask=there, other=float("-inf"))
-    most = tl.max(m, 0)
-    weight = tl.where(m > float("-inf"), tl.exp(m - most), 0.0)
+    max_m = tl.max(m, 0)
+    weight = tl.where(m > float("-inf"), tl.exp(m - max_m), 0.0)
     total = tl.sum(weight * tl.load(sums + 2 * source + 1, mask=there, other=0.0), 0)
     inside = there[:, None] & (d < HEAD_DIM)[None, :]
     acc = tl.load(parts + source[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
@@ -231,6 +231,6 @@ def _num_parts(num_programs: int, max_keys: int) -> int:
 
 
 def _heads_in_a_pack(num_kv_heads: int, head_dim: int) -> int:
-    """As many as fill `_PACKED_DIM`, where all packs are alike."""
+    """Heads that fill `_PACKED_DIM` together, where all packs are alike; else 1."""
     wanted = max(1, _PACKED_DIM // head_dim)
     return wanted if num_kv_heads % wanted == 0 else 1

@@ -198,7 +198,7 @@ def _spread_levels(values, ranks, offsets, codes, escapes, num_values, first, SH
 
 @triton.jit(do_not_specialize=["first", "num_words"])
 def _pack_codes(codes, words, first, num_words, WORDS: tl.constexpr):
-    """To words from the number `first` on."""
+    """Pack codes [rows, 16] into words from the number `first` on."""
     row = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     column = tl.arange(0, 16)[None, :]
     inside = row < num_words

@@ -7,7 +7,7 @@ import os
 import threading
 
 EXIT_SECONDS = 20.0
-"""From the end of the last request to that of the process: more than the engine takes to be left."""
+"""Seconds from the end of the last request to that of the process: more than the engine takes to be left."""
 
 _log = logging.getLogger(__name__)
 

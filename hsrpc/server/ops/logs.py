@@ -98,6 +98,6 @@ def _rounded(seconds: float | None) -> float | None:
 
 
 def _plain(value: object) -> str:
-    """As it is where that is one word of printable characters, else quoted."""
+    """Text of a value: as it is where that is one word of printable characters, else quoted."""
     text = str(value)
     return text if text and text.isprintable() and not set(text) & set(' ="\\') else json.dumps(text)

@@ -166,8 +166,8 @@ def _work(stats: Stats) -> Iterator[Metric]:
         bus.add_metric([what], moved)
     yield bus
     yield _counter("hsrpc_regenerated_tokens", "K and V rebuilt, tokens times layers", stats.regenerated_tokens)
-    yield _counter("hsrpc_recomputed_tokens", "Computed anew: their requests keep no cache", stats.recomputed_tokens)
-    yield _counter("hsrpc_preemptions", "Times that a request gave its blocks up", stats.preemptions)
+    yield _counter("hsrpc_recomputed_tokens", "Tokens of requests that keep no cache", stats.recomputed_tokens)
+    yield _counter("hsrpc_preemptions", "Times that a request was preempted", stats.preemptions)
     yield _counter("hsrpc_prompt_tokens", "Prompt tokens of the requests taken", stats.prompt_tokens)
     yield _counter("hsrpc_generated_tokens", "Tokens generated", stats.generated_tokens)
 
