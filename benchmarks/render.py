@@ -107,6 +107,11 @@ TABLES = {
         ("GPU", "case", *_STEP, "tokens/s", "commit"),
         tables.guard,
     ),
+    "lists": Table(
+        ("lists/before", "lists/after", "lists/before-again", "lists/after-again"),
+        ("step, efficiency", "before", "after", "before again", "after again"),
+        tables.lists,
+    ),
     "overview": Table(
         (*_POLICIES[:3], *_CODING[2:]),
         ("weights and caches all on the host", "policy", *_STEP, "tokens/s"),

@@ -243,6 +243,17 @@ def guard(records: Sequence[Record]) -> Iterator[Row]:
             kind = ""
 
 
+def lists(records: Sequence[Record]) -> Iterator[Row]:
+    """The guard's cases on one machine, by turns: before a step was a list, after, and both again."""
+    found = [{cell["name"]: cell for cell in record.result["cases"]} for record in records]
+    for name in found[0]:
+        cells = [cells.get(name) for cells in found]
+        yield (
+            name,
+            *("" if each is None else f"{ms(each['step_seconds'])}, {each['efficiency']:.2f}" for each in cells),
+        )
+
+
 def commands(records: Sequence[Record]) -> Iterator[Row]:
     """Where every file comes from."""
     for record in records:
@@ -262,6 +273,10 @@ def rate(number: float) -> str:
 
 def _step(cell: Any) -> Row:
     return ms(cell["step_seconds"]), ms(cell["limit_seconds"]), f"{cell['efficiency']:.2f}"
+
+
+def _beside(cell: Any | None) -> str:
+    return "" if cell is None else f"{ms(cell['step_seconds'])}, {cell['efficiency']:.2f}"
 
 
 def _policy(cell: Any) -> str:

@@ -67,7 +67,7 @@ class Assembly:
             prediction=closed,
             hardware=model.hardware,
         )
-        return replace(plan, prediction=simulated(plan, sizes, closed))
+        return replace(plan, prediction=simulated(plan, sizes, closed, recomputes=bool(one.recomputed)))
 
     def _spare_prefill_tokens(self, point: Point, one: Evaluation) -> float:
         """None where no weights stream: there each mini-batch more costs its launches, as it does with a bound."""
@@ -108,7 +108,7 @@ class Assembly:
     def _reason(self, point: Point, one: Evaluation, share: float) -> str:
         reason = self.decision.explain(share, point.device_share, float(one.host_share), float(one.on_device))
         if one.recomputed and not self.evaluator.recomputes:
-            reason += f"; {one.recomputed:.0%} of the tokens in use are computed anew in each step, and not cached"
+            reason += f"; {one.recomputed:.0%} of the tokens in use are recomputed in each step, and not cached"
         wanted = self.evaluator.config.max_batch
         if wanted is None or point.batch == wanted:
             return reason

@@ -45,7 +45,8 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
     elif part:
         balanced = model.balanced_recompute(candidate, min(1.0 - on_device, part))
         candidate = replace(candidate, recomputed=balanced)
-    found = simulated(plan, sizes, as_prediction(batch, context, model.predict(candidate)))
+    closed = as_prediction(batch, context, model.predict(candidate))
+    found = simulated(plan, sizes, closed, recomputes=bool(candidate.recomputed))
     return replace(found, mean_step=found.step)
 
 
@@ -56,23 +57,20 @@ def as_prediction(batch: int, context: int, times: StepTimes) -> StepPrediction:
     return StepPrediction(batch=batch, context=context, mini_batches=mini_batches, **seconds)
 
 
-def simulated(plan: Plan, sizes: ModelSizes, closed: StepPrediction) -> StepPrediction:
+def simulated(plan: Plan, sizes: ModelSizes, closed: StepPrediction, *, recomputes: bool) -> StepPrediction:
     """A step with the parts of `closed`, whose own time is that of the list which the engine will run.
 
     A search compares thousands of candidates by a closed form; what is told of the chosen one is its list's time. Where
-    nothing crosses the bus there is nothing that takes turns.
+    nothing crosses the bus there is nothing that takes turns. `recomputes`: some tokens of the step are recomputed.
     """
     if not closed.bus:
         return closed
-    taking_turns = min(closed.bus, closed.gpu) / (sizes.num_layers * closed.mini_batches)
-    boundary = max(0.0, closed.boundary - taking_turns)  # the list's first and last mini-batch are in its time
-    step = max(simulated_step(plan, sizes, closed), closed.launch) + boundary
+    # The list's first and last mini-batch, beside which nothing runs, are in its own time.
+    alone = min(closed.bus, closed.gpu) / (sizes.num_layers * closed.mini_batches)
+    by_list = simulated_step(plan, sizes, closed, recomputes=recomputes)
+    step = max(by_list, closed.launch) + max(0.0, closed.boundary - alone)
     return replace(
-        closed,
-        boundary=boundary,
-        step=step,
-        longest_step=max(step, closed.longest_step),
-        mean_step=max(step, closed.mean_step),
+        closed, step=step, longest_step=max(step, closed.longest_step), mean_step=max(step, closed.mean_step)
     )
 
 

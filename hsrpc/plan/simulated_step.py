@@ -12,14 +12,15 @@ from hsrpc.schedule.simulate import steady
 from hsrpc.schedule.sweep import BatchShape, LayerPlacement, Op, OpKind, OpList, Places, sweep
 
 
-def simulated_step(plan: Plan, sizes: ModelSizes, step: StepPrediction) -> float:
+def simulated_step(plan: Plan, sizes: ModelSizes, step: StepPrediction, *, recomputes: bool) -> float:
     """Seconds of bus and GPU for a step in the middle of many, whose parts take as long as `step` says.
 
-    Each mini-batch has an equal part of all that is not the weights'. The step's own time is not looked at.
+    Each mini-batch has an equal part of all that is not the weights', also of the tokens that it `recomputes`. The
+    step's own time is not looked at.
     """
     places = placements(plan)
     # Mini-batches of a decode step go through the weights together; those with whole requests that recompute cannot.
-    num_groups = step.mini_batches if plan.recompute.tokens or not plan.keeps_cache else 1
+    num_groups = step.mini_batches if recomputes else 1
     shapes = (BatchShape(number % num_groups, True, step.regenerate > 0, True) for number in range(step.mini_batches))
     batches = tuple(shapes)
     seconds = _OpSeconds.of(plan, LayerTimes(sizes, plan.hardware), step, num_groups)
