@@ -531,23 +531,18 @@ class Inbox(asyncio.Queue[Any]):
         self.most = max(self.most, self.qsize())
 
 
-def inbox_bounds(ops: OpList) -> dict[Lane, int]:
+def inbox_bounds() -> dict[Lane, int]:
     """Messages that a lane may find at most, where it is slow: with each lane's last one, that it has ended.
 
     The compute lane: loads are ahead of it by their buffers, and each is one message. The cache lane: who computes goes
-    on until it needs the blocks that are not loaded yet, which leaves as many mini-batches as there are buffers. The
-    weights' lane: the same in layers, and the blocks that its parts come after: those between two layers' weights are
-    as many as the second has parts, and behind them blocks are loaded as far as there are buffers.
+    on until it needs the blocks that are not loaded yet, which leaves as many mini-batches as there are buffers; and
+    the weights' last part, behind which its own turn comes. The weights' lane: the blocks behind which its parts go are
+    ahead of it by their buffers, since those behind wait for their turn, and as many layers may be finished.
     """
-    parts: dict[tuple[int, int], int] = {}
-    for op in ops.ops:
-        if op.kind is OpKind.LOAD_WEIGHTS:
-            parts[op.layer, op.slot] = parts.get((op.layer, op.slot), 0) + 1
     ends = len(Lane) - 1
-    most_parts = max(parts.values(), default=0)
     return {
-        Lane.WEIGHTS: BUFFERS + most_parts + BUFFERS + ends,
-        Lane.CACHE: BUFFERS + ends,
+        Lane.WEIGHTS: 2 * BUFFERS + ends,
+        Lane.CACHE: BUFFERS + 1 + ends,
         Lane.COMPUTE: 2 * BUFFERS + ends,
     }
 
@@ -569,7 +564,7 @@ def test_messages_between_lanes_are_bounded(chain: tuple[Places, list[tuple[Carr
         before: list[Event] = [None] * -min(carried.loaded, default=0)
         run = partial(StepRun, bare_step(ops), CpuDevice(), before)
         found = most_messages(run, slow_workers(seed))
-        assert all(found[lane] <= bound for lane, bound in inbox_bounds(ops).items())
+        assert all(found[lane] <= bound for lane, bound in inbox_bounds().items())
 
 
 @pytest.mark.parametrize("lane", Lane)
@@ -582,4 +577,4 @@ def test_messages_do_not_grow_with_a_step(lane: Lane) -> None:
         workers = {other: Slow(0, 300 if other is lane else 1) for other in Lane}
         found.append(most_messages(partial(StepRun, bare_step(ops), CpuDevice()), workers)[lane])
     assert found[0] == found[1]
-    assert inbox_bounds(ops)[lane] / 2 <= found[0] <= inbox_bounds(ops)[lane]
+    assert inbox_bounds()[lane] / 2 <= found[0] <= inbox_bounds()[lane]
