@@ -275,7 +275,7 @@ def test_the_bus_is_timed_alone_and_beside_gemms(tiny, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_coding_says_how_much_smaller_matrices_get(dtype, tmp_path, capsys):
-    """Of random weights of a shape; each matrix and all together."""
+    """The share of bytes of random weights of a shape, each matrix and all together."""
     file = tmp_path / "config.json"
     file.write_text(json.dumps(TINY | {"hidden_size": 128, "ffn_dim": 256, "word_embed_proj_dim": 128}))
     saved = tmp_path / "coding.json"

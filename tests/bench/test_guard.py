@@ -212,7 +212,7 @@ def test_a_case_is_compared_with_its_like_alone(known, remark):
 
 
 def test_a_failure_is_the_result_only_where_nothing_else_is():
-    """Of several measurements the last failure, or the best of the others."""
+    """The last failure of several measurements, or the best of the others."""
     failures = [{"name": "host-kv", "failure": text} for text in ("first", "second")]
     assert best(failures)["failure"] == "second"
     assert best([*failures, cell()])["efficiencies"] == [0.9]

@@ -178,7 +178,7 @@ def test_if_nothing_works_there_is_no_best(tmp_path):
 
 
 def test_reasons_are_one_line():
-    """Of a child that failed: lack of memory, a kill, or its last words."""
+    """Why a child failed: lack of memory, a kill, or its last words."""
     assert (
         reason(1, "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried\n\n") == "out of memory on the device"
     )

@@ -34,7 +34,7 @@ def flexgen(model: str = "opt-6.7b", batch: int = 24, percent=(0, 100, 0, 100, 1
 
 @pytest.mark.parametrize(("percent", "of_twelfths"), [(0, 0), (20, 1), (30, 5), (55, 6), (70, 7), (80, 11), (100, 12)])
 def test_tensors_are_placed_by_their_middle(percent: int, of_twelfths: int):
-    """Of a layer's twelve squares as many stay on the device as FlexGen's rule says, not as the percentage says."""
+    """As many of a layer's twelve squares stay on the device as FlexGen's rule says, not as the percentage says."""
     _, attention, mlp, _ = weight_groups(sizes_of("opt-13b"))
     kept = resident_bytes(attention, percent) + resident_bytes(mlp, percent)
     assert 12 * kept / sum(attention + mlp) == pytest.approx(of_twelfths, abs=0.01)

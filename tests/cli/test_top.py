@@ -58,7 +58,7 @@ def test_the_first_view_knows_no_rates():
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    """Of a server in a process of its own, whose engine says what it is told to."""
+    """A server in a process of its own, whose engine says what it is told to."""
     command = [sys.executable, "-m", "tests.server.serve_fake"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:

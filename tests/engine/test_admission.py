@@ -74,7 +74,7 @@ async def test_no_is_said_at_once_and_before_tokenising(
 
 
 async def test_prompts_that_are_tokenised_hold_their_place(reference: Callable[[str], Reference]) -> None:
-    """Of ten prompts that come at once, where two may wait, eight are refused before the tokenizer has seen them."""
+    """Ten prompts come at once where two may wait: eight are refused before the tokenizer has seen them."""
     async with busy(reference("opt"), max_queued_requests=2) as (engine, _):
         results = await asyncio.gather(
             *(engine.submit("a prompt", greedy(1)) for _ in range(10)), return_exceptions=True

@@ -93,7 +93,7 @@ class Launches:
         self._then(number)
 
     def check(self) -> None:
-        """Of each lane the first ones, in the list's order; none before what it comes after."""
+        """Each lane has launched its first ones, in the list's order; none before what it comes after."""
         for lane in Lane:
             assert self.of(lane) == list(self._ops.lanes[lane][: len(self.of(lane))])
         place = {number: index for index, number in enumerate(self.order)}

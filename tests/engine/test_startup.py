@@ -178,7 +178,7 @@ async def test_nothing_of_an_engine_stays_when_it_is_left(reference: Callable[[s
 
 
 def queries(step: Step) -> list[int]:
-    """Of each request, in mini-batch order."""
+    """New tokens of each request, in mini-batch order."""
     return [count for batch in step.mini_batches for count in np.diff(batch.query_starts).tolist()]
 
 

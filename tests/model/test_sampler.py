@@ -229,7 +229,7 @@ def test_a_preempted_request_goes_on_with_the_same_tokens() -> None:
 
 
 def test_every_output_position_and_seed_draws_anew() -> None:
-    """Of 60 equal tokens, 30 positions of one request give many, and so do 30 seeds."""
+    """30 positions of one request choose many of 60 equal tokens, and so do 30 seeds."""
     rows = [row(SamplingParams(), output=(0,) * length, seed=7) for length in range(30)]
     assert len(set(token_ids(torch.zeros(30, VOCAB), rows))) > 15
     rows = [row(SamplingParams(), seed=seed) for seed in range(30)]

@@ -21,7 +21,7 @@ def change(use: DeviceUse, **more: int) -> float:
 
 
 def test_hidden_states_are_those_before_and_after_a_layer() -> None:
-    """Of all tokens of a step."""
+    """The hidden states of all tokens of a step."""
     assert device_bytes(SIZES, STAGING)[DeviceUse.HIDDEN_STATES] == 2 * 700 * SIZES.hidden_bytes
     assert change(DeviceUse.HIDDEN_STATES, step_tokens=10) == 20 * SIZES.hidden_bytes
 

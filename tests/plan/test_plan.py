@@ -288,7 +288,7 @@ def with_all_heads(layer: LayerSizes) -> LayerSizes:
 @given(planner=PLANNERS, share=st.sampled_from((0.0, 0.25, 0.5, 0.75, 1.0)), batch=st.sampled_from((1, 3, 8, 32)))
 @settings(max_examples=100)
 def test_no_other_choice_is_faster(planner: Planner, share: float, batch: int):
-    """Of every batch and share that fit, the plan's throughput is within a tenth of the highest predicted.
+    """The plan's throughput is within a tenth of the highest that is predicted for a batch and share that fit.
 
     Nearly always within 3 %; two in a thousand of these random models, of microseconds a step, are up to 8 % off.
     """

@@ -43,7 +43,7 @@ def _loads(batch: MiniBatch) -> tuple[Runs, ...]:
 
 
 def _slots(copies: Runs | Rows) -> int:
-    """Of the pools: all that are read or written, added up."""
+    """Slots of the pools: all that are read or written, added up."""
     return int(np.sum(copies.rows().source if isinstance(copies, Runs) else copies.target))
 
 

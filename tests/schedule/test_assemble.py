@@ -26,7 +26,7 @@ ASSEMBLER = Assembler(layers=LAYERS, block_size=BLOCK, window=None, max_queries=
 
 
 def make_chunk(number: int, pools: Sequence[PoolId], context: int, count: int) -> Chunk:
-    """Of a request whose last token is the last of the chunk."""
+    """A request whose last token is the last of the chunk."""
     request = Request(str(number), [number] * (context + count), SamplingParams(), number, 0.0)
     for index, pool in enumerate(pools):
         request.blocks.append(pool, 10 * number + index)
@@ -93,7 +93,7 @@ def test_a_step_has_the_arrays_and_the_list_of_its_mini_batches(window: int | No
 
 
 def test_arrays_that_are_there_are_taken():
-    """Of a step ahead: its tokens are not known, so they could not be packed anew."""
+    """A step ahead: its tokens are not known, so they could not be packed again."""
     part = (make_chunk(0, [PoolId.DEVICE_KV], 2, 1),)
     arrays = (replace(pack(part, BLOCK, None), token_ids=np.array([5])),)
     step = ASSEMBLER.assemble(replace(schedule(part), arrays=arrays, is_in_place=True), NOTHING_CARRIED)

@@ -179,7 +179,7 @@ def test_the_device_comes_first(device: PoolId, host: PoolId):
 
 @pytest.mark.parametrize(("kv", "activation"), [(3, 1), (1, 3), (5, 2), (4, 4)])
 def test_activations_are_not_behind_their_share(kv: int, activation: int):
-    """Of any number of blocks as many are activations as their part of the pools, rounded up."""
+    """As many of any number of blocks are activations as their part of the pools, rounded up."""
     manager, table = BlockManager({PoolId.HOST_KV: kv, PoolId.HOST_ACTIVATION: activation}), BlockTable()
     for count in range(1, kv + activation + 1):
         assert manager.grow(table, 1)

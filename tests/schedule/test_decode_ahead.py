@@ -193,7 +193,7 @@ class InFlight(NamedTuple):
 
 
 def two_in_flight(*max_tokens: int, params: SamplingParams | None = None) -> InFlight:
-    """Of requests with outputs of so many tokens, of which one each is there."""
+    """Requests with outputs of so many tokens, of which one each is there."""
     scheduler = Scheduler(BlockManager({PoolId.DEVICE_KV: BLOCKS}), AHEAD_LIMITS, [EOS])
     requests = [
         Request(str(number), [1, 2], params or greedy(count), number, 0.0) for number, count in enumerate(max_tokens)

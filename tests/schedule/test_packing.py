@@ -136,7 +136,7 @@ def rows_in_place(case: Case, batch: MiniBatch, index: int) -> list[Token]:
 
 
 def rebuilt_rows(batch: MiniBatch, index: int) -> range:
-    """Of the kv buffer, and of the activation buffer as well."""
+    """Rows of the kv buffer, and of the activation buffer as well."""
     if index >= batch.in_place.num_requests:
         return range(0)
     starts = batch.in_place.rebuilt_starts

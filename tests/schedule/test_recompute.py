@@ -86,7 +86,7 @@ def test_what_lies_on_the_device_is_kept(pool: PoolId):
 
 
 def test_what_lies_before_the_window_is_not_loaded_anyway():
-    """Of seven requests with 16 cached tokens each, a window of 5 sees one block: 4 s less each, in place of 16 s."""
+    """Seven requests with 16 cached tokens each: a window of 5 sees one block: 4 s less each, in place of 16 s."""
     running = [make_request(number, 4) for number in range(7)]
     limits = replace(LIMITS, weights=0.0)
     assert times(running, 0.0) == (112.0, 28.0)

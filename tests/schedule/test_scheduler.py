@@ -109,7 +109,7 @@ class Harness:
         return self.step
 
     def _check_preempted(self, before: list[Request], preempted: list[Request]) -> None:
-        """Of those with blocks, the last gave way, all of their blocks with them, and not to be admitted at once."""
+        """The last of those with blocks gave way, with all of their blocks, and are not admitted at once."""
         cached = [request for request in before if not request.is_uncached]
         assert preempted == cached[len(cached) - len(preempted) :]
         for request in preempted:
@@ -855,7 +855,7 @@ def test_a_cache_is_not_taken_back_at_the_cost_of_a_prompt():
 
 
 def test_the_first_with_room_takes_its_cache_back():
-    """Of one that needs six blocks and one that needs three, where five are free."""
+    """One needs six blocks and one needs three, where five are free."""
     harness, [short, long] = keeping_none(10, [8, 20])
     takes_back(harness, [])
     harness.add([3] * 16, endless(max_tokens=2))

@@ -339,7 +339,7 @@ def test_what_is_not_ordered_is_found_and_nothing_else(example: Example) -> None
 
 
 def test_two_reads_need_no_order() -> None:
-    """Of the same bytes, on all streams."""
+    """All streams read the same bytes."""
     device, memory = made()
     for stream in (device.load, device.compute, device.store):
         with device.on(stream):
@@ -348,7 +348,7 @@ def test_two_reads_need_no_order() -> None:
 
 
 def test_a_stream_runs_in_order() -> None:
-    """Of itself it need not wait for anything, whenever it is entered."""
+    """It waits for nothing of its own, whenever it is entered."""
     device, memory = made()
     for _ in range(2):
         with device.on(device.compute):
@@ -462,7 +462,7 @@ def test_a_history_is_exact(accesses: list[tuple[torch.Tensor, Actor, bool]], la
 
 @given(rows=st.lists(st.integers(0, 7), min_size=1, max_size=8), view=views())
 def test_a_set_of_rows_is_exact(rows: list[int], view: torch.Tensor) -> None:
-    """Of half of each row, from a tensor with an offset."""
+    """Half of each row, from a tensor with an offset."""
     history = AccessHistory(4 * _SIZE)
     right = torch.arange(_SIZE, dtype=torch.float32).view(8, 6)[:, 3:]
     history.add(RowSet.of(right, ints(*rows)), Actor.LOAD, 1, writes=True)

@@ -18,6 +18,7 @@ from hsrpc.device.uploads import Upload
 from hsrpc.engine.lanes import StepRun
 from hsrpc.engine.worker import Worker
 from hsrpc.model.formats.format import Formats
+from hsrpc.plan.device_memory import SPARE_SLOTS
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.sizes import ModelSizes
@@ -130,7 +131,7 @@ class CacheManager:
         for buffer, loads in zip(self.buffers[op.slot], self._loads[op.batch][self._held[op.layer]], strict=True):
             for pool, runs in loads.items():
                 self._device.copy_runs(buffer, self._pools[pool][op.layer], runs)
-                self.loaded_bytes += runs.num_rows * buffer.shape[1] * buffer.element_size()
+                self.loaded_bytes += runs.num_rows * self._rows[pool.kind][op.layer].num_bytes
 
     def gathers(self, batch: MiniBatch, upload: Upload) -> dict[BlockKind, Gathers]:
         """What `gather` needs for a mini-batch, by what activation blocks hold in a layer."""
@@ -189,17 +190,22 @@ class CacheManager:
         return self._device.empty(shape, self._formats.cache(kind).dtype, DeviceUse.CACHE_BUFFERS)
 
     def _allocate(self, pool: PoolId, num_slots: int) -> list[torch.Tensor]:
-        """One tensor [slots, width] a layer, so that a layer's blocks are neighbours."""
-        rows, dtype = self._rows[pool.kind], self._formats.cache(pool.kind).dtype
-        if pool.tier is Tier.DEVICE:  # with a spare row
-            shapes = [(num_slots + 1, row.width) for row in rows]
-            return [self._device.empty(shape, dtype, DeviceUse.CACHE_BLOCKS) for shape in shapes]
+        """One tensor [slots, width] a layer, so that its blocks are neighbours, in the format of what they hold."""
+        rows = self._rows[pool.kind]
+        held = (self._plan.held(pool.kind, layer) for layer in range(len(rows)))
+        dtypes = [self._formats.cache(kind).dtype for kind in held]
+        if pool.tier is Tier.DEVICE:
+            shapes = [(num_slots + SPARE_SLOTS, row.width) for row in rows]
+            return [
+                self._device.empty(shape, dtype, DeviceUse.CACHE_BLOCKS)
+                for shape, dtype in zip(shapes, dtypes, strict=True)
+            ]
         if num_slots == 0:
             return []
         pin = partial(self._device.pinned, use=HostUse.CACHE_BLOCKS)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pin") as threads:
             pinned = threads.map(pin, [num_slots * row.num_bytes for row in rows])
-            return [memory.view(dtype).view(num_slots, -1) for memory in pinned]
+            return [memory.view(dtype).view(num_slots, -1) for memory, dtype in zip(pinned, dtypes, strict=True)]
 
 
 def _loads_from(tier: Tier, batch: MiniBatch, held: BlockKind) -> Loads:

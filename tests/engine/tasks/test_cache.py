@@ -37,7 +37,7 @@ Rows = list[torch.Tensor]
 
 @pytest.fixture
 def dtype() -> torch.dtype:
-    """Of the caches, and of the model."""
+    """The element type of the caches and of the model."""
     return torch.float32
 
 
