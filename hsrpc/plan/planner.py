@@ -8,26 +8,24 @@ linear in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from hsrpc.config import CachePolicy, EngineConfig, Placement, format_bytes
+from hsrpc.config import CachePolicy, EngineConfig, Placement, format_bytes, parse_bytes
 from hsrpc.errors import ConfigError
 from hsrpc.plan.build import Assembly
 from hsrpc.plan.cache_policy import decide_cache
-from hsrpc.plan.device_memory import device_bytes
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.placement import resident_choices
 from hsrpc.plan.plan import Budgets, Plan, StepPrediction
-from hsrpc.plan.search import MIN_CHUNK, Bools, Evaluation, Evaluator, Grid, Point
+from hsrpc.plan.search import Bools, Evaluation, Evaluator, Grid, Point
 from hsrpc.plan.sizes import Floats, ModelSizes, Number, attended
 from hsrpc.plan.step_time import StepModel, Traffic, token_bytes
 from hsrpc.schedule.blocks import BlockKind
-from hsrpc.schedule.sweep import BUFFERS
 
 DEFAULT_CONTEXT = 1024
 MAX_BATCH = 512
@@ -41,6 +39,8 @@ _RECOMPUTE_TOKENS = (8192, 32768)
 """Their hidden states lie on the device."""
 _WORTH = 0.99
 """A larger batch is chosen only where throughput grows by more than the rest: it makes every request wait longer."""
+_BOUNDLESS = 2**60
+"""Bytes that are enough for any model."""
 _EQUAL = 0.995
 """Candidates so near to the best of a batch count as equal: the simplest is chosen, by mini-batches, kinds, rows."""
 
@@ -57,8 +57,7 @@ class Planner:
         self.decision = decide_cache(config, sizes)
         self.traffic = _traffic(config, sizes, self.max_model_len)
         self._choices = resident_choices(sizes, self._resident_shares())
-        model = StepModel(sizes, hardware, self.traffic)
-        self._evaluator = Evaluator(model, budgets, config, self._choices, self.decision.shares)
+        self._model = StepModel(sizes, hardware, self.traffic)
 
     def plan(self) -> Plan:
         """The best plan.
@@ -66,7 +65,7 @@ class Planner:
         Raises:
             ConfigError: the budgets are too small for the model, or `max_step_time` cannot be met.
         """
-        return Assembly(self._evaluator, self.decision).plan(self._best())
+        return Assembly(self._evaluator(self.budgets), self.decision).plan(self._best())
 
     def curve(self) -> list[tuple[float, StepPrediction]]:
         """Activation shares from 0 to 1 and the best prediction for each that fits, for a plot.
@@ -84,7 +83,8 @@ class Planner:
 
     def _best(self) -> Point:
         """The smallest batch that is worth it, and of its fast candidates the simplest."""
-        found = [self._evaluator.evaluate(grid) for grid in self._grids()]
+        evaluator = self._evaluator(self.budgets)
+        found = [evaluator.evaluate(grid) for grid in self._grids(self.budgets)]
         fits = _join([e.fits for e in found], found).astype(np.bool_)
         if not fits.any():
             raise self._too_small()
@@ -107,25 +107,28 @@ class Planner:
         order = np.lexsort((-rates[equal], *(_join(parts, found)[equal] for parts in simpler)))
         return _point(found, int(equal[order[0]]))
 
-    def _grids(self) -> Iterator[Grid]:
+    def _evaluator(self, budgets: Budgets) -> Evaluator:
+        return Evaluator(self._model, budgets, self.config, self._choices, self.decision.shares)
+
+    def _grids(self, budgets: Budgets) -> Iterator[Grid]:
         """All choices, for each size of the buffers; of equal candidates the first, with most resident, is taken."""
         batch = _batches(self.config.max_batch)[:, None, None]
-        choice = self._possible_choices()[None, :, None]
+        choice = self._possible_choices(budgets)[None, :, None]
         shares = (0.0, *self.decision.shares) if self.decision.is_free else self.decision.shares
         share = np.array(shares)[None, None, :]
         kv_only = (share == 0) & (np.arange(len(shares)) == 0)
-        for wanted in self._row_choices():
+        for wanted in self._row_choices(budgets):
             rows = self._rows(batch, wanted)
             for recompute in self._recompute_choices(batch):
                 yield Grid(
                     batch=batch, choice=choice, device_share=share, kv_only=kv_only, rows=rows, recompute=recompute
                 )
 
-    def _possible_choices(self) -> npt.NDArray[np.int64]:
+    def _possible_choices(self, budgets: Budgets) -> npt.NDArray[np.int64]:
         """Choices of resident weights, from many to few, that alone do not exceed a budget; one where all do."""
         choices = self._choices
-        fits = (choices.resident + choices.buffers <= self.budgets.device - self.budgets.runtime) & (
-            choices.on_host <= self.budgets.host
+        fits = (choices.resident + choices.buffers <= budgets.device - budgets.runtime) & (
+            choices.on_host <= budgets.host
         )
         return (np.flatnonzero(fits) if fits.any() else np.zeros(1, np.int64))[::-1]
 
@@ -135,9 +138,9 @@ class Planner:
         given = self.config.resident_share
         return _RESIDENT_SHARES if given is None else (given,)
 
-    def _row_choices(self) -> list[int]:
+    def _row_choices(self, budgets: Budgets) -> list[int]:
         """Rows of a kv buffer: as many as are wanted, or just those of the longest request."""
-        max_bytes = self.budgets.device // _BUFFER_PART
+        max_bytes = budgets.device // _BUFFER_PART
         row = self.sizes.max_row_bytes(BlockKind.KV)
         return [*dict.fromkeys(min(size, max_bytes) // row for size in _BUFFER_BYTES), 1]
 
@@ -163,30 +166,46 @@ class Planner:
         )
 
     def _too_small(self) -> ConfigError:
-        rows = int(self._rows(1, 1))
-        share = min(self.decision.shares)
-        smallest = Point(1, 0, share, kv_only=share == 0, rows=rows, recompute=0)
-        chunk = self.config.max_prefill_tokens or min(MIN_CHUNK, self.max_model_len)
-        staging = self._evaluator.staging(smallest.as_grid(), chunk, chunk)
-        layer = int(self.sizes.largest(lambda layer: layer.weight_bytes))
-        needed = sum(map(int, device_bytes(self.sizes, staging).values())) + BUFFERS * layer
-        needed += self.budgets.runtime
-        if self.budgets.device < needed:
+        device = self._smallest(lambda size: replace(self.budgets, device=size, host=_BOUNDLESS), self.budgets.device)
+        if device > self.budgets.device:
             return ConfigError(
                 "gpu_memory",
                 format_bytes(self.budgets.device),
-                f"too small for a context of {self.max_model_len}: buffers and embeddings take {format_bytes(needed)}",
-                "raise it, or lower max_model_len or max_prefill_tokens",
+                f"too small for a context of {self.max_model_len}: the smallest plan takes {format_bytes(device)}",
+                "raise it to that, or lower max_model_len or max_prefill_tokens",
             )
+        host = self._smallest(lambda size: replace(self.budgets, host=size), self.budgets.host)
         share = max(self.decision.shares) if self.sizes.activation_ratio > 1 else min(self.decision.shares)
         cache = self.max_model_len * self.sizes.num_layers * float(token_bytes(self.sizes, share))
         return ConfigError(
             "host_memory",
             format_bytes(self.budgets.host),
             f"too small: weights take {format_bytes(self._choices.on_host[0])} less what stays on the device, "
-            f"one request at full length {format_bytes(cache)}",
-            "raise it or gpu_memory, or lower max_model_len or max_batch",
+            f"one request at full length {format_bytes(cache)}, the smallest plan {format_bytes(host)}",
+            "raise it to that, or raise gpu_memory, or lower max_model_len or max_batch",
         )
+
+    def _smallest(self, budgets: Callable[[int], Budgets], given: int) -> int:
+        """The smallest size from `given` on, as it is shown, with which some candidate fits; to 2 %."""
+        too_small, enough = given, given
+        while not self._fits(budgets(enough)):
+            too_small, enough = enough, _as_shown(2 * max(1, enough))
+        while enough - too_small > enough // 50:
+            middle = _as_shown((too_small + enough) / 2)
+            if not too_small < middle < enough:
+                break
+            too_small, enough = (too_small, middle) if self._fits(budgets(middle)) else (middle, enough)
+        return enough
+
+    def _fits(self, budgets: Budgets) -> bool:
+        """Whether a candidate fits; it may be too slow."""
+        evaluator = self._evaluator(budgets)
+        return any(bool(evaluator.evaluate(grid).fits.any()) for grid in self._grids(budgets))
+
+
+def _as_shown(size: float) -> int:
+    """`size` bytes as a reader of `format_bytes` would give them."""
+    return parse_bytes(format_bytes(size), "size")
 
 
 def _max_model_len(config: EngineConfig, sizes: ModelSizes) -> int:
