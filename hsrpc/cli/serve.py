@@ -120,8 +120,8 @@ def run(options: argparse.Namespace) -> None:
         return
     from hsrpc.engine.engine import Engine  # takes seconds: the settings are checked by now
 
-    set_up_logs(LogFormat(options.log_format), options.log_level)
     telemetry = Telemetry(config)
+    set_up_logs(LogFormat(options.log_format), options.log_level, telemetry.count_dropped_log_line)
     engine = Engine(engine_settings, progress=sys.stderr.isatty(), observe=telemetry.observe_step)
     run_loop(serve(_offline_once_loaded(engine), config, telemetry=telemetry, exit_within=exit_within))
 

@@ -1,4 +1,4 @@
-"""Serves a fake engine, for tests of signals and faults: its argument is loading, broken, dies, hangs or none."""
+"""Serves a fake engine, for tests of signals and faults: its argument is loading, broken, dies, hangs, logs or none."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import suppress
 from hsrpc.errors import CheckpointError
 from hsrpc.server import ServerConfig, app, serve
 from hsrpc.server.ops.forced_exit import exit_within
+from hsrpc.server.ops.logs import LogFormat, set_up_logs
+from hsrpc.server.ops.telemetry import Telemetry
 from hsrpc.testing.fake_engine import FakeEngine
 
 
@@ -33,7 +35,12 @@ async def main(mode: str) -> None:
         engine = HangingEngine()
         app.EXIT_SECONDS = 1.0
         await serve(engine, ServerConfig(port=0, drain_timeout=0.1), exit_within=exit_within)
-    await serve(engine, ServerConfig(port=0, drain_timeout=30))
+    config = ServerConfig(port=0, drain_timeout=30)
+    telemetry = Telemetry(config)
+    if mode == "logs":
+        engine.held = False
+        set_up_logs(LogFormat.TEXT, "info", telemetry.count_dropped_log_line)
+    await serve(engine, config, telemetry=telemetry)
 
 
 asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else ""))

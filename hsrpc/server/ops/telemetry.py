@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Self
@@ -17,7 +17,7 @@ from hsrpc.server.engine_protocol import Engine
 from hsrpc.server.observation import CallObserver
 from hsrpc.server.ops.exposition import exposed
 from hsrpc.server.ops.logs import RequestLog
-from hsrpc.server.ops.metrics import CallMetrics, EngineMetrics, LoopMetrics, MethodMetrics
+from hsrpc.server.ops.metrics import CallMetrics, EngineMetrics, LoopMetrics, MethodMetrics, ProcessMetrics
 from hsrpc.server.ops.tracing import Tracing, open_tracing
 
 _LAG_PERIOD = 0.05
@@ -34,6 +34,7 @@ class Telemetry:
         self._engine_metrics = EngineMetrics(self.registry, lambda: self._engine)
         self._loop_metrics = LoopMetrics(self.registry)
         self.count_call = MethodMetrics(self.registry).count
+        self.count_dropped_log_line: Callable[[], None] = ProcessMetrics(self.registry).dropped_log_lines.inc
         self._tracing: Tracing | None = open_tracing(config.otel_endpoint)
         self.observers: list[CallObserver] = [CallMetrics(self.registry), RequestLog(prompts=config.log_prompts)]
         if self._tracing is not None:
