@@ -18,6 +18,7 @@ from hsrpc.server.lifecycle import Lifecycle
 from hsrpc.server.observation import CallObserver, CountCall
 from hsrpc.server.ops.forced_exit import EXIT_SECONDS
 from hsrpc.server.ops.telemetry import Telemetry
+from hsrpc.server.reloaded_file import ReloadedFiles
 from hsrpc.server.service import Service
 from hsrpc.server.state import Phase
 
@@ -35,14 +36,16 @@ class Server(Lifecycle):
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         observers: Sequence[CallObserver] = (),
         count_call: CountCall | None = None,
+        count_failed_reload: Callable[[], None] | None = None,
     ) -> None:
-        """`observers` are told of the calls of Generate, `count_call` of how each call of any method ended.
+        """`observers` are told of the calls of Generate, `count_call` of how each call of any method ended, and
+        `count_failed_reload` of changes of certificates and tokens that cannot be used.
 
         Raises:
             ConfigError: a file of the security settings cannot be used.
         """
         service = Service(config)
-        self.grpc = GrpcFrontEnd(service, interceptors, observers, count_call)
+        self.grpc = GrpcFrontEnd(service, interceptors, observers, count_call, ReloadedFiles(count_failed_reload))
         super().__init__(service, [self.grpc])
 
     @property
@@ -79,7 +82,8 @@ async def serve(
         SystemExit: a second signal came, or one while loading; 128 plus its number.
     """
     async with telemetry or Telemetry(config) as entered:
-        await _serve(engine, Server(config, interceptors, entered.observers, entered.count_call), entered, exit_within)
+        server = Server(config, interceptors, entered.observers, entered.count_call, entered.count_failed_reload)
+        await _serve(engine, server, entered, exit_within)
 
 
 async def _serve(

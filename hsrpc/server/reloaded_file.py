@@ -26,13 +26,16 @@ T = TypeVar("T")
 class Reloaded(Generic[T]):
     """What `load` makes of files. A change that it refuses is logged, and what there was stays. Safe in threads.
 
+    `count_failure` is told of each such change.
+
     Raises:
         ConfigError: on construction, what `load` raises.
     """
 
-    def __init__(self, paths: Sequence[Path], load: Callable[[], T]) -> None:
+    def __init__(self, paths: Sequence[Path], load: Callable[[], T], count_failure: Callable[[], None]) -> None:
         self._paths = paths
         self._load = load
+        self._count_failure = count_failure
         self._lock = threading.Lock()
         self._looked = time.monotonic()
         self._seen = self._signature()
@@ -42,11 +45,11 @@ class Reloaded(Generic[T]):
         """The value, at most `CHECK_SECONDS` older than the files."""
         with self._lock:
             if time.monotonic() - self._looked >= CHECK_SECONDS:
-                self._looked = time.monotonic()
                 self._look()
             return self._value
 
     def _look(self) -> None:
+        self._looked = time.monotonic()
         # Taken before the files are read: what changes meanwhile is seen the next time.
         signature = self._signature()
         if signature == self._seen:
@@ -57,11 +60,31 @@ class Reloaded(Generic[T]):
             self._value = self._load()
         except ConfigError as error:
             _log.error("%s changed and cannot be used, what was read before stays: %s", names, error)
+            self._count_failure()
         else:
             _log.info("%s changed and was read again", names)
 
     def _signature(self) -> list[tuple[int, ...] | None]:
         return [_stamp(path) for path in self._paths]
+
+
+def _count_nothing() -> None:
+    """Nobody asks how many changes could not be used."""
+
+
+class ReloadedFiles:
+    """All files of one server that are read again; `count_failure` is told of each change that cannot be used."""
+
+    def __init__(self, count_failure: Callable[[], None] | None = None) -> None:
+        self._count_failure = count_failure or _count_nothing
+
+    def watch(self, paths: Sequence[Path], load: Callable[[], T]) -> Reloaded[T]:
+        """What `load` makes of files.
+
+        Raises:
+            ConfigError: what `load` raises.
+        """
+        return Reloaded(paths, load, self._count_failure)
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

@@ -136,6 +136,8 @@ class ProcessMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         dropped = "Lines of the log that could not be written in time"
         self.dropped_log_lines = Counter("hsrpc_log_lines_dropped", dropped, registry=registry)
+        failed = "Changes of certificates and tokens that could not be used"
+        self.failed_reloads = Counter("hsrpc_failed_reloads", failed, registry=registry)
 
 
 def _seconds(name: str, text: str, registry: CollectorRegistry) -> Histogram:

@@ -34,7 +34,9 @@ class Telemetry:
         self._engine_metrics = EngineMetrics(self.registry, lambda: self._engine)
         self._loop_metrics = LoopMetrics(self.registry)
         self.count_call = MethodMetrics(self.registry).count
-        self.count_dropped_log_line: Callable[[], None] = ProcessMetrics(self.registry).dropped_log_lines.inc
+        process = ProcessMetrics(self.registry)
+        self.count_dropped_log_line: Callable[[], None] = process.dropped_log_lines.inc
+        self.count_failed_reload: Callable[[], None] = process.failed_reloads.inc
         self._tracing: Tracing | None = open_tracing(config.otel_endpoint)
         self.observers: list[CallObserver] = [CallMetrics(self.registry), RequestLog(prompts=config.log_prompts)]
         if self._tracing is not None:
