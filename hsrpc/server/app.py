@@ -16,7 +16,7 @@ from hsrpc.server.engine_protocol import Engine
 from hsrpc.server.grpc.listener import GrpcFrontEnd
 from hsrpc.server.lifecycle import Lifecycle
 from hsrpc.server.observation import CallObserver, CountCall
-from hsrpc.server.ops.forced_exit import EXIT_SECONDS
+from hsrpc.server.ops.forced_exit import EXIT_SECONDS, LOADING_EXIT_SECONDS
 from hsrpc.server.ops.telemetry import Telemetry
 from hsrpc.server.reloaded_file import ReloadedFiles
 from hsrpc.server.service import Service
@@ -142,7 +142,7 @@ async def _drain(server: Server, stopping: asyncio.Event) -> None:
 
 
 class _Shutdown:
-    """The first signal while serving drains; any other ends the process now."""
+    """The first signal while serving drains; any other ends the process now, with 128 plus its number."""
 
     def __init__(
         self, server: Server, running: asyncio.Task[None], stopping: asyncio.Event, exit_within: ExitWithin
@@ -154,12 +154,13 @@ class _Shutdown:
         self._exit_within = exit_within
 
     def on_signal(self, number: int) -> None:
-        if self._server.state.phase is Phase.SERVING and not self._stopping.is_set():
+        phase = self._server.state.phase
+        if phase is Phase.SERVING and not self._stopping.is_set():
             self._stopping.set()
             self._exit_within(self._server.config.drain_timeout + EXIT_SECONDS, 1)
         else:
             self.exit_code = 128 + number
-            self._exit_within(EXIT_SECONDS, self.exit_code)
+            self._exit_within(LOADING_EXIT_SECONDS if phase is Phase.LOADING else EXIT_SECONDS, self.exit_code)
             self._running.cancel()
 
 

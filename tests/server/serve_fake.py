@@ -1,4 +1,4 @@
-"""Serves a fake engine, for tests of signals and faults: its argument is loading, broken, dies, hangs, logs or none."""
+"""Serves a fake engine, for tests of signals and faults: one of `main`'s modes, or none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import sys
 import threading
 from contextlib import suppress
+from typing import Self
 
 from hsrpc.errors import CheckpointError
 from hsrpc.server import ServerConfig, app, serve
@@ -25,12 +26,23 @@ class HangingEngine(FakeEngine):
                 await asyncio.Event().wait()
 
 
+class StuckEngine(FakeEngine):
+    """Never loads, on a thread that cannot be told to stop."""
+
+    async def __aenter__(self) -> Self:
+        while True:
+            with suppress(asyncio.CancelledError):
+                await asyncio.to_thread(threading.Event().wait)
+
+
 async def main(mode: str) -> None:
     engine = FakeEngine(held=True, load_gate=asyncio.Event() if mode == "loading" else None)
     if mode == "broken":
         engine.load_error = CheckpointError("no model here")
     if mode == "dies":
         asyncio.get_running_loop().call_later(1, engine.die)
+    if mode == "stuck":
+        await serve(StuckEngine(), ServerConfig(port=0), exit_within=exit_within)
     if mode == "hangs":
         engine = HangingEngine()
         app.EXIT_SECONDS = 1.0

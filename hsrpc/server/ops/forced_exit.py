@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 
 EXIT_SECONDS = 20.0
 """Seconds from the end of the last request to that of the process: more than the engine takes to be left."""
 
+LOADING_EXIT_SECONDS = 1.0
+"""Seconds from a signal while loading to the end of the process: there is nobody to be told, and nothing to lose."""
 _LAST_WORDS_SECONDS = 2.0
 
 _log = logging.getLogger(__name__)
@@ -19,6 +22,14 @@ def exit_within(seconds: float, code: int) -> None:
     timer = threading.Timer(seconds, _exit, (seconds, code))
     timer.daemon = True
     timer.start()
+
+
+def exit_at_sigterm() -> None:
+    """End the process at SIGTERM, with 143, until an event loop takes the signal over; call it in the main thread.
+
+    The default action would do that too, except to process 1, which a container's is.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
 
 def _exit(seconds: float, code: int) -> None:

@@ -243,6 +243,14 @@ async def test_a_signal_while_loading_exits():
         assert await server.exit_code() == 128 + signal.SIGTERM
 
 
+async def test_a_signal_ends_a_load_that_does_not_stop():
+    """What loads is not waited for: the process is gone within seconds, with the signal's code."""
+    async with served("stuck") as server:
+        assert await health(server.channel) == {NOT_SERVING}
+        server.process.send_signal(signal.SIGTERM)
+        assert await server.exit_code() == 128 + signal.SIGTERM
+
+
 async def test_a_model_that_does_not_load_ends_the_process():
     """What loading raises ends serve, and the process exits non-zero."""
     async with served("broken") as server:
