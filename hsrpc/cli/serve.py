@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read once, as grpc loads; hsrpc reports what goes wrong
     from hsrpc.cli.loop import run_loop  # needs the extra `engine`, which --help does not
     from hsrpc.server import ServerConfig, serve
-    from hsrpc.server.ops.forced_exit import exit_at_sigterm, exit_within
+    from hsrpc.server.ops.forced_exit import exit_within, set_up_signals
     from hsrpc.server.ops.logs import LogFormat, set_up_logs
     from hsrpc.server.ops.telemetry import Telemetry
 
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
     if options.print_config:
         print_settings(options.settings)
         return
-    exit_at_sigterm()
+    set_up_signals()
     from hsrpc.engine.engine import Engine  # takes seconds: the settings are checked by now
 
     telemetry = Telemetry(config)

@@ -45,8 +45,13 @@ class Server(Lifecycle):
             ConfigError: a file of the security settings cannot be used.
         """
         service = Service(config)
-        self.grpc = GrpcFrontEnd(service, interceptors, observers, count_call, ReloadedFiles(count_failed_reload))
+        self._files = ReloadedFiles(count_failed_reload)
+        self.grpc = GrpcFrontEnd(service, interceptors, observers, count_call, self._files)
         super().__init__(service, [self.grpc])
+
+    def reload(self) -> None:
+        """Read certificates and tokens again now; what cannot be used is not taken."""
+        self._files.reload()
 
     @property
     def address(self) -> str:
@@ -73,7 +78,8 @@ async def serve(
     """Serve `engine`, not entered yet, until a signal ends it. Prints `listening on HOST:PORT` once bound.
 
     Must run in the main thread, which alone can handle signals. `exit_within` is called when the end begins, with the
-    seconds that it may take at most and the exit code for a process that hangs. Metrics, log and spans are those of
+    seconds that it may take at most and the exit code for a process that hangs. SIGHUP reads certificates and tokens
+    again. Metrics, log and spans are those of
     `telemetry`, made from `config` if None; its `observe_step` is for the engine.
 
     Raises:
@@ -97,7 +103,7 @@ async def _serve(
     running = asyncio.create_task(_run(server, engine, telemetry, stopping))
     shutdown = _Shutdown(server, running, stopping, exit_within)
     try:
-        with _signal_handler(shutdown.on_signal):
+        with _signal_handler(shutdown.on_signal), _hangup_handler(server.reload):
             await asyncio.wait({running})
         if shutdown.exit_code is not None:
             raise SystemExit(shutdown.exit_code)
@@ -162,6 +168,23 @@ class _Shutdown:
             self.exit_code = 128 + number
             self._exit_within(LOADING_EXIT_SECONDS if phase is Phase.LOADING else EXIT_SECONDS, self.exit_code)
             self._running.cancel()
+
+
+@contextmanager
+def _hangup_handler(reload: Callable[[], None]) -> Iterator[None]:
+    """Call `reload` at SIGHUP; whoever had the signal before has it afterwards."""
+
+    def on_hangup() -> None:
+        _log.info("SIGHUP: certificates and tokens are read again")
+        reload()
+
+    loop, before = asyncio.get_running_loop(), signal.getsignal(signal.SIGHUP)
+    loop.add_signal_handler(signal.SIGHUP, on_hangup)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, before)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from hsrpc.errors import ConfigError
 
@@ -38,7 +38,7 @@ class Reloaded(Generic[T]):
         self._count_failure = count_failure
         self._lock = threading.Lock()
         self._looked = time.monotonic()
-        self._seen = self._signature()
+        self._seen: list[tuple[int, ...] | None] | None = self._signature()
         self._value = load()
 
     def current(self) -> T:
@@ -47,6 +47,12 @@ class Reloaded(Generic[T]):
             if time.monotonic() - self._looked >= CHECK_SECONDS:
                 self._look()
             return self._value
+
+    def reload(self) -> None:
+        """Read the files again now, whether or not they seem to have changed."""
+        with self._lock:
+            self._seen = None
+            self._look()
 
     def _look(self) -> None:
         self._looked = time.monotonic()
@@ -59,10 +65,10 @@ class Reloaded(Generic[T]):
         try:
             self._value = self._load()
         except ConfigError as error:
-            _log.error("%s changed and cannot be used, what was read before stays: %s", names, error)
+            _log.error("%s cannot be used, what was read before stays: %s", names, error)
             self._count_failure()
         else:
-            _log.info("%s changed and was read again", names)
+            _log.info("%s was read again", names)
 
     def _signature(self) -> list[tuple[int, ...] | None]:
         return [_stamp(path) for path in self._paths]
@@ -77,6 +83,7 @@ class ReloadedFiles:
 
     def __init__(self, count_failure: Callable[[], None] | None = None) -> None:
         self._count_failure = count_failure or _count_nothing
+        self._watched: list[Reloaded[Any]] = []
 
     def watch(self, paths: Sequence[Path], load: Callable[[], T]) -> Reloaded[T]:
         """What `load` makes of files.
@@ -84,7 +91,14 @@ class ReloadedFiles:
         Raises:
             ConfigError: what `load` raises.
         """
-        return Reloaded(paths, load, self._count_failure)
+        reloaded = Reloaded(paths, load, self._count_failure)
+        self._watched.append(reloaded)
+        return reloaded
+
+    def reload(self) -> None:
+        """Read all again now."""
+        for reloaded in self._watched:
+            reloaded.reload()
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

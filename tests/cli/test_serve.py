@@ -91,13 +91,14 @@ def test_the_second_signal_exits():
 
 
 def test_a_signal_before_the_port_is_open():
-    """SIGTERM ends the process with its code while Python still loads the engine, as the first process too."""
+    """While Python still loads the engine, SIGTERM ends the process with its code, and others leave it alone."""
     code = (
         "import os, signal, sys\n"
         "class Finder:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'hsrpc.engine.engine':\n"
-        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):\n"
+        "                os.kill(os.getpid(), number)\n"
         "sys.meta_path.insert(0, Finder())\n"
         "from hsrpc.cli.main import main\n"
         "sys.exit(main(['serve', '--port=0']))\n"

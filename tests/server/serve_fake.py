@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import Self
 
 from hsrpc.errors import CheckpointError
-from hsrpc.server import ServerConfig, app, serve
+from hsrpc.server import ServerConfig, app, reloaded_file, serve
 from hsrpc.server.ops.forced_exit import exit_within
 from hsrpc.server.ops.logs import LogFormat, set_up_logs
 from hsrpc.server.ops.telemetry import Telemetry
+from hsrpc.server.security import SecurityConfig
 from hsrpc.testing.fake_engine import FakeEngine
 
 
@@ -47,10 +50,14 @@ async def main(mode: str) -> None:
         engine = HangingEngine()
         app.EXIT_SECONDS = 1.0
         await serve(engine, ServerConfig(port=0, drain_timeout=0.1), exit_within=exit_within)
-    config = ServerConfig(port=0, drain_timeout=30)
+    security = SecurityConfig()
+    if mode == "tokens":
+        reloaded_file.CHECK_SECONDS = math.inf
+        security = SecurityConfig(auth_tokens=Path(sys.argv[2]))
+    config = ServerConfig(port=0, drain_timeout=30, security=security)
     telemetry = Telemetry(config)
-    if mode == "logs":
-        engine.held = False
+    engine.held = mode != "logs"
+    if mode in ("logs", "tokens"):
         set_up_logs(LogFormat.TEXT, "info", telemetry.count_dropped_log_line)
     await serve(engine, config, telemetry=telemetry)
 

@@ -24,12 +24,15 @@ def exit_within(seconds: float, code: int) -> None:
     timer.start()
 
 
-def exit_at_sigterm() -> None:
-    """End the process at SIGTERM, with 143, until an event loop takes the signal over; call it in the main thread.
+def set_up_signals() -> None:
+    """Let SIGTERM alone end the process, with 143, until an event loop takes signals over; call it in the main thread.
 
-    The default action would do that too, except to process 1, which a container's is.
+    The default action of SIGTERM would do that too, except to process 1, which a container's is. That of the signals
+    ignored here would end the process without a drain.
     """
     signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _exit(seconds: float, code: int) -> None:
