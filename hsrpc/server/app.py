@@ -101,7 +101,7 @@ async def _serve(
         _log.info("metrics on http://%s/metrics", join_address(server.config.metrics_host, telemetry.port))
     stopping = asyncio.Event()
     running = asyncio.create_task(_run(server, engine, telemetry, stopping))
-    shutdown = _Shutdown(server, running, stopping, exit_within)
+    shutdown = _Shutdown(server, telemetry, running, stopping, exit_within)
     try:
         with _signal_handler(shutdown.on_signal), _hangup_handler(server.reload):
             await asyncio.wait({running})
@@ -151,10 +151,16 @@ class _Shutdown:
     """The first signal while serving drains; any other ends the process now, with 128 plus its number."""
 
     def __init__(
-        self, server: Server, running: asyncio.Task[None], stopping: asyncio.Event, exit_within: ExitWithin
+        self,
+        server: Server,
+        telemetry: Telemetry,
+        running: asyncio.Task[None],
+        stopping: asyncio.Event,
+        exit_within: ExitWithin,
     ) -> None:
         self.exit_code: int | None = None
         self._server = server
+        self._telemetry = telemetry
         self._running = running
         self._stopping = stopping
         self._exit_within = exit_within
@@ -163,9 +169,11 @@ class _Shutdown:
         phase = self._server.state.phase
         if phase is Phase.SERVING and not self._stopping.is_set():
             self._stopping.set()
+            self._telemetry.end_within(self._server.config.drain_timeout)
             self._exit_within(self._server.config.drain_timeout + EXIT_SECONDS, 1)
         else:
             self.exit_code = 128 + number
+            self._telemetry.end_within(0)
             self._exit_within(LOADING_EXIT_SECONDS if phase is Phase.LOADING else EXIT_SECONDS, self.exit_code)
             self._running.cancel()
 

@@ -54,7 +54,8 @@ async def main(mode: str) -> None:
     if mode == "tokens":
         reloaded_file.CHECK_SECONDS = math.inf
         security = SecurityConfig(auth_tokens=Path(sys.argv[2]))
-    config = ServerConfig(port=0, drain_timeout=30, security=security)
+    drain_timeout, endpoint = (1.0, sys.argv[2]) if mode == "traced" else (30.0, None)
+    config = ServerConfig(port=0, drain_timeout=drain_timeout, security=security, otel_endpoint=endpoint)
     telemetry = Telemetry(config)
     engine.held = mode != "logs"
     if mode in ("logs", "tokens"):

@@ -20,6 +20,8 @@ from hsrpc.server.ops.logs import RequestLog
 from hsrpc.server.ops.metrics import CallMetrics, EngineMetrics, LoopMetrics, MethodMetrics, ProcessMetrics
 from hsrpc.server.ops.tracing import Tracing, open_tracing
 
+_MIN_SPAN_SECONDS = 1.0
+"""Seconds for the last spans, however late it is."""
 _LAG_PERIOD = 0.05
 """Seconds between samples of the event loop's lag."""
 
@@ -44,10 +46,15 @@ class Telemetry:
         self.port: int | None = None
         """Port of the metrics, while entered."""
         self._stack = AsyncExitStack()
+        self._end = 0.0
 
     def attach(self, engine: Engine) -> None:
         """The engine has started."""
         self._engine = engine
+
+    def end_within(self, seconds: float) -> None:
+        """The end has begun: spans that are left have that time, or the rest of it once nothing else is to be done."""
+        self._end = time.monotonic() + seconds
 
     def observe_step(self, record: StepRecord) -> None:
         """A step has ended."""
@@ -71,7 +78,7 @@ class Telemetry:
     ) -> None:
         await self._stack.aclose()
         if self._tracing is not None:
-            await asyncio.to_thread(self._tracing.close)
+            await asyncio.to_thread(self._tracing.close, max(self._end - time.monotonic(), _MIN_SPAN_SECONDS))
 
 
 @asynccontextmanager
