@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read once, as grpc loads; hsrpc reports what goes wrong
     from hsrpc.cli.loop import run_loop  # needs the extra `engine`, which --help does not
     from hsrpc.server import ServerConfig, serve
-    from hsrpc.server.ops.forced_exit import exit_within
+    from hsrpc.server.ops.forced_exit import exit_within, set_up_signals
     from hsrpc.server.ops.logs import LogFormat, set_up_logs
     from hsrpc.server.ops.telemetry import Telemetry
 
@@ -118,10 +118,11 @@ def run(options: argparse.Namespace) -> None:
     if options.print_config:
         print_settings(options.settings)
         return
+    set_up_signals()
     from hsrpc.engine.engine import Engine  # takes seconds: the settings are checked by now
 
-    set_up_logs(LogFormat(options.log_format), options.log_level)
     telemetry = Telemetry(config)
+    set_up_logs(LogFormat(options.log_format), options.log_level, telemetry.count_dropped_log_line)
     engine = Engine(engine_settings, progress=sys.stderr.isatty(), observe=telemetry.observe_step)
     run_loop(serve(_offline_once_loaded(engine), config, telemetry=telemetry, exit_within=exit_within))
 

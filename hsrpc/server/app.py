@@ -16,8 +16,9 @@ from hsrpc.server.engine_protocol import Engine
 from hsrpc.server.grpc.listener import GrpcFrontEnd
 from hsrpc.server.lifecycle import Lifecycle
 from hsrpc.server.observation import CallObserver, CountCall
-from hsrpc.server.ops.forced_exit import EXIT_SECONDS
+from hsrpc.server.ops.forced_exit import EXIT_SECONDS, LOADING_EXIT_SECONDS
 from hsrpc.server.ops.telemetry import Telemetry
+from hsrpc.server.reloaded_file import ReloadedFiles
 from hsrpc.server.service import Service
 from hsrpc.server.state import Phase
 
@@ -35,15 +36,22 @@ class Server(Lifecycle):
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         observers: Sequence[CallObserver] = (),
         count_call: CountCall | None = None,
+        count_failed_reload: Callable[[], None] | None = None,
     ) -> None:
-        """`observers` are told of the calls of Generate, `count_call` of how each call of any method ended.
+        """`observers` are told of the calls of Generate, `count_call` of how each call of any method ended, and
+        `count_failed_reload` of changes of certificates and tokens that cannot be used.
 
         Raises:
             ConfigError: a file of the security settings cannot be used.
         """
         service = Service(config)
-        self.grpc = GrpcFrontEnd(service, interceptors, observers, count_call)
+        self._files = ReloadedFiles(count_failed_reload)
+        self.grpc = GrpcFrontEnd(service, interceptors, observers, count_call, self._files)
         super().__init__(service, [self.grpc])
+
+    def reload(self) -> None:
+        """Read certificates and tokens again now; what cannot be used is not taken."""
+        self._files.reload()
 
     @property
     def address(self) -> str:
@@ -70,7 +78,8 @@ async def serve(
     """Serve `engine`, not entered yet, until a signal ends it. Prints `listening on HOST:PORT` once bound.
 
     Must run in the main thread, which alone can handle signals. `exit_within` is called when the end begins, with the
-    seconds that it may take at most and the exit code for a process that hangs. Metrics, log and spans are those of
+    seconds that it may take at most and the exit code for a process that hangs. SIGHUP reads certificates and tokens
+    again. Metrics, log and spans are those of
     `telemetry`, made from `config` if None; its `observe_step` is for the engine.
 
     Raises:
@@ -79,7 +88,8 @@ async def serve(
         SystemExit: a second signal came, or one while loading; 128 plus its number.
     """
     async with telemetry or Telemetry(config) as entered:
-        await _serve(engine, Server(config, interceptors, entered.observers, entered.count_call), entered, exit_within)
+        server = Server(config, interceptors, entered.observers, entered.count_call, entered.count_failed_reload)
+        await _serve(engine, server, entered, exit_within)
 
 
 async def _serve(
@@ -91,9 +101,9 @@ async def _serve(
         _log.info("metrics on http://%s/metrics", join_address(server.config.metrics_host, telemetry.port))
     stopping = asyncio.Event()
     running = asyncio.create_task(_run(server, engine, telemetry, stopping))
-    shutdown = _Shutdown(server, running, stopping, exit_within)
+    shutdown = _Shutdown(server, telemetry, running, stopping, exit_within)
     try:
-        with _signal_handler(shutdown.on_signal):
+        with _signal_handler(shutdown.on_signal), _hangup_handler(server.reload):
             await asyncio.wait({running})
         if shutdown.exit_code is not None:
             raise SystemExit(shutdown.exit_code)
@@ -138,25 +148,51 @@ async def _drain(server: Server, stopping: asyncio.Event) -> None:
 
 
 class _Shutdown:
-    """The first signal while serving drains; any other ends the process now."""
+    """The first signal while serving drains; any other ends the process now, with 128 plus its number."""
 
     def __init__(
-        self, server: Server, running: asyncio.Task[None], stopping: asyncio.Event, exit_within: ExitWithin
+        self,
+        server: Server,
+        telemetry: Telemetry,
+        running: asyncio.Task[None],
+        stopping: asyncio.Event,
+        exit_within: ExitWithin,
     ) -> None:
         self.exit_code: int | None = None
         self._server = server
+        self._telemetry = telemetry
         self._running = running
         self._stopping = stopping
         self._exit_within = exit_within
 
     def on_signal(self, number: int) -> None:
-        if self._server.state.phase is Phase.SERVING and not self._stopping.is_set():
+        phase = self._server.state.phase
+        if phase is Phase.SERVING and not self._stopping.is_set():
             self._stopping.set()
+            self._telemetry.end_within(self._server.config.drain_timeout)
             self._exit_within(self._server.config.drain_timeout + EXIT_SECONDS, 1)
         else:
             self.exit_code = 128 + number
-            self._exit_within(EXIT_SECONDS, self.exit_code)
+            self._telemetry.end_within(0)
+            self._exit_within(LOADING_EXIT_SECONDS if phase is Phase.LOADING else EXIT_SECONDS, self.exit_code)
             self._running.cancel()
+
+
+@contextmanager
+def _hangup_handler(reload: Callable[[], None]) -> Iterator[None]:
+    """Call `reload` at SIGHUP; whoever had the signal before has it afterwards."""
+
+    def on_hangup() -> None:
+        _log.info("SIGHUP: certificates and tokens are read again")
+        reload()
+
+    loop, before = asyncio.get_running_loop(), signal.getsignal(signal.SIGHUP)
+    loop.add_signal_handler(signal.SIGHUP, on_hangup)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, before)
 
 
 @contextmanager

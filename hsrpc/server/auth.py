@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hsrpc.errors import ConfigError
 from hsrpc.server.errors import UnauthenticatedError
-from hsrpc.server.reloaded_file import Reloaded, read_file
+from hsrpc.server.reloaded_file import ReloadedFiles, read_file
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,512}=*")
@@ -42,7 +42,8 @@ def read_tokens(path: Path) -> Tokens:
     """The tokens of a file with `name token` a line; `#` begins a comment line, a name may have several tokens.
 
     Raises:
-        ConfigError: it cannot be read, others may read it, or a line is wrong; the message has no token.
+        ConfigError: it cannot be read, others may read it, a line is wrong, or none has a token. Its message never
+            has one.
     """
     names: dict[bytes, str] = {}
     data = read_file(path, "auth_tokens", secret=True).decode("utf-8", errors="replace")
@@ -57,6 +58,8 @@ def read_tokens(path: Path) -> Tokens:
         if names.setdefault(digest, name) != name:
             problem = f"line {number} has the token of {names[digest]!r}"
             raise ConfigError("auth_tokens", str(path), problem, "give each client a token of its own")
+    if not names:
+        raise ConfigError("auth_tokens", str(path), "no tokens in it", "add a line `name token` for each client")
     return Tokens(tuple(names.items()))
 
 
@@ -68,15 +71,13 @@ class Authenticator:
     """Knows clients by the tokens of a file, which is read again when it changes.
 
     Raises:
-        ConfigError: on construction, when the file cannot be used or has no token.
+        ConfigError: on construction, what `read_tokens` raises.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._tokens = Reloaded([path], lambda: read_tokens(path))
+    def __init__(self, path: Path, files: ReloadedFiles) -> None:
+        self._tokens = files.watch([path], lambda: read_tokens(path))
         self._refused = 0
         self._reported = -math.inf
-        if not self._tokens.current().entries:
-            raise ConfigError("auth_tokens", str(path), "no tokens in it", "add a line `name token` for each client")
 
     def name_of(self, token: str | None) -> str:
         """Name of the client that brings `token`.

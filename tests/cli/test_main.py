@@ -171,3 +171,14 @@ def test_a_closed_pipe_ends_quietly():
     process.stdout.close()
     assert (process.stderr.read(), process.wait(30)) == (b"", 141)
     process.stderr.close()
+
+
+def test_the_end_collects_no_garbage():
+    """What there is as the process ends goes with it; the interpreter does not look through it before."""
+    code = (
+        "import atexit, gc; from hsrpc.cli.main import main\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 1000, len(gc.get_objects()) < 1000))\n"
+        "main(['info', '--help'])\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True, text=True)
+    assert ran.stdout.splitlines()[-1] == "True True"

@@ -90,6 +90,23 @@ def test_the_second_signal_exits():
         assert "Traceback" not in server.process.stderr.read()
 
 
+def test_a_signal_before_the_port_is_open():
+    """While Python still loads the engine, SIGTERM ends the process with its code, and others leave it alone."""
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'hsrpc.engine.engine':\n"
+        "            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):\n"
+        "                os.kill(os.getpid(), number)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from hsrpc.cli.main import main\n"
+        "sys.exit(main(['serve', '--port=0']))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (128 + signal.SIGTERM, "", "")
+
+
 def test_a_budget_that_is_too_small_exits_with_1(hsrpc):
     """The port is open while the model loads; what keeps it from loading is the last line."""
     ran = hsrpc("serve", "--port=0", *SMALL, "--gpu-memory=1KiB")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from hsrpc.errors import ConfigError
-from hsrpc.server import auth
+from hsrpc.server import auth, reloaded_file
 from hsrpc.server.auth import Authenticator, read_tokens
 from hsrpc.server.errors import UnauthenticatedError
+from hsrpc.server.reloaded_file import ReloadedFiles
 
 ALICE, BOB = "alice-alice-alice-1", "bob-bob-bob-bob-bob+/="
 
@@ -28,7 +29,7 @@ def tokens(tmp_path) -> Path:
 )
 def test_a_client_without_a_known_token_is_nobody(tokens, token, problem):
     """The error says which of both it is; a known token is its client's name."""
-    authenticator = Authenticator(tokens)
+    authenticator = Authenticator(tokens, ReloadedFiles())
     with pytest.raises(UnauthenticatedError, match=problem):
         authenticator.name_of(token)
     assert authenticator.name_of(BOB) == "bob"
@@ -76,9 +77,22 @@ def test_a_file_with_a_mistake_is_refused(tokens, text, message):
     """The error names the file and the line, and never a token."""
     tokens.write_text(text)
     with pytest.raises(ConfigError, match=message) as caught:
-        Authenticator(tokens)
+        Authenticator(tokens, ReloadedFiles())
     assert str(tokens) in str(caught.value)
     assert ALICE not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# nobody\n"])
+def test_a_file_without_tokens_is_not_taken(tokens, text, monkeypatch, caplog):
+    """A file rotated to an empty one locks nobody out: said once, counted once; the next good one is taken."""
+    monkeypatch.setattr(reloaded_file, "CHECK_SECONDS", 0.0)
+    failures: list[None] = []
+    authenticator = Authenticator(tokens, ReloadedFiles(lambda: failures.append(None)))
+    tokens.write_text(text)
+    assert [authenticator.name_of(ALICE) for _ in range(3)] == ["alice"] * 3
+    assert caplog.text.count("no tokens in it; add a line") == len(failures) == 1
+    tokens.write_text(f"carol {ALICE}\n")
+    assert authenticator.name_of(ALICE) == "carol"
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640 | 0o020, 0o602])

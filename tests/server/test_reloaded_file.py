@@ -8,7 +8,7 @@ import pytest
 
 from hsrpc.errors import ConfigError
 from hsrpc.server import reloaded_file
-from hsrpc.server.reloaded_file import Reloaded, read_file
+from hsrpc.server.reloaded_file import Reloaded, ReloadedFiles, read_file
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def path(tmp_path) -> Path:
 
 @pytest.fixture
 def reloaded(path) -> Reloaded[bytes]:
-    return Reloaded([path], lambda: read_file(path, "file", secret=False))
+    return ReloadedFiles().watch([path], lambda: read_file(path, "file", secret=False))
 
 
 def test_files_are_not_looked_at_for_every_call(path, reloaded, monkeypatch):
@@ -51,7 +51,7 @@ def test_a_link_that_is_turned_counts_as_a_change(tmp_path, monkeypatch):
         (tmp_path / name / "file").write_text(name)
     link = tmp_path / "data"
     link.symlink_to("one")
-    reloaded = Reloaded([link / "file"], lambda: read_file(link / "file", "file", secret=False))
+    reloaded = ReloadedFiles().watch([link / "file"], lambda: read_file(link / "file", "file", secret=False))
     (tmp_path / "next").symlink_to("two")
     (tmp_path / "next").rename(link)
     assert reloaded.current() == b"two"

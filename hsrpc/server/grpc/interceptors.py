@@ -15,6 +15,7 @@ from hsrpc.server.failure import failure_of
 from hsrpc.server.grpc.caller import client_name
 from hsrpc.server.grpc.status import abort
 from hsrpc.server.observation import CountCall
+from hsrpc.server.reloaded_file import ReloadedFiles
 from hsrpc.server.security import SecurityConfig
 
 _OPEN_PREFIX = "/grpc.health.v1.Health/"
@@ -27,14 +28,16 @@ if TYPE_CHECKING:
     Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
 
 
-def auth_interceptors(config: SecurityConfig, count: CountCall | None) -> list[grpc.aio.ServerInterceptor]:
+def auth_interceptors(
+    config: SecurityConfig, files: ReloadedFiles, count: CountCall | None
+) -> list[grpc.aio.ServerInterceptor]:
     """None where clients need not say who they are. `count` is told of refusals.
 
     Raises:
         ConfigError: the file of tokens cannot be used, or has none.
     """
     if config.auth_tokens is not None:
-        return [TokenNames(config.auth_tokens, count)]
+        return [TokenNames(config.auth_tokens, files, count)]
     return [CertificateNames()] if config.tls_client_ca else []
 
 
@@ -45,8 +48,8 @@ class TokenNames(grpc.aio.ServerInterceptor):
         ConfigError: on construction, when the file cannot be used or has no token.
     """
 
-    def __init__(self, path: Path, count: CountCall | None = None) -> None:
-        self._authenticator = Authenticator(path)
+    def __init__(self, path: Path, files: ReloadedFiles, count: CountCall | None = None) -> None:
+        self._authenticator = Authenticator(path, files)
         self._count = count
 
     async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:

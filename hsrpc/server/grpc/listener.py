@@ -21,6 +21,7 @@ from hsrpc.server.grpc.server_service import ServerService
 from hsrpc.server.grpc.tls import server_credentials
 from hsrpc.server.lifecycle import Health
 from hsrpc.server.observation import CallCounter, CallObserver, CountCall
+from hsrpc.server.reloaded_file import ReloadedFiles
 from hsrpc.server.service import Service
 from hsrpc.v1 import generation_pb2, model_pb2, server_pb2
 
@@ -40,18 +41,21 @@ class GrpcFrontEnd:
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         observers: Sequence[CallObserver] = (),
         count_call: CountCall | None = None,
+        files: ReloadedFiles | None = None,
     ) -> None:
         """`observers` are told of the calls of Generate, `count_call` of how each call of any method ended.
+        Certificates and tokens are among `files` then.
 
         Raises:
             ConfigError: a file of the security settings cannot be used.
         """
+        files = files or ReloadedFiles()
         config = self._config = service.config
         self.port = config.port
         self._health = health_aio.HealthServicer()
-        self._credentials = server_credentials(config.security)
+        self._credentials = server_credentials(config.security, files)
         counters = [CallCounter(count_call)] if count_call else []
-        everyone = [*auth_interceptors(config.security, count_call), *interceptors]
+        everyone = [*auth_interceptors(config.security, files, count_call), *interceptors]
         self._grpc = grpc.aio.server(interceptors=everyone, options=channel_options(config))
         self._grpc.add_generic_rpc_handlers(_service_handlers(service, observers, counters))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)

@@ -8,11 +8,11 @@ from pathlib import Path
 import grpc
 
 from hsrpc.errors import ConfigError
-from hsrpc.server.reloaded_file import Reloaded, read_file
+from hsrpc.server.reloaded_file import ReloadedFiles, read_file
 from hsrpc.server.security import SecurityConfig
 
 
-def server_credentials(config: SecurityConfig) -> grpc.ServerCredentials | None:
+def server_credentials(config: SecurityConfig, files: ReloadedFiles) -> grpc.ServerCredentials | None:
     """Credentials that take new connections with the files' present content; None without TLS.
 
     Raises:
@@ -22,7 +22,7 @@ def server_credentials(config: SecurityConfig) -> grpc.ServerCredentials | None:
         return None
     cert, key, client_ca = config.tls_cert, config.tls_key, config.tls_client_ca
     paths = [cert, key] + ([client_ca] if client_ca else [])
-    reloaded = Reloaded(paths, lambda: _load(cert, key, client_ca))
+    reloaded = files.watch(paths, lambda: _load(cert, key, client_ca))
     return grpc.dynamic_ssl_server_credentials(
         reloaded.current(), reloaded.current, require_client_authentication=client_ca is not None
     )

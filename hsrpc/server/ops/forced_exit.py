@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 
 EXIT_SECONDS = 20.0
 """Seconds from the end of the last request to that of the process: more than the engine takes to be left."""
+
+LOADING_EXIT_SECONDS = 1.0
+"""Seconds from a signal while loading to the end of the process: there is nobody to be told, and nothing to lose."""
+_LAST_WORDS_SECONDS = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -19,6 +24,25 @@ def exit_within(seconds: float, code: int) -> None:
     timer.start()
 
 
+def set_up_signals() -> None:
+    """Let SIGTERM alone end the process, with 143, until an event loop takes signals over; call it in the main thread.
+
+    The default action of SIGTERM would do that too, except to process 1, which a container's is. That of the signals
+    ignored here would end the process without a drain.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _exit(seconds: float, code: int) -> None:
-    _log.critical("still running %s s after the end was asked for; exiting with %s", seconds, code)
+    last_words = threading.Thread(target=_say_last_words, args=(seconds, code), daemon=True)
+    last_words.start()
+    last_words.join(_LAST_WORDS_SECONDS)
     os._exit(code)
+
+
+def _say_last_words(seconds: float, code: int) -> None:
+    """May wait for whoever reads the log."""
+    _log.critical("still running %s s after the end was asked for; exiting with %s", seconds, code)
+    logging.shutdown()

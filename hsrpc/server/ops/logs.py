@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
+from collections.abc import Callable
 from enum import StrEnum
-from typing import TextIO
 
 from hsrpc.server.failure import Outcome
 from hsrpc.server.observation import ObservedCall
+from hsrpc.server.ops.log_queue import LogQueue, write_to_stderr
 
 _requests = logging.getLogger("hsrpc.request")
 _FIELDS = "request"
@@ -24,11 +24,20 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
-def set_up_logs(form: LogFormat, level: str, stream: TextIO | None = None) -> None:
-    """Write the records of `level` (such as INFO) and above to `stream`, standard error if None."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+def set_up_logs(
+    form: LogFormat,
+    level: str,
+    count_dropped: Callable[[], None],
+    write: Callable[[bytes], object] = write_to_stderr,
+) -> None:
+    """Have `write` called with the records of `level` (such as INFO) and above, and warnings, on a thread of its own.
+
+    `count_dropped` is called for each record that cannot be written in time.
+    """
+    handler = LogQueue(write, count_dropped)
     handler.setFormatter(JsonFormatter() if form is LogFormat.JSON else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.captureWarnings(True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 

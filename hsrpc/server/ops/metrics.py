@@ -130,6 +130,16 @@ class LoopMetrics:
         self._lag.observe(seconds)
 
 
+class ProcessMetrics:
+    """What an operator has lost or got wrong."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        dropped = "Lines of the log that could not be written in time"
+        self.dropped_log_lines = Counter("hsrpc_log_lines_dropped", dropped, registry=registry)
+        failed = "Changes of certificates and tokens that could not be used"
+        self.failed_reloads = Counter("hsrpc_failed_reloads", failed, registry=registry)
+
+
 def _seconds(name: str, text: str, registry: CollectorRegistry) -> Histogram:
     return Histogram(f"{name}_seconds", f"{text}, seconds", buckets=_LATENCY, registry=registry)
 

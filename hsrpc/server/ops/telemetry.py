@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Self
@@ -17,9 +17,11 @@ from hsrpc.server.engine_protocol import Engine
 from hsrpc.server.observation import CallObserver
 from hsrpc.server.ops.exposition import exposed
 from hsrpc.server.ops.logs import RequestLog
-from hsrpc.server.ops.metrics import CallMetrics, EngineMetrics, LoopMetrics, MethodMetrics
+from hsrpc.server.ops.metrics import CallMetrics, EngineMetrics, LoopMetrics, MethodMetrics, ProcessMetrics
 from hsrpc.server.ops.tracing import Tracing, open_tracing
 
+_MIN_SPAN_SECONDS = 1.0
+"""Seconds for the last spans, however late it is."""
 _LAG_PERIOD = 0.05
 """Seconds between samples of the event loop's lag."""
 
@@ -34,6 +36,9 @@ class Telemetry:
         self._engine_metrics = EngineMetrics(self.registry, lambda: self._engine)
         self._loop_metrics = LoopMetrics(self.registry)
         self.count_call = MethodMetrics(self.registry).count
+        process = ProcessMetrics(self.registry)
+        self.count_dropped_log_line: Callable[[], None] = process.dropped_log_lines.inc
+        self.count_failed_reload: Callable[[], None] = process.failed_reloads.inc
         self._tracing: Tracing | None = open_tracing(config.otel_endpoint)
         self.observers: list[CallObserver] = [CallMetrics(self.registry), RequestLog(prompts=config.log_prompts)]
         if self._tracing is not None:
@@ -41,10 +46,15 @@ class Telemetry:
         self.port: int | None = None
         """Port of the metrics, while entered."""
         self._stack = AsyncExitStack()
+        self._end = 0.0
 
     def attach(self, engine: Engine) -> None:
         """The engine has started."""
         self._engine = engine
+
+    def end_within(self, seconds: float) -> None:
+        """The end has begun: spans that are left have that time, or the rest of it once nothing else is to be done."""
+        self._end = time.monotonic() + seconds
 
     def observe_step(self, record: StepRecord) -> None:
         """A step has ended."""
@@ -68,7 +78,7 @@ class Telemetry:
     ) -> None:
         await self._stack.aclose()
         if self._tracing is not None:
-            await asyncio.to_thread(self._tracing.close)
+            await asyncio.to_thread(self._tracing.close, max(self._end - time.monotonic(), _MIN_SPAN_SECONDS))
 
 
 @asynccontextmanager

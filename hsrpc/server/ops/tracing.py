@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from hsrpc.errors import ConfigError
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+
+_log = logging.getLogger(__name__)
 
 
 def open_tracing(endpoint: str | None) -> Tracing | None:
@@ -35,7 +39,7 @@ def open_tracing(endpoint: str | None) -> Tracing | None:
         problem = f"{error.name} is not installed"
         raise ConfigError("otel_endpoint", endpoint, problem, "pip install 'hsrpc[otel]', or leave it out") from None
     name = os.environ.get("OTEL_SERVICE_NAME", "hsrpc")
-    provider = TracerProvider(resource=Resource.create({"service.name": name}))
+    provider = TracerProvider(resource=Resource.create({"service.name": name}), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
     return Tracing(provider)
 
@@ -69,9 +73,13 @@ class Tracing:
             span.set_status(StatusCode.ERROR)
         span.end()
 
-    def close(self) -> None:
-        """Send what is left; waits for the exporter."""
-        self._provider.shutdown()
+    def close(self, seconds: float) -> None:
+        """Send what is left, for at most that time; a collector that does not answer costs the spans."""
+        sending = Thread(target=self._provider.shutdown, name="spans", daemon=True)  # ends with the process
+        sending.start()
+        sending.join(seconds)
+        if sending.is_alive():
+            _log.warning("spans are left unsent: the collector did not take them within %.1f s", seconds)
 
 
 def _attributes(call: ObservedCall) -> dict[str, str | int | float | list[str]]:

@@ -16,7 +16,9 @@ from google.rpc.error_details_pb2 import RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from hsrpc.client import AsyncClient, CallError
 from hsrpc.errors import ConfigError
+from hsrpc.request import FinishReason
 from hsrpc.server import Server, ServerConfig
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc
@@ -174,6 +176,7 @@ class Served:
 
     process: asyncio.subprocess.Process
     channel: grpc.aio.Channel
+    address: str
 
     def generate(self) -> grpc.aio.UnaryStreamCall:
         return generation_pb2_grpc.GenerationServiceStub(self.channel).Generate(
@@ -199,8 +202,9 @@ async def served(*arguments: str) -> AsyncIterator[Served]:
     try:
         line = (await asyncio.wait_for(process.stdout.readline(), 20)).decode()
         assert line.startswith("listening on 127.0.0.1:"), line
-        async with grpc.aio.insecure_channel(line.split()[-1]) as channel:
-            yield Served(process, channel)
+        address = line.split()[-1]
+        async with grpc.aio.insecure_channel(address) as channel:
+            yield Served(process, channel, address)
     finally:
         if process.returncode is None:
             process.kill()
@@ -241,6 +245,40 @@ async def test_a_signal_while_loading_exits():
         assert await health(server.channel) == {NOT_SERVING}
         server.process.send_signal(signal.SIGTERM)
         assert await server.exit_code() == 128 + signal.SIGTERM
+
+
+async def test_a_signal_ends_a_load_that_does_not_stop():
+    """What loads is not waited for: the process is gone within seconds, with the signal's code."""
+    async with served("stuck") as server:
+        assert await health(server.channel) == {NOT_SERVING}
+        server.process.send_signal(signal.SIGTERM)
+        assert await server.exit_code() == 128 + signal.SIGTERM
+
+
+async def test_sighup_reads_tokens_again(tmp_path):
+    """The new token is known at once and the old one no more; a stream goes on, and the process with it."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("alice old-old-old-old-old\n")
+    tokens.chmod(0o600)
+    async with served("tokens", str(tokens)) as server:
+        await server.become(SERVING)
+        old, new = (AsyncClient(server.address, token=f"{word}-{word}-{word}-{word}-{word}") for word in ("old", "new"))
+        async with old, new:
+            stream = old.generate("Hi", request_id="r")
+            async for load in old.watch_load(0.1):
+                if load.load.running_requests:
+                    break
+            tokens.write_text("alice new-new-new-new-new\n")
+            await old.get_model()
+            server.process.send_signal(signal.SIGHUP)
+            assert b"SIGHUP: certificates and tokens are read again" in await server.process.stderr.readline()
+            assert f"{tokens} was read again".encode() in await server.process.stderr.readline()
+            with pytest.raises(CallError):
+                await old.get_model()
+            assert await new.abort("r")
+            assert [delta async for delta in stream][-1].finish.reason is FinishReason.ABORTED
+        server.process.send_signal(signal.SIGTERM)
+        assert await server.exit_code() == 0
 
 
 async def test_a_model_that_does_not_load_ends_the_process():

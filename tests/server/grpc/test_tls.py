@@ -94,6 +94,18 @@ async def test_certificates_are_replaced_while_serving(authority, another, check
         assert (await old.get_model()).name == "fake/model"
 
 
+async def test_certificates_are_read_again_when_asked(authority, another, monkeypatch):
+    """A reload does not wait for the next look at the files."""
+    monkeypatch.setattr(reloaded_file, "CHECK_SECONDS", 1000.0)
+    files = authority.issue()
+    async with serving(**files) as server:
+        for name, path in another.issue().items():
+            files[name].write_bytes(path.read_bytes())
+        assert await name_of_model(server, tls_ca=authority.roots) == "fake/model"
+        server.reload()
+        assert await name_of_model(server, tls_ca=another.roots) == "fake/model"
+
+
 async def test_client_authorities_are_replaced_while_serving(authority, another, checked_at_once):
     """Whose clients get in changes with the file."""
     ca = authority.folder / "clients.pem"

@@ -22,14 +22,23 @@ from tests.server.conftest import until
 PROMPT = "A secret wish"
 
 
+class Written(io.BytesIO):
+    """What the log's thread has written, all of it."""
+
+    def text(self) -> str:
+        for handler in logging.getLogger().handlers:
+            handler.flush()
+        return self.getvalue().decode()
+
+
 @pytest.fixture
-def log() -> Iterator[io.StringIO]:
+def log() -> Iterator[Written]:
     """What is logged, as JSON."""
-    root, stream = logging.getLogger(), io.StringIO()
+    root, written = logging.getLogger(), Written()
     handlers, level = root.handlers[:], root.level
     root.handlers.clear()
-    set_up_logs(LogFormat.JSON, "info", stream)
-    yield stream
+    set_up_logs(LogFormat.JSON, "info", lambda: None, written.write)
+    yield written
     root.handlers[:] = handlers
     root.setLevel(level)
 
@@ -40,15 +49,15 @@ def prompts() -> bool:
 
 
 @pytest.fixture
-async def loading_server(log: io.StringIO, prompts: bool) -> AsyncIterator[Server]:
+async def loading_server(log: Written, prompts: bool) -> AsyncIterator[Server]:
     server = Server(ServerConfig(port=0), observers=[RequestLog(prompts=prompts)])
     await server.start()
     yield server
     await server.stop()
 
 
-def requests(log: io.StringIO) -> list[dict[str, object]]:
-    entries = [json.loads(line) for line in log.getvalue().splitlines()]
+def requests(log: Written) -> list[dict[str, object]]:
+    entries = [json.loads(line) for line in log.text().splitlines()]
     return [entry for entry in entries if entry["logger"] == "hsrpc.request"]
 
 
@@ -60,7 +69,7 @@ async def test_one_line_a_request(log, stub):
     told |= {"completion_tokens": 4, "status": "OK", "finish": "EOS", "queue_seconds": 0.5, "preemptions": 1}
     assert told.items() <= entry.items()
     assert 0 <= entry["ttft_seconds"] <= entry["total_seconds"] < 10
-    assert PROMPT not in log.getvalue()
+    assert PROMPT not in log.text()
 
 
 async def test_a_failure_has_the_error_id(log, stub, engine):
@@ -71,10 +80,10 @@ async def test_a_failure_has_the_error_id(log, stub, engine):
     [entry] = requests(log)
     assert (entry["status"], entry["level"]) == ("INTERNAL", "ERROR")
     assert entry["error_id"] in caught.value.details()
-    cause = next(entry for entry in map(json.loads, log.getvalue().splitlines()) if "exception" in entry)
+    cause = next(entry for entry in map(json.loads, log.text().splitlines()) if "exception" in entry)
     assert entry["error_id"] in cause["message"]
     assert "inner reason" in cause["exception"]
-    assert PROMPT not in log.getvalue()
+    assert PROMPT not in log.text()
 
 
 async def test_a_client_with_a_name_is_logged_by_it(log, engine, tmp_path):
@@ -89,7 +98,7 @@ async def test_a_client_with_a_name_is_logged_by_it(log, engine, tmp_path):
         await client.complete("Hi")
     await server.stop()
     assert requests(log)[0]["client"] == "alice"
-    assert token not in log.getvalue()
+    assert token not in log.text()
 
 
 async def test_a_cancelled_call_has_its_line(log, stub, engine):
@@ -134,4 +143,4 @@ def test_an_observer_that_fails_ends_no_call(log):
     call = ObservedCall(Arrival("Generate", "here"), [Broken()])
     call.start()
     call.end()
-    assert log.getvalue().count("an observer of calls failed") == 2
+    assert log.text().count("an observer of calls failed") == 2

@@ -189,6 +189,19 @@ async def test_cancels_and_deadlines_are_told_apart(telemetry, server, stub, eng
         pytest.fail("no passed deadline was counted as one")
 
 
+async def test_a_reload_that_fails_is_counted(telemetry, tmp_path):
+    """Changed files that cannot be used are seen without the log."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("alice alice-alice-alice-1\n")
+    tokens.chmod(0o600)
+    config = ServerConfig(port=0, security=SecurityConfig(auth_tokens=tokens))
+    server = Server(config, count_failed_reload=telemetry.count_failed_reload)
+    assert (await scrape(telemetry))["hsrpc_failed_reloads_total",] == 0
+    tokens.write_text("")
+    server.reload()
+    assert (await scrape(telemetry))["hsrpc_failed_reloads_total",] == 1
+
+
 def calls_that_ended(telemetry: Telemetry, code: str, method: str = "Generate") -> float | None:
     return telemetry.registry.get_sample_value("hsrpc_calls_total", {"method": method, "status": code})
 

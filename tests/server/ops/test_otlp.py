@@ -6,7 +6,9 @@ import asyncio
 import gzip
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -21,6 +23,7 @@ from hsrpc.server.ops.telemetry import Telemetry
 from hsrpc.testing.fake_engine import FakeEngine
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc
+from tests.server.grpc.test_lifecycle import SERVING, served
 from tests.server.ops.test_metrics import scrape
 from tests.server.test_real_engine import printed_address
 
@@ -72,6 +75,13 @@ def collector() -> Iterator[Collector]:
         thread.join()
 
 
+@pytest.fixture
+def dead_endpoint() -> Iterator[str]:
+    """Connections are taken, and nothing is read from them."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1/traces"
+
+
 def value_of(value: AnyValue) -> object:
     kind = value.WhichOneof("value")
     return [value_of(item) for item in value.array_value.values] if kind == "array_value" else getattr(value, kind)
@@ -116,3 +126,19 @@ async def test_spans_and_counts_leave_a_serving_process(collector, capsys):
     assert not bad.parent_span_id
     assert (bad.status.code, attributes(bad)["error.type"]) == (Status.STATUS_CODE_ERROR, "INVALID_ARGUMENT")
     assert not any(b"secret" in span.SerializeToString() for span in collector.spans.values())
+
+
+async def test_a_dead_collector_keeps_no_process(dead_endpoint):
+    """The last spans have what is left of the time to shut down, a second here; then the process ends with 0."""
+    async with served("traced", dead_endpoint) as server:
+        await server.become(SERVING)
+        call = server.generate()
+        stub = generation_pb2_grpc.GenerationServiceStub(server.channel)
+        while not (await stub.Abort(v1.AbortRequest(request_id="r"))).aborted:
+            pass  # the other call is on its way
+        assert await call.read()
+        server.process.send_signal(signal.SIGTERM)
+        signalled = time.monotonic()
+        assert await server.exit_code() == 0
+        assert time.monotonic() - signalled > 0.9  # it did wait for the collector
+        assert b"spans are left unsent" in await server.process.stderr.read()
