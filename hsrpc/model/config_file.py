@@ -20,11 +20,12 @@ _MAX_SHOWN = 200
 
 
 def shown(value: object) -> str:
-    """`value` as an error shows it: what a file holds may be as long as the file, or a number too long to print."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no integer of more than 4300 digits
-        text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+    """`value` as an error shows it, from a file that may hold one as long as itself."""
+    return shortened(repr(value))
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text from a file, for a line that people read."""
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 
 
@@ -41,7 +42,7 @@ class ConfigFile:
 
     def refuse(self, key: str, expected: str, remedy: str = _REMEDY) -> CheckpointError:
         found = shown(self.values[key]) if key in self.values else "nothing"
-        return CheckpointError(f"{self.file}: {key}: expected {expected}, found {found}; {remedy}")
+        return CheckpointError(f"{self.file}: {shortened(key)}: expected {expected}, found {found}; {remedy}")
 
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None
