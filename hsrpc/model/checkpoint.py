@@ -32,6 +32,11 @@ class WeightSource(Protocol):
         """Fills `out`, contiguous and of the tensor's shape, in its own element type and on its own device."""
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a `Checkpoint` can be made of the directory; a plan needs none."""
+    return (directory / WEIGHTS_FILE).exists() or (directory / INDEX_FILE).exists()
+
+
 class Checkpoint:
     """The safetensors files of a model directory.
 

@@ -30,6 +30,7 @@ from hsrpc.errors import (
     OutOfDeviceMemoryError,
 )
 from hsrpc.model.checkpoint import Checkpoint
+from hsrpc.model.shapes import SHAPES
 from hsrpc.schedule.step import Step
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
@@ -87,6 +88,35 @@ async def test_a_spoiled_checkpoint_is_named(spoil: Callable[[Path], None], mess
     """CheckpointError from entering the engine, with the file or tensor."""
     spoil(directory)
     await fails(EngineConfig(model=str(directory), device="cpu"), CheckpointError, message)
+
+
+@pytest.fixture
+def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured, and so nothing allocated."""
+
+    def measure(*_: object) -> None:
+        raise AssertionError("calibrated")
+
+    monkeypatch.setattr(startup, "calibrate", measure)
+
+
+@pytest.mark.usefixtures("uncalibrated")
+async def test_layers_that_the_weights_lack_are_refused_before_anything_is_allocated(directory: Path) -> None:
+    """The configuration is held against the headers first: no more memory would help."""
+    path = directory / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"num_hidden_layers": 4000}))
+    words = rf"config\.json: num_hidden_layers: expected {values['num_hidden_layers']}, .* found 4000; use the config"
+    await fails(EngineConfig(model=str(directory), device="cpu"), CheckpointError, words)
+
+
+@pytest.mark.usefixtures("uncalibrated")
+async def test_a_layer_beyond_the_budget_is_refused_before_calibration(tmp_path: Path) -> None:
+    """Calibration would multiply by its weights, of a shape that no bound of models refuses."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SHAPES["opt-125m"] | {"hidden_size": 3 * 2**16, "ffn_dim": 2**18}))
+    words = r"gpu_memory='1\.0 GiB': too small: the weights of one layer of .* take 960\.0 GiB; raise it"
+    await fails(EngineConfig(model=f"random:{path}", device="cpu", gpu_memory="1GiB"), ConfigError, words)
 
 
 async def test_a_disk_that_fails_while_reading(
