@@ -110,7 +110,7 @@ def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> P
     choices = family.format_choices(config.weight_coding, device.torch_device)
     budgets = _budgets(config, device)
     specs = [in_formats(spec, formats) for formats in choices]
-    _check_layer(specs, budgets)
+    _check_layer(specs, budgets, device)
     hardware = calibrate(device, spec.sizes, spec.dtype)
     spec, planner, plan = _fastest(
         [(each, Planner(each.sizes, budgets, hardware, config)) for each in specs], choose_plan
@@ -118,16 +118,19 @@ def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> P
     return Planned(spec, device, planner, plan, directory, checkpoint)
 
 
-def _check_layer(choices: Sequence[ModelSpec], budgets: Budgets) -> None:
+def _check_layer(choices: Sequence[ModelSpec], budgets: Budgets, device: Device) -> None:
     """Check before calibration, which multiplies by a layer's weights: all of a layer is on the device at once.
 
     Raises:
-        ConfigError: the device's budget is less than the weights of a layer take, whatever the choice of formats.
+        ConfigError: the device has less memory than the weights of a layer take, whatever the choice of formats.
     """
     largest = min(int(spec.sizes.largest(lambda layer: layer.weight_bytes)) for spec in choices)
-    if largest > budgets.device:
-        problem = f"too small: the weights of one layer of {choices[0].name} take {format_bytes(largest)}"
-        raise ConfigError("gpu_memory", format_bytes(budgets.device), problem, "raise it, or serve a smaller model")
+    free = device.free_memory
+    if largest > free:
+        problem = f"one layer of {choices[0].name} takes {format_bytes(largest)}, and {format_bytes(free)} are free"
+        raise ConfigError(
+            "gpu_memory", format_bytes(budgets.device), problem, "end what else uses it, or serve a smaller model"
+        )
 
 
 def _fastest(choices: Sequence[tuple[ModelSpec, Planner]], choose_plan: ChoosePlan) -> tuple[ModelSpec, Planner, Plan]:
