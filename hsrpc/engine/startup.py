@@ -29,9 +29,9 @@ from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.errors import ConfigError
 from hsrpc.model.attention import Attention
-from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
+from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource, has_weights
 from hsrpc.model.families.registry import create_family
-from hsrpc.model.family import Family, ModelSpec
+from hsrpc.model.family import ModelSpec
 from hsrpc.model.hub import resolve_model
 from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec
 from hsrpc.plan.hardware import Hardware
@@ -85,6 +85,8 @@ class Planned:
     plan: Plan
     directory: Path | None
     """None: random weights."""
+    checkpoint: Checkpoint | None
+    """The weights in the directory, checked from their headers; None: it has none, or they are random."""
 
 
 def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> Planned:
@@ -95,19 +97,40 @@ def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> P
     """
     spec, device = describe_model(config)
     directory = None if config.model.startswith(RANDOM_PREFIX) else resolve_model(config.model)
+    family = create_family(spec)
+    checkpoint = Checkpoint(directory) if directory is not None and has_weights(directory) else None
+    if checkpoint is not None:
+        checkpoint.check_model(family)
     if device.torch_device.type == "cpu":
         config = replace(
             config,
             max_batch=config.max_batch or _CPU_MAX_BATCH,
             max_prefill_tokens=config.max_prefill_tokens or _CPU_PREFILL_TOKENS,
         )
-    choices = create_family(spec).format_choices(config.weight_coding, device.torch_device)
-    hardware, budgets = calibrate(device, spec.sizes, spec.dtype), _budgets(config, device)
+    choices = family.format_choices(config.weight_coding, device.torch_device)
+    budgets = _budgets(config, device)
     specs = [in_formats(spec, formats) for formats in choices]
+    _check_layer(specs, budgets, device)
+    hardware = calibrate(device, spec.sizes, spec.dtype)
     spec, planner, plan = _fastest(
         [(each, Planner(each.sizes, budgets, hardware, config)) for each in specs], choose_plan
     )
-    return Planned(spec, device, planner, plan, directory)
+    return Planned(spec, device, planner, plan, directory, checkpoint)
+
+
+def _check_layer(choices: Sequence[ModelSpec], budgets: Budgets, device: Device) -> None:
+    """Check before calibration, which multiplies by a layer's weights: all of a layer is on the device at once.
+
+    Raises:
+        ConfigError: the device has less memory than the weights of a layer take, whatever the choice of formats.
+    """
+    largest = min(int(spec.sizes.largest(lambda layer: layer.weight_bytes)) for spec in choices)
+    free = device.free_memory
+    if largest > free:
+        problem = f"one layer of {choices[0].name} takes {format_bytes(largest)}, and {format_bytes(free)} are free"
+        raise ConfigError(
+            "gpu_memory", format_bytes(budgets.device), problem, "end what else uses it, or serve a smaller model"
+        )
 
 
 def _fastest(choices: Sequence[tuple[ModelSpec, Planner]], choose_plan: ChoosePlan) -> tuple[ModelSpec, Planner, Plan]:
@@ -193,7 +216,7 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         _check_room(plan, device)
         device.limit_memory(plan.budgets.device)
         family = create_family(spec)
-        source, tokenizer = _source(planned, family)
+        source, tokenizer = _source(planned)
         undo.callback(tokenizer.close)
         dtype, torch_device = spec.dtype, device.torch_device
         attention = Attention(spec.sizes, family.attention_scale, plan.block_size, torch_device, dtype)
@@ -245,12 +268,10 @@ def _check_room(plan: Plan, device: Device) -> None:
             raise ConfigError(field, format_bytes(budget), problem, "lower it, or end what else uses the memory")
 
 
-def _source(planned: Planned, family: Family) -> tuple[WeightSource, Tokenizer | NoTokenizer]:
+def _source(planned: Planned) -> tuple[WeightSource, Tokenizer | NoTokenizer]:
     if planned.directory is None:
         return RandomWeights(0), NoTokenizer()
-    checkpoint = Checkpoint(planned.directory)
-    checkpoint.check(family.all_tensors())
-    return checkpoint, Tokenizer(planned.directory)
+    return planned.checkpoint or Checkpoint(planned.directory), Tokenizer(planned.directory)
 
 
 def _dtype(wanted: DType, on_cpu: bool) -> torch.dtype | None:

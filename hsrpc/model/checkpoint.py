@@ -12,11 +12,13 @@ import torch
 
 from hsrpc.errors import CheckpointError
 from hsrpc.model.config_file import read_config
+from hsrpc.model.family import Family
 from hsrpc.model.safetensors_file import SafetensorsFile
 from hsrpc.model.tensor import TensorSpec
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_OTHER_CONFIG = "use the config.json of this checkpoint, or fetch it again"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
 _RANDOM_BLOCK = 4_194_301
@@ -28,6 +30,11 @@ class WeightSource(Protocol):
 
     def read(self, tensor: TensorSpec, out: torch.Tensor) -> None:
         """Fills `out`, contiguous and of the tensor's shape, in its own element type and on its own device."""
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a `Checkpoint` can be made of the directory; a plan needs none."""
+    return (directory / WEIGHTS_FILE).exists() or (directory / INDEX_FILE).exists()
 
 
 class Checkpoint:
@@ -47,6 +54,28 @@ class Checkpoint:
             self._files = _open_shards(directory)
         else:
             raise _no_weights(directory)
+
+    def check_model(self, family: Family) -> None:
+        """Checks from the headers that all tensors of a model can be read; that each of its layers is there, first.
+
+        Raises:
+            CheckpointError: the configuration has other layers than the files, or as `check`.
+        """
+        missing = [layer for layer in range(family.num_layers) if not self._has_layer(family, layer)]
+        found = family.num_layers - len(missing)
+        if missing and missing[0] == found > 0:
+            expected = f"{found}, since {self.directory} has weights of the first {found} layers alone"
+            raise family.spec.config.refuse("num_hidden_layers", expected, _OTHER_CONFIG)
+        if missing and found:
+            expected = f"weights of {family.num_layers} layers, as num_hidden_layers in config.json says"
+            more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+            found_layers = f"{found} layers, without layer {missing[0]}{more}"
+            raise CheckpointError(f"{self.directory}: expected {expected}, found {found_layers}; {_OTHER_CONFIG}")
+        self.check(family.all_tensors())
+
+    def _has_layer(self, family: Family, layer: int) -> bool:
+        """Whether any tensor of the layer is there."""
+        return any(self._name(source) for tensor in family.layer_tensors(layer) for source in tensor.sources)
 
     def check(self, tensors: Iterable[TensorSpec]) -> None:
         """Checks from the headers that all `tensors` can be read.
@@ -82,13 +111,15 @@ class Checkpoint:
             yield file, name, math.prod(shape)
 
     def _find(self, source: str) -> str:
-        """The tensor's name here: checkpoints of bare models leave out the prefix `model.`."""
-        for name in (source, source.removeprefix("model.")):
-            if name in self._files:
-                return name
-        found = f"{len(self._files)} tensors without it"
-        remedy = "use the config.json of this checkpoint, or fetch it again"
-        raise CheckpointError(f"{self.directory}: expected tensor {source}, found {found}; {remedy}")
+        name = self._name(source)
+        if name is None:
+            found = f"{len(self._files)} tensors without it"
+            raise CheckpointError(f"{self.directory}: expected tensor {source}, found {found}; {_OTHER_CONFIG}")
+        return name
+
+    def _name(self, source: str) -> str | None:
+        """The tensor's name here, or None: checkpoints of bare models leave out the prefix `model.`."""
+        return next((name for name in (source, source.removeprefix("model.")) if name in self._files), None)
 
 
 def _open_shards(directory: Path) -> dict[str, SafetensorsFile]:

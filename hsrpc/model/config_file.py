@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hsrpc.errors import CheckpointError
+from hsrpc.model.bounds import MAX_JSON_BYTES
 
 _REMEDY = "correct the file, or serve a model that hsrpc supports"
+_MAX_NUMBER = sys.float_info.max
+"""A whole number beyond it has no float."""
+_MAX_SHOWN = 200
+"""Characters of a value that an error shows."""
+
+
+def shown(value: object) -> str:
+    """`value` as an error shows it, from a file that may hold one as long as itself."""
+    return shortened(repr(value))
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text from a file, for a line that people read."""
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 
 
 @dataclass(frozen=True)
@@ -25,21 +41,27 @@ class ConfigFile:
     values: Mapping[str, object]
 
     def refuse(self, key: str, expected: str, remedy: str = _REMEDY) -> CheckpointError:
-        found = repr(self.values[key]) if key in self.values else "nothing"
-        return CheckpointError(f"{self.file}: {key}: expected {expected}, found {found}; {remedy}")
+        found = shown(self.values[key]) if key in self.values else "nothing"
+        return CheckpointError(f"{self.file}: {shortened(key)}: expected {expected}, found {found}; {remedy}")
 
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None
 
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+    def refuse_all(self, keys: Sequence[str], expected: str, found: str, remedy: str = _REMEDY) -> CheckpointError:
+        """For values that are only wrong together; of `keys` those are named that the file has."""
+        named = ", ".join(f"{key}={shown(self.values[key])}" for key in keys if self.has(key))
+        return CheckpointError(f"{self.file}: {named}: expected {expected}, found {found}; {remedy}")
+
+    def integer(self, key: str, default: int | None = None, *, maximum: int) -> int:
+        """A size or a count, from 1 to `maximum`, one of the bounds of models."""
         value = self.values.get(key) if self.has(key) else default
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.refuse(key, f"a whole number, {minimum} or more")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= maximum:
+            raise self.refuse(key, f"a whole number from 1 to {maximum}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key) if self.has(key) else default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_NUMBER:
             raise self.refuse(key, "a positive number")
         return float(value)
 
@@ -79,10 +101,16 @@ def read_config(path: Path) -> ConfigFile:
     """The JSON object in `path`.
 
     Raises:
-        CheckpointError: no such file, or no JSON object in it.
+        CheckpointError: no such file, no JSON object in it, or far too large a one.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_JSON_BYTES:
+                expected = f"at most {MAX_JSON_BYTES} bytes of JSON"
+                raise CheckpointError(f"{path}: expected {expected}, found {size} bytes; fetch the file again")
+            text = file.read(size)
+        values = json.loads(text.decode())
     except OSError as error:
         remedy = "give a model directory in Hugging Face format"
         raise CheckpointError(f"{path}: expected a readable file, found {error.strerror}; {remedy}") from None

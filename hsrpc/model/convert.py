@@ -49,7 +49,7 @@ def convert_checkpoint(src: Path, dst: Path, progress: bool = True, max_shard_by
         part.mkdir()
         _convert_files(files, part, progress, max_shard_bytes)
         _copy_small_files(src, part)
-        Checkpoint(part).check(family.all_tensors())
+        Checkpoint(part).check_model(family)
         os.replace(part, dst)
 
 

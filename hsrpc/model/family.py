@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 
 from hsrpc.config import WeightCoding
+from hsrpc.model.bounds import MAX_LAYERS
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.formats.choice import format_choices
 from hsrpc.model.formats.format import Formats
@@ -48,10 +49,13 @@ class Family(ABC):
     With n rows, hidden size h, q = num_heads * head_dim and kv = num_kv_heads * head_dim.
     """
 
+    size_keys: ClassVar[tuple[str, ...]]
+    """Keys of config.json that the shapes of the weights follow from."""
+
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self.sizes = spec.sizes
-        self.num_layers = spec.config.integer("num_hidden_layers")
+        self.num_layers = spec.config.integer("num_hidden_layers", maximum=MAX_LAYERS)
         self.q_size = spec.sizes.num_heads * spec.sizes.head_dim
         self.kv_size = spec.sizes.num_kv_heads * spec.sizes.head_dim
         self.attention_scale: float = spec.sizes.head_dim**-0.5

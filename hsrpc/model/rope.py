@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hsrpc.model.bounds import MAX_CONTEXT
 from hsrpc.model.config_file import ConfigFile
 
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -43,7 +44,8 @@ class RopeSettings:
         low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
         if high <= low:
             raise section.refuse("high_freq_factor", f"more than low_freq_factor={low}")
-        context = section.integer("original_max_position_embeddings", config.integer("max_position_embeddings"))
+        whole = config.integer("max_position_embeddings", maximum=MAX_CONTEXT)
+        context = section.integer("original_max_position_embeddings", whole, maximum=MAX_CONTEXT)
         return cls("llama3", theta, section.number("factor"), low, high, context)
 
 

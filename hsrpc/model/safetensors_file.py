@@ -15,9 +15,10 @@ from typing import TypeGuard
 import torch
 
 from hsrpc.errors import CheckpointError
+from hsrpc.model.bounds import MAX_DIMENSIONS, MAX_FILE_BYTES, MAX_JSON_BYTES
+from hsrpc.model.config_file import shortened, shown
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _CHUNK_ELEMENTS = 1 << 23
 _REFETCH = "fetch the file again"
@@ -53,15 +54,15 @@ class SafetensorsFile:
         self._check_extent(_LENGTH_BYTES + length, size)
 
     def refuse(self, expected: str, found: object, remedy: str = _REFETCH, tensor: str = "") -> CheckpointError:
-        where = f"{self.path}: {tensor}" if tensor else str(self.path)
+        where = f"{self.path}: {shortened(tensor)}" if tensor else str(self.path)
         return CheckpointError(f"{where}: expected {expected}, found {found}; {remedy}")
 
     def _header_length(self, prefix: bytes, size: int) -> int:
         if len(prefix) < _LENGTH_BYTES:
             raise self.refuse("a safetensors file", f"{len(prefix)} bytes")
         length = int.from_bytes(prefix, "little")
-        if length > MAX_HEADER_BYTES:
-            raise self.refuse(f"a header of at most {MAX_HEADER_BYTES} bytes", f"{length} bytes")
+        if length > MAX_JSON_BYTES:
+            raise self.refuse(f"a header of at most {MAX_JSON_BYTES} bytes", f"{length} bytes")
         if _LENGTH_BYTES + length > size:
             raise self.refuse(f"a file of at least {_LENGTH_BYTES + length} bytes", f"{size} bytes")
         return length
@@ -80,7 +81,9 @@ class SafetensorsFile:
         fields = value if isinstance(value, dict) else {}
         dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
         if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
-            raise self.refuse("dtype, shape and two data_offsets in the header", value, tensor=name)
+            raise self.refuse("dtype, shape and two data_offsets in the header", shown(value), tensor=name)
+        if len(shape) > MAX_DIMENSIONS:
+            raise self.refuse(f"a shape of at most {MAX_DIMENSIONS} sizes", f"{len(shape)} sizes", tensor=name)
         entry = TensorEntry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
         if dtype in DTYPES and entry.end - entry.start != math.prod(shape) * DTYPES[dtype].itemsize:
             found = f"{entry.end - entry.start} bytes"
@@ -119,7 +122,7 @@ class SafetensorsFile:
     def check_dtype(self, name: str) -> None:
         dtype = self.entries[name].dtype
         if dtype not in DTYPES:
-            raise self.refuse("one of " + ", ".join(DTYPES), dtype, "serve an unquantized checkpoint", name)
+            raise self.refuse("one of " + ", ".join(DTYPES), shortened(dtype), "serve an unquantized checkpoint", name)
 
     def _fill(self, descriptor: int, name: str, start: int, out: torch.Tensor) -> None:
         memory = out.view(torch.uint8).numpy().data
@@ -132,4 +135,4 @@ class SafetensorsFile:
 
 
 def _are_sizes(values: object) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= MAX_FILE_BYTES for value in values)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from hsrpc.errors import ModelNotFoundError
+from hsrpc.model.bounds import MAX_MODEL_BYTES
 from hsrpc.model.config_file import ConfigFile, read_config
 from hsrpc.model.families.registry import create_family, family_class, family_name
 from hsrpc.model.family import ModelSpec
@@ -74,7 +75,11 @@ def _make_spec(name: str, config: ConfigFile, dtype: torch.dtype | None) -> Mode
         pad_token_id=_optional_id(config, "pad_token_id", sizes.vocab_size),
         config=config,
     )
-    return in_formats(spec, spec.formats)
+    spec = in_formats(spec, spec.formats)
+    if spec.sizes.model_bytes > MAX_MODEL_BYTES:
+        expected = f"sizes whose weights take at most {MAX_MODEL_BYTES} bytes"
+        raise config.refuse_all(family_class(family).size_keys, expected, f"{spec.sizes.model_bytes} bytes")
+    return spec
 
 
 def in_formats(spec: ModelSpec, formats: Formats) -> ModelSpec:

@@ -7,6 +7,7 @@ import json
 import pytest
 from matplotlib import image
 
+from hsrpc.model.shapes import SHAPES
 from tests.cli.conftest import SMALL
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -46,6 +47,17 @@ def test_a_model_without_a_checkpoint(hsrpc):
     plan = planned(hsrpc, "--model=random:opt-125m", "--gpu-memory=400MiB", "--host-memory=8GiB", "--dtype=float16")
     assert plan["model"] == "opt-125m"
     assert plan["prediction"]["tokens_per_second"] > 0
+
+
+def test_an_absurd_configuration_is_refused_by_its_key(hsrpc, tmp_path):
+    """Of a path given for a shape as well: at once, and before anything is made of it."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(SHAPES["opt-125m"] | {"num_hidden_layers": 1_000_000_000}))
+    ran = hsrpc("plan", *SMALL, f"--model=random:{file}")
+    assert ran.code == 1
+    assert ran.err.startswith(
+        f"hsrpc: error: {file}: num_hidden_layers: expected a whole number from 1 to 4096, found 1"
+    )
 
 
 def test_the_tables_name_budgets_policy_and_prediction(hsrpc):

@@ -30,6 +30,7 @@ from hsrpc.errors import (
     OutOfDeviceMemoryError,
 )
 from hsrpc.model.checkpoint import Checkpoint
+from hsrpc.model.shapes import SHAPES
 from hsrpc.schedule.step import Step
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
@@ -89,6 +90,38 @@ async def test_a_spoiled_checkpoint_is_named(spoil: Callable[[Path], None], mess
     await fails(EngineConfig(model=str(directory), device="cpu"), CheckpointError, message)
 
 
+@pytest.fixture
+def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured, and so nothing allocated."""
+
+    def measure(*_: object) -> None:
+        raise AssertionError("calibrated")
+
+    monkeypatch.setattr(startup, "calibrate", measure)
+
+
+@pytest.mark.usefixtures("uncalibrated")
+async def test_layers_that_the_weights_lack_are_refused_before_anything_is_allocated(directory: Path) -> None:
+    """The configuration is held against the headers first: no more memory would help."""
+    path = directory / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"num_hidden_layers": 4000}))
+    words = rf"config\.json: num_hidden_layers: expected {values['num_hidden_layers']}, .* found 4000; use the config"
+    await fails(EngineConfig(model=str(directory), device="cpu"), CheckpointError, words)
+
+
+@pytest.mark.usefixtures("uncalibrated")
+async def test_a_layer_beyond_the_machine_is_refused_before_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibration would multiply by its weights, of a shape that no bound of models refuses."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SHAPES["opt-125m"] | {"hidden_size": 3 * 2**16, "ffn_dim": 2**18}))
+    words = r"gpu_memory='1\.0 GiB': one layer of .* takes 960\.0 GiB, and .* are free; end what else"
+    monkeypatch.setattr(CpuDevice, "free_memory", property(lambda _: 2**39))
+    await fails(EngineConfig(model=f"random:{path}", device="cpu", gpu_memory="1GiB"), ConfigError, words)
+
+
 async def test_a_disk_that_fails_while_reading(
     monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
 ) -> None:
@@ -127,12 +160,12 @@ async def test_memory_that_is_not_free(
     """ConfigError before anything is allocated: neither the system nor the device is asked for what it has not."""
     allocated: list[int] = []
     monkeypatch.setattr(CpuDevice, "pinned", lambda *_, **__: allocated.append(1))
-    monkeypatch.setattr(CpuDevice, "free_memory", property(lambda _: 2**16 if field == "gpu_memory" else 2**40))
-    monkeypatch.setattr(startup, "available_memory", lambda: 2**16 if field == "host_memory" else 2**40)
+    monkeypatch.setattr(CpuDevice, "free_memory", property(lambda _: 2**17 if field == "gpu_memory" else 2**40))
+    monkeypatch.setattr(startup, "available_memory", lambda: 2**17 if field == "host_memory" else 2**40)
     monkeypatch.setattr(startup, "calibrate", lambda *_: HARDWARE)
     budgets = {"gpu_memory": "1GiB", "host_memory": "64MiB", "placement": "host"}
     config = EngineConfig(model=str(reference("opt").directory), device="cpu", **budgets)
-    await fails(config, ConfigError, f"{field}=.* 64.0 KiB are free; lower it")
+    await fails(config, ConfigError, f"{field}=.* 128.0 KiB are free; lower it")
     assert not allocated
 
 

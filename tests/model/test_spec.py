@@ -163,7 +163,7 @@ REFUSALS = [
     ("opt-125m", {"architectures": None, "model_type": None}, "model_type", "found nothing"),
     ("opt-125m", {"hidden_size": None}, "hidden_size", "found nothing"),
     ("opt-125m", {"hidden_size": "768"}, "hidden_size", "'768'"),
-    ("opt-125m", {"num_hidden_layers": 0}, "num_hidden_layers", "1 or more, found 0"),
+    ("opt-125m", {"num_hidden_layers": 0}, "num_hidden_layers", "from 1 to 4096, found 0"),
     ("opt-125m", {"num_hidden_layers": True}, "num_hidden_layers", "True"),
     ("opt-125m", {"num_attention_heads": 7}, "hidden_size", "a multiple of num_attention_heads=7, found 768"),
     ("opt-125m", {"activation_function": "swish"}, "activation_function", "relu, gelu, found 'swish'"),

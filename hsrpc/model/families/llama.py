@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional
 
+from hsrpc.model.bounds import MAX_CONTEXT, MAX_VOCAB_SIZE, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.family import Family, ModelSpec, Weights
 from hsrpc.model.layers import Affine, gate, linear_tensors, norm_tensors, project, project_rows, rms_norm
@@ -52,6 +53,16 @@ class LlamaSettings:
 class Llama(Family):
     """Llama 1 to 3, Mistral 7B, and models of the same architecture."""
 
+    size_keys = (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "vocab_size",
+    )
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
         self.settings = LlamaSettings.read(spec.config)
@@ -59,15 +70,15 @@ class Llama(Family):
 
     @staticmethod
     def read_sizes(config: ConfigFile, compute_bytes: int) -> ModelSizes:
-        num_heads = config.integer("num_attention_heads")
+        num_heads = config.integer("num_attention_heads", maximum=MAX_WIDTH)
         return ModelSizes(
-            hidden_size=config.integer("hidden_size"),
+            hidden_size=config.integer("hidden_size", maximum=MAX_WIDTH),
             num_heads=num_heads,
             num_kv_heads=_read_kv_heads(config, num_heads),
             head_dim=_read_head_dim(config, num_heads),
-            ffn_size=config.integer("intermediate_size"),
-            vocab_size=config.integer("vocab_size"),
-            context_length=config.integer("max_position_embeddings"),
+            ffn_size=config.integer("intermediate_size", maximum=MAX_WIDTH),
+            vocab_size=config.integer("vocab_size", maximum=MAX_VOCAB_SIZE),
+            context_length=config.integer("max_position_embeddings", maximum=MAX_CONTEXT),
             compute_bytes=compute_bytes,
             layers=(),
             fixed_bytes=0,
@@ -146,17 +157,19 @@ class Llama(Family):
 
 
 def _read_kv_heads(config: ConfigFile, num_heads: int) -> int:
-    num_kv_heads = config.integer("num_key_value_heads", num_heads)
+    num_kv_heads = config.integer("num_key_value_heads", num_heads, maximum=MAX_WIDTH)
     if num_heads % num_kv_heads:
         raise config.refuse("num_key_value_heads", f"a divisor of num_attention_heads={num_heads}")
     return num_kv_heads
 
 
 def _read_head_dim(config: ConfigFile, num_heads: int) -> int:
-    hidden_size = config.integer("hidden_size")
+    hidden_size = config.integer("hidden_size", maximum=MAX_WIDTH)
     if not config.has("head_dim") and hidden_size % num_heads:
         raise config.refuse("hidden_size", f"a multiple of num_attention_heads={num_heads}, or a head_dim")
-    head_dim = config.integer("head_dim", hidden_size // num_heads)
+    head_dim = config.integer("head_dim", hidden_size // num_heads, maximum=MAX_WIDTH)
+    if num_heads * head_dim > MAX_WIDTH:
+        raise config.refuse("head_dim", f"at most {MAX_WIDTH} for num_attention_heads={num_heads} together")
     if head_dim % 2:
         key = "head_dim" if config.has("head_dim") else "hidden_size"
         raise config.refuse(key, f"an even size for each head, where {head_dim} results")
@@ -167,5 +180,5 @@ def _read_window(config: ConfigFile) -> int | None:
     """Only Mistral slides its window; a window no smaller than the context hides nothing."""
     if config.values.get("model_type") != "mistral" or not config.has("sliding_window"):
         return None
-    window = config.integer("sliding_window")
-    return window if window < config.integer("max_position_embeddings") else None
+    window = config.integer("sliding_window", maximum=MAX_CONTEXT)
+    return window if window < config.integer("max_position_embeddings", maximum=MAX_CONTEXT) else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from hsrpc.model.bounds import MAX_CONTEXT, MAX_VOCAB_SIZE, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.family import Family, ModelSpec, Weights
 from hsrpc.model.layers import Affine, layer_norm, linear_tensors, norm_tensors, project, project_relu, project_rows
@@ -45,9 +46,10 @@ class OptSettings:
 
     @classmethod
     def read(cls, config: ConfigFile) -> OptSettings:
+        hidden_size = config.integer("hidden_size", maximum=MAX_WIDTH)
         pre_norm = config.flag("do_layer_norm_before", True)
         return cls(
-            embed_size=config.integer("word_embed_proj_dim", config.integer("hidden_size")),
+            embed_size=config.integer("word_embed_proj_dim", hidden_size, maximum=MAX_WIDTH),
             pre_norm=pre_norm,
             final_norm=pre_norm and not config.flag("_remove_final_layer_norm", False),
             bias=config.flag("enable_bias", True),
@@ -60,13 +62,23 @@ class OptSettings:
 class Opt(Family):
     """OPT, from 125m to 66b; 350m alone has post-norm and a projected embedding."""
 
+    size_keys = (
+        "num_hidden_layers",
+        "hidden_size",
+        "ffn_dim",
+        "vocab_size",
+        "max_position_embeddings",
+        "word_embed_proj_dim",
+    )
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
         self.settings = OptSettings.read(spec.config)
 
     @staticmethod
     def read_sizes(config: ConfigFile, compute_bytes: int) -> ModelSizes:
-        hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+        hidden_size = config.integer("hidden_size", maximum=MAX_WIDTH)
+        num_heads = config.integer("num_attention_heads", maximum=MAX_WIDTH)
         if hidden_size % num_heads:
             raise config.refuse("hidden_size", f"a multiple of num_attention_heads={num_heads}")
         return ModelSizes(
@@ -74,9 +86,9 @@ class Opt(Family):
             num_heads=num_heads,
             num_kv_heads=num_heads,
             head_dim=hidden_size // num_heads,
-            ffn_size=config.integer("ffn_dim"),
-            vocab_size=config.integer("vocab_size"),
-            context_length=config.integer("max_position_embeddings"),
+            ffn_size=config.integer("ffn_dim", maximum=MAX_WIDTH),
+            vocab_size=config.integer("vocab_size", maximum=MAX_VOCAB_SIZE),
+            context_length=config.integer("max_position_embeddings", maximum=MAX_CONTEXT),
             compute_bytes=compute_bytes,
             layers=(),
             fixed_bytes=0,
