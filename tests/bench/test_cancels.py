@@ -23,8 +23,8 @@ HELD = cancels.Held(live=0, requests=0, tasks=9, fds=40, blocks=40_000, rss_byte
 
 async def test_nothing_grows_over_thousands_of_early_ends():
     """Cancelled at once or amid the stream, past the deadline, gone with the connection: tasks, requests, descriptors,
-    objects and memory of the server are what they were."""
-    command = (sys.executable, str(TOOL), "--calls=2000", "--warm-up=500")
+    objects and memory of the server are what they were, once the cache of peers' names is full."""
+    command = (sys.executable, str(TOOL), "--calls=2000", "--warm-up=2000")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
     out, _ = await process.communicate()
