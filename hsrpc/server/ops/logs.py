@@ -25,11 +25,15 @@ class LogFormat(StrEnum):
 
 
 def set_up_logs(form: LogFormat, level: str, stream: TextIO | None = None) -> None:
-    """Write the records of `level` (such as INFO) and above to `stream`, standard error if None."""
+    """Write hsrpc's records of `level` (such as INFO) and above to `stream`, standard error if None.
+
+    Libraries, which are not ours to explain, are heard from WARNING on, whatever lower level is asked for.
+    """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if form is LogFormat.JSON else TextFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    ours = logging.getLogger("hsrpc")
+    ours.setLevel(level.upper())
+    logging.basicConfig(level=max(ours.level, logging.WARNING), handlers=[handler])
 
 
 class TextFormatter(logging.Formatter):
