@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,6 +14,34 @@ BUNDLED_MODEL = str(Path(__file__).parent / "models" / "storyteller")
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS |= {f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power, _letter: 1024**_power}
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """A range of times that a setting may have; never NaN, never infinite."""
+
+    low: float
+    high: float = 1e6
+    has_never: bool = False
+    """0 is allowed beside the range, and means never."""
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high or (self.has_never and value == 0)
+
+    def __str__(self) -> str:
+        return f"{'0 (never), or ' if self.has_never else ''}{self.low:g} to {self.high:.0f}"
+
+    def check(self, name: str, value: float) -> None:
+        """Let pass a value of the range.
+
+        Raises:
+            ConfigError: naming the setting, its value and the range.
+        """
+        if value not in self:
+            raise ConfigError(name, value, "not a time that it may be", f"give seconds, {self}")
+
+
+MAX_STEP_TIME = Seconds(1e-6)
 
 
 class DeviceKind(StrEnum):
@@ -162,8 +189,8 @@ class EngineConfig:
                 raise ConfigError(name, value, "not a positive whole number", "give 1 or more")
         if self.block_size > 1024:
             raise ConfigError("block_size", self.block_size, "more than 1024 tokens", "16 to 64 suit most machines")
-        if self.max_step_time is not None and not (math.isfinite(self.max_step_time) and self.max_step_time > 0):
-            raise ConfigError("max_step_time", self.max_step_time, "not a positive time", "give seconds, such as 0.2")
+        if self.max_step_time is not None:
+            MAX_STEP_TIME.check("max_step_time", self.max_step_time)
         self._check_shares()
 
     def _check_shares(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from hsrpc.errors import InvalidRequestError
@@ -112,6 +112,11 @@ class SamplingParams:
                 )
         for token_id, bias in self.logit_bias.items():
             _check_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+
+    def within(self, room: int) -> SamplingParams:
+        """Settings in effect where the context has room for `room` tokens of output: no count asks for more."""
+        max_tokens = room if self.max_tokens is None else min(self.max_tokens, room)
+        return replace(self, max_tokens=max_tokens, min_tokens=min(self.min_tokens, max_tokens))
 
     @property
     def is_greedy(self) -> bool:

@@ -93,6 +93,16 @@ def test_biases_are_bounded_one_by_one(bias: float):
     assert refused(logit_bias={3: 1.0, 7: bias}).field == "logit_bias[7]"
 
 
+@pytest.mark.parametrize(
+    ("asked", "in_effect"), [((None, 0), (9, 0)), ((5, 5), (5, 5)), ((10, 10), (9, 9)), ((None, 10), (9, 9))]
+)
+def test_within_a_room_no_count_is_larger(asked, in_effect):
+    """max_tokens is filled in and cut, and min_tokens with it; nothing else changes."""
+    params = SamplingParams(max_tokens=asked[0], min_tokens=asked[1], top_k=3, seed=1)
+    max_tokens, min_tokens = in_effect
+    assert params.within(9) == SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, top_k=3, seed=1)
+
+
 def test_min_tokens_is_at_most_max_tokens():
     """Equal is allowed; more could never end."""
     assert SamplingParams(min_tokens=5, max_tokens=5).min_tokens == 5

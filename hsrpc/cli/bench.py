@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hsrpc.cli.bench_serve import add_frontend_parser, add_serve_parser
-from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
+from hsrpc.cli.options import MEASURED_TIME, Commands, add_command, add_engine_options, engine_config
 from hsrpc.config import CachePolicy, EngineConfig
 from hsrpc.errors import ConfigError
 
@@ -64,7 +64,9 @@ def _add_engine_parser(kinds: Commands, name: str, text: str) -> None:
     load.add_argument(
         "--steps", type=int, default=20, metavar="N", help="decode or prompt steps measured (default: 20)"
     )
-    load.add_argument("--seconds", type=float, metavar="S", help="measure no longer than so (default: to the end)")
+    load.add_argument(
+        "--seconds", type=MEASURED_TIME, metavar="SECONDS", help="measure no longer than so (default: to the end)"
+    )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="save everything that was measured; sweep: after each share"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hsrpc.cli.connection import ConnectionSettings, add_connection_options, connection_settings
-from hsrpc.cli.options import Commands, add_command
+from hsrpc.cli.options import MEASURED_TIME, Commands, add_command
 
 if TYPE_CHECKING:
     from hsrpc.bench.load import Arrival, Mix, Outcome
@@ -36,7 +36,7 @@ def add_serve_parser(kinds: Commands) -> None:
     )
     load = parser.add_argument_group("load")
     load.add_argument("--rate", type=_positive, default=2.0, metavar="X", help="requests per second (default: 2)")
-    load.add_argument("--duration", type=_positive, default=30.0, metavar="SECONDS", help="default: 30")
+    load.add_argument("--duration", type=MEASURED_TIME, default=30.0, metavar="SECONDS", help="default: 30")
     load.add_argument("--prompt", type=int, default=64, metavar="N", help="prompt tokens of a request (default: 64)")
     load.add_argument("--output", type=int, default=64, metavar="N", help="output tokens of a request (default: 64)")
     load.add_argument(
@@ -45,8 +45,8 @@ def add_serve_parser(kinds: Commands) -> None:
     load.add_argument("--cancel-share", type=_share, default=0.0, metavar="X", help="cancelled by the client")
     load.add_argument("--load-seed", type=int, default=0, metavar="N", help="same seed, same load (default: 0)")
     goal = parser.add_argument_group("goal, for goodput")
-    goal.add_argument("--first-token-goal", type=_positive, metavar="SECONDS", help="from the scheduled send time")
-    goal.add_argument("--inter-token-goal", type=_positive, metavar="SECONDS", help="on average over a request")
+    goal.add_argument("--first-token-goal", type=MEASURED_TIME, metavar="SECONDS", help="from the scheduled send time")
+    goal.add_argument("--inter-token-goal", type=MEASURED_TIME, metavar="SECONDS", help="on average over a request")
     _add_files(parser)
     add_connection_options(parser, target=None, target_help="a server that is started for it")
     parser.set_defaults(run=run_serve)
@@ -57,7 +57,9 @@ def add_frontend_parser(kinds: Commands) -> None:
         kinds, "frontend", "what the server can send, over an engine that costs nothing", _FRONTEND_EXAMPLES
     )
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 256], metavar="N", help="default: 1 64 256")
-    parser.add_argument("--seconds", type=_positive, default=1.0, metavar="X", help="of each trial (default: 1)")
+    parser.add_argument(
+        "--seconds", type=MEASURED_TIME, default=1.0, metavar="SECONDS", help="of each trial (default: 1)"
+    )
     _add_files(parser)
     parser.set_defaults(run=run_frontend)
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, NoReturn, TypeAlias
 
-from hsrpc.config import BUNDLED_MODEL, CachePolicy, DeviceKind, DType, EngineConfig, Placement, WeightCoding
+from hsrpc.config import (
+    BUNDLED_MODEL,
+    MAX_STEP_TIME,
+    CachePolicy,
+    DeviceKind,
+    DType,
+    EngineConfig,
+    Placement,
+    Seconds,
+    WeightCoding,
+)
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -43,6 +54,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
+
+
+@dataclass(frozen=True, slots=True)
+class SecondsOption:
+    """Type of an option that takes seconds: reads one of those that are allowed."""
+
+    allowed: Seconds
+
+    def __call__(self, text: str) -> float:
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = math.nan
+        if seconds not in self.allowed:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a time that it may be; give seconds, {self.allowed}")
+        return seconds
+
+
+MEASURED_TIME = SecondsOption(Seconds(0.001))
+"""How long a benchmark takes, or what it should keep to."""
 
 
 def add_command(commands: Commands, name: str, summary: str, examples: str) -> Parser:
@@ -118,7 +149,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     batch.add_argument(
         "--expected-output", type=int, metavar="N", help="tokens that a typical request generates, to plan for"
     )
-    batch.add_argument("--max-step-time", type=float, metavar="SECONDS", help="bound on the predicted time of a step")
+    batch.add_argument(
+        "--max-step-time",
+        type=SecondsOption(MAX_STEP_TIME),
+        metavar="SECONDS",
+        help="bound on the predicted time of a step (default: none)",
+    )
     batch.add_argument("--max-queued-requests", type=int, default=1024, metavar="N", help="default: 1024")
     batch.add_argument(
         "--max-queued-tokens", type=int, default=1_048_576, metavar="N", help="of prompts that wait (default: 1048576)"

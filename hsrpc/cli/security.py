@@ -6,7 +6,8 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from hsrpc.server.security import SecurityConfig
+from hsrpc.cli.options import SecondsOption
+from hsrpc.server.security import SECURITY_TIMES, SecurityConfig
 
 
 def add_security_options(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def add_security_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-connection-age",
-        type=float,
+        type=SecondsOption(SECURITY_TIMES["max_connection_age"]),
         default=1800.0,
         metavar="SECONDS",
         help="have clients connect again; running calls go on; 0 is never (default: 1800)",

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
+from hsrpc.cli.options import Commands, SecondsOption, add_command, add_engine_options, engine_config
 from hsrpc.cli.security import add_security_options, security_config
 from hsrpc.cli.settings import add_settings, print_settings
 from hsrpc.model.hub import forbid_downloads
+from hsrpc.server.config import SERVER_TIMES
 
 if TYPE_CHECKING:
     from hsrpc.engine.engine import Engine
@@ -33,18 +33,22 @@ def add_parser(commands: Commands) -> None:
     listen.add_argument("--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1)")
     listen.add_argument("--port", type=int, default=50051, help="0 takes a free one (default: 50051)")
     listen.add_argument(
-        "--shutdown-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for running requests (default: 30)"
+        "--shutdown-timeout",
+        type=SecondsOption(SERVER_TIMES["drain_timeout"]),
+        default=30.0,
+        metavar="SECONDS",
+        help="for running requests; 0 ends them at once (default: 30)",
     )
     listen.add_argument(
         "--write-timeout",
-        type=_seconds,
+        type=SecondsOption(SERVER_TIMES["write_timeout"]),
         default=30.0,
         metavar="SECONDS",
         help="for a client to go on reading its stream (default: 30)",
     )
     listen.add_argument(
         "--step-timeout",
-        type=_seconds,
+        type=SecondsOption(SERVER_TIMES["step_timeout"]),
         default=300.0,
         metavar="SECONDS",
         help="for one step, before health says that the process hangs (default: 300)",
@@ -64,7 +68,7 @@ def _add_message_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-message-delay",
-        type=_seconds,
+        type=SecondsOption(SERVER_TIMES["max_message_delay"]),
         default=0.0,
         metavar="SECONDS",
         help="for tokens to wait for others; the first never waits (default: 0, and up to 0.05 with very many streams)",
@@ -133,13 +137,3 @@ async def _offline_once_loaded(engine: Engine) -> AsyncIterator[Engine]:
     async with engine:
         forbid_downloads()
         yield engine
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not (math.isfinite(seconds) and seconds >= 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time; give seconds, 0 or more")
-    return seconds

@@ -78,8 +78,8 @@ class _Sources:
         for variable, text in os.environ.items():
             if variable in names:
                 values[names[variable]] = self._converted(by_name[names[variable]], text, variable)
-            elif variable.startswith(PREFIX) and variable != f"{PREFIX}CONFIG":
-                near = get_close_matches(variable, names, 1, _TYPO)
+            elif variable.upper().startswith(PREFIX) and variable != f"{PREFIX}CONFIG":
+                near = get_close_matches(variable.upper(), [*names, f"{PREFIX}CONFIG"], 1, _TYPO)
                 if near:
                     self._parser.error(f"environment variable {variable} is no setting; did you mean {near[0]}?")
         return values
@@ -87,9 +87,13 @@ class _Sources:
     def _from_file(self, by_name: Mapping[str, argparse.Action], path: str | None) -> dict[str, object]:
         if not path:
             return {}
-        values = {}
+        values: dict[str, object] = {}
+        spelt: dict[str, str] = {}
         for key, value in self._read(path).items():
             name = key.replace("_", "-")
+            if name in spelt:
+                self._parser.error(f"{path}: {spelt[name]} and {key} are one setting; give it once")
+            spelt[name] = key
             if name not in by_name:
                 near = get_close_matches(name, by_name, 1, 0.0)
                 self._parser.error(f"{path}: {key} is no setting; did you mean {near[0]}?")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from hsrpc.cli.connection import add_connection_options, connection_settings
-from hsrpc.cli.options import Commands, add_command
-from hsrpc.config import format_bytes
+from hsrpc.cli.options import Commands, SecondsOption, add_command
+from hsrpc.config import Seconds, format_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,6 +22,8 @@ _EXAMPLES = """\
   hsrpc top --target serving.example.com:50051 --tls-ca ca.pem --token-file token
 """
 _TARGET = "127.0.0.1:50051"
+_INTERVAL = Seconds(0.1, 3600.0)
+"""What WatchLoad takes."""
 Unit = Callable[[float], str]
 
 _BAR = 40
@@ -31,7 +33,11 @@ _BAR = 40
 def add_parser(commands: Commands) -> None:
     parser = add_command(commands, "top", "show load, blocks, bus and throughput of a server, live", _EXAMPLES)
     parser.add_argument(
-        "--interval", type=float, default=1.0, metavar="SECONDS", help="between reports, 0.1 or more (default: 1)"
+        "--interval",
+        type=SecondsOption(_INTERVAL),
+        default=1.0,
+        metavar="SECONDS",
+        help="between reports, 0.1 or more (default: 1)",
     )
     parser.add_argument("--count", type=int, metavar="N", help="end after N reports (default: with the server)")
     add_connection_options(parser, target=_TARGET, target_help=_TARGET)

@@ -351,10 +351,11 @@ class Engine:
     def _add(
         self, request_id: str, token_ids: list[int], params: SamplingParams, detokenizer: Detokenizer, client: str
     ) -> Generation:
-        params = replace(params, seed=self._seeds.randrange(2**63) if params.seed is None else params.seed)
+        seed = self._seeds.randrange(2**63) if params.seed is None else params.seed
+        params = replace(params, seed=seed, top_k=min(params.top_k, self.spec.vocab_size))
         request = Request(request_id, token_ids, params, self._arrivals, time.monotonic(), client=client)
-        effective = replace(params, max_tokens=params.max_tokens or self.max_model_len - len(token_ids))
-        generation = self._delivery.open(request, effective, detokenizer)
+        # The request keeps the max_tokens asked for: it tells MAX_TOKENS from CONTEXT_LENGTH.
+        generation = self._delivery.open(request, params.within(self.max_model_len - len(token_ids)), detokenizer)
         self._arrivals += 1
         self._meter.prompt_tokens += len(token_ids)
         if not self._is_busy:

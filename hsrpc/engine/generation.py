@@ -26,7 +26,7 @@ class Generation:
         self.request_id = request_id
         self.prompt_token_ids = list(prompt)
         self.params = params
-        """Settings in effect: `seed` and `max_tokens` are filled in."""
+        """Settings in effect: `seed` and `max_tokens` are filled in, and what exceeds context or vocabulary is cut."""
         self._abort = abort
         self._pending: list[Delta] = []
         self._num_pending = 0

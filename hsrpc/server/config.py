@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
+from hsrpc.config import Seconds
 from hsrpc.errors import ConfigError
 from hsrpc.server.security import SecurityConfig
 
@@ -12,6 +12,13 @@ MAX_MESSAGE_TOKENS = 1024
 """Tokens in a message, at most: with all logprobs, a tenth of the 4 MiB that clients take by default."""
 MAX_MESSAGE_DELAY = 60.0
 """Seconds."""
+SERVER_TIMES = {
+    "drain_timeout": Seconds(0.0),
+    "write_timeout": Seconds(0.001),
+    "step_timeout": Seconds(0.001),
+    "max_message_delay": Seconds(0.0, MAX_MESSAGE_DELAY),
+}
+"""What the times of `ServerConfig` may be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,22 +61,14 @@ class ServerConfig:
         for name in ("port", "metrics_port"):
             if not 0 <= (getattr(self, name) or 0) <= 65_535:
                 raise ConfigError(name, getattr(self, name), "not a port", "give 0 to 65535")
-        if not self.step_timeout > 0:
-            raise ConfigError("step_timeout", self.step_timeout, "not a positive time", "give seconds, such as 300")
-        for name in ("drain_timeout", "write_timeout", "step_timeout"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(name, value, "not a time", "give seconds, 0 or more")
+        for name, allowed in SERVER_TIMES.items():
+            allowed.check(name, getattr(self, name))
         for name in ("max_message_bytes", "max_streams_per_connection"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "not positive", "give 1 or more")
         if not 1 <= self.max_tokens_per_message <= MAX_MESSAGE_TOKENS:
             raise ConfigError(
                 "max_tokens_per_message", self.max_tokens_per_message, "out of range", f"give 1 to {MAX_MESSAGE_TOKENS}"
-            )
-        if not 0 <= self.max_message_delay <= MAX_MESSAGE_DELAY:
-            raise ConfigError(
-                "max_message_delay", self.max_message_delay, "out of range", f"give 0 to {MAX_MESSAGE_DELAY:g} seconds"
             )
         self.security.check_exposure(self.host)
 

@@ -107,6 +107,7 @@ class Lifecycle:
 
     async def _wait_idle(self, seconds: float) -> None:
         try:
-            await asyncio.wait_for(self.state.wait_idle(), seconds)
+            async with asyncio.timeout(seconds):  # of 0, too, is enough where nothing is to be waited for
+                await self.state.wait_idle()
         except TimeoutError:
             _log.warning("requests still run after %s s and are ended", seconds)

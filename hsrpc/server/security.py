@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from hsrpc.config import Seconds
 from hsrpc.errors import ConfigError
+
+SECURITY_TIMES = {
+    "handshake_timeout": Seconds(0.001),
+    "keepalive_time": Seconds(0.001),
+    "keepalive_timeout": Seconds(0.001),
+    "max_connection_age": Seconds(0.001, has_never=True),
+}
+"""What the times of `SecurityConfig` may be; gRPC counts whole milliseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +53,8 @@ class SecurityConfig:
 
     def __post_init__(self) -> None:
         self._check_tls()
-        for name in ("handshake_timeout", "keepalive_time", "keepalive_timeout", "max_connection_age"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and 0 <= value <= 1e6):
-                raise ConfigError(name, value, "not a time", "give seconds, 0 to 1000000")
-        for name in ("handshake_timeout", "keepalive_time", "keepalive_timeout"):
-            if getattr(self, name) < 0.001:
-                raise ConfigError(name, getattr(self, name), "leaves no time", "10 suits most networks")
+        for name, allowed in SECURITY_TIMES.items():
+            allowed.check(name, getattr(self, name))
         if self.max_metadata_bytes < 1024:
             remedy = "give 1024 or more; gRPC's own headers take some hundred"
             raise ConfigError("max_metadata_bytes", self.max_metadata_bytes, "too small for any call", remedy)

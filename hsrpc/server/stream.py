@@ -42,7 +42,7 @@ class Stream:
 
     @property
     def params(self) -> SamplingParams:
-        """Settings in effect: `seed` and `max_tokens` filled in."""
+        """Settings in effect: `seed` and `max_tokens` filled in, and what exceeds context or vocabulary cut."""
         return self._generation.params
 
     def __aiter__(self) -> Stream:

@@ -131,7 +131,7 @@ class StubEngine:
         request_id = options.get("request_id") or f"made-{next(self._ids)}"
         if request_id in self.live:
             raise RequestExistsError(request_id)
-        effective = replace(params, seed=params.seed or _SEED, max_tokens=params.max_tokens or room)
+        effective = replace(params.within(room), seed=_SEED if params.seed is None else params.seed)
         self.live[request_id] = StubGeneration(request_id, ids, effective, self)
         return self.live[request_id]
 

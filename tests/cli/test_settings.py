@@ -91,6 +91,8 @@ def test_a_setting_that_is_wrong_is_refused_before_it_is_printed(hsrpc):
     ("text", "message"),
     [
         ("prot = 1", "prot is no setting; did you mean port?"),
+        ("max-batch = 8\nmax_batch = 9", "max-batch and max_batch are one setting; give it once"),
+        ("max_queued-tokens = 1\nmax-queued_tokens = 1", "max_queued-tokens and max-queued_tokens are one setting"),
         ("[serve]\nport = 1", "serve is no setting; did you mean"),
         ("port = 'http'", "port = 'http': not of type int"),
         ("port = true", "port = true: takes one value"),
@@ -105,7 +107,7 @@ def test_a_setting_that_is_wrong_is_refused_before_it_is_printed(hsrpc):
 def test_a_wrong_file_is_one_line(hsrpc, file, text, message):
     """It names the file, the key and the remedy, and exits with 2."""
     file.write_text(text)
-    ran = hsrpc("serve", "--config", str(file))
+    ran = hsrpc("serve", "--print-config", "--config", str(file))
     assert (ran.code, ran.out) == (2, "")
     assert str(file) in ran.err
     assert message in ran.err
@@ -126,6 +128,29 @@ def test_a_variable_that_is_misspelt_is_refused(hsrpc, monkeypatch):
     ran = hsrpc("serve", "--print-config")
     assert ran.code == 2
     assert "environment variable HSRPC_MAX_BACH is no setting; did you mean HSRPC_MAX_BATCH?" in ran.err
+
+
+@pytest.mark.parametrize("variable", ["HSRPC_max_batch", "hsrpc_MAX_BATCH", "HSRPC_MAX-BATCH"])
+def test_a_variable_has_one_spelling(hsrpc, monkeypatch, variable):
+    """Another is refused, with the one that counts beside it or without, so that no value is passed over."""
+    monkeypatch.setenv(variable, "4")
+    message = f"environment variable {variable} is no setting; did you mean HSRPC_MAX_BATCH?"
+    assert message in hsrpc("serve", "--print-config").err
+    monkeypatch.setenv("HSRPC_MAX_BATCH", "8")
+    assert message in hsrpc("serve", "--print-config").err
+
+
+def test_a_misspelt_name_of_the_file_is_refused(hsrpc, monkeypatch, file):
+    """HSRPC_CONFIG has one spelling too."""
+    monkeypatch.setenv("HSRPC_config", str(file))
+    assert "HSRPC_config is no setting; did you mean HSRPC_CONFIG?" in hsrpc("serve", "--print-config").err
+
+
+def test_a_setting_has_one_flag():
+    """No flag has a second spelling, so that none can be given twice under two; nor do two flags set one thing."""
+    options = build_parser().parse_args(["serve"]).parser.options()
+    assert [action.option_strings for action in options if len(action.option_strings) != 1] == []
+    assert len({action.dest for action in options}) == len(options)
 
 
 def test_a_variable_of_a_wrong_type_names_itself(hsrpc, monkeypatch):

@@ -128,6 +128,30 @@ async def test_a_live_id_is_refused_and_a_full_queue_too(reference: Callable[[st
         await idle(engine)
 
 
+@pytest.mark.parametrize("asked", [None, 7, 2**31 - 1], ids=str)
+async def test_settings_in_effect_are_those_that_model_and_context_allow(
+    asked: int | None, reference: Callable[[str], Reference]
+) -> None:
+    """No count says more than the context or the vocabulary has; what ended the output is told as before."""
+    async with Engine(roomy(reference("opt"))) as engine:
+        room = engine.max_model_len - 3
+        params = SamplingParams(max_tokens=asked, min_tokens=asked or room + 1, top_k=2**31 - 1, ignore_eos=True)
+        generation = await engine.submit([5, 6, 7], params)
+        in_effect = generation.params
+        deltas = await collect(generation)
+        max_tokens = min(asked or room, room)
+        assert (in_effect.max_tokens, in_effect.min_tokens, in_effect.top_k) == (max_tokens, max_tokens, VOCAB)
+        assert in_effect == replace(
+            params, seed=in_effect.seed, max_tokens=max_tokens, min_tokens=max_tokens, top_k=VOCAB
+        )
+        assert len(ids(deltas)) == max_tokens
+        finish = deltas[-1].finish
+        assert finish is not None
+        assert finish.reason is (FinishReason.MAX_TOKENS if asked == 7 else FinishReason.CONTEXT_LENGTH)
+        again = await collect(engine.generate([5, 6, 7], in_effect))
+        assert ids(again) == ids(deltas)
+
+
 async def test_two_submissions_of_one_id_at_the_same_time(reference: Callable[[str], Reference]) -> None:
     """While the tokenizer works on both, neither is live; one of them wins."""
     async with Engine(roomy(reference("opt"))) as engine:

@@ -103,6 +103,17 @@ async def test_a_seed_repeats_the_output(client):
     assert first.token_ids == again.token_ids
 
 
+async def test_start_says_what_is_in_effect_not_what_was_asked(client):
+    """Counts beyond context and vocabulary come back cut, and the output has as many tokens as start says."""
+    huge = {"max_tokens": 2**31 - 1, "min_tokens": 2**31 - 1, "top_k": 2**31 - 1, "max_tokens_per_message": 2**31 - 1}
+    completion = await client.complete(PROMPTS[0], ignore_eos=True, **huge)
+    start = completion.start
+    room = CONFIG.max_model_len - start.prompt_tokens
+    assert (start.stopping.max_tokens, start.stopping.min_tokens) == (room, room)
+    assert (start.sampling.top_k, start.output.max_tokens_per_message) == (1536, 1024)
+    assert completion.finish.usage.completion_tokens == room
+
+
 async def test_leaving_frees_the_blocks(client):
     """A cancelled stream and a passed deadline leave nothing running and no block used."""
     async with client.generate(PROMPTS[0], ignore_eos=True) as stream:

@@ -53,7 +53,7 @@ def test_the_loopback_needs_nothing(host):
         ({"health_port": 65_536}, "health_port=65536: not a port"),
         ({"max_connection_age": -1}, "max_connection_age=-1: not a time"),
         ({"max_connection_age": float("nan")}, "max_connection_age=nan: not a time"),
-        ({"handshake_timeout": 0}, "handshake_timeout=0: leaves no time"),
+        ({"handshake_timeout": 0}, "handshake_timeout=0: not a time"),
         ({"max_metadata_bytes": 10}, "max_metadata_bytes=10: too small"),
     ],
 )

@@ -28,6 +28,9 @@ from hsrpc.server.stream import Stream
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import model_pb2
 
+_MAX_DURATION = 315_576_000_000
+"""Seconds: ten thousand years, the range of google.protobuf.Duration."""
+_MAX_NANOS = 999_999_999
 _SAMPLING = (
     "temperature",
     "top_p",
@@ -114,7 +117,7 @@ def read_params(request: v1.GenerateRequest) -> SamplingParams:
     _check_counts(request)
     settings = _given(sampling, _SAMPLING) | _given(stopping, _STOPPING)
     if stopping.HasField("time_limit"):
-        settings["time_limit"] = _seconds(stopping.time_limit)
+        settings["time_limit"] = read_seconds(stopping.time_limit, "time_limit")
     if output.HasField("logprobs"):
         settings["logprobs"] = output.logprobs
     settings |= {"logit_bias": dict(sampling.logit_bias), "priority": request.priority}
@@ -144,7 +147,8 @@ def read_pace(output: v1.Output, config: ServerConfig) -> Pace:
         InvalidRequestError: naming the field.
     """
     tokens = output.max_tokens_per_message if output.HasField("max_tokens_per_message") else None
-    delay = _seconds(output.max_message_delay) if output.HasField("max_message_delay") else None
+    is_given = output.HasField("max_message_delay")
+    delay = read_seconds(output.max_message_delay, "max_message_delay") if is_given else None
     return choose_pace(config, tokens, delay)
 
 
@@ -246,5 +250,17 @@ def duration(seconds: float) -> Duration:
     return message
 
 
-def _seconds(message: Duration) -> float:
-    return message.seconds + message.nanos / 1e9
+def read_seconds(message: Duration, field: str) -> float:
+    """Seconds of a duration that is well formed, as its own documentation has it.
+
+    Raises:
+        InvalidRequestError: naming `field`: a part is out of range, or the signs differ.
+    """
+    seconds, nanos = message.seconds, message.nanos
+    if abs(seconds) > _MAX_DURATION:
+        raise InvalidRequestError(field, f"seconds={seconds} is outside [-{_MAX_DURATION}, {_MAX_DURATION}]")
+    if abs(nanos) > _MAX_NANOS:
+        raise InvalidRequestError(field, f"nanos={nanos} is outside [-{_MAX_NANOS}, {_MAX_NANOS}]; carry into seconds")
+    if seconds * nanos < 0:
+        raise InvalidRequestError(field, f"seconds={seconds} and nanos={nanos} differ in sign; give both the same")
+    return seconds + nanos / 1e9

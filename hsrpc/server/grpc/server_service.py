@@ -8,7 +8,7 @@ from hsrpc.plan.plan import Plan
 from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
 from hsrpc.server.engine_protocol import Engine, Stats
 from hsrpc.server.grpc.handlers import Write
-from hsrpc.server.grpc.messages import duration
+from hsrpc.server.grpc.messages import duration, read_seconds
 from hsrpc.server.service import Service
 from hsrpc.v1 import server_pb2 as v1
 
@@ -61,7 +61,7 @@ def _interval(request: v1.WatchLoadRequest) -> float:
     """Seconds between reports."""
     if not request.HasField("interval"):
         return _DEFAULT_INTERVAL
-    seconds = request.interval.seconds + request.interval.nanos / 1e9
+    seconds = read_seconds(request.interval, "interval")
     if not _MIN_INTERVAL <= seconds <= _MAX_INTERVAL:
         raise InvalidRequestError("interval", f"{seconds} s is outside [{_MIN_INTERVAL}, {_MAX_INTERVAL}]")
     return seconds

@@ -30,15 +30,17 @@ def set_up_logs(
     count_dropped: Callable[[], None],
     write: Callable[[bytes], object] = write_to_stderr,
 ) -> None:
-    """Have `write` called with the records of `level` (such as INFO) and above, and warnings, on a thread of its own.
+    """Have `write` called with hsrpc's records of `level` (such as INFO) and above, on a thread of its own.
 
+    Libraries, which are not ours to explain, and warnings are heard from WARNING on, whatever lower level is asked for.
     `count_dropped` is called for each record that cannot be written in time.
     """
     handler = LogQueue(write, count_dropped)
     handler.setFormatter(JsonFormatter() if form is LogFormat.JSON else TextFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    ours = logging.getLogger("hsrpc")
+    ours.setLevel(level.upper())
+    logging.basicConfig(level=max(ours.level, logging.WARNING), handlers=[handler])
     logging.captureWarnings(True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 class TextFormatter(logging.Formatter):

@@ -71,6 +71,19 @@ async def test_the_operator_has_the_defaults_of_messages(engine):
     await server.stop()
 
 
+async def test_a_seed_of_zero_is_not_unset(stub):
+    """The seed in effect is the one asked for, 0 too."""
+    start = (await collect(stub, v1.GenerateRequest(text="Hi", sampling=v1.Sampling(seed=0))))[0].start
+    assert (start.sampling.HasField("seed"), start.sampling.seed) == (True, 0)
+
+
+async def test_max_tokens_in_effect_are_no_more_than_fit(stub):
+    """Start has what the context leaves where more was asked for."""
+    asked = v1.Stopping(max_tokens=2**31 - 1, min_tokens=300)
+    stopping = (await collect(stub, v1.GenerateRequest(text="Hello", stopping=asked)))[0].start.stopping
+    assert (stopping.max_tokens, stopping.min_tokens) == (251, 251)
+
+
 async def test_zero_is_not_unset(stub, engine):
     """An explicit 0 reaches the engine, and comes back."""
     request = v1.GenerateRequest(text="Hi", sampling=v1.Sampling(temperature=0.0), output=v1.Output(logprobs=0))

@@ -78,10 +78,22 @@ async def test_interceptors_see_every_call(engine):
     assert seen == ["/hsrpc.v1.GenerationService/Generate"]
 
 
-async def test_draining_is_bounded(engine):
-    """What still runs after drain_timeout ends UNAVAILABLE with RetryInfo, and its work stops."""
+async def test_draining_an_idle_server_says_nothing_whatever_its_time(engine, caplog):
+    """Without a request nothing is ended, and with drain_timeout 0 the log does not say that something was."""
+    for seconds in (0.0, 5.0):
+        server = Server(ServerConfig(port=0, drain_timeout=seconds))
+        await server.start()
+        await server.attach(engine)
+        await asyncio.wait_for(server.drain(), 2)
+        await server.stop()
+    assert "requests still run" not in caplog.text
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+async def test_draining_is_bounded(engine, seconds):
+    """What still runs after drain_timeout ends UNAVAILABLE with RetryInfo, and its work stops; 0 is at once."""
     engine.held = True
-    server = Server(ServerConfig(port=0, drain_timeout=0.05))
+    server = Server(ServerConfig(port=0, drain_timeout=seconds))
     await server.start()
     await server.attach(engine)
     async with grpc.aio.insecure_channel(server.address) as channel:

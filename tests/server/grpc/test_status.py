@@ -5,9 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import Iterator
+from functools import reduce
+from itertools import chain
 
 import grpc
 import pytest
+from google.protobuf import descriptor_pool, message_factory
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 
@@ -17,7 +22,7 @@ from hsrpc.server.failure import Outcome
 from hsrpc.server.grpc.status import status_code
 from hsrpc.testing.fake_engine import FakeEngine
 from hsrpc.v1 import generation_pb2 as v1
-from hsrpc.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
+from hsrpc.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc, server_pb2
 from tests.server.conftest import rich_status, until
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -76,6 +81,62 @@ async def test_a_bad_field_is_named(stub, engine, message, field):
     assert error.code() is INVALID
     assert [violation.field for violation in details(error, BadRequest).field_violations] == [field]
     assert not engine.live
+
+
+def duration_fields(message: Descriptor, prefix: str = "") -> Iterator[str]:
+    """Paths of the durations in a message."""
+    for field in message.fields:
+        if field.message_type is Duration.DESCRIPTOR:
+            yield prefix + field.name
+        elif field.message_type is not None:
+            yield from duration_fields(field.message_type, f"{prefix}{field.name}.")
+
+
+def requests_with_durations() -> list[tuple[str, str, str]]:
+    """(method, request, path of a duration) of all that the service takes."""
+    services = [file.DESCRIPTOR.services_by_name.values() for file in (v1, model_pb2, server_pb2)]
+    return [
+        (f"/{service.full_name}/{method.name}", method.input_type.full_name, path)
+        for service in chain(*services)
+        for method in service.methods
+        for path in duration_fields(method.input_type)
+    ]
+
+
+def test_durations_are_found():
+    """Those that there are today: the table below is not empty."""
+    found = {path for _, _, path in requests_with_durations()}
+    assert found >= {"stopping.time_limit", "output.max_message_delay", "interval"}
+
+
+@pytest.mark.parametrize(("method", "name", "path"), requests_with_durations(), ids=lambda value: value)
+async def test_a_malformed_duration_is_refused_in_every_field(server, channel, engine, method, name, path):
+    """Mixed signs, too many nanoseconds and more than ten thousand years are INVALID_ARGUMENT, with what is wrong.
+
+    Each would be in range as a number, but for the last.
+    """
+    make = message_factory.GetMessageClass(descriptor_pool.Default().FindMessageTypeByName(name))
+    for seconds, nanos, problem in (
+        (2, -1, "differ in sign"),
+        (-1, 1, "differ in sign"),
+        (1, 1_000_000_000, "nanos=1000000000 is outside"),
+        (0, 2_000_000_000, "nanos=2000000000 is outside"),
+        (60, -(2**31), "nanos=-2147483648 is outside"),
+        (315_576_000_001, 0, "seconds=315576000001 is outside"),
+        (-(2**63), -1, "seconds=-9223372036854775808 is outside"),
+    ):
+        message = make()
+        if name == v1.GenerateRequest.DESCRIPTOR.full_name:
+            message.text = "Hi"
+        *homes, field = path.split(".")
+        home = reduce(getattr, homes, message)
+        getattr(home, field).CopyFrom(Duration(seconds=seconds, nanos=nanos))
+        error = await failure(channel.unary_stream(method)(message.SerializeToString()))
+        assert error.code() is INVALID, (seconds, nanos)
+        [violation] = details(error, BadRequest).field_violations
+        assert violation.field == path
+        assert problem in violation.description
+    assert not engine.submitted
 
 
 def test_every_outcome_is_a_code():

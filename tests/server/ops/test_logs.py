@@ -32,15 +32,21 @@ class Written(io.BytesIO):
 
 
 @pytest.fixture
-def log() -> Iterator[Written]:
+def level() -> str:
+    return "info"
+
+
+@pytest.fixture
+def log(level: str) -> Iterator[Written]:
     """What is logged, as JSON."""
-    root, written = logging.getLogger(), Written()
-    handlers, level = root.handlers[:], root.level
+    root, ours, written = logging.getLogger(), logging.getLogger("hsrpc"), Written()
+    handlers, levels = root.handlers[:], (root.level, ours.level)
     root.handlers.clear()
-    set_up_logs(LogFormat.JSON, "info", lambda: None, written.write)
+    set_up_logs(LogFormat.JSON, level, lambda: None, written.write)
     yield written
     root.handlers[:] = handlers
-    root.setLevel(level)
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
 
 
 @pytest.fixture
@@ -118,6 +124,33 @@ async def test_prompts_are_written_where_asked_for(log, stub):
     """Only --log-prompts brings the text into the log."""
     assert [_ async for _ in stub.Generate(v1.GenerateRequest(text=PROMPT))]
     assert requests(log)[0]["prompt"] == PROMPT
+
+
+@pytest.mark.parametrize(
+    ("level", "ours", "libraries"),
+    [
+        ("debug", ["DEBUG", "INFO", "WARNING", "ERROR"], ["WARNING", "ERROR"]),
+        ("info", ["INFO", "WARNING", "ERROR"], ["WARNING", "ERROR"]),
+        ("warning", ["WARNING", "ERROR"], ["WARNING", "ERROR"]),
+        ("error", ["ERROR"], ["ERROR"]),
+    ],
+)
+def test_the_level_is_ours_alone(log, ours, libraries):
+    """Libraries are heard from WARNING on, and no lower than the level."""
+    for name in ("hsrpc.any.module", "grpc._cython.cygrpc", "asyncio", "httpx", "a.library"):
+        for number in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+            logging.getLogger(name).log(number, "said")
+        entries = [json.loads(line) for line in log.text().splitlines()]
+        found = [entry["level"] for entry in entries if entry["logger"] == name]
+        assert found == (ours if name.startswith("hsrpc") else libraries), name
+
+
+@pytest.mark.parametrize("level", ["debug"])
+async def test_debug_has_no_lines_of_libraries(log, stub):
+    """A server that serves calls at --log-level debug says what hsrpc has to say, and nothing else."""
+    for _ in range(3):
+        assert [_ async for _ in stub.Generate(v1.GenerateRequest(text=PROMPT))]
+    assert {entry["logger"].split(".")[0] for entry in map(json.loads, log.text().splitlines())} == {"hsrpc"}
 
 
 def test_text_is_one_line_of_key_and_value():
