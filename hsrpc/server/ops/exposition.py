@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -40,22 +40,32 @@ async def exposed(registry: CollectorRegistry, host: str, port: int) -> AsyncIte
 class _Endpoint:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
-        self._connections = 0
+        self._has_asked: dict[asyncio.StreamWriter, bool] = {}
+        """Whether each connection has sent its request; oldest first."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection."""
-        self._connections += 1
+        """One connection; where there are too many, the oldest one ends, first of all one that says nothing."""
+        if len(self._has_asked) == _MAX_CONNECTIONS:
+            self._end_one()
+        self._has_asked[writer] = False
+        writer.transport.set_write_buffer_limits(0)  # what is drained is sent, and nothing is left to send at close
         try:
-            if self._connections <= _MAX_CONNECTIONS:
-                with suppress(TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-                    async with asyncio.timeout(_SECONDS):
-                        await self._answer(reader, writer)
-        finally:
-            self._connections -= 1
+            async with asyncio.timeout(_SECONDS):
+                head = await reader.readuntil(b"\r\n\r\n")
+                self._has_asked[writer] = True
+                await self._answer(head.decode("latin-1").split("\r\n"), writer)
             writer.close()
+        except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            writer.transport.abort()
+        finally:
+            self._has_asked.pop(writer, None)
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    def _end_one(self) -> None:
+        writer = min(self._has_asked, key=self._has_asked.__getitem__)
+        del self._has_asked[writer]
+        writer.transport.abort()  # its task sees the end of the connection
+
+    async def _answer(self, head: list[str], writer: asyncio.StreamWriter) -> None:
         method, path = (*head[0].split(" "), "", "")[:2]
         if path.partition("?")[0] != "/metrics":
             return await _send(writer, "404 Not Found", "text/plain", b"see /metrics\n")

@@ -7,17 +7,20 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
+from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
 from hsrpc.errors import ConfigError
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.request import FinishReason
 from hsrpc.server import Server, ServerConfig
+from hsrpc.server.ops.exposition import exposed
 from hsrpc.server.ops.telemetry import Telemetry
 from hsrpc.server.security import SecurityConfig
 from hsrpc.v1 import generation_pb2 as v1
@@ -264,6 +267,34 @@ async def test_other_requests_are_refused(telemetry, request_line, status):
     """Only GET /metrics is answered."""
     head, _ = await get(telemetry.port, f"{request_line}\r\n\r\n")
     assert head.split()[1] == status
+
+
+async def test_sockets_that_say_nothing_give_way(telemetry):
+    """A scrape beside fifty of them is answered; the oldest of them are closed."""
+    silent = [await asyncio.open_connection("127.0.0.1", telemetry.port) for _ in range(50)]
+    async with asyncio.timeout(2):
+        assert ("hsrpc_calls_total", "Generate", "OK") in await scrape(telemetry)
+        assert await silent[0][0].read() == b""
+    for _, writer in silent:
+        writer.close()
+
+
+async def test_an_answer_that_nobody_reads_is_given_up(monkeypatch):
+    """In the time of a request the connection is gone, whatever of its answer is left to send."""
+    monkeypatch.setattr("hsrpc.server.ops.exposition._SECONDS", 0.2)
+    registry = CollectorRegistry()
+    Gauge("made_up", "x" * 16 * 2**20, registry=registry)
+    async with exposed(registry, "127.0.0.1", 0) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(0.5)
+        received = 0
+        with suppress(ConnectionResetError):
+            while data := await reader.read(2**20):
+                received += len(data)
+        assert received < 16 * 2**20
+        writer.close()
 
 
 async def test_a_taken_port_is_named():
