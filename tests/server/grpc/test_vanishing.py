@@ -68,8 +68,9 @@ async def held_amid_output(engine: Engine, stub, tokens: int) -> AsyncIterator[g
     yield call
     await until(lambda: live(engine, "gone") is None)
     gate.open()
-    await until(lambda: gate.blocks)
-    assert gate.blocks[0] == 0
+    steps = 1 if gate.closed.is_set() else 2  # where no step was held, one may be on its way to the executor
+    await until(lambda: len(gate.blocks) >= steps or 0 in gate.blocks)
+    assert 0 in gate.blocks[:steps]
 
 
 @pytest.mark.parametrize("way", ["silent", "reset"])
