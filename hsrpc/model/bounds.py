@@ -17,8 +17,8 @@ MAX_CONTEXT = 2**31 - 1
 MAX_MODEL_BYTES = 2**50
 """Weights: more memory than any machine can address; whole numbers in the planner's floats are exact below 2**53."""
 MAX_DIMENSIONS = 64
-"""Of a tensor: torch computes with no more."""
+"""Sizes in the shape of a tensor: torch computes with no more."""
 MAX_FILE_BYTES = 2**63 - 1
 """The largest offset that a file can have."""
 MAX_JSON_BYTES = 100_000_000
-"""Of a file or header that is parsed as a whole; the limit of the safetensors format. The largest index is a few MB."""
+"""Length of a file or header that is parsed as a whole: the safetensors format's limit. Indexes have a few MB."""

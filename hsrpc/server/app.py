@@ -79,8 +79,8 @@ async def serve(
 
     Must run in the main thread, which alone can handle signals. `exit_within` is called when the end begins, with the
     seconds that it may take at most and the exit code for a process that hangs. SIGHUP reads certificates and tokens
-    again. Metrics, log and spans are those of
-    `telemetry`, made from `config` if None; its `observe_step` is for the engine.
+    again. Metrics, log and spans are those of `telemetry`, made from `config` if None; its `observe_step` is for the
+    engine.
 
     Raises:
         ConfigError: the address cannot be bound; or what entering the engine raises.

@@ -50,7 +50,7 @@ def test_a_model_without_a_checkpoint(hsrpc):
 
 
 def test_an_absurd_configuration_is_refused_by_its_key(hsrpc, tmp_path):
-    """Of a path given for a shape as well: at once, and before anything is made of it."""
+    """A path given for a shape is refused as well: at once, and before anything is made of it."""
     file = tmp_path / "config.json"
     file.write_text(json.dumps(SHAPES["opt-125m"] | {"num_hidden_layers": 1_000_000_000}))
     ran = hsrpc("plan", *SMALL, f"--model=random:{file}")
