@@ -25,7 +25,7 @@ class Admission:
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """While it is tokenised, a request holds the place that it will have in the queue."""
+        """While it is tokenised, a request holds the place that it will have in the queue; so does a mere text."""
         self._num_preparing += 1
         try:
             yield
@@ -39,13 +39,21 @@ class Admission:
             QueueFullError: too many requests or tokens wait.
             WaitTooLongError: by the time it ran, it would long be over.
         """
-        waiting = self._scheduler.num_waiting + self._num_preparing
-        if waiting >= self._max_requests:
-            raise QueueFullError(f"{waiting} requests wait already (max_queued_requests)")
+        self.check_count()
         queued = self._scheduler.num_waiting_tokens
         if queued and queued + max(num_tokens, 1) > self._max_tokens:
             raise QueueFullError(f"{queued} prompt tokens wait already (max_queued_tokens)")
         self._check_wait(params, client, max_wait)
+
+    def check_count(self) -> None:
+        """Refuse one more of whatever length.
+
+        Raises:
+            QueueFullError: too many requests wait.
+        """
+        waiting = self._scheduler.num_waiting + self._num_preparing
+        if waiting >= self._max_requests:
+            raise QueueFullError(f"{waiting} requests wait already (max_queued_requests)")
 
     def _check_wait(self, params: SamplingParams, client: str, max_wait: float | None) -> None:
         limits = [limit for limit in (max_wait, params.time_limit) if limit is not None]

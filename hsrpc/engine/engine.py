@@ -181,7 +181,7 @@ class Engine:
         self._validator.check_params(params)
         self._admission.check(0 if isinstance(prompt, str) else len(prompt), params, client, max_wait)
         with self._admission.preparing():
-            token_ids = await self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            token_ids = await self.tokenizer.encode(prompt, client) if isinstance(prompt, str) else list(prompt)
             self._validator.check_prompt(token_ids, "text" if isinstance(prompt, str) else "token_ids")
             detokenizer = await self.tokenizer.run(Detokenizer, self.tokenizer.decode_now, token_ids[-8:])
         self._check_open(request_id)  # again: while the tokenizer ran, others came
@@ -202,6 +202,33 @@ class Engine:
                 yield delta
         finally:
             generation.close()
+
+    async def tokenize(self, text: str, *, client: str = "") -> list[int]:
+        """Token ids that a request would have with `text` as its prompt. Takes a place in the queue while it waits.
+
+        Raises:
+            InvalidRequestError: `text` is longer than any prompt, or not valid Unicode.
+            QueueFullError: `max_queued_requests` wait already.
+            EngineUnavailableError: the engine is not running.
+        """
+        self._check_open(None)
+        self._validator.check_length(text)
+        self._admission.check_count()
+        with self._admission.preparing():
+            return await self.tokenizer.encode(text, client)
+
+    async def detokenize(self, token_ids: Sequence[int], *, client: str = "") -> str:
+        """Text of `token_ids`, special tokens left out. Takes a place in the queue while it waits.
+
+        Raises:
+            InvalidRequestError: more than `max_model_len` ids, or one outside the vocabulary.
+            QueueFullError, EngineUnavailableError: as `tokenize`.
+        """
+        self._check_open(None)
+        self._validator.check_token_ids(token_ids)
+        self._admission.check_count()
+        with self._admission.preparing():
+            return await self.tokenizer.decode(token_ids, client)
 
     def abort(self, request_id: str) -> bool:
         """End a live request with reason ABORTED; False where there is none."""

@@ -14,11 +14,11 @@ Args = TypeVarTuple("Args")
 class NoTokenizer:
     """Same calls as `Tokenizer`."""
 
-    async def encode(self, text: str) -> list[int]:
+    async def encode(self, text: str, client: str = "") -> list[int]:
         """Raises InvalidRequestError: there is no tokenizer."""
         raise InvalidRequestError("text", "this model has no tokenizer; give token_ids")
 
-    async def decode(self, token_ids: Sequence[int]) -> str:
+    async def decode(self, token_ids: Sequence[int], client: str = "") -> str:
         return self.decode_now(list(token_ids))
 
     async def run(self, function: Callable[[*Args], R], *args: *Args) -> R:

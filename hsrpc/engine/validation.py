@@ -27,6 +27,13 @@ class Validator:
         elif len(prompt) > max_characters:
             raise InvalidRequestError("text", f"{len(prompt)} characters; at most {max_characters} can fit the context")
 
+    def check_token_ids(self, token_ids: Sequence[int]) -> None:
+        """Check ids to be turned into text: no more than a prompt and its output together."""
+        if len(token_ids) > self.max_model_len:
+            found = f"{len(token_ids)} ids; at most {self.max_model_len} fit the context (max_model_len)"
+            raise InvalidRequestError("token_ids", found)
+        self._check_vocabulary(token_ids, "token_ids")
+
     def check_prompt(self, token_ids: Sequence[int], field: str) -> None:
         """Check that there is at least one token, and room for one more."""
         if not token_ids:

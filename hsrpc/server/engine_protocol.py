@@ -29,8 +29,9 @@ class Spec(Protocol):
 class Tokenizer(Protocol):
     """Works off the event loop."""
 
-    async def encode(self, text: str) -> list[int]: ...
-    async def decode(self, token_ids: Sequence[int]) -> str: ...
+    async def decode(self, token_ids: Sequence[int], client: str = "") -> str:
+        """Text of ids that the engine has taken already, such as a request's prompt."""
+        ...
 
 
 class Stats(Protocol):
@@ -122,6 +123,14 @@ class Engine(Protocol):
         self, prompt: str | Sequence[int], params: SamplingParams, **options: Unpack[SubmitOptions]
     ) -> Generation:
         """Queue a request, as `hsrpc.engine.engine.Engine.submit` does."""
+        ...
+
+    async def tokenize(self, text: str, *, client: str = "") -> list[int]:
+        """Token ids of a text, at `client`'s turn, as `hsrpc.engine.engine.Engine.tokenize` makes them."""
+        ...
+
+    async def detokenize(self, token_ids: Sequence[int], *, client: str = "") -> str:
+        """Text of token ids, at `client`'s turn, as `hsrpc.engine.engine.Engine.detokenize` makes it."""
         ...
 
     def abort(self, request_id: str) -> bool: ...

@@ -88,18 +88,25 @@ class Service:
         self._owners.check(request_id, name)
         return self.state.engine.abort(request_id)
 
-    async def tokenize(self, model: str | None, text: str) -> list[int]:
-        """Token ids of `text`. Raises as `engine` does."""
-        return await self.engine(model).tokenizer.encode(text)
+    async def tokenize(self, model: str | None, text: str, caller: Caller) -> list[int]:
+        """Token ids of `text`.
 
-    async def detokenize(self, model: str | None, token_ids: Sequence[int]) -> str:
-        """Text of `token_ids`. Raises as `engine` does, and InvalidRequestError for an id outside the vocabulary."""
-        engine = self.engine(model)
-        vocab_size = engine.spec.vocab_size
-        for i, token_id in enumerate(token_ids):
-            if not 0 <= token_id < vocab_size:
-                raise InvalidRequestError(f"token_ids[{i}]", f"{token_id} is outside the vocabulary [0, {vocab_size})")
-        return await engine.tokenizer.decode(list(token_ids))
+        Raises:
+            As `admit`.
+            InvalidRequestError: `text` is longer than any prompt, or not valid Unicode.
+            QueueFullError, EngineUnavailableError: try again later.
+        """
+        with self.admit(model) as admitted:
+            return await admitted.engine.tokenize(text, client=caller.client)
+
+    async def detokenize(self, model: str | None, token_ids: Sequence[int], caller: Caller) -> str:
+        """Text of `token_ids`.
+
+        Raises:
+            As `tokenize`, and InvalidRequestError for too many ids, or one outside the vocabulary.
+        """
+        with self.admit(model) as admitted:
+            return await admitted.engine.detokenize(token_ids, client=caller.client)
 
 
 class Admitted:

@@ -31,11 +31,11 @@ class FakeEngine(StubEngine):
         self.load_error: Exception | None = None
         """Entering raises it."""
         self.refusal: Exception | None = None
-        """Raised by the next submits."""
+        """Raised by the next submits, and by the tokenizer's calls."""
         self.aborted: list[str] = []
         self.submitted: list[SamplingParams] = []
         self.clients: list[str] = []
-        """Keys of those that submitted, refused ones too."""
+        """Keys of those that submitted or used the tokenizer, refused ones too."""
         self.max_waits: list[float | None] = []
         self.device = "cpu"
         self.max_model_len = 256
@@ -58,16 +58,27 @@ class FakeEngine(StubEngine):
     async def submit(
         self, prompt: str | Sequence[int], params: SamplingParams, **options: Unpack[SubmitOptions]
     ) -> StubGeneration:
-        self.clients.append(options.get("client", ""))
+        self._receive(options.get("client", ""))
         self.max_waits.append(options.get("max_wait"))
-        if self.refusal:
-            raise self.refusal
         generation = await super().submit(prompt, params, **options)
         self.submitted.append(generation.params)
         if not self.held:
             self.say(generation.request_id, *WORDS)
             self.end(generation.request_id)
         return generation
+
+    async def tokenize(self, text: str, *, client: str = "") -> list[int]:
+        self._receive(client)
+        return await super().tokenize(text, client=client)
+
+    async def detokenize(self, token_ids: Sequence[int], *, client: str = "") -> str:
+        self._receive(client)
+        return await super().detokenize(token_ids, client=client)
+
+    def _receive(self, client: str) -> None:
+        self.clients.append(client)
+        if self.refusal:
+            raise self.refusal
 
     def say(self, request_id: str, *words: str) -> None:
         """Put a token a word; its id is the word's length."""

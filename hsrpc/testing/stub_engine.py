@@ -14,6 +14,7 @@ from typing import Self, Unpack
 from hsrpc.config import CachePolicy, EngineConfig
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.stats import EngineStats
+from hsrpc.engine.validation import Validator
 from hsrpc.errors import InvalidRequestError, RequestExistsError
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets, Plan
@@ -78,10 +79,10 @@ class StubSpec:
 class StubTokenizer:
     """One token a character: its ASCII code."""
 
-    async def encode(self, text: str) -> list[int]:
+    async def encode(self, text: str, client: str = "") -> list[int]:
         return [ord(letter) % _SIZES.vocab_size for letter in text]
 
-    async def decode(self, token_ids: Sequence[int]) -> str:
+    async def decode(self, token_ids: Sequence[int], client: str = "") -> str:
         return "".join(map(chr, token_ids))
 
 
@@ -134,6 +135,18 @@ class StubEngine:
         effective = replace(params.within(room), seed=_SEED if params.seed is None else params.seed)
         self.live[request_id] = StubGeneration(request_id, ids, effective, self)
         return self.live[request_id]
+
+    async def tokenize(self, text: str, *, client: str = "") -> list[int]:
+        self._validator.check_length(text)
+        return await self.tokenizer.encode(text, client)
+
+    async def detokenize(self, token_ids: Sequence[int], *, client: str = "") -> str:
+        self._validator.check_token_ids(token_ids)
+        return await self.tokenizer.decode(token_ids, client)
+
+    @property
+    def _validator(self) -> Validator:
+        return Validator(self.spec.vocab_size, self.max_model_len)
 
     def abort(self, request_id: str) -> bool:
         is_live = request_id in self.live

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
@@ -12,7 +13,7 @@ import pytest
 
 from hsrpc import Engine, SamplingParams
 from hsrpc.engine.generation import Generation
-from hsrpc.errors import InvalidRequestError, QueueFullError, WaitTooLongError
+from hsrpc.errors import EngineUnavailableError, InvalidRequestError, QueueFullError, WaitTooLongError
 from hsrpc.schedule.queue_rate import QueueRate
 from tests.engine.reference import Reference
 from tests.engine.support import collect, greedy, idle, ids, live, roomy, until
@@ -165,3 +166,72 @@ async def test_huge_settings_cost_nothing(reference: Callable[[str], Reference])
         assert sum(engine.stats().used_blocks.values()) <= 8
         generation.close()
         await idle(engine)
+
+
+@pytest.mark.parametrize("field", ["text", "token_ids"])
+async def test_what_cannot_fit_is_not_tokenised_either(field: str, reference: Callable[[str], Reference]) -> None:
+    """A mere text is as long as a prompt may be, and ids are no more than a prompt and its output together."""
+    async with Engine(roomy(reference("opt"))) as engine:
+        length = engine.max_model_len * (64 if field == "text" else 1)
+
+        async def ask(length: int) -> object:
+            return await (engine.tokenize("x" * length) if field == "text" else engine.detokenize([5] * length))
+
+        assert await ask(length)
+        with pytest.raises(InvalidRequestError, match=rf"^{field}: {length + 1} .*; at most {length} .*fit") as caught:
+            await ask(length + 1)
+        assert caught.value.field == field
+
+
+async def test_texts_that_wait_are_bounded(reference: Callable[[str], Reference]) -> None:
+    """Whatever waits for the tokenizer has a place in the queue: beyond the last, texts, ids and prompts are refused,
+    and who leaves gives the place back."""
+    async with Engine(roomy(reference("opt"), max_queued_requests=2)) as engine:
+        go_on = threading.Event()
+        holding = asyncio.create_task(engine.tokenizer._short.run("other", go_on.wait, 20))
+        waiting = [asyncio.create_task(work) for work in (engine.tokenize("abc"), engine.detokenize([5, 6]))]
+        await asyncio.sleep(0)
+        for refused in (engine.tokenize("abc"), engine.detokenize([5]), engine.submit("abc", greedy(1))):
+            with pytest.raises(QueueFullError, match=r"2 requests wait already \(max_queued_requests\)"):
+                await refused
+        waiting[0].cancel()
+        await asyncio.wait(waiting[:1])
+        again = asyncio.create_task(engine.tokenize("abc"))
+        go_on.set()
+        assert await again == await engine.tokenizer.encode("abc")
+        assert await waiting[1] == await engine.tokenizer.decode([5, 6])
+        assert await holding
+
+
+async def test_an_engine_that_is_closed_takes_no_texts(reference: Callable[[str], Reference]) -> None:
+    """As `submit` does, it says so."""
+    async with Engine(roomy(reference("opt"))) as engine:
+        pass
+    for refused in (engine.tokenize("abc"), engine.detokenize([5])):
+        with pytest.raises(EngineUnavailableError, match="not running"):
+            await refused
+
+
+async def test_prompts_take_turns_with_texts_of_other_clients(
+    monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
+    """One client's texts and ids wait in its line, and another's prompt passes all but the first of them."""
+    async with Engine(roomy(reference("opt"))) as engine:
+        tokenizer, order = engine.tokenizer, []
+        for name in ("_encode", "_decode"):
+            made = getattr(tokenizer, name)
+            monkeypatch.setattr(tokenizer, name, lambda data, made=made: (order.append(data), made(data))[1])
+        go_on = threading.Event()
+        holding = asyncio.create_task(tokenizer._short.run("busy", go_on.wait, 20))
+        await asyncio.sleep(0)
+        many = [
+            asyncio.create_task(work)
+            for work in (engine.tokenize("1", client="busy"), engine.detokenize([5, 6], client="busy"))
+        ]
+        await asyncio.sleep(0)
+        prompt = asyncio.create_task(engine.submit("prompt", greedy(1), client="light"))
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.gather(holding, *many)
+        (await prompt).close()
+        assert order == ["1", "prompt", [5, 6]]

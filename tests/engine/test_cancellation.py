@@ -272,12 +272,13 @@ async def test_a_prompt_being_encoded_at_shutdown_is_refused(reference: Callable
     """The caller hears that the engine is gone: not a cancellation that nobody asked for."""
     async with Engine(roomy(reference("opt"))) as engine:
         busy = threading.Event()
-        engine.tokenizer._encoder.submit(busy.wait, 20)
+        holding = asyncio.create_task(engine.tokenizer._short.run("", busy.wait, 20))
         submitting = asyncio.create_task(engine.submit(PROMPT, greedy(4)))
         await asyncio.sleep(0.01)
     busy.set()
     with pytest.raises(EngineUnavailableError):
         await submitting
+    await holding
     await until(lambda: not engine_threads())
 
 

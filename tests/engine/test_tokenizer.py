@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import tokenizers
@@ -16,6 +17,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.errors import CheckpointError, InvalidRequestError
 from hsrpc.text.detokenizer import Detokenizer
+
+LONG = 100_000
+"""Characters or ids of a text that no other has to wait for."""
+
+R = TypeVar("R")
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +120,50 @@ async def test_a_long_prompt_holds_up_neither_the_loop_nor_decoding(tokenizer: T
     assert await tokenizer.decode([1, 2, 3]) != ""
     assert not encoding.done()
     assert len(await encoding) > 80_000
+
+
+class SlowTokenizer:
+    """A model's tokenizer that works on a long text, or many ids, until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def encode(self, text: str, **_: object) -> list[int]:
+        return self._answer(len(text), [len(text)])
+
+    def decode(self, token_ids: list[int], **_: object) -> str:
+        return self._answer(len(token_ids), str(len(token_ids)))
+
+    def _answer(self, length: int, answer: R) -> R:
+        if length >= LONG:
+            self.begun.set()
+            assert self.go_on.wait(20)
+        return answer
+
+
+@pytest.fixture
+def slow(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowTokenizer]:
+    made = SlowTokenizer()
+    monkeypatch.setattr(tokenizer, "_tokenizer", made)
+    yield made
+    made.go_on.set()
+
+
+@pytest.mark.parametrize("kind", ["encode", "decode"])
+async def test_long_work_holds_up_neither_short_texts_nor_output(
+    kind: str, tokenizer: Tokenizer, slow: SlowTokenizer
+) -> None:
+    """While a text of many characters or ids is worked on, a short one is encoded and decoded, and output too."""
+    work = tokenizer.encode("x" * LONG) if kind == "encode" else tokenizer.decode([1] * LONG)
+    long = asyncio.create_task(work)
+    assert await asyncio.to_thread(slow.begun.wait, 20)
+    async with asyncio.timeout(20):
+        assert await tokenizer.encode("short") == [5]
+        assert await tokenizer.decode([1, 2, 3]) == "3"
+        assert await tokenizer.run(tokenizer.decode_now, [1, 2]) == "2"
+    assert not long.done()
+    slow.go_on.set()
+    await long
 
 
 async def test_close_ends_the_threads(directory: Path) -> None:

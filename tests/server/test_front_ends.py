@@ -67,7 +67,7 @@ class LocalFrontEnd:
 
     async def tokenize(self, text: str, model: str | None = None) -> list[int]:
         with self._call("Tokenize", BOB):
-            return await self._service.tokenize(model, text)
+            return await self._service.tokenize(model, text, BOB)
 
     @contextmanager
     def _call(self, method: str, caller: Caller) -> Iterator[None]:

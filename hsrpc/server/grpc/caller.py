@@ -21,7 +21,7 @@ _CLIENT = re.compile(r"[A-Za-z0-9._:@/-]{1,128}")
 client_name: ContextVar[str | None] = ContextVar("client_name", default=None)
 """Name of the client whose call this is; None where clients need not say who they are."""
 current_caller: ContextVar[Caller] = ContextVar("current_caller")
-"""Set for each call that streams, in the task that answers it."""
+"""Set for each call, in the task that answers it."""
 
 
 def read_caller(context: Context) -> Caller:

@@ -73,6 +73,7 @@ def unary(
     async def handle(data: bytes, context: Context) -> Message:
         with observed_call(observers, called, context) as call:
             async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call):
+                current_caller.set(read_caller(context))
                 return await method(parse(request_type, data))
         raise AssertionError("a boundary lets no exception vanish")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import BlockKind
+from hsrpc.server.grpc.caller import current_caller
 from hsrpc.server.grpc.messages import model_of
 from hsrpc.server.service import Service
 from hsrpc.v1 import model_pb2
@@ -30,10 +31,11 @@ class ModelService:
         )
 
     async def tokenize(self, request: model_pb2.TokenizeRequest) -> model_pb2.TokenizeResponse:
-        return model_pb2.TokenizeResponse(token_ids=await self._service.tokenize(model_of(request), request.text))
+        token_ids = await self._service.tokenize(model_of(request), request.text, current_caller.get())
+        return model_pb2.TokenizeResponse(token_ids=token_ids)
 
     async def detokenize(self, request: model_pb2.DetokenizeRequest) -> model_pb2.DetokenizeResponse:
-        text = await self._service.detokenize(model_of(request), request.token_ids)
+        text = await self._service.detokenize(model_of(request), request.token_ids, current_caller.get())
         return model_pb2.DetokenizeResponse(text=text)
 
 
