@@ -196,7 +196,7 @@ class TokenizeRequest(google.protobuf.message.Message):
     model: builtins.str
     """Name of the model. Default: the one that is loaded. Another is answered with NOT_FOUND."""
     text: builtins.str
-    """The text; may be empty."""
+    """The text; may be empty. As long as a prompt may be: at most 64 characters for each token of max_model_len."""
     def __init__(
         self,
         *,
@@ -241,7 +241,7 @@ class DetokenizeRequest(google.protobuf.message.Message):
     """Name of the model. Default: the one that is loaded. Another is answered with NOT_FOUND."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Ids in [0, vocabulary size)."""
+        """Ids in [0, vocabulary size); at most max_model_len of them."""
 
     def __init__(
         self,

@@ -64,14 +64,15 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Tokenize turns text into the token ids that Generate would make of it.
+        """Tokenize turns text into the token ids that Generate would make of it. It takes a place in the queue while it waits,
+        and is refused where a Generate would be.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """Detokenize turns token ids into text.
+        """Detokenize turns token ids into text. It takes a place in the queue while it waits, as Tokenize does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

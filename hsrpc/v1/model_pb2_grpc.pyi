@@ -112,10 +112,12 @@ class ModelServiceStub(typing.Generic[_ModelServiceGetModelType, _ModelServiceTo
     """GetModel returns the model's name, sizes, and how its tokens are cached."""
 
     Tokenize: _ModelServiceTokenizeType
-    """Tokenize turns text into the token ids that Generate would make of it."""
+    """Tokenize turns text into the token ids that Generate would make of it. It takes a place in the queue while it waits,
+    and is refused where a Generate would be.
+    """
 
     Detokenize: _ModelServiceDetokenizeType
-    """Detokenize turns token ids into text."""
+    """Detokenize turns token ids into text. It takes a place in the queue while it waits, as Tokenize does."""
 
 ModelServiceAsyncStub: typing_extensions.TypeAlias = ModelServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -149,7 +151,9 @@ class ModelServiceServicer(metaclass=abc.ABCMeta):
         request: hsrpc.v1.model_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> typing.Union[hsrpc.v1.model_pb2.TokenizeResponse, collections.abc.Awaitable[hsrpc.v1.model_pb2.TokenizeResponse]]:
-        """Tokenize turns text into the token ids that Generate would make of it."""
+        """Tokenize turns text into the token ids that Generate would make of it. It takes a place in the queue while it waits,
+        and is refused where a Generate would be.
+        """
 
     @abc.abstractmethod
     def Detokenize(
@@ -157,6 +161,6 @@ class ModelServiceServicer(metaclass=abc.ABCMeta):
         request: hsrpc.v1.model_pb2.DetokenizeRequest,
         context: _ServicerContext,
     ) -> typing.Union[hsrpc.v1.model_pb2.DetokenizeResponse, collections.abc.Awaitable[hsrpc.v1.model_pb2.DetokenizeResponse]]:
-        """Detokenize turns token ids into text."""
+        """Detokenize turns token ids into text. It takes a place in the queue while it waits, as Tokenize does."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
