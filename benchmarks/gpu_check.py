@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.config import CachePolicy, DeviceKind, DType, Placement, WeightCoding
@@ -61,7 +61,7 @@ Found = list[tuple[int, list[int]]]
 
 def reference_model(shape: str, device: DeviceKind) -> PreTrainedModel:
     """The transformers model of `shape` on the device, with the weights that `random:SHAPE` has."""
-    config = (OPTConfig if shape.startswith("opt") else LlamaConfig)(**SHAPES[shape])
+    config = CONFIG_MAPPING[str(SHAPES[shape]["model_type"])](**SHAPES[shape])
     torch.set_default_dtype(torch.float16)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
@@ -71,6 +71,10 @@ def reference_model(shape: str, device: DeviceKind) -> PreTrainedModel:
     for tensor in family.all_tensors():
         packed = torch.empty(tensor.shape, dtype=torch.float16, device=model.device)
         source.read(tensor, packed)
+        if tensor.order is not None:
+            index = tensor.order.index().to(packed.device)
+            pieces = packed.view(len(index), -1)
+            pieces[index] = pieces.clone()
         rows = [shape_[0] for shape_ in tensor.source_shapes]
         for name, part in zip(tensor.sources, packed.split(rows), strict=True):
             parameters[name].data.copy_(part)

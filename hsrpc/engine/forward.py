@@ -17,6 +17,7 @@ from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.weights import OpenedLayer
 from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
 from hsrpc.model.family import Family, Weights
+from hsrpc.model.rope import Rotation
 from hsrpc.plan.plan import REGENERATE_ROWS
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
@@ -45,8 +46,8 @@ class Group:
     """[n]"""
     positions: torch.Tensor
     """[n]"""
-    rotation: torch.Tensor = field(init=False)
-    """[n, ...] of those positions."""
+    rotation: Rotation = field(init=False)
+    """Of those positions."""
     hidden: torch.Tensor = field(init=False)
     """[n, h] input of the first layer, then output of the layer computed last."""
     projected: Projected | None = None

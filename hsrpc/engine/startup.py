@@ -215,7 +215,7 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         device.release_cached()  # what calibration used
         _check_room(plan, device)
         device.limit_memory(plan.budgets.device)
-        family = create_family(spec)
+        family = create_family(spec, plan.max_model_len)
         source, tokenizer = _source(planned)
         undo.callback(tokenizer.close)
         dtype, torch_device = spec.dtype, device.torch_device

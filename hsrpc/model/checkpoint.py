@@ -98,6 +98,10 @@ class Checkpoint:
         for file, name, count in located:
             file.read(name, flat[start : start + count])
             start += count
+        if tensor.order is not None:
+            index = tensor.order.index().to(out.device)
+            pieces = flat.view(len(index), -1)
+            pieces.copy_(pieces[index])
 
     def _locate(self, tensor: TensorSpec) -> Iterator[tuple[SafetensorsFile, str, int]]:
         """File, name in it and number of elements of each source."""

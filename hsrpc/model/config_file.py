@@ -59,11 +59,24 @@ class ConfigFile:
             raise self.refuse(key, f"a whole number from 1 to {maximum}")
         return value
 
+    def count(self, key: str, default: int, *, maximum: int) -> int:
+        """A whole number from 0 to `maximum`."""
+        value = self.values.get(key)
+        return 0 if value == 0 and not isinstance(value, bool) else self.integer(key, default, maximum=maximum)
+
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key) if self.has(key) else default
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_NUMBER:
             raise self.refuse(key, "a positive number")
         return float(value)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of `count` positive numbers."""
+        value = self.values.get(key)
+        if not isinstance(value, list) or len(value) != count:
+            raise self.refuse(key, f"a list of {count} positive numbers")
+        items = ConfigFile(f"{self.file}: {key}", {str(i): item for i, item in enumerate(value)})
+        return tuple(map(items.number, items.values))
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key) if self.has(key) else default

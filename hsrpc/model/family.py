@@ -14,6 +14,7 @@ from hsrpc.model.bounds import MAX_LAYERS
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.formats.choice import format_choices
 from hsrpc.model.formats.format import Formats
+from hsrpc.model.rope import Rotation
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.sizes import LayerSizes, ModelSizes
 
@@ -52,18 +53,20 @@ class Family(ABC):
     size_keys: ClassVar[tuple[str, ...]]
     """Keys of config.json that the shapes of the weights follow from."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, served_context: int | None = None) -> None:
+        """Computes `spec` for requests of up to `served_context` tokens; None: of the model's context."""
         self.spec = spec
         self.sizes = spec.sizes
+        self.served_context = served_context or spec.sizes.context_length
         self.num_layers = spec.config.integer("num_hidden_layers", maximum=MAX_LAYERS)
         self.q_size = spec.sizes.num_heads * spec.sizes.head_dim
         self.kv_size = spec.sizes.num_kv_heads * spec.sizes.head_dim
         self.attention_scale: float = spec.sizes.head_dim**-0.5
         """Factor on q K^T; queries come unscaled."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def read_sizes(config: ConfigFile, compute_bytes: int) -> ModelSizes:
+    def read_sizes(cls, config: ConfigFile, compute_bytes: int) -> ModelSizes:
         """The sizes in `config`, without layers (see `layer_sizes`).
 
         Raises:
@@ -111,25 +114,23 @@ class Family(ABC):
     def embed(self, fixed: Weights, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Input of the first layer [n, h] for int64 `token_ids` [n]."""
 
-    def rotation(self, positions: torch.Tensor) -> torch.Tensor:
-        """What the projections of all layers take of `positions` [n], computed once: [n, ...]; here the positions."""
-        return positions
+    def rotation(self, positions: torch.Tensor) -> Rotation:
+        """What the projections of all layers take of `positions` [n], computed once; here no rotation."""
+        return Rotation(positions, None, None)
 
     @abstractmethod
     def attention_input(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
         """Input of the Q, K and V projections [n, h]: what an activation block stores."""
 
     @abstractmethod
-    def queries_keys_values(
-        self, w: Weights, x: torch.Tensor, rotation: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def queries_keys_values(self, w: Weights, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [n, q], unscaled, and keys and values [n, 2*kv] as [K|V], for the attention input `x` [n, h].
 
         Both are views of one [n, q + 2*kv] tensor: rows are strided.
         """
 
     @abstractmethod
-    def keys_values(self, w: Weights, x: torch.Tensor, rotation: torch.Tensor, out: torch.Tensor) -> None:
+    def keys_values(self, w: Weights, x: torch.Tensor, rotation: Rotation, out: torch.Tensor) -> None:
         """[K|V] rebuilt from the stored attention input `x` [n, h] by one GEMM, into `out` [n, 2*kv], contiguous."""
 
     @abstractmethod

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch.nn import functional
 
 from hsrpc.model.family import Weights
-from hsrpc.model.tensor import TensorSpec
+from hsrpc.model.tensor import RowOrder, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,92 @@ def project_rows(w: Weights, of: Affine, x: torch.Tensor, start: int, out: torch
         torch.addmm(bias[start:], x, weight, out=out)
 
 
-def gate(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up [n, f] of [gate|up] [n, 2*f]."""
-    if gate_up.is_cuda:
-        from hsrpc.model.kernels import fused as fused_kernels  # loads Triton
+class Activation(Enum):
+    """A function between the products of an MLP."""
 
-        return fused_kernels.gate(gate_up)
-    left, right = gate_up.chunk(2, dim=-1)
-    return functional.silu(left) * right
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    RELU = "relu"
+    RELU2 = "relu2"
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """The function of each element of x [n, f]."""
+        match self:
+            case Activation.SILU:
+                return functional.silu(x)
+            case Activation.GELU:
+                return functional.gelu(x)
+            case Activation.GELU_TANH:
+                return functional.gelu(x, approximate="tanh")
+            case Activation.RELU:
+                return functional.relu(x)
+            case Activation.RELU2:
+                return functional.relu(x).square_()
+
+    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """The function of gate, times up: [n, f] of [gate|up] [n, 2*f]."""
+        if gate_up.is_cuda:
+            from hsrpc.model.kernels import fused  # loads Triton
+
+            if self.value in fused.GATES:
+                return fused.gate(gate_up, self.value)
+        left, right = gate_up.chunk(2, dim=-1)
+        return self.of(left) * right
+
+
+ACTIVATIONS = {
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+    "gelu": Activation.GELU,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_fast": Activation.GELU_TANH,
+    "relu": Activation.RELU,
+    "relu2": Activation.RELU2,
+}
+"""Names in config.json; several are one function, written differently."""
+
+
+class NormKind(Enum):
+    """How a norm scales."""
+
+    RMS = "rms"
+    RMS_FROM_ONE = "rms from one"
+    """By 1 + weight, in float32 (Gemma)."""
+    LAYER = "layer"
+    """The mean is subtracted first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm over the last dimension."""
+
+    kind: NormKind
+    epsilon: float
+    bias: bool = False
+
+    def tensors(self, of: Affine, source: str, size: int) -> list[TensorSpec]:
+        """Its weight, and bias, [size]."""
+        bias = [TensorSpec(of.bias, (size,), (f"{source}.bias",))] if self.bias else []
+        return [self.tensor(of, source, (size,)), *bias]
+
+    def tensor(self, of: Affine, source: str, shape: tuple[int, ...], order: RowOrder | None = None) -> TensorSpec:
+        """Its weight alone."""
+        return TensorSpec(of.weight, shape, (f"{source}.weight",), order=order)
+
+    def of(self, w: Weights, of: Affine, x: torch.Tensor) -> torch.Tensor:
+        """x [..., n] normed; the weight is [n], or [heads, n] for x [..., heads, n]."""
+        weight, size = w[of.weight], x.shape[-1:]
+        match self.kind:
+            case NormKind.RMS:
+                return functional.rms_norm(x, size, weight, self.epsilon)
+            case NormKind.RMS_FROM_ONE:
+                return functional.rms_norm(x.float(), size, 1 + weight.float(), self.epsilon).to(x.dtype)
+            case NormKind.LAYER if weight.dim() > 1:
+                return (functional.layer_norm(x.float(), size, None, None, self.epsilon) * weight).to(x.dtype)
+            case NormKind.LAYER:
+                return functional.layer_norm(x, size, weight, w.get(of.bias), self.epsilon)
 
 
 def layer_norm(w: Weights, of: Affine, x: torch.Tensor) -> torch.Tensor:
@@ -61,20 +140,25 @@ def layer_norm(w: Weights, of: Affine, x: torch.Tensor) -> torch.Tensor:
     return functional.layer_norm(x, x.shape[-1:], w.get(of.weight), w.get(of.bias))
 
 
-def rms_norm(w: Weights, of: Affine, x: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """RMS norm over the last dimension, computed in float32 and scaled."""
-    return functional.rms_norm(x, x.shape[-1:], w[of.weight], epsilon)
-
-
 def linear_tensors(
-    of: Affine, sources: tuple[str, ...], rows: tuple[int, ...], columns: int, *, bias: bool
+    of: Affine,
+    sources: tuple[str, ...],
+    rows: tuple[int, ...],
+    columns: int,
+    *,
+    bias: bool,
+    order: RowOrder | None = None,
 ) -> list[TensorSpec]:
-    """Weight [sum(rows), columns], and bias [sum(rows)], of projections fused along their outputs."""
+    """Weight [sum(rows), columns], and bias [sum(rows)], of projections fused along their outputs.
+
+    A single source has all the rows.
+    """
     total = sum(rows)
-    weight = TensorSpec(of.weight, (total, columns), tuple(f"{s}.weight" for s in sources), rows)
+    each = rows if len(sources) > 1 else (total,)
+    weight = TensorSpec(of.weight, (total, columns), tuple(f"{s}.weight" for s in sources), each, order)
     if not bias:
         return [weight]
-    return [weight, TensorSpec(of.bias, (total,), tuple(f"{s}.bias" for s in sources), rows)]
+    return [weight, TensorSpec(of.bias, (total,), tuple(f"{s}.bias" for s in sources), each, order)]
 
 
 def norm_tensors(of: Affine, source: str, size: int, *, weight: bool = True, bias: bool = False) -> list[TensorSpec]:

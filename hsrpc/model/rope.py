@@ -1,79 +1,320 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864), with linear and Llama-3 scaling."""
+"""Rotary position embedding (Su et al., arXiv 2104.09864) of a head's first dimensions, or all; and its scalings."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from hsrpc.model.bounds import MAX_CONTEXT
 from hsrpc.model.config_file import ConfigFile
 
-ROPE_TYPES = ("default", "linear", "llama3")
+
+@dataclass(frozen=True)
+class Scaling(ABC):
+    """How a model's rotation reaches beyond the context that it was first trained with; here: as it is."""
+
+    attention_factor: float = 1.0
+    """Cosines and sines are multiplied by it."""
+
+    def context(self, positions: int) -> int:
+        """Tokens of the model's context, where `max_position_embeddings` says `positions`."""
+        return positions
+
+    @abstractmethod
+    def frequencies(self, theta: float, width: int, context: int) -> torch.Tensor:
+        """Angle that one position turns each pair of dimensions by: float32 [width / 2], for requests up to `context`
+        tokens."""
+
+
+@dataclass(frozen=True)
+class Unscaled(Scaling):
+    """Angles as they were trained."""
+
+    def frequencies(self, theta: float, width: int, context: int) -> torch.Tensor:
+        return _frequencies(theta, width)
+
+
+@dataclass(frozen=True)
+class Linear(Scaling):
+    """All angles slowed alike."""
+
+    factor: float = 1.0
+
+    @classmethod
+    def read(cls, section: ConfigFile, config: ConfigFile, width: int) -> Linear:
+        return cls(factor=section.number("factor"))
+
+    def frequencies(self, theta: float, width: int, context: int) -> torch.Tensor:
+        return _frequencies(theta, width) / self.factor
+
+
+@dataclass(frozen=True)
+class Dynamic(Scaling):
+    """A base that grows with the context that is served, beyond the trained one ("dynamic NTK").
+
+    transformers lets it grow with each request instead, and leaves the keys as they were before it grew: what is
+    served here is what it computes for a prompt of the served context.
+    """
+
+    factor: float = 1.0
+    trained: int = 0
+    """Context of the training, tokens."""
+
+    @classmethod
+    def read(cls, section: ConfigFile, config: ConfigFile, width: int) -> Dynamic:
+        if width < 4:
+            raise section.refuse("type" if section.has("type") else "rope_type", f"another, for {width} dimensions")
+        return cls(factor=section.number("factor"), trained=_positions(config))
+
+    def context(self, positions: int) -> int:
+        return min(MAX_CONTEXT, int(positions * self.factor))
+
+    def frequencies(self, theta: float, width: int, context: int) -> torch.Tensor:
+        stretch = self.factor * max(context, self.trained) / self.trained - (self.factor - 1)
+        return _frequencies(theta * stretch ** (width / (width - 2)), width)
+
+
+@dataclass(frozen=True)
+class Llama3(Scaling):
+    """Long waves slowed by `factor`, short ones kept, a linear blend between (Llama 3.1)."""
+
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 4.0
+    trained: int = 0
+    """Context of the training, tokens."""
+
+    @classmethod
+    def read(cls, section: ConfigFile, config: ConfigFile, width: int) -> Llama3:
+        low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
+        if high <= low:
+            raise section.refuse("high_freq_factor", f"more than low_freq_factor={low}")
+        return cls(factor=section.number("factor"), low=low, high=high, trained=_trained(section, config))
+
+    def frequencies(self, theta: float, width: int, context: int) -> torch.Tensor:
+        frequencies = _frequencies(theta, width)
+        turns = self.trained * frequencies / (2 * math.pi)
+        kept = ((turns - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
+        return (1 - kept) * frequencies / self.factor + kept * frequencies
+
+
+@dataclass(frozen=True)
+class Yarn(Scaling):
+    """Pairs that turn seldom in the trained context slowed by `factor`, others kept (Peng et al., arXiv 2309.00071)."""
+
+    factor: float = 1.0
+    trained: int = 0
+    """Context of the training, tokens."""
+    fast: float = 32.0
+    """Turns in the trained context from which on a pair is kept."""
+    slow: float = 1.0
+    """Turns below which it is slowed in full."""
+    whole: bool = True
+    """Whether the blend begins and ends at whole pairs."""
+
+    @classmethod
+    def read(cls, section: ConfigFile, config: ConfigFile, width: int) -> Yarn:
+        trained = _trained(section, config)
+        factor = section.number("factor", _positions(config) / trained)
+        if section.has("mscale") and section.has("mscale_all_dim"):
+            usual = _yarn_factor(factor, section.number("mscale")) / _yarn_factor(
+                factor, section.number("mscale_all_dim")
+            )
+        else:
+            usual = _yarn_factor(factor, 1.0)
+        return cls(
+            attention_factor=section.number("attention_factor", usual),
+            factor=factor,
+            trained=trained,
+            fast=section.number("beta_fast", 32.0),
+            slow=section.number("beta_slow", 1.0),
+            whole=section.flag("truncate", True),
+        )
+
+    def context(self, positions: int) -> int:
+        return min(MAX_CONTEXT, max(positions, int(self.trained * self.factor)))
+
+    def frequencies(self, theta: float, width: int, context: int) -> torch.Tensor:
+        frequencies = _frequencies(theta, width)
+        low, high = (self._pair(turns, theta, width) for turns in (self.fast, self.slow))
+        if self.whole:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
+        slowed = (torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+        slowed = slowed.clamp(0.0, 1.0)
+        return slowed * frequencies / self.factor + (1 - slowed) * frequencies
+
+    def _pair(self, turns: float, theta: float, width: int) -> float:
+        """The pair that turns so often in the trained context; between two, where none does."""
+        return width * math.log(self.trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+
+@dataclass(frozen=True)
+class LongRope(Scaling):
+    """A factor for each pair, from one list up to the trained context and from another beyond (arXiv 2402.13753).
+
+    Which list holds follows from the context that is served, for all requests alike, as in vLLM and llama.cpp:
+    transformers goes by the length of each request, and computes it anew where it crosses the border.
+    """
+
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+    trained: int = 0
+    """Context of the training, tokens."""
+
+    @classmethod
+    def read(cls, section: ConfigFile, config: ConfigFile, width: int) -> LongRope:
+        trained = _trained(section, config)
+        factor = section.number("factor", _positions(config) / trained)
+        usual = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
+        return cls(
+            attention_factor=section.number("attention_factor", usual),
+            short=section.numbers("short_factor", width // 2),
+            long=section.numbers("long_factor", width // 2),
+            trained=trained,
+        )
+
+    def frequencies(self, theta: float, width: int, context: int) -> torch.Tensor:
+        factors = self.long if context > self.trained else self.short
+        return _frequencies(theta, width) / torch.tensor(factors, dtype=torch.float32, device="cpu")
+
+
+_SCALINGS: Mapping[str, Callable[[ConfigFile, ConfigFile, int], Scaling]] = {
+    "default": lambda *_: Unscaled(),
+    "linear": Linear.read,
+    "dynamic": Dynamic.read,
+    "llama3": Llama3.read,
+    "yarn": Yarn.read,
+    "longrope": LongRope.read,
+    "su": LongRope.read,  # its name before it was published
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeKeys:
+    """Where a config.json has the settings, beside `rope_parameters`, and what holds where it has none."""
+
+    theta: str = "rope_theta"
+    fraction: str = "partial_rotary_factor"
+    default_theta: float = 10_000.0
+    default_fraction: float = 1.0
+    interleaved: bool = False
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    """Kinds that go by another name in this family."""
 
 
 @dataclass(frozen=True)
 class RopeSettings:
-    """Frequencies of the rotation; the last three hold for `llama3` alone."""
+    """The rotation of the first `width` dimensions of each head."""
 
-    kind: str
     theta: float
-    factor: float = 1.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_context: int = 0
+    width: int
+    scaling: Scaling
+    interleaved: bool = False
+    """Neighbours are pairs, in the checkpoint: packed weights have i and i + width/2 as pairs in any case."""
+    query_beta: float = 0.0
+    """Queries are scaled by 1 + query_beta * log(1 + position // query_context) (Llama 4, Ministral 3)."""
+    query_context: int = 1
 
     @classmethod
-    def read(cls, config: ConfigFile) -> RopeSettings:
-        """From `rope_parameters`, or from `rope_scaling` and `rope_theta` of older files."""
+    def read(cls, config: ConfigFile, head_dim: int, keys: RopeKeys) -> RopeSettings:
+        """From `rope_parameters`, or from `rope_scaling` and the keys beside it of older files."""
         section = config.section("rope_parameters") or config.section("rope_scaling") or ConfigFile(config.file, {})
-        for place in (section, config):
-            if place.number("partial_rotary_factor", 1.0) != 1.0:
-                raise place.refuse("partial_rotary_factor", "1.0 (every dimension of a head rotated)")
-        theta = section.number("rope_theta", config.number("rope_theta", 10_000.0))
-        kind = section.choice("rope_type" if section.has("rope_type") else "type", ROPE_TYPES, "default")
-        if kind == "default":
-            return cls(kind, theta)
-        if kind == "linear":
-            return cls(kind, theta, section.number("factor"))
-        return cls._read_llama3(config, section, theta)
-
-    @classmethod
-    def _read_llama3(cls, config: ConfigFile, section: ConfigFile, theta: float) -> RopeSettings:
-        low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
-        if high <= low:
-            raise section.refuse("high_freq_factor", f"more than low_freq_factor={low}")
-        whole = config.integer("max_position_embeddings", maximum=MAX_CONTEXT)
-        context = section.integer("original_max_position_embeddings", whole, maximum=MAX_CONTEXT)
-        return cls("llama3", theta, section.number("factor"), low, high, context)
+        place = section if section.has("partial_rotary_factor") else config
+        key = "partial_rotary_factor" if place is section else keys.fraction
+        width = int(head_dim * place.number(key, keys.default_fraction))
+        if not 2 <= width <= head_dim or width % 2:
+            raise place.refuse(key, f"a share of head_dim={head_dim} that is an even number of dimensions")
+        theta = section.number("rope_theta", config.number(keys.theta, keys.default_theta))
+        named = "rope_type" if section.has("rope_type") else "type"
+        kind = section.choice(named, tuple(_SCALINGS), "default")
+        scaling = _SCALINGS[keys.kinds.get(kind, kind)](section, config, width)
+        if not section.has("llama_4_scaling_beta"):
+            return cls(theta, width, scaling, keys.interleaved)
+        return cls(
+            theta, width, scaling, keys.interleaved, section.number("llama_4_scaling_beta"), _trained(section, config)
+        )
 
 
-def rope_frequencies(settings: RopeSettings, head_dim: int) -> torch.Tensor:
-    """Angle that one position turns each pair of dimensions by, float32 [head_dim / 2], on the CPU."""
-    frequencies = 1.0 / settings.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
-    if settings.kind == "llama3":
-        return _scale_llama3(frequencies, settings)
-    return frequencies / settings.factor
+def _positions(config: ConfigFile) -> int:
+    return config.integer("max_position_embeddings", maximum=MAX_CONTEXT)
 
 
-def _scale_llama3(frequencies: torch.Tensor, settings: RopeSettings) -> torch.Tensor:
-    """Long waves slowed by `factor`, short ones kept, a linear blend between (Llama 3.1)."""
-    turns = settings.original_context * frequencies / (2 * math.pi)
-    low, high = settings.low_frequency_factor, settings.high_frequency_factor
-    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - kept) * frequencies / settings.factor + kept * frequencies
+def _trained(section: ConfigFile, config: ConfigFile) -> int:
+    """Context of the training: beside the section or in it, else the whole one."""
+    key = "original_max_position_embeddings"
+    place = config if config.has(key) else section
+    return place.integer(key, _positions(config), maximum=MAX_CONTEXT)
 
 
-def make_rotation(positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Cosines and sines [n, head_dim] of the angles at `positions` [n], for `rotate_`; the angles are float32."""
+def _yarn_factor(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _frequencies(theta: float, width: int) -> torch.Tensor:
+    return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """What the projections of all layers take of the positions of `n` rows."""
+
+    positions: torch.Tensor
+    """int64 [n]"""
+    table: torch.Tensor | None
+    """Cosines and sines [n, width] of the angles; None on CUDA, where the kernel computes them."""
+    query_scale: torch.Tensor | None
+    """[n, 1]; None: queries stay as they are."""
+
+
+class Rotary:
+    """The rotation of a model that serves requests up to `context` tokens, computed in `dtype`."""
+
+    def __init__(self, settings: RopeSettings, head_dim: int, context: int, dtype: torch.dtype) -> None:
+        self._settings = settings
+        self._head_dim = head_dim
+        self._dtype = dtype
+        self._factor = settings.scaling.attention_factor
+        self._frequencies = settings.scaling.frequencies(settings.theta, settings.width, context)
+
+    def at(self, positions: torch.Tensor) -> Rotation:
+        """The rotation at int64 `positions` [n]."""
+        if self._frequencies.device != positions.device:
+            self._frequencies = self._frequencies.to(positions.device)
+        table = None if positions.is_cuda else make_table(positions, self._frequencies, self._factor, self._dtype)
+        return Rotation(positions, table, self._query_scale(positions))
+
+    def _query_scale(self, positions: torch.Tensor) -> torch.Tensor | None:
+        settings = self._settings
+        if not settings.query_beta:
+            return None
+        turns = torch.log1p((positions // settings.query_context).float())
+        return (1 + settings.query_beta * turns).to(self._dtype)[:, None]
+
+    def turn_(self, heads: torch.Tensor, rotation: Rotation) -> None:
+        """Rotates `heads` [n, m * head_dim] in place; rows may be strided."""
+        heads = heads.unflatten(1, (-1, self._head_dim))
+        if rotation.table is None:
+            from hsrpc.model.kernels.fused import rotate_heads_  # loads Triton
+
+            rotate_heads_(heads, rotation.positions, self._frequencies, self._factor)
+        else:
+            rotate_(heads[..., : self._settings.width], rotation.table)
+
+
+def make_table(positions: torch.Tensor, frequencies: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
+    """Cosines and sines [n, 2*pairs] of the angles at `positions` [n], times `factor`; angles are float32."""
     angles = positions[:, None].float() * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=1).to(dtype)
+    return (torch.cat((angles.cos(), angles.sin()), dim=1) * factor).to(dtype)
 
 
-def rotate_(x: torch.Tensor, rotation: torch.Tensor) -> None:
-    """Rotates the heads `x` [n, heads, head_dim] in place by `rotation`; dimension i pairs with i + head_dim/2."""
-    cos, sin = rotation[:, None, :].chunk(2, dim=-1)
+def rotate_(x: torch.Tensor, table: torch.Tensor) -> None:
+    """Rotates the heads `x` [n, heads, width] in place by `table`; dimension i pairs with i + width/2."""
+    cos, sin = table[:, None, :].chunk(2, dim=-1)
     first, second = x.chunk(2, dim=-1)
     turned = first * cos - second * sin
     second.copy_(second * cos + first * sin)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 def _opt(hidden_size: int, layers: int, heads: int, **more: object) -> dict[str, object]:
     return {
@@ -21,38 +24,85 @@ def _opt(hidden_size: int, layers: int, heads: int, **more: object) -> dict[str,
     } | more
 
 
-def _llama(hidden_size: int, layers: int, heads: int, ffn_size: int, context: int, **more: object) -> dict[str, object]:
+def _decoder(
+    model_type: str,
+    architecture: str,
+    *,
+    hidden: int,
+    layers: int,
+    heads: tuple[int, int],
+    ffn: int,
+    vocab: int,
+    context: int,
+    **more: object,
+) -> dict[str, object]:
+    """`heads` are those of the queries, and those of K and V."""
+    grouped = {} if heads[0] == heads[1] else {"num_key_value_heads": heads[1]}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "torch_dtype": "float16",
-        "hidden_size": hidden_size,
+        "architectures": [architecture],
+        "model_type": model_type,
+        "dtype": "bfloat16",
+        "hidden_size": hidden,
         "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": ffn_size,
+        "num_attention_heads": heads[0],
+        "intermediate_size": ffn,
         "max_position_embeddings": context,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": 32000,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    } | more
+        "vocab_size": vocab,
+        **grouped,
+        **more,
+    }
 
 
-_LLAMA_3_8B: dict[str, object] = {
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "rope_theta": 500000.0,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
+_llama = partial(_decoder, "llama", "LlamaForCausalLM", rms_norm_eps=1e-5)
+_mistral = partial(_decoder, "mistral", "MistralForCausalLM", rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
+_qwen2 = partial(_decoder, "qwen2", "Qwen2ForCausalLM", rms_norm_eps=1e-6, rope_theta=1e6, eos_token_id=151645)
+_qwen3 = partial(
+    _decoder,
+    "qwen3",
+    "Qwen3ForCausalLM",
+    vocab=151936,
+    context=40960,
+    head_dim=128,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    bos_token_id=151643,
+    eos_token_id=151645,
+)
+_olmo2 = partial(
+    _decoder,
+    "olmo2",
+    "Olmo2ForCausalLM",
+    vocab=100352,
+    context=4096,
+    rms_norm_eps=1e-6,
+    rope_theta=500000.0,
+    eos_token_id=100257,
+    pad_token_id=100277,
+)
+_phi3 = partial(_decoder, "phi3", "Phi3ForCausalLM", rms_norm_eps=1e-5)
+_gemma = partial(
+    _decoder,
+    "gemma",
+    "GemmaForCausalLM",
+    vocab=256000,
+    context=8192,
+    head_dim=256,
+    rms_norm_eps=1e-6,
+    bos_token_id=2,
+    eos_token_id=1,
+    pad_token_id=0,
+)
+_LLAMA_2: dict[str, Any] = {"vocab": 32000, "context": 4096, "dtype": "float16", "bos_token_id": 1, "eos_token_id": 2}
+_LLAMA_3: dict[str, Any] = {"vocab": 128256, "rope_theta": 500000.0, "bos_token_id": 128000, "eos_token_id": 128001}
+_LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
-_MISTRAL_7B: dict[str, object] = {
-    "architectures": ["MistralForCausalLM"],
-    "model_type": "mistral",
-    "num_key_value_heads": 8,
-    "sliding_window": 4096,
-    "torch_dtype": "bfloat16",
-}
+_LLAMA_31: dict[str, Any] = _LLAMA_3 | {"context": 131072, "rope_scaling": _LLAMA_3_ROPE}
+
 
 SHAPES: dict[str, dict[str, object]] = {
     "opt-125m": _opt(768, 12, 12),
@@ -63,9 +113,134 @@ SHAPES: dict[str, dict[str, object]] = {
     "opt-13b": _opt(5120, 40, 40),
     "opt-30b": _opt(7168, 48, 56),
     "opt-66b": _opt(9216, 64, 72),
-    "llama-2-7b": _llama(4096, 32, 32, 11008, 4096),
-    "llama-2-13b": _llama(5120, 40, 40, 13824, 4096),
-    "llama-3-8b": _llama(4096, 32, 32, 14336, 8192, **_LLAMA_3_8B),
-    "mistral-7b": _llama(4096, 32, 32, 14336, 32768, **_MISTRAL_7B),
+    "llama-2-7b": _llama(hidden=4096, layers=32, heads=(32, 32), ffn=11008, **_LLAMA_2),
+    "llama-2-13b": _llama(hidden=5120, layers=40, heads=(40, 40), ffn=13824, **_LLAMA_2),
+    "llama-3-8b": _llama(hidden=4096, layers=32, heads=(32, 8), ffn=14336, context=8192, **_LLAMA_3),
+    "llama-3.1-8b": _llama(hidden=4096, layers=32, heads=(32, 8), ffn=14336, **_LLAMA_31),
+    "llama-3.3-70b": _llama(hidden=8192, layers=80, heads=(64, 8), ffn=28672, **_LLAMA_31),
+    "mistral-7b": _mistral(
+        hidden=4096, layers=32, heads=(32, 8), ffn=14336, vocab=32000, context=32768, sliding_window=4096
+    ),
+    "mistral-small-24b": _mistral(
+        hidden=5120,
+        layers=40,
+        heads=(32, 8),
+        ffn=32768,
+        vocab=131072,
+        context=32768,
+        head_dim=128,
+        rope_theta=1e8,
+    ),
+    "qwen2.5-7b": _qwen2(hidden=3584, layers=28, heads=(28, 4), ffn=18944, vocab=152064, context=32768),
+    "qwen2.5-72b": _qwen2(hidden=8192, layers=80, heads=(64, 8), ffn=29568, vocab=152064, context=32768),
+    "qwen3-0.6b": _qwen3(hidden=1024, layers=28, heads=(16, 8), ffn=3072, tie_word_embeddings=True),
+    "qwen3-8b": _qwen3(hidden=4096, layers=36, heads=(32, 8), ffn=12288),
+    "qwen3-14b": _qwen3(hidden=5120, layers=40, heads=(40, 8), ffn=17408),
+    "qwen3-32b": _qwen3(hidden=5120, layers=64, heads=(64, 8), ffn=25600),
+    "olmo-2-7b": _olmo2(hidden=4096, layers=32, heads=(32, 32), ffn=11008),
+    "olmo-2-13b": _olmo2(hidden=5120, layers=40, heads=(40, 40), ffn=13824),
+    "phi-3-mini": _phi3(
+        hidden=3072,
+        layers=32,
+        heads=(32, 32),
+        ffn=8192,
+        vocab=32064,
+        context=4096,
+        sliding_window=2047,
+        bos_token_id=1,
+        eos_token_id=32000,
+    ),
+    "phi-4": _phi3(
+        hidden=5120,
+        layers=40,
+        heads=(40, 10),
+        ffn=17920,
+        vocab=100352,
+        context=16384,
+        rope_theta=250000.0,
+        bos_token_id=100257,
+        eos_token_id=100265,
+    ),
+    "gemma-2b": _gemma(hidden=2048, layers=18, heads=(8, 1), ffn=16384),
+    "gemma-7b": _gemma(hidden=3072, layers=28, heads=(16, 16), ffn=24576),
+    "granite-3.3-8b": _decoder(
+        "granite",
+        "GraniteForCausalLM",
+        hidden=4096,
+        layers=40,
+        heads=(32, 8),
+        ffn=12800,
+        vocab=49159,
+        context=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=1e7,
+        tie_word_embeddings=True,
+        embedding_multiplier=12.0,
+        attention_multiplier=0.0078125,
+        residual_multiplier=0.22,
+        logits_scaling=16.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+    "command-r": _decoder(
+        "cohere",
+        "CohereForCausalLM",
+        hidden=8192,
+        layers=40,
+        heads=(64, 64),
+        ffn=22528,
+        vocab=256000,
+        context=131072,
+        dtype="float16",
+        layer_norm_eps=1e-5,
+        rope_theta=8e6,
+        logit_scale=0.0625,
+        bos_token_id=5,
+        eos_token_id=255001,
+    ),
+    "starcoder2-15b": _decoder(
+        "starcoder2",
+        "Starcoder2ForCausalLM",
+        hidden=6144,
+        layers=40,
+        heads=(48, 4),
+        ffn=24576,
+        vocab=49152,
+        context=16384,
+        norm_epsilon=1e-5,
+        rope_theta=100000.0,
+        sliding_window=4096,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+    "stablelm-3b": _decoder(
+        "stablelm",
+        "StableLmForCausalLM",
+        hidden=2560,
+        layers=32,
+        heads=(32, 32),
+        ffn=6912,
+        vocab=50304,
+        context=4096,
+        layer_norm_eps=1e-5,
+        partial_rotary_factor=0.25,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+    "pythia-12b": _decoder(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        hidden=5120,
+        layers=36,
+        heads=(40, 40),
+        ffn=20480,
+        vocab=50688,
+        context=2048,
+        dtype="float16",
+        rotary_pct=0.25,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
 }
 """Name to config.json values."""

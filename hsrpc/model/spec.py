@@ -59,6 +59,7 @@ def named_spec(name: str, dtype: torch.dtype | None) -> ModelSpec:
 def _make_spec(name: str, config: ConfigFile, dtype: torch.dtype | None) -> ModelSpec:
     _check_supported(config)
     family = family_name(config)
+    config = replace(config, values={**config.values, "model_type": family})
     declared = _read_dtype(config)
     served = declared if dtype is None else dtype
     sizes = family_class(family).read_sizes(config, served.itemsize)
@@ -97,9 +98,6 @@ def in_formats(spec: ModelSpec, formats: Formats) -> ModelSpec:
 def _check_supported(config: ConfigFile) -> None:
     if config.has("quantization_config"):
         raise config.refuse("quantization_config", "nothing", "serve the model's unquantized checkpoint")
-    kinds = config.values.get("layer_types")
-    if isinstance(kinds, list) and len({str(kind) for kind in kinds}) > 1:
-        raise config.refuse("layer_types", "one kind for all layers")
 
 
 def _read_dtype(config: ConfigFile) -> torch.dtype:

@@ -4,6 +4,48 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class RowOrder(Protocol):
+    """Where the rows of a checkpoint's tensors, one for each dimension of a head, go when they are packed."""
+
+    def index(self) -> torch.Tensor:
+        """Of each row of the packed tensor its row in the sources, one after the other: int64 [rows]."""
+
+
+@dataclass(frozen=True)
+class PairsApart:
+    """Rows of heads whose rotation pairs neighbours, so that i pairs with i + width/2 instead; then other rows.
+
+    Products of queries and keys, both arranged so, are the same.
+    """
+
+    heads: int
+    head_dim: int
+    width: int
+    """Dimensions of a head that are rotated: its first ones."""
+    others: int
+    """Rows after those heads, which stay."""
+
+    def index(self) -> torch.Tensor:
+        head = torch.arange(self.head_dim)
+        head[: self.width] = head[: self.width].view(-1, 2).t().flatten()
+        rotated = torch.arange(self.heads)[:, None] * self.head_dim + head
+        return torch.cat((rotated.flatten(), self.heads * self.head_dim + torch.arange(self.others)))
+
+
+@dataclass(frozen=True)
+class HeadsTogether:
+    """Rows of Q, K and V head by head, so that all of Q come first, then all of K, then all of V."""
+
+    heads: int
+    head_dim: int
+
+    def index(self) -> torch.Tensor:
+        return torch.arange(3 * self.heads * self.head_dim).view(self.heads, 3, self.head_dim).transpose(0, 1).flatten()
 
 
 @dataclass(frozen=True)
@@ -15,6 +57,8 @@ class TensorSpec:
     sources: tuple[str, ...]
     source_rows: tuple[int, ...] = ()
     """Length of each source along dimension 0; empty: all the same."""
+    order: RowOrder | None = None
+    """None: rows stay in the order of the sources."""
 
     @property
     def numel(self) -> int:

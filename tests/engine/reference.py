@@ -9,10 +9,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -25,7 +23,7 @@ NUM_PROMPTS = 16
 _MARGIN = 2e-3
 """Least difference of the two best logits: far above float32 rounding, so that tokens must be equal."""
 _OPT = {"vocab_size": VOCAB, "max_position_embeddings": 160, "num_hidden_layers": 4, "init_std": 0.2, "pad_token_id": 1}
-_LLAMA = {
+_DECODER = {
     "vocab_size": VOCAB,
     "max_position_embeddings": 160,
     "num_hidden_layers": 4,
@@ -33,6 +31,9 @@ _LLAMA = {
     "pad_token_id": 1,
     "eos_token_id": 2,
     "bos_token_id": 0,
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "intermediate_size": 80,
 }
 
 
@@ -40,14 +41,11 @@ def opt(**settings: object) -> PreTrainedModel:
     return OPTForCausalLM(OPTConfig(**(_OPT | {"eos_token_id": 2} | settings)))
 
 
-def llama(**settings: object) -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**(_LLAMA | settings)))
+def decoder(kind: str, **settings: object) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**(_DECODER | settings)))
 
 
-def mistral(**settings: object) -> PreTrainedModel:
-    return MistralForCausalLM(MistralConfig(**(_LLAMA | settings)))
-
-
+_SLIDING = "sliding_attention"
 _SIZE = {"hidden_size": 48, "num_attention_heads": 4}
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -58,15 +56,58 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+_YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 40}
+_HALF_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+_MINISTRAL3_ROPE = _YARN_ROPE | {"llama_4_scaling_beta": 0.3}
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 2.0, 3.0],
+    "long_factor": [1.5, 3.0, 4.0],
+}
+_GRANITE = {
+    "embedding_multiplier": 1.5,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.8,
+    "logits_scaling": 0.9,
+}
+_WINDOW = {"sliding_window": 24}
+
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "opt": lambda: opt(**_SIZE, ffn_dim=96),
     "opt-post-norm": lambda: opt(**_SIZE, ffn_dim=96, do_layer_norm_before=False, word_embed_proj_dim=32),
     "opt-odd-heads": lambda: opt(hidden_size=60, num_attention_heads=5, ffn_dim=70),
-    "llama": lambda: llama(**_SIZE, intermediate_size=80),
-    "llama-gqa-tied": lambda: llama(**_SIZE, intermediate_size=80, num_key_value_heads=2, tie_word_embeddings=True),
-    "llama3-rope": lambda: llama(**_SIZE, intermediate_size=80, num_key_value_heads=1, rope_parameters=_LLAMA3_ROPE),
-    "mistral-window": lambda: mistral(**_SIZE, intermediate_size=80, num_key_value_heads=2, sliding_window=24),
+    "llama": lambda: decoder("llama"),
+    "llama-gqa-tied": lambda: decoder("llama", num_key_value_heads=2, tie_word_embeddings=True),
+    "llama3-rope": lambda: decoder("llama", num_key_value_heads=1, rope_parameters=_LLAMA3_ROPE),
+    "mistral-window": lambda: decoder("mistral", num_key_value_heads=2, **_WINDOW),
 }
+"""What every test compares."""
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "ministral": lambda: decoder(
+        "ministral", head_dim=12, num_key_value_heads=2, **_WINDOW, layer_types=2 * [_SLIDING, "full_attention"]
+    ),
+    "ministral3": lambda: decoder("ministral3", head_dim=12, num_key_value_heads=2, rope_parameters=_MINISTRAL3_ROPE),
+    "qwen2-window": lambda: decoder(
+        "qwen2", num_key_value_heads=2, use_sliding_window=True, max_window_layers=2, **_WINDOW
+    ),
+    "qwen3": lambda: decoder("qwen3", head_dim=16, num_key_value_heads=4),
+    "olmo2": lambda: decoder("olmo2"),
+    "phi3-longrope": lambda: decoder("phi3", rope_parameters=_LONG_ROPE, original_max_position_embeddings=160),
+    "phi3-window": lambda: decoder("phi3", **_WINDOW),
+    "gemma": lambda: decoder("gemma", head_dim=16, num_key_value_heads=4, initializer_range=0.05),
+    "granite": lambda: decoder("granite", num_key_value_heads=2, **_GRANITE),
+    "cohere": lambda: decoder("cohere", use_qk_norm=True, logit_scale=0.5),
+    "starcoder2": lambda: decoder("starcoder2", num_key_value_heads=2, **_WINDOW),
+    "stablelm": lambda: decoder(
+        "stablelm", num_key_value_heads=4, use_parallel_residual=True, use_qkv_bias=True, rope_parameters=_HALF_ROPE
+    ),
+    "gpt-neox": lambda: decoder("gpt_neox", rope_parameters=_HALF_ROPE),
+    "yarn": lambda: decoder("llama", rope_parameters=_YARN_ROPE),
+}
+"""The other families of decoders, and rotations that reach beyond the trained context."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +122,13 @@ class Reference:
 def make_reference(name: str, directory: Path) -> Reference:
     """The model `name` saved in `directory`, with prompts of 1 to 60 tokens whose continuations have clear margins."""
     torch.manual_seed(7)
-    model = MODELS[name]().eval()
+    model = (MODELS | FAMILIES)[name]().eval()
     spread_norms(model)
     model.save_pretrained(directory)
     save_tokenizer(directory)
     prompts, outputs = [], []
     generator = torch.Generator().manual_seed(11)
-    while len(prompts) < NUM_PROMPTS:
+    while len(prompts) < (NUM_PROMPTS if name in MODELS else NUM_PROMPTS // 2):
         length = 1 + int(torch.randint(60, (1,), generator=generator))
         prompt = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
         output, margin = greedy(model, prompt)

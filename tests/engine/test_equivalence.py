@@ -11,7 +11,7 @@ import pytest
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.engine.stats import EngineStats
 from tests.engine.conftest import tightest
-from tests.engine.reference import MODELS, NEW_TOKENS, Reference
+from tests.engine.reference import FAMILIES, MODELS, NEW_TOKENS, Reference
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
 POLICIES = [
@@ -48,8 +48,14 @@ async def check(reference: Reference, config: EngineConfig, *, stagger: float = 
         return stats
 
 
-@pytest.mark.parametrize(("policy", "share"), POLICIES)
-@pytest.mark.parametrize("model", MODELS)
+ONE_OF_EACH_POLICY = [(policy, share) for policy, share in POLICIES if share in (None, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("model", "policy", "share"),
+    [(model, *each) for model in MODELS for each in POLICIES]
+    + [(model, *each) for model in FAMILIES for each in ONE_OF_EACH_POLICY],
+)
 async def test_tokens_equal_the_reference_with_tight_budgets(
     model: str, policy: str, share: float | None, reference: Callable[[str], Reference]
 ) -> None:

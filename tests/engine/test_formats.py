@@ -20,8 +20,11 @@ from hsrpc import Engine, EngineConfig
 from hsrpc.config import WeightCoding
 from hsrpc.engine import startup
 from hsrpc.model.checkpoint import RandomWeights
-from hsrpc.model.families.llama import DOWN, GATE_UP, Llama
+from hsrpc.model.config_file import ConfigFile
+from hsrpc.model.families.decoder import DOWN, GATE_UP, Decoder
+from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.registry import create_family, register_family
+from hsrpc.model.families.settings import DecoderSettings
 from hsrpc.model.family import Family
 from hsrpc.model.formats.format import CacheFormat, Formats, Packing, WeightFormat
 from hsrpc.model.formats.plain import Plain
@@ -111,8 +114,12 @@ compiled: list[torch.device] = []
 """Where the format was made ready."""
 
 
-class Patchwork(Llama):
+class Patchwork(Decoder):
     """Layers that differ in their MLP and in what they see."""
+
+    @staticmethod
+    def read_settings(config: ConfigFile) -> DecoderSettings:
+        return DECODERS["llama"].read(config)
 
     def ffn_size(self, layer: int) -> int:
         return 40 if layer % 2 else self.sizes.ffn_size

@@ -11,9 +11,10 @@ from hsrpc.device.kernels import copy_rows
 from hsrpc.model.formats.lossless import BLOCK, WORD, encode
 from hsrpc.model.kernels import decode_attention as decode_kernel
 from hsrpc.model.kernels.decode_attention import decode_attention
-from hsrpc.model.kernels.fused import gate, rotate_heads_
+from hsrpc.model.kernels.fused import GATES, gate, rotate_heads_
 from hsrpc.model.kernels.lossless import decode_weights, encode_weights
-from hsrpc.model.rope import RopeSettings, make_rotation, rope_frequencies, rotate_
+from hsrpc.model.layers import Activation
+from hsrpc.model.rope import Unscaled, make_table, rotate_
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 12
@@ -146,28 +147,32 @@ def test_encode_weights(dtype: torch.dtype, spread: int, count: int) -> None:
         assert torch.equal(data, bytes_wanted)
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(1, 8), (16, 128), (21, 80)])
+@pytest.mark.parametrize(("heads", "head_dim", "width"), [(1, 8, 8), (16, 128, 128), (21, 80, 20)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_rotate_heads(dtype: torch.dtype, heads: int, head_dim: int) -> None:
-    """As in several passes; what lies between the rows stays as it is. The interpreter truncates to bfloat16."""
+def test_rotate_heads(dtype: torch.dtype, heads: int, head_dim: int, width: int) -> None:
+    """As in several passes; what lies behind a head's first dimensions, and between the rows, stays as it is.
+
+    The interpreter truncates to bfloat16.
+    """
     positions = torch.tensor([0, 1, 77, 4095, 12])
-    frequencies = rope_frequencies(RopeSettings("default", 1e4, 1.0), head_dim)
+    frequencies, factor = Unscaled().frequencies(1e4, width, 4096), 1.25
     whole = torch.randn(len(positions), heads * head_dim + 24).to(dtype)
     found, wanted = whole.clone(), whole.clone()
-    rotate_(wanted[:, :-24].unflatten(1, (heads, head_dim)), make_rotation(positions, frequencies, dtype))
-    rotate_heads_(found[:, :-24].unflatten(1, (heads, head_dim)), positions, frequencies)
-    rotate_heads_(found[:0, :-24].unflatten(1, (heads, head_dim)), positions[:0], frequencies)
+    table = make_table(positions, frequencies, factor, dtype)
+    rotate_(wanted[:, :-24].unflatten(1, (heads, head_dim))[..., :width], table)
+    rotate_heads_(found[:, :-24].unflatten(1, (heads, head_dim)), positions, frequencies, factor)
+    rotate_heads_(found[:0, :-24].unflatten(1, (heads, head_dim)), positions[:0], frequencies, factor)
     atol = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 2**-4}[dtype]
     torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
     assert torch.equal(found[:, -24:], whole[:, -24:])
 
 
+@pytest.mark.parametrize("activation", GATES)
 @pytest.mark.parametrize("width", [1, 2048, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_gate(dtype: torch.dtype, width: int) -> None:
+def test_gate(dtype: torch.dtype, width: int, activation: str) -> None:
     """As in several passes, but for the last bit."""
     gate_up = (8 * torch.randn(3, 2 * width)).to(dtype)
-    left, right = gate_up.chunk(2, dim=1)
     tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-5}
-    torch.testing.assert_close(gate(gate_up), torch.nn.functional.silu(left) * right, **tolerance)
-    assert gate(gate_up[:0]).shape == (0, width)
+    torch.testing.assert_close(gate(gate_up, activation), Activation(activation).gated(gate_up), **tolerance)
+    assert gate(gate_up[:0], activation).shape == (0, width)

@@ -34,14 +34,14 @@ def rebuild(family: Family, w: Weights, x: torch.Tensor, positions: torch.Tensor
     return out
 
 
-def dense_attention(family: Family, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+def dense_attention(family: Family, q: torch.Tensor, kv: torch.Tensor, window: int | None) -> torch.Tensor:
     """Causal attention of one request: q [n, q_size], kv [n, 2*kv_size] to [n, q_size]."""
     sizes, count = family.sizes, len(q)
     k, v = kv.unflatten(1, (2, sizes.num_kv_heads, sizes.head_dim)).unbind(1)
     groups = sizes.num_heads // sizes.num_kv_heads
     k, v = (part.repeat_interleave(groups, dim=1).transpose(0, 1) for part in (k, v))
     distance = torch.arange(count)[:, None] - torch.arange(count)[None, :]
-    hidden = (distance < 0) | (distance >= (sizes.sliding_window or count))
+    hidden = (distance < 0) | (distance >= (window or count))
     scores = q.unflatten(1, (-1, sizes.head_dim)).transpose(0, 1) @ k.transpose(1, 2) * family.attention_scale
     return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1).flatten(1)
 
@@ -61,12 +61,12 @@ class PackedModel:
         family, lengths = self.family, [len(prompt) for prompt in prompts]
         positions = torch.cat([torch.arange(length) for length in lengths])
         hidden = family.embed(self.fixed, torch.tensor([token for prompt in prompts for token in prompt]), positions)
-        for w in self.layers:
+        for w, sizes in zip(self.layers, family.sizes.layers, strict=True):
             x = family.attention_input(w, hidden)
             q, kv = family.queries_keys_values(w, x.clone(), family.rotation(positions))
             torch.testing.assert_close(rebuild(family, w, x, positions), kv, atol=close, rtol=close)
             pieces = zip(q.split(lengths), kv.split(lengths), strict=True)
-            attended = torch.cat([dense_attention(family, *piece) for piece in pieces])
+            attended = torch.cat([dense_attention(family, *piece, sizes.sliding_window) for piece in pieces])
             hidden = family.finish_layer(w, hidden, attended)
         return family.logits(self.fixed, hidden)
 
@@ -82,6 +82,17 @@ def load_packed() -> Callable[[Path], PackedModel]:
         return PackedModel(family, checkpoint)
 
     return load
+
+
+@pytest.fixture
+def save_packed(tmp_path: Path) -> Callable[..., PackedModel]:
+    """Saves a transformers model, far from its start, and loads it to be served up to a context."""
+
+    def save(reference: PreTrainedModel, served_context: int | None = None) -> PackedModel:
+        spread(reference).eval().save_pretrained(tmp_path)
+        return PackedModel(create_family(load_spec(tmp_path, torch.float32), served_context), Checkpoint(tmp_path))
+
+    return save
 
 
 @pytest.fixture

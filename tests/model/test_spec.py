@@ -25,7 +25,27 @@ PARAMETERS = {
     "llama-2-7b": 6.738e9,
     "llama-2-13b": 13.016e9,
     "llama-3-8b": 8.030e9,
+    "llama-3.1-8b": 8.030e9,
+    "llama-3.3-70b": 70.55e9,
     "mistral-7b": 7.242e9,
+    "mistral-small-24b": 23.57e9,
+    "qwen2.5-7b": 7.616e9,
+    "qwen2.5-72b": 72.71e9,
+    "qwen3-0.6b": 0.596e9,
+    "qwen3-8b": 8.191e9,
+    "qwen3-14b": 14.77e9,
+    "qwen3-32b": 32.76e9,
+    "olmo-2-7b": 7.299e9,
+    "olmo-2-13b": 13.72e9,
+    "phi-3-mini": 3.821e9,
+    "phi-4": 14.66e9,
+    "gemma-2b": 2.506e9,
+    "gemma-7b": 8.538e9,
+    "granite-3.3-8b": 8.171e9,
+    "command-r": 34.98e9,
+    "starcoder2-15b": 15.96e9,
+    "stablelm-3b": 2.795e9,
+    "pythia-12b": 11.85e9,
 }
 
 
@@ -134,7 +154,7 @@ def test_pad_token_outside_the_vocabulary_is_none(tmp_path):
 
 def test_model_type_stands_in_for_a_missing_architecture(tmp_path):
     """A file that names no architecture is told by its model_type."""
-    assert load_spec(write_config(tmp_path, "mistral-7b", {"architectures": None}), None).family == "llama"
+    assert load_spec(write_config(tmp_path, "mistral-7b", {"architectures": None}), None).family == "mistral"
 
 
 @pytest.mark.parametrize(("window", "expected"), [(4096, 4096), (32768, None), (None, None)])
@@ -171,17 +191,22 @@ REFUSALS = [
     ("opt-125m", {"torch_dtype": "float64"}, "torch_dtype", "float32, float16, bfloat16, found 'float64'"),
     ("opt-125m", {"eos_token_id": 50272}, "eos_token_id", "below vocab_size=50272, found 50272"),
     ("opt-125m", {"quantization_config": {"bits": 4}}, "quantization_config", "unquantized"),
-    ("llama-2-7b", {"hidden_act": "gelu"}, "hidden_act", "one of silu, found 'gelu'"),
+    (
+        "llama-2-7b",
+        {"hidden_act": "xielu"},
+        "hidden_act",
+        "one of silu, swish, gelu",
+    ),
     ("llama-2-7b", {"num_attention_heads": 31}, "hidden_size", "a multiple of num_attention_heads=31"),
     ("llama-2-7b", {"num_key_value_heads": 5}, "num_key_value_heads", "a divisor of num_attention_heads=32"),
     ("llama-2-7b", {"head_dim": 127}, "head_dim", "an even size"),
     ("llama-2-7b", {"rms_norm_eps": -1}, "rms_norm_eps", "a positive number, found -1"),
-    ("llama-2-7b", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling: type", "llama3, found 'yarn'"),
+    ("llama-2-7b", {"rope_scaling": {"type": "mrope"}}, "rope_scaling: type", "longrope, su, found 'mrope'"),
     ("llama-2-7b", {"rope_scaling": {"type": "linear"}}, "rope_scaling: factor", "a positive number, found nothing"),
-    ("llama-2-7b", {"rope_parameters": {"rope_type": "dynamic"}}, "rope_parameters: rope_type", "found 'dynamic'"),
+    ("llama-2-7b", {"rope_parameters": {"rope_type": "dynamic"}}, "rope_parameters: factor", "found nothing"),
     ("llama-2-7b", {"rope_parameters": [1]}, "rope_parameters", "an object"),
-    ("llama-2-7b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor", "1.0"),
-    ("mistral-7b", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types", "one kind"),
+    ("opt-125m", {"architectures": ["JambaForCausalLM"], "model_type": "jamba"}, "architectures", "are recurrent"),
+    ("opt-125m", {"architectures": None, "model_type": "deepseek_v3"}, "model_type", "keeps latents"),
     (
         "llama-2-7b",
         {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},

@@ -11,6 +11,7 @@ from hsrpc.model.bounds import MAX_CONTEXT, MAX_VOCAB_SIZE, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.family import Family, ModelSpec, Weights
 from hsrpc.model.layers import Affine, layer_norm, linear_tensors, norm_tensors, project, project_relu, project_rows
+from hsrpc.model.rope import Rotation
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.sizes import ModelSizes
 
@@ -71,12 +72,12 @@ class Opt(Family):
         "word_embed_proj_dim",
     )
 
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: ModelSpec, served_context: int | None = None) -> None:
+        super().__init__(spec, served_context)
         self.settings = OptSettings.read(spec.config)
 
-    @staticmethod
-    def read_sizes(config: ConfigFile, compute_bytes: int) -> ModelSizes:
+    @classmethod
+    def read_sizes(cls, config: ConfigFile, compute_bytes: int) -> ModelSizes:
         hidden_size = config.integer("hidden_size", maximum=MAX_WIDTH)
         num_heads = config.integer("num_attention_heads", maximum=MAX_WIDTH)
         if hidden_size % num_heads:
@@ -139,13 +140,11 @@ class Opt(Family):
     def attention_input(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
         return layer_norm(w, ATTENTION_NORM, hidden) if self.settings.pre_norm else hidden
 
-    def queries_keys_values(
-        self, w: Weights, x: torch.Tensor, rotation: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def queries_keys_values(self, w: Weights, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
         fused = project(w, QKV, x)
         return fused[:, : self.q_size], fused[:, self.q_size :]
 
-    def keys_values(self, w: Weights, x: torch.Tensor, rotation: torch.Tensor, out: torch.Tensor) -> None:
+    def keys_values(self, w: Weights, x: torch.Tensor, rotation: Rotation, out: torch.Tensor) -> None:
         project_rows(w, QKV, x, self.q_size, out)
 
     def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:

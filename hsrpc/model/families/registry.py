@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hsrpc.model.config_file import ConfigFile
-from hsrpc.model.families.llama import Llama
+from hsrpc.model.families.decoder import Decoder
 from hsrpc.model.families.opt import Opt
+from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.family import Family, ModelSpec
 
 _FAMILIES: dict[str, type[Family]] = {}
@@ -26,9 +27,46 @@ def register_family(
 
 
 register_family("opt", Opt, architectures=("OPTForCausalLM",), model_types=("opt",))
-register_family(
-    "llama", Llama, architectures=("LlamaForCausalLM", "MistralForCausalLM"), model_types=("llama", "mistral")
-)
+for _name, _decoder in DECODERS.items():
+    register_family(_name, Decoder, architectures=(_decoder.architecture,), model_types=(_name,))
+
+_SOME_RECURRENT = "some of its layers are recurrent, and keep a state that is not a row for each token"
+_EXPERTS = "its MLPs are mixtures of experts"
+_KINDS = "its layers differ in more than their windows"
+_LATENT = "its attention keeps latents"
+_REFUSED = {
+    "qwen3_next": _SOME_RECURRENT,
+    "qwen3_5": _SOME_RECURRENT,
+    "mamba": _SOME_RECURRENT,
+    "mamba2": _SOME_RECURRENT,
+    "falcon_h1": _SOME_RECURRENT,
+    "jamba": _SOME_RECURRENT,
+    "rwkv": _SOME_RECURRENT,
+    "qwen2_moe": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "mixtral": _EXPERTS,
+    "olmoe": _EXPERTS,
+    "granitemoe": _EXPERTS,
+    "phimoe": _EXPERTS,
+    "llama4_text": _EXPERTS,
+    "glm4_moe": _EXPERTS,
+    "gpt_oss": f"{_EXPERTS}, and its attention has sinks",
+    "gemma2": _KINDS,
+    "gemma3_text": _KINDS,
+    "cohere2": _KINDS,
+    "olmo3": _KINDS,
+    "smollm3": _KINDS,
+    "exaone4": _KINDS,
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "kimi_k2": _LATENT,
+    "glm4_moe_lite": _LATENT,
+    "bloom": "its attention is biased by distance",
+    "mpt": "its attention is biased by distance",
+    "gpt2": "its positions are learned",
+    "t5": "it has an encoder",
+}
+"""Why hsrpc does not serve the models of a `model_type`."""
 
 
 def family_name(config: ConfigFile) -> str:
@@ -40,9 +78,11 @@ def family_name(config: ConfigFile) -> str:
     key, table = ("architectures", _ARCHITECTURES) if config.has("architectures") else ("model_type", _MODEL_TYPES)
     value = config.values.get(key)
     name = value[0] if isinstance(value, list) and len(value) == 1 else value
-    if not isinstance(name, str) or name not in table:
-        raise config.refuse(key, "one of " + ", ".join(table), "serve a model of one of these architectures")
-    return table[name]
+    if isinstance(name, str) and name in table:
+        return table[name]
+    reason = _REFUSED.get(str(config.values.get("model_type")))
+    remedy = "serve a model of one of these architectures"
+    raise config.refuse(key, "one of " + ", ".join(table), remedy if reason is None else f"{reason}; {remedy}")
 
 
 def family_class(name: str) -> type[Family]:
@@ -50,6 +90,6 @@ def family_class(name: str) -> type[Family]:
     return _FAMILIES[name]
 
 
-def create_family(spec: ModelSpec) -> Family:
-    """The family that computes `spec`."""
-    return family_class(spec.family)(spec)
+def create_family(spec: ModelSpec, served_context: int | None = None) -> Family:
+    """The family that computes `spec`, for requests of up to `served_context` tokens; None: of the model's context."""
+    return family_class(spec.family)(spec, served_context)

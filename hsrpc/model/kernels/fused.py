@@ -12,13 +12,25 @@ _BLOCK = 2048
 
 
 @triton.jit(do_not_specialize_on_alignment=["x", "positions"])  # they begin at any row
-def _rotate(x, positions, frequencies, row_stride, num_heads, half, head_dim, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+def _rotate(
+    x,
+    positions,
+    frequencies,
+    row_stride,
+    num_heads,
+    half,
+    head_dim,
+    factor,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, WIDTH)
     angles = tl.load(positions + row).to(tl.float32) * tl.load(frequencies + i, mask=i < half, other=0.0)
     dtype = x.dtype.element_ty
-    cos, sin = tl.cos(angles).to(dtype).to(tl.float32)[None, :], tl.sin(angles).to(dtype).to(tl.float32)[None, :]
+    cos = (tl.cos(angles) * factor).to(dtype).to(tl.float32)[None, :]
+    sin = (tl.sin(angles) * factor).to(dtype).to(tl.float32)[None, :]
     inside = (head < num_heads)[:, None] & (i < half)[None, :]
     start = x + row * row_stride + head[:, None] * head_dim + i[None, :]
     first = tl.load(start, mask=inside, other=0.0).to(tl.float32)
@@ -29,35 +41,47 @@ def _rotate(x, positions, frequencies, row_stride, num_heads, half, head_dim, HE
     tl.store(start + half, other.to(dtype), mask=inside)
 
 
-def rotate_heads_(x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor) -> None:
-    """As `rope.rotate_`, by the angles at `positions` [n] (see `rope.make_rotation`).
+def rotate_heads_(x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor, factor: float) -> None:
+    """As `rope.rotate_` of each head's first dimensions, two for each of `frequencies`, by the angles at `positions`.
 
-    `x` [n, heads, head_dim] may have any stride between its rows.
+    `x` [n, heads, head_dim] may have any stride between its rows; `positions` [n]; for `factor` see `rope.make_table`.
     """
     n, num_heads, head_dim = x.shape
     if n:
-        half = head_dim // 2
+        half = len(frequencies)
         grid = (n, triton.cdiv(num_heads, _HEADS))
         width = triton.next_power_of_2(half)
-        _rotate[grid](x, positions, frequencies, x.stride(0), num_heads, half, head_dim, HEADS=_HEADS, WIDTH=width)
+        stride = x.stride(0)
+        _rotate[grid](x, positions, frequencies, stride, num_heads, half, head_dim, factor, HEADS=_HEADS, WIDTH=width)
 
 
 @triton.jit
-def _gate(gate_up, out, width, BLOCK: tl.constexpr):
+def _gate(gate_up, out, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
     dtype = out.dtype.element_ty
-    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(out + row * width + column, (silu * up).to(dtype), mask=inside)
+    if ACTIVATION == "silu":
+        active = gate / (1.0 + tl.exp(-gate))
+    elif ACTIVATION == "gelu":
+        active = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        active = gate / (1.0 + tl.exp(-2.0 * inner))  # 0.5 * (1 + tanh(x)) is the sigmoid of 2 * x
+    tl.store(out + row * width + column, (active.to(dtype).to(tl.float32) * up).to(dtype), mask=inside)
 
 
-def gate(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up [n, f] of [gate|up] [n, 2*f], contiguous."""
+GATES = ("silu", "gelu", "gelu_tanh")
+"""Activations that `gate` computes."""
+
+
+def gate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(gate) * up [n, f] of [gate|up] [n, 2*f], contiguous; `activation` is one of GATES."""
     n, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((n, width), dtype=gate_up.dtype, device=gate_up.device)
     if n:
-        _gate[n, triton.cdiv(width, _BLOCK)](gate_up, out, width, BLOCK=_BLOCK)
+        _gate[n, triton.cdiv(width, _BLOCK)](gate_up, out, width, ACTIVATION=activation, BLOCK=_BLOCK)
     return out

@@ -1,0 +1,199 @@
+"""One decoder for the families that `readers` describes: rotary positions, norms, grouped queries, a dense MLP."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch.nn import functional
+
+from hsrpc.model.bounds import MAX_CONTEXT, MAX_VOCAB_SIZE, MAX_WIDTH
+from hsrpc.model.config_file import ConfigFile
+from hsrpc.model.families.readers import DECODERS
+from hsrpc.model.families.settings import DecoderSettings, Names, QkNorm
+from hsrpc.model.family import Family, ModelSpec, Weights
+from hsrpc.model.layers import Affine, linear_tensors, project, project_rows
+from hsrpc.model.rope import Rotary, Rotation
+from hsrpc.model.tensor import HeadsTogether, PairsApart, RowOrder, TensorSpec
+from hsrpc.plan.sizes import LayerSizes, ModelSizes
+
+EMBED = "embed_weight"
+ATTENTION_NORM = Affine.named("attention_norm")
+ATTENTION_OUT_NORM = Affine.named("attention_out_norm")
+FFN_NORM = Affine.named("ffn_norm")
+FFN_OUT_NORM = Affine.named("ffn_out_norm")
+FINAL_NORM = Affine.named("final_norm")
+QKV = Affine.named("qkv")
+Q_NORM = Affine.named("q_norm")
+K_NORM = Affine.named("k_norm")
+OUT = Affine.named("out")
+GATE_UP = Affine.named("gate_up")
+DOWN = Affine.named("down")
+HEAD = Affine.named("head")
+
+
+class Decoder(Family):
+    """A decoder as its settings say."""
+
+    size_keys = (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "vocab_size",
+    )
+
+    def __init__(self, spec: ModelSpec, served_context: int | None = None) -> None:
+        super().__init__(spec, served_context)
+        self.settings = self.read_settings(spec.config)
+        scale = self.settings.multipliers.attention
+        self.attention_scale = self.attention_scale if scale is None else scale
+        self._rotary = Rotary(self.settings.rope, self.sizes.head_dim, self.served_context, spec.dtype)
+        # Rounded as the embeddings are: models were trained so.
+        self._embedding_scale = torch.tensor(self.settings.multipliers.embedding, dtype=spec.dtype).item()
+
+    @staticmethod
+    def read_settings(config: ConfigFile) -> DecoderSettings:
+        """The settings that `config` describes; one that describes them otherwise overrides it."""
+        return DECODERS[config.choice("model_type", tuple(DECODERS))].read(config)
+
+    @classmethod
+    def read_sizes(cls, config: ConfigFile, compute_bytes: int) -> ModelSizes:
+        settings = cls.read_settings(config)
+        return ModelSizes(
+            hidden_size=config.integer("hidden_size", maximum=MAX_WIDTH),
+            num_heads=settings.heads.num_heads,
+            num_kv_heads=settings.heads.num_kv_heads,
+            head_dim=settings.heads.head_dim,
+            ffn_size=config.integer("intermediate_size", maximum=MAX_WIDTH),
+            vocab_size=config.integer("vocab_size", maximum=MAX_VOCAB_SIZE),
+            context_length=settings.rope.scaling.context(
+                config.integer("max_position_embeddings", maximum=MAX_CONTEXT)
+            ),
+            compute_bytes=compute_bytes,
+            layers=(),
+            fixed_bytes=0,
+        )
+
+    def layer_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
+        prefix, size, ffn = f"{self._names.layers}.{layer}", self.sizes.hidden_size, self.sizes.ffn_size
+        norms, biases = self._names.norms, self.settings.biases
+        qkv, mlp_in = (tuple(f"{prefix}.{name}" for name in names) for names in (self._names.qkv, self._names.mlp_in))
+        qkv_rows, mlp_rows = (self.q_size, self.kv_size, self.kv_size), (ffn, ffn) if self.settings.gated else (ffn,)
+        return (
+            *self._norm_tensors(ATTENTION_NORM, prefix, norms.attention_in),
+            *linear_tensors(QKV, qkv, qkv_rows, size, bias=biases.qkv, order=self._qkv_order()),
+            *self._qk_norm_tensors(prefix),
+            *linear_tensors(OUT, (f"{prefix}.{self._names.out}",), (size,), self.q_size, bias=biases.out),
+            *self._norm_tensors(ATTENTION_OUT_NORM, prefix, norms.attention_out),
+            *self._norm_tensors(FFN_NORM, prefix, norms.mlp_in),
+            *linear_tensors(GATE_UP, mlp_in, mlp_rows, size, bias=biases.mlp),
+            *linear_tensors(DOWN, (f"{prefix}.{self._names.mlp_out}",), (size,), ffn, bias=biases.mlp),
+            *self._norm_tensors(FFN_OUT_NORM, prefix, norms.mlp_out),
+        )
+
+    @property
+    def _names(self) -> Names:
+        return self.settings.names
+
+    def _norm_tensors(self, of: Affine, prefix: str, name: str | None) -> list[TensorSpec]:
+        return [] if name is None else self.settings.norm.tensors(of, f"{prefix}.{name}", self.sizes.hidden_size)
+
+    def _qk_norm_tensors(self, prefix: str) -> list[TensorSpec]:
+        head_dim = self.sizes.head_dim
+        match self.settings.qk_norm:
+            case QkNorm.NONE:
+                return []
+            case QkNorm.HEAD:
+                shapes: list[tuple[int, ...]] = [(head_dim,), (head_dim,)]
+            case QkNorm.EACH_HEAD:
+                shapes = [(self.sizes.num_heads, head_dim), (self.sizes.num_kv_heads, head_dim)]
+            case QkNorm.ROW:
+                shapes = [(self.q_size,), (self.kv_size,)]
+        sources = (f"{prefix}.{name}" for name in self._names.qk_norms)
+        of = zip((Q_NORM, K_NORM), sources, shapes, strict=True)
+        return [self.settings.norm.tensor(*each, order=self._order(math.prod(each[-1]))) for each in of]
+
+    def _qkv_order(self) -> RowOrder | None:
+        if self.settings.qkv_by_head:
+            return HeadsTogether(self.sizes.num_heads, self.sizes.head_dim)
+        return self._order(self.q_size + self.kv_size, self.kv_size)
+
+    def _order(self, rotated: int, others: int = 0) -> RowOrder | None:
+        """Order of the rows of heads that are rotated, and others after them."""
+        rope, head_dim = self.settings.rope, self.sizes.head_dim
+        return PairsApart(rotated // head_dim, head_dim, rope.width, others) if rope.interleaved else None
+
+    def layer_sizes(self, layer: int) -> LayerSizes:
+        window = self.settings.windows[layer]
+        hides = window is not None and window < self.sizes.context_length
+        return replace(super().layer_sizes(layer), sliding_window=window if hides else None)
+
+    def fixed_tensors(self) -> tuple[TensorSpec, ...]:
+        vocab, size, names = self.sizes.vocab_size, self.sizes.hidden_size, self._names
+        head = () if self.settings.tied else linear_tensors(HEAD, (names.head,), (vocab,), size, bias=False)
+        return (
+            TensorSpec(EMBED, (vocab, size), (f"{names.embed}.weight",)),
+            *self.settings.norm.tensors(FINAL_NORM, names.final_norm, size),
+            *head,
+        )
+
+    def embed(self, fixed: Weights, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return _scaled(functional.embedding(token_ids, fixed[EMBED]), self._embedding_scale)
+
+    def rotation(self, positions: torch.Tensor) -> Rotation:
+        return self._rotary.at(positions)
+
+    def attention_input(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
+        return self._normed(w, ATTENTION_NORM, hidden)
+
+    def queries_keys_values(self, w: Weights, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        fused = project(w, QKV, x)
+        queries, kv = fused[:, : self.q_size], fused[:, self.q_size :]
+        self._norm_heads_(w, Q_NORM, queries)
+        self._norm_heads_(w, K_NORM, kv[:, : self.kv_size])
+        self._rotary.turn_(fused[:, : self.q_size + self.kv_size], rotation)
+        if rotation.query_scale is not None:
+            queries *= rotation.query_scale
+        return queries, kv
+
+    def keys_values(self, w: Weights, x: torch.Tensor, rotation: Rotation, out: torch.Tensor) -> None:
+        project_rows(w, QKV, x, self.q_size, out)
+        self._norm_heads_(w, K_NORM, out[:, : self.kv_size])
+        self._rotary.turn_(out[:, : self.kv_size], rotation)
+
+    def _norm_heads_(self, w: Weights, of: Affine, rows: torch.Tensor) -> None:
+        """Norms queries or keys [n, heads * head_dim] in place."""
+        if of.weight in w:
+            whole = self.settings.qk_norm is QkNorm.ROW
+            x = rows if whole else rows.unflatten(1, (-1, self.sizes.head_dim))
+            x.copy_(self.settings.norm.of(w, of, x))
+
+    def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        added = self._normed(w, ATTENTION_OUT_NORM, project(w, OUT, attended))
+        after = hidden + _scaled(added, self.settings.multipliers.residual)
+        if self.settings.parallel:
+            x = self._normed(w, FFN_NORM if FFN_NORM.weight in w else ATTENTION_NORM, hidden)
+        else:
+            x = self._normed(w, FFN_NORM, after)
+        return after + _scaled(self._normed(w, FFN_OUT_NORM, self._mlp(w, x)), self.settings.multipliers.residual)
+
+    def _normed(self, w: Weights, of: Affine, x: torch.Tensor) -> torch.Tensor:
+        """`x`, normed where the layer has that norm."""
+        return self.settings.norm.of(w, of, x) if of.weight in w else x
+
+    def _mlp(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
+        inner, activation = project(w, GATE_UP, x), self.settings.activation
+        return project(w, DOWN, activation.gated(inner) if self.settings.gated else activation.of(inner))
+
+    def logits(self, fixed: Weights, hidden: torch.Tensor) -> torch.Tensor:
+        head = fixed[EMBED] if self.settings.tied else fixed[HEAD.weight]
+        logits = functional.linear(self._normed(fixed, FINAL_NORM, hidden), head).float()
+        return _scaled(logits, self.settings.multipliers.logits)
+
+
+def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x if factor == 1.0 else x * factor

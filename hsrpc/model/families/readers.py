@@ -1,0 +1,285 @@
+"""From config.json to the settings of a decoder: one reader for each `model_type`. A new family is a reader and a line
+of the table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from hsrpc.model.bounds import MAX_CONTEXT, MAX_LAYERS, MAX_WIDTH
+from hsrpc.model.config_file import ConfigFile
+from hsrpc.model.families.settings import (
+    Biases,
+    DecoderSettings,
+    Heads,
+    Multipliers,
+    Names,
+    NormNames,
+    QkNorm,
+)
+from hsrpc.model.layers import ACTIVATIONS, Activation, Norm, NormKind
+from hsrpc.model.rope import RopeKeys, RopeSettings
+
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def _llama(config: ConfigFile) -> DecoderSettings:
+    bias = config.flag("attention_bias", False)
+    biases = Biases(qkv=bias, out=bias, mlp=config.flag("mlp_bias", False))
+    return replace(_common(config, _rms(config)), biases=biases)
+
+
+def _mistral(config: ConfigFile) -> DecoderSettings:
+    """The window is that of all layers, whatever kinds the file names: Ministral reads those."""
+    return replace(_common(config, _rms(config)), windows=_same_windows(config))
+
+
+def _ministral(config: ConfigFile) -> DecoderSettings:
+    kinds = _layer_kinds(config, [_SLIDING] * _num_layers(config))
+    return replace(_common(config, _rms(config)), windows=_windows(config, kinds))
+
+
+def _ministral_3(config: ConfigFile) -> DecoderSettings:
+    return _common(config, _rms(config, 1e-5))
+
+
+def _qwen2(config: ConfigFile) -> DecoderSettings:
+    return replace(_common(config, _rms(config)), biases=Biases(qkv=True), windows=_upper_windows(config))
+
+
+def _qwen3(config: ConfigFile) -> DecoderSettings:
+    bias = config.flag("attention_bias", False)
+    return replace(
+        _common(config, _rms(config), head_dim=128),
+        biases=Biases(qkv=bias, out=bias),
+        qk_norm=QkNorm.HEAD,
+        windows=_upper_windows(config),
+    )
+
+
+def _olmo2(config: ConfigFile) -> DecoderSettings:
+    norms = NormNames(
+        attention_in=None,
+        attention_out="post_attention_layernorm",
+        mlp_in=None,
+        mlp_out="post_feedforward_layernorm",
+    )
+    bias = config.flag("attention_bias", False)
+    return replace(
+        _common(config, _rms(config, 1e-5)),
+        biases=Biases(qkv=bias, out=bias),
+        qk_norm=QkNorm.ROW,
+        names=Names(norms=norms),
+    )
+
+
+def _phi3(config: ConfigFile) -> DecoderSettings:
+    keys = RopeKeys(kinds={"yarn": "longrope"})
+    names = Names(qkv=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",))
+    return replace(_common(config, _rms(config, 1e-5), rope=keys), windows=_same_windows(config), names=names)
+
+
+def _gemma(config: ConfigFile) -> DecoderSettings:
+    """Its first files say `gelu` and mean the approximation by tanh, as `hidden_activation` of later ones says."""
+    activation = _activation(config, "hidden_activation", "gelu_pytorch_tanh")
+    bias = config.flag("attention_bias", False)
+    size = config.integer("hidden_size", maximum=MAX_WIDTH)
+    if config.flag("use_bidirectional_attention", False):
+        raise config.refuse("use_bidirectional_attention", "false: tokens see those before them alone")
+    return replace(
+        _common(config, _rms(config, kind=NormKind.RMS_FROM_ONE), head_dim=256, tied=True),
+        biases=Biases(qkv=bias, out=bias),
+        activation=Activation.GELU_TANH if activation is Activation.GELU else activation,
+        multipliers=Multipliers(embedding=size**0.5),
+    )
+
+
+def _granite(config: ConfigFile) -> DecoderSettings:
+    multipliers = Multipliers(
+        embedding=config.number("embedding_multiplier", 1.0),
+        attention=config.number("attention_multiplier", 1.0),
+        residual=config.number("residual_multiplier", 1.0),
+        logits=1 / config.number("logits_scaling", 1.0),
+    )
+    return replace(_llama(config), multipliers=multipliers)
+
+
+def _cohere(config: ConfigFile) -> DecoderSettings:
+    bias = config.flag("attention_bias", False)
+    norm = Norm(NormKind.LAYER, config.number("layer_norm_eps", 1e-5))
+    return replace(
+        _common(config, norm, rope=RopeKeys(interleaved=True), tied=True),
+        biases=Biases(qkv=bias, out=bias),
+        parallel=True,
+        qk_norm=QkNorm.EACH_HEAD if config.flag("use_qk_norm", False) else QkNorm.NONE,
+        multipliers=Multipliers(logits=config.number("logit_scale", 0.0625)),
+        names=Names(norms=NormNames(mlp_in=None)),
+    )
+
+
+def _starcoder2(config: ConfigFile) -> DecoderSettings:
+    bias = config.flag("use_bias", True)
+    norm = Norm(NormKind.LAYER, config.number("norm_epsilon", 1e-5), bias=True)
+    return replace(
+        _common(config, norm, tied=True, activation="gelu_pytorch_tanh"),
+        biases=Biases(qkv=bias, out=bias, mlp=bias),
+        gated=False,
+        windows=_same_windows(config),
+        names=Names(mlp_in=("mlp.c_fc",), mlp_out="mlp.c_proj"),
+    )
+
+
+def _stablelm(config: ConfigFile) -> DecoderSettings:
+    if config.flag("qk_layernorm", False):
+        raise config.refuse("qk_layernorm", "false: norms of queries and keys are not supported in this family")
+    parallel = config.flag("use_parallel_residual", False)
+    norm = Norm(NormKind.LAYER, config.number("layer_norm_eps", 1e-5), bias=True)
+    return replace(
+        _common(config, norm, rope=RopeKeys(default_fraction=0.25)),
+        biases=Biases(qkv=config.flag("use_qkv_bias", False)),
+        parallel=parallel,
+        names=Names(norms=NormNames(mlp_in=None if parallel else "post_attention_layernorm")),
+    )
+
+
+_NEOX_NAMES = Names(
+    layers="gpt_neox.layers",
+    qkv=("attention.query_key_value",),
+    out="attention.dense",
+    mlp_in=("mlp.dense_h_to_4h",),
+    mlp_out="mlp.dense_4h_to_h",
+    embed="gpt_neox.embed_in",
+    final_norm="gpt_neox.final_layer_norm",
+    head="embed_out",
+)
+
+
+def _gpt_neox(config: ConfigFile) -> DecoderSettings:
+    bias = config.flag("attention_bias", True)
+    norm = Norm(NormKind.LAYER, config.number("layer_norm_eps", 1e-5), bias=True)
+    keys = RopeKeys(theta="rotary_emb_base", fraction="rotary_pct", default_fraction=0.25)
+    common = _common(config, norm, rope=keys, activation="gelu")
+    return replace(
+        common,
+        heads=replace(common.heads, num_kv_heads=common.heads.num_heads),
+        biases=Biases(qkv=bias, out=bias, mlp=True),
+        gated=False,
+        parallel=config.flag("use_parallel_residual", True),
+        names=_NEOX_NAMES,
+        qkv_by_head=True,
+    )
+
+
+def _common(
+    config: ConfigFile,
+    norm: Norm,
+    *,
+    rope: RopeKeys | None = None,
+    head_dim: int | None = None,
+    tied: bool = False,
+    activation: str = "silu",
+) -> DecoderSettings:
+    """What keys that all families share say; `head_dim`, `tied` and `activation` hold where the file is silent."""
+    heads = _heads(config, head_dim)
+    return DecoderSettings(
+        heads=heads,
+        rope=RopeSettings.read(config, heads.head_dim, rope or RopeKeys()),
+        norm=norm,
+        windows=(None,) * _num_layers(config),
+        tied=config.flag("tie_word_embeddings", tied),
+        activation=_activation(config, "hidden_act", activation),
+    )
+
+
+def _rms(config: ConfigFile, epsilon: float = 1e-6, kind: NormKind = NormKind.RMS) -> Norm:
+    return Norm(kind, config.number("rms_norm_eps", epsilon))
+
+
+def _activation(config: ConfigFile, key: str, default: str) -> Activation:
+    key = key if config.has(key) else "hidden_act"
+    return ACTIVATIONS[config.choice(key, tuple(ACTIVATIONS), default)]
+
+
+def _num_layers(config: ConfigFile) -> int:
+    return config.integer("num_hidden_layers", maximum=MAX_LAYERS)
+
+
+def _heads(config: ConfigFile, default_head_dim: int | None) -> Heads:
+    num_heads = config.integer("num_attention_heads", maximum=MAX_WIDTH)
+    num_kv_heads = config.integer("num_key_value_heads", num_heads, maximum=MAX_WIDTH)
+    if num_heads % num_kv_heads:
+        raise config.refuse("num_key_value_heads", f"a divisor of num_attention_heads={num_heads}")
+    return Heads(num_heads, num_kv_heads, _head_dim(config, num_heads, default_head_dim))
+
+
+def _head_dim(config: ConfigFile, num_heads: int, default: int | None) -> int:
+    hidden_size = config.integer("hidden_size", maximum=MAX_WIDTH)
+    if not config.has("head_dim") and default is None and hidden_size % num_heads:
+        raise config.refuse("hidden_size", f"a multiple of num_attention_heads={num_heads}, or a head_dim")
+    head_dim = config.integer("head_dim", default or hidden_size // num_heads, maximum=MAX_WIDTH)
+    if num_heads * head_dim > MAX_WIDTH:
+        raise config.refuse("head_dim", f"at most {MAX_WIDTH} for num_attention_heads={num_heads} together")
+    if head_dim % 2:
+        key = "head_dim" if config.has("head_dim") else "hidden_size"
+        raise config.refuse(key, f"an even size for each head, where {head_dim} results")
+    return head_dim
+
+
+def _same_windows(config: ConfigFile) -> tuple[int | None, ...]:
+    """One window for all layers, where there is one."""
+    return _windows(config, [_SLIDING] * _num_layers(config))
+
+
+def _upper_windows(config: ConfigFile) -> tuple[int | None, ...]:
+    """Windows from layer `max_window_layers` on, where they are switched on; or as `layer_types` says."""
+    if not config.flag("use_sliding_window", False):
+        return (None,) * _num_layers(config)
+    first = config.count("max_window_layers", 28, maximum=MAX_LAYERS)
+    usual = [_SLIDING if layer >= first else _FULL for layer in range(_num_layers(config))]
+    return _windows(config, _layer_kinds(config, usual))
+
+
+def _layer_kinds(config: ConfigFile, usual: list[str]) -> list[str]:
+    """The kind of each layer's attention."""
+    if not config.has("layer_types"):
+        return usual
+    kinds = config.values["layer_types"]
+    if not isinstance(kinds, list) or len(kinds) != len(usual) or not set(map(str, kinds)) <= {_SLIDING, _FULL}:
+        raise config.refuse("layer_types", f"{_SLIDING} or {_FULL} for each of num_hidden_layers={len(usual)}")
+    return kinds
+
+
+def _windows(config: ConfigFile, kinds: list[str]) -> tuple[int | None, ...]:
+    """The window of the layers that slide."""
+    if not config.has("sliding_window"):
+        return (None,) * len(kinds)
+    window = config.integer("sliding_window", maximum=MAX_CONTEXT)
+    return tuple(window if kind == _SLIDING else None for kind in kinds)
+
+
+class DecoderType(NamedTuple):
+    """A `model_type` of decoders."""
+
+    architecture: str
+    """Value of `architectures`."""
+    read: Callable[[ConfigFile], DecoderSettings]
+
+
+DECODERS: dict[str, DecoderType] = {
+    "llama": DecoderType("LlamaForCausalLM", _llama),
+    "mistral": DecoderType("MistralForCausalLM", _mistral),
+    "ministral": DecoderType("MinistralForCausalLM", _ministral),
+    "ministral3": DecoderType("Ministral3ForCausalLM", _ministral_3),
+    "qwen2": DecoderType("Qwen2ForCausalLM", _qwen2),
+    "qwen3": DecoderType("Qwen3ForCausalLM", _qwen3),
+    "olmo2": DecoderType("Olmo2ForCausalLM", _olmo2),
+    "phi3": DecoderType("Phi3ForCausalLM", _phi3),
+    "gemma": DecoderType("GemmaForCausalLM", _gemma),
+    "granite": DecoderType("GraniteForCausalLM", _granite),
+    "cohere": DecoderType("CohereForCausalLM", _cohere),
+    "starcoder2": DecoderType("Starcoder2ForCausalLM", _starcoder2),
+    "stablelm": DecoderType("StableLmForCausalLM", _stablelm),
+    "gpt_neox": DecoderType("GPTNeoXForCausalLM", _gpt_neox),
+}
+"""The families that `Decoder` computes, by `model_type`."""
