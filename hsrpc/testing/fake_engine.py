@@ -36,6 +36,8 @@ class FakeEngine(StubEngine):
         self.submitted: list[SamplingParams] = []
         self.clients: list[str] = []
         """Keys of those that submitted, refused ones too."""
+        self.users: list[str] = []
+        """As `clients`."""
         self.max_waits: list[float | None] = []
         self.device = "cpu"
         self.max_model_len = 256
@@ -59,6 +61,7 @@ class FakeEngine(StubEngine):
         self, prompt: str | Sequence[int], params: SamplingParams, **options: Unpack[SubmitOptions]
     ) -> StubGeneration:
         self.clients.append(options.get("client", ""))
+        self.users.append(options.get("user", ""))
         self.max_waits.append(options.get("max_wait"))
         if self.refusal:
             raise self.refusal
