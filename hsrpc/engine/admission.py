@@ -99,7 +99,8 @@ class Admission:
             while left is not None:
                 waiter = self._places.giving_way(left.shares, applicant.client, applicant.user, left.amount)
                 if waiter is None:
-                    raise QueueFullError(shortage.message)
+                    unmet = shortage if left.shares is shortage.shares else left
+                    raise QueueFullError(unmet.message)
                 self._places.release(waiter)
                 chosen.append(waiter)
                 left = self._shortage(applicant)

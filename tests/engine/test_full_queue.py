@@ -16,7 +16,7 @@ from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Scheduler
 from tests.schedule.test_scheduler import make
 
-MAX_REQUESTS, MAX_TOKENS = 7, 40
+MAX_REQUESTS, MAX_TOKENS = 5, 40
 
 
 class FullQueue:
@@ -103,12 +103,13 @@ OPERATIONS = st.lists(
             st.just("call"),
             st.sampled_from("aaaabc"),
             st.sampled_from("xxy"),
-            st.sampled_from((1, 1, 1, 8, 30, 50)),
+            st.sampled_from((1, 1, 1, 1, 1, 1, 1, 1, 20, 50)),
             st.integers(-1, 1),
         ),
-        st.tuples(st.just("prepared"), st.integers(0, 99), st.sampled_from((1, 1, 2, 10, 50))),
+        st.tuples(st.just("prepared"), st.integers(0, 99), st.sampled_from((1, 1, 1, 1, 1, 1, 2, 50))),
         st.tuples(st.just("leave"), st.integers(0, 99)),
     ),
+    min_size=10,
     max_size=100,
 )
 
