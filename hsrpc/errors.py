@@ -50,6 +50,10 @@ class QueueFullError(HsrpcError):
         super().__init__(message)
 
 
+class GaveWayError(QueueFullError):
+    """The request waited in a full queue, and gave way to one of a client with fewer; try again later."""
+
+
 class WaitTooLongError(QueueFullError):
     """The predicted wait is far longer than the request's deadline or time limit allows."""
 

@@ -16,7 +16,9 @@ def add_security_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain, PEM; read again on change")
     group.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM, closed to others")
     group.add_argument("--tls-client-ca", type=Path, metavar="FILE", help="clients must show a certificate of these")
-    group.add_argument("--auth-tokens", type=Path, metavar="FILE", help="`name token` a line; calls must bring one")
+    group.add_argument(
+        "--auth-tokens", type=Path, metavar="FILE", help="`name token [max-priority=N]` a line; calls must bring one"
+    )
     group.add_argument(
         "--insecure", action="store_true", help="serve a --host that others reach without TLS or authentication"
     )

@@ -53,6 +53,13 @@ def add_parser(commands: Commands) -> None:
         metavar="SECONDS",
         help="for one step, before health says that the process hangs (default: 300)",
     )
+    listen.add_argument(
+        "--max-priority",
+        type=int,
+        default=-8,
+        metavar="N",
+        help="most urgent that a request may be; smaller is more urgent, and 0 lets nobody pass others (default: -8)",
+    )
     _add_message_options(parser)
     add_security_options(parser)
     _add_operations_options(parser)
@@ -113,6 +120,7 @@ def run(options: argparse.Namespace) -> None:
         max_tokens_per_message=options.max_tokens_per_message,
         max_message_delay=options.max_message_delay,
         step_timeout=options.step_timeout,
+        max_priority=options.max_priority,
         metrics_port=options.metrics_port,
         metrics_host=options.metrics_host,
         log_prompts=options.log_prompts,

@@ -16,7 +16,7 @@ from typing import Any, Self
 from uuid import uuid4
 
 from hsrpc.config import EngineConfig
-from hsrpc.engine.admission import Admission
+from hsrpc.engine.admission import Admission, Applicant
 from hsrpc.engine.delivery import Delivery
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.meter import Meter
@@ -101,7 +101,9 @@ class Engine:
         self._scheduler = Scheduler(blocks, limits, self._components.spec.eos_token_ids)
         self._delivery = Delivery(self._scheduler, self._components.tokenizer)
         self._meter = Meter(self._components, self._scheduler, self._observe)
-        self._admission = Admission(self._scheduler, self.config.max_queued_requests, self.config.max_queued_tokens)
+        self._admission = Admission(
+            self._scheduler, self._delivery.fail, self.config.max_queued_requests, self.config.max_queued_tokens
+        )
         self._validator = Validator(self.spec.vocab_size, self.max_model_len)
         self._main = asyncio.create_task(self._run(), name="engine")
         try:
@@ -163,30 +165,35 @@ class Engine:
         *,
         request_id: str | None = None,
         client: str = "",
+        user: str = "",
         max_wait: float | None = None,
     ) -> Generation:
         """Queue a request; nothing is allocated for one that is refused.
 
-        Requests with the same `client` share one fair share. `max_wait`: seconds that the caller waits at most.
+        Requests with the same `client` share one fair share, of which those of each `user` have an equal part.
+        `max_wait`: seconds that the caller waits at most.
 
         Raises:
             InvalidRequestError: the prompt or a setting does not suit the model.
             RequestExistsError: a live request has that id.
-            QueueFullError: `max_queued_requests` or `max_queued_tokens` wait already.
+            QueueFullError: `max_queued_requests` or `max_queued_tokens` wait already, and no other client's line is
+                longer; later, from the generation: GaveWayError.
             WaitTooLongError: the predicted wait is far longer than `max_wait` or the request's time limit.
             EngineUnavailableError: the engine is not running.
         """
         self._check_open(request_id)
         self._validator.check_length(prompt)
         self._validator.check_params(params)
-        self._admission.check(0 if isinstance(prompt, str) else len(prompt), params, client, max_wait)
-        with self._admission.preparing():
+        applicant = Applicant(params, client, user, max_wait, 1 if isinstance(prompt, str) else len(prompt))
+        self._admission.check(applicant)
+        with self._admission.preparing(applicant):
             token_ids = await self.tokenizer.encode(prompt, client) if isinstance(prompt, str) else list(prompt)
             self._validator.check_prompt(token_ids, "text" if isinstance(prompt, str) else "token_ids")
             detokenizer = await self.tokenizer.run(Detokenizer, self.tokenizer.decode_now, token_ids[-8:])
         self._check_open(request_id)  # again: while the tokenizer ran, others came
-        self._admission.check(len(token_ids), params, client, max_wait)
-        return self._add(request_id or uuid4().hex, token_ids, params, detokenizer, client)
+        applicant.num_prompt_tokens = len(token_ids)
+        self._admission.check(applicant)
+        return self._add(request_id or uuid4().hex, token_ids, applicant, detokenizer)
 
     async def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
@@ -208,13 +215,12 @@ class Engine:
 
         Raises:
             InvalidRequestError: `text` is longer than any prompt, or not valid Unicode.
-            QueueFullError: `max_queued_requests` wait already.
+            QueueFullError: `max_queued_requests` wait already, and no other client's line is longer; or GaveWayError.
             EngineUnavailableError: the engine is not running.
         """
         self._check_open(None)
         self._validator.check_length(text)
-        self._admission.check_count()
-        with self._admission.preparing():
+        with self._admission.admitting_text(client):
             return await self.tokenizer.encode(text, client)
 
     async def detokenize(self, token_ids: Sequence[int], *, client: str = "") -> str:
@@ -226,8 +232,7 @@ class Engine:
         """
         self._check_open(None)
         self._validator.check_token_ids(token_ids)
-        self._admission.check_count()
-        with self._admission.preparing():
+        with self._admission.admitting_text(client):
             return await self.tokenizer.decode(token_ids, client)
 
     def abort(self, request_id: str) -> bool:
@@ -375,12 +380,11 @@ class Engine:
         self._meter.generated_tokens += len(outputs)
         return outputs
 
-    def _add(
-        self, request_id: str, token_ids: list[int], params: SamplingParams, detokenizer: Detokenizer, client: str
-    ) -> Generation:
+    def _add(self, request_id: str, token_ids: list[int], applicant: Applicant, detokenizer: Detokenizer) -> Generation:
+        params, client, user = applicant.params, applicant.client, applicant.user
         seed = self._seeds.randrange(2**63) if params.seed is None else params.seed
         params = replace(params, seed=seed, top_k=min(params.top_k, self.spec.vocab_size))
-        request = Request(request_id, token_ids, params, self._arrivals, time.monotonic(), client=client)
+        request = Request(request_id, token_ids, params, self._arrivals, time.monotonic(), client=client, user=user)
         # The request keeps the max_tokens asked for: it tells MAX_TOKENS from CONTEXT_LENGTH.
         generation = self._delivery.open(request, params.within(self.max_model_len - len(token_ids)), detokenizer)
         self._arrivals += 1

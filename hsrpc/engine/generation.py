@@ -17,6 +17,7 @@ class Generation:
 
     Raises:
         EngineFaultError: while iterating, when the engine died.
+        GaveWayError: while iterating, when it waited in a full queue and a client with fewer requests there had one.
         RequestFailedError: while iterating, when this request alone cannot go on.
     """
 

@@ -31,6 +31,7 @@ class Request:
         "request_id",
         "scheduled_time",
         "token_ids",
+        "user",
     )
 
     def __init__(
@@ -42,10 +43,13 @@ class Request:
         now: float,
         *,
         client: str = "",
+        user: str = "",
     ) -> None:
         self.request_id = request_id
         self.client = client
         """Whose share it takes."""
+        self.user = user
+        """Whose part of that share."""
         self.params = params
         self.token_ids = list(prompt)
         """Prompt, then output."""

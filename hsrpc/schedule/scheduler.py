@@ -24,6 +24,7 @@ from hsrpc.schedule.fair_queue import FairQueue
 from hsrpc.schedule.finish import finish_reason, goes_on
 from hsrpc.schedule.mini_batches import form_mini_batches
 from hsrpc.schedule.packing import in_order
+from hsrpc.schedule.places import Places
 from hsrpc.schedule.queue_rate import QueueRate
 from hsrpc.schedule.recompute import NO_RECOMPUTE, RecomputeLimits, RecomputePolicy
 from hsrpc.schedule.request_state import Request
@@ -93,9 +94,14 @@ class Scheduler:
         self._live: dict[str, Request] = {}
         self._running: list[Request] = []
         self._queue = FairQueue()
+        self.places = Places()
+        """Of those that wait and were never admitted; and of others that hold one before they are added."""
         self._queue_rate = QueueRate()
         self._preempted: list[tuple[tuple[float, int], Request]] = []
-        self._num_preempted = 0
+        self.num_preempted = 0
+        """Requests that were admitted and wait again."""
+        self.num_preempted_tokens = 0
+        """Tokens to compute before these have their next one."""
         self._num_admitted = 0
         self.num_waiting_tokens = 0
         """Tokens to compute before all that wait have their next one."""
@@ -109,7 +115,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._queue) + self._num_preempted
+        return len(self._queue) + self.num_preempted
 
     @property
     def has_work(self) -> bool:
@@ -128,13 +134,14 @@ class Scheduler:
         request.max_total_tokens = min(request.max_total_tokens, self.limits.max_model_len)
         self._live[request.request_id] = request
         self._queue.add(request, request.arrival_time)
+        self.places.hold(request)
         self.num_waiting_tokens += request.num_tokens
 
-    def predicted_wait(self, client: str) -> float:
-        """Seconds until a new request of `client` would be admitted, as the queue has moved lately; 0 if unknown."""
+    def predicted_wait(self, client: str, user: str) -> float:
+        """Seconds until a new request of these would be admitted, as the queue has moved lately; 0 if unknown."""
         if not self.num_waiting:
             return 0.0
-        ahead = self._num_preempted + self._queue.num_ahead(client)
+        ahead = self.num_preempted + self._queue.num_ahead(client, user)
         return self._queue_rate.seconds_for(self.num_waiting_tokens * ahead / self.num_waiting)
 
     def finish(self, request_id: str, reason: FinishReason) -> Request | None:
@@ -147,8 +154,10 @@ class Scheduler:
             self._running.remove(request)
         else:
             self.num_waiting_tokens -= request.num_tokens
-            self._num_preempted -= request.scheduled_time is not None
+            if request.scheduled_time is not None:
+                self._count_preempted(request, -1)
             self._drop_ended()
+            self.places.release(request)
         self._queue.end(request)
         self._free_ended(request)
         if request.in_flight:
@@ -385,13 +394,14 @@ class Scheduler:
         self.num_waiting_tokens -= request.num_tokens
         if request.scheduled_time is None:
             self._queue.admit(request, now)
+            self.places.release(request)
             self._queue_rate.admit(request.num_tokens)
             request.scheduled_time = now
             request.rank = self._num_admitted
             self._num_admitted += 1
         else:
             heappop(self._preempted)
-            self._num_preempted -= 1
+            self._count_preempted(request, -1)
         insort(self._running, request, key=lambda r: r.order)
 
     def _next_chunk(self, request: Request, budget: int) -> Chunk | None:
@@ -418,7 +428,11 @@ class Scheduler:
         self.preemptions += 1
         self.num_waiting_tokens += request.num_tokens
         heappush(self._preempted, (request.order, request))
-        self._num_preempted += 1
+        self._count_preempted(request, 1)
+
+    def _count_preempted(self, request: Request, sign: int) -> None:
+        self.num_preempted += sign
+        self.num_preempted_tokens += sign * request.num_tokens
 
     def _missing_blocks(self, request: Request, chunk: Chunk) -> int:
         return 0 if request.is_uncached else self._num_blocks(chunk.context + chunk.num_new) - len(request.blocks)
@@ -442,7 +456,7 @@ class Scheduler:
 
     def _drop_ended(self) -> None:
         """Requests that ended after they were preempted leave the heap at its top, or here once they are most of it."""
-        if len(self._preempted) > 2 * self._num_preempted + _MAX_ENDED_WAITING:
+        if len(self._preempted) > 2 * self.num_preempted + _MAX_ENDED_WAITING:
             self._preempted = [entry for entry in self._preempted if entry[1].finish_reason is None]
             heapify(self._preempted)
 

@@ -17,50 +17,67 @@ from hsrpc.server.reloaded_file import ReloadedFiles, read_file
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,512}=*")
+_GRANTS = re.compile(r"(?:max-priority=(-?[0-9]{1,9}))?")
 _REPORT_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Holder:
+    """Whose a token is, and what it grants."""
+
+    name: str
+    max_priority: int | None = None
+    """Most urgent that its requests may be; None: as for everybody."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
-    """Names by the SHA-256 of their tokens: digests have one length, and the tokens themselves are not kept."""
+    """Holders by the SHA-256 of their tokens: digests have one length, and the tokens themselves are not kept."""
 
-    entries: tuple[tuple[bytes, str], ...]
+    entries: tuple[tuple[bytes, Holder], ...]
 
-    def name_of(self, token: str) -> str | None:
+    def holder_of(self, token: str) -> Holder | None:
         """The client that `token` belongs to. Takes as long whichever entry it is, and for none."""
         digest = _digest(token)
         found = None
-        for known, name in self.entries:
+        for known, holder in self.entries:
             if hmac.compare_digest(known, digest):
-                found = name
+                found = holder
         return found
 
 
 def read_tokens(path: Path) -> Tokens:
-    """The tokens of a file with `name token` a line; `#` begins a comment line, a name may have several tokens.
+    """The tokens of a file with `name token [max-priority=N]` a line.
+
+    `#` begins a comment line, a name may have several tokens.
 
     Raises:
         ConfigError: it cannot be read, others may read it, a line is wrong, or none has a token. Its message never
             has one.
     """
-    names: dict[bytes, str] = {}
+    holders: dict[bytes, Holder] = {}
     data = read_file(path, "auth_tokens", secret=True).decode("utf-8", errors="replace")
     for number, line in enumerate(data.splitlines(), start=1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
-        if len(words) != 2 or not _NAME.fullmatch(words[0]) or not _TOKEN.fullmatch(words[1]):
+        if len(words) < 2 or not _NAME.fullmatch(words[0]) or not _TOKEN.fullmatch(words[1]):
             remedy = "write `name token`: 1 to 64 of A-Z a-z 0-9 . _ @ -, and 16 to 512 of A-Z a-z 0-9 . _ ~ + / -"
             raise ConfigError("auth_tokens", str(path), f"line {number} is no name and token", remedy)
-        name, digest = words[0], _digest(words[1])
-        if names.setdefault(digest, name) != name:
-            problem = f"line {number} has the token of {names[digest]!r}"
-            raise ConfigError("auth_tokens", str(path), problem, "give each client a token of its own")
-    if not names:
+        grants = _GRANTS.fullmatch(" ".join(words[2:]))
+        if grants is None:
+            remedy = "write nothing more, or max-priority=N with a whole number, such as max-priority=-3"
+            raise ConfigError("auth_tokens", str(path), f"line {number} has more than name, token and grant", remedy)
+        holder = Holder(words[0], None if grants[1] is None else int(grants[1]))
+        first = holders.setdefault(_digest(words[1]), holder)
+        if first != holder:
+            problem, remedy = f"line {number} has the token of {first.name!r}", "give each client a token of its own"
+            raise ConfigError("auth_tokens", str(path), problem, f"{remedy}, and write each once")
+    if not holders:
         raise ConfigError("auth_tokens", str(path), "no tokens in it", "add a line `name token` for each client")
-    return Tokens(tuple(names.items()))
+    return Tokens(tuple(holders.items()))
 
 
 def _digest(token: str) -> bytes:
@@ -79,17 +96,17 @@ class Authenticator:
         self._refused = 0
         self._reported = -math.inf
 
-    def name_of(self, token: str | None) -> str:
-        """Name of the client that brings `token`.
+    def holder_of(self, token: str | None) -> Holder:
+        """The client that brings `token`.
 
         Raises:
             UnauthenticatedError: it brings none, or one that is not in the file.
         """
-        name = self._tokens.current().name_of(token) if token else None
-        if name is None:
+        holder = self._tokens.current().holder_of(token) if token else None
+        if holder is None:
             self._report_refusal()
             raise UnauthenticatedError("the token is unknown" if token else "no token")
-        return name
+        return holder
 
     def _report_refusal(self) -> None:
         """Log refusals, one line for all those of some seconds: strangers must not fill the disk."""

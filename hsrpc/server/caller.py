@@ -13,9 +13,13 @@ class Caller:
     name: str | None
     """Proven by a token or a certificate: the owner of what it starts; None where clients need not say who they are."""
     client: str
-    """Clients with the same key share one fair share."""
+    """Clients with the same key share one fair share: known by proof, or by the host."""
     time_remaining: float | None = None
     """Seconds until the call's deadline, as the call arrived; None: it has none."""
+    user: str = ""
+    """As the client says: its users with the same key share one part of its share."""
+    max_priority: int | None = None
+    """Most urgent that its requests may be; None: as for everybody."""
 
 
 def canonical_host(host: str) -> str:

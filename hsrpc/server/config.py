@@ -55,6 +55,8 @@ class ServerConfig:
     """Seconds, where a request sets none; 0 sends at once, except that very many streams gather for up to 50 ms."""
     max_streams_per_connection: int = 4096
     """Most calls that one connection has at once; a client keeps more than that to itself."""
+    max_priority: int = -8
+    """Most urgent that a request may be, where the client's token grants nothing else; smaller is more urgent."""
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
@@ -63,6 +65,8 @@ class ServerConfig:
                 raise ConfigError(name, getattr(self, name), "not a port", "give 0 to 65535")
         for name, allowed in SERVER_TIMES.items():
             allowed.check(name, getattr(self, name))
+        if not -(2**31) <= self.max_priority < 2**31:
+            raise ConfigError("max_priority", self.max_priority, "no priority", "give -2147483648 to 2147483647")
         for name in ("max_message_bytes", "max_streams_per_connection"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "not positive", "give 1 or more")

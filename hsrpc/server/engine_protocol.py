@@ -101,6 +101,8 @@ class SubmitOptions(TypedDict, total=False):
     """None: one is made."""
     client: str
     """Clients with the same key share one fair share; empty where it is left out."""
+    user: str
+    """Users of one client with the same key share one part of its share; empty where it is left out."""
     max_wait: float | None
     """Seconds that the caller waits at most; None: for ever."""
 

@@ -13,6 +13,7 @@ from functools import singledispatch
 from hsrpc.errors import (
     EngineFaultError,
     EngineUnavailableError,
+    GaveWayError,
     InvalidRequestError,
     ModelNotFoundError,
     OutOfDeviceMemoryError,
@@ -141,6 +142,12 @@ def _queue_full(error: QueueFullError) -> Failure:
 def _wait_too_long(error: WaitTooLongError) -> Failure:
     message = "the queue is too long for the deadline or the time limit; give it longer, or try again later"
     return _over_quota(error, message, "the predicted wait is longer than the request may wait")
+
+
+@_failure.register
+def _gave_way(error: GaveWayError) -> Failure:
+    message = "the queue is full, and the request gave way to another client's, which has fewer there; try again later"
+    return _over_quota(error, message, "more of the client's wait than its share of a full queue")
 
 
 def _over_quota(error: QueueFullError, message: str, description: str) -> Failure:

@@ -33,7 +33,7 @@ class SecurityConfig:
     tls_client_ca: Path | None = None
     """PEM file: roots of which every client must show a certificate."""
     auth_tokens: Path | None = None
-    """A `name token` a line: every call but health must bring one of the tokens."""
+    """A `name token [max-priority=N]` a line: every call but health must bring one of the tokens."""
     insecure: bool = False
     """Serve an address that others can reach without TLS or without authentication."""
     health_port: int | None = None

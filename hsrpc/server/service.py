@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hsrpc.errors import InvalidRequestError, ModelNotFoundError
 from hsrpc.request import SamplingParams
@@ -63,7 +63,7 @@ class Service:
         """
         with self.state.admit() as engine:
             _check_model(engine, model)
-            yield Admitted(engine, self._owners, self._pacer, self.state)
+            yield Admitted(engine, self._owners, self._pacer, self.state, self.config.max_priority)
 
     def engine(self, model: str | None = None) -> Engine:
         """The engine, for calls that start no work; `model` None is the loaded one.
@@ -112,15 +112,18 @@ class Service:
 class Admitted:
     """A call that may start work on the engine."""
 
-    def __init__(self, engine: Engine, owners: Owners, pacer: Pacer, state: ServerState) -> None:
+    def __init__(self, engine: Engine, owners: Owners, pacer: Pacer, state: ServerState, max_priority: int) -> None:
         self.engine = engine
         self._owners = owners
         self._pacer = pacer
         self._state = state
+        self._max_priority = max_priority
 
     @asynccontextmanager
     async def submit(self, submission: Submission, caller: Caller) -> AsyncIterator[Stream]:
         """The output of a request, owned by the caller; however the block ends, the engine's work ends too.
+
+        It is no more urgent than the caller's may be.
 
         Raises:
             InvalidRequestError: the request id is none, or the engine refuses a field; fields are the engine's.
@@ -131,9 +134,10 @@ class Admitted:
             _check_request_id(submission.request_id)
         generation = await self.engine.submit(
             submission.prompt,
-            submission.params,
+            self._bounded(submission.params, caller),
             request_id=submission.request_id,
             client=caller.client,
+            user=caller.user,
             max_wait=caller.time_remaining,
         )
         note_generation(generation, self.engine.spec.name, submission.prompt)
@@ -142,6 +146,10 @@ class Admitted:
                 yield Stream(generation, submission.pace, self._pacer, self._state)
         finally:
             generation.close()
+
+    def _bounded(self, params: SamplingParams, caller: Caller) -> SamplingParams:
+        most_urgent = self._max_priority if caller.max_priority is None else caller.max_priority
+        return params if params.priority >= most_urgent else replace(params, priority=most_urgent)
 
 
 def _check_model(engine: Engine, model: str | None) -> None:

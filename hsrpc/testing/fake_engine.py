@@ -36,6 +36,8 @@ class FakeEngine(StubEngine):
         self.submitted: list[SamplingParams] = []
         self.clients: list[str] = []
         """Keys of those that submitted or used the tokenizer, refused ones too."""
+        self.users: list[str] = []
+        """Of those that submitted."""
         self.max_waits: list[float | None] = []
         self.device = "cpu"
         self.max_model_len = 256
@@ -58,6 +60,7 @@ class FakeEngine(StubEngine):
     async def submit(
         self, prompt: str | Sequence[int], params: SamplingParams, **options: Unpack[SubmitOptions]
     ) -> StubGeneration:
+        self.users.append(options.get("user", ""))
         self._receive(options.get("client", ""))
         self.max_waits.append(options.get("max_wait"))
         generation = await super().submit(prompt, params, **options)

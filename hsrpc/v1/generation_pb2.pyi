@@ -90,7 +90,8 @@ class GenerateRequest(google.protobuf.message.Message):
     """Prompt as text; the model's tokenizer adds its special tokens."""
     priority: builtins.int
     """Smaller is let in first; ten seconds of waiting make up for one step. Among equals the client that was served least
-    comes first. Default 0.
+    comes first. The server lets nobody be more urgent than its operator allows, which is -8 unless its operator says
+    otherwise: a smaller value counts as that one. Default 0.
     """
     @property
     def token_ids(self) -> Global___TokenIds:
@@ -412,7 +413,7 @@ class Start(google.protobuf.message.Message):
     cached_tokens: builtins.int
     """Tokens of the prompt that were found in a cache and not computed."""
     priority: builtins.int
-    """Priority in effect."""
+    """Priority in effect: the one asked for, or the most urgent that the client may have."""
     @property
     def sampling(self) -> Global___Sampling:
         """Sampling in effect, with the seed that was drawn."""

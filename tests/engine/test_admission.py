@@ -13,7 +13,13 @@ import pytest
 
 from hsrpc import Engine, SamplingParams
 from hsrpc.engine.generation import Generation
-from hsrpc.errors import EngineUnavailableError, InvalidRequestError, QueueFullError, WaitTooLongError
+from hsrpc.errors import (
+    EngineUnavailableError,
+    GaveWayError,
+    InvalidRequestError,
+    QueueFullError,
+    WaitTooLongError,
+)
 from hsrpc.schedule.queue_rate import QueueRate
 from tests.engine.reference import Reference
 from tests.engine.support import collect, greedy, idle, ids, live, roomy, until
@@ -136,6 +142,78 @@ async def test_a_light_client_passes_a_greedy_one(reference: Callable[[str], Ref
         left = sum(live(engine, generation.request_id) is not None for generation in greedy_ones)
         assert left >= 25
         for generation in greedy_ones:
+            generation.close()
+
+
+async def attempt(engine: Engine, client: str, user: str = "", prompt: str | list[int] | None = None) -> Generation:
+    return await engine.submit(prompt or [5], greedy(1), client=client, user=user)
+
+
+async def outcomes(generations: list[Generation]) -> list[type | None]:
+    """How each ended within the loop's next turns: the type of its error, or None where it has not ended."""
+    tasks = [asyncio.ensure_future(collect(generation)) for generation in generations]
+    await asyncio.wait(tasks, timeout=0)
+    ended = [type(task.exception()) if task.done() else None for task in tasks]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return ended
+
+
+@pytest.mark.parametrize("names", ["one user", "a new user each time"])
+async def test_a_full_queue_gives_way_to_a_light_client(names: str, reference: Callable[[str], Reference]) -> None:
+    """With 16 places and 40 calls of one client, another's 8 are taken and its 9th is not; nobody is lost."""
+    async with busy(reference("opt"), max_queued_requests=16) as (engine, running):
+        users = ["" if names == "one user" else str(number) for number in range(40)]
+        calls = [attempt(engine, "greedy", user) for user in users]
+        heavy = [one for one in await asyncio.gather(*calls, return_exceptions=True) if isinstance(one, Generation)]
+        assert len(heavy) == 16
+        light = [await attempt(engine, "light") for _ in range(8)]
+        assert engine.stats().queued == 16
+        for client in ("light", "greedy"):
+            with pytest.raises(QueueFullError):
+                await attempt(engine, client)
+        assert await outcomes(light) == [None] * 8
+        ended = await outcomes(heavy)
+        assert (ended.count(GaveWayError), ended.count(None)) == (8, 8)
+        assert live(engine, running.request_id) is not None
+        for generation in (*light, *heavy):
+            generation.close()
+
+
+async def test_users_of_one_client_give_way_to_each_other(reference: Callable[[str], Reference]) -> None:
+    """Within a client's share the user with the longest line gives way, and not to himself."""
+    async with busy(reference("opt"), max_queued_requests=4) as (engine, _):
+        heavy = [await attempt(engine, "gateway", "heavy") for _ in range(4)]
+        other = await attempt(engine, "gateway", "light")
+        with pytest.raises(QueueFullError):
+            await attempt(engine, "gateway", "heavy")
+        assert await outcomes([*heavy, other]) == [None, None, None, GaveWayError, None]
+        for generation in (*heavy, other):
+            generation.close()
+
+
+async def test_prompts_that_are_tokenised_give_way_too(reference: Callable[[str], Reference]) -> None:
+    """Four prompts of one client hold all places while they are tokenised; two of another's are taken all the same."""
+    async with busy(reference("opt"), max_queued_requests=4) as (engine, _):
+        calls = [attempt(engine, client, prompt="a prompt") for client in ("greedy",) * 4 + ("light",) * 2]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(result) for result in results] == [Generation] * 2 + [GaveWayError] * 2 + [Generation] * 2
+        for result in results:
+            if isinstance(result, Generation):
+                result.close()
+
+
+async def test_tokens_give_way_too(reference: Callable[[str], Reference]) -> None:
+    """A line of 60 tokens gives way, from its end, to one of 25; one that would be as long takes nothing."""
+    async with busy(reference("opt"), max_queued_tokens=60) as (engine, _):
+        held = [await attempt(engine, "greedy", prompt=[5] * 20) for _ in range(3)]
+        with pytest.raises(QueueFullError, match="60 prompt tokens wait already"):
+            await attempt(engine, "other", prompt=[5] * 59)
+        assert await outcomes(held) == [None] * 3
+        light = await attempt(engine, "light", prompt=[5] * 25)
+        assert await outcomes([*held, light]) == [None, GaveWayError, GaveWayError, None]
+        for generation in (*held, light):
             generation.close()
 
 

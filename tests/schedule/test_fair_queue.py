@@ -22,10 +22,10 @@ class Trace:
         self.first_since: dict[str, float] = {}
         """By client, since when its line has had a first request."""
 
-    def add(self, client: str, tokens: int = 10, priority: int = 0) -> Request:
+    def add(self, client: str, tokens: int = 10, priority: int = 0, user: str = "") -> Request:
         arrival = len(self.requests)
         params = SamplingParams(priority=priority)
-        request = Request(str(arrival), [1] * tokens, params, arrival, self.now, client=client)
+        request = Request(str(arrival), [1] * tokens, params, arrival, self.now, client=client, user=user)
         if not self.line(client):
             self.first_since[client] = self.now
         self.requests.append(request)
@@ -39,7 +39,8 @@ class Trace:
         if request is None:
             assert not self.waiting
             return None
-        self._check(request)
+        if not any(r.user for r in self.waiting):
+            self._check(request)
         self.queue.admit(request, self.now)
         request.scheduled_time = self.now
         self.first_since[request.client] = self.now
@@ -102,7 +103,7 @@ def test_any_trace_keeps_the_promises(operations: list[tuple]):
             chosen = alive[values[0] % len(alive)]
             trace.end(chosen, 0 if chosen.scheduled_time is None else values[1])
         assert len(trace.queue) == len(trace.waiting)
-        assert trace.queue.num_ahead("a") <= len(trace.queue)
+        assert trace.queue.num_ahead("a", "") <= len(trace.queue)
     while trace.admit():
         pass
     for request in trace.requests:
@@ -118,10 +119,40 @@ def test_a_greedy_client_does_not_delay_a_light_one():
         trace.add("greedy")
     trace.admit()
     trace.now = 30.0
-    assert trace.queue.num_ahead("light") == 1
-    assert trace.queue.num_ahead("greedy") == 999
+    assert trace.queue.num_ahead("light", "") == 1
+    assert trace.queue.num_ahead("greedy", "") == 999
     light = trace.add("light")
     assert light in [trace.admit(), trace.admit()]
+
+
+def test_users_of_a_client_take_turns_within_its_share():
+    """Of two that are let in, one is of the client that names a new user each time, and its old user has his turns."""
+    trace = Trace()
+    for number in range(40):
+        trace.add("plain")
+        trace.add("gateway", user="old")
+        trace.add("gateway", user=str(number))
+    assert trace.queue.num_ahead("gateway", "late") < trace.queue.num_ahead("gateway", "old") == 120
+    let_in = [trace.admit() for _ in range(40)]
+    assert sum(request.client == "plain" for request in let_in) in (19, 20, 21)
+    assert sum(request.user == "old" for request in let_in) >= 1
+    later = [trace.add("gateway", user="old"), trace.add("gateway", user="late")]
+    order = [trace.admit() for _ in range(82)]
+    assert trace.admit() is None
+    assert order.index(later[1]) < order.index(later[0])
+
+
+def test_a_user_does_not_starve_behind_new_ones():
+    """Under a ceaseless flow of new users of its client, a user's second request is let in once it is overdue."""
+    trace = Trace()
+    trace.add("gateway", user="old", priority=2)
+    waiting = trace.add("gateway", user="old", priority=2)
+    for number in range(60):
+        trace.add("gateway", user=str(number))
+        trace.now += 10.0
+        if waiting in [trace.admit()]:
+            return
+    pytest.fail("it was never let in")
 
 
 def test_of_equals_the_first_to_come_is_let_in_first():

@@ -213,6 +213,11 @@ class Harness:
         assert scheduler.blocks.num_free == scheduler.blocks.num_blocks - len(owned)
         assert scheduler.num_waiting == len(waiting)
         assert scheduler.num_waiting_tokens == sum(r.num_tokens for r in waiting)
+        preempted = [r for r in waiting if r.scheduled_time is not None]
+        new_tokens = [r.num_tokens for r in waiting if r.scheduled_time is None]
+        assert scheduler.num_preempted == len(preempted)
+        assert scheduler.num_preempted_tokens == sum(r.num_tokens for r in preempted)
+        assert (scheduler.places.requests.total, scheduler.places.tokens.total) == (len(new_tokens), sum(new_tokens))
         assert all((r.scheduled_time is None) == (r.rank == math.inf) for r in self.requests)
         assert all(r.scheduled_time is not None for r in running)
         assert scheduler.num_running == len(running) <= self.limits.max_batch
@@ -652,7 +657,12 @@ def test_ended_requests_do_not_pile_up():
         harness.scheduler.finish(str(i), FinishReason.ABORTED)
     assert harness.scheduler.num_waiting == 1
     queue = harness.scheduler._queue
-    assert len(queue._lines[""].heap) + len(queue._by_share) + len(queue._by_due) < 400
+    users = queue._lines[""].line
+    heaps = [
+        users._lines[""].line._heap,
+        *(heap for level in (queue, users) for heap in (level._by_share, level._by_due)),
+    ]
+    assert sum(map(len, heaps)) < 600
 
 
 class Counting(Request):

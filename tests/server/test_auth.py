@@ -9,7 +9,7 @@ import pytest
 
 from hsrpc.errors import ConfigError
 from hsrpc.server import auth, reloaded_file
-from hsrpc.server.auth import Authenticator, read_tokens
+from hsrpc.server.auth import Authenticator, Holder, read_tokens
 from hsrpc.server.errors import UnauthenticatedError
 from hsrpc.server.reloaded_file import ReloadedFiles
 
@@ -31,8 +31,8 @@ def test_a_client_without_a_known_token_is_nobody(tokens, token, problem):
     """The error says which of both it is; a known token is its client's name."""
     authenticator = Authenticator(tokens, ReloadedFiles())
     with pytest.raises(UnauthenticatedError, match=problem):
-        authenticator.name_of(token)
-    assert authenticator.name_of(BOB) == "bob"
+        authenticator.holder_of(token)
+    assert authenticator.holder_of(BOB) == Holder("bob")
 
 
 def test_comparison_looks_at_every_entry(tokens, monkeypatch):
@@ -48,7 +48,7 @@ def test_comparison_looks_at_every_entry(tokens, monkeypatch):
 
     monkeypatch.setattr(auth, "hmac", Spy)
     found = read_tokens(tokens)
-    assert [found.name_of(token) for token in (ALICE, BOB, "nobody")] == ["alice", "bob", None]
+    assert [found.holder_of(token) for token in (ALICE, BOB, "nobody")] == [Holder("alice"), Holder("bob"), None]
     assert len(compared) == 3 * 2
     assert ALICE not in repr(found)
 
@@ -57,7 +57,14 @@ def test_a_name_may_have_several_tokens(tokens):
     """A client's token is replaced without a gap: both are in the file for a while."""
     tokens.write_text(f"alice {ALICE}\nalice {BOB}\n")
     found = read_tokens(tokens)
-    assert found.name_of(ALICE) == found.name_of(BOB) == "alice"
+    assert found.holder_of(ALICE) == found.holder_of(BOB) == Holder("alice")
+
+
+def test_a_line_may_grant_a_priority(tokens):
+    """The third word bounds the priority of those who bring that token, and of nobody else."""
+    tokens.write_text(f"alice {ALICE} max-priority=-3\nalice {BOB}\n")
+    found = read_tokens(tokens)
+    assert [found.holder_of(token) for token in (ALICE, BOB)] == [Holder("alice", -3), Holder("alice")]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +73,10 @@ def test_a_name_may_have_several_tokens(tokens):
         ("", "no tokens in it; add a line"),
         ("# nobody\n", "no tokens in it; add a line"),
         (f"alice\nbob {BOB}", "line 1 is no name and token"),
-        (f"\nalice {ALICE} more", "line 2 is no name and token"),
+        (f"\nalice {ALICE} more", "line 2 has more than name, token and grant; write nothing more, or max-priority=N"),
+        (f"alice {ALICE} max-priority=high", "line 1 has more than name, token and grant"),
+        (f"alice {ALICE} max-priority=-3 max-priority=-4", "line 1 has more than name, token and grant"),
+        (f"alice {ALICE}\nalice {ALICE} max-priority=-3", "line 2 has the token of 'alice'; .*, and write each once"),
         ("alice short", "line 1 is no name and token"),
         (f"al/ice {ALICE}", "line 1 is no name and token"),
         (f"alice {ALICE}é", "line 1 is no name and token"),
@@ -89,10 +99,10 @@ def test_a_file_without_tokens_is_not_taken(tokens, text, monkeypatch, caplog):
     failures: list[None] = []
     authenticator = Authenticator(tokens, ReloadedFiles(lambda: failures.append(None)))
     tokens.write_text(text)
-    assert [authenticator.name_of(ALICE) for _ in range(3)] == ["alice"] * 3
+    assert [authenticator.holder_of(ALICE) for _ in range(3)] == [Holder("alice")] * 3
     assert caplog.text.count("no tokens in it; add a line") == len(failures) == 1
     tokens.write_text(f"carol {ALICE}\n")
-    assert authenticator.name_of(ALICE) == "carol"
+    assert authenticator.holder_of(ALICE) == Holder("carol")
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640 | 0o020, 0o602])
@@ -107,4 +117,4 @@ def test_a_file_open_to_others_is_refused(tokens, mode):
 def test_a_group_may_read_the_file(tokens, mode):
     """Secrets that Kubernetes mounts belong to a group."""
     tokens.chmod(mode)
-    assert read_tokens(tokens).name_of(ALICE) == "alice"
+    assert read_tokens(tokens).holder_of(ALICE) == Holder("alice")

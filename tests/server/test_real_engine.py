@@ -6,10 +6,13 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import pytest
 import torch
+from google.rpc.error_details_pb2 import RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -19,10 +22,15 @@ from hsrpc.config import EngineConfig
 from hsrpc.engine.engine import Engine
 from hsrpc.engine.forward import Forward
 from hsrpc.errors import EngineFaultError
+from hsrpc.model.sampler import Sampled
 from hsrpc.request import Delta, FinishReason, SamplingParams
+from hsrpc.schedule.step import Step
 from hsrpc.server import Server, ServerConfig, serve
-from hsrpc.v1 import server_pb2
-from tests.engine.support import edit_logits
+from hsrpc.v1 import generation_pb2 as v1
+from hsrpc.v1 import generation_pb2_grpc, server_pb2
+from tests.engine.support import edit_logits, parts, until
+from tests.server.grpc.test_status import details, failure, read_all
+from tests.server.secured import serving
 
 PROMPTS = [f"Once upon a time there were {number} kings" for number in range(16)]
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -84,6 +92,67 @@ async def until_queued(client: AsyncClient, count: int) -> None:
             return
         await asyncio.sleep(0.005)
     pytest.fail(f"{count} requests never waited at once")
+
+
+async def test_a_client_gives_way_in_a_full_queue(tmp_path, monkeypatch):
+    """4 run, 16 may wait, and one client has 40 calls, each of another user: 8 of another client's are taken.
+
+    Those that gave way are told so, with RESOURCE_EXHAUSTED and RetryInfo, before anything else was sent.
+    """
+    alice, bob = "alice-alice-alice-1", "bob-bob-bob-bob-bob+/="
+    gate = asyncio.Event()
+    async with (
+        Engine(replace(CONFIG, max_batch=4)) as engine,
+        serving(engine, auth_tokens=write_tokens(tmp_path, f"alice {alice}\nbob {bob}\n")) as server,
+        AsyncClient(server.address, token=bob) as other,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        running = [await engine.submit([5], SamplingParams(ignore_eos=True)) for _ in range(4)]
+        await until(lambda: engine.stats().running == 4)
+        hold_steps(engine, gate, monkeypatch)
+        generate = generation_pb2_grpc.GenerationServiceStub(channel).Generate
+        request = v1.GenerateRequest(text="Hi", stopping=v1.Stopping(max_tokens=1))
+        calls = [
+            generate(request, metadata=(("authorization", f"Bearer {alice}"), ("x-hsrpc-client", str(user))))
+            for user in range(40)
+        ]
+        codes = [asyncio.ensure_future(call.code()) for call in calls]
+        await until(lambda: sum(code.done() for code in codes) == 24)
+        at_the_door = [call for call, code in zip(calls, codes, strict=True) if code.done()]
+        light = [asyncio.create_task(other.complete("Hi", max_tokens=1)) for _ in range(8)]
+        await until(lambda: sum(code.done() for code in codes) == 32)
+        gone = [call for call, code in zip(calls, codes, strict=True) if code.done() and call not in at_the_door]
+        for call in gone:
+            error = await failure(call)
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "gave way to another client's" in error.details()
+            assert details(error, RetryInfo).retry_delay.seconds == 1
+        gate.set()
+        for generation in running:
+            generation.close()
+        assert {(await task).finish.reason for task in light} <= {FinishReason.MAX_TOKENS, FinishReason.EOS}
+        left = [call for call in calls if call not in at_the_door and call not in gone]
+        assert len(left) == 8
+        await asyncio.gather(*map(read_all, left))
+
+
+def write_tokens(folder: Path, text: str) -> Path:
+    path = folder / "tokens"
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
+def hold_steps(engine: Engine, gate: asyncio.Event, patch: pytest.MonkeyPatch) -> None:
+    """No step begins before `gate` is set."""
+    executor = parts(engine).executor
+    execute = executor.execute
+
+    async def wait(*steps: Step | None) -> list[Sampled] | None:
+        await gate.wait()
+        return await execute(*steps)
+
+    patch.setattr(executor, "execute", wait)
 
 
 async def test_many_streams_give_what_the_engine_gives(client, real_engine):

@@ -20,12 +20,14 @@ _CLIENT = re.compile(r"[A-Za-z0-9._:@/-]{1,128}")
 
 client_name: ContextVar[str | None] = ContextVar("client_name", default=None)
 """Name of the client whose call this is; None where clients need not say who they are."""
+max_priority: ContextVar[int | None] = ContextVar("max_priority", default=None)
+"""Most urgent priority that the call's token grants; None: as for everybody."""
 current_caller: ContextVar[Caller] = ContextVar("current_caller")
 """Set for each call, in the task that answers it."""
 
 
 def read_caller(context: Context) -> Caller:
-    """The caller, named by its token or certificate, else by the metadata `x-hsrpc-client`, else by its host.
+    """The caller: a client by its token or certificate, else by its host; its user, by the metadata `x-hsrpc-client`.
 
     Raises:
         InvalidRequestError: the metadata is no name.
@@ -34,8 +36,9 @@ def read_caller(context: Context) -> Caller:
     if not all(map(_CLIENT.fullmatch, given)):
         raise InvalidRequestError(_CLIENT_KEY, "no name; give 1 to 128 letters, digits or ._:@/- in the metadata")
     proven = client_name.get()
-    claimed = given[-1] if given else peer_host(context.peer())
-    return Caller(proven, proven or claimed, context.time_remaining())
+    client = proven or peer_host(context.peer())
+    user = given[-1] if given else ""
+    return Caller(proven, client, context.time_remaining(), user, max_priority.get())
 
 
 def proven_client(context: Context) -> str:

@@ -12,7 +12,7 @@ import grpc
 from hsrpc.server.auth import Authenticator
 from hsrpc.server.errors import UnauthenticatedError
 from hsrpc.server.failure import failure_of
-from hsrpc.server.grpc.caller import client_name
+from hsrpc.server.grpc.caller import client_name, max_priority
 from hsrpc.server.grpc.status import abort
 from hsrpc.server.observation import CountCall
 from hsrpc.server.reloaded_file import ReloadedFiles
@@ -42,7 +42,7 @@ def auth_interceptors(
 
 
 class TokenNames(grpc.aio.ServerInterceptor):
-    """Lets in calls with a known token, and sets `client_name` for them.
+    """Lets in calls with a known token, and sets `client_name` and `max_priority` for them.
 
     Raises:
         ConfigError: on construction, when the file cannot be used or has no token.
@@ -56,10 +56,11 @@ class TokenNames(grpc.aio.ServerInterceptor):
         if handler_call_details.method.startswith(_OPEN_PREFIX):
             return await continuation(handler_call_details)
         try:
-            name = self._authenticator.name_of(_bearer_token(handler_call_details))
+            holder = self._authenticator.holder_of(_bearer_token(handler_call_details))
         except UnauthenticatedError as error:
             return self._refusal(error, handler_call_details.method)
-        client_name.set(name)  # each call is a task of its own
+        client_name.set(holder.name)  # each call is a task of its own
+        max_priority.set(holder.max_priority)
         return await continuation(handler_call_details)
 
     def _refusal(self, error: UnauthenticatedError, method: str) -> Handler:

@@ -8,7 +8,8 @@ import grpc
 import pytest
 from google.rpc.error_details_pb2 import BadRequest, QuotaFailure, RetryInfo
 
-from hsrpc.errors import InvalidRequestError, QueueFullError, WaitTooLongError
+from hsrpc.client import AsyncClient
+from hsrpc.errors import GaveWayError, InvalidRequestError, QueueFullError, WaitTooLongError
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.grpc.caller import client_name
 from hsrpc.server.grpc.messages import read_params
@@ -21,7 +22,7 @@ async def call(stub, *metadata: tuple[str, str], **settings) -> None:
     await read_all(stub.Generate(request(), metadata=metadata, **settings))
 
 
-@pytest.mark.parametrize("error", [QueueFullError, WaitTooLongError])
+@pytest.mark.parametrize("error", [QueueFullError, GaveWayError, WaitTooLongError])
 async def test_a_refusal_says_when_to_come_back(stub, engine, error):
     """RESOURCE_EXHAUSTED with RetryInfo and QuotaFailure, and the same delay for clients that retry by themselves."""
     engine.refusal = error("secret: 1024 wait", retry_after=6.4)
@@ -33,15 +34,15 @@ async def test_a_refusal_says_when_to_come_back(stub, engine, error):
     assert "secret" not in refused.details()
 
 
-async def test_a_client_is_known_by_its_metadata_or_its_host(stub, engine):
-    """The name in x-hsrpc-client is the key of a client's share; without it the host is, whatever its port."""
+async def test_a_client_is_known_by_its_host_and_its_user_by_metadata(stub, engine):
+    """The host, whatever its port, is the key of a client's share; x-hsrpc-client only says whose part of it."""
     await call(stub, ("x-hsrpc-client", "team-a"))
     await call(stub)
-    assert engine.clients == ["team-a", "127.0.0.1"]
+    assert (engine.clients, engine.users) == (["127.0.0.1"] * 2, ["team-a", ""])
 
 
 async def test_a_verified_name_counts_and_a_claimed_one_does_not(engine):
-    """Where a token or a certificate names the client, x-hsrpc-client changes nothing."""
+    """Where a token or a certificate names the client, x-hsrpc-client names a user of that client."""
 
     class Named(grpc.aio.ServerInterceptor):
         async def intercept_service(self, continuation, handler_call_details):
@@ -54,7 +55,20 @@ async def test_a_verified_name_counts_and_a_claimed_one_does_not(engine):
     async with grpc.aio.insecure_channel(server.address) as channel:
         await call(generation_pb2_grpc.GenerationServiceStub(channel), ("x-hsrpc-client", "bob"))
     await server.stop()
-    assert engine.clients == ["alice"]
+    assert (engine.clients, engine.users) == (["alice"], ["bob"])
+
+
+@pytest.mark.parametrize("allowed", [-8, 0, 3])
+async def test_nobody_is_more_urgent_than_allowed(allowed, engine):
+    """A priority beyond max_priority is bounded to it, and start says so; one that is less urgent stays."""
+    server = Server(ServerConfig(port=0, max_priority=allowed))
+    await server.start()
+    await server.attach(engine)
+    async with AsyncClient(server.address) as client:
+        asked = (-1000, -8, 0, 3, 1000)
+        started = [(await client.complete("Hi", priority=priority)).start.priority for priority in asked]
+    await server.stop()
+    assert started == [params.priority for params in engine.submitted] == [max(allowed, one) for one in asked]
 
 
 @pytest.mark.parametrize("name", ["", "x" * 129, "two words", "a,b"])

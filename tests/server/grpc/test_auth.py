@@ -135,6 +135,19 @@ async def test_the_file_is_read_again_when_it_changes(tokens, monkeypatch, caplo
     assert ALICE not in caplog.text
 
 
+async def test_a_token_grants_a_priority(tokens, engine, monkeypatch):
+    """Its line's max-priority counts instead of the server's, more urgent or less, and a change of it within a call."""
+    monkeypatch.setattr(reloaded_file, "CHECK_SECONDS", 0.0)
+    found = []
+    async with serving(engine, auth_tokens=tokens) as server:
+        for lines in ("alice {} max-priority=-20\nbob {} max-priority=0\n", "alice {} max-priority=-3\nbob {}\n"):
+            tokens.write_text(lines.format(ALICE, BOB))
+            for token in (ALICE, BOB):
+                async with AsyncClient(server.address, token=token) as client:
+                    found.append((await client.complete("Hi", priority=-1000)).start.priority)
+    assert found == [-20, 0, -3, -8]
+
+
 async def test_tokens_and_tls_go_together(tokens, tmp_path):
     """A client with both is answered, sync too; one that trusts the server and brings no token is not."""
     authority = Authority(tmp_path)
