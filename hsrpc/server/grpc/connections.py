@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
 from hsrpc.server.caller import canonical_host
-from hsrpc.server.grpc.peer import peer_address
+from hsrpc.server.grpc.peer import peer_address, peer_host
+from hsrpc.server.observation import CountCut, CutReason
 
 _DESCRIPTORS = "/dev/fd"
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
+_REPORT_SECONDS = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+class ConnectionCuts:
+    """Cuts connections, counts them by reason, and logs one line for all those of some seconds."""
+
+    def __init__(self, count: CountCut | None = None) -> None:
+        self._count = count
+        self._cut = 0
+        self._reported = -math.inf
+
+    def cut(self, peer: str, reason: CutReason, events: int) -> None:
+        """Cut a connection because of so many `events` of the reason's kind; nothing, if it is gone already."""
+        if not cut(peer):
+            return
+        if self._count is not None:
+            self._count(reason)
+        self._cut += 1
+        if time.monotonic() - self._reported >= _REPORT_SECONDS:
+            line = "connections cut: %d; the last is of %s, for %d %s"
+            _log.warning(line, self._cut, peer_host(peer), events, reason)
+            self._cut, self._reported = 0, time.monotonic()
 
 
 def cut(peer: str) -> bool:
