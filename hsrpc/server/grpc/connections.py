@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -45,8 +46,8 @@ class ConnectionCuts:
 def cut(peer: str) -> bool:
     """Shut down the connection that `peer` has made to a port of this process; its calls end, its memory is freed.
 
-    `peer` is as `context.peer()` has it, such as ipv4:127.0.0.1:5. False: there is none, or it cannot be told apart, as
-    those of unix sockets cannot. Looks at every open descriptor, some microseconds each.
+    `peer` is as `context.peer()` has it, such as ipv4:127.0.0.1:5. False: there is none, or it is cut already, or it
+    cannot be told apart, as those of unix sockets cannot. Looks at every open descriptor, some microseconds each.
     """
     address = peer_address(peer)
     if address is None:
@@ -91,6 +92,11 @@ def _leads_to(each: socket.socket, host: str, port: int) -> bool:
 
 
 def _shut_down(each: socket.socket) -> bool:
+    """False: it was already."""
+    poll = select.poll()
+    poll.register(each, 0)
+    if any(event & select.POLLHUP for _, event in poll.poll(0)):
+        return False
     try:
         each.shutdown(socket.SHUT_RDWR)
     except OSError:  # the client was faster

@@ -78,6 +78,14 @@ def test_what_cannot_be_found_is_not_cut(peer):
     assert not cut(peer)
 
 
+def test_one_that_is_cut_is_not_cut_again():
+    """What is cut once, counts once, although its end is not closed yet."""
+    with connection("127.0.0.1", "127.0.0.1") as (_, client):
+        peer = f"ipv4:127.0.0.1:{client.getsockname()[1]}"
+        assert cut(peer)
+        assert not cut(peer)
+
+
 def test_one_that_is_gone_is_not_cut():
     """A client that has closed its end before is no connection."""
     with connection("127.0.0.1", "127.0.0.1") as (accepted, client):

@@ -92,7 +92,7 @@ async def test_a_request_may_come_in_parts(engine):
 async def test_a_call_takes_exactly_one_request(engine, method, requests, found):
     """UNIMPLEMENTED, which gRPC's list of statuses has for it, and counted."""
     async with served(engine, counts := Counts(), 30) as server, plain(server) as channel:
-        call = channel.stream_stream(method)(iter(requests))
+        call = channel.stream_stream(method)(iter(requests), timeout=5)
         assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
         end = "came; send one, and then end the stream"
         assert await call.details() == f"this method takes one message, and {found} {end}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import grpc
 import pytest
@@ -153,10 +153,11 @@ async def test_output_is_an_answer(now):
 def test_who_has_waited_long_may_give_up(now):
     """Users who lose patience in a long queue are no flood."""
     limit = ResetLimit(cuts := Cuts())
-    for _ in range(2 * MAX_RESETS):
-        with suppress(asyncio.CancelledError), limit.watched(FakeContext()):
-            now[0] += 1.0
-            raise asyncio.CancelledError
+    with suppress(asyncio.CancelledError), ExitStack() as calls:
+        for _ in range(2 * MAX_RESETS):
+            calls.enter_context(limit.watched(FakeContext()))
+        now[0] += 1.0
+        raise asyncio.CancelledError
     assert not cuts.made
 
 
