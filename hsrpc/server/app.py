@@ -15,7 +15,7 @@ from hsrpc.server.config import ServerConfig, join_address
 from hsrpc.server.engine_protocol import Engine
 from hsrpc.server.grpc.listener import GrpcFrontEnd
 from hsrpc.server.lifecycle import Lifecycle
-from hsrpc.server.observation import CallObserver, CountCall
+from hsrpc.server.observation import CallObserver, CountCall, CountCut
 from hsrpc.server.ops.forced_exit import EXIT_SECONDS, LOADING_EXIT_SECONDS
 from hsrpc.server.ops.telemetry import Telemetry
 from hsrpc.server.reloaded_file import ReloadedFiles
@@ -37,16 +37,19 @@ class Server(Lifecycle):
         observers: Sequence[CallObserver] = (),
         count_call: CountCall | None = None,
         count_failed_reload: Callable[[], None] | None = None,
+        *,
+        count_cut: CountCut | None = None,
     ) -> None:
-        """`observers` are told of the calls of Generate, `count_call` of how each call of any method ended, and
-        `count_failed_reload` of changes of certificates and tokens that cannot be used.
+        """`observers` are told of the calls of Generate, `count_call` of how each call of any method ended,
+        `count_failed_reload` of changes of certificates and tokens that cannot be used, and `count_cut` of connections
+        that the server cuts.
 
         Raises:
             ConfigError: a file of the security settings cannot be used.
         """
         service = Service(config)
         self._files = ReloadedFiles(count_failed_reload)
-        self.grpc = GrpcFrontEnd(service, interceptors, observers, count_call, self._files)
+        self.grpc = GrpcFrontEnd(service, interceptors, observers, count_call, self._files, count_cut=count_cut)
         super().__init__(service, [self.grpc])
 
     def reload(self) -> None:
@@ -88,7 +91,14 @@ async def serve(
         SystemExit: a second signal came, or one while loading; 128 plus its number.
     """
     async with telemetry or Telemetry(config) as entered:
-        server = Server(config, interceptors, entered.observers, entered.count_call, entered.count_failed_reload)
+        server = Server(
+            config,
+            interceptors,
+            entered.observers,
+            entered.count_call,
+            entered.count_failed_reload,
+            count_cut=entered.count_cut,
+        )
         await _serve(engine, server, entered, exit_within)
 
 

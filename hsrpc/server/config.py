@@ -14,6 +14,7 @@ MAX_MESSAGE_DELAY = 60.0
 """Seconds."""
 SERVER_TIMES = {
     "drain_timeout": Seconds(0.0),
+    "request_timeout": Seconds(0.001),
     "write_timeout": Seconds(0.001),
     "step_timeout": Seconds(0.001),
     "max_message_delay": Seconds(0.0, MAX_MESSAGE_DELAY),
@@ -35,6 +36,8 @@ class ServerConfig:
     """0 takes a free one."""
     drain_timeout: float = 30.0
     """Seconds that running requests may take to end after the first SIGTERM or SIGINT."""
+    request_timeout: float = 30.0
+    """Seconds from the start of a call in which its request must have come whole."""
     write_timeout: float = 30.0
     """Seconds that a client may leave its stream unread, once the transport's buffers are full."""
     step_timeout: float = 300.0

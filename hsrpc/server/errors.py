@@ -14,6 +14,27 @@ class MalformedRequestError(HsrpcError):
         super().__init__(f"the request is not {expected}")
 
 
+class LateRequestError(HsrpcError):
+    """A request has not come whole in time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the request did not come whole within {seconds:g} s; send it at once, and end the stream")
+
+
+class MessageCountError(HsrpcError):
+    """A call of a method that takes one request has none, or several."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(f"this method takes one message, and {found} came; send one, and then end the stream")
+
+
+class NoSuchMethodError(HsrpcError):
+    """A call is of a method that the server does not have."""
+
+    def __init__(self) -> None:
+        super().__init__("no such method here; compare its name and the server's version")
+
+
 class NotSupportedError(HsrpcError):
     """A request asks for something that this server does not do."""
 

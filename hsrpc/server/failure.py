@@ -22,7 +22,10 @@ from hsrpc.errors import (
     WaitTooLongError,
 )
 from hsrpc.server.errors import (
+    LateRequestError,
     MalformedRequestError,
+    MessageCountError,
+    NoSuchMethodError,
     NotOwnerError,
     NotSupportedError,
     StalledClientError,
@@ -120,6 +123,21 @@ def _failure(_: Exception) -> Failure | None:
 @_failure.register
 def _malformed(error: MalformedRequestError) -> Failure:
     return Failure(Outcome.INVALID_ARGUMENT, str(error))
+
+
+@_failure.register
+def _late(error: LateRequestError) -> Failure:
+    return Failure(Outcome.DEADLINE_EXCEEDED, str(error), info=ErrorInfo("REQUEST_LATE"))
+
+
+@_failure.register
+def _message_count(error: MessageCountError) -> Failure:
+    return Failure(Outcome.UNIMPLEMENTED, str(error), info=ErrorInfo("MESSAGE_COUNT"))
+
+
+@_failure.register
+def _no_such_method(error: NoSuchMethodError) -> Failure:
+    return Failure(Outcome.UNIMPLEMENTED, str(error), info=ErrorInfo("NO_SUCH_METHOD"))
 
 
 @_failure.register

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 from hsrpc.request import Delta, Finish
@@ -21,6 +22,17 @@ METHODS = ("Generate", "Abort", "GetModel", "Tokenize", "Detokenize", "GetServer
 Listener = Callable[["ObservedCall"], None]
 CountCall = Callable[[str, Outcome], object]
 """Is told the method and the outcome of each call that has ended."""
+
+
+class CutReason(StrEnum):
+    """Why the server has cut a connection."""
+
+    RESETS = "resets"
+    """Its calls are reset before they are answered."""
+
+
+CountCut = Callable[[CutReason], object]
+"""Is told of each connection that was cut."""
 
 _log = logging.getLogger(__name__)
 _TRANSIT_SECONDS = 0.1
@@ -116,6 +128,20 @@ class CallCounter:
 
     def ended(self, call: ObservedCall) -> None:
         self._count(call.arrival.method, call.outcome)
+
+
+class FailureCounter:
+    """An observer that passes on how calls ended that did not end well."""
+
+    def __init__(self, count: CountCall) -> None:
+        self._count = count
+
+    def started(self, call: ObservedCall) -> None:
+        """Counted at its end."""
+
+    def ended(self, call: ObservedCall) -> None:
+        if call.outcome is not Outcome.OK:
+            self._count(call.arrival.method, call.outcome)
 
 
 @contextmanager

@@ -299,9 +299,9 @@ async def test_prompts_take_turns_with_texts_of_other_clients(
         for name in ("_encode", "_decode"):
             made = getattr(tokenizer, name)
             monkeypatch.setattr(tokenizer, name, lambda data, made=made: (order.append(data), made(data))[1])
-        go_on = threading.Event()
-        holding = asyncio.create_task(tokenizer._short.run("busy", go_on.wait, 20))
-        await asyncio.sleep(0)
+        begun, go_on = threading.Event(), threading.Event()
+        holding = asyncio.create_task(tokenizer._short.run("busy", lambda: (begun.set(), go_on.wait(20))))
+        await asyncio.to_thread(begun.wait, 20)
         many = [
             asyncio.create_task(work)
             for work in (engine.tokenize("1", client="busy"), engine.detokenize([5, 6], client="busy"))

@@ -12,6 +12,8 @@ _UNLIMITED_MS = 2**31 - 1
 """gRPC's own word for no limit."""
 _PING_INTERVAL_MS = 10_000
 _PING_STRIKES = 2
+_MAX_PENDING = 32_768
+"""Calls that wait for the event loop, 14 KB each: those of eight connections. gRPC answers more with CANCELLED."""
 
 
 def channel_options(config: ServerConfig) -> list[tuple[str, int]]:
@@ -39,6 +41,9 @@ def connection_options(security: SecurityConfig) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL_MS),
         ("grpc.http2.max_ping_strikes", _PING_STRIKES),
+        # gRPC would cancel some of all calls beyond a thousand, whoever fills the queue, be it with calls long dead.
+        ("grpc.server.max_pending_requests", _MAX_PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING),
         ("grpc.max_metadata_size", security.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", security.max_metadata_bytes),
     ]

@@ -5,10 +5,8 @@ Requests are parsed here and not by grpc, which answers malformed ones with UNKN
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc
 from google.protobuf.descriptor import FieldDescriptor
@@ -16,11 +14,10 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from hsrpc.server.errors import MalformedRequestError, NotSupportedError
-from hsrpc.server.failure import failure_of
 from hsrpc.server.grpc.caller import current_caller, read_caller
 from hsrpc.server.grpc.observation import RpcMethod, observed_call
-from hsrpc.server.grpc.status import abort
-from hsrpc.server.observation import CallObserver, ObservedCall
+from hsrpc.server.grpc.status import StatusBoundary, gone
+from hsrpc.server.observation import CallObserver
 from hsrpc.server.stall_timeout import StallTimeout
 
 if TYPE_CHECKING:
@@ -36,30 +33,6 @@ class Write(Protocol[Response_contra]):
     """Sends one message of a stream; returns once the transport has room for more."""
 
     async def __call__(self, message: Response_contra, /) -> None: ...
-
-
-class StatusBoundary:
-    """An exception that leaves the block ends the call with its status; cancellation passes."""
-
-    def __init__(self, method: str, context: Context, call: ObservedCall | None = None) -> None:
-        self._method = method
-        self._context = context
-        self._call = call
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if isinstance(error, Exception):
-            failure = failure_of(error, self._method)
-            if self._call is not None:
-                self._call.fail(failure, error)
-            try:
-                await abort(self._context, failure)
-            except grpc.aio.InternalError:
-                raise _gone() from None
 
 
 def unary(
@@ -96,7 +69,7 @@ def streaming(
             try:
                 await limit.wait(context.write(message))
             except grpc.aio.InternalError:
-                raise _gone() from None
+                raise gone() from None
 
         with observed_call(observers, called, context) as call:
             async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call), limit:
@@ -104,11 +77,6 @@ def streaming(
                 await method(parse(request_type, data), write)
 
     return grpc.unary_stream_rpc_method_handler(handle, response_serializer=_serialize)
-
-
-def _gone() -> asyncio.CancelledError:
-    """What nobody is there to take cannot be sent: the call was cancelled, and grpc has yet to say so."""
-    return asyncio.CancelledError("the client is gone")
 
 
 def _method(request_type: type[Message]) -> RpcMethod:

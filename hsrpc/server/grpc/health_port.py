@@ -10,6 +10,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from hsrpc.errors import ConfigError
 from hsrpc.server.config import ServerConfig, join_address
 from hsrpc.server.grpc.channel_options import connection_options
+from hsrpc.server.grpc.intake import Intake
 
 _MAX_MESSAGE_BYTES = 4096
 _MAX_STREAMS = 64
@@ -18,9 +19,9 @@ _log = logging.getLogger(__name__)
 
 
 class HealthPort:
-    """A listener for `servicer` alone, if the configuration has a port for it."""
+    """A listener for `servicer` alone, behind `intake`, if the configuration has a port for it."""
 
-    def __init__(self, servicer: health.aio.HealthServicer, config: ServerConfig) -> None:
+    def __init__(self, servicer: health.aio.HealthServicer, config: ServerConfig, intake: Intake) -> None:
         self.port = config.security.health_port
         self._host = config.host
         limits = [
@@ -28,7 +29,7 @@ class HealthPort:
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_concurrent_streams", _MAX_STREAMS),
         ]
-        self._grpc = grpc.aio.server(options=limits)
+        self._grpc = grpc.aio.server(interceptors=[intake], options=limits)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._grpc)
 
     async def start(self) -> None:

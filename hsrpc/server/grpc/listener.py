@@ -12,15 +12,18 @@ from grpc_reflection.v1alpha import reflection
 
 from hsrpc.server.config import join_address
 from hsrpc.server.grpc.channel_options import channel_options
+from hsrpc.server.grpc.connections import ConnectionCuts
 from hsrpc.server.grpc.generation_service import GenerationService
 from hsrpc.server.grpc.handlers import streaming, unary
 from hsrpc.server.grpc.health_port import HealthPort, bind
+from hsrpc.server.grpc.intake import Intake
 from hsrpc.server.grpc.interceptors import auth_interceptors
 from hsrpc.server.grpc.model_service import ModelService
+from hsrpc.server.grpc.resets import ResetLimit
 from hsrpc.server.grpc.server_service import ServerService
 from hsrpc.server.grpc.tls import server_credentials
 from hsrpc.server.lifecycle import Health
-from hsrpc.server.observation import CallCounter, CallObserver, CountCall
+from hsrpc.server.observation import CallCounter, CallObserver, CountCall, CountCut
 from hsrpc.server.reloaded_file import ReloadedFiles
 from hsrpc.server.service import Service
 from hsrpc.v1 import generation_pb2, model_pb2, server_pb2
@@ -42,9 +45,11 @@ class GrpcFrontEnd:
         observers: Sequence[CallObserver] = (),
         count_call: CountCall | None = None,
         files: ReloadedFiles | None = None,
+        *,
+        count_cut: CountCut | None = None,
     ) -> None:
-        """`observers` are told of the calls of Generate, `count_call` of how each call of any method ended.
-        Certificates and tokens are among `files` then.
+        """`observers` are told of the calls of Generate, `count_call` of how each call of any method ended, `count_cut`
+        of connections that are cut. Certificates and tokens are among `files` then.
 
         Raises:
             ConfigError: a file of the security settings cannot be used.
@@ -55,14 +60,15 @@ class GrpcFrontEnd:
         self._health = health_aio.HealthServicer()
         self._credentials = server_credentials(config.security, files)
         counters = [CallCounter(count_call)] if count_call else []
-        everyone = [*auth_interceptors(config.security, files, count_call), *interceptors]
+        intake = Intake(config.request_timeout, ResetLimit(ConnectionCuts(count_cut)), count_call)
+        everyone = [intake, *auth_interceptors(config.security, files, count_call), *interceptors]
         self._grpc = grpc.aio.server(interceptors=everyone, options=channel_options(config))
         self._grpc.add_generic_rpc_handlers(_service_handlers(service, observers, counters))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         if config.security.reflection:
             names = (GENERATION, MODEL, SERVER, HEALTH_SERVICE, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._grpc)
-        self.health_port = HealthPort(self._health, config)
+        self.health_port = HealthPort(self._health, config, intake)
 
     @property
     def address(self) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -11,7 +13,8 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as rpc
 from google.rpc.status_pb2 import Status
 
-from hsrpc.server.failure import Failure, Outcome
+from hsrpc.server.failure import Failure, Outcome, failure_of
+from hsrpc.server.observation import ObservedCall
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -19,6 +22,35 @@ if TYPE_CHECKING:
 _DOMAIN = "hsrpc"
 _DETAILS_KEY = "grpc-status-details-bin"
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
+
+
+class StatusBoundary:
+    """An exception that leaves the block ends the call with its status; cancellation passes."""
+
+    def __init__(self, method: str, context: Context, call: ObservedCall | None = None) -> None:
+        self._method = method
+        self._context = context
+        self._call = call
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            failure = failure_of(error, self._method)
+            if self._call is not None:
+                self._call.fail(failure, error)
+            try:
+                await abort(self._context, failure)
+            except grpc.aio.InternalError:
+                raise gone() from None
+
+
+def gone() -> asyncio.CancelledError:
+    """What nobody is there to take cannot be sent: the call was cancelled, and grpc has yet to say so."""
+    return asyncio.CancelledError("the client is gone")
 
 
 async def abort(context: Context, failure: Failure) -> None:

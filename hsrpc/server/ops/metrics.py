@@ -16,7 +16,7 @@ from hsrpc.request import FinishReason
 from hsrpc.schedule.blocks import PoolId
 from hsrpc.server.engine_protocol import Engine, Stats
 from hsrpc.server.failure import Outcome
-from hsrpc.server.observation import METHODS, ObservedCall
+from hsrpc.server.observation import METHODS, CutReason, ObservedCall
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 1000.0)
 _LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
@@ -138,6 +138,12 @@ class ProcessMetrics:
         self.dropped_log_lines = Counter("hsrpc_log_lines_dropped", dropped, registry=registry)
         failed = "Changes of certificates and tokens that could not be used"
         self.failed_reloads = Counter("hsrpc_failed_reloads", failed, registry=registry)
+        cut = Counter("hsrpc_connections_cut", "Connections that the server cut", ["reason"], registry=registry)
+        self._cut = {reason: cut.labels(reason.value) for reason in CutReason}
+
+    def count_cut(self, reason: CutReason) -> None:
+        """A connection was cut."""
+        self._cut[reason].inc()
 
 
 def _seconds(name: str, text: str, registry: CollectorRegistry) -> Histogram:

@@ -39,6 +39,7 @@ class Telemetry:
         process = ProcessMetrics(self.registry)
         self.count_dropped_log_line: Callable[[], None] = process.dropped_log_lines.inc
         self.count_failed_reload: Callable[[], None] = process.failed_reloads.inc
+        self.count_cut = process.count_cut
         self._tracing: Tracing | None = open_tracing(config.otel_endpoint)
         self.observers: list[CallObserver] = [CallMetrics(self.registry), RequestLog(prompts=config.log_prompts)]
         if self._tracing is not None:

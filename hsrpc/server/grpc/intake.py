@@ -1,0 +1,128 @@
+"""What stands before all services of a listener: requests come whole and in time, and early resets are counted."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from hsrpc.server.errors import LateRequestError, MalformedRequestError, MessageCountError, NoSuchMethodError
+from hsrpc.server.grpc.observation import RpcMethod, observed_call
+from hsrpc.server.grpc.resets import ResetLimit
+from hsrpc.server.grpc.status import StatusBoundary
+from hsrpc.server.observation import CountCall, FailureCounter
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+    Handler = grpc.RpcMethodHandler[Any, Any]
+    Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
+    Behaviour = Callable[[Any, Any], Awaitable[Any]]
+
+_END = grpc.aio.EOF
+
+
+class Intake(grpc.aio.ServerInterceptor):
+    """Reads the requests of every service, which grpc itself would wait for without end, uncounted.
+
+    The first interceptor of a listener: those behind it, and the services, have handlers of one request or of many as
+    ever.
+    """
+
+    def __init__(self, request_timeout: float, resets: ResetLimit, count: CountCall | None = None) -> None:
+        """`request_timeout`: seconds for each request. `count` is told of calls that end without one."""
+        self._timeout = request_timeout
+        self._resets = resets
+        self._observers = [FailureCounter(count)] if count else []
+
+    async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        handler = await continuation(handler_call_details)
+        service, _, name = handler_call_details.method.removeprefix("/").rpartition("/")
+        answer = self._answer(handler, RpcMethod(service, name))
+        resets = self._resets
+
+        async def call(_: object, context: Context) -> Any:
+            with resets.watched(context) as watched:
+                return await answer(watched)
+
+        if handler is None or handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer if handler else None)
+        return grpc.stream_unary_rpc_method_handler(call, None, handler.response_serializer)
+
+    def _answer(self, handler: Handler | None, method: RpcMethod) -> Callable[[Context], Awaitable[Any]]:
+        """What is done with a call of `method`, which `handler` answers, if anything does."""
+
+        async def one(context: Context) -> Any:
+            return await behaviour(await self._request(context, method, parse), context)
+
+        async def many(context: Context) -> Any:
+            return await behaviour(self._requests(context, method, parse), context)
+
+        async def none(context: Context) -> None:
+            async with self._reading(context, method):
+                raise NoSuchMethodError
+
+        if handler is None:
+            return none
+        behaviour, parse = _behaviour(handler), handler.request_deserializer
+        return many if handler.request_streaming else one
+
+    async def _request(self, context: Context, method: RpcMethod, parse: Callable[[bytes], Any] | None) -> Any:
+        async with self._reading(context, method):
+            data = await context.read()
+            if data is _END:
+                raise MessageCountError("none")
+            if await context.read() is not _END:
+                raise MessageCountError("more")
+            return _parsed(data, parse)
+
+    async def _requests(
+        self, context: Context, method: RpcMethod, parse: Callable[[bytes], Any] | None
+    ) -> AsyncIterator[Any]:
+        while True:
+            async with self._reading(context, method):
+                data = await context.read()
+                request = data if data is _END else _parsed(data, parse)
+            if request is _END:
+                return
+            yield request
+
+    @asynccontextmanager
+    async def _reading(self, context: Context, method: RpcMethod) -> AsyncIterator[None]:
+        """What goes wrong in the block ends the call with its status, and is counted."""
+        with observed_call(self._observers, method, context) as call:
+            async with StatusBoundary(method.name, context, call):
+                try:
+                    async with asyncio.timeout(self._timeout):
+                        yield
+                except TimeoutError:
+                    raise LateRequestError(self._timeout) from None
+
+
+def _parsed(data: bytes, parse: Callable[[bytes], Any] | None) -> Any:
+    if parse is None:
+        return data
+    try:
+        return parse(data)
+    except DecodeError:
+        raise MalformedRequestError("a protobuf message of this method's type") from None
+
+
+def _behaviour(handler: Handler) -> Behaviour:
+    """The handler's function: what a generator yields is written, as grpc would."""
+    ways = ("unary", "stream")
+    found = getattr(handler, f"{ways[handler.request_streaming]}_{ways[handler.response_streaming]}")
+    if not inspect.isasyncgenfunction(found):
+        behaviour: Behaviour = found
+        return behaviour
+
+    async def write_all(request: Any, context: Context) -> None:
+        async with aclosing(found(request, context)) as responses:
+            async for response in responses:
+                await context.write(response)
+
+    return write_all
