@@ -1,4 +1,4 @@
-"""gRPC's name of the other end of a connection, and the host in it."""
+"""gRPC's name of the other end of a connection, and the host and port in it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ def peer_host(peer: str) -> str:
 
     The port differs from connection to connection, and is left out.
     """
+    address = peer_address(peer)
+    return address[0] if address else peer or _UNKNOWN
+
+
+def peer_address(peer: str) -> tuple[str, int] | None:
+    """Host and port of a peer; None where it has none, as unix sockets have none."""
     kind, _, address = peer.partition(":")
     if kind not in ("ipv4", "ipv6"):
-        return peer or _UNKNOWN
+        return None
     plain = unquote(address) if address.startswith("%") else address  # a scope may look like a quoted letter
-    return canonical_host(plain.rpartition(":")[0])
+    host, _, port = plain.rpartition(":")
+    return (canonical_host(host), int(port)) if port.isdecimal() else None
