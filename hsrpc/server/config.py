@@ -19,6 +19,7 @@ SERVER_TIMES = {
     "max_message_delay": Seconds(0.0, MAX_MESSAGE_DELAY),
 }
 """What the times of `ServerConfig` may be."""
+_COUNTS = ("max_message_bytes", "max_streams_per_connection", "max_unsent_bytes", "max_unsent_bytes_per_connection")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,10 @@ class ServerConfig:
     """Seconds, where a request sets none; 0 sends at once, except that very many streams gather for up to 50 ms."""
     max_streams_per_connection: int = 4096
     """Most calls that one connection has at once; a client keeps more than that to itself."""
+    max_unsent_bytes: int = 256 * 1024**2
+    """Most bytes of messages that clients have not taken yet; beyond it those that have waited longest end."""
+    max_unsent_bytes_per_connection: int = 16 * 1024**2
+    """Most of those bytes on one connection; beyond it messages wait for others of the connection."""
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
@@ -63,7 +68,7 @@ class ServerConfig:
                 raise ConfigError(name, getattr(self, name), "not a port", "give 0 to 65535")
         for name, allowed in SERVER_TIMES.items():
             allowed.check(name, getattr(self, name))
-        for name in ("max_message_bytes", "max_streams_per_connection"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "not positive", "give 1 or more")
         if not 1 <= self.max_tokens_per_message <= MAX_MESSAGE_TOKENS:
