@@ -38,7 +38,8 @@ class Readers:
     """Counts stalls by connection. Cuts one that stalls again and again, and one that has nothing left but what stalled
     and could not be reset."""
 
-    def __init__(self, cut: Callable[[str], object]) -> None:
+    def __init__(self, cut: Callable[[str, int], object]) -> None:
+        """`cut` is told the connection, and after how many stalls."""
         self._cut = cut
         self._readers: dict[str, _Reader] = {}
         self._unreported = 0
@@ -67,8 +68,8 @@ class Readers:
 
     def _judge(self, connection: str, reader: _Reader) -> None:
         if reader.is_lost:
+            self._cut(connection, reader.stalls)
             reader.stalls, reader.is_owed = 0, False
-            self._cut(connection)
         if not reader.streams:
             self._rest(connection, reader)
 

@@ -56,7 +56,7 @@ class GrpcFrontEnd:
         files = files or ReloadedFiles()
         config = self._config = service.config
         self.port = config.port
-        self.sender = Sender(config, Readers(cut))
+        self.sender = Sender(config, Readers(lambda peer, _: cut(peer)))
         self._health = health_aio.HealthServicer()
         self._credentials = server_credentials(config.security, files)
         counters = [CallCounter(count_call)] if count_call else []

@@ -16,7 +16,7 @@ from hsrpc.server.readers import Readers
 from hsrpc.v1 import generation_pb2, model_pb2
 from hsrpc.v1 import server_pb2 as v1
 
-SENDER = Sender(ServerConfig(), Readers(lambda _: None))
+SENDER = Sender(ServerConfig(), Readers(lambda *_: None))
 
 
 def test_methods_have_the_names_that_metrics_know():
