@@ -10,6 +10,8 @@ from hsrpc.server.security import SecurityConfig
 
 MAX_MESSAGE_TOKENS = 1024
 """Tokens in a message, at most: with all logprobs, a tenth of the 4 MiB that clients take by default."""
+MAX_MESSAGE_TEXT = 256 * 1024
+"""Characters in a message, at most: of up to four bytes, a quarter of those 4 MiB."""
 MAX_MESSAGE_DELAY = 60.0
 """Seconds."""
 SERVER_TIMES = {

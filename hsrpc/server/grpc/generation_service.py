@@ -37,7 +37,7 @@ async def _first_response(
     response = v1.GenerateResponse(start=start_message(stream, engine.spec.name, output))
     if output.echo_prompt:
         prompt = submission.prompt
-        response.delta.text = prompt if isinstance(prompt, str) else await engine.tokenizer.decode(list(prompt))
+        stream.lead_with(prompt if isinstance(prompt, str) else await engine.tokenizer.decode(list(prompt)))
     return response
 
 
