@@ -48,5 +48,7 @@ async def _send(
         add_delta(response, delta, output)
         if response.ByteSize():
             await stream.turn()
-            await write(response)
+            sending = write(response)
+            del delta, response  # a message takes several times its bytes, and its client may take long
+            await sending
         response = v1.GenerateResponse()

@@ -33,7 +33,7 @@ Response_contra = TypeVar("Response_contra", bound=Message, contravariant=True)
 
 
 class Write(Protocol[Response_contra]):
-    """Sends one message of a stream; returns once the transport has room for more."""
+    """Sends one message of a stream, of which it keeps the bytes; wait for it until there is room for more."""
 
     def __call__(self, message: Response_contra, /) -> Awaitable[None]: ...
 
