@@ -10,6 +10,8 @@ from hsrpc.server.security import SecurityConfig
 
 MAX_MESSAGE_TOKENS = 1024
 """Tokens in a message, at most: with all logprobs, a tenth of the 4 MiB that clients take by default."""
+MAX_MESSAGE_TEXT = 256 * 1024
+"""Characters in a message, at most: of up to four bytes, a quarter of those 4 MiB."""
 MAX_MESSAGE_DELAY = 60.0
 """Seconds."""
 SERVER_TIMES = {
@@ -20,6 +22,7 @@ SERVER_TIMES = {
     "max_message_delay": Seconds(0.0, MAX_MESSAGE_DELAY),
 }
 """What the times of `ServerConfig` may be."""
+_COUNTS = ("max_message_bytes", "max_streams_per_connection", "max_unsent_bytes", "max_unsent_bytes_per_connection")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,10 @@ class ServerConfig:
     """Most calls that one connection has at once; a client keeps more than that to itself."""
     max_priority: int = -8
     """Most urgent that a request may be, where the client's token grants nothing else; smaller is more urgent."""
+    max_unsent_bytes: int = 256 * 1024**2
+    """Most bytes of messages that clients have not taken yet; beyond it those that have waited longest end."""
+    max_unsent_bytes_per_connection: int = 16 * 1024**2
+    """Most of those bytes on one connection; beyond it messages wait for others of the connection."""
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
@@ -70,7 +77,7 @@ class ServerConfig:
             allowed.check(name, getattr(self, name))
         if not -(2**31) <= self.max_priority < 2**31:
             raise ConfigError("max_priority", self.max_priority, "no priority", "give -2147483648 to 2147483647")
-        for name in ("max_message_bytes", "max_streams_per_connection"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "not positive", "give 1 or more")
         if not 1 <= self.max_tokens_per_message <= MAX_MESSAGE_TOKENS:

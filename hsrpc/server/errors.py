@@ -57,3 +57,7 @@ class NotOwnerError(HsrpcError):
 
 class StalledClientError(HsrpcError):
     """A client left its stream unread."""
+
+
+class StreamResetError(StalledClientError):
+    """A client left its stream unread, which has been reset: nothing more can be said to the client."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from hsrpc.errors import InvalidRequestError
 from hsrpc.request import Delta
-from hsrpc.server.config import MAX_MESSAGE_DELAY, MAX_MESSAGE_TOKENS, ServerConfig
+from hsrpc.server.config import MAX_MESSAGE_DELAY, MAX_MESSAGE_TEXT, MAX_MESSAGE_TOKENS, ServerConfig
 from hsrpc.server.engine_protocol import Generation
 
 _MAX_MESSAGES_PER_SECOND = 1_000
@@ -116,16 +117,17 @@ class Pacer:
 
 
 def split(delta: Delta, max_tokens: int) -> Iterator[Delta]:
-    """`delta` in pieces of at most `max_tokens` tokens; the first has the text, the last the finish."""
-    size = len(delta.token_ids)
-    if size <= max_tokens:
+    """`delta` in pieces of at most `max_tokens` tokens and MAX_MESSAGE_TEXT characters; the last has the finish."""
+    num_tokens, length = len(delta.token_ids), len(delta.text)
+    num_pieces = max(math.ceil(num_tokens / max_tokens), math.ceil(length / MAX_MESSAGE_TEXT))
+    if num_pieces <= 1:
         yield delta
         return
-    for start in range(0, size, max_tokens):
-        end = start + max_tokens
+    for i in range(num_pieces):
+        tokens = slice(i * max_tokens, (i + 1) * max_tokens)
         yield Delta(
-            text="" if start else delta.text,
-            token_ids=delta.token_ids[start:end],
-            logprobs=delta.logprobs[start:end],
-            finish=delta.finish if end >= size else None,
+            text=delta.text[i * MAX_MESSAGE_TEXT : (i + 1) * MAX_MESSAGE_TEXT],
+            token_ids=delta.token_ids[tokens],
+            logprobs=delta.logprobs[tokens],
+            finish=delta.finish if i == num_pieces - 1 else None,
         )

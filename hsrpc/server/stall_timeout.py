@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from hsrpc.server.errors import StalledClientError
+
+Result = TypeVar("Result")
 
 
 class StallTimeout:
@@ -38,17 +40,21 @@ class StallTimeout:
         try:
             await self._cut.__aexit__(kind, error, traceback)
         except TimeoutError:
-            raise StalledClientError(f"no room to write for {self._seconds} s") from None
+            raise StalledClientError(f"no room to write for {self._seconds} s, or less, as others needed it") from None
 
-    async def wait(self, write: Awaitable[None]) -> None:
-        """Wait for a write; one at a time."""
+    async def wait(self, write: Awaitable[Result]) -> Result:
+        """What a write comes to; one at a time."""
         self._since = self._loop.time()
         if self._timer is None:
             self._timer = self._loop.call_at(self._since + self._seconds, self._look)
         try:
-            await write
+            return await write
         finally:
             self._since = None
+
+    def give_way(self) -> None:
+        """End the block now: others need the room that its write holds."""
+        self._cut.reschedule(self._loop.time())
 
     def _look(self) -> None:
         self._timer, now = None, self._loop.time()

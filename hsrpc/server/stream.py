@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from hsrpc.errors import RequestFailedError
 from hsrpc.request import Delta, SamplingParams
@@ -31,6 +32,7 @@ class Stream:
         self._pieces: Iterator[Delta] | None = None
         """What is left of the output taken last; None before the first."""
         self._ended = False
+        self._lead = ""
 
     @property
     def request_id(self) -> str:
@@ -57,6 +59,10 @@ class Stream:
         self._ended = delta.finish is not None
         return delta
 
+    def lead_with(self, text: str) -> None:
+        """Begin the output with `text`, before anything is taken."""
+        self._lead = text
+
     async def turn(self) -> None:
         """Wait for this stream's turn to send: a front end calls it before each message."""
         await self._pacer.turn()
@@ -70,5 +76,7 @@ class Stream:
         except StopAsyncIteration:
             raise RequestFailedError(f"request {self.request_id} ended without a finish") from None
         note_output(output)
+        if self._lead:
+            output, self._lead = replace(output, text=self._lead + output.text), ""
         self._pieces = split(output, self.pace.max_tokens)
         return next(self._pieces)

@@ -37,9 +37,8 @@ async def _first_response(
     response = v1.GenerateResponse(start=start_message(stream, engine.spec.name, output))
     if output.echo_prompt:
         prompt = submission.prompt
-        response.delta.text = (
-            prompt if isinstance(prompt, str) else await engine.tokenizer.decode(prompt, current_caller.get().client)
-        )
+        client = current_caller.get().client
+        stream.lead_with(prompt if isinstance(prompt, str) else await engine.tokenizer.decode(prompt, client))
     return response
 
 
@@ -50,5 +49,7 @@ async def _send(
         add_delta(response, delta, output)
         if response.ByteSize():
             await stream.turn()
-            await write(response)
+            sending = write(response)
+            del delta, response  # a message takes several times its bytes, and its client may take long
+            await sending
         response = v1.GenerateResponse()

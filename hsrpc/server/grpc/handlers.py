@@ -16,13 +16,13 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from hsrpc.server.errors import MalformedRequestError, NotSupportedError
 from hsrpc.server.grpc.caller import current_caller, read_caller
 from hsrpc.server.grpc.observation import RpcMethod, observed_call
-from hsrpc.server.grpc.status import StatusBoundary, gone
+from hsrpc.server.grpc.sending import Sender
+from hsrpc.server.grpc.status import StatusBoundary
 from hsrpc.server.observation import CallObserver
-from hsrpc.server.stall_timeout import StallTimeout
 
 if TYPE_CHECKING:
-    Context = grpc.aio.ServicerContext[bytes, Message]
-    Handler = grpc.RpcMethodHandler[bytes, Message]
+    Context = grpc.aio.ServicerContext[bytes, bytes]
+    Handler = grpc.RpcMethodHandler[bytes, bytes]
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -30,53 +30,50 @@ Response_contra = TypeVar("Response_contra", bound=Message, contravariant=True)
 
 
 class Write(Protocol[Response_contra]):
-    """Sends one message of a stream; returns once the transport has room for more."""
+    """Sends one message of a stream, of which it keeps the bytes; wait for it until there is room for more."""
 
-    async def __call__(self, message: Response_contra, /) -> None: ...
+    def __call__(self, message: Response_contra, /) -> Awaitable[None]: ...
 
 
 def unary(
     request_type: type[Request],
     method: Callable[[Request], Awaitable[Message]],
+    sender: Sender,
     observers: Sequence[CallObserver] = (),
 ) -> Handler:
     """A handler of one request and one response."""
     called = _method(request_type)
 
-    async def handle(data: bytes, context: Context) -> Message:
+    async def handle(data: bytes, context: Context) -> bytes:
         with observed_call(observers, called, context) as call:
             async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call):
                 current_caller.set(read_caller(context))
-                return await method(parse(request_type, data))
+                response = await method(parse(request_type, data))
+                return await sender.last(context, response.SerializeToString())
         raise AssertionError("a boundary lets no exception vanish")
 
-    return grpc.unary_unary_rpc_method_handler(handle, response_serializer=_serialize)
+    return grpc.unary_unary_rpc_method_handler(handle)
 
 
 def streaming(
     request_type: type[Request],
     method: Callable[[Request, Write[Response]], Awaitable[None]],
-    write_timeout: float,
+    sender: Sender,
     observers: Sequence[CallObserver] = (),
 ) -> Handler:
-    """A handler of one request and a stream of responses, each to be taken by the client within `write_timeout` s."""
+    """A handler of one request and a stream of responses."""
     called = _method(request_type)
 
     async def handle(data: bytes, context: Context) -> None:
-        limit = StallTimeout(write_timeout)
-
-        async def write(message: Response) -> None:
-            try:
-                await limit.wait(context.write(message))
-            except grpc.aio.InternalError:
-                raise gone() from None
-
         with observed_call(observers, called, context) as call:
-            async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call), limit:
+            async with (
+                StatusBoundary(request_type.DESCRIPTOR.full_name, context, call),
+                sender.stream(context) as send,
+            ):
                 current_caller.set(read_caller(context))
-                await method(parse(request_type, data), write)
+                await method(parse(request_type, data), lambda message: send(message.SerializeToString()))
 
-    return grpc.unary_stream_rpc_method_handler(handle, response_serializer=_serialize)
+    return grpc.unary_stream_rpc_method_handler(handle)
 
 
 def _method(request_type: type[Message]) -> RpcMethod:
@@ -113,7 +110,3 @@ def _refuse_unknown_fields(message: Message) -> None:
     for field, value in message.ListFields():
         if field.type == FieldDescriptor.TYPE_MESSAGE and isinstance(value, Message):
             _refuse_unknown_fields(value)
-
-
-def _serialize(message: Message) -> bytes:
-    return message.SerializeToString()

@@ -11,6 +11,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from hsrpc.server.config import join_address
+from hsrpc.server.grpc.call_tasks import note_calls
 from hsrpc.server.grpc.channel_options import channel_options
 from hsrpc.server.grpc.connections import ConnectionCuts
 from hsrpc.server.grpc.generation_service import GenerationService
@@ -20,10 +21,12 @@ from hsrpc.server.grpc.intake import Intake
 from hsrpc.server.grpc.interceptors import auth_interceptors
 from hsrpc.server.grpc.model_service import ModelService
 from hsrpc.server.grpc.resets import ResetLimit
+from hsrpc.server.grpc.sending import Sender
 from hsrpc.server.grpc.server_service import ServerService
 from hsrpc.server.grpc.tls import server_credentials
 from hsrpc.server.lifecycle import Health
-from hsrpc.server.observation import CallCounter, CallObserver, CountCall, CountCut
+from hsrpc.server.observation import CallCounter, CallObserver, CountCall, CountCut, CutReason
+from hsrpc.server.readers import Readers
 from hsrpc.server.reloaded_file import ReloadedFiles
 from hsrpc.server.service import Service
 from hsrpc.v1 import generation_pb2, model_pb2, server_pb2
@@ -57,13 +60,15 @@ class GrpcFrontEnd:
         files = files or ReloadedFiles()
         config = self._config = service.config
         self.port = config.port
+        cuts = ConnectionCuts(count_cut)
+        self.sender = Sender(config, Readers(lambda peer, stalls: cuts.cut(peer, CutReason.STALLS, stalls)))
         self._health = health_aio.HealthServicer()
         self._credentials = server_credentials(config.security, files)
         counters = [CallCounter(count_call)] if count_call else []
-        intake = Intake(config.request_timeout, ResetLimit(ConnectionCuts(count_cut)), count_call)
+        intake = Intake(config.request_timeout, ResetLimit(cuts), count_call)
         everyone = [intake, *auth_interceptors(config.security, files, count_call), *interceptors]
         self._grpc = grpc.aio.server(interceptors=everyone, options=channel_options(config))
-        self._grpc.add_generic_rpc_handlers(_service_handlers(service, observers, counters))
+        self._grpc.add_generic_rpc_handlers(_service_handlers(service, self.sender, observers, counters))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         if config.security.reflection:
             names = (GENERATION, MODEL, SERVER, HEALTH_SERVICE, reflection.SERVICE_NAME)
@@ -80,6 +85,7 @@ class GrpcFrontEnd:
         Raises:
             ConfigError: the address cannot be bound.
         """
+        note_calls()
         self.port = bind(self._grpc, "port", self._config.bind_address, self._credentials)
         await self.health_port.start()
         await self._grpc.start()
@@ -97,24 +103,25 @@ class GrpcFrontEnd:
 
 def _service_handlers(
     service: Service,
+    sender: Sender,
     observers: Sequence[CallObserver],
     counters: Sequence[CallObserver],
 ) -> list[grpc.GenericRpcHandler]:
     generation, model, info = GenerationService(service), ModelService(service), ServerService(service)
-    wait, told = service.config.write_timeout, [*counters, *observers]
+    told = [*counters, *observers]
     methods = {
         GENERATION: {
-            "Generate": streaming(generation_pb2.GenerateRequest, generation.generate, wait, told),
-            "Abort": unary(generation_pb2.AbortRequest, generation.abort, counters),
+            "Generate": streaming(generation_pb2.GenerateRequest, generation.generate, sender, told),
+            "Abort": unary(generation_pb2.AbortRequest, generation.abort, sender, counters),
         },
         MODEL: {
-            "GetModel": unary(model_pb2.GetModelRequest, model.get_model, counters),
-            "Tokenize": unary(model_pb2.TokenizeRequest, model.tokenize, counters),
-            "Detokenize": unary(model_pb2.DetokenizeRequest, model.detokenize, counters),
+            "GetModel": unary(model_pb2.GetModelRequest, model.get_model, sender, counters),
+            "Tokenize": unary(model_pb2.TokenizeRequest, model.tokenize, sender, counters),
+            "Detokenize": unary(model_pb2.DetokenizeRequest, model.detokenize, sender, counters),
         },
         SERVER: {
-            "GetServerInfo": unary(server_pb2.GetServerInfoRequest, info.get_server_info, counters),
-            "WatchLoad": streaming(server_pb2.WatchLoadRequest, info.watch_load, wait, counters),
+            "GetServerInfo": unary(server_pb2.GetServerInfoRequest, info.get_server_info, sender, counters),
+            "WatchLoad": streaming(server_pb2.WatchLoadRequest, info.watch_load, sender, counters),
         },
     }
     return [grpc.method_handlers_generic_handler(name, handlers) for name, handlers in methods.items()]

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as rpc
 from google.rpc.status_pb2 import Status
 
+from hsrpc.server.errors import StreamResetError
 from hsrpc.server.failure import Failure, Outcome, failure_of
 from hsrpc.server.observation import ObservedCall
 
@@ -42,6 +43,8 @@ class StatusBoundary:
             failure = failure_of(error, self._method)
             if self._call is not None:
                 self._call.fail(failure, error)
+            if isinstance(error, StreamResetError):
+                raise asyncio.CancelledError("the stream is reset") from None
             try:
                 await abort(self._context, failure)
             except grpc.aio.InternalError:

@@ -35,7 +35,7 @@ class CallMetrics:
         # All series are there from the start: a rate needs the 0 before the first 1.
         self._reasons = {reason: reasons.labels(reason.value) for reason in FinishReason}
         self._stalled = Counter(
-            "hsrpc_slow_readers", "Streams ended because the client left them unread", registry=registry
+            "hsrpc_slow_readers", "Streams reset because the client left them unread", registry=registry
         )
         self._first_token = _seconds("hsrpc_time_to_first_token", "From the call's start to its first token", registry)
         self._inter_token = _seconds("hsrpc_inter_token", "Between tokens, mean of each portion sent", registry)

@@ -8,8 +8,10 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from hsrpc.request import Delta, FinishReason, SamplingParams, TokenLogprob
+from hsrpc.request import MAX_LOGPROBS, Delta, FinishReason, SamplingParams, TokenLogprob
 from hsrpc.server import Server, ServerConfig
+from hsrpc.server.config import MAX_MESSAGE_TEXT, MAX_MESSAGE_TOKENS
+from hsrpc.server.grpc.messages import add_delta
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc
 from tests.server.conftest import until
@@ -284,3 +286,27 @@ async def test_abort_ends_the_stream_with_ok(stub, engine):
     assert "".join(response.delta.text for response in responses) == "a"
     assert responses[-1].finish.reason == v1.FINISH_REASON_ABORTED
     assert not (await stub.Abort(v1.AbortRequest(request_id="r"))).aborted
+
+
+async def test_text_beyond_the_clients_limit_comes_in_messages_within_it(stub, engine):
+    """Of output that has gathered, and of an echoed prompt: by default a client takes no message over 4 MiB."""
+    engine.held, engine.max_model_len = True, 2**23
+    prompt, output = "p" * (4 * 2**20 - 100), "\N{GRINNING FACE}" * 2**20 + "!"
+    call = stub.Generate(v1.GenerateRequest(request_id="r", text=prompt, output=v1.Output(echo_prompt=True)))
+    await until(lambda: engine.live)
+    engine.live["r"].put(Delta(output, (1,)))
+    engine.end("r")
+    responses = [response async for response in call]
+    assert "".join(response.delta.text for response in responses) == prompt + output
+    assert [response.HasField("finish") for response in responses] == [False] * (len(responses) - 1) + [True]
+
+
+def test_the_largest_message_is_half_of_the_clients_limit():
+    """As many tokens as may be, each with as many logprobs, and text of the longest characters."""
+    largest = 2**31 - 1
+    logprob = TokenLogprob(largest, -1.0, largest, ((largest, -1.0),) * MAX_LOGPROBS)
+    size = MAX_MESSAGE_TOKENS
+    text = "\N{GRINNING FACE}" * MAX_MESSAGE_TEXT
+    response = v1.GenerateResponse()
+    add_delta(response, Delta(text, (largest,) * size, (logprob,) * size), v1.Output(return_token_ids=True))
+    assert response.ByteSize() < 2 * 2**20

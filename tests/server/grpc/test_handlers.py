@@ -8,10 +8,15 @@ import logging
 import grpc
 import pytest
 
+from hsrpc.server import ServerConfig
 from hsrpc.server.grpc.handlers import streaming, unary
+from hsrpc.server.grpc.sending import Sender
 from hsrpc.server.observation import METHODS, CallCounter
+from hsrpc.server.readers import Readers
 from hsrpc.v1 import generation_pb2, model_pb2
 from hsrpc.v1 import server_pb2 as v1
+
+SENDER = Sender(ServerConfig(), Readers(lambda *_: None))
 
 
 def test_methods_have_the_names_that_metrics_know():
@@ -63,7 +68,7 @@ async def test_a_write_to_nobody_is_a_cancelled_call(remaining, status, caplog):
     """It is counted as cancelled, or as late, and the log has no error of it."""
     counted = []
     counter = CallCounter(lambda method, code: counted.append((method, code.name)))
-    handler = streaming(v1.WatchLoadRequest, report, 1.0, [counter])
+    handler = streaming(v1.WatchLoadRequest, report, SENDER, [counter])
     with caplog.at_level(logging.INFO), pytest.raises(asyncio.CancelledError):
         await handler.unary_stream(b"", DeadContext(remaining))
     assert counted == [("WatchLoad", status)]
@@ -75,5 +80,5 @@ async def test_a_status_for_nobody_is_a_cancelled_call():
     counted = []
     counter = CallCounter(lambda method, code: counted.append((method, code.name)))
     with pytest.raises(asyncio.CancelledError):
-        await unary(v1.GetServerInfoRequest, refuse, [counter]).unary_unary(b"", DeadContext(None))
+        await unary(v1.GetServerInfoRequest, refuse, SENDER, [counter]).unary_unary(b"", DeadContext(None))
     assert counted == [("GetServerInfo", "INTERNAL")]

@@ -329,7 +329,7 @@ async def test_a_client_that_does_not_read_is_dropped(stub, engine):
         await asyncio.sleep(0.05)
     await until(lambda: engine.aborted == ["r"])
     error = await failure(call)
-    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
 
 
 async def test_an_empty_id_cannot_be_aborted(stub):

@@ -92,8 +92,8 @@ async def test_a_client_behind_a_dead_network_is_left(way: str, engine: Engine):
 
 
 async def test_a_slow_reader_ends_alone(engine: Engine):
-    """A stream that is left unread for write_timeout ends RESOURCE_EXHAUSTED, its blocks are free with the step at
-    hand, and a neighbour on the same server gets every token."""
+    """A stream that is left unread for write_timeout is reset, its blocks are free with the step at hand, and a
+    neighbour on the same server gets every token."""
     async with (
         asyncio.timeout(2 * PATIENCE),
         serving(engine, write_timeout=0.3) as server,
@@ -107,4 +107,4 @@ async def test_a_slow_reader_ends_alone(engine: Engine):
         await idle(engine)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await token_ids(call)
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert caught.value.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
