@@ -26,6 +26,7 @@ from hsrpc.client_messages import (
     read_delta,
     watch_load_request,
 )
+from hsrpc.client_proxy import Proxy, proxy_to
 from hsrpc.request import Delta
 from hsrpc.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc, server_pb2, server_pb2_grpc
 
@@ -71,11 +72,12 @@ class _Call(Protocol):
 class Stream(_Output, Iterator[Delta]):
     """Deltas of one request as they come; the last one alone has `finish`. Closing it stops the work."""
 
-    def __init__(self, call: _Call) -> None:
+    def __init__(self, call: _Call, proxy: Proxy | None) -> None:
         self._call = call
+        self._proxy = proxy
 
     def __next__(self) -> Delta:
-        with call_errors():
+        with call_errors(self._proxy):
             return self._delta(next(self._call))
 
     def __enter__(self) -> Self:
@@ -92,13 +94,16 @@ class AsyncStream(_Output, AsyncIterator[Delta]):
     """Deltas of one request as they come; the last one alone has `finish`. Closing it stops the work."""
 
     def __init__(
-        self, call: grpc.aio.UnaryStreamCall[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse]
+        self,
+        call: grpc.aio.UnaryStreamCall[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse],
+        proxy: Proxy | None,
     ) -> None:
         self._call = call
+        self._proxy = proxy
         self._responses = call.__aiter__()
 
     async def __anext__(self) -> Delta:
-        with call_errors():
+        with call_errors(self._proxy):
             return self._delta(await anext(self._responses))
 
     async def __aenter__(self) -> Self:
@@ -134,6 +139,7 @@ class Client:
             credentials=credentials, token=token, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, options=options
         )
         self._metadata = connection.metadata
+        self._proxy = proxy_to(target)
         self._channel = connection.channel(target)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)
@@ -151,7 +157,8 @@ class Client:
     def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Stream:
         """Start a request; iterating may raise CallError."""
         request = generate_request(prompt, settings)
-        return Stream(self._generation.Generate(request, timeout=settings.get("timeout"), metadata=self._metadata))
+        call = self._generation.Generate(request, timeout=settings.get("timeout"), metadata=self._metadata)
+        return Stream(call, self._proxy)
 
     def complete(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Completion:
         """The whole output.
@@ -165,24 +172,24 @@ class Client:
     def abort(self, request_id: str) -> bool:
         """End a live request; False if there is none of that id."""
         request = generation_pb2.AbortRequest(request_id=request_id)
-        with call_errors():
+        with call_errors(self._proxy):
             return self._generation.Abort(request, metadata=self._metadata).aborted
 
     def get_model(self, model: str | None = None) -> model_pb2.GetModelResponse:
-        with call_errors():
+        with call_errors(self._proxy):
             return self._model.GetModel(model_pb2.GetModelRequest(model=model), metadata=self._metadata)
 
     def tokenize(self, text: str) -> list[int]:
-        with call_errors():
+        with call_errors(self._proxy):
             return list(self._model.Tokenize(model_pb2.TokenizeRequest(text=text), metadata=self._metadata).token_ids)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         request = model_pb2.DetokenizeRequest(token_ids=token_ids)
-        with call_errors():
+        with call_errors(self._proxy):
             return self._model.Detokenize(request, metadata=self._metadata).text
 
     def get_server_info(self) -> server_pb2.GetServerInfoResponse:
-        with call_errors():
+        with call_errors(self._proxy):
             return self._server.GetServerInfo(server_pb2.GetServerInfoRequest(), metadata=self._metadata)
 
     def watch_load(self, interval: float = 1.0) -> Iterator[server_pb2.WatchLoadResponse]:
@@ -192,7 +199,7 @@ class Client:
             CallError: while iterating; the call did not end well.
         """
         call = self._server.WatchLoad(watch_load_request(interval), metadata=self._metadata)
-        with call_errors(), closing_call(call):
+        with call_errors(self._proxy), closing_call(call):
             yield from call
 
     def wait_ready(self, seconds: float) -> None:
@@ -235,6 +242,7 @@ class AsyncClient:
             credentials=credentials, token=token, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, options=options
         )
         self._metadata = connection.metadata
+        self._proxy = proxy_to(target)
         self._channel = channel = connection.aio_channel(target)
         self._generation: GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
         self._model: ModelServiceAsyncStub = model_pb2_grpc.ModelServiceStub(channel)
@@ -251,11 +259,9 @@ class AsyncClient:
 
     def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> AsyncStream:
         """Start a request; iterating may raise CallError."""
-        return AsyncStream(
-            self._generation.Generate(
-                generate_request(prompt, settings), timeout=settings.get("timeout"), metadata=self._metadata
-            )
-        )
+        request = generate_request(prompt, settings)
+        call = self._generation.Generate(request, timeout=settings.get("timeout"), metadata=self._metadata)
+        return AsyncStream(call, self._proxy)
 
     async def complete(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Completion:
         """The whole output.
@@ -269,25 +275,25 @@ class AsyncClient:
     async def abort(self, request_id: str) -> bool:
         """End a live request; False if there is none of that id."""
         request = generation_pb2.AbortRequest(request_id=request_id)
-        with call_errors():
+        with call_errors(self._proxy):
             return (await self._generation.Abort(request, metadata=self._metadata)).aborted
 
     async def get_model(self, model: str | None = None) -> model_pb2.GetModelResponse:
-        with call_errors():
+        with call_errors(self._proxy):
             return await self._model.GetModel(model_pb2.GetModelRequest(model=model), metadata=self._metadata)
 
     async def tokenize(self, text: str) -> list[int]:
         request = model_pb2.TokenizeRequest(text=text)
-        with call_errors():
+        with call_errors(self._proxy):
             return list((await self._model.Tokenize(request, metadata=self._metadata)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         request = model_pb2.DetokenizeRequest(token_ids=token_ids)
-        with call_errors():
+        with call_errors(self._proxy):
             return (await self._model.Detokenize(request, metadata=self._metadata)).text
 
     async def get_server_info(self) -> server_pb2.GetServerInfoResponse:
-        with call_errors():
+        with call_errors(self._proxy):
             return await self._server.GetServerInfo(server_pb2.GetServerInfoRequest(), metadata=self._metadata)
 
     async def watch_load(self, interval: float = 1.0) -> AsyncIterator[server_pb2.WatchLoadResponse]:
@@ -297,7 +303,7 @@ class AsyncClient:
             CallError: while iterating; the call did not end well.
         """
         call = self._server.WatchLoad(watch_load_request(interval), metadata=self._metadata)
-        with call_errors(), closing_call(call):
+        with call_errors(self._proxy), closing_call(call):
             async for response in call:
                 yield response
 

@@ -12,6 +12,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
+from hsrpc.client_proxy import Proxy
 from hsrpc.errors import HsrpcError
 from hsrpc.request import Delta, Finish, FinishReason, Timings, TokenLogprob, Usage
 from hsrpc.v1 import generation_pb2 as v1
@@ -95,14 +96,17 @@ class Completion:
 
 
 @contextmanager
-def call_errors() -> Iterator[None]:
-    """Raises CallError for grpc's own errors."""
+def call_errors(proxy: Proxy | None) -> Iterator[None]:
+    """Raises CallError for grpc's own errors; where no server was reached, with what `proxy` has to do with it."""
     try:
         yield
     except grpc.RpcError as error:
         metadata = cast("Iterable[tuple[str, bytes]]", error.trailing_metadata() or ())
         details = next((value for key, value in metadata if key == "grpc-status-details-bin"), None)
-        raise CallError(error.code(), error.details() or "", details) from None
+        message = error.details() or ""
+        if proxy is not None and error.code() is grpc.StatusCode.UNAVAILABLE and details is None:
+            message = f"{message}; {proxy}"
+        raise CallError(error.code(), message, details) from None
 
 
 class _Cancellable(Protocol):
