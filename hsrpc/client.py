@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, Self, Unpack
 
 import grpc
@@ -219,8 +219,19 @@ class Client:
             time.sleep(_POLL_SECONDS)
 
 
+class _AsyncStubs:
+    """The services over a channel that belongs to the event loop on which it was opened."""
+
+    def __init__(self, open_channel: Callable[[], grpc.aio.Channel]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.channel = channel = open_channel()
+        self.generation: GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
+        self.model: ModelServiceAsyncStub = model_pb2_grpc.ModelServiceStub(channel)
+        self.server: ServerServiceAsyncStub = server_pb2_grpc.ServerServiceStub(channel)
+
+
 class AsyncClient:
-    """Calls a server from asyncio code."""
+    """Calls a server from asyncio code. May be made anywhere; belongs to the event loop of its first call."""
 
     def __init__(
         self,
@@ -243,10 +254,8 @@ class AsyncClient:
         )
         self._metadata = connection.metadata
         self._proxy = proxy_to(target)
-        self._channel = channel = connection.aio_channel(target)
-        self._generation: GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
-        self._model: ModelServiceAsyncStub = model_pb2_grpc.ModelServiceStub(channel)
-        self._server: ServerServiceAsyncStub = server_pb2_grpc.ServerServiceStub(channel)
+        self._open_channel = connection.aio_opener(target)
+        self._opened: _AsyncStubs | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -255,12 +264,26 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        await self._channel.close()
+        """End all calls; a later one fails."""
+        await self._stubs.channel.close()
+
+    @property
+    def _stubs(self) -> _AsyncStubs:
+        """Opened by the first call.
+
+        Raises:
+            RuntimeError: no event loop runs, or another than that of the first call.
+        """
+        if self._opened is None:
+            self._opened = _AsyncStubs(self._open_channel)
+        if self._opened.loop is not asyncio.get_running_loop():
+            raise RuntimeError("AsyncClient: its first call was on another event loop; make a client for each loop")
+        return self._opened
 
     def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> AsyncStream:
         """Start a request; iterating may raise CallError."""
         request = generate_request(prompt, settings)
-        call = self._generation.Generate(request, timeout=settings.get("timeout"), metadata=self._metadata)
+        call = self._stubs.generation.Generate(request, timeout=settings.get("timeout"), metadata=self._metadata)
         return AsyncStream(call, self._proxy)
 
     async def complete(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Completion:
@@ -276,25 +299,25 @@ class AsyncClient:
         """End a live request; False if there is none of that id."""
         request = generation_pb2.AbortRequest(request_id=request_id)
         with call_errors(self._proxy):
-            return (await self._generation.Abort(request, metadata=self._metadata)).aborted
+            return (await self._stubs.generation.Abort(request, metadata=self._metadata)).aborted
 
     async def get_model(self, model: str | None = None) -> model_pb2.GetModelResponse:
         with call_errors(self._proxy):
-            return await self._model.GetModel(model_pb2.GetModelRequest(model=model), metadata=self._metadata)
+            return await self._stubs.model.GetModel(model_pb2.GetModelRequest(model=model), metadata=self._metadata)
 
     async def tokenize(self, text: str) -> list[int]:
         request = model_pb2.TokenizeRequest(text=text)
         with call_errors(self._proxy):
-            return list((await self._model.Tokenize(request, metadata=self._metadata)).token_ids)
+            return list((await self._stubs.model.Tokenize(request, metadata=self._metadata)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         request = model_pb2.DetokenizeRequest(token_ids=token_ids)
         with call_errors(self._proxy):
-            return (await self._model.Detokenize(request, metadata=self._metadata)).text
+            return (await self._stubs.model.Detokenize(request, metadata=self._metadata)).text
 
     async def get_server_info(self) -> server_pb2.GetServerInfoResponse:
         with call_errors(self._proxy):
-            return await self._server.GetServerInfo(server_pb2.GetServerInfoRequest(), metadata=self._metadata)
+            return await self._stubs.server.GetServerInfo(server_pb2.GetServerInfoRequest(), metadata=self._metadata)
 
     async def watch_load(self, interval: float = 1.0) -> AsyncIterator[server_pb2.WatchLoadResponse]:
         """The load, at once and then every `interval` seconds (0.1 or more), until the server drains.
@@ -302,7 +325,7 @@ class AsyncClient:
         Raises:
             CallError: while iterating; the call did not end well.
         """
-        call = self._server.WatchLoad(watch_load_request(interval), metadata=self._metadata)
+        call = self._stubs.server.WatchLoad(watch_load_request(interval), metadata=self._metadata)
         with call_errors(self._proxy), closing_call(call):
             async for response in call:
                 yield response

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -66,12 +67,12 @@ class Connection:
             return grpc.insecure_channel(target, options)
         return grpc.secure_channel(target, credentials, options)
 
-    def aio_channel(self, target: str) -> grpc.aio.Channel:
-        """A channel to `target`, for asyncio."""
+    def aio_opener(self, target: str) -> Callable[[], grpc.aio.Channel]:
+        """Opens a channel to `target` on the running event loop. The files are read now."""
         credentials, options = self._credentials(), self._options(target)
         if credentials is None:
-            return grpc.aio.insecure_channel(target, options)
-        return grpc.aio.secure_channel(target, credentials, options)
+            return partial(grpc.aio.insecure_channel, target, options)
+        return partial(grpc.aio.secure_channel, target, credentials, options)
 
     def _options(self, target: str) -> list[Option]:
         """The caller's own come first: gRPC takes the first of a name."""

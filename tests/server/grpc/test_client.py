@@ -168,6 +168,46 @@ async def test_the_async_client_does_the_same(server, engine):
             await client.complete("Hi", timeout=0.05)
 
 
+async def test_an_async_client_may_be_made_before_the_loop_runs(server):
+    """At the top of a module, before asyncio.run, or on another thread: it opens its channel with its first call."""
+    client = await asyncio.to_thread(AsyncClient, server.address)
+
+    async def use() -> str:
+        async with client:
+            return (await client.complete("Hi")).text
+
+    assert await asyncio.to_thread(asyncio.run, use()) == "Once upon a time"
+
+
+async def test_an_async_client_on_two_loops_says_what_to_do(server):
+    """Calls, streams and its end belong to the loop of the first call."""
+    async with AsyncClient(server.address) as client:
+        await client.get_model()
+
+        async def use(method: Callable[[], object]) -> None:
+            found = method()
+            if asyncio.iscoroutine(found):
+                await found
+
+        for method in (client.get_model, lambda: client.generate("Hi"), client.close):
+            with pytest.raises(RuntimeError, match="another event loop; make a client for each loop"):
+                await asyncio.to_thread(asyncio.run, use(method))
+        assert (await client.get_model()).name == "fake/model"
+
+
+def test_an_async_client_without_a_loop():
+    """A stream begins in a coroutine."""
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        AsyncClient("127.0.0.1:1").generate("Hi")
+
+
+def test_files_are_read_as_a_client_is_made(tmp_path):
+    """Not with its first call."""
+    for kind in (Client, AsyncClient):
+        with pytest.raises(FileNotFoundError):
+            kind("127.0.0.1:1", tls_ca=tmp_path / "none.pem")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
