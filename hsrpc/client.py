@@ -21,6 +21,7 @@ from hsrpc.client_messages import (
     Completion,
     Settings,
     call_errors,
+    check_seconds,
     closing_call,
     generate_request,
     read_delta,
@@ -155,7 +156,11 @@ class Client:
         self._channel.close()
 
     def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Stream:
-        """Start a request; iterating may raise CallError."""
+        """Start a request; iterating may raise CallError.
+
+        Raises:
+            TypeError, InvalidRequestError: a setting is unknown, or no time where it should be one.
+        """
         request = generate_request(prompt, settings)
         call = self._generation.Generate(request, timeout=settings.get("timeout"), metadata=self._metadata)
         return Stream(call, self._proxy)
@@ -197,6 +202,7 @@ class Client:
 
         Raises:
             CallError: while iterating; the call did not end well.
+            InvalidRequestError: likewise; the interval is no time.
         """
         call = self._server.WatchLoad(watch_load_request(interval), metadata=self._metadata)
         with call_errors(self._proxy), closing_call(call):
@@ -207,8 +213,9 @@ class Client:
 
         Raises:
             CallError: it has not within that time.
+            InvalidRequestError: the seconds are no time.
         """
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + check_seconds("seconds", seconds)
         while True:
             try:
                 self.get_model()
@@ -281,7 +288,11 @@ class AsyncClient:
         return self._opened
 
     def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> AsyncStream:
-        """Start a request; iterating may raise CallError."""
+        """Start a request; iterating may raise CallError.
+
+        Raises:
+            TypeError, InvalidRequestError: a setting is unknown, or no time where it should be one.
+        """
         request = generate_request(prompt, settings)
         call = self._stubs.generation.Generate(request, timeout=settings.get("timeout"), metadata=self._metadata)
         return AsyncStream(call, self._proxy)
@@ -324,6 +335,7 @@ class AsyncClient:
 
         Raises:
             CallError: while iterating; the call did not end well.
+            InvalidRequestError: likewise; the interval is no time.
         """
         call = self._stubs.server.WatchLoad(watch_load_request(interval), metadata=self._metadata)
         with call_errors(self._proxy), closing_call(call):
@@ -335,8 +347,9 @@ class AsyncClient:
 
         Raises:
             CallError: it has not within that time.
+            InvalidRequestError: the seconds are no time.
         """
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + check_seconds("seconds", seconds)
         while True:
             try:
                 await self.get_model()

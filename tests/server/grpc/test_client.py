@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import grpc
 import pytest
 
 from hsrpc.client import AsyncClient, CallError, Client, Settings
+from hsrpc.errors import InvalidRequestError
 from hsrpc.request import Delta, FinishReason, SamplingParams, Timings, Usage
 from hsrpc.server import Server
 from hsrpc.v1 import generation_pb2 as v1
@@ -107,6 +109,34 @@ async def test_an_unknown_setting_is_refused(server):
     """A misspelt setting is a TypeError before anything is sent."""
     with pytest.raises(TypeError, match="'temprature' is no setting"):
         await with_client(server, lambda client: client.complete("Hi", temprature=1.0))
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf, -1.0, 1e300, 10**400])
+async def test_a_time_that_is_none_is_refused_by_its_name(server, seconds):
+    """Before anything is sent, in every argument that is a time, of both clients."""
+    async with AsyncClient(server.address) as client:
+        with Client(server.address) as sync:
+            calls = {
+                "time_limit": lambda: sync.generate("Hi", time_limit=seconds),
+                "max_message_delay": lambda: client.generate("Hi", max_message_delay=seconds),
+                "timeout": lambda: sync.generate("Hi", timeout=seconds),
+                "interval": lambda: next(iter(sync.watch_load(seconds))),
+                "seconds": lambda: sync.wait_ready(seconds),
+            }
+            for name, call in calls.items():
+                with pytest.raises(InvalidRequestError, match=f"{name}: .* is no time to wait; give seconds, 0 to 1e"):
+                    call()
+        waits = {"seconds": client.wait_ready(seconds), "interval": anext(client.watch_load(seconds))}
+        for name, waiting in waits.items():
+            with pytest.raises(InvalidRequestError, match=name):
+                await waiting
+
+
+async def test_the_longest_times_are_carried(server):
+    """A time limit is the server's to bound, a timeout of thirty years no trouble."""
+    async with AsyncClient(server.address) as client:
+        assert (await client.complete("Hi", timeout=1e9)).text == "Once upon a time"
+    assert (await with_client(server, lambda sync: sync.complete("Hi", timeout=1e9))).text == "Once upon a time"
 
 
 async def test_leaving_the_block_stops_the_work(server, engine):
