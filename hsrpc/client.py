@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, Self, Unpack
 
 import grpc
@@ -21,11 +21,13 @@ from hsrpc.client_messages import (
     Completion,
     Settings,
     call_errors,
+    check_seconds,
     closing_call,
     generate_request,
     read_delta,
     watch_load_request,
 )
+from hsrpc.client_proxy import Proxy, proxy_to
 from hsrpc.request import Delta
 from hsrpc.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc, server_pb2, server_pb2_grpc
 
@@ -71,11 +73,12 @@ class _Call(Protocol):
 class Stream(_Output, Iterator[Delta]):
     """Deltas of one request as they come; the last one alone has `finish`. Closing it stops the work."""
 
-    def __init__(self, call: _Call) -> None:
+    def __init__(self, call: _Call, proxy: Proxy | None) -> None:
         self._call = call
+        self._proxy = proxy
 
     def __next__(self) -> Delta:
-        with call_errors():
+        with call_errors(self._proxy):
             return self._delta(next(self._call))
 
     def __enter__(self) -> Self:
@@ -92,13 +95,16 @@ class AsyncStream(_Output, AsyncIterator[Delta]):
     """Deltas of one request as they come; the last one alone has `finish`. Closing it stops the work."""
 
     def __init__(
-        self, call: grpc.aio.UnaryStreamCall[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse]
+        self,
+        call: grpc.aio.UnaryStreamCall[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse],
+        proxy: Proxy | None,
     ) -> None:
         self._call = call
+        self._proxy = proxy
         self._responses = call.__aiter__()
 
     async def __anext__(self) -> Delta:
-        with call_errors():
+        with call_errors(self._proxy):
             return self._delta(await anext(self._responses))
 
     async def __aenter__(self) -> Self:
@@ -134,6 +140,7 @@ class Client:
             credentials=credentials, token=token, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, options=options
         )
         self._metadata = connection.metadata
+        self._proxy = proxy_to(target)
         self._channel = connection.channel(target)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)
@@ -149,9 +156,14 @@ class Client:
         self._channel.close()
 
     def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Stream:
-        """Start a request; iterating may raise CallError."""
+        """Start a request; iterating may raise CallError.
+
+        Raises:
+            TypeError, InvalidRequestError: a setting is unknown, or no time where it should be one.
+        """
         request = generate_request(prompt, settings)
-        return Stream(self._generation.Generate(request, timeout=settings.get("timeout"), metadata=self._metadata))
+        call = self._generation.Generate(request, timeout=settings.get("timeout"), metadata=self._metadata)
+        return Stream(call, self._proxy)
 
     def complete(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Completion:
         """The whole output.
@@ -165,24 +177,24 @@ class Client:
     def abort(self, request_id: str) -> bool:
         """End a live request; False if there is none of that id."""
         request = generation_pb2.AbortRequest(request_id=request_id)
-        with call_errors():
+        with call_errors(self._proxy):
             return self._generation.Abort(request, metadata=self._metadata).aborted
 
     def get_model(self, model: str | None = None) -> model_pb2.GetModelResponse:
-        with call_errors():
+        with call_errors(self._proxy):
             return self._model.GetModel(model_pb2.GetModelRequest(model=model), metadata=self._metadata)
 
     def tokenize(self, text: str) -> list[int]:
-        with call_errors():
+        with call_errors(self._proxy):
             return list(self._model.Tokenize(model_pb2.TokenizeRequest(text=text), metadata=self._metadata).token_ids)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         request = model_pb2.DetokenizeRequest(token_ids=token_ids)
-        with call_errors():
+        with call_errors(self._proxy):
             return self._model.Detokenize(request, metadata=self._metadata).text
 
     def get_server_info(self) -> server_pb2.GetServerInfoResponse:
-        with call_errors():
+        with call_errors(self._proxy):
             return self._server.GetServerInfo(server_pb2.GetServerInfoRequest(), metadata=self._metadata)
 
     def watch_load(self, interval: float = 1.0) -> Iterator[server_pb2.WatchLoadResponse]:
@@ -190,9 +202,10 @@ class Client:
 
         Raises:
             CallError: while iterating; the call did not end well.
+            InvalidRequestError: likewise; the interval is no time.
         """
         call = self._server.WatchLoad(watch_load_request(interval), metadata=self._metadata)
-        with call_errors(), closing_call(call):
+        with call_errors(self._proxy), closing_call(call):
             yield from call
 
     def wait_ready(self, seconds: float) -> None:
@@ -200,8 +213,9 @@ class Client:
 
         Raises:
             CallError: it has not within that time.
+            InvalidRequestError: the seconds are no time.
         """
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + check_seconds("seconds", seconds)
         while True:
             try:
                 self.get_model()
@@ -212,8 +226,19 @@ class Client:
             time.sleep(_POLL_SECONDS)
 
 
+class _AsyncStubs:
+    """The services over a channel that belongs to the event loop on which it was opened."""
+
+    def __init__(self, open_channel: Callable[[], grpc.aio.Channel]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.channel = channel = open_channel()
+        self.generation: GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
+        self.model: ModelServiceAsyncStub = model_pb2_grpc.ModelServiceStub(channel)
+        self.server: ServerServiceAsyncStub = server_pb2_grpc.ServerServiceStub(channel)
+
+
 class AsyncClient:
-    """Calls a server from asyncio code."""
+    """Calls a server from asyncio code. May be made anywhere; belongs to the event loop of its first call."""
 
     def __init__(
         self,
@@ -235,10 +260,9 @@ class AsyncClient:
             credentials=credentials, token=token, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, options=options
         )
         self._metadata = connection.metadata
-        self._channel = channel = connection.aio_channel(target)
-        self._generation: GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
-        self._model: ModelServiceAsyncStub = model_pb2_grpc.ModelServiceStub(channel)
-        self._server: ServerServiceAsyncStub = server_pb2_grpc.ServerServiceStub(channel)
+        self._proxy = proxy_to(target)
+        self._open_channel = connection.aio_opener(target)
+        self._opened: _AsyncStubs | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -247,15 +271,31 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        await self._channel.close()
+        """End all calls; a later one fails."""
+        await self._stubs.channel.close()
+
+    @property
+    def _stubs(self) -> _AsyncStubs:
+        """Opened by the first call.
+
+        Raises:
+            RuntimeError: no event loop runs, or another than that of the first call.
+        """
+        if self._opened is None:
+            self._opened = _AsyncStubs(self._open_channel)
+        if self._opened.loop is not asyncio.get_running_loop():
+            raise RuntimeError("AsyncClient: its first call was on another event loop; make a client for each loop")
+        return self._opened
 
     def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> AsyncStream:
-        """Start a request; iterating may raise CallError."""
-        return AsyncStream(
-            self._generation.Generate(
-                generate_request(prompt, settings), timeout=settings.get("timeout"), metadata=self._metadata
-            )
-        )
+        """Start a request; iterating may raise CallError.
+
+        Raises:
+            TypeError, InvalidRequestError: a setting is unknown, or no time where it should be one.
+        """
+        request = generate_request(prompt, settings)
+        call = self._stubs.generation.Generate(request, timeout=settings.get("timeout"), metadata=self._metadata)
+        return AsyncStream(call, self._proxy)
 
     async def complete(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Completion:
         """The whole output.
@@ -269,35 +309,36 @@ class AsyncClient:
     async def abort(self, request_id: str) -> bool:
         """End a live request; False if there is none of that id."""
         request = generation_pb2.AbortRequest(request_id=request_id)
-        with call_errors():
-            return (await self._generation.Abort(request, metadata=self._metadata)).aborted
+        with call_errors(self._proxy):
+            return (await self._stubs.generation.Abort(request, metadata=self._metadata)).aborted
 
     async def get_model(self, model: str | None = None) -> model_pb2.GetModelResponse:
-        with call_errors():
-            return await self._model.GetModel(model_pb2.GetModelRequest(model=model), metadata=self._metadata)
+        with call_errors(self._proxy):
+            return await self._stubs.model.GetModel(model_pb2.GetModelRequest(model=model), metadata=self._metadata)
 
     async def tokenize(self, text: str) -> list[int]:
         request = model_pb2.TokenizeRequest(text=text)
-        with call_errors():
-            return list((await self._model.Tokenize(request, metadata=self._metadata)).token_ids)
+        with call_errors(self._proxy):
+            return list((await self._stubs.model.Tokenize(request, metadata=self._metadata)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         request = model_pb2.DetokenizeRequest(token_ids=token_ids)
-        with call_errors():
-            return (await self._model.Detokenize(request, metadata=self._metadata)).text
+        with call_errors(self._proxy):
+            return (await self._stubs.model.Detokenize(request, metadata=self._metadata)).text
 
     async def get_server_info(self) -> server_pb2.GetServerInfoResponse:
-        with call_errors():
-            return await self._server.GetServerInfo(server_pb2.GetServerInfoRequest(), metadata=self._metadata)
+        with call_errors(self._proxy):
+            return await self._stubs.server.GetServerInfo(server_pb2.GetServerInfoRequest(), metadata=self._metadata)
 
     async def watch_load(self, interval: float = 1.0) -> AsyncIterator[server_pb2.WatchLoadResponse]:
         """The load, at once and then every `interval` seconds (0.1 or more), until the server drains.
 
         Raises:
             CallError: while iterating; the call did not end well.
+            InvalidRequestError: likewise; the interval is no time.
         """
-        call = self._server.WatchLoad(watch_load_request(interval), metadata=self._metadata)
-        with call_errors(), closing_call(call):
+        call = self._stubs.server.WatchLoad(watch_load_request(interval), metadata=self._metadata)
+        with call_errors(self._proxy), closing_call(call):
             async for response in call:
                 yield response
 
@@ -306,8 +347,9 @@ class AsyncClient:
 
         Raises:
             CallError: it has not within that time.
+            InvalidRequestError: the seconds are no time.
         """
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + check_seconds("seconds", seconds)
         while True:
             try:
                 await self.get_model()

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
 import grpc
 import grpc.aio
 
+from hsrpc.client_proxy import is_loopback
+
 Option = tuple[str, str | int]
 FileName = str | PathLike[str]
 
 ROUND_ROBIN: tuple[Option, ...] = (("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),)
 """Options with which calls go to every address of the target in turn, such as to all pods of a headless service."""
+
+
+DIRECT: tuple[Option, ...] = (("grpc.enable_http_proxy", 0),)
+"""Options with which calls go through no proxy, whatever the environment says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +44,7 @@ class Connection:
     tls_key: FileName | None = None
     """PEM file of its private key."""
     options: Sequence[Option] = ()
-    """Arguments of the gRPC channel, such as `ROUND_ROBIN`."""
+    """Arguments of the gRPC channel, such as `ROUND_ROBIN`. Servers on this machine are reached without a proxy."""
 
     def __post_init__(self) -> None:
         files = (self.tls_ca, self.tls_cert, self.tls_key)
@@ -55,17 +62,21 @@ class Connection:
 
     def channel(self, target: str) -> grpc.Channel:
         """A channel to `target`, for ordinary code."""
-        credentials, options = self._credentials(), list(self.options)
+        credentials, options = self._credentials(), self._options(target)
         if credentials is None:
             return grpc.insecure_channel(target, options)
         return grpc.secure_channel(target, credentials, options)
 
-    def aio_channel(self, target: str) -> grpc.aio.Channel:
-        """A channel to `target`, for asyncio."""
-        credentials, options = self._credentials(), list(self.options)
+    def aio_opener(self, target: str) -> Callable[[], grpc.aio.Channel]:
+        """Opens a channel to `target` on the running event loop. The files are read now."""
+        credentials, options = self._credentials(), self._options(target)
         if credentials is None:
-            return grpc.aio.insecure_channel(target, options)
-        return grpc.aio.secure_channel(target, credentials, options)
+            return partial(grpc.aio.insecure_channel, target, options)
+        return partial(grpc.aio.secure_channel, target, credentials, options)
+
+    def _options(self, target: str) -> list[Option]:
+        """The caller's own come first: gRPC takes the first of a name."""
+        return [*self.options, *(DIRECT if is_loopback(target) else ())]
 
     def _credentials(self) -> grpc.ChannelCredentials | None:
         if not (self.tls_ca or self.tls_cert):

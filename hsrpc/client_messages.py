@@ -12,10 +12,14 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from hsrpc.errors import HsrpcError
+from hsrpc.client_proxy import Proxy
+from hsrpc.errors import HsrpcError, InvalidRequestError
 from hsrpc.request import Delta, Finish, FinishReason, Timings, TokenLogprob, Usage
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import server_pb2
+
+_MAX_SECONDS = 1e9
+"""Thirty years: more than any server waits, and within what all of gRPC's clocks can count."""
 
 
 class Settings(TypedDict, total=False):
@@ -95,14 +99,17 @@ class Completion:
 
 
 @contextmanager
-def call_errors() -> Iterator[None]:
-    """Raises CallError for grpc's own errors."""
+def call_errors(proxy: Proxy | None) -> Iterator[None]:
+    """Raises CallError for grpc's own errors; where no server was reached, with what `proxy` has to do with it."""
     try:
         yield
     except grpc.RpcError as error:
         metadata = cast("Iterable[tuple[str, bytes]]", error.trailing_metadata() or ())
         details = next((value for key, value in metadata if key == "grpc-status-details-bin"), None)
-        raise CallError(error.code(), error.details() or "", details) from None
+        message = error.details() or ""
+        if proxy is not None and error.code() is grpc.StatusCode.UNAVAILABLE and details is None:
+            message = f"{message}; {proxy}"
+        raise CallError(error.code(), message, details) from None
 
 
 class _Cancellable(Protocol):
@@ -119,8 +126,12 @@ def closing_call(call: _Cancellable) -> Iterator[None]:
 
 
 def watch_load_request(interval: float) -> server_pb2.WatchLoadRequest:
-    """The message for reports every `interval` seconds."""
-    return server_pb2.WatchLoadRequest(interval=_duration(interval))
+    """The message for reports every `interval` seconds.
+
+    Raises:
+        InvalidRequestError: the interval is no time.
+    """
+    return server_pb2.WatchLoadRequest(interval=_duration("interval", interval))
 
 
 def generate_request(prompt: str | Sequence[int], settings: Settings) -> v1.GenerateRequest:
@@ -128,6 +139,7 @@ def generate_request(prompt: str | Sequence[int], settings: Settings) -> v1.Gene
 
     Raises:
         TypeError: a setting is unknown.
+        InvalidRequestError: a time is negative, not finite or too long.
     """
     request = v1.GenerateRequest()
     if isinstance(prompt, str):
@@ -138,6 +150,7 @@ def generate_request(prompt: str | Sequence[int], settings: Settings) -> v1.Gene
     homes: tuple[Message, ...] = (request, request.sampling, request.stopping, request.output)
     for name, value in settings.items():
         if name == "timeout":
+            check_seconds(name, settings["timeout"])
             continue
         home = next((home for home in homes if name in home.DESCRIPTOR.fields_by_name), None)
         if home is None:
@@ -148,7 +161,7 @@ def generate_request(prompt: str | Sequence[int], settings: Settings) -> v1.Gene
 
 def _set(home: Message, name: str, value: object) -> None:
     if name in ("time_limit", "max_message_delay") and isinstance(value, int | float):
-        getattr(home, name).CopyFrom(_duration(value))
+        getattr(home, name).CopyFrom(_duration(name, value))
     elif isinstance(value, Mapping):
         getattr(home, name).update(value)
     elif isinstance(value, Sequence) and not isinstance(value, str):
@@ -157,9 +170,20 @@ def _set(home: Message, name: str, value: object) -> None:
         setattr(home, name, value)
 
 
-def _duration(seconds: float) -> Duration:
+def check_seconds(name: str, seconds: float) -> float:
+    """`seconds`, if they are a time that a message can carry.
+
+    Raises:
+        InvalidRequestError: naming the argument.
+    """
+    if not 0 <= seconds <= _MAX_SECONDS:
+        raise InvalidRequestError(name, f"{seconds!r} is no time to wait; give seconds, 0 to {_MAX_SECONDS:.0e}")
+    return seconds
+
+
+def _duration(name: str, seconds: float) -> Duration:
     message = Duration()
-    message.FromNanoseconds(round(seconds * 1e9))
+    message.FromNanoseconds(round(check_seconds(name, seconds) * 1e9))
     return message
 
 

@@ -114,6 +114,15 @@ def format_bytes(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
+def format_rate(rate: float, unit: str) -> str:
+    """`rate` as people read it, in decimal units: 1.5e9 of B/s is 1.50 GB/s."""
+    for prefix in ("", "k", "M", "G"):
+        if rate < 999.5:
+            return f"{rate:#.3g}".rstrip(".") + f" {prefix}{unit}"
+        rate /= 1000
+    return f"{rate:#.3g}".rstrip(".") + f" T{unit}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Settings of an engine. `None` means: decided when the engine starts, from model and machine.

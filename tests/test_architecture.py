@@ -30,12 +30,13 @@ ALLOWED = {
     "device": {"plan", "schedule", "config", "errors"},
     "engine": {"model", "device", "plan", "schedule", "text", "request", "config", "errors"},
     "server": {"engine", "plan", "schedule", "request", "config", "errors", "v1"},
-    "client_messages": {"request", "errors", "v1"},
-    "client_channel": set(),
-    "client": {"client_channel", "client_messages", "request", "errors", "v1"},
+    "client_proxy": set(),
+    "client_messages": {"client_proxy", "request", "errors", "v1"},
+    "client_channel": {"client_proxy"},
+    "client": {"client_channel", "client_messages", "client_proxy", "request", "errors", "v1"},
     "testing": {"server", "engine", "model", "device", "plan", "schedule", "request", "config", "errors"},
     "bench": {
-        *("testing", "server", "client", "client_messages", "v1"),
+        *("testing", "server", "client", "client_channel", "client_messages", "v1"),
         *("engine", "model", "device", "plan", "schedule", "request", "config", "errors"),
     },
     "cli": {

@@ -22,7 +22,8 @@ export class Client {
    *   settings a bearer token; PEM files of the server's roots, and of the client's certificate and key; channel options
    */
   constructor(target, { token, tlsCa, tlsCert, tlsKey, credentials, options } = {}) {
-    const channel = [target, credentials ?? channelCredentials(tlsCa, tlsCert, tlsKey), options];
+    const direct = isLoopback(target) ? { "grpc.enable_http_proxy": 0 } : {};
+    const channel = [target, credentials ?? channelCredentials(tlsCa, tlsCert, tlsKey), { ...direct, ...options }];
     this.metadata = new grpc.Metadata();
     if (token !== undefined) this.metadata.set("authorization", `Bearer ${token}`);
     this.generation = new hsrpc.v1.GenerationService(...channel);
@@ -90,6 +91,11 @@ function channelCredentials(ca, cert, key) {
   if (!ca && !cert) return grpc.credentials.createInsecure();
   const read = (file) => (file ? readFileSync(file) : null);
   return grpc.credentials.createSsl(read(ca), read(key), read(cert));
+}
+
+/** No proxy, whatever the environment says, can reach a server on this machine. */
+function isLoopback(target) {
+  return /^(dns:|ipv[46]:)?\/*(localhost|127\.[\d.]+|\[::1\]|::1)(:\d+)?$/.test(target);
 }
 
 function deadline(timeout) {

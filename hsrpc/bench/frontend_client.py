@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 import grpc
 import grpc.aio
 
+from hsrpc.client_channel import DIRECT
 from hsrpc.client_messages import Settings, generate_request
 from hsrpc.errors import HsrpcError
 from hsrpc.v1 import generation_pb2 as v1
@@ -79,7 +80,7 @@ def answer_jobs(connection: Connection, address: str) -> None:
 
 async def _read_streams(job: Job, address: str) -> Received:
     requests = [_request(job, prompt) for prompt in islice(cycle(job.prompts), job.streams)]
-    options = [("grpc.use_local_subchannel_pool", 1)]
+    options = [("grpc.use_local_subchannel_pool", 1), *DIRECT]
     channels = [grpc.aio.insecure_channel(address, options) for _ in range(min(_CHANNELS, job.streams))]
     await asyncio.gather(*(channel.channel_ready() for channel in channels))
     began = time.monotonic()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hsrpc.bench.run import Result
-from hsrpc.config import format_bytes
+from hsrpc.config import format_bytes, format_rate
 
 ACTIVATION_SHARE = "activation share of cached tokens"
 _NOT_MEASURED = "not measured"
@@ -81,7 +81,7 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
         ("prefill", [f"{r.prefill_tokens_per_second:.0f} tokens/s" for r in results]),
         ("whole run", [f"{r.total_tokens_per_second:.1f} tokens/s" for r in results]),
         ("GEMM rate used", [f"{r.prefill_gemm_share:.1%}" for r in results]),
-        ("bus", [f"{r.bus_bytes_per_second / 1e9:.1f} of {r.hardware.load_bandwidth / 1e9:.1f} GB/s" for r in results]),
+        ("bus", [f"{_rate(r.bus_bytes_per_second)} of {_rate(r.hardware.load_bandwidth)}" for r in results]),
         ("bus, plain copies", [_rate(r.sustained_bandwidth) for r in results]),
         ("bus while it copies", [_rate(r.profile.copy_rate if r.profile else None) for r in results]),
         ("GPU busy", [_share(r.device_busy_share) for r in results]),
@@ -114,7 +114,7 @@ def _ms(seconds: float | None) -> str:
 
 
 def _rate(value: float | None) -> str:
-    return _NOT_MEASURED if value is None else f"{value / 1e9:.1f} GB/s"
+    return _NOT_MEASURED if value is None else format_rate(value, "B/s")
 
 
 def _share(value: float | None) -> str:

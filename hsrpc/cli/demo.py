@@ -18,6 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from hsrpc.cli.terminal import print_any_text
 from hsrpc.client import AsyncClient
 from hsrpc.config import format_bytes
 from hsrpc.request import Finish
@@ -132,4 +133,5 @@ async def demo() -> None:
 
 
 if __name__ == "__main__":
+    print_any_text()
     asyncio.run(demo())

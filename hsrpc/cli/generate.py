@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
+from hsrpc.cli.terminal import printable_json
 from hsrpc.errors import InvalidRequestError
 from hsrpc.request import Delta, SamplingParams
 
@@ -67,7 +67,7 @@ async def _generate(options: argparse.Namespace, prompt: str | list[int], params
             deltas.append(delta)
             if not options.json:
                 print(delta.text, end="", flush=True)
-        print(json.dumps(_result(engine, deltas), ensure_ascii=False) if options.json else "")
+        print(printable_json(_result(engine, deltas)) if options.json else "")
 
 
 def _result(engine: Engine, deltas: list[Delta]) -> dict[str, object]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from hsrpc import __version__
 from hsrpc.cli import bench, convert, generate, info, plan, serve, top
 from hsrpc.cli.options import Parser
+from hsrpc.cli.terminal import print_any_text
 from hsrpc.errors import HsrpcError
 
 _COMMANDS = (serve, generate, plan, convert, info, bench, top)
@@ -43,6 +44,7 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 is success, 1 a failure that its message explains, 2 a wrong use, 128 + n an end by signal n."""
     atexit.register(gc.freeze)  # else the interpreter's last collections look at all of torch, for half a second
+    print_any_text()
     options, unknown = build_parser().parse_known_args(arguments)
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")

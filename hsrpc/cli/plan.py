@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
-from hsrpc.config import format_bytes
+from hsrpc.config import format_bytes, format_rate
 from hsrpc.errors import ConfigError
 from hsrpc.schedule.blocks import PoolId
 
@@ -93,11 +93,11 @@ def _prediction_table(plan: Plan) -> Table:
         "tokens recomputed": str(plan.recompute.tokens),
         "weights resident": f"{plan.resident_share:.0%}",
         "weights that stream": "coded" if plan.decode_buffer_bytes else "as they are",
-        f"bus ({hardware.load_bandwidth / 1e9:.1f} GB/s)": _ms(step.bus),
+        f"bus ({format_rate(hardware.load_bandwidth, 'B/s')})": _ms(step.bus),
         "forward": _ms(step.forward),
-        f"regeneration ({hardware.gemm_rate / 1e12:.2f} TFLOP/s)": _ms(step.regenerate),
+        f"regeneration ({format_rate(hardware.gemm_rate, 'FLOP/s')})": _ms(step.regenerate),
         "gathering activations": _ms(step.gather),
-        f"attention ({hardware.attention_bandwidth / 1e9:.0f} GB/s)": _ms(step.attention),
+        f"attention ({format_rate(hardware.attention_bandwidth, 'B/s')})": _ms(step.attention),
         "logits": _ms(step.head),
         "launching, on the host": _ms(step.launch),
         "between steps": _ms(step.boundary),

@@ -12,6 +12,7 @@ from enum import Enum, StrEnum
 from typing import Any, NamedTuple
 
 from hsrpc.cli.options import ABSENT, Parser
+from hsrpc.cli.terminal import printable_json
 
 PREFIX = "HSRPC_"
 _OWN = ("config", "print_config")
@@ -151,4 +152,4 @@ def _shown(action: argparse.Action, value: object) -> object:
 
 def _toml(value: object) -> str:
     """A basic string, a number or a truth value: JSON writes them as TOML does."""
-    return json.dumps(value.value if isinstance(value, Enum) else value, ensure_ascii=False)
+    return printable_json(value.value if isinstance(value, Enum) else value)

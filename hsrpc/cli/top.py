@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from hsrpc.cli.connection import add_connection_options, connection_settings
 from hsrpc.cli.options import Commands, SecondsOption, add_command
-from hsrpc.config import Seconds, format_bytes
+from hsrpc.config import Seconds, format_bytes, format_rate
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -82,7 +82,7 @@ def view(info: GetServerInfoResponse, last: WatchLoadResponse | None, report: Wa
     for use in load.blocks:
         if use.total:
             table.add_row(_title(use), f"{_bar(use.used / use.total)} {use.used} of {use.total} blocks")
-    table.add_row("bus", _rate(last, report, ("weights_streamed_bytes", "cache_loaded_bytes"), _gigabytes))
+    table.add_row("bus", _rate(last, report, ("weights_streamed_bytes", "cache_loaded_bytes"), _bytes))
     table.add_row("generated", _rate(last, report, ("generated_tokens",), _tokens))
     table.add_row("prompts", _rate(last, report, ("prompt_tokens",), _tokens))
     table.add_row("regenerated", _rate(last, report, ("regenerated_tokens",), _tokens) + ", layers counted")
@@ -106,8 +106,8 @@ def _rate(last: WatchLoadResponse | None, report: WatchLoadResponse, counters: t
     return unit(moved / seconds) if seconds > 0 else "-"
 
 
-def _gigabytes(rate: float) -> str:
-    return f"{rate / 1e9:.2f} GB/s"
+def _bytes(rate: float) -> str:
+    return format_rate(rate, "B/s")
 
 
 def _tokens(rate: float) -> str:

@@ -1,13 +1,19 @@
-"""What this machine can do: bus both ways, GEMM times over rows, memory and launches, measured in about two seconds."""
+"""What this machine can do: bus both ways, GEMM times over rows, memory and launches, measured in about two seconds.
+
+Another program on the same cores can make every operation of many threads wait for a thread that does not run, for
+milliseconds each. So each measurement has a time after which it makes do with what it has, and one thread measures
+where all are slower.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import cycle, takewhile
 
 import numpy as np
 import torch
@@ -26,8 +32,10 @@ _PIECES = 4
 _BUS_REPEATS = 20
 """Repetitions of a copy: more, since others use the bus of a shared machine more than its GPU. Loads are measured
 twice, some time apart, since a disturbance may outlast all repetitions of one measurement."""
-_NORM_ROWS, _NORMS = 64, 50
-"""Rows of the norms that stand for the small kernels of a layer, and how many run as one graph."""
+_MIN_REPEATS = 4
+"""Repetitions in any case, a warm-up among them."""
+_NORM_ROWS = 64
+"""Rows of the norms that stand for the small kernels of a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,10 @@ class _Amounts:
     """Bytes of the weights that it reads in turn: more than caches hold."""
     loops: int
     """Launches for each reading of the clock: to wait for the device takes longer than some of them."""
+    norms: int
+    """Norms in a row: on a GPU as many as make a graph worth its launch."""
+    enough: float
+    """Seconds after which a measurement needs no more repetitions."""
     waking: float
     """Seconds of work before anything is measured."""
     sustained: float
@@ -55,6 +67,8 @@ _ON_CPU = _Amounts(
     decode_rows=1,
     weight_bytes=16 * 1024**2,
     loops=1,
+    norms=5,
+    enough=0.25,
     waking=0.0,
     sustained=0.05,
 )
@@ -64,13 +78,23 @@ _ON_GPU = _Amounts(
     decode_rows=32,
     weight_bytes=512 * 1024**2,
     loops=10,
+    norms=50,
+    enough=2.0,
     waking=0.2,
     sustained=1.5,
 )
 
 
 def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware:
-    """Measure the rates at the model's shapes, after a warm-up: lower quartiles of nine times, of the bus of twenty."""
+    """Measure the rates at the model's shapes, after a warm-up: lower quartiles of nine times, of the bus of twenty.
+
+    Fewer where the machine takes long for them: on the CPU 0.25 s for each of a dozen measurements.
+    """
+    with _undisturbed_threads(device):
+        return _calibrate(device, sizes, dtype)
+
+
+def _calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware:
     amounts, layer = _amounts(device), sizes.commonest
     _wake(device, _regeneration(device, layer, dtype, amounts.rows[-1]), amounts.waking)
     memory_bandwidth, read_bandwidth = _memory_rates(device, amounts)
@@ -87,7 +111,7 @@ def calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardware
     finally:
         device.release_pinned()
     launch = _launch_seconds(device)
-    small_kernel = _norm_seconds(device, layer, dtype, amounts.loops)
+    small_kernel = _norm_seconds(device, layer, dtype, amounts)
     device.release_cached()
     return Hardware(
         load_bandwidth=amounts.copy_bytes / min(load, alone),
@@ -185,9 +209,28 @@ def _contended_seconds(
         device.synchronize(device.record(device.load))
         return time.perf_counter() - start
 
-    times = [(seconds(0), seconds(count)) for _ in range(_BUS_REPEATS)]
+    times = [(seconds(0), seconds(count)) for _ in _repetitions(device, _BUS_REPEATS)]
     alone, contended = zip(*times, strict=True)
     return _lower_quartile(alone), _lower_quartile(contended)
+
+
+@contextmanager
+def _undisturbed_threads(device: Device) -> Iterator[None]:
+    """One thread for torch meanwhile, where a copy by all of them takes twice as long: others have their cores."""
+    threads = torch.get_num_threads()
+    if device.torch_device.type != "cpu" or threads == 1:
+        yield
+        return
+    source, target = (device.empty((_ON_CPU.copy_bytes,), torch.uint8, DeviceUse.MEASUREMENT) for _ in range(2))
+    source.zero_()
+    by_all = _seconds(device, lambda: target.copy_(source))
+    torch.set_num_threads(1)
+    try:
+        if by_all < 2 * _seconds(device, lambda: target.copy_(source)):
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _wake(device: Device, work: Callable[[], object], seconds: float) -> None:
@@ -239,16 +282,16 @@ def _regeneration(device: Device, layer: LayerSizes, dtype: torch.dtype, rows: i
     return partial(functional.linear, x, weight)
 
 
-def _norm_seconds(device: Device, layer: LayerSizes, dtype: torch.dtype, loops: int) -> float:
+def _norm_seconds(device: Device, layer: LayerSizes, dtype: torch.dtype, amounts: _Amounts) -> float:
     """Device seconds of a norm of few rows that waits for the one before, as kernels in a graph do."""
     x = torch.randn(_NORM_ROWS, layer.hidden_size, device=device.torch_device, dtype=dtype)
 
     def norms() -> None:
         normed = x
-        for _ in range(_NORMS):
+        for _ in range(amounts.norms):
             normed = functional.layer_norm(normed, normed.shape[-1:])
 
-    return _seconds(device, device.capture(norms), loops) / _NORMS
+    return _seconds(device, device.capture(norms), amounts.loops) / amounts.norms
 
 
 def _launch_seconds(device: Device) -> float:
@@ -258,7 +301,7 @@ def _launch_seconds(device: Device) -> float:
     count = 200
     times = []
     with device.on(device.compute), torch.inference_mode():
-        for _ in range(_REPEATS):
+        for _ in _repetitions(device, _REPEATS):
             device.synchronize(device.record(device.compute))
             start = time.perf_counter()
             for _ in range(count):
@@ -281,11 +324,11 @@ def _lower_quartile(times: Sequence[float]) -> float:
 
 
 def _times(device: Device, work: Callable[[], object], repeats: int, loops: int = 1) -> list[float]:
-    """Seconds of `work` on the compute stream, `repeats` times after a warm-up."""
+    """Seconds of `work` on the compute stream, up to `repeats` times after a warm-up."""
     device.drain()  # what it reads was filled on no stream of the device's
     times = []
     with device.on(device.compute), torch.inference_mode():
-        for _ in range(repeats + 1):
+        for _ in _repetitions(device, repeats + 1):
             device.synchronize(device.record(device.compute))
             start = time.perf_counter()
             for _ in range(loops):
@@ -293,3 +336,9 @@ def _times(device: Device, work: Callable[[], object], repeats: int, loops: int 
             device.synchronize(device.record(device.compute))
             times.append((time.perf_counter() - start) / loops)
     return times[1:]
+
+
+def _repetitions(device: Device, most: int) -> Iterator[int]:
+    """Numbers of the repetitions of a measurement: no more begin once it has taken long enough."""
+    begun, enough = time.perf_counter(), _amounts(device).enough
+    return takewhile(lambda i: i < _MIN_REPEATS or time.perf_counter() - begun < enough, range(most))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -12,9 +13,10 @@ from hsrpc.cli.demo import PROMPTS
 
 @pytest.fixture(scope="module")
 def output() -> str:
-    """What `make demo` prints."""
+    """What `make demo` prints, where the environment names a proxy that does not listen."""
     command = [sys.executable, "-m", "hsrpc.cli.demo"]
-    ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200)
+    environment = os.environ | {"http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert "Traceback" not in ran.stderr
     return ran.stdout

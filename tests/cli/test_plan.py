@@ -8,6 +8,7 @@ import pytest
 from matplotlib import image
 
 from hsrpc.model.shapes import SHAPES
+from hsrpc.plan.hardware import Hardware
 from tests.cli.conftest import SMALL
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -68,6 +69,14 @@ def test_the_tables_name_budgets_policy_and_prediction(hsrpc):
         assert words in ran.out
     rows = {line.split("│")[1].strip() for line in ran.out.splitlines() if line.count("│") >= 3}
     assert {"all", "budget", "K and V", "activations", "activation share", "weights resident", "throughput"} <= rows
+
+
+def test_the_rates_of_a_slow_machine_are_told(hsrpc, monkeypatch):
+    """In units that fit: never 0 GB/s."""
+    slow = Hardware(load_bandwidth=3e8, store_bandwidth=3e8, gemm_rate=2e9, memory_bandwidth=4e8)
+    monkeypatch.setattr("hsrpc.engine.startup.calibrate", lambda *_: slow)
+    out = hsrpc("plan", *SMALL).out
+    assert all(rate in out for rate in ("bus (300 MB/s)", "(2.00 GFLOP/s)", "attention (400 MB/s)"))
 
 
 @pytest.mark.parametrize("name", ["share.png", "share"])

@@ -52,8 +52,8 @@ def test_a_view_has_load_blocks_bus_and_throughput():
 
 def test_the_first_view_knows_no_rates():
     """One report has no difference, and two of the same moment neither."""
-    assert "GB/s" not in shown(None, report(1, 1, 1))
-    assert "GB/s" not in shown(report(1, 1, 1), report(1, 2, 2))
+    assert "B/s" not in shown(None, report(1, 1, 1))
+    assert "B/s" not in shown(report(1, 1, 1), report(1, 2, 2))
 
 
 @pytest.fixture
@@ -76,4 +76,4 @@ def test_reports_of_a_server_are_shown_live(hsrpc, address):
     assert ran.code == 0
     assert "fake/model on cpu" in ran.out
     assert "0 of 4 run, 1 wait" in ran.out
-    assert "0.00 GB/s" in ran.out  # a rate: there was a report before the last one
+    assert "0.00 B/s" in ran.out  # a rate: there was a report before the last one

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from hsrpc.device.calibration import calibrate, fit_line, sustained_load
 from hsrpc.device.device import CpuDevice
@@ -62,8 +63,8 @@ def test_what_the_bus_keeps_up_counts_what_disturbs_it(monkeypatch: pytest.Monke
 
 
 def test_a_disturbance_of_most_times_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five of nine reads of memory wait for 50 ms: the rate is that of the others."""
-    amax, waits = torch.amax, cycle((0.0, *[0.05] * 5, *[0.0] * 4))
+    """Five of nine reads of memory wait for 10 ms: the rate is that of the others."""
+    amax, waits = torch.amax, cycle((0.0, *[0.01] * 5, *[0.0] * 4))
 
     def disturbed(values: torch.Tensor) -> torch.Tensor:
         time.sleep(next(waits))
@@ -71,7 +72,42 @@ def test_a_disturbance_of_most_times_does_not_count(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch, "amax", disturbed)
     found = calibrate(CpuDevice(), named_spec("opt-125m", torch.float32).sizes, torch.float32)
-    assert found.attention_bandwidth > 8 * 1024**2 / 0.05
+    assert found.attention_bandwidth > 8 * 1024**2 / 0.01
+
+
+@pytest.mark.parametrize(("name", "most"), [("layer_norm", 30), ("linear", 45)])
+def test_a_busy_machine_is_not_measured_for_long(monkeypatch: pytest.MonkeyPatch, name: str, most: int) -> None:
+    """Each kernel waits for 50 ms, as it does for a thread that does not get its core: few are launched."""
+    kernel, calls = getattr(functional, name), []
+
+    def delayed(*args: object, **options: object) -> torch.Tensor:
+        calls.append(args)
+        time.sleep(0.05)
+        return kernel(*args, **options)
+
+    monkeypatch.setattr(functional, name, delayed)
+    calibrate(CpuDevice(), named_spec("opt-125m", torch.float32).sizes, torch.float32)
+    assert 4 <= len(calls) <= most
+
+
+@pytest.mark.parametrize(("slow", "chosen"), [(2, 1), (1, 2)])
+def test_one_thread_measures_where_two_are_slower(monkeypatch: pytest.MonkeyPatch, slow: int, chosen: int) -> None:
+    """Copies by one number of threads take 20 ms, by the other 1 ms. Afterwards torch has as many as before."""
+    used, before = [], torch.get_num_threads()
+
+    def copy(target: torch.Tensor, source: torch.Tensor, **options: bool) -> torch.Tensor:
+        used.append(torch.get_num_threads())
+        time.sleep(0.02 if used[-1] == slow else 0.001)
+        return target
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    torch.set_num_threads(2)
+    try:
+        calibrate(CpuDevice(), named_spec("opt-125m", torch.float32).sizes, torch.float32)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert used[-1] == chosen
 
 
 @given(slope=POSITIVE, overhead=st.just(0.0) | POSITIVE)

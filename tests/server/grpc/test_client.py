@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import grpc
 import pytest
 
 from hsrpc.client import AsyncClient, CallError, Client, Settings
+from hsrpc.errors import InvalidRequestError
 from hsrpc.request import Delta, FinishReason, SamplingParams, Timings, Usage
 from hsrpc.server import Server
 from hsrpc.v1 import generation_pb2 as v1
@@ -109,6 +111,34 @@ async def test_an_unknown_setting_is_refused(server):
         await with_client(server, lambda client: client.complete("Hi", temprature=1.0))
 
 
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf, -1.0, 1e300, 10**400])
+async def test_a_time_that_is_none_is_refused_by_its_name(server, seconds):
+    """Before anything is sent, in every argument that is a time, of both clients."""
+    async with AsyncClient(server.address) as client:
+        with Client(server.address) as sync:
+            calls = {
+                "time_limit": lambda: sync.generate("Hi", time_limit=seconds),
+                "max_message_delay": lambda: client.generate("Hi", max_message_delay=seconds),
+                "timeout": lambda: sync.generate("Hi", timeout=seconds),
+                "interval": lambda: next(iter(sync.watch_load(seconds))),
+                "seconds": lambda: sync.wait_ready(seconds),
+            }
+            for name, call in calls.items():
+                with pytest.raises(InvalidRequestError, match=f"{name}: .* is no time to wait; give seconds, 0 to 1e"):
+                    call()
+        waits = {"seconds": client.wait_ready(seconds), "interval": anext(client.watch_load(seconds))}
+        for name, waiting in waits.items():
+            with pytest.raises(InvalidRequestError, match=name):
+                await waiting
+
+
+async def test_the_longest_times_are_carried(server):
+    """A time limit is the server's to bound, a timeout of thirty years no trouble."""
+    async with AsyncClient(server.address) as client:
+        assert (await client.complete("Hi", timeout=1e9)).text == "Once upon a time"
+    assert (await with_client(server, lambda sync: sync.complete("Hi", timeout=1e9))).text == "Once upon a time"
+
+
 async def test_leaving_the_block_stops_the_work(server, engine):
     """A stream closed early aborts the request."""
     engine.held = True
@@ -166,6 +196,46 @@ async def test_the_async_client_does_the_same(server, engine):
         await until(lambda: engine.aborted == ["r"])
         with pytest.raises(CallError, match="DEADLINE_EXCEEDED"):
             await client.complete("Hi", timeout=0.05)
+
+
+async def test_an_async_client_may_be_made_before_the_loop_runs(server):
+    """At the top of a module, before asyncio.run, or on another thread: it opens its channel with its first call."""
+    client = await asyncio.to_thread(AsyncClient, server.address)
+
+    async def use() -> str:
+        async with client:
+            return (await client.complete("Hi")).text
+
+    assert await asyncio.to_thread(asyncio.run, use()) == "Once upon a time"
+
+
+async def test_an_async_client_on_two_loops_says_what_to_do(server):
+    """Calls, streams and its end belong to the loop of the first call."""
+    async with AsyncClient(server.address) as client:
+        await client.get_model()
+
+        async def use(method: Callable[[], object]) -> None:
+            found = method()
+            if asyncio.iscoroutine(found):
+                await found
+
+        for method in (client.get_model, lambda: client.generate("Hi"), client.close):
+            with pytest.raises(RuntimeError, match="another event loop; make a client for each loop"):
+                await asyncio.to_thread(asyncio.run, use(method))
+        assert (await client.get_model()).name == "fake/model"
+
+
+def test_an_async_client_without_a_loop():
+    """A stream begins in a coroutine."""
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        AsyncClient("127.0.0.1:1").generate("Hi")
+
+
+def test_files_are_read_as_a_client_is_made(tmp_path):
+    """Not with its first call."""
+    for kind in (Client, AsyncClient):
+        with pytest.raises(FileNotFoundError):
+            kind("127.0.0.1:1", tls_ca=tmp_path / "none.pem")
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,12 @@ async def test_the_node_client_passes_its_tests(server: Server):
     assert "# pass 6" in output
 
 
+async def test_the_node_client_reaches_this_machine_without_a_proxy(server: Server):
+    """The proxy that the environment names does not listen."""
+    code, output = await run_tests(server, http_proxy="http://127.0.0.1:9", no_proxy="")
+    assert code == 0, output
+
+
 async def test_the_node_client_brings_a_token_over_tls(tmp_path: Path):
     """The same tests pass with a token and the server's roots, and all fail without the token."""
     authority, tokens = Authority(tmp_path), tmp_path / "tokens"
