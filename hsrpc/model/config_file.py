@@ -109,8 +109,8 @@ def read_config(path: Path) -> ConfigFile:
             if size > MAX_JSON_BYTES:
                 expected = f"at most {MAX_JSON_BYTES} bytes of JSON"
                 raise CheckpointError(f"{path}: expected {expected}, found {size} bytes; fetch the file again")
-            text = file.read(size)
-        values = json.loads(text.decode())
+            content = file.read(size)
+        values = json.loads(content)  # bytes: of UTF-8, 16 or 32, with a byte order mark or without
     except OSError as error:
         remedy = "give a model directory in Hugging Face format"
         raise CheckpointError(f"{path}: expected a readable file, found {error.strerror}; {remedy}") from None

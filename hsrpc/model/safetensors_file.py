@@ -18,9 +18,10 @@ from hsrpc.errors import CheckpointError
 from hsrpc.model.bounds import MAX_DIMENSIONS, MAX_FILE_BYTES, MAX_JSON_BYTES
 from hsrpc.model.config_file import shortened, shown
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LENGTH_BYTES = 8
 _CHUNK_ELEMENTS = 1 << 23
+_COMPARED_BYTES = 1 << 22
 _REFETCH = "fetch the file again"
 
 
@@ -118,6 +119,20 @@ class SafetensorsFile:
                 piece = out[first : first + _CHUNK_ELEMENTS]
                 self._fill(file.fileno(), name, entry.start + first * dtype.itemsize, scratch[: len(piece)])
                 piece.copy_(scratch[: len(piece)])
+
+    def same(self, name: str, other: SafetensorsFile, other_name: str) -> bool:
+        """Whether the tensor `name` is the other one, byte for byte."""
+        first, second = self.entries[name], other.entries[other_name]
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        with self.path.open("rb") as file, other.path.open("rb") as others:
+            file.seek(first.start)
+            others.seek(second.start)
+            for done in range(0, first.end - first.start, _COMPARED_BYTES):
+                size = min(_COMPARED_BYTES, first.end - first.start - done)
+                if file.read(size) != others.read(size):
+                    return False
+        return True
 
     def check_dtype(self, name: str) -> None:
         dtype = self.entries[name].dtype
