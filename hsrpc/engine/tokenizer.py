@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import importlib.util
+import json
 import threading
-from collections.abc import Callable, Sequence
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 from hsrpc.errors import CheckpointError, InvalidRequestError
+from hsrpc.model.config_file import read_config
+from hsrpc.model.foreign import check_own, read_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_FILES = ("tokenizer.json", *SENTENCEPIECE_FILES, "vocab.json", "tekken.json")
+_READ = (".json", ".txt", ".jinja", ".model")
+"""Ends of the names of the files that may be a tokenizer's."""
+_BYTE_ORDER_MARKS = (BOM_UTF8, BOM_UTF16_LE, BOM_UTF16_BE)
+_KEPT = ("model_type", "architectures", "tokenizer_class", "transformers_version")
+"""What a tokenizer reads of config.json."""
 
 R = TypeVar("R")
 Args = TypeVarTuple("Args")
@@ -117,12 +130,53 @@ def _check_files(directory: Path) -> None:
             f"{directory / 'tokenizer.json'}: no tokenizer found (looked for {', '.join(_FILES)}); "
             "copy the tokenizer files of the model there"
         )
+    for path in _text_files(directory):
+        check_own(path, read_head(path))
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json", "tekken.json")):
+        _check_reader(next(directory / name for name in SENTENCEPIECE_FILES if (directory / name).is_file()))
+
+
+def _text_files(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if path.suffix in _READ and path.is_file()]
+
+
+def _check_reader(file: Path) -> None:
+    """Check that what reads a vocabulary of that kind is installed: SentencePiece's begins with a newline's byte."""
+    package = "sentencepiece" if read_head(file)[:1] == b"\n" else "tiktoken"
+    if importlib.util.find_spec(package) is None:
+        remedy = f"run `pip install {package}`, or copy the model's tokenizer.json there"
+        raise CheckpointError(f"{file}: the package {package}, which reads it, is not installed; {remedy}")
+
+
+@contextmanager
+def _readable(directory: Path) -> Iterator[Path]:
+    """The directory; or, where it has what hsrpc reads and transformers does not, one with the same tokenizer."""
+    marked = [path for path in _text_files(directory) if read_head(path).startswith(_BYTE_ORDER_MARKS)]
+    config = directory / "config.json"
+    values = read_config(config).values if config.is_file() else {}
+    if not marked and not isinstance(values.get("bos_token_id"), list):
+        yield directory
+        return
+    with TemporaryDirectory(prefix="hsrpc-tokenizer-") as name:
+        copy = Path(name)
+        for path in _text_files(directory):
+            if path in marked and path.suffix == ".json":
+                (copy / path.name).write_text(json.dumps(dict(read_config(path).values)), encoding="utf-8")
+            else:
+                (copy / path.name).symlink_to(path.resolve())
+        kept = {key: values[key] for key in _KEPT if key in values}
+        (copy / config.name).unlink(missing_ok=True)
+        (copy / config.name).write_text(json.dumps(kept), encoding="utf-8")
+        yield copy
 
 
 def _load(directory: Path) -> PreTrainedTokenizerBase:
     # Imported here: it takes seconds, on this thread.
     auto = importlib.import_module("transformers").AutoTokenizer
-    tokenizer: PreTrainedTokenizerBase = auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    with _readable(directory) as readable:
+        tokenizer: PreTrainedTokenizerBase = auto.from_pretrained(
+            readable, local_files_only=True, trust_remote_code=False
+        )
     # Drops truncation and padding settings now: later calls then only read, which two threads may do at once.
     tokenizer.encode("")
     return tokenizer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +13,9 @@ import torch
 from hsrpc.errors import CheckpointError
 from hsrpc.model.config_file import read_config, shortened
 from hsrpc.model.family import Family
+from hsrpc.model.foreign import gguf_files, refuse_gguf
 from hsrpc.model.safetensors_file import SafetensorsFile
+from hsrpc.model.shards import check_complete
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.model.tensor_names import EMBEDDING, HEAD, TensorNames
 
@@ -25,7 +26,6 @@ _TIE = "fetch the checkpoint again, or set tie_word_embeddings to true in config
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _NO_SHARDS = ("consolidated", "adapter_model", "optimizer", "training_args")
 """Beginnings of the names of safetensors files that hold no part of the model under its Hugging Face names."""
-_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})\.safetensors")
 
 _RANDOM_BLOCK = 4_194_301
 """A prime: rows of a tensor filled with repeats of one block never coincide."""
@@ -163,7 +163,7 @@ def _open_files(directory: Path) -> dict[str, SafetensorsFile]:
     paths = _weight_files(directory)
     if not paths:
         raise _no_weights(directory)
-    _check_numbers(directory, {path.name for path in paths})
+    check_complete(directory, {path.name for path in paths})
     files: dict[str, SafetensorsFile] = {}
     for shard in map(SafetensorsFile, paths):
         for tensor in shard.entries:
@@ -172,16 +172,6 @@ def _open_files(directory: Path) -> dict[str, SafetensorsFile]:
                 raise shard.refuse("each tensor in one file", found, "remove the files of another model", tensor)
             files[tensor] = shard
     return files
-
-
-def _check_numbers(directory: Path, names: set[str]) -> None:
-    """Check that of shards numbered as model-00001-of-00003 all are there."""
-    for match in filter(None, map(_NUMBERED.fullmatch, sorted(names))):
-        for number in range(1, int(match["count"]) + 1):
-            wanted = f"{match['stem']}-{number:0{len(match['number'])}}-of-{match['count']}.safetensors"
-            if wanted not in names:
-                expected = f"{wanted} beside {match.string}"
-                raise CheckpointError(f"{directory}: expected {expected}, found none; fetch the missing file")
 
 
 def _open_indexed(directory: Path) -> tuple[dict[str, SafetensorsFile], dict[str, Path]]:
@@ -214,6 +204,8 @@ def _no_weights(directory: Path) -> CheckpointError:
         return CheckpointError(f"{directory}: expected a directory, found none; give the model's directory")
     other = sorted(path.name for path in directory.glob("*.safetensors"))
     pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if gguf := gguf_files(directory):
+        return refuse_gguf(gguf[0])
     if other:
         remedy = "fetch the model's weights under their Hugging Face names"
         return CheckpointError(f"{directory}: expected {WEIGHTS_FILE}, found {', '.join(other[:3])}; {remedy}")

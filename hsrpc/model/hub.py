@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hsrpc.errors import CheckpointError, ModelNotFoundError
 from hsrpc.model.config_file import read_config
+from hsrpc.model.foreign import check_own, read_head
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TEXT_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
@@ -30,11 +31,13 @@ def resolve_model(name: str, *, pickled: bool = False) -> Path:
 
     Raises:
         ModelNotFoundError: neither a directory nor a model that the hub has, or the hub is out of reach.
-        CheckpointError: a file in it is a link to a place outside.
+        CheckpointError: a file in it is a link to a place outside, or the name is that of a GGUF file.
     """
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return _inside(Path(path))
+    if os.path.isfile(path):
+        check_own(Path(path), read_head(Path(path)))
     if os.path.exists(path):
         raise ModelNotFoundError(f"{name!r} is a file; give the directory that it is in")
     if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:

@@ -13,6 +13,7 @@ from hsrpc.model.checkpoint import Checkpoint, has_weights
 from hsrpc.model.config_file import ConfigFile, read_config
 from hsrpc.model.families.registry import create_family, family_class, family_name
 from hsrpc.model.family import ModelSpec
+from hsrpc.model.foreign import gguf_files, refuse_gguf
 from hsrpc.model.formats.choice import uniform
 from hsrpc.model.formats.format import Formats
 from hsrpc.model.formats.plain import Plain
@@ -34,6 +35,8 @@ def load_spec(directory: Path, dtype: torch.dtype | None) -> ModelSpec:
     Raises:
         CheckpointError: a file or key is missing or wrong, or the model is not supported.
     """
+    if not (directory / CONFIG_FILE).exists() and (gguf := gguf_files(directory)):
+        raise refuse_gguf(gguf[0])
     config = read_config(directory / CONFIG_FILE)
     spec = _make_spec(model_name(directory), config, dtype)
     if has_weights(directory) and Checkpoint(directory).has_own_head(create_family(spec)):

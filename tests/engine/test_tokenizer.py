@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,3 +141,44 @@ def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path, files: dict[st
     with pytest.raises(CheckpointError, match=message) as caught:
         Tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+async def test_byte_order_marks_are_read_over(tmp_path, directory, encoding):
+    """The tokenizer is the same whatever encoding of JSON its files, and the model's, have."""
+    for path in directory.iterdir():
+        (tmp_path / path.name).write_text(path.read_text(), encoding=encoding)
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}', encoding=encoding)
+    marked, plain = Tokenizer(tmp_path), Tokenizer(directory)
+    assert await marked.encode("the cat") == await plain.encode("the cat")
+    marked.close(), plain.close()
+
+
+async def test_a_list_of_begin_tokens_is_no_hindrance(tmp_path, directory):
+    """What transformers refuses in config.json does not concern the tokenizer."""
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "bos_token_id": [1, 2]}')
+    made = Tokenizer(tmp_path)
+    assert await made.decode(await made.encode("the cat")) == "the cat"
+    made.close()
+
+
+@pytest.mark.parametrize(("content", "package"), [(b"\n\x0e\n\x05", "sentencepiece"), (b"IQ== 0\n", "tiktoken")])
+def test_package_that_reads_a_vocabulary_is_named(tmp_path, monkeypatch, content, package):
+    """Where it is not installed, the command that installs it is said."""
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.model: the package {package}, .*`pip install {package}`"):
+        Tokenizer(tmp_path)
+
+
+async def test_sentencepiece_vocabulary_alone_is_read(tmp_path):
+    """A model without tokenizer.json, as Llama 2 was first published."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        lines = ["the cat sat on the mat", "hello world"] * 20
+        trainer.train(sentence_iterator=iter(lines), model_writer=file, vocab_size=40, model_type="bpe", minloglevel=2)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    made = Tokenizer(tmp_path)
+    assert await made.decode(await made.encode("the cat")) == "the cat"
+    made.close()

@@ -58,6 +58,31 @@ def test_sources_are_concatenated_and_converted(tmp_path, stored, served):
     assert torch.equal(read(tmp_path, dtype=served), torch.cat(list(state.values())).to(served))
 
 
+@pytest.mark.parametrize(
+    ("stored", "value", "served", "remedy"),
+    [
+        (torch.float32, 70_000.0, torch.float16, "serve it with --dtype bfloat16"),
+        (torch.bfloat16, -1e6, torch.float16, "serve it with --dtype bfloat16"),
+        (torch.float32, 3.4e38, torch.bfloat16, "serve it with --dtype float32"),
+        (torch.float64, 1e300, torch.float32, "fetch the file again"),
+    ],
+)
+def test_weights_too_large_for_the_served_type_are_refused(tmp_path, stored, value, served, remedy):
+    """The refusal has the tensor, its largest value, and the type that works."""
+    state = {"model.a": torch.ones(2, 3).to(stored), "model.b": torch.ones(3, 3).to(stored)}
+    state["model.b"][1, 2] = value
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"model\.b: expected at most .*, found .*e.*; {remedy}"):
+        read(tmp_path, dtype=served)
+    assert torch.equal(read(tmp_path, dtype=stored), torch.cat(list(state.values())))
+
+
+def test_infinite_weights_are_read_as_they_are(tmp_path):
+    """What was infinite already did not become so here."""
+    save_file({"model.a": torch.ones(2, 3), "model.b": torch.full((3, 3), torch.inf)}, tmp_path / "model.safetensors")
+    assert read(tmp_path, dtype=torch.float16)[2:].isinf().all()
+
+
 def test_large_tensors_are_converted_piece_by_piece(tmp_path, monkeypatch):
     """Conversion in pieces smaller than the tensor leaves no seam."""
     monkeypatch.setattr(safetensors_file, "_CHUNK_ELEMENTS", 4)
