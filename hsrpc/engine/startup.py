@@ -271,7 +271,7 @@ def _check_room(plan: Plan, device: Device) -> None:
 def _source(planned: Planned) -> tuple[WeightSource, Tokenizer | NoTokenizer]:
     if planned.directory is None:
         return RandomWeights(0), NoTokenizer()
-    return planned.checkpoint or Checkpoint(planned.directory), Tokenizer(planned.directory)
+    return planned.checkpoint or Checkpoint(planned.directory), Tokenizer(planned.directory, planned.spec.vocab_size)
 
 
 def _dtype(wanted: DType, on_cpu: bool) -> torch.dtype | None:

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import importlib.util
 import json
+import logging
 import threading
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ from hsrpc.model.foreign import check_own, read_head
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
+
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _FILES = ("tokenizer.json", *SENTENCEPIECE_FILES, "vocab.json", "tekken.json")
 _READ = (".json", ".txt", ".jinja", ".model")
@@ -37,6 +40,7 @@ Args = TypeVarTuple("Args")
 class Tokenizer:
     """The tokenizer of a model directory in Hugging Face format.
 
+    `num_rows`: tokens that the model has an embedding of; None: as many as the tokenizer. Text may hold no others.
     Prompts are encoded on one thread and output is decoded on another; each belongs to this object until `close`.
     Making one reads files and takes seconds: do it on a thread where an event loop runs.
 
@@ -44,7 +48,7 @@ class Tokenizer:
         CheckpointError: the directory holds no tokenizer that can be read.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, num_rows: int | None = None) -> None:
         _check_files(Path(directory))
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="hsrpc-encode")
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="hsrpc-decode")
@@ -58,6 +62,14 @@ class Tokenizer:
             ) from error
         self._tokenizer = loading.result()
         self._vocab_size = len(self._tokenizer)
+        self._num_rows = self._vocab_size if num_rows is None else num_rows
+        if self._vocab_size > self._num_rows:
+            _log.warning(
+                "%s: the tokenizer has %s tokens and the model %s: text that needs others is refused",
+                directory,
+                self._vocab_size,
+                self._num_rows,
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -74,7 +86,7 @@ class Tokenizer:
         """Token ids of `text`, with the special tokens that the model's prompts begin with.
 
         Raises:
-            InvalidRequestError: `text` is not valid Unicode.
+            InvalidRequestError: `text` is not valid Unicode, or holds a token that the model does not have.
         """
         return await asyncio.get_running_loop().run_in_executor(self._encoder, self._encode, text)
 
@@ -112,7 +124,13 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             found = f"a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
             raise InvalidRequestError("text", f"{found}; give valid Unicode") from None
-        return list(self._tokenizer.encode(text, verbose=False))
+        token_ids = list(self._tokenizer.encode(text, verbose=False))
+        if max(token_ids, default=0) >= self._num_rows:
+            token_id = next(each for each in token_ids if each >= self._num_rows)
+            token = self._tokenizer.convert_ids_to_tokens(token_id)
+            found = f"{token!r} is token {token_id} of the tokenizer, and the model has {self._num_rows}"
+            raise InvalidRequestError("text", f"{found}; leave it out")
+        return token_ids
 
     def _decode(self, token_ids: list[int]) -> str:
         for position, token_id in enumerate(token_ids):

@@ -18,6 +18,7 @@ from hsrpc.errors import CheckpointError
 from hsrpc.model.bounds import MAX_DIMENSIONS, MAX_FILE_BYTES, MAX_JSON_BYTES
 from hsrpc.model.config_file import shortened, shown
 from hsrpc.model.foreign import HEAD_BYTES, check_own
+from hsrpc.model.tensor import dtype_name
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LENGTH_BYTES = 8
@@ -133,10 +134,8 @@ class SafetensorsFile:
             return  # infinite, or NaN, as it was published
         found = f"{stored.abs().max().item():.4g}"
         wider = [each for each in (torch.bfloat16, torch.float32) if _is_finite(stored.to(each))]
-        remedy = f"serve it with --dtype {str(wider[0]).removeprefix('torch.')}" if wider else _REFETCH
-        expected = (
-            f"at most {torch.finfo(served.dtype).max:.4g}, the largest {str(served.dtype).removeprefix('torch.')}"
-        )
+        remedy = f"serve it with --dtype {dtype_name(wider[0])}" if wider else _REFETCH
+        expected = f"at most {torch.finfo(served.dtype).max:.4g}, the largest {dtype_name(served.dtype)}"
         raise self.refuse(expected, found, remedy, name)
 
     def same(self, name: str, other: SafetensorsFile, other_name: str) -> bool:

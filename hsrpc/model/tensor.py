@@ -5,6 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The element type's name as settings have it, such as float16."""
+    return str(dtype).removeprefix("torch.")
+
 
 @dataclass(frozen=True)
 class TensorSpec:

@@ -182,3 +182,17 @@ async def test_sentencepiece_vocabulary_alone_is_read(tmp_path):
     made = Tokenizer(tmp_path)
     assert await made.decode(await made.encode("the cat")) == "the cat"
     made.close()
+
+
+async def test_text_with_a_token_that_the_model_lacks_is_refused(directory, caplog):
+    """A tokenizer may have more tokens than the model has rows: said at start, and of the text that needs one."""
+    made = Tokenizer(directory, 100)
+    assert f"the tokenizer has {made.vocab_size} tokens and the model 100" in caplog.text
+    [last] = await made.encode("b")
+    assert last < 100
+    with pytest.raises(InvalidRequestError, match=r"^text: '.*' is token \d+ of the tokenizer, and the model has 100"):
+        await made.encode("a cat")
+    made.close()
+    caplog.clear()
+    Tokenizer(directory, 280).close()
+    assert not caplog.text
