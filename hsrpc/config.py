@@ -91,6 +91,15 @@ class WeightCoding(StrEnum):
     """float16 and bfloat16 in fewer bytes, decoded on the device to the same bits."""
 
 
+class GenerationDefaults(StrEnum):
+    """Where the sampling settings come from that a request leaves out."""
+
+    AUTO = "auto"
+    """The model's generation_config.json, as far as it says something."""
+    NONE = "none"
+    """hsrpc's own, whatever the model's file says."""
+
+
 def parse_bytes(text: int | str, field: str) -> int:
     """Bytes in `text`: a number, or one with a unit such as 24GiB, 512MiB, 1.5G (binary) or 80GB (decimal).
 
@@ -126,6 +135,8 @@ class EngineConfig:
     """Directory in Hugging Face format, or a hub id."""
     device: DeviceKind = DeviceKind.AUTO
     dtype: DType = DType.AUTO
+    generation_config: GenerationDefaults = GenerationDefaults.AUTO
+    """Where the sampling settings come from that a request leaves out."""
     gpu_memory: int | str | None = None
     """Hard budget of device memory, bytes; on the CPU it bounds the emulated device."""
     host_memory: int | str | None = None
@@ -166,6 +177,7 @@ class EngineConfig:
         for name, kind in (
             ("device", DeviceKind),
             ("dtype", DType),
+            ("generation_config", GenerationDefaults),
             ("cache_policy", CachePolicy),
             ("placement", Placement),
             ("weight_coding", WeightCoding),

@@ -16,6 +16,7 @@ from hsrpc.config import (
     DeviceKind,
     DType,
     EngineConfig,
+    GenerationDefaults,
     Placement,
     Seconds,
     WeightCoding,
@@ -100,6 +101,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--dtype", choices=_values(DType), default=DType.AUTO, help="of weights and caches (default: auto)"
+    )
+    model.add_argument(
+        "--generation-config",
+        choices=_values(GenerationDefaults),
+        default=GenerationDefaults.AUTO,
+        help="auto takes the sampling settings that a request leaves out from the model's generation_config.json, none "
+        "takes hsrpc's own (default: auto)",
     )
     model.add_argument("--max-model-len", type=int, metavar="N", help="most tokens of one request, prompt and output")
     model.add_argument("--seed", type=int, metavar="N", help="makes the seeds of requests that bring none reproducible")

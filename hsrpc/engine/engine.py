@@ -154,6 +154,11 @@ class Engine:
         return self._opened.tokenizer
 
     @property
+    def default_params(self) -> SamplingParams:
+        """Settings that suit the model: its own, where its generation_config.json has them and may be followed."""
+        return self._opened.default_params
+
+    @property
     def max_model_len(self) -> int:
         return self.plan.max_model_len
 
@@ -192,12 +197,12 @@ class Engine:
     async def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """Submit and iterate; leaving the loop early aborts the request.
+        """Submit and iterate; leaving the loop early aborts the request. `params` None are `default_params`.
 
         Raises:
             As `submit`, and EngineFaultError or RequestFailedError while iterating.
         """
-        generation = await self.submit(prompt, params or SamplingParams(), request_id=request_id)
+        generation = await self.submit(prompt, params or self.default_params, request_id=request_id)
         try:
             async for delta in generation:
                 yield delta

@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _FILES = ("tokenizer.json", *SENTENCEPIECE_FILES, "vocab.json", "tekken.json")
+CHAT_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<|end_of_turn|>")
+"""Tokens that end a turn, where a chat template has them."""
 _READ = (".json", ".txt", ".jinja", ".model")
 """Ends of the names of the files that may be a tokenizer's."""
 _BYTE_ORDER_MARKS = (BOM_UTF8, BOM_UTF16_LE, BOM_UTF16_BE)
@@ -77,10 +79,13 @@ class Tokenizer:
         return self._vocab_size
 
     @property
-    def eos_token_id(self) -> int | None:
-        """The end-of-text token that the tokenizer names; generation_config.json may name others."""
-        token_id = self._tokenizer.eos_token_id
-        return token_id if isinstance(token_id, int) else None
+    def end_token_ids(self) -> Sequence[int]:
+        """The end-of-text token that the tokenizer names, and those that end a turn in its chat template."""
+        template = json.dumps(self._tokenizer.chat_template or "", ensure_ascii=False)
+        names = [name for name in CHAT_ENDS if name in template]
+        added = self._tokenizer.get_added_vocab()
+        ids = [self._tokenizer.eos_token_id, *(added[name] for name in names if name in added)]
+        return [token_id for token_id in ids if isinstance(token_id, int) and token_id < self._num_rows]
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens that the model's prompts begin with.

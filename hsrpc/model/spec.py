@@ -17,6 +17,7 @@ from hsrpc.model.foreign import gguf_files, refuse_gguf
 from hsrpc.model.formats.choice import uniform
 from hsrpc.model.formats.format import Formats
 from hsrpc.model.formats.plain import Plain
+from hsrpc.model.generation_config import GENERATION_FILE
 from hsrpc.model.hub import model_name
 from hsrpc.model.shapes import SHAPES
 
@@ -42,7 +43,7 @@ def load_spec(directory: Path, dtype: torch.dtype | None) -> ModelSpec:
     if has_weights(directory) and Checkpoint(directory).has_own_head(create_family(spec)):
         untied = ConfigFile(config.file, {**config.values, "tie_word_embeddings": False})
         spec = _make_spec(spec.name, untied, dtype)
-    generation = directory / "generation_config.json"
+    generation = directory / GENERATION_FILE
     if not generation.exists():
         return spec
     more = read_config(generation).token_ids("eos_token_id", spec.vocab_size)

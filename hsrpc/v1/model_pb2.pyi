@@ -61,7 +61,9 @@ class GetModelResponse(google.protobuf.message.Message):
     """Most tokens of one request here, prompt and output together."""
     @property
     def eos_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Tokens that end a text."""
+        """Tokens that end a text: of the model's configuration, its generation configuration, and its tokenizer, with those
+        that end a turn in its chat template.
+        """
 
     @property
     def sizes(self) -> Global___ModelSizes:

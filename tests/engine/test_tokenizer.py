@@ -59,7 +59,7 @@ async def test_decode_gives_back_what_was_encoded(tokenizer: Tokenizer, text: st
 
 async def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
     """The end-of-text token is known and is left out of the text."""
-    assert tokenizer.eos_token_id == 0
+    assert tokenizer.end_token_ids == [0]
     assert await tokenizer.decode([*await tokenizer.encode("hello"), 0]) == "hello"
 
 
@@ -196,3 +196,19 @@ async def test_text_with_a_token_that_the_model_lacks_is_refused(directory, capl
     caplog.clear()
     Tokenizer(directory, 280).close()
     assert not caplog.text
+
+
+def test_tokens_that_end_a_turn_are_those_of_the_chat_template(tmp_path, directory):
+    """A special token that the template does not use ends nothing, nor does one that the model has no row for."""
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    made.add_special_tokens(["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    template = "{{ messages[0].content }}<|im_end|><|eot_id|>"
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    first = made.token_to_id("<|im_end|>")
+    for rows, expected in ((first + 3, [0, first, first + 1]), (first + 1, [0, first])):
+        tokenizer = Tokenizer(tmp_path, rows)
+        assert list(tokenizer.end_token_ids) == expected
+        tokenizer.close()

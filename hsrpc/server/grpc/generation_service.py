@@ -20,7 +20,7 @@ class GenerationService:
     async def generate(self, request: v1.GenerateRequest, write: Write[v1.GenerateResponse]) -> None:
         """Send the continuation of the prompt; however this ends, the engine's work for it ends too."""
         with self._service.admit(model_of(request)) as admitted:
-            submission = read_submission(request, self._service.config)
+            submission = read_submission(request, self._service.config, admitted.engine.default_params)
             with field_paths(request):
                 async with admitted.submit(submission, current_caller.get()) as stream:
                     first = await _first_response(admitted.engine, stream, submission, request.output)
