@@ -133,6 +133,8 @@ class EngineConfig:
 
     model: str = BUNDLED_MODEL
     """Directory in Hugging Face format, or a hub id."""
+    trust_links: bool = False
+    """Whether files of the model's directory may be links out of it; whoever made them chooses what is read."""
     device: DeviceKind = DeviceKind.AUTO
     dtype: DType = DType.AUTO
     generation_config: GenerationDefaults = GenerationDefaults.AUTO

@@ -99,6 +99,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="directory in Hugging Face format, hub id, or random:SHAPE, such as random:opt-13b or random:config.json "
         "(default: bundled)",
     )
+    add_trust_links(model)
     model.add_argument(
         "--dtype", choices=_values(DType), default=DType.AUTO, help="of weights and caches (default: auto)"
     )
@@ -166,6 +167,15 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     batch.add_argument("--max-queued-requests", type=int, default=1024, metavar="N", help="default: 1024")
     batch.add_argument(
         "--max-queued-tokens", type=int, default=1_048_576, metavar="N", help="of prompts that wait (default: 1048576)"
+    )
+
+
+def add_trust_links(parser: argparse._ActionsContainer) -> None:
+    """The flag of `EngineConfig.trust_links`."""
+    parser.add_argument(
+        "--trust-links",
+        action="store_true",
+        help="read files of the model's directory that are links out of it; without, they are refused",
     )
 
 

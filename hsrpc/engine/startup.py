@@ -102,7 +102,9 @@ def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> P
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
     spec, device = describe_model(config)
-    directory = None if config.model.startswith(RANDOM_PREFIX) else resolve_model(config.model)
+    directory = (
+        None if config.model.startswith(RANDOM_PREFIX) else resolve_model(config.model, trust_links=config.trust_links)
+    )
     family = create_family(spec)
     checkpoint = Checkpoint(directory) if directory is not None and has_weights(directory) else None
     if checkpoint is not None:
@@ -184,7 +186,7 @@ def describe_model(config: EngineConfig) -> tuple[ModelSpec, Device]:
     dtype = _dtype(config.dtype, on_cpu=device.torch_device.type == "cpu")
     if config.model.startswith(RANDOM_PREFIX):
         return named_spec(config.model.removeprefix(RANDOM_PREFIX), dtype), device
-    return load_spec(resolve_model(config.model), dtype), device
+    return load_spec(resolve_model(config.model, trust_links=config.trust_links), dtype), device
 
 
 async def open_components(config: EngineConfig, choose_plan: ChoosePlan, progress: bool) -> Components:

@@ -295,3 +295,14 @@ async def test_a_model_brings_its_ends_and_its_sampling_settings(directory: Path
             finish = (await collect(engine.generate([7, 8], params)))[-1].finish
             assert finish is not None
             assert finish.reason is FinishReason.EOS
+
+
+def test_links_out_of_the_directory_are_followed_where_they_are_trusted(directory: Path, tmp_path: Path) -> None:
+    """As a store of one's own makes them; without the setting the refusal names it."""
+    elsewhere = tmp_path / "blob"
+    (directory / "model.safetensors").rename(elsewhere)
+    (directory / "model.safetensors").symlink_to(elsewhere)
+    settings = EngineConfig(model=str(directory), device=DeviceKind.CPU)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*found a link out of it; .*--trust-links"):
+        describe_model(settings)
+    assert describe_model(replace(settings, trust_links=True))[0].family == "opt"
