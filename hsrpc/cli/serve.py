@@ -53,6 +53,11 @@ def add_parser(commands: Commands) -> None:
         metavar="SECONDS",
         help="for one step, before health says that the process hangs (default: 300)",
     )
+    listen.add_argument(
+        "--served-model-name",
+        metavar="NAME[,NAME...]",
+        help="names that the `model` of a request may have; answers say the first (default: the model's own)",
+    )
     _add_message_options(parser)
     add_security_options(parser)
     _add_operations_options(parser)
@@ -107,6 +112,7 @@ def run(options: argparse.Namespace) -> None:
     config = ServerConfig(
         host=options.host,
         port=options.port,
+        served_model_names=tuple(filter(None, (options.served_model_name or "").split(","))),
         security=security_config(options),
         drain_timeout=options.shutdown_timeout,
         write_timeout=options.write_timeout,

@@ -52,7 +52,7 @@ class GetModelResponse(google.protobuf.message.Message):
     SIZES_FIELD_NUMBER: builtins.int
     CACHE_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """Name, as requests may give it in `model`."""
+    """Name, as requests may give it in `model`; the first one, where the server's operator gave it several."""
     family: builtins.str
     """Architecture family, such as "opt" or "llama"."""
     context_length: builtins.int
