@@ -159,7 +159,8 @@ class EngineConfig:
     max_batch: int | None = None
     """Most requests that run at once; None: as many as give the highest predicted throughput."""
     max_model_len: int | None = None
-    """Most tokens of one request, prompt and output together."""
+    """Most tokens of one request, prompt and output together. None: the model's own, as far as that fits the budgets at
+    hardly less speed; else its half and so on, not below 4096."""
     max_prefill_tokens: int | None = None
     """Most prompt tokens that one step computes; longer prompts are computed in chunks."""
     expected_context: int | None = None

@@ -110,7 +110,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="auto takes the sampling settings that a request leaves out from the model's generation_config.json, none "
         "takes hsrpc's own (default: auto)",
     )
-    model.add_argument("--max-model-len", type=int, metavar="N", help="most tokens of one request, prompt and output")
+    model.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="most tokens of one request, prompt and output (default: the model's own, or, where the budgets have no "
+        "room for one of that length at hardly less speed, its half and so on, not below 4096)",
+    )
     model.add_argument("--seed", type=int, metavar="N", help="makes the seeds of requests that bring none reproducible")
     memory = parser.add_argument_group("device and memory")
     memory.add_argument("--device", choices=_values(DeviceKind), default=DeviceKind.AUTO, help="default: auto")

@@ -35,6 +35,7 @@ from hsrpc.model.family import ModelSpec
 from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.hub import resolve_model
 from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec
+from hsrpc.plan.default_context import planner_with_context
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
@@ -121,7 +122,7 @@ def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> P
     _check_layer(specs, budgets, device)
     hardware = calibrate(device, spec.sizes, spec.dtype)
     spec, planner, plan = _fastest(
-        [(each, Planner(each.sizes, budgets, hardware, config)) for each in specs], choose_plan
+        [(each, planner_with_context(each.sizes, budgets, hardware, config)) for each in specs], choose_plan
     )
     return Planned(spec, device, planner, plan, directory, _default_params(config, directory), checkpoint)
 

@@ -58,7 +58,9 @@ class GetModelResponse(google.protobuf.message.Message):
     context_length: builtins.int
     """Most tokens that the model's positions allow."""
     max_model_len: builtins.int
-    """Most tokens of one request here, prompt and output together."""
+    """Most tokens of one request here, prompt and output together: what the operator says, else context_length as far as
+    the server's memory has room for it at hardly less speed.
+    """
     @property
     def eos_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Tokens that end a text: of the model's configuration, its generation configuration, and its tokenizer, with those
