@@ -91,6 +91,15 @@ class WeightCoding(StrEnum):
     """float16 and bfloat16 in fewer bytes, decoded on the device to the same bits."""
 
 
+class GenerationDefaults(StrEnum):
+    """Where the sampling settings come from that a request leaves out."""
+
+    AUTO = "auto"
+    """The model's generation_config.json, as far as it says something."""
+    NONE = "none"
+    """hsrpc's own, whatever the model's file says."""
+
+
 def parse_bytes(text: int | str, field: str) -> int:
     """Bytes in `text`: a number, or one with a unit such as 24GiB, 512MiB, 1.5G (binary) or 80GB (decimal).
 
@@ -133,8 +142,12 @@ class EngineConfig:
 
     model: str = BUNDLED_MODEL
     """Directory in Hugging Face format, or a hub id."""
+    trust_links: bool = False
+    """Whether files of the model's directory may be links out of it; whoever made them chooses what is read."""
     device: DeviceKind = DeviceKind.AUTO
     dtype: DType = DType.AUTO
+    generation_config: GenerationDefaults = GenerationDefaults.AUTO
+    """Where the sampling settings come from that a request leaves out."""
     gpu_memory: int | str | None = None
     """Hard budget of device memory, bytes; on the CPU it bounds the emulated device."""
     host_memory: int | str | None = None
@@ -155,7 +168,8 @@ class EngineConfig:
     max_batch: int | None = None
     """Most requests that run at once; None: as many as give the highest predicted throughput."""
     max_model_len: int | None = None
-    """Most tokens of one request, prompt and output together."""
+    """Most tokens of one request, prompt and output together. None: the model's own, as far as that fits the budgets at
+    hardly less speed; else its half and so on, not below 4096."""
     max_prefill_tokens: int | None = None
     """Most prompt tokens that one step computes; longer prompts are computed in chunks."""
     expected_context: int | None = None
@@ -175,6 +189,7 @@ class EngineConfig:
         for name, kind in (
             ("device", DeviceKind),
             ("dtype", DType),
+            ("generation_config", GenerationDefaults),
             ("cache_policy", CachePolicy),
             ("placement", Placement),
             ("weight_coding", WeightCoding),

@@ -72,3 +72,11 @@ class OutOfDeviceMemoryError(HsrpcError):
 
 class RequestFailedError(HsrpcError):
     """One request could not go on; the others do."""
+
+
+class NotFiniteError(RequestFailedError):
+    """A request's logits are NaN or infinite: too large for the element type, or made of damaged weights."""
+
+    def __init__(self, dtype: str) -> None:
+        remedy = "serve the model with --dtype bfloat16" if dtype == "float16" else "fetch the model's files again"
+        super().__init__(f"the model's logits for this request are not finite in {dtype}; {remedy}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
 from hsrpc.cli.terminal import printable_json
@@ -22,6 +22,7 @@ _EXAMPLES = """\
   hsrpc generate --token-ids 2,47,11
   echo "Deep in the forest" | hsrpc generate -
 """
+_SETTINGS = ("temperature", "top_p", "top_k", "max_tokens", "stop", "ignore_eos")
 
 
 def add_parser(commands: Commands) -> None:
@@ -31,9 +32,9 @@ def add_parser(commands: Commands) -> None:
         "prompt", nargs="?", metavar="PROMPT", help="text, or - for standard input, less the newline at its end"
     )
     prompt.add_argument("--token-ids", metavar="IDS", help="prompt as token ids, such as 5,6,7, in place of PROMPT")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 is greedy (default: 1)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="default: 1")
-    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="default: 0, all tokens")
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the model's own)")
+    parser.add_argument("--top-p", type=float, metavar="X", help="default: the model's own")
+    parser.add_argument("--top-k", type=int, metavar="N", help="0 is all tokens (default: the model's own)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="default: to the end of the context")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-text token")
@@ -45,25 +46,19 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Generate and print."""
     prompt = _prompt(options)
-    params = SamplingParams(
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        max_tokens=options.max_tokens,
-        stop=tuple(options.stop),
-        ignore_eos=options.ignore_eos,
-    )
+    given = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
+    SamplingParams(**given)  # refused before the model is loaded
     import uvloop  # needs the extra `engine`, which --help does not
 
-    uvloop.run(_generate(options, prompt, params))
+    uvloop.run(_generate(options, prompt, given))
 
 
-async def _generate(options: argparse.Namespace, prompt: str | list[int], params: SamplingParams) -> None:
+async def _generate(options: argparse.Namespace, prompt: str | list[int], given: dict[str, Any]) -> None:
     from hsrpc.engine.engine import Engine
 
     async with Engine(engine_config(options), progress=sys.stderr.isatty()) as engine:
         deltas = []
-        async for delta in engine.generate(prompt, params):
+        async for delta in engine.generate(prompt, replace(engine.default_params, **given)):
             deltas.append(delta)
             if not options.json:
                 print(delta.text, end="", flush=True)

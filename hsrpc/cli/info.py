@@ -39,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _machine_and_model(config: EngineConfig) -> dict[str, str]:
     from hsrpc.engine.startup import describe_model  # loads torch, which --help does not
+    from hsrpc.model.tensor import dtype_name
 
     spec, device = describe_model(config)
     sizes = spec.sizes
@@ -47,7 +48,7 @@ def _machine_and_model(config: EngineConfig) -> dict[str, str]:
         "device memory free": format_bytes(device.free_memory),
         "model": spec.name,
         "family": spec.family,
-        "dtype": str(spec.dtype).removeprefix("torch."),
+        "dtype": dtype_name(spec.dtype),
         "layers, hidden size": f"{sizes.num_layers}, {sizes.hidden_size}",
         "heads, K and V heads": f"{sizes.num_heads}, {sizes.num_kv_heads}",
         "context length": str(sizes.context_length),

@@ -16,6 +16,7 @@ from hsrpc.config import (
     DeviceKind,
     DType,
     EngineConfig,
+    GenerationDefaults,
     Placement,
     Seconds,
     WeightCoding,
@@ -98,10 +99,24 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="directory in Hugging Face format, hub id, or random:SHAPE, such as random:opt-13b or random:config.json "
         "(default: bundled)",
     )
+    add_trust_links(model)
     model.add_argument(
         "--dtype", choices=_values(DType), default=DType.AUTO, help="of weights and caches (default: auto)"
     )
-    model.add_argument("--max-model-len", type=int, metavar="N", help="most tokens of one request, prompt and output")
+    model.add_argument(
+        "--generation-config",
+        choices=_values(GenerationDefaults),
+        default=GenerationDefaults.AUTO,
+        help="auto takes the sampling settings that a request leaves out from the model's generation_config.json, none "
+        "takes hsrpc's own (default: auto)",
+    )
+    model.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="most tokens of one request, prompt and output (default: the model's own, or, where the budgets have no "
+        "room for one of that length at hardly less speed, its half and so on, not below 4096)",
+    )
     model.add_argument("--seed", type=int, metavar="N", help="makes the seeds of requests that bring none reproducible")
     memory = parser.add_argument_group("device and memory")
     memory.add_argument("--device", choices=_values(DeviceKind), default=DeviceKind.AUTO, help="default: auto")
@@ -158,6 +173,15 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     batch.add_argument("--max-queued-requests", type=int, default=1024, metavar="N", help="default: 1024")
     batch.add_argument(
         "--max-queued-tokens", type=int, default=1_048_576, metavar="N", help="of prompts that wait (default: 1048576)"
+    )
+
+
+def add_trust_links(parser: argparse._ActionsContainer) -> None:
+    """The flag of `EngineConfig.trust_links`."""
+    parser.add_argument(
+        "--trust-links",
+        action="store_true",
+        help="read files of the model's directory that are links out of it; without, they are refused",
     )
 
 

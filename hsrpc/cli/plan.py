@@ -87,6 +87,7 @@ def _prediction_table(plan: Plan) -> Table:
     step, hardware = plan.prediction, plan.hardware
     table = _table("a decode step, predicted", "", "")
     rows = {
+        "longest request, tokens": str(plan.max_model_len),
         "requests, tokens of each": f"{step.batch}, {step.context}",
         "mini-batches": str(step.mini_batches),
         "activation share": f"{plan.activation_share:.2f}",

@@ -60,6 +60,11 @@ def add_parser(commands: Commands) -> None:
         metavar="N",
         help="most urgent that a request may be; smaller is more urgent, and 0 lets nobody pass others (default: -8)",
     )
+    listen.add_argument(
+        "--served-model-name",
+        metavar="NAME[,NAME...]",
+        help="names that the `model` of a request may have; answers say the first (default: the model's own)",
+    )
     _add_message_options(parser)
     add_security_options(parser)
     _add_operations_options(parser)
@@ -114,6 +119,7 @@ def run(options: argparse.Namespace) -> None:
     config = ServerConfig(
         host=options.host,
         port=options.port,
+        served_model_names=tuple(filter(None, (options.served_model_name or "").split(","))),
         security=security_config(options),
         drain_timeout=options.shutdown_timeout,
         write_timeout=options.write_timeout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -12,12 +13,14 @@ from hsrpc.engine.generation import Generation
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.tasks.text import Transcript, next_deltas
 from hsrpc.engine.tokenizer import Tokenizer
-from hsrpc.errors import HsrpcError, RequestFailedError
+from hsrpc.errors import HsrpcError, NotFiniteError, RequestFailedError
 from hsrpc.request import Delta, FinishReason, SamplingParams
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Output, Scheduler
 from hsrpc.text.detokenizer import Detokenizer
 from hsrpc.text.stop_strings import StopMatcher
+
+_log = logging.getLogger(__name__)
 
 OUTPUT_STEPS = 2
 """Steps whose output may wait for detokenising before the next one does."""
@@ -34,8 +37,12 @@ class _Outputs(NamedTuple):
 class Delivery:
     """Each live request has a transcript, by its id; whatever ends a request, it ends here and in the scheduler."""
 
-    def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | NoTokenizer) -> None:
+    def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | NoTokenizer, dtype: str) -> None:
+        """`dtype`: name of the element type that the model computes in, for errors."""
         self.live: dict[str, Transcript] = {}
+        self.failed_in_a_row = 0
+        """Requests that could not go on since one last ended with output."""
+        self._dtype = dtype
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         # Unbounded, but holds at most OUTPUT_STEPS steps (by the semaphore) and one end of each live request.
@@ -105,12 +112,16 @@ class Delivery:
         if not self._is_live(transcript.request):
             return  # ended while its text was made
         if output.failed:
-            delta = RequestFailedError("the model's logits for this request are not finite")
+            delta = NotFiniteError(self._dtype)
+            _log.error("request %s: %s", transcript.request.request_id, delta)
         if isinstance(delta, RequestFailedError):
+            self.failed_in_a_row += 1
             self.fail(transcript.request, delta)
             return
         transcript.generation.put(delta)
         if delta.finish is not None:
+            if delta.finish.usage.completion_tokens:
+                self.failed_in_a_row = 0
             self._close(transcript, delta.finish.reason)
 
     def _close(self, transcript: Transcript, reason: FinishReason = FinishReason.ABORTED) -> None:

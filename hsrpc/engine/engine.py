@@ -36,6 +36,7 @@ from hsrpc.errors import (
 )
 from hsrpc.model.family import ModelSpec
 from hsrpc.model.sampler import Sampled
+from hsrpc.model.tensor import dtype_name
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.roofline import StepRecord
@@ -99,7 +100,7 @@ class Engine:
         limits = _limits(plan, self._components.spec)
         blocks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule)
         self._scheduler = Scheduler(blocks, limits, self._components.spec.eos_token_ids)
-        self._delivery = Delivery(self._scheduler, self._components.tokenizer)
+        self._delivery = Delivery(self._scheduler, self._components.tokenizer, dtype_name(self.spec.dtype))
         self._meter = Meter(self._components, self._scheduler, self._observe)
         self._admission = Admission(
             self._scheduler, self._delivery.fail, self.config.max_queued_requests, self.config.max_queued_tokens
@@ -155,6 +156,11 @@ class Engine:
         return self._opened.tokenizer
 
     @property
+    def default_params(self) -> SamplingParams:
+        """Settings that suit the model: its own, where its generation_config.json has them and may be followed."""
+        return self._opened.default_params
+
+    @property
     def max_model_len(self) -> int:
         return self.plan.max_model_len
 
@@ -198,12 +204,12 @@ class Engine:
     async def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """Submit and iterate; leaving the loop early aborts the request.
+        """Submit and iterate; leaving the loop early aborts the request. `params` None are `default_params`.
 
         Raises:
             As `submit`, and EngineFaultError or RequestFailedError while iterating.
         """
-        generation = await self.submit(prompt, params or SamplingParams(), request_id=request_id)
+        generation = await self.submit(prompt, params or self.default_params, request_id=request_id)
         try:
             async for delta in generation:
                 yield delta
@@ -267,6 +273,17 @@ class Engine:
         if self._components is None:
             raise _not_started()
         return time.monotonic() - self._last_beat if self._is_busy else 0.0
+
+    @property
+    def failed_in_a_row(self) -> int:
+        """Requests that could not go on, their logits not finite or without text, since one last ended with output.
+
+        Raises:
+            EngineUnavailableError: the engine is not started.
+        """
+        if self._components is None:
+            raise _not_started()
+        return self._delivery.failed_in_a_row
 
     @property
     def _is_busy(self) -> bool:

@@ -14,6 +14,8 @@ Args = TypeVarTuple("Args")
 class NoTokenizer:
     """Same calls as `Tokenizer`."""
 
+    end_token_ids: Sequence[int] = ()
+
     async def encode(self, text: str, client: str = "") -> list[int]:
         """Raises InvalidRequestError: there is no tokenizer."""
         raise InvalidRequestError("text", "this model has no tokenizer; give token_ids")

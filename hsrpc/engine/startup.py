@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import torch
 
-from hsrpc.config import DType, EngineConfig, WeightCoding, format_bytes
+from hsrpc.config import DType, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
 from hsrpc.device.calibration import calibrate, sustained_load
 from hsrpc.device.device import Device, available_memory, open_device
 from hsrpc.engine.forward import Forward
@@ -32,11 +32,14 @@ from hsrpc.model.attention import Attention
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource, has_weights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import ModelSpec
+from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.hub import resolve_model
 from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec
+from hsrpc.plan.default_context import planner_with_context
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
+from hsrpc.request import SamplingParams
 from hsrpc.schedule.assemble import Assembler
 from hsrpc.schedule.sweep import Places
 
@@ -56,6 +59,8 @@ class Components:
     spec: ModelSpec
     device: Device
     plan: Plan
+    default_params: SamplingParams
+    """What a request takes that says nothing else."""
     tokenizer: Tokenizer | NoTokenizer
     prefetcher: WeightPrefetcher
     cache: CacheManager
@@ -85,6 +90,8 @@ class Planned:
     plan: Plan
     directory: Path | None
     """None: random weights."""
+    default_params: SamplingParams
+    """What a request takes that says nothing else."""
     checkpoint: Checkpoint | None
     """The weights in the directory, checked from their headers; None: it has none, or they are random."""
 
@@ -96,7 +103,9 @@ def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> P
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
     spec, device = describe_model(config)
-    directory = None if config.model.startswith(RANDOM_PREFIX) else resolve_model(config.model)
+    directory = (
+        None if config.model.startswith(RANDOM_PREFIX) else resolve_model(config.model, trust_links=config.trust_links)
+    )
     family = create_family(spec)
     checkpoint = Checkpoint(directory) if directory is not None and has_weights(directory) else None
     if checkpoint is not None:
@@ -113,9 +122,15 @@ def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> P
     _check_layer(specs, budgets, device)
     hardware = calibrate(device, spec.sizes, spec.dtype)
     spec, planner, plan = _fastest(
-        [(each, Planner(each.sizes, budgets, hardware, config)) for each in specs], choose_plan
+        [(each, planner_with_context(each.sizes, budgets, hardware, config)) for each in specs], choose_plan
     )
-    return Planned(spec, device, planner, plan, directory, checkpoint)
+    return Planned(spec, device, planner, plan, directory, _default_params(config, directory), checkpoint)
+
+
+def _default_params(config: EngineConfig, directory: Path | None) -> SamplingParams:
+    if directory is None or config.generation_config is GenerationDefaults.NONE:
+        return SamplingParams()
+    return read_default_params(directory)
 
 
 def _check_layer(choices: Sequence[ModelSpec], budgets: Budgets, device: Device) -> None:
@@ -172,7 +187,7 @@ def describe_model(config: EngineConfig) -> tuple[ModelSpec, Device]:
     dtype = _dtype(config.dtype, on_cpu=device.torch_device.type == "cpu")
     if config.model.startswith(RANDOM_PREFIX):
         return named_spec(config.model.removeprefix(RANDOM_PREFIX), dtype), device
-    return load_spec(resolve_model(config.model), dtype), device
+    return load_spec(resolve_model(config.model, trust_links=config.trust_links), dtype), device
 
 
 async def open_components(config: EngineConfig, choose_plan: ChoosePlan, progress: bool) -> Components:
@@ -244,7 +259,10 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
             )
             executor = Executor(assembler, device, prefetcher=prefetcher, cache=cache, forward=forward, graphs=graphs)
         undo.pop_all()
-        return Components(spec, device, plan, tokenizer, prefetcher, cache, executor)
+        ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.end_token_ids))
+        spec = replace(spec, eos_token_ids=tuple(ends))
+        params = planned.default_params
+        return Components(spec, device, plan, params, tokenizer, prefetcher, cache, executor)
 
 
 def _places(prefetcher: WeightPrefetcher, plan: Plan) -> Places:
@@ -271,7 +289,7 @@ def _check_room(plan: Plan, device: Device) -> None:
 def _source(planned: Planned) -> tuple[WeightSource, Tokenizer | NoTokenizer]:
     if planned.directory is None:
         return RandomWeights(0), NoTokenizer()
-    return planned.checkpoint or Checkpoint(planned.directory), Tokenizer(planned.directory)
+    return planned.checkpoint or Checkpoint(planned.directory), Tokenizer(planned.directory, planned.spec.vocab_size)
 
 
 def _dtype(wanted: DType, on_cpu: bool) -> torch.dtype | None:

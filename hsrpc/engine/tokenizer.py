@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import importlib.util
+import json
+import logging
 import threading
-from collections.abc import Callable, Sequence
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 from hsrpc.engine.fair_thread import FairThread
 from hsrpc.errors import CheckpointError, InvalidRequestError
+from hsrpc.model.config_file import read_config
+from hsrpc.model.foreign import check_own, read_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+_log = logging.getLogger(__name__)
+
 _MAX_SHORT = 65_536
 """Characters, or token ids, of a short text: the slowest of that length that was measured took 0.13 s."""
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_FILES = ("tokenizer.json", *SENTENCEPIECE_FILES, "vocab.json", "tekken.json")
+CHAT_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<|end_of_turn|>")
+"""Tokens that end a turn, where a chat template has them."""
+_READ = (".json", ".txt", ".jinja", ".model")
+"""Ends of the names of the files that may be a tokenizer's."""
+_BYTE_ORDER_MARKS = (BOM_UTF8, BOM_UTF16_LE, BOM_UTF16_BE)
+_KEPT = ("model_type", "architectures", "tokenizer_class", "transformers_version")
+"""What a tokenizer reads of config.json."""
 
 R = TypeVar("R")
 Args = TypeVarTuple("Args")
@@ -27,6 +45,7 @@ Args = TypeVarTuple("Args")
 class Tokenizer:
     """The tokenizer of a model directory in Hugging Face format.
 
+    `num_rows`: tokens that the model has an embedding of; None: as many as the tokenizer. Text may hold no others.
     The texts of callers are encoded and decoded on two threads, one for short texts and one for long ones, on each of
     which clients take turns; output is decoded on a third. All belong to this object until `close`.
     Making one reads files and takes seconds: do it on a thread where an event loop runs.
@@ -35,7 +54,7 @@ class Tokenizer:
         CheckpointError: the directory holds no tokenizer that can be read.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, num_rows: int | None = None) -> None:
         _check_files(Path(directory))
         self._short = FairThread("hsrpc-short-texts")
         self._long = FairThread("hsrpc-long-texts")
@@ -50,6 +69,14 @@ class Tokenizer:
             ) from error
         self._tokenizer = loading.result()
         self._vocab_size = len(self._tokenizer)
+        self._num_rows = self._vocab_size if num_rows is None else num_rows
+        if self._vocab_size > self._num_rows:
+            _log.warning(
+                "%s: the tokenizer has %s tokens and the model %s: text that needs others is refused",
+                directory,
+                self._vocab_size,
+                self._num_rows,
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -57,16 +84,19 @@ class Tokenizer:
         return self._vocab_size
 
     @property
-    def eos_token_id(self) -> int | None:
-        """The end-of-text token that the tokenizer names; generation_config.json may name others."""
-        token_id = self._tokenizer.eos_token_id
-        return token_id if isinstance(token_id, int) else None
+    def end_token_ids(self) -> Sequence[int]:
+        """The end-of-text token that the tokenizer names, and those that end a turn in its chat template."""
+        template = json.dumps(self._tokenizer.chat_template or "", ensure_ascii=False)
+        names = [name for name in CHAT_ENDS if name in template]
+        added = self._tokenizer.get_added_vocab()
+        ids = [self._tokenizer.eos_token_id, *(added[name] for name in names if name in added)]
+        return [token_id for token_id in ids if isinstance(token_id, int) and token_id < self._num_rows]
 
     async def encode(self, text: str, client: str = "") -> list[int]:
         """Token ids of `text`, with the special tokens that the model's prompts begin with, at `client`'s turn.
 
         Raises:
-            InvalidRequestError: `text` is not valid Unicode.
+            InvalidRequestError: `text` is not valid Unicode, or holds a token that the model does not have.
         """
         return await self._thread(len(text)).run(client, self._encode, text)
 
@@ -107,7 +137,13 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             found = f"a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
             raise InvalidRequestError("text", f"{found}; give valid Unicode") from None
-        return list(self._tokenizer.encode(text, verbose=False))
+        token_ids = list(self._tokenizer.encode(text, verbose=False))
+        if max(token_ids, default=0) >= self._num_rows:
+            token_id = next(each for each in token_ids if each >= self._num_rows)
+            token = self._tokenizer.convert_ids_to_tokens(token_id)
+            found = f"{token!r} is token {token_id} of the tokenizer, and the model has {self._num_rows}"
+            raise InvalidRequestError("text", f"{found}; leave it out")
+        return token_ids
 
     def _decode(self, token_ids: list[int]) -> str:
         for position, token_id in enumerate(token_ids):
@@ -128,12 +164,53 @@ def _check_files(directory: Path) -> None:
             f"{directory / 'tokenizer.json'}: no tokenizer found (looked for {', '.join(_FILES)}); "
             "copy the tokenizer files of the model there"
         )
+    for path in _text_files(directory):
+        check_own(path, read_head(path))
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json", "tekken.json")):
+        _check_reader(next(directory / name for name in SENTENCEPIECE_FILES if (directory / name).is_file()))
+
+
+def _text_files(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if path.suffix in _READ and path.is_file()]
+
+
+def _check_reader(file: Path) -> None:
+    """Check that what reads a vocabulary of that kind is installed: SentencePiece's begins with a newline's byte."""
+    package = "sentencepiece" if read_head(file)[:1] == b"\n" else "tiktoken"
+    if importlib.util.find_spec(package) is None:
+        remedy = f"run `pip install {package}`, or copy the model's tokenizer.json there"
+        raise CheckpointError(f"{file}: the package {package}, which reads it, is not installed; {remedy}")
+
+
+@contextmanager
+def _readable(directory: Path) -> Iterator[Path]:
+    """The directory; or, where it has what hsrpc reads and transformers does not, one with the same tokenizer."""
+    marked = [path for path in _text_files(directory) if read_head(path).startswith(_BYTE_ORDER_MARKS)]
+    config = directory / "config.json"
+    values = read_config(config).values if config.is_file() else {}
+    if not marked and not isinstance(values.get("bos_token_id"), list):
+        yield directory
+        return
+    with TemporaryDirectory(prefix="hsrpc-tokenizer-") as name:
+        copy = Path(name)
+        for path in _text_files(directory):
+            if path in marked and path.suffix == ".json":
+                (copy / path.name).write_text(json.dumps(dict(read_config(path).values)), encoding="utf-8")
+            else:
+                (copy / path.name).symlink_to(path.resolve())
+        kept = {key: values[key] for key in _KEPT if key in values}
+        (copy / config.name).unlink(missing_ok=True)
+        (copy / config.name).write_text(json.dumps(kept), encoding="utf-8")
+        yield copy
 
 
 def _load(directory: Path) -> PreTrainedTokenizerBase:
     # Imported here: it takes seconds, on this thread.
     auto = importlib.import_module("transformers").AutoTokenizer
-    tokenizer: PreTrainedTokenizerBase = auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    with _readable(directory) as readable:
+        tokenizer: PreTrainedTokenizerBase = auto.from_pretrained(
+            readable, local_files_only=True, trust_remote_code=False
+        )
     # Drops truncation and padding settings now: later calls then only read, which threads may do at once.
     tokenizer.encode("")
     return tokenizer

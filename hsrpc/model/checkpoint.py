@@ -11,15 +11,21 @@ from typing import Protocol
 import torch
 
 from hsrpc.errors import CheckpointError
-from hsrpc.model.config_file import read_config
+from hsrpc.model.config_file import read_config, shortened
 from hsrpc.model.family import Family
+from hsrpc.model.foreign import gguf_files, refuse_gguf
 from hsrpc.model.safetensors_file import SafetensorsFile
+from hsrpc.model.shards import check_complete
 from hsrpc.model.tensor import TensorSpec
+from hsrpc.model.tensor_names import EMBEDDING, HEAD, TensorNames
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _OTHER_CONFIG = "use the config.json of this checkpoint, or fetch it again"
+_TIE = "fetch the checkpoint again, or set tie_word_embeddings to true in config.json if the embedding is the head too"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+_NO_SHARDS = ("consolidated", "adapter_model", "optimizer", "training_args")
+"""Beginnings of the names of safetensors files that hold no part of the model under its Hugging Face names."""
 
 _RANDOM_BLOCK = 4_194_301
 """A prime: rows of a tensor filled with repeats of one block never coincide."""
@@ -34,26 +40,35 @@ class WeightSource(Protocol):
 
 def has_weights(directory: Path) -> bool:
     """Whether a `Checkpoint` can be made of the directory; a plan needs none."""
-    return (directory / WEIGHTS_FILE).exists() or (directory / INDEX_FILE).exists()
+    return (directory / INDEX_FILE).exists() or bool(_weight_files(directory))
 
 
 class Checkpoint:
     """The safetensors files of a model directory.
 
     Raises:
-        CheckpointError: on construction, when the directory has none, or a file is missing, truncated or corrupt.
+        CheckpointError: on construction, when the directory has none, or a file is truncated or corrupt.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        single = directory / WEIGHTS_FILE
-        if single.exists():
-            file = SafetensorsFile(single)
-            self._files = dict.fromkeys(file.entries, file)
-        elif (directory / INDEX_FILE).exists():
-            self._files = _open_shards(directory)
+        self._promised: dict[str, Path] = {}
+        """Tensors that the index places in a shard that is missing, or has them not: nobody may need them."""
+        if (directory / WEIGHTS_FILE).exists() or not (directory / INDEX_FILE).exists():
+            self._files = _open_files(directory)
         else:
-            raise _no_weights(directory)
+            self._files, self._promised = _open_indexed(directory)
+        self._names = TensorNames({**self._files, **self._promised})
+
+    def has_own_head(self, family: Family) -> bool:
+        """Whether the files have a head that is not the embedding, though the family ties them: then they are right."""
+        embedding = next((each for each in family.fixed_tensors() if each.sources[0].endswith(EMBEDDING)), None)
+        if embedding is None or _has_head(family):
+            return False
+        first, head = self._names.find(embedding.sources[0]), self._names.find(HEAD)
+        if first is None or head is None or first == head:
+            return False
+        return not self._file(first).same(first, self._file(head), head)
 
     def check_model(self, family: Family) -> None:
         """Checks from the headers that all tensors of a model can be read; that each of its layers is there, first.
@@ -72,10 +87,17 @@ class Checkpoint:
             found_layers = f"{found} layers, without layer {missing[0]}{more}"
             raise CheckpointError(f"{self.directory}: expected {expected}, found {found_layers}; {_OTHER_CONFIG}")
         self.check(family.all_tensors())
+        self._check_ties(family)
 
     def _has_layer(self, family: Family, layer: int) -> bool:
         """Whether any tensor of the layer is there."""
-        return any(self._name(source) for tensor in family.layer_tensors(layer) for source in tensor.sources)
+        return any(self._names.find(source) for tensor in family.layer_tensors(layer) for source in tensor.sources)
+
+    def _check_ties(self, family: Family) -> None:
+        """Where the head is a tensor of its own, it does not stand for the embedding."""
+        for tensor in family.fixed_tensors() if _has_head(family) else ():
+            if tensor.sources[0] != HEAD and self._names.find(tensor.sources[0]) == self._names.find(HEAD):
+                raise self._missing(tensor.sources[0])
 
     def check(self, tensors: Iterable[TensorSpec]) -> None:
         """Checks from the headers that all `tensors` can be read.
@@ -106,48 +128,91 @@ class Checkpoint:
     def _locate(self, tensor: TensorSpec) -> Iterator[tuple[SafetensorsFile, str, int]]:
         """File, name in it and number of elements of each source."""
         for source, shape in zip(tensor.sources, tensor.source_shapes, strict=True):
-            name = self._find(source)
-            file = self._files[name]
+            name = self._names.find(source)
+            if name is None:
+                raise self._missing(source)
+            file = self._file(name)
             file.check_dtype(name)
             found = file.entries[name].shape
             if found != shape:
                 raise file.refuse(f"shape {list(shape)}", list(found), "use the config.json of this checkpoint", name)
             yield file, name, math.prod(shape)
 
-    def _find(self, source: str) -> str:
-        name = self._name(source)
-        if name is None:
-            found = f"{len(self._files)} tensors without it"
-            raise CheckpointError(f"{self.directory}: expected tensor {source}, found {found}; {_OTHER_CONFIG}")
-        return name
+    def _file(self, name: str) -> SafetensorsFile:
+        if name in self._files:
+            return self._files[name]
+        shard = SafetensorsFile(self._promised[name])  # most often it is missing, which this says
+        raise shard.refuse("the tensor that the index places here", "none of that name", tensor=name)
 
-    def _name(self, source: str) -> str | None:
-        """The tensor's name here, or None: checkpoints of bare models leave out the prefix `model.`."""
-        return next((name for name in (source, source.removeprefix("model.")) if name in self._files), None)
+    def _missing(self, source: str) -> CheckpointError:
+        nearest = ", ".join(map(shortened, self._names.nearest(source))) or "no tensor at all"
+        remedy = _TIE if source == HEAD else _OTHER_CONFIG
+        return CheckpointError(f"{self.directory}: expected tensor {source}, found as the nearest {nearest}; {remedy}")
 
 
-def _open_shards(directory: Path) -> dict[str, SafetensorsFile]:
+def _has_head(family: Family) -> bool:
+    return any(HEAD in tensor.sources for tensor in family.fixed_tensors())
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """What holds the weights of a directory without an index: the single file, or all that may be shards."""
+    single = directory / WEIGHTS_FILE
+    if single.exists():
+        return [single]
+    paths = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith(_NO_SHARDS))
+    return [path for path in paths if path.name.startswith("model")] or paths
+
+
+def _open_files(directory: Path) -> dict[str, SafetensorsFile]:
+    paths = _weight_files(directory)
+    if not paths:
+        raise _no_weights(directory)
+    check_complete(directory, {path.name for path in paths})
+    files: dict[str, SafetensorsFile] = {}
+    for shard in map(SafetensorsFile, paths):
+        for tensor in shard.entries:
+            if tensor in files:
+                found = f"it in {files[tensor].path.name} too"
+                raise shard.refuse("each tensor in one file", found, "remove the files of another model", tensor)
+            files[tensor] = shard
+    return files
+
+
+def _open_indexed(directory: Path) -> tuple[dict[str, SafetensorsFile], dict[str, Path]]:
+    """The file of each tensor, by the index first; and the tensors that are not where the index says."""
+    placed = _read_index(directory)
+    shards = {name: SafetensorsFile(directory / name) for name in set(placed.values()) if (directory / name).exists()}
+    files = {tensor: shard for shard in shards.values() for tensor in shard.entries}
+    for tensor, name in placed.items():
+        if name in shards and tensor in shards[name].entries:
+            files[tensor] = shards[name]
+    return files, {tensor: directory / name for tensor, name in placed.items() if tensor not in files}
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    """Tensor to shard."""
     index = read_config(directory / INDEX_FILE)
     section = index.section("weight_map")
     if section is None:
         raise index.refuse("weight_map", "an object of tensor and file names", "fetch the file again")
-    shards: dict[str, SafetensorsFile] = {}
-    files: dict[str, SafetensorsFile] = {}
+    placed: dict[str, str] = {}
     for tensor, shard in section.values.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise section.refuse(tensor, "a .safetensors file of the same directory", "fetch the file again")
-        if shard not in shards:
-            shards[shard] = SafetensorsFile(directory / shard)
-        if tensor not in shards[shard].entries:
-            raise shards[shard].refuse("the tensor that the index places here", "none of that name", tensor=tensor)
-        files[tensor] = shards[shard]
-    return files
+        placed[tensor] = shard
+    return placed
 
 
 def _no_weights(directory: Path) -> CheckpointError:
     if not directory.is_dir():
         return CheckpointError(f"{directory}: expected a directory, found none; give the model's directory")
+    other = sorted(path.name for path in directory.glob("*.safetensors"))
     pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if gguf := gguf_files(directory):
+        return refuse_gguf(gguf[0])
+    if other:
+        remedy = "fetch the model's weights under their Hugging Face names"
+        return CheckpointError(f"{directory}: expected {WEIGHTS_FILE}, found {', '.join(other[:3])}; {remedy}")
     if pickled:
         remedy = f"run `hsrpc convert {directory} DIRECTORY` and serve DIRECTORY"
         return CheckpointError(f"{directory}: expected {WEIGHTS_FILE}, found {', '.join(pickled[:3])}; {remedy}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hsrpc.errors import CheckpointError
 from hsrpc.model.bounds import MAX_JSON_BYTES
+from hsrpc.model.foreign import HEAD_BYTES, check_own
 
 _REMEDY = "correct the file, or serve a model that hsrpc supports"
 _MAX_NUMBER = sys.float_info.max
@@ -122,8 +123,9 @@ def read_config(path: Path) -> ConfigFile:
             if size > MAX_JSON_BYTES:
                 expected = f"at most {MAX_JSON_BYTES} bytes of JSON"
                 raise CheckpointError(f"{path}: expected {expected}, found {size} bytes; fetch the file again")
-            text = file.read(size)
-        values = json.loads(text.decode())
+            content = file.read(size)
+        check_own(path, content[:HEAD_BYTES])
+        values = json.loads(content)  # bytes: of UTF-8, 16 or 32, with a byte order mark or without
     except OSError as error:
         remedy = "give a model directory in Hugging Face format"
         raise CheckpointError(f"{path}: expected a readable file, found {error.strerror}; {remedy}") from None

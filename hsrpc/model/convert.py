@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import zipfile
@@ -20,6 +21,9 @@ from hsrpc.errors import CheckpointError, ConfigError
 from hsrpc.model.checkpoint import INDEX_FILE, PICKLE_SUFFIXES, WEIGHTS_FILE, Checkpoint
 from hsrpc.model.config_file import read_config
 from hsrpc.model.families.registry import create_family
+from hsrpc.model.family import Family
+from hsrpc.model.foreign import check_own, gguf_files, read_head, refuse_gguf
+from hsrpc.model.shards import check_complete, is_one_set
 from hsrpc.model.spec import load_spec
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -49,20 +53,34 @@ def convert_checkpoint(src: Path, dst: Path, progress: bool = True, max_shard_by
         part.mkdir()
         _convert_files(files, part, progress, max_shard_bytes)
         _copy_small_files(src, part)
-        Checkpoint(part).check_model(family)
+        _check_converted(part, family, src)
         os.replace(part, dst)
 
 
+def _check_converted(part: Path, family: Family, src: Path) -> None:
+    """Check that all of the model is there; what is missing, or of another shape, is missing in the source."""
+    try:
+        Checkpoint(part).check_model(family)
+    except CheckpointError as error:
+        converted = rf"{re.escape(str(part))}(/[\w.-]+)?"
+        raise CheckpointError(re.sub(converted, lambda _: str(src), str(error))) from None
+
+
 def _pickle_files(src: Path) -> list[Path]:
-    """Files that hold the weights: those of the index, or the only one there is."""
+    """Files that hold the weights: those of the index, all shards of a numbered set, or the only one there is."""
     index = src / PICKLE_INDEX
     if index.exists():
         return _indexed_files(index)
     pickled = sorted(path for path in src.iterdir() if path.suffix in PICKLE_SUFFIXES)
     weights = [path for path in pickled if not path.name.startswith(_TRAINING_FILES)]
     preferred = [path for path in weights if path.name == "pytorch_model.bin"] or weights
+    if is_one_set(path.name for path in preferred):
+        check_complete(src, {path.name for path in preferred})
+        return preferred
     if len(preferred) == 1:
         return preferred
+    if not preferred and (gguf := gguf_files(src)):
+        raise refuse_gguf(gguf[0])
     found = ", ".join(path.name for path in preferred) or "none"
     expected = f"{PICKLE_INDEX}, or one file of weights ({', '.join(PICKLE_SUFFIXES)})"
     raise CheckpointError(f"{src}: expected {expected}, found {found}; leave one, or serve safetensors as they are")
@@ -110,6 +128,7 @@ def _tensors(files: list[Path], bar: tqdm[NoReturn]) -> Iterator[tuple[str, torc
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
     """The state dict in `path`, mapped from disk where the file's format allows."""
+    check_own(path, read_head(path))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hsrpc.errors import CheckpointError, ModelNotFoundError
 from hsrpc.model.config_file import read_config
+from hsrpc.model.foreign import check_own, read_head
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TEXT_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
@@ -23,18 +24,28 @@ def model_name(directory: Path) -> str:
     return directory.name
 
 
-def resolve_model(name: str, *, pickled: bool = False) -> Path:
+def resolve_model(name: str, *, pickled: bool = False, trust_links: bool = False) -> Path:
     """The directory of the model `name`, from the hub where need be; its local cache is tried first.
 
-    With `pickled` the weights are those in PyTorch's own format, which `hsrpc convert` reads.
+    With `pickled` the weights are those in PyTorch's own format, which `hsrpc convert` reads. With `trust_links` the
+    files may be links to other places.
 
     Raises:
         ModelNotFoundError: neither a directory nor a model that the hub has, or the hub is out of reach.
-        CheckpointError: a file in it is a link to a place outside.
+        CheckpointError: a file in it is a link to a place outside, or the name is that of a GGUF file.
     """
+    directory = _find(name, pickled)
+    if not trust_links:
+        _check_inside(directory)
+    return directory
+
+
+def _find(name: str, pickled: bool) -> Path:
     path = os.path.expanduser(name)
     if os.path.isdir(path):
-        return _inside(Path(path))
+        return Path(path)
+    if os.path.isfile(path):
+        check_own(Path(path), read_head(Path(path)))
     if os.path.exists(path):
         raise ModelNotFoundError(f"{name!r} is a file; give the directory that it is in")
     if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
@@ -42,7 +53,7 @@ def resolve_model(name: str, *, pickled: bool = False) -> Path:
     pattern = _PICKLES if pickled else _SAFETENSORS
     cached = _fetch(name, pattern, local_files_only=True)
     if cached is not None and _is_complete(cached, pattern):
-        return _inside(cached)
+        return cached
     directory = _fetch(name, pattern, local_files_only=False)
     if directory is None:
         remedy = "fetch it where there is a network and give its directory"
@@ -50,7 +61,7 @@ def resolve_model(name: str, *, pickled: bool = False) -> Path:
     if not _is_complete(directory, pattern):
         remedy = "serve it without converting it" if pickled else f"run `hsrpc convert {name} DIRECTORY`"
         raise ModelNotFoundError(f"{name!r} has no complete {pattern} on the hub; {remedy}")
-    return _inside(directory)
+    return directory
 
 
 def forbid_downloads() -> None:
@@ -61,8 +72,8 @@ def forbid_downloads() -> None:
     huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def _inside(directory: Path) -> Path:
-    """`directory`, whose files all lie in it: a link in a model that was fetched must not open other files.
+def _check_inside(directory: Path) -> None:
+    """Check that all its files lie in `directory`: a link in a model that was fetched must not open other files.
 
     Files of the hub's cache are links to blobs beside the snapshots, so there the model's whole folder counts.
 
@@ -73,11 +84,10 @@ def _inside(directory: Path) -> Path:
     root = real.parent.parent if real.parent.name == "snapshots" else real
     for path in real.iterdir():
         if path.is_symlink() and not path.resolve().is_relative_to(root):
-            remedy = "put the file itself there, or serve the directory that it is in"
+            remedy = "put the file itself there, or use --trust-links if you trust whoever made the link"
             raise CheckpointError(
                 f"{directory / path.name}: expected a file of the model, found a link out of it; {remedy}"
             )
-    return directory
 
 
 def _is_complete(directory: Path, pattern: str) -> bool:

@@ -9,12 +9,15 @@ import torch
 
 from hsrpc.errors import ModelNotFoundError
 from hsrpc.model.bounds import MAX_MODEL_BYTES
+from hsrpc.model.checkpoint import Checkpoint, has_weights
 from hsrpc.model.config_file import ConfigFile, read_config
 from hsrpc.model.families.registry import create_family, family_class, family_name
 from hsrpc.model.family import ModelSpec
+from hsrpc.model.foreign import gguf_files, refuse_gguf
 from hsrpc.model.formats.choice import uniform
 from hsrpc.model.formats.format import Formats
 from hsrpc.model.formats.plain import Plain
+from hsrpc.model.generation_config import GENERATION_FILE
 from hsrpc.model.hub import model_name
 from hsrpc.model.shapes import SHAPES
 
@@ -22,17 +25,25 @@ __all__ = ["ModelSpec", "in_formats", "load_spec", "named_spec"]
 
 CONFIG_FILE = "config.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DECLARED = DTYPES | {"float64": torch.float32}
 
 
 def load_spec(directory: Path, dtype: torch.dtype | None) -> ModelSpec:
     """The spec of the model in `directory`, to be served in `dtype`; None serves the checkpoint's own.
 
+    Where config.json ties the head to the embedding and the weights have two that differ, the weights are right.
+
     Raises:
         CheckpointError: a file or key is missing or wrong, or the model is not supported.
     """
+    if not (directory / CONFIG_FILE).exists() and (gguf := gguf_files(directory)):
+        raise refuse_gguf(gguf[0])
     config = read_config(directory / CONFIG_FILE)
     spec = _make_spec(model_name(directory), config, dtype)
-    generation = directory / "generation_config.json"
+    if has_weights(directory) and Checkpoint(directory).has_own_head(create_family(spec)):
+        untied = ConfigFile(config.file, {**config.values, "tie_word_embeddings": False})
+        spec = _make_spec(spec.name, untied, dtype)
+    generation = directory / GENERATION_FILE
     if not generation.exists():
         return spec
     more = read_config(generation).token_ids("eos_token_id", spec.vocab_size)
@@ -96,17 +107,18 @@ def in_formats(spec: ModelSpec, formats: Formats) -> ModelSpec:
 
 
 def _check_supported(config: ConfigFile) -> None:
-    if config.has("quantization_config"):
+    if config.values.get("quantization_config") not in (None, {}):
         raise config.refuse("quantization_config", "nothing", "serve the model's unquantized checkpoint")
 
 
 def _read_dtype(config: ConfigFile) -> torch.dtype:
-    """Declared as `dtype`, or `torch_dtype` in older files; float32 where neither is there."""
+    """Declared as `dtype`, or `torch_dtype` in older files; float32 where neither is there, and for float64."""
     key = "dtype" if config.has("dtype") else "torch_dtype"
-    return DTYPES[config.choice(key, tuple(DTYPES), "float32")]
+    return _DECLARED[config.choice(key, tuple(_DECLARED), "float32")]
 
 
 def _optional_id(config: ConfigFile, key: str, vocab_size: int) -> int | None:
-    """None also for ids outside the vocabulary, such as the -1 of some files: generation does not need them."""
+    """The id, or the first of a list; None also outside the vocabulary, as -1 is: generation does not need them."""
     value = config.values.get(key)
+    value = value[0] if isinstance(value, list) and value else value
     return value if type(value) is int and 0 <= value < vocab_size else None

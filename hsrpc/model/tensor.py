@@ -48,6 +48,11 @@ class HeadsTogether:
         return torch.arange(3 * self.heads * self.head_dim).view(self.heads, 3, self.head_dim).transpose(0, 1).flatten()
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The element type's name as settings have it, such as float16."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A packed tensor: checkpoint tensors concatenated along dimension 0."""

@@ -28,6 +28,8 @@ from hsrpc.plan.step_time import StepModel, Traffic, token_bytes
 from hsrpc.schedule.blocks import BlockKind
 
 DEFAULT_CONTEXT = 1024
+MODEST_CONTEXT = 4096
+"""Most tokens of a request where nothing is given; `default_context` looks for more."""
 MAX_BATCH = 512
 _BATCH_GROWTH = 1.03
 _RESIDENT_SHARES = tuple(i / 128 for i in range(129))
@@ -188,17 +190,18 @@ class Planner:
     def _smallest(self, budgets: Callable[[int], Budgets], given: int) -> int:
         """The smallest size from `given` on, as it is shown, with which some candidate fits; to 2 %."""
         too_small, enough = given, given
-        while not self._fits(budgets(enough)):
+        while not self.fits(budgets(enough)):
             too_small, enough = enough, _as_shown(2 * max(1, enough))
         while enough - too_small > enough // 50:
             middle = _as_shown((too_small + enough) / 2)
             if not too_small < middle < enough:
                 break
-            too_small, enough = (too_small, middle) if self._fits(budgets(middle)) else (middle, enough)
+            too_small, enough = (too_small, middle) if self.fits(budgets(middle)) else (middle, enough)
         return enough
 
-    def _fits(self, budgets: Budgets) -> bool:
-        """Whether a candidate fits; it may be too slow."""
+    def fits(self, budgets: Budgets | None = None) -> bool:
+        """Whether a candidate fits these budgets, or the planner's own; it may be too slow."""
+        budgets = budgets or self.budgets
         evaluator = self._evaluator(budgets)
         return any(bool(evaluator.evaluate(grid).fits.any()) for grid in self._grids(budgets))
 
@@ -214,7 +217,7 @@ def _max_model_len(config: EngineConfig, sizes: ModelSizes) -> int:
         raise ConfigError(
             "max_model_len", given, f"the model's context has {sizes.context_length} tokens", "give at most that"
         )
-    return given or min(sizes.context_length, 4096)
+    return given or min(sizes.context_length, MODEST_CONTEXT)
 
 
 def _traffic(config: EngineConfig, sizes: ModelSizes, longest: int) -> Traffic:

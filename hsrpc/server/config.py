@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from hsrpc.config import Seconds
@@ -24,6 +25,8 @@ SERVER_TIMES = {
 """What the times of `ServerConfig` may be."""
 _COUNTS = ("max_message_bytes", "max_streams_per_connection", "max_unsent_bytes", "max_unsent_bytes_per_connection")
 
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,255}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
@@ -35,6 +38,8 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     """Address to bind; 0.0.0.0 or :: lets other machines in, which needs TLS and authentication, or `insecure`."""
+    served_model_names: tuple[str, ...] = ()
+    """Names that the `model` of a request may have; answers say the first. Empty: the model's own alone."""
     port: int = 50051
     """0 takes a free one."""
     drain_timeout: float = 30.0
@@ -70,6 +75,10 @@ class ServerConfig:
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
+        for name in self.served_model_names:
+            if not _MODEL_NAME.fullmatch(name):
+                remedy = "give names of A-Z a-z 0-9 . _ : / @ + -, such as org/name"
+                raise ConfigError("served_model_name", name, "no name of a model", remedy)
         for name in ("port", "metrics_port"):
             if not 0 <= (getattr(self, name) or 0) <= 65_535:
                 raise ConfigError(name, getattr(self, name), "not a port", "give 0 to 65535")

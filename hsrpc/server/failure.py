@@ -16,6 +16,7 @@ from hsrpc.errors import (
     GaveWayError,
     InvalidRequestError,
     ModelNotFoundError,
+    NotFiniteError,
     OutOfDeviceMemoryError,
     QueueFullError,
     RequestExistsError,
@@ -177,6 +178,11 @@ def _over_quota(error: QueueFullError, message: str, description: str) -> Failur
 def _out_of_memory(_: OutOfDeviceMemoryError) -> Failure:
     message, info = "the device ran out of memory; try again later", ErrorInfo("OUT_OF_DEVICE_MEMORY")
     return Failure(Outcome.RESOURCE_EXHAUSTED, message, retry_delay=_RETRY_SECONDS, info=info)
+
+
+@_failure.register
+def _not_finite(error: NotFiniteError) -> Failure:
+    return Failure(Outcome.INTERNAL, str(error), info=ErrorInfo("NOT_FINITE"))
 
 
 @_failure.register

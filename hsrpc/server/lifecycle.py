@@ -9,7 +9,7 @@ from enum import Enum, auto
 from typing import Protocol
 
 from hsrpc.server.engine_protocol import Engine
-from hsrpc.server.liveness import watch_steps
+from hsrpc.server.liveness import watch_engine
 from hsrpc.server.service import Service
 from hsrpc.server.state import Phase
 
@@ -25,8 +25,8 @@ class Health(Enum):
     DOWN = auto()
     """No requests are taken."""
     SERVING = auto()
-    STALLED = auto()
-    """Requests are taken, but a step takes so long that the process should be restarted."""
+    UNWELL = auto()
+    """Requests are taken, but a step takes too long, or all of them fail: the process should be looked at."""
 
 
 class FrontEnd(Protocol):
@@ -72,7 +72,7 @@ class Lifecycle:
         """Take requests for `engine`, which has started."""
         self.state.attach(engine)
         await self._report(Health.SERVING)
-        self._liveness = asyncio.create_task(watch_steps(engine, self.config.step_timeout, self._set_alive))
+        self._liveness = asyncio.create_task(watch_engine(engine, self.config.step_timeout, self._set_alive))
 
     async def drain(self) -> None:
         """Take no more requests, and wait for those there are, at most `drain_timeout` s."""
@@ -99,7 +99,7 @@ class Lifecycle:
 
     async def _set_alive(self, alive: bool) -> None:
         if self.state.phase is Phase.SERVING:
-            await self._report(Health.SERVING if alive else Health.STALLED)
+            await self._report(Health.SERVING if alive else Health.UNWELL)
 
     async def _report(self, health: Health) -> None:
         for front_end in self._front_ends:

@@ -62,8 +62,9 @@ class Service:
             ModelNotFoundError: another model than the loaded one is asked for.
         """
         with self.state.admit() as engine:
-            _check_model(engine, model)
-            yield Admitted(engine, self._owners, self._pacer, self.state, self.config.max_priority)
+            self._check_model(engine, model)
+            name = self.model_names(engine)[0]
+            yield Admitted(engine, name, self._owners, self._pacer, self.state, max_priority=self.config.max_priority)
 
     def engine(self, model: str | None = None) -> Engine:
         """The engine, for calls that start no work; `model` None is the loaded one.
@@ -73,8 +74,16 @@ class Service:
             ModelNotFoundError: another model than the loaded one is asked for.
         """
         engine = self.state.engine
-        _check_model(engine, model)
+        self._check_model(engine, model)
         return engine
+
+    def model_names(self, engine: Engine) -> Sequence[str]:
+        """Names that a request may give the model of `engine`; the first is what answers call it."""
+        return self.config.served_model_names or (engine.spec.name,)
+
+    def _check_model(self, engine: Engine, model: str | None) -> None:
+        if model is not None and model not in self.model_names(engine):
+            raise ModelNotFoundError("another model is loaded")
 
     def abort(self, request_id: str, name: str | None) -> bool:
         """End a live request of the client called `name`; False where there is none of that id.
@@ -112,8 +121,12 @@ class Service:
 class Admitted:
     """A call that may start work on the engine."""
 
-    def __init__(self, engine: Engine, owners: Owners, pacer: Pacer, state: ServerState, max_priority: int) -> None:
+    def __init__(
+        self, engine: Engine, model: str, owners: Owners, pacer: Pacer, state: ServerState, *, max_priority: int
+    ) -> None:
         self.engine = engine
+        self.model = model
+        """What answers call the model."""
         self._owners = owners
         self._pacer = pacer
         self._state = state
@@ -140,7 +153,7 @@ class Admitted:
             user=caller.user,
             max_wait=caller.time_remaining,
         )
-        note_generation(generation, self.engine.spec.name, submission.prompt)
+        note_generation(generation, self.model, submission.prompt)
         try:
             with self._owners.holding(generation.request_id, caller.name):
                 yield Stream(generation, submission.pace, self._pacer, self._state)
@@ -150,11 +163,6 @@ class Admitted:
     def _bounded(self, params: SamplingParams, caller: Caller) -> SamplingParams:
         most_urgent = self._max_priority if caller.max_priority is None else caller.max_priority
         return params if params.priority >= most_urgent else replace(params, priority=most_urgent)
-
-
-def _check_model(engine: Engine, model: str | None) -> None:
-    if model is not None and model != engine.spec.name:
-        raise ModelNotFoundError("another model is loaded")
 
 
 def _check_request_id(request_id: str) -> None:

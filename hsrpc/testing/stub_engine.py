@@ -105,6 +105,8 @@ class StubEngine:
         self.device = "none"
         self.max_model_len = _MAX_MODEL_LEN
         self.plan = _plan()
+        self.default_params = SamplingParams()
+        self.failed_in_a_row = 0
         self.live: dict[str, StubGeneration] = {}
         self._ids = count()
         self._steps = 0

@@ -157,7 +157,8 @@ Global___TokenIds: typing_extensions.TypeAlias = TokenIds
 @typing.final
 class Sampling(google.protobuf.message.Message):
     """Sampling says how the next token is drawn from the model's logits. Applied in this order: logit bias, penalties,
-    min_tokens, temperature, min_p, top_k, top_p.
+    min_tokens, temperature, min_p, top_k, top_p. The model's own defaults are those of its generation_config.json, unless
+    the server's operator has them ignored; what is in effect comes back in `Start`.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -188,15 +189,17 @@ class Sampling(google.protobuf.message.Message):
     SEED_FIELD_NUMBER: builtins.int
     LOGIT_BIAS_FIELD_NUMBER: builtins.int
     temperature: builtins.float
-    """In [0, 100]; 0 is greedy. Default 1.0."""
+    """In [0, 100]; 0 is greedy. Default: the model's own, else 1.0."""
     top_p: builtins.float
-    """Nucleus, in (0, 1]. Default 1.0: all tokens."""
+    """Nucleus, in (0, 1]. Default: the model's own, else 1.0, all tokens."""
     top_k: builtins.int
-    """Most probable tokens to choose from; 0 is all. Default 0."""
+    """Most probable tokens to choose from; 0 is all. Default: the model's own, else 0."""
     min_p: builtins.float
-    """Least probability relative to the most probable token's, in [0, 1]. Default 0.0."""
+    """Least probability relative to the most probable token's, in [0, 1]. Default: the model's own, else 0.0."""
     repetition_penalty: builtins.float
-    """Divides (multiplies, where negative) the logits of tokens in prompt and output; in (0, 100]. Default 1.0: none."""
+    """Divides (multiplies, where negative) the logits of tokens in prompt and output; in (0, 100]. Default: the model's
+    own, else 1.0, none.
+    """
     presence_penalty: builtins.float
     """Subtracted once from the logits of tokens in the output; in [-2, 2]. Default 0.0."""
     frequency_penalty: builtins.float
@@ -259,7 +262,7 @@ class Stopping(google.protobuf.message.Message):
     min_tokens: builtins.int
     """End tokens are excluded before this many output tokens. Default 0."""
     ignore_eos: builtins.bool
-    """Goes on past the model's end-of-text token. Default false."""
+    """Goes on past the tokens that end a text (GetModel says which). Default false."""
     include_stop: builtins.bool
     """The text includes the matched stop string. Default false."""
     @property

@@ -52,16 +52,20 @@ class GetModelResponse(google.protobuf.message.Message):
     SIZES_FIELD_NUMBER: builtins.int
     CACHE_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """Name, as requests may give it in `model`."""
+    """Name, as requests may give it in `model`; the first one, where the server's operator gave it several."""
     family: builtins.str
     """Architecture family, such as "opt" or "llama"."""
     context_length: builtins.int
     """Most tokens that the model's positions allow."""
     max_model_len: builtins.int
-    """Most tokens of one request here, prompt and output together."""
+    """Most tokens of one request here, prompt and output together: what the operator says, else context_length as far as
+    the server's memory has room for it at hardly less speed.
+    """
     @property
     def eos_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Tokens that end a text."""
+        """Tokens that end a text: of the model's configuration, its generation configuration, and its tokenizer, with those
+        that end a turn in its chat template.
+        """
 
     @property
     def sizes(self) -> Global___ModelSizes:

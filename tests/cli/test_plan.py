@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from matplotlib import image
@@ -41,6 +42,17 @@ def test_json_adds_up(hsrpc):
     assert 1 <= plan["max_prefill_tokens"] <= plan["max_idle_prefill_tokens"]
     assert plan["spare_prefill_tokens"] >= 0
     assert plan["hardware"]["load_bandwidth"] > 0
+
+
+def test_the_longest_request_is_the_models_own(hsrpc, tmp_path):
+    """By default, where there is room, and the table has it."""
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    more = {"intermediate_size": 64, "vocab_size": 64, "max_position_embeddings": 8192}
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["llama-2-7b"] | small | more))
+    model = f"--model=random:{tmp_path / 'config.json'}"
+    ran = hsrpc("plan", "--device=cpu", model, "--gpu-memory=400MiB", "--host-memory=1GiB")
+    assert ran.err == ""
+    assert re.search(r"longest request, tokens\W+8192", ran.out)
 
 
 def test_a_model_without_a_checkpoint(hsrpc):

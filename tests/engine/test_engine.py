@@ -22,6 +22,7 @@ from hsrpc.errors import (
     EngineFaultError,
     EngineUnavailableError,
     InvalidRequestError,
+    NotFiniteError,
     OutOfDeviceMemoryError,
     QueueFullError,
     RequestExistsError,
@@ -231,6 +232,30 @@ async def test_bad_logits_fail_one_request_alone(
             assert ids(results[i]) == made.outputs[i][:40]
         await idle(engine)
         assert ids(await collect(engine.generate(made.prompts[3], greedy(8)))) == made.outputs[3][:8]
+
+
+async def test_failures_in_a_row_are_counted_until_a_request_ends_well(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reference: Callable[[str], Reference]
+) -> None:
+    """Error and log say in which type the logits are not finite, and what helps."""
+    made = reference("opt")
+    bad = True
+    async with Engine(roomy(made)) as engine:
+
+        def spoil(logits: torch.Tensor) -> None:
+            if bad:
+                logits.fill_(float("inf"))
+
+        edit_logits(engine, monkeypatch, spoil)
+        for count in (1, 2):
+            with pytest.raises(NotFiniteError, match="not finite in float32; fetch the model's files again"):
+                await collect(engine.generate(made.prompts[0], greedy(4)))
+            assert engine.failed_in_a_row == count
+        assert "not finite in float32" in caplog.text
+        bad = False
+        await collect(engine.generate(made.prompts[0], greedy(4)))
+        assert engine.failed_in_a_row == 0
+    assert "--dtype bfloat16" in str(NotFiniteError("float16"))
 
 
 def boom(*args: object) -> None:

@@ -8,6 +8,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,10 @@ from hsrpc.errors import (
 )
 from hsrpc.model.checkpoint import Checkpoint
 from hsrpc.model.shapes import SHAPES
+from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.schedule.step import Step
 from tests.engine.conftest import HARDWARE
-from tests.engine.reference import Reference
+from tests.engine.reference import Reference, save_tokenizer
 from tests.engine.support import collect, greedy, idle, ids, parts, roomy, until
 
 
@@ -274,3 +276,33 @@ async def test_a_fault_while_warming_up_fails_the_start(
     assert isinstance(caught.value.__cause__, OutOfDeviceMemoryError)
     await until(lambda: asyncio.all_tasks() == tasks)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("compute", "cache", "weights"))]
+
+
+async def test_a_model_brings_its_ends_and_its_sampling_settings(directory: Path) -> None:
+    """End tokens of all its files together; sampling settings unless the configuration says none."""
+    config = json.loads((directory / "config.json").read_text()) | {"eos_token_id": 5}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 5], "temperature": 0.0}))
+    save_tokenizer(directory)  # whose own is 2
+    for kind, temperature in (("auto", 0.0), ("none", 1.0)):
+        settings = EngineConfig(
+            model=str(directory), device="cpu", gpu_memory="1GiB", host_memory="64MiB", generation_config=kind
+        )
+        async with Engine(settings) as engine:
+            assert set(engine.spec.eos_token_ids) == {5, 6, 2}
+            assert engine.default_params == SamplingParams(temperature=temperature)
+            params = replace(engine.default_params, logit_bias={2: 100.0}, max_tokens=8)
+            finish = (await collect(engine.generate([7, 8], params)))[-1].finish
+            assert finish is not None
+            assert finish.reason is FinishReason.EOS
+
+
+def test_links_out_of_the_directory_are_followed_where_they_are_trusted(directory: Path, tmp_path: Path) -> None:
+    """As a store of one's own makes them; without the setting the refusal names it."""
+    elsewhere = tmp_path / "blob"
+    (directory / "model.safetensors").rename(elsewhere)
+    (directory / "model.safetensors").symlink_to(elsewhere)
+    settings = EngineConfig(model=str(directory), device=DeviceKind.CPU)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*found a link out of it; .*--trust-links"):
+        describe_model(settings)
+    assert describe_model(replace(settings, trust_links=True))[0].family == "opt"

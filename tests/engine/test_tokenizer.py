@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +65,7 @@ async def test_decode_gives_back_what_was_encoded(tokenizer: Tokenizer, text: st
 
 async def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
     """The end-of-text token is known and is left out of the text."""
-    assert tokenizer.eos_token_id == 0
+    assert tokenizer.end_token_ids == [0]
     assert await tokenizer.decode([*await tokenizer.encode("hello"), 0]) == "hello"
 
 
@@ -190,3 +191,74 @@ def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path, files: dict[st
     with pytest.raises(CheckpointError, match=message) as caught:
         Tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+async def test_byte_order_marks_are_read_over(tmp_path, directory, encoding):
+    """The tokenizer is the same whatever encoding of JSON its files, and the model's, have."""
+    for path in directory.iterdir():
+        (tmp_path / path.name).write_text(path.read_text(), encoding=encoding)
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}', encoding=encoding)
+    marked, plain = Tokenizer(tmp_path), Tokenizer(directory)
+    assert await marked.encode("the cat") == await plain.encode("the cat")
+    marked.close(), plain.close()
+
+
+async def test_a_list_of_begin_tokens_is_no_hindrance(tmp_path, directory):
+    """What transformers refuses in config.json does not concern the tokenizer."""
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "bos_token_id": [1, 2]}')
+    made = Tokenizer(tmp_path)
+    assert await made.decode(await made.encode("the cat")) == "the cat"
+    made.close()
+
+
+@pytest.mark.parametrize(("content", "package"), [(b"\n\x0e\n\x05", "sentencepiece"), (b"IQ== 0\n", "tiktoken")])
+def test_package_that_reads_a_vocabulary_is_named(tmp_path, monkeypatch, content, package):
+    """Where it is not installed, the command that installs it is said."""
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.model: the package {package}, .*`pip install {package}`"):
+        Tokenizer(tmp_path)
+
+
+async def test_sentencepiece_vocabulary_alone_is_read(tmp_path):
+    """A model without tokenizer.json, as Llama 2 was first published."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        lines = ["the cat sat on the mat", "hello world"] * 20
+        trainer.train(sentence_iterator=iter(lines), model_writer=file, vocab_size=40, model_type="bpe", minloglevel=2)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    made = Tokenizer(tmp_path)
+    assert await made.decode(await made.encode("the cat")) == "the cat"
+    made.close()
+
+
+async def test_text_with_a_token_that_the_model_lacks_is_refused(directory, caplog):
+    """A tokenizer may have more tokens than the model has rows: said at start, and of the text that needs one."""
+    made = Tokenizer(directory, 100)
+    assert f"the tokenizer has {made.vocab_size} tokens and the model 100" in caplog.text
+    [last] = await made.encode("b")
+    assert last < 100
+    with pytest.raises(InvalidRequestError, match=r"^text: '.*' is token \d+ of the tokenizer, and the model has 100"):
+        await made.encode("a cat")
+    made.close()
+    caplog.clear()
+    Tokenizer(directory, 280).close()
+    assert not caplog.text
+
+
+def test_tokens_that_end_a_turn_are_those_of_the_chat_template(tmp_path, directory):
+    """A special token that the template does not use ends nothing, nor does one that the model has no row for."""
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    made.add_special_tokens(["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    template = "{{ messages[0].content }}<|im_end|><|eot_id|>"
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    first = made.token_to_id("<|im_end|>")
+    for rows, expected in ((first + 3, [0, first, first + 1]), (first + 1, [0, first])):
+        tokenizer = Tokenizer(tmp_path, rows)
+        assert list(tokenizer.end_token_ids) == expected
+        tokenizer.close()

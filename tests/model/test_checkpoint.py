@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from hsrpc.errors import CheckpointError
 from hsrpc.model import safetensors_file
-from hsrpc.model.checkpoint import Checkpoint, RandomWeights
+from hsrpc.model.checkpoint import Checkpoint, RandomWeights, has_weights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.shapes import SHAPES
 from hsrpc.model.spec import named_spec
@@ -50,12 +50,37 @@ def read(directory: Path, tensor: TensorSpec = FUSED, dtype: torch.dtype = torch
     return out
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("served", [torch.float32, torch.float16, torch.bfloat16])
 def test_sources_are_concatenated_and_converted(tmp_path, stored, served):
     """Sources lie one after the other, in the type of the destination."""
     state = write_checkpoint(tmp_path, stored)
     assert torch.equal(read(tmp_path, dtype=served), torch.cat(list(state.values())).to(served))
+
+
+@pytest.mark.parametrize(
+    ("stored", "value", "served", "remedy"),
+    [
+        (torch.float32, 70_000.0, torch.float16, "serve it with --dtype bfloat16"),
+        (torch.bfloat16, -1e6, torch.float16, "serve it with --dtype bfloat16"),
+        (torch.float32, 3.4e38, torch.bfloat16, "serve it with --dtype float32"),
+        (torch.float64, 1e300, torch.float32, "fetch the file again"),
+    ],
+)
+def test_weights_too_large_for_the_served_type_are_refused(tmp_path, stored, value, served, remedy):
+    """The refusal has the tensor, its largest value, and the type that works."""
+    state = {"model.a": torch.ones(2, 3).to(stored), "model.b": torch.ones(3, 3).to(stored)}
+    state["model.b"][1, 2] = value
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"model\.b: expected at most .*, found .*e.*; {remedy}"):
+        read(tmp_path, dtype=served)
+    assert torch.equal(read(tmp_path, dtype=stored), torch.cat(list(state.values())))
+
+
+def test_infinite_weights_are_read_as_they_are(tmp_path):
+    """What was infinite already did not become so here."""
+    save_file({"model.a": torch.ones(2, 3), "model.b": torch.full((3, 3), torch.inf)}, tmp_path / "model.safetensors")
+    assert read(tmp_path, dtype=torch.float16)[2:].isinf().all()
 
 
 def test_large_tensors_are_converted_piece_by_piece(tmp_path, monkeypatch):
@@ -99,7 +124,9 @@ def test_missing_tensor_is_refused(tmp_path):
     """The refusal names the directory and the tensor."""
     write_checkpoint(tmp_path)
     missing = TensorSpec("c_weight", (1,), ("model.c",))
-    with pytest.raises(CheckpointError, match=r"expected tensor model\.c, found 2 tensors without it"):
+    with pytest.raises(
+        CheckpointError, match=r"expected tensor model\.c, found as the nearest model\.[ab], model\.[ab];"
+    ):
         Checkpoint(tmp_path).check([FUSED, missing])
 
 
@@ -116,7 +143,7 @@ def test_unsupported_type_is_refused_only_where_it_is_needed(tmp_path):
     save_file({"model.a": torch.ones(2, 3), "steps": torch.ones(1, dtype=torch.int64)}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint(tmp_path)
     checkpoint.check([TensorSpec("a", (2, 3), ("model.a",))])
-    with pytest.raises(CheckpointError, match="steps: expected one of F32, F16, BF16, found I64"):
+    with pytest.raises(CheckpointError, match="steps: expected one of F64, F32, F16, BF16, found I64"):
         checkpoint.check([TensorSpec("steps", (1,), ("steps",))])
 
 
@@ -181,14 +208,14 @@ def test_missing_shard_is_refused(tmp_path):
     """A shard that the index names and the directory lacks is refused by name."""
     write_shards(tmp_path, {"model.a": "one.safetensors", "model.b": "three.safetensors"})
     with pytest.raises(CheckpointError, match=r"three\.safetensors: expected a readable file, found No such file"):
-        Checkpoint(tmp_path)
+        Checkpoint(tmp_path).check([FUSED])
 
 
 def test_tensor_missing_from_its_shard_is_refused(tmp_path):
     """An index that disagrees with a shard is refused."""
     write_shards(tmp_path, {"model.a": "two.safetensors", "model.b": "two.safetensors"})
     with pytest.raises(CheckpointError, match=r"two\.safetensors: model\.a: expected the tensor that the index places"):
-        Checkpoint(tmp_path)
+        Checkpoint(tmp_path).check([FUSED])
 
 
 @pytest.mark.parametrize("shard", ["../one.safetensors", "/one.safetensors", "..", "one.bin", 3])
@@ -196,6 +223,45 @@ def test_shards_outside_the_directory_are_refused(tmp_path, shard):
     """An index cannot reach for files elsewhere."""
     write_shards(tmp_path, {"model.a": shard})
     with pytest.raises(CheckpointError, match=r"weight_map: model\.a: expected a \.safetensors file of the same dir"):
+        Checkpoint(tmp_path)
+
+
+def test_shard_that_nobody_needs_may_be_missing(tmp_path):
+    """An index may list tensors of another use, whose shard was never fetched."""
+    places = {"model.a": "one.safetensors", "model.b": "two.safetensors", "model.c": "three.safetensors"}
+    state = write_shards(tmp_path, places)
+    assert torch.equal(read(tmp_path), torch.cat(list(state.values())))
+
+
+@pytest.mark.parametrize("names", [("model-1-of-2", "model-2-of-2"), ("a", "b"), ("model-x", "model-y")])
+def test_shards_without_an_index_are_read(tmp_path, names):
+    """What an index would say is in the headers; weights of other names and uses beside them are left alone."""
+    state = {"model.a": torch.randn(2, 3), "model.b": torch.randn(3, 3)}
+    for name, (tensor, value) in zip(names, state.items(), strict=True):
+        save_file({tensor: value}, tmp_path / f"{name}.safetensors")
+    for other in ("consolidated", "adapter_model"):
+        save_file({"model.a": torch.zeros(2, 3)}, tmp_path / f"{other}.safetensors")
+    assert has_weights(tmp_path)
+    assert torch.equal(read(tmp_path), torch.cat(list(state.values())))
+
+
+def test_consolidated_weights_beside_the_model_are_ignored(tmp_path):
+    """Beside an index or a single file too; alone they are refused by name."""
+    save_file({"model.a": torch.zeros(2, 3)}, tmp_path / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match=r"expected model\.safetensors, found consolidated\.safetensors; fetch"):
+        Checkpoint(tmp_path)
+    state = write_checkpoint(tmp_path)
+    assert torch.equal(read(tmp_path), torch.cat(list(state.values())))
+
+
+def test_shards_without_an_index_that_are_not_all_there_are_refused(tmp_path):
+    """Their numbers say how many there should be, and a tensor in two of them belongs to two models."""
+    save_file({"model.a": torch.ones(1)}, tmp_path / "model-00001-of-00003.safetensors")
+    save_file({"model.a": torch.ones(1)}, tmp_path / "model-00003-of-00003.safetensors")
+    with pytest.raises(CheckpointError, match=r"expected model-00002-of-00003\.safetensors beside model-00001"):
+        Checkpoint(tmp_path)
+    save_file({"model.b": torch.ones(1)}, tmp_path / "model-00002-of-00003.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.a: expected each tensor in one file, found it in model-0"):
         Checkpoint(tmp_path)
 
 

@@ -90,6 +90,19 @@ def test_sharded_source_and_small_shards(source, tmp_path):
     assert not (tmp_path / "out" / "pytorch_model.bin.index.json").exists()
 
 
+def test_shards_without_an_index_are_converted(source, tmp_path):
+    """Numbered files say how many there are; one that is missing is named."""
+    state = split(source)
+    (source / "pytorch_model.bin.index.json").unlink()
+    for number in (1, 2):
+        (source / f"pytorch_model-0000{number}.bin").rename(source / f"pytorch_model-0000{number}-of-00002.bin")
+    convert_checkpoint(source, tmp_path / "out", progress=False)
+    assert_same_weights(tmp_path / "out", state)
+    (source / "pytorch_model-00001-of-00002.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"expected pytorch_model-00001-of-00002\.bin beside pytorch_model-00002"):
+        convert_checkpoint(source, tmp_path / "again", progress=False)
+
+
 def test_files_of_the_old_format_are_read(source, tmp_path):
     """Files older than PyTorch's zip format, which cannot be mapped, convert too."""
     file = source / "pytorch_model.bin"
@@ -206,12 +219,17 @@ def test_other_contents_are_refused(source, tmp_path, state, words):
 
 
 def test_incomplete_model_is_refused_before_it_appears(source, tmp_path):
-    """A model that lacks a tensor never arrives at the destination."""
+    """A model that lacks a tensor never arrives; what is wrong is said of the source, not of what was being made."""
     file = source / "pytorch_model.bin"
     state = torch.load(file, weights_only=True)
-    del state["model.decoder.layers.1.fc2.bias"]
+    bias = state.pop("model.decoder.layers.1.fc2.bias")
     torch.save(state, file)
-    with pytest.raises(CheckpointError, match=r"expected tensor model\.decoder\.layers\.1\.fc2\.bias"):
+    expected = rf"^{re.escape(str(source))}: expected tensor model\.decoder\.layers\.1\.fc2\.bias"
+    with pytest.raises(CheckpointError, match=expected):
+        convert_checkpoint(source, tmp_path / "out", progress=False)
+    torch.save(state | {"model.decoder.layers.1.fc2.bias": bias[:3]}, file)
+    expected = rf"^{re.escape(str(source))}: model\.decoder\.layers\.1\.fc2\.bias: expected shape"
+    with pytest.raises(CheckpointError, match=expected):
         convert_checkpoint(source, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 

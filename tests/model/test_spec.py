@@ -188,7 +188,7 @@ REFUSALS = [
     ("opt-125m", {"num_attention_heads": 7}, "hidden_size", "a multiple of num_attention_heads=7, found 768"),
     ("opt-125m", {"activation_function": "swish"}, "activation_function", "relu, gelu, found 'swish'"),
     ("opt-125m", {"enable_bias": "yes"}, "enable_bias", "true or false, found 'yes'"),
-    ("opt-125m", {"torch_dtype": "float64"}, "torch_dtype", "float32, float16, bfloat16, found 'float64'"),
+    ("opt-125m", {"torch_dtype": "int8"}, "torch_dtype", "float32, float16, bfloat16, float64, found 'int8'"),
     ("opt-125m", {"eos_token_id": 50272}, "eos_token_id", "below vocab_size=50272, found 50272"),
     ("opt-125m", {"quantization_config": {"bits": 4}}, "quantization_config", "unquantized"),
     (
@@ -245,3 +245,30 @@ def test_unreadable_configuration_is_refused(tmp_path, content, words):
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"config\.json: .*{words}"):
         load_spec(tmp_path, None)
+
+
+def test_empty_quantization_is_none(tmp_path):
+    """Some exports leave the key behind, without a value or empty."""
+    for index, empty in enumerate(({}, None)):
+        directory = tmp_path / str(index)
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps(SHAPES["opt-125m"] | {"quantization_config": empty}))
+        assert load_spec(directory, None).family == "opt"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_byte_order_marks_are_read_over(tmp_path, encoding):
+    """Files that went through another system's editor, in any encoding of JSON."""
+    for name, values in (("config.json", SHAPES["opt-125m"]), ("generation_config.json", {"eos_token_id": [2, 7]})):
+        (tmp_path / name).write_text(json.dumps(values), encoding=encoding)
+    assert load_spec(tmp_path, None).eos_token_ids == (2, 7)
+
+
+def test_a_list_of_begin_tokens_is_read(tmp_path):
+    """The first of them is the one."""
+    assert load_spec(write_config(tmp_path, "opt-125m", {"bos_token_id": [5, 6]}), None).bos_token_id == 5
+
+
+def test_float64_is_served_as_float32(tmp_path):
+    """Weights are converted while they are loaded."""
+    assert load_spec(write_config(tmp_path, "opt-125m", {"torch_dtype": "float64"}), None).dtype == torch.float32

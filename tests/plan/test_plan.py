@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hsrpc.config import CachePolicy, EngineConfig, Placement, parse_bytes
 from hsrpc.errors import ConfigError
+from hsrpc.plan.default_context import planner_with_context
 from hsrpc.plan.device_memory import device_bytes
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.memory_use import DeviceUse, HostUse
@@ -518,6 +519,23 @@ def test_lengths_are_bounded_by_the_model():
     plan = make_plan(make_sizes(context_length=300))
     assert (plan.max_model_len, plan.prediction.context) == (300, 300)
     assert make_plan(make_sizes(context_length=300), expected_context=900).prediction.context == 300
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "given", "expected"),
+    [(24, 100, None, 131072), (12, 64, None, 16384), (24, 100, 9000, 9000), (1, 1, None, 4096)],
+    ids=["room", "less room", "given", "none"],
+)
+def test_the_default_context_is_the_models_as_far_as_it_fits(device, host, given, expected):
+    """A long one is not had by giving speed away; where nothing fits, the refusal is that of the modest one."""
+    sizes = make_sizes(num_layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocab=128256, context_length=131072)
+    budgets, config = Budgets(device=device * GIB, host=host * GIB), EngineConfig(max_model_len=given)
+    planner = planner_with_context(sizes, budgets, PCIE4_4090, config)
+    assert planner.max_model_len == expected
+    if host > 1:
+        modest = Planner(sizes, budgets, PCIE4_4090, replace(config, max_model_len=given or 4096)).plan()
+        rate = planner.plan().prediction.mean_tokens_per_second
+        assert rate >= 0.95 * modest.prediction.mean_tokens_per_second
 
 
 def test_the_curve_is_throughput_over_share():

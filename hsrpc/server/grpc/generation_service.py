@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from hsrpc.server.engine_protocol import Engine
 from hsrpc.server.grpc.caller import client_name, current_caller
 from hsrpc.server.grpc.handlers import Write
 from hsrpc.server.grpc.messages import add_delta, field_paths, model_of, read_submission, start_message
-from hsrpc.server.service import Service, Submission
+from hsrpc.server.service import Admitted, Service, Submission
 from hsrpc.server.stream import Stream
 from hsrpc.v1 import generation_pb2 as v1
 
@@ -20,10 +19,10 @@ class GenerationService:
     async def generate(self, request: v1.GenerateRequest, write: Write[v1.GenerateResponse]) -> None:
         """Send the continuation of the prompt; however this ends, the engine's work for it ends too."""
         with self._service.admit(model_of(request)) as admitted:
-            submission = read_submission(request, self._service.config)
+            submission = read_submission(request, self._service.config, admitted.engine.default_params)
             with field_paths(request):
                 async with admitted.submit(submission, current_caller.get()) as stream:
-                    first = await _first_response(admitted.engine, stream, submission, request.output)
+                    first = await _first_response(admitted, stream, submission, request.output)
                     await _send(stream, first, request.output, write)
 
     async def abort(self, request: v1.AbortRequest) -> v1.AbortResponse:
@@ -31,14 +30,14 @@ class GenerationService:
 
 
 async def _first_response(
-    engine: Engine, stream: Stream, submission: Submission, output: v1.Output
+    admitted: Admitted, stream: Stream, submission: Submission, output: v1.Output
 ) -> v1.GenerateResponse:
     """The response that the first token will complete, so that headers are sent with it and not before."""
-    response = v1.GenerateResponse(start=start_message(stream, engine.spec.name, output))
+    response = v1.GenerateResponse(start=start_message(stream, admitted.model, output))
     if output.echo_prompt:
         prompt = submission.prompt
-        client = current_caller.get().client
-        stream.lead_with(prompt if isinstance(prompt, str) else await engine.tokenizer.decode(prompt, client))
+        client, tokenizer = current_caller.get().client, admitted.engine.tokenizer
+        stream.lead_with(prompt if isinstance(prompt, str) else await tokenizer.decode(prompt, client))
     return response
 
 

@@ -91,7 +91,7 @@ class GrpcFrontEnd:
         await self._grpc.start()
 
     async def report(self, health: Health) -> None:
-        """Set the health of the services; that of the whole server, under no name, has stalls too."""
+        """Set the health of the services; that of the whole server, under no name, has stalls and failures too."""
         for name, good in zip(HEALTH_NAMES, (health is Health.SERVING, health is not Health.DOWN), strict=True):
             await self._health.set(name, _SERVING if good else _NOT_SERVING)
 

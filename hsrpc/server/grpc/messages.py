@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -57,8 +58,8 @@ def model_of(request: ModelRequest) -> str | None:
     return request.model if request.HasField("model") else None
 
 
-def read_submission(request: v1.GenerateRequest, config: ServerConfig) -> Submission:
-    """What is asked for; where the request does not say, as `config` has it.
+def read_submission(request: v1.GenerateRequest, config: ServerConfig, defaults: SamplingParams) -> Submission:
+    """What is asked for; where the request does not say, as `config` and `defaults` have it.
 
     Raises:
         InvalidRequestError: naming the field by its path in the message.
@@ -66,7 +67,7 @@ def read_submission(request: v1.GenerateRequest, config: ServerConfig) -> Submis
     """
     with field_paths(request):
         pace = read_pace(request.output, config)
-        params = read_params(request)
+        params = read_params(request, defaults)
     request_id = request.request_id if request.HasField("request_id") else None
     return Submission(read_prompt(request), params, pace, request_id)
 
@@ -104,8 +105,8 @@ def read_prompt(request: v1.GenerateRequest) -> str | Sequence[int]:
     return prompt
 
 
-def read_params(request: v1.GenerateRequest) -> SamplingParams:
-    """What the request sets, the rest at its default.
+def read_params(request: v1.GenerateRequest, defaults: SamplingParams) -> SamplingParams:
+    """What the request sets, the rest as in `defaults`.
 
     Raises:
         InvalidRequestError: naming the field.
@@ -122,7 +123,7 @@ def read_params(request: v1.GenerateRequest) -> SamplingParams:
         settings["logprobs"] = output.logprobs
     settings |= {"logit_bias": dict(sampling.logit_bias), "priority": request.priority}
     settings |= {"stop": tuple(stopping.stop), "stop_token_ids": tuple(stopping.stop_token_ids)}
-    return SamplingParams(**settings)
+    return replace(defaults, **settings)
 
 
 def _check_counts(request: v1.GenerateRequest) -> None:

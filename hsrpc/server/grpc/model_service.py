@@ -21,7 +21,7 @@ class ModelService:
         engine = self._service.engine(model_of(request))
         spec = engine.spec
         return model_pb2.GetModelResponse(
-            name=spec.name,
+            name=self._service.model_names(engine)[0],
             family=spec.family,
             context_length=spec.sizes.context_length,
             max_model_len=engine.max_model_len,

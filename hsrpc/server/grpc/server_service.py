@@ -31,7 +31,7 @@ class ServerService:
         stats = engine.stats()
         return v1.GetServerInfoResponse(
             version=__version__,
-            model=engine.spec.name,
+            model=self._service.model_names(engine)[0],
             device=engine.device,
             uptime=duration(self._service.uptime),
             plan=_plan_message(engine.plan),

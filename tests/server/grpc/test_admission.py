@@ -10,6 +10,7 @@ from google.rpc.error_details_pb2 import BadRequest, QuotaFailure, RetryInfo
 
 from hsrpc.client import AsyncClient
 from hsrpc.errors import GaveWayError, InvalidRequestError, QueueFullError, WaitTooLongError
+from hsrpc.request import SamplingParams
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.grpc.caller import client_name
 from hsrpc.server.grpc.messages import read_params
@@ -123,7 +124,7 @@ def test_long_lists_are_not_copied():
     tracemalloc.start()
     try:
         with pytest.raises(InvalidRequestError):
-            read_params(message)
+            read_params(message, SamplingParams())
         assert tracemalloc.get_traced_memory()[1] < 100_000
     finally:
         tracemalloc.stop()

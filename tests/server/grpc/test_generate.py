@@ -55,6 +55,15 @@ async def test_start_has_the_prompts_facts_and_every_default(stub):
         assert start.sampling.HasField(name), name
 
 
+async def test_the_model_has_the_defaults_of_sampling(engine, stub):
+    """What a request leaves out is the model's own, and stands in Start; what it sets is its own, 0 too."""
+    engine.default_params = SamplingParams(temperature=0.6, top_k=20, repetition_penalty=1.25)
+    asked = v1.GenerateRequest(text="Hi", sampling=v1.Sampling(top_k=0))
+    found = (await collect(stub, asked))[0].start.sampling
+    assert (found.temperature, found.top_k, found.repetition_penalty) == (0.6, 0, 1.25)
+    assert engine.submitted[-1].temperature == 0.6
+
+
 async def test_the_operator_has_the_defaults_of_messages(engine):
     """What a request leaves out is as the server was told; what it sets, 0 too, is as it says. Both come back."""
     server = Server(ServerConfig(port=0, max_tokens_per_message=2, max_message_delay=0.02))

@@ -20,6 +20,7 @@ from hsrpc.client import AsyncClient, CallError
 from hsrpc.errors import ConfigError
 from hsrpc.request import FinishReason
 from hsrpc.server import Server, ServerConfig
+from hsrpc.server.liveness import MAX_FAILED_IN_A_ROW
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc
 from tests.server.conftest import rich_status, until
@@ -120,6 +121,21 @@ async def test_a_step_that_takes_too_long_is_not_alive(engine):
         assert (await asyncio.wait_for(watch.read(), 5)).status == NOT_SERVING
         assert await health(channel) == {NOT_SERVING, SERVING}
         engine.beat = 0.1
+        assert (await asyncio.wait_for(watch.read(), 5)).status == SERVING
+    await server.stop()
+
+
+async def test_an_engine_on_which_every_request_fails_is_not_alive(engine):
+    """Some failures are requests' own; a row of them, without a good one between, is the server's."""
+    server = Server(ServerConfig(port=0, step_timeout=0.2))
+    await server.start()
+    await server.attach(engine)
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
+        engine.failed_in_a_row = MAX_FAILED_IN_A_ROW
+        assert (await asyncio.wait_for(watch.read(), 5)).status == NOT_SERVING
+        engine.failed_in_a_row = MAX_FAILED_IN_A_ROW - 1
         assert (await asyncio.wait_for(watch.read(), 5)).status == SERVING
     await server.stop()
 

@@ -6,6 +6,9 @@ import grpc
 import pytest
 
 from hsrpc import __version__
+from hsrpc.client import AsyncClient, CallError
+from hsrpc.errors import ConfigError
+from hsrpc.server import Server, ServerConfig
 from hsrpc.v1 import model_pb2, model_pb2_grpc, server_pb2, server_pb2_grpc
 
 
@@ -54,3 +57,19 @@ async def test_server_info_has_plan_and_measurements(server, channel, engine):
     used = {(use.kind, use.tier): use.used for use in info.load.blocks}
     assert used[server_pb2.BLOCK_KIND_KV, server_pb2.BLOCK_TIER_HOST] == 3
     assert len(used) == 4
+
+
+async def test_a_model_is_served_under_the_names_that_the_operator_gives(engine):
+    """A request may have any of them, and answers say the first; its own name is none of them."""
+    server = Server(ServerConfig(port=0, served_model_names=("prod", "org/model-1")))
+    await server.start()
+    await server.attach(engine)
+    async with AsyncClient(server.address) as client:
+        for name in ("prod", "org/model-1"):
+            assert (await client.complete("Hi", model=name)).start.model == "prod"
+        assert (await client.get_model("org/model-1")).name == (await client.get_server_info()).model == "prod"
+        with pytest.raises(CallError, match="NOT_FOUND"):
+            await client.complete("Hi", model=engine.spec.name)
+    await server.stop()
+    with pytest.raises(ConfigError, match="served_model_name='a b'"):
+        ServerConfig(served_model_names=("a b",))
