@@ -246,11 +246,8 @@ class RandomWeights:
 
 def _distribution(tensor: TensorSpec) -> tuple[float, float]:
     """Mean and standard deviation."""
-    if tensor.name.endswith("norm_weight"):
-        return 1.0, 0.02
-    if len(tensor.shape) == 1:
-        return 0.0, 0.02
-    return 0.0, float(tensor.shape[-1] ** -0.5)
+    is_matrix = len(tensor.shape) > 1 and not tensor.mean
+    return tensor.mean, float(tensor.shape[-1] ** -0.5) if is_matrix else 0.02
 
 
 def _flat(tensor: TensorSpec, out: torch.Tensor) -> torch.Tensor:

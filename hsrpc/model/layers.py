@@ -119,7 +119,8 @@ class Norm:
 
     def tensor(self, of: Affine, source: str, shape: tuple[int, ...], order: RowOrder | None = None) -> TensorSpec:
         """Its weight alone."""
-        return TensorSpec(of.weight, shape, (f"{source}.weight",), order=order)
+        mean = 0.0 if self.kind is NormKind.RMS_FROM_ONE else 1.0
+        return TensorSpec(of.weight, shape, (f"{source}.weight",), order=order, mean=mean)
 
     def of(self, w: Weights, of: Affine, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] normed; the weight is [n], or [heads, n] for x [..., heads, n]."""
@@ -163,5 +164,5 @@ def linear_tensors(
 
 def norm_tensors(of: Affine, source: str, size: int, *, weight: bool = True, bias: bool = False) -> list[TensorSpec]:
     """Weight and bias [size] of a norm, those it has."""
-    parts = [(of.weight, "weight", weight), (of.bias, "bias", bias)]
-    return [TensorSpec(name, (size,), (f"{source}.{part}",)) for name, part, present in parts if present]
+    parts = [(of.weight, "weight", 1.0, weight), (of.bias, "bias", 0.0, bias)]
+    return [TensorSpec(name, (size,), (f"{source}.{part}",), mean=mean) for name, part, mean, there in parts if there]

@@ -6,8 +6,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
 from hsrpc.model.bounds import MAX_CONTEXT
 from hsrpc.model.config_file import ConfigFile
@@ -271,6 +273,25 @@ class Rotation:
     """[n, 1]; None: queries stay as they are."""
 
 
+class HeadNorms(NamedTuple):
+    """RMS norms of each head before it is rotated."""
+
+    queries: torch.Tensor
+    """[head_dim] weight of the first `num_queries` heads."""
+    keys: torch.Tensor
+    """[head_dim] weight of the others."""
+    num_queries: int
+    epsilon: float
+
+    def apply_(self, heads: torch.Tensor) -> None:
+        """Norms `heads` [n, m, head_dim] in place."""
+        for part, weight in (
+            (heads[:, : self.num_queries], self.queries),
+            (heads[:, self.num_queries :], self.keys),
+        ):
+            part.copy_(functional.rms_norm(part, part.shape[-1:], weight, self.epsilon))
+
+
 class Rotary:
     """The rotation of a model that serves requests up to `context` tokens, computed in `dtype`."""
 
@@ -295,13 +316,16 @@ class Rotary:
         turns = torch.log1p((positions // settings.query_context).float())
         return (1 + settings.query_beta * turns).to(self._dtype)[:, None]
 
-    def turn_(self, heads: torch.Tensor, rotation: Rotation) -> None:
-        """Rotates `heads` [n, m * head_dim] in place; rows may be strided."""
+    def turn_(self, heads: torch.Tensor, rotation: Rotation, norms: HeadNorms | None = None) -> None:
+        """Rotates `heads` [n, m * head_dim] in place, with `norms` normed first; rows may be strided."""
         heads = heads.unflatten(1, (-1, self._head_dim))
+        fuses = rotation.table is None and self._settings.width == self._head_dim
+        if norms is not None and not fuses:
+            norms.apply_(heads)
         if rotation.table is None:
             from hsrpc.model.kernels.fused import rotate_heads_  # loads Triton
 
-            rotate_heads_(heads, rotation.positions, self._frequencies, self._factor)
+            rotate_heads_(heads, rotation.positions, self._frequencies, self._factor, norms if fuses else None)
         else:
             rotate_(heads[..., : self._settings.width], rotation.table)
 

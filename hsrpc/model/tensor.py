@@ -64,6 +64,8 @@ class TensorSpec:
     """Length of each source along dimension 0; empty: all the same."""
     order: RowOrder | None = None
     """None: rows stay in the order of the sources."""
+    mean: float = 0.0
+    """Of random weights: what a norm begins its training with."""
 
     @property
     def numel(self) -> int:

@@ -14,7 +14,7 @@ from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.settings import DecoderSettings, Names, QkNorm
 from hsrpc.model.family import Family, ModelSpec, Weights
 from hsrpc.model.layers import Affine, linear_tensors, project, project_rows
-from hsrpc.model.rope import Rotary, Rotation
+from hsrpc.model.rope import HeadNorms, Rotary, Rotation
 from hsrpc.model.tensor import HeadsTogether, PairsApart, RowOrder, TensorSpec
 from hsrpc.plan.sizes import LayerSizes, ModelSizes
 
@@ -153,24 +153,33 @@ class Decoder(Family):
     def queries_keys_values(self, w: Weights, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
         fused = project(w, QKV, x)
         queries, kv = fused[:, : self.q_size], fused[:, self.q_size :]
-        self._norm_heads_(w, Q_NORM, queries)
-        self._norm_heads_(w, K_NORM, kv[:, : self.kv_size])
-        self._rotary.turn_(fused[:, : self.q_size + self.kv_size], rotation)
+        self._norm_(w, Q_NORM, queries)
+        self._norm_(w, K_NORM, kv[:, : self.kv_size])
+        norms = self._head_norms(w, self.sizes.num_heads)
+        self._rotary.turn_(fused[:, : self.q_size + self.kv_size], rotation, norms)
         if rotation.query_scale is not None:
             queries *= rotation.query_scale
         return queries, kv
 
     def keys_values(self, w: Weights, x: torch.Tensor, rotation: Rotation, out: torch.Tensor) -> None:
         project_rows(w, QKV, x, self.q_size, out)
-        self._norm_heads_(w, K_NORM, out[:, : self.kv_size])
-        self._rotary.turn_(out[:, : self.kv_size], rotation)
+        keys = out[:, : self.kv_size]
+        self._norm_(w, K_NORM, keys)
+        self._rotary.turn_(keys, rotation, self._head_norms(w, 0))
 
-    def _norm_heads_(self, w: Weights, of: Affine, rows: torch.Tensor) -> None:
-        """Norms queries or keys [n, heads * head_dim] in place."""
-        if of.weight in w:
-            whole = self.settings.qk_norm is QkNorm.ROW
-            x = rows if whole else rows.unflatten(1, (-1, self.sizes.head_dim))
-            x.copy_(self.settings.norm.of(w, of, x))
+    def _norm_(self, w: Weights, of: Affine, rows: torch.Tensor) -> None:
+        """Norms queries or keys [n, heads * head_dim] in place, where that is not done as they are rotated."""
+        match self.settings.qk_norm:
+            case QkNorm.ROW:
+                rows.copy_(self.settings.norm.of(w, of, rows))
+            case QkNorm.EACH_HEAD:
+                heads = rows.unflatten(1, (-1, self.sizes.head_dim))
+                heads.copy_(self.settings.norm.of(w, of, heads))
+
+    def _head_norms(self, w: Weights, num_queries: int) -> HeadNorms | None:
+        if self.settings.qk_norm is not QkNorm.HEAD:
+            return None
+        return HeadNorms(w[Q_NORM.weight], w[K_NORM.weight], num_queries, self.settings.norm.epsilon)
 
     def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         added = self._normed(w, ATTENTION_OUT_NORM, project(w, OUT, attended))

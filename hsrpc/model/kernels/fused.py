@@ -6,9 +6,19 @@ import torch
 import triton
 import triton.language as tl
 
+from hsrpc.model.rope import HeadNorms
+
 _HEADS = 16
 """Heads of a program, which computes cosines and sines once for all of them."""
 _BLOCK = 2048
+
+
+@triton.jit
+def _weighted(x, query_weight, key_weight, is_query, inside, dtype: tl.constexpr):
+    """x [heads, i] times the weight of its head, rounded."""
+    of_queries = tl.load(query_weight[None, :], mask=inside & is_query, other=0.0).to(tl.float32)
+    of_keys = tl.load(key_weight[None, :], mask=inside & ~is_query, other=0.0).to(tl.float32)
+    return (x * (of_queries + of_keys)).to(dtype).to(tl.float32)
 
 
 @triton.jit(do_not_specialize_on_alignment=["x", "positions"])  # they begin at any row
@@ -16,11 +26,16 @@ def _rotate(
     x,
     positions,
     frequencies,
+    query_weight,
+    key_weight,
     row_stride,
+    num_queries,
     num_heads,
     half,
     head_dim,
     factor,
+    epsilon,
+    NORM: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -35,24 +50,48 @@ def _rotate(
     start = x + row * row_stride + head[:, None] * head_dim + i[None, :]
     first = tl.load(start, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(start + half, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+        scale = tl.rsqrt(squares / head_dim + epsilon)[:, None]
+        is_query = (head < num_queries)[:, None]
+        first = _weighted(first * scale, query_weight + i, key_weight + i, is_query, inside, dtype)
+        second = _weighted(second * scale, query_weight + half + i, key_weight + half + i, is_query, inside, dtype)
     turned = (first * cos).to(dtype).to(tl.float32) - (second * sin).to(dtype).to(tl.float32)
     other = (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
     tl.store(start, turned.to(dtype), mask=inside)
     tl.store(start + half, other.to(dtype), mask=inside)
 
 
-def rotate_heads_(x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor, factor: float) -> None:
+def rotate_heads_(
+    x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor, factor: float, norms: HeadNorms | None = None
+) -> None:
     """As `rope.rotate_` of each head's first dimensions, two for each of `frequencies`, by the angles at `positions`.
 
     `x` [n, heads, head_dim] may have any stride between its rows; `positions` [n]; for `factor` see `rope.make_table`.
+    With `norms` all dimensions are rotated, and normed first.
     """
     n, num_heads, head_dim = x.shape
-    if n:
-        half = len(frequencies)
-        grid = (n, triton.cdiv(num_heads, _HEADS))
-        width = triton.next_power_of_2(half)
-        stride = x.stride(0)
-        _rotate[grid](x, positions, frequencies, stride, num_heads, half, head_dim, factor, HEADS=_HEADS, WIDTH=width)
+    if not n:
+        return
+    half = len(frequencies)
+    queries, keys, num_queries, epsilon = norms or HeadNorms(x, x, 0, 0.0)
+    _rotate[(n, triton.cdiv(num_heads, _HEADS))](
+        x,
+        positions,
+        frequencies,
+        queries,
+        keys,
+        x.stride(0),
+        num_queries,
+        num_heads,
+        half,
+        head_dim,
+        factor,
+        epsilon,
+        NORM=norms is not None,
+        HEADS=_HEADS,
+        WIDTH=triton.next_power_of_2(half),
+    )
 
 
 @triton.jit
@@ -67,10 +106,10 @@ def _gate(gate_up, out, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
         active = gate / (1.0 + tl.exp(-gate))
     elif ACTIVATION == "gelu":
         active = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    else:
-        tl.static_assert(ACTIVATION == "gelu_tanh")
+    else:  # gelu_tanh
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        active = gate / (1.0 + tl.exp(-2.0 * inner))  # 0.5 * (1 + tanh(x)) is the sigmoid of 2 * x
+        # 0.5 * (1 + tanh(x)) is the sigmoid of 2 * x; 80: exp does not overflow.
+        active = gate / (1.0 + tl.exp(tl.minimum(-2.0 * inner, 80.0)))
     tl.store(out + row * width + column, (active.to(dtype).to(tl.float32) * up).to(dtype), mask=inside)
 
 
