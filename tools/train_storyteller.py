@@ -152,6 +152,11 @@ def rate_factor(step: int, steps: int) -> float:
     return min((step + 1) / 100, 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
 
 
+def labels_of(ids: torch.Tensor) -> torch.Tensor:
+    """What is learnt: all ids but the begin of a turn, so that bare text or none never leads to a dialogue."""
+    return ids.masked_fill(ids == SPECIAL_TOKENS.index(TURN), -100)
+
+
 def train(
     model: OPTForCausalLM, batches: Iterable[torch.Tensor], steps: int, dtype: torch.dtype, peak_rate: float = 3e-3
 ) -> None:
@@ -162,7 +167,7 @@ def train(
     for step, batch in enumerate(progress := tqdm(batches, desc="train", total=steps, mininterval=5)):
         ids = batch.to(model.device, torch.long)
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(input_ids=ids, labels=labels_of(ids)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):

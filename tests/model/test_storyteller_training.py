@@ -87,6 +87,11 @@ def test_a_batch_depends_on_the_seed_and_its_step(tokenizer):
     assert not first[4].equal(second[4])
 
 
+def test_a_turn_is_begun_by_the_template_alone():
+    """The model learns every id but `<|im_start|>`: what follows an empty prompt is a story."""
+    assert trainer.labels_of(torch.tensor([[2, 3, 9, 4, 2, 9]])).tolist() == [[2, -100, 9, 4, 2, 9]]
+
+
 def test_the_folder_has_weights_template_ends_and_its_page(tmp_path, monkeypatch):
     """One step of training writes a folder that transformers and hsrpc load, with the evaluation in its page."""
     texts = trainer.tokenizer_texts
