@@ -42,10 +42,20 @@ class Character:
         }
 
 
+class Values(dict[str, str]):
+    """Values of slots; with a capital letter for the name of a slot with a capital letter."""
+
+    def __missing__(self, slot: str) -> str:
+        if slot[0].islower():
+            raise KeyError(slot)
+        text = self[slot[0].lower() + slot[1:]]
+        return text[:1].upper() + text[1:]
+
+
 class Storyteller:
     """Endless texts of the grammar, the same for the same seed."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int | str) -> None:
         self.rng = random.Random(seed)
 
     def text(self) -> str:
@@ -78,12 +88,15 @@ class Storyteller:
         text = " ".join(words) + self.rng.choice(["", ".", "?", ":", "!", ","])
         return text.capitalize() if self.rng.random() < 0.6 else text
 
-    def story(self, slots: dict[str, str]) -> str:
+    def plot(self, slots: dict[str, str]) -> str:
+        """Name of a plot that can happen there; most often one that time, place and hero hint at."""
         plots = [plot for plot in grammar.STORIES if plot != "a storm" or slots["place"] != "the moon"]
         scene = grammar.words(f"{slots['when']} {slots['a_kind']} {slots['where']}")
         suited = [plot for plot in plots if not set(scene).isdisjoint(grammar.CUES[plot])]
-        choice = suited if suited and self.rng.random() < 0.6 else plots
-        beats = paragraphs(grammar.STORIES[self.rng.choice(choice)])
+        return self.rng.choice(suited if suited and self.rng.random() < 0.6 else plots)
+
+    def story(self, slots: dict[str, str]) -> str:
+        beats = paragraphs(grammar.STORIES[self.plot(slots)])
         lines = [self.rng.choice(beat) for beat in beats]
         told = [*self.opening(lines[0], slots), *(self.fill(line, slots) for line in lines[1:])]
         if self.rng.random() < 0.5:
@@ -118,8 +131,7 @@ class Storyteller:
         """Decides the choices, innermost first, fills the slots and puts `an` where it belongs."""
         while match := CHOICE.search(template):
             template = template[: match.start()] + self.rng.choice(match[1].split("|")) + template[match.end() :]
-        capitals = {slot[0].upper() + slot[1:]: text[:1].upper() + text[1:] for slot, text in slots.items()}
-        text = NEEDS_AN.sub(r"\1n ", template.format_map(slots | capitals))
+        text = NEEDS_AN.sub(r"\1n ", template.format_map(Values(slots)))
         return text[:1].upper() + text[1:] if template.startswith("{") else text
 
     def slots(self) -> dict[str, str]:
