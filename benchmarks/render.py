@@ -23,7 +23,7 @@ from benchmarks.tables import Row
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/performance.md", "docs/findings.md", "benchmarks/results/README.md")
-MARKED = re.compile(r"<!-- table: (?P<name>[a-z-]+) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
+MARKED = re.compile(r"<!-- table: (?P<name>[a-z0-9-]+) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,21 @@ TABLES = {
         ("lists/before", "lists/after", "lists/before-again", "lists/after-again"),
         ("step, efficiency", "before", "after", "before again", "after again"),
         tables.lists,
+    ),
+    "smollm2": Table(
+        ("smollm2/current",),
+        (
+            "prompt",
+            "tokens",
+            "weights on the device",
+            "kv",
+            "activation",
+            "hybrid",
+            "auto",
+            "least margin",
+            "output begins",
+        ),
+        tables.smollm2,
     ),
     "overview": Table(
         (*_POLICIES[:3], *_CODING[2:]),

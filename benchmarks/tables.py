@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from statistics import geometric_mean, median
 from typing import Any
 
+from benchmarks.comparison import Comparison
 from benchmarks.raw_results import Record
 
 Row = tuple[str, ...]
@@ -254,6 +256,20 @@ def lists(records: Sequence[Record]) -> Iterator[Row]:
         )
 
 
+def smollm2(records: Sequence[Record]) -> Iterator[Row]:
+    """Tokens equal to the reference's: a line for a prompt and a placement, a column for a policy."""
+    [record] = records
+    for number, prompt in enumerate(record.result["prompts"]):
+        facts = prompt["kind"], str(prompt["prompt_tokens"])
+        rest = f"{prompt['least_margin']:.1g}", _beginning(prompt["output"])
+        found: dict[str, list[str]] = {}
+        for run in record.result["runs"]:
+            found.setdefault(run["weights"], []).append(str(Comparison(**run["compared"][number])))
+        for weights, cells in found.items():
+            yield (*facts, weights, *cells, *rest)
+            facts = rest = ("", "")
+
+
 def commands(records: Sequence[Record]) -> Iterator[Row]:
     """Where every file comes from."""
     for record in records:
@@ -282,6 +298,11 @@ def _beside(cell: Any | None) -> str:
 def _policy(cell: Any) -> str:
     share = cell["recomputed_share"]
     return f"{cell['label']}, {share * 100:.0f} % of the tokens recomputed" if share else str(cell["label"])
+
+
+def _beginning(text: str) -> str:
+    """The first words of a text, in one cell of a table."""
+    return f"`{textwrap.shorten(text, 36, placeholder=' ...')}`".replace("|", "\\|")
 
 
 def _placement(plan: Any) -> str:
