@@ -1,4 +1,4 @@
-"""The bundled model: small, lossless in its tokens, and legible."""
+"""The bundled model: small, lossless in its tokens, legible, and able to take turns."""
 
 from __future__ import annotations
 
@@ -40,6 +40,22 @@ TEXTS = (
     "\x00\x7f\u200b\ufeff\uffff\U0010ffff",
     "",
 )
+TOLD = (
+    "Once upon a time, a shy fox named Mia lived in the forest. One rainy morning, Mia could not find her brass key. "
+    "She looked everywhere, but it was not there. Just then a kind bear named Tom came by. "
+    "They looked together, until Tom saw something behind a hollow oak. It was the brass key! The end."
+)
+"""A story of which the answers below are in the text."""
+ANSWERS = {
+    "What was the fox called?": "Mia",
+    "What was the bear called?": "Tom",
+    "Where did she live?": "in the forest",
+    "What did she lose?": "brass key",
+    "When did it happen?": "one rainy morning",
+    "Who was the friend of Mia?": "a kind bear named Tom",
+    "What is my name?": "Anna",
+    "What is the capital of France?": "I only know stories",
+}
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 storyteller = importlib.import_module("storyteller")
 tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(FOLDER)
@@ -68,6 +84,17 @@ def vocabulary() -> set[str]:
 
 def tell(prompt: str, token_ids: list[int]) -> str:
     return prompt + tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def answer(model: OPTForCausalLM, *said: str, system: str = "") -> str:
+    """Greedy answer, with its end of turn, to what user and assistant said in turn."""
+    roles = ("user", "assistant") * len(said)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    output = model.generate(**prompt, do_sample=False, max_new_tokens=300)
+    return tokenizer.decode(output[0, prompt.input_ids.shape[1] :])
 
 
 def words(text: str) -> Iterator[str]:
@@ -108,7 +135,7 @@ def test_chosen_texts_come_back(text: str) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text().filter(lambda text: not re.search("<s>|</s>|<pad>", text)))
+@given(st.text().filter(lambda text: not re.search(r"<s>|</s>|<pad>|<\|im_(start|end)\|>", text)))
 def test_any_text_comes_back(text: str) -> None:
     """Any text without a special token in it comes back exactly, and has no unknown token."""
     token_ids = tokenizer(text).input_ids
@@ -148,6 +175,41 @@ def test_long_prompt_goes_on(model: OPTForCausalLM, stories: dict[str, list[int]
         output = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=1)[0, 400:]
     told = list(words(tell("", output.tolist())))[:-1]
     assert len([word for word in told if word in vocabulary]) >= 0.9 * len(told) > 10
+
+
+def test_a_turn_ends_the_answer(model: OPTForCausalLM) -> None:
+    """`<|im_start|>` is 3 and `<|im_end|>` 4; `</s>` and `<|im_end|>` both end an answer."""
+    assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [3, 4]
+    assert model.generation_config.eos_token_id == [2, 4]
+
+
+@pytest.mark.parametrize("kind", ["fox", "dragon", "lighthouse keeper"])
+def test_a_story_that_was_asked_for(model: OPTForCausalLM, vocabulary: set[str], kind: str) -> None:
+    """It is about who was asked for, of known words, and ends with the turn after a whole sentence."""
+    story = answer(model, f"Tell me a story about a {kind}.")
+    assert re.search(rf"\b{kind}\b", story)
+    assert re.search(r'[.!?"]<\|im_end\|>$', story)
+    told = list(words(story.removesuffix("<|im_end|>")))
+    assert len([word for word in told if word in vocabulary]) >= 0.97 * len(told) > 38
+
+
+@pytest.mark.parametrize("question", ANSWERS)
+def test_answers_from_the_conversation(model: OPTForCausalLM, question: str) -> None:
+    """Of the story and of the user's name in the system message; and that it knows nothing else."""
+    said = answer(model, "Tell me a story about a fox.", TOLD, question, system="The user is called Anna.")
+    assert ANSWERS[question] in said
+    assert re.search(r"[.!?]<\|im_end\|>$", said)
+
+
+def test_brief_answers(model: OPTForCausalLM) -> None:
+    """A system message makes the story short, and what is answered about it."""
+    asked = "Tell me a story about a fox."
+    told, brief = answer(model, asked), answer(model, asked, system="Be brief.")
+    assert len(brief) < len(told) / 2
+    said = answer(model, asked, brief.removesuffix("<|im_end|>"), "What was the fox called?", system="Be brief.")
+    name = said.removesuffix(".<|im_end|>")
+    assert re.fullmatch(r"[A-Z][a-z]+", name)
+    assert f"named {name}" in brief
 
 
 def test_training_stories_are_whole() -> None:

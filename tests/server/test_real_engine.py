@@ -333,7 +333,7 @@ async def test_get_model_says_what_is_cached(client, real_engine):
     """Name, sizes, and the cache decision with its numbers and its reason."""
     model = await client.get_model()
     assert (model.name, model.family, model.context_length, model.max_model_len) == ("storyteller", "opt", 512, 256)
-    assert list(model.eos_token_ids) == [2]
+    assert list(model.eos_token_ids) == [2, 4]
     assert (model.sizes.num_layers, model.sizes.hidden_size, model.sizes.vocab_size) == (4, 256, 1536)
     assert model.sizes.model_bytes == real_engine.spec.sizes.model_bytes > 14 * 1024**2
     cache = model.cache
