@@ -24,8 +24,10 @@ from hsrpc.client_messages import (
     closing_call,
     generate_request,
     read_delta,
+    tokenize_request,
     watch_load_request,
 )
+from hsrpc.prompt import Chat, Prompt, Text
 from hsrpc.request import Delta
 from hsrpc.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc, server_pb2, server_pb2_grpc
 
@@ -148,12 +150,12 @@ class Client:
     def close(self) -> None:
         self._channel.close()
 
-    def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Stream:
-        """Start a request; iterating may raise CallError."""
+    def generate(self, prompt: Prompt, **settings: Unpack[Settings]) -> Stream:
+        """Start a request with text, a Chat or token ids; iterating may raise CallError."""
         request = generate_request(prompt, settings)
         return Stream(self._generation.Generate(request, timeout=settings.get("timeout"), metadata=self._metadata))
 
-    def complete(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Completion:
+    def complete(self, prompt: Prompt, **settings: Unpack[Settings]) -> Completion:
         """The whole output.
 
         Raises:
@@ -172,12 +174,18 @@ class Client:
         with call_errors():
             return self._model.GetModel(model_pb2.GetModelRequest(model=model), metadata=self._metadata)
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, prompt: str | Text | Chat) -> list[int]:
+        """Token ids that a request with this prompt has."""
         with call_errors():
-            return list(self._model.Tokenize(model_pb2.TokenizeRequest(text=text), metadata=self._metadata).token_ids)
+            return list(self._model.Tokenize(tokenize_request(prompt), metadata=self._metadata).token_ids)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        request = model_pb2.DetokenizeRequest(token_ids=token_ids)
+    def render(self, chat: Chat) -> str:
+        """The text that the model's template makes of `chat`."""
+        with call_errors():
+            return self._model.Tokenize(tokenize_request(chat), metadata=self._metadata).text
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        request = model_pb2.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
         with call_errors():
             return self._model.Detokenize(request, metadata=self._metadata).text
 
@@ -249,15 +257,15 @@ class AsyncClient:
     async def close(self) -> None:
         await self._channel.close()
 
-    def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> AsyncStream:
-        """Start a request; iterating may raise CallError."""
+    def generate(self, prompt: Prompt, **settings: Unpack[Settings]) -> AsyncStream:
+        """Start a request with text, a Chat or token ids; iterating may raise CallError."""
         return AsyncStream(
             self._generation.Generate(
                 generate_request(prompt, settings), timeout=settings.get("timeout"), metadata=self._metadata
             )
         )
 
-    async def complete(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Completion:
+    async def complete(self, prompt: Prompt, **settings: Unpack[Settings]) -> Completion:
         """The whole output.
 
         Raises:
@@ -276,13 +284,18 @@ class AsyncClient:
         with call_errors():
             return await self._model.GetModel(model_pb2.GetModelRequest(model=model), metadata=self._metadata)
 
-    async def tokenize(self, text: str) -> list[int]:
-        request = model_pb2.TokenizeRequest(text=text)
+    async def tokenize(self, prompt: str | Text | Chat) -> list[int]:
+        """Token ids that a request with this prompt has."""
         with call_errors():
-            return list((await self._model.Tokenize(request, metadata=self._metadata)).token_ids)
+            return list((await self._model.Tokenize(tokenize_request(prompt), metadata=self._metadata)).token_ids)
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        request = model_pb2.DetokenizeRequest(token_ids=token_ids)
+    async def render(self, chat: Chat) -> str:
+        """The text that the model's template makes of `chat`."""
+        with call_errors():
+            return (await self._model.Tokenize(tokenize_request(chat), metadata=self._metadata)).text
+
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        request = model_pb2.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
         with call_errors():
             return (await self._model.Detokenize(request, metadata=self._metadata)).text
 

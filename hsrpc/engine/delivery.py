@@ -56,7 +56,11 @@ class Delivery:
         prompt = request.token_ids[: request.num_prompt_tokens]
         generation = Generation(request.request_id, prompt, effective, partial(self.leave, request))
         stops = StopMatcher(request.params.stop, request.params.include_stop)
-        self.live[request.request_id] = Transcript(request, generation, detokenizer, stops, self._timer(request))
+        tokens = {stop: self._tokenizer.special_token_id(stop) for stop in request.params.stop}
+        stop_tokens = {token_id: stop for stop, token_id in tokens.items() if token_id is not None}
+        self.live[request.request_id] = Transcript(
+            request, generation, detokenizer, stops, stop_tokens, self._timer(request)
+        )
         return generation
 
     async def run(self) -> None:

@@ -7,7 +7,8 @@ import gc
 import logging
 import time
 import traceback
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from random import Random
@@ -39,6 +40,7 @@ from hsrpc.model.sampler import Sampled
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.roofline import StepRecord
+from hsrpc.prompt import Chat, Prompt, Text, field_of
 from hsrpc.request import Delta, FinishReason, SamplingParams
 from hsrpc.schedule.blocks import BlockManager
 from hsrpc.schedule.request_state import Request
@@ -58,6 +60,8 @@ class Engine:
         async with Engine(EngineConfig(model="path/to/model", gpu_memory="24GiB")) as engine:
             async for delta in engine.generate("Once upon a time", SamplingParams(max_tokens=64)):
                 print(delta.text, end="")
+
+    Models that were trained on conversations take a Chat in place of the text.
 
     `progress` shows bars while loading; `observe` is called on the event loop with each step's record;
     `choose_plan` makes the plan, for policies that hsrpc's planner does not know.
@@ -158,7 +162,7 @@ class Engine:
 
     async def submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         *,
         request_id: str | None = None,
@@ -179,19 +183,26 @@ class Engine:
         self._check_open(request_id)
         self._validator.check_length(prompt)
         self._validator.check_params(params)
-        self._admission.check(0 if isinstance(prompt, str) else len(prompt), params, client, max_wait)
+        num_tokens = 0 if isinstance(prompt, str | Text | Chat) else len(prompt)
+        self._admission.check(num_tokens, params, client, max_wait)
         with self._admission.preparing():
-            token_ids = await self.tokenizer.encode(prompt, client) if isinstance(prompt, str) else list(prompt)
-            self._validator.check_prompt(token_ids, "text" if isinstance(prompt, str) else "token_ids")
-            detokenizer = await self.tokenizer.run(Detokenizer, self.tokenizer.decode_now, token_ids[-8:])
+            token_ids = await self._token_ids(prompt, client)
+            self._validator.check_prompt(token_ids, field_of(prompt))
+            decode = partial(self.tokenizer.decode_now, skip_special_tokens=params.skip_special_tokens)
+            detokenizer = await self.tokenizer.run(Detokenizer, decode, token_ids[-8:])
         self._check_open(request_id)  # again: while the tokenizer ran, others came
         self._admission.check(len(token_ids), params, client, max_wait)
         return self._add(request_id or uuid4().hex, token_ids, params, detokenizer, client)
 
+    async def _token_ids(self, prompt: Prompt, client: str) -> list[int]:
+        return await self.tokenizer.encode(prompt, client) if isinstance(prompt, str | Text | Chat) else list(prompt)
+
     async def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
     ) -> AsyncGenerator[Delta, None]:
         """Submit and iterate; leaving the loop early aborts the request.
+
+        `prompt` is text, a Chat, or token ids.
 
         Raises:
             As `submit`, and EngineFaultError or RequestFailedError while iterating.
@@ -203,22 +214,36 @@ class Engine:
         finally:
             generation.close()
 
-    async def tokenize(self, text: str, *, client: str = "") -> list[int]:
-        """Token ids that a request would have with `text` as its prompt. Takes a place in the queue while it waits.
+    async def tokenize(self, prompt: str | Text | Chat, *, client: str = "") -> list[int]:
+        """Token ids that a request would have with this prompt. Takes a place in the queue while it waits.
 
         Raises:
-            InvalidRequestError: `text` is longer than any prompt, or not valid Unicode.
+            InvalidRequestError: `prompt` is longer than any, not valid Unicode, or refused by the chat template.
             QueueFullError: `max_queued_requests` wait already.
             EngineUnavailableError: the engine is not running.
         """
+        with self._preparing(prompt):
+            return await self.tokenizer.encode(prompt, client)
+
+    async def render(self, chat: Chat, *, client: str = "") -> str:
+        """The text that the model's template makes of `chat`. Takes a place in the queue while it waits.
+
+        Raises:
+            InvalidRequestError, QueueFullError, EngineUnavailableError: as `tokenize`.
+        """
+        with self._preparing(chat):
+            return await self.tokenizer.render(chat, client)
+
+    @contextmanager
+    def _preparing(self, prompt: str | Text | Chat) -> Iterator[None]:
         self._check_open(None)
-        self._validator.check_length(text)
+        self._validator.check_length(prompt)
         self._admission.check_count()
         with self._admission.preparing():
-            return await self.tokenizer.encode(text, client)
+            yield
 
-    async def detokenize(self, token_ids: Sequence[int], *, client: str = "") -> str:
-        """Text of `token_ids`, special tokens left out. Takes a place in the queue while it waits.
+    async def detokenize(self, token_ids: Sequence[int], *, client: str = "", skip_special_tokens: bool = True) -> str:
+        """Text of `token_ids`, special tokens left out or shown. Takes a place in the queue while it waits.
 
         Raises:
             InvalidRequestError: more than `max_model_len` ids, or one outside the vocabulary.
@@ -228,7 +253,7 @@ class Engine:
         self._validator.check_token_ids(token_ids)
         self._admission.check_count()
         with self._admission.preparing():
-            return await self.tokenizer.decode(token_ids, client)
+            return await self.tokenizer.decode(token_ids, client, skip_special_tokens)
 
     def abort(self, request_id: str) -> bool:
         """End a live request with reason ABORTED; False where there is none."""

@@ -27,6 +27,7 @@ from hsrpc.engine.tasks.cache import CacheManager
 from hsrpc.engine.tasks.executor import Executor
 from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.tokenizer import Tokenizer
+from hsrpc.engine.validation import max_characters
 from hsrpc.errors import ConfigError
 from hsrpc.model.attention import Attention
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource, has_weights
@@ -271,7 +272,8 @@ def _check_room(plan: Plan, device: Device) -> None:
 def _source(planned: Planned) -> tuple[WeightSource, Tokenizer | NoTokenizer]:
     if planned.directory is None:
         return RandomWeights(0), NoTokenizer()
-    return planned.checkpoint or Checkpoint(planned.directory), Tokenizer(planned.directory)
+    tokenizer = Tokenizer(planned.directory, max_characters=max_characters(planned.plan.max_model_len))
+    return planned.checkpoint or Checkpoint(planned.directory), tokenizer
 
 
 def _dtype(wanted: DType, on_cpu: bool) -> torch.dtype | None:

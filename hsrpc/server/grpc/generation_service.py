@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hsrpc.prompt import Text
 from hsrpc.server.engine_protocol import Engine
 from hsrpc.server.grpc.caller import client_name, current_caller
 from hsrpc.server.grpc.handlers import Write
@@ -21,7 +22,7 @@ class GenerationService:
         """Send the continuation of the prompt; however this ends, the engine's work for it ends too."""
         with self._service.admit(model_of(request)) as admitted:
             submission = read_submission(request, self._service.config)
-            with field_paths(request):
+            with field_paths():
                 async with admitted.submit(submission, current_caller.get()) as stream:
                     first = await _first_response(admitted.engine, stream, submission, request.output)
                     await _send(stream, first, request.output, write)
@@ -36,9 +37,11 @@ async def _first_response(
     """The response that the first token will complete, so that headers are sent with it and not before."""
     response = v1.GenerateResponse(start=start_message(stream, engine.spec.name, output))
     if output.echo_prompt:
-        prompt = submission.prompt
+        prompt, skip = submission.prompt, stream.params.skip_special_tokens
         response.delta.text = (
-            prompt if isinstance(prompt, str) else await engine.tokenizer.decode(prompt, current_caller.get().client)
+            prompt.text
+            if isinstance(prompt, Text)
+            else await engine.tokenizer.decode(stream.prompt_token_ids, current_caller.get().client, skip)
         )
     return response
 
