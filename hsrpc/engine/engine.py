@@ -192,7 +192,8 @@ class Engine:
             detokenizer = await self.tokenizer.run(Detokenizer, decode, token_ids[-8:])
         self._check_open(request_id)  # again: while the tokenizer ran, others came
         self._admission.check(len(token_ids), params, client, max_wait)
-        return self._add(request_id or uuid4().hex, token_ids, params, detokenizer, client)
+        request = self._request(request_id or uuid4().hex, token_ids, params, client)
+        return self._add(request, detokenizer, is_text=isinstance(prompt, str | Text))
 
     async def _token_ids(self, prompt: Prompt, client: str) -> list[int]:
         return await self.tokenizer.encode(prompt, client) if isinstance(prompt, str | Text | Chat) else list(prompt)
@@ -400,16 +401,17 @@ class Engine:
         self._meter.generated_tokens += len(outputs)
         return outputs
 
-    def _add(
-        self, request_id: str, token_ids: list[int], params: SamplingParams, detokenizer: Detokenizer, client: str
-    ) -> Generation:
+    def _request(self, request_id: str, token_ids: list[int], params: SamplingParams, client: str) -> Request:
         seed = self._seeds.randrange(2**63) if params.seed is None else params.seed
         params = replace(params, seed=seed, top_k=min(params.top_k, self.spec.vocab_size))
-        request = Request(request_id, token_ids, params, self._arrivals, time.monotonic(), client=client)
+        return Request(request_id, token_ids, params, self._arrivals, time.monotonic(), client=client)
+
+    def _add(self, request: Request, detokenizer: Detokenizer, *, is_text: bool) -> Generation:
         # The request keeps the max_tokens asked for: it tells MAX_TOKENS from CONTEXT_LENGTH.
-        generation = self._delivery.open(request, params.within(self.max_model_len - len(token_ids)), detokenizer)
+        effective = request.params.within(self.max_model_len - request.num_prompt_tokens)
+        generation = self._delivery.open(request, effective, detokenizer, is_text=is_text)
         self._arrivals += 1
-        self._meter.prompt_tokens += len(token_ids)
+        self._meter.prompt_tokens += request.num_prompt_tokens
         if not self._is_busy:
             self._last_beat = request.arrival_time
         self._scheduler.add(request)

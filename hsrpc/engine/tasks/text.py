@@ -30,6 +30,8 @@ class Transcript:
     stops: StopMatcher
     stop_tokens: Mapping[int, str]
     """Stop strings that are the text of a special token, by its id: a text that leaves it out would not hold them."""
+    is_text: bool
+    """The prompt was text, and no conversation."""
     timer: TimerHandle | None = None
     """Ends the request at its time limit."""
     num_tokens: int = 0
