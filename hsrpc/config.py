@@ -124,6 +124,8 @@ class EngineConfig:
 
     model: str = BUNDLED_MODEL
     """Directory in Hugging Face format, or a hub id."""
+    chat_template: str | None = None
+    """File with a chat template in place of the model's own."""
     device: DeviceKind = DeviceKind.AUTO
     dtype: DType = DType.AUTO
     gpu_memory: int | str | None = None

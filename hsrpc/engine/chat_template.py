@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import re
@@ -13,8 +12,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+from jinja2.exceptions import TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from hsrpc.engine.plain_words import PlainWords
-from hsrpc.errors import InvalidRequestError
+from hsrpc.errors import ConfigError, InvalidRequestError
 from hsrpc.prompt import Chat, Message
 
 if TYPE_CHECKING:
@@ -26,11 +29,29 @@ _COMPILED = "<template>"
 """File name of compiled templates."""
 _MAIN = "root"
 """The generator in it whose strings, one after the other, are the text."""
+_OF_TRAINING = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
+"""A tag that transformers adds to the language."""
 _MAX_TOLD = 300
 """Characters that are told of what a template says is wrong."""
 _MARKERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Code points that are never characters."""
 _REMEDY = "send text, or start the server with --chat-template FILE"
+
+
+def read_template(path: str) -> str:
+    """The template in a file of its own.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no template.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(_OF_TRAINING.sub("", text))
+    except OSError as error:
+        raise ConfigError("chat_template", path, f"{error.strerror}", "give a file that can be read") from None
+    except (UnicodeDecodeError, TemplateSyntaxError) as error:
+        raise ConfigError("chat_template", path, f"no template ({error})", "correct it") from None
+    return text
 
 
 class ChatTemplate:
@@ -183,7 +204,7 @@ class _Bounds:
     def __init__(self, max_lines: int, max_characters: int) -> None:
         self._lines = max_lines
         self._characters = self._max_characters = max_characters
-        self._traced = (_COMPILED, str(Path(importlib.import_module("jinja2").__file__ or "").parent))
+        self._traced = (_COMPILED, str(Path(jinja2.__file__).parent))
         self._previous: Any = None
 
     def __enter__(self) -> None:

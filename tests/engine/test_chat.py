@@ -6,16 +6,17 @@ import logging
 import shutil
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from transformers import AutoTokenizer
 
-from hsrpc import Chat, Engine, SamplingParams
+from hsrpc import Chat, Engine, EngineConfig, SamplingParams
 from hsrpc.client import AsyncClient
 from hsrpc.engine import delivery
-from hsrpc.errors import InvalidRequestError
+from hsrpc.errors import ConfigError, InvalidRequestError
 from hsrpc.request import Finish, FinishReason
 from hsrpc.server import Server, ServerConfig
 from tests.engine.reference import Reference, save_chat_tokenizer
@@ -137,3 +138,35 @@ async def test_a_client_gets_what_the_engine_gives(engine: Engine) -> None:
         shown = await client.complete(CHAT, max_tokens=1, echo_prompt=True, skip_special_tokens=False)
         assert shown.text.startswith(await engine.render(CHAT))
     await server.stop()
+
+
+async def test_a_file_takes_the_place_of_the_models_template(made: Reference, tmp_path: Path) -> None:
+    """Tags that transformers knows among them."""
+    file = tmp_path / "template.jinja"
+    file.write_text("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}!")
+    async with Engine(roomy(made, chat_template=str(file))) as engine:
+        assert await engine.render(CHAT) == "Hi!"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(None, "No such file or directory; give a file that can be read", id="absent"),
+        pytest.param(b"{% if %}", "no template .*; correct it", id="syntax"),
+        pytest.param(b"\xff", "no template .*; correct it", id="bytes"),
+    ],
+)
+async def test_a_file_that_is_no_template_is_named(
+    made: Reference, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    """Before anything is loaded."""
+    file = tmp_path / "template.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"chat_template='{file}': {message}"):
+        await Engine(roomy(made, chat_template=str(file))).__aenter__()
+
+
+async def test_a_template_for_a_model_without_a_tokenizer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="chat_template='x': random:opt-125m has no tokenizer; leave it out"):
+        await Engine(EngineConfig(model="random:opt-125m", chat_template="x")).__aenter__()
