@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,10 +32,11 @@ class PlainWords:
 
     def encode(self, pieces: list[str]) -> list[int]:
         """Token ids of pieces one after the other, without those that the tokenizer adds to a text."""
-        token_ids = self._encode(pieces[0]) if pieces[0] else []
-        for place, piece in enumerate(pieces[1:], start=1):
-            if piece:
-                token_ids += self._inside(piece, is_words=place % 2 == 1)
+        words = {piece: self._inside([piece], self._words_of_all)[0] for piece in {*pieces[1::2]}}
+        texts = self._inside(pieces[2::2], self._encode_all)
+        token_ids = self._encode_all(pieces[:1])[0]
+        for piece, text_ids in zip(pieces[1::2], texts, strict=True):
+            token_ids += words[piece] + text_ids
         return token_ids
 
     def _hides_token(self, text: str) -> bool:
@@ -43,15 +44,21 @@ class PlainWords:
         normalizer = self._backend.normalizer if self._is_normalized and self._backend is not None else None
         return normalizer is not None and self._spelt.search(normalizer.normalize_str(text)) is not None
 
-    def _inside(self, piece: str, is_words: bool) -> list[int]:
-        """Ids of a piece within a text: what a tokenizer puts in front of a text goes in front of a newline."""
-        encode = self._words if is_words else self._encode
-        newline = encode("\n")
-        token_ids = encode("\n" + piece)
-        return token_ids[len(newline) :] if token_ids[: len(newline)] == newline else encode(piece)
+    def _inside(self, pieces: list[str], encode: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
+        """Ids of pieces within a text: what a tokenizer puts in front of a text goes in front of a newline."""
+        newline, *found = encode(["\n", *(f"\n{piece}" for piece in pieces)])
+        return [
+            token_ids[len(newline) :] if token_ids[: len(newline)] == newline else encode([piece])[0]
+            for piece, token_ids in zip(pieces, found, strict=True)
+        ]
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        if self._backend is not None:
+            return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
+        return [self._tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts]
+
+    def _words_of_all(self, texts: list[str]) -> list[list[int]]:
+        return [self._words(text) for text in texts]
 
     def _words(self, text: str) -> list[int]:
         token_ids = self._untokened(text)
