@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from hsrpc import Engine, SamplingParams
+from hsrpc import Engine, SamplingParams, Text
 from hsrpc.engine.generation import Generation
 from hsrpc.errors import EngineUnavailableError, InvalidRequestError, QueueFullError, WaitTooLongError
 from hsrpc.schedule.queue_rate import QueueRate
@@ -220,10 +220,10 @@ async def test_prompts_take_turns_with_texts_of_other_clients(
         tokenizer, order = engine.tokenizer, []
         for name in ("_encode", "_decode"):
             made = getattr(tokenizer, name)
-            monkeypatch.setattr(tokenizer, name, lambda data, made=made: (order.append(data), made(data))[1])
-        go_on = threading.Event()
-        holding = asyncio.create_task(tokenizer._short.run("busy", go_on.wait, 20))
-        await asyncio.sleep(0)
+            monkeypatch.setattr(tokenizer, name, lambda *data, made=made: (order.append(data[0]), made(*data))[1])
+        begun, go_on = threading.Event(), threading.Event()
+        holding = asyncio.create_task(tokenizer._short.run("busy", lambda: (begun.set(), go_on.wait(20))))
+        await asyncio.to_thread(begun.wait, 20)
         many = [
             asyncio.create_task(work)
             for work in (engine.tokenize("1", client="busy"), engine.detokenize([5, 6], client="busy"))
@@ -234,4 +234,4 @@ async def test_prompts_take_turns_with_texts_of_other_clients(
         go_on.set()
         await asyncio.gather(holding, *many)
         (await prompt).close()
-        assert order == ["1", "prompt", [5, 6]]
+        assert order == [Text("1"), Text("prompt"), [5, 6]]

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 import tokenizers
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hsrpc.engine.no_tokenizer import NoTokenizer
@@ -158,6 +158,23 @@ async def test_a_blank_in_front_of_words_is_as_the_tokenizer_has_it(make: Make, 
     for text in ("a<|im_end|>b", "a <|im_end|> b", "<|im_end|>"):
         token_ids = await tokenizer.encode(Text(text, add_special_tokens=False, parse_special=False))
         assert (await tokenizer.decode(token_ids)).removeprefix(" ") == text
+
+
+async def test_a_tokenizer_of_pieces_begins_a_text_with_a_blank_and_words_within_it_with_none(
+    make: Make, tmp_path: Path
+) -> None:
+    """As SentencePiece does, bytes for what its vocabulary lacks; a vocabulary may have the token as a word."""
+    letters = ["\u2581", *"abcdefghijklmnopqrstuvwxyz", "<", ">"]
+    vocab = {"<unk>": 0, "<s>": 1, "<end>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    vocab |= {letter: len(vocab) + place for place, letter in enumerate(letters)}
+    model = models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, ignore_merges=True)
+    pieces = tokenizers.Tokenizer(model)
+    pieces.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    fast = PreTrainedTokenizerFast(tokenizer_object=pieces, bos_token="<s>", eos_token="<end>", unk_token="<unk>")
+    fast.save_pretrained(tmp_path)
+    tokenizer = make(tmp_path, chat_template="<s>{{ messages[0].content }}<end>")
+    said = fast.convert_tokens_to_ids(list("\u2581hi\u2581<end>you"))
+    assert await tokenizer.encode(Chat([HI | {"content": "hi <end>you"}])) == [1, *said, 2]
 
 
 async def test_the_last_message_is_continued(make: Make, reference: PreTrainedTokenizerBase) -> None:
