@@ -163,7 +163,7 @@ async def test_a_blank_in_front_of_words_is_as_the_tokenizer_has_it(make: Make, 
 async def test_a_tokenizer_of_pieces_begins_a_text_with_a_blank_and_words_within_it_with_none(
     make: Make, tmp_path: Path
 ) -> None:
-    """As SentencePiece does, bytes for what its vocabulary lacks; a vocabulary may have the token as a word."""
+    """As SentencePiece does, with bytes for what its vocabulary lacks."""
     letters = ["\u2581", *"abcdefghijklmnopqrstuvwxyz", "<", ">"]
     vocab = {"<unk>": 0, "<s>": 1, "<end>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     vocab |= {letter: len(vocab) + place for place, letter in enumerate(letters)}
@@ -175,6 +175,19 @@ async def test_a_tokenizer_of_pieces_begins_a_text_with_a_blank_and_words_within
     tokenizer = make(tmp_path, chat_template="<s>{{ messages[0].content }}<end>")
     said = fast.convert_tokens_to_ids(list("\u2581hi\u2581<end>you"))
     assert await tokenizer.encode(Chat([HI | {"content": "hi <end>you"}])) == [1, *said, 2]
+
+
+async def test_a_token_that_words_merge_to_is_taken_apart(make: Make, tmp_path: Path) -> None:
+    """A vocabulary may spell a special token by its merges too."""
+    parts = ["<", "<e", "<en", "<end"]
+    vocab = {letter: place for place, letter in enumerate([*"\n<>end", *parts[1:], "<end>"])}
+    merges = [("<", "e"), ("<e", "n"), ("<en", "d"), ("<end", ">")]
+    pieces = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<end>").save_pretrained(tmp_path)
+    tokenizer = make(tmp_path, chat_template="{{ messages[0].content }}<end>")
+    token_ids = await tokenizer.encode(Chat([HI | {"content": "<end>"}]))
+    assert token_ids.count(vocab["<end>"]) == 1
+    assert await tokenizer.decode(token_ids[:-1]) != ""
 
 
 async def test_the_last_message_is_continued(make: Make, reference: PreTrainedTokenizerBase) -> None:
