@@ -287,9 +287,9 @@ def _template(config: EngineConfig) -> str | None:
 def _source(planned: Planned, template: str | None) -> tuple[WeightSource, Tokenizer | NoTokenizer]:
     if planned.directory is None:
         return RandomWeights(0), NoTokenizer()
+    weights = planned.checkpoint or Checkpoint(planned.directory)  # first: what fails here leaves no threads behind
     longest = max_characters(planned.plan.max_model_len)
-    tokenizer = Tokenizer(planned.directory, chat_template=template, max_characters=longest)
-    return planned.checkpoint or Checkpoint(planned.directory), tokenizer
+    return weights, Tokenizer(planned.directory, chat_template=template, max_characters=longest)
 
 
 def _dtype(wanted: DType, on_cpu: bool) -> torch.dtype | None:
