@@ -8,17 +8,33 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hsrpc.config import EngineConfig
     from hsrpc.engine.engine import Engine
+    from hsrpc.prompt import Chat, Message, Text, ToolCall
     from hsrpc.request import Delta, FinishReason, SamplingParams
 
 __version__ = "0.2.0"
-__all__ = ["Delta", "Engine", "EngineConfig", "FinishReason", "SamplingParams", "__version__"]
+__all__ = [
+    "Chat",
+    "Delta",
+    "Engine",
+    "EngineConfig",
+    "FinishReason",
+    "Message",
+    "SamplingParams",
+    "Text",
+    "ToolCall",
+    "__version__",
+]
 
 _HOMES = {
+    "Chat": "hsrpc.prompt",
     "Delta": "hsrpc.request",
     "Engine": "hsrpc.engine.engine",
     "EngineConfig": "hsrpc.config",
     "FinishReason": "hsrpc.request",
+    "Message": "hsrpc.prompt",
     "SamplingParams": "hsrpc.request",
+    "Text": "hsrpc.prompt",
+    "ToolCall": "hsrpc.prompt",
 }
 
 

@@ -25,9 +25,11 @@ from hsrpc.client_messages import (
     closing_call,
     generate_request,
     read_delta,
+    tokenize_request,
     watch_load_request,
 )
 from hsrpc.client_proxy import Proxy, proxy_to
+from hsrpc.prompt import Chat, Prompt, Text
 from hsrpc.request import Delta
 from hsrpc.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc, server_pb2, server_pb2_grpc
 
@@ -155,8 +157,8 @@ class Client:
     def close(self) -> None:
         self._channel.close()
 
-    def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Stream:
-        """Start a request; iterating may raise CallError.
+    def generate(self, prompt: Prompt, **settings: Unpack[Settings]) -> Stream:
+        """Start a request with text, a Chat or token ids; iterating may raise CallError.
 
         Raises:
             TypeError, InvalidRequestError: a setting is unknown, or no time where it should be one.
@@ -165,7 +167,7 @@ class Client:
         call = self._generation.Generate(request, timeout=settings.get("timeout"), metadata=self._metadata)
         return Stream(call, self._proxy)
 
-    def complete(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Completion:
+    def complete(self, prompt: Prompt, **settings: Unpack[Settings]) -> Completion:
         """The whole output.
 
         Raises:
@@ -184,12 +186,18 @@ class Client:
         with call_errors(self._proxy):
             return self._model.GetModel(model_pb2.GetModelRequest(model=model), metadata=self._metadata)
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, prompt: str | Text | Chat) -> list[int]:
+        """Token ids that a request with this prompt has."""
         with call_errors(self._proxy):
-            return list(self._model.Tokenize(model_pb2.TokenizeRequest(text=text), metadata=self._metadata).token_ids)
+            return list(self._model.Tokenize(tokenize_request(prompt), metadata=self._metadata).token_ids)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        request = model_pb2.DetokenizeRequest(token_ids=token_ids)
+    def render(self, chat: Chat) -> str:
+        """The text that the model's template makes of `chat`."""
+        with call_errors(self._proxy):
+            return self._model.Tokenize(tokenize_request(chat), metadata=self._metadata).text
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        request = model_pb2.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
         with call_errors(self._proxy):
             return self._model.Detokenize(request, metadata=self._metadata).text
 
@@ -287,8 +295,8 @@ class AsyncClient:
             raise RuntimeError("AsyncClient: its first call was on another event loop; make a client for each loop")
         return self._opened
 
-    def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> AsyncStream:
-        """Start a request; iterating may raise CallError.
+    def generate(self, prompt: Prompt, **settings: Unpack[Settings]) -> AsyncStream:
+        """Start a request with text, a Chat or token ids; iterating may raise CallError.
 
         Raises:
             TypeError, InvalidRequestError: a setting is unknown, or no time where it should be one.
@@ -297,7 +305,7 @@ class AsyncClient:
         call = self._stubs.generation.Generate(request, timeout=settings.get("timeout"), metadata=self._metadata)
         return AsyncStream(call, self._proxy)
 
-    async def complete(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Completion:
+    async def complete(self, prompt: Prompt, **settings: Unpack[Settings]) -> Completion:
         """The whole output.
 
         Raises:
@@ -316,13 +324,20 @@ class AsyncClient:
         with call_errors(self._proxy):
             return await self._stubs.model.GetModel(model_pb2.GetModelRequest(model=model), metadata=self._metadata)
 
-    async def tokenize(self, text: str) -> list[int]:
-        request = model_pb2.TokenizeRequest(text=text)
-        with call_errors(self._proxy):
-            return list((await self._stubs.model.Tokenize(request, metadata=self._metadata)).token_ids)
+    async def tokenize(self, prompt: str | Text | Chat) -> list[int]:
+        """Token ids that a request with this prompt has."""
+        return list((await self._tokenize(prompt)).token_ids)
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        request = model_pb2.DetokenizeRequest(token_ids=token_ids)
+    async def render(self, chat: Chat) -> str:
+        """The text that the model's template makes of `chat`."""
+        return (await self._tokenize(chat)).text
+
+    async def _tokenize(self, prompt: str | Text | Chat) -> model_pb2.TokenizeResponse:
+        with call_errors(self._proxy):
+            return await self._stubs.model.Tokenize(tokenize_request(prompt), metadata=self._metadata)
+
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        request = model_pb2.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
         with call_errors(self._proxy):
             return (await self._stubs.model.Detokenize(request, metadata=self._metadata)).text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,13 +11,15 @@ from typing import Protocol, TypedDict, cast
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 
 from hsrpc.client_proxy import Proxy
 from hsrpc.errors import HsrpcError, InvalidRequestError
+from hsrpc.prompt import Chat, Prompt, Text
 from hsrpc.request import Delta, Finish, FinishReason, Timings, TokenLogprob, Usage
 from hsrpc.v1 import generation_pb2 as v1
-from hsrpc.v1 import server_pb2
+from hsrpc.v1 import model_pb2, prompt_pb2, server_pb2
 
 _MAX_SECONDS = 1e9
 """Thirty years: more than any server waits, and within what all of gRPC's clocks can count."""
@@ -42,6 +45,7 @@ class Settings(TypedDict, total=False):
     include_stop: bool
     time_limit: float
     logprobs: int
+    skip_special_tokens: bool
     echo_prompt: bool
     return_token_ids: bool
     max_tokens_per_message: int
@@ -134,16 +138,16 @@ def watch_load_request(interval: float) -> server_pb2.WatchLoadRequest:
     return server_pb2.WatchLoadRequest(interval=_duration("interval", interval))
 
 
-def generate_request(prompt: str | Sequence[int], settings: Settings) -> v1.GenerateRequest:
-    """The message for `prompt`, as text or token ids.
+def generate_request(prompt: Prompt, settings: Settings) -> v1.GenerateRequest:
+    """The message for `prompt`.
 
     Raises:
         TypeError: a setting is unknown.
         InvalidRequestError: a time is negative, not finite or too long.
     """
     request = v1.GenerateRequest()
-    if isinstance(prompt, str):
-        request.text = prompt
+    if isinstance(prompt, str | Text | Chat):
+        _set_prompt(request, prompt)
     else:
         request.token_ids.ids.extend(prompt)
         request.token_ids.SetInParent()
@@ -157,6 +161,41 @@ def generate_request(prompt: str | Sequence[int], settings: Settings) -> v1.Gene
             raise TypeError(f"{name!r} is no setting; use one of " + ", ".join(Settings.__annotations__))
         _set(home, name, value)
     return request
+
+
+def tokenize_request(prompt: str | Text | Chat) -> model_pb2.TokenizeRequest:
+    """The message that asks for the token ids of `prompt`."""
+    request = model_pb2.TokenizeRequest()
+    _set_prompt(request, prompt)
+    return request
+
+
+def _set_prompt(request: v1.GenerateRequest | model_pb2.TokenizeRequest, prompt: str | Text | Chat) -> None:
+    if isinstance(prompt, Chat):
+        _set_chat(request.chat, prompt)
+    elif isinstance(prompt, Text):
+        request.text = prompt.text
+        request.text_options.add_special_tokens = prompt.add_special_tokens
+        request.text_options.parse_special = prompt.parse_special
+    else:
+        request.text = prompt
+
+
+def _set_chat(message: prompt_pb2.Chat, chat: Chat) -> None:
+    for turn in chat.turns:
+        calls = [
+            prompt_pb2.ToolCall(id=call.id, name=call.name, arguments=json.dumps(call.arguments, ensure_ascii=False))
+            for call in turn.tool_calls
+        ]
+        message.messages.add(
+            role=turn.role, content=turn.content, tool_calls=calls, tool_call_id=turn.tool_call_id, name=turn.name
+        )
+    message.tools.extend(json.dumps(tool, ensure_ascii=False) for tool in chat.tools)
+    if chat.add_generation_prompt is not None:
+        message.add_generation_prompt = chat.add_generation_prompt
+    message.continue_final_message = chat.continue_final_message
+    if chat.template_parameters:
+        ParseDict(dict(chat.template_parameters), message.template_parameters)
 
 
 def _set(home: Message, name: str, value: object) -> None:

@@ -144,6 +144,8 @@ class EngineConfig:
     """Directory in Hugging Face format, or a hub id."""
     trust_links: bool = False
     """Whether files of the model's directory may be links out of it; whoever made them chooses what is read."""
+    chat_template: str | None = None
+    """File with a chat template in place of the model's own."""
     device: DeviceKind = DeviceKind.AUTO
     dtype: DType = DType.AUTO
     generation_config: GenerationDefaults = GenerationDefaults.AUTO

@@ -63,13 +63,15 @@ class SamplingParams:
     min_tokens: int = 0
     """End tokens are excluded before this many output tokens."""
     stop: Sequence[str] = ()
-    """Output ends before the first of these strings."""
+    """Output ends before the first of these strings; the text of a special token stops at that token, shown or not."""
     stop_token_ids: Sequence[int] = ()
     """Output ends at the first of these tokens."""
     ignore_eos: bool = False
     """Goes on past the model's end-of-text token."""
     include_stop: bool = False
-    """The text includes the matched stop string."""
+    """The text includes what ended it: the stop string, or the token where that has text."""
+    skip_special_tokens: bool = True
+    """The text leaves special tokens out; False shows them, the one that ends it with `include_stop` only."""
     time_limit: float | None = None
     """Seconds from arrival after which the output ends with what there is."""
     logprobs: int | None = None

@@ -101,6 +101,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     add_trust_links(model)
     model.add_argument(
+        "--chat-template", metavar="FILE", help="makes prompts of conversations (default: the model's own template)"
+    )
+    model.add_argument(
         "--dtype", choices=_values(DType), default=DType.AUTO, help="of weights and caches (default: auto)"
     )
     model.add_argument(

@@ -14,7 +14,7 @@ from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.tasks.text import Transcript, next_deltas
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.errors import HsrpcError, NotFiniteError, RequestFailedError
-from hsrpc.request import Delta, FinishReason, SamplingParams
+from hsrpc.request import Delta, Finish, FinishReason, SamplingParams
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Output, Scheduler
 from hsrpc.text.detokenizer import Detokenizer
@@ -48,6 +48,7 @@ class Delivery:
         # Unbounded, but holds at most OUTPUT_STEPS steps (by the semaphore) and one end of each live request.
         self._outputs: asyncio.Queue[_Outputs] = asyncio.Queue()
         self._room = asyncio.Semaphore(OUTPUT_STEPS)
+        self._has_hinted = False
 
     def integrity(self) -> dict[str, object]:
         """What is on its way to consumers, by name; empty where nothing is."""
@@ -58,12 +59,18 @@ class Delivery:
         }
         return {name: value for name, value in found.items() if value}
 
-    def open(self, request: Request, effective: SamplingParams, detokenizer: Detokenizer) -> Generation:
-        """The consumer's side of a new request, whose settings in effect are `effective`."""
+    def open(
+        self, request: Request, effective: SamplingParams, detokenizer: Detokenizer, *, is_text: bool
+    ) -> Generation:
+        """The consumer's side of a new request, whose settings in effect are `effective`; its prompt may be text."""
         prompt = request.token_ids[: request.num_prompt_tokens]
         generation = Generation(request.request_id, prompt, effective, partial(self.leave, request))
         stops = StopMatcher(request.params.stop, request.params.include_stop)
-        self.live[request.request_id] = Transcript(request, generation, detokenizer, stops, self._timer(request))
+        tokens = {stop: self._tokenizer.special_token_id(stop) for stop in request.params.stop}
+        stop_tokens = {token_id: stop for stop, token_id in tokens.items() if token_id is not None}
+        self.live[request.request_id] = Transcript(
+            request, generation, detokenizer, stops, stop_tokens, is_text, self._timer(request)
+        )
         return generation
 
     async def run(self) -> None:
@@ -123,6 +130,17 @@ class Delivery:
             if delta.finish.usage.completion_tokens:
                 self.failed_in_a_row = 0
             self._close(transcript, delta.finish.reason)
+            self._hint(transcript, delta.finish)
+
+    def _hint(self, transcript: Transcript, finish: Finish) -> None:
+        """Tell the log once what may be wrong where text is answered with nothing."""
+        is_nothing = finish.reason is FinishReason.EOS and finish.usage.completion_tokens == 1
+        if is_nothing and transcript.is_text and self._tokenizer.has_chat_template and not self._has_hinted:
+            self._has_hinted = True
+            _log.warning(
+                "the model answered text with nothing; it has a chat template, so send it a conversation: "
+                "`chat` in place of `text`, hsrpc.Chat in Python"
+            )
 
     def _close(self, transcript: Transcript, reason: FinishReason = FinishReason.ABORTED) -> None:
         del self.live[transcript.request.request_id]

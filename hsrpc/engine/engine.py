@@ -7,7 +7,8 @@ import gc
 import logging
 import time
 import traceback
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from random import Random
@@ -40,6 +41,7 @@ from hsrpc.model.tensor import dtype_name
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.roofline import StepRecord
+from hsrpc.prompt import Chat, Prompt, Text, field_of
 from hsrpc.request import Delta, FinishReason, SamplingParams
 from hsrpc.schedule.blocks import BlockManager
 from hsrpc.schedule.request_state import Request
@@ -59,6 +61,8 @@ class Engine:
         async with Engine(EngineConfig(model="path/to/model", gpu_memory="24GiB")) as engine:
             async for delta in engine.generate("Once upon a time", SamplingParams(max_tokens=64)):
                 print(delta.text, end="")
+
+    Models that were trained on conversations take a Chat in place of the text.
 
     `progress` shows bars while loading; `observe` is called on the event loop with each step's record;
     `choose_plan` makes the plan, for policies that hsrpc's planner does not know.
@@ -166,7 +170,7 @@ class Engine:
 
     async def submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         *,
         request_id: str | None = None,
@@ -190,21 +194,29 @@ class Engine:
         self._check_open(request_id)
         self._validator.check_length(prompt)
         self._validator.check_params(params)
-        applicant = Applicant(params, client, user, max_wait, 1 if isinstance(prompt, str) else len(prompt))
+        num_tokens = 1 if isinstance(prompt, str | Text | Chat) else len(prompt)
+        applicant = Applicant(params, client, user, max_wait, num_tokens)
         self._admission.check(applicant)
         with self._admission.preparing(applicant):
-            token_ids = await self.tokenizer.encode(prompt, client) if isinstance(prompt, str) else list(prompt)
-            self._validator.check_prompt(token_ids, "text" if isinstance(prompt, str) else "token_ids")
-            detokenizer = await self.tokenizer.run(Detokenizer, self.tokenizer.decode_now, token_ids[-8:])
+            token_ids = await self._token_ids(prompt, client)
+            self._validator.check_prompt(token_ids, field_of(prompt))
+            decode = partial(self.tokenizer.decode_now, skip_special_tokens=params.skip_special_tokens)
+            detokenizer = await self.tokenizer.run(Detokenizer, decode, token_ids[-8:])
         self._check_open(request_id)  # again: while the tokenizer ran, others came
         applicant.num_prompt_tokens = len(token_ids)
         self._admission.check(applicant)
-        return self._add(request_id or uuid4().hex, token_ids, applicant, detokenizer)
+        request = self._request(request_id or uuid4().hex, token_ids, applicant)
+        return self._add(request, detokenizer, is_text=isinstance(prompt, str | Text))
+
+    async def _token_ids(self, prompt: Prompt, client: str) -> list[int]:
+        return await self.tokenizer.encode(prompt, client) if isinstance(prompt, str | Text | Chat) else list(prompt)
 
     async def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
     ) -> AsyncGenerator[Delta, None]:
         """Submit and iterate; leaving the loop early aborts the request. `params` None are `default_params`.
+
+        `prompt` is text, a Chat, or token ids.
 
         Raises:
             As `submit`, and EngineFaultError or RequestFailedError while iterating.
@@ -216,21 +228,35 @@ class Engine:
         finally:
             generation.close()
 
-    async def tokenize(self, text: str, *, client: str = "") -> list[int]:
-        """Token ids that a request would have with `text` as its prompt. Takes a place in the queue while it waits.
+    async def tokenize(self, prompt: str | Text | Chat, *, client: str = "") -> list[int]:
+        """Token ids that a request would have with this prompt. Takes a place in the queue while it waits.
 
         Raises:
-            InvalidRequestError: `text` is longer than any prompt, or not valid Unicode.
+            InvalidRequestError: `prompt` is longer than any, not valid Unicode, or refused by the chat template.
             QueueFullError: `max_queued_requests` wait already, and no other client's line is longer; or GaveWayError.
             EngineUnavailableError: the engine is not running.
         """
-        self._check_open(None)
-        self._validator.check_length(text)
-        with self._admission.admitting_text(client):
-            return await self.tokenizer.encode(text, client)
+        with self._preparing(prompt, client):
+            return await self.tokenizer.encode(prompt, client)
 
-    async def detokenize(self, token_ids: Sequence[int], *, client: str = "") -> str:
-        """Text of `token_ids`, special tokens left out. Takes a place in the queue while it waits.
+    async def render(self, chat: Chat, *, client: str = "") -> str:
+        """The text that the model's template makes of `chat`. Takes a place in the queue while it waits.
+
+        Raises:
+            InvalidRequestError, QueueFullError, EngineUnavailableError: as `tokenize`.
+        """
+        with self._preparing(chat, client):
+            return await self.tokenizer.render(chat, client)
+
+    @contextmanager
+    def _preparing(self, prompt: str | Text | Chat, client: str) -> Iterator[None]:
+        self._check_open(None)
+        self._validator.check_length(prompt)
+        with self._admission.admitting_text(client):
+            yield
+
+    async def detokenize(self, token_ids: Sequence[int], *, client: str = "", skip_special_tokens: bool = True) -> str:
+        """Text of `token_ids`, special tokens left out or shown. Takes a place in the queue while it waits.
 
         Raises:
             InvalidRequestError: more than `max_model_len` ids, or one outside the vocabulary.
@@ -239,7 +265,7 @@ class Engine:
         self._check_open(None)
         self._validator.check_token_ids(token_ids)
         with self._admission.admitting_text(client):
-            return await self.tokenizer.decode(token_ids, client)
+            return await self.tokenizer.decode(token_ids, client, skip_special_tokens)
 
     def abort(self, request_id: str) -> bool:
         """End a live request with reason ABORTED; False where there is none."""
@@ -397,15 +423,18 @@ class Engine:
         self._meter.generated_tokens += len(outputs)
         return outputs
 
-    def _add(self, request_id: str, token_ids: list[int], applicant: Applicant, detokenizer: Detokenizer) -> Generation:
+    def _request(self, request_id: str, token_ids: list[int], applicant: Applicant) -> Request:
         params, client, user = applicant.params, applicant.client, applicant.user
         seed = self._seeds.randrange(2**63) if params.seed is None else params.seed
         params = replace(params, seed=seed, top_k=min(params.top_k, self.spec.vocab_size))
-        request = Request(request_id, token_ids, params, self._arrivals, time.monotonic(), client=client, user=user)
+        return Request(request_id, token_ids, params, self._arrivals, time.monotonic(), client=client, user=user)
+
+    def _add(self, request: Request, detokenizer: Detokenizer, *, is_text: bool) -> Generation:
         # The request keeps the max_tokens asked for: it tells MAX_TOKENS from CONTEXT_LENGTH.
-        generation = self._delivery.open(request, params.within(self.max_model_len - len(token_ids)), detokenizer)
+        effective = request.params.within(self.max_model_len - request.num_prompt_tokens)
+        generation = self._delivery.open(request, effective, detokenizer, is_text=is_text)
         self._arrivals += 1
-        self._meter.prompt_tokens += len(token_ids)
+        self._meter.prompt_tokens += request.num_prompt_tokens
         if not self._is_busy:
             self._last_beat = request.arrival_time
         self._scheduler.add(request)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar, TypeVarTuple
 
 from hsrpc.errors import InvalidRequestError
+from hsrpc.prompt import Chat, Text, field_of
 
 R = TypeVar("R")
 Args = TypeVarTuple("Args")
@@ -15,18 +16,26 @@ class NoTokenizer:
     """Same calls as `Tokenizer`."""
 
     end_token_ids: Sequence[int] = ()
+    has_chat_template = False
 
-    async def encode(self, text: str, client: str = "") -> list[int]:
+    def special_token_id(self, text: str) -> int | None:
+        return None
+
+    async def encode(self, prompt: str | Text | Chat, client: str = "") -> list[int]:
         """Raises InvalidRequestError: there is no tokenizer."""
-        raise InvalidRequestError("text", "this model has no tokenizer; give token_ids")
+        raise InvalidRequestError(field_of(prompt), "this model has no tokenizer; give token_ids")
 
-    async def decode(self, token_ids: Sequence[int], client: str = "") -> str:
-        return self.decode_now(list(token_ids))
+    async def render(self, chat: Chat, client: str = "") -> str:
+        """Raises InvalidRequestError: there is no tokenizer."""
+        raise InvalidRequestError(field_of(chat), "this model has no tokenizer; give token_ids")
+
+    async def decode(self, token_ids: Sequence[int], client: str = "", skip_special_tokens: bool = True) -> str:
+        return self.decode_now(list(token_ids), skip_special_tokens)
 
     async def run(self, function: Callable[[*Args], R], *args: *Args) -> R:
         return function(*args)
 
-    def decode_now(self, token_ids: list[int]) -> str:
+    def decode_now(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return ""
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ import torch
 from hsrpc.config import DType, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
 from hsrpc.device.calibration import calibrate, sustained_load
 from hsrpc.device.device import Device, available_memory, open_device
+from hsrpc.engine.chat_template import read_template
 from hsrpc.engine.forward import Forward
 from hsrpc.engine.graphs import DecodeGraphs, can_capture
 from hsrpc.engine.loading import OverBoundError, compile_formats, load_weights
@@ -27,6 +28,7 @@ from hsrpc.engine.tasks.cache import CacheManager
 from hsrpc.engine.tasks.executor import Executor
 from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.tokenizer import Tokenizer
+from hsrpc.engine.validation import max_characters
 from hsrpc.errors import ConfigError
 from hsrpc.model.attention import Attention
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource, has_weights
@@ -224,6 +226,7 @@ def _open_best(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
 
 def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
     with ExitStack() as undo:
+        template = _template(config)
         planned = make_plan(config, choose_plan)
         device, spec, plan = planned.device, planned.spec, planned.plan
         undo.callback(device.release_pinned)
@@ -231,7 +234,7 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         _check_room(plan, device)
         device.limit_memory(plan.budgets.device)
         family = create_family(spec, plan.max_model_len)
-        source, tokenizer = _source(planned)
+        source, tokenizer = _source(planned, template)
         undo.callback(tokenizer.close)
         dtype, torch_device = spec.dtype, device.torch_device
         attention = Attention(spec.sizes, family.attention_scale, plan.block_size, torch_device, dtype)
@@ -286,10 +289,26 @@ def _check_room(plan: Plan, device: Device) -> None:
             raise ConfigError(field, format_bytes(budget), problem, "lower it, or end what else uses the memory")
 
 
-def _source(planned: Planned) -> tuple[WeightSource, Tokenizer | NoTokenizer]:
+def _template(config: EngineConfig) -> str | None:
+    """The chat template in place of the model's own; None: none is given.
+
+    Raises:
+        ConfigError: it cannot be read, or nothing can be made of it.
+    """
+    if config.chat_template is None:
+        return None
+    if config.model.startswith(RANDOM_PREFIX):
+        raise ConfigError("chat_template", config.chat_template, f"{config.model} has no tokenizer", "leave it out")
+    return read_template(config.chat_template)
+
+
+def _source(planned: Planned, template: str | None) -> tuple[WeightSource, Tokenizer | NoTokenizer]:
     if planned.directory is None:
         return RandomWeights(0), NoTokenizer()
-    return planned.checkpoint or Checkpoint(planned.directory), Tokenizer(planned.directory, planned.spec.vocab_size)
+    spec = planned.spec
+    weights = planned.checkpoint or Checkpoint(planned.directory)  # first: what fails here leaves no threads behind
+    longest = max_characters(planned.plan.max_model_len)
+    return weights, Tokenizer(planned.directory, spec.vocab_size, chat_template=template, max_characters=longest)
 
 
 def _dtype(wanted: DType, on_cpu: bool) -> torch.dtype | None:

@@ -16,10 +16,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
+from hsrpc.engine.chat_template import ChatTemplate
 from hsrpc.engine.fair_thread import FairThread
+from hsrpc.engine.plain_words import PlainWords
 from hsrpc.errors import CheckpointError, InvalidRequestError
 from hsrpc.model.config_file import read_config
 from hsrpc.model.foreign import check_own, read_head
+from hsrpc.prompt import Chat, Text, check_unicode, field_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,12 +41,17 @@ _BYTE_ORDER_MARKS = (BOM_UTF8, BOM_UTF16_LE, BOM_UTF16_BE)
 _KEPT = ("model_type", "architectures", "tokenizer_class", "transformers_version")
 """What a tokenizer reads of config.json."""
 
+_MAX_CHARACTERS = 2**26
+"""Of a conversation's text, where nothing is said of it."""
+
 R = TypeVar("R")
 Args = TypeVarTuple("Args")
 
 
 class Tokenizer:
-    """The tokenizer of a model directory in Hugging Face format.
+    """The tokenizer of a model directory in Hugging Face format, and its chat template.
+
+    `chat_template` is the text of one in place of the model's own; `max_characters` bounds the text of a conversation.
 
     `num_rows`: tokens that the model has an embedding of; None: as many as the tokenizer. Text may hold no others.
     The texts of callers are encoded and decoded on two threads, one for short texts and one for long ones, on each of
@@ -54,7 +62,14 @@ class Tokenizer:
         CheckpointError: the directory holds no tokenizer that can be read.
     """
 
-    def __init__(self, directory: str | Path, num_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        num_rows: int | None = None,
+        *,
+        chat_template: str | None = None,
+        max_characters: int = _MAX_CHARACTERS,
+    ) -> None:
         _check_files(Path(directory))
         self._short = FairThread("hsrpc-short-texts")
         self._long = FairThread("hsrpc-long-texts")
@@ -77,6 +92,13 @@ class Tokenizer:
                 self._vocab_size,
                 self._num_rows,
             )
+        if chat_template is not None:
+            self._tokenizer.chat_template = chat_template
+        added = self._tokenizer.added_tokens_decoder
+        self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+        self._chat_template = ChatTemplate(self._tokenizer, max_characters)
+        self._plain_words = PlainWords(self._tokenizer, self._special_ids)
+        self._prefix, self._suffix = _added_ids(self._tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -92,27 +114,46 @@ class Tokenizer:
         ids = [self._tokenizer.eos_token_id, *(added[name] for name in names if name in added)]
         return [token_id for token_id in ids if isinstance(token_id, int) and token_id < self._num_rows]
 
-    async def encode(self, text: str, client: str = "") -> list[int]:
-        """Token ids of `text`, with the special tokens that the model's prompts begin with, at `client`'s turn.
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template.exists
+
+    def special_token_id(self, text: str) -> int | None:
+        """Id of the special token that is spelt `text`; None: there is none."""
+        return self._special_ids.get(text)
+
+    async def encode(self, prompt: str | Text | Chat, client: str = "") -> list[int]:
+        """Token ids of a prompt, at `client`'s turn; of text with the special tokens that the model's prompts have.
 
         Raises:
-            InvalidRequestError: `text` is not valid Unicode, or holds a token that the model does not have.
+            InvalidRequestError: it is not valid Unicode, or a conversation that no template takes, or it holds a token
+                that the model does not have.
         """
-        return await self._thread(len(text)).run(client, self._encode, text)
+        if isinstance(prompt, str):
+            prompt = Text(prompt)
+        return await self._thread(prompt.num_characters).run(client, self._encode, prompt)
 
-    async def decode(self, token_ids: Sequence[int], client: str = "") -> str:
-        """Text of `token_ids`, special tokens left out, at `client`'s turn.
+    async def render(self, chat: Chat, client: str = "") -> str:
+        """The text that `chat` becomes, at `client`'s turn.
+
+        Raises:
+            InvalidRequestError: the model has no chat template, or its template refuses the conversation.
+        """
+        return await self._thread(chat.num_characters).run(client, self._chat_template.render, chat)
+
+    async def decode(self, token_ids: Sequence[int], client: str = "", skip_special_tokens: bool = True) -> str:
+        """Text of `token_ids`, special tokens left out or shown, at `client`'s turn.
 
         Raises:
             InvalidRequestError: an id is outside the vocabulary.
         """
-        return await self._thread(len(token_ids)).run(client, self._decode, list(token_ids))
+        return await self._thread(len(token_ids)).run(client, self._decode, list(token_ids), skip_special_tokens)
 
     async def run(self, function: Callable[[*Args], R], *args: *Args) -> R:
         """Calls `function` on the decoding thread, such as one that pushes a whole step's tokens to Detokenizers."""
         return await asyncio.get_running_loop().run_in_executor(self._decoder, function, *args)
 
-    def decode_now(self, token_ids: list[int]) -> str:
+    def decode_now(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`, for Detokenizer: ids outside the vocabulary have none. Only inside `run`.
 
         Raises:
@@ -120,7 +161,7 @@ class Tokenizer:
         """
         if threading.get_ident() != self._decoder_thread:
             raise RuntimeError("decode_now: called outside the decoding thread; call it through Tokenizer.run")
-        return self._text(token_ids)
+        return self._text(token_ids, skip_special_tokens)
 
     def close(self) -> None:
         """Ends the threads after what was asked of them: nobody who waits sees a cancellation that is not his."""
@@ -131,30 +172,47 @@ class Tokenizer:
     def _thread(self, length: int) -> FairThread:
         return self._short if length <= _MAX_SHORT else self._long
 
-    def _encode(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found = f"a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
-            raise InvalidRequestError("text", f"{found}; give valid Unicode") from None
-        token_ids = list(self._tokenizer.encode(text, verbose=False))
-        if max(token_ids, default=0) >= self._num_rows:
-            token_id = next(each for each in token_ids if each >= self._num_rows)
+    def _encode(self, prompt: Text | Chat) -> list[int]:
+        made = self._chat_template.encode(prompt) if isinstance(prompt, Chat) else self._encode_text(prompt)
+        if max(made, default=0) >= self._num_rows:
+            token_id = next(each for each in made if each >= self._num_rows)
             token = self._tokenizer.convert_ids_to_tokens(token_id)
             found = f"{token!r} is token {token_id} of the tokenizer, and the model has {self._num_rows}"
-            raise InvalidRequestError("text", f"{found}; leave it out")
-        return token_ids
+            raise InvalidRequestError(field_of(prompt), f"{found}; leave it out")
+        return made
 
-    def _decode(self, token_ids: list[int]) -> str:
+    def _encode_text(self, text: Text) -> list[int]:
+        check_unicode("text", text.text)
+        pieces = [text.text] if text.parse_special else self._plain_words.pieces(text.text)
+        if len(pieces) > 1:
+            token_ids = self._plain_words.encode(pieces)
+            return [*self._prefix, *token_ids, *self._suffix] if text.add_special_tokens else token_ids
+        token_ids = list(self._tokenizer.encode(text.text, add_special_tokens=text.add_special_tokens, verbose=False))
+        begun = len(self._prefix)
+        is_begun_twice = text.add_special_tokens and begun and token_ids[begun : 2 * begun] == self._prefix
+        return token_ids[begun:] if is_begun_twice else token_ids
+
+    def _decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         for position, token_id in enumerate(token_ids):
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequestError(
                     "token_ids", f"{token_id} at position {position} is outside [0, {self._vocab_size})"
                 )
-        return self._text(token_ids)
+        return self._text(token_ids, skip_special_tokens)
 
-    def _text(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _text(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        return str(
+            self._tokenizer.decode(
+                token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def _added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts before a text and after it."""
+    alone, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    begun = next((start for start in range(len(whole)) if whole[start : start + len(alone)] == alone), len(whole))
+    return whole[:begun], whole[begun + len(alone) :]
 
 
 def _check_files(directory: Path) -> None:

@@ -6,10 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hsrpc.errors import InvalidRequestError
+from hsrpc.prompt import Chat, Prompt, Text, field_of
 from hsrpc.request import SamplingParams
 
 _MAX_CHARACTERS_PER_TOKEN = 64
 """More than any tokenizer packs into one on average."""
+
+
+def max_characters(max_model_len: int) -> int:
+    """Most characters of a text that could fit so many tokens."""
+    return max_model_len * _MAX_CHARACTERS_PER_TOKEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +25,15 @@ class Validator:
     vocab_size: int
     max_model_len: int
 
-    def check_length(self, prompt: str | Sequence[int]) -> None:
+    def check_length(self, prompt: Prompt) -> None:
         """What cannot fit is refused for its length alone, whatever it holds."""
-        max_characters = self.max_model_len * _MAX_CHARACTERS_PER_TOKEN
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, str | Text | Chat):
             self._check_count(len(prompt), "token_ids")
-        elif len(prompt) > max_characters:
-            raise InvalidRequestError("text", f"{len(prompt)} characters; at most {max_characters} can fit the context")
+            return
+        length = len(prompt) if isinstance(prompt, str) else prompt.num_characters
+        most = max_characters(self.max_model_len)
+        if length > most:
+            raise InvalidRequestError(field_of(prompt), f"{length} characters; at most {most} can fit the context")
 
     def check_token_ids(self, token_ids: Sequence[int]) -> None:
         """Check ids to be turned into text: no more than a prompt and its output together."""

@@ -7,6 +7,7 @@ from typing import Protocol, TypedDict, Unpack
 
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.sizes import ModelSizes
+from hsrpc.prompt import Chat, Prompt, Text
 from hsrpc.request import Delta, SamplingParams
 from hsrpc.schedule.blocks import PoolId
 
@@ -29,7 +30,10 @@ class Spec(Protocol):
 class Tokenizer(Protocol):
     """Works off the event loop."""
 
-    async def decode(self, token_ids: Sequence[int], client: str = "") -> str:
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    async def decode(self, token_ids: Sequence[int], client: str = "", skip_special_tokens: bool = True) -> str:
         """Text of ids that the engine has taken already, such as a request's prompt."""
         ...
 
@@ -121,17 +125,19 @@ class Engine(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
 
-    async def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, **options: Unpack[SubmitOptions]
-    ) -> Generation:
+    async def submit(self, prompt: Prompt, params: SamplingParams, **options: Unpack[SubmitOptions]) -> Generation:
         """Queue a request, as `hsrpc.engine.engine.Engine.submit` does."""
         ...
 
-    async def tokenize(self, text: str, *, client: str = "") -> list[int]:
-        """Token ids of a text, at `client`'s turn, as `hsrpc.engine.engine.Engine.tokenize` makes them."""
+    async def tokenize(self, prompt: str | Text | Chat, *, client: str = "") -> list[int]:
+        """Token ids of a prompt, at `client`'s turn, as `hsrpc.engine.engine.Engine.tokenize` makes them."""
         ...
 
-    async def detokenize(self, token_ids: Sequence[int], *, client: str = "") -> str:
+    async def render(self, chat: Chat, *, client: str = "") -> str:
+        """Text of a conversation, at `client`'s turn, as `hsrpc.engine.engine.Engine.render` makes it."""
+        ...
+
+    async def detokenize(self, token_ids: Sequence[int], *, client: str = "", skip_special_tokens: bool = True) -> str:
         """Text of token ids, at `client`'s turn, as `hsrpc.engine.engine.Engine.detokenize` makes it."""
         ...
 

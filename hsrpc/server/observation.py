@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from hsrpc.prompt import Prompt, told
 from hsrpc.request import Delta, Finish
 from hsrpc.server.engine_protocol import Generation
 from hsrpc.server.errors import StalledClientError
@@ -67,7 +68,7 @@ class ObservedCall:
         self.request_id = ""
         self.model = ""
         self.prompt = ""
-        """The prompt's text, where it was given as text."""
+        """The prompt's text, or its messages as JSON; empty where it was token ids."""
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.first_token_seconds: float | None = None
@@ -164,12 +165,12 @@ def observed(arrival: Arrival, observers: Sequence[CallObserver]) -> Iterator[Ob
         call.end()
 
 
-def note_generation(generation: Generation, model: str, prompt: str | Sequence[int]) -> None:
+def note_generation(generation: Generation, model: str, prompt: Prompt) -> None:
     """The current call has become a request of the engine."""
     call = _current.get()
     if call is not None:
         call.request_id, call.model = generation.request_id, model
-        call.prompt = prompt if isinstance(prompt, str) else ""
+        call.prompt = told(prompt)
         call.prompt_tokens = len(generation.prompt_token_ids)
 
 

@@ -7,8 +7,10 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from hsrpc.errors import InvalidRequestError, ModelNotFoundError
+from hsrpc.prompt import Chat, Prompt, Text
 from hsrpc.request import SamplingParams
 from hsrpc.server.caller import Caller
 from hsrpc.server.config import ServerConfig
@@ -27,12 +29,19 @@ _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_LENGTH}}}")
 class Submission:
     """A request for a continuation."""
 
-    prompt: str | Sequence[int]
-    """Text, or token ids."""
+    prompt: Prompt
     params: SamplingParams
     pace: Pace
     request_id: str | None = None
     """None: one is made."""
+
+
+class Tokenized(NamedTuple):
+    """What a prompt becomes."""
+
+    token_ids: Sequence[int]
+    text: str | None
+    """Of a conversation; None: the prompt was text."""
 
 
 class Service:
@@ -97,25 +106,31 @@ class Service:
         self._owners.check(request_id, name)
         return self.state.engine.abort(request_id)
 
-    async def tokenize(self, model: str | None, text: str, caller: Caller) -> list[int]:
-        """Token ids of `text`.
+    async def tokenize(self, model: str | None, prompt: Text | Chat, caller: Caller) -> Tokenized:
+        """Token ids of `prompt`, and the text that a conversation becomes.
 
         Raises:
             As `admit`.
-            InvalidRequestError: `text` is longer than any prompt, or not valid Unicode.
+            InvalidRequestError: it is longer than any prompt, not valid Unicode, or refused by the chat template.
             QueueFullError, EngineUnavailableError: try again later.
         """
         with self.admit(model) as admitted:
-            return await admitted.engine.tokenize(text, client=caller.client)
+            engine = admitted.engine
+            text = await engine.render(prompt, client=caller.client) if isinstance(prompt, Chat) else None
+            return Tokenized(await engine.tokenize(prompt, client=caller.client), text)
 
-    async def detokenize(self, model: str | None, token_ids: Sequence[int], caller: Caller) -> str:
-        """Text of `token_ids`.
+    async def detokenize(
+        self, model: str | None, token_ids: Sequence[int], caller: Caller, *, skip_special_tokens: bool = True
+    ) -> str:
+        """Text of `token_ids`, special tokens left out or shown.
 
         Raises:
             As `tokenize`, and InvalidRequestError for too many ids, or one outside the vocabulary.
         """
         with self.admit(model) as admitted:
-            return await admitted.engine.detokenize(token_ids, client=caller.client)
+            return await admitted.engine.detokenize(
+                token_ids, client=caller.client, skip_special_tokens=skip_special_tokens
+            )
 
 
 class Admitted:

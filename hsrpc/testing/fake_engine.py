@@ -10,6 +10,7 @@ from typing import Self, Unpack
 
 from hsrpc.engine.stats import EngineStats
 from hsrpc.errors import EngineFaultError
+from hsrpc.prompt import Chat, Prompt, Text
 from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
 from hsrpc.schedule.blocks import PoolId
 from hsrpc.server.engine_protocol import SubmitOptions
@@ -34,6 +35,7 @@ class FakeEngine(StubEngine):
         """Raised by the next submits, and by the tokenizer's calls."""
         self.aborted: list[str] = []
         self.submitted: list[SamplingParams] = []
+        self.prompts: list[Prompt] = []
         self.clients: list[str] = []
         """Keys of those that submitted or used the tokenizer, refused ones too."""
         self.users: list[str] = []
@@ -57,12 +59,11 @@ class FakeEngine(StubEngine):
     ) -> None:
         self.live.clear()
 
-    async def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, **options: Unpack[SubmitOptions]
-    ) -> StubGeneration:
+    async def submit(self, prompt: Prompt, params: SamplingParams, **options: Unpack[SubmitOptions]) -> StubGeneration:
         self.users.append(options.get("user", ""))
         self._receive(options.get("client", ""))
         self.max_waits.append(options.get("max_wait"))
+        self.prompts.append(prompt)
         generation = await super().submit(prompt, params, **options)
         self.submitted.append(generation.params)
         if not self.held:
@@ -70,13 +71,13 @@ class FakeEngine(StubEngine):
             self.end(generation.request_id)
         return generation
 
-    async def tokenize(self, text: str, *, client: str = "") -> list[int]:
+    async def tokenize(self, prompt: str | Text | Chat, *, client: str = "") -> list[int]:
         self._receive(client)
-        return await super().tokenize(text, client=client)
+        return await super().tokenize(prompt, client=client)
 
-    async def detokenize(self, token_ids: Sequence[int], *, client: str = "") -> str:
+    async def detokenize(self, token_ids: Sequence[int], *, client: str = "", skip_special_tokens: bool = True) -> str:
         self._receive(client)
-        return await super().detokenize(token_ids, client=client)
+        return await super().detokenize(token_ids, client=client, skip_special_tokens=skip_special_tokens)
 
     def _receive(self, client: str) -> None:
         self.clients.append(client)

@@ -20,6 +20,7 @@ from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import CacheRow, LayerSizes, ModelSizes, TensorSizes
+from hsrpc.prompt import Chat, Prompt, Text, field_of, told
 from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
 from hsrpc.server.engine_protocol import SubmitOptions
 
@@ -77,12 +78,18 @@ class StubSpec:
 
 
 class StubTokenizer:
-    """One token a character: its ASCII code."""
+    """One token a character: its ASCII code. Its chat template writes each message as `role: content` on a line."""
 
-    async def encode(self, text: str, client: str = "") -> list[int]:
+    has_chat_template = True
+
+    async def encode(self, prompt: str | Text | Chat, client: str = "") -> list[int]:
+        text = await self.render(prompt) if isinstance(prompt, Chat) else told(prompt)
         return [ord(letter) % _SIZES.vocab_size for letter in text]
 
-    async def decode(self, token_ids: Sequence[int], client: str = "") -> str:
+    async def render(self, chat: Chat, client: str = "") -> str:
+        return "".join(f"{turn.role}: {turn.content}\n" for turn in chat.turns)
+
+    async def decode(self, token_ids: Sequence[int], client: str = "", skip_special_tokens: bool = True) -> str:
         return "".join(map(chr, token_ids))
 
 
@@ -124,13 +131,11 @@ class StubEngine:
             self._task.cancel()
             await asyncio.wait({self._task})
 
-    async def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, **options: Unpack[SubmitOptions]
-    ) -> StubGeneration:
-        ids = await self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    async def submit(self, prompt: Prompt, params: SamplingParams, **options: Unpack[SubmitOptions]) -> StubGeneration:
+        ids = await self.tokenizer.encode(prompt) if isinstance(prompt, str | Text | Chat) else list(prompt)
         room = self.max_model_len - len(ids)
         if room <= 0:
-            raise InvalidRequestError("text" if isinstance(prompt, str) else "token_ids", f"{len(ids)} tokens")
+            raise InvalidRequestError(field_of(prompt), f"{len(ids)} tokens")
         request_id = options.get("request_id") or f"made-{next(self._ids)}"
         if request_id in self.live:
             raise RequestExistsError(request_id)
@@ -138,13 +143,17 @@ class StubEngine:
         self.live[request_id] = StubGeneration(request_id, ids, effective, self)
         return self.live[request_id]
 
-    async def tokenize(self, text: str, *, client: str = "") -> list[int]:
-        self._validator.check_length(text)
-        return await self.tokenizer.encode(text, client)
+    async def tokenize(self, prompt: str | Text | Chat, *, client: str = "") -> list[int]:
+        self._validator.check_length(prompt)
+        return await self.tokenizer.encode(prompt, client)
 
-    async def detokenize(self, token_ids: Sequence[int], *, client: str = "") -> str:
+    async def render(self, chat: Chat, *, client: str = "") -> str:
+        self._validator.check_length(chat)
+        return await self.tokenizer.render(chat, client)
+
+    async def detokenize(self, token_ids: Sequence[int], *, client: str = "", skip_special_tokens: bool = True) -> str:
         self._validator.check_token_ids(token_ids)
-        return await self.tokenizer.decode(token_ids, client)
+        return await self.tokenizer.decode(token_ids, client, skip_special_tokens)
 
     @property
     def _validator(self) -> Validator:

@@ -10,6 +10,7 @@ import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import hsrpc.v1.prompt_pb2
 import sys
 import typing
 
@@ -76,10 +77,12 @@ class GenerateRequest(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     TEXT_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
+    CHAT_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     STOPPING_FIELD_NUMBER: builtins.int
     OUTPUT_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
+    TEXT_OPTIONS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Name of this request, for Abort and for logs: 1 to 128 of A-Z a-z 0-9 . _ : -. Default: the server makes one. The id
     of a live request is answered with ALREADY_EXISTS.
@@ -87,7 +90,9 @@ class GenerateRequest(google.protobuf.message.Message):
     model: builtins.str
     """Model that must answer, as GetModel names it. Default: the one that is loaded. Another is answered with NOT_FOUND."""
     text: builtins.str
-    """Prompt as text; the model's tokenizer adds its special tokens."""
+    """Prompt as text; `text_options` says what of special tokens. A model that was trained on conversations expects
+    `chat`, and may answer bare text with nothing.
+    """
     priority: builtins.int
     """Smaller is let in first; ten seconds of waiting make up for one step. Among equals the client that was served least
     comes first. The server lets nobody be more urgent than its operator allows, which is -8 unless its operator says
@@ -96,6 +101,10 @@ class GenerateRequest(google.protobuf.message.Message):
     @property
     def token_ids(self) -> Global___TokenIds:
         """Prompt as token ids, taken as they are."""
+
+    @property
+    def chat(self) -> hsrpc.v1.prompt_pb2.Chat:
+        """Prompt as a conversation, which the model's own template turns into text."""
 
     @property
     def sampling(self) -> Global___Sampling:
@@ -109,6 +118,10 @@ class GenerateRequest(google.protobuf.message.Message):
     def output(self) -> Global___Output:
         """What comes back, and in which portions. Default: every field's default."""
 
+    @property
+    def text_options(self) -> hsrpc.v1.prompt_pb2.TextOptions:
+        """How `text` becomes token ids; only with `text`. Default: every field's default."""
+
     def __init__(
         self,
         *,
@@ -116,13 +129,15 @@ class GenerateRequest(google.protobuf.message.Message):
         model: builtins.str | None = ...,
         text: builtins.str = ...,
         token_ids: Global___TokenIds | None = ...,
+        chat: hsrpc.v1.prompt_pb2.Chat | None = ...,
         sampling: Global___Sampling | None = ...,
         stopping: Global___Stopping | None = ...,
         output: Global___Output | None = ...,
         priority: builtins.int | None = ...,
+        text_options: hsrpc.v1.prompt_pb2.TextOptions | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "input", b"input", "model", b"model", "output", b"output", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "input", b"input", "model", b"model", "output", b"output", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "chat", b"chat", "input", b"input", "model", b"model", "output", b"output", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "text_options", b"text_options", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "chat", b"chat", "input", b"input", "model", b"model", "output", b"output", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "text_options", b"text_options", "token_ids", b"token_ids"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_model", b"_model"]) -> typing.Literal["model"] | None: ...
     @typing.overload
@@ -130,7 +145,7 @@ class GenerateRequest(google.protobuf.message.Message):
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_request_id", b"_request_id"]) -> typing.Literal["request_id"] | None: ...
     @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["input", b"input"]) -> typing.Literal["text", "token_ids"] | None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["input", b"input"]) -> typing.Literal["text", "token_ids", "chat"] | None: ...
 
 Global___GenerateRequest: typing_extensions.TypeAlias = GenerateRequest
 
@@ -264,10 +279,12 @@ class Stopping(google.protobuf.message.Message):
     ignore_eos: builtins.bool
     """Goes on past the tokens that end a text (GetModel says which). Default false."""
     include_stop: builtins.bool
-    """The text includes the matched stop string. Default false."""
+    """The text includes what ended it: the stop string, or the token where that has text. Default false."""
     @property
     def stop(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Output ends before the first of these strings; at most 16, of 1 to 256 characters each. Default: none."""
+        """Output ends before the first of these strings; at most 16, of 1 to 256 characters each. The whole text of a special
+        token, such as "<|im_end|>", stops at that token, shown or not. Default: none.
+        """
 
     @property
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
@@ -313,18 +330,25 @@ class Output(google.protobuf.message.Message):
     RETURN_TOKEN_IDS_FIELD_NUMBER: builtins.int
     MAX_TOKENS_PER_MESSAGE_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_DELAY_FIELD_NUMBER: builtins.int
+    SKIP_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     logprobs: builtins.int
     """The chosen token's logprob and those of this many of the most probable ones, 0 to 20. Default: no logprobs."""
     prompt_logprobs: builtins.int
     """Logprobs of the prompt's tokens. Not supported: setting it is answered with UNIMPLEMENTED."""
     echo_prompt: builtins.bool
-    """The text starts with the prompt's text. Default false."""
+    """The text starts with the prompt's: `text` as it was given, token ids and conversations as Detokenize shows them.
+    Default false.
+    """
     return_token_ids: builtins.bool
     """Deltas carry token ids. Default false: text only."""
     max_tokens_per_message: builtins.int
     """Most tokens in one delta, at least 1. Text that cannot be told apart comes with the first of the deltas that share
     its tokens. Default: the server's own, which is 1024 unless its operator says otherwise; a delta carries what has
     gathered since the last one.
+    """
+    skip_special_tokens: builtins.bool
+    """The text leaves special tokens out; false shows them, such as those that mark calls of tools. The token that ends
+    the output is shown with `include_stop` only. Default true.
     """
     @property
     def max_message_delay(self) -> google.protobuf.duration_pb2.Duration:
@@ -342,9 +366,10 @@ class Output(google.protobuf.message.Message):
         return_token_ids: builtins.bool | None = ...,
         max_tokens_per_message: builtins.int | None = ...,
         max_message_delay: google.protobuf.duration_pb2.Duration | None = ...,
+        skip_special_tokens: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_echo_prompt", b"_echo_prompt", "_logprobs", b"_logprobs", "_max_tokens_per_message", b"_max_tokens_per_message", "_prompt_logprobs", b"_prompt_logprobs", "_return_token_ids", b"_return_token_ids", "echo_prompt", b"echo_prompt", "logprobs", b"logprobs", "max_message_delay", b"max_message_delay", "max_tokens_per_message", b"max_tokens_per_message", "prompt_logprobs", b"prompt_logprobs", "return_token_ids", b"return_token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_echo_prompt", b"_echo_prompt", "_logprobs", b"_logprobs", "_max_tokens_per_message", b"_max_tokens_per_message", "_prompt_logprobs", b"_prompt_logprobs", "_return_token_ids", b"_return_token_ids", "echo_prompt", b"echo_prompt", "logprobs", b"logprobs", "max_message_delay", b"max_message_delay", "max_tokens_per_message", b"max_tokens_per_message", "prompt_logprobs", b"prompt_logprobs", "return_token_ids", b"return_token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_echo_prompt", b"_echo_prompt", "_logprobs", b"_logprobs", "_max_tokens_per_message", b"_max_tokens_per_message", "_prompt_logprobs", b"_prompt_logprobs", "_return_token_ids", b"_return_token_ids", "_skip_special_tokens", b"_skip_special_tokens", "echo_prompt", b"echo_prompt", "logprobs", b"logprobs", "max_message_delay", b"max_message_delay", "max_tokens_per_message", b"max_tokens_per_message", "prompt_logprobs", b"prompt_logprobs", "return_token_ids", b"return_token_ids", "skip_special_tokens", b"skip_special_tokens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_echo_prompt", b"_echo_prompt", "_logprobs", b"_logprobs", "_max_tokens_per_message", b"_max_tokens_per_message", "_prompt_logprobs", b"_prompt_logprobs", "_return_token_ids", b"_return_token_ids", "_skip_special_tokens", b"_skip_special_tokens", "echo_prompt", b"echo_prompt", "logprobs", b"logprobs", "max_message_delay", b"max_message_delay", "max_tokens_per_message", b"max_tokens_per_message", "prompt_logprobs", b"prompt_logprobs", "return_token_ids", b"return_token_ids", "skip_special_tokens", b"skip_special_tokens"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_echo_prompt", b"_echo_prompt"]) -> typing.Literal["echo_prompt"] | None: ...
     @typing.overload
@@ -355,6 +380,8 @@ class Output(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]) -> typing.Literal["prompt_logprobs"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_return_token_ids", b"_return_token_ids"]) -> typing.Literal["return_token_ids"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_skip_special_tokens", b"_skip_special_tokens"]) -> typing.Literal["skip_special_tokens"] | None: ...
 
 Global___Output: typing_extensions.TypeAlias = Output
 

@@ -8,6 +8,7 @@ import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
+import hsrpc.v1.prompt_pb2
 import sys
 import typing
 
@@ -51,6 +52,7 @@ class GetModelResponse(google.protobuf.message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: builtins.int
     SIZES_FIELD_NUMBER: builtins.int
     CACHE_FIELD_NUMBER: builtins.int
+    HAS_CHAT_TEMPLATE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name, as requests may give it in `model`; the first one, where the server's operator gave it several."""
     family: builtins.str
@@ -61,6 +63,8 @@ class GetModelResponse(google.protobuf.message.Message):
     """Most tokens of one request here, prompt and output together: what the operator says, else context_length as far as
     the server's memory has room for it at hardly less speed.
     """
+    has_chat_template: builtins.bool
+    """The model has a chat template: requests may bring `chat`."""
     @property
     def eos_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Tokens that end a text: of the model's configuration, its generation configuration, and its tokenizer, with those
@@ -85,9 +89,10 @@ class GetModelResponse(google.protobuf.message.Message):
         eos_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         sizes: Global___ModelSizes | None = ...,
         cache: Global___CacheDecision | None = ...,
+        has_chat_template: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["cache", b"cache", "sizes", b"sizes"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cache", b"cache", "context_length", b"context_length", "eos_token_ids", b"eos_token_ids", "family", b"family", "max_model_len", b"max_model_len", "name", b"name", "sizes", b"sizes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cache", b"cache", "context_length", b"context_length", "eos_token_ids", b"eos_token_ids", "family", b"family", "has_chat_template", b"has_chat_template", "max_model_len", b"max_model_len", "name", b"name", "sizes", b"sizes"]) -> None: ...
 
 Global___GetModelResponse: typing_extensions.TypeAlias = GetModelResponse
 
@@ -191,35 +196,53 @@ Global___CacheDecision: typing_extensions.TypeAlias = CacheDecision
 
 @typing.final
 class TokenizeRequest(google.protobuf.message.Message):
-    """TokenizeRequest is text to turn into token ids."""
+    """TokenizeRequest is text, or a conversation, to turn into token ids."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: builtins.int
     TEXT_FIELD_NUMBER: builtins.int
+    CHAT_FIELD_NUMBER: builtins.int
+    TEXT_OPTIONS_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name of the model. Default: the one that is loaded. Another is answered with NOT_FOUND."""
     text: builtins.str
     """The text; may be empty. As long as a prompt may be: at most 64 characters for each token of max_model_len."""
+    @property
+    def chat(self) -> hsrpc.v1.prompt_pb2.Chat:
+        """A conversation in place of `text`. Absent: `text` it is."""
+
+    @property
+    def text_options(self) -> hsrpc.v1.prompt_pb2.TextOptions:
+        """How `text` becomes token ids; not with `chat`. Default: every field's default."""
+
     def __init__(
         self,
         *,
         model: builtins.str | None = ...,
         text: builtins.str = ...,
+        chat: hsrpc.v1.prompt_pb2.Chat | None = ...,
+        text_options: hsrpc.v1.prompt_pb2.TextOptions | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_model", b"_model", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_model", b"_model", "model", b"model", "text", b"text"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_chat", b"_chat", "_model", b"_model", "chat", b"chat", "model", b"model", "text_options", b"text_options"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_chat", b"_chat", "_model", b"_model", "chat", b"chat", "model", b"model", "text", b"text", "text_options", b"text_options"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_chat", b"_chat"]) -> typing.Literal["chat"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_model", b"_model"]) -> typing.Literal["model"] | None: ...
 
 Global___TokenizeRequest: typing_extensions.TypeAlias = TokenizeRequest
 
 @typing.final
 class TokenizeResponse(google.protobuf.message.Message):
-    """TokenizeResponse holds the text's token ids."""
+    """TokenizeResponse holds token ids."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     TOKEN_IDS_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    text: builtins.str
+    """The text that the template made of `chat`. Absent: there was none."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Token ids, with the special tokens that the tokenizer adds to a prompt."""
@@ -228,8 +251,11 @@ class TokenizeResponse(google.protobuf.message.Message):
         self,
         *,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        text: builtins.str | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_text", b"_text", "text", b"text"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_text", b"_text", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_text", b"_text"]) -> typing.Literal["text"] | None: ...
 
 Global___TokenizeResponse: typing_extensions.TypeAlias = TokenizeResponse
 
@@ -241,8 +267,11 @@ class DetokenizeRequest(google.protobuf.message.Message):
 
     MODEL_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
+    SKIP_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name of the model. Default: the one that is loaded. Another is answered with NOT_FOUND."""
+    skip_special_tokens: builtins.bool
+    """The text leaves special tokens out; false shows them. Default true."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Ids in [0, vocabulary size); at most max_model_len of them."""
@@ -252,10 +281,14 @@ class DetokenizeRequest(google.protobuf.message.Message):
         *,
         model: builtins.str | None = ...,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        skip_special_tokens: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_model", b"_model", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_model", b"_model", "model", b"model", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_model", b"_model", "_skip_special_tokens", b"_skip_special_tokens", "model", b"model", "skip_special_tokens", b"skip_special_tokens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_model", b"_model", "_skip_special_tokens", b"_skip_special_tokens", "model", b"model", "skip_special_tokens", b"skip_special_tokens", "token_ids", b"token_ids"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_model", b"_model"]) -> typing.Literal["model"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_skip_special_tokens", b"_skip_special_tokens"]) -> typing.Literal["skip_special_tokens"] | None: ...
 
 Global___DetokenizeRequest: typing_extensions.TypeAlias = DetokenizeRequest
 
@@ -267,7 +300,7 @@ class DetokenizeResponse(google.protobuf.message.Message):
 
     TEXT_FIELD_NUMBER: builtins.int
     text: builtins.str
-    """The text, without special tokens."""
+    """The text."""
     def __init__(
         self,
         *,

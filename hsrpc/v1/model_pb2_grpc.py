@@ -64,7 +64,7 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Tokenize turns text into the token ids that Generate would make of it. It takes a place in the queue while it waits,
+        """Tokenize turns text, or a conversation, into the token ids that Generate would make of it. It takes a place in the queue while it waits,
         and is refused where a Generate would be.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

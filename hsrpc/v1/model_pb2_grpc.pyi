@@ -112,7 +112,7 @@ class ModelServiceStub(typing.Generic[_ModelServiceGetModelType, _ModelServiceTo
     """GetModel returns the model's name, sizes, and how its tokens are cached."""
 
     Tokenize: _ModelServiceTokenizeType
-    """Tokenize turns text into the token ids that Generate would make of it. It takes a place in the queue while it waits,
+    """Tokenize turns text, or a conversation, into the token ids that Generate would make of it. It takes a place in the queue while it waits,
     and is refused where a Generate would be.
     """
 
@@ -151,7 +151,7 @@ class ModelServiceServicer(metaclass=abc.ABCMeta):
         request: hsrpc.v1.model_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> typing.Union[hsrpc.v1.model_pb2.TokenizeResponse, collections.abc.Awaitable[hsrpc.v1.model_pb2.TokenizeResponse]]:
-        """Tokenize turns text into the token ids that Generate would make of it. It takes a place in the queue while it waits,
+        """Tokenize turns text, or a conversation, into the token ids that Generate would make of it. It takes a place in the queue while it waits,
         and is refused where a Generate would be.
         """
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -175,4 +175,29 @@ def save_tokenizer(directory: Path) -> None:
         pad_token="<pad>",
         clean_up_tokenization_spaces=False,
     )
+    fast.save_pretrained(directory)
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}"
+    "{% for call in message.tool_calls %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A chat template as many models have it."""
+SPECIAL = ("<|im_start|>", "<|im_end|>")
+"""Special tokens of the tokenizer that `save_chat_tokenizer` makes: ids from 259 on."""
+ADDED = ("<tool_call>", "</tool_call>", "<|turn|>")
+"""Tokens that it has beside, none of which is special: ids from 261 on."""
+
+
+def save_chat_tokenizer(directory: Path, template: str | dict[str, str] = CHATML) -> None:
+    """The tokenizer of `save_tokenizer` with tokens for conversations, a start token before texts, and a template."""
+    save_tokenizer(directory)
+    fast = PreTrainedTokenizerFast.from_pretrained(directory)
+    fast.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    fast.add_tokens(list(ADDED))
+    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", fast.convert_tokens_to_ids("<s>"))]
+    )
+    fast.chat_template = template
     fast.save_pretrained(directory)

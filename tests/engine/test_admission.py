@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from hsrpc import Engine, SamplingParams
+from hsrpc import Engine, SamplingParams, Text
 from hsrpc.engine.generation import Generation
 from hsrpc.errors import (
     EngineUnavailableError,
@@ -298,7 +298,7 @@ async def test_prompts_take_turns_with_texts_of_other_clients(
         tokenizer, order = engine.tokenizer, []
         for name in ("_encode", "_decode"):
             made = getattr(tokenizer, name)
-            monkeypatch.setattr(tokenizer, name, lambda data, made=made: (order.append(data), made(data))[1])
+            monkeypatch.setattr(tokenizer, name, lambda *data, made=made: (order.append(data[0]), made(*data))[1])
         begun, go_on = threading.Event(), threading.Event()
         holding = asyncio.create_task(tokenizer._short.run("busy", lambda: (begun.set(), go_on.wait(20))))
         await asyncio.to_thread(begun.wait, 20)
@@ -312,4 +312,4 @@ async def test_prompts_take_turns_with_texts_of_other_clients(
         go_on.set()
         await asyncio.gather(holding, *many)
         (await prompt).close()
-        assert order == ["1", "prompt", [5, 6]]
+        assert order == [Text("1"), Text("prompt"), [5, 6]]

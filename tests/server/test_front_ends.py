@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from hsrpc.errors import QueueFullError
+from hsrpc.prompt import Text
 from hsrpc.request import Delta, FinishReason, SamplingParams
 from hsrpc.server import ServerConfig
 from hsrpc.server.caller import Caller
@@ -67,7 +68,7 @@ class LocalFrontEnd:
 
     async def tokenize(self, text: str, model: str | None = None) -> list[int]:
         with self._call("Tokenize", BOB):
-            return await self._service.tokenize(model, text, BOB)
+            return (await self._service.tokenize(model, Text(text), BOB)).token_ids
 
     @contextmanager
     def _call(self, method: str, caller: Caller) -> Iterator[None]:

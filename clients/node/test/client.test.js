@@ -30,6 +30,13 @@ test("complete returns the whole", async () => {
   assert.ok(finish.usage.completionTokens > 0);
 });
 
+test("a conversation is a prompt", async () => {
+  assert.ok((await client.getModel()).hasChatTemplate);
+  const chat = { messages: [{ role: "user", content: "Hi" }], templateParameters: { fields: { x: { boolValue: true } } } };
+  const { text } = await client.complete({ chat, output: { echoPrompt: true }, stopping: { maxTokens: 4 } });
+  assert.ok(text.startsWith("user: Hi\n"));
+});
+
 test("leaving the loop stops the work", async () => {
   for await (const { start } of client.generate({ text: "Hi", requestId: "left-early" })) {
     assert.equal(start.requestId, "left-early");

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from asyncio import TimerHandle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hsrpc.engine.generation import Generation
@@ -16,6 +16,8 @@ from hsrpc.text.detokenizer import Detokenizer
 from hsrpc.text.stop_strings import StopMatcher
 
 _log = logging.getLogger(__name__)
+_BY_TOKEN = (FinishReason.EOS, FinishReason.STOP_TOKEN)
+"""Ends by what the last token is."""
 
 
 @dataclass(slots=True)
@@ -26,6 +28,10 @@ class Transcript:
     generation: Generation
     detokenizer: Detokenizer
     stops: StopMatcher
+    stop_tokens: Mapping[int, str]
+    """Stop strings that are the text of a special token, by its id: a text that leaves it out would not hold them."""
+    is_text: bool
+    """The prompt was text, and no conversation."""
     timer: TimerHandle | None = None
     """Ends the request at its time limit."""
     num_tokens: int = 0
@@ -51,20 +57,25 @@ def next_delta(transcript: Transcript, output: Output, now: float) -> Delta:
     text, matched = "", None
     token_ids = () if output.token_id is None else (output.token_id,)
     transcript.num_tokens += len(token_ids)
-    is_stop_token = output.finish is FinishReason.STOP_TOKEN
-    if token_ids and not is_stop_token:
+    stop = None if output.token_id is None else transcript.stop_tokens.get(output.token_id)
+    is_end = stop is not None or output.finish in _BY_TOKEN
+    if token_ids and not is_end:
         text, matched = transcript.stops.push(transcript.detokenizer.push(token_ids))
-    if matched is None and output.finish is not None:
+    if matched is None and (is_end or output.finish is not None):
         rest, matched = transcript.stops.push(transcript.detokenizer.flush())
         text += rest + ("" if matched else transcript.stops.flush())
-        if is_stop_token and transcript.request.params.include_stop and matched is None:
-            text += _stop_token_text(transcript, token_ids)
+        if is_end and matched is None:
+            matched = stop
+            text += _end_text(transcript, token_ids, stop)
     finish = _finish(transcript, output, matched, now)
     return Delta(text, token_ids, () if output.logprob is None else (output.logprob,), finish)
 
 
-def _stop_token_text(transcript: Transcript, token_ids: Sequence[int]) -> str:
-    return transcript.detokenizer.push(token_ids) + transcript.detokenizer.flush()
+def _end_text(transcript: Transcript, token_ids: Sequence[int], stop: str | None) -> str:
+    """The text of the token that ends the output, where it was asked for."""
+    if not transcript.request.params.include_stop:
+        return ""
+    return stop or transcript.detokenizer.push(token_ids) + transcript.detokenizer.flush()
 
 
 def _finish(transcript: Transcript, output: Output, matched: str | None, now: float) -> Finish | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hsrpc.prompt import Text
 from hsrpc.server.grpc.caller import client_name, current_caller
 from hsrpc.server.grpc.handlers import Write
 from hsrpc.server.grpc.messages import add_delta, field_paths, model_of, read_submission, start_message
@@ -20,7 +21,7 @@ class GenerationService:
         """Send the continuation of the prompt; however this ends, the engine's work for it ends too."""
         with self._service.admit(model_of(request)) as admitted:
             submission = read_submission(request, self._service.config, admitted.engine.default_params)
-            with field_paths(request):
+            with field_paths():
                 async with admitted.submit(submission, current_caller.get()) as stream:
                     first = await _first_response(admitted, stream, submission, request.output)
                     await _send(stream, first, request.output, write)
@@ -35,9 +36,10 @@ async def _first_response(
     """The response that the first token will complete, so that headers are sent with it and not before."""
     response = v1.GenerateResponse(start=start_message(stream, admitted.model, output))
     if output.echo_prompt:
-        prompt = submission.prompt
-        client, tokenizer = current_caller.get().client, admitted.engine.tokenizer
-        stream.lead_with(prompt if isinstance(prompt, str) else await tokenizer.decode(prompt, client))
+        prompt, skip, client = submission.prompt, stream.params.skip_special_tokens, current_caller.get().client
+        decode = admitted.engine.tokenizer.decode
+        echo = prompt.text if isinstance(prompt, Text) else await decode(stream.prompt_token_ids, client, skip)
+        stream.lead_with(echo)
     return response
 
 

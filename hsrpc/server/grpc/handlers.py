@@ -5,8 +5,8 @@ Requests are parsed here and not by grpc, which answers malformed ones with UNKN
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.descriptor import FieldDescriptor
@@ -108,5 +108,14 @@ def _refuse_unknown_fields(message: Message) -> None:
     if len(unknown):
         raise NotSupportedError(f"field {unknown[0].field_number} of {message.DESCRIPTOR.full_name}")
     for field, value in message.ListFields():
-        if field.type == FieldDescriptor.TYPE_MESSAGE and isinstance(value, Message):
-            _refuse_unknown_fields(value)
+        if field.type == FieldDescriptor.TYPE_MESSAGE:
+            for part in _parts(value):
+                _refuse_unknown_fields(part)
+
+
+def _parts(value: Any) -> Iterable[Message]:
+    """The messages in a field, which may be repeated or a map of whatever."""
+    if isinstance(value, Message):
+        return (value,)
+    parts = value.values() if isinstance(value, Mapping) else value
+    return (part for part in parts if isinstance(part, Message))

@@ -9,8 +9,10 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import Value
 
 from hsrpc.errors import InvalidRequestError
+from hsrpc.prompt import MAX_MESSAGES, MAX_TOOLS, Chat, Text, check_count, read_object
 from hsrpc.request import (
     MAX_LOGIT_BIAS,
     MAX_STOP_STRINGS,
@@ -27,11 +29,13 @@ from hsrpc.server.pacing import Pace, choose_pace
 from hsrpc.server.service import Submission
 from hsrpc.server.stream import Stream
 from hsrpc.v1 import generation_pb2 as v1
-from hsrpc.v1 import model_pb2
+from hsrpc.v1 import model_pb2, prompt_pb2
 
 _MAX_DURATION = 315_576_000_000
 """Seconds: ten thousand years, the range of google.protobuf.Duration."""
 _MAX_NANOS = 999_999_999
+_MAX_PARAMETERS = 65_536
+"""Bytes of a template's parameters."""
 _SAMPLING = (
     "temperature",
     "top_p",
@@ -42,12 +46,19 @@ _SAMPLING = (
     "frequency_penalty",
     "seed",
 )
+_TEXT_OPTIONS = ("add_special_tokens", "parse_special")
 _STOPPING = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
-_SECTIONS = {
-    **{field.name: "sampling" for field in v1.Sampling.DESCRIPTOR.fields},
-    **{field.name: "stopping" for field in v1.Stopping.DESCRIPTOR.fields},
-    **{field.name: "output" for field in v1.Output.DESCRIPTOR.fields},
+_SECTIONS: dict[str, type[Message]] = {
+    "sampling": v1.Sampling,
+    "stopping": v1.Stopping,
+    "output": v1.Output,
+    "chat": prompt_pb2.Chat,
 }
+_PATHS = {
+    "token_ids": "token_ids.ids",
+    **{field.name: f"{name}.{field.name}" for name, kind in _SECTIONS.items() for field in kind.DESCRIPTOR.fields},
+}
+"""Where a request has what the engine calls by a name of its own."""
 
 
 ModelRequest = v1.GenerateRequest | model_pb2.GetModelRequest | model_pb2.TokenizeRequest | model_pb2.DetokenizeRequest
@@ -65,7 +76,7 @@ def read_submission(request: v1.GenerateRequest, config: ServerConfig, defaults:
         InvalidRequestError: naming the field by its path in the message.
         NotSupportedError: a field that the server lacks is set.
     """
-    with field_paths(request):
+    with field_paths():
         pace = read_pace(request.output, config)
         params = read_params(request, defaults)
     request_id = request.request_id if request.HasField("request_id") else None
@@ -73,36 +84,105 @@ def read_submission(request: v1.GenerateRequest, config: ServerConfig, defaults:
 
 
 @contextmanager
-def field_paths(request: v1.GenerateRequest) -> Iterator[None]:
+def field_paths() -> Iterator[None]:
     """Errors that leave the block name fields by their path in the message: temperature is sampling.temperature."""
     try:
         yield
     except InvalidRequestError as error:
-        raise InvalidRequestError(_path(error.field, request), error.description) from None
+        raise InvalidRequestError(_path(error.field), error.description) from None
 
 
-def _path(field: str, request: v1.GenerateRequest) -> str:
+def _path(field: str) -> str:
     name, bracket, index = field.partition("[")
-    if name in ("prompt", "prompt_token_ids", "text", "token_ids"):
-        path = "token_ids.ids" if request.WhichOneof("input") == "token_ids" else "text"
-    else:
-        path = f"{_SECTIONS[name]}.{name}" if name in _SECTIONS else name
-    return path + bracket + index
+    return _PATHS.get(name, name) + bracket + index
 
 
-def read_prompt(request: v1.GenerateRequest) -> str | Sequence[int]:
-    """The prompt, as text or token ids, which are not copied: their number has not been checked.
+def read_prompt(request: v1.GenerateRequest) -> Text | Chat | Sequence[int]:
+    """The prompt; token ids are not copied: their number has not been checked.
 
     Raises:
-        InvalidRequestError: there is none.
+        InvalidRequestError: there is none, or a conversation is wrong.
     """
     given = request.WhichOneof("input")
     if given is None:
-        raise InvalidRequestError("input", "no prompt; set text or token_ids")
-    prompt: str | Sequence[int] = request.text if given == "text" else request.token_ids.ids
-    if not prompt:
+        raise InvalidRequestError("input", "no prompt; set text, token_ids or chat")
+    if given != "text":
+        _check_no_text_options(request, given)
+        if given == "chat":
+            return read_chat(request.chat)
+    if not (request.text if given == "text" else request.token_ids.ids):
         raise InvalidRequestError(given, "empty; give at least one token")
-    return prompt
+    return read_text(request.text, request.text_options) if given == "text" else request.token_ids.ids
+
+
+def read_text_or_chat(request: model_pb2.TokenizeRequest) -> Text | Chat:
+    """What is to be turned into token ids.
+
+    Raises:
+        InvalidRequestError: both are set, or a conversation is wrong.
+    """
+    if not request.HasField("chat"):
+        return read_text(request.text, request.text_options)
+    if request.text:
+        raise InvalidRequestError("text", "chat is set too; leave one of them out")
+    _check_no_text_options(request, "chat")
+    return read_chat(request.chat)
+
+
+def _check_no_text_options(request: v1.GenerateRequest | model_pb2.TokenizeRequest, given: str) -> None:
+    if request.HasField("text_options"):
+        raise InvalidRequestError("text_options", f"they are about text, and the prompt is {given}; leave them out")
+
+
+def read_text(text: str, options: prompt_pb2.TextOptions) -> Text:
+    """A prompt of text."""
+    return Text(text, **_given(options, _TEXT_OPTIONS))
+
+
+def read_chat(message: prompt_pb2.Chat) -> Chat:
+    """A conversation.
+
+    Raises:
+        InvalidRequestError: naming the field by its path in a request.
+    """
+    with field_paths():
+        _check_chat_counts(message)
+        return Chat(
+            [_message_dict(turn) for turn in message.messages],
+            tools=[read_object(tool, f"tools[{index}]") for index, tool in enumerate(message.tools)],
+            template_parameters={name: _plain(value) for name, value in message.template_parameters.fields.items()},
+            **_given(message, ("add_generation_prompt", "continue_final_message")),
+        )
+
+
+def _check_chat_counts(message: prompt_pb2.Chat) -> None:
+    """Refuse what is long before it is copied."""
+    num_calls = sum(len(turn.tool_calls) for turn in message.messages)
+    check_count("messages", len(message.messages) + num_calls, MAX_MESSAGES)
+    check_count("tools", len(message.tools), MAX_TOOLS)
+    if (size := message.template_parameters.ByteSize()) > _MAX_PARAMETERS:
+        raise InvalidRequestError("template_parameters", f"{size} bytes; at most {_MAX_PARAMETERS} are allowed")
+
+
+def _message_dict(turn: prompt_pb2.Message) -> dict[str, object]:
+    calls = [
+        {**_given(call, ("id",)), "function": {"name": call.name, "arguments": call.arguments}}
+        for call in turn.tool_calls
+    ]
+    return {"role": turn.role, "tool_calls": calls, **_given(turn, ("content", "tool_call_id", "name"))}
+
+
+def _plain(value: Value) -> object:
+    """A JSON value; numbers that are whole are integers, as people write them."""
+    kind = value.WhichOneof("kind")
+    if kind == "struct_value":
+        return {name: _plain(item) for name, item in value.struct_value.fields.items()}
+    if kind == "list_value":
+        return [_plain(item) for item in value.list_value.values]
+    if kind == "number_value":
+        number = value.number_value
+        return int(number) if number.is_integer() else number
+    return None if kind in (None, "null_value") else getattr(value, kind)
 
 
 def read_params(request: v1.GenerateRequest, defaults: SamplingParams) -> SamplingParams:
@@ -119,8 +199,7 @@ def read_params(request: v1.GenerateRequest, defaults: SamplingParams) -> Sampli
     settings = _given(sampling, _SAMPLING) | _given(stopping, _STOPPING)
     if stopping.HasField("time_limit"):
         settings["time_limit"] = read_seconds(stopping.time_limit, "time_limit")
-    if output.HasField("logprobs"):
-        settings["logprobs"] = output.logprobs
+    settings |= _given(output, ("logprobs", "skip_special_tokens"))
     settings |= {"logit_bias": dict(sampling.logit_bias), "priority": request.priority}
     settings |= {"stop": tuple(stopping.stop), "stop_token_ids": tuple(stopping.stop_token_ids)}
     return replace(defaults, **settings)
@@ -198,6 +277,7 @@ def _output_message(params: SamplingParams, pace: Pace, output: v1.Output) -> v1
         logprobs=params.logprobs,
         echo_prompt=output.echo_prompt,
         return_token_ids=output.return_token_ids,
+        skip_special_tokens=params.skip_special_tokens,
         max_tokens_per_message=pace.max_tokens,
         max_message_delay=duration(pace.max_delay),
     )

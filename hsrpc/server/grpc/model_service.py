@@ -6,7 +6,7 @@ from hsrpc.plan.plan import Plan
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import BlockKind
 from hsrpc.server.grpc.caller import current_caller
-from hsrpc.server.grpc.messages import model_of
+from hsrpc.server.grpc.messages import field_paths, model_of, read_text_or_chat
 from hsrpc.server.service import Service
 from hsrpc.v1 import model_pb2
 
@@ -28,14 +28,20 @@ class ModelService:
             eos_token_ids=spec.eos_token_ids,
             sizes=_sizes_message(spec.sizes),
             cache=_cache_message(spec.sizes, engine.plan),
+            has_chat_template=engine.tokenizer.has_chat_template,
         )
 
     async def tokenize(self, request: model_pb2.TokenizeRequest) -> model_pb2.TokenizeResponse:
-        token_ids = await self._service.tokenize(model_of(request), request.text, current_caller.get())
-        return model_pb2.TokenizeResponse(token_ids=token_ids)
+        prompt = read_text_or_chat(request)
+        with field_paths():
+            token_ids, text = await self._service.tokenize(model_of(request), prompt, current_caller.get())
+        return model_pb2.TokenizeResponse(token_ids=token_ids, text=text)
 
     async def detokenize(self, request: model_pb2.DetokenizeRequest) -> model_pb2.DetokenizeResponse:
-        text = await self._service.detokenize(model_of(request), request.token_ids, current_caller.get())
+        skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+        text = await self._service.detokenize(
+            model_of(request), request.token_ids, current_caller.get(), skip_special_tokens=skip
+        )
         return model_pb2.DetokenizeResponse(text=text)
 
 

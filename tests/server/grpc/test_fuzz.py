@@ -60,6 +60,8 @@ def values(field: FieldDescriptor) -> st.SearchStrategy[object]:
         return st.one_of(st.floats(0, 2), st.floats())
     if field.type == FieldDescriptor.TYPE_BOOL:
         return st.booleans()
+    if field.type == FieldDescriptor.TYPE_ENUM:
+        return st.sampled_from([value.number for value in field.enum_type.values])
     assert field.type == FieldDescriptor.TYPE_STRING, field.full_name
     return st.one_of(st.text(max_size=12), st.integers(1, 5000).map("x".__mul__), st.just("fake/model"))
 
@@ -75,7 +77,8 @@ def messages(draw: st.DrawFn, kind: type[Message]) -> Message:
             continue
         if field.type == FieldDescriptor.TYPE_MESSAGE and field.message_type.GetOptions().map_entry:
             key, value = (field.message_type.fields_by_name[name] for name in ("key", "value"))
-            getattr(message, field.name).update(draw(st.dictionaries(values(key), values(value), max_size=4)))
+            drawn = draw(st.dictionaries(values(key), values(value), max_size=4))
+            message.MergeFrom(kind(**{field.name: drawn}))
         elif field.is_repeated:
             getattr(message, field.name).extend(draw(st.lists(values(field), max_size=5)))
         elif field.type == FieldDescriptor.TYPE_MESSAGE:

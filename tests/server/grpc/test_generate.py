@@ -161,6 +161,7 @@ def test_messages_have_a_field_for_every_parameter():
     fields = {name for message in (v1.Sampling, v1.Stopping) for name in message.DESCRIPTOR.fields_by_name} | {
         "logprobs",
         "priority",
+        "skip_special_tokens",
     }
     assert fields == set(SamplingParams.__dataclass_fields__)
 

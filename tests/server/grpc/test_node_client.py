@@ -29,7 +29,7 @@ async def test_the_node_client_passes_its_tests(server: Server):
     """`node --test` finds the service as the proto files say."""
     code, output = await run_tests(server)
     assert code == 0, output
-    assert "# pass 6" in output
+    assert "# pass 7" in output
 
 
 async def test_the_node_client_reaches_this_machine_without_a_proxy(server: Server):
@@ -47,5 +47,5 @@ async def test_the_node_client_brings_a_token_over_tls(tmp_path: Path):
         roots = {"HSRPC_TLS_CA": str(authority.roots)}
         code, output = await run_tests(server, HSRPC_TOKEN="node-node-node-node", **roots)
         assert code == 0, output
-        assert "# pass 6" in output
+        assert "# pass 7" in output
         assert "# pass 0" in (await run_tests(server, **roots))[1]

@@ -88,7 +88,7 @@ def duration_fields(message: Descriptor, prefix: str = "") -> Iterator[str]:
     for field in message.fields:
         if field.message_type is Duration.DESCRIPTOR:
             yield prefix + field.name
-        elif field.message_type is not None:
+        elif field.message_type is not None and field.message_type.file.package == message.file.package:
             yield from duration_fields(field.message_type, f"{prefix}{field.name}.")
 
 

@@ -28,8 +28,8 @@ class SlowEngine(FakeEngine):
     async def tokenize(self, text: str, *, client: str = "") -> list[int]:
         return await self._wait(super().tokenize(text, client=client))
 
-    async def detokenize(self, token_ids, *, client: str = "") -> str:
-        return await self._wait(super().detokenize(token_ids, client=client))
+    async def detokenize(self, token_ids, **options) -> str:
+        return await self._wait(super().detokenize(token_ids, **options))
 
     async def _wait(self, work):
         result = await work
