@@ -45,7 +45,8 @@ async def engine(made: Reference) -> AsyncIterator[Engine]:
 async def run(engine: Engine, prompt: Any = CHAT, **settings: Any) -> tuple[str, list[int], Finish]:
     """Text, ids and finish of a fixed random output of the letters a and b and of <|im_end|>, one token each."""
     letters = [*await engine.tokenizer.encode("ab"), IM_END][1:]
-    params = {"temperature": 2.0, "seed": 4, "max_tokens": 30, "logit_bias": dict.fromkeys(letters, 100.0)} | settings
+    params = {"temperature": 2.0, "seed": 4, "max_tokens": 30, "logit_bias": dict.fromkeys(letters, 100.0)}
+    params |= {"ignore_eos": True} | settings  # <|im_end|> is an end token
     deltas = await collect(engine.generate(prompt, SamplingParams(**params)))
     assert deltas[-1].finish is not None
     return text(deltas), ids(deltas), deltas[-1].finish
