@@ -46,7 +46,7 @@ async def run(engine: Engine, prompt: Any = CHAT, **settings: Any) -> tuple[str,
     """Text, ids and finish of a fixed random output of the letters a and b and of <|im_end|>, one token each."""
     letters = [*await engine.tokenizer.encode("ab"), IM_END][1:]
     params = {"temperature": 2.0, "seed": 4, "max_tokens": 30, "logit_bias": dict.fromkeys(letters, 100.0)}
-    params |= {"ignore_eos": True} | settings  # <|im_end|> is an end token
+    params |= settings
     deltas = await collect(engine.generate(prompt, SamplingParams(**params)))
     assert deltas[-1].finish is not None
     return text(deltas), ids(deltas), deltas[-1].finish
@@ -72,11 +72,11 @@ async def test_a_conversation_that_cannot_fit_is_refused(engine: Engine) -> None
 
 async def test_special_tokens_are_shown_where_that_is_asked_for(engine: Engine) -> None:
     """The text is what the tokenizer makes of the ids, with them or without."""
-    shown, token_ids, _ = await run(engine, skip_special_tokens=False)
+    shown, token_ids, _ = await run(engine, skip_special_tokens=False, ignore_eos=True)
     assert token_ids.count(IM_END) > 1
     assert shown == await engine.tokenizer.decode(token_ids, skip_special_tokens=False)
     assert "<|im_end|>" in shown
-    skipped, same_ids, _ = await run(engine)
+    skipped, same_ids, _ = await run(engine, ignore_eos=True)
     assert same_ids == token_ids
     assert skipped == shown.replace("<|im_end|>", "") == await engine.detokenize(token_ids)
 
