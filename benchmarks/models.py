@@ -119,17 +119,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=FILE, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--commit", help="of a copy of the sources without their history")
     options = parser.parse_args(words)
+    origin = header([*PROGRAM.split(), *words], commit=options.commit)
     hardware, names, models = measured_hardware(), options.shape or list(SHAPES), []
     for number, name in enumerate(names, 1):
         models.append(describe(name, hardware))
         print(f"{number} of {len(names)}: {_line(models[-1])}", flush=True)
     machine = {"file": MEASURED[0], "case": MEASURED[1], "rates": asdict(hardware)}
-    content = {
-        "header": header([*PROGRAM.split(), *words], commit=options.commit),
-        "machine": machine,
-        "host_memory": HOST_MEMORY,
-        "models": models,
-    }
+    content = {"header": origin, "machine": machine, "host_memory": HOST_MEMORY, "models": models}
     write_json(options.json, content)
     return 0
 
