@@ -22,7 +22,14 @@ from benchmarks.raw_results import RESULTS, Record
 from benchmarks.tables import Row
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/performance.md", "docs/findings.md", "benchmarks/results/README.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/models.md",
+    "docs/performance.md",
+    "docs/findings.md",
+    "benchmarks/results/README.md",
+)
 MARKED = re.compile(r"<!-- table: (?P<name>[a-z0-9-]+) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
 
 
@@ -49,6 +56,8 @@ _PLACED = (_CHOICE, *_GRIDS[1:4])
 _PROMPTS = ("prompts/opt-6.7b-512", "prompts/opt-6.7b-2048", "prompts/opt-6.7b-2048-slow-host")
 _PEERS = ("peers/host", "peers/host-accelerate", "peers/budget", "peers/resident")
 _OF_PEERS = ("hsrpc: tokens/s", "step", "of its limit", "peer: tokens/s", "step", "of its limit", "times")
+_MODELS = ("models/current",)
+_OF_PLAN = ("requests", "caches", "resident")
 
 TABLES = {
     "policies": Table(
@@ -126,6 +135,21 @@ TABLES = {
             "output begins",
         ),
         tables.smollm2,
+    ),
+    "model-sizes": Table(
+        _MODELS,
+        ("shape", "`model_type`", "parameters", "weights", "context", "KV a token", "ratio", "what takes less"),
+        tables.model_sizes,
+    ),
+    "model-plans": Table(
+        _MODELS,
+        ("shape", "24 GiB: tokens/s", *_OF_PLAN, "80 GiB: tokens/s", *_OF_PLAN),
+        tables.model_plans,
+    ),
+    "model-machine": Table(
+        _MODELS,
+        ("calibration", "host to GPU", "GPU to host", "GEMMs", "weights read", "host memory"),
+        tables.model_machine,
     ),
     "overview": Table(
         (*_POLICIES[:3], *_CODING[2:]),

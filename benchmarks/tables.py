@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.comparison import Comparison
 from benchmarks.raw_results import Record
+from hsrpc.config import format_bytes, format_rate
 
 Row = tuple[str, ...]
 NAMES = {
@@ -270,6 +271,44 @@ def smollm2(records: Sequence[Record]) -> Iterator[Row]:
             facts = rest = ("", "")
 
 
+def model_sizes(records: Sequence[Record]) -> Iterator[Row]:
+    """Well-known shapes, in bfloat16, and which kind of cache takes less."""
+    [record] = records
+    for model in record.result["models"]:
+        window = f" ({model['window']:,})" if model["window"] else ""
+        yield (
+            model["name"],
+            f"`{model['family']}`",
+            _count(model["parameters"]),
+            format_bytes(model["weight_bytes"]),
+            f"{model['context']:,}{window}",
+            format_bytes(model["kv_bytes"]),
+            f"{model['activation_ratio']:.2f}",
+            _paying_cache(model["activation_ratio"]),
+        )
+
+
+def model_plans(records: Sequence[Record]) -> Iterator[Row]:
+    """What the planner would do with well-known shapes: four columns for each size of GPU memory."""
+    [record] = records
+    for model in record.result["models"]:
+        yield (model["name"], *(cell for each in model["plans"] for cell in _planned(each)))
+
+
+def model_machine(records: Sequence[Record]) -> Iterator[Row]:
+    """The machine that is planned for."""
+    [record] = records
+    machine, rates = record.result["machine"], record.result["machine"]["rates"]
+    yield (
+        f"{machine['file']}, {machine['case']}",
+        format_rate(rates["load_bandwidth"], "B/s"),
+        format_rate(rates["store_bandwidth"], "B/s"),
+        f"{rates['gemm_rate'] / 1e12:.0f} TFLOP/s",
+        format_rate(rates["memory_bandwidth"] * rates["weight_read_share"], "B/s"),
+        format_bytes(record.result["host_memory"]),
+    )
+
+
 def commands(records: Sequence[Record]) -> Iterator[Row]:
     """Where every file comes from."""
     for record in records:
@@ -303,6 +342,31 @@ def _policy(cell: Any) -> str:
 def _beginning(text: str) -> str:
     """The first words of a text, in one cell of a table."""
     return f"`{textwrap.shorten(text, 36, placeholder=' ...')}`".replace("|", "\\|")
+
+
+def _paying_cache(ratio: float) -> str:
+    """Of which kind a token takes fewer bytes, where caches cross the bus; `ratio` is of K and V to an activation."""
+    if ratio > 1:
+        return f"activations: {'half' if ratio == 2 else f'{1 / ratio:.2f}'} of K and V"
+    if ratio == 1:
+        return "K and V: as wide, and ready"
+    return "K and V: queries are grouped"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.0f} M"
+
+
+def _planned(cell: Any) -> Row:
+    """Tokens/s, requests, caches and resident weights of a plan."""
+    if "refused" in cell:
+        return "does not fit", "", "", ""
+    plan = cell["plan"]
+    caches = {"kv": "K and V", "activation": "activations"}.get(plan["policy"])
+    caches = caches or f"activations {plan['activation_share'] * 100:.0f} %"
+    more = f" + {plan['recomputed_share'] * 100:.0f} %" if plan["recomputed_share"] else ""
+    resident = f"{plan['resident_share'] * 100:.0f} %"
+    return rate(plan["mean_tokens_per_second"]), str(plan["batch"]), caches + more, resident
 
 
 def _placement(plan: Any) -> str:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hsrpc.model.families.readers import DECODERS
+from hsrpc.model.families.registry import REFUSED
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".", "docs", "k8s", "clients", "clients/node", "benchmarks/results")
 PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
@@ -17,6 +20,7 @@ LINK = re.compile(r"\]\((?!https?:|mailto:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\
 CODE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 NAMED = re.compile(r"(?<![\w./-])(?:hsrpc|benchmarks|tests|tools|proto|clients|k8s)/[\w./{},-]*")
 IS_PATH = re.compile(r"/$|\.(?:py|sh|json|toml|yaml|proto|md)$")
+SECTIONS = ("Families", "What is refused, and why")
 PLANNED = re.compile(r"<!-- planned -->\n(.*?)<!-- end -->", re.DOTALL)
 """A part whose modules are being moved: it may name some that do not exist, and must name one."""
 
@@ -96,3 +100,12 @@ def test_lines_are_short(page):
 def test_the_page_of_performance_is_short():
     """Method and current tables; what was learnt has a page of its own."""
     assert len((ROOT / "docs/performance.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_page_of_models_has_every_family_and_every_refusal():
+    """By `model_type`, each in the table of its own section, and nothing else."""
+    sections = (ROOT / "docs/models.md").read_text(encoding="utf-8").split("\n## ")
+    families, refused = (next(each for each in sections if each.startswith(f"{name}\n")) for name in SECTIONS)
+    assert set(re.findall(r"^\| `(\w+)` \|", families, re.MULTILINE)) == {"model_type", "opt", *DECODERS}
+    rows = [line for line in refused.splitlines() if line.startswith("| ") and "`model_type`" not in line]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(REFUSED)

@@ -16,18 +16,14 @@ from hsrpc.device.device import Device, Event, Stream
 from hsrpc.device.host_pages import HostPages
 from hsrpc.device.kernels import copy_rows
 from hsrpc.errors import ConfigError
+from hsrpc.plan.device_memory import cuda_runtime_memory
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.schedule.step import Runs
 
 _REGISTER_PORTABLE_MAPPED = 0x01 | 0x02
 _PIECE_BYTES = 16 * 1024**2
 """A copy engine runs one copy to its end: in one piece, a layer's weights would keep a step's small arrays waiting."""
-
-_LIBRARY_BYTES = 128 * 1024**2
-"""cuBLAS' workspaces, of two streams and of graphs."""
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-_ROUNDED_PART = 100
-"""The allocator rounds large tensors up to 2 MiB, as uploads do themselves: about this part of all."""
 
 
 class CudaDevice(Device):
@@ -64,7 +60,7 @@ class CudaDevice(Device):
         torch.cuda.reset_peak_memory_stats(self.torch_device)
 
     def runtime_memory(self, size: int) -> int:
-        return _LIBRARY_BYTES + size // _ROUNDED_PART
+        return cuda_runtime_memory(size)
 
     def pages(self, size: int) -> HostPages | None:
         return HostPages(size)

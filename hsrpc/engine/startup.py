@@ -123,7 +123,7 @@ def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> P
     specs = [in_formats(spec, formats) for formats in choices]
     _check_layer(specs, budgets, device)
     hardware = calibrate(device, spec.sizes, spec.dtype)
-    spec, planner, plan = _fastest(
+    spec, planner, plan = fastest(
         [(each, planner_with_context(each.sizes, budgets, hardware, config)) for each in specs], choose_plan
     )
     return Planned(spec, device, planner, plan, directory, _default_params(config, directory), checkpoint)
@@ -150,7 +150,9 @@ def _check_layer(choices: Sequence[ModelSpec], budgets: Budgets, device: Device)
         )
 
 
-def _fastest(choices: Sequence[tuple[ModelSpec, Planner]], choose_plan: ChoosePlan) -> tuple[ModelSpec, Planner, Plan]:
+def fastest(
+    choices: Sequence[tuple[ModelSpec, Planner]], choose_plan: ChoosePlan = Planner.plan
+) -> tuple[ModelSpec, Planner, Plan]:
     """The choice of formats with the fastest plan, of those that fit; the first one, where they are equal.
 
     Raises:

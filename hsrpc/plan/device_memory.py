@@ -21,6 +21,10 @@ SPARE_SLOTS = 1
 """Rows of each pool on the device that belong to no block, in every layer."""
 _INDICES = 8
 """Arrays of row numbers that a mini-batch brings along, at most."""
+_LIBRARY_BYTES = 128 * 1024**2
+"""cuBLAS' workspaces, of two streams and of graphs."""
+_ROUNDED_PART = 100
+"""CUDA's allocator rounds large tensors up to 2 MiB, as uploads do themselves: about this part of all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,3 +82,8 @@ def workspace_bytes(sizes: ModelSizes, staging: Staging) -> Number:
     indices = _INDICES * _INDEX_BYTES * (staging.rows + staging.step_tokens)
     found: Number = query_bytes(sizes, staging.queries) + regenerate + sampling + indices
     return found
+
+
+def cuda_runtime_memory(budget: int) -> int:
+    """Bytes that rounding and the libraries' own buffers take of a `budget` of a CUDA device's memory, in bytes."""
+    return _LIBRARY_BYTES + budget // _ROUNDED_PART

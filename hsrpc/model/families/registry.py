@@ -34,7 +34,7 @@ _SOME_RECURRENT = "some of its layers are recurrent, and keep a state that is no
 _EXPERTS = "its MLPs are mixtures of experts"
 _KINDS = "its layers differ in more than their windows"
 _LATENT = "its attention keeps latents"
-_REFUSED = {
+REFUSED = {
     "qwen3_next": _SOME_RECURRENT,
     "qwen3_5": _SOME_RECURRENT,
     "mamba": _SOME_RECURRENT,
@@ -80,7 +80,7 @@ def family_name(config: ConfigFile) -> str:
     name = value[0] if isinstance(value, list) and len(value) == 1 else value
     if isinstance(name, str) and name in table:
         return table[name]
-    reason = _REFUSED.get(str(config.values.get("model_type")))
+    reason = REFUSED.get(str(config.values.get("model_type")))
     remedy = "serve a model of one of these architectures"
     raise config.refuse(key, "one of " + ", ".join(table), remedy if reason is None else f"{reason}; {remedy}")
 
