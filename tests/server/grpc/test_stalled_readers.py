@@ -157,7 +157,7 @@ async def test_a_connection_with_nothing_but_a_stream_that_cannot_be_reset_is_cu
 async def test_what_a_connection_leaves_unsent_is_bounded(engine):
     """Messages beyond the bound wait until others are gone; then a stream that is read gets its own."""
     async with (
-        serving(engine, max_unsent_bytes_per_connection=4 * len(WORDS), write_timeout=1.0) as server,
+        serving(engine, max_unsent_bytes_per_connection=4 * len(WORDS), write_timeout=2.5) as server,
         raw_reader(server.port) as reader,
     ):
         stalled = [generate(reader, f"stalled-{number}") for number in range(MAX_STALLS - 2)]

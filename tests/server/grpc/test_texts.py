@@ -96,7 +96,7 @@ async def test_the_callers_share_is_that_of_its_name(model, engine):
 
 async def test_a_call_whose_caller_leaves_ends(model, engine):
     """What it asked for is cancelled with it, whether the caller cancels or its deadline passes."""
-    calls = [*both(model), *both(model, timeout=0.2)]
+    calls = [*both(model), *both(model, timeout=1.0)]  # all have begun by then on a busy machine, too
     await until(lambda: len(engine.clients) == 4)
     for call in calls[:2]:
         call.cancel()
