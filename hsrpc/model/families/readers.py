@@ -171,6 +171,15 @@ def _gpt_neox(config: ConfigFile) -> DecoderSettings:
     )
 
 
+def _seed_oss(config: ConfigFile) -> DecoderSettings:
+    biases = Biases(
+        qkv=config.flag("attention_bias", True),
+        out=config.flag("attention_out_bias", False),
+        mlp=config.flag("mlp_bias", False),
+    )
+    return replace(_common(config, _rms(config), head_dim=128), biases=biases)
+
+
 def _common(
     config: ConfigFile,
     norm: Norm,
@@ -281,5 +290,6 @@ DECODERS: dict[str, DecoderType] = {
     "starcoder2": DecoderType("Starcoder2ForCausalLM", _starcoder2),
     "stablelm": DecoderType("StableLmForCausalLM", _stablelm),
     "gpt_neox": DecoderType("GPTNeoXForCausalLM", _gpt_neox),
+    "seed_oss": DecoderType("SeedOssForCausalLM", _seed_oss),
 }
 """The families that `Decoder` computes, by `model_type`."""

@@ -112,6 +112,8 @@ CASES = [
     ("stablelm", {"hidden_size": 64, "use_parallel_residual": True, "use_qkv_bias": True}),
     ("gpt_neox", {"hidden_size": 64}),
     ("gpt_neox", {"hidden_size": 64, "use_parallel_residual": False, "attention_bias": False}),
+    ("seed_oss", {"head_dim": 12}),
+    ("seed_oss", {"head_dim": 8, "attention_out_bias": True, "mlp_bias": True, "attention_bias": False}),
     ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}}),
 ]
 
