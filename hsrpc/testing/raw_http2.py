@@ -74,7 +74,7 @@ def reset(stream: int) -> bytes:
 class RawConnection:
     """A connection that has sent its preface; answers SETTINGS and PING as it must, and reads on no stream by itself.
 
-    Waiting for something raises TimeoutError after `PATIENCE`.
+    Waiting for something raises TimeoutError after `PATIENCE`, or as long as is said.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, window: int | None = None) -> None:
@@ -165,9 +165,9 @@ class RawConnection:
         """Wait until the server has closed the connection."""
         await self.until(lambda: self.is_cut)
 
-    async def until(self, condition: Callable[[], bool]) -> None:
+    async def until(self, condition: Callable[[], bool], patience: float = PATIENCE) -> None:
         """Wait until something holds; it is looked at whenever a frame has come, and when the connection is cut."""
-        async with asyncio.timeout(PATIENCE), self._came:
+        async with asyncio.timeout(patience), self._came:
             await self._came.wait_for(condition)
 
     async def listen(self) -> None:
