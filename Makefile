@@ -43,7 +43,7 @@ kernels: $(installed) $(interpreter) ## Run the GPU kernels on the CPU, in Trito
 	@TRITON_INTERPRET=1 PYTHONPATH=build/triton $(pytest) tests/kernels
 
 .PHONY: soak
-soak: $(installed) ## Serve under load, cancels, faults and kills for SECONDS=600; report in build/soak
+soak: $(installed) ## Serve under load, faults, kills and a siege, for SECONDS=600 and more; report in build/soak
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(bin)/python tools/soak.py --seconds $(SECONDS) --out build/soak
 
 .PHONY: cancels

@@ -20,8 +20,8 @@ import uvloop
 from hsrpc.request import MAX_LOGPROBS, Delta, TokenLogprob
 from hsrpc.server import Server, ServerConfig
 from hsrpc.testing.fake_engine import FakeEngine
+from hsrpc.testing.raw_http2 import RawConnection, connected
 from hsrpc.v1 import generation_pb2
-from tests.server.grpc.raw_http2_reader import RawReader, raw_reader
 
 _METHOD = "/hsrpc.v1.GenerationService/Generate"
 _TOKEN = TokenLogprob(30_000, -1.5, 1, tuple((30_000 + rank, -1.5 - rank) for rank in range(MAX_LOGPROBS)))
@@ -46,14 +46,13 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-async def stall(server: Server, reader: RawReader, streams: int) -> None:
+async def stall(server: Server, reader: RawConnection, streams: int) -> None:
     """Begin streams, leave them unread, and print what the process holds."""
     request = generation_pb2.GenerateRequest(text="Hi")
     request.output.logprobs = MAX_LOGPROBS
     print(f"before: {resident():.0f} MiB")
-    begun = [reader.call(_METHOD, request) for _ in range(streams)]
-    for stream in begun:
-        await reader.until_answered(stream)
+    begun = [reader.ask(_METHOD, request) for _ in range(streams)]
+    await reader.until_answered(begun)
     print(f"{streams} streams unread: {resident():.0f} MiB, {server.grpc.sender.held / 2**20:.0f} MiB to be sent")
     await asyncio.sleep(_WRITE_TIMEOUT + 2)
     ended = "the connection is cut" if reader.is_cut else f"{len(reader.reset)} are reset"
@@ -66,7 +65,7 @@ async def run(streams: int, rounds: int) -> None:
     await server.start()
     await server.attach(_Talker(held=True))
     for _ in range(rounds):
-        async with raw_reader(server.port) as reader:
+        async with connected(server.port, window=0) as reader:
             await stall(server, reader, streams)
     await server.stop()
 

@@ -42,6 +42,8 @@ class Outcome:
     status: str = HANG
     first_token: float | None = None
     end: float = 0.0
+    retry_after: float | None = None
+    """Seconds after which the server asked to try again."""
     tokens: int = 0
     gaps: list[float] = field(default_factory=list)
     """Times between tokens: a message's gap is shared evenly by its tokens."""
@@ -115,7 +117,7 @@ async def _request(
         async with asyncio.timeout(_PATIENCE), client.generate(arrival.prompt, **_settings(arrival)) as stream:
             outcome.status = await _read(stream, arrival, outcome, started)
     except CallError as error:
-        outcome.status = error.code.name
+        outcome.status, outcome.retry_after = error.code.name, error.retry_after
     except TimeoutError:
         outcome.status = HANG
     outcome.end = time.perf_counter() - started

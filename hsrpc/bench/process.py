@@ -41,15 +41,18 @@ class ServerProcessError(HsrpcError):
 class ServerProcess:
     """`hsrpc serve` with the given arguments: listening once made, stopped on exit.
 
+    `program` is what Python is told to run: `hsrpc`, or a script that becomes it.
+
     Raises:
         ServerProcessError: on construction, when the server ends before it listens.
     """
 
-    def __init__(self, arguments: Sequence[str], *, port: int = 0) -> None:
+    def __init__(
+        self, arguments: Sequence[str], *, port: int = 0, program: Sequence[str] = ("-m", "hsrpc.cli.main")
+    ) -> None:
         command = [
             sys.executable,
-            "-m",
-            "hsrpc.cli.main",
+            *program,
             "serve",
             "--port",
             str(port),

@@ -1,1 +1,1 @@
-"""Parts for those who test their own clients, front ends and devices."""
+"""Parts for those who test their own clients, servers, front ends and devices."""

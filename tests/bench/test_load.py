@@ -81,7 +81,7 @@ async def test_every_end_has_its_status(client, engine):
     assert cancelled.status == CANCELLED
     engine.refusal = QueueFullError("full")
     [refused] = await run_load(lambda: client, [arrival()])
-    assert (refused.status, refused.first_token) == ("RESOURCE_EXHAUSTED", None)
+    assert (refused.status, refused.first_token, refused.retry_after) == ("RESOURCE_EXHAUSTED", None, 1.0)
     engine.refusal, engine.held = None, True
     [late] = await run_load(lambda: client, [arrival(timeout=0.1)])
     assert late.status == "DEADLINE_EXCEEDED"

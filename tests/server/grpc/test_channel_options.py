@@ -14,32 +14,9 @@ from hsrpc.server import Server, ServerConfig
 from hsrpc.server.grpc.channel_options import channel_options, connection_options
 from hsrpc.server.security import SecurityConfig
 from hsrpc.testing.fake_engine import FakeEngine
+from hsrpc.testing.raw_http2 import ENHANCE_YOUR_CALM, GOAWAY, MAX_CONCURRENT_STREAMS, PING, connected, frame
 from hsrpc.v1 import model_pb2, model_pb2_grpc
 from tests.server.secured import Authority, plain, serving
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-SETTINGS, PING, GOAWAY = 4, 6, 7
-ENHANCE_YOUR_CALM = 11
-
-
-def frame(kind: int, payload: bytes = b"") -> bytes:
-    return len(payload).to_bytes(3, "big") + bytes([kind, 0]) + bytes(4) + payload
-
-
-async def connect(server: Server) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.open_connection("127.0.0.1", server.port)
-
-
-async def frames(reader: asyncio.StreamReader) -> list[tuple[int, bytes]]:
-    """Kinds and payloads of all frames until the server closes; fail after ten seconds."""
-    data, found = await asyncio.wait_for(reader.read(1_000_000), 10), []
-    while more := await asyncio.wait_for(reader.read(1_000_000), 10):
-        data += more
-    while data:
-        length = int.from_bytes(data[:3], "big")
-        found.append((data[3], data[9 : 9 + length]))
-        data = data[9 + length :]
-    return found
 
 
 @pytest.mark.parametrize("tls", [False, True])
@@ -47,19 +24,18 @@ async def test_a_connection_that_says_nothing_is_closed(tmp_path, tls):
     """Whoever does not finish the handshake in time loses the connection."""
     files = Authority(tmp_path).issue() if tls else {}
     async with serving(handshake_timeout=0.2, **files) as server:
-        reader, writer = await connect(server)
-        await frames(reader)
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        await asyncio.wait_for(reader.read(), 10)
         writer.close()
 
 
 async def test_too_many_pings_end_the_connection():
     """Pings without calls, faster than allowed, are answered with ENHANCE_YOUR_CALM."""
-    async with serving() as server:
-        reader, writer = await connect(server)
-        writer.write(PREFACE + frame(SETTINGS) + frame(PING, bytes(8)) * 8)
-        [*_, (kind, payload)] = [found for found in await frames(reader) if found[0] == GOAWAY]
-        assert (kind, struct.unpack(">II", payload[:8])[1]) == (GOAWAY, ENHANCE_YOUR_CALM)
-        writer.close()
+    async with serving() as server, connected(server.port) as client:
+        client.write(frame(PING, bytes(8)) * 8)
+        await client.until_cut()
+        [*_, last] = [each.payload for each in client.frames if each.kind == GOAWAY]
+        assert struct.unpack(">II", last[:8])[1] == ENHANCE_YOUR_CALM
 
 
 async def test_metadata_is_bounded():
@@ -74,15 +50,9 @@ async def test_metadata_is_bounded():
 
 async def test_concurrent_streams_are_advertised():
     """The server's settings tell clients how many calls a connection takes."""
-    async with serving() as server:
-        reader, writer = await connect(server)
-        writer.write(PREFACE)
-        header = await asyncio.wait_for(reader.readexactly(9), 10)
-        assert header[3] == SETTINGS
-        payload = await asyncio.wait_for(reader.readexactly(int.from_bytes(header[:3], "big")), 10)
-        settings = dict(struct.iter_unpack(">HI", payload))
-        assert settings[3] == server.config.max_streams_per_connection
-        writer.close()
+    async with serving() as server, connected(server.port) as client:
+        settings = dict(struct.iter_unpack(">HI", client.frames[0].payload))
+        assert settings[MAX_CONCURRENT_STREAMS] == server.config.max_streams_per_connection
 
 
 async def test_an_old_connection_is_replaced_and_its_streams_go_on(engine):

@@ -18,10 +18,10 @@ from hsrpc.server.grpc.resets import MAX_RESETS, MAX_RESETS_PER_ANSWER, RESET_WI
 from hsrpc.server.observation import CutReason
 from hsrpc.server.ops.metrics import ProcessMetrics
 from hsrpc.server.security import SecurityConfig
+from hsrpc.testing.raw_http2 import connected
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 from tests.server.conftest import until
-from tests.server.grpc.raw_http2 import PATIENCE, connected
 from tests.server.secured import plain, serving
 
 GET_MODEL, GENERATE = "/hsrpc.v1.ModelService/GetModel", "/hsrpc.v1.GenerationService/Generate"
@@ -47,7 +47,7 @@ async def test_honest_calls_beside_a_flood_are_answered(tmp_path, engine, caplog
         call, metadata = model_pb2_grpc.ModelServiceStub(channel).GetModel, [("authorization", f"Bearer {TOKEN}")]
         calls = [call(model_pb2.GetModelRequest(), metadata=metadata) for _ in range(40)]
         assert Counter([await call.code() for call in calls]) == {grpc.StatusCode.OK: 40}
-        await asyncio.wait_for(stranger.closed.wait(), PATIENCE)
+        await stranger.until_cut()
     assert registry.get_sample_value("hsrpc_connections_cut_total", {"reason": "resets"}) == 1
     [line] = [record for record in caplog.records if record.name.endswith("connections")]
     assert (line.levelno, line.getMessage()) == (

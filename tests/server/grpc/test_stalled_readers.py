@@ -14,9 +14,9 @@ from hsrpc.request import Delta
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.readers import MAX_STALLS
 from hsrpc.testing.fake_engine import FakeEngine
+from hsrpc.testing.raw_http2 import RawConnection, connected
 from hsrpc.v1 import generation_pb2, server_pb2
 from tests.server.conftest import until
-from tests.server.grpc.raw_http2_reader import RawReader, raw_reader
 
 GENERATE = "/hsrpc.v1.GenerationService/Generate"
 INFO = "/hsrpc.v1.ServerService/GetServerInfo"
@@ -53,12 +53,12 @@ async def serving(engine: Talker, **settings: Any) -> AsyncIterator[Server]:
 
 async def touch(server: Server) -> None:
     """A call that is read: grpc lets go of the one before."""
-    async with raw_reader(server.port, 2**16) as reader:
-        await reader.until_ended(reader.call(INFO, server_pb2.GetServerInfoRequest()))
+    async with connected(server.port) as reader:
+        await reader.end_of(reader.ask(INFO, server_pb2.GetServerInfoRequest()))
 
 
-def generate(reader: RawReader, request_id: str) -> int:
-    return reader.call(GENERATE, generation_pb2.GenerateRequest(text="Hi", request_id=request_id))
+def generate(reader: RawConnection, request_id: str) -> int:
+    return reader.ask(GENERATE, generation_pb2.GenerateRequest(text="Hi", request_id=request_id))
 
 
 @contextmanager
@@ -81,7 +81,7 @@ async def test_unread_streams_are_reset_and_freed(engine, caplog):
     """Each gets RST_STREAM, its request ends, grpc holds no call of theirs, and nothing waits to be sent any more; a
     stream of the same connection that is read gets all of its output."""
     with without_collector():
-        async with serving(engine) as server, raw_reader(server.port) as reader:
+        async with serving(engine) as server, connected(server.port, window=0) as reader:
             before = calls_of_grpc()
             stalled = [generate(reader, f"stalled-{number}") for number in range(5)]
             read = generate(reader, "read")
@@ -92,9 +92,9 @@ async def test_unread_streams_are_reset_and_freed(engine, caplog):
             assert sorted(engine.aborted) == [f"stalled-{number}" for number in range(5)]
             engine.say("read", " end")
             engine.end("read")
-            await reader.until_ended(read)
+            await reader.end_of(read)
             assert read not in reader.reset
-            assert reader.bodies[read].count(b"word") == 2000
+            assert reader.body(read).count(b"word") == 2000
             await until(lambda: server.grpc.sender.held == 0)
             await touch(server)
             await until(lambda: calls_of_grpc() <= before)
@@ -105,11 +105,10 @@ async def test_unread_streams_are_reset_and_freed(engine, caplog):
 async def test_an_unread_response_is_reset_and_freed(engine):
     """A method of one response, too."""
     with without_collector():
-        async with serving(engine) as server, raw_reader(server.port) as reader:
+        async with serving(engine) as server, connected(server.port, window=0) as reader:
             before = calls_of_grpc()
-            stalled = [reader.call(INFO, server_pb2.GetServerInfoRequest()) for _ in range(3)]
-            for stream in stalled:
-                await reader.until_answered(stream)
+            stalled = [reader.ask(INFO, server_pb2.GetServerInfoRequest()) for _ in range(3)]
+            await reader.until_answered(stalled)
             assert server.grpc.sender.held
             await touch(server)
             await reader.until_reset(stalled)
@@ -120,7 +119,11 @@ async def test_an_unread_response_is_reset_and_freed(engine):
 
 async def test_a_connection_that_stalls_again_and_again_is_cut(engine):
     """Its other streams end with it; those of another connection go on."""
-    async with serving(engine) as server, raw_reader(server.port) as honest, raw_reader(server.port) as reader:
+    async with (
+        serving(engine) as server,
+        connected(server.port, window=0) as honest,
+        connected(server.port, window=0) as reader,
+    ):
         read = generate(honest, "read")
         honest.read_on(read)
         await until(lambda: "read" in engine.live)
@@ -129,25 +132,25 @@ async def test_a_connection_that_stalls_again_and_again_is_cut(engine):
         await reader.until_cut()
         await until(lambda: set(engine.live) == {"read"})
         engine.end("read")
-        await honest.until_ended(read)
+        await honest.end_of(read)
 
 
 async def test_a_stream_read_to_its_end_forgives_stalls(engine):
     """As many stalls in all as would cut the connection, with a stream that is read among them, do not."""
-    async with serving(engine) as server, raw_reader(server.port) as reader:
+    async with serving(engine) as server, connected(server.port, window=0) as reader:
         for number in range(2):
             stalled = [generate(reader, f"stalled-{number}-{each}") for each in range(MAX_STALLS - 1)]
             read = generate(reader, f"read-{number}")
             reader.read_on(read)
             await reader.until_reset(stalled)
             engine.end(f"read-{number}")
-            await reader.until_ended(read)
+            await reader.end_of(read)
         assert not reader.is_cut
 
 
 async def test_a_connection_with_nothing_but_a_stream_that_cannot_be_reset_is_cut(engine):
     """The latest call of a server, which grpc keeps."""
-    async with serving(engine) as server, raw_reader(server.port) as reader:
+    async with serving(engine) as server, connected(server.port, window=0) as reader:
         generate(reader, "stalled")
         await reader.until_cut()
         assert engine.aborted == ["stalled"]
@@ -158,17 +161,17 @@ async def test_what_a_connection_leaves_unsent_is_bounded(engine):
     """Messages beyond the bound wait until others are gone; then a stream that is read gets its own."""
     async with (
         serving(engine, max_unsent_bytes_per_connection=4 * len(WORDS), write_timeout=2.5) as server,
-        raw_reader(server.port) as reader,
+        connected(server.port, window=0) as reader,
     ):
         stalled = [generate(reader, f"stalled-{number}") for number in range(MAX_STALLS - 2)]
-        for stream in stalled[:3]:
-            await reader.until_answered(stream)
+        await reader.until_answered(stalled[:3])
+        await asyncio.sleep(1.0)  # so that its time ends after theirs, on a busy machine too
         read = generate(reader, "read")
         reader.read_on(read)
         await until(lambda: len(engine.live) == len(stalled) + 1)
         assert 3 * len(WORDS) < server.grpc.sender.held <= 4 * len(WORDS)
         assert read not in reader.answered
-        await reader.until_answered(read)
+        await reader.until_answered([read])
         assert reader.reset
 
 
@@ -176,15 +179,14 @@ async def test_what_all_leave_unsent_is_bounded(engine):
     """Beyond the bound of all the write that waits longest gives way, long before its own time is over."""
     async with (
         serving(engine, max_unsent_bytes=2 * len(WORDS) + 1000, write_timeout=1000.0) as server,
-        raw_reader(server.port) as reader,
-        raw_reader(server.port) as other,
+        connected(server.port, window=0) as reader,
+        connected(server.port, window=0) as other,
     ):
         stalled = [generate(reader, f"stalled-{number}") for number in range(2)]
-        for stream in stalled:
-            await reader.until_answered(stream)
+        await reader.until_answered(stalled)
         read = generate(other, "read")
         other.read_on(read)
-        await other.until_answered(read)
+        await other.until_answered([read])
         await reader.until_reset(stalled[:1])
         assert engine.aborted == ["stalled-0"]
         assert server.grpc.sender.held <= 2 * len(WORDS) + 1000
