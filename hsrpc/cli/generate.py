@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
+from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config, unescaped
 from hsrpc.cli.terminal import printable_json
 from hsrpc.errors import InvalidRequestError
 from hsrpc.request import Delta, SamplingParams
@@ -15,9 +15,9 @@ from hsrpc.request import Delta, SamplingParams
 if TYPE_CHECKING:
     from hsrpc.engine.engine import Engine
 
-_EXAMPLES = """\
-  hsrpc generate "Once upon a time"
+_EXAMPLES = r"""  hsrpc generate "Once upon a time"
   hsrpc generate --temperature 0 --max-tokens 40 "The little robot"
+  hsrpc generate --stop '\n' --stop 'The end' "Once upon a time"
   hsrpc generate --model ./opt-13b --gpu-memory 20GiB --json "Dear reader," | jq .cache
   hsrpc generate --token-ids 2,47,11
   echo "Deep in the forest" | hsrpc generate -
@@ -36,7 +36,14 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--top-p", type=float, metavar="X", help="default: the model's own")
     parser.add_argument("--top-k", type=int, metavar="N", help="0 is all tokens (default: the model's own)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="default: to the end of the context")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        type=unescaped,
+        default=[],
+        metavar="TEXT",
+        help=r"end before this; \n is a newline, and \t, \r, \\, \xNN and \uNNNN are as in Python; may be repeated",
+    )
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-text token")
     parser.add_argument("--json", action="store_true", help="print one object at the end instead of streaming")
     add_engine_options(parser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -75,6 +76,18 @@ class SecondsOption:
 
 MEASURED_TIME = SecondsOption(Seconds(0.001))
 """How long a benchmark takes, or what it should keep to."""
+
+
+_ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|([ntr\\]))")
+_CONTROLS = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def unescaped(text: str) -> str:
+    r"""Text of an option that is to be matched: \n, \t, \r, \\, \xNN and \uNNNN stand for one character, as in Python.
+
+    A backslash before anything else stays as it is.
+    """
+    return _ESCAPE.sub(lambda found: _CONTROLS.get(found[3]) or chr(int(found[1] or found[2], 16)), text)
 
 
 def add_command(commands: Commands, name: str, summary: str, examples: str) -> Parser:

@@ -8,6 +8,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
+from hsrpc.cli.main import build_parser
 from hsrpc.config import BUNDLED_MODEL
 from tests.cli.conftest import SMALL
 
@@ -87,6 +88,25 @@ def test_a_stop_string_ends_the_text(hsrpc):
     found = generated(hsrpc, PROMPT, "--stop", "never said", "--stop", stop)
     assert (found["finish_reason"], found["matched_stop"]) == ("STOP_STRING", stop)
     assert found["text"] == text[: text.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (r"\n", "\n"),
+        (r"\t\r", "\t\r"),
+        (r"\\n", r"\n"),
+        (r"\\\n", "\\\n"),
+        (r"\x41\u00e9.", "Aé."),
+        (r"\x4\u12\d\N\"", r"\x4\u12\d\N\""),
+        ("end\\", "end\\"),
+        ("a\nb", "a\nb"),
+    ],
+    ids=ascii,
+)
+def test_escapes_in_a_stop_string(given, text):
+    """An escape stands for its character; a backslash before anything else stays."""
+    assert build_parser().parse_args(["generate", "--stop", given, "hi"]).stop == [text]
 
 
 def test_more_tokens_than_the_context_has_room_for(hsrpc):
