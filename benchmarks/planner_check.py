@@ -32,8 +32,9 @@ from benchmarks.decoding import MIN_STEPS, Cell, cell_of, check_steps, observe_d
 from benchmarks.planner_report import PLANNER, RECOMPUTE, draw_grid, draw_sweep, line_of, report
 from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, DType, EngineConfig, Placement
-from hsrpc.engine.startup import RANDOM_PREFIX, make_plan
+from hsrpc.engine.startup import make_plan
 from hsrpc.errors import ConfigError
+from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at

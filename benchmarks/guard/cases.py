@@ -9,8 +9,7 @@ from pathlib import Path
 
 from hsrpc.bench.workload import Lengths
 from hsrpc.config import CachePolicy, DeviceKind, DType, EngineConfig, Placement, WeightCoding
-from hsrpc.engine.startup import RANDOM_PREFIX
-from hsrpc.model.shapes import SHAPES
+from hsrpc.model.shapes import RANDOM_PREFIX, SHAPES
 
 _TINY = {
     "hidden_size": 128,

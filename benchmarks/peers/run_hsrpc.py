@@ -11,7 +11,7 @@ from hsrpc.bench.workload import Workload
 from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, EngineConfig, Placement
 from hsrpc.engine.engine import Engine
-from hsrpc.engine.startup import RANDOM_PREFIX
+from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.plan.roofline import StepRecord
 
 

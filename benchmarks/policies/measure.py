@@ -8,7 +8,7 @@ from benchmarks.decoding import Cell, cell_of, check_steps, observe_decoding
 from benchmarks.policies.emulate import Policy
 from hsrpc.bench.run import Run, summarise
 from hsrpc.config import DeviceKind, DType, EngineConfig, Placement
-from hsrpc.engine.startup import RANDOM_PREFIX
+from hsrpc.model.shapes import RANDOM_PREFIX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
