@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, NoReturn, TypeAlias
 
+from hsrpc.cli.terminal import print_error
 from hsrpc.config import (
     BUNDLED_MODEL,
     MAX_STEP_TIME,
@@ -55,7 +57,8 @@ class Parser(argparse.ArgumentParser):
         return [action for action in self._actions if action.option_strings and action.dest != "help"]
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
+        print_error(f"{self.prog}: error: {message}; see `{self.prog} --help`")
+        sys.exit(2)
 
 
 @dataclass(frozen=True, slots=True)
