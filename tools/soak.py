@@ -35,7 +35,7 @@ from hsrpc.client import AsyncClient, CallError, Settings
 from hsrpc.client_messages import generate_request
 
 SERVER = (
-    *("--device", "cpu", "--gpu-memory", "24MiB", "--host-memory", "64MiB", "--max-batch", "8"),
+    *("--device", "cpu", "--gpu-memory", "24MiB", "--host-memory", "64MiB", "--min-batch", "8", "--max-batch", "8"),
     *("--max-model-len", "256", "--cache-policy", "hybrid", "--activation-share", "0.5", "--max-queued-requests", "64"),
 )
 PROMPTS = ("Once upon a time", "The old king said", "In a small village", "Nobody knew why the fox")

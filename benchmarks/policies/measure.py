@@ -38,6 +38,7 @@ class Setting:
             cache_policy=policy.cache_policy,
             gpu_memory=self.gpu_memory,
             host_memory=self.host_memory,
+            min_batch=self.batch,
             max_batch=self.batch,
             max_model_len=self.prompt + self.output,
             expected_context=context,

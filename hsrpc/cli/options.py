@@ -172,7 +172,19 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     cache.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a cache block (default: 16)")
     batch = parser.add_argument_group("batch")
-    batch.add_argument("--max-batch", type=int, metavar="N", help="most requests that run at once (default: planned)")
+    batch.add_argument(
+        "--min-batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="requests that run at once where so many fit, even where fewer would be faster (default: 1)",
+    )
+    batch.add_argument(
+        "--max-batch",
+        type=int,
+        metavar="N",
+        help="most requests that run at once; fewer do where that is faster (default: planned)",
+    )
     batch.add_argument("--max-prefill-tokens", type=int, metavar="N", help="most prompt tokens that one step computes")
     batch.add_argument(
         "--expected-context", type=int, metavar="N", help="tokens of a typical running request, to plan for"

@@ -112,7 +112,7 @@ def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> P
     if device.torch_device.type == "cpu":
         config = replace(
             config,
-            max_batch=config.max_batch or _CPU_MAX_BATCH,
+            max_batch=config.max_batch or max(_CPU_MAX_BATCH, config.min_batch),
             max_prefill_tokens=config.max_prefill_tokens or _CPU_PREFILL_TOKENS,
         )
     choices = family.format_choices(config.weight_coding, device.torch_device)
