@@ -90,10 +90,7 @@ clean: ## Remove the environments and everything else that was built
 
 $(installed): pyproject.toml constraints.txt
 	@$(if $(PYTHON),,echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 1)
-	@echo "installing hsrpc and its tools into .venv (a minute or two)"
-	@$(PYTHON) -m venv .venv
-	@$(bin)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@$(bin)/python -c 'import sys, torch; print(f"ready: Python {sys.version.split()[0]}, torch {torch.__version__}")'
+	@tools/install.sh $(PYTHON)
 	@touch $@
 
 # Beside the environment, not in it: nothing but these tests needs it without a GPU. It must suit the newest numpy.

@@ -22,11 +22,12 @@ import torch
 
 from hsrpc.config import DeviceKind, DType, EngineConfig
 from hsrpc.device.device import Device
-from hsrpc.engine.startup import RANDOM_PREFIX, describe_model, measure_hardware
+from hsrpc.engine.startup import describe_model, measure_hardware
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.formats.lossless import Coding, Lossless
 from hsrpc.model.hub import resolve_model
+from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.plan.memory_use import DeviceUse
 
 _REPEATS = 7

@@ -94,6 +94,7 @@ async def generate(shape: str, device: DeviceKind, run: Run, prompts: list[list[
         recompute_share=run.recompute,
         weight_coding=run.coding,
         placement=run.placement,
+        min_batch=len(LENGTHS),
         max_batch=len(LENGTHS),
         max_model_len=512,
         expected_context=sum(LENGTHS) // len(LENGTHS) + NEW_TOKENS,  # a recomputed part is a part of these

@@ -130,6 +130,7 @@ def measure_step(options: argparse.Namespace, batch: int, context: int) -> dict[
         device=options.device,
         placement=Placement.HOST,
         cache_policy=options.policy,
+        min_batch=batch,
         max_batch=batch,
         max_model_len=context + output,
         expected_context=context + output // 2,

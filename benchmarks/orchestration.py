@@ -56,6 +56,7 @@ async def measure(options: argparse.Namespace) -> Found:
         model=f"random:{options.shape}",
         device=DeviceKind(options.device),
         cache_policy=CachePolicy.KV,
+        min_batch=options.batch,
         max_batch=options.batch,
         max_model_len=options.prompt + options.output,
         expected_context=options.prompt + options.output,

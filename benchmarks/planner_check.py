@@ -32,8 +32,9 @@ from benchmarks.decoding import MIN_STEPS, Cell, cell_of, check_steps, observe_d
 from benchmarks.planner_report import PLANNER, RECOMPUTE, draw_grid, draw_sweep, line_of, report
 from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, DType, EngineConfig, Placement
-from hsrpc.engine.startup import RANDOM_PREFIX, make_plan
+from hsrpc.engine.startup import make_plan
 from hsrpc.errors import ConfigError
+from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at
@@ -43,9 +44,9 @@ SHARES = [tenth / 10 for tenth in range(11)]
 SETTING = ("kind", "regime", "over", "shape", "dtype", "batch", "gpu_memory", "host_memory", "prompt", "output")
 """Options that all cells of a file have in common: by them their times can be compared."""
 REGIMES = {
-    "bus": EngineConfig(model="random:opt-6.7b", dtype=DType.FLOAT16, placement=Placement.HOST, max_batch=64),
-    "compute": EngineConfig(model="random:opt-2.7b", dtype=DType.FLOAT32, placement=Placement.HOST, max_batch=64),
-    "partly": EngineConfig(model="random:opt-13b", dtype=DType.FLOAT16, max_batch=96),
+    "bus": (EngineConfig(model="random:opt-6.7b", dtype=DType.FLOAT16, placement=Placement.HOST), 64),
+    "compute": (EngineConfig(model="random:opt-2.7b", dtype=DType.FLOAT32, placement=Placement.HOST), 64),
+    "partly": (EngineConfig(model="random:opt-13b", dtype=DType.FLOAT16), 96),
 }
 
 
@@ -65,11 +66,11 @@ def with_lengths(config: EngineConfig, options: argparse.Namespace) -> EngineCon
 
 def sweep_configs(options: argparse.Namespace) -> list[tuple[str, EngineConfig]]:
     """The planner's choice, then the shares."""
-    config = with_lengths(REGIMES[options.regime], options)
+    config, batch = REGIMES[options.regime]
+    size = options.batch or batch
+    config = replace(with_lengths(config, options), min_batch=size, max_batch=size)
     if options.shape:
         config = replace(config, model=RANDOM_PREFIX + options.shape)
-    if options.batch:
-        config = replace(config, max_batch=options.batch)
     return [(PLANNER, config), *((name, replace(config, **forced)) for name, forced in _forced_shares(options))]
 
 
@@ -116,8 +117,8 @@ def forced_configs(config: EngineConfig, batch: int) -> Iterator[tuple[str, Engi
         for policy in (CachePolicy.AUTO, CachePolicy.KV, CachePolicy.ACTIVATION):
             for share in (None, 0.0, 0.25, 0.5, 0.75, 1.0):
                 name = f"batch {size}, {policy}, resident {'planned' if share is None else share}"
-                yield name, replace(config, max_batch=size, cache_policy=policy, resident_share=share)
-        yield f"batch {size}, host", replace(config, max_batch=size, placement=Placement.HOST)
+                yield name, replace(config, min_batch=size, max_batch=size, cache_policy=policy, resident_share=share)
+        yield f"batch {size}, host", replace(config, min_batch=size, max_batch=size, placement=Placement.HOST)
 
 
 def signature(plan: Plan) -> str:

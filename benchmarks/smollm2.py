@@ -153,6 +153,7 @@ def measure(directory: Path, max_tokens: int) -> dict[str, Any]:
                 host_memory="2GiB",
                 cache_policy=policy,
                 activation_share=share,
+                min_batch=len(prompts),
                 max_batch=len(prompts),
                 max_model_len=longest,
                 max_prefill_tokens=32,  # so that prompts have several chunks

@@ -140,6 +140,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         device=options.device,
         dtype=DType.FLOAT16,
         placement=Placement.HOST,
+        min_batch=options.max_batch,
         max_batch=options.max_batch,
         max_model_len=1024,
         gpu_memory=options.gpu_memory,

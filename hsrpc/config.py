@@ -167,8 +167,10 @@ class EngineConfig:
     """How weights cross the bus that stream."""
     block_size: int = 16
     """Tokens a cache block holds."""
+    min_batch: int = 1
+    """Requests that run at once where so many fit, even where fewer would be faster. Equal to `max_batch`: so many."""
     max_batch: int | None = None
-    """Most requests that run at once; None: as many as give the highest predicted throughput."""
+    """Most requests that run at once; of those up to it, as many as give the highest predicted throughput."""
     max_model_len: int | None = None
     """Most tokens of one request, prompt and output together. None: the model's own, as far as that fits the budgets at
     hardly less speed; else its half and so on, not below 4096."""
@@ -202,6 +204,7 @@ class EngineConfig:
                 self._set(name, parse_bytes(getattr(self, name), name))
         for name in (
             "block_size",
+            "min_batch",
             "max_batch",
             "max_model_len",
             "max_prefill_tokens",
@@ -213,6 +216,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(name, value, "not a positive whole number", "give 1 or more")
+        if self.max_batch is not None and self.min_batch > self.max_batch:
+            raise ConfigError("min_batch", self.min_batch, f"more than max_batch={self.max_batch}", "give at most that")
         if self.block_size > 1024:
             raise ConfigError("block_size", self.block_size, "more than 1024 tokens", "16 to 64 suit most machines")
         if self.max_step_time is not None:

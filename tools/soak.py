@@ -43,7 +43,7 @@ from hsrpc.server.observation import CutReason
 
 BOUNDS = Bounds(write_timeout=5.0, request_timeout=30.0)
 SERVER = (
-    *("--device", "cpu", "--gpu-memory", "24MiB", "--host-memory", "64MiB", "--max-batch", "8"),
+    *("--device", "cpu", "--gpu-memory", "24MiB", "--host-memory", "64MiB", "--min-batch", "8", "--max-batch", "8"),
     *("--max-model-len", "256", "--cache-policy", "hybrid", "--activation-share", "0.5"),
     *("--max-queued-requests", "128", "--write-timeout", str(BOUNDS.write_timeout)),
 )

@@ -123,6 +123,7 @@ def _opening(options: argparse.Namespace, load: Load) -> OpenEngine:
     config = engine_config(options)
     planned = replace(
         config,
+        min_batch=config.max_batch or load.requests,
         max_batch=config.max_batch or load.requests,
         max_model_len=config.max_model_len or load.prompt + load.output,
         expected_context=config.expected_context or load.prompt + load.output // 2,

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from hsrpc.bench.workload import Lengths
 from hsrpc.config import CachePolicy, DeviceKind, DType, EngineConfig, Placement, WeightCoding
-from hsrpc.engine.startup import RANDOM_PREFIX
-from hsrpc.model.shapes import SHAPES
+from hsrpc.model.shapes import RANDOM_PREFIX, SHAPES
 
 _TINY = {
     "hidden_size": 128,
@@ -101,7 +100,7 @@ CASES = (
     Case(
         name="host-kv",
         shows="weights and K/V blocks from the host, bound by the bus",
-        config=replace(_OPT_6_7B, cache_policy=CachePolicy.KV, max_batch=96),
+        config=replace(_OPT_6_7B, cache_policy=CachePolicy.KV, min_batch=96, max_batch=96),
         prompt=660,
         output=40,
         steps=5,
@@ -109,7 +108,7 @@ CASES = (
     Case(
         name="host-auto",
         shows="the same with activations, K and V rebuilt from them on the GPU",
-        config=replace(_OPT_6_7B, cache_policy=CachePolicy.AUTO, max_batch=96),
+        config=replace(_OPT_6_7B, cache_policy=CachePolicy.AUTO, min_batch=96, max_batch=96),
         prompt=660,
         output=40,
         steps=6,
@@ -139,6 +138,7 @@ CASES = (
             weight_coding=WeightCoding.LOSSLESS,
             gpu_memory="24GiB",
             host_memory="26GiB",
+            min_batch=48,
             max_batch=48,
         ),
         prompt=400,
@@ -155,6 +155,7 @@ CASES = (
             dtype=DType.FLOAT16,
             gpu_memory="24GiB",
             host_memory="4GiB",
+            min_batch=162,
             max_batch=162,
         ),
         prompt=512,
@@ -165,7 +166,7 @@ CASES = (
     Case(
         name="prompts",
         shows="prompts while weights stream, and their caches' way to the host",
-        config=replace(_OPT_6_7B, max_batch=8),
+        config=replace(_OPT_6_7B, min_batch=8, max_batch=8),
         kind=Kind.PREFILL,
         prompt=2047,
         steps=8,
@@ -189,6 +190,7 @@ def tiny(case: Case, directory: Path) -> Case:
         dtype=case.config.dtype if is_coded else DType.FLOAT32,
         gpu_memory="64MiB",
         host_memory="64MiB",
+        min_batch=3,
         max_batch=3,
     )
     return replace(case, config=config, prompt=8, output=min(case.output, 24), steps=5)

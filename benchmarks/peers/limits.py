@@ -7,7 +7,8 @@ from statistics import median
 
 from benchmarks.peers.record import Traffic
 from hsrpc.config import EngineConfig
-from hsrpc.engine.startup import RANDOM_PREFIX, measure_hardware
+from hsrpc.engine.startup import measure_hardware
+from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.roofline import StepRecord, roofline
 from hsrpc.plan.sizes import ModelSizes

@@ -11,7 +11,7 @@ from hsrpc.bench.workload import Workload
 from hsrpc.cli.loop import run_loop
 from hsrpc.config import CachePolicy, EngineConfig, Placement
 from hsrpc.engine.engine import Engine
-from hsrpc.engine.startup import RANDOM_PREFIX
+from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.plan.roofline import StepRecord
 
 
@@ -46,6 +46,7 @@ def engine_config(setup: Setup) -> EngineConfig:
         host_memory=setup.budgets.host,
         cache_policy=CachePolicy(setup.policy),
         placement=Placement.HOST if setup.case is Case.HOST else Placement.AUTO,
+        min_batch=setup.batch or 1,
         max_batch=setup.batch,
         max_model_len=setup.prompt + setup.output,
         expected_context=setup.prompt + setup.output,  # all requests grow together: what the last steps hold

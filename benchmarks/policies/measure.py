@@ -8,7 +8,7 @@ from benchmarks.decoding import Cell, cell_of, check_steps, observe_decoding
 from benchmarks.policies.emulate import Policy
 from hsrpc.bench.run import Run, summarise
 from hsrpc.config import DeviceKind, DType, EngineConfig, Placement
-from hsrpc.engine.startup import RANDOM_PREFIX
+from hsrpc.model.shapes import RANDOM_PREFIX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,7 @@ class Setting:
             cache_policy=policy.cache_policy,
             gpu_memory=self.gpu_memory,
             host_memory=self.host_memory,
+            min_batch=self.batch,
             max_batch=self.batch,
             max_model_len=self.prompt + self.output,
             expected_context=context,

@@ -53,7 +53,7 @@ def add_parser(commands: Commands) -> None:
 def _add_engine_parser(kinds: Commands, name: str, text: str) -> None:
     examples = "".join(f"{line}\n" for line in _EXAMPLES.splitlines() if line.startswith(f"  hsrpc bench {name} "))
     parser = add_command(kinds, name, text, examples)
-    load = parser.add_argument_group("load")
+    load = parser.add_argument_group("load", "--max-batch is the batch that is measured, where it fits, and no bound")
     load.add_argument("--shape", help="such as opt-6.7b, or a config.json; in place of --model random:SHAPE")
     load.add_argument(
         "--requests", type=int, metavar="N", help="default: as many as run at once; prefill: as many as fill the steps"
@@ -89,6 +89,7 @@ def run(options: argparse.Namespace) -> None:
     if options.shape:
         options.model = f"random:{options.shape}"
     config = engine_config(options)
+    config = replace(config, min_batch=config.max_batch or config.min_batch)
     if options.kind == "sweep" and options.trace:
         problem, remedy = "a sweep is many measurements", "trace one of them, with --activation-share"
         raise ConfigError("trace", str(options.trace), problem, remedy)

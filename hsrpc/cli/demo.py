@@ -31,6 +31,7 @@ SERVER_FLAGS = (
     "--host-memory=256MiB",
     "--cache-policy=hybrid",
     "--activation-share=0.5",
+    "--min-batch=3",
     "--max-batch=3",
     "--max-model-len=240",
     "--max-prefill-tokens=16",

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
+from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config, unescaped
 from hsrpc.cli.terminal import printable_json
 from hsrpc.errors import InvalidRequestError
 from hsrpc.request import Delta, SamplingParams
@@ -15,12 +15,12 @@ from hsrpc.request import Delta, SamplingParams
 if TYPE_CHECKING:
     from hsrpc.engine.engine import Engine
 
-_EXAMPLES = """\
-  hsrpc generate "Once upon a time"
+_EXAMPLES = r"""  hsrpc generate "Once upon a time"
   hsrpc generate --temperature 0 --max-tokens 40 "The little robot"
+  hsrpc generate --stop '\n' --stop 'The end' "Once upon a time"
   hsrpc generate --model ./opt-13b --gpu-memory 20GiB --json "Dear reader," | jq .cache
   hsrpc generate --token-ids 2,47,11
-  echo "Deep in the forest" | hsrpc generate -
+  printf "Deep in the forest" | hsrpc generate -
 """
 _SETTINGS = ("temperature", "top_p", "top_k", "max_tokens", "stop", "ignore_eos")
 
@@ -28,15 +28,20 @@ _SETTINGS = ("temperature", "top_p", "top_k", "max_tokens", "stop", "ignore_eos"
 def add_parser(commands: Commands) -> None:
     parser = add_command(commands, "generate", "continue one prompt, without a server", _EXAMPLES)
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument(
-        "prompt", nargs="?", metavar="PROMPT", help="text, or - for standard input, less the newline at its end"
-    )
+    prompt.add_argument("prompt", nargs="?", metavar="PROMPT", help="text, or - for standard input, as it is")
     prompt.add_argument("--token-ids", metavar="IDS", help="prompt as token ids, such as 5,6,7, in place of PROMPT")
     parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the model's own)")
     parser.add_argument("--top-p", type=float, metavar="X", help="default: the model's own")
     parser.add_argument("--top-k", type=int, metavar="N", help="0 is all tokens (default: the model's own)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="default: to the end of the context")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        type=unescaped,
+        default=[],
+        metavar="TEXT",
+        help=r"end before this; \n is a newline, and \t, \r, \\, \xNN and \uNNNN are as in Python; may be repeated",
+    )
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-text token")
     parser.add_argument("--json", action="store_true", help="print one object at the end instead of streaming")
     add_engine_options(parser)
@@ -101,12 +106,16 @@ def _prompt(options: argparse.Namespace) -> str | list[int]:
 
 
 def _standard_input() -> str:
-    """All of it, without the newline at its end that `echo` and editors add."""
+    """All of it as it is, the newline at its end included."""
+    if sys.stdin is None:
+        raise InvalidRequestError("PROMPT", "standard input is closed; give text, or --token-ids")
+    encoding = sys.stdin.encoding
     try:
-        return sys.stdin.read().removesuffix("\n")
+        return sys.stdin.buffer.read().decode(encoding)
     except UnicodeDecodeError as error:
-        problem = f"standard input has byte {error.object[error.start]:#x} at {error.start}, not UTF-8; convert it"
-        raise InvalidRequestError("PROMPT", problem) from None
+        problem = f"standard input has byte {error.object[error.start]:#x} at {error.start}, which is not {encoding}"
+        remedy = f"convert it to {encoding}, or set PYTHONIOENCODING to what it is in"
+        raise InvalidRequestError("PROMPT", f"{problem}; {remedy}") from None
 
 
 def _token_ids(text: str) -> list[int]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from hsrpc import __version__
 from hsrpc.cli import bench, convert, generate, info, plan, serve, top
 from hsrpc.cli.options import Parser
-from hsrpc.cli.terminal import print_any_text
+from hsrpc.cli.terminal import print_any_text, print_error
 from hsrpc.errors import HsrpcError
 
 _COMMANDS = (serve, generate, plan, convert, info, bench, top)
@@ -51,19 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except HsrpcError as error:
-        print(f"hsrpc: error: {error}", file=sys.stderr)
+        print_error(f"hsrpc: error: {error}")
         return 1
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("hsrpc"):
             raise
-        print(f"hsrpc: error: {error.name} is not installed; pip install 'hsrpc[engine,plot]'", file=sys.stderr)
+        print_error(f"hsrpc: error: {error.name} is not installed; pip install 'hsrpc[engine,plot]'")
         return 1
     except BrokenPipeError:
         # Nobody reads standard output any more: what is left of it must not fail again as the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        print(f"hsrpc: error: {error}", file=sys.stderr)
+        print_error(f"hsrpc: error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, NoReturn, TypeAlias
 
+from hsrpc.cli.terminal import print_error
 from hsrpc.config import (
     BUNDLED_MODEL,
     MAX_STEP_TIME,
@@ -54,7 +57,8 @@ class Parser(argparse.ArgumentParser):
         return [action for action in self._actions if action.option_strings and action.dest != "help"]
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
+        print_error(f"{self.prog}: error: {message}; see `{self.prog} --help`")
+        sys.exit(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,18 @@ class SecondsOption:
 
 MEASURED_TIME = SecondsOption(Seconds(0.001))
 """How long a benchmark takes, or what it should keep to."""
+
+
+_ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|([ntr\\]))")
+_CONTROLS = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def unescaped(text: str) -> str:
+    r"""Text of an option that is to be matched: \n, \t, \r, \\, \xNN and \uNNNN stand for one character, as in Python.
+
+    A backslash before anything else stays as it is.
+    """
+    return _ESCAPE.sub(lambda found: _CONTROLS.get(found[3]) or chr(int(found[1] or found[2], 16)), text)
 
 
 def add_command(commands: Commands, name: str, summary: str, examples: str) -> Parser:
@@ -159,7 +175,19 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     cache.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a cache block (default: 16)")
     batch = parser.add_argument_group("batch")
-    batch.add_argument("--max-batch", type=int, metavar="N", help="most requests that run at once (default: planned)")
+    batch.add_argument(
+        "--min-batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="requests that run at once where so many fit, even where fewer would be faster (default: 1)",
+    )
+    batch.add_argument(
+        "--max-batch",
+        type=int,
+        metavar="N",
+        help="most requests that run at once; fewer do where that is faster (default: planned)",
+    )
     batch.add_argument("--max-prefill-tokens", type=int, metavar="N", help="most prompt tokens that one step computes")
     batch.add_argument(
         "--expected-context", type=int, metavar="N", help="tokens of a typical running request, to plan for"

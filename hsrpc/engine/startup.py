@@ -36,6 +36,7 @@ from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import ModelSpec
 from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.hub import resolve_model
+from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec
 from hsrpc.plan.default_context import planner_with_context
 from hsrpc.plan.hardware import Hardware
@@ -48,8 +49,6 @@ from hsrpc.schedule.sweep import Places
 _log = logging.getLogger(__name__)
 ChoosePlan: TypeAlias = Callable[[Planner], Plan]
 """Another policy is another plan, made with hsrpc's planner for the model, the machine and the settings."""
-RANDOM_PREFIX = "random:"
-"""`random:opt-6.7b`, or `random:` and the path of a config.json: random weights and no tokenizer, for measurements."""
 _CPU_MAX_BATCH = 32
 _CPU_PREFILL_TOKENS = 256
 
@@ -115,7 +114,7 @@ def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> P
     if device.torch_device.type == "cpu":
         config = replace(
             config,
-            max_batch=config.max_batch or _CPU_MAX_BATCH,
+            max_batch=config.max_batch or max(_CPU_MAX_BATCH, config.min_batch),
             max_prefill_tokens=config.max_prefill_tokens or _CPU_PREFILL_TOKENS,
         )
     choices = family.format_choices(config.weight_coding, device.torch_device)

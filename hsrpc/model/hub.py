@@ -9,6 +9,7 @@ from pathlib import Path
 from hsrpc.errors import CheckpointError, ModelNotFoundError
 from hsrpc.model.config_file import read_config
 from hsrpc.model.foreign import check_own, read_head
+from hsrpc.model.shapes import random_models
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TEXT_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
@@ -49,7 +50,10 @@ def _find(name: str, pickled: bool) -> Path:
     if os.path.exists(path):
         raise ModelNotFoundError(f"{name!r} is a file; give the directory that it is in")
     if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
-        raise ModelNotFoundError(f"{name!r} is not a directory; give a directory, or a hub id such as org/name")
+        remedy = "give a directory, or a hub id such as org/name"
+        random = random_models(name) if "/" not in name and not pickled else []
+        hint = f"; for random weights, give {' or '.join(random)}" if random else ""
+        raise ModelNotFoundError(f"{name!r} is not a directory; {remedy}{hint}")
     pattern = _PICKLES if pickled else _SAFETENSORS
     cached = _fetch(name, pattern, local_files_only=True)
     if cached is not None and _is_complete(cached, pattern):

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
+
+RANDOM_PREFIX = "random:"
+"""`random:opt-6.7b`, or `random:` and the path of a config.json: random weights and no tokenizer, for measurements."""
+_LIKENESS = 0.7
+"""From which a name is taken for a misspelt one of a shape."""
 
 
 def _opt(hidden_size: int, layers: int, heads: int, **more: object) -> dict[str, object]:
@@ -244,3 +250,10 @@ SHAPES: dict[str, dict[str, object]] = {
     ),
 }
 """Name to config.json values."""
+
+
+def random_models(name: str) -> list[str]:
+    """Models of random weights that a model called `name` may stand for: its shape, else those called nearly so."""
+    shape = name.lower()
+    found = [shape] if shape in SHAPES else get_close_matches(shape, SHAPES, cutoff=_LIKENESS)
+    return [RANDOM_PREFIX + each for each in found]

@@ -109,11 +109,14 @@ class Assembly:
         reason = self.decision.explain(share, point.device_share, float(one.host_share), float(one.on_device))
         if one.recomputed and not self.evaluator.recomputes:
             reason += f"; {one.recomputed:.0%} of the tokens in use are recomputed in each step, and not cached"
-        wanted = self.evaluator.config.max_batch
-        if wanted is None or point.batch == wanted:
+        config, batch = self.evaluator.config, point.batch
+        bounds = "the budgets" if config.max_step_time is None else "the budgets and max_step_time"
+        if batch < config.min_batch:
+            return f"{reason}; of min_batch={config.min_batch} requests {bounds} allow {batch} at once"
+        if config.max_batch is None or batch == config.max_batch:
             return reason
-        bound = "" if self.evaluator.config.max_step_time is None else " and max_step_time"
-        return f"{reason}; of max_batch={wanted} requests the budgets{bound} allow {point.batch} at once"
+        more = f"more are not within {bounds}, or not faster"
+        return f"{reason}; of max_batch={config.max_batch} requests {batch} run at once: {more}"
 
     def _num_blocks(self, one: Evaluation) -> dict[PoolId, int]:
         """Blocks of each pool; shares rounded to the kind that takes fewer bytes: the other could exceed the budget."""

@@ -40,7 +40,8 @@ _BUFFER_PART = 20
 _RECOMPUTE_TOKENS = (8192, 32768)
 """Their hidden states lie on the device."""
 _WORTH = 0.99
-"""A larger batch is chosen only where throughput grows by more than the rest: it makes every request wait longer."""
+"""Batches from this part of the best throughput on are worth it. The smallest is chosen, since a larger one makes every
+request wait longer; where `max_batch` bounds that, the largest."""
 _BOUNDLESS = 2**60
 """Bytes that are enough for any model."""
 _EQUAL = 0.995
@@ -84,7 +85,7 @@ class Planner:
         return points
 
     def _best(self) -> Point:
-        """The smallest batch that is worth it, and of its fast candidates the simplest."""
+        """Of the batches that are worth it the smallest, or the largest under a bound; its simplest fast candidate."""
         evaluator = self._evaluator(self.budgets)
         found = [evaluator.evaluate(grid) for grid in self._grids(self.budgets)]
         fits = _join([e.fits for e in found], found).astype(np.bool_)
@@ -95,10 +96,9 @@ class Planner:
             raise self._too_slow(_join([e.times.longest_step for e in found], found)[fits])
         batch = _join([e.grid.batch for e in found], found)
         rates = np.where(fits & in_time, batch / _join([e.times.mean_step for e in found], found), 0.0)
-        if self.config.max_batch is not None:
-            rates[batch < batch[rates > 0].max()] = 0.0
-        worth = rates >= _WORTH * rates.max()
-        rates[batch != batch[worth].min()] = 0.0
+        rates[batch < min(self.config.min_batch, batch[rates > 0].max())] = 0.0
+        worth = batch[rates >= _WORTH * rates.max()]
+        rates[batch != (worth.min() if self.config.max_batch is None else worth.max())] = 0.0
         equal = np.flatnonzero(rates >= _EQUAL * rates.max())
         simpler = (
             [e.grid.rows for e in found],
@@ -114,7 +114,7 @@ class Planner:
 
     def _grids(self, budgets: Budgets) -> Iterator[Grid]:
         """All choices, for each size of the buffers; of equal candidates the first, with most resident, is taken."""
-        batch = _batches(self.config.max_batch)[:, None, None]
+        batch = _batches(self.config)[:, None, None]
         choice = self._possible_choices(budgets)[None, :, None]
         shares = (0.0, *self.decision.shares) if self.decision.is_free else self.decision.shares
         share = np.array(shares)[None, None, :]
@@ -233,10 +233,10 @@ def _traffic(config: EngineConfig, sizes: ModelSizes, longest: int) -> Traffic:
     )
 
 
-def _batches(max_batch: int | None) -> Floats:
-    """Batch sizes to try: all small ones, then in steps of 3 %; `max_batch` is among them."""
-    last = max_batch or MAX_BATCH
-    steps = {1, last}
+def _batches(config: EngineConfig) -> Floats:
+    """Batch sizes to try: all small ones, then in steps of 3 %; `min_batch` and `max_batch` are among them."""
+    last = config.max_batch or max(MAX_BATCH, config.min_batch)
+    steps = {1, config.min_batch, last}
     size = 1
     while size < last:
         steps.add(size)

@@ -58,7 +58,8 @@ def config_for(made: Reference, **settings: object) -> EngineConfig:
     """Prompts are computed in chunks of 24 tokens; weights stream, and all of the cache is on the host."""
     base = {"max_batch": 6, "max_model_len": 128, "max_prefill_tokens": 24, "expected_context": 24, "device": "cpu"}
     base |= {"placement": "host", "block_size": BLOCK_SIZE, "gpu_memory": "64MiB", "host_memory": "64MiB"}
-    return EngineConfig(model=str(made.directory), **(base | settings))
+    config = EngineConfig(model=str(made.directory), **(base | settings))
+    return replace(config, min_batch=config.max_batch)
 
 
 def follow(name: str) -> ChoosePlan:

@@ -26,15 +26,15 @@ class Ran:
 
 
 @pytest.fixture
-def hsrpc(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+def hsrpc(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """`hsrpc("plan", "--json")` is what a shell does for `hsrpc plan --json`."""
 
     def run(*arguments: str) -> Ran:
-        capsys.readouterr()
+        capfd.readouterr()
         try:
             code = main(arguments)
         except SystemExit as end:  # argparse
             code = end.code
-        return Ran(code, *capsys.readouterr())
+        return Ran(code, *capfd.readouterr())
 
     return run

@@ -8,6 +8,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
+from hsrpc.cli.main import build_parser
 from hsrpc.config import BUNDLED_MODEL
 from tests.cli.conftest import SMALL
 
@@ -66,10 +67,22 @@ def test_token_ids_stand_for_a_prompt(hsrpc, tokenizer):
     assert generated(hsrpc, "--token-ids", ids)["token_ids"] == generated(hsrpc, PROMPT)["token_ids"]
 
 
-def test_a_dash_reads_standard_input(hsrpc, monkeypatch):
-    """`echo TEXT | hsrpc generate -` is `hsrpc generate TEXT`: the newline of echo is no part of the prompt."""
-    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT + "\n"))
-    assert generated(hsrpc, "-")["token_ids"] == generated(hsrpc, PROMPT)["token_ids"]
+@pytest.fixture
+def pipe_in(monkeypatch):
+    """`pipe_in(data, encoding)` is what a shell does for `printf DATA | hsrpc`."""
+
+    def pipe_in(data: bytes, encoding: str = "utf-8") -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding, "surrogateescape"))
+
+    return pipe_in
+
+
+@pytest.mark.parametrize("text", [PROMPT, f"{PROMPT}\n", f"\n {PROMPT}\r\n\n"], ids=ascii)
+def test_a_dash_reads_standard_input(hsrpc, pipe_in, text):
+    """`hsrpc generate -` is `hsrpc generate TEXT`, to the last newline and to the kind of newline."""
+    pipe_in(text.encode())
+    found, wanted = generated(hsrpc, "-"), generated(hsrpc, text)
+    assert (found["usage"], found["token_ids"]) == (wanted["usage"], wanted["token_ids"])
 
 
 def test_policies_give_the_same_tokens(hsrpc):
@@ -87,6 +100,25 @@ def test_a_stop_string_ends_the_text(hsrpc):
     found = generated(hsrpc, PROMPT, "--stop", "never said", "--stop", stop)
     assert (found["finish_reason"], found["matched_stop"]) == ("STOP_STRING", stop)
     assert found["text"] == text[: text.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (r"\n", "\n"),
+        (r"\t\r", "\t\r"),
+        (r"\\n", r"\n"),
+        (r"\\\n", "\\\n"),
+        (r"\x41\u00e9.", "Aé."),
+        (r"\x4\u12\d\N\"", r"\x4\u12\d\N\""),
+        ("end\\", "end\\"),
+        ("a\nb", "a\nb"),
+    ],
+    ids=ascii,
+)
+def test_escapes_in_a_stop_string(given, text):
+    """An escape stands for its character; a backslash before anything else stays."""
+    assert build_parser().parse_args(["generate", "--stop", given, "hi"]).stop == [text]
 
 
 def test_more_tokens_than_the_context_has_room_for(hsrpc):
@@ -129,14 +161,30 @@ def test_what_cannot_be_generated_is_explained(hsrpc, arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("data", "message"), [(b"", "PROMPT: empty"), (b"a\xff", "PROMPT: standard input has byte 0xff")]
+    ("data", "encoding", "message"),
+    [
+        (b"", "utf-8", "PROMPT: empty"),
+        (
+            b"a\xff",
+            "utf-8",
+            "PROMPT: standard input has byte 0xff at 1, which is not utf-8; convert it to utf-8, or set",
+        ),
+        (b"ab\x81", "cp1252", "PROMPT: standard input has byte 0x81 at 2, which is not cp1252; convert it to cp1252"),
+    ],
 )
-def test_standard_input_without_text_is_refused(hsrpc, monkeypatch, data, message):
-    """Nothing, or bytes that are not UTF-8, are no prompt."""
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+def test_standard_input_without_text_is_refused(hsrpc, pipe_in, data, encoding, message):
+    """Nothing, or bytes that are not of the encoding that standard input is read in, are no prompt."""
+    pipe_in(data, encoding)
     ran = hsrpc("generate", "-")
     assert ran.code == 1
     assert ran.err.startswith(f"hsrpc: error: {message}")
+
+
+def test_standard_input_that_is_closed(hsrpc, monkeypatch):
+    """`hsrpc generate - <&-` says so."""
+    monkeypatch.setattr("sys.stdin", None)
+    ran = hsrpc("generate", "-")
+    assert (ran.code, ran.err) == (1, "hsrpc: error: PROMPT: standard input is closed; give text, or --token-ids\n")
 
 
 def test_a_hub_id_out_of_reach(hsrpc, monkeypatch, tmp_path):

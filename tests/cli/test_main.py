@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -109,8 +112,9 @@ def test_a_wrong_use_is_one_line_and_exits_with_2(hsrpc, arguments, named):
         (("info", "--cache-policy=hybrid", "--activation-share=2"), "activation_share=2.0: outside [0, 1]; give"),
         (("info", "--recompute-share=2"), "recompute_share=2.0: outside [0, 1]; give"),
         (("info", "--cache-policy=recompute", "--recompute-share=0"), "recompute_share=0.0: has no meaning with"),
+        (("plan", "--min-batch=9", "--max-batch=8"), "min_batch=9: more than max_batch=8; give at most that"),
         (("info", "--max-batch", "0"), "max_batch=0: not a positive whole number; give 1 or more"),
-        (("serve", "--port", "99999"), "port=99999: not a port; give 0 to 65535"),
+        (("serve", "--print-config", "--port", "99999"), "port=99999: not a port; give 0 to 65535"),
         (("plan", "--model", "random:gpt-9"), "'gpt-9' is not a known shape; use one of opt-125m"),
         (("info", "--model", "./no-such-model"), "'./no-such-model' is not a directory; give a directory, or a hub id"),
     ],
@@ -170,6 +174,34 @@ def test_a_closed_pipe_ends_quietly():
     process.stdout.close()
     assert (process.stderr.read(), process.wait(30)) == (b"", 141)
     process.stderr.close()
+
+
+@pytest.fixture
+def full_pipe() -> Iterator[int]:
+    """The end to write to of a pipe that has no room and is not read."""
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(theirs, bytes(4096))
+    os.set_blocking(theirs, True)
+    yield theirs
+    os.close(theirs)
+    os.close(ours)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(("info", "--max-batch=0"), 1), (("info", "--frob"), 2)])
+def test_an_error_that_nobody_reads_holds_up_no_end(full_pipe, arguments, code):
+    """The line is given up, and the exit code is that of the error."""
+    command = [sys.executable, "-m", "hsrpc.cli.main", *arguments]
+    assert subprocess.run(command, check=False, stderr=full_pipe, timeout=20).returncode == code
+
+
+def test_an_error_where_standard_error_is_closed():
+    """It goes nowhere, neither to standard output nor as a second error."""
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "hsrpc.cli.main", "info", "--max-batch=0"]
+    ran = subprocess.run(command, check=False, stdout=subprocess.PIPE, timeout=20)
+    assert (ran.returncode, ran.stdout) == (1, b"")
 
 
 def test_the_end_collects_no_garbage():

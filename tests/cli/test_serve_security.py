@@ -74,7 +74,7 @@ def test_a_secured_server_end_to_end(tmp_path):
 
 def test_a_public_address_is_refused_in_one_line(hsrpc):
     """Before anything is loaded, the line says what is missing and which flags there are."""
-    ran = hsrpc("serve", "--host=0.0.0.0", "--port=0")
+    ran = hsrpc("serve", "--print-config", "--host=0.0.0.0")
     assert (ran.code, ran.out) == (1, "")
     assert ran.err.startswith("hsrpc: error: host='0.0.0.0': other machines reach it without encryption (--tls-cert")
     assert ran.err.endswith("or --insecure where the network itself keeps others out\n")

@@ -116,7 +116,7 @@ def test_a_wrong_file_is_one_line(hsrpc, file, text, message):
 
 def test_a_file_that_is_not_there(hsrpc, file):
     """It is named."""
-    assert f"--config {file}: No such file or directory" in hsrpc("serve", "--config", str(file)).err
+    assert f"--config {file}: No such file or directory" in hsrpc("serve", "--print-config", "--config", str(file)).err
 
 
 def test_a_variable_that_is_misspelt_is_refused(hsrpc, monkeypatch):
@@ -156,7 +156,7 @@ def test_a_setting_has_one_flag():
 def test_a_variable_of_a_wrong_type_names_itself(hsrpc, monkeypatch):
     """What Kubernetes puts into HSRPC_PORT for a service of that name is no port."""
     monkeypatch.setenv("HSRPC_PORT", "tcp://10.0.0.1:50051")
-    assert "HSRPC_PORT = 'tcp://10.0.0.1:50051': not of type int" in hsrpc("serve").err
+    assert "HSRPC_PORT = 'tcp://10.0.0.1:50051': not of type int" in hsrpc("serve", "--print-config").err
 
 
 def test_a_switch_that_turns_off(file):

@@ -50,6 +50,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Refer
 
 def tightest(config: EngineConfig) -> EngineConfig:
     """`config` with the smallest device budget, then the smallest host budget, with which `max_batch` requests run."""
+    config = replace(config, min_batch=config.max_batch)
     sizes = load_spec(Path(config.model), torch.float32).sizes
     device = _smallest(lambda size: _plans(sizes, Budgets(device=size, host=2**34), config))
     host = _smallest(lambda size: _plans(sizes, Budgets(device=device, host=size), config))

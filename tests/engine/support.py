@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Container, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ def config_for(made: Reference, **settings: object) -> EngineConfig:
     """Weights stream, half of the cache is activations, prompts are computed in chunks of 24 tokens."""
     base = {"max_batch": 6, "max_model_len": 128, "max_prefill_tokens": 24, "expected_context": 24, "device": "cpu"}
     base |= {"cache_policy": "hybrid", "activation_share": 0.5}
-    return EngineConfig(model=str(made.directory), **(base | settings))
+    config = EngineConfig(model=str(made.directory), **(base | settings))
+    return replace(config, min_batch=config.max_batch)
 
 
 def tight(made: Reference, **settings: object) -> EngineConfig:

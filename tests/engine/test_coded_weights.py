@@ -61,7 +61,8 @@ def config_for(directory: Path, model: str, **settings: object) -> EngineConfig:
     file.write_text(json.dumps(CONFIGS[model]))
     base = {"max_batch": 4, "max_model_len": 128, "max_prefill_tokens": 24, "expected_context": 64, "device": "cpu"}
     base |= {"gpu_memory": "64MiB", "host_memory": "64MiB", "placement": "host", "seed": 1}
-    return EngineConfig(model=f"random:{file}", **(base | settings))
+    config = EngineConfig(model=f"random:{file}", **(base | settings))
+    return replace(config, min_batch=config.max_batch)
 
 
 async def run(config: EngineConfig) -> tuple[list[list[Delta]], float]:

@@ -29,7 +29,8 @@ POLICIES = [
 def config_for(reference: Reference, **settings: object) -> EngineConfig:
     """Prompts longer than a prefill chunk, and room for a third of what the requests grow to."""
     base = {"max_batch": 6, "max_model_len": 128, "max_prefill_tokens": 24, "expected_context": 24, "device": "cpu"}
-    return EngineConfig(model=str(reference.directory), **(base | settings))
+    config = EngineConfig(model=str(reference.directory), **(base | settings))
+    return replace(config, min_batch=config.max_batch)
 
 
 async def generate_all(engine: Engine, reference: Reference, *, stagger: float = 0.0) -> list[list[int]]:

@@ -158,7 +158,8 @@ def config_for(directory: Path, **settings: object) -> EngineConfig:
     file.write_text(json.dumps(CONFIG))
     base = {"max_batch": 4, "max_model_len": 96, "max_prefill_tokens": 16, "expected_context": 48, "device": "cpu"}
     base |= {"gpu_memory": "16MiB", "host_memory": "16MiB", "placement": "host", "block_size": 4}
-    return EngineConfig(model=f"random:{file}", **(base | settings))
+    config = EngineConfig(model=f"random:{file}", **(base | settings))
+    return replace(config, min_batch=config.max_batch)
 
 
 def rounded(tensor: TensorSpec) -> torch.Tensor:

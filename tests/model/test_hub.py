@@ -72,6 +72,31 @@ def test_missing_path_is_refused_without_asking_the_hub(hub, name):
     assert fake.asked == []
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("llama-2-7b", "; for random weights, give random:llama-2-7b"),
+        ("OPT-30B", "; for random weights, give random:opt-30b"),
+        ("llama2-7b", "; for random weights, give random:llama-2-7b or random:llama-"),
+        ("absent", ""),
+        ("./llama-2-7b", ""),
+    ],
+)
+def test_a_name_like_a_shape_is_told_of_random_weights(name, hint):
+    """A bare name that is a known shape, or nearly one, may have meant that; a path has not."""
+    with pytest.raises(ModelNotFoundError, match=r"or a hub id such as org/name") as refused:
+        resolve_model(name)
+    told = str(refused.value).partition("org/name")[2]
+    assert told.startswith(hint)
+    assert bool(told) == bool(hint)
+
+
+def test_a_model_to_convert_has_no_random_weights():
+    """What has no file cannot be converted, so nothing is said of it."""
+    with pytest.raises(ModelNotFoundError, match=r"or a hub id such as org/name$"):
+        resolve_model("llama-2-7b", pickled=True)
+
+
 def test_file_is_refused(tmp_path):
     """A weights file is not a model."""
     file = tmp_path / "model.safetensors"

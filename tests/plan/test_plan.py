@@ -451,23 +451,42 @@ def test_rounding_to_whole_blocks_keeps_the_budget(kv_heads: int, share: float):
     assert sum(plan.host_bytes.values()) <= host
 
 
-@pytest.mark.parametrize(("asked", "given_batch"), [(1, 1), (5, 5), (23, 23), (100, 79)])
-def test_max_batch_is_honoured_where_it_fits(asked: int, given_batch: int):
-    """The batch that was asked for, else the next smaller one of the grid: 4 + 78 * 5 of the host's 396 blocks."""
+def make_small_plan(**settings: object) -> Plan:
+    """Of SMALL on the host with K and V, for requests of 64 tokens: 396 blocks of the host, and a fast GPU."""
     cache = 99 * 64 * SMALL.token_bytes(BlockKind.KV)
-    weights = SMALL.layers_bytes
-    plan = make_plan(
+    return make_plan(
         SMALL,
         device=256 * MIB,
-        host=weights + cache,
+        host=SMALL.layers_bytes + cache,
         cache_policy=CachePolicy.KV,
         placement=Placement.HOST,
-        max_batch=asked,
         max_model_len=64,
         expected_context=64,
         max_prefill_tokens=64,
+        **settings,
     )
+
+
+@pytest.mark.parametrize(("asked", "given_batch"), [(1, 1), (5, 5), (23, 23), (100, 79)])
+def test_a_batch_that_is_forced_is_had_where_it_fits(asked: int, given_batch: int):
+    """The batch that was asked for, else the next smaller one of the grid: 4 + 78 * 5 of the host's 396 blocks."""
+    plan = make_small_plan(min_batch=asked, max_batch=asked)
     assert plan.max_batch == given_batch
+    told = f"of min_batch={asked} requests the budgets allow {given_batch} at once"
+    assert (told in plan.reason) == (asked > given_batch)
+
+
+def test_max_batch_is_a_bound():
+    """Up to it as many run as give the highest throughput; the reason says where these are fewer."""
+    rates = [make_small_plan(min_batch=n, max_batch=n).prediction.mean_tokens_per_second for n in range(1, 80)]
+    for asked in (5, 23, 79):
+        plan = make_small_plan(max_batch=asked)
+        assert plan.prediction.mean_tokens_per_second > 0.97 * max(rates[:asked])
+        told = f"of max_batch={asked} requests {plan.max_batch} run at once: more are not within the budgets, or not"
+        assert (told in plan.reason) == (plan.max_batch < asked)
+    assert make_small_plan(max_batch=79).max_batch < 79
+    assert make_small_plan(min_batch=30, max_batch=79).max_batch >= 30
+    assert make_small_plan(min_batch=30).max_batch >= 30
 
 
 def test_max_step_time_bounds_the_step():

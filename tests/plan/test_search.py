@@ -159,7 +159,7 @@ def test_scarce_compute_wants_a_share_inside():
 def test_the_tiers_may_differ():
     """A GPU that is short of compute beside its bus keeps K and V on the device; a small host holds activations."""
     hardware = replace(H100, gemm_rate=60e12)
-    plan = plan_for(OPT["13b"], 40 * GIB, hardware, host=8 * GIB, max_batch=64)
+    plan = plan_for(OPT["13b"], 40 * GIB, hardware, host=8 * GIB, min_batch=64, max_batch=64)
     device, host = ((plan.num_blocks[p], blocks_of(plan, p.tier)) for p in (PoolId.DEVICE_KV, PoolId.HOST_ACTIVATION))
     assert device[0] > 0.9 * device[1] > 0
     assert host[0] > 0.9 * host[1] > 0

@@ -36,7 +36,7 @@ that kept one each would have hundreds."""
 @pytest.fixture
 async def engine() -> AsyncIterator[Engine]:
     torch.set_num_threads(1)
-    async with Engine(replace(CONFIG, max_batch=2, max_prefill_tokens=32)) as engine:
+    async with Engine(replace(CONFIG, min_batch=2, max_batch=2, max_prefill_tokens=32)) as engine:
         yield engine
 
 

@@ -42,6 +42,7 @@ CONFIG = EngineConfig(
     placement="host",
     max_model_len=256,
     max_prefill_tokens=64,
+    min_batch=8,
     max_batch=8,
     max_queued_requests=16,
     cache_policy="hybrid",
@@ -102,7 +103,7 @@ async def test_a_client_gives_way_in_a_full_queue(tmp_path, monkeypatch):
     alice, bob = "alice-alice-alice-1", "bob-bob-bob-bob-bob+/="
     gate = asyncio.Event()
     async with (
-        Engine(replace(CONFIG, max_batch=4)) as engine,
+        Engine(replace(CONFIG, min_batch=4, max_batch=4)) as engine,
         serving(engine, auth_tokens=write_tokens(tmp_path, f"alice {alice}\nbob {bob}\n")) as server,
         AsyncClient(server.address, token=bob) as other,
         grpc.aio.insecure_channel(server.address) as channel,

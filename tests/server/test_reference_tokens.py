@@ -35,6 +35,7 @@ def config_for(reference: Reference, policy: str, share: float | None) -> Engine
         device="cpu",
         cache_policy=policy,
         activation_share=share,
+        min_batch=6,
         max_batch=6,
         max_model_len=128,
         max_prefill_tokens=24,

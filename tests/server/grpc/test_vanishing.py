@@ -28,7 +28,7 @@ NARROW = [ALONE, ("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 
 @pytest.fixture
 async def engine() -> AsyncIterator[Engine]:
     torch.set_num_threads(1)
-    async with Engine(replace(CONFIG, max_batch=2, max_model_len=512, gpu_memory="256MiB")) as engine:
+    async with Engine(replace(CONFIG, min_batch=2, max_batch=2, max_model_len=512, gpu_memory="256MiB")) as engine:
         yield engine
 
 
