@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -13,6 +14,7 @@ from google.protobuf.message import DecodeError
 
 from hsrpc.server.errors import LateRequestError, MalformedRequestError, MessageCountError, NoSuchMethodError
 from hsrpc.server.grpc.observation import RpcMethod, observed_call
+from hsrpc.server.grpc.places import Places
 from hsrpc.server.grpc.resets import ResetLimit
 from hsrpc.server.grpc.status import StatusBoundary
 from hsrpc.server.observation import CountCall, FailureCounter
@@ -36,6 +38,7 @@ class Intake(grpc.aio.ServerInterceptor):
     def __init__(self, request_timeout: float, resets: ResetLimit, count: CountCall | None = None) -> None:
         """`request_timeout`: seconds for each request. `count` is told of calls that end without one."""
         self._timeout = request_timeout
+        self._places = Places()
         self._resets = resets
         self._observers = [FailureCounter(count)] if count else []
 
@@ -63,7 +66,7 @@ class Intake(grpc.aio.ServerInterceptor):
             return await behaviour(self._requests(context, method, parse), context)
 
         async def none(context: Context) -> None:
-            async with self._reading(context, method):
+            async with self._counted(context, method):
                 raise NoSuchMethodError
 
         if handler is None:
@@ -93,14 +96,28 @@ class Intake(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _reading(self, context: Context, method: RpcMethod) -> AsyncIterator[None]:
+        """A request is read in the block, in time, and where there is a place for it."""
+        async with self._counted(context, method):
+            try:
+                async with (
+                    asyncio.timeout(self._timeout) as limit,
+                    self._places.place(context.peer(), partial(_end, limit)),
+                ):
+                    yield
+            except TimeoutError:
+                raise LateRequestError(self._timeout) from None
+
+    @asynccontextmanager
+    async def _counted(self, context: Context, method: RpcMethod) -> AsyncIterator[None]:
         """What goes wrong in the block ends the call with its status, and is counted."""
         with observed_call(self._observers, method, context) as call:
             async with StatusBoundary(method.name, context, call):
-                try:
-                    async with asyncio.timeout(self._timeout):
-                        yield
-                except TimeoutError:
-                    raise LateRequestError(self._timeout) from None
+                yield
+
+
+def _end(limit: asyncio.Timeout) -> None:
+    if not limit.expired():
+        limit.reschedule(0)
 
 
 def _parsed(data: bytes, parse: Callable[[bytes], Any] | None) -> Any:
