@@ -22,6 +22,13 @@ class LateRequestError(HsrpcError):
         super().__init__(f"the request did not come whole {limit}; send it at once, and end the stream")
 
 
+class CrowdedError(HsrpcError):
+    """Too many requests of a connection wait to be read."""
+
+    def __init__(self) -> None:
+        super().__init__("too many requests of this connection wait to be read; send fewer at once, each of them whole")
+
+
 class MessageCountError(HsrpcError):
     """A call of a method that takes one request has none, or several."""
 

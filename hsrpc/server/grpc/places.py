@@ -8,10 +8,14 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
+from hsrpc.server.errors import CrowdedError
+
 MAX_READ = 64
 """Requests that are read at once."""
 MAX_READ_OF_CONNECTION = 8
 """Those of one connection."""
+MAX_WAITING = 8192
+"""Requests that are read or wait for it; a connection may have as many as it leaves to others."""
 PATIENCE, PATIENCE_OF_CONNECTION = 1.0, 5.0
 """Seconds that a request may be read while others wait for its place: those of all connections, or of its own."""
 
@@ -82,10 +86,15 @@ class Places:
     def __init__(self) -> None:
         self._all = _Room(MAX_READ, PATIENCE)
         self._connections: dict[str, _Room] = {}
+        self._users = 0
 
     @asynccontextmanager
     async def place(self, connection: str, give_way: Callable[[], object]) -> AsyncIterator[None]:
-        """The request is read in the block, which `give_way` must end soon: others need the place."""
+        """The request is read in the block, which `give_way` must end soon: others need the place.
+
+        Raises:
+            CrowdedError: too many wait, and many of them are of this connection.
+        """
         with self._room_of(connection) as room:
             async with room.place(), self._all.place():
                 reading = _Reading(asyncio.get_running_loop().time(), give_way)
@@ -95,10 +104,14 @@ class Places:
     @contextmanager
     def _room_of(self, connection: str) -> Iterator[_Room]:
         room = self._connections.setdefault(connection, _Room(MAX_READ_OF_CONNECTION, PATIENCE_OF_CONNECTION))
+        if room.users > MAX_WAITING - self._users:
+            raise CrowdedError
         room.users += 1
+        self._users += 1
         try:
             yield room
         finally:
+            self._users -= 1
             room.users -= 1
             if not room.users:
                 del self._connections[connection]

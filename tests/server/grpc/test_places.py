@@ -8,8 +8,9 @@ from contextlib import AsyncExitStack
 import grpc
 import pytest
 
+from hsrpc.server.errors import CrowdedError
 from hsrpc.server.grpc import places
-from hsrpc.server.grpc.places import MAX_READ_OF_CONNECTION
+from hsrpc.server.grpc.places import MAX_READ_OF_CONNECTION, Places
 from hsrpc.v1 import model_pb2, model_pb2_grpc
 from tests.server.grpc.half_messages import HalfMessages
 from tests.server.grpc.raw_http2 import DATA, END_STREAM, connected, frame, message
@@ -61,3 +62,42 @@ async def test_a_half_message_gives_way_to_another_of_its_connection(engine, mon
         assert b"or sooner where others waited for their turn" in await client.end_of(halves[0])
         await client.end_of(last)
         assert [each for each in client.frames if (each.kind, each.stream) == (DATA, last)]
+
+
+async def test_a_half_message_of_a_stranger_is_refused_unread(engine, tmp_path):
+    """The token is looked at first: no more is taken than what is read ahead."""
+    tokens = tmp_path / "tokens"
+    tokens.touch(0o600)
+    tokens.write_text("alice 0123456789abcdef\n")
+    async with serving(engine, auth_tokens=tokens) as server, connected(server.port) as client:
+        halves = HalfMessages(client, 4 * MIB - 64, 3 * MIB)
+        halves.begin(GENERATE, CALLS)
+        assert await halves.push() <= CALLS * 2**16
+        assert b"no token" in await client.end_of(client.call(REFLECTION, message(b"half of it")[:-5]))
+
+
+async def test_those_that_wait_are_bounded(monkeypatch):
+    """One connection may have half of them; the more have many, the fewer each may have, and one without always may."""
+    monkeypatch.setattr(places, "MAX_WAITING", 60)
+    rooms = Places()
+
+    def begin(connection: str, requests: int) -> list[asyncio.Task[None]]:
+        async def wait() -> None:
+            async with rooms.place(connection, bool):
+                await asyncio.Event().wait()
+
+        return [asyncio.create_task(wait()) for _ in range(requests)]
+
+    tasks = {name: begin(name, 100) for name in "abc"}
+    await asyncio.sleep(0)
+    left = {name: [task for task in found if not task.done()] for name, found in tasks.items()}
+    assert [len(found) for found in left.values()] == [31, 15, 8]
+    for task in left["a"]:
+        task.cancel()
+    await asyncio.gather(*(task for found in tasks.values() for task in found if task.done()), return_exceptions=True)
+    assert not begin("d", 1)[0].done()
+    every = [task for found in tasks.values() for task in found]
+    assert sum(isinstance(task.exception(), CrowdedError) for task in every if task.done() and not task.cancelled())
+    for task in every:
+        task.cancel()
+    await asyncio.gather(*every, return_exceptions=True)
