@@ -231,11 +231,18 @@ async def test_an_unread_watch_of_health_is_reset_and_holds_up_nobody(engine, po
             assert read not in honest.reset
 
 
-async def test_unread_reflection_is_reset(engine):
-    """As other streams are."""
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        (REFLECTION, reflection_pb2.ServerReflectionRequest(list_services="")),
+        (CHECK, health_pb2.HealthCheckRequest()),
+    ],
+    ids=["reflection", "health"],
+)
+async def test_what_services_of_grpc_s_own_answer_is_reset_too(engine, method, request_):
+    """As other streams and responses are."""
     async with serving(engine) as server, raw_reader(server.port) as reader:
-        request = reflection_pb2.ServerReflectionRequest(list_services="")
-        stalled = [reader.call(REFLECTION, request) for _ in range(3)]
+        stalled = [reader.call(method, request_) for _ in range(3)]
         for stream in stalled:
             await reader.until_answered(stream)
         await touch(server)
