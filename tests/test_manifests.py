@@ -32,14 +32,18 @@ def read(path: Path) -> list[Manifest]:
 
 
 def patched(manifest: Manifest, operations: list[Manifest]) -> Manifest:
-    """`manifest` after the JSON patch (RFC 6902) of an overlay: replace and remove of what is there."""
+    """`manifest` after the JSON patch (RFC 6902) of an overlay; only what is there is replaced or removed."""
     result = copy.deepcopy(manifest)
     for operation in operations:
         *path, last = (int(key) if key.isdecimal() else key for key in operation["path"].split("/")[1:])
         parent = result
         for key in path:
             parent = parent[key]
-        assert last in parent, operation["path"]
+        if operation["op"] == "add":
+            assert last not in parent, operation["path"]
+            parent.append(operation["value"]) if last == "-" else parent.update({last: operation["value"]})
+            continue
+        assert last in parent if isinstance(parent, dict) else last < len(parent), operation["path"]
         if operation["op"] == "replace":
             parent[last] = operation["value"]
         else:
@@ -55,6 +59,15 @@ DEPLOYMENTS = {
     "base": DEPLOYMENT,
     "cpu-demo": patched(DEPLOYMENT, read(K8S / "overlays/cpu-demo/deployment.yaml")[0]),
 }
+ENVOY = K8S / "components/envoy"
+BEHIND_ENVOY = {
+    title: patched(manifest, read(ENVOY / f"{file}.yaml")[0])
+    for file, kind in (("deployment", "Deployment"), ("network-policy", "NetworkPolicy"), ("service", "Service"))
+    for manifest in BASE
+    if manifest["kind"] == kind
+    for title in [f"{kind}/{manifest['metadata']['name']}"]
+}
+DEPLOYMENTS["envoy"] = BEHIND_ENVOY["Deployment/hsrpc"]
 LOAD_MODEL = read(K8S / "load-model.yaml")
 LABELS = DEPLOYMENT["spec"]["template"]["metadata"]["labels"]
 
@@ -85,7 +98,7 @@ def options(server: Manifest) -> Any:
     return build_parser().parse_args(["serve", *server["args"]])
 
 
-@pytest.mark.parametrize("manifest", [*BASE, *LOAD_MODEL, DEPLOYMENTS["cpu-demo"]], ids=title)
+@pytest.mark.parametrize("manifest", [*BASE, *LOAD_MODEL, DEPLOYMENTS["cpu-demo"], *BEHIND_ENVOY.values()], ids=title)
 def test_is_valid_by_the_kubernetes_schema(manifest):
     """No field is unknown, missing or of the wrong type."""
     kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
@@ -98,11 +111,12 @@ def test_the_schema_finds_a_misspelt_field():
         kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
 
 
-@pytest.mark.parametrize("folder", ["base", "overlays/cpu-demo"])
+@pytest.mark.parametrize("folder", ["base", "overlays/cpu-demo", "components/envoy"])
 def test_kustomization_names_every_file(folder):
     """No manifest is forgotten, none named that does not exist."""
     kustomization = read(K8S / folder / "kustomization.yaml")[0]
-    named = [*kustomization["resources"], *(patch["path"] for patch in kustomization.get("patches", []))]
+    named = [*kustomization.get("resources", []), *(patch["path"] for patch in kustomization.get("patches", []))]
+    named += [name for made in kustomization.get("configMapGenerator", []) for name in made["files"]]
     assert all((K8S / folder / name).exists() for name in named)
     files = {file.name for file in (K8S / folder).glob("*.yaml")}
     assert files - {"kustomization.yaml"} == {name for name in named if "/" not in name}
@@ -189,7 +203,7 @@ def test_memory_limit_holds_the_budgets(server, options):
 def test_only_the_base_asks_for_a_gpu():
     """One GPU for the server, none for the CPU overlay."""
     asked = {name: "nvidia.com/gpu" in str(manifest) for name, manifest in DEPLOYMENTS.items()}
-    assert asked == {"base": True, "cpu-demo": False}
+    assert asked == {"base": True, "cpu-demo": False, "envoy": True}
     assert pod(DEPLOYMENT)["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
@@ -200,7 +214,7 @@ def test_pods_run_without_privileges(manifest):
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert spec["automountServiceAccountToken"] is False
-    for container in spec["containers"]:
+    for container in [*spec["containers"], *spec.get("initContainers", [])]:
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -209,6 +223,46 @@ def test_pods_run_without_privileges(manifest):
         mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
         [tmp] = (volume for volume in spec["volumes"] if volume["name"] == mounts["/tmp"])
         assert "emptyDir" in tmp
+
+
+def test_clients_reach_envoy_alone_and_envoy_the_server():
+    """Policy and services lead to its listener, whose only cluster is the server's port of the same pod."""
+    config = read(ENVOY / "envoy.yaml")[0]["static_resources"]
+    [listener], [cluster] = config["listeners"], config["clusters"]
+    port = listener["address"]["socket_address"]["port_value"]
+    [sidecar] = pod(DEPLOYMENTS["envoy"])["initContainers"]
+    assert sidecar["restartPolicy"] == "Always"  # without it the server would wait for its end
+    assert [each["containerPort"] for each in sidecar["ports"]] == [port]
+    assert sidecar["readinessProbe"]["grpc"]["port"] == port
+    clients, _ = BEHIND_ENVOY["NetworkPolicy/hsrpc"]["spec"]["ingress"]
+    assert clients["ports"] == [{"port": port}]
+    services = [each for each in BEHIND_ENVOY.values() if each["kind"] == "Service"]
+    assert [each["spec"]["ports"][0]["targetPort"] for each in services] == [port] * 2
+    [endpoints] = cluster["load_assignment"]["endpoints"]
+    [endpoint] = endpoints["lb_endpoints"]
+    address = endpoint["endpoint"]["address"]["socket_address"]
+    assert address == {"address": "127.0.0.1", "port_value": ServerConfig().port}
+
+
+def test_envoy_takes_what_the_server_takes():
+    """The largest request with its prefix, whole and in the server's time; output has no time limit."""
+    [listener] = read(ENVOY / "envoy.yaml")[0]["static_resources"]["listeners"]
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    buffer, router = manager["http_filters"]
+    assert buffer["typed_config"]["max_request_bytes"] == ServerConfig().max_message_bytes + 5
+    assert router["name"] == "envoy.filters.http.router"
+    assert manager["request_timeout"] == f"{ServerConfig().request_timeout:g}s"
+    assert manager["max_request_headers_kb"] * 1024 == ServerConfig().security.max_metadata_bytes
+    routes = manager["route_config"]["virtual_hosts"][0]["routes"]
+    assert {route["route"]["timeout"] for route in routes} == {manager["stream_idle_timeout"]} == {"0s"}
+
+
+def test_envoy_has_room_for_its_heap():
+    """It refuses requests before the kernel ends it."""
+    [monitor] = read(ENVOY / "envoy.yaml")[0]["overload_manager"]["resource_monitors"]
+    [sidecar] = pod(DEPLOYMENTS["envoy"])["initContainers"]
+    limit = parse_bytes(re.sub("i$", "iB", sidecar["resources"]["limits"]["memory"]), "limit")
+    assert limit >= 1.2 * monitor["typed_config"]["max_heap_size_bytes"]
 
 
 def test_the_model_lies_on_the_claim_that_the_job_fills():

@@ -15,10 +15,18 @@ class MalformedRequestError(HsrpcError):
 
 
 class LateRequestError(HsrpcError):
-    """A request has not come whole in time."""
+    """A request has not come whole in time, or while others waited to be read."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(f"the request did not come whole within {seconds:g} s; send it at once, and end the stream")
+        limit = f"within {seconds:g} s, or sooner where others waited for their turn"
+        super().__init__(f"the request did not come whole {limit}; send it at once, and end the stream")
+
+
+class CrowdedError(HsrpcError):
+    """Too many requests of a connection wait to be read."""
+
+    def __init__(self) -> None:
+        super().__init__("too many requests of this connection wait to be read; send fewer at once, each of them whole")
 
 
 class MessageCountError(HsrpcError):

@@ -23,6 +23,7 @@ from hsrpc.errors import (
     WaitTooLongError,
 )
 from hsrpc.server.errors import (
+    CrowdedError,
     LateRequestError,
     MalformedRequestError,
     MessageCountError,
@@ -129,6 +130,12 @@ def _malformed(error: MalformedRequestError) -> Failure:
 @_failure.register
 def _late(error: LateRequestError) -> Failure:
     return Failure(Outcome.DEADLINE_EXCEEDED, str(error), info=ErrorInfo("REQUEST_LATE"))
+
+
+@_failure.register
+def _crowded(error: CrowdedError) -> Failure:
+    info = ErrorInfo("CROWDED")
+    return Failure(Outcome.RESOURCE_EXHAUSTED, str(error), retry_delay=_RETRY_SECONDS, info=info)
 
 
 @_failure.register

@@ -30,6 +30,8 @@ class CutReason(StrEnum):
 
     RESETS = "resets"
     """Its calls are reset before they are answered."""
+    REFUSALS = "refusals"
+    """Its calls bring no known token."""
     STALLS = "stalls"
     """What it asks for is left unread."""
 

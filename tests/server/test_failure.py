@@ -19,6 +19,7 @@ from hsrpc.errors import (
     WaitTooLongError,
 )
 from hsrpc.server.errors import (
+    CrowdedError,
     MalformedRequestError,
     NotOwnerError,
     NotSupportedError,
@@ -44,6 +45,7 @@ from hsrpc.server.state import NotServingError, Phase
         (EngineFaultError("secret"), "UNAVAILABLE", "FAILED", 1),
         (ModelNotFoundError("secret"), "NOT_FOUND", "MODEL_NOT_FOUND", None),
         (NotSupportedError("a field"), "UNIMPLEMENTED", "NOT_SUPPORTED", None),
+        (CrowdedError(), "RESOURCE_EXHAUSTED", "CROWDED", 1),
         (StalledClientError("secret"), "RESOURCE_EXHAUSTED", "CLIENT_STALLED", None),
         (UnauthenticatedError("no token"), "UNAUTHENTICATED", "UNAUTHENTICATED", None),
         (NotOwnerError("secret"), "PERMISSION_DENIED", "NOT_OWNER", None),

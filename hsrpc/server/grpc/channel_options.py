@@ -12,6 +12,8 @@ _UNLIMITED_MS = 2**31 - 1
 """gRPC's own word for no limit."""
 _PING_INTERVAL_MS = 10_000
 _PING_STRIKES = 2
+_READ_AHEAD = 16 * 1024
+"""Bytes of a message that gRPC takes before somebody reads it; a connection of 4096 calls that wait holds 64 MiB."""
 _MAX_PENDING = 32_768
 """Calls that wait for the event loop, 14 KB each: those of eight connections. gRPC answers more with CANCELLED."""
 
@@ -41,6 +43,8 @@ def connection_options(security: SecurityConfig) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL_MS),
         ("grpc.http2.max_ping_strikes", _PING_STRIKES),
+        ("grpc.http2.lookahead_bytes", _READ_AHEAD),
+        ("grpc.http2.bdp_probe", 0),  # else whoever sends fast is let send much ahead, on every stream
         # gRPC would cancel some of all calls beyond a thousand, whoever fills the queue, be it with calls long dead.
         ("grpc.server.max_pending_requests", _MAX_PENDING),
         ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 
 import grpc
-from grpc_health.v1 import health, health_pb2_grpc
 
 from hsrpc.errors import ConfigError
 from hsrpc.server.config import ServerConfig, join_address
 from hsrpc.server.grpc.channel_options import connection_options
+from hsrpc.server.grpc.health_service import HealthService
 from hsrpc.server.grpc.intake import Intake
 
 _MAX_MESSAGE_BYTES = 4096
@@ -19,9 +19,9 @@ _log = logging.getLogger(__name__)
 
 
 class HealthPort:
-    """A listener for `servicer` alone, behind `intake`, if the configuration has a port for it."""
+    """A listener for `health` alone, behind `intake`, if the configuration has a port for it."""
 
-    def __init__(self, servicer: health.aio.HealthServicer, config: ServerConfig, intake: Intake) -> None:
+    def __init__(self, health: HealthService, config: ServerConfig, intake: Intake) -> None:
         self.port = config.security.health_port
         self._host = config.host
         limits = [
@@ -30,7 +30,7 @@ class HealthPort:
             ("grpc.max_concurrent_streams", _MAX_STREAMS),
         ]
         self._grpc = grpc.aio.server(interceptors=[intake], options=limits)
-        health_pb2_grpc.add_HealthServicer_to_server(servicer, self._grpc)
+        self._grpc.add_generic_rpc_handlers([health.handlers()])
 
     async def start(self) -> None:
         """Bind and answer, if there is a port.

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
-from grpc_health.v1.health import aio as health_aio
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from hsrpc.server.config import join_address
 from hsrpc.server.grpc.call_tasks import note_calls
@@ -17,6 +16,7 @@ from hsrpc.server.grpc.connections import ConnectionCuts
 from hsrpc.server.grpc.generation_service import GenerationService
 from hsrpc.server.grpc.handlers import streaming, unary
 from hsrpc.server.grpc.health_port import HealthPort, bind
+from hsrpc.server.grpc.health_service import HealthService
 from hsrpc.server.grpc.intake import Intake
 from hsrpc.server.grpc.interceptors import auth_interceptors
 from hsrpc.server.grpc.model_service import ModelService
@@ -62,17 +62,17 @@ class GrpcFrontEnd:
         self.port = config.port
         cuts = ConnectionCuts(count_cut)
         self.sender = Sender(config, Readers(lambda peer, stalls: cuts.cut(peer, CutReason.STALLS, stalls)))
-        self._health = health_aio.HealthServicer()
+        self._health = HealthService()
         self._credentials = server_credentials(config.security, files)
         counters = [CallCounter(count_call)] if count_call else []
-        intake = Intake(config.request_timeout, ResetLimit(cuts), count_call)
+        intake = Intake(config.request_timeout, self.sender, ResetLimit(cuts), count_call)
         everyone = [intake, *auth_interceptors(config.security, files, count_call), *interceptors]
         self._grpc = grpc.aio.server(interceptors=everyone, options=channel_options(config))
         self._grpc.add_generic_rpc_handlers(_service_handlers(service, self.sender, observers, counters))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        self._grpc.add_generic_rpc_handlers([self._health.handlers()])
         if config.security.reflection:
             names = (GENERATION, MODEL, SERVER, HEALTH_SERVICE, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._grpc)
+            self._grpc.add_generic_rpc_handlers([_reflection_handlers(names)])
         self.health_port = HealthPort(self._health, config, intake)
 
     @property
@@ -93,12 +93,22 @@ class GrpcFrontEnd:
     async def report(self, health: Health) -> None:
         """Set the health of the services; that of the whole server, under no name, has stalls and failures too."""
         for name, good in zip(HEALTH_NAMES, (health is Health.SERVING, health is not Health.DOWN), strict=True):
-            await self._health.set(name, _SERVING if good else _NOT_SERVING)
+            self._health.set(name, _SERVING if good else _NOT_SERVING)
 
     async def stop(self, seconds: float) -> None:
         """Close the ports; calls that are left after `seconds` are cancelled."""
         await self._grpc.stop(seconds)
         await self.health_port.stop()
+
+
+def _reflection_handlers(names: Sequence[str]) -> grpc.GenericRpcHandler:
+    """Not known to grpc by their names: it would keep the latest call of each, which then could not be reset."""
+    info = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler(reflection.SERVICE_NAME, {"ServerReflectionInfo": info})
 
 
 def _service_handlers(

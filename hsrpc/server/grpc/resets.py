@@ -1,4 +1,4 @@
-"""How many calls of a connection may be reset before they are answered; one that does little else is cut."""
+"""How many calls of a connection may be reset before they are answered, or have no token; more cost it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 MAX_RESETS = 200
 """Early resets of a connection in `RESET_WINDOW`."""
+MAX_REFUSALS = 1000
+"""Calls of a connection without a known token in `RESET_WINDOW`."""
 RESET_WINDOW = 10.0
 """Seconds."""
 MAX_RESETS_PER_ANSWER = 4
-"""A client that hedges sends a call up to five times, and resets all but the one that is answered first."""
+"""Or refusals. Who hedges sends a call up to five times, and resets all but the one that is answered first."""
 _EARLY = 1.0
 """Seconds from a call's start: who has waited longer for an answer may well give up."""
 _MOMENT = 0.05
@@ -29,7 +31,7 @@ _MOMENT = 0.05
 
 
 class ResetLimit:
-    """Counts the calls of each connection that are reset early, and cuts those that have too many and little else.
+    """Counts the calls of each connection that are reset early, or refused, and cuts it for too many and little else.
 
     An early reset comes within a second, before anything was answered. Whoever cancels amid the output, or a gateway
     some of whose users lose patience, has calls that were answered too.
@@ -39,6 +41,7 @@ class ResetLimit:
         self._cuts = cuts
         self._until = 0.0
         self._resets: Counter[str] = Counter()
+        self._refusals: Counter[str] = Counter()
         self._answers: Counter[str] = Counter()
 
     def watched(self, context: Context) -> WatchedCall:
@@ -48,11 +51,20 @@ class ResetLimit:
     def reset(self, peer: str) -> None:
         """A call of the connection has been reset early."""
         self._turn()
-        self._resets[peer] += 1
-        resets = self._resets[peer]
-        if resets > MAX_RESETS and resets > MAX_RESETS_PER_ANSWER * self._answers[peer]:
-            del self._resets[peer]
-            self._cuts.cut(peer, CutReason.RESETS, resets)
+        self._judge(peer, self._resets, MAX_RESETS, CutReason.RESETS)
+
+    def refused(self, peer: str) -> None:
+        """A call of the connection has no known token."""
+        self._turn()
+        self._judge(peer, self._refusals, MAX_REFUSALS, CutReason.REFUSALS)
+
+    def _judge(self, peer: str, counts: Counter[str], most: int, reason: CutReason) -> None:
+        """One more of the connection's calls came to nothing."""
+        counts[peer] += 1
+        count = counts[peer]
+        if count > most and count > MAX_RESETS_PER_ANSWER * self._answers[peer]:
+            del counts[peer]
+            self._cuts.cut(peer, reason, count)
 
     def answered(self, peer: str) -> None:
         """A call of the connection has had an answer."""
@@ -65,6 +77,7 @@ class ResetLimit:
         if now >= self._until:
             self._until = now + RESET_WINDOW
             self._resets.clear()
+            self._refusals.clear()
             self._answers.clear()
 
 
@@ -91,6 +104,8 @@ class WatchedCall:
         """Of a call whose request was not read, a moment later: grpc takes an answer to a reset call for sent."""
         if not self._came:
             await asyncio.sleep(self._started + _MOMENT - time.monotonic())
+        if status[0] is grpc.StatusCode.UNAUTHENTICATED:
+            self._limit.refused(self._context.peer())
         await self._context.abort(*status)
         raise AssertionError("grpc raises when it aborts")
 

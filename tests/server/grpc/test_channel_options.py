@@ -103,6 +103,7 @@ def test_the_arguments_are_those_of_the_documentation():
     assert (found["grpc.http2.max_ping_strikes"], found["grpc.http2.min_ping_interval_without_data_ms"]) == (2, 10_000)
     assert found["grpc.max_connection_age_grace_ms"] == 2**31 - 1
     assert found["grpc.server_handshake_timeout_ms"] == 10_000
+    assert (found["grpc.http2.lookahead_bytes"], found["grpc.http2.bdp_probe"]) == (16_384, 0)
     assert found["grpc.max_metadata_size"] == found["grpc.absolute_max_metadata_size"] == 16_384
     never = ServerConfig(security=SecurityConfig(max_connection_age=0))
     assert dict(channel_options(never))["grpc.max_connection_age_ms"] == 2**31 - 1

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.grpc import resets
 from hsrpc.server.grpc.connections import ConnectionCuts
-from hsrpc.server.grpc.resets import MAX_RESETS, MAX_RESETS_PER_ANSWER, RESET_WINDOW, ResetLimit
+from hsrpc.server.grpc.resets import MAX_REFUSALS, MAX_RESETS, MAX_RESETS_PER_ANSWER, RESET_WINDOW, ResetLimit
 from hsrpc.server.observation import CutReason
 from hsrpc.server.ops.metrics import ProcessMetrics
 from hsrpc.server.security import SecurityConfig
@@ -138,6 +138,40 @@ def test_refusals_do_not_make_up_for_resets(now):
             raise grpc.aio.AbortError
         reset(limit)
     assert len(cuts.made) == 1
+
+
+async def test_a_flood_of_calls_without_a_token_costs_the_connection(tmp_path, engine):
+    """None of them is reset; its own reason is counted, and another's connection stays."""
+    tokens = tmp_path / "tokens"
+    tokens.touch(0o600)
+    tokens.write_text(f"alice {TOKEN}\n")
+    counted: Counter[CutReason] = Counter()
+    config = ServerConfig(port=0, security=SecurityConfig(auth_tokens=tokens))
+    server = Server(config, count_cut=lambda reason: counted.update([reason]))
+    await server.start()
+    await server.attach(engine)
+    async with connected(server.port) as honest, connected(server.port) as stranger:
+        await honest.end_of(honest.call(GENERATE))
+        for _ in range(MAX_REFUSALS + 1):
+            stranger.call(GENERATE)
+        await stranger.until_cut()
+        await honest.end_of(honest.call(GENERATE))
+    assert counted == {CutReason.REFUSALS: 1}
+    await server.stop()
+
+
+def test_answers_make_up_for_refusals(now):
+    """A gateway some of whose users have no token any more keeps its connection."""
+    limit = ResetLimit(cuts := Cuts())
+    for _ in range(MAX_REFUSALS // MAX_RESETS_PER_ANSWER + 1):
+        limit.answered("ipv4:10.0.0.7:5")
+    for _ in range(MAX_REFUSALS):
+        limit.refused("ipv4:10.0.0.7:5")
+        limit.refused("ipv4:10.0.0.7:6")
+    limit.refused("ipv4:10.0.0.7:5")
+    assert not cuts.made
+    limit.refused("ipv4:10.0.0.7:6")
+    assert cuts.made == [("ipv4:10.0.0.7:6", CutReason.REFUSALS, MAX_REFUSALS + 1)]
 
 
 async def test_output_is_an_answer(now):

@@ -9,10 +9,14 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
 from hsrpc.request import Delta
 from hsrpc.server import Server, ServerConfig
+from hsrpc.server.lifecycle import Health
 from hsrpc.server.readers import MAX_STALLS
+from hsrpc.server.security import SecurityConfig
 from hsrpc.testing.fake_engine import FakeEngine
 from hsrpc.testing.raw_http2 import RawConnection, connected
 from hsrpc.v1 import generation_pb2, server_pb2
@@ -20,6 +24,9 @@ from tests.server.conftest import until
 
 GENERATE = "/hsrpc.v1.GenerationService/Generate"
 INFO = "/hsrpc.v1.ServerService/GetServerInfo"
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
+NOT_SERVING = health_pb2.HealthCheckResponse(status="NOT_SERVING").SerializeToString()
 WORDS = "word " * 2000
 
 
@@ -205,3 +212,39 @@ async def test_tasks_that_are_no_calls_are_made_as_before():
         coroutine = asyncio.sleep(0, "slept")
         assert await asyncio.create_task(coroutine, name="nap") == "slept"
     assert coroutine in made
+
+
+@pytest.mark.parametrize("port", ["services", "health"])
+async def test_an_unread_watch_of_health_is_reset_and_holds_up_nobody(engine, port):
+    """Of a stranger, on both ports: health is told on meanwhile, to others and at once."""
+    async with serving(engine, security=SecurityConfig(health_port=0)) as server:
+        number = server.port if port == "services" else server.grpc.health_port.port
+        async with connected(number, window=0) as reader, connected(number) as honest:
+            for _ in range(2):  # grpc keeps the first
+                await honest.end_of(honest.ask(CHECK, health_pb2.HealthCheckRequest()))
+            stalled = [reader.ask(WATCH, health_pb2.HealthCheckRequest()) for _ in range(3)]
+            await reader.until_answered(stalled)
+            read = honest.ask(WATCH, health_pb2.HealthCheckRequest())
+            async with asyncio.timeout(0.5):
+                await server.grpc.report(Health.DOWN)
+            await reader.until_reset(stalled)
+            await until(lambda: honest.body(read).endswith(NOT_SERVING))
+            assert read not in honest.reset
+
+
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        (REFLECTION, reflection_pb2.ServerReflectionRequest(list_services="")),
+        (CHECK, health_pb2.HealthCheckRequest()),
+    ],
+    ids=["reflection", "health"],
+)
+async def test_what_services_of_grpc_s_own_answer_is_reset_too(engine, method, request_):
+    """As other streams and responses are."""
+    async with serving(engine) as server, connected(server.port, window=0) as reader:
+        stalled = [reader.ask(method, request_) for _ in range(3)]
+        await reader.until_answered(stalled)
+        await touch(server)
+        await reader.until_reset(stalled)
+        assert server.grpc.sender.held == 0
