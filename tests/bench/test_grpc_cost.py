@@ -81,12 +81,12 @@ def test_a_run_that_means_something_else_is_an_error(flag, message, arguments, c
         (["--pretend", "0.004", "-1"], "argument --pretend: '-1' is not a time; give seconds, 0 or more"),
     ],
 )
-def test_wrong_use_is_told_apart(arguments, message, capsys):
+def test_wrong_use_is_told_apart(arguments, message, capfd):
     """Exit code 2, with the value and the remedy."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in capfd.readouterr().err
 
 
 @pytest.mark.timeout(60)
