@@ -134,7 +134,7 @@ def _refusals() -> Iterator[None]:
         field, colon, description = error.message.partition(": ")
         if error.code.name != "INVALID_ARGUMENT" or not colon:
             raise
-        raise InvalidRequestError(field, description) from None
+        raise InvalidRequestError(field.removeprefix("chat."), description) from None
 
 
 def _pool(use: BlockUse) -> str:
@@ -177,12 +177,13 @@ def _loop_factory(options: argparse.Namespace) -> Callable[[], asyncio.AbstractE
 @asynccontextmanager
 async def _open_source(options: argparse.Namespace) -> AsyncIterator[Source]:
     if options.target is None:
+        _check_connection_settings(options)
         from hsrpc.engine.engine import Engine
 
         async with Engine(engine_config(options), progress=sys.stderr.isatty()) as engine:
             yield Embedded(engine)
         return
-    _check_engine_settings(engine_config(options), options.target)
+    _check_engine_settings(options)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read once, as grpc loads
     from hsrpc.client import AsyncClient
 
@@ -190,10 +191,17 @@ async def _open_source(options: argparse.Namespace) -> AsyncIterator[Source]:
         yield Remote(client, None if options.seed is None else Random(options.seed))
 
 
-def _check_engine_settings(config: EngineConfig, target: str) -> None:
-    """A server has an engine of its own, which these settings would not change."""
+def _check_connection_settings(options: argparse.Namespace) -> None:
+    """Without a server there is nothing to connect to."""
+    for name, value in vars(options).items():
+        if name in ("token_file", "tls_ca", "tls_cert", "tls_key") and value is not None:
+            raise ConfigError(name, str(value), "has no meaning without a server", "give --target HOST:PORT too")
+
+
+def _check_engine_settings(options: argparse.Namespace) -> None:
+    """A server has an engine of its own, which these settings would not change; but for the seed, that of `Remote`."""
+    given, defaults = engine_config(options), EngineConfig(seed=options.seed)
     for field in fields(EngineConfig):
-        value = getattr(config, field.name)
-        if field.name != "seed" and value != getattr(EngineConfig(), field.name):
-            remedy = "give it to the server, or leave --target out"
-            raise ConfigError(field.name, value, f"has no meaning with --target {target}", remedy)
+        if getattr(given, field.name) != getattr(defaults, field.name):
+            problem, remedy = f"has no meaning with --target {options.target}", "give it to the server, or leave it out"
+            raise ConfigError(field.name, getattr(options, field.name), problem, remedy)
