@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,7 +190,7 @@ def _converse(talk: Talk) -> None:
     """Goes on after what goes wrong, as long as somebody types."""
     with suppress(ImportError):
         import readline  # noqa: F401  # by which input() edits, and remembers
-    for line in _lines(_prompt):
+    for line in _lines(_typed):
         try:
             answer = talk.take(line)
         except InvalidRequestError as error:
@@ -203,7 +203,7 @@ def _converse(talk: Talk) -> None:
                 _note("interrupted")
 
 
-def _lines(read: Any) -> Iterator[str]:
+def _lines(read: Callable[[], str]) -> Iterator[str]:
     """Lines with text, until there are no more or one says /quit."""
     with suppress(EOFError):
         while (line := read().strip()) != "/quit":
@@ -211,22 +211,22 @@ def _lines(read: Any) -> Iterator[str]:
                 yield line
 
 
-def _read() -> str:
+def _read(prompt: str = "") -> str:
     try:
-        return input()
+        return input(prompt)
     except UnicodeDecodeError as error:
         problem = f"byte {error.object[error.start]:#x} is not {error.encoding}"
         raise InvalidRequestError("standard input", f"{problem}; convert it") from None
 
 
-def _prompt() -> str:
-    """What is typed.
+def _typed() -> str:
+    """What is typed; whatever the shell prints next begins a line.
 
     Raises:
         EOFError, KeyboardInterrupt: Ctrl-D; Ctrl-C.
     """
     try:
-        return input("> ")
+        return _read("> ")
     except (EOFError, KeyboardInterrupt):
         print()
         raise

@@ -21,6 +21,7 @@ _EXAMPLES = """\
   hsrpc generate --target 10.0.0.7:50051 "Once upon a time"
   echo "Deep in the forest" | hsrpc generate -
 """
+_JSON_HELP = "print one object at the end instead of streaming; of a server, `cache` counts all that it has served"
 
 
 def add_parser(commands: Commands) -> None:
@@ -30,7 +31,7 @@ def add_parser(commands: Commands) -> None:
         "prompt", nargs="?", metavar="PROMPT", help="text, or - for standard input, less the newline at its end"
     )
     prompt.add_argument("--token-ids", metavar="IDS", help="prompt as token ids, such as 5,6,7, in place of PROMPT")
-    parser.add_argument("--json", action="store_true", help="print one object at the end instead of streaming")
+    parser.add_argument("--json", action="store_true", help=_JSON_HELP)
     add_sampling_options(parser)
     add_source_options(parser)
     parser.set_defaults(run=run)

@@ -234,6 +234,15 @@ def test_ctrl_c_ends_the_answer_and_then_the_talk(silent):
     assert terminal.close() == 130
 
 
+def test_ctrl_c_ends_a_script(silent):
+    """One that asks a single question has nothing to go on with."""
+    terminal = Terminal("-m", "hsrpc.cli.main", "chat", "--target", silent.target, "--message", "Hello")
+    until_running(silent, 1)
+    terminal.write(b"\x03")
+    assert terminal.close() == 130
+    until_running(silent, 0)
+
+
 def test_ctrl_d_leaves(silent):
     """As one who has said all."""
     terminal = Terminal("-m", "hsrpc.cli.main", "chat", "--target", silent.target)
