@@ -14,6 +14,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
 """Messages of a conversation, and calls of tools in them, together."""
 MAX_TOOLS = 1024
+CHAT_HINT = (
+    "the model answered text with nothing; it has a chat template, so send it a conversation: `chat` in place of "
+    "`text`, hsrpc.Chat in Python, `hsrpc chat` on the command line"
+)
+"""For the log, where `Finish.is_nothing` of a text."""
 
 Json: TypeAlias = Mapping[str, object]
 

@@ -187,6 +187,11 @@ class Finish:
     matched_stop: str | int | None = None
     """The stop string or stop token id that matched."""
 
+    @property
+    def is_nothing(self) -> bool:
+        """The model ended its output with its first token."""
+        return self.reason is FinishReason.EOS and self.usage.completion_tokens == 1
+
 
 @dataclass(frozen=True, slots=True)
 class Delta:

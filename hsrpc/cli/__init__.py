@@ -1,1 +1,1 @@
-"""The command line: `hsrpc serve | generate | plan | convert | info`."""
+"""The command line: `hsrpc serve | generate | chat | plan | convert | info | bench | top`."""

@@ -1,4 +1,4 @@
-"""`make demo`: a server whose device budget is smaller than its model, three prompts streamed from it at once.
+"""`make demo`: a server whose device budget is smaller than its model, three prompts streamed from it at once, a talk.
 
 Run it with `python -m hsrpc.cli.demo`.
 """
@@ -21,10 +21,12 @@ from rich.text import Text
 from hsrpc.cli.terminal import print_any_text
 from hsrpc.client import AsyncClient
 from hsrpc.config import format_bytes
+from hsrpc.prompt import Chat, Message
 from hsrpc.request import Finish
 from hsrpc.v1.server_pb2 import BLOCK_KIND_ACTIVATION, BLOCK_KIND_KV, GetServerInfoResponse
 
 PROMPTS = ("Once upon a time", "The little robot", "One rainy morning")
+QUESTIONS = ("Tell me a story about a fox.", "What was the fox called?")
 SERVER_FLAGS = (
     "--device=cpu",
     "--gpu-memory=13MiB",
@@ -118,6 +120,20 @@ def summary(stories: list[Story], weights: int, info: GetServerInfoResponse) -> 
     return table
 
 
+async def talk(client: AsyncClient, console: Console) -> None:
+    """Ask the questions in turn, each with all that was said before it."""
+    turns: list[Message] = []
+    for question in QUESTIONS:
+        console.print(Text.assemble(("> ", "bold"), (question, "bold")))
+        turns.append(Message("user", question))
+        answer = ""
+        async for delta in client.generate(Chat(turns), temperature=0.0):
+            answer += delta.text
+            console.out(delta.text, end="", highlight=False)
+        console.line()
+        turns.append(Message("assistant", answer))
+
+
 async def demo() -> None:
     """Start, stream, report, stop."""
     console = Console()
@@ -130,7 +146,9 @@ async def demo() -> None:
             await asyncio.gather(*(stream(client, story, live, stories) for story in stories))
         console.line()
         console.print(summary(stories, model.sizes.model_bytes, await client.get_server_info()))
-    console.print("server stopped")
+        console.print("\nand a conversation:")
+        await talk(client, console)
+    console.print("server stopped; talk with the model yourself: .venv/bin/hsrpc chat", highlight=False)
 
 
 if __name__ == "__main__":

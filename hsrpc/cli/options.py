@@ -24,9 +24,11 @@ from hsrpc.config import (
     Seconds,
     WeightCoding,
 )
+from hsrpc.request import SamplingParams
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
+_SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "stop", "ignore_eos")
 
 ABSENT: object = object()
 """The value of an option that no flag gave."""
@@ -104,6 +106,35 @@ def add_command(commands: Commands, name: str, summary: str, examples: str) -> P
     )
     parser.set_defaults(parser=parser)
     return parser
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `SamplingParams` that commands have."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the model's own)")
+    group.add_argument("--top-p", type=float, metavar="X", help="default: the model's own")
+    group.add_argument("--top-k", type=int, metavar="N", help="0 is all tokens (default: the model's own)")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="default: to the end of the context")
+    group.add_argument(
+        "--stop",
+        action="append",
+        type=unescaped,
+        default=[],
+        metavar="TEXT",
+        help=r"end before this; \n is a newline, and \t, \r, \\, \xNN and \uNNNN are as in Python; may be repeated",
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-text token")
+
+
+def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that these flags give.
+
+    Raises:
+        InvalidRequestError: a setting is wrong.
+    """
+    given = {name: getattr(options, name) for name in _SAMPLING if getattr(options, name) is not None}
+    SamplingParams(**given)
+    return given
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:

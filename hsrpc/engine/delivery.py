@@ -14,6 +14,7 @@ from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.tasks.text import Transcript, next_deltas
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.errors import HsrpcError, NotFiniteError, RequestFailedError
+from hsrpc.prompt import CHAT_HINT
 from hsrpc.request import Delta, Finish, FinishReason, SamplingParams
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Output, Scheduler
@@ -134,13 +135,9 @@ class Delivery:
 
     def _hint(self, transcript: Transcript, finish: Finish) -> None:
         """Tell the log once what may be wrong where text is answered with nothing."""
-        is_nothing = finish.reason is FinishReason.EOS and finish.usage.completion_tokens == 1
-        if is_nothing and transcript.is_text and self._tokenizer.has_chat_template and not self._has_hinted:
+        if finish.is_nothing and transcript.is_text and self._tokenizer.has_chat_template and not self._has_hinted:
             self._has_hinted = True
-            _log.warning(
-                "the model answered text with nothing; it has a chat template, so send it a conversation: "
-                "`chat` in place of `text`, hsrpc.Chat in Python"
-            )
+            _log.warning(CHAT_HINT)
 
     def _close(self, transcript: Transcript, reason: FinishReason = FinishReason.ABORTED) -> None:
         del self.live[transcript.request.request_id]

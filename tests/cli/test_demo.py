@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from hsrpc.cli.demo import PROMPTS
+from hsrpc.cli.demo import PROMPTS, QUESTIONS
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,14 @@ def test_the_table_shows_that_it_streamed(output):
     assert 200 < int(rows["tokens generated"]) <= 3 * 220
 
 
+def test_a_conversation_ends_it(output):
+    """The second answer has the name that the first one told."""
+    first, second = (f"> {question}\n" for question in QUESTIONS)
+    story, _, rest = output.partition(first)[2].partition(second)
+    name = " ".join(story.split()).partition(" fox named ")[2].split()[0]
+    assert name in rest.splitlines()[0]
+
+
 def test_the_server_is_stopped(output):
-    """The last line says that nothing is left running."""
-    assert output.rstrip().endswith("server stopped")
+    """The last line says that nothing is left running, and how to go on."""
+    assert output.splitlines()[-1] == "server stopped; talk with the model yourself: .venv/bin/hsrpc chat"

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
 
 from hsrpc.cli.main import build_parser
+from hsrpc.cli.source import Remote
 from hsrpc.config import BUNDLED_MODEL
+from hsrpc.prompt import Chat, Message
+from hsrpc.request import Delta, Finish, FinishReason, Timings, Usage
 from tests.cli.conftest import SMALL
 
 PROMPT = "The little robot"
@@ -132,6 +139,89 @@ def test_a_seed_repeats_what_is_drawn(hsrpc):
     """With --seed, two runs with a temperature print the same; another seed prints something else."""
     drawn = {hsrpc("generate", *SMALL, "--max-tokens=24", "--seed", seed, PROMPT).out for seed in ("1", "1", "2")}
     assert len(drawn) == 2
+
+
+@pytest.mark.parametrize("arguments", [("--temperature=0",), ("--seed=1",)], ids=" ".join)
+def test_a_server_says_the_same(hsrpc, address, arguments):
+    """With --target the text of a server is streamed: the embedded engine's, token by token, drawn ones too."""
+    request = ("generate", *arguments, "--max-tokens=24", PROMPT)
+    ran = hsrpc(*request, "--target", address)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == hsrpc(*request, *SMALL).out
+
+
+def test_json_of_a_server_is_that_of_an_engine(hsrpc, address):
+    """The same object, less the size of blocks, which a server does not tell; its counters are all requests'."""
+    ran = hsrpc("generate", "--temperature=0", "--max-tokens=24", PROMPT, "--target", address, "--json")
+    found, embedded = json.loads(ran.out), generated(hsrpc, PROMPT)
+    for name in ("token_ids", "text", "finish_reason", "matched_stop", "usage"):
+        assert found[name] == embedded[name]
+    assert found.keys() == embedded.keys()
+    assert found["cache"].keys() == embedded["cache"].keys() - {"block_size"}
+    assert found["cache"]["peak_blocks"].keys() == embedded["cache"]["peak_blocks"].keys()
+    assert found["cache"]["weights_streamed_bytes"] > 0
+
+
+def test_a_server_refuses_as_an_engine_does(hsrpc, address):
+    """One line that names the field."""
+    ran = hsrpc("generate", "--target", address, "x " * 400)
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("hsrpc: error: text: 801 prompt tokens; at most 383 fit")
+
+
+def test_settings_of_an_engine_are_not_for_a_server(hsrpc):
+    """They are refused, before anything is asked of the server."""
+    ran = hsrpc("generate", "--target", "127.0.0.1:1", "--gpu-memory", "1GiB", "hi")
+    problem = "has no meaning with --target 127.0.0.1:1; give it to the server, or leave it out"
+    assert (ran.code, ran.err) == (1, f"hsrpc: error: gpu_memory='1GiB': {problem}\n")
+
+
+def test_a_token_is_not_for_an_engine(hsrpc):
+    """It is refused, so that nobody takes the engine for the server."""
+    ran = hsrpc("generate", "--token-file", "token", "hi")
+    problem = "has no meaning without a server; give --target HOST:PORT too"
+    assert (ran.code, ran.err) == (1, f"hsrpc: error: token_file='token': {problem}\n")
+
+
+def test_a_server_needs_no_engine_here():
+    """With --target the command loads neither torch nor uvloop."""
+    code = """
+import sys
+from hsrpc.cli.main import main
+assert main(["generate", "--target", "127.0.0.1:1", "hi"]) == 1
+sys.exit(" ".join(name for name in ("torch", "numpy", "uvloop") if name in sys.modules) or 0)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.startswith("hsrpc: error: UNAVAILABLE: ")
+
+
+class SilentClient:
+    """Answers with nothing."""
+
+    def __init__(self, has_chat_template: bool) -> None:
+        self._model = SimpleNamespace(name="mute", has_chat_template=has_chat_template)
+
+    async def get_model(self) -> SimpleNamespace:
+        return self._model
+
+    @asynccontextmanager
+    async def generate(self, *_: object, **__: object):
+        async def deltas():
+            yield Delta(finish=Finish(FinishReason.EOS, Usage(3, 1), Timings(0, 0, 0, 0)))
+
+        yield deltas()
+
+
+@pytest.mark.parametrize(
+    ("has_chat_template", "prompt", "is_told"),
+    [(True, "hi", True), (False, "hi", False), (True, [5], False), (True, Chat([Message("user", "hi")]), False)],
+)
+async def test_a_model_that_answers_text_with_nothing_wants_a_chat(caplog, has_chat_template, prompt, is_told):
+    """A server's model gets the hint that an embedded one gets."""
+    deltas = [delta async for delta in Remote(SilentClient(has_chat_template), None).generate(prompt, {})]
+    assert len(deltas) == 1
+    assert ("hsrpc chat" in caplog.text) == is_told
 
 
 @pytest.mark.parametrize(
