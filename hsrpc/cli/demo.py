@@ -54,7 +54,7 @@ class Story:
 async def running_server() -> AsyncIterator[AsyncClient]:
     """A client of a server on a free port that is ready; both are stopped at the end."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "hsrpc.cli.main", "serve", "--port=0", *SERVER_FLAGS, stdout=PIPE
+        sys.executable, "-m", "hsrpc.cli.main", "serve", "--port=0", "--log-level=warning", *SERVER_FLAGS, stdout=PIPE
     )
     try:
         async with AsyncClient(await asyncio.wait_for(_address(process), _START_SECONDS)) as client:

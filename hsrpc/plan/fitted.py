@@ -7,7 +7,6 @@ file in benchmarks/results.
 |---|---|---|---|
 | WAITING | 8 | 10 | "The planner's choice"; planner/sweep-partly.json |
 | PROMPT_RATE_SHARE | 0.9 of the GEMM rate | 0.93, 8,360 tokens | "Recomputing requests"; recompute/opt-13b.json |
-| SMALL_KERNELS | 6 kernels a layer | 4.6, 2.3 and -1.5: see below | "A model that is all on the device" |
 | DECODE_RATE_SHARE | 0.3 of the memory bandwidth | 0.33 (float16), 0.45 (bfloat16) | "Coded weights" |
 | LAUNCHES | 30 kernels a layer of a mini-batch | 0.3 ms where a kernel takes 10 us | "Prompts" |
 | PROMPT_LAUNCHES | 90 kernels a layer of a mini-batch | 1.1 ms, a part of it once a step | "Prompts" |
@@ -24,9 +23,6 @@ WAITING = 8
 exponent, by 1 % where one takes three quarters of the other's time."""
 PROMPT_RATE_SHARE = 0.9
 """Part of the GEMM rate at which whole layers of many tokens are computed, all their kernels included."""
-SMALL_KERNELS = 6
-"""Kernels of a layer beside what reads weights and cache, each counted as a norm: norms, rotation, sums and copies take
-4.6, attention's beginning and merging 2.3; of a layer's GEMMs 1.5 are counted too much."""
 DECODE_RATE_SHARE = 0.3
 """Part of the device's memory bandwidth at which coded weights are read, and decoded ones written."""
 LAUNCHES, PROMPT_LAUNCHES = 30, 90

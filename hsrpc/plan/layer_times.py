@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsrpc.plan.fitted import SMALL_KERNELS
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import REGENERATE_ROWS
 from hsrpc.plan.sizes import LayerSizes, ModelSizes, Number
@@ -40,7 +39,8 @@ class LayerTimes:
             compute = groups * hardware.gemm_overhead + layer.flop(queries) / hardware.gemm_rate
             return np.maximum(compute, groups * layer.read_bytes(queries / groups) / hardware.weight_bandwidth)
 
-        return self.sizes.mean(products) + groups * (SMALL_KERNELS * hardware.small_kernel_time)
+        kernels = self.sizes.mean(lambda layer: layer.small_kernels)
+        return self.sizes.mean(products) + groups * (kernels * hardware.small_kernel_time)
 
     def regenerate(self, tokens: Number) -> Number:
         """The GEMMs alone."""

@@ -111,6 +111,8 @@ class LayerSizes:
     """Row of a token in an activation block: what K and V are rebuilt from."""
     compute_bytes: int
     """Bytes of an element of hidden states and whatever else is computed."""
+    small_kernels: int = 4
+    """Kernels beside GEMMs and attention, each counted as a norm: two norms, and shorter sums and copies."""
     sliding_window: int | None = None
     """A token sees itself and the `sliding_window - 1` tokens before it; None: all."""
 

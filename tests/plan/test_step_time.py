@@ -123,7 +123,7 @@ def test_attention_reads_slowly() -> None:
 
 
 def test_small_kernels_take_time() -> None:
-    """`small_kernel_time`: four of them in each layer, whatever the mini-batches, which go through a layer together."""
+    """`small_kernel_time`: four of them in each of these layers; mini-batches go through a layer together."""
     before, after = (predict(STREAMED, small_kernel_time=seconds) for seconds in (0.0, 1e-5))
     assert after.forward - before.forward == pytest.approx(LAYERS * 4 * 1e-5)
 

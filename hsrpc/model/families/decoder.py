@@ -31,6 +31,9 @@ OUT = Affine.named("out")
 GATE_UP = Affine.named("gate_up")
 DOWN = Affine.named("down")
 HEAD = Affine.named("head")
+_SMALL_KERNELS = 6
+"""Profiled with Qwen3-8B and Llama-3-8B at a batch of 32, in times of a norm: norms, rotation, gate, sums and copies
+take 4.6, attention 2.3 more than its bytes do, and a layer's GEMMs 1.5 less than they are counted."""
 
 
 class Decoder(Family):
@@ -130,7 +133,8 @@ class Decoder(Family):
     def layer_sizes(self, layer: int) -> LayerSizes:
         window = self.settings.windows[layer]
         hides = window is not None and window < self.sizes.context_length
-        return replace(super().layer_sizes(layer), sliding_window=window if hides else None)
+        sizes = replace(super().layer_sizes(layer), small_kernels=_SMALL_KERNELS)
+        return replace(sizes, sliding_window=window if hides else None)
 
     def fixed_tensors(self) -> tuple[TensorSpec, ...]:
         vocab, size, names = self.sizes.vocab_size, self.sizes.hidden_size, self._names
