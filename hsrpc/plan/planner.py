@@ -184,7 +184,7 @@ class Planner:
             format_bytes(self.budgets.host),
             f"too small: weights take {format_bytes(self._choices.on_host[0])} less what stays on the device, "
             f"one request at full length {format_bytes(cache)}, the smallest plan {format_bytes(host)}",
-            "raise it to that, or raise gpu_memory, or lower max_model_len or max_batch",
+            "raise it to that, or raise gpu_memory, or lower max_model_len",
         )
 
     def _smallest(self, budgets: Callable[[int], Budgets], given: int) -> int:
