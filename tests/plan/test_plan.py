@@ -513,7 +513,7 @@ def test_max_step_time_lowers_a_given_max_batch():
     ("budgets", "field", "remedy"),
     [
         ({"device": 10 * MIB}, "gpu_memory", "raise it to that, or lower max_model_len or max_prefill_tokens"),
-        ({"host": 10 * MIB}, "host_memory", "raise it to that, or raise gpu_memory, or lower max_model_len or"),
+        ({"host": 10 * MIB}, "host_memory", "raise it to that, or raise gpu_memory, or lower max_model_len"),
     ],
 )
 def test_too_little_memory_is_explained(budgets: dict[str, int], field: str, remedy: str):
