@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from hsrpc.errors import GaveWayError, HsrpcError, QueueFullError, WaitTooLongError
 from hsrpc.request import SamplingParams
-from hsrpc.schedule.places import Shares, Waiter
+from hsrpc.schedule.queue_places import Shares, Waiter
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Scheduler
 

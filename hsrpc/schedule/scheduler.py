@@ -24,7 +24,7 @@ from hsrpc.schedule.fair_queue import FairQueue
 from hsrpc.schedule.finish import finish_reason, goes_on
 from hsrpc.schedule.mini_batches import form_mini_batches
 from hsrpc.schedule.packing import in_order
-from hsrpc.schedule.places import Places
+from hsrpc.schedule.queue_places import QueuePlaces
 from hsrpc.schedule.queue_rate import QueueRate
 from hsrpc.schedule.recompute import NO_RECOMPUTE, RecomputeLimits, RecomputePolicy
 from hsrpc.schedule.request_state import Request
@@ -94,7 +94,7 @@ class Scheduler:
         self._live: dict[str, Request] = {}
         self._running: list[Request] = []
         self._queue = FairQueue()
-        self.places = Places()
+        self.places = QueuePlaces()
         """Of those that wait and were never admitted; and of others that hold one before they are added."""
         self._queue_rate = QueueRate()
         self._preempted: list[tuple[tuple[float, int], Request]] = []

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import pytest
 import tokenizers
+from sentencepiece import SentencePieceTrainer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from hsrpc.engine.tokenizer import Tokenizer
@@ -225,10 +226,11 @@ def test_package_that_reads_a_vocabulary_is_named(tmp_path, monkeypatch, content
 
 async def test_sentencepiece_vocabulary_alone_is_read(tmp_path):
     """A model without tokenizer.json, as Llama 2 was first published."""
-    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
     with (tmp_path / "tokenizer.model").open("wb") as file:
         lines = ["the cat sat on the mat", "hello world"] * 20
-        trainer.train(sentence_iterator=iter(lines), model_writer=file, vocab_size=40, model_type="bpe", minloglevel=2)
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, vocab_size=40, model_type="bpe", minloglevel=2
+        )
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     made = Tokenizer(tmp_path)
     assert await made.decode(await made.encode("the cat")) == "the cat"

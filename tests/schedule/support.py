@@ -15,6 +15,17 @@ from hsrpc.schedule.sweep import NOTHING_CARRIED, LayerPlacement
 LAYERS = (LayerPlacement(), LayerPlacement(bus_bytes=1000))
 
 
+class Counting(Request):
+    """A request that counts how often any of its attributes is read."""
+
+    __slots__ = ()
+    reads = 0
+
+    def __getattribute__(self, name: str) -> object:
+        Counting.reads += 1
+        return super().__getattribute__(name)
+
+
 def assemble(scheduled: Scheduled, limits: SchedulerLimits) -> Step:
     """The step of a model of two layers, one of them streamed."""
     assembler = Assembler(

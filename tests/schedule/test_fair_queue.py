@@ -10,6 +10,7 @@ from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.schedule.fair_queue import AGING, FairQueue, patience
 from hsrpc.schedule.queue_rate import QueueRate
 from hsrpc.schedule.request_state import Request
+from tests.schedule.support import Counting
 
 
 class Trace:
@@ -249,17 +250,6 @@ def test_within_a_line_waiting_makes_up_for_priority():
     trace.now = AGING * 2
     late = trace.add("a")
     assert [trace.admit() for _ in range(3)] == [urgent, early, late]
-
-
-class Counting(Request):
-    """A request that counts how often any of its attributes is read."""
-
-    __slots__ = ()
-    reads = 0
-
-    def __getattribute__(self, name: str) -> object:
-        Counting.reads += 1
-        return super().__getattribute__(name)
 
 
 @pytest.mark.parametrize("num_clients", [1, 100, 10_000])

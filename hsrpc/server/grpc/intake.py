@@ -20,7 +20,7 @@ from hsrpc.server.errors import (
     StalledClientError,
 )
 from hsrpc.server.grpc.observation import RpcMethod, observed_call
-from hsrpc.server.grpc.places import Places
+from hsrpc.server.grpc.reading_places import ReadingPlaces
 from hsrpc.server.grpc.resets import ResetLimit
 from hsrpc.server.grpc.sending import Sender
 from hsrpc.server.grpc.status import StatusBoundary
@@ -48,7 +48,7 @@ class Intake(grpc.aio.ServerInterceptor):
         """`request_timeout`: seconds for each request. `count` is told of calls that end without one."""
         self._timeout = request_timeout
         self._sender = sender
-        self._places = Places()
+        self._places = ReadingPlaces()
         self._resets = resets
         self._observers = [FailureCounter(count)] if count else []
 

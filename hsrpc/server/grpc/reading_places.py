@@ -77,7 +77,7 @@ class _Room:
             self._timer = loop.call_later(self._patience / 4, self._push_out)
 
 
-class Places:
+class ReadingPlaces:
     """A request that is read has a place of its connection's, and then one of all.
 
     Those that wait for one hold little: grpc takes no more of a message than it reads ahead, until somebody reads it.

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from hsrpc.request import SamplingParams
 from hsrpc.schedule.fair_queue import aged
-from hsrpc.schedule.places import Places
+from hsrpc.schedule.queue_places import QueuePlaces
 from hsrpc.schedule.request_state import Request
+from tests.schedule.support import Counting
 
 LINES = [(client, user) for client in "abc" for user in "xy"]
 
@@ -57,7 +58,7 @@ OPERATIONS = st.lists(
 @settings(max_examples=150)
 def test_the_longest_line_gives_way(operations: list[tuple]):
     """Whatever was held and released: the last of the longest client's longest line, or of its own client's."""
-    places, held = Places(), []
+    places, held = QueuePlaces(), []
     for number, (name, *values) in enumerate(operations):
         if name == "hold":
             held.append(request(number, *values[0], *values[1:]))
@@ -77,7 +78,7 @@ def test_the_longest_line_gives_way(operations: list[tuple]):
 
 def test_what_was_released_does_not_pile_up():
     """Ten thousand that come and go beside one that stays leave nothing behind."""
-    places = Places()
+    places = QueuePlaces()
     places.hold(request(0, "a", "x"))
     for number in range(1, 10_000):
         waiter = request(number, "a", "x" if number % 2 else str(number))
@@ -90,21 +91,10 @@ def test_what_was_released_does_not_pile_up():
     assert len(places.requests._users) == 1
 
 
-class Counting(Request):
-    """A request that counts how often any of its attributes is read."""
-
-    __slots__ = ()
-    reads = 0
-
-    def __getattribute__(self, name: str) -> object:
-        Counting.reads += 1
-        return super().__getattribute__(name)
-
-
 @pytest.mark.parametrize("num_clients", [1, 100, 5_000])
 def test_giving_way_costs_the_same_however_many_wait(num_clients: int):
     """With 10,000 places of any number of clients, one gives way without a look at the others."""
-    places = Places()
+    places = QueuePlaces()
     for i in range(10_000):
         places.hold(Counting(str(i), [1], SamplingParams(), i, 0.0, client=str(i % num_clients)))
     Counting.reads = 0

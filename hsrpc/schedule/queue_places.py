@@ -119,7 +119,7 @@ class _Line:
         return self._heap[0][1]
 
 
-class Places:
+class QueuePlaces:
     """The places of a queue that are held; how many there are is the caller's business."""
 
     def __init__(self) -> None:

@@ -9,8 +9,8 @@ import grpc
 import pytest
 
 from hsrpc.server.errors import CrowdedError
-from hsrpc.server.grpc import places
-from hsrpc.server.grpc.places import MAX_READ_OF_CONNECTION, Places
+from hsrpc.server.grpc import reading_places
+from hsrpc.server.grpc.reading_places import MAX_READ_OF_CONNECTION, ReadingPlaces
 from hsrpc.testing.raw_http2 import DATA, END_STREAM, connected, frame, message
 from hsrpc.v1 import model_pb2, model_pb2_grpc
 from tests.server.grpc.half_messages import HalfMessages
@@ -39,8 +39,8 @@ async def test_half_messages_of_a_connection_are_bounded(engine, method):
 
 async def test_half_messages_of_all_connections_are_bounded(engine, monkeypatch):
     """Where all places are taken for long, the oldest gives its to another connection."""
-    monkeypatch.setattr(places, "MAX_READ", 2 * MAX_READ_OF_CONNECTION)
-    monkeypatch.setattr(places, "PATIENCE", 0.2)
+    monkeypatch.setattr(reading_places, "MAX_READ", 2 * MAX_READ_OF_CONNECTION)
+    monkeypatch.setattr(reading_places, "PATIENCE", 0.2)
     async with serving(engine) as server, AsyncExitStack() as stack:
         halves = [
             HalfMessages(await stack.enter_async_context(connected(server.port)), MIB, MIB // 2) for _ in range(4)
@@ -54,7 +54,7 @@ async def test_half_messages_of_all_connections_are_bounded(engine, monkeypatch)
 
 async def test_a_half_message_gives_way_to_another_of_its_connection(engine, monkeypatch):
     """The oldest ends with a status that says so; the one that came after it is answered."""
-    monkeypatch.setattr(places, "PATIENCE_OF_CONNECTION", 0.2)
+    monkeypatch.setattr(reading_places, "PATIENCE_OF_CONNECTION", 0.2)
     async with serving(engine) as server, connected(server.port) as client:
         halves = [client.call(GENERATE, message(b"half of it")[:-5]) for _ in range(MAX_READ_OF_CONNECTION)]
         last = client.call(GET_MODEL, message(b""))
@@ -78,8 +78,8 @@ async def test_a_half_message_of_a_stranger_is_refused_unread(engine, tmp_path):
 
 async def test_those_that_wait_are_bounded(monkeypatch):
     """One connection may have half of them; the more have many, the fewer each may have, and one without always may."""
-    monkeypatch.setattr(places, "MAX_WAITING", 60)
-    rooms = Places()
+    monkeypatch.setattr(reading_places, "MAX_WAITING", 60)
+    rooms = ReadingPlaces()
 
     def begin(connection: str, requests: int) -> list[asyncio.Task[None]]:
         async def wait() -> None:
