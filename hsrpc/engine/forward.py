@@ -16,7 +16,7 @@ from hsrpc.engine.tasks.cache import Buffers, CacheManager, DeviceRows, Gathers,
 from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.weights import OpenedLayer
 from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
-from hsrpc.model.family import Family, Weights
+from hsrpc.model.family import Family, Projection, Weights
 from hsrpc.model.rope import Rotation
 from hsrpc.plan.plan import REGENERATE_ROWS
 from hsrpc.plan.sizes import ModelSizes
@@ -28,14 +28,13 @@ from hsrpc.schedule.sweep import Op, OpKind
 class Projected(NamedTuple):
     """What a group needs of a layer between its projections and its MLP."""
 
-    x: torch.Tensor
-    """[n, h] input of the projections."""
-    queries: torch.Tensor
-    """[n, q]"""
-    kv: torch.Tensor
-    """[n, 2*kv]"""
+    projection: Projection
     attended: torch.Tensor
     """[n, q] as far as its mini-batches are computed."""
+
+    def select(self, rows: slice) -> Projected:
+        """That of some rows."""
+        return Projected(Projection(*(part[rows] for part in self.projection)), self.attended[rows])
 
 
 @dataclass(slots=True)
@@ -148,15 +147,15 @@ class Forward:
                 self._decode(self._prefetcher.open(op.layer, op.slot))
             case OpKind.PROJECT:
                 step.weights = self._prefetcher.open(op.layer, op.slot)
-                self._project(step.w, step.batches[op.batch])
+                self._project(step.w, op.layer, step.batches[op.batch])
             case OpKind.PLACE:
                 self._place(op, step, step.batches[op.batch])
             case OpKind.REBUILD:
-                self._rebuild(step.w, self._cache.buffers[op.slot], step.batches[op.batch])
+                self._rebuild(step.w, op.layer, self._cache.buffers[op.slot], step.batches[op.batch])
             case OpKind.ATTEND:
                 self._attend(op, step, step.batches[op.batch])
             case OpKind.FINISH:
-                self._finish(step, step.batches[op.batch])
+                self._finish(step, op.layer, step.batches[op.batch])
             case OpKind.STORE:
                 self._store(Tier.HOST, op, step)
             case OpKind.HEAD:
@@ -199,46 +198,48 @@ class Forward:
         for decoding in weights.decodings:
             decoding.run()
 
-    def _project(self, w: Weights, batch: DeviceBatch) -> None:
+    def _project(self, w: Weights, layer: int, batch: DeviceBatch) -> None:
         """Project for a whole group, of which this is the first mini-batch."""
         group = batch.group
-        x = self._family.attention_input(w, group.hidden)
-        queries, kv = self._family.queries_keys_values(w, x, group.rotation)
-        attended = torch.empty_like(queries, memory_format=torch.contiguous_format)
-        group.projected = Projected(x, queries, kv, attended)
+        projection = self._family.project(w, layer, group.hidden, group.rotation)
+        attended = torch.empty_like(projection.queries, memory_format=torch.contiguous_format)
+        group.projected = Projected(projection, attended)
 
     def _place(self, op: Op, step: Pass, batch: DeviceBatch) -> None:
         """Fill the buffer with what is on the device already, and store new rows there."""
         buffers, projected = self._cache.buffers[op.slot], batch.group.projected
         assert projected is not None  # PROJECT comes first
         is_whole = batch.is_first and batch.is_last
-        step.projected = projected if is_whole else Projected(*(part[batch.rows] for part in projected))
+        step.projected = projected if is_whole else projected.select(batch.rows)
         self._cache.gather(buffers, batch.gathers, op.layer)
-        self._device.copy_rows(buffers.kv, batch.new_rows.target, step.projected.kv, batch.new_rows.source)
+        kv = step.projected.projection.kv
+        self._device.copy_rows(buffers.kv, batch.new_rows.target, kv, batch.new_rows.source)
         self._store(Tier.DEVICE, op, step)
 
     def _store(self, tier: Tier, op: Op, step: Pass) -> None:
         assert step.projected is not None  # PLACE comes first
-        self._cache.store(tier, op.layer, step.batches[op.batch].stores, step.projected.kv, step.projected.x)
+        new = step.projected.projection
+        self._cache.store(tier, op.layer, step.batches[op.batch].stores, new.kv, new.activation)
 
     def _attend(self, op: Op, step: Pass, batch: DeviceBatch) -> None:
         """Fill the mini-batch's rows of what is attended to."""
         assert step.projected is not None  # PLACE comes first
-        (_, queries, _, out), kv, first = step.projected, self._cache.buffers[op.slot].kv, batch.num_in_place
+        queries, out = step.projected.projection.queries, step.projected.attended
+        kv, first = self._cache.buffers[op.slot].kv, batch.num_in_place
         if batch.in_place is not None:
             pool = self._cache.device_kv(op.layer)
             self._attention.in_place(queries[:first], pool, kv, batch.in_place, out[:first])
         if batch.packed is not None:
             out[first:] = self._attention.packed(queries[first:], kv, batch.packed, self._windows[op.layer])
 
-    def _finish(self, step: Pass, batch: DeviceBatch) -> None:
+    def _finish(self, step: Pass, layer: int, batch: DeviceBatch) -> None:
         """Finish the layer for a whole group, of which this is the last mini-batch."""
         group = batch.group
         assert group.projected is not None  # PROJECT comes first
-        group.hidden = self._family.finish_layer(step.w, group.hidden, group.projected.attended)
+        group.hidden = self._family.finish_layer(step.w, layer, group.hidden, group.projected.attended)
         group.projected = step.projected = None  # one group at a time has room for it
 
-    def _rebuild(self, w: Weights, buffers: Buffers, batch: DeviceBatch) -> None:
+    def _rebuild(self, w: Weights, layer: int, buffers: Buffers, batch: DeviceBatch) -> None:
         """Rebuild K and V of the cached activations where attention reads them; rows of chunks are copied there."""
         total, in_front, kv = len(batch.activation_rows), batch.num_rebuilt, buffers.kv
         self.regenerated_tokens += total
@@ -247,7 +248,7 @@ class Forward:
             rows = slice(start, end)
             out = kv[rows] if start < in_front else torch.empty_like(kv[rows])
             rotation = self._family.rotation(batch.activation_positions[rows])
-            self._family.keys_values(w, buffers.activations[rows], rotation, out)
+            self._family.keys_values(w, layer, buffers.activations[rows], rotation, out)
             if start >= in_front:
                 kv.index_copy_(0, batch.activation_rows[rows], out)
 

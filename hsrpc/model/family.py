@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 
@@ -20,6 +20,17 @@ from hsrpc.plan.sizes import LayerSizes, ModelSizes
 
 Weights: TypeAlias = Mapping[str, torch.Tensor]
 """Packed tensor names to tensors, of one layer or of the fixed part."""
+
+
+class Projection(NamedTuple):
+    """What a layer makes of its input before attention."""
+
+    activation: torch.Tensor
+    """[n, a] what an activation block stores: keys and values are rebuilt from it."""
+    queries: torch.Tensor
+    """[n, q], unscaled."""
+    kv: torch.Tensor
+    """[n, 2*kv] as [K|V]. Queries and these may be views of one tensor: rows are strided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,22 +130,17 @@ class Family(ABC):
         return Rotation(positions, None, None)
 
     @abstractmethod
-    def attention_input(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        """Input of the Q, K and V projections [n, h]: what an activation block stores."""
+    def project(self, w: Weights, layer: int, hidden: torch.Tensor, rotation: Rotation) -> Projection:
+        """What attention takes of the layer's input `hidden` [n, h]."""
 
     @abstractmethod
-    def queries_keys_values(self, w: Weights, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [n, q], unscaled, and keys and values [n, 2*kv] as [K|V], for the attention input `x` [n, h].
-
-        Both are views of one [n, q + 2*kv] tensor: rows are strided.
-        """
-
-    @abstractmethod
-    def keys_values(self, w: Weights, x: torch.Tensor, rotation: Rotation, out: torch.Tensor) -> None:
-        """[K|V] rebuilt from the stored attention input `x` [n, h] by one GEMM, into `out` [n, 2*kv], contiguous."""
+    def keys_values(
+        self, w: Weights, layer: int, activation: torch.Tensor, rotation: Rotation, out: torch.Tensor
+    ) -> None:
+        """[K|V] rebuilt from stored activations [n, a] by one GEMM, into `out` [n, 2*kv], contiguous."""
 
     @abstractmethod
-    def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def finish_layer(self, w: Weights, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Output of the layer [n, h], from its input `hidden` [n, h] and the attention's output [n, q]."""
 
     @abstractmethod

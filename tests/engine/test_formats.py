@@ -194,10 +194,9 @@ def continued(family: Family, prompt: list[int]) -> list[int]:
         positions = torch.arange(len(tokens))
         hidden = family.embed(fixed, torch.tensor(tokens), positions)
         for layer, w in enumerate(layers):
-            x = family.attention_input(w, hidden)
-            q, kv = family.queries_keys_values(w, x, family.rotation(positions))
+            _, q, kv = family.project(w, layer, hidden, family.rotation(positions))
             attended = attend(family, q, kv, WINDOW if layer in (1, 4) else None)
-            hidden = family.finish_layer(w, hidden, attended)
+            hidden = family.finish_layer(w, layer, hidden, attended)
         tokens.append(int(family.logits(fixed, hidden[-1:]).argmax()))
     return tokens[len(prompt) :]
 

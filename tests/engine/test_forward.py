@@ -13,6 +13,7 @@ import torch
 from hsrpc import Engine
 from hsrpc.engine.pace import Pace
 from hsrpc.model.families.opt import Opt
+from hsrpc.model.family import Projection
 from hsrpc.schedule import assemble
 from hsrpc.schedule.sweep import OpKind
 from tests.engine.reference import Reference
@@ -49,16 +50,16 @@ async def test_one_group_at_a_time_holds_its_projections(
 ) -> None:
     """The workspace has room for one: those of the group before are gone when the next is projected."""
     made, held, most = reference("opt"), [], 0
-    project = Opt.queries_keys_values
+    project = Opt.project
 
-    def watched(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def watched(*args: torch.Tensor) -> Projection:
         nonlocal most
         found = project(*args)
-        held.append(ref(found[1]))
+        held.append(ref(found.kv))
         most = max(most, sum(tensor() is not None for tensor in held))
         return found
 
-    monkeypatch.setattr(Opt, "queries_keys_values", watched)
+    monkeypatch.setattr(Opt, "project", watched)
     monkeypatch.setattr(assemble, "group_numbers", lambda queries, _: list(range(len(queries))))
     async with Engine(roomy(made, max_batch=3)) as engine:
         generations = [await engine.submit(prompt, greedy(40)) for prompt in made.prompts[:3]]

@@ -27,10 +27,10 @@ def read_all(source: WeightSource, tensors: tuple[TensorSpec, ...], dtype: torch
     return weights
 
 
-def rebuild(family: Family, w: Weights, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """[K|V] [n, 2*kv] of the attention input `x` [n, h]; every element is written."""
+def rebuild(family: Family, w: Weights, layer: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """[K|V] [n, 2*kv] of the activation `x` [n, a]; every element is written."""
     out = torch.full((len(x), 2 * family.kv_size), torch.nan, dtype=x.dtype)
-    family.keys_values(w, x, family.rotation(positions), out)
+    family.keys_values(w, layer, x, family.rotation(positions), out)
     return out
 
 
@@ -61,13 +61,12 @@ class PackedModel:
         family, lengths = self.family, [len(prompt) for prompt in prompts]
         positions = torch.cat([torch.arange(length) for length in lengths])
         hidden = family.embed(self.fixed, torch.tensor([token for prompt in prompts for token in prompt]), positions)
-        for w, sizes in zip(self.layers, family.sizes.layers, strict=True):
-            x = family.attention_input(w, hidden)
-            q, kv = family.queries_keys_values(w, x.clone(), family.rotation(positions))
-            torch.testing.assert_close(rebuild(family, w, x, positions), kv, atol=close, rtol=close)
+        for layer, (w, sizes) in enumerate(zip(self.layers, family.sizes.layers, strict=True)):
+            x, q, kv = family.project(w, layer, hidden, family.rotation(positions))
+            torch.testing.assert_close(rebuild(family, w, layer, x, positions), kv, atol=close, rtol=close)
             pieces = zip(q.split(lengths), kv.split(lengths), strict=True)
             attended = torch.cat([dense_attention(family, *piece, sizes.sliding_window) for piece in pieces])
-            hidden = family.finish_layer(w, hidden, attended)
+            hidden = family.finish_layer(w, layer, hidden, attended)
         return family.logits(self.fixed, hidden)
 
 

@@ -12,7 +12,7 @@ from hsrpc.model.bounds import MAX_CONTEXT, MAX_VOCAB_SIZE, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.settings import DecoderSettings, Names, QkNorm
-from hsrpc.model.family import Family, ModelSpec, Weights
+from hsrpc.model.family import Family, ModelSpec, Projection, Weights
 from hsrpc.model.layers import Affine, linear_tensors, project, project_rows
 from hsrpc.model.rope import HeadNorms, Rotary, Rotation
 from hsrpc.model.tensor import HeadsTogether, PairsApart, RowOrder, TensorSpec
@@ -151,10 +151,8 @@ class Decoder(Family):
     def rotation(self, positions: torch.Tensor) -> Rotation:
         return self._rotary.at(positions)
 
-    def attention_input(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        return self._normed(w, ATTENTION_NORM, hidden)
-
-    def queries_keys_values(self, w: Weights, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+    def project(self, w: Weights, layer: int, hidden: torch.Tensor, rotation: Rotation) -> Projection:
+        x = self._normed(w, ATTENTION_NORM, hidden)
         fused = project(w, QKV, x)
         queries, kv = fused[:, : self.q_size], fused[:, self.q_size :]
         self._norm_(w, Q_NORM, queries)
@@ -163,10 +161,12 @@ class Decoder(Family):
         self._rotary.turn_(fused[:, : self.q_size + self.kv_size], rotation, norms)
         if rotation.query_scale is not None:
             queries *= rotation.query_scale
-        return queries, kv
+        return Projection(x, queries, kv)
 
-    def keys_values(self, w: Weights, x: torch.Tensor, rotation: Rotation, out: torch.Tensor) -> None:
-        project_rows(w, QKV, x, self.q_size, out)
+    def keys_values(
+        self, w: Weights, layer: int, activation: torch.Tensor, rotation: Rotation, out: torch.Tensor
+    ) -> None:
+        project_rows(w, QKV, activation, self.q_size, out)
         keys = out[:, : self.kv_size]
         self._norm_(w, K_NORM, keys)
         self._rotary.turn_(keys, rotation, self._head_norms(w, 0))
@@ -185,7 +185,7 @@ class Decoder(Family):
             return None
         return HeadNorms(w[Q_NORM.weight], w[K_NORM.weight], num_queries, self.settings.norm.epsilon)
 
-    def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def finish_layer(self, w: Weights, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         added = self._normed(w, ATTENTION_OUT_NORM, project(w, OUT, attended))
         after = hidden + _scaled(added, self.settings.multipliers.residual)
         if self.settings.parallel:

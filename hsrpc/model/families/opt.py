@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from hsrpc.model.bounds import MAX_CONTEXT, MAX_VOCAB_SIZE, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
-from hsrpc.model.family import Family, ModelSpec, Weights
+from hsrpc.model.family import Family, ModelSpec, Projection, Weights
 from hsrpc.model.layers import Affine, layer_norm, linear_tensors, norm_tensors, project, project_relu, project_rows
 from hsrpc.model.rope import Rotation
 from hsrpc.model.tensor import TensorSpec
@@ -137,17 +137,17 @@ class Opt(Family):
             tokens = project(fixed, PROJECT_IN, tokens)
         return tokens + functional.embedding(positions + POSITION_OFFSET, fixed[POSITIONS])
 
-    def attention_input(self, w: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        return layer_norm(w, ATTENTION_NORM, hidden) if self.settings.pre_norm else hidden
-
-    def queries_keys_values(self, w: Weights, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+    def project(self, w: Weights, layer: int, hidden: torch.Tensor, rotation: Rotation) -> Projection:
+        x = layer_norm(w, ATTENTION_NORM, hidden) if self.settings.pre_norm else hidden
         fused = project(w, QKV, x)
-        return fused[:, : self.q_size], fused[:, self.q_size :]
+        return Projection(x, fused[:, : self.q_size], fused[:, self.q_size :])
 
-    def keys_values(self, w: Weights, x: torch.Tensor, rotation: Rotation, out: torch.Tensor) -> None:
-        project_rows(w, QKV, x, self.q_size, out)
+    def keys_values(
+        self, w: Weights, layer: int, activation: torch.Tensor, rotation: Rotation, out: torch.Tensor
+    ) -> None:
+        project_rows(w, QKV, activation, self.q_size, out)
 
-    def finish_layer(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def finish_layer(self, w: Weights, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         hidden = hidden + project(w, OUT, attended)
         if self.settings.pre_norm:
             return hidden + self._mlp(w, layer_norm(w, FFN_NORM, hidden))

@@ -191,7 +191,7 @@ def test_keys_depend_on_position_and_values_do_not(assert_same_logits):
     """Rotation turns K with the stored position and leaves V alone."""
     packed = assert_same_logits(make("llama", num_key_value_heads=4))
     x = torch.randn(1, 32)
-    first, later = (rebuild(packed.family, packed.layers[0], x, torch.tensor([p])) for p in (0, 9))
+    first, later = (rebuild(packed.family, packed.layers[0], 0, x, torch.tensor([p])) for p in (0, 9))
     assert not torch.allclose(first[:, :32], later[:, :32])
     assert torch.equal(first[:, 32:], later[:, 32:])
 

@@ -56,7 +56,8 @@ def test_activation_input_is_the_layer_input_after_post_norm(assert_same_logits)
     """A post-norm layer projects its input as it is: that is what an activation block stores."""
     packed = assert_same_logits(make_model(do_layer_norm_before=False))
     hidden = torch.randn(2, 24)
-    assert torch.equal(packed.family.attention_input(packed.layers[0], hidden), hidden)
+    rotation = packed.family.rotation(torch.arange(2))
+    assert torch.equal(packed.family.project(packed.layers[0], 0, hidden, rotation).activation, hidden)
 
 
 def test_key_and_value_rows_of_the_fused_weight_are_one_view(assert_same_logits):
@@ -66,7 +67,7 @@ def test_key_and_value_rows_of_the_fused_weight_are_one_view(assert_same_logits)
     tail = w["qkv_weight"][24:]
     assert tail.is_contiguous()
     expected = x @ tail.T + w["qkv_bias"][24:]
-    torch.testing.assert_close(rebuild(packed.family, w, x, torch.arange(4)), expected)
+    torch.testing.assert_close(rebuild(packed.family, w, 0, x, torch.arange(4)), expected)
 
 
 def test_logits_are_float32_for_half_precision_weights(assert_same_logits):
