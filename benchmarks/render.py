@@ -65,6 +65,9 @@ TABLES = {
         ("model, requests x tokens", "policy", *_STEP, "beside plain copies", "predicted", "tokens/s"),
         tables.policies,
     ),
+    "products": Table(
+        ("products/h200",), ("model", "rows", "time", "reading", "computing", "exponent"), tables.products
+    ),
     "coding": Table(
         _CODING, ("model", "weights", *_STEP, "beside plain copies", "predicted", "tokens/s"), tables.coding
     ),

@@ -19,6 +19,7 @@ NAMES = {
     "opt-13b": "OPT-13B",
     "opt-30b": "OPT-30B",
     "llama-2-13b": "Llama-2-13B",
+    "qwen3-8b": "Qwen3-8B",
 }
 OWN = "hsrpc"
 
@@ -45,6 +46,16 @@ def coding(records: Sequence[Record]) -> Iterator[Row]:
         model = f"{NAMES[run['model']]}, {run['batch']} requests"
         model, seen = ("" if model == seen else model), model
         yield (model, weights, *_step(run), copies, predicted, rate(run["decode_tokens_per_second"]))
+
+
+def products(records: Sequence[Record]) -> Iterator[Row]:
+    """A layer's products over rows."""
+    for model in (model for record in records for model in record.result):
+        name = NAMES[model["model"]]
+        for line in model["rows"]:
+            times = (f"{line[part] * 1e6:.0f} us" for part in ("seconds", "read", "compute"))
+            yield name, f"{line['rows']:,}", *times, f"{line['exponent']:.1f}" if line["exponent"] else ""
+            name = ""
 
 
 def recompute(records: Sequence[Record]) -> Iterator[Row]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from hsrpc.plan.fitted import PRODUCT_WAITING
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import REGENERATE_ROWS
 from hsrpc.plan.sizes import LayerSizes, ModelSizes, Number
@@ -22,6 +24,8 @@ class LayerTimes:
 
     sizes: ModelSizes
     hardware: Hardware
+    product_waiting: float = PRODUCT_WAITING
+    """How sharply products turn from reading weights to computing; infinite: the longer of both is all."""
 
     def load(self, size: Number) -> Number:
         """`size` bytes from the host."""
@@ -37,7 +41,8 @@ class LayerTimes:
 
         def products(layer: LayerSizes) -> Number:
             compute = groups * hardware.gemm_overhead + layer.flop(queries) / hardware.gemm_rate
-            return np.maximum(compute, groups * layer.read_bytes(queries / groups) / hardware.weight_bandwidth)
+            read = groups * layer.read_bytes(queries / groups) / hardware.weight_bandwidth
+            return beside(compute, read, self.product_waiting)
 
         kernels = self.sizes.mean(lambda layer: layer.small_kernels)
         return self.sizes.mean(products) + groups * (kernels * hardware.small_kernel_time)
@@ -89,3 +94,15 @@ class LayerTimes:
         """One token of a prompt that attends to `context` tokens on average, among many."""
         flop = self.sizes.mean(lambda layer: layer.flop(1) + layer.attention_flop(round(context)))
         return float(flop) / (self.hardware.gemm_rate * self.hardware.prompt_rate_share)
+
+
+def beside(one: Number, other: Number, waiting: float) -> Number:
+    """Seconds until both are done, which work at the same time and wait for each other now and then.
+
+    They take the longer of both, and up to 2**(1/waiting) of it where they are equally long.
+    """
+    longer = np.maximum(np.maximum(one, other), 1e-12)
+    if math.isinf(waiting):
+        return longer
+    found: Number = longer * ((one / longer) ** waiting + (other / longer) ** waiting) ** (1 / waiting)
+    return found

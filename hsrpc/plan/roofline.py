@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from hsrpc.plan.hardware import Hardware
@@ -62,7 +63,7 @@ def roofline(record: StepRecord, sizes: ModelSizes, hardware: Hardware) -> Roofl
     best = replace(
         hardware, weight_read_share=share, attention_read_share=share, gemm_overhead=0.0, small_kernel_time=0.0
     )
-    layer = LayerTimes(sizes, best)
+    layer = LayerTimes(sizes, best, math.inf)
     tokens = record.decode_tokens + record.prefill_tokens + record.recomputed_tokens
     layers = sizes.num_layers
     return Roofline(

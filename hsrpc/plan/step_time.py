@@ -4,7 +4,7 @@ For each layer, of `n` requests with `context` cached tokens each:
 
     bus    = (streamed weights + host tokens * bytes of their kind) / load bandwidth
     gpu    = forward + recomputed tokens + regeneration + gather + attention
-    layer  = max(bus, gpu, launches)        (near the balance of bus and GPU a little more: `_beside`)
+    layer  = max(bus, gpu, launches)        (near the balance of bus and GPU a little more: `beside`)
 
 Beyond the paper: resident weights, blocks on the device, the host's launches and step boundary, and the prompts that
 keep coming. Every number may be an array; all are of one layer but those in `StepTimes`.
@@ -18,7 +18,7 @@ import numpy as np
 
 from hsrpc.plan.fitted import WAITING
 from hsrpc.plan.hardware import Hardware
-from hsrpc.plan.layer_times import LayerTimes
+from hsrpc.plan.layer_times import LayerTimes, beside
 from hsrpc.plan.sizes import ModelSizes, Number
 from hsrpc.schedule.blocks import BlockKind
 from hsrpc.schedule.recompute import BALANCE
@@ -177,7 +177,7 @@ class StepModel:
         launch, boundary, shortest = self._host(c, bus, times["mini_batches"])
         # A mini-batch loads while the one before it computes: the step's first load or last compute overlaps nothing.
         boundary = boundary + np.minimum(bus, gpu) / (layers * times["mini_batches"])
-        step = np.maximum(_beside(bus, gpu), np.maximum(launch, shortest)) + boundary
+        step = np.maximum(beside(bus, gpu, WAITING), np.maximum(launch, shortest)) + boundary
         hardware = self.hardware
         parts = np.ceil(c.chunk / c.prompt_queries)
         rest = np.maximum(0.0, times["mini_batches"] - parts)
@@ -191,7 +191,7 @@ class StepModel:
         later_bus = self._both_ways(later_bus, self._store(c, later_host / tokens))
         later_launch, later_boundary, _ = self._host(c, later_bus, times["mini_batches"])
         later_boundary = later_boundary + np.minimum(later_bus, gpu) / (layers * times["mini_batches"])
-        later = np.maximum(_beside(later_bus, gpu + prefill), later_launch) + later_boundary
+        later = np.maximum(beside(later_bus, gpu + prefill, WAITING), later_launch) + later_boundary
         # Where more prompt tokens come in than a chunk takes, newcomers wait and the batch is not full.
         queueing = np.maximum(1.0, prompts / np.maximum(c.chunk, 1.0))
         return StepTimes(
@@ -263,13 +263,6 @@ def token_bytes(sizes: ModelSizes, share: Number) -> Number:
     """Bytes of one cached token in one layer, on average, where `share` of them are activations."""
     kv, activation = (sizes.mean_row_bytes(kind) for kind in BlockKind)
     return (1 - share) * kv + share * activation
-
-
-def _beside(bus: Number, gpu: Number) -> Number:
-    """Seconds until both bus and GPU are done, which work at the same time and now and then wait for each other."""
-    longer = np.maximum(np.maximum(bus, gpu), 1e-12)
-    found: Number = longer * ((bus / longer) ** WAITING + (gpu / longer) ** WAITING) ** (1 / WAITING)
-    return found
 
 
 def _gpu(times: StepTimes) -> Number:

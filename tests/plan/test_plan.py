@@ -127,7 +127,8 @@ def decode_rate(sizes: ModelSizes, hardware: Hardware, plan: Plan) -> float:
     layer = sizes.layers[0]  # all are alike
     cached = (1 - host_share) * layer.kv.num_bytes + host_share * layer.activation.num_bytes
     bus = (sum(plan.streamed_bytes) / sizes.num_layers + host * cached) / hardware.load_bandwidth
-    forward = max(batch * layer.flop(1) / hardware.gemm_rate, layer.weight_bytes / hardware.memory_bandwidth)
+    compute, read = batch * layer.flop(1) / hardware.gemm_rate, layer.weight_bytes / hardware.memory_bandwidth
+    forward = (compute**2.75 + read**2.75) ** (1 / 2.75)  # as fitted to products of few to many rows
     regenerated = device * device_share + host * host_share
     regenerate = regenerated * 4 * layer.hidden_size * layer.key_size / hardware.gemm_rate
     copies = device * device_share * 2 * layer.activation.num_bytes / hardware.memory_bandwidth

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_the_mean_is_taken_of_each_candidate():
 @pytest.mark.parametrize("queries", [1, 4, 64])
 def test_few_tokens_read_few_experts(queries: int):
     """The time of a layer is the longer of its own compute and its own reads, averaged over the layers."""
-    seconds = LayerTimes(MIXED, PCIE4_4090).forward(np.array([float(queries)]))
+    seconds = LayerTimes(MIXED, PCIE4_4090, math.inf).forward(np.array([float(queries)]))
     each = [
         max(layer.flop(queries) / PCIE4_4090.gemm_rate, layer.read_bytes(queries) / PCIE4_4090.memory_bandwidth)
         for layer in MIXED.layers

@@ -208,7 +208,7 @@ def decode_attention(
         ROWS=max(16, triton.next_power_of_2(pack * group)) if uses_dot else 1,
         HEAD_DIM=head_dim,
         DIM_TILE=triton.next_power_of_2(pack * head_dim),
-        KEYS=32,
+        KEYS=64,
         IN_PARTS=parts > 1,
         num_warps=4,
         num_stages=2,
