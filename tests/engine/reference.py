@@ -72,6 +72,7 @@ _GRANITE = {
     "residual_multiplier": 0.8,
     "logits_scaling": 0.9,
 }
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 _WINDOW = {"sliding_window": 24}
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -82,6 +83,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama-gqa-tied": lambda: decoder("llama", num_key_value_heads=2, tie_word_embeddings=True),
     "llama3-rope": lambda: decoder("llama", num_key_value_heads=1, rope_parameters=_LLAMA3_ROPE),
     "mistral-window": lambda: decoder("mistral", num_key_value_heads=2, **_WINDOW),
+    "qwen3-moe": lambda: decoder("qwen3_moe", num_key_value_heads=2, head_dim=16, **_EXPERTS, mlp_only_layers=[2]),
 }
 """What every test compares."""
 

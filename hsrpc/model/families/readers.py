@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from hsrpc.model.bounds import MAX_CONTEXT, MAX_LAYERS, MAX_WIDTH
+from hsrpc.model.bounds import MAX_CONTEXT, MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
+from hsrpc.model.experts import Experts, Routing
 from hsrpc.model.families.settings import (
     Biases,
     DecoderSettings,
@@ -21,6 +22,8 @@ from hsrpc.model.families.settings import (
 from hsrpc.model.layers import ACTIVATIONS, Activation, Norm, NormKind
 from hsrpc.model.rope import RopeKeys, RopeSettings
 
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Keys that a file may have for the number of a layer's experts."""
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
@@ -55,6 +58,18 @@ def _qwen3(config: ConfigFile) -> DecoderSettings:
         biases=Biases(qkv=bias, out=bias),
         qk_norm=QkNorm.HEAD,
         windows=_upper_windows(config),
+    )
+
+
+def _qwen3_moe(config: ConfigFile) -> DecoderSettings:
+    bias = config.flag("attention_bias", False)
+    common = _common(config, _rms(config))
+    return replace(
+        common,
+        biases=Biases(qkv=bias, out=bias),
+        qk_norm=QkNorm.HEAD,
+        windows=_same_windows(config) if config.flag("use_sliding_window", False) else common.windows,
+        experts=_sparse(config, _experts(config, common, "moe_intermediate_size", _softmax(config))),
     )
 
 
@@ -180,6 +195,31 @@ def _seed_oss(config: ConfigFile) -> DecoderSettings:
     return replace(_common(config, _rms(config), head_dim=128), biases=biases)
 
 
+def _softmax(config: ConfigFile) -> Routing:
+    return Routing(renormalised=config.flag("norm_topk_prob", False))
+
+
+def _experts(config: ConfigFile, common: DecoderSettings, width: str, routing: Routing, **more: Any) -> Experts:
+    """The experts that all sparse layers have; `width` is the key of theirs."""
+    most = MAX_EXPERTS // _num_layers(config)
+    key = next(filter(config.has, NUM_EXPERTS), NUM_EXPERTS[0])
+    count = config.integer(key, maximum=most)
+    k = config.integer("num_experts_per_tok", maximum=count)
+    width_of_one = config.integer(width, maximum=MAX_WIDTH)
+    if k * width_of_one > MAX_WIDTH:
+        raise config.refuse(width, f"at most {MAX_WIDTH} for num_experts_per_tok={k} together")
+    return Experts(count=count, k=k, width=width_of_one, activation=common.activation, routing=routing, **more)
+
+
+def _sparse(config: ConfigFile, experts: Experts) -> tuple[Experts | None, ...]:
+    """The layers with experts: every so many, except those that the file names."""
+    layers, step = _num_layers(config), config.integer("decoder_sparse_step", 1, maximum=MAX_LAYERS)
+    dense = config.values.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise config.refuse("mlp_only_layers", "a list of layers")
+    return tuple(None if layer in dense or (layer + 1) % step else experts for layer in range(layers))
+
+
 def _common(
     config: ConfigFile,
     norm: Norm,
@@ -196,6 +236,7 @@ def _common(
         rope=RopeSettings.read(config, heads.head_dim, rope or RopeKeys()),
         norm=norm,
         windows=(None,) * _num_layers(config),
+        experts=(None,) * _num_layers(config),
         tied=config.flag("tie_word_embeddings", tied),
         activation=_activation(config, "hidden_act", activation),
     )
@@ -282,6 +323,7 @@ DECODERS: dict[str, DecoderType] = {
     "ministral3": DecoderType("Ministral3ForCausalLM", _ministral_3),
     "qwen2": DecoderType("Qwen2ForCausalLM", _qwen2),
     "qwen3": DecoderType("Qwen3ForCausalLM", _qwen3),
+    "qwen3_moe": DecoderType("Qwen3MoeForCausalLM", _qwen3_moe),
     "olmo2": DecoderType("Olmo2ForCausalLM", _olmo2),
     "phi3": DecoderType("Phi3ForCausalLM", _phi3),
     "gemma": DecoderType("GemmaForCausalLM", _gemma),

@@ -43,7 +43,6 @@ REFUSED = {
     "jamba": _SOME_RECURRENT,
     "rwkv": _SOME_RECURRENT,
     "qwen2_moe": _EXPERTS,
-    "qwen3_moe": _EXPERTS,
     "mixtral": _EXPERTS,
     "olmoe": _EXPERTS,
     "granitemoe": _EXPERTS,
