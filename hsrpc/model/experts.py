@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 from hsrpc.model.family import Weights
-from hsrpc.model.layers import Affine, linear_tensors, project
+from hsrpc.model.layers import Affine, Gate, linear_tensors, project
 from hsrpc.model.tensor import Neighbours, Stacked, TensorSpec
 
 ROUTER = Affine.named("router")
@@ -112,22 +112,21 @@ class Routing:
         return ranks.flatten(1)
 
 
-class Gate(Protocol):
-    """What an MLP makes of its first product."""
-
-    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """[n, f] of [gate|up] [n, 2*f]."""
-
-
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """An expert that all tokens take."""
+    """An expert that all tokens take, with the names of its tensors in the checkpoint."""
 
     width: int
-    name: str
-    """Of its tensors in the checkpoint."""
+    inputs: tuple[str, ...]
+    """Gate and up; one name: both are one tensor."""
+    output: str
     gate: str | None = None
-    """Of the weight [1, h] whose sigmoid it is multiplied by; None: there is none."""
+    """The weight [1, h] by the sigmoid of whose product it is multiplied; None: there is none."""
+
+    @classmethod
+    def gated_mlp(cls, name: str, width: int) -> Shared:
+        """One whose tensors are called as those of a dense MLP of that `name`."""
+        return cls(width, (f"{name}.gate_proj", f"{name}.up_proj"), f"{name}.down_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +147,7 @@ class Experts:
     count: int
     k: int
     width: int
-    activation: Gate
+    gate: Gate
     routing: Routing = Routing()
     shared: Shared | None = None
     bias: bool = False
@@ -165,7 +164,7 @@ class Experts:
         router = f"{prefix}.{self.names.router}"
         yield from linear_tensors(ROUTER, (router,), (self.count,), size, bias=self.routing.bias)
         if self.routing.corrected:
-            yield TensorSpec(CORRECTION, (self.count,), (f"{router}.e_score_correction_bias",))
+            yield TensorSpec(CORRECTION, (self.count,), (f"{router}.e_score_correction_bias",), exact=True)
         yield from self._shared_tensors(prefix, size)
         experts = f"{prefix}.{self.names.experts}"
         yield from self._bias_tensors(experts, size)
@@ -175,10 +174,10 @@ class Experts:
     def _shared_tensors(self, prefix: str, size: int) -> Iterator[TensorSpec]:
         if self.shared is None:
             return
-        name, width = f"{prefix}.{self.shared.name}", self.shared.width
-        inputs = (f"{name}.gate_proj", f"{name}.up_proj")
+        width, output = self.shared.width, f"{prefix}.{self.shared.output}"
+        inputs = tuple(f"{prefix}.{name}" for name in self.shared.inputs)
         yield from linear_tensors(SHARED_IN, inputs, (width, width), size, bias=False)
-        yield from linear_tensors(SHARED_OUT, (f"{name}.down_proj",), (size,), width, bias=False)
+        yield from linear_tensors(SHARED_OUT, (output,), (size,), width, bias=False)
         if self.shared.gate is not None:
             yield from linear_tensors(SHARED_GATE, (f"{prefix}.{self.shared.gate}",), (1,), size, bias=False)
 
@@ -216,9 +215,7 @@ class Experts:
         for expert in routes.chosen.unique().tolist():
             rows, place = (routes.chosen == expert).nonzero(as_tuple=True)
             inner = functional.linear(x[rows], w[expert_in(expert)], self._bias(w, IN_BIAS, expert))
-            added = functional.linear(
-                self.activation.gated(inner), w[expert_out(expert)], self._bias(w, OUT_BIAS, expert)
-            )
+            added = functional.linear(self.gate.gated(inner), w[expert_out(expert)], self._bias(w, OUT_BIAS, expert))
             out.index_add_(0, rows, (added * routes.weights[rows, place, None]).to(x.dtype))
         return out
 
@@ -226,5 +223,5 @@ class Experts:
         return w[name][expert] if self.bias else None
 
     def _shared(self, w: Weights, x: torch.Tensor, shared: Shared) -> torch.Tensor:
-        added = project(w, SHARED_OUT, self.activation.gated(project(w, SHARED_IN, x)))
+        added = project(w, SHARED_OUT, self.gate.gated(project(w, SHARED_IN, x)))
         return added if shared.gate is None else added * project(w, SHARED_GATE, x).sigmoid()

@@ -99,6 +99,12 @@ class TensorSpec:
     """Where it is read from in a checkpoint that has this instead of the sources."""
     mean: float = 0.0
     """Of random weights: what a norm begins its training with."""
+    exact: bool = False
+    """It lies in float32, whatever type the model is computed in."""
+
+    def dtype(self, computed: torch.dtype) -> torch.dtype:
+        """Element type where the model is `computed` in that one."""
+        return torch.float32 if self.exact else computed
 
     @property
     def numel(self) -> int:

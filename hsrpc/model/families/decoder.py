@@ -12,7 +12,8 @@ from torch.nn import functional
 from hsrpc.model.bounds import MAX_CONTEXT, MAX_VOCAB_SIZE, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.experts import Experts, expert_in, expert_out
-from hsrpc.model.families.readers import DECODERS, NUM_EXPERTS
+from hsrpc.model.families.expert_readers import NUM_EXPERTS
+from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.settings import DecoderSettings, Names, QkNorm
 from hsrpc.model.family import Family, ModelSpec, Projection, Weights
 from hsrpc.model.layers import Affine, linear_tensors, project, project_rows

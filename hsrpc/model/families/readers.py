@@ -5,11 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from hsrpc.model.bounds import MAX_CONTEXT, MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
+from hsrpc.model.bounds import MAX_CONTEXT, MAX_LAYERS, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
-from hsrpc.model.experts import Experts, Routing
+from hsrpc.model.experts import Routing
+from hsrpc.model.families.expert_readers import (
+    granite_experts,
+    in_all_layers,
+    qwen_experts,
+    renormalised_if_said,
+)
 from hsrpc.model.families.settings import (
     Biases,
     DecoderSettings,
@@ -22,8 +28,6 @@ from hsrpc.model.families.settings import (
 from hsrpc.model.layers import ACTIVATIONS, Activation, Norm, NormKind
 from hsrpc.model.rope import RopeKeys, RopeSettings
 
-NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""Keys that a file may have for the number of a layer's experts."""
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
@@ -61,6 +65,18 @@ def _qwen3(config: ConfigFile) -> DecoderSettings:
     )
 
 
+def _qwen2_moe(config: ConfigFile) -> DecoderSettings:
+    common, windows = _common(config, _rms(config)), config.flag("use_sliding_window", False)
+    first = config.count("max_window_layers", 28, maximum=MAX_LAYERS)
+    usual = [_SLIDING if layer < first and layer % 2 == 0 else _FULL for layer in range(_num_layers(config))]
+    return replace(
+        common,
+        biases=Biases(qkv=config.flag("qkv_bias", True)),
+        windows=_windows(config, _layer_kinds(config, usual)) if windows else common.windows,
+        experts=qwen_experts(config, common.activation),
+    )
+
+
 def _qwen3_moe(config: ConfigFile) -> DecoderSettings:
     bias = config.flag("attention_bias", False)
     common = _common(config, _rms(config))
@@ -69,7 +85,25 @@ def _qwen3_moe(config: ConfigFile) -> DecoderSettings:
         biases=Biases(qkv=bias, out=bias),
         qk_norm=QkNorm.HEAD,
         windows=_same_windows(config) if config.flag("use_sliding_window", False) else common.windows,
-        experts=_sparse(config, _experts(config, common, "moe_intermediate_size", _softmax(config))),
+        experts=qwen_experts(config, common.activation),
+    )
+
+
+def _mixtral(config: ConfigFile) -> DecoderSettings:
+    common = _common(config, _rms(config, 1e-5))
+    experts = in_all_layers(config, common.activation, Routing(renormalised=True))
+    return replace(common, windows=_same_windows(config), experts=experts)
+
+
+def _olmoe(config: ConfigFile) -> DecoderSettings:
+    common, bias = _common(config, _rms(config, 1e-5)), config.flag("attention_bias", False)
+    if config.has("clip_qkv"):
+        raise config.refuse("clip_qkv", "nothing: queries, keys and values that are clipped are not supported")
+    return replace(
+        common,
+        biases=Biases(qkv=bias, out=bias),
+        qk_norm=QkNorm.ROW,
+        experts=in_all_layers(config, common.activation, renormalised_if_said(config)),
     )
 
 
@@ -118,6 +152,11 @@ def _granite(config: ConfigFile) -> DecoderSettings:
         logits=1 / config.number("logits_scaling", 1.0),
     )
     return replace(_llama(config), multipliers=multipliers)
+
+
+def _granite_moe(config: ConfigFile) -> DecoderSettings:
+    settings = _granite(config)
+    return replace(settings, experts=granite_experts(config, settings.activation))
 
 
 def _cohere(config: ConfigFile) -> DecoderSettings:
@@ -193,31 +232,6 @@ def _seed_oss(config: ConfigFile) -> DecoderSettings:
         mlp=config.flag("mlp_bias", False),
     )
     return replace(_common(config, _rms(config), head_dim=128), biases=biases)
-
-
-def _softmax(config: ConfigFile) -> Routing:
-    return Routing(renormalised=config.flag("norm_topk_prob", False))
-
-
-def _experts(config: ConfigFile, common: DecoderSettings, width: str, routing: Routing, **more: Any) -> Experts:
-    """The experts that all sparse layers have; `width` is the key of theirs."""
-    most = MAX_EXPERTS // _num_layers(config)
-    key = next(filter(config.has, NUM_EXPERTS), NUM_EXPERTS[0])
-    count = config.integer(key, maximum=most)
-    k = config.integer("num_experts_per_tok", maximum=count)
-    width_of_one = config.integer(width, maximum=MAX_WIDTH)
-    if k * width_of_one > MAX_WIDTH:
-        raise config.refuse(width, f"at most {MAX_WIDTH} for num_experts_per_tok={k} together")
-    return Experts(count=count, k=k, width=width_of_one, activation=common.activation, routing=routing, **more)
-
-
-def _sparse(config: ConfigFile, experts: Experts) -> tuple[Experts | None, ...]:
-    """The layers with experts: every so many, except those that the file names."""
-    layers, step = _num_layers(config), config.integer("decoder_sparse_step", 1, maximum=MAX_LAYERS)
-    dense = config.values.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
-        raise config.refuse("mlp_only_layers", "a list of layers")
-    return tuple(None if layer in dense or (layer + 1) % step else experts for layer in range(layers))
 
 
 def _common(
@@ -323,11 +337,16 @@ DECODERS: dict[str, DecoderType] = {
     "ministral3": DecoderType("Ministral3ForCausalLM", _ministral_3),
     "qwen2": DecoderType("Qwen2ForCausalLM", _qwen2),
     "qwen3": DecoderType("Qwen3ForCausalLM", _qwen3),
+    "qwen2_moe": DecoderType("Qwen2MoeForCausalLM", _qwen2_moe),
     "qwen3_moe": DecoderType("Qwen3MoeForCausalLM", _qwen3_moe),
+    "mixtral": DecoderType("MixtralForCausalLM", _mixtral),
+    "olmoe": DecoderType("OlmoeForCausalLM", _olmoe),
     "olmo2": DecoderType("Olmo2ForCausalLM", _olmo2),
     "phi3": DecoderType("Phi3ForCausalLM", _phi3),
     "gemma": DecoderType("GemmaForCausalLM", _gemma),
     "granite": DecoderType("GraniteForCausalLM", _granite),
+    "granitemoe": DecoderType("GraniteMoeForCausalLM", _granite_moe),
+    "granitemoeshared": DecoderType("GraniteMoeSharedForCausalLM", _granite_moe),
     "cohere": DecoderType("CohereForCausalLM", _cohere),
     "starcoder2": DecoderType("Starcoder2ForCausalLM", _starcoder2),
     "stablelm": DecoderType("StableLmForCausalLM", _stablelm),
