@@ -168,6 +168,10 @@ class Decoder(Family):
     def rotation(self, positions: torch.Tensor) -> Rotation:
         return self._rotary.at(positions)
 
+    def opened(self, layer: int, w: Weights) -> Weights:
+        experts = self.settings.experts[layer]
+        return w if experts is None else experts.opened(w)
+
     def project(self, w: Weights, layer: int, hidden: torch.Tensor, rotation: Rotation) -> Projection:
         x = self._normed(w, ATTENTION_NORM, hidden)
         fused = project(w, QKV, x)
