@@ -38,6 +38,9 @@ _SMALL_KERNELS = 6
 """Profiled with Qwen3-8B and Llama-3-8B at a batch of 32, in times of a norm: norms, rotation, gate, sums and copies
 take 4.6, attention 2.3 more than its bytes do, and a layer's GEMMs 1.5 less than they are counted."""
 
+_EXPERT_KERNELS = 8
+"""More of a layer with experts: scores, the choice and its weights (6), sorting, and the sum; not profiled."""
+
 
 class Decoder(Family):
     """A decoder as its settings say."""
@@ -150,7 +153,9 @@ class Decoder(Family):
         hides = window is not None and window < self.sizes.context_length
         sizes = replace(super().layer_sizes(layer), small_kernels=_SMALL_KERNELS)
         if (experts := self.settings.experts[layer]) is not None:
-            sizes = replace(sizes, ffn_size=experts.inner_size, experts=_expert_sizes(experts, sizes))
+            kernels = _SMALL_KERNELS + _EXPERT_KERNELS
+            of_experts = _expert_sizes(experts, sizes)
+            sizes = replace(sizes, ffn_size=experts.inner_size, experts=of_experts, small_kernels=kernels)
         return replace(sizes, sliding_window=window if hides else None)
 
     def fixed_tensors(self) -> tuple[TensorSpec, ...]:
