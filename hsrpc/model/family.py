@@ -126,8 +126,8 @@ class Family(ABC):
         """Input of the first layer [n, h] for int64 `token_ids` [n]."""
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
-        """What the projections of all layers take of `positions` [n], computed once; here no rotation."""
-        return Rotation(positions, None, None)
+        """What the projections of all layers take of `positions` [n]."""
+        return Rotation(positions)
 
     @abstractmethod
     def project(self, w: Weights, layer: int, hidden: torch.Tensor, rotation: Rotation) -> Projection:

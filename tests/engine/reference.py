@@ -57,6 +57,7 @@ _LLAMA3_ROPE = {
 }
 
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 40}
+_ROPE_BY_KIND = {_SLIDING: {"rope_type": "default", "rope_theta": 500.0}, "full_attention": _YARN_ROPE}
 _HALF_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 _MINISTRAL3_ROPE = _YARN_ROPE | {"llama_4_scaling_beta": 0.3}
 _LONG_ROPE = {
@@ -95,6 +96,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "qwen3": lambda: decoder("qwen3", head_dim=16, num_key_value_heads=4),
     "olmo2": lambda: decoder("olmo2"),
+    "olmo3": lambda: decoder("olmo3", **_WINDOW, rope_parameters=_ROPE_BY_KIND),
+    "smollm3": lambda: decoder("smollm3", num_key_value_heads=2, no_rope_layer_interval=2),
+    "exaone4": lambda: decoder("exaone4", num_key_value_heads=2, sliding_window_pattern=2, **_WINDOW),
+    "cohere2": lambda: decoder("cohere2", num_key_value_heads=2, sliding_window_pattern=2, logit_scale=0.5, **_WINDOW),
     "phi3-longrope": lambda: decoder("phi3", rope_parameters=_LONG_ROPE, original_max_position_embeddings=160),
     "phi3-window": lambda: decoder("phi3", **_WINDOW),
     "gemma": lambda: decoder("gemma", head_dim=16, num_key_value_heads=4, initializer_range=0.05),

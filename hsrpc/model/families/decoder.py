@@ -14,7 +14,7 @@ from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.settings import DecoderSettings, Names, QkNorm
 from hsrpc.model.family import Family, ModelSpec, Projection, Weights
 from hsrpc.model.layers import Affine, linear_tensors, project, project_rows
-from hsrpc.model.rope import HeadNorms, Rotary, Rotation
+from hsrpc.model.rope import HeadNorms, RopeSettings, Rotary, Rotation
 from hsrpc.model.tensor import HeadsTogether, PairsApart, RowOrder, TensorSpec
 from hsrpc.plan.sizes import LayerSizes, ModelSizes
 
@@ -54,7 +54,7 @@ class Decoder(Family):
         self.settings = self.read_settings(spec.config)
         scale = self.settings.multipliers.attention
         self.attention_scale = self.attention_scale if scale is None else scale
-        self._rotary = Rotary(self.settings.rope, self.sizes.head_dim, self.served_context, spec.dtype)
+        self._rotaries = self._make_rotaries()
         # Rounded as the embeddings are: models were trained so.
         self._embedding_scale = torch.tensor(self.settings.multipliers.embedding, dtype=spec.dtype).item()
 
@@ -73,13 +73,19 @@ class Decoder(Family):
             head_dim=settings.heads.head_dim,
             ffn_size=config.integer("intermediate_size", maximum=MAX_WIDTH),
             vocab_size=config.integer("vocab_size", maximum=MAX_VOCAB_SIZE),
-            context_length=settings.rope.scaling.context(
-                config.integer("max_position_embeddings", maximum=MAX_CONTEXT)
-            ),
+            context_length=settings.context(config.integer("max_position_embeddings", maximum=MAX_CONTEXT)),
             compute_bytes=compute_bytes,
             layers=(),
             fixed_bytes=0,
         )
+
+    def _make_rotaries(self) -> tuple[Rotary | None, ...]:
+        """The rotation of each layer; layers that rotate alike share one."""
+        sizes, made = (self.sizes.head_dim, self.served_context, self.spec.dtype), dict[RopeSettings, Rotary]()
+        for rope in self.settings.ropes:
+            if rope is not None and rope not in made:
+                made[rope] = Rotary(rope, *sizes)
+        return tuple(None if rope is None else made[rope] for rope in self.settings.ropes)
 
     def layer_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
         prefix, size, ffn = f"{self._names.layers}.{layer}", self.sizes.hidden_size, self.sizes.ffn_size
@@ -88,8 +94,8 @@ class Decoder(Family):
         qkv_rows, mlp_rows = (self.q_size, self.kv_size, self.kv_size), (ffn, ffn) if self.settings.gated else (ffn,)
         return (
             *self._norm_tensors(ATTENTION_NORM, prefix, norms.attention_in),
-            *linear_tensors(QKV, qkv, qkv_rows, size, bias=biases.qkv, order=self._qkv_order()),
-            *self._qk_norm_tensors(prefix),
+            *linear_tensors(QKV, qkv, qkv_rows, size, bias=biases.qkv, order=self._qkv_order(layer)),
+            *self._qk_norm_tensors(layer, prefix),
             *linear_tensors(OUT, (f"{prefix}.{self._names.out}",), (size,), self.q_size, bias=biases.out),
             *self._norm_tensors(ATTENTION_OUT_NORM, prefix, norms.attention_out),
             *self._norm_tensors(FFN_NORM, prefix, norms.mlp_in),
@@ -105,7 +111,7 @@ class Decoder(Family):
     def _norm_tensors(self, of: Affine, prefix: str, name: str | None) -> list[TensorSpec]:
         return [] if name is None else self.settings.norm.tensors(of, f"{prefix}.{name}", self.sizes.hidden_size)
 
-    def _qk_norm_tensors(self, prefix: str) -> list[TensorSpec]:
+    def _qk_norm_tensors(self, layer: int, prefix: str) -> list[TensorSpec]:
         head_dim = self.sizes.head_dim
         match self.settings.qk_norm:
             case QkNorm.NONE:
@@ -118,17 +124,19 @@ class Decoder(Family):
                 shapes = [(self.q_size,), (self.kv_size,)]
         sources = (f"{prefix}.{name}" for name in self._names.qk_norms)
         of = zip((Q_NORM, K_NORM), sources, shapes, strict=True)
-        return [self.settings.norm.tensor(*each, order=self._order(math.prod(each[-1]))) for each in of]
+        return [self.settings.norm.tensor(*each, order=self._order(layer, math.prod(each[-1]))) for each in of]
 
-    def _qkv_order(self) -> RowOrder | None:
+    def _qkv_order(self, layer: int) -> RowOrder | None:
         if self.settings.qkv_by_head:
             return HeadsTogether(self.sizes.num_heads, self.sizes.head_dim)
-        return self._order(self.q_size + self.kv_size, self.kv_size)
+        return self._order(layer, self.q_size + self.kv_size, self.kv_size)
 
-    def _order(self, rotated: int, others: int = 0) -> RowOrder | None:
+    def _order(self, layer: int, rotated: int, others: int = 0) -> RowOrder | None:
         """Order of the rows of heads that are rotated, and others after them."""
-        rope, head_dim = self.settings.rope, self.sizes.head_dim
-        return PairsApart(rotated // head_dim, head_dim, rope.width, others) if rope.interleaved else None
+        rope, head_dim = self.settings.ropes[layer], self.sizes.head_dim
+        if rope is None or not rope.interleaved:
+            return None
+        return PairsApart(rotated // head_dim, head_dim, rope.width, others)
 
     def layer_sizes(self, layer: int) -> LayerSizes:
         window = self.settings.windows[layer]
@@ -148,19 +156,15 @@ class Decoder(Family):
     def embed(self, fixed: Weights, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return _scaled(functional.embedding(token_ids, fixed[EMBED]), self._embedding_scale)
 
-    def rotation(self, positions: torch.Tensor) -> Rotation:
-        return self._rotary.at(positions)
-
     def project(self, w: Weights, layer: int, hidden: torch.Tensor, rotation: Rotation) -> Projection:
         x = self._normed(w, ATTENTION_NORM, hidden)
         fused = project(w, QKV, x)
         queries, kv = fused[:, : self.q_size], fused[:, self.q_size :]
         self._norm_(w, Q_NORM, queries)
         self._norm_(w, K_NORM, kv[:, : self.kv_size])
-        norms = self._head_norms(w, self.sizes.num_heads)
-        self._rotary.turn_(fused[:, : self.q_size + self.kv_size], rotation, norms)
-        if rotation.query_scale is not None:
-            queries *= rotation.query_scale
+        self._turn_(w, layer, fused[:, : self.q_size + self.kv_size], self.sizes.num_heads, rotation)
+        if (rotary := self._rotaries[layer]) is not None:
+            rotary.scale_(queries, rotation)
         return Projection(x, queries, kv)
 
     def keys_values(
@@ -169,7 +173,16 @@ class Decoder(Family):
         project_rows(w, QKV, activation, self.q_size, out)
         keys = out[:, : self.kv_size]
         self._norm_(w, K_NORM, keys)
-        self._rotary.turn_(keys, rotation, self._head_norms(w, 0))
+        self._turn_(w, layer, keys, 0, rotation)
+
+    def _turn_(self, w: Weights, layer: int, rows: torch.Tensor, num_queries: int, rotation: Rotation) -> None:
+        """Norms and rotates the heads [n, m * head_dim] of queries, `num_queries` of them, and keys, where they are."""
+        heads, rotary = rows.unflatten(1, (-1, self.sizes.head_dim)), self._rotaries[layer]
+        norms = self._head_norms(w, num_queries)
+        if rotary is not None:
+            rotary.turn_(heads, rotation, norms)
+        elif norms is not None:
+            norms.apply_(heads)
 
     def _norm_(self, w: Weights, of: Affine, rows: torch.Tensor) -> None:
         """Norms queries or keys [n, heads * head_dim] in place, where that is not done as they are rotated."""

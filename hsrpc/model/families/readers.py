@@ -74,6 +74,49 @@ def _olmo2(config: ConfigFile) -> DecoderSettings:
     )
 
 
+def _olmo3(config: ConfigFile) -> DecoderSettings:
+    """Only layers that see all tokens have a scaled rotation."""
+    kinds = _layer_kinds(config, _pattern(config, 4))
+    keys = {kind: RopeKeys(kind=kind, default_theta=500_000.0) for kind in (_SLIDING, _FULL)}
+    keys[_SLIDING] = replace(keys[_SLIDING], scaling=None)
+    olmo2 = _olmo2(config)
+    return replace(olmo2, windows=_windows(config, kinds), ropes=_ropes(config, olmo2.heads, kinds, keys))
+
+
+def _smollm3(config: ConfigFile) -> DecoderSettings:
+    """Layers without a rotation are those that slide, where a window is switched on."""
+    llama = _common(config, _rms(config), rope=RopeKeys(default_theta=2_000_000.0), tied=True)
+    bias, turned = config.flag("attention_bias", False), _turned_layers(config)
+    kinds = _layer_kinds(config, [_FULL if turns else _SLIDING for turns in turned])
+    return replace(
+        llama,
+        biases=Biases(qkv=bias, out=bias, mlp=config.flag("mlp_bias", False)),
+        windows=_windows(config, kinds if config.flag("use_sliding_window", False) else [_FULL] * len(kinds)),
+        ropes=tuple(rope if turns else None for rope, turns in zip(llama.ropes, turned, strict=True)),
+    )
+
+
+def _turned_layers(config: ConfigFile) -> list[bool]:
+    """Which layers rotate: as the list of the file says, or all but every nth."""
+    layers = range(_num_layers(config))
+    if not config.has("no_rope_layers"):
+        interval = config.integer("no_rope_layer_interval", 4, maximum=MAX_LAYERS)
+        return [(layer + 1) % interval != 0 for layer in layers]
+    listed = config.values["no_rope_layers"]
+    if not isinstance(listed, list) or len(listed) < len(layers) or not all(each in (0, 1) for each in listed):
+        raise config.refuse("no_rope_layers", f"1 or 0 for each of num_hidden_layers={len(layers)}")
+    return [bool(listed[layer]) for layer in layers]
+
+
+def _exaone4(config: ConfigFile) -> DecoderSettings:
+    """Where some layers slide, only those rotate."""
+    kinds = _layer_kinds(config, _pattern(config, 4))
+    windows = _windows(config, kinds)
+    olmo2 = _olmo2(config)
+    ropes = _where_it_slides(olmo2.ropes, windows) if config.has("sliding_window") else olmo2.ropes
+    return replace(olmo2, biases=Biases(), qk_norm=QkNorm.HEAD, windows=windows, ropes=ropes)
+
+
 def _phi3(config: ConfigFile) -> DecoderSettings:
     keys = RopeKeys(kinds={"yarn": "longrope"})
     names = Names(qkv=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",))
@@ -116,6 +159,13 @@ def _cohere(config: ConfigFile) -> DecoderSettings:
         multipliers=Multipliers(logits=config.number("logit_scale", 0.0625)),
         names=Names(norms=NormNames(mlp_in=None)),
     )
+
+
+def _cohere2(config: ConfigFile) -> DecoderSettings:
+    """Only layers that slide rotate."""
+    windows = _windows(config, _layer_kinds(config, _pattern(config, 4)))
+    cohere = _cohere(config)
+    return replace(cohere, qk_norm=QkNorm.NONE, windows=windows, ropes=_where_it_slides(cohere.ropes, windows))
 
 
 def _starcoder2(config: ConfigFile) -> DecoderSettings:
@@ -190,12 +240,12 @@ def _common(
     activation: str = "silu",
 ) -> DecoderSettings:
     """What keys that all families share say; `head_dim`, `tied` and `activation` hold where the file is silent."""
-    heads = _heads(config, head_dim)
+    heads, num_layers = _heads(config, head_dim), _num_layers(config)
     return DecoderSettings(
         heads=heads,
-        rope=RopeSettings.read(config, heads.head_dim, rope or RopeKeys()),
         norm=norm,
-        windows=(None,) * _num_layers(config),
+        windows=(None,) * num_layers,
+        ropes=(RopeSettings.read(config, heads.head_dim, rope or RopeKeys()),) * num_layers,
         tied=config.flag("tie_word_embeddings", tied),
         activation=_activation(config, "hidden_act", activation),
     )
@@ -259,6 +309,32 @@ def _layer_kinds(config: ConfigFile, usual: list[str]) -> list[str]:
     return kinds
 
 
+def _pattern(config: ConfigFile, default: int) -> list[str]:
+    """Layers that slide but for every nth, as older files say by a number (0: none slides), or by letters: LLLG."""
+    key, num_layers = "sliding_window_pattern", _num_layers(config)
+    letters = config.values.get(key)
+    if isinstance(letters, str) and letters and letters == "L" * (len(letters) - 1) + "G":
+        period = len(letters)
+    else:
+        period = config.count(key, default, maximum=MAX_LAYERS)
+    return [_FULL if not period or (layer + 1) % period == 0 else _SLIDING for layer in range(num_layers)]
+
+
+def _ropes(
+    config: ConfigFile, heads: Heads, kinds: list[str], keys: dict[str, RopeKeys]
+) -> tuple[RopeSettings | None, ...]:
+    """The rotation of each layer, by its kind."""
+    read = {kind: RopeSettings.read(config, heads.head_dim, keys[kind]) for kind in dict.fromkeys(kinds)}
+    return tuple(read[kind] for kind in kinds)
+
+
+def _where_it_slides(
+    ropes: tuple[RopeSettings | None, ...], windows: tuple[int | None, ...]
+) -> tuple[RopeSettings | None, ...]:
+    """Those of the layers with a window; the others have none."""
+    return tuple(None if window is None else rope for rope, window in zip(ropes, windows, strict=True))
+
+
 def _windows(config: ConfigFile, kinds: list[str]) -> tuple[int | None, ...]:
     """The window of the layers that slide."""
     if not config.has("sliding_window"):
@@ -283,10 +359,14 @@ DECODERS: dict[str, DecoderType] = {
     "qwen2": DecoderType("Qwen2ForCausalLM", _qwen2),
     "qwen3": DecoderType("Qwen3ForCausalLM", _qwen3),
     "olmo2": DecoderType("Olmo2ForCausalLM", _olmo2),
+    "olmo3": DecoderType("Olmo3ForCausalLM", _olmo3),
+    "smollm3": DecoderType("SmolLM3ForCausalLM", _smollm3),
+    "exaone4": DecoderType("Exaone4ForCausalLM", _exaone4),
     "phi3": DecoderType("Phi3ForCausalLM", _phi3),
     "gemma": DecoderType("GemmaForCausalLM", _gemma),
     "granite": DecoderType("GraniteForCausalLM", _granite),
     "cohere": DecoderType("CohereForCausalLM", _cohere),
+    "cohere2": DecoderType("Cohere2ForCausalLM", _cohere2),
     "starcoder2": DecoderType("Starcoder2ForCausalLM", _starcoder2),
     "stablelm": DecoderType("StableLmForCausalLM", _stablelm),
     "gpt_neox": DecoderType("GPTNeoXForCausalLM", _gpt_neox),

@@ -84,11 +84,12 @@ class DecoderSettings:
     """One decoder; a field left out is as in Llama."""
 
     heads: Heads
-    rope: RopeSettings
     norm: Norm
     """All norms of a row; those of queries and keys have no bias."""
     windows: tuple[int | None, ...]
     """Sliding window of each layer; None: it sees all tokens."""
+    ropes: tuple[RopeSettings | None, ...]
+    """Rotation of each layer; None: positions change nothing in it but what it sees."""
     tied: bool
     """The head is the embedding."""
     activation: Activation = Activation.SILU
@@ -101,3 +102,7 @@ class DecoderSettings:
     names: Names = Names()
     qkv_by_head: bool = False
     """The rows of Q, K and V come head by head in the checkpoint."""
+
+    def context(self, positions: int) -> int:
+        """Tokens of the model's context, where `max_position_embeddings` says `positions`."""
+        return max((rope.scaling.context(positions) for rope in self.ropes if rope is not None), default=positions)
