@@ -309,6 +309,8 @@ class HeadNorms(NamedTuple):
     """[head_dim] weight of the others."""
     num_queries: int
     epsilon: float
+    offset: float = 0.0
+    """Added to the weights (1 in Gemma, which multiplies before it rounds)."""
 
     def apply_(self, heads: torch.Tensor) -> None:
         """Norms `heads` [n, m, head_dim] in place."""
@@ -316,7 +318,12 @@ class HeadNorms(NamedTuple):
             (heads[:, : self.num_queries], self.queries),
             (heads[:, self.num_queries :], self.keys),
         ):
-            part.copy_(functional.rms_norm(part, part.shape[-1:], weight, self.epsilon))
+            if self.offset:
+                part.copy_(
+                    functional.rms_norm(part.float(), part.shape[-1:], self.offset + weight.float(), self.epsilon)
+                )
+            else:
+                part.copy_(functional.rms_norm(part, part.shape[-1:], weight, self.epsilon))
 
 
 class Rotary:

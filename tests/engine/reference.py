@@ -73,6 +73,7 @@ _GRANITE = {
     "residual_multiplier": 0.8,
     "logits_scaling": 0.9,
 }
+_GEMMA = {"head_dim": 16, "num_key_value_heads": 2, "initializer_range": 0.05}
 _WINDOW = {"sliding_window": 24}
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -103,6 +104,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "phi3-longrope": lambda: decoder("phi3", rope_parameters=_LONG_ROPE, original_max_position_embeddings=160),
     "phi3-window": lambda: decoder("phi3", **_WINDOW),
     "gemma": lambda: decoder("gemma", head_dim=16, num_key_value_heads=4, initializer_range=0.05),
+    "gemma2": lambda: decoder("gemma2", **_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **_WINDOW),
+    "gemma3": lambda: decoder("gemma3_text", **_GEMMA, sliding_window_pattern=2, **_WINDOW),
     "granite": lambda: decoder("granite", num_key_value_heads=2, **_GRANITE),
     "cohere": lambda: decoder("cohere", use_qk_norm=True, logit_scale=0.5),
     "starcoder2": lambda: decoder("starcoder2", num_key_value_heads=2, **_WINDOW),

@@ -244,11 +244,14 @@ def test_rotate_heads(dtype: torch.dtype, heads: int, head_dim: int, width: int)
 
 
 @pytest.mark.parametrize(("queries", "keys", "head_dim"), [(0, 3, 8), (20, 4, 128), (5, 5, 80)])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_heads_are_normed_as_they_are_rotated(dtype: torch.dtype, queries: int, keys: int, head_dim: int) -> None:
+def test_heads_are_normed_as_they_are_rotated(
+    dtype: torch.dtype, offset: float, queries: int, keys: int, head_dim: int
+) -> None:
     """As by a norm of the queries, one of the keys, and a rotation, but for the last bits."""
     positions, frequencies = torch.tensor([0, 1, 4095]), Unscaled().frequencies(1e4, head_dim, 4096)
-    norms = HeadNorms(*torch.randn(2, head_dim).to(dtype), queries, 1e-3)
+    norms = HeadNorms(*torch.randn(2, head_dim).to(dtype), queries, 1e-3, offset)
     found = (3 * torch.randn(len(positions), queries + keys, head_dim)).to(dtype)
     wanted = found.clone()
     norms.apply_(wanted)

@@ -43,6 +43,8 @@ def dense_attention(family: Family, q: torch.Tensor, kv: torch.Tensor, window: i
     distance = torch.arange(count)[:, None] - torch.arange(count)[None, :]
     hidden = (distance < 0) | (distance >= (window or count))
     scores = q.unflatten(1, (-1, sizes.head_dim)).transpose(0, 1) @ k.transpose(1, 2) * family.attention_scale
+    if (cap := family.attention_extras.softcap) is not None:
+        scores = cap * (scores / cap).tanh()
     return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1).flatten(1)
 
 

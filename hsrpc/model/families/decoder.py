@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
+from hsrpc.model.attention import Extras
 from hsrpc.model.bounds import MAX_CONTEXT, MAX_VOCAB_SIZE, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.families.readers import DECODERS
@@ -54,6 +55,7 @@ class Decoder(Family):
         self.settings = self.read_settings(spec.config)
         scale = self.settings.multipliers.attention
         self.attention_scale = self.attention_scale if scale is None else scale
+        self.attention_extras = Extras(self.settings.caps.scores)
         self._rotaries = self._make_rotaries()
         # Rounded as the embeddings are: models were trained so.
         self._embedding_scale = torch.tensor(self.settings.multipliers.embedding, dtype=spec.dtype).item()
@@ -196,7 +198,8 @@ class Decoder(Family):
     def _head_norms(self, w: Weights, num_queries: int) -> HeadNorms | None:
         if self.settings.qk_norm is not QkNorm.HEAD:
             return None
-        return HeadNorms(w[Q_NORM.weight], w[K_NORM.weight], num_queries, self.settings.norm.epsilon)
+        norm = self.settings.norm
+        return HeadNorms(w[Q_NORM.weight], w[K_NORM.weight], num_queries, norm.epsilon, norm.offset)
 
     def finish_layer(self, w: Weights, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         added = self._normed(w, ATTENTION_OUT_NORM, project(w, OUT, attended))
@@ -218,7 +221,8 @@ class Decoder(Family):
     def logits(self, fixed: Weights, hidden: torch.Tensor) -> torch.Tensor:
         head = fixed[EMBED] if self.settings.tied else fixed[HEAD.weight]
         logits = functional.linear(self._normed(fixed, FINAL_NORM, hidden), head).float()
-        return _scaled(logits, self.settings.multipliers.logits)
+        logits, cap = _scaled(logits, self.settings.multipliers.logits), self.settings.caps.logits
+        return logits if cap is None else cap * (logits / cap).tanh()
 
 
 def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:

@@ -11,6 +11,7 @@ from hsrpc.model.bounds import MAX_CONTEXT, MAX_LAYERS, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.families.settings import (
     Biases,
+    Caps,
     DecoderSettings,
     Heads,
     Multipliers,
@@ -80,7 +81,7 @@ def _olmo3(config: ConfigFile) -> DecoderSettings:
     keys = {kind: RopeKeys(kind=kind, default_theta=500_000.0) for kind in (_SLIDING, _FULL)}
     keys[_SLIDING] = replace(keys[_SLIDING], scaling=None)
     olmo2 = _olmo2(config)
-    return replace(olmo2, windows=_windows(config, kinds), ropes=_ropes(config, olmo2.heads, kinds, keys))
+    return replace(olmo2, windows=_windows(config, kinds, 4096), ropes=_ropes(config, olmo2.heads, kinds, keys))
 
 
 def _smollm3(config: ConfigFile) -> DecoderSettings:
@@ -111,9 +112,9 @@ def _turned_layers(config: ConfigFile) -> list[bool]:
 def _exaone4(config: ConfigFile) -> DecoderSettings:
     """Where some layers slide, only those rotate."""
     kinds = _layer_kinds(config, _pattern(config, 4))
-    windows = _windows(config, kinds)
+    windows = _windows(config, kinds, 4096)
     olmo2 = _olmo2(config)
-    ropes = _where_it_slides(olmo2.ropes, windows) if config.has("sliding_window") else olmo2.ropes
+    ropes = olmo2.ropes if config.says_null("sliding_window") else _where_it_slides(olmo2.ropes, windows)
     return replace(olmo2, biases=Biases(), qk_norm=QkNorm.HEAD, windows=windows, ropes=ropes)
 
 
@@ -136,6 +137,51 @@ def _gemma(config: ConfigFile) -> DecoderSettings:
         activation=Activation.GELU_TANH if activation is Activation.GELU else activation,
         multipliers=Multipliers(embedding=size**0.5),
     )
+
+
+def _gemma2(config: ConfigFile) -> DecoderSettings:
+    """Every other layer slides; norms before and behind attention and MLP."""
+    gemma, kinds = _gemma(config), _layer_kinds(config, _pattern(config, 2))
+    return replace(
+        gemma,
+        activation=_activation(config, "hidden_activation", "gelu_pytorch_tanh"),
+        multipliers=replace(gemma.multipliers, attention=config.number("query_pre_attn_scalar", 256) ** -0.5),
+        caps=Caps(
+            scores=_cap(config, "attn_logit_softcapping", 50.0), logits=_cap(config, "final_logit_softcapping", 30.0)
+        ),
+        windows=_windows(config, kinds, 4096),
+        names=Names(
+            norms=NormNames(
+                attention_out="post_attention_layernorm",
+                mlp_in="pre_feedforward_layernorm",
+                mlp_out="post_feedforward_layernorm",
+            )
+        ),
+    )
+
+
+def _gemma3(config: ConfigFile) -> DecoderSettings:
+    """Five layers in six slide, and rotate by a base of their own; scores are not capped."""
+    kinds = _layer_kinds(config, _pattern(config, 6))
+    keys = {
+        _FULL: RopeKeys(kind=_FULL, default_theta=1e6),
+        _SLIDING: RopeKeys(kind=_SLIDING, scaling=None, theta="rope_local_base_freq"),
+    }
+    gemma2 = _gemma2(config)
+    return replace(
+        gemma2,
+        qk_norm=QkNorm.HEAD,
+        caps=Caps(logits=_cap(config, "final_logit_softcapping", None)),
+        windows=_windows(config, kinds, 4096),
+        ropes=_ropes(config, gemma2.heads, kinds, keys),
+    )
+
+
+def _cap(config: ConfigFile, key: str, usual: float | None) -> float | None:
+    """The cap of that name; null, or a key left out where none is usual: there is none."""
+    if config.says_null(key) or (usual is None and not config.has(key)):
+        return None
+    return config.number(key, usual)
 
 
 def _granite(config: ConfigFile) -> DecoderSettings:
@@ -163,7 +209,7 @@ def _cohere(config: ConfigFile) -> DecoderSettings:
 
 def _cohere2(config: ConfigFile) -> DecoderSettings:
     """Only layers that slide rotate."""
-    windows = _windows(config, _layer_kinds(config, _pattern(config, 4)))
+    windows = _windows(config, _layer_kinds(config, _pattern(config, 4)), 4096)
     cohere = _cohere(config)
     return replace(cohere, qk_norm=QkNorm.NONE, windows=windows, ropes=_where_it_slides(cohere.ropes, windows))
 
@@ -335,11 +381,11 @@ def _where_it_slides(
     return tuple(None if window is None else rope for rope, window in zip(ropes, windows, strict=True))
 
 
-def _windows(config: ConfigFile, kinds: list[str]) -> tuple[int | None, ...]:
-    """The window of the layers that slide."""
-    if not config.has("sliding_window"):
+def _windows(config: ConfigFile, kinds: list[str], usual: int | None = None) -> tuple[int | None, ...]:
+    """The window of the layers that slide; `usual` where the file is silent, none where it says null."""
+    if config.says_null("sliding_window") or (usual is None and not config.has("sliding_window")):
         return (None,) * len(kinds)
-    window = config.integer("sliding_window", maximum=MAX_CONTEXT)
+    window = config.integer("sliding_window", usual, maximum=MAX_CONTEXT)
     return tuple(window if kind == _SLIDING else None for kind in kinds)
 
 
@@ -364,6 +410,8 @@ DECODERS: dict[str, DecoderType] = {
     "exaone4": DecoderType("Exaone4ForCausalLM", _exaone4),
     "phi3": DecoderType("Phi3ForCausalLM", _phi3),
     "gemma": DecoderType("GemmaForCausalLM", _gemma),
+    "gemma2": DecoderType("Gemma2ForCausalLM", _gemma2),
+    "gemma3_text": DecoderType("Gemma3ForCausalLM", _gemma3),
     "granite": DecoderType("GraniteForCausalLM", _granite),
     "cohere": DecoderType("CohereForCausalLM", _cohere),
     "cohere2": DecoderType("Cohere2ForCausalLM", _cohere2),

@@ -32,7 +32,6 @@ for _name, _decoder in DECODERS.items():
 
 _SOME_RECURRENT = "some of its layers are recurrent, and keep a state that is not a row for each token"
 _EXPERTS = "its MLPs are mixtures of experts"
-_KINDS = "its layers differ in more than their windows"
 _LATENT = "its attention keeps latents"
 REFUSED = {
     "qwen3_next": _SOME_RECURRENT,
@@ -51,8 +50,6 @@ REFUSED = {
     "llama4_text": _EXPERTS,
     "glm4_moe": _EXPERTS,
     "gpt_oss": f"{_EXPERTS}, and its attention has sinks",
-    "gemma2": _KINDS,
-    "gemma3_text": _KINDS,
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "kimi_k2": _LATENT,

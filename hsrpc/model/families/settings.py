@@ -79,6 +79,15 @@ class Multipliers:
     logits: float = 1.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caps:
+    """Bounds that values come near to: x becomes cap * tanh(x / cap); None: they have none."""
+
+    scores: float | None = None
+    """Of the products of queries and keys."""
+    logits: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderSettings:
     """One decoder; a field left out is as in Llama."""
@@ -99,6 +108,7 @@ class DecoderSettings:
     qk_norm: QkNorm = QkNorm.NONE
     biases: Biases = Biases()
     multipliers: Multipliers = Multipliers()
+    caps: Caps = Caps()
     names: Names = Names()
     qkv_by_head: bool = False
     """The rows of Q, K and V come head by head in the checkpoint."""

@@ -95,6 +95,20 @@ CASES = [
     ),
     ("gemma", {"head_dim": 16}),
     ("gemma", {"head_dim": 8, "hidden_act": "gelu"}),
+    ("gemma2", {"head_dim": 16, "sliding_window": 3, "attn_logit_softcapping": 0.7, "final_logit_softcapping": 2.0}),
+    ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 40, "attn_logit_softcapping": None, "attention_bias": True}),
+    ("gemma2", {"head_dim": 8, "hidden_activation": "gelu", "final_logit_softcapping": None}),
+    ("gemma3_text", {"head_dim": 16, "sliding_window": 3, "num_hidden_layers": 6, "query_pre_attn_scalar": 24}),
+    (
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "sliding_window": 3,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "rope_parameters": BY_KIND | {"full_attention": LINEAR},
+            "final_logit_softcapping": 1.5,
+        },
+    ),
     (
         "granite",
         {
@@ -188,6 +202,17 @@ OLDER_KINDS = [
     ("smollm3", {}, {"no_rope_layers": None}),
     ("exaone4", {"sliding_window": 3, "sliding_window_pattern": 3}, {"sliding_window_pattern": "LLG"}),
     ("cohere2", {"sliding_window": 3, "sliding_window_pattern": 2}, {"sliding_window_pattern": 2}),
+    ("gemma3_text", {"num_hidden_layers": 6, "head_dim": 8}, {"sliding_window": None}),
+    (
+        "gemma3_text",
+        {"head_dim": 8, "sliding_window_pattern": 3, "rope_parameters": BY_KIND | {"full_attention": LINEAR}},
+        {
+            "sliding_window_pattern": 3,
+            "rope_theta": 10000.0,
+            "rope_local_base_freq": 300.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+    ),
 ]
 """What a family's older files say instead of the kind, and the rotation, of each layer."""
 
@@ -195,7 +220,7 @@ OLDER_KINDS = [
 @pytest.mark.parametrize(("kind", "settings", "older"), OLDER_KINDS)
 def test_older_keys_of_layers_mean_the_same(save_packed, load_packed, tmp_path, kind, settings, older):
     """Patterns, and scalings that hold for some of the layers."""
-    packed = save_packed(make(kind, num_hidden_layers=4, **settings))
+    packed = save_packed(make(kind, **({"num_hidden_layers": 4} | settings)))
     assert len({*packed.family.settings.ropes}) == 2
     edit(tmp_path, layer_types=None, rope_parameters=None, **older)
     assert load_packed(tmp_path).family.settings == packed.family.settings
@@ -260,6 +285,8 @@ def test_the_context_grows_with_the_scaling(save_packed):
 REFUSED = [
     ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
     ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping: expected a positive number"),
     ("ministral", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
     ("ministral", {"layer_types": ["full_attention"]}, "layer_types"),
     ("phi3", {"rope_parameters": longrope(6)}, "short_factor: expected a list of 4 positive numbers"),
