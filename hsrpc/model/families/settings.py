@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from hsrpc.model.experts import Experts
 from hsrpc.model.layers import Activation, Norm
 from hsrpc.model.rope import RopeSettings
 
@@ -99,6 +100,8 @@ class DecoderSettings:
     """Sliding window of each layer; None: it sees all tokens."""
     ropes: tuple[RopeSettings | None, ...]
     """Rotation of each layer; None: positions change nothing in it but what it sees."""
+    experts: tuple[Experts | None, ...]
+    """The mixture of experts that each layer has for an MLP; None: its MLP is dense."""
     tied: bool
     """The head is the embedding."""
     activation: Activation = Activation.SILU
