@@ -114,6 +114,12 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma": lambda: decoder("gemma", head_dim=16, num_key_value_heads=4, initializer_range=0.05),
     "gemma2": lambda: decoder("gemma2", **_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **_WINDOW),
     "gemma3": lambda: decoder("gemma3_text", **_GEMMA, sliding_window_pattern=2, **_WINDOW),
+    "gpt-oss": lambda: decoder(
+        "gpt_oss", head_dim=16, num_key_value_heads=2, num_local_experts=4, rope_parameters=_YARN_ROPE, **_WINDOW
+    ),
+    "glm4-moe": lambda: decoder(
+        "glm4_moe", head_dim=16, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, use_qk_norm=True
+    ),
     "granite": lambda: decoder("granite", num_key_value_heads=2, **_GRANITE),
     "cohere": lambda: decoder("cohere", use_qk_norm=True, logit_scale=0.5),
     "starcoder2": lambda: decoder("starcoder2", num_key_value_heads=2, **_WINDOW),

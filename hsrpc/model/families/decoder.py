@@ -31,6 +31,7 @@ FINAL_NORM = Affine.named("final_norm")
 QKV = Affine.named("qkv")
 Q_NORM = Affine.named("q_norm")
 K_NORM = Affine.named("k_norm")
+SINKS = "sinks"
 OUT = Affine.named("out")
 GATE_UP = Affine.named("gate_up")
 DOWN = Affine.named("down")
@@ -60,7 +61,7 @@ class Decoder(Family):
         self.settings = self.read_settings(spec.config)
         scale = self.settings.multipliers.attention
         self.attention_scale = self.attention_scale if scale is None else scale
-        self.attention_extras = Extras(self.settings.caps.scores)
+        self.attention_extras = Extras(self.settings.caps.scores, self.settings.sinks)
         self._rotaries = self._make_rotaries()
         # Rounded as the embeddings are: models were trained so.
         self._embedding_scale = torch.tensor(self.settings.multipliers.embedding, dtype=spec.dtype).item()
@@ -103,6 +104,7 @@ class Decoder(Family):
             *self._norm_tensors(ATTENTION_NORM, prefix, norms.attention_in),
             *linear_tensors(QKV, qkv, qkv_rows, size, bias=biases.qkv, order=self._qkv_order(layer)),
             *self._qk_norm_tensors(layer, prefix),
+            *self._sink_tensors(prefix),
             *linear_tensors(OUT, (f"{prefix}.{self._names.out}",), (size,), self.q_size, bias=biases.out),
             *self._norm_tensors(ATTENTION_OUT_NORM, prefix, norms.attention_out),
             *self._norm_tensors(FFN_NORM, prefix, norms.mlp_in),
@@ -127,6 +129,10 @@ class Decoder(Family):
 
     def _norm_tensors(self, of: Affine, prefix: str, name: str | None) -> list[TensorSpec]:
         return [] if name is None else self.settings.norm.tensors(of, f"{prefix}.{name}", self.sizes.hidden_size)
+
+    def _sink_tensors(self, prefix: str) -> list[TensorSpec]:
+        source = f"{prefix}.{self._names.sinks}"
+        return [TensorSpec(SINKS, (self.sizes.num_heads,), (source,))] if self.settings.sinks else []
 
     def _qk_norm_tensors(self, layer: int, prefix: str) -> list[TensorSpec]:
         head_dim = self.sizes.head_dim
@@ -217,6 +223,9 @@ class Decoder(Family):
             return None
         norm = self.settings.norm
         return HeadNorms(w[Q_NORM.weight], w[K_NORM.weight], num_queries, norm.epsilon, norm.offset)
+
+    def sinks(self, w: Weights, layer: int) -> torch.Tensor | None:
+        return w.get(SINKS)
 
     def finish_layer(self, w: Weights, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         added = self._normed(w, ATTENTION_OUT_NORM, project(w, OUT, attended))

@@ -11,6 +11,8 @@ from hsrpc.model.bounds import MAX_CONTEXT, MAX_LAYERS, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.experts import Routing
 from hsrpc.model.families.expert_readers import (
+    deepseek_experts,
+    gpt_oss_experts,
     granite_experts,
     in_all_layers,
     qwen_experts,
@@ -321,6 +323,28 @@ def _gpt_neox(config: ConfigFile) -> DecoderSettings:
     )
 
 
+def _gpt_oss(config: ConfigFile) -> DecoderSettings:
+    """Every other layer slides; each head has a sink."""
+    kinds, bias = _layer_kinds(config, _pattern(config, 2)), config.flag("attention_bias", True)
+    return replace(
+        _common(config, _rms(config, 1e-5), rope=RopeKeys(default_theta=150_000.0), head_dim=64),
+        biases=Biases(qkv=bias, out=bias),
+        windows=_windows(config, kinds, 128),
+        sinks=True,
+        experts=gpt_oss_experts(config),
+    )
+
+
+def _glm4_moe(config: ConfigFile) -> DecoderSettings:
+    common = _common(config, _rms(config, 1e-5), rope=RopeKeys(default_fraction=0.5))
+    return replace(
+        common,
+        biases=Biases(qkv=config.flag("attention_bias", False)),
+        qk_norm=QkNorm.HEAD if config.flag("use_qk_norm", False) else QkNorm.NONE,
+        experts=deepseek_experts(config, common.activation),
+    )
+
+
 def _seed_oss(config: ConfigFile) -> DecoderSettings:
     biases = Biases(
         qkv=config.flag("attention_bias", True),
@@ -479,6 +503,8 @@ DECODERS: dict[str, DecoderType] = {
     "starcoder2": DecoderType("Starcoder2ForCausalLM", _starcoder2),
     "stablelm": DecoderType("StableLmForCausalLM", _stablelm),
     "gpt_neox": DecoderType("GPTNeoXForCausalLM", _gpt_neox),
+    "gpt_oss": DecoderType("GptOssForCausalLM", _gpt_oss),
+    "glm4_moe": DecoderType("Glm4MoeForCausalLM", _glm4_moe),
     "seed_oss": DecoderType("SeedOssForCausalLM", _seed_oss),
 }
 """The families that `Decoder` computes, by `model_type`."""

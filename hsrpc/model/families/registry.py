@@ -32,7 +32,6 @@ for _name, _decoder in DECODERS.items():
 
 _SOME_RECURRENT = "some of its layers are recurrent, and keep a state that is not a row for each token"
 _EXPERTS = "its mixtures of experts are of another kind"
-_ATTENTION = "its attention is not supported yet"
 _LATENT = "its attention keeps latents"
 REFUSED = {
     "qwen3_next": _SOME_RECURRENT,
@@ -44,8 +43,6 @@ REFUSED = {
     "rwkv": _SOME_RECURRENT,
     "phimoe": _EXPERTS,
     "llama4_text": _EXPERTS,
-    "glm4_moe": _ATTENTION,
-    "gpt_oss": f"{_ATTENTION}: it has sinks",
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "kimi_k2": _LATENT,

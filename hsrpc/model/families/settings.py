@@ -38,6 +38,7 @@ class Names:
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     """One name: all are one tensor."""
     qk_norms: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
+    sinks: str = "self_attn.sinks"
     out: str = "self_attn.o_proj"
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Gate and up of a gated MLP; one name: both are one tensor, or the MLP has no gate."""
@@ -112,6 +113,8 @@ class DecoderSettings:
     biases: Biases = Biases()
     multipliers: Multipliers = Multipliers()
     caps: Caps = Caps()
+    sinks: bool = False
+    """Each layer has a score for each head, of a key without a value that every query sees."""
     names: Names = Names()
     qkv_by_head: bool = False
     """The rows of Q, K and V come head by head in the checkpoint."""

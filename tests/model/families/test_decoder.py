@@ -42,6 +42,14 @@ MSCALE = YARN | {"mscale": 0.7, "mscale_all_dim": 0.4, "beta_fast": 2.0, "beta_s
 MINISTRAL3 = YARN | {"llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0}
 BY_KIND = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+GPT_OSS = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+GLM = {
+    "head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "routed_scaling_factor": 1.5,
+}
 FEW = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.6, "logits_scaling": 1.7}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -147,6 +155,10 @@ CASES = [
     ("exaone4", {"sliding_window": None, "layer_types": ["full_attention", "full_attention"]}),
     ("cohere2", {"sliding_window": 3, "num_hidden_layers": 4, "logit_scale": 0.5}),
     ("cohere2", {"sliding_window": 3, "sliding_window_pattern": 2, "attention_bias": True, "logit_scale": 0.5}),
+    ("gpt_oss", GPT_OSS | {"sliding_window": 3, "rope_parameters": MSCALE}),
+    ("gpt_oss", GPT_OSS | {"layer_types": ["full_attention", "sliding_attention"], "swiglu_limit": 0.5}),
+    ("glm4_moe", GLM),
+    ("glm4_moe", GLM | {"use_qk_norm": True, "attention_bias": True, "n_group": 2, "n_routed_experts": 8}),
     ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}}),
 ]
 
