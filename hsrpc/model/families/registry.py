@@ -9,6 +9,7 @@ from hsrpc.model.families.decoder import Decoder
 from hsrpc.model.families.opt import Opt
 from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.family import Family, ModelSpec
+from hsrpc.model.text_part import ARCHITECTURES
 
 _FAMILIES: dict[str, type[Family]] = {}
 _ARCHITECTURES: dict[str, str] = {}
@@ -68,7 +69,8 @@ def family_name(config: ConfigFile) -> str:
         return table[name]
     reason = REFUSED.get(str(config.values.get("model_type")))
     remedy = "serve a model of one of these architectures"
-    raise config.refuse(key, "one of " + ", ".join(table), remedy if reason is None else f"{reason}; {remedy}")
+    served = (*table, *ARCHITECTURES) if key == "architectures" else table
+    raise config.refuse(key, "one of " + ", ".join(served), remedy if reason is None else f"{reason}; {remedy}")
 
 
 def family_class(name: str) -> type[Family]:
