@@ -226,11 +226,13 @@ class Forward:
         assert step.projected is not None  # PLACE comes first
         queries, out = step.projected.projection.queries, step.projected.attended
         kv, first = self._cache.buffers[op.slot].kv, batch.num_in_place
+        sinks = self._family.sinks(step.w, op.layer)
         if batch.in_place is not None:
             pool = self._cache.device_kv(op.layer)
-            self._attention.in_place(queries[:first], pool, kv, batch.in_place, out[:first])
+            self._attention.in_place(queries[:first], pool, kv, batch.in_place, out[:first], sinks=sinks)
         if batch.packed is not None:
-            out[first:] = self._attention.packed(queries[first:], kv, batch.packed, self._windows[op.layer])
+            window = self._windows[op.layer]
+            out[first:] = self._attention.packed(queries[first:], kv, batch.packed, window, sinks)
 
     def _finish(self, step: Pass, layer: int, batch: DeviceBatch) -> None:
         """Finish the layer for a whole group, of which this is the last mini-batch."""

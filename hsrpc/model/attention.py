@@ -30,6 +30,19 @@ class InPlaceRows:
 
 
 @dataclass(frozen=True, slots=True)
+class Extras:
+    """What a model's attention does beside softmax(scale * q K^T) V."""
+
+    softcap: float | None = None
+    """A score s becomes softcap * tanh(s / softcap)."""
+    has_sinks: bool = False
+    """Each layer has a score for each head, of a key without a value that every query sees."""
+
+
+PLAIN = Extras()
+
+
+@dataclass(frozen=True, slots=True)
 class PackedRows:
     """Where each of `r` requests' rows begin. Its queries are the last of its keys, in order (causal, bottom right)."""
 
@@ -48,22 +61,40 @@ class Attention:
     """Chooses the fastest attention for the device and element type, once."""
 
     def __init__(
-        self, sizes: ModelSizes, scale: float, block_size: int, device: torch.device, dtype: torch.dtype
+        self,
+        sizes: ModelSizes,
+        scale: float,
+        block_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        extras: Extras = PLAIN,
     ) -> None:
         self._block_size = block_size
         self._heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
         self._kv = sizes.num_kv_heads * sizes.head_dim
         self._scale = scale
+        self._extras = extras
         self._device, self._dtype = device, dtype
         self._uses_kernel = device.type == "cuda"
         self._uses_flash = device.type == "cuda" and dtype in _FLASH_DTYPES and sizes.head_dim % 8 == 0
 
     def in_place(
-        self, queries: torch.Tensor, pool: torch.Tensor, kv: torch.Tensor, rows: InPlaceRows, out: torch.Tensor
+        self,
+        queries: torch.Tensor,
+        pool: torch.Tensor,
+        kv: torch.Tensor,
+        rows: InPlaceRows,
+        out: torch.Tensor,
+        *,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        """Fill `out` [d, q] for one query a request [d, q], with rows [K|V] in the pool and the kv buffer [*, 2*kv]."""
+        """Fill `out` [d, q] for one query a request [d, q], with rows [K|V] in the pool and the kv buffer [*, 2*kv].
+
+        `sinks` [num_heads] are those of the layer, where the model has them.
+        """
         if not self._uses_kernel:
-            self._in_place_one_by_one(queries, pool, kv, rows, out)
+            self._in_place_one_by_one(queries, pool, kv, rows, out, sinks=sinks)
             return
         from hsrpc.model.kernels.decode_attention import decode_attention  # loads Triton
 
@@ -82,6 +113,8 @@ class Attention:
             block_size=self._block_size,
             scale=self._scale,
             max_keys=rows.max_keys,
+            softcap=self._extras.softcap,
+            sinks=sinks,
         )
 
     @torch.inference_mode()
@@ -92,17 +125,25 @@ class Attention:
         num_heads, _, head_dim = self._heads
         queries = torch.zeros((1, num_heads * head_dim), dtype=self._dtype, device=self._device)
         kv = torch.zeros((self._block_size, 2 * self._kv), dtype=self._dtype, device=self._device)
+        sinks = queries.new_zeros(num_heads) if self._extras.has_sinks else None
         tables, counts, starts = (torch.zeros(size, dtype=torch.int32, device=self._device) for size in ((1, 1), 1, 2))
         for max_keys in (1, _MANY_KEYS):  # in one part, and in several
             rows = InPlaceRows(
                 tables=tables, counts=counts, rebuilt_starts=starts, key_starts=starts, max_keys=max_keys
             )
-            self.in_place(queries, kv, kv, rows, torch.empty_like(queries))
+            self.in_place(queries, kv, kv, rows, torch.empty_like(queries), sinks=sinks)
         one = torch.arange(2, dtype=torch.int32, device=self._device)
-        self.packed(queries, kv, PackedRows(one, one, (0, 1), (0, 1), 1, 1), None)
+        self.packed(queries, kv, PackedRows(one, one, (0, 1), (0, 1), 1, 1), None, sinks)
 
     def _in_place_one_by_one(
-        self, queries: torch.Tensor, pool: torch.Tensor, kv: torch.Tensor, rows: InPlaceRows, out: torch.Tensor
+        self,
+        queries: torch.Tensor,
+        pool: torch.Tensor,
+        kv: torch.Tensor,
+        rows: InPlaceRows,
+        out: torch.Tensor,
+        *,
+        sinks: torch.Tensor | None,
     ) -> None:
         rebuilt, starts = rows.rebuilt_starts.tolist(), rows.key_starts.tolist()
         offsets = torch.arange(self._block_size)
@@ -111,26 +152,64 @@ class Attention:
             parts = (pool.index_select(0, found), kv[rebuilt[i] : rebuilt[i + 1]], kv[starts[i] : starts[i + 1]])
             keys = torch.cat(parts)
             alone = PackedRows(rows.counts, rows.counts, (0, 1), (0, len(keys)), 1, len(keys))
-            out[i : i + 1] = self.packed(queries[i : i + 1], keys, alone, None)
+            out[i : i + 1] = self.packed(queries[i : i + 1], keys, alone, None, sinks)
 
-    def packed(self, queries: torch.Tensor, kv: torch.Tensor, rows: PackedRows, window: int | None) -> torch.Tensor:
+    def packed(
+        self,
+        queries: torch.Tensor,
+        kv: torch.Tensor,
+        rows: PackedRows,
+        window: int | None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[n, q] for queries [n, q] and the kv buffer [*, 2*kv] with rows [K|V].
 
         With a sliding `window` a query sees itself and the `window - 1` keys before it; keys are in order of position.
+        `sinks` as in `in_place`.
         """
+        if self._uses_kernel and (self._extras.softcap is not None or (not self._uses_flash and sinks is not None)):
+            return self._packed_by_kernel(queries, kv, rows, window, sinks)
         num_heads, num_kv_heads, head_dim = self._heads
         q = queries.unflatten(-1, (num_heads, head_dim))
         k = kv[:, : self._kv].unflatten(-1, (num_kv_heads, head_dim))
         v = kv[:, self._kv :].unflatten(-1, (num_kv_heads, head_dim))
         attend = self._flash if self._uses_flash else self._one_by_one
-        return attend(q, k, v, rows, window).flatten(1)
+        return attend(q, k, v, rows, window=window, sinks=sinks).flatten(1)
+
+    def _packed_by_kernel(
+        self, queries: torch.Tensor, kv: torch.Tensor, rows: PackedRows, window: int | None, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        from hsrpc.model.kernels.packed_attention import packed_attention  # loads Triton
+
+        _, num_kv_heads, head_dim = self._heads
+        return packed_attention(
+            queries,
+            kv,
+            query_starts=rows.query_starts,
+            key_starts=rows.key_starts,
+            max_queries=rows.max_queries,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            scale=self._scale,
+            window=window,
+            softcap=self._extras.softcap,
+            sinks=sinks,
+        )
 
     def _flash(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows, window: int | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: PackedRows,
+        *,
+        window: int | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """The operator behind `torch.nn.attention.varlen`, which takes the host three times as long to launch, and five
         seconds of imports for the first time where Python's compiled files are not kept."""
-        result: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        result: torch.Tensor
+        result, log_sums, *_ = torch.ops.aten._flash_attention_forward(
             q,
             k,
             v,
@@ -144,24 +223,58 @@ class Attention:
             scale=self._scale,
             window_size_left=-1 if window is None else window - 1,
             window_size_right=0,
-        )[0]
-        return result
+        )
+        return result if sinks is None else beside_sinks_(result, log_sums, sinks)
 
     def _one_by_one(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows, window: int | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: PackedRows,
+        *,
+        window: int | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         bounds = zip(rows.query_offsets, rows.query_offsets[1:], rows.key_offsets, rows.key_offsets[1:], strict=False)
         for q0, q1, k0, k1 in bounds:
-            out[q0:q1] = self._request(q[q0:q1], k[k0:k1], v[k0:k1], window)
+            out[q0:q1] = self._request(q[q0:q1], k[k0:k1], v[k0:k1], window, sinks)
         return out
 
-    def _request(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    def _request(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        gqa = self._heads[0] != self._heads[1]
         mask = _mask(q.shape[2], k.shape[2], window, q.device)
+        if self._extras != PLAIN:
+            return self._with_extras(q, k, v, mask, sinks).squeeze(0).transpose(0, 1)
+        gqa = self._heads[0] != self._heads[1]
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self._scale, enable_gqa=gqa)
         return attended.squeeze(0).transpose(0, 1)
+
+    def _with_extras(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[1, heads, queries, head_dim], by products in float32."""
+        k, v = (x.float().repeat_interleave(self._heads[0] // self._heads[1], 1) for x in (k, v))
+        scores = q.float() @ k.mT * self._scale
+        if (cap := self._extras.softcap) is not None:
+            scores = cap * (scores / cap).tanh()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.float().view(1, -1, 1, 1).expand(-1, -1, q.shape[2], -1)), dim=-1)
+        weights = scores.softmax(-1)[..., : k.shape[2]]
+        return (weights @ v).to(q.dtype)
+
+
+def beside_sinks_(attended: torch.Tensor, log_sums: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """`attended` [n, heads, head_dim], in place, as if each query had seen a key without a value beside its own.
+
+    `log_sums` [heads, n]: logarithms of the sums of the exponentials of the scores; `sinks` [heads]: that key's score.
+    """
+    return attended.mul_(torch.sigmoid(log_sums - sinks[:, None]).t().unsqueeze(-1))
 
 
 def _mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ from hsrpc.model.foreign import gguf_files, refuse_gguf
 from hsrpc.model.safetensors_file import SafetensorsFile
 from hsrpc.model.shards import check_complete
 from hsrpc.model.tensor import RowOrder, Stacked, TensorSpec
-from hsrpc.model.tensor_names import EMBEDDING, HEAD, TensorNames
+from hsrpc.model.tensor_names import EMBEDDING, HEAD, TensorNames, part_of
+
+_log = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -88,6 +91,13 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory}: expected {expected}, found {found_layers}; {_OTHER_CONFIG}")
         self.check(family.all_tensors())
         self._check_ties(family)
+        if ignored := self._parts_beside(family):
+            _log.warning("%s: serving the language model alone, without its %s", self.directory, ", ".join(ignored))
+
+    def _parts_beside(self, family: Family) -> list[str]:
+        """What there are weights of that the model does not have: what sees, layers that predict further tokens."""
+        served = {part_of(source) for tensor in family.all_tensors() for source in tensor.sources}
+        return sorted(self._names.parts - served - {part_of(HEAD)})
 
     def _has_layer(self, family: Family, layer: int) -> bool:
         """Whether any tensor of the layer is there."""

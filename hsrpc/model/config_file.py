@@ -48,6 +48,10 @@ class ConfigFile:
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None
 
+    def says_null(self, key: str) -> bool:
+        """Whether null stands there, where it means none and a key left out means the usual."""
+        return key in self.values and self.values[key] is None
+
     def refuse_all(self, keys: Sequence[str], expected: str, found: str, remedy: str = _REMEDY) -> CheckpointError:
         """For values that are only wrong together; of `keys` those are named that the file has."""
         named = ", ".join(f"{key}={shown(self.values[key])}" for key in keys if self.has(key))

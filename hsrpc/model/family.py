@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple, TypeAlias
 import torch
 
 from hsrpc.config import WeightCoding
+from hsrpc.model.attention import PLAIN
 from hsrpc.model.bounds import MAX_LAYERS
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.formats.choice import format_choices
@@ -74,6 +75,8 @@ class Family(ABC):
         self.kv_size = spec.sizes.num_kv_heads * spec.sizes.head_dim
         self.attention_scale: float = spec.sizes.head_dim**-0.5
         """Factor on q K^T; queries come unscaled."""
+        self.attention_extras = PLAIN
+        """What attention does beside."""
 
     @classmethod
     @abstractmethod
@@ -126,8 +129,8 @@ class Family(ABC):
         """Input of the first layer [n, h] for int64 `token_ids` [n]."""
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
-        """What the projections of all layers take of `positions` [n], computed once; here no rotation."""
-        return Rotation(positions, None, None)
+        """What the projections of all layers take of `positions` [n]."""
+        return Rotation(positions)
 
     def opened(self, layer: int, w: Weights) -> Weights:
         """What the layer is computed with, of its tensors: made once for each place where they lie. Here themselves."""
@@ -142,6 +145,10 @@ class Family(ABC):
         self, w: Weights, layer: int, activation: torch.Tensor, rotation: Rotation, out: torch.Tensor
     ) -> None:
         """[K|V] rebuilt from stored activations [n, a] by one GEMM, into `out` [n, 2*kv], contiguous."""
+
+    def sinks(self, w: Weights, layer: int) -> torch.Tensor | None:
+        """The layer's sinks [num_heads], in models whose attention has them."""
+        return None
 
     @abstractmethod
     def finish_layer(self, w: Weights, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:

@@ -158,8 +158,12 @@ class Norm:
 
     def tensor(self, of: Affine, source: str, shape: tuple[int, ...], order: RowOrder | None = None) -> TensorSpec:
         """Its weight alone."""
-        mean = 0.0 if self.kind is NormKind.RMS_FROM_ONE else 1.0
-        return TensorSpec(of.weight, shape, (f"{source}.weight",), order=order, mean=mean)
+        return TensorSpec(of.weight, shape, (f"{source}.weight",), order=order, mean=1.0 - self.offset)
+
+    @property
+    def offset(self) -> float:
+        """Added to the weight."""
+        return 1.0 if self.kind is NormKind.RMS_FROM_ONE else 0.0
 
     def of(self, w: Weights, of: Affine, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] normed; the weight is [n], or [heads, n] for x [..., heads, n]."""

@@ -200,6 +200,10 @@ _SCALINGS: Mapping[str, Callable[[ConfigFile, ConfigFile, int], Scaling]] = {
 class RopeKeys:
     """Where a config.json has the settings, beside `rope_parameters`, and what holds where it has none."""
 
+    kind: str | None = None
+    """Kind of the layers that rotate so, where `rope_parameters` has a section for each."""
+    scaling: str | None = "rope_scaling"
+    """None: those layers are not scaled in files that have no such sections."""
     theta: str = "rope_theta"
     fraction: str = "partial_rotary_factor"
     default_theta: float = 10_000.0
@@ -225,7 +229,7 @@ class RopeSettings:
     @classmethod
     def read(cls, config: ConfigFile, head_dim: int, keys: RopeKeys) -> RopeSettings:
         """From `rope_parameters`, or from `rope_scaling` and the keys beside it of older files."""
-        section = config.section("rope_parameters") or config.section("rope_scaling") or ConfigFile(config.file, {})
+        section = _section(config, keys)
         place = section if section.has("partial_rotary_factor") else config
         key = "partial_rotary_factor" if place is section else keys.fraction
         width = int(head_dim * place.number(key, keys.default_fraction))
@@ -240,6 +244,15 @@ class RopeSettings:
         return cls(
             theta, width, scaling, keys.interleaved, section.number("llama_4_scaling_beta"), _trained(section, config)
         )
+
+
+def _section(config: ConfigFile, keys: RopeKeys) -> ConfigFile:
+    """Where the settings of `keys` are: in a section for their kind of layers, or in one for all; or there are none."""
+    parameters = config.section("rope_parameters")
+    if parameters is not None and keys.kind is not None and parameters.has(keys.kind):
+        return parameters.section(keys.kind) or parameters
+    found = None if keys.scaling is None else parameters or config.section(keys.scaling)
+    return found or ConfigFile(config.file, {})
 
 
 def _positions(config: ConfigFile) -> int:
@@ -261,16 +274,30 @@ def _frequencies(theta: float, width: int) -> torch.Tensor:
     return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
 
 
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """What the projections of all layers take of the positions of `n` rows."""
+class Angles(NamedTuple):
+    """What one rotation takes of the positions of `n` rows."""
 
-    positions: torch.Tensor
-    """int64 [n]"""
     table: torch.Tensor | None
     """Cosines and sines [n, width] of the angles; None on CUDA, where the kernel computes them."""
     query_scale: torch.Tensor | None
     """[n, 1]; None: queries stay as they are."""
+
+
+class Rotation:
+    """Positions of `n` rows, and what the rotations of the model's layers take of them: each computes it once."""
+
+    __slots__ = ("_angles", "positions")
+
+    def __init__(self, positions: torch.Tensor) -> None:
+        self.positions = positions
+        """int64 [n]"""
+        self._angles: dict[Rotary, Angles] = {}
+
+    def angles(self, rotary: Rotary) -> Angles:
+        """What `rotary`, which several layers may share, takes of the positions."""
+        if rotary not in self._angles:
+            self._angles[rotary] = rotary.angles(self.positions)
+        return self._angles[rotary]
 
 
 class HeadNorms(NamedTuple):
@@ -282,6 +309,8 @@ class HeadNorms(NamedTuple):
     """[head_dim] weight of the others."""
     num_queries: int
     epsilon: float
+    offset: float = 0.0
+    """Added to the weights (1 in Gemma, which multiplies before it rounds)."""
 
     def apply_(self, heads: torch.Tensor) -> None:
         """Norms `heads` [n, m, head_dim] in place."""
@@ -289,11 +318,16 @@ class HeadNorms(NamedTuple):
             (heads[:, : self.num_queries], self.queries),
             (heads[:, self.num_queries :], self.keys),
         ):
-            part.copy_(functional.rms_norm(part, part.shape[-1:], weight, self.epsilon))
+            if self.offset:
+                part.copy_(
+                    functional.rms_norm(part.float(), part.shape[-1:], self.offset + weight.float(), self.epsilon)
+                )
+            else:
+                part.copy_(functional.rms_norm(part, part.shape[-1:], weight, self.epsilon))
 
 
 class Rotary:
-    """The rotation of a model that serves requests up to `context` tokens, computed in `dtype`."""
+    """A rotation of a model that serves requests up to `context` tokens, computed in `dtype`."""
 
     def __init__(self, settings: RopeSettings, head_dim: int, context: int, dtype: torch.dtype) -> None:
         self._settings = settings
@@ -302,12 +336,12 @@ class Rotary:
         self._factor = settings.scaling.attention_factor
         self._frequencies = settings.scaling.frequencies(settings.theta, settings.width, context)
 
-    def at(self, positions: torch.Tensor) -> Rotation:
-        """The rotation at int64 `positions` [n]."""
+    def angles(self, positions: torch.Tensor) -> Angles:
+        """What `Rotation` keeps for int64 `positions` [n]."""
         if self._frequencies.device != positions.device:
             self._frequencies = self._frequencies.to(positions.device)
         table = None if positions.is_cuda else make_table(positions, self._frequencies, self._factor, self._dtype)
-        return Rotation(positions, table, self._query_scale(positions))
+        return Angles(table, self._query_scale(positions))
 
     def _query_scale(self, positions: torch.Tensor) -> torch.Tensor | None:
         settings = self._settings
@@ -316,18 +350,24 @@ class Rotary:
         turns = torch.log1p((positions // settings.query_context).float())
         return (1 + settings.query_beta * turns).to(self._dtype)[:, None]
 
+    def scale_(self, queries: torch.Tensor, rotation: Rotation) -> None:
+        """Scales `queries` [n, m * head_dim] in place by their positions, in the models that do."""
+        scale = rotation.angles(self).query_scale
+        if scale is not None:
+            queries *= scale
+
     def turn_(self, heads: torch.Tensor, rotation: Rotation, norms: HeadNorms | None = None) -> None:
-        """Rotates `heads` [n, m * head_dim] in place, with `norms` normed first; rows may be strided."""
-        heads = heads.unflatten(1, (-1, self._head_dim))
-        fuses = rotation.table is None and self._settings.width == self._head_dim
+        """Rotates `heads` [n, m, head_dim] in place, with `norms` normed first; rows may be strided."""
+        table = rotation.angles(self).table
+        fuses = table is None and self._settings.width == self._head_dim
         if norms is not None and not fuses:
             norms.apply_(heads)
-        if rotation.table is None:
+        if table is None:
             from hsrpc.model.kernels.fused import rotate_heads_  # loads Triton
 
             rotate_heads_(heads, rotation.positions, self._frequencies, self._factor, norms if fuses else None)
         else:
-            rotate_(heads[..., : self._settings.width], rotation.table)
+            rotate_(heads[..., : self._settings.width], table)
 
 
 def make_table(positions: torch.Tensor, frequencies: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:

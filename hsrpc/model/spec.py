@@ -20,6 +20,7 @@ from hsrpc.model.formats.plain import Plain
 from hsrpc.model.generation_config import GENERATION_FILE
 from hsrpc.model.hub import model_name
 from hsrpc.model.shapes import SHAPES
+from hsrpc.model.text_part import text_part
 
 __all__ = ["ModelSpec", "in_formats", "load_spec", "named_spec"]
 
@@ -38,7 +39,7 @@ def load_spec(directory: Path, dtype: torch.dtype | None) -> ModelSpec:
     """
     if not (directory / CONFIG_FILE).exists() and (gguf := gguf_files(directory)):
         raise refuse_gguf(gguf[0])
-    config = read_config(directory / CONFIG_FILE)
+    config = text_part(read_config(directory / CONFIG_FILE))
     spec = _make_spec(model_name(directory), config, dtype)
     if has_weights(directory) and Checkpoint(directory).has_own_head(create_family(spec)):
         untied = ConfigFile(config.file, {**config.values, "tie_word_embeddings": False})
@@ -64,7 +65,9 @@ def named_spec(name: str, dtype: torch.dtype | None) -> ModelSpec:
     if path.suffix != ".json":
         known = ", ".join(SHAPES)
         raise ModelNotFoundError(f"{name!r} is not a known shape; use one of {known}, or the path of a {CONFIG_FILE}")
-    return _make_spec(model_name(path.parent) if path.name == CONFIG_FILE else path.stem, read_config(path), dtype)
+    return _make_spec(
+        model_name(path.parent) if path.name == CONFIG_FILE else path.stem, text_part(read_config(path)), dtype
+    )
 
 
 def _make_spec(name: str, config: ConfigFile, dtype: torch.dtype | None) -> ModelSpec:

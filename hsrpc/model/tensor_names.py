@@ -60,10 +60,21 @@ class TensorNames:
         spelt = self._spelt.get(_bare(source), ())
         return spelt[0] if len(spelt) == 1 else None
 
+    @property
+    def parts(self) -> set[str]:
+        """What the tensors here are parts of."""
+        return set(map(part_of, self._names))
+
     def nearest(self, source: str) -> list[str]:
         """A few names here that are like `source`, the likest first."""
         same = self._spelt.get(_bare(source))
         return sorted(same)[:_NUM_NEAREST] if same else _likest(source, self._names)
+
+
+def part_of(name: str) -> str:
+    """The layer that a tensor belongs to, such as `layers.3`, or else the first word of its name without wrappers."""
+    first, second, *_ = (*_bare(name).split("."), "")
+    return f"{first}.{second}" if second.isdecimal() else first
 
 
 def _bare(name: str) -> str:

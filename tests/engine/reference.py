@@ -57,6 +57,7 @@ _LLAMA3_ROPE = {
 }
 
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 40}
+_ROPE_BY_KIND = {_SLIDING: {"rope_type": "default", "rope_theta": 500.0}, "full_attention": _YARN_ROPE}
 _HALF_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 _MINISTRAL3_ROPE = _YARN_ROPE | {"llama_4_scaling_beta": 0.3}
 _LONG_ROPE = {
@@ -72,6 +73,7 @@ _GRANITE = {
     "residual_multiplier": 0.8,
     "logits_scaling": 0.9,
 }
+_GEMMA = {"head_dim": 16, "num_key_value_heads": 2, "initializer_range": 0.05}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 _WINDOW = {"sliding_window": 24}
 
@@ -103,9 +105,21 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         "granitemoeshared", num_key_value_heads=2, num_local_experts=4, shared_intermediate_size=40, **_GRANITE
     ),
     "olmo2": lambda: decoder("olmo2"),
+    "olmo3": lambda: decoder("olmo3", **_WINDOW, rope_parameters=_ROPE_BY_KIND),
+    "smollm3": lambda: decoder("smollm3", num_key_value_heads=2, no_rope_layer_interval=2),
+    "exaone4": lambda: decoder("exaone4", num_key_value_heads=2, sliding_window_pattern=2, **_WINDOW),
+    "cohere2": lambda: decoder("cohere2", num_key_value_heads=2, sliding_window_pattern=2, logit_scale=0.5, **_WINDOW),
     "phi3-longrope": lambda: decoder("phi3", rope_parameters=_LONG_ROPE, original_max_position_embeddings=160),
     "phi3-window": lambda: decoder("phi3", **_WINDOW),
     "gemma": lambda: decoder("gemma", head_dim=16, num_key_value_heads=4, initializer_range=0.05),
+    "gemma2": lambda: decoder("gemma2", **_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **_WINDOW),
+    "gemma3": lambda: decoder("gemma3_text", **_GEMMA, sliding_window_pattern=2, **_WINDOW),
+    "gpt-oss": lambda: decoder(
+        "gpt_oss", head_dim=16, num_key_value_heads=2, num_local_experts=4, rope_parameters=_YARN_ROPE, **_WINDOW
+    ),
+    "glm4-moe": lambda: decoder(
+        "glm4_moe", head_dim=16, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, use_qk_norm=True
+    ),
     "granite": lambda: decoder("granite", num_key_value_heads=2, **_GRANITE),
     "cohere": lambda: decoder("cohere", use_qk_norm=True, logit_scale=0.5),
     "starcoder2": lambda: decoder("starcoder2", num_key_value_heads=2, **_WINDOW),

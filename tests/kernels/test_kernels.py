@@ -13,6 +13,7 @@ from hsrpc.model.kernels import decode_attention as decode_kernel
 from hsrpc.model.kernels.decode_attention import decode_attention
 from hsrpc.model.kernels.fused import gate, rotate_heads_
 from hsrpc.model.kernels.lossless import decode_weights, encode_weights
+from hsrpc.model.kernels.packed_attention import packed_attention
 from hsrpc.model.layers import Activation, ClampedGate, Gate
 from hsrpc.model.rope import HeadNorms, Unscaled, make_table, rotate_
 
@@ -20,16 +21,33 @@ BLOCK_SIZE = 16
 NUM_BLOCKS = 12
 HEADS = [(2, 2, 16), (6, 6, 64), (4, 2, 80), (8, 1, 32), (16, 8, 32), (3, 3, 128)]
 """Query heads, KV heads, head size: one head a group, several; packs of heads; sizes that are no powers of two."""
+SOME_HEADS = [(4, 2, 80), (3, 3, 16), (2, 1, 256)]
+"""A head of each kind, and the widest."""
 REQUESTS = [(130, 0, 5), (0, 40, 0), (16, 0, 0), (0, 0, 17), (33, 18, 1), (1, 1, 63)]
 """Keys in place, rebuilt, and behind: parts that end within a tile and with it, and single ones."""
 
 
-def dense(query: torch.Tensor, kv: torch.Tensor, kv_heads: int, head_dim: int) -> torch.Tensor:
+EXTRAS = [(None, False), (0.7, False), (None, True), (1.5, True)]
+"""Cap of the scores, and whether there are sinks."""
+
+
+def dense(
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    kv_heads: int,
+    head_dim: int,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """[q] for one query [q] and rows [K|V], in float64."""
     q = query.double().unflatten(0, (-1, head_dim))
     k, v = (part.unflatten(1, (kv_heads, head_dim)) for part in kv.double().chunk(2, dim=1))
     k, v = (part.repeat_interleave(len(q) // kv_heads, 1) for part in (k, v))
-    weights = (torch.einsum("hd,khd->hk", q, k) * head_dim**-0.5).softmax(-1)
+    scores = torch.einsum("hd,khd->hk", q, k) * head_dim**-0.5
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    weights = scores.softmax(-1)
+    if sinks is not None:
+        weights = torch.cat((scores, sinks.double()[:, None]), 1).softmax(-1)[:, :-1]
     return torch.einsum("hk,khd->hd", weights, v).flatten()
 
 
@@ -41,9 +59,19 @@ def rows_of(request: int, tables: torch.Tensor) -> list[int]:
 
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "softcap", "has_sinks"),
+    [(*heads, None, False) for heads in HEADS] + [(*heads, *more) for heads in SOME_HEADS for more in EXTRAS[1:]],
+)
 def test_decode_attention(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, parts: int, monkeypatch: pytest.MonkeyPatch
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    softcap: float | None,
+    has_sinks: bool,
+    dtype: torch.dtype,
+    parts: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Any mix of keys in place, rebuilt and behind, in one part or in several; queries are strided rows."""
     monkeypatch.setattr(decode_kernel, "_num_parts", lambda *_: parts)
@@ -56,6 +84,7 @@ def test_decode_attention(
     tables = torch.stack([torch.randperm(NUM_BLOCKS)[:9] for _ in REQUESTS]).int()
     queries = torch.randn(count, 3 * heads * head_dim).to(dtype)[:, : heads * head_dim]
     found = torch.full((count, heads * head_dim), torch.nan, dtype=dtype)
+    sinks = torch.randn(heads).to(dtype) if has_sinks else None
     decode_attention(
         queries,
         pool,
@@ -70,14 +99,60 @@ def test_decode_attention(
         block_size=BLOCK_SIZE,
         scale=head_dim**-0.5,
         max_keys=200,
+        softcap=softcap,
+        sinks=sinks,
     )
     for i in range(count):
         keys = (pool[rows_of(i, tables)], buffer[rebuilt[i] : rebuilt[i + 1]], buffer[behind[i] : behind[i + 1]])
-        wanted = dense(queries[i], torch.cat(keys), kv_heads, head_dim)
+        wanted = dense(queries[i], torch.cat(keys), kv_heads, head_dim, softcap, sinks)
         assert (found[i].double() - wanted).norm() <= (1e-6 if dtype is torch.float32 else 2e-3) * wanted.norm()
 
 
-def test_a_request_without_keys_gets_zeros() -> None:
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("softcap", "has_sinks"), EXTRAS)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SOME_HEADS)
+def test_packed_attention(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    softcap: float | None,
+    has_sinks: bool,
+    dtype: torch.dtype,
+    window: int | None,
+) -> None:
+    """Ragged requests, of a query and of more than a tile of them, with and without cached keys before them."""
+    torch.manual_seed(heads * head_dim)
+    lengths = [(1, 70), (67, 0), (3, 33), (1, 0)]
+    starts = [0, *accumulate(new for new, _ in lengths)]
+    key_starts = [2, *accumulate((new + cached for new, cached in lengths), initial=2)][1:]
+    queries = torch.randn(starts[-1], 3 * heads * head_dim).to(dtype)[:, : heads * head_dim]
+    kv = torch.randn(key_starts[-1] + 1, 2 * kv_heads * head_dim).to(dtype)
+    sinks = torch.randn(heads).to(dtype) if has_sinks else None
+    found = packed_attention(
+        queries,
+        kv,
+        query_starts=torch.tensor(starts).int(),
+        key_starts=torch.tensor(key_starts).int(),
+        max_queries=67,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    for request, (new, cached) in enumerate(lengths):
+        for number in {0, new // 2, new - 1}:
+            end = key_starts[request] + cached + number + 1
+            start = key_starts[request] if window is None else max(key_starts[request], end - window)
+            row = starts[request] + number
+            wanted = dense(queries[row], kv[start:end], kv_heads, head_dim, softcap, sinks)
+            assert (found[row].double() - wanted).norm() <= (1e-6 if dtype is torch.float32 else 2e-3) * wanted.norm()
+
+
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_a_request_without_keys_gets_zeros(has_sinks: bool) -> None:
     """As the padding of a graph's batch is."""
     nothing = torch.zeros(2).int()
     found = torch.full((1, 32), torch.nan)
@@ -95,6 +170,7 @@ def test_a_request_without_keys_gets_zeros() -> None:
         block_size=BLOCK_SIZE,
         scale=0.25,
         max_keys=8,
+        sinks=torch.randn(2) if has_sinks else None,
     )
     assert torch.equal(found, torch.zeros(1, 32))
 
@@ -168,11 +244,14 @@ def test_rotate_heads(dtype: torch.dtype, heads: int, head_dim: int, width: int)
 
 
 @pytest.mark.parametrize(("queries", "keys", "head_dim"), [(0, 3, 8), (20, 4, 128), (5, 5, 80)])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_heads_are_normed_as_they_are_rotated(dtype: torch.dtype, queries: int, keys: int, head_dim: int) -> None:
+def test_heads_are_normed_as_they_are_rotated(
+    dtype: torch.dtype, offset: float, queries: int, keys: int, head_dim: int
+) -> None:
     """As by a norm of the queries, one of the keys, and a rotation, but for the last bits."""
     positions, frequencies = torch.tensor([0, 1, 4095]), Unscaled().frequencies(1e4, head_dim, 4096)
-    norms = HeadNorms(*torch.randn(2, head_dim).to(dtype), queries, 1e-3)
+    norms = HeadNorms(*torch.randn(2, head_dim).to(dtype), queries, 1e-3, offset)
     found = (3 * torch.randn(len(positions), queries + keys, head_dim)).to(dtype)
     wanted = found.clone()
     norms.apply_(wanted)

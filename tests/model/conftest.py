@@ -34,7 +34,9 @@ def rebuild(family: Family, w: Weights, layer: int, x: torch.Tensor, positions: 
     return out
 
 
-def dense_attention(family: Family, q: torch.Tensor, kv: torch.Tensor, window: int | None) -> torch.Tensor:
+def dense_attention(
+    family: Family, q: torch.Tensor, kv: torch.Tensor, window: int | None, sinks: torch.Tensor | None
+) -> torch.Tensor:
     """Causal attention of one request: q [n, q_size], kv [n, 2*kv_size] to [n, q_size]."""
     sizes, count = family.sizes, len(q)
     k, v = kv.unflatten(1, (2, sizes.num_kv_heads, sizes.head_dim)).unbind(1)
@@ -43,7 +45,12 @@ def dense_attention(family: Family, q: torch.Tensor, kv: torch.Tensor, window: i
     distance = torch.arange(count)[:, None] - torch.arange(count)[None, :]
     hidden = (distance < 0) | (distance >= (window or count))
     scores = q.unflatten(1, (-1, sizes.head_dim)).transpose(0, 1) @ k.transpose(1, 2) * family.attention_scale
-    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1).flatten(1)
+    if (cap := family.attention_extras.softcap) is not None:
+        scores = cap * (scores / cap).tanh()
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(-1, count, 1)), -1)
+    return (scores.softmax(-1)[..., :count] @ v).transpose(0, 1).flatten(1)
 
 
 class PackedModel:
@@ -65,7 +72,8 @@ class PackedModel:
             x, q, kv = family.project(w, layer, hidden, family.rotation(positions))
             torch.testing.assert_close(rebuild(family, w, layer, x, positions), kv, atol=close, rtol=close)
             pieces = zip(q.split(lengths), kv.split(lengths), strict=True)
-            attended = torch.cat([dense_attention(family, *piece, sizes.sliding_window) for piece in pieces])
+            window, sinks = sizes.sliding_window, family.sinks(w, layer)
+            attended = torch.cat([dense_attention(family, *piece, window, sinks) for piece in pieces])
             hidden = family.finish_layer(w, layer, hidden, attended)
         return family.logits(self.fixed, hidden)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
+from hsrpc.model.attention import Attention, Extras, InPlaceRows, PackedRows, beside_sinks_
 from hsrpc.plan.sizes import ModelSizes
 
 BLOCK_SIZE = 4
@@ -30,13 +30,23 @@ def make_sizes(num_heads: int, num_kv_heads: int) -> ModelSizes:
     )
 
 
-def dense(q: torch.Tensor, kv: torch.Tensor, sizes: ModelSizes) -> torch.Tensor:
+def dense(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    sizes: ModelSizes,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """[q] for one query [q] and rows [K|V]."""
     group = sizes.num_heads // sizes.num_kv_heads
     k, v = (part.unflatten(1, (sizes.num_kv_heads, HEAD_DIM)) for part in kv.double().chunk(2, dim=1))
     k, v = (part.repeat_interleave(group, 1) for part in (k, v))
     scores = torch.einsum("hd,khd->hk", q.double().unflatten(0, (sizes.num_heads, HEAD_DIM)), k) * 0.3
-    return torch.einsum("hk,khd->hd", scores.softmax(-1), v).flatten().float()
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    weights = scores.softmax(-1)
+    if sinks is not None:
+        weights = torch.cat((scores, sinks.double()[:, None]), 1).softmax(-1)[:, :-1]
+    return torch.einsum("hk,khd->hd", weights, v).flatten().float()
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
@@ -105,3 +115,43 @@ def test_packed_queries_see_their_own_keys_up_to_themselves(
             start = keys_at[request] if window is None else max(keys_at[request], end - window)
             row = queries_at[request] + number
             torch.testing.assert_close(found[row], dense(queries[row], kv[start:end], sizes), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(0.5, False), (None, True), (0.5, True)])
+@pytest.mark.parametrize("window", [None, 3])
+def test_scores_are_capped_and_a_sink_takes_its_part(
+    softcap: float | None, has_sinks: bool, window: int | None
+) -> None:
+    """For chunks, and for single queries whose keys lie in place."""
+    sizes = make_sizes(4, 2)
+    extras = Extras(softcap, has_sinks)
+    attention = Attention(sizes, 0.3, BLOCK_SIZE, torch.device("cpu"), torch.float32, extras=extras)
+    torch.manual_seed(0)
+    queries, kv = 3 * torch.randn(5, sizes.hidden_size), torch.randn(8, 2 * sizes.num_kv_heads * HEAD_DIM)
+    sinks = torch.randn(4) if has_sinks else None
+    ends = torch.empty(0).int()
+    chunk = attention.packed(queries, kv, PackedRows(ends, ends, (0, 5), (0, 8), 5, 8), window, sinks)
+    for i in range(5):
+        seen = kv[0 if window is None else i + 4 - window : i + 4]
+        torch.testing.assert_close(chunk[i], dense(queries[i], seen, sizes, softcap, sinks), rtol=1e-5, atol=1e-5)
+    rows = InPlaceRows(
+        tables=torch.tensor([[1]]).int(),
+        counts=torch.tensor([3]).int(),
+        rebuilt_starts=torch.tensor([0, 2]).int(),
+        key_starts=torch.tensor([2, 3]).int(),
+        max_keys=8,
+    )
+    found = torch.empty(1, sizes.hidden_size)
+    attention.in_place(queries[:1], kv, kv, rows, found, sinks=sinks)
+    wanted = dense(queries[0], torch.cat((kv[4:7], kv[:3])), sizes, softcap, sinks)
+    torch.testing.assert_close(found[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_sinks_take_their_part_afterwards() -> None:
+    """From what is attended without them, and the logarithms of the sums, as flash attention gives both."""
+    torch.manual_seed(0)
+    scores, values, sinks = torch.randn(3, 5, 7), torch.randn(3, 7, 4), torch.randn(3)
+    attended, log_sums = (scores.softmax(-1) @ values).transpose(0, 1), scores.logsumexp(-1)
+    with_sinks = torch.cat((scores, sinks[:, None, None].expand(3, 5, 1)), -1).softmax(-1)[..., :-1]
+    wanted = (with_sinks @ values).transpose(0, 1)
+    torch.testing.assert_close(beside_sinks_(attended.contiguous(), log_sums, sinks), wanted)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
+from hsrpc.model.attention import Extras
 from hsrpc.model.bounds import MAX_CONTEXT, MAX_VOCAB_SIZE, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.experts import Experts, expert_in, expert_out
@@ -17,7 +18,7 @@ from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.settings import DecoderSettings, Names, QkNorm
 from hsrpc.model.family import Family, ModelSpec, Projection, Weights
 from hsrpc.model.layers import Affine, linear_tensors, project, project_rows
-from hsrpc.model.rope import HeadNorms, Rotary, Rotation
+from hsrpc.model.rope import HeadNorms, RopeSettings, Rotary, Rotation
 from hsrpc.model.tensor import HeadsTogether, PairsApart, RowOrder, TensorSpec
 from hsrpc.plan.sizes import ExpertSizes, LayerSizes, ModelSizes
 
@@ -30,6 +31,7 @@ FINAL_NORM = Affine.named("final_norm")
 QKV = Affine.named("qkv")
 Q_NORM = Affine.named("q_norm")
 K_NORM = Affine.named("k_norm")
+SINKS = "sinks"
 OUT = Affine.named("out")
 GATE_UP = Affine.named("gate_up")
 DOWN = Affine.named("down")
@@ -62,7 +64,8 @@ class Decoder(Family):
         self.settings = self.read_settings(spec.config)
         scale = self.settings.multipliers.attention
         self.attention_scale = self.attention_scale if scale is None else scale
-        self._rotary = Rotary(self.settings.rope, self.sizes.head_dim, self.served_context, spec.dtype)
+        self.attention_extras = Extras(self.settings.caps.scores, self.settings.sinks)
+        self._rotaries = self._make_rotaries()
         # Rounded as the embeddings are: models were trained so.
         self._embedding_scale = torch.tensor(self.settings.multipliers.embedding, dtype=spec.dtype).item()
 
@@ -81,13 +84,19 @@ class Decoder(Family):
             head_dim=settings.heads.head_dim,
             ffn_size=config.integer("intermediate_size", maximum=MAX_WIDTH),
             vocab_size=config.integer("vocab_size", maximum=MAX_VOCAB_SIZE),
-            context_length=settings.rope.scaling.context(
-                config.integer("max_position_embeddings", maximum=MAX_CONTEXT)
-            ),
+            context_length=settings.context(config.integer("max_position_embeddings", maximum=MAX_CONTEXT)),
             compute_bytes=compute_bytes,
             layers=(),
             fixed_bytes=0,
         )
+
+    def _make_rotaries(self) -> tuple[Rotary | None, ...]:
+        """The rotation of each layer; layers that rotate alike share one."""
+        sizes, made = (self.sizes.head_dim, self.served_context, self.spec.dtype), dict[RopeSettings, Rotary]()
+        for rope in self.settings.ropes:
+            if rope is not None and rope not in made:
+                made[rope] = Rotary(rope, *sizes)
+        return tuple(None if rope is None else made[rope] for rope in self.settings.ropes)
 
     def layer_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
         prefix, size = f"{self._names.layers}.{layer}", self.sizes.hidden_size
@@ -96,8 +105,9 @@ class Decoder(Family):
         qkv_rows = (self.q_size, self.kv_size, self.kv_size)
         return (
             *self._norm_tensors(ATTENTION_NORM, prefix, norms.attention_in),
-            *linear_tensors(QKV, qkv, qkv_rows, size, bias=biases.qkv, order=self._qkv_order()),
-            *self._qk_norm_tensors(prefix),
+            *linear_tensors(QKV, qkv, qkv_rows, size, bias=biases.qkv, order=self._qkv_order(layer)),
+            *self._qk_norm_tensors(layer, prefix),
+            *self._sink_tensors(prefix),
             *linear_tensors(OUT, (f"{prefix}.{self._names.out}",), (size,), self.q_size, bias=biases.out),
             *self._norm_tensors(ATTENTION_OUT_NORM, prefix, norms.attention_out),
             *self._norm_tensors(FFN_NORM, prefix, norms.mlp_in),
@@ -123,7 +133,11 @@ class Decoder(Family):
     def _norm_tensors(self, of: Affine, prefix: str, name: str | None) -> list[TensorSpec]:
         return [] if name is None else self.settings.norm.tensors(of, f"{prefix}.{name}", self.sizes.hidden_size)
 
-    def _qk_norm_tensors(self, prefix: str) -> list[TensorSpec]:
+    def _sink_tensors(self, prefix: str) -> list[TensorSpec]:
+        source = f"{prefix}.{self._names.sinks}"
+        return [TensorSpec(SINKS, (self.sizes.num_heads,), (source,))] if self.settings.sinks else []
+
+    def _qk_norm_tensors(self, layer: int, prefix: str) -> list[TensorSpec]:
         head_dim = self.sizes.head_dim
         match self.settings.qk_norm:
             case QkNorm.NONE:
@@ -136,17 +150,19 @@ class Decoder(Family):
                 shapes = [(self.q_size,), (self.kv_size,)]
         sources = (f"{prefix}.{name}" for name in self._names.qk_norms)
         of = zip((Q_NORM, K_NORM), sources, shapes, strict=True)
-        return [self.settings.norm.tensor(*each, order=self._order(math.prod(each[-1]))) for each in of]
+        return [self.settings.norm.tensor(*each, order=self._order(layer, math.prod(each[-1]))) for each in of]
 
-    def _qkv_order(self) -> RowOrder | None:
+    def _qkv_order(self, layer: int) -> RowOrder | None:
         if self.settings.qkv_by_head:
             return HeadsTogether(self.sizes.num_heads, self.sizes.head_dim)
-        return self._order(self.q_size + self.kv_size, self.kv_size)
+        return self._order(layer, self.q_size + self.kv_size, self.kv_size)
 
-    def _order(self, rotated: int, others: int = 0) -> RowOrder | None:
+    def _order(self, layer: int, rotated: int, others: int = 0) -> RowOrder | None:
         """Order of the rows of heads that are rotated, and others after them."""
-        rope, head_dim = self.settings.rope, self.sizes.head_dim
-        return PairsApart(rotated // head_dim, head_dim, rope.width, others) if rope.interleaved else None
+        rope, head_dim = self.settings.ropes[layer], self.sizes.head_dim
+        if rope is None or not rope.interleaved:
+            return None
+        return PairsApart(rotated // head_dim, head_dim, rope.width, others)
 
     def layer_sizes(self, layer: int) -> LayerSizes:
         window = self.settings.windows[layer]
@@ -170,9 +186,6 @@ class Decoder(Family):
     def embed(self, fixed: Weights, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return _scaled(functional.embedding(token_ids, fixed[EMBED]), self._embedding_scale)
 
-    def rotation(self, positions: torch.Tensor) -> Rotation:
-        return self._rotary.at(positions)
-
     def opened(self, layer: int, w: Weights) -> Weights:
         experts = self.settings.experts[layer]
         return w if experts is None else experts.opened(w)
@@ -183,10 +196,9 @@ class Decoder(Family):
         queries, kv = fused[:, : self.q_size], fused[:, self.q_size :]
         self._norm_(w, Q_NORM, queries)
         self._norm_(w, K_NORM, kv[:, : self.kv_size])
-        norms = self._head_norms(w, self.sizes.num_heads)
-        self._rotary.turn_(fused[:, : self.q_size + self.kv_size], rotation, norms)
-        if rotation.query_scale is not None:
-            queries *= rotation.query_scale
+        self._turn_(w, layer, fused[:, : self.q_size + self.kv_size], self.sizes.num_heads, rotation)
+        if (rotary := self._rotaries[layer]) is not None:
+            rotary.scale_(queries, rotation)
         return Projection(x, queries, kv)
 
     def keys_values(
@@ -195,7 +207,16 @@ class Decoder(Family):
         project_rows(w, QKV, activation, self.q_size, out)
         keys = out[:, : self.kv_size]
         self._norm_(w, K_NORM, keys)
-        self._rotary.turn_(keys, rotation, self._head_norms(w, 0))
+        self._turn_(w, layer, keys, 0, rotation)
+
+    def _turn_(self, w: Weights, layer: int, rows: torch.Tensor, num_queries: int, rotation: Rotation) -> None:
+        """Norms and rotates the heads [n, m * head_dim] of queries, `num_queries` of them, and keys, where they are."""
+        heads, rotary = rows.unflatten(1, (-1, self.sizes.head_dim)), self._rotaries[layer]
+        norms = self._head_norms(w, num_queries)
+        if rotary is not None:
+            rotary.turn_(heads, rotation, norms)
+        elif norms is not None:
+            norms.apply_(heads)
 
     def _norm_(self, w: Weights, of: Affine, rows: torch.Tensor) -> None:
         """Norms queries or keys [n, heads * head_dim] in place, where that is not done as they are rotated."""
@@ -209,7 +230,11 @@ class Decoder(Family):
     def _head_norms(self, w: Weights, num_queries: int) -> HeadNorms | None:
         if self.settings.qk_norm is not QkNorm.HEAD:
             return None
-        return HeadNorms(w[Q_NORM.weight], w[K_NORM.weight], num_queries, self.settings.norm.epsilon)
+        norm = self.settings.norm
+        return HeadNorms(w[Q_NORM.weight], w[K_NORM.weight], num_queries, norm.epsilon, norm.offset)
+
+    def sinks(self, w: Weights, layer: int) -> torch.Tensor | None:
+        return w.get(SINKS)
 
     def finish_layer(self, w: Weights, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         added = self._normed(w, ATTENTION_OUT_NORM, project(w, OUT, attended))
@@ -235,7 +260,8 @@ class Decoder(Family):
     def logits(self, fixed: Weights, hidden: torch.Tensor) -> torch.Tensor:
         head = fixed[EMBED] if self.settings.tied else fixed[HEAD.weight]
         logits = functional.linear(self._normed(fixed, FINAL_NORM, hidden), head).float()
-        return _scaled(logits, self.settings.multipliers.logits)
+        logits, cap = _scaled(logits, self.settings.multipliers.logits), self.settings.caps.logits
+        return logits if cap is None else cap * (logits / cap).tanh()
 
 
 def _expert_sizes(experts: Experts, layer: LayerSizes) -> ExpertSizes:

@@ -11,6 +11,8 @@ from hsrpc.model.bounds import MAX_CONTEXT, MAX_LAYERS, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.experts import Routing
 from hsrpc.model.families.expert_readers import (
+    deepseek_experts,
+    gpt_oss_experts,
     granite_experts,
     in_all_layers,
     qwen_experts,
@@ -18,6 +20,7 @@ from hsrpc.model.families.expert_readers import (
 )
 from hsrpc.model.families.settings import (
     Biases,
+    Caps,
     DecoderSettings,
     Heads,
     Multipliers,
@@ -123,6 +126,49 @@ def _olmo2(config: ConfigFile) -> DecoderSettings:
     )
 
 
+def _olmo3(config: ConfigFile) -> DecoderSettings:
+    """Only layers that see all tokens have a scaled rotation."""
+    kinds = _layer_kinds(config, _pattern(config, 4))
+    keys = {kind: RopeKeys(kind=kind, default_theta=500_000.0) for kind in (_SLIDING, _FULL)}
+    keys[_SLIDING] = replace(keys[_SLIDING], scaling=None)
+    olmo2 = _olmo2(config)
+    return replace(olmo2, windows=_windows(config, kinds, 4096), ropes=_ropes(config, olmo2.heads, kinds, keys))
+
+
+def _smollm3(config: ConfigFile) -> DecoderSettings:
+    """Layers without a rotation are those that slide, where a window is switched on."""
+    llama = _common(config, _rms(config), rope=RopeKeys(default_theta=2_000_000.0), tied=True)
+    bias, turned = config.flag("attention_bias", False), _turned_layers(config)
+    kinds = _layer_kinds(config, [_FULL if turns else _SLIDING for turns in turned])
+    return replace(
+        llama,
+        biases=Biases(qkv=bias, out=bias, mlp=config.flag("mlp_bias", False)),
+        windows=_windows(config, kinds if config.flag("use_sliding_window", False) else [_FULL] * len(kinds)),
+        ropes=tuple(rope if turns else None for rope, turns in zip(llama.ropes, turned, strict=True)),
+    )
+
+
+def _turned_layers(config: ConfigFile) -> list[bool]:
+    """Which layers rotate: as the list of the file says, or all but every nth."""
+    layers = range(_num_layers(config))
+    if not config.has("no_rope_layers"):
+        interval = config.integer("no_rope_layer_interval", 4, maximum=MAX_LAYERS)
+        return [(layer + 1) % interval != 0 for layer in layers]
+    listed = config.values["no_rope_layers"]
+    if not isinstance(listed, list) or len(listed) < len(layers) or not all(each in (0, 1) for each in listed):
+        raise config.refuse("no_rope_layers", f"1 or 0 for each of num_hidden_layers={len(layers)}")
+    return [bool(listed[layer]) for layer in layers]
+
+
+def _exaone4(config: ConfigFile) -> DecoderSettings:
+    """Where some layers slide, only those rotate."""
+    kinds = _layer_kinds(config, _pattern(config, 4))
+    windows = _windows(config, kinds, 4096)
+    olmo2 = _olmo2(config)
+    ropes = olmo2.ropes if config.says_null("sliding_window") else _where_it_slides(olmo2.ropes, windows)
+    return replace(olmo2, biases=Biases(), qk_norm=QkNorm.HEAD, windows=windows, ropes=ropes)
+
+
 def _phi3(config: ConfigFile) -> DecoderSettings:
     keys = RopeKeys(kinds={"yarn": "longrope"})
     names = Names(qkv=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",))
@@ -142,6 +188,51 @@ def _gemma(config: ConfigFile) -> DecoderSettings:
         activation=Activation.GELU_TANH if activation is Activation.GELU else activation,
         multipliers=Multipliers(embedding=size**0.5),
     )
+
+
+def _gemma2(config: ConfigFile) -> DecoderSettings:
+    """Every other layer slides; norms before and behind attention and MLP."""
+    gemma, kinds = _gemma(config), _layer_kinds(config, _pattern(config, 2))
+    return replace(
+        gemma,
+        activation=_activation(config, "hidden_activation", "gelu_pytorch_tanh"),
+        multipliers=replace(gemma.multipliers, attention=config.number("query_pre_attn_scalar", 256) ** -0.5),
+        caps=Caps(
+            scores=_cap(config, "attn_logit_softcapping", 50.0), logits=_cap(config, "final_logit_softcapping", 30.0)
+        ),
+        windows=_windows(config, kinds, 4096),
+        names=Names(
+            norms=NormNames(
+                attention_out="post_attention_layernorm",
+                mlp_in="pre_feedforward_layernorm",
+                mlp_out="post_feedforward_layernorm",
+            )
+        ),
+    )
+
+
+def _gemma3(config: ConfigFile) -> DecoderSettings:
+    """Five layers in six slide, and rotate by a base of their own; scores are not capped."""
+    kinds = _layer_kinds(config, _pattern(config, 6))
+    keys = {
+        _FULL: RopeKeys(kind=_FULL, default_theta=1e6),
+        _SLIDING: RopeKeys(kind=_SLIDING, scaling=None, theta="rope_local_base_freq"),
+    }
+    gemma2 = _gemma2(config)
+    return replace(
+        gemma2,
+        qk_norm=QkNorm.HEAD,
+        caps=Caps(logits=_cap(config, "final_logit_softcapping", None)),
+        windows=_windows(config, kinds, 4096),
+        ropes=_ropes(config, gemma2.heads, kinds, keys),
+    )
+
+
+def _cap(config: ConfigFile, key: str, usual: float | None) -> float | None:
+    """The cap of that name; null, or a key left out where none is usual: there is none."""
+    if config.says_null(key) or (usual is None and not config.has(key)):
+        return None
+    return config.number(key, usual)
 
 
 def _granite(config: ConfigFile) -> DecoderSettings:
@@ -170,6 +261,13 @@ def _cohere(config: ConfigFile) -> DecoderSettings:
         multipliers=Multipliers(logits=config.number("logit_scale", 0.0625)),
         names=Names(norms=NormNames(mlp_in=None)),
     )
+
+
+def _cohere2(config: ConfigFile) -> DecoderSettings:
+    """Only layers that slide rotate."""
+    windows = _windows(config, _layer_kinds(config, _pattern(config, 4)), 4096)
+    cohere = _cohere(config)
+    return replace(cohere, qk_norm=QkNorm.NONE, windows=windows, ropes=_where_it_slides(cohere.ropes, windows))
 
 
 def _starcoder2(config: ConfigFile) -> DecoderSettings:
@@ -225,6 +323,28 @@ def _gpt_neox(config: ConfigFile) -> DecoderSettings:
     )
 
 
+def _gpt_oss(config: ConfigFile) -> DecoderSettings:
+    """Every other layer slides; each head has a sink."""
+    kinds, bias = _layer_kinds(config, _pattern(config, 2)), config.flag("attention_bias", True)
+    return replace(
+        _common(config, _rms(config, 1e-5), rope=RopeKeys(default_theta=150_000.0), head_dim=64),
+        biases=Biases(qkv=bias, out=bias),
+        windows=_windows(config, kinds, 128),
+        sinks=True,
+        experts=gpt_oss_experts(config),
+    )
+
+
+def _glm4_moe(config: ConfigFile) -> DecoderSettings:
+    common = _common(config, _rms(config, 1e-5), rope=RopeKeys(default_fraction=0.5))
+    return replace(
+        common,
+        biases=Biases(qkv=config.flag("attention_bias", False)),
+        qk_norm=QkNorm.HEAD if config.flag("use_qk_norm", False) else QkNorm.NONE,
+        experts=deepseek_experts(config, common.activation),
+    )
+
+
 def _seed_oss(config: ConfigFile) -> DecoderSettings:
     biases = Biases(
         qkv=config.flag("attention_bias", True),
@@ -244,13 +364,13 @@ def _common(
     activation: str = "silu",
 ) -> DecoderSettings:
     """What keys that all families share say; `head_dim`, `tied` and `activation` hold where the file is silent."""
-    heads = _heads(config, head_dim)
+    heads, num_layers = _heads(config, head_dim), _num_layers(config)
     return DecoderSettings(
         heads=heads,
-        rope=RopeSettings.read(config, heads.head_dim, rope or RopeKeys()),
         norm=norm,
-        windows=(None,) * _num_layers(config),
-        experts=(None,) * _num_layers(config),
+        windows=(None,) * num_layers,
+        ropes=(RopeSettings.read(config, heads.head_dim, rope or RopeKeys()),) * num_layers,
+        experts=(None,) * num_layers,
         tied=config.flag("tie_word_embeddings", tied),
         activation=_activation(config, "hidden_act", activation),
     )
@@ -314,11 +434,37 @@ def _layer_kinds(config: ConfigFile, usual: list[str]) -> list[str]:
     return kinds
 
 
-def _windows(config: ConfigFile, kinds: list[str]) -> tuple[int | None, ...]:
-    """The window of the layers that slide."""
-    if not config.has("sliding_window"):
+def _pattern(config: ConfigFile, default: int) -> list[str]:
+    """Layers that slide but for every nth, as older files say by a number (0: none slides), or by letters: LLLG."""
+    key, num_layers = "sliding_window_pattern", _num_layers(config)
+    letters = config.values.get(key)
+    if isinstance(letters, str) and letters and letters == "L" * (len(letters) - 1) + "G":
+        period = len(letters)
+    else:
+        period = config.count(key, default, maximum=MAX_LAYERS)
+    return [_FULL if not period or (layer + 1) % period == 0 else _SLIDING for layer in range(num_layers)]
+
+
+def _ropes(
+    config: ConfigFile, heads: Heads, kinds: list[str], keys: dict[str, RopeKeys]
+) -> tuple[RopeSettings | None, ...]:
+    """The rotation of each layer, by its kind."""
+    read = {kind: RopeSettings.read(config, heads.head_dim, keys[kind]) for kind in dict.fromkeys(kinds)}
+    return tuple(read[kind] for kind in kinds)
+
+
+def _where_it_slides(
+    ropes: tuple[RopeSettings | None, ...], windows: tuple[int | None, ...]
+) -> tuple[RopeSettings | None, ...]:
+    """Those of the layers with a window; the others have none."""
+    return tuple(None if window is None else rope for rope, window in zip(ropes, windows, strict=True))
+
+
+def _windows(config: ConfigFile, kinds: list[str], usual: int | None = None) -> tuple[int | None, ...]:
+    """The window of the layers that slide; `usual` where the file is silent, none where it says null."""
+    if config.says_null("sliding_window") or (usual is None and not config.has("sliding_window")):
         return (None,) * len(kinds)
-    window = config.integer("sliding_window", maximum=MAX_CONTEXT)
+    window = config.integer("sliding_window", usual, maximum=MAX_CONTEXT)
     return tuple(window if kind == _SLIDING else None for kind in kinds)
 
 
@@ -342,15 +488,23 @@ DECODERS: dict[str, DecoderType] = {
     "mixtral": DecoderType("MixtralForCausalLM", _mixtral),
     "olmoe": DecoderType("OlmoeForCausalLM", _olmoe),
     "olmo2": DecoderType("Olmo2ForCausalLM", _olmo2),
+    "olmo3": DecoderType("Olmo3ForCausalLM", _olmo3),
+    "smollm3": DecoderType("SmolLM3ForCausalLM", _smollm3),
+    "exaone4": DecoderType("Exaone4ForCausalLM", _exaone4),
     "phi3": DecoderType("Phi3ForCausalLM", _phi3),
     "gemma": DecoderType("GemmaForCausalLM", _gemma),
+    "gemma2": DecoderType("Gemma2ForCausalLM", _gemma2),
+    "gemma3_text": DecoderType("Gemma3ForCausalLM", _gemma3),
     "granite": DecoderType("GraniteForCausalLM", _granite),
     "granitemoe": DecoderType("GraniteMoeForCausalLM", _granite_moe),
     "granitemoeshared": DecoderType("GraniteMoeSharedForCausalLM", _granite_moe),
     "cohere": DecoderType("CohereForCausalLM", _cohere),
+    "cohere2": DecoderType("Cohere2ForCausalLM", _cohere2),
     "starcoder2": DecoderType("Starcoder2ForCausalLM", _starcoder2),
     "stablelm": DecoderType("StableLmForCausalLM", _stablelm),
     "gpt_neox": DecoderType("GPTNeoXForCausalLM", _gpt_neox),
+    "gpt_oss": DecoderType("GptOssForCausalLM", _gpt_oss),
+    "glm4_moe": DecoderType("Glm4MoeForCausalLM", _glm4_moe),
     "seed_oss": DecoderType("SeedOssForCausalLM", _seed_oss),
 }
 """The families that `Decoder` computes, by `model_type`."""

@@ -9,6 +9,7 @@ from hsrpc.model.families.decoder import Decoder
 from hsrpc.model.families.opt import Opt
 from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.family import Family, ModelSpec
+from hsrpc.model.text_part import ARCHITECTURES
 
 _FAMILIES: dict[str, type[Family]] = {}
 _ARCHITECTURES: dict[str, str] = {}
@@ -32,8 +33,6 @@ for _name, _decoder in DECODERS.items():
 
 _SOME_RECURRENT = "some of its layers are recurrent, and keep a state that is not a row for each token"
 _EXPERTS = "its mixtures of experts are of another kind"
-_ATTENTION = "its attention is not supported yet"
-_KINDS = "its layers differ in more than their windows"
 _LATENT = "its attention keeps latents"
 REFUSED = {
     "qwen3_next": _SOME_RECURRENT,
@@ -45,14 +44,6 @@ REFUSED = {
     "rwkv": _SOME_RECURRENT,
     "phimoe": _EXPERTS,
     "llama4_text": _EXPERTS,
-    "glm4_moe": _ATTENTION,
-    "gpt_oss": f"{_ATTENTION}: it has sinks",
-    "gemma2": _KINDS,
-    "gemma3_text": _KINDS,
-    "cohere2": _KINDS,
-    "olmo3": _KINDS,
-    "smollm3": _KINDS,
-    "exaone4": _KINDS,
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "kimi_k2": _LATENT,
@@ -78,7 +69,8 @@ def family_name(config: ConfigFile) -> str:
         return table[name]
     reason = REFUSED.get(str(config.values.get("model_type")))
     remedy = "serve a model of one of these architectures"
-    raise config.refuse(key, "one of " + ", ".join(table), remedy if reason is None else f"{reason}; {remedy}")
+    served = (*table, *ARCHITECTURES) if key == "architectures" else table
+    raise config.refuse(key, "one of " + ", ".join(served), remedy if reason is None else f"{reason}; {remedy}")
 
 
 def family_class(name: str) -> type[Family]:

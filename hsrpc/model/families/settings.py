@@ -38,6 +38,7 @@ class Names:
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     """One name: all are one tensor."""
     qk_norms: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
+    sinks: str = "self_attn.sinks"
     out: str = "self_attn.o_proj"
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Gate and up of a gated MLP; one name: both are one tensor, or the MLP has no gate."""
@@ -80,16 +81,26 @@ class Multipliers:
     logits: float = 1.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caps:
+    """Bounds that values come near to: x becomes cap * tanh(x / cap); None: they have none."""
+
+    scores: float | None = None
+    """Of the products of queries and keys."""
+    logits: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderSettings:
     """One decoder; a field left out is as in Llama."""
 
     heads: Heads
-    rope: RopeSettings
     norm: Norm
     """All norms of a row; those of queries and keys have no bias."""
     windows: tuple[int | None, ...]
     """Sliding window of each layer; None: it sees all tokens."""
+    ropes: tuple[RopeSettings | None, ...]
+    """Rotation of each layer; None: positions change nothing in it but what it sees."""
     experts: tuple[Experts | None, ...]
     """The mixture of experts that each layer has for an MLP; None: its MLP is dense."""
     tied: bool
@@ -101,6 +112,13 @@ class DecoderSettings:
     qk_norm: QkNorm = QkNorm.NONE
     biases: Biases = Biases()
     multipliers: Multipliers = Multipliers()
+    caps: Caps = Caps()
+    sinks: bool = False
+    """Each layer has a score for each head, of a key without a value that every query sees."""
     names: Names = Names()
     qkv_by_head: bool = False
     """The rows of Q, K and V come head by head in the checkpoint."""
+
+    def context(self, positions: int) -> int:
+        """Tokens of the model's context, where `max_position_embeddings` says `positions`."""
+        return max((rope.scaling.context(positions) for rope in self.ropes if rope is not None), default=positions)

@@ -19,7 +19,29 @@ _PACKED_DIM = 128
 
 
 @triton.jit
-def _accumulate(q, m, total, acc, k_rows, v_rows, valid, scale, d, WIDTH: tl.constexpr, DOT: tl.constexpr):
+def capped(scores, softcap) -> tl.tensor:
+    """softcap * tanh(scores / softcap); the exponential of what is negative does not overflow."""
+    power = tl.exp(tl.abs(scores) * (-2.0 / softcap))
+    tanh = (1.0 - power) / (1.0 + power)
+    return softcap * tl.where(scores < 0, -tanh, tanh)
+
+
+@triton.jit
+def _accumulate(
+    q,
+    m,
+    total,
+    acc,
+    k_rows,
+    v_rows,
+    valid,
+    scale,
+    softcap,
+    d,
+    WIDTH: tl.constexpr,
+    DOT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
     """Online softmax over one tile of keys: m and total [g], acc [g, d]."""
     mask = valid[:, None] & (d < WIDTH)[None, :]
     k = tl.load(k_rows, mask=mask, other=0.0)
@@ -28,7 +50,10 @@ def _accumulate(q, m, total, acc, k_rows, v_rows, valid, scale, d, WIDTH: tl.con
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     else:
         scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
-    scores = tl.where(valid[None, :], scores * scale, float("-inf"))
+    scores = scores * scale
+    if SOFTCAP:
+        scores = capped(scores, softcap)
+    scores = tl.where(valid[None, :], scores, float("-inf"))
     new = tl.maximum(m, tl.max(scores, 1))
     p = tl.exp(scores - new[:, None])
     kept = tl.exp(m - new)
@@ -53,7 +78,9 @@ def _attend(
     rebuilt_starts,
     key_starts,
     num_parts,
+    sinks,
     scale,
+    softcap,
     BLOCK_SIZE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     PACK: tl.constexpr,
@@ -63,6 +90,8 @@ def _attend(
     DIM_TILE: tl.constexpr,
     KEYS: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
 ) -> None:
     """One request, pack of KV heads and part of its keys: first those in place, then the rebuilt, then the others.
 
@@ -78,8 +107,7 @@ def _attend(
     size = tl.cdiv(tl.cdiv(num_keys, num_parts), KEYS) * KEYS
     low = part * size
     high = tl.minimum(low + size, num_keys)
-    g = tl.arange(0, ROWS)
-    d = tl.arange(0, DIM_TILE)
+    g, d = tl.arange(0, ROWS), tl.arange(0, DIM_TILE)
     columns = pack * PACK * HEAD_DIM + d
     width = KV_HEADS * HEAD_DIM
     query_heads = pack * PACK * GROUP + g
@@ -89,6 +117,10 @@ def _attend(
     q = tl.load(q_rows, mask=own, other=0.0)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    if SINKS:  # as if one key had been seen, without a value
+        sink = tl.load(sinks + query_heads, mask=in_pack, other=float("-inf")).to(tl.float32)
+        m = tl.where(part == 0, sink, float("-inf"))
+        total = tl.where(m > float("-inf"), 1.0, 0.0)
     acc = tl.zeros([ROWS, DIM_TILE], tl.float32)
     end = tl.minimum(high, count)
     for first in range(low, end, KEYS):
@@ -98,7 +130,7 @@ def _attend(
         rows = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
         k_rows = pool + rows[:, None] * (2 * width) + columns[None, :]
         m, total, acc = _accumulate(
-            q, m, total, acc, k_rows, k_rows + width, valid, scale, d, PACK * HEAD_DIM, ROWS > 1
+            q, m, total, acc, k_rows, k_rows + width, valid, scale, softcap, d, PACK * HEAD_DIM, ROWS > 1, SOFTCAP
         )
     end = tl.minimum(high, front)
     for first in range(tl.maximum(low, count), end, KEYS):
@@ -107,7 +139,7 @@ def _attend(
         rows = (rebuilt + key - count).to(tl.int64)
         k_rows = buffer + rows[:, None] * (2 * width) + columns[None, :]
         m, total, acc = _accumulate(
-            q, m, total, acc, k_rows, k_rows + width, valid, scale, d, PACK * HEAD_DIM, ROWS > 1
+            q, m, total, acc, k_rows, k_rows + width, valid, scale, softcap, d, PACK * HEAD_DIM, ROWS > 1, SOFTCAP
         )
     for first in range(tl.maximum(low, front), high, KEYS):
         key = first + tl.arange(0, KEYS)
@@ -115,7 +147,7 @@ def _attend(
         rows = (start + key - front).to(tl.int64)
         k_rows = buffer + rows[:, None] * (2 * width) + columns[None, :]
         m, total, acc = _accumulate(
-            q, m, total, acc, k_rows, k_rows + width, valid, scale, d, PACK * HEAD_DIM, ROWS > 1
+            q, m, total, acc, k_rows, k_rows + width, valid, scale, softcap, d, PACK * HEAD_DIM, ROWS > 1, SOFTCAP
         )
     target = (request * num_parts + part).to(tl.int64) * (KV_HEADS * GROUP) + query_heads
     if IN_PARTS:
@@ -169,12 +201,15 @@ def decode_attention(
     block_size: int,
     scale: float,
     max_keys: int,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Fill `out` [d, q] for one query a request [d, q] (rows may be strided; those of `out` are not).
 
     Its keys are rows [K|V] of `pool` [*, 2*kv], `in_place[i]` of them in the blocks of `tables` [d, b], and of `buffer`
     [*, 2*kv]: rows `rebuilt_starts[i]` to `rebuilt_starts[i+1]`, and `key_starts[i]` to `key_starts[i+1]`. Integers are
     int32. `max_keys` a request bounds the parts into which keys are divided. A request without keys gets zeros.
+    With `softcap` a score s becomes softcap * tanh(s / softcap); `sinks` [heads] are scores of keys without a value.
     """
     num_requests, width = queries.shape
     num_heads = width // head_dim
@@ -200,7 +235,9 @@ def decode_attention(
         rebuilt_starts,
         key_starts,
         parts,
+        out if sinks is None else sinks,
         scale,
+        softcap or 1.0,
         BLOCK_SIZE=block_size,
         KV_HEADS=num_kv_heads,
         PACK=pack,
@@ -210,6 +247,8 @@ def decode_attention(
         DIM_TILE=triton.next_power_of_2(pack * head_dim),
         KEYS=64,
         IN_PARTS=parts > 1,
+        SOFTCAP=softcap is not None,
+        SINKS=sinks is not None,
         num_warps=4,
         num_stages=2,
     )

@@ -15,11 +15,11 @@ _BLOCK = 2048
 
 
 @triton.jit
-def _weighted(x, query_weight, key_weight, is_query, inside, dtype: tl.constexpr):
-    """x [heads, i] times the weight of its head, rounded."""
+def _weighted(x, query_weight, key_weight, offset, is_query, inside, dtype: tl.constexpr):
+    """x [heads, i] times the weight of its head and `offset`, rounded."""
     of_queries = tl.load(query_weight[None, :], mask=inside & is_query, other=0.0).to(tl.float32)
     of_keys = tl.load(key_weight[None, :], mask=inside & ~is_query, other=0.0).to(tl.float32)
-    return (x * (of_queries + of_keys)).to(dtype).to(tl.float32)
+    return (x * (of_queries + of_keys + offset)).to(dtype).to(tl.float32)
 
 
 @triton.jit(do_not_specialize_on_alignment=["x", "positions"])  # they begin at any row
@@ -36,6 +36,7 @@ def _rotate(
     head_dim,
     factor,
     epsilon,
+    offset,
     NORM: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -55,8 +56,9 @@ def _rotate(
         squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
         scale = tl.rsqrt(squares / head_dim + epsilon)[:, None]
         is_query = (head < num_queries)[:, None]
-        first = _weighted(first * scale, query_weight + i, key_weight + i, is_query, inside, dtype)
-        second = _weighted(second * scale, query_weight + half + i, key_weight + half + i, is_query, inside, dtype)
+        first = _weighted(first * scale, query_weight + i, key_weight + i, offset, is_query, inside, dtype)
+        i += half
+        second = _weighted(second * scale, query_weight + i, key_weight + i, offset, is_query, inside, dtype)
     turned = (first * cos).to(dtype).to(tl.float32) - (second * sin).to(dtype).to(tl.float32)
     other = (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
     tl.store(start, turned.to(dtype), mask=inside)
@@ -75,7 +77,7 @@ def rotate_heads_(
     if not n:
         return
     half = len(frequencies)
-    queries, keys, num_queries, epsilon = norms or HeadNorms(x, x, 0, 0.0)
+    queries, keys, num_queries, epsilon, offset = norms or HeadNorms(x, x, 0, 0.0)
     _rotate[(n, triton.cdiv(num_heads, _HEADS))](
         x,
         positions,
@@ -89,6 +91,7 @@ def rotate_heads_(
         head_dim,
         factor,
         epsilon,
+        offset,
         NORM=norms is not None,
         HEADS=_HEADS,
         WIDTH=triton.next_power_of_2(half),

@@ -40,7 +40,16 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max
 """Trained with less than a prompt."""
 MSCALE = YARN | {"mscale": 0.7, "mscale_all_dim": 0.4, "beta_fast": 2.0, "beta_slow": 0.5, "truncate": False}
 MINISTRAL3 = YARN | {"llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0}
+BY_KIND = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+GPT_OSS = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+GLM = {
+    "head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "routed_scaling_factor": 1.5,
+}
 FEW = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.6, "logits_scaling": 1.7}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -112,6 +121,20 @@ CASES = [
     ),
     ("gemma", {"head_dim": 16}),
     ("gemma", {"head_dim": 8, "hidden_act": "gelu"}),
+    ("gemma2", {"head_dim": 16, "sliding_window": 3, "attn_logit_softcapping": 0.7, "final_logit_softcapping": 2.0}),
+    ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 40, "attn_logit_softcapping": None, "attention_bias": True}),
+    ("gemma2", {"head_dim": 8, "hidden_activation": "gelu", "final_logit_softcapping": None}),
+    ("gemma3_text", {"head_dim": 16, "sliding_window": 3, "num_hidden_layers": 6, "query_pre_attn_scalar": 24}),
+    (
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "sliding_window": 3,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "rope_parameters": BY_KIND | {"full_attention": LINEAR},
+            "final_logit_softcapping": 1.5,
+        },
+    ),
     ("granite", GRANITE | {"attention_bias": True}),
     ("cohere", {"logit_scale": 0.5}),
     ("cohere", {"logit_scale": 0.5, "use_qk_norm": True, "attention_bias": True}),
@@ -123,6 +146,19 @@ CASES = [
     ("gpt_neox", {"hidden_size": 64, "use_parallel_residual": False, "attention_bias": False}),
     ("seed_oss", {"head_dim": 12}),
     ("seed_oss", {"head_dim": 8, "attention_out_bias": True, "mlp_bias": True, "attention_bias": False}),
+    ("olmo3", {"sliding_window": 3, "num_hidden_layers": 4, "rope_parameters": BY_KIND}),
+    ("olmo3", {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}),
+    ("smollm3", {"num_hidden_layers": 4}),
+    ("smollm3", {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 3, "attention_bias": True}),
+    ("smollm3", {"no_rope_layer_interval": 2, "mlp_bias": True, "tie_word_embeddings": False}),
+    ("exaone4", {"sliding_window": 3, "sliding_window_pattern": 2}),
+    ("exaone4", {"sliding_window": None, "layer_types": ["full_attention", "full_attention"]}),
+    ("cohere2", {"sliding_window": 3, "num_hidden_layers": 4, "logit_scale": 0.5}),
+    ("cohere2", {"sliding_window": 3, "sliding_window_pattern": 2, "attention_bias": True, "logit_scale": 0.5}),
+    ("gpt_oss", GPT_OSS | {"sliding_window": 3, "rope_parameters": MSCALE}),
+    ("gpt_oss", GPT_OSS | {"layer_types": ["full_attention", "sliding_attention"], "swiglu_limit": 0.5}),
+    ("glm4_moe", GLM),
+    ("glm4_moe", GLM | {"use_qk_norm": True, "attention_bias": True, "n_group": 2, "n_routed_experts": 8}),
     ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}}),
 ]
 
@@ -152,7 +188,7 @@ def test_older_rope_keys_mean_the_same(assert_same_logits, load_packed, tmp_path
     older = edit(tmp_path, rope_scaling=scaling | {"type": scaling.pop("rope_type")})
     assert "rope_parameters" not in older
     again = load_packed(tmp_path)
-    assert again.family.settings.rope == packed.family.settings.rope
+    assert again.family.settings.ropes == packed.family.settings.ropes
     assert torch.equal(again.logits(([5, 6, 7],)), expected)
 
 
@@ -175,6 +211,39 @@ def test_keys_of_the_hub_mean_what_those_of_transformers_mean(
     rope = {"rope_type": "default", "rope_theta": 10000.0} | parameters
     packed = assert_same_logits(make(kind, hidden_size=64, rope_parameters=rope))
     edit(tmp_path, rope_parameters=None, **older)
+    assert load_packed(tmp_path).family.settings == packed.family.settings
+
+
+OLDER_KINDS = [
+    (
+        "olmo3",
+        {"rope_parameters": BY_KIND | {"full_attention": YARN | {"rope_theta": 300.0}}},
+        {"rope_scaling": YARN | {"rope_theta": None}, "rope_theta": 300.0},
+    ),
+    ("smollm3", {}, {"no_rope_layers": None}),
+    ("exaone4", {"sliding_window": 3, "sliding_window_pattern": 3}, {"sliding_window_pattern": "LLG"}),
+    ("cohere2", {"sliding_window": 3, "sliding_window_pattern": 2}, {"sliding_window_pattern": 2}),
+    ("gemma3_text", {"num_hidden_layers": 6, "head_dim": 8}, {"sliding_window": None}),
+    (
+        "gemma3_text",
+        {"head_dim": 8, "sliding_window_pattern": 3, "rope_parameters": BY_KIND | {"full_attention": LINEAR}},
+        {
+            "sliding_window_pattern": 3,
+            "rope_theta": 10000.0,
+            "rope_local_base_freq": 300.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+    ),
+]
+"""What a family's older files say instead of the kind, and the rotation, of each layer."""
+
+
+@pytest.mark.parametrize(("kind", "settings", "older"), OLDER_KINDS)
+def test_older_keys_of_layers_mean_the_same(save_packed, load_packed, tmp_path, kind, settings, older):
+    """Patterns, and scalings that hold for some of the layers."""
+    packed = save_packed(make(kind, **({"num_hidden_layers": 4} | settings)))
+    assert len({*packed.family.settings.ropes}) == 2
+    edit(tmp_path, layer_types=None, rope_parameters=None, **older)
     assert load_packed(tmp_path).family.settings == packed.family.settings
 
 
@@ -237,6 +306,8 @@ def test_the_context_grows_with_the_scaling(save_packed):
 REFUSED = [
     ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
     ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping: expected a positive number"),
     ("ministral", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
     ("ministral", {"layer_types": ["full_attention"]}, "layer_types"),
     ("phi3", {"rope_parameters": longrope(6)}, "short_factor: expected a list of 4 positive numbers"),
@@ -249,6 +320,14 @@ REFUSED = [
     ("llama", {"rope_parameters": {"partial_rotary_factor": 2.0}}, "partial_rotary_factor"),
     ("llama", {"rope_parameters": DYNAMIC | {"partial_rotary_factor": 0.25}}, "rope_type"),
     ("qwen2", {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers"),
+    ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: expected 1 or 0 for each of num_hidden_layers=2"),
+    ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers"),
+    ("exaone4", {"layer_types": None, "sliding_window_pattern": "GL"}, "sliding_window_pattern"),
+    (
+        "olmo3",
+        {"layer_types": 2 * ["full_attention"], "rope_parameters": {"full_attention": YARN | {"factor": -1.0}}},
+        "rope_parameters: full_attention: factor: expected a positive number",
+    ),
 ]
 
 

@@ -1,0 +1,131 @@
+"""Triton kernel: attention of packed rows whose scores are capped, which torch's flash attention does not compute."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from hsrpc.model.kernels.decode_attention import capped
+
+_NO_WINDOW = 1 << 30
+"""Wider than any context."""
+_WIDE = 128
+"""Heads that are wider take smaller tiles of keys, and more warps."""
+
+
+@triton.jit(do_not_specialize=["window"])
+def _attend(
+    out,
+    queries,
+    query_stride,
+    kv,
+    query_starts,
+    key_starts,
+    sinks,
+    window,
+    scale,
+    softcap,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+) -> None:
+    """One tile of a request's queries, and one head: online softmax over the tiles of keys that any of them sees."""
+    first, head, request = tl.program_id(0) * QUERIES, tl.program_id(1), tl.program_id(2)
+    query_start, key_start = tl.load(query_starts + request), tl.load(key_starts + request)
+    num_queries = tl.load(query_starts + request + 1) - query_start
+    num_keys = tl.load(key_starts + request + 1) - key_start
+    if first >= num_queries:
+        return
+    i = first + tl.arange(0, QUERIES)
+    d = tl.arange(0, DIM_TILE)
+    position = num_keys - num_queries + i
+    inside = (i < num_queries)[:, None] & (d < HEAD_DIM)[None, :]
+    rows = (query_start + i).to(tl.int64)
+    q = tl.load(queries + rows[:, None] * query_stride + head * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    width = KV_HEADS * HEAD_DIM
+    columns = head // GROUP * HEAD_DIM + d
+    m = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    if SINKS:
+        m = tl.zeros([QUERIES], tl.float32) + tl.load(sinks + head).to(tl.float32)
+        total += 1.0
+    acc = tl.zeros([QUERIES, DIM_TILE], tl.float32)
+    seen = num_keys - num_queries + first  # by the first query of the tile, besides itself
+    low = tl.maximum(seen + 1 - window, 0) // KEYS * KEYS
+    high = tl.minimum(seen + QUERIES, num_keys)
+    for start in range(low, high, KEYS):
+        key = start + tl.arange(0, KEYS)
+        there = (key < num_keys)[:, None] & (d < HEAD_DIM)[None, :]
+        k_rows = kv + (key_start + key).to(tl.int64)[:, None] * (2 * width) + columns[None, :]
+        k = tl.load(k_rows, mask=there, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if SOFTCAP:
+            scores = capped(scores, softcap)
+        visible = (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - window)
+        scores = tl.where(visible & (key < num_keys)[None, :], scores, float("-inf"))
+        new = tl.maximum(m, tl.max(scores, 1))
+        top = tl.where(new > float("-inf"), new, 0.0)  # of a row that has seen no key yet
+        p = tl.exp(scores - top[:, None])
+        kept = tl.exp(m - top)
+        v = tl.load(k_rows + width, mask=there, other=0.0)
+        acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        total = total * kept + tl.sum(p, 1)
+        m = new
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    target = out + rows[:, None] * (width * GROUP) + head * HEAD_DIM + d[None, :]
+    tl.store(target, acc.to(out.dtype.element_ty), mask=inside)
+
+
+def packed_attention(
+    queries: torch.Tensor,
+    kv: torch.Tensor,
+    *,
+    query_starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    max_queries: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """[n, q] for queries [n, q], whose rows may be strided, and rows [K|V] of `kv` [*, 2*kv].
+
+    Request i has the queries from `query_starts[i]` to `query_starts[i+1]`, which are the last of its keys, from
+    `key_starts[i]` to `key_starts[i+1]`: int32 [r+1]. A query sees itself and the keys before it, `window - 1` of them.
+    With `softcap` a score s becomes softcap * tanh(s / softcap); `sinks` [heads] are scores of keys without a value.
+    """
+    out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    num_heads = queries.shape[1] // head_dim
+    is_small, is_wide = queries.dtype != torch.float32, head_dim > _WIDE
+    num_tile = 64 if is_small else 16
+    _attend[triton.cdiv(max_queries, num_tile), num_heads, len(query_starts) - 1](
+        out,
+        queries,
+        queries.stride(0),
+        kv,
+        query_starts,
+        key_starts,
+        out if sinks is None else sinks,
+        _NO_WINDOW if window is None else window,
+        scale,
+        softcap or 1.0,
+        KV_HEADS=num_kv_heads,
+        GROUP=num_heads // num_kv_heads,
+        HEAD_DIM=head_dim,
+        DIM_TILE=triton.next_power_of_2(head_dim),
+        QUERIES=num_tile,
+        KEYS=64 if is_small and not is_wide else 32,
+        SOFTCAP=softcap is not None,
+        SINKS=sinks is not None,
+        num_warps=8 if is_wide else 4,
+        num_stages=2 if is_small else 1,
+    )
+    return out
