@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(_as_json(planned.spec, plan)))
     else:
-        _print(planned.spec, plan, planned.device.name)
+        _print(planned.spec, plan, planned.question.machine.name)
     if options.plot:
         _plot(planned.planner.curve(), plan, planned.spec.name, options.plot)
 
