@@ -22,7 +22,7 @@ import torch
 
 from hsrpc.config import DeviceKind, DType, EngineConfig
 from hsrpc.device.device import Device
-from hsrpc.engine.startup import describe_model, measure_hardware
+from hsrpc.engine.startup import describe_model, measure_machine
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.formats.lossless import Coding, Lossless
@@ -53,7 +53,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """
     config = EngineConfig(model=options.model, device=options.device, dtype=options.dtype)
     spec, device = describe_model(config)
-    hardware = measure_hardware(config)
+    hardware = measure_machine(config).hardware
     is_random = options.model.startswith(RANDOM_PREFIX)
     source: WeightSource = RandomWeights(0) if is_random else Checkpoint(resolve_model(options.model))
     family = create_family(spec)

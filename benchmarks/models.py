@@ -11,26 +11,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks import raw_results
 from benchmarks.raw_results import RESULTS
 from benchmarks.record import header, write_json
-from hsrpc.config import EngineConfig, WeightCoding, format_bytes
-from hsrpc.engine.startup import fastest
+from hsrpc.config import DType, EngineConfig, format_bytes
+from hsrpc.engine.startup import plan_for
 from hsrpc.errors import ConfigError
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import ModelSpec
-from hsrpc.model.shapes import SHAPES
-from hsrpc.model.spec import in_formats, named_spec
-from hsrpc.plan.default_context import planner_with_context
-from hsrpc.plan.device_memory import cuda_runtime_memory
+from hsrpc.model.shapes import RANDOM_PREFIX, SHAPES
+from hsrpc.model.spec import DTYPES, named_spec
 from hsrpc.plan.hardware import Hardware
-from hsrpc.plan.plan import Budgets, Plan
+from hsrpc.plan.known_machines import KNOWN_MACHINES
+from hsrpc.plan.plan import Plan
 from hsrpc.schedule.blocks import BlockKind
 
 PROGRAM = "python -m benchmarks.models"
@@ -40,7 +37,7 @@ MEASURED = ("guard/nvidia-h200", "planned-24gib")
 GIB = 2**30
 GPU_MEMORY = (24 * GIB, 80 * GIB)
 HOST_MEMORY = 110 * GIB
-DTYPE = torch.bfloat16
+DTYPE = DType.BFLOAT16
 
 
 def measured_hardware() -> Hardware:
@@ -65,14 +62,12 @@ def sizes_of(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def plan_of(spec: ModelSpec, gpu_memory: int, host_memory: int, hardware: Hardware) -> dict[str, Any]:
+def plan_of(name: str, gpu_memory: int, host_memory: int, hardware: Hardware) -> dict[str, Any]:
     """What `hsrpc plan` would say on that machine, its settings left as they are; or why no plan fits."""
-    budgets = Budgets(device=gpu_memory, host=host_memory, runtime=cuda_runtime_memory(gpu_memory))
-    formats = create_family(spec).format_choices(WeightCoding.AUTO, torch.device("cuda"))
-    specs = [in_formats(spec, each) for each in formats]
-    choices = [(each, planner_with_context(each.sizes, budgets, hardware, EngineConfig())) for each in specs]
+    machine = replace(KNOWN_MACHINES["h200"], hardware=hardware)
+    config = EngineConfig(model=RANDOM_PREFIX + name, dtype=DTYPE, gpu_memory=gpu_memory, host_memory=host_memory)
     try:
-        _, _, plan = fastest(choices)
+        plan = plan_for(machine, config).plan
     except ConfigError as error:
         return {"gpu_memory": gpu_memory, "refused": str(error)}
     return {"gpu_memory": gpu_memory, "plan": _facts(plan)}
@@ -98,8 +93,8 @@ def _facts(plan: Plan) -> dict[str, Any]:
 
 def describe(name: str, hardware: Hardware) -> dict[str, Any]:
     """A shape's sizes, and its plan for each size of GPU memory."""
-    spec = named_spec(name, DTYPE)
-    plans = [plan_of(spec, memory, HOST_MEMORY, hardware) for memory in GPU_MEMORY]
+    spec = named_spec(name, DTYPES[DTYPE])
+    plans = [plan_of(name, memory, HOST_MEMORY, hardware) for memory in GPU_MEMORY]
     return {"name": name, **sizes_of(spec), "plans": plans}
 
 

@@ -7,7 +7,7 @@ from statistics import median
 
 from benchmarks.peers.record import Traffic
 from hsrpc.config import EngineConfig
-from hsrpc.engine.startup import measure_hardware
+from hsrpc.engine.startup import measure_machine
 from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.roofline import StepRecord, roofline
@@ -32,7 +32,7 @@ def limit_seconds(traffic: Traffic, sizes: ModelSizes, hardware: Hardware) -> fl
 def calibrate(model: str, count: int) -> list[Hardware]:
     """The machine's rates for a shape, measured `count` times; each takes about a second."""
     config = EngineConfig(model=RANDOM_PREFIX + model)
-    return [measure_hardware(config) for _ in range(count)]
+    return [measure_machine(config).hardware for _ in range(count)]
 
 
 def median_hardware(found: list[Hardware]) -> Hardware:

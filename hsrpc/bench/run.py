@@ -15,7 +15,7 @@ from hsrpc.bench.profile import StepProfile, StepProfiler, has_gpu
 from hsrpc.bench.workload import Workload
 from hsrpc.config import EngineConfig
 from hsrpc.engine.engine import Engine
-from hsrpc.engine.startup import ChoosePlan, measure_hardware, measure_sustained_load
+from hsrpc.engine.startup import ChoosePlan, measure_machine, measure_sustained_load
 from hsrpc.engine.stats import EngineStats
 from hsrpc.errors import HsrpcError
 from hsrpc.model.family import ModelSpec
@@ -152,7 +152,7 @@ def summarise(run: Run, config: EngineConfig) -> Result:
     """
     _check(run)
     chosen, profile = run.chosen, run.profile
-    hardware = _median_hardware([run.plan.hardware, *(measure_hardware(config) for _ in range(_CALIBRATIONS))])
+    hardware = _median_hardware([run.plan.hardware, *(measure_machine(config).hardware for _ in range(_CALIBRATIONS))])
     sustained = replace(hardware, load_bandwidth=measure_sustained_load(config))
     limits, kept_up = ([roofline(each, run.spec.sizes, rates) for each in chosen] for rates in (hardware, sustained))
     seconds = [record.seconds for record in chosen]

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hsrpc.cli.bench_calibrate import add_calibrate_parser
 from hsrpc.cli.bench_serve import add_frontend_parser, add_serve_parser
 from hsrpc.cli.options import MEASURED_TIME, Commands, add_command, add_engine_options, engine_config
 from hsrpc.config import CachePolicy, EngineConfig
@@ -28,6 +29,7 @@ _EXAMPLES = """\
   hsrpc bench prefill --shape opt-6.7b --max-batch 16 --prompt 2047
   hsrpc bench offline --shape opt-13b --requests 256 --lengths sharegpt-like --gpu-memory 24GiB
   hsrpc bench sweep --shape opt-6.7b --max-batch 64 --placement host --plot sweep.png --json sweep.json
+  hsrpc bench calibrate --shape opt-13b --save gpu1.json
   hsrpc bench serve --rate 4 --duration 30
   hsrpc bench frontend
 """
@@ -46,6 +48,7 @@ def add_parser(commands: Commands) -> None:
     kinds = parser.add_subparsers(title="kinds", metavar="KIND", dest="kind", required=True)
     for name, text in _KINDS.items():
         _add_engine_parser(kinds, name, text)
+    add_calibrate_parser(kinds)
     add_serve_parser(kinds)
     add_frontend_parser(kinds)
 

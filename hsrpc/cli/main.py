@@ -24,6 +24,7 @@ examples:
   hsrpc serve --port 50051                                 the same over gRPC
   hsrpc serve --model ~/models/opt-13b --gpu-memory 20GiB  a model larger than the device
   hsrpc plan --model random:opt-30b --gpu-memory 24GiB     what would lie where, and how fast it would be
+  hsrpc plan --model random:opt-30b --hardware rtx4090     the same for another machine
 """
 
 

@@ -16,7 +16,6 @@ from hsrpc.device.device import Device, Event, Stream
 from hsrpc.device.host_pages import HostPages
 from hsrpc.device.kernels import copy_rows
 from hsrpc.errors import ConfigError
-from hsrpc.plan.device_memory import cuda_runtime_memory
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.schedule.step import Runs
 
@@ -58,9 +57,6 @@ class CudaDevice(Device):
         total = torch.cuda.get_device_properties(self.torch_device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), self.torch_device)
         torch.cuda.reset_peak_memory_stats(self.torch_device)
-
-    def runtime_memory(self, size: int) -> int:
-        return cuda_runtime_memory(size)
 
     def pages(self, size: int) -> HostPages | None:
         return HostPages(size)

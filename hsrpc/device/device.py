@@ -76,10 +76,6 @@ class Device(ABC):
     def limit_memory(self, size: int) -> None:
         """Refuse allocations beyond `size` bytes in all, where the device can, and reset the peak."""
 
-    @abstractmethod
-    def runtime_memory(self, size: int) -> int:
-        """Bytes that rounding and the libraries' own buffers take of a limit of `size` bytes."""
-
     def empty(self, shape: Sequence[int], dtype: torch.dtype, use: DeviceUse) -> torch.Tensor:
         """Device memory for `use`, not initialised."""
         return self._account.add(torch.empty(tuple(shape), dtype=dtype, device=self.torch_device), use)
@@ -214,9 +210,6 @@ class CpuDevice(Device):
 
     def limit_memory(self, size: int) -> None:
         pass
-
-    def runtime_memory(self, size: int) -> int:
-        return 0
 
     def pages(self, size: int) -> HostPages | None:
         return None

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import torch
 
-from hsrpc.config import DType, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
+from hsrpc.config import DeviceKind, DType, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
 from hsrpc.device.calibration import calibrate, sustained_load
 from hsrpc.device.device import Device, available_memory, open_device
 from hsrpc.engine.chat_template import read_template
@@ -38,10 +38,11 @@ from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.hub import resolve_model
 from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec
-from hsrpc.plan.default_context import planner_with_context
-from hsrpc.plan.hardware import Hardware
-from hsrpc.plan.plan import Budgets, Plan
+from hsrpc.model.tensor import dtype_name
+from hsrpc.plan.machine import Machine
+from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
+from hsrpc.plan.question import Question
 from hsrpc.request import SamplingParams
 from hsrpc.schedule.assemble import Assembler
 from hsrpc.schedule.sweep import Places
@@ -85,7 +86,7 @@ class Planned:
     """A model and its plan, before any weight is read."""
 
     spec: ModelSpec
-    device: Device
+    question: Question
     planner: Planner
     """hsrpc's own, whoever made the plan."""
     plan: Plan
@@ -97,35 +98,62 @@ class Planned:
     """The weights in the directory, checked from their headers; None: it has none, or they are random."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model as its files declare it, in each choice of formats."""
+
+    spec: ModelSpec
+    choices: list[ModelSpec]
+    directory: Path | None
+    checkpoint: Checkpoint | None
+
+    @classmethod
+    def read(cls, config: EngineConfig, device: torch.device) -> _Model:
+        spec, directory = _read_spec(config, device), _directory(config)
+        family = create_family(spec)
+        checkpoint = Checkpoint(directory) if directory is not None and has_weights(directory) else None
+        if checkpoint is not None:
+            checkpoint.check_model(family)
+        formats = family.format_choices(config.weight_coding, device)
+        return cls(spec, [in_formats(spec, each) for each in formats], directory, checkpoint)
+
+
 def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> Planned:
     """Read the model's configuration, open the device, calibrate, and plan. Takes seconds.
 
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
-    spec, device = describe_model(config)
-    directory = (
-        None if config.model.startswith(RANDOM_PREFIX) else resolve_model(config.model, trust_links=config.trust_links)
-    )
-    family = create_family(spec)
-    checkpoint = Checkpoint(directory) if directory is not None and has_weights(directory) else None
-    if checkpoint is not None:
-        checkpoint.check_model(family)
-    if device.torch_device.type == "cpu":
+    return _plan_here(open_device(config.device), config, choose_plan)
+
+
+def plan_for(machine: Machine, config: EngineConfig) -> Planned:
+    """Read the model's configuration, and plan for a machine that may be elsewhere: no device is opened.
+
+    Raises:
+        ConfigError, CheckpointError, ModelNotFoundError: as their names say.
+    """
+    return _plan(_Model.read(config, torch.device(machine.kind)), machine, config, Planner.plan)
+
+
+def _plan_here(device: Device, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
+    model = _Model.read(config, device.torch_device)
+    _check_layer(model.choices, config, device)
+    return _plan(model, _measure(device, model.spec), config, choose_plan)
+
+
+def _plan(model: _Model, machine: Machine, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
+    if machine.kind is DeviceKind.CPU:
         config = replace(
             config,
             max_batch=config.max_batch or max(_CPU_MAX_BATCH, config.min_batch),
             max_prefill_tokens=config.max_prefill_tokens or _CPU_PREFILL_TOKENS,
         )
-    choices = family.format_choices(config.weight_coding, device.torch_device)
-    budgets = _budgets(config, device)
-    specs = [in_formats(spec, formats) for formats in choices]
-    _check_layer(specs, budgets, device)
-    hardware = calibrate(device, spec.sizes, spec.dtype)
-    spec, planner, plan = fastest(
-        [(each, planner_with_context(each.sizes, budgets, hardware, config)) for each in specs], choose_plan
-    )
-    return Planned(spec, device, planner, plan, directory, _default_params(config, directory), checkpoint)
+    question = Question(choices=tuple(spec.sizes for spec in model.choices), machine=machine, config=config)
+    planner, plan = question.answer(choose_plan)
+    [spec] = [spec for spec in model.choices if spec.sizes is planner.sizes]
+    default_params = _default_params(config, model.directory)
+    return Planned(spec, question, planner, plan, model.directory, default_params, model.checkpoint)
 
 
 def _default_params(config: EngineConfig, directory: Path | None) -> SamplingParams:
@@ -134,7 +162,7 @@ def _default_params(config: EngineConfig, directory: Path | None) -> SamplingPar
     return read_default_params(directory)
 
 
-def _check_layer(choices: Sequence[ModelSpec], budgets: Budgets, device: Device) -> None:
+def _check_layer(choices: Sequence[ModelSpec], config: EngineConfig, device: Device) -> None:
     """Check before calibration, which multiplies by a layer's weights: all of a layer is on the device at once.
 
     Raises:
@@ -144,40 +172,33 @@ def _check_layer(choices: Sequence[ModelSpec], budgets: Budgets, device: Device)
     free = device.free_memory
     if largest > free:
         problem = f"one layer of {choices[0].name} takes {format_bytes(largest)}, and {format_bytes(free)} are free"
+        budget = int(config.gpu_memory or free)
         raise ConfigError(
-            "gpu_memory", format_bytes(budgets.device), problem, "end what else uses it, or serve a smaller model"
+            "gpu_memory", format_bytes(budget), problem, "end what else uses it, or serve a smaller model"
         )
 
 
-def fastest(
-    choices: Sequence[tuple[ModelSpec, Planner]], choose_plan: ChoosePlan = Planner.plan
-) -> tuple[ModelSpec, Planner, Plan]:
-    """The choice of formats with the fastest plan, of those that fit; the first one, where they are equal.
-
-    Raises:
-        ConfigError: none fits.
-    """
-    found: list[tuple[ModelSpec, Planner, Plan]] = []
-    errors: list[ConfigError] = []
-    for spec, planner in choices:
-        try:
-            found.append((spec, planner, choose_plan(planner)))
-        except ConfigError as error:
-            errors.append(error)
-    if not found:
-        raise errors[0]
-    return max(found, key=lambda each: each[2].prediction.mean_tokens_per_second)
-
-
-def measure_hardware(config: EngineConfig) -> Hardware:
-    """The rates of the machine now, for the model's sizes."""
+def measure_machine(config: EngineConfig) -> Machine:
+    """The device that a configuration names, as it is now: its memory, and its rates for the model's sizes."""
     spec, device = describe_model(config)
-    return calibrate(device, spec.sizes, spec.dtype)
+    return _measure(device, spec)
+
+
+def _measure(device: Device, spec: ModelSpec) -> Machine:
+    device_memory, host_memory = device.free_memory, available_memory()  # before calibration takes some
+    return Machine(
+        name=device.name,
+        kind=DeviceKind(device.torch_device.type),
+        device_memory=device_memory,
+        host_memory=host_memory,
+        dtype=dtype_name(spec.dtype),
+        hardware=calibrate(device, spec.sizes, spec.dtype),
+    )
 
 
 def measure_sustained_load(config: EngineConfig) -> float:
     """Bytes/s that the bus keeps up now, whatever disturbs it."""
-    return sustained_load(describe_model(config)[1])
+    return sustained_load(open_device(config.device))
 
 
 def describe_model(config: EngineConfig) -> tuple[ModelSpec, Device]:
@@ -187,10 +208,22 @@ def describe_model(config: EngineConfig) -> tuple[ModelSpec, Device]:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
     device = open_device(config.device)
-    dtype = _dtype(config.dtype, on_cpu=device.torch_device.type == "cpu")
+    return _read_spec(config, device.torch_device), device
+
+
+def _read_spec(config: EngineConfig, device: torch.device) -> ModelSpec:
+    dtype = _dtype(config.dtype, on_cpu=device.type == "cpu")
+    directory = _directory(config)
+    if directory is None:
+        return named_spec(config.model.removeprefix(RANDOM_PREFIX), dtype)
+    return load_spec(directory, dtype)
+
+
+def _directory(config: EngineConfig) -> Path | None:
+    """The model's; None: its weights are random."""
     if config.model.startswith(RANDOM_PREFIX):
-        return named_spec(config.model.removeprefix(RANDOM_PREFIX), dtype), device
-    return load_spec(resolve_model(config.model, trust_links=config.trust_links), dtype), device
+        return None
+    return resolve_model(config.model, trust_links=config.trust_links)
 
 
 async def open_components(config: EngineConfig, choose_plan: ChoosePlan, progress: bool) -> Components:
@@ -228,8 +261,9 @@ def _open_best(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
 def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
     with ExitStack() as undo:
         template = _template(config)
-        planned = make_plan(config, choose_plan)
-        device, spec, plan = planned.device, planned.spec, planned.plan
+        device = open_device(config.device)
+        planned = _plan_here(device, config, choose_plan)
+        spec, plan = planned.spec, planned.plan
         undo.callback(device.release_pinned)
         device.release_cached()  # what calibration used
         _check_room(plan, device)
@@ -318,10 +352,3 @@ def _dtype(wanted: DType, on_cpu: bool) -> torch.dtype | None:
     if wanted is DType.AUTO:
         return torch.float32 if on_cpu else None
     return DTYPES[wanted]
-
-
-def _budgets(config: EngineConfig, device: Device) -> Budgets:
-    on_cpu = device.torch_device.type == "cpu"
-    gpu = config.gpu_memory or (available_memory() // 4 if on_cpu else int(device.free_memory * 0.9))
-    host = config.host_memory or int(available_memory() * (0.5 if on_cpu else 0.8))
-    return Budgets(device=int(gpu), host=int(host), runtime=device.runtime_memory(int(gpu)))

@@ -13,7 +13,7 @@ from tests.cli.conftest import SMALL
 from tests.cli.test_main import examples
 
 
-@pytest.mark.parametrize("kind", ["decode", "prefill", "offline", "sweep", "serve", "frontend"])
+@pytest.mark.parametrize("kind", ["decode", "prefill", "offline", "sweep", "calibrate", "serve", "frontend"])
 def test_every_kind_has_help_with_examples_that_parse(hsrpc, kind):
     """Each kind has flags of its own, and says how it is used."""
     ran = hsrpc("bench", kind, "--help")

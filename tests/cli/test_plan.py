@@ -17,7 +17,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def planned(hsrpc, *arguments: str) -> dict:
     """The JSON object of a plan."""
-    ran = hsrpc("plan", *SMALL, *arguments, "--json")
+    ran = hsrpc("plan", *SMALL, *arguments, "--json", "--no-advice")
     assert (ran.code, ran.err) == (0, "")
     return json.loads(ran.out)
 
@@ -95,7 +95,7 @@ def test_the_rates_of_a_slow_machine_are_told(hsrpc, monkeypatch):
 def test_plot_is_a_png(hsrpc, tmp_path, name):
     """--plot writes a PNG whatever the file's name, drawn on; standard output stays JSON."""
     file = tmp_path / name
-    ran = hsrpc("plan", *SMALL, "--json", "--plot", str(file))
+    ran = hsrpc("plan", *SMALL, "--json", "--no-advice", "--plot", str(file))
     assert (ran.code, ran.err) == (0, f"saved {file}\n")
     assert json.loads(ran.out)["model"] == "storyteller"
     assert file.read_bytes().startswith(PNG)
@@ -108,7 +108,7 @@ def test_plot_is_a_png(hsrpc, tmp_path, name):
 def test_a_plot_that_cannot_be_written(hsrpc, tmp_path):
     """A folder that does not exist is named, with the system's reason."""
     file = tmp_path / "none" / "share.png"
-    ran = hsrpc("plan", *SMALL, "--json", "--plot", str(file))
+    ran = hsrpc("plan", *SMALL, "--json", "--no-advice", "--plot", str(file))
     assert ran.code == 1
     assert ran.err == (
         f"hsrpc: error: plot={str(file)!r}: cannot be written (No such file or directory); give another file\n"
@@ -121,3 +121,124 @@ def test_a_budget_that_is_too_small(hsrpc):
     assert (ran.code, ran.out) == (1, "")
     assert ran.err.startswith("hsrpc: error: gpu_memory='1.0 MiB': too small for a context of 96: ")
     assert ran.err.count("\n") == 1
+
+
+ELSEWHERE = ("--model=random:opt-1.3b", "--hardware=rtx3090", "--gpu-memory=3GiB", "--host-memory=16GiB")
+"""A machine of which nothing is measured here, with weights that stream."""
+BOUNDED = (*ELSEWHERE, "--min-batch=16", "--max-batch=16", "--max-model-len=1024")
+
+
+@pytest.fixture
+def no_device(monkeypatch):
+    """No device is opened, and nothing measured."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a device")
+
+    for name in ("open_device", "calibrate"):
+        monkeypatch.setattr(f"hsrpc.engine.startup.{name}", refuse)
+
+
+@pytest.mark.usefixtures("no_device")
+def test_a_machine_that_is_elsewhere(hsrpc):
+    """Planned for by its name as CUDA plans: in the checkpoint's own type, of which weights may be coded."""
+    ran = hsrpc("plan", *BOUNDED, "--json", "--no-advice")
+    assert (ran.code, ran.err) == (0, "")
+    plan = json.loads(ran.out)
+    assert plan["machine"] == {
+        "name": "NVIDIA RTX 3090 (by its datasheet, not measured)",
+        "kind": "cuda",
+        "device_memory": 23 * 2**30,
+        "host_memory": 64 * 2**30,
+        "dtype": "float16",
+    }
+    assert plan["budgets"] == {"device": 3 * 2**30, "host": 16 * 2**30}
+    assert plan["device_bytes"]["runtime"] > 0
+    assert plan["hardware"]["load_bandwidth"] == pytest.approx(55.1e9 / 2)
+    layers = 24 * (12 * 2048**2 + 9 * 2048) * 2
+    resident = plan["device_bytes"]["resident weights"]
+    assert resident == pytest.approx(plan["resident_share"] * layers, rel=0.01)
+    assert hsrpc("plan", *BOUNDED, "--json", "--no-advice").out == ran.out
+
+
+@pytest.mark.usefixtures("no_device")
+def test_what_a_plan_lets_expect(hsrpc):
+    """As one object: places, rates by batch, first tokens, and what every change would bring."""
+    plan = json.loads(hsrpc("plan", *BOUNDED, "--json").out)
+    weights, cache = plan["places"]["layers' weights"], plan["places"]["cache"]
+    assert weights["device_bytes"] == plan["device_bytes"]["resident weights"]
+    assert weights["host_bytes"] == plan["host_bytes"]["streamed weights"]
+    assert weights["device_share"] == plan["resident_share"]
+    blocks = plan["num_blocks"]
+    on_device = blocks["device_kv"] + blocks["device_activation"]
+    assert cache["device_share"] == pytest.approx(on_device / sum(blocks.values()))
+    assert [step["batch"] for step in plan["by_batch"]] == [1, 4, 16]
+    assert plan["by_batch"][-1]["tokens_per_second"] == pytest.approx(plan["prediction"]["tokens_per_second"], rel=0.05)
+    assert plan["first_token"]["prompt_tokens"] == 896
+    assert 0 < plan["first_token"]["idle_seconds"] < plan["first_token"]["loaded_seconds"]
+    gains = [each["gain"] for each in plan["advice"]]
+    assert gains == sorted(gains, reverse=True)
+    assert {each["name"].split(",")[0] for each in plan["advice"]} >= {"twice the device memory", "weights of 4 bits"}
+    assert json.loads(hsrpc("plan", *BOUNDED, "--json", "--no-advice").out) == plan | {"advice": None}
+
+
+@pytest.mark.usefixtures("no_device")
+def test_the_tables_say_what_a_plan_lets_expect(hsrpc):
+    """The two best changes, what is not served marked as such; none of it without advice."""
+    plan = json.loads(hsrpc("plan", *BOUNDED, "--json").out)
+    out = hsrpc("plan", *BOUNDED).out
+    for words in ("what lies where", "requests at once", "first in the queue", "(by its datasheet, not measured)"):
+        assert words in out
+    [*_, first, second] = [row for row in out.splitlines() if re.search(r"[+-]\d+% │", row)]
+    for row, advice in zip((first, second), plan["advice"], strict=False):
+        assert f"{advice['gain']:+.0%}" in row
+        assert row.startswith(f"│ {advice['name']}{'' if advice['is_served'] else ' (not served yet)'} ")
+    assert "would help" not in hsrpc("plan", *BOUNDED, "--no-advice").out
+
+
+@pytest.mark.usefixtures("no_device")
+def test_hardware_that_cannot_be(hsrpc, tmp_path):
+    """A name that nobody knows, a file without sense, and a device beside it: one line each."""
+    ran = hsrpc("plan", "--hardware=tpu")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("hsrpc: error: hardware='tpu': neither a machine known here nor a file; use one of h100,")
+    (tmp_path / "machine.json").write_text("{}")
+    ran = hsrpc("plan", f"--hardware={tmp_path / 'machine.json'}")
+    assert re.search(r"machine\.json': a machine has no field device_memory; write it anew with hsrpc bench", ran.err)
+    ran = hsrpc("plan", "--hardware=h100", "--device=cpu")
+    assert ran.err == ("hsrpc: error: device='cpu': has no meaning with --hardware h100; leave one of them out\n")
+
+
+def test_a_plan_for_this_cpu_says_so(hsrpc, monkeypatch):
+    """Where nobody asked for it; and how to plan for another machine."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    budgets = [option for option in SMALL if not option.startswith("--device")]
+    ran = hsrpc("plan", *budgets, "--json", "--no-advice")
+    assert ran.err == "hsrpc: no GPU here: planned for this CPU; --hardware h100, or another, plans for its machine\n"
+    assert json.loads(ran.out)["machine"]["kind"] == "cpu"
+
+
+@pytest.mark.usefixtures("no_device")
+def test_rates_of_another_type_are_told(hsrpc):
+    """What was measured in 16 bits is no measure of products in 32."""
+    ran = hsrpc("plan", *BOUNDED, "--no-advice", "--dtype=float32")
+    assert ran.err == "hsrpc: rates of float16 products, taken for float32: compute will take another time\n"
+
+
+def test_a_calibration_that_is_saved_plans_elsewhere_as_here(hsrpc, tmp_path, monkeypatch):
+    """The file has the rates and the memory; the plan is that of the machine that wrote it."""
+    file = tmp_path / "machine.json"
+    ran = hsrpc("bench", "calibrate", *SMALL, f"--save={file}")
+    assert (ran.code, ran.err) == (0, "")
+    assert "products of float32" in ran.out
+    saved = json.loads(file.read_text())
+    assert (saved["name"], saved["kind"], saved["dtype"]) == ("CPU", "cpu", "float32")
+    monkeypatch.setattr("hsrpc.engine.startup.calibrate", lambda *_: Hardware(**saved["hardware"]))
+    here = planned(hsrpc)
+    monkeypatch.setattr("hsrpc.engine.startup.open_device", None)
+    elsewhere = [option for option in SMALL if not option.startswith("--device")]
+    ran = hsrpc("plan", *elsewhere, f"--hardware={file}", "--json", "--no-advice")
+    assert (ran.code, ran.err) == (0, "")
+    read = json.loads(ran.out)
+    memory = {name: saved[name] for name in ("device_memory", "host_memory")}
+    assert read == here | {"machine": here["machine"] | memory}

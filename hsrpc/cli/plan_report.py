@@ -1,0 +1,237 @@
+"""What hsrpc plan says of a plan: tables for people, and one object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hsrpc.config import format_bytes, format_rate
+from hsrpc.engine.startup import Planned
+from hsrpc.plan.advice import Advice
+from hsrpc.plan.forecast import FirstToken, first_token, rates_by_batch
+from hsrpc.plan.memory_use import DeviceUse, HostUse
+from hsrpc.plan.plan import Plan, StepPrediction
+from hsrpc.schedule.blocks import PoolId, Tier
+
+_NUM_ADVICE = 2
+_WORTH = 0.01
+"""A smaller gain than this part is within what predictions do not tell apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A plan, and what follows from it."""
+
+    planned: Planned
+    by_batch: list[StepPrediction]
+    first_token: FirstToken
+
+    @classmethod
+    def of(cls, planned: Planned) -> Report:
+        plan, sizes = planned.plan, planned.spec.sizes
+        return cls(planned, rates_by_batch(plan, sizes), first_token(plan, sizes, planned.planner.traffic))
+
+    def print(self) -> None:
+        """All but the advice."""
+        spec, plan, console = self.planned.spec, self.planned.plan, Console()
+        weights = format_bytes(spec.sizes.model_bytes)
+        name, machine = escape(spec.name), escape(self.planned.question.machine.name)
+        console.print(f"[bold]{name}[/] ({spec.family}) on {machine}: {weights} of weights", highlight=False)
+        console.print(f"cache policy [bold]{plan.policy}[/]: {plan.reason}")
+        console.print(_places_table(plan))
+        console.print(_memory_table("device memory", plan.device_bytes, plan.budgets.device))
+        console.print(_memory_table("host memory", plan.host_bytes, plan.budgets.host))
+        console.print(_blocks_table(plan))
+        console.print(_prediction_table(plan))
+        console.print(_batches_table(self.by_batch))
+        console.print(_first_token_table(self.first_token))
+
+    def print_advice(self, advice: Sequence[Advice]) -> None:
+        """The changes that help most."""
+        best = [each for each in advice if each.gain >= _WORTH][:_NUM_ADVICE]
+        console = Console()
+        if not best:
+            console.print("nothing that was tried would help: " + ", ".join(each.name for each in advice))
+            return
+        table = _table("what would help most", "", "tokens/s, prompts coming in", "gain")
+        for each in best:
+            name = each.name if each.is_served else f"{each.name} (not served yet)"
+            table.add_row(name, f"{each.tokens_per_second:.1f}", f"{each.gain:+.0%}")
+        console.print(table)
+
+    def as_json(self, advice: Sequence[Advice] | None) -> dict[str, object]:
+        """All of it as one object; without `advice`, null in its place."""
+        plan, machine = self.planned.plan, self.planned.question.machine
+        return {
+            "model": self.planned.spec.name,
+            "machine": {
+                "name": machine.name,
+                "kind": machine.kind.value,
+                "device_memory": machine.device_memory,
+                "host_memory": machine.host_memory,
+                "dtype": machine.dtype,
+            },
+            **_plan_json(plan),
+            "places": {name: place.as_json() for name, place in _places(plan).items()},
+            "prediction": _prediction_json(plan.prediction),
+            "by_batch": [_prediction_json(step) for step in self.by_batch],
+            "first_token": {
+                "prompt_tokens": self.first_token.prompt,
+                "idle_seconds": self.first_token.idle,
+                "loaded_seconds": self.first_token.loaded,
+            },
+            "advice": None if advice is None else [asdict(each) for each in advice],
+            "hardware": asdict(plan.hardware),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What of something lies on the device and on the host."""
+
+    device_bytes: int
+    host_bytes: int
+    device_share: float
+    """Part of it, by what it takes on the device; in [0, 1]."""
+
+    def cells(self) -> list[str]:
+        parts = (self.device_bytes, self.device_share), (self.host_bytes, 1 - self.device_share)
+        return [f"{format_bytes(size)}, {share:.0%}" if share else "" for size, share in parts]
+
+    def as_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def _places(plan: Plan) -> dict[str, _Place]:
+    """Weights by their bytes, the cache by the tokens that its blocks hold."""
+    blocks = {tier: sum(n for pool, n in plan.num_blocks.items() if pool.tier is tier) for tier in Tier}
+    num_blocks = sum(blocks.values())
+    device, host = plan.device_bytes, plan.host_bytes
+    return {
+        "embeddings and head": _Place(device[DeviceUse.FIXED], 0, 1.0),
+        "layers' weights": _Place(
+            device[DeviceUse.RESIDENT_WEIGHTS], host[HostUse.STREAMED_WEIGHTS], plan.resident_share
+        ),
+        "cache": _Place(
+            device[DeviceUse.CACHE_BLOCKS],
+            host[HostUse.CACHE_BLOCKS],
+            blocks[Tier.DEVICE] / num_blocks if num_blocks else 1.0,
+        ),
+    }
+
+
+def _places_table(plan: Plan) -> Table:
+    table = _table("what lies where", "", "device", "host")
+    for name, place in _places(plan).items():
+        table.add_row(name, *place.cells())
+    return table
+
+
+def _memory_table(title: str, parts: Mapping[DeviceUse, int] | Mapping[HostUse, int], budget: int) -> Table:
+    table = _table(title, "", "size")
+    for use, size in parts.items():
+        table.add_row(use.value, format_bytes(size))
+    table.add_section()
+    table.add_row("all", format_bytes(sum(parts.values())))
+    table.add_row("budget", format_bytes(budget))
+    return table
+
+
+def _blocks_table(plan: Plan) -> Table:
+    table = _table(f"cache blocks of {plan.block_size} tokens", "", "device", "host")
+    counts = plan.num_blocks
+    table.add_row("K and V", str(counts[PoolId.DEVICE_KV]), str(counts[PoolId.HOST_KV]))
+    table.add_row("activations", str(counts[PoolId.DEVICE_ACTIVATION]), str(counts[PoolId.HOST_ACTIVATION]))
+    return table
+
+
+def _prediction_table(plan: Plan) -> Table:
+    step, hardware = plan.prediction, plan.hardware
+    table = _table("a decode step, predicted", "", "")
+    rows = {
+        "longest request, tokens": str(plan.max_model_len),
+        "requests, tokens of each": f"{step.batch}, {step.context}",
+        "mini-batches": str(step.mini_batches),
+        "activation share": f"{plan.activation_share:.2f}",
+        "tokens recomputed": str(plan.recompute.tokens),
+        "weights resident": f"{plan.resident_share:.0%}",
+        "weights that stream": "coded" if plan.decode_buffer_bytes else "as they are",
+        f"bus ({format_rate(hardware.load_bandwidth, 'B/s')})": _ms(step.bus),
+        "forward": _ms(step.forward),
+        f"regeneration ({format_rate(hardware.gemm_rate, 'FLOP/s')})": _ms(step.regenerate),
+        "gathering activations": _ms(step.gather),
+        f"attention ({format_rate(hardware.attention_bandwidth, 'B/s')})": _ms(step.attention),
+        "logits": _ms(step.head),
+        "launching, on the host": _ms(step.launch),
+        "between steps": _ms(step.boundary),
+        "step": _ms(step.step),
+        f"step beside {plan.max_prefill_tokens} prompt tokens": _ms(step.longest_step),
+        "mean step, prompts coming in": _ms(step.mean_step),
+        "throughput": f"{step.tokens_per_second:.1f} tokens/s",
+        "throughput, prompts coming in": f"{step.mean_tokens_per_second:.1f} tokens/s",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _batches_table(steps: Sequence[StepPrediction]) -> Table:
+    table = _table(
+        f"decoding with {steps[0].context} tokens of each request, predicted", "requests at once", "tokens/s", "step"
+    )
+    for step in steps:
+        table.add_row(str(step.batch), f"{step.tokens_per_second:.1f}", _ms(step.step))
+    return table
+
+
+def _first_token_table(found: FirstToken) -> Table:
+    table = _table(f"time to first token of {found.prompt} prompt tokens, predicted", "", "")
+    table.add_row("alone", _ms(found.idle))
+    table.add_row("first in the queue, all places taken", _ms(found.loaded))
+    return table
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", min_width=48, show_header=any(columns))
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _plan_json(plan: Plan) -> dict[str, object]:
+    return {
+        "policy": plan.policy,
+        "reason": plan.reason,
+        "activation_share": plan.activation_share,
+        "recomputed_tokens": plan.recompute.tokens,
+        "resident_share": plan.resident_share,
+        "max_batch": plan.max_batch,
+        "max_model_len": plan.max_model_len,
+        "device_bytes": {use.value: size for use, size in plan.device_bytes.items()},
+        "host_bytes": {use.value: size for use, size in plan.host_bytes.items()},
+        "budgets": {"device": plan.budgets.device, "host": plan.budgets.host},
+        "num_blocks": {pool.name.lower(): count for pool, count in plan.num_blocks.items()},
+        "max_prefill_tokens": plan.max_prefill_tokens,
+        "spare_prefill_tokens": plan.spare_prefill_tokens,
+        "max_idle_prefill_tokens": plan.max_idle_prefill_tokens,
+    }
+
+
+def _prediction_json(step: StepPrediction) -> dict[str, float]:
+    """Counts and tokens as they are, times in seconds."""
+    counts = {"batch", "context", "mini_batches"}
+    parts = {name if name in counts else f"{name}_seconds": value for name, value in asdict(step).items()}
+    return parts | {
+        "gpu_seconds": step.gpu,
+        "tokens_per_second": step.tokens_per_second,
+        "mean_tokens_per_second": step.mean_tokens_per_second,
+    }
