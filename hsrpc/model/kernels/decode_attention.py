@@ -50,6 +50,7 @@ def _attend(
     tables,
     table_stride,
     in_place,
+    skips,
     rebuilt_starts,
     key_starts,
     num_parts,
@@ -63,6 +64,7 @@ def _attend(
     DIM_TILE: tl.constexpr,
     KEYS: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    HAS_SKIPS: tl.constexpr,
 ) -> None:
     """One request, pack of KV heads and part of its keys: first those in place, then the rebuilt, then the others.
 
@@ -70,7 +72,8 @@ def _attend(
     others, and what its row gathers there is not stored.
     """
     request, pack, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    count = tl.load(in_place + request)
+    skip = tl.load(skips + request) if HAS_SKIPS else 0
+    count = tl.load(in_place + request) - skip
     rebuilt = tl.load(rebuilt_starts + request)
     front = count + tl.load(rebuilt_starts + request + 1) - rebuilt
     start = tl.load(key_starts + request)
@@ -94,8 +97,9 @@ def _attend(
     for first in range(low, end, KEYS):
         key = first + tl.arange(0, KEYS)
         valid = key < end
-        block = tl.load(tables + request * table_stride + key // BLOCK_SIZE, mask=valid, other=0)
-        rows = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
+        token = skip + key
+        block = tl.load(tables + request * table_stride + token // BLOCK_SIZE, mask=valid, other=0)
+        rows = block.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
         k_rows = pool + rows[:, None] * (2 * width) + columns[None, :]
         m, total, acc = _accumulate(
             q, m, total, acc, k_rows, k_rows + width, valid, scale, d, PACK * HEAD_DIM, ROWS > 1
@@ -164,6 +168,7 @@ def decode_attention(
     in_place: torch.Tensor,
     rebuilt_starts: torch.Tensor,
     key_starts: torch.Tensor,
+    skips: torch.Tensor | None = None,
     num_kv_heads: int,
     head_dim: int,
     block_size: int,
@@ -172,9 +177,10 @@ def decode_attention(
 ) -> None:
     """Fill `out` [d, q] for one query a request [d, q] (rows may be strided; those of `out` are not).
 
-    Its keys are rows [K|V] of `pool` [*, 2*kv], `in_place[i]` of them in the blocks of `tables` [d, b], and of `buffer`
-    [*, 2*kv]: rows `rebuilt_starts[i]` to `rebuilt_starts[i+1]`, and `key_starts[i]` to `key_starts[i+1]`. Integers are
-    int32. `max_keys` a request bounds the parts into which keys are divided. A request without keys gets zeros.
+    Its keys are rows [K|V] of `pool` [*, 2*kv], `in_place[i]` of them in the blocks of `tables` [d, b], less the first
+    `skips[i]` of these, and of `buffer` [*, 2*kv]: rows `rebuilt_starts[i]` to `rebuilt_starts[i+1]`, and
+    `key_starts[i]` to `key_starts[i+1]`. Integers are int32. `max_keys` a request bounds the parts into which keys are
+    divided. A request without keys gets zeros.
     """
     num_requests, width = queries.shape
     num_heads = width // head_dim
@@ -197,6 +203,7 @@ def decode_attention(
         tables,
         tables.stride(0),
         in_place,
+        in_place if skips is None else skips,
         rebuilt_starts,
         key_starts,
         parts,
@@ -210,6 +217,7 @@ def decode_attention(
         DIM_TILE=triton.next_power_of_2(pack * head_dim),
         KEYS=32,
         IN_PARTS=parts > 1,
+        HAS_SKIPS=skips is not None,
         num_warps=4,
         num_stages=2,
     )
