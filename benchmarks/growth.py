@@ -60,7 +60,7 @@ class Load:
         num_blocks = dict.fromkeys(PoolId, 0) | {PoolId.HOST_KV: 60_000, PoolId.HOST_ACTIVATION: 60_000}
         self.scheduler = Scheduler(BlockManager(num_blocks), limits, [])
         self._assembler = Assembler(
-            layers=(), block_size=limits.block_size, window=limits.sliding_window, max_queries=limits.buffers.queries
+            layers=(), block_size=limits.block_size, windows=limits.windows, max_queries=limits.buffers.queries
         )
         self._arrived = 0
         self._prompt = list(range(PROMPT))

@@ -469,7 +469,7 @@ def _limits(plan: Plan, spec: ModelSpec) -> SchedulerLimits:
         block_size=plan.block_size,
         buffers=plan.buffers,
         costs=plan.costs,
-        sliding_window=spec.sizes.sliding_window,
+        windows=spec.sizes.windows,
         keeps_cache=plan.keeps_cache,
         recompute=plan.recompute,
     )

@@ -12,7 +12,7 @@ import torch
 
 from hsrpc.device.device import Device
 from hsrpc.device.uploads import Upload
-from hsrpc.engine.tasks.cache import Buffers, CacheManager, DeviceRows, Gathers, Stores
+from hsrpc.engine.tasks.cache import Buffers, CacheManager, DeviceRows, Gathers, LayerKind, Stores
 from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.weights import OpenedLayer
 from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
@@ -21,7 +21,7 @@ from hsrpc.model.rope import Rotation
 from hsrpc.plan.plan import REGENERATE_ROWS
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
-from hsrpc.schedule.step import Ints, MiniBatch
+from hsrpc.schedule.step import Ints, Layout, MiniBatch
 from hsrpc.schedule.sweep import Op, OpKind
 
 
@@ -54,6 +54,21 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceLayout:
+    """What layers with the same window read of a mini-batch, on the device."""
+
+    in_place: InPlaceRows | None
+    """Rows of the first requests, with one query each; None: there are no such requests."""
+    packed: PackedRows | None
+    """Rows of the requests after those read in place; None: there are no such requests."""
+    num_rebuilt: int
+    """Rows at the front of both buffers that are rebuilt in place."""
+    new_rows: DeviceRows
+    activation_rows: torch.Tensor
+    activation_positions: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceBatch:
     """A mini-batch on the device."""
 
@@ -62,19 +77,13 @@ class DeviceBatch:
     """Query rows of this mini-batch within its group's tensors."""
     is_first: bool
     is_last: bool
-    in_place: InPlaceRows | None
-    """Rows of the first `num_in_place` requests, with one query each; None: there are no such requests."""
-    packed: PackedRows | None
-    """Rows of the requests after those read in place; None: there are no such requests."""
     num_in_place: int
-    num_rebuilt: int
-    """Rows at the front of both buffers that are rebuilt in place."""
-    gathers: Mapping[BlockKind, Gathers]
-    """Copies of activation blocks on the device, by what such blocks hold in a layer; `stores` is keyed alike."""
-    new_rows: DeviceRows
-    activation_rows: torch.Tensor
-    activation_positions: torch.Tensor
+    layouts: Sequence[DeviceLayout]
+    """One for each of the model's windows."""
+    gathers: Mapping[LayerKind, Gathers]
+    """Copies of blocks on the device, by kind of layer."""
     stores: Mapping[BlockKind, Mapping[PoolId, Stores]]
+    """Copies of new rows, by what activation blocks hold in a layer."""
     sample_rows: torch.Tensor
 
     @property
@@ -123,7 +132,7 @@ class Forward:
         self._family = family
         self._fixed = fixed
         self._prefetcher = prefetcher
-        self._windows = [layer.sliding_window for layer in family.sizes.layers]
+        self._windows = family.sizes.windows
         self._cache = cache
         self._attention = attention
         self._device = device
@@ -151,7 +160,7 @@ class Forward:
             case OpKind.PLACE:
                 self._place(op, step, step.batches[op.batch])
             case OpKind.REBUILD:
-                self._rebuild(step.w, op.layer, self._cache.buffers[op.slot], step.batches[op.batch])
+                self._rebuild(step.w, op.layer, self._cache.buffers[op.slot], self._layout(op, step))
             case OpKind.ATTEND:
                 self._attend(op, step, step.batches[op.batch])
             case OpKind.FINISH:
@@ -176,17 +185,15 @@ class Forward:
                 rows=rows,
                 is_first=batch is batches[0],
                 is_last=batch is batches[-1],
-                in_place=_in_place_rows(batch, upload),
-                packed=_packed_rows(batch, upload),
-                num_in_place=batch.in_place.num_requests,
-                num_rebuilt=batch.in_place.num_rebuilt,
+                num_in_place=batch.widest.in_place.num_requests,
+                layouts=[_on_device(layout, batch.query_starts, upload) for layout in batch.layouts],
                 gathers=self._cache.gathers(batch, upload),
-                new_rows=DeviceRows.of(batch.new_rows, upload),
-                activation_rows=upload(batch.activation_rows),
-                activation_positions=upload(batch.activation_positions),
                 stores=self._cache.stores(batch, upload),
                 sample_rows=upload(batch.sample_rows),
             )
+
+    def _layout(self, op: Op, step: Pass) -> DeviceLayout:
+        return step.batches[op.batch].layouts[self._windows.numbers[op.layer]]
 
     def _embed(self, step: Pass) -> None:
         for group in (batch.group for batch in step.batches if batch.is_first):
@@ -212,8 +219,8 @@ class Forward:
         is_whole = batch.is_first and batch.is_last
         step.projected = projected if is_whole else projected.select(batch.rows)
         self._cache.gather(buffers, batch.gathers, op.layer)
-        kv = step.projected.projection.kv
-        self._device.copy_rows(buffers.kv, batch.new_rows.target, kv, batch.new_rows.source)
+        new = self._layout(op, step).new_rows
+        self._device.copy_rows(buffers.kv, new.target, step.projected.projection.kv, new.source)
         self._store(Tier.DEVICE, op, step)
 
     def _store(self, tier: Tier, op: Op, step: Pass) -> None:
@@ -226,13 +233,13 @@ class Forward:
         assert step.projected is not None  # PLACE comes first
         queries, out = step.projected.projection.queries, step.projected.attended
         kv, first = self._cache.buffers[op.slot].kv, batch.num_in_place
-        sinks = self._family.sinks(step.w, op.layer)
-        if batch.in_place is not None:
+        layout, sinks = self._layout(op, step), self._family.sinks(step.w, op.layer)
+        if layout.in_place is not None:
             pool = self._cache.device_kv(op.layer)
-            self._attention.in_place(queries[:first], pool, kv, batch.in_place, out[:first], sinks=sinks)
-        if batch.packed is not None:
-            window = self._windows[op.layer]
-            out[first:] = self._attention.packed(queries[first:], kv, batch.packed, window, sinks)
+            self._attention.in_place(queries[:first], pool, kv, layout.in_place, out[:first], sinks=sinks)
+        if layout.packed is not None:
+            window = self._windows.of_layers[op.layer]
+            out[first:] = self._attention.packed(queries[first:], kv, layout.packed, window, sinks)
 
     def _finish(self, step: Pass, layer: int, batch: DeviceBatch) -> None:
         """Finish the layer for a whole group, of which this is the last mini-batch."""
@@ -241,43 +248,55 @@ class Forward:
         group.hidden = self._family.finish_layer(step.w, layer, group.hidden, group.projected.attended)
         group.projected = step.projected = None  # one group at a time has room for it
 
-    def _rebuild(self, w: Weights, layer: int, buffers: Buffers, batch: DeviceBatch) -> None:
+    def _rebuild(self, w: Weights, layer: int, buffers: Buffers, layout: DeviceLayout) -> None:
         """Rebuild K and V of the cached activations where attention reads them; rows of chunks are copied there."""
-        total, in_front, kv = len(batch.activation_rows), batch.num_rebuilt, buffers.kv
+        total, in_front, kv = len(layout.activation_rows), layout.num_rebuilt, buffers.kv
         self.regenerated_tokens += total
         pieces = [*([0] if in_front else []), *range(in_front, total, REGENERATE_ROWS), total]
         for start, end in pairwise(pieces):
             rows = slice(start, end)
             out = kv[rows] if start < in_front else torch.empty_like(kv[rows])
-            rotation = self._family.rotation(batch.activation_positions[rows])
+            rotation = self._family.rotation(layout.activation_positions[rows])
             self._family.keys_values(w, layer, buffers.activations[rows], rotation, out)
             if start >= in_front:
-                kv.index_copy_(0, batch.activation_rows[rows], out)
+                kv.index_copy_(0, layout.activation_rows[rows], out)
 
     def _logits(self, step: Pass) -> torch.Tensor:
         hidden = torch.cat([batch.sampled for batch in step.batches])
         return self._family.logits(self._fixed, hidden)
 
 
-def _in_place_rows(batch: MiniBatch, upload: Upload) -> InPlaceRows | None:
-    rows = batch.in_place
-    if not rows.num_requests:
-        return None
-    key_starts = batch.key_starts[: rows.num_requests + 1]
-    return InPlaceRows(
-        tables=upload(rows.tables.astype(np.int32)),
-        counts=upload(rows.counts.astype(np.int32)),
-        key_starts=upload(key_starts.astype(np.int32)),
-        rebuilt_starts=upload(rows.rebuilt_starts.astype(np.int32)),
-        max_keys=int((rows.counts + np.diff(rows.rebuilt_starts) + np.diff(key_starts)).max()),
+def _on_device(layout: Layout, query_starts: Ints, upload: Upload) -> DeviceLayout:
+    return DeviceLayout(
+        in_place=_in_place_rows(layout, upload),
+        packed=_packed_rows(layout, query_starts, upload),
+        num_rebuilt=layout.in_place.num_rebuilt,
+        new_rows=DeviceRows.of(layout.new_rows, upload),
+        activation_rows=upload(layout.activation_rows),
+        activation_positions=upload(layout.activation_positions),
     )
 
 
-def _packed_rows(batch: MiniBatch, upload: Upload) -> PackedRows | None:
-    first = batch.in_place.num_requests
-    if first == batch.num_requests:
+def _in_place_rows(layout: Layout, upload: Upload) -> InPlaceRows | None:
+    rows = layout.in_place
+    if not rows.num_requests:
         return None
-    query_starts, key_starts = batch.query_starts[first:] - first, batch.key_starts[first:]
+    key_starts = layout.key_starts[: rows.num_requests + 1]
+    return InPlaceRows(
+        tables=upload(rows.tables.astype(np.int32)),
+        counts=upload(rows.counts.astype(np.int32)),
+        skips=None if rows.skips is None else upload(rows.skips.astype(np.int32)),
+        key_starts=upload(key_starts.astype(np.int32)),
+        rebuilt_starts=upload(rows.rebuilt_starts.astype(np.int32)),
+        max_keys=int((rows.num_visible + np.diff(rows.rebuilt_starts) + np.diff(key_starts)).max()),
+    )
+
+
+def _packed_rows(layout: Layout, query_starts: Ints, upload: Upload) -> PackedRows | None:
+    first = layout.in_place.num_requests
+    if first == len(query_starts) - 1:
+        return None
+    query_starts, key_starts = query_starts[first:] - first, layout.key_starts[first:]
     return PackedRows(
         query_starts=upload(query_starts.astype(np.int32)),
         key_starts=upload(key_starts.astype(np.int32)),

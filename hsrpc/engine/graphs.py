@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from hsrpc.device.device import Device
-from hsrpc.engine.forward import DeviceBatch, Forward, Group, Pass
-from hsrpc.engine.tasks.cache import CacheManager, DeviceRows, Gathers, Stores
+from hsrpc.engine.forward import DeviceBatch, DeviceLayout, Forward, Group, Pass
+from hsrpc.engine.tasks.cache import CacheManager, DeviceRows, Gathers, LayerKind, Stores
 from hsrpc.model.attention import InPlaceRows
 from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import Plan
@@ -36,6 +36,7 @@ class DecodeGraphs:
         self._device = device
         self._ops = sweep(layers, (BatchShape(),)).ops
         self._max_model_len = plan.max_model_len
+        self._windows = forward.sizes.windows.distinct
         self._sizes = _batch_sizes(plan.max_batch)
         max_size = self._sizes[-1]
         columns = _TABLE + -(-plan.max_model_len // plan.block_size)
@@ -53,14 +54,14 @@ class DecodeGraphs:
 
         `sampled`: token ids of the step before on the device, with which chunks that have a `previous_row` continue.
         """
-        count = batch.num_queries
+        count, in_place = batch.num_queries, batch.widest.in_place
         size = self._sizes[bisect_left(self._sizes, count)]
         array = self._padding(size)
         array[:count, _TOKEN] = batch.token_ids
         array[:count, _POSITION] = batch.positions
-        array[:count, _COUNT] = batch.in_place.counts
+        array[:count, _COUNT] = in_place.counts
         array[:count, _SLOT] = batch.stores[PoolId.DEVICE_KV].target
-        array[:count, _TABLE : _TABLE + batch.in_place.tables.shape[1]] = batch.in_place.tables
+        array[:count, _TABLE : _TABLE + in_place.tables.shape[1]] = in_place.tables
         with self._device.on(self._device.compute):
             self._input[:size].copy_(self._device.upload(array))
             if sampled is not None:
@@ -79,28 +80,17 @@ class DecodeGraphs:
     def _compute(self, size: int) -> None:
         given = self._input[:size]
         positions, slots = given[:, _POSITION].long(), given[:, _SLOT].long()
-        rows, nothing = self._rows[:size], self._rows[:0]
-        in_place = InPlaceRows(
-            tables=given[:, _TABLE:],
-            counts=given[:, _COUNT].contiguous(),
-            rebuilt_starts=self._nothing,
-            key_starts=self._nothing,
-            max_keys=self._max_model_len,
-        )
+        rows = self._rows[:size]
+        layouts = [self._layout(given, window) for window in self._windows]
         stores: Mapping[PoolId, Stores] = {PoolId.DEVICE_KV: Stores(DeviceRows(rows, slots), NO_RUNS)}
         batch = DeviceBatch(
             group=Group(given[:, _TOKEN].long(), positions),
             rows=slice(0, size),
             is_first=True,
             is_last=True,
-            in_place=in_place,
-            packed=None,
             num_in_place=size,
-            num_rebuilt=0,
-            gathers={held: Gathers({}, {}) for held in BlockKind},
-            new_rows=DeviceRows(nothing, nothing),
-            activation_rows=nothing,
-            activation_positions=nothing,
+            layouts=layouts,
+            gathers={LayerKind(number, held): Gathers({}, {}) for number in range(len(layouts)) for held in BlockKind},
             stores=dict.fromkeys(BlockKind, stores),
             sample_rows=rows,
         )
@@ -111,10 +101,29 @@ class DecodeGraphs:
         assert step.logits is not None  # HEAD made them
         self._logits[:size].copy_(step.logits)
 
+    def _layout(self, given: torch.Tensor, window: int | None) -> DeviceLayout:
+        """All tokens are in the tables, which begin no later than what the widest window shows."""
+        counts, nothing = given[:, _COUNT].contiguous(), self._rows[:0]
+        return DeviceLayout(
+            in_place=InPlaceRows(
+                tables=given[:, _TABLE:],
+                counts=counts,
+                skips=None if window is None else (counts - window).clamp_(min=0),
+                rebuilt_starts=self._nothing,
+                key_starts=self._nothing,
+                max_keys=min(self._max_model_len, window or self._max_model_len),
+            ),
+            packed=None,
+            num_rebuilt=0,
+            new_rows=DeviceRows(nothing, nothing),
+            activation_rows=nothing,
+            activation_positions=nothing,
+        )
 
-def can_capture(plan: Plan, window: int | None) -> bool:
-    """Whether graphs can run steps: nothing streams, KV blocks lie on the device, no window needs packed rows."""
-    return not any(plan.streamed_bytes) and plan.num_blocks[PoolId.DEVICE_KV] > 0 and window is None
+
+def can_capture(plan: Plan) -> bool:
+    """Whether graphs can run steps: nothing streams, and KV blocks lie on the device."""
+    return not any(plan.streamed_bytes) and plan.num_blocks[PoolId.DEVICE_KV] > 0
 
 
 def _batch_sizes(max_size: int) -> list[int]:

@@ -284,17 +284,14 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
             forward = Forward(family, weights.fixed, device, prefetcher=prefetcher, cache=cache, attention=attention)
             compiled.result()
             device.drain()
-            window = spec.sizes.sliding_window
             assembler = Assembler(
                 layers=_places(prefetcher, plan),
                 block_size=plan.block_size,
-                window=window,
+                windows=spec.sizes.windows,
                 max_queries=plan.buffers.queries,
             )
             graphs = (
-                DecodeGraphs(forward, cache, device, layers=assembler.layers, plan=plan)
-                if can_capture(plan, window)
-                else None
+                DecodeGraphs(forward, cache, device, layers=assembler.layers, plan=plan) if can_capture(plan) else None
             )
             executor = Executor(assembler, device, prefetcher=prefetcher, cache=cache, forward=forward, graphs=graphs)
         undo.pop_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -21,6 +22,8 @@ class InPlaceRows:
     """[d, b] blocks of the pool."""
     counts: torch.Tensor
     """[d] tokens in them."""
+    skips: torch.Tensor | None = None
+    """[d] of these, how many from the first on are hidden by the window; None: the layer has no window."""
     rebuilt_starts: torch.Tensor
     """[d+1] rows of the buffer, from one to the next."""
     key_starts: torch.Tensor
@@ -75,6 +78,7 @@ class Attention:
         self._kv = sizes.num_kv_heads * sizes.head_dim
         self._scale = scale
         self._extras = extras
+        self._windows = sizes.windows.distinct
         self._device, self._dtype = device, dtype
         self._uses_kernel = device.type == "cuda"
         self._uses_flash = device.type == "cuda" and dtype in _FLASH_DTYPES and sizes.head_dim % 8 == 0
@@ -106,6 +110,7 @@ class Attention:
             out,
             tables=rows.tables,
             in_place=rows.counts,
+            skips=rows.skips,
             rebuilt_starts=rows.rebuilt_starts,
             key_starts=rows.key_starts,
             num_kv_heads=num_kv_heads,
@@ -127,9 +132,10 @@ class Attention:
         kv = torch.zeros((self._block_size, 2 * self._kv), dtype=self._dtype, device=self._device)
         sinks = queries.new_zeros(num_heads) if self._extras.has_sinks else None
         tables, counts, starts = (torch.zeros(size, dtype=torch.int32, device=self._device) for size in ((1, 1), 1, 2))
-        for max_keys in (1, _MANY_KEYS):  # in one part, and in several
+        skipping = [None if window is None else counts for window in self._windows]
+        for max_keys, skips in product((1, _MANY_KEYS), skipping):  # in one part, and in several
             rows = InPlaceRows(
-                tables=tables, counts=counts, rebuilt_starts=starts, key_starts=starts, max_keys=max_keys
+                tables=tables, counts=counts, skips=skips, rebuilt_starts=starts, key_starts=starts, max_keys=max_keys
             )
             self.in_place(queries, kv, kv, rows, torch.empty_like(queries), sinks=sinks)
         one = torch.arange(2, dtype=torch.int32, device=self._device)
@@ -146,9 +152,10 @@ class Attention:
         sinks: torch.Tensor | None,
     ) -> None:
         rebuilt, starts = rows.rebuilt_starts.tolist(), rows.key_starts.tolist()
+        skips = [0] * len(rows.counts) if rows.skips is None else rows.skips.tolist()
         offsets = torch.arange(self._block_size)
-        for i, count in enumerate(rows.counts.tolist()):
-            found = (rows.tables[i, :, None] * self._block_size + offsets).flatten()[:count]
+        for i, (skip, count) in enumerate(zip(skips, rows.counts.tolist(), strict=True)):
+            found = (rows.tables[i, :, None] * self._block_size + offsets).flatten()[skip:count]
             parts = (pool.index_select(0, found), kv[rebuilt[i] : rebuilt[i + 1]], kv[starts[i] : starts[i + 1]])
             keys = torch.cat(parts)
             alone = PackedRows(rows.counts, rows.counts, (0, 1), (0, len(keys)), 1, len(keys))

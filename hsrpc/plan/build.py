@@ -94,8 +94,8 @@ class Assembly:
         if not blocks[PoolId.DEVICE_ACTIVATION] + blocks[PoolId.HOST_ACTIVATION]:
             staging = replace(staging, activation_rows=0)
         streams = self.evaluator.choices.on_bus[point.choice] > 0
-        in_place = blocks[PoolId.DEVICE_KV] > 0 and self.evaluator.sizes.sliding_window is None
-        return staging if in_place and not streams else replace(staging, graph_batch=0)
+        has_graphs = blocks[PoolId.DEVICE_KV] > 0 and not streams
+        return staging if has_graphs else replace(staging, graph_batch=0)
 
     def _share(self, one: Evaluation) -> float:
         """Activations' part of all tokens in use."""

@@ -20,7 +20,7 @@ _GRAPH_COLUMNS, _GRAPH_COLUMN_BYTES = 4, 4
 SPARE_SLOTS = 1
 """Rows of each pool on the device that belong to no block, in every layer."""
 _INDICES = 8
-"""Arrays of row numbers that a mini-batch brings along, at most."""
+"""Arrays of row numbers that a mini-batch brings along for each window of the layers, at most."""
 _LIBRARY_BYTES = 128 * 1024**2
 """cuBLAS' workspaces, of two streams and of graphs."""
 _ROUNDED_PART = 100
@@ -79,7 +79,7 @@ def workspace_bytes(sizes: ModelSizes, staging: Staging) -> Number:
     regenerate = rows * sizes.largest(lambda layer: layer.rebuilt_bytes)
     logits = staging.batch * sizes.vocab_size
     sampling = 8 * logits + 48 * np.minimum(logits, SAMPLE_ELEMENTS)
-    indices = _INDICES * _INDEX_BYTES * (staging.rows + staging.step_tokens)
+    indices = _INDICES * _INDEX_BYTES * len(sizes.windows.distinct) * (staging.rows + staging.step_tokens)
     found: Number = query_bytes(sizes, staging.queries) + regenerate + sampling + indices
     return found
 

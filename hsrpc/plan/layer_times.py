@@ -11,10 +11,7 @@ from hsrpc.plan.fitted import PRODUCT_WAITING
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import REGENERATE_ROWS
 from hsrpc.plan.sizes import LayerSizes, ModelSizes, Number
-from hsrpc.schedule.blocks import BlockKind
 
-_PLACE_COPIES = 2
-"""Regenerated rows that are copied to where attention reads them are read and written once more."""
 _LOGIT_BYTES = 4
 
 
@@ -47,38 +44,28 @@ class LayerTimes:
         kernels = self.sizes.mean(lambda layer: layer.small_kernels)
         return self.sizes.mean(products) + groups * (kernels * hardware.small_kernel_time)
 
-    def regenerate(self, tokens: Number) -> Number:
-        """The GEMMs alone."""
+    def regenerate(self, tokens: Number, context: int = 0) -> Number:
+        """K and V of `tokens` cached tokens, of each `context` those that a layer sees; without `context`, all."""
         hardware = self.hardware
 
         def product(layer: LayerSizes) -> Number:
             each = layer.regenerate_flop / hardware.gemm_rate + hardware.gemm_overhead / REGENERATE_ROWS
-            return tokens * each
+            return tokens * layer.seen_part(context) * each
 
         return self.sizes.mean(product)
 
-    def place(self, tokens: Number) -> Number:
-        """Regenerated K and V copied to their rows."""
-        moved = self.sizes.mean(lambda layer: layer.rebuilt_bytes)
-        return tokens * (_PLACE_COPIES * moved / self.hardware.memory_bandwidth)
-
-    def gather(self, tokens: Number) -> Number:
-        """Activations within device memory: read and written."""
-        row = self.sizes.mean_row_bytes(BlockKind.ACTIVATION)
+    def gather(self, tokens: Number, context: int) -> Number:
+        """Activations within device memory, as far as layers see them: read and written."""
+        row = self.sizes.mean(lambda layer: layer.seen_part(context) * layer.activation.num_bytes)
         return tokens * (2 * row / self.hardware.memory_bandwidth)
 
-    def attention(self, tokens: Number, queries: Number, context: float) -> Number:
-        """`queries` queries to `context` tokens each; `tokens` cached tokens are read in all, by layers that see them.
-
-        A layer with a narrower window than the `context` reads as much less.
-        """
+    def attention(self, tokens: Number, queries: Number, context: int) -> Number:
+        """`queries` queries to `context` tokens each; of `tokens` cached tokens in all, layers read what they see."""
         hardware = self.hardware
 
         def attend(layer: LayerSizes) -> Number:
-            seen = layer.attended(round(context))
-            part = seen / context if seen < context else 1.0
-            read = tokens * part * (layer.rebuilt_bytes / hardware.attention_bandwidth)
-            return np.maximum(read, queries * (layer.attention_flop(seen) / hardware.gemm_rate))
+            read = tokens * layer.seen_part(context) * (layer.rebuilt_bytes / hardware.attention_bandwidth)
+            return np.maximum(read, queries * (layer.attention_flop(layer.attended(context)) / hardware.gemm_rate))
 
         return self.sizes.mean(attend)
 
@@ -91,8 +78,8 @@ class LayerTimes:
         return read + queries * (2 * _LOGIT_BYTES * sizes.vocab_size / hardware.memory_bandwidth)
 
     def prompt_token(self, context: float) -> float:
-        """One token of a prompt that attends to `context` tokens on average, among many."""
-        flop = self.sizes.mean(lambda layer: layer.flop(1) + layer.attention_flop(round(context)))
+        """One token of a prompt that has `context` tokens before it on average, among many."""
+        flop = self.sizes.mean(lambda layer: layer.flop(1) + layer.attention_flop(layer.attended(round(context))))
         return float(flop) / (self.hardware.gemm_rate * self.hardware.prompt_rate_share)
 
 

@@ -23,7 +23,7 @@ from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.placement import resident_choices
 from hsrpc.plan.plan import Budgets, Plan, StepPrediction
 from hsrpc.plan.search import Bools, Evaluation, Evaluator, Grid, Point
-from hsrpc.plan.sizes import Floats, ModelSizes, Number, attended
+from hsrpc.plan.sizes import Floats, ModelSizes, Number
 from hsrpc.plan.step_time import StepModel, Traffic, token_bytes
 from hsrpc.schedule.blocks import BlockKind
 
@@ -226,7 +226,6 @@ def _traffic(config: EngineConfig, sizes: ModelSizes, longest: int) -> Traffic:
     output = config.expected_output or max(1, context // 4)
     return Traffic(
         context=context,
-        attended=attended(context, sizes.sliding_window),
         prompt=max(1, context - output // 2),
         output=output,
         longest=longest,

@@ -8,7 +8,7 @@ import numpy as np
 
 from hsrpc.plan.plan import Plan, StepPrediction
 from hsrpc.plan.simulated_step import simulated_step
-from hsrpc.plan.sizes import ModelSizes, attended
+from hsrpc.plan.sizes import ModelSizes
 from hsrpc.plan.step_time import Candidates, StepModel, StepTimes, Traffic
 from hsrpc.schedule.blocks import PoolId, Tier
 
@@ -19,8 +19,7 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
     No prompts come in: `prefill` is 0, and `mean_step` is `step`.
     """
     batch = num_requests or plan.max_batch
-    seen = attended(context, sizes.sliding_window)
-    traffic = Traffic(context=context, attended=seen, prompt=0, output=1, longest=plan.max_model_len)
+    traffic = Traffic(context=context, prompt=0, output=1, longest=plan.max_model_len)
     model = StepModel(sizes, plan.hardware, traffic)
     used = batch * -(-context // plan.block_size)
     on_device = min(1.0, sum(_blocks(plan, Tier.DEVICE)) / used)

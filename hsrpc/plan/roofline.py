@@ -65,10 +65,11 @@ def roofline(record: StepRecord, sizes: ModelSizes, hardware: Hardware) -> Roofl
     )
     layer = LayerTimes(sizes, best, math.inf)
     tokens = record.decode_tokens + record.prefill_tokens + record.recomputed_tokens
+    context = round(record.context_tokens / max(1, record.num_requests))
     layers = sizes.num_layers
     return Roofline(
         bus=float(layer.load(record.weight_bytes + record.cache_bytes)),
         forward=float(layers * layer.forward(tokens)),
         regenerate=float(layer.regenerate(record.regenerated_tokens)),
-        attention=float(layers * layer.attention(record.context_tokens + tokens, 0, 0)),
+        attention=float(layers * layer.attention(record.context_tokens + tokens, 0, context)),
     )

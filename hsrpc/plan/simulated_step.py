@@ -15,8 +15,8 @@ from hsrpc.schedule.sweep import BatchShape, LayerPlacement, Op, OpKind, OpList,
 def simulated_step(plan: Plan, sizes: ModelSizes, step: StepPrediction, *, recomputes: bool) -> float:
     """Seconds of bus and GPU for a step in the middle of many, whose parts take as long as `step` says.
 
-    Each mini-batch has an equal part of all that is not the weights', also of the tokens that it `recomputes`. The
-    step's own time is not looked at.
+    Each mini-batch has an equal part of all that is not the weights', also of the tokens that it `recomputes`; of the
+    cached tokens' part a layer has as much as its window shows. The step's own time is not looked at.
     """
     places = placements(plan)
     # Mini-batches of a decode step go through the weights together; those with whole requests that recompute cannot.
@@ -46,7 +46,10 @@ class _OpSeconds:
     load_bandwidth: float
     decode: Sequence[float]
     """For each layer."""
+    seen: Sequence[float]
+    """For each layer, the cached tokens that it sees over those that layers see on average."""
     blocks: float
+    """On average over the layers, as `rebuild`, `place` and `attend`."""
     rebuild: float
     place: float
     attend: float
@@ -60,9 +63,11 @@ class _OpSeconds:
         decode = [float(layer.decode_weights(each.decode_traffic)) for each in plan.streamed]
         weights = float(layer.load(sum(each.bus_bytes for each in plan.streamed)))
         each = len(plan.streamed) * step.mini_batches
+        parts = [sizes.seen_part(step.context) for sizes in layer.sizes.layers]
         return cls(
             load_bandwidth=plan.hardware.load_bandwidth,
             decode=decode,
+            seen=[len(parts) * part / sum(parts) for part in parts],
             blocks=max(0.0, step.bus - weights) / each,
             rebuild=step.regenerate / each,
             place=step.gather / each,
@@ -76,15 +81,15 @@ class _OpSeconds:
             case OpKind.LOAD_WEIGHTS:
                 return (op.part[1] - op.part[0]) / self.load_bandwidth
             case OpKind.LOAD_BLOCKS:
-                return self.blocks
+                return self.blocks * self.seen[op.layer]
             case OpKind.DECODE:
                 return self.decode[op.layer]
             case OpKind.PLACE:
-                return self.place
+                return self.place * self.seen[op.layer]
             case OpKind.REBUILD:
-                return self.rebuild
+                return self.rebuild * self.seen[op.layer]
             case OpKind.ATTEND:
-                return self.attend
+                return self.attend * self.seen[op.layer]
             case OpKind.FINISH:
                 return self.group
             case OpKind.HEAD:

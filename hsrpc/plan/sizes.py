@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsrpc.schedule.blocks import BlockKind
+from hsrpc.schedule.windows import LayerWindows
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Number: TypeAlias = float | Floats
@@ -29,11 +30,6 @@ ALIGNMENT = 256
 def align(size: int) -> int:
     """`size` bytes rounded up to the alignment of tensors in a buffer."""
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def attended(context: int, window: int | None) -> int:
-    """Tokens that a query sees of `context` with a sliding window, or without one."""
-    return min(context, window or context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +218,11 @@ class LayerSizes:
 
     def attended(self, context: int) -> int:
         """Tokens that a query sees of `context`."""
-        return attended(context, self.sliding_window)
+        return min(context, self.sliding_window or context)
+
+    def seen_part(self, context: int) -> float:
+        """Part of `context` cached tokens that a query sees, which is what the layer loads of them; 1 of none."""
+        return self.attended(context) / context if context else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,13 +269,14 @@ class ModelSizes:
         return tuple(numbers[layer] for layer in self.layers)
 
     @cached_property
-    def sliding_window(self) -> int | None:
-        """Tokens that the layers see, at most: what a step loads. None: no layer has a window.
+    def windows(self) -> LayerWindows:
+        """The layers' sliding windows."""
+        return LayerWindows(tuple(layer.sliding_window for layer in self.layers))
 
-        Where one has, rows are packed in order of position, for its mask, in the layers that see all tokens too.
-        """
-        windows = [layer.sliding_window for layer, _ in self.distinct]
-        return max(window or self.context_length for window in windows) if any(windows) else None
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens that a layer sees, at most; None: all, in some layers at least."""
+        return self.windows.widest
 
     @cached_property
     def layers_bytes(self) -> int:

@@ -30,9 +30,7 @@ class Traffic:
     """What a request costs while it lives: its tokens, and the prompts that come in its steps' time."""
 
     context: int
-    """Tokens that a running request holds on average."""
-    attended: int
-    """Tokens of these that a query sees: fewer with a sliding window."""
+    """Tokens that a running request holds on average; a layer with a sliding window reads fewer."""
     prompt: int
     output: int
     longest: int
@@ -104,7 +102,7 @@ class StepModel:
         self.traffic = traffic
         self.layer = LayerTimes(sizes, hardware)
         self.prompt_token = self.layer.prompt_token(traffic.prompt / 2)
-        self.recompute_token = self.layer.prompt_token(traffic.attended / 2)
+        self.recompute_token = self.layer.prompt_token(traffic.context / 2)
         """Seconds of one token of a request that keeps no cache."""
         self.chunk_token = self.layer.prompt_token(traffic.longest)
         """Seconds of one token of a chunk at the end of the longest prompt: bounds use it."""
@@ -144,11 +142,13 @@ class StepModel:
 
     def predict(self, c: Candidates) -> StepTimes:
         """Times of the candidates' steps."""
-        tokens = c.batch * self.traffic.attended
+        context = self.traffic.context
+        tokens = c.batch * context
         device, host = _tiers(tokens, c.on_device, c.recomputed)
         regenerated = device * c.device_share + host * c.host_share
-        recomputed_tokens = c.batch * self.traffic.context * c.recomputed
-        mini_batches = self._mini_batches(c, recomputed_tokens, host + device * c.device_share)
+        recomputed_tokens = tokens * c.recomputed
+        seen = self.sizes.largest(lambda layer: layer.seen_part(context))
+        mini_batches = self._mini_batches(c, recomputed_tokens, seen * (host + device * c.device_share))
         queries, layers = c.batch * (1 - c.recomputed), self.sizes.num_layers
         # Mini-batches that only decode form one group, which reads the weights once; with recomputed tokens each
         # mini-batch reads them itself.
@@ -157,14 +157,14 @@ class StepModel:
             self.layer.forward(queries, groups), self.layer.forward(queries) + recomputed_tokens * self.recompute_token
         )
         forward = forward + layers * self.layer.decode_weights(c.decode_traffic)
-        gemms = layers * self.layer.regenerate(regenerated)
+        gemms = layers * self.layer.regenerate(regenerated, context)
         times = {
             "mini_batches": mini_batches,
             "bus": self._contended(layers * self._bus(c, host, mini_batches), forward + gemms),
             "forward": forward,
-            "regenerate": gemms + layers * self._placing(regenerated),
-            "gather": layers * self.layer.gather(device * c.device_share),
-            "attention": layers * self.layer.attention(device + host, queries, self.traffic.attended),
+            "regenerate": gemms,
+            "gather": layers * self.layer.gather(device * c.device_share, context),
+            "attention": layers * self.layer.attention(device + host, queries, context),
             "head": self.layer.head(c.batch),
         }
         return self._whole_step(c, times)
@@ -184,7 +184,7 @@ class StepModel:
         launches = layers * (rest * hardware.launch_time + parts * hardware.prompt_launch_time)
         with_chunk = np.maximum(np.maximum(bus, launches), gpu + c.chunk * (layers * self.chunk_token)) + boundary
         # Requests come and go: prompts beside, and room for their outputs to grow.
-        tokens = c.batch * self.traffic.attended
+        tokens = c.batch * self.traffic.context
         later_host = _tiers(tokens, c.on_device_at_end, c.recomputed)[1]
         later_bus = layers * self._bus(c, later_host, times["mini_batches"])
         later_bus = self._contended(later_bus, times["forward"] + times["regenerate"] + prefill)
@@ -205,7 +205,7 @@ class StepModel:
         )
 
     def _bus(self, c: Candidates, host: Number, mini_batches: Number) -> Number:
-        load = self.layer.load(c.streamed + host * token_bytes(self.sizes, c.host_share))
+        load = self.layer.load(c.streamed + host * seen_bytes(self.sizes, self.traffic.context, c.host_share))
         return load + np.where(load > 0, mini_batches * self.hardware.handover_time, 0.0)
 
     def _contended(self, bus: Number, gemms: Number) -> Number:
@@ -233,16 +233,12 @@ class StepModel:
         boundary = hardware.boundary_time + c.batch * hardware.request_time
         exposed = np.maximum(0.0, boundary - BUFFERS * self.layer.load(c.streamed))
         on_device = (bus == 0) & (c.recomputed == 0)
-        has_graph = on_device & (c.device_share == 0) & (self.sizes.sliding_window is None)
+        has_graph = on_device & (c.device_share == 0)
         return (
             np.where(has_graph, 0.0, launch),
             np.where(on_device, 0.0, exposed),
             np.where(on_device, boundary, 0.0),
         )
-
-    def _placing(self, regenerated: Number) -> Number:
-        """Seconds to copy rebuilt K and V into order of position, which a sliding window needs; else 0."""
-        return 0.0 * regenerated if self.sizes.sliding_window is None else self.layer.place(regenerated)
 
     def _store(self, c: Candidates, on_host: Number) -> Number:
         """All layers' seconds to store the rows of new tokens that lie on the host."""
@@ -263,6 +259,13 @@ def token_bytes(sizes: ModelSizes, share: Number) -> Number:
     """Bytes of one cached token in one layer, on average, where `share` of them are activations."""
     kv, activation = (sizes.mean_row_bytes(kind) for kind in BlockKind)
     return (1 - share) * kv + share * activation
+
+
+def seen_bytes(sizes: ModelSizes, context: int, share: Number) -> Number:
+    """Bytes that a layer reads for each of a request's `context` cached tokens, on average, as `token_bytes`."""
+    return sizes.mean(
+        lambda layer: layer.seen_part(context) * ((1 - share) * layer.kv.num_bytes + share * layer.activation.num_bytes)
+    )
 
 
 def _gpu(times: StepTimes) -> Number:

@@ -9,6 +9,7 @@ from hsrpc.schedule.blocks import Tier
 from hsrpc.schedule.packing import pack
 from hsrpc.schedule.step import MiniBatch, Scheduled, Step
 from hsrpc.schedule.sweep import BatchShape, Carried, Places, sweep
+from hsrpc.schedule.windows import LayerWindows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,14 +18,14 @@ class Assembler:
 
     layers: Places
     block_size: int
-    window: int | None
+    windows: LayerWindows
     max_queries: int
     """Query rows of a group of mini-batches: what the workspace is planned for."""
 
     def assemble(self, scheduled: Scheduled, carried: Carried) -> Step:
         """The step, after a list that has left `carried` in the weight buffers."""
-        arrays = scheduled.arrays
-        batches = arrays or tuple(pack(chunks, self.block_size, self.window) for chunks in scheduled.mini_batches)
+        arrays, windows = scheduled.arrays, self.windows.distinct
+        batches = arrays or tuple(pack(chunks, self.block_size, windows) for chunks in scheduled.mini_batches)
         return Step(
             step_id=scheduled.step_id,
             mini_batches=batches,
@@ -58,9 +59,10 @@ def group_numbers(queries: Sequence[int], max_queries: int) -> list[int]:
 
 
 def _shape(batch: MiniBatch, group: int) -> BatchShape:
+    layout = batch.widest
     return BatchShape(
         group=group,
-        loads=any(pool.tier is Tier.HOST for pool in (*batch.kv_loads, *batch.activation_loads)),
-        rebuilds=len(batch.activation_rows) > 0,
+        loads=any(pool.tier is Tier.HOST for pool in (*layout.kv_loads, *layout.activation_loads)),
+        rebuilds=len(layout.activation_rows) > 0,
         stores=any(pool.tier is Tier.HOST for pool in batch.stores),
     )

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from hsrpc.schedule.blocks import PoolId
-from hsrpc.schedule.step import Chunk, InPlace, MiniBatch, Rows
+from hsrpc.schedule.step import Chunk, InPlace, Layout, MiniBatch, Rows
 
 _NOTHING = np.zeros(0, dtype=np.int64)
 
 
-def uses_no_buffer(chunks: Sequence[Chunk], block_size: int, window: int | None) -> bool:
+def uses_no_buffer(chunks: Sequence[Chunk], block_size: int) -> bool:
     """All of it is decode that reads, and stores to, KV blocks on the device."""
-    return all(
-        chunk.is_decode and chunk.reads_in_place(window) and _is_on_device(chunk, block_size) for chunk in chunks
-    )
+    return all(chunk.is_decode and chunk.reads_in_place and _is_on_device(chunk, block_size) for chunk in chunks)
 
 
 def _is_on_device(chunk: Chunk, block_size: int) -> bool:
@@ -24,38 +22,44 @@ def _is_on_device(chunk: Chunk, block_size: int) -> bool:
     return chunk.request.blocks.pools[:used].count(PoolId.DEVICE_KV) == used
 
 
-def advance(batch: MiniBatch, chunks: Sequence[Chunk], block_size: int) -> MiniBatch | None:
+def advance(batch: MiniBatch, chunks: Sequence[Chunk], block_size: int, window: int | None) -> MiniBatch | None:
     """The mini-batch behind one in place: `chunks` go on with its tokens, each with that of its row there.
 
-    What `pack` makes of them, except that tables may be wider. None where a new token goes to a block that is not
-    read in place.
+    What `pack` makes of them for the widest `window` alone, which a decode graph needs, except that tables may be
+    wider, and begin with blocks that the window has left. None where a new token goes to a block that is not read in
+    place.
     """
     previous = np.array([chunk.previous_row for chunk in chunks], dtype=np.int64)
     positions, slots = batch.positions[previous] + 1, batch.stores[PoolId.DEVICE_KV].target[previous] + 1
-    tables = batch.in_place.tables[previous]
+    before = batch.widest.in_place
+    tables, counts = before.tables[previous], before.counts[previous] + 1
     begun = np.flatnonzero(positions % block_size == 0)
     if len(begun):
-        number = positions[begun] // block_size
+        number, column = positions[begun] // block_size, (counts[begun] - 1) // block_size
         blocks = [(chunks[i].request.blocks, k) for i, k in zip(begun.tolist(), number.tolist(), strict=True)]
         if any(table.pools[k] != PoolId.DEVICE_KV for table, k in blocks):
             return None
         index = np.array([table.indices[k] for table, k in blocks], dtype=np.int64)
-        missing = int(number.max()) + 1 - tables.shape[1]
+        missing = int(column.max()) + 1 - tables.shape[1]
         if missing > 0:
             tables = np.pad(tables, ((0, 0), (0, missing)))
-        tables[begun, number], slots[begun] = index, index * block_size
+        tables[begun, column], slots[begun] = index, index * block_size
     rows, nowhere = np.arange(len(chunks), dtype=np.int64), np.zeros(len(chunks) + 1, dtype=np.int64)
-    return MiniBatch(
-        token_ids=previous,
-        positions=positions,
-        query_starts=np.arange(len(chunks) + 1, dtype=np.int64),
+    skips = None if window is None else np.maximum(0, counts - window)
+    layout = Layout(
         key_starts=nowhere,
-        in_place=InPlace(tables, positions + 1, nowhere),
+        in_place=InPlace(tables, counts, nowhere, skips),
         new_rows=Rows(_NOTHING, _NOTHING),
         kv_loads={},
         activation_loads={},
         activation_rows=_NOTHING,
         activation_positions=_NOTHING,
+    )
+    return MiniBatch(
+        token_ids=previous,
+        positions=positions,
+        query_starts=np.arange(len(chunks) + 1, dtype=np.int64),
+        layouts=(layout,),
         stores={PoolId.DEVICE_KV: Rows(rows, slots)},
         sample_rows=rows,
     )

@@ -8,8 +8,9 @@ from heapq import heappop, heappush
 import numpy as np
 
 from hsrpc.schedule.blocks import PoolId
-from hsrpc.schedule.packing import IS_ACTIVATION, first_blocks
+from hsrpc.schedule.packing import IS_ACTIVATION
 from hsrpc.schedule.step import BufferLimits, Chunk, Ints, RowCosts
+from hsrpc.schedule.windows import LayerWindows, first_visible
 
 _NO_POOL = -1
 
@@ -31,15 +32,16 @@ class _Bin:
 
 
 def form_mini_batches(
-    chunks: Sequence[Chunk], block_size: int, limits: BufferLimits, costs: RowCosts, window: int | None
+    chunks: Sequence[Chunk], block_size: int, limits: BufferLimits, costs: RowCosts, windows: LayerWindows
 ) -> list[list[Chunk]]:
     """Divide chunks into as few mini-batches as fit the buffers, each with about the same bus and GPU time.
 
-    Longest first into the least loaded that has room.
+    Longest first into the least loaded that has room. The layers with the widest window need most of the buffers.
     """
     if not chunks:
         return []
-    sized = list(zip(chunks, *(rows.tolist() for rows in _buffer_rows(chunks, block_size, window)), strict=True))
+    rows_of_each = _buffer_rows(chunks, block_size, windows.widest)
+    sized = list(zip(chunks, *(rows.tolist() for rows in rows_of_each), strict=True))
     min_bins = _min_bins(sized, limits)
     if min_bins == 1:  # nothing to balance
         return [list(chunks)]
@@ -77,20 +79,25 @@ def _min_bins(sized: Sequence[tuple[Chunk, int, int, int]], limits: BufferLimits
 def _buffer_rows(chunks: Sequence[Chunk], block_size: int, window: int | None) -> tuple[Ints, Ints, Ints]:
     """Rows of the kv buffer that each of `chunks` takes: cached as KV, cached as activations, new."""
     contexts = np.array([chunk.context for chunk in chunks], dtype=np.int64)
-    in_place = np.array([chunk.reads_in_place(window) for chunk in chunks])
-    first, last = first_blocks(contexts, block_size, window), -(-contexts // block_size)
+    in_place = np.array([chunk.reads_in_place for chunk in chunks])
+    visible = np.array([first_visible(context, window) for context in contexts.tolist()], dtype=np.int64)
+    first, last = visible // block_size, -(-contexts // block_size)
     bounds = zip(chunks, first.tolist(), last.tolist(), strict=True)
     pools = np.frombuffer(b"".join([chunk.request.blocks.pools[i:j] for chunk, i, j in bounds]), dtype=np.int8)
     owner = np.repeat(np.arange(len(chunks)), last - first)
     counts = np.bincount(owner * len(PoolId) + pools, minlength=len(chunks) * len(PoolId)).reshape(-1, len(PoolId))
     counts[in_place, PoolId.DEVICE_KV] = 0
-    kv, activations = counts[:, ~IS_ACTIVATION].sum(axis=1), counts[:, IS_ACTIVATION].sum(axis=1)
-    missing, newest = last * block_size - contexts, _pools_at(chunks, contexts // block_size)
-    # Where the last cached block is partly filled, the newest token goes to that block too.
-    is_activation = (newest != _NO_POOL) & IS_ACTIVATION[newest]
-    is_loaded_kv = (newest == PoolId.HOST_KV) | ((newest == PoolId.DEVICE_KV) & ~in_place)
+    kv, activations = (block_size * counts[:, kind].sum(axis=1) for kind in (~IS_ACTIVATION, IS_ACTIVATION))
+    newest = _pools_at(chunks, contexts // block_size)
+    partly = [(newest, last * block_size - contexts)]  # the last cached block, where it is partly filled
+    if window is not None:
+        partly.append((_pools_at(chunks, first), visible - first * block_size))
+    for pool, missing in partly:
+        kv -= missing * ((pool == PoolId.HOST_KV) | ((pool == PoolId.DEVICE_KV) & ~in_place))
+        activations -= missing * ((pool != _NO_POOL) & IS_ACTIVATION[pool])
+    # Where that block is partly filled, the newest token goes to it too.
     new = np.array([chunk.num_new for chunk in chunks], dtype=np.int64) - (in_place & (newest == PoolId.DEVICE_KV))
-    return kv * block_size - missing * is_loaded_kv, activations * block_size - missing * is_activation, new
+    return kv, activations, new
 
 
 def _pools_at(chunks: Sequence[Chunk], numbers: Ints) -> Ints:

@@ -9,96 +9,106 @@ import numpy as np
 import numpy.typing as npt
 
 from hsrpc.schedule.blocks import POOLS_OF_KIND, BlockKind, PoolId
-from hsrpc.schedule.step import Chunk, InPlace, Ints, MiniBatch, Rows, Runs, expand, starts
+from hsrpc.schedule.step import Chunk, InPlace, Ints, Layout, MiniBatch, Rows, Runs, expand, starts
+from hsrpc.schedule.windows import first_visible
 
 IS_ACTIVATION = np.array([pool.kind is BlockKind.ACTIVATION for pool in PoolId])
 """[num_pools] whether a pool's blocks hold activations, by the pool's number."""
 
 
-def first_block(context: int, block_size: int, window: int | None) -> int:
-    """First block that a query at position `context` sees: 0, or the one in which the sliding window begins."""
-    return 0 if window is None else max(0, context - window + 1) // block_size
-
-
-def first_blocks(contexts: Ints, block_size: int, window: int | None) -> Ints:
-    """`first_block` of many."""
-    return np.array([first_block(context, block_size, window) for context in contexts.tolist()], dtype=np.int64)
-
-
-def pack(chunks: Sequence[Chunk], block_size: int, window: int | None) -> MiniBatch:
-    """Arrays of one mini-batch.
-
-    Without a sliding window a request's rows are ordered KV, regenerated, new, so that copies merge; with one they stay
-    in order of position, which the window's mask needs. Those rebuilt for single queries come before all others.
-    """
-    chunks = in_order(chunks, window)
-    num_in_place = sum(chunk.reads_in_place(window) for chunk in chunks)
+def pack(chunks: Sequence[Chunk], block_size: int, windows: Sequence[int | None]) -> MiniBatch:
+    """Arrays of one mini-batch, with a layout for each of the model's distinct `windows`, the widest first."""
+    chunks = in_order(chunks)
     counts = np.array([chunk.num_new for chunk in chunks], dtype=np.int64)
     contexts = np.array([chunk.context for chunk in chunks], dtype=np.int64)
-    positions = expand(contexts, counts)
-    table = _read_tables(chunks, contexts, counts, block_size, window)
-    in_place, new_in_place = _in_place(table, num_in_place, len(chunks))
-    is_loaded = (table.pool != PoolId.DEVICE_KV) | (table.owner >= num_in_place)
-    blocks = table.select(is_loaded & (table.cached > 0))
-    in_front = blocks.is_activation & (blocks.owner < num_in_place)
-    if window is None:
-        order = np.argsort(2 * blocks.owner + blocks.is_activation + 2 * len(chunks) * ~in_front, kind="stable")
-        blocks, in_front = blocks.select(order), in_front[order]
-    behind = np.bincount(blocks.owner, blocks.cached * ~in_front, len(chunks)).astype(np.int64)
-    new = counts - new_in_place
-    key_starts, query_starts = starts(behind + new) + in_place.num_rebuilt, starts(counts)
-    targets = starts(blocks.cached)[:-1] + np.where(in_front, 0, starts(new)[blocks.owner])
-    activations = blocks.is_activation
-    rebuilt = blocks.select(activations)
+    positions, query_starts = expand(contexts, counts), starts(counts)
+    table = _read_tables(chunks, contexts, counts, block_size, windows[0])
+    layouts = (_lay_out(table.within(contexts, window), counts, query_starts, block_size, window) for window in windows)
     return MiniBatch(
         token_ids=_new_tokens(chunks),
         positions=positions,
         query_starts=query_starts,
-        key_starts=key_starts,
-        in_place=in_place,
-        new_rows=Rows(expand(query_starts[:-1], new), expand(key_starts[:-1] + behind, new)),
-        kv_loads=_loads(blocks, BlockKind.KV, targets, block_size),
-        activation_loads=_loads(rebuilt, BlockKind.ACTIVATION, starts(rebuilt.cached)[:-1], block_size),
-        activation_rows=expand(targets[activations], rebuilt.cached),
-        activation_positions=expand(rebuilt.position, rebuilt.cached),
+        layouts=tuple(layouts),
         stores=_stores(table, positions, np.repeat(np.arange(len(chunks)), counts), block_size),
         sample_rows=query_starts[1:][[chunk.samples for chunk in chunks]] - 1,
     )
 
 
-def in_order(chunks: Sequence[Chunk], window: int | None) -> tuple[Chunk, ...]:
+def in_order(chunks: Sequence[Chunk]) -> tuple[Chunk, ...]:
     """Order chunks as a mini-batch has them: those that read in place come first."""
-    return tuple(sorted(chunks, key=lambda chunk: not chunk.reads_in_place(window)))
+    return tuple(sorted(chunks, key=lambda chunk: not chunk.reads_in_place))
+
+
+def _lay_out(table: _Blocks, counts: Ints, query_starts: Ints, block_size: int, window: int | None) -> Layout:
+    """What a mini-batch's layers with this window read of the blocks of `table`, and where.
+
+    A request's rows are ordered KV, regenerated, new, so that copies merge; those rebuilt for single queries come
+    before all others. The rows of several queries stay in order of position where a window's mask needs that.
+    """
+    num_in_place = int((counts == 1).sum())
+    in_place, new_in_place = _in_place(table, num_in_place, len(counts), block_size, window)
+    is_loaded = (table.pool != PoolId.DEVICE_KV) | (table.owner >= num_in_place)
+    loaded = np.flatnonzero(is_loaded & (table.cached > 0))
+    owner, activations = table.owner[loaded], IS_ACTIVATION[table.pool[loaded]]
+    in_front = activations & (owner < num_in_place)
+    is_behind = activations if window is None else in_front
+    order = np.argsort(2 * owner + is_behind + 2 * len(counts) * ~in_front, kind="stable")
+    blocks, in_front, activations = table.select(loaded[order]), in_front[order], activations[order]
+    behind = np.bincount(blocks.owner, blocks.cached * ~in_front, len(counts)).astype(np.int64)
+    new = counts - new_in_place
+    key_starts = starts(behind + new) + in_place.num_rebuilt
+    targets = starts(blocks.cached)[:-1] + np.where(in_front, 0, starts(new)[blocks.owner])
+    rebuilt = blocks.select(activations)
+    return Layout(
+        key_starts=key_starts,
+        in_place=in_place,
+        new_rows=Rows(expand(query_starts[:-1], new), expand(key_starts[:-1] + behind, new)),
+        kv_loads=_loads(blocks, BlockKind.KV, targets),
+        activation_loads=_loads(rebuilt, BlockKind.ACTIVATION, starts(rebuilt.cached)[:-1]),
+        activation_rows=expand(targets[activations], rebuilt.cached),
+        activation_positions=expand(rebuilt.position, rebuilt.cached),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Blocks:
-    """Blocks of all requests of a mini-batch, parallel arrays."""
+    """Blocks of all requests of a mini-batch, or what their owners' queries see of them: parallel arrays."""
 
     owner: Ints
     """Number of the chunk."""
     pool: Ints
-    index: Ints
+    slot: Ints
+    """Slot of the first visible token in its pool."""
     position: Ints
-    """Position of the block's first token in its request."""
+    """Position of that token in its request."""
     cached: Ints
-    """Tokens in it before the step."""
+    """Visible tokens before the step."""
     filled: Ints
-    """Tokens in it after the step."""
-
-    @property
-    def is_activation(self) -> npt.NDArray[np.bool_]:
-        found: npt.NDArray[np.bool_] = IS_ACTIVATION[self.pool]
-        return found
+    """Visible tokens after the step."""
 
     def select(self, chosen: npt.NDArray[np.bool_] | Ints) -> _Blocks:
         return _Blocks(*(getattr(self, item.name)[chosen] for item in fields(self)))
+
+    def within(self, contexts: Ints, window: int | None) -> _Blocks:
+        """What queries at these positions, one for each owner, see with this window."""
+        if window is None:
+            return self
+        hidden = np.maximum(0, (contexts - window + 1)[self.owner] - self.position)
+        cut = _Blocks(
+            owner=self.owner,
+            pool=self.pool,
+            slot=self.slot + hidden,
+            position=self.position + hidden,
+            cached=self.cached - hidden,
+            filled=self.filled - hidden,
+        )
+        return cut.select(cut.filled > 0)
 
 
 def _read_tables(chunks: Sequence[Chunk], contexts: Ints, counts: Ints, block_size: int, window: int | None) -> _Blocks:
     """The blocks that each chunk's attention sees or its new tokens go to, in token order; some requests keep none."""
     tables = [chunk.request.blocks for chunk in chunks]
-    first = first_blocks(contexts, block_size, window)
+    first = np.array([first_visible(context, window) // block_size for context in contexts.tolist()], dtype=np.int64)
     last = np.minimum(-(-(contexts + counts) // block_size), [len(table) for table in tables])
     lengths = np.maximum(last - first, 0)
     bounds = list(zip(tables, first.tolist(), last.tolist(), strict=True))
@@ -109,14 +119,16 @@ def _read_tables(chunks: Sequence[Chunk], contexts: Ints, counts: Ints, block_si
     return _Blocks(
         owner=owner,
         pool=np.frombuffer(pools, dtype=np.int8).astype(np.int64),
-        index=np.frombuffer(indices, dtype=np.int64),
+        slot=np.frombuffer(indices, dtype=np.int64) * block_size,
         position=position,
         cached=np.clip(contexts[owner] - position, 0, block_size),
         filled=np.clip((contexts + counts)[owner] - position, 0, block_size),
     )
 
 
-def _in_place(table: _Blocks, num_chunks: int, num_all: int) -> tuple[InPlace, Ints]:
+def _in_place(
+    table: _Blocks, num_chunks: int, num_all: int, block_size: int, window: int | None
+) -> tuple[InPlace, Ints]:
     """What the first chunks read apart; and for each of all, whether (1) or not (0) its new row is read in place."""
     end = np.searchsorted(table.owner, num_chunks)
     owner, pool, cached, filled = table.owner[:end], table.pool[:end], table.cached[:end], table.filled[:end]
@@ -124,10 +136,13 @@ def _in_place(table: _Blocks, num_chunks: int, num_all: int) -> tuple[InPlace, I
     rebuilt_starts = starts(np.bincount(owner, cached * rebuilt, num_chunks).astype(np.int64))
     lengths = np.bincount(owner[read], minlength=num_chunks)
     tables = np.zeros((num_chunks, int(lengths.max(initial=0))), dtype=np.int64)
-    tables[owner[read], expand(np.zeros_like(lengths), lengths)] = table.index[:end][read]
+    tables[owner[read], expand(np.zeros_like(lengths), lengths)] = table.slot[:end][read] // block_size
     counts = np.bincount(owner, filled * read, num_chunks).astype(np.int64)
     new = np.bincount(owner, (filled - cached) * read, num_all).astype(np.int64)
-    return InPlace(tables, counts, rebuilt_starts), new
+    if window is None:
+        return InPlace(tables, counts, rebuilt_starts), new
+    skips = np.bincount(owner, table.slot[:end] % block_size * read, num_chunks).astype(np.int64)
+    return InPlace(tables, counts + skips, rebuilt_starts, skips), new
 
 
 def _new_tokens(chunks: Sequence[Chunk]) -> Ints:
@@ -138,12 +153,12 @@ def _new_tokens(chunks: Sequence[Chunk]) -> Ints:
     return np.array(tokens, dtype=np.int64)
 
 
-def _loads(blocks: _Blocks, kind: BlockKind, targets: Ints, block_size: int) -> dict[PoolId, Runs]:
+def _loads(blocks: _Blocks, kind: BlockKind, targets: Ints) -> dict[PoolId, Runs]:
     loads = {}
     for pool in POOLS_OF_KIND[kind]:
         chosen = blocks.pool == pool
         if chosen.any():
-            loads[pool] = merge_runs(blocks.index[chosen] * block_size, targets[chosen], blocks.cached[chosen])
+            loads[pool] = merge_runs(blocks.slot[chosen], targets[chosen], blocks.cached[chosen])
     return loads
 
 
@@ -163,6 +178,6 @@ def _stores(table: _Blocks, positions: Ints, owners: Ints, block_size: int) -> d
     kept = np.flatnonzero(has_blocks)
     rows, positions = rows[kept], positions[kept]
     rows += (positions - table.position[rows]) // block_size
-    pools, slots = table.pool[rows], table.index[rows] * block_size + positions % block_size
+    pools, slots = table.pool[rows], table.slot[rows] + positions % block_size
     found = ((pool, pools == pool) for pool in PoolId)
     return {pool: Rows(kept[chosen], slots[chosen]) for pool, chosen in found if chosen.any()}

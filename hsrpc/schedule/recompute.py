@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hsrpc.schedule.blocks import PoolId
-from hsrpc.schedule.packing import first_block
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.step import RowCosts
+from hsrpc.schedule.windows import LayerWindows, first_visible
 
 BALANCE = 7 / 8
 """GPU time over bus time at which a step is shortest: beyond it the GPU loses more than the bus gains."""
@@ -55,14 +55,14 @@ class RecomputePolicy:
         *,
         block_size: int,
         max_queries: int,
-        window: int | None,
+        windows: LayerWindows,
     ) -> None:
         self._limits = limits
         self._costs = costs
         self._block_size = block_size
         self._max_queries = max_queries
         """Queries of a mini-batch, at most: an uncached request has to fit into one until it ends."""
-        self._window = window
+        self._windows = tuple(windows.shares)
 
     @property
     def is_of_use(self) -> bool:
@@ -93,13 +93,16 @@ class RecomputePolicy:
         return Choice(giving_up, [])
 
     def _cached(self, request: Request) -> tuple[float, float]:
-        """Seconds of bus and GPU for the cached tokens of a request that its next token attends to."""
-        seen = request.blocks.pools[first_block(request.num_computed, self._block_size, self._window) :]
-        count, costs = seen.count, self._costs
-        on_host = count(PoolId.HOST_ACTIVATION)
-        activations = on_host + count(PoolId.DEVICE_ACTIVATION)
-        bus = count(PoolId.HOST_KV) * costs.load_kv + on_host * costs.load_activation
-        return self._block_size * bus, self._block_size * activations * costs.regenerate
+        """Seconds of bus and GPU for the cached tokens of a request that its next token attends to, a layer."""
+        costs, bus, gpu = self._costs, 0.0, 0.0
+        for window, share in self._windows:
+            first = first_visible(request.num_computed, window) // self._block_size
+            count, tokens = request.blocks.pools[first:].count, share * self._block_size
+            on_host = count(PoolId.HOST_ACTIVATION)
+            activations = on_host + count(PoolId.DEVICE_ACTIVATION)
+            bus += tokens * (count(PoolId.HOST_KV) * costs.load_kv + on_host * costs.load_activation)
+            gpu += tokens * (activations * costs.regenerate)
+        return bus, gpu
 
     def _can_recompute(self, request: Request) -> bool:
         return request.is_decoding and request.max_total_tokens <= self._max_queries

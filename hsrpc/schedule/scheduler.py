@@ -29,6 +29,7 @@ from hsrpc.schedule.queue_rate import QueueRate
 from hsrpc.schedule.recompute import NO_RECOMPUTE, RecomputeLimits, RecomputePolicy
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, RowCosts, SamplingRow, Scheduled, Step, StopFlag
+from hsrpc.schedule.windows import NO_WINDOWS, LayerWindows
 
 _MAX_ENDED_WAITING = 64
 
@@ -48,7 +49,7 @@ class SchedulerLimits:
     block_size: int
     buffers: BufferLimits
     costs: RowCosts
-    sliding_window: int | None = None
+    windows: LayerWindows = NO_WINDOWS
     keeps_cache: bool = True
     """False for the recompute policy: nothing is cached, every step computes all tokens of its requests."""
     recompute: RecomputeLimits = NO_RECOMPUTE
@@ -89,7 +90,7 @@ class Scheduler:
             limits.costs,
             block_size=limits.block_size,
             max_queries=limits.buffers.queries,
-            window=limits.sliding_window,
+            windows=limits.windows,
         )
         self._live: dict[str, Request] = {}
         self._running: list[Request] = []
@@ -176,7 +177,7 @@ class Scheduler:
         if not chunks:
             return None
         batches, limits = self._divide(chunks), self.limits
-        is_in_place = len(batches) == 1 and uses_no_buffer(batches[0], limits.block_size, limits.sliding_window)
+        is_in_place = len(batches) == 1 and uses_no_buffer(batches[0], limits.block_size)
         return self._hand_out(batches, is_in_place=is_in_place)
 
     def schedule_ahead(self, step: Step) -> Scheduled | None:
@@ -196,7 +197,7 @@ class Scheduler:
         ]
         if not chunks or not self._grow_ahead(chunks):
             return None
-        batch = advance(step.mini_batches[0], chunks, self.limits.block_size)
+        batch = advance(step.mini_batches[0], chunks, self.limits.block_size, self.limits.windows.widest)
         return None if batch is None else self._hand_out((tuple(chunks),), is_in_place=True, arrays=(batch,))
 
     def sampling(self, step_id: int) -> tuple[SamplingRow, ...]:
@@ -466,9 +467,9 @@ class Scheduler:
         return self._preempted[0][1] if self._preempted else self._queue.first(now)
 
     def _divide(self, chunks: Sequence[Chunk]) -> tuple[tuple[Chunk, ...], ...]:
-        limits, window = self.limits, self.limits.sliding_window
-        batches = form_mini_batches(chunks, limits.block_size, limits.buffers, limits.costs, window)
-        return tuple(in_order(batch, window) for batch in batches)
+        limits = self.limits
+        batches = form_mini_batches(chunks, limits.block_size, limits.buffers, limits.costs, limits.windows)
+        return tuple(map(in_order, batches))
 
 
 def _prefill_tokens(chunk: Chunk) -> int:

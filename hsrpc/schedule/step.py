@@ -7,9 +7,10 @@ Requests are ragged, so their rows are packed one after the other. A mini-batch 
 
 The attention of a single query need not find its rows in one piece. It also reads the KV blocks that lie on the device,
 in place: their rows are in no buffer. And its rebuilt rows lie at the front of the kv buffer, in the order of the
-activation buffer, so that regeneration writes them where they are read. The layout is the same in every layer, because
-a block has the same number in all of them: in layers in which activation blocks hold K and V, by the plan, these are
-loaded to the rows that regeneration would fill.
+activation buffer, so that regeneration writes them where they are read. The layout is the same in every layer that has
+the same window, because a block has the same number in all of them: in layers in which activation blocks hold K and V,
+by the plan, these are loaded to the rows that regeneration would fill. It has no token that these layers do not see, so
+that a single query sees all its rows.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ class Chunk(NamedTuple):
         """Its newest token alone is new; otherwise it is a part of a prefill."""
         return self.num_new - self.recomputed == 1 and self.samples
 
-    def reads_in_place(self, window: int | None) -> bool:
-        """Its attention reads device KV blocks where they lie; a sliding window's mask needs packed rows."""
-        return self.num_new == 1 and window is None
+    @property
+    def reads_in_place(self) -> bool:
+        """Its attention reads device KV blocks where they lie: a single query sees all its keys, in any order."""
+        return self.num_new == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +96,17 @@ class InPlace:
     """[d] tokens in them, with the new one where its block is one of them."""
     rebuilt_starts: Ints
     """[d+1] first kv-buffer row rebuilt for each request, then the total: rows of the activation buffer as well."""
+    skips: Ints | None = None
+    """[d] of the `counts`, how many from the first on lie behind the window; None: the layers have no window."""
 
     @property
     def num_requests(self) -> int:
         return len(self.counts)
+
+    @property
+    def num_visible(self) -> Ints:
+        """[d] tokens that are read in place."""
+        return self.counts if self.skips is None else self.counts - self.skips
 
     @property
     def num_rebuilt(self) -> int:
@@ -105,15 +114,9 @@ class InPlace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MiniBatch:
-    """The part of a step that shares device buffers. `n` query rows of `r` requests; `m` activation rows."""
+class Layout:
+    """What layers with the same window read of a mini-batch's requests: `m` activation rows."""
 
-    token_ids: Ints
-    """[n] token ids; for a chunk that continues a step under way, the row of its token among those sampled there."""
-    positions: Ints
-    """[n]"""
-    query_starts: Ints
-    """[r+1] first query row of each request, then the total."""
     key_starts: Ints
     """[r+1] first kv-buffer row of each request, then the total."""
     in_place: InPlace
@@ -125,6 +128,24 @@ class MiniBatch:
     """[m] kv-buffer row that each activation row becomes."""
     activation_positions: Ints
     """[m]"""
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.key_starts[-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MiniBatch:
+    """The part of a step that shares device buffers. `n` query rows of `r` requests."""
+
+    token_ids: Ints
+    """[n] token ids; for a chunk that continues a step under way, the row of its token among those sampled there."""
+    positions: Ints
+    """[n]"""
+    query_starts: Ints
+    """[r+1] first query row of each request, then the total."""
+    layouts: tuple[Layout, ...]
+    """One for each distinct window of the model's layers, the widest first, which sees what any of them sees."""
     stores: dict[PoolId, Rows]
     """Query rows to pool slots."""
     sample_rows: Ints
@@ -139,8 +160,8 @@ class MiniBatch:
         return len(self.token_ids)
 
     @property
-    def num_rows(self) -> int:
-        return int(self.key_starts[-1])
+    def widest(self) -> Layout:
+        return self.layouts[0]
 
 
 class SamplingRow(NamedTuple):

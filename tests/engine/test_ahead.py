@@ -40,9 +40,9 @@ def counting() -> Iterator[list[MiniBatch]]:
         yield found
 
 
-@pytest.mark.parametrize("model", ["opt", "llama"])
+@pytest.mark.parametrize("model", ["opt", "llama", "mistral-window", "ministral"])
 async def test_tokens_equal_the_reference(model: str, reference: Callable[[str], Reference]) -> None:
-    """Requests that come and go; most steps run ahead."""
+    """Requests that come and go; most steps run ahead, whatever windows the layers have."""
     made = reference(model)
     async with Engine(resident(made)) as engine, asyncio.timeout(60):
         with counting() as ahead:

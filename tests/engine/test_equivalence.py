@@ -10,6 +10,7 @@ import pytest
 
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.engine.stats import EngineStats
+from hsrpc.schedule.blocks import BlockKind
 from tests.engine.conftest import tightest
 from tests.engine.reference import FAMILIES, MODELS, NEW_TOKENS, Reference
 
@@ -114,9 +115,27 @@ async def test_every_cached_activation_is_rebuilt_in_every_layer(
     assert sum(step.regenerated_tokens for step in computed) > 0
 
 
+@pytest.mark.parametrize("policy", ["kv", "activation"])
+@pytest.mark.parametrize(("model", "windows"), [("mistral-window", [24] * 4), ("ministral", [24, 128, 24, 128])])
+async def test_each_layer_loads_and_rebuilds_what_its_window_shows(
+    model: str, windows: list[int], policy: str, reference: Callable[[str], Reference]
+) -> None:
+    """To the token: of one request's cached tokens those that the first new one sees, in decode and in chunks."""
+    made, computed = reference(model), []
+    config = config_for(made, cache_policy=policy, activation_share=None, placement="host", gpu_memory="1GiB")
+    async with Engine(replace(config, host_memory="1GiB"), observe=computed.append) as engine:
+        for prompt, output in list(zip(made.prompts, made.outputs, strict=True))[:3]:
+            assert [t async for delta in engine.generate(prompt, GREEDY) for t in delta.token_ids] == output
+        row = engine.spec.sizes.layers[0].row(BlockKind(policy)).num_bytes
+    seen = [sum(min(step.context_tokens, window - 1) for window in windows) for step in computed]
+    assert max(step.context_tokens for step in computed) > 2 * 24
+    assert [step.cache_bytes for step in computed] == [row * tokens for tokens in seen]
+    assert [step.regenerated_tokens for step in computed] == [(policy == "activation") * tokens for tokens in seen]
+
+
 @pytest.mark.parametrize("block_size", [1, 16, 32])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("model", ["opt", "llama", "mistral-window"])
+@pytest.mark.parametrize("model", ["opt", "llama", "mistral-window", "ministral"])
 async def test_tokens_do_not_depend_on_the_block_size(
     model: str, share: float, block_size: int, reference: Callable[[str], Reference]
 ) -> None:
@@ -126,7 +145,7 @@ async def test_tokens_do_not_depend_on_the_block_size(
     await check(made, tightest(config))
 
 
-@pytest.mark.parametrize("model", ["opt", "llama-gqa-tied"])
+@pytest.mark.parametrize("model", ["opt", "llama-gqa-tied", "mistral-window", "qwen2-window"])
 async def test_tokens_equal_the_reference_when_all_is_resident(
     model: str, reference: Callable[[str], Reference]
 ) -> None:

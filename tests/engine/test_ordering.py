@@ -162,10 +162,15 @@ async def out_of_memory_weights_resident(made: Reference) -> None:
 
 
 async def window(made: Reference) -> None:
-    """Old blocks are given up while the request goes on."""
+    """All layers read a part of the cache; it is preempted and computed again."""
     async with Engine(tight(made)) as engine, asyncio.timeout(60):
         assert engine.spec.sizes.sliding_window
         await crowd(engine, made, 40)
+
+
+async def windows(made: Reference) -> None:
+    """Every second layer has one: steps as graphs, and others that load what each layer sees."""
+    await ahead_and_loads(made)
 
 
 Scenario = Callable[[Reference], Awaitable[None]]
@@ -184,6 +189,7 @@ SCENARIOS: list[Scenario] = [
     out_of_memory,
     out_of_memory_weights_resident,
     window,
+    windows,
 ]
 
 LAUNCH = "engine.lanes.StepRun.launch"
@@ -221,7 +227,7 @@ EDGES: dict[tuple[OpKind, OpKind], Scenario] = {
 
 
 def reference_of(scenario: Scenario, reference: Callable[[str], Reference]) -> Reference:
-    return reference("mistral-window" if scenario is window else "opt")
+    return reference({window: "mistral-window", windows: "ministral"}.get(scenario, "opt"))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)

@@ -51,12 +51,17 @@ def dense(
     return torch.einsum("hk,khd->hd", weights, v).flatten()
 
 
-def rows_of(request: int, tables: torch.Tensor) -> list[int]:
+SKIPS = [47, 0, 15, 0, 16, 1]
+"""Keys in place that a window hides: within a block, at its end, in several, and all that there are."""
+
+
+def rows_of(request: int, tables: torch.Tensor, skips: list[int] | None) -> list[int]:
     """Pool rows of a request's keys in place."""
-    keys = range(REQUESTS[request][0])
+    keys = range(skips[request] if skips else 0, REQUESTS[request][0])
     return [int(tables[request, key // BLOCK_SIZE]) * BLOCK_SIZE + key % BLOCK_SIZE for key in keys]
 
 
+@pytest.mark.parametrize("skips", [None, SKIPS], ids=["all", "window"])
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
@@ -71,6 +76,7 @@ def test_decode_attention(
     has_sinks: bool,
     dtype: torch.dtype,
     parts: int,
+    skips: list[int] | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Any mix of keys in place, rebuilt and behind, in one part or in several; queries are strided rows."""
@@ -92,6 +98,7 @@ def test_decode_attention(
         found,
         tables=tables,
         in_place=torch.tensor([first for first, *_ in REQUESTS]).int(),
+        skips=None if skips is None else torch.tensor(skips).int(),
         rebuilt_starts=torch.tensor(rebuilt).int(),
         key_starts=torch.tensor(behind).int(),
         num_kv_heads=kv_heads,
@@ -103,7 +110,11 @@ def test_decode_attention(
         sinks=sinks,
     )
     for i in range(count):
-        keys = (pool[rows_of(i, tables)], buffer[rebuilt[i] : rebuilt[i + 1]], buffer[behind[i] : behind[i + 1]])
+        keys = (
+            pool[rows_of(i, tables, skips)],
+            buffer[rebuilt[i] : rebuilt[i + 1]],
+            buffer[behind[i] : behind[i + 1]],
+        )
         wanted = dense(queries[i], torch.cat(keys), kv_heads, head_dim, softcap, sinks)
         assert (found[i].double() - wanted).norm() <= (1e-6 if dtype is torch.float32 else 2e-3) * wanted.norm()
 

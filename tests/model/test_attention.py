@@ -52,12 +52,13 @@ def dense(
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
 @given(
     parts=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 7), st.integers(0, 5)), min_size=1, max_size=4),
+    hidden=st.none() | st.lists(st.integers(0, 20), min_size=4, max_size=4),
     seed=st.integers(0, 9),
 )
 def test_a_query_sees_its_blocks_and_its_buffer_rows(
-    heads: tuple[int, int], parts: list[tuple[int, int, int]], seed: int
+    heads: tuple[int, int], parts: list[tuple[int, int, int]], hidden: list[int] | None, seed: int
 ) -> None:
-    """Any mix, blocks scattered and the last one partly filled; a row of another request changes nothing."""
+    """Any mix, blocks scattered, the last one partly filled, the first ones hidden; nobody else's row counts."""
     parts = [(in_place, max(buffered, not in_place + front), front) for in_place, buffered, front in parts]
     sizes, random = make_sizes(*heads), torch.Generator().manual_seed(seed)
     attention = Attention(sizes, 0.3, BLOCK_SIZE, torch.device("cpu"), torch.float32)
@@ -67,9 +68,13 @@ def test_a_query_sees_its_blocks_and_its_buffer_rows(
     kv = torch.randn(starts[-1], 2 * sizes.num_kv_heads * HEAD_DIM, generator=random)
     tables = torch.stack([torch.randperm(NUM_BLOCKS, generator=random)[:5] for _ in parts]).int()
     queries = torch.randn(len(parts), sizes.hidden_size, generator=random)
+    sees_a_key = [buffered + front > 0 for _, buffered, front in parts]
+    most = [count - (not sees) for (count, *_), sees in zip(parts, sees_a_key, strict=True)]
+    skips = [min(skip, end) for skip, end in zip(hidden or [0] * 4, most, strict=False)]
     rows = InPlaceRows(
         tables=tables,
         counts=torch.tensor([count for count, *_ in parts]).int(),
+        skips=None if hidden is None else torch.tensor(skips).int(),
         rebuilt_starts=torch.tensor(rebuilt).int(),
         key_starts=torch.tensor(starts).int(),
         max_keys=32,
@@ -77,7 +82,8 @@ def test_a_query_sees_its_blocks_and_its_buffer_rows(
     found = torch.full_like(queries, torch.nan)
     attention.in_place(queries, pool, kv, rows, found)
     for i, (count, *_) in enumerate(parts):
-        slots = [int(tables[i, token // BLOCK_SIZE]) * BLOCK_SIZE + token % BLOCK_SIZE for token in range(count)]
+        tokens = range(skips[i], count)
+        slots = [int(tables[i, token // BLOCK_SIZE]) * BLOCK_SIZE + token % BLOCK_SIZE for token in tokens]
         keys = torch.cat((pool[slots], kv[rebuilt[i] : rebuilt[i + 1]], kv[starts[i] : starts[i + 1]]))
         torch.testing.assert_close(found[i], dense(queries[i], keys, sizes), rtol=1e-5, atol=1e-5)
 

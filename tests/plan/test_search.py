@@ -48,7 +48,7 @@ OPT = {
     "30b": make_sizes(num_layers=48, hidden=7168, heads=56, ffn=28672, vocab=50272),
 }
 CONTEXT, OUTPUT, BLOCK, LONGEST = 576, 128, 16, 2048
-TRAFFIC = Traffic(context=CONTEXT, attended=CONTEXT, prompt=512, output=OUTPUT, longest=LONGEST)
+TRAFFIC = Traffic(context=CONTEXT, prompt=512, output=OUTPUT, longest=LONGEST)
 HOST = 100 * GIB
 
 

@@ -56,6 +56,23 @@ def test_near_the_balance_they_wait_for_each_other() -> None:
     assert plan.prediction.bus < balanced < 1.1 * plan.prediction.bus
 
 
+def test_layers_with_windows_load_less() -> None:
+    """What they do not load, the others do: the bus is as busy, and waits for the GPU where it has little to load."""
+    plan = on_host()
+    parts = dict.fromkeys(("regenerate", "gather", "attention", "head"), 0.0) | {"forward": plan.prediction.bus}
+    prediction = replace(plan.prediction, **parts)
+    layers = [replace(layer, sliding_window=64 if i % 2 else None) for i, layer in enumerate(OPT_6_7B.layers)]
+    same = [replace(layer, sliding_window=64) for layer in layers]
+    mixed, alike = (replace(OPT_6_7B, layers=tuple(each)) for each in (layers, same))
+    even, narrow, uneven = (
+        simulated_step(plan, sizes, prediction, recomputes=False) for sizes in (OPT_6_7B, alike, mixed)
+    )
+    assert even == pytest.approx(narrow)
+    assert plan.prediction.bus < even < uneven
+    only_bus = replace(prediction, forward=0.0)
+    assert simulated_step(plan, mixed, only_bus, recomputes=False) == pytest.approx(plan.prediction.bus, rel=1e-3)
+
+
 def test_what_stays_where_it_is_told_by_its_own_terms() -> None:
     """A step with nothing on the bus is as the closed form has it."""
     plan = make_plan(OPT_6_7B, device=76 * GIB, hardware=PCIE5_H100, max_batch=8)

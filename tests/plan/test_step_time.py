@@ -28,7 +28,7 @@ EVEN = Hardware(load_bandwidth=5e10, store_bandwidth=4e10, gemm_rate=5e14, memor
 """No fitted term has an effect."""
 LAYER = SIZES.layers[0]
 LAYERS, BATCH, CONTEXT, PROMPT, OUTPUT = SIZES.num_layers, 64, 512, 448, 128
-TRAFFIC = Traffic(context=CONTEXT, attended=CONTEXT, prompt=PROMPT, output=OUTPUT, longest=2048)
+TRAFFIC = Traffic(context=CONTEXT, prompt=PROMPT, output=OUTPUT, longest=2048)
 STREAMED = Candidates(
     batch=BATCH,
     streamed=LAYER.weight_bytes,
@@ -246,7 +246,7 @@ def predicted(cell: dict[str, Any], **terms: float) -> float:
         prompt_queries=4096,
         rows=plan["rows"],
     )
-    traffic = Traffic(context=context, attended=context, prompt=0, output=1, longest=640)
+    traffic = Traffic(context=context, prompt=0, output=1, longest=640)
     return float(StepModel(sizes, replace(Hardware(**cell["hardware"]), **terms), traffic).predict(candidate).step)
 
 

@@ -24,9 +24,9 @@ def sums(step: Step) -> Sums:
     return {
         "token ids": each(lambda batch: batch.token_ids),
         "positions": each(lambda batch: batch.positions),
-        "in place": each(lambda batch: batch.in_place.counts),
+        "in place": each(lambda batch: batch.widest.in_place.counts),
         "loaded rows": each(lambda batch: [runs.num_rows for runs in _loads(batch)]),
-        "rebuilt rows": each(lambda batch: len(batch.activation_rows)),
+        "rebuilt rows": each(lambda batch: len(batch.widest.activation_rows)),
         "stored rows": each(lambda batch: [len(rows.source) for rows in batch.stores.values()]),
         "slots": each(lambda batch: [_slots(rows) for rows in (*_loads(batch), *batch.stores.values())]),
         "sampled rows": each(lambda batch: len(batch.sample_rows)),
@@ -39,7 +39,7 @@ def sums(step: Step) -> Sums:
 
 
 def _loads(batch: MiniBatch) -> tuple[Runs, ...]:
-    return (*batch.kv_loads.values(), *batch.activation_loads.values())
+    return (*batch.widest.kv_loads.values(), *batch.widest.activation_loads.values())
 
 
 def _slots(copies: Runs | Rows) -> int:

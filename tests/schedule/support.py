@@ -31,7 +31,7 @@ def assemble(scheduled: Scheduled, limits: SchedulerLimits) -> Step:
     assembler = Assembler(
         layers=LAYERS,
         block_size=limits.block_size,
-        window=limits.sliding_window,
+        windows=limits.windows,
         max_queries=limits.buffers.queries,
     )
     return assembler.assemble(scheduled, NOTHING_CARRIED)

@@ -18,11 +18,12 @@ from hsrpc.schedule.packing import pack
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.step import Chunk, SamplingRow, Scheduled, StepCounts, StopFlag
 from hsrpc.schedule.sweep import NOTHING_CARRIED, BatchShape, Carried, LayerPlacement, OpKind, sweep
+from hsrpc.schedule.windows import NO_WINDOWS, LayerWindows
 from tests.schedule.support import assert_same
 
 BLOCK = 4
 LAYERS = (LayerPlacement(bus_bytes=10), LayerPlacement(), LayerPlacement(bus_bytes=30))
-ASSEMBLER = Assembler(layers=LAYERS, block_size=BLOCK, window=None, max_queries=8)
+ASSEMBLER = Assembler(layers=LAYERS, block_size=BLOCK, windows=NO_WINDOWS, max_queries=8)
 
 
 def make_chunk(number: int, pools: Sequence[PoolId], context: int, count: int) -> Chunk:
@@ -61,9 +62,9 @@ def test_a_shape_tells_what_comes_from_the_host_and_what_is_rebuilt(pool: PoolId
     """Cached rows in a pool, and new ones that go to another: loads, rebuilding and stores are told apart."""
     is_host = pool in (PoolId.HOST_KV, PoolId.HOST_ACTIVATION)
     is_activation = pool in (PoolId.DEVICE_ACTIVATION, PoolId.HOST_ACTIVATION)
-    read = pack([make_chunk(0, [pool, PoolId.DEVICE_KV], BLOCK, 2)], BLOCK, None)
-    written = pack([make_chunk(1, [PoolId.DEVICE_KV, pool], BLOCK, 2)], BLOCK, None)
-    fresh = pack([make_chunk(2, [pool], 0, 3)], BLOCK, None)
+    read = pack([make_chunk(0, [pool, PoolId.DEVICE_KV], BLOCK, 2)], BLOCK, (None,))
+    written = pack([make_chunk(1, [PoolId.DEVICE_KV, pool], BLOCK, 2)], BLOCK, (None,))
+    fresh = pack([make_chunk(2, [pool], 0, 3)], BLOCK, (None,))
     shapes = batch_shapes([read, written, fresh], max_queries=4)
     assert shapes == (
         BatchShape(group=0, loads=is_host, rebuilds=is_activation, stores=False),
@@ -72,17 +73,18 @@ def test_a_shape_tells_what_comes_from_the_host_and_what_is_rebuilt(pool: PoolId
     )
 
 
-@pytest.mark.parametrize("window", [None, 6])
-def test_a_step_has_the_arrays_and_the_list_of_its_mini_batches(window: int | None):
+@pytest.mark.parametrize("windows", [(None,), (6,), (3, None, 6, 3)])
+def test_a_step_has_the_arrays_and_the_list_of_its_mini_batches(windows: tuple[int | None, ...]):
     """Each mini-batch as it is packed alone, and the sweep of their shapes behind what the step before has left."""
     parts = (
         (make_chunk(0, [PoolId.HOST_KV] * 3, 8, 1), make_chunk(1, [PoolId.DEVICE_KV] * 2, 5, 3)),
         (make_chunk(2, [PoolId.DEVICE_ACTIVATION, PoolId.HOST_ACTIVATION], 4, 2),),
         (make_chunk(3, [PoolId.HOST_ACTIVATION] * 3, 3, 7),),
     )
+    distinct = sorted(set(windows), key=lambda window: -(window or 99))
     scheduled, carried = schedule(*parts), Carried(first_slot=1, loaded=(-2, -1))
-    step = replace(ASSEMBLER, window=window).assemble(scheduled, carried)
-    assert_same(step.mini_batches, tuple(pack(part, BLOCK, window) for part in parts))
+    step = replace(ASSEMBLER, windows=LayerWindows(windows)).assemble(scheduled, carried)
+    assert_same(step.mini_batches, tuple(pack(part, BLOCK, distinct) for part in parts))
     assert step.ops is sweep(LAYERS, batch_shapes(step.mini_batches, 8), carried)
     assert step.ops.group_starts == (0, 2)
     assert {op.batch for op in step.ops.ops if op.kind is OpKind.ATTEND} == {0, 1, 2}
@@ -95,7 +97,7 @@ def test_a_step_has_the_arrays_and_the_list_of_its_mini_batches(window: int | No
 def test_arrays_that_are_there_are_taken():
     """A step ahead: its tokens are not known, so they could not be packed again."""
     part = (make_chunk(0, [PoolId.DEVICE_KV], 2, 1),)
-    arrays = (replace(pack(part, BLOCK, None), token_ids=np.array([5])),)
+    arrays = (replace(pack(part, BLOCK, (None,)), token_ids=np.array([5])),)
     step = ASSEMBLER.assemble(replace(schedule(part), arrays=arrays, is_in_place=True), NOTHING_CARRIED)
     assert step.mini_batches is arrays
     assert step.is_ahead

@@ -16,9 +16,21 @@ from hsrpc.request import SamplingParams
 from hsrpc.schedule.blocks import BlockKind, PoolId
 from hsrpc.schedule.decode_ahead import advance, uses_no_buffer
 from hsrpc.schedule.mini_batches import form_mini_batches
-from hsrpc.schedule.packing import first_block, in_order, merge_runs, pack
+from hsrpc.schedule.packing import in_order, merge_runs, pack
 from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, RowCosts, Runs, Scheduled, StopFlag, expand
+from hsrpc.schedule.step import (
+    BufferLimits,
+    Chunk,
+    InPlace,
+    Layout,
+    MiniBatch,
+    RowCosts,
+    Runs,
+    Scheduled,
+    StopFlag,
+    expand,
+)
+from hsrpc.schedule.windows import NO_WINDOWS, LayerWindows, first_visible
 from tests.schedule.support import assert_same
 
 COSTS = RowCosts(load_kv=2.0, load_activation=1.0, regenerate=0.5)
@@ -32,7 +44,8 @@ class Case:
 
     chunks: list[Chunk]
     block_size: int
-    window: int | None
+    windows: tuple[int | None, ...]
+    """The widest first."""
 
     def slot(self, number: int, position: int) -> tuple[PoolId, int]:
         blocks = self.chunks[number].request.blocks
@@ -53,7 +66,7 @@ class Case:
     @property
     def packed(self) -> list[Chunk]:
         """As a mini-batch has them."""
-        singles = [chunk for chunk in self.chunks if chunk.num_new == 1 and self.window is None]
+        singles = [chunk for chunk in self.chunks if chunk.num_new == 1]
         return singles + [chunk for chunk in self.chunks if chunk not in singles]
 
     @property
@@ -61,11 +74,13 @@ class Case:
         """By query row."""
         return [(self.number(chunk), chunk.context + i) for chunk in self.packed for i in range(chunk.num_new)]
 
-    def attended(self, number: int) -> list[int]:
-        """Cached positions that the first new token sees, and the rest of their blocks."""
-        chunk, window = self.chunks[number], self.window
-        seen = {p // self.block_size for p in range(chunk.context + 1) if window is None or chunk.context - p < window}
-        return [p for p in range(chunk.context) if p // self.block_size in seen]
+    def attended(self, number: int, window: int | None) -> list[int]:
+        """Cached positions that the first new token sees."""
+        context = self.chunks[number].context
+        return [p for p in range(context) if window is None or context - p < window]
+
+    def pack(self) -> MiniBatch:
+        return pack(self.chunks, self.block_size, self.windows)
 
 
 def make_chunk(number: int, blocks: list[tuple[PoolId, int]], context: int, count: int, samples: bool = True) -> Chunk:
@@ -93,8 +108,8 @@ def cases(draw: st.DrawFn) -> Case:
         chosen = [random.choice(kinds) for _ in range(length + spare)]
         blocks = [(pool, numbers[pool].pop(0)) for pool in chosen]
         chunks.append(make_chunk(number, blocks, context, count, samples=random.random() < 0.7))
-    window = draw(st.none() | st.integers(1, 60))
-    return Case(chunks, block_size, window)
+    windows = draw(st.sets(st.none() | st.integers(1, 60), min_size=1, max_size=3))
+    return Case(chunks, block_size, LayerWindows(tuple(windows)).distinct)
 
 
 def run_copies(loads: dict[PoolId, Runs], kind: BlockKind, slots: dict[tuple[PoolId, int], Token]) -> dict[int, Token]:
@@ -109,7 +124,7 @@ def run_copies(loads: dict[PoolId, Runs], kind: BlockKind, slots: dict[tuple[Poo
     return buffer
 
 
-def kv_buffer(case: Case, batch: MiniBatch) -> dict[int, Token]:
+def kv_buffer(case: Case, batch: Layout) -> dict[int, Token]:
     """The kv buffer as attention reads it: loaded, rebuilt from activations, and new rows."""
     slots = case.pools()
     buffer = run_copies(batch.kv_loads, BlockKind.KV, slots)
@@ -126,16 +141,18 @@ def kv_buffer(case: Case, batch: MiniBatch) -> dict[int, Token]:
     return buffer
 
 
-def rows_in_place(case: Case, batch: MiniBatch, index: int) -> list[Token]:
+def rows_in_place(case: Case, batch: Layout, index: int) -> list[Token]:
     """What a request reads in the pool of device KV blocks, the new rows stored before."""
     if index >= batch.in_place.num_requests:
         return []
-    slots, table = case.pools(new=True), batch.in_place.tables[index]
-    places = [divmod(token, case.block_size) for token in range(batch.in_place.counts[index])]
+    slots, table, skips = case.pools(new=True), batch.in_place.tables[index], batch.in_place.skips
+    read = range(0 if skips is None else skips[index], batch.in_place.counts[index])
+    assert len(read) == batch.in_place.num_visible[index]
+    places = [divmod(token, case.block_size) for token in read]
     return [slots[PoolId.DEVICE_KV, int(table[block]) * case.block_size + offset] for block, offset in places]
 
 
-def rebuilt_rows(batch: MiniBatch, index: int) -> range:
+def rebuilt_rows(batch: Layout, index: int) -> range:
     """Rows of the kv buffer, and of the activation buffer as well."""
     if index >= batch.in_place.num_requests:
         return range(0)
@@ -150,43 +167,61 @@ def is_activation(case: Case, token: Token) -> bool:
 @given(case=cases())
 def test_rows_in_front_are_rebuilt_where_they_are_read(case: Case):
     """Row by row from the activation buffer to the same row of the kv buffer."""
-    batch = pack(case.chunks, case.block_size, case.window)
-    count = batch.in_place.num_rebuilt
-    assert batch.activation_rows[:count].tolist() == list(range(count))
-    assert all(row >= count for row in batch.activation_rows[count:])
+    for layout in case.pack().layouts:
+        count = layout.in_place.num_rebuilt
+        assert layout.activation_rows[:count].tolist() == list(range(count))
+        assert all(row >= count for row in layout.activation_rows[count:])
 
 
 @given(case=cases())
 @settings(max_examples=150)
 def test_attention_reads_exactly_what_it_must(case: Case):
-    """A request's rows are its visible tokens, each once, the new ones last; in order where a window masks them."""
-    batch = pack(case.chunks, case.block_size, case.window)
-    buffer = kv_buffer(case, batch)
-    assert sorted(buffer) == list(range(batch.num_rows))
-    for index, chunk in enumerate(case.packed):
-        number = case.number(chunk)
-        behind = range(batch.key_starts[index], batch.key_starts[index + 1])
-        rows = [buffer[row] for row in [*rebuilt_rows(batch, index), *behind]]
-        in_place = rows_in_place(case, batch, index)
-        new = [(number, chunk.context + i) for i in range(chunk.num_new)]
-        wanted = [(number, position) for position in case.attended(number)] + new
-        assert sorted(in_place + rows) == wanted
-        assert all(case.slot(*token)[0] is PoolId.DEVICE_KV for token in in_place)
-        if chunk.num_new > 1 or case.window is not None:
-            assert in_place == []
-            assert rows[len(rows) - chunk.num_new :] == new
-        else:
-            assert all(case.slot(*token)[0] is not PoolId.DEVICE_KV for token in rows)
-            front = {buffer[row] for row in rebuilt_rows(batch, index)}
-            assert front == {token for token in rows if token not in new and is_activation(case, token)}
-        if case.window is not None:
-            assert rows == wanted
+    """Under each window a request's rows are the visible tokens of its first query, each once, the new ones last; those
+    of several queries are in order where a window masks them."""
+    layouts = case.pack().layouts
+    for window, layout in zip(case.windows, layouts, strict=True):
+        buffer = kv_buffer(case, layout)
+        assert sorted(buffer) == list(range(layout.num_rows))
+        assert (layout.in_place.skips is None) == (window is None)
+        for index, chunk in enumerate(case.packed):
+            check_rows(case, layout, index, chunk, window, buffer)
+
+
+def check_rows(
+    case: Case, layout: Layout, index: int, chunk: Chunk, window: int | None, buffer: dict[int, Token]
+) -> None:
+    """Those of one request."""
+    number = case.number(chunk)
+    behind = range(layout.key_starts[index], layout.key_starts[index + 1])
+    rows = [buffer[row] for row in [*rebuilt_rows(layout, index), *behind]]
+    in_place = rows_in_place(case, layout, index)
+    new = [(number, chunk.context + i) for i in range(chunk.num_new)]
+    wanted = [(number, position) for position in case.attended(number, window)] + new
+    assert sorted(in_place + rows) == wanted
+    assert all(case.slot(*token)[0] is PoolId.DEVICE_KV for token in in_place)
+    if chunk.num_new > 1:
+        assert in_place == []
+        assert rows[len(rows) - chunk.num_new :] == new
+        assert window is None or rows == wanted
+    else:
+        assert all(case.slot(*token)[0] is not PoolId.DEVICE_KV for token in rows)
+        front = {buffer[row] for row in rebuilt_rows(layout, index)}
+        assert front == {token for token in rows if token not in new and is_activation(case, token)}
+
+
+@given(case=cases())
+def test_a_window_changes_nothing_but_its_own_layout(case: Case):
+    """Each layout is that of its window alone, but for blocks that a wider one shows; a model with one is as before."""
+    batch = case.pack()
+    for window, layout in zip(case.windows, batch.layouts, strict=True):
+        alone = pack(case.chunks, case.block_size, (window,))
+        assert_same(replace(batch, layouts=(layout,)), alone)
 
 
 @given(case=cases())
 def test_new_tokens_are_stored_in_their_blocks(case: Case):
     """Query row by query row, position p goes to its block's slot; then the pools hold all tokens of the request."""
-    batch = pack(case.chunks, case.block_size, case.window)
+    batch = case.pack()
     queries = case.new_tokens
     slots = case.pools()
     stored: list[int] = []
@@ -202,12 +237,12 @@ def test_new_tokens_are_stored_in_their_blocks(case: Case):
 @given(case=cases())
 def test_queries_are_packed_in_order_of_the_chunks(case: Case):
     """Token ids, positions, starts and sampled rows are those of the chunks; those that read in place come first."""
-    batch = pack(case.chunks, case.block_size, case.window)
-    singles = [chunk for chunk in case.chunks if chunk.num_new == 1 and case.window is None]
+    batch = case.pack()
+    singles = [chunk for chunk in case.chunks if chunk.num_new == 1]
     assert case.packed[: len(singles)] == singles
-    assert in_order(case.chunks, case.window) == tuple(case.packed)
+    assert in_order(case.chunks) == tuple(case.packed)
     assert batch.num_requests == len(case.chunks)
-    assert batch.in_place.num_requests == len(singles)
+    assert all(layout.in_place.num_requests == len(singles) for layout in batch.layouts)
     assert batch.num_queries == sum(chunk.num_new for chunk in case.chunks)
     sampled = []
     for chunk, (start, end) in zip(case.packed, pairwise(batch.query_starts), strict=True):
@@ -217,7 +252,8 @@ def test_queries_are_packed_in_order_of_the_chunks(case: Case):
         sampled += [end - 1] if chunk.samples else []
     assert batch.query_starts[-1] == batch.num_queries
     assert batch.sample_rows.tolist() == sampled
-    for array in (batch.token_ids, batch.positions, batch.new_rows.source, batch.activation_rows, batch.sample_rows):
+    layouts = [array for layout in batch.layouts for array in (layout.new_rows.source, layout.activation_rows)]
+    for array in (batch.token_ids, batch.positions, batch.sample_rows, *layouts):
         assert array.dtype == np.int64
 
 
@@ -226,9 +262,9 @@ def test_what_uses_no_buffer_is_known_without_a_layout(case: Case):
     """All of it is decode, and nothing goes through the kv buffer."""
     for chunks in (case.chunks, [chunk for chunk in case.chunks if chunk.is_decode]):
         assume(chunks)
-        batch = pack(chunks, case.block_size, case.window)
-        wanted = batch.num_rows == 0 and all(chunk.is_decode for chunk in chunks)
-        assert uses_no_buffer(chunks, case.block_size, case.window) == wanted
+        batch = pack(chunks, case.block_size, (None,))
+        wanted = batch.widest.num_rows == 0 and all(chunk.is_decode for chunk in chunks)
+        assert uses_no_buffer(chunks, case.block_size) == wanted
 
 
 @given(case=cases(), slack=st.tuples(*[st.integers(0, 60)] * 3))
@@ -237,7 +273,7 @@ def test_mini_batches_fit_and_lose_nothing(case: Case, slack: tuple[int, int, in
     """Every chunk is in one mini-batch, none exceeds the buffers, and what fits together is not divided."""
     alone = [measure(case, [chunk]) for chunk in case.chunks]
     limits = BufferLimits(*(max(sizes) + extra for sizes, extra in zip(zip(*alone, strict=True), slack, strict=True)))
-    parts = form_mini_batches(case.chunks, case.block_size, limits, COSTS, case.window)
+    parts = form_mini_batches(case.chunks, case.block_size, limits, COSTS, LayerWindows(case.windows))
     ids = [chunk.request.request_id for part in parts for chunk in part]
     assert Counter(ids) == Counter(chunk.request.request_id for chunk in case.chunks)
     for part in parts:
@@ -255,8 +291,8 @@ def measure(case: Case, chunks: list[Chunk]) -> tuple[int, int, int]:
     rows = activation_rows = queries = 0
     for chunk in chunks:
         number = case.chunks.index(chunk)
-        cached, new = case.attended(number), range(chunk.context, chunk.context + chunk.num_new)
-        in_place = chunk.num_new == 1 and case.window is None
+        cached, new = case.attended(number, case.windows[0]), range(chunk.context, chunk.context + chunk.num_new)
+        in_place = chunk.num_new == 1
         rows += sum(not (in_place and case.slot(number, p)[0] is PoolId.DEVICE_KV) for p in [*cached, *new])
         activation_rows += sum(case.slot(number, p)[0].kind is BlockKind.ACTIVATION for p in cached)
         queries += chunk.num_new
@@ -268,7 +304,7 @@ def test_mini_batches_balance():
     pools = [PoolId.HOST_KV, PoolId.HOST_ACTIVATION] * 6
     chunks = [make_chunk(i, [(pool, 10 * i + j) for j in range(5)], 64, 1) for i, pool in enumerate(pools)]
     limits = BufferLimits(rows=65 * 6, activation_rows=1000, queries=100)
-    parts = form_mini_batches(chunks, 16, limits, COSTS, None)
+    parts = form_mini_batches(chunks, 16, limits, COSTS, NO_WINDOWS)
     kinds = [Counter(PoolId(chunk.request.blocks.pools[0]) for chunk in part) for part in parts]
     assert kinds == [{PoolId.HOST_KV: 3, PoolId.HOST_ACTIVATION: 3}] * 2
 
@@ -286,7 +322,7 @@ def test_mini_batches_balance_the_longer_side(short: PoolId, costs: RowCosts):
     long = PoolId.HOST_KV if short is PoolId.HOST_ACTIVATION else PoolId.HOST_ACTIVATION
     chunks = [make_chunk(i, [(short, 10 * i + j) for j in range(5)], 64, 1) for i in range(4)]
     chunks.append(make_chunk(4, [(long, 100 + j) for j in range(13)], 200, 1))
-    parts = form_mini_batches(chunks, 16, BufferLimits(rows=400, activation_rows=1000, queries=100), costs, None)
+    parts = form_mini_batches(chunks, 16, BufferLimits(rows=400, activation_rows=1000, queries=100), costs, NO_WINDOWS)
     kinds = [Counter(PoolId(chunk.request.blocks.pools[0]) for chunk in part) for part in parts]
     assert [count[short] for count in kinds] == [2, 2]
 
@@ -294,7 +330,7 @@ def test_mini_batches_balance_the_longer_side(short: PoolId, costs: RowCosts):
 def test_a_partly_filled_activation_block_counts_as_far_as_it_is_filled():
     """Two requests of one activation row each share a buffer of two rows, though their blocks hold 16."""
     chunks = [make_chunk(i, [(PoolId.HOST_ACTIVATION, i)], 1, 1) for i in range(2)]
-    parts = form_mini_batches(chunks, 16, BufferLimits(rows=4, activation_rows=2, queries=2), COSTS, None)
+    parts = form_mini_batches(chunks, 16, BufferLimits(rows=4, activation_rows=2, queries=2), COSTS, NO_WINDOWS)
     assert len(parts) == 1
 
 
@@ -328,25 +364,35 @@ def test_neighbouring_blocks_travel_as_one_copy():
     """A request whose KV blocks are neighbours is one run, though activation blocks lie between them in token order."""
     pools = [PoolId.HOST_KV, PoolId.HOST_ACTIVATION] * 4
     chunk = make_chunk(0, [(pool, 5 + i // 2) for i, pool in enumerate(pools)], 31, 1)
-    batch = pack([chunk], 4, None)
-    assert [(r.source.tolist(), r.count.tolist()) for r in batch.kv_loads.values()] == [([20], [16])]
-    assert [(r.source.tolist(), r.count.tolist()) for r in batch.activation_loads.values()] == [([20], [15])]
+    batch = pack([chunk], 4, (None,))
+    assert [(r.source.tolist(), r.count.tolist()) for r in batch.widest.kv_loads.values()] == [([20], [16])]
+    assert [(r.source.tolist(), r.count.tolist()) for r in batch.widest.activation_loads.values()] == [([20], [15])]
 
 
 def test_without_blocks_nothing_is_stored():
     """Under the recompute policy there are no blocks: nothing is loaded or stored, all tokens are new."""
-    batch = pack([make_chunk(0, [], 0, 7), make_chunk(1, [], 0, 3)], 16, None)
-    assert (batch.kv_loads, batch.activation_loads, batch.stores) == ({}, {}, {})
-    assert batch.new_rows.source.tolist() == batch.new_rows.target.tolist() == list(range(10))
-    assert batch.key_starts.tolist() == batch.query_starts.tolist() == [0, 7, 10]
+    batch = pack([make_chunk(0, [], 0, 7), make_chunk(1, [], 0, 3)], 16, (None,))
+    assert (batch.widest.kv_loads, batch.widest.activation_loads, batch.stores) == ({}, {}, {})
+    assert batch.widest.new_rows.source.tolist() == batch.widest.new_rows.target.tolist() == list(range(10))
+    assert batch.widest.key_starts.tolist() == batch.query_starts.tolist() == [0, 7, 10]
 
 
-@given(context=st.integers(0, 300), block_size=st.integers(1, 32), window=st.integers(1, 100))
-def test_first_block_holds_the_windows_first_token(context: int, block_size: int, window: int):
-    """The block of the first position that the next token sees; 0 without a window."""
+@given(context=st.integers(0, 300), window=st.integers(1, 100))
+def test_the_first_visible_position(context: int, window: int):
+    """That of the next token's window; 0 without one."""
     visible = [p for p in range(context + 1) if context - p < window]
-    assert first_block(context, block_size, window) == visible[0] // block_size
-    assert first_block(context, block_size, None) == 0
+    assert first_visible(context, window) == visible[0]
+    assert first_visible(context, None) == 0
+
+
+def test_windows_are_told_apart():
+    """The widest first, which is none at all where a layer has none; each layer knows its own."""
+    windows = LayerWindows((3, None, 7, 3))
+    assert windows.distinct == (None, 7, 3)
+    assert windows.numbers == (2, 0, 1, 2)
+    assert dict(windows.shares) == {None: 0.25, 7: 0.25, 3: 0.5}
+    assert windows.widest is None
+    assert LayerWindows((3, 5)).widest == 5
 
 
 @given(parts=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 6)), max_size=8))
@@ -368,8 +414,8 @@ def test_a_step_lists_its_chunks_in_order():
 @pytest.mark.parametrize("count", [1, 5])
 def test_the_last_block_is_copied_to_the_exact_token(count: int):
     """A block that is partly filled is loaded as far as it is filled, so that packed rows have no holes."""
-    batch = pack([make_chunk(0, [(PoolId.HOST_KV, 7), (PoolId.HOST_KV, 3)], 18, count)], 16, None)
-    runs = batch.kv_loads[PoolId.HOST_KV]
+    batch = pack([make_chunk(0, [(PoolId.HOST_KV, 7), (PoolId.HOST_KV, 3)], 18, count)], 16, (None,))
+    runs = batch.widest.kv_loads[PoolId.HOST_KV]
     assert (runs.source.tolist(), runs.target.tolist(), runs.count.tolist()) == ([112, 48], [0, 16], [16, 2])
 
 
@@ -377,12 +423,13 @@ def test_the_last_block_is_copied_to_the_exact_token(count: int):
     contexts=st.lists(st.integers(1, 70), min_size=1, max_size=6),
     block_size=st.integers(1, 20),
     ended=st.sets(st.integers(0, 5)),
+    window=st.none() | st.integers(1, 40),
     shuffled=st.randoms(use_true_random=False),
 )
 def test_a_batch_in_place_advances_as_it_would_be_laid_out(
-    contexts: list[int], block_size: int, ended: set[int], shuffled: Random
+    contexts: list[int], block_size: int, ended: set[int], window: int | None, shuffled: Random
 ):
-    """Some requests end, some begin a block: the next step's arrays are those of a new layout."""
+    """Some requests end, some begin a block, windows leave blocks: what the next step reads is that of a new layout."""
     free = list(range(500))
     shuffled.shuffle(free)
     chunks = []
@@ -398,14 +445,30 @@ def test_a_batch_in_place_advances_as_it_would_be_laid_out(
         if chunk.context == len(chunk.request.blocks) * block_size:
             chunk.request.blocks.append(PoolId.DEVICE_KV, free.pop())
     assume(following)
-    found = advance(pack(chunks, block_size, None), following, block_size)
-    wanted = pack(following, block_size, None)
+    found = advance(pack(chunks, block_size, (window, 1)), following, block_size, window)
+    wanted = pack(following, block_size, (window,))
     assert found is not None
-    assert uses_no_buffer(following, block_size, None)
-    width = wanted.in_place.tables.shape[1]
-    assert not found.in_place.tables[:, width:].any() or len(following) < len(chunks)
-    trimmed = replace(found, in_place=replace(found.in_place, tables=found.in_place.tables[:, :width]))
-    assert_same(trimmed, wanted)
+    assert uses_no_buffer(following, block_size)
+    before, after = (rows_read(batch.widest.in_place, block_size) for batch in (wanted, found))
+    assert before == after
+    assert_same(without_in_place(found), without_in_place(wanted))
+    if window is None:
+        width = wanted.widest.in_place.tables.shape[1]
+        assert not found.widest.in_place.tables[:, width:].any() or len(following) < len(chunks)
+        trimmed = replace(found.widest.in_place, tables=found.widest.in_place.tables[:, :width])
+        assert_same(trimmed, wanted.widest.in_place)
+
+
+def rows_read(rows: InPlace, block_size: int) -> list[list[int]]:
+    """Rows of the pool that each request reads."""
+    skips = [0] * rows.num_requests if rows.skips is None else rows.skips.tolist()
+    bounds = zip(rows.tables.tolist(), skips, rows.counts.tolist(), strict=True)
+    return [[table[i // block_size] * block_size + i % block_size for i in range(*read)] for table, *read in bounds]
+
+
+def without_in_place(batch: MiniBatch) -> MiniBatch:
+    nothing = InPlace(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
+    return replace(batch, layouts=(replace(batch.widest, in_place=nothing),))
 
 
 @pytest.mark.parametrize("pool", [PoolId.HOST_KV, PoolId.DEVICE_ACTIVATION])
@@ -413,5 +476,5 @@ def test_a_block_that_is_not_read_in_place_needs_a_new_layout(pool: PoolId):
     """The new token begins a block elsewhere: the batch is in place no more."""
     chunk = make_chunk(0, [(PoolId.DEVICE_KV, 5)], 3, 1)
     chunk.request.blocks.append(pool, 0)
-    batch = pack([chunk], 4, None)
-    assert advance(batch, [Chunk(chunk.request, 4, 1, samples=True, previous_row=0)], 4) is None
+    batch = pack([chunk], 4, (None,))
+    assert advance(batch, [Chunk(chunk.request, 4, 1, samples=True, previous_row=0)], 4, None) is None

@@ -14,6 +14,7 @@ from hsrpc.schedule.blocks import BlockKind, PoolId
 from hsrpc.schedule.recompute import BALANCE, RecomputeLimits, RecomputePolicy
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.step import RowCosts
+from hsrpc.schedule.windows import NO_WINDOWS, LayerWindows
 
 COSTS = RowCosts(load_kv=2.0, load_activation=1.0, regenerate=0.25, compute=1.5)
 LIMITS = RecomputeLimits(tokens=1000, weights=100.0)
@@ -35,8 +36,10 @@ def give_up(request: Request) -> None:
     request.num_computed, request.is_uncached = 0, True
 
 
-def recomputing(limits: RecomputeLimits = LIMITS, max_queries: int = 64, window: int | None = None) -> RecomputePolicy:
-    return RecomputePolicy(limits, COSTS, block_size=BLOCK, max_queries=max_queries, window=window)
+def recomputing(
+    limits: RecomputeLimits = LIMITS, max_queries: int = 64, windows: LayerWindows = NO_WINDOWS
+) -> RecomputePolicy:
+    return RecomputePolicy(limits, COSTS, block_size=BLOCK, max_queries=max_queries, windows=windows)
 
 
 def times(requests: Sequence[Request], weights: float) -> tuple[float, float]:
@@ -91,7 +94,16 @@ def test_what_lies_before_the_window_is_not_loaded_anyway():
     limits = replace(LIMITS, weights=0.0)
     assert times(running, 0.0) == (112.0, 28.0)
     assert recomputing(limits).choose(running, 0).giving_up == running[:1]
-    assert recomputing(limits, window=5).choose(running, 0).giving_up == []
+    assert recomputing(limits, windows=LayerWindows((5,))).choose(running, 0).giving_up == []
+
+
+def test_each_layer_loads_what_its_own_window_shows():
+    """Of four layers one sees 16 tokens and three see 4: on average 7 s of the bus and 1.75 s of the GPU a request."""
+    running = [make_request(number, 4) for number in range(7)]
+    enough = (5 * 1.75 + 2 * 1.5 * 17) * 8 / 7 - 5 * 7.0  # seconds of weights beside which two are computed anew
+    for weights, count in ((enough - 0.01, 1), (enough + 0.01, 2)):
+        policy = recomputing(replace(LIMITS, weights=weights), windows=LayerWindows((5, 5, None, 5)))
+        assert policy.choose(running, 0).giving_up == running[:count]
 
 
 def test_a_request_that_would_outgrow_a_mini_batch_keeps_its_cache():

@@ -258,18 +258,20 @@ class Harness:
     def _compute(self, chunks: tuple[Chunk, ...], batch: MiniBatch) -> dict[int, int]:
         """Tokens by arrival: the model applied to what each sampling request's buffer rows hold."""
         queries = list(zip(batch.positions.tolist(), batch.token_ids.tolist(), strict=True))
-        buffer = {row: queries[query] for query, row in pairs(batch.new_rows)}
+        buffer = {row: queries[query] for query, row in pairs(batch.widest.new_rows)}
         activations: dict[int, tuple[int, int]] = {}
-        for loads, target in ((batch.kv_loads, buffer), (batch.activation_loads, activations)):
+        for loads, target in ((batch.widest.kv_loads, buffer), (batch.widest.activation_loads, activations)):
             for pool, runs in loads.items():
                 target |= {row: self.slots[pool, slot] for slot, row in pairs(runs.rows())}
-        buffer |= {row: activations[i] for i, row in enumerate(batch.activation_rows.tolist())}
+        buffer |= {row: activations[i] for i, row in enumerate(batch.widest.activation_rows.tolist())}
         for pool, rows in batch.stores.items():
             self.slots |= {(pool, slot): queries[query] for query, slot in pairs(rows)}
         tokens = {}
         for i, chunk in enumerate(chunks):
-            rows_of_request = range(batch.key_starts[i], batch.key_starts[i + 1])
-            front = batch.in_place.rebuilt_starts[i : i + 2] if i < batch.in_place.num_requests else (0, 0)
+            rows_of_request = range(batch.widest.key_starts[i], batch.widest.key_starts[i + 1])
+            front = (
+                batch.widest.in_place.rebuilt_starts[i : i + 2] if i < batch.widest.in_place.num_requests else (0, 0)
+            )
             rows = [buffer[row] for row in [*range(*front), *rows_of_request]]
             held = sorted(rows + self._in_place(batch, i))
             assert held == list(enumerate(chunk.request.token_ids[: chunk.context + chunk.num_new]))
@@ -279,10 +281,10 @@ class Harness:
 
     def _in_place(self, batch: MiniBatch, index: int) -> list[tuple[int, int]]:
         """What a request reads in the pool of device KV blocks."""
-        if index >= batch.in_place.num_requests:
+        if index >= batch.widest.in_place.num_requests:
             return []
-        size, table = self.limits.block_size, batch.in_place.tables[index].tolist()
-        tokens = range(int(batch.in_place.counts[index]))
+        size, table = self.limits.block_size, batch.widest.in_place.tables[index].tolist()
+        tokens = range(int(batch.widest.in_place.counts[index]))
         return [self.slots[PoolId.DEVICE_KV, table[token // size] * size + token % size] for token in tokens]
 
 

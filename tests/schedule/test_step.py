@@ -27,6 +27,7 @@ from hsrpc.schedule.step import (
     BufferLimits,
     Chunk,
     InPlace,
+    Layout,
     MiniBatch,
     RowCosts,
     Rows,
@@ -56,7 +57,21 @@ PARAMS = (
     SamplingParams(seed=8, max_tokens=9, ignore_eos=True, min_tokens=5, stop_token_ids=[4]),
 )
 PLAIN = {int, float, bool, str, bytes, type(None), tuple, list, dict, frozenset, array, np.ndarray, np.dtype}
-PARTS = {Step, MiniBatch, InPlace, Rows, Runs, StepCounts, StopFlag, OpList, Op, Carried, SamplingRow, SamplingParams}
+PARTS = {
+    Step,
+    MiniBatch,
+    Layout,
+    InPlace,
+    Rows,
+    Runs,
+    StepCounts,
+    StopFlag,
+    OpList,
+    Op,
+    Carried,
+    SamplingRow,
+    SamplingParams,
+}
 NAMES = {PoolId, OpKind, Lane}
 
 
@@ -100,9 +115,9 @@ def prefill_step() -> Case:
 def decode_step() -> Case:
     """Its cache is in all four pools, so it is loaded, rebuilt, read in place and stored."""
     case = decode(make_scheduler(device_kv=3, host_kv=4, device_activation=3, host_activation=4))
-    loads = [pool for b in case.step.mini_batches for pool in (*b.kv_loads, *b.activation_loads)]
+    loads = [pool for b in case.step.mini_batches for pool in (*b.widest.kv_loads, *b.widest.activation_loads)]
     assert set(loads) == {PoolId.HOST_KV, PoolId.DEVICE_ACTIVATION, PoolId.HOST_ACTIVATION}
-    assert any(len(batch.in_place.counts) for batch in case.step.mini_batches)
+    assert any(len(batch.widest.in_place.counts) for batch in case.step.mini_batches)
     assert case.step.counts.decode == 3
     return case
 

@@ -69,8 +69,17 @@ class Stores:
         return cls(DeviceRows.of(runs.where(~is_long).rows(), upload), runs.where(is_long))
 
 
+class LayerKind(NamedTuple):
+    """What layers have in common to which the same rows are copied."""
+
+    window: int
+    """Number of their window among the model's."""
+    held: BlockKind
+    """What activation blocks hold."""
+
+
 class Loads(NamedTuple):
-    """What comes from host pools to a mini-batch's buffers, in all layers in which activation blocks hold the same."""
+    """What comes from host pools to a mini-batch's buffers, in all layers of a kind."""
 
     kv: Mapping[PoolId, Runs]
     activations: Mapping[PoolId, Runs]
@@ -93,8 +102,11 @@ class CacheManager:
         self._device = device
         self._plan = plan
         self._formats = formats
-        self._held = tuple(plan.held(BlockKind.ACTIVATION, layer) for layer in range(sizes.num_layers))
-        """What activation blocks hold in each layer."""
+        self._kinds = tuple(
+            LayerKind(window, plan.held(BlockKind.ACTIVATION, layer))
+            for layer, window in enumerate(sizes.windows.numbers)
+        )
+        """Kind of each layer."""
         self._rows = {
             kind: [layer.row(plan.held(kind, number)) for number, layer in enumerate(sizes.layers)]
             for kind in BlockKind
@@ -109,8 +121,8 @@ class CacheManager:
             Buffers(*(self._buffer(kind, shape) for kind, shape in zip(BlockKind, shapes, strict=True)))
             for _ in range(BUFFERS)
         ]
-        self._loads: list[dict[BlockKind, Loads]] = []
-        """Loads of each mini-batch, by what activation blocks hold."""
+        self._loads: list[dict[LayerKind, Loads]] = []
+        """Loads of each mini-batch, by kind of layer."""
 
     async def run(self) -> None:
         """Run step after step; ends by cancellation."""
@@ -122,28 +134,27 @@ class CacheManager:
 
     def begin(self, step: Step) -> None:
         """Take the copies of a step."""
-        self._loads = [
-            {held: _loads_from(Tier.HOST, batch, held) for held in set(self._held)} for batch in step.mini_batches
-        ]
+        kinds = set(self._kinds)
+        self._loads = [{kind: _loads_from(Tier.HOST, batch, kind) for kind in kinds} for batch in step.mini_batches]
 
     def launch(self, op: Op) -> None:
         """Load a mini-batch's rows of a layer from the host to a buffer, on the current stream."""
-        for buffer, loads in zip(self.buffers[op.slot], self._loads[op.batch][self._held[op.layer]], strict=True):
+        for buffer, loads in zip(self.buffers[op.slot], self._loads[op.batch][self._kinds[op.layer]], strict=True):
             for pool, runs in loads.items():
                 self._device.copy_runs(buffer, self._pools[pool][op.layer], runs)
                 self.loaded_bytes += runs.num_rows * self._rows[pool.kind][op.layer].num_bytes
 
-    def gathers(self, batch: MiniBatch, upload: Upload) -> dict[BlockKind, Gathers]:
-        """What `gather` needs for a mini-batch, by what activation blocks hold in a layer."""
-        return {held: _as_gathers(_loads_from(Tier.DEVICE, batch, held), upload) for held in set(self._held)}
+    def gathers(self, batch: MiniBatch, upload: Upload) -> dict[LayerKind, Gathers]:
+        """What `gather` needs for a mini-batch, by kind of layer."""
+        return {kind: _as_gathers(_loads_from(Tier.DEVICE, batch, kind), upload) for kind in set(self._kinds)}
 
-    def gather(self, buffers: Buffers, gathers: Mapping[BlockKind, Gathers], layer: int) -> None:
+    def gather(self, buffers: Buffers, gathers: Mapping[LayerKind, Gathers], layer: int) -> None:
         """Copy a mini-batch's rows of a layer from the device's blocks into its buffers, on the current stream.
 
         Called on the executor's thread, for the compute stream: on that of the loads, the bus would wait until the
         GPU has room for another kernel.
         """
-        for buffer, pools in zip(buffers, gathers[self._held[layer]], strict=True):
+        for buffer, pools in zip(buffers, gathers[self._kinds[layer]], strict=True):
             for pool, rows in pools.items():
                 self._device.copy_rows(buffer, rows.target, self._pools[pool][layer], rows.source)
 
@@ -160,7 +171,7 @@ class CacheManager:
         """What `store` needs for a mini-batch, by what activation blocks hold in a layer."""
         return {
             held: {pool: Stores.of(pool, held, rows, upload) for pool, rows in batch.stores.items()}
-            for held in set(self._held)
+            for held in {kind.held for kind in self._kinds}
         }
 
     def store(
@@ -175,7 +186,7 @@ class CacheManager:
 
         Called on the executor's thread: for the device on the compute stream, for the host on the store stream.
         """
-        for pool, new in stores[self._held[layer]].items():
+        for pool, new in stores[self._kinds[layer].held].items():
             if pool.tier is tier:
                 holds_kv, target = self._plan.held(pool.kind, layer) is BlockKind.KV, self._pools[pool][layer]
                 source = kv if holds_kv else x
@@ -208,15 +219,16 @@ class CacheManager:
             return [memory.view(dtype).view(num_slots, -1) for memory, dtype in zip(pinned, dtypes, strict=True)]
 
 
-def _loads_from(tier: Tier, batch: MiniBatch, held: BlockKind) -> Loads:
-    """A mini-batch's copies in layers in which activation blocks hold K and V, or activations."""
+def _loads_from(tier: Tier, batch: MiniBatch, kind: LayerKind) -> Loads:
+    """A mini-batch's copies in layers of a kind."""
+    layout = batch.layouts[kind.window]
     kv, activations = (
         {pool: runs for pool, runs in loads.items() if pool.tier is tier}
-        for loads in (batch.kv_loads, batch.activation_loads)
+        for loads in (layout.kv_loads, layout.activation_loads)
     )
-    if held is BlockKind.ACTIVATION:
+    if kind.held is BlockKind.ACTIVATION:
         return Loads(kv, activations)
-    return Loads(kv | {pool: _to_rows(runs, batch.activation_rows) for pool, runs in activations.items()}, {})
+    return Loads(kv | {pool: _to_rows(runs, layout.activation_rows) for pool, runs in activations.items()}, {})
 
 
 def _to_rows(runs: Runs, rows: Ints) -> Runs:

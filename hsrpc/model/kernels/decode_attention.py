@@ -75,6 +75,7 @@ def _attend(
     tables,
     table_stride,
     in_place,
+    skips,
     rebuilt_starts,
     key_starts,
     num_parts,
@@ -92,6 +93,7 @@ def _attend(
     IN_PARTS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
+    HAS_SKIPS: tl.constexpr,
 ) -> None:
     """One request, pack of KV heads and part of its keys: first those in place, then the rebuilt, then the others.
 
@@ -99,7 +101,8 @@ def _attend(
     others, and what its row gathers there is not stored.
     """
     request, pack, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    count = tl.load(in_place + request)
+    skip = tl.load(skips + request) if HAS_SKIPS else 0
+    count = tl.load(in_place + request) - skip
     rebuilt = tl.load(rebuilt_starts + request)
     front = count + tl.load(rebuilt_starts + request + 1) - rebuilt
     start = tl.load(key_starts + request)
@@ -126,8 +129,9 @@ def _attend(
     for first in range(low, end, KEYS):
         key = first + tl.arange(0, KEYS)
         valid = key < end
-        block = tl.load(tables + request * table_stride + key // BLOCK_SIZE, mask=valid, other=0)
-        rows = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
+        token = skip + key
+        block = tl.load(tables + request * table_stride + token // BLOCK_SIZE, mask=valid, other=0)
+        rows = block.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
         k_rows = pool + rows[:, None] * (2 * width) + columns[None, :]
         m, total, acc = _accumulate(
             q, m, total, acc, k_rows, k_rows + width, valid, scale, softcap, d, PACK * HEAD_DIM, ROWS > 1, SOFTCAP
@@ -196,6 +200,7 @@ def decode_attention(
     in_place: torch.Tensor,
     rebuilt_starts: torch.Tensor,
     key_starts: torch.Tensor,
+    skips: torch.Tensor | None = None,
     num_kv_heads: int,
     head_dim: int,
     block_size: int,
@@ -206,9 +211,10 @@ def decode_attention(
 ) -> None:
     """Fill `out` [d, q] for one query a request [d, q] (rows may be strided; those of `out` are not).
 
-    Its keys are rows [K|V] of `pool` [*, 2*kv], `in_place[i]` of them in the blocks of `tables` [d, b], and of `buffer`
-    [*, 2*kv]: rows `rebuilt_starts[i]` to `rebuilt_starts[i+1]`, and `key_starts[i]` to `key_starts[i+1]`. Integers are
-    int32. `max_keys` a request bounds the parts into which keys are divided. A request without keys gets zeros.
+    Its keys are rows [K|V] of `pool` [*, 2*kv], `in_place[i]` of them in the blocks of `tables` [d, b], less the first
+    `skips[i]` of these, and of `buffer` [*, 2*kv]: rows `rebuilt_starts[i]` to `rebuilt_starts[i+1]`, and
+    `key_starts[i]` to `key_starts[i+1]`. Integers are int32. `max_keys` a request bounds the parts into which keys are
+    divided. A request without keys gets zeros.
     With `softcap` a score s becomes softcap * tanh(s / softcap); `sinks` [heads] are scores of keys without a value.
     """
     num_requests, width = queries.shape
@@ -232,6 +238,7 @@ def decode_attention(
         tables,
         tables.stride(0),
         in_place,
+        in_place if skips is None else skips,
         rebuilt_starts,
         key_starts,
         parts,
@@ -249,6 +256,7 @@ def decode_attention(
         IN_PARTS=parts > 1,
         SOFTCAP=softcap is not None,
         SINKS=sinks is not None,
+        HAS_SKIPS=skips is not None,
         num_warps=4,
         num_stages=2,
     )

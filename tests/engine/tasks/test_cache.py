@@ -26,6 +26,7 @@ from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.step import Chunk, MiniBatch, Scheduled, Step, StopFlag
 from hsrpc.schedule.sweep import NOTHING_CARRIED, Lane, LayerPlacement, Op, OpKind
+from hsrpc.schedule.windows import NO_WINDOWS
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
 from tests.engine.support import PATIENCE
@@ -67,7 +68,7 @@ def make_step(sizes: ModelSizes, *parts: tuple[Request, int, int]) -> Step:
     """Mini-batches of one request each: `count` tokens behind `context`."""
     chunks = tuple((Chunk(request, context, count, samples=True),) for request, context, count in parts)
     layers = (LayerPlacement(),) * sizes.num_layers
-    assembler = Assembler(layers=layers, block_size=BLOCK_SIZE, window=None, max_queries=8)
+    assembler = Assembler(layers=layers, block_size=BLOCK_SIZE, windows=NO_WINDOWS, max_queries=8)
     scheduled = Scheduled(step_id=1, mini_batches=chunks, sampling=(), stop=StopFlag())
     return assembler.assemble(scheduled, NOTHING_CARRIED)
 

@@ -23,6 +23,7 @@ from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.step import Chunk, Scheduled, Step, StopFlag
 from hsrpc.schedule.sweep import NOTHING_CARRIED, LayerPlacement, OpKind
+from hsrpc.schedule.windows import NO_WINDOWS
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
 
@@ -49,7 +50,7 @@ def plan(sizes: ModelSizes) -> Plan:
 
 def make_step(plan: Plan, request: Request, context: int, count: int) -> Step:
     layers = tuple(LayerPlacement(0, rebuilds=layer not in plan.kv_layers) for layer in range(NUM_LAYERS))
-    assembler = Assembler(layers=layers, block_size=BLOCK_SIZE, window=None, max_queries=64)
+    assembler = Assembler(layers=layers, block_size=BLOCK_SIZE, windows=NO_WINDOWS, max_queries=64)
     chunk = Chunk(request, context, count, samples=True)
     scheduled = Scheduled(step_id=1, mini_batches=((chunk,),), sampling=(), stop=StopFlag())
     return assembler.assemble(scheduled, NOTHING_CARRIED)
@@ -82,7 +83,7 @@ def test_activation_blocks_come_back_as_what_they_hold(tier: Tier, num_new: int,
         if layer in loads:
             cache.launch(loads[layer]._replace(slot=0))
         cache.gather(cache.buffers[0], gathers, layer)
-        buffers, rows = cache.buffers[0], torch.from_numpy(batch.activation_rows)
+        buffers, rows = cache.buffers[0], torch.from_numpy(batch.widest.activation_rows)
         if layer in KV_LAYERS:
             assert torch.equal(buffers.kv[rows], kv[layer, rebuilt])
             assert not buffers.activations.any()
