@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from hsrpc.cli.bench_calibrate import add_calibrate_parser
 from hsrpc.cli.bench_serve import add_frontend_parser, add_serve_parser
-from hsrpc.cli.options import MEASURED_TIME, Commands, add_command, add_engine_options, engine_config
+from hsrpc.cli.options import MEASURED_TIME, Commands, add_command, add_engine_options, check_folders, engine_config
 from hsrpc.config import CachePolicy, EngineConfig
 from hsrpc.errors import ConfigError
 
@@ -96,10 +96,7 @@ def run(options: argparse.Namespace) -> None:
     if options.kind == "sweep" and options.trace:
         problem, remedy = "a sweep is many measurements", "trace one of them, with --activation-share"
         raise ConfigError("trace", str(options.trace), problem, remedy)
-    for name in ("json", "trace", "plot"):
-        file = getattr(options, name)
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ConfigError(name, str(file), "its directory is not there", "make it first")
+    check_folders(options, "json", "trace", "plot")
     results: list[Result] = []
     for each in [_with_share(config, share / 10) for share in range(11)] if options.kind == "sweep" else [config]:
         results.append(_measure(options, each))

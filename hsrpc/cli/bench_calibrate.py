@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
+from hsrpc.cli.options import Commands, add_command, add_engine_options, check_folders, engine_config
 from hsrpc.config import format_bytes, format_rate
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def run_calibrate(options: argparse.Namespace) -> None:
     from hsrpc.engine.startup import measure_machine  # loads torch, which --help does not
     from hsrpc.plan.machine import save_machine
 
+    check_folders(options, "save")
     if options.shape:
         options.model = f"random:{options.shape}"
     machine = measure_machine(engine_config(options))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hsrpc.cli.connection import ConnectionSettings, add_connection_options, connection_settings
-from hsrpc.cli.options import MEASURED_TIME, Commands, add_command
+from hsrpc.cli.options import MEASURED_TIME, Commands, add_command, check_folders
 
 if TYPE_CHECKING:
     from hsrpc.bench.load import Arrival, Mix, Outcome
@@ -71,6 +71,7 @@ def run_serve(options: argparse.Namespace) -> None:
     from hsrpc.bench.load_report import Goal, plot_load, print_load, save_load
     from hsrpc.bench.process import ServerProcess
 
+    check_folders(options, "json", "plot")
     connection = connection_settings(options)
     goal = Goal(first_token=options.first_token_goal, inter_token=options.inter_token_goal)
     with ExitStack() as stack:
@@ -90,6 +91,7 @@ def run_frontend(options: argparse.Namespace) -> None:
     from hsrpc.bench.frontend import Trial, measure_frontend, plot_frontend, print_frontend, save_frontend
     from hsrpc.cli.loop import run_loop
 
+    check_folders(options, "json", "plot")
     with tqdm(desc="trials", unit="") as bar:
 
         def done(trial: Trial) -> None:

@@ -24,6 +24,7 @@ from hsrpc.config import (
     Seconds,
     WeightCoding,
 )
+from hsrpc.errors import ConfigError
 from hsrpc.request import SamplingParams
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -245,6 +246,18 @@ def add_trust_links(parser: argparse._ActionsContainer) -> None:
         action="store_true",
         help="read files of the model's directory that are links out of it; without, they are refused",
     )
+
+
+def check_folders(options: argparse.Namespace, *names: str) -> None:
+    """Check that the files of these options have a folder, before anything is measured that would be lost.
+
+    Raises:
+        ConfigError: a folder is not there.
+    """
+    for name in names:
+        file = getattr(options, name)
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ConfigError(name, str(file), "its directory is not there", "make it first")
 
 
 def _values(kind: type[StrEnum]) -> list[str]:

@@ -51,7 +51,10 @@ def first_token(plan: Plan, sizes: ModelSizes, traffic: Traffic) -> FirstToken:
 
 
 def _idle(plan: Plan, sizes: ModelSizes, prompt: int) -> float:
-    """Steps of prompt tokens alone, as few as the plan allows, of as many tokens each."""
+    """Steps of prompt tokens alone, as few as the plan allows, of as many tokens each.
+
+    The guard's case of prompts on an H200 takes 0.306 s a step; this gives 0.286 s for as many tokens.
+    """
     steps = math.ceil(prompt / plan.max_idle_prefill_tokens)
     tokens, layers, hardware = prompt / steps, sizes.num_layers, plan.hardware
     times, mini_batches = LayerTimes(sizes, hardware), math.ceil(prompt / steps / plan.buffers.queries)

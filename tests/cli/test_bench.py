@@ -40,11 +40,19 @@ def test_a_sweep_is_not_traced(hsrpc):
     assert all(part in ran.err for part in ("trace='trace.json.gz'", "--activation-share"))
 
 
-@pytest.mark.parametrize("name", ["json", "trace", "plot"])
-def test_a_file_that_cannot_be_saved_is_known_before_anything_runs(hsrpc, tmp_path, name):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("decode", name) for name in ("json", "trace", "plot")),
+        *((kind, name) for kind in ("serve", "frontend") for name in ("json", "plot")),
+        ("calibrate", "save"),
+    ],
+)
+def test_a_file_that_cannot_be_saved_is_known_before_anything_runs(hsrpc, tmp_path, kind, name):
     """A measurement takes minutes, and would be lost."""
-    ran = hsrpc("bench", "decode", f"--{name}={tmp_path / 'none' / 'file'}")
-    assert ran.code == 1
+    ran = hsrpc("bench", kind, f"--{name}={tmp_path / 'none' / 'file'}")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith(f"hsrpc: error: {name}=")
     assert "its directory is not there" in ran.err
 
 
