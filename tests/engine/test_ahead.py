@@ -40,7 +40,7 @@ def counting() -> Iterator[list[MiniBatch]]:
         yield found
 
 
-@pytest.mark.parametrize("model", ["opt", "llama", "mistral-window", "ministral"])
+@pytest.mark.parametrize("model", ["opt", "llama", "mistral-window", "ministral", "qwen3-moe"])
 async def test_tokens_equal_the_reference(model: str, reference: Callable[[str], Reference]) -> None:
     """Requests that come and go; most steps run ahead, whatever windows the layers have."""
     made = reference(model)
