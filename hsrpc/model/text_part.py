@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hsrpc.model.config_file import ConfigFile
 
-_GEMMA_3 = {
+_GEMMA_3: dict[str, object] = {
     "vocab_size": 262208,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
