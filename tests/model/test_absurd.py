@@ -43,6 +43,7 @@ CONFIGS: dict[str, dict[str, object]] = {
     "opt": SHAPES["opt-350m"],
     "llama": LLAMA,
     "mistral": SHAPES["mistral-7b"],
+    "gemma3": SHAPES["gemma-3-12b"],
 }
 PLACES = [
     (name, path)
