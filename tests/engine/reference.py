@@ -112,10 +112,20 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "phi3-longrope": lambda: decoder("phi3", rope_parameters=_LONG_ROPE, original_max_position_embeddings=160),
     "phi3-window": lambda: decoder("phi3", **_WINDOW),
     "gemma": lambda: decoder("gemma", head_dim=16, num_key_value_heads=4, initializer_range=0.05),
-    "gemma2": lambda: decoder("gemma2", **_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **_WINDOW),
+    "gemma2": lambda: decoder(
+        "gemma2",
+        **_GEMMA,
+        **_WINDOW,
+        query_pre_attn_scalar=1,
+        attn_logit_softcapping=0.4,
+        final_logit_softcapping=3.0,
+    ),
     "gemma3": lambda: decoder("gemma3_text", **_GEMMA, sliding_window_pattern=2, **_WINDOW),
     "gpt-oss": lambda: decoder(
         "gpt_oss", head_dim=16, num_key_value_heads=2, num_local_experts=4, rope_parameters=_YARN_ROPE, **_WINDOW
+    ),
+    "gpt-oss-full": lambda: decoder(
+        "gpt_oss", head_dim=16, num_key_value_heads=2, num_local_experts=4, layer_types=4 * ["full_attention"]
     ),
     "glm4-moe": lambda: decoder(
         "glm4_moe", head_dim=16, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, use_qk_norm=True

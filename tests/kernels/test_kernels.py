@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hsrpc.device.kernels import copy_rows
+from hsrpc.model.attention import Attention, Extras, InPlaceRows, PackedRows
 from hsrpc.model.formats.lossless import BLOCK, WORD, encode
 from hsrpc.model.kernels import decode_attention as decode_kernel
 from hsrpc.model.kernels.decode_attention import decode_attention
@@ -16,6 +17,7 @@ from hsrpc.model.kernels.lossless import decode_weights, encode_weights
 from hsrpc.model.kernels.packed_attention import packed_attention
 from hsrpc.model.layers import Activation, ClampedGate, Gate
 from hsrpc.model.rope import HeadNorms, Unscaled, make_table, rotate_
+from hsrpc.plan.sizes import ModelSizes
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 12
@@ -160,6 +162,43 @@ def test_packed_attention(
             row = starts[request] + number
             wanted = dense(queries[row], kv[start:end], kv_heads, head_dim, softcap, sinks)
             assert (found[row].double() - wanted).norm() <= (1e-6 if dtype is torch.float32 else 2e-3) * wanted.norm()
+
+
+@pytest.mark.parametrize(("softcap", "has_sinks"), EXTRAS[1:])
+def test_a_gpu_attends_with_extras_as_the_cpu_does(softcap: float | None, has_sinks: bool) -> None:
+    """Chunks with a window, and single queries in place, in float32: both go to the kernels."""
+    sizes = ModelSizes(
+        hidden_size=64,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        ffn_size=8,
+        vocab_size=8,
+        context_length=64,
+        compute_bytes=4,
+        layers=(),
+        fixed_bytes=0,
+    )
+    on_cpu, on_gpu = (
+        Attention(sizes, 0.3, BLOCK_SIZE, torch.device(device), torch.float32, extras=Extras(softcap, has_sinks))
+        for device in ("cpu", "cuda")
+    )
+    queries, kv, sinks = torch.randn(5, 64), torch.randn(40, 64), torch.randn(4) if has_sinks else None
+    chunk = PackedRows(torch.tensor([0, 5]).int(), torch.tensor([0, 30]).int(), (0, 5), (0, 30), 5, 30)
+    for window in (None, 7):
+        wanted = on_cpu.packed(queries, kv, chunk, window, sinks)
+        torch.testing.assert_close(on_gpu.packed(queries, kv, chunk, window, sinks), wanted)
+    rows = InPlaceRows(
+        tables=torch.tensor([[1]]).int(),
+        counts=torch.tensor([13]).int(),
+        rebuilt_starts=torch.tensor([0, 2]).int(),
+        key_starts=torch.tensor([2, 3]).int(),
+        max_keys=64,
+    )
+    found, wanted = torch.empty(1, 64), torch.empty(1, 64)
+    on_gpu.in_place(queries[:1], kv, kv, rows, found, sinks=sinks)
+    on_cpu.in_place(queries[:1], kv, kv, rows, wanted, sinks=sinks)
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("has_sinks", [False, True])

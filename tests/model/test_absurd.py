@@ -44,6 +44,7 @@ CONFIGS: dict[str, dict[str, object]] = {
     "llama": LLAMA,
     "mistral": SHAPES["mistral-7b"],
     "qwen3_moe": SHAPES["qwen3-30b-a3b"] | {"num_experts": 8},
+    "gemma3": SHAPES["gemma-3-12b"],
 }
 PLACES = [
     (name, path)

@@ -261,7 +261,7 @@ class Decoder(Family):
         head = fixed[EMBED] if self.settings.tied else fixed[HEAD.weight]
         logits = functional.linear(self._normed(fixed, FINAL_NORM, hidden), head).float()
         logits, cap = _scaled(logits, self.settings.multipliers.logits), self.settings.caps.logits
-        return logits if cap is None else cap * (logits / cap).tanh()
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def _expert_sizes(experts: Experts, layer: LayerSizes) -> ExpertSizes:

@@ -247,6 +247,13 @@ def test_older_keys_of_layers_mean_the_same(save_packed, load_packed, tmp_path, 
     assert load_packed(tmp_path).family.settings == packed.family.settings
 
 
+def test_half_of_a_head_is_rotated_where_glm_is_silent(save_packed, load_packed, tmp_path):
+    """As transformers takes it, whatever says its default."""
+    packed = save_packed(make("glm4_moe", **GLM))
+    edit(tmp_path, rope_parameters=None, rope_theta=10000.0)
+    assert load_packed(tmp_path).family.settings == packed.family.settings
+
+
 @pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
 def test_longrope_went_by_other_names_in_phi_3(assert_same_logits, load_packed, tmp_path, name):
     """Its first files say `su`, others `yarn`."""
