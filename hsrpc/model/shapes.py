@@ -216,7 +216,7 @@ SHAPES: dict[str, dict[str, object]] = {
     "qwen3-235b-a22b": _qwen3_moe(hidden=4096, layers=94, heads=(64, 4), ffn=12288, moe_intermediate_size=1536),
     "mixtral-8x7b": _mixtral(hidden=4096, layers=32, heads=(32, 8), ffn=14336, vocab=32000, context=32768),
     "mixtral-8x22b": _mixtral(hidden=6144, layers=56, heads=(48, 8), ffn=16384, vocab=32768, context=65536),
-    "olmoe-1b-7b": _decoder(
+    "olmoe": _decoder(
         "olmoe",
         "OlmoeForCausalLM",
         hidden=2048,

@@ -39,7 +39,7 @@ PARAMETERS = {
     "qwen3-235b-a22b": 235.09e9,
     "mixtral-8x7b": 46.70e9,
     "mixtral-8x22b": 140.63e9,
-    "olmoe-1b-7b": 6.919e9,
+    "olmoe": 6.919e9,
     "olmo-2-7b": 7.299e9,
     "olmo-2-13b": 13.72e9,
     "olmo-3-7b": 7.298e9,
