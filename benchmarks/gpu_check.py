@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.shapes import SHAPES
 from hsrpc.model.spec import named_spec
+from hsrpc.model.tensor import RowOrder, TensorSpec
+from hsrpc.model.tensor_names import TensorNames
 
 LENGTHS = (1, 7, 33, 64, 100, 190, 301, 420)
 NEW_TOKENS = 16
@@ -66,19 +68,35 @@ def reference_model(shape: str, device: DeviceKind) -> PreTrainedModel:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     torch.set_default_dtype(torch.float32)
-    parameters = dict(model.named_parameters())
+    tensors = model.state_dict()  # whose memory is that of the model
+    names = TensorNames(tensors)
     family, source = create_family(named_spec(shape, torch.float16)), RandomWeights(0)
     for tensor in family.all_tensors():
-        packed = torch.empty(tensor.shape, dtype=torch.float16, device=model.device)
+        packed = torch.empty(tensor.shape, dtype=tensor.dtype(torch.float16), device=model.device)
         source.read(tensor, packed)
-        if tensor.order is not None:
-            index = tensor.order.index().to(packed.device)
-            pieces = packed.view(len(index), -1)
-            pieces[index] = pieces.clone()
-        rows = [shape_[0] for shape_ in tensor.source_shapes]
-        for name, part in zip(tensor.sources, packed.split(rows), strict=True):
-            parameters[name].data.copy_(part)
+        _fill(tensors, names, tensor, packed)
     return model
+
+
+def _fill(tensors: Mapping[str, torch.Tensor], names: TensorNames, tensor: TensorSpec, packed: torch.Tensor) -> None:
+    """Copy a packed tensor to where transformers has it, in the order of its rows there."""
+    stacked = tensor.stacked
+    if stacked is not None and (name := names.find(stacked.source)) is not None:
+        rows = _unordered(packed, stacked.order)
+        tensors[name][stacked.index].copy_(rows.t() if stacked.transposed else rows)
+        return
+    sizes = [shape[0] for shape in tensor.source_shapes]
+    for source, part in zip(tensor.sources, _unordered(packed, tensor.order).split(sizes), strict=True):
+        tensors[names.find(source) or source].copy_(part)
+
+
+def _unordered(packed: torch.Tensor, order: RowOrder | None) -> torch.Tensor:
+    if order is None:
+        return packed
+    index = order.index().to(packed.device)
+    pieces = packed.view(len(index), -1)
+    pieces[index] = pieces.clone()
+    return packed
 
 
 async def generate(shape: str, device: DeviceKind, run: Run, prompts: list[list[int]]) -> list[Found]:

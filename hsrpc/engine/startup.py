@@ -246,7 +246,7 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
             weights = load_weights(family, source, plan, device, stop, progress=progress)
             device.release_cached()  # what packing used
             cache = CacheManager(spec.sizes, plan, device, spec.formats)
-            prefetcher = WeightPrefetcher(weights, plan, device)
+            prefetcher = WeightPrefetcher(weights, plan, device, family)
             forward = Forward(family, weights.fixed, device, prefetcher=prefetcher, cache=cache, attention=attention)
             compiled.result()
             device.drain()

@@ -46,7 +46,7 @@ class Decoding(NamedTuple):
 
 
 class OpenedLayer(NamedTuple):
-    """A layer's weights as they are multiplied."""
+    """A layer's weights as they are multiplied, and what the family adds to them."""
 
     tensors: Mapping[str, torch.Tensor]
     decodings: tuple[Decoding, ...]

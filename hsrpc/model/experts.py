@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -19,6 +19,8 @@ CORRECTION = "router_correction"
 SHARED_IN = Affine.named("shared_in")
 SHARED_OUT = Affine.named("shared_out")
 SHARED_GATE = Affine.named("shared_gate")
+IN_TABLE, OUT_TABLE = "expert_in_table", "expert_out_table"
+"""Addresses of all experts' weights on the device: int64 [E]."""
 IN_BIAS, OUT_BIAS = "experts_in_bias", "experts_out_bias"
 _LEAST_SUM = 1e-20
 """Keeps a sum of scores from being 0."""
@@ -54,6 +56,21 @@ class Groups:
     """Groups that are chosen from."""
     summed: int
     """A group's score is the sum of this many of its experts' scores, the best ones."""
+
+
+class PlacedExperts(NamedTuple):
+    """Where the weights of a layer's experts lie on a GPU, of width f and for hidden states of size h."""
+
+    ins: torch.Tensor
+    """int64 [E]: addresses of [gate|up] [2*f, h], multiples of 16 bytes."""
+    outs: torch.Tensor
+    """int64 [E]: addresses of [h, f], multiples of 16 bytes."""
+    in_bias: torch.Tensor | None
+    """[E, 2*f]"""
+    out_bias: torch.Tensor | None
+    """[E, h]"""
+    width: int
+    """f"""
 
 
 class Routes(NamedTuple):
@@ -204,13 +221,43 @@ class Experts:
             stacked=Stacked(f"{experts}.down_proj", expert, self.count, transposed),
         )
 
+    def tables(self, w: Weights) -> dict[str, torch.Tensor]:
+        """Tables of the addresses at which the experts' weights in `w` lie, on their device."""
+        device = w[expert_in(0)].device
+
+        def addresses(name: Callable[[int], str]) -> torch.Tensor:
+            return torch.tensor([w[name(expert)].data_ptr() for expert in range(self.count)], device=device)
+
+        return {IN_TABLE: addresses(expert_in), OUT_TABLE: addresses(expert_out)}
+
+    def opened(self, w: Weights) -> Weights:
+        """What the MLP is computed with: `w`, and the tables where it lies on a GPU. The first time kernels compile."""
+        if not w[ROUTER.weight].is_cuda:
+            return w
+        from hsrpc.model.kernels import experts as kernels  # loads Triton
+
+        with_tables = {**w, **self.tables(w)}
+        row = w[expert_in(0)].new_zeros((1, w[expert_in(0)].shape[1]))
+        kernels.compile_products(row, self._placed(with_tables), self.k, self.gate.gating)
+        return with_tables
+
     def of(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
-        """Output [n, h] of the MLP for x [n, h]."""
-        routed = self._routed(w, x, self.routing.of(w, x, self.k))
+        """Output [n, h] of the MLP for x [n, h]; `w` is `opened`."""
+        routes = self.routing.of(w, x, self.k)
+        routed = self.on_gpu(w, x, routes) if x.is_cuda else self.one_by_one(w, x, routes)
         return routed if self.shared is None else routed + self._shared(w, x, self.shared)
 
-    def _routed(self, w: Weights, x: torch.Tensor, routes: Routes) -> torch.Tensor:
-        """The sum of each token's experts, weighted: one expert after the other."""
+    def on_gpu(self, w: Weights, x: torch.Tensor, routes: Routes) -> torch.Tensor:
+        """The sum of each token's experts [n, h], weighted: all experts at once, found by the tables."""
+        from hsrpc.model.kernels import experts as kernels  # loads Triton
+
+        return kernels.expert_mlps(x, routes.weights, routes.chosen, self._placed(w), self.gate.gating)
+
+    def _placed(self, w: Weights) -> PlacedExperts:
+        return PlacedExperts(w[IN_TABLE], w[OUT_TABLE], w.get(IN_BIAS), w.get(OUT_BIAS), self.width)
+
+    def one_by_one(self, w: Weights, x: torch.Tensor, routes: Routes) -> torch.Tensor:
+        """The sum of each token's experts [n, h], weighted: one expert after the other."""
         out = torch.zeros_like(x)
         for expert in routes.chosen.unique().tolist():
             rows, place = (routes.chosen == expert).nonzero(as_tuple=True)

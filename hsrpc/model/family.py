@@ -132,6 +132,10 @@ class Family(ABC):
         """What the projections of all layers take of `positions` [n]."""
         return Rotation(positions)
 
+    def opened(self, layer: int, w: Weights) -> Weights:
+        """What the layer is computed with, of its tensors: made once for each place where they lie. Here themselves."""
+        return w
+
     @abstractmethod
     def project(self, w: Weights, layer: int, hidden: torch.Tensor, rotation: Rotation) -> Projection:
         """What attention takes of the layer's input `hidden` [n, h]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch.nn import functional
@@ -48,6 +48,14 @@ def project_rows(w: Weights, of: Affine, x: torch.Tensor, start: int, out: torch
         torch.addmm(bias[start:], x, weight, out=out)
 
 
+class Gating(NamedTuple):
+    """A gate as the kernels are told of it."""
+
+    name: str
+    limit: float = 0.0
+    alpha: float = 0.0
+
+
 class Activation(Enum):
     """A function between the products of an MLP."""
 
@@ -71,13 +79,16 @@ class Activation(Enum):
             case Activation.RELU2:
                 return functional.relu(x).square_()
 
+    @property
+    def gating(self) -> Gating:
+        return Gating(self.value)
+
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
         """The function of gate, times up: [n, f] of [gate|up] [n, 2*f]."""
         if gate_up.is_cuda:
             from hsrpc.model.kernels import fused  # loads Triton
 
-            if self.value in fused.GATES:
-                return fused.gate(gate_up, self.value)
+            return fused.gate(gate_up, self.gating)
         left, right = gate_up.chunk(2, dim=-1)
         return self.of(left) * right
 
@@ -91,12 +102,16 @@ class ClampedGate:
     alpha: float
     """Factor in the sigmoid."""
 
+    @property
+    def gating(self) -> Gating:
+        return Gating("clamped", self.limit, self.alpha)
+
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate * sigmoid(alpha * gate) * (up + 1): [n, f] of [gate|up] [n, 2*f]."""
         if gate_up.is_cuda:
             from hsrpc.model.kernels import fused  # loads Triton
 
-            return fused.clamped_gate(gate_up, self.limit, self.alpha)
+            return fused.gate(gate_up, self.gating)
         gate, up = gate_up.chunk(2, dim=-1)
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))

@@ -21,6 +21,7 @@ from hsrpc.model.generation_config import GENERATION_FILE
 from hsrpc.model.hub import model_name
 from hsrpc.model.shapes import SHAPES
 from hsrpc.model.text_part import text_part
+from hsrpc.plan.sizes import LayerSizes
 
 __all__ = ["ModelSpec", "in_formats", "load_spec", "named_spec"]
 
@@ -101,9 +102,11 @@ def in_formats(spec: ModelSpec, formats: Formats) -> ModelSpec:
     """The same model, its weights and caches in `formats`."""
     spec = replace(spec, formats=formats)
     family = create_family(spec)
+    alike: dict[LayerSizes, LayerSizes] = {}  # kept once: mixtures of experts have thousands of tensors
+    layers = map(family.layer_sizes, range(family.num_layers))
     sizes = replace(
         spec.sizes,
-        layers=tuple(map(family.layer_sizes, range(family.num_layers))),
+        layers=tuple(alike.setdefault(layer, layer) for layer in layers),
         fixed_bytes=sum(tensor.numel for tensor in family.fixed_tensors()) * spec.dtype.itemsize,
     )
     return replace(spec, sizes=sizes)

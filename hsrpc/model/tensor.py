@@ -67,7 +67,7 @@ class Neighbours:
         return torch.arange(2 * self.count * self.width).view(self.count, self.width, 2).transpose(1, 2).flatten()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stacked:
     """One of several tensors of one shape that a checkpoint may have as one: [count, *shape]."""
 

@@ -20,6 +20,8 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 Number: TypeAlias = float | Floats
 """One candidate's, or an array of many; whole numbers too, which are exact below 2**53."""
 
+_SCORE_BYTES = 16
+"""Of an expert, for each token: its logit, scores and what it is chosen by, in float32."""
 ALIGNMENT = 256
 """Tensors in a buffer begin at multiples of this many bytes."""
 
@@ -190,9 +192,10 @@ class LayerSizes:
     def workspace_bytes(self, tokens: Number) -> Number:
         """Upper bound of what computing `tokens` tokens allocates on the device, beside buffers."""
         width = 4 * self.hidden_size + 3 * self.query_size + self.key_size + self.value_size + 3 * self.ffn_size
-        if self.experts is not None:
-            width += self.experts.k * self.hidden_size
-        return tokens * (width * self.compute_bytes + 8 * self.hidden_size)
+        if self.experts is None:
+            return tokens * (width * self.compute_bytes + 8 * self.hidden_size)
+        width += self.experts.k * self.hidden_size  # each expert's output, before they are summed
+        return tokens * (width * self.compute_bytes + 8 * self.hidden_size + _SCORE_BYTES * self.experts.count)
 
     @property
     def pending_bytes(self) -> int:

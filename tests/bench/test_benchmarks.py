@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from benchmarks import bus, coding, decoding, gpu_check, growth, orchestration, planner_check, planner_report, startup
 from benchmarks.planner_report import draw_grid, draw_sweep
 from hsrpc.config import CachePolicy, DeviceKind, Placement
+from hsrpc.model.shapes import SHAPES
 from tests.bench.conftest import TINY
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -226,6 +227,24 @@ def test_startup_makes_a_checkpoint_once_and_times_what_follows(tiny, tmp_path, 
     with pytest.raises(SystemExit):
         startup.main([*run, "--shape", "opt-125m"])
     assert "not opt-125m; give another" in capsys.readouterr().err
+
+
+MIXTURES = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_the_gpu_check_fills_mixtures_of_experts(kind, monkeypatch, capsys):
+    """Experts that transformers has in one tensor, whatever it calls it."""
+    sizes = {key: TINY[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")}
+    shape = sizes | MIXTURES[kind] | {"model_type": kind, "intermediate_size": 24, "max_position_embeddings": 640}
+    monkeypatch.setitem(SHAPES, "tiny-mixture", shape)
+    monkeypatch.setattr(gpu_check, "LENGTHS", (1, 33))
+    monkeypatch.setattr(gpu_check, "RUNS", (gpu_check.Run(CachePolicy.HYBRID, 0.5, Placement.HOST),))
+    gpu_check.main(["--shape", "tiny-mixture", "--device", "cpu"])
+    assert "of 2 prompts equal throughout" in capsys.readouterr().out
 
 
 def test_the_gpu_check_compares_with_transformers(tiny_shape, monkeypatch, capsys):

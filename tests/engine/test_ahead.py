@@ -40,7 +40,7 @@ def counting() -> Iterator[list[MiniBatch]]:
         yield found
 
 
-@pytest.mark.parametrize("model", ["opt", "llama"])
+@pytest.mark.parametrize("model", ["opt", "llama", "qwen3-moe"])
 async def test_tokens_equal_the_reference(model: str, reference: Callable[[str], Reference]) -> None:
     """Requests that come and go; most steps run ahead."""
     made = reference(model)

@@ -185,7 +185,7 @@ async def run(engine: Engine, prompts: Sequence[list[int]], params: SamplingPara
 
 @pytest.mark.parametrize("placement", [*PLACEMENTS, None], ids=["host", "resident", "a part", "small"])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy["cache_policy"])
-@pytest.mark.parametrize("model", ["opt-odd-heads", "mistral-window"])
+@pytest.mark.parametrize("model", ["opt-odd-heads", "mistral-window", "qwen3-moe"])
 async def test_what_is_allocated_is_what_was_planned(
     model: str,
     policy: dict[str, object],
@@ -225,7 +225,7 @@ async def test_coded_weights_take_no_more_than_was_planned(
 @pytest.mark.parametrize(
     "policy", [*POLICIES, MANY, ANEW], ids=lambda policy: policy.get("name", policy["cache_policy"])
 )
-@pytest.mark.parametrize("model", ["opt-odd-heads", "mistral-window"])
+@pytest.mark.parametrize("model", ["opt-odd-heads", "mistral-window", "qwen3-moe"])
 async def test_steps_stay_within_their_lines(
     model: str,
     policy: dict[str, object],

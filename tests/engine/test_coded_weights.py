@@ -50,6 +50,18 @@ CONFIGS = {
         "max_position_embeddings": 160,
         "rms_norm_eps": 1e-5,
     },
+    "qwen3-moe": {
+        **_SIZES,
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "intermediate_size": 384,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 160,
+        "rms_norm_eps": 1e-6,
+    },
 }
 PROMPTS = [[(7 * i + j) % 290 + 5 for j in range(3 + 9 * i)] for i in range(5)]
 SHARES = {"float16": 0.86, "bfloat16": 0.67}

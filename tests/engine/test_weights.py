@@ -163,7 +163,7 @@ def make_prefetcher(family: Family, resident: tuple[int, ...] = (), share: int =
     names = [tensor.name for tensor in family.sizes.layers[0].tensors]
     stays = tuple(frozenset(names if i in resident else names[:share]) for i in range(NUM_LAYERS))
     plan = plan_for(family, stays)
-    return WeightPrefetcher(load(family, plan), plan, CpuDevice())
+    return WeightPrefetcher(load(family, plan), plan, CpuDevice(), family)
 
 
 def lists(prefetcher: WeightPrefetcher, count: int, batches: tuple[BatchShape, ...] = PLAIN) -> list[OpList]:
@@ -214,7 +214,8 @@ def test_a_resident_model_streams_nothing(family: Family) -> None:
     """Its list loads no weights, and there is no buffer for them."""
     names, device = family.sizes.layers[0].names, CpuDevice()
     plan = plan_for(family, (names,) * NUM_LAYERS)
-    prefetcher = WeightPrefetcher(load_weights(family, RandomWeights(0), plan, device, threading.Event()), plan, device)
+    weights = load_weights(family, RandomWeights(0), plan, device, threading.Event())
+    prefetcher = WeightPrefetcher(weights, plan, device, family)
     layers = Layers(family, prefetcher)
     for ops in lists(prefetcher, 2):
         assert not ops.lanes[Lane.WEIGHTS]

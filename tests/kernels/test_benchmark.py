@@ -1,4 +1,4 @@
-"""What benchmarks/decode_kernel.py measures on a GPU: the same cases, smaller, and its reference."""
+"""What benchmarks/decode_kernel.py and expert_kernels.py measure on a GPU: the same cases, smaller."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from benchmarks.decode_kernel import case, reference
+from benchmarks.expert_kernels import Case, Mixture
 from hsrpc.model.kernels.decode_attention import decode_attention
+from hsrpc.model.kernels.experts import FEW
+from hsrpc.model.layers import ClampedGate
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
@@ -16,3 +19,13 @@ def test_its_reference_agrees_with_the_kernel(share: float) -> None:
     wanted = reference(given)
     decode_attention(**given)
     assert (given["out"] - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_the_references_of_experts_agree_with_the_kernels() -> None:
+    """The loop with all of it, and torch's products with each of ours where it has them."""
+    torch.manual_seed(0)
+    case = Case.make(Mixture(4, 2, 32, 16, ClampedGate(7.0, 1.702), bias=True), 9, torch.float32, "cpu")
+    torch.testing.assert_close(case.run(), case.reference(), atol=1e-5, rtol=1e-5)
+    plain = Case.make(Mixture(4, 2, 32, 16), 9, torch.float32, "cpu")
+    (ours, _), (torchs, _) = plain.products(FEW), plain.grouped()
+    torch.testing.assert_close(ours(), plain.of.gate.gated(torchs()), atol=1e-5, rtol=1e-5)

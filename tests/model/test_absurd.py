@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from hsrpc.errors import CheckpointError
 from hsrpc.model import config_file
-from hsrpc.model.bounds import MAX_CONTEXT, MAX_LAYERS, MAX_MODEL_BYTES
+from hsrpc.model.bounds import MAX_CONTEXT, MAX_EXPERTS, MAX_LAYERS, MAX_MODEL_BYTES
 from hsrpc.model.checkpoint import Checkpoint
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family, ModelSpec
@@ -44,6 +44,7 @@ CONFIGS: dict[str, dict[str, object]] = {
     "llama": LLAMA,
     "mistral": SHAPES["mistral-7b"],
     "gemma3": SHAPES["gemma-3-12b"],
+    "qwen3_moe": SHAPES["qwen3-30b-a3b"] | {"num_experts": 8},
 }
 PLACES = [
     (name, path)
@@ -100,6 +101,9 @@ def as_random(file: Path) -> ModelSpec:
 @example(place=("llama", ("rms_norm_eps",)), value=10**4000)
 @example(place=("llama", ("rope_scaling", "original_max_position_embeddings")), value=2**70)
 @example(place=("llama", ("head_dim",)), value=2**40)
+@example(place=("qwen3_moe", ("num_experts",)), value=400)
+@example(place=("qwen3_moe", ("num_experts",)), value=MAX_EXPERTS)
+@example(place=("qwen3_moe", ("num_experts_per_tok",)), value=2**40)
 @pytest.mark.parametrize("load", [as_checkpoint, as_random])
 def test_any_number_of_a_configuration_is_served_or_refused_by_its_key(tmp_path, load, place, value):
     """Whatever stands in a number's place: a model within the bounds, or an error that names file and key."""

@@ -95,9 +95,10 @@ def test_experts_of_gpt_oss(limit, tmp_path):
         ({"n_group": 3}, "n_group: expected a divisor of 8 experts"),
         ({"n_group": 8, "topk_group": 4}, "with 2 of them or more in a group, found 8"),
         ({"n_group": 4, "topk_group": 1}, "with 3 of them or more in a group"),
-        ({"num_experts_per_tok": 9}, "num_experts_per_tok: expected a whole number from 1 to 8"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok: expected at most n_routed_experts=8, found 9"),
         ({"moe_intermediate_size": 2**19}, "moe_intermediate_size: expected at most 349525"),
-        ({"n_routed_experts": 2**18}, "n_routed_experts: expected a whole number from 1 to 131072"),
+        ({"n_routed_experts": 2**13}, "n_routed_experts: expected a whole number from 1 to 4096"),
+        ({"num_hidden_layers": 1024, "n_routed_experts": 256}, "n_routed_experts=256: expected at most 65536 exp"),
     ],
 )
 def test_refusals_name_the_key(changes, words):

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, astuple
 from itertools import groupby
@@ -79,6 +81,8 @@ CASES = {
     "mistral-7b, activations, coded": Case(
         "mistral-7b", 20, 64, {"cache_policy": "activation", "expected_context": 5000}, torch.bfloat16, coded=True
     ),
+    "qwen3-30b-a3b, partly resident": Case("qwen3-30b-a3b", 24, 80, {"expected_context": 700}, coded=True),
+    "mixtral-8x7b, activations": Case("mixtral-8x7b", 40, 120, {"cache_policy": "activation"}),
     "opt-66b, too small": Case("opt-66b", 8, 20, {}),
 }
 
@@ -132,7 +136,13 @@ def _facts(plan: Plan, sizes: ModelSizes) -> Iterator[tuple[str, object]]:
 def _streamed(plan: Plan, sizes: ModelSizes) -> Iterator[str]:
     """For each layer, what does not stay on the device, and the bytes that this takes before it is coded."""
     for layer, resident, streamed in zip(sizes.layers, plan.resident, plan.streamed, strict=True):
-        yield f"{' '.join(sorted(layer.names - resident))} {streamed.device_bytes}"
+        yield f"{' '.join(_counted(sorted(layer.names - resident)))} {streamed.device_bytes}"
+
+
+def _counted(names: Iterable[str]) -> Iterator[str]:
+    """Names, those of experts once, with how many there are."""
+    alike = Counter(re.sub(r"(?<=expert_)\d+", "N", name) for name in names)
+    return (name if count == 1 else f"{count} {name}" for name, count in alike.items())
 
 
 def _runs(values: Iterable[object]) -> str:

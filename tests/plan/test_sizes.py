@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,35 +13,21 @@ from hsrpc.plan.layer_times import LayerTimes
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Budgets
 from hsrpc.plan.planner import Planner
-from hsrpc.plan.sizes import CacheRow, LayerSizes, Number
+from hsrpc.plan.sizes import CacheRow, ExpertSizes, LayerSizes
 from hsrpc.schedule.blocks import BlockKind
 from tests.plan.test_plan import GIB, PCIE4_4090, make_layer, make_sizes
 
 NUM_EXPERTS, NUM_ACTIVE = 8, 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertLayer(LayerSizes):
-    """A layer whose MLP has eight experts, of which a token goes through two."""
-
-    @property
-    def expert_elements(self) -> int:
-        return sum(tensor.num_elements for tensor in self.tensors if tensor.name in ("up", "down"))
-
-    def flop(self, tokens: Number) -> Number:
-        idle = self.expert_elements * (NUM_EXPERTS - NUM_ACTIVE) // NUM_EXPERTS
-        return tokens * (2 * (self.num_elements - idle))
-
-    def read_bytes(self, tokens: Number) -> Number:
-        missed = (1 - NUM_ACTIVE / NUM_EXPERTS) ** tokens
-        return self.weight_bytes - missed * self.expert_elements * self.compute_bytes
-
-    def workspace_bytes(self, tokens: Number) -> Number:
-        return 4096 + 2 * super().workspace_bytes(tokens)
-
-
-def experts(layer: LayerSizes) -> ExpertLayer:
-    return ExpertLayer(**{name: getattr(layer, name) for name in layer.__dataclass_fields__})
+def experts(layer: LayerSizes) -> LayerSizes:
+    """The layer with an MLP of eight experts, of which a token goes through two."""
+    mlp = [tensor for tensor in layer.tensors if tensor.name in ("up", "down")]
+    elements = sum(tensor.num_elements for tensor in mlp) // NUM_EXPERTS
+    of_experts = ExpertSizes(
+        count=NUM_EXPERTS, k=NUM_ACTIVE, num_elements=elements, device_bytes=elements * layer.compute_bytes
+    )
+    return replace(layer, ffn_size=layer.ffn_size * NUM_ACTIVE // NUM_EXPERTS, experts=of_experts)
 
 
 DENSE = make_layer(hidden=256, kv=256, ffn=1024, compute_bytes=2)
@@ -60,8 +46,8 @@ def test_equal_layers_are_one():
 
     assert sizes.distinct == ((EXPERTS, 3), (DENSE, 2))
     assert sizes.kinds == (0, 1, 0, 0, 1)
-    assert sizes.mean(ask) == pytest.approx((3 * 8192 + 2 * 1024) / 5)
-    assert sizes.largest(ask) == 8192
+    assert sizes.mean(ask) == pytest.approx((3 * 2048 + 2 * 1024) / 5)
+    assert sizes.largest(ask) == 2048
     assert asked == [EXPERTS, DENSE] * 2
     assert sizes.commonest == EXPERTS
     assert sizes.layers_bytes == 3 * EXPERTS.weight_bytes + 2 * DENSE.weight_bytes
@@ -83,9 +69,9 @@ def test_few_tokens_read_few_experts(queries: int):
         for layer in MIXED.layers
     ]
     assert seconds == pytest.approx([sum(each) / 4])
-    shared = EXPERTS.weight_bytes - 2 * EXPERTS.expert_elements
-    part = 1 - 0.75**queries
-    assert EXPERTS.read_bytes(queries) == pytest.approx(shared + part * 2 * EXPERTS.expert_elements)
+    one = EXPERTS.experts.device_bytes
+    others = EXPERTS.weight_bytes - NUM_EXPERTS * one
+    assert EXPERTS.read_bytes(queries) == pytest.approx(others + (1 - 0.75**queries) * NUM_EXPERTS * one)
 
 
 def test_groups_of_mini_batches_read_for_their_own_tokens():
@@ -96,9 +82,9 @@ def test_groups_of_mini_batches_read_for_their_own_tokens():
 
 
 def test_the_workspace_is_that_of_the_largest_layer():
-    """An MLP eight times as wide that says twice that; the planner plans for it."""
+    """Two experts as wide as the dense MLP each, with an output each and scores of all; the planner plans for it."""
     wide = EXPERTS.workspace_bytes(10)
-    assert wide == 4096 + 10 * 2 * (2 * (4 * 256 + 3 * 256 + 2 * 256 + 3 * 8192) + 8 * 256)
+    assert wide == 10 * (2 * (4 * 256 + 3 * 256 + 2 * 256 + 3 * 2048 + 2 * 256) + 8 * 256 + 16 * NUM_EXPERTS)
     assert query_bytes(MIXED, 10) == wide + 10 * 2 * EXPERTS.pending_bytes
     staging = Staging(batch=4, rows=100, activation_rows=50, queries=20, step_tokens=30, graph_batch=0, table=1)
     dense = replace(MIXED, layers=(DENSE,) * 4)
@@ -113,14 +99,10 @@ def test_a_model_with_experts_is_planned():
     slow = replace(PCIE4_4090, gemm_rate=1e11, load_bandwidth=1e12)
     config = EngineConfig(max_batch=64, expected_context=64, placement="host", cache_policy="kv")
     budgets = Budgets(device=GIB, host=GIB)
-    all_active = replace(MIXED, layers=tuple(LayerSizes(**vars_of(layer)) for layer in MIXED.layers))
+    all_active = replace(MIXED, layers=tuple(replace(layer, experts=None) for layer in MIXED.layers))
     active, every = (Planner(sizes, budgets, slow, config).plan().prediction for sizes in (MIXED, all_active))
     flop = [sum(layer.flop(64) for layer in sizes.layers) for sizes in (MIXED, all_active)]
     assert (active.forward, every.forward) == pytest.approx([each / slow.gemm_rate for each in flop])
-
-
-def vars_of(layer: LayerSizes) -> dict[str, object]:
-    return {name: getattr(layer, name) for name in LayerSizes.__dataclass_fields__}
 
 
 def test_a_latent_is_an_activation_of_its_own_width():

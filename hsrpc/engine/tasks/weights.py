@@ -10,6 +10,7 @@ from hsrpc.device.device import Device
 from hsrpc.engine.lanes import StepRun
 from hsrpc.engine.weights import ModelWeights, OpenedLayer
 from hsrpc.engine.worker import Worker
+from hsrpc.model.family import Family
 from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import Plan
 from hsrpc.schedule.sweep import BUFFERS, Lane, LayerPlacement, Op, Places
@@ -18,12 +19,13 @@ from hsrpc.schedule.sweep import BUFFERS, Lane, LayerPlacement, Op, Places
 class WeightPrefetcher:
     """Task that runs the weights' lane of each step: it sweeps over the streamed layers, ahead of the executor."""
 
-    def __init__(self, weights: ModelWeights, plan: Plan, device: Device) -> None:
+    def __init__(self, weights: ModelWeights, plan: Plan, device: Device, family: Family) -> None:
         self.streamed_bytes = 0
         """Copied to the device since the start."""
         self.steps: asyncio.Queue[StepRun] = asyncio.Queue(1)
         self._layers = weights.layers
         self._device = device
+        self._family = family
         streams = any(layer.packed is not None for layer in weights.layers)
         self._buffers = [self._buffer(plan.weight_buffer_bytes) for _ in range(BUFFERS * streams)]
         self._decoded = self._buffer(plan.decode_buffer_bytes)
@@ -60,6 +62,7 @@ class WeightPrefetcher:
 
     def _make(self, layer: int, slot: int) -> OpenedLayer:
         weights = self._layers[layer]
-        if weights.packed is None:
-            return OpenedLayer(weights.resident, ())
-        return weights.open(self._buffers[slot], self._decoded)
+        opened = OpenedLayer(weights.resident, ())
+        if weights.packed is not None:
+            opened = weights.open(self._buffers[slot], self._decoded)
+        return opened._replace(tensors=self._family.opened(layer, opened.tensors))

@@ -40,6 +40,9 @@ _SMALL_KERNELS = 6
 """Profiled with Qwen3-8B and Llama-3-8B at a batch of 32, in times of a norm: norms, rotation, gate, sums and copies
 take 4.6, attention 2.3 more than its bytes do, and a layer's GEMMs 1.5 less than they are counted."""
 
+_EXPERT_KERNELS = 8
+"""More of a layer with experts: scores, the choice and its weights (6), sorting, and the sum; not profiled."""
+
 
 class Decoder(Family):
     """A decoder as its settings say."""
@@ -166,7 +169,9 @@ class Decoder(Family):
         hides = window is not None and window < self.sizes.context_length
         sizes = replace(super().layer_sizes(layer), small_kernels=_SMALL_KERNELS)
         if (experts := self.settings.experts[layer]) is not None:
-            sizes = replace(sizes, ffn_size=experts.inner_size, experts=_expert_sizes(experts, sizes))
+            kernels = _SMALL_KERNELS + _EXPERT_KERNELS
+            of_experts = _expert_sizes(experts, sizes)
+            sizes = replace(sizes, ffn_size=experts.inner_size, experts=of_experts, small_kernels=kernels)
         return replace(sizes, sliding_window=window if hides else None)
 
     def fixed_tensors(self) -> tuple[TensorSpec, ...]:
@@ -180,6 +185,10 @@ class Decoder(Family):
 
     def embed(self, fixed: Weights, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return _scaled(functional.embedding(token_ids, fixed[EMBED]), self._embedding_scale)
+
+    def opened(self, layer: int, w: Weights) -> Weights:
+        experts = self.settings.experts[layer]
+        return w if experts is None else experts.opened(w)
 
     def project(self, w: Weights, layer: int, hidden: torch.Tensor, rotation: Rotation) -> Projection:
         x = self._normed(w, ATTENTION_NORM, hidden)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hsrpc.model.bounds import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
+from hsrpc.model.bounds import MAX_ALL_EXPERTS, MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.experts import ExpertNames, Experts, Groups, Routing, Scoring, Shared
 from hsrpc.model.layers import ClampedGate, Gate
@@ -20,8 +20,13 @@ ByLayer = tuple[Experts | None, ...]
 def experts_of(config: ConfigFile, gate: Gate, routing: Routing, *, width: str = "intermediate_size") -> Experts:
     """A layer's experts; `width` is the key of theirs."""
     key = next(filter(config.has, NUM_EXPERTS), NUM_EXPERTS[0])
-    count = config.integer(key, maximum=MAX_EXPERTS // _num_layers(config))
-    k = config.integer("num_experts_per_tok", maximum=count)
+    count, layers = config.integer(key, maximum=MAX_EXPERTS), _num_layers(config)
+    if count * layers > MAX_ALL_EXPERTS:
+        keys, expected = ("num_hidden_layers", key), f"at most {MAX_ALL_EXPERTS} experts in all layers"
+        raise config.refuse_all(keys, expected, str(count * layers))
+    k = config.integer("num_experts_per_tok", maximum=MAX_EXPERTS)
+    if k > count:
+        raise config.refuse("num_experts_per_tok", f"at most {key}={count}")
     size = config.integer(width, maximum=MAX_WIDTH)
     if k * size > MAX_WIDTH:
         raise config.refuse(width, f"at most {MAX_WIDTH // k}, since num_experts_per_tok={k} work together")

@@ -37,11 +37,12 @@ class Plain(WeightFormat):
     dtype: torch.dtype
 
     def sizes(self, tensor: TensorSpec) -> TensorSizes:
-        size = align(tensor.numel * self.dtype.itemsize)
+        num_elements = tensor.numel
+        size = align(num_elements * self.dtype.itemsize)
         return TensorSizes(
             name=tensor.name,
-            num_elements=tensor.numel,
-            resident_bytes=tensor.numel * self.dtype.itemsize,
+            num_elements=num_elements,
+            resident_bytes=num_elements * self.dtype.itemsize,
             device_bytes=size,
             buffer_bytes=size,
             bus_bytes=size,

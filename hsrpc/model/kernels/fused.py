@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hsrpc.model.layers import Gating
 from hsrpc.model.rope import HeadNorms
 
 _HEADS = 16
@@ -98,46 +99,42 @@ def rotate_heads_(
 
 
 @triton.jit
-def _gate(gate_up, out, width, limit, alpha, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def gated(gate, up, limit, alpha, dtype: tl.constexpr, GATE: tl.constexpr):
+    """gate's activation times up, both float32, rounded."""
+    if GATE == "silu":
+        active = gate / (1.0 + tl.exp(-gate))
+    elif GATE == "gelu":
+        active = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    elif GATE == "gelu_tanh":
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        # 0.5 * (1 + tanh(x)) is the sigmoid of 2 * x; 80: exp does not overflow.
+        active = gate / (1.0 + tl.exp(tl.minimum(-2.0 * inner, 80.0)))
+    elif GATE == "relu":
+        active = tl.maximum(gate, 0.0)
+    elif GATE == "relu2":
+        active = tl.maximum(gate, 0.0) * tl.maximum(gate, 0.0)
+    else:  # clamped
+        bounded = tl.minimum(gate, limit)
+        active = bounded / (1.0 + tl.exp(-alpha * bounded))
+        up = tl.minimum(tl.maximum(up, -limit), limit) + 1.0
+    return (active.to(dtype).to(tl.float32) * up).to(dtype)
+
+
+@triton.jit
+def _gate(gate_up, out, width, limit, alpha, GATE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
-    dtype = out.dtype.element_ty
-    if ACTIVATION == "silu":
-        active = gate / (1.0 + tl.exp(-gate))
-    elif ACTIVATION == "gelu":
-        active = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    elif ACTIVATION == "clamped":
-        gate = tl.minimum(gate, limit)
-        active = gate / (1.0 + tl.exp(-alpha * gate))
-        up = tl.minimum(tl.maximum(up, -limit), limit) + 1.0
-    else:  # gelu_tanh
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        # 0.5 * (1 + tanh(x)) is the sigmoid of 2 * x; 80: exp does not overflow.
-        active = gate / (1.0 + tl.exp(tl.minimum(-2.0 * inner, 80.0)))
-    tl.store(out + row * width + column, (active.to(dtype).to(tl.float32) * up).to(dtype), mask=inside)
+    tl.store(out + row * width + column, gated(gate, up, limit, alpha, out.dtype.element_ty, GATE), mask=inside)
 
 
-GATES = ("silu", "gelu", "gelu_tanh")
-"""Activations that `gate` computes."""
-
-
-def gate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    """activation(gate) * up [n, f] of [gate|up] [n, 2*f], contiguous; `activation` is one of GATES."""
-    return _gated(gate_up, activation)
-
-
-def clamped_gate(gate_up: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
-    """As `layers.ClampedGate`: [n, f] of [gate|up] [n, 2*f], contiguous."""
-    return _gated(gate_up, "clamped", limit, alpha)
-
-
-def _gated(gate_up: torch.Tensor, activation: str, limit: float = 0.0, alpha: float = 0.0) -> torch.Tensor:
+def gate(gate_up: torch.Tensor, gating: Gating) -> torch.Tensor:
+    """What the gate makes [n, f] of [gate|up] [n, 2*f], contiguous."""
     n, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((n, width), dtype=gate_up.dtype, device=gate_up.device)
     if n:
         grid = n, triton.cdiv(width, _BLOCK)
-        _gate[grid](gate_up, out, width, limit, alpha, ACTIVATION=activation, BLOCK=_BLOCK)
+        _gate[grid](gate_up, out, width, gating.limit, gating.alpha, GATE=gating.name, BLOCK=_BLOCK)
     return out
