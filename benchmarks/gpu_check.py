@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.config import CachePolicy, DeviceKind, DType, Placement, WeightCoding
+from hsrpc.model.attention import PLAIN
 from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.shapes import SHAPES
@@ -64,13 +65,14 @@ Found = list[tuple[int, list[int]]]
 def reference_model(shape: str, device: DeviceKind) -> PreTrainedModel:
     """The transformers model of `shape` on the device, with the weights that `random:SHAPE` has."""
     config = CONFIG_MAPPING[str(SHAPES[shape]["model_type"])](**SHAPES[shape])
+    family, source = create_family(named_spec(shape, torch.float16)), RandomWeights(0)
+    attention = "sdpa" if family.attention_extras == PLAIN else "eager"  # the other one has neither caps nor sinks
     torch.set_default_dtype(torch.float16)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     torch.set_default_dtype(torch.float32)
     tensors = model.state_dict()  # whose memory is that of the model
     names = TensorNames(tensors)
-    family, source = create_family(named_spec(shape, torch.float16)), RandomWeights(0)
     for tensor in family.all_tensors():
         packed = torch.empty(tensor.shape, dtype=tensor.dtype(torch.float16), device=model.device)
         source.read(tensor, packed)
