@@ -111,7 +111,7 @@ def _decode_step(engine: Engine, batch: int, context: int) -> MiniBatch:
         request = Request(str(number), [0] * (context + 1), params, number, 0.0)
         assert blocks.grow(request.blocks, -(-(context + 1) // plan.block_size))
         chunks.append(Chunk(request, context, 1, samples=True))
-    return pack(chunks, plan.block_size, (None,))
+    return pack(chunks, plan.block_size, engine.spec.sizes.windows.distinct)
 
 
 def decode_graphs(engine: Engine) -> DecodeGraphs:

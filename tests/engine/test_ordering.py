@@ -272,7 +272,11 @@ def test_every_edge_of_a_list_is_known() -> None:
     assert found == EDGES.keys()
 
 
-@pytest.mark.parametrize(("edge", "scenario"), EDGES.items(), ids=lambda each: str(getattr(each, "__name__", each)))
+@pytest.mark.parametrize(
+    ("edge", "scenario"),
+    [*EDGES.items(), ((OpKind.LOAD_BLOCKS, OpKind.PLACE), windows)],
+    ids=lambda each: str(getattr(each, "__name__", each)),
+)
 async def test_without_an_edge_there_is_a_race(
     edge: tuple[OpKind, OpKind],
     scenario: Scenario,

@@ -20,6 +20,7 @@ from hsrpc.plan.fitted import PRODUCT_WAITING
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.layer_times import LayerTimes, beside
 from hsrpc.plan.plan import REGENERATE_ROWS
+from hsrpc.plan.roofline import StepRecord, roofline
 from hsrpc.plan.step_time import Candidates, StepModel, StepTimes, Traffic
 from tests.plan.test_plan import OPT_6_7B as SIZES
 
@@ -63,6 +64,38 @@ def test_even_hardware_adds_nothing() -> None:
     assert times.prefill == pytest.approx(
         LAYERS * BATCH * PROMPT / OUTPUT * (LAYER.flop(1) + LAYER.attention_flop(PROMPT // 2)) / EVEN.gemm_rate
     )
+
+
+def test_each_layer_reads_what_its_window_shows() -> None:
+    """Loads, rebuilding, gathering and attention; buffers have rows for the layers that see most."""
+    cut = replace(LAYER, sliding_window=CONTEXT // 4)
+    alike, mixed, narrow = (replace(SIZES, layers=pair * 4) for pair in ((LAYER, LAYER), (LAYER, cut), (cut, cut)))
+    on_device = replace(CACHE_ON_HOST, on_device=1.0, on_device_at_end=1.0, device_share=1.0)
+    for sizes, part, mini_batches in ((alike, 1.0, NUM_PARTS), (mixed, 0.625, NUM_PARTS), (narrow, 0.25, 2)):
+        loading, gathering = (StepModel(sizes, EVEN, TRAFFIC).predict(c) for c in (CACHE_ON_HOST, on_device))
+        read = part * 8 * BATCH * CONTEXT
+        assert loading.bus == pytest.approx(read * LAYER.activation.num_bytes / EVEN.load_bandwidth)
+        assert loading.regenerate == pytest.approx(read * LAYER.regenerate_flop / EVEN.gemm_rate)
+        assert gathering.gather == pytest.approx(2 * read * LAYER.activation.num_bytes / EVEN.memory_bandwidth)
+        assert loading.attention == pytest.approx(read * LAYER.kv.num_bytes / EVEN.memory_bandwidth)
+        assert loading.mini_batches == mini_batches
+
+
+def test_the_limit_counts_what_layers_see() -> None:
+    """Attention of a step whose requests have 512 tokens, in layers half of which see 128 of them."""
+    record = StepRecord(
+        seconds=1.0,
+        num_requests=4,
+        decode_tokens=4,
+        prefill_tokens=0,
+        context_tokens=2048,
+        weight_bytes=0,
+        cache_bytes=0,
+        regenerated_tokens=0,
+    )
+    layers = (LAYER, replace(LAYER, sliding_window=128))
+    whole, mixed = (roofline(record, replace(SIZES, layers=each), EVEN) for each in ((LAYER, LAYER), layers))
+    assert mixed.attention == pytest.approx(whole.attention * (1 + 1 / 4) / 2)
 
 
 def test_gemms_slow_the_bus() -> None:
