@@ -106,11 +106,12 @@ class Routing:
             best, chosen = logits.topk(k, dim=-1)
             return Routes(best.softmax(-1, torch.float32), chosen)
         scores = logits.sigmoid() if self.scoring is Scoring.SIGMOID else logits.softmax(-1, torch.float32)
-        chosen = self._ranks(scores + w[CORRECTION] if self.corrected else scores).topk(k, dim=-1).indices
-        weights = scores.gather(1, chosen)
+        ranks = self._ranks(scores + w[CORRECTION] if self.corrected else scores)
+        best, chosen = ranks.topk(k, dim=-1)
+        weights = scores.gather(1, chosen) if self.corrected else best
         if self.renormalised:
             weights = weights / (weights.sum(-1, keepdim=True) + _LEAST_SUM)
-        return Routes(weights * self.scale, chosen)
+        return Routes(weights if self.scale == 1.0 else weights * self.scale, chosen)
 
     def _logits(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
         if self.in_float32:
