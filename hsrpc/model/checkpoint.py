@@ -150,9 +150,9 @@ class Checkpoint:
     def _stacked(self, tensor: TensorSpec) -> Stacked | None:
         """What the tensor is read from, where that is a part of one that is there and its own sources are not."""
         stacked = tensor.stacked
-        if stacked is None or self._names.find(stacked.source) is None or self._names.find(tensor.sources[0]):
+        if stacked is None or self._names.find(tensor.sources[0]) is not None:
             return None
-        return stacked
+        return None if self._names.find(stacked.source) is None else stacked
 
     def _locate(self, tensor: TensorSpec) -> Iterator[tuple[SafetensorsFile, str, int]]:
         """File, name in it and number of elements that are read, of each source."""

@@ -41,7 +41,7 @@ class Scoring(Enum):
 
     SOFTMAX = "softmax"
     """The softmax of all."""
-    CHOSEN_SOFTMAX = "softmax of the chosen"
+    CHOSEN_SOFTMAX = "chosen"
     """The softmax of those that are chosen."""
     SIGMOID = "sigmoid"
     """The sigmoid of each."""
@@ -102,15 +102,20 @@ class Routing:
     def of(self, w: Weights, x: torch.Tensor, k: int) -> Routes:
         """The `k` experts of each row of x [n, h]."""
         logits = self._logits(w, x)
+        if logits.is_cuda and self.groups is None:
+            from hsrpc.model.kernels import experts as kernels  # loads Triton
+
+            return kernels.route(logits, w[CORRECTION] if self.corrected else None, self, k)
         if self.scoring is Scoring.CHOSEN_SOFTMAX:
             best, chosen = logits.topk(k, dim=-1)
             return Routes(best.softmax(-1, torch.float32), chosen)
-        scores = logits.sigmoid() if self.scoring is Scoring.SIGMOID else logits.softmax(-1, torch.float32)
-        chosen = self._ranks(scores + w[CORRECTION] if self.corrected else scores).topk(k, dim=-1).indices
-        weights = scores.gather(1, chosen)
+        scores = logits.float().sigmoid() if self.scoring is Scoring.SIGMOID else logits.softmax(-1, torch.float32)
+        ranks = self._ranks(scores + w[CORRECTION] if self.corrected else scores)
+        best, chosen = ranks.topk(k, dim=-1)
+        weights = scores.gather(1, chosen) if self.corrected else best
         if self.renormalised:
             weights = weights / (weights.sum(-1, keepdim=True) + _LEAST_SUM)
-        return Routes(weights * self.scale, chosen)
+        return Routes(weights if self.scale == 1.0 else weights * self.scale, chosen)
 
     def _logits(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
         if self.in_float32:

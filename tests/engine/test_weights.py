@@ -23,7 +23,7 @@ from hsrpc.engine.worker import Worker
 from hsrpc.errors import CheckpointError, EngineUnavailableError
 from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.families.registry import create_family
-from hsrpc.model.family import Family
+from hsrpc.model.family import Family, Weights
 from hsrpc.model.spec import load_spec
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.memory_use import DeviceUse
@@ -208,6 +208,22 @@ def test_sweeps_give_the_layers_in_order(family: Family, resident: tuple[int, ..
     assert len(streamed) == NUM_LAYERS - len(resident)
     assert (set(streamed) == {family.sizes.layers[0].weight_bytes}) == (share == 0)
     assert prefetcher.streamed_bytes == 3 * sum(streamed) + sum(streamed[:BUFFERS])
+
+
+def test_a_family_adds_to_what_is_opened(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each place where a layer's weights lie: where it stays, or a buffer that it streams through."""
+    asked: list[int] = []
+
+    def opened(layer: int, w: Weights) -> Weights:
+        asked.append(layer)
+        return {**w, "addresses": torch.tensor([tensor.data_ptr() for tensor in w.values()])}
+
+    monkeypatch.setattr(family, "opened", opened)
+    prefetcher = make_prefetcher(family, (1,), 2)
+    for layer, slot in [(0, 0), (0, 1), (0, 0), (1, -1), (1, -1)]:
+        *tensors, addresses = prefetcher.open(layer, slot).tensors.values()
+        assert addresses.tolist() == [tensor.data_ptr() for tensor in tensors]
+    assert asked == [0, 0, 1]
 
 
 def test_a_resident_model_streams_nothing(family: Family) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hsrpc.model.experts import Experts, Routes, Routing, expert_in, expert_out
+from hsrpc.model.experts import CORRECTION, ROUTER, Experts, Routes, Routing, Scoring, expert_in, expert_out
 from hsrpc.model.kernels import experts as kernels
-from hsrpc.model.kernels.experts import FEW, MANY, SOME, Tiles, choose_tiles, sort_choices
+from hsrpc.model.kernels.experts import FEW, MANY, SOME, Tiles, choose_tiles, route, sort_choices
 from hsrpc.model.layers import Activation, ClampedGate, Gate
 
 SIZE = 80
@@ -99,3 +99,33 @@ def test_choices_are_sorted(n: int) -> None:
 def test_tiles_are_chosen_by_the_rows_of_an_expert() -> None:
     """Of Qwen3-30B-A3B, with 128 experts of which 8 are taken: by tokens."""
     assert [choose_tiles(8 * n, 128) for n in (1, 256, 1024, 8192)] == [FEW, FEW, SOME, MANY]
+
+
+ROUTINGS = [
+    Routing(),
+    Routing(renormalised=True, scale=2.5),
+    Routing(scoring=Scoring.CHOSEN_SOFTMAX),
+    Routing(scoring=Scoring.SIGMOID, renormalised=True, corrected=True, scale=0.5),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("count", "k"), [(8, 2), (60, 4), (5, 5), (3, 1)])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_routes_are_those_of_torch(routing: Routing, count: int, k: int, dtype: torch.dtype) -> None:
+    """The same experts in the same order, and their weights, of any number of experts."""
+    logits = torch.stack([torch.randperm(count) for _ in range(9)]).to(dtype) / 4 - 1
+    w = {ROUTER.weight: torch.eye(count, dtype=dtype), CORRECTION: torch.randn(count) if routing.corrected else None}
+    found, wanted = route(logits, w[CORRECTION], routing, k), routing.of(w, logits, k)
+    assert torch.equal(found.chosen, wanted.chosen)
+    torch.testing.assert_close(found.weights, wanted.weights, atol=1e-6, rtol=2e-3 if dtype is torch.float16 else 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_of_equal_experts_the_first_are_chosen() -> None:
+    """And numbers that are none choose experts that there are."""
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0], [torch.nan] * 5])
+    chosen = route(logits, None, Routing(), 2).chosen
+    assert chosen[0].tolist() == [1, 2]
+    assert ((chosen[1] >= 0) & (chosen[1] < 5)).all()
+    assert route(logits[:0], None, Routing(), 2).chosen.shape == (0, 2)

@@ -70,7 +70,10 @@ def test_few_tokens_read_few_experts(queries: int):
         for layer in MIXED.layers
     ]
     assert seconds == pytest.approx([sum(each) / 4])
-    one = EXPERTS.experts.device_bytes
+    experts = EXPERTS.experts
+    worked = EXPERTS.num_elements - (NUM_EXPERTS - NUM_ACTIVE) * experts.num_elements
+    assert EXPERTS.flop(queries) == 2 * queries * worked
+    one = experts.device_bytes
     others = EXPERTS.weight_bytes - NUM_EXPERTS * one
     assert EXPERTS.read_bytes(queries) == pytest.approx(others + (1 - 0.75**queries) * NUM_EXPERTS * one)
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hsrpc.model.experts import PlacedExperts
+from hsrpc.model.experts import PlacedExperts, Routes, Routing
 from hsrpc.model.kernels.fused import gated
 from hsrpc.model.layers import Gating
 
@@ -41,6 +41,75 @@ MANY = Tiles(128, 64, 64, 8, 3)
 """Of the first product a program takes as many columns of gate as of up: twice these."""
 _MEAN_ROWS = ((16, FEW), (64, SOME))
 """Up to so many rows for an expert, on average, the tiles."""
+
+
+@triton.jit
+def _route(
+    weights,
+    chosen,
+    logits,
+    correction,
+    scale,
+    SCORING: tl.constexpr,
+    RENORMALISED: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    K: tl.constexpr,
+    PADDED: tl.constexpr,
+    PADDED_K: tl.constexpr,
+) -> None:
+    """The experts of one token: the best ones, each in turn, and what they weigh."""
+    row = tl.program_id(0)
+    e = tl.arange(0, PADDED)
+    j = tl.arange(0, PADDED_K)
+    scores = tl.load(logits + row * EXPERTS + e, mask=e < EXPERTS, other=float("-inf")).to(tl.float32)
+    if SCORING == "softmax":
+        scores = tl.exp(scores - tl.max(scores, 0))
+        scores = scores / tl.sum(scores, 0)
+    elif SCORING == "sigmoid":
+        scores = 1.0 / (1.0 + tl.exp(-scores))
+    ranks = scores
+    if CORRECTED:
+        ranks += tl.load(correction + e, mask=e < EXPERTS, other=0.0)
+    ranks = tl.where(e < EXPERTS, ranks, float("-inf"))
+    best = tl.zeros([PADDED_K], tl.int64)
+    weight = tl.full([PADDED_K], float("-inf") if SCORING == "chosen" else 0.0, tl.float32)
+    for i in range(K):
+        expert = tl.minimum(tl.argmax(ranks, 0), EXPERTS - 1)
+        best = tl.where(j == i, expert.to(tl.int64), best)
+        weight = tl.where(j == i, tl.sum(tl.where(e == expert, scores, 0.0), 0), weight)
+        ranks = tl.where(e == expert, float("-inf"), ranks)
+    if SCORING == "chosen":
+        weight = tl.exp(weight - tl.max(weight, 0))
+        weight = weight / tl.sum(weight, 0)
+    if RENORMALISED:
+        weight = weight / (tl.sum(weight, 0) + 1e-20)
+    tl.store(chosen + row * K + j, best, mask=j < K)
+    tl.store(weights + row * K + j, weight * scale, mask=j < K)
+
+
+def route(logits: torch.Tensor, correction: torch.Tensor | None, routing: Routing, k: int) -> Routes:
+    """As `Routing.of` of the router's `logits` [n, E], contiguous, without groups; of equal experts the first ones."""
+    n, num_experts = logits.shape
+    weights = torch.empty((n, k), dtype=torch.float32, device=logits.device)
+    chosen = torch.empty((n, k), dtype=torch.int64, device=logits.device)
+    if n:
+        _route[n,](
+            weights,
+            chosen,
+            logits,
+            weights if correction is None else correction,
+            routing.scale,
+            SCORING=routing.scoring.value,
+            RENORMALISED=routing.renormalised,
+            CORRECTED=correction is not None,
+            EXPERTS=num_experts,
+            K=k,
+            PADDED=triton.next_power_of_2(num_experts),
+            PADDED_K=triton.next_power_of_2(k),
+            num_warps=1,
+        )
+    return Routes(weights, chosen)
 
 
 @triton.jit(do_not_specialize=["num_choices"])

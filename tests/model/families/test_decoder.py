@@ -315,6 +315,8 @@ REFUSED = [
     ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping: expected a positive number"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
+    ("qwen3_moe", {"mlp_only_layers": ["1"]}, "mlp_only_layers: expected a list of layers"),
     ("ministral", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
     ("ministral", {"layer_types": ["full_attention"]}, "layer_types"),
     ("phi3", {"rope_parameters": longrope(6)}, "short_factor: expected a list of 4 positive numbers"),
