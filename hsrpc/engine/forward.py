@@ -30,7 +30,7 @@ class Projected(NamedTuple):
 
     projection: Projection
     attended: torch.Tensor
-    """[n, q] as far as its mini-batches are computed."""
+    """[n, o] as far as its mini-batches are computed."""
 
     def select(self, rows: slice) -> Projected:
         """That of some rows."""
@@ -202,7 +202,7 @@ class Forward:
         """Project for a whole group, of which this is the first mini-batch."""
         group = batch.group
         projection = self._family.project(w, layer, group.hidden, group.rotation)
-        attended = torch.empty_like(projection.queries, memory_format=torch.contiguous_format)
+        attended = projection.queries.new_empty((len(group.hidden), self._family.heads.out_size))
         group.projected = Projected(projection, attended)
 
     def _place(self, op: Op, step: Pass, batch: DeviceBatch) -> None:

@@ -238,7 +238,7 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         source, tokenizer = _source(planned, template)
         undo.callback(tokenizer.close)
         dtype, torch_device = spec.dtype, device.torch_device
-        attention = Attention(spec.sizes, family.attention_scale, plan.block_size, torch_device, dtype)
+        attention = Attention(family.heads, family.attention_scale, plan.block_size, torch_device, dtype)
         with torch.inference_mode(), ThreadPoolExecutor(1, thread_name_prefix="compile") as compiler:
             compile_formats(family, plan, device)  # before the other thread compiles
             compiled = compiler.submit(attention.compile)

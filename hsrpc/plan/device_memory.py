@@ -77,10 +77,11 @@ def workspace_bytes(sizes: ModelSizes, staging: Staging) -> Number:
     """Upper bound of the bytes that a mini-batch's forward pass and sampling allocate beside the planned buffers."""
     rows = 3 * np.minimum(staging.activation_rows, REGENERATE_ROWS)
     regenerate = rows * sizes.largest(lambda layer: layer.rebuilt_bytes)
+    padded = staging.rows * sizes.largest(lambda layer: layer.padded_bytes)
     logits = staging.batch * sizes.vocab_size
     sampling = 8 * logits + 48 * np.minimum(logits, SAMPLE_ELEMENTS)
     indices = _INDICES * _INDEX_BYTES * (staging.rows + staging.step_tokens)
-    found: Number = query_bytes(sizes, staging.queries) + regenerate + sampling + indices
+    found: Number = query_bytes(sizes, staging.queries) + regenerate + padded + sampling + indices
     return found
 
 

@@ -100,7 +100,7 @@ class LayerSizes:
     tensors: tuple[TensorSizes, ...]
     hidden_size: int
     query_size: int
-    """Width of the queries of all heads, and of what attention gives."""
+    """Width of the queries of all heads."""
     key_size: int
     value_size: int
     ffn_size: int
@@ -179,9 +179,19 @@ class LayerSizes:
         return width * self.compute_bytes
 
     @property
+    def attended_size(self) -> int:
+        """Width of what attention gives: each head's values."""
+        return self.query_size * self.value_size // self.key_size
+
+    @property
     def rebuilt_bytes(self) -> int:
         """Bytes of one token's K and V as attention reads them."""
         return (self.key_size + self.value_size) * self.compute_bytes
+
+    @property
+    def padded_bytes(self) -> int:
+        """Bytes of one token's values beside the buffer, padded to the width of the keys; 0: they are as wide."""
+        return self.key_size * self.compute_bytes if self.value_size < self.key_size else 0
 
     @property
     def regenerate_flop(self) -> int:
@@ -190,7 +200,7 @@ class LayerSizes:
 
     def attention_flop(self, context: int) -> int:
         """FLOP of one query's attention to `context` tokens: its products with K, and with V."""
-        return 4 * self.query_size * context
+        return 2 * (self.query_size + self.attended_size) * context
 
     def attended(self, context: int) -> int:
         """Tokens that a query sees of `context`."""

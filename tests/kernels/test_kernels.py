@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hsrpc.device.kernels import copy_rows
+from hsrpc.model.attention import HeadShape
 from hsrpc.model.formats.lossless import BLOCK, WORD, encode
 from hsrpc.model.kernels import decode_attention as decode_kernel
 from hsrpc.model.kernels.decode_attention import decode_attention
@@ -18,18 +19,29 @@ from hsrpc.model.rope import HeadNorms, Unscaled, make_table, rotate_
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 12
-HEADS = [(2, 2, 16), (6, 6, 64), (4, 2, 80), (8, 1, 32), (16, 8, 32), (3, 3, 128)]
-"""Query heads, KV heads, head size: one head a group, several; packs of heads; sizes that are no powers of two."""
+HEADS = [
+    HeadShape(2, 2, 16, 16),
+    HeadShape(6, 6, 64, 64),
+    HeadShape(4, 2, 80, 80),
+    HeadShape(8, 1, 32, 32),
+    HeadShape(16, 8, 32, 32),
+    HeadShape(3, 3, 128, 128),
+    HeadShape(3, 3, 192, 128),
+    HeadShape(4, 2, 40, 24),
+    HeadShape(40, 1, 72, 64, shares=True),
+    HeadShape(4, 1, 576, 512, shares=True),
+]
+"""One head a group, several; packs of heads; sizes that are no powers of two; values narrower than keys, and a part of
+them, with more query heads than a program takes."""
 REQUESTS = [(130, 0, 5), (0, 40, 0), (16, 0, 0), (0, 0, 17), (33, 18, 1), (1, 1, 63)]
 """Keys in place, rebuilt, and behind: parts that end within a tile and with it, and single ones."""
 
 
-def dense(query: torch.Tensor, kv: torch.Tensor, kv_heads: int, head_dim: int) -> torch.Tensor:
-    """[q] for one query [q] and rows [K|V], in float64."""
-    q = query.double().unflatten(0, (-1, head_dim))
-    k, v = (part.unflatten(1, (kv_heads, head_dim)) for part in kv.double().chunk(2, dim=1))
-    k, v = (part.repeat_interleave(len(q) // kv_heads, 1) for part in (k, v))
-    weights = (torch.einsum("hd,khd->hk", q, k) * head_dim**-0.5).softmax(-1)
+def dense(query: torch.Tensor, rows: torch.Tensor, heads: HeadShape) -> torch.Tensor:
+    """[o] for one query [q] and rows of keys and values, in float64."""
+    q = query.double().unflatten(0, (-1, heads.key_dim))
+    k, v = (part.double().repeat_interleave(len(q) // heads.num_kv_heads, 1) for part in heads.keys_values(rows))
+    weights = (torch.einsum("hd,khd->hk", q, k) * heads.key_dim**-0.5).softmax(-1)
     return torch.einsum("hk,khd->hd", weights, v).flatten()
 
 
@@ -41,21 +53,19 @@ def rows_of(request: int, tables: torch.Tensor) -> list[int]:
 
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
-def test_decode_attention(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, parts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_decode_attention(heads: HeadShape, dtype: torch.dtype, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any mix of keys in place, rebuilt and behind, in one part or in several; queries are strided rows."""
     monkeypatch.setattr(decode_kernel, "_num_parts", lambda *_: parts)
-    torch.manual_seed(heads * head_dim)
-    width, count = 2 * kv_heads * head_dim, len(REQUESTS)
+    torch.manual_seed(heads.row_size)
+    width, count = heads.row_size, len(REQUESTS)
     rebuilt = [0, *accumulate(front for _, front, _ in REQUESTS)]
     behind = [rebuilt[-1], *accumulate((rest for *_, rest in REQUESTS), initial=rebuilt[-1])][1:]
     pool = torch.randn(NUM_BLOCKS * BLOCK_SIZE, width).to(dtype)
     buffer = torch.randn(behind[-1], width).to(dtype)
     tables = torch.stack([torch.randperm(NUM_BLOCKS)[:9] for _ in REQUESTS]).int()
-    queries = torch.randn(count, 3 * heads * head_dim).to(dtype)[:, : heads * head_dim]
-    found = torch.full((count, heads * head_dim), torch.nan, dtype=dtype)
+    queries = torch.randn(count, 3 * heads.query_size).to(dtype)[:, : heads.query_size]
+    found = torch.full((count, heads.out_size), torch.nan, dtype=dtype)
     decode_attention(
         queries,
         pool,
@@ -65,15 +75,14 @@ def test_decode_attention(
         in_place=torch.tensor([first for first, *_ in REQUESTS]).int(),
         rebuilt_starts=torch.tensor(rebuilt).int(),
         key_starts=torch.tensor(behind).int(),
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
+        heads=heads,
         block_size=BLOCK_SIZE,
-        scale=head_dim**-0.5,
+        scale=heads.key_dim**-0.5,
         max_keys=200,
     )
     for i in range(count):
         keys = (pool[rows_of(i, tables)], buffer[rebuilt[i] : rebuilt[i + 1]], buffer[behind[i] : behind[i + 1]])
-        wanted = dense(queries[i], torch.cat(keys), kv_heads, head_dim)
+        wanted = dense(queries[i], torch.cat(keys), heads)
         assert (found[i].double() - wanted).norm() <= (1e-6 if dtype is torch.float32 else 2e-3) * wanted.norm()
 
 
@@ -90,8 +99,7 @@ def test_a_request_without_keys_gets_zeros() -> None:
         in_place=nothing[:1],
         rebuilt_starts=nothing,
         key_starts=nothing,
-        num_kv_heads=2,
-        head_dim=16,
+        heads=HeadShape(2, 2, 16, 16),
         block_size=BLOCK_SIZE,
         scale=0.25,
         max_keys=8,

@@ -7,56 +7,46 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.model.attention import Attention, HeadShape, InPlaceRows, PackedRows
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 12
-HEAD_DIM = 8
+HEADS = [
+    HeadShape(2, 2, 8, 8),
+    HeadShape(4, 2, 8, 8),
+    HeadShape(3, 1, 8, 8),
+    HeadShape(2, 2, 12, 8),
+    HeadShape(4, 1, 12, 8, shares=True),
+]
+"""Groups of one head and of several; values narrower than keys, and that are a part of them."""
 
 
-def make_sizes(num_heads: int, num_kv_heads: int) -> ModelSizes:
-    return ModelSizes(
-        hidden_size=num_heads * HEAD_DIM,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=HEAD_DIM,
-        ffn_size=8,
-        vocab_size=8,
-        context_length=64,
-        compute_bytes=4,
-        layers=(),
-        fixed_bytes=0,
-    )
-
-
-def dense(q: torch.Tensor, kv: torch.Tensor, sizes: ModelSizes) -> torch.Tensor:
-    """[q] for one query [q] and rows [K|V]."""
-    group = sizes.num_heads // sizes.num_kv_heads
-    k, v = (part.unflatten(1, (sizes.num_kv_heads, HEAD_DIM)) for part in kv.double().chunk(2, dim=1))
-    k, v = (part.repeat_interleave(group, 1) for part in (k, v))
-    scores = torch.einsum("hd,khd->hk", q.double().unflatten(0, (sizes.num_heads, HEAD_DIM)), k) * 0.3
+def dense(q: torch.Tensor, rows: torch.Tensor, heads: HeadShape) -> torch.Tensor:
+    """[o] for one query [q] and rows of keys and values."""
+    group = heads.num_heads // heads.num_kv_heads
+    k, v = (part.double().repeat_interleave(group, 1) for part in heads.keys_values(rows))
+    scores = torch.einsum("hd,khd->hk", q.double().unflatten(0, (heads.num_heads, heads.key_dim)), k) * 0.3
     return torch.einsum("hk,khd->hd", scores.softmax(-1), v).flatten().float()
 
 
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("heads", HEADS)
 @given(
     parts=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 7), st.integers(0, 5)), min_size=1, max_size=4),
     seed=st.integers(0, 9),
 )
 def test_a_query_sees_its_blocks_and_its_buffer_rows(
-    heads: tuple[int, int], parts: list[tuple[int, int, int]], seed: int
+    heads: HeadShape, parts: list[tuple[int, int, int]], seed: int
 ) -> None:
     """Any mix, blocks scattered and the last one partly filled; a row of another request changes nothing."""
     parts = [(in_place, max(buffered, not in_place + front), front) for in_place, buffered, front in parts]
-    sizes, random = make_sizes(*heads), torch.Generator().manual_seed(seed)
-    attention = Attention(sizes, 0.3, BLOCK_SIZE, torch.device("cpu"), torch.float32)
+    random = torch.Generator().manual_seed(seed)
+    attention = Attention(heads, 0.3, BLOCK_SIZE, torch.device("cpu"), torch.float32)
     rebuilt = [sum(front for *_, front in parts[:i]) for i in range(len(parts) + 1)]
     starts = [rebuilt[-1] + sum(buffered for _, buffered, _ in parts[:i]) for i in range(len(parts) + 1)]
-    pool = torch.randn(NUM_BLOCKS * BLOCK_SIZE, 2 * sizes.num_kv_heads * HEAD_DIM, generator=random)
-    kv = torch.randn(starts[-1], 2 * sizes.num_kv_heads * HEAD_DIM, generator=random)
+    pool = torch.randn(NUM_BLOCKS * BLOCK_SIZE, heads.row_size, generator=random)
+    kv = torch.randn(starts[-1], heads.row_size, generator=random)
     tables = torch.stack([torch.randperm(NUM_BLOCKS, generator=random)[:5] for _ in parts]).int()
-    queries = torch.randn(len(parts), sizes.hidden_size, generator=random)
+    queries = torch.randn(len(parts), heads.query_size, generator=random)
     rows = InPlaceRows(
         tables=tables,
         counts=torch.tensor([count for count, *_ in parts]).int(),
@@ -64,31 +54,31 @@ def test_a_query_sees_its_blocks_and_its_buffer_rows(
         key_starts=torch.tensor(starts).int(),
         max_keys=32,
     )
-    found = torch.full_like(queries, torch.nan)
+    found = torch.full((len(parts), heads.out_size), torch.nan)
     attention.in_place(queries, pool, kv, rows, found)
     for i, (count, *_) in enumerate(parts):
         slots = [int(tables[i, token // BLOCK_SIZE]) * BLOCK_SIZE + token % BLOCK_SIZE for token in range(count)]
         keys = torch.cat((pool[slots], kv[rebuilt[i] : rebuilt[i + 1]], kv[starts[i] : starts[i + 1]]))
-        torch.testing.assert_close(found[i], dense(queries[i], keys, sizes), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[i], dense(queries[i], keys, heads), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 1, 4])
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("heads", HEADS)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 6)), min_size=1, max_size=4), seed=st.integers(0, 9)
 )
 def test_packed_queries_see_their_own_keys_up_to_themselves(
-    heads: tuple[int, int], window: int | None, lengths: list[tuple[int, int]], seed: int
+    heads: HeadShape, window: int | None, lengths: list[tuple[int, int]], seed: int
 ) -> None:
     """Ragged requests of cached and new rows: causal at the end of the keys, and no further back than the window."""
-    sizes, random = make_sizes(*heads), torch.Generator().manual_seed(seed)
-    attention = Attention(sizes, 0.3, BLOCK_SIZE, torch.device("cpu"), torch.float32)
+    random = torch.Generator().manual_seed(seed)
+    attention = Attention(heads, 0.3, BLOCK_SIZE, torch.device("cpu"), torch.float32)
     queries_at, keys_at = [0], [2]  # rows before the first request's are nobody's
     for cached, new in lengths:
         queries_at.append(queries_at[-1] + new)
         keys_at.append(keys_at[-1] + cached + new)
-    queries = torch.randn(queries_at[-1], sizes.hidden_size, generator=random)
-    kv = torch.randn(keys_at[-1] + 3, 2 * sizes.num_kv_heads * HEAD_DIM, generator=random)
+    queries = torch.randn(queries_at[-1], heads.query_size, generator=random)
+    kv = torch.randn(keys_at[-1] + 3, heads.row_size, generator=random)
     rows = PackedRows(
         query_starts=torch.tensor(queries_at).int(),
         key_starts=torch.tensor(keys_at).int(),
@@ -98,10 +88,10 @@ def test_packed_queries_see_their_own_keys_up_to_themselves(
         max_keys=max(cached + new for cached, new in lengths),
     )
     found = attention.packed(queries, kv, rows, window)
-    assert found.shape == queries.shape
+    assert found.shape == (len(queries), heads.out_size)
     for request, (cached, new) in enumerate(lengths):
         for number in range(new):
             end = keys_at[request] + cached + number + 1
             start = keys_at[request] if window is None else max(keys_at[request], end - window)
             row = queries_at[request] + number
-            torch.testing.assert_close(found[row], dense(queries[row], kv[start:end], sizes), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found[row], dense(queries[row], kv[start:end], heads), rtol=1e-5, atol=1e-5)

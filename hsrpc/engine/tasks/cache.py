@@ -35,9 +35,9 @@ class Buffers(NamedTuple):
     """Device memory of one mini-batch in one layer."""
 
     kv: torch.Tensor
-    """[rows, 2*kv]"""
+    """[rows, k+v]"""
     activations: torch.Tensor
-    """[activation_rows, h]"""
+    """[activation_rows, a]"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ class CacheManager:
                 self._device.copy_rows(buffer, rows.target, self._pools[pool][layer], rows.source)
 
     def device_kv(self, layer: int) -> torch.Tensor:
-        """The pool of KV blocks on the device [slots, 2*kv], which attention reads in place."""
+        """The pool of KV blocks on the device [slots, k+v], which attention reads in place."""
         return self._pools[PoolId.DEVICE_KV][layer]
 
     @property
@@ -171,7 +171,7 @@ class CacheManager:
         kv: torch.Tensor,
         x: torch.Tensor,
     ) -> None:
-        """Write new rows to their blocks in `tier`, on the current stream: kv [n, 2*kv] or x [n, h].
+        """Write new rows to their blocks in `tier`, on the current stream: kv [n, k+v] or x [n, a].
 
         Called on the executor's thread: for the device on the compute stream, for the host on the store stream.
         """

@@ -84,19 +84,25 @@ class Decoder(Family):
     def layer_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
         prefix, size, ffn = f"{self._names.layers}.{layer}", self.sizes.hidden_size, self.sizes.ffn_size
         norms, biases = self._names.norms, self.settings.biases
-        qkv, mlp_in = (tuple(f"{prefix}.{name}" for name in names) for names in (self._names.qkv, self._names.mlp_in))
-        qkv_rows, mlp_rows = (self.q_size, self.kv_size, self.kv_size), (ffn, ffn) if self.settings.gated else (ffn,)
+        mlp_in = tuple(f"{prefix}.{name}" for name in self._names.mlp_in)
+        mlp_rows = (ffn, ffn) if self.settings.gated else (ffn,)
         return (
             *self._norm_tensors(ATTENTION_NORM, prefix, norms.attention_in),
-            *linear_tensors(QKV, qkv, qkv_rows, size, bias=biases.qkv, order=self._qkv_order()),
-            *self._qk_norm_tensors(prefix),
-            *linear_tensors(OUT, (f"{prefix}.{self._names.out}",), (size,), self.q_size, bias=biases.out),
+            *self._attention_tensors(prefix),
+            *linear_tensors(OUT, (f"{prefix}.{self._names.out}",), (size,), self.heads.out_size, bias=biases.out),
             *self._norm_tensors(ATTENTION_OUT_NORM, prefix, norms.attention_out),
             *self._norm_tensors(FFN_NORM, prefix, norms.mlp_in),
             *linear_tensors(GATE_UP, mlp_in, mlp_rows, size, bias=biases.mlp),
             *linear_tensors(DOWN, (f"{prefix}.{self._names.mlp_out}",), (size,), ffn, bias=biases.mlp),
             *self._norm_tensors(FFN_OUT_NORM, prefix, norms.mlp_out),
         )
+
+    def _attention_tensors(self, prefix: str) -> tuple[TensorSpec, ...]:
+        """What makes queries, keys and values of the layer's input."""
+        sources = tuple(f"{prefix}.{name}" for name in self._names.qkv)
+        rows, bias = (self.q_size, self.key_size, self.value_size), self.settings.biases.qkv
+        projections = linear_tensors(QKV, sources, rows, self.sizes.hidden_size, bias=bias, order=self._qkv_order())
+        return (*projections, *self._qk_norm_tensors(prefix))
 
     @property
     def _names(self) -> Names:
@@ -115,7 +121,7 @@ class Decoder(Family):
             case QkNorm.EACH_HEAD:
                 shapes = [(self.sizes.num_heads, head_dim), (self.sizes.num_kv_heads, head_dim)]
             case QkNorm.ROW:
-                shapes = [(self.q_size,), (self.kv_size,)]
+                shapes = [(self.q_size,), (self.key_size,)]
         sources = (f"{prefix}.{name}" for name in self._names.qk_norms)
         of = zip((Q_NORM, K_NORM), sources, shapes, strict=True)
         return [self.settings.norm.tensor(*each, order=self._order(math.prod(each[-1]))) for each in of]
@@ -123,7 +129,7 @@ class Decoder(Family):
     def _qkv_order(self) -> RowOrder | None:
         if self.settings.qkv_by_head:
             return HeadsTogether(self.sizes.num_heads, self.sizes.head_dim)
-        return self._order(self.q_size + self.kv_size, self.kv_size)
+        return self._order(self.q_size + self.key_size, self.value_size)
 
     def _order(self, rotated: int, others: int = 0) -> RowOrder | None:
         """Order of the rows of heads that are rotated, and others after them."""
@@ -156,9 +162,9 @@ class Decoder(Family):
         fused = project(w, QKV, x)
         queries, kv = fused[:, : self.q_size], fused[:, self.q_size :]
         self._norm_(w, Q_NORM, queries)
-        self._norm_(w, K_NORM, kv[:, : self.kv_size])
+        self._norm_(w, K_NORM, kv[:, : self.key_size])
         norms = self._head_norms(w, self.sizes.num_heads)
-        self._rotary.turn_(fused[:, : self.q_size + self.kv_size], rotation, norms)
+        self._rotary.turn_(fused[:, : self.q_size + self.key_size], rotation, norms)
         if rotation.query_scale is not None:
             queries *= rotation.query_scale
         return Projection(x, queries, kv)
@@ -167,7 +173,7 @@ class Decoder(Family):
         self, w: Weights, layer: int, activation: torch.Tensor, rotation: Rotation, out: torch.Tensor
     ) -> None:
         project_rows(w, QKV, activation, self.q_size, out)
-        keys = out[:, : self.kv_size]
+        keys = out[:, : self.key_size]
         self._norm_(w, K_NORM, keys)
         self._rotary.turn_(keys, rotation, self._head_norms(w, 0))
 
