@@ -91,7 +91,7 @@ class _Loader:
         return self._read(tensor, DeviceUse.FIXED)
 
     def _read(self, tensor: TensorSpec, use: DeviceUse) -> torch.Tensor:
-        out = self.device.empty(tensor.shape, self.family.spec.dtype, use)
+        out = self.device.empty(tensor.shape, tensor.dtype(self.family.spec.dtype), use)
         self.source.read(tensor, out)
         return out
 

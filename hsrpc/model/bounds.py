@@ -8,6 +8,8 @@ from __future__ import annotations
 
 MAX_LAYERS = 2**12
 """Four times the deepest decoder published (1,000 layers); sizes, tensors and a plan are made for each."""
+MAX_EXPERTS = 2**18
+"""Experts of all layers: 8 times the most published (about 30,000); two tensors are described for each."""
 MAX_WIDTH = 2**20
 """Elements of one token's row in a layer: 12 times the widest published (an MLP of 81,920); the heads together too."""
 MAX_VOCAB_SIZE = 2**24

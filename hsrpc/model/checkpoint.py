@@ -16,7 +16,7 @@ from hsrpc.model.family import Family
 from hsrpc.model.foreign import gguf_files, refuse_gguf
 from hsrpc.model.safetensors_file import SafetensorsFile
 from hsrpc.model.shards import check_complete
-from hsrpc.model.tensor import TensorSpec
+from hsrpc.model.tensor import RowOrder, Stacked, TensorSpec
 from hsrpc.model.tensor_names import EMBEDDING, HEAD, TensorNames
 
 WEIGHTS_FILE = "model.safetensors"
@@ -115,28 +115,54 @@ class Checkpoint:
         Raises:
             CheckpointError: as `check`, or a file has become shorter since.
         """
+        stacked = self._stacked(tensor)
+        if stacked is not None:
+            self._read_stacked(tensor, stacked, out)
+            return
         located = list(self._locate(tensor))
         flat, start = _flat(tensor, out), 0
         for file, name, count in located:
             file.read(name, flat[start : start + count])
             start += count
-        if tensor.order is not None:
-            index = tensor.order.index().to(out.device)
-            pieces = flat.view(len(index), -1)
-            pieces.copy_(pieces[index])
+        _reorder(flat, tensor.order)
+
+    def _read_stacked(self, tensor: TensorSpec, stacked: Stacked, out: torch.Tensor) -> None:
+        [(file, name, count)] = self._locate(tensor)
+        flat = _flat(tensor, out)
+        if stacked.transposed:
+            turned = torch.empty_like(flat)
+            file.read(name, turned, stacked.index * count)
+            out.copy_(turned.view(out.shape[::-1]).t())
+        else:
+            file.read(name, flat, stacked.index * count)
+        _reorder(flat, stacked.order)
+
+    def _stacked(self, tensor: TensorSpec) -> Stacked | None:
+        """What the tensor is read from, where that is a part of one that is there and its own sources are not."""
+        stacked = tensor.stacked
+        if stacked is None or self._names.find(stacked.source) is None or self._names.find(tensor.sources[0]):
+            return None
+        return stacked
 
     def _locate(self, tensor: TensorSpec) -> Iterator[tuple[SafetensorsFile, str, int]]:
-        """File, name in it and number of elements of each source."""
+        """File, name in it and number of elements that are read, of each source."""
+        if stacked := self._stacked(tensor):
+            yield *self._find(stacked.source, stacked.shape(tensor.shape)), tensor.numel
+            return
         for source, shape in zip(tensor.sources, tensor.source_shapes, strict=True):
-            name = self._names.find(source)
-            if name is None:
-                raise self._missing(source)
-            file = self._file(name)
-            file.check_dtype(name)
-            found = file.entries[name].shape
-            if found != shape:
-                raise file.refuse(f"shape {list(shape)}", list(found), "use the config.json of this checkpoint", name)
-            yield file, name, math.prod(shape)
+            yield *self._find(source, shape), math.prod(shape)
+
+    def _find(self, source: str, shape: tuple[int, ...]) -> tuple[SafetensorsFile, str]:
+        """File and name in it of a tensor of that shape."""
+        name = self._names.find(source)
+        if name is None:
+            raise self._missing(source)
+        file = self._file(name)
+        file.check_dtype(name)
+        found = file.entries[name].shape
+        if found != shape:
+            raise file.refuse(f"shape {list(shape)}", list(found), "use the config.json of this checkpoint", name)
+        return file, name
 
     def _file(self, name: str) -> SafetensorsFile:
         if name in self._files:
@@ -248,6 +274,14 @@ def _distribution(tensor: TensorSpec) -> tuple[float, float]:
     """Mean and standard deviation."""
     is_matrix = len(tensor.shape) > 1 and not tensor.mean
     return tensor.mean, float(tensor.shape[-1] ** -0.5) if is_matrix else 0.02
+
+
+def _reorder(flat: torch.Tensor, order: RowOrder | None) -> None:
+    """Brings the rows of a tensor, given as one dimension, to their order."""
+    if order is not None:
+        index = order.index().to(flat.device)
+        pieces = flat.view(len(index), -1)
+        pieces.copy_(pieces[index])
 
 
 def _flat(tensor: TensorSpec, out: torch.Tensor) -> torch.Tensor:

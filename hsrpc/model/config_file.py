@@ -62,7 +62,7 @@ class ConfigFile:
 
     def count(self, key: str, default: int, *, maximum: int) -> int:
         """A whole number from 0 to `maximum`."""
-        value = self.values.get(key)
+        value = self.values.get(key) if self.has(key) else default
         return 0 if value == 0 and not isinstance(value, bool) else self.integer(key, default, maximum=maximum)
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeAlias
 
 import torch
 from torch.nn import functional
@@ -80,6 +81,29 @@ class Activation(Enum):
         left, right = gate_up.chunk(2, dim=-1)
         return self.of(left) * right
 
+
+@dataclass(frozen=True, slots=True)
+class ClampedGate:
+    """A gate like SiLU, of values that are bounded (gpt-oss)."""
+
+    limit: float
+    """Most of gate, and of the magnitude of up."""
+    alpha: float
+    """Factor in the sigmoid."""
+
+    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gate * sigmoid(alpha * gate) * (up + 1): [n, f] of [gate|up] [n, 2*f]."""
+        if gate_up.is_cuda:
+            from hsrpc.model.kernels import fused  # loads Triton
+
+            return fused.clamped_gate(gate_up, self.limit, self.alpha)
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+
+Gate: TypeAlias = Activation | ClampedGate
+"""What a gated MLP makes of its first product: `gated` [n, f] of [gate|up] [n, 2*f]."""
 
 ACTIVATIONS = {
     "silu": Activation.SILU,

@@ -105,8 +105,10 @@ class SafetensorsFile:
         if reached != size:
             raise self.refuse(f"a file of {reached} bytes", f"{size} bytes")
 
-    def read(self, name: str, out: torch.Tensor) -> None:
-        """Copies the tensor `name` into `out` (one dimension, contiguous, as many elements), converted to its type.
+    def read(self, name: str, out: torch.Tensor, first: int = 0) -> None:
+        """Copies elements of the tensor `name`, from `first` on, into `out`, converted to its type.
+
+        `out` has one dimension, contiguous, and as many elements as are read.
 
         Raises:
             CheckpointError: the element type is not supported, a value is too large for the type of `out`, or the file
@@ -115,14 +117,15 @@ class SafetensorsFile:
         entry = self.entries[name]
         self.check_dtype(name)
         dtype = DTYPES[entry.dtype]
+        begin = entry.start + first * dtype.itemsize
         with self.path.open("rb", buffering=0) as file:
             if out.dtype == dtype and out.device.type == "cpu":
-                self._fill(file.fileno(), name, entry.start, out)
+                self._fill(file.fileno(), name, begin, out)
                 return
             scratch = torch.empty(min(len(out), _CHUNK_ELEMENTS), dtype=dtype, device="cpu")
-            for first in range(0, len(out), _CHUNK_ELEMENTS):
-                piece = out[first : first + _CHUNK_ELEMENTS]
-                self._fill(file.fileno(), name, entry.start + first * dtype.itemsize, scratch[: len(piece)])
+            for done in range(0, len(out), _CHUNK_ELEMENTS):
+                piece = out[done : done + _CHUNK_ELEMENTS]
+                self._fill(file.fileno(), name, begin + done * dtype.itemsize, scratch[: len(piece)])
                 piece.copy_(scratch[: len(piece)])
                 self._check_range(name, scratch[: len(piece)], piece)
 

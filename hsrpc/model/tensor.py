@@ -54,6 +54,37 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
+class Neighbours:
+    """Rows of two projections that alternate, so that all of the first come before all of the second; in each of
+    several tensors, one after the other."""
+
+    width: int
+    """Rows of each projection."""
+    count: int = 1
+    """Tensors."""
+
+    def index(self) -> torch.Tensor:
+        return torch.arange(2 * self.count * self.width).view(self.count, self.width, 2).transpose(1, 2).flatten()
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """One of several tensors of one shape that a checkpoint may have as one: [count, *shape]."""
+
+    source: str
+    index: int
+    count: int
+    transposed: bool = False
+    """Its two dimensions are exchanged there."""
+    order: RowOrder | None = None
+    """Order of its rows; None: they stay."""
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of all together, where one has this `shape` when it is packed."""
+        return (self.count, *(reversed(shape) if self.transposed else shape))
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """A packed tensor: checkpoint tensors concatenated along dimension 0."""
 
@@ -64,8 +95,16 @@ class TensorSpec:
     """Length of each source along dimension 0; empty: all the same."""
     order: RowOrder | None = None
     """None: rows stay in the order of the sources."""
+    stacked: Stacked | None = None
+    """Where it is read from in a checkpoint that has this instead of the sources."""
     mean: float = 0.0
     """Of random weights: what a norm begins its training with."""
+    exact: bool = False
+    """It lies in float32, whatever type the model is computed in."""
+
+    def dtype(self, computed: torch.dtype) -> torch.dtype:
+        """Element type where the model is `computed` in that one."""
+        return torch.float32 if self.exact else computed
 
     @property
     def numel(self) -> int:

@@ -1,4 +1,5 @@
-"""How checkpoints spell the names of tensors: a training wrapper adds a prefix, a bare model leaves one out."""
+"""How checkpoints spell the names of tensors: a training wrapper adds a prefix, a bare model leaves one out, and what
+mixtures of experts have goes by several names."""
 
 from __future__ import annotations
 
@@ -13,6 +14,22 @@ EMBEDDING = "embed_tokens.weight"
 WRAPPERS = ("model", "module", "language_model", "_orig_mod")
 """Words that may stand in front of a name, any number of them, each with a dot: `model.`, `model.model.`, none.
 A canonical name begins with `model.`, or with none (the head)."""
+
+_SPELLINGS = tuple(
+    (re.compile(spelling), canonical)
+    for spelling, canonical in (
+        (r"\.block_sparse_moe\.", ".mlp."),
+        (r"\.mlp\.input_linear\.weight$", ".mlp.experts.gate_up_proj"),
+        (r"\.mlp\.output_linear\.weight$", ".mlp.experts.down_proj"),
+        (r"\.mlp\.router\.layer\.", ".mlp.router."),
+        (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),
+        (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
+        (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
+    )
+)
+"""Other names of what mixtures of experts have, each with the canonical one."""
+_SPELT = ("block_sparse_moe", ".experts.")
+"""Every name that a spelling is of has one of these."""
 
 _WRAPPED = re.compile(rf"(?:(?:{'|'.join(WRAPPERS)})\.)+")
 _MAX_COMPARED = 10_000
@@ -50,8 +67,13 @@ class TensorNames:
 
 
 def _bare(name: str) -> str:
+    """`name` without wrappers, and as it is called canonically."""
     match = _WRAPPED.match(name)
-    return name[match.end() :] if match else name
+    bare = name[match.end() :] if match else name
+    if any(part in bare for part in _SPELT):
+        for spelling, canonical in _SPELLINGS:
+            bare = spelling.sub(canonical, bare)
+    return bare
 
 
 def _likest(source: str, names: Iterable[str]) -> list[str]:

@@ -93,6 +93,23 @@ class CacheRow:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSizes:
+    """The experts of a layer, of which each token takes some."""
+
+    count: int
+    k: int
+    """Experts that a token takes."""
+    num_elements: int
+    """Elements of one expert's weights."""
+    device_bytes: int
+    """Bytes of one expert's weights on the device."""
+
+    def touched(self, tokens: Number) -> Number:
+        """Experts that `tokens` tokens take together, on average, where all are as likely."""
+        return self.count * (1 - (1 - self.k / self.count) ** tokens)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerSizes:
     """One decoder layer. Widths are elements of a token; a layer that works differently overrides the methods."""
@@ -104,7 +121,7 @@ class LayerSizes:
     key_size: int
     value_size: int
     ffn_size: int
-    """Widest row between the products of the MLP."""
+    """Width of a token's row between the products of the MLP; of experts, of all that it takes together."""
     kv: CacheRow
     """Row of a token in a KV block."""
     activation: CacheRow
@@ -113,6 +130,8 @@ class LayerSizes:
     """Bytes of an element of hidden states and whatever else is computed."""
     small_kernels: int = 4
     """Kernels beside GEMMs and attention, each counted as a norm: two norms, and shorter sums and copies."""
+    experts: ExpertSizes | None = None
+    """The experts among the weights; None: the MLP is dense."""
     sliding_window: int | None = None
     """A token sees itself and the `sliding_window - 1` tokens before it; None: all."""
 
@@ -157,16 +176,22 @@ class LayerSizes:
         return self.kv if kind is BlockKind.KV else self.activation
 
     def flop(self, tokens: Number) -> Number:
-        """FLOP of the projections and the MLP of `tokens` tokens: two for each weight."""
-        return tokens * (2 * self.num_elements)
+        """FLOP of the projections and the MLP of `tokens` tokens: two for each weight that a token takes."""
+        idle = 0 if self.experts is None else (self.experts.count - self.experts.k) * self.experts.num_elements
+        return tokens * (2 * (self.num_elements - idle))
 
     def read_bytes(self, tokens: Number) -> Number:
         """Bytes of weights that the products of `tokens` tokens read from device memory."""
-        return self.weight_bytes
+        if self.experts is None:
+            return self.weight_bytes
+        idle = self.experts.count - self.experts.touched(tokens)
+        return self.weight_bytes - idle * self.experts.device_bytes
 
     def workspace_bytes(self, tokens: Number) -> Number:
         """Upper bound of what computing `tokens` tokens allocates on the device, beside buffers."""
         width = 4 * self.hidden_size + 3 * self.query_size + self.key_size + self.value_size + 3 * self.ffn_size
+        if self.experts is not None:
+            width += self.experts.k * self.hidden_size
         return tokens * (width * self.compute_bytes + 8 * self.hidden_size)
 
     @property

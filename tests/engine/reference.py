@@ -72,6 +72,7 @@ _GRANITE = {
     "residual_multiplier": 0.8,
     "logits_scaling": 0.9,
 }
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 _WINDOW = {"sliding_window": 24}
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -82,6 +83,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama-gqa-tied": lambda: decoder("llama", num_key_value_heads=2, tie_word_embeddings=True),
     "llama3-rope": lambda: decoder("llama", num_key_value_heads=1, rope_parameters=_LLAMA3_ROPE),
     "mistral-window": lambda: decoder("mistral", num_key_value_heads=2, **_WINDOW),
+    "qwen3-moe": lambda: decoder("qwen3_moe", num_key_value_heads=2, head_dim=16, **_EXPERTS, mlp_only_layers=[2]),
 }
 """What every test compares."""
 
@@ -94,6 +96,12 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         "qwen2", num_key_value_heads=2, use_sliding_window=True, max_window_layers=2, **_WINDOW
     ),
     "qwen3": lambda: decoder("qwen3", head_dim=16, num_key_value_heads=4),
+    "qwen2-moe": lambda: decoder("qwen2_moe", num_key_value_heads=2, shared_expert_intermediate_size=40, **_EXPERTS),
+    "mixtral": lambda: decoder("mixtral", num_key_value_heads=2, num_local_experts=4, **_WINDOW),
+    "olmoe": lambda: decoder("olmoe", num_key_value_heads=4, num_experts=24, num_experts_per_tok=6),
+    "granite-moe": lambda: decoder(
+        "granitemoeshared", num_key_value_heads=2, num_local_experts=4, shared_intermediate_size=40, **_GRANITE
+    ),
     "olmo2": lambda: decoder("olmo2"),
     "phi3-longrope": lambda: decoder("phi3", rope_parameters=_LONG_ROPE, original_max_position_embeddings=160),
     "phi3-window": lambda: decoder("phi3", **_WINDOW),

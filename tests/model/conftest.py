@@ -21,7 +21,7 @@ PROMPTS = ([3, 14, 15, 9, 2, 6, 5, 35], [8, 9, 7])
 
 
 def read_all(source: WeightSource, tensors: tuple[TensorSpec, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    weights = {tensor.name: torch.empty(tensor.shape, dtype=dtype) for tensor in tensors}
+    weights = {tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype(dtype)) for tensor in tensors}
     for tensor in tensors:
         source.read(tensor, weights[tensor.name])
     return weights

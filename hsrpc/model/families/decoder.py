@@ -1,8 +1,9 @@
-"""One decoder for the families that `readers` describes: rotary positions, norms, grouped queries, a dense MLP."""
+"""One decoder for the families that `readers` describes: rotary positions, norms, grouped queries, MLPs or experts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -10,13 +11,15 @@ from torch.nn import functional
 
 from hsrpc.model.bounds import MAX_CONTEXT, MAX_VOCAB_SIZE, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
+from hsrpc.model.experts import Experts, expert_in, expert_out
+from hsrpc.model.families.expert_readers import NUM_EXPERTS
 from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.settings import DecoderSettings, Names, QkNorm
 from hsrpc.model.family import Family, ModelSpec, Projection, Weights
 from hsrpc.model.layers import Affine, linear_tensors, project, project_rows
 from hsrpc.model.rope import HeadNorms, Rotary, Rotation
 from hsrpc.model.tensor import HeadsTogether, PairsApart, RowOrder, TensorSpec
-from hsrpc.plan.sizes import LayerSizes, ModelSizes
+from hsrpc.plan.sizes import ExpertSizes, LayerSizes, ModelSizes
 
 EMBED = "embed_weight"
 ATTENTION_NORM = Affine.named("attention_norm")
@@ -46,6 +49,8 @@ class Decoder(Family):
         "num_key_value_heads",
         "head_dim",
         "intermediate_size",
+        "moe_intermediate_size",
+        *NUM_EXPERTS,
         "vocab_size",
     )
 
@@ -82,18 +87,15 @@ class Decoder(Family):
         )
 
     def layer_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
-        prefix, size, ffn = f"{self._names.layers}.{layer}", self.sizes.hidden_size, self.sizes.ffn_size
+        prefix, size = f"{self._names.layers}.{layer}", self.sizes.hidden_size
         norms, biases = self._names.norms, self.settings.biases
-        mlp_in = tuple(f"{prefix}.{name}" for name in self._names.mlp_in)
-        mlp_rows = (ffn, ffn) if self.settings.gated else (ffn,)
         return (
             *self._norm_tensors(ATTENTION_NORM, prefix, norms.attention_in),
             *self._attention_tensors(prefix),
             *linear_tensors(OUT, (f"{prefix}.{self._names.out}",), (size,), self.heads.out_size, bias=biases.out),
             *self._norm_tensors(ATTENTION_OUT_NORM, prefix, norms.attention_out),
             *self._norm_tensors(FFN_NORM, prefix, norms.mlp_in),
-            *linear_tensors(GATE_UP, mlp_in, mlp_rows, size, bias=biases.mlp),
-            *linear_tensors(DOWN, (f"{prefix}.{self._names.mlp_out}",), (size,), ffn, bias=biases.mlp),
+            *self._mlp_tensors(layer, prefix),
             *self._norm_tensors(FFN_OUT_NORM, prefix, norms.mlp_out),
         )
 
@@ -103,6 +105,17 @@ class Decoder(Family):
         rows, bias = (self.q_size, self.key_size, self.value_size), self.settings.biases.qkv
         projections = linear_tensors(QKV, sources, rows, self.sizes.hidden_size, bias=bias, order=self._qkv_order())
         return (*projections, *self._qk_norm_tensors(prefix))
+
+    def _mlp_tensors(self, layer: int, prefix: str) -> Iterable[TensorSpec]:
+        size, ffn, bias = self.sizes.hidden_size, self.sizes.ffn_size, self.settings.biases.mlp
+        if (experts := self.settings.experts[layer]) is not None:
+            return experts.tensors(prefix, size)
+        sources = tuple(f"{prefix}.{name}" for name in self._names.mlp_in)
+        rows = (ffn, ffn) if self.settings.gated else (ffn,)
+        return (
+            *linear_tensors(GATE_UP, sources, rows, size, bias=bias),
+            *linear_tensors(DOWN, (f"{prefix}.{self._names.mlp_out}",), (size,), ffn, bias=bias),
+        )
 
     @property
     def _names(self) -> Names:
@@ -140,6 +153,8 @@ class Decoder(Family):
         window = self.settings.windows[layer]
         hides = window is not None and window < self.sizes.context_length
         sizes = replace(super().layer_sizes(layer), small_kernels=_SMALL_KERNELS)
+        if (experts := self.settings.experts[layer]) is not None:
+            sizes = replace(sizes, ffn_size=experts.inner_size, experts=_expert_sizes(experts, sizes))
         return replace(sizes, sliding_window=window if hides else None)
 
     def fixed_tensors(self) -> tuple[TensorSpec, ...]:
@@ -198,13 +213,17 @@ class Decoder(Family):
             x = self._normed(w, FFN_NORM if FFN_NORM.weight in w else ATTENTION_NORM, hidden)
         else:
             x = self._normed(w, FFN_NORM, after)
-        return after + _scaled(self._normed(w, FFN_OUT_NORM, self._mlp(w, x)), self.settings.multipliers.residual)
+        return after + _scaled(
+            self._normed(w, FFN_OUT_NORM, self._mlp(w, layer, x)), self.settings.multipliers.residual
+        )
 
     def _normed(self, w: Weights, of: Affine, x: torch.Tensor) -> torch.Tensor:
         """`x`, normed where the layer has that norm."""
         return self.settings.norm.of(w, of, x) if of.weight in w else x
 
-    def _mlp(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
+    def _mlp(self, w: Weights, layer: int, x: torch.Tensor) -> torch.Tensor:
+        if (experts := self.settings.experts[layer]) is not None:
+            return experts.of(w, x)
         inner, activation = project(w, GATE_UP, x), self.settings.activation
         return project(w, DOWN, activation.gated(inner) if self.settings.gated else activation.of(inner))
 
@@ -212,6 +231,17 @@ class Decoder(Family):
         head = fixed[EMBED] if self.settings.tied else fixed[HEAD.weight]
         logits = functional.linear(self._normed(fixed, FINAL_NORM, hidden), head).float()
         return _scaled(logits, self.settings.multipliers.logits)
+
+
+def _expert_sizes(experts: Experts, layer: LayerSizes) -> ExpertSizes:
+    names = {expert_in(0), expert_out(0)}
+    one = [tensor for tensor in layer.tensors if tensor.name in names]
+    return ExpertSizes(
+        count=experts.count,
+        k=experts.k,
+        num_elements=sum(tensor.num_elements for tensor in one),
+        device_bytes=sum(tensor.device_bytes for tensor in one),
+    )
 
 
 def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:

@@ -9,6 +9,13 @@ from typing import NamedTuple
 
 from hsrpc.model.bounds import MAX_CONTEXT, MAX_LAYERS, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
+from hsrpc.model.experts import Routing
+from hsrpc.model.families.expert_readers import (
+    granite_experts,
+    in_all_layers,
+    qwen_experts,
+    renormalised_if_said,
+)
 from hsrpc.model.families.settings import (
     Biases,
     DecoderSettings,
@@ -58,6 +65,48 @@ def _qwen3(config: ConfigFile) -> DecoderSettings:
     )
 
 
+def _qwen2_moe(config: ConfigFile) -> DecoderSettings:
+    common, windows = _common(config, _rms(config)), config.flag("use_sliding_window", False)
+    first = config.count("max_window_layers", 28, maximum=MAX_LAYERS)
+    usual = [_SLIDING if layer < first and layer % 2 == 0 else _FULL for layer in range(_num_layers(config))]
+    return replace(
+        common,
+        biases=Biases(qkv=config.flag("qkv_bias", True)),
+        windows=_windows(config, _layer_kinds(config, usual)) if windows else common.windows,
+        experts=qwen_experts(config, common.activation),
+    )
+
+
+def _qwen3_moe(config: ConfigFile) -> DecoderSettings:
+    bias = config.flag("attention_bias", False)
+    common = _common(config, _rms(config))
+    return replace(
+        common,
+        biases=Biases(qkv=bias, out=bias),
+        qk_norm=QkNorm.HEAD,
+        windows=_same_windows(config) if config.flag("use_sliding_window", False) else common.windows,
+        experts=qwen_experts(config, common.activation),
+    )
+
+
+def _mixtral(config: ConfigFile) -> DecoderSettings:
+    common = _common(config, _rms(config, 1e-5))
+    experts = in_all_layers(config, common.activation, Routing(renormalised=True))
+    return replace(common, windows=_same_windows(config), experts=experts)
+
+
+def _olmoe(config: ConfigFile) -> DecoderSettings:
+    common, bias = _common(config, _rms(config, 1e-5)), config.flag("attention_bias", False)
+    if config.has("clip_qkv"):
+        raise config.refuse("clip_qkv", "nothing: queries, keys and values that are clipped are not supported")
+    return replace(
+        common,
+        biases=Biases(qkv=bias, out=bias),
+        qk_norm=QkNorm.ROW,
+        experts=in_all_layers(config, common.activation, renormalised_if_said(config)),
+    )
+
+
 def _olmo2(config: ConfigFile) -> DecoderSettings:
     norms = NormNames(
         attention_in=None,
@@ -103,6 +152,11 @@ def _granite(config: ConfigFile) -> DecoderSettings:
         logits=1 / config.number("logits_scaling", 1.0),
     )
     return replace(_llama(config), multipliers=multipliers)
+
+
+def _granite_moe(config: ConfigFile) -> DecoderSettings:
+    settings = _granite(config)
+    return replace(settings, experts=granite_experts(config, settings.activation))
 
 
 def _cohere(config: ConfigFile) -> DecoderSettings:
@@ -196,6 +250,7 @@ def _common(
         rope=RopeSettings.read(config, heads.head_dim, rope or RopeKeys()),
         norm=norm,
         windows=(None,) * _num_layers(config),
+        experts=(None,) * _num_layers(config),
         tied=config.flag("tie_word_embeddings", tied),
         activation=_activation(config, "hidden_act", activation),
     )
@@ -282,10 +337,16 @@ DECODERS: dict[str, DecoderType] = {
     "ministral3": DecoderType("Ministral3ForCausalLM", _ministral_3),
     "qwen2": DecoderType("Qwen2ForCausalLM", _qwen2),
     "qwen3": DecoderType("Qwen3ForCausalLM", _qwen3),
+    "qwen2_moe": DecoderType("Qwen2MoeForCausalLM", _qwen2_moe),
+    "qwen3_moe": DecoderType("Qwen3MoeForCausalLM", _qwen3_moe),
+    "mixtral": DecoderType("MixtralForCausalLM", _mixtral),
+    "olmoe": DecoderType("OlmoeForCausalLM", _olmoe),
     "olmo2": DecoderType("Olmo2ForCausalLM", _olmo2),
     "phi3": DecoderType("Phi3ForCausalLM", _phi3),
     "gemma": DecoderType("GemmaForCausalLM", _gemma),
     "granite": DecoderType("GraniteForCausalLM", _granite),
+    "granitemoe": DecoderType("GraniteMoeForCausalLM", _granite_moe),
+    "granitemoeshared": DecoderType("GraniteMoeSharedForCausalLM", _granite_moe),
     "cohere": DecoderType("CohereForCausalLM", _cohere),
     "starcoder2": DecoderType("Starcoder2ForCausalLM", _starcoder2),
     "stablelm": DecoderType("StableLmForCausalLM", _stablelm),

@@ -31,7 +31,8 @@ for _name, _decoder in DECODERS.items():
     register_family(_name, Decoder, architectures=(_decoder.architecture,), model_types=(_name,))
 
 _SOME_RECURRENT = "some of its layers are recurrent, and keep a state that is not a row for each token"
-_EXPERTS = "its MLPs are mixtures of experts"
+_EXPERTS = "its mixtures of experts are of another kind"
+_ATTENTION = "its attention is not supported yet"
 _KINDS = "its layers differ in more than their windows"
 _LATENT = "its attention keeps latents"
 REFUSED = {
@@ -42,15 +43,10 @@ REFUSED = {
     "falcon_h1": _SOME_RECURRENT,
     "jamba": _SOME_RECURRENT,
     "rwkv": _SOME_RECURRENT,
-    "qwen2_moe": _EXPERTS,
-    "qwen3_moe": _EXPERTS,
-    "mixtral": _EXPERTS,
-    "olmoe": _EXPERTS,
-    "granitemoe": _EXPERTS,
     "phimoe": _EXPERTS,
     "llama4_text": _EXPERTS,
-    "glm4_moe": _EXPERTS,
-    "gpt_oss": f"{_EXPERTS}, and its attention has sinks",
+    "glm4_moe": _ATTENTION,
+    "gpt_oss": f"{_ATTENTION}: it has sinks",
     "gemma2": _KINDS,
     "gemma3_text": _KINDS,
     "cohere2": _KINDS,

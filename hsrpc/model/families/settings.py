@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from hsrpc.model.experts import Experts
 from hsrpc.model.layers import Activation, Norm
 from hsrpc.model.rope import RopeSettings
 
@@ -89,6 +90,8 @@ class DecoderSettings:
     """All norms of a row; those of queries and keys have no bias."""
     windows: tuple[int | None, ...]
     """Sliding window of each layer; None: it sees all tokens."""
+    experts: tuple[Experts | None, ...]
+    """The mixture of experts that each layer has for an MLP; None: its MLP is dense."""
     tied: bool
     """The head is the embedding."""
     activation: Activation = Activation.SILU

@@ -14,8 +14,10 @@ from hsrpc.model.formats.plain import Plain
 
 
 def uniform(weight: WeightFormat, dtype: torch.dtype) -> Formats:
-    """One format for all weights of the layers, and caches of the type that is computed with."""
-    return Formats(weight=lambda _: weight, kv=CacheFormat(dtype), activation=CacheFormat(dtype))
+    """One format for the weights of the layers, except exact ones; and caches of the type that is computed with."""
+    exact = Plain(torch.float32)
+    rows = CacheFormat(dtype)
+    return Formats(weight=lambda tensor: exact if tensor.exact else weight, kv=rows, activation=rows)
 
 
 def format_choices(coding: WeightCoding, dtype: torch.dtype, device: torch.device) -> Sequence[Formats]:

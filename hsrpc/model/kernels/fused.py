@@ -95,7 +95,7 @@ def rotate_heads_(
 
 
 @triton.jit
-def _gate(gate_up, out, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def _gate(gate_up, out, width, limit, alpha, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -106,6 +106,10 @@ def _gate(gate_up, out, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
         active = gate / (1.0 + tl.exp(-gate))
     elif ACTIVATION == "gelu":
         active = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    elif ACTIVATION == "clamped":
+        gate = tl.minimum(gate, limit)
+        active = gate / (1.0 + tl.exp(-alpha * gate))
+        up = tl.minimum(tl.maximum(up, -limit), limit) + 1.0
     else:  # gelu_tanh
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         # 0.5 * (1 + tanh(x)) is the sigmoid of 2 * x; 80: exp does not overflow.
@@ -119,8 +123,18 @@ GATES = ("silu", "gelu", "gelu_tanh")
 
 def gate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     """activation(gate) * up [n, f] of [gate|up] [n, 2*f], contiguous; `activation` is one of GATES."""
+    return _gated(gate_up, activation)
+
+
+def clamped_gate(gate_up: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
+    """As `layers.ClampedGate`: [n, f] of [gate|up] [n, 2*f], contiguous."""
+    return _gated(gate_up, "clamped", limit, alpha)
+
+
+def _gated(gate_up: torch.Tensor, activation: str, limit: float = 0.0, alpha: float = 0.0) -> torch.Tensor:
     n, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((n, width), dtype=gate_up.dtype, device=gate_up.device)
     if n:
-        _gate[n, triton.cdiv(width, _BLOCK)](gate_up, out, width, ACTIVATION=activation, BLOCK=_BLOCK)
+        grid = n, triton.cdiv(width, _BLOCK)
+        _gate[grid](gate_up, out, width, limit, alpha, ACTIVATION=activation, BLOCK=_BLOCK)
     return out

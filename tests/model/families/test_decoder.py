@@ -40,6 +40,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max
 """Trained with less than a prompt."""
 MSCALE = YARN | {"mscale": 0.7, "mscale_all_dim": 0.4, "beta_fast": 2.0, "beta_slow": 0.5, "truncate": False}
 MINISTRAL3 = YARN | {"llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0}
+MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+FEW = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.6, "logits_scaling": 1.7}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 
 
@@ -83,6 +86,21 @@ CASES = [
     ("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}),
     ("qwen3", {"head_dim": 16}),
     ("qwen3", {"head_dim": 8, "attention_bias": True, "use_sliding_window": True, "max_window_layers": 1}),
+    ("qwen3_moe", MOE),
+    ("qwen3_moe", MOE | {"norm_topk_prob": True, "num_experts_per_tok": 1, "head_dim": 16}),
+    ("qwen3_moe", MOE | {"norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
+    ("qwen3_moe", MOE | {"decoder_sparse_step": 2, "attention_bias": True, "tie_word_embeddings": True}),
+    ("qwen3_moe", MOE | {"num_experts": 32, "use_sliding_window": True, "sliding_window": 3}),
+    ("qwen2_moe", MOE | {"shared_expert_intermediate_size": 28}),
+    ("qwen2_moe", MOE | {"shared_expert_intermediate_size": 28, "use_sliding_window": True, "sliding_window": 3}),
+    ("qwen2_moe", MOE | {"norm_topk_prob": True, "qkv_bias": False, "mlp_only_layers": [0]}),
+    ("mixtral", FEW),
+    ("mixtral", FEW | {"sliding_window": 4, "head_dim": 12, "num_experts_per_tok": 4}),
+    ("olmoe", FEW),
+    ("olmoe", FEW | {"norm_topk_prob": True, "num_key_value_heads": 4, "attention_bias": True}),
+    ("granitemoe", FEW | GRANITE),
+    ("granitemoeshared", FEW | GRANITE),
+    ("granitemoeshared", FEW | {"shared_intermediate_size": 28}),
     ("olmo2", {"num_key_value_heads": 4}),
     ("olmo2", {"attention_bias": True}),
     ("phi3", {"num_key_value_heads": 4}),
@@ -94,16 +112,7 @@ CASES = [
     ),
     ("gemma", {"head_dim": 16}),
     ("gemma", {"head_dim": 8, "hidden_act": "gelu"}),
-    (
-        "granite",
-        {
-            "embedding_multiplier": 3.0,
-            "attention_multiplier": 0.4,
-            "residual_multiplier": 0.6,
-            "logits_scaling": 1.7,
-            "attention_bias": True,
-        },
-    ),
+    ("granite", GRANITE | {"attention_bias": True}),
     ("cohere", {"logit_scale": 0.5}),
     ("cohere", {"logit_scale": 0.5, "use_qk_norm": True, "attention_bias": True}),
     ("starcoder2", {}),
