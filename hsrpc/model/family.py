@@ -56,6 +56,21 @@ class ModelSpec:
     """What the family reads its own settings from."""
 
 
+class Absorption(ABC):
+    """How single queries attend to activations as they are stored, without their K and V."""
+
+    heads: HeadShape
+    """Of the queries that attend so; a row is an activation."""
+
+    @abstractmethod
+    def queries(self, w: Weights, layer: int, queries: torch.Tensor) -> torch.Tensor:
+        """Queries for `heads` of the layer's queries [n, q]."""
+
+    @abstractmethod
+    def values(self, w: Weights, layer: int, attended: torch.Tensor) -> torch.Tensor:
+        """What attention gives [n, o], of what `heads` gather of activations."""
+
+
 class Family(ABC):
     """One architecture. Rows are tokens of any number of requests, concatenated; positions are int64 [n].
 
@@ -75,6 +90,8 @@ class Family(ABC):
         sizes = spec.sizes
         self.heads = HeadShape(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.head_dim)
         self.activation_size = sizes.hidden_size
+        self.absorption: Absorption | None = None
+        """None: attention needs K and V."""
         self.attention_scale: float = spec.sizes.head_dim**-0.5
         """Factor on q K^T; queries come unscaled."""
 

@@ -253,6 +253,14 @@ def _trained(section: ConfigFile, config: ConfigFile) -> int:
     return place.integer(key, _positions(config), maximum=MAX_CONTEXT)
 
 
+def softmax_factor(config: ConfigFile) -> float:
+    """Factor on queries and on keys of a model with latents, where its positions are scaled by YaRN."""
+    section = config.section("rope_parameters") or config.section("rope_scaling")
+    if section is None or not section.has("mscale_all_dim") or not section.has("factor"):
+        return 1.0
+    return _yarn_factor(section.number("factor"), section.number("mscale_all_dim"))
+
+
 def _yarn_factor(factor: float, scale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
@@ -318,8 +326,11 @@ class Rotary:
 
     def turn_(self, heads: torch.Tensor, rotation: Rotation, norms: HeadNorms | None = None) -> None:
         """Rotates `heads` [n, m * head_dim] in place, with `norms` normed first; rows may be strided."""
-        heads = heads.unflatten(1, (-1, self._head_dim))
-        fuses = rotation.table is None and self._settings.width == self._head_dim
+        self.turn_heads_(heads.unflatten(1, (-1, self._head_dim)), rotation, norms)
+
+    def turn_heads_(self, heads: torch.Tensor, rotation: Rotation, norms: HeadNorms | None = None) -> None:
+        """As `turn_`, of heads [n, m, d] that may lie apart."""
+        fuses = rotation.table is None and self._settings.width == heads.shape[-1]
         if norms is not None and not fuses:
             norms.apply_(heads)
         if rotation.table is None:

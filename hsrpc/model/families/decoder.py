@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch.nn import functional
@@ -42,7 +43,7 @@ take 4.6, attention 2.3 more than its bytes do, and a layer's GEMMs 1.5 less tha
 class Decoder(Family):
     """A decoder as its settings say."""
 
-    size_keys = (
+    size_keys: ClassVar[tuple[str, ...]] = (
         "num_hidden_layers",
         "hidden_size",
         "num_attention_heads",

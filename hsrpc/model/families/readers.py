@@ -13,6 +13,7 @@ from hsrpc.model.experts import Routing
 from hsrpc.model.families.expert_readers import (
     granite_experts,
     in_all_layers,
+    latent_experts,
     qwen_experts,
     renormalised_if_said,
 )
@@ -20,13 +21,14 @@ from hsrpc.model.families.settings import (
     Biases,
     DecoderSettings,
     Heads,
+    Latent,
     Multipliers,
     Names,
     NormNames,
     QkNorm,
 )
 from hsrpc.model.layers import ACTIVATIONS, Activation, Norm, NormKind
-from hsrpc.model.rope import RopeKeys, RopeSettings
+from hsrpc.model.rope import RopeKeys, RopeSettings, softmax_factor
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
@@ -225,6 +227,50 @@ def _gpt_neox(config: ConfigFile) -> DecoderSettings:
     )
 
 
+def _deepseek_v2(config: ConfigFile) -> DecoderSettings:
+    return _latent(config, interleaved=True)
+
+
+def _deepseek_v3(config: ConfigFile) -> DecoderSettings:
+    return _latent(config, interleaved=config.flag("rope_interleave", True))
+
+
+def _glm4_moe_lite(config: ConfigFile) -> DecoderSettings:
+    return replace(_deepseek_v3(config), norm=_rms(config, 1e-5))
+
+
+def _latent(config: ConfigFile, *, interleaved: bool) -> DecoderSettings:
+    """Keys that all models with latents share. Rotated heads' `head_dim`, where a file has it, is that of the rotation
+    alone."""
+    num_heads, bias = config.integer("num_attention_heads", maximum=MAX_WIDTH), config.flag("attention_bias", False)
+    latent = Latent(
+        query_rank=config.integer("q_lora_rank", maximum=MAX_WIDTH) if config.has("q_lora_rank") else None,
+        rank=config.integer("kv_lora_rank", maximum=MAX_WIDTH),
+        nope_dim=config.integer("qk_nope_head_dim", maximum=MAX_WIDTH),
+        rope_dim=config.integer("qk_rope_head_dim", maximum=MAX_WIDTH),
+        value_dim=config.integer("v_head_dim", maximum=MAX_WIDTH),
+        bias=bias,
+    )
+    head_dim = latent.nope_dim + latent.rope_dim
+    if latent.value_dim > head_dim:
+        raise config.refuse("v_head_dim", f"at most {head_dim}, as many as qk_nope_head_dim and qk_rope_head_dim")
+    if num_heads * head_dim > MAX_WIDTH:
+        raise config.refuse("qk_nope_head_dim", f"at most {MAX_WIDTH} for num_attention_heads={num_heads} together")
+    activation = _activation(config, "hidden_act", "silu")
+    return DecoderSettings(
+        heads=Heads(num_heads, num_heads, head_dim),
+        rope=RopeSettings.read(config, latent.rope_dim, RopeKeys(interleaved=interleaved)),
+        norm=_rms(config),
+        windows=(None,) * _num_layers(config),
+        experts=latent_experts(config, activation),
+        tied=config.flag("tie_word_embeddings", False),
+        activation=activation,
+        biases=Biases(out=bias, mlp=config.flag("mlp_bias", False)),
+        multipliers=Multipliers(attention=head_dim**-0.5 * softmax_factor(config) ** 2),
+        latent=latent,
+    )
+
+
 def _seed_oss(config: ConfigFile) -> DecoderSettings:
     biases = Biases(
         qkv=config.flag("attention_bias", True),
@@ -328,6 +374,8 @@ class DecoderType(NamedTuple):
     architecture: str
     """Value of `architectures`."""
     read: Callable[[ConfigFile], DecoderSettings]
+    also: tuple[str, ...] = ()
+    """Other values of `model_type` for the same."""
 
 
 DECODERS: dict[str, DecoderType] = {
@@ -352,5 +400,10 @@ DECODERS: dict[str, DecoderType] = {
     "stablelm": DecoderType("StableLmForCausalLM", _stablelm),
     "gpt_neox": DecoderType("GPTNeoXForCausalLM", _gpt_neox),
     "seed_oss": DecoderType("SeedOssForCausalLM", _seed_oss),
+    "deepseek_v2": DecoderType("DeepseekV2ForCausalLM", _deepseek_v2),
+    "deepseek_v3": DecoderType("DeepseekV3ForCausalLM", _deepseek_v3, also=("kimi_k2",)),
+    "glm4_moe_lite": DecoderType("Glm4MoeLiteForCausalLM", _glm4_moe_lite),
 }
 """The families that `Decoder` computes, by `model_type`."""
+LATENTS = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe_lite"})
+"""Those of them whose settings have a `latent`."""

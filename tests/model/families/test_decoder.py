@@ -46,6 +46,32 @@ GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_m
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 
 
+DENSE: dict[str, object] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 2,
+}
+"""Latents, and no experts."""
+LATENTS = DENSE | {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "n_shared_experts": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.7,
+    "topk_method": "group_limited_greedy",
+}
+DEEPSEEK_YARN = YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}
+GLM_LAYERS = {"mlp_layer_types": ["sparse", "dense"]}
+
+
 def longrope(width: int, **more: object) -> dict[str, object]:
     factors = [1.0 + 0.5 * i for i in range(width // 2)]
     return {
@@ -124,6 +150,14 @@ CASES = [
     ("seed_oss", {"head_dim": 12}),
     ("seed_oss", {"head_dim": 8, "attention_out_bias": True, "mlp_bias": True, "attention_bias": False}),
     ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}}),
+    ("deepseek_v2", DENSE),
+    ("deepseek_v2", LATENTS | {"q_lora_rank": 10, "rope_parameters": DEEPSEEK_YARN}),
+    ("deepseek_v2", LATENTS | {"topk_method": "greedy", "n_group": 1, "v_head_dim": 10}),
+    ("deepseek_v3", DENSE | {"q_lora_rank": 10}),
+    ("deepseek_v3", DENSE | {"attention_bias": True, "q_lora_rank": 10, "rope_interleave": False}),
+    ("deepseek_v3", LATENTS | {"rope_parameters": DEEPSEEK_YARN, "norm_topk_prob": False}),
+    ("glm4_moe_lite", LATENTS | {"q_lora_rank": 10, "rms_norm_eps": 0.1} | GLM_LAYERS),
+    ("glm4_moe_lite", LATENTS | {"q_lora_rank": 10, "mlp_layer_types": ["dense", "dense"]}),
 ]
 
 
