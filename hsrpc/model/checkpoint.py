@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from hsrpc.model.tensor_names import EMBEDDING, HEAD, TensorNames
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_log = logging.getLogger(__name__)
 _OTHER_CONFIG = "use the config.json of this checkpoint, or fetch it again"
 _TIE = "fetch the checkpoint again, or set tie_word_embeddings to true in config.json if the embedding is the head too"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
@@ -88,6 +90,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory}: expected {expected}, found {found_layers}; {_OTHER_CONFIG}")
         self.check(family.all_tensors())
         self._check_ties(family)
+        if self._names.has_layer(family.num_layers):
+            _log.info("weights behind the %d layers of the model are not used: they predict ahead", family.num_layers)
 
     def _has_layer(self, family: Family, layer: int) -> bool:
         """Whether any tensor of the layer is there."""

@@ -54,6 +54,10 @@ class TensorNames:
         found = self._find(source)
         return self._find(HEAD) if found is None and source.endswith(EMBEDDING) else found
 
+    def has_layer(self, layer: int) -> bool:
+        """Whether any tensor's name says that it is of that layer."""
+        return any(f".layers.{layer}." in f".{name}" for name in self._names)
+
     def _find(self, source: str) -> str | None:
         if source in self._names:
             return source

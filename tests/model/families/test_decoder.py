@@ -9,7 +9,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from hsrpc.errors import CheckpointError
+from hsrpc.model.attention import Attention, PackedRows
+from hsrpc.model.checkpoint import Checkpoint
 from hsrpc.model.families.readers import DECODERS
+from hsrpc.model.families.registry import create_family
 from hsrpc.model.spec import load_spec
 from tests.model.conftest import rebuild
 
@@ -283,6 +286,9 @@ REFUSED = [
     ("llama", {"rope_parameters": {"partial_rotary_factor": 2.0}}, "partial_rotary_factor"),
     ("llama", {"rope_parameters": DYNAMIC | {"partial_rotary_factor": 0.25}}, "rope_type"),
     ("qwen2", {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers"),
+    ("deepseek_v3", DENSE | {"v_head_dim": 11}, "v_head_dim"),
+    ("deepseek_v3", DENSE | {"kv_lora_rank": None}, "kv_lora_rank"),
+    ("glm4_moe_lite", DENSE | {"mlp_layer_types": ["dense"]}, "mlp_layer_types"),
 ]
 
 
@@ -293,3 +299,51 @@ def test_refusals_name_the_key(tmp_path, kind, changes, words):
     edit(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=words):
         load_spec(tmp_path, None)
+
+
+def test_layers_that_predict_ahead_are_not_used_and_said(tmp_path, caplog):
+    """DeepSeek-V3 and GLM have one behind the last: a file with more layers than num_hidden_layers says is served."""
+    make("deepseek_v3", **DENSE, num_hidden_layers=3).save_pretrained(tmp_path)
+    edit(tmp_path, num_hidden_layers=2, num_nextn_predict_layers=1)
+    with caplog.at_level("INFO", logger="hsrpc"):
+        Checkpoint(tmp_path).check_model(create_family(load_spec(tmp_path, None)))
+    assert caplog.messages == ["weights behind the 2 layers of the model are not used: they predict ahead"]
+
+
+def test_kimi_k2_is_deepseek_v3(tmp_path):
+    """By the architecture that its files name, and without one by its own `model_type`."""
+    make("deepseek_v3", **DENSE).save_pretrained(tmp_path)
+    edit(tmp_path, model_type="kimi_k2")
+    assert load_spec(tmp_path, None).family == "deepseek_v3"
+    edit(tmp_path, architectures=None)
+    assert load_spec(tmp_path, None).family == "deepseek_v3"
+
+
+def test_older_keys_of_deepseek_mean_the_same(assert_same_logits, load_packed, tmp_path):
+    """`rope_scaling` beside `rope_theta`, no `head_dim`, and `type` for the kind of rotation."""
+    packed = assert_same_logits(make("deepseek_v2", **DENSE, rope_parameters=DEEPSEEK_YARN))
+    scaling = dict(edit(tmp_path).pop("rope_parameters"))
+    edit(tmp_path, rope_parameters=None, head_dim=None, qk_head_dim=None, rope_theta=scaling.pop("rope_theta"))
+    edit(tmp_path, rope_scaling=scaling | {"type": scaling.pop("rope_type")})
+    assert load_packed(tmp_path).family.settings == packed.family.settings
+
+
+def test_rebuilding_latents_needs_no_positions(assert_same_logits):
+    """The key that is rotated is stored so."""
+    packed = assert_same_logits(make("deepseek_v3", **DENSE))
+    x = torch.randn(1, 16)
+    first, later = (rebuild(packed.family, packed.layers[0], 0, x, torch.tensor([p])) for p in (0, 9))
+    assert torch.equal(first, later)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3"])
+def test_absorbed_attention_is_attention(assert_same_logits, kind):
+    """Queries that attend to activations as they are stored give what they give with the K and V of these."""
+    packed = assert_same_logits(make(kind, **LATENTS | {"q_lora_rank": 10}))
+    family, w, positions = packed.family, packed.layers[0], torch.arange(7)
+    x, queries, kv = family.project(w, 0, torch.randn(7, 32), family.rotation(positions))
+    one, absorption = PackedRows(positions, positions, (0, 1), (0, 7), 1, 7), family.absorption
+    settings = (family.attention_scale, 1, torch.device("cpu"), torch.float32)
+    found = Attention(absorption.heads, *settings).packed(absorption.queries(w, 0, queries[-1:]), x, one, None)
+    expected = Attention(family.heads, *settings).packed(queries[-1:], kv, one, None)
+    torch.testing.assert_close(absorption.values(w, 0, found), expected, atol=1e-5, rtol=1e-5)
