@@ -69,6 +69,10 @@ class DeviceBatch:
     num_in_place: int
     num_rebuilt: int
     """Rows at the front of both buffers that are rebuilt in place."""
+    num_absorbed: int
+    """Rows at the front of the activation buffer that are attended to as they are."""
+    absorbed: DeviceRows
+    """New rows among these."""
     gathers: Mapping[BlockKind, Gathers]
     """Copies of activation blocks on the device, by what such blocks hold in a layer; `stores` is keyed alike."""
     new_rows: DeviceRows
@@ -117,7 +121,9 @@ class Forward:
         prefetcher: WeightPrefetcher,
         cache: CacheManager,
         attention: Attention,
+        absorbed: Attention | None = None,
     ) -> None:
+        """`absorbed`: attention of single queries to activations as they are stored; None: they attend to K and V."""
         self.regenerated_tokens = 0
         """Rows rebuilt from activations since the start, all layers."""
         self._family = family
@@ -126,6 +132,7 @@ class Forward:
         self._windows = [layer.sliding_window for layer in family.sizes.layers]
         self._cache = cache
         self._attention = attention
+        self._absorbed = absorbed
         self._device = device
 
     @property
@@ -180,6 +187,8 @@ class Forward:
                 packed=_packed_rows(batch, upload),
                 num_in_place=batch.in_place.num_requests,
                 num_rebuilt=batch.in_place.num_rebuilt,
+                num_absorbed=batch.in_place.num_absorbed,
+                absorbed=DeviceRows.of(batch.absorbed, upload),
                 gathers=self._cache.gathers(batch, upload),
                 new_rows=DeviceRows.of(batch.new_rows, upload),
                 activation_rows=upload(batch.activation_rows),
@@ -212,8 +221,11 @@ class Forward:
         is_whole = batch.is_first and batch.is_last
         step.projected = projected if is_whole else projected.select(batch.rows)
         self._cache.gather(buffers, batch.gathers, op.layer)
-        kv = step.projected.projection.kv
-        self._device.copy_rows(buffers.kv, batch.new_rows.target, kv, batch.new_rows.source)
+        new = step.projected.projection
+        self._device.copy_rows(buffers.kv, batch.new_rows.target, new.kv, batch.new_rows.source)
+        if self._absorbed is not None:
+            rows = batch.absorbed
+            self._device.copy_rows(buffers.activations, rows.target, new.activation, rows.source)
         self._store(Tier.DEVICE, op, step)
 
     def _store(self, tier: Tier, op: Op, step: Pass) -> None:
@@ -227,10 +239,19 @@ class Forward:
         queries, out = step.projected.projection.queries, step.projected.attended
         kv, first = self._cache.buffers[op.slot].kv, batch.num_in_place
         if batch.in_place is not None:
-            pool = self._cache.device_kv(op.layer)
-            self._attention.in_place(queries[:first], pool, kv, batch.in_place, out[:first])
+            self._attend_in_place(op, step.w, queries[:first], batch.in_place, out[:first])
         if batch.packed is not None:
             out[first:] = self._attention.packed(queries[first:], kv, batch.packed, self._windows[op.layer])
+
+    def _attend_in_place(self, op: Op, w: Weights, queries: torch.Tensor, rows: InPlaceRows, out: torch.Tensor) -> None:
+        buffers, pool = self._cache.buffers[op.slot], self._cache.in_place(op.layer)
+        absorption = self._family.absorption
+        if self._absorbed is None or absorption is None:
+            self._attention.in_place(queries, pool, buffers.kv, rows, out)
+            return
+        gathered = queries.new_empty((len(queries), absorption.heads.out_size))
+        self._absorbed.in_place(absorption.queries(w, op.layer, queries), pool, buffers.activations, rows, gathered)
+        out.copy_(absorption.values(w, op.layer, gathered))
 
     def _finish(self, step: Pass, layer: int, batch: DeviceBatch) -> None:
         """Finish the layer for a whole group, of which this is the last mini-batch."""
@@ -242,8 +263,9 @@ class Forward:
     def _rebuild(self, w: Weights, layer: int, buffers: Buffers, batch: DeviceBatch) -> None:
         """Rebuild K and V of the cached activations where attention reads them; rows of chunks are copied there."""
         total, in_front, kv = len(batch.activation_rows), batch.num_rebuilt, buffers.kv
-        self.regenerated_tokens += total
-        pieces = [*([0] if in_front else []), *range(in_front, total, REGENERATE_ROWS), total]
+        self.regenerated_tokens += total - batch.num_absorbed
+        behind = range(in_front + batch.num_absorbed, total, REGENERATE_ROWS)
+        pieces = [*([0] if in_front else []), *behind, total]
         for start, end in pairwise(pieces):
             rows = slice(start, end)
             out = kv[rows] if start < in_front else torch.empty_like(kv[rows])

@@ -36,6 +36,7 @@ class DecodeGraphs:
         self._device = device
         self._ops = sweep(layers, (BatchShape(),)).ops
         self._max_model_len = plan.max_model_len
+        self._pool = plan.in_place
         self._sizes = _batch_sizes(plan.max_batch)
         max_size = self._sizes[-1]
         columns = _TABLE + -(-plan.max_model_len // plan.block_size)
@@ -59,7 +60,7 @@ class DecodeGraphs:
         array[:count, _TOKEN] = batch.token_ids
         array[:count, _POSITION] = batch.positions
         array[:count, _COUNT] = batch.in_place.counts
-        array[:count, _SLOT] = batch.stores[PoolId.DEVICE_KV].target
+        array[:count, _SLOT] = batch.stores[self._pool].target
         array[:count, _TABLE : _TABLE + batch.in_place.tables.shape[1]] = batch.in_place.tables
         with self._device.on(self._device.compute):
             self._input[:size].copy_(self._device.upload(array))
@@ -87,7 +88,7 @@ class DecodeGraphs:
             key_starts=self._nothing,
             max_keys=self._max_model_len,
         )
-        stores: Mapping[PoolId, Stores] = {PoolId.DEVICE_KV: Stores(DeviceRows(rows, slots), NO_RUNS)}
+        stores: Mapping[PoolId, Stores] = {self._pool: Stores(DeviceRows(rows, slots), NO_RUNS)}
         batch = DeviceBatch(
             group=Group(given[:, _TOKEN].long(), positions),
             rows=slice(0, size),
@@ -97,6 +98,8 @@ class DecodeGraphs:
             packed=None,
             num_in_place=size,
             num_rebuilt=0,
+            num_absorbed=0,
+            absorbed=DeviceRows(nothing, nothing),
             gathers={held: Gathers({}, {}) for held in BlockKind},
             new_rows=DeviceRows(nothing, nothing),
             activation_rows=nothing,
@@ -113,8 +116,9 @@ class DecodeGraphs:
 
 
 def can_capture(plan: Plan, window: int | None) -> bool:
-    """Whether graphs can run steps: nothing streams, KV blocks lie on the device, no window needs packed rows."""
-    return not any(plan.streamed_bytes) and plan.num_blocks[PoolId.DEVICE_KV] > 0 and window is None
+    """Whether graphs can run steps: nothing streams, blocks on the device are read in place, no window needs packed
+    rows."""
+    return not any(plan.streamed_bytes) and plan.num_blocks[plan.in_place] > 0 and window is None
 
 
 def _batch_sizes(max_size: int) -> list[int]:

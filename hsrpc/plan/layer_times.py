@@ -14,6 +14,8 @@ from hsrpc.schedule.blocks import BlockKind
 _PLACE_COPIES = 2
 """Regenerated rows that are copied to where attention reads them are read and written once more."""
 _LOGIT_BYTES = 4
+_ABSORBING_GEMMS = 2
+"""One takes queries to activations, one what they gather to values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,19 @@ class LayerTimes:
             part = seen / context if seen < context else 1.0
             read = tokens * part * (layer.rebuilt_bytes / hardware.attention_bandwidth)
             return np.maximum(read, queries * (layer.attention_flop(seen) / hardware.gemm_rate))
+
+        return self.sizes.mean(attend)
+
+    def absorbed(self, tokens: Number, queries: Number, context: float) -> Number:
+        """As `attention`, to activations as they are stored, without K and V."""
+        hardware = self.hardware
+
+        def attend(layer: LayerSizes) -> Number:
+            if layer.absorbed is None:
+                raise ValueError("the attention of some layer needs K and V")
+            read = tokens * (layer.activation.num_bytes / hardware.attention_bandwidth)
+            compute = queries * (layer.absorbed.flop(round(context)) / hardware.gemm_rate)
+            return np.maximum(read, compute) + _ABSORBING_GEMMS * hardware.gemm_overhead
 
         return self.sizes.mean(attend)
 

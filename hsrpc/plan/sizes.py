@@ -94,6 +94,22 @@ class CacheRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AbsorbedSizes:
+    """Attention of single queries to activations as they are stored, without K and V."""
+
+    query_size: int
+    """Width of the queries of all heads that attend so."""
+    attended_size: int
+    """Width of what they gather."""
+    num_elements: int
+    """Weights that take a query there, and what it gathers back."""
+
+    def flop(self, context: int) -> int:
+        """FLOP of one query that attends to `context` tokens."""
+        return 2 * (self.query_size + self.attended_size) * context + 2 * self.num_elements
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSizes:
     """The experts of a layer, of which each token takes some."""
 
@@ -132,6 +148,8 @@ class LayerSizes:
     """Kernels beside GEMMs and attention, each counted as a norm: two norms, and shorter sums and copies."""
     experts: ExpertSizes | None = None
     """The experts among the weights; None: the MLP is dense."""
+    absorbed: AbsorbedSizes | None = None
+    """None: attention needs K and V."""
     sliding_window: int | None = None
     """A token sees itself and the `sliding_window - 1` tokens before it; None: all."""
 
@@ -305,6 +323,11 @@ class ModelSizes:
     def max_row_bytes(self, kind: BlockKind) -> int:
         """Bytes that a block of that kind keeps of one token in the layer where they are most."""
         return max(layer.row(kind).num_bytes for layer, _ in self.distinct)
+
+    @property
+    def can_absorb(self) -> bool:
+        """Whether single queries may attend to activations as they are stored, in all layers."""
+        return all(layer.absorbed is not None for layer, _ in self.distinct)
 
     @property
     def activation_ratio(self) -> float:

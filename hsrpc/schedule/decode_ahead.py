@@ -7,21 +7,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from hsrpc.schedule.blocks import PoolId
-from hsrpc.schedule.step import Chunk, InPlace, MiniBatch, Rows
+from hsrpc.schedule.step import NO_ROWS, Chunk, InPlace, MiniBatch, Rows
 
 _NOTHING = np.zeros(0, dtype=np.int64)
 
 
-def uses_no_buffer(chunks: Sequence[Chunk], block_size: int, window: int | None) -> bool:
-    """All of it is decode that reads, and stores to, KV blocks on the device."""
+def uses_no_buffer(
+    chunks: Sequence[Chunk], block_size: int, window: int | None, pool: PoolId = PoolId.DEVICE_KV
+) -> bool:
+    """All of it is decode that reads, and stores to, blocks of the `pool` that is read in place."""
     return all(
-        chunk.is_decode and chunk.reads_in_place(window) and _is_on_device(chunk, block_size) for chunk in chunks
+        chunk.is_decode and chunk.reads_in_place(window) and _is_in_pool(chunk, block_size, pool) for chunk in chunks
     )
 
 
-def _is_on_device(chunk: Chunk, block_size: int) -> bool:
+def _is_in_pool(chunk: Chunk, block_size: int, pool: PoolId) -> bool:
     used = chunk.context // block_size + 1
-    return chunk.request.blocks.pools[:used].count(PoolId.DEVICE_KV) == used
+    return chunk.request.blocks.pools[:used].count(pool) == used
 
 
 def advance(batch: MiniBatch, chunks: Sequence[Chunk], block_size: int) -> MiniBatch | None:
@@ -31,13 +33,14 @@ def advance(batch: MiniBatch, chunks: Sequence[Chunk], block_size: int) -> MiniB
     read in place.
     """
     previous = np.array([chunk.previous_row for chunk in chunks], dtype=np.int64)
-    positions, slots = batch.positions[previous] + 1, batch.stores[PoolId.DEVICE_KV].target[previous] + 1
+    pool = batch.in_place.pool
+    positions, slots = batch.positions[previous] + 1, batch.stores[pool].target[previous] + 1
     tables = batch.in_place.tables[previous]
     begun = np.flatnonzero(positions % block_size == 0)
     if len(begun):
         number = positions[begun] // block_size
         blocks = [(chunks[i].request.blocks, k) for i, k in zip(begun.tolist(), number.tolist(), strict=True)]
-        if any(table.pools[k] != PoolId.DEVICE_KV for table, k in blocks):
+        if any(table.pools[k] != pool for table, k in blocks):
             return None
         index = np.array([table.indices[k] for table, k in blocks], dtype=np.int64)
         missing = int(number.max()) + 1 - tables.shape[1]
@@ -50,12 +53,13 @@ def advance(batch: MiniBatch, chunks: Sequence[Chunk], block_size: int) -> MiniB
         positions=positions,
         query_starts=np.arange(len(chunks) + 1, dtype=np.int64),
         key_starts=nowhere,
-        in_place=InPlace(tables, positions + 1, nowhere),
-        new_rows=Rows(_NOTHING, _NOTHING),
+        in_place=InPlace(tables, positions + 1, nowhere, pool),
+        new_rows=NO_ROWS,
+        absorbed=NO_ROWS,
         kv_loads={},
         activation_loads={},
         activation_rows=_NOTHING,
         activation_positions=_NOTHING,
-        stores={PoolId.DEVICE_KV: Rows(rows, slots)},
+        stores={pool: Rows(rows, slots)},
         sample_rows=rows,
     )

@@ -25,11 +25,14 @@ def first_blocks(contexts: Ints, block_size: int, window: int | None) -> Ints:
     return np.array([first_block(context, block_size, window) for context in contexts.tolist()], dtype=np.int64)
 
 
-def pack(chunks: Sequence[Chunk], block_size: int, window: int | None) -> MiniBatch:
+def pack(chunks: Sequence[Chunk], block_size: int, window: int | None, pool: PoolId = PoolId.DEVICE_KV) -> MiniBatch:
     """Arrays of one mini-batch.
 
     Without a sliding window a request's rows are ordered KV, regenerated, new, so that copies merge; with one they stay
     in order of position, which the window's mask needs. Those rebuilt for single queries come before all others.
+
+    `pool`: the blocks that single queries read in place. Where it holds activations, all blocks do, and nothing is
+    rebuilt for these queries: they read the front of the activation buffer, where their new rows follow the others.
     """
     chunks = in_order(chunks, window)
     num_in_place = sum(chunk.reads_in_place(window) for chunk in chunks)
@@ -37,19 +40,26 @@ def pack(chunks: Sequence[Chunk], block_size: int, window: int | None) -> MiniBa
     contexts = np.array([chunk.context for chunk in chunks], dtype=np.int64)
     positions = expand(contexts, counts)
     table = _read_tables(chunks, contexts, counts, block_size, window)
-    in_place, new_in_place = _in_place(table, num_in_place, len(chunks))
-    is_loaded = (table.pool != PoolId.DEVICE_KV) | (table.owner >= num_in_place)
+    in_place, new_in_place = _in_place(table, num_in_place, len(chunks), pool)
+    is_loaded = (table.pool != pool) | (table.owner >= num_in_place)
     blocks = table.select(is_loaded & (table.cached > 0))
     in_front = blocks.is_activation & (blocks.owner < num_in_place)
     if window is None:
         order = np.argsort(2 * blocks.owner + blocks.is_activation + 2 * len(chunks) * ~in_front, kind="stable")
         blocks, in_front = blocks.select(order), in_front[order]
     behind = np.bincount(blocks.owner, blocks.cached * ~in_front, len(chunks)).astype(np.int64)
-    new = counts - new_in_place
+    absorbed = (counts - new_in_place) * in_place.absorbs * (np.arange(len(chunks)) < num_in_place)
+    new = counts - new_in_place - absorbed
     key_starts, query_starts = starts(behind + new) + in_place.num_rebuilt, starts(counts)
-    targets = starts(blocks.cached)[:-1] + np.where(in_front, 0, starts(new)[blocks.owner])
+    skipped = int(blocks.cached[in_front].sum()) * in_place.absorbs  # they are in no row of the kv buffer
+    targets = starts(blocks.cached)[:-1] - skipped + np.where(in_front, 0, starts(new)[blocks.owner])
     activations = blocks.is_activation
     rebuilt = blocks.select(activations)
+    in_buffer = starts(rebuilt.cached)[:-1] + starts(absorbed)[rebuilt.owner]
+    unused = np.zeros(in_place.num_absorbed, dtype=np.int64)
+    becomes, positions_of = (
+        expand(first, rebuilt.cached)[skipped:] for first in (targets[activations], rebuilt.position)
+    )
     return MiniBatch(
         token_ids=_new_tokens(chunks),
         positions=positions,
@@ -57,10 +67,11 @@ def pack(chunks: Sequence[Chunk], block_size: int, window: int | None) -> MiniBa
         key_starts=key_starts,
         in_place=in_place,
         new_rows=Rows(expand(query_starts[:-1], new), expand(key_starts[:-1] + behind, new)),
+        absorbed=Rows(query_starts[:-1][absorbed > 0], in_place.rebuilt_starts[1:][absorbed[:num_in_place] > 0] - 1),
         kv_loads=_loads(blocks, BlockKind.KV, targets, block_size),
-        activation_loads=_loads(rebuilt, BlockKind.ACTIVATION, starts(rebuilt.cached)[:-1], block_size),
-        activation_rows=expand(targets[activations], rebuilt.cached),
-        activation_positions=expand(rebuilt.position, rebuilt.cached),
+        activation_loads=_loads(rebuilt, BlockKind.ACTIVATION, in_buffer, block_size),
+        activation_rows=np.concatenate((unused, becomes)),
+        activation_positions=np.concatenate((unused, positions_of)),
         stores=_stores(table, positions, np.repeat(np.arange(len(chunks)), counts), block_size),
         sample_rows=query_starts[1:][[chunk.samples for chunk in chunks]] - 1,
     )
@@ -116,18 +127,20 @@ def _read_tables(chunks: Sequence[Chunk], contexts: Ints, counts: Ints, block_si
     )
 
 
-def _in_place(table: _Blocks, num_chunks: int, num_all: int) -> tuple[InPlace, Ints]:
+def _in_place(table: _Blocks, num_chunks: int, num_all: int, read_pool: PoolId) -> tuple[InPlace, Ints]:
     """What the first chunks read apart; and for each of all, whether (1) or not (0) its new row is read in place."""
     end = np.searchsorted(table.owner, num_chunks)
     owner, pool, cached, filled = table.owner[:end], table.pool[:end], table.cached[:end], table.filled[:end]
-    rebuilt, read = IS_ACTIVATION[pool], pool == PoolId.DEVICE_KV
-    rebuilt_starts = starts(np.bincount(owner, cached * rebuilt, num_chunks).astype(np.int64))
+    read = pool == read_pool
+    rebuilt = np.bincount(owner, cached * (IS_ACTIVATION[pool] & ~read), num_chunks).astype(np.int64)
     lengths = np.bincount(owner[read], minlength=num_chunks)
     tables = np.zeros((num_chunks, int(lengths.max(initial=0))), dtype=np.int64)
     tables[owner[read], expand(np.zeros_like(lengths), lengths)] = table.index[:end][read]
     counts = np.bincount(owner, filled * read, num_chunks).astype(np.int64)
     new = np.bincount(owner, (filled - cached) * read, num_all).astype(np.int64)
-    return InPlace(tables, counts, rebuilt_starts), new
+    if read_pool.kind is BlockKind.ACTIVATION:
+        rebuilt += 1 - new[:num_chunks]
+    return InPlace(tables, counts, starts(rebuilt), read_pool), new
 
 
 def _new_tokens(chunks: Sequence[Chunk]) -> Ints:

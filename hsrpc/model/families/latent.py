@@ -6,6 +6,7 @@ stored, so that rebuilding needs no positions, and single queries can attend to 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from hsrpc.model.layers import Affine, Norm, NormKind, linear_tensors, project
 from hsrpc.model.rope import Rotation
 from hsrpc.model.tensor import PairsApart, PartsTogether, RowOrder, TensorSpec
 from hsrpc.plan.plan import REGENERATE_ROWS
+from hsrpc.plan.sizes import AbsorbedSizes, LayerSizes
 
 QUERIES = Affine.named("queries")
 QUERY_LATENT = Affine.named("query_latent")
@@ -49,7 +51,20 @@ class LatentDecoder(Decoder):
         count = self.sizes.num_heads
         self.heads = HeadShape(count, count, self.sizes.head_dim, latent.value_dim)
         self.activation_size = latent.rank + latent.rope_dim
-        self.absorption = LatentAbsorption(latent, count)
+        self.absorption: LatentAbsorption = LatentAbsorption(latent, count)
+
+    def layer_sizes(self, layer: int) -> LayerSizes:
+        absorbed = AbsorbedSizes(
+            query_size=self.absorption.heads.query_size,
+            attended_size=self.absorption.heads.out_size,
+            num_elements=self._kv_rows * self._latent.rank,
+        )
+        return replace(super().layer_sizes(layer), absorbed=absorbed)
+
+    @property
+    def _kv_rows(self) -> int:
+        """Rows of the weight that makes K and V, without the key that all heads share."""
+        return self.sizes.num_heads * (self._latent.nope_dim + self._latent.value_dim)
 
     def _attention_tensors(self, prefix: str) -> tuple[TensorSpec, ...]:
         latent, size, count = self._latent, self.sizes.hidden_size, self.sizes.num_heads
@@ -57,14 +72,13 @@ class LatentDecoder(Decoder):
         queries = self._rotated_last(count, self.sizes.head_dim)
         kv_rows, kv_order = (self.activation_size,), self._rotated_last(1, self.activation_size)
         parts = PartsTogether(count, latent.nope_dim, latent.value_dim)
-        kv_size = count * (latent.nope_dim + latent.value_dim)
         return (
             *self._query_tensors(attention, queries),
             *linear_tensors(
                 KV_LATENT, (f"{attention}.kv_a_proj_with_mqa",), kv_rows, size, bias=latent.bias, order=kv_order
             ),
             *_NORM.tensors(KV_NORM, f"{attention}.kv_a_layernorm", latent.rank),
-            *linear_tensors(KV, (f"{attention}.kv_b_proj",), (kv_size,), latent.rank, bias=False, order=parts),
+            *linear_tensors(KV, (f"{attention}.kv_b_proj",), (self._kv_rows,), latent.rank, bias=False, order=parts),
         )
 
     def _query_tensors(self, attention: str, order: RowOrder | None) -> list[TensorSpec]:
