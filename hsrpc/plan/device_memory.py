@@ -93,7 +93,7 @@ def workspace_bytes(sizes: ModelSizes, staging: Staging) -> Number:
 
 
 def _absorbed_bytes(sizes: ModelSizes, queries: Number) -> Number:
-    """Bytes for queries that attend to activations: what goes there and what comes back, twice, and in float32 parts."""
+    """Bytes for queries that attend to activations: what goes there and comes back, twice, and parts in float32."""
 
     def allocated(layer: LayerSizes) -> Number:
         absorbed = layer.absorbed
