@@ -45,6 +45,8 @@ class Group:
     """[n]"""
     positions: torch.Tensor
     """[n]"""
+    absorbs: bool = False
+    """All its queries attend to activations as they are stored."""
     rotation: Rotation = field(init=False)
     """Of those positions."""
     hidden: torch.Tensor = field(init=False)
@@ -173,7 +175,8 @@ class Forward:
     def _upload(self, batches: Sequence[MiniBatch], upload: Upload) -> Iterator[DeviceBatch]:
         """A group's mini-batches."""
         positions = upload(np.concatenate([batch.positions for batch in batches]))
-        group = Group(upload(np.concatenate([batch.token_ids for batch in batches])), positions)
+        absorbs = all(batch.in_place.absorbs and batch.only_single_queries for batch in batches)
+        group = Group(upload(np.concatenate([batch.token_ids for batch in batches])), positions, absorbs)
         start = 0
         for batch in batches:
             rows = slice(start, start + batch.num_queries)
@@ -210,7 +213,9 @@ class Forward:
     def _project(self, w: Weights, layer: int, batch: DeviceBatch) -> None:
         """Project for a whole group, of which this is the first mini-batch."""
         group = batch.group
-        projection = self._family.project(w, layer, group.hidden, group.rotation)
+        absorption = self._family.absorption if group.absorbs else None
+        project = self._family.project if absorption is None else absorption.project
+        projection = project(w, layer, group.hidden, group.rotation)
         attended = projection.queries.new_empty((len(group.hidden), self._family.heads.out_size))
         group.projected = Projected(projection, attended)
 

@@ -36,7 +36,7 @@ class DecodeGraphs:
         self._device = device
         self._ops = sweep(layers, (BatchShape(),)).ops
         self._max_model_len = plan.max_model_len
-        self._pool = plan.in_place
+        self._pool, self._absorbs = plan.in_place, plan.absorbs
         self._sizes = _batch_sizes(plan.max_batch)
         max_size = self._sizes[-1]
         columns = _TABLE + -(-plan.max_model_len // plan.block_size)
@@ -90,7 +90,7 @@ class DecodeGraphs:
         )
         stores: Mapping[PoolId, Stores] = {self._pool: Stores(DeviceRows(rows, slots), NO_RUNS)}
         batch = DeviceBatch(
-            group=Group(given[:, _TOKEN].long(), positions),
+            group=Group(given[:, _TOKEN].long(), positions, self._absorbs),
             rows=slice(0, size),
             is_first=True,
             is_last=True,

@@ -63,6 +63,10 @@ class Absorption(ABC):
     """Of the queries that attend so; a row is an activation."""
 
     @abstractmethod
+    def project(self, w: Weights, layer: int, hidden: torch.Tensor, rotation: Rotation) -> Projection:
+        """As the family's, where nothing needs K and V: these are not filled."""
+
+    @abstractmethod
     def queries(self, w: Weights, layer: int, queries: torch.Tensor) -> torch.Tensor:
         """Queries for `heads` of the layer's queries [n, q]."""
 

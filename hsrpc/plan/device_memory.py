@@ -63,7 +63,9 @@ def device_bytes(sizes: ModelSizes, staging: Staging) -> dict[DeviceUse, Number]
         DeviceUse.HIDDEN_STATES: 2 * staging.step_tokens * sizes.hidden_bytes,
         DeviceUse.WORKSPACE: workspace_bytes(sizes, staging),
         DeviceUse.GRAPH_BUFFERS: staging.graph_batch * (graph_input + logits),
-        DeviceUse.GRAPHS: query_bytes(sizes, staging.graph_batch) + staging.graph_batch * logits,
+        DeviceUse.GRAPHS: query_bytes(sizes, staging.graph_batch)
+        + _absorbed_bytes(sizes, np.minimum(staging.absorbing, staging.graph_batch))
+        + staging.graph_batch * logits,
     }
 
 

@@ -123,7 +123,7 @@ class Planner:
         shares = (0.0, *self.decision.shares) if self.decision.is_free else self.decision.shares
         share = np.array(shares)[None, None, :]
         kv_only = (share == 0) & (np.arange(len(shares)) == 0)
-        for wanted in self._row_choices(budgets, BlockKind.KV):
+        for wanted in self._row_choices(budgets):
             rows = self._rows(batch, wanted)
             for recompute in self._recompute_choices(batch):
                 yield Grid(
@@ -161,7 +161,7 @@ class Planner:
         given = self.config.resident_share
         return _RESIDENT_SHARES if given is None else (given,)
 
-    def _row_choices(self, budgets: Budgets, kind: BlockKind) -> list[int]:
+    def _row_choices(self, budgets: Budgets, kind: BlockKind = BlockKind.KV) -> list[int]:
         """Rows of a buffer for rows of that kind: as many as are wanted, or just those of the longest request."""
         max_bytes = budgets.device // _BUFFER_PART
         row = self.sizes.max_row_bytes(kind)

@@ -169,6 +169,11 @@ class MiniBatch:
         return int(self.key_starts[-1])
 
     @property
+    def only_single_queries(self) -> bool:
+        """Whether each of its requests has one, which reads in place."""
+        return self.in_place.num_requests == self.num_requests
+
+    @property
     def rebuilds(self) -> bool:
         return len(self.activation_rows) > self.in_place.num_absorbed
 

@@ -51,7 +51,7 @@ class LatentDecoder(Decoder):
         count = self.sizes.num_heads
         self.heads = HeadShape(count, count, self.sizes.head_dim, latent.value_dim)
         self.activation_size = latent.rank + latent.rope_dim
-        self.absorption: LatentAbsorption = LatentAbsorption(latent, count)
+        self.absorption: LatentAbsorption = LatentAbsorption(self, latent)
 
     def layer_sizes(self, layer: int) -> LayerSizes:
         absorbed = AbsorbedSizes(
@@ -99,6 +99,12 @@ class LatentDecoder(Decoder):
         return PairsApart(heads, head_dim, width, offset=head_dim - width)
 
     def project(self, w: Weights, layer: int, hidden: torch.Tensor, rotation: Rotation) -> Projection:
+        found = self.project_latents(w, hidden, rotation)
+        self.keys_values(w, layer, found.activation, rotation, found.kv)
+        return found
+
+    def project_latents(self, w: Weights, hidden: torch.Tensor, rotation: Rotation) -> Projection:
+        """As `project`, but K and V are not filled."""
         x, latent = self._normed(w, ATTENTION_NORM, hidden), self._latent
         narrow = x if latent.query_rank is None else _NORM.of(w, QUERY_NORM, project(w, QUERY_LATENT, x))
         queries = project(w, QUERIES, narrow)
@@ -108,9 +114,7 @@ class LatentDecoder(Decoder):
         kept = activation[:, : latent.rank]
         kept.copy_(_NORM.of(w, KV_NORM, kept))
         self._rotary.turn_heads_(activation[:, None, latent.rank :], rotation)
-        kv = hidden.new_empty((len(hidden), self.heads.row_size))
-        self.keys_values(w, layer, activation, rotation, kv)
-        return Projection(activation, queries, kv)
+        return Projection(activation, queries, hidden.new_empty((len(hidden), self.heads.row_size)))
 
     def keys_values(
         self, w: Weights, layer: int, activation: torch.Tensor, rotation: Rotation, out: torch.Tensor
@@ -132,9 +136,13 @@ class LatentDecoder(Decoder):
 class LatentAbsorption(Absorption):
     """Queries and values go through the two halves of the GEMM that makes K and V, instead of all latents."""
 
-    def __init__(self, latent: Latent, num_heads: int) -> None:
+    def __init__(self, family: LatentDecoder, latent: Latent) -> None:
+        self._family = family
         self._latent = latent
-        self.heads = HeadShape(num_heads, 1, latent.rank + latent.rope_dim, latent.rank, shares=True)
+        self.heads = HeadShape(family.sizes.num_heads, 1, latent.rank + latent.rope_dim, latent.rank, shares=True)
+
+    def project(self, w: Weights, layer: int, hidden: torch.Tensor, rotation: Rotation) -> Projection:
+        return self._family.project_latents(w, hidden, rotation)
 
     def queries(self, w: Weights, layer: int, queries: torch.Tensor) -> torch.Tensor:
         latent, count = self._latent, self.heads.num_heads
