@@ -13,6 +13,8 @@ from hsrpc.plan.plan import REGENERATE_ROWS
 from hsrpc.plan.sizes import LayerSizes, ModelSizes, Number
 
 _LOGIT_BYTES = 4
+_ABSORBING_GEMMS = 2
+"""One takes queries to activations, one what they gather to values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,19 @@ class LayerTimes:
         def attend(layer: LayerSizes) -> Number:
             read = tokens * layer.seen_part(context) * (layer.rebuilt_bytes / hardware.attention_bandwidth)
             return np.maximum(read, queries * (layer.attention_flop(layer.attended(context)) / hardware.gemm_rate))
+
+        return self.sizes.mean(attend)
+
+    def absorbed(self, tokens: Number, queries: Number, context: int) -> Number:
+        """As `attention`, to activations as they are stored, without K and V."""
+        hardware = self.hardware
+
+        def attend(layer: LayerSizes) -> Number:
+            if layer.absorbed is None:
+                raise ValueError("the attention of some layer needs K and V")
+            read = tokens * layer.seen_part(context) * (layer.activation.num_bytes / hardware.attention_bandwidth)
+            compute = queries * (layer.absorbed.flop(layer.attended(context)) / hardware.gemm_rate)
+            return np.maximum(read, compute) + _ABSORBING_GEMMS * hardware.gemm_overhead
 
         return self.sizes.mean(attend)
 
