@@ -45,12 +45,12 @@ class LayerTimes:
         return self.sizes.mean(products) + groups * (kernels * hardware.small_kernel_time)
 
     def regenerate(self, tokens: Number) -> Number:
-        """The GEMMs alone."""
+        """The GEMMs, and copies of keys that these do not write where they belong."""
         hardware = self.hardware
 
         def product(layer: LayerSizes) -> Number:
             each = layer.regenerate_flop / hardware.gemm_rate + hardware.gemm_overhead / REGENERATE_ROWS
-            return tokens * each
+            return tokens * (each + _PLACE_COPIES * layer.scattered_bytes / hardware.memory_bandwidth)
 
         return self.sizes.mean(product)
 
