@@ -10,6 +10,8 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
+_FLASH_DIM = 256
+"""Dimensions of a head that flash attention takes, at most."""
 _MANY_KEYS = 1 << 20
 
 
@@ -120,7 +122,8 @@ class Attention:
         self._windows = windows
         self._device, self._dtype = device, dtype
         self._uses_kernel = device.type == "cuda"
-        self._uses_flash = device.type == "cuda" and dtype in _FLASH_DTYPES and heads.key_dim % 8 == 0
+        fits_flash = dtype in _FLASH_DTYPES and heads.key_dim % 8 == 0 and heads.key_dim <= _FLASH_DIM
+        self._uses_flash = device.type == "cuda" and fits_flash
 
     def in_place(
         self,

@@ -100,7 +100,7 @@ class AbsorbedSizes:
     attended_size: int
     """Width of what they gather."""
     num_elements: int
-    """Weights that take a query there, and what it gathers back."""
+    """Weights that take a query there, and what it gathers back: those that rebuild K and V."""
 
     def flop(self, context: int) -> int:
         """FLOP of one query that attends to `context` tokens."""
@@ -238,7 +238,14 @@ class LayerSizes:
     @property
     def regenerate_flop(self) -> int:
         """FLOP to rebuild one token's K and V from its activation: one GEMM with [W_K W_V]."""
+        if self.absorbed is not None:
+            return 2 * self.absorbed.num_elements
         return 2 * self.activation.width * (self.key_size + self.value_size)
+
+    @property
+    def scattered_bytes(self) -> int:
+        """Bytes of one token's rebuilt keys that are copied to where they lie apart."""
+        return 0 if self.absorbed is None else self.key_size * self.compute_bytes
 
     def attention_flop(self, context: int) -> int:
         """FLOP of one query's attention to `context` tokens: its products with K, and with V."""

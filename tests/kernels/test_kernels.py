@@ -261,6 +261,17 @@ def test_rotate_heads(dtype: torch.dtype, heads: int, head_dim: int, width: int)
     assert torch.equal(found[:, -24:], whole[:, -24:])
 
 
+def test_the_last_dimensions_of_heads_are_rotated() -> None:
+    """Heads that lie apart: what is before them stays."""
+    positions, frequencies = torch.tensor([0, 1, 77]), Unscaled().frequencies(1e4, 8, 4096)
+    whole = torch.randn(3, 5, 20)
+    found, wanted = whole.clone(), whole.clone()
+    rotate_(wanted[..., 12:], make_table(positions, frequencies, 1.0, torch.float32))
+    rotate_heads_(found[..., 12:], positions, frequencies, 1.0)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    assert torch.equal(found[..., :12], whole[..., :12])
+
+
 @pytest.mark.parametrize(("queries", "keys", "head_dim"), [(0, 3, 8), (20, 4, 128), (5, 5, 80)])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
