@@ -12,6 +12,7 @@ from typing import TypedDict
 
 import torch
 
+from hsrpc.model.attention import HeadShape
 from hsrpc.model.kernels.decode_attention import decode_attention
 
 BLOCK_SIZE = 16
@@ -36,8 +37,7 @@ class Given(TypedDict):
     in_place: torch.Tensor
     rebuilt_starts: torch.Tensor
     key_starts: torch.Tensor
-    num_kv_heads: int
-    head_dim: int
+    heads: HeadShape
     block_size: int
     scale: float
     max_keys: int
@@ -64,8 +64,7 @@ def case(
         "in_place": torch.tensor(in_place, device=device).int(),
         "rebuilt_starts": rebuilt.cumsum(0).int().to(device),
         "key_starts": (front + buffered.cumsum(0)).int().to(device),
-        "num_kv_heads": kv_heads,
-        "head_dim": head_dim,
+        "heads": HeadShape(heads, kv_heads, head_dim, head_dim),
         "block_size": BLOCK_SIZE,
         "scale": head_dim**-0.5,
         "max_keys": tokens,
@@ -74,17 +73,16 @@ def case(
 
 def reference(given: Given) -> torch.Tensor:
     """Attention in float64, request by request."""
-    head_dim, kv_heads = given["head_dim"], given["num_kv_heads"]
+    heads = given["heads"]
     front, starts, rows = given["rebuilt_starts"].tolist(), given["key_starts"].tolist(), []
     buffer = given["buffer"]
     for i, count in enumerate(given["in_place"].tolist()):
         token = torch.arange(count, device=buffer.device)
         slots = given["tables"][i][token // BLOCK_SIZE].long() * BLOCK_SIZE + token % BLOCK_SIZE
         parts = (given["pool"][slots], buffer[front[i] : front[i + 1]], buffer[starts[i] : starts[i + 1]])
-        kv = torch.cat(parts).double()
-        q = given["queries"][i].double().view(-1, head_dim)
-        k, v = (p.unflatten(1, (kv_heads, head_dim)) for p in kv.chunk(2, dim=1))
-        k, v = (p.repeat_interleave(len(q) // kv_heads, 1) for p in (k, v))
+        q = given["queries"][i].double().view(heads.num_heads, heads.key_dim)
+        keys_values = heads.keys_values(torch.cat(parts).double())
+        k, v = (p.repeat_interleave(heads.num_heads // heads.num_kv_heads, 1) for p in keys_values)
         weights = (torch.einsum("hd,khd->hk", q, k) * given["scale"]).softmax(-1)
         rows.append(torch.einsum("hk,khd->hd", weights, v).flatten())
     return torch.stack(rows)

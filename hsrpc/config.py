@@ -91,6 +91,17 @@ class WeightCoding(StrEnum):
     """float16 and bfloat16 in fewer bytes, decoded on the device to the same bits."""
 
 
+class LatentAttention(StrEnum):
+    """What single queries attend to where a model keeps latents."""
+
+    AUTO = "auto"
+    """What the planner expects to be faster."""
+    REBUILD = "rebuild"
+    """K and V, rebuilt of latents where these are cached."""
+    ABSORB = "absorb"
+    """Latents as they are stored; nothing else is cached."""
+
+
 class GenerationDefaults(StrEnum):
     """Where the sampling settings come from that a request leaves out."""
 
@@ -165,6 +176,8 @@ class EngineConfig:
     """Most of the layers' weights that stays on the device, in [0, 1]; for measurements. None: planned."""
     weight_coding: WeightCoding = WeightCoding.AUTO
     """How weights cross the bus that stream."""
+    latent_attention: LatentAttention = LatentAttention.AUTO
+    """What single queries attend to where a model keeps latents; for measurements."""
     block_size: int = 16
     """Tokens a cache block holds."""
     min_batch: int = 1
@@ -197,6 +210,7 @@ class EngineConfig:
             ("cache_policy", CachePolicy),
             ("placement", Placement),
             ("weight_coding", WeightCoding),
+            ("latent_attention", LatentAttention),
         ):
             self._set(name, _member(kind, getattr(self, name), name))
         for name in ("gpu_memory", "host_memory"):

@@ -154,7 +154,10 @@ def summarise(run: Run, config: EngineConfig) -> Result:
     chosen, profile = run.chosen, run.profile
     hardware = _median_hardware([run.plan.hardware, *(measure_machine(config).hardware for _ in range(_CALIBRATIONS))])
     sustained = replace(hardware, load_bandwidth=measure_sustained_load(config))
-    limits, kept_up = ([roofline(each, run.spec.sizes, rates) for each in chosen] for rates in (hardware, sustained))
+    limits, kept_up = (
+        [roofline(each, run.spec.sizes, rates, absorbs=run.plan.absorbs) for each in chosen]
+        for rates in (hardware, sustained)
+    )
     seconds = [record.seconds for record in chosen]
     total = sum(seconds)
     tokens = [record.decode_tokens + record.prefill_tokens for record in chosen]

@@ -20,6 +20,7 @@ from hsrpc.config import (
     DType,
     EngineConfig,
     GenerationDefaults,
+    LatentAttention,
     Placement,
     Seconds,
     WeightCoding,
@@ -196,6 +197,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     cache = parser.add_argument_group("cache")
     cache.add_argument(
         "--cache-policy", choices=_values(CachePolicy), default=CachePolicy.AUTO, help="default: auto, planned"
+    )
+    cache.add_argument(
+        "--latent-attention",
+        choices=_values(LatentAttention),
+        default=LatentAttention.AUTO,
+        help="what single queries attend to where a model keeps latents: rebuild takes K and V, absorb latents as they "
+        "are stored, for measurements (default: auto, planned)",
     )
     cache.add_argument("--activation-share", type=float, metavar="X", help="0 to 1, with --cache-policy hybrid")
     cache.add_argument(

@@ -270,7 +270,8 @@ def _gemm_rates(device: Device, layer: LayerSizes, dtype: torch.dtype, amounts: 
 
     # Launched as one: the host takes as long to launch a small GEMM as the device to compute it.
     decoding = _seconds(device, device.capture(decode), amounts.loops)
-    return layer.regenerate_flop / per_row, overhead, size * len(weights) / decoding
+    flop = 2 * layer.activation.width * (layer.key_size + layer.value_size)
+    return flop / per_row, overhead, size * len(weights) / decoding
 
 
 def _regeneration(device: Device, layer: LayerSizes, dtype: torch.dtype, rows: int) -> Callable[[], object]:

@@ -470,6 +470,7 @@ def _limits(plan: Plan, spec: ModelSpec) -> SchedulerLimits:
         buffers=plan.buffers,
         costs=plan.costs,
         windows=spec.sizes.windows,
+        in_place=plan.in_place,
         keeps_cache=plan.keeps_cache,
         recompute=plan.recompute,
     )

@@ -30,7 +30,7 @@ class Projected(NamedTuple):
 
     projection: Projection
     attended: torch.Tensor
-    """[n, q] as far as its mini-batches are computed."""
+    """[n, o] as far as its mini-batches are computed."""
 
     def select(self, rows: slice) -> Projected:
         """That of some rows."""
@@ -45,6 +45,8 @@ class Group:
     """[n]"""
     positions: torch.Tensor
     """[n]"""
+    absorbs: bool = False
+    """All its queries attend to activations as they are stored."""
     rotation: Rotation = field(init=False)
     """Of those positions."""
     hidden: torch.Tensor = field(init=False)
@@ -63,6 +65,10 @@ class DeviceLayout:
     """Rows of the requests after those read in place; None: there are no such requests."""
     num_rebuilt: int
     """Rows at the front of both buffers that are rebuilt in place."""
+    num_absorbed: int
+    """Rows at the front of the activation buffer that are attended to as they are."""
+    absorbed: DeviceRows
+    """New rows among these."""
     new_rows: DeviceRows
     activation_rows: torch.Tensor
     activation_positions: torch.Tensor
@@ -126,7 +132,9 @@ class Forward:
         prefetcher: WeightPrefetcher,
         cache: CacheManager,
         attention: Attention,
+        absorbed: Attention | None = None,
     ) -> None:
+        """`absorbed`: attention of single queries to activations as they are stored; None: they attend to K and V."""
         self.regenerated_tokens = 0
         """Rows rebuilt from activations since the start, all layers."""
         self._family = family
@@ -135,6 +143,7 @@ class Forward:
         self._windows = family.sizes.windows
         self._cache = cache
         self._attention = attention
+        self._absorbed = absorbed
         self._device = device
 
     @property
@@ -175,7 +184,8 @@ class Forward:
     def _upload(self, batches: Sequence[MiniBatch], upload: Upload) -> Iterator[DeviceBatch]:
         """A group's mini-batches."""
         positions = upload(np.concatenate([batch.positions for batch in batches]))
-        group = Group(upload(np.concatenate([batch.token_ids for batch in batches])), positions)
+        absorbs = all(batch.widest.in_place.absorbs and batch.only_single_queries for batch in batches)
+        group = Group(upload(np.concatenate([batch.token_ids for batch in batches])), positions, absorbs)
         start = 0
         for batch in batches:
             rows = slice(start, start + batch.num_queries)
@@ -208,8 +218,10 @@ class Forward:
     def _project(self, w: Weights, layer: int, batch: DeviceBatch) -> None:
         """Project for a whole group, of which this is the first mini-batch."""
         group = batch.group
-        projection = self._family.project(w, layer, group.hidden, group.rotation)
-        attended = torch.empty_like(projection.queries, memory_format=torch.contiguous_format)
+        absorption = self._family.absorption if group.absorbs else None
+        project = self._family.project if absorption is None else absorption.project
+        projection = project(w, layer, group.hidden, group.rotation)
+        attended = projection.queries.new_empty((len(group.hidden), self._family.heads.out_size))
         group.projected = Projected(projection, attended)
 
     def _place(self, op: Op, step: Pass, batch: DeviceBatch) -> None:
@@ -219,8 +231,11 @@ class Forward:
         is_whole = batch.is_first and batch.is_last
         step.projected = projected if is_whole else projected.select(batch.rows)
         self._cache.gather(buffers, batch.gathers, op.layer)
-        new = self._layout(op, step).new_rows
-        self._device.copy_rows(buffers.kv, new.target, step.projected.projection.kv, new.source)
+        layout, new = self._layout(op, step), step.projected.projection
+        self._device.copy_rows(buffers.kv, layout.new_rows.target, new.kv, layout.new_rows.source)
+        if self._absorbed is not None:
+            rows = layout.absorbed
+            self._device.copy_rows(buffers.activations, rows.target, new.activation, rows.source)
         self._store(Tier.DEVICE, op, step)
 
     def _store(self, tier: Tier, op: Op, step: Pass) -> None:
@@ -235,11 +250,21 @@ class Forward:
         kv, first = self._cache.buffers[op.slot].kv, batch.num_in_place
         layout, sinks = self._layout(op, step), self._family.sinks(step.w, op.layer)
         if layout.in_place is not None:
-            pool = self._cache.device_kv(op.layer)
-            self._attention.in_place(queries[:first], pool, kv, layout.in_place, out[:first], sinks=sinks)
+            self._attend_in_place(op, step.w, queries[:first], layout.in_place, out[:first])
         if layout.packed is not None:
             window = self._windows.of_layers[op.layer]
             out[first:] = self._attention.packed(queries[first:], kv, layout.packed, window, sinks)
+
+    def _attend_in_place(self, op: Op, w: Weights, queries: torch.Tensor, rows: InPlaceRows, out: torch.Tensor) -> None:
+        buffers, pool = self._cache.buffers[op.slot], self._cache.in_place(op.layer)
+        absorption, sinks = self._family.absorption, self._family.sinks(w, op.layer)
+        if self._absorbed is None or absorption is None:
+            self._attention.in_place(queries, pool, buffers.kv, rows, out, sinks=sinks)
+            return
+        gathered = queries.new_empty((len(queries), absorption.heads.out_size))
+        absorbed = absorption.queries(w, op.layer, queries)
+        self._absorbed.in_place(absorbed, pool, buffers.activations, rows, gathered, sinks=sinks)
+        out.copy_(absorption.values(w, op.layer, gathered))
 
     def _finish(self, step: Pass, layer: int, batch: DeviceBatch) -> None:
         """Finish the layer for a whole group, of which this is the last mini-batch."""
@@ -251,8 +276,9 @@ class Forward:
     def _rebuild(self, w: Weights, layer: int, buffers: Buffers, layout: DeviceLayout) -> None:
         """Rebuild K and V of the cached activations where attention reads them; rows of chunks are copied there."""
         total, in_front, kv = len(layout.activation_rows), layout.num_rebuilt, buffers.kv
-        self.regenerated_tokens += total
-        pieces = [*([0] if in_front else []), *range(in_front, total, REGENERATE_ROWS), total]
+        self.regenerated_tokens += total - layout.num_absorbed
+        behind = range(in_front + layout.num_absorbed, total, REGENERATE_ROWS)
+        pieces = [*([0] if in_front else []), *behind, total]
         for start, end in pairwise(pieces):
             rows = slice(start, end)
             out = kv[rows] if start < in_front else torch.empty_like(kv[rows])
@@ -271,6 +297,8 @@ def _on_device(layout: Layout, query_starts: Ints, upload: Upload) -> DeviceLayo
         in_place=_in_place_rows(layout, upload),
         packed=_packed_rows(layout, query_starts, upload),
         num_rebuilt=layout.in_place.num_rebuilt,
+        num_absorbed=layout.in_place.num_absorbed,
+        absorbed=DeviceRows.of(layout.absorbed, upload),
         new_rows=DeviceRows.of(layout.new_rows, upload),
         activation_rows=upload(layout.activation_rows),
         activation_positions=upload(layout.activation_positions),

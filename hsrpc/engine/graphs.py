@@ -37,6 +37,7 @@ class DecodeGraphs:
         self._ops = sweep(layers, (BatchShape(),)).ops
         self._max_model_len = plan.max_model_len
         self._windows = forward.sizes.windows.distinct
+        self._pool, self._absorbs = plan.in_place, plan.absorbs
         self._sizes = _batch_sizes(plan.max_batch)
         max_size = self._sizes[-1]
         columns = _TABLE + -(-plan.max_model_len // plan.block_size)
@@ -60,7 +61,7 @@ class DecodeGraphs:
         array[:count, _TOKEN] = batch.token_ids
         array[:count, _POSITION] = batch.positions
         array[:count, _COUNT] = in_place.counts
-        array[:count, _SLOT] = batch.stores[PoolId.DEVICE_KV].target
+        array[:count, _SLOT] = batch.stores[self._pool].target
         array[:count, _TABLE : _TABLE + in_place.tables.shape[1]] = in_place.tables
         with self._device.on(self._device.compute):
             self._input[:size].copy_(self._device.upload(array))
@@ -82,9 +83,9 @@ class DecodeGraphs:
         positions, slots = given[:, _POSITION].long(), given[:, _SLOT].long()
         rows = self._rows[:size]
         layouts = [self._layout(given, window) for window in self._windows]
-        stores: Mapping[PoolId, Stores] = {PoolId.DEVICE_KV: Stores(DeviceRows(rows, slots), NO_RUNS)}
+        stores: Mapping[PoolId, Stores] = {self._pool: Stores(DeviceRows(rows, slots), NO_RUNS)}
         batch = DeviceBatch(
-            group=Group(given[:, _TOKEN].long(), positions),
+            group=Group(given[:, _TOKEN].long(), positions, self._absorbs),
             rows=slice(0, size),
             is_first=True,
             is_last=True,
@@ -115,6 +116,8 @@ class DecodeGraphs:
             ),
             packed=None,
             num_rebuilt=0,
+            num_absorbed=0,
+            absorbed=DeviceRows(nothing, nothing),
             new_rows=DeviceRows(nothing, nothing),
             activation_rows=nothing,
             activation_positions=nothing,
@@ -122,8 +125,8 @@ class DecodeGraphs:
 
 
 def can_capture(plan: Plan) -> bool:
-    """Whether graphs can run steps: nothing streams, and KV blocks lie on the device."""
-    return not any(plan.streamed_bytes) and plan.num_blocks[PoolId.DEVICE_KV] > 0
+    """Whether graphs can run steps: nothing streams, and blocks that are read in place lie on the device."""
+    return not any(plan.streamed_bytes) and plan.num_blocks[plan.in_place] > 0
 
 
 def _batch_sizes(max_size: int) -> list[int]:

@@ -30,10 +30,10 @@ from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.validation import max_characters
 from hsrpc.errors import ConfigError
-from hsrpc.model.attention import Attention
+from hsrpc.model.attention import Attention, HeadShape
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource, has_weights
 from hsrpc.model.families.registry import create_family
-from hsrpc.model.family import ModelSpec
+from hsrpc.model.family import Family, ModelSpec
 from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.hub import resolve_model
 from hsrpc.model.shapes import RANDOM_PREFIX
@@ -271,24 +271,34 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         family = create_family(spec, plan.max_model_len)
         source, tokenizer = _source(planned, template)
         undo.callback(tokenizer.close)
-        dtype, torch_device = spec.dtype, device.torch_device
-        scale, extras = family.attention_scale, family.attention_extras
-        attention = Attention(spec.sizes, scale, plan.block_size, torch_device, dtype, extras=extras)
+        torch_device = device.torch_device
+        attention = _attention(family, family.heads, plan, torch_device)
+        absorbed = _absorbed_attention(family, plan, torch_device)
         with torch.inference_mode(), ThreadPoolExecutor(1, thread_name_prefix="compile") as compiler:
             compile_formats(family, plan, device)  # before the other thread compiles
-            compiled = compiler.submit(attention.compile)
+            compiled = [compiler.submit(each.compile) for each in (attention, absorbed) if each is not None]
             weights = load_weights(family, source, plan, device, stop, progress=progress)
             device.release_cached()  # what packing used
             cache = CacheManager(spec.sizes, plan, device, spec.formats)
             prefetcher = WeightPrefetcher(weights, plan, device, family)
-            forward = Forward(family, weights.fixed, device, prefetcher=prefetcher, cache=cache, attention=attention)
-            compiled.result()
+            forward = Forward(
+                family,
+                weights.fixed,
+                device,
+                prefetcher=prefetcher,
+                cache=cache,
+                attention=attention,
+                absorbed=absorbed,
+            )
+            for each in compiled:
+                each.result()
             device.drain()
             assembler = Assembler(
                 layers=_places(prefetcher, plan),
                 block_size=plan.block_size,
                 windows=spec.sizes.windows,
                 max_queries=plan.buffers.queries,
+                in_place=plan.in_place,
             )
             graphs = (
                 DecodeGraphs(forward, cache, device, layers=assembler.layers, plan=plan) if can_capture(plan) else None
@@ -299,6 +309,26 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         spec = replace(spec, eos_token_ids=tuple(ends))
         params = planned.default_params
         return Components(spec, device, plan, params, tokenizer, prefetcher, cache, executor)
+
+
+def _absorbed_attention(family: Family, plan: Plan, device: torch.device) -> Attention | None:
+    """Attention of single queries to activations as they are stored, where the plan has it."""
+    absorption = family.absorption
+    if not plan.absorbs or absorption is None:
+        return None
+    return _attention(family, absorption.heads, plan, device)
+
+
+def _attention(family: Family, heads: HeadShape, plan: Plan, device: torch.device) -> Attention:
+    return Attention(
+        heads,
+        family.attention_scale,
+        plan.block_size,
+        device,
+        family.spec.dtype,
+        windows=family.sizes.windows.distinct,
+        extras=family.attention_extras,
+    )
 
 
 def _places(prefetcher: WeightPrefetcher, plan: Plan) -> Places:

@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-
-from hsrpc.plan.sizes import ModelSizes
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
+_FLASH_DIM = 256
+"""Dimensions of a head that flash attention takes, at most."""
 _MANY_KEYS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """The heads of an attention, and what a row holds that its queries attend to."""
+
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    """At most `key_dim`."""
+    shares: bool = False
+    """A row has keys alone, and the first `value_dim` dimensions of each are its value; else it is [K|V]."""
+
+    @property
+    def key_size(self) -> int:
+        """Elements of a row's keys."""
+        return self.num_kv_heads * self.key_dim
+
+    @property
+    def row_size(self) -> int:
+        """Elements of a row."""
+        return self.key_size + (0 if self.shares else self.num_kv_heads * self.value_dim)
+
+    @property
+    def query_size(self) -> int:
+        """Elements of all heads' queries."""
+        return self.num_heads * self.key_dim
+
+    @property
+    def out_size(self) -> int:
+        """Elements of what attention gives for all heads."""
+        return self.num_heads * self.value_dim
+
+    def keys_values(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [n, kv_heads, key_dim] and values [n, kv_heads, value_dim] of rows [n, row_size], as views."""
+        keys = rows[:, : self.key_size].unflatten(-1, (self.num_kv_heads, self.key_dim))
+        if self.shares:
+            return keys, keys[..., : self.value_dim]
+        return keys, rows[:, self.key_size :].unflatten(-1, (self.num_kv_heads, self.value_dim))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,23 +106,24 @@ class Attention:
 
     def __init__(
         self,
-        sizes: ModelSizes,
+        heads: HeadShape,
         scale: float,
         block_size: int,
         device: torch.device,
         dtype: torch.dtype,
         *,
+        windows: Sequence[int | None] = (None,),
         extras: Extras = PLAIN,
     ) -> None:
         self._block_size = block_size
-        self._heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
-        self._kv = sizes.num_kv_heads * sizes.head_dim
+        self._heads = heads
         self._scale = scale
         self._extras = extras
-        self._windows = sizes.windows.distinct
+        self._windows = windows
         self._device, self._dtype = device, dtype
         self._uses_kernel = device.type == "cuda"
-        self._uses_flash = device.type == "cuda" and dtype in _FLASH_DTYPES and sizes.head_dim % 8 == 0
+        fits_flash = dtype in _FLASH_DTYPES and heads.key_dim % 8 == 0 and heads.key_dim <= _FLASH_DIM
+        self._uses_flash = device.type == "cuda" and fits_flash
 
     def in_place(
         self,
@@ -93,7 +135,7 @@ class Attention:
         *,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        """Fill `out` [d, q] for one query a request [d, q], with rows [K|V] in the pool and the kv buffer [*, 2*kv].
+        """Fill `out` [d, o] for one query a request [d, q], with rows in the pool and in the buffer [*, row_size].
 
         `sinks` [num_heads] are those of the layer, where the model has them.
         """
@@ -102,7 +144,6 @@ class Attention:
             return
         from hsrpc.model.kernels.decode_attention import decode_attention  # loads Triton
 
-        _, num_kv_heads, head_dim = self._heads
         decode_attention(
             queries,
             pool,
@@ -113,8 +154,7 @@ class Attention:
             skips=rows.skips,
             rebuilt_starts=rows.rebuilt_starts,
             key_starts=rows.key_starts,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
+            heads=self._heads,
             block_size=self._block_size,
             scale=self._scale,
             max_keys=rows.max_keys,
@@ -127,17 +167,21 @@ class Attention:
         """Make both ready: what they would compile, import and load on their way would hold a step up for seconds."""
         if not self._uses_kernel:
             return
-        num_heads, _, head_dim = self._heads
-        queries = torch.zeros((1, num_heads * head_dim), dtype=self._dtype, device=self._device)
-        kv = torch.zeros((self._block_size, 2 * self._kv), dtype=self._dtype, device=self._device)
-        sinks = queries.new_zeros(num_heads) if self._extras.has_sinks else None
+        heads = self._heads
+        queries, out, kv = (
+            torch.zeros(shape, dtype=self._dtype, device=self._device)
+            for shape in ((1, heads.query_size), (1, heads.out_size), (self._block_size, heads.row_size))
+        )
+        sinks = queries.new_zeros(heads.num_heads) if self._extras.has_sinks else None
         tables, counts, starts = (torch.zeros(size, dtype=torch.int32, device=self._device) for size in ((1, 1), 1, 2))
         skipping = [None if window is None else counts for window in self._windows]
         for max_keys, skips in product((1, _MANY_KEYS), skipping):  # in one part, and in several
             rows = InPlaceRows(
                 tables=tables, counts=counts, skips=skips, rebuilt_starts=starts, key_starts=starts, max_keys=max_keys
             )
-            self.in_place(queries, kv, kv, rows, torch.empty_like(queries), sinks=sinks)
+            self.in_place(queries, kv, kv, rows, out, sinks=sinks)
+        if heads.shares:  # rows that single queries alone attend to
+            return
         one = torch.arange(2, dtype=torch.int32, device=self._device)
         self.packed(queries, kv, PackedRows(one, one, (0, 1), (0, 1), 1, 1), None, sinks)
 
@@ -169,17 +213,15 @@ class Attention:
         window: int | None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[n, q] for queries [n, q] and the kv buffer [*, 2*kv] with rows [K|V].
+        """[n, o] for queries [n, q] and the buffer [*, row_size].
 
         With a sliding `window` a query sees itself and the `window - 1` keys before it; keys are in order of position.
         `sinks` as in `in_place`.
         """
         if self._uses_kernel and (self._extras.softcap is not None or (not self._uses_flash and sinks is not None)):
             return self._packed_by_kernel(queries, kv, rows, window, sinks)
-        num_heads, num_kv_heads, head_dim = self._heads
-        q = queries.unflatten(-1, (num_heads, head_dim))
-        k = kv[:, : self._kv].unflatten(-1, (num_kv_heads, head_dim))
-        v = kv[:, self._kv :].unflatten(-1, (num_kv_heads, head_dim))
+        q = queries.unflatten(-1, (self._heads.num_heads, self._heads.key_dim))
+        k, v = self._heads.keys_values(kv)
         attend = self._flash if self._uses_flash else self._one_by_one
         return attend(q, k, v, rows, window=window, sinks=sinks).flatten(1)
 
@@ -188,15 +230,13 @@ class Attention:
     ) -> torch.Tensor:
         from hsrpc.model.kernels.packed_attention import packed_attention  # loads Triton
 
-        _, num_kv_heads, head_dim = self._heads
         return packed_attention(
             queries,
             kv,
             query_starts=rows.query_starts,
             key_starts=rows.key_starts,
             max_queries=rows.max_queries,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
+            heads=self._heads,
             scale=self._scale,
             window=window,
             softcap=self._extras.softcap,
@@ -214,7 +254,13 @@ class Attention:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """The operator behind `torch.nn.attention.varlen`, which takes the host three times as long to launch, and five
-        seconds of imports for the first time where Python's compiled files are not kept."""
+        seconds of imports for the first time where Python's compiled files are not kept.
+
+        It takes keys and values of one width: narrower values are padded, and what comes of the padding is cut off.
+        """
+        narrower = self._heads.key_dim - self._heads.value_dim
+        if narrower:
+            v = pad(v, (0, narrower))
         result: torch.Tensor
         result, log_sums, *_ = torch.ops.aten._flash_attention_forward(
             q,
@@ -231,6 +277,7 @@ class Attention:
             window_size_left=-1 if window is None else window - 1,
             window_size_right=0,
         )
+        result = result[..., : self._heads.value_dim]
         return result if sinks is None else beside_sinks_(result, log_sums, sinks)
 
     def _one_by_one(
@@ -243,7 +290,7 @@ class Attention:
         window: int | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty((*q.shape[:2], self._heads.value_dim), dtype=q.dtype, device=q.device)
         bounds = zip(rows.query_offsets, rows.query_offsets[1:], rows.key_offsets, rows.key_offsets[1:], strict=False)
         for q0, q1, k0, k1 in bounds:
             out[q0:q1] = self._request(q[q0:q1], k[k0:k1], v[k0:k1], window, sinks)
@@ -256,15 +303,16 @@ class Attention:
         mask = _mask(q.shape[2], k.shape[2], window, q.device)
         if self._extras != PLAIN:
             return self._with_extras(q, k, v, mask, sinks).squeeze(0).transpose(0, 1)
-        gqa = self._heads[0] != self._heads[1]
+        gqa = self._heads.num_heads != self._heads.num_kv_heads
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self._scale, enable_gqa=gqa)
         return attended.squeeze(0).transpose(0, 1)
 
     def _with_extras(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor | None
     ) -> torch.Tensor:
-        """[1, heads, queries, head_dim], by products in float32."""
-        k, v = (x.float().repeat_interleave(self._heads[0] // self._heads[1], 1) for x in (k, v))
+        """[1, heads, queries, value_dim], by products in float32."""
+        group = self._heads.num_heads // self._heads.num_kv_heads
+        k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
         scores = q.float() @ k.mT * self._scale
         if (cap := self._extras.softcap) is not None:
             scores = cap * (scores / cap).tanh()
@@ -277,7 +325,7 @@ class Attention:
 
 
 def beside_sinks_(attended: torch.Tensor, log_sums: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    """`attended` [n, heads, head_dim], in place, as if each query had seen a key without a value beside its own.
+    """`attended` [n, heads, value_dim], in place, as if each query had seen a key without a value beside its own.
 
     `log_sums` [heads, n]: logarithms of the sums of the exponentials of the scores; `sinks` [heads]: that key's score.
     """

@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_log = logging.getLogger(__name__)
 _OTHER_CONFIG = "use the config.json of this checkpoint, or fetch it again"
 _TIE = "fetch the checkpoint again, or set tie_word_embeddings to true in config.json if the embedding is the head too"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")

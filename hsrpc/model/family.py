@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple, TypeAlias
 import torch
 
 from hsrpc.config import WeightCoding
-from hsrpc.model.attention import PLAIN
+from hsrpc.model.attention import PLAIN, HeadShape
 from hsrpc.model.bounds import MAX_LAYERS
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.formats.choice import format_choices
@@ -31,7 +31,7 @@ class Projection(NamedTuple):
     queries: torch.Tensor
     """[n, q], unscaled."""
     kv: torch.Tensor
-    """[n, 2*kv] as [K|V]. Queries and these may be views of one tensor: rows are strided."""
+    """[n, k+v] as [K|V]. Queries and these may be views of one tensor: rows are strided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,30 @@ class ModelSpec:
     """What the family reads its own settings from."""
 
 
+class Absorption(ABC):
+    """How single queries attend to activations as they are stored, without their K and V."""
+
+    heads: HeadShape
+    """Of the queries that attend so; a row is an activation."""
+
+    @abstractmethod
+    def project(self, w: Weights, layer: int, hidden: torch.Tensor, rotation: Rotation) -> Projection:
+        """As the family's, where nothing needs K and V: these are not filled."""
+
+    @abstractmethod
+    def queries(self, w: Weights, layer: int, queries: torch.Tensor) -> torch.Tensor:
+        """Queries for `heads` of the layer's queries [n, q]."""
+
+    @abstractmethod
+    def values(self, w: Weights, layer: int, attended: torch.Tensor) -> torch.Tensor:
+        """What attention gives [n, o], of what `heads` gather of activations."""
+
+
 class Family(ABC):
     """One architecture. Rows are tokens of any number of requests, concatenated; positions are int64 [n].
 
-    With n rows, hidden size h, q = num_heads * head_dim and kv = num_kv_heads * head_dim.
+    With n rows, hidden size h, q = num_heads * key_dim, k = num_kv_heads * key_dim, v = num_kv_heads * value_dim and
+    o = num_heads * value_dim. An activation is `a` wide. A family of other widths sets `heads` and `activation_size`.
     """
 
     size_keys: ClassVar[tuple[str, ...]]
@@ -71,12 +91,27 @@ class Family(ABC):
         self.sizes = spec.sizes
         self.served_context = served_context or spec.sizes.context_length
         self.num_layers = spec.config.integer("num_hidden_layers", maximum=MAX_LAYERS)
-        self.q_size = spec.sizes.num_heads * spec.sizes.head_dim
-        self.kv_size = spec.sizes.num_kv_heads * spec.sizes.head_dim
+        sizes = spec.sizes
+        self.heads = HeadShape(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.head_dim)
+        self.activation_size = sizes.hidden_size
+        self.absorption: Absorption | None = None
+        """None: attention needs K and V."""
         self.attention_scale: float = spec.sizes.head_dim**-0.5
         """Factor on q K^T; queries come unscaled."""
         self.attention_extras = PLAIN
         """What attention does beside."""
+
+    @property
+    def q_size(self) -> int:
+        return self.heads.query_size
+
+    @property
+    def key_size(self) -> int:
+        return self.heads.key_size
+
+    @property
+    def value_size(self) -> int:
+        return self.heads.row_size - self.heads.key_size
 
     @classmethod
     @abstractmethod
@@ -98,11 +133,11 @@ class Family(ABC):
             tensors=tuple(formats.weight(tensor).sizes(tensor) for tensor in self.layer_tensors(layer)),
             hidden_size=sizes.hidden_size,
             query_size=self.q_size,
-            key_size=self.kv_size,
-            value_size=self.kv_size,
+            key_size=self.key_size,
+            value_size=self.value_size,
             ffn_size=sizes.ffn_size,
-            kv=formats.kv.row(2 * self.kv_size),
-            activation=formats.activation.row(sizes.hidden_size),
+            kv=formats.kv.row(self.key_size + self.value_size),
+            activation=formats.activation.row(self.activation_size),
             compute_bytes=sizes.compute_bytes,
         )
 
@@ -144,7 +179,7 @@ class Family(ABC):
     def keys_values(
         self, w: Weights, layer: int, activation: torch.Tensor, rotation: Rotation, out: torch.Tensor
     ) -> None:
-        """[K|V] rebuilt from stored activations [n, a] by one GEMM, into `out` [n, 2*kv], contiguous."""
+        """[K|V] rebuilt from stored activations [n, a] by one GEMM, into `out` [n, k+v], contiguous."""
 
     def sinks(self, w: Weights, layer: int) -> torch.Tensor | None:
         """The layer's sinks [num_heads], in models whose attention has them."""
@@ -152,7 +187,7 @@ class Family(ABC):
 
     @abstractmethod
     def finish_layer(self, w: Weights, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Output of the layer [n, h], from its input `hidden` [n, h] and the attention's output [n, q]."""
+        """Output of the layer [n, h], from its input `hidden` [n, h] and the attention's output [n, o]."""
 
     @abstractmethod
     def logits(self, fixed: Weights, hidden: torch.Tensor) -> torch.Tensor:

@@ -266,6 +266,14 @@ def _trained(section: ConfigFile, config: ConfigFile) -> int:
     return place.integer(key, _positions(config), maximum=MAX_CONTEXT)
 
 
+def softmax_factor(config: ConfigFile) -> float:
+    """Factor on queries and on keys of a model with latents, where its positions are scaled by YaRN."""
+    section = config.section("rope_parameters") or config.section("rope_scaling")
+    if section is None or not section.has("mscale_all_dim") or not section.has("factor"):
+        return 1.0
+    return _yarn_factor(section.number("factor"), section.number("mscale_all_dim"))
+
+
 def _yarn_factor(factor: float, scale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
@@ -329,9 +337,8 @@ class HeadNorms(NamedTuple):
 class Rotary:
     """A rotation of a model that serves requests up to `context` tokens, computed in `dtype`."""
 
-    def __init__(self, settings: RopeSettings, head_dim: int, context: int, dtype: torch.dtype) -> None:
+    def __init__(self, settings: RopeSettings, context: int, dtype: torch.dtype) -> None:
         self._settings = settings
-        self._head_dim = head_dim
         self._dtype = dtype
         self._factor = settings.scaling.attention_factor
         self._frequencies = settings.scaling.frequencies(settings.theta, settings.width, context)
@@ -357,9 +364,10 @@ class Rotary:
             queries *= scale
 
     def turn_(self, heads: torch.Tensor, rotation: Rotation, norms: HeadNorms | None = None) -> None:
-        """Rotates `heads` [n, m, head_dim] in place, with `norms` normed first; rows may be strided."""
+        """Rotates the first dimensions of `heads` [n, m, d] in place, with `norms` normed first; rows and heads may lie
+        apart."""
         table = rotation.angles(self).table
-        fuses = table is None and self._settings.width == self._head_dim
+        fuses = table is None and self._settings.width == heads.shape[-1]
         if norms is not None and not fuses:
             norms.apply_(heads)
         if table is None:

@@ -26,15 +26,32 @@ class PairsApart:
     heads: int
     head_dim: int
     width: int
-    """Dimensions of a head that are rotated: its first ones."""
-    others: int
+    """Dimensions of a head that are rotated."""
+    others: int = 0
     """Rows after those heads, which stay."""
+    offset: int = 0
+    """Dimensions of a head before those that are rotated."""
 
     def index(self) -> torch.Tensor:
         head = torch.arange(self.head_dim)
-        head[: self.width] = head[: self.width].view(-1, 2).t().flatten()
+        pairs = head[self.offset : self.offset + self.width]
+        pairs.copy_(pairs.view(-1, 2).t().flatten())
         rotated = torch.arange(self.heads)[:, None] * self.head_dim + head
         return torch.cat((rotated.flatten(), self.heads * self.head_dim + torch.arange(self.others)))
+
+
+@dataclass(frozen=True)
+class PartsTogether:
+    """Rows of two parts head by head, so that the first parts of all heads come before the second ones."""
+
+    heads: int
+    first: int
+    """Rows of a head's first part."""
+    second: int
+
+    def index(self) -> torch.Tensor:
+        rows = torch.arange(self.heads * (self.first + self.second)).view(self.heads, -1)
+        return torch.cat((rows[:, : self.first].flatten(), rows[:, self.first :].flatten()))
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ class Assembly:
             budgets=evaluator.budgets,
             prediction=closed,
             hardware=model.hardware,
+            absorbs=point.absorbed_rows > 0,
         )
         return replace(plan, prediction=simulated(plan, sizes, closed, recomputes=bool(one.recomputed)))
 
@@ -94,19 +95,23 @@ class Assembly:
         if not blocks[PoolId.DEVICE_ACTIVATION] + blocks[PoolId.HOST_ACTIVATION]:
             staging = replace(staging, activation_rows=0)
         streams = self.evaluator.choices.on_bus[point.choice] > 0
-        has_graphs = blocks[PoolId.DEVICE_KV] > 0 and not streams
+        pool = PoolId.DEVICE_ACTIVATION if point.absorbed_rows else PoolId.DEVICE_KV
+        has_graphs = blocks[pool] > 0 and not streams
         return staging if has_graphs else replace(staging, graph_batch=0)
 
     def _share(self, one: Evaluation) -> float:
         """Activations' part of all tokens in use."""
-        if not self.decision.is_free:
+        if not self.decision.is_free and not one.grid.absorbs:
             return self.decision.shares[0]
         on_device = float(one.on_device)
         share = on_device * float(one.grid.device_share) + (1 - on_device) * float(one.host_share)
         return round(share, 4)
 
     def _reason(self, point: Point, one: Evaluation, share: float) -> str:
-        reason = self.decision.explain(share, point.device_share, float(one.host_share), float(one.on_device))
+        if point.absorbed_rows:
+            reason = self.decision.explain_absorbing()
+        else:
+            reason = self.decision.explain(share, point.device_share, float(one.host_share), float(one.on_device))
         if one.recomputed and not self.evaluator.recomputes:
             reason += f"; {one.recomputed:.0%} of the tokens in use are recomputed in each step, and not cached"
         config, batch = self.evaluator.config, point.batch

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from hsrpc.config import CachePolicy, EngineConfig
+from hsrpc.config import CachePolicy, EngineConfig, LatentAttention
+from hsrpc.errors import ConfigError
 from hsrpc.plan.sizes import ModelSizes
 
 _FREE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -19,6 +20,8 @@ class CacheDecision:
     shares: tuple[float, ...]
     """Activations' parts of the device's blocks to try; one alone holds for the host as well."""
     reason: str
+    absorbing: tuple[bool, ...] = (False,)
+    """Whether single queries attend to activations as they are stored, or to K and V: what to try."""
 
     @property
     def is_free(self) -> bool:
@@ -45,9 +48,36 @@ class CacheDecision:
             return f"{self.reason}: a share of {parts} is predicted to balance bus and compute"
         return f"{self.reason}: a share of {share:.2f} is predicted to balance bus and compute"
 
+    def explain_absorbing(self) -> str:
+        """As `explain`, where single queries attend to activations as they are stored."""
+        found = "activations only" if self.is_free else "activations"
+        if len(self.absorbing) == 1:
+            return f"{self.reason}; {found}, attended to as they are stored, as asked"
+        return f"{self.reason}; {found}, to which single queries are predicted to attend faster than to K and V"
+
 
 def decide_cache(config: EngineConfig, sizes: ModelSizes) -> CacheDecision:
-    """Policy, the shares to try, and why."""
+    """Policy, the shares to try, whether single queries attend to activations, and why.
+
+    Raises:
+        ConfigError: `latent_attention` asks for what the model or the policy does not allow.
+    """
+    decision = _decide_shares(config, sizes)
+    possible = sizes.can_absorb and max(decision.shares) == 1
+    if config.latent_attention is LatentAttention.ABSORB and not possible:
+        given = config.latent_attention.value
+        if not sizes.can_absorb:
+            raise ConfigError("latent_attention", given, "the model keeps no latents", "use auto")
+        raise ConfigError("latent_attention", given, "needs activations alone", "use cache_policy=activation, or auto")
+    chosen = {
+        LatentAttention.AUTO: (False, True) if possible else (False,),
+        LatentAttention.REBUILD: (False,),
+        LatentAttention.ABSORB: (True,),
+    }
+    return replace(decision, absorbing=chosen[config.latent_attention])
+
+
+def _decide_shares(config: EngineConfig, sizes: ModelSizes) -> CacheDecision:
     policy, ratio = config.cache_policy, sizes.activation_ratio
     if policy is CachePolicy.KV:
         return CacheDecision(policy, (0.0,), "KV only, as asked")

@@ -8,7 +8,7 @@ import numpy as np
 
 from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import PENDING_QUERIES, REGENERATE_ROWS, SAMPLE_ELEMENTS
-from hsrpc.plan.sizes import ModelSizes, Number
+from hsrpc.plan.sizes import LayerSizes, ModelSizes, Number
 from hsrpc.schedule.blocks import BlockKind
 from hsrpc.schedule.sweep import BUFFERS
 
@@ -17,6 +17,10 @@ _LOGIT_BYTES = 4
 """Logits are float32."""
 _GRAPH_COLUMNS, _GRAPH_COLUMN_BYTES = 4, 4
 """Numbers of a request in a decode graph's input beside its block table, and the bytes of each."""
+_QUERY_PARTS, _PART_BYTES = 32, 4
+"""Parts that a query's keys are divided into, at most, and bytes of an element of what each gathers."""
+_ALL_PARTS_BYTES = 64 * 1024**2
+"""Of all queries: more of them are divided into fewer parts."""
 SPARE_SLOTS = 1
 """Rows of each pool on the device that belong to no block, in every layer."""
 _INDICES = 8
@@ -39,6 +43,8 @@ class Staging:
     """New tokens of a mini-batch, at most."""
     step_tokens: Number
     """New tokens of a step, at most."""
+    absorbing: Number = 0
+    """Queries that attend to activations as they are stored, at most."""
     graph_batch: Number
     """Requests of the largest decode graph; 0: there are no graphs."""
     table: int
@@ -57,7 +63,9 @@ def device_bytes(sizes: ModelSizes, staging: Staging) -> dict[DeviceUse, Number]
         DeviceUse.HIDDEN_STATES: 2 * staging.step_tokens * sizes.hidden_bytes,
         DeviceUse.WORKSPACE: workspace_bytes(sizes, staging),
         DeviceUse.GRAPH_BUFFERS: staging.graph_batch * (graph_input + logits),
-        DeviceUse.GRAPHS: query_bytes(sizes, staging.graph_batch) + staging.graph_batch * logits,
+        DeviceUse.GRAPHS: query_bytes(sizes, staging.graph_batch)
+        + _absorbed_bytes(sizes, np.minimum(staging.absorbing, staging.graph_batch))
+        + staging.graph_batch * logits,
     }
 
 
@@ -77,11 +85,27 @@ def workspace_bytes(sizes: ModelSizes, staging: Staging) -> Number:
     """Upper bound of the bytes that a mini-batch's forward pass and sampling allocate beside the planned buffers."""
     rows = 3 * np.minimum(staging.activation_rows, REGENERATE_ROWS)
     regenerate = rows * sizes.largest(lambda layer: layer.rebuilt_bytes)
+    padded = staging.rows * sizes.largest(lambda layer: layer.padded_bytes)
     logits = staging.batch * sizes.vocab_size
     sampling = 8 * logits + 48 * np.minimum(logits, SAMPLE_ELEMENTS)
     indices = _INDICES * _INDEX_BYTES * len(sizes.windows.distinct) * (staging.rows + staging.step_tokens)
-    found: Number = query_bytes(sizes, staging.queries) + regenerate + sampling + indices
+    absorbed = _absorbed_bytes(sizes, staging.absorbing)
+    found: Number = query_bytes(sizes, staging.queries) + regenerate + padded + absorbed + sampling + indices
     return found
+
+
+def _absorbed_bytes(sizes: ModelSizes, queries: Number) -> Number:
+    """Bytes for queries that attend to activations: what goes there and comes back, twice, and parts in float32."""
+
+    def allocated(layer: LayerSizes) -> Number:
+        absorbed = layer.absorbed
+        if absorbed is None:
+            return 0
+        width = 2 * (absorbed.query_size + absorbed.attended_size + layer.attended_size)
+        parts = np.minimum(queries * (_QUERY_PARTS * _PART_BYTES * absorbed.attended_size), _ALL_PARTS_BYTES)
+        return queries * (width * layer.compute_bytes) + parts
+
+    return sizes.largest(allocated)
 
 
 def cuda_runtime_memory(budget: int) -> int:

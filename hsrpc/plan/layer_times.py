@@ -12,7 +12,11 @@ from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import REGENERATE_ROWS
 from hsrpc.plan.sizes import LayerSizes, ModelSizes, Number
 
+_PLACE_COPIES = 2
+"""Rebuilt keys that are copied to where they belong are read and written once more."""
 _LOGIT_BYTES = 4
+_ABSORBING_GEMMS = 2
+"""One takes queries to activations, one what they gather to values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +49,16 @@ class LayerTimes:
         return self.sizes.mean(products) + groups * (kernels * hardware.small_kernel_time)
 
     def regenerate(self, tokens: Number, context: int = 0) -> Number:
-        """K and V of `tokens` cached tokens, of each `context` those that a layer sees; without `context`, all."""
+        """K and V of `tokens` cached tokens, of each `context` those that a layer sees; without `context`, all.
+
+        The GEMMs, and copies of keys that these do not write where they belong.
+        """
         hardware = self.hardware
 
         def product(layer: LayerSizes) -> Number:
             each = layer.regenerate_flop / hardware.gemm_rate + hardware.gemm_overhead / REGENERATE_ROWS
-            return tokens * layer.seen_part(context) * each
+            copies = _PLACE_COPIES * layer.scattered_bytes / hardware.memory_bandwidth
+            return tokens * layer.seen_part(context) * (each + copies)
 
         return self.sizes.mean(product)
 
@@ -66,6 +74,19 @@ class LayerTimes:
         def attend(layer: LayerSizes) -> Number:
             read = tokens * layer.seen_part(context) * (layer.rebuilt_bytes / hardware.attention_bandwidth)
             return np.maximum(read, queries * (layer.attention_flop(layer.attended(context)) / hardware.gemm_rate))
+
+        return self.sizes.mean(attend)
+
+    def absorbed(self, tokens: Number, queries: Number, context: int) -> Number:
+        """As `attention`, to activations as they are stored, without K and V."""
+        hardware = self.hardware
+
+        def attend(layer: LayerSizes) -> Number:
+            if layer.absorbed is None:
+                raise ValueError("the attention of some layer needs K and V")
+            read = tokens * layer.seen_part(context) * (layer.activation.num_bytes / hardware.attention_bandwidth)
+            compute = queries * (layer.absorbed.flop(layer.attended(context)) / hardware.gemm_rate)
+            return np.maximum(read, compute) + _ABSORBING_GEMMS * hardware.gemm_overhead
 
         return self.sizes.mean(attend)
 

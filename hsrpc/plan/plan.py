@@ -111,12 +111,19 @@ class Plan:
     hardware: Hardware
     kv_layers: frozenset[int] = frozenset()
     """Layers in which activation blocks hold K and V, so that nothing is rebuilt there."""
+    absorbs: bool = False
+    """Single queries attend to activations as they are stored, without K and V; all blocks hold activations then."""
     kind_rule: KindRule = IN_PROPORTION
     """Decides of which kind a request's next blocks are."""
 
     def held(self, kind: BlockKind, layer: int) -> BlockKind:
         """What blocks of a kind hold in a layer."""
         return BlockKind.KV if layer in self.kv_layers else kind
+
+    @property
+    def in_place(self) -> PoolId:
+        """The blocks that single queries read where they lie."""
+        return PoolId.DEVICE_ACTIVATION if self.absorbs else PoolId.DEVICE_KV
 
     @property
     def keeps_cache(self) -> bool:

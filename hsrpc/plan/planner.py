@@ -114,6 +114,10 @@ class Planner:
 
     def _grids(self, budgets: Budgets) -> Iterator[Grid]:
         """All choices, for each size of the buffers; of equal candidates the first, with most resident, is taken."""
+        for absorbs in self.decision.absorbing:
+            yield from self._absorbing_grids(budgets) if absorbs else self._rebuilding_grids(budgets)
+
+    def _rebuilding_grids(self, budgets: Budgets) -> Iterator[Grid]:
         batch = _batches(self.config)[:, None, None]
         choice = self._possible_choices(budgets)[None, :, None]
         shares = (0.0, *self.decision.shares) if self.decision.is_free else self.decision.shares
@@ -124,6 +128,23 @@ class Planner:
             for recompute in self._recompute_choices(batch):
                 yield Grid(
                     batch=batch, choice=choice, device_share=share, kv_only=kv_only, rows=rows, recompute=recompute
+                )
+
+    def _absorbing_grids(self, budgets: Budgets) -> Iterator[Grid]:
+        """Activations alone, and buffers of these; those of K and V have the rows of a chunk."""
+        batch = _batches(self.config)[:, None, None]
+        choice = self._possible_choices(budgets)[None, :, None]
+        share = np.ones((1, 1, 1))
+        for wanted in self._row_choices(budgets, BlockKind.ACTIVATION):
+            for recompute in self._recompute_choices(batch):
+                yield Grid(
+                    batch=batch,
+                    choice=choice,
+                    device_share=share,
+                    kv_only=share == 0,
+                    rows=self._rows(batch, 1),
+                    recompute=recompute,
+                    absorbed_rows=self._rows(batch, wanted),
                 )
 
     def _possible_choices(self, budgets: Budgets) -> npt.NDArray[np.int64]:
@@ -140,10 +161,10 @@ class Planner:
         given = self.config.resident_share
         return _RESIDENT_SHARES if given is None else (given,)
 
-    def _row_choices(self, budgets: Budgets) -> list[int]:
-        """Rows of a kv buffer: as many as are wanted, or just those of the longest request."""
+    def _row_choices(self, budgets: Budgets, kind: BlockKind = BlockKind.KV) -> list[int]:
+        """Rows of a buffer for rows of that kind: as many as are wanted, or just those of the longest request."""
         max_bytes = budgets.device // _BUFFER_PART
-        row = self.sizes.max_row_bytes(BlockKind.KV)
+        row = self.sizes.max_row_bytes(kind)
         return [*dict.fromkeys(min(size, max_bytes) // row for size in _BUFFER_BYTES), 1]
 
     def _recompute_choices(self, batch: Floats) -> list[Number]:
@@ -253,5 +274,5 @@ def _point(found: Sequence[Evaluation], index: int) -> Point:
     """The candidate at `index` of what `_join` gives."""
     grids = [evaluation.grid for evaluation in found]
     values = [[getattr(grid, item.name) for grid in grids] for item in fields(Grid)]
-    batch, choice, share, kv_only, rows, recompute = (_join(value, found)[index] for value in values)
-    return Point(int(batch), int(choice), float(share), bool(kv_only), int(rows), float(recompute))
+    batch, choice, share, kv_only, rows, recompute, absorbed = (_join(value, found)[index] for value in values)
+    return Point(int(batch), int(choice), float(share), bool(kv_only), int(rows), float(recompute), int(absorbed))

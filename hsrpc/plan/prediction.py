@@ -35,7 +35,8 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
         recomputed=0.0 if plan.keeps_cache else 1.0,
         chunk=plan.max_prefill_tokens,
         prompt_queries=max(1, plan.buffers.queries - plan.max_batch),
-        rows=plan.buffers.rows,
+        rows=plan.buffers.activation_rows if plan.absorbs else plan.buffers.rows,
+        absorbs=plan.absorbs,
     )
     fits = context <= plan.buffers.queries  # a request that keeps no cache is part of one mini-batch
     part = fits * plan.recompute.tokens / (batch * context)

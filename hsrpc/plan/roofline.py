@@ -54,10 +54,11 @@ class Roofline:
         return max(self.bus, self.gpu)
 
 
-def roofline(record: StepRecord, sizes: ModelSizes, hardware: Hardware) -> Roofline:
+def roofline(record: StepRecord, sizes: ModelSizes, hardware: Hardware, *, absorbs: bool = False) -> Roofline:
     """max(bus, gpu) for the work of one step, each at the best rate measured on this machine.
 
     The work that the method itself asks for and no more: no copies within the device, no logits, one mini-batch.
+    `absorbs`: queries attend to activations as they are stored.
     """
     share = max(1.0, hardware.weight_read_share, hardware.attention_read_share)
     best = replace(
@@ -66,10 +67,10 @@ def roofline(record: StepRecord, sizes: ModelSizes, hardware: Hardware) -> Roofl
     layer = LayerTimes(sizes, best, math.inf)
     tokens = record.decode_tokens + record.prefill_tokens + record.recomputed_tokens
     context = round(record.context_tokens / max(1, record.num_requests))
-    layers = sizes.num_layers
+    layers, attend = sizes.num_layers, layer.absorbed if absorbs else layer.attention
     return Roofline(
         bus=float(layer.load(record.weight_bytes + record.cache_bytes)),
         forward=float(layers * layer.forward(tokens)),
         regenerate=float(layer.regenerate(record.regenerated_tokens)),
-        attention=float(layers * layer.attention(record.context_tokens + tokens, 0, context)),
+        attention=float(layers * attend(record.context_tokens + tokens, 0, context)),
     )

@@ -53,6 +53,12 @@ class Grid:
     """Rows of a mini-batch's kv buffer."""
     recompute: Number
     """Tokens that a step may recompute, at most."""
+    absorbed_rows: Number = 0
+    """Rows of the activation buffer, where single queries attend to activations as they are; 0: they need K and V."""
+
+    @property
+    def absorbs(self) -> Bools:
+        return np.asarray(self.absorbed_rows) > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ class Point:
     kv_only: bool
     rows: int
     recompute: float
+    absorbed_rows: int = 0
 
     def as_grid(self) -> Grid:
         """Arrays without dimensions."""
@@ -75,6 +82,7 @@ class Point:
             kv_only=np.asarray(self.kv_only),
             rows=self.rows,
             recompute=self.recompute,
+            absorbed_rows=self.absorbed_rows,
         )
 
 
@@ -141,7 +149,7 @@ class Evaluator:
         queries = prompt_queries if self.recomputes else staging.queries - grid.batch
         candidates = self._candidates(grid, device_blocks, chunk, queries)
         missing = np.maximum(0, self._needed_blocks(grid.batch) - device_blocks)
-        host_share = self._host_share(candidates, grid.kv_only, host_room, missing)
+        host_share = np.where(grid.absorbs, 1.0, self._host_share(candidates, grid.kv_only, host_room, missing))
         candidates = replace(candidates, host_share=host_share)
         recomputed = self._recomputed(candidates, grid.recompute, staging)
         candidates = replace(candidates, recomputed=recomputed)
@@ -189,9 +197,10 @@ class Evaluator:
         return Staging(
             batch=batch,
             rows=rows,
-            activation_rows=np.where(grid.kv_only, 0, rows),
+            activation_rows=np.where(grid.kv_only, 0, np.maximum(rows, grid.absorbed_rows)),
             queries=np.maximum(prompt_queries + batch, whole),
             step_tokens=idle_chunk + batch + np.minimum(grid.recompute, batch * traffic.at_end),
+            absorbing=np.where(grid.absorbs, batch, 0),
             graph_batch=batch,
             table=self.longest,
         )
@@ -326,7 +335,8 @@ class Evaluator:
             recomputed=0.0,
             chunk=chunk,
             prompt_queries=prompt_queries,
-            rows=grid.rows,
+            rows=np.where(grid.absorbs, grid.absorbed_rows, grid.rows),
+            absorbs=grid.absorbs,
         )
 
     def _fitted(self, chunk: Number, max_chunk: Number, times: StepTimes) -> Number:

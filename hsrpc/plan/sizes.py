@@ -92,6 +92,22 @@ class CacheRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AbsorbedSizes:
+    """Attention of single queries to activations as they are stored, without K and V."""
+
+    query_size: int
+    """Width of the queries of all heads that attend so."""
+    attended_size: int
+    """Width of what they gather."""
+    num_elements: int
+    """Weights that take a query there, and what it gathers back: those that rebuild K and V."""
+
+    def flop(self, context: int) -> int:
+        """FLOP of one query that attends to `context` tokens."""
+        return 2 * (self.query_size + self.attended_size) * context + 2 * self.num_elements
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSizes:
     """The experts of a layer, of which each token takes some."""
 
@@ -115,7 +131,7 @@ class LayerSizes:
     tensors: tuple[TensorSizes, ...]
     hidden_size: int
     query_size: int
-    """Width of the queries of all heads, and of what attention gives."""
+    """Width of the queries of all heads."""
     key_size: int
     value_size: int
     ffn_size: int
@@ -130,6 +146,8 @@ class LayerSizes:
     """Kernels beside GEMMs and attention, each counted as a norm: two norms, and shorter sums and copies."""
     experts: ExpertSizes | None = None
     """The experts among the weights; None: the MLP is dense."""
+    absorbed: AbsorbedSizes | None = None
+    """None: attention needs K and V."""
     sliding_window: int | None = None
     """A token sees itself and the `sliding_window - 1` tokens before it; None: all."""
 
@@ -203,18 +221,35 @@ class LayerSizes:
         return width * self.compute_bytes
 
     @property
+    def attended_size(self) -> int:
+        """Width of what attention gives: each head's values."""
+        return self.query_size * self.value_size // self.key_size
+
+    @property
     def rebuilt_bytes(self) -> int:
         """Bytes of one token's K and V as attention reads them."""
         return (self.key_size + self.value_size) * self.compute_bytes
 
     @property
+    def padded_bytes(self) -> int:
+        """Bytes of one token's values beside the buffer, padded to the width of the keys; 0: they are as wide."""
+        return self.key_size * self.compute_bytes if self.value_size < self.key_size else 0
+
+    @property
     def regenerate_flop(self) -> int:
         """FLOP to rebuild one token's K and V from its activation: one GEMM with [W_K W_V]."""
+        if self.absorbed is not None:
+            return 2 * self.absorbed.num_elements
         return 2 * self.activation.width * (self.key_size + self.value_size)
+
+    @property
+    def scattered_bytes(self) -> int:
+        """Bytes of one token's rebuilt keys that are copied to where they lie apart."""
+        return 0 if self.absorbed is None else self.key_size * self.compute_bytes
 
     def attention_flop(self, context: int) -> int:
         """FLOP of one query's attention to `context` tokens: its products with K, and with V."""
-        return 4 * self.query_size * context
+        return 2 * (self.query_size + self.attended_size) * context
 
     def attended(self, context: int) -> int:
         """Tokens that a query sees of `context`."""
@@ -299,6 +334,11 @@ class ModelSizes:
     def max_row_bytes(self, kind: BlockKind) -> int:
         """Bytes that a block of that kind keeps of one token in the layer where they are most."""
         return max(layer.row(kind).num_bytes for layer, _ in self.distinct)
+
+    @property
+    def can_absorb(self) -> bool:
+        """Whether single queries may attend to activations as they are stored, in all layers."""
+        return all(layer.absorbed is not None for layer, _ in self.distinct)
 
     @property
     def activation_ratio(self) -> float:

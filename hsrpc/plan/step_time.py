@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from hsrpc.plan.fitted import WAITING
 from hsrpc.plan.hardware import Hardware
@@ -71,7 +72,9 @@ class Candidates:
     prompt_queries: Number
     """Prompt tokens and recomputed ones of a mini-batch, at most."""
     rows: Number
-    """Rows of a mini-batch's kv buffer."""
+    """Rows of the buffer that single queries read: of a mini-batch's kv buffer, or of its activation buffer."""
+    absorbs: npt.NDArray[np.bool_] | bool = False
+    """Single queries attend to activations as they are stored; all blocks hold activations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +148,11 @@ class StepModel:
         context = self.traffic.context
         tokens = c.batch * context
         device, host = _tiers(tokens, c.on_device, c.recomputed)
-        regenerated = device * c.device_share + host * c.host_share
+        regenerated = np.where(c.absorbs, 0.0, device * c.device_share + host * c.host_share)
+        gathered = np.where(c.absorbs, 0.0, device * c.device_share)
         recomputed_tokens = tokens * c.recomputed
         seen = self.sizes.largest(lambda layer: layer.seen_part(context))
-        mini_batches = self._mini_batches(c, recomputed_tokens, seen * (host + device * c.device_share))
+        mini_batches = self._mini_batches(c, recomputed_tokens, seen * (host + gathered))
         queries, layers = c.batch * (1 - c.recomputed), self.sizes.num_layers
         # Mini-batches that only decode form one group, which reads the weights once; with recomputed tokens each
         # mini-batch reads them itself.
@@ -163,11 +167,18 @@ class StepModel:
             "bus": self._contended(layers * self._bus(c, host, mini_batches), forward + gemms),
             "forward": forward,
             "regenerate": gemms,
-            "gather": layers * self.layer.gather(device * c.device_share, context),
-            "attention": layers * self.layer.attention(device + host, queries, context),
+            "gather": layers * self.layer.gather(gathered, context),
+            "attention": layers * self._attention(c, device + host, queries),
             "head": self.layer.head(c.batch),
         }
         return self._whole_step(c, times)
+
+    def _attention(self, c: Candidates, tokens: Number, queries: Number) -> Number:
+        context = self.traffic.context
+        attention = self.layer.attention(tokens, queries, context)
+        if not np.any(c.absorbs):
+            return attention
+        return np.where(c.absorbs, self.layer.absorbed(tokens, queries, context), attention)
 
     def _whole_step(self, c: Candidates, times: dict[str, Number]) -> StepTimes:
         layers, bus = self.sizes.num_layers, times["bus"]
@@ -233,7 +244,7 @@ class StepModel:
         boundary = hardware.boundary_time + c.batch * hardware.request_time
         exposed = np.maximum(0.0, boundary - BUFFERS * self.layer.load(c.streamed))
         on_device = (bus == 0) & (c.recomputed == 0)
-        has_graph = on_device & (c.device_share == 0)
+        has_graph = on_device & ((c.device_share == 0) | c.absorbs)
         return (
             np.where(has_graph, 0.0, launch),
             np.where(on_device, 0.0, exposed),

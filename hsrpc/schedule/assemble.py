@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hsrpc.schedule.blocks import Tier
+from hsrpc.schedule.blocks import PoolId, Tier
 from hsrpc.schedule.packing import pack
 from hsrpc.schedule.step import MiniBatch, Scheduled, Step
 from hsrpc.schedule.sweep import BatchShape, Carried, Places, sweep
@@ -21,11 +21,15 @@ class Assembler:
     windows: LayerWindows
     max_queries: int
     """Query rows of a group of mini-batches: what the workspace is planned for."""
+    in_place: PoolId = PoolId.DEVICE_KV
+    """The blocks that single queries read in place."""
 
     def assemble(self, scheduled: Scheduled, carried: Carried) -> Step:
         """The step, after a list that has left `carried` in the weight buffers."""
         arrays, windows = scheduled.arrays, self.windows.distinct
-        batches = arrays or tuple(pack(chunks, self.block_size, windows) for chunks in scheduled.mini_batches)
+        batches = arrays or tuple(
+            pack(chunks, self.block_size, windows, self.in_place) for chunks in scheduled.mini_batches
+        )
         return Step(
             step_id=scheduled.step_id,
             mini_batches=batches,
@@ -63,6 +67,6 @@ def _shape(batch: MiniBatch, group: int) -> BatchShape:
     return BatchShape(
         group=group,
         loads=any(pool.tier is Tier.HOST for pool in (*layout.kv_loads, *layout.activation_loads)),
-        rebuilds=len(layout.activation_rows) > 0,
+        rebuilds=layout.rebuilds,
         stores=any(pool.tier is Tier.HOST for pool in batch.stores),
     )

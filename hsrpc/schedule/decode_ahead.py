@@ -7,19 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from hsrpc.schedule.blocks import PoolId
-from hsrpc.schedule.step import Chunk, InPlace, Layout, MiniBatch, Rows
+from hsrpc.schedule.step import NO_ROWS, Chunk, InPlace, Layout, MiniBatch, Rows
 
 _NOTHING = np.zeros(0, dtype=np.int64)
 
 
-def uses_no_buffer(chunks: Sequence[Chunk], block_size: int) -> bool:
-    """All of it is decode that reads, and stores to, KV blocks on the device."""
-    return all(chunk.is_decode and chunk.reads_in_place and _is_on_device(chunk, block_size) for chunk in chunks)
+def uses_no_buffer(chunks: Sequence[Chunk], block_size: int, pool: PoolId = PoolId.DEVICE_KV) -> bool:
+    """All of it is decode that reads, and stores to, blocks of the `pool` that is read in place."""
+    return all(chunk.is_decode and chunk.reads_in_place and _is_in_pool(chunk, block_size, pool) for chunk in chunks)
 
 
-def _is_on_device(chunk: Chunk, block_size: int) -> bool:
+def _is_in_pool(chunk: Chunk, block_size: int, pool: PoolId) -> bool:
     used = chunk.context // block_size + 1
-    return chunk.request.blocks.pools[:used].count(PoolId.DEVICE_KV) == used
+    return chunk.request.blocks.pools[:used].count(pool) == used
 
 
 def advance(batch: MiniBatch, chunks: Sequence[Chunk], block_size: int, window: int | None) -> MiniBatch | None:
@@ -30,14 +30,14 @@ def advance(batch: MiniBatch, chunks: Sequence[Chunk], block_size: int, window: 
     place.
     """
     previous = np.array([chunk.previous_row for chunk in chunks], dtype=np.int64)
-    positions, slots = batch.positions[previous] + 1, batch.stores[PoolId.DEVICE_KV].target[previous] + 1
     before = batch.widest.in_place
+    positions, slots = batch.positions[previous] + 1, batch.stores[before.pool].target[previous] + 1
     tables, counts = before.tables[previous], before.counts[previous] + 1
     begun = np.flatnonzero(positions % block_size == 0)
     if len(begun):
         number, column = positions[begun] // block_size, (counts[begun] - 1) // block_size
         blocks = [(chunks[i].request.blocks, k) for i, k in zip(begun.tolist(), number.tolist(), strict=True)]
-        if any(table.pools[k] != PoolId.DEVICE_KV for table, k in blocks):
+        if any(table.pools[k] != before.pool for table, k in blocks):
             return None
         index = np.array([table.indices[k] for table, k in blocks], dtype=np.int64)
         missing = int(column.max()) + 1 - tables.shape[1]
@@ -48,8 +48,9 @@ def advance(batch: MiniBatch, chunks: Sequence[Chunk], block_size: int, window: 
     skips = None if window is None else np.maximum(0, counts - window)
     layout = Layout(
         key_starts=nowhere,
-        in_place=InPlace(tables, counts, nowhere, skips),
-        new_rows=Rows(_NOTHING, _NOTHING),
+        in_place=InPlace(tables, counts, nowhere, skips, before.pool),
+        new_rows=NO_ROWS,
+        absorbed=NO_ROWS,
         kv_loads={},
         activation_loads={},
         activation_rows=_NOTHING,
@@ -60,6 +61,6 @@ def advance(batch: MiniBatch, chunks: Sequence[Chunk], block_size: int, window: 
         positions=positions,
         query_starts=np.arange(len(chunks) + 1, dtype=np.int64),
         layouts=(layout,),
-        stores={PoolId.DEVICE_KV: Rows(rows, slots)},
+        stores={before.pool: Rows(rows, slots)},
         sample_rows=rows,
     )

@@ -7,7 +7,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from hsrpc.schedule.blocks import PoolId
+from hsrpc.schedule.blocks import BlockKind, PoolId
 from hsrpc.schedule.packing import IS_ACTIVATION
 from hsrpc.schedule.step import BufferLimits, Chunk, Ints, RowCosts
 from hsrpc.schedule.windows import LayerWindows, first_visible
@@ -32,24 +32,31 @@ class _Bin:
 
 
 def form_mini_batches(
-    chunks: Sequence[Chunk], block_size: int, limits: BufferLimits, costs: RowCosts, windows: LayerWindows
+    chunks: Sequence[Chunk],
+    block_size: int,
+    limits: BufferLimits,
+    costs: RowCosts,
+    windows: LayerWindows,
+    *,
+    pool: PoolId = PoolId.DEVICE_KV,
 ) -> list[list[Chunk]]:
     """Divide chunks into as few mini-batches as fit the buffers, each with about the same bus and GPU time.
 
     Longest first into the least loaded that has room. The layers with the widest window need most of the buffers.
+    `pool`: the blocks that single queries read in place.
     """
     if not chunks:
         return []
-    rows_of_each = _buffer_rows(chunks, block_size, windows.widest)
+    rows_of_each = _buffer_rows(chunks, block_size, windows.widest, pool)
     sized = list(zip(chunks, *(rows.tolist() for rows in rows_of_each), strict=True))
     min_bins = _min_bins(sized, limits)
     if min_bins == 1:  # nothing to balance
         return [list(chunks)]
-    sized.sort(key=lambda item: (-item[1] - item[2] - item[3], item[0].request.order))
+    sized.sort(key=lambda item: (-sum(item[1:]), item[0].request.order))
     bins = [_Bin() for _ in range(min_bins)]
     by_load = [(0.0, 0, number) for number in range(len(bins))]  # load, rows, number: a heap
-    for chunk, kv_rows, activation_rows, new_rows in sized:
-        rows, full = kv_rows + activation_rows + new_rows, []
+    for chunk, kv_rows, rebuilt_rows, new_rows, absorbed_rows in sized:
+        rows, activation_rows, full = kv_rows + rebuilt_rows + new_rows, rebuilt_rows + absorbed_rows, []
         while by_load and not bins[by_load[0][2]].fits(rows, activation_rows, chunk.num_new, limits):
             full.append(heappop(by_load))
         number = heappop(by_load)[2] if by_load else len(bins)
@@ -61,23 +68,26 @@ def form_mini_batches(
         chosen.activation_rows += activation_rows
         chosen.queries += chunk.num_new
         chosen.bus += kv_rows * costs.load_kv + activation_rows * costs.load_activation
-        chosen.gpu += activation_rows * costs.regenerate + chunk.num_new * costs.compute
+        chosen.gpu += rebuilt_rows * costs.regenerate + chunk.num_new * costs.compute
         for entry in (*full, (max(chosen.bus, chosen.gpu), chosen.rows, number)):
             heappush(by_load, entry)
     return [b.chunks for b in bins if b.chunks]
 
 
-def _min_bins(sized: Sequence[tuple[Chunk, int, int, int]], limits: BufferLimits) -> int:
+def _min_bins(sized: Sequence[tuple[Chunk, int, int, int, int]], limits: BufferLimits) -> int:
     """Mini-batches that are needed if rows could be divided at will."""
-    rows = sum(kv_rows + activation_rows + new_rows for _, kv_rows, activation_rows, new_rows in sized)
-    activations = sum(activation_rows for _, _, activation_rows, _ in sized)
+    rows = sum(kv_rows + rebuilt_rows + new_rows for _, kv_rows, rebuilt_rows, new_rows, _ in sized)
+    activations = sum(rebuilt_rows + absorbed_rows for _, _, rebuilt_rows, _, absorbed_rows in sized)
     queries = sum(chunk.num_new for chunk, *_ in sized)
     demands = ((rows, limits.rows), (activations, limits.activation_rows), (queries, limits.queries))
     return max(1, *(-(-amount // room) for amount, room in demands if room))
 
 
-def _buffer_rows(chunks: Sequence[Chunk], block_size: int, window: int | None) -> tuple[Ints, Ints, Ints]:
-    """Rows of the kv buffer that each of `chunks` takes: cached as KV, cached as activations, new."""
+def _buffer_rows(
+    chunks: Sequence[Chunk], block_size: int, window: int | None, pool: PoolId
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """Rows of the kv buffer that each of `chunks` takes: cached as KV, cached as activations, new; and those that it
+    takes of the activation buffer alone."""
     contexts = np.array([chunk.context for chunk in chunks], dtype=np.int64)
     in_place = np.array([chunk.reads_in_place for chunk in chunks])
     visible = np.array([first_visible(context, window) for context in contexts.tolist()], dtype=np.int64)
@@ -86,18 +96,21 @@ def _buffer_rows(chunks: Sequence[Chunk], block_size: int, window: int | None) -
     pools = np.frombuffer(b"".join([chunk.request.blocks.pools[i:j] for chunk, i, j in bounds]), dtype=np.int8)
     owner = np.repeat(np.arange(len(chunks)), last - first)
     counts = np.bincount(owner * len(PoolId) + pools, minlength=len(chunks) * len(PoolId)).reshape(-1, len(PoolId))
-    counts[in_place, PoolId.DEVICE_KV] = 0
+    counts[in_place, pool] = 0
     kv, activations = (block_size * counts[:, kind].sum(axis=1) for kind in (~IS_ACTIVATION, IS_ACTIVATION))
     newest = _pools_at(chunks, contexts // block_size)
     partly = [(newest, last * block_size - contexts)]  # the last cached block, where it is partly filled
     if window is not None:
         partly.append((_pools_at(chunks, first), visible - first * block_size))
-    for pool, missing in partly:
-        kv -= missing * ((pool == PoolId.HOST_KV) | ((pool == PoolId.DEVICE_KV) & ~in_place))
-        activations -= missing * ((pool != _NO_POOL) & IS_ACTIVATION[pool])
+    for at, missing in partly:
+        is_loaded, is_activation = (at != _NO_POOL) & ~(in_place & (at == pool)), IS_ACTIVATION[at]
+        kv -= missing * (is_loaded & ~is_activation)
+        activations -= missing * (is_loaded & is_activation)
     # Where that block is partly filled, the newest token goes to it too.
-    new = np.array([chunk.num_new for chunk in chunks], dtype=np.int64) - (in_place & (newest == PoolId.DEVICE_KV))
-    return kv, activations, new
+    new = np.array([chunk.num_new for chunk in chunks], dtype=np.int64) - (in_place & (newest == pool))
+    absorbs = in_place & (pool.kind is BlockKind.ACTIVATION)
+    absorbed = (activations + new) * absorbs
+    return kv, activations * ~absorbs, new * ~absorbs, absorbed
 
 
 def _pools_at(chunks: Sequence[Chunk], numbers: Ints) -> Ints:

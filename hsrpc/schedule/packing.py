@@ -16,19 +16,25 @@ IS_ACTIVATION = np.array([pool.kind is BlockKind.ACTIVATION for pool in PoolId])
 """[num_pools] whether a pool's blocks hold activations, by the pool's number."""
 
 
-def pack(chunks: Sequence[Chunk], block_size: int, windows: Sequence[int | None]) -> MiniBatch:
-    """Arrays of one mini-batch, with a layout for each of the model's distinct `windows`, the widest first."""
+def pack(
+    chunks: Sequence[Chunk], block_size: int, windows: Sequence[int | None], pool: PoolId = PoolId.DEVICE_KV
+) -> MiniBatch:
+    """Arrays of one mini-batch, with a layout for each of the model's distinct `windows`, the widest first.
+
+    `pool`: the blocks that single queries read in place. Where it holds activations, all blocks do, and nothing is
+    rebuilt for these queries: they read the front of the activation buffer, where their new rows follow the others.
+    """
     chunks = in_order(chunks)
     counts = np.array([chunk.num_new for chunk in chunks], dtype=np.int64)
     contexts = np.array([chunk.context for chunk in chunks], dtype=np.int64)
     positions, query_starts = expand(contexts, counts), starts(counts)
     table = _read_tables(chunks, contexts, counts, block_size, windows[0])
-    layouts = (_lay_out(table.within(contexts, window), counts, query_starts, block_size, window) for window in windows)
+    seen = ((table.within(contexts, window), window) for window in windows)
     return MiniBatch(
         token_ids=_new_tokens(chunks),
         positions=positions,
         query_starts=query_starts,
-        layouts=tuple(layouts),
+        layouts=tuple(_lay_out(each, counts, query_starts, block_size, window, pool=pool) for each, window in seen),
         stores=_stores(table, positions, np.repeat(np.arange(len(chunks)), counts), block_size),
         sample_rows=query_starts[1:][[chunk.samples for chunk in chunks]] - 1,
     )
@@ -39,15 +45,17 @@ def in_order(chunks: Sequence[Chunk]) -> tuple[Chunk, ...]:
     return tuple(sorted(chunks, key=lambda chunk: not chunk.reads_in_place))
 
 
-def _lay_out(table: _Blocks, counts: Ints, query_starts: Ints, block_size: int, window: int | None) -> Layout:
+def _lay_out(
+    table: _Blocks, counts: Ints, query_starts: Ints, block_size: int, window: int | None, *, pool: PoolId
+) -> Layout:
     """What a mini-batch's layers with this window read of the blocks of `table`, and where.
 
     A request's rows are ordered KV, regenerated, new, so that copies merge; those rebuilt for single queries come
     before all others. The rows of several queries stay in order of position where a window's mask needs that.
     """
     num_in_place = int((counts == 1).sum())
-    in_place, new_in_place = _in_place(table, num_in_place, len(counts), block_size, window)
-    is_loaded = (table.pool != PoolId.DEVICE_KV) | (table.owner >= num_in_place)
+    in_place, new_in_place = _in_place(table, num_in_place, len(counts), block_size, window, read_pool=pool)
+    is_loaded = (table.pool != pool) | (table.owner >= num_in_place)
     loaded = np.flatnonzero(is_loaded & (table.cached > 0))
     owner, activations = table.owner[loaded], IS_ACTIVATION[table.pool[loaded]]
     in_front = activations & (owner < num_in_place)
@@ -55,18 +63,24 @@ def _lay_out(table: _Blocks, counts: Ints, query_starts: Ints, block_size: int, 
     order = np.argsort(2 * owner + is_behind + 2 * len(counts) * ~in_front, kind="stable")
     blocks, in_front, activations = table.select(loaded[order]), in_front[order], activations[order]
     behind = np.bincount(blocks.owner, blocks.cached * ~in_front, len(counts)).astype(np.int64)
-    new = counts - new_in_place
+    absorbed = (counts - new_in_place) * in_place.absorbs * (np.arange(len(counts)) < num_in_place)
+    new = counts - new_in_place - absorbed
     key_starts = starts(behind + new) + in_place.num_rebuilt
-    targets = starts(blocks.cached)[:-1] + np.where(in_front, 0, starts(new)[blocks.owner])
+    skipped = int(blocks.cached[in_front].sum()) * in_place.absorbs  # they are in no row of the kv buffer
+    targets = starts(blocks.cached)[:-1] - skipped + np.where(in_front, 0, starts(new)[blocks.owner])
     rebuilt = blocks.select(activations)
+    in_buffer = starts(rebuilt.cached)[:-1] + starts(absorbed)[rebuilt.owner]
+    unused = np.zeros(in_place.num_absorbed, dtype=np.int64)
+    becomes, positions = (expand(first, rebuilt.cached)[skipped:] for first in (targets[activations], rebuilt.position))
     return Layout(
         key_starts=key_starts,
         in_place=in_place,
         new_rows=Rows(expand(query_starts[:-1], new), expand(key_starts[:-1] + behind, new)),
+        absorbed=Rows(query_starts[:-1][absorbed > 0], in_place.rebuilt_starts[1:][absorbed[:num_in_place] > 0] - 1),
         kv_loads=_loads(blocks, BlockKind.KV, targets),
-        activation_loads=_loads(rebuilt, BlockKind.ACTIVATION, starts(rebuilt.cached)[:-1]),
-        activation_rows=expand(targets[activations], rebuilt.cached),
-        activation_positions=expand(rebuilt.position, rebuilt.cached),
+        activation_loads=_loads(rebuilt, BlockKind.ACTIVATION, in_buffer),
+        activation_rows=np.concatenate((unused, becomes)),
+        activation_positions=np.concatenate((unused, positions)),
     )
 
 
@@ -127,22 +141,24 @@ def _read_tables(chunks: Sequence[Chunk], contexts: Ints, counts: Ints, block_si
 
 
 def _in_place(
-    table: _Blocks, num_chunks: int, num_all: int, block_size: int, window: int | None
+    table: _Blocks, num_chunks: int, num_all: int, block_size: int, window: int | None, *, read_pool: PoolId
 ) -> tuple[InPlace, Ints]:
     """What the first chunks read apart; and for each of all, whether (1) or not (0) its new row is read in place."""
     end = np.searchsorted(table.owner, num_chunks)
     owner, pool, cached, filled = table.owner[:end], table.pool[:end], table.cached[:end], table.filled[:end]
-    rebuilt, read = IS_ACTIVATION[pool], pool == PoolId.DEVICE_KV
-    rebuilt_starts = starts(np.bincount(owner, cached * rebuilt, num_chunks).astype(np.int64))
+    read = pool == read_pool
+    rebuilt = np.bincount(owner, cached * (IS_ACTIVATION[pool] & ~read), num_chunks).astype(np.int64)
     lengths = np.bincount(owner[read], minlength=num_chunks)
     tables = np.zeros((num_chunks, int(lengths.max(initial=0))), dtype=np.int64)
     tables[owner[read], expand(np.zeros_like(lengths), lengths)] = table.slot[:end][read] // block_size
     counts = np.bincount(owner, filled * read, num_chunks).astype(np.int64)
     new = np.bincount(owner, (filled - cached) * read, num_all).astype(np.int64)
+    if read_pool.kind is BlockKind.ACTIVATION:
+        rebuilt += 1 - new[:num_chunks]
     if window is None:
-        return InPlace(tables, counts, rebuilt_starts), new
+        return InPlace(tables, counts, starts(rebuilt), pool=read_pool), new
     skips = np.bincount(owner, table.slot[:end] % block_size * read, num_chunks).astype(np.int64)
-    return InPlace(tables, counts + skips, rebuilt_starts, skips), new
+    return InPlace(tables, counts + skips, starts(rebuilt), skips, read_pool), new
 
 
 def _new_tokens(chunks: Sequence[Chunk]) -> Ints:

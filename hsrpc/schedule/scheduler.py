@@ -18,7 +18,7 @@ from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 from hsrpc.request import FinishReason, TokenLogprob
-from hsrpc.schedule.blocks import BlockManager
+from hsrpc.schedule.blocks import BlockManager, PoolId
 from hsrpc.schedule.decode_ahead import advance, uses_no_buffer
 from hsrpc.schedule.fair_queue import FairQueue
 from hsrpc.schedule.finish import finish_reason, goes_on
@@ -50,6 +50,8 @@ class SchedulerLimits:
     buffers: BufferLimits
     costs: RowCosts
     windows: LayerWindows = NO_WINDOWS
+    in_place: PoolId = PoolId.DEVICE_KV
+    """The blocks that single queries read in place."""
     keeps_cache: bool = True
     """False for the recompute policy: nothing is cached, every step computes all tokens of its requests."""
     recompute: RecomputeLimits = NO_RECOMPUTE
@@ -177,7 +179,7 @@ class Scheduler:
         if not chunks:
             return None
         batches, limits = self._divide(chunks), self.limits
-        is_in_place = len(batches) == 1 and uses_no_buffer(batches[0], limits.block_size)
+        is_in_place = len(batches) == 1 and uses_no_buffer(batches[0], limits.block_size, limits.in_place)
         return self._hand_out(batches, is_in_place=is_in_place)
 
     def schedule_ahead(self, step: Step) -> Scheduled | None:
@@ -468,7 +470,9 @@ class Scheduler:
 
     def _divide(self, chunks: Sequence[Chunk]) -> tuple[tuple[Chunk, ...], ...]:
         limits = self.limits
-        batches = form_mini_batches(chunks, limits.block_size, limits.buffers, limits.costs, limits.windows)
+        batches = form_mini_batches(
+            chunks, limits.block_size, limits.buffers, limits.costs, limits.windows, pool=limits.in_place
+        )
         return tuple(map(in_order, batches))
 
 

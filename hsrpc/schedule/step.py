@@ -3,14 +3,15 @@
 Requests are ragged, so their rows are packed one after the other. A mini-batch has two buffers on the device:
 
     kv buffer          one row [K|V] a token: for each request its cached tokens, then its new ones. Attention reads it.
-    activation buffer  one row [h] a token cached as activation; regeneration turns it into rows of the kv buffer.
+    activation buffer  one row [a] a token cached as activation; regeneration turns it into rows of the kv buffer.
 
 The attention of a single query need not find its rows in one piece. It also reads the KV blocks that lie on the device,
 in place: their rows are in no buffer. And its rebuilt rows lie at the front of the kv buffer, in the order of the
-activation buffer, so that regeneration writes them where they are read. The layout is the same in every layer that has
-the same window, because a block has the same number in all of them: in layers in which activation blocks hold K and V,
-by the plan, these are loaded to the rows that regeneration would fill. It has no token that these layers do not see, so
-that a single query sees all its rows.
+activation buffer, so that regeneration writes them where they are read. Where single queries attend to activations as
+they are stored, the pool and the buffer that they read are those of activations, and a request's new row follows its
+others there. The layout is the same in every layer that has the same window, because a block has the same number in all
+of them: in layers in which activation blocks hold K and V, by the plan, these are loaded to the rows that regeneration
+would fill. It has no token that these layers do not see, so that a single query sees all its rows.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsrpc.request import SamplingParams
-from hsrpc.schedule.blocks import PoolId
+from hsrpc.schedule.blocks import BlockKind, PoolId
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.sweep import OpList
 
@@ -86,18 +87,24 @@ class Rows:
     target: Ints
 
 
+NO_ROWS = Rows(*(np.zeros(0, dtype=np.int64) for _ in range(2)))
+
+
 @dataclass(frozen=True, slots=True)
 class InPlace:
     """What the first `d` requests, of one query each, attend to beside their kv-buffer rows from `key_starts` on."""
 
     tables: Ints
-    """[d, max_blocks] numbers of device KV blocks in token order, 0 behind a request's last."""
+    """[d, max_blocks] numbers of blocks of `pool` in token order, 0 behind a request's last."""
     counts: Ints
     """[d] tokens in them, with the new one where its block is one of them."""
     rebuilt_starts: Ints
-    """[d+1] first kv-buffer row rebuilt for each request, then the total: rows of the activation buffer as well."""
+    """[d+1] first kv-buffer row rebuilt for each request, then the total: rows of the activation buffer as well, and of
+    that alone where activations are read."""
     skips: Ints | None = None
     """[d] of the `counts`, how many from the first on lie behind the window; None: the layers have no window."""
+    pool: PoolId = PoolId.DEVICE_KV
+    """What is read in place: K and V, or activations."""
 
     @property
     def num_requests(self) -> int:
@@ -109,8 +116,24 @@ class InPlace:
         return self.counts if self.skips is None else self.counts - self.skips
 
     @property
-    def num_rebuilt(self) -> int:
+    def absorbs(self) -> bool:
+        """Activations are read, and nothing is rebuilt."""
+        return self.pool.kind is BlockKind.ACTIVATION
+
+    @property
+    def num_in_front(self) -> int:
+        """Rows at the front of the activation buffer."""
         return int(self.rebuilt_starts[-1])
+
+    @property
+    def num_rebuilt(self) -> int:
+        """Rows at the front of both buffers, rebuilt from one to the other."""
+        return 0 if self.absorbs else self.num_in_front
+
+    @property
+    def num_absorbed(self) -> int:
+        """Rows at the front of the activation buffer that are attended to as they are."""
+        return self.num_in_front if self.absorbs else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,16 +145,22 @@ class Layout:
     in_place: InPlace
     new_rows: Rows
     """Query rows to kv-buffer rows; those that are attended to in place are not among them."""
+    absorbed: Rows
+    """Query rows to activation-buffer rows: new ones that are attended to as activations, and are not in place."""
     kv_loads: dict[PoolId, Runs]
     activation_loads: dict[PoolId, Runs]
     activation_rows: Ints
-    """[m] kv-buffer row that each activation row becomes."""
+    """[m] kv-buffer row that each activation row becomes; of those that are attended to as they are, none."""
     activation_positions: Ints
     """[m]"""
 
     @property
     def num_rows(self) -> int:
         return int(self.key_starts[-1])
+
+    @property
+    def rebuilds(self) -> bool:
+        return len(self.activation_rows) > self.in_place.num_absorbed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +191,11 @@ class MiniBatch:
     @property
     def widest(self) -> Layout:
         return self.layouts[0]
+
+    @property
+    def only_single_queries(self) -> bool:
+        """Whether each of its requests has one, which reads in place."""
+        return self.widest.in_place.num_requests == self.num_requests
 
 
 class SamplingRow(NamedTuple):

@@ -77,6 +77,21 @@ _GEMMA = {"head_dim": 16, "num_key_value_heads": 2, "initializer_range": 0.05}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 _WINDOW = {"sliding_window": 24}
 
+_LATENT = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "rope_parameters": _YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 1.1},
+}
+
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "opt": lambda: opt(**_SIZE, ffn_dim=96),
     "opt-post-norm": lambda: opt(**_SIZE, ffn_dim=96, do_layer_norm_before=False, word_embed_proj_dim=32),
@@ -138,6 +153,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "gpt-neox": lambda: decoder("gpt_neox", rope_parameters=_HALF_ROPE),
     "yarn": lambda: decoder("llama", rope_parameters=_YARN_ROPE),
+    "deepseek-v2": lambda: decoder("deepseek_v2", **_LATENT, first_k_dense_replace=4),
+    "deepseek-v3": lambda: decoder("deepseek_v3", **_LATENT | {"q_lora_rank": 16}, first_k_dense_replace=2),
 }
 """The other families of decoders, and rotations that reach beyond the trained context."""
 

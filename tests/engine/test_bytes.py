@@ -247,6 +247,26 @@ async def test_steps_stay_within_their_lines(
         assert (transient.most_of_graphs > 0) == (planned[DeviceUse.GRAPHS] > 0)
 
 
+@pytest.mark.parametrize("placement", [STREAMED, RESIDENT, None], ids=["host", "resident", "small"])
+@pytest.mark.parametrize("latent_attention", ["rebuild", "absorb"])
+async def test_steps_with_latents_stay_within_their_lines(
+    latent_attention: str,
+    placement: dict[str, object] | None,
+    transient: TransientDevice,
+    reference: Callable[[str], Reference],
+) -> None:
+    """Whether single queries attend to K and V that are rebuilt, or to latents."""
+    made = reference("deepseek-v2")
+    settings = {"cache_policy": "activation", "activation_share": None, "latent_attention": latent_attention}
+    config = config_for(made, **settings, **placement) if placement else tight(made, **settings)
+    async with Engine(config) as engine:
+        await run(engine, made.prompts[:8], greedy(30))
+        planned = engine.plan.device_bytes
+        assert 0 < transient.most <= planned[DeviceUse.WORKSPACE] + planned[DeviceUse.HIDDEN_STATES]
+        assert transient.most_of_graphs <= planned[DeviceUse.GRAPHS]
+        assert (transient.most_of_graphs > 0) == (latent_attention == "absorb" and placement is RESIDENT)
+
+
 def test_what_is_gone_is_not_counted() -> None:
     """Views keep memory; each use has its own bytes, those of other threads too."""
     device = CpuDevice()

@@ -71,6 +71,36 @@ async def test_tokens_equal_the_reference_with_tight_budgets(
         assert stats.cache_loaded_bytes > 0
 
 
+@pytest.mark.parametrize("settings", [{}, {"resident_share": 1.0}, {"recompute_share": 0.6, "expected_context": 90}])
+@pytest.mark.parametrize("model", ["deepseek-v2", "deepseek-v3"])
+async def test_tokens_do_not_depend_on_what_single_queries_attend_to(
+    model: str, settings: dict[str, object], reference: Callable[[str], Reference]
+) -> None:
+    """Latents as they are stored, on the host and on the device, beside prompts that rebuild K and V of theirs."""
+    made = reference(model)
+    config = tightest(config_for(made, latent_attention="absorb", **settings))
+    async with Engine(config) as engine:
+        assert await generate_all(engine, made) == made.outputs
+        assert engine.plan.absorbs
+        assert engine.stats().cache_loaded_bytes > 0
+        assert engine.stats().preemptions + engine.stats().recomputed_tokens > 0
+
+
+@pytest.mark.parametrize("max_batch", [3, 16])
+async def test_latents_on_the_device_are_attended_to_where_they_lie(
+    max_batch: int, reference: Callable[[str], Reference]
+) -> None:
+    """Steps that only decode use no buffer and rebuild nothing; each is made while the one before is computed."""
+    made, computed = reference("deepseek-v2"), []
+    settings = {"gpu_memory": "1GiB", "max_batch": max_batch, "expected_context": 128}
+    config = config_for(made, latent_attention="absorb", **settings)
+    async with Engine(config, observe=computed.append) as engine:
+        assert await generate_all(engine, made) == made.outputs
+    decoding = [step for step in computed if not step.prefill_tokens]
+    assert len(decoding) > 32
+    assert all(step.regenerated_tokens == 0 and step.cache_bytes == 0 for step in decoding)
+
+
 @pytest.mark.parametrize(("policy", "share"), [("kv", None), ("activation", None), ("hybrid", 0.5)])
 @pytest.mark.parametrize("model", MODELS)
 async def test_tokens_equal_the_reference_when_no_weights_stream(

@@ -173,6 +173,15 @@ async def windows(made: Reference) -> None:
     await ahead_and_loads(made)
 
 
+async def absorbing(made: Reference) -> None:
+    """Single queries attend to latents: in blocks on the device, and from the host in buffers beside their new rows."""
+    settings = {"cache_policy": "activation", "activation_share": None, "latent_attention": "absorb"}
+    async with Engine(tight(made, **settings)) as engine, asyncio.timeout(60):
+        assert engine.plan.absorbs
+        await crowd(engine, made)
+        assert engine.stats().cache_loaded_bytes > 0
+
+
 Scenario = Callable[[Reference], Awaitable[None]]
 SCENARIOS: list[Scenario] = [
     streaming,
@@ -190,6 +199,7 @@ SCENARIOS: list[Scenario] = [
     out_of_memory_weights_resident,
     window,
     windows,
+    absorbing,
 ]
 
 LAUNCH = "engine.lanes.StepRun.launch"
@@ -227,7 +237,7 @@ EDGES: dict[tuple[OpKind, OpKind], Scenario] = {
 
 
 def reference_of(scenario: Scenario, reference: Callable[[str], Reference]) -> Reference:
-    return reference({window: "mistral-window", windows: "ministral"}.get(scenario, "opt"))
+    return reference({window: "mistral-window", windows: "ministral", absorbing: "deepseek-v2"}.get(scenario, "opt"))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hsrpc.device.kernels import copy_rows
-from hsrpc.model.attention import Attention, Extras, InPlaceRows, PackedRows
+from hsrpc.model.attention import Attention, Extras, HeadShape, InPlaceRows, PackedRows
 from hsrpc.model.formats.lossless import BLOCK, WORD, encode
 from hsrpc.model.kernels import decode_attention as decode_kernel
 from hsrpc.model.kernels.decode_attention import decode_attention
@@ -17,13 +17,30 @@ from hsrpc.model.kernels.lossless import decode_weights, encode_weights
 from hsrpc.model.kernels.packed_attention import packed_attention
 from hsrpc.model.layers import Activation, ClampedGate, Gate
 from hsrpc.model.rope import HeadNorms, Unscaled, make_table, rotate_
-from hsrpc.plan.sizes import ModelSizes
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 12
-HEADS = [(2, 2, 16), (6, 6, 64), (4, 2, 80), (8, 1, 32), (16, 8, 32), (3, 3, 128)]
-"""Query heads, KV heads, head size: one head a group, several; packs of heads; sizes that are no powers of two."""
-SOME_HEADS = [(4, 2, 80), (3, 3, 16), (2, 1, 256)]
+HEADS = [
+    HeadShape(2, 2, 16, 16),
+    HeadShape(6, 6, 64, 64),
+    HeadShape(4, 2, 80, 80),
+    HeadShape(8, 1, 32, 32),
+    HeadShape(16, 8, 32, 32),
+    HeadShape(3, 3, 128, 128),
+    HeadShape(3, 3, 192, 128),
+    HeadShape(4, 2, 40, 24),
+    HeadShape(40, 1, 72, 64, shares=True),
+    HeadShape(4, 1, 576, 512, shares=True),
+]
+"""One head a group, several; packs of heads; sizes that are no powers of two; values narrower than keys, and a part of
+them, with more query heads than a program takes."""
+SOME_HEADS = [
+    HeadShape(4, 2, 80, 80),
+    HeadShape(3, 3, 16, 16),
+    HeadShape(2, 1, 256, 256),
+    HeadShape(4, 2, 40, 24),
+    HeadShape(6, 1, 40, 24, shares=True),
+]
 """A head of each kind, and the widest."""
 REQUESTS = [(130, 0, 5), (0, 40, 0), (16, 0, 0), (0, 0, 17), (33, 18, 1), (1, 1, 63)]
 """Keys in place, rebuilt, and behind: parts that end within a tile and with it, and single ones."""
@@ -35,17 +52,15 @@ EXTRAS = [(None, False), (0.7, False), (None, True), (1.5, True)]
 
 def dense(
     query: torch.Tensor,
-    kv: torch.Tensor,
-    kv_heads: int,
-    head_dim: int,
+    rows: torch.Tensor,
+    heads: HeadShape,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[q] for one query [q] and rows [K|V], in float64."""
-    q = query.double().unflatten(0, (-1, head_dim))
-    k, v = (part.unflatten(1, (kv_heads, head_dim)) for part in kv.double().chunk(2, dim=1))
-    k, v = (part.repeat_interleave(len(q) // kv_heads, 1) for part in (k, v))
-    scores = torch.einsum("hd,khd->hk", q, k) * head_dim**-0.5
+    """[o] for one query [q] and rows of keys and values, in float64."""
+    q = query.double().unflatten(0, (-1, heads.key_dim))
+    k, v = (part.double().repeat_interleave(len(q) // heads.num_kv_heads, 1) for part in heads.keys_values(rows))
+    scores = torch.einsum("hd,khd->hk", q, k) * heads.key_dim**-0.5
     scores = scores if softcap is None else softcap * (scores / softcap).tanh()
     weights = scores.softmax(-1)
     if sinks is not None:
@@ -67,13 +82,12 @@ def rows_of(request: int, tables: torch.Tensor, skips: list[int] | None) -> list
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "softcap", "has_sinks"),
-    [(*heads, None, False) for heads in HEADS] + [(*heads, *more) for heads in SOME_HEADS for more in EXTRAS[1:]],
+    ("heads", "softcap", "has_sinks"),
+    [(heads, None, False) for heads in HEADS] + [(heads, *more) for heads in SOME_HEADS for more in EXTRAS[1:]],
+    ids=str,
 )
 def test_decode_attention(
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
+    heads: HeadShape,
     softcap: float | None,
     has_sinks: bool,
     dtype: torch.dtype,
@@ -83,16 +97,16 @@ def test_decode_attention(
 ) -> None:
     """Any mix of keys in place, rebuilt and behind, in one part or in several; queries are strided rows."""
     monkeypatch.setattr(decode_kernel, "_num_parts", lambda *_: parts)
-    torch.manual_seed(heads * head_dim)
-    width, count = 2 * kv_heads * head_dim, len(REQUESTS)
+    torch.manual_seed(heads.row_size)
+    width, count = heads.row_size, len(REQUESTS)
     rebuilt = [0, *accumulate(front for _, front, _ in REQUESTS)]
     behind = [rebuilt[-1], *accumulate((rest for *_, rest in REQUESTS), initial=rebuilt[-1])][1:]
     pool = torch.randn(NUM_BLOCKS * BLOCK_SIZE, width).to(dtype)
     buffer = torch.randn(behind[-1], width).to(dtype)
     tables = torch.stack([torch.randperm(NUM_BLOCKS)[:9] for _ in REQUESTS]).int()
-    queries = torch.randn(count, 3 * heads * head_dim).to(dtype)[:, : heads * head_dim]
-    found = torch.full((count, heads * head_dim), torch.nan, dtype=dtype)
-    sinks = torch.randn(heads).to(dtype) if has_sinks else None
+    queries = torch.randn(count, 3 * heads.query_size).to(dtype)[:, : heads.query_size]
+    found = torch.full((count, heads.out_size), torch.nan, dtype=dtype)
+    sinks = torch.randn(heads.num_heads).to(dtype) if has_sinks else None
     decode_attention(
         queries,
         pool,
@@ -103,10 +117,9 @@ def test_decode_attention(
         skips=None if skips is None else torch.tensor(skips).int(),
         rebuilt_starts=torch.tensor(rebuilt).int(),
         key_starts=torch.tensor(behind).int(),
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
+        heads=heads,
         block_size=BLOCK_SIZE,
-        scale=head_dim**-0.5,
+        scale=heads.key_dim**-0.5,
         max_keys=200,
         softcap=softcap,
         sinks=sinks,
@@ -117,40 +130,33 @@ def test_decode_attention(
             buffer[rebuilt[i] : rebuilt[i + 1]],
             buffer[behind[i] : behind[i + 1]],
         )
-        wanted = dense(queries[i], torch.cat(keys), kv_heads, head_dim, softcap, sinks)
+        wanted = dense(queries[i], torch.cat(keys), heads, softcap, sinks)
         assert (found[i].double() - wanted).norm() <= (1e-6 if dtype is torch.float32 else 2e-3) * wanted.norm()
 
 
 @pytest.mark.parametrize("window", [None, 1, 50])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("softcap", "has_sinks"), EXTRAS)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SOME_HEADS)
+@pytest.mark.parametrize("heads", SOME_HEADS, ids=str)
 def test_packed_attention(
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    softcap: float | None,
-    has_sinks: bool,
-    dtype: torch.dtype,
-    window: int | None,
+    heads: HeadShape, softcap: float | None, has_sinks: bool, dtype: torch.dtype, window: int | None
 ) -> None:
     """Ragged requests, of a query and of more than a tile of them, with and without cached keys before them."""
-    torch.manual_seed(heads * head_dim)
+    torch.manual_seed(heads.row_size)
     lengths = [(1, 70), (67, 0), (3, 33), (1, 0)]
     starts = [0, *accumulate(new for new, _ in lengths)]
     key_starts = [2, *accumulate((new + cached for new, cached in lengths), initial=2)][1:]
-    queries = torch.randn(starts[-1], 3 * heads * head_dim).to(dtype)[:, : heads * head_dim]
-    kv = torch.randn(key_starts[-1] + 1, 2 * kv_heads * head_dim).to(dtype)
-    sinks = torch.randn(heads).to(dtype) if has_sinks else None
+    queries = torch.randn(starts[-1], 3 * heads.query_size).to(dtype)[:, : heads.query_size]
+    kv = torch.randn(key_starts[-1] + 1, heads.row_size).to(dtype)
+    sinks = torch.randn(heads.num_heads).to(dtype) if has_sinks else None
     found = packed_attention(
         queries,
         kv,
         query_starts=torch.tensor(starts).int(),
         key_starts=torch.tensor(key_starts).int(),
         max_queries=67,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        scale=head_dim**-0.5,
+        heads=heads,
+        scale=heads.key_dim**-0.5,
         window=window,
         softcap=softcap,
         sinks=sinks,
@@ -160,27 +166,16 @@ def test_packed_attention(
             end = key_starts[request] + cached + number + 1
             start = key_starts[request] if window is None else max(key_starts[request], end - window)
             row = starts[request] + number
-            wanted = dense(queries[row], kv[start:end], kv_heads, head_dim, softcap, sinks)
+            wanted = dense(queries[row], kv[start:end], heads, softcap, sinks)
             assert (found[row].double() - wanted).norm() <= (1e-6 if dtype is torch.float32 else 2e-3) * wanted.norm()
 
 
 @pytest.mark.parametrize(("softcap", "has_sinks"), EXTRAS[1:])
 def test_a_gpu_attends_with_extras_as_the_cpu_does(softcap: float | None, has_sinks: bool) -> None:
     """Chunks with a window, and single queries in place, in float32: both go to the kernels."""
-    sizes = ModelSizes(
-        hidden_size=64,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        ffn_size=8,
-        vocab_size=8,
-        context_length=64,
-        compute_bytes=4,
-        layers=(),
-        fixed_bytes=0,
-    )
+    heads = HeadShape(4, 2, 16, 16)
     on_cpu, on_gpu = (
-        Attention(sizes, 0.3, BLOCK_SIZE, torch.device(device), torch.float32, extras=Extras(softcap, has_sinks))
+        Attention(heads, 0.3, BLOCK_SIZE, torch.device(device), torch.float32, extras=Extras(softcap, has_sinks))
         for device in ("cpu", "cuda")
     )
     queries, kv, sinks = torch.randn(5, 64), torch.randn(40, 64), torch.randn(4) if has_sinks else None
@@ -215,8 +210,7 @@ def test_a_request_without_keys_gets_zeros(has_sinks: bool) -> None:
         in_place=nothing[:1],
         rebuilt_starts=nothing,
         key_starts=nothing,
-        num_kv_heads=2,
-        head_dim=16,
+        heads=HeadShape(2, 2, 16, 16),
         block_size=BLOCK_SIZE,
         scale=0.25,
         max_keys=8,
@@ -291,6 +285,17 @@ def test_rotate_heads(dtype: torch.dtype, heads: int, head_dim: int, width: int)
     atol = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 2**-3}[dtype]
     torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
     assert torch.equal(found[:, -24:], whole[:, -24:])
+
+
+def test_the_last_dimensions_of_heads_are_rotated() -> None:
+    """Heads that lie apart: what is before them stays."""
+    positions, frequencies = torch.tensor([0, 1, 77]), Unscaled().frequencies(1e4, 8, 4096)
+    whole = torch.randn(3, 5, 20)
+    found, wanted = whole.clone(), whole.clone()
+    rotate_(wanted[..., 12:], make_table(positions, frequencies, 1.0, torch.float32))
+    rotate_heads_(found[..., 12:], positions, frequencies, 1.0)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    assert torch.equal(found[..., :12], whole[..., :12])
 
 
 @pytest.mark.parametrize(("queries", "keys", "head_dim"), [(0, 3, 8), (20, 4, 128), (5, 5, 80)])

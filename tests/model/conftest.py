@@ -28,8 +28,8 @@ def read_all(source: WeightSource, tensors: tuple[TensorSpec, ...], dtype: torch
 
 
 def rebuild(family: Family, w: Weights, layer: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """[K|V] [n, 2*kv] of the activation `x` [n, a]; every element is written."""
-    out = torch.full((len(x), 2 * family.kv_size), torch.nan, dtype=x.dtype)
+    """[K|V] [n, k+v] of the activation `x` [n, a]; every element is written."""
+    out = torch.full((len(x), family.key_size + family.value_size), torch.nan, dtype=x.dtype)
     family.keys_values(w, layer, x, family.rotation(positions), out)
     return out
 
@@ -37,9 +37,9 @@ def rebuild(family: Family, w: Weights, layer: int, x: torch.Tensor, positions: 
 def dense_attention(
     family: Family, q: torch.Tensor, kv: torch.Tensor, window: int | None, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """Causal attention of one request: q [n, q_size], kv [n, 2*kv_size] to [n, q_size]."""
+    """Causal attention of one request: q [n, q_size], kv [n, k+v] to [n, o]."""
     sizes, count = family.sizes, len(q)
-    k, v = kv.unflatten(1, (2, sizes.num_kv_heads, sizes.head_dim)).unbind(1)
+    k, v = family.heads.keys_values(kv)
     groups = sizes.num_heads // sizes.num_kv_heads
     k, v = (part.repeat_interleave(groups, dim=1).transpose(0, 1) for part in (k, v))
     distance = torch.arange(count)[:, None] - torch.arange(count)[None, :]

@@ -60,6 +60,11 @@ PARAMETERS = {
     "starcoder2-15b": 15.96e9,
     "stablelm-3b": 2.795e9,
     "pythia-12b": 11.85e9,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v2": 235_741_434_880,
+    "deepseek-v3": 671_026_419_200,
+    "kimi-k2": 1_026_408_232_448,
+    "glm-4.7-flash": 29_943_390_976,
 }
 
 
@@ -220,7 +225,6 @@ REFUSALS = [
     ("llama-2-7b", {"rope_parameters": {"rope_type": "dynamic"}}, "rope_parameters: factor", "found nothing"),
     ("llama-2-7b", {"rope_parameters": [1]}, "rope_parameters", "an object"),
     ("opt-125m", {"architectures": ["JambaForCausalLM"], "model_type": "jamba"}, "architectures", "are recurrent"),
-    ("opt-125m", {"architectures": None, "model_type": "deepseek_v3"}, "model_type", "keeps latents"),
     (
         "llama-2-7b",
         {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},

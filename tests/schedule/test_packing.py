@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from hsrpc.request import SamplingParams
 from hsrpc.schedule.blocks import BlockKind, PoolId
 from hsrpc.schedule.decode_ahead import advance, uses_no_buffer
-from hsrpc.schedule.mini_batches import form_mini_batches
+from hsrpc.schedule.mini_batches import _buffer_rows, form_mini_batches
 from hsrpc.schedule.packing import in_order, merge_runs, pack
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.step import (
@@ -91,13 +92,13 @@ def make_chunk(number: int, blocks: list[tuple[PoolId, int]], context: int, coun
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, kinds: Sequence[PoolId] = tuple(PoolId)) -> Case:
     """Ragged chunks; block numbers are shuffled, or in order so that neighbours can merge."""
     block_size = draw(st.integers(1, 32))
     parts = draw(st.lists(st.tuples(st.integers(0, 90), st.just(1) | st.integers(1, 40)), min_size=1, max_size=5))
     lengths = [-(-(context + count) // block_size) for context, count in parts]
     spare = draw(st.integers(0, 2))
-    kinds = draw(st.lists(st.sampled_from(PoolId), min_size=1, max_size=4))
+    chosen_from = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=4))
     random = draw(st.randoms(use_true_random=False))
     numbers = {pool: list(range(sum(lengths) + spare * len(parts))) for pool in PoolId}
     if draw(st.booleans()):
@@ -105,7 +106,7 @@ def cases(draw: st.DrawFn) -> Case:
             random.shuffle(free)
     chunks = []
     for number, ((context, count), length) in enumerate(zip(parts, lengths, strict=True)):
-        chosen = [random.choice(kinds) for _ in range(length + spare)]
+        chosen = [random.choice(chosen_from) for _ in range(length + spare)]
         blocks = [(pool, numbers[pool].pop(0)) for pool in chosen]
         chunks.append(make_chunk(number, blocks, context, count, samples=random.random() < 0.7))
     windows = draw(st.sets(st.none() | st.integers(1, 60), min_size=1, max_size=3))
@@ -142,14 +143,14 @@ def kv_buffer(case: Case, batch: Layout) -> dict[int, Token]:
 
 
 def rows_in_place(case: Case, batch: Layout, index: int) -> list[Token]:
-    """What a request reads in the pool of device KV blocks, the new rows stored before."""
+    """What a request reads in the pool of blocks that are read in place, the new rows stored before."""
     if index >= batch.in_place.num_requests:
         return []
     slots, table, skips = case.pools(new=True), batch.in_place.tables[index], batch.in_place.skips
     read = range(0 if skips is None else skips[index], batch.in_place.counts[index])
     assert len(read) == batch.in_place.num_visible[index]
     places = [divmod(token, case.block_size) for token in read]
-    return [slots[PoolId.DEVICE_KV, int(table[block]) * case.block_size + offset] for block, offset in places]
+    return [slots[batch.in_place.pool, int(table[block]) * case.block_size + offset] for block, offset in places]
 
 
 def rebuilt_rows(batch: Layout, index: int) -> range:
@@ -216,6 +217,49 @@ def test_a_window_changes_nothing_but_its_own_layout(case: Case):
     for window, layout in zip(case.windows, batch.layouts, strict=True):
         alone = pack(case.chunks, case.block_size, (window,))
         assert_same(replace(batch, layouts=(layout,)), alone)
+
+
+@given(case=cases(kinds=(PoolId.DEVICE_ACTIVATION, PoolId.HOST_ACTIVATION)))
+@settings(max_examples=150)
+def test_single_queries_read_activations_where_these_are_read(case: Case):
+    """In blocks on the device, or at the front of the activation buffer, their new row last; others are rebuilt."""
+    batch = pack(case.chunks, case.block_size, case.windows, PoolId.DEVICE_ACTIVATION)
+    for window, layout in zip(case.windows, batch.layouts, strict=True):
+        check_absorbed(case, layout, window)
+        sizes = zip(*(buffer_rows(case, chunk, window) for chunk in case.chunks), strict=True)
+        assert tuple(map(sum, sizes)) == (layout.num_rows, len(layout.activation_rows))
+
+
+def check_absorbed(case: Case, batch: Layout, window: int | None) -> None:
+    """What layers with this window read."""
+    activations, new = run_copies(batch.activation_loads, BlockKind.ACTIVATION, case.pools()), case.new_tokens
+    for source, target in zip(batch.absorbed.source, batch.absorbed.target, strict=True):
+        assert target not in activations
+        activations[int(target)] = new[source]
+    assert sorted(activations) == list(range(len(batch.activation_rows)))
+    front = batch.in_place.num_absorbed
+    buffer = {int(batch.activation_rows[row]): activations[row] for row in range(front, len(activations))}
+    buffer |= {int(row): new[source] for source, row in zip(batch.new_rows.source, batch.new_rows.target, strict=True)}
+    assert sorted(buffer) == list(range(batch.num_rows))
+    assert batch.rebuilds == (len(activations) > front)
+    assert batch.in_place.num_rebuilt == 0
+    for index, chunk in enumerate(case.packed):
+        number, behind = case.number(chunk), range(batch.key_starts[index], batch.key_starts[index + 1])
+        in_place, absorbed = rows_in_place(case, batch, index), [activations[r] for r in rebuilt_rows(batch, index)]
+        wanted = [(number, position) for position in case.attended(number, window)]
+        wanted += [(number, chunk.context + i) for i in range(chunk.num_new)]
+        assert sorted([*in_place, *absorbed, *(buffer[row] for row in behind)]) == wanted
+        if chunk.num_new == 1:
+            assert not behind
+            assert {case.slot(*token)[0] for token in in_place} <= {PoolId.DEVICE_ACTIVATION}
+            assert {case.slot(*token)[0] for token in absorbed} <= {PoolId.HOST_ACTIVATION}
+
+
+def buffer_rows(case: Case, chunk: Chunk, window: int | None) -> tuple[int, int]:
+    """Rows of the kv buffer and of the activation buffer of a chunk, as mini-batches count them."""
+    kinds = _buffer_rows([chunk], case.block_size, window, PoolId.DEVICE_ACTIVATION)
+    kv, rebuilt, new, absorbed = (int(rows[0]) for rows in kinds)
+    return kv + rebuilt + new, rebuilt + absorbed
 
 
 @given(case=cases())
@@ -419,6 +463,7 @@ def test_the_last_block_is_copied_to_the_exact_token(count: int):
     assert (runs.source.tolist(), runs.target.tolist(), runs.count.tolist()) == ([112, 48], [0, 16], [16, 2])
 
 
+@pytest.mark.parametrize("pool", [PoolId.DEVICE_KV, PoolId.DEVICE_ACTIVATION])
 @given(
     contexts=st.lists(st.integers(1, 70), min_size=1, max_size=6),
     block_size=st.integers(1, 20),
@@ -427,14 +472,19 @@ def test_the_last_block_is_copied_to_the_exact_token(count: int):
     shuffled=st.randoms(use_true_random=False),
 )
 def test_a_batch_in_place_advances_as_it_would_be_laid_out(
-    contexts: list[int], block_size: int, ended: set[int], window: int | None, shuffled: Random
+    pool: PoolId,
+    contexts: list[int],
+    block_size: int,
+    ended: set[int],
+    window: int | None,
+    shuffled: Random,
 ):
     """Some requests end, some begin a block, windows leave blocks: what the next step reads is that of a new layout."""
     free = list(range(500))
     shuffled.shuffle(free)
     chunks = []
     for number, context in enumerate(contexts):
-        blocks = [(PoolId.DEVICE_KV, free.pop()) for _ in range(context // block_size + 1)]
+        blocks = [(pool, free.pop()) for _ in range(context // block_size + 1)]
         chunks.append(make_chunk(number, blocks, context, 1))
     following = [
         Chunk(chunk.request, chunk.context + 1, 1, samples=True, previous_row=row)
@@ -443,12 +493,12 @@ def test_a_batch_in_place_advances_as_it_would_be_laid_out(
     ]
     for chunk in following:
         if chunk.context == len(chunk.request.blocks) * block_size:
-            chunk.request.blocks.append(PoolId.DEVICE_KV, free.pop())
+            chunk.request.blocks.append(pool, free.pop())
     assume(following)
-    found = advance(pack(chunks, block_size, (window, 1)), following, block_size, window)
-    wanted = pack(following, block_size, (window,))
+    found = advance(pack(chunks, block_size, (window, 1), pool), following, block_size, window)
+    wanted = pack(following, block_size, (window,), pool)
     assert found is not None
-    assert uses_no_buffer(following, block_size)
+    assert uses_no_buffer(following, block_size, pool)
     before, after = (rows_read(batch.widest.in_place, block_size) for batch in (wanted, found))
     assert before == after
     assert_same(without_in_place(found), without_in_place(wanted))

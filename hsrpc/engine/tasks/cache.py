@@ -35,9 +35,9 @@ class Buffers(NamedTuple):
     """Device memory of one mini-batch in one layer."""
 
     kv: torch.Tensor
-    """[rows, 2*kv]"""
+    """[rows, k+v]"""
     activations: torch.Tensor
-    """[activation_rows, h]"""
+    """[activation_rows, a]"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +158,14 @@ class CacheManager:
             for pool, rows in pools.items():
                 self._device.copy_rows(buffer, rows.target, self._pools[pool][layer], rows.source)
 
-    def device_kv(self, layer: int) -> torch.Tensor:
-        """The pool of KV blocks on the device [slots, 2*kv], which attention reads in place."""
-        return self._pools[PoolId.DEVICE_KV][layer]
+    def in_place(self, layer: int) -> torch.Tensor:
+        """The pool of blocks on the device that attention reads in place: [slots, k+v], or [slots, a]."""
+        return self._pools[self._plan.in_place][layer]
 
     @property
     def spare_slot(self) -> int:
-        """Slot that belongs to no block, in each layer's pool of KV blocks on the device."""
-        return len(self._pools[PoolId.DEVICE_KV][0]) - 1
+        """Slot that belongs to no block, in each layer's pool of blocks that are read in place."""
+        return len(self._pools[self._plan.in_place][0]) - 1
 
     def stores(self, batch: MiniBatch, upload: Upload) -> dict[BlockKind, dict[PoolId, Stores]]:
         """What `store` needs for a mini-batch, by what activation blocks hold in a layer."""
@@ -182,7 +182,7 @@ class CacheManager:
         kv: torch.Tensor,
         x: torch.Tensor,
     ) -> None:
-        """Write new rows to their blocks in `tier`, on the current stream: kv [n, 2*kv] or x [n, h].
+        """Write new rows to their blocks in `tier`, on the current stream: kv [n, k+v] or x [n, a].
 
         Called on the executor's thread: for the device on the compute stream, for the host on the store stream.
         """

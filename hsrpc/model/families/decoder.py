@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch.nn import functional
@@ -47,7 +48,7 @@ _EXPERT_KERNELS = 4
 class Decoder(Family):
     """A decoder as its settings say."""
 
-    size_keys = (
+    size_keys: ClassVar[tuple[str, ...]] = (
         "num_hidden_layers",
         "hidden_size",
         "num_attention_heads",
@@ -92,27 +93,33 @@ class Decoder(Family):
 
     def _make_rotaries(self) -> tuple[Rotary | None, ...]:
         """The rotation of each layer; layers that rotate alike share one."""
-        sizes, made = (self.sizes.head_dim, self.served_context, self.spec.dtype), dict[RopeSettings, Rotary]()
+        made = dict[RopeSettings, Rotary]()
         for rope in self.settings.ropes:
             if rope is not None and rope not in made:
-                made[rope] = Rotary(rope, *sizes)
+                made[rope] = Rotary(rope, self.served_context, self.spec.dtype)
         return tuple(None if rope is None else made[rope] for rope in self.settings.ropes)
 
     def layer_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
         prefix, size = f"{self._names.layers}.{layer}", self.sizes.hidden_size
         norms, biases = self._names.norms, self.settings.biases
-        qkv = tuple(f"{prefix}.{name}" for name in self._names.qkv)
-        qkv_rows = (self.q_size, self.kv_size, self.kv_size)
         return (
             *self._norm_tensors(ATTENTION_NORM, prefix, norms.attention_in),
-            *linear_tensors(QKV, qkv, qkv_rows, size, bias=biases.qkv, order=self._qkv_order(layer)),
-            *self._qk_norm_tensors(layer, prefix),
-            *self._sink_tensors(prefix),
-            *linear_tensors(OUT, (f"{prefix}.{self._names.out}",), (size,), self.q_size, bias=biases.out),
+            *self._attention_tensors(layer, prefix),
+            *linear_tensors(OUT, (f"{prefix}.{self._names.out}",), (size,), self.heads.out_size, bias=biases.out),
             *self._norm_tensors(ATTENTION_OUT_NORM, prefix, norms.attention_out),
             *self._norm_tensors(FFN_NORM, prefix, norms.mlp_in),
             *self._mlp_tensors(layer, prefix),
             *self._norm_tensors(FFN_OUT_NORM, prefix, norms.mlp_out),
+        )
+
+    def _attention_tensors(self, layer: int, prefix: str) -> tuple[TensorSpec, ...]:
+        """What makes queries, keys and values of the layer's input, and what they attend to beside."""
+        sources = tuple(f"{prefix}.{name}" for name in self._names.qkv)
+        rows, bias = (self.q_size, self.key_size, self.value_size), self.settings.biases.qkv
+        return (
+            *linear_tensors(QKV, sources, rows, self.sizes.hidden_size, bias=bias, order=self._qkv_order(layer)),
+            *self._qk_norm_tensors(layer, prefix),
+            *self._sink_tensors(prefix),
         )
 
     def _mlp_tensors(self, layer: int, prefix: str) -> Iterable[TensorSpec]:
@@ -147,7 +154,7 @@ class Decoder(Family):
             case QkNorm.EACH_HEAD:
                 shapes = [(self.sizes.num_heads, head_dim), (self.sizes.num_kv_heads, head_dim)]
             case QkNorm.ROW:
-                shapes = [(self.q_size,), (self.kv_size,)]
+                shapes = [(self.q_size,), (self.key_size,)]
         sources = (f"{prefix}.{name}" for name in self._names.qk_norms)
         of = zip((Q_NORM, K_NORM), sources, shapes, strict=True)
         return [self.settings.norm.tensor(*each, order=self._order(layer, math.prod(each[-1]))) for each in of]
@@ -155,7 +162,7 @@ class Decoder(Family):
     def _qkv_order(self, layer: int) -> RowOrder | None:
         if self.settings.qkv_by_head:
             return HeadsTogether(self.sizes.num_heads, self.sizes.head_dim)
-        return self._order(layer, self.q_size + self.kv_size, self.kv_size)
+        return self._order(layer, self.q_size + self.key_size, self.value_size)
 
     def _order(self, layer: int, rotated: int, others: int = 0) -> RowOrder | None:
         """Order of the rows of heads that are rotated, and others after them."""
@@ -195,8 +202,8 @@ class Decoder(Family):
         fused = project(w, QKV, x)
         queries, kv = fused[:, : self.q_size], fused[:, self.q_size :]
         self._norm_(w, Q_NORM, queries)
-        self._norm_(w, K_NORM, kv[:, : self.kv_size])
-        self._turn_(w, layer, fused[:, : self.q_size + self.kv_size], self.sizes.num_heads, rotation)
+        self._norm_(w, K_NORM, kv[:, : self.key_size])
+        self._turn_(w, layer, fused[:, : self.q_size + self.key_size], self.sizes.num_heads, rotation)
         if (rotary := self._rotaries[layer]) is not None:
             rotary.scale_(queries, rotation)
         return Projection(x, queries, kv)
@@ -205,7 +212,7 @@ class Decoder(Family):
         self, w: Weights, layer: int, activation: torch.Tensor, rotation: Rotation, out: torch.Tensor
     ) -> None:
         project_rows(w, QKV, activation, self.q_size, out)
-        keys = out[:, : self.kv_size]
+        keys = out[:, : self.key_size]
         self._norm_(w, K_NORM, keys)
         self._turn_(w, layer, keys, 0, rotation)
 

@@ -12,6 +12,7 @@ from hsrpc.model.layers import ClampedGate, Gate
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Keys that a file may have for the number of a layer's experts: one of a family's own, or the one that all share."""
 _OWN_WIDTH = "moe_intermediate_size"
+_DENSE, _SPARSE = "dense", "sparse"
 
 ByLayer = tuple[Experts | None, ...]
 """The experts of each layer; None: its MLP is dense."""
@@ -69,6 +70,21 @@ def deepseek_experts(config: ConfigFile, gate: Gate) -> ByLayer:
         experts = replace(experts, shared=Shared.gated_mlp("mlp.shared_experts", num_shared * experts.width))
     first, layers = config.count("first_k_dense_replace", 0, maximum=MAX_LAYERS), _num_layers(config)
     return tuple(None if layer < first else experts for layer in range(layers))
+
+
+def latent_experts(config: ConfigFile, gate: Gate) -> ByLayer:
+    """As `deepseek_experts`, or in the layers that `mlp_layer_types` says; none where all layers are dense."""
+    layers = _num_layers(config)
+    kinds = config.values.get("mlp_layer_types")
+    if kinds is None:
+        first = config.count("first_k_dense_replace", 0, maximum=MAX_LAYERS)
+        return (None,) * layers if first >= layers else deepseek_experts(config, gate)
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(map(str, kinds)) <= {_DENSE, _SPARSE}:
+        raise config.refuse("mlp_layer_types", f"{_DENSE} or {_SPARSE} for each of num_hidden_layers={layers}")
+    if _SPARSE not in kinds:
+        return (None,) * layers
+    experts = deepseek_experts(replace(config, values={**config.values, "first_k_dense_replace": 0}), gate)
+    return tuple(each if kind == _SPARSE else None for each, kind in zip(experts, kinds, strict=True))
 
 
 def _deepseek_routing(config: ConfigFile, experts: Experts) -> Routing:

@@ -15,6 +15,7 @@ from hsrpc.model.families.expert_readers import (
     gpt_oss_experts,
     granite_experts,
     in_all_layers,
+    latent_experts,
     qwen_experts,
     renormalised_if_said,
 )
@@ -23,13 +24,14 @@ from hsrpc.model.families.settings import (
     Caps,
     DecoderSettings,
     Heads,
+    Latent,
     Multipliers,
     Names,
     NormNames,
     QkNorm,
 )
 from hsrpc.model.layers import ACTIVATIONS, Activation, Norm, NormKind
-from hsrpc.model.rope import RopeKeys, RopeSettings
+from hsrpc.model.rope import RopeKeys, RopeSettings, softmax_factor
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
@@ -345,6 +347,50 @@ def _glm4_moe(config: ConfigFile) -> DecoderSettings:
     )
 
 
+def _deepseek_v2(config: ConfigFile) -> DecoderSettings:
+    return _latent(config, interleaved=True)
+
+
+def _deepseek_v3(config: ConfigFile) -> DecoderSettings:
+    return _latent(config, interleaved=config.flag("rope_interleave", True))
+
+
+def _glm4_moe_lite(config: ConfigFile) -> DecoderSettings:
+    return replace(_deepseek_v3(config), norm=_rms(config, 1e-5))
+
+
+def _latent(config: ConfigFile, *, interleaved: bool) -> DecoderSettings:
+    """Keys that all models with latents share. Rotated heads' `head_dim`, where a file has it, is that of the rotation
+    alone."""
+    num_heads, bias = config.integer("num_attention_heads", maximum=MAX_WIDTH), config.flag("attention_bias", False)
+    latent = Latent(
+        query_rank=config.integer("q_lora_rank", maximum=MAX_WIDTH) if config.has("q_lora_rank") else None,
+        rank=config.integer("kv_lora_rank", maximum=MAX_WIDTH),
+        nope_dim=config.integer("qk_nope_head_dim", maximum=MAX_WIDTH),
+        rope_dim=config.integer("qk_rope_head_dim", maximum=MAX_WIDTH),
+        value_dim=config.integer("v_head_dim", maximum=MAX_WIDTH),
+        bias=bias,
+    )
+    head_dim = latent.nope_dim + latent.rope_dim
+    if latent.value_dim > head_dim:
+        raise config.refuse("v_head_dim", f"at most {head_dim}, as many as qk_nope_head_dim and qk_rope_head_dim")
+    if num_heads * head_dim > MAX_WIDTH:
+        raise config.refuse("qk_nope_head_dim", f"at most {MAX_WIDTH} for num_attention_heads={num_heads} together")
+    activation, num_layers = _activation(config, "hidden_act", "silu"), _num_layers(config)
+    return DecoderSettings(
+        heads=Heads(num_heads, num_heads, head_dim),
+        norm=_rms(config),
+        windows=(None,) * num_layers,
+        ropes=(RopeSettings.read(config, latent.rope_dim, RopeKeys(interleaved=interleaved)),) * num_layers,
+        experts=latent_experts(config, activation),
+        tied=config.flag("tie_word_embeddings", False),
+        activation=activation,
+        biases=Biases(out=bias, mlp=config.flag("mlp_bias", False)),
+        multipliers=Multipliers(attention=head_dim**-0.5 * softmax_factor(config) ** 2),
+        latent=latent,
+    )
+
+
 def _seed_oss(config: ConfigFile) -> DecoderSettings:
     biases = Biases(
         qkv=config.flag("attention_bias", True),
@@ -474,6 +520,8 @@ class DecoderType(NamedTuple):
     architecture: str
     """Value of `architectures`."""
     read: Callable[[ConfigFile], DecoderSettings]
+    also: tuple[str, ...] = ()
+    """Other values of `model_type` for the same."""
 
 
 DECODERS: dict[str, DecoderType] = {
@@ -506,5 +554,10 @@ DECODERS: dict[str, DecoderType] = {
     "gpt_oss": DecoderType("GptOssForCausalLM", _gpt_oss),
     "glm4_moe": DecoderType("Glm4MoeForCausalLM", _glm4_moe),
     "seed_oss": DecoderType("SeedOssForCausalLM", _seed_oss),
+    "deepseek_v2": DecoderType("DeepseekV2ForCausalLM", _deepseek_v2),
+    "deepseek_v3": DecoderType("DeepseekV3ForCausalLM", _deepseek_v3, also=("kimi_k2",)),
+    "glm4_moe_lite": DecoderType("Glm4MoeLiteForCausalLM", _glm4_moe_lite),
 }
 """The families that `Decoder` computes, by `model_type`."""
+LATENTS = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe_lite"})
+"""Those of them whose settings have a `latent`."""

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.families.decoder import Decoder
+from hsrpc.model.families.latent import LatentDecoder
 from hsrpc.model.families.opt import Opt
-from hsrpc.model.families.readers import DECODERS
+from hsrpc.model.families.readers import DECODERS, LATENTS
 from hsrpc.model.family import Family, ModelSpec
 from hsrpc.model.text_part import ARCHITECTURES
 
@@ -29,11 +30,12 @@ def register_family(
 
 register_family("opt", Opt, architectures=("OPTForCausalLM",), model_types=("opt",))
 for _name, _decoder in DECODERS.items():
-    register_family(_name, Decoder, architectures=(_decoder.architecture,), model_types=(_name,))
+    _class = LatentDecoder if _name in LATENTS else Decoder
+    _types = (_name, *_decoder.also)
+    register_family(_name, _class, architectures=(_decoder.architecture,), model_types=_types)
 
 _SOME_RECURRENT = "some of its layers are recurrent, and keep a state that is not a row for each token"
 _EXPERTS = "its mixtures of experts are of another kind"
-_LATENT = "its attention keeps latents"
 REFUSED = {
     "qwen3_next": _SOME_RECURRENT,
     "qwen3_5": _SOME_RECURRENT,
@@ -44,10 +46,6 @@ REFUSED = {
     "rwkv": _SOME_RECURRENT,
     "phimoe": _EXPERTS,
     "llama4_text": _EXPERTS,
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
-    "kimi_k2": _LATENT,
-    "glm4_moe_lite": _LATENT,
     "bloom": "its attention is biased by distance",
     "mpt": "its attention is biased by distance",
     "gpt2": "its positions are learned",

@@ -90,6 +90,24 @@ class Caps:
     logits: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latent:
+    """Attention whose keys and values are made of a latent that all heads share, beside a rotated key that they share.
+
+    A query's head and a key's have `nope_dim` dimensions that are not rotated, then `rope_dim` that are.
+    """
+
+    query_rank: int | None
+    """Width of the queries' own latent; None: they are made of the layer's input."""
+    rank: int
+    """Width of the latent of keys and values."""
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    bias: bool
+    """The projections to latents have a bias."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderSettings:
     """One decoder; a field left out is as in Llama."""
@@ -115,6 +133,8 @@ class DecoderSettings:
     caps: Caps = Caps()
     sinks: bool = False
     """Each layer has a score for each head, of a key without a value that every query sees."""
+    latent: Latent | None = None
+    """Attention is of this kind; None: of grouped queries."""
     names: Names = Names()
     qkv_by_head: bool = False
     """The rows of Q, K and V come head by head in the checkpoint."""

@@ -9,11 +9,17 @@ import torch
 import triton
 import triton.language as tl
 
+from hsrpc.model.attention import HeadShape
+
 _PROGRAMS = 1024
 """Enough to fill a large GPU several times; fewer requests are divided into parts along their keys."""
 _MIN_KEYS = 128
 """Keys of a part, where a request is divided."""
 _MAX_PARTS = 32
+_SPLIT_ROWS = 32
+"""Query heads of a program, where all of them attend to the same wide rows: what they gather stays in registers."""
+_WIDE_TILE = 8192
+"""Elements of what a program gathers, from which on it is shared among more threads."""
 _PACKED_DIM = 128
 """Smaller heads are read together: their rows are neighbours in memory, and matrix units have rows to spare."""
 
@@ -29,27 +35,30 @@ def capped(scores, softcap) -> tl.tensor:
 @triton.jit
 def _accumulate(
     q,
+    q_more,
     m,
     total,
     acc,
     k_rows,
-    v_rows,
+    v_offset,
     valid,
     scale,
     softcap,
     d,
     WIDTH: tl.constexpr,
+    MORE: tl.constexpr,
+    MORE_TILE: tl.constexpr,
+    SHARES: tl.constexpr,
     DOT: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Online softmax over one tile of keys: m and total [g], acc [g, d]."""
+    """Online softmax over one tile of keys: m and total [g], acc [g, d]. Keys have `MORE` dimensions behind `WIDTH`."""
     mask = valid[:, None] & (d < WIDTH)[None, :]
-    k = tl.load(k_rows, mask=mask, other=0.0)
-    v = tl.load(v_rows, mask=mask, other=0.0)
-    if DOT:
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    else:
-        scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
+    k = tl.load(k_rows + d[None, :], mask=mask, other=0.0)
+    scores = _scores(q, k, DOT)
+    if MORE > 0:
+        scores += _scores(q_more, _load_more(k_rows + WIDTH, valid, MORE, MORE_TILE), DOT)
+    v = k if SHARES else tl.load(k_rows + v_offset + d[None, :], mask=mask, other=0.0)
     scores = scores * scale
     if SOFTCAP:
         scores = capped(scores, softcap)
@@ -62,6 +71,19 @@ def _accumulate(
     else:
         added = tl.sum(tl.trans(p) * v.to(tl.float32), 0)[None, :]
     return new, total * kept + tl.sum(p, 1), acc * kept[:, None] + added
+
+
+@triton.jit
+def _load_more(rows, valid, MORE: tl.constexpr, MORE_TILE: tl.constexpr):
+    e = tl.arange(0, MORE_TILE)
+    return tl.load(rows + e[None, :], mask=valid[:, None] & (e < MORE)[None, :], other=0.0)
+
+
+@triton.jit
+def _scores(q, k, DOT: tl.constexpr):
+    if DOT:
+        return tl.dot(q, tl.trans(k), input_precision="ieee")
+    return tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_parts"])
@@ -86,21 +108,29 @@ def _attend(
     KV_HEADS: tl.constexpr,
     PACK: tl.constexpr,
     GROUP: tl.constexpr,
+    SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     DIM_TILE: tl.constexpr,
+    MORE: tl.constexpr,
+    MORE_TILE: tl.constexpr,
+    SHARES: tl.constexpr,
+    ROW_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
     IN_PARTS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     HAS_SKIPS: tl.constexpr,
 ) -> None:
-    """One request, pack of KV heads and part of its keys: first those in place, then the rebuilt, then the others.
+    """One request, pack of KV heads (or one of the `SPLITS` of a KV head's queries) and part of its keys: first those
+    in place, then the rebuilt, then the others.
 
     Row g of the tiles is a query head, column d belongs to one KV head of the pack. A query is 0 in the columns of the
-    others, and what its row gathers there is not stored.
+    others, and what its row gathers there is not stored. Keys have as many dimensions as values and `MORE` behind them,
+    or values are the keys' first ones.
     """
-    request, pack, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    request, pack, part = tl.program_id(0), tl.program_id(1) // SPLITS, tl.program_id(2)
     skip = tl.load(skips + request) if HAS_SKIPS else 0
     count = tl.load(in_place + request) - skip
     rebuilt = tl.load(rebuilt_starts + request)
@@ -111,13 +141,16 @@ def _attend(
     low = part * size
     high = tl.minimum(low + size, num_keys)
     g, d = tl.arange(0, ROWS), tl.arange(0, DIM_TILE)
-    columns = pack * PACK * HEAD_DIM + d
-    width = KV_HEADS * HEAD_DIM
-    query_heads = pack * PACK * GROUP + g
-    in_pack = g < PACK * GROUP
-    own = in_pack[:, None] & (d // HEAD_DIM == (g // GROUP)[:, None])
-    q_rows = queries + request.to(tl.int64) * query_stride + query_heads[:, None] * HEAD_DIM + (d % HEAD_DIM)[None, :]
-    q = tl.load(q_rows, mask=own, other=0.0)
+    width: tl.constexpr = PACK * VALUE_DIM
+    first_column = pack * PACK * KEY_DIM
+    v_offset = KV_HEADS * KEY_DIM - pack * PACK * MORE
+    each: tl.constexpr = PACK * GROUP // SPLITS
+    query_heads = pack * PACK * GROUP + (tl.program_id(1) % SPLITS) * each + g
+    in_pack = g < each
+    own = in_pack[:, None] & (d // VALUE_DIM == (g * PACK // each)[:, None])
+    q_rows = queries + request.to(tl.int64) * query_stride + query_heads[:, None] * KEY_DIM
+    q = tl.load(q_rows + (d % VALUE_DIM)[None, :], mask=own, other=0.0)
+    q_more = _load_more(q_rows + VALUE_DIM, in_pack, MORE, MORE_TILE)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if SINKS:  # as if one key had been seen, without a value
@@ -132,26 +165,74 @@ def _attend(
         token = skip + key
         block = tl.load(tables + request * table_stride + token // BLOCK_SIZE, mask=valid, other=0)
         rows = block.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
-        k_rows = pool + rows[:, None] * (2 * width) + columns[None, :]
+        k_rows = pool + rows[:, None] * ROW_SIZE + first_column
         m, total, acc = _accumulate(
-            q, m, total, acc, k_rows, k_rows + width, valid, scale, softcap, d, PACK * HEAD_DIM, ROWS > 1, SOFTCAP
+            q,
+            q_more,
+            m,
+            total,
+            acc,
+            k_rows,
+            v_offset,
+            valid,
+            scale,
+            softcap,
+            d,
+            width,
+            MORE,
+            MORE_TILE,
+            SHARES,
+            ROWS > 1,
+            SOFTCAP,
         )
     end = tl.minimum(high, front)
     for first in range(tl.maximum(low, count), end, KEYS):
         key = first + tl.arange(0, KEYS)
         valid = key < end
         rows = (rebuilt + key - count).to(tl.int64)
-        k_rows = buffer + rows[:, None] * (2 * width) + columns[None, :]
+        k_rows = buffer + rows[:, None] * ROW_SIZE + first_column
         m, total, acc = _accumulate(
-            q, m, total, acc, k_rows, k_rows + width, valid, scale, softcap, d, PACK * HEAD_DIM, ROWS > 1, SOFTCAP
+            q,
+            q_more,
+            m,
+            total,
+            acc,
+            k_rows,
+            v_offset,
+            valid,
+            scale,
+            softcap,
+            d,
+            width,
+            MORE,
+            MORE_TILE,
+            SHARES,
+            ROWS > 1,
+            SOFTCAP,
         )
     for first in range(tl.maximum(low, front), high, KEYS):
         key = first + tl.arange(0, KEYS)
         valid = key < high
         rows = (start + key - front).to(tl.int64)
-        k_rows = buffer + rows[:, None] * (2 * width) + columns[None, :]
+        k_rows = buffer + rows[:, None] * ROW_SIZE + first_column
         m, total, acc = _accumulate(
-            q, m, total, acc, k_rows, k_rows + width, valid, scale, softcap, d, PACK * HEAD_DIM, ROWS > 1, SOFTCAP
+            q,
+            q_more,
+            m,
+            total,
+            acc,
+            k_rows,
+            v_offset,
+            valid,
+            scale,
+            softcap,
+            d,
+            width,
+            MORE,
+            MORE_TILE,
+            SHARES,
+            ROWS > 1,
+            SOFTCAP,
         )
     target = (request * num_parts + part).to(tl.int64) * (KV_HEADS * GROUP) + query_heads
     if IN_PARTS:
@@ -159,7 +240,7 @@ def _attend(
         tl.store(sums + 2 * target + 1, total, mask=in_pack)
     else:
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out + target[:, None] * HEAD_DIM + (d % HEAD_DIM)[None, :], acc.to(out.dtype.element_ty), mask=own)
+    tl.store(out + target[:, None] * VALUE_DIM + (d % VALUE_DIM)[None, :], acc.to(out.dtype.element_ty), mask=own)
 
 
 @triton.jit(do_not_specialize=["num_parts"])
@@ -201,34 +282,36 @@ def decode_attention(
     rebuilt_starts: torch.Tensor,
     key_starts: torch.Tensor,
     skips: torch.Tensor | None = None,
-    num_kv_heads: int,
-    head_dim: int,
+    heads: HeadShape,
     block_size: int,
     scale: float,
     max_keys: int,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> None:
-    """Fill `out` [d, q] for one query a request [d, q] (rows may be strided; those of `out` are not).
+    """Fill `out` [d, o] for one query a request [d, q] (rows may be strided; those of `out` are not).
 
-    Its keys are rows [K|V] of `pool` [*, 2*kv], `in_place[i]` of them in the blocks of `tables` [d, b], less the first
-    `skips[i]` of these, and of `buffer` [*, 2*kv]: rows `rebuilt_starts[i]` to `rebuilt_starts[i+1]`, and
+    Its keys are rows of `pool` [*, row_size], `in_place[i]` of them in the blocks of `tables` [d, b], less the first
+    `skips[i]` of these, and of `buffer` [*, row_size]: rows `rebuilt_starts[i]` to `rebuilt_starts[i+1]`, and
     `key_starts[i]` to `key_starts[i+1]`. Integers are int32. `max_keys` a request bounds the parts into which keys are
     divided. A request without keys gets zeros.
     With `softcap` a score s becomes softcap * tanh(s / softcap); `sinks` [heads] are scores of keys without a value.
     """
-    num_requests, width = queries.shape
-    num_heads = width // head_dim
-    group = num_heads // num_kv_heads
+    num_requests = len(queries)
+    group = heads.num_heads // heads.num_kv_heads
     # Matrix units where they take the type as it is, though most of their rows are idle: it needs fewer registers.
     uses_dot = group > 1 or queries.dtype != torch.float32
-    pack = _heads_in_a_pack(num_kv_heads, head_dim) if uses_dot else 1
-    parts = _num_parts(num_requests * num_kv_heads // pack, max_keys)
+    pack = _heads_in_a_pack(heads) if uses_dot else 1
+    splits = _splits(heads) if pack == 1 else 1
+    programs = heads.num_kv_heads // pack * splits
+    parts = _num_parts(num_requests * programs, max_keys)
     partial, sums = out, out
     if parts > 1:
-        partial = torch.empty((num_requests, parts, width), dtype=torch.float32, device=queries.device)
-        sums = torch.empty((num_requests, parts, num_heads, 2), dtype=torch.float32, device=queries.device)
-    _attend[num_requests, num_kv_heads // pack, parts](
+        partial = torch.empty((num_requests, parts, heads.out_size), dtype=torch.float32, device=queries.device)
+        sums = torch.empty((num_requests, parts, heads.num_heads, 2), dtype=torch.float32, device=queries.device)
+    rows = max(16, triton.next_power_of_2(pack * group // splits)) if uses_dot else 1
+    dim_tile, more = triton.next_power_of_2(pack * heads.value_dim), heads.key_dim - heads.value_dim
+    _attend[num_requests, programs, parts](
         partial,
         sums,
         queries,
@@ -246,29 +329,35 @@ def decode_attention(
         scale,
         softcap or 1.0,
         BLOCK_SIZE=block_size,
-        KV_HEADS=num_kv_heads,
+        KV_HEADS=heads.num_kv_heads,
         PACK=pack,
         GROUP=group,
-        ROWS=max(16, triton.next_power_of_2(pack * group)) if uses_dot else 1,
-        HEAD_DIM=head_dim,
-        DIM_TILE=triton.next_power_of_2(pack * head_dim),
-        KEYS=64,
+        SPLITS=splits,
+        ROWS=rows,
+        KEY_DIM=heads.key_dim,
+        VALUE_DIM=heads.value_dim,
+        DIM_TILE=dim_tile,
+        MORE=more,
+        MORE_TILE=max(16, triton.next_power_of_2(more)),
+        SHARES=heads.shares,
+        ROW_SIZE=heads.row_size,
+        KEYS=32 if heads.shares else 64,
         IN_PARTS=parts > 1,
         SOFTCAP=softcap is not None,
         SINKS=sinks is not None,
         HAS_SKIPS=skips is not None,
-        num_warps=4,
+        num_warps=8 if rows * dim_tile > _WIDE_TILE else 4,
         num_stages=2,
     )
     if parts > 1:
-        _merge[num_requests, num_heads](
+        _merge[num_requests, heads.num_heads](
             out,
             partial,
             sums,
             parts,
-            HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            DIM_TILE=triton.next_power_of_2(head_dim),
+            HEADS=heads.num_heads,
+            HEAD_DIM=heads.value_dim,
+            DIM_TILE=triton.next_power_of_2(heads.value_dim),
             PARTS_TILE=_MAX_PARTS,
         )
 
@@ -277,7 +366,16 @@ def _num_parts(num_programs: int, max_keys: int) -> int:
     return max(1, min(_PROGRAMS // max(1, num_programs), max_keys // _MIN_KEYS, _MAX_PARTS))
 
 
-def _heads_in_a_pack(num_kv_heads: int, head_dim: int) -> int:
-    """Heads that fill `_PACKED_DIM` together, where all packs are alike; else 1."""
-    wanted = max(1, _PACKED_DIM // head_dim)
-    return wanted if num_kv_heads % wanted == 0 else 1
+def _heads_in_a_pack(heads: HeadShape) -> int:
+    """KV heads that fill `_PACKED_DIM` together, where all packs are alike; else 1."""
+    wanted = max(1, _PACKED_DIM // heads.key_dim)
+    return wanted if heads.num_kv_heads % wanted == 0 and heads.key_dim == heads.value_dim else 1
+
+
+def _splits(heads: HeadShape) -> int:
+    """Programs that one KV head's queries are divided among, where their wide values would not fit the registers."""
+    if not heads.shares:
+        return 1
+    group = heads.num_heads // heads.num_kv_heads
+    divisors = (each for each in range(min(group, _SPLIT_ROWS), 0, -1) if group % each == 0)
+    return group // next(divisors)

@@ -30,6 +30,7 @@ def _rotate(
     query_weight,
     key_weight,
     row_stride,
+    head_stride,
     num_queries,
     num_heads,
     half,
@@ -49,7 +50,7 @@ def _rotate(
     cos = (tl.cos(angles) * factor).to(dtype).to(tl.float32)[None, :]
     sin = (tl.sin(angles) * factor).to(dtype).to(tl.float32)[None, :]
     inside = (head < num_heads)[:, None] & (i < half)[None, :]
-    start = x + row * row_stride + head[:, None] * head_dim + i[None, :]
+    start = x + row * row_stride + head[:, None] * head_stride + i[None, :]
     first = tl.load(start, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(start + half, mask=inside, other=0.0).to(tl.float32)
     if NORM:
@@ -70,8 +71,8 @@ def rotate_heads_(
 ) -> None:
     """As `rope.rotate_` of each head's first dimensions, two for each of `frequencies`, by the angles at `positions`.
 
-    `x` [n, heads, head_dim] may have any stride between its rows; `positions` [n]; for `factor` see `rope.make_table`.
-    With `norms` all dimensions are rotated, and normed first.
+    `x` [n, heads, head_dim] may have any strides between its rows and heads; `positions` [n]; for `factor` see
+    `rope.make_table`. With `norms` all dimensions are rotated, and normed first.
     """
     n, num_heads, head_dim = x.shape
     if not n:
@@ -85,6 +86,7 @@ def rotate_heads_(
         queries,
         keys,
         x.stride(0),
+        x.stride(1),
         num_queries,
         num_heads,
         half,

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hsrpc.model.attention import HeadShape
 from hsrpc.model.kernels.decode_attention import capped
 
 _NO_WINDOW = 1 << 30
@@ -28,8 +29,12 @@ def _attend(
     softcap,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM_TILE: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+    SHARES: tl.constexpr,
+    ROW_SIZE: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -43,27 +48,27 @@ def _attend(
     if first >= num_queries:
         return
     i = first + tl.arange(0, QUERIES)
-    d = tl.arange(0, DIM_TILE)
+    d, e = tl.arange(0, KEY_TILE), tl.arange(0, VALUE_TILE)
     position = num_keys - num_queries + i
-    inside = (i < num_queries)[:, None] & (d < HEAD_DIM)[None, :]
+    inside = (i < num_queries)[:, None] & (d < KEY_DIM)[None, :]
     rows = (query_start + i).to(tl.int64)
-    q = tl.load(queries + rows[:, None] * query_stride + head * HEAD_DIM + d[None, :], mask=inside, other=0.0)
-    width = KV_HEADS * HEAD_DIM
-    columns = head // GROUP * HEAD_DIM + d
+    q = tl.load(queries + rows[:, None] * query_stride + head * KEY_DIM + d[None, :], mask=inside, other=0.0)
+    k_column = head // GROUP * KEY_DIM
+    v_column = k_column if SHARES else KV_HEADS * KEY_DIM + head // GROUP * VALUE_DIM
     m = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     if SINKS:
         m = tl.zeros([QUERIES], tl.float32) + tl.load(sinks + head).to(tl.float32)
         total += 1.0
-    acc = tl.zeros([QUERIES, DIM_TILE], tl.float32)
+    acc = tl.zeros([QUERIES, VALUE_TILE], tl.float32)
     seen = num_keys - num_queries + first  # by the first query of the tile, besides itself
     low = tl.maximum(seen + 1 - window, 0) // KEYS * KEYS
     high = tl.minimum(seen + QUERIES, num_keys)
     for start in range(low, high, KEYS):
         key = start + tl.arange(0, KEYS)
-        there = (key < num_keys)[:, None] & (d < HEAD_DIM)[None, :]
-        k_rows = kv + (key_start + key).to(tl.int64)[:, None] * (2 * width) + columns[None, :]
-        k = tl.load(k_rows, mask=there, other=0.0)
+        there = (key < num_keys)[:, None]
+        kv_rows = kv + (key_start + key).to(tl.int64)[:, None] * ROW_SIZE
+        k = tl.load(kv_rows + k_column + d[None, :], mask=there & (d < KEY_DIM)[None, :], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if SOFTCAP:
             scores = capped(scores, softcap)
@@ -73,12 +78,13 @@ def _attend(
         top = tl.where(new > float("-inf"), new, 0.0)  # of a row that has seen no key yet
         p = tl.exp(scores - top[:, None])
         kept = tl.exp(m - top)
-        v = tl.load(k_rows + width, mask=there, other=0.0)
+        v = tl.load(kv_rows + v_column + e[None, :], mask=there & (e < VALUE_DIM)[None, :], other=0.0)
         acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         total = total * kept + tl.sum(p, 1)
         m = new
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    target = out + rows[:, None] * (width * GROUP) + head * HEAD_DIM + d[None, :]
+    target = out + (rows[:, None] * (KV_HEADS * GROUP) + head) * VALUE_DIM + e[None, :]
+    inside = (i < num_queries)[:, None] & (e < VALUE_DIM)[None, :]
     tl.store(target, acc.to(out.dtype.element_ty), mask=inside)
 
 
@@ -89,24 +95,22 @@ def packed_attention(
     query_starts: torch.Tensor,
     key_starts: torch.Tensor,
     max_queries: int,
-    num_kv_heads: int,
-    head_dim: int,
+    heads: HeadShape,
     scale: float,
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """[n, q] for queries [n, q], whose rows may be strided, and rows [K|V] of `kv` [*, 2*kv].
+    """[n, o] for queries [n, q], whose rows may be strided, and rows of `kv` [*, row_size].
 
     Request i has the queries from `query_starts[i]` to `query_starts[i+1]`, which are the last of its keys, from
     `key_starts[i]` to `key_starts[i+1]`: int32 [r+1]. A query sees itself and the keys before it, `window - 1` of them.
     With `softcap` a score s becomes softcap * tanh(s / softcap); `sinks` [heads] are scores of keys without a value.
     """
-    out = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    num_heads = queries.shape[1] // head_dim
-    is_small, is_wide = queries.dtype != torch.float32, head_dim > _WIDE
+    out = queries.new_empty((len(queries), heads.out_size))
+    is_small, is_wide = queries.dtype != torch.float32, heads.key_dim > _WIDE
     num_tile = 64 if is_small else 16
-    _attend[triton.cdiv(max_queries, num_tile), num_heads, len(query_starts) - 1](
+    _attend[triton.cdiv(max_queries, num_tile), heads.num_heads, len(query_starts) - 1](
         out,
         queries,
         queries.stride(0),
@@ -117,10 +121,14 @@ def packed_attention(
         _NO_WINDOW if window is None else window,
         scale,
         softcap or 1.0,
-        KV_HEADS=num_kv_heads,
-        GROUP=num_heads // num_kv_heads,
-        HEAD_DIM=head_dim,
-        DIM_TILE=triton.next_power_of_2(head_dim),
+        KV_HEADS=heads.num_kv_heads,
+        GROUP=heads.num_heads // heads.num_kv_heads,
+        KEY_DIM=heads.key_dim,
+        VALUE_DIM=heads.value_dim,
+        KEY_TILE=triton.next_power_of_2(heads.key_dim),
+        VALUE_TILE=triton.next_power_of_2(heads.value_dim),
+        SHARES=heads.shares,
+        ROW_SIZE=heads.row_size,
         QUERIES=num_tile,
         KEYS=64 if is_small and not is_wide else 32,
         SOFTCAP=softcap is not None,

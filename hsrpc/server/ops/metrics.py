@@ -94,7 +94,8 @@ class EngineMetrics(Collector):
         self._observe_bus(record)
         engine = self._engine()
         if engine is not None:
-            limit = roofline(record, engine.spec.sizes, engine.plan.hardware).seconds
+            plan = engine.plan
+            limit = roofline(record, engine.spec.sizes, plan.hardware, absorbs=plan.absorbs).seconds
             self._ratio.observe(record.seconds / limit)
 
     def _observe_bus(self, record: StepRecord) -> None:

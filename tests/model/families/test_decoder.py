@@ -9,6 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from hsrpc.errors import CheckpointError
+from hsrpc.model.attention import Attention, PackedRows
 from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.spec import load_spec
 from tests.model.conftest import rebuild
@@ -53,6 +54,32 @@ GLM = {
 FEW = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.6, "logits_scaling": 1.7}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+
+
+DENSE: dict[str, object] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 2,
+}
+"""Latents, and no experts."""
+LATENTS = DENSE | {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "n_shared_experts": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.7,
+    "topk_method": "group_limited_greedy",
+}
+DEEPSEEK_YARN = YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}
+GLM_LAYERS = {"mlp_layer_types": ["sparse", "dense"]}
 
 
 def longrope(width: int, **more: object) -> dict[str, object]:
@@ -160,6 +187,14 @@ CASES = [
     ("glm4_moe", GLM),
     ("glm4_moe", GLM | {"use_qk_norm": True, "attention_bias": True, "n_group": 2, "n_routed_experts": 8}),
     ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}}),
+    ("deepseek_v2", DENSE),
+    ("deepseek_v2", LATENTS | {"q_lora_rank": 10, "rope_parameters": DEEPSEEK_YARN}),
+    ("deepseek_v2", LATENTS | {"topk_method": "greedy", "n_group": 1, "v_head_dim": 10}),
+    ("deepseek_v3", DENSE | {"q_lora_rank": 10}),
+    ("deepseek_v3", DENSE | {"attention_bias": True, "q_lora_rank": 10, "rope_interleave": False}),
+    ("deepseek_v3", LATENTS | {"rope_parameters": DEEPSEEK_YARN, "norm_topk_prob": False}),
+    ("glm4_moe_lite", LATENTS | {"q_lora_rank": 10, "rms_norm_eps": 0.1} | GLM_LAYERS),
+    ("glm4_moe_lite", LATENTS | {"q_lora_rank": 10, "mlp_layer_types": ["dense", "dense"]}),
 ]
 
 
@@ -337,6 +372,9 @@ REFUSED = [
         {"layer_types": 2 * ["full_attention"], "rope_parameters": {"full_attention": YARN | {"factor": -1.0}}},
         "rope_parameters: full_attention: factor: expected a positive number",
     ),
+    ("deepseek_v3", DENSE | {"v_head_dim": 11}, "v_head_dim"),
+    ("deepseek_v3", DENSE | {"kv_lora_rank": None}, "kv_lora_rank"),
+    ("glm4_moe_lite", DENSE | {"mlp_layer_types": ["dense"]}, "mlp_layer_types"),
 ]
 
 
@@ -347,3 +385,42 @@ def test_refusals_name_the_key(tmp_path, kind, changes, words):
     edit(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=words):
         load_spec(tmp_path, None)
+
+
+def test_kimi_k2_is_deepseek_v3(tmp_path):
+    """By the architecture that its files name, and without one by its own `model_type`."""
+    make("deepseek_v3", **DENSE).save_pretrained(tmp_path)
+    edit(tmp_path, model_type="kimi_k2")
+    assert load_spec(tmp_path, None).family == "deepseek_v3"
+    edit(tmp_path, architectures=None)
+    assert load_spec(tmp_path, None).family == "deepseek_v3"
+
+
+def test_older_keys_of_deepseek_mean_the_same(assert_same_logits, load_packed, tmp_path):
+    """`rope_scaling` beside `rope_theta`, no `head_dim`, and `type` for the kind of rotation."""
+    packed = assert_same_logits(make("deepseek_v2", **DENSE, rope_parameters=DEEPSEEK_YARN))
+    scaling = dict(edit(tmp_path).pop("rope_parameters"))
+    edit(tmp_path, rope_parameters=None, head_dim=None, qk_head_dim=None, rope_theta=scaling.pop("rope_theta"))
+    edit(tmp_path, rope_scaling=scaling | {"type": scaling.pop("rope_type")})
+    assert load_packed(tmp_path).family.settings == packed.family.settings
+
+
+def test_rebuilding_latents_needs_no_positions(assert_same_logits):
+    """The key that is rotated is stored so."""
+    packed = assert_same_logits(make("deepseek_v3", **DENSE))
+    x = torch.randn(1, 16)
+    first, later = (rebuild(packed.family, packed.layers[0], 0, x, torch.tensor([p])) for p in (0, 9))
+    assert torch.equal(first, later)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3"])
+def test_absorbed_attention_is_attention(assert_same_logits, kind):
+    """Queries that attend to activations as they are stored give what they give with the K and V of these."""
+    packed = assert_same_logits(make(kind, **LATENTS | {"q_lora_rank": 10}))
+    family, w, positions = packed.family, packed.layers[0], torch.arange(7)
+    x, queries, kv = family.project(w, 0, torch.randn(7, 32), family.rotation(positions))
+    one, absorption = PackedRows(positions, positions, (0, 1), (0, 7), 1, 7), family.absorption
+    settings = (family.attention_scale, 1, torch.device("cpu"), torch.float32)
+    found = Attention(absorption.heads, *settings).packed(absorption.queries(w, 0, queries[-1:]), x, one, None)
+    expected = Attention(family.heads, *settings).packed(queries[-1:], kv, one, None)
+    torch.testing.assert_close(absorption.values(w, 0, found), expected, atol=1e-5, rtol=1e-5)
