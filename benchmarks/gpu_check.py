@@ -4,14 +4,18 @@ For each shape and policy, greedy tokens of ragged prompts are compared, in floa
 differ for the first time, each side's token must be among the other's five most probable.
 
     python benchmarks/gpu_check.py --shape opt-1.3b --shape opt-6.7b
+    python benchmarks/gpu_check.py --shape qwen3-30b-a3b --layers 4
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
@@ -62,14 +66,20 @@ Found = list[tuple[int, list[int]]]
 """New tokens of a prompt, and the five most probable ones at each."""
 
 
-def reference_model(shape: str, device: DeviceKind) -> PreTrainedModel:
-    """The transformers model of `shape` on the device, with the weights that `random:SHAPE` has."""
-    config = CONFIG_MAPPING[str(SHAPES[shape]["model_type"])](**SHAPES[shape])
-    family, source = create_family(named_spec(shape, torch.float16)), RandomWeights(0)
+def configuration(shape: str, num_layers: int | None) -> dict[str, Any]:
+    """The shape's config.json; with its first `num_layers` layers alone, where that is given."""
+    fewer = {} if num_layers is None else {"num_hidden_layers": num_layers}
+    return {**SHAPES[shape], **fewer}
+
+
+def reference_model(config: dict[str, Any], file: Path, device: DeviceKind) -> PreTrainedModel:
+    """The transformers model of a config.json on the device, with the weights that `random:FILE` has."""
+    settings = CONFIG_MAPPING[str(config["model_type"])](**config)
+    family, source = create_family(named_spec(str(file), torch.float16)), RandomWeights(0)
     attention = "sdpa" if family.attention_extras == PLAIN else "eager"  # the other one has neither caps nor sinks
     torch.set_default_dtype(torch.float16)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+        model = AutoModelForCausalLM.from_config(settings, attn_implementation=attention).eval()
     torch.set_default_dtype(torch.float32)
     tensors = model.state_dict()  # whose memory is that of the model
     names = TensorNames(tensors)
@@ -101,10 +111,10 @@ def _unordered(packed: torch.Tensor, order: RowOrder | None) -> torch.Tensor:
     return packed
 
 
-async def generate(shape: str, device: DeviceKind, run: Run, prompts: list[list[int]]) -> list[Found]:
-    """What the engine makes of each prompt."""
+async def generate(file: Path, device: DeviceKind, run: Run, prompts: list[list[int]]) -> list[Found]:
+    """What the engine makes of each prompt, with random weights for a config.json."""
     config = EngineConfig(
-        model=f"random:{shape}",
+        model=f"random:{file}",
         device=device,
         dtype=DType.FLOAT16,
         gpu_memory="24GiB",
@@ -131,7 +141,7 @@ async def generate(shape: str, device: DeviceKind, run: Run, prompts: list[list[
         stats, plan = engine.stats(), engine.plan
         peak, budget = stats.peak_device_bytes, plan.budgets.device
         print(
-            f"{shape:10} {plan.policy:10} share {plan.activation_share:.2f} resident {plan.resident_share:.2f} "
+            f"{file.stem:10} {plan.policy:10} share {plan.activation_share:.2f} resident {plan.resident_share:.2f} "
             f"streamed {stats.weights_streamed_bytes / 1e9:7.1f} GB regenerated {stats.regenerated_tokens:9,d} "
             f"recomputed {stats.recomputed_tokens:7,d} "
             f"peak {peak / 2**30:5.2f} of {budget / 2**30:.0f} GiB"
@@ -166,19 +176,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Check each shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", required=True, choices=tuple(SHAPES))
+    parser.add_argument("--layers", type=int, metavar="N", help="of each shape the first N alone (default: all)")
     parser.add_argument("--device", type=DeviceKind, default=DeviceKind.CUDA, choices=(DeviceKind.CUDA, DeviceKind.CPU))
     options = parser.parse_args(arguments)
-    for shape in options.shape:
-        generator = torch.Generator().manual_seed(3)
-        vocab = named_spec(shape, torch.float16).vocab_size
-        prompts = [torch.randint(4, vocab, (n,), generator=generator).tolist() for n in LENGTHS]
-        outputs = [asyncio.run(generate(shape, options.device, run, prompts)) for run in RUNS]
-        model = reference_model(shape, options.device)
-        for run, output in zip(RUNS, outputs, strict=True):
-            equal = compare(model, prompts, output)
-            print(f"{shape} {run.name}: {equal} of {len(prompts)} prompts equal throughout")
-        del model
-        torch.cuda.empty_cache()
+    with TemporaryDirectory() as directory:
+        for shape in options.shape:
+            check(configuration(shape, options.layers), Path(directory, f"{shape}.json"), options.device)
+
+
+def check(config: dict[str, Any], file: Path, device: DeviceKind) -> None:
+    """Check a configuration, which is written to `file`."""
+    file.write_text(json.dumps(config), encoding="utf-8")
+    generator = torch.Generator().manual_seed(3)
+    vocab = named_spec(str(file), torch.float16).vocab_size
+    prompts = [torch.randint(4, vocab, (n,), generator=generator).tolist() for n in LENGTHS]
+    outputs = [asyncio.run(generate(file, device, run, prompts)) for run in RUNS]
+    model = reference_model(config, file, device)
+    for run, output in zip(RUNS, outputs, strict=True):
+        equal = compare(model, prompts, output)
+        print(f"{file.stem} {run.name}: {equal} of {len(prompts)} prompts equal throughout", flush=True)
+    del model
+    torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

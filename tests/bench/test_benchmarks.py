@@ -252,13 +252,15 @@ def test_the_gpu_check_compares_with_transformers(tiny_shape, monkeypatch, capsy
     monkeypatch.setattr(gpu_check, "LENGTHS", (1, 33))
     runs = (gpu_check.Run(CachePolicy.HYBRID, 0.5, Placement.HOST), gpu_check.Run(CachePolicy.KV, None, Placement.AUTO))
     monkeypatch.setattr(gpu_check, "RUNS", runs)
-    gpu_check.main(["--shape", tiny_shape, "--device", "cpu"])
+    gpu_check.main(["--shape", tiny_shape, "--device", "cpu", "--layers", "1"])
     assert capsys.readouterr().out.count("of 2 prompts equal throughout") == 2
 
 
-def test_the_gpu_check_finds_a_token_that_is_not_the_models(tiny_shape):
+def test_the_gpu_check_finds_a_token_that_is_not_the_models(tiny_shape, tmp_path):
     """The model's own tokens pass; one out of its five most probable does not."""
-    model = gpu_check.reference_model(tiny_shape, DeviceKind.CPU)
+    config, file = gpu_check.configuration(tiny_shape, None), tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    model = gpu_check.reference_model(config, file, DeviceKind.CPU)
     ranked = model(torch.tensor([[5, 6]])).logits[0, -1].argsort(descending=True).tolist()
     top = ranked[:5]
     assert gpu_check.compare(model, [[5, 6]], [[(top[0], top)]]) == 1
