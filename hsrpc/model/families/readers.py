@@ -372,6 +372,8 @@ def _latent(config: ConfigFile, *, interleaved: bool) -> DecoderSettings:
         bias=bias,
     )
     head_dim = latent.nope_dim + latent.rope_dim
+    if latent.rope_dim % 2:
+        raise config.refuse("qk_rope_head_dim", "an even number of dimensions")
     if latent.value_dim > head_dim:
         raise config.refuse("v_head_dim", f"at most {head_dim}, as many as qk_nope_head_dim and qk_rope_head_dim")
     if num_heads * head_dim > MAX_WIDTH:

@@ -81,9 +81,11 @@ def _load_more(rows, valid, MORE: tl.constexpr, MORE_TILE: tl.constexpr):
 
 @triton.jit
 def _scores(q, k, DOT: tl.constexpr):
-    if DOT:
-        return tl.dot(q, tl.trans(k), input_precision="ieee")
-    return tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
+    if DOT:  # the compiler would go on behind a return
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    else:
+        scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
+    return scores
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_parts"])

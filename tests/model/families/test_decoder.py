@@ -374,6 +374,7 @@ REFUSED = [
     ),
     ("deepseek_v3", DENSE | {"v_head_dim": 11}, "v_head_dim"),
     ("deepseek_v3", DENSE | {"kv_lora_rank": None}, "kv_lora_rank"),
+    ("deepseek_v3", DENSE | {"qk_rope_head_dim": 5}, "qk_rope_head_dim: expected an even number"),
     ("glm4_moe_lite", DENSE | {"mlp_layer_types": ["dense"]}, "mlp_layer_types"),
 ]
 
