@@ -1,10 +1,11 @@
 """Holds the engine on a GPU against a plain forward pass of transformers with the same random weights.
 
 For each shape and policy, greedy tokens of ragged prompts are compared, in float16. Where its rounding makes the two
-differ for the first time, each side's token must be among the other's five most probable.
+differ for the first time, each side's token must be among the other's five most probable. Rounding may make a router
+choose another expert, after which that does not hold: mixtures of experts are compared in float32.
 
     python benchmarks/gpu_check.py --shape opt-1.3b --shape opt-6.7b
-    python benchmarks/gpu_check.py --shape qwen3-30b-a3b --layers 4
+    python benchmarks/gpu_check.py --shape qwen3-30b-a3b --layers 4 --dtype float32 --run "kv None"
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hsrpc.model.attention import PLAIN
 from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.shapes import SHAPES
-from hsrpc.model.spec import named_spec
+from hsrpc.model.spec import DTYPES, named_spec
 from hsrpc.model.tensor import RowOrder, TensorSpec
 from hsrpc.model.tensor_names import TensorNames
 
@@ -72,19 +73,19 @@ def configuration(shape: str, num_layers: int | None) -> dict[str, Any]:
     return {**SHAPES[shape], **fewer}
 
 
-def reference_model(config: dict[str, Any], file: Path, device: DeviceKind) -> PreTrainedModel:
+def reference_model(config: dict[str, Any], file: Path, device: DeviceKind, dtype: torch.dtype) -> PreTrainedModel:
     """The transformers model of a config.json on the device, with the weights that `random:FILE` has."""
     settings = CONFIG_MAPPING[str(config["model_type"])](**config)
-    family, source = create_family(named_spec(str(file), torch.float16)), RandomWeights(0)
+    family, source = create_family(named_spec(str(file), dtype)), RandomWeights(0)
     attention = "sdpa" if family.attention_extras == PLAIN else "eager"  # the other one has neither caps nor sinks
-    torch.set_default_dtype(torch.float16)
+    torch.set_default_dtype(dtype)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(settings, attn_implementation=attention).eval()
     torch.set_default_dtype(torch.float32)
     tensors = model.state_dict()  # whose memory is that of the model
     names = TensorNames(tensors)
     for tensor in family.all_tensors():
-        packed = torch.empty(tensor.shape, dtype=tensor.dtype(torch.float16), device=model.device)
+        packed = torch.empty(tensor.shape, dtype=tensor.dtype(dtype), device=model.device)
         source.read(tensor, packed)
         _fill(tensors, names, tensor, packed)
     return model
@@ -111,12 +112,12 @@ def _unordered(packed: torch.Tensor, order: RowOrder | None) -> torch.Tensor:
     return packed
 
 
-async def generate(file: Path, device: DeviceKind, run: Run, prompts: list[list[int]]) -> list[Found]:
+async def generate(file: Path, device: DeviceKind, dtype: DType, run: Run, prompts: list[list[int]]) -> list[Found]:
     """What the engine makes of each prompt, with random weights for a config.json."""
     config = EngineConfig(
         model=f"random:{file}",
         device=device,
-        dtype=DType.FLOAT16,
+        dtype=dtype,
         gpu_memory="24GiB",
         host_memory="60GiB",
         cache_policy=run.policy,
@@ -178,21 +179,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", action="append", required=True, choices=tuple(SHAPES))
     parser.add_argument("--layers", type=int, metavar="N", help="of each shape the first N alone (default: all)")
     parser.add_argument("--device", type=DeviceKind, default=DeviceKind.CUDA, choices=(DeviceKind.CUDA, DeviceKind.CPU))
+    parser.add_argument("--dtype", type=DType, default=DType.FLOAT16, choices=tuple(map(DType, DTYPES)))
+    parser.add_argument("--run", action="append", metavar="WORDS", help="runs whose names have these (default: all)")
     options = parser.parse_args(arguments)
+    wanted = options.run or [""]
+    runs = [run for run in RUNS if any(words in run.name for words in wanted)]
     with TemporaryDirectory() as directory:
         for shape in options.shape:
-            check(configuration(shape, options.layers), Path(directory, f"{shape}.json"), options.device)
+            file = Path(directory, f"{shape}.json")
+            check(configuration(shape, options.layers), file, options.device, options.dtype, runs)
 
 
-def check(config: dict[str, Any], file: Path, device: DeviceKind) -> None:
-    """Check a configuration, which is written to `file`."""
+def check(config: dict[str, Any], file: Path, device: DeviceKind, dtype: DType, runs: Sequence[Run]) -> None:
+    """Check a configuration, which is written to `file`, in some runs."""
     file.write_text(json.dumps(config), encoding="utf-8")
     generator = torch.Generator().manual_seed(3)
     vocab = named_spec(str(file), torch.float16).vocab_size
     prompts = [torch.randint(4, vocab, (n,), generator=generator).tolist() for n in LENGTHS]
-    outputs = [asyncio.run(generate(file, device, run, prompts)) for run in RUNS]
-    model = reference_model(config, file, device)
-    for run, output in zip(RUNS, outputs, strict=True):
+    outputs = [asyncio.run(generate(file, device, dtype, run, prompts)) for run in runs]
+    model = reference_model(config, file, device, DTYPES[dtype])
+    for run, output in zip(runs, outputs, strict=True):
         equal = compare(model, prompts, output)
         print(f"{file.stem} {run.name}: {equal} of {len(prompts)} prompts equal throughout", flush=True)
     del model

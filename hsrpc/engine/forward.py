@@ -281,7 +281,7 @@ class Forward:
         pieces = [*([0] if in_front else []), *behind, total]
         for start, end in pairwise(pieces):
             rows = slice(start, end)
-            out = kv[rows] if start < in_front else torch.empty_like(kv[rows])
+            out = kv[rows] if start < in_front else kv.new_empty((end - start, kv.shape[1]))
             rotation = self._family.rotation(layout.activation_positions[rows])
             self._family.keys_values(w, layer, buffers.activations[rows], rotation, out)
             if start >= in_front:

@@ -247,6 +247,29 @@ def test_the_gpu_check_fills_mixtures_of_experts(kind, monkeypatch, capsys):
     assert "of 2 prompts equal throughout" in capsys.readouterr().out
 
 
+LATENTS = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+
+
+def test_the_gpu_check_attends_to_latents(monkeypatch, capsys):
+    """A chunk rebuilds K and V behind more latents, attended to as they are stored, than there are rows of K and V."""
+    shape = {"model_type": "deepseek_v2", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape |= {"vocab_size": 128, "intermediate_size": 64, "max_position_embeddings": 640, **LATENTS}
+    monkeypatch.setitem(SHAPES, "tiny-latents", shape)
+    monkeypatch.setattr(gpu_check, "RUNS", (gpu_check.Run(CachePolicy.ACTIVATION, None, Placement.HOST),))
+    gpu_check.main(["--shape", "tiny-latents", "--device", "cpu"])
+    assert "of 8 prompts equal throughout" in capsys.readouterr().out
+
+
 def test_the_gpu_check_compares_with_transformers(tiny_shape, monkeypatch, capsys):
     """Here on the CPU, with two of its runs and short prompts."""
     monkeypatch.setattr(gpu_check, "LENGTHS", (1, 33))
@@ -260,7 +283,7 @@ def test_the_gpu_check_finds_a_token_that_is_not_the_models(tiny_shape, tmp_path
     """The model's own tokens pass; one out of its five most probable does not."""
     config, file = gpu_check.configuration(tiny_shape, None), tmp_path / "config.json"
     file.write_text(json.dumps(config))
-    model = gpu_check.reference_model(config, file, DeviceKind.CPU)
+    model = gpu_check.reference_model(config, file, DeviceKind.CPU, torch.float16)
     ranked = model(torch.tensor([[5, 6]])).logits[0, -1].argsort(descending=True).tolist()
     top = ranked[:5]
     assert gpu_check.compare(model, [[5, 6]], [[(top[0], top)]]) == 1
