@@ -115,7 +115,7 @@ class Coding(Packing):
 
     def offsets(self, counts: torch.Tensor) -> torch.Tensor:
         """[blocks, levels] where a block's codes of the next levels begin, then its escapes, by how many it has."""
-        words = torch.tensor([*self.level_words[1:LEVELS], 0], device=counts.device)
+        words = torch.tensor([*self.level_words[1:LEVELS], 0]).to(counts.device, non_blocking=True)
         return counts.cumsum(0) - counts + CODES_IN_WORD * words
 
     @property

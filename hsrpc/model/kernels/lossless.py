@@ -265,15 +265,15 @@ def _pack_codes(codes, words, first, num_words, WORDS: tl.constexpr):
 
 
 def encode_weights(values: torch.Tensor) -> tuple[Coding, torch.Tensor]:
-    """As `lossless.encode`, on the current stream, for which the host waits."""
+    """As `lossless.encode`, on the current stream, for which the host waits once."""
     device, flat = values.device, values.reshape(-1).view(torch.int16)
     grid, num_values = (triton.cdiv(len(flat), BLOCK),), len(flat)
     found = torch.zeros(256, dtype=torch.int32, device=device)
     shift = exponent_shift(values.dtype)
     _count_exponents[grid](flat, found, num_values, SHIFT=shift, BLOCK=BLOCK)
-    coding = choose(values, found)
+    coding = choose(values, found.cpu())
     data = torch.zeros(coding.num_bytes, dtype=torch.uint8, device=device)
-    parts, ranks = coding.views(data), coding.ranks.to(device)
+    parts, ranks = coding.views(data), coding.ranks.to(device, non_blocking=True)
     counts = torch.empty_like(parts.offsets)
     _write_rows[grid](
         flat,
