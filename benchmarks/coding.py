@@ -2,8 +2,10 @@
 
     python benchmarks/coding.py --model random:opt-13b --dtype float16 --json coding.json
     python benchmarks/coding.py --model path/to/checkpoint --layers 4
+    python benchmarks/coding.py --model random:qwen3-30b-a3b --dtype bfloat16
 
-Every matrix is coded and decoded, and compared bit by bit. Rates are of the matrices' own bytes; beside them stand what
+Every matrix is coded and decoded, those of a layer together, and compared bit by bit; the third line is of many small
+ones. Rates are of the matrices' own bytes; beside them stand what
 decoding reads and writes as a part of the measured memory bandwidth, and the rate at which the bus brings coded ones.
 """
 
@@ -25,6 +27,7 @@ from hsrpc.device.device import Device
 from hsrpc.engine.startup import describe_model, measure_machine
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
 from hsrpc.model.families.registry import create_family
+from hsrpc.model.formats.format import Encoded
 from hsrpc.model.formats.lossless import Coding, Lossless
 from hsrpc.model.hub import resolve_model
 from hsrpc.model.shapes import RANDOM_PREFIX
@@ -57,29 +60,31 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     is_random = options.model.startswith(RANDOM_PREFIX)
     source: WeightSource = RandomWeights(0) if is_random else Checkpoint(resolve_model(options.model))
     family = create_family(spec)
-    tensors = [tensor for layer in range(options.layers) for tensor in family.layer_tensors(layer)]
     lossless = Lossless(spec.dtype)
     own = coded = 0
     encoding = 0.0
-    kept: list[tuple[Coding, torch.Tensor, torch.Tensor]] = []
-    for tensor in tensors:
-        values = device.empty(tensor.shape, spec.dtype, DeviceUse.MEASUREMENT)
-        source.read(tensor, values)
-        coding, data = lossless.pack(values)
-        if not isinstance(coding, Coding):
-            continue  # no matrix: it lies as it is
-        encoding += seconds_of(device, partial(lossless.pack, values))
-        target = torch.empty_like(values)
-        coding.decode(data, target)
-        assert torch.equal(target.view(torch.int16), values.view(torch.int16)), f"{tensor.name}: not the same bits"
-        kept.append((coding, data, target))
-        own, coded = own + values.nbytes, coded + len(data)
-        share, escapes = len(data) / values.nbytes, coding.counts[-1] / coding.num_values
-        print(f"{tensor.name:24} {tuple(tensor.shape)!s:16} {share:.4f} of its bytes, {escapes:.2%} escapes")
+    decodings: list[Callable[[], None]] = []
+    for layer in range(options.layers):
+        kept: dict[str, tuple[torch.Tensor, Encoded[Coding]]] = {}
+        for tensor in family.layer_tensors(layer):
+            values = device.empty(tensor.shape, spec.dtype, DeviceUse.MEASUREMENT)
+            source.read(tensor, values)
+            coding, data = lossless.pack(values)
+            if not isinstance(coding, Coding):
+                continue  # no matrix: it lies as it is
+            encoding += seconds_of(device, partial(lossless.pack, values))
+            kept[tensor.name] = values, Encoded(coding, data, torch.empty_like(values))
+            own, coded = own + values.nbytes, coded + len(data)
+            share, escapes = len(data) / values.nbytes, coding.counts[-1] / coding.num_values
+            print(f"{tensor.name:24} {tuple(tensor.shape)!s:16} {share:.4f} of its bytes, {escapes:.2%} escapes")
+        decodings.append(Coding.decoding([each for _, each in kept.values()]))
+        decodings[-1]()
+        for name, (values, each) in kept.items():
+            assert torch.equal(each.operand.view(torch.int16), values.view(torch.int16)), f"{name}: not the same bits"
 
     def decode() -> None:
-        for coding, data, target in kept:
-            coding.decode(data, target)
+        for decode_layer in decodings:
+            decode_layer()
 
     decoding = seconds_of(device, decode)
     return {

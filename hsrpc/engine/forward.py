@@ -212,8 +212,8 @@ class Forward:
 
     def _decode(self, weights: OpenedLayer) -> None:
         """Decode what of a layer's weights came coded; they are then used by all its mini-batches."""
-        for decoding in weights.decodings:
-            decoding.run()
+        for decode in weights.decodings:
+            decode()
 
     def _project(self, w: Weights, layer: int, batch: DeviceBatch) -> None:
         """Project for a whole group, of which this is the first mini-batch."""

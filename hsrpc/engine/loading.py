@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,8 +25,8 @@ from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
 
 _PACKED_AT_ONCE = 2
-"""Layers that are packed on the device at once. Each takes its own size of device memory meanwhile, together
-less than the weight buffers, which are allocated later."""
+"""Layers that are packed on the device at once. Each takes its packed size of device memory meanwhile, and half of its
+own or one tensor: together no more than the weight buffers, which are allocated later."""
 _MARGIN = 1.05
 """Host memory taken in advance for a layer that is being packed, over its expected size. What is left over goes back to
 the system; what is missing is taken only when the size is known, which makes loading slower."""
@@ -59,9 +59,9 @@ def load_weights(
         OverBoundError: packed weights take more than the bound of their format.
         EngineUnavailableError: it was stopped.
     """
-    loader = _Loader(family, source, plan, device, stop)
     fixed, layers = family.fixed_tensors(), range(family.num_layers)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="load") as pool:
+    with _threads() as pool, _threads() as packers:
+        loader = _Loader(family, source, plan, device, stop, packers)
         read = pool.map(loader.fixed, fixed)
         loaded = pool.map(loader.layer, layers)
         bar = tqdm(loaded, total=len(layers), desc="loading weights", unit="layer", disable=not progress, leave=False)
@@ -69,6 +69,10 @@ def load_weights(
             return ModelWeights({tensor.name: out for tensor, out in zip(fixed, read, strict=True)}, list(bar))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after an error the rest is not read
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="load")
 
 
 @dataclass(slots=True)
@@ -80,6 +84,8 @@ class _Loader:
     plan: Plan
     device: Device
     stop: threading.Event
+    packers: ThreadPoolExecutor
+    """Read and pack the tensors of the layers that are being packed."""
     _packing: threading.Semaphore = field(default_factory=partial(threading.Semaphore, _PACKED_AT_ONCE))
     """Held while a layer takes device memory to be packed."""
     _counting: threading.Lock = field(default_factory=threading.Lock)
@@ -132,13 +138,16 @@ class _Loader:
         pages = self.device.pages(math.ceil(expected * _MARGIN))  # all threads at once, other than packing
         with self._packing:
             self._check_stop()  # again: others were packed meanwhile
-            packed = [self._format(tensor).pack(self._read(tensor, DeviceUse.WEIGHT_BUFFERS)) for tensor in tensors]
+            packed = [each for batch in _batches(tensors) for each in self.packers.map(self._pack_tensor, batch)]
             parts, size = arrange((each.name, packing) for each, (packing, _) in zip(tensors, packed, strict=True))
             self._count(size)
             pinned = self.device.pinned(size, HostUse.STREAMED_WEIGHTS, pages=pages)
             for part, (_, data) in zip(parts, packed, strict=True):
                 part.data(pinned).copy_(data)
         return LayerWeights(resident, pinned, parts)
+
+    def _pack_tensor(self, tensor: TensorSpec) -> tuple[Packing, torch.Tensor]:
+        return self._format(tensor).pack(self._read(tensor, DeviceUse.WEIGHT_BUFFERS))
 
     def _check_stop(self) -> None:
         if self.stop.is_set():
@@ -152,3 +161,15 @@ class _Loader:
         if self._num_packed > planned:
             problem = f"coded weights take more than the {format_bytes(planned)} planned"
             raise OverBoundError("weight_coding", WeightCoding.LOSSLESS.value, problem, "use weight_coding=none")
+
+
+def _batches(tensors: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
+    """Tensors that lie on the device at once, in order: half of all values at most, or a single tensor."""
+    most, batch, size = sum(tensor.numel for tensor in tensors) // 2, list[TensorSpec](), 0
+    for tensor in tensors:
+        if batch and size + tensor.numel > most:
+            yield batch
+            batch, size = [], 0
+        batch.append(tensor)
+        size += tensor.numel
+    yield batch

@@ -6,13 +6,13 @@ on the device, the same for all layers, because the compute stream uses them one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from hsrpc.model.formats.format import Packing
+from hsrpc.model.formats.format import Encoded, Packing
 from hsrpc.plan.sizes import align
 
 
@@ -33,24 +33,12 @@ class PackedTensor(NamedTuple):
         return self.packing.open(self.data(buffer), decoded[self.target : self.target + self.packing.decoded_bytes])
 
 
-class Decoding(NamedTuple):
-    """A tensor to decode on the device before it is used."""
-
-    packing: Packing
-    data: torch.Tensor
-    operand: torch.Tensor
-
-    def run(self) -> None:
-        """Launch it on the current stream."""
-        self.packing.decode(self.data, self.operand)
-
-
 class OpenedLayer(NamedTuple):
     """A layer's weights as they are multiplied, and what the family adds to them."""
 
     tensors: Mapping[str, torch.Tensor]
-    decodings: tuple[Decoding, ...]
-    """Decodings to run before the tensors are used."""
+    decodings: tuple[Callable[[], None], ...]
+    """To call before the tensors are used: each decodes all that are packed in one way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +64,12 @@ class LayerWeights:
     def open(self, buffer: torch.Tensor, decoded: torch.Tensor) -> OpenedLayer:
         """All tensors, given the device buffers (bytes) with a copy of `packed`, and of what is decoded from it."""
         tensors = {part.name: part.open(buffer, decoded) for part in self.parts}
-        decodings = tuple(
-            Decoding(part.packing, part.data(buffer), tensors[part.name])
-            for part in self.parts
-            if part.packing.decoded_bytes
-        )
+        encoded: dict[type[Packing], list[Encoded[Packing]]] = {}
+        for part in self.parts:
+            if part.packing.decoded_bytes:
+                each = Encoded(part.packing, part.data(buffer), tensors[part.name])
+                encoded.setdefault(type(part.packing), []).append(each)
+        decodings = tuple(packing.decoding(together) for packing, together in encoded.items())
         return OpenedLayer({**self.resident, **tensors}, decodings)
 
 

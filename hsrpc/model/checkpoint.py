@@ -31,8 +31,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _NO_SHARDS = ("consolidated", "adapter_model", "optimizer", "training_args")
 """Beginnings of the names of safetensors files that hold no part of the model under its Hugging Face names."""
 
-_RANDOM_BLOCK = 4_194_301
-"""A prime: rows of a tensor filled with repeats of one block never coincide."""
+_RANDOM_BLOCK = 130_267
+"""A prime: rows of a tensor filled with repeats of one block never coincide, and it is next to no power of two, by
+which they would be one apart. Small: drawing is what takes long."""
 
 
 class WeightSource(Protocol):
@@ -267,14 +268,14 @@ class RandomWeights:
         self.seed = seed
 
     def read(self, tensor: TensorSpec, out: torch.Tensor) -> None:
-        """Fills `out`, contiguous and of the tensor's shape; large tensors repeat a block, which costs one copy."""
+        """Fills `out`, contiguous and of the tensor's shape; large tensors repeat a block."""
         flat = _flat(tensor, out)
         mean, deviation = _distribution(tensor)
         drawn = torch.empty(min(len(flat), _RANDOM_BLOCK)).normal_(mean, deviation, generator=self._generator(tensor))
         block = drawn.to(out.device, out.dtype)
-        for start in range(0, len(flat), len(block)):
-            piece = flat[start : start + len(block)]
-            piece.copy_(block[: len(piece)])
+        end = len(flat) // len(block) * len(block)
+        flat[:end].view(-1, len(block)).copy_(block)
+        flat[end:].copy_(block[: len(flat) - end])
 
     def _generator(self, tensor: TensorSpec) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed}:{':'.join(tensor.sources)}".encode(), digest_size=8).digest()

@@ -29,7 +29,7 @@ from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.request import Delta
 from hsrpc.schedule.sweep import BUFFERS
 from tests.engine.conftest import HARDWARE
-from tests.engine.support import collect, greedy, idle, parts
+from tests.engine.support import PATIENCE, collect, greedy, idle, parts
 
 _SIZES = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 300}
 CONFIGS = {
@@ -223,3 +223,41 @@ async def test_once_stopped_no_further_layer_is_coded(tmp_path: Path, monkeypatc
     with pytest.raises(EngineUnavailableError, match="stopped"):
         load_weights(create_family(planned.spec), Source(0), planned.plan, CpuDevice(), stop)
     assert 1 <= len(layers) <= 2
+
+
+def plan_of(directory: Path, model: str) -> startup.Planned:
+    """Coded, with all weights streamed."""
+    return startup.make_plan(config_for(directory, model, dtype="bfloat16", weight_coding="lossless"))
+
+
+def test_tensors_of_a_layer_are_coded_by_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than layers are packed at once: a model of experts has hundreds a layer."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    planned, together = plan_of(tmp_path, "qwen3-moe"), threading.Barrier(4)
+
+    class Source(RandomWeights):
+        def read(self, tensor: TensorSpec, out: torch.Tensor) -> None:
+            if tensor.name in ("expert_1_in", "expert_1_out") and ".2." not in tensor.sources[0]:
+                together.wait(PATIENCE)  # two tensors each of two layers
+            super().read(tensor, out)
+
+    load_weights(create_family(planned.spec), Source(0), planned.plan, CpuDevice(), threading.Event())
+    assert not together.broken
+
+
+def test_half_of_a_layer_lies_on_the_device_to_be_coded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what is coded already: memory is planned for the weight buffers, which come later."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setitem(CONFIGS, "llama", {**CONFIGS["llama"], "num_hidden_layers": 1})
+    planned, device, held = plan_of(tmp_path, "llama"), CpuDevice(), []
+
+    class Source(RandomWeights):
+        def read(self, tensor: TensorSpec, out: torch.Tensor) -> None:
+            if tensor.sources[0].startswith("model.layers"):
+                time.sleep(0.02)  # by then others read
+                held.append(device.allocated[DeviceUse.WEIGHT_BUFFERS])
+            super().read(tensor, out)
+
+    load_weights(create_family(planned.spec), Source(0), planned.plan, device, threading.Event())
+    norms = 4 * 128 * 2
+    assert 0 < max(held) <= planned.spec.sizes.layers[0].weight_bytes / 2 + norms

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Self
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import torch
 from hsrpc import Engine, EngineConfig
 from hsrpc.config import WeightCoding
 from hsrpc.engine import startup
+from hsrpc.engine.weights import LayerWeights, arrange
 from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.families.decoder import DOWN, GATE_UP, Decoder
@@ -26,7 +28,8 @@ from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.registry import create_family, register_family
 from hsrpc.model.families.settings import DecoderSettings
 from hsrpc.model.family import Family
-from hsrpc.model.formats.format import CacheFormat, Formats, Packing, WeightFormat
+from hsrpc.model.formats.format import CacheFormat, Encoded, Formats, Packing, WeightFormat
+from hsrpc.model.formats.lossless import WORD, Lossless
 from hsrpc.model.formats.plain import Plain
 from hsrpc.model.layers import linear_tensors
 from hsrpc.model.tensor import TensorSpec
@@ -71,10 +74,15 @@ class BytesPacking(Packing):
     def open(self, data: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return target.view(torch.float32).view(self.shape)
 
-    def decode(self, data: torch.Tensor, operand: torch.Tensor) -> None:
-        scales = data[: 4 * self.shape[0]].view(torch.float32)
-        weights = data[4 * self.shape[0] :].view(torch.int8).view(self.shape)
-        torch.mul(weights, scales[:, None], out=operand)
+    @classmethod
+    def decoding(cls, tensors: Sequence[Encoded[Self]]) -> Callable[[], None]:
+        def decode() -> None:
+            for packing, data, operand in tensors:
+                scales = data[: 4 * packing.shape[0]].view(torch.float32)
+                weights = data[4 * packing.shape[0] :].view(torch.int8).view(packing.shape)
+                torch.mul(weights, scales[:, None], out=operand)
+
+        return decode
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ class Bytes(WeightFormat):
 
     def place(self, values: torch.Tensor) -> torch.Tensor:
         packing, data = self.pack(values)
-        packing.decode(data, values)
+        packing.decoding([Encoded(packing, data, values)])()
         return values
 
     def compile(self, device: torch.device) -> None:
@@ -223,6 +231,25 @@ async def test_tokens_are_those_of_a_plain_forward_pass(policy: str, resident: f
     assert (len(compiled) > 0) == (resident < 1)
     stays = sum(tensor.nbytes for layer in layers for tensor in layer.resident.values())
     assert stays == plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS]
+
+
+def test_tensors_packed_in_one_way_are_decoded_together() -> None:
+    """Whatever lies between them: a call for each way, for all that do not lie ready."""
+    formats = [Bytes(), Plain(torch.float32), Lossless(torch.bfloat16), Bytes(), Lossless(torch.bfloat16)]
+    values = [
+        torch.randn(3, WORD).to(torch.bfloat16 if isinstance(each, Lossless) else torch.float32) for each in formats
+    ]
+    packed = [each.pack(value) for each, value in zip(formats, values, strict=True)]
+    parts, size = arrange((f"tensor {i}", packing) for i, (packing, _) in enumerate(packed))
+    buffer, decoded = torch.zeros(size, dtype=torch.uint8), torch.zeros(4 * size, dtype=torch.uint8)
+    for part, (_, data) in zip(parts, packed, strict=True):
+        part.data(buffer).copy_(data)
+    opened = LayerWeights({}, buffer, parts).open(buffer, decoded)
+    assert len(opened.decodings) == 2
+    for decode in opened.decodings:
+        decode()
+    for kind, value, found in zip(formats, values, opened.tensors.values(), strict=True):
+        assert torch.equal(found, kind.place(value))
 
 
 def test_the_plan_counts_each_layer(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import torch
 
 from hsrpc.device.kernels import copy_rows
 from hsrpc.model.attention import Attention, Extras, HeadShape, InPlaceRows, PackedRows
+from hsrpc.model.formats.format import Encoded
 from hsrpc.model.formats.lossless import BLOCK, WORD, encode
 from hsrpc.model.kernels import decode_attention as decode_kernel
+from hsrpc.model.kernels import lossless
 from hsrpc.model.kernels.decode_attention import decode_attention
 from hsrpc.model.kernels.fused import gate, rotate_heads_
-from hsrpc.model.kernels.lossless import decode_weights, encode_weights
+from hsrpc.model.kernels.lossless import WeightDecoder, encode_weights
 from hsrpc.model.kernels.packed_attention import packed_attention
 from hsrpc.model.layers import Activation, ClampedGate, Gate
 from hsrpc.model.rope import HeadNorms, Unscaled, make_table, rotate_
@@ -239,18 +241,35 @@ def test_copy_rows(width: int, dtype: torch.dtype) -> None:
     assert torch.equal(target, wanted)
 
 
-@pytest.mark.parametrize("count", [WORD, BLOCK, 3 * BLOCK + 5 * WORD])
 @pytest.mark.parametrize("spread", [0, 6])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_decode_weights(dtype: torch.dtype, spread: int, count: int) -> None:
-    """Every bit of coded weights, with few and with many exponents out of the ordinary; nothing behind the last."""
-    values = (torch.randn(count) * 0.02 * 2.0 ** torch.randint(-spread, spread + 1, (count,))).to(dtype)
-    values[::7] = -0.0
-    coding, data = encode(values)
-    target = torch.full((count + 9,), 3.0, dtype=dtype)
-    decode_weights(data, coding, target[:count])
-    assert torch.equal(target[:count].view(torch.int16), values.view(torch.int16))
-    assert torch.equal(target[count:], torch.full((9,), 3.0, dtype=dtype))
+def test_decode_weights(dtype: torch.dtype, spread: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every bit of coded weights, with few and with many exponents out of the ordinary; nothing behind the last.
+
+    Of several tensors at once, each with exponents and sizes of its own, one of more blocks than a group of programs.
+    """
+    monkeypatch.setattr(lossless, "_GROUP", 2)
+    coded, targets, wanted = [], [], []
+    for count in (WORD, BLOCK, 3 * BLOCK + 5 * WORD, 2 * WORD):
+        values = (torch.randn(count) * 0.5 ** len(wanted) * 2.0 ** torch.randint(-spread, spread + 1, (count,))).to(
+            dtype
+        )
+        values[::7] = -0.0
+        targets.append(torch.full((count + 9,), 3.0, dtype=dtype))
+        coded.append(Encoded(*encode(values), targets[-1][:count]))
+        wanted.append(values)
+    decode = WeightDecoder.of(coded)
+    decode.run()
+    for target, values in zip(targets, wanted, strict=True):
+        assert torch.equal(target[: len(values)].view(torch.int16), values.view(torch.int16))
+        assert torch.equal(target[len(values) :], torch.full((9,), 3.0, dtype=dtype))
+
+
+def test_weights_of_two_types_are_not_decoded_together() -> None:
+    """They have kernels of their own."""
+    values = [torch.ones(WORD, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]
+    with pytest.raises(ValueError, match="unpack"):
+        WeightDecoder.of([Encoded(*encode(each), each) for each in values])
 
 
 @pytest.mark.parametrize("count", [WORD, BLOCK, 3 * BLOCK + 5 * WORD])

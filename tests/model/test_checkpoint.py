@@ -310,6 +310,14 @@ def test_random_weights_fill_large_tensors_without_equal_rows():
     assert out.float().std() == pytest.approx(128**-0.5, rel=0.01)
 
 
+def test_random_weights_take_few_numbers():
+    """Drawing them is most of the time that a model of many experts takes to start."""
+    tensor = TensorSpec("expert_0_in", (1536, 512), ("in",))
+    out = torch.empty(tensor.shape)
+    RandomWeights(0).read(tensor, out)
+    assert 100_000 < len(out.unique()) < 200_000
+
+
 @pytest.mark.parametrize("shape", ["opt-125m", "opt-350m", "llama-2-7b"])
 def test_random_model_has_lively_logits_in_half_precision(tmp_path, draw_packed, shape):
     """A deep model with random weights stays inside float16's range and tells tokens apart."""

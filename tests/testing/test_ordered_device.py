@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hsrpc.config import DeviceKind
 from hsrpc.device.device import open_device
+from hsrpc.model.formats.format import Encoded
 from hsrpc.model.formats.lossless import WORD, Lossless
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.schedule.step import Runs
@@ -184,7 +185,7 @@ def weights_decoded(device: OrderedDevice, memory: torch.Tensor, ordered: bool) 
     data.copy_(values)
     device.drain()
     with device.on(device.compute):
-        packing.decode(data, target)
+        packing.decoding([Encoded(packing, data, target)])()
     order(device, device.compute, device.store, ordered)
     with device.on(device.store):
         target.clone()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import torch
 
@@ -23,7 +24,7 @@ class Packing(ABC):
 
     @property
     def decoded_bytes(self) -> int:
-        """Bytes of the operand that `decode` writes; 0: it lies ready in the packed bytes."""
+        """Bytes of the operand that `decoding` writes; 0: it lies ready in the packed bytes."""
         return 0
 
     @abstractmethod
@@ -33,9 +34,31 @@ class Packing(ABC):
         Or a view of `target` (uint8 [decoded_bytes]), which holds it once it is decoded.
         """
 
-    @abstractmethod
-    def decode(self, data: torch.Tensor, operand: torch.Tensor) -> None:
-        """Write an operand that does not lie ready from its packed bytes, on the current stream."""
+    @classmethod
+    def decoding(cls, tensors: Sequence[Encoded[Self]]) -> Callable[[], None]:
+        """What writes the operands of all these tensors from their packed bytes, on the current stream.
+
+        Together: a launch for each would take longer than decoding small ones. It is made once and called in every
+        step. All are of one device and element type. Here there is nothing to write.
+        """
+        return _nothing
+
+
+Packing_co = TypeVar("Packing_co", bound=Packing, covariant=True)
+
+
+class Encoded(NamedTuple, Generic[Packing_co]):
+    """A tensor that does not lie ready."""
+
+    packing: Packing_co
+    data: torch.Tensor
+    """Packed bytes: uint8 [num_bytes]"""
+    operand: torch.Tensor
+    """What `packing.open` gives."""
+
+
+def _nothing() -> None:
+    """What is called to decode what lies ready."""
 
 
 class WeightFormat(ABC):

@@ -17,14 +17,16 @@ Normally distributed float16 takes 0.86 of its bytes, bfloat16 0.67.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch.nn import functional
 
-from hsrpc.model.formats.format import Packing, WeightFormat
+from hsrpc.model.formats.format import Encoded, Packing, WeightFormat
 from hsrpc.model.formats.plain import PlainPacking
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.fitted import DECODE_RATE_SHARE
@@ -113,12 +115,12 @@ class Coding(Packing):
 
     def offsets(self, counts: torch.Tensor) -> torch.Tensor:
         """[blocks, levels] where a block's codes of the next levels begin, then its escapes, by how many it has."""
-        words = torch.tensor([*self.level_words[1:LEVELS], 0], device=counts.device)
+        words = torch.tensor([*self.level_words[1:LEVELS], 0]).to(counts.device, non_blocking=True)
         return counts.cumsum(0) - counts + CODES_IN_WORD * words
 
     @property
     def num_bytes(self) -> int:
-        return self._bounds()[-1][1]
+        return self.bounds()[-1][1]
 
     @property
     def decoded_bytes(self) -> int:
@@ -127,23 +129,23 @@ class Coding(Packing):
     def open(self, data: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return target.view(self.dtype).view(self.shape)
 
-    def decode(self, data: torch.Tensor, operand: torch.Tensor) -> None:
-        if data.is_cuda:
-            from hsrpc.model.kernels.lossless import decode_weights  # loads Triton
+    @classmethod
+    def decoding(cls, tensors: Sequence[Encoded[Self]]) -> Callable[[], None]:
+        if tensors[0].data.is_cuda:
+            from hsrpc.model.kernels.lossless import WeightDecoder  # loads Triton
 
-            decode_weights(data, self, operand)
-        else:
-            decode(data, self, operand)
+            return WeightDecoder.of(tensors).run
+        return partial(_decode_each, tensors)
 
     def views(self, data: torch.Tensor) -> CodedViews:
         """The parts of the tensor's coded bytes (uint8)."""
-        codes, planes, offsets, low, escapes = (data[start:end] for start, end in self._bounds())
+        codes, planes, offsets, low, escapes = (data[start:end] for start, end in self.bounds())
         planes = planes.view(torch.int32).view(self.plane_words, self.mantissa_bits)
         offsets = offsets.view(torch.int32).view(-1, LEVELS)
         return CodedViews(codes.view(torch.int32), planes, offsets, low, escapes)
 
-    def _bounds(self) -> list[tuple[int, int]]:
-        """First byte and end of each part."""
+    def bounds(self) -> list[tuple[int, int]]:
+        """First byte and end of each part, in the order of `CodedViews`."""
         planes = 4 * self.plane_words * self.mantissa_bits
         sizes = (4 * self.level_words[-1], planes, 4 * LEVELS * self.num_blocks, self.num_values, self.counts[-1])
         starts = accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0)
@@ -196,7 +198,7 @@ class Lossless(WeightFormat):
     def compile(self, device: torch.device) -> None:
         values = torch.arange(WORD, device=device).to(self.dtype).view(1, WORD)  # six exponents: a second level
         coding, data = self.pack(values)
-        coding.decode(data, values)
+        coding.decoding([Encoded(coding, data, values)])()
 
 
 def can_encode(values: torch.Tensor) -> bool:
@@ -260,6 +262,11 @@ def decode(data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
         mantissa |= plane.view(-1).int() << bit
     turned = (exponents << coding.mantissa_bits | mantissa) << 8 | parts.low
     target.view(-1).view(torch.int16).copy_(turned >> 1 | (turned & 1) << 15)
+
+
+def _decode_each(tensors: Iterable[Encoded[Coding]]) -> None:
+    for coding, data, operand in tensors:
+        decode(data, coding, operand)
 
 
 _LEVEL_ENDS = torch.arange(1, LEVELS + 1, dtype=torch.int32) * _ESCAPE

@@ -26,9 +26,6 @@ class PlainPacking(Packing):
     def open(self, data: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return data.view(self.dtype).view(self.shape)
 
-    def decode(self, data: torch.Tensor, operand: torch.Tensor) -> None:
-        """Nothing: the operand lies ready."""
-
 
 @dataclass(frozen=True, slots=True)
 class Plain(WeightFormat):

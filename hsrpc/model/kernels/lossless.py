@@ -5,13 +5,24 @@ That codes have two bits and three levels, and that 16 values are a row, is writ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
 import torch
 import triton
 import triton.language as tl
 
+from hsrpc.model.formats.format import Encoded
 from hsrpc.model.formats.lossless import BLOCK, CODES_IN_WORD, Coding, choose, exponent_shift
 
 _ROWS = BLOCK // CODES_IN_WORD
+_GROUP = 16
+"""Programs that are of one tensor for sure: so one word says for all of them which, and few programs have nothing to
+do where its blocks end."""
+_REGISTERS = {0: 80, 3: 128}
+"""Of a thread at most, by the bits of the mantissa that have planes: seven and four programs are then on a
+multiprocessor at once, and nothing spills."""
 
 
 @triton.jit
@@ -62,26 +73,48 @@ def _take(codes, table, exponent, has_code):
     return tl.where(has_code, codes >> 2, codes), exponent, has_code & (code == 3)
 
 
-@triton.jit(do_not_specialize=["num_rows", "first_table", "second_table", "third_table"])
+@triton.jit
+def _pointer(fields, number: tl.constexpr, dtype: tl.constexpr):
+    """The address in that field: a multiple of 16 bytes."""
+    return tl.multiple_of(tl.load(fields + number).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def _number(fields, number: tl.constexpr):
+    return tl.load(fields + number).to(tl.int32)
+
+
+@triton.jit
 def _decode_weights(
-    target,
-    codes,
-    planes,
-    offsets,
-    low,
-    escapes,
-    num_rows,
-    first_table,
-    second_table,
-    third_table,
+    tensors,
+    groups,
     MANTISSA_BITS: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    FIELDS: tl.constexpr,
 ):
     """A thread decodes a row of 16 values one behind the other: they share a word of codes, and half of each plane.
 
-    Target and low bytes are taken as words too.
+    Target and low bytes are taken as words too. A group of programs is one tensor's: `groups` says whose row of
+    `tensors` [*, FIELDS] it is. Their last ones may be behind its end.
     """
-    block = tl.program_id(0)
+    program = tl.program_id(0)
+    fields = tensors + tl.load(groups + program // GROUP) * FIELDS
+    block = program - _number(fields, 0)
+    num_rows = _number(fields, 1)
+    if block * ROWS < num_rows:
+        _decode_block(fields, block, num_rows, MANTISSA_BITS, ROWS)
+
+
+@triton.jit
+def _decode_block(fields, block, num_rows, MANTISSA_BITS: tl.constexpr, ROWS: tl.constexpr):
+    target = _pointer(fields, 2, tl.int32)
+    codes = _pointer(fields, 3, tl.int32)
+    planes = _pointer(fields, 4, tl.int32)
+    offsets = _pointer(fields, 5, tl.int32)
+    low = _pointer(fields, 6, tl.int32)
+    escapes = _pointer(fields, 7, tl.uint8)
+    first_table, second_table, third_table = _number(fields, 8), _number(fields, 9), _number(fields, 10)
     row = block * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     first = _load_words(codes, row, inside)
@@ -119,22 +152,46 @@ def _decode_weights(
     tl.store(target + where, found, mask=tl.broadcast_to(inside[:, None], (ROWS, 8)))
 
 
-def decode_weights(data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
-    """As `lossless.decode`, on the current stream."""
-    parts = coding.views(data)
-    _decode_weights[(coding.num_blocks,)](
-        target.view(-1).view(torch.int32),
-        parts.codes,
-        parts.planes,
-        parts.offsets,
-        parts.low.view(torch.int32),
-        parts.escapes,
-        coding.num_values // CODES_IN_WORD,
-        *coding.tables,
-        MANTISSA_BITS=coding.mantissa_bits,
-        ROWS=_ROWS,
-        num_warps=4,
-    )
+@dataclass(frozen=True, slots=True)
+class WeightDecoder:
+    """Decodes several tensors of one element type in one launch, again and again."""
+
+    encoded: Sequence[Encoded[Coding]]
+    """They keep the memory whose addresses the table has."""
+    tensors: torch.Tensor
+    """int64 [tensors, fields], as `_decode_weights` reads them, on the device."""
+    groups: torch.Tensor
+    """int32 [groups]: the tensor of each group of programs, on the device."""
+    mantissa_bits: int
+
+    @classmethod
+    def of(cls, tensors: Sequence[Encoded[Coding]]) -> WeightDecoder:
+        """Made once for the memory that they lie in, which takes long; the host waits for the current stream."""
+        [mantissa_bits] = {each.packing.mantissa_bits for each in tensors}
+        device, counts = tensors[0].data.device, [-(-each.packing.num_blocks // _GROUP) for each in tensors]
+        firsts = accumulate(counts, initial=0)
+        fields = [_fields(first * _GROUP, *each) for first, each in zip(firsts, tensors, strict=False)]
+        groups = torch.arange(len(tensors), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+        return cls(tensors, torch.tensor(fields).to(device), groups.to(device), mantissa_bits)
+
+    def run(self) -> None:
+        """As `lossless.decode` of each, on the current stream."""
+        _decode_weights[(len(self.groups) * _GROUP,)](
+            self.tensors,
+            self.groups,
+            MANTISSA_BITS=self.mantissa_bits,
+            ROWS=_ROWS,
+            GROUP=_GROUP,
+            FIELDS=self.tensors.shape[1],
+            num_warps=4,
+            maxnreg=_REGISTERS[self.mantissa_bits],
+        )
+
+
+def _fields(first_program: int, coding: Coding, data: torch.Tensor, target: torch.Tensor) -> list[int]:
+    """A tensor's row of the table that the kernel reads."""
+    parts = [data.data_ptr() + start for start, _ in coding.bounds()]
+    return [first_program, coding.num_values // CODES_IN_WORD, target.data_ptr(), *parts, *coding.tables]
 
 
 @triton.jit
@@ -208,15 +265,15 @@ def _pack_codes(codes, words, first, num_words, WORDS: tl.constexpr):
 
 
 def encode_weights(values: torch.Tensor) -> tuple[Coding, torch.Tensor]:
-    """As `lossless.encode`, on the current stream, for which the host waits."""
+    """As `lossless.encode`, on the current stream, for which the host waits once."""
     device, flat = values.device, values.reshape(-1).view(torch.int16)
     grid, num_values = (triton.cdiv(len(flat), BLOCK),), len(flat)
     found = torch.zeros(256, dtype=torch.int32, device=device)
     shift = exponent_shift(values.dtype)
     _count_exponents[grid](flat, found, num_values, SHIFT=shift, BLOCK=BLOCK)
-    coding = choose(values, found)
+    coding = choose(values, found.cpu())
     data = torch.zeros(coding.num_bytes, dtype=torch.uint8, device=device)
-    parts, ranks = coding.views(data), coding.ranks.to(device)
+    parts, ranks = coding.views(data), coding.ranks.to(device, non_blocking=True)
     counts = torch.empty_like(parts.offsets)
     _write_rows[grid](
         flat,
