@@ -98,6 +98,8 @@ class ExpertSizes:
     count: int
     k: int
     """Experts that a token takes."""
+    names: frozenset[str]
+    """Names of all experts' weight tensors."""
     num_elements: int
     """Elements of one expert's weights."""
     device_bytes: int

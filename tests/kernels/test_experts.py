@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hsrpc.model.experts import Experts, Routes, Routing, expert_in, expert_out
+from hsrpc.model.experts import Experts, Routing, expert_in, expert_out
+from hsrpc.model.family import Routes
 from hsrpc.model.kernels import experts as kernels
 from hsrpc.model.kernels.experts import FEW, MANY, SOME, Tiles, choose_tiles, sort_choices
 from hsrpc.model.layers import Activation, ClampedGate, Gate
