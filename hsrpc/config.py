@@ -91,6 +91,17 @@ class WeightCoding(StrEnum):
     """float16 and bfloat16 in fewer bytes, decoded on the device to the same bits."""
 
 
+class ExpertLoading(StrEnum):
+    """How the experts of a mixture come to the device that do not stay there."""
+
+    AUTO = "auto"
+    """As the planner expects to be faster."""
+    STREAM = "stream"
+    """All of them in every step, ahead of their use, as other weights."""
+    DEMAND = "demand"
+    """Those that a step's tokens take, once the router has chosen; the ones used last stay."""
+
+
 class GenerationDefaults(StrEnum):
     """Where the sampling settings come from that a request leaves out."""
 
@@ -165,6 +176,8 @@ class EngineConfig:
     """Most of the layers' weights that stays on the device, in [0, 1]; for measurements. None: planned."""
     weight_coding: WeightCoding = WeightCoding.AUTO
     """How weights cross the bus that stream."""
+    experts: ExpertLoading = ExpertLoading.AUTO
+    """How the experts of a mixture come to the device that do not stay there."""
     block_size: int = 16
     """Tokens a cache block holds."""
     min_batch: int = 1
@@ -197,6 +210,7 @@ class EngineConfig:
             ("cache_policy", CachePolicy),
             ("placement", Placement),
             ("weight_coding", WeightCoding),
+            ("experts", ExpertLoading),
         ):
             self._set(name, _member(kind, getattr(self, name), name))
         for name in ("gpu_memory", "host_memory"):

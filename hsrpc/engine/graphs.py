@@ -122,8 +122,8 @@ class DecodeGraphs:
 
 
 def can_capture(plan: Plan) -> bool:
-    """Whether graphs can run steps: nothing streams, and KV blocks lie on the device."""
-    return not any(plan.streamed_bytes) and plan.num_blocks[PoolId.DEVICE_KV] > 0
+    """Whether graphs can run steps: no weights come from the host, and KV blocks lie on the device."""
+    return not any(plan.streamed_bytes) and plan.demand is None and plan.num_blocks[PoolId.DEVICE_KV] > 0
 
 
 def _batch_sizes(max_size: int) -> list[int]:

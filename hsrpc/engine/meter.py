@@ -67,6 +67,7 @@ class Meter:
     def stats(self) -> EngineStats:
         """Counters at this moment."""
         weights, cache, regenerated = self._read_moved()
+        experts = self._components.prefetcher.expert_counts
         return EngineStats(
             queued=self._scheduler.num_waiting,
             running=self._scheduler.num_running,
@@ -81,6 +82,9 @@ class Meter:
             cache_loaded_bytes=cache,
             regenerated_tokens=regenerated,
             recomputed_tokens=self.recomputed_tokens,
+            expert_hits=experts.hits,
+            expert_loads=experts.loads,
+            expert_loaded_bytes=experts.loaded_bytes,
             peak_device_bytes=self._components.device.peak_memory,
         )
 

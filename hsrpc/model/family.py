@@ -83,6 +83,8 @@ class Family(ABC):
 
     size_keys: ClassVar[tuple[str, ...]]
     """Keys of config.json that the shapes of the weights follow from."""
+    expert_tables: ClassVar[tuple[str, ...]] = ()
+    """Names of the tables int64 [E] of addresses that `opened` may find in place of the experts' tensors, in order."""
 
     def __init__(self, spec: ModelSpec, served_context: int | None = None) -> None:
         """Computes `spec` for requests of up to `served_context` tokens; None: of the model's context."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
@@ -155,6 +155,18 @@ class LayerSizes:
         """The weight tensors by their bytes on the device."""
         return tuple(sorted(self.tensors, key=lambda tensor: -tensor.device_bytes))
 
+    @cached_property
+    def expert_tensors(self) -> tuple[TensorSizes, ...]:
+        """The weight tensors of all experts."""
+        names = frozenset[str]() if self.experts is None else self.experts.names
+        return tuple(tensor for tensor in self.tensors if tensor.name in names)
+
+    @cached_property
+    def without_experts(self) -> LayerSizes:
+        """The layer with its other weights alone."""
+        others = set(self.tensors) - set(self.expert_tensors)
+        return replace(self, tensors=tuple(tensor for tensor in self.tensors if tensor in others))
+
     def resident_bytes(self, names: Collection[str]) -> int:
         """Bytes of the weight tensors of these names on the device."""
         return sum(tensor.resident_bytes for tensor in self.tensors if tensor.name in names)
@@ -258,6 +270,12 @@ class ModelSizes:
     def distinct(self) -> tuple[tuple[LayerSizes, int], ...]:
         """Layers that differ, and how many there are of each: what is alike is computed once."""
         return tuple(Counter(self.layers).items())
+
+    @cached_property
+    def without_experts(self) -> ModelSizes:
+        """The model with the other weights alone."""
+        others = {layer: layer.without_experts for layer, _ in self.distinct}
+        return replace(self, layers=tuple(others[layer] for layer in self.layers))
 
     @property
     def commonest(self) -> LayerSizes:

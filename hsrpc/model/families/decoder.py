@@ -12,7 +12,7 @@ from torch.nn import functional
 from hsrpc.model.attention import Extras
 from hsrpc.model.bounds import MAX_CONTEXT, MAX_VOCAB_SIZE, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
-from hsrpc.model.experts import Experts
+from hsrpc.model.experts import IN_TABLE, OUT_TABLE, Experts
 from hsrpc.model.families.expert_readers import NUM_EXPERTS
 from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.settings import DecoderSettings, Names, QkNorm
@@ -58,6 +58,8 @@ class Decoder(Family):
         *NUM_EXPERTS,
         "vocab_size",
     )
+
+    expert_tables = (IN_TABLE, OUT_TABLE)
 
     def __init__(self, spec: ModelSpec, served_context: int | None = None) -> None:
         super().__init__(spec, served_context)
