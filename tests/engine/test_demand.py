@@ -91,6 +91,28 @@ async def test_tokens_do_not_depend_on_policies_and_budgets(
     assert stats.preemptions > 0 or policy == "recompute"
 
 
+async def test_no_step_is_launched_ahead_of_a_choice(reference: Callable[[str], Reference]) -> None:
+    """Also where all of the cache is read in place, and steps of other models are graphs."""
+    made = reference(MODEL)
+    config = on_demand(made, cache_policy="kv", activation_share=None)
+    async with Engine(config) as engine, asyncio.timeout(60):
+        assert not parts(engine).executor.runs_ahead
+        assert await outputs(engine, made.prompts[:4], 20) == [each[:20] for each in made.outputs[:4]]
+
+
+EXPERT_FAMILIES = ("qwen2-moe", "mixtral", "olmoe", "granite-moe", "gpt-oss", "glm4-moe")
+
+
+@pytest.mark.parametrize("model", EXPERT_FAMILIES)
+async def test_every_family_with_experts_loads_them_on_demand(
+    model: str, reference: Callable[[str], Reference]
+) -> None:
+    """Shared experts, biases, other routers: what is no expert's is there in any case."""
+    made = reference(model)
+    config = tightest(config_for(made, experts="demand", cache_policy="kv", activation_share=None))
+    await check(made, config, with_slots(2))
+
+
 @pytest.mark.parametrize("recompute", [0.3, 1.0])
 async def test_several_groups_of_a_step_load_one_after_the_other(
     recompute: float, reference: Callable[[str], Reference]

@@ -143,8 +143,13 @@ def test_seconds_of_what_is_missed(sizes: ModelSizes) -> None:
         assert times.on_demand(tokens, demand.missed, groups) == pytest.approx((bus + groups * 1e-4) * 5 / 6)
     plan = make(sizes, max_batch=1, experts="demand")
     step = predict_at(plan, sizes, 100)
+    assert step.bus == 0
     assert step.experts == pytest.approx(6 * times.on_demand(1, plan.demand.missed))
-    assert step.step == pytest.approx(max(step.gpu + step.experts, step.launch) + step.boundary, rel=0.02)
+    assert step.launch == pytest.approx(6 * HARDWARE.launch_time)  # no graph launches it
+    assert step.boundary == pytest.approx(HARDWARE.boundary_time + HARDWARE.request_time)
+    assert step.step == pytest.approx(step.launch + step.boundary)
+    quick = predict_at(replace(plan, hardware=replace(HARDWARE, launch_time=0)), sizes, 100)
+    assert quick.step == pytest.approx(step.gpu + step.experts + step.boundary)
     assert plan.prediction.longest_step > plan.prediction.step + 6 * times.on_demand(512, plan.demand.missed) / 2
 
 
