@@ -102,6 +102,17 @@ class LatentAttention(StrEnum):
     """Latents as they are stored; nothing else is cached."""
 
 
+class ExpertLoading(StrEnum):
+    """How the experts of a mixture come to the device that do not stay there."""
+
+    AUTO = "auto"
+    """As the planner expects to be faster."""
+    STREAM = "stream"
+    """All of them in every step, ahead of their use, as other weights."""
+    DEMAND = "demand"
+    """Those that a step's tokens take, once the router has chosen; the ones used last stay."""
+
+
 class GenerationDefaults(StrEnum):
     """Where the sampling settings come from that a request leaves out."""
 
@@ -178,6 +189,8 @@ class EngineConfig:
     """How weights cross the bus that stream."""
     latent_attention: LatentAttention = LatentAttention.AUTO
     """What single queries attend to where a model keeps latents; for measurements."""
+    experts: ExpertLoading = ExpertLoading.AUTO
+    """How the experts of a mixture come to the device that do not stay there."""
     block_size: int = 16
     """Tokens a cache block holds."""
     min_batch: int = 1
@@ -211,6 +224,7 @@ class EngineConfig:
             ("placement", Placement),
             ("weight_coding", WeightCoding),
             ("latent_attention", LatentAttention),
+            ("experts", ExpertLoading),
         ):
             self._set(name, _member(kind, getattr(self, name), name))
         for name in ("gpu_memory", "host_memory"):

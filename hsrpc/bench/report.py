@@ -87,6 +87,7 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
         ("GPU busy", [_share(r.device_busy_share) for r in results]),
         ("weights resident", [f"{r.resident_share:.0%}" for r in results]),
         ("weights that stream", ["coded" if r.codes_weights else "as they are" for r in results]),
+        ("experts on demand, hits", [_hits(r) for r in results]),
         ("preemptions", [str(r.preemptions) for r in results]),
         (
             "peak device memory",
@@ -111,6 +112,13 @@ def _profile_rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
 
 def _ms(seconds: float | None) -> str:
     return _NOT_MEASURED if seconds is None else f"{seconds * 1e3:.1f} ms"
+
+
+def _hits(result: Result) -> str:
+    if result.expert_hit_rate is None or result.expected_hit_rate is None:
+        return "none come so"
+    each = format_bytes(result.expert_loaded_bytes / result.num_steps)
+    return f"{result.expert_hit_rate:.0%} (planned {result.expected_hit_rate:.0%}), {each} a step"
 
 
 def _rate(value: float | None) -> str:

@@ -92,6 +92,15 @@ class Result:
     regenerated_tokens: int
     recomputed_tokens: int
     """Tokens recomputed because their requests keep no cache."""
+    expert_hits: int
+    """Experts on demand that were on the device when a step needed them, each layer counted."""
+    expert_loads: int
+    """Those that were not, and were loaded."""
+    expert_loaded_bytes: int
+    expert_hit_rate: float | None
+    """None: experts do not come on demand."""
+    expected_hit_rate: float | None
+    """Where all are as likely."""
     preemptions: int
     peak_device_bytes: int
     device_budget: int
@@ -162,6 +171,7 @@ def summarise(run: Run, config: EngineConfig) -> Result:
     total = sum(seconds)
     tokens = [record.decode_tokens + record.prefill_tokens for record in chosen]
     plan, stats, sizes = run.plan, run.stats, run.spec.sizes
+    hits, loads = (sum(getattr(record, name) for record in chosen) for name in ("expert_hits", "expert_loads"))
     flop = sizes.num_layers * float(sizes.mean(lambda layer: layer.flop(sum(tokens))))
     return Result(
         model=run.spec.name,
@@ -188,6 +198,11 @@ def summarise(run: Run, config: EngineConfig) -> Result:
         device_busy_share=profile.busy if profile else None,
         regenerated_tokens=sum(record.regenerated_tokens for record in chosen),
         recomputed_tokens=sum(record.recomputed_tokens for record in chosen),
+        expert_hits=hits,
+        expert_loads=loads,
+        expert_loaded_bytes=loads * plan.demand.expert_bytes if plan.demand else 0,
+        expert_hit_rate=hits / (hits + loads) if hits + loads else None,
+        expected_hit_rate=plan.demand.hit_rate if plan.demand else None,
         preemptions=stats.preemptions,
         peak_device_bytes=stats.peak_device_bytes,
         device_budget=plan.budgets.device,

@@ -19,6 +19,7 @@ from hsrpc.config import (
     DeviceKind,
     DType,
     EngineConfig,
+    ExpertLoading,
     GenerationDefaults,
     LatentAttention,
     Placement,
@@ -193,6 +194,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=WeightCoding.AUTO,
         help="lossless sends 16-bit weights that stream in fewer bytes: 0.86 (float16) or 0.67 (bfloat16) of their own "
         "(default: auto, on CUDA lossless where it pays)",
+    )
+    memory.add_argument(
+        "--experts",
+        choices=_values(ExpertLoading),
+        default=ExpertLoading.AUTO,
+        help="of a mixture of experts: stream sends all that are not resident in every step, demand those that the "
+        "router has chosen, and keeps the ones used last (default: auto, planned)",
     )
     cache = parser.add_argument_group("cache")
     cache.add_argument(

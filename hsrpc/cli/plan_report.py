@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hsrpc.config import format_bytes, format_rate
+from hsrpc.config import ExpertLoading, format_bytes, format_rate
 from hsrpc.engine.startup import Planned
 from hsrpc.plan.advice import Advice
+from hsrpc.plan.expert_outlook import ExpertOutlook, expert_outlook
 from hsrpc.plan.forecast import FirstToken, first_token, rates_by_batch
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan, StepPrediction
@@ -29,11 +30,18 @@ class Report:
     planned: Planned
     by_batch: list[StepPrediction]
     first_token: FirstToken
+    experts: ExpertOutlook | None
+    """None: the model has none."""
 
     @classmethod
     def of(cls, planned: Planned) -> Report:
         plan, sizes = planned.plan, planned.spec.sizes
-        return cls(planned, rates_by_batch(plan, sizes), first_token(plan, sizes, planned.planner.traffic))
+        return cls(
+            planned,
+            rates_by_batch(plan, sizes),
+            first_token(plan, sizes, planned.planner.traffic),
+            expert_outlook(planned.question, sizes, plan),
+        )
 
     def print(self) -> None:
         """All but the advice."""
@@ -47,6 +55,8 @@ class Report:
         console.print(_memory_table("host memory", plan.host_bytes, plan.budgets.host))
         console.print(_blocks_table(plan))
         console.print(_prediction_table(plan))
+        if self.experts is not None:
+            console.print(_experts_table(self.experts))
         console.print(_batches_table(self.by_batch))
         console.print(_first_token_table(self.first_token))
 
@@ -84,6 +94,7 @@ class Report:
                 "idle_seconds": self.first_token.idle,
                 "loaded_seconds": self.first_token.loaded,
             },
+            "experts": self.experts and asdict(self.experts),
             "advice": None if advice is None else [asdict(each) for each in advice],
             "hardware": asdict(plan.hardware),
         }
@@ -166,6 +177,7 @@ def _prediction_table(plan: Plan) -> Table:
         "gathering activations": _ms(step.gather),
         f"attention ({format_rate(hardware.attention_bandwidth, 'B/s')})": _ms(step.attention),
         "logits": _ms(step.head),
+        **({"experts on demand": _ms(step.experts)} if plan.demand else {}),
         "launching, on the host": _ms(step.launch),
         "between steps": _ms(step.boundary),
         "step": _ms(step.step),
@@ -176,6 +188,19 @@ def _prediction_table(plan: Plan) -> Table:
     }
     for name, value in rows.items():
         table.add_row(name, value)
+    return table
+
+
+def _experts_table(found: ExpertOutlook) -> Table:
+    table = _table("experts", "", "")
+    if found.loading is ExpertLoading.DEMAND:
+        table.add_row("they come", "on demand")
+        table.add_row("slots of a layer", f"{found.slots} for {found.count} experts")
+        table.add_row("hits, if all are as likely", f"{found.hit_rate:.0%}")
+    else:
+        table.add_row("they come", "all in every step, but those resident")
+    pays = "never" if found.streaming_from is None else f"{found.streaming_from} requests at once on"
+    table.add_row("streaming all is as fast from", pays)
     return table
 
 

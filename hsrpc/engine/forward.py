@@ -16,7 +16,7 @@ from hsrpc.engine.tasks.cache import Buffers, CacheManager, DeviceRows, Gathers,
 from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.weights import OpenedLayer
 from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
-from hsrpc.model.family import Family, Projection, Weights
+from hsrpc.model.family import Family, Projection, Routed, Weights
 from hsrpc.model.rope import Rotation
 from hsrpc.plan.plan import REGENERATE_ROWS
 from hsrpc.plan.sizes import ModelSizes
@@ -53,6 +53,8 @@ class Group:
     """[n, h] input of the first layer, then output of the layer computed last."""
     projected: Projected | None = None
     """Projections of the layer under way; None before its first and after its last use."""
+    routed: Routed | None = None
+    """The layer under way behind its router; None where its experts do not come on demand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,8 @@ class Forward:
                 self._rebuild(step.w, op.layer, self._cache.buffers[op.slot], self._layout(op, step))
             case OpKind.ATTEND:
                 self._attend(op, step, step.batches[op.batch])
+            case OpKind.ROUTE:
+                self._route(step, op.layer, step.batches[op.batch])
             case OpKind.FINISH:
                 self._finish(step, op.layer, step.batches[op.batch])
             case OpKind.STORE:
@@ -269,9 +273,23 @@ class Forward:
     def _finish(self, step: Pass, layer: int, batch: DeviceBatch) -> None:
         """Finish the layer for a whole group, of which this is the last mini-batch."""
         group = batch.group
+        if group.routed is not None:
+            group.hidden = self._family.finish_routed(step.w, layer, group.routed)
+            group.routed = None
+            return
+        group.hidden = self._family.finish_layer(step.w, layer, group.hidden, self._take_attended(step, group))
+
+    def _route(self, step: Pass, layer: int, batch: DeviceBatch) -> None:
+        """Choose the layer's experts for a whole group, of which this is the last mini-batch."""
+        group = batch.group
+        group.routed = self._family.route(step.w, layer, group.hidden, self._take_attended(step, group))
+        self._prefetcher.expect(group.routed.routes.chosen)
+
+    def _take_attended(self, step: Pass, group: Group) -> torch.Tensor:
+        """What attention gave [n, q]; the projections are used for the last time: one group at a time has room."""
         assert group.projected is not None  # PROJECT comes first
-        group.hidden = self._family.finish_layer(step.w, layer, group.hidden, group.projected.attended)
-        group.projected = step.projected = None  # one group at a time has room for it
+        attended, group.projected, step.projected = group.projected.attended, None, None
+        return attended
 
     def _rebuild(self, w: Weights, layer: int, buffers: Buffers, layout: DeviceLayout) -> None:
         """Rebuild K and V of the cached activations where attention reads them; rows of chunks are copied there."""

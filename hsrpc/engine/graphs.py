@@ -125,8 +125,8 @@ class DecodeGraphs:
 
 
 def can_capture(plan: Plan) -> bool:
-    """Whether graphs can run steps: nothing streams, and blocks that are read in place lie on the device."""
-    return not any(plan.streamed_bytes) and plan.num_blocks[plan.in_place] > 0
+    """Whether graphs can run steps: no weights come from the host, and blocks read in place lie on the device."""
+    return not any(plan.streamed_bytes) and plan.demand is None and plan.num_blocks[plan.in_place] > 0
 
 
 def _batch_sizes(max_size: int) -> list[int]:

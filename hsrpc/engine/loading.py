@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hsrpc.config import WeightCoding, format_bytes
 from hsrpc.device.device import Device
-from hsrpc.engine.weights import LayerWeights, ModelWeights, arrange
+from hsrpc.engine.weights import HostExperts, LayerWeights, ModelWeights, PackedTensor, arrange
 from hsrpc.errors import ConfigError, EngineUnavailableError
 from hsrpc.model.checkpoint import WeightSource
 from hsrpc.model.family import Family
@@ -103,7 +103,33 @@ class _Loader:
 
     def layer(self, number: int) -> LayerWeights:
         self._check_stop()
-        tensors, stays = self.family.layer_tensors(number), self.plan.resident[number]
+        demand, tensors = self.plan.demand, self.family.layer_tensors(number)
+        if demand is None or not demand.counts[number]:
+            return self._others(number, tensors)
+        by_name = {tensor.name: tensor for tensor in tensors}
+        experts = [[by_name.pop(name) for name in names] for names in self.family.expert_names(number)]
+        return replace(self._others(number, tuple(by_name.values())), experts=self._experts(experts))
+
+    def _experts(self, experts: Sequence[Sequence[TensorSpec]]) -> HostExperts:
+        """Experts that come on demand; all are alike, and their packed bytes are their values."""
+        parts: dict[str, tuple[int, PackedTensor]] = {}
+        size = 0
+        for number, tensors in enumerate(experts):
+            packings = ((tensor.name, self._format(tensor).packing(tensor)) for tensor in tensors)
+            placed, size = arrange((name, packing) for name, packing in packings if packing is not None)
+            parts |= {part.name: (number, part) for part in placed}
+
+        def fill(memory: torch.Tensor) -> None:
+            for tensor in (tensor for tensors in experts for tensor in tensors):
+                number, part = parts[tensor.name]
+                self.source.read(tensor, part.open(memory.view(-1, size)[number], memory[:0]))
+
+        memory = self.device.pinned(len(experts) * size, HostUse.STREAMED_WEIGHTS, fill)
+        return HostExperts(memory.view(-1, size), parts)
+
+    def _others(self, number: int, tensors: Sequence[TensorSpec]) -> LayerWeights:
+        """The weights that stay or stream."""
+        stays = self.plan.resident[number]
         kept = [tensor for tensor in tensors if tensor.name in stays]
         resident = {each.name: self._format(each).place(self._read(each, DeviceUse.RESIDENT_WEIGHTS)) for each in kept}
         streamed = [tensor for tensor in tensors if tensor.name not in stays]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from hsrpc.engine.startup import Components
 from hsrpc.engine.stats import EngineStats
@@ -11,6 +12,17 @@ from hsrpc.plan.roofline import StepRecord
 from hsrpc.schedule.blocks import PoolId
 from hsrpc.schedule.scheduler import Scheduler
 from hsrpc.schedule.step import StepCounts
+
+
+class _Moved(NamedTuple):
+    """What was copied and rebuilt."""
+
+    weight_bytes: int
+    cache_bytes: int
+    regenerated_tokens: int
+    expert_hits: int
+    expert_loads: int
+    expert_bytes: int
 
 
 class Meter:
@@ -44,7 +56,7 @@ class Meter:
         """The tokens of a step are there: it took the time since those of the step before, or since `begin`."""
         now, moved = time.monotonic(), self._read_moved()
         seconds, self._began = now - self._began, now
-        weights, cache, regenerated = (new - old for old, new in zip(self._moved, moved, strict=True))
+        new = _Moved(*(each - old for old, each in zip(self._moved, moved, strict=True)))
         self._moved = moved
         self._steps += 1
         self._step_seconds += seconds
@@ -58,15 +70,17 @@ class Meter:
                     prefill_tokens=counts.prefill,
                     recomputed_tokens=counts.recomputed,
                     context_tokens=counts.context,
-                    weight_bytes=weights,
-                    cache_bytes=cache,
-                    regenerated_tokens=regenerated,
+                    weight_bytes=new.weight_bytes,
+                    cache_bytes=new.cache_bytes,
+                    regenerated_tokens=new.regenerated_tokens,
+                    expert_hits=new.expert_hits,
+                    expert_loads=new.expert_loads,
                 )
             )
 
     def stats(self) -> EngineStats:
         """Counters at this moment."""
-        weights, cache, regenerated = self._read_moved()
+        moved = self._read_moved()
         return EngineStats(
             queued=self._scheduler.num_waiting,
             running=self._scheduler.num_running,
@@ -77,15 +91,22 @@ class Meter:
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,
             preemptions=self._scheduler.preemptions,
-            weights_streamed_bytes=weights,
-            cache_loaded_bytes=cache,
-            regenerated_tokens=regenerated,
+            weights_streamed_bytes=moved.weight_bytes,
+            cache_loaded_bytes=moved.cache_bytes,
+            regenerated_tokens=moved.regenerated_tokens,
             recomputed_tokens=self.recomputed_tokens,
+            expert_hits=moved.expert_hits,
+            expert_loads=moved.expert_loads,
+            expert_loaded_bytes=moved.expert_bytes,
             peak_device_bytes=self._components.device.peak_memory,
         )
 
-    def _read_moved(self) -> tuple[int, int, int]:
-        """Weight bytes, cache bytes and regenerated tokens."""
-        components = self._components
-        regenerated = components.executor.forward.regenerated_tokens
-        return components.prefetcher.streamed_bytes, components.cache.loaded_bytes, regenerated
+    def _read_moved(self) -> _Moved:
+        prefetcher, cache, forward = (
+            self._components.prefetcher,
+            self._components.cache,
+            self._components.executor.forward,
+        )
+        return _Moved(
+            prefetcher.streamed_bytes, cache.loaded_bytes, forward.regenerated_tokens, *prefetcher.expert_counts
+        )

@@ -30,5 +30,11 @@ class EngineStats:
     """Rows of K and V rebuilt from activations, each layer counted."""
     recomputed_tokens: int = 0
     """Tokens that steps recomputed because their requests keep no cache; a request's newest token is not counted."""
+    expert_hits: int = 0
+    """Experts that steps needed and found in their slots, each layer counted; none where they do not come on demand."""
+    expert_loads: int = 0
+    """Experts that crossed the bus because steps needed them."""
+    expert_loaded_bytes: int = 0
+    """Bytes of these; `weights_streamed_bytes` has them too."""
     peak_device_bytes: int
     """Bytes of device memory at the peak, as the allocator counts them; 0 on the CPU."""

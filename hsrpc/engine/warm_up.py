@@ -32,7 +32,7 @@ async def warm_up(components: Components, limits: SchedulerLimits) -> None:
         await _step(components, scheduler)
     while await _step(components, scheduler):
         pass
-    components.prefetcher.streamed_bytes = 0
+    components.prefetcher.reset_counts()
     components.cache.loaded_bytes = components.executor.forward.regenerated_tokens = 0
 
 

@@ -1,5 +1,7 @@
 """Layer weights: a part resident on the device, the rest in one pinned buffer a layer, which crosses the bus whole.
 
+Experts that come on demand are neither: they cross the bus one by one.
+
 Each tensor lies in that buffer as its format packs it. What is to be decoded before it is used goes to another buffer
 on the device, the same for all layers, because the compute stream uses them one after the other.
 """
@@ -33,6 +35,20 @@ class PackedTensor(NamedTuple):
         return self.packing.open(self.data(buffer), decoded[self.target : self.target + self.packing.decoded_bytes])
 
 
+class HostExperts(NamedTuple):
+    """The experts of a layer that come on demand, in pinned memory."""
+
+    memory: torch.Tensor
+    """uint8 [E, bytes]: each expert is one piece."""
+    parts: Mapping[str, tuple[int, PackedTensor]]
+    """By name of a tensor its expert, and where in the expert's piece it lies."""
+
+    @property
+    def of_first(self) -> list[PackedTensor]:
+        """The tensors of the first expert: those of all others lie alike."""
+        return [part for expert, part in self.parts.values() if not expert]
+
+
 class OpenedLayer(NamedTuple):
     """A layer's weights as they are multiplied, and what the family adds to them."""
 
@@ -50,6 +66,8 @@ class LayerWeights:
     """Pinned bytes of the tensors that are streamed; None where none is."""
     parts: tuple[PackedTensor, ...]
     """Tensors within `packed`."""
+    experts: HostExperts | None = None
+    """Experts that come on demand; they are not among the others."""
 
     @property
     def bus_bytes(self) -> int:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from hsrpc.model.family import Weights
+from hsrpc.model.family import Routes, Weights
 from hsrpc.model.layers import Affine, Gate, linear_tensors, project
 from hsrpc.model.tensor import Neighbours, Stacked, TensorSpec
 
@@ -71,15 +71,6 @@ class PlacedExperts(NamedTuple):
     """[E, h]"""
     width: int
     """f"""
-
-
-class Routes(NamedTuple):
-    """The experts of each token."""
-
-    weights: torch.Tensor
-    """float32 [n, k]"""
-    chosen: torch.Tensor
-    """int64 [n, k]"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +217,11 @@ class Experts:
             stacked=Stacked(f"{experts}.down_proj", expert, self.count, transposed),
         )
 
+    @property
+    def expert_names(self) -> tuple[tuple[str, ...], ...]:
+        """Names of each expert's tensors."""
+        return tuple((expert_in(expert), expert_out(expert)) for expert in range(self.count))
+
     def tables(self, w: Weights) -> dict[str, torch.Tensor]:
         """Tables of the addresses at which the experts' weights in `w` lie, on their device."""
         device = w[expert_in(0)].device
@@ -236,19 +232,25 @@ class Experts:
         return {IN_TABLE: addresses(expert_in), OUT_TABLE: addresses(expert_out)}
 
     def opened(self, w: Weights) -> Weights:
-        """What the MLP is computed with: `w`, and the tables where it lies on a GPU. The first time kernels compile."""
+        """What the MLP is computed with: `w`, and the tables where it lies on a GPU. The first time kernels compile.
+
+        `w` may have tables, of experts that come on demand, in place of their weights.
+        """
         if not w[ROUTER.weight].is_cuda:
             return w
         from hsrpc.model.kernels import experts as kernels  # loads Triton
 
-        with_tables = {**w, **self.tables(w)}
-        row = w[expert_in(0)].new_zeros((1, w[expert_in(0)].shape[1]))
+        with_tables = w if IN_TABLE in w else {**w, **self.tables(w)}
+        row = w[ROUTER.weight].new_zeros((1, w[ROUTER.weight].shape[1]))
         kernels.compile_products(row, self._placed(with_tables), self.k, self.gate.gating)
         return with_tables
 
-    def of(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
-        """Output [n, h] of the MLP for x [n, h]; `w` is `opened`."""
-        routes = self.routing.of(w, x, self.k)
+    def routes(self, w: Weights, x: torch.Tensor) -> Routes:
+        """The experts of each row of x [n, h]."""
+        return self.routing.of(w, x, self.k)
+
+    def of(self, w: Weights, x: torch.Tensor, routes: Routes) -> torch.Tensor:
+        """Output [n, h] of the MLP for x [n, h]; `w` is `opened`, and has the experts that are chosen."""
         routed = self.on_gpu(w, x, routes) if x.is_cuda else self.one_by_one(w, x, routes)
         return routed if self.shared is None else routed + self._shared(w, x, self.shared)
 

@@ -34,6 +34,25 @@ class Projection(NamedTuple):
     """[n, k+v] as [K|V]. Queries and these may be views of one tensor: rows are strided."""
 
 
+class Routes(NamedTuple):
+    """The experts of each token."""
+
+    weights: torch.Tensor
+    """float32 [n, k]"""
+    chosen: torch.Tensor
+    """int64 [n, k]"""
+
+
+class Routed(NamedTuple):
+    """What a layer with experts makes of attention's output, before it computes with them."""
+
+    after: torch.Tensor
+    """[n, h] what the MLP's output is added to."""
+    x: torch.Tensor
+    """[n, h] input of the MLP."""
+    routes: Routes
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """What a model is, without its weights."""
@@ -84,6 +103,8 @@ class Family(ABC):
 
     size_keys: ClassVar[tuple[str, ...]]
     """Keys of config.json that the shapes of the weights follow from."""
+    expert_tables: ClassVar[tuple[str, ...]] = ()
+    """Names of the tables int64 [E] of addresses that `opened` may find in place of the experts' tensors, in order."""
 
     def __init__(self, spec: ModelSpec, served_context: int | None = None) -> None:
         """Computes `spec` for requests of up to `served_context` tokens; None: of the model's context."""
@@ -125,6 +146,10 @@ class Family(ABC):
     @abstractmethod
     def layer_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
         """Tensors of one decoder layer."""
+
+    def expert_names(self, layer: int) -> Sequence[tuple[str, ...]]:
+        """Names of the tensors of each of the layer's experts: of as many bytes in each. Here it has none."""
+        return ()
 
     def layer_sizes(self, layer: int) -> LayerSizes:
         """Sizes of one decoder layer, in the model's formats; here of one whose attention sees all tokens."""
@@ -187,7 +212,18 @@ class Family(ABC):
 
     @abstractmethod
     def finish_layer(self, w: Weights, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Output of the layer [n, h], from its input `hidden` [n, h] and the attention's output [n, o]."""
+        """Output of the layer [n, h], from its input `hidden` [n, h] and the attention's output [n, o].
+
+        In a layer with experts this is `route`, then `finish_routed`.
+        """
+
+    def route(self, w: Weights, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> Routed:
+        """The first part of `finish_layer`, which needs no expert's weights, in a layer that has experts."""
+        raise NotImplementedError(f"layer {layer} has no experts")
+
+    def finish_routed(self, w: Weights, layer: int, routed: Routed) -> torch.Tensor:
+        """The second part: output of the layer [n, h]. Of the experts, `w` has those that were chosen."""
+        raise NotImplementedError(f"layer {layer} has no experts")
 
     @abstractmethod
     def logits(self, fixed: Weights, hidden: torch.Tensor) -> torch.Tensor:

@@ -92,8 +92,16 @@ def _served(name: str, question: Question) -> Change:
 
 def _with_weight_bits(sizes: ModelSizes, bits: float) -> ModelSizes:
     """The model with so many bits for each weight of its layers, multiplied as they lie."""
-    smaller = {layer: replace(layer, tensors=_tensors(layer, bits)) for layer, _ in sizes.distinct}
+    smaller = {layer: _layer_with_bits(layer, bits) for layer, _ in sizes.distinct}
     return replace(sizes, layers=tuple(smaller[layer] for layer in sizes.layers))
+
+
+def _layer_with_bits(layer: LayerSizes, bits: float) -> LayerSizes:
+    found = replace(layer, tensors=_tensors(layer, bits))
+    if found.experts is None:
+        return found
+    each = sum(tensor.device_bytes for tensor in found.expert_tensors) // found.experts.count
+    return replace(found, experts=replace(found.experts, device_bytes=each))
 
 
 def _tensors(layer: LayerSizes, bits: float) -> tuple[TensorSizes, ...]:

@@ -33,7 +33,14 @@ class Assembly:
         blocks = self._num_blocks(one)
         staging = self._staging(point, one, blocks)
         choices, every_prompt = evaluator.choices, point.batch * evaluator.max_model_len
-        resident, sizes = choices.names[point.choice], model.sizes
+        choice, sizes = choices.choices[point.choice], model.sizes
+        placed, demand = choice.in_sizes(sizes), choice.demand
+        lines = {use: int(size) for use, size in device_bytes(sizes, staging).items()}
+        if demand is not None:
+            lines |= {
+                DeviceUse.EXPERTS: demand.device_bytes,
+                DeviceUse.WORKSPACE: lines[DeviceUse.WORKSPACE] + demand.table_bytes,
+            }
         share = self._share(one)
         closed = as_prediction(point.batch, model.traffic.context, one.times)
         plan = Plan(
@@ -49,11 +56,12 @@ class Assembly:
             recompute=self._recompute(point, one),
             buffers=BufferLimits(point.rows, int(staging.activation_rows), int(staging.queries)),
             costs=_row_costs(sizes, model.hardware),
-            resident=resident,
-            streamed=tuple(layer.streamed(names) for layer, names in zip(sizes.layers, resident, strict=True)),
+            resident=choice.resident,
+            streamed=tuple(layer.streamed(names) for layer, names in zip(placed.layers, choice.resident, strict=True)),
+            demand=demand,
             num_blocks=blocks,
             device_bytes={
-                **{use: int(size) for use, size in device_bytes(sizes, staging).items()},
+                **lines,
                 DeviceUse.RUNTIME: evaluator.budgets.runtime,
                 DeviceUse.WEIGHT_BUFFERS: int(choices.buffers[point.choice]),
                 DeviceUse.RESIDENT_WEIGHTS: int(choices.resident[point.choice]),
@@ -94,9 +102,10 @@ class Assembly:
         staging = Staging(**{item.name: int(getattr(one.staging, item.name)) for item in fields(Staging)})
         if not blocks[PoolId.DEVICE_ACTIVATION] + blocks[PoolId.HOST_ACTIVATION]:
             staging = replace(staging, activation_rows=0)
-        streams = self.evaluator.choices.on_bus[point.choice] > 0
+        choices = self.evaluator.choices
+        waits = choices.on_bus[point.choice] > 0 or choices.on_demand[point.choice] > 0
         pool = PoolId.DEVICE_ACTIVATION if point.absorbed_rows else PoolId.DEVICE_KV
-        has_graphs = blocks[pool] > 0 and not streams
+        has_graphs = blocks[pool] > 0 and not waits
         return staging if has_graphs else replace(staging, graph_batch=0)
 
     def _share(self, one: Evaluation) -> float:

@@ -14,11 +14,14 @@ raw results were kept, their file in benchmarks/results.
 | BOUNDARY_SECONDS | 1e-3 s a step | 1 ms | "The host between and inside steps" |
 | REQUEST_SECONDS | 20e-6 s a request and step | 20 us | "The planner's choice" |
 | HOP_SECONDS | 0.25e-3 s a layer of a mini-batch | 0.25 ms | "Mini-batches and what they cost the host" |
+| CHOICE_SECONDS | 0.1e-3 s a layer of a group | assumed, not measured | |
 | HANDOVER_SECONDS | 0.08e-3 s a layer of a mini-batch | 0.07 to 0.09 ms | "Mini-batches and what they cost the host" |
 """
 
 from __future__ import annotations
 
+CHOICE_SECONDS = 0.1e-3
+"""For each layer whose experts come on demand, and each group: the host learns the choice, and launches the loads."""
 WAITING = 8
 """Bus and GPU take turns with two buffers. Where they take equally long, they wait for each other: by 9 % with this
 exponent, by 1 % where one takes three quarters of the other's time."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsrpc.plan.fitted import PRODUCT_WAITING
+from hsrpc.plan.fitted import CHOICE_SECONDS, PRODUCT_WAITING
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import REGENERATE_ROWS
 from hsrpc.plan.sizes import LayerSizes, ModelSizes, Number
@@ -31,6 +31,20 @@ class LayerTimes:
     def load(self, size: Number) -> Number:
         """`size` bytes from the host."""
         return size / self.hardware.load_bandwidth
+
+    def on_demand(self, tokens: Number, missed: Number, groups: Number = 1.0) -> Number:
+        """The part `missed` of the experts that `tokens` tokens take, once they are chosen; each group loads its own.
+
+        All experts are as likely: trained routers come back to some of them, so that fewer are missed.
+        """
+
+        def loads(layer: LayerSizes) -> Number:
+            if layer.experts is None:
+                return 0.0
+            touched = groups * layer.experts.touched(tokens / groups)
+            return self.load(missed * touched * layer.experts.device_bytes) + groups * CHOICE_SECONDS
+
+        return self.sizes.mean(loads)
 
     def decode_weights(self, traffic: Number) -> Number:
         """Weights for which decoding reads and writes `traffic` bytes of device memory."""

@@ -17,6 +17,8 @@ class DeviceUse(Enum):
     RUNTIME = "runtime"
     WEIGHT_BUFFERS = "weight buffers"
     RESIDENT_WEIGHTS = "resident weights"
+    EXPERTS = "experts on demand"
+    """A line of plans in which there are some."""
     CACHE_BLOCKS = "cache blocks"
     MEASUREMENT = "measurement"
     """Before there is a plan, and given back: no line of one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hsrpc.config import CachePolicy
+from hsrpc.plan.demand import Demand
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.sizes import StreamedSizes, WeightBuffers
@@ -46,6 +47,8 @@ class StepPrediction:
     attention: float
     head: float
     """Logits."""
+    experts: float
+    """Experts that come on demand, and the waiting for the choice of them: beside it neither bus nor GPU works."""
     launch: float
     """Host time to launch the step, beside bus and GPU; 0 where a graph runs it."""
     boundary: float
@@ -100,7 +103,7 @@ class Plan:
     resident: tuple[frozenset[str], ...]
     """Names of the packed tensors that stay on the device, for each layer."""
     streamed: tuple[StreamedSizes, ...]
-    """Sizes of each layer's other tensors, which cross the bus in every step."""
+    """Sizes of each layer's other tensors, which cross the bus in every step; experts on demand are not among them."""
     num_blocks: dict[PoolId, int]
     device_bytes: dict[DeviceUse, int]
     """What the device budget is spent on; for hidden states, workspace, graphs and runtime bounds, else exact."""
@@ -109,6 +112,8 @@ class Plan:
     budgets: Budgets
     prediction: StepPrediction
     hardware: Hardware
+    demand: Demand | None = None
+    """Where experts lie that come on demand; None: they stay or stream as other weights."""
     kv_layers: frozenset[int] = frozenset()
     """Layers in which activation blocks hold K and V, so that nothing is rebuilt there."""
     absorbs: bool = False
@@ -146,6 +151,10 @@ class Plan:
 
     @property
     def resident_share(self) -> float:
-        """Share of the layers' weights that stay on the device."""
-        resident = self.device_bytes[DeviceUse.RESIDENT_WEIGHTS]
-        return resident / (resident + sum(self.streamed_bytes))
+        """Share of the layers' weights that stay on the device; experts in slots are among them."""
+        stays, all_bytes = float(self.device_bytes[DeviceUse.RESIDENT_WEIGHTS]), sum(self.streamed_bytes)
+        all_bytes += self.device_bytes[DeviceUse.RESIDENT_WEIGHTS]
+        if self.demand is not None:
+            stays += self.demand.hit_rate * self.demand.host_bytes
+            all_bytes += self.demand.host_bytes
+        return stays / all_bytes

@@ -15,12 +15,12 @@ from dataclasses import fields, replace
 import numpy as np
 import numpy.typing as npt
 
-from hsrpc.config import CachePolicy, EngineConfig, Placement, format_bytes, parse_bytes
+from hsrpc.config import CachePolicy, EngineConfig, ExpertLoading, Placement, format_bytes, parse_bytes
 from hsrpc.errors import ConfigError
 from hsrpc.plan.build import Assembly
 from hsrpc.plan.cache_policy import decide_cache
 from hsrpc.plan.hardware import Hardware
-from hsrpc.plan.placement import resident_choices
+from hsrpc.plan.placement import ResidentChoices, WeightChoice, demand_choices, streaming_choices
 from hsrpc.plan.plan import Budgets, Plan, StepPrediction
 from hsrpc.plan.search import Bools, Evaluation, Evaluator, Grid, Point
 from hsrpc.plan.sizes import Floats, ModelSizes, Number
@@ -59,7 +59,7 @@ class Planner:
         self.max_model_len = _max_model_len(config, sizes)
         self.decision = decide_cache(config, sizes)
         self.traffic = _traffic(config, sizes, self.max_model_len)
-        self._choices = resident_choices(sizes, self._resident_shares())
+        self._choices = ResidentChoices.of(sizes, _weight_choices(config, sizes, self._resident_shares()))
         self._model = StepModel(sizes, hardware, self.traffic)
 
     def plan(self) -> Plan:
@@ -150,7 +150,7 @@ class Planner:
     def _possible_choices(self, budgets: Budgets) -> npt.NDArray[np.int64]:
         """Choices of resident weights, from many to few, that alone do not exceed a budget; one where all do."""
         choices = self._choices
-        fits = (choices.resident + choices.buffers <= budgets.device - budgets.runtime) & (
+        fits = (choices.resident + choices.buffers + choices.experts <= budgets.device - budgets.runtime) & (
             choices.on_host <= budgets.host
         )
         return (np.flatnonzero(fits) if fits.any() else np.zeros(1, np.int64))[::-1]
@@ -203,7 +203,7 @@ class Planner:
         return ConfigError(
             "host_memory",
             format_bytes(self.budgets.host),
-            f"too small: weights take {format_bytes(self._choices.on_host[0])} less what stays on the device, "
+            f"too small: weights take {format_bytes(self._choices.on_host.max())} less what stays on the device, "
             f"one request at full length {format_bytes(cache)}, the smallest plan {format_bytes(host)}",
             "raise it to that, or raise gpu_memory, or lower max_model_len",
         )
@@ -239,6 +239,17 @@ def _max_model_len(config: EngineConfig, sizes: ModelSizes) -> int:
             "max_model_len", given, f"the model's context has {sizes.context_length} tokens", "give at most that"
         )
     return given or min(sizes.context_length, MODEST_CONTEXT)
+
+
+def _weight_choices(config: EngineConfig, sizes: ModelSizes, shares: tuple[float, ...]) -> list[WeightChoice]:
+    """Those to try; of two that are equal the later one is taken."""
+    on_demand = [] if config.experts is ExpertLoading.STREAM else demand_choices(sizes, shares)
+    if config.experts is not ExpertLoading.DEMAND:
+        return on_demand + streaming_choices(sizes, shares)
+    if not on_demand:
+        problem = "the model has no experts, or they are coded"
+        raise ConfigError("experts", config.experts.value, problem, "use experts=auto, or weight_coding=none")
+    return on_demand
 
 
 def _traffic(config: EngineConfig, sizes: ModelSizes, longest: int) -> Traffic:

@@ -32,8 +32,9 @@ class Question:
         budgets, hardware = self.machine.budgets(self.config), self.machine.hardware
         found: list[tuple[Planner, Plan]] = []
         errors: list[ConfigError] = []
-        for planner in [planner_with_context(sizes, budgets, hardware, self.config) for sizes in self.choices]:
+        for sizes in self.choices:
             try:
+                planner = planner_with_context(sizes, budgets, hardware, self.config)
                 found.append((planner, choose_plan(planner)))
             except ConfigError as error:
                 errors.append(error)

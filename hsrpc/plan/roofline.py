@@ -24,11 +24,15 @@ class StepRecord:
     context_tokens: int
     """Cached tokens attended to, of all requests."""
     weight_bytes: int
-    """Copied to the device."""
+    """Copied to the device; of experts that come on demand those that were loaded."""
     cache_bytes: int
     """Copied to the device."""
     regenerated_tokens: int
     """Each layer counted."""
+    expert_hits: int = 0
+    """Experts on demand that were in a slot, each layer counted."""
+    expert_loads: int = 0
+    """Those that were not."""
 
     @property
     def held_tokens(self) -> int:

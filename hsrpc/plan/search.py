@@ -135,13 +135,14 @@ class Evaluator:
 
     def evaluate(self, grid: Grid) -> Evaluation:
         """Everything about the grid's candidates."""
-        streamed = self.choices.on_bus[grid.choice] / self.sizes.num_layers
+        streamed = self.choices.on_bus_at_most[grid.choice] / self.sizes.num_layers  # by steps with prompts
         chunk, idle_chunk = self._chunks(grid.batch, streamed)
         prompt_queries = self._prompt_queries(chunk, idle_chunk, streamed)
         grid = replace(grid, rows=np.maximum(grid.rows, self._chunk_rows(grid.batch, prompt_queries)))
         staging = self.staging(grid, prompt_queries, idle_chunk)
         device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
-        device_room = device_room - self.choices.resident[grid.choice] - self.choices.buffers[grid.choice]
+        for part in (self.choices.resident, self.choices.buffers, self.choices.experts):
+            device_room = device_room - part[grid.choice]
         host_room = self.budgets.host - self.choices.on_host[grid.choice]
         max_blocks = self._max_blocks(grid.batch)
         device_blocks = np.minimum(self._device_blocks(device_room, grid.device_share), max_blocks)
@@ -328,6 +329,8 @@ class Evaluator:
             batch=grid.batch,
             streamed=self.choices.on_bus[grid.choice] / self.sizes.num_layers,
             decode_traffic=self.choices.decode_traffic[grid.choice] / self.sizes.num_layers,
+            on_demand=self.choices.on_demand[grid.choice],
+            missed=self.choices.missed[grid.choice],
             on_device=self._on_device(grid.batch, device_blocks, traffic.context),
             on_device_at_end=self._on_device(grid.batch, device_blocks, traffic.at_end),
             device_share=grid.device_share,

@@ -33,8 +33,14 @@ def simulated_step(plan: Plan, sizes: ModelSizes, step: StepPrediction, *, recom
 
 def placements(plan: Plan) -> Places:
     """Where each layer's weights are, as planned."""
+    counts = (0,) * len(plan.streamed) if plan.demand is None else plan.demand.counts
     return tuple(
-        LayerPlacement(round(layer.bus_bytes), layer.decode_traffic > 0, number not in plan.kv_layers)
+        LayerPlacement(
+            bus_bytes=round(layer.bus_bytes),
+            is_coded=layer.decode_traffic > 0,
+            rebuilds=number not in plan.kv_layers,
+            on_demand=counts[number] > 0,
+        )
         for number, layer in enumerate(plan.streamed)
     )
 
@@ -56,6 +62,8 @@ class _OpSeconds:
     group: float
     """Projections and the rest of a layer, all but attention."""
     head: float
+    experts: float
+    """In a layer that has some."""
 
     @classmethod
     def of(cls, plan: Plan, layer: LayerTimes, step: StepPrediction, num_groups: int) -> _OpSeconds:
@@ -63,7 +71,8 @@ class _OpSeconds:
         decode = [float(layer.decode_weights(each.decode_traffic)) for each in plan.streamed]
         weights = float(layer.load(sum(each.bus_bytes for each in plan.streamed)))
         each = len(plan.streamed) * step.mini_batches
-        parts = [sizes.seen_part(step.context) for sizes in layer.sizes.layers]
+        layers = layer.sizes.layers
+        parts = [sizes.seen_part(step.context) for sizes in layers]
         return cls(
             load_bandwidth=plan.hardware.load_bandwidth,
             decode=decode,
@@ -74,6 +83,7 @@ class _OpSeconds:
             attend=step.attention / each,
             group=(step.forward - sum(decode)) / (len(plan.streamed) * num_groups),
             head=step.head,
+            experts=step.experts / (num_groups * max(1, sum(layer.experts is not None for layer in layers))),
         )
 
     def __call__(self, op: Op) -> float:
@@ -82,6 +92,8 @@ class _OpSeconds:
                 return (op.part[1] - op.part[0]) / self.load_bandwidth
             case OpKind.LOAD_BLOCKS:
                 return self.blocks * self.seen[op.layer]
+            case OpKind.LOAD_EXPERTS:
+                return self.experts
             case OpKind.DECODE:
                 return self.decode[op.layer]
             case OpKind.PLACE:

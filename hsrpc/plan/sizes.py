@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
@@ -114,6 +114,8 @@ class ExpertSizes:
     count: int
     k: int
     """Experts that a token takes."""
+    names: frozenset[str]
+    """Names of all experts' weight tensors."""
     num_elements: int
     """Elements of one expert's weights."""
     device_bytes: int
@@ -170,6 +172,18 @@ class LayerSizes:
     def largest_first(self) -> tuple[TensorSizes, ...]:
         """The weight tensors by their bytes on the device."""
         return tuple(sorted(self.tensors, key=lambda tensor: -tensor.device_bytes))
+
+    @cached_property
+    def expert_tensors(self) -> tuple[TensorSizes, ...]:
+        """The weight tensors of all experts."""
+        names = frozenset[str]() if self.experts is None else self.experts.names
+        return tuple(tensor for tensor in self.tensors if tensor.name in names)
+
+    @cached_property
+    def without_experts(self) -> LayerSizes:
+        """The layer with its other weights alone."""
+        others = set(self.tensors) - set(self.expert_tensors)
+        return replace(self, tensors=tuple(tensor for tensor in self.tensors if tensor in others))
 
     def resident_bytes(self, names: Collection[str]) -> int:
         """Bytes of the weight tensors of these names on the device."""
@@ -291,6 +305,12 @@ class ModelSizes:
     def distinct(self) -> tuple[tuple[LayerSizes, int], ...]:
         """Layers that differ, and how many there are of each: what is alike is computed once."""
         return tuple(Counter(self.layers).items())
+
+    @cached_property
+    def without_experts(self) -> ModelSizes:
+        """The model with the other weights alone."""
+        others = {layer: layer.without_experts for layer, _ in self.distinct}
+        return replace(self, layers=tuple(others[layer] for layer in self.layers))
 
     @property
     def commonest(self) -> LayerSizes:

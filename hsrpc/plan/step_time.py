@@ -6,6 +6,8 @@ For each layer, of `n` requests with `context` cached tokens each:
     gpu    = forward + recomputed tokens + regeneration + gather + attention
     layer  = max(bus, gpu, launches)        (near the balance of bus and GPU a little more: `beside`)
 
+Experts that come on demand are loaded when nothing else can be done: that time is added to both.
+
 Beyond the paper: resident weights, blocks on the device, the host's launches and step boundary, and the prompts that
 keep coming. Every number may be an array; all are of one layer but those in `StepTimes`.
 """
@@ -57,6 +59,10 @@ class Candidates:
     """Weight bytes that cross the bus, a layer, on average."""
     decode_traffic: Number = 0.0
     """Bytes of device memory that decoding these reads and writes."""
+    on_demand: Number = 0.0
+    """1 where experts come on demand, else 0."""
+    missed: Number = 0.0
+    """Part of the experts that a step needs and that it has to load then."""
     on_device: Number
     """Part of the cached tokens that lies on the device, where requests are as long as expected."""
     on_device_at_end: Number
@@ -88,6 +94,7 @@ class StepTimes:
     gather: Number
     attention: Number
     head: Number
+    experts: Number
     launch: Number
     boundary: Number
     step: Number
@@ -170,6 +177,7 @@ class StepModel:
             "gather": layers * self.layer.gather(gathered, context),
             "attention": layers * self._attention(c, device + host, queries),
             "head": self.layer.head(c.batch),
+            "experts": self._experts(c, queries + recomputed_tokens, groups),
         }
         return self._whole_step(c, times)
 
@@ -188,12 +196,14 @@ class StepModel:
         launch, boundary, shortest = self._host(c, bus, times["mini_batches"])
         # A mini-batch loads while the one before it computes: the step's first load or last compute overlaps nothing.
         boundary = boundary + np.minimum(bus, gpu) / (layers * times["mini_batches"])
-        step = np.maximum(beside(bus, gpu, WAITING), np.maximum(launch, shortest)) + boundary
+        work = beside(bus, gpu, WAITING) + times["experts"]
+        step = np.maximum(work, np.maximum(launch, shortest)) + boundary
         hardware = self.hardware
         parts = np.ceil(c.chunk / c.prompt_queries)
         rest = np.maximum(0.0, times["mini_batches"] - parts)
         launches = layers * (rest * hardware.launch_time + parts * hardware.prompt_launch_time)
-        with_chunk = np.maximum(np.maximum(bus, launches), gpu + c.chunk * (layers * self.chunk_token)) + boundary
+        with_chunk = np.maximum(bus, gpu + c.chunk * (layers * self.chunk_token))
+        with_chunk = np.maximum(with_chunk + self._experts(c, c.batch + c.chunk), launches) + boundary
         # Requests come and go: prompts beside, and room for their outputs to grow.
         tokens = c.batch * self.traffic.context
         later_host = _tiers(tokens, c.on_device_at_end, c.recomputed)[1]
@@ -202,7 +212,8 @@ class StepModel:
         later_bus = self._both_ways(later_bus, self._store(c, later_host / tokens))
         later_launch, later_boundary, _ = self._host(c, later_bus, times["mini_batches"])
         later_boundary = later_boundary + np.minimum(later_bus, gpu) / (layers * times["mini_batches"])
-        later = np.maximum(beside(later_bus, gpu + prefill, WAITING), later_launch) + later_boundary
+        later = beside(later_bus, gpu + prefill, WAITING) + self._mean_experts(c, times["experts"])
+        later = np.maximum(later, later_launch) + later_boundary
         # Where more prompt tokens come in than a chunk takes, newcomers wait and the batch is not full.
         queueing = np.maximum(1.0, prompts / np.maximum(c.chunk, 1.0))
         return StepTimes(
@@ -218,6 +229,23 @@ class StepModel:
     def _bus(self, c: Candidates, host: Number, mini_batches: Number) -> Number:
         load = self.layer.load(c.streamed + host * seen_bytes(self.sizes, self.traffic.context, c.host_share))
         return load + np.where(load > 0, mini_batches * self.hardware.handover_time, 0.0)
+
+    def _experts(self, c: Candidates, tokens: Number, groups: Number = 1.0) -> Number:
+        """All layers' seconds for the experts of `tokens` tokens, where they come on demand."""
+        found: Number = self.sizes.num_layers * c.on_demand * self.layer.on_demand(tokens, c.missed, groups)
+        return found
+
+    def _mean_experts(self, c: Candidates, decoding: Number) -> Number:
+        """As `_experts` of `decoding` alone, in the steps that have no prompt beside, and with a chunk in the others.
+
+        Prompts come in as requests end: so many steps have a chunk, if each prompt has chunks of its own.
+        """
+        traffic = self.traffic
+        chunk = np.minimum(np.maximum(c.chunk, 1.0), max(1, traffic.prompt))
+        part = np.minimum(1.0, c.batch * np.ceil(traffic.prompt / chunk) / traffic.output)
+        with_chunk = np.maximum(decoding, self._experts(c, c.batch + chunk))
+        found: Number = (1 - part) * decoding + part * with_chunk
+        return found
 
     def _contended(self, bus: Number, gemms: Number) -> Number:
         """Seconds that copies of `bus` seconds take beside products of `gemms` seconds, which slow them down."""
@@ -243,7 +271,7 @@ class StepModel:
         launch = self.sizes.num_layers * mini_batches * each
         boundary = hardware.boundary_time + c.batch * hardware.request_time
         exposed = np.maximum(0.0, boundary - BUFFERS * self.layer.load(c.streamed))
-        on_device = (bus == 0) & (c.recomputed == 0)
+        on_device = (bus == 0) & (c.recomputed == 0) & (c.on_demand == 0)
         has_graph = on_device & ((c.device_share == 0) | c.absorbs)
         return (
             np.where(has_graph, 0.0, launch),

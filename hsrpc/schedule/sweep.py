@@ -8,6 +8,9 @@ A layer is computed mini-batch by mini-batch. The n-th mini-batch of a step, cou
 buffer `n mod 2`; the j-th streamed layer uses weight buffer `j mod 2`, counted on from step to step. Weights of the
 next step's first layers are the tail of this step's list.
 
+Where experts come on demand, a layer is finished in two: the router chooses, and what it chose is loaded, before the
+rest is computed. Weights that are known to be wanted go before them.
+
 The bus takes blocks and weights in turns: between the blocks of two mini-batches goes a part of the weights that are
 wanted next. Blocks are wanted at once, and their buffers come free while the layer computes; weights are wanted a layer
 later. Sent whole, a layer's weights would keep the blocks waiting, and then the bus would wait for the blocks' buffers.
@@ -52,6 +55,9 @@ class OpKind(Enum):
     """A part of a layer's weights, from pinned memory to a weight buffer."""
     LOAD_BLOCKS = "load_blocks"
     """A mini-batch's cached rows of a layer, from the host's pools to a cache buffer."""
+    LOAD_EXPERTS = "load_experts"
+    """The experts that a group of mini-batches needs of a layer and that are not on the device; the host waits for the
+    router's choice."""
     EMBED = "embed"
     """The step's arrays to the device, and the input of the first layer."""
     DECODE = "decode"
@@ -64,6 +70,8 @@ class OpKind(Enum):
     """K and V of cached activations."""
     ATTEND = "attend"
     """A mini-batch's attention."""
+    ROUTE = "route"
+    """A group of mini-batches after attention, up to the choice of experts, which goes to the host."""
     FINISH = "finish"
     """The rest of a layer for a group of mini-batches."""
     STORE = "store"
@@ -82,8 +90,13 @@ class OpKind(Enum):
         return _STREAMS.get(self, Stream.COMPUTE)
 
 
-_LANES = {OpKind.LOAD_WEIGHTS: Lane.WEIGHTS, OpKind.LOAD_BLOCKS: Lane.CACHE}
-_STREAMS = {OpKind.LOAD_WEIGHTS: Stream.LOAD, OpKind.LOAD_BLOCKS: Stream.LOAD, OpKind.STORE: Stream.STORE}
+_LANES = {OpKind.LOAD_WEIGHTS: Lane.WEIGHTS, OpKind.LOAD_EXPERTS: Lane.WEIGHTS, OpKind.LOAD_BLOCKS: Lane.CACHE}
+_STREAMS = {
+    OpKind.LOAD_WEIGHTS: Stream.LOAD,
+    OpKind.LOAD_EXPERTS: Stream.LOAD,
+    OpKind.LOAD_BLOCKS: Stream.LOAD,
+    OpKind.STORE: Stream.STORE,
+}
 
 
 class Op(NamedTuple):
@@ -92,7 +105,7 @@ class Op(NamedTuple):
     kind: OpKind
     layer: int = -1
     batch: int = -1
-    """Mini-batch; of a group the first for PROJECT, the last for FINISH."""
+    """Mini-batch; of a group the first for PROJECT, the last for ROUTE, LOAD_EXPERTS and FINISH."""
     slot: int = -1
     """Weight buffer (LOAD_WEIGHTS, DECODE, PROJECT) or cache buffer (LOAD_BLOCKS, PLACE, REBUILD, ATTEND)."""
     part: tuple[int, int] = (0, 0)
@@ -115,6 +128,8 @@ class LayerPlacement(NamedTuple):
     """Some of them are decoded on the device."""
     rebuilds: bool = True
     """Activation blocks hold activations in this layer; else K and V, of which nothing is to be rebuilt."""
+    on_demand: bool = False
+    """Its experts come once they are chosen; they are not among the `bus_bytes`."""
 
 
 class BatchShape(NamedTuple):
@@ -194,24 +209,40 @@ def sweep(layers: Places, batches: tuple[BatchShape, ...], carried: Carried = NO
     return builder.merged()
 
 
-class _Ref(NamedTuple):
-    """An operation by its place in its lane; those of the list before have no lane and a number below 0."""
+class _Queue(IntEnum):
+    """Operations of one order among themselves; where several could be next, that of the smallest number is."""
 
-    lane: Lane | None
+    BLOCKS = 0
+    EXPERTS = 1
+    WEIGHTS = 2
+    COMPUTE = 3
+
+
+_QUEUES = {
+    OpKind.LOAD_BLOCKS: _Queue.BLOCKS,
+    OpKind.LOAD_EXPERTS: _Queue.EXPERTS,
+    OpKind.LOAD_WEIGHTS: _Queue.WEIGHTS,
+}
+
+
+class _Ref(NamedTuple):
+    """An operation by its place in its queue; those of the list before have no queue and a number below 0."""
+
+    queue: _Queue | None
     number: int
 
 
 class _Builder:
-    """Fills the three lanes, then makes one list of them."""
+    """Fills the queues, then makes one list of them."""
 
     def __init__(self, layers: Places, batches: tuple[BatchShape, ...], carried: Carried) -> None:
         self._layers = layers
         self._batches = batches
         self._carried = carried
-        self._lanes: dict[Lane, list[tuple[Op, tuple[_Ref, ...]]]] = {lane: [] for lane in Lane}
+        self._queues: dict[_Queue, list[tuple[Op, tuple[_Ref, ...]]]] = {queue: [] for queue in _Queue}
         self._streamed = [number for number, layer in enumerate(layers) if layer.bus_bytes]
         loading = [n for n in range(len(layers) * len(batches)) if batches[n % len(batches)].loads]
-        self._loads = {n: _Ref(Lane.CACHE, number) for number, n in enumerate(loading)}
+        self._loads = {n: _Ref(_Queue.BLOCKS, number) for number, n in enumerate(loading)}
         """Loads of blocks by the number n of the mini-batch in the step."""
         self._attends: list[_Ref] = []
         self._finishes: list[_Ref] = []
@@ -243,34 +274,35 @@ class _Builder:
     def merged(self) -> OpList:
         """One list: loads as early as what they come after allows, blocks before weights, and in this order."""
         numbers: dict[_Ref, int] = {}
-        done = dict.fromkeys(Lane, 0)
+        done = dict.fromkeys(_Queue, 0)
         ops: list[Op] = []
         last_load: int | None = None
-        while len(ops) < sum(map(len, self._lanes.values())):
-            lane = next(lane for lane in (Lane.CACHE, Lane.WEIGHTS, Lane.COMPUTE) if self._is_ready(lane, done))
-            op, refs = self._lanes[lane][done[lane]]
-            after = {ref.number if ref.lane is None else numbers[ref] for ref in refs}
+        while len(ops) < sum(map(len, self._queues.values())):
+            queue = next(queue for queue in _Queue if self._is_ready(queue, done))
+            op, refs = self._queues[queue][done[queue]]
+            after = {ref.number if ref.queue is None else numbers[ref] for ref in refs}
             if op.kind.stream is Stream.LOAD:  # the tasks that share the bus take their turns
-                if last_load is not None and ops[last_load].kind.lane is not lane:
+                if last_load is not None and ops[last_load].kind.lane is not op.kind.lane:
                     after.add(last_load)
                 last_load = len(ops)
-            numbers[_Ref(lane, done[lane])] = len(ops)
-            done[lane] += 1
+            numbers[_Ref(queue, done[queue])] = len(ops)
+            done[queue] += 1
             ops.append(op._replace(after=tuple(sorted(after))))
         num_streamed = len(self._streamed)
         loaded = tuple(numbers[ref] - len(ops) for ref in self._weights[num_streamed:])
         return OpList(tuple(ops), Carried(self._slot(num_streamed), loaded))
 
-    def _is_ready(self, lane: Lane, done: dict[Lane, int]) -> bool:
-        if done[lane] == len(self._lanes[lane]):
+    def _is_ready(self, queue: _Queue, done: dict[_Queue, int]) -> bool:
+        if done[queue] == len(self._queues[queue]):
             return False
-        _, after = self._lanes[lane][done[lane]]
-        return all(ref.lane is None or ref.number < done[ref.lane] for ref in after)
+        _, after = self._queues[queue][done[queue]]
+        return all(ref.queue is None or ref.number < done[ref.queue] for ref in after)
 
     def _add(self, op: Op, *after: _Ref) -> _Ref:
-        lane = self._lanes[op.kind.lane]
-        lane.append((op, after))
-        return _Ref(op.kind.lane, len(lane) - 1)
+        name = _QUEUES.get(op.kind, _Queue.COMPUTE)
+        queue = self._queues[name]
+        queue.append((op, after))
+        return _Ref(name, len(queue) - 1)
 
     def _slot(self, number: int) -> int:
         """Weight buffer of the streamed layer of that number."""
@@ -293,9 +325,16 @@ class _Builder:
         if shape.stores:
             self._add(Op(OpKind.STORE, layer, batch), self._attends[-1])
         if is_last:
-            finish = self._add(Op(OpKind.FINISH, layer, batch))
+            finish = self._add(Op(OpKind.FINISH, layer, batch), *self._experts(layer, batch))
             if batch == len(self._batches) - 1:
                 self._finishes.append(finish)
+
+    def _experts(self, layer: int, batch: int) -> tuple[_Ref, ...]:
+        """What completes the experts of a layer for the group that ends with `batch`; nothing where they are there."""
+        if not self._layers[layer].on_demand:
+            return ()
+        chosen = self._add(Op(OpKind.ROUTE, layer, batch))
+        return (self._add(Op(OpKind.LOAD_EXPERTS, layer, batch), chosen),)
 
     def _layer_weights(self, layer: int) -> tuple[_Ref, ...]:
         """What completes the weights of a layer; nothing where they lie on the device."""

@@ -39,6 +39,12 @@ POLICIES = [
     {"cache_policy": "auto", "activation_share": None},
     {"cache_policy": "recompute", "activation_share": None},
 ]
+DEMAND = [
+    STREAMED | {"experts": "demand"},
+    {"gpu_memory": "1GiB", "host_memory": "64MiB", "experts": "demand", "resident_share": 0.6},
+    None,
+]
+"""No slots, some, and budgets as small as can be."""
 MANY = {"name": "many", "cache_policy": "hybrid", "max_batch": 16, "expected_context": 100}
 """A step has several mini-batches where buffers are small."""
 ANEW = {"name": "anew", "cache_policy": "hybrid", "expected_context": 90, "recompute_share": 0.5}
@@ -139,9 +145,9 @@ def transient(monkeypatch: pytest.MonkeyPatch) -> TransientDevice:
     packed, in_place, send = Attention.packed, Attention.in_place, Uploads.send
 
     def as_on_a_gpu(attend: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
-        def call(*args: object) -> torch.Tensor | None:
+        def call(*args: object, **named: object) -> torch.Tensor | None:
             with _disable_current_modes():
-                found = attend(*args)
+                found = attend(*args, **named)
             return None if found is None else found.clone()
 
         return call
@@ -201,6 +207,24 @@ async def test_what_is_allocated_is_what_was_planned(
         await run(engine, made.prompts[:4], greedy(12))
         assert taken(device) == without(lines(engine.plan))
         assert (DeviceUse.WEIGHT_BUFFERS in taken(device)) == (placement is not RESIDENT)
+
+
+@pytest.mark.parametrize("placement", DEMAND, ids=["host", "slots", "small"])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy["cache_policy"])
+async def test_experts_on_demand_take_what_was_planned(
+    policy: dict[str, object],
+    placement: dict[str, object] | None,
+    device: PeakDevice,
+    reference: Callable[[str], Reference],
+) -> None:
+    """Slots, the area that the layers share, and the host's copies."""
+    made = reference("qwen3-moe")
+    config = config_for(made, **policy, **placement) if placement else tight(made, experts="demand", **policy)
+    async with Engine(config) as engine:
+        assert taken(device) == without(lines(engine.plan))
+        await run(engine, made.prompts[:4], greedy(12))
+        assert taken(device) == without(lines(engine.plan))
+        assert taken(device)[DeviceUse.EXPERTS] == engine.plan.demand.device_bytes
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=["host", "resident", "a part"])

@@ -30,6 +30,7 @@ POLICIES = [
 def config_for(reference: Reference, **settings: object) -> EngineConfig:
     """Prompts longer than a prefill chunk, and room for a third of what the requests grow to."""
     base = {"max_batch": 6, "max_model_len": 128, "max_prefill_tokens": 24, "expected_context": 24, "device": "cpu"}
+    base["experts"] = "stream"  # on demand: tests/engine/test_demand.py
     config = EngineConfig(model=str(reference.directory), **(base | settings))
     return replace(config, min_batch=config.max_batch)
 

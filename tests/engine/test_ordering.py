@@ -182,6 +182,22 @@ async def absorbing(made: Reference) -> None:
         assert engine.stats().cache_loaded_bytes > 0
 
 
+async def chosen_experts(made: Reference) -> None:
+    """Experts come on demand, the other weights stay: one thread waits for the choice."""
+    config = config_for(made, experts="demand", resident_share=0.6, gpu_memory="1GiB", host_memory="64MiB")
+    async with Engine(config) as engine, asyncio.timeout(60):
+        await crowd(engine, made)
+        assert engine.stats().expert_loads > engine.stats().expert_hits > 0
+
+
+async def chosen_experts_and_streaming(made: Reference) -> None:
+    """The other weights and blocks cross the bus beside them; some requests keep no cache, so steps have groups."""
+    config = tight(made, experts="demand", recompute_share=0.6, expected_context=90)
+    async with Engine(config) as engine, asyncio.timeout(60):
+        await crowd(engine, made)
+        assert engine.stats().weights_streamed_bytes > engine.stats().expert_loaded_bytes > 0
+
+
 Scenario = Callable[[Reference], Awaitable[None]]
 SCENARIOS: list[Scenario] = [
     streaming,
@@ -200,14 +216,19 @@ SCENARIOS: list[Scenario] = [
     window,
     windows,
     absorbing,
+    chosen_experts,
+    chosen_experts_and_streaming,
 ]
 
 LAUNCH = "engine.lanes.StepRun.launch"
 """Waits for the events that the step's list asks for, each kind of which is left out by itself: see `EDGES`."""
 
+CHOICE = "host waits for compute in engine.tasks.experts.ExpertLoader.load"
+
 SHOWN: dict[str, Scenario] = {
     "compute waits for load in engine.tasks.executor.Executor._join_streams": out_of_memory_weights_resident,
     "host waits for all in engine.startup._open_once": streaming,
+    CHOICE: chosen_experts,
     "host waits for compute in model.sampler.PendingSample.result": streaming,
     "load waits for compute in engine.lanes.StepRun.hold_loads": out_of_memory,
     "load waits for store in engine.lanes.StepRun.hold_loads": streaming,
@@ -230,14 +251,21 @@ EDGES: dict[tuple[OpKind, OpKind], Scenario] = {
     (OpKind.ATTEND, OpKind.STORE): streaming,
     (OpKind.FINISH, OpKind.LOAD_WEIGHTS): streaming,
     (OpKind.LOAD_BLOCKS, OpKind.PLACE): streaming,
+    (OpKind.LOAD_EXPERTS, OpKind.FINISH): chosen_experts,
     (OpKind.LOAD_WEIGHTS, OpKind.DECODE): coded_bfloat16,
     (OpKind.LOAD_WEIGHTS, OpKind.PROJECT): streaming,
 }
 """Which kind of operation waits for which, first the one that is waited for; a scenario that goes wrong without it."""
 
 
+CHOSEN = (OpKind.ROUTE, OpKind.LOAD_EXPERTS)
+"""The edge that the host waits for as well: it has to know what was chosen."""
+
+
 def reference_of(scenario: Scenario, reference: Callable[[str], Reference]) -> Reference:
-    return reference({window: "mistral-window", windows: "ministral", absorbing: "deepseek-v2"}.get(scenario, "opt"))
+    models = {window: "mistral-window", windows: "ministral", absorbing: "deepseek-v2"}
+    models |= dict.fromkeys((chosen_experts, chosen_experts_and_streaming), "qwen3-moe")
+    return reference(models.get(scenario, "opt"))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
@@ -275,11 +303,12 @@ async def test_what_is_said_to_order_nothing_orders_nothing(site: str, reference
 
 def test_every_edge_of_a_list_is_known() -> None:
     """Operations of different streams wait for one another in no other way."""
-    placements = tuple(LayerPlacement(2**26, is_coded=number % 2 > 0) for number in range(5))
+    kinds = [(number % 2 > 0, number > 2) for number in range(5)]
+    placements = tuple(LayerPlacement(2**26, is_coded=coded, on_demand=demand) for coded, demand in kinds)
     batches = tuple(BatchShape(group, loads=True, rebuilds=True, stores=True) for group in (0, 0, 1))
     ops = sweep(placements, batches).ops
     found = {(ops[before].kind, op.kind) for op in ops for before in op.after if crosses(op.kind, ops[before].kind)}
-    assert found == EDGES.keys()
+    assert found == EDGES.keys() | {CHOSEN}
 
 
 @pytest.mark.parametrize(
@@ -298,3 +327,15 @@ async def test_without_an_edge_there_is_a_race(
     monkeypatch.setattr(lanes, "crosses", lambda kind, first: crosses(kind, first) and (first, kind) != (before, after))
     with pytest.raises(RaceError), ordered_devices():
         await scenario(reference_of(scenario, reference))
+
+
+async def test_experts_are_not_overwritten_before_their_last_reader(
+    reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A choice is behind all that used experts before it: loads that wait neither for it nor for its event race."""
+    made = reference_of(chosen_experts, reference)
+    monkeypatch.setattr(lanes, "crosses", lambda kind, first: crosses(kind, first) and (first, kind) != CHOSEN)
+    races = await run_without(CHOICE, chosen_experts, made)
+    assert any(race.startswith("experts on demand") and "write by copy_runs" in race for race in races)
+    with ordered_devices():  # the host's wait alone orders all
+        await chosen_experts(made)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hsrpc.model.experts import CORRECTION, ROUTER, Experts, Routes, Routing, Scoring, expert_in, expert_out
+from hsrpc.model.experts import CORRECTION, ROUTER, Experts, Routing, Scoring, expert_in, expert_out
+from hsrpc.model.family import Routes
 from hsrpc.model.kernels import experts as kernels
 from hsrpc.model.kernels.experts import FEW, MANY, SOME, Tiles, choose_tiles, route, sort_choices
 from hsrpc.model.layers import Activation, ClampedGate, Gate

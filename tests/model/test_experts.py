@@ -58,7 +58,7 @@ def equal_to(module: nn.Module, experts: Experts, directory) -> None:
     with torch.inference_mode():
         expected = module(x[None])
     expected = expected[0] if isinstance(expected, tuple) else expected
-    torch.testing.assert_close(experts.of(w, x), expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(experts.of(w, x, experts.routes(w, x)), expected[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -175,15 +175,15 @@ def test_no_rows_and_one_expert():
     w = {name: torch.randn(shape) for name, shape in [("expert_2_in", (16, SIZE)), ("expert_2_out", (SIZE, 8))]}
     w[ROUTER.weight] = torch.tensor([[0.0], [0.0], [1.0]]).expand(3, SIZE)
     x = torch.rand(5, SIZE) + 0.1
-    assert experts.of(w, x[:0]).shape == (0, SIZE)
+    assert experts.of(w, x[:0], experts.routes(w, x[:0])).shape == (0, SIZE)
     probability = (x.sum(-1).exp() / (x.sum(-1).exp() + 2))[:, None]
     expected = Activation.SILU.gated(x @ w["expert_2_in"].t()) @ w["expert_2_out"].t()
-    torch.testing.assert_close(experts.of(w, x), expected * probability)
+    torch.testing.assert_close(experts.of(w, x, experts.routes(w, x)), expected * probability)
 
 
 def test_experts_that_tokens_touch():
     """On average: k for one token, and nearly all for many."""
-    sizes = ExpertSizes(count=128, k=8, num_elements=10, device_bytes=20)
+    sizes = ExpertSizes(count=128, k=8, names=frozenset(), num_elements=10, device_bytes=20)
     assert sizes.touched(1) == pytest.approx(8)
     assert sizes.touched(0) == 0
     assert sizes.touched(2) == pytest.approx(8 + 8 * 120 / 128)

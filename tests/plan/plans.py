@@ -21,7 +21,7 @@ from hsrpc.model.formats.choice import uniform
 from hsrpc.model.formats.lossless import Lossless
 from hsrpc.model.spec import in_formats, named_spec
 from hsrpc.plan.hardware import Hardware
-from hsrpc.plan.plan import Budgets, Plan
+from hsrpc.plan.plan import Budgets, Plan, StepPrediction
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at
 from hsrpc.plan.roofline import StepRecord, roofline
@@ -117,8 +117,8 @@ def _facts(plan: Plan, sizes: ModelSizes) -> Iterator[tuple[str, object]]:
     yield "blocks", {pool.name.lower(): count for pool, count in plan.num_blocks.items()}
     yield "device", {use.value: size for use, size in plan.device_bytes.items()}
     yield "host", {use.value: size for use, size in plan.host_bytes.items()}
-    yield "step", asdict(plan.prediction)
-    yield "step at 300 tokens", asdict(predict_at(plan, sizes, 300))
+    yield "step", _parts(plan.prediction)
+    yield "step at 300 tokens", _parts(predict_at(plan, sizes, 300))
     record = StepRecord(
         seconds=1.0,
         num_requests=40,
@@ -131,6 +131,11 @@ def _facts(plan: Plan, sizes: ModelSizes) -> Iterator[tuple[str, object]]:
         regenerated_tokens=123_456,
     )
     yield "roofline", astuple(roofline(record, sizes, plan.hardware))
+
+
+def _parts(step: StepPrediction) -> dict[str, float]:
+    """All of a step's, and time for experts where it takes any."""
+    return {name: value for name, value in asdict(step).items() if value or name != "experts"}
 
 
 def _streamed(plan: Plan, sizes: ModelSizes) -> Iterator[str]:

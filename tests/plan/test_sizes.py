@@ -26,7 +26,11 @@ def experts(layer: LayerSizes) -> LayerSizes:
     mlp = [tensor for tensor in layer.tensors if tensor.name in ("up", "down")]
     elements = sum(tensor.num_elements for tensor in mlp) // NUM_EXPERTS
     of_experts = ExpertSizes(
-        count=NUM_EXPERTS, k=NUM_ACTIVE, num_elements=elements, device_bytes=elements * layer.compute_bytes
+        count=NUM_EXPERTS,
+        k=NUM_ACTIVE,
+        names=frozenset({"up", "down"}),
+        num_elements=elements,
+        device_bytes=elements * layer.compute_bytes,
     )
     return replace(layer, ffn_size=layer.ffn_size * NUM_ACTIVE // NUM_EXPERTS, experts=of_experts)
 

@@ -31,7 +31,7 @@ from hsrpc.schedule.sweep import (
 )
 
 MIB = 2**20
-READS_WEIGHTS = {OpKind.DECODE, OpKind.PROJECT, OpKind.REBUILD, OpKind.FINISH}
+READS_WEIGHTS = {OpKind.DECODE, OpKind.PROJECT, OpKind.REBUILD, OpKind.ROUTE, OpKind.FINISH}
 READS_BLOCKS = {OpKind.REBUILD, OpKind.ATTEND}
 
 placements = st.builds(
@@ -39,6 +39,7 @@ placements = st.builds(
     bus_bytes=st.sampled_from((0, 1, 5 * MIB, 40 * MIB, 300 * MIB)),
     is_coded=st.booleans(),
     rebuilds=st.booleans(),
+    on_demand=st.booleans(),
 )
 
 
@@ -184,6 +185,35 @@ def test_stores_follow_what_they_store(run: Steps) -> None:
         if op.kind is OpKind.STORE:
             ops = run.lists[key[0]].ops
             assert any(ops[a].kind is OpKind.ATTEND and ops[a].place == op.place for _, a in before[key] if _ == key[0])
+
+
+@given(run=steps())
+def test_experts_are_loaded_between_choice_and_use(run: Steps) -> None:
+    """For each group of a layer whose experts come on demand: its choice, its experts, its end, one after the other.
+
+    The choice comes after all that uses experts before it: their places may be written over once it is known.
+    """
+    before, used = run.before(), set[tuple[int, int]]()
+    for key, op in run.ops:
+        if op.kind in (OpKind.ROUTE, OpKind.LOAD_EXPERTS):
+            assert run.layers[op.layer].on_demand
+        if op.kind is OpKind.LOAD_EXPERTS:
+            (route,) = (a for a in op.after if run.lists[key[0]].ops[a].kind is OpKind.ROUTE)
+            assert run.lists[key[0]].ops[route].place == op.place
+            assert used <= before[key[0], route]
+        if op.kind is OpKind.FINISH and run.layers[op.layer].on_demand:
+            (load,) = op.after
+            assert run.lists[key[0]].ops[load][:3] == (OpKind.LOAD_EXPERTS, *op.place)
+            used.add(key)
+
+
+def test_weights_that_are_known_to_be_wanted_go_before_experts() -> None:
+    """While a layer's choice is awaited, the weights of the next one cross the bus."""
+    layers = (LayerPlacement(MIB, on_demand=True),) * 4
+    loads = [op for op in sweep(layers, (BatchShape(),)).ops if op.kind.stream is Stream.LOAD]
+    order = [(op.kind is OpKind.LOAD_EXPERTS, op.layer) for op in loads]
+    assert order.index((False, 2)) < order.index((True, 1))
+    assert [layer for is_experts, layer in order if is_experts] == [0, 1, 2, 3]
 
 
 @given(layers=models, shapes=batches())

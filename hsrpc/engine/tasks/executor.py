@@ -180,6 +180,8 @@ class Executor:
             match op.kind:
                 case OpKind.LOAD_BLOCKS:
                     self._cache.launch(op)
+                case OpKind.LOAD_EXPERTS:
+                    self._prefetcher.launch(op)
                 case OpKind.EMBED:
                     state.on_device = self.forward.upload(step.mini_batches, step.ops.group_starts)
                     self.forward.launch(op, state.on_device)

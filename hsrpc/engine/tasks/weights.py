@@ -8,12 +8,13 @@ import torch
 
 from hsrpc.device.device import Device
 from hsrpc.engine.lanes import StepRun
+from hsrpc.engine.tasks.experts import ExpertCounts, ExpertLoader
 from hsrpc.engine.weights import ModelWeights, OpenedLayer
 from hsrpc.engine.worker import Worker
 from hsrpc.model.family import Family
 from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import Plan
-from hsrpc.schedule.sweep import BUFFERS, Lane, LayerPlacement, Op, Places
+from hsrpc.schedule.sweep import BUFFERS, Lane, LayerPlacement, Op, OpKind, Places
 
 
 class WeightPrefetcher:
@@ -21,7 +22,7 @@ class WeightPrefetcher:
 
     def __init__(self, weights: ModelWeights, plan: Plan, device: Device, family: Family) -> None:
         self.streamed_bytes = 0
-        """Copied to the device since the start."""
+        """Copied to the device since the start, experts on demand among them."""
         self.steps: asyncio.Queue[StepRun] = asyncio.Queue(1)
         self._layers = weights.layers
         self._device = device
@@ -31,11 +32,28 @@ class WeightPrefetcher:
         self._decoded = self._buffer(plan.decode_buffer_bytes)
         self._open: dict[tuple[int, int], OpenedLayer] = {}
         """Opened layers by layer and buffer."""
+        self._experts: ExpertLoader | None = None
+        if plan.demand is not None:
+            experts = [layer.experts for layer in weights.layers]
+            self._experts = ExpertLoader(experts, plan.demand, device, family.expert_tables)
 
     @property
     def places(self) -> Places:
         """Placement of each layer's weights."""
-        return tuple(LayerPlacement(each.bus_bytes, each.is_decoded) for each in self._layers)
+        return tuple(
+            LayerPlacement(each.bus_bytes, each.is_decoded, on_demand=each.experts is not None) for each in self._layers
+        )
+
+    @property
+    def expert_counts(self) -> ExpertCounts:
+        """Experts that came on demand since the start."""
+        return ExpertCounts() if self._experts is None else self._experts.counts
+
+    def reset_counts(self) -> None:
+        """Count from 0 again."""
+        self.streamed_bytes = 0
+        if self._experts is not None:
+            self._experts.counts = ExpertCounts()
 
     def _buffer(self, size: int) -> torch.Tensor:
         return self._device.empty((size,), torch.uint8, DeviceUse.WEIGHT_BUFFERS)
@@ -47,11 +65,23 @@ class WeightPrefetcher:
                 await (await self.steps.get()).run(Lane.WEIGHTS, worker, self.launch)
 
     def launch(self, op: Op) -> None:
-        """Load a part of a layer's weights to a buffer, on the current stream."""
+        """Load a part of a layer's weights to a buffer, or the experts that were chosen, on the current stream."""
+        if op.kind is OpKind.LOAD_EXPERTS:
+            self.streamed_bytes += self._on_demand.load(op.layer)
+            return
         packed, (start, end) = self._layers[op.layer].packed, op.part
         assert packed is not None  # only streamed layers are in the list
         self._device.load_bytes(self._buffers[op.slot][start:end], packed[start:end])
         self.streamed_bytes += end - start
+
+    def expect(self, chosen: torch.Tensor) -> None:
+        """Let the experts [n, k] be loaded next that the router has chosen, on the current stream."""
+        self._on_demand.expect(chosen)
+
+    @property
+    def _on_demand(self) -> ExpertLoader:
+        assert self._experts is not None  # else the list does not ask for it
+        return self._experts
 
     def open(self, layer: int, slot: int) -> OpenedLayer:
         """A layer's weights, in that buffer where they are streamed: made once, for it takes long."""
@@ -65,4 +95,5 @@ class WeightPrefetcher:
         opened = OpenedLayer(weights.resident, ())
         if weights.packed is not None:
             opened = weights.open(self._buffers[slot], self._decoded)
-        return opened._replace(tensors=self._family.opened(layer, opened.tensors))
+        tensors = opened.tensors if weights.experts is None else self._on_demand.with_experts(layer, opened.tensors)
+        return opened._replace(tensors=self._family.opened(layer, tensors))

@@ -13,11 +13,11 @@ from torch.nn import functional
 from hsrpc.model.attention import Extras
 from hsrpc.model.bounds import MAX_CONTEXT, MAX_VOCAB_SIZE, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
-from hsrpc.model.experts import Experts, expert_in, expert_out
+from hsrpc.model.experts import IN_TABLE, OUT_TABLE, Experts
 from hsrpc.model.families.expert_readers import NUM_EXPERTS
 from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.settings import DecoderSettings, Names, QkNorm
-from hsrpc.model.family import Family, ModelSpec, Projection, Weights
+from hsrpc.model.family import Family, ModelSpec, Projection, Routed, Weights
 from hsrpc.model.layers import Affine, linear_tensors, project, project_rows
 from hsrpc.model.rope import HeadNorms, RopeSettings, Rotary, Rotation
 from hsrpc.model.tensor import HeadsTogether, PairsApart, RowOrder, TensorSpec
@@ -59,6 +59,8 @@ class Decoder(Family):
         *NUM_EXPERTS,
         "vocab_size",
     )
+
+    expert_tables = (IN_TABLE, OUT_TABLE)
 
     def __init__(self, spec: ModelSpec, served_context: int | None = None) -> None:
         super().__init__(spec, served_context)
@@ -171,6 +173,10 @@ class Decoder(Family):
             return None
         return PairsApart(rotated // head_dim, head_dim, rope.width, others)
 
+    def expert_names(self, layer: int) -> tuple[tuple[str, ...], ...]:
+        experts = self.settings.experts[layer]
+        return () if experts is None else experts.expert_names
+
     def layer_sizes(self, layer: int) -> LayerSizes:
         window = self.settings.windows[layer]
         hides = window is not None and window < self.sizes.context_length
@@ -244,25 +250,40 @@ class Decoder(Family):
         return w.get(SINKS)
 
     def finish_layer(self, w: Weights, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        if self.settings.experts[layer] is not None:
+            return self.finish_routed(w, layer, self.route(w, layer, hidden, attended))
+        after, x = self._to_mlp(w, hidden, attended)
+        inner, activation = project(w, GATE_UP, x), self.settings.activation
+        out = project(w, DOWN, activation.gated(inner) if self.settings.gated else activation.of(inner))
+        return self._from_mlp(w, after, out)
+
+    def route(self, w: Weights, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> Routed:
+        after, x = self._to_mlp(w, hidden, attended)
+        return Routed(after, x, self._experts(layer).routes(w, x))
+
+    def finish_routed(self, w: Weights, layer: int, routed: Routed) -> torch.Tensor:
+        return self._from_mlp(w, routed.after, self._experts(layer).of(w, routed.x, routed.routes))
+
+    def _experts(self, layer: int) -> Experts:
+        experts = self.settings.experts[layer]
+        assert experts is not None  # who calls knows that the layer has some
+        return experts
+
+    def _to_mlp(self, w: Weights, hidden: torch.Tensor, attended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the MLP's output is added to, and its input: [n, h] each."""
         added = self._normed(w, ATTENTION_OUT_NORM, project(w, OUT, attended))
         after = hidden + _scaled(added, self.settings.multipliers.residual)
         if self.settings.parallel:
-            x = self._normed(w, FFN_NORM if FFN_NORM.weight in w else ATTENTION_NORM, hidden)
-        else:
-            x = self._normed(w, FFN_NORM, after)
-        return after + _scaled(
-            self._normed(w, FFN_OUT_NORM, self._mlp(w, layer, x)), self.settings.multipliers.residual
-        )
+            return after, self._normed(w, FFN_NORM if FFN_NORM.weight in w else ATTENTION_NORM, hidden)
+        return after, self._normed(w, FFN_NORM, after)
+
+    def _from_mlp(self, w: Weights, after: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Output of the layer [n, h], from that of its MLP."""
+        return after + _scaled(self._normed(w, FFN_OUT_NORM, out), self.settings.multipliers.residual)
 
     def _normed(self, w: Weights, of: Affine, x: torch.Tensor) -> torch.Tensor:
         """`x`, normed where the layer has that norm."""
         return self.settings.norm.of(w, of, x) if of.weight in w else x
-
-    def _mlp(self, w: Weights, layer: int, x: torch.Tensor) -> torch.Tensor:
-        if (experts := self.settings.experts[layer]) is not None:
-            return experts.of(w, x)
-        inner, activation = project(w, GATE_UP, x), self.settings.activation
-        return project(w, DOWN, activation.gated(inner) if self.settings.gated else activation.of(inner))
 
     def logits(self, fixed: Weights, hidden: torch.Tensor) -> torch.Tensor:
         head = fixed[EMBED] if self.settings.tied else fixed[HEAD.weight]
@@ -272,11 +293,12 @@ class Decoder(Family):
 
 
 def _expert_sizes(experts: Experts, layer: LayerSizes) -> ExpertSizes:
-    names = {expert_in(0), expert_out(0)}
-    one = [tensor for tensor in layer.tensors if tensor.name in names]
+    first, *_ = experts.expert_names
+    one = [tensor for tensor in layer.tensors if tensor.name in first]
     return ExpertSizes(
         count=experts.count,
         k=experts.k,
+        names=frozenset(name for names in experts.expert_names for name in names),
         num_elements=sum(tensor.num_elements for tensor in one),
         device_bytes=sum(tensor.device_bytes for tensor in one),
     )

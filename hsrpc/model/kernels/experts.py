@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hsrpc.model.experts import PlacedExperts, Routes, Routing
+from hsrpc.model.experts import PlacedExperts, Routing
+from hsrpc.model.family import Routes
 from hsrpc.model.kernels.fused import gated
 from hsrpc.model.layers import Gating
 

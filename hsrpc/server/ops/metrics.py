@@ -184,6 +184,9 @@ def _work(stats: Stats) -> Iterator[Metric]:
     yield bus
     yield _counter("hsrpc_regenerated_tokens", "K and V rebuilt, tokens times layers", stats.regenerated_tokens)
     yield _counter("hsrpc_recomputed_tokens", "Tokens of requests that keep no cache", stats.recomputed_tokens)
+    yield _counter("hsrpc_expert_hits", "Experts on demand that were on the device", stats.expert_hits)
+    yield _counter("hsrpc_expert_loads", "Experts on demand that were loaded", stats.expert_loads)
+    yield _counter("hsrpc_expert_load_bytes", "Bytes of the experts loaded", stats.expert_loaded_bytes)
     yield _counter("hsrpc_preemptions", "Times that a request was preempted", stats.preemptions)
     yield _counter("hsrpc_prompt_tokens", "Prompt tokens of the requests taken", stats.prompt_tokens)
     yield _counter("hsrpc_generated_tokens", "Tokens generated", stats.generated_tokens)

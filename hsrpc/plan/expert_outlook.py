@@ -1,0 +1,67 @@
+"""How the experts of a mixture come to the device under a plan, and for how many requests the other way is faster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hsrpc.config import ExpertLoading
+from hsrpc.errors import ConfigError
+from hsrpc.plan.plan import Plan
+from hsrpc.plan.planner import MAX_BATCH
+from hsrpc.plan.prediction import predict_at
+from hsrpc.plan.question import Question
+from hsrpc.plan.sizes import ModelSizes
+
+_GROWTH = 1.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertOutlook:
+    """What is to be expected of experts."""
+
+    loading: ExpertLoading
+    """How they come: never `auto`."""
+    count: int
+    """Experts of a layer, at most."""
+    slots: int
+    """Those of a layer that lie on the device at once, where they come on demand; else 0."""
+    hit_rate: float
+    """Part of the experts needed that is in a slot, where all are as likely: routers that repeat theirs hit more."""
+    streaming_from: int | None
+    """Requests at once from which on a step is no longer where all stream. None: no plan of the other kind fits, or
+    there is no such number."""
+
+
+def expert_outlook(question: Question, sizes: ModelSizes, plan: Plan) -> ExpertOutlook | None:
+    """None: the model has no experts. `sizes` are those of the question's that the plan is for.
+
+    Plans once more, with the experts loaded the other way, and compares steps of the expected length.
+    """
+    counts = [layer.experts.count for layer in sizes.layers if layer.experts is not None]
+    if not counts:
+        return None
+    demand = plan.demand
+    return ExpertOutlook(
+        loading=ExpertLoading.STREAM if demand is None else ExpertLoading.DEMAND,
+        count=max(counts),
+        slots=0 if demand is None else demand.slots,
+        hit_rate=0.0 if demand is None else demand.hit_rate,
+        streaming_from=_streaming_from(question, sizes, plan),
+    )
+
+
+def _streaming_from(question: Question, sizes: ModelSizes, plan: Plan) -> int | None:
+    other = ExpertLoading.DEMAND if plan.demand is None else ExpertLoading.STREAM
+    config = replace(question.config, experts=other, max_model_len=plan.max_model_len)
+    try:
+        planner, found = replace(question, config=config).answer()
+    except ConfigError:
+        return None
+    both = [(plan, sizes), (found, planner.sizes)]
+    streaming, on_demand = both if plan.demand is None else both[::-1]
+    context, batch = plan.prediction.context, 1
+    while batch <= MAX_BATCH:
+        if predict_at(*streaming, context, batch).step <= predict_at(*on_demand, context, batch).step:
+            return batch
+        batch = max(batch + 1, int(batch * _GROWTH))
+    return None

@@ -1,0 +1,151 @@
+"""Experts that come on demand: the same tokens at every size of the cache, and nothing that is not accounted for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+
+from hsrpc import Engine, EngineConfig
+from hsrpc.engine.stats import EngineStats
+from hsrpc.plan.memory_use import DeviceUse
+from hsrpc.plan.plan import Plan
+from hsrpc.plan.planner import Planner
+from hsrpc.plan.roofline import StepRecord
+from tests.engine.conftest import tightest
+from tests.engine.reference import Reference
+from tests.engine.support import collect, config_for, greedy, idle, ids, parts
+
+MODEL = "qwen3-moe"
+NUM_EXPERTS, NUM_LAYERS = 6, 3
+"""Experts of a layer, and layers that have some; another one has none."""
+POLICIES = [("kv", None), ("activation", None), ("hybrid", 0.5), ("recompute", None), ("auto", None)]
+
+
+def with_slots(slots: int) -> Callable[[Planner], Plan]:
+    """The planner's own plan, with so many slots in each layer."""
+
+    def choose(planner: Planner) -> Plan:
+        plan = planner.plan()
+        assert plan.demand is not None
+        demand = replace(plan.demand, slots=slots)
+        return replace(plan, demand=demand, device_bytes=plan.device_bytes | {DeviceUse.EXPERTS: demand.device_bytes})
+
+    return choose
+
+
+def on_demand(made: Reference, *, streams: bool = False, **settings: object) -> EngineConfig:
+    """Room for all; the other weights stay, or stream."""
+    room = {"gpu_memory": "1GiB", "host_memory": "1GiB", "resident_share": 0.0 if streams else 0.5}
+    return config_for(made, experts="demand", **(room | settings))
+
+
+async def check(
+    made: Reference,
+    config: EngineConfig,
+    choose: Callable[[Planner], Plan] = Planner.plan,
+    observe: Callable[[StepRecord], object] | None = None,
+) -> tuple[Plan, EngineStats]:
+    """All prompts at once give the reference's tokens."""
+    async with Engine(config, choose_plan=choose, observe=observe) as engine, asyncio.timeout(60):
+        assert await outputs(engine, made.prompts, len(made.outputs[0])) == made.outputs
+        await idle(engine)
+        return engine.plan, engine.stats()
+
+
+async def outputs(engine: Engine, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
+    streams = [collect(engine.generate(prompt, greedy(num_tokens))) for prompt in prompts]
+    return [ids(deltas) for deltas in await asyncio.gather(*streams)]
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["others stay", "others stream"])
+@pytest.mark.parametrize("slots", range(NUM_EXPERTS + 1))
+async def test_tokens_are_the_references_at_every_size(
+    slots: int, streams: bool, reference: Callable[[str], Reference]
+) -> None:
+    """On one thread, and where three tasks take turns; what was copied is what was counted."""
+    made, seen = reference(MODEL), list[StepRecord]()
+    plan, stats = await check(made, on_demand(made, streams=streams), with_slots(slots), seen.append)
+    assert plan.demand is not None
+    assert (sum(plan.streamed_bytes) > 0) == streams
+    assert stats.expert_loads >= NUM_LAYERS * NUM_EXPERTS
+    assert stats.expert_loaded_bytes == stats.expert_loads * plan.demand.expert_bytes
+    assert (stats.expert_hits > 0) == (slots > 0)
+    if slots == NUM_EXPERTS:
+        assert stats.expert_loads == NUM_LAYERS * NUM_EXPERTS  # each once
+    if not streams:
+        assert sum(step.weight_bytes for step in seen) == stats.expert_loaded_bytes == stats.weights_streamed_bytes
+
+
+@pytest.mark.parametrize("slots", [0, 1, 4])
+@pytest.mark.parametrize(("policy", "share"), POLICIES)
+async def test_tokens_do_not_depend_on_policies_and_budgets(
+    policy: str, share: float | None, slots: int, reference: Callable[[str], Reference]
+) -> None:
+    """Requests are preempted, blocks and the other weights cross the bus beside the experts."""
+    made = reference(MODEL)
+    config = tightest(on_demand(made, cache_policy=policy, activation_share=share, streams=True))
+    _, stats = await check(made, config, with_slots(slots))
+    assert stats.preemptions > 0 or policy == "recompute"
+
+
+async def test_no_step_is_launched_ahead_of_a_choice(reference: Callable[[str], Reference]) -> None:
+    """Also where all of the cache is read in place, and steps of other models are graphs."""
+    made = reference(MODEL)
+    config = on_demand(made, cache_policy="kv", activation_share=None)
+    async with Engine(config) as engine, asyncio.timeout(60):
+        assert not parts(engine).executor.runs_ahead
+        assert await outputs(engine, made.prompts[:4], 20) == [each[:20] for each in made.outputs[:4]]
+
+
+EXPERT_FAMILIES = ("qwen2-moe", "mixtral", "olmoe", "granite-moe", "gpt-oss", "glm4-moe")
+
+
+@pytest.mark.parametrize("model", EXPERT_FAMILIES)
+async def test_every_family_with_experts_loads_them_on_demand(
+    model: str, reference: Callable[[str], Reference]
+) -> None:
+    """Shared experts, biases, other routers: what is no expert's is there in any case."""
+    made = reference(model)
+    config = tightest(config_for(made, experts="demand", cache_policy="kv", activation_share=None))
+    await check(made, config, with_slots(2))
+
+
+@pytest.mark.parametrize("recompute", [0.3, 1.0])
+async def test_several_groups_of_a_step_load_one_after_the_other(
+    recompute: float, reference: Callable[[str], Reference]
+) -> None:
+    """Mini-batches of recomputed requests go through the layers on their own; what one has used, the next may lose."""
+    made = reference(MODEL)
+    config = tightest(on_demand(made, recompute_share=recompute, expected_context=90))
+    await check(made, config, with_slots(1))
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["others stay", "others stream"])
+async def test_steps_that_are_left_in_the_middle_lose_no_expert(
+    streams: bool, reference: Callable[[str], Reference]
+) -> None:
+    """Whatever a step had loaded when nobody waited for it any more: the next ones have the right weights."""
+    made = reference(MODEL)
+    async with Engine(on_demand(made, streams=streams), choose_plan=with_slots(2)) as engine, asyncio.timeout(60):
+        for delay in range(15):
+            generations = [await engine.submit(prompt, greedy(20)) for prompt in made.prompts[:2]]
+            await anext(generations[0])
+            await asyncio.sleep(0.0005 * delay)
+            for generation in generations:
+                generation.close()
+        await idle(engine)
+        assert await outputs(engine, made.prompts[:4], 20) == [each[:20] for each in made.outputs[:4]]
+
+
+async def test_without_warm_up_counts_begin_at_nothing(reference: Callable[[str], Reference]) -> None:
+    """And can be begun anew."""
+    made = reference(MODEL)
+    async with Engine(on_demand(made)) as engine:
+        assert (engine.stats().expert_hits, engine.stats().expert_loads) == (0, 0)
+        await outputs(engine, made.prompts[:1], 3)
+        assert engine.stats().expert_loads > 0
+        parts(engine).prefetcher.reset_counts()
+        assert (engine.stats().expert_loads, engine.stats().weights_streamed_bytes) == (0, 0)

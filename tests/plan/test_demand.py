@@ -1,0 +1,233 @@
+"""Experts on demand in the planner: what they take, when they are chosen, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hsrpc.config import DeviceKind, EngineConfig, ExpertLoading
+from hsrpc.errors import ConfigError
+from hsrpc.model.formats.choice import uniform
+from hsrpc.model.formats.lossless import Lossless
+from hsrpc.model.spec import ModelSpec, in_formats, named_spec
+from hsrpc.plan.advice import _with_weight_bits
+from hsrpc.plan.demand import demand_of
+from hsrpc.plan.expert_outlook import expert_outlook
+from hsrpc.plan.layer_times import LayerTimes
+from hsrpc.plan.machine import Machine
+from hsrpc.plan.memory_use import DeviceUse, HostUse
+from hsrpc.plan.placement import demand_choices
+from hsrpc.plan.plan import Budgets, Plan
+from hsrpc.plan.planner import Planner
+from hsrpc.plan.prediction import predict_at
+from hsrpc.plan.question import Question
+from hsrpc.plan.simulated_step import placements, simulated_step
+from hsrpc.plan.sizes import ModelSizes
+from tests.plan.plans import GIB, HARDWARE
+
+COUNT, K, NUM_LAYERS = 64, 4, 6
+SHAPE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 1024,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 3072,
+    "moe_intermediate_size": 768,
+    "num_experts": COUNT,
+    "num_experts_per_tok": K,
+    "mlp_only_layers": [0],
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "bfloat16",
+}
+"""A dense layer, and five with experts: 4.5 MiB each."""
+EXPERT_BYTES = 3 * 1024 * 768 * 2
+DEVICE, HOST = 1.2, 8
+"""GiB: most experts have no room."""
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    file = tmp_path_factory.mktemp("shape") / "config.json"
+    file.write_text(json.dumps(SHAPE))
+    return named_spec(str(file), None)
+
+
+@pytest.fixture(scope="module")
+def sizes(spec: ModelSpec) -> ModelSizes:
+    return spec.sizes
+
+
+def make(sizes: ModelSizes, device: float = DEVICE, **settings: object) -> Plan:
+    budgets = Budgets(device=int(device * GIB), host=HOST * GIB, runtime=2**26)
+    return Planner(sizes, budgets, HARDWARE, EngineConfig(max_prefill_tokens=512, **settings)).plan()
+
+
+def test_slots_follow_the_other_weights(sizes: ModelSizes) -> None:
+    """The shares of all weights are spent on what every step needs, then on slots, each layer alike."""
+    others, slots_bytes = sizes.without_experts.layers_bytes, (NUM_LAYERS - 1) * EXPERT_BYTES
+    assert others + COUNT * slots_bytes == sizes.layers_bytes
+    shares = [0.0, (others - 1) / sizes.layers_bytes, (others + 5.5 * slots_bytes) / sizes.layers_bytes, 1.0]
+    found = demand_choices(sizes, shares)
+    assert [choice.demand.slots for choice in found] == [0, 0, 5, COUNT]
+    names = [layer.names for layer in sizes.without_experts.layers]
+    assert [sum(map(len, choice.resident)) for choice in found[::3]] == [0, sum(map(len, names))]
+    assert all(choice.resident == tuple(names) for choice in found[2:])
+    assert not any("expert_" in name for layer in names for name in layer)
+
+
+@pytest.mark.parametrize("slots", [0, 1, 17, COUNT])
+def test_rows_are_slots_and_room_for_all_others(sizes: ModelSizes, slots: int) -> None:
+    """A layer without experts has none; the shared area is behind the last slot."""
+    demand = demand_of(sizes, slots * (NUM_LAYERS - 1) * EXPERT_BYTES)
+    assert demand is not None
+    assert (demand.slots, demand.expert_bytes, demand.counts) == (slots, EXPERT_BYTES, (0, *[COUNT] * 5))
+    assert demand.first_rows == (0, *(number * slots for number in range(6)))
+    assert demand.num_rows == 5 * slots + COUNT - slots
+    assert demand.hit_rate == pytest.approx(slots / COUNT)
+    assert demand.table_bytes == 5 * COUNT * 2 * 8
+
+
+def test_the_planner_takes_what_is_faster(sizes: ModelSizes) -> None:
+    """One request: what it touches is a small part. Many: they touch nearly all, which stream beside the compute."""
+    few, many = make(sizes, max_batch=1), make(sizes, min_batch=400, max_batch=400)
+    assert few.demand is not None
+    assert many.demand is None
+    for plan in (few, many):
+        batch = plan.max_batch
+        rates = [
+            make(sizes, min_batch=batch, max_batch=batch, experts=each).prediction.mean_tokens_per_second
+            for each in ("stream", "demand")
+        ]
+        assert plan.prediction.mean_tokens_per_second == pytest.approx(max(rates))
+        assert max(rates) > 1.02 * min(rates)
+
+
+def test_a_model_that_fits_stays(sizes: ModelSizes) -> None:
+    """All experts on the device: no choice is waited for, and graphs run the steps."""
+    plan = make(sizes, device=8)
+    assert plan.demand is None
+    assert plan.resident_share == 1
+    assert plan.device_bytes[DeviceUse.GRAPHS] > 0
+
+
+def test_lines_of_a_plan(sizes: ModelSizes) -> None:
+    """Within the budgets; experts' rows are a line, and no graphs wait for a choice."""
+    plan = make(sizes, max_batch=2, experts="demand")
+    demand = plan.demand
+    assert demand is not None
+    assert 0 < demand.slots < COUNT
+    assert plan.device_bytes[DeviceUse.EXPERTS] == demand.num_rows * EXPERT_BYTES
+    assert plan.device_bytes[DeviceUse.GRAPHS] == 0
+    assert plan.host_bytes[HostUse.STREAMED_WEIGHTS] == demand.host_bytes + sum(plan.streamed_bytes)
+    assert sum(plan.device_bytes.values()) <= plan.budgets.device
+    assert sum(plan.host_bytes.values()) <= plan.budgets.host
+    assert [place.on_demand for place in placements(plan)] == [False, *[True] * 5]
+    share = (plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS] + 5 * demand.slots * EXPERT_BYTES) / sizes.layers_bytes
+    assert plan.resident_share == pytest.approx(share, rel=1e-3)
+    assert DeviceUse.EXPERTS not in make(sizes, max_batch=2, experts="stream").device_bytes
+
+
+def test_seconds_of_what_is_missed(sizes: ModelSizes) -> None:
+    """Bytes of the experts that a batch touches, less those in slots, and a wait; a step takes that beside all else."""
+    times, demand = LayerTimes(sizes, HARDWARE), demand_of(sizes, 16 * 5 * EXPERT_BYTES)
+    assert demand is not None
+    for tokens, groups in ((1, 1), (7, 1), (8, 2)):
+        touched = groups * COUNT * (1 - (1 - K / COUNT) ** (tokens / groups))
+        bus = touched * 0.75 * EXPERT_BYTES / HARDWARE.load_bandwidth
+        assert times.on_demand(tokens, demand.missed, groups) == pytest.approx((bus + groups * 1e-4) * 5 / 6)
+    plan = make(sizes, max_batch=1, experts="demand")
+    step = predict_at(plan, sizes, 100)
+    assert step.bus == 0
+    assert step.experts == pytest.approx(6 * times.on_demand(1, plan.demand.missed))
+    assert step.launch == pytest.approx(6 * HARDWARE.launch_time)  # no graph launches it
+    assert step.boundary == pytest.approx(HARDWARE.boundary_time + HARDWARE.request_time)
+    assert step.step == pytest.approx(step.launch + step.boundary)
+    quick = predict_at(replace(plan, hardware=replace(HARDWARE, launch_time=0)), sizes, 100)
+    assert quick.step == pytest.approx(step.gpu + step.experts + step.boundary)
+    assert plan.prediction.longest_step > plan.prediction.step + 6 * times.on_demand(512, plan.demand.missed) / 2
+
+
+def test_where_other_weights_stream_the_list_has_the_waits(sizes: ModelSizes) -> None:
+    """The step's time is that of its list."""
+    plan = make(sizes, max_batch=2, experts="demand", resident_share=0.0)
+    assert any(plan.streamed_bytes)
+    plan = replace(plan, hardware=replace(HARDWARE, launch_time=0, hop_time=0))  # the bus binds
+    step = predict_at(plan, sizes, 100)
+    weights = sum(layer.bus_bytes for layer in plan.streamed) / HARDWARE.load_bandwidth
+    assert step.step - step.boundary >= 0.99 * (weights + step.experts)
+    assert simulated_step(plan, sizes, replace(step, experts=0), recomputes=False) < step.step - step.experts
+
+
+def question(spec: ModelSpec, *, coded: bool = False, **settings: object) -> Question:
+    formats = [spec, in_formats(spec, uniform(Lossless(spec.dtype), spec.dtype))]
+    machine = Machine(
+        name="GPU",
+        kind=DeviceKind.CUDA,
+        device_memory=int(DEVICE / 0.9 * GIB),
+        host_memory=2 * HOST * GIB,
+        dtype="bfloat16",
+        hardware=HARDWARE,
+    )
+    choices = tuple(each.sizes for each in (formats[1:] if coded else formats))
+    return Question(choices=choices, machine=machine, config=EngineConfig(max_prefill_tokens=512, **settings))
+
+
+def test_experts_that_are_coded_cannot_come_on_demand(spec: ModelSpec) -> None:
+    """Of two choices of formats the one that can is taken; where there is no such, the setting is refused."""
+    _, plan = question(spec, experts="demand", max_batch=1).answer()
+    assert plan.demand is not None
+    with pytest.raises(ConfigError, match=r"experts='demand'.*use experts=auto, or weight_coding=none"):
+        question(spec, coded=True, experts="demand").answer()
+    assert question(spec, coded=True, max_batch=1).answer()[1].demand is None
+
+
+def test_a_model_without_experts_has_none_on_demand() -> None:
+    """Nothing is said of them, and the setting is refused."""
+    sizes = named_spec("opt-125m", torch.float16).sizes
+    with pytest.raises(ConfigError, match="no experts"):
+        make(sizes, experts="demand")
+    asked = replace(question_of(sizes), choices=(sizes,))
+    assert expert_outlook(asked, sizes, asked.answer()[1]) is None
+
+
+def question_of(sizes: ModelSizes) -> Question:
+    machine = Machine(
+        name="GPU", kind=DeviceKind.CUDA, device_memory=GIB, host_memory=GIB, dtype="float16", hardware=HARDWARE
+    )
+    return Question(choices=(sizes,), machine=machine, config=EngineConfig())
+
+
+@pytest.mark.parametrize("given", list(ExpertLoading))
+def test_the_outlook_names_the_batch_from_which_streaming_is_as_fast(spec: ModelSpec, given: ExpertLoading) -> None:
+    """Whichever way was planned; on both sides of it the predictions say so."""
+    asked = question(spec, experts=given, max_batch=4)
+    planner, plan = asked.answer()
+    found = expert_outlook(asked, planner.sizes, plan)
+    assert found is not None
+    assert (found.loading is ExpertLoading.DEMAND) == (plan.demand is not None)
+    assert found.loading is given or given is ExpertLoading.AUTO
+    assert (found.count, found.slots) == (COUNT, plan.demand.slots if plan.demand else 0)
+    assert found.streaming_from is not None
+    assert found.streaming_from > 1
+    other = "stream" if plan.demand else "demand"
+    others, other_plan = question(spec, experts=other, max_batch=4, max_model_len=plan.max_model_len).answer()
+    both = [(plan, planner.sizes), (other_plan, others.sizes)]
+    streaming, on_demand = both if other == "demand" else both[::-1]
+    for batch, is_faster in ((found.streaming_from - 1, False), (found.streaming_from, True)):
+        context = plan.prediction.context
+        steps = [predict_at(*each, context, batch).step for each in (streaming, on_demand)]
+        assert (steps[0] <= steps[1]) == is_faster
+
+
+def test_smaller_weights_have_smaller_experts(sizes: ModelSizes) -> None:
+    """Advice on fewer bits counts what tokens read of them."""
+    smaller = _with_weight_bits(sizes, 4.25)
+    before, after = sizes.layers[1], smaller.layers[1]
+    assert after.read_bytes(1) == pytest.approx(before.read_bytes(1) * 4.25 / 16, rel=0.01)
+    assert after.experts.device_bytes == pytest.approx(EXPERT_BYTES * 4.25 / 16, rel=0.01)
