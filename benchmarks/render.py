@@ -56,6 +56,7 @@ _PLACED = (_CHOICE, *_GRIDS[1:4])
 _PROMPTS = ("prompts/opt-6.7b-512", "prompts/opt-6.7b-2048", "prompts/opt-6.7b-2048-slow-host")
 _PEERS = ("peers/host", "peers/host-accelerate", "peers/budget", "peers/resident")
 _OF_PEERS = ("hsrpc: tokens/s", "step", "of its limit", "peer: tokens/s", "step", "of its limit", "times")
+_SLOTS = ("0", "1", *(str(8 * eighths) for eighths in range(1, 9)))
 _MODELS = ("models/current",)
 _OF_PLAN = ("requests", "caches", "resident")
 
@@ -68,6 +69,7 @@ TABLES = {
     "products": Table(
         ("products/h200",), ("model", "rows", "time", "reading", "computing", "exponent"), tables.products
     ),
+    "experts": Table(("experts/random",), ("requests: slots of 64 experts", *_SLOTS), tables.experts),
     "coding": Table(
         _CODING, ("model", "weights", *_STEP, "beside plain copies", "predicted", "tokens/s"), tables.coding
     ),

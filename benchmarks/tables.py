@@ -58,6 +58,16 @@ def products(records: Sequence[Record]) -> Iterator[Row]:
             name = ""
 
 
+def experts(records: Sequence[Record]) -> Iterator[Row]:
+    """Hit rates of experts on demand, of a random model and of choices that are drawn: a column for the slots."""
+    [record] = records
+    for batch in dict.fromkeys(cell["batch"] for cell in record.result["cells"]):
+        cells = [cell for cell in record.result["cells"] if cell["batch"] == batch]
+        yield (f"{batch}: hits", *(f"{cell['hit_rate']:.0%}" for cell in cells))
+        yield ("hits of drawn choices", *(f"{cell['drawn_hit_rate']:.0%}" for cell in cells))
+        yield ("loads a layer", *(f"{cell['loads']:.1f}" for cell in cells))
+
+
 def recompute(records: Sequence[Record]) -> Iterator[Row]:
     """Decode steps with a growing part of the tokens recomputed."""
     layers = {"opt-6.7b": 32, "opt-13b": 40, "opt-30b": 48}

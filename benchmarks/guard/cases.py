@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from hsrpc.bench.workload import Lengths
-from hsrpc.config import CachePolicy, DeviceKind, DType, EngineConfig, Placement, WeightCoding
+from hsrpc.config import CachePolicy, DeviceKind, DType, EngineConfig, ExpertLoading, Placement, WeightCoding
 from hsrpc.model.shapes import RANDOM_PREFIX, SHAPES
 
 _TINY = {
@@ -144,6 +144,27 @@ CASES = (
         prompt=400,
         output=40,
         lengths=Lengths.SHAREGPT_LIKE,
+        steps=6,
+    ),
+    Case(
+        name="mixture",
+        shows="coded experts, all of which stream, decoded by one launch a layer",
+        config=EngineConfig(
+            model=RANDOM_PREFIX + "olmoe",
+            device=DeviceKind.CUDA,
+            dtype=DType.BFLOAT16,
+            placement=Placement.HOST,
+            cache_policy=CachePolicy.KV,
+            weight_coding=WeightCoding.LOSSLESS,
+            recompute_share=0.0,
+            experts=ExpertLoading.STREAM,
+            gpu_memory="24GiB",
+            host_memory="20GiB",
+            min_batch=64,
+            max_batch=64,
+        ),
+        prompt=512,
+        output=40,
         steps=6,
     ),
     Case(

@@ -9,7 +9,18 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from benchmarks import bus, coding, decoding, gpu_check, growth, orchestration, planner_check, planner_report, startup
+from benchmarks import (
+    bus,
+    coding,
+    decoding,
+    expert_cache,
+    gpu_check,
+    growth,
+    orchestration,
+    planner_check,
+    planner_report,
+    startup,
+)
 from benchmarks.planner_report import draw_grid, draw_sweep
 from hsrpc.config import CachePolicy, DeviceKind, Placement
 from hsrpc.model.shapes import SHAPES
@@ -330,3 +341,26 @@ def test_coding_says_how_much_smaller_matrices_get(dtype, tmp_path, capsys):
     assert found["share"] == pytest.approx({"float16": 0.856, "bfloat16": 0.668}[dtype], abs=0.01)
     assert found["decode_rate"] > 0
     assert "of the bytes; coded at" in capsys.readouterr().out
+
+
+def test_hits_of_experts_by_slots(tmp_path, capsys):
+    """A line for each number of slots: none hits nothing, all hit always; choices that are drawn hit as planned."""
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    small |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "vocab_size": 100}
+    shape, file = tmp_path / "config.json", tmp_path / "experts.json"
+    shape.write_text(json.dumps(expert_cache.SHAPE | small))
+    found = ["--shape", str(shape), "--json", str(file), "--prompt", "8", "--steps", "12", "--batch", "2"]
+    expert_cache.main([*found, "--slots", "0", "4", "8"])
+    saved = json.loads(file.read_text())
+    assert saved["header"]["command"].startswith("python -m benchmarks.expert_cache --shape config.json")
+    none, half, all_slots = saved["cells"]
+    assert (none["hit_rate"], none["drawn_hit_rate"], none["slot_share"]) == (0, 0, 0)
+    assert none["expected_loads"] == pytest.approx(2 + 2 * 6 / 8)
+    assert none["loads"] >= 2
+    assert half["expected_loads"] == pytest.approx(none["expected_loads"] / 2)
+    assert half["loads"] < none["loads"]
+    assert 0.3 < half["drawn_hit_rate"] < 0.7
+    assert all_slots["hit_rate"] > 0.9
+    assert all_slots["expected_loads"] == 0
+    assert {cell["batch"] for cell in saved["cells"]} == {2}
+    assert capsys.readouterr().out.count("%") == 9

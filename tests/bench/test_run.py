@@ -92,6 +92,31 @@ async def test_steps_after_the_measured_ones_are_profiled(config):
     assert result.sustained_efficiency > 0
 
 
+async def test_hits_of_experts_are_those_of_the_measured_steps(config, tmp_path, capsys):
+    """Each is told beside what the plan expects; where none come on demand, that is said."""
+    mixture = {"architectures": ["Qwen3MoeForCausalLM"], "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8}
+    mixture |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "model_type": "qwen3_moe"}
+    (tmp_path / "mixture.json").write_text(json.dumps(SHAPE | mixture))
+    on_demand = replace(
+        config, model=f"random:{tmp_path / 'mixture.json'}", experts="demand", placement="auto", resident_share=0.6
+    )
+    run = await observe_run(on_demand, nine_tokens, list)
+    result = summarise(run, on_demand)
+    assert run.plan.demand is not None
+    assert result.expert_hits == sum(step.expert_hits for step in run.chosen) > 0
+    assert result.expert_loads == sum(step.expert_loads for step in run.chosen) > 0
+    assert result.expert_loaded_bytes == result.expert_loads * run.plan.demand.expert_bytes
+    assert result.expert_loaded_bytes <= sum(step.weight_bytes for step in run.chosen)
+    assert result.expert_hit_rate == result.expert_hits / (result.expert_hits + result.expert_loads)
+    assert result.expected_hit_rate == run.plan.demand.hit_rate
+    print_results([result])
+    assert f"{result.expert_hit_rate:.0%} (planned {result.expected_hit_rate:.0%})" in capsys.readouterr().out
+    without = summarise(await observe_run(config, nine_tokens, list), config)
+    assert (without.expert_hit_rate, without.expert_loaded_bytes) == (None, 0)
+    print_results([without])
+    assert "none come so" in capsys.readouterr().out
+
+
 async def test_requests_that_ended_run_once_more_for_the_profile(config):
     """Where no step is left after the measured ones; the measured figures are those of the first time."""
     run = await observe_run(config, nine_tokens, list, with_ranges=True)

@@ -242,3 +242,47 @@ def test_a_calibration_that_is_saved_plans_elsewhere_as_here(hsrpc, tmp_path, mo
     read = json.loads(ran.out)
     memory = {name: saved[name] for name in ("device_memory", "host_memory")}
     assert read == here | {"machine": here["machine"] | memory}
+
+
+@pytest.fixture
+def experts(tmp_path) -> list[str]:
+    """Options for a model with experts, most of which have no room on an H100."""
+    small = {"model_type": "qwen3_moe", "hidden_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+    small |= {"num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 1024, "vocab_size": 1000}
+    small |= {"num_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": 1024, "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(small | {"max_position_embeddings": 2048}))
+    budgets = ["--gpu-memory=1200MiB", "--host-memory=4GiB", "--max-prefill-tokens=256", "--max-batch=1"]
+    return [f"--model=random:{tmp_path / 'config.json'}", "--hardware=h100", "--no-advice", *budgets]
+
+
+def test_how_experts_come(hsrpc, experts):
+    """On demand for one request: slots, the hit rate to expect, and from how many requests on the other way pays."""
+    plan = json.loads(hsrpc("plan", *experts, "--json").out)
+    found = plan["experts"]
+    assert found["loading"] == "demand"
+    assert 0 < found["slots"] < found["count"] == 64
+    assert found["hit_rate"] == pytest.approx(found["slots"] / 64)
+    assert found["streaming_from"] > 1
+    assert plan["device_bytes"]["experts on demand"] >= 4 * found["slots"] * 3 * 1024 * 1024 * 2
+    assert plan["prediction"]["experts_seconds"] > 0
+    shown = hsrpc("plan", *experts).out
+    assert re.search(rf"slots of a layer\W+{found['slots']} for 64 experts", shown)
+    assert re.search(rf"hits, if all are as likely\W+{found['hit_rate']:.0%}", shown)
+    assert re.search(rf"streaming all is as fast from\W+{found['streaming_from']} requests at once on", shown)
+    assert re.search(r"experts on demand\W+\d+\.\d\d ms", shown)
+
+
+def test_experts_may_be_made_to_stream(hsrpc, experts):
+    """The outlook is the same from there; a model without experts has none."""
+    ran = hsrpc("plan", *experts, "--experts=stream", "--json")
+    plan = json.loads(ran.out)
+    assert plan["experts"]["loading"] == "stream"
+    assert plan["experts"]["streaming_from"] > 1
+    assert "experts on demand" not in plan["device_bytes"]
+    assert plan["prediction"]["experts_seconds"] == 0
+    assert "all in every step" in hsrpc("plan", *experts, "--experts=stream").out
+    assert planned(hsrpc)["experts"] is None
+    refused = hsrpc("plan", *SMALL, "--experts=demand")
+    assert refused.code != 0
+    assert "experts" in refused.err
+    assert "use experts=auto" in refused.err

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 
 from hsrpc import Engine, EngineConfig
 from hsrpc.engine.stats import EngineStats
+from hsrpc.errors import OutOfDeviceMemoryError
 from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.roofline import StepRecord
+from hsrpc.schedule.sweep import Op, OpKind
 from tests.engine.conftest import tightest
 from tests.engine.reference import Reference
-from tests.engine.support import collect, config_for, greedy, idle, ids, parts
+from tests.engine.support import before, collect, config_for, greedy, idle, ids, parts
 
 MODEL = "qwen3-moe"
 NUM_EXPERTS, NUM_LAYERS = 6, 3
@@ -138,6 +142,27 @@ async def test_steps_that_are_left_in_the_middle_lose_no_expert(
                 generation.close()
         await idle(engine)
         assert await outputs(engine, made.prompts[:4], 20) == [each[:20] for each in made.outputs[:4]]
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["others stay", "others stream"])
+async def test_after_steps_that_ran_out_of_memory_all_experts_are_right(
+    streams: bool, reference: Callable[[str], Reference]
+) -> None:
+    """Between choice and loads, between loads and use, and anywhere else."""
+    made, kinds = reference(MODEL), [OpKind.ROUTE, OpKind.FINISH, OpKind.ATTEND, OpKind.PROJECT]
+    async with Engine(on_demand(made, streams=streams), choose_plan=with_slots(2)) as engine, asyncio.timeout(60):
+        for kind in kinds:
+            with pytest.MonkeyPatch.context() as patch:
+                before(engine, patch, {kind}, partial(fail_in, layer=3))
+                with pytest.raises(OutOfDeviceMemoryError):
+                    await outputs(engine, made.prompts[:1], 20)
+            await idle(engine)
+            assert await outputs(engine, made.prompts[:3], 20) == [each[:20] for each in made.outputs[:3]]
+
+
+def fail_in(op: Op, layer: int) -> None:
+    if op.layer == layer:
+        raise torch.OutOfMemoryError("no memory")
 
 
 async def test_without_warm_up_counts_begin_at_nothing(reference: Callable[[str], Reference]) -> None:

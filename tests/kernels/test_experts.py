@@ -5,11 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hsrpc.device.device import CpuDevice
+from hsrpc.engine.tasks.experts import ExpertLoader
+from hsrpc.engine.weights import HostExperts, PackedTensor, arrange
 from hsrpc.model.experts import CORRECTION, ROUTER, Experts, Routing, Scoring, expert_in, expert_out
+from hsrpc.model.families.decoder import Decoder
 from hsrpc.model.family import Routes
+from hsrpc.model.formats.plain import PlainPacking
 from hsrpc.model.kernels import experts as kernels
 from hsrpc.model.kernels.experts import FEW, MANY, SOME, Tiles, choose_tiles, route, sort_choices
 from hsrpc.model.layers import Activation, ClampedGate, Gate
+from hsrpc.plan.demand import Demand
 
 SIZE = 80
 SMALL_TILES = Tiles(16, 32, 32, 4, 1)
@@ -54,6 +60,30 @@ def test_products_equal_a_loop(n: int, count: int, k: int, dtype: torch.dtype) -
     """More and fewer tokens than experts, all of them or one, sizes that end within a tile."""
     torch.manual_seed(n)
     check(mixture(count, k, 24), choices(n, count, k), dtype)
+
+
+@pytest.mark.parametrize("slots", [0, 2, 6])
+def test_experts_on_demand_are_found_by_their_tables(slots: int) -> None:
+    """In slots and beyond them, step after step, while others take their places."""
+    torch.manual_seed(3)
+    experts, parts = mixture(6, 2, 24), dict[str, tuple[int, PackedTensor]]()
+    w = weights_of(experts, torch.float32)
+    for number, names in enumerate(experts.expert_names):
+        placed, size = arrange((name, PlainPacking(tuple(w[name].shape), torch.float32)) for name in names)
+        parts |= {part.name: (number, part) for part in placed}
+    memory = torch.zeros((experts.count, size), dtype=torch.uint8)
+    for name, (number, part) in parts.items():
+        part.open(memory[number], memory[0, :0]).copy_(w[name])
+    demand = Demand(slots=slots, counts=(experts.count,), expert_bytes=size, num_tensors=2 * experts.count)
+    loader = ExpertLoader([HostExperts(memory, parts)], demand, CpuDevice(), Decoder.expert_tables)
+    opened = loader.with_experts(0, {})
+    for n in (1, 3, 40, 2):
+        routes, x = routes_of(choices(n, experts.count, experts.k)), torch.randn(n, SIZE)
+        loader.expect(routes.chosen)
+        loader.load(0)
+        wanted = experts.one_by_one(w, x, routes)
+        torch.testing.assert_close(experts.on_gpu(opened, x, routes), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(experts.one_by_one(opened, x, routes), wanted)
 
 
 @pytest.mark.parametrize("tiles", [FEW, SOME, MANY, SMALL_TILES], ids=["few", "some", "many", "small"])
