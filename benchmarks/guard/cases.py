@@ -20,6 +20,7 @@ _TINY = {
     "ffn_dim": 256,
     "intermediate_size": 256,
     "vocab_size": 100,
+    "eos_token_id": 2,
 }
 """What a tiny model has in place of its shape's own values."""
 
