@@ -73,6 +73,11 @@ TABLES = {
     "coding": Table(
         _CODING, ("model", "weights", *_STEP, "beside plain copies", "predicted", "tokens/s"), tables.coding
     ),
+    "mixtures": Table(
+        ("mixtures/qwen3-30b-a3b-256",),
+        ("model", "weights", *_STEP, "beside plain copies", "predicted", "tokens/s"),
+        tables.coding,
+    ),
     "recompute": Table(_RECOMPUTE, ("model, requests", "share: step, ms", "GPU busy"), tables.recompute),
     "sweeps": Table(_SWEEPS, ("activation share", *_SHARES, "planner"), tables.sweeps),
     "grids": Table(

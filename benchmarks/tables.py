@@ -20,6 +20,7 @@ NAMES = {
     "opt-30b": "OPT-30B",
     "llama-2-13b": "Llama-2-13B",
     "qwen3-8b": "Qwen3-8B",
+    "qwen3-30b-a3b": "Qwen3-30B-A3B",
 }
 OWN = "hsrpc"
 
