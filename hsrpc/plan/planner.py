@@ -199,7 +199,9 @@ class Planner:
             )
         host = self._smallest(lambda size: replace(self.budgets, host=size), self.budgets.host)
         share = max(self.decision.shares) if self.sizes.activation_ratio > 1 else min(self.decision.shares)
-        cache = self.max_model_len * self.sizes.num_layers * float(token_bytes(self.sizes, share))
+        block_size = self.config.block_size
+        tokens = min(self.max_model_len, self.sizes.held_blocks(self.max_model_len, block_size) * block_size)
+        cache = float(tokens * self.sizes.num_layers * token_bytes(self.sizes, share))
         return ConfigError(
             "host_memory",
             format_bytes(self.budgets.host),

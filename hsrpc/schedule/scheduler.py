@@ -108,9 +108,9 @@ class Scheduler:
         self.num_preempted_tokens = 0
         """Tokens to compute before these have their next one."""
         self._num_admitted = 0
-        window, chunk = limits.windows.widest, limits.buffers.queries
+        window, chunk = limits.windows.widest, min(limits.buffers.queries, limits.max_idle_prefill_tokens)
         self._most_blocks = sys.maxsize if window is None else most_blocks(window, chunk, limits.block_size)
-        """That one request holds at once."""
+        """That one request holds at once, unless it takes its cache back."""
         self.num_waiting_tokens = 0
         """Tokens to compute before all that wait have their next one."""
         self._num_steps = 0
@@ -355,8 +355,9 @@ class Scheduler:
             request.is_uncached = True
         reserved = self._reserved() if choice.taking_back else 0
         for request in choice.taking_back:
-            if self._has_room(request.num_tokens, reserved):
-                self.blocks.grow(request.blocks, self._num_blocks(request.num_tokens))  # as the step computes it
+            num_blocks = self._num_blocks(request.num_tokens)  # as the step computes it
+            if self._has_room(num_blocks, reserved):
+                self.blocks.grow(request.blocks, num_blocks)
                 break
 
     def _coming_prompt_tokens(self, now: float) -> int:
@@ -364,7 +365,7 @@ class Scheduler:
         pending = sum(r.num_tokens - r.num_computed for r in self._running if not r.is_decoding)
         if len(self._running) < self.limits.max_batch:
             first, reserved = self._first_waiting(now), self._reserved()
-            if first is not None and self._has_room(first.num_tokens, reserved):
+            if first is not None and self._has_room(self._most_held(first), reserved):
                 room = (self.blocks.num_free - reserved) * self.limits.block_size
                 pending += min(room, self.num_waiting_tokens)
         return min(pending, self._prefill_budget())
@@ -395,7 +396,7 @@ class Scheduler:
         reserved = self._reserved()
         while len(self._running) < self.limits.max_batch and budget > 0:
             request = self._first_waiting(now)
-            if request is None or not (request.is_uncached or self._has_room(request.num_tokens, reserved)):
+            if request is None or not (request.is_uncached or self._has_room(self._most_held(request), reserved)):
                 break
             chunk = self._next_chunk(request, budget)
             if chunk is None or not self.blocks.grow(request.blocks, self._missing_blocks(request, chunk)):
@@ -456,9 +457,13 @@ class Scheduler:
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.block_size)
 
-    def _has_room(self, num_tokens: int, reserved: int) -> bool:
+    def _most_held(self, request: Request) -> int:
+        """Blocks that a request holds at once while its tokens are computed, chunk by chunk."""
+        return min(self._num_blocks(request.num_tokens), self._most_blocks)
+
+    def _has_room(self, num_blocks: int, reserved: int) -> bool:
         """Whether they fit beside `reserved` blocks for those that run: to admit, then preempt, is work lost."""
-        return self.blocks.num_free >= min(self._num_blocks(num_tokens), self._most_blocks) + reserved
+        return self.blocks.num_free >= num_blocks + reserved
 
     def _reserved(self) -> int:
         """Blocks that those that run still need."""

@@ -497,7 +497,7 @@ def test_a_batch_in_place_advances_as_it_would_be_laid_out(
     frees: bool,
     shuffled: Random,
 ):
-    """Some requests end, some begin a block, windows leave blocks, which may be freed as these do: what the next step reads is that of a new layout."""
+    """Some requests end, some begin a block, windows leave blocks, freed or not: what is read is that of a new layout."""
     free = list(range(500))
     shuffled.shuffle(free)
     chunks = []

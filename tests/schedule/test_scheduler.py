@@ -325,7 +325,8 @@ def harnesses(draw: st.DrawFn) -> Harness:
     )
     longest = -(-limits.max_model_len // block_size)
     if limits.windows.widest is not None:
-        longest = min(longest, most_blocks(limits.windows.widest, limits.buffers.queries, block_size))
+        chunk = min(limits.buffers.queries, limits.max_idle_prefill_tokens)
+        longest = min(longest, most_blocks(limits.windows.widest, chunk, block_size))
     total = longest + draw(st.sampled_from((0, 0, 1, 2, longest // 2, longest, 2 * longest)))
     cuts = sorted(draw(st.tuples(*[st.integers(0, total)] * 3)))
     counts = [cuts[0], cuts[1] - cuts[0], cuts[2] - cuts[1], total - cuts[2]]
