@@ -78,10 +78,12 @@ def make_sizes(
     context_length: int = 2048,
     compute_bytes: int = 2,
     coded: tuple[float, float] | None = None,
+    window: int | None = None,
 ) -> ModelSizes:
     """A model of such layers, of which the odd ones may have another MLP."""
     kv = (kv_heads or heads) * (hidden // heads)
     ffns = [(odd_ffn or ffn) if number % 2 else ffn for number in range(num_layers)]
+    layers = (make_layer(hidden, kv, each, compute_bytes, coded) for each in ffns)
     return ModelSizes(
         hidden_size=hidden,
         num_heads=heads,
@@ -91,7 +93,7 @@ def make_sizes(
         vocab_size=vocab,
         context_length=context_length,
         compute_bytes=compute_bytes,
-        layers=tuple(make_layer(hidden, kv, each, compute_bytes, coded) for each in ffns),
+        layers=tuple(replace(layer, sliding_window=window) for layer in layers),
         fixed_bytes=vocab * hidden * compute_bytes,
     )
 
@@ -146,7 +148,7 @@ def decode_rate(sizes: ModelSizes, hardware: Hardware, plan: Plan) -> float:
 
 
 def random_sizes(random: Random) -> ModelSizes:
-    """Layers alike or not, coded or not."""
+    """Layers alike or not, coded or not, with a window or none."""
     heads = random.choice((1, 2, 4, 6))
     return make_sizes(
         num_layers=random.randint(1, 7),
@@ -159,6 +161,7 @@ def random_sizes(random: Random) -> ModelSizes:
         context_length=random.choice((8, 64, 500)),
         compute_bytes=random.choice((2, 4)),
         coded=random.choice((None, None, (0.7, 0.76))),
+        window=random.choice((None, None, 1, 7, 40)),
     )
 
 
@@ -287,14 +290,25 @@ def test_a_plan_keeps_its_promises(planner: Planner):
     has_activations = plan.num_blocks[PoolId.DEVICE_ACTIVATION] + plan.num_blocks[PoolId.HOST_ACTIVATION] > 0
     assert (plan.buffers.activation_rows > 0) == has_activations
     cached = int(batch - plan.recompute.tokens / plan.prediction.context)
-    others = max(0, cached - 1) * (-(-plan.prediction.context // block) + 1)
-    assert sum(plan.num_blocks.values()) >= -(-plan.max_model_len // block) + others
+    others = max(0, cached - 1) * (most_held(planner.sizes, plan.prediction.context, 1, block) + 1)
+    chunk = min(plan.buffers.queries, plan.max_idle_prefill_tokens)
+    longest = most_held(planner.sizes, plan.max_model_len, chunk, block)
+    assert sum(plan.num_blocks.values()) >= longest + others
     assert plan.max_idle_prefill_tokens >= plan.max_prefill_tokens >= 1
     manager, table = BlockManager(plan.num_blocks), BlockTable()
-    assert manager.grow(table, -(-plan.max_model_len // block))
+    assert manager.grow(table, longest)
     if config.placement is Placement.HOST:
         assert plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS] == 0
         assert blocks_of(plan, Tier.DEVICE) == 0
+
+
+def most_held(sizes: ModelSizes, num_tokens: int, chunk: int, block: int) -> int:
+    """Blocks that a request of so many tokens holds at once, by trying all that a chunk may begin with."""
+    window = sizes.sliding_window
+    if window is None:
+        return -(-num_tokens // block)
+    steps = ((max(0, context - window + 1), min(num_tokens, context + chunk)) for context in range(num_tokens))
+    return max(-(-end // block) - first // block for first, end in steps)
 
 
 def with_all_heads(layer: LayerSizes) -> LayerSizes:
@@ -556,6 +570,16 @@ def test_the_default_context_is_the_models_as_far_as_it_fits(device, host, given
         modest = Planner(sizes, budgets, PCIE4_4090, replace(config, max_model_len=given or 4096)).plan()
         rate = planner.plan().prediction.mean_tokens_per_second
         assert rate >= 0.95 * modest.prediction.mean_tokens_per_second
+
+
+def test_windows_let_longer_contexts_in():
+    """What all windows have left is neither in blocks nor in buffers: the default context is four times as long."""
+    settings = {"num_layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, "context_length": 131072}
+    budgets, found = Budgets(device=20 * GIB, host=4 * GIB), []
+    for window in (None, 4096):
+        planner = planner_with_context(make_sizes(**settings, window=window), budgets, PCIE4_4090, EngineConfig())
+        found.append(planner.max_model_len)
+    assert found == [32768, 131072]
 
 
 def test_the_curve_is_throughput_over_share():

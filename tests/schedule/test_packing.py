@@ -31,7 +31,7 @@ from hsrpc.schedule.step import (
     StopFlag,
     expand,
 )
-from hsrpc.schedule.windows import NO_WINDOWS, LayerWindows, first_visible
+from hsrpc.schedule.windows import NO_WINDOWS, LayerWindows, first_visible, most_blocks
 from tests.schedule.support import assert_same
 
 COSTS = RowCosts(load_kv=2.0, load_activation=1.0, regenerate=0.5)
@@ -445,6 +445,16 @@ def test_the_first_visible_position(context: int, window: int):
     assert first_visible(context, None) == 0
 
 
+@pytest.mark.parametrize("block_size", [1, 4, 7])
+@pytest.mark.parametrize("window", [1, 2, 8, 9])
+@pytest.mark.parametrize("chunk", [1, 2, 5, 16])
+def test_the_blocks_that_a_request_holds(window: int, chunk: int, block_size: int):
+    """By counting, at all positions: no fewer may be planned for, and no more are ever held."""
+    steps = ((first_visible(context, window), context + chunk) for context in range(60))
+    held = [-(-end // block_size) - first // block_size for first, end in steps]
+    assert most_blocks(window, chunk, block_size) == max(held)
+
+
 def test_windows_are_told_apart():
     """The widest first, which is none at all where a layer has none; each layer knows its own."""
     windows = LayerWindows((3, None, 7, 3))
@@ -497,7 +507,7 @@ def test_a_batch_in_place_advances_as_it_would_be_laid_out(
     frees: bool,
     shuffled: Random,
 ):
-    """Some requests end, some begin a block, windows leave blocks, freed or not: what is read is that of a new layout."""
+    """Some requests end or begin a block, windows leave blocks, freed or not: what is read is that of a new layout."""
     free = list(range(500))
     shuffled.shuffle(free)
     chunks = []
