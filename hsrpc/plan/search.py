@@ -254,7 +254,10 @@ class Evaluator:
         if self.recomputes:
             return 0.0 * batch
         longest = self.longest * self.config.block_size
-        rows: Number = np.minimum(prompt_queries + longest, batch * longest)
+        window = self.sizes.sliding_window
+        # A chunk may take the decoding requests' queries too, and sees no more than its window beside.
+        cached = longest if window is None else np.minimum(longest, window + batch)
+        rows: Number = np.minimum(prompt_queries + cached, batch * longest)
         return rows
 
     def _needed_blocks(self, batch: Number, chunk: Number) -> Number:

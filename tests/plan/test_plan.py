@@ -191,7 +191,7 @@ def random_planner(random: Random) -> Planner:
     )
     guess = Planner(sizes, Budgets(device=16 * MIB, host=0), hardware, config)
     count = random.choice((1, 4, 30))
-    rows = int(guess._rows(count, guess._row_choices(guess.budgets)[0]))
+    rows = int(guess._rows(count, guess._row_choices(guess.budgets)[0], 0))
     point = Point(count, 0, 1.0, kv_only=False, rows=rows, recompute=0)
     staging = guess._evaluator(guess.budgets).staging(point.as_grid(), 100, 100)
     fixed = int(sum(device_bytes(sizes, staging).values()))
@@ -277,7 +277,10 @@ def test_a_plan_keeps_its_promises(planner: Planner):
     assert batch <= (config.max_batch or 512)
     assert plan.prediction.batch == batch
     assert config.max_step_time is None or plan.prediction.longest_step <= config.max_step_time * (1 + 1e-9)
-    assert plan.buffers.rows >= plan.max_model_len
+    whole = plan.recompute.tokens > 0 or plan.policy is CachePolicy.RECOMPUTE
+    chunk = min(plan.buffers.queries, plan.max_idle_prefill_tokens)
+    shown = min(plan.max_model_len, (planner.sizes.sliding_window or plan.max_model_len) - 1 + chunk)
+    assert plan.buffers.rows >= (plan.max_model_len if whole else shown)
     if plan.policy is CachePolicy.RECOMPUTE:
         assert not plan.keeps_cache
         assert sum(plan.num_blocks.values()) == 0
@@ -291,7 +294,6 @@ def test_a_plan_keeps_its_promises(planner: Planner):
     assert (plan.buffers.activation_rows > 0) == has_activations
     cached = int(batch - plan.recompute.tokens / plan.prediction.context)
     others = max(0, cached - 1) * (most_held(planner.sizes, plan.prediction.context, 1, block) + 1)
-    chunk = min(plan.buffers.queries, plan.max_idle_prefill_tokens)
     longest = most_held(planner.sizes, plan.max_model_len, chunk, block)
     assert sum(plan.num_blocks.values()) >= longest + others
     assert plan.max_idle_prefill_tokens >= plan.max_prefill_tokens >= 1
