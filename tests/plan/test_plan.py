@@ -148,7 +148,7 @@ def decode_rate(sizes: ModelSizes, hardware: Hardware, plan: Plan) -> float:
 
 
 def random_sizes(random: Random) -> ModelSizes:
-    """Layers alike or not, coded or not, with a window or none."""
+    """Layers alike or not, coded or not."""
     heads = random.choice((1, 2, 4, 6))
     return make_sizes(
         num_layers=random.randint(1, 7),
@@ -161,7 +161,6 @@ def random_sizes(random: Random) -> ModelSizes:
         context_length=random.choice((8, 64, 500)),
         compute_bytes=random.choice((2, 4)),
         coded=random.choice((None, None, (0.7, 0.76))),
-        window=random.choice((None, None, 1, 7, 40)),
     )
 
 
@@ -206,6 +205,15 @@ def random_planner(random: Random) -> Planner:
 PLANNERS = st.randoms(use_true_random=True).map(random_planner)
 
 
+def in_windows(planner: Planner, window: int | None) -> Planner:
+    """The same, where all layers have this window."""
+    layers = tuple(replace(layer, sliding_window=window) for layer in planner.sizes.layers)
+    return Planner(replace(planner.sizes, layers=layers), planner.budgets, planner.hardware, planner.config)
+
+
+IN_WINDOWS = st.builds(in_windows, PLANNERS, st.sampled_from((None, None, 1, 7, 40)))
+
+
 def refused_field(planner: Planner) -> str | None:
     """The setting that keeps it from a plan; None: there is one."""
     try:
@@ -228,7 +236,7 @@ def check_error(error: ConfigError, planner: Planner) -> None:
         assert error.field == "max_step_time"
 
 
-@given(planner=PLANNERS)
+@given(planner=IN_WINDOWS)
 @settings(max_examples=200)
 def test_a_plan_stays_within_the_budgets(planner: Planner):
     """Device and host bytes sum to no more than the budgets and are those of what the plan places there."""
@@ -263,7 +271,7 @@ def test_a_plan_stays_within_the_budgets(planner: Planner):
     assert plan.device_bytes[DeviceUse.WEIGHT_BUFFERS] == BUFFERS * packed + decoded
 
 
-@given(planner=PLANNERS)
+@given(planner=IN_WINDOWS)
 @settings(max_examples=200)
 def test_a_plan_keeps_its_promises(planner: Planner):
     """One request at full length and the others at the expected one fit, and their rows and queries fit the buffers."""
