@@ -590,6 +590,10 @@ def test_windows_let_longer_contexts_in():
         planner = planner_with_context(make_sizes(**settings, window=window), budgets, PCIE4_4090, EngineConfig())
         found.append(planner.max_model_len)
     assert found == [32768, 131072]
+    plan = planner.plan()
+    chunk = min(plan.buffers.queries, plan.max_idle_prefill_tokens)
+    assert chunk > plan.buffers.queries - plan.max_batch
+    assert 4095 + chunk <= plan.buffers.rows < 2 * 4096
 
 
 def test_the_curve_is_throughput_over_share():
