@@ -38,8 +38,10 @@ async def warm_up(components: Components, limits: SchedulerLimits) -> None:
 
 def _prompts(tokens: int, limits: SchedulerLimits, scheduler: Scheduler) -> list[int]:
     """Lengths of prompts with `tokens` tokens in all, as far as there is room for them."""
-    length = max(1, min(tokens, limits.max_model_len - _NEW_TOKENS))
-    room = limits.max_batch - scheduler.num_running
+    longest, room = limits.max_model_len, limits.max_batch - scheduler.num_running
+    if limits.keeps_cache:  # there may be blocks for a window and a chunk only
+        longest = min(longest, scheduler.blocks.num_blocks * limits.block_size)
+    length = max(1, min(tokens, longest - _NEW_TOKENS))
     if limits.keeps_cache:
         room = min(room, scheduler.blocks.num_free // -(-(length + _NEW_TOKENS) // limits.block_size))
     return [length] * min(min(tokens, _MAX_TOKENS) // length, room)

@@ -124,8 +124,8 @@ class Planner:
         share = np.array(shares)[None, None, :]
         kv_only = (share == 0) & (np.arange(len(shares)) == 0)
         for wanted in self._row_choices(budgets):
-            rows = self._rows(batch, wanted)
             for recompute in self._recompute_choices(batch):
+                rows = self._rows(batch, wanted, recompute)
                 yield Grid(
                     batch=batch, choice=choice, device_share=share, kv_only=kv_only, rows=rows, recompute=recompute
                 )
@@ -142,9 +142,9 @@ class Planner:
                     choice=choice,
                     device_share=share,
                     kv_only=share == 0,
-                    rows=self._rows(batch, 1),
+                    rows=self._rows(batch, 1, recompute),
                     recompute=recompute,
-                    absorbed_rows=self._rows(batch, wanted),
+                    absorbed_rows=self._rows(batch, wanted, recompute),
                 )
 
     def _possible_choices(self, budgets: Budgets) -> npt.NDArray[np.int64]:
@@ -174,10 +174,13 @@ class Planner:
             return [given * batch * self.traffic.context]
         return [0, *_RECOMPUTE_TOKENS] if self.config.cache_policy is CachePolicy.AUTO else [0]
 
-    def _rows(self, batch: Number, wanted: int) -> Number:
+    def _rows(self, batch: Number, wanted: int, recompute: Number) -> Number:
+        """`wanted`, but at least all that the longest request shows, or all of it where requests are recomputed."""
         block = self.config.block_size
         longest = -(-self.max_model_len // block) * block
-        rows: Number = np.clip(wanted, longest, batch * longest)
+        is_whole = (np.asarray(recompute) > 0) | (self.config.cache_policy is CachePolicy.RECOMPUTE)
+        least = np.where(is_whole, longest, min(longest, self.sizes.sliding_window or longest))
+        rows: Number = np.clip(wanted, least, batch * longest)
         return rows
 
     def _too_slow(self, steps: Floats) -> ConfigError:
@@ -199,7 +202,9 @@ class Planner:
             )
         host = self._smallest(lambda size: replace(self.budgets, host=size), self.budgets.host)
         share = max(self.decision.shares) if self.sizes.activation_ratio > 1 else min(self.decision.shares)
-        cache = self.max_model_len * self.sizes.num_layers * float(token_bytes(self.sizes, share))
+        block_size = self.config.block_size
+        tokens = min(self.max_model_len, self.sizes.held_blocks(self.max_model_len, block_size) * block_size)
+        cache = float(tokens * self.sizes.num_layers * token_bytes(self.sizes, share))
         return ConfigError(
             "host_memory",
             format_bytes(self.budgets.host),

@@ -21,7 +21,7 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
     batch = num_requests or plan.max_batch
     traffic = Traffic(context=context, prompt=0, output=1, longest=plan.max_model_len)
     model = StepModel(sizes, plan.hardware, traffic)
-    used = batch * -(-context // plan.block_size)
+    used = batch * sizes.held_blocks(context, plan.block_size)
     on_device = min(1.0, sum(_blocks(plan, Tier.DEVICE)) / used)
     rebuilding = 1 - len(plan.kv_layers) / sizes.num_layers
     candidate = Candidates(

@@ -130,7 +130,7 @@ class Evaluator:
         """Nothing is cached: every step computes all tokens."""
         self.max_model_len = model.traffic.longest
         self.longest = -(-self.max_model_len // config.block_size)
-        """Blocks of one request at full length."""
+        """Blocks of one request at full length, were none of them freed."""
         self._rows_per_block = self.sizes.num_layers * config.block_size
 
     def evaluate(self, grid: Grid) -> Evaluation:
@@ -144,20 +144,23 @@ class Evaluator:
         for part in (self.choices.resident, self.choices.buffers, self.choices.experts):
             device_room = device_room - part[grid.choice]
         host_room = self.budgets.host - self.choices.on_host[grid.choice]
-        max_blocks = self._max_blocks(grid.batch)
+        usable = self._usable_blocks(grid.batch, idle_chunk)
+        max_blocks = usable + (0 if self.recomputes else grid.batch)  # each has one to grow into
         device_blocks = np.minimum(self._device_blocks(device_room, grid.device_share), max_blocks)
         on_device = self._on_device(grid.batch, device_blocks, self.model.traffic.context)
         queries = prompt_queries if self.recomputes else staging.queries - grid.batch
         candidates = self._candidates(grid, device_blocks, chunk, queries)
-        missing = np.maximum(0, self._needed_blocks(grid.batch) - device_blocks)
+        prompt_chunk = np.minimum(staging.queries, idle_chunk)
+        missing = np.maximum(0, self._needed_blocks(grid.batch, prompt_chunk) - device_blocks)
         host_share = np.where(grid.absorbs, 1.0, self._host_share(candidates, grid.kv_only, host_room, missing))
         candidates = replace(candidates, host_share=host_share)
         recomputed = self._recomputed(candidates, grid.recompute, staging)
         candidates = replace(candidates, recomputed=recomputed)
-        missing = np.maximum(0, self._needed_blocks(grid.batch * (1 - recomputed)) - device_blocks)
+        cached = grid.batch * (1 - recomputed)
+        missing = np.maximum(0, self._needed_blocks(cached, prompt_chunk) - device_blocks)
         # Where the device holds all requests at full length, the host gets no blocks: a step that reads any of them
         # goes through buffers, while all others read their blocks in place.
-        of_use = np.where(device_blocks >= grid.batch * self.longest, 0.0, max_blocks - device_blocks)
+        of_use = np.where(device_blocks >= usable, 0.0, max_blocks - device_blocks)
         host_blocks = np.minimum(self._blocks(host_room, host_share), of_use)
         times = self.model.predict(candidates)
         fitted = self._fitted(chunk, np.where(streamed > 0, np.minimum(idle_chunk, MAX_CHUNK), chunk), times)
@@ -252,20 +255,34 @@ class Evaluator:
         if self.recomputes:
             return 0.0 * batch
         longest = self.longest * self.config.block_size
-        rows: Number = np.minimum(prompt_queries + longest, batch * longest)
+        window = self.sizes.sliding_window
+        # A chunk may take the decoding requests' queries too, and sees no more than its window beside.
+        cached = longest if window is None else np.minimum(longest, window + batch)
+        rows: Number = np.minimum(prompt_queries + cached, batch * longest)
         return rows
 
-    def _needed_blocks(self, batch: Number) -> Number:
-        """Blocks for one request at full length and the others at the expected one, each with a block to grow into."""
+    def _needed_blocks(self, batch: Number, chunk: Number) -> Number:
+        """Blocks for one request at full length and the others at the expected one, each with a block to grow into.
+
+        `chunk`: tokens of one request in a step, at most. A prompt holds what its chunk adds, until the step has ended.
+        """
         if self.recomputes:
             return 0 * batch
-        expected = -(-self.model.traffic.context // self.config.block_size) + 1
-        found: Number = self.longest + np.maximum(0, np.ceil(batch) - 1) * expected
+        expected = self._held_blocks(self.model.traffic.context) + 1
+        found: Number = self._held_blocks(self.max_model_len, chunk) + np.maximum(0, np.ceil(batch) - 1) * expected
         return found
 
-    def _max_blocks(self, batch: Floats) -> Floats:
-        """Blocks for all requests at full length with a block to grow into: more would never be used."""
-        return 0 * batch if self.recomputes else batch * (self.longest + 1)
+    def _usable_blocks(self, batch: Floats, idle_chunk: Number) -> Number:
+        """Blocks that all requests hold at full length, or with a step's prompts: more would never be used."""
+        if self.recomputes:
+            return 0 * batch
+        # Each chunk touches one block more than its tokens fill.
+        prompts = np.ceil(idle_chunk / self.config.block_size) + batch
+        found: Number = np.minimum(batch * self.longest, batch * self._held_blocks(self.max_model_len) + prompts)
+        return found
+
+    def _held_blocks(self, num_tokens: int, chunk: Number = 1) -> Number:
+        return self.sizes.held_blocks(num_tokens, self.config.block_size, chunk)
 
     def _device_blocks(self, room: Number, share: Number) -> Number:
         if self.config.placement is Placement.HOST:
@@ -279,7 +296,7 @@ class Evaluator:
 
     def _on_device(self, batch: Floats, blocks: Number, length: int) -> Number:
         """Part of the cached tokens that lies on the device, which fills first; requests have `length` tokens."""
-        used = batch * -(-length // self.config.block_size)
+        used = batch * self._held_blocks(length)
         found: Number = np.minimum(1.0, blocks / used)
         return found
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsrpc.schedule.blocks import BlockKind
-from hsrpc.schedule.windows import LayerWindows
+from hsrpc.schedule.windows import LayerWindows, most_blocks
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Number: TypeAlias = float | Floats
@@ -332,6 +332,14 @@ class ModelSizes:
     def sliding_window(self) -> int | None:
         """Tokens that a layer sees, at most; None: all, in some layers at least."""
         return self.windows.widest
+
+    def held_blocks(self, num_tokens: int, block_size: int, chunk: Number = 1) -> Number:
+        """Blocks that a request holds at most at once until it has `num_tokens`, computed in chunks of up to `chunk`.
+
+        Those that every layer's window has left are freed.
+        """
+        whole, window = -(-num_tokens // block_size), self.sliding_window
+        return whole if window is None else np.minimum(whole, most_blocks(window, chunk, block_size))
 
     @cached_property
     def layers_bytes(self) -> int:

@@ -58,16 +58,26 @@ POOLS_OF_TIER = (
 
 
 class BlockTable:
-    """The blocks of one request in token order, as two parallel arrays: block i holds tokens i*block_size onward."""
+    """The blocks of one request in token order, as two parallel arrays, of which the first ones may be freed.
 
-    __slots__ = ("indices", "pools")
+    Block i of a request holds its tokens i*block_size onward; entry j of the arrays is its block `first + j`.
+    """
+
+    __slots__ = ("first", "indices", "pools")
 
     def __init__(self) -> None:
+        self.first = 0
+        """Number of the first block that is kept: those before it are freed."""
         self.pools = array("b")
         self.indices = array("q")
 
     def __len__(self) -> int:
         return len(self.pools)
+
+    @property
+    def end(self) -> int:
+        """Number of the block that comes next."""
+        return self.first + len(self.pools)
 
     def append(self, pool: PoolId, index: int) -> None:
         self.pools.append(pool)
@@ -221,10 +231,10 @@ class BlockManager:
         """Append `num_blocks` blocks to the table, or none and return False where there are too few."""
         if num_blocks <= 0:
             return True  # most tokens go to a block that is there
-        if not self._rule.has_room(self.pools, len(table), num_blocks):
+        if not self._rule.has_room(self.pools, table.end, num_blocks):
             return False
         while num_blocks:
-            pool, count = self._rule.next_run(self.pools, len(table), num_blocks)
+            pool, count = self._rule.next_run(self.pools, table.end, num_blocks)
             blocks, index = self.pools[pool], table.last_of(pool)
             for _ in range(count):
                 index = blocks.allocate(index)
@@ -233,10 +243,19 @@ class BlockManager:
         return True
 
     def free(self, table: BlockTable) -> None:
-        """Give all blocks of the table back and empty it."""
-        for pool, index in zip(table.pools, table.indices, strict=True):
+        """Give all blocks of the table back; it is as new."""
+        self.free_before(table, table.end)
+        table.first = 0
+
+    def free_before(self, table: BlockTable, number: int) -> None:
+        """Give back the blocks before block `number` of the request, as far as they are still there."""
+        count = number - table.first
+        if count <= 0:
+            return
+        for pool, index in zip(table.pools[:count], table.indices[:count], strict=True):
             self.pools[PoolId(pool)].free(index)
-        del table.pools[:], table.indices[:]
+        del table.pools[:count], table.indices[:count]
+        table.first = number
 
 
 def _lacks_activations(kv: BlockPool, activation: BlockPool) -> bool:

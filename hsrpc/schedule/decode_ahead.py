@@ -18,8 +18,9 @@ def uses_no_buffer(chunks: Sequence[Chunk], block_size: int, pool: PoolId = Pool
 
 
 def _is_in_pool(chunk: Chunk, block_size: int, pool: PoolId) -> bool:
-    used = chunk.context // block_size + 1
-    return chunk.request.blocks.pools[:used].count(pool) == used
+    table = chunk.request.blocks
+    used = chunk.context // block_size + 1 - table.first
+    return table.pools[:used].count(pool) == used
 
 
 def advance(batch: MiniBatch, chunks: Sequence[Chunk], block_size: int, window: int | None) -> MiniBatch | None:
@@ -36,7 +37,8 @@ def advance(batch: MiniBatch, chunks: Sequence[Chunk], block_size: int, window: 
     begun = np.flatnonzero(positions % block_size == 0)
     if len(begun):
         number, column = positions[begun] // block_size, (counts[begun] - 1) // block_size
-        blocks = [(chunks[i].request.blocks, k) for i, k in zip(begun.tolist(), number.tolist(), strict=True)]
+        tables_begun = [chunks[i].request.blocks for i in begun.tolist()]
+        blocks = [(table, k - table.first) for table, k in zip(tables_begun, number.tolist(), strict=True)]
         if any(table.pools[k] != before.pool for table, k in blocks):
             return None
         index = np.array([table.indices[k] for table, k in blocks], dtype=np.int64)

@@ -92,8 +92,10 @@ def _buffer_rows(
     in_place = np.array([chunk.reads_in_place for chunk in chunks])
     visible = np.array([first_visible(context, window) for context in contexts.tolist()], dtype=np.int64)
     first, last = visible // block_size, -(-contexts // block_size)
-    bounds = zip(chunks, first.tolist(), last.tolist(), strict=True)
-    pools = np.frombuffer(b"".join([chunk.request.blocks.pools[i:j] for chunk, i, j in bounds]), dtype=np.int8)
+    tables = [chunk.request.blocks for chunk in chunks]
+    bounds = zip(tables, first.tolist(), last.tolist(), strict=True)
+    read = [table.pools[start - table.first : end - table.first] for table, start, end in bounds]
+    pools = np.frombuffer(b"".join(read), dtype=np.int8)
     owner = np.repeat(np.arange(len(chunks)), last - first)
     counts = np.bincount(owner * len(PoolId) + pools, minlength=len(chunks) * len(PoolId)).reshape(-1, len(PoolId))
     counts[in_place, pool] = 0
@@ -115,5 +117,6 @@ def _buffer_rows(
 
 def _pools_at(chunks: Sequence[Chunk], numbers: Ints) -> Ints:
     """Pool of each request's block of that number, [num_chunks]; `_NO_POOL` where it has no such block."""
-    tables = [(chunk.request.blocks.pools, number) for chunk, number in zip(chunks, numbers.tolist(), strict=True)]
-    return np.array([pools[number] if number < len(pools) else _NO_POOL for pools, number in tables], dtype=np.int64)
+    tables = [(chunk.request.blocks, number) for chunk, number in zip(chunks, numbers.tolist(), strict=True)]
+    pools = [table.pools[number - table.first] if number < table.end else _NO_POOL for table, number in tables]
+    return np.array(pools, dtype=np.int64)

@@ -123,9 +123,10 @@ def _read_tables(chunks: Sequence[Chunk], contexts: Ints, counts: Ints, block_si
     """The blocks that each chunk's attention sees or its new tokens go to, in token order; some requests keep none."""
     tables = [chunk.request.blocks for chunk in chunks]
     first = np.array([first_visible(context, window) // block_size for context in contexts.tolist()], dtype=np.int64)
-    last = np.minimum(-(-(contexts + counts) // block_size), [len(table) for table in tables])
+    last = np.minimum(-(-(contexts + counts) // block_size), [table.end for table in tables])
     lengths = np.maximum(last - first, 0)
-    bounds = list(zip(tables, first.tolist(), last.tolist(), strict=True))
+    kept = [table.first for table in tables]
+    bounds = list(zip(tables, (first - kept).tolist(), (last - kept).tolist(), strict=True))
     pools = b"".join([table.pools[start:end] for table, start, end in bounds])
     indices = b"".join([table.indices[start:end] for table, start, end in bounds])
     owner = np.repeat(np.arange(len(chunks)), lengths)

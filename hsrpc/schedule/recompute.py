@@ -96,7 +96,7 @@ class RecomputePolicy:
         """Seconds of bus and GPU for the cached tokens of a request that its next token attends to, a layer."""
         costs, bus, gpu = self._costs, 0.0, 0.0
         for window, share in self._windows:
-            first = first_visible(request.num_computed, window) // self._block_size
+            first = first_visible(request.num_computed, window) // self._block_size - request.blocks.first
             count, tokens = request.blocks.pools[first:].count, share * self._block_size
             on_host = count(PoolId.HOST_ACTIVATION)
             activations = on_host + count(PoolId.DEVICE_ACTIVATION)

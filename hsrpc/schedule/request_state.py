@@ -94,7 +94,7 @@ class Request:
     def has_room_for_next(self, block_size: int) -> bool:
         """Its newest token alone is to be computed, and a block for it is there."""
         known = self.num_computed
-        return len(self.token_ids) - known == 1 and known < len(self.blocks) * block_size
+        return len(self.token_ids) - known == 1 and known < self.blocks.end * block_size
 
     def timings(self, now: float) -> Timings:
         """The parts of its life so far; a part that did not begin is 0."""

@@ -4,11 +4,13 @@ The running list is kept in the order in which requests were admitted, whatever 
 to admit. A request that needs a block when none is free preempts the one that comes last: its blocks are freed, and it
 is recomputed from its token ids later, before any that was never admitted. Hence the first in order always advances,
 every request ends, and nothing dead-locks: one request at full length fits by construction (the planner sees to it).
-Uncached requests need no blocks and are never preempted.
+Uncached requests need no blocks and are never preempted. Where every layer has a window, a request's blocks that the
+widest one has left are freed with each step that is committed.
 """
 
 from __future__ import annotations
 
+import sys
 from array import array
 from bisect import insort
 from collections import Counter
@@ -29,7 +31,7 @@ from hsrpc.schedule.queue_rate import QueueRate
 from hsrpc.schedule.recompute import NO_RECOMPUTE, RecomputeLimits, RecomputePolicy
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, RowCosts, SamplingRow, Scheduled, Step, StopFlag
-from hsrpc.schedule.windows import NO_WINDOWS, LayerWindows
+from hsrpc.schedule.windows import NO_WINDOWS, LayerWindows, first_visible, most_blocks
 
 _MAX_ENDED_WAITING = 64
 
@@ -106,6 +108,9 @@ class Scheduler:
         self.num_preempted_tokens = 0
         """Tokens to compute before these have their next one."""
         self._num_admitted = 0
+        window, chunk = limits.windows.widest, min(limits.buffers.queries, limits.max_idle_prefill_tokens)
+        self._most_blocks = sys.maxsize if window is None else most_blocks(window, chunk, limits.block_size)
+        """That one request holds at once, unless it takes its cache back."""
         self.num_waiting_tokens = 0
         """Tokens to compute before all that wait have their next one."""
         self._num_steps = 0
@@ -232,7 +237,7 @@ class Scheduler:
     def _grow_ahead(self, chunks: Sequence[Chunk]) -> bool:
         """A block for each that begins one; False where there are too few, and what was taken by then stays taken."""
         size = self.limits.block_size
-        starting = [chunk.request.blocks for chunk in chunks if len(chunk.request.blocks) * size == chunk.context]
+        starting = [chunk.request.blocks for chunk in chunks if chunk.request.blocks.end * size == chunk.context]
         if len(starting) > self.blocks.num_free:
             return False
         return all(self.blocks.grow(blocks, 1) for blocks in starting)
@@ -292,6 +297,7 @@ class Scheduler:
             if len(request.blocks):
                 request.num_computed = chunk.context + chunk.num_new
                 request.is_uncached = False
+                self._free_hidden(request)
             if chunk.samples:
                 outputs.append(self._accept(request, token_id, logprob, now))
         return outputs
@@ -312,6 +318,13 @@ class Scheduler:
         """Blocks go back with the last step that writes them."""
         if not request.in_flight and request.finish_reason is not None:
             self.blocks.free(request.blocks)
+
+    def _free_hidden(self, request: Request) -> None:
+        """Blocks that no token to come sees: a step ahead of those that are committed does not read them either."""
+        window = self.limits.windows.widest
+        if window is not None:
+            first = first_visible(request.num_computed, window) // self.limits.block_size
+            self.blocks.free_before(request.blocks, first)
 
     def _accept(self, request: Request, token_id: int | None, logprob: TokenLogprob | None, now: float) -> Output:
         if token_id is None:
@@ -342,8 +355,9 @@ class Scheduler:
             request.is_uncached = True
         reserved = self._reserved() if choice.taking_back else 0
         for request in choice.taking_back:
-            if self._has_room(request.num_tokens, reserved):
-                self.blocks.grow(request.blocks, self._num_blocks(request.num_tokens))  # as the step computes it
+            num_blocks = self._num_blocks(request.num_tokens)  # as the step computes it
+            if self._has_room(num_blocks, reserved):
+                self.blocks.grow(request.blocks, num_blocks)
                 break
 
     def _coming_prompt_tokens(self, now: float) -> int:
@@ -351,7 +365,7 @@ class Scheduler:
         pending = sum(r.num_tokens - r.num_computed for r in self._running if not r.is_decoding)
         if len(self._running) < self.limits.max_batch:
             first, reserved = self._first_waiting(now), self._reserved()
-            if first is not None and self._has_room(first.num_tokens, reserved):
+            if first is not None and self._has_room(self._most_held(first), reserved):
                 room = (self.blocks.num_free - reserved) * self.limits.block_size
                 pending += min(room, self.num_waiting_tokens)
         return min(pending, self._prefill_budget())
@@ -382,7 +396,7 @@ class Scheduler:
         reserved = self._reserved()
         while len(self._running) < self.limits.max_batch and budget > 0:
             request = self._first_waiting(now)
-            if request is None or not (request.is_uncached or self._has_room(request.num_tokens, reserved)):
+            if request is None or not (request.is_uncached or self._has_room(self._most_held(request), reserved)):
                 break
             chunk = self._next_chunk(request, budget)
             if chunk is None or not self.blocks.grow(request.blocks, self._missing_blocks(request, chunk)):
@@ -438,14 +452,18 @@ class Scheduler:
         self.num_preempted_tokens += sign * request.num_tokens
 
     def _missing_blocks(self, request: Request, chunk: Chunk) -> int:
-        return 0 if request.is_uncached else self._num_blocks(chunk.context + chunk.num_new) - len(request.blocks)
+        return 0 if request.is_uncached else self._num_blocks(chunk.context + chunk.num_new) - request.blocks.end
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.block_size)
 
-    def _has_room(self, num_tokens: int, reserved: int) -> bool:
+    def _most_held(self, request: Request) -> int:
+        """Blocks that a request holds at once while its tokens are computed, chunk by chunk."""
+        return min(self._num_blocks(request.num_tokens), self._most_blocks)
+
+    def _has_room(self, num_blocks: int, reserved: int) -> bool:
         """Whether they fit beside `reserved` blocks for those that run: to admit, then preempt, is work lost."""
-        return self.blocks.num_free >= self._num_blocks(num_tokens) + reserved
+        return self.blocks.num_free >= num_blocks + reserved
 
     def _reserved(self) -> int:
         """Blocks that those that run still need."""
@@ -455,7 +473,8 @@ class Scheduler:
         """Blocks for what is left of a running request's prompt, and at least one to grow into."""
         if request.is_uncached and not len(request.blocks):
             return 0
-        return max(1, self._num_blocks(request.num_tokens) - len(request.blocks))
+        left = self._num_blocks(request.num_tokens) - request.blocks.end
+        return max(1, min(left, self._most_blocks - len(request.blocks)))
 
     def _drop_ended(self) -> None:
         """Requests that ended after they were preempted leave the heap at its top, or here once they are most of it."""

@@ -7,6 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Count = TypeVar("Count", int, float | npt.NDArray[np.float64])
+"""A number, or many at once."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,14 @@ class LayerWindows:
 
 
 NO_WINDOWS = LayerWindows((None,))
+
+
+def most_blocks(window: int, chunk: Count, block_size: int) -> Count:
+    """Blocks that hold what a step of `chunk` tokens of a request sees and adds, wherever they begin.
+
+    With the widest window of a model that is all that a request keeps.
+    """
+    return -(-(window + chunk - 2) // block_size) + 1
 
 
 def first_visible(context: int, window: int | None) -> int:

@@ -78,10 +78,12 @@ def make_sizes(
     context_length: int = 2048,
     compute_bytes: int = 2,
     coded: tuple[float, float] | None = None,
+    window: int | None = None,
 ) -> ModelSizes:
     """A model of such layers, of which the odd ones may have another MLP."""
     kv = (kv_heads or heads) * (hidden // heads)
     ffns = [(odd_ffn or ffn) if number % 2 else ffn for number in range(num_layers)]
+    layers = (make_layer(hidden, kv, each, compute_bytes, coded) for each in ffns)
     return ModelSizes(
         hidden_size=hidden,
         num_heads=heads,
@@ -91,7 +93,7 @@ def make_sizes(
         vocab_size=vocab,
         context_length=context_length,
         compute_bytes=compute_bytes,
-        layers=tuple(make_layer(hidden, kv, each, compute_bytes, coded) for each in ffns),
+        layers=tuple(replace(layer, sliding_window=window) for layer in layers),
         fixed_bytes=vocab * hidden * compute_bytes,
     )
 
@@ -188,7 +190,7 @@ def random_planner(random: Random) -> Planner:
     )
     guess = Planner(sizes, Budgets(device=16 * MIB, host=0), hardware, config)
     count = random.choice((1, 4, 30))
-    rows = int(guess._rows(count, guess._row_choices(guess.budgets)[0]))
+    rows = int(guess._rows(count, guess._row_choices(guess.budgets)[0], 0))
     point = Point(count, 0, 1.0, kv_only=False, rows=rows, recompute=0)
     staging = guess._evaluator(guess.budgets).staging(point.as_grid(), 100, 100)
     fixed = int(sum(device_bytes(sizes, staging).values()))
@@ -201,6 +203,15 @@ def random_planner(random: Random) -> Planner:
 
 
 PLANNERS = st.randoms(use_true_random=True).map(random_planner)
+
+
+def in_windows(planner: Planner, window: int | None) -> Planner:
+    """The same, where all layers have this window."""
+    layers = tuple(replace(layer, sliding_window=window) for layer in planner.sizes.layers)
+    return Planner(replace(planner.sizes, layers=layers), planner.budgets, planner.hardware, planner.config)
+
+
+IN_WINDOWS = st.builds(in_windows, PLANNERS, st.sampled_from((None, None, 1, 7, 40)))
 
 
 def refused_field(planner: Planner) -> str | None:
@@ -225,7 +236,7 @@ def check_error(error: ConfigError, planner: Planner) -> None:
         assert error.field == "max_step_time"
 
 
-@given(planner=PLANNERS)
+@given(planner=IN_WINDOWS)
 @settings(max_examples=200)
 def test_a_plan_stays_within_the_budgets(planner: Planner):
     """Device and host bytes sum to no more than the budgets and are those of what the plan places there."""
@@ -260,7 +271,7 @@ def test_a_plan_stays_within_the_budgets(planner: Planner):
     assert plan.device_bytes[DeviceUse.WEIGHT_BUFFERS] == BUFFERS * packed + decoded
 
 
-@given(planner=PLANNERS)
+@given(planner=IN_WINDOWS)
 @settings(max_examples=200)
 def test_a_plan_keeps_its_promises(planner: Planner):
     """One request at full length and the others at the expected one fit, and their rows and queries fit the buffers."""
@@ -274,7 +285,10 @@ def test_a_plan_keeps_its_promises(planner: Planner):
     assert batch <= (config.max_batch or 512)
     assert plan.prediction.batch == batch
     assert config.max_step_time is None or plan.prediction.longest_step <= config.max_step_time * (1 + 1e-9)
-    assert plan.buffers.rows >= plan.max_model_len
+    whole = plan.recompute.tokens > 0 or plan.policy is CachePolicy.RECOMPUTE
+    chunk = min(plan.buffers.queries, plan.max_idle_prefill_tokens)
+    shown = min(plan.max_model_len, (planner.sizes.sliding_window or plan.max_model_len) - 1 + chunk)
+    assert plan.buffers.rows >= (plan.max_model_len if whole else shown)
     if plan.policy is CachePolicy.RECOMPUTE:
         assert not plan.keeps_cache
         assert sum(plan.num_blocks.values()) == 0
@@ -287,14 +301,24 @@ def test_a_plan_keeps_its_promises(planner: Planner):
     has_activations = plan.num_blocks[PoolId.DEVICE_ACTIVATION] + plan.num_blocks[PoolId.HOST_ACTIVATION] > 0
     assert (plan.buffers.activation_rows > 0) == has_activations
     cached = int(batch - plan.recompute.tokens / plan.prediction.context)
-    others = max(0, cached - 1) * (-(-plan.prediction.context // block) + 1)
-    assert sum(plan.num_blocks.values()) >= -(-plan.max_model_len // block) + others
+    others = max(0, cached - 1) * (most_held(planner.sizes, plan.prediction.context, 1, block) + 1)
+    longest = most_held(planner.sizes, plan.max_model_len, chunk, block)
+    assert sum(plan.num_blocks.values()) >= longest + others
     assert plan.max_idle_prefill_tokens >= plan.max_prefill_tokens >= 1
     manager, table = BlockManager(plan.num_blocks), BlockTable()
-    assert manager.grow(table, -(-plan.max_model_len // block))
+    assert manager.grow(table, longest)
     if config.placement is Placement.HOST:
         assert plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS] == 0
         assert blocks_of(plan, Tier.DEVICE) == 0
+
+
+def most_held(sizes: ModelSizes, num_tokens: int, chunk: int, block: int) -> int:
+    """Blocks that a request of so many tokens holds at once, by trying all that a chunk may begin with."""
+    window = sizes.sliding_window
+    if window is None:
+        return -(-num_tokens // block)
+    steps = ((max(0, context - window + 1), min(num_tokens, context + chunk)) for context in range(num_tokens))
+    return max(-(-end // block) - first // block for first, end in steps)
 
 
 def with_all_heads(layer: LayerSizes) -> LayerSizes:
@@ -556,6 +580,20 @@ def test_the_default_context_is_the_models_as_far_as_it_fits(device, host, given
         modest = Planner(sizes, budgets, PCIE4_4090, replace(config, max_model_len=given or 4096)).plan()
         rate = planner.plan().prediction.mean_tokens_per_second
         assert rate >= 0.95 * modest.prediction.mean_tokens_per_second
+
+
+def test_windows_let_longer_contexts_in():
+    """What all windows have left is neither in blocks nor in buffers: the default context is four times as long."""
+    settings = {"num_layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, "context_length": 131072}
+    budgets, found = Budgets(device=20 * GIB, host=4 * GIB), []
+    for window in (None, 4096):
+        planner = planner_with_context(make_sizes(**settings, window=window), budgets, PCIE4_4090, EngineConfig())
+        found.append(planner.max_model_len)
+    assert found == [32768, 131072]
+    plan = planner.plan()
+    chunk = min(plan.buffers.queries, plan.max_idle_prefill_tokens)
+    assert chunk > plan.buffers.queries - plan.max_batch
+    assert 4095 + chunk <= plan.buffers.rows < 2 * 4096
 
 
 def test_the_curve_is_throughput_over_share():

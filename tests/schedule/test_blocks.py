@@ -1,4 +1,4 @@
-"""Blocks: owned once or free, handed out in runs, kinds in the planned share."""
+"""Blocks: owned once or free, from the front or all at once; handed out in runs, kinds in the planned share."""
 
 from __future__ import annotations
 
@@ -95,13 +95,25 @@ class ManagerMachine(RuleBasedStateMachine):
         assert len(table) == len(before[0]) + (num_blocks if grown else 0)
         assert (after[0][: len(before[0])], after[1][: len(before[1])]) == before
 
+    @rule(which=st.integers(0, 4), before=st.integers(0, 20))
+    def free_before(self, which: int, before: int) -> None:
+        """The first blocks of the table become free, once, and the others keep their numbers."""
+        table = self.tables[which]
+        first, kept, free = table.first, contents(table), self.manager.num_free
+        before = min(before, table.end)
+        count = max(0, before - first)
+        self.manager.free_before(table, before)
+        assert contents(table) == (kept[0][count:], kept[1][count:])
+        assert (table.first, table.end) == (max(first, before), first + len(kept[0]))
+        assert self.manager.num_free == free + count
+
     @rule(which=st.integers(0, 4))
     def free(self, which: int) -> None:
         """All blocks of the table, and no other, become free."""
         table = self.tables[which]
         expected = self.manager.num_free + len(table)
         self.manager.free(table)
-        assert len(table) == len(table.indices) == 0
+        assert len(table) == len(table.indices) == table.first == 0
         assert self.manager.num_free == expected
 
     @invariant()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 
 from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.schedule.blocks import BlockManager, PoolId
+from hsrpc.schedule.decode_ahead import uses_no_buffer
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Scheduler
-from hsrpc.schedule.step import SamplingRow, Scheduled
+from hsrpc.schedule.step import NO_ROWS, Chunk, InPlace, MiniBatch, SamplingRow, Scheduled
+from hsrpc.schedule.windows import LayerWindows, first_visible
 from tests.schedule.support import assemble, sampled
 from tests.schedule.test_scheduler import EOS, LIMITS, generate, next_token
 
@@ -28,8 +31,12 @@ AHEAD_LIMITS = replace(
 class Pipeline:
     """Runs a scheduler as the engine does: the next step is scheduled before this one's tokens are committed."""
 
-    def __init__(self, num_blocks: int, pool: PoolId = PoolId.DEVICE_KV) -> None:
-        self.scheduler = Scheduler(BlockManager({pool: num_blocks}), AHEAD_LIMITS, [EOS])
+    def __init__(self, num_blocks: int, pool: PoolId = PoolId.DEVICE_KV, window: int | None = None) -> None:
+        self.limits = replace(AHEAD_LIMITS, windows=LayerWindows((window,)))
+        self.scheduler = Scheduler(BlockManager({pool: num_blocks}), self.limits, [EOS])
+        self.window = window
+        self.slots: dict[int, tuple[int, int]] = {}
+        """Arrival and position of the token in each slot of the device's K and V."""
         self.requests: list[Request] = []
         self.num_ahead = 0
         self.num_in_vain = 0
@@ -47,10 +54,13 @@ class Pipeline:
         if scheduled is None:
             return False
         self._check_sampling(scheduled)
-        self.next = self.scheduler.schedule_ahead(assemble(scheduled, AHEAD_LIMITS))
+        step = assemble(scheduled, self.limits)
+        self.next = self.scheduler.schedule_ahead(step)
         if self.next is not None:
             self.num_ahead += 1
             self._check_ahead(self.next)
+        for chunks, batch in zip(scheduled.mini_batches, step.mini_batches, strict=True):
+            self._compute(chunks, batch)
         self.sampled = self._sample(scheduled)
         self.num_in_vain += sum(request.finish_reason is not None for request in sampled(scheduled))
         self.scheduler.commit(scheduled.step_id, self.sampled, 2.0)
@@ -67,12 +77,25 @@ class Pipeline:
 
     def _check_ahead(self, scheduled: Scheduled) -> None:
         """It is in place, its arrays are there, and the step has those."""
-        step = assemble(scheduled, AHEAD_LIMITS)
+        step = assemble(scheduled, self.limits)
         assert step.is_ahead
         assert step.is_in_place
         assert scheduled.is_in_place
         assert step.mini_batches is scheduled.arrays
         assert step.stop is scheduled.stop
+
+    def _compute(self, chunks: Sequence[Chunk], batch: MiniBatch) -> None:
+        """Store new rows, then see that each single query finds in place the tokens that it sees, and no others."""
+        owners = [chunk.request.arrival for chunk in chunks for _ in range(chunk.num_new)]
+        new = list(zip(owners, batch.positions.tolist(), strict=True))
+        rows = batch.stores.get(PoolId.DEVICE_KV, NO_ROWS)
+        self.slots |= {slot: new[row] for row, slot in zip(rows.source.tolist(), rows.target.tolist(), strict=True)}
+        read, size = batch.widest.in_place, self.limits.block_size
+        for chunk, table, first, count in zip(chunks, read.tables, skips(read), read.counts.tolist(), strict=False):
+            found = [self.slots[int(table[i // size]) * size + i % size] for i in range(first, count)]
+            if uses_no_buffer([chunk], size):
+                seen = range(first_visible(chunk.context, self.window), chunk.context + 1)
+                assert found == [(chunk.request.arrival, position) for position in seen]
 
     def _sample(self, scheduled: Scheduled) -> list[int]:
         """The model: a function of the tokens computed so far, the one that the step before sampled among them."""
@@ -91,6 +114,10 @@ class Pipeline:
         return tokens
 
 
+def skips(read: InPlace) -> list[int]:
+    return [0] * read.num_requests if read.skips is None else read.skips.tolist()
+
+
 params = st.builds(
     SamplingParams,
     temperature=st.just(0.0),
@@ -104,13 +131,17 @@ prompts = st.lists(st.integers(1, 49), min_size=1, max_size=9)
 @given(
     requests=st.lists(st.tuples(prompts, params, st.integers(0, 6)), min_size=1, max_size=7),
     num_blocks=st.integers(6, BLOCKS),
+    window=st.none() | st.integers(1, 10),
     aborted=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 12)), max_size=3),
 )
 def test_tokens_are_those_of_each_request_alone(
-    requests: list[tuple[list[int], SamplingParams, int]], num_blocks: int, aborted: list[tuple[int, int]]
+    requests: list[tuple[list[int], SamplingParams, int]],
+    num_blocks: int,
+    window: int | None,
+    aborted: list[tuple[int, int]],
 ) -> None:
     """Whoever comes, ends early or is aborted, and however few blocks there are."""
-    pipeline, arrivals = Pipeline(num_blocks), sorted(requests, key=lambda item: item[2])
+    pipeline, arrivals = Pipeline(num_blocks, window=window), sorted(requests, key=lambda item: item[2])
     for tick in range(400):
         while arrivals and arrivals[0][2] <= tick:
             pipeline.add(*arrivals.pop(0)[:2])
@@ -155,6 +186,17 @@ def test_a_request_that_may_be_let_in_goes_first() -> None:
     assert pipeline.next is None
     pipeline.step()
     assert late.scheduled_time is not None
+
+
+def test_steps_ahead_need_no_more_blocks_than_a_window() -> None:
+    """A request of six blocks in a pool of three: blocks are freed while the step ahead is under way."""
+    pipeline = Pipeline(3, window=5)
+    pipeline.add([1, 2, 3], greedy(21))
+    while pipeline.step():
+        assert len(pipeline.requests[0].blocks) <= 3
+    assert pipeline.requests[0].num_tokens == 24
+    assert pipeline.num_ahead == 19  # of 21: the prompt, then twenty of decode
+    assert pipeline.scheduler.blocks.num_free == 3
 
 
 def test_host_blocks_and_activations_are_not_ahead() -> None:

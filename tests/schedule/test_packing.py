@@ -31,7 +31,7 @@ from hsrpc.schedule.step import (
     StopFlag,
     expand,
 )
-from hsrpc.schedule.windows import NO_WINDOWS, LayerWindows, first_visible
+from hsrpc.schedule.windows import NO_WINDOWS, LayerWindows, first_visible, most_blocks
 from tests.schedule.support import assert_same
 
 COSTS = RowCosts(load_kv=2.0, load_activation=1.0, regenerate=0.5)
@@ -51,13 +51,15 @@ class Case:
     def slot(self, number: int, position: int) -> tuple[PoolId, int]:
         blocks = self.chunks[number].request.blocks
         block, offset = divmod(position, self.block_size)
-        return PoolId(blocks.pools[block]), blocks.indices[block] * self.block_size + offset
+        entry = block - blocks.first
+        return PoolId(blocks.pools[entry]), blocks.indices[entry] * self.block_size + offset
 
     def pools(self, new: bool = False) -> dict[tuple[PoolId, int], Token]:
         """What the pools' slots hold before the step, or also of the new tokens."""
         slots: dict[tuple[PoolId, int], Token] = {}
         for number, chunk in enumerate(self.chunks):
-            for position in range(chunk.context + (chunk.num_new if new else 0)):
+            first = chunk.request.blocks.first * self.block_size
+            for position in range(first, chunk.context + (chunk.num_new if new else 0)):
                 slots[self.slot(number, position)] = (number, position)
         return slots
 
@@ -93,7 +95,10 @@ def make_chunk(number: int, blocks: list[tuple[PoolId, int]], context: int, coun
 
 @st.composite
 def cases(draw: st.DrawFn, kinds: Sequence[PoolId] = tuple(PoolId)) -> Case:
-    """Ragged chunks; block numbers are shuffled, or in order so that neighbours can merge."""
+    """Ragged chunks; block numbers are shuffled, or in order so that neighbours can merge.
+
+    Where no layer sees all tokens, what the widest window has left may be freed.
+    """
     block_size = draw(st.integers(1, 32))
     parts = draw(st.lists(st.tuples(st.integers(0, 90), st.just(1) | st.integers(1, 40)), min_size=1, max_size=5))
     lengths = [-(-(context + count) // block_size) for context, count in parts]
@@ -109,8 +114,18 @@ def cases(draw: st.DrawFn, kinds: Sequence[PoolId] = tuple(PoolId)) -> Case:
         chosen = [random.choice(chosen_from) for _ in range(length + spare)]
         blocks = [(pool, numbers[pool].pop(0)) for pool in chosen]
         chunks.append(make_chunk(number, blocks, context, count, samples=random.random() < 0.7))
-    windows = draw(st.sets(st.none() | st.integers(1, 60), min_size=1, max_size=3))
-    return Case(chunks, block_size, LayerWindows(tuple(windows)).distinct)
+    windows = LayerWindows(tuple(draw(st.sets(st.none() | st.integers(1, 60), min_size=1, max_size=3))))
+    if draw(st.booleans()):
+        for chunk in chunks:
+            free_hidden(chunk, windows.widest, block_size)
+    return Case(chunks, block_size, windows.distinct)
+
+
+def free_hidden(chunk: Chunk, window: int | None, block_size: int) -> None:
+    """The request has no more the blocks that its next token does not see."""
+    table, first = chunk.request.blocks, first_visible(chunk.context, window) // block_size
+    del table.pools[: first - table.first], table.indices[: first - table.first]
+    table.first = first
 
 
 def run_copies(loads: dict[PoolId, Runs], kind: BlockKind, slots: dict[tuple[PoolId, int], Token]) -> dict[int, Token]:
@@ -306,7 +321,8 @@ def test_what_uses_no_buffer_is_known_without_a_layout(case: Case):
     """All of it is decode, and nothing goes through the kv buffer."""
     for chunks in (case.chunks, [chunk for chunk in case.chunks if chunk.is_decode]):
         assume(chunks)
-        batch = pack(chunks, case.block_size, (None,))
+        is_freed = any(chunk.request.blocks.first for chunk in chunks)
+        batch = pack(chunks, case.block_size, (case.windows[0] if is_freed else None,))
         wanted = batch.widest.num_rows == 0 and all(chunk.is_decode for chunk in chunks)
         assert uses_no_buffer(chunks, case.block_size) == wanted
 
@@ -429,6 +445,16 @@ def test_the_first_visible_position(context: int, window: int):
     assert first_visible(context, None) == 0
 
 
+@pytest.mark.parametrize("block_size", [1, 4, 7])
+@pytest.mark.parametrize("window", [1, 2, 8, 9])
+@pytest.mark.parametrize("chunk", [1, 2, 5, 16])
+def test_the_blocks_that_a_request_holds(window: int, chunk: int, block_size: int):
+    """By counting, at all positions: no fewer may be planned for, and no more are ever held."""
+    steps = ((first_visible(context, window), context + chunk) for context in range(60))
+    held = [-(-end // block_size) - first // block_size for first, end in steps]
+    assert most_blocks(window, chunk, block_size) == max(held)
+
+
 def test_windows_are_told_apart():
     """The widest first, which is none at all where a layer has none; each layer knows its own."""
     windows = LayerWindows((3, None, 7, 3))
@@ -469,6 +495,7 @@ def test_the_last_block_is_copied_to_the_exact_token(count: int):
     block_size=st.integers(1, 20),
     ended=st.sets(st.integers(0, 5)),
     window=st.none() | st.integers(1, 40),
+    frees=st.booleans(),
     shuffled=st.randoms(use_true_random=False),
 )
 def test_a_batch_in_place_advances_as_it_would_be_laid_out(
@@ -477,9 +504,10 @@ def test_a_batch_in_place_advances_as_it_would_be_laid_out(
     block_size: int,
     ended: set[int],
     window: int | None,
+    frees: bool,
     shuffled: Random,
 ):
-    """Some requests end, some begin a block, windows leave blocks: what the next step reads is that of a new layout."""
+    """Some requests end or begin a block, windows leave blocks, freed or not: what is read is that of a new layout."""
     free = list(range(500))
     shuffled.shuffle(free)
     chunks = []
@@ -492,10 +520,14 @@ def test_a_batch_in_place_advances_as_it_would_be_laid_out(
         if row not in ended
     ]
     for chunk in following:
-        if chunk.context == len(chunk.request.blocks) * block_size:
+        if chunk.context == chunk.request.blocks.end * block_size:
             chunk.request.blocks.append(pool, free.pop())
     assume(following)
+    for chunk in chunks * frees:
+        free_hidden(chunk, window, block_size)
     found = advance(pack(chunks, block_size, (window, 1), pool), following, block_size, window)
+    for chunk in following * frees:
+        free_hidden(chunk, window, block_size)
     wanted = pack(following, block_size, (window,), pool)
     assert found is not None
     assert uses_no_buffer(following, block_size, pool)

@@ -91,10 +91,16 @@ def test_what_lies_on_the_device_is_kept(pool: PoolId):
 def test_what_lies_before_the_window_is_not_loaded_anyway():
     """Seven requests with 16 cached tokens each: a window of 5 sees one block: 4 s less each, in place of 16 s."""
     running = [make_request(number, 4) for number in range(7)]
-    limits = replace(LIMITS, weights=0.0)
+    limits, seen = replace(LIMITS, weights=0.0), recomputing(LIMITS, windows=LayerWindows((5,)))
     assert times(running, 0.0) == (112.0, 28.0)
     assert recomputing(limits).choose(running, 0).giving_up == running[:1]
     assert recomputing(limits, windows=LayerWindows((5,))).choose(running, 0).giving_up == []
+    cached = [seen._cached(request) for request in running]
+    assert cached == [(4.0, 1.0)] * 7
+    for request in running:  # it makes no difference whether they are freed
+        del request.blocks.pools[:3], request.blocks.indices[:3]
+        request.blocks.first = 3
+    assert [seen._cached(request) for request in running] == cached
 
 
 def test_each_layer_loads_what_its_own_window_shows():

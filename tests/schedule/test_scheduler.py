@@ -16,6 +16,7 @@ from hsrpc.schedule.recompute import Choice, RecomputeLimits
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Output, Scheduler, SchedulerLimits
 from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, RowCosts, Rows, Scheduled
+from hsrpc.schedule.windows import LayerWindows, first_visible, most_blocks
 from tests.schedule.support import assemble, sampled
 
 EOS = 0
@@ -57,6 +58,7 @@ class Harness:
     def __init__(self, num_blocks: dict[PoolId, int], limits: SchedulerLimits) -> None:
         self.scheduler = Scheduler(BlockManager(num_blocks), limits, [EOS])
         self.limits = limits
+        self.window = limits.windows.widest
         self.slots: dict[tuple[PoolId, int], tuple[int, int]] = {}
         self.requests: list[Request] = []
         self.prompts: list[list[int]] = []
@@ -162,7 +164,8 @@ class Harness:
         assert chunk.context == request.num_computed
         assert chunk.samples == (chunk.context + chunk.num_new == request.num_tokens)
         blocks = -(-(chunk.context + chunk.num_new) // self.limits.block_size)
-        assert len(request.blocks) in ((0, blocks * self.limits.keeps_cache) if request.is_uncached else (blocks,))
+        assert request.blocks.end in ((0, blocks * self.limits.keeps_cache) if request.is_uncached else (blocks,))
+        assert request.blocks.first == first_visible(chunk.context, self.window) // self.limits.block_size
         assert chunk.recomputed == (chunk.num_new - 1 if request.is_uncached and request.num_output_tokens else 0)
 
     def commit(self, failed: frozenset[int] = frozenset()) -> list[Output]:
@@ -252,11 +255,13 @@ class Harness:
                 assert len(request.blocks) == 0
             elif self.limits.keeps_cache:
                 assert request.num_computed == (0 if request.is_uncached else chunk.context + chunk.num_new)
-                assert request.is_uncached == (len(request.blocks) == 0)
+                assert request.is_uncached == (request.blocks.end == 0)
+                first = first_visible(request.num_computed, self.window) // self.limits.block_size
+                assert request.blocks.first == first
                 assert request.num_tokens == self.lengths[request.arrival] + chunk.samples
 
     def _compute(self, chunks: tuple[Chunk, ...], batch: MiniBatch) -> dict[int, int]:
-        """Tokens by arrival: the model applied to what each sampling request's buffer rows hold."""
+        """Tokens by arrival, after each request's buffer rows were seen to hold the tokens that its chunk sees."""
         queries = list(zip(batch.positions.tolist(), batch.token_ids.tolist(), strict=True))
         buffer = {row: queries[query] for query, row in pairs(batch.widest.new_rows)}
         activations: dict[int, tuple[int, int]] = {}
@@ -274,9 +279,10 @@ class Harness:
             )
             rows = [buffer[row] for row in [*range(*front), *rows_of_request]]
             held = sorted(rows + self._in_place(batch, i))
-            assert held == list(enumerate(chunk.request.token_ids[: chunk.context + chunk.num_new]))
+            known = chunk.request.token_ids[: chunk.context + chunk.num_new]
+            assert held == list(enumerate(known))[first_visible(chunk.context, self.window) :]
             if chunk.samples:
-                tokens[chunk.request.arrival] = next_token([token for _, token in held])
+                tokens[chunk.request.arrival] = next_token(known)
         return tokens
 
     def _in_place(self, batch: MiniBatch, index: int) -> list[tuple[int, int]]:
@@ -284,7 +290,8 @@ class Harness:
         if index >= batch.widest.in_place.num_requests:
             return []
         size, table = self.limits.block_size, batch.widest.in_place.tables[index].tolist()
-        tokens = range(int(batch.widest.in_place.counts[index]))
+        skips = batch.widest.in_place.skips
+        tokens = range(0 if skips is None else int(skips[index]), int(batch.widest.in_place.counts[index]))
         return [self.slots[PoolId.DEVICE_KV, table[token // size] * size + token % size] for token in tokens]
 
 
@@ -298,7 +305,7 @@ def expected(harness: Harness, request: Request) -> tuple[list[int], FinishReaso
 
 @st.composite
 def harnesses(draw: st.DrawFn) -> Harness:
-    """From blocks for hardly more than one request at full length to plenty."""
+    """From blocks for hardly more than one request at full length to plenty; windows that free blocks, or none."""
     block_size = draw(st.integers(1, 6))
     prefill, more = draw(st.tuples(st.sampled_from((1, 2, 3, 5, 8, 13, 24, 60)), st.sampled_from((0, 1, 7))))
     limits = replace(
@@ -313,9 +320,13 @@ def harnesses(draw: st.DrawFn) -> Harness:
             weights=draw(st.sampled_from((0.0, 4.0, 1000.0))),
             is_forced=draw(st.booleans()),
         ),
-        buffers=replace(LIMITS.buffers, queries=draw(st.sampled_from((12, 24)))),
+        buffers=replace(LIMITS.buffers, queries=draw(st.sampled_from((4, 12, 24)))),
+        windows=LayerWindows((draw(st.none() | st.sampled_from((1, 2, 5, 9, 30))),)),
     )
     longest = -(-limits.max_model_len // block_size)
+    if limits.windows.widest is not None:
+        chunk = min(limits.buffers.queries, limits.max_idle_prefill_tokens)
+        longest = min(longest, most_blocks(limits.windows.widest, chunk, block_size))
     total = longest + draw(st.sampled_from((0, 0, 1, 2, longest // 2, longest, 2 * longest)))
     cuts = sorted(draw(st.tuples(*[st.integers(0, total)] * 3)))
     counts = [cuts[0], cuts[1] - cuts[0], cuts[2] - cuts[1], total - cuts[2]]
