@@ -123,7 +123,7 @@ def _calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardwar
         gemm_overhead=gemm_overhead,
         memory_bandwidth=memory_bandwidth,
         weight_read_share=weight_bandwidth / memory_bandwidth,
-        attention_read_share=read_bandwidth / memory_bandwidth,
+        attention_read_share=fitted.ATTENTION_RATE_SHARE * read_bandwidth / memory_bandwidth,
         small_kernel_time=small_kernel,
         launch_time=fitted.LAUNCHES * launch,
         prompt_launch_time=fitted.PROMPT_LAUNCHES * launch,

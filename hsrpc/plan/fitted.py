@@ -1,12 +1,13 @@
 """Constants that were fitted to measurements of the engine, in one table: nothing measures them at start-up.
 
-All on one H100 (PCIe 5, 16 cores), PRODUCT_WAITING on one H200. "From" names the heading of docs/findings.md and, where
-raw results were kept, their file in benchmarks/results.
+All on one H100 (PCIe 5, 16 cores), PRODUCT_WAITING and ATTENTION_RATE_SHARE on one H200. "From" names the heading of
+docs/findings.md and, where raw results were kept, their file in benchmarks/results.
 
 | constant | value, unit | measured | from |
 |---|---|---|---|
 | WAITING | 8 | 10 | "The planner's choice"; planner/sweep-partly.json |
 | PRODUCT_WAITING | 2.75 | 1.5 to 3.5 | "Products of a few hundred rows"; products/h200.json |
+| ATTENTION_RATE_SHARE | 0.93 of plain reads | 0.85 to 1.0, 109 to 438 requests | "Products of a few hundred rows" |
 | PROMPT_RATE_SHARE | 0.9 of the GEMM rate | 0.93, 8,360 tokens | "Recomputing requests"; recompute/opt-13b.json |
 | DECODE_RATE_SHARE | 0.3 of the memory bandwidth | 0.33 (float16), 0.45 (bfloat16) | "Coded weights" |
 | LAUNCHES | 30 kernels a layer of a mini-batch | 0.3 ms where a kernel takes 10 us | "Prompts" |
@@ -28,6 +29,8 @@ exponent, by 1 % where one takes three quarters of the other's time."""
 PRODUCT_WAITING = 2.75
 """A product of some hundred rows computes for as long as it reads its weights; with this exponent it then takes 1.29 of
 either time."""
+ATTENTION_RATE_SHARE = 0.93
+"""Part of the bandwidth of plain reads at which decode attention reads cached K and V."""
 PROMPT_RATE_SHARE = 0.9
 """Part of the GEMM rate at which whole layers of many tokens are computed, all their kernels included."""
 DECODE_RATE_SHARE = 0.3
