@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
@@ -10,7 +11,7 @@ from benchmarks import models, raw_results, tables
 from benchmarks.raw_results import Header, Record
 from hsrpc.config import EngineConfig
 from hsrpc.model.shapes import SHAPES
-from hsrpc.model.spec import named_spec
+from hsrpc.model.spec import DTYPES, named_spec
 
 MIB = 2**20
 HEADER = Header(commit="d88018c", command="a", date="2026-11-30", machine="a machine", torch="2.11")
@@ -42,8 +43,7 @@ def record(*entries: dict[str, object]) -> Record:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few candidates; all weights stream."""
-    config = EngineConfig(max_batch=4, resident_share=0.0)
-    monkeypatch.setattr(models, "EngineConfig", lambda: config)
+    monkeypatch.setattr(models, "EngineConfig", partial(EngineConfig, max_batch=4, resident_share=0.0))
 
 
 def test_the_file_has_every_shape_as_it_is():
@@ -52,7 +52,7 @@ def test_the_file_has_every_shape_as_it_is():
     assert list(written) == list(SHAPES)
     for name, entry in written.items():
         entry.pop("plans")
-        assert entry == models.sizes_of(named_spec(name, models.DTYPE)), name
+        assert entry == models.sizes_of(named_spec(name, DTYPES[models.DTYPE])), name
 
 
 def test_a_shape_is_planned_for_on_the_measured_machine(quick, tmp_path, monkeypatch, capsys):
