@@ -96,7 +96,11 @@ class ScaledPacking(Packing):
 
     @classmethod
     def decoding(cls, tensors: Sequence[Encoded[Self]]) -> Callable[[], None]:
-        return partial(_decode_each, tensors)
+        if tensors[0].data.is_cuda:
+            from hsrpc.model.kernels.scaled import ScaledDecoder  # loads Triton
+
+            return ScaledDecoder.of(tensors).run
+        return partial(decode_each, tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +133,10 @@ class Scaled(WeightFormat):
         return ScaledPacking(tensor.shape, self.dtype, self.sources)
 
     def compile(self, device: torch.device) -> None:
-        """Nothing to compile."""
+        source = ScaledSource(_ALIGNMENT, _ALIGNMENT, (_ALIGNMENT, _ALIGNMENT), "", ())
+        packing = ScaledPacking(source.shape, self.dtype, (source,))
+        data = torch.zeros(packing.num_bytes, dtype=torch.uint8, device=device)
+        packing.decoding([Encoded(packing, data, torch.empty(source.shape, dtype=self.dtype, device=device))])()
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], target: torch.Tensor) -> None:
@@ -143,7 +150,8 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], ta
         target[first : first + height].copy_(part.float().mul_(factors))
 
 
-def _decode_each(tensors: Sequence[Encoded[ScaledPacking]]) -> None:
+def decode_each(tensors: Sequence[Encoded[ScaledPacking]]) -> None:
+    """Write the operand of each."""
     for packing, data, operand in tensors:
         rows = [source.rows for source in packing.sources]
         codes = packing.codes(data).split(rows)
