@@ -19,7 +19,7 @@ from hsrpc.model.formats.scaled import Scaled, ScaledSource, decode
 from hsrpc.model.quantization import KEY, SCALE_SUFFIXES, Quantization
 from hsrpc.model.safetensors_file import CODES, DTYPES, SafetensorsFile
 from hsrpc.model.shards import check_complete
-from hsrpc.model.tensor import RowOrder, Stacked, TensorSpec
+from hsrpc.model.tensor import RowOrder, Stacked, TensorSpec, dtype_name
 from hsrpc.model.tensor_names import EMBEDDING, HEAD, TensorNames, part_of
 
 _log = logging.getLogger(__name__)
@@ -119,12 +119,16 @@ class Checkpoint:
         """The format of each tensor of the layers that has codes and scales here, and can be used with them.
 
         One whose rows get another order is decoded when it is loaded, and so is one of which a source has no codes.
+
+        Raises:
+            CheckpointError: as `check`, or weights may be too large for the type that is computed in.
         """
         found: dict[TensorSpec, Scaled] = {}
         for layer in range(family.num_layers if self._quantization is not None else 0):
             for tensor in family.layer_tensors(layer):
                 sources = [located.scaled for located in self._locate(tensor)]
                 scaled = tuple(source for source in sources if source is not None)
+                self._check_range(scaled, tensor.dtype(family.spec.dtype))
                 if tensor.order is None and len(scaled) == len(sources):
                     found[tensor] = Scaled(tensor.dtype(family.spec.dtype), scaled)
         return found
@@ -143,6 +147,18 @@ class Checkpoint:
         for tensor in family.fixed_tensors() if _has_head(family) else ():
             if tensor.sources[0] != HEAD and self._names.find(tensor.sources[0]) == self._names.find(HEAD):
                 raise self._missing(tensor.sources[0])
+
+    def _check_range(self, sources: Iterable[ScaledSource], dtype: torch.dtype) -> None:
+        """Check that the largest code has a weight in `dtype`; of types that reach as far as float32, all have."""
+        if torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max:
+            return
+        most = torch.finfo(dtype).max / torch.finfo(DTYPES[CODES]).max
+        for source in sources:
+            largest = self._read_scales(source).abs().max().item()
+            if largest > most:
+                expected = f"scales of at most {most:.4g}, for weights in {dtype_name(dtype)}"
+                remedy = "serve it with --dtype bfloat16"
+                raise self._file(source.scales).refuse(expected, f"{largest:.4g}", remedy, source.scales)
 
     def check(self, tensors: Iterable[TensorSpec]) -> None:
         """Checks from the headers that all `tensors` can be read.
@@ -180,9 +196,12 @@ class Checkpoint:
             return
         codes = torch.empty(located.numel, dtype=DTYPES[CODES])
         located.file.read(located.name, codes)
+        decode(codes.view(scaled.shape), self._read_scales(scaled), scaled.block, out.view(scaled.shape))
+
+    def _read_scales(self, scaled: ScaledSource) -> torch.Tensor:
         scales = torch.empty(scaled.grid, dtype=torch.float32)
         self._file(scaled.scales).read(scaled.scales, scales.view(-1))
-        decode(codes.view(scaled.shape), scales, scaled.block, out.view(scaled.shape))
+        return scales
 
     def _read_stacked(self, tensor: TensorSpec, stacked: Stacked, out: torch.Tensor) -> None:
         [(file, name, count, _)] = self._locate(tensor)

@@ -251,6 +251,14 @@ def test_scales_that_do_not_fit_are_refused(kind: str, copied: Reference) -> Non
         startup.make_plan(roomy(copied))
 
 
+def test_scales_beyond_float16_are_refused(copied: Reference) -> None:
+    """Weights would be infinite; bfloat16 has them."""
+    edit_tensors(copied.directory, lambda tensors: tensors[f"{_Q}_scale_inv"].mul_(1e6))
+    with pytest.raises(CheckpointError, match=rf"{_Q}_scale_inv: expected scales of at most 146.2.*--dtype bfloat16"):
+        startup.make_plan(roomy(copied, dtype="float16"))
+    startup.make_plan(roomy(copied, dtype="bfloat16"))
+
+
 def test_codes_need_a_configuration(copied: Reference) -> None:
     """What scales mean is said nowhere else."""
     edit_config(copied.directory, None)
