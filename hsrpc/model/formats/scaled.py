@@ -105,7 +105,10 @@ class ScaledPacking(Packing):
 
 @dataclass(frozen=True, slots=True)
 class Scaled(WeightFormat):
-    """Codes and scales as the checkpoint has them; a tensor that stays on the device is decoded when it is loaded."""
+    """Codes and scales as the checkpoint has them; a tensor that stays on the device is decoded when it is loaded.
+
+    Decoding is counted at the rate of coded weights, which takes more than this: it is not measured yet.
+    """
 
     dtype: torch.dtype
     """What is computed in."""
