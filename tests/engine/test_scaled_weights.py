@@ -20,9 +20,13 @@ from hsrpc import Engine, EngineConfig
 from hsrpc.config import WeightCoding
 from hsrpc.engine import startup
 from hsrpc.errors import CheckpointError, ConfigError
+from hsrpc.model.checkpoint import Checkpoint
+from hsrpc.model.convert import convert_checkpoint
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.formats.plain import Plain
 from hsrpc.model.formats.scaled import Scaled
+from hsrpc.model.quantization import Quantization
+from hsrpc.model.tensor import Stacked, TensorSpec
 from hsrpc.plan.memory_use import HostUse
 from hsrpc.plan.plan import Plan
 from tests.engine.reference import Reference, decoder, greedy, save_tokenizer, spread_norms
@@ -275,6 +279,22 @@ def test_scales_beyond_float16_are_refused(copied: Reference) -> None:
     with pytest.raises(CheckpointError, match=rf"{_Q}_scale_inv: expected scales of at most 146.2.*--dtype bfloat16"):
         startup.make_plan(roomy(copied, dtype="float16"))
     startup.make_plan(roomy(copied, dtype="bfloat16"))
+
+
+def test_codes_of_all_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
+    """What their scales would be is said nowhere."""
+    save_file({"all": torch.zeros(4, 2, 3).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    tensor = TensorSpec("w", (2, 3), ("one",), stacked=Stacked("all", 0, 4))
+    with pytest.raises(CheckpointError, match=r"all: expected a tensor for each expert, found codes of all in one"):
+        Checkpoint(tmp_path, Quantization(None)).check([tensor])
+
+
+def test_pickled_codes_are_converted(copied: Reference, tmp_path: Path) -> None:
+    """To codes."""
+    file = copied.directory / "model.safetensors"
+    torch.save(load_file(file), copied.directory / "pytorch_model.bin")
+    convert_checkpoint(copied.directory, tmp_path / "converted", progress=False)
+    assert load_file(tmp_path / "converted" / "model.safetensors")[_Q].dtype == torch.float8_e4m3fn
 
 
 def test_codes_need_a_configuration(copied: Reference) -> None:
