@@ -122,7 +122,7 @@ class _Loader:
         def fill(memory: torch.Tensor) -> None:
             for tensor in (tensor for tensors in experts for tensor in tensors):
                 number, part = parts[tensor.name]
-                self.source.read(tensor, part.open(memory.view(-1, size)[number], memory[:0]))
+                self._fill(tensor, part, memory.view(-1, size)[number])
 
         memory = self.device.pinned(len(experts) * size, HostUse.STREAMED_WEIGHTS, fill)
         return HostExperts(memory.view(-1, size), parts)
@@ -150,14 +150,18 @@ class _Loader:
         tensors: Sequence[TensorSpec],
         packings: Sequence[tuple[str, Packing]],
     ) -> LayerWeights:
-        """Read tensors whose packed bytes are their values straight into the memory that is then pinned."""
+        """Read tensors that are packed as they are read straight into the memory that is then pinned."""
         parts, size = arrange(packings)
 
         def fill(packed: torch.Tensor) -> None:
             for tensor, part in zip(tensors, parts, strict=True):
-                self.source.read(tensor, part.open(packed, packed[:0]))
+                self._fill(tensor, part, packed)
 
         return LayerWeights(resident, self.device.pinned(size, HostUse.STREAMED_WEIGHTS, fill), parts)
+
+    def _fill(self, tensor: TensorSpec, part: PackedTensor, packed: torch.Tensor) -> None:
+        for content, out in part.packing.contents(tensor, part.data(packed)):
+            self.source.read(content, out)
 
     def _pack(self, resident: dict[str, torch.Tensor], tensors: Sequence[TensorSpec], expected: float) -> LayerWeights:
         """Read each tensor to the device and pack it there."""

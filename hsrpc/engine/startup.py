@@ -34,8 +34,11 @@ from hsrpc.model.attention import Attention, HeadShape
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource, has_weights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family, ModelSpec
+from hsrpc.model.formats.choice import with_scaled
 from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.hub import resolve_model
+from hsrpc.model.quantization import KEY as QUANTIZATION
+from hsrpc.model.quantization import read_quantization
 from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec
 from hsrpc.model.tensor import dtype_name
@@ -110,11 +113,14 @@ class _Model:
     @classmethod
     def read(cls, config: EngineConfig, device: torch.device) -> _Model:
         spec, directory = _read_spec(config, device), _directory(config)
-        family = create_family(spec)
-        checkpoint = Checkpoint(directory) if directory is not None and has_weights(directory) else None
-        if checkpoint is not None:
+        family, quantization = create_family(spec), read_quantization(spec.config)
+        formats, checkpoint = family.format_choices(config.weight_coding, device), None
+        if directory is not None and has_weights(directory):
+            checkpoint = Checkpoint(directory, quantization)
             checkpoint.check_model(family)
-        formats = family.format_choices(config.weight_coding, device)
+            formats = with_scaled(formats, checkpoint.scaled(family), config.weight_coding)
+        elif directory is not None and quantization is not None:
+            raise spec.config.refuse(QUANTIZATION, "weights beside it, which say what is quantised", "fetch them")
         return cls(spec, [in_formats(spec, each) for each in formats], directory, checkpoint)
 
 

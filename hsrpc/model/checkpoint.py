@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -15,9 +15,11 @@ from hsrpc.errors import CheckpointError
 from hsrpc.model.config_file import read_config, shortened
 from hsrpc.model.family import Family
 from hsrpc.model.foreign import gguf_files, refuse_gguf
-from hsrpc.model.safetensors_file import SafetensorsFile
+from hsrpc.model.formats.scaled import Scaled, ScaledSource, decode
+from hsrpc.model.quantization import KEY, SCALE_SUFFIXES, Quantization
+from hsrpc.model.safetensors_file import CODES, DTYPES, SafetensorsFile
 from hsrpc.model.shards import check_complete
-from hsrpc.model.tensor import RowOrder, Stacked, TensorSpec
+from hsrpc.model.tensor import RowOrder, Stacked, TensorSpec, dtype_name
 from hsrpc.model.tensor_names import EMBEDDING, HEAD, TensorNames, part_of
 
 _log = logging.getLogger(__name__)
@@ -27,6 +29,8 @@ INDEX_FILE = "model.safetensors.index.json"
 _log = logging.getLogger(__name__)
 _OTHER_CONFIG = "use the config.json of this checkpoint, or fetch it again"
 _TIE = "fetch the checkpoint again, or set tie_word_embeddings to true in config.json if the embedding is the head too"
+_UNQUANTIZED = "serve the model's unquantized checkpoint"
+_REFETCH = "fetch the checkpoint again"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _NO_SHARDS = ("consolidated", "adapter_model", "optimizer", "training_args")
 """Beginnings of the names of safetensors files that hold no part of the model under its Hugging Face names."""
@@ -43,20 +47,33 @@ class WeightSource(Protocol):
         """Fills `out`, contiguous and of the tensor's shape, in its own element type and on its own device."""
 
 
+class _Located(NamedTuple):
+    """Where a source of a tensor is read."""
+
+    file: SafetensorsFile
+    name: str
+    """In the file."""
+    numel: int
+    """Elements that are read."""
+    scaled: ScaledSource | None = None
+    """How its codes are scaled; None: it has values."""
+
+
 def has_weights(directory: Path) -> bool:
     """Whether a `Checkpoint` can be made of the directory; a plan needs none."""
     return (directory / INDEX_FILE).exists() or bool(_weight_files(directory))
 
 
 class Checkpoint:
-    """The safetensors files of a model directory.
+    """The safetensors files of a model directory, whose config.json says that weights have codes if any have.
 
     Raises:
         CheckpointError: on construction, when the directory has none, or a file is truncated or corrupt.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, quantization: Quantization | None = None) -> None:
         self.directory = directory
+        self._quantization = quantization
         self._promised: dict[str, Path] = {}
         """Tensors that the index places in a shard that is missing, or has them not: nobody may need them."""
         if (directory / WEIGHTS_FILE).exists() or not (directory / INDEX_FILE).exists():
@@ -95,6 +112,26 @@ class Checkpoint:
         self._check_ties(family)
         if ignored := self._parts_beside(family):
             _log.warning("%s: serving the language model alone, without its %s", self.directory, ", ".join(ignored))
+        if self._quantization is not None:
+            _log.warning("%s: activations are not quantised, nor caches; scales of theirs are ignored", self.directory)
+
+    def scaled(self, family: Family) -> dict[TensorSpec, Scaled]:
+        """The format of each tensor of the layers that has codes and scales here, and can be used with them.
+
+        One whose rows get another order is decoded when it is loaded, and so is one of which a source has no codes.
+
+        Raises:
+            CheckpointError: as `check`, or weights may be too large for the type that is computed in.
+        """
+        found: dict[TensorSpec, Scaled] = {}
+        for layer in range(family.num_layers if self._quantization is not None else 0):
+            for tensor in family.layer_tensors(layer):
+                sources = [located.scaled for located in self._locate(tensor)]
+                scaled = tuple(source for source in sources if source is not None)
+                self._check_range(scaled, tensor.dtype(family.spec.dtype))
+                if tensor.order is None and len(scaled) == len(sources):
+                    found[tensor] = Scaled(tensor.dtype(family.spec.dtype), scaled)
+        return found
 
     def _parts_beside(self, family: Family) -> list[str]:
         """What there are weights of that the model does not have: what sees, layers that predict further tokens."""
@@ -111,6 +148,18 @@ class Checkpoint:
             if tensor.sources[0] != HEAD and self._names.find(tensor.sources[0]) == self._names.find(HEAD):
                 raise self._missing(tensor.sources[0])
 
+    def _check_range(self, sources: Iterable[ScaledSource], dtype: torch.dtype) -> None:
+        """Check that the largest code has a weight in `dtype`; of types that reach as far as float32, all have."""
+        if torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max:
+            return
+        most = torch.finfo(dtype).max / torch.finfo(DTYPES[CODES]).max
+        for source in sources:
+            largest = self._read_scales(source).abs().max().item()
+            if largest > most:
+                expected = f"scales of at most {most:.4g}, for weights in {dtype_name(dtype)}"
+                remedy = "serve it with --dtype bfloat16"
+                raise self._file(source.scales).refuse(expected, f"{largest:.4g}", remedy, source.scales)
+
     def check(self, tensors: Iterable[TensorSpec]) -> None:
         """Checks from the headers that all `tensors` can be read.
 
@@ -124,6 +173,8 @@ class Checkpoint:
     def read(self, tensor: TensorSpec, out: torch.Tensor) -> None:
         """Fills `out`, contiguous and of the tensor's shape, with its sources one after the other.
 
+        Weights with scales are decoded; where `out` has the type of codes, it gets their codes.
+
         Raises:
             CheckpointError: as `check`, or a file has become shorter since.
         """
@@ -133,13 +184,27 @@ class Checkpoint:
             return
         located = list(self._locate(tensor))
         flat, start = _flat(tensor, out), 0
-        for file, name, count in located:
-            file.read(name, flat[start : start + count])
-            start += count
+        for each in located:
+            self._read_located(each, flat[start : start + each.numel])
+            start += each.numel
         _reorder(flat, tensor.order)
 
+    def _read_located(self, located: _Located, out: torch.Tensor) -> None:
+        scaled = located.scaled
+        if scaled is None or out.dtype == DTYPES[CODES]:
+            located.file.read(located.name, out)
+            return
+        codes = torch.empty(located.numel, dtype=DTYPES[CODES])
+        located.file.read(located.name, codes)
+        decode(codes.view(scaled.shape), self._read_scales(scaled), scaled.block, out.view(scaled.shape))
+
+    def _read_scales(self, scaled: ScaledSource) -> torch.Tensor:
+        scales = torch.empty(scaled.grid, dtype=torch.float32)
+        self._file(scaled.scales).read(scaled.scales, scales.view(-1))
+        return scales
+
     def _read_stacked(self, tensor: TensorSpec, stacked: Stacked, out: torch.Tensor) -> None:
-        [(file, name, count)] = self._locate(tensor)
+        [(file, name, count, _)] = self._locate(tensor)
         flat = _flat(tensor, out)
         if stacked.transposed:
             turned = torch.empty_like(flat)
@@ -156,13 +221,41 @@ class Checkpoint:
             return None
         return None if self._names.find(stacked.source) is None else stacked
 
-    def _locate(self, tensor: TensorSpec) -> Iterator[tuple[SafetensorsFile, str, int]]:
-        """File, name in it and number of elements that are read, of each source."""
+    def _locate(self, tensor: TensorSpec) -> Iterator[_Located]:
+        """Where each source is read."""
         if stacked := self._stacked(tensor):
-            yield *self._find(stacked.source, stacked.shape(tensor.shape)), tensor.numel
+            file, name = self._find(stacked.source, stacked.shape(tensor.shape))
+            if file.entries[name].dtype == CODES:
+                raise file.refuse("a tensor for each expert", "codes of all in one", _UNQUANTIZED, name)
+            yield _Located(file, name, tensor.numel)
             return
         for source, shape in zip(tensor.sources, tensor.source_shapes, strict=True):
-            yield *self._find(source, shape), math.prod(shape)
+            file, name = self._find(source, shape)
+            yield _Located(file, name, math.prod(shape), self._scaled(file, name))
+
+    def _scaled(self, file: SafetensorsFile, name: str) -> ScaledSource | None:
+        """How the tensor is scaled; None: it has values, not codes."""
+        codes = file.entries[name]
+        if codes.dtype != CODES:
+            return None
+        if self._quantization is None:
+            raise file.refuse(f"{KEY} in config.json, for codes ({CODES})", "none", _OTHER_CONFIG, name)
+        suffix = next((each for each in SCALE_SUFFIXES if self._has(name + each)), None)
+        if suffix is None or len(codes.shape) != 2:
+            expected = f"a matrix, and its scales {name}{' or '.join(SCALE_SUFFIXES)}"
+            raise file.refuse(expected, f"shape {list(codes.shape)} without scales", _REFETCH, name)
+        scales = name + suffix
+        holder = self._file(scales)
+        holder.check_dtype(scales)
+        entry = holder.entries[scales]
+        block = self._quantization.scaled_block(codes.shape, entry.shape)
+        if block is None or entry.dtype == CODES:
+            found = f"{entry.dtype} of shape {list(entry.shape)}"
+            raise holder.refuse(self._quantization.expected(codes.shape), found, _REFETCH, scales)
+        return ScaledSource(*codes.shape, block, scales, entry.shape)
+
+    def _has(self, name: str) -> bool:
+        return name in self._files or name in self._promised
 
     def _find(self, source: str, shape: tuple[int, ...]) -> tuple[SafetensorsFile, str]:
         """File and name in it of a tensor of that shape."""

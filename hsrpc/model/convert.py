@@ -23,6 +23,7 @@ from hsrpc.model.config_file import read_config
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family
 from hsrpc.model.foreign import check_own, gguf_files, read_head, refuse_gguf
+from hsrpc.model.quantization import read_quantization
 from hsrpc.model.shards import check_complete, is_one_set
 from hsrpc.model.spec import load_spec
 
@@ -60,7 +61,7 @@ def convert_checkpoint(src: Path, dst: Path, progress: bool = True, max_shard_by
 def _check_converted(part: Path, family: Family, src: Path) -> None:
     """Check that all of the model is there; what is missing, or of another shape, is missing in the source."""
     try:
-        Checkpoint(part).check_model(family)
+        Checkpoint(part, read_quantization(family.spec.config)).check_model(family)
     except CheckpointError as error:
         converted = rf"{re.escape(str(part))}(/[\w.-]+)?"
         raise CheckpointError(re.sub(converted, lambda _: str(src), str(error))) from None

@@ -167,7 +167,7 @@ class Family(ABC):
         )
 
     def format_choices(self, coding: WeightCoding, device: torch.device) -> Sequence[Formats]:
-        """Formats that the planner may choose from on `device`; a quantised checkpoint's family has its own.
+        """Formats that the planner may choose from on `device`; quantised tensors of a checkpoint keep theirs.
 
         Raises:
             ConfigError: the weights cannot be coded as the configuration asks.

@@ -20,7 +20,15 @@ from hsrpc.model.config_file import shortened, shown
 from hsrpc.model.foreign import HEAD_BYTES, check_own
 from hsrpc.model.tensor import dtype_name
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = "F8_E4M3"
+"""Element type of codes: they are weights with scales alone."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    CODES: torch.float8_e4m3fn,
+}
 _LENGTH_BYTES = 8
 _CHUNK_ELEMENTS = 1 << 23
 _COMPARED_BYTES = 1 << 22

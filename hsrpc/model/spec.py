@@ -19,6 +19,7 @@ from hsrpc.model.formats.format import Formats
 from hsrpc.model.formats.plain import Plain
 from hsrpc.model.generation_config import GENERATION_FILE
 from hsrpc.model.hub import model_name
+from hsrpc.model.quantization import read_quantization
 from hsrpc.model.shapes import SHAPES
 from hsrpc.model.text_part import text_part
 from hsrpc.plan.sizes import LayerSizes
@@ -72,7 +73,7 @@ def named_spec(name: str, dtype: torch.dtype | None) -> ModelSpec:
 
 
 def _make_spec(name: str, config: ConfigFile, dtype: torch.dtype | None) -> ModelSpec:
-    _check_supported(config)
+    read_quantization(config)  # refuses what is not served
     family = family_name(config)
     config = replace(config, values={**config.values, "model_type": family})
     declared = _read_dtype(config)
@@ -110,11 +111,6 @@ def in_formats(spec: ModelSpec, formats: Formats) -> ModelSpec:
         fixed_bytes=sum(tensor.numel for tensor in family.fixed_tensors()) * spec.dtype.itemsize,
     )
     return replace(spec, sizes=sizes)
-
-
-def _check_supported(config: ConfigFile) -> None:
-    if config.values.get("quantization_config") not in (None, {}):
-        raise config.refuse("quantization_config", "nothing", "serve the model's unquantized checkpoint")
 
 
 def _read_dtype(config: ConfigFile) -> torch.dtype:

@@ -129,5 +129,7 @@ class TensorSpec:
 
     @property
     def source_shapes(self) -> tuple[tuple[int, ...], ...]:
+        if len(self.sources) == 1:
+            return (self.shape,)
         rows = self.source_rows or (self.shape[0] // len(self.sources),) * len(self.sources)
         return tuple((count, *self.shape[1:]) for count in rows)

@@ -252,8 +252,9 @@ def _weight_choices(config: EngineConfig, sizes: ModelSizes, shares: tuple[float
     if config.experts is not ExpertLoading.DEMAND:
         return on_demand + streaming_choices(sizes, shares)
     if not on_demand:
-        problem = "the model has no experts, or they are coded"
-        raise ConfigError("experts", config.experts.value, problem, "use experts=auto, or weight_coding=none")
+        problem = "the model has no experts, or they are coded or quantised"
+        remedy = "use experts=auto, or weight_coding=none for coded ones"
+        raise ConfigError("experts", config.experts.value, problem, remedy)
     return on_demand
 
 

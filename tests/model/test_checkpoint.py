@@ -143,7 +143,7 @@ def test_unsupported_type_is_refused_only_where_it_is_needed(tmp_path):
     save_file({"model.a": torch.ones(2, 3), "steps": torch.ones(1, dtype=torch.int64)}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint(tmp_path)
     checkpoint.check([TensorSpec("a", (2, 3), ("model.a",))])
-    with pytest.raises(CheckpointError, match="steps: expected one of F64, F32, F16, BF16, found I64"):
+    with pytest.raises(CheckpointError, match="steps: expected one of F64, F32, F16, BF16, F8_E4M3, found I64"):
         checkpoint.check([TensorSpec("steps", (1,), ("steps",))])
 
 

@@ -209,7 +209,11 @@ REFUSALS = [
     ("opt-125m", {"enable_bias": "yes"}, "enable_bias", "true or false, found 'yes'"),
     ("opt-125m", {"torch_dtype": "int8"}, "torch_dtype", "float32, float16, bfloat16, float64, found 'int8'"),
     ("opt-125m", {"eos_token_id": 50272}, "eos_token_id", "below vocab_size=50272, found 50272"),
-    ("opt-125m", {"quantization_config": {"bits": 4}}, "quantization_config", "unquantized"),
+    ("opt-125m", {"quantization_config": {"bits": 4}}, "quantization_config: quant_method", "unquantized"),
+    *(
+        ("opt-125m", {"quantization_config": {"quant_method": name}}, "quantization_config: quant_method", repr(name))
+        for name in ("bitsandbytes", "awq", "gptq", "mxfp4", "exl3", "fbgemm_fp8")
+    ),
     (
         "llama-2-7b",
         {"hidden_act": "xielu"},

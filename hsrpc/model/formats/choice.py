@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,6 +12,7 @@ from hsrpc.errors import ConfigError
 from hsrpc.model.formats.format import CacheFormat, Formats, WeightFormat
 from hsrpc.model.formats.lossless import Lossless
 from hsrpc.model.formats.plain import Plain
+from hsrpc.model.tensor import TensorSpec
 
 
 def uniform(weight: WeightFormat, dtype: torch.dtype) -> Formats:
@@ -18,6 +20,22 @@ def uniform(weight: WeightFormat, dtype: torch.dtype) -> Formats:
     exact = Plain(torch.float32)
     rows = CacheFormat(dtype)
     return Formats(weight=lambda tensor: exact if tensor.exact else weight, kv=rows, activation=rows)
+
+
+def with_scaled(
+    choices: Sequence[Formats], scaled: Mapping[TensorSpec, WeightFormat], coding: WeightCoding
+) -> Sequence[Formats]:
+    """The first of the choices, with the formats of tensors that have scales; all of them, where none has.
+
+    Raises:
+        ConfigError: weights were to be coded, which quantised ones cannot be.
+    """
+    if not scaled:
+        return choices
+    if coding is WeightCoding.LOSSLESS:
+        raise ConfigError("weight_coding", coding.value, "the weights are quantised already", "use weight_coding=auto")
+    others = choices[0].weight
+    return [replace(choices[0], weight=lambda tensor: scaled.get(tensor) or others(tensor))]
 
 
 def format_choices(coding: WeightCoding, dtype: torch.dtype, device: torch.device) -> Sequence[Formats]:

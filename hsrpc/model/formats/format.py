@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Self, TypeVar
 
@@ -33,6 +33,13 @@ class Packing(ABC):
 
         Or a view of `target` (uint8 [decoded_bytes]), which holds it once it is decoded.
         """
+
+    def contents(self, tensor: TensorSpec, data: torch.Tensor) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+        """What a source of weights reads, and where to, to fill the packed bytes `data` of a tensor that is read so.
+
+        Here the tensor itself, which lies ready there.
+        """
+        yield tensor, self.open(data, data[:0])
 
     @classmethod
     def decoding(cls, tensors: Sequence[Encoded[Self]]) -> Callable[[], None]:
@@ -80,7 +87,7 @@ class WeightFormat(ABC):
         return values
 
     def packing(self, tensor: TensorSpec) -> Packing | None:
-        """How the tensor is packed where packed bytes are its values as they are read: no `pack` is needed.
+        """How the tensor is packed where packed bytes are read as they are, see `contents`: no `pack` is needed.
 
         None: only `pack` knows.
         """

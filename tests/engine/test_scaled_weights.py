@@ -1,0 +1,315 @@
+"""Checkpoints of float8 codes with scales: the tokens that transformers gives with the same weights decoded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hsrpc import Engine, EngineConfig
+from hsrpc.config import WeightCoding
+from hsrpc.engine import startup
+from hsrpc.errors import CheckpointError, ConfigError
+from hsrpc.model.checkpoint import Checkpoint
+from hsrpc.model.convert import convert_checkpoint
+from hsrpc.model.families.registry import create_family
+from hsrpc.model.formats.plain import Plain
+from hsrpc.model.formats.scaled import Scaled
+from hsrpc.model.quantization import Quantization
+from hsrpc.model.tensor import Stacked, TensorSpec
+from hsrpc.plan.memory_use import HostUse
+from hsrpc.plan.plan import Plan
+from tests.engine.reference import Reference, decoder, greedy, save_tokenizer, spread_norms
+from tests.engine.support import collect, config_for, idle, ids, roomy
+from tests.engine.support import greedy as greedily
+
+BLOCK = 128
+LARGEST = 448.0
+"""Of the codes."""
+PLAIN = ("layers.1.mlp.down_proj", "layers.2.self_attn.k_proj")
+"""Left as they are: a tensor by itself, and one of three that are fused."""
+_SIZES = {"hidden_size": 160, "num_hidden_layers": 3, "intermediate_size": 200, "num_key_value_heads": 2}
+_SCALED_BY = {
+    "block": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]},
+    "channel": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
+            }
+        },
+    },
+    "tensor": {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
+}
+
+
+class Model(NamedTuple):
+    """What is quantised."""
+
+    kind: str
+    by: str
+    """What shares a scale."""
+    settings: Mapping[str, object]
+
+
+MODELS = {
+    "qwen3": Model("qwen3", "block", {"head_dim": 48, "tie_word_embeddings": True}),
+    "llama": Model("llama", "block", {"attention_bias": True}),
+    "llama-channel": Model("llama", "channel", {}),
+    "llama-tensor": Model("llama", "tensor", {}),
+    "qwen3-moe": Model(
+        "qwen3_moe", "block", {"head_dim": 48, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 136}
+    ),
+    "cohere": Model("cohere", "block", {"logit_scale": 0.5}),
+}
+"""Rows of Cohere's heads get another order, so that some of its tensors are decoded when they are loaded."""
+
+
+def in_blocks(weight: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and values of a matrix, by the definition: block by block."""
+    codes, values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
+    scales = torch.empty(-(-len(weight) // rows), -(-weight.shape[1] // columns))
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            part = (slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
+            scales[i, j] = weight[part].abs().max() / LARGEST
+            codes[part] = (weight[part] / scales[i, j]).to(torch.float8_e4m3fn)
+            values[part] = codes[part].float() * scales[i, j]
+    return codes, scales, values
+
+
+def quantise(weight: torch.Tensor, by: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The tensors of a checkpoint by what stands behind the weight's name, and the values that they mean."""
+    shape = {"block": (BLOCK, BLOCK), "channel": (1, weight.shape[1]), "tensor": tuple(weight.shape)}[by]
+    codes, scales, values = in_blocks(weight, *shape)
+    if by == "block":
+        return {"": codes, "_scale_inv": scales}, values
+    return {"": codes, "_scale": scales if by == "channel" else scales[0, 0].clone()}, values
+
+
+def make_model(name: str, directory: Path) -> Reference:
+    """A checkpoint with codes, and the tokens that transformers gives with what they mean."""
+    torch.manual_seed(5)
+    model = decoder(MODELS[name].kind, **_SIZES, **MODELS[name].settings).eval()
+    spread_norms(model)
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    codes: dict[str, torch.Tensor] = {}
+
+    def to_values(tensors: dict[str, torch.Tensor]) -> None:
+        for weight in filter(is_quantised, tensors):
+            parts, tensors[weight] = quantise(tensors[weight], MODELS[name].by)
+            codes.update({f"{weight}{suffix}": part for suffix, part in parts.items()})
+            codes[weight.replace("weight", "input_scale")] = torch.tensor(1.0)
+
+    edit_tensors(directory, to_values)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    edit_tensors(directory, lambda tensors: tensors.update(codes))
+    edit_config(directory, _SCALED_BY[MODELS[name].by])
+    prompts: list[list[int]] = []
+    outputs: list[list[int]] = []
+    while len(prompts) < 4:
+        prompt = torch.randint(3, 300, (1 + 9 * len(prompts),)).tolist()
+        output, margin = greedy(model, prompt)
+        if margin > 2e-3:
+            prompts.append(prompt)
+            outputs.append(output)
+    return Reference(directory, prompts, outputs)
+
+
+def is_quantised(name: str) -> bool:
+    """Whether the tensor is a matrix of a layer, or the head, and not among those that are left as they are."""
+    return name.endswith(("proj.weight", "lm_head.weight")) and not any(each in name for each in PLAIN)
+
+
+def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Let `edit` change the tensors of a checkpoint."""
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def edit_config(directory: Path, quantization: object) -> None:
+    """Write what config.json says of the weights."""
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
+    """Models by name."""
+    return cache(lambda name: make_model(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture
+def copied(scaled: Callable[[str], Reference], tmp_path: Path) -> Reference:
+    """A model to be damaged."""
+    made = scaled("qwen3")
+    for file in made.directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return Reference(tmp_path, made.prompts, made.outputs)
+
+
+async def check(made: Reference, config: EngineConfig) -> tuple[Plan, float]:
+    """Hold tokens to the reference's; the plan, and the weight bytes that crossed the bus in a step."""
+    weights: list[int] = []
+    async with Engine(config, observe=lambda step: weights.append(step.weight_bytes)) as engine:
+        requests = (collect(engine.generate(prompt, greedily(64))) for prompt in made.prompts)
+        assert [ids(each) for each in await asyncio.gather(*requests)] == made.outputs
+        await idle(engine)
+        return engine.plan, median(weights)
+
+
+@pytest.mark.parametrize("policy", ["kv", "activation"])
+@pytest.mark.parametrize("name", list(MODELS))
+async def test_tokens_equal_the_reference_where_weights_stream(
+    name: str, policy: str, scaled: Callable[[str], Reference]
+) -> None:
+    """A byte of each weight crosses the bus, and few beside."""
+    made = scaled(name)
+    plan, streamed = await check(made, roomy(made, cache_policy=policy, activation_share=None))
+    assert plan.decode_buffer_bytes > 0
+    assert streamed == sum(each.bus_bytes for each in plan.streamed)
+    sizes = startup.make_plan(roomy(made)).spec.sizes
+    values = 4 * sum(layer.num_elements for layer in sizes.layers)
+    assert streamed < (0.42 if name != "cohere" else 0.6) * values  # some are plain
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+@pytest.mark.parametrize("name", ["qwen3", "llama-channel"])
+async def test_tokens_equal_the_reference_where_weights_stay(
+    name: str, share: float, scaled: Callable[[str], Reference]
+) -> None:
+    """Those are decoded when they are loaded."""
+    made = scaled(name)
+    plan, streamed = await check(made, config_for(made, resident_share=share, gpu_memory="1GiB"))
+    assert (streamed > 0) == (share < 1)
+    assert (plan.decode_buffer_bytes > 0) == (share < 1)
+
+
+async def test_on_a_device_that_orders_accesses(scaled: Callable[[str], Reference], ordered: list[object]) -> None:
+    """The buffer that weights are decoded to is used by one layer after the other."""
+    await check(scaled("qwen3"), roomy(scaled("qwen3")))
+    assert ordered
+
+
+def test_formats_come_from_the_headers(scaled: Callable[[str], Reference]) -> None:
+    """Whatever config.json says is left out; host memory is planned for codes."""
+    planned = startup.make_plan(roomy(scaled("qwen3")))
+    family, weight = create_family(planned.spec), planned.spec.formats.weight
+    formats = {tensor.sources[-1]: weight(tensor) for tensor in family.layer_tensors(1) if len(tensor.shape) > 1}
+    assert isinstance(formats.pop(f"model.{PLAIN[0]}.weight"), Plain)
+    assert len(formats) == 3
+    assert all(isinstance(each, Scaled) for each in formats.values())
+    [qkv] = [each for source, each in formats.items() if source.endswith("v_proj.weight")]
+    assert [source.grid for source in qkv.sources] == [(2, 2), (1, 2), (1, 2)]
+    streamed = planned.plan.host_bytes[HostUse.STREAMED_WEIGHTS]
+    assert streamed == sum(each.host_bytes for each in planned.plan.streamed)
+
+
+def test_formats_where_rows_get_another_order(scaled: Callable[[str], Reference]) -> None:
+    """Blocks would be cut: plain ones, decoded when they are loaded."""
+    planned = startup.make_plan(roomy(scaled("cohere")))
+    for tensor in create_family(planned.spec).layer_tensors(0):
+        assert isinstance(planned.spec.formats.weight(tensor), Scaled) == (len(tensor.shape) > 1 and not tensor.order)
+
+
+def test_what_is_ignored_is_said_once(scaled: Callable[[str], Reference], caplog: pytest.LogCaptureFixture) -> None:
+    """Scales of activations."""
+    with caplog.at_level(logging.WARNING):
+        startup.make_plan(roomy(scaled("llama-tensor")))
+    assert ["activations are not quantised" in message for message in caplog.messages] == [True]
+
+
+def test_coding_without_loss_is_refused(scaled: Callable[[str], Reference]) -> None:
+    """There is nothing left to code."""
+    config = roomy(scaled("qwen3"), weight_coding=WeightCoding.LOSSLESS, dtype="bfloat16")
+    with pytest.raises(ConfigError, match="weight_coding='lossless': the weights are quantised already; use"):
+        startup.make_plan(config)
+
+
+def test_quantised_experts_do_not_come_on_demand(scaled: Callable[[str], Reference]) -> None:
+    """They would have to be decoded in their slots."""
+    with pytest.raises(ConfigError, match=r"experts='demand': .*coded or quantised; use experts=auto"):
+        startup.make_plan(roomy(scaled("qwen3-moe"), experts="demand"))
+
+
+_Q = "model.layers.2.self_attn.q_proj.weight"
+DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "missing": (lambda tensors: tensors.pop(f"{_Q}_scale_inv"), f"{_Q}: expected .*{_Q}_scale_inv or _scale"),
+    "truncated": (
+        lambda tensors: tensors.update({f"{_Q}_scale_inv": tensors[f"{_Q}_scale_inv"][:1].clone()}),
+        rf"{_Q}_scale_inv: expected shape \[2, 2\].* found F32 of shape \[1, 2\]",
+    ),
+    "one": (
+        lambda tensors: tensors.update({f"{_Q}_scale_inv": torch.tensor(1.0)}),
+        rf"{_Q}_scale_inv: expected shape \[2, 2\].* found F32 of shape \[\]",
+    ),
+    "type": (
+        lambda tensors: tensors.update({f"{_Q}_scale_inv": torch.ones(2, 2, dtype=torch.int64)}),
+        f"{_Q}_scale_inv: expected one of F64.*found I64",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(DAMAGE))
+def test_scales_that_do_not_fit_are_refused(kind: str, copied: Reference) -> None:
+    """By name, before any weight is read."""
+    damage, message = DAMAGE[kind]
+    edit_tensors(copied.directory, damage)
+    with pytest.raises(CheckpointError, match=message):
+        startup.make_plan(roomy(copied))
+
+
+def test_scales_beyond_float16_are_refused(copied: Reference) -> None:
+    """Weights would be infinite; bfloat16 has them."""
+    edit_tensors(copied.directory, lambda tensors: tensors[f"{_Q}_scale_inv"].mul_(1e6))
+    with pytest.raises(CheckpointError, match=rf"{_Q}_scale_inv: expected scales of at most 146.2.*--dtype bfloat16"):
+        startup.make_plan(roomy(copied, dtype="float16"))
+    startup.make_plan(roomy(copied, dtype="bfloat16"))
+
+
+def test_codes_of_all_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
+    """What their scales would be is said nowhere."""
+    save_file({"all": torch.zeros(4, 2, 3).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    tensor = TensorSpec("w", (2, 3), ("one",), stacked=Stacked("all", 0, 4))
+    with pytest.raises(CheckpointError, match=r"all: expected a tensor for each expert, found codes of all in one"):
+        Checkpoint(tmp_path, Quantization(None)).check([tensor])
+
+
+def test_pickled_codes_are_converted(copied: Reference, tmp_path: Path) -> None:
+    """To codes."""
+    file = copied.directory / "model.safetensors"
+    torch.save(load_file(file), copied.directory / "pytorch_model.bin")
+    convert_checkpoint(copied.directory, tmp_path / "converted", progress=False)
+    assert load_file(tmp_path / "converted" / "model.safetensors")[_Q].dtype == torch.float8_e4m3fn
+
+
+def test_codes_need_a_configuration(copied: Reference) -> None:
+    """What scales mean is said nowhere else."""
+    edit_config(copied.directory, None)
+    with pytest.raises(CheckpointError, match=r"weight: expected quantization_config in config.json"):
+        startup.make_plan(roomy(copied))
+
+
+def test_a_plan_needs_the_headers(copied: Reference) -> None:
+    """They say what is quantised; random weights of the same configuration are plain."""
+    (copied.directory / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: quantization_config: expected weights beside it"):
+        startup.make_plan(roomy(copied))
+    config = roomy(Reference(Path(f"random:{copied.directory}"), [], []))
+    planned = startup.make_plan(config)
+    tensors = create_family(planned.spec).layer_tensors(0)
+    assert all(isinstance(planned.spec.formats.weight(tensor), Plain) for tensor in tensors)

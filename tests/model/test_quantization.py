@@ -1,0 +1,84 @@
+"""What config.json says of quantised weights, and what is refused there."""
+
+from __future__ import annotations
+
+import pytest
+
+from hsrpc.errors import CheckpointError
+from hsrpc.model.config_file import ConfigFile
+from hsrpc.model.quantization import Quantization, read_quantization
+
+_WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+_BLOCKS = _WEIGHTS | {"strategy": "block", "block_structure": [128, 128]}
+
+
+def compressed(*weights: object, **settings: object) -> dict[str, object]:
+    groups = {f"group_{i}": {"weights": each} for i, each in enumerate(weights)}
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups} | settings
+
+
+def read(quantization: object) -> Quantization | None:
+    return read_quantization(ConfigFile("config.json", {"quantization_config": quantization}))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "block"),
+    [
+        ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, (128, 128)),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, None),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, None),
+        (compressed(_WEIGHTS), None),
+        (compressed(_WEIGHTS, _WEIGHTS | {"strategy": "channel"}, sparsity_config={}), None),
+        (compressed(_BLOCKS, _BLOCKS), (128, 128)),
+    ],
+)
+def test_what_is_served(quantization: dict[str, object], block: tuple[int, int] | None) -> None:
+    """Blocks as the file has them; else the shape of the scales says."""
+    assert read(quantization) == Quantization(block)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        ([8], "quantization_config: expected an object"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt: expected one of e4m3.*'e5m2'"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size: expected two whole numbers"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size: expected two whole numbers"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo: expected one of FP8.*'NVFP4'"),
+        (compressed(_WEIGHTS, format="pack-quantized"), "format: expected one of float-quantized.*'pack-quantized'"),
+        (compressed(), "config_groups: expected an object"),
+        (compressed(3), "group_0: weights: expected an object"),
+        (compressed(None), "group_0: expected an object that describes weights"),
+        (compressed(_WEIGHTS | {"type": "int"}), "type: expected one of float"),
+        (compressed(_WEIGHTS | {"num_bits": 4}), "num_bits: expected 8"),
+        (compressed(_WEIGHTS | {"symmetric": False}), "symmetric: expected true"),
+        (compressed(_WEIGHTS | {"strategy": "group"}), "strategy: expected one of tensor, channel, block"),
+        (compressed(_WEIGHTS | {"strategy": "block"}), "block_structure: expected two sizes"),
+        (compressed(_WEIGHTS, _BLOCKS), "config_groups: expected blocks of one size"),
+        (compressed(_WEIGHTS, transform_config={"config_groups": {}}), "transform_config: expected nothing"),
+        (compressed(_WEIGHTS, sparsity_config={"format": "sparse-24"}), "sparsity_config: expected nothing"),
+    ],
+)
+def test_what_is_refused(quantization: object, words: str) -> None:
+    """By key and value, with what can be served."""
+    with pytest.raises(CheckpointError, match=words) as caught:
+        read(quantization)
+    assert "serve" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scales", "block"),
+    [
+        ((6, 9), (), (6, 9)),
+        ((6, 9), (1,), (6, 9)),
+        ((6, 9), (6,), (1, 9)),
+        ((6, 9), (6, 1), (1, 9)),
+        ((6, 9), (9,), None),
+        ((6, 9), (6, 9), None),
+    ],
+)
+def test_the_shape_of_the_scales_says(
+    shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None
+) -> None:
+    """Where config.json names no blocks."""
+    assert Quantization(None).scaled_block(shape, scales) == block
