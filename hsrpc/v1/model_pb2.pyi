@@ -134,7 +134,9 @@ class ModelSizes(google.protobuf.message.Message):
     model_bytes: builtins.int
     """Bytes of the whole model's weights."""
     sliding_window: builtins.int
-    """A token sees itself and the `sliding_window - 1` tokens before it. Absent: all."""
+    """A token sees itself and the `sliding_window - 1` tokens before it, or fewer in some layers. Absent: all, in some
+    layers at least.
+    """
     def __init__(
         self,
         *,
