@@ -69,7 +69,7 @@ class Cell:
     """Slots over experts."""
     hit_rate: float
     drawn_hit_rate: float
-    """Of choices that are drawn, all experts being as likely."""
+    """The rate of choices that are drawn, all experts being as likely."""
     loads: float
     """Experts loaded in a step, a layer, on average."""
     expected_loads: float

@@ -27,7 +27,7 @@ from hsrpc.model.spec import named_spec
 PROGRAM = "python -m benchmarks.products"
 ROWS = (8, 32, 64, 96, 128, 160, 192, 219, 256, 320, 438, 512, 1024, 2048, 8192)
 _LAYERS = 6
-"""Of random weights, so that none stays in the device's caches."""
+"""Layers of random weights: so many that none stays in the device's caches."""
 _REPEATS = 20
 
 

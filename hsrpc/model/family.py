@@ -79,7 +79,7 @@ class Absorption(ABC):
     """How single queries attend to activations as they are stored, without their K and V."""
 
     heads: HeadShape
-    """Of the queries that attend so; a row is an activation."""
+    """Shape of the heads that attend so; a row is an activation."""
 
     @abstractmethod
     def project(self, w: Weights, layer: int, hidden: torch.Tensor, rotation: Rotation) -> Projection:

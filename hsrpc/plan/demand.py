@@ -18,7 +18,7 @@ class Demand:
     """
 
     slots: int
-    """Of each layer that has as many experts."""
+    """Slots of each layer that has as many experts."""
     counts: tuple[int, ...]
     """Experts of each layer; 0: its MLP is dense."""
     expert_bytes: int

@@ -20,7 +20,7 @@ _GRAPH_COLUMNS, _GRAPH_COLUMN_BYTES = 4, 4
 _QUERY_PARTS, _PART_BYTES = 32, 4
 """Parts that a query's keys are divided into, at most, and bytes of an element of what each gathers."""
 _ALL_PARTS_BYTES = 64 * 1024**2
-"""Of all queries: more of them are divided into fewer parts."""
+"""Bytes for all queries: more of them are divided into fewer parts."""
 SPARE_SLOTS = 1
 """Rows of each pool on the device that belong to no block, in every layer."""
 _INDICES = 8

@@ -28,7 +28,7 @@ class Machine:
     """What a plan follows from, beside the model and the settings; measured here, or known from elsewhere."""
 
     name: str
-    """Of the device, for people."""
+    """Name of the device, for people."""
     kind: DeviceKind
     """CUDA or CPU, never `auto`."""
     device_memory: int

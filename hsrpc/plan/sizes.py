@@ -22,7 +22,7 @@ Number: TypeAlias = float | Floats
 """One candidate's, or an array of many; whole numbers too, which are exact below 2**53."""
 
 _SCORE_BYTES = 16
-"""Of an expert, for each token: its logit, scores and what it is chosen by, in float32."""
+"""Bytes of an expert for each token: its logit, scores and what it is chosen by, in float32."""
 ALIGNMENT = 256
 """Tensors in a buffer begin at multiples of this many bytes."""
 

@@ -35,7 +35,7 @@ from tests.engine.support import greedy as greedily
 
 BLOCK = 128
 LARGEST = 448.0
-"""Of the codes."""
+"""Largest of the codes."""
 PLAIN = ("layers.1.mlp.down_proj", "layers.2.self_attn.k_proj")
 """Left as they are: a tensor by itself, and one of three that are fused."""
 _SIZES = {"hidden_size": 160, "num_hidden_layers": 3, "intermediate_size": 200, "num_key_value_heads": 2}

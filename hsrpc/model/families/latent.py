@@ -28,7 +28,7 @@ KV_LATENT = Affine.named("kv_latent")
 KV_NORM = Affine.named("kv_norm")
 KV = Affine.named("kv")
 _NORM = Norm(NormKind.RMS, 1e-6)
-"""Of latents; no key of config.json says so."""
+"""The norm of latents; no key of config.json says it."""
 
 
 class LatentDecoder(Decoder):

@@ -86,7 +86,7 @@ class Caps:
     """Bounds that values come near to: x becomes cap * tanh(x / cap); None: they have none."""
 
     scores: float | None = None
-    """Of the products of queries and keys."""
+    """Cap of the products of queries and keys."""
     logits: float | None = None
 
 

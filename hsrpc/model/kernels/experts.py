@@ -28,18 +28,18 @@ class Tiles(NamedTuple):
 
     rows: int
     columns: int
-    """Of gate, and of up; twice as many of the second product."""
+    """Columns of gate, and of up; twice as many of the second product."""
     inner: int
     warps: int
     stages: int
-    """Of 16-bit numbers; there is room for one of float32."""
+    """Stages of 16-bit numbers; there is room for one of float32."""
 
 
 FEW = Tiles(16, 32, 128, 4, 4)
 """Weights are read as fast as memory gives them: many small programs."""
 SOME = Tiles(64, 64, 64, 4, 4)
 MANY = Tiles(128, 64, 64, 8, 3)
-"""Of the first product a program takes as many columns of gate as of up: twice these."""
+"""Columns of a tile: of the first product a program takes as many of gate as of up, twice these."""
 _MEAN_ROWS = ((16, FEW), (64, SOME))
 """Up to so many rows for an expert, on average, the tiles."""
 

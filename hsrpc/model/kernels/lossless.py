@@ -21,7 +21,7 @@ _GROUP = 16
 """Programs that are of one tensor for sure: so one word says for all of them which, and few programs have nothing to
 do where its blocks end."""
 _REGISTERS = {0: 80, 3: 128}
-"""Of a thread at most, by the bits of the mantissa that have planes: seven and four programs are then on a
+"""Registers of a thread at most, by the bits of the mantissa that have planes: seven and four programs are then on a
 multiprocessor at once, and nothing spills."""
 
 

@@ -17,7 +17,7 @@ from hsrpc.model.formats.format import Encoded
 from hsrpc.model.formats.scaled import ScaledPacking
 
 _ROWS, _COLUMNS = 16, 256
-"""Of a program's tile."""
+"""Size of a program's tile."""
 _GROUP = 16
 """Programs that are of one matrix for sure: one word says for all of them which."""
 _ALIGNED = 16
