@@ -199,7 +199,8 @@ def _experts_table(found: ExpertOutlook) -> Table:
         table.add_row("hits, if all are as likely", f"{found.hit_rate:.0%}")
     else:
         table.add_row("they come", "all in every step, but those resident")
-    pays = "never" if found.streaming_from is None else f"{found.streaming_from} requests at once on"
+    unknown = "any number: on demand does not fit" if found.loading is ExpertLoading.STREAM else "none that fits"
+    pays = unknown if found.streaming_from is None else f"{found.streaming_from} requests at once on"
     table.add_row("streaming all is as fast from", pays)
     return table
 

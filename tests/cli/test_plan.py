@@ -272,6 +272,15 @@ def test_how_experts_come(hsrpc, experts):
     assert re.search(r"experts on demand\W+\d+\.\d\d ms", shown)
 
 
+def test_experts_that_fit_the_host_coded_alone(hsrpc):
+    """They stream, since those that come on demand are not coded: that is said."""
+    budgets = ["--gpu-memory=12GiB", "--host-memory=45GiB", "--max-batch=1", "--max-model-len=2048"]
+    shown = hsrpc(
+        "plan", "--model=random:qwen3-30b-a3b", "--dtype=bfloat16", "--hardware=h100", *budgets, "--no-advice"
+    )
+    assert "any number: on demand does not fit" in " ".join(shown.out.split())
+
+
 def test_experts_may_be_made_to_stream(hsrpc, experts):
     """The outlook is the same from there; a model without experts has none."""
     ran = hsrpc("plan", *experts, "--experts=stream", "--json")
