@@ -30,6 +30,7 @@ class WeightPrefetcher:
         streams = any(layer.packed is not None for layer in weights.layers)
         self._buffers = [self._buffer(plan.weight_buffer_bytes) for _ in range(BUFFERS * streams)]
         self._decoded = self._buffer(plan.decode_buffer_bytes)
+        self._coded = self._buffer(family.activations.coded_weight_bytes)
         self._open: dict[tuple[int, int], OpenedLayer] = {}
         """Opened layers by layer and buffer."""
         self._experts: ExpertLoader | None = None
@@ -40,8 +41,10 @@ class WeightPrefetcher:
     @property
     def places(self) -> Places:
         """Placement of each layer's weights."""
+        codes = self._family.activations.coded_weight_bytes > 0
         return tuple(
-            LayerPlacement(each.bus_bytes, each.is_decoded, on_demand=each.experts is not None) for each in self._layers
+            LayerPlacement(each.bus_bytes, each.is_decoded or codes, on_demand=each.experts is not None)
+            for each in self._layers
         )
 
     @property
@@ -96,4 +99,5 @@ class WeightPrefetcher:
         if weights.packed is not None:
             opened = weights.open(self._buffers[slot], self._decoded)
         tensors = opened.tensors if weights.experts is None else self._on_demand.with_experts(layer, opened.tensors)
-        return opened._replace(tensors=self._family.opened(layer, tensors))
+        ready, more = self._family.activations.prepared(self._family.opened(layer, tensors), self._coded)
+        return OpenedLayer(ready, (*opened.decodings, *more))
