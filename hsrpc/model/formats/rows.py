@@ -209,7 +209,7 @@ class CodedRows(Rows):
 
 def scale_of(x: torch.Tensor, codes: Codes) -> torch.Tensor:
     """Scales of numbers that share one in the last dimension, in float32: bfloat16 values, rounded up."""
-    exact = x.float().abs().amax(-1) * (1 / codes.largest)
+    exact = x.float().abs().amax(-1) / codes.largest  # a product with 1 / largest would not give back a scale
     bits = (exact.view(torch.int32) + 0xFFFF) & -0x10000
     return bits.view(torch.float32).clamp_min_(MIN_SCALE)
 
