@@ -65,8 +65,8 @@ class RoundingCache(DynamicCache):
 
 
 @contextmanager
-def rounding(model: PreTrainedModel, how: Rounding) -> Iterator[Callable[[], RoundingCache]]:
-    """Inside it, projections to K and V take rounded inputs and weights; gives what makes the cache of a generation."""
+def rounding(model: PreTrainedModel, how: Rounding) -> Iterator[RoundingCache]:
+    """Inside it, projections to K and V take rounded inputs and weights; gives the cache of a generation."""
     with ExitStack() as undo:
         for module in model.modules():
             for name in ("k_proj", "v_proj"):
@@ -78,7 +78,7 @@ def rounding(model: PreTrainedModel, how: Rounding) -> Iterator[Callable[[], Rou
                 if how.weight is not None:
                     undo.callback(setattr, projection.weight, "data", projection.weight.data)
                     projection.weight.data = rounded(projection.weight.data, how.weight)
-        yield lambda: RoundingCache(model, how.kv)
+        yield RoundingCache(model, how.kv)
 
 
 @contextmanager

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -66,39 +67,63 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference
     return cache(make)
 
 
+class Expected(NamedTuple):
+    """What the definition gives for some prompts."""
+
+    made: Reference
+    logprobs: list[torch.Tensor]
+    """Of each output, token by token."""
+    without: dict[str, list[torch.Tensor]]
+    """The same where a part of the rounding is left out, by its name."""
+
+
 @pytest.fixture(scope="session")
-def rounded(model: Callable[[str], Reference]) -> Callable[[str, Rounding], Reference]:
+def rounded(model: Callable[[str], Reference]) -> Callable[[str, Rounding], Expected]:
     """Checkpoints with prompts of 1 to 50 tokens, and their continuations under a rounding."""
 
-    def make(name: str, how: Rounding) -> Reference:
+    def make(name: str, how: Rounding) -> Expected:
         made = model(name)
         reference = AutoModelForCausalLM.from_pretrained(made.directory).eval()
         generator = torch.Generator().manual_seed(11)
         prompts, outputs = [], []
-        with rounding(reference, how) as new_cache:
-            while len(prompts) < NUM_PROMPTS:
-                length = 1 + int(torch.randint(50, (1,), generator=generator))
-                prompt = torch.randint(3, 300, (length,), generator=generator).tolist()
-                output, margin = continued(reference, prompt, new_cache())
-                if margin > MARGIN:
-                    prompts.append(prompt)
-                    outputs.append(output)
-        return replace(made, prompts=prompts, outputs=outputs)
+        while len(prompts) < NUM_PROMPTS:
+            length = 1 + int(torch.randint(50, (1,), generator=generator))
+            prompt = torch.randint(3, 300, (length,), generator=generator).tolist()
+            output, margin = continued(reference, prompt, how)
+            if margin > MARGIN:
+                prompts.append(prompt)
+                outputs.append(output)
+        pairs = list(zip(prompts, outputs, strict=True))
+        parts = [item.name for item in fields(how) if getattr(how, item.name) is not None]
+        return Expected(
+            replace(made, prompts=prompts, outputs=outputs),
+            [logprobs_of(reference, *pair, how) for pair in pairs],
+            {part: [logprobs_of(reference, *pair, replace(how, **{part: None})) for pair in pairs] for part in parts},
+        )
 
     return cache(make)
 
 
 @torch.inference_mode()
-def continued(model: PreTrainedModel, prompt: list[int], past: object) -> tuple[list[int], float]:
+def continued(model: PreTrainedModel, prompt: list[int], how: Rounding) -> tuple[list[int], float]:
     """The greedy tokens of a prompt, and the least margin on the way."""
     tokens, output, margin = torch.tensor([prompt]), [], 1e9
-    for _ in range(NUM_TOKENS):
-        logits = model(tokens, cache=past, use_cache=True).logits[0, -1]
-        (best, second), (token, _) = (each.tolist() for each in logits.topk(2))
-        margin = min(margin, best - second)
-        output.append(token)
-        tokens = torch.tensor([[token]])
+    with rounding(model, how) as past:
+        for _ in range(NUM_TOKENS):
+            logits = model(tokens, cache=past, use_cache=True).logits[0, -1]
+            (best, second), (token, _) = (each.tolist() for each in logits.topk(2))
+            margin = min(margin, best - second)
+            output.append(token)
+            tokens = torch.tensor([[token]])
     return output, margin
+
+
+@torch.inference_mode()
+def logprobs_of(model: PreTrainedModel, prompt: list[int], output: list[int], how: Rounding) -> torch.Tensor:
+    """Those of an output's tokens, in one pass."""
+    with rounding(model, how) as past:
+        logits = model(torch.tensor([prompt + output[:-1]]), cache=past, use_cache=True).logits[0, len(prompt) - 1 :]
+    return logits.log_softmax(-1).gather(1, torch.tensor(output)[:, None]).squeeze(1)
 
 
 def config_for(made: Reference, **settings: object) -> EngineConfig:
@@ -115,24 +140,35 @@ def with_blocks(*counts: int) -> ChoosePlan:
     return lambda planner: replace(planner.plan(), num_blocks=num_blocks)
 
 
-async def check(made: Reference, config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> EngineStats:
-    """Tokens are those of the reference."""
+async def check(expected: Expected, config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> EngineStats:
+    """Tokens are those of the definition; and their probabilities, far nearer than with anything of it left out."""
+    made = expected.made
     async with Engine(config, choose_plan=choose_plan) as engine, asyncio.timeout(60):
-        found = await asyncio.gather(*(collect(engine.generate(each, greedy(NUM_TOKENS))) for each in made.prompts))
+        params = greedy(NUM_TOKENS, logprobs=0)
+        found = await asyncio.gather(*(collect(engine.generate(each, params)) for each in made.prompts))
         await idle(engine)
-        assert [ids(each) for each in found] == made.outputs
-        return engine.stats()
+        stats = engine.stats()
+    assert [ids(each) for each in found] == made.outputs
+    logprobs = [torch.tensor([each.logprob for delta in deltas for each in delta.logprobs]) for deltas in found]
+    for part, others in expected.without.items():
+        assert distance(logprobs, expected.logprobs) < 0.1 * distance(logprobs, others), part
+    return stats
+
+
+def distance(found: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """Of the probabilities of all prompts' tokens, by what their logarithms differ on average."""
+    return float((torch.cat(found) - torch.cat(others)).abs().mean())
 
 
 @pytest.mark.parametrize("policy", SHARES)
 @pytest.mark.parametrize(("cache_format", "name"), [*(("fp8", name) for name in MODELS), ("int8", "opt")])
 async def test_tokens_equal_the_reference_with_tight_budgets(
-    cache_format: str, policy: str, name: str, rounded: Callable[[str, Rounding], Reference]
+    cache_format: str, policy: str, name: str, rounded: Callable[[str, Rounding], Expected]
 ) -> None:
     """Wherever blocks lie, with chunks and with requests that are preempted and computed anew."""
-    made = rounded(name, rounding_of(cache_format, policy))
-    config = config_for(made, cache_format=cache_format, cache_policy=policy, **SHARES[policy])
-    stats = await check(made, config, with_blocks(*BLOCKS[policy]))
+    expected = rounded(name, rounding_of(cache_format, policy))
+    config = config_for(expected.made, cache_format=cache_format, cache_policy=policy, **SHARES[policy])
+    stats = await check(expected, config, with_blocks(*BLOCKS[policy]))
     assert stats.preemptions > 0 or name == "window"
     assert stats.cache_loaded_bytes > 0
 
@@ -140,33 +176,33 @@ async def test_tokens_equal_the_reference_with_tight_budgets(
 @pytest.mark.usefixtures("ordered")
 @pytest.mark.parametrize("resident", [0.0, 1.0])
 async def test_rows_of_codes_are_written_before_they_are_read(
-    resident: float, rounded: Callable[[str, Rounding], Reference]
+    resident: float, rounded: Callable[[str, Rounding], Expected]
 ) -> None:
     """With weights that stream and with none, whose K and V parts are coded in each step all the same."""
-    made = rounded("opt", rounding_of("fp8", "hybrid"))
+    expected = rounded("opt", rounding_of("fp8", "hybrid"))
     weights = {"placement": "auto", "resident_share": 1.0} if resident else {}
-    config = config_for(made, cache_format="fp8", cache_policy="hybrid", activation_share=0.5, **weights)
-    await check(made, config, with_blocks(*BLOCKS["hybrid"]))
+    config = config_for(expected.made, cache_format="fp8", cache_policy="hybrid", activation_share=0.5, **weights)
+    await check(expected, config, with_blocks(*BLOCKS["hybrid"]))
 
 
 @pytest.mark.parametrize("cache_format", ["fp8", "int8"])
 async def test_codes_on_the_device_are_read_where_they_lie(
-    cache_format: str, rounded: Callable[[str, Rounding], Reference]
+    cache_format: str, rounded: Callable[[str, Rounding], Expected]
 ) -> None:
     """Steps that only decode use no buffer, and are made while the one before is computed."""
-    made = rounded("llama-gqa", rounding_of(cache_format, "kv"))
-    config = config_for(made, cache_format=cache_format, cache_policy="kv", placement="auto")
-    assert (await check(made, config)).cache_loaded_bytes == 0
+    expected = rounded("llama-gqa", rounding_of(cache_format, "kv"))
+    config = config_for(expected.made, cache_format=cache_format, cache_policy="kv", placement="auto")
+    assert (await check(expected, config)).cache_loaded_bytes == 0
 
 
 @pytest.mark.parametrize("policy", SHARES)
 async def test_requests_that_keep_no_cache_are_rounded_alike(
-    policy: str, rounded: Callable[[str, Rounding], Reference]
+    policy: str, rounded: Callable[[str, Rounding], Expected]
 ) -> None:
     """Their tokens are computed anew in each step, and are those that caches would have given."""
-    made = rounded("llama-gqa", rounding_of("fp8", policy))
+    expected = rounded("llama-gqa", rounding_of("fp8", policy))
     settings = {"recompute_share": 0.6, "expected_context": 60, **SHARES[policy]}
-    stats = await check(made, config_for(made, cache_format="fp8", cache_policy=policy, **settings))
+    stats = await check(expected, config_for(expected.made, cache_format="fp8", cache_policy=policy, **settings))
     assert stats.recomputed_tokens > 0
 
 
@@ -184,7 +220,8 @@ async def test_latents_are_rounded_with_the_key_that_heads_share(
     assert len(prompts) == 2
     settings = {"latent_attention": attention, **SHARES[policy]}
     config = config_for(made, cache_format="fp8", cache_policy=policy, **settings)
-    stats = await check(replace(made, prompts=list(prompts), outputs=list(outputs)), config)
+    expected = Expected(replace(made, prompts=list(prompts), outputs=list(outputs)), [], {})
+    stats = await check(expected, config)
     assert stats.cache_loaded_bytes > 0
 
 

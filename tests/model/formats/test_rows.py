@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,7 +19,7 @@ SHAPES = [RowShape(1, (40,)), RowShape(3, (16, 8)), RowShape(2, (5, 7))]
 def parts_of(shape: RowShape, x: torch.Tensor) -> list[torch.Tensor]:
     """The numbers of each part [n, heads, width]."""
     starts = shape.starts
-    return [x[:, a:b].unflatten(1, (shape.heads, -1)) for a, b in zip(starts, starts[1:], strict=False)]
+    return [x[:, a:b].unflatten(1, (shape.heads, -1)) for a, b in pairwise(starts)]
 
 
 def numbers(shape: RowShape, seed: int, spread: float) -> torch.Tensor:
