@@ -8,7 +8,13 @@ import torch
 from hsrpc.model.formats.rows import CodedRows, Codes, RowShape
 from hsrpc.model.kernels.rows import decode, encode
 
-SHAPES = [RowShape(1, (300,)), RowShape(5, (16, 16)), RowShape(2, (24, 40)), RowShape(3, (5, 7)), RowShape(33, (64, 64))]
+SHAPES = [
+    RowShape(1, (300,)),
+    RowShape(5, (16, 16)),
+    RowShape(2, (24, 40)),
+    RowShape(3, (5, 7)),
+    RowShape(33, (64, 64)),
+]
 """A whole row, heads alike and not, and more of them than a program takes."""
 
 

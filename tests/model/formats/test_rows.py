@@ -99,7 +99,9 @@ def test_rows_are_a_byte_a_number_and_two_a_scale(shape: RowShape, codes: Codes)
     assert encoded.shape == (3, rows.columns)
     codes, scales = rows.parts(encoded)
     for found, wanted in zip((codes, scales), rows.parts(rows.encode(values.contiguous())), strict=True):
-        assert torch.equal(found.view(torch.uint8), wanted.contiguous().view(torch.uint8).view_as(found.view(torch.uint8)))
+        assert torch.equal(
+            found.view(torch.uint8), wanted.contiguous().view(torch.uint8).view_as(found.view(torch.uint8))
+        )
     assert rows.decode(encoded).dtype is torch.float16
     assert ValueRows(shape, torch.float16).size.num_bytes == 2 * shape.width
 
