@@ -1,4 +1,4 @@
-"""What rounding cached tokens to 8 bits does to the output of SmolLM2-135M-Instruct, the bundled model, and random ones.
+"""What caches in 8 bits do to the output of SmolLM2-135M-Instruct, of the bundled model, and of random ones.
 
 Each format, and each part of one, rounds inputs of the projections to K and V, their weights, or K and V themselves,
 within transformers' models in float32, by hsrpc's own rows. Compared with the same model without it are perplexity, the
