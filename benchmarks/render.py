@@ -146,6 +146,21 @@ TABLES = {
         ),
         tables.smollm2,
     ),
+    "cache-quality": Table(
+        ("cache-quality/current",),
+        (
+            "model, text",
+            "rounded",
+            "perplexity",
+            "divergence, 1/1000 nat",
+            "best token the same",
+            "error of K",
+            "of V",
+            "of logits",
+            "greedy tokens equal",
+        ),
+        tables.cache_quality,
+    ),
     "model-sizes": Table(
         _MODELS,
         ("shape", "`model_type`", "parameters", "weights", "context", "KV a token", "ratio", "what takes less"),

@@ -293,6 +293,28 @@ def smollm2(records: Sequence[Record]) -> Iterator[Row]:
             facts = rest = ("", "")
 
 
+def cache_quality(records: Sequence[Record]) -> Iterator[Row]:
+    """Outputs with caches in 8 bits beside those without: a line for a model's text and what is rounded."""
+    [record] = records
+    for model, facts in record.result["models"].items():
+        greedy = facts.get("greedy_equal", {})
+        for text, measured in facts["texts"].items():
+            name = f"{model}, {text}"
+            for mode, values in measured["modes"].items():
+                equal = f"{greedy[mode]:.0f} of {facts['greedy_of']}" if mode in greedy else ""
+                yield (
+                    name,
+                    mode,
+                    f"{values['perplexity']:.{0 if values['perplexity'] >= 1000 else 2}f}",
+                    f"{1000 * values['divergence']:.2g}",
+                    f"{values['same_best']:.1%}",
+                    *(f"{values[of]:.1%}" for of in ("key_error", "value_error", "logit_error")),
+                    equal,
+                )
+                name = ""
+            greedy = {}  # the engine's prompts are not of the texts: once for each model
+
+
 def model_sizes(records: Sequence[Record]) -> Iterator[Row]:
     """Well-known shapes, in bfloat16, and which kind of cache takes less."""
     [record] = records

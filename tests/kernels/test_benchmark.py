@@ -7,16 +7,17 @@ import torch
 
 from benchmarks.decode_kernel import case, reference
 from benchmarks.expert_kernels import Case, Mixture
+from hsrpc.model.formats.rows import Codes
 from hsrpc.model.kernels.decode_attention import decode_attention
 from hsrpc.model.kernels.experts import FEW
 from hsrpc.model.layers import ClampedGate
 
 
-@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
-def test_its_reference_agrees_with_the_kernel(share: float) -> None:
-    """Whatever share of the rows is in place, with several query heads to a KV head."""
-    given = case((4, 2, 16), (3, 80), share, torch.float32, "cpu")
-    wanted = reference(given)
+@pytest.mark.parametrize(("share", "codes"), [(0.0, None), (0.6, None), (1.0, None), (0.6, Codes.FP8)])
+def test_its_reference_agrees_with_the_kernel(share: float, codes: Codes | None) -> None:
+    """Whatever share of the rows is in place, with several query heads to a KV head; codes too."""
+    given = case((4, 2, 16), (3, 80), share, torch.float32, codes, device="cpu")
+    wanted = reference(given, codes)
     decode_attention(**given)
     assert (given["out"] - wanted).norm() < 1e-5 * wanted.norm()
 
