@@ -206,9 +206,12 @@ class _Kind(NamedTuple):
 class _Matrix(NamedTuple):
     """A matrix to be decoded."""
 
-    matrix: CodedMatrix
     parts: CodedParts
     target: torch.Tensor
+
+    @property
+    def matrix(self) -> CodedMatrix:
+        return self.parts.matrix
 
     @property
     def width(self) -> int:
@@ -229,7 +232,7 @@ class _Matrix(NamedTuple):
     def fields(self, kind: _Kind) -> list[int]:
         """Its row of the table that the kernel reads, without the first field."""
         matrix, parts = self.matrix, self.parts
-        addresses = (0 if part is None else part.data_ptr() for part in (self.target, *parts))
+        addresses = (0 if part is None else part.data_ptr() for part in (self.target, *parts[1:]))
         blocks = matrix.block if kind.is_each else map(_shift, matrix.block, matrix.shape)
         return [*addresses, *matrix.shape, *blocks, matrix.grid[1], self.width, self.across, matrix.zero or 0]
 
@@ -295,8 +298,8 @@ def decoding(tensors: Sequence[Encoded[ScaledPacking]]) -> Callable[[], None]:
     kinds: dict[_Kind, list[_Matrix]] = {}
     for packing, data, operand in tensors:
         targets = operand.split([source.rows for source in packing.sources])
-        for (matrix, parts), target in zip(packing.matrices(data), targets, strict=True):
-            kinds.setdefault(_Kind.of(matrix), []).append(_Matrix(matrix, parts, target))
+        for parts, target in zip(packing.parts(data), targets, strict=True):
+            kinds.setdefault(_Kind.of(parts.matrix), []).append(_Matrix(parts, target))
     decoders = [ScaledDecoder.of(kind, dtype, matrices) for kind, matrices in kinds.items()]
 
     def decode() -> None:

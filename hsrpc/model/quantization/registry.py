@@ -8,6 +8,7 @@ from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.quantization.compressed_tensors import read_compressed_tensors
 from hsrpc.model.quantization.fp8 import Fp8
 from hsrpc.model.quantization.modelopt import read_modelopt
+from hsrpc.model.quantization.mxfp4 import Mxfp4
 from hsrpc.model.quantization.reader import Reader
 from hsrpc.model.quantization.section import one_of
 
@@ -17,6 +18,7 @@ METHODS: dict[str, Callable[[ConfigFile], Reader]] = {
     "fbgemm_fp8": Fp8.read,
     "compressed-tensors": read_compressed_tensors,
     "modelopt": read_modelopt,
+    "mxfp4": Mxfp4.read,
 }
 """By `quant_method`: makes a reader of the section, or raises CheckpointError by what it has no reader for."""
 
