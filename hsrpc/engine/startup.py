@@ -38,8 +38,8 @@ from hsrpc.model.formats.choice import with_scaled
 from hsrpc.model.formats.format import WeightSource
 from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.hub import resolve_model
-from hsrpc.model.quantization.registry import KEY as QUANTIZATION
 from hsrpc.model.quantization.registry import read_quantization
+from hsrpc.model.quantization.section import KEY as QUANTIZATION
 from hsrpc.model.random_codes import split_format
 from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec

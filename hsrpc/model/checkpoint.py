@@ -19,7 +19,7 @@ from hsrpc.model.formats.codes import CodedParts, decode, scales_of
 from hsrpc.model.formats.scaled import Scaled
 from hsrpc.model.quantization.fp8 import CODES
 from hsrpc.model.quantization.reader import Quantized, Reader, Stored, WeightTensors
-from hsrpc.model.quantization.registry import KEY
+from hsrpc.model.quantization.section import KEY
 from hsrpc.model.random_codes import draw_codes, repeat
 from hsrpc.model.safetensors_file import SafetensorsFile
 from hsrpc.model.shards import check_complete
