@@ -17,9 +17,8 @@ from hsrpc.config import WeightCoding, format_bytes
 from hsrpc.device.device import Device
 from hsrpc.engine.weights import HostExperts, LayerWeights, ModelWeights, PackedTensor, arrange
 from hsrpc.errors import ConfigError, EngineUnavailableError
-from hsrpc.model.checkpoint import WeightSource
 from hsrpc.model.family import Family
-from hsrpc.model.formats.format import Packing, WeightFormat
+from hsrpc.model.formats.format import AsPublished, FromValues, Packing, WeightFormat, WeightSource
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
@@ -115,8 +114,7 @@ class _Loader:
         parts: dict[str, tuple[int, PackedTensor]] = {}
         size = 0
         for number, tensors in enumerate(experts):
-            packings = ((tensor.name, self._format(tensor).packing(tensor)) for tensor in tensors)
-            placed, size = arrange((name, packing) for name, packing in packings if packing is not None)
+            placed, size = arrange(self._packings(tensors))
             parts |= {part.name: (number, part) for part in placed}
 
         def fill(memory: torch.Tensor) -> None:
@@ -135,14 +133,18 @@ class _Loader:
         streamed = [tensor for tensor in tensors if tensor.name not in stays]
         if not streamed:
             return LayerWeights(resident, None, ())
-        known = [(tensor.name, self._format(tensor).packing(tensor)) for tensor in streamed]
-        packings = [(name, packing) for name, packing in known if packing is not None]
+        packings = self._packings(streamed)
         if len(packings) == len(streamed):
             return self._read_packed(resident, streamed, packings)
         return self._pack(resident, streamed, self.plan.streamed[number].bus_bytes)
 
     def _format(self, tensor: TensorSpec) -> WeightFormat:
         return self.family.spec.formats.weight(tensor)
+
+    def _packings(self, tensors: Sequence[TensorSpec]) -> list[tuple[str, Packing]]:
+        """Names of the tensors that are packed as they are read, and how."""
+        known = ((tensor, self._format(tensor)) for tensor in tensors)
+        return [(tensor.name, each.packing(tensor)) for tensor, each in known if isinstance(each, AsPublished)]
 
     def _read_packed(
         self,
@@ -160,11 +162,10 @@ class _Loader:
         return LayerWeights(resident, self.device.pinned(size, HostUse.STREAMED_WEIGHTS, fill), parts)
 
     def _fill(self, tensor: TensorSpec, part: PackedTensor, packed: torch.Tensor) -> None:
-        for content, out in part.packing.contents(tensor, part.data(packed)):
-            self.source.read(content, out)
+        part.packing.fill(self.source, tensor, part.data(packed))
 
     def _pack(self, resident: dict[str, torch.Tensor], tensors: Sequence[TensorSpec], expected: float) -> LayerWeights:
-        """Read each tensor to the device and pack it there."""
+        """Read each tensor to the device and pack it there, but those on the host that are packed as they are read."""
         pages = self.device.pages(math.ceil(expected * _MARGIN))  # all threads at once, other than packing
         with self._packing:
             self._check_stop()  # again: others were packed meanwhile
@@ -177,7 +178,13 @@ class _Loader:
         return LayerWeights(resident, pinned, parts)
 
     def _pack_tensor(self, tensor: TensorSpec) -> tuple[Packing, torch.Tensor]:
-        return self._format(tensor).pack(self._read(tensor, DeviceUse.WEIGHT_BUFFERS))
+        form = self._format(tensor)
+        if isinstance(form, FromValues):
+            return form.pack(self._read(tensor, DeviceUse.WEIGHT_BUFFERS))
+        packing = form.packing(tensor)
+        data = torch.empty(packing.num_bytes, dtype=torch.uint8)
+        packing.fill(self.source, tensor, data)
+        return packing, data
 
     def _check_stop(self) -> None:
         if self.stop.is_set():
