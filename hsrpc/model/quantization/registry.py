@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hsrpc.model.config_file import ConfigFile
+from hsrpc.model.quantization.awq import Awq
 from hsrpc.model.quantization.compressed_tensors import read_compressed_tensors
 from hsrpc.model.quantization.fp8 import Fp8
+from hsrpc.model.quantization.gptq import Gptq
 from hsrpc.model.quantization.modelopt import read_modelopt
 from hsrpc.model.quantization.reader import Reader
 from hsrpc.model.quantization.section import one_of
@@ -15,7 +17,9 @@ KEY = "quantization_config"
 METHODS: dict[str, Callable[[ConfigFile], Reader]] = {
     "fp8": Fp8.read,
     "fbgemm_fp8": Fp8.read,
+    "awq": Awq.read,
     "compressed-tensors": read_compressed_tensors,
+    "gptq": Gptq.read,
     "modelopt": read_modelopt,
 }
 """By `quant_method`: makes a reader of the section, or raises CheckpointError by what it has no reader for."""

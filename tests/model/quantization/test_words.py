@@ -6,10 +6,10 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsrpc.model.formats.words import awq_codes, awq_zeros, compressed_zeros, gptq_codes, gptq_zeros
+from hsrpc.model.quantization.words import awq_codes, awq_zeros, compressed_zeros, gptq_codes, gptq_zeros
 
 _SIZES = st.integers(1, 5)
 
@@ -29,6 +29,7 @@ def words(fields: torch.Tensor, bits: int) -> torch.Tensor:
     return (fields.unflatten(-1, (-1, 32 // bits)).long() << places).sum(-1).to(torch.int32)
 
 
+@settings(max_examples=30, deadline=None)
 @given(rows=_SIZES, columns=_SIZES)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gptq(bits: int, rows: int, columns: int) -> None:
@@ -43,6 +44,7 @@ def test_gptq(bits: int, rows: int, columns: int) -> None:
     assert torch.equal(gptq_zeros(stored, bits, 8 * rows, less_one=True), zeros)
 
 
+@settings(max_examples=30, deadline=None)
 @given(rows=_SIZES, columns=_SIZES)
 def test_awq(rows: int, columns: int) -> None:
     """Eight rows share words, in an order of their own, which another reader of the format undoes."""
@@ -55,6 +57,7 @@ def test_awq(rows: int, columns: int) -> None:
     assert torch.equal(awq_zeros(stored), zeros)
 
 
+@settings(max_examples=30, deadline=None)
 @given(rows=_SIZES, columns=_SIZES)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_compressed(bits: int, rows: int, columns: int) -> None:
