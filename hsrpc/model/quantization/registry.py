@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from hsrpc.model.config_file import ConfigFile
+from hsrpc.model.quantization.awq import Awq
 from hsrpc.model.quantization.compressed_tensors import read_compressed_tensors
 from hsrpc.model.quantization.fp8 import Fp8
+from hsrpc.model.quantization.gptq import Gptq
 from hsrpc.model.quantization.modelopt import read_modelopt
 from hsrpc.model.quantization.mxfp4 import Mxfp4
 from hsrpc.model.quantization.reader import Reader
@@ -15,10 +17,12 @@ from hsrpc.model.quantization.section import KEY, METHOD, REMEDY
 METHODS: Mapping[str, Callable[[ConfigFile], Reader]] = {
     "fp8": Fp8.read,
     "fbgemm_fp8": Fp8.read,
-    "mxfp4": Mxfp4.read,
+    "awq": Awq.read,
     "compressed-tensors": read_compressed_tensors,
+    "gptq": Gptq.read,
     "modelopt": read_modelopt,
     "modelopt_fp4": read_modelopt,
+    "mxfp4": Mxfp4.read,
 }
 """By `quant_method`: makes a reader of the section, or raises CheckpointError by what it has no reader for."""
 _EIGHT = "serve the model's fp8 or compressed-tensors checkpoint, or its unquantized one"
