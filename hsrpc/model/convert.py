@@ -13,9 +13,13 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from hsrpc.errors import ConfigError
+from hsrpc.config import DType
+from hsrpc.errors import CheckpointError, ConfigError
 from hsrpc.model.checkpoint import INDEX_FILE, WEIGHTS_FILE
-from hsrpc.model.pickles import PickledModel
+from hsrpc.model.foreign import gguf_files, is_gguf
+from hsrpc.model.pickles import PickledModel, has_pickles
+from hsrpc.model.shards import is_one_set
+from hsrpc.model.spec import DTYPES
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -33,17 +37,27 @@ class Source(Protocol):
         """Check that `directory` has all of the model, once it is written."""
 
 
-def convert_checkpoint(src: Path, dst: Path, progress: bool = True, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def convert_checkpoint(
+    src: Path,
+    dst: Path,
+    *,
+    dtype: DType = DType.AUTO,
+    progress: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
     """Writes the model in `src` to the new directory `dst`; `dst` appears when it is complete and checked.
+
+    `src` is a GGUF file, or a directory with one, or with pickled weights. Those of a GGUF file are written in `dtype`;
+    `auto` takes the type that suits most of them.
 
     Raises:
         CheckpointError: `src` is not a model that hsrpc serves, or its weights are corrupt or hold code.
-        ConfigError: `dst` is not empty.
+        ConfigError: `dst` is not empty, or `dtype` is given for pickled weights.
     """
     dst = dst.resolve()
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise ConfigError("dst", str(dst), "exists and is not an empty directory", "give a new directory")
-    source = _open(src)
+    source = _open(src, dtype)
     dst.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dst.parent, prefix=f".{dst.name}.") as scratch:
         part = Path(scratch) / dst.name
@@ -54,8 +68,29 @@ def convert_checkpoint(src: Path, dst: Path, progress: bool = True, max_shard_by
         os.replace(part, dst)
 
 
-def _open(src: Path) -> Source:
+def _open(src: Path, dtype: DType) -> Source:
+    if (file := _gguf_file(src)) is not None:
+        from hsrpc.model.gguf.source import GgufModel  # reads with packages that pickles do not need
+
+        return GgufModel(file, DTYPES.get(dtype))
+    if dtype != DType.AUTO:
+        raise ConfigError(
+            "dtype", dtype.value, "pickled weights keep their type", "leave it out, and serve with --dtype"
+        )
     return PickledModel(src)
+
+
+def _gguf_file(src: Path) -> Path | None:
+    """The file at `src`; or the only one there, or the first shard, where a directory has no other weights."""
+    if not src.is_dir():
+        return src if is_gguf(src) else None
+    files = gguf_files(src)
+    if len(files) > 1 and not is_one_set(file.name for file in files):
+        found = ", ".join(file.name for file in files)
+        raise CheckpointError(
+            f"{src}: expected one GGUF file, or the shards of one, found {found}; give the file itself"
+        )
+    return files[0] if files and not has_pickles(src) else None
 
 
 def _write_weights(source: Source, part: Path, progress: bool, max_shard_bytes: int) -> None:

@@ -15,7 +15,7 @@ from hsrpc.errors import CheckpointError
 from hsrpc.model.checkpoint import PICKLE_SUFFIXES, Checkpoint
 from hsrpc.model.config_file import read_config
 from hsrpc.model.families.registry import create_family
-from hsrpc.model.foreign import check_own, gguf_files, read_head, refuse_gguf
+from hsrpc.model.foreign import check_own, read_head
 from hsrpc.model.quantization import read_quantization
 from hsrpc.model.shards import check_complete, is_one_set
 from hsrpc.model.spec import load_spec
@@ -75,12 +75,21 @@ class PickledModel:
             raise CheckpointError(re.sub(converted, lambda _: str(self._directory), str(error))) from None
 
 
+def has_pickles(directory: Path) -> bool:
+    """Whether there are files of that format in the directory."""
+    return bool(_pickled(directory))
+
+
+def _pickled(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
+
+
 def _pickle_files(src: Path) -> list[Path]:
     """Files that hold the weights: those of the index, all shards of a numbered set, or the only one there is."""
     index = src / PICKLE_INDEX
     if index.exists():
         return _indexed_files(index)
-    pickled = sorted(path for path in src.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    pickled = _pickled(src)
     weights = [path for path in pickled if not path.name.startswith(_TRAINING_FILES)]
     preferred = [path for path in weights if path.name == "pytorch_model.bin"] or weights
     if is_one_set(path.name for path in preferred):
@@ -88,8 +97,6 @@ def _pickle_files(src: Path) -> list[Path]:
         return preferred
     if len(preferred) == 1:
         return preferred
-    if not preferred and (gguf := gguf_files(src)):
-        raise refuse_gguf(gguf[0])
     found = ", ".join(path.name for path in preferred) or "none"
     expected = f"{PICKLE_INDEX}, or one file of weights ({', '.join(PICKLE_SUFFIXES)})"
     raise CheckpointError(f"{src}: expected {expected}, found {found}; leave one, or serve safetensors as they are")
