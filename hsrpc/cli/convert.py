@@ -13,6 +13,7 @@ _EXAMPLES = """\
   hsrpc convert ./opt-13b-pickled ./opt-13b
   hsrpc convert facebook/opt-1.3b ./opt-1.3b
   hsrpc convert Qwen3-8B-Q4_K_M.gguf ./qwen3-8b
+  hsrpc convert gemma-3-27b-it-Q4_0.gguf ./gemma-3-27b --keep-quantized
   hsrpc convert Llama-3.3-70B-BF16-00001-of-00003.gguf ./llama-3.3-70b --dtype bfloat16
 """
 
@@ -33,6 +34,12 @@ def add_parser(commands: Commands) -> None:
         help="element type of a GGUF file's weights; auto: float16 and float32 for such files, bfloat16 for all others "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--keep-quantized",
+        action="store_true",
+        help="keep codes of a GGUF file's layers in Q8_0, Q5_0, Q4_0 and IQ4_NL as compressed-tensors has them, and of "
+        "gpt-oss's experts in MXFP4; all others, such as K-quants, become values",
+    )
     add_trust_links(parser)
     parser.set_defaults(run=run)
 
@@ -45,5 +52,11 @@ def run(options: argparse.Namespace) -> None:
 
     file = Path(options.source).expanduser()
     source = file if is_gguf(file) else resolve_model(options.source, pickled=True, trust_links=options.trust_links)
-    convert_checkpoint(source, options.target, dtype=DType(options.dtype), progress=sys.stderr.isatty())
+    convert_checkpoint(
+        source,
+        options.target,
+        dtype=DType(options.dtype),
+        keep_quantized=options.keep_quantized,
+        progress=sys.stderr.isatty(),
+    )
     print(f"saved {options.target}; serve it with: hsrpc serve --model {options.target}")

@@ -42,22 +42,23 @@ def convert_checkpoint(
     dst: Path,
     *,
     dtype: DType = DType.AUTO,
+    keep_quantized: bool = False,
     progress: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes the model in `src` to the new directory `dst`; `dst` appears when it is complete and checked.
 
     `src` is a GGUF file, or a directory with one, or with pickled weights. Those of a GGUF file are written in `dtype`;
-    `auto` takes the type that suits most of them.
+    `auto` takes the type that suits most of them. With `keep_quantized` its layers keep codes that have a layout.
 
     Raises:
         CheckpointError: `src` is not a model that hsrpc serves, or its weights are corrupt or hold code.
-        ConfigError: `dst` is not empty, or `dtype` is given for pickled weights.
+        ConfigError: `dst` is not empty, or `dtype` or `keep_quantized` is given for pickled weights.
     """
     dst = dst.resolve()
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise ConfigError("dst", str(dst), "exists and is not an empty directory", "give a new directory")
-    source = _open(src, dtype)
+    source = _open(src, dtype, keep_quantized)
     dst.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dst.parent, prefix=f".{dst.name}.") as scratch:
         part = Path(scratch) / dst.name
@@ -68,15 +69,17 @@ def convert_checkpoint(
         os.replace(part, dst)
 
 
-def _open(src: Path, dtype: DType) -> Source:
+def _open(src: Path, dtype: DType, keep_quantized: bool) -> Source:
     if (file := _gguf_file(src)) is not None:
         from hsrpc.model.gguf.source import GgufModel  # reads with packages that pickles do not need
 
-        return GgufModel(file, DTYPES.get(dtype))
+        return GgufModel(file, DTYPES.get(dtype), keep_quantized=keep_quantized)
     if dtype != DType.AUTO:
         raise ConfigError(
             "dtype", dtype.value, "pickled weights keep their type", "leave it out, and serve with --dtype"
         )
+    if keep_quantized:
+        raise ConfigError("keep_quantized", True, "pickled weights are not quantised", "leave it out")
     return PickledModel(src)
 
 

@@ -26,6 +26,9 @@ def write_tokenizer(header: Header, directory: Path) -> None:
 
     One that it cannot read is left out, which the log says: weights are of use without.
     """
+    if "tokenizer.ggml.tokens" not in header.metadata.values:
+        _log.warning("%s: it has no tokenizer; %s", header.path, _copy_there(directory))
+        return
     from transformers import PreTrainedTokenizerFast  # takes seconds
 
     # Apart from the file's own directory, which may hold files of another tokenizer.
@@ -34,10 +37,13 @@ def write_tokenizer(header: Header, directory: Path) -> None:
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name, gguf_file=header.path.name, local_files_only=True)
         except Exception as error:  # the tokenizers library raises plain Exception for what it cannot parse
-            remedy = f"copy the model's tokenizer files to {directory.name}"
-            _log.warning("%s: the tokenizer cannot be read (%s); %s", header.path, error, remedy)
+            _log.warning("%s: the tokenizer cannot be read (%s); %s", header.path, error, _copy_there(directory))
             return
     tokenizer.save_pretrained(directory)
+
+
+def _copy_there(directory: Path) -> str:
+    return f"copy the model's tokenizer files to {directory.name}"
 
 
 def generation_config(header: Header, turn_ends: bool) -> Values:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 
 from hsrpc.errors import CheckpointError
 from hsrpc.model.family import Family
@@ -255,8 +255,10 @@ class Weights:
 
 
 def _by_element(piece: Piece) -> Piece:
-    """Each element as a row; it is of a type without blocks."""
+    """Each element as a row."""
     tensor, start, stop = piece
+    if GGML_QUANT_SIZES[tensor.type][0] > 1:
+        raise tensor.refuse("biases in a type without blocks, such as F32", tensor.type.name)
     columns = math.prod(tensor.shape) // len(tensor.rows)
     whole = tensor._replace(rows=tensor.rows.reshape(len(tensor.rows) * columns, -1))
     return Piece(whole, start * columns, stop * columns)
