@@ -34,18 +34,19 @@ def write_gguf(
 ) -> None:
     """Writes `model` to `path`, with those `keys` beside the common ones, and `extra` tensors by GGUF names."""
     writer = gguf.GGUFWriter(path, architecture)
-    for key, value in (_common(model) | dict(keys)).items():
-        add_key(writer, key if "." in key and key.split(".")[0] in _PLAIN else f"{architecture}.{key}", value)
+    for key, value in (common_keys(model) | dict(keys)).items():
+        add_key(writer, key, value, architecture)
     for name, tensor in (*tensors(model, architecture), *(extra or {}).items()):
         add_tensor(writer, name, tensor, choose(name, tensor))
     finish(writer)
 
 
-_PLAIN = ("general", "tokenizer", "split")
-"""First words of keys that do not begin with the architecture."""
+_PLAIN = ("general.", "tokenizer.", "split.")
+"""Beginnings of keys that do not begin with the architecture."""
 
 
-def add_key(writer: gguf.GGUFWriter, key: str, value: object) -> None:
+def add_key(writer: gguf.GGUFWriter, key: str, value: object, architecture: str) -> None:
+    key = key if key.startswith(_PLAIN) else f"{architecture}.{key}"
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     if isinstance(value, list):
         writer.add_array(key, value)
@@ -65,7 +66,7 @@ def finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def _common(model: PreTrainedModel) -> dict[str, object]:
+def common_keys(model: PreTrainedModel) -> dict[str, object]:
     config = model.config
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     keys = {
@@ -144,12 +145,14 @@ def _experts(name: str) -> tuple[str, str]:
 
 
 def random_blocks(rows: int, columns: int, kind: Type, seed: int = 0) -> np.ndarray:
-    """Rows of blocks with random bits, whose values are finite: bytes of float16 scales are those of small numbers."""
+    """Rows of blocks with random bits, whose values are finite, since scales are small."""
     size, num_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = np.random.default_rng(seed).integers(0, 256, (rows * columns // size, num_bytes), dtype=np.uint8)
     for start in SCALES.get(kind, ()):
         scales = np.random.default_rng(seed + 1).uniform(0.01, 0.1, len(blocks)).astype(np.float16)
         blocks[:, start : start + 2] = scales.view(np.uint8).reshape(-1, 2)
+    if kind == Type.MXFP4:
+        blocks[:, 0] = 120 + blocks[:, 0] % 8
     return blocks.reshape(rows, -1)
 
 
