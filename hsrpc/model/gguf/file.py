@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,9 +50,9 @@ class GgufFile:
         self.paths = [path.parent / name for name in numbered_set(path.name)]
         check_complete(path.parent, {each.name for each in self.paths if each.is_file()})
         self.path = self.paths[0]
-        readers = [(each, _open(each)) for each in self.paths]
-        self.metadata = ConfigFile(str(self.path), _metadata(readers[0][1]))
-        self.tensors = _by_name(_tensor(each, tensor) for each, reader in readers for tensor in reader.tensors)
+        shards = [_open(each) for each in self.paths]
+        self.metadata = ConfigFile(str(self.path), shards[0].metadata)
+        self.tensors = _by_name(tensor for shard in shards for tensor in shard.tensors)
         self._check_count()
         _check_types(self.tensors.values())
 
@@ -64,20 +64,43 @@ class GgufFile:
             raise CheckpointError(f"{self.path}: expected {expected} tensors, found {len(self.tensors)}; {remedy}")
 
 
-def _open(path: Path) -> GGUFReader:
+class _Reader(GGUFReader):
+    """A reader that notices the end of the file, beyond which the package's own finds nothing, as often as it looks."""
+
+    def _get(
+        self,
+        offset: int,
+        dtype: npt.DTypeLike,
+        count: int = 1,
+        override_order: Literal["I", "S", "<"] | None = None,
+    ) -> npt.NDArray[Any]:
+        found = super()._get(offset, dtype, count, override_order)
+        if len(found) < count:
+            raise ValueError(f"{len(self.data)} bytes, where content goes on")
+        return found
+
+
+class _Shard(NamedTuple):
+    """What one file has."""
+
+    metadata: dict[str, object]
+    tensors: list[GgufTensor]
+
+
+def _open(path: Path) -> _Shard:
     try:
-        reader = GGUFReader(path)
+        reader = _Reader(path)
+        shard = _Shard(
+            {key: _value(field) for key, field in reader.fields.items()},
+            [_tensor(path, tensor) for tensor in reader.tensors],
+        )
     except _DAMAGE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         remedy = f"fetch the file again, or the package gguf (this is {version('gguf')}) as a newer one"
         raise CheckpointError(f"{path}: expected a whole GGUF file, found {shortened(reason)}; {remedy}") from None
     if reader.byte_order != "I":
         raise CheckpointError(f"{path}: expected a file for this machine's byte order, found the other; {_REFETCH}")
-    return reader
-
-
-def _metadata(reader: GGUFReader) -> dict[str, object]:
-    return {key: _value(field) for key, field in reader.fields.items()}
+    return shard
 
 
 def _value(field: ReaderField) -> object:

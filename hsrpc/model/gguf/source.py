@@ -43,8 +43,9 @@ class GgufModel:
         file = GgufFile(path)
         self._header = Header(file)
         architecture = architecture_of(self._header)
+        config = read_config(self._header)
         self._values = Values(_main_dtype(file) if dtype is None else dtype)
-        self._config = {**read_config(self._header), "dtype": dtype_name(self._values.dtype)}
+        self._config = {**config, "dtype": dtype_name(self._values.dtype)}
         self._generation = generation_config(self._header, architecture.turn_ends)
         self._family = create_family(make_spec(path.stem, ConfigFile(str(file.path), self._config), None))
         self._targets = Weights(self._header, architecture, self._family).targets

@@ -212,8 +212,8 @@ class Weights:
         return self._part(self._take(both), start, shape)
 
     def _part(self, tensor: GgufTensor, start: int, shape: tuple[int, ...]) -> Piece:
-        stop = start + shape[0]
-        if stop > len(tensor.rows) or tensor.shape[-1:] != shape[1:]:
+        stop, columns = start + shape[0], tensor.shape[-1:] if len(tensor.shape) > 1 else ()
+        if stop > len(tensor.rows) or columns != shape[1:]:
             raise self._misshapen(tensor, shape)
         return Piece(tensor, start, stop)
 
