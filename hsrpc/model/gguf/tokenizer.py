@@ -6,7 +6,9 @@ import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from hsrpc.model.config_file import shown
 from hsrpc.model.gguf.header import Header, Values
+from hsrpc.model.gguf.splitting import splitting_of
 
 _log = logging.getLogger(__name__)
 _SETTINGS = {
@@ -19,6 +21,8 @@ _SETTINGS = {
 """Settings of a generation_config.json, by their names behind `general.sampling.`"""
 _ENDS = ("eos", "eot", "eom")
 """Tokens that end a text, a turn, and a message that calls a tool."""
+_PRE = "tokenizer.ggml.pre"
+"""Key of how texts are split before their parts become tokens."""
 
 
 def write_tokenizer(header: Header, directory: Path) -> None:
@@ -26,8 +30,10 @@ def write_tokenizer(header: Header, directory: Path) -> None:
 
     One that it cannot read is left out, which the log says: weights are of use without.
     """
-    if "tokenizer.ggml.tokens" not in header.metadata.values:
-        _log.warning("%s: it has no tokenizer; %s", header.path, _copy_there(directory))
+    there = f"the model's tokenizer files to {directory.name}"
+    values = header.metadata.values
+    if "tokenizer.ggml.tokens" not in values:
+        _log.warning("%s: it has no tokenizer; copy %s", header.path, there)
         return
     from transformers import PreTrainedTokenizerFast  # takes seconds
 
@@ -37,13 +43,21 @@ def write_tokenizer(header: Header, directory: Path) -> None:
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name, gguf_file=header.path.name, local_files_only=True)
         except Exception as error:  # the tokenizers library raises plain Exception for what it cannot parse
-            _log.warning("%s: the tokenizer cannot be read (%s); %s", header.path, error, _copy_there(directory))
+            _log.warning("%s: the tokenizer cannot be read (%s); copy %s", header.path, error, there)
             return
+    if values.get("tokenizer.ggml.model") == "gpt2":
+        name = str(values.get(_PRE, "default"))
+        if (splitting := splitting_of(name)) is None:
+            _log.warning(
+                "%s: %s=%s: words are split as GPT-2 does; rather copy %s", header.path, _PRE, shown(name), there
+            )
+        else:
+            tokenizer.backend_tokenizer.pre_tokenizer = splitting
+    if isinstance(names := values.get("tokenizer.chat_templates"), list):
+        more = {name: values.get(f"tokenizer.chat_template.{name}") for name in names}
+        default = {} if tokenizer.chat_template is None else {"default": tokenizer.chat_template}
+        tokenizer.chat_template = default | {name: text for name, text in more.items() if isinstance(text, str)}
     tokenizer.save_pretrained(directory)
-
-
-def _copy_there(directory: Path) -> str:
-    return f"copy the model's tokenizer files to {directory.name}"
 
 
 def generation_config(header: Header, turn_ends: bool) -> Values:
