@@ -61,7 +61,14 @@ def mixtures(records: Sequence[Record]) -> Iterator[Row]:
         latents = words[words.index("--latent-attention") + 1] if "--latent-attention" in words else None
         caches = {None: run["policy"], "absorb": "latents, absorbed", "rebuild": "latents, rebuilt"}[latents]
         model = f"{NAMES[run['model']]}, {run['batch']}"
-        yield (model, caches, weights, *_step(run), ms(run["predicted_step_seconds"]), rate(run["decode_tokens_per_second"]))
+        yield (
+            model,
+            caches,
+            weights,
+            *_step(run),
+            ms(run["predicted_step_seconds"]),
+            rate(run["decode_tokens_per_second"]),
+        )
 
 
 def products(records: Sequence[Record]) -> Iterator[Row]:
