@@ -17,9 +17,8 @@ from hsrpc.config import WeightCoding, format_bytes
 from hsrpc.device.device import Device
 from hsrpc.engine.weights import HostExperts, KeptTensor, LayerWeights, ModelWeights, PackedTensor, arrange
 from hsrpc.errors import ConfigError, EngineUnavailableError
-from hsrpc.model.checkpoint import WeightSource
 from hsrpc.model.family import Family
-from hsrpc.model.formats.format import Packing, WeightFormat
+from hsrpc.model.formats.format import AsPublished, FromValues, Packing, WeightFormat, WeightSource
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
@@ -120,8 +119,7 @@ class _Loader:
         parts: dict[str, tuple[int, PackedTensor]] = {}
         size = 0
         for number, tensors in enumerate(experts):
-            packings = ((tensor.name, self._format(tensor).packing(tensor)) for tensor in tensors)
-            placed, size = arrange((name, packing) for name, packing in packings if packing is not None)
+            placed, size = arrange(self._packings(tensors))
             parts |= {part.name: (number, part) for part in placed}
 
         def fill(memory: torch.Tensor) -> None:
@@ -141,10 +139,10 @@ class _Loader:
         if not streamed:
             return LayerWeights(ready, None, (), kept)
         packings = self._packings(streamed)
-        if packings is None:
-            pinned, parts = self._pack(streamed, self.plan.placed[number].bus_bytes)
-        else:
+        if len(packings) == len(streamed):
             pinned, parts = self._read_packed(streamed, packings)
+        else:
+            pinned, parts = self._pack(streamed, self.plan.placed[number].bus_bytes)
         return LayerWeights(ready, pinned, parts, kept)
 
     def _ready(self, tensor: TensorSpec) -> torch.Tensor:
@@ -155,48 +153,45 @@ class _Loader:
 
     def _keep(self, tensors: Sequence[TensorSpec]) -> tuple[KeptTensor, ...]:
         """Tensors that stay packed on the device."""
-        if not tensors:
-            return ()
         packings = self._packings(tensors)
-        if packings is not None:
+        if len(packings) == len(tensors):
             return tuple(self._read_kept(*each) for each in zip(tensors, packings, strict=True))
         with self._packing:
             self._check_stop()
             return tuple(kept for batch in _batches(tensors) for kept in self._pack_kept(batch))
 
-    def _read_kept(self, tensor: TensorSpec, packing: Packing) -> KeptTensor:
-        kept = self._kept(tensor, packing)
+    def _read_kept(self, tensor: TensorSpec, packing: tuple[str, Packing]) -> KeptTensor:
+        kept = self._kept(*packing)
         self._fill(tensor, *kept)
         return kept
 
     def _pack_kept(self, tensors: Sequence[TensorSpec]) -> Iterator[KeptTensor]:
         packed = self.packers.map(self._pack_tensor, tensors)
         for tensor, (packing, data) in zip(tensors, packed, strict=True):
-            kept = self._kept(tensor, packing)
+            kept = self._kept(tensor.name, packing)
             kept.part.data(kept.memory).copy_(data)
             yield kept
 
-    def _kept(self, tensor: TensorSpec, packing: Packing) -> KeptTensor:
+    def _kept(self, name: str, packing: Packing) -> KeptTensor:
         """Memory for a tensor that stays packed."""
         size = align(packing.num_bytes)
         self._count(DeviceUse.RESIDENT_WEIGHTS, size)
         memory = self.device.empty((size,), torch.uint8, DeviceUse.RESIDENT_WEIGHTS)
-        return KeptTensor(PackedTensor(tensor.name, packing), memory)
-
-    def _packings(self, tensors: Sequence[TensorSpec]) -> list[Packing] | None:
-        """How the tensors are packed; None: they have to be packed first, to know it of all."""
-        known = [self._format(tensor).packing(tensor) for tensor in tensors]
-        packings = [packing for packing in known if packing is not None]
-        return packings if len(packings) == len(tensors) else None
+        return KeptTensor(PackedTensor(name, packing), memory)
 
     def _format(self, tensor: TensorSpec) -> WeightFormat:
         return self.family.spec.formats.weight(tensor)
 
+    def _packings(self, tensors: Sequence[TensorSpec]) -> list[tuple[str, Packing]]:
+        """Names of the tensors that are packed as they are read, and how."""
+        known = ((tensor, self._format(tensor)) for tensor in tensors)
+        return [(tensor.name, each.packing(tensor)) for tensor, each in known if isinstance(each, AsPublished)]
+
     def _read_packed(
-        self, tensors: Sequence[TensorSpec], packings: Sequence[Packing]
+        self, tensors: Sequence[TensorSpec], packings: Sequence[tuple[str, Packing]]
     ) -> tuple[torch.Tensor, tuple[PackedTensor, ...]]:
         """Read tensors that are packed as they are read straight into the memory that is then pinned."""
-        parts, size = arrange((tensor.name, packing) for tensor, packing in zip(tensors, packings, strict=True))
+        parts, size = arrange(packings)
 
         def fill(packed: torch.Tensor) -> None:
             for tensor, part in zip(tensors, parts, strict=True):
@@ -205,11 +200,10 @@ class _Loader:
         return self.device.pinned(size, HostUse.STREAMED_WEIGHTS, fill), parts
 
     def _fill(self, tensor: TensorSpec, part: PackedTensor, packed: torch.Tensor) -> None:
-        for content, out in part.packing.contents(tensor, part.data(packed)):
-            self.source.read(content, out)
+        part.packing.fill(self.source, tensor, part.data(packed))
 
     def _pack(self, tensors: Sequence[TensorSpec], expected: float) -> tuple[torch.Tensor, tuple[PackedTensor, ...]]:
-        """Read each tensor to the device and pack it there."""
+        """Read each tensor to the device and pack it there, but those on the host that are packed as they are read."""
         pages = self.device.pages(math.ceil(expected * _MARGIN))  # all threads at once, other than packing
         with self._packing:
             self._check_stop()  # again: others were packed meanwhile
@@ -222,7 +216,13 @@ class _Loader:
         return pinned, parts
 
     def _pack_tensor(self, tensor: TensorSpec) -> tuple[Packing, torch.Tensor]:
-        return self._format(tensor).pack(self._read(tensor, DeviceUse.WEIGHT_BUFFERS))
+        form = self._format(tensor)
+        if isinstance(form, FromValues):
+            return form.pack(self._read(tensor, DeviceUse.WEIGHT_BUFFERS))
+        packing = form.packing(tensor)
+        data = torch.empty(packing.num_bytes, dtype=torch.uint8)
+        packing.fill(self.source, tensor, data)
+        return packing, data
 
     def _check_stop(self) -> None:
         if self.stop.is_set():

@@ -31,14 +31,15 @@ from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.validation import max_characters
 from hsrpc.errors import ConfigError
 from hsrpc.model.attention import Attention, HeadShape
-from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource, has_weights
+from hsrpc.model.checkpoint import Checkpoint, RandomWeights, has_weights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family, ModelSpec
 from hsrpc.model.formats.choice import with_scaled
+from hsrpc.model.formats.format import WeightSource
 from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.hub import resolve_model
-from hsrpc.model.quantization import KEY as QUANTIZATION
-from hsrpc.model.quantization import read_quantization
+from hsrpc.model.quantization.registry import KEY as QUANTIZATION
+from hsrpc.model.quantization.registry import read_quantization
 from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec
 from hsrpc.model.tensor import dtype_name

@@ -23,7 +23,7 @@ from hsrpc.model.config_file import read_config
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family
 from hsrpc.model.foreign import check_own, gguf_files, read_head, refuse_gguf
-from hsrpc.model.quantization import read_quantization
+from hsrpc.model.quantization.registry import read_quantization
 from hsrpc.model.shards import check_complete, is_one_set
 from hsrpc.model.spec import load_spec
 

@@ -19,7 +19,7 @@ from hsrpc.model.formats.format import Formats
 from hsrpc.model.formats.plain import Plain
 from hsrpc.model.generation_config import GENERATION_FILE
 from hsrpc.model.hub import model_name
-from hsrpc.model.quantization import read_quantization
+from hsrpc.model.quantization.registry import read_quantization
 from hsrpc.model.shapes import SHAPES
 from hsrpc.model.text_part import text_part
 from hsrpc.plan.sizes import LayerSizes

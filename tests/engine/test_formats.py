@@ -28,7 +28,7 @@ from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.registry import create_family, register_family
 from hsrpc.model.families.settings import DecoderSettings
 from hsrpc.model.family import Family
-from hsrpc.model.formats.format import CacheFormat, Encoded, Formats, Packing, WeightFormat
+from hsrpc.model.formats.format import CacheFormat, Encoded, Formats, FromValues, Packing
 from hsrpc.model.formats.lossless import WORD, Lossless
 from hsrpc.model.formats.plain import Plain
 from hsrpc.model.layers import linear_tensors
@@ -86,7 +86,7 @@ class BytesPacking(Packing):
 
 
 @dataclass(frozen=True)
-class Bytes(WeightFormat):
+class Bytes(FromValues):
     """float32 matrices in a quarter of their bytes."""
 
     def sizes(self, tensor: TensorSpec) -> TensorSizes:
@@ -240,11 +240,13 @@ async def test_tokens_are_those_of_a_plain_forward_pass(
 
 def test_tensors_packed_in_one_way_are_decoded_together() -> None:
     """Whatever lies between them: a call for each way, for all that do not lie ready."""
-    formats = [Bytes(), Plain(torch.float32), Lossless(torch.bfloat16), Bytes(), Lossless(torch.bfloat16)]
+    formats = [Bytes(), Lossless(torch.bfloat16), Bytes(), Lossless(torch.bfloat16)]
     values = [
         torch.randn(3, WORD).to(torch.bfloat16 if isinstance(each, Lossless) else torch.float32) for each in formats
     ]
     packed = [each.pack(value) for each, value in zip(formats, values, strict=True)]
+    plain = torch.randn(3, WORD)
+    packed.insert(1, (Plain(torch.float32).packing(TensorSpec("w", (3, WORD), ())), plain.view(-1).view(torch.uint8)))
     parts, size = arrange((f"tensor {i}", packing) for i, (packing, _) in enumerate(packed))
     buffer, decoded = torch.zeros(size, dtype=torch.uint8), torch.zeros(4 * size, dtype=torch.uint8)
     for part, (_, data) in zip(parts, packed, strict=True):
@@ -253,8 +255,10 @@ def test_tensors_packed_in_one_way_are_decoded_together() -> None:
     assert len(opened.decodings) == 2
     for decode in opened.decodings:
         decode()
-    for kind, value, found in zip(formats, values, opened.tensors.values(), strict=True):
-        assert torch.equal(found, kind.place(value))
+    found = list(opened.tensors.values())
+    assert torch.equal(found.pop(1), plain)
+    for kind, value, each in zip(formats, values, found, strict=True):
+        assert torch.equal(each, kind.place(value))
 
 
 def test_the_plan_counts_each_layer(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from hsrpc.model.convert import convert_checkpoint
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.formats.plain import Plain
 from hsrpc.model.formats.scaled import Scaled
-from hsrpc.model.quantization import Quantization
+from hsrpc.model.quantization.fp8 import Fp8
 from hsrpc.model.tensor import Stacked, TensorSpec
 from hsrpc.plan.memory_use import HostUse
 from hsrpc.plan.placement import ResidentChoices, WeightChoice, all_stay
@@ -254,10 +254,13 @@ def test_formats_come_from_the_headers(scaled: Callable[[str], Reference]) -> No
 
 
 def test_formats_where_rows_get_another_order(scaled: Callable[[str], Reference]) -> None:
-    """Blocks would be cut: plain ones, decoded when they are loaded."""
+    """Fewer of them share a scale where their blocks are cut: here four, of 40 in a head and 128 in a block."""
     planned = startup.make_plan(roomy(scaled("cohere")))
     for tensor in create_family(planned.spec).layer_tensors(0):
-        assert isinstance(planned.spec.formats.weight(tensor), Scaled) == (len(tensor.shape) > 1 and not tensor.order)
+        form = planned.spec.formats.weight(tensor)
+        assert isinstance(form, Scaled) == (len(tensor.shape) > 1)
+        if tensor.order is not None and isinstance(form, Scaled):
+            assert [source.block for source in form.sources] == [(4, BLOCK), (80, BLOCK), (80, BLOCK)]
 
 
 def test_what_is_ignored_is_said_once(scaled: Callable[[str], Reference], caplog: pytest.LogCaptureFixture) -> None:
@@ -282,18 +285,21 @@ def test_quantised_experts_do_not_come_on_demand(scaled: Callable[[str], Referen
 
 _Q = "model.layers.2.self_attn.q_proj.weight"
 DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
-    "missing": (lambda tensors: tensors.pop(f"{_Q}_scale_inv"), f"{_Q}: expected .*{_Q}_scale_inv or _scale"),
+    "missing": (
+        lambda tensors: tensors.pop(f"{_Q}_scale_inv"),
+        f"{_Q}: expected scales beside it, {_Q}_scale_inv or {_Q}_scale, found",
+    ),
     "truncated": (
         lambda tensors: tensors.update({f"{_Q}_scale_inv": tensors[f"{_Q}_scale_inv"][:1].clone()}),
-        rf"{_Q}_scale_inv: expected shape \[2, 2\].* found F32 of shape \[1, 2\]",
+        rf"{_Q}_scale_inv: expected shape \[2, 2\] of F32.* found shape \[1, 2\] of F32",
     ),
     "one": (
         lambda tensors: tensors.update({f"{_Q}_scale_inv": torch.tensor(1.0)}),
-        rf"{_Q}_scale_inv: expected shape \[2, 2\].* found F32 of shape \[\]",
+        rf"{_Q}_scale_inv: expected shape \[2, 2\].* found shape \[\] of F32",
     ),
     "type": (
         lambda tensors: tensors.update({f"{_Q}_scale_inv": torch.ones(2, 2, dtype=torch.int64)}),
-        f"{_Q}_scale_inv: expected one of F64.*found I64",
+        f"{_Q}_scale_inv: expected shape .* of F32 or .*found shape .* of I64",
     ),
 }
 
@@ -310,17 +316,25 @@ def test_scales_that_do_not_fit_are_refused(kind: str, copied: Reference) -> Non
 def test_scales_beyond_float16_are_refused(copied: Reference) -> None:
     """Weights would be infinite; bfloat16 has them."""
     edit_tensors(copied.directory, lambda tensors: tensors[f"{_Q}_scale_inv"].mul_(1e6))
+    checkpoint, tensor = Checkpoint(copied.directory, Fp8((BLOCK, BLOCK))), TensorSpec("q", (192, 160), (_Q,))
     with pytest.raises(CheckpointError, match=rf"{_Q}_scale_inv: expected scales of at most 146.2.*--dtype bfloat16"):
-        startup.make_plan(roomy(copied, dtype="float16"))
-    startup.make_plan(roomy(copied, dtype="bfloat16"))
+        checkpoint.read(tensor, torch.empty(192, 160, dtype=torch.float16))
+    checkpoint.read(tensor, torch.empty(192, 160, dtype=torch.bfloat16))
 
 
-def test_codes_of_all_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
-    """What their scales would be is said nowhere."""
-    save_file({"all": torch.zeros(4, 2, 3).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    tensor = TensorSpec("w", (2, 3), ("one",), stacked=Stacked("all", 0, 4))
-    with pytest.raises(CheckpointError, match=r"all: expected a tensor for each expert, found codes of all in one"):
-        Checkpoint(tmp_path, Quantization(None)).check([tensor])
+def test_codes_of_all_experts_in_one_tensor(tmp_path: Path) -> None:
+    """As their scales, with a matrix for each; of another number, they are refused."""
+    codes, scales, values = zip(*(in_blocks(torch.randn(6, 8), 4, 4) for _ in range(3)), strict=True)
+    stacked = {"all": torch.stack(codes), "all_scale_inv": torch.stack(scales)}
+    save_file(stacked, tmp_path / "model.safetensors")
+    tensors = [TensorSpec("w", (6, 8), ("one.weight",), stacked=Stacked("all", index, 3)) for index in range(3)]
+    out = torch.empty(3, 6, 8)
+    for tensor, part in zip(tensors, out, strict=True):
+        Checkpoint(tmp_path, Fp8((4, 4))).read(tensor, part)
+    assert torch.equal(out, torch.stack(values))
+    save_file(stacked | {"all_scale_inv": torch.ones(2, 2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"all_scale_inv: expected a shape that begins with 3, one for each"):
+        Checkpoint(tmp_path, Fp8((4, 4))).check(tensors)
 
 
 def test_pickled_codes_are_converted(copied: Reference, tmp_path: Path) -> None:
