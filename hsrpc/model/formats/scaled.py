@@ -41,13 +41,13 @@ class ScaledPacking(Packing):
         return target.view(self.dtype).view(self.shape)
 
     def fill(self, source: WeightSource, tensor: TensorSpec, data: torch.Tensor) -> None:
-        source.read_codes(tensor, [parts for _, parts in self.matrices(data)], self.dtype)
+        source.read_codes(tensor, list(self.parts(data)), self.dtype)
 
-    def matrices(self, data: torch.Tensor) -> Iterator[tuple[CodedMatrix, CodedParts]]:
-        """Each source, and views of its bytes."""
+    def parts(self, data: torch.Tensor) -> Iterator[CodedParts]:
+        """Views of the parts of each source."""
         start = 0
         for source in self.sources:
-            yield source, source.parts(data[start : start + source.num_bytes])
+            yield source.parts(data[start : start + source.num_bytes])
             start += _aligned_bytes(source)
 
     @classmethod
@@ -98,8 +98,8 @@ def decode_each(tensors: Sequence[Encoded[ScaledPacking]]) -> None:
     """Write the operand of each."""
     for packing, data, operand in tensors:
         rows = [source.rows for source in packing.sources]
-        for (source, parts), target in zip(packing.matrices(data), operand.split(rows), strict=True):
-            decode(source, parts, target)
+        for parts, target in zip(packing.parts(data), operand.split(rows), strict=True):
+            decode(parts, target)
 
 
 def _aligned_bytes(source: CodedMatrix) -> int:

@@ -19,10 +19,6 @@ from hsrpc.model.formats.codes import UNIT, Code, CodedMatrix, CodedParts, Facto
 from hsrpc.model.formats.format import Encoded
 from hsrpc.model.formats.scaled import ScaledPacking
 
-_THREADS = 128
-_TILES = {False: 8, True: 2}
-"""Units that a thread decodes, by whether scales are found for each column: their codes are all on the way before the
-first one is decoded."""
 _GROUP = 16
 """Programs that are of one matrix for sure: one word says for all of them which."""
 _LEAST_WIDTH = 3
@@ -38,6 +34,18 @@ _SCALES = {
 }
 _FACTORS = {None: 0, Factor.MULTIPLIES: 1, Factor.DIVIDES: 2}
 _CODES = {Code.E4M3: 0, Code.E2M1: 1, Code.UINT8: 2, Code.UINT4: 2}
+
+
+class Tiles(NamedTuple):
+    """What a program decodes."""
+
+    threads: int = 128
+    units: int = 8
+    """Of a thread: the codes of all are on the way before the first one is decoded."""
+
+
+TILES, TILES_EACH = Tiles(), Tiles(units=2)
+"""Where units share a scale, and where it is found for each column."""
 
 
 @triton.jit
@@ -206,15 +214,19 @@ class _Kind(NamedTuple):
 class _Matrix(NamedTuple):
     """A matrix to be decoded."""
 
-    matrix: CodedMatrix
     parts: CodedParts
     target: torch.Tensor
+    tiles: Tiles
+
+    @property
+    def matrix(self) -> CodedMatrix:
+        return self.parts.matrix
 
     @property
     def width(self) -> int:
         """Exponent of two: units of a row for a program, so that as few as can be are behind its end."""
         units = -(-self.matrix.columns // UNIT)
-        most = _THREADS.bit_length() - 1
+        most = self.tiles.threads.bit_length() - 1
         return min(range(most, _LEAST_WIDTH - 1, -1), key=lambda width: -(-units >> width) << width)
 
     @property
@@ -222,14 +234,15 @@ class _Matrix(NamedTuple):
         """Programs for a row."""
         return -(-self.matrix.columns // (UNIT << self.width))
 
-    def num_programs(self, tiles: int) -> int:
-        rows = (_THREADS >> self.width) * tiles
+    @property
+    def num_programs(self) -> int:
+        rows = (self.tiles.threads >> self.width) * self.tiles.units
         return -(-self.matrix.rows // rows) * self.across
 
     def fields(self, kind: _Kind) -> list[int]:
         """Its row of the table that the kernel reads, without the first field."""
         matrix, parts = self.matrix, self.parts
-        addresses = (0 if part is None else part.data_ptr() for part in (self.target, *parts))
+        addresses = (0 if part is None else part.data_ptr() for part in (self.target, *parts[1:]))
         blocks = matrix.block if kind.is_each else map(_shift, matrix.block, matrix.shape)
         return [*addresses, *matrix.shape, *blocks, matrix.grid[1], self.width, self.across, matrix.zero or 0]
 
@@ -249,6 +262,7 @@ class ScaledDecoder:
 
     kind: _Kind
     dtype: torch.dtype
+    tiles: Tiles
     matrices: Sequence[_Matrix]
     """They keep the memory whose addresses the table has."""
     table: torch.Tensor
@@ -258,13 +272,12 @@ class ScaledDecoder:
 
     @classmethod
     def of(cls, kind: _Kind, dtype: torch.dtype, matrices: Sequence[_Matrix]) -> ScaledDecoder:
-        """Made once for the memory that they lie in; the host waits for the current stream."""
-        device = matrices[0].target.device
-        counts = [-(-each.num_programs(_TILES[kind.is_each]) // _GROUP) for each in matrices]
+        device, tiles = matrices[0].target.device, matrices[0].tiles
+        counts = [-(-each.num_programs // _GROUP) for each in matrices]
         firsts = accumulate(counts, initial=0)
         table = [[first * _GROUP, *each.fields(kind)] for first, each in zip(firsts, matrices, strict=False)]
         owners = torch.arange(len(matrices), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-        return cls(kind, dtype, matrices, torch.tensor(table).to(device), owners.to(device))
+        return cls(kind, dtype, tiles, matrices, torch.tensor(table).to(device), owners.to(device))
 
     def run(self) -> None:
         """As `codes.decode` of each, on the current stream."""
@@ -281,22 +294,27 @@ class ScaledDecoder:
             EACH=kind.is_each,
             GROUPS=kind.has_groups,
             ALIGNED=kind.is_aligned,
-            THREADS=_THREADS,
-            TILES=_TILES[kind.is_each],
+            THREADS=self.tiles.threads,
+            TILES=self.tiles.units,
             GROUP=_GROUP,
             FIELDS=self.table.shape[1],
-            num_warps=_THREADS // 32,
+            num_warps=self.tiles.threads // 32,
         )
 
 
-def decoding(tensors: Sequence[Encoded[ScaledPacking]]) -> Callable[[], None]:
-    """What decodes all of them, of one element type, by a launch for those that lie alike."""
+def decoding(tensors: Sequence[Encoded[ScaledPacking]], tiles: Tiles | None = None) -> Callable[[], None]:
+    """What decodes all of them, of one element type, by a launch for those that lie alike; by other `tiles`, if given.
+
+    It is made once for the memory that they lie in; the host waits for the current stream.
+    """
     [dtype] = {each.packing.dtype for each in tensors}
     kinds: dict[_Kind, list[_Matrix]] = {}
     for packing, data, operand in tensors:
         targets = operand.split([source.rows for source in packing.sources])
-        for (matrix, parts), target in zip(packing.matrices(data), targets, strict=True):
-            kinds.setdefault(_Kind.of(matrix), []).append(_Matrix(matrix, parts, target))
+        for parts, target in zip(packing.parts(data), targets, strict=True):
+            kind = _Kind.of(parts.matrix)
+            usual = TILES_EACH if kind.is_each else TILES
+            kinds.setdefault(kind, []).append(_Matrix(parts, target, tiles or usual))
     decoders = [ScaledDecoder.of(kind, dtype, matrices) for kind, matrices in kinds.items()]
 
     def decode() -> None:

@@ -177,7 +177,7 @@ class Quantized:
             CheckpointError: a file has become shorter, or has a value that does not fit.
         """
         fills = (self.codes, self.scales, self.zeros, self.groups, self.factor)
-        for fill, part in zip(fills, out, strict=True):
+        for fill, part in zip(fills, out[1:], strict=True):
             if fill is not None and part is not None:
                 _fill(fill, part)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.quantization.awq import Awq
@@ -10,19 +10,24 @@ from hsrpc.model.quantization.compressed_tensors import read_compressed_tensors
 from hsrpc.model.quantization.fp8 import Fp8
 from hsrpc.model.quantization.gptq import Gptq
 from hsrpc.model.quantization.modelopt import read_modelopt
+from hsrpc.model.quantization.mxfp4 import Mxfp4
 from hsrpc.model.quantization.reader import Reader
-from hsrpc.model.quantization.section import one_of
+from hsrpc.model.quantization.section import KEY, METHOD, REMEDY
 
-KEY = "quantization_config"
-METHODS: dict[str, Callable[[ConfigFile], Reader]] = {
+METHODS: Mapping[str, Callable[[ConfigFile], Reader]] = {
+    "awq": Awq.read,
+    "gptq": Gptq.read,
     "fp8": Fp8.read,
     "fbgemm_fp8": Fp8.read,
-    "awq": Awq.read,
+    "mxfp4": Mxfp4.read,
     "compressed-tensors": read_compressed_tensors,
-    "gptq": Gptq.read,
     "modelopt": read_modelopt,
+    "modelopt_fp4": read_modelopt,
 }
 """By `quant_method`: makes a reader of the section, or raises CheckpointError by what it has no reader for."""
+_EIGHT = "serve the model's fp8 or compressed-tensors checkpoint, or its unquantized one"
+_NEAREST = {"quark": _EIGHT, "eetq": _EIGHT, "quanto": _EIGHT, "torchao": _EIGHT}
+"""What can be served in place of other methods, where `REMEDY` says it less well."""
 
 
 def read_quantization(config: ConfigFile) -> Reader | None:
@@ -35,4 +40,8 @@ def read_quantization(config: ConfigFile) -> Reader | None:
         return None
     section = config.section(KEY)
     assert section is not None
-    return METHODS[one_of(section, "quant_method", tuple(METHODS))](section)
+    method = section.values.get(METHOD)
+    if not isinstance(method, str) or method not in METHODS:
+        remedy = _NEAREST.get(str(method), REMEDY)
+        raise section.refuse(METHOD, "one of " + ", ".join(METHODS), remedy)
+    return METHODS[method](section)
