@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from hsrpc.model.config_file import ConfigFile
+from hsrpc.model.quantization.awq import Awq
 from hsrpc.model.quantization.compressed_tensors import read_compressed_tensors
 from hsrpc.model.quantization.fp8 import Fp8
+from hsrpc.model.quantization.gptq import Gptq
 from hsrpc.model.quantization.modelopt import read_modelopt
 from hsrpc.model.quantization.mxfp4 import Mxfp4
 from hsrpc.model.quantization.reader import Reader
 from hsrpc.model.quantization.section import KEY, METHOD, REMEDY
 
 METHODS: Mapping[str, Callable[[ConfigFile], Reader]] = {
+    "awq": Awq.read,
+    "gptq": Gptq.read,
     "fp8": Fp8.read,
     "fbgemm_fp8": Fp8.read,
     "mxfp4": Mxfp4.read,
