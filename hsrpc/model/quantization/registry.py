@@ -15,19 +15,25 @@ from hsrpc.model.quantization.reader import Reader
 from hsrpc.model.quantization.section import KEY, METHOD, REMEDY
 
 METHODS: Mapping[str, Callable[[ConfigFile], Reader]] = {
+    "awq": Awq.read,
+    "gptq": Gptq.read,
     "fp8": Fp8.read,
     "fbgemm_fp8": Fp8.read,
-    "awq": Awq.read,
+    "mxfp4": Mxfp4.read,
     "compressed-tensors": read_compressed_tensors,
-    "gptq": Gptq.read,
     "modelopt": read_modelopt,
     "modelopt_fp4": read_modelopt,
-    "mxfp4": Mxfp4.read,
 }
 """By `quant_method`: makes a reader of the section, or raises CheckpointError by what it has no reader for."""
+_FOUR = "serve the model's awq, gptq, mxfp4 or compressed-tensors (w4a16) checkpoint, or its unquantized one"
 _EIGHT = "serve the model's fp8 or compressed-tensors checkpoint, or its unquantized one"
-_NEAREST = {"quark": _EIGHT, "eetq": _EIGHT, "quanto": _EIGHT, "torchao": _EIGHT}
-"""What can be served in place of other methods, where `REMEDY` says it less well."""
+_NEAREST = {
+    **dict.fromkeys(
+        ("bitsandbytes", "exl2", "exl3", "hqq", "aqlm", "vptq", "higgs", "spqr", "quip", "auto-round"), _FOUR
+    ),
+    **dict.fromkeys(("quark", "eetq", "quanto", "torchao", "fp_quant"), _EIGHT),
+}
+"""What can be served in place of other methods, where it is known better than `REMEDY` says."""
 
 
 def read_quantization(config: ConfigFile) -> Reader | None:
