@@ -8,7 +8,7 @@ from hsrpc.errors import CheckpointError
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.quantization.fp8 import Fp8
 from hsrpc.model.quantization.reader import AnyOf, Reader
-from hsrpc.model.quantization.registry import read_quantization
+from hsrpc.model.quantization.registry import read_quantization, says_more
 
 _WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
 _BLOCKS = _WEIGHTS | {"strategy": "block", "block_structure": [128, 128]}
@@ -47,7 +47,7 @@ def test_what_is_served(quantization: dict[str, object], block: tuple[int, int] 
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt: expected one of e4m3.*'e5m2'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size: expected two whole numbers"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size: expected two whole numbers"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo: expected one of FP8.*'NVFP4'"),
+        ({"quant_method": "modelopt", "quant_algo": "NF3"}, "quant_algo: expected one of FP8.*'NF3'"),
         (compressed(_WEIGHTS, format="marlin-24"), "format: expected one of float-quantized.*'marlin-24'"),
         (compressed(), "config_groups: expected an object"),
         (compressed(3), "group_0: weights: expected an object"),
@@ -67,3 +67,19 @@ def test_what_is_refused(quantization: object, words: str) -> None:
     with pytest.raises(CheckpointError, match=words) as caught:
         read(quantization)
     assert "serve" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "says"),
+    [
+        (None, False),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, False),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, True),
+        (compressed(_WEIGHTS), False),
+        (compressed(_WEIGHTS, kv_cache_scheme={"num_bits": 8}), True),
+        (compressed(_WEIGHTS, config_groups={"a": {"weights": _WEIGHTS, "input_activations": {"num_bits": 8}}}), True),
+    ],
+)
+def test_activations_and_caches(quantization: object, says: bool) -> None:
+    """Where they are quantised too, it is said that they are not served so."""
+    assert says_more(ConfigFile("config.json", {"quantization_config": quantization})) == says
