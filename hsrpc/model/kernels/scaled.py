@@ -108,13 +108,16 @@ def _numbers(words, CODE: tl.constexpr, BITS: tl.constexpr):
 def _find_scales(fields, row, unit, column, inside, EACH: tl.constexpr, GROUPS: tl.constexpr):
     """Numbers of the scales of units of eight columns: of each unit, or of each of its columns."""
     row_block, column_block, across = _number(fields, 9), _number(fields, 10), _number(fields, 11)
-    if not EACH:
-        return (row >> row_block) * across + (unit * 8 >> column_block)
-    block = column // column_block
-    if GROUPS:
-        groups = tl.load(fields + 5).to(tl.pointer_type(tl.int32))
-        block = tl.load(groups + column, mask=inside, other=0)
-    return block + (row // row_block * across)[:, None]
+    if EACH:
+        if GROUPS:
+            groups = tl.load(fields + 5).to(tl.pointer_type(tl.int32))
+            block = tl.load(groups + column, mask=inside, other=0)
+        else:
+            block = column // column_block
+        found = block + (row // row_block * across)[:, None]
+    else:
+        found = (row >> row_block) * across + (unit * 8 >> column_block)
+    return found
 
 
 @triton.jit
@@ -148,13 +151,14 @@ def _decode_units(
     zeros = tl.load(fields + 4).to(tl.pointer_type(tl.uint8))
     num_rows, num_columns = _number(fields, 7), _number(fields, 8)
     if ALIGNED:
-        target, num_columns = tl.multiple_of(target, 16), tl.multiple_of(num_columns, 8)
+        target = tl.multiple_of(target, 16)
     num_units = tl.cdiv(num_columns, 8)
     width, across = _number(fields, 12), _number(fields, 13)
     tile, thread, height = program - _number(fields, 0), tl.arange(0, THREADS), THREADS >> width
     unit = ((tile % across) << width) + (thread & ((1 << width) - 1))
     first_row = tile // across * (height * TILES) + (thread >> width)
-    column = unit[:, None] * 8 + tl.arange(0, 8)[None, :]
+    eight = tl.arange(0, 8)
+    column = unit[:, None] * 8 + eight[None, :]
     words, factors, points = _nothing(), _nothing(), _nothing()
     for number in tl.static_range(TILES):
         row = first_row + number * height
@@ -178,10 +182,13 @@ def _decode_units(
         elif CODE == 2:
             value -= _number(fields, 14).to(tl.float32)
         value = (value * (scale if EACH else scale[:, None])).to(DTYPE)
-        inside = tl.broadcast_to(((row < num_rows) & (unit < num_units))[:, None], (THREADS, 8))
-        if not ALIGNED:
-            inside &= column < num_columns
-        tl.store(target + (row.to(tl.int64) * num_columns)[:, None] + column, value, mask=inside)
+        inside = (row < num_rows) & (unit < num_units)
+        if ALIGNED:
+            where = (row.to(tl.int64) * num_units + unit)[:, None] * 8 + eight[None, :]
+            tl.store(target + where, value, mask=tl.broadcast_to(inside[:, None], (THREADS, 8)))
+        else:
+            where = (row.to(tl.int64) * num_columns)[:, None] + column
+            tl.store(target + where, value, mask=inside[:, None] & (column < num_columns))
 
 
 class _Kind(NamedTuple):
