@@ -38,7 +38,7 @@ from hsrpc.model.formats.choice import with_scaled
 from hsrpc.model.formats.format import WeightSource
 from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.hub import resolve_model
-from hsrpc.model.quantization.registry import read_quantization
+from hsrpc.model.quantization.registry import read_quantization, says_more
 from hsrpc.model.quantization.section import KEY as QUANTIZATION
 from hsrpc.model.random_codes import split_format
 from hsrpc.model.shapes import RANDOM_PREFIX
@@ -123,6 +123,8 @@ class _Model:
         elif has_weights(directory):
             checkpoint = Checkpoint(directory, quantization)
             checkpoint.check_model(family)
+            if says_more(spec.config):
+                _log.warning("%s: activations are not quantised, nor caches; scales of theirs are ignored", directory)
             formats = with_scaled(formats, checkpoint.scaled(family), config.weight_coding)
         elif quantization is not None:
             raise spec.config.refuse(QUANTIZATION, "weights beside it, which say what is quantised", "fetch them")

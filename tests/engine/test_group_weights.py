@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrain
 
 from hsrpc import Engine, EngineConfig
 from hsrpc.engine import startup
+from hsrpc.errors import CheckpointError
 from tests.engine.reference import Reference, decoder, save_tokenizer, spread_norms
 from tests.engine.support import collect, config_for, ids, roomy, tight
 from tests.engine.support import greedy as greedily
@@ -239,3 +240,21 @@ async def test_tokens_equal_the_reference_under_tight_budgets(name: str, made: C
 async def test_tokens_equal_the_reference_where_weights_stay(made: Callable[[str], Made]) -> None:
     """Some."""
     await check(made("gptq-experts"), config_for(made("gptq-experts").reference, resident_share=0.5, gpu_memory="1GiB"))
+
+
+@pytest.mark.parametrize(("name", "says"), [("w4a16", False), ("w8a8", True)])
+def test_what_is_not_quantised_is_said(
+    name: str, says: bool, made: Callable[[str], Made], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where config.json says that activations are."""
+    startup.make_plan(roomy(made(name).reference))
+    assert any("activations are not quantised" in message for message in caplog.messages) == says
+
+
+def test_codes_need_a_configuration(made: Callable[[str], Made], tmp_path: Path) -> None:
+    """GPTQ's and AWQ's tools have written it to a file of its own, too."""
+    for file in made("gptq").reference.directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    edit_config(tmp_path, None)
+    with pytest.raises(CheckpointError, match=r"proj\.qweight: expected quantization_config in config\.json"):
+        startup.make_plan(roomy(Reference(tmp_path, [], [])))
