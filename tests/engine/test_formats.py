@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from hsrpc import Engine, EngineConfig
-from hsrpc.config import WeightCoding
+from hsrpc.config import ResidentWeights, WeightCoding
 from hsrpc.engine import startup
 from hsrpc.engine.weights import LayerWeights, arrange
 from hsrpc.model.checkpoint import RandomWeights
@@ -36,7 +36,7 @@ from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Budgets
 from hsrpc.plan.planner import Planner
-from hsrpc.plan.sizes import LayerSizes, TensorSizes, align
+from hsrpc.plan.sizes import LayerSizes, Stays, TensorSizes, align
 from hsrpc.schedule.blocks import PoolId
 from hsrpc.schedule.sweep import BUFFERS
 from tests.engine.conftest import HARDWARE
@@ -209,13 +209,16 @@ def continued(family: Family, prompt: list[int]) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@pytest.mark.parametrize("residence", [ResidentWeights.DECODED, ResidentWeights.PACKED])
 @pytest.mark.parametrize("resident", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("policy", ["kv", "activation", "hybrid", "recompute"])
-async def test_tokens_are_those_of_a_plain_forward_pass(policy: str, resident: float, tmp_path: Path) -> None:
+async def test_tokens_are_those_of_a_plain_forward_pass(
+    policy: str, resident: float, residence: ResidentWeights, tmp_path: Path
+) -> None:
     """With all weights streamed, with a part of them on the device, and with all; and the bytes are those planned."""
     share = {"activation_share": 0.5} if policy == "hybrid" else {}
     placement = {"placement": "auto", "resident_share": resident} if resident else {}
-    config = config_for(tmp_path, cache_policy=policy, **share, **placement)
+    config = config_for(tmp_path, cache_policy=policy, resident_weights=residence, **share, **placement)
     moved: list[int] = []
     async with Engine(config, observe=lambda step: moved.append(step.weight_bytes)) as engine:
         found = await asyncio.gather(*(collect(engine.generate(prompt, greedy(NUM_TOKENS))) for prompt in PROMPTS))
@@ -225,12 +228,14 @@ async def test_tokens_are_those_of_a_plain_forward_pass(policy: str, resident: f
     with torch.inference_mode():
         assert [ids(each) for each in found] == [continued(family, prompt) for prompt in PROMPTS]
     packed = [0 if layer.packed is None else len(layer.packed) for layer in layers]
-    assert packed == [streamed.host_bytes for streamed in plan.streamed]
+    assert packed == [placed.host_bytes for placed in plan.placed]
     assert sum(packed) == plan.host_bytes[HostUse.STREAMED_WEIGHTS]
     assert median(moved) == pytest.approx(sum(packed))
-    assert (len(compiled) > 0) == (resident < 1)
-    stays = sum(tensor.nbytes for layer in layers for tensor in layer.resident.values())
-    assert stays == plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS]
+    assert (len(compiled) > 0) == (resident < 1 or residence is ResidentWeights.PACKED)
+    ready = sum(tensor.nbytes for layer in layers for tensor in layer.resident.values())
+    kept = sum(each.memory.nbytes for layer in layers for each in layer.kept)
+    assert (ready + kept, kept) == (plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS], plan.kept_bytes)
+    assert (kept > 0) == (resident > 0 and residence is ResidentWeights.PACKED)
 
 
 def test_tensors_packed_in_one_way_are_decoded_together() -> None:
@@ -265,21 +270,21 @@ def test_the_plan_counts_each_layer(tmp_path: Path) -> None:
     for layer, shapes in zip(layers, matrices, strict=True):
         packed = sum(-(-rows * (columns + 4) // 256) * 256 for rows, columns in shapes)
         own = sum(4 * rows * columns for rows, columns in shapes)
-        streamed = layer.streamed(())
+        streamed = layer.placed(Stays())
         assert streamed.bus_bytes == streamed.host_bytes == streamed.buffer_bytes == packed + 2 * 256
-        assert (streamed.device_bytes, streamed.decoded_bytes) == (own + 2 * 256, own)
+        assert (streamed.streamed_bytes, streamed.decoded_bytes) == (own + 2 * 256, own)
         assert streamed.decode_traffic == own + packed
         assert layer.flop(3) == 3 * 2 * (own // 4 + 2 * 32)
     assert [layer.sliding_window for layer in layers] == [None, WINDOW, None, None, WINDOW]
     assert [count for _, count in planned.spec.sizes.distinct] == [2, 1, 1, 1]
-    assert plan.streamed == tuple(layer.streamed(()) for layer in layers)
-    assert plan.weight_buffer_bytes == max(layer.streamed(()).buffer_bytes for layer in layers)
+    assert plan.placed == tuple(layer.placed(Stays()) for layer in layers)
+    assert plan.weight_buffer_bytes == max(layer.placed(Stays()).buffer_bytes for layer in layers)
     assert plan.device_bytes[DeviceUse.WEIGHT_BUFFERS] == BUFFERS * plan.weight_buffer_bytes + plan.decode_buffer_bytes
     undecoded = [replace(each, tensors=tuple(replace(t, decode_traffic=0.0) for t in each.tensors)) for each in layers]
     without = Planner(
         replace(planned.spec.sizes, layers=tuple(undecoded)), plan.budgets, HARDWARE, planned.planner.config
     ).plan()
-    decoding = sum(layer.streamed(()).decode_traffic for layer in layers) / HARDWARE.memory_bandwidth
+    decoding = sum(layer.placed(Stays()).decode_traffic for layer in layers) / HARDWARE.memory_bandwidth
     assert plan.prediction.forward - without.prediction.forward == pytest.approx(decoding)
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hsrpc import Engine, EngineConfig
-from hsrpc.config import WeightCoding
+from hsrpc.config import ResidentWeights, WeightCoding
 from hsrpc.engine import startup
+from hsrpc.engine.startup import ChoosePlan
 from hsrpc.errors import CheckpointError, ConfigError
 from hsrpc.model.checkpoint import Checkpoint
 from hsrpc.model.convert import convert_checkpoint
@@ -28,7 +29,10 @@ from hsrpc.model.formats.scaled import Scaled
 from hsrpc.model.quantization.fp8 import Fp8
 from hsrpc.model.tensor import Stacked, TensorSpec
 from hsrpc.plan.memory_use import HostUse
+from hsrpc.plan.placement import ResidentChoices, WeightChoice, all_stay
 from hsrpc.plan.plan import Plan
+from hsrpc.plan.planner import Planner
+from hsrpc.plan.roofline import StepRecord
 from tests.engine.reference import Reference, decoder, greedy, save_tokenizer, spread_norms
 from tests.engine.support import collect, config_for, idle, ids, roomy
 from tests.engine.support import greedy as greedily
@@ -162,10 +166,14 @@ def copied(scaled: Callable[[str], Reference], tmp_path: Path) -> Reference:
     return Reference(tmp_path, made.prompts, made.outputs)
 
 
-async def check(made: Reference, config: EngineConfig) -> tuple[Plan, float]:
+async def check(made: Reference, config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> tuple[Plan, float]:
     """Hold tokens to the reference's; the plan, and the weight bytes that crossed the bus in a step."""
     weights: list[int] = []
-    async with Engine(config, observe=lambda step: weights.append(step.weight_bytes)) as engine:
+
+    def observe(step: StepRecord) -> None:
+        weights.append(step.weight_bytes)
+
+    async with Engine(config, choose_plan=choose_plan, observe=observe) as engine:
         requests = (collect(engine.generate(prompt, greedily(64))) for prompt in made.prompts)
         assert [ids(each) for each in await asyncio.gather(*requests)] == made.outputs
         await idle(engine)
@@ -181,27 +189,53 @@ async def test_tokens_equal_the_reference_where_weights_stream(
     made = scaled(name)
     plan, streamed = await check(made, roomy(made, cache_policy=policy, activation_share=None))
     assert plan.decode_buffer_bytes > 0
-    assert streamed == sum(each.bus_bytes for each in plan.streamed)
+    assert streamed == sum(each.bus_bytes for each in plan.placed)
     sizes = startup.make_plan(roomy(made)).spec.sizes
     values = 4 * sum(layer.num_elements for layer in sizes.layers)
     assert streamed < (0.42 if name != "cohere" else 0.6) * values  # some are plain
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0])
-@pytest.mark.parametrize("name", ["qwen3", "llama-channel"])
+@pytest.mark.parametrize("residence", [ResidentWeights.DECODED, ResidentWeights.PACKED])
+@pytest.mark.parametrize("name", ["qwen3", "llama-channel", "qwen3-moe"])
 async def test_tokens_equal_the_reference_where_weights_stay(
-    name: str, share: float, scaled: Callable[[str], Reference]
+    name: str, residence: ResidentWeights, share: float, scaled: Callable[[str], Reference]
 ) -> None:
-    """Those are decoded when they are loaded."""
+    """Those are decoded when they are loaded, or packed: then in every step, with those that stream."""
     made = scaled(name)
-    plan, streamed = await check(made, config_for(made, resident_share=share, gpu_memory="1GiB"))
+    config = config_for(made, resident_share=share, resident_weights=residence, gpu_memory="1GiB")
+    plan, streamed = await check(made, config)
+    keeps = residence is ResidentWeights.PACKED
     assert (streamed > 0) == (share < 1)
-    assert (plan.decode_buffer_bytes > 0) == (share < 1)
+    assert any(stays.packed for stays in plan.resident) == keeps
+    assert (plan.decode_buffer_bytes > 0) == (share < 1 or keeps)
+    stays, all_bytes = (
+        sum(getattr(each, field) for each in plan.placed) for field in ("resident_bytes", "ready_bytes")
+    )
+    assert (stays < 0.4 * all_bytes) == keeps
 
 
-async def test_on_a_device_that_orders_accesses(scaled: Callable[[str], Reference], ordered: list[object]) -> None:
+async def test_some_that_stay_are_ready_and_others_packed(scaled: Callable[[str], Reference]) -> None:
+    """As where a little less fits than all of them decoded."""
+    made = scaled("llama")
+
+    def half_of_them(planner: Planner) -> Plan:
+        planner._choices = ResidentChoices.of(planner.sizes, [WeightChoice(all_stay(planner.sizes, 0.5))])
+        return planner.plan()
+
+    plan, streamed = await check(made, config_for(made, gpu_memory="1GiB"), half_of_them)
+    assert streamed == 0
+    assert all("qkv_weight" in stays.names for stays in plan.resident)
+    assert len({"qkv_weight" in stays.packed for stays in plan.resident}) == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+async def test_on_a_device_that_orders_accesses(
+    share: float, scaled: Callable[[str], Reference], ordered: list[object]
+) -> None:
     """The buffer that weights are decoded to is used by one layer after the other."""
-    await check(scaled("qwen3"), roomy(scaled("qwen3")))
+    made = scaled("qwen3")
+    await check(made, config_for(made, resident_share=share, resident_weights="packed", gpu_memory="1GiB"))
     assert ordered
 
 
@@ -216,7 +250,7 @@ def test_formats_come_from_the_headers(scaled: Callable[[str], Reference]) -> No
     [qkv] = [each for source, each in formats.items() if source.endswith("v_proj.weight")]
     assert [source.grid for source in qkv.sources] == [(2, 2), (1, 2), (1, 2)]
     streamed = planned.plan.host_bytes[HostUse.STREAMED_WEIGHTS]
-    assert streamed == sum(each.host_bytes for each in planned.plan.streamed)
+    assert streamed == sum(each.host_bytes for each in planned.plan.placed)
 
 
 def test_formats_where_rows_get_another_order(scaled: Callable[[str], Reference]) -> None:

@@ -6,16 +6,19 @@ Which modules are of which group nobody need know: the headers say what a weight
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from hsrpc.model.bounds import MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
+from hsrpc.model.formats.codes import Factor
+from hsrpc.model.quantization.float4 import FactorTensor, mxfp4, nvfp4
 from hsrpc.model.quantization.fp8 import Fp8
 from hsrpc.model.quantization.groups import read_bits, read_group_size
 from hsrpc.model.quantization.integers import Bytes, Integers, Packed
 from hsrpc.model.quantization.reader import AnyOf, Reader
 from hsrpc.model.quantization.section import REMEDY, block_size, one_of
 
-_FLOAT_STRATEGIES = ("tensor", "channel", "block")
+_FLOAT_STRATEGIES = ("tensor", "channel", "group", "block")
 _INTEGER_STRATEGIES = ("tensor", "channel", "group")
 
 
@@ -66,15 +69,30 @@ def _floats(groups: Sequence[ConfigFile]) -> Reader:
 
 
 def _float_block(weights: ConfigFile) -> tuple[int, int] | None:
-    one_of(weights, "type", ("float",))
-    if weights.values.get("num_bits") != 8:
-        raise weights.refuse("num_bits", "8", REMEDY)
-    if not weights.flag("symmetric", True):
-        raise weights.refuse("symmetric", "true", REMEDY)
+    _check_floats(weights, 8)
     strategy = one_of(weights, "strategy", _FLOAT_STRATEGIES)
+    if strategy == "group":
+        return 1, read_group_size(weights, "group_size")
     if strategy == "block" and not weights.has("block_structure"):
         raise weights.refuse("block_structure", "two sizes", REMEDY)
     return block_size(weights, "block_structure") if strategy == "block" else None
+
+
+def _of_groups(reader: Reader, bits: int, size: int, groups: Sequence[ConfigFile]) -> Reader:
+    """The reader of floats with scales for so many columns."""
+    for weights in groups:
+        _check_floats(weights, bits)
+        if weights.has("group_size") and weights.values["group_size"] != size:
+            raise weights.refuse("group_size", str(size), REMEDY)
+    return reader
+
+
+def _check_floats(weights: ConfigFile, bits: int) -> None:
+    one_of(weights, "type", ("float",))
+    if weights.values.get("num_bits") != bits:
+        raise weights.refuse("num_bits", str(bits), REMEDY)
+    if not weights.flag("symmetric", True):
+        raise weights.refuse("symmetric", "true", REMEDY)
 
 
 def _integers(groups: Sequence[ConfigFile]) -> Integers:
@@ -93,10 +111,14 @@ def _group_size(weights: ConfigFile, strategy: str) -> int:
     return read_group_size(weights, "group_size") if strategy == "group" else MAX_WIDTH
 
 
+_NVFP4 = nvfp4("weight_packed", FactorTensor("weight_global_scale", Factor.DIVIDES))
 _NAIVE = "naive-quantized"
 """Codes of any kind, a byte each."""
 _READERS: Mapping[str, Callable[[Sequence[ConfigFile]], Reader]] = {
     "float-quantized": _floats,
+    "mxfp8-quantized": partial(_of_groups, Fp8((1, 32)), 8, 32),
+    "nvfp4-pack-quantized": partial(_of_groups, _NVFP4, 4, 16),
+    "mxfp4-pack-quantized": partial(_of_groups, mxfp4("weight_packed"), 4, 32),
     "int-quantized": lambda groups: Bytes(_integers(groups)),
     "pack-quantized": lambda groups: Packed(_integers(groups)),
 }

@@ -27,9 +27,11 @@ METHODS: Mapping[str, Callable[[ConfigFile], Reader]] = {
 """By `quant_method`: makes a reader of the section, or raises CheckpointError by what it has no reader for."""
 _WEIGHTS_ALONE = ("awq", "gptq", "mxfp4")
 """Methods by which nothing else is quantised."""
+_FOUR = "serve the model's awq, gptq, mxfp4 or compressed-tensors (w4a16) checkpoint, or its unquantized one"
 _EIGHT = "serve the model's fp8 or compressed-tensors checkpoint, or its unquantized one"
-_NEAREST = {"quark": _EIGHT, "eetq": _EIGHT, "quanto": _EIGHT, "torchao": _EIGHT}
-"""What can be served in place of other methods, where `REMEDY` says it less well."""
+_FEW_BITS = ("bitsandbytes", "exl2", "exl3", "hqq", "aqlm", "vptq", "higgs", "spqr", "quip", "auto-round")
+_NEAREST = dict.fromkeys(_FEW_BITS, _FOUR) | dict.fromkeys(("quark", "eetq", "quanto", "torchao"), _EIGHT)
+"""What can be served in place of other methods, where it is known better than `REMEDY` says."""
 
 
 def read_quantization(config: ConfigFile) -> Reader | None:
