@@ -50,6 +50,14 @@ class LayerTimes:
         """Weights for which decoding reads and writes `traffic` bytes of device memory."""
         return traffic / self.hardware.memory_bandwidth
 
+    def decode_experts(self, traffic: Number, tokens: Number) -> Number:
+        """Experts that `tokens` tokens take, where `traffic` bytes are for all of them."""
+        counts = [(layer.experts, count) for layer, count in self.sizes.distinct if layer.experts is not None]
+        if not counts:
+            return 0.0
+        shares = sum(count * experts.touched_share(tokens) for experts, count in counts)
+        return self.decode_weights(traffic) * shares / sum(count for _, count in counts)
+
     def forward(self, queries: Number, groups: Number = 1.0) -> Number:
         """All but attention for `queries` tokens; each group of mini-batches reads the weights."""
         hardware = self.hardware

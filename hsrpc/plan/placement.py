@@ -53,7 +53,9 @@ class ResidentChoices:
     on_bus_at_most: Floats
     """Bytes that cross it in a step that needs every expert."""
     decode_traffic: Floats
-    """Bytes of device memory that decoding reads and writes in every step."""
+    """Bytes of device memory that decoding reads and writes in every step, but for experts."""
+    expert_traffic: Floats
+    """The same for all experts; a step decodes those that its tokens take."""
     on_host: Floats
     """Bytes that the others take in host memory, at most."""
     buffers: Floats
@@ -81,6 +83,7 @@ class ResidentChoices:
             on_bus=bus,
             on_bus_at_most=bus + missed * experts,
             decode_traffic=floats(sum(n * each.decode_traffic for each, n in found.items()) for found in placed),
+            expert_traffic=floats(sum(n * each.expert_traffic for each, n in found.items()) for found in placed),
             on_host=experts + floats(_at_most(found, lambda each: each.host_bytes) for found in placed),
             buffers=floats(BUFFERS * each.packed + each.decoded for each in map(WeightBuffers.of, placed)),
             experts=floats(0 if demand is None else demand.device_bytes + demand.table_bytes for demand in demands),

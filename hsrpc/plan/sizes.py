@@ -91,7 +91,14 @@ class PlacedSizes:
     decoded_bytes: int
     """Device memory that tensors are decoded to before they are used: of all that stream or stay packed."""
     decode_traffic: float
-    """Bytes of device memory that are read and written in the time that decoding them takes."""
+    """Bytes of device memory that are read and written in the time that decoding them takes, but for experts."""
+    expert_traffic: float
+    """The same for all experts; a step decodes those that its tokens take."""
+
+    @property
+    def has_coded_experts(self) -> bool:
+        """Whether experts are decoded that stream or stay packed."""
+        return self.expert_traffic > 0
 
 
 class WeightBuffers(NamedTuple):
@@ -150,7 +157,11 @@ class ExpertSizes:
 
     def touched(self, tokens: Number) -> Number:
         """Experts that `tokens` tokens take together, on average, where all are as likely."""
-        return self.count * (1 - (1 - self.k / self.count) ** tokens)
+        return self.count * self.touched_share(tokens)
+
+    def touched_share(self, tokens: Number) -> Number:
+        """Part of the experts that `tokens` tokens take together."""
+        return 1 - (1 - self.k / self.count) ** tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +235,7 @@ class LayerSizes:
         names = stays.names
         streamed = [tensor for tensor in self.tensors if tensor.name not in names]
         kept_bytes = sum(tensor.host_bytes for tensor in packed)
+        experts = frozenset[str]() if self.experts is None else self.experts.names
         return PlacedSizes(
             resident_bytes=kept_bytes + sum(tensor.resident_bytes for tensor in ready),
             kept_bytes=kept_bytes,
@@ -233,7 +245,8 @@ class LayerSizes:
             bus_bytes=sum(tensor.bus_bytes for tensor in streamed),
             host_bytes=sum(tensor.host_bytes for tensor in streamed),
             decoded_bytes=sum(tensor.decoded_bytes for tensor in (*packed, *streamed)),
-            decode_traffic=sum(tensor.decode_traffic for tensor in (*packed, *streamed)),
+            decode_traffic=sum(each.decode_traffic for each in (*packed, *streamed) if each.name not in experts),
+            expert_traffic=sum(each.decode_traffic for each in (*packed, *streamed) if each.name in experts),
         )
 
     def row(self, kind: BlockKind) -> CacheRow:

@@ -58,7 +58,9 @@ class Candidates:
     streamed: Number
     """Weight bytes that cross the bus, a layer, on average."""
     decode_traffic: Number = 0.0
-    """Bytes of device memory that decoding these reads and writes."""
+    """Bytes of device memory that decoding reads and writes, but for experts."""
+    expert_traffic: Number = 0.0
+    """The same for all experts."""
     on_demand: Number = 0.0
     """1 where experts come on demand, else 0."""
     missed: Number = 0.0
@@ -168,6 +170,7 @@ class StepModel:
             self.layer.forward(queries, groups), self.layer.forward(queries) + recomputed_tokens * self.recompute_token
         )
         forward = forward + layers * self.layer.decode_weights(c.decode_traffic)
+        forward = forward + self._decoded_experts(c, queries + recomputed_tokens)
         gemms = layers * self.layer.regenerate(regenerated, context)
         times = {
             "mini_batches": mini_batches,
@@ -202,17 +205,19 @@ class StepModel:
         parts = np.ceil(c.chunk / c.prompt_queries)
         rest = np.maximum(0.0, times["mini_batches"] - parts)
         launches = layers * (rest * hardware.launch_time + parts * hardware.prompt_launch_time)
-        with_chunk = np.maximum(bus, gpu + c.chunk * (layers * self.chunk_token))
+        more_experts = self._decoded_experts(c, c.batch + c.chunk) - self._decoded_experts(c, c.batch)
+        with_chunk = np.maximum(bus, gpu + c.chunk * (layers * self.chunk_token) + more_experts)
         with_chunk = np.maximum(with_chunk + self._experts(c, c.batch + c.chunk), launches) + boundary
         # Requests come and go: prompts beside, and room for their outputs to grow.
         tokens = c.batch * self.traffic.context
         later_host = _tiers(tokens, c.on_device_at_end, c.recomputed)[1]
         later_bus = layers * self._bus(c, later_host, times["mini_batches"])
-        later_bus = self._contended(later_bus, times["forward"] + times["regenerate"] + prefill)
+        prompt_work = prefill + self._chunked_part(c) * more_experts
+        later_bus = self._contended(later_bus, times["forward"] + times["regenerate"] + prompt_work)
         later_bus = self._both_ways(later_bus, self._store(c, later_host / tokens))
         later_launch, later_boundary, _ = self._host(c, later_bus, times["mini_batches"])
         later_boundary = later_boundary + np.minimum(later_bus, gpu) / (layers * times["mini_batches"])
-        later = beside(later_bus, gpu + prefill, WAITING) + self._mean_experts(c, times["experts"])
+        later = beside(later_bus, gpu + prompt_work, WAITING) + self._mean_experts(c, times["experts"])
         later = np.maximum(later, later_launch) + later_boundary
         # Where more prompt tokens come in than a chunk takes, newcomers wait and the batch is not full.
         queueing = np.maximum(1.0, prompts / np.maximum(c.chunk, 1.0))
@@ -235,17 +240,30 @@ class StepModel:
         found: Number = self.sizes.num_layers * c.on_demand * self.layer.on_demand(tokens, c.missed, groups)
         return found
 
-    def _mean_experts(self, c: Candidates, decoding: Number) -> Number:
-        """As `_experts` of `decoding` alone, in the steps that have no prompt beside, and with a chunk in the others.
+    def _decoded_experts(self, c: Candidates, tokens: Number) -> Number:
+        """All layers' seconds to decode the experts of `tokens` tokens, those of all groups once."""
+        found: Number = self.sizes.num_layers * self.layer.decode_experts(c.expert_traffic, tokens)
+        return found
 
-        Prompts come in as requests end: so many steps have a chunk, if each prompt has chunks of its own.
-        """
-        traffic = self.traffic
-        chunk = np.minimum(np.maximum(c.chunk, 1.0), max(1, traffic.prompt))
-        part = np.minimum(1.0, c.batch * np.ceil(traffic.prompt / chunk) / traffic.output)
-        with_chunk = np.maximum(decoding, self._experts(c, c.batch + chunk))
+    def _mean_experts(self, c: Candidates, decoding: Number) -> Number:
+        """As `_experts` of `decoding` alone, in the steps that have no prompt beside, and with a chunk in the others."""
+        part, with_chunk = self._chunked_part(c), np.maximum(decoding, self._experts(c, c.batch + self._chunk(c)))
         found: Number = (1 - part) * decoding + part * with_chunk
         return found
+
+    def _chunk(self, c: Candidates) -> Number:
+        """Tokens of a prompt's chunk, at most."""
+        chunk: Number = np.minimum(np.maximum(c.chunk, 1.0), max(1, self.traffic.prompt))
+        return chunk
+
+    def _chunked_part(self, c: Candidates) -> Number:
+        """Part of the steps that have a prompt's chunk beside.
+
+        Prompts come in as requests end: so many steps have one, if each prompt has chunks of its own.
+        """
+        traffic = self.traffic
+        part: Number = np.minimum(1.0, c.batch * np.ceil(traffic.prompt / self._chunk(c)) / traffic.output)
+        return part
 
     def _contended(self, bus: Number, gemms: Number) -> Number:
         """Seconds that copies of `bus` seconds take beside products of `gemms` seconds, which slow them down."""

@@ -7,6 +7,7 @@ import asyncio
 import torch
 
 from hsrpc.device.device import Device
+from hsrpc.engine.chosen_experts import ChosenExperts
 from hsrpc.engine.lanes import StepRun
 from hsrpc.engine.tasks.experts import ExpertCounts, ExpertLoader
 from hsrpc.engine.weights import ModelWeights, OpenedLayer
@@ -30,6 +31,9 @@ class WeightPrefetcher:
         streams = any(layer.packed is not None for layer in weights.layers)
         self._buffers = [self._buffer(plan.weight_buffer_bytes) for _ in range(BUFFERS * streams)]
         self._decoded = self._buffer(plan.decode_buffer_bytes)
+        self._chosen: ChosenExperts | None = None
+        if any(layer.has_coded_experts for layer in weights.layers):
+            self._chosen = ChosenExperts(device, max(len(family.expert_names(i)) for i in range(family.num_layers)))
         self._open: dict[tuple[int, int], OpenedLayer] = {}
         """Opened layers by layer and buffer."""
         self._experts: ExpertLoader | None = None
@@ -41,7 +45,13 @@ class WeightPrefetcher:
     def places(self) -> Places:
         """Placement of each layer's weights."""
         return tuple(
-            LayerPlacement(each.bus_bytes, each.is_decoded, on_demand=each.experts is not None) for each in self._layers
+            LayerPlacement(
+                each.bus_bytes,
+                each.is_decoded,
+                has_coded_experts=each.has_coded_experts,
+                on_demand=each.experts is not None,
+            )
+            for each in self._layers
         )
 
     @property
@@ -74,9 +84,10 @@ class WeightPrefetcher:
         self._device.load_bytes(self._buffers[op.slot][start:end], packed[start:end])
         self.streamed_bytes += end - start
 
-    def expect(self, chosen: torch.Tensor) -> None:
-        """Let the experts [n, k] be loaded next that the router has chosen, on the current stream."""
-        self._on_demand.expect(chosen)
+    def expect(self, layer: int, chosen: torch.Tensor) -> None:
+        """Let the experts [n, k] be loaded next that the router has chosen, on the current stream, if they have to."""
+        if self._layers[layer].experts is not None:
+            self._on_demand.expect(chosen)
 
     @property
     def _on_demand(self) -> ExpertLoader:
@@ -92,6 +103,7 @@ class WeightPrefetcher:
 
     def _make(self, layer: int, slot: int) -> OpenedLayer:
         weights = self._layers[layer]
-        opened = weights.open(self._decoded[:0] if weights.packed is None else self._buffers[slot], self._decoded)
+        buffer = self._decoded[:0] if weights.packed is None else self._buffers[slot]
+        opened = weights.open(buffer, self._decoded, self._chosen)
         tensors = opened.tensors if weights.experts is None else self._on_demand.with_experts(layer, opened.tensors)
         return opened._replace(tensors=self._family.opened(layer, tensors))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
@@ -50,11 +50,14 @@ class Packing(ABC):
         source.read(tensor, self.open(data, data[:0]))
 
     @classmethod
-    def decoding(cls, tensors: Sequence[Encoded[Self]]) -> Callable[[], None]:
+    def decoding(cls, tensors: Sequence[Encoded[Self]], moves: torch.Tensor | None = None) -> Callable[[], None]:
         """What writes the operands of all these tensors from their packed bytes, on the current stream.
 
         Together: a launch for each would take longer than decoding small ones. It is made once and called in every
         step. All are of one device and element type. Here there is nothing to write.
+
+        `moves` (int64 [*], on that device) are read when it runs: of a tensor's `number`, how many bytes behind `data`
+        its packed bytes lie by then; a tensor for which this is negative is left out. None: all, where they lie.
         """
         return _nothing
 
@@ -70,6 +73,19 @@ class Encoded(NamedTuple, Generic[Packing_co]):
     """Packed bytes: uint8 [num_bytes]"""
     operand: torch.Tensor
     """What `packing.open` gives."""
+    number: int = 0
+    """Its place in the `moves` by which some of several tensors are decoded."""
+
+
+def moved(tensors: Sequence[Encoded[Packing_co]], moves: torch.Tensor | None) -> Iterator[Encoded[Packing_co]]:
+    """Those that are decoded now, as they lie in host memory; see `Packing.decoding`."""
+    places = None if moves is None else moves.tolist()
+    for each in tensors:
+        if places is None:
+            yield each
+        elif (move := places[each.number]) >= 0:
+            start = each.data.storage_offset() + move
+            yield each._replace(data=each.data.as_strided(each.data.shape, (1,), start))
 
 
 def _nothing() -> None:
