@@ -23,6 +23,7 @@ from hsrpc.server.observation import CallObserver
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[bytes, bytes]
     Handler = grpc.RpcMethodHandler[bytes, bytes]
+    MakeHandler = Callable[[RpcMethod], Handler]
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -40,19 +41,21 @@ def unary(
     method: Callable[[Request], Awaitable[Message]],
     sender: Sender,
     observers: Sequence[CallObserver] = (),
-) -> Handler:
-    """A handler of one request and one response."""
-    called = _method(request_type)
+) -> MakeHandler:
+    """Makes the handler of one request and one response, of the method that calls come by."""
 
-    async def handle(data: bytes, context: Context) -> bytes:
-        with observed_call(observers, called, context) as call:
-            async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call):
-                current_caller.set(read_caller(context))
-                response = await method(parse(request_type, data))
-                return await sender.last(context, response.SerializeToString())
-        raise AssertionError("a boundary lets no exception vanish")
+    def make(called: RpcMethod) -> Handler:
+        async def handle(data: bytes, context: Context) -> bytes:
+            with observed_call(observers, called, context) as call:
+                async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call):
+                    current_caller.set(read_caller(context))
+                    response = await method(parse(request_type, data))
+                    return await sender.last(context, response.SerializeToString())
+            raise AssertionError("a boundary lets no exception vanish")
 
-    return grpc.unary_unary_rpc_method_handler(handle)
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    return make
 
 
 def streaming(
@@ -60,32 +63,28 @@ def streaming(
     method: Callable[[Request, Write[Response]], Awaitable[None]],
     sender: Sender,
     observers: Sequence[CallObserver] = (),
-) -> Handler:
-    """A handler of one request and a stream of responses."""
-    called = _method(request_type)
+) -> MakeHandler:
+    """Makes the handler of one request and a stream of responses, of the method that calls come by."""
 
-    async def handle(data: bytes, context: Context) -> None:
-        with observed_call(observers, called, context) as call:
-            async with (
-                StatusBoundary(request_type.DESCRIPTOR.full_name, context, call),
-                sender.stream(context) as send,
-            ):
-                current_caller.set(read_caller(context))
-                await method(parse(request_type, data), lambda message: send(message.SerializeToString()))
+    def make(called: RpcMethod) -> Handler:
+        async def handle(data: bytes, context: Context) -> None:
+            with observed_call(observers, called, context) as call:
+                async with (
+                    StatusBoundary(request_type.DESCRIPTOR.full_name, context, call),
+                    sender.stream(context) as send,
+                ):
+                    current_caller.set(read_caller(context))
+                    await method(parse(request_type, data), lambda message: send(message.SerializeToString()))
 
-    return grpc.unary_stream_rpc_method_handler(handle)
+        return grpc.unary_stream_rpc_method_handler(handle)
+
+    return make
 
 
-def _method(request_type: type[Message]) -> RpcMethod:
-    """The method that takes such requests: each has a type of its own."""
-    taken = request_type.DESCRIPTOR
-    [method] = [
-        RpcMethod(service.full_name, method.name)
-        for service in taken.file.services_by_name.values()
-        for method in service.methods
-        if method.input_type is taken
-    ]
-    return method
+def service_handlers(service: str, methods: Mapping[str, MakeHandler]) -> grpc.GenericRpcHandler:
+    """What a listener is given; grpc itself is told no names: it would keep the latest call of each method."""
+    handlers = {name: make(RpcMethod(service, name)) for name, make in methods.items()}
+    return grpc.method_handlers_generic_handler(service, handlers)
 
 
 def parse(request_type: type[Request], data: bytes) -> Request:

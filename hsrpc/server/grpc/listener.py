@@ -14,7 +14,7 @@ from hsrpc.server.grpc.call_tasks import note_calls
 from hsrpc.server.grpc.channel_options import channel_options
 from hsrpc.server.grpc.connections import ConnectionCuts
 from hsrpc.server.grpc.generation_service import GenerationService
-from hsrpc.server.grpc.handlers import streaming, unary
+from hsrpc.server.grpc.handlers import service_handlers, streaming, unary
 from hsrpc.server.grpc.health_port import HealthPort, bind
 from hsrpc.server.grpc.health_service import HealthService
 from hsrpc.server.grpc.intake import Intake
@@ -134,4 +134,4 @@ def _service_handlers(
             "WatchLoad": streaming(server_pb2.WatchLoadRequest, info.watch_load, sender, counters),
         },
     }
-    return [grpc.method_handlers_generic_handler(name, handlers) for name, handlers in methods.items()]
+    return [service_handlers(name, handlers) for name, handlers in methods.items()]

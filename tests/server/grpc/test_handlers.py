@@ -10,6 +10,7 @@ import pytest
 
 from hsrpc.server import ServerConfig
 from hsrpc.server.grpc.handlers import streaming, unary
+from hsrpc.server.grpc.observation import RpcMethod
 from hsrpc.server.grpc.sending import Sender
 from hsrpc.server.observation import METHODS, CallCounter
 from hsrpc.server.readers import Readers
@@ -68,7 +69,7 @@ async def test_a_write_to_nobody_is_a_cancelled_call(remaining, status, caplog):
     """It is counted as cancelled, or as late, and the log has no error of it."""
     counted = []
     counter = CallCounter(lambda method, code: counted.append((method, code.name)))
-    handler = streaming(v1.WatchLoadRequest, report, SENDER, [counter])
+    handler = streaming(v1.WatchLoadRequest, report, SENDER, [counter])(RpcMethod("Service", "WatchLoad"))
     with caplog.at_level(logging.INFO), pytest.raises(asyncio.CancelledError):
         await handler.unary_stream(b"", DeadContext(remaining))
     assert counted == [("WatchLoad", status)]
@@ -79,6 +80,7 @@ async def test_a_status_for_nobody_is_a_cancelled_call():
     """What the call came to is counted all the same."""
     counted = []
     counter = CallCounter(lambda method, code: counted.append((method, code.name)))
+    handler = unary(v1.GetServerInfoRequest, refuse, SENDER, [counter])(RpcMethod("Service", "GetServerInfo"))
     with pytest.raises(asyncio.CancelledError):
-        await unary(v1.GetServerInfoRequest, refuse, SENDER, [counter]).unary_unary(b"", DeadContext(None))
+        await handler.unary_unary(b"", DeadContext(None))
     assert counted == [("GetServerInfo", "INTERNAL")]
