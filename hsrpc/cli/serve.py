@@ -65,6 +65,11 @@ def add_parser(commands: Commands) -> None:
         metavar="NAME[,NAME...]",
         help="names that the `model` of a request may have; answers say the first (default: the model's own)",
     )
+    listen.add_argument(
+        "--vllm-engine",
+        action="store_true",
+        help="serve vllm.grpc.engine.VllmEngine beside hsrpc.v1, for gateways; needs hsrpc[gateway]",
+    )
     _add_message_options(parser)
     add_security_options(parser)
     _add_operations_options(parser)
@@ -119,6 +124,7 @@ def run(options: argparse.Namespace) -> None:
     config = ServerConfig(
         host=options.host,
         port=options.port,
+        vllm_engine=options.vllm_engine,
         served_model_names=tuple(filter(None, (options.served_model_name or "").split(","))),
         security=security_config(options),
         drain_timeout=options.shutdown_timeout,

@@ -35,6 +35,9 @@ class NoTokenizer:
     async def run(self, function: Callable[[*Args], R], *args: *Args) -> R:
         return function(*args)
 
+    async def files(self) -> dict[str, bytes]:
+        return {}
+
     def decode_now(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return ""
 

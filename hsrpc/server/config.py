@@ -42,6 +42,8 @@ class ServerConfig:
     """Names that the `model` of a request may have; answers say the first. Empty: the model's own alone."""
     port: int = 50051
     """0 takes a free one."""
+    vllm_engine: bool = False
+    """Serve vllm.grpc.engine.VllmEngine too, which gateways speak; needs the extra `hsrpc[gateway]`."""
     drain_timeout: float = 30.0
     """Seconds that running requests may take to end after the first SIGTERM or SIGINT."""
     request_timeout: float = 30.0

@@ -6,7 +6,7 @@ Requests are parsed here and not by grpc, which answers malformed ones with UNKN
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.descriptor import FieldDescriptor
@@ -23,8 +23,8 @@ from hsrpc.server.observation import CallObserver
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[bytes, bytes]
     Handler = grpc.RpcMethodHandler[bytes, bytes]
-    MakeHandler = Callable[[RpcMethod], Handler]
 
+MakeHandler: TypeAlias = "Callable[[RpcMethod], Handler]"
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
 Response_contra = TypeVar("Response_contra", bound=Message, contravariant=True)

@@ -9,12 +9,13 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from hsrpc.errors import ConfigError
 from hsrpc.server.config import join_address
 from hsrpc.server.grpc.call_tasks import note_calls
 from hsrpc.server.grpc.channel_options import channel_options
 from hsrpc.server.grpc.connections import ConnectionCuts
 from hsrpc.server.grpc.generation_service import GenerationService
-from hsrpc.server.grpc.handlers import service_handlers, streaming, unary
+from hsrpc.server.grpc.handlers import MakeHandler, service_handlers, streaming, unary
 from hsrpc.server.grpc.health_port import HealthPort, bind
 from hsrpc.server.grpc.health_service import HealthService
 from hsrpc.server.grpc.intake import Intake
@@ -34,6 +35,7 @@ from hsrpc.v1 import generation_pb2, model_pb2, server_pb2
 GENERATION = "hsrpc.v1.GenerationService"
 MODEL = "hsrpc.v1.ModelService"
 SERVER = "hsrpc.v1.ServerService"
+VLLM_ENGINE = "vllm.grpc.engine.VllmEngine"
 HEALTH_NAMES = ("", GENERATION)
 _SERVING, _NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -68,10 +70,15 @@ class GrpcFrontEnd:
         intake = Intake(config.request_timeout, self.sender, ResetLimit(cuts), count_call)
         everyone = [intake, *auth_interceptors(config.security, files, count_call), *interceptors]
         self._grpc = grpc.aio.server(interceptors=everyone, options=channel_options(config))
-        self._grpc.add_generic_rpc_handlers(_service_handlers(service, self.sender, observers, counters))
+        services = _services(service, self.sender, observers, counters)
+        self._health_names: tuple[str, ...] = HEALTH_NAMES
+        if config.vllm_engine:
+            services[VLLM_ENGINE] = _vllm_methods(service, self.sender, observers, counters)
+            self._health_names += (VLLM_ENGINE,)
+        self._grpc.add_generic_rpc_handlers([service_handlers(*each) for each in services.items()])
         self._grpc.add_generic_rpc_handlers([self._health.handlers()])
         if config.security.reflection:
-            names = (GENERATION, MODEL, SERVER, HEALTH_SERVICE, reflection.SERVICE_NAME)
+            names = (*services, HEALTH_SERVICE, reflection.SERVICE_NAME)
             self._grpc.add_generic_rpc_handlers([_reflection_handlers(names)])
         self.health_port = HealthPort(self._health, config, intake)
 
@@ -92,7 +99,8 @@ class GrpcFrontEnd:
 
     async def report(self, health: Health) -> None:
         """Set the health of the services; that of the whole server, under no name, has stalls and failures too."""
-        for name, good in zip(HEALTH_NAMES, (health is Health.SERVING, health is not Health.DOWN), strict=True):
+        for name in self._health_names:
+            good = health is not Health.DOWN if name else health is Health.SERVING
             self._health.set(name, _SERVING if good else _NOT_SERVING)
 
     async def stop(self, seconds: float) -> None:
@@ -111,15 +119,15 @@ def _reflection_handlers(names: Sequence[str]) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(reflection.SERVICE_NAME, {"ServerReflectionInfo": info})
 
 
-def _service_handlers(
+def _services(
     service: Service,
     sender: Sender,
     observers: Sequence[CallObserver],
     counters: Sequence[CallObserver],
-) -> list[grpc.GenericRpcHandler]:
+) -> dict[str, dict[str, MakeHandler]]:
     generation, model, info = GenerationService(service), ModelService(service), ServerService(service)
     told = [*counters, *observers]
-    methods = {
+    return {
         GENERATION: {
             "Generate": streaming(generation_pb2.GenerateRequest, generation.generate, sender, told),
             "Abort": unary(generation_pb2.AbortRequest, generation.abort, sender, counters),
@@ -134,4 +142,19 @@ def _service_handlers(
             "WatchLoad": streaming(server_pb2.WatchLoadRequest, info.watch_load, sender, counters),
         },
     }
-    return [service_handlers(name, handlers) for name, handlers in methods.items()]
+
+
+def _vllm_methods(
+    service: Service, sender: Sender, observers: Sequence[CallObserver], counters: Sequence[CallObserver]
+) -> dict[str, MakeHandler]:
+    """Those of VllmEngine.
+
+    Raises:
+        ConfigError: its stubs are not installed.
+    """
+    try:
+        from hsrpc.server.grpc.vllm_service import vllm_methods
+    except ModuleNotFoundError as error:
+        remedy = "pip install 'hsrpc[gateway]', or leave it out"
+        raise ConfigError("vllm_engine", True, f"{error.name} is not installed", remedy) from None
+    return vllm_methods(service, sender, counters, [*counters, *observers])
