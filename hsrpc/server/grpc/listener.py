@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from hsrpc.errors import ConfigError
 from hsrpc.server.config import join_address
+from hsrpc.server.engine_protocol import Engine
 from hsrpc.server.grpc.call_tasks import note_calls
 from hsrpc.server.grpc.channel_options import channel_options
 from hsrpc.server.grpc.connections import ConnectionCuts
@@ -86,6 +87,10 @@ class GrpcFrontEnd:
     def address(self) -> str:
         return join_address(self._config.host, self.port)
 
+    @property
+    def is_ready(self) -> bool:
+        return True
+
     async def start(self) -> None:
         """Bind and answer.
 
@@ -97,10 +102,13 @@ class GrpcFrontEnd:
         await self.health_port.start()
         await self._grpc.start()
 
+    async def attach(self, engine: Engine) -> None:
+        """Whatever engine there is, is served."""
+
     async def report(self, health: Health) -> None:
         """Set the health of the services; that of the whole server, under no name, has stalls and failures too."""
         for name in self._health_names:
-            good = health is not Health.DOWN if name else health is Health.SERVING
+            good = health.is_ready if name else health.is_alive
             self._health.set(name, _SERVING if good else _NOT_SERVING)
 
     async def stop(self, seconds: float) -> None:
