@@ -157,6 +157,11 @@ class Tokenizer:
         """
         return await self._thread(len(token_ids)).run(client, self._decode, list(token_ids), skip_special_tokens)
 
+    def with_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
+        """Ids of a text that was encoded without the special tokens of a prompt, with them; the first never twice."""
+        begun = list(token_ids[: len(self._prefix)]) == self._prefix
+        return [*([] if begun else self._prefix), *token_ids, *self._suffix]
+
     async def files(self) -> dict[str, bytes]:
         """Files that make the same tokenizer elsewhere, by their names, with the chat template in effect."""
         return await asyncio.to_thread(self._read_files)

@@ -43,6 +43,10 @@ class Tokenizer(Protocol):
         """Text of ids that the engine has taken already, such as a request's prompt."""
         ...
 
+    def with_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
+        """Ids of a text that was encoded without the special tokens of a prompt, with them."""
+        ...
+
     async def files(self) -> Mapping[str, bytes]:
         """Files that make the same tokenizer elsewhere, by their names; none where there is no tokenizer."""
         ...

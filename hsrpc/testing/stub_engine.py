@@ -95,6 +95,9 @@ class StubTokenizer:
     async def decode(self, token_ids: Sequence[int], client: str = "", skip_special_tokens: bool = True) -> str:
         return "".join(map(chr, token_ids))
 
+    def with_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
+        return list(token_ids)
+
     async def files(self) -> dict[str, bytes]:
         return {"tokenizer.json": b"{}"}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -15,6 +17,7 @@ from hsrpc.server.engine_protocol import Engine
 from hsrpc.server.grpc.call_tasks import note_calls
 from hsrpc.server.grpc.channel_options import channel_options
 from hsrpc.server.grpc.connections import ConnectionCuts
+from hsrpc.server.grpc.gateway_port import GatewayPort
 from hsrpc.server.grpc.generation_service import GenerationService
 from hsrpc.server.grpc.handlers import MakeHandler, service_handlers, streaming, unary
 from hsrpc.server.grpc.health_port import HealthPort, bind
@@ -53,9 +56,11 @@ class GrpcFrontEnd:
         files: ReloadedFiles | None = None,
         *,
         count_cut: CountCut | None = None,
+        gateway_pids: Callable[[], Collection[int]] = tuple,
     ) -> None:
         """`observers` are told of the calls of Generate, `count_call` of how each call of any method ended, `count_cut`
-        of connections that are cut. Certificates and tokens are among `files` then.
+        of connections that are cut. Certificates and tokens are among `files` then. `gateway_pids` are the processes of
+        gateways that the server runs, if it does.
 
         Raises:
             ConfigError: a file of the security settings cannot be used.
@@ -73,9 +78,14 @@ class GrpcFrontEnd:
         self._grpc = grpc.aio.server(interceptors=everyone, options=channel_options(config))
         services = _services(service, self.sender, observers, counters)
         self._health_names: tuple[str, ...] = HEALTH_NAMES
+        self.gateway_port: GatewayPort | None = None
+        make_methods = partial(_vllm_methods, service, self.sender, observers, counters)
         if config.vllm_engine:
-            services[VLLM_ENGINE] = _vllm_methods(service, self.sender, observers, counters)
+            services[VLLM_ENGINE] = make_methods(is_for_own_gateway=False)
             self._health_names += (VLLM_ENGINE,)
+        if config.openai_port is not None:
+            handlers = service_handlers(VLLM_ENGINE, make_methods(is_for_own_gateway=True))
+            self.gateway_port = GatewayPort(config, handlers, intake, gateway_pids, count_call)
         self._grpc.add_generic_rpc_handlers([service_handlers(*each) for each in services.items()])
         self._grpc.add_generic_rpc_handlers([self._health.handlers()])
         if config.security.reflection:
@@ -100,6 +110,8 @@ class GrpcFrontEnd:
         note_calls()
         self.port = bind(self._grpc, "port", self._config.bind_address, self._credentials)
         await self.health_port.start()
+        if self.gateway_port is not None:
+            await self.gateway_port.start()
         await self._grpc.start()
 
     async def attach(self, engine: Engine) -> None:
@@ -113,7 +125,10 @@ class GrpcFrontEnd:
 
     async def stop(self, seconds: float) -> None:
         """Close the ports; calls that are left after `seconds` are cancelled."""
-        await self._grpc.stop(seconds)
+        async with asyncio.TaskGroup() as stopping:
+            stopping.create_task(self._grpc.stop(seconds))
+            if self.gateway_port is not None:
+                stopping.create_task(self.gateway_port.stop(seconds))
         await self.health_port.stop()
 
 
@@ -153,7 +168,12 @@ def _services(
 
 
 def _vllm_methods(
-    service: Service, sender: Sender, observers: Sequence[CallObserver], counters: Sequence[CallObserver]
+    service: Service,
+    sender: Sender,
+    observers: Sequence[CallObserver],
+    counters: Sequence[CallObserver],
+    *,
+    is_for_own_gateway: bool,
 ) -> dict[str, MakeHandler]:
     """Those of VllmEngine.
 
@@ -164,5 +184,7 @@ def _vllm_methods(
         from hsrpc.server.grpc.vllm_service import vllm_methods
     except ModuleNotFoundError as error:
         remedy = "pip install 'hsrpc[gateway]', or leave it out"
-        raise ConfigError("vllm_engine", True, f"{error.name} is not installed", remedy) from None
-    return vllm_methods(service, sender, counters, [*counters, *observers])
+        field = "openai_port" if is_for_own_gateway else "vllm_engine"
+        problem = f"{error.name} is not installed"
+        raise ConfigError(field, getattr(service.config, field), problem, remedy) from None
+    return vllm_methods(service, sender, observers, counters, is_for_own_gateway=is_for_own_gateway)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
 from google.protobuf.message import Message
@@ -32,6 +33,9 @@ from hsrpc.server.service import Service
 from hsrpc.server.state import Phase
 from hsrpc.server.stream import Stream
 
+_TEXT_COMPLETION = "cmpl-"
+"""How smg begins the ids of requests to /v1/completions, of which it encodes the prompts, which are texts, without the
+special tokens that a prompt has."""
 _CHUNK = 1024**2
 """Bytes of an archive in a message."""
 
@@ -44,14 +48,19 @@ class _Archive(NamedTuple):
 class VllmEngine:
     """Methods of vllm.grpc.engine.VllmEngine; those that it lacks are UNIMPLEMENTED."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, *, is_for_own_gateway: bool) -> None:
+        """`is_for_own_gateway`: requests come by the server's own gateway alone, with the ids that it makes."""
         self._service = service
+        self._is_for_own_gateway = is_for_own_gateway
         self._archive: asyncio.Task[_Archive] | None = None
 
     async def generate(self, request: vllm.GenerateRequest, write: Write[vllm.GenerateResponse]) -> None:
         """Send the token ids that continue the prompt; however this ends, the engine's work for it ends too."""
         with self._service.admit(None) as admitted:
             submission = read_submission(request, self._service.config, admitted.engine.default_params)
+            if self._is_for_own_gateway and request.request_id.startswith(_TEXT_COMPLETION):
+                prompt = admitted.engine.tokenizer.with_special_tokens(request.tokenized.input_ids)
+                submission = replace(submission, prompt=prompt)
             with field_paths():
                 async with admitted.submit(submission, current_caller.get()) as stream:
                     await _send(stream, write, in_chunks=request.stream)
@@ -97,12 +106,17 @@ class VllmEngine:
 
 
 def vllm_methods(
-    service: Service, sender: Sender, counters: Sequence[CallObserver], told: Sequence[CallObserver]
+    service: Service,
+    sender: Sender,
+    observers: Sequence[CallObserver],
+    counters: Sequence[CallObserver],
+    *,
+    is_for_own_gateway: bool,
 ) -> dict[str, MakeHandler]:
-    """Handlers of the methods; `told` are told of those of Generate."""
-    engine = VllmEngine(service)
+    """Handlers of the methods, for the server's own gateway alone or for everybody."""
+    engine = VllmEngine(service, is_for_own_gateway=is_for_own_gateway)
     return {
-        "Generate": streaming(vllm.GenerateRequest, engine.generate, sender, told),
+        "Generate": streaming(vllm.GenerateRequest, engine.generate, sender, [*counters, *observers]),
         "Abort": unary(vllm.AbortRequest, engine.abort, sender, counters),
         "HealthCheck": unary(vllm.HealthCheckRequest, engine.health_check, sender, counters),
         "GetModelInfo": unary(vllm.GetModelInfoRequest, engine.get_model_info, sender, counters),
