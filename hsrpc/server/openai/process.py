@@ -16,6 +16,9 @@ from hsrpc.server.openai import child
 
 _MAX_LINE = 2**20
 """Bytes of a line of its log; longer ones are passed over."""
+_NOWHERE = "http://127.0.0.1:0"
+_NO_CONNECTIONS = {"HF_HUB_OFFLINE": "1", "MCP_HTTP_PROXY": _NOWHERE, "MCP_HTTPS_PROXY": _NOWHERE, "MCP_NO_PROXY": ""}
+"""Requests may name servers of tools, by MCP, and smg would connect to whatever they name: there it finds nothing."""
 _LAST_WORDS = 8
 """Lines that are told when it ends by itself."""
 
@@ -41,7 +44,7 @@ class GatewayProcess:
             stderr=STDOUT,
             limit=_MAX_LINE,
             start_new_session=True,  # Ctrl-C is for the server, which ends this when it has no more use for it
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            env=os.environ | _NO_CONNECTIONS,
         )
         assert process.stdin is not None
         process.stdin.write(json.dumps(settings).encode() + b"\n")

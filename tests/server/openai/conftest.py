@@ -91,13 +91,13 @@ def running(make_engine: Callable[[], Any], **settings: Any) -> Iterator[Running
 
 
 class ScriptedEngine(FakeEngine):
-    """A fake engine with the bundled model's tokenizer; what it answers, unless `held`, is `answer`."""
+    """A fake engine with the bundled model's tokenizer; it says `answer`, or, if that is None, what the test writes."""
 
-    answer = "Once upon a time"
     chat_template: str | None = None
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self) -> None:
+        super().__init__(held=True)
+        self.answer: str | None = None
         self.tokenizer = Tokenizer(BUNDLED_MODEL, chat_template=self.chat_template)
 
     async def __aexit__(self, *error: Any) -> None:
@@ -105,10 +105,8 @@ class ScriptedEngine(FakeEngine):
         await super().__aexit__(*error)
 
     async def submit(self, prompt: Prompt, params: SamplingParams, **options: Unpack[SubmitOptions]) -> StubGeneration:
-        held, self.held = self.held, True
         generation = await super().submit(prompt, params, **options)
-        self.held = held
-        if not held:
+        if self.answer is not None:
             await self.write(generation.request_id, self.answer)
             self.end(generation.request_id)
         return generation
