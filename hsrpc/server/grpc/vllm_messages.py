@@ -39,9 +39,9 @@ from hsrpc.server.service import Submission
 _ALL_TOKENS = 2**32 - 1
 """What `top_k` of -1, which is all tokens, becomes in an unsigned field."""
 _MAX_COUNT = 2**31 - 1
-_TAKEN = frozenset({"request_id", "tokenized", "text", "sampling_params", "stream", "data_parallel_rank"})
+TAKEN = frozenset({"request_id", "tokenized", "text", "sampling_params", "stream", "data_parallel_rank"})
 """Fields of a request that mean something here."""
-_TAKEN_PARAMS = frozenset(
+TAKEN_PARAMS = frozenset(
     {
         *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
         *("seed", "logit_bias", "n", "logprobs"),
@@ -82,8 +82,8 @@ def read_submission(request: vllm.GenerateRequest, config: ServerConfig, default
         InvalidRequestError: naming the field by its path in the message.
         NotSupportedError: a field is set that means nothing here.
     """
-    _refuse_others(request, _TAKEN, "")
-    _refuse_others(request.sampling_params, _TAKEN_PARAMS, "sampling_params.")
+    _refuse_others(request, TAKEN, "")
+    _refuse_others(request.sampling_params, TAKEN_PARAMS, "sampling_params.")
     if request.data_parallel_rank:
         raise InvalidRequestError("data_parallel_rank", f"{request.data_parallel_rank} is no rank here; give 0 or none")
     with field_paths():

@@ -116,12 +116,11 @@ class OpenAiFrontEnd:
         if self._running is not None:
             self._running.cancel()
             await asyncio.wait({self._running})
-        if self._processes:
+        if processes := list(self._processes):
             await asyncio.sleep(seconds / 2)
-            ended = [process.ended for process in self._processes]
-            for process in self._processes:
+            for process in processes:
                 process.kill()
-            await asyncio.wait(ended)
+            await asyncio.wait([process.ended for process in processes])
         if self._reserved is not None:
             self._reserved.close()
 

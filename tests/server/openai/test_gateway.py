@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPSConnection
 from pathlib import Path
@@ -29,6 +30,7 @@ from hsrpc.errors import ConfigError
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.openai import settings
 from hsrpc.server.security import SecurityConfig
+from tests.server.conftest import ROOT
 from tests.server.openai.conftest import Running, ScriptedEngine, running
 from tests.server.secured import Authority
 
@@ -101,7 +103,12 @@ def test_a_drain_lets_streams_end():
 
 
 def is_running(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+    """One that has ended may stay as a zombie, where nobody asks for its exit code."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
 
 
 def test_keys_are_the_tokens(tokens):
@@ -204,10 +211,29 @@ def test_it_does_not_outlive_whoever_started_it():
         pid = int(starter.stdout.readline())
         assert is_running(pid)
         starter.kill()
-        deadline = time.monotonic() + 20
-        while is_running(pid) and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert not is_running(pid)
+        eventually(lambda: not is_running(pid))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGKILL, -9)])
+def test_signals_end_both(number, code):
+    """Ctrl-C is for all processes of a terminal, of which the gateway is none; after the drain it is ended."""
+    command = [sys.executable, "-m", "tests.server.serve_fake", "openai"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as server:
+        assert server.stdout.readline().startswith("listening on 127.0.0.1:")
+        assert server.stdout.readline().startswith("OpenAI API on http://127.0.0.1:")
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+        eventually(children.read_text)
+        [pid] = map(int, children.read_text().split())
+        os.killpg(server.pid, number)
+        assert server.wait(20) == code
+    eventually(lambda: not is_running(pid))
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 async def test_a_port_that_is_taken_is_told():
