@@ -131,6 +131,7 @@ def _add_operations_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Serve until a signal ends it."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read once, as grpc loads; hsrpc reports what goes wrong
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # likewise; what is forked here becomes another program
     from hsrpc.cli.loop import run_loop  # needs the extra `engine`, which --help does not
     from hsrpc.server import ServerConfig, serve
     from hsrpc.server.ops.forced_exit import exit_within, set_up_signals
