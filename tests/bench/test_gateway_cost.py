@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from benchmarks.gateway_cost import Sample, Way, main, medians
+from benchmarks.gateway_cost.__main__ import Sample, main, medians
+from benchmarks.gateway_cost.client import Way
 
 
 @pytest.mark.timeout(120)
