@@ -1,6 +1,7 @@
 """Between messages of vllm.grpc.engine and what the service takes and gives.
 
-Its scalars have no presence, as a rule: 0 says that nothing is set, and the default holds.
+Its scalars have no presence, as a rule: 0 says that nothing is set, and then the setting does nothing, whatever the
+model's own defaults are. Gateways are told of those, and fill them in where a client sets nothing.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,7 @@ TAKEN_PARAMS = frozenset(
     }
 )
 """Settings that mean something here."""
+_OPTIONAL = ("seed", "max_tokens", "logprobs")
 _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Settings of which models have defaults of their own."""
 _PATHS = {
@@ -75,8 +76,8 @@ def field_paths() -> AbstractContextManager[None]:
     return named_by(_PATHS)
 
 
-def read_submission(request: vllm.GenerateRequest, config: ServerConfig, defaults: SamplingParams) -> Submission:
-    """What is asked for; where the request does not say, as `config` and `defaults` have it.
+def read_submission(request: vllm.GenerateRequest, config: ServerConfig) -> Submission:
+    """What is asked for.
 
     Raises:
         InvalidRequestError: naming the field by its path in the message.
@@ -87,7 +88,7 @@ def read_submission(request: vllm.GenerateRequest, config: ServerConfig, default
     if request.data_parallel_rank:
         raise InvalidRequestError("data_parallel_rank", f"{request.data_parallel_rank} is no rank here; give 0 or none")
     with field_paths():
-        params = read_params(request.sampling_params, defaults)
+        params = read_params(request.sampling_params)
     return Submission(_read_prompt(request), params, choose_pace(config, None, None), request.request_id or None)
 
 
@@ -108,8 +109,8 @@ def _read_prompt(request: vllm.GenerateRequest) -> Text | Sequence[int]:
     return Text(request.text) if given == "text" else request.tokenized.input_ids
 
 
-def read_params(given: vllm.SamplingParams, defaults: SamplingParams) -> SamplingParams:
-    """What is set, the rest as in `defaults`.
+def read_params(given: vllm.SamplingParams) -> SamplingParams:
+    """The settings.
 
     Raises:
         InvalidRequestError: naming the field by the engine's name.
@@ -120,24 +121,24 @@ def read_params(given: vllm.SamplingParams, defaults: SamplingParams) -> Samplin
     check_count("stop", len(given.stop), MAX_STOP_STRINGS)
     check_count("stop_token_ids", len(given.stop_token_ids), MAX_STOP_TOKEN_IDS)
     check_count("logit_bias", len(given.logit_bias), MAX_LOGIT_BIAS)
-    settings: dict[str, Any] = {
-        "presence_penalty": _decimal(given.presence_penalty),
-        "frequency_penalty": _decimal(given.frequency_penalty),
-        "logit_bias": {token_id: _decimal(bias) for token_id, bias in given.logit_bias.items()},
-        "min_tokens": given.min_tokens,
-        "stop": tuple(given.stop),
-        "stop_token_ids": tuple(given.stop_token_ids),
-        "ignore_eos": given.ignore_eos,
-        "include_stop": given.include_stop_str_in_output,
-        "skip_special_tokens": given.skip_special_tokens,
-    }
-    settings |= {name: _decimal(value) for name in _DEFAULTED if name != "top_k" and (value := getattr(given, name))}
-    settings |= {name: getattr(given, name) for name in ("seed", "max_tokens", "logprobs") if given.HasField(name)}
-    if given.HasField("temperature"):
-        settings["temperature"] = _decimal(given.temperature)
-    if given.top_k:
-        settings["top_k"] = 0 if given.top_k == _ALL_TOKENS else given.top_k
-    return replace(defaults, **settings)
+    optional: dict[str, Any] = {name: getattr(given, name) for name in _OPTIONAL if given.HasField(name)}
+    return SamplingParams(
+        temperature=_decimal(given.temperature) if given.HasField("temperature") else 1.0,
+        top_p=_decimal(given.top_p) or 1.0,
+        top_k=0 if given.top_k == _ALL_TOKENS else given.top_k,
+        min_p=_decimal(given.min_p),
+        repetition_penalty=_decimal(given.repetition_penalty) or 1.0,
+        presence_penalty=_decimal(given.presence_penalty),
+        frequency_penalty=_decimal(given.frequency_penalty),
+        logit_bias={token_id: _decimal(bias) for token_id, bias in given.logit_bias.items()},
+        min_tokens=given.min_tokens,
+        stop=tuple(given.stop),
+        stop_token_ids=tuple(given.stop_token_ids),
+        ignore_eos=given.ignore_eos,
+        include_stop=given.include_stop_str_in_output,
+        skip_special_tokens=given.skip_special_tokens,
+        **optional,
+    )
 
 
 def _decimal(value: float) -> float:

@@ -57,7 +57,7 @@ class VllmEngine:
     async def generate(self, request: vllm.GenerateRequest, write: Write[vllm.GenerateResponse]) -> None:
         """Send the token ids that continue the prompt; however this ends, the engine's work for it ends too."""
         with self._service.admit(None) as admitted:
-            submission = read_submission(request, self._service.config, admitted.engine.default_params)
+            submission = read_submission(request, self._service.config)
             if self._is_for_own_gateway and request.request_id.startswith(_TEXT_COMPLETION):
                 prompt = admitted.engine.tokenizer.with_special_tokens(request.tokenized.input_ids)
                 submission = replace(submission, prompt=prompt)

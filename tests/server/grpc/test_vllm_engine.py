@@ -32,8 +32,6 @@ from tests.server.grpc.test_status import details, failure
 SERVICE = "vllm.grpc.engine.VllmEngine"
 IDS = [4, 5, 2, 5]
 """Of the fake engine's words."""
-OWN = SamplingParams(temperature=0.6, top_p=0.95, top_k=20, min_p=0.05, repetition_penalty=1.1)
-"""Defaults of a model that has all of them."""
 
 
 @pytest.fixture
@@ -164,7 +162,7 @@ STOPPING = {"max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"}
 @settings(max_examples=50, deadline=None)
 @given(SETTINGS, st.booleans())
 def test_settings_mean_what_they_mean_in_v1(asked, include_stop):
-    """The same settings, to the last bit of what was written, and the model's own defaults where none is given."""
+    """The same settings, to the last bit of what was written; without one, what a model has that has no own."""
     sampling = {name: value for name, value in asked.items() if name not in STOPPING | {"logprobs"}}
     stopping = {name: value for name, value in asked.items() if name in STOPPING}
     request = v1.GenerateRequest(
@@ -173,15 +171,21 @@ def test_settings_mean_what_they_mean_in_v1(asked, include_stop):
         output=v1.Output(logprobs=asked.get("logprobs")),
     )
     given_here = vllm.SamplingParams(**asked, n=1, skip_special_tokens=True, include_stop_str_in_output=include_stop)
-    for defaults in (SamplingParams(), OWN):
-        assert read_params(given_here, defaults) == read_v1_params(request, defaults)
+    assert read_params(given_here) == read_v1_params(request, SamplingParams())
 
 
 def test_zero_is_no_setting_where_a_field_has_no_presence():
-    """Not for the temperature, which says whether it is set; `top_k` of all tokens is the largest number."""
-    assert read_params(vllm.SamplingParams(skip_special_tokens=True), OWN) == OWN
-    assert read_params(vllm.SamplingParams(temperature=0.0), OWN).is_greedy
-    assert read_params(vllm.SamplingParams(top_k=2**32 - 1), OWN).top_k == 0
+    """Not for the temperature, which says whether it is set; `top_k` of all tokens may be the largest number too."""
+    assert read_params(vllm.SamplingParams(skip_special_tokens=True)) == SamplingParams()
+    assert read_params(vllm.SamplingParams(temperature=0.0)).is_greedy
+    assert read_params(vllm.SamplingParams(top_k=2**32 - 1)).top_k == 0
+
+
+async def test_a_models_own_defaults_are_for_gateways_to_fill_in(engine_stub, engine):
+    """What a request does not set does nothing, as it does in vLLM: how else could a client switch it off?"""
+    engine.default_params = replace(SamplingParams(), temperature=0.6, top_k=20)
+    await answers(engine_stub.Generate(asked()))
+    assert (engine.submitted[0].temperature, engine.submitted[0].top_k) == (1.0, 0)
 
 
 def others(kind: type, taken: set[str]) -> list[str]:

@@ -12,10 +12,11 @@ import openai
 import pytest
 
 from hsrpc.errors import EngineUnavailableError, NotFiniteError, OutOfDeviceMemoryError, QueueFullError
-from hsrpc.request import FinishReason
+from hsrpc.request import FinishReason, SamplingParams
 from tests.server.openai.conftest import Running, ScriptedEngine, running
 
 MODEL = "fake/model"
+DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 ASKED = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 TEMPLATE = """\
 {% for tool in tools or [] %}TOOL {{ tool.function.name }}: {{ tool.function.description }}
@@ -30,8 +31,17 @@ TOOLS = [{"type": "function", "function": TOOL}]
 CALL = '<tool_call>\n{"name": "multiply", "arguments": {"a": 6, "b": 7}}\n</tool_call>'
 
 
+OWN = SamplingParams(temperature=0.6, top_p=0.95, top_k=20, min_p=0.05, repetition_penalty=1.1)
+
+
 class ToolsEngine(ScriptedEngine):
+    """Its template has tools, and its model defaults of its own."""
+
     chat_template = TEMPLATE
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.default_params = OWN
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +112,18 @@ def test_what_a_request_says_reaches_the_engine(client, served):
     assert params.stop == ("x",)
     client.chat.completions.create(**ASKED, extra_body={"top_k": -1})
     assert served.engine.submitted[-1].top_k == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_request_leaves_out_is_the_models_own(client, served, stream):
+    """As by gRPC: the gateway is told of the model's defaults."""
+    for answer in (
+        client.chat.completions.create(**ASKED, stream=stream),
+        client.completions.create(model=MODEL, prompt="Hi", max_tokens=9, stream=stream),
+    ):
+        list(answer)
+        params = served.engine.submitted[-1]
+        assert [getattr(params, name) for name in DEFAULTED] == [getattr(OWN, name) for name in DEFAULTED]
 
 
 def test_an_abort_is_an_end(client, served):
