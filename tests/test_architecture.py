@@ -35,13 +35,14 @@ ALLOWED = {
     "client_messages": {"client_proxy", "prompt", "request", "errors", "v1"},
     "client_channel": {"client_proxy"},
     "client": {"client_channel", "client_messages", "client_proxy", "prompt", "request", "errors", "v1"},
+    "source": {"client", "engine", "prompt", "request", "errors", "v1"},
     "testing": {"server", "engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"},
     "bench": {
         *("testing", "server", "client", "client_channel", "client_messages", "v1"),
         *("engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"),
     },
     "cli": {
-        *("bench", "client", "server", "v1"),
+        *("bench", "source", "client", "server", "v1"),
         *("engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"),
     },
     "__main__": {"cli"},
