@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from random import Random
@@ -24,7 +24,9 @@ _log = logging.getLogger(__name__)
 class Source(Protocol):
     """Continues prompts."""
 
-    def generate(self, prompt: Prompt, settings: dict[str, Any]) -> AsyncGenerator[Delta, None]:
+    def generate(
+        self, prompt: Prompt, settings: dict[str, Any], request_id: str | None = None
+    ) -> AsyncGenerator[Delta, None]:
         """The deltas of one request, which closing the generator aborts.
 
         Raises:
@@ -34,6 +36,18 @@ class Source(Protocol):
 
     async def model(self) -> tuple[str, bool]:
         """Name of the model, and whether it has a chat template."""
+        ...
+
+    async def serves(self, name: str) -> bool:
+        """Whether a request may call the model so."""
+        ...
+
+    async def text_of(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special ones shown."""
+        ...
+
+    async def max_batch(self) -> int:
+        """Most requests that run at once."""
         ...
 
     async def cache(self) -> dict[str, object]:
@@ -46,12 +60,25 @@ class Embedded:
     """An engine in this process."""
 
     engine: Engine
+    names: Sequence[str] = ()
+    """What requests may call the model; empty: its own name."""
 
-    def generate(self, prompt: Prompt, settings: dict[str, Any]) -> AsyncGenerator[Delta, None]:
-        return self.engine.generate(prompt, replace(self.engine.default_params, **settings))
+    def generate(
+        self, prompt: Prompt, settings: dict[str, Any], request_id: str | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        return self.engine.generate(prompt, replace(self.engine.default_params, **settings), request_id=request_id)
 
     async def model(self) -> tuple[str, bool]:
         return self.engine.spec.name, self.engine.tokenizer.has_chat_template
+
+    async def serves(self, name: str) -> bool:
+        return name in (self.names or (self.engine.spec.name,))
+
+    async def text_of(self, token_ids: Sequence[int]) -> str:
+        return await self.engine.detokenize(token_ids, skip_special_tokens=False)
+
+    async def max_batch(self) -> int:
+        return self.engine.plan.max_batch
 
     async def cache(self) -> dict[str, object]:
         plan, stats = self.engine.plan, self.engine.stats()
@@ -77,9 +104,13 @@ class Remote:
     seeds: Random | None
     """Draws the seeds of requests, as an engine with --seed does; None: the server does."""
 
-    async def generate(self, prompt: Prompt, settings: dict[str, Any]) -> AsyncGenerator[Delta, None]:
+    async def generate(
+        self, prompt: Prompt, settings: dict[str, Any], request_id: str | None = None
+    ) -> AsyncGenerator[Delta, None]:
         if self.seeds is not None:
-            settings = {**settings, "seed": self.seeds.randrange(2**63)}
+            settings = {"seed": self.seeds.randrange(2**63), **settings}
+        if request_id is not None:
+            settings = {**settings, "request_id": request_id}
         with _refusals():
             async with self.client.generate(prompt, **{**settings, "return_token_ids": True}) as stream:
                 async for delta in stream:
@@ -96,6 +127,23 @@ class Remote:
     async def model(self) -> tuple[str, bool]:
         found = await self.client.get_model()
         return found.name, found.has_chat_template
+
+    async def serves(self, name: str) -> bool:
+        from hsrpc.client import CallError
+
+        try:
+            await self.client.get_model(name)
+        except CallError as error:
+            if error.code.name != "NOT_FOUND":
+                raise
+            return False
+        return True
+
+    async def text_of(self, token_ids: Sequence[int]) -> str:
+        return await self.client.detokenize(token_ids, skip_special_tokens=False)
+
+    async def max_batch(self) -> int:
+        return (await self.client.get_server_info()).plan.max_batch
 
     async def cache(self) -> dict[str, object]:
         info = await self.client.get_server_info()

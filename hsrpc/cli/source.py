@@ -6,17 +6,20 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import fields
 from random import Random
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from hsrpc.cli.connection import add_connection_options, connection_settings
 from hsrpc.cli.options import add_engine_options, engine_config
 from hsrpc.config import EngineConfig
 from hsrpc.errors import ConfigError
 from hsrpc.source import Embedded, Remote, Source
+
+if TYPE_CHECKING:
+    from hsrpc.plan.roofline import StepRecord
 
 T = TypeVar("T")
 Run: TypeAlias = Callable[[Coroutine[Any, Any, T]], T]
@@ -29,14 +32,21 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def running_source(options: argparse.Namespace) -> Iterator[tuple[Run[Any], Source]]:
+def running_source(
+    options: argparse.Namespace,
+    *,
+    names: Sequence[str] = (),
+    observe: Callable[[StepRecord], object] | None = None,
+) -> Iterator[tuple[Run[Any], Source]]:
     """The source that the flags choose, and what runs coroutines on its event loop; nothing runs in between.
+
+    An engine in this process answers to `names` (empty: its model's own), and `observe` is told of its steps.
 
     Raises:
         HsrpcError: the flags contradict each other, or the engine cannot be started.
     """
     with asyncio.Runner(loop_factory=_loop_factory(options)) as runner:
-        context = _open_source(options)
+        context = _open_source(options, names, observe)
         source = runner.run(context.__aenter__())
         try:
             yield runner.run, source
@@ -54,13 +64,15 @@ def _loop_factory(options: argparse.Namespace) -> Callable[[], asyncio.AbstractE
 
 
 @asynccontextmanager
-async def _open_source(options: argparse.Namespace) -> AsyncIterator[Source]:
+async def _open_source(
+    options: argparse.Namespace, names: Sequence[str], observe: Callable[[StepRecord], object] | None
+) -> AsyncIterator[Source]:
     if options.target is None:
         _check_connection_settings(options)
         from hsrpc.engine.engine import Engine
 
-        async with Engine(engine_config(options), progress=sys.stderr.isatty()) as engine:
-            yield Embedded(engine)
+        async with Engine(engine_config(options), progress=sys.stderr.isatty(), observe=observe) as engine:
+            yield Embedded(engine, names)
         return
     _check_engine_settings(options)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read once, as grpc loads
