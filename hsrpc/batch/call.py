@@ -99,9 +99,9 @@ class _Settings:
 
     def add(self, setting: str, name: str, value: object) -> None:
         """Take a value, of which two names may not say two things."""
-        if self.values.setdefault(setting, value) != value:
+        if setting in self.names and self.values[setting] != value:
             raise InvalidRequestError(name, f"not that of {self.names[setting]}; leave one of them out")
-        self.names.setdefault(setting, name)
+        self.values[setting], self.names[setting] = value, name
 
 
 def _read_chat(given: dict[str, Any]) -> tuple[Sequence[Prompt], _Settings]:

@@ -136,6 +136,8 @@ class OutputFile:
                 size = _member_bytes(file)
                 if size is None:
                     self._check_torn(head, _GZIP)
+                    file.seek(end)
+                    self._check_torn(_member_head(file), _BEGIN)
                     break
                 end += size
                 file.seek(end)
@@ -171,6 +173,14 @@ def _member_bytes(file: BinaryIO) -> int | None:
     except zlib.error:
         return None
     return size - len(reader.unused_data) if reader.eof else None
+
+
+def _member_head(file: BinaryIO) -> bytes:
+    """The first bytes that a torn gzip member holds, as far as they can be read."""
+    try:
+        return zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(file.read(_READ), len(_BEGIN))
+    except zlib.error:
+        return b""
 
 
 def _sync_folder(folder: Path) -> None:
