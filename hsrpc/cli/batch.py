@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -123,11 +124,11 @@ class _Files:
         return files
 
     def _check_distinct(self) -> None:
-        given = {"input": None if self.input == STANDARD else Path(self.input), "output": self.output}
-        for name, file in {**given, "errors": self.errors}.items():
-            for other, known in given.items():
-                if name != other and file is not None and known is not None and _is_same(file, known):
-                    raise ConfigError(name, str(file), f"the same file as {other}", "give another one")
+        files = {"input": None if self.input == STANDARD else Path(self.input), "output": self.output}
+        known = {name: file for name, file in {**files, "errors": self.errors}.items() if file is not None}
+        for (other, one), (name, file) in combinations(known.items(), 2):
+            if _is_same(one, file):
+                raise ConfigError(name, str(file), f"the same file as {other}", "give another one")
         if self.output is None and self.errors.exists() and self.errors.stat().st_size:
             problem = "has lines of an earlier run, which cannot be gone on with on standard output"
             raise ConfigError("errors", str(self.errors), problem, "give another file, or move it away")
