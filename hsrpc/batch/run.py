@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
-from itertools import count
 from threading import Thread
 from typing import Protocol
 from uuid import uuid4
 
 from hsrpc.batch.answer import Answer, Output, output_line
 from hsrpc.batch.call import Call
+from hsrpc.batch.caller import Caller, seed_for
 from hsrpc.batch.order import Job
-from hsrpc.batch.refusal import FAILED, Fault, Refusal
-from hsrpc.batch.retry import MAX_ATTEMPTS, ChanceError, Retries, failure_of
+from hsrpc.batch.refusal import Fault, Refusal
 from hsrpc.errors import HsrpcError
-from hsrpc.request import Delta, FinishReason
 from hsrpc.source import Source
-
-_WAITING = 4
-"""One request waits for each so many that run, so that a place which becomes free has one at once."""
-_MIN_WAITING = 8
 
 
 class Results(Protocol):
@@ -92,14 +85,11 @@ class Runner:
         note: Callable[[Tally], object] = lambda _: None,
     ) -> None:
         self.tally = Tally()
-        self._source = source
+        self._caller = Caller(source, retry_seconds)
         self._results = results
         self._slots = asyncio.Semaphore(concurrency)
         self._seed = seed
-        self._retries = Retries(retry_seconds)
         self._note = note
-        self._served: dict[str, bool] = {}
-        self._texts: dict[int, str] = {}
 
     async def run(self, windows: Iterator[list[Job]]) -> None:
         """Run all lines to their ends. Cancelled, it ends the requests that run; what is done was given to the results.
@@ -117,28 +107,23 @@ class Runner:
 
     async def _start(self, job: Job, group: asyncio.TaskGroup) -> None:
         """Begin a line, once there are places for its requests."""
-        task = job.task
-        if isinstance(task, Call) and not await self._serves(task.model):
-            name, _ = await self._source.model()
-            task = Refusal.of_model(task.model, name)
-        if not isinstance(task, Call):
-            self._write(job, task, uuid4().hex)
+        call = job.task
+        refusal = await self._caller.check_model(call) if isinstance(call, Call) else call
+        if not isinstance(call, Call) or refusal is not None:
+            assert refusal is not None  # what is no call is one
+            self._write(job, refusal, uuid4().hex)
             return
-        work = _Work(job, task)
-        for index in range(task.num_requests):
+        work = _Work(job, call)
+        for index in range(call.num_requests):
             await self._slots.acquire()
             group.create_task(self._request(work, index))
-
-    async def _serves(self, model: str) -> bool:
-        if model not in self._served:
-            self._served[model] = await self._source.serves(model)
-        return self._served[model]
 
     async def _request(self, work: _Work, index: int) -> None:
         try:
             if work.is_done:  # another of its requests was refused
                 return
-            found = await self._output(work, index)
+            seed = seed_for(self._seed, work.job.line.id)
+            found = await self._caller.output(work.call, index, seed, work.request_id)
             if work.is_done:
                 return
             if isinstance(found, Refusal):
@@ -150,57 +135,9 @@ class Runner:
         finally:
             self._slots.release()
 
-    async def _output(self, work: _Work, index: int) -> Output | Refusal:
-        """Output of one request, tried again where it fails by chance."""
-        for attempt in count(1):
-            try:
-                return await self._generate(work, index, attempt)
-            except HsrpcError as error:
-                failure = failure_of(error, work.call)
-            if isinstance(failure, ChanceError) and attempt >= MAX_ATTEMPTS:
-                failure = Refusal(500, str(failure), FAILED)
-            if isinstance(failure, Refusal):
-                return failure
-            await self._retries.wait(failure, attempt)
-        raise AssertionError("attempts have no end")
-
-    async def _generate(self, work: _Work, index: int, attempt: int) -> Output | Refusal:
-        prompt, settings = work.call.request(index, self._seed_of(work.job))
-        request_id = f"{work.request_id}-{index}-{attempt}"
-        deltas: list[Delta] = []
-        async with aclosing(self._source.generate(prompt, settings, request_id)) as stream:
-            async for delta in stream:
-                self._retries.note_alive()
-                deltas.append(delta)
-        finish = deltas[-1].finish if deltas else None
-        if finish is None:
-            raise ChanceError("the stream ended before its last response")
-        if finish.reason is FinishReason.ABORTED:
-            return Refusal(500, "the request was aborted", FAILED, code="aborted")
-        return Output(
-            "".join(delta.text for delta in deltas),
-            [token_id for delta in deltas for token_id in delta.token_ids],
-            [logprob for delta in deltas for logprob in delta.logprobs],
-            finish,
-        )
-
-    def _seed_of(self, job: Job) -> int | None:
-        """The seed of a line's first request, whatever ran before it."""
-        if self._seed is None:
-            return None
-        return int.from_bytes(sha256(f"{self._seed} {job.line.id}".encode()).digest()[:7])
-
     async def _answer(self, work: _Work) -> Answer:
         outputs = [output for _, output in sorted(work.outputs.items())]
-        named = {token_id for output in outputs for token_id in output.named_ids()}
-        for token_id in named - self._texts.keys():
-            self._texts[token_id] = await self._text(token_id)
-        return Answer(work.request_id, work.call, outputs, self._texts)
-
-    async def _text(self, token_id: int) -> str:
-        """Text of a token within others: where a text begins, some tokenizers leave its space out."""
-        once, twice = await self._source.text_of([token_id]), await self._source.text_of([token_id, token_id])
-        return twice[len(once) :]
+        return await self._caller.answer(work.call, outputs, work.request_id)
 
     def _write(self, job: Job, result: Answer | Refusal | Fault, request_id: str) -> None:
         is_error = not isinstance(result, Answer)
@@ -210,11 +147,6 @@ class Runner:
         if isinstance(result, Answer):
             self.tally.add(result)
         self._note(self.tally)
-
-
-def default_concurrency(max_batch: int) -> int:
-    """Requests to have at a time where `max_batch` run at once."""
-    return max_batch + max(_MIN_WAITING, max_batch // _WAITING)
 
 
 async def _read_ahead(windows: Iterator[list[Job]]) -> AsyncIterator[list[Job]]:

@@ -212,8 +212,9 @@ class _Batch:
         sys.setswitchinterval(SWITCH_SECONDS)
 
     def _run(self, run: Run[Any], source: Source, windows: Windows, survey: Survey | None, outputs: Outputs) -> None:
+        from hsrpc.batch.caller import default_concurrency
         from hsrpc.batch.progress import show_progress
-        from hsrpc.batch.run import Runner, default_concurrency
+        from hsrpc.batch.run import Runner
 
         if isinstance(source, Embedded) and self.efficiency is not None:
             engine = source.engine

@@ -13,10 +13,11 @@ from openai.types.chat import ChatCompletion
 
 from hsrpc.batch import retry
 from hsrpc.batch.call import read_call
+from hsrpc.batch.caller import default_concurrency
 from hsrpc.batch.line import read_line
 from hsrpc.batch.order import Job
 from hsrpc.batch.refusal import BatchError, Fault, Refusal
-from hsrpc.batch.run import Runner, Tally, default_concurrency
+from hsrpc.batch.run import Runner, Tally
 from hsrpc.client import CallError
 from hsrpc.errors import (
     EngineFaultError,
