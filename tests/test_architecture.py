@@ -37,6 +37,7 @@ ALLOWED = {
     "client": {"client_channel", "client_messages", "client_proxy", "prompt", "request", "errors", "v1"},
     "source": {"client", "engine", "prompt", "request", "errors", "v1"},
     "batch": {"source", "client_messages", "plan", "prompt", "request", "config", "errors"},
+    "ray": {"batch", "source", "engine", "config", "errors"},
     "testing": {"server", "engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"},
     "bench": {
         *("testing", "server", "client", "client_channel", "client_messages", "v1"),
