@@ -75,7 +75,7 @@ class Embedded:
         return name in (self.names or (self.engine.spec.name,))
 
     async def text_of(self, token_ids: Sequence[int]) -> str:
-        return await self.engine.detokenize(token_ids, skip_special_tokens=False)
+        return await self.engine.tokenizer.decode(token_ids, skip_special_tokens=False)  # takes no place in the queue
 
     async def max_batch(self) -> int:
         return self.engine.plan.max_batch

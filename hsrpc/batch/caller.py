@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from hashlib import sha256
 from itertools import count
+from typing import TypeVar
 
 from hsrpc.batch.answer import Answer, Output
 from hsrpc.batch.call import Call
@@ -14,6 +15,8 @@ from hsrpc.batch.retry import MAX_ATTEMPTS, ChanceError, Retries, failure_of
 from hsrpc.errors import HsrpcError
 from hsrpc.request import Delta, FinishReason
 from hsrpc.source import Source
+
+T = TypeVar("T")
 
 _WAITING = 4
 """One request waits for each so many that run, so that a place which becomes free has one at once."""
@@ -43,12 +46,16 @@ class Caller:
 
     async def check_model(self, call: Call) -> Refusal | None:
         """The refusal of a call that names another model; None: it names the one that is served."""
-        if call.model not in self._served:
-            self._served[call.model] = await self._source.serves(call.model)
-        if self._served[call.model]:
+        model = call.model
+        if model not in self._served:
+            found = await self._tried(call, lambda _: self._source.serves(model))
+            if isinstance(found, Refusal):
+                return found
+            self._served[model] = found
+        if self._served[model]:
             return None
         name, _ = await self._source.model()
-        return Refusal.of_model(call.model, name)
+        return Refusal.of_model(model, name)
 
     async def output(self, call: Call, index: int, seed: int | None, request_id: str) -> Output | Refusal:
         """Output of request number `index`; a `seed` is for a call that brings none.
@@ -56,24 +63,33 @@ class Caller:
         Raises:
             HsrpcError: one that all requests would end with.
         """
-        for attempt in count(1):
-            try:
-                return await self._generate(call, index, seed, f"{request_id}-{index}-{attempt}")
-            except HsrpcError as error:
-                failure = failure_of(error, call)
-            if isinstance(failure, ChanceError) and attempt >= MAX_ATTEMPTS:
-                failure = Refusal(500, str(failure), FAILED)
-            if isinstance(failure, Refusal):
-                return failure
-            await self._retries.wait(failure, attempt)
-        raise AssertionError("attempts have no end")
+        return await self._tried(
+            call, lambda attempt: self._generate(call, index, seed, f"{request_id}-{index}-{attempt}")
+        )
 
-    async def answer(self, call: Call, outputs: Sequence[Output], request_id: str) -> Answer:
+    async def answer(self, call: Call, outputs: Sequence[Output], request_id: str) -> Answer | Refusal:
         """The answer to a call of whose requests these are the outputs."""
         named = {token_id for output in outputs for token_id in output.named_ids()}
         for token_id in named - self._texts.keys():
-            self._texts[token_id] = await self._text(token_id)
+            text = await self._tried(call, lambda _, token_id=token_id: self._text(token_id))  # type: ignore[misc]
+            if isinstance(text, Refusal):
+                return text
+            self._texts[token_id] = text
         return Answer(request_id, call, outputs, self._texts)
+
+    async def _tried(self, call: Call, attempt: Callable[[int], Awaitable[T]]) -> T | Refusal:
+        """What an attempt gives, each told its number; again where it fails by chance."""
+        for number in count(1):
+            try:
+                return await attempt(number)
+            except HsrpcError as error:
+                failure = failure_of(error, call)
+            if isinstance(failure, ChanceError) and number >= MAX_ATTEMPTS:
+                failure = Refusal(500, str(failure), FAILED)
+            if isinstance(failure, Refusal):
+                return failure
+            await self._retries.wait(failure, number)
+        raise AssertionError("attempts have no end")
 
     async def _generate(self, call: Call, index: int, seed: int | None, request_id: str) -> Output | Refusal:
         prompt, settings = call.request(index, seed)

@@ -32,6 +32,8 @@ class Outputs:
     """
 
     def __init__(self, output: Path | None, errors: Path) -> None:
+        self.written = 0
+        """Lines that are in their files."""
         self._errors_path = errors
         self._output: Store = StandardOutput() if output is None else OutputFile(output)
         self._errors: Store | None = OutputFile(errors) if errors.exists() else None
@@ -95,6 +97,7 @@ class Outputs:
                     lines = [each.line for each in given if each.is_error == is_error]
                     if lines:
                         self._store(is_error).append(lines)
+                        self.written += len(lines)
         except Exception as error:  # raised again where more is given, and at the end
             self._failure = error
 

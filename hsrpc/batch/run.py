@@ -135,7 +135,7 @@ class Runner:
         finally:
             self._slots.release()
 
-    async def _answer(self, work: _Work) -> Answer:
+    async def _answer(self, work: _Work) -> Answer | Refusal:
         outputs = [output for _, output in sorted(work.outputs.items())]
         return await self._caller.answer(work.call, outputs, work.request_id)
 

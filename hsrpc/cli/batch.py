@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -177,6 +178,8 @@ class _Batch:
     max_bytes: int
     done: int = 0
     """Lines of earlier runs."""
+    written: int = 0
+    """Lines of this one that are in their files."""
     tally: Tally | None = None
     """None: no line was begun."""
     seconds: float = 0.0
@@ -186,11 +189,12 @@ class _Batch:
 
     def run(self) -> None:
         """Run all lines that no file has."""
+        from hsrpc.batch.input_file import can_read_twice
         from hsrpc.batch.ledger import Ledger
-        from hsrpc.batch.outputs import Outputs
         from hsrpc.batch.windows import Windows
 
-        with closing(Ledger()) as ledger, Outputs(self.files.output, self.files.errors) as outputs:
+        can_read_twice(self.files.input)  # first: where there is no input, no output is made
+        with closing(Ledger()) as ledger, self._outputs() as outputs:
             self.done = outputs.resume(ledger)
             windows = Windows(self.files.input, ledger, self.max_bytes)
             survey = windows.survey()
@@ -203,6 +207,18 @@ class _Batch:
                 self._observe()
             with running_source(self.options, names=self.names, observe=self.efficiency) as (run, source):
                 self._run(run, source, windows, survey, outputs)
+
+    @contextmanager
+    def _outputs(self) -> Iterator[Outputs]:
+        """The files; once they are left, it is known how many lines they have got."""
+        from hsrpc.batch.outputs import Outputs
+
+        outputs = Outputs(self.files.output, self.files.errors)
+        try:
+            with outputs:
+                yield outputs
+        finally:
+            self.written = outputs.written
 
     def _observe(self) -> None:
         from hsrpc.batch.efficiency import Efficiency  # needs numpy, which a client's installation lacks
@@ -247,7 +263,7 @@ class _Batch:
         else:
             how = "the same command goes on with the rest"
             how += ", given the same input" if self.files.input == STANDARD else ""
-        print_error(f"hsrpc: {self.done + self.tally.lines} lines are done; {how}")
+        print_error(f"hsrpc: {self.done + self.written} lines are done; {how}")
 
     def tell_summary(self) -> None:
         """What was done, how fast, and what would have been faster."""

@@ -63,6 +63,8 @@ class StubSource:
 
     failures: dict[str, list[Exception]] = field(default_factory=dict)
     """By prompt: what its next requests end with."""
+    other_failures: list[Exception] = field(default_factory=list)
+    """What the next calls end with that are no requests."""
     seconds: float = 0.0
     """That a request takes."""
     names: tuple[str, ...] = (MODEL,)
@@ -104,9 +106,15 @@ class StubSource:
         return self.names[0], True
 
     async def serves(self, name: str) -> bool:
+        self._fail()
         return name in self.names
 
+    def _fail(self) -> None:
+        if self.other_failures:
+            raise self.other_failures.pop(0)
+
     async def text_of(self, token_ids: Sequence[int]) -> str:
+        self._fail()
         return "".join(map(chr, token_ids)).removeprefix(" ")
 
     async def max_batch(self) -> int:

@@ -226,6 +226,16 @@ async def test_what_passes_is_tried_again(source, kept, error):
 
 
 @pytest.mark.usefixtures("quick")
+async def test_what_is_asked_beside_requests_is_tried_again(source, kept):
+    """Which models there are, and texts of tokens for logprobs."""
+    source.other_failures = [call_error("UNAVAILABLE")] * 3
+    await run(source, kept, jobs(completion("a")))
+    source.other_failures = [call_error("UNAVAILABLE"), QueueFullError("full", 0.001), call_error("INTERNAL")]
+    await run(source, kept, jobs(completion("b", logprobs=0)))
+    assert ([line["custom_id"] for line in kept.lines], kept.errors) == (["a", "b"], [])
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("error", "status", "param", "attempts"),
     [

@@ -274,6 +274,8 @@ def test_what_cannot_be_run_is_explained(hsrpc, tmp_path, monkeypatch, arguments
     [line] = ran.err.splitlines()
     assert line.startswith(f"hsrpc: error: {message}")
     assert {path: path.read_bytes() for path in before} == before
+    assert not Path("none").exists()
+    assert "none" not in arguments or not Path("out").exists()
 
 
 def test_an_output_is_needed(hsrpc):
