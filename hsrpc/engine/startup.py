@@ -65,6 +65,8 @@ class Components:
 
     spec: ModelSpec
     device: Device
+    question: Question
+    """What the plan answers."""
     plan: Plan
     default_params: SamplingParams
     """What a request takes that says nothing else."""
@@ -275,7 +277,7 @@ def _open_best(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
 
 def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
     with ExitStack() as undo:
-        template = _template(config)
+        _template(config)  # first: what is wrong with it is told before anything takes time
         device = open_device(config.device)
         planned = _plan_here(device, config, choose_plan)
         spec, plan = planned.spec, planned.plan
@@ -284,7 +286,8 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         _check_room(plan, device)
         device.limit_memory(plan.budgets.device)
         family = create_family(spec, plan.max_model_len)
-        source, tokenizer = _source(planned, template)
+        source = _source(planned)  # before the tokenizer: what fails here leaves no threads behind
+        tokenizer = open_tokenizer(planned, config)
         undo.callback(tokenizer.close)
         torch_device = device.torch_device
         attention = _attention(family, family.heads, plan, torch_device)
@@ -323,7 +326,8 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.end_token_ids))
         spec = replace(spec, eos_token_ids=tuple(ends))
         params = planned.default_params
-        return Components(spec, device, plan, params, tokenizer, prefetcher, cache, executor)
+        question = planned.question
+        return Components(spec, device, question, plan, params, tokenizer, prefetcher, cache, executor)
 
 
 def _absorbed_attention(family: Family, plan: Plan, device: torch.device) -> Attention | None:
@@ -380,13 +384,23 @@ def _template(config: EngineConfig) -> str | None:
     return read_template(config.chat_template)
 
 
-def _source(planned: Planned, template: str | None) -> tuple[WeightSource, Tokenizer | NoTokenizer]:
+def open_tokenizer(planned: Planned, config: EngineConfig) -> Tokenizer | NoTokenizer:
+    """The tokenizer of a planned model, with the chat template that `config` gives; takes seconds.
+
+    Raises:
+        ConfigError, CheckpointError: as their names say.
+    """
+    template = _template(config)
     if planned.directory is None:
-        return RandomWeights(0), NoTokenizer()
-    spec = planned.spec
-    weights = planned.checkpoint or Checkpoint(planned.directory)  # first: what fails here leaves no threads behind
+        return NoTokenizer()
     longest = max_characters(planned.plan.max_model_len)
-    return weights, Tokenizer(planned.directory, spec.vocab_size, chat_template=template, max_characters=longest)
+    return Tokenizer(planned.directory, planned.spec.vocab_size, chat_template=template, max_characters=longest)
+
+
+def _source(planned: Planned) -> WeightSource:
+    if planned.directory is None:
+        return RandomWeights(0)
+    return planned.checkpoint or Checkpoint(planned.directory)
 
 
 def _dtype(wanted: DType, on_cpu: bool) -> torch.dtype | None:
