@@ -34,7 +34,7 @@ _OTHER_CONFIG = "use the config.json of this checkpoint, or fetch it again"
 _TIE = "fetch the checkpoint again, or set tie_word_embeddings to true in config.json if the embedding is the head too"
 _WEIGHT = ".weight"
 """What the name of a linear layer's weight ends with."""
-_CODE_ENDS = ("qweight", "weight_packed")
+_CODE_ENDS = (".qweight", ".weight_packed")
 """What names of its codes end with, where these are in words."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _NO_SHARDS = ("consolidated", "adapter_model", "optimizer", "training_args")
