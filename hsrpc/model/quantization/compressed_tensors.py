@@ -99,13 +99,11 @@ def _integers(groups: Sequence[ConfigFile]) -> Integers:
     for weights in groups:
         one_of(weights, "type", ("int",))
     strategies = [one_of(weights, "strategy", _INTEGER_STRATEGIES) for weights in groups]
-    orders = [weights.values.get("actorder") for weights in groups]
     return Integers(
-        bits=frozenset(read_bits(weights, "num_bits") for weights in groups),
+        bits=tuple(sorted({read_bits(weights, "num_bits") for weights in groups}, reverse=True)),
         sizes=frozenset(map(_group_size, groups, strategies)),
         whole="tensor" in strategies,
         symmetric=any(weights.flag("symmetric", True) for weights in groups),
-        act_order=all(order is True or order in ("group", "dynamic") for order in orders),
     )
 
 
