@@ -57,6 +57,15 @@ _PROMPTS = ("prompts/opt-6.7b-512", "prompts/opt-6.7b-2048", "prompts/opt-6.7b-2
 _PEERS = ("peers/host", "peers/host-accelerate", "peers/budget", "peers/resident")
 _OF_PEERS = ("hsrpc: tokens/s", "step", "of its limit", "peer: tokens/s", "step", "of its limit", "times")
 _SLOTS = ("0", "1", *(str(8 * eighths) for eighths in range(1, 9)))
+_MIXTURES = (
+    "qwen3-30b-a3b-256",
+    "qwen3-30b-a3b-1024",
+    "mixtral-8x7b-256",
+    "gemma-3-27b-64",
+    "deepseek-v2-lite-kv",
+    "deepseek-v2-lite-rebuilt",
+    "deepseek-v2-lite-absorbed",
+)
 _MODELS = ("models/current",)
 _OF_PLAN = ("requests", "caches", "resident")
 
@@ -74,9 +83,9 @@ TABLES = {
         _CODING, ("model", "weights", *_STEP, "beside plain copies", "predicted", "tokens/s"), tables.coding
     ),
     "mixtures": Table(
-        ("mixtures/qwen3-30b-a3b-256",),
-        ("model", "weights", *_STEP, "beside plain copies", "predicted", "tokens/s"),
-        tables.coding,
+        tuple(f"mixtures/{case}" for case in _MIXTURES),
+        ("model, requests", "caches", "weights that stream", *_STEP, "predicted", "tokens/s"),
+        tables.mixtures,
     ),
     "recompute": Table(_RECOMPUTE, ("model, requests", "share: step, ms", "GPU busy"), tables.recompute),
     "sweeps": Table(_SWEEPS, ("activation share", *_SHARES, "planner"), tables.sweeps),

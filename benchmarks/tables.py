@@ -21,6 +21,9 @@ NAMES = {
     "llama-2-13b": "Llama-2-13B",
     "qwen3-8b": "Qwen3-8B",
     "qwen3-30b-a3b": "Qwen3-30B-A3B",
+    "mixtral-8x7b": "Mixtral-8x7B",
+    "gemma-3-27b": "Gemma-3-27B",
+    "deepseek-v2-lite": "DeepSeek-V2-Lite",
 }
 OWN = "hsrpc"
 
@@ -47,6 +50,25 @@ def coding(records: Sequence[Record]) -> Iterator[Row]:
         model = f"{NAMES[run['model']]}, {run['batch']} requests"
         model, seen = ("" if model == seen else model), model
         yield (model, weights, *_step(run), copies, predicted, rate(run["decode_tokens_per_second"]))
+
+
+def mixtures(records: Sequence[Record]) -> Iterator[Row]:
+    """Decode steps of mixtures of experts and of layers that differ, and what is cached."""
+    for record in records:
+        [run] = record.result
+        weights = "coded" if run["codes_weights"] else "as they are"
+        words = record.header.command.split()
+        latents = words[words.index("--latent-attention") + 1] if "--latent-attention" in words else None
+        caches = {None: run["policy"], "absorb": "latents, absorbed", "rebuild": "latents, rebuilt"}[latents]
+        model = f"{NAMES[run['model']]}, {run['batch']}"
+        yield (
+            model,
+            caches,
+            weights,
+            *_step(run),
+            ms(run["predicted_step_seconds"]),
+            rate(run["decode_tokens_per_second"]),
+        )
 
 
 def products(records: Sequence[Record]) -> Iterator[Row]:

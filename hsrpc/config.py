@@ -91,6 +91,17 @@ class WeightCoding(StrEnum):
     """float16 and bfloat16 in fewer bytes, decoded on the device to the same bits."""
 
 
+class ResidentWeights(StrEnum):
+    """How coded and quantised weights lie that stay on the device."""
+
+    AUTO = "auto"
+    """As the planner expects to be faster."""
+    DECODED = "decoded"
+    """As they are multiplied: decoded once, when they are loaded."""
+    PACKED = "packed"
+    """As they would cross the bus, so that more of them stay: decoded in every step."""
+
+
 class LatentAttention(StrEnum):
     """What single queries attend to where a model keeps latents."""
 
@@ -187,6 +198,8 @@ class EngineConfig:
     """Most of the layers' weights that stays on the device, in [0, 1]; for measurements. None: planned."""
     weight_coding: WeightCoding = WeightCoding.AUTO
     """How weights cross the bus that stream."""
+    resident_weights: ResidentWeights = ResidentWeights.AUTO
+    """How coded and quantised weights lie that stay on the device."""
     latent_attention: LatentAttention = LatentAttention.AUTO
     """What single queries attend to where a model keeps latents; for measurements."""
     experts: ExpertLoading = ExpertLoading.AUTO
@@ -223,6 +236,7 @@ class EngineConfig:
             ("cache_policy", CachePolicy),
             ("placement", Placement),
             ("weight_coding", WeightCoding),
+            ("resident_weights", ResidentWeights),
             ("latent_attention", LatentAttention),
             ("experts", ExpertLoading),
         ):

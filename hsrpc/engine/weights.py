@@ -2,8 +2,9 @@
 
 Experts that come on demand are neither: they cross the bus one by one.
 
-Each tensor lies in that buffer as its format packs it. What is to be decoded before it is used goes to another buffer
-on the device, the same for all layers, because the compute stream uses them one after the other.
+Each tensor lies in that buffer as its format packs it, and some of the resident ones lie so too. What is to be decoded
+before it is used goes to another buffer on the device, the same for all layers, because the compute stream uses them
+one after the other.
 """
 
 from __future__ import annotations
@@ -19,20 +20,27 @@ from hsrpc.plan.sizes import align
 
 
 class PackedTensor(NamedTuple):
-    """A tensor within a packed buffer, and where it is decoded to in another, if it is."""
+    """A tensor within packed memory."""
 
     name: str
     packing: Packing
-    offset: int
-    target: int
+    offset: int = 0
 
-    def data(self, buffer: torch.Tensor) -> torch.Tensor:
+    def data(self, memory: torch.Tensor) -> torch.Tensor:
         """Packed bytes of the tensor: uint8."""
-        return buffer[self.offset : self.offset + self.packing.num_bytes]
+        return memory[self.offset : self.offset + self.packing.num_bytes]
 
-    def open(self, buffer: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-        """Operand to multiply by: a view of one of the two buffers."""
-        return self.packing.open(self.data(buffer), decoded[self.target : self.target + self.packing.decoded_bytes])
+    def open(self, memory: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+        """Operand to multiply by: a view of the memory, or of the front of `decoded`, where it is decoded to."""
+        return self.packing.open(self.data(memory), decoded[: self.packing.decoded_bytes])
+
+
+class KeptTensor(NamedTuple):
+    """A tensor that stays on the device packed."""
+
+    part: PackedTensor
+    memory: torch.Tensor
+    """uint8: of this tensor alone"""
 
 
 class HostExperts(NamedTuple):
@@ -62,10 +70,13 @@ class LayerWeights:
     """Weights of one layer."""
 
     resident: Mapping[str, torch.Tensor]
+    """Those that stay ready on the device."""
     packed: torch.Tensor | None
     """Pinned bytes of the tensors that are streamed; None where none is."""
     parts: tuple[PackedTensor, ...]
     """Tensors within `packed`."""
+    kept: tuple[KeptTensor, ...] = ()
+    """Those that stay packed on the device."""
     experts: HostExperts | None = None
     """Experts that come on demand; they are not among the others."""
 
@@ -77,16 +88,18 @@ class LayerWeights:
     @property
     def is_decoded(self) -> bool:
         """Some tensors are decoded on the device before they are used."""
-        return any(part.packing.decoded_bytes for part in self.parts)
+        return any(part.packing.decoded_bytes for part in (*self.parts, *(each.part for each in self.kept)))
 
     def open(self, buffer: torch.Tensor, decoded: torch.Tensor) -> OpenedLayer:
-        """All tensors, given the device buffers (bytes) with a copy of `packed`, and of what is decoded from it."""
-        tensors = {part.name: part.open(buffer, decoded) for part in self.parts}
+        """All tensors, given the device buffers (bytes) with a copy of `packed`, and of what is decoded."""
+        tensors: dict[str, torch.Tensor] = {}
         encoded: dict[type[Packing], list[Encoded[Packing]]] = {}
-        for part in self.parts:
+        for part, memory in (*((part, buffer) for part in self.parts), *self.kept):
+            tensors[part.name] = part.open(memory, decoded)
             if part.packing.decoded_bytes:
-                each = Encoded(part.packing, part.data(buffer), tensors[part.name])
+                each = Encoded(part.packing, part.data(memory), tensors[part.name])
                 encoded.setdefault(type(part.packing), []).append(each)
+                decoded = decoded[align(part.packing.decoded_bytes) :]
         decodings = tuple(packing.decoding(together) for packing, together in encoded.items())
         return OpenedLayer({**self.resident, **tensors}, decodings)
 
@@ -101,9 +114,8 @@ class ModelWeights:
 
 def arrange(packings: Iterable[tuple[str, Packing]]) -> tuple[tuple[PackedTensor, ...], int]:
     """Tensors one behind the other, each aligned, and the bytes of the packed buffer."""
-    parts, offset, target = [], 0, 0
+    parts, offset = [], 0
     for name, packing in packings:
-        parts.append(PackedTensor(name, packing, offset, target))
+        parts.append(PackedTensor(name, packing, offset))
         offset += align(packing.num_bytes)
-        target += align(packing.decoded_bytes)
     return tuple(parts), offset

@@ -16,7 +16,7 @@ from hsrpc.model.checkpoint import PICKLE_SUFFIXES, Checkpoint
 from hsrpc.model.config_file import read_config
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.foreign import check_own, read_head
-from hsrpc.model.quantization import read_quantization
+from hsrpc.model.quantization.registry import read_quantization
 from hsrpc.model.shards import check_complete, is_one_set
 from hsrpc.model.spec import load_spec
 

@@ -19,7 +19,8 @@ from hsrpc.model.formats.format import Formats
 from hsrpc.model.formats.plain import Plain
 from hsrpc.model.generation_config import GENERATION_FILE
 from hsrpc.model.hub import model_name
-from hsrpc.model.quantization import read_quantization
+from hsrpc.model.quantization.modelopt import with_export
+from hsrpc.model.quantization.registry import read_quantization
 from hsrpc.model.shapes import SHAPES
 from hsrpc.model.text_part import text_part
 from hsrpc.plan.sizes import LayerSizes
@@ -41,7 +42,7 @@ def load_spec(directory: Path, dtype: torch.dtype | None) -> ModelSpec:
     """
     if not (directory / CONFIG_FILE).exists() and (gguf := gguf_files(directory)):
         raise refuse_gguf(gguf[0])
-    config = text_part(read_config(directory / CONFIG_FILE))
+    config = with_export(text_part(read_config(directory / CONFIG_FILE)), directory)
     spec = make_spec(model_name(directory), config, dtype)
     if has_weights(directory) and Checkpoint(directory).has_own_head(create_family(spec)):
         untied = ConfigFile(config.file, {**config.values, "tie_word_embeddings": False})

@@ -57,7 +57,7 @@ class Assembly:
             buffers=BufferLimits(point.rows, int(staging.activation_rows), int(staging.queries)),
             costs=_row_costs(sizes, model.hardware),
             resident=choice.resident,
-            streamed=tuple(layer.streamed(names) for layer, names in zip(placed.layers, choice.resident, strict=True)),
+            placed=tuple(layer.placed(stays) for layer, stays in zip(placed.layers, choice.resident, strict=True)),
             demand=demand,
             num_blocks=blocks,
             device_bytes={

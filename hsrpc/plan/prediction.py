@@ -26,8 +26,8 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
     rebuilding = 1 - len(plan.kv_layers) / sizes.num_layers
     candidate = Candidates(
         batch=np.asarray(float(batch)),
-        streamed=sum(layer.bus_bytes for layer in plan.streamed) / sizes.num_layers,
-        decode_traffic=sum(layer.decode_traffic for layer in plan.streamed) / sizes.num_layers,
+        streamed=sum(layer.bus_bytes for layer in plan.placed) / sizes.num_layers,
+        decode_traffic=sum(layer.decode_traffic for layer in plan.placed) / sizes.num_layers,
         on_demand=float(plan.demand is not None),
         missed=0.0 if plan.demand is None else plan.demand.missed,
         on_device=on_device,

@@ -33,7 +33,7 @@ def simulated_step(plan: Plan, sizes: ModelSizes, step: StepPrediction, *, recom
 
 def placements(plan: Plan) -> Places:
     """Where each layer's weights are, as planned."""
-    counts = (0,) * len(plan.streamed) if plan.demand is None else plan.demand.counts
+    counts = (0,) * len(plan.placed) if plan.demand is None else plan.demand.counts
     return tuple(
         LayerPlacement(
             bus_bytes=round(layer.bus_bytes),
@@ -41,7 +41,7 @@ def placements(plan: Plan) -> Places:
             rebuilds=number not in plan.kv_layers,
             on_demand=counts[number] > 0,
         )
-        for number, layer in enumerate(plan.streamed)
+        for number, layer in enumerate(plan.placed)
     )
 
 
@@ -68,9 +68,9 @@ class _OpSeconds:
     @classmethod
     def of(cls, plan: Plan, layer: LayerTimes, step: StepPrediction, num_groups: int) -> _OpSeconds:
         """Parts of a step divided among its operations."""
-        decode = [float(layer.decode_weights(each.decode_traffic)) for each in plan.streamed]
-        weights = float(layer.load(sum(each.bus_bytes for each in plan.streamed)))
-        each = len(plan.streamed) * step.mini_batches
+        decode = [float(layer.decode_weights(each.decode_traffic)) for each in plan.placed]
+        weights = float(layer.load(sum(each.bus_bytes for each in plan.placed)))
+        each = len(plan.placed) * step.mini_batches
         layers = layer.sizes.layers
         parts = [sizes.seen_part(step.context) for sizes in layers]
         return cls(
@@ -81,7 +81,7 @@ class _OpSeconds:
             rebuild=step.regenerate / each,
             place=step.gather / each,
             attend=step.attention / each,
-            group=(step.forward - sum(decode)) / (len(plan.streamed) * num_groups),
+            group=(step.forward - sum(decode)) / (len(plan.placed) * num_groups),
             head=step.head,
             experts=step.experts / (num_groups * max(1, sum(layer.experts is not None for layer in layers))),
         )

@@ -61,7 +61,7 @@ class OpKind(Enum):
     EMBED = "embed"
     """The step's arrays to the device, and the input of the first layer."""
     DECODE = "decode"
-    """Weights of a layer that came coded, made ready for use."""
+    """Weights of a layer that came coded, or lie so on the device, made ready for use."""
     PROJECT = "project"
     """Queries, keys and values of a group of mini-batches."""
     PLACE = "place"
@@ -125,7 +125,7 @@ class LayerPlacement(NamedTuple):
     bus_bytes: int = 0
     """Bytes that cross the bus in every step; 0 where all lie on the device."""
     is_coded: bool = False
-    """Some of them are decoded on the device."""
+    """Some weights are decoded before they are used: of those that cross the bus, or of those on the device."""
     rebuilds: bool = True
     """Activation blocks hold activations in this layer; else K and V, of which nothing is to be rebuilt."""
     on_demand: bool = False
@@ -258,7 +258,7 @@ class _Builder:
         """All of a layer, and its weights."""
         weights = self._layer_weights(layer)
         slot = self._slot(len(self._weights) - 1) if weights else -1
-        if weights and self._layers[layer].is_coded:
+        if self._layers[layer].is_coded:
             self._add(Op(OpKind.DECODE, layer, slot=slot), *weights)
             weights = ()  # what follows on the same stream needs not wait for them again
         for batch in range(len(self._batches)):

@@ -25,7 +25,7 @@ from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at
 from hsrpc.plan.question import Question
 from hsrpc.plan.simulated_step import placements, simulated_step
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.sizes import ModelSizes, Stays
 from tests.plan.plans import GIB, HARDWARE
 
 COUNT, K, NUM_LAYERS = 64, 4, 6
@@ -76,8 +76,8 @@ def test_slots_follow_the_other_weights(sizes: ModelSizes) -> None:
     found = demand_choices(sizes, shares)
     assert [choice.demand.slots for choice in found] == [0, 0, 5, COUNT]
     names = [layer.names for layer in sizes.without_experts.layers]
-    assert [sum(map(len, choice.resident)) for choice in found[::3]] == [0, sum(map(len, names))]
-    assert all(choice.resident == tuple(names) for choice in found[2:])
+    assert [sum(len(stays.ready) for stays in choice.resident) for choice in found[::3]] == [0, sum(map(len, names))]
+    assert all(choice.resident == tuple(map(Stays, names)) for choice in found[2:])
     assert not any("expert_" in name for layer in names for name in layer)
 
 
@@ -159,7 +159,7 @@ def test_where_other_weights_stream_the_list_has_the_waits(sizes: ModelSizes) ->
     assert any(plan.streamed_bytes)
     plan = replace(plan, hardware=replace(HARDWARE, launch_time=0, hop_time=0))  # the bus binds
     step = predict_at(plan, sizes, 100)
-    weights = sum(layer.bus_bytes for layer in plan.streamed) / HARDWARE.load_bandwidth
+    weights = sum(layer.bus_bytes for layer in plan.placed) / HARDWARE.load_bandwidth
     assert step.step - step.boundary >= 0.99 * (weights + step.experts)
     assert simulated_step(plan, sizes, replace(step, experts=0), recomputes=False) < step.step - step.experts
 

@@ -92,8 +92,6 @@ class WeightPrefetcher:
 
     def _make(self, layer: int, slot: int) -> OpenedLayer:
         weights = self._layers[layer]
-        opened = OpenedLayer(weights.resident, ())
-        if weights.packed is not None:
-            opened = weights.open(self._buffers[slot], self._decoded)
+        opened = weights.open(self._decoded[:0] if weights.packed is None else self._buffers[slot], self._decoded)
         tensors = opened.tensors if weights.experts is None else self._on_demand.with_experts(layer, opened.tensors)
         return opened._replace(tensors=self._family.opened(layer, tensors))

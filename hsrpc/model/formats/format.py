@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Self, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import torch
 
+from hsrpc.model.formats.codes import CodedParts
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.sizes import CacheRow, TensorSizes
 from hsrpc.schedule.blocks import BlockKind
+
+
+class WeightSource(Protocol):
+    """Anything that can fill packed tensors; safe to call from several threads at once."""
+
+    def read(self, tensor: TensorSpec, out: torch.Tensor) -> None:
+        """Fills `out`, contiguous and of the tensor's shape, in its own element type and on its own device."""
+
+    def read_codes(self, tensor: TensorSpec, out: Sequence[CodedParts], dtype: torch.dtype) -> None:
+        """Fills the parts of each of the tensor's sources, on their device, to be decoded to `dtype`."""
 
 
 class Packing(ABC):
@@ -34,12 +45,9 @@ class Packing(ABC):
         Or a view of `target` (uint8 [decoded_bytes]), which holds it once it is decoded.
         """
 
-    def contents(self, tensor: TensorSpec, data: torch.Tensor) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-        """What a source of weights reads, and where to, to fill the packed bytes `data` of a tensor that is read so.
-
-        Here the tensor itself, which lies ready there.
-        """
-        yield tensor, self.open(data, data[:0])
+    def fill(self, source: WeightSource, tensor: TensorSpec, data: torch.Tensor) -> None:
+        """Read the packed bytes `data` of a tensor whose format is `AsPublished`. Here it lies ready there."""
+        source.read(tensor, self.open(data, data[:0]))
 
     @classmethod
     def decoding(cls, tensors: Sequence[Encoded[Self]]) -> Callable[[], None]:
@@ -68,16 +76,12 @@ def _nothing() -> None:
     """What is called to decode what lies ready."""
 
 
-class WeightFormat(ABC):
-    """The format of a weight tensor."""
+class Format(ABC):
+    """What every format of a weight tensor answers."""
 
     @abstractmethod
     def sizes(self, tensor: TensorSpec) -> TensorSizes:
         """The tensor's bytes: expected ones, and bounds that loading holds packed weights to."""
-
-    @abstractmethod
-    def pack(self, values: torch.Tensor) -> tuple[Packing, torch.Tensor]:
-        """Packed bytes (uint8) of a tensor's values, on their device; the host may wait for the current stream."""
 
     def place(self, values: torch.Tensor) -> torch.Tensor:
         """The operand of a tensor that stays on the device, from its values there: what a streamed one decodes to.
@@ -86,16 +90,29 @@ class WeightFormat(ABC):
         """
         return values
 
-    def packing(self, tensor: TensorSpec) -> Packing | None:
-        """How the tensor is packed where packed bytes are read as they are, see `contents`: no `pack` is needed.
-
-        None: only `pack` knows.
-        """
-        return None
-
     @abstractmethod
     def compile(self, device: torch.device) -> None:
         """Make ready what packing and decoding compile for the first time: several threads would do it at once."""
+
+
+class AsPublished(Format):
+    """A format whose packed bytes are read as they are: how they lie is known before."""
+
+    @abstractmethod
+    def packing(self, tensor: TensorSpec) -> Packing:
+        """How the tensor is packed; `Packing.fill` reads it."""
+
+
+class FromValues(Format):
+    """A format that a tensor's values are packed to."""
+
+    @abstractmethod
+    def pack(self, values: torch.Tensor) -> tuple[Packing, torch.Tensor]:
+        """Packed bytes (uint8) of a tensor's values, on their device; the host may wait for the current stream."""
+
+
+WeightFormat: TypeAlias = AsPublished | FromValues
+"""The format of a weight tensor."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from typing import NamedTuple, Self
 import torch
 from torch.nn import functional
 
-from hsrpc.model.formats.format import Encoded, Packing, WeightFormat
+from hsrpc.model.formats.format import Encoded, FromValues, Packing
 from hsrpc.model.formats.plain import PlainPacking
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.fitted import DECODE_RATE_SHARE
@@ -153,7 +153,7 @@ class Coding(Packing):
 
 
 @dataclass(frozen=True, slots=True)
-class Lossless(WeightFormat):
+class Lossless(FromValues):
     """Weights coded without loss: on the device while they are loaded, and decoded there before they are used.
 
     Tensors that do not fill words lie as they are. They are small, and counted as if they were coded.

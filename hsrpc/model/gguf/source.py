@@ -22,8 +22,9 @@ from hsrpc.model.gguf.header import Header
 from hsrpc.model.gguf.quantization import quantization_config
 from hsrpc.model.gguf.tokenizer import generation_config, write_tokenizer
 from hsrpc.model.gguf.weights import LatentTarget, Target, Weights
-from hsrpc.model.quantization import KEY
-from hsrpc.model.spec import CONFIG_FILE, make_spec
+from hsrpc.model.quantization.registry import read_quantization
+from hsrpc.model.quantization.section import KEY
+from hsrpc.model.spec import CONFIG_FILE, load_spec, make_spec
 from hsrpc.model.tensor import dtype_name
 
 _log = logging.getLogger(__name__)
@@ -89,9 +90,9 @@ class GgufModel:
         return self._values.tensors(target)
 
     def check(self, directory: Path) -> None:
-        """Check that `directory` has all of the model, where it has values alone."""
-        if not self._kept:
-            Checkpoint(directory).check_model(self._family)
+        """Check that hsrpc can read all of the model from `directory`."""
+        config = load_spec(directory, None).config
+        Checkpoint(directory, read_quantization(config)).check_model(self._family)
 
 
 def _main_dtype(file: GgufFile) -> torch.dtype:
