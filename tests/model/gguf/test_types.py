@@ -18,7 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from hsrpc.config import DType
 from hsrpc.errors import CheckpointError
+from hsrpc.model.checkpoint import Checkpoint
 from hsrpc.model.convert import convert_checkpoint
+from hsrpc.model.families.registry import create_family
+from hsrpc.model.quantization.registry import read_quantization
+from hsrpc.model.spec import load_spec
 from tests.model.gguf.test_architectures import CASES, EXPERT_KEYS, WINDOW, WINDOW_KEYS, logits, make_model
 from tests.model.gguf.writer import Choose, add_key, common_keys, finish, random_blocks, tensors, write_gguf
 
@@ -225,6 +229,33 @@ def test_mxfp4_experts_are_kept_as_published(tmp_path):
     assert torch.equal(*map(logits, models))
     blocks = load_file(tmp_path / "out-True" / "model.safetensors")["model.layers.0.mlp.experts.gate_up_proj_blocks"]
     assert (list(blocks.shape), blocks.dtype) == ([4, 64, 1, 16], torch.uint8)
+
+
+def read_by_hsrpc(directory: Path) -> dict[str, torch.Tensor]:
+    """All weights as hsrpc computes with them."""
+    family = create_family(load_spec(directory, torch.float32))
+    checkpoint, found = Checkpoint(directory, read_quantization(family.spec.config)), {}
+    for tensor in family.all_tensors():
+        found[":".join(tensor.sources)] = torch.empty(tensor.shape)
+        checkpoint.read(tensor, found[":".join(tensor.sources)])
+    return found
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", Type.Q4_0), ("qwen3-moe", Type.Q8_0), ("gpt-oss", Type.MXFP4)])
+def test_hsrpc_reads_the_same_from_codes(tmp_path, name, kind):
+    """As from values, of dense layers and of experts, each or stacked."""
+    architecture, model_type, settings, keys = CASES[name]
+    model = make_model(model_type, settings | {"moe_intermediate_size": 32})
+    write_gguf(tmp_path / "a.gguf", model, architecture, keys, choose=matrices(kind))
+    for keep in (True, False):
+        out = tmp_path / f"out-{keep}"
+        convert_checkpoint(tmp_path / "a.gguf", out, keep_quantized=keep, dtype=DType.FLOAT32, progress=False)
+    sizes = [
+        sum(file.stat().st_size for file in (tmp_path / f"out-{keep}").glob("*.safetensors")) for keep in (True, False)
+    ]
+    assert 2 * sizes[0] < sizes[1]
+    kept, values = (read_by_hsrpc(tmp_path / f"out-{keep}") for keep in (True, False))
+    assert all(torch.equal(kept[tensor], values[tensor]) for tensor in kept | values)
 
 
 def test_where_nothing_can_be_kept_it_is_said(tmp_path, caplog):
