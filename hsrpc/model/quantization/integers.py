@@ -62,7 +62,7 @@ class Packed:
 
     def find(self, weight: WeightTensors) -> Quantized | None:
         codes = weight.find("weight_packed")
-        if codes is None:
+        if codes is None or codes.dtype == "U8":  # those are of float4
             return None
         rows, columns = weight.rows, weight.columns
         shapes: dict[tuple[int, ...], int]

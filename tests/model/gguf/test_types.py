@@ -197,17 +197,16 @@ def test_kept_codes_follow_the_rows(tmp_path):
         codes = unpack_from_int32(packed, int(bits), shape).float().view(shape[0], -1, 32)
         assert torch.equal((codes * scales.float()[:, :, None]).view(*shape), values.pop(module)), module
     assert all(torch.equal(kept[name], tensor) for name, tensor in values.items())
-    assert [group["weights"]["num_bits"] for group in config["config_groups"].values()] == [4, 8]
-    assert [group["targets"] for group in config["config_groups"].values()] == [
-        [
+    assert {group["weights"]["num_bits"]: group["targets"] for group in config["config_groups"].values()} == {
+        4: [
             r"re:model\.layers\.\d+\.self_attn\.k_proj$",
             *(f"model.layers.1.block_sparse_moe.experts.{expert}.w2" for expert in range(4)),
         ],
-        [
+        8: [
             r"re:model\.layers\.\d+\.self_attn\.q_proj$",
             r"re:model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.w3$",
         ],
-    ]
+    }
     assert r"re:model\.layers\.\d+\.self_attn\.v_proj$" in config["ignore"]
     assert "lm_head" in config["ignore"]
 
@@ -241,21 +240,40 @@ def read_by_hsrpc(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("name", "kind"), [("llama", Type.Q4_0), ("qwen3-moe", Type.Q8_0), ("gpt-oss", Type.MXFP4)])
-def test_hsrpc_reads_the_same_from_codes(tmp_path, name, kind):
-    """As from values, of dense layers and of experts, each or stacked."""
+def by_part(**kinds: Type) -> Choose:
+    """Matrices of layers in the type of the part of the name that they have."""
+
+    def choose(name: str, tensor: torch.Tensor) -> Type:
+        is_matrix = tensor.dim() > 1 and name.endswith(".weight")
+        return next((kind for part, kind in kinds.items() if is_matrix and f".{part}" in name), Type.F32)
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("name", "choose", "layout"),
+    [
+        ("llama", by_part(ffn=Type.Q4_0, attn=Type.Q8_0), "pack-quantized"),
+        ("qwen3-moe", by_part(ffn_gate_inp=Type.F32, ffn=Type.MXFP4, attn=Type.Q8_0), "mixed-precision"),
+        ("qwen3", by_part(ffn=Type.MXFP4, attn=Type.MXFP4), "mxfp4-pack-quantized"),
+        ("gpt-oss", by_part(ffn_gate_inp=Type.F32, ffn=Type.MXFP4, attn=Type.Q8_0), None),
+    ],
+)
+def test_hsrpc_reads_the_same_from_codes(tmp_path, name, choose, layout):
+    """As from values, of dense layers and of experts, each or stacked; these alone in a checkpoint of MXFP4."""
     architecture, model_type, settings, keys = CASES[name]
     model = make_model(model_type, settings | {"moe_intermediate_size": 32})
-    write_gguf(tmp_path / "a.gguf", model, architecture, keys, choose=matrices(kind))
+    write_gguf(tmp_path / "a.gguf", model, architecture, keys, choose=choose)
     for keep in (True, False):
         out = tmp_path / f"out-{keep}"
         convert_checkpoint(tmp_path / "a.gguf", out, keep_quantized=keep, dtype=DType.FLOAT32, progress=False)
-    sizes = [
-        sum(file.stat().st_size for file in (tmp_path / f"out-{keep}").glob("*.safetensors")) for keep in (True, False)
-    ]
+    sizes = [(tmp_path / f"out-{keep}" / "model.safetensors").stat().st_size for keep in (True, False)]
     assert 2 * sizes[0] < sizes[1]
     kept, values = (read_by_hsrpc(tmp_path / f"out-{keep}") for keep in (True, False))
     assert all(torch.equal(kept[tensor], values[tensor]) for tensor in kept | values)
+    config = json.loads((tmp_path / "out-True" / "config.json").read_text())["quantization_config"]
+    assert config.get("format") == layout
+    assert config["quant_method"] == ("mxfp4" if layout is None else "compressed-tensors")
 
 
 def test_where_nothing_can_be_kept_it_is_said(tmp_path, caplog):
