@@ -53,6 +53,8 @@ class ResidentChoices:
     """1: experts come on demand; 0: they stay or stream."""
     missed: Floats
     """Part of the experts that have no slot, where they come on demand; else 0."""
+    num_segments: Floats
+    """Graphs of a decode step, where no weights stream."""
 
     @classmethod
     def of(cls, sizes: ModelSizes, choices: Sequence[WeightChoice]) -> ResidentChoices:
@@ -73,6 +75,7 @@ class ResidentChoices:
             experts=floats(0 if demand is None else demand.device_bytes + demand.table_bytes for demand in demands),
             on_demand=floats(demand is not None for demand in demands),
             missed=missed,
+            num_segments=floats(1 if demand is None else demand.num_segments for demand in demands),
         )
 
 
