@@ -47,6 +47,8 @@ class Group:
     """[n]"""
     absorbs: bool = False
     """All its queries attend to activations as they are stored."""
+    choosing: torch.Tensor | None = None
+    """[n] the row by which each one's experts are chosen where they come on demand; None: each by itself."""
     rotation: Rotation = field(init=False)
     """Of those positions."""
     hidden: torch.Tensor = field(init=False)
@@ -292,8 +294,14 @@ class Forward:
     def _route(self, step: Pass, layer: int, batch: DeviceBatch) -> None:
         """Choose the layer's experts for a whole group, of which this is the last mini-batch."""
         group = batch.group
-        group.routed = self._family.route(step.w, layer, group.hidden, self._take_attended(step, group))
-        self._prefetcher.expect(layer, group.routed.routes.chosen)
+        routed = self._family.route(step.w, layer, group.hidden, self._take_attended(step, group))
+        if group.choosing is not None:
+            chosen = routed.routes.chosen.index_select(0, group.choosing)
+            routed = routed._replace(routes=routed.routes._replace(chosen=chosen))
+        group.routed, chosen = routed, routed.routes.chosen
+        expected = self._prefetcher.expect(layer, len(chosen))
+        if expected is not None:
+            self._device.send(chosen, expected)
 
     def _take_attended(self, step: Pass, group: Group) -> torch.Tensor:
         """What attention gave [n, q]; the projections are used for the last time: one group at a time has room."""

@@ -318,9 +318,9 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
                 max_queries=plan.buffers.queries,
                 in_place=plan.in_place,
             )
-            graphs = (
-                DecodeGraphs(forward, cache, device, layers=assembler.layers, plan=plan) if can_capture(plan) else None
-            )
+            graphs = None
+            if can_capture(plan):
+                graphs = DecodeGraphs(forward, cache, prefetcher, device, layers=assembler.layers, plan=plan)
             executor = Executor(assembler, device, prefetcher=prefetcher, cache=cache, forward=forward, graphs=graphs)
         undo.pop_all()
         ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.end_token_ids))

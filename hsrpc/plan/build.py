@@ -102,10 +102,8 @@ class Assembly:
         staging = Staging(**{item.name: int(getattr(one.staging, item.name)) for item in fields(Staging)})
         if not blocks[PoolId.DEVICE_ACTIVATION] + blocks[PoolId.HOST_ACTIVATION]:
             staging = replace(staging, activation_rows=0)
-        choices = self.evaluator.choices
-        waits = choices.on_bus[point.choice] > 0 or choices.on_demand[point.choice] > 0
         pool = PoolId.DEVICE_ACTIVATION if point.absorbed_rows else PoolId.DEVICE_KV
-        has_graphs = blocks[pool] > 0 and not waits
+        has_graphs = blocks[pool] > 0 and not self.evaluator.choices.on_bus[point.choice]
         return staging if has_graphs else replace(staging, graph_batch=0)
 
     def _share(self, one: Evaluation) -> float:

@@ -184,6 +184,7 @@ class Evaluator:
     def staging(self, grid: Grid, prompt_queries: Number, idle_chunk: Number) -> Staging:
         """Sizes of the device buffers for candidates; `prompt_queries`: prompt tokens of a mini-batch, at most."""
         batch, rows, traffic = grid.batch, grid.rows, self.model.traffic
+        segments = np.where(self.choices.on_bus[grid.choice] > 0, 1.0, self.choices.num_segments[grid.choice])
         if self.recomputes:
             step_tokens = batch * self.max_model_len
             return Staging(
@@ -206,6 +207,7 @@ class Evaluator:
             step_tokens=idle_chunk + batch + np.minimum(grid.recompute, batch * traffic.at_end),
             absorbing=np.where(grid.absorbs, batch, 0),
             graph_batch=batch,
+            num_segments=segments,
             table=self.longest,
         )
 

@@ -39,7 +39,8 @@ class WeightPrefetcher:
         self._experts: ExpertLoader | None = None
         if plan.demand is not None:
             experts = [layer.experts for layer in weights.layers]
-            self._experts = ExpertLoader(experts, plan.demand, device, family.expert_tables)
+            tables, max_tokens = family.expert_tables, plan.buffers.queries
+            self._experts = ExpertLoader(experts, plan.demand, device, tables, max_tokens=max_tokens)
 
     @property
     def places(self) -> Places:
@@ -75,19 +76,24 @@ class WeightPrefetcher:
                 await (await self.steps.get()).run(Lane.WEIGHTS, worker, self.launch)
 
     def launch(self, op: Op) -> None:
-        """Load a part of a layer's weights to a buffer, or the experts that were chosen, on the current stream."""
+        """Load a part of a layer's weights to a buffer, on the current stream, or the experts that were chosen."""
         if op.kind is OpKind.LOAD_EXPERTS:
-            self.streamed_bytes += self._on_demand.load(op.layer)
+            self.load_experts(op.layer)
             return
         packed, (start, end) = self._layers[op.layer].packed, op.part
         assert packed is not None  # only streamed layers are in the list
         self._device.load_bytes(self._buffers[op.slot][start:end], packed[start:end])
         self.streamed_bytes += end - start
 
-    def expect(self, layer: int, chosen: torch.Tensor) -> None:
-        """Let the experts [n, k] be loaded next that the router has chosen, on the current stream, if they have to."""
-        if self._layers[layer].experts is not None:
-            self._on_demand.expect(chosen)
+    def load_experts(self, layer: int) -> int:
+        """Load what a layer's router has chosen and is not there, on the load stream, once it is known; the bytes."""
+        size = self._on_demand.load(layer)
+        self.streamed_bytes += size
+        return size
+
+    def expect(self, layer: int, num_tokens: int) -> torch.Tensor | None:
+        """Where on the host a layer's choice of experts is to go: int64 [num_tokens, k]; None: none come on demand."""
+        return None if self._layers[layer].experts is None else self._on_demand.expect(num_tokens)
 
     @property
     def _on_demand(self) -> ExpertLoader:
