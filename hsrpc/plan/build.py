@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from hsrpc.plan.cache_policy import CacheDecision
 from hsrpc.plan.device_memory import SPARE_SLOTS, Staging, device_bytes, pool_bytes
 from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.layer_times import rebuild_rate
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.prediction import as_prediction, simulated
@@ -63,7 +64,7 @@ class Assembly:
             device_bytes={
                 **lines,
                 DeviceUse.RUNTIME: evaluator.budgets.runtime,
-                DeviceUse.WEIGHT_BUFFERS: int(choices.buffers[point.choice]),
+                DeviceUse.WEIGHT_BUFFERS: int(choices.buffers[point.choice]) + sizes.max_coded_bytes,
                 DeviceUse.RESIDENT_WEIGHTS: int(choices.resident[point.choice]),
                 DeviceUse.CACHE_BLOCKS: self._pool_bytes(blocks, Tier.DEVICE, SPARE_SLOTS),
             },
@@ -75,6 +76,7 @@ class Assembly:
             prediction=closed,
             hardware=model.hardware,
             absorbs=point.absorbed_rows > 0,
+            kinds=evaluator.held.kinds,
         )
         return replace(plan, prediction=simulated(plan, sizes, closed, recomputes=bool(one.recomputed)))
 
@@ -155,6 +157,6 @@ def _row_costs(sizes: ModelSizes, hardware: Hardware) -> RowCosts:
     return RowCosts(
         load_kv=sizes.mean_row_bytes(BlockKind.KV) / hardware.load_bandwidth,
         load_activation=sizes.mean_row_bytes(BlockKind.ACTIVATION) / hardware.load_bandwidth,
-        regenerate=float(sizes.mean(lambda layer: layer.regenerate_flop)) / hardware.gemm_rate,
+        regenerate=float(sizes.mean(lambda layer: layer.regenerate_flop / rebuild_rate(layer, hardware))),
         compute=float(sizes.mean(lambda layer: layer.flop(1))) / (hardware.gemm_rate * hardware.prompt_rate_share),
     )
