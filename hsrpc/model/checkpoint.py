@@ -34,6 +34,8 @@ _OTHER_CONFIG = "use the config.json of this checkpoint, or fetch it again"
 _TIE = "fetch the checkpoint again, or set tie_word_embeddings to true in config.json if the embedding is the head too"
 _WEIGHT = ".weight"
 """What the name of a linear layer's weight ends with."""
+_CODE_ENDS = (".qweight", ".weight_packed")
+"""What names of its codes end with, where these are in words."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _NO_SHARDS = ("consolidated", "adapter_model", "optimizer", "training_args")
 """Beginnings of the names of safetensors files that hold no part of the model under its Hugging Face names."""
@@ -112,8 +114,6 @@ class Checkpoint:
         self._check_ties(family)
         if ignored := self._parts_beside(family):
             _log.warning("%s: serving the language model alone, without its %s", self.directory, ", ".join(ignored))
-        if self._reader is not None:
-            _log.warning("%s: activations are not quantised, nor caches; scales of theirs are ignored", self.directory)
 
     def scaled(self, family: Family) -> dict[TensorSpec, Scaled]:
         """The format of each tensor of the layers that has codes here, of all its sources.
@@ -272,6 +272,10 @@ class Checkpoint:
 
     def missing(self, source: str) -> CheckpointError:
         """What is said where there is no tensor that is called `source`."""
+        for end in _CODE_ENDS if self._reader is None else ():
+            codes = self.stored(source.removesuffix(_WEIGHT) + end)
+            if codes is not None:
+                return codes.file.refuse(f"{KEY} in config.json, for codes", "none", _OTHER_CONFIG, codes.name)
         nearest = ", ".join(map(shortened, self._names.nearest(source))) or "no tensor at all"
         remedy = _TIE if source == HEAD else _OTHER_CONFIG
         return CheckpointError(f"{self.directory}: expected tensor {source}, found as the nearest {nearest}; {remedy}")

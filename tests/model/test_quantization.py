@@ -8,7 +8,7 @@ from hsrpc.errors import CheckpointError
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.quantization.fp8 import Fp8
 from hsrpc.model.quantization.reader import AnyOf, Reader
-from hsrpc.model.quantization.registry import read_quantization
+from hsrpc.model.quantization.registry import read_quantization, says_more
 
 _WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
 _BLOCKS = _WEIGHTS | {"strategy": "block", "block_structure": [128, 128]}
@@ -79,8 +79,8 @@ def test_each_algorithm_has_a_reader_once() -> None:
         (compressed(_WEIGHTS, format="mxfp4-pack-quantized"), "num_bits: expected 4, found 8"),
         ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "quantized_layers: expected an object"),
         (mixed(a="FP8", b="W4A16_AWQ"), "quantized_layers: b: quant_algo: expected one of FP8.*'W4A16_AWQ'"),
-        ({"quant_method": "bitsandbytes"}, "quant_method: expected one of fp8.*found 'bitsandbytes'; .*awq, gptq"),
-        ({"quant_method": "quark"}, "quant_method: expected one of fp8.*found 'quark'; .*fp8 or compressed-tensors"),
+        ({"quant_method": "bitsandbytes"}, "quant_method: expected one of .*found 'bitsandbytes'; .*awq, gptq"),
+        ({"quant_method": "quark"}, "quant_method: expected one of .*found 'quark'; .*fp8 or compressed-tensors"),
         (compressed(_WEIGHTS | {"strategy": "block"}), "block_structure: expected two sizes"),
         (compressed(_WEIGHTS, _BLOCKS), "group_1: weights: strategy: expected blocks of one size"),
         (compressed(_WEIGHTS, transform_config={"config_groups": {}}), "transform_config: expected nothing"),
@@ -92,3 +92,19 @@ def test_what_is_refused(quantization: object, words: str) -> None:
     with pytest.raises(CheckpointError, match=words) as caught:
         read(quantization)
     assert "serve" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "says"),
+    [
+        (None, False),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, False),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, True),
+        (compressed(_WEIGHTS), False),
+        (compressed(_WEIGHTS, kv_cache_scheme={"num_bits": 8}), True),
+        (compressed(_WEIGHTS, config_groups={"a": {"weights": _WEIGHTS, "input_activations": {"num_bits": 8}}}), True),
+    ],
+)
+def test_activations_and_caches(quantization: object, says: bool) -> None:
+    """Where they are quantised too, it is said that they are not served so."""
+    assert says_more(ConfigFile("config.json", {"quantization_config": quantization})) == says

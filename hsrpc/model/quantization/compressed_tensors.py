@@ -44,6 +44,14 @@ def read_compressed_tensors(section: ConfigFile) -> Reader:
     return AnyOf(tuple(_READERS[each](weights) for each, weights in by_format.items()))
 
 
+def quantises_more(section: ConfigFile) -> bool:
+    """Whether anything but weights is quantised: activations of a group of modules, or caches."""
+    groups = section.section("config_groups")
+    named = [] if groups is None else [groups.section(name) for name in groups.values]
+    keys = ("input_activations", "output_activations")
+    return section.has("kv_cache_scheme") or any(group is not None and any(map(group.has, keys)) for group in named)
+
+
 def _format(section: ConfigFile, group: ConfigFile, weights: ConfigFile) -> str:
     """How a group's codes lie in the files: as it says itself, or as all do."""
     holder = group if group.has("format") else section
@@ -91,13 +99,11 @@ def _integers(groups: Sequence[ConfigFile]) -> Integers:
     for weights in groups:
         one_of(weights, "type", ("int",))
     strategies = [one_of(weights, "strategy", _INTEGER_STRATEGIES) for weights in groups]
-    orders = [weights.values.get("actorder") for weights in groups]
     return Integers(
-        bits=frozenset(read_bits(weights, "num_bits") for weights in groups),
+        bits=tuple(sorted({read_bits(weights, "num_bits") for weights in groups}, reverse=True)),
         sizes=frozenset(map(_group_size, groups, strategies)),
         whole="tensor" in strategies,
         symmetric=any(weights.flag("symmetric", True) for weights in groups),
-        act_order=all(order is True or order in ("group", "dynamic") for order in orders),
     )
 
 

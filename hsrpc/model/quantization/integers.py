@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
-from hsrpc.model.formats.codes import Code, CodedMatrix
+from hsrpc.model.formats.codes import CodedMatrix
 from hsrpc.model.quantization.groups import CODES, SCALES, WORD_BITS, check_groups, group_sizes, rows_at_once, words_for
-from hsrpc.model.quantization.reader import Quantized, Stored, WeightTensors
+from hsrpc.model.quantization.reader import Fill, Quantized, Stored, WeightTensors
 from hsrpc.model.quantization.words import compressed_zeros
 
 _SCALARS: tuple[tuple[int, ...], ...] = ((), (1,), (1, 1))
@@ -21,16 +21,14 @@ _BYTE_BITS = 8
 class Integers:
     """What groups of modules may have: the shapes of a weight's tensors say what it has."""
 
-    bits: frozenset[int]
-    """Of codes in words."""
+    bits: tuple[int, ...]
+    """Of codes in words; the most first."""
     sizes: frozenset[int]
     """Columns that share a scale, in each row."""
     whole: bool
     """Matrices may have one scale."""
     symmetric: bool
     """No matrix need have zero points."""
-    act_order: bool
-    """All matrices have a group for each column."""
 
     def scales(self, weight: WeightTensors) -> tuple[Stored, tuple[int, int]]:
         """The scales, and the rows and columns that share one."""
@@ -53,6 +51,34 @@ class Integers:
             return zeros.check(("I32",), (words_for(weight.rows, bits), shape[1]))
         return zeros.check(("I8",), shape)
 
+    def quantized(self, weight: WeightTensors, bits: int, codes: Fill) -> Quantized:
+        """A weight of codes of so many bits, with scales and what else there is; `codes` fills these.
+
+        Columns are in their order where no tensor has the group of each.
+        """
+        scales, block = self.scales(weight)
+        zeros = self.zeros(weight, scales.shape, bits)
+        groups = weight.find("weight_g_idx")
+        if groups is not None:
+            groups.check(("I32",), (weight.columns,))
+        matrix = CodedMatrix(
+            rows=weight.rows,
+            columns=weight.columns,
+            code=CODES[bits],
+            block=block,
+            scale=SCALES[scales.dtype],
+            zero=1 << bits - 1 if zeros is None else None,
+            has_groups=groups is not None and block[1] < weight.columns,
+        )
+        return Quantized(
+            matrix,
+            scales,
+            codes=codes,
+            scales=scales.fill,
+            zeros=None if zeros is None else partial(_fill_zeros, zeros, bits),
+            groups=None if groups is None or not matrix.has_groups else partial(_fill_groups, groups, matrix),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
@@ -64,32 +90,10 @@ class Packed:
         codes = weight.find("weight_packed")
         if codes is None or codes.dtype == "U8":  # those are of float4
             return None
-        rows, columns = weight.rows, weight.columns
         shapes: dict[tuple[int, ...], int]
-        shapes = {(rows, words_for(columns, bits)): bits for bits in sorted(self.integers.bits, reverse=True)}
+        shapes = {(weight.rows, words_for(weight.columns, bits)): bits for bits in self.integers.bits}
         bits = shapes[codes.check(("I32",), *shapes).shape]
-        scales, block = self.integers.scales(weight)
-        zeros = self.integers.zeros(weight, scales.shape, bits)
-        groups = weight.need("weight_g_idx") if self.integers.act_order else weight.find("weight_g_idx")
-        if groups is not None:
-            groups.check(("I32",), (columns,))
-        matrix = CodedMatrix(
-            rows=rows,
-            columns=columns,
-            code=CODES[bits],
-            block=block,
-            scale=SCALES[scales.dtype],
-            zero=1 << bits - 1 if zeros is None else None,
-            has_groups=groups is not None and block[1] < columns,
-        )
-        return Quantized(
-            matrix,
-            scales,
-            codes=partial(_fill_words, codes),
-            scales=scales.fill,
-            zeros=None if zeros is None else partial(_fill_zeros, zeros, bits),
-            groups=None if groups is None or not matrix.has_groups else partial(_fill_groups, groups, matrix),
-        )
+        return self.integers.quantized(weight, bits, partial(_fill_words, codes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,24 +106,8 @@ class Bytes:
         codes = weight.find("weight")
         if codes is None or codes.dtype != "I8":
             return None
-        codes.check(("I8",), (weight.rows, weight.columns))
-        scales, block = self.integers.scales(weight)
-        zeros = self.integers.zeros(weight, scales.shape, _BYTE_BITS)
-        matrix = CodedMatrix(
-            rows=weight.rows,
-            columns=weight.columns,
-            code=Code.UINT8,
-            block=block,
-            scale=SCALES[scales.dtype],
-            zero=1 << _BYTE_BITS - 1 if zeros is None else None,
-        )
-        return Quantized(
-            matrix,
-            scales,
-            codes=partial(_fill_signed, codes),
-            scales=scales.fill,
-            zeros=None if zeros is None else partial(_fill_zeros, zeros, _BYTE_BITS),
-        )
+        codes.check(("I8",), weight.shape)
+        return self.integers.quantized(weight, _BYTE_BITS, partial(_fill_signed, codes))
 
 
 def _fill_words(stored: Stored, out: torch.Tensor) -> None:
