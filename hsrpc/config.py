@@ -91,6 +91,28 @@ class WeightCoding(StrEnum):
     """float16 and bfloat16 in fewer bytes, decoded on the device to the same bits."""
 
 
+class ResidentWeights(StrEnum):
+    """How coded and quantised weights lie that stay on the device."""
+
+    AUTO = "auto"
+    """As the planner expects to be faster."""
+    DECODED = "decoded"
+    """As they are multiplied: decoded once, when they are loaded."""
+    PACKED = "packed"
+    """As they would cross the bus, so that more of them stay: decoded in every step."""
+
+
+class CacheCoding(StrEnum):
+    """How cached tokens are kept: the rows of blocks, on the device and on the host."""
+
+    PLAIN = "plain"
+    """As they are computed."""
+    FP8 = "fp8"
+    """In 8 bits, half of the bytes: K and V and activations as float8 (e4m3); [W_K W_V] is rounded alike."""
+    INT8 = "int8"
+    """In 8 bits, nearer to plain: K and V as whole numbers, activations as float8; weights as they are."""
+
+
 class LatentAttention(StrEnum):
     """What single queries attend to where a model keeps latents."""
 
@@ -187,6 +209,10 @@ class EngineConfig:
     """Most of the layers' weights that stays on the device, in [0, 1]; for measurements. None: planned."""
     weight_coding: WeightCoding = WeightCoding.AUTO
     """How weights cross the bus that stream."""
+    resident_weights: ResidentWeights = ResidentWeights.AUTO
+    """How coded and quantised weights lie that stay on the device."""
+    cache_format: CacheCoding = CacheCoding.PLAIN
+    """How cached tokens are kept; in 8 bits they are rounded, so that tokens may differ."""
     latent_attention: LatentAttention = LatentAttention.AUTO
     """What single queries attend to where a model keeps latents; for measurements."""
     experts: ExpertLoading = ExpertLoading.AUTO
@@ -223,6 +249,8 @@ class EngineConfig:
             ("cache_policy", CachePolicy),
             ("placement", Placement),
             ("weight_coding", WeightCoding),
+            ("resident_weights", ResidentWeights),
+            ("cache_format", CacheCoding),
             ("latent_attention", LatentAttention),
             ("experts", ExpertLoading),
         ):
@@ -266,6 +294,8 @@ class EngineConfig:
             raise ConfigError("activation_share", self.activation_share, meaningless, "use cache_policy=hybrid with it")
         if self.recompute_share is not None and self.cache_policy is CachePolicy.RECOMPUTE:
             raise ConfigError("recompute_share", self.recompute_share, meaningless, "leave it out: nothing is cached")
+        if self.cache_format is not CacheCoding.PLAIN and self.cache_policy is CachePolicy.RECOMPUTE:
+            raise ConfigError("cache_format", self.cache_format.value, meaningless, "use plain: nothing is cached")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

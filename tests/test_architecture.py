@@ -166,7 +166,7 @@ def test_only_the_edges_know_grpc():
 SERVER = "hsrpc.server"
 COMPOSITION = f"{SERVER}.app"
 """The one module that puts the use case, its operations and its front ends together."""
-FRONT_ENDS = {"grpc"}
+FRONT_ENDS = {"grpc", "openai"}
 """Folders of the server that each carry calls over one transport."""
 TRANSPORT = {"grpc", "google", "grpc_health", "grpc_reflection", "hsrpc.v1"}
 """What gRPC's folder alone may know of."""
@@ -200,6 +200,7 @@ def test_the_server_knows_its_transport_in_one_folder():
         "use case": {"use case"},
         "ops": {"use case", "ops"},
         "grpc": {"use case", "grpc", *TRANSPORT},
+        "openai": {"use case", "openai"},
     }
     rooms = {module: room for module in modules() if (room := room_of(module))}
     assert set(rooms.values()) == set(allowed)

@@ -15,6 +15,7 @@ from hsrpc.cli.terminal import print_error
 from hsrpc.config import (
     BUNDLED_MODEL,
     MAX_STEP_TIME,
+    CacheCoding,
     CachePolicy,
     DeviceKind,
     DType,
@@ -23,6 +24,7 @@ from hsrpc.config import (
     GenerationDefaults,
     LatentAttention,
     Placement,
+    ResidentWeights,
     Seconds,
     WeightCoding,
 )
@@ -146,7 +148,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model",
         default=BUNDLED_MODEL,
-        help="directory in Hugging Face format, hub id, or random:SHAPE, such as random:opt-13b or random:config.json "
+        help="directory in Hugging Face format, hub id, or random:SHAPE, such as random:opt-13b or random:config.json, "
+        "with weights as fp8, mxfp4, nvfp4, w4a16 or w8a16 where that follows, such as random:qwen3-32b:fp8 "
         "(default: bundled)",
     )
     add_trust_links(model)
@@ -196,6 +199,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "(default: auto, on CUDA lossless where it pays)",
     )
     memory.add_argument(
+        "--resident-weights",
+        choices=_values(ResidentWeights),
+        default=ResidentWeights.AUTO,
+        help="coded and quantised weights that stay on the device: packed ones take fewer bytes there, so that more of "
+        "them stay, and are decoded in every step, decoded ones once, when they are loaded (default: auto, planned)",
+    )
+    memory.add_argument(
         "--experts",
         choices=_values(ExpertLoading),
         default=ExpertLoading.AUTO,
@@ -205,6 +215,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     cache = parser.add_argument_group("cache")
     cache.add_argument(
         "--cache-policy", choices=_values(CachePolicy), default=CachePolicy.AUTO, help="default: auto, planned"
+    )
+    cache.add_argument(
+        "--cache-format",
+        choices=_values(CacheCoding),
+        default=CacheCoding.PLAIN,
+        help="fp8 and int8 keep cached tokens in 8 bits, half of the bytes, and round them: int8 stays nearer to "
+        "plain, fp8 rebuilds from activations faster (default: plain, as they are computed)",
     )
     cache.add_argument(
         "--latent-attention",

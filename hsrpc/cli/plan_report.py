@@ -18,6 +18,9 @@ from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan, StepPrediction
 from hsrpc.schedule.blocks import PoolId, Tier
 
+_PACKED = "of those on the device, packed"
+"""Weights that are decoded in every step; a row of plans in which there are some."""
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -117,17 +120,24 @@ def _places(plan: Plan) -> dict[str, _Place]:
     blocks = {tier: sum(n for pool, n in plan.num_blocks.items() if pool.tier is tier) for tier in Tier}
     num_blocks = sum(blocks.values())
     device, host = plan.device_bytes, plan.host_bytes
+    kept = plan.kept_bytes
     return {
         "embeddings and head": _Place(device[DeviceUse.FIXED], 0, 1.0),
         "layers' weights": _Place(
             device[DeviceUse.RESIDENT_WEIGHTS], host[HostUse.STREAMED_WEIGHTS], plan.resident_share
         ),
+        **({_PACKED: _Place(kept, 0, kept / device[DeviceUse.RESIDENT_WEIGHTS])} if kept else {}),
         "cache": _Place(
             device[DeviceUse.CACHE_BLOCKS],
             host[HostUse.CACHE_BLOCKS],
             blocks[Tier.DEVICE] / num_blocks if num_blocks else 1.0,
         ),
     }
+
+
+def _is_coded(plan: Plan) -> bool:
+    """Whether weights cross the bus in fewer bytes than they have."""
+    return any(layer.bus_bytes < layer.streamed_bytes for layer in plan.placed)
 
 
 def _places_table(plan: Plan) -> Table:
@@ -165,7 +175,8 @@ def _prediction_table(plan: Plan) -> Table:
         "activation share": f"{plan.activation_share:.2f}",
         "tokens recomputed": str(plan.recompute.tokens),
         "weights resident": f"{plan.resident_share:.0%}",
-        "weights that stream": "coded" if plan.decode_buffer_bytes else "as they are",
+        "weights that stay": "packed, decoded in every step" if plan.kept_bytes else "as they are multiplied",
+        "weights that stream": "coded" if _is_coded(plan) else "as they are",
         f"bus ({format_rate(hardware.load_bandwidth, 'B/s')})": _ms(step.bus),
         "forward": _ms(step.forward),
         f"regeneration ({format_rate(hardware.gemm_rate, 'FLOP/s')})": _ms(step.regenerate),

@@ -31,8 +31,9 @@ def predict_traffic(plan: Plan, sizes: ModelSizes, traffic: Traffic, num_request
     rebuilding = 1 - len(plan.kv_layers) / sizes.num_layers
     candidate = Candidates(
         batch=np.asarray(float(batch)),
-        streamed=sum(layer.bus_bytes for layer in plan.streamed) / sizes.num_layers,
-        decode_traffic=sum(layer.decode_traffic for layer in plan.streamed) / sizes.num_layers,
+        streamed=sum(layer.bus_bytes for layer in plan.placed) / sizes.num_layers,
+        decode_traffic=sum(layer.decode_traffic for layer in plan.placed) / sizes.num_layers,
+        expert_traffic=sum(layer.expert_traffic for layer in plan.placed) / sizes.num_layers,
         on_demand=float(plan.demand is not None),
         missed=0.0 if plan.demand is None else plan.demand.missed,
         on_device=on_device,
@@ -80,7 +81,7 @@ def simulated(plan: Plan, sizes: ModelSizes, closed: StepPrediction, *, recomput
     # The list's first and last mini-batch, beside which nothing runs, are in its own time.
     alone = min(closed.bus, closed.gpu) / (sizes.num_layers * closed.mini_batches)
     by_list = simulated_step(plan, sizes, closed, recomputes=recomputes)
-    step = max(by_list, closed.launch) + max(0.0, closed.boundary - alone)
+    step = max(by_list, closed.launch + closed.experts) + max(0.0, closed.boundary - alone)
     return replace(
         closed, step=step, longest_step=max(step, closed.longest_step), mean_step=max(step, closed.mean_step)
     )

@@ -47,28 +47,62 @@ class TensorSizes:
     bus_bytes: float
     """Bytes expected on the bus."""
     host_bytes: float
-    """Upper bound of the bytes in host memory."""
+    """Upper bound of the bytes in host memory; on the device too, where it stays there packed."""
     decoded_bytes: int = 0
-    """Device memory that it is decoded to before it is used; 0: it is used where it lies in the weight buffer."""
+    """Device memory that it is decoded to before it is used; 0: it is used where it lies packed."""
     decode_traffic: float = 0.0
     """Bytes of device memory that are read and written in the time that decoding takes."""
 
+    @property
+    def is_coded(self) -> bool:
+        """Whether it is decoded before it is used; else it lies ready where it lies packed."""
+        return self.decoded_bytes > 0
+
+
+class Stays(NamedTuple):
+    """Names of the weight tensors of a layer that stay on the device; the others stream."""
+
+    ready: frozenset[str] = frozenset()
+    """Ready to multiply by."""
+    packed: frozenset[str] = frozenset()
+    """As their format packs them, to be decoded in every step; none that is not coded."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All that stay."""
+        return self.ready | self.packed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StreamedSizes:
-    """What the tensors of a layer take that stream."""
+class PlacedSizes:
+    """What the weight tensors of a layer take, some of which stay on the device."""
 
-    device_bytes: int
-    """Bytes that they would take if they stayed on the device."""
+    resident_bytes: float
+    """Upper bound of what those take that stay."""
+    kept_bytes: float
+    """Part of these that is for weights that stay packed."""
+    ready_bytes: int
+    """Bytes that all that stay would take ready to multiply by."""
+    streamed_bytes: int
+    """Bytes that the others would take so, in a buffer."""
     buffer_bytes: int
     bus_bytes: float
     host_bytes: float
     decoded_bytes: int
+    """Device memory that tensors are decoded to before they are used: of all that stream or stay packed."""
     decode_traffic: float
+    """Bytes of device memory that are read and written in the time that decoding them takes, but for experts."""
+    expert_traffic: float
+    """The same for all experts; a step decodes those that its tokens take."""
+
+    @property
+    def has_coded_experts(self) -> bool:
+        """Whether experts are decoded that stream or stay packed."""
+        return self.expert_traffic > 0
 
 
 class WeightBuffers(NamedTuple):
-    """Bytes of the device buffers that streamed weights go through: those of the layer that takes most."""
+    """Bytes of the device buffers that weights go through: those of the layer that takes most."""
 
     packed: int
     """Buffer for weights as they came over the bus."""
@@ -76,9 +110,9 @@ class WeightBuffers(NamedTuple):
     """Buffer for decoded weights: one for all layers, since one is computed after the other."""
 
     @classmethod
-    def of(cls, streamed: Iterable[StreamedSizes]) -> WeightBuffers:
-        """The buffers for what streams of each layer."""
-        sizes = [(each.buffer_bytes, each.decoded_bytes) for each in streamed]
+    def of(cls, placed: Iterable[PlacedSizes]) -> WeightBuffers:
+        """The buffers for what streams, and what is decoded, of each layer."""
+        sizes = [(each.buffer_bytes, each.decoded_bytes) for each in placed]
         return cls(*map(max, zip(*sizes, strict=True)))
 
 
@@ -123,7 +157,11 @@ class ExpertSizes:
 
     def touched(self, tokens: Number) -> Number:
         """Experts that `tokens` tokens take together, on average, where all are as likely."""
-        return self.count * (1 - (1 - self.k / self.count) ** tokens)
+        return self.count * self.touched_share(tokens)
+
+    def touched_share(self, tokens: Number) -> Number:
+        """Part of the experts that `tokens` tokens take together."""
+        return 1 - (1 - self.k / self.count) ** tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +182,8 @@ class LayerSizes:
     """Row of a token in an activation block: what K and V are rebuilt from."""
     compute_bytes: int
     """Bytes of an element of hidden states and whatever else is computed."""
+    coded_weight_bytes: int = 0
+    """[W_K W_V] as codes of 8 bits, made in each step to be multiplied with coded activations; 0: it is as it is."""
     small_kernels: int = 4
     """Kernels beside GEMMs and attention, each counted as a norm: two norms, and shorter sums and copies."""
     experts: ExpertSizes | None = None
@@ -162,6 +202,11 @@ class LayerSizes:
     def names(self) -> frozenset[str]:
         """Names of the weight tensors."""
         return frozenset(tensor.name for tensor in self.tensors)
+
+    @cached_property
+    def coded(self) -> frozenset[str]:
+        """Names of the weight tensors that are decoded before they are used, unless they stay ready."""
+        return frozenset(tensor.name for tensor in self.tensors if tensor.is_coded)
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -185,21 +230,36 @@ class LayerSizes:
         others = set(self.tensors) - set(self.expert_tensors)
         return replace(self, tensors=tuple(tensor for tensor in self.tensors if tensor in others))
 
-    def resident_bytes(self, names: Collection[str]) -> int:
-        """Bytes of the weight tensors of these names on the device."""
-        return sum(tensor.resident_bytes for tensor in self.tensors if tensor.name in names)
-
-    def streamed(self, resident: Collection[str]) -> StreamedSizes:
-        """What the other weight tensors take, where those of these names stay on the device."""
-        tensors = [tensor for tensor in self.tensors if tensor.name not in resident]
-        return StreamedSizes(
-            device_bytes=sum(tensor.device_bytes for tensor in tensors),
-            buffer_bytes=sum(tensor.buffer_bytes for tensor in tensors),
-            bus_bytes=sum(tensor.bus_bytes for tensor in tensors),
-            host_bytes=sum(tensor.host_bytes for tensor in tensors),
-            decoded_bytes=sum(tensor.decoded_bytes for tensor in tensors),
-            decode_traffic=sum(tensor.decode_traffic for tensor in tensors),
+    def placed(self, stays: Stays) -> PlacedSizes:
+        """What the weight tensors take where these of them stay on the device."""
+        ready = [tensor for tensor in self.tensors if tensor.name in stays.ready]
+        packed = [tensor for tensor in self.tensors if tensor.name in stays.packed]
+        names = stays.names
+        streamed = [tensor for tensor in self.tensors if tensor.name not in names]
+        kept_bytes = sum(tensor.host_bytes for tensor in packed)
+        experts = frozenset[str]() if self.experts is None else self.experts.names
+        return PlacedSizes(
+            resident_bytes=kept_bytes + sum(tensor.resident_bytes for tensor in ready),
+            kept_bytes=kept_bytes,
+            ready_bytes=sum(tensor.resident_bytes for tensor in (*ready, *packed)),
+            streamed_bytes=sum(tensor.device_bytes for tensor in streamed),
+            buffer_bytes=sum(tensor.buffer_bytes for tensor in streamed),
+            bus_bytes=sum(tensor.bus_bytes for tensor in streamed),
+            host_bytes=sum(tensor.host_bytes for tensor in streamed),
+            decoded_bytes=sum(tensor.decoded_bytes for tensor in (*packed, *streamed)),
+            decode_traffic=sum(each.decode_traffic for each in (*packed, *streamed) if each.name not in experts),
+            expert_traffic=sum(each.decode_traffic for each in (*packed, *streamed) if each.name in experts),
         )
+
+    def holding(self, kinds: Collection[BlockKind]) -> LayerSizes:
+        """The layer where blocks are of these kinds alone."""
+        kv = self.kv if BlockKind.KV in kinds else self._computed(self.kv)
+        if BlockKind.ACTIVATION in kinds:
+            return replace(self, kv=kv)
+        return replace(self, kv=kv, activation=self._computed(self.activation), coded_weight_bytes=0)
+
+    def _computed(self, row: CacheRow) -> CacheRow:
+        return CacheRow(row.width, row.width * self.compute_bytes)
 
     def row(self, kind: BlockKind) -> CacheRow:
         """What a block of that kind keeps of a token."""
@@ -255,6 +315,21 @@ class LayerSizes:
         if self.absorbed is not None:
             return 2 * self.absorbed.num_elements
         return 2 * self.activation.width * (self.key_size + self.value_size)
+
+    @property
+    def recoded_bytes(self) -> int:
+        """Bytes read and written for one rebuilt token beside the GEMM: its activation decoded, its K and V coded."""
+        x, kv = self._computed(self.activation).num_bytes, self.rebuilt_bytes
+        decodes = self.activation.num_bytes < x and not self.coded_weight_bytes
+        decoded = self.activation.num_bytes + x if decodes else 0
+        return decoded + (kv + self.kv.num_bytes if self.kv.num_bytes < kv else 0)
+
+    @property
+    def coding_traffic(self) -> int:
+        """Bytes of device memory that coding [W_K W_V] reads and writes in every step."""
+        if not self.coded_weight_bytes:
+            return 0
+        return self.activation.width * self.rebuilt_bytes + self.coded_weight_bytes
 
     @property
     def scattered_bytes(self) -> int:
@@ -350,6 +425,21 @@ class ModelSizes:
     def model_bytes(self) -> int:
         """Bytes of all weights on the device."""
         return self.layers_bytes + self.fixed_bytes
+
+    def holding(self, kinds: Collection[BlockKind]) -> ModelSizes:
+        """The model where blocks are of these kinds alone: rows that no block holds are as they are computed."""
+        held = {layer: layer.holding(kinds) for layer, _ in self.distinct}
+        return replace(self, layers=tuple(held[layer] for layer in self.layers))
+
+    @property
+    def rounds(self) -> bool:
+        """Whether rows of blocks take fewer bytes than what is computed: it is rounded then."""
+        return any(layer.holding(()) != layer for layer, _ in self.distinct)
+
+    @property
+    def max_coded_bytes(self) -> int:
+        """Bytes of the buffer for [W_K W_V] as codes: one for all layers."""
+        return max(layer.coded_weight_bytes for layer, _ in self.distinct)
 
     def token_bytes(self, kind: BlockKind) -> int:
         """Bytes that blocks of that kind keep of one token, in all layers together."""

@@ -115,6 +115,14 @@ async def coded_bfloat16(made: Reference) -> None:
     await coded(made, "bfloat16")
 
 
+async def kept_packed(made: Reference) -> None:
+    """Some weights stay on the device packed: they are decoded with those that cross the bus."""
+    settings = {"weight_coding": "lossless", "dtype": "bfloat16", "resident_share": 0.5, "resident_weights": "packed"}
+    async with Engine(config_for(made, gpu_memory="1GiB", host_memory="64MiB", **settings)) as engine:
+        assert engine.plan.kept_bytes
+        await crowd(engine, made)
+
+
 async def cancels(made: Reference) -> None:
     """Steps are abandoned in the middle, over and over."""
     async with Engine(tight(made)) as engine, asyncio.timeout(60):
@@ -210,6 +218,7 @@ SCENARIOS: list[Scenario] = [
     ahead_and_loads,
     coded_float16,
     coded_bfloat16,
+    kept_packed,
     cancels,
     out_of_memory,
     out_of_memory_weights_resident,

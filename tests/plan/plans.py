@@ -140,8 +140,8 @@ def _parts(step: StepPrediction) -> dict[str, float]:
 
 def _streamed(plan: Plan, sizes: ModelSizes) -> Iterator[str]:
     """For each layer, what does not stay on the device, and the bytes that this takes before it is coded."""
-    for layer, resident, streamed in zip(sizes.layers, plan.resident, plan.streamed, strict=True):
-        yield f"{' '.join(_counted(sorted(layer.names - resident)))} {streamed.device_bytes}"
+    for layer, stays, placed in zip(sizes.layers, plan.resident, plan.placed, strict=True):
+        yield f"{' '.join(_counted(sorted(layer.names - stays.names)))} {placed.streamed_bytes}"
 
 
 def _counted(names: Iterable[str]) -> Iterator[str]:

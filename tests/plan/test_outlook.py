@@ -53,7 +53,7 @@ def test_an_idle_server_computes_a_prompt_in_as_long_as_its_products_or_the_weig
         _, planner, plan = ask(settings)
         found, hardware = first_token(plan, SIZES, planner.traffic), plan.hardware
         flop = found.prompt * sum(layer.flop(1) for layer in SIZES.layers)
-        bus = sum(layer.bus_bytes for layer in plan.streamed) / hardware.load_bandwidth
+        bus = sum(layer.bus_bytes for layer in plan.placed) / hardware.load_bandwidth
         least = max(bus, flop / hardware.gemm_rate)
         assert found.prompt == planner.traffic.prompt
         assert least < found.idle < 2 * least
