@@ -206,13 +206,12 @@ class _Kind(NamedTuple):
 
     @classmethod
     def of(cls, matrix: CodedMatrix) -> _Kind:
-        are_powers = all(map(_is_power, matrix.block, matrix.shape))
         return cls(
             code=matrix.code,
             scale=_SCALES[matrix.scale],
             has_zeros=matrix.zero is None,
             factor=_FACTORS[matrix.factor],
-            is_each=matrix.has_groups or not are_powers or matrix.block[1] < min(UNIT, matrix.columns),
+            is_each=matrix.finds_by_column,
             has_groups=matrix.has_groups,
             is_aligned=matrix.columns % UNIT == 0,
         )
@@ -252,11 +251,6 @@ class _Matrix(NamedTuple):
         addresses = (0 if part is None else part.data_ptr() for part in (self.target, *parts[1:]))
         blocks = matrix.block if kind.is_each else map(_shift, matrix.block, matrix.shape)
         return [*addresses, *matrix.shape, *blocks, matrix.grid[1], self.width, self.across, matrix.zero or 0]
-
-
-def _is_power(block: int, size: int) -> bool:
-    """Whether blocks of a dimension are found by a shift."""
-    return block >= size or not block & (block - 1)
 
 
 def _shift(block: int, size: int) -> int:
