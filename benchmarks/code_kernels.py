@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tensors = list(layer(shape, FORMATS[name], getattr(torch, options.dtype), "cuda"))
             size = sum(len(each.data) + each.operand.nbytes for each in tensors)
             for each in tiles or [None]:
-                decode = decoding(tensors, each)
+                decode = decoding(tensors, tiles=each)
                 time = milliseconds(decode)
                 check(tensors)
                 rate = size / time * 1e3

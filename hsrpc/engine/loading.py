@@ -108,11 +108,13 @@ class _Loader:
     def layer(self, number: int) -> LayerWeights:
         self._check_stop()
         demand, tensors = self.plan.demand, self.family.layer_tensors(number)
+        names = self.family.expert_names(number)
+        numbers = {name: expert for expert, each in enumerate(names) for name in each}
         if demand is None or not demand.counts[number]:
-            return self._others(number, tensors)
+            return replace(self._others(number, tensors), numbers=numbers)
         by_name = {tensor.name: tensor for tensor in tensors}
-        experts = [[by_name.pop(name) for name in names] for names in self.family.expert_names(number)]
-        return replace(self._others(number, tuple(by_name.values())), experts=self._experts(experts))
+        experts = [[by_name.pop(name) for name in each] for each in names]
+        return replace(self._others(number, tuple(by_name.values())), experts=self._experts(experts), numbers=numbers)
 
     def _experts(self, experts: Sequence[Sequence[TensorSpec]]) -> HostExperts:
         """Experts that come on demand; all are alike, and their packed bytes are their values."""

@@ -9,12 +9,13 @@ one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
+from hsrpc.engine.chosen_experts import ChosenExperts, ExpertDecoding
 from hsrpc.model.formats.format import Encoded, Packing
 from hsrpc.plan.sizes import align
 
@@ -62,7 +63,9 @@ class OpenedLayer(NamedTuple):
 
     tensors: Mapping[str, torch.Tensor]
     decodings: tuple[Callable[[], None], ...]
-    """To call before the tensors are used: each decodes all that are packed in one way."""
+    """To call before the tensors are used: each decodes all that are packed in one way, but experts."""
+    experts: ExpertDecoding | None = None
+    """Decodes experts, once they are chosen; None: they are ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,8 @@ class LayerWeights:
     """Those that stay packed on the device."""
     experts: HostExperts | None = None
     """Experts that come on demand; they are not among the others."""
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    """The expert to which a tensor belongs, by its name; others have none."""
 
     @property
     def bus_bytes(self) -> int:
@@ -87,21 +92,38 @@ class LayerWeights:
 
     @property
     def is_decoded(self) -> bool:
-        """Some tensors are decoded on the device before they are used."""
-        return any(part.packing.decoded_bytes for part in (*self.parts, *(each.part for each in self.kept)))
+        """Some tensors are decoded on the device before they are used, other than experts."""
+        return any(name not in self.numbers for name in self._coded)
 
-    def open(self, buffer: torch.Tensor, decoded: torch.Tensor) -> OpenedLayer:
-        """All tensors, given the device buffers (bytes) with a copy of `packed`, and of what is decoded."""
+    @property
+    def has_coded_experts(self) -> bool:
+        """Some experts' tensors are decoded on the device, once they are chosen."""
+        return any(name in self.numbers for name in self._coded)
+
+    @property
+    def _coded(self) -> Iterator[str]:
+        parts = (*self.parts, *(each.part for each in self.kept))
+        return (part.name for part in parts if part.packing.decoded_bytes)
+
+    def open(self, buffer: torch.Tensor, decoded: torch.Tensor, tables: ChosenExperts | None = None) -> OpenedLayer:
+        """All tensors, given the device buffers (bytes) with a copy of `packed`, and of what is decoded.
+
+        `tables`: what experts are decoded by, where there are coded ones.
+        """
         tensors: dict[str, torch.Tensor] = {}
-        encoded: dict[type[Packing], list[Encoded[Packing]]] = {}
+        others, experts = list[Encoded[Packing]](), list[Encoded[Packing]]()
         for part, memory in (*((part, buffer) for part in self.parts), *self.kept):
-            tensors[part.name] = part.open(memory, decoded)
+            tensors[part.name] = operand = part.open(memory, decoded)
             if part.packing.decoded_bytes:
-                each = Encoded(part.packing, part.data(memory), tensors[part.name])
-                encoded.setdefault(type(part.packing), []).append(each)
+                number = self.numbers.get(part.name)
+                of_one = others if number is None else experts
+                of_one.append(Encoded(part.packing, part.data(memory), operand, number or 0))
                 decoded = decoded[align(part.packing.decoded_bytes) :]
-        decodings = tuple(packing.decoding(together) for packing, together in encoded.items())
-        return OpenedLayer({**self.resident, **tensors}, decodings)
+        of_experts = None
+        if experts:
+            assert tables is not None  # there are coded ones
+            of_experts = ExpertDecoding(tables, tables.in_place, decodings(experts, tables.moves))
+        return OpenedLayer({**self.resident, **tensors}, decodings(others), of_experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +132,14 @@ class ModelWeights:
 
     fixed: Mapping[str, torch.Tensor]
     layers: Sequence[LayerWeights]
+
+
+def decodings(encoded: Iterable[Encoded[Packing]], moves: torch.Tensor | None = None) -> tuple[Callable[[], None], ...]:
+    """Each decodes all that are packed in one way; see `Packing.decoding`."""
+    alike: dict[type[Packing], list[Encoded[Packing]]] = {}
+    for each in encoded:
+        alike.setdefault(type(each.packing), []).append(each)
+    return tuple(packing.decoding(together, moves) for packing, together in alike.items())
 
 
 def arrange(packings: Iterable[tuple[str, Packing]]) -> tuple[tuple[PackedTensor, ...], int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hsrpc.config import format_bytes, format_rate
@@ -16,6 +16,9 @@ from hsrpc.plan.sizes import LayerSizes, ModelSizes, TensorSizes, align
 
 _FACTOR = 2
 """How much more there is in each change."""
+_WORTH = 0.01
+"""A smaller gain than this part is within what predictions do not tell apart."""
+_NUM_BEST = 2
 _WEIGHT_BITS = {8: 8.0, 4: 4.25}
 """Bits that a weight takes, with a scale of 16 bits for 64 weights of 4 bits."""
 
@@ -49,6 +52,11 @@ def advise(question: Question, sizes: ModelSizes, plan: Plan) -> list[Advice]:
     config = replace(question.config, max_model_len=plan.max_model_len)
     found = (_try(change, plan) for change in _changes(replace(question, choices=(sizes,), config=config), plan))
     return sorted((advice for advice in found if advice is not None), key=lambda advice: -advice.gain)
+
+
+def best_advice(advice: Sequence[Advice]) -> list[Advice]:
+    """Those of `advise` that help most, and that help at all."""
+    return [each for each in advice if each.gain >= _WORTH][:_NUM_BEST]
 
 
 def _try(change: Change, plan: Plan) -> Advice | None:

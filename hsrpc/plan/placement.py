@@ -53,7 +53,9 @@ class ResidentChoices:
     on_bus_at_most: Floats
     """Bytes that cross it in a step that needs every expert."""
     decode_traffic: Floats
-    """Bytes of device memory that decoding reads and writes in every step."""
+    """Bytes of device memory that decoding reads and writes in every step, but for experts."""
+    expert_traffic: Floats
+    """The same for all experts; a step decodes those that its tokens take."""
     on_host: Floats
     """Bytes that the others take in host memory, at most."""
     buffers: Floats
@@ -66,6 +68,8 @@ class ResidentChoices:
     """Part of the experts that have no slot, where they come on demand; else 0."""
     worth: Floats
     """Factor on the speed that is predicted, where choices are compared."""
+    num_segments: Floats
+    """Graphs of a decode step, where no weights stream."""
 
     @classmethod
     def of(cls, sizes: ModelSizes, choices: Sequence[WeightChoice]) -> ResidentChoices:
@@ -81,12 +85,14 @@ class ResidentChoices:
             on_bus=bus,
             on_bus_at_most=bus + missed * experts,
             decode_traffic=floats(sum(n * each.decode_traffic for each, n in found.items()) for found in placed),
+            expert_traffic=floats(sum(n * each.expert_traffic for each, n in found.items()) for found in placed),
             on_host=experts + floats(_at_most(found, lambda each: each.host_bytes) for found in placed),
             buffers=floats(BUFFERS * each.packed + each.decoded for each in map(WeightBuffers.of, placed)),
             experts=floats(0 if demand is None else demand.device_bytes + demand.table_bytes for demand in demands),
             on_demand=floats(demand is not None for demand in demands),
             missed=missed,
             worth=floats(_PACKED_WORTH if choice.keeps_packed else 1.0 for choice in choices),
+            num_segments=floats(1 if demand is None else demand.num_segments for demand in demands),
         )
 
 

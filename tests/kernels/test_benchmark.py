@@ -46,5 +46,5 @@ def test_random_layers_are_decoded_as_torch_does(name: str, tmp_path: Path, monk
     file.write_text(json.dumps(sizes | more))
     tensors = list(code_kernels.layer(str(file), code_kernels.FORMATS[name], torch.float16, "cpu"))
     assert len(tensors) == 4
-    scaled.decoding(tensors, scaled.Tiles(64, 3))()
+    scaled.decoding(tensors, tiles=scaled.Tiles(64, 3))()
     code_kernels.check(tensors)

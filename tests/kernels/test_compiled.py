@@ -11,12 +11,12 @@ import pytest
 
 KINDS = {
     "fp8": {"CODE": 0, "BITS": 8, "SCALE": 0},
-    "nvfp4": {"CODE": 1, "BITS": 4, "SCALE": 4, "FACTOR": 2},
+    "nvfp4": {"MOVES": True, "CODE": 1, "BITS": 4, "SCALE": 4, "FACTOR": 2},
     "w4-order": {"CODE": 2, "BITS": 4, "SCALE": 1, "ZEROS": True, "EACH": True, "GROUPS": True, "TILES": 2},
 }
 """By what a kernel is compiled for; see `_decode_units`."""
 _USUAL = {"ZEROS": False, "FACTOR": 0, "EACH": False, "GROUPS": False, "ALIGNED": True}
-_USUAL |= {"THREADS": 128, "TILES": 8, "GROUP": 16, "FIELDS": 15}
+_USUAL |= {"MOVES": False, "THREADS": 128, "TILES": 8, "GROUP": 16, "FIELDS": 16}
 _COMPILE = """
 import json, sys
 import triton

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import torch
 
 from hsrpc.model.formats.codes import CodedParts
+from hsrpc.model.formats.rows import CodedRows, Codes, Rows, RowShape, ValueRows
 from hsrpc.model.tensor import TensorSpec
-from hsrpc.plan.sizes import CacheRow, TensorSizes
+from hsrpc.plan.sizes import TensorSizes
 from hsrpc.schedule.blocks import BlockKind
 
 
@@ -50,11 +51,14 @@ class Packing(ABC):
         source.read(tensor, self.open(data, data[:0]))
 
     @classmethod
-    def decoding(cls, tensors: Sequence[Encoded[Self]]) -> Callable[[], None]:
+    def decoding(cls, tensors: Sequence[Encoded[Self]], moves: torch.Tensor | None = None) -> Callable[[], None]:
         """What writes the operands of all these tensors from their packed bytes, on the current stream.
 
         Together: a launch for each would take longer than decoding small ones. It is made once and called in every
         step. All are of one device and element type. Here there is nothing to write.
+
+        `moves` (int64 [*], on that device) are read when it runs: of a tensor's `number`, how many bytes behind `data`
+        its packed bytes lie by then; a tensor for which this is negative is left out. None: all, where they lie.
         """
         return _nothing
 
@@ -70,6 +74,19 @@ class Encoded(NamedTuple, Generic[Packing_co]):
     """Packed bytes: uint8 [num_bytes]"""
     operand: torch.Tensor
     """What `packing.open` gives."""
+    number: int = 0
+    """Its place in the `moves` by which some of several tensors are decoded."""
+
+
+def moved(tensors: Sequence[Encoded[Packing_co]], moves: torch.Tensor | None) -> Iterator[Encoded[Packing_co]]:
+    """Those that are decoded now, as they lie in host memory; see `Packing.decoding`."""
+    places = None if moves is None else moves.tolist()
+    for each in tensors:
+        if places is None:
+            yield each
+        elif (move := places[each.number]) >= 0:
+            start = each.data.storage_offset() + move
+            yield each._replace(data=each.data.as_strided(each.data.shape, (1,), start))
 
 
 def _nothing() -> None:
@@ -117,14 +134,21 @@ WeightFormat: TypeAlias = AsPublished | FromValues
 
 @dataclass(frozen=True, slots=True)
 class CacheFormat:
-    """The format of a kind of block: rows of numbers of one type, which loads and stores copy as they are."""
+    """The format of a kind of block."""
 
     dtype: torch.dtype
-    """Element type of the pool."""
+    """Type that is computed in."""
+    codes: Codes | None = None
+    """None: rows are numbers of that type."""
 
-    def row(self, width: int) -> CacheRow:
-        """A row of `width` elements."""
-        return CacheRow(width, width * self.dtype.itemsize)
+    @property
+    def plain(self) -> CacheFormat:
+        """Rows of numbers as they are computed."""
+        return replace(self, codes=None)
+
+    def rows(self, shape: RowShape) -> Rows:
+        """Rows of those numbers."""
+        return ValueRows(shape, self.dtype) if self.codes is None else CodedRows(shape, self.dtype, self.codes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +158,11 @@ class Formats:
     weight: Callable[[TensorSpec], WeightFormat]
     kv: CacheFormat
     activation: CacheFormat
+    codes_weight: bool = False
+    """Coded activations are multiplied with a [W_K W_V] that is coded alike; else with it as it is."""
 
-    def cache(self, kind: BlockKind) -> CacheFormat:
-        """The format of that kind of block."""
-        return self.kv if kind is BlockKind.KV else self.activation
+    def holding(self, kinds: Collection[BlockKind]) -> Formats:
+        """The same where blocks are of these kinds alone: what none holds is not rounded."""
+        kv = self.kv if BlockKind.KV in kinds else self.kv.plain
+        activation = self.activation if BlockKind.ACTIVATION in kinds else self.activation.plain
+        return replace(self, kv=kv, activation=activation)

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 
 from hsrpc.model.formats.codes import UNIT, CodedMatrix, CodedParts, decode
-from hsrpc.model.formats.format import AsPublished, Encoded, Packing, WeightSource
+from hsrpc.model.formats.format import AsPublished, Encoded, Packing, WeightSource, moved
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.fitted import CODES_BY_COLUMN_RATE_SHARE, CODES_RATE_SHARE
 from hsrpc.plan.sizes import TensorSizes, align
@@ -51,12 +51,12 @@ class ScaledPacking(Packing):
             start += _aligned_bytes(source)
 
     @classmethod
-    def decoding(cls, tensors: Sequence[Encoded[Self]]) -> Callable[[], None]:
+    def decoding(cls, tensors: Sequence[Encoded[Self]], moves: torch.Tensor | None = None) -> Callable[[], None]:
         if tensors[0].data.is_cuda:
             from hsrpc.model.kernels.scaled import decoding  # loads Triton
 
-            return decoding(tensors)
-        return partial(decode_each, tensors)
+            return decoding(tensors, moves)
+        return partial(decode_each, tensors, moves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,9 @@ class Scaled(AsPublished):
         packing.decoding([Encoded(packing, data, torch.empty(packing.shape, dtype=self.dtype, device=device))])()
 
 
-def decode_each(tensors: Sequence[Encoded[ScaledPacking]]) -> None:
-    """Write the operand of each."""
-    for packing, data, operand in tensors:
+def decode_each(tensors: Sequence[Encoded[ScaledPacking]], moves: torch.Tensor | None = None) -> None:
+    """Write the operand of each that `moves` do not leave out."""
+    for packing, data, operand, _ in moved(tensors, moves):
         rows = [source.rows for source in packing.sources]
         for parts, target in zip(packing.parts(data), operand.split(rows), strict=True):
             decode(parts, target)

@@ -105,12 +105,12 @@ def _numbers(words, CODE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _find_scales(fields, row, unit, column, inside, EACH: tl.constexpr, GROUPS: tl.constexpr):
+def _find_scales(fields, move, row, unit, column, inside, EACH: tl.constexpr, GROUPS: tl.constexpr):
     """Numbers of the scales of units of eight columns: of each unit, or of each of its columns."""
     row_block, column_block, across = _number(fields, 9), _number(fields, 10), _number(fields, 11)
     if EACH:
         if GROUPS:
-            groups = tl.load(fields + 5).to(tl.pointer_type(tl.int32))
+            groups = (tl.load(fields + 5) + move).to(tl.pointer_type(tl.int32))
             block = tl.load(groups + column, mask=inside, other=0)
         else:
             block = column // column_block
@@ -124,6 +124,40 @@ def _find_scales(fields, row, unit, column, inside, EACH: tl.constexpr, GROUPS: 
 def _decode_units(
     matrices,
     owners,
+    moves,
+    DTYPE: tl.constexpr,
+    CODE: tl.constexpr,
+    BITS: tl.constexpr,
+    SCALE: tl.constexpr,
+    ZEROS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    EACH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MOVES: tl.constexpr,
+    THREADS: tl.constexpr,
+    TILES: tl.constexpr,
+    GROUP: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """A program decodes some rows of the matrix that `owners` names, by its row of `matrices` [*, FIELDS].
+
+    EACH: scales are found for each column, since columns of a unit may have different ones, or blocks have sizes that
+    are no powers of two. MOVES: as `Packing.decoding` has `moves`.
+    """
+    fields = matrices + tl.load(owners + tl.program_id(0) // GROUP) * FIELDS
+    if MOVES:
+        move = tl.load(moves + _number(fields, 15))
+        if move >= 0:
+            _decode_rows(fields, move, DTYPE, CODE, BITS, SCALE, ZEROS, FACTOR, EACH, GROUPS, ALIGNED, THREADS, TILES)
+    else:
+        _decode_rows(fields, 0, DTYPE, CODE, BITS, SCALE, ZEROS, FACTOR, EACH, GROUPS, ALIGNED, THREADS, TILES)
+
+
+@triton.jit
+def _decode_rows(
+    fields,
+    move,
     DTYPE: tl.constexpr,
     CODE: tl.constexpr,
     BITS: tl.constexpr,
@@ -135,26 +169,18 @@ def _decode_units(
     ALIGNED: tl.constexpr,
     THREADS: tl.constexpr,
     TILES: tl.constexpr,
-    GROUP: tl.constexpr,
-    FIELDS: tl.constexpr,
 ):
-    """A program decodes some rows of the matrix that `owners` names, by its row of `matrices` [*, FIELDS].
-
-    EACH: scales are found for each column, since columns of a unit may have different ones, or blocks have sizes that
-    are no powers of two.
-    """
-    program = tl.program_id(0)
-    fields = matrices + tl.load(owners + program // GROUP) * FIELDS
+    """Rows of the matrix of `fields`, whose packed bytes lie `move` bytes behind what these say."""
     target = tl.load(fields + 1).to(tl.pointer_type(DTYPE))
-    codes = tl.load(fields + 2).to(tl.pointer_type(tl.int64 if BITS == 8 else tl.int32))
-    scales = tl.load(fields + 3).to(tl.pointer_type(tl.uint8))
-    zeros = tl.load(fields + 4).to(tl.pointer_type(tl.uint8))
+    codes = (tl.load(fields + 2) + move).to(tl.pointer_type(tl.int64 if BITS == 8 else tl.int32))
+    scales = (tl.load(fields + 3) + move).to(tl.pointer_type(tl.uint8))
+    zeros = (tl.load(fields + 4) + move).to(tl.pointer_type(tl.uint8))
     num_rows, num_columns = _number(fields, 7), _number(fields, 8)
     if ALIGNED:
         target = tl.multiple_of(target, 16)
     num_units = tl.cdiv(num_columns, 8)
     width, across = _number(fields, 12), _number(fields, 13)
-    tile, thread, height = program - _number(fields, 0), tl.arange(0, THREADS), THREADS >> width
+    tile, thread, height = tl.program_id(0) - _number(fields, 0), tl.arange(0, THREADS), THREADS >> width
     unit = ((tile % across) << width) + (thread & ((1 << width) - 1))
     first_row = tile // across * (height * TILES) + (thread >> width)
     eight = tl.arange(0, 8)
@@ -166,14 +192,14 @@ def _decode_units(
         words += (tl.load(codes + row * num_units + unit, mask=inside, other=0),)
         if EACH:
             inside = inside[:, None] & (column < num_columns)
-        where = _find_scales(fields, row, unit, column, inside, EACH, GROUPS)
+        where = _find_scales(fields, move, row, unit, column, inside, EACH, GROUPS)
         factors += (_load_scales(scales, where, inside, SCALE),)
         if ZEROS:
             points += (tl.load(zeros + where, mask=inside, other=0),)
     for number in tl.static_range(TILES):
         row, scale = first_row + number * height, factors[number]
         if FACTOR > 0:
-            factor = tl.load(tl.load(fields + 6).to(tl.pointer_type(tl.float32)))
+            factor = tl.load((tl.load(fields + 6) + move).to(tl.pointer_type(tl.float32)))
             scale = scale * factor if FACTOR == 1 else tl.div_rn(scale, factor)
         value = _numbers(words[number], CODE, BITS)
         if ZEROS:
@@ -223,6 +249,8 @@ class _Matrix(NamedTuple):
     parts: CodedParts
     target: torch.Tensor
     tiles: Tiles
+    number: int
+    """Of its tensor, see `Encoded`."""
 
     @property
     def matrix(self) -> CodedMatrix:
@@ -250,7 +278,16 @@ class _Matrix(NamedTuple):
         matrix, parts = self.matrix, self.parts
         addresses = (0 if part is None else part.data_ptr() for part in (self.target, *parts[1:]))
         blocks = matrix.block if kind.is_each else map(_shift, matrix.block, matrix.shape)
-        return [*addresses, *matrix.shape, *blocks, matrix.grid[1], self.width, self.across, matrix.zero or 0]
+        return [
+            *addresses,
+            *matrix.shape,
+            *blocks,
+            matrix.grid[1],
+            self.width,
+            self.across,
+            matrix.zero or 0,
+            self.number,
+        ]
 
 
 def _shift(block: int, size: int) -> int:
@@ -270,15 +307,19 @@ class ScaledDecoder:
     """int64 [matrices, fields], as `_decode_units` reads them, on the device."""
     owners: torch.Tensor
     """int32 [groups]: the matrix of each group of programs, on the device."""
+    moves: torch.Tensor | None
+    """As `Packing.decoding` has them."""
 
     @classmethod
-    def of(cls, kind: _Kind, dtype: torch.dtype, matrices: Sequence[_Matrix]) -> ScaledDecoder:
+    def of(
+        cls, kind: _Kind, dtype: torch.dtype, matrices: Sequence[_Matrix], moves: torch.Tensor | None
+    ) -> ScaledDecoder:
         device, tiles = matrices[0].target.device, matrices[0].tiles
         counts = [-(-each.num_programs // _GROUP) for each in matrices]
         firsts = accumulate(counts, initial=0)
         table = [[first * _GROUP, *each.fields(kind)] for first, each in zip(firsts, matrices, strict=False)]
         owners = torch.arange(len(matrices), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-        return cls(kind, dtype, tiles, matrices, torch.tensor(table).to(device), owners.to(device))
+        return cls(kind, dtype, tiles, matrices, torch.tensor(table).to(device), owners.to(device), moves)
 
     def run(self) -> None:
         """As `codes.decode` of each, on the current stream."""
@@ -286,6 +327,7 @@ class ScaledDecoder:
         _decode_units[(len(self.owners) * _GROUP,)](
             self.table,
             self.owners,
+            self.owners if self.moves is None else self.moves,
             DTYPE=_TYPES[self.dtype],
             CODE=_CODES[kind.code],
             BITS=kind.code.bits,
@@ -295,6 +337,7 @@ class ScaledDecoder:
             EACH=kind.is_each,
             GROUPS=kind.has_groups,
             ALIGNED=kind.is_aligned,
+            MOVES=self.moves is not None,
             THREADS=self.tiles.threads,
             TILES=self.tiles.units,
             GROUP=_GROUP,
@@ -303,20 +346,22 @@ class ScaledDecoder:
         )
 
 
-def decoding(tensors: Sequence[Encoded[ScaledPacking]], tiles: Tiles | None = None) -> Callable[[], None]:
-    """What decodes all of them, of one element type, by a launch for those that lie alike; by other `tiles`, if given.
+def decoding(
+    tensors: Sequence[Encoded[ScaledPacking]], moves: torch.Tensor | None = None, tiles: Tiles | None = None
+) -> Callable[[], None]:
+    """What decodes them, of one element type, by a launch for those that lie alike; see `Packing.decoding`.
 
-    It is made once for the memory that they lie in; the host waits for the current stream.
+    By other `tiles`, if given. It is made once for the memory that they lie in; the host waits for the current stream.
     """
     [dtype] = {each.packing.dtype for each in tensors}
     kinds: dict[_Kind, list[_Matrix]] = {}
-    for packing, data, operand in tensors:
+    for packing, data, operand, number in tensors:
         targets = operand.split([source.rows for source in packing.sources])
         for parts, target in zip(packing.parts(data), targets, strict=True):
             kind = _Kind.of(parts.matrix)
             usual = TILES_EACH if kind.is_each else TILES
-            kinds.setdefault(kind, []).append(_Matrix(parts, target, tiles or usual))
-    decoders = [ScaledDecoder.of(kind, dtype, matrices) for kind, matrices in kinds.items()]
+            kinds.setdefault(kind, []).append(_Matrix(parts, target, tiles or usual, number))
+    decoders = [ScaledDecoder.of(kind, dtype, matrices, moves) for kind, matrices in kinds.items()]
 
     def decode() -> None:
         for decoder in decoders:
