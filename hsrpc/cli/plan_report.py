@@ -68,7 +68,7 @@ class Report:
             return
         table = _table("what would help most", "", "tokens/s, prompts coming in", "gain")
         for each in best:
-            table.add_row(each.title, f"{each.tokens_per_second:.1f}", f"{each.gain:+.0%}")
+            table.add_row(each.name, f"{each.tokens_per_second:.1f}", f"{each.gain:+.0%}")
         console.print(table)
 
     def as_json(self, advice: Sequence[Advice] | None) -> dict[str, object]:

@@ -232,13 +232,12 @@ class _Kind(NamedTuple):
 
     @classmethod
     def of(cls, matrix: CodedMatrix) -> _Kind:
-        are_powers = all(map(_is_power, matrix.block, matrix.shape))
         return cls(
             code=matrix.code,
             scale=_SCALES[matrix.scale],
             has_zeros=matrix.zero is None,
             factor=_FACTORS[matrix.factor],
-            is_each=matrix.has_groups or not are_powers or matrix.block[1] < min(UNIT, matrix.columns),
+            is_each=matrix.finds_by_column,
             has_groups=matrix.has_groups,
             is_aligned=matrix.columns % UNIT == 0,
         )
@@ -289,11 +288,6 @@ class _Matrix(NamedTuple):
             matrix.zero or 0,
             self.number,
         ]
-
-
-def _is_power(block: int, size: int) -> bool:
-    """Whether blocks of a dimension are found by a shift."""
-    return block >= size or not block & (block - 1)
 
 
 def _shift(block: int, size: int) -> int:
