@@ -21,6 +21,8 @@ class Demand:
     """Slots of each layer that has as many experts."""
     counts: tuple[int, ...]
     """Experts of each layer; 0: its MLP is dense."""
+    k: int
+    """Experts that a token takes."""
     expert_bytes: int
     """All weights of one expert, on the device and on the host."""
     num_tensors: int
@@ -56,6 +58,11 @@ class Demand:
         return self.num_tensors * _ADDRESS_BYTES
 
     @property
+    def num_segments(self) -> int:
+        """Parts of a decode step, one behind each layer's choice."""
+        return 1 + sum(map(bool, self.counts))
+
+    @property
     def hit_rate(self) -> float:
         """Part of the experts that lies in slots: as often is one there where all are as likely."""
         return self.first_rows[-1] / sum(self.counts)
@@ -72,11 +79,11 @@ def demand_of(sizes: ModelSizes, budget: int) -> Demand | None:
     They can where all are alike and lie on the host as they are used: coded ones would have to be decoded first.
     """
     experts = [layer.experts for layer in sizes.layers]
-    alike = {each.device_bytes for each in experts if each is not None}
+    alike = {(each.device_bytes, each.k) for each in experts if each is not None}
     tensors = [tensor for layer, _ in sizes.distinct if layer.experts for tensor in layer.expert_tensors]
     if len(alike) != 1 or any(tensor.decoded_bytes for tensor in tensors):
         return None
-    (size,), counts = alike, tuple(0 if each is None else each.count for each in experts)
+    ((size, k),), counts = alike, tuple(0 if each is None else each.count for each in experts)
     slots = max(0, budget) // (sum(map(bool, counts)) * size)
     num_tensors = sum(len(each.names) for each in experts if each is not None)
-    return Demand(slots=min(slots, max(counts)), counts=counts, expert_bytes=size, num_tensors=num_tensors)
+    return Demand(slots=min(slots, max(counts)), counts=counts, k=k, expert_bytes=size, num_tensors=num_tensors)

@@ -68,6 +68,8 @@ class ResidentChoices:
     """Part of the experts that have no slot, where they come on demand; else 0."""
     worth: Floats
     """Factor on the speed that is predicted, where choices are compared."""
+    num_segments: Floats
+    """Graphs of a decode step, where no weights stream."""
 
     @classmethod
     def of(cls, sizes: ModelSizes, choices: Sequence[WeightChoice]) -> ResidentChoices:
@@ -90,6 +92,7 @@ class ResidentChoices:
             on_demand=floats(demand is not None for demand in demands),
             missed=missed,
             worth=floats(_PACKED_WORTH if choice.keeps_packed else 1.0 for choice in choices),
+            num_segments=floats(1 if demand is None else demand.num_segments for demand in demands),
         )
 
 

@@ -81,7 +81,7 @@ def simulated(plan: Plan, sizes: ModelSizes, closed: StepPrediction, *, recomput
     # The list's first and last mini-batch, beside which nothing runs, are in its own time.
     alone = min(closed.bus, closed.gpu) / (sizes.num_layers * closed.mini_batches)
     by_list = simulated_step(plan, sizes, closed, recomputes=recomputes)
-    step = max(by_list, closed.launch) + max(0.0, closed.boundary - alone)
+    step = max(by_list, closed.launch + closed.experts) + max(0.0, closed.boundary - alone)
     return replace(
         closed, step=step, longest_step=max(step, closed.longest_step), mean_step=max(step, closed.mean_step)
     )

@@ -74,12 +74,13 @@ def test_experts_on_demand_are_found_by_their_tables(slots: int) -> None:
     memory = torch.zeros((experts.count, size), dtype=torch.uint8)
     for name, (number, part) in parts.items():
         part.open(memory[number], memory[0, :0]).copy_(w[name])
-    demand = Demand(slots=slots, counts=(experts.count,), expert_bytes=size, num_tensors=2 * experts.count)
-    loader = ExpertLoader([HostExperts(memory, parts)], demand, CpuDevice(), Decoder.expert_tables)
+    demand = Demand(slots=slots, counts=(experts.count,), k=2, expert_bytes=size, num_tensors=2 * experts.count)
+    layers = [HostExperts(memory, parts)]
+    loader = ExpertLoader(layers, demand, CpuDevice(), Decoder.expert_tables, max_tokens=40)
     opened = loader.with_experts(0, {})
     for n in (1, 3, 40, 2):
         routes, x = routes_of(choices(n, experts.count, experts.k)), torch.randn(n, SIZE)
-        loader.expect(routes.chosen)
+        loader.expect(n).copy_(routes.chosen)
         loader.load(0)
         wanted = experts.one_by_one(w, x, routes)
         torch.testing.assert_close(experts.on_gpu(opened, x, routes), wanted, atol=1e-5, rtol=1e-5)
