@@ -79,7 +79,7 @@ def test_http_that_others_reach_needs_tls_and_tokens(host, security, missing):
 
 def test_http_on_the_loopback_asks_for_what_grpc_asks_for():
     """Where clients show certificates to gRPC, nobody gets in by HTTP for being on this machine."""
-    with pytest.raises(ConfigError, match="openai_host='127.0.0.1': clients there are known by tokens alone"):
+    with pytest.raises(ConfigError, match=r"openai_host='127\.0\.0\.1': clients there are known by tokens alone"):
         ServerConfig(openai_port=0, security=SecurityConfig(**TLS, tls_client_ca=CA))
     ServerConfig(openai_port=0, security=SecurityConfig(**TLS, tls_client_ca=CA, auth_tokens=TOKENS))
     ServerConfig(openai_port=0, security=SecurityConfig(**TLS, tls_client_ca=CA, insecure=True))
