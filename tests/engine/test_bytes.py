@@ -21,6 +21,8 @@ from hsrpc.device.device import CpuDevice, Stream
 from hsrpc.device.uploads import Uploads
 from hsrpc.engine import startup
 from hsrpc.model.attention import Attention
+from hsrpc.plan.fitted import GRAPH_BYTES
+from hsrpc.plan.graph_sizes import num_segment_graphs
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
 from tests.engine.conftest import HARDWARE
@@ -275,6 +277,21 @@ async def test_steps_stay_within_their_lines(
         assert 0 < transient.most <= room
         assert transient.most_of_graphs <= planned[DeviceUse.GRAPHS]
         assert (transient.most_of_graphs > 0) == (planned[DeviceUse.GRAPHS] > 0)
+
+
+async def test_graphs_in_segments_stay_within_their_line(
+    transient: TransientDevice, reference: Callable[[str], Reference]
+) -> None:
+    """From the first segment of a step to its last; so do steps with prompts, and what one graph takes is left."""
+    made = reference("qwen3-moe")
+    settings = {"cache_policy": "kv", "activation_share": None, "gpu_memory": "1GiB", "host_memory": "64MiB"}
+    async with Engine(config_for(made, experts="demand", resident_share=0.6, **settings)) as engine:
+        await run(engine, made.prompts[:8], greedy(30))
+        planned, demand = engine.plan.device_bytes, engine.plan.demand
+        assert demand is not None
+        graphs = num_segment_graphs(engine.plan.max_batch, demand.num_segments)
+        assert 0 < transient.most <= planned[DeviceUse.WORKSPACE] + planned[DeviceUse.HIDDEN_STATES]
+        assert 0 < transient.most_of_graphs <= planned[DeviceUse.GRAPHS] - graphs * GRAPH_BYTES
 
 
 @pytest.mark.parametrize("placement", [STREAMED, RESIDENT, None], ids=["host", "resident", "small"])
