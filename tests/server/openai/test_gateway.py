@@ -225,6 +225,7 @@ def test_signals_end_both(number, code):
         children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
         eventually(children.read_text)
         [pid] = map(int, children.read_text().split())
+        assert os.getpgid(pid) != server.pid
         os.killpg(server.pid, number)
         assert server.wait(20) == code
     eventually(lambda: not is_running(pid))
