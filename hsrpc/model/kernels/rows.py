@@ -28,8 +28,8 @@ _WHOLE = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def numbers_of(codes, KIND: tl.constexpr, NATIVE: tl.constexpr, dtype: tl.constexpr):
-    """Codes (uint8) as numbers of a type that holds them exactly; float8 ones are `code_unit` of what they mean.
+def _numbers(codes, KIND: tl.constexpr, NATIVE: tl.constexpr, dtype: tl.constexpr):
+    """Codes (uint8) as numbers of a type that holds them exactly; float8 ones are one `code_unit`th of what they mean.
 
     `NATIVE`: the hardware converts float8 itself.
     """
@@ -46,19 +46,29 @@ def numbers_of(codes, KIND: tl.constexpr, NATIVE: tl.constexpr, dtype: tl.conste
 
 
 @triton.jit
-def code_unit(KIND: tl.constexpr, NATIVE: tl.constexpr):
-    """What `numbers_of` are to be multiplied with, beside their scale."""
+def load_numbers(pointers, mask, like, KIND: tl.constexpr, NATIVE: tl.constexpr) -> tl.tensor:
+    """Numbers, or codes as numbers of the type of `like`: to be multiplied with their scale and `code_unit`."""
+    if KIND:  # the compiler would go on behind a return
+        found = _numbers(tl.load(pointers, mask=mask, other=0), KIND, NATIVE, like.dtype)
+    else:
+        found = tl.load(pointers, mask=mask, other=0.0)
+    return found
+
+
+@triton.jit
+def code_unit(KIND: tl.constexpr, NATIVE: tl.constexpr) -> tl.constexpr:
+    """What codes as numbers are to be multiplied with, beside their scale."""
     return 256.0 if KIND == 1 and not NATIVE else 1.0
 
 
 @triton.jit
-def first_scale(words):
+def first_scale(words) -> tl.tensor:
     """The scale in the first half of a word (int32): of keys."""
     return (words << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def second_scale(words):
+def second_scale(words) -> tl.tensor:
     """The scale in the second half: of values."""
     return (words & -65536).to(tl.float32, bitcast=True)
 
@@ -145,7 +155,7 @@ def _decode(
     head = (column - part * num_heads * first_width) // tl.where(part == 0, first_width, second_width)
     codes = tl.load(rows + row * columns + column, mask=inside, other=0)
     scale = tl.load(scales + row * (columns // 2) + scales_start + head * PARTS + part, mask=inside, other=0)
-    number = numbers_of(codes, KIND, False, tl.float32)
+    number = _numbers(codes, KIND, False, tl.float32)
     value = number * (first_scale(scale.to(tl.int32)) * code_unit(KIND, False))
     tl.store(target + row * width + column, value.to(target.dtype.element_ty), mask=inside)
 
@@ -158,7 +168,7 @@ def encode(
     target_rows: torch.Tensor | None = None,
     source_rows: torch.Tensor | None = None,
 ) -> None:
-    """Write values [*, width] as rows of `target` [*, columns], which may be pinned memory; both may be strided.
+    """Write values [*, width], whose rows may be strided, as rows of `target` [*, columns], which may be pinned memory.
 
     All of the values, or those in `source_rows`; to as many rows from the first on, or to `target_rows`: int64 [n].
     """
