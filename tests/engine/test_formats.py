@@ -75,9 +75,9 @@ class BytesPacking(Packing):
         return target.view(torch.float32).view(self.shape)
 
     @classmethod
-    def decoding(cls, tensors: Sequence[Encoded[Self]]) -> Callable[[], None]:
+    def decoding(cls, tensors: Sequence[Encoded[Self]], moves: torch.Tensor | None = None) -> Callable[[], None]:
         def decode() -> None:
-            for packing, data, operand in tensors:
+            for packing, data, operand, *_ in tensors:
                 scales = data[: 4 * packing.shape[0]].view(torch.float32)
                 weights = data[4 * packing.shape[0] :].view(torch.int8).view(packing.shape)
                 torch.mul(weights, scales[:, None], out=operand)

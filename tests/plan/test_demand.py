@@ -236,9 +236,11 @@ def test_the_outlook_names_the_batch_from_which_streaming_is_as_fast(spec: Model
         assert (steps[0] <= steps[1]) == is_faster
 
 
-def test_smaller_weights_have_smaller_experts(sizes: ModelSizes) -> None:
-    """Advice on fewer bits counts what tokens read of them."""
+def test_smaller_weights_are_decoded_before_they_are_read(sizes: ModelSizes) -> None:
+    """Advice on fewer bits counts them on the bus; tokens read of experts what they are decoded to."""
     smaller = _with_weight_bits(sizes, 4.25)
     before, after = sizes.layers[1], smaller.layers[1]
-    assert after.read_bytes(1) == pytest.approx(before.read_bytes(1) * 4.25 / 16, rel=0.01)
-    assert after.experts.device_bytes == pytest.approx(EXPERT_BYTES * 4.25 / 16, rel=0.01)
+    on_bus = [sum(tensor.bus_bytes for tensor in layer.expert_tensors) for layer in (before, after)]
+    assert on_bus[1] == pytest.approx(on_bus[0] * 4.25 / 16, rel=0.01)
+    assert after.read_bytes(1) == before.read_bytes(1)
+    assert all(tensor.decoded_bytes == tensor.device_bytes for tensor in after.expert_tensors)
