@@ -64,9 +64,11 @@ def read_secrets(security: SecurityConfig) -> bytes:
 
 
 def router_settings(
-    config: ServerConfig, port: int, worker: str, names: Sequence[str], probe_key: str
+    config: ServerConfig, host: str, port: int, worker: str, *, names: Sequence[str], probe_key: str
 ) -> dict[str, object]:
     """Arguments of `smg.router_args.RouterArgs` for a gateway to one `worker`, whose model has these names.
+
+    `host` is a numeric address.
 
     Where there are tokens, their holders alone reach the routes that serve; nobody reaches those that change the
     gateway. What would stand between a client and the server's own answer is off, such as retries.
@@ -78,7 +80,7 @@ def router_settings(
     holders = {} if security.auth_tokens is None else read_holders(security.auth_tokens)
     keys = [(holder.name, token) for token, holder in holders.items()]
     return {
-        "host": config.openai_host,
+        "host": host,
         "port": port,
         "worker_urls": [f"grpc://{worker}"],
         "backend": "vllm",

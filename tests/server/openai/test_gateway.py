@@ -62,7 +62,11 @@ def text_of(client: openai.OpenAI) -> str:
 
 def test_one_that_dies_is_followed_by_another(caplog):
     """The log says how it ended; until then the server is not ready, and gRPC serves on."""
-    with caplog.at_level(logging.ERROR), running(ScriptedEngine) as served, served.client() as client:
+    with (
+        caplog.at_level(logging.ERROR),
+        running(ScriptedEngine, openai_host="localhost") as served,
+        served.client() as client,
+    ):
         served.engine.answer = "Once upon a time"
         assert ready(served)
         [pid] = served.server.openai.pids
