@@ -56,6 +56,8 @@ class OpenAiFrontEnd:
         check_gateway(service.config)
         self.port = port
         """Once it is bound, if 0 was given."""
+        self._host = service.config.openai_host
+        """Its address, once it is bound: smg takes no names."""
         self._service = service
         self._config = service.config
         self._worker = worker
@@ -96,7 +98,7 @@ class OpenAiFrontEnd:
             ConfigError: it cannot be bound.
         """
         self._reserved = _reserve(self._config.openai_host, self.port)
-        self.port = self._reserved.getsockname()[1]
+        self._host, self.port, *_ = self._reserved.getsockname()
 
     async def attach(self, engine: Engine) -> None:
         """Start a gateway for the model of `engine`.
@@ -148,7 +150,9 @@ class OpenAiFrontEnd:
             await asyncio.sleep(pause)
 
     async def _start(self, names: Sequence[str]) -> GatewayProcess:
-        settings = router_settings(self._config, self.port, self._worker(), names, self._probe_key)
+        settings = router_settings(
+            self._config, self._host, self.port, self._worker(), names=names, probe_key=self._probe_key
+        )
         process = await GatewayProcess.start(settings)
         self._processes.add(process)
         process.ended.add_done_callback(lambda _: self._processes.discard(process))
@@ -203,7 +207,7 @@ class OpenAiFrontEnd:
             return True
 
     def _connection(self) -> HTTPConnection:
-        host = _ANYWHERE.get(self._config.openai_host, self._config.openai_host)
+        host = _ANYWHERE.get(self._host, self._host)
         if not self._config.security.tls:
             return HTTPConnection(host, self.port, timeout=_ANSWER_SECONDS)
         context = ssl.create_default_context()

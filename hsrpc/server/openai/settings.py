@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 import socket
+import subprocess
+import sys
 from collections.abc import Sequence
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from hsrpc.errors import ConfigError
@@ -31,15 +34,21 @@ def check_gateway(config: ServerConfig) -> None:
     Raises:
         ConfigError: none is installed, or it has no parser of a name.
     """
-    try:
-        smg = import_module("smg.smg_rs")
-    except ModuleNotFoundError as error:
+    if find_spec("smg") is None:
         remedy = "pip install 'hsrpc[gateway]', or leave it out"
-        raise ConfigError("openai_port", config.openai_port, f"{error.name} is not installed", remedy) from None
+        raise ConfigError("openai_port", config.openai_port, "smg is not installed", remedy)
     for name in _PARSERS:
-        known, given = getattr(smg, f"get_available_{name}s")(), getattr(config, name)
-        if given is not None and given not in known:
+        given = getattr(config, name)
+        if given is not None and given not in (known := _known(name)):
             raise ConfigError(name, given, "smg has no such parser", f"use one of {', '.join(sorted(known))}")
+
+
+def _known(parser: str) -> list[str]:
+    """Names of the parsers of a kind, from a process of its own: what has them would stay in this one."""
+    program = f"import json, smg.smg_rs; print(json.dumps(smg.smg_rs.get_available_{parser}s()))"
+    ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)  # noqa: S603
+    names: list[str] = json.loads(ran.stdout)
+    return names
 
 
 def secret_files(security: SecurityConfig) -> list[Path]:
@@ -64,9 +73,11 @@ def read_secrets(security: SecurityConfig) -> bytes:
 
 
 def router_settings(
-    config: ServerConfig, port: int, worker: str, names: Sequence[str], probe_key: str
+    config: ServerConfig, host: str, port: int, worker: str, *, names: Sequence[str], probe_key: str
 ) -> dict[str, object]:
     """Arguments of `smg.router_args.RouterArgs` for a gateway to one `worker`, whose model has these names.
+
+    `host` is a numeric address.
 
     Where there are tokens, their holders alone reach the routes that serve; nobody reaches those that change the
     gateway. What would stand between a client and the server's own answer is off, such as retries.
@@ -78,7 +89,7 @@ def router_settings(
     holders = {} if security.auth_tokens is None else read_holders(security.auth_tokens)
     keys = [(holder.name, token) for token, holder in holders.items()]
     return {
-        "host": config.openai_host,
+        "host": host,
         "port": port,
         "worker_urls": [f"grpc://{worker}"],
         "backend": "vllm",

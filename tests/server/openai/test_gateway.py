@@ -12,8 +12,9 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.client import HTTPSConnection
 from pathlib import Path
 
@@ -62,7 +63,11 @@ def text_of(client: openai.OpenAI) -> str:
 
 def test_one_that_dies_is_followed_by_another(caplog):
     """The log says how it ended; until then the server is not ready, and gRPC serves on."""
-    with caplog.at_level(logging.ERROR), running(ScriptedEngine) as served, served.client() as client:
+    with (
+        caplog.at_level(logging.ERROR),
+        running(ScriptedEngine, openai_host="localhost") as served,
+        served.client() as client,
+    ):
         served.engine.answer = "Once upon a time"
         assert ready(served)
         [pid] = served.server.openai.pids
@@ -208,7 +213,10 @@ asyncio.run(main())
 
 def test_it_does_not_outlive_whoever_started_it():
     """However that ends: SIGKILL leaves no time to say so."""
-    with subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE, text=True) as starter:
+    with (
+        subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE, text=True) as starter,
+        killed(starter),
+    ):
         pid = int(starter.stdout.readline())
         assert is_running(pid)
         starter.kill()
@@ -219,16 +227,28 @@ def test_it_does_not_outlive_whoever_started_it():
 def test_signals_end_both(number, code):
     """Ctrl-C is for all processes of a terminal, of which the gateway is none; after the drain it is ended."""
     command = [sys.executable, "-m", "tests.server.serve_fake", "openai"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as server:
+    with (
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as server,
+        killed(server),
+    ):
         assert server.stdout.readline().startswith("listening on 127.0.0.1:")
         assert server.stdout.readline().startswith("OpenAI API on http://127.0.0.1:")
         children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
         eventually(children.read_text)
         [pid] = map(int, children.read_text().split())
-        assert os.getpgid(pid) != server.pid
+        eventually(lambda: os.getpgid(pid) != server.pid)
         os.killpg(server.pid, number)
         assert server.wait(20) == code
     eventually(lambda: not is_running(pid))
+
+
+@contextmanager
+def killed(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Nothing is left to wait for, whatever comes in the block."""
+    try:
+        yield
+    finally:
+        process.kill()
 
 
 def eventually(condition: Callable[[], object]) -> None:
@@ -281,9 +301,6 @@ async def test_parsers_have_names():
 async def test_what_is_not_installed_is_told(monkeypatch):
     """With the extra that has it."""
 
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(name="smg")
-
-    monkeypatch.setattr(settings, "import_module", missing)
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"openai_port=0: smg is not installed; pip install 'hsrpc\[gateway\]'"):
         Server(ServerConfig(openai_port=0))
