@@ -34,8 +34,9 @@ from hsrpc.model.attention import Attention, HeadShape
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, has_weights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family, ModelSpec
-from hsrpc.model.formats.choice import with_scaled
+from hsrpc.model.formats.choice import with_caches, with_scaled
 from hsrpc.model.formats.format import WeightSource
+from hsrpc.model.formats.rows import Rows
 from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.hub import resolve_model
 from hsrpc.model.quantization.registry import read_quantization, says_more
@@ -130,6 +131,7 @@ class _Model:
             formats = with_scaled(formats, checkpoint.scaled(family), config.weight_coding)
         elif quantization is not None:
             raise spec.config.refuse(QUANTIZATION, "weights beside it, which say what is quantised", "fetch them")
+        formats = with_caches(formats, config.cache_format)
         return cls(spec, [in_formats(spec, each) for each in formats], directory, checkpoint)
 
 
@@ -167,6 +169,8 @@ def _plan(model: _Model, machine: Machine, config: EngineConfig, choose_plan: Ch
     question = Question(choices=tuple(spec.sizes for spec in model.choices), machine=machine, config=config)
     planner, plan = question.answer(choose_plan)
     [spec] = [spec for spec in model.choices if spec.sizes is planner.sizes]
+    formats = spec.formats.holding(plan.kinds)
+    spec = spec if formats == spec.formats else in_formats(spec, formats)
     default_params = _default_params(config, model.directory)
     return Planned(spec, question, planner, plan, model.directory, default_params, model.checkpoint)
 
@@ -290,14 +294,15 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         tokenizer = open_tokenizer(planned, config)
         undo.callback(tokenizer.close)
         torch_device = device.torch_device
-        attention = _attention(family, family.heads, plan, torch_device)
+        attention = _attention(family, family.heads, family.kv_rows, plan, torch_device)
         absorbed = _absorbed_attention(family, plan, torch_device)
         with torch.inference_mode(), ThreadPoolExecutor(1, thread_name_prefix="compile") as compiler:
             compile_formats(family, plan, device)  # before the other thread compiles
             compiled = [compiler.submit(each.compile) for each in (attention, absorbed) if each is not None]
+            compiled.append(compiler.submit(family.activations.compile, torch_device))
             weights = load_weights(family, source, plan, device, stop, progress=progress)
             device.release_cached()  # what packing used
-            cache = CacheManager(spec.sizes, plan, device, spec.formats)
+            cache = CacheManager(spec.sizes, plan, device, family.rows)
             prefetcher = WeightPrefetcher(weights, plan, device, family)
             forward = Forward(
                 family,
@@ -335,16 +340,17 @@ def _absorbed_attention(family: Family, plan: Plan, device: torch.device) -> Att
     absorption = family.absorption
     if not plan.absorbs or absorption is None:
         return None
-    return _attention(family, absorption.heads, plan, device)
+    return _attention(family, absorption.heads, family.activation_rows, plan, device)
 
 
-def _attention(family: Family, heads: HeadShape, plan: Plan, device: torch.device) -> Attention:
+def _attention(family: Family, heads: HeadShape, rows: Rows, plan: Plan, device: torch.device) -> Attention:
     return Attention(
         heads,
         family.attention_scale,
         plan.block_size,
         device,
         family.spec.dtype,
+        rows=rows,
         windows=family.sizes.windows.distinct,
         extras=family.attention_extras,
     )

@@ -169,7 +169,7 @@ class StepModel:
         forward = layers * np.maximum(
             self.layer.forward(queries, groups), self.layer.forward(queries) + recomputed_tokens * self.recompute_token
         )
-        forward = forward + layers * self.layer.decode_weights(c.decode_traffic)
+        forward = forward + layers * (self.layer.decode_weights(c.decode_traffic) + self.layer.code_weight())
         forward = forward + self._decoded_experts(c, queries + recomputed_tokens)
         gemms = layers * self.layer.regenerate(regenerated, context)
         times = {

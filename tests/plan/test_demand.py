@@ -133,7 +133,7 @@ def test_lines_of_a_plan(sizes: ModelSizes) -> None:
     assert plan.host_bytes[HostUse.STREAMED_WEIGHTS] == demand.host_bytes + sum(plan.streamed_bytes)
     assert sum(plan.device_bytes.values()) <= plan.budgets.device
     assert sum(plan.host_bytes.values()) <= plan.budgets.host
-    assert [place.on_demand for place in placements(plan)] == [False, *[True] * 5]
+    assert [place.on_demand for place in placements(plan, sizes)] == [False, *[True] * 5]
     share = (plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS] + 5 * demand.slots * EXPERT_BYTES) / sizes.layers_bytes
     assert plan.resident_share == pytest.approx(share, rel=1e-3)
     assert DeviceUse.EXPERTS not in make(sizes, max_batch=2, experts="stream").device_bytes

@@ -31,6 +31,7 @@ class WeightPrefetcher:
         streams = any(layer.packed is not None for layer in weights.layers)
         self._buffers = [self._buffer(plan.weight_buffer_bytes) for _ in range(BUFFERS * streams)]
         self._decoded = self._buffer(plan.decode_buffer_bytes)
+        self._coded = self._buffer(family.activations.coded_weight_bytes)
         self._chosen: ChosenExperts | None = None
         if any(layer.has_coded_experts for layer in weights.layers):
             self._chosen = ChosenExperts(device, max(len(family.expert_names(i)) for i in range(family.num_layers)))
@@ -45,10 +46,11 @@ class WeightPrefetcher:
     @property
     def places(self) -> Places:
         """Placement of each layer's weights."""
+        codes = self._family.activations.coded_weight_bytes > 0
         return tuple(
             LayerPlacement(
                 each.bus_bytes,
-                each.is_decoded,
+                each.is_decoded or codes,
                 has_coded_experts=each.has_coded_experts,
                 on_demand=each.experts is not None,
             )
@@ -112,4 +114,5 @@ class WeightPrefetcher:
         buffer = self._decoded[:0] if weights.packed is None else self._buffers[slot]
         opened = weights.open(buffer, self._decoded, self._chosen)
         tensors = opened.tensors if weights.experts is None else self._on_demand.with_experts(layer, opened.tensors)
-        return opened._replace(tensors=self._family.opened(layer, tensors))
+        ready, more = self._family.activations.prepared(self._family.opened(layer, tensors), self._coded)
+        return opened._replace(tensors=ready, decodings=(*opened.decodings, *more))

@@ -13,7 +13,7 @@ import torch
 from hsrpc.model.formats.codes import UNIT, CodedMatrix, CodedParts, decode
 from hsrpc.model.formats.format import AsPublished, Encoded, Packing, WeightSource, moved
 from hsrpc.model.tensor import TensorSpec
-from hsrpc.plan.fitted import DECODE_RATE_SHARE
+from hsrpc.plan.fitted import CODES_BY_COLUMN_RATE_SHARE, CODES_RATE_SHARE
 from hsrpc.plan.sizes import TensorSizes, align
 
 _ALIGNMENT = 16
@@ -61,10 +61,7 @@ class ScaledPacking(Packing):
 
 @dataclass(frozen=True, slots=True)
 class Scaled(AsPublished):
-    """Codes and scales as the checkpoint has them; a tensor that stays on the device is decoded when it is loaded.
-
-    Decoding is counted at the rate of coded weights, which takes more than this: it is not measured yet.
-    """
+    """Codes and scales as the checkpoint has them."""
 
     dtype: torch.dtype
     """What is computed in."""
@@ -72,6 +69,8 @@ class Scaled(AsPublished):
 
     def sizes(self, tensor: TensorSpec) -> TensorSizes:
         size, packed = align(tensor.numel * self.dtype.itemsize), align(self.packing(tensor).num_bytes)
+        by_column = any(source.finds_by_column for source in self.sources)
+        share = CODES_BY_COLUMN_RATE_SHARE if by_column else CODES_RATE_SHARE
         return TensorSizes(
             name=tensor.name,
             num_elements=tensor.numel,
@@ -81,7 +80,7 @@ class Scaled(AsPublished):
             bus_bytes=packed,
             host_bytes=packed,
             decoded_bytes=size,
-            decode_traffic=(packed + size) / DECODE_RATE_SHARE,
+            decode_traffic=(packed + size) / share,
         )
 
     def packing(self, tensor: TensorSpec) -> ScaledPacking:
