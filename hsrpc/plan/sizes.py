@@ -270,11 +270,14 @@ class LayerSizes:
         idle = 0 if self.experts is None else (self.experts.count - self.experts.k) * self.experts.num_elements
         return tokens * (2 * (self.num_elements - idle))
 
-    def read_bytes(self, tokens: Number) -> Number:
-        """Bytes of weights that the products of `tokens` tokens read from device memory."""
+    def read_bytes(self, tokens: Number, touched: Number | None = None) -> Number:
+        """Bytes of weights that the products of `tokens` tokens read from device memory.
+
+        `touched`: experts that they take together; None: as many as on average, where all are as likely.
+        """
         if self.experts is None:
             return self.weight_bytes
-        idle = self.experts.count - self.experts.touched(tokens)
+        idle = self.experts.count - (self.experts.touched(tokens) if touched is None else touched)
         return self.weight_bytes - idle * self.experts.device_bytes
 
     def workspace_bytes(self, tokens: Number) -> Number:

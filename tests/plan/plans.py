@@ -130,7 +130,7 @@ def _facts(plan: Plan, sizes: ModelSizes) -> Iterator[tuple[str, object]]:
         cache_bytes=1_234_567_890,
         regenerated_tokens=123_456,
     )
-    yield "roofline", astuple(roofline(record, sizes, plan.hardware))
+    yield "roofline", astuple(roofline(record, sizes, plan.hardware))[:4]
 
 
 def _parts(step: StepPrediction) -> dict[str, float]:

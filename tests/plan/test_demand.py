@@ -26,6 +26,7 @@ from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at
 from hsrpc.plan.question import Question
+from hsrpc.plan.roofline import Roofline, StepRecord, roofline
 from hsrpc.plan.simulated_step import placements, simulated_step
 from hsrpc.plan.sizes import ModelSizes, Stays
 from hsrpc.schedule.blocks import PoolId
@@ -173,6 +174,38 @@ def test_where_other_weights_stream_the_list_has_the_waits(sizes: ModelSizes) ->
     weights = sum(layer.bus_bytes for layer in plan.placed) / HARDWARE.load_bandwidth
     assert step.step - step.boundary >= 0.99 * (weights + step.experts)
     assert simulated_step(plan, sizes, replace(step, experts=0), recomputes=False) < step.step - step.experts
+
+
+def test_the_limit_of_a_step_lets_experts_and_what_waits_take_turns(sizes: ModelSizes) -> None:
+    """Their own products may be computed beside; they are those that the step took, whatever was to be expected."""
+    plain = StepRecord(
+        seconds=1.0,
+        num_requests=4,
+        decode_tokens=4,
+        prefill_tokens=0,
+        context_tokens=400,
+        weight_bytes=0,
+        cache_bytes=0,
+        regenerated_tokens=0,
+    )
+    experts = sizes.commonest.experts
+    assert experts is not None
+    all_taken = 5 * experts.touched(4)
+
+    def limit(taken: float, loads: int = 0) -> Roofline:
+        counts = {"expert_hits": taken - loads, "expert_loads": loads, "weight_bytes": loads * EXPERT_BYTES}
+        return roofline(replace(plain, **counts), sizes, HARDWARE)
+
+    whole, hits = roofline(plain, sizes, HARDWARE), limit(all_taken)
+    assert hits.forward == pytest.approx(whole.forward)
+    assert (whole.in_turn, whole.seconds) == (0, whole.gpu)
+    assert limit(20).seconds < hits.seconds == hits.gpu  # the router prefers some; nothing but the GPU works
+    products = all_taken * EXPERT_BYTES / HARDWARE.memory_bandwidth
+    assert hits.in_turn == pytest.approx(hits.gpu - products)
+    for loads in (1, 30):
+        found, bus = limit(all_taken, loads), loads * EXPERT_BYTES / HARDWARE.load_bandwidth
+        assert (found.bus, found.in_turn) == pytest.approx((bus, bus + hits.in_turn))
+        assert found.seconds == max(hits.gpu, found.in_turn) > bus
 
 
 def question(spec: ModelSpec, *, coded: bool = False, **settings: object) -> Question:
