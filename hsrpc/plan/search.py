@@ -141,7 +141,8 @@ class Evaluator:
         grid = replace(grid, rows=np.maximum(grid.rows, self._chunk_rows(grid.batch, prompt_queries)))
         staging = self.staging(grid, prompt_queries, idle_chunk)
         device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
-        for part in (self.choices.resident, self.choices.buffers, self.choices.experts):
+        choices = self.choices
+        for part in (choices.resident, choices.buffers, choices.experts, choices.tables):
             device_room = device_room - part[grid.choice]
         host_room = self.budgets.host - self.choices.on_host[grid.choice]
         usable = self._usable_blocks(grid.batch, idle_chunk)

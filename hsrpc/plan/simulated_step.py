@@ -38,7 +38,7 @@ def placements(plan: Plan) -> Places:
         LayerPlacement(
             bus_bytes=round(layer.bus_bytes),
             is_coded=layer.decode_traffic > 0,
-            has_coded_experts=layer.has_coded_experts,
+            has_coded_experts=plan.expert_traffic[number] > 0,
             rebuilds=number not in plan.kv_layers,
             on_demand=counts[number] > 0,
         )
@@ -73,7 +73,7 @@ class _OpSeconds:
         """Parts of a step divided among its operations."""
         decode = [float(layer.decode_weights(each.decode_traffic)) for each in plan.placed]
         tokens = step.batch if num_groups == 1 else step.batch * step.context  # recomputed ones
-        experts = [float(layer.decode_experts(each.expert_traffic, tokens)) for each in plan.placed]
+        experts = [float(layer.decode_experts(traffic, tokens)) for traffic in plan.expert_traffic]
         weights = float(layer.load(sum(each.bus_bytes for each in plan.placed)))
         each = len(plan.placed) * step.mini_batches
         layers = layer.sizes.layers

@@ -7,7 +7,7 @@ import torch
 
 from hsrpc.device.device import CpuDevice
 from hsrpc.engine.tasks.experts import ExpertLoader
-from hsrpc.engine.weights import HostExperts, PackedTensor, arrange
+from hsrpc.engine.weights import HostExperts, OpenedLayer, PackedTensor, arrange
 from hsrpc.model.experts import CORRECTION, ROUTER, Experts, Routing, Scoring, expert_in, expert_out
 from hsrpc.model.families.decoder import Decoder
 from hsrpc.model.family import Routes
@@ -74,9 +74,11 @@ def test_experts_on_demand_are_found_by_their_tables(slots: int) -> None:
     memory = torch.zeros((experts.count, size), dtype=torch.uint8)
     for name, (number, part) in parts.items():
         part.open(memory[number], memory[0, :0]).copy_(w[name])
-    demand = Demand(slots=slots, counts=(experts.count,), expert_bytes=size, num_tensors=2 * experts.count)
+    demand = Demand(
+        slots=slots, counts=(experts.count,), expert_bytes=size, ready_bytes=size, num_tensors=2 * experts.count
+    )
     loader = ExpertLoader([HostExperts(memory, parts)], demand, CpuDevice(), Decoder.expert_tables)
-    opened = loader.with_experts(0, {})
+    opened = loader.open(0, OpenedLayer({}, ()), memory[0, :0], None).tensors
     for n in (1, 3, 40, 2):
         routes, x = routes_of(choices(n, experts.count, experts.k)), torch.randn(n, SIZE)
         loader.expect(routes.chosen)
