@@ -80,7 +80,11 @@ def reference_model(config: dict[str, Any], file: Path, device: DeviceKind, dtyp
     attention = "sdpa" if family.attention_extras == PLAIN else "eager"  # the other one has neither caps nor sinks
     torch.set_default_dtype(dtype)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(settings, attn_implementation=attention).eval()
+        model = AutoModelForCausalLM.from_config(
+            settings,
+            attn_implementation=attention,
+            experts_implementation="eager",  # products that are as exact as the element type
+        ).eval()
     torch.set_default_dtype(torch.float32)
     tensors = model.state_dict()  # whose memory is that of the model
     names = TensorNames(tensors)

@@ -57,6 +57,22 @@ _PROMPTS = ("prompts/opt-6.7b-512", "prompts/opt-6.7b-2048", "prompts/opt-6.7b-2
 _PEERS = ("peers/host", "peers/host-accelerate", "peers/budget", "peers/resident")
 _OF_PEERS = ("hsrpc: tokens/s", "step", "of its limit", "peer: tokens/s", "step", "of its limit", "times")
 _SLOTS = ("0", "1", *(str(8 * eighths) for eighths in range(1, 9)))
+_MIXTURES = (
+    "qwen3-30b-a3b-256",
+    "qwen3-30b-a3b-1024",
+    "mixtral-8x7b-256",
+    "gemma-3-27b-64",
+    "deepseek-v2-lite-kv",
+    "deepseek-v2-lite-rebuilt",
+    "deepseek-v2-lite-absorbed",
+)
+_QUANTIZED = (
+    "llama-3.3-70b-fp8",
+    "llama-3.3-70b-w4a16",
+    "qwen3-32b-fp8",
+    "gpt-oss-120b-mxfp4-256",
+)
+_RESIDENT = ("qwen3-8b-109", "qwen3-8b-219", "qwen3-8b-219-again", "qwen3-8b-planned")
 _MODELS = ("models/current",)
 _OF_PLAN = ("requests", "caches", "resident")
 
@@ -74,9 +90,22 @@ TABLES = {
         _CODING, ("model", "weights", *_STEP, "beside plain copies", "predicted", "tokens/s"), tables.coding
     ),
     "mixtures": Table(
-        ("mixtures/qwen3-30b-a3b-256",),
-        ("model", "weights", *_STEP, "beside plain copies", "predicted", "tokens/s"),
-        tables.coding,
+        tuple(f"mixtures/{case}" for case in _MIXTURES),
+        ("model, requests", "caches", "weights that stream", *_STEP, "predicted", "tokens/s"),
+        tables.mixtures,
+    ),
+    "quantized": Table(
+        tuple(f"quantized/{case}" for case in _QUANTIZED),
+        ("model, requests", "weights", *_STEP, "predicted", "tokens/s"),
+        tables.quantized,
+    ),
+    "code-kernels": Table(
+        ("quantized/kernels",), ("a layer of", "weights", "time", "read and written", "of a copy"), tables.code_kernels
+    ),
+    "resident": Table(
+        tuple(f"resident/{case}" for case in _RESIDENT),
+        ("model, requests", "step", "predicted", "predicted / measured", "tokens/s"),
+        tables.resident,
     ),
     "recompute": Table(_RECOMPUTE, ("model, requests", "share: step, ms", "GPU busy"), tables.recompute),
     "sweeps": Table(_SWEEPS, ("activation share", *_SHARES, "planner"), tables.sweeps),

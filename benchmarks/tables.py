@@ -21,6 +21,12 @@ NAMES = {
     "llama-2-13b": "Llama-2-13B",
     "qwen3-8b": "Qwen3-8B",
     "qwen3-30b-a3b": "Qwen3-30B-A3B",
+    "mixtral-8x7b": "Mixtral-8x7B",
+    "gemma-3-27b": "Gemma-3-27B",
+    "deepseek-v2-lite": "DeepSeek-V2-Lite",
+    "llama-3.3-70b": "Llama-3.3-70B",
+    "qwen3-32b": "Qwen3-32B",
+    "gpt-oss-120b": "gpt-oss-120b",
 }
 OWN = "hsrpc"
 
@@ -47,6 +53,51 @@ def coding(records: Sequence[Record]) -> Iterator[Row]:
         model = f"{NAMES[run['model']]}, {run['batch']} requests"
         model, seen = ("" if model == seen else model), model
         yield (model, weights, *_step(run), copies, predicted, rate(run["decode_tokens_per_second"]))
+
+
+def mixtures(records: Sequence[Record]) -> Iterator[Row]:
+    """Decode steps of mixtures of experts and of layers that differ, and what is cached."""
+    for record in records:
+        [run] = record.result
+        weights = "coded" if run["codes_weights"] else "as they are"
+        words = record.header.command.split()
+        latents = words[words.index("--latent-attention") + 1] if "--latent-attention" in words else None
+        caches = {None: run["policy"], "absorb": "latents, absorbed", "rebuild": "latents, rebuilt"}[latents]
+        model = f"{NAMES[run['model']]}, {run['batch']}"
+        yield (
+            model,
+            caches,
+            weights,
+            *_step(run),
+            ms(run["predicted_step_seconds"]),
+            rate(run["decode_tokens_per_second"]),
+        )
+
+
+def quantized(records: Sequence[Record]) -> Iterator[Row]:
+    """Decode steps of quantised weights."""
+    for record in records:
+        [run] = record.result
+        shape, _, form = run["model"].partition(":")
+        predicted, tokens = ms(run["predicted_step_seconds"]), rate(run["decode_tokens_per_second"])
+        yield (f"{NAMES[shape]}, {run['batch']}", form, *_step(run), predicted, tokens)
+
+
+def code_kernels(records: Sequence[Record]) -> Iterator[Row]:
+    """How fast a layer of codes is decoded."""
+    [record] = records
+    for case in record.result["cases"]:
+        times = f"{case['milliseconds']:.2f} ms", f"{case['rate'] / 1e12:.2f} TB/s", f"{case['share']:.2f}"
+        yield (NAMES[case["shape"]], case["format"], *times)
+
+
+def resident(records: Sequence[Record]) -> Iterator[Row]:
+    """Decode steps with everything on the device."""
+    for record in records:
+        [run] = record.result
+        times = run["step_seconds"], run["predicted_step_seconds"]
+        beside = f"{times[1] / times[0]:.2f}"
+        yield (f"{NAMES[run['model']]}, {run['batch']}", *map(ms, times), beside, rate(run["decode_tokens_per_second"]))
 
 
 def products(records: Sequence[Record]) -> Iterator[Row]:

@@ -147,7 +147,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model",
         default=BUNDLED_MODEL,
-        help="directory in Hugging Face format, hub id, or random:SHAPE, such as random:opt-13b or random:config.json "
+        help="directory in Hugging Face format, hub id, or random:SHAPE, such as random:opt-13b or random:config.json, "
+        "with weights as fp8, mxfp4, nvfp4, w4a16 or w8a16 where that follows, such as random:qwen3-32b:fp8 "
         "(default: bundled)",
     )
     add_trust_links(model)

@@ -38,8 +38,9 @@ from hsrpc.model.formats.choice import with_scaled
 from hsrpc.model.formats.format import WeightSource
 from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.hub import resolve_model
-from hsrpc.model.quantization.registry import KEY as QUANTIZATION
-from hsrpc.model.quantization.registry import read_quantization
+from hsrpc.model.quantization.registry import read_quantization, says_more
+from hsrpc.model.quantization.section import KEY as QUANTIZATION
+from hsrpc.model.random_codes import split_format
 from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec
 from hsrpc.model.tensor import dtype_name
@@ -116,11 +117,16 @@ class _Model:
         spec, directory = _read_spec(config, device), _directory(config)
         family, quantization = create_family(spec), read_quantization(spec.config)
         formats, checkpoint = family.format_choices(config.weight_coding, device), None
-        if directory is not None and has_weights(directory):
+        if directory is None:
+            drawn = split_format(config.model.removeprefix(RANDOM_PREFIX))[1]
+            formats = with_scaled(formats, drawn.formats(family) if drawn else {}, config.weight_coding)
+        elif has_weights(directory):
             checkpoint = Checkpoint(directory, quantization)
             checkpoint.check_model(family)
+            if says_more(spec.config):
+                _log.warning("%s: activations are not quantised, nor caches; scales of theirs are ignored", directory)
             formats = with_scaled(formats, checkpoint.scaled(family), config.weight_coding)
-        elif directory is not None and quantization is not None:
+        elif quantization is not None:
             raise spec.config.refuse(QUANTIZATION, "weights beside it, which say what is quantised", "fetch them")
         return cls(spec, [in_formats(spec, each) for each in formats], directory, checkpoint)
 
@@ -222,7 +228,9 @@ def _read_spec(config: EngineConfig, device: torch.device) -> ModelSpec:
     dtype = _dtype(config.dtype, on_cpu=device.type == "cpu")
     directory = _directory(config)
     if directory is None:
-        return named_spec(config.model.removeprefix(RANDOM_PREFIX), dtype)
+        shape, form = split_format(config.model.removeprefix(RANDOM_PREFIX))
+        spec = named_spec(shape, dtype)
+        return spec if form is None else replace(spec, name=f"{spec.name}:{form.name}")
     return load_spec(directory, dtype)
 
 

@@ -19,7 +19,8 @@ from hsrpc.model.formats.codes import CodedParts, decode, scales_of
 from hsrpc.model.formats.scaled import Scaled
 from hsrpc.model.quantization.fp8 import CODES
 from hsrpc.model.quantization.reader import Quantized, Reader, Stored, WeightTensors
-from hsrpc.model.quantization.registry import KEY
+from hsrpc.model.quantization.section import KEY
+from hsrpc.model.random_codes import draw_codes, repeat
 from hsrpc.model.safetensors_file import SafetensorsFile
 from hsrpc.model.shards import check_complete
 from hsrpc.model.tensor import RowOrder, Stacked, TensorSpec, dtype_name
@@ -33,6 +34,8 @@ _OTHER_CONFIG = "use the config.json of this checkpoint, or fetch it again"
 _TIE = "fetch the checkpoint again, or set tie_word_embeddings to true in config.json if the embedding is the head too"
 _WEIGHT = ".weight"
 """What the name of a linear layer's weight ends with."""
+_CODE_ENDS = (".qweight", ".weight_packed")
+"""What names of its codes end with, where these are in words."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _NO_SHARDS = ("consolidated", "adapter_model", "optimizer", "training_args")
 """Beginnings of the names of safetensors files that hold no part of the model under its Hugging Face names."""
@@ -111,8 +114,6 @@ class Checkpoint:
         self._check_ties(family)
         if ignored := self._parts_beside(family):
             _log.warning("%s: serving the language model alone, without its %s", self.directory, ", ".join(ignored))
-        if self._reader is not None:
-            _log.warning("%s: activations are not quantised, nor caches; scales of theirs are ignored", self.directory)
 
     def scaled(self, family: Family) -> dict[TensorSpec, Scaled]:
         """The format of each tensor of the layers that has codes here, of all its sources.
@@ -271,6 +272,10 @@ class Checkpoint:
 
     def missing(self, source: str) -> CheckpointError:
         """What is said where there is no tensor that is called `source`."""
+        for end in _CODE_ENDS if self._reader is None else ():
+            codes = self.stored(source.removesuffix(_WEIGHT) + end)
+            if codes is not None:
+                return codes.file.refuse(f"{KEY} in config.json, for codes", "none", _OTHER_CONFIG, codes.name)
         nearest = ", ".join(map(shortened, self._names.nearest(source))) or "no tensor at all"
         remedy = _TIE if source == HEAD else _OTHER_CONFIG
         return CheckpointError(f"{self.directory}: expected tensor {source}, found as the nearest {nearest}; {remedy}")
@@ -285,8 +290,8 @@ def _fill(quantized: Quantized, parts: CodedParts, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     if largest >= torch.finfo(torch.bfloat16).max:
         return
-    most, matrix = largest / quantized.matrix.code.largest, quantized.matrix
-    found = scales_of(matrix, parts).abs().max().item()
+    most = largest / quantized.matrix.code.largest
+    found = scales_of(parts).abs().max().item()
     if found > most:
         expected = f"scales of at most {most:.4g}, for weights in {dtype_name(dtype)}"
         stored = quantized.stored
@@ -299,10 +304,10 @@ def _decode(quantized: Quantized, out: torch.Tensor) -> None:
     parts = matrix.parts(torch.empty(matrix.num_bytes, dtype=torch.uint8))
     _fill(quantized, parts, out.dtype)
     if out.device.type == "cpu":
-        decode(matrix, parts, out)
+        decode(parts, out)
         return
     values = torch.empty(matrix.shape, dtype=out.dtype)
-    decode(matrix, parts, values)
+    decode(parts, values)
     out.copy_(values)
 
 
@@ -390,14 +395,13 @@ class RandomWeights:
         flat = _flat(tensor, out)
         mean, deviation = _distribution(tensor)
         drawn = torch.empty(min(len(flat), _RANDOM_BLOCK)).normal_(mean, deviation, generator=self._generator(tensor))
-        block = drawn.to(out.device, out.dtype)
-        end = len(flat) // len(block) * len(block)
-        flat[:end].view(-1, len(block)).copy_(block)
-        flat[end:].copy_(block[: len(flat) - end])
+        repeat(drawn.to(out.dtype), flat)
 
     def read_codes(self, tensor: TensorSpec, out: Sequence[CodedParts], dtype: torch.dtype) -> None:
-        """Raises NotImplementedError"""
-        raise NotImplementedError
+        """Fills the parts of each of the tensor's sources, such that weights are about those of `read`."""
+        generator, (_, deviation) = self._generator(tensor), _distribution(tensor)
+        for parts in out:
+            draw_codes(parts, deviation, generator)
 
     def _generator(self, tensor: TensorSpec) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed}:{':'.join(tensor.sources)}".encode(), digest_size=8).digest()

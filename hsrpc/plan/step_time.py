@@ -246,7 +246,7 @@ class StepModel:
         return found
 
     def _mean_experts(self, c: Candidates, decoding: Number) -> Number:
-        """As `_experts` of `decoding` alone, in the steps that have no prompt beside, and with a chunk in the others."""
+        """As `_experts` of `decoding` alone, in steps that have no prompt beside; with a chunk in the others."""
         part, with_chunk = self._chunked_part(c), np.maximum(decoding, self._experts(c, c.batch + self._chunk(c)))
         found: Number = (1 - part) * decoding + part * with_chunk
         return found

@@ -373,3 +373,12 @@ def test_a_plan_needs_the_headers(copied: Reference) -> None:
     planned = startup.make_plan(config)
     tensors = create_family(planned.spec).layer_tensors(0)
     assert all(isinstance(planned.spec.formats.weight(tensor), Plain) for tensor in tensors)
+
+
+async def test_random_weights_of_a_format(copied: Reference) -> None:
+    """Their codes cross the bus, and the model answers."""
+    config = roomy(Reference(Path(f"random:{copied.directory}:w4a16"), [], []))
+    async with Engine(config) as engine:
+        assert len(ids(await collect(engine.generate([5, 6], greedily(8))))) == 8
+        assert engine.spec.name.endswith(":w4a16")
+        assert engine.plan.decode_buffer_bytes > 0

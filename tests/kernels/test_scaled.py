@@ -43,7 +43,8 @@ def packed(kind: str, dtype: torch.dtype, *, exact: bool) -> Encoded[ScaledPacki
     shape = (sum(source.rows for source in sources), sources[0].columns)
     packing = ScaledPacking(shape, dtype, sources)
     data = torch.zeros(packing.num_bytes, dtype=torch.uint8)
-    for matrix, parts in packing.matrices(data):
+    for parts in packing.parts(data):
+        matrix = parts.matrix
         parts.codes.copy_(torch.arange(parts.codes.numel()).view(parts.codes.shape) * 7 % 256)
         if matrix.scale is E8M0:
             exponents = torch.randint(117, 139, parts.scales.shape, dtype=torch.uint8)

@@ -83,6 +83,13 @@ class CodedMatrix:
         return grid(self.shape, self.block)
 
     @property
+    def is_gathered(self) -> bool:
+        """Whether a scale is found for each weight: those of eight columns are several, or blocks are no power of 2."""
+        sizes = zip(self.block, self.shape, strict=True)
+        are_powers = all(block >= size or not block & (block - 1) for block, size in sizes)
+        return self.has_groups or not are_powers or self.block[1] < min(UNIT, self.columns)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of a row of codes, filled up."""
         return -(-self.columns // UNIT) * UNIT * self.code.bits // 8
@@ -100,6 +107,7 @@ class CodedMatrix:
         """Views of the matrix's bytes `data` (uint8)."""
         codes, scales, zeros, groups, factor = (data[start:end] for start, end in self._bounds())
         return CodedParts(
+            self,
             codes.view(self.rows, self.row_bytes)[:, : self.used_bytes],
             scales.view(self.scale).view(self.grid),
             zeros.view(self.grid) if self.zero is None else None,
@@ -125,6 +133,7 @@ class CodedMatrix:
 class CodedParts(NamedTuple):
     """The parts of a matrix, to be filled or read."""
 
+    matrix: CodedMatrix
     codes: torch.Tensor
     """uint8 [rows, `CodedMatrix.used_bytes`]; rows are strided where they are filled up"""
     scales: torch.Tensor
@@ -142,26 +151,27 @@ def grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
-def scales_of(matrix: CodedMatrix, parts: CodedParts) -> torch.Tensor:
+def scales_of(parts: CodedParts) -> torch.Tensor:
     """What weights are multiplied by: float32, as many as `CodedMatrix.grid` says."""
     scales = parts.scales.float()
     if parts.factor is None:
         return scales
-    return scales * parts.factor if matrix.factor is Factor.MULTIPLIES else scales / parts.factor
+    return scales * parts.factor if parts.matrix.factor is Factor.MULTIPLIES else scales / parts.factor
 
 
-def decode(matrix: CodedMatrix, parts: CodedParts, target: torch.Tensor) -> None:
+def decode(parts: CodedParts, target: torch.Tensor) -> None:
     """Write the weights to `target` [rows, columns], on the device of their parts."""
-    height, scales = max(1, _DECODED_AT_ONCE // matrix.columns), scales_of(matrix, parts)
+    matrix, scales = parts.matrix, scales_of(parts)
+    height = max(1, _DECODED_AT_ONCE // matrix.columns)
     zeros = None if parts.zeros is None else parts.zeros.float()
     for first, codes in zip(range(0, matrix.rows, height), parts.codes.split(height), strict=True):
         rows = torch.arange(first, first + len(codes), device=codes.device) // matrix.block[0]
         values = _values(matrix, codes)
         if zeros is not None:
-            values -= _spread(matrix, zeros[rows], parts)
+            values -= _spread(parts, zeros[rows])
         elif matrix.zero:
             values -= matrix.zero
-        target[first : first + height].copy_(values.mul_(_spread(matrix, scales[rows], parts)))
+        target[first : first + height].copy_(values.mul_(_spread(parts, scales[rows])))
 
 
 def _values(matrix: CodedMatrix, codes: torch.Tensor) -> torch.Tensor:
@@ -180,10 +190,10 @@ def _e2m1(device: torch.device) -> torch.Tensor:
     return torch.cat((sizes, -sizes)).to(device)
 
 
-def _spread(matrix: CodedMatrix, numbers: torch.Tensor, parts: CodedParts) -> torch.Tensor:
+def _spread(parts: CodedParts, numbers: torch.Tensor) -> torch.Tensor:
     """What rows have for each group of columns, for each column: [n, columns], or [n, 1] where all share one."""
     if parts.groups is not None:
         return numbers[:, parts.groups]
     if numbers.shape[1] == 1:
         return numbers
-    return numbers.repeat_interleave(matrix.block[1], 1)[:, : matrix.columns]
+    return numbers.repeat_interleave(parts.matrix.block[1], 1)[:, : parts.matrix.columns]

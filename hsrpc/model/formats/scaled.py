@@ -13,7 +13,7 @@ import torch
 from hsrpc.model.formats.codes import UNIT, CodedMatrix, CodedParts, decode
 from hsrpc.model.formats.format import AsPublished, Encoded, Packing, WeightSource, moved
 from hsrpc.model.tensor import TensorSpec
-from hsrpc.plan.fitted import DECODE_RATE_SHARE
+from hsrpc.plan.fitted import CODES_RATE_SHARE, GATHERED_RATE_SHARE
 from hsrpc.plan.sizes import TensorSizes, align
 
 _ALIGNMENT = 16
@@ -41,13 +41,13 @@ class ScaledPacking(Packing):
         return target.view(self.dtype).view(self.shape)
 
     def fill(self, source: WeightSource, tensor: TensorSpec, data: torch.Tensor) -> None:
-        source.read_codes(tensor, [parts for _, parts in self.matrices(data)], self.dtype)
+        source.read_codes(tensor, list(self.parts(data)), self.dtype)
 
-    def matrices(self, data: torch.Tensor) -> Iterator[tuple[CodedMatrix, CodedParts]]:
-        """Each source, and views of its bytes."""
+    def parts(self, data: torch.Tensor) -> Iterator[CodedParts]:
+        """Views of the parts of each source."""
         start = 0
         for source in self.sources:
-            yield source, source.parts(data[start : start + source.num_bytes])
+            yield source.parts(data[start : start + source.num_bytes])
             start += _aligned_bytes(source)
 
     @classmethod
@@ -61,10 +61,7 @@ class ScaledPacking(Packing):
 
 @dataclass(frozen=True, slots=True)
 class Scaled(AsPublished):
-    """Codes and scales as the checkpoint has them; a tensor that stays on the device is decoded when it is loaded.
-
-    Decoding is counted at the rate of coded weights, which takes more than this: it is not measured yet.
-    """
+    """Codes and scales as the checkpoint has them."""
 
     dtype: torch.dtype
     """What is computed in."""
@@ -72,6 +69,7 @@ class Scaled(AsPublished):
 
     def sizes(self, tensor: TensorSpec) -> TensorSizes:
         size, packed = align(tensor.numel * self.dtype.itemsize), align(self.packing(tensor).num_bytes)
+        is_gathered = any(source.is_gathered for source in self.sources)
         return TensorSizes(
             name=tensor.name,
             num_elements=tensor.numel,
@@ -81,7 +79,7 @@ class Scaled(AsPublished):
             bus_bytes=packed,
             host_bytes=packed,
             decoded_bytes=size,
-            decode_traffic=(packed + size) / DECODE_RATE_SHARE,
+            decode_traffic=(packed + size) / (GATHERED_RATE_SHARE if is_gathered else CODES_RATE_SHARE),
         )
 
     def packing(self, tensor: TensorSpec) -> ScaledPacking:
@@ -98,8 +96,8 @@ def decode_each(tensors: Sequence[Encoded[ScaledPacking]], moves: torch.Tensor |
     """Write the operand of each that `moves` do not leave out."""
     for packing, data, operand, _ in moved(tensors, moves):
         rows = [source.rows for source in packing.sources]
-        for (source, parts), target in zip(packing.matrices(data), operand.split(rows), strict=True):
-            decode(source, parts, target)
+        for parts, target in zip(packing.parts(data), operand.split(rows), strict=True):
+            decode(parts, target)
 
 
 def _aligned_bytes(source: CodedMatrix) -> int:

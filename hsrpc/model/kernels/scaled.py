@@ -19,10 +19,6 @@ from hsrpc.model.formats.codes import UNIT, Code, CodedMatrix, CodedParts, Facto
 from hsrpc.model.formats.format import Encoded
 from hsrpc.model.formats.scaled import ScaledPacking
 
-_THREADS = 128
-_TILES = {False: 8, True: 2}
-"""Units that a thread decodes, by whether scales are found for each column: their codes are all on the way before the
-first one is decoded."""
 _GROUP = 16
 """Programs that are of one matrix for sure: one word says for all of them which."""
 _LEAST_WIDTH = 3
@@ -38,6 +34,18 @@ _SCALES = {
 }
 _FACTORS = {None: 0, Factor.MULTIPLIES: 1, Factor.DIVIDES: 2}
 _CODES = {Code.E4M3: 0, Code.E2M1: 1, Code.UINT8: 2, Code.UINT4: 2}
+
+
+class Tiles(NamedTuple):
+    """What a program decodes."""
+
+    threads: int = 128
+    units: int = 8
+    """Of a thread: the codes of all are on the way before the first one is decoded."""
+
+
+TILES, TILES_EACH = Tiles(), Tiles(units=2)
+"""Where units share a scale, and where it is found for each column."""
 
 
 @triton.jit
@@ -100,13 +108,16 @@ def _numbers(words, CODE: tl.constexpr, BITS: tl.constexpr):
 def _find_scales(fields, move, row, unit, column, inside, EACH: tl.constexpr, GROUPS: tl.constexpr):
     """Numbers of the scales of units of eight columns: of each unit, or of each of its columns."""
     row_block, column_block, across = _number(fields, 9), _number(fields, 10), _number(fields, 11)
-    if not EACH:
-        return (row >> row_block) * across + (unit * 8 >> column_block)
-    block = column // column_block
-    if GROUPS:
-        groups = (tl.load(fields + 5) + move).to(tl.pointer_type(tl.int32))
-        block = tl.load(groups + column, mask=inside, other=0)
-    return block + (row // row_block * across)[:, None]
+    if EACH:
+        if GROUPS:
+            groups = (tl.load(fields + 5) + move).to(tl.pointer_type(tl.int32))
+            block = tl.load(groups + column, mask=inside, other=0)
+        else:
+            block = column // column_block
+        found = block + (row // row_block * across)[:, None]
+    else:
+        found = (row >> row_block) * across + (unit * 8 >> column_block)
+    return found
 
 
 @triton.jit
@@ -166,13 +177,14 @@ def _decode_rows(
     zeros = (tl.load(fields + 4) + move).to(tl.pointer_type(tl.uint8))
     num_rows, num_columns = _number(fields, 7), _number(fields, 8)
     if ALIGNED:
-        target, num_columns = tl.multiple_of(target, 16), tl.multiple_of(num_columns, 8)
+        target = tl.multiple_of(target, 16)
     num_units = tl.cdiv(num_columns, 8)
     width, across = _number(fields, 12), _number(fields, 13)
     tile, thread, height = tl.program_id(0) - _number(fields, 0), tl.arange(0, THREADS), THREADS >> width
     unit = ((tile % across) << width) + (thread & ((1 << width) - 1))
     first_row = tile // across * (height * TILES) + (thread >> width)
-    column = unit[:, None] * 8 + tl.arange(0, 8)[None, :]
+    eight = tl.arange(0, 8)
+    column = unit[:, None] * 8 + eight[None, :]
     words, factors, points = _nothing(), _nothing(), _nothing()
     for number in tl.static_range(TILES):
         row = first_row + number * height
@@ -196,10 +208,13 @@ def _decode_rows(
         elif CODE == 2:
             value -= _number(fields, 14).to(tl.float32)
         value = (value * (scale if EACH else scale[:, None])).to(DTYPE)
-        inside = tl.broadcast_to(((row < num_rows) & (unit < num_units))[:, None], (THREADS, 8))
-        if not ALIGNED:
-            inside &= column < num_columns
-        tl.store(target + (row.to(tl.int64) * num_columns)[:, None] + column, value, mask=inside)
+        inside = (row < num_rows) & (unit < num_units)
+        if ALIGNED:
+            where = (row.to(tl.int64) * num_units + unit)[:, None] * 8 + eight[None, :]
+            tl.store(target + where, value, mask=tl.broadcast_to(inside[:, None], (THREADS, 8)))
+        else:
+            where = (row.to(tl.int64) * num_columns)[:, None] + column
+            tl.store(target + where, value, mask=inside[:, None] & (column < num_columns))
 
 
 class _Kind(NamedTuple):
@@ -217,13 +232,12 @@ class _Kind(NamedTuple):
 
     @classmethod
     def of(cls, matrix: CodedMatrix) -> _Kind:
-        are_powers = all(map(_is_power, matrix.block, matrix.shape))
         return cls(
             code=matrix.code,
             scale=_SCALES[matrix.scale],
             has_zeros=matrix.zero is None,
             factor=_FACTORS[matrix.factor],
-            is_each=matrix.has_groups or not are_powers or matrix.block[1] < min(UNIT, matrix.columns),
+            is_each=matrix.is_gathered,
             has_groups=matrix.has_groups,
             is_aligned=matrix.columns % UNIT == 0,
         )
@@ -232,17 +246,21 @@ class _Kind(NamedTuple):
 class _Matrix(NamedTuple):
     """A matrix to be decoded."""
 
-    matrix: CodedMatrix
     parts: CodedParts
     target: torch.Tensor
+    tiles: Tiles
     number: int
     """Of its tensor, see `Encoded`."""
+
+    @property
+    def matrix(self) -> CodedMatrix:
+        return self.parts.matrix
 
     @property
     def width(self) -> int:
         """Exponent of two: units of a row for a program, so that as few as can be are behind its end."""
         units = -(-self.matrix.columns // UNIT)
-        most = _THREADS.bit_length() - 1
+        most = self.tiles.threads.bit_length() - 1
         return min(range(most, _LEAST_WIDTH - 1, -1), key=lambda width: -(-units >> width) << width)
 
     @property
@@ -250,30 +268,18 @@ class _Matrix(NamedTuple):
         """Programs for a row."""
         return -(-self.matrix.columns // (UNIT << self.width))
 
-    def num_programs(self, tiles: int) -> int:
-        rows = (_THREADS >> self.width) * tiles
+    @property
+    def num_programs(self) -> int:
+        rows = (self.tiles.threads >> self.width) * self.tiles.units
         return -(-self.matrix.rows // rows) * self.across
 
     def fields(self, kind: _Kind) -> list[int]:
         """Its row of the table that the kernel reads, without the first field."""
         matrix, parts = self.matrix, self.parts
-        addresses = (0 if part is None else part.data_ptr() for part in (self.target, *parts))
+        addresses = (0 if part is None else part.data_ptr() for part in (self.target, *parts[1:]))
         blocks = matrix.block if kind.is_each else map(_shift, matrix.block, matrix.shape)
-        return [
-            *addresses,
-            *matrix.shape,
-            *blocks,
-            matrix.grid[1],
-            self.width,
-            self.across,
-            matrix.zero or 0,
-            self.number,
-        ]
-
-
-def _is_power(block: int, size: int) -> bool:
-    """Whether blocks of a dimension are found by a shift."""
-    return block >= size or not block & (block - 1)
+        programs = (self.width, self.across)
+        return [*addresses, *matrix.shape, *blocks, matrix.grid[1], *programs, matrix.zero or 0, self.number]
 
 
 def _shift(block: int, size: int) -> int:
@@ -286,6 +292,7 @@ class ScaledDecoder:
 
     kind: _Kind
     dtype: torch.dtype
+    tiles: Tiles
     matrices: Sequence[_Matrix]
     """They keep the memory whose addresses the table has."""
     table: torch.Tensor
@@ -299,13 +306,12 @@ class ScaledDecoder:
     def of(
         cls, kind: _Kind, dtype: torch.dtype, matrices: Sequence[_Matrix], moves: torch.Tensor | None
     ) -> ScaledDecoder:
-        """Made once for the memory that they lie in; the host waits for the current stream."""
-        device = matrices[0].target.device
-        counts = [-(-each.num_programs(_TILES[kind.is_each]) // _GROUP) for each in matrices]
+        device, tiles = matrices[0].target.device, matrices[0].tiles
+        counts = [-(-each.num_programs // _GROUP) for each in matrices]
         firsts = accumulate(counts, initial=0)
         table = [[first * _GROUP, *each.fields(kind)] for first, each in zip(firsts, matrices, strict=False)]
         owners = torch.arange(len(matrices), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-        return cls(kind, dtype, matrices, torch.tensor(table).to(device), owners.to(device), moves)
+        return cls(kind, dtype, tiles, matrices, torch.tensor(table).to(device), owners.to(device), moves)
 
     def run(self) -> None:
         """As `codes.decode` of each, on the current stream."""
@@ -324,22 +330,29 @@ class ScaledDecoder:
             GROUPS=kind.has_groups,
             ALIGNED=kind.is_aligned,
             MOVES=self.moves is not None,
-            THREADS=_THREADS,
-            TILES=_TILES[kind.is_each],
+            THREADS=self.tiles.threads,
+            TILES=self.tiles.units,
             GROUP=_GROUP,
             FIELDS=self.table.shape[1],
-            num_warps=_THREADS // 32,
+            num_warps=self.tiles.threads // 32,
         )
 
 
-def decoding(tensors: Sequence[Encoded[ScaledPacking]], moves: torch.Tensor | None = None) -> Callable[[], None]:
-    """What decodes them, of one element type, by a launch for those that lie alike; see `Packing.decoding`."""
+def decoding(
+    tensors: Sequence[Encoded[ScaledPacking]], moves: torch.Tensor | None = None, tiles: Tiles | None = None
+) -> Callable[[], None]:
+    """What decodes them, of one element type, by a launch for those that lie alike; by other `tiles`, if given.
+
+    It is made once for the memory that they lie in; the host waits for the current stream. See `Packing.decoding`.
+    """
     [dtype] = {each.packing.dtype for each in tensors}
     kinds: dict[_Kind, list[_Matrix]] = {}
     for packing, data, operand, number in tensors:
         targets = operand.split([source.rows for source in packing.sources])
-        for (matrix, parts), target in zip(packing.matrices(data), targets, strict=True):
-            kinds.setdefault(_Kind.of(matrix), []).append(_Matrix(matrix, parts, target, number))
+        for parts, target in zip(packing.parts(data), targets, strict=True):
+            kind = _Kind.of(parts.matrix)
+            usual = TILES_EACH if kind.is_each else TILES
+            kinds.setdefault(kind, []).append(_Matrix(parts, target, tiles or usual, number))
     decoders = [ScaledDecoder.of(kind, dtype, matrices, moves) for kind, matrices in kinds.items()]
 
     def decode() -> None:

@@ -19,9 +19,10 @@ _SCALES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.float8_e8m0fnu,
 }
 _NAMES = ("weight_scale_inv", "weight_scale")
-"""A weight is its code times its scale, by either name."""
+"""A weight is its code times its scale, by either name. Scales that are whole numbers are exponents of two, + 127."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ class Fp8:
         """Rows and columns that share one of the scales."""
         rows, columns = shape
         if self.block is not None:
-            scales.check(tuple(_SCALES), grid(shape, self.block))
+            height, width = grid(shape, self.block)
+            scales.check(tuple(_SCALES), (height, width), (height, 1, width, 1))
             return self.block
         scales.check(tuple(_SCALES), (), (1,), (1, 1), (rows,), (rows, 1))
         return (1, columns) if scales.shape in ((rows,), (rows, 1)) and rows > 1 else shape

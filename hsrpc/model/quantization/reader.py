@@ -31,7 +31,7 @@ from hsrpc.model.tensor import Stacked
 
 REFETCH = "fetch the checkpoint again"
 Fill: TypeAlias = Callable[[torch.Tensor], None]
-"""Writes one part of a matrix from the files to a tensor of its shape and type: see `CodedParts`."""
+"""Writes one part of a matrix from the files to a tensor of its shape and type in host memory: see `CodedParts`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Stored:
         dtype = DTYPES[self.dtype]
         if dtype.itemsize == 1:
             out = out.view(dtype)
-        if out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous():
+        if out.dtype == dtype and out.is_contiguous():
             self.file.read(self.name, out.view(-1), self.first)
         else:
             out.copy_(self.load().view(out.shape))
@@ -177,9 +177,9 @@ class Quantized:
             CheckpointError: a file has become shorter, or has a value that does not fit.
         """
         fills = (self.codes, self.scales, self.zeros, self.groups, self.factor)
-        for fill, part in zip(fills, out, strict=True):
+        for fill, part in zip(fills, out[1:], strict=True):
             if fill is not None and part is not None:
-                fill(part)
+                _fill(fill, part)
 
     def in_order(self, order: torch.Tensor) -> Quantized:
         """The same weight with other rows first: `order` int64 [rows] has for each its number in the checkpoint.
@@ -198,6 +198,16 @@ class Quantized:
             scales=partial(scales, self.scales),
             zeros=None if self.zeros is None else partial(scales, self.zeros),
         )
+
+
+def _fill(fill: Fill, out: torch.Tensor) -> None:
+    """Write a part, wherever it lies: what reads files writes to host memory."""
+    if out.device.type == "cpu":
+        fill(out)
+        return
+    host = torch.empty(out.shape, dtype=out.dtype)
+    fill(host)
+    out.copy_(host)
 
 
 def _in_order(rows: torch.Tensor, shape: tuple[int, int], fill: Fill, out: torch.Tensor) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from hsrpc.model.bounds import MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
 
+KEY, METHOD = "quantization_config", "quant_method"
+"""Key of config.json for what it says of quantised weights; key of this section for who quantised them."""
 REMEDY = "serve a checkpoint of the model that is quantised in a way served (docs/models.md), or its unquantized one"
 
 

@@ -101,7 +101,7 @@ def coded_experts(values: torch.Tensor) -> HostExperts:
         parts[part.name] = (expert, part)
     memory = torch.zeros((len(values), size), dtype=torch.uint8)
     for name, (expert, part) in parts.items():
-        [(_, found)] = PACKING.matrices(part.data(memory[expert]))
+        [found] = PACKING.parts(part.data(memory[expert]))
         found.codes.fill_(0x11)
         found.scales.fill_(values[int(name)])
     return HostExperts(memory, parts)
