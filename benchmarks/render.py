@@ -137,6 +137,19 @@ TABLES = {
         ("OPT-1.3B, 64 requests", "tokens/s", "in full steps", "step", "loop lag, p99", "the loop's share of a core"),
         tables.grpc,
     ),
+    "gateway": Table(
+        ("serving/gateway-cost",),
+        (
+            "tokens/s handed out, 64 streams",
+            "door",
+            "tokens/s",
+            "first token",
+            "p99",
+            "CPU of 1,000 tokens: server",
+            "gateway",
+        ),
+        tables.gateway,
+    ),
     "scheduling": Table(
         ("host-cost/scheduling",),
         ("requests that run", "none waits", "100 wait", "1,000 wait", "10,000 wait"),

@@ -232,6 +232,26 @@ def grpc(records: Sequence[Record]) -> Iterator[Row]:
         )
 
 
+def gateway(records: Sequence[Record]) -> Iterator[Row]:
+    """The same streams by each door of a server, medians."""
+    [record] = records
+    samples = record.result["samples"]
+    for offered in dict.fromkeys(sample["offered"] for sample in samples):
+        for way in dict.fromkeys(sample["way"] for sample in samples):
+            chosen = [sample for sample in samples if (sample["offered"], sample["way"]) == (offered, way)]
+
+            def typical(name: str, chosen: Sequence[Any] = chosen) -> float:
+                return float(median(sample[name] for sample in chosen))
+
+            times = ("first_token_p50", "first_token_p99", "server_cpu", "gateway_cpu")
+            yield (
+                rate(offered) if chosen[0]["way"] == samples[0]["way"] else "",
+                way,
+                rate(typical("tokens_per_second")),
+                *(f"{typical(name) * 1e3:.0f} ms" for name in times),
+            )
+
+
 def scheduling(records: Sequence[Record]) -> Iterator[Row]:
     """Milliseconds of a step by requests that run and wait."""
     [record] = records

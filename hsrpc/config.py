@@ -102,6 +102,17 @@ class ResidentWeights(StrEnum):
     """As they would cross the bus, so that more of them stay: decoded in every step."""
 
 
+class CacheCoding(StrEnum):
+    """How cached tokens are kept: the rows of blocks, on the device and on the host."""
+
+    PLAIN = "plain"
+    """As they are computed."""
+    FP8 = "fp8"
+    """In 8 bits, half of the bytes: K and V and activations as float8 (e4m3); [W_K W_V] is rounded alike."""
+    INT8 = "int8"
+    """In 8 bits, nearer to plain: K and V as whole numbers, activations as float8; weights as they are."""
+
+
 class LatentAttention(StrEnum):
     """What single queries attend to where a model keeps latents."""
 
@@ -200,6 +211,8 @@ class EngineConfig:
     """How weights cross the bus that stream."""
     resident_weights: ResidentWeights = ResidentWeights.AUTO
     """How coded and quantised weights lie that stay on the device."""
+    cache_format: CacheCoding = CacheCoding.PLAIN
+    """How cached tokens are kept; in 8 bits they are rounded, so that tokens may differ."""
     latent_attention: LatentAttention = LatentAttention.AUTO
     """What single queries attend to where a model keeps latents; for measurements."""
     experts: ExpertLoading = ExpertLoading.AUTO
@@ -237,6 +250,7 @@ class EngineConfig:
             ("placement", Placement),
             ("weight_coding", WeightCoding),
             ("resident_weights", ResidentWeights),
+            ("cache_format", CacheCoding),
             ("latent_attention", LatentAttention),
             ("experts", ExpertLoading),
         ):
@@ -280,6 +294,8 @@ class EngineConfig:
             raise ConfigError("activation_share", self.activation_share, meaningless, "use cache_policy=hybrid with it")
         if self.recompute_share is not None and self.cache_policy is CachePolicy.RECOMPUTE:
             raise ConfigError("recompute_share", self.recompute_share, meaningless, "leave it out: nothing is cached")
+        if self.cache_format is not CacheCoding.PLAIN and self.cache_policy is CachePolicy.RECOMPUTE:
+            raise ConfigError("cache_format", self.cache_format.value, meaningless, "use plain: nothing is cached")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

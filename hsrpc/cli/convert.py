@@ -37,8 +37,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--keep-quantized",
         action="store_true",
-        help="keep codes of a GGUF file's layers in Q8_0, Q5_0, Q4_0 and IQ4_NL as compressed-tensors has them, and of "
-        "gpt-oss's experts in MXFP4; all others, such as K-quants, become values",
+        help="keep codes that a GGUF file's layers have in Q8_0, Q5_0, Q4_0, IQ4_NL or MXFP4, as compressed-tensors or "
+        "gpt-oss has them; all others, such as K-quants, become values",
     )
     add_trust_links(parser)
     parser.set_defaults(run=run)

@@ -15,6 +15,7 @@ from hsrpc.cli.terminal import print_error
 from hsrpc.config import (
     BUNDLED_MODEL,
     MAX_STEP_TIME,
+    CacheCoding,
     CachePolicy,
     DeviceKind,
     DType,
@@ -214,6 +215,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     cache = parser.add_argument_group("cache")
     cache.add_argument(
         "--cache-policy", choices=_values(CachePolicy), default=CachePolicy.AUTO, help="default: auto, planned"
+    )
+    cache.add_argument(
+        "--cache-format",
+        choices=_values(CacheCoding),
+        default=CacheCoding.PLAIN,
+        help="fp8 and int8 keep cached tokens in 8 bits, half of the bytes, and round them: int8 stays nearer to "
+        "plain, fp8 rebuilds from activations faster (default: plain, as they are computed)",
     )
     cache.add_argument(
         "--latent-attention",

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     report = Report.of(planned)
     if not options.json:
         report.print()
-    question, sizes, plan = planned.question, planned.spec.sizes, planned.plan
+    question, sizes, plan = planned.question, planned.planner.sizes, planned.plan
     advice = None if options.no_advice else advise(question, sizes, plan)
     if options.json:
         print(json.dumps(report.as_json(advice)))

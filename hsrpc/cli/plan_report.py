@@ -11,18 +11,15 @@ from rich.table import Table
 
 from hsrpc.config import ExpertLoading, format_bytes, format_rate
 from hsrpc.engine.startup import Planned
-from hsrpc.plan.advice import Advice
+from hsrpc.plan.advice import Advice, best_advice
 from hsrpc.plan.expert_outlook import ExpertOutlook, expert_outlook
 from hsrpc.plan.forecast import FirstToken, first_token, rates_by_batch
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan, StepPrediction
 from hsrpc.schedule.blocks import PoolId, Tier
 
-_NUM_ADVICE = 2
 _PACKED = "of those on the device, packed"
 """Weights that are decoded in every step; a row of plans in which there are some."""
-_WORTH = 0.01
-"""A smaller gain than this part is within what predictions do not tell apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +61,14 @@ class Report:
 
     def print_advice(self, advice: Sequence[Advice]) -> None:
         """The changes that help most."""
-        best = [each for each in advice if each.gain >= _WORTH][:_NUM_ADVICE]
+        best = best_advice(advice)
         console = Console()
         if not best:
             console.print("nothing that was tried would help: " + ", ".join(each.name for each in advice))
             return
         table = _table("what would help most", "", "tokens/s, prompts coming in", "gain")
         for each in best:
-            name = each.name if each.is_served else f"{each.name} (not served yet)"
-            table.add_row(name, f"{each.tokens_per_second:.1f}", f"{each.gain:+.0%}")
+            table.add_row(each.title, f"{each.tokens_per_second:.1f}", f"{each.gain:+.0%}")
         console.print(table)
 
     def as_json(self, advice: Sequence[Advice] | None) -> dict[str, object]:

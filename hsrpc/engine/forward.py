@@ -17,6 +17,7 @@ from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.weights import OpenedLayer
 from hsrpc.model.attention import Attention, InPlaceRows, PackedRows
 from hsrpc.model.family import Family, Projection, Routed, Weights
+from hsrpc.model.formats.rows import ValueRows
 from hsrpc.model.rope import Rotation
 from hsrpc.plan.plan import REGENERATE_ROWS
 from hsrpc.plan.sizes import ModelSizes
@@ -47,6 +48,8 @@ class Group:
     """[n]"""
     absorbs: bool = False
     """All its queries attend to activations as they are stored."""
+    choosing: torch.Tensor | None = None
+    """[n] the row by which each one's experts are chosen where they come on demand; None: each by itself."""
     rotation: Rotation = field(init=False)
     """Of those positions."""
     hidden: torch.Tensor = field(init=False)
@@ -246,7 +249,7 @@ class Forward:
         step.projected = projected if is_whole else projected.select(batch.rows)
         self._cache.gather(buffers, batch.gathers, op.layer)
         layout, new = self._layout(op, step), step.projected.projection
-        self._device.copy_rows(buffers.kv, layout.new_rows.target, new.kv, layout.new_rows.source)
+        self._cache.write_kv(buffers.kv, layout.new_rows.target, new.kv, layout.new_rows.source)
         if self._absorbed is not None:
             rows = layout.absorbed
             self._device.copy_rows(buffers.activations, rows.target, new.activation, rows.source)
@@ -292,8 +295,14 @@ class Forward:
     def _route(self, step: Pass, layer: int, batch: DeviceBatch) -> None:
         """Choose the layer's experts for a whole group, of which this is the last mini-batch."""
         group = batch.group
-        group.routed = self._family.route(step.w, layer, group.hidden, self._take_attended(step, group))
-        self._prefetcher.expect(layer, group.routed.routes.chosen)
+        routed = self._family.route(step.w, layer, group.hidden, self._take_attended(step, group))
+        if group.choosing is not None:
+            chosen = routed.routes.chosen.index_select(0, group.choosing)
+            routed = routed._replace(routes=routed.routes._replace(chosen=chosen))
+        group.routed, chosen = routed, routed.routes.chosen
+        expected = self._prefetcher.expect(layer, len(chosen))
+        if expected is not None:
+            self._device.send(chosen, expected)
 
     def _take_attended(self, step: Pass, group: Group) -> torch.Tensor:
         """What attention gave [n, q]; the projections are used for the last time: one group at a time has room."""
@@ -303,17 +312,19 @@ class Forward:
 
     def _rebuild(self, w: Weights, layer: int, buffers: Buffers, layout: DeviceLayout) -> None:
         """Rebuild K and V of the cached activations where attention reads them; rows of chunks are copied there."""
-        total, in_front, kv = len(layout.activation_rows), layout.num_rebuilt, buffers.kv
+        total, kv, kv_rows = len(layout.activation_rows), buffers.kv, self._family.kv_rows
+        in_front = layout.num_rebuilt if isinstance(kv_rows, ValueRows) else 0
         self.regenerated_tokens += total - layout.num_absorbed
         behind = range(in_front + layout.num_absorbed, total, REGENERATE_ROWS)
         pieces = [*([0] if in_front else []), *behind, total]
         for start, end in pairwise(pieces):
             rows = slice(start, end)
-            out = kv[rows] if start < in_front else kv.new_empty((end - start, kv.shape[1]))
+            shape = end - start, kv_rows.shape.width
+            out = kv[rows] if start < in_front else torch.empty(shape, dtype=kv_rows.computed, device=kv.device)
             rotation = self._family.rotation(layout.activation_positions[rows])
             self._family.keys_values(w, layer, buffers.activations[rows], rotation, out)
             if start >= in_front:
-                kv.index_copy_(0, layout.activation_rows[rows], out)
+                kv_rows.put(kv, layout.activation_rows[rows], out)
 
     def _logits(self, step: Pass) -> torch.Tensor:
         hidden = torch.cat([batch.sampled for batch in step.batches])

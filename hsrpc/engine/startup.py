@@ -34,8 +34,9 @@ from hsrpc.model.attention import Attention, HeadShape
 from hsrpc.model.checkpoint import Checkpoint, RandomWeights, has_weights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family, ModelSpec
-from hsrpc.model.formats.choice import with_scaled
+from hsrpc.model.formats.choice import with_caches, with_scaled
 from hsrpc.model.formats.format import WeightSource
+from hsrpc.model.formats.rows import Rows
 from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.hub import resolve_model
 from hsrpc.model.quantization.registry import read_quantization, says_more
@@ -65,6 +66,8 @@ class Components:
 
     spec: ModelSpec
     device: Device
+    question: Question
+    """What the plan answers."""
     plan: Plan
     default_params: SamplingParams
     """What a request takes that says nothing else."""
@@ -128,6 +131,7 @@ class _Model:
             formats = with_scaled(formats, checkpoint.scaled(family), config.weight_coding)
         elif quantization is not None:
             raise spec.config.refuse(QUANTIZATION, "weights beside it, which say what is quantised", "fetch them")
+        formats = with_caches(formats, config.cache_format)
         return cls(spec, [in_formats(spec, each) for each in formats], directory, checkpoint)
 
 
@@ -165,6 +169,8 @@ def _plan(model: _Model, machine: Machine, config: EngineConfig, choose_plan: Ch
     question = Question(choices=tuple(spec.sizes for spec in model.choices), machine=machine, config=config)
     planner, plan = question.answer(choose_plan)
     [spec] = [spec for spec in model.choices if spec.sizes is planner.sizes]
+    formats = spec.formats.holding(plan.kinds)
+    spec = spec if formats == spec.formats else in_formats(spec, formats)
     default_params = _default_params(config, model.directory)
     return Planned(spec, question, planner, plan, model.directory, default_params, model.checkpoint)
 
@@ -275,7 +281,7 @@ def _open_best(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
 
 def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
     with ExitStack() as undo:
-        template = _template(config)
+        _template(config)  # first: what is wrong with it is told before anything takes time
         device = open_device(config.device)
         planned = _plan_here(device, config, choose_plan)
         spec, plan = planned.spec, planned.plan
@@ -284,17 +290,18 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         _check_room(plan, device)
         device.limit_memory(plan.budgets.device)
         family = create_family(spec, plan.max_model_len)
-        source, tokenizer = _source(planned, template)
+        source = _source(planned)  # before the tokenizer: what fails here leaves no threads behind
+        tokenizer = open_tokenizer(planned, config)
         undo.callback(tokenizer.close)
         torch_device = device.torch_device
-        attention = _attention(family, family.heads, plan, torch_device)
+        attention = _attention(family, family.heads, family.kv_rows, plan, torch_device)
         absorbed = _absorbed_attention(family, plan, torch_device)
         with torch.inference_mode(), ThreadPoolExecutor(1, thread_name_prefix="compile") as compiler:
             compile_formats(family, plan, device)  # before the other thread compiles
             compiled = [compiler.submit(each.compile) for each in (attention, absorbed) if each is not None]
             weights = load_weights(family, source, plan, device, stop, progress=progress)
             device.release_cached()  # what packing used
-            cache = CacheManager(spec.sizes, plan, device, spec.formats)
+            cache = CacheManager(spec.sizes, plan, device, family.rows)
             prefetcher = WeightPrefetcher(weights, plan, device, family)
             forward = Forward(
                 family,
@@ -315,15 +322,16 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
                 max_queries=plan.buffers.queries,
                 in_place=plan.in_place,
             )
-            graphs = (
-                DecodeGraphs(forward, cache, device, layers=assembler.layers, plan=plan) if can_capture(plan) else None
-            )
+            graphs = None
+            if can_capture(plan):
+                graphs = DecodeGraphs(forward, cache, prefetcher, device, layers=assembler.layers, plan=plan)
             executor = Executor(assembler, device, prefetcher=prefetcher, cache=cache, forward=forward, graphs=graphs)
         undo.pop_all()
         ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.end_token_ids))
         spec = replace(spec, eos_token_ids=tuple(ends))
         params = planned.default_params
-        return Components(spec, device, plan, params, tokenizer, prefetcher, cache, executor)
+        question = planned.question
+        return Components(spec, device, question, plan, params, tokenizer, prefetcher, cache, executor)
 
 
 def _absorbed_attention(family: Family, plan: Plan, device: torch.device) -> Attention | None:
@@ -331,16 +339,17 @@ def _absorbed_attention(family: Family, plan: Plan, device: torch.device) -> Att
     absorption = family.absorption
     if not plan.absorbs or absorption is None:
         return None
-    return _attention(family, absorption.heads, plan, device)
+    return _attention(family, absorption.heads, family.activation_rows, plan, device)
 
 
-def _attention(family: Family, heads: HeadShape, plan: Plan, device: torch.device) -> Attention:
+def _attention(family: Family, heads: HeadShape, rows: Rows, plan: Plan, device: torch.device) -> Attention:
     return Attention(
         heads,
         family.attention_scale,
         plan.block_size,
         device,
         family.spec.dtype,
+        rows=rows,
         windows=family.sizes.windows.distinct,
         extras=family.attention_extras,
     )
@@ -380,13 +389,23 @@ def _template(config: EngineConfig) -> str | None:
     return read_template(config.chat_template)
 
 
-def _source(planned: Planned, template: str | None) -> tuple[WeightSource, Tokenizer | NoTokenizer]:
+def open_tokenizer(planned: Planned, config: EngineConfig) -> Tokenizer | NoTokenizer:
+    """The tokenizer of a planned model, with the chat template that `config` gives; takes seconds.
+
+    Raises:
+        ConfigError, CheckpointError: as their names say.
+    """
+    template = _template(config)
     if planned.directory is None:
-        return RandomWeights(0), NoTokenizer()
-    spec = planned.spec
-    weights = planned.checkpoint or Checkpoint(planned.directory)  # first: what fails here leaves no threads behind
+        return NoTokenizer()
     longest = max_characters(planned.plan.max_model_len)
-    return weights, Tokenizer(planned.directory, spec.vocab_size, chat_template=template, max_characters=longest)
+    return Tokenizer(planned.directory, planned.spec.vocab_size, chat_template=template, max_characters=longest)
+
+
+def _source(planned: Planned) -> WeightSource:
+    if planned.directory is None:
+        return RandomWeights(0)
+    return planned.checkpoint or Checkpoint(planned.directory)
 
 
 def _dtype(wanted: DType, on_cpu: bool) -> torch.dtype | None:

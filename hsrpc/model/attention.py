@@ -9,6 +9,8 @@ from itertools import product
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from hsrpc.model.formats.rows import Rows, RowShape, ValueRows
+
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_DIM = 256
 """Dimensions of a head that flash attention takes, at most."""
@@ -36,6 +38,12 @@ class HeadShape:
     def row_size(self) -> int:
         """Elements of a row."""
         return self.key_size + (0 if self.shares else self.num_kv_heads * self.value_dim)
+
+    @property
+    def row_shape(self) -> RowShape:
+        """The numbers of a row."""
+        widths = (self.key_dim,) if self.shares else (self.key_dim, self.value_dim)
+        return RowShape(self.num_kv_heads, widths)
 
     @property
     def query_size(self) -> int:
@@ -112,9 +120,12 @@ class Attention:
         device: torch.device,
         dtype: torch.dtype,
         *,
+        rows: Rows | None = None,
         windows: Sequence[int | None] = (None,),
         extras: Extras = PLAIN,
     ) -> None:
+        """`rows`: those of pools and buffers; None: of numbers as they are."""
+        self._rows = rows or ValueRows(heads.row_shape, dtype)
         self._block_size = block_size
         self._heads = heads
         self._scale = scale
@@ -123,7 +134,10 @@ class Attention:
         self._device, self._dtype = device, dtype
         self._uses_kernel = device.type == "cuda"
         fits_flash = dtype in _FLASH_DTYPES and heads.key_dim % 8 == 0 and heads.key_dim <= _FLASH_DIM
-        self._uses_flash = device.type == "cuda" and fits_flash
+        is_plain = isinstance(self._rows, ValueRows)
+        self._uses_flash = device.type == "cuda" and fits_flash and is_plain
+        needs_kernel = extras.softcap is not None or not is_plain or (extras.has_sinks and not self._uses_flash)
+        self._packs_by_kernel = device.type == "cuda" and needs_kernel
 
     def in_place(
         self,
@@ -135,7 +149,7 @@ class Attention:
         *,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        """Fill `out` [d, o] for one query a request [d, q], with rows in the pool and in the buffer [*, row_size].
+        """Fill `out` [d, o] for one query a request [d, q], with rows in the pool and in the buffer [*, columns].
 
         `sinks` [num_heads] are those of the layer, where the model has them.
         """
@@ -168,10 +182,11 @@ class Attention:
         if not self._uses_kernel:
             return
         heads = self._heads
-        queries, out, kv = (
-            torch.zeros(shape, dtype=self._dtype, device=self._device)
-            for shape in ((1, heads.query_size), (1, heads.out_size), (self._block_size, heads.row_size))
+        queries, out = (
+            torch.zeros((1, size), dtype=self._dtype, device=self._device)
+            for size in (heads.query_size, heads.out_size)
         )
+        kv = torch.zeros((self._block_size, self._rows.columns), dtype=self._rows.dtype, device=self._device)
         sinks = queries.new_zeros(heads.num_heads) if self._extras.has_sinks else None
         tables, counts, starts = (torch.zeros(size, dtype=torch.int32, device=self._device) for size in ((1, 1), 1, 2))
         skipping = [None if window is None else counts for window in self._windows]
@@ -213,17 +228,16 @@ class Attention:
         window: int | None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[n, o] for queries [n, q] and the buffer [*, row_size].
+        """[n, o] for queries [n, q] and the buffer [*, columns].
 
         With a sliding `window` a query sees itself and the `window - 1` keys before it; keys are in order of position.
         `sinks` as in `in_place`.
         """
-        if self._uses_kernel and (self._extras.softcap is not None or (not self._uses_flash and sinks is not None)):
+        if self._packs_by_kernel:
             return self._packed_by_kernel(queries, kv, rows, window, sinks)
         q = queries.unflatten(-1, (self._heads.num_heads, self._heads.key_dim))
-        k, v = self._heads.keys_values(kv)
         attend = self._flash if self._uses_flash else self._one_by_one
-        return attend(q, k, v, rows, window=window, sinks=sinks).flatten(1)
+        return attend(q, kv, rows, window=window, sinks=sinks).flatten(1)
 
     def _packed_by_kernel(
         self, queries: torch.Tensor, kv: torch.Tensor, rows: PackedRows, window: int | None, sinks: torch.Tensor | None
@@ -246,8 +260,7 @@ class Attention:
     def _flash(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        kv: torch.Tensor,
         rows: PackedRows,
         *,
         window: int | None,
@@ -258,6 +271,7 @@ class Attention:
 
         It takes keys and values of one width: narrower values are padded, and what comes of the padding is cut off.
         """
+        k, v = self._heads.keys_values(kv)
         narrower = self._heads.key_dim - self._heads.value_dim
         if narrower:
             v = pad(v, (0, narrower))
@@ -283,8 +297,7 @@ class Attention:
     def _one_by_one(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        kv: torch.Tensor,
         rows: PackedRows,
         *,
         window: int | None,
@@ -293,7 +306,8 @@ class Attention:
         out = torch.empty((*q.shape[:2], self._heads.value_dim), dtype=q.dtype, device=q.device)
         bounds = zip(rows.query_offsets, rows.query_offsets[1:], rows.key_offsets, rows.key_offsets[1:], strict=False)
         for q0, q1, k0, k1 in bounds:
-            out[q0:q1] = self._request(q[q0:q1], k[k0:k1], v[k0:k1], window, sinks)
+            k, v = self._heads.keys_values(self._rows.decode(kv[k0:k1]))
+            out[q0:q1] = self._request(q[q0:q1], k, v, window, sinks)
         return out
 
     def _request(

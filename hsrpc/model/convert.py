@@ -130,7 +130,10 @@ def _write_shards(tensors: Iterable[tuple[str, torch.Tensor]], part: Path, max_s
 
 def _write_shard(part: Path, shard: dict[str, torch.Tensor], placed: dict[str, str]) -> None:
     file = f"model-{len(set(placed.values())) + 1:05d}.safetensors"
+    (part / file).touch()
+    mode = (part / file).stat().st_mode
     save_file(shard, part / file, metadata={"format": "pt"})
+    (part / file).chmod(mode)  # that of other new files: the library's own is for its owner alone
     placed.update(dict.fromkeys(shard, file))
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 
 from hsrpc.config import WeightCoding
+from hsrpc.model.activations import Activations
 from hsrpc.model.attention import PLAIN, HeadShape
 from hsrpc.model.bounds import MAX_LAYERS
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.formats.choice import format_choices
 from hsrpc.model.formats.format import Formats
+from hsrpc.model.formats.rows import Rows, RowShape
 from hsrpc.model.rope import Rotation
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.sizes import LayerSizes, ModelSizes
+from hsrpc.schedule.blocks import BlockKind
 
 Weights: TypeAlias = Mapping[str, torch.Tensor]
 """Packed tensor names to tensors, of one layer or of the fixed part."""
@@ -27,7 +31,7 @@ class Projection(NamedTuple):
     """What a layer makes of its input before attention."""
 
     activation: torch.Tensor
-    """[n, a] what an activation block stores: keys and values are rebuilt from it."""
+    """[n, columns] rows of an activation block: keys and values are rebuilt from them."""
     queries: torch.Tensor
     """[n, q], unscaled."""
     kv: torch.Tensor
@@ -73,6 +77,12 @@ class ModelSpec:
     pad_token_id: int | None
     config: ConfigFile
     """What the family reads its own settings from."""
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Names of the architecture in config.json; none where it has none."""
+        named = self.config.values.get("architectures")
+        return tuple(map(str, named)) if isinstance(named, list) else ()
 
 
 class Absorption(ABC):
@@ -134,6 +144,26 @@ class Family(ABC):
     def value_size(self) -> int:
         return self.heads.row_size - self.heads.key_size
 
+    @cached_property
+    def kv_rows(self) -> Rows:
+        """Rows of K and V in blocks."""
+        return self.spec.formats.kv.rows(self.heads.row_shape)
+
+    @cached_property
+    def activation_rows(self) -> Rows:
+        """Rows of activations in blocks and buffers: a scale for each."""
+        return self.spec.formats.activation.rows(RowShape(1, (self.activation_size,)))
+
+    @property
+    def rows(self) -> Mapping[BlockKind, Rows]:
+        """Rows of each kind of block."""
+        return {BlockKind.KV: self.kv_rows, BlockKind.ACTIVATION: self.activation_rows}
+
+    @cached_property
+    @abstractmethod
+    def activations(self) -> Activations:
+        """How activations are kept, and K and V made of them."""
+
     @classmethod
     @abstractmethod
     def read_sizes(cls, config: ConfigFile, compute_bytes: int) -> ModelSizes:
@@ -161,9 +191,10 @@ class Family(ABC):
             key_size=self.key_size,
             value_size=self.value_size,
             ffn_size=sizes.ffn_size,
-            kv=formats.kv.row(self.key_size + self.value_size),
-            activation=formats.activation.row(self.activation_size),
+            kv=self.kv_rows.size,
+            activation=self.activation_rows.size,
             compute_bytes=sizes.compute_bytes,
+            coded_weight_bytes=self.activations.coded_weight_bytes,
         )
 
     def format_choices(self, coding: WeightCoding, device: torch.device) -> Sequence[Formats]:
@@ -204,7 +235,7 @@ class Family(ABC):
     def keys_values(
         self, w: Weights, layer: int, activation: torch.Tensor, rotation: Rotation, out: torch.Tensor
     ) -> None:
-        """[K|V] rebuilt from stored activations [n, a] by one GEMM, into `out` [n, k+v], contiguous."""
+        """[K|V] rebuilt from stored activations [n, columns] by one GEMM, into `out` [n, k+v], contiguous."""
 
     def sinks(self, w: Weights, layer: int) -> torch.Tensor | None:
         """The layer's sinks [num_heads], in models whose attention has them."""

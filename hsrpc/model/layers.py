@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch.nn import functional
 
-from hsrpc.model.family import Weights
 from hsrpc.model.tensor import RowOrder, TensorSpec
+
+if TYPE_CHECKING:
+    from hsrpc.model.family import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +41,13 @@ def project_relu(w: Weights, of: Affine, x: torch.Tensor) -> torch.Tensor:
     return torch._addmm_activation(bias, x, weight.t())
 
 
-def project_rows(w: Weights, of: Affine, x: torch.Tensor, start: int, out: torch.Tensor) -> None:
-    """As `project`, with the weight's rows from `start` on, into `out` [n, out]."""
-    weight, bias = w[of.weight][start:].t(), w.get(of.bias)
+def project_rows(w: Weights, of: Affine, x: torch.Tensor, rows: slice, out: torch.Tensor) -> None:
+    """As `project`, with these rows of the weight, into `out` [n, rows]."""
+    weight, bias = w[of.weight][rows].t(), w.get(of.bias)
     if bias is None:
         torch.mm(x, weight, out=out)
     else:
-        torch.addmm(bias[start:], x, weight, out=out)
+        torch.addmm(bias[rows], x, weight, out=out)
 
 
 class Gating(NamedTuple):

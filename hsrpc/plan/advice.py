@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hsrpc.config import format_bytes, format_rate
@@ -15,6 +15,9 @@ from hsrpc.plan.sizes import LayerSizes, ModelSizes, TensorSizes, align
 
 _FACTOR = 2
 """How much more there is in each change."""
+_WORTH = 0.01
+"""A smaller gain than this part is within what predictions do not tell apart."""
+_NUM_BEST = 2
 _WEIGHT_BITS = {8: 8.0, 4: 4.25}
 """Bits that a weight takes, with a scale of 16 bits for 64 weights of 4 bits."""
 
@@ -41,6 +44,11 @@ class Advice:
     gain: float
     """Over the plan as it is, as a part of it: 0.5 is half as much again."""
 
+    @property
+    def title(self) -> str:
+        """Its name, and whether it can be had."""
+        return self.name if self.is_served else f"{self.name} (not served yet)"
+
 
 def advise(question: Question, sizes: ModelSizes, plan: Plan) -> list[Advice]:
     """Every change that was tried and fits, the one that gains most first. Each takes as long as a plan.
@@ -51,6 +59,11 @@ def advise(question: Question, sizes: ModelSizes, plan: Plan) -> list[Advice]:
     config = replace(question.config, max_model_len=plan.max_model_len)
     found = (_try(change, plan) for change in _changes(replace(question, choices=(sizes,), config=config), plan))
     return sorted((advice for advice in found if advice is not None), key=lambda advice: -advice.gain)
+
+
+def best_advice(advice: Sequence[Advice]) -> list[Advice]:
+    """Those of `advise` that help most, and that help at all."""
+    return [each for each in advice if each.gain >= _WORTH][:_NUM_BEST]
 
 
 def _try(change: Change, plan: Plan) -> Advice | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from hsrpc.plan.cache_policy import CacheDecision
 from hsrpc.plan.device_memory import SPARE_SLOTS, Staging, device_bytes, pool_bytes
 from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.layer_times import rebuild_rate
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.prediction import as_prediction, simulated
@@ -61,7 +62,7 @@ class Assembly:
             device_bytes={
                 **lines,
                 DeviceUse.RUNTIME: evaluator.budgets.runtime,
-                DeviceUse.WEIGHT_BUFFERS: int(choices.buffers[point.choice]),
+                DeviceUse.WEIGHT_BUFFERS: int(choices.buffers[point.choice]) + sizes.max_coded_bytes,
                 DeviceUse.RESIDENT_WEIGHTS: int(choices.resident[point.choice]),
                 DeviceUse.CACHE_BLOCKS: self._pool_bytes(blocks, Tier.DEVICE, SPARE_SLOTS),
             },
@@ -73,6 +74,7 @@ class Assembly:
             prediction=closed,
             hardware=model.hardware,
             absorbs=point.absorbed_rows > 0,
+            kinds=evaluator.held.kinds,
         )
         return replace(plan, prediction=simulated(plan, sizes, closed, recomputes=bool(one.recomputed)))
 
@@ -100,10 +102,8 @@ class Assembly:
         staging = Staging(**{item.name: int(getattr(one.staging, item.name)) for item in fields(Staging)})
         if not blocks[PoolId.DEVICE_ACTIVATION] + blocks[PoolId.HOST_ACTIVATION]:
             staging = replace(staging, activation_rows=0)
-        choices = self.evaluator.choices
-        waits = choices.on_bus[point.choice] > 0 or choices.on_demand[point.choice] > 0
         pool = PoolId.DEVICE_ACTIVATION if point.absorbed_rows else PoolId.DEVICE_KV
-        has_graphs = blocks[pool] > 0 and not waits
+        has_graphs = blocks[pool] > 0 and not self.evaluator.choices.on_bus[point.choice]
         return staging if has_graphs else replace(staging, graph_batch=0)
 
     def _share(self, one: Evaluation) -> float:
@@ -155,6 +155,6 @@ def _row_costs(sizes: ModelSizes, hardware: Hardware) -> RowCosts:
     return RowCosts(
         load_kv=sizes.mean_row_bytes(BlockKind.KV) / hardware.load_bandwidth,
         load_activation=sizes.mean_row_bytes(BlockKind.ACTIVATION) / hardware.load_bandwidth,
-        regenerate=float(sizes.mean(lambda layer: layer.regenerate_flop)) / hardware.gemm_rate,
+        regenerate=float(sizes.mean(lambda layer: layer.regenerate_flop / rebuild_rate(layer, hardware))),
         compute=float(sizes.mean(lambda layer: layer.flop(1))) / (hardware.gemm_rate * hardware.prompt_rate_share),
     )

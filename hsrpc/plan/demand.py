@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -26,6 +25,8 @@ class Demand:
     """Slots of each layer that has as many experts."""
     counts: tuple[int, ...]
     """Experts of each layer; 0: its MLP is dense."""
+    k: int
+    """Experts that a token takes."""
     expert_bytes: int
     """All weights of one expert, in its row and on the host."""
     ready_bytes: int
@@ -80,6 +81,11 @@ class Demand:
         return self.num_tensors * _ADDRESS_BYTES
 
     @property
+    def num_segments(self) -> int:
+        """Parts of a decode step, one behind each layer's choice."""
+        return 1 + sum(map(bool, self.counts))
+
+    @property
     def hit_rate(self) -> float:
         """Part of the experts that lies in slots: as often is one there where all are as likely."""
         return self.first_rows[-1] / sum(self.counts)
@@ -97,26 +103,49 @@ def choice_table_bytes(sizes: ModelSizes) -> int:
 
 
 def demand_of(sizes: ModelSizes, budget: int) -> Demand | None:
-    """Experts on demand, with as many slots as `budget` bytes hold; None: the model's cannot come so.
-
-    They can where all are alike, and take as many bytes as are known before they are read.
-    """
-    with_experts = [layer for layer in sizes.layers if layer.experts is not None]
-    found = {_alike(layer) for layer in with_experts}
-    if len(found) != 1 or (one := found.pop()) is None:
-        return None
-    counts = tuple(0 if layer.experts is None else layer.experts.count for layer in sizes.layers)
-    slots = max(0, budget) // (len(with_experts) * one.expert_bytes)
-    num_tensors = sum(len(layer.expert_tensors) for layer in with_experts)
-    return Demand(slots=min(slots, max(counts)), counts=counts, **one._asdict(), num_tensors=num_tensors)
+    """Experts on demand, with as many slots as `budget` bytes hold; None: the model's cannot come so."""
+    experts = AlikeExperts.of(sizes)
+    return None if experts is None else experts.within(budget)
 
 
 class _Expert(NamedTuple):
-    """Sizes of one expert, as a `Demand` has them."""
+    """One expert, as a `Demand` has it."""
 
+    k: int
     expert_bytes: int
     ready_bytes: int
     decode_traffic: float
+
+
+@dataclass(frozen=True, slots=True)
+class AlikeExperts:
+    """A model's experts that may come on demand: all are alike, and their bytes are known before they are read."""
+
+    counts: tuple[int, ...]
+    """Those of each layer."""
+    one: _Expert
+    num_tensors: int
+
+    @classmethod
+    def of(cls, sizes: ModelSizes) -> AlikeExperts | None:
+        """None: the model has no experts, or they cannot come so."""
+        distinct = {layer: _alike(layer) for layer, _ in sizes.distinct if layer.experts is not None}
+        found = set(distinct.values())
+        if len(found) != 1 or (one := found.pop()) is None:
+            return None
+        counts = tuple(0 if layer.experts is None else layer.experts.count for layer in sizes.layers)
+        return cls(counts, one, sum(len(layer.expert_tensors) * n for layer, n in sizes.distinct))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all in their slots, had each one."""
+        return sum(self.counts) * self.one.expert_bytes
+
+    def within(self, budget: int) -> Demand:
+        """With as many slots as `budget` bytes hold, the same number in each layer."""
+        slots = max(0, budget) // (sum(map(bool, self.counts)) * self.one.expert_bytes)
+        most, one = max(self.counts), self.one._asdict()
+        return Demand(slots=min(slots, most), counts=self.counts, num_tensors=self.num_tensors, **one)
 
 
 def _alike(layer: LayerSizes) -> _Expert | None:
@@ -128,12 +157,8 @@ def _alike(layer: LayerSizes) -> _Expert | None:
         return None
     one = [each for each, number in kinds.items() for _ in range(number // count)]
     return _Expert(
+        k=layer.experts.k,
         expert_bytes=sum(int(each.host_bytes) for each in one),
         ready_bytes=sum(each.device_bytes for each in one),
         decode_traffic=sum(each.decode_traffic for each in one),
     )
-
-
-def experts_bytes(sizes: ModelSizes) -> int:
-    """Bytes of all experts in their slots, had each one."""
-    return sum(math.ceil(tensor.host_bytes) * n for layer, n in sizes.distinct for tensor in layer.expert_tensors)

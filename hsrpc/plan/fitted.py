@@ -18,13 +18,19 @@ the heading of docs/findings.md and, where raw results were kept, their file in 
 | REQUEST_SECONDS | 20e-6 s a request and step | 20 us | "The planner's choice" |
 | HOP_SECONDS | 0.25e-3 s a layer of a mini-batch | 0.25 ms | "Mini-batches and what they cost the host" |
 | CHOICE_SECONDS | 0.1e-3 s a layer of a group | assumed, not measured | |
+| GRAPH_BYTES | 256 KiB a graph | assumed, not measured | |
 | HANDOVER_SECONDS | 0.08e-3 s a layer of a mini-batch | 0.07 to 0.09 ms | "Mini-batches and what they cost the host" |
 """
 
 from __future__ import annotations
 
 CHOICE_SECONDS = 0.1e-3
-"""For each layer whose experts come on demand, and each group: the host learns the choice, and launches the loads."""
+"""For each layer whose experts come on demand, and each group: the device waits for the host, which learns the choice,
+looks up what is missing, and launches what comes next. To be fitted: a step's time where all experts are hits, less the
+time of its kernels and the boundary, over its layers."""
+GRAPH_BYTES = 256 * 1024
+"""Device memory that the driver takes for a graph, of which steps with experts on demand have one a layer for each
+size. To be fitted: what free memory loses while these are captured, less the allocator's part, over their number."""
 WAITING = 8
 """Bus and GPU take turns with two buffers. Where they take equally long, they wait for each other: by 9 % with this
 exponent, by 1 % where one takes three quarters of the other's time."""

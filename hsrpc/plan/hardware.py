@@ -17,6 +17,8 @@ class Hardware:
     """Part of the load bandwidth that is left while regeneration's GEMMs run."""
     gemm_rate: float
     """FLOP/s at the regeneration shape."""
+    fp8_gemm_share: float = 1.0
+    """Rate of the same products of float8 codes over that; 1 where the hardware has none: they are decoded."""
     memory_bandwidth: float
     """Device memory, bytes/s, read plus written."""
     duplex_share: float = 1.0

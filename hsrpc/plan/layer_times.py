@@ -58,6 +58,10 @@ class LayerTimes:
         shares = sum(count * experts.touched_share(tokens) for experts, count in counts)
         return self.decode_weights(traffic) * shares / sum(count for _, count in counts)
 
+    def code_weight(self) -> float:
+        """[W_K W_V], where it is coded to rebuild with: read and written once a step."""
+        return float(self.sizes.mean(lambda layer: layer.coding_traffic)) / self.hardware.memory_bandwidth
+
     def forward(self, queries: Number, groups: Number = 1.0) -> Number:
         """All but attention for `queries` tokens; each group of mini-batches reads the weights."""
         hardware = self.hardware
@@ -73,14 +77,14 @@ class LayerTimes:
     def regenerate(self, tokens: Number, context: int = 0) -> Number:
         """K and V of `tokens` cached tokens, of each `context` those that a layer sees; without `context`, all.
 
-        The GEMMs, and copies of keys that these do not write where they belong.
+        The GEMMs, copies of keys that these do not write where they belong, and passes from 8 bits and to them.
         """
         hardware = self.hardware
 
         def product(layer: LayerSizes) -> Number:
-            each = layer.regenerate_flop / hardware.gemm_rate + hardware.gemm_overhead / REGENERATE_ROWS
-            copies = _PLACE_COPIES * layer.scattered_bytes / hardware.memory_bandwidth
-            return tokens * layer.seen_part(context) * (each + copies)
+            each = layer.regenerate_flop / rebuild_rate(layer, hardware) + hardware.gemm_overhead / REGENERATE_ROWS
+            copied = _PLACE_COPIES * layer.scattered_bytes + layer.recoded_bytes
+            return tokens * layer.seen_part(context) * (each + copied / hardware.memory_bandwidth)
 
         return self.sizes.mean(product)
 
@@ -94,7 +98,7 @@ class LayerTimes:
         hardware = self.hardware
 
         def attend(layer: LayerSizes) -> Number:
-            read = tokens * layer.seen_part(context) * (layer.rebuilt_bytes / hardware.attention_bandwidth)
+            read = tokens * layer.seen_part(context) * (layer.kv.num_bytes / hardware.attention_bandwidth)
             return np.maximum(read, queries * (layer.attention_flop(layer.attended(context)) / hardware.gemm_rate))
 
         return self.sizes.mean(attend)
@@ -124,6 +128,11 @@ class LayerTimes:
         """One token of a prompt that has `context` tokens before it on average, among many."""
         flop = self.sizes.mean(lambda layer: layer.flop(1) + layer.attention_flop(layer.attended(round(context))))
         return float(flop) / (self.hardware.gemm_rate * self.hardware.prompt_rate_share)
+
+
+def rebuild_rate(layer: LayerSizes, hardware: Hardware) -> float:
+    """FLOP/s of the GEMM that rebuilds K and V: of codes where the weight is coded, else of numbers."""
+    return hardware.gemm_rate * (hardware.fp8_gemm_share if layer.coded_weight_bytes else 1.0)
 
 
 def beside(one: Number, other: Number, waiting: float) -> Number:

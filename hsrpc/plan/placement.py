@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hsrpc.config import ResidentWeights
-from hsrpc.plan.demand import Demand, choice_table_bytes, demand_of, experts_bytes
+from hsrpc.plan.demand import AlikeExperts, Demand, choice_table_bytes
 from hsrpc.plan.sizes import Floats, ModelSizes, PlacedSizes, Stays, TensorSizes, WeightBuffers
 from hsrpc.schedule.sweep import BUFFERS
 
@@ -71,6 +71,8 @@ class ResidentChoices:
     """Part of the experts that have no slot, where they come on demand; else 0."""
     worth: Floats
     """Factor on the speed that is predicted, where choices are compared."""
+    num_segments: Floats
+    """Graphs of a decode step, where no weights stream."""
 
     @classmethod
     def of(cls, sizes: ModelSizes, choices: Sequence[WeightChoice]) -> ResidentChoices:
@@ -98,6 +100,7 @@ def _numbers(sizes: ModelSizes, choice: WeightChoice) -> dict[str, float]:
         "on_demand": 0.0,
         "missed": 0.0,
         "worth": _PACKED_WORTH if choice.keeps_packed else 1.0,
+        "num_segments": 1.0,
     }
     if demand is None:
         return found
@@ -110,6 +113,7 @@ def _numbers(sizes: ModelSizes, choice: WeightChoice) -> dict[str, float]:
         "tables": demand.table_bytes + (choice_table_bytes(sizes) if demand.is_coded else 0),
         "on_demand": 1.0,
         "missed": demand.missed,
+        "num_segments": demand.num_segments,
     }
 
 
@@ -141,14 +145,15 @@ def demand_choices(
 
     The other weights stay first, since every step needs them; then experts have slots, in which they lie packed.
     """
-    others, experts = sizes.without_experts, experts_bytes(sizes)
-    found: dict[WeightChoice, None] = {}
+    experts = AlikeExperts.of(sizes)
+    if experts is None:
+        return []
+    others, found = sizes.without_experts, dict[WeightChoice, None]()
     for way in _ways(others, residence):
         total = way.total(others)
         for share in sorted(shares):
-            budget = int(share * (total + experts))
-            if (demand := demand_of(sizes, budget - total)) is not None:
-                found[WeightChoice(way.resident(others, min(budget, total)), demand)] = None
+            budget = int(share * (total + experts.num_bytes))
+            found[WeightChoice(way.resident(others, min(budget, total)), experts.within(budget - total))] = None
     return list(found)
 
 

@@ -119,6 +119,8 @@ class Plan:
     """Layers in which activation blocks hold K and V, so that nothing is rebuilt there."""
     absorbs: bool = False
     """Single queries attend to activations as they are stored, without K and V; all blocks hold activations then."""
+    kinds: frozenset[BlockKind] = frozenset(BlockKind)
+    """Kinds that blocks may be of. In 8 bits all tokens' activations and K and V are rounded as blocks of these are."""
     kind_rule: KindRule = IN_PROPORTION
     """Decides of which kind a request's next blocks are."""
 

@@ -22,7 +22,7 @@ from hsrpc.plan.cache_policy import decide_cache
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.placement import ResidentChoices, WeightChoice, demand_choices, streaming_choices
 from hsrpc.plan.plan import Budgets, Plan, StepPrediction
-from hsrpc.plan.search import Bools, Evaluation, Evaluator, Grid, Point
+from hsrpc.plan.search import Bools, Evaluation, Evaluator, Grid, HeldKinds, Point
 from hsrpc.plan.sizes import Floats, ModelSizes, Number
 from hsrpc.plan.step_time import StepModel, Traffic, token_bytes
 from hsrpc.schedule.blocks import BlockKind
@@ -62,7 +62,10 @@ class Planner:
         self.decision = decide_cache(config, sizes)
         self.traffic = _traffic(config, sizes, self.max_model_len)
         self._choices = ResidentChoices.of(sizes, _weight_choices(config, sizes, self._resident_shares()))
-        self._model = StepModel(sizes, hardware, self.traffic)
+        self._models = {
+            held: StepModel(sizes.holding(held.kinds), hardware, self.traffic)
+            for held in _held_choices(sizes, self.decision.shares)
+        }
 
     def plan(self) -> Plan:
         """The best plan.
@@ -70,7 +73,8 @@ class Planner:
         Raises:
             ConfigError: the budgets are too small for the model, or `max_step_time` cannot be met.
         """
-        return Assembly(self._evaluator(self.budgets), self.decision).plan(self._best())
+        evaluator, point = self._best()
+        return Assembly(evaluator, self.decision).plan(point)
 
     def curve(self) -> list[tuple[float, StepPrediction]]:
         """Activation shares from 0 to 1 and the best prediction for each that fits, for a plot.
@@ -86,10 +90,12 @@ class Planner:
                 points.append((share, Planner(self.sizes, self.budgets, self.hardware, config).plan().prediction))
         return points
 
-    def _best(self) -> Point:
+    def _best(self) -> tuple[Evaluator, Point]:
         """Of the batches that are worth it the smallest, or the largest under a bound; its simplest fast candidate."""
-        evaluator = self._evaluator(self.budgets)
-        found = [evaluator.evaluate(grid) for grid in self._grids(self.budgets)]
+        evaluated = [
+            (each, each.evaluate(grid)) for each in self._evaluators(self.budgets) for grid in self._grids(each)
+        ]
+        found = [evaluation for _, evaluation in evaluated]
         fits = _join([e.fits for e in found], found).astype(np.bool_)
         if not fits.any():
             raise self._too_small()
@@ -110,22 +116,30 @@ class Planner:
             [e.recomputed for e in found],
         )
         order = np.lexsort((-rates[equal], *(_join(parts, found)[equal] for parts in simpler)))
-        return _point(found, int(equal[order[0]]))
+        index = int(equal[order[0]])
+        ends = np.cumsum([np.size(evaluation.times.step) for evaluation in found])
+        return evaluated[np.searchsorted(ends, index, side="right")][0], _point(found, index)
 
-    def _evaluator(self, budgets: Budgets) -> Evaluator:
-        return Evaluator(self._model, budgets, self.config, self._choices, self.decision.shares)
+    def _evaluators(self, budgets: Budgets) -> list[Evaluator]:
+        """One for each choice of the kinds that blocks may be of."""
+        return [Evaluator(model, budgets, self.config, self._choices, held) for held, model in self._models.items()]
 
-    def _grids(self, budgets: Budgets) -> Iterator[Grid]:
+    def _grids(self, evaluator: Evaluator) -> Iterator[Grid]:
         """All choices, for each size of the buffers; of equal candidates the first, with most resident, is taken."""
-        for absorbs in self.decision.absorbing:
-            yield from self._absorbing_grids(budgets) if absorbs else self._rebuilding_grids(budgets)
+        if False in self.decision.absorbing:
+            yield from self._rebuilding_grids(evaluator)
+        if True in self.decision.absorbing and (BlockKind.KV not in evaluator.held.kinds or not self.sizes.rounds):
+            yield from self._absorbing_grids(evaluator.budgets)
 
-    def _rebuilding_grids(self, budgets: Budgets) -> Iterator[Grid]:
+    def _rebuilding_grids(self, evaluator: Evaluator) -> Iterator[Grid]:
+        budgets, shares = evaluator.budgets, evaluator.shares
         batch = _batches(self.config)[:, None, None]
         choices = self._possible_choices(budgets)
-        shares = (0.0, *self.decision.shares) if self.decision.is_free else self.decision.shares
+        is_free = len(shares) > 1
+        tries_kv_alone = is_free and not self.sizes.rounds  # else that is an evaluator of its own
+        shares = (0.0, *shares) if tries_kv_alone else shares
         share = np.array(shares)[None, None, :]
-        kv_only = (share == 0) & (np.arange(len(shares)) == 0)
+        kv_only = (share == 0) & (np.arange(len(shares)) == 0) & (tries_kv_alone or not is_free)
         for wanted in self._row_choices(budgets):
             for recompute in self._recompute_choices(batch):
                 rows = self._rows(batch, wanted, recompute)
@@ -236,8 +250,11 @@ class Planner:
     def fits(self, budgets: Budgets | None = None) -> bool:
         """Whether a candidate fits these budgets, or the planner's own; it may be too slow."""
         budgets = budgets or self.budgets
-        evaluator = self._evaluator(budgets)
-        return any(bool(evaluator.evaluate(grid).fits.any()) for grid in self._grids(budgets))
+        return any(
+            bool(evaluator.evaluate(grid).fits.any())
+            for evaluator in self._evaluators(budgets)
+            for grid in self._grids(evaluator)
+        )
 
 
 def _as_shown(size: float) -> int:
@@ -265,6 +282,20 @@ def _weight_choices(config: EngineConfig, sizes: ModelSizes, shares: tuple[float
         remedy = "use experts=auto, or weight_coding=none for coded ones"
         raise ConfigError("experts", config.experts.value, problem, remedy)
     return on_demand
+
+
+def _held_choices(sizes: ModelSizes, shares: tuple[float, ...]) -> list[HeldKinds]:
+    """Kinds that blocks may be of, and the shares to try with them.
+
+    In 8 bits the kinds are chosen apart, because they say what is rounded of all tokens: activations, K and V, or both.
+    """
+    both = frozenset(BlockKind)
+    if not sizes.rounds:
+        return [HeldKinds(both, shares)]
+    alone = {0.0: frozenset({BlockKind.KV}), 1.0: frozenset({BlockKind.ACTIVATION})}
+    if len(shares) == 1:
+        return [HeldKinds(alone.get(shares[0], both), shares)]
+    return [*(HeldKinds(kinds, (share,)) for share, kinds in alone.items()), HeldKinds(both, shares)]
 
 
 def _traffic(config: EngineConfig, sizes: ModelSizes, longest: int) -> Traffic:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -109,6 +109,14 @@ class Evaluation:
     """Within `max_step_time`, a chunk beside."""
 
 
+class HeldKinds(NamedTuple):
+    """Kinds that blocks may be of, and in which parts."""
+
+    kinds: frozenset[BlockKind]
+    shares: tuple[float, ...]
+    """Activations' parts of the device's blocks to try; one alone holds for the host as well."""
+
+
 class Evaluator:
     """Fills in what the choices of a grid leave open: chunks, blocks of each tier, the host's kinds."""
 
@@ -118,14 +126,15 @@ class Evaluator:
         budgets: Budgets,
         config: EngineConfig,
         choices: ResidentChoices,
-        shares: tuple[float, ...],
+        held: HeldKinds,
     ) -> None:
+        self.held = held
         self.model = model
         self.sizes: ModelSizes = model.sizes
         self.budgets = budgets
         self.config = config
         self.choices = choices
-        self.shares = shares
+        self.shares = held.shares
         self.recomputes = config.cache_policy is CachePolicy.RECOMPUTE
         """Nothing is cached: every step computes all tokens."""
         self.max_model_len = model.traffic.longest
@@ -141,6 +150,7 @@ class Evaluator:
         grid = replace(grid, rows=np.maximum(grid.rows, self._chunk_rows(grid.batch, prompt_queries)))
         staging = self.staging(grid, prompt_queries, idle_chunk)
         device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
+        device_room = device_room - self.sizes.max_coded_bytes
         choices = self.choices
         for part in (choices.resident, choices.buffers, choices.experts, choices.tables):
             device_room = device_room - part[grid.choice]
@@ -185,6 +195,7 @@ class Evaluator:
     def staging(self, grid: Grid, prompt_queries: Number, idle_chunk: Number) -> Staging:
         """Sizes of the device buffers for candidates; `prompt_queries`: prompt tokens of a mini-batch, at most."""
         batch, rows, traffic = grid.batch, grid.rows, self.model.traffic
+        segments = np.where(self.choices.on_bus[grid.choice] > 0, 1.0, self.choices.num_segments[grid.choice])
         if self.recomputes:
             step_tokens = batch * self.max_model_len
             return Staging(
@@ -207,6 +218,7 @@ class Evaluator:
             step_tokens=idle_chunk + batch + np.minimum(grid.recompute, batch * traffic.at_end),
             absorbing=np.where(grid.absorbs, batch, 0),
             graph_batch=batch,
+            num_segments=segments,
             table=self.longest,
         )
 

@@ -18,7 +18,7 @@ def simulated_step(plan: Plan, sizes: ModelSizes, step: StepPrediction, *, recom
     Each mini-batch has an equal part of all that is not the weights', also of the tokens that it `recomputes`; of the
     cached tokens' part a layer has as much as its window shows. The step's own time is not looked at.
     """
-    places = placements(plan)
+    places = placements(plan, sizes)
     # Mini-batches of a decode step go through the weights together; those with whole requests that recompute cannot.
     num_groups = step.mini_batches if recomputes else 1
     shapes = (BatchShape(number % num_groups, True, step.regenerate > 0, True) for number in range(step.mini_batches))
@@ -31,13 +31,13 @@ def simulated_step(plan: Plan, sizes: ModelSizes, step: StepPrediction, *, recom
     return steady(sweep(places, batches), repeat, seconds).seconds
 
 
-def placements(plan: Plan) -> Places:
+def placements(plan: Plan, sizes: ModelSizes) -> Places:
     """Where each layer's weights are, as planned."""
     counts = (0,) * len(plan.placed) if plan.demand is None else plan.demand.counts
     return tuple(
         LayerPlacement(
             bus_bytes=round(layer.bus_bytes),
-            is_coded=layer.decode_traffic > 0,
+            is_coded=layer.decode_traffic > 0 or sizes.layers[number].coded_weight_bytes > 0,
             has_coded_experts=plan.expert_traffic[number] > 0,
             rebuilds=number not in plan.kv_layers,
             on_demand=counts[number] > 0,
@@ -71,7 +71,8 @@ class _OpSeconds:
     @classmethod
     def of(cls, plan: Plan, layer: LayerTimes, step: StepPrediction, num_groups: int) -> _OpSeconds:
         """Parts of a step divided among its operations."""
-        decode = [float(layer.decode_weights(each.decode_traffic)) for each in plan.placed]
+        traffic = zip(plan.placed, layer.sizes.layers, strict=True)
+        decode = [float(layer.decode_weights(one.decode_traffic + sizes.coding_traffic)) for one, sizes in traffic]
         tokens = step.batch if num_groups == 1 else step.batch * step.context  # recomputed ones
         experts = [float(layer.decode_experts(traffic, tokens)) for traffic in plan.expert_traffic]
         weights = float(layer.load(sum(each.bus_bytes for each in plan.placed)))

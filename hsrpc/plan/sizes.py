@@ -6,7 +6,7 @@ A family makes one `LayerSizes` for each layer; what a tensor or a cached row ta
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
@@ -177,6 +177,8 @@ class LayerSizes:
     """Row of a token in an activation block: what K and V are rebuilt from."""
     compute_bytes: int
     """Bytes of an element of hidden states and whatever else is computed."""
+    coded_weight_bytes: int = 0
+    """[W_K W_V] as codes of 8 bits, made in each step to be multiplied with coded activations; 0: it is as it is."""
     small_kernels: int = 4
     """Kernels beside GEMMs and attention, each counted as a norm: two norms, and shorter sums and copies."""
     experts: ExpertSizes | None = None
@@ -250,6 +252,16 @@ class LayerSizes:
             expert_traffic=sum(each.decode_traffic for each in (*packed, *streamed) if each.name in experts),
         )
 
+    def holding(self, kinds: Collection[BlockKind]) -> LayerSizes:
+        """The layer where blocks are of these kinds alone."""
+        kv = self.kv if BlockKind.KV in kinds else self._computed(self.kv)
+        if BlockKind.ACTIVATION in kinds:
+            return replace(self, kv=kv)
+        return replace(self, kv=kv, activation=self._computed(self.activation), coded_weight_bytes=0)
+
+    def _computed(self, row: CacheRow) -> CacheRow:
+        return CacheRow(row.width, row.width * self.compute_bytes)
+
     def row(self, kind: BlockKind) -> CacheRow:
         """What a block of that kind keeps of a token."""
         return self.kv if kind is BlockKind.KV else self.activation
@@ -304,6 +316,21 @@ class LayerSizes:
         if self.absorbed is not None:
             return 2 * self.absorbed.num_elements
         return 2 * self.activation.width * (self.key_size + self.value_size)
+
+    @property
+    def recoded_bytes(self) -> int:
+        """Bytes read and written for one rebuilt token beside the GEMM: its activation decoded, its K and V coded."""
+        x, kv = self._computed(self.activation).num_bytes, self.rebuilt_bytes
+        decodes = self.activation.num_bytes < x and not self.coded_weight_bytes
+        decoded = self.activation.num_bytes + x if decodes else 0
+        return decoded + (kv + self.kv.num_bytes if self.kv.num_bytes < kv else 0)
+
+    @property
+    def coding_traffic(self) -> int:
+        """Bytes of device memory that coding [W_K W_V] reads and writes in every step."""
+        if not self.coded_weight_bytes:
+            return 0
+        return self.activation.width * self.rebuilt_bytes + self.coded_weight_bytes
 
     @property
     def scattered_bytes(self) -> int:
@@ -399,6 +426,21 @@ class ModelSizes:
     def model_bytes(self) -> int:
         """Bytes of all weights on the device."""
         return self.layers_bytes + self.fixed_bytes
+
+    def holding(self, kinds: Collection[BlockKind]) -> ModelSizes:
+        """The model where blocks are of these kinds alone: rows that no block holds are as they are computed."""
+        held = {layer: layer.holding(kinds) for layer, _ in self.distinct}
+        return replace(self, layers=tuple(held[layer] for layer in self.layers))
+
+    @property
+    def rounds(self) -> bool:
+        """Whether rows of blocks take fewer bytes than what is computed: it is rounded then."""
+        return any(layer.holding(()) != layer for layer, _ in self.distinct)
+
+    @property
+    def max_coded_bytes(self) -> int:
+        """Bytes of the buffer for [W_K W_V] as codes: one for all layers."""
+        return max(layer.coded_weight_bytes for layer, _ in self.distinct)
 
     def token_bytes(self, kind: BlockKind) -> int:
         """Bytes that blocks of that kind keep of one token, in all layers together."""

@@ -61,7 +61,8 @@ class OpKind(Enum):
     EMBED = "embed"
     """The step's arrays to the device, and the input of the first layer."""
     DECODE = "decode"
-    """Weights of a layer that came coded, or lie so on the device, made ready for use; all but experts."""
+    """Weights of a layer that came coded, lie so on the device, or are coded to be multiplied, made ready for use; all
+    but experts."""
     DECODE_EXPERTS = "decode_experts"
     """The same of the experts that a group of mini-batches needs of a layer."""
     PROJECT = "project"
@@ -127,8 +128,8 @@ class LayerPlacement(NamedTuple):
     bus_bytes: int = 0
     """Bytes that cross the bus in every step; 0 where all lie on the device."""
     is_coded: bool = False
-    """Some weights are decoded before they are used: of those that cross the bus, or of those on the device. Experts
-    are not among them."""
+    """Some weights are decoded, or coded, before they are used: of those that cross the bus, or of those on the device.
+    Experts are not among them."""
     has_coded_experts: bool = False
     """Its experts are decoded once they are chosen."""
     rebuilds: bool = True

@@ -49,7 +49,16 @@ class Tokens:
 
 
 def read_tokens(path: Path) -> Tokens:
-    """The tokens of a file with `name token [max-priority=N]` a line.
+    """The tokens of a file, by their digests.
+
+    Raises:
+        ConfigError: as `read_holders`.
+    """
+    return Tokens(tuple((_digest(token), holder) for token, holder in read_holders(path).items()))
+
+
+def read_holders(path: Path) -> dict[str, Holder]:
+    """The tokens of a file with `name token [max-priority=N]` a line, and whose they are. They are not to be kept.
 
     `#` begins a comment line, a name may have several tokens.
 
@@ -57,7 +66,7 @@ def read_tokens(path: Path) -> Tokens:
         ConfigError: it cannot be read, others may read it, a line is wrong, or none has a token. Its message never
             has one.
     """
-    holders: dict[bytes, Holder] = {}
+    holders: dict[str, Holder] = {}
     data = read_file(path, "auth_tokens", secret=True).decode("utf-8", errors="replace")
     for number, line in enumerate(data.splitlines(), start=1):
         words = line.split()
@@ -71,13 +80,13 @@ def read_tokens(path: Path) -> Tokens:
             remedy = "write nothing more, or max-priority=N with a whole number, such as max-priority=-3"
             raise ConfigError("auth_tokens", str(path), f"line {number} has more than name, token and grant", remedy)
         holder = Holder(words[0], None if grants[1] is None else int(grants[1]))
-        first = holders.setdefault(_digest(words[1]), holder)
+        first = holders.setdefault(words[1], holder)
         if first != holder:
             problem, remedy = f"line {number} has the token of {first.name!r}", "give each client a token of its own"
             raise ConfigError("auth_tokens", str(path), problem, f"{remedy}, and write each once")
     if not holders:
         raise ConfigError("auth_tokens", str(path), "no tokens in it", "add a line `name token` for each client")
-    return Tokens(tuple(holders.items()))
+    return holders
 
 
 def _digest(token: str) -> bytes:

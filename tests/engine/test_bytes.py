@@ -6,6 +6,7 @@ import asyncio
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from weakref import finalize
@@ -104,7 +105,7 @@ class TransientDevice(CpuDevice):
 
     def __init__(self) -> None:
         super().__init__()
-        self.most = self.most_of_graphs = self._now = 0
+        self.most = self.most_of_graphs = self._now = self._before_graphs = 0
         self._lock = RLock()
 
     def count(self, storage: torch.UntypedStorage, size: int) -> None:
@@ -120,16 +121,21 @@ class TransientDevice(CpuDevice):
     def on(self, stream: Stream) -> AbstractContextManager[object]:
         return _Watch(self)
 
-    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            before, most, self.most = self._now, self.most, 0
+    def capture(self, *functions: Callable[[], None]) -> list[Callable[[], None]]:
+        """A step in one piece runs at once; one in several cannot where experts are missing, which are looked up."""
+
+        def run(function: Callable[[], None]) -> None:
+            if function is functions[0]:
+                self._before_graphs = self._now
+            most, self.most = self.most, 0
             with _disable_current_modes(), _Watch(self):
                 function()
-            self.most_of_graphs = max(self.most_of_graphs, self.most - before)
+            self.most_of_graphs = max(self.most_of_graphs, self.most - self._before_graphs)
             self.most = most
 
-        run()
-        return run
+        if len(functions) == 1:
+            run(functions[0])
+        return [partial(run, function) for function in functions]
 
     def copy_rows(self, *rows: torch.Tensor) -> None:
         with _disable_current_modes():

@@ -28,7 +28,7 @@ from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.registry import create_family, register_family
 from hsrpc.model.families.settings import DecoderSettings
 from hsrpc.model.family import Family
-from hsrpc.model.formats.format import CacheFormat, Encoded, Formats, FromValues, Packing
+from hsrpc.model.formats.format import CacheFormat, Encoded, Formats, FromValues, Packing, moved
 from hsrpc.model.formats.lossless import WORD, Lossless
 from hsrpc.model.formats.plain import Plain
 from hsrpc.model.layers import linear_tensors
@@ -75,9 +75,9 @@ class BytesPacking(Packing):
         return target.view(torch.float32).view(self.shape)
 
     @classmethod
-    def decoding(cls, tensors: Sequence[Encoded[Self]]) -> Callable[[], None]:
+    def decoding(cls, tensors: Sequence[Encoded[Self]], moves: torch.Tensor | None = None) -> Callable[[], None]:
         def decode() -> None:
-            for packing, data, operand in tensors:
+            for packing, data, operand, _ in moved(tensors, moves):
                 scales = data[: 4 * packing.shape[0]].view(torch.float32)
                 weights = data[4 * packing.shape[0] :].view(torch.int8).view(packing.shape)
                 torch.mul(weights, scales[:, None], out=operand)

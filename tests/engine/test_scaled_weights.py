@@ -303,7 +303,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     ),
     "truncated": (
         lambda tensors: tensors.update({f"{_Q}_scale_inv": tensors[f"{_Q}_scale_inv"][:1].clone()}),
-        rf"{_Q}_scale_inv: expected shape \[2, 2\] of F32.* found shape \[1, 2\] of F32",
+        rf"{_Q}_scale_inv: expected shape \[2, 2\].* of F32.* found shape \[1, 2\] of F32",
     ),
     "one": (
         lambda tensors: tensors.update({f"{_Q}_scale_inv": torch.tensor(1.0)}),

@@ -75,13 +75,14 @@ def test_experts_on_demand_are_found_by_their_tables(slots: int) -> None:
     for name, (number, part) in parts.items():
         part.open(memory[number], memory[0, :0]).copy_(w[name])
     demand = Demand(
-        slots=slots, counts=(experts.count,), expert_bytes=size, ready_bytes=size, num_tensors=2 * experts.count
+        slots=slots, counts=(experts.count,), k=2, expert_bytes=size, ready_bytes=size, num_tensors=2 * experts.count
     )
-    loader = ExpertLoader([HostExperts(memory, parts)], demand, CpuDevice(), Decoder.expert_tables)
+    layers = [HostExperts(memory, parts)]
+    loader = ExpertLoader(layers, demand, CpuDevice(), Decoder.expert_tables, max_tokens=40)
     opened = loader.open(0, OpenedLayer({}, ()), memory[0, :0], None).tensors
     for n in (1, 3, 40, 2):
         routes, x = routes_of(choices(n, experts.count, experts.k)), torch.randn(n, SIZE)
-        loader.expect(routes.chosen)
+        loader.expect(n).copy_(routes.chosen)
         loader.load(0)
         wanted = experts.one_by_one(w, x, routes)
         torch.testing.assert_close(experts.on_gpu(opened, x, routes), wanted, atol=1e-5, rtol=1e-5)

@@ -54,7 +54,7 @@ def test_decode(name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pyte
     assert found is not None
     packing = ScaledPacking(found.matrix.shape, dtype, (found.matrix,))
     data = torch.zeros(packing.num_bytes, dtype=torch.uint8)
-    for _, part in packing.matrices(data):
+    for part in packing.parts(data):
         found.fill(part)
     operand = torch.full(packing.shape, 3.0, dtype=dtype)
     scaled.decoding([Encoded(packing, data, operand)])()

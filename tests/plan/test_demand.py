@@ -15,7 +15,9 @@ from hsrpc.model.formats.lossless import Lossless
 from hsrpc.model.spec import ModelSpec, in_formats, named_spec
 from hsrpc.plan.advice import _with_weight_bits
 from hsrpc.plan.demand import demand_of
+from hsrpc.plan.device_memory import query_bytes
 from hsrpc.plan.expert_outlook import expert_outlook
+from hsrpc.plan.fitted import GRAPH_BYTES
 from hsrpc.plan.layer_times import LayerTimes
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.memory_use import DeviceUse, HostUse
@@ -26,6 +28,7 @@ from hsrpc.plan.prediction import predict_at
 from hsrpc.plan.question import Question
 from hsrpc.plan.simulated_step import placements, simulated_step
 from hsrpc.plan.sizes import ModelSizes, Stays
+from hsrpc.schedule.blocks import PoolId
 from tests.plan.plans import GIB, HARDWARE
 
 COUNT, K, NUM_LAYERS = 64, 4, 6
@@ -117,24 +120,29 @@ def test_a_model_that_fits_stays(sizes: ModelSizes) -> None:
 
 
 def test_lines_of_a_plan(sizes: ModelSizes) -> None:
-    """Within the budgets; experts' rows are a line, and no graphs wait for a choice."""
+    """Within the budgets; experts' rows are a line, and graphs are one behind each choice, for two sizes."""
     plan = make(sizes, max_batch=2, experts="demand")
     demand = plan.demand
     assert demand is not None
     assert 0 < demand.slots < COUNT
     assert plan.device_bytes[DeviceUse.EXPERTS] == demand.num_rows * EXPERT_BYTES
-    assert plan.device_bytes[DeviceUse.GRAPHS] == 0
+    assert demand.num_segments == 6
+    logits = 2 * 4 * sizes.vocab_size
+    assert plan.device_bytes[DeviceUse.GRAPHS] == query_bytes(sizes, 2) + logits + 2 * 6 * GRAPH_BYTES
     assert plan.host_bytes[HostUse.STREAMED_WEIGHTS] == demand.host_bytes + sum(plan.streamed_bytes)
     assert sum(plan.device_bytes.values()) <= plan.budgets.device
     assert sum(plan.host_bytes.values()) <= plan.budgets.host
-    assert [place.on_demand for place in placements(plan)] == [False, *[True] * 5]
+    assert [place.on_demand for place in placements(plan, sizes)] == [False, *[True] * 5]
     share = (plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS] + 5 * demand.slots * EXPERT_BYTES) / sizes.layers_bytes
     assert plan.resident_share == pytest.approx(share, rel=1e-3)
     assert DeviceUse.EXPERTS not in make(sizes, max_batch=2, experts="stream").device_bytes
 
 
 def test_seconds_of_what_is_missed(sizes: ModelSizes) -> None:
-    """Bytes of the experts that a batch touches, less those in slots, and a wait; a step takes that beside all else."""
+    """Bytes of the experts that a batch touches, less those in slots, and a wait; a step takes that beside all else.
+
+    Graphs run it where all its cache is K and V on the device.
+    """
     times, demand = LayerTimes(sizes, HARDWARE), demand_of(sizes, 16 * 5 * EXPERT_BYTES)
     assert demand is not None
     for tokens, groups in ((1, 1), (7, 1), (8, 2)):
@@ -145,11 +153,14 @@ def test_seconds_of_what_is_missed(sizes: ModelSizes) -> None:
     step = predict_at(plan, sizes, 100)
     assert step.bus == 0
     assert step.experts == pytest.approx(6 * times.on_demand(1, plan.demand.missed))
-    assert step.launch == pytest.approx(6 * HARDWARE.launch_time)  # no graph launches it
+    assert step.launch == 0
     assert step.boundary == pytest.approx(HARDWARE.boundary_time + HARDWARE.request_time)
-    assert step.step == pytest.approx(step.launch + step.boundary)
-    quick = predict_at(replace(plan, hardware=replace(HARDWARE, launch_time=0)), sizes, 100)
-    assert quick.step == pytest.approx(step.gpu + step.experts + step.boundary)
+    assert step.step == pytest.approx(step.gpu + step.experts + step.boundary)
+    activations = {pool: 100 * (pool is PoolId.DEVICE_ACTIVATION) for pool in PoolId}
+    launched = predict_at(replace(plan, num_blocks=activations), sizes, 100)
+    assert launched.launch == pytest.approx(6 * HARDWARE.launch_time)
+    assert launched.launch > launched.gpu
+    assert launched.step == pytest.approx(launched.launch + launched.experts + launched.boundary)
     assert plan.prediction.longest_step > plan.prediction.step + 6 * times.on_demand(512, plan.demand.missed) / 2
 
 

@@ -193,7 +193,7 @@ def random_planner(random: Random) -> Planner:
     count = random.choice((1, 4, 30))
     rows = int(guess._rows(count, guess._row_choices(guess.budgets)[0], 0))
     point = Point(count, 0, 1.0, kv_only=False, rows=rows, recompute=0)
-    staging = guess._evaluator(guess.budgets).staging(point.as_grid(), 100, 100)
+    staging = guess._evaluators(guess.budgets)[0].staging(point.as_grid(), 100, 100)
     fixed = int(sum(device_bytes(sizes, staging).values()))
     weights, largest = sizes.layers_bytes, max(layer.weight_bytes for layer in sizes.layers)
     request = guess.max_model_len * sizes.token_bytes(BlockKind.KV)

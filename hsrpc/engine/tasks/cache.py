@@ -17,14 +17,15 @@ from hsrpc.device.device import Device
 from hsrpc.device.uploads import Upload
 from hsrpc.engine.lanes import StepRun
 from hsrpc.engine.worker import Worker
-from hsrpc.model.formats.format import Formats
+from hsrpc.model.formats.rows import CopyRows, Rows
 from hsrpc.plan.device_memory import SPARE_SLOTS
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
 from hsrpc.schedule.packing import merge_runs
-from hsrpc.schedule.step import Ints, MiniBatch, Rows, Runs, Step
+from hsrpc.schedule.step import Ints, MiniBatch, Runs, Step
+from hsrpc.schedule.step import Rows as StepRows
 from hsrpc.schedule.sweep import BUFFERS, Lane, Op
 
 _MIN_RUN = 16
@@ -35,20 +36,20 @@ class Buffers(NamedTuple):
     """Device memory of one mini-batch in one layer."""
 
     kv: torch.Tensor
-    """[rows, k+v]"""
+    """[rows, columns of the family's `kv_rows`]"""
     activations: torch.Tensor
-    """[activation_rows, a]"""
+    """[activation_rows, columns of its `activation_rows`]"""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceRows:
-    """`Rows`, on the device: int64 [n] each."""
+    """Row numbers of a step, on the device: int64 [n] each."""
 
     source: torch.Tensor
     target: torch.Tensor
 
     @classmethod
-    def of(cls, rows: Rows, upload: Upload) -> DeviceRows:
+    def of(cls, rows: StepRows, upload: Upload) -> DeviceRows:
         return cls(upload(rows.source), upload(rows.target))
 
 
@@ -62,7 +63,7 @@ class Stores:
     """Runs that the copy engine copies, which leaves the GPU free: prompts. Their numbers are on the host."""
 
     @classmethod
-    def of(cls, pool: PoolId, held: BlockKind, rows: Rows, upload: Upload) -> Stores:
+    def of(cls, pool: PoolId, held: BlockKind, rows: StepRows, upload: Upload) -> Stores:
         """Long runs of activations for the host are runs; rows of K and V are not contiguous."""
         runs = merge_runs(rows.source, rows.target, np.ones_like(rows.source))
         is_long = (runs.count >= _MIN_RUN) & (pool is PoolId.HOST_ACTIVATION and held is BlockKind.ACTIVATION)
@@ -95,13 +96,16 @@ class Gathers(NamedTuple):
 class CacheManager:
     """Task that runs the cache's lane of each step: it loads blocks, ahead of the executor by its buffers."""
 
-    def __init__(self, sizes: ModelSizes, plan: Plan, device: Device, formats: Formats) -> None:
+    def __init__(self, sizes: ModelSizes, plan: Plan, device: Device, formats: Mapping[BlockKind, Rows]) -> None:
+        """`formats`: rows of each kind of block, in all layers alike."""
         self.loaded_bytes = 0
         """Cache bytes copied from host to device since the start."""
         self.steps: asyncio.Queue[StepRun] = asyncio.Queue(1)
         self._device = device
         self._plan = plan
         self._formats = formats
+        self.write_kv: CopyRows = formats[BlockKind.KV].writer(device.copy_rows)
+        """Writes rows of K and V [*, k+v] as rows of blocks, or of a buffer."""
         self._kinds = tuple(
             LayerKind(window, plan.held(BlockKind.ACTIVATION, layer))
             for layer, window in enumerate(sizes.windows.numbers)
@@ -113,14 +117,8 @@ class CacheManager:
         }
         """What a block of each kind keeps of a token, layer by layer."""
         self._pools = {pool: self._allocate(pool, count * plan.block_size) for pool, count in plan.num_blocks.items()}
-        shapes = [
-            (plan.buffers.rows, max(layer.kv.width for layer in sizes.layers)),
-            (plan.buffers.activation_rows, max(layer.activation.width for layer in sizes.layers)),
-        ]
-        self.buffers = [
-            Buffers(*(self._buffer(kind, shape) for kind, shape in zip(BlockKind, shapes, strict=True)))
-            for _ in range(BUFFERS)
-        ]
+        counts = {BlockKind.KV: plan.buffers.rows, BlockKind.ACTIVATION: plan.buffers.activation_rows}
+        self.buffers = [Buffers(*(self._buffer(kind, counts[kind]) for kind in BlockKind)) for _ in range(BUFFERS)]
         self._loads: list[dict[LayerKind, Loads]] = []
         """Loads of each mini-batch, by kind of layer."""
 
@@ -159,7 +157,7 @@ class CacheManager:
                 self._device.copy_rows(buffer, rows.target, self._pools[pool][layer], rows.source)
 
     def in_place(self, layer: int) -> torch.Tensor:
-        """The pool of blocks on the device that attention reads in place: [slots, k+v], or [slots, a]."""
+        """The pool of blocks on the device that attention reads in place: [slots, columns]."""
         return self._pools[self._plan.in_place][layer]
 
     @property
@@ -182,31 +180,33 @@ class CacheManager:
         kv: torch.Tensor,
         x: torch.Tensor,
     ) -> None:
-        """Write new rows to their blocks in `tier`, on the current stream: kv [n, k+v] or x [n, a].
+        """Write new rows to their blocks in `tier`, on the current stream: kv [n, k+v], or x as they are stored.
 
         Called on the executor's thread: for the device on the compute stream, for the host on the store stream.
         """
         for pool, new in stores[self._kinds[layer].held].items():
             if pool.tier is tier:
                 holds_kv, target = self._plan.held(pool.kind, layer) is BlockKind.KV, self._pools[pool][layer]
-                source = kv if holds_kv else x
-                self._device.copy_rows(target, new.rows.target, source, new.rows.source)
+                source, write = (kv, self.write_kv) if holds_kv else (x, self._device.copy_rows)
+                write(target, new.rows.target, source, new.rows.source)
                 if len(new.runs.count):
                     self._device.copy_runs(target, source, new.runs)
                 if tier is Tier.HOST:
                     self._device.keep(source, self._device.store)
 
-    def _buffer(self, kind: BlockKind, shape: tuple[int, int]) -> torch.Tensor:
+    def _buffer(self, kind: BlockKind, num_rows: int) -> torch.Tensor:
         """A mini-batch's rows, in every layer."""
-        return self._device.empty(shape, self._formats.cache(kind).dtype, DeviceUse.CACHE_BUFFERS)
+        rows = self._formats[kind]
+        return self._device.empty((num_rows, rows.columns), rows.dtype, DeviceUse.CACHE_BUFFERS)
 
     def _allocate(self, pool: PoolId, num_slots: int) -> list[torch.Tensor]:
-        """One tensor [slots, width] a layer, so that its blocks are neighbours, in the format of what they hold."""
+        """One tensor [slots, columns] a layer, so that its blocks are neighbours, in the format of what they hold."""
         rows = self._rows[pool.kind]
         held = (self._plan.held(pool.kind, layer) for layer in range(len(rows)))
-        dtypes = [self._formats.cache(kind).dtype for kind in held]
+        dtypes = [self._formats[kind].dtype for kind in held]
         if pool.tier is Tier.DEVICE:
-            shapes = [(num_slots + SPARE_SLOTS, row.width) for row in rows]
+            columns = [row.num_bytes // dtype.itemsize for row, dtype in zip(rows, dtypes, strict=True)]
+            shapes = [(num_slots + SPARE_SLOTS, count) for count in columns]
             return [
                 self._device.empty(shape, dtype, DeviceUse.CACHE_BLOCKS)
                 for shape, dtype in zip(shapes, dtypes, strict=True)

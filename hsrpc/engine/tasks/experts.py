@@ -16,7 +16,7 @@ from hsrpc.model.formats.format import Encoded
 from hsrpc.plan.demand import Demand
 from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.sizes import align
-from hsrpc.schedule.expert_slots import ExpertSlots
+from hsrpc.schedule.expert_slots import ExpertLoad, ExpertSlots
 from hsrpc.schedule.step import Ints, Runs
 
 
@@ -34,13 +34,22 @@ class ExpertLoader:
     """Loads experts, one layer after the other.
 
     A layer's choice is known when all that was computed before it is done. So nothing reads any more what is then
-    written over: slots of this layer, the area that all layers share, and this layer's table.
+    written over: slots of this layer, the area that all layers share, this layer's table, and the choice itself.
     """
 
     def __init__(
-        self, layers: Sequence[HostExperts | None], demand: Demand, device: Device, tables: Sequence[str]
+        self,
+        layers: Sequence[HostExperts | None],
+        demand: Demand,
+        device: Device,
+        tables: Sequence[str],
+        *,
+        max_tokens: int,
     ) -> None:
-        """`tables`: names of the tables of addresses, in the order of an expert's tensors."""
+        """`tables`: names of the tables of addresses, in the order of an expert's tensors.
+
+        `max_tokens`: for which experts are chosen at once.
+        """
         self.counts = ExpertCounts()
         self._device = device
         self._demand = demand
@@ -51,31 +60,37 @@ class ExpertLoader:
             for number, experts in enumerate(layers)
         ]
         self._names = tables
-        self._arriving: Callable[[], torch.Tensor] | None = None
-        """Gives the choice that was made last, once it is on the host."""
+        memory = device.small_pinned(max_tokens * demand.k * torch.int64.itemsize)
+        self._choices = memory.view(torch.int64).view(max_tokens, demand.k)
+        self._expected = self._choices[:0]
 
-    def expect(self, chosen: torch.Tensor) -> None:
-        """Let the choice of a layer's experts [n, k] go to the host, on the current stream: of the next to load."""
-        self._arriving = self._device.fetch(chosen)
+    def expect(self, num_tokens: int) -> torch.Tensor:
+        """Where to send the next choice: int64 [num_tokens, k] on the host, which `load` reads."""
+        self._expected = self._choices[:num_tokens]
+        return self._expected
 
     def load(self, number: int) -> int:
-        """Load a layer's chosen experts that are not in its slots, on the current stream; how many bytes these are.
+        """Load a layer's chosen experts that are not in its slots, on the load stream; how many bytes these are.
 
-        Blocks this thread until the choice is there.
+        Blocks this thread until the choice is there: nothing else was launched on the compute stream behind it.
         """
-        layer, arriving = self._layer(number), self._arriving
-        assert arriving is not None  # the choice comes first
-        needed = np.flatnonzero(np.bincount(arriving().numpy().reshape(-1), minlength=len(layer.experts.memory)))
-        loads = layer.slots.bring(needed.tolist())
-        if loads:
-            experts, rows = np.array([(expert, layer.row(place)) for expert, place in loads], dtype=np.int64).T
-            runs = Runs(experts, rows, np.ones_like(rows))
-            self._device.copy_runs(self._rows, layer.experts.memory, runs)
-            layer.tables.write(experts, rows)
+        layer, device = self._layer(number), self._device
+        chosen = device.arrived(self._expected, device.record(device.compute))
+        needed = np.flatnonzero(np.bincount(chosen.numpy().reshape(-1))).tolist()
+        loads = layer.slots.bring(needed)
         size, counts = len(loads) * self._demand.expert_bytes, self.counts
         hits = counts.hits + len(needed) - len(loads)
         self.counts = ExpertCounts(hits, counts.loads + len(loads), counts.loaded_bytes + size)
+        if loads:
+            with device.on(device.load):
+                self._launch(layer, loads)
         return size
+
+    def _launch(self, layer: _Layer, loads: Sequence[ExpertLoad]) -> None:
+        """Copy experts to their places, and tell where they are, on the current stream."""
+        experts, rows = np.array([(expert, layer.row(place)) for expert, place in loads], dtype=np.int64).T
+        self._device.copy_runs(self._rows, layer.experts.memory, Runs(experts, rows, np.ones_like(rows)))
+        layer.tables.write(experts, rows)
 
     def open(
         self, number: int, others: OpenedLayer, decoded: torch.Tensor, chosen: ChosenExperts | None

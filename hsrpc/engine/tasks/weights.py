@@ -33,6 +33,7 @@ class WeightPrefetcher:
         self._decoded = self._buffer(plan.decode_buffer_bytes)
         self._of_experts = self._decoded[:0]
         """The end of that, for experts on demand."""
+        self._coded = self._buffer(family.activations.coded_weight_bytes)
         self._chosen: ChosenExperts | None = None
         if any(layer.has_coded_experts for layer in weights.layers):
             self._chosen = ChosenExperts(device, max(len(family.expert_names(i)) for i in range(family.num_layers)))
@@ -42,15 +43,17 @@ class WeightPrefetcher:
         if plan.demand is not None:
             self._of_experts = self._decoded[len(self._decoded) - plan.demand.decoded_bytes :]
             experts = [layer.experts for layer in weights.layers]
-            self._experts = ExpertLoader(experts, plan.demand, device, family.expert_tables)
+            tables, max_tokens = family.expert_tables, plan.buffers.queries
+            self._experts = ExpertLoader(experts, plan.demand, device, tables, max_tokens=max_tokens)
 
     @property
     def places(self) -> Places:
         """Placement of each layer's weights."""
+        codes = self._family.activations.coded_weight_bytes > 0
         return tuple(
             LayerPlacement(
                 each.bus_bytes,
-                each.is_decoded,
+                each.is_decoded or codes,
                 has_coded_experts=each.has_coded_experts,
                 on_demand=each.experts is not None,
             )
@@ -78,19 +81,24 @@ class WeightPrefetcher:
                 await (await self.steps.get()).run(Lane.WEIGHTS, worker, self.launch)
 
     def launch(self, op: Op) -> None:
-        """Load a part of a layer's weights to a buffer, or the experts that were chosen, on the current stream."""
+        """Load a part of a layer's weights to a buffer, on the current stream, or the experts that were chosen."""
         if op.kind is OpKind.LOAD_EXPERTS:
-            self.streamed_bytes += self._on_demand.load(op.layer)
+            self.load_experts(op.layer)
             return
         packed, (start, end) = self._layers[op.layer].packed, op.part
         assert packed is not None  # only streamed layers are in the list
         self._device.load_bytes(self._buffers[op.slot][start:end], packed[start:end])
         self.streamed_bytes += end - start
 
-    def expect(self, layer: int, chosen: torch.Tensor) -> None:
-        """Let the experts [n, k] be loaded next that the router has chosen, on the current stream, if they have to."""
-        if self._layers[layer].experts is not None:
-            self._on_demand.expect(chosen)
+    def load_experts(self, layer: int) -> int:
+        """Load what a layer's router has chosen and is not there, on the load stream, once it is known; the bytes."""
+        size = self._on_demand.load(layer)
+        self.streamed_bytes += size
+        return size
+
+    def expect(self, layer: int, num_tokens: int) -> torch.Tensor | None:
+        """Where on the host a layer's choice of experts is to go: int64 [num_tokens, k]; None: none come on demand."""
+        return None if self._layers[layer].experts is None else self._on_demand.expect(num_tokens)
 
     @property
     def _on_demand(self) -> ExpertLoader:
@@ -110,4 +118,5 @@ class WeightPrefetcher:
         opened = weights.open(buffer, self._decoded, self._chosen)
         if weights.experts is not None:
             opened = self._on_demand.open(layer, opened, self._of_experts, self._chosen)
-        return opened._replace(tensors=self._family.opened(layer, opened.tensors))
+        ready, more = self._family.activations.prepared(self._family.opened(layer, opened.tensors), self._coded)
+        return opened._replace(tensors=ready, decodings=(*opened.decodings, *more))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch.nn import functional
 
+from hsrpc.model.activations import Activations, KvProjection, make_activations
 from hsrpc.model.attention import Extras
 from hsrpc.model.bounds import MAX_CONTEXT, MAX_VOCAB_SIZE, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
@@ -18,7 +20,7 @@ from hsrpc.model.families.expert_readers import NUM_EXPERTS
 from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.settings import DecoderSettings, Names, QkNorm
 from hsrpc.model.family import Family, ModelSpec, Projection, Routed, Weights
-from hsrpc.model.layers import Affine, linear_tensors, project, project_rows
+from hsrpc.model.layers import Affine, linear_tensors, project
 from hsrpc.model.rope import HeadNorms, RopeSettings, Rotary, Rotation
 from hsrpc.model.tensor import HeadsTogether, PairsApart, RowOrder, TensorSpec
 from hsrpc.plan.sizes import ExpertSizes, LayerSizes, ModelSizes
@@ -199,25 +201,32 @@ class Decoder(Family):
     def embed(self, fixed: Weights, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return _scaled(functional.embedding(token_ids, fixed[EMBED]), self._embedding_scale)
 
+    @cached_property
+    def activations(self) -> Activations:
+        projection = KvProjection(QKV, self.q_size)
+        return make_activations(
+            self.activation_rows, projection, self.heads.row_size, codes_weight=self.spec.formats.codes_weight
+        )
+
     def opened(self, layer: int, w: Weights) -> Weights:
         experts = self.settings.experts[layer]
         return w if experts is None else experts.opened(w)
 
     def project(self, w: Weights, layer: int, hidden: torch.Tensor, rotation: Rotation) -> Projection:
         x = self._normed(w, ATTENTION_NORM, hidden)
-        fused = project(w, QKV, x)
+        activation, fused = self.activations.project(w, x)
         queries, kv = fused[:, : self.q_size], fused[:, self.q_size :]
         self._norm_(w, Q_NORM, queries)
         self._norm_(w, K_NORM, kv[:, : self.key_size])
         self._turn_(w, layer, fused[:, : self.q_size + self.key_size], self.sizes.num_heads, rotation)
         if (rotary := self._rotaries[layer]) is not None:
             rotary.scale_(queries, rotation)
-        return Projection(x, queries, kv)
+        return Projection(activation, queries, kv)
 
     def keys_values(
         self, w: Weights, layer: int, activation: torch.Tensor, rotation: Rotation, out: torch.Tensor
     ) -> None:
-        project_rows(w, QKV, activation, self.q_size, out)
+        self.activations.keys_values(w, activation, out)
         keys = out[:, : self.key_size]
         self._norm_(w, K_NORM, keys)
         self._turn_(w, layer, keys, 0, rotation)

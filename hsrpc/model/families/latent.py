@@ -7,10 +7,12 @@ stored, so that rebuilding needs no positions, and single queries can attend to 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 
+from hsrpc.model.activations import Activations, KvProjection
 from hsrpc.model.attention import HeadShape
 from hsrpc.model.families.decoder import ATTENTION_NORM, Decoder
 from hsrpc.model.families.settings import Latent
@@ -60,6 +62,11 @@ class LatentDecoder(Decoder):
             num_elements=self._kv_rows * self._latent.rank,
         )
         return replace(super().layer_sizes(layer), absorbed=absorbed)
+
+    @cached_property
+    def activations(self) -> Activations:
+        """None of its products is one of K and V together."""
+        return Activations(self.activation_rows, KvProjection(KV, 0))
 
     @property
     def _kv_rows(self) -> int:
@@ -115,14 +122,15 @@ class LatentDecoder(Decoder):
         if rotary is not None:
             rotary.turn_(heads[..., latent.nope_dim :], rotation)
             rotary.turn_(activation[:, None, latent.rank :], rotation)
-        return Projection(activation, queries, hidden.new_empty((len(hidden), self.heads.row_size)))
+        rows = self.activation_rows.encode(activation)
+        return Projection(rows, queries, hidden.new_empty((len(hidden), self.heads.row_size)))
 
     def keys_values(
         self, w: Weights, layer: int, activation: torch.Tensor, rotation: Rotation, out: torch.Tensor
     ) -> None:
         """In pieces, which bounds the memory of keys on their way to where they lie apart."""
         for x, rows in zip(activation.split(REGENERATE_ROWS), out.split(REGENERATE_ROWS), strict=True):
-            self._keys_values(w, x, rows)
+            self._keys_values(w, self.activation_rows.decode(x), rows)
 
     def _keys_values(self, w: Weights, activation: torch.Tensor, out: torch.Tensor) -> None:
         latent = self._latent

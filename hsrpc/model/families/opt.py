@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.nn import functional
 
+from hsrpc.model.activations import Activations, KvProjection, make_activations
 from hsrpc.model.bounds import MAX_CONTEXT, MAX_VOCAB_SIZE, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.family import Family, ModelSpec, Projection, Weights
-from hsrpc.model.layers import Affine, layer_norm, linear_tensors, norm_tensors, project, project_relu, project_rows
+from hsrpc.model.layers import Affine, layer_norm, linear_tensors, norm_tensors, project, project_relu
 from hsrpc.model.rope import Rotation
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.sizes import ModelSizes
@@ -137,15 +139,22 @@ class Opt(Family):
             tokens = project(fixed, PROJECT_IN, tokens)
         return tokens + functional.embedding(positions + POSITION_OFFSET, fixed[POSITIONS])
 
+    @cached_property
+    def activations(self) -> Activations:
+        projection = KvProjection(QKV, self.q_size)
+        return make_activations(
+            self.activation_rows, projection, self.heads.row_size, codes_weight=self.spec.formats.codes_weight
+        )
+
     def project(self, w: Weights, layer: int, hidden: torch.Tensor, rotation: Rotation) -> Projection:
         x = layer_norm(w, ATTENTION_NORM, hidden) if self.settings.pre_norm else hidden
-        fused = project(w, QKV, x)
-        return Projection(x, fused[:, : self.q_size], fused[:, self.q_size :])
+        activation, fused = self.activations.project(w, x)
+        return Projection(activation, fused[:, : self.q_size], fused[:, self.q_size :])
 
     def keys_values(
         self, w: Weights, layer: int, activation: torch.Tensor, rotation: Rotation, out: torch.Tensor
     ) -> None:
-        project_rows(w, QKV, activation, self.q_size, out)
+        self.activations.keys_values(w, activation, out)
 
     def finish_layer(self, w: Weights, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         hidden = hidden + project(w, OUT, attended)

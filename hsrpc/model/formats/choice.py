@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from hsrpc.config import WeightCoding
+from hsrpc.config import CacheCoding, WeightCoding
 from hsrpc.errors import ConfigError
 from hsrpc.model.formats.format import CacheFormat, Formats, WeightFormat
 from hsrpc.model.formats.lossless import Lossless
 from hsrpc.model.formats.plain import Plain
+from hsrpc.model.formats.rows import Codes
 from hsrpc.model.tensor import TensorSpec
 
 
@@ -20,6 +21,25 @@ def uniform(weight: WeightFormat, dtype: torch.dtype) -> Formats:
     exact = Plain(torch.float32)
     rows = CacheFormat(dtype)
     return Formats(weight=lambda tensor: exact if tensor.exact else weight, kv=rows, activation=rows)
+
+
+_CODES = {CacheCoding.PLAIN: None, CacheCoding.FP8: Codes.FP8, CacheCoding.INT8: Codes.INT8}
+"""Of K and V; activations have outliers, which float8 takes and whole numbers do not."""
+
+
+def with_caches(choices: Sequence[Formats], coding: CacheCoding) -> Sequence[Formats]:
+    """The same choices with caches in that format."""
+    kv, activation = _CODES[coding], None if coding is CacheCoding.PLAIN else Codes.FP8
+    codes_weight = coding is CacheCoding.FP8
+    return [
+        replace(
+            each,
+            kv=replace(each.kv, codes=kv),
+            activation=replace(each.activation, codes=activation),
+            codes_weight=codes_weight,
+        )
+        for each in choices
+    ]
 
 
 def with_scaled(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import torch
 
 from hsrpc.model.formats.codes import CodedParts
+from hsrpc.model.formats.rows import CodedRows, Codes, Rows, RowShape, ValueRows
 from hsrpc.model.tensor import TensorSpec
-from hsrpc.plan.sizes import CacheRow, TensorSizes
+from hsrpc.plan.sizes import TensorSizes
 from hsrpc.schedule.blocks import BlockKind
 
 
@@ -133,14 +134,21 @@ WeightFormat: TypeAlias = AsPublished | FromValues
 
 @dataclass(frozen=True, slots=True)
 class CacheFormat:
-    """The format of a kind of block: rows of numbers of one type, which loads and stores copy as they are."""
+    """The format of a kind of block."""
 
     dtype: torch.dtype
-    """Element type of the pool."""
+    """Type that is computed in."""
+    codes: Codes | None = None
+    """None: rows are numbers of that type."""
 
-    def row(self, width: int) -> CacheRow:
-        """A row of `width` elements."""
-        return CacheRow(width, width * self.dtype.itemsize)
+    @property
+    def plain(self) -> CacheFormat:
+        """Rows of numbers as they are computed."""
+        return replace(self, codes=None)
+
+    def rows(self, shape: RowShape) -> Rows:
+        """Rows of those numbers."""
+        return ValueRows(shape, self.dtype) if self.codes is None else CodedRows(shape, self.dtype, self.codes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +158,11 @@ class Formats:
     weight: Callable[[TensorSpec], WeightFormat]
     kv: CacheFormat
     activation: CacheFormat
+    codes_weight: bool = False
+    """Coded activations are multiplied with a [W_K W_V] that is coded alike; else with it as it is."""
 
-    def cache(self, kind: BlockKind) -> CacheFormat:
-        """The format of that kind of block."""
-        return self.kv if kind is BlockKind.KV else self.activation
+    def holding(self, kinds: Collection[BlockKind]) -> Formats:
+        """The same where blocks are of these kinds alone: what none holds is not rounded."""
+        kv = self.kv if BlockKind.KV in kinds else self.kv.plain
+        activation = self.activation if BlockKind.ACTIVATION in kinds else self.activation.plain
+        return replace(self, kv=kv, activation=activation)

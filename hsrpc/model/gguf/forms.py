@@ -5,8 +5,9 @@ The value of a code is it times the scale of its 32 columns, a product in float3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -78,12 +79,18 @@ class Values:
 
 @dataclass(frozen=True)
 class Groups:
-    """Codes of `bits` bits in words of 32, the lowest bits first, with a float16 scale for each 32 columns.
+    """Whole numbers of `bits` bits in words of 32, the lowest bits first, with a float16 scale for each 32 columns.
 
-    Layout: `pack-quantized` of compressed-tensors, symmetric: codes are stored as unsigned numbers.
+    `pack-quantized` of compressed-tensors, symmetric: stored are unsigned numbers, from 0 for the least.
     """
 
     bits: int
+    layout: ClassVar[str] = "pack-quantized"
+
+    @property
+    def scheme(self) -> dict[str, object]:
+        """What compressed-tensors says of such weights."""
+        return _scheme(self.bits, "int")
 
     def num_bytes(self, target: Target) -> int:
         rows, columns = target.shape
@@ -102,44 +109,97 @@ class Groups:
         scales = blocks[:, :, :2].copy().view(np.float16)[:, :, 0]
         blocks[:, :, :2] = np.frombuffer(np.float16(1).tobytes(), np.uint8)
         codes = (_decoded(tensor, blocks.reshape(len(rows), -1)) + (1 << self.bits - 1)).to(torch.uint8)
-        octets = codes if self.bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4
+        octets = codes if self.bits == 8 else _in_bytes(codes)
         return octets.view(torch.int32), torch.from_numpy(scales)
 
 
 @dataclass(frozen=True)
-class Mxfp4:
-    """Codes in e2m1, two in a byte, the lower bits first, with an exponent for each 32 columns: as gpt-oss has them."""
+class Float4Groups:
+    """Numbers in e2m1, two in a byte, the lower bits first, with an exponent for each 32 columns.
+
+    `mxfp4-pack-quantized` of compressed-tensors.
+    """
+
+    layout: ClassVar[str] = "mxfp4-pack-quantized"
+
+    @property
+    def scheme(self) -> dict[str, object]:
+        """What compressed-tensors says of such weights."""
+        return _scheme(4, "float") | {"scale_dtype": "torch.uint8"}
 
     def num_bytes(self, target: Target) -> int:
-        return torch.Size(target.shape).numel() // GROUP * 17
+        return _float4_bytes(target)
+
+    def tensors(self, target: Target) -> Iterator[tuple[str, torch.Tensor]]:
+        """Codes uint8 [rows, columns / 2] and exponents uint8 [rows, groups], under the name of the weight."""
+        codes, exponents = _gather(target, _read_float4)
+        yield f"{target.name}_packed", codes.flatten(1)
+        yield f"{target.name}_scale", exponents
+
+
+@dataclass(frozen=True)
+class Float4Experts:
+    """The same, of all experts together, as gpt-oss is published."""
+
+    def num_bytes(self, target: Target) -> int:
+        return _float4_bytes(target)
 
     def tensors(self, target: Target) -> Iterator[tuple[str, torch.Tensor]]:
         """Codes uint8 [experts, rows, groups, 16] and exponents uint8 [experts, rows, groups]."""
-        blocks, scales = _gather(target, self._read)
+        codes, exponents = _gather(target, _read_float4)
         groups = (*target.shape[:-1], target.shape[-1] // GROUP)
-        yield f"{target.name}_blocks", blocks.view(*groups, GROUP // 2)
-        yield f"{target.name}_scales", scales.view(groups)
-
-    def _read(self, tensor: GgufTensor, rows: Rows) -> tuple[torch.Tensor, ...]:
-        """In a block of the file the exponent comes first, and the second half of the columns has the higher bits."""
-        blocks = torch.from_numpy(_blocks(tensor, rows).copy())
-        codes = torch.cat((blocks[:, :, 1:] & 15, blocks[:, :, 1:] >> 4), dim=-1)
-        return codes[:, :, ::2] | codes[:, :, 1::2] << 4, blocks[:, :, 0].contiguous()
+        yield f"{target.name}_blocks", codes.view(*groups, GROUP // 2)
+        yield f"{target.name}_scales", exponents.view(groups)
 
 
-Kept = Groups | Mxfp4
+InGroups = Groups | Float4Groups
+"""Forms of compressed-tensors."""
+Kept = InGroups | Float4Experts
 
 
-def kept_form(target: Target) -> Kept | None:
-    """The form in which the codes of a layer's weight can be written; None: they cannot, and its values must be."""
-    if ".layers." not in target.name:
-        return None
+def kept_forms(targets: Iterable[Target | LatentTarget]) -> dict[str, Kept]:
+    """The form of each weight whose codes can be written, by its name; the values of all others must be.
+
+    A checkpoint is of one method: where experts are stacked, other codes are not kept.
+    """
+    found = {target.name: _kept_form(target) for target in targets if isinstance(target, Target)}
+    kept = {name: form for name, form in found.items() if form is not None}
+    stacked: dict[str, Kept] = {name: form for name, form in kept.items() if isinstance(form, Float4Experts)}
+    return stacked or kept
+
+
+def _kept_form(target: Target) -> Kept | None:
     types = {piece.tensor.type for piece in target.pieces}
-    if types == {GGMLQuantizationType.MXFP4} and target.transposed:
-        return Mxfp4()
+    if ".layers." not in target.name or len(target.shape) not in (2, 3):
+        return None
+    if len(target.shape) == 3:
+        return Float4Experts() if types == {GGMLQuantizationType.MXFP4} and target.transposed else None
+    if types == {GGMLQuantizationType.MXFP4}:
+        return Float4Groups()
     bits = {_CODE_BITS.get(kind) for kind in types}
     [found] = bits if len(bits) == 1 else [None]
-    return None if found is None or len(target.shape) != 2 else Groups(found)
+    return None if found is None else Groups(found)
+
+
+def _scheme(bits: int, kind: str) -> dict[str, object]:
+    return {"num_bits": bits, "type": kind, "symmetric": True, "strategy": "group", "group_size": GROUP}
+
+
+def _float4_bytes(target: Target) -> int:
+    return torch.Size(target.shape).numel() // GROUP * (GROUP // 2 + 1)
+
+
+def _read_float4(tensor: GgufTensor, rows: Rows) -> tuple[torch.Tensor, ...]:
+    """Codes [rows, groups, 16] and exponents [rows, groups]: in a block of the file the exponent comes first, and the
+    second half of the columns has the higher bits."""
+    blocks = torch.from_numpy(_blocks(tensor, rows).copy())
+    codes = torch.cat((blocks[:, :, 1:] & 15, blocks[:, :, 1:] >> 4), dim=-1)
+    return _in_bytes(codes), blocks[:, :, 0].contiguous()
+
+
+def _in_bytes(codes: torch.Tensor) -> torch.Tensor:
+    """Two codes of 4 bits in each byte."""
+    return codes[..., ::2] | codes[..., 1::2] << 4
 
 
 def _gather(target: Target, read: Read) -> list[torch.Tensor]:

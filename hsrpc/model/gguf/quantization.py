@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from hsrpc.model.gguf.forms import GROUP, Groups, Kept, Mxfp4
+from hsrpc.model.gguf.forms import Float4Experts, Kept
 from hsrpc.model.gguf.header import Values
 
 _NUMBER = re.compile(r"\.\d+\.")
@@ -15,26 +15,23 @@ def quantization_config(names: Iterable[str], kept: Mapping[str, Kept]) -> Value
     """The section of tensors `kept`, by their names among all `names`: as compressed-tensors has it, or gpt-oss."""
     weights = [name for name in names if name.endswith(".weight") and "norm" not in name]
     modules = {name.removesuffix(".weight"): kept.get(name) for name in weights}
-    if any(isinstance(form, Mxfp4) for form in kept.values()):
+    forms = list(dict.fromkeys(form for form in kept.values() if not isinstance(form, Float4Experts)))
+    if not forms:
         return {"quant_method": "mxfp4", "modules_to_not_convert": list(modules)}
-    groups = sorted({form for form in kept.values() if isinstance(form, Groups)}, key=lambda form: form.bits)
+    layouts = {form.layout for form in forms}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{i}": {"targets": _patterns(modules, form), "weights": _scheme(form)}
-            for i, form in enumerate(groups)
+            f"group_{i}": {"targets": _patterns(modules, form), "weights": form.scheme, "format": form.layout}
+            for i, form in enumerate(forms)
         },
         "ignore": _patterns(modules, None),
     }
 
 
-def _scheme(form: Groups) -> Values:
-    return {"num_bits": form.bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
-
-
-def _patterns(modules: Mapping[str, Kept | None], form: Groups | None) -> list[str]:
+def _patterns(modules: Mapping[str, Kept | None], form: Kept | None) -> list[str]:
     """What matches the modules of that form and no others: one pattern where all that differ by numbers have it."""
     forms: dict[str, set[Kept | None]] = {}
     for module, own in modules.items():

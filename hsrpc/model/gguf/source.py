@@ -17,13 +17,14 @@ from hsrpc.model.families.registry import create_family
 from hsrpc.model.generation_config import GENERATION_FILE
 from hsrpc.model.gguf.architectures import architecture_of, read_config
 from hsrpc.model.gguf.file import GgufFile
-from hsrpc.model.gguf.forms import Kept, Values, kept_form
+from hsrpc.model.gguf.forms import Values, kept_forms
 from hsrpc.model.gguf.header import Header
 from hsrpc.model.gguf.quantization import quantization_config
 from hsrpc.model.gguf.tokenizer import generation_config, write_tokenizer
 from hsrpc.model.gguf.weights import LatentTarget, Target, Weights
+from hsrpc.model.quantization.registry import read_quantization
 from hsrpc.model.quantization.section import KEY
-from hsrpc.model.spec import CONFIG_FILE, make_spec
+from hsrpc.model.spec import CONFIG_FILE, load_spec, make_spec
 from hsrpc.model.tensor import dtype_name
 
 _log = logging.getLogger(__name__)
@@ -49,16 +50,10 @@ class GgufModel:
         self._generation = generation_config(self._header, architecture.turn_ends)
         self._family = create_family(make_spec(path.stem, ConfigFile(str(file.path), self._config), None))
         self._targets = Weights(self._header, architecture, self._family).targets
-        self._kept = self._find_kept() if keep_quantized else {}
-
-    def _find_kept(self) -> dict[str, Kept]:
-        """The form of each tensor whose codes are kept, by name."""
-        forms = {target.name: kept_form(target) for target in self._targets if isinstance(target, Target)}
-        kept = {name: form for name, form in forms.items() if form is not None}
-        if not kept:
-            types = ", ".join(sorted({tensor.type.name for tensor in self._header.tensors.values()}))
-            _log.warning("%s: nothing to keep of %s: all weights become values", self._header.path, types)
-        return kept
+        self._kept = kept_forms(self._targets) if keep_quantized else {}
+        if keep_quantized and not self._kept:
+            types = ", ".join(sorted({tensor.type.name for tensor in file.tensors.values()}))
+            _log.warning("%s: nothing to keep of %s: all weights become values", file.path, types)
 
     def write_files(self, directory: Path) -> None:
         """Writes configuration, generation settings and tokenizer to `directory`."""
@@ -89,9 +84,9 @@ class GgufModel:
         return self._values.tensors(target)
 
     def check(self, directory: Path) -> None:
-        """Check that `directory` has all of the model, where it has values alone."""
-        if not self._kept:
-            Checkpoint(directory).check_model(self._family)
+        """Check that hsrpc can read all of the model from `directory`."""
+        config = load_spec(directory, None).config
+        Checkpoint(directory, read_quantization(config)).check_model(self._family)
 
 
 def _main_dtype(file: GgufFile) -> torch.dtype:

@@ -178,8 +178,8 @@ class Weights:
             return None
         keys, values = (self._take(name.replace("_kv_b.", f"_{part}_b.")) for part in ("k", "v"))
         heads = self._family.sizes.num_heads
-        for tensor, rank in ((keys, keys.shape[1]), (values, values.shape[-1])):
-            if len(tensor.shape) != 3 or tensor.shape[0] != heads or rank != shape[1]:
+        for tensor, rank in ((keys, keys.shape[1:2]), (values, values.shape[2:])):
+            if tensor.shape[:1] != (heads,) or rank != shape[1:] or len(tensor.shape) != 3:
                 raise tensor.refuse(f"{heads} heads of a latent of {shape[1]}", list(tensor.shape))
         if heads * (keys.shape[2] + values.shape[1]) != shape[0]:
             raise values.refuse(f"{shape[0]} rows with those of {keys.name}", list(values.shape))
@@ -196,7 +196,7 @@ class Weights:
             start = starts[name.split(".")[2].removeprefix("attn_")]
             return self._part(self._take(fused), start, shape)
         tensor = self._take(name)
-        if math.prod(tensor.shape) != math.prod(shape):
+        if _without_ones(tensor.shape) != _without_ones(shape):
             raise self._misshapen(tensor, shape)
         return Piece(tensor, 0, len(tensor.rows))
 
@@ -252,6 +252,11 @@ class Weights:
                 raise tensor.refuse(expected, f"one of shape {list(tensor.shape)}", _LOST)
         if further:
             _log.warning("%s: without its layers that predict further tokens", self._header.path)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A row of a matrix and a vector are the same."""
+    return tuple(size for size in shape if size != 1)
 
 
 def _by_element(piece: Piece) -> Piece:

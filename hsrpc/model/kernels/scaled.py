@@ -341,9 +341,9 @@ class ScaledDecoder:
 def decoding(
     tensors: Sequence[Encoded[ScaledPacking]], moves: torch.Tensor | None = None, tiles: Tiles | None = None
 ) -> Callable[[], None]:
-    """What decodes them, of one element type, by a launch for those that lie alike; by other `tiles`, if given.
+    """What decodes them, of one element type, by a launch for those that lie alike; see `Packing.decoding`.
 
-    It is made once for the memory that they lie in; the host waits for the current stream. See `Packing.decoding`.
+    By other `tiles`, if given. It is made once for the memory that they lie in; the host waits for the current stream.
     """
     [dtype] = {each.packing.dtype for each in tensors}
     kinds: dict[_Kind, list[_Matrix]] = {}

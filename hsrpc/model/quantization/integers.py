@@ -88,7 +88,7 @@ class Packed:
 
     def find(self, weight: WeightTensors) -> Quantized | None:
         codes = weight.find("weight_packed")
-        if codes is None:
+        if codes is None or codes.dtype == "U8":  # those are of float4
             return None
         shapes: dict[tuple[int, ...], int]
         shapes = {(weight.rows, words_for(weight.columns, bits)): bits for bits in self.integers.bits}

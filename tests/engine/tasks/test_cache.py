@@ -14,8 +14,7 @@ from hsrpc.device.device import CpuDevice
 from hsrpc.engine.lanes import StepRun
 from hsrpc.engine.tasks.cache import CacheManager
 from hsrpc.engine.worker import Worker
-from hsrpc.model.formats.choice import uniform
-from hsrpc.model.formats.plain import Plain
+from hsrpc.model.formats.rows import RowShape, ValueRows
 from hsrpc.model.spec import load_spec
 from hsrpc.plan.plan import Budgets
 from hsrpc.plan.planner import Planner
@@ -53,7 +52,8 @@ def make_cache(sizes: ModelSizes, dtype: torch.dtype = torch.float32) -> CacheMa
     plan = Planner(sizes, Budgets(device=2**30, host=2**30), HARDWARE, config).plan()
     buffers = replace(plan.buffers, activation_rows=plan.buffers.rows)
     plan = replace(plan, num_blocks=dict.fromkeys(PoolId, NUM_BLOCKS), buffers=buffers)
-    return CacheManager(sizes, plan, CpuDevice(), uniform(Plain(dtype), dtype))
+    formats = {kind: ValueRows(RowShape(1, (sizes.layers[0].row(kind).width,)), dtype) for kind in BlockKind}
+    return CacheManager(sizes, plan, CpuDevice(), formats)
 
 
 def make_request(blocks: Sequence[tuple[PoolId, int]], num_tokens: int) -> Request:

@@ -44,10 +44,9 @@ def loader_of(device: CpuDevice, slots: int) -> ExpertLoader:
     """Two layers with experts, and one without between them."""
     layers = [host_experts(0), None, host_experts(2)]
     size = layers[0].memory.shape[1]
-    demand = Demand(
-        slots=slots, counts=(NUM_EXPERTS, 0, NUM_EXPERTS), expert_bytes=size, ready_bytes=size, num_tensors=20
-    )
-    return ExpertLoader(layers, demand, device, TABLES)
+    counts = (NUM_EXPERTS, 0, NUM_EXPERTS)
+    demand = Demand(slots=slots, counts=counts, k=2, expert_bytes=size, ready_bytes=size, num_tensors=20)
+    return ExpertLoader(layers, demand, device, TABLES, max_tokens=3)
 
 
 def opened_by(loader: ExpertLoader, layer: int, **others: torch.Tensor) -> Mapping[str, torch.Tensor]:
@@ -63,7 +62,7 @@ def test_tables_and_weights_are_those_of_the_chosen(slots: int, device: CpuDevic
     base, loads = device.allocated[DeviceUse.EXPERTS], 0
     for chosen in ([[0, 1]], [[1, 2], [1, 4]], [[0, 1], [2, 3], [4, 0]], [[3, 3]], [[2, 0]]):
         for layer, w in opened.items():
-            loader.expect(torch.tensor(chosen))
+            loader.expect(len(chosen)).copy_(torch.tensor(chosen))
             loads += loader.load(layer) // 512
             for expert in {each for row in chosen for each in row}:
                 for i, table in enumerate(TABLES):
@@ -116,12 +115,13 @@ def test_chosen_experts_are_decoded_once_from_where_they_lie(slots: int, device:
     demand = Demand(
         slots=slots,
         counts=(NUM_EXPERTS, NUM_EXPERTS),
+        k=2,
         expert_bytes=size,
         ready_bytes=ready,
         decode_traffic=1.0,
         num_tensors=2 * NUM_EXPERTS,
     )
-    loader, chosen = ExpertLoader(layers, demand, device, TABLES), ChosenExperts(device, NUM_EXPERTS)
+    loader, chosen = ExpertLoader(layers, demand, device, TABLES, max_tokens=2), ChosenExperts(device, NUM_EXPERTS)
     decoded = torch.empty(demand.decoded_bytes, dtype=torch.uint8)
     opened = [loader.open(layer, OpenedLayer({}, ()), decoded, chosen) for layer in (0, 1)]
     groups = [[[0, 1]], [[1, 2], [1, 4]], [[3, 3]]]
@@ -131,7 +131,7 @@ def test_chosen_experts_are_decoded_once_from_where_they_lie(slots: int, device:
         seen: set[int] = set()
         for group in groups:
             routes, is_first = torch.tensor(group), not seen
-            loader.expect(routes)
+            loader.expect(len(routes)).copy_(routes)
             loader.load(number % 2)
             for expert in seen:
                 layer.tensors[str(expert)].fill_(5.0)  # a second time is seen

@@ -11,8 +11,7 @@ import torch
 from hsrpc.config import EngineConfig
 from hsrpc.device.device import CpuDevice
 from hsrpc.engine.tasks.cache import CacheManager
-from hsrpc.model.formats.choice import uniform
-from hsrpc.model.formats.plain import Plain
+from hsrpc.model.formats.rows import RowShape, ValueRows
 from hsrpc.model.spec import load_spec
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
@@ -29,7 +28,6 @@ from tests.engine.reference import Reference
 
 BLOCK_SIZE = 4
 NUM_TOKENS = 38
-FORMATS = uniform(Plain(torch.float32), torch.float32)
 NUM_LAYERS = 4
 KV_LAYERS = frozenset({1, 2})
 
@@ -48,6 +46,12 @@ def plan(sizes: ModelSizes) -> Plan:
     return replace(made, num_blocks=dict.fromkeys(PoolId, 24), buffers=buffers, kv_layers=KV_LAYERS)
 
 
+def make_cache(sizes: ModelSizes, plan: Plan) -> CacheManager:
+    widths = {kind: sizes.layers[0].row(kind).width for kind in BlockKind}
+    formats = {kind: ValueRows(RowShape(1, (width,)), torch.float32) for kind, width in widths.items()}
+    return CacheManager(sizes, plan, CpuDevice(), formats)
+
+
 def make_step(plan: Plan, request: Request, context: int, count: int) -> Step:
     layers = tuple(LayerPlacement(0, rebuilds=layer not in plan.kv_layers) for layer in range(NUM_LAYERS))
     assembler = Assembler(layers=layers, block_size=BLOCK_SIZE, windows=NO_WINDOWS, max_queries=64)
@@ -64,7 +68,7 @@ def test_activation_blocks_come_back_as_what_they_hold(tier: Tier, num_new: int,
     request = Request("a", [5] * (NUM_TOKENS + num_new), SamplingParams(), 0, 0.0)
     for kind, index in zip(kinds, (3, 4, 5, 6, 7, 20, 2, 11, 0, 9), strict=True):
         request.blocks.append(next(pool for pool in PoolId if (pool.kind, pool.tier) == (kind, tier)), index)
-    cache = CacheManager(sizes, plan, CpuDevice(), FORMATS)
+    cache = make_cache(sizes, plan)
     kv, x = (torch.randn(NUM_LAYERS, NUM_TOKENS, width) for width in (sizes.layers[0].kv.width, sizes.hidden_size))
     for start, end in ((0, NUM_TOKENS - 1), (NUM_TOKENS - 1, NUM_TOKENS)):
         stores = cache.stores(make_step(plan, request, start, end - start).mini_batches[0], torch.from_numpy)
@@ -99,7 +103,7 @@ def test_activation_blocks_come_back_as_what_they_hold(tier: Tier, num_new: int,
 
 def test_pools_are_as_wide_as_what_they_hold(plan: Plan, sizes: ModelSizes) -> None:
     """The pools of KV blocks in every layer alike, those of activation blocks by the plan."""
-    cache = CacheManager(sizes, plan, CpuDevice(), FORMATS)
+    cache = make_cache(sizes, plan)
     for pool, layers in cache._pools.items():
         wide = set(range(NUM_LAYERS)) if pool.kind is BlockKind.KV else KV_LAYERS
         assert {layer for layer, rows in enumerate(layers) if rows.shape[1] == sizes.layers[0].kv.width} == wide
@@ -111,7 +115,7 @@ def test_only_activations_are_stored_in_runs(plan: Plan, sizes: ModelSizes) -> N
     request = Request("a", [5] * NUM_TOKENS, SamplingParams(), 0, 0.0)
     for index in range(10):
         request.blocks.append(PoolId.HOST_ACTIVATION, index)
-    cache = CacheManager(sizes, plan, CpuDevice(), FORMATS)
+    cache = make_cache(sizes, plan)
     stores = cache.stores(make_step(plan, request, 0, NUM_TOKENS).mini_batches[0], torch.from_numpy)
     assert stores[BlockKind.ACTIVATION][PoolId.HOST_ACTIVATION].runs.num_rows == NUM_TOKENS
     assert stores[BlockKind.KV][PoolId.HOST_ACTIVATION].runs.num_rows == 0

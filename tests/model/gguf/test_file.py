@@ -165,8 +165,8 @@ def test_a_damaged_header_is_told_or_read(tmp_path, file, data):
             r"tiny\.gguf: expected tensor token_embd\.weight, found none",
         ),
         (
-            lambda keys, content: content.update({"blk.0.ffn_up.weight": torch.ones(8, 32)}),
-            r"blk\.0\.ffn_up\.weight: expected shape \[32, 32\], as the file's metadata says, found \[8, 32\]",
+            lambda keys, content: content.update({"blk.0.attn_k.weight": torch.ones(32, 16)}),
+            r"blk\.0\.attn_k\.weight: expected shape \[16, 32\], as the file's metadata says, found \[32, 16\]",
         ),
         (
             lambda keys, content: content.update({"blk.0.attn_gate.weight": torch.ones(8, 32)}),

@@ -18,7 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from hsrpc.config import DType
 from hsrpc.errors import CheckpointError
+from hsrpc.model.checkpoint import Checkpoint
 from hsrpc.model.convert import convert_checkpoint
+from hsrpc.model.families.registry import create_family
+from hsrpc.model.quantization.registry import read_quantization
+from hsrpc.model.spec import load_spec
 from tests.model.gguf.test_architectures import CASES, EXPERT_KEYS, WINDOW, WINDOW_KEYS, logits, make_model
 from tests.model.gguf.writer import Choose, add_key, common_keys, finish, random_blocks, tensors, write_gguf
 
@@ -193,17 +197,16 @@ def test_kept_codes_follow_the_rows(tmp_path):
         codes = unpack_from_int32(packed, int(bits), shape).float().view(shape[0], -1, 32)
         assert torch.equal((codes * scales.float()[:, :, None]).view(*shape), values.pop(module)), module
     assert all(torch.equal(kept[name], tensor) for name, tensor in values.items())
-    assert [group["weights"]["num_bits"] for group in config["config_groups"].values()] == [4, 8]
-    assert [group["targets"] for group in config["config_groups"].values()] == [
-        [
+    assert {group["weights"]["num_bits"]: group["targets"] for group in config["config_groups"].values()} == {
+        4: [
             r"re:model\.layers\.\d+\.self_attn\.k_proj$",
             *(f"model.layers.1.block_sparse_moe.experts.{expert}.w2" for expert in range(4)),
         ],
-        [
+        8: [
             r"re:model\.layers\.\d+\.self_attn\.q_proj$",
             r"re:model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.w3$",
         ],
-    ]
+    }
     assert r"re:model\.layers\.\d+\.self_attn\.v_proj$" in config["ignore"]
     assert "lm_head" in config["ignore"]
 
@@ -225,6 +228,52 @@ def test_mxfp4_experts_are_kept_as_published(tmp_path):
     assert torch.equal(*map(logits, models))
     blocks = load_file(tmp_path / "out-True" / "model.safetensors")["model.layers.0.mlp.experts.gate_up_proj_blocks"]
     assert (list(blocks.shape), blocks.dtype) == ([4, 64, 1, 16], torch.uint8)
+
+
+def read_by_hsrpc(directory: Path) -> dict[str, torch.Tensor]:
+    """All weights as hsrpc computes with them."""
+    family = create_family(load_spec(directory, torch.float32))
+    checkpoint, found = Checkpoint(directory, read_quantization(family.spec.config)), {}
+    for tensor in family.all_tensors():
+        found[":".join(tensor.sources)] = torch.empty(tensor.shape)
+        checkpoint.read(tensor, found[":".join(tensor.sources)])
+    return found
+
+
+def by_part(**kinds: Type) -> Choose:
+    """Matrices of layers in the type of the part of the name that they have."""
+
+    def choose(name: str, tensor: torch.Tensor) -> Type:
+        is_matrix = tensor.dim() > 1 and name.endswith(".weight")
+        return next((kind for part, kind in kinds.items() if is_matrix and f".{part}" in name), Type.F32)
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("name", "choose", "layout"),
+    [
+        ("llama", by_part(ffn=Type.Q4_0, attn=Type.Q8_0), "pack-quantized"),
+        ("qwen3-moe", by_part(ffn_gate_inp=Type.F32, ffn=Type.MXFP4, attn=Type.Q8_0), "mixed-precision"),
+        ("qwen3", by_part(ffn=Type.MXFP4, attn=Type.MXFP4), "mxfp4-pack-quantized"),
+        ("gpt-oss", by_part(ffn_gate_inp=Type.F32, ffn=Type.MXFP4, attn=Type.Q8_0), None),
+    ],
+)
+def test_hsrpc_reads_the_same_from_codes(tmp_path, name, choose, layout):
+    """As from values, of dense layers and of experts, each or stacked; these alone in a checkpoint of MXFP4."""
+    architecture, model_type, settings, keys = CASES[name]
+    model = make_model(model_type, settings | {"moe_intermediate_size": 32})
+    write_gguf(tmp_path / "a.gguf", model, architecture, keys, choose=choose)
+    for keep in (True, False):
+        out = tmp_path / f"out-{keep}"
+        convert_checkpoint(tmp_path / "a.gguf", out, keep_quantized=keep, dtype=DType.FLOAT32, progress=False)
+    sizes = [(tmp_path / f"out-{keep}" / "model.safetensors").stat().st_size for keep in (True, False)]
+    assert 2 * sizes[0] < sizes[1]
+    kept, values = (read_by_hsrpc(tmp_path / f"out-{keep}") for keep in (True, False))
+    assert all(torch.equal(kept[tensor], values[tensor]) for tensor in kept | values)
+    config = json.loads((tmp_path / "out-True" / "config.json").read_text())["quantization_config"]
+    assert config.get("format") == layout
+    assert config["quant_method"] == ("mxfp4" if layout is None else "compressed-tensors")
 
 
 def test_where_nothing_can_be_kept_it_is_said(tmp_path, caplog):
