@@ -86,6 +86,7 @@ class Embedded:
             "policy": plan.policy,
             "reason": plan.reason,
             "activation_share": plan.activation_share,
+            "format": plan.cache_format,
             "block_size": plan.block_size,
             "peak_blocks": {pool.name.lower(): count for pool, count in stats.peak_blocks.items()},
             "resident_share": plan.resident_share,

@@ -1,8 +1,9 @@
 """The order in which the lines of a window run: those that share a prefix together, long outputs first.
 
 A step moves the weights once for all running requests, so a few that are left over at the end cost as much as a full
-batch: what may take longest begins first. In a simulation of 300 and 2,000 requests on 128 places this takes 5 to 14 %
-less than the order of the file where lengths are spread; longest *prompts* first would take up to 8 % more.
+batch: what may take longest begins first. Of 240 requests with ragged outputs on 16 places this takes 627 steps, the
+order of the file 703. In a simulation it is 5 to 14 % faster where lengths are spread, and 5 % slower in a long file of
+two lengths, of which first the one binds the cache and then the other the batch; longest *prompts* first is slower.
 """
 
 from __future__ import annotations

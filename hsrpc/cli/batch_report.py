@@ -56,6 +56,6 @@ def advice_rows(title: str, found: Outlook) -> Iterator[str]:
     if found.settings:
         flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in found.settings.items())
         rows.append(f"{flags}: {found.seconds / found.seconds_with_settings - 1:+.0%}, predicted")
-    rows += [f"{each.title}: {each.gain:+.0%}, predicted" for each in best_advice(found.advice or [])]
+    rows += [f"{each.name}: {each.gain:+.0%}, predicted" for each in best_advice(found.advice or [])]
     for index, value in enumerate(rows or ["nothing that was tried"]):
         yield row("" if index else title, value)

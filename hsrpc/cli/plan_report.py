@@ -14,8 +14,10 @@ from hsrpc.engine.startup import Planned
 from hsrpc.plan.advice import Advice, best_advice
 from hsrpc.plan.expert_outlook import ExpertOutlook, expert_outlook
 from hsrpc.plan.forecast import FirstToken, first_token, rates_by_batch
+from hsrpc.plan.layer_times import rebuild_rate
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan, StepPrediction
+from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import PoolId, Tier
 
 _PACKED = "of those on the device, packed"
@@ -53,7 +55,7 @@ class Report:
         console.print(_memory_table("device memory", plan.device_bytes, plan.budgets.device))
         console.print(_memory_table("host memory", plan.host_bytes, plan.budgets.host))
         console.print(_blocks_table(plan))
-        console.print(_prediction_table(plan))
+        console.print(_prediction_table(plan, spec.sizes))
         if self.experts is not None:
             console.print(_experts_table(self.experts))
         console.print(_batches_table(self.by_batch))
@@ -68,7 +70,7 @@ class Report:
             return
         table = _table("what would help most", "", "tokens/s, prompts coming in", "gain")
         for each in best:
-            table.add_row(each.title, f"{each.tokens_per_second:.1f}", f"{each.gain:+.0%}")
+            table.add_row(each.name, f"{each.tokens_per_second:.1f}", f"{each.gain:+.0%}")
         console.print(table)
 
     def as_json(self, advice: Sequence[Advice] | None) -> dict[str, object]:
@@ -165,7 +167,7 @@ def _blocks_table(plan: Plan) -> Table:
     return table
 
 
-def _prediction_table(plan: Plan) -> Table:
+def _prediction_table(plan: Plan, sizes: ModelSizes) -> Table:
     step, hardware = plan.prediction, plan.hardware
     table = _table("a decode step, predicted", "", "")
     rows = {
@@ -173,13 +175,14 @@ def _prediction_table(plan: Plan) -> Table:
         "requests, tokens of each": f"{step.batch}, {step.context}",
         "mini-batches": str(step.mini_batches),
         "activation share": f"{plan.activation_share:.2f}",
+        "cached tokens": plan.cache_format.value,
         "tokens recomputed": str(plan.recompute.tokens),
         "weights resident": f"{plan.resident_share:.0%}",
         "weights that stay": "packed, decoded in every step" if plan.kept_bytes else "as they are multiplied",
         "weights that stream": "coded" if _is_coded(plan) else "as they are",
         f"bus ({format_rate(hardware.load_bandwidth, 'B/s')})": _ms(step.bus),
         "forward": _ms(step.forward),
-        f"regeneration ({format_rate(hardware.gemm_rate, 'FLOP/s')})": _ms(step.regenerate),
+        f"regeneration ({format_rate(rebuild_rate(sizes.commonest, hardware), 'FLOP/s')})": _ms(step.regenerate),
         "gathering activations": _ms(step.gather),
         f"attention ({format_rate(hardware.attention_bandwidth, 'B/s')})": _ms(step.attention),
         "logits": _ms(step.head),
@@ -244,6 +247,7 @@ def _plan_json(plan: Plan) -> dict[str, object]:
         "policy": plan.policy,
         "reason": plan.reason,
         "activation_share": plan.activation_share,
+        "cache_format": plan.cache_format,
         "recomputed_tokens": plan.recompute.tokens,
         "resident_share": plan.resident_share,
         "max_batch": plan.max_batch,

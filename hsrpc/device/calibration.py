@@ -119,6 +119,7 @@ def _calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardwar
         duplex_share=min(1.0, max(load, store) / both),
         contended_share=min(1.0, alone / contended),
         gemm_rate=gemm_rate,
+        fp8_gemm_share=_fp8_share(device, layer, dtype, amounts),
         prompt_rate_share=fitted.PROMPT_RATE_SHARE,
         gemm_overhead=gemm_overhead,
         memory_bandwidth=memory_bandwidth,
@@ -282,6 +283,35 @@ def _regeneration(device: Device, layer: LayerSizes, dtype: torch.dtype, rows: i
         for size in (rows, layer.key_size + layer.value_size)
     )
     return partial(functional.linear, x, weight)
+
+
+def _fp8_share(device: Device, layer: LayerSizes, dtype: torch.dtype, amounts: _Amounts) -> float:
+    """Rate of products of float8 codes with scales by rows over that of 16 bits, at the regeneration shape.
+
+    1 where the hardware multiplies no such codes, or none of that shape.
+    """
+    if device.torch_device.type == "cpu":
+        return 1.0
+    rows = amounts.rows[-1]
+    try:
+        product = _fp8_regeneration(device, layer, dtype, rows)
+        coded = _seconds(device, product, amounts.loops)
+    except RuntimeError:
+        return 1.0
+    return max(1.0, _seconds(device, _regeneration(device, layer, dtype, rows), amounts.loops) / coded)
+
+
+def _fp8_regeneration(device: Device, layer: LayerSizes, dtype: torch.dtype, rows: int) -> Callable[[], object]:
+    """As `_regeneration`, of codes."""
+    (x, x_scale), (weight, weight_scale) = (
+        (
+            torch.randn(size, layer.activation.width, device=device.torch_device).to(torch.float8_e4m3fn),
+            torch.ones(size, 1, device=device.torch_device),
+        )
+        for size in (rows, layer.key_size + layer.value_size)
+    )
+    scales = {"scale_a": x_scale, "scale_b": weight_scale.t()}
+    return partial(torch._scaled_mm, x, weight.t(), **scales, out_dtype=dtype, use_fast_accum=True)
 
 
 def _norm_seconds(device: Device, layer: LayerSizes, dtype: torch.dtype, amounts: _Amounts) -> float:

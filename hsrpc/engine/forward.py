@@ -49,7 +49,7 @@ class Group:
     absorbs: bool = False
     """All its queries attend to activations as they are stored."""
     choosing: torch.Tensor | None = None
-    """[n] the row by which each one's experts are chosen where they come on demand; None: each by itself."""
+    """[n] the row by which each one's experts are chosen, where that is told before they are used; None: its own."""
     rotation: Rotation = field(init=False)
     """Of those positions."""
     hidden: torch.Tensor = field(init=False)

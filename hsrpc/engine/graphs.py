@@ -50,9 +50,9 @@ class DecodeGraphs:
         self._device = device
         ops = sweep(layers, (BatchShape(),)).ops
         self._choosing = [op.layer for op in ops if op.kind is OpKind.LOAD_EXPERTS]
-        """Layers whose experts come on demand: each is behind a segment."""
-        self._spares_experts = any(op.kind in (OpKind.LOAD_EXPERTS, OpKind.DECODE_EXPERTS) for op in ops)
-        """Fewer experts take less time: padding chooses none of its own."""
+        """Layers whose experts come on demand: their choices are between the segments."""
+        self._routes = any(op.kind is OpKind.ROUTE for op in ops)
+        """Whether experts are made ready that are chosen."""
         self._max_model_len = plan.max_model_len
         self._windows = forward.sizes.windows.distinct
         self._pool, self._absorbs = plan.in_place, plan.absorbs
@@ -137,8 +137,8 @@ class DecodeGraphs:
         rows = self._rows[:size]
         layouts = [self._layout(given, window) for window in self._windows]
         stores: Mapping[PoolId, Stores] = {self._pool: Stores(DeviceRows(rows, slots), NO_RUNS)}
-        # Padding takes the experts of the first row: no others are there for sure, nor need they be read.
-        choosing = rows * (given[:, _COUNT] > 0) if self._spares_experts and size > 1 else None
+        # Padding takes the experts of the first row, so that no others are loaded, decoded or read for it.
+        choosing = rows * (given[:, _COUNT] > 0) if self._routes and size > 1 else None
         return DeviceBatch(
             group=Group(given[:, _TOKEN].long(), positions, self._absorbs, choosing),
             rows=slice(0, size),

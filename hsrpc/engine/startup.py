@@ -299,6 +299,7 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         with torch.inference_mode(), ThreadPoolExecutor(1, thread_name_prefix="compile") as compiler:
             compile_formats(family, plan, device)  # before the other thread compiles
             compiled = [compiler.submit(each.compile) for each in (attention, absorbed) if each is not None]
+            compiled.append(compiler.submit(family.activations.compile, torch_device))
             weights = load_weights(family, source, plan, device, stop, progress=progress)
             device.release_cached()  # what packing used
             cache = CacheManager(spec.sizes, plan, device, family.rows)

@@ -157,6 +157,7 @@ class Attention:
             self._in_place_one_by_one(queries, pool, kv, rows, out, sinks=sinks)
             return
         from hsrpc.model.kernels.decode_attention import decode_attention  # loads Triton
+        from hsrpc.model.kernels.rows import coding_of
 
         decode_attention(
             queries,
@@ -174,6 +175,7 @@ class Attention:
             max_keys=rows.max_keys,
             softcap=self._extras.softcap,
             sinks=sinks,
+            coding=coding_of(self._rows, self._device),
         )
 
     @torch.inference_mode()
@@ -243,6 +245,7 @@ class Attention:
         self, queries: torch.Tensor, kv: torch.Tensor, rows: PackedRows, window: int | None, sinks: torch.Tensor | None
     ) -> torch.Tensor:
         from hsrpc.model.kernels.packed_attention import packed_attention  # loads Triton
+        from hsrpc.model.kernels.rows import coding_of
 
         return packed_attention(
             queries,
@@ -255,6 +258,7 @@ class Attention:
             window=window,
             softcap=self._extras.softcap,
             sinks=sinks,
+            coding=coding_of(self._rows, self._device),
         )
 
     def _flash(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
+from hsrpc.config import CacheCoding
 from hsrpc.plan.cache_policy import CacheDecision
 from hsrpc.plan.device_memory import SPARE_SLOTS, Staging, device_bytes, pool_bytes
 from hsrpc.plan.hardware import Hardware
@@ -17,6 +18,13 @@ from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
 from hsrpc.schedule.recompute import NO_RECOMPUTE, RecomputeLimits
 from hsrpc.schedule.step import BufferLimits, RowCosts
+
+_ROUNDED = {
+    frozenset({BlockKind.KV}): "K and V are rounded to 8 bits",
+    frozenset({BlockKind.ACTIVATION}): "activations are rounded to 8 bits",
+    frozenset(BlockKind): "activations, and K and V made of them, are rounded to 8 bits",
+}
+"""By the kinds of blocks that there may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +82,7 @@ class Assembly:
             prediction=closed,
             hardware=model.hardware,
             absorbs=point.absorbed_rows > 0,
+            cache_format=config.cache_format,
             kinds=evaluator.held.kinds,
         )
         return replace(plan, prediction=simulated(plan, sizes, closed, recomputes=bool(one.recomputed)))
@@ -122,6 +131,8 @@ class Assembly:
         if one.recomputed and not self.evaluator.recomputes:
             reason += f"; {one.recomputed:.0%} of the tokens in use are recomputed in each step, and not cached"
         config, batch = self.evaluator.config, point.batch
+        if config.cache_format is not CacheCoding.PLAIN:
+            reason += f"; {_ROUNDED[self.evaluator.held.kinds]}, as asked by cache_format={config.cache_format}"
         bounds = "the budgets" if config.max_step_time is None else "the budgets and max_step_time"
         if batch < config.min_batch:
             return f"{reason}; of min_batch={config.min_batch} requests {bounds} allow {batch} at once"

@@ -10,8 +10,8 @@ the heading of docs/findings.md and, where raw results were kept, their file in 
 | ATTENTION_RATE_SHARE | 0.93 of plain reads | 0.85 to 1.0, 109 to 438 requests | "Products of a few hundred rows" |
 | PROMPT_RATE_SHARE | 0.9 of the GEMM rate | 0.93, 8,360 tokens | "Recomputing requests"; recompute/opt-13b.json |
 | DECODE_RATE_SHARE | 0.3 of the memory bandwidth | 0.33 (float16), 0.45 (bfloat16) | "Coded weights" |
-| CODES_RATE_SHARE | 0.9 of the memory bandwidth | 0.92 to 1.0 | "Quantised weights"; quantized/kernels.json |
-| GATHERED_RATE_SHARE | 0.35 of the memory bandwidth | 0.38 to 0.45 | "Quantised weights"; quantized/kernels.json |
+| CODES_RATE_SHARE | 0.9 of the memory bandwidth | 0.9 to 1.0 | "Quantised weights"; quantized/kernels.json |
+| CODES_BY_COLUMN_RATE_SHARE | 0.35 of the memory bandwidth | 0.38, 0.45 | "Quantised weights" |
 | LAUNCHES | 30 kernels a layer of a mini-batch | 0.3 ms where a kernel takes 10 us | "Prompts" |
 | PROMPT_LAUNCHES | 90 kernels a layer of a mini-batch | 1.1 ms, a part of it once a step | "Prompts" |
 | BOUNDARY_SECONDS | 1e-3 s a step | 1 ms | "The host between and inside steps" |
@@ -43,8 +43,8 @@ PROMPT_RATE_SHARE = 0.9
 """Part of the GEMM rate at which whole layers of many tokens are computed, all their kernels included."""
 DECODE_RATE_SHARE = 0.3
 """Part of the device's memory bandwidth at which coded weights are read, and decoded ones written."""
-CODES_RATE_SHARE, GATHERED_RATE_SHARE = 0.9, 0.35
-"""The same of codes with scales; the second, where a scale is found for each weight."""
+CODES_RATE_SHARE, CODES_BY_COLUMN_RATE_SHARE = 0.9, 0.35
+"""The same of codes with scales; the second, where the scale of each column is found by itself."""
 LAUNCHES, PROMPT_LAUNCHES = 30, 90
 """Small kernels that take the host as long as one layer of one mini-batch; the second, with prompts in it."""
 BOUNDARY_SECONDS, REQUEST_SECONDS = 1e-3, 20e-6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hsrpc.config import CachePolicy
+from hsrpc.config import CacheCoding, CachePolicy
 from hsrpc.plan.demand import Demand
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.memory_use import DeviceUse, HostUse
@@ -119,6 +119,8 @@ class Plan:
     """Layers in which activation blocks hold K and V, so that nothing is rebuilt there."""
     absorbs: bool = False
     """Single queries attend to activations as they are stored, without K and V; all blocks hold activations then."""
+    cache_format: CacheCoding = CacheCoding.PLAIN
+    """How cached tokens are kept."""
     kinds: frozenset[BlockKind] = frozenset(BlockKind)
     """Kinds that blocks may be of. In 8 bits all tokens' activations and K and V are rounded as blocks of these are."""
     kind_rule: KindRule = IN_PROPORTION

@@ -93,6 +93,22 @@ def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
+class RefusalLog:
+    """Counts refusals, and logs one line for all those of some seconds: strangers must not fill the disk."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+        self._refused = 0
+        self._reported = -math.inf
+
+    def note(self) -> None:
+        """A call is refused."""
+        self._refused += 1
+        if time.monotonic() - self._reported >= _REPORT_SECONDS:
+            _log.warning("%d calls refused %s", self._refused, self._why)
+            self._refused, self._reported = 0, time.monotonic()
+
+
 class Authenticator:
     """Knows clients by the tokens of a file, which is read again when it changes.
 
@@ -102,8 +118,7 @@ class Authenticator:
 
     def __init__(self, path: Path, files: ReloadedFiles) -> None:
         self._tokens = files.watch([path], lambda: read_tokens(path))
-        self._refused = 0
-        self._reported = -math.inf
+        self._refusals = RefusalLog("for want of a known token")
 
     def holder_of(self, token: str | None) -> Holder:
         """The client that brings `token`.
@@ -113,13 +128,6 @@ class Authenticator:
         """
         holder = self._tokens.current().holder_of(token) if token else None
         if holder is None:
-            self._report_refusal()
+            self._refusals.note()
             raise UnauthenticatedError("the token is unknown" if token else "no token")
         return holder
-
-    def _report_refusal(self) -> None:
-        """Log refusals, one line for all those of some seconds: strangers must not fill the disk."""
-        self._refused += 1
-        if time.monotonic() - self._reported >= _REPORT_SECONDS:
-            _log.warning("%d calls refused for want of a known token", self._refused)
-            self._refused, self._reported = 0, time.monotonic()

@@ -170,6 +170,7 @@ class CacheDecision(google.protobuf.message.Message):
     KV_BYTES_FIELD_NUMBER: builtins.int
     ACTIVATION_BYTES_FIELD_NUMBER: builtins.int
     EXPLANATION_FIELD_NUMBER: builtins.int
+    FORMAT_FIELD_NUMBER: builtins.int
     policy: builtins.str
     """One of "kv", "activation", "hybrid", "recompute"."""
     activation_share: builtins.float
@@ -182,6 +183,8 @@ class CacheDecision(google.protobuf.message.Message):
     """Bytes of one token's activation in one layer."""
     explanation: builtins.str
     """The decision in one sentence."""
+    format: builtins.str
+    """How cached tokens are kept: "plain", as they are computed, or rounded to 8 bits, "fp8" or "int8"."""
     def __init__(
         self,
         *,
@@ -191,8 +194,9 @@ class CacheDecision(google.protobuf.message.Message):
         kv_bytes: builtins.int = ...,
         activation_bytes: builtins.int = ...,
         explanation: builtins.str = ...,
+        format: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["activation_bytes", b"activation_bytes", "activation_ratio", b"activation_ratio", "activation_share", b"activation_share", "explanation", b"explanation", "kv_bytes", b"kv_bytes", "policy", b"policy"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["activation_bytes", b"activation_bytes", "activation_ratio", b"activation_ratio", "activation_share", b"activation_share", "explanation", b"explanation", "format", b"format", "kv_bytes", b"kv_bytes", "policy", b"policy"]) -> None: ...
 
 Global___CacheDecision: typing_extensions.TypeAlias = CacheDecision
 

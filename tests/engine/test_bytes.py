@@ -21,6 +21,9 @@ from hsrpc.device.device import CpuDevice, Stream
 from hsrpc.device.uploads import Uploads
 from hsrpc.engine import startup
 from hsrpc.model.attention import Attention
+from hsrpc.model.formats.rows import CodedRows
+from hsrpc.plan.fitted import GRAPH_BYTES
+from hsrpc.plan.graph_sizes import num_segment_graphs
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
 from tests.engine.conftest import HARDWARE
@@ -144,7 +147,8 @@ class TransientDevice(CpuDevice):
 
 @pytest.fixture
 def transient(monkeypatch: pytest.MonkeyPatch) -> TransientDevice:
-    """The engine's; attention is a GPU's, which allocates its output alone; chunks of uploads count as far as used."""
+    """The engine's; attention and rows of codes are a GPU's, which allocate their output alone; chunks of uploads count
+    as far as used."""
     device = TransientDevice()
     monkeypatch.setattr(startup, "open_device", lambda _: device)
     monkeypatch.setattr(startup, "calibrate", lambda *_: HARDWARE)
@@ -169,6 +173,8 @@ def transient(monkeypatch: pytest.MonkeyPatch) -> TransientDevice:
 
     monkeypatch.setattr(Attention, "packed", as_on_a_gpu(packed))
     monkeypatch.setattr(Attention, "in_place", as_on_a_gpu(in_place))
+    for name in ("encode", "encode_into", "decode", "put", "write"):
+        monkeypatch.setattr(CodedRows, name, as_on_a_gpu(getattr(CodedRows, name)))
     monkeypatch.setattr(Uploads, "send", send_counted)
     monkeypatch.setattr(device, "small_memory", small_memory)
     return device
@@ -213,6 +219,40 @@ async def test_what_is_allocated_is_what_was_planned(
         await run(engine, made.prompts[:4], greedy(12))
         assert taken(device) == without(lines(engine.plan))
         assert (DeviceUse.WEIGHT_BUFFERS in taken(device)) == (placement is not RESIDENT)
+
+
+CODED = [
+    {"cache_format": "fp8", "cache_policy": "kv", "activation_share": None},
+    {"cache_format": "fp8", "cache_policy": "activation", "activation_share": None},
+    {"cache_format": "int8", "cache_policy": "hybrid", "activation_share": 0.5},
+    {"cache_format": "fp8", "cache_policy": "auto", "activation_share": None},
+]
+"""Kinds of blocks that are rounded, or not there."""
+
+
+@pytest.mark.parametrize("placement", [STREAMED, RESIDENT], ids=["host", "resident"])
+@pytest.mark.parametrize("policy", CODED, ids=lambda policy: policy["cache_policy"])
+async def test_coded_caches_take_what_was_planned(
+    policy: dict[str, object],
+    placement: dict[str, object],
+    device: PeakDevice,
+    transient: TransientDevice,
+    reference: Callable[[str], Reference],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every line to the byte, with the weight that is coded in each step; and steps stay within theirs."""
+    made, config = reference("opt-odd-heads"), config_for(reference("opt-odd-heads"), **policy, **placement)
+    monkeypatch.setattr(startup, "open_device", lambda _: device)
+    async with Engine(config) as engine:
+        assert taken(device) == without(lines(engine.plan))
+        await run(engine, made.prompts[:4], greedy(12))
+        assert taken(device) == without(lines(engine.plan))
+    monkeypatch.setattr(startup, "open_device", lambda _: transient)
+    async with Engine(config) as engine:
+        await run(engine, made.prompts[:8], greedy(30))
+        planned = engine.plan.device_bytes
+        assert 0 < transient.most <= planned[DeviceUse.WORKSPACE] + planned[DeviceUse.HIDDEN_STATES]
+        assert transient.most_of_graphs <= planned[DeviceUse.GRAPHS]
 
 
 @pytest.mark.parametrize("placement", DEMAND, ids=["host", "slots", "small"])
@@ -275,6 +315,21 @@ async def test_steps_stay_within_their_lines(
         assert 0 < transient.most <= room
         assert transient.most_of_graphs <= planned[DeviceUse.GRAPHS]
         assert (transient.most_of_graphs > 0) == (planned[DeviceUse.GRAPHS] > 0)
+
+
+async def test_graphs_in_segments_stay_within_their_line(
+    transient: TransientDevice, reference: Callable[[str], Reference]
+) -> None:
+    """From the first segment of a step to its last; so do steps with prompts, and what one graph takes is left."""
+    made = reference("qwen3-moe")
+    settings = {"cache_policy": "kv", "activation_share": None, "gpu_memory": "1GiB", "host_memory": "64MiB"}
+    async with Engine(config_for(made, experts="demand", resident_share=0.6, **settings)) as engine:
+        await run(engine, made.prompts[:8], greedy(30))
+        planned, demand = engine.plan.device_bytes, engine.plan.demand
+        assert demand is not None
+        graphs = num_segment_graphs(engine.plan.max_batch, demand.num_segments)
+        assert 0 < transient.most <= planned[DeviceUse.WORKSPACE] + planned[DeviceUse.HIDDEN_STATES]
+        assert 0 < transient.most_of_graphs <= planned[DeviceUse.GRAPHS] - graphs * GRAPH_BYTES
 
 
 @pytest.mark.parametrize("placement", [STREAMED, RESIDENT, None], ids=["host", "resident", "small"])

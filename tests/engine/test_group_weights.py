@@ -128,9 +128,12 @@ async def test_tokens_equal_the_reference_under_tight_budgets(name: str, made: C
     await check(made(name), tight(made(name).reference))
 
 
-async def test_tokens_equal_the_reference_where_weights_stay(made: Callable[[str], Made]) -> None:
-    """Some."""
-    await check(made("gptq-experts"), config_for(made("gptq-experts").reference, resident_share=0.5, gpu_memory="1GiB"))
+@pytest.mark.parametrize("form", ["packed", "decoded"])
+async def test_tokens_equal_the_reference_where_weights_stay(form: str, made: Callable[[str], Made]) -> None:
+    """Some, as they come or as values."""
+    found = made("gptq-experts")
+    config = config_for(found.reference, resident_share=0.5, gpu_memory="1GiB", resident_weights=form)
+    await check(found, config)
 
 
 @pytest.mark.parametrize(("name", "says"), [("w4a16", False), ("w8a8", True)])

@@ -198,6 +198,15 @@ async def chosen_experts(made: Reference) -> None:
         assert engine.stats().expert_loads > engine.stats().expert_hits > 0
 
 
+async def chosen_experts_in_graphs(made: Reference) -> None:
+    """All of the cache is read in place: steps are graphs, in segments between which the host waits for the choice."""
+    settings = {"cache_policy": "kv", "activation_share": None, "gpu_memory": "1GiB", "host_memory": "1GiB"}
+    config = config_for(made, experts="demand", resident_share=0.6, **settings)
+    async with Engine(config) as engine, asyncio.timeout(60):
+        await crowd(engine, made)
+        assert engine.stats().expert_loads > engine.stats().expert_hits > 0
+
+
 async def chosen_experts_and_streaming(made: Reference) -> None:
     """The other weights and blocks cross the bus beside them; some requests keep no cache, so steps have groups."""
     config = tight(made, experts="demand", recompute_share=0.6, expected_context=90)
@@ -226,6 +235,7 @@ SCENARIOS: list[Scenario] = [
     windows,
     absorbing,
     chosen_experts,
+    chosen_experts_in_graphs,
     chosen_experts_and_streaming,
 ]
 
@@ -238,6 +248,7 @@ SHOWN: dict[str, Scenario] = {
     "compute waits for load in engine.tasks.executor.Executor._join_streams": out_of_memory_weights_resident,
     "host waits for all in engine.startup._open_once": streaming,
     CHOICE: chosen_experts,
+    "compute waits for load in engine.graphs.DecodeGraphs._launch": chosen_experts_in_graphs,
     "host waits for compute in model.sampler.PendingSample.result": streaming,
     "load waits for compute in engine.lanes.StepRun.hold_loads": out_of_memory,
     "load waits for store in engine.lanes.StepRun.hold_loads": streaming,
@@ -273,7 +284,8 @@ CHOSEN = (OpKind.ROUTE, OpKind.LOAD_EXPERTS)
 
 def reference_of(scenario: Scenario, reference: Callable[[str], Reference]) -> Reference:
     models = {window: "mistral-window", windows: "ministral", absorbing: "deepseek-v2"}
-    models |= dict.fromkeys((chosen_experts, chosen_experts_and_streaming), "qwen3-moe")
+    of_experts = (chosen_experts, chosen_experts_in_graphs, chosen_experts_and_streaming)
+    models |= dict.fromkeys(of_experts, "qwen3-moe")
     return reference(models.get(scenario, "opt"))
 
 
@@ -338,13 +350,18 @@ async def test_without_an_edge_there_is_a_race(
         await scenario(reference_of(scenario, reference))
 
 
+@pytest.mark.parametrize("scenario", [chosen_experts, chosen_experts_in_graphs])
 async def test_experts_are_not_overwritten_before_their_last_reader(
-    reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+    scenario: Scenario, reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A choice is behind all that used experts before it: loads that wait neither for it nor for its event race."""
-    made = reference_of(chosen_experts, reference)
+    """A choice is behind all that used experts before it: loads that wait neither for it nor for its event race.
+
+    In graphs the host alone waits, so that its wait orders all.
+    """
+    made = reference_of(scenario, reference)
     monkeypatch.setattr(lanes, "crosses", lambda kind, first: crosses(kind, first) and (first, kind) != CHOSEN)
-    races = await run_without(CHOICE, chosen_experts, made)
+    races = await run_without(CHOICE, scenario, made)
     assert any(race.startswith("experts on demand") and "write by copy_runs" in race for race in races)
+    assert any("reading the result" in race for race in races)
     with ordered_devices():  # the host's wait alone orders all
-        await chosen_experts(made)
+        await scenario(made)

@@ -11,12 +11,14 @@ from hsrpc.device.kernels import copy_rows
 from hsrpc.model.attention import Attention, Extras, HeadShape, InPlaceRows, PackedRows
 from hsrpc.model.formats.format import Encoded
 from hsrpc.model.formats.lossless import BLOCK, WORD, encode
+from hsrpc.model.formats.rows import CodedRows, Codes
 from hsrpc.model.kernels import decode_attention as decode_kernel
 from hsrpc.model.kernels import lossless
 from hsrpc.model.kernels.decode_attention import decode_attention
 from hsrpc.model.kernels.fused import gate, rotate_heads_
 from hsrpc.model.kernels.lossless import WeightDecoder, encode_weights
 from hsrpc.model.kernels.packed_attention import packed_attention
+from hsrpc.model.kernels.rows import coding_of
 from hsrpc.model.layers import Activation, ClampedGate, Gate
 from hsrpc.model.rope import HeadNorms, Unscaled, make_table, rotate_
 
@@ -99,6 +101,37 @@ def test_decode_attention(
 ) -> None:
     """Any mix of keys in place, rebuilt and behind, in one part or in several; queries are strided rows."""
     monkeypatch.setattr(decode_kernel, "_num_parts", lambda *_: parts)
+    sinks = torch.randn(heads.num_heads).to(dtype) if has_sinks else None
+    check_decode_attention(heads, dtype, skips=skips, softcap=softcap, sinks=sinks)
+
+
+CODED = [(Codes.FP8, False), (Codes.FP8, True), (Codes.INT8, False)]
+"""Codes, and whether the hardware converts them."""
+
+
+@pytest.mark.parametrize(("dtype", "parts"), [(torch.float32, 4), (torch.float16, 1)])
+@pytest.mark.parametrize(("codes", "is_native"), CODED)
+@pytest.mark.parametrize("heads", [*SOME_HEADS, HeadShape(16, 8, 32, 32), HeadShape(3, 3, 192, 128)], ids=str)
+def test_decode_attention_to_codes(
+    heads: HeadShape, codes: Codes, is_native: bool, dtype: torch.dtype, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As to what they mean, however large and small the scales of heads and tokens are."""
+    monkeypatch.setattr(decode_kernel, "_num_parts", lambda *_: parts)
+    rows = CodedRows(heads.row_shape, dtype, codes)
+    check_decode_attention(heads, dtype, skips=SKIPS, rows=rows, is_native=is_native)
+
+
+def check_decode_attention(
+    heads: HeadShape,
+    dtype: torch.dtype,
+    *,
+    skips: list[int] | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    rows: CodedRows | None = None,
+    is_native: bool = False,
+) -> None:
+    """Against dense attention to all of a request's keys."""
     torch.manual_seed(heads.row_size)
     width, count = heads.row_size, len(REQUESTS)
     rebuilt = [0, *accumulate(front for _, front, _ in REQUESTS)]
@@ -108,7 +141,10 @@ def test_decode_attention(
     tables = torch.stack([torch.randperm(NUM_BLOCKS)[:9] for _ in REQUESTS]).int()
     queries = torch.randn(count, 3 * heads.query_size).to(dtype)[:, : heads.query_size]
     found = torch.full((count, heads.out_size), torch.nan, dtype=dtype)
-    sinks = torch.randn(heads.num_heads).to(dtype) if has_sinks else None
+    coding = None
+    if rows is not None:
+        pool, buffer = (rows.encode(spread(each, heads)) for each in (pool, buffer))
+        coding = coding_of(rows, queries.device)._replace(is_native=is_native)
     decode_attention(
         queries,
         pool,
@@ -125,7 +161,10 @@ def test_decode_attention(
         max_keys=200,
         softcap=softcap,
         sinks=sinks,
+        coding=coding,
     )
+    if rows is not None:
+        pool, buffer = rows.decode(pool), rows.decode(buffer)
     for i in range(count):
         keys = (
             pool[rows_of(i, tables, skips)],
@@ -136,6 +175,15 @@ def test_decode_attention(
         assert (found[i].double() - wanted).norm() <= (1e-6 if dtype is torch.float32 else 2e-3) * wanted.norm()
 
 
+def spread(rows: torch.Tensor, heads: HeadShape) -> torch.Tensor:
+    """Rows whose tokens and heads have scales of their own, from large to small."""
+    factors = 2.0 ** torch.randint(-6, 3, (len(rows), heads.num_kv_heads, 1))
+    for part in heads.keys_values(rows)[: 1 if heads.shares else 2]:
+        part.mul_(factors.to(part.dtype))
+        factors = factors.roll(1, 0) / 8
+    return rows
+
+
 @pytest.mark.parametrize("window", [None, 1, 50])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("softcap", "has_sinks"), EXTRAS)
@@ -144,13 +192,42 @@ def test_packed_attention(
     heads: HeadShape, softcap: float | None, has_sinks: bool, dtype: torch.dtype, window: int | None
 ) -> None:
     """Ragged requests, of a query and of more than a tile of them, with and without cached keys before them."""
+    sinks = torch.randn(heads.num_heads).to(dtype) if has_sinks else None
+    check_packed_attention(heads, dtype, window=window, softcap=softcap, sinks=sinks)
+
+
+@pytest.mark.parametrize(("dtype", "window"), [(torch.float32, None), (torch.float16, 50)])
+@pytest.mark.parametrize(("codes", "is_native"), CODED)
+@pytest.mark.parametrize("heads", SOME_HEADS, ids=str)
+def test_packed_attention_to_codes(
+    heads: HeadShape, codes: Codes, is_native: bool, dtype: torch.dtype, window: int | None
+) -> None:
+    """As to what they mean."""
+    rows = CodedRows(heads.row_shape, dtype, codes)
+    check_packed_attention(heads, dtype, window=window, rows=rows, is_native=is_native)
+
+
+def check_packed_attention(
+    heads: HeadShape,
+    dtype: torch.dtype,
+    *,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    rows: CodedRows | None = None,
+    is_native: bool = False,
+) -> None:
+    """Against dense attention to the keys that some of the queries see."""
     torch.manual_seed(heads.row_size)
     lengths = [(1, 70), (67, 0), (3, 33), (1, 0)]
     starts = [0, *accumulate(new for new, _ in lengths)]
     key_starts = [2, *accumulate((new + cached for new, cached in lengths), initial=2)][1:]
     queries = torch.randn(starts[-1], 3 * heads.query_size).to(dtype)[:, : heads.query_size]
     kv = torch.randn(key_starts[-1] + 1, heads.row_size).to(dtype)
-    sinks = torch.randn(heads.num_heads).to(dtype) if has_sinks else None
+    coding = None
+    if rows is not None:
+        kv = rows.encode(spread(kv, heads))
+        coding = coding_of(rows, kv.device)._replace(is_native=is_native)
     found = packed_attention(
         queries,
         kv,
@@ -162,7 +239,9 @@ def test_packed_attention(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        coding=coding,
     )
+    kv = kv if rows is None else rows.decode(kv)
     for request, (new, cached) in enumerate(lengths):
         for number in {0, new // 2, new - 1}:
             end = key_starts[request] + cached + number + 1

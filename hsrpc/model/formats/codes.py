@@ -83,10 +83,12 @@ class CodedMatrix:
         return grid(self.shape, self.block)
 
     @property
-    def is_gathered(self) -> bool:
-        """Whether a scale is found for each weight: those of eight columns are several, or blocks are no power of 2."""
-        sizes = zip(self.block, self.shape, strict=True)
-        are_powers = all(block >= size or not block & (block - 1) for block, size in sizes)
+    def finds_by_column(self) -> bool:
+        """Whether the scale of each column is found by itself, which takes longer: those of a unit may have several.
+
+        Or the rows or columns of a block are no power of two, so that it is not found by a shift.
+        """
+        are_powers = all(map(_is_power, self.block, self.shape))
         return self.has_groups or not are_powers or self.block[1] < min(UNIT, self.columns)
 
     @property
@@ -149,6 +151,10 @@ class CodedParts(NamedTuple):
 def grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
     """Blocks of a matrix of that `shape` along each dimension; the last ones may be smaller."""
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+
+
+def _is_power(block: int, size: int) -> bool:
+    return block >= size or not block & (block - 1)
 
 
 def scales_of(parts: CodedParts) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A coded row has
 
-    codes     a byte for each number, in the order of the numbers
+    codes     a byte for each number, in the order of the numbers; padding to a multiple of 4 bytes
     scales    bfloat16: for each head one of each of its parts (its key and its value), together
     padding   to a multiple of 16 bytes
 
@@ -27,7 +27,7 @@ ROW_ALIGNMENT = 16
 """Bytes; coded rows take a multiple, so that they are read so many at once."""
 MIN_SCALE = 2.0**-126
 """What numbers that are all 0, or next to it, have as a scale: its reciprocal is finite."""
-_SCALE_BYTES = 2
+_SCALE_BYTES, _WORD = 2, 4
 
 CopyRows: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """`target[target_rows] = source[source_rows]`, in this order of arguments; row numbers are int64 [n]."""
@@ -154,13 +154,12 @@ class CodedRows(Rows):
 
     @property
     def columns(self) -> int:
-        size = self.shape.width + _SCALE_BYTES * self.shape.num_scales
-        return -(-size // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        return _aligned(self.first_scale + _SCALE_BYTES * self.shape.num_scales, ROW_ALIGNMENT)
 
     @property
     def first_scale(self) -> int:
-        """Byte at which the scales begin."""
-        return self.shape.width
+        """Byte at which the scales begin: those of a head are read as one word."""
+        return _aligned(self.shape.width, _WORD)
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         rows = torch.empty((len(values), self.columns), dtype=self.dtype, device=values.device)
@@ -169,6 +168,11 @@ class CodedRows(Rows):
 
     def encode_into(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Write values [n, width] to rows [n, columns]; the padding stays as it is."""
+        if values.is_cuda:
+            from hsrpc.model.kernels import rows as kernels  # loads Triton
+
+            kernels.encode(self, rows, values)
+            return
         codes, scales = self.parts(rows)
         for part, (x, code) in enumerate(zip(self._groups(values), self._groups(codes), strict=True)):
             scale = scale_of(x, self.codes)
@@ -176,6 +180,10 @@ class CodedRows(Rows):
             scales[..., part] = scale
 
     def decode(self, rows: torch.Tensor) -> torch.Tensor:
+        if rows.is_cuda:
+            from hsrpc.model.kernels import rows as kernels  # loads Triton
+
+            return kernels.decode(self, rows)
         codes, scales = self.parts(rows)
         values = torch.empty(codes.shape, dtype=self.computed, device=rows.device)
         for part, (code, x) in enumerate(zip(self._groups(codes), self._groups(values), strict=True)):
@@ -183,7 +191,12 @@ class CodedRows(Rows):
         return values
 
     def put(self, target: torch.Tensor, target_rows: torch.Tensor, values: torch.Tensor) -> None:
-        target.index_copy_(0, target_rows, self.encode(values))
+        if values.is_cuda:
+            from hsrpc.model.kernels import rows as kernels  # loads Triton
+
+            kernels.encode(self, target, values, target_rows=target_rows)
+        else:
+            target.index_copy_(0, target_rows, self.encode(values))
 
     def writer(self, copy: CopyRows) -> CopyRows:
         return self.write
@@ -192,19 +205,28 @@ class CodedRows(Rows):
         self, target: torch.Tensor, target_rows: torch.Tensor, source: torch.Tensor, source_rows: torch.Tensor
     ) -> None:
         """Write the values in `source_rows` of `source` [*, width] as `target_rows` of `target` [*, columns]."""
-        self.put(target, target_rows, source.index_select(0, source_rows))
+        if source.is_cuda:
+            from hsrpc.model.kernels import rows as kernels  # loads Triton
+
+            kernels.encode(self, target, source, target_rows=target_rows, source_rows=source_rows)
+        else:
+            self.put(target, target_rows, source.index_select(0, source_rows))
 
     def parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [n, width] and scales bfloat16 [n, heads, parts] of rows, as views."""
         first, shape = self.first_scale, self.shape
         scales = rows[:, first : first + _SCALE_BYTES * shape.num_scales].view(torch.bfloat16)
-        return rows[:, :first].view(self.codes.dtype), scales.unflatten(1, (shape.heads, len(shape.widths)))
+        return rows[:, : shape.width].view(self.codes.dtype), scales.unflatten(1, (shape.heads, len(shape.widths)))
 
     def _groups(self, numbers: torch.Tensor) -> Iterator[torch.Tensor]:
         """The parts of [n, width], each as a view [n, heads, its width]."""
         starts = self.shape.starts
         for start, end, width in zip(starts, starts[1:], self.shape.widths, strict=False):
             yield numbers[:, start:end].unflatten(1, (self.shape.heads, width))
+
+
+def _aligned(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 def scale_of(x: torch.Tensor, codes: Codes) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from hsrpc.model.formats.codes import UNIT, CodedMatrix, CodedParts, decode
 from hsrpc.model.formats.format import AsPublished, Encoded, Packing, WeightSource, moved
 from hsrpc.model.tensor import TensorSpec
-from hsrpc.plan.fitted import CODES_RATE_SHARE, GATHERED_RATE_SHARE
+from hsrpc.plan.fitted import CODES_BY_COLUMN_RATE_SHARE, CODES_RATE_SHARE
 from hsrpc.plan.sizes import TensorSizes, align
 
 _ALIGNMENT = 16
@@ -69,7 +69,8 @@ class Scaled(AsPublished):
 
     def sizes(self, tensor: TensorSpec) -> TensorSizes:
         size, packed = align(tensor.numel * self.dtype.itemsize), align(self.packing(tensor).num_bytes)
-        is_gathered = any(source.is_gathered for source in self.sources)
+        by_column = any(source.finds_by_column for source in self.sources)
+        share = CODES_BY_COLUMN_RATE_SHARE if by_column else CODES_RATE_SHARE
         return TensorSizes(
             name=tensor.name,
             num_elements=tensor.numel,
@@ -79,7 +80,7 @@ class Scaled(AsPublished):
             bus_bytes=packed,
             host_bytes=packed,
             decoded_bytes=size,
-            decode_traffic=(packed + size) / (GATHERED_RATE_SHARE if is_gathered else CODES_RATE_SHARE),
+            decode_traffic=(packed + size) / share,
         )
 
     def packing(self, tensor: TensorSpec) -> ScaledPacking:

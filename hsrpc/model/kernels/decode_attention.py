@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from hsrpc.model.attention import HeadShape
+from hsrpc.model.kernels.rows import Coding, code_unit, first_scale, load_numbers, second_scale
 
 _PROGRAMS = 1024
 """Enough to fill a large GPU several times; fewer requests are divided into parts along their keys."""
@@ -41,6 +42,7 @@ def _accumulate(
     acc,
     k_rows,
     v_offset,
+    words,
     valid,
     scale,
     softcap,
@@ -51,32 +53,63 @@ def _accumulate(
     SHARES: tl.constexpr,
     DOT: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    KIND: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
-    """Online softmax over one tile of keys: m and total [g], acc [g, d]. Keys have `MORE` dimensions behind `WIDTH`."""
+    """Online softmax over one tile of keys: m and total [g], acc [g, d]. Keys have `MORE` dimensions behind `WIDTH`.
+
+    Of coded rows `words` [g or 1, keys] are the scales of each query's head. What the values gather is divided by the
+    tile's largest scale, since weights times scales would be too small for float16.
+    """
     mask = valid[:, None] & (d < WIDTH)[None, :]
-    k = tl.load(k_rows + d[None, :], mask=mask, other=0.0)
+    k = load_numbers(k_rows + d[None, :], mask, q, KIND, NATIVE)
     scores = _scores(q, k, DOT)
     if MORE > 0:
-        scores += _scores(q_more, _load_more(k_rows + WIDTH, valid, MORE, MORE_TILE), DOT)
-    v = k if SHARES else tl.load(k_rows + v_offset + d[None, :], mask=mask, other=0.0)
+        scores += _scores(q_more, _load_more(k_rows + WIDTH, valid, q, MORE, MORE_TILE, KIND, NATIVE), DOT)
+    v = k if SHARES else load_numbers(k_rows + v_offset + d[None, :], mask, q, KIND, NATIVE)
     scores = scores * scale
+    if KIND:
+        scores = scores * (first_scale(words) * code_unit(KIND, NATIVE))
     if SOFTCAP:
         scores = capped(scores, softcap)
     scores = tl.where(valid[None, :], scores, float("-inf"))
     new = tl.maximum(m, tl.max(scores, 1))
     p = tl.exp(scores - new[:, None])
     kept = tl.exp(m - new)
+    total = total * kept + tl.sum(p, 1)
+    if KIND:
+        of_values = first_scale(words) if SHARES else second_scale(words)
+        top = tl.max(tl.max(of_values, 1), 0)
+        p = p * (of_values / tl.where(top > 0, top, 1.0))
     if DOT:
         added = tl.dot(p.to(v.dtype), v, input_precision="ieee")
     else:
         added = tl.sum(tl.trans(p) * v.to(tl.float32), 0)[None, :]
-    return new, total * kept + tl.sum(p, 1), acc * kept[:, None] + added
+    if KIND:
+        added = added * (top * code_unit(KIND, NATIVE))
+    return new, total, acc * kept[:, None] + added
 
 
 @triton.jit
-def _load_more(rows, valid, MORE: tl.constexpr, MORE_TILE: tl.constexpr):
+def _load_more(
+    rows, valid, like, MORE: tl.constexpr, MORE_TILE: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr
+):
     e = tl.arange(0, MORE_TILE)
-    return tl.load(rows + e[None, :], mask=valid[:, None] & (e < MORE)[None, :], other=0.0)
+    return load_numbers(rows + e[None, :], valid[:, None] & (e < MORE)[None, :], like, KIND, NATIVE)
+
+
+@triton.jit
+def _load_words(words, rows, valid, row_size, first_word, heads, in_pack, KIND: tl.constexpr, PACK: tl.constexpr):
+    """Scales of coded rows [1 or g, keys]: of the one head of a program, or of each query's."""
+    if not KIND:
+        found = 0
+    elif PACK == 1:
+        pointers = words + rows * (row_size // 4) + first_word + heads
+        found = tl.load(pointers, mask=valid, other=0)[None, :]
+    else:
+        pointers = words + (rows * (row_size // 4) + first_word)[None, :] + heads[:, None]
+        found = tl.load(pointers, mask=in_pack[:, None] & valid[None, :], other=0)
+    return found
 
 
 @triton.jit
@@ -95,7 +128,9 @@ def _attend(
     queries,
     query_stride,
     pool,
+    pool_words,
     buffer,
+    buffer_words,
     tables,
     table_stride,
     in_place,
@@ -119,18 +154,21 @@ def _attend(
     MORE_TILE: tl.constexpr,
     SHARES: tl.constexpr,
     ROW_SIZE: tl.constexpr,
+    FIRST_WORD: tl.constexpr,
     KEYS: tl.constexpr,
     IN_PARTS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     HAS_SKIPS: tl.constexpr,
+    KIND: tl.constexpr,
+    NATIVE: tl.constexpr,
 ) -> None:
     """One request, pack of KV heads (or one of the `SPLITS` of a KV head's queries) and part of its keys: first those
     in place, then the rebuilt, then the others.
 
     Row g of the tiles is a query head, column d belongs to one KV head of the pack. A query is 0 in the columns of the
     others, and what its row gathers there is not stored. Keys have as many dimensions as values and `MORE` behind them,
-    or values are the keys' first ones.
+    or values are the keys' first ones. Rows may be codes: then `pool` and `buffer` are bytes, which the words are too.
     """
     request, pack, part = tl.program_id(0), tl.program_id(1) // SPLITS, tl.program_id(2)
     skip = tl.load(skips + request) if HAS_SKIPS else 0
@@ -149,10 +187,11 @@ def _attend(
     each: tl.constexpr = PACK * GROUP // SPLITS
     query_heads = pack * PACK * GROUP + (tl.program_id(1) % SPLITS) * each + g
     in_pack = g < each
+    kv_heads = pack if PACK == 1 else pack * PACK + g * PACK // each
     own = in_pack[:, None] & (d // VALUE_DIM == (g * PACK // each)[:, None])
     q_rows = queries + request.to(tl.int64) * query_stride + query_heads[:, None] * KEY_DIM
     q = tl.load(q_rows + (d % VALUE_DIM)[None, :], mask=own, other=0.0)
-    q_more = _load_more(q_rows + VALUE_DIM, in_pack, MORE, MORE_TILE)
+    q_more = _load_more(q_rows + VALUE_DIM, in_pack, q, MORE, MORE_TILE, 0, False)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if SINKS:  # as if one key had been seen, without a value
@@ -168,6 +207,7 @@ def _attend(
         block = tl.load(tables + request * table_stride + token // BLOCK_SIZE, mask=valid, other=0)
         rows = block.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
         k_rows = pool + rows[:, None] * ROW_SIZE + first_column
+        words = _load_words(pool_words, rows, valid, ROW_SIZE, FIRST_WORD, kv_heads, in_pack, KIND, PACK)
         m, total, acc = _accumulate(
             q,
             q_more,
@@ -176,6 +216,7 @@ def _attend(
             acc,
             k_rows,
             v_offset,
+            words,
             valid,
             scale,
             softcap,
@@ -186,6 +227,8 @@ def _attend(
             SHARES,
             ROWS > 1,
             SOFTCAP,
+            KIND,
+            NATIVE,
         )
     end = tl.minimum(high, front)
     for first in range(tl.maximum(low, count), end, KEYS):
@@ -193,6 +236,7 @@ def _attend(
         valid = key < end
         rows = (rebuilt + key - count).to(tl.int64)
         k_rows = buffer + rows[:, None] * ROW_SIZE + first_column
+        words = _load_words(buffer_words, rows, valid, ROW_SIZE, FIRST_WORD, kv_heads, in_pack, KIND, PACK)
         m, total, acc = _accumulate(
             q,
             q_more,
@@ -201,6 +245,7 @@ def _attend(
             acc,
             k_rows,
             v_offset,
+            words,
             valid,
             scale,
             softcap,
@@ -211,12 +256,15 @@ def _attend(
             SHARES,
             ROWS > 1,
             SOFTCAP,
+            KIND,
+            NATIVE,
         )
     for first in range(tl.maximum(low, front), high, KEYS):
         key = first + tl.arange(0, KEYS)
         valid = key < high
         rows = (start + key - front).to(tl.int64)
         k_rows = buffer + rows[:, None] * ROW_SIZE + first_column
+        words = _load_words(buffer_words, rows, valid, ROW_SIZE, FIRST_WORD, kv_heads, in_pack, KIND, PACK)
         m, total, acc = _accumulate(
             q,
             q_more,
@@ -225,6 +273,7 @@ def _attend(
             acc,
             k_rows,
             v_offset,
+            words,
             valid,
             scale,
             softcap,
@@ -235,6 +284,8 @@ def _attend(
             SHARES,
             ROWS > 1,
             SOFTCAP,
+            KIND,
+            NATIVE,
         )
     target = (request * num_parts + part).to(tl.int64) * (KV_HEADS * GROUP) + query_heads
     if IN_PARTS:
@@ -290,15 +341,18 @@ def decode_attention(
     max_keys: int,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    coding: Coding | None = None,
 ) -> None:
     """Fill `out` [d, o] for one query a request [d, q] (rows may be strided; those of `out` are not).
 
-    Its keys are rows of `pool` [*, row_size], `in_place[i]` of them in the blocks of `tables` [d, b], less the first
-    `skips[i]` of these, and of `buffer` [*, row_size]: rows `rebuilt_starts[i]` to `rebuilt_starts[i+1]`, and
+    Its keys are rows of `pool` [*, columns], `in_place[i]` of them in the blocks of `tables` [d, b], less the first
+    `skips[i]` of these, and of `buffer` [*, columns]: rows `rebuilt_starts[i]` to `rebuilt_starts[i+1]`, and
     `key_starts[i]` to `key_starts[i+1]`. Integers are int32. `max_keys` a request bounds the parts into which keys are
     divided. A request without keys gets zeros.
     With `softcap` a score s becomes softcap * tanh(s / softcap); `sinks` [heads] are scores of keys without a value.
+    `coding` says how rows are coded; None: they are numbers.
     """
+    coding = coding or Coding(0, heads.row_size, 0, is_native=False)
     num_requests = len(queries)
     group = heads.num_heads // heads.num_kv_heads
     # Matrix units where they take the type as it is, though most of their rows are idle: it needs fewer registers.
@@ -319,7 +373,9 @@ def decode_attention(
         queries,
         queries.stride(0),
         pool,
+        coding.words(pool),
         buffer,
+        coding.words(buffer),
         tables,
         tables.stride(0),
         in_place,
@@ -342,14 +398,17 @@ def decode_attention(
         MORE=more,
         MORE_TILE=max(16, triton.next_power_of_2(more)),
         SHARES=heads.shares,
-        ROW_SIZE=heads.row_size,
+        ROW_SIZE=coding.row_size,
+        FIRST_WORD=coding.first_word,
         KEYS=32 if heads.shares else 64,
         IN_PARTS=parts > 1,
         SOFTCAP=softcap is not None,
         SINKS=sinks is not None,
         HAS_SKIPS=skips is not None,
+        KIND=coding.kind,
+        NATIVE=coding.is_native,
         num_warps=8 if rows * dim_tile > _WIDE_TILE else 4,
-        num_stages=2,
+        num_stages=3 if coding.kind else 2,  # codes are half of the bytes: as many of them are on their way
     )
     if parts > 1:
         _merge[num_requests, heads.num_heads](

@@ -274,7 +274,7 @@ def _mark(chosen, places, moves, decoded, num_choices, FIRST: tl.constexpr, TILE
         count += tl.sum((each == expert).to(tl.int32), 0)
     before = count * 0 if FIRST else tl.load(decoded + expert).to(tl.int32)
     tl.store(moves + expert, tl.where((count > 0) & (before == 0), tl.load(places + expert), -1))
-    tl.store(decoded + expert, tl.where(count + before > 0, 1, 0))
+    tl.store(decoded + expert, tl.where((count > 0) | (before > 0), 1, 0))
 
 
 def mark(

@@ -105,18 +105,26 @@ def _numbers(words, CODE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _find_scales(fields, move, row, unit, column, inside, EACH: tl.constexpr, GROUPS: tl.constexpr):
-    """Numbers of the scales of units of eight columns: of each unit, or of each of its columns."""
-    row_block, column_block, across = _number(fields, 9), _number(fields, 10), _number(fields, 11)
-    if EACH:
-        if GROUPS:
-            groups = (tl.load(fields + 5) + move).to(tl.pointer_type(tl.int32))
-            block = tl.load(groups + column, mask=inside, other=0)
-        else:
-            block = column // column_block
-        found = block + (row // row_block * across)[:, None]
+def _scales_in_row(fields, move, unit, column, num_columns, EACH: tl.constexpr, GROUPS: tl.constexpr):
+    """Which scale of their rows units of eight columns have: a unit, or each of its columns."""
+    if GROUPS:
+        groups = (tl.load(fields + 5) + move).to(tl.pointer_type(tl.int32))
+        found = tl.load(groups + column, mask=column < num_columns, other=0)
+    elif EACH:
+        found = column // _number(fields, 10)
     else:
-        found = (row >> row_block) * across + (unit * 8 >> column_block)
+        found = unit * 8 >> _number(fields, 10)
+    return found
+
+
+@triton.jit
+def _first_scales(fields, row, EACH: tl.constexpr):
+    """The first scale of rows; [rows, 1] where scales are found for each column."""
+    row_block, across = _number(fields, 9), _number(fields, 11)
+    if EACH:  # noqa: SIM108 (one of both is compiled)
+        found = (row // row_block * across)[:, None]
+    else:
+        found = (row >> row_block) * across
     return found
 
 
@@ -185,6 +193,7 @@ def _decode_rows(
     first_row = tile // across * (height * TILES) + (thread >> width)
     eight = tl.arange(0, 8)
     column = unit[:, None] * 8 + eight[None, :]
+    in_row = _scales_in_row(fields, move, unit, column, num_columns, EACH, GROUPS)
     words, factors, points = _nothing(), _nothing(), _nothing()
     for number in tl.static_range(TILES):
         row = first_row + number * height
@@ -192,7 +201,7 @@ def _decode_rows(
         words += (tl.load(codes + row * num_units + unit, mask=inside, other=0),)
         if EACH:
             inside = inside[:, None] & (column < num_columns)
-        where = _find_scales(fields, move, row, unit, column, inside, EACH, GROUPS)
+        where = _first_scales(fields, row, EACH) + in_row
         factors += (_load_scales(scales, where, inside, SCALE),)
         if ZEROS:
             points += (tl.load(zeros + where, mask=inside, other=0),)
@@ -237,7 +246,7 @@ class _Kind(NamedTuple):
             scale=_SCALES[matrix.scale],
             has_zeros=matrix.zero is None,
             factor=_FACTORS[matrix.factor],
-            is_each=matrix.is_gathered,
+            is_each=matrix.finds_by_column,
             has_groups=matrix.has_groups,
             is_aligned=matrix.columns % UNIT == 0,
         )
@@ -278,8 +287,16 @@ class _Matrix(NamedTuple):
         matrix, parts = self.matrix, self.parts
         addresses = (0 if part is None else part.data_ptr() for part in (self.target, *parts[1:]))
         blocks = matrix.block if kind.is_each else map(_shift, matrix.block, matrix.shape)
-        programs = (self.width, self.across)
-        return [*addresses, *matrix.shape, *blocks, matrix.grid[1], *programs, matrix.zero or 0, self.number]
+        return [
+            *addresses,
+            *matrix.shape,
+            *blocks,
+            matrix.grid[1],
+            self.width,
+            self.across,
+            matrix.zero or 0,
+            self.number,
+        ]
 
 
 def _shift(block: int, size: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.formats.codes import Code, CodedMatrix
 from hsrpc.model.quantization.gptq import fill_transposed
-from hsrpc.model.quantization.groups import SCALES, WORD_BITS, group_sizes, read_group_size, rows_at_once
+from hsrpc.model.quantization.groups import SCALES, WORD_BITS, read_group_size, rows_at_once
 from hsrpc.model.quantization.reader import Quantized, Stored, WeightTensors
 from hsrpc.model.quantization.section import REMEDY, one_of
 from hsrpc.model.quantization.words import awq_codes, awq_zeros
@@ -50,7 +50,7 @@ class Awq:
         if rows % _PER_WORD or columns % _PER_WORD:
             raise codes.refuse(f"rows and columns that are multiples of {_PER_WORD}, not {rows} and {columns}", REMEDY)
         codes.check(("I32",), (columns, rows // _PER_WORD))
-        [(count, size)] = group_sizes(columns, (self.size,)).items()
+        count, size = -(-columns // self.size), min(self.size, columns)
         scales = weight.need("scales").check(tuple(SCALES), (count, rows))
         zeros = weight.find("qzeros") if self.symmetric else weight.need("qzeros")
         if zeros is not None:

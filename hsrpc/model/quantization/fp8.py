@@ -66,7 +66,7 @@ class Fp8:
         rows, columns = shape
         if self.block is not None:
             height, width = grid(shape, self.block)
-            scales.check(tuple(_SCALES), (height, width), (height, 1, width, 1))
+            scales.check(tuple(_SCALES), (height, 1, width, 1) if len(scales.shape) == 4 else (height, width))
             return self.block
         scales.check(tuple(_SCALES), (), (1,), (1, 1), (rows,), (rows, 1))
         return (1, columns) if scales.shape in ((rows,), (rows, 1)) and rows > 1 else shape

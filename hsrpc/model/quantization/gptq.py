@@ -69,42 +69,51 @@ class Gptq:
         codes = weight.find("qweight")
         if codes is None:
             return None
-        rows, columns = weight.rows, weight.columns
-        shapes: dict[tuple[int, ...], int]
-        shapes = {(columns * bits // WORD_BITS, rows): bits for bits in self.bits if columns * bits % WORD_BITS == 0}
-        if not shapes:
-            raise codes.refuse(f"columns that fill words of {WORD_BITS} bits, not {columns}", REMEDY)
-        bits = shapes[codes.check(("I32",), *shapes).shape]
-        sizes = group_sizes(columns, self.sizes)
-        scales = weight.need("scales").check(tuple(SCALES), *((count, rows) for count in sizes))
-        count = scales.shape[0]
-        zeros = weight.need("qzeros").check(("I32",), (count, words_for(rows, bits)))
+        bits = self._bits(weight, codes)
+        scales, size = self._scales(weight)
+        zeros = weight.need("qzeros").check(("I32",), (scales.shape[0], words_for(weight.rows, bits)))
         groups = weight.need("g_idx") if self.act_order else weight.find("g_idx")
         if groups is not None:
-            groups.check(("I32",), (columns,))
+            groups.check(("I32",), (weight.columns,))
         matrix = CodedMatrix(
-            rows=rows,
-            columns=columns,
+            rows=weight.rows,
+            columns=weight.columns,
             code=CODES[bits],
-            block=(1, sizes[count]),
+            block=(1, size),
             scale=SCALES[scales.dtype],
             zero=1 << bits - 1 if self.symmetric else None,
-            has_groups=self.act_order and count > 1,
+            has_groups=self.act_order and size < weight.columns,
         )
-        read_zeros = partial(_read_zeros, zeros, bits, rows, self.less_one)
+        read_zeros = partial(_read_zeros, zeros, bits, weight.rows, self.less_one)
         checks = list[Callable[[], None]]()
         if matrix.zero is not None:
             checks.append(partial(_check_symmetric, zeros, read_zeros, matrix.zero))
         if groups is not None and not matrix.has_groups:
-            checks.append(partial(_check_neighbours, groups, matrix.block[1]))
+            checks.append(partial(_check_neighbours, groups, size))
         return Quantized(
             matrix,
             scales,
             codes=partial(_fill_codes, codes, tuple(checks)),
             scales=partial(fill_transposed, scales),
             zeros=partial(_fill_zeros, read_zeros) if matrix.zero is None else None,
-            groups=None if groups is None or not matrix.has_groups else partial(_fill_groups, groups, count),
+            groups=None if groups is None or not matrix.has_groups else partial(_fill_groups, groups, matrix.grid[1]),
         )
+
+    def _bits(self, weight: WeightTensors, codes: Stored) -> int:
+        """Bits of a code, as the shape of their tensor says."""
+        filled = [bits for bits in self.bits if weight.columns * bits % WORD_BITS == 0]
+        if not filled:
+            raise codes.refuse(f"columns that fill words of {WORD_BITS} bits, not {weight.columns}", REMEDY)
+        shapes: dict[tuple[int, ...], int]
+        shapes = {(words_for(weight.columns, bits), weight.rows): bits for bits in filled}
+        return shapes[codes.check(("I32",), *shapes).shape]
+
+    def _scales(self, weight: WeightTensors) -> tuple[Stored, int]:
+        """The scales, and how many columns share one, as their shape says."""
+        scales = weight.need("scales")
+        sizes = group_sizes(scales, weight.columns, self.sizes)
+        scales.check(tuple(SCALES), *((count, weight.rows) for count in sizes))
+        return scales, sizes[scales.shape[0]]
 
 
 def fill_transposed(stored: Stored, out: torch.Tensor) -> None:

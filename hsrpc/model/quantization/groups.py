@@ -47,16 +47,23 @@ def read_group_size(section: ConfigFile, key: str) -> int:
     return size if size > 0 else MAX_WIDTH
 
 
-def group_sizes(columns: int, sizes: Iterable[int]) -> dict[int, int]:
+def group_sizes(scales: Stored, columns: int, sizes: Iterable[int]) -> dict[int, int]:
     """The size of groups by how many of them there are in `columns`, where groups may have any of these `sizes`.
 
     Where two make as many of different columns, none is right.
+
+    Raises:
+        CheckpointError: that leaves none.
     """
     found: dict[int, set[int]] = {}
     for size in sizes:
         fitting = min(size, columns)
         found.setdefault(-(-columns // fitting), set()).add(fitting)
-    return {count: fitting.pop() for count, fitting in found.items() if len(fitting) == 1}
+    clear = {count: fitting.pop() for count, fitting in found.items() if len(fitting) == 1}
+    if not clear:
+        expected = f"{columns} columns to be parted in as many groups by one size in config.json alone"
+        raise scales.refuse(expected, REMEDY)
+    return clear
 
 
 def words_for(numbers: int, bits: int) -> int:

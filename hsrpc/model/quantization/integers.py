@@ -32,15 +32,14 @@ class Integers:
 
     def scales(self, weight: WeightTensors) -> tuple[Stored, tuple[int, int]]:
         """The scales, and the rows and columns that share one."""
-        rows, columns = weight.rows, weight.columns
+        rows, columns, scales = weight.rows, weight.columns, weight.need("weight_scale")
         blocks: dict[tuple[int, ...], tuple[int, int]]
-        blocks = {(rows, count): (1, size) for count, size in group_sizes(columns, self.sizes).items()}
+        blocks = {(rows, count): (1, size) for count, size in group_sizes(scales, columns, self.sizes).items()}
         if (rows, 1) in blocks:
             blocks[rows,] = blocks[rows, 1]
         if self.whole:
             blocks |= dict.fromkeys(_SCALARS, (rows, columns))
-        scales = weight.need("weight_scale").check(tuple(SCALES), *blocks)
-        return scales, blocks[scales.shape]
+        return scales, blocks[scales.check(tuple(SCALES), *blocks).shape]
 
     def zeros(self, weight: WeightTensors, shape: tuple[int, ...], bits: int) -> Stored | None:
         """The zero points, where scales have that shape: in words, or a byte each; None: there are none."""

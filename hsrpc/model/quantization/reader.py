@@ -189,7 +189,7 @@ class Quantized:
         old = self.matrix
         blocks = order // old.block[0]
         starts = (blocks[1:] != blocks[:-1]).nonzero().flatten() + 1
-        height = math.gcd(*starts.tolist()) or old.rows
+        height = 1 if len(starts) == old.rows - 1 else math.gcd(*starts.tolist()) or old.rows
         scales = partial(_in_order, blocks[::height], old.grid)
         return replace(
             self,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from hsrpc.errors import ConfigError
+from hsrpc.server.auth import RefusalLog
 from hsrpc.server.config import ServerConfig, join_address
 from hsrpc.server.errors import UnauthenticatedError
 from hsrpc.server.failure import failure_of
@@ -87,6 +88,7 @@ class ProcessNames(grpc.aio.ServerInterceptor):
     def __init__(self, is_ours: Callable[[str], bool], count: CountCall | None = None) -> None:
         self._is_ours = is_ours
         self._count = count
+        self._refusals = RefusalLog("on the gateway's port, as they came from another process")
         self._known: dict[str, float] = {}
         """Until when connections are taken for ours."""
 
@@ -116,6 +118,7 @@ class ProcessNames(grpc.aio.ServerInterceptor):
 
     async def _refuse(self, method: str, context: Context) -> None:
         """End the call before any of the request is read."""
+        self._refusals.note()
         failure = failure_of(UnauthenticatedError("this port is for the server's own gateway"), method)
         if self._count is not None:
             self._count(method.rpartition("/")[2], failure.kind)

@@ -69,4 +69,5 @@ def _cache_message(sizes: ModelSizes, plan: Plan) -> model_pb2.CacheDecision:
         kv_bytes=sizes.max_row_bytes(BlockKind.KV),
         activation_bytes=sizes.max_row_bytes(BlockKind.ACTIVATION),
         explanation=plan.reason,
+        format=plan.cache_format.value,
     )

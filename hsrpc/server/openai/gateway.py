@@ -85,8 +85,9 @@ class OpenAiFrontEnd:
         return self._is_ready
 
     def reload(self) -> None:
-        """Read certificates and tokens again now."""
-        self._files.reload()
+        """Read certificates and tokens again now, if there are any."""
+        if secret_files(self._config.security):
+            self._files.reload()
 
     async def start(self) -> None:
         """Reserve the port; nothing answers there before a model is loaded.

@@ -278,3 +278,39 @@ def test_model_comes_back(name, tmp_path):
         torch.testing.assert_close(state[tensor], values, rtol=0, atol=tolerance, msg=tensor)
     torch.testing.assert_close(logits(found), logits(model), rtol=0, atol=1e-5 if is_gemma else 0)
     assert settings_of(tmp_path / "out") == settings_of(tmp_path)
+
+
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 5e5, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": 4 * [1.5], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+ROTATIONS: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
+    "llama 3.1": ("llama", LLAMA_3 | {"factor": 8.0, "original_max_position_embeddings": 8192}, {}, "llama3"),
+    "like it": ("llama", LLAMA_3 | {"factor": 4.0, "original_max_position_embeddings": 32}, {}, "longrope"),
+    "phi": (
+        "phi3",
+        LONG | {"original_max_position_embeddings": 32},
+        {"rope.scaling.original_context_length": 32, "attention.sliding_window": 0},
+        "longrope",
+    ),
+}
+"""`model_type`, rotation, keys of the file, and what the rotation becomes: its factors are tensors there."""
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_rotations_that_are_tensors(tmp_path, name):
+    """As published where that is known, and by a list of factors where it is not."""
+    kind, rope, keys, expected = ROTATIONS[name]
+    of_phi = {"original_max_position_embeddings": 32, "sliding_window": None} if kind == "phi3" else {}
+    model = make_model(kind, {"rope_parameters": rope} | of_phi)
+    model.config.save_pretrained(tmp_path)
+    width = model.config.hidden_size // model.config.num_attention_heads
+    unscaled = float(rope["rope_theta"]) ** (-torch.arange(0, width, 2) / width)
+    extra = {"rope_freqs.weight": unscaled / model.model.rotary_emb.inv_freq}
+    if kind == "phi3":
+        extra = {f"rope_factors_{each}.weight": torch.tensor(rope[f"{each}_factor"]) for each in ("short", "long")}
+    write_gguf(tmp_path / "a.gguf", model, kind, keys, extra=extra)
+    convert_checkpoint(tmp_path / "a.gguf", tmp_path / "out", dtype=DType.FLOAT32, progress=False)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert found.config.rope_parameters["rope_type"] == expected
+    torch.testing.assert_close(logits(found), logits(model), rtol=0, atol=1e-4)
+    if name != "like it":
+        assert settings_of(tmp_path / "out") == settings_of(tmp_path)

@@ -16,7 +16,6 @@ from hsrpc.errors import CheckpointError
 from hsrpc.model.checkpoint import Checkpoint
 from hsrpc.model.config_file import ConfigFile
 from hsrpc.model.quantization import groups
-from hsrpc.model.quantization.groups import group_sizes
 from hsrpc.model.quantization.reader import Reader
 from hsrpc.model.quantization.registry import read_quantization
 from hsrpc.model.tensor import TensorSpec
@@ -136,11 +135,22 @@ def test_gptq_where_modules_differ() -> None:
         assert torch.equal(read(of_gptq(dynamic=rules), gptq(made, bits)), made.values)
 
 
-def test_sizes_of_groups() -> None:
-    """By their number; not where two sizes make as many groups."""
-    assert group_sizes(200, (128, 40, 1 << 20)) == {2: 128, 5: 40, 1: 200}
-    assert group_sizes(192, (128, 96, 32)) == {6: 32}
-    assert group_sizes(100, (128, 1 << 20)) == {1: 100}
+@pytest.mark.parametrize(
+    ("columns", "sizes", "found"),
+    [
+        (200, (128, 40, 1 << 20), {2: 128, 5: 40, 1: 200}),
+        (192, (128, 96, 32), {6: 32}),
+        (100, (128, 1 << 20), {1: 100}),
+    ],
+)
+def test_sizes_of_groups(columns: int, sizes: tuple[int, ...], found: dict[int, int], tmp_path: Path) -> None:
+    """By their number; not where two sizes make as many groups, which is refused where nothing else is left."""
+    save_file({"layer.scales": torch.ones(2, 24)}, tmp_path / "model.safetensors")
+    scales = Checkpoint(tmp_path).stored("layer.scales")
+    assert scales is not None
+    assert groups.group_sizes(scales, columns, sizes) == found
+    with pytest.raises(CheckpointError, match=r"layer\.scales: expected 192 columns to be parted"):
+        groups.group_sizes(scales, 192, (128, 96))
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.int32) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -146,7 +146,7 @@ async def finish(served: Running) -> None:
     served.engine.end(request_id)
 
 
-def test_the_gateways_port_is_for_the_gateway(tokens):
+def test_the_gateways_port_is_for_the_gateway(tokens, caplog):
     """Another process of this machine is refused there, whatever it brings, before anything is read."""
     with running(ScriptedEngine, security=SecurityConfig(auth_tokens=tokens)) as served:
         with grpc.insecure_channel(served.server.grpc.gateway_port.address) as channel:
@@ -158,6 +158,7 @@ def test_the_gateways_port_is_for_the_gateway(tokens):
                 with pytest.raises(grpc.RpcError, match="for the server's own gateway"):
                     next(stub.Generate(vllm.GenerateRequest(text="Hi"), metadata=metadata))
         assert not served.engine.prompts
+        assert "calls refused on the gateway's port" in caplog.text
         served.engine.answer = "Once upon a time"
         assert text_of(served.client(ALICE)) == "Once upon a time"
 
@@ -224,6 +225,7 @@ def test_signals_end_both(number, code):
         children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
         eventually(children.read_text)
         [pid] = map(int, children.read_text().split())
+        assert os.getpgid(pid) != server.pid
         os.killpg(server.pid, number)
         assert server.wait(20) == code
     eventually(lambda: not is_running(pid))
