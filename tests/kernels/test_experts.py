@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hsrpc.device.device import CpuDevice
+from hsrpc.engine.chosen_experts import ChosenExperts
 from hsrpc.engine.tasks.experts import ExpertLoader
 from hsrpc.engine.weights import HostExperts, OpenedLayer, PackedTensor, arrange
 from hsrpc.model.experts import CORRECTION, ROUTER, Experts, Routing, Scoring, expert_in, expert_out
@@ -87,6 +88,20 @@ def test_experts_on_demand_are_found_by_their_tables(slots: int) -> None:
         wanted = experts.one_by_one(w, x, routes)
         torch.testing.assert_close(experts.on_gpu(opened, x, routes), wanted, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(experts.one_by_one(opened, x, routes), wanted)
+
+
+@pytest.mark.parametrize("count", [1, 6, 40])
+def test_experts_are_marked_as_on_the_cpu(count: int) -> None:
+    """Those that groups choose, one after the other, each once a step; steps of one token and of many."""
+    tables, places = ChosenExperts(CpuDevice(), count), torch.randint(100, (count,))
+    moves, decoded = torch.zeros_like(places), torch.zeros_like(places)
+    k = min(2, count)
+    for n, is_first in ((1, True), (3, False), (40, False), (1, True), (2, True)):
+        chosen = choices(n, count, k)
+        tables.mark(chosen, places, is_first=is_first)
+        kernels.mark(chosen, places, moves, decoded, is_first=is_first)
+        assert torch.equal(moves, tables.moves)
+        assert ((moves < 0) | (moves == places)).all()
 
 
 @pytest.mark.parametrize("tiles", [FEW, SOME, MANY, SMALL_TILES], ids=["few", "some", "many", "small"])
