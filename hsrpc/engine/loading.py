@@ -117,7 +117,7 @@ class _Loader:
         return replace(self._others(number, tuple(by_name.values())), experts=self._experts(experts), numbers=numbers)
 
     def _experts(self, experts: Sequence[Sequence[TensorSpec]]) -> HostExperts:
-        """Experts that come on demand; all are alike, and their packed bytes are their values."""
+        """Experts that come on demand; all are alike, and packed as they are read."""
         parts: dict[str, tuple[int, PackedTensor]] = {}
         size = 0
         for number, tensors in enumerate(experts):

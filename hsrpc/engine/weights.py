@@ -57,6 +57,11 @@ class HostExperts(NamedTuple):
         """The tensors of the first expert: those of all others lie alike."""
         return [part for expert, part in self.parts.values() if not expert]
 
+    @property
+    def is_coded(self) -> bool:
+        """Whether they are decoded before they are used."""
+        return any(part.packing.decoded_bytes for part in self.of_first)
+
 
 class OpenedLayer(NamedTuple):
     """A layer's weights as they are multiplied, and what the family adds to them."""
@@ -98,7 +103,8 @@ class LayerWeights:
     @property
     def has_coded_experts(self) -> bool:
         """Some experts' tensors are decoded on the device, once they are chosen."""
-        return any(name in self.numbers for name in self._coded)
+        on_demand = self.experts is not None and self.experts.is_coded
+        return on_demand or any(name in self.numbers for name in self._coded)
 
     @property
     def _coded(self) -> Iterator[str]:

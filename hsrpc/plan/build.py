@@ -45,11 +45,9 @@ class Assembly:
         choice, sizes = choices.choices[point.choice], model.sizes
         placed, demand = choice.in_sizes(sizes), choice.demand
         lines = {use: int(size) for use, size in device_bytes(sizes, staging).items()}
+        lines[DeviceUse.WORKSPACE] += int(choices.tables[point.choice])
         if demand is not None:
-            lines |= {
-                DeviceUse.EXPERTS: demand.device_bytes,
-                DeviceUse.WORKSPACE: lines[DeviceUse.WORKSPACE] + demand.table_bytes,
-            }
+            lines[DeviceUse.EXPERTS] = demand.device_bytes
         share = self._share(one)
         closed = as_prediction(point.batch, model.traffic.context, one.times)
         plan = Plan(

@@ -64,7 +64,7 @@ def _idle(plan: Plan, sizes: ModelSizes, prompt: int) -> float:
         bus += layers * mini_batches * hardware.handover_time
         launch += hardware.hop_time
     each = max(float(times.forward(tokens, mini_batches)), tokens * times.prompt_token(prompt / 2))
-    traffic = sum(layer.decode_traffic + layer.expert_traffic for layer in plan.placed)
+    traffic = sum(layer.decode_traffic for layer in plan.placed) + sum(plan.expert_traffic)
     decoding = traffic / hardware.memory_bandwidth
     gpu = layers * each + decoding + float(times.head(1))
     # A mini-batch loads while the one before it computes: the first load or the last compute overlaps nothing.

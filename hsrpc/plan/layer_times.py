@@ -42,7 +42,7 @@ class LayerTimes:
             if layer.experts is None:
                 return 0.0
             touched = groups * layer.experts.touched(tokens / groups)
-            return self.load(missed * touched * layer.experts.device_bytes) + groups * CHOICE_SECONDS
+            return self.load(missed * touched * layer.expert_bus_bytes) + groups * CHOICE_SECONDS
 
         return self.sizes.mean(loads)
 

@@ -6,11 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from hsrpc.config import ResidentWeights
-from hsrpc.plan.demand import Demand, demand_of
+from hsrpc.plan.demand import AlikeExperts, Demand, choice_table_bytes
 from hsrpc.plan.sizes import Floats, ModelSizes, PlacedSizes, Stays, TensorSizes, WeightBuffers
 from hsrpc.schedule.sweep import BUFFERS
 
@@ -62,6 +63,8 @@ class ResidentChoices:
     """Bytes of the device buffers for them, and for what is decoded."""
     experts: Floats
     """Bytes on the device for experts that come on demand."""
+    tables: Floats
+    """Bytes on the device that say where experts lie, and which are decoded."""
     on_demand: Floats
     """1: experts come on demand; 0: they stay or stream."""
     missed: Floats
@@ -74,26 +77,44 @@ class ResidentChoices:
     @classmethod
     def of(cls, sizes: ModelSizes, choices: Sequence[WeightChoice]) -> ResidentChoices:
         """What follows from each of the choices."""
-        placed = [count_placed(choice.in_sizes(sizes), choice.resident) for choice in choices]
-        demands = [choice.demand for choice in choices]
-        bus = floats(sum(n * each.bus_bytes for each, n in found.items()) for found in placed)
-        missed = floats(0 if demand is None else demand.missed for demand in demands)
-        experts = floats(0 if demand is None else demand.host_bytes for demand in demands)
-        return cls(
-            choices=tuple(choices),
-            resident=floats(_at_most(found, lambda each: each.resident_bytes) for found in placed),
-            on_bus=bus,
-            on_bus_at_most=bus + missed * experts,
-            decode_traffic=floats(sum(n * each.decode_traffic for each, n in found.items()) for found in placed),
-            expert_traffic=floats(sum(n * each.expert_traffic for each, n in found.items()) for found in placed),
-            on_host=experts + floats(_at_most(found, lambda each: each.host_bytes) for found in placed),
-            buffers=floats(BUFFERS * each.packed + each.decoded for each in map(WeightBuffers.of, placed)),
-            experts=floats(0 if demand is None else demand.device_bytes + demand.table_bytes for demand in demands),
-            on_demand=floats(demand is not None for demand in demands),
-            missed=missed,
-            worth=floats(_PACKED_WORTH if choice.keeps_packed else 1.0 for choice in choices),
-            num_segments=floats(1 if demand is None else demand.num_segments for demand in demands),
-        )
+        found = [_numbers(sizes, choice) for choice in choices]
+        return cls(tuple(choices), **{name: floats(each[name] for each in found) for name in found[0]})
+
+
+def _numbers(sizes: ModelSizes, choice: WeightChoice) -> dict[str, float]:
+    """What follows from one choice, as `ResidentChoices` has it of all."""
+    placed, demand = count_placed(choice.in_sizes(sizes), choice.resident), choice.demand
+    buffers = WeightBuffers.of(placed)
+    bus = sum(n * each.bus_bytes for each, n in placed.items())
+    expert_traffic = sum(n * each.expert_traffic for each, n in placed.items())
+    found = {
+        "resident": _at_most(placed, lambda each: each.resident_bytes),
+        "on_bus": bus,
+        "on_bus_at_most": bus,
+        "decode_traffic": sum(n * each.decode_traffic for each, n in placed.items()),
+        "expert_traffic": expert_traffic,
+        "on_host": _at_most(placed, lambda each: each.host_bytes),
+        "buffers": BUFFERS * buffers.packed + buffers.decoded,
+        "experts": 0.0,
+        "tables": choice_table_bytes(sizes) if expert_traffic else 0.0,
+        "on_demand": 0.0,
+        "missed": 0.0,
+        "worth": _PACKED_WORTH if choice.keeps_packed else 1.0,
+        "num_segments": 1.0,
+    }
+    if demand is None:
+        return found
+    return found | {
+        "on_bus_at_most": bus + demand.missed * demand.host_bytes,
+        "expert_traffic": demand.traffic,
+        "on_host": found["on_host"] + demand.host_bytes,
+        "buffers": found["buffers"] + demand.decoded_bytes,
+        "experts": demand.device_bytes,
+        "tables": demand.table_bytes + (choice_table_bytes(sizes) if demand.is_coded else 0),
+        "on_demand": 1.0,
+        "missed": demand.missed,
+        "num_segments": demand.num_segments,
+    }
 
 
 def floats(values: Iterable[float]) -> Floats:
@@ -109,28 +130,30 @@ def streaming_choices(
     Those stay packed, or ready. Where all may stay, there is between both: some are ready, and the others packed.
     """
     found: list[Resident] = []
-    if residence is not ResidentWeights.DECODED and any(layer.coded for layer, _ in sizes.distinct):
-        found += (_stay_packed(sizes, share) for share in sorted(shares))
-        if residence is ResidentWeights.AUTO and 1.0 in shares:
+    for way in _ways(sizes, residence):
+        found += (way.resident(sizes, int(share * way.total(sizes))) for share in sorted(shares))
+        if way is _PACKED and residence is ResidentWeights.AUTO and 1.0 in shares:
             found += (all_stay(sizes, share) for share in sorted(shares)[::_OPENED_STEP])
-    if residence is not ResidentWeights.PACKED or not found:
-        found += (spread_resident(sizes, int(share * sizes.layers_bytes)) for share in sorted(shares))
     last = dict.fromkeys(reversed(found))  # of equal ones
     return [WeightChoice(resident) for resident in reversed(last)]
 
 
-def demand_choices(sizes: ModelSizes, shares: Sequence[float]) -> list[WeightChoice]:
+def demand_choices(
+    sizes: ModelSizes, shares: Sequence[float], residence: ResidentWeights = ResidentWeights.AUTO
+) -> list[WeightChoice]:
     """The same where experts come on demand; empty where they cannot.
 
-    The other weights stay first, since every step needs them; then experts have slots.
+    The other weights stay first, since every step needs them; then experts have slots, in which they lie packed.
     """
-    others = sizes.without_experts
-    found: dict[WeightChoice, None] = {}
-    for share in sorted(shares):
-        budget = int(share * sizes.layers_bytes)
-        if (demand := demand_of(sizes, budget - others.layers_bytes)) is not None:
-            resident = spread_resident(others, min(budget, others.layers_bytes))
-            found[WeightChoice(resident, demand)] = None
+    experts = AlikeExperts.of(sizes)
+    if experts is None:
+        return []
+    others, found = sizes.without_experts, dict[WeightChoice, None]()
+    for way in _ways(others, residence):
+        total = way.total(others)
+        for share in sorted(shares):
+            budget = int(share * (total + experts.num_bytes))
+            found[WeightChoice(way.resident(others, min(budget, total)), experts.within(budget - total))] = None
     return list(found)
 
 
@@ -151,33 +174,59 @@ def _at_most(placed: Counter[PlacedSizes], size: Callable[[PlacedSizes], float])
 
 def spread_resident(sizes: ModelSizes, budget: int) -> Resident:
     """Tensors that stay ready in each layer: at most `budget` bytes in all, the same part of each layer."""
-    return tuple(map(Stays, _spread(sizes, budget, lambda tensor: tensor.device_bytes)))
+    return tuple(map(Stays, _spread(sizes, budget, _ready_bytes)))
 
 
-def _stay_packed(sizes: ModelSizes, share: float) -> Resident:
-    """Tensors that stay, those packed that are coded: at most that share of what all take so."""
-    names = _spread(sizes, int(share * _total(sizes, _packed_bytes)), _packed_bytes)
-    both = zip(names, sizes.layers, strict=True)
+def spread_packed(sizes: ModelSizes, budget: int) -> Resident:
+    """The same of tensors that stay packed, those that are coded."""
+    both = zip(_spread(sizes, budget, _packed_bytes), sizes.layers, strict=True)
     return tuple(Stays(ready=each - layer.coded, packed=each & layer.coded) for each, layer in both)
 
 
 def all_stay(sizes: ModelSizes, share: float) -> Resident:
     """All tensors; ready are those that are not coded, and of the others at most that share of the room it takes."""
-
-    def room(tensor: TensorSizes) -> int:
-        return max(0, tensor.device_bytes - _packed_bytes(tensor))
-
-    opened = _spread(sizes, int(share * _total(sizes, room)), room)
+    opened = _spread(sizes, int(share * _total(sizes, _room)), _room)
     both = zip(opened, sizes.layers, strict=True)
     return tuple(Stays(ready=layer.names - (layer.coded - each), packed=layer.coded - each) for each, layer in both)
+
+
+def _ready_bytes(tensor: TensorSizes) -> int:
+    return tensor.device_bytes
 
 
 def _packed_bytes(tensor: TensorSizes) -> int:
     return math.ceil(tensor.host_bytes)
 
 
+def _room(tensor: TensorSizes) -> int:
+    """Bytes more that it takes ready."""
+    return max(0, _ready_bytes(tensor) - _packed_bytes(tensor))
+
+
 def _total(sizes: ModelSizes, cost: Callable[[TensorSizes], int]) -> int:
     return sum(count * sum(map(cost, layer.tensors)) for layer, count in sizes.distinct)
+
+
+class _Way(NamedTuple):
+    """How weights lie that stay."""
+
+    resident: Callable[[ModelSizes, int], Resident]
+    """Those that stay within a budget."""
+    num_bytes: Callable[[TensorSizes], int]
+
+    def total(self, sizes: ModelSizes) -> int:
+        """Bytes of all layers."""
+        return _total(sizes, self.num_bytes)
+
+
+_READY, _PACKED = _Way(spread_resident, _ready_bytes), _Way(spread_packed, _packed_bytes)
+
+
+def _ways(sizes: ModelSizes, residence: ResidentWeights) -> list[_Way]:
+    """Those to try; of two that are equal the later one is taken."""
+    if not any(layer.coded for layer, _ in sizes.distinct) or residence is ResidentWeights.DECODED:
+        return [_READY]
+    return [_PACKED] if residence is ResidentWeights.PACKED else [_PACKED, _READY]
 
 
 def _spread(sizes: ModelSizes, budget: int, cost: Callable[[TensorSizes], int]) -> list[frozenset[str]]:
@@ -193,7 +242,7 @@ def _spread(sizes: ModelSizes, budget: int, cost: Callable[[TensorSizes], int]) 
     for kind in sizes.kinds:
         names = []
         passed += wholes[kind]
-        limit = budget * passed // total
+        limit = budget * passed // max(1, total)
         for name, each in costs[kind]:
             if spent + each <= limit:
                 names.append(name)

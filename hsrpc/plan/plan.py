@@ -151,8 +151,17 @@ class Plan:
 
     @property
     def decode_buffer_bytes(self) -> int:
-        """Bytes of the buffer that a layer's weights are decoded to; 0: none are decoded."""
-        return WeightBuffers.of(self.placed).decoded
+        """Bytes of the buffer that a layer's weights are decoded to, experts on demand last; 0: none are decoded."""
+        experts = 0 if self.demand is None else self.demand.decoded_bytes
+        return WeightBuffers.of(self.placed).decoded + experts
+
+    @property
+    def expert_traffic(self) -> tuple[float, ...]:
+        """Bytes of device memory that decoding all experts of each layer reads and writes."""
+        demand = self.demand
+        if demand is None:
+            return tuple(layer.expert_traffic for layer in self.placed)
+        return tuple(count * demand.decode_traffic for count in demand.counts)
 
     @property
     def kept_bytes(self) -> int:
@@ -165,6 +174,7 @@ class Plan:
         stays: float = sum(layer.ready_bytes for layer in self.placed)
         all_bytes = stays + sum(self.streamed_bytes)
         if self.demand is not None:
-            stays += self.demand.hit_rate * self.demand.host_bytes
-            all_bytes += self.demand.host_bytes
+            experts = sum(self.demand.counts) * self.demand.ready_bytes
+            stays += self.demand.hit_rate * experts
+            all_bytes += experts
         return stays / all_bytes

@@ -172,9 +172,8 @@ class Planner:
         As so many [1, choices, 1] at once that what is computed of them stays in the host's caches.
         """
         choices = self._choices
-        fits = (choices.resident + choices.buffers + choices.experts <= budgets.device - budgets.runtime) & (
-            choices.on_host <= budgets.host
-        )
+        on_device = choices.resident + choices.buffers + choices.experts + choices.tables
+        fits = (on_device <= budgets.device - budgets.runtime) & (choices.on_host <= budgets.host)
         found = (np.flatnonzero(fits) if fits.any() else np.zeros(1, np.int64))[::-1]
         return [found[None, start : start + _AT_ONCE, None] for start in range(0, len(found), _AT_ONCE)]
 
@@ -274,11 +273,12 @@ def _max_model_len(config: EngineConfig, sizes: ModelSizes) -> int:
 
 def _weight_choices(config: EngineConfig, sizes: ModelSizes, shares: tuple[float, ...]) -> list[WeightChoice]:
     """Those to try; of two that are equal the later one is taken."""
-    on_demand = [] if config.experts is ExpertLoading.STREAM else demand_choices(sizes, shares)
+    residence = config.resident_weights
+    on_demand = [] if config.experts is ExpertLoading.STREAM else demand_choices(sizes, shares, residence)
     if config.experts is not ExpertLoading.DEMAND:
-        return on_demand + streaming_choices(sizes, shares, config.resident_weights)
+        return on_demand + streaming_choices(sizes, shares, residence)
     if not on_demand:
-        problem = "the model has no experts, or they are coded or quantised"
+        problem = "the model has no experts, or they are coded, or not all alike"
         remedy = "use experts=auto, or weight_coding=none for coded ones"
         raise ConfigError("experts", config.experts.value, problem, remedy)
     return on_demand

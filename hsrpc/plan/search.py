@@ -151,7 +151,8 @@ class Evaluator:
         staging = self.staging(grid, prompt_queries, idle_chunk)
         device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
         device_room = device_room - self.sizes.max_coded_bytes
-        for part in (self.choices.resident, self.choices.buffers, self.choices.experts):
+        choices = self.choices
+        for part in (choices.resident, choices.buffers, choices.experts, choices.tables):
             device_room = device_room - part[grid.choice]
         host_room = self.budgets.host - self.choices.on_host[grid.choice]
         usable = self._usable_blocks(grid.batch, idle_chunk)

@@ -38,7 +38,7 @@ def placements(plan: Plan, sizes: ModelSizes) -> Places:
         LayerPlacement(
             bus_bytes=round(layer.bus_bytes),
             is_coded=layer.decode_traffic > 0 or sizes.layers[number].coded_weight_bytes > 0,
-            has_coded_experts=layer.has_coded_experts,
+            has_coded_experts=plan.expert_traffic[number] > 0,
             rebuilds=number not in plan.kv_layers,
             on_demand=counts[number] > 0,
         )
@@ -74,7 +74,7 @@ class _OpSeconds:
         traffic = zip(plan.placed, layer.sizes.layers, strict=True)
         decode = [float(layer.decode_weights(one.decode_traffic + sizes.coding_traffic)) for one, sizes in traffic]
         tokens = step.batch if num_groups == 1 else step.batch * step.context  # recomputed ones
-        experts = [float(layer.decode_experts(each.expert_traffic, tokens)) for each in plan.placed]
+        experts = [float(layer.decode_experts(traffic, tokens)) for traffic in plan.expert_traffic]
         weights = float(layer.load(sum(each.bus_bytes for each in plan.placed)))
         each = len(plan.placed) * step.mini_batches
         layers = layer.sizes.layers

@@ -95,11 +95,6 @@ class PlacedSizes:
     expert_traffic: float
     """The same for all experts; a step decodes those that its tokens take."""
 
-    @property
-    def has_coded_experts(self) -> bool:
-        """Whether experts are decoded that stream or stay packed."""
-        return self.expert_traffic > 0
-
 
 class WeightBuffers(NamedTuple):
     """Bytes of the device buffers that weights go through: those of the layer that takes most."""
@@ -223,6 +218,12 @@ class LayerSizes:
         """The weight tensors of all experts."""
         names = frozenset[str]() if self.experts is None else self.experts.names
         return tuple(tensor for tensor in self.tensors if tensor.name in names)
+
+    @cached_property
+    def expert_bus_bytes(self) -> float:
+        """Bytes of one expert on the bus, on average; 0: there are none."""
+        count = 1 if self.experts is None else self.experts.count
+        return sum(tensor.bus_bytes for tensor in self.expert_tensors) / count
 
     @cached_property
     def without_experts(self) -> LayerSizes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +17,14 @@ from typing import Self
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hsrpc import Engine, EngineConfig
 from hsrpc.config import ResidentWeights, WeightCoding
+from hsrpc.device.device import CpuDevice
 from hsrpc.engine import startup
+from hsrpc.engine.loading import load_weights
 from hsrpc.engine.weights import LayerWeights, arrange
 from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.config_file import ConfigFile
@@ -28,7 +33,7 @@ from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.registry import create_family, register_family
 from hsrpc.model.families.settings import DecoderSettings
 from hsrpc.model.family import Family
-from hsrpc.model.formats.format import CacheFormat, Encoded, Formats, FromValues, Packing
+from hsrpc.model.formats.format import CacheFormat, Encoded, Formats, FromValues, Packing, moved
 from hsrpc.model.formats.lossless import WORD, Lossless
 from hsrpc.model.formats.plain import Plain
 from hsrpc.model.layers import linear_tensors
@@ -77,7 +82,7 @@ class BytesPacking(Packing):
     @classmethod
     def decoding(cls, tensors: Sequence[Encoded[Self]], moves: torch.Tensor | None = None) -> Callable[[], None]:
         def decode() -> None:
-            for packing, data, operand, *_ in tensors:
+            for packing, data, operand, _ in moved(tensors, moves):
                 scales = data[: 4 * packing.shape[0]].view(torch.float32)
                 weights = data[4 * packing.shape[0] :].view(torch.int8).view(packing.shape)
                 torch.mul(weights, scales[:, None], out=operand)
@@ -259,6 +264,44 @@ def test_tensors_packed_in_one_way_are_decoded_together() -> None:
     assert torch.equal(found.pop(1), plain)
     for kind, value, each in zip(formats, values, found, strict=True):
         assert torch.equal(each, kind.place(value))
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> startup.Planned:
+    """With room for all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(startup, "calibrate", lambda *_: HARDWARE)
+        return startup.make_plan(config_for(tmp_path_factory.mktemp("planned"), placement="auto"))
+
+
+@given(data=st.data())
+@settings(max_examples=15)
+def test_what_stays_takes_what_was_planned(planned: startup.Planned, data: st.DataObject) -> None:
+    """Whatever stays, ready or packed: bytes of each layer, and operands of all that is decoded, apart from another."""
+    family, layers = create_family(planned.spec), planned.spec.sizes.layers
+    resident = []
+    for layer in layers:
+        places = {name: data.draw(st.sampled_from(["ready", "packed", "streams"])) for name in sorted(layer.names)}
+        packed = {name for name, place in places.items() if place == "packed"} & layer.coded
+        ready = {name for name, place in places.items() if place != "streams"} - packed
+        resident.append(Stays(frozenset(ready), frozenset(packed)))
+    placed = tuple(layer.placed(stays) for layer, stays in zip(layers, resident, strict=True))
+    lines = {DeviceUse.RESIDENT_WEIGHTS: int(sum(each.resident_bytes for each in placed))}
+    on_host = {HostUse.STREAMED_WEIGHTS: int(sum(each.host_bytes for each in placed))}
+    plan = replace(planned.plan, resident=tuple(resident), placed=placed, device_bytes=lines, host_bytes=on_host)
+    device = CpuDevice()
+    weights = load_weights(family, RandomWeights(0), plan, device, threading.Event())
+    assert dict(device.allocated).items() >= {use: size for use, size in (lines | on_host).items() if size}.items()
+    decoded = torch.empty(plan.decode_buffer_bytes, dtype=torch.uint8)
+    for number, layer in enumerate(weights.layers):
+        assert layer.bus_bytes == placed[number].bus_bytes
+        opened = layer.open(decoded if layer.packed is None else layer.packed, decoded)
+        for decode in opened.decodings:
+            decode()
+        wanted = {tensor.name: rounded(tensor) for tensor in family.layer_tensors(number)}
+        assert set(opened.tensors) == set(wanted)
+        for name, value in wanted.items():
+            torch.testing.assert_close(opened.tensors[name], value)
 
 
 def test_the_plan_counts_each_layer(tmp_path: Path) -> None:

@@ -277,10 +277,22 @@ def test_coding_without_loss_is_refused(scaled: Callable[[str], Reference]) -> N
         startup.make_plan(config)
 
 
-def test_quantised_experts_do_not_come_on_demand(scaled: Callable[[str], Reference]) -> None:
-    """They would have to be decoded in their slots."""
-    with pytest.raises(ConfigError, match=r"experts='demand': .*coded or quantised; use experts=auto"):
-        startup.make_plan(roomy(scaled("qwen3-moe"), experts="demand"))
+@pytest.mark.parametrize("share", [0.0, 0.85, 1.0])
+@pytest.mark.parametrize("residence", [ResidentWeights.DECODED, ResidentWeights.PACKED])
+async def test_quantised_experts_come_on_demand(
+    residence: ResidentWeights, share: float, scaled: Callable[[str], Reference]
+) -> None:
+    """Packed in their slots, some or all of them; the other weights stream, or stay either way."""
+    made = scaled("qwen3-moe")
+    settings = {"experts": "demand", "resident_share": share, "resident_weights": residence}
+    plan, streamed = await check(made, config_for(made, gpu_memory="1GiB", **settings))
+    assert plan.demand is not None
+    assert plan.demand.is_coded
+    assert 0.25 * plan.demand.ready_bytes < plan.demand.expert_bytes < 0.32 * plan.demand.ready_bytes
+    assert (plan.demand.slots == 4) == (share == 1)
+    assert (any(plan.streamed_bytes), plan.demand.slots > 0) == (share == 0, share > 0)
+    assert plan.decode_buffer_bytes >= plan.demand.decoded_bytes > 0
+    assert (streamed > 0) == (share < 1)  # experts among them
 
 
 _Q = "model.layers.2.self_attn.q_proj.weight"
@@ -291,7 +303,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     ),
     "truncated": (
         lambda tensors: tensors.update({f"{_Q}_scale_inv": tensors[f"{_Q}_scale_inv"][:1].clone()}),
-        rf"{_Q}_scale_inv: expected shape \[2, 2\] of F32.* found shape \[1, 2\] of F32",
+        rf"{_Q}_scale_inv: expected shape \[2, 2\].* of F32.* found shape \[1, 2\] of F32",
     ),
     "one": (
         lambda tensors: tensors.update({f"{_Q}_scale_inv": torch.tensor(1.0)}),

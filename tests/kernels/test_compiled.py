@@ -11,7 +11,8 @@ import pytest
 
 KINDS = {
     "fp8": {"CODE": 0, "BITS": 8, "SCALE": 0},
-    "nvfp4": {"MOVES": True, "CODE": 1, "BITS": 4, "SCALE": 4, "FACTOR": 2},
+    "chosen": {"CODE": 1, "BITS": 4, "SCALE": 3, "MOVES": True},
+    "nvfp4": {"CODE": 1, "BITS": 4, "SCALE": 4, "FACTOR": 2},
     "w4-order": {"CODE": 2, "BITS": 4, "SCALE": 1, "ZEROS": True, "EACH": True, "GROUPS": True, "TILES": 2},
 }
 """By what a kernel is compiled for; see `_decode_units`."""

@@ -80,6 +80,29 @@ def test_decode(dtype: torch.dtype, kinds: tuple[str, ...], monkeypatch: pytest.
         assert torch.equal(each.operand.signbit() & (each.operand == 0), wanted.signbit() & (wanted == 0))
 
 
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4", "w4-zeros", "w4-groups"])
+def test_tensors_are_decoded_from_where_they_were_moved_to(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as if it lay in the first row; those that are left out are not touched."""
+    monkeypatch.setattr(scaled, "_GROUP", 2)
+    each = [packed(kind, torch.float32, exact=False) for _ in range(3)]
+    rows = torch.stack([one.data for one in each])
+    operands = [torch.full_like(one.operand, 3.0) for one in each]
+    numbered = [
+        Encoded(one.packing, rows[0], operand, number)
+        for number, (one, operand) in enumerate(zip(each, operands, strict=True))
+    ]
+    moves = torch.tensor([2 * rows.shape[1], -1, 0])
+    decode = scaled.decoding(numbered, moves)
+    for last in (0, rows.shape[1]):
+        moves[2] = last
+        decode()
+    for operand, row in zip(operands[::2], (2, 1), strict=True):
+        wanted = each[row].operand.clone()
+        decode_each([each[row]._replace(operand=wanted)])
+        torch.testing.assert_close(operand, wanted, rtol=0, atol=0, equal_nan=True)
+    assert (operands[1] == 3.0).all()
+
+
 @pytest.mark.parametrize(("kind", "launches"), [("fp8", 1), ("fp8-rows", 2), ("nvfp4", 2)])
 def test_matrices_that_lie_alike_are_decoded_in_one_launch(
     kind: str, launches: int, monkeypatch: pytest.MonkeyPatch

@@ -31,6 +31,8 @@ class WeightPrefetcher:
         streams = any(layer.packed is not None for layer in weights.layers)
         self._buffers = [self._buffer(plan.weight_buffer_bytes) for _ in range(BUFFERS * streams)]
         self._decoded = self._buffer(plan.decode_buffer_bytes)
+        self._of_experts = self._decoded[:0]
+        """The end of that, for experts on demand."""
         self._coded = self._buffer(family.activations.coded_weight_bytes)
         self._chosen: ChosenExperts | None = None
         if any(layer.has_coded_experts for layer in weights.layers):
@@ -39,6 +41,7 @@ class WeightPrefetcher:
         """Opened layers by layer and buffer."""
         self._experts: ExpertLoader | None = None
         if plan.demand is not None:
+            self._of_experts = self._decoded[len(self._decoded) - plan.demand.decoded_bytes :]
             experts = [layer.experts for layer in weights.layers]
             tables, max_tokens = family.expert_tables, plan.buffers.queries
             self._experts = ExpertLoader(experts, plan.demand, device, tables, max_tokens=max_tokens)
@@ -113,6 +116,7 @@ class WeightPrefetcher:
         weights = self._layers[layer]
         buffer = self._decoded[:0] if weights.packed is None else self._buffers[slot]
         opened = weights.open(buffer, self._decoded, self._chosen)
-        tensors = opened.tensors if weights.experts is None else self._on_demand.with_experts(layer, opened.tensors)
-        ready, more = self._family.activations.prepared(self._family.opened(layer, tensors), self._coded)
+        if weights.experts is not None:
+            opened = self._on_demand.open(layer, opened, self._of_experts, self._chosen)
+        ready, more = self._family.activations.prepared(self._family.opened(layer, opened.tensors), self._coded)
         return opened._replace(tensors=ready, decodings=(*opened.decodings, *more))
