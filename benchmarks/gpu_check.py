@@ -186,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", type=DType, default=DType.FLOAT16, choices=tuple(map(DType, DTYPES)))
     parser.add_argument("--run", action="append", metavar="WORDS", help="runs whose names have these (default: all)")
     options = parser.parse_args(arguments)
+    torch.set_float32_matmul_precision("highest")  # an environment variable of some images says otherwise
     wanted = options.run or [""]
     runs = [run for run in RUNS if any(words in run.name for words in wanted)]
     with TemporaryDirectory() as directory:

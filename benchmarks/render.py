@@ -58,6 +58,7 @@ _PEERS = ("peers/host", "peers/host-accelerate", "peers/budget", "peers/resident
 _OF_PEERS = ("hsrpc: tokens/s", "step", "of its limit", "peer: tokens/s", "step", "of its limit", "times")
 _SLOTS = ("0", "1", *(str(8 * eighths) for eighths in range(1, 9)))
 _MIXTURES = (
+    "qwen3-30b-a3b-1",
     "qwen3-30b-a3b-256",
     "qwen3-30b-a3b-1024",
     "mixtral-8x7b-256",
@@ -66,6 +67,7 @@ _MIXTURES = (
     "deepseek-v2-lite-rebuilt",
     "deepseek-v2-lite-absorbed",
 )
+_CACHES = ("opt-13b-plain", "opt-13b-fp8")
 _QUANTIZED = (
     "llama-3.3-70b-fp8",
     "llama-3.3-70b-w4a16",
@@ -98,6 +100,11 @@ TABLES = {
         tuple(f"quantized/{case}" for case in _QUANTIZED),
         ("model, requests", "weights", *_STEP, "predicted", "tokens/s"),
         tables.quantized,
+    ),
+    "caches": Table(
+        tuple(f"caches/{case}" for case in _CACHES),
+        ("model, requests", "activations", "resident", *_STEP, "GPU busy", "predicted", "tokens/s"),
+        tables.caches,
     ),
     "code-kernels": Table(
         ("quantized/kernels",), ("a layer of", "weights", "time", "read and written", "of a copy"), tables.code_kernels

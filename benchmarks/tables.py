@@ -60,6 +60,8 @@ def mixtures(records: Sequence[Record]) -> Iterator[Row]:
     for record in records:
         [run] = record.result
         weights = "coded" if run["codes_weights"] else "as they are"
+        if run["expert_hits"]:
+            weights = f"experts on demand, {100 * run['expert_hit_rate']:.0f} % hits"
         words = record.header.command.split()
         latents = words[words.index("--latent-attention") + 1] if "--latent-attention" in words else None
         caches = {None: run["policy"], "absorb": "latents, absorbed", "rebuild": "latents, rebuilt"}[latents]
@@ -81,6 +83,16 @@ def quantized(records: Sequence[Record]) -> Iterator[Row]:
         shape, _, form = run["model"].partition(":")
         predicted, tokens = ms(run["predicted_step_seconds"]), rate(run["decode_tokens_per_second"])
         yield (f"{NAMES[shape]}, {run['batch']}", form, *_step(run), predicted, tokens)
+
+
+def caches(records: Sequence[Record]) -> Iterator[Row]:
+    """Decode steps of cached activations as they are computed, and in 8 bits."""
+    for record in records:
+        [run] = record.result
+        form = "in 8 bits" if "--cache-format" in record.header.command else "as computed"
+        resident, busy = f"{100 * run['resident_share']:.0f} %", f"{100 * run['device_busy_share']:.0f} %"
+        predicted, tokens = ms(run["predicted_step_seconds"]), rate(run["decode_tokens_per_second"])
+        yield (f"{NAMES[run['model']]}, {run['batch']}", form, resident, *_step(run), busy, predicted, tokens)
 
 
 def code_kernels(records: Sequence[Record]) -> Iterator[Row]:
