@@ -17,7 +17,7 @@ from hsrpc.plan.advice import _with_weight_bits
 from hsrpc.plan.demand import demand_of
 from hsrpc.plan.device_memory import query_bytes
 from hsrpc.plan.expert_outlook import expert_outlook
-from hsrpc.plan.fitted import GRAPH_BYTES
+from hsrpc.plan.fitted import CHOICE_SECONDS, GRAPH_BYTES
 from hsrpc.plan.layer_times import LayerTimes
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.memory_use import DeviceUse, HostUse
@@ -149,7 +149,7 @@ def test_seconds_of_what_is_missed(sizes: ModelSizes) -> None:
     for tokens, groups in ((1, 1), (7, 1), (8, 2)):
         touched = groups * COUNT * (1 - (1 - K / COUNT) ** (tokens / groups))
         bus = touched * 0.75 * EXPERT_BYTES / HARDWARE.load_bandwidth
-        assert times.on_demand(tokens, demand.missed, groups) == pytest.approx((bus + groups * 1e-4) * 5 / 6)
+        assert times.on_demand(tokens, demand.missed, groups) == pytest.approx((bus + groups * CHOICE_SECONDS) * 5 / 6)
     plan = make(sizes, max_batch=1, experts="demand")
     step = predict_at(plan, sizes, 100)
     assert step.bus == 0
