@@ -6,7 +6,7 @@ the heading of docs/findings.md and, where raw results were kept, their file in 
 | constant | value, unit | measured | from |
 |---|---|---|---|
 | WAITING | 8 | 10 | "The planner's choice"; planner/sweep-partly.json |
-| PRODUCT_WAITING | 2.75 | 1.5 to 3.5 | "Products of a few hundred rows"; products/h200.json |
+| PRODUCT_WAITING | 2.75 | 1.8 to 4.2 | "Products of a few hundred rows"; products/h200.json |
 | ATTENTION_RATE_SHARE | 0.93 of plain reads | 0.85 to 1.0, 109 to 438 requests | "Products of a few hundred rows" |
 | PROMPT_RATE_SHARE | 0.9 of the GEMM rate | 0.93, 8,360 tokens | "Recomputing requests"; recompute/opt-13b.json |
 | DECODE_RATE_SHARE | 0.3 of the memory bandwidth | 0.33 (float16), 0.45 (bfloat16) | "Coded weights" |
