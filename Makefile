@@ -41,7 +41,7 @@ test: $(installed) $(node_installed) ## Run all tests
 
 .PHONY: kernels
 kernels: $(installed) $(interpreter) ## Run the GPU kernels on the CPU, in Triton's interpreter (1 GB in build/triton)
-	@TRITON_INTERPRET=1 PYTHONPATH=build/triton $(pytest) tests/kernels
+	@TRITON_INTERPRET=1 PYTHONPATH=build/triton $(pytest) -n auto --dist worksteal tests/kernels
 
 .PHONY: ray
 ray: $(installed) $(ray) ## Test the stage of Ray Data with a real Ray on this machine, of which a worker is killed
