@@ -1,4 +1,4 @@
-"""What rounding cached tokens to 8 bits does to what SmolLM2-135M-Instruct, the bundled model and random ones say.
+"""What caches in 8 bits do to the output of SmolLM2-135M-Instruct, of the bundled model, and of random ones.
 
 Each format, and each part of one, rounds inputs of the projections to K and V, their weights, or K and V themselves,
 within transformers' models in float32, by hsrpc's own rows. Compared with the same model without it are perplexity, the
@@ -114,7 +114,7 @@ def rounded(x: torch.Tensor, codes: Codes) -> torch.Tensor:
     return rows.decode(rows.encode(flat)).view(x.shape)
 
 
-class RoundingCache(DynamicCache):  # type: ignore[misc]
+class RoundingCache(DynamicCache):
     """K and V of each token, rounded as soon as they are made: a scale for each head."""
 
     def __init__(self, codes: Codes | None) -> None:
@@ -126,8 +126,7 @@ class RoundingCache(DynamicCache):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._codes is not None:
             key_states, value_states = rounded(key_states, self._codes), rounded(value_states, self._codes)
-        keys, values = super().update(key_states, value_states, *args, **named)
-        return keys, values
+        return super().update(key_states, value_states, *args, **named)
 
 
 @contextmanager
@@ -173,7 +172,7 @@ def compare(plain: Outcome, other: Outcome, targets: torch.Tensor) -> dict[str, 
 
 
 def _relative(wanted: torch.Tensor, found: torch.Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+    return ((found - wanted).norm() / wanted.norm()).item()
 
 
 def measure_text(model: PreTrainedModel, token_ids: Sequence[int]) -> dict[str, Any]:

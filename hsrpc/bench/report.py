@@ -88,6 +88,7 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
         ("GPU busy", [_share(r.device_busy_share) for r in results]),
         ("weights resident", [f"{r.resident_share:.0%}" for r in results]),
         ("weights that stream", ["coded" if r.codes_weights else "as they are" for r in results]),
+        ("cached tokens", [r.cache_format for r in results]),
         ("experts on demand, hits", [_hits(r) for r in results]),
         ("preemptions", [str(r.preemptions) for r in results]),
         (

@@ -64,6 +64,8 @@ class Result:
     resident_share: float
     codes_weights: bool
     """Those that stream cross the bus coded."""
+    cache_format: str
+    """How cached tokens are kept."""
     batch: int
     num_steps: int
     step_seconds: float
@@ -180,6 +182,7 @@ def summarise(run: Run, config: EngineConfig) -> Result:
         activation_share=plan.activation_share,
         resident_share=plan.resident_share,
         codes_weights=plan.decode_buffer_bytes > 0,
+        cache_format=plan.cache_format.value,
         batch=plan.max_batch,
         num_steps=len(chosen),
         step_seconds=median(seconds),

@@ -52,6 +52,7 @@ def _rows(machine: Machine) -> dict[str, str]:
         "host to device": format_rate(hardware.load_bandwidth, "B/s"),
         "device to host": format_rate(hardware.store_bandwidth, "B/s"),
         f"products of {machine.dtype}": format_rate(hardware.gemm_rate, "FLOP/s"),
+        "products of float8": format_rate(hardware.gemm_rate * hardware.fp8_gemm_share, "FLOP/s"),
         "device memory": format_rate(hardware.memory_bandwidth, "B/s"),
         "weights read": format_rate(hardware.weight_bandwidth, "B/s"),
         "attention reads": format_rate(hardware.attention_bandwidth, "B/s"),

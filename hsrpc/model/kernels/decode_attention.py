@@ -58,8 +58,8 @@ def _accumulate(
 ):
     """Online softmax over one tile of keys: m and total [g], acc [g, d]. Keys have `MORE` dimensions behind `WIDTH`.
 
-    Of coded rows `words` [g or 1, keys] are the scales of each query's head. What the values gather is divided by the
-    tile's largest scale, since weights times scales would be too small for float16.
+    Of coded rows `words` [g or 1, keys] are the scales of each query's head. In float16 what the values gather is
+    divided by the tile's largest scale: weights times scales would be too small for it.
     """
     mask = valid[:, None] & (d < WIDTH)[None, :]
     k = load_numbers(k_rows + d[None, :], mask, q, KIND, NATIVE)
@@ -79,8 +79,11 @@ def _accumulate(
     total = total * kept + tl.sum(p, 1)
     if KIND:
         of_values = first_scale(words) if SHARES else second_scale(words)
-        top = tl.max(tl.max(of_values, 1), 0)
-        p = p * (of_values / tl.where(top > 0, top, 1.0))
+        top = 1.0
+        if v.dtype == tl.float16:
+            top = tl.max(tl.max(of_values, 1), 0)
+            of_values = of_values / tl.where(top > 0, top, 1.0)
+        p = p * of_values
     if DOT:
         added = tl.dot(p.to(v.dtype), v, input_precision="ieee")
     else:

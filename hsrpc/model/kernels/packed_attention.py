@@ -97,8 +97,11 @@ def _attend(
         total = total * kept + tl.sum(p, 1)
         if KIND:
             of_values = first_scale(words) if SHARES else second_scale(words)
-            largest = tl.max(of_values, 0)
-            p = p * (of_values / tl.where(largest > 0, largest, 1.0))[None, :]
+            largest = 1.0
+            if v.dtype == tl.float16:  # as in `decode_attention`
+                largest = tl.max(of_values, 0)
+                of_values = of_values / tl.where(largest > 0, largest, 1.0)
+            p = p * of_values[None, :]
         added = tl.dot(p.to(v.dtype), v, input_precision="ieee")
         if KIND:
             added = added * (largest * code_unit(KIND, NATIVE))
