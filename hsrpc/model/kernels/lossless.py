@@ -98,18 +98,22 @@ def _decode_weights(
     """A thread decodes a row of 16 values one behind the other: they share a word of codes, and half of each plane.
 
     Target and low bytes are taken as words too. A group of programs is one tensor's: `groups` says whose row of
-    `tensors` [*, FIELDS] it is. Their last ones may be behind its end. MOVES: as `Packing.decoding` has `moves`.
+    `tensors` [*, FIELDS] it is. Their last ones may be behind its end. MOVES: as `Packing.decoding` has `moves`; a
+    program takes a group's work then: most tensors may be left out.
     """
     program = tl.program_id(0)
-    fields = tensors + tl.load(groups + program // GROUP) * FIELDS
-    block = program - _number(fields, 0)
-    num_rows = _number(fields, 1)
-    if block * ROWS < num_rows:
-        if MOVES:
-            move = tl.load(moves + _number(fields, 11))
-            if move >= 0:
+    if MOVES:
+        fields = tensors + tl.load(groups + program) * FIELDS
+        move = tl.load(moves + _number(fields, 11))
+        if move >= 0:
+            first, num_rows = program * GROUP - _number(fields, 0), _number(fields, 1)
+            for block in range(first, min(first + GROUP, tl.cdiv(num_rows, ROWS))):
                 _decode_block(fields, block, num_rows, move, MANTISSA_BITS, ROWS)
-        else:
+    else:
+        fields = tensors + tl.load(groups + program // GROUP) * FIELDS
+        block = program - _number(fields, 0)
+        num_rows = _number(fields, 1)
+        if block * ROWS < num_rows:
             _decode_block(fields, block, num_rows, 0, MANTISSA_BITS, ROWS)
 
 
@@ -185,7 +189,8 @@ class WeightDecoder:
 
     def run(self) -> None:
         """As `lossless.decode` of each, on the current stream."""
-        _decode_weights[(len(self.groups) * _GROUP,)](
+        programs = len(self.groups) * (_GROUP if self.moves is None else 1)
+        _decode_weights[(programs,)](
             self.tensors,
             self.groups,
             self.groups if self.moves is None else self.moves,

@@ -151,20 +151,29 @@ def _decode_units(
     """A program decodes some rows of the matrix that `owners` names, by its row of `matrices` [*, FIELDS].
 
     EACH: scales are found for each column, since columns of a unit may have different ones, or blocks have sizes that
-    are no powers of two. MOVES: as `Packing.decoding` has `moves`.
+    are no powers of two. MOVES: as `Packing.decoding` has `moves`; a program takes a group's work then, one part after
+    the other, since most matrices may be left out: a program that has nothing to do takes time as well.
     """
-    fields = matrices + tl.load(owners + tl.program_id(0) // GROUP) * FIELDS
+    program = tl.program_id(0)
     if MOVES:
+        fields = matrices + tl.load(owners + program) * FIELDS
         move = tl.load(moves + _number(fields, 15))
         if move >= 0:
-            _decode_rows(fields, move, DTYPE, CODE, BITS, SCALE, ZEROS, FACTOR, EACH, GROUPS, ALIGNED, THREADS, TILES)
+            first = program * GROUP - _number(fields, 0)
+            for tile in range(first, first + GROUP):
+                _decode_rows(
+                    fields, tile, move, DTYPE, CODE, BITS, SCALE, ZEROS, FACTOR, EACH, GROUPS, ALIGNED, THREADS, TILES
+                )
     else:
-        _decode_rows(fields, 0, DTYPE, CODE, BITS, SCALE, ZEROS, FACTOR, EACH, GROUPS, ALIGNED, THREADS, TILES)
+        fields = matrices + tl.load(owners + program // GROUP) * FIELDS
+        tile = program - _number(fields, 0)
+        _decode_rows(fields, tile, 0, DTYPE, CODE, BITS, SCALE, ZEROS, FACTOR, EACH, GROUPS, ALIGNED, THREADS, TILES)
 
 
 @triton.jit
 def _decode_rows(
     fields,
+    tile,
     move,
     DTYPE: tl.constexpr,
     CODE: tl.constexpr,
@@ -178,7 +187,7 @@ def _decode_rows(
     THREADS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Rows of the matrix of `fields`, whose packed bytes lie `move` bytes behind what these say."""
+    """A tile of the matrix of `fields`, whose packed bytes lie `move` bytes behind what these say."""
     target = tl.load(fields + 1).to(tl.pointer_type(DTYPE))
     codes = (tl.load(fields + 2) + move).to(tl.pointer_type(tl.int64 if BITS == 8 else tl.int32))
     scales = (tl.load(fields + 3) + move).to(tl.pointer_type(tl.uint8))
@@ -188,7 +197,7 @@ def _decode_rows(
         target = tl.multiple_of(target, 16)
     num_units = tl.cdiv(num_columns, 8)
     width, across = _number(fields, 12), _number(fields, 13)
-    tile, thread, height = tl.program_id(0) - _number(fields, 0), tl.arange(0, THREADS), THREADS >> width
+    thread, height = tl.arange(0, THREADS), THREADS >> width
     unit = ((tile % across) << width) + (thread & ((1 << width) - 1))
     first_row = tile // across * (height * TILES) + (thread >> width)
     eight = tl.arange(0, 8)
@@ -332,8 +341,8 @@ class ScaledDecoder:
 
     def run(self) -> None:
         """As `codes.decode` of each, on the current stream."""
-        kind = self.kind
-        _decode_units[(len(self.owners) * _GROUP,)](
+        kind, programs = self.kind, len(self.owners) * (_GROUP if self.moves is None else 1)
+        _decode_units[(programs,)](
             self.table,
             self.owners,
             self.owners if self.moves is None else self.moves,
