@@ -114,7 +114,7 @@ def rounded(x: torch.Tensor, codes: Codes) -> torch.Tensor:
     return rows.decode(rows.encode(flat)).view(x.shape)
 
 
-class RoundingCache(DynamicCache):
+class RoundingCache(DynamicCache):  # type: ignore[misc]
     """K and V of each token, rounded as soon as they are made: a scale for each head."""
 
     def __init__(self, codes: Codes | None) -> None:
@@ -126,7 +126,8 @@ class RoundingCache(DynamicCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._codes is not None:
             key_states, value_states = rounded(key_states, self._codes), rounded(value_states, self._codes)
-        return super().update(key_states, value_states, *args, **named)
+        keys, values = super().update(key_states, value_states, *args, **named)
+        return keys, values
 
 
 @contextmanager
@@ -172,7 +173,7 @@ def compare(plain: Outcome, other: Outcome, targets: torch.Tensor) -> dict[str, 
 
 
 def _relative(wanted: torch.Tensor, found: torch.Tensor) -> float:
-    return ((found - wanted).norm() / wanted.norm()).item()
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def measure_text(model: PreTrainedModel, token_ids: Sequence[int]) -> dict[str, Any]:
