@@ -17,7 +17,7 @@ ENV PATH=/opt/hsrpc/bin:$PATH
 # Before the sources, so that a change of them does not fetch torch again.
 RUN pip install --index-url "${TORCH_INDEX}" "${TORCH}"
 COPY . /src
-RUN pip install "/src[engine]"
+RUN pip install "/src[engine,gateway]"
 
 FROM python:${PYTHON}-slim
 # triton compiles a launcher for its kernels with the C compiler.

@@ -18,6 +18,7 @@ bin := .venv/bin
 installed := .venv/installed
 node_client := clients/node
 interpreter := build/triton/installed
+ray := build/ray-installed
 node_installed := $(if $(shell command -v npm),$(node_client)/node_modules/.package-lock.json)
 proto := PYTHON=$(bin)/python BUF=$(bin)/buf tools/proto.sh
 
@@ -40,7 +41,11 @@ test: $(installed) $(node_installed) ## Run all tests
 
 .PHONY: kernels
 kernels: $(installed) $(interpreter) ## Run the GPU kernels on the CPU, in Triton's interpreter (1 GB in build/triton)
-	@TRITON_INTERPRET=1 PYTHONPATH=build/triton $(pytest) tests/kernels
+	@TRITON_INTERPRET=1 PYTHONPATH=build/triton $(pytest) -n auto --dist worksteal tests/kernels
+
+.PHONY: ray
+ray: $(installed) $(ray) ## Test the stage of Ray Data with a real Ray on this machine, of which a worker is killed
+	@HSRPC_TEST_RAY=1 $(pytest) tests/ray
 
 .PHONY: soak
 soak: $(installed) ## Serve under load, faults, kills and a siege, for SECONDS=600 and more; report in build/soak
@@ -97,6 +102,11 @@ $(installed): pyproject.toml constraints.txt
 $(interpreter): Makefile
 	@rm -rf build/triton
 	@$(bin)/pip install -qq --disable-pip-version-check --no-deps --target build/triton 'triton==3.9.0'
+	@touch $@
+
+$(ray): $(installed)
+	@$(bin)/pip install -qq --disable-pip-version-check -c constraints.txt 'ray[data]'
+	@mkdir -p $(@D)
 	@touch $@
 
 $(node_client)/node_modules/.package-lock.json: $(node_client)/package.json $(node_client)/package-lock.json

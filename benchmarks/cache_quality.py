@@ -114,7 +114,7 @@ def rounded(x: torch.Tensor, codes: Codes) -> torch.Tensor:
     return rows.decode(rows.encode(flat)).view(x.shape)
 
 
-class RoundingCache(DynamicCache):  # type: ignore[misc]  # transformers says Any
+class RoundingCache(DynamicCache):  # type: ignore[misc]
     """K and V of each token, rounded as soon as they are made: a scale for each head."""
 
     def __init__(self, codes: Codes | None) -> None:
@@ -124,7 +124,8 @@ class RoundingCache(DynamicCache):  # type: ignore[misc]  # transformers says An
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **named: Any) -> Any:
         if self._codes is not None:
             key_states, value_states = rounded(key_states, self._codes), rounded(value_states, self._codes)
-        return super().update(key_states, value_states, *args, **named)
+        keys, values = super().update(key_states, value_states, *args, **named)
+        return keys, values
 
 
 @contextmanager

@@ -25,9 +25,9 @@ import torch
 from hsrpc.config import DeviceKind, DType, EngineConfig
 from hsrpc.device.device import Device
 from hsrpc.engine.startup import describe_model, measure_machine
-from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
+from hsrpc.model.checkpoint import Checkpoint, RandomWeights
 from hsrpc.model.families.registry import create_family
-from hsrpc.model.formats.format import Encoded
+from hsrpc.model.formats.format import Encoded, WeightSource
 from hsrpc.model.formats.lossless import Coding, Lossless
 from hsrpc.model.hub import resolve_model
 from hsrpc.model.shapes import RANDOM_PREFIX

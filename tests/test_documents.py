@@ -99,7 +99,7 @@ def test_lines_are_short(page):
 
 def test_the_page_of_performance_is_short():
     """Method and current tables; what was learnt has a page of its own."""
-    assert len((ROOT / "docs/performance.md").read_text(encoding="utf-8").splitlines()) <= 170
+    assert len((ROOT / "docs/performance.md").read_text(encoding="utf-8").splitlines()) <= 210
 
 
 def test_the_page_of_models_has_every_family_and_every_refusal():

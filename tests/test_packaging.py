@@ -70,6 +70,11 @@ def test_the_engine_extra_brings_torch(metadata):
     assert not {"pytest", "mypy", "matplotlib"} & needed
 
 
+def test_the_gateway_extra_brings_the_gateway_alone(metadata):
+    """What the OpenAI port needs beside the engine: the gateway, and the stubs of what it speaks."""
+    assert requirements(metadata, "gateway") - requirements(metadata) == {"smg", "smg-grpc-proto"}
+
+
 def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel):
     """Type marker, stubs and the bundled model are in it; tests are not."""
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}

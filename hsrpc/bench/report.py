@@ -73,6 +73,7 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
         ("  forward", [_ms(r.limit.forward) for r in results]),
         ("  regeneration", [_ms(r.limit.regenerate) for r in results]),
         ("  attention", [_ms(r.limit.attention) for r in results]),
+        ("  experts, what waits", [_ms(r.limit.in_turn) for r in results]),
         ("efficiency", [f"{r.efficiency:.3f}" for r in results]),
         ("  beside plain copies", [f"{r.sustained_efficiency:.3f}" for r in results]),
         ("recomputed", [f"{r.recomputed_tokens / r.num_steps:,.0f} tokens a step" for r in results]),

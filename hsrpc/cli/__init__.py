@@ -1,1 +1,1 @@
-"""The command line: `hsrpc serve | generate | chat | plan | convert | info | bench | top`."""
+"""The command line: `hsrpc serve | generate | chat | batch | plan | convert | info | bench | top`."""

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hsrpc.cli.options import Commands, add_command, add_sampling_options, sampling_settings
-from hsrpc.cli.source import Run, Source, add_source_options, running_source
+from hsrpc.cli.source import Run, add_source_options, running_source
 from hsrpc.errors import ConfigError, HsrpcError, InvalidRequestError
 from hsrpc.prompt import Chat, Json, Message
 from hsrpc.request import FinishReason
+from hsrpc.source import Source
 
 _EXAMPLES = """\
   hsrpc chat                                 with the bundled model, which talks about stories

@@ -1,4 +1,5 @@
-"""`make demo`: a server whose device budget is smaller than its model, three prompts streamed from it at once, a talk.
+"""`make demo`: a server whose device budget is smaller than its model, three prompts streamed from it at once, a talk,
+and the first story once more, asked by curl through the OpenAI port where the extra `gateway` is installed.
 
 Run it with `python -m hsrpc.cli.demo`.
 """
@@ -6,11 +7,16 @@ Run it with `python -m hsrpc.cli.demo`.
 from __future__ import annotations
 
 import asyncio
+import json
+import shlex
+import shutil
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -38,6 +44,8 @@ SERVER_FLAGS = (
     "--max-model-len=240",
     "--max-prefill-tokens=16",
 )
+SAMPLING: dict[str, Any] = {"max_tokens": 220, "temperature": 0.7, "seed": 4}
+HAS_GATEWAY = all(map(find_spec, ("smg", "smg_grpc_proto")))
 _START_SECONDS = 120
 
 
@@ -50,27 +58,40 @@ class Story:
     finish: Finish | None = None
 
 
+@dataclass(slots=True)
+class Doors:
+    """The ways to a server."""
+
+    client: AsyncClient
+    openai: str | None
+    """OpenAI's base URL; None: the extra is not installed."""
+
+
 @asynccontextmanager
-async def running_server() -> AsyncIterator[AsyncClient]:
-    """A client of a server on a free port that is ready; both are stopped at the end."""
+async def running_server() -> AsyncIterator[Doors]:
+    """A server on free ports that is ready, with a client of it; both are stopped at the end."""
+    flags = [*SERVER_FLAGS, *(["--openai-port=0"] if HAS_GATEWAY else [])]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "hsrpc.cli.main", "serve", "--port=0", "--log-level=warning", *SERVER_FLAGS, stdout=PIPE
+        sys.executable, "-m", "hsrpc.cli.main", "serve", "--port=0", "--log-level=warning", *flags, stdout=PIPE
     )
     try:
-        async with AsyncClient(await asyncio.wait_for(_address(process), _START_SECONDS)) as client:
+        address = await asyncio.wait_for(_said(process, "listening on "), _START_SECONDS)
+        openai = await _said(process, "OpenAI API on ") if HAS_GATEWAY else None
+        async with AsyncClient(address) as client:
             await _wait_ready(client, process)
-            yield client
+            yield Doors(client, openai)
     finally:
         if process.returncode is None:
             process.terminate()
             await process.wait()
 
 
-async def _address(process: Process) -> str:
+async def _said(process: Process, lead: str) -> str:
+    """The address behind these words."""
     assert process.stdout is not None
     async for line in process.stdout:
-        if line.startswith(b"listening on "):
-            return line.decode().removeprefix("listening on ").strip()
+        if line.startswith(lead.encode()):
+            return line.decode().removeprefix(lead).strip().partition(",")[0]
     raise SystemExit("demo: the server ended before it listened; its messages are above")
 
 
@@ -87,7 +108,7 @@ async def _wait_ready(client: AsyncClient, process: Process) -> None:
 
 async def stream(client: AsyncClient, story: Story, live: Live, stories: list[Story]) -> None:
     """Fill `story` from the server, showing each piece as it comes."""
-    async for delta in client.generate(story.prompt, max_tokens=220, temperature=0.7, seed=4):
+    async for delta in client.generate(story.prompt, **SAMPLING):
         story.text += delta.text
         story.finish = delta.finish or story.finish
         live.update(_panels(stories))
@@ -134,11 +155,28 @@ async def talk(client: AsyncClient, console: Console) -> None:
         turns.append(Message("assistant", answer))
 
 
+async def ask_by_curl(base: str, model: str, story: Story, console: Console) -> None:
+    """Ask for the story once more, as any client of OpenAI's API would."""
+    asked = {"model": model, "prompt": story.prompt, **SAMPLING}
+    command = ["curl", "-sS", "--noproxy", "*", f"{base}/completions"]
+    command += ["-H", "content-type: application/json", "-d", json.dumps(asked)]
+    console.print(f"$ {shlex.join(command)}", style="bold", highlight=False, soft_wrap=True)
+    if shutil.which("curl") is None:
+        console.print("curl is not installed")
+        return
+    process = await asyncio.create_subprocess_exec(*command, stdout=PIPE)
+    answer, _ = await process.communicate()
+    text = json.loads(answer)["choices"][0]["text"]
+    console.print(_panels([Story(story.prompt, text)]))
+    console.print("the same, to the last character" if text == story.text else "not the same")
+
+
 async def demo() -> None:
     """Start, stream, report, stop."""
     console = Console()
     console.print("starting a server whose device budget is smaller than its model ...")
-    async with running_server() as client:
+    async with running_server() as doors:
+        client = doors.client
         model = await client.get_model()
         console.print(f"{model.name} is ready; three prompts at once:")
         stories = [Story(prompt) for prompt in PROMPTS]
@@ -148,6 +186,9 @@ async def demo() -> None:
         console.print(summary(stories, model.sizes.model_bytes, await client.get_server_info()))
         console.print("\nand a conversation:")
         await talk(client, console)
+        if doors.openai is not None:
+            console.print("\nand the first story once more, through OpenAI's API:")
+            await ask_by_curl(doors.openai, model.name, stories[0], console)
     console.print("server stopped; talk with the model yourself: .venv/bin/hsrpc chat", highlight=False)
 
 

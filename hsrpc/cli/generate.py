@@ -8,10 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 from hsrpc.cli.options import Commands, add_command, add_sampling_options, sampling_settings
-from hsrpc.cli.source import Source, add_source_options, running_source
+from hsrpc.cli.source import add_source_options, running_source
 from hsrpc.cli.terminal import printable_json
 from hsrpc.errors import InvalidRequestError
 from hsrpc.request import Delta
+from hsrpc.source import Source
 
 _EXAMPLES = r"""  hsrpc generate "Once upon a time"
   hsrpc generate --temperature 0 --max-tokens 40 "The little robot"

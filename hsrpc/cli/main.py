@@ -10,17 +10,18 @@ import sys
 from collections.abc import Sequence
 
 from hsrpc import __version__
-from hsrpc.cli import bench, chat, convert, generate, info, plan, serve, top
+from hsrpc.cli import batch, bench, chat, convert, generate, info, plan, serve, top
 from hsrpc.cli.options import Parser
 from hsrpc.cli.terminal import print_any_text, print_error
 from hsrpc.errors import HsrpcError
 
-_COMMANDS = (serve, generate, chat, plan, convert, info, bench, top)
+_COMMANDS = (serve, generate, chat, batch, plan, convert, info, bench, top)
 
 _EXAMPLES = """\
 examples:
   hsrpc generate "Once upon a time"                        the bundled model, embedded
   hsrpc chat                                               a conversation with it
+  hsrpc batch requests.jsonl answers.jsonl                 a file of requests, in OpenAI's batch form
   hsrpc serve --port 50051                                 the same over gRPC
   hsrpc serve --model ~/models/opt-13b --gpu-memory 20GiB  a model larger than the device
   hsrpc plan --model random:opt-30b --gpu-memory 24GiB     what would lie where, and how fast it would be

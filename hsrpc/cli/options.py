@@ -24,6 +24,7 @@ from hsrpc.config import (
     GenerationDefaults,
     LatentAttention,
     Placement,
+    ResidentWeights,
     Seconds,
     WeightCoding,
 )
@@ -147,7 +148,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model",
         default=BUNDLED_MODEL,
-        help="directory in Hugging Face format, hub id, or random:SHAPE, such as random:opt-13b or random:config.json "
+        help="directory in Hugging Face format, hub id, or random:SHAPE, such as random:opt-13b or random:config.json, "
+        "with weights as fp8, mxfp4, nvfp4, w4a16 or w8a16 where that follows, such as random:qwen3-32b:fp8 "
         "(default: bundled)",
     )
     add_trust_links(model)
@@ -195,6 +197,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=WeightCoding.AUTO,
         help="lossless sends 16-bit weights that stream in fewer bytes: 0.86 (float16) or 0.67 (bfloat16) of their own "
         "(default: auto, on CUDA lossless where it pays)",
+    )
+    memory.add_argument(
+        "--resident-weights",
+        choices=_values(ResidentWeights),
+        default=ResidentWeights.AUTO,
+        help="coded and quantised weights that stay on the device: packed ones take fewer bytes there, so that more of "
+        "them stay, and are decoded in every step, decoded ones once, when they are loaded (default: auto, planned)",
     )
     memory.add_argument(
         "--experts",

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hsrpc.config import ExpertLoading, format_bytes, format_rate
 from hsrpc.engine.startup import Planned
-from hsrpc.plan.advice import Advice
+from hsrpc.plan.advice import Advice, best_advice
 from hsrpc.plan.expert_outlook import ExpertOutlook, expert_outlook
 from hsrpc.plan.forecast import FirstToken, first_token, rates_by_batch
 from hsrpc.plan.layer_times import rebuild_rate
@@ -20,9 +20,8 @@ from hsrpc.plan.plan import Plan, StepPrediction
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import PoolId, Tier
 
-_NUM_ADVICE = 2
-_WORTH = 0.01
-"""A smaller gain than this part is within what predictions do not tell apart."""
+_PACKED = "of those on the device, packed"
+"""Weights that are decoded in every step; a row of plans in which there are some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +63,14 @@ class Report:
 
     def print_advice(self, advice: Sequence[Advice]) -> None:
         """The changes that help most."""
-        best = [each for each in advice if each.gain >= _WORTH][:_NUM_ADVICE]
+        best = best_advice(advice)
         console = Console()
         if not best:
             console.print("nothing that was tried would help: " + ", ".join(each.name for each in advice))
             return
         table = _table("what would help most", "", "tokens/s, prompts coming in", "gain")
         for each in best:
-            name = each.name if each.is_served else f"{each.name} (not served yet)"
-            table.add_row(name, f"{each.tokens_per_second:.1f}", f"{each.gain:+.0%}")
+            table.add_row(each.name, f"{each.tokens_per_second:.1f}", f"{each.gain:+.0%}")
         console.print(table)
 
     def as_json(self, advice: Sequence[Advice] | None) -> dict[str, object]:
@@ -124,17 +122,24 @@ def _places(plan: Plan) -> dict[str, _Place]:
     blocks = {tier: sum(n for pool, n in plan.num_blocks.items() if pool.tier is tier) for tier in Tier}
     num_blocks = sum(blocks.values())
     device, host = plan.device_bytes, plan.host_bytes
+    kept = plan.kept_bytes
     return {
         "embeddings and head": _Place(device[DeviceUse.FIXED], 0, 1.0),
         "layers' weights": _Place(
             device[DeviceUse.RESIDENT_WEIGHTS], host[HostUse.STREAMED_WEIGHTS], plan.resident_share
         ),
+        **({_PACKED: _Place(kept, 0, kept / device[DeviceUse.RESIDENT_WEIGHTS])} if kept else {}),
         "cache": _Place(
             device[DeviceUse.CACHE_BLOCKS],
             host[HostUse.CACHE_BLOCKS],
             blocks[Tier.DEVICE] / num_blocks if num_blocks else 1.0,
         ),
     }
+
+
+def _is_coded(plan: Plan) -> bool:
+    """Whether weights cross the bus in fewer bytes than they have."""
+    return any(layer.bus_bytes < layer.streamed_bytes for layer in plan.placed)
 
 
 def _places_table(plan: Plan) -> Table:
@@ -173,7 +178,8 @@ def _prediction_table(plan: Plan, sizes: ModelSizes) -> Table:
         "cached tokens": plan.cache_format.value,
         "tokens recomputed": str(plan.recompute.tokens),
         "weights resident": f"{plan.resident_share:.0%}",
-        "weights that stream": "coded" if plan.decode_buffer_bytes else "as they are",
+        "weights that stay": "packed, decoded in every step" if plan.kept_bytes else "as they are multiplied",
+        "weights that stream": "coded" if _is_coded(plan) else "as they are",
         f"bus ({format_rate(hardware.load_bandwidth, 'B/s')})": _ms(step.bus),
         "forward": _ms(step.forward),
         f"regeneration ({format_rate(rebuild_rate(sizes.commonest, hardware), 'FLOP/s')})": _ms(step.regenerate),

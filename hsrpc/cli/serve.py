@@ -22,6 +22,7 @@ _EXAMPLES = """\
   hsrpc serve                                        the bundled model on 127.0.0.1:50051
   hsrpc serve --port 0                               a free port; printed as `listening on HOST:PORT`
   hsrpc serve --model ./opt-13b --gpu-memory 20GiB   weights and caches stream from the host
+  hsrpc serve --openai-port 8000                     OpenAI's and Anthropic's APIs too, on 127.0.0.1:8000
   hsrpc serve --max-batch 8 --print-config           what would be in effect, and where it came from
   hsrpc serve --model ./opt-13b --cache-policy kv    no activation caching, to compare
 """
@@ -65,12 +66,32 @@ def add_parser(commands: Commands) -> None:
         metavar="NAME[,NAME...]",
         help="names that the `model` of a request may have; answers say the first (default: the model's own)",
     )
+    listen.add_argument(
+        "--vllm-engine",
+        action="store_true",
+        help="serve vllm.grpc.engine.VllmEngine beside hsrpc.v1, for gateways; needs hsrpc[gateway]",
+    )
+    _add_openai_options(parser)
     _add_message_options(parser)
     add_security_options(parser)
     _add_operations_options(parser)
     add_engine_options(parser)
     add_settings(parser)
     parser.set_defaults(run=run)
+
+
+def _add_openai_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("OpenAI's and Anthropic's APIs, by the gateway of hsrpc[gateway]")
+    group.add_argument("--openai-port", type=int, metavar="PORT", help="serve them here; 0 takes a free one")
+    group.add_argument(
+        "--openai-host", default="127.0.0.1", metavar="HOST", help="address of that port (default: 127.0.0.1)"
+    )
+    group.add_argument(
+        "--tool-call-parser", metavar="NAME", help="the model's notation for calls of tools (default: by its name)"
+    )
+    group.add_argument(
+        "--reasoning-parser", metavar="NAME", help="the model's notation for reasoning (default: by its name)"
+    )
 
 
 def _add_message_options(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +131,7 @@ def _add_operations_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Serve until a signal ends it."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read once, as grpc loads; hsrpc reports what goes wrong
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # likewise; what is forked here becomes another program
     from hsrpc.cli.loop import run_loop  # needs the extra `engine`, which --help does not
     from hsrpc.server import ServerConfig, serve
     from hsrpc.server.ops.forced_exit import exit_within, set_up_signals
@@ -119,6 +141,11 @@ def run(options: argparse.Namespace) -> None:
     config = ServerConfig(
         host=options.host,
         port=options.port,
+        vllm_engine=options.vllm_engine,
+        openai_port=options.openai_port,
+        openai_host=options.openai_host,
+        tool_call_parser=options.tool_call_parser,
+        reasoning_parser=options.reasoning_parser,
         served_model_names=tuple(filter(None, (options.served_model_name or "").split(","))),
         security=security_config(options),
         drain_timeout=options.shutdown_timeout,

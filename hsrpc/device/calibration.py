@@ -270,7 +270,8 @@ def _gemm_rates(device: Device, layer: LayerSizes, dtype: torch.dtype, amounts: 
             functional.linear(few, weight)
 
     # Launched as one: the host takes as long to launch a small GEMM as the device to compute it.
-    decoding = _seconds(device, device.capture(decode), amounts.loops)
+    [graph] = device.capture(decode)
+    decoding = _seconds(device, graph, amounts.loops)
     flop = 2 * layer.activation.width * (layer.key_size + layer.value_size)
     return flop / per_row, overhead, size * len(weights) / decoding
 
@@ -322,7 +323,8 @@ def _norm_seconds(device: Device, layer: LayerSizes, dtype: torch.dtype, amounts
         for _ in range(amounts.norms):
             normed = functional.layer_norm(normed, normed.shape[-1:])
 
-    return _seconds(device, device.capture(norms), amounts.loops) / amounts.norms
+    [graph] = device.capture(norms)
+    return _seconds(device, graph, amounts.loops) / amounts.norms
 
 
 def _launch_seconds(device: Device) -> float:

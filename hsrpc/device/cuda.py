@@ -16,7 +16,7 @@ from hsrpc.device.device import Device, Event, Stream
 from hsrpc.device.host_pages import HostPages
 from hsrpc.device.kernels import copy_rows
 from hsrpc.errors import ConfigError
-from hsrpc.plan.memory_use import DeviceUse, HostUse
+from hsrpc.plan.memory_use import HostUse
 from hsrpc.schedule.step import Runs
 
 _REGISTER_PORTABLE_MAPPED = 0x01 | 0x02
@@ -39,6 +39,7 @@ class CudaDevice(Device):
         self.store = torch.cuda.Stream(index)
         self._graph_memory = torch.cuda.graph_pool_handle()
         self._copy = BatchedCopy()
+        self._row_0 = torch.zeros(1, dtype=torch.int64, device=self.torch_device)
         self._pinned: list[HostPages] = []
 
     @property
@@ -113,17 +114,24 @@ class CudaDevice(Device):
     def drain(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 
-    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, *functions: Callable[[], None]) -> list[Callable[[], None]]:
         with self.on(self.compute):
-            function()  # loads kernels and makes workspaces, which cannot be captured
+            for function in functions:  # loads kernels and makes workspaces, which cannot be captured
+                function()
         self.drain()
+        graphs = [self._captured(function) for function in functions]
+        with self.on(self.compute):
+            for graph in graphs:
+                graph.replay()  # the first time takes milliseconds longer
+        return [graph.replay for graph in graphs]
+
+    def _captured(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # One memory for all graphs: no two run at once.
+        # One memory for all graphs: no two run at once, and what one leaves to the next is not given away before that
+        # has used it, since they are captured in the order in which they are launched.
         with torch.cuda.graph(graph, pool=self._graph_memory, stream=self.compute):
             function()
-        with self.on(self.compute):
-            graph.replay()  # the first time takes milliseconds longer
-        return graph.replay
+        return graph
 
     def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
         if stream is not None:
@@ -132,9 +140,8 @@ class CudaDevice(Device):
     def upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array).pin_memory().to(self.torch_device, non_blocking=True)
 
-    def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        target = self.empty((size,), torch.uint8, DeviceUse.WORKSPACE)
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True), target
+    def small_pinned(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         on_host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
@@ -146,6 +153,10 @@ class CudaDevice(Device):
             return on_host
 
         return arrived
+
+    def send(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
+        # A graph of kernels alone is launched quicker, and its end known sooner, than one with a copy at the end.
+        copy_rows(target.view(1, -1), self._row_0, tensor.view(1, -1), self._row_0)
 
     def load_bytes(self, target: torch.Tensor, source: torch.Tensor) -> None:
         for start in range(0, len(source), _PIECE_BYTES):

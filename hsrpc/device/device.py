@@ -135,10 +135,11 @@ class Device(ABC):
         """Block until nothing is under way; only when an engine starts and ends."""
 
     @abstractmethod
-    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        """What `function` launches on the compute stream, ready to be launched again as one; on the CPU, `function`.
+    def capture(self, *functions: Callable[[], None]) -> list[Callable[[], None]]:
+        """What each function launches on the compute stream, ready to be launched again as one; on the CPU, functions.
 
-        Shapes and addresses are as they were. Nothing else may use the device meanwhile.
+        They are called in order, twice, and so is what comes of them: each goes on with the memory that those before it
+        have filled. Shapes and addresses are as they were. Nothing else may use the device meanwhile.
         """
 
     @abstractmethod
@@ -161,13 +162,26 @@ class Device(ABC):
         self.keep(target, self.store)
         return host, target
 
-    @abstractmethod
     def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory for `uploads`: uint8 [size] on the host, from which copies do not block, and [size] on the device."""
+        return self.small_pinned(size), self.empty((size,), torch.uint8, DeviceUse.WORKSPACE)
+
+    @abstractmethod
+    def small_pinned(self, size: int) -> torch.Tensor:
+        """Host memory uint8 [size] that the device reads and writes: so little that no line of a plan has it."""
 
     @abstractmethod
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Begin to copy a tensor to the host, on the current stream. What this returns waits for it and gives it."""
+
+    @abstractmethod
+    def send(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy a contiguous tensor to pinned memory, on the current stream: by a kernel, which can be captured."""
+
+    def arrived(self, target: torch.Tensor, event: Event) -> torch.Tensor:
+        """The pinned memory `target`, once `event` has come, before which it was sent: this thread waits, awake."""
+        self.synchronize(event)
+        return target
 
     @abstractmethod
     def load_bytes(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -253,8 +267,8 @@ class CpuDevice(Device):
     def drain(self) -> None:
         pass
 
-    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        return function
+    def capture(self, *functions: Callable[[], None]) -> list[Callable[[], None]]:
+        return list(functions)
 
     def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
         pass
@@ -262,11 +276,14 @@ class CpuDevice(Device):
     def upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array)
 
-    def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.empty(size, dtype=torch.uint8), self.empty((size,), torch.uint8, DeviceUse.WORKSPACE)
+    def small_pinned(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8)
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         return lambda: tensor
+
+    def send(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
+        target.copy_(tensor)
 
     def load_bytes(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target[: len(source)].copy_(source)

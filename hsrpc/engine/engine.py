@@ -40,6 +40,7 @@ from hsrpc.model.sampler import Sampled
 from hsrpc.model.tensor import dtype_name
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
+from hsrpc.plan.question import Question
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.prompt import Chat, Prompt, Text, field_of
 from hsrpc.request import Delta, FinishReason, SamplingParams
@@ -149,6 +150,11 @@ class Engine:
     @property
     def plan(self) -> Plan:
         return self._opened.plan
+
+    @property
+    def question(self) -> Question:
+        """All that the plan follows from: to plan again for something else."""
+        return self._opened.question
 
     @property
     def device(self) -> str:

@@ -48,6 +48,8 @@ class Group:
     """[n]"""
     absorbs: bool = False
     """All its queries attend to activations as they are stored."""
+    choosing: torch.Tensor | None = None
+    """[n] the row by which each one's experts are chosen, where that is told before they are used; None: its own."""
     rotation: Rotation = field(init=False)
     """Of those positions."""
     hidden: torch.Tensor = field(init=False)
@@ -166,6 +168,8 @@ class Forward:
                 self._embed(step)
             case OpKind.DECODE:
                 self._decode(self._prefetcher.open(op.layer, op.slot))
+            case OpKind.DECODE_EXPERTS:
+                self._decode_experts(step, step.batches[op.batch])
             case OpKind.PROJECT:
                 step.weights = self._prefetcher.open(op.layer, op.slot)
                 self._project(step.w, op.layer, step.batches[op.batch])
@@ -216,9 +220,17 @@ class Forward:
             group.hidden = self._family.embed(self._fixed, group.token_ids, group.positions)
 
     def _decode(self, weights: OpenedLayer) -> None:
-        """Decode what of a layer's weights came coded; they are then used by all its mini-batches."""
+        """Decode what of a layer's weights lies coded; they are then used by all its mini-batches."""
         for decode in weights.decodings:
             decode()
+
+    def _decode_experts(self, step: Pass, batch: DeviceBatch) -> None:
+        """Decode the experts that a whole group has chosen, of which this is the last mini-batch."""
+        group = batch.group
+        assert step.weights is not None  # PROJECT comes first
+        assert step.weights.experts is not None  # else the list does not ask for it
+        assert group.routed is not None  # ROUTE comes first
+        step.weights.experts.run(group.routed.routes.chosen, is_first=group is step.batches[0].group)
 
     def _project(self, w: Weights, layer: int, batch: DeviceBatch) -> None:
         """Project for a whole group, of which this is the first mini-batch."""
@@ -283,8 +295,14 @@ class Forward:
     def _route(self, step: Pass, layer: int, batch: DeviceBatch) -> None:
         """Choose the layer's experts for a whole group, of which this is the last mini-batch."""
         group = batch.group
-        group.routed = self._family.route(step.w, layer, group.hidden, self._take_attended(step, group))
-        self._prefetcher.expect(group.routed.routes.chosen)
+        routed = self._family.route(step.w, layer, group.hidden, self._take_attended(step, group))
+        if group.choosing is not None:
+            chosen = routed.routes.chosen.index_select(0, group.choosing)
+            routed = routed._replace(routes=routed.routes._replace(chosen=chosen))
+        group.routed, chosen = routed, routed.routes.chosen
+        expected = self._prefetcher.expect(layer, len(chosen))
+        if expected is not None:
+            self._device.send(chosen, expected)
 
     def _take_attended(self, step: Pass, group: Group) -> torch.Tensor:
         """What attention gave [n, q]; the projections are used for the last time: one group at a time has room."""

@@ -1,13 +1,15 @@
-"""Whole decode steps of a model that lies on the device with all its cache, each launched as one.
+"""Whole decode steps of a model that lies on the device with all its cache, launched as a few graphs, or as one.
 
 A step of a small resident model takes a few milliseconds, and launching its kernels one by one would take longer. So
-one graph is captured for each of a few batch sizes; smaller batches are padded with rows that read nothing.
+it is captured for each of a few batch sizes; smaller batches are padded with rows that read nothing. Where experts come
+on demand, the host has to know in each layer which of them the router has chosen: there the step's list is cut, and
+each segment is a graph. Otherwise there is one segment.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,12 +18,14 @@ import torch
 from hsrpc.device.device import Device
 from hsrpc.engine.forward import DeviceBatch, DeviceLayout, Forward, Group, Pass
 from hsrpc.engine.tasks.cache import CacheManager, DeviceRows, Gathers, LayerKind, Stores
+from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.model.attention import InPlaceRows
+from hsrpc.plan.graph_sizes import graph_sizes
 from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import Plan
 from hsrpc.schedule.blocks import BlockKind, PoolId
-from hsrpc.schedule.step import NO_RUNS, MiniBatch
-from hsrpc.schedule.sweep import BatchShape, OpKind, Places, sweep
+from hsrpc.schedule.step import NO_RUNS, MiniBatch, StopFlag
+from hsrpc.schedule.sweep import BatchShape, Op, OpKind, Places, sweep
 
 _TOKEN, _POSITION, _COUNT, _SLOT, _TABLE = range(5)
 """Columns of a step's input; the block table takes the rest."""
@@ -30,15 +34,32 @@ _TOKEN, _POSITION, _COUNT, _SLOT, _TABLE = range(5)
 class DecodeGraphs:
     """Runs mini-batches that are in place."""
 
-    def __init__(self, forward: Forward, cache: CacheManager, device: Device, *, layers: Places, plan: Plan) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        cache: CacheManager,
+        prefetcher: WeightPrefetcher,
+        device: Device,
+        *,
+        layers: Places,
+        plan: Plan,
+    ) -> None:
         self._launches = forward
         self._cache = cache
+        self._prefetcher = prefetcher
         self._device = device
-        self._ops = sweep(layers, (BatchShape(),)).ops
+        ops = sweep(layers, (BatchShape(),)).ops
+        self._choosing = [op.layer for op in ops if op.kind is OpKind.LOAD_EXPERTS]
+        """Layers whose experts come on demand: their choices are between the segments."""
+        self._routes = any(op.kind is OpKind.ROUTE for op in ops)
+        """Whether experts are made ready that are chosen."""
         self._max_model_len = plan.max_model_len
         self._windows = forward.sizes.windows.distinct
         self._pool, self._absorbs = plan.in_place, plan.absorbs
-        self._sizes = _batch_sizes(plan.max_batch)
+        segments = _segments(ops)
+        self._sizes = graph_sizes(plan.max_batch, len(segments))
+        self._pass = Pass([])
+        """The step under way: what a segment leaves to the next one."""
         max_size = self._sizes[-1]
         columns = _TABLE + -(-plan.max_model_len // plan.block_size)
         with device.on(device.compute):  # which reads them at once
@@ -48,12 +69,21 @@ class DecodeGraphs:
             self._nothing = torch.zeros(max_size + 1, dtype=torch.int32, device=device.torch_device)
             self._logits = device.empty((max_size, forward.sizes.vocab_size), torch.float32, DeviceUse.GRAPH_BUFFERS)
         # The largest first, so that the others fit into its memory.
-        self._graphs = {size: device.capture(partial(self._compute, size)) for size in reversed(self._sizes)}
+        self._graphs = {
+            size: device.capture(*(partial(self._compute, size, segment) for segment in segments))
+            for size in reversed(self._sizes)
+        }
 
-    def run(self, batch: MiniBatch, sampled: torch.Tensor | None) -> torch.Tensor:
+    @property
+    def waits(self) -> bool:
+        """Whether the host waits for the device within a step: for choices of experts."""
+        return bool(self._choosing)
+
+    def run(self, batch: MiniBatch, sampled: torch.Tensor | None, stop: StopFlag) -> torch.Tensor | None:
         """Logits [n, vocab] of a mini-batch in place, launched on the compute stream; good until the next run.
 
         `sampled`: token ids of the step before on the device, with which chunks that have a `previous_row` continue.
+        None where the step was stopped.
         """
         count, in_place = batch.num_queries, batch.widest.in_place
         size = self._sizes[bisect_left(self._sizes, count)]
@@ -69,8 +99,20 @@ class DecodeGraphs:
                 tokens = self._input[:count, _TOKEN]
                 # A failed row has no token; it is computed in vain, with some token.
                 tokens.copy_(sampled.index_select(0, tokens.long()).clamp_(min=0))
-            self._graphs[size]()
-            return self._logits[:count]
+            return self._logits[:count] if self._launch(size, stop) else None
+
+    def _launch(self, size: int, stop: StopFlag) -> bool:
+        """Launch the segments of a step, each once its experts are under way; whether all were."""
+        first, *others = self._graphs[size]
+        first()
+        for layer, graph in zip(self._choosing, others, strict=True):
+            self._prefetcher.expect(layer, size)
+            if self._prefetcher.load_experts(layer):
+                self._device.wait(self._device.compute, self._device.record(self._device.load))
+            if stop.is_set:
+                return False
+            graph()
+        return True
 
     def _padding(self, size: int) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
         """Rows that read no key and write behind the pool's last block."""
@@ -78,14 +120,27 @@ class DecodeGraphs:
         array[:, _SLOT] = self._cache.spare_slot
         return array
 
-    def _compute(self, size: int) -> None:
+    def _compute(self, size: int, ops: Sequence[Op]) -> None:
+        for op in ops:
+            if op.kind is OpKind.EMBED:
+                self._pass = Pass([self._batch(size)])
+            self._launches.launch(op, self._pass)
+            if op.kind is OpKind.HEAD:
+                assert self._pass.logits is not None  # HEAD made them
+                self._logits[:size].copy_(self._pass.logits)
+                self._pass = Pass([])
+
+    def _batch(self, size: int) -> DeviceBatch:
+        """The mini-batch that is in the input."""
         given = self._input[:size]
         positions, slots = given[:, _POSITION].long(), given[:, _SLOT].long()
         rows = self._rows[:size]
         layouts = [self._layout(given, window) for window in self._windows]
         stores: Mapping[PoolId, Stores] = {self._pool: Stores(DeviceRows(rows, slots), NO_RUNS)}
-        batch = DeviceBatch(
-            group=Group(given[:, _TOKEN].long(), positions, self._absorbs),
+        # Padding takes the experts of the first row, so that no others are loaded, decoded or read for it.
+        choosing = rows * (given[:, _COUNT] > 0) if self._routes and size > 1 else None
+        return DeviceBatch(
+            group=Group(given[:, _TOKEN].long(), positions, self._absorbs, choosing),
             rows=slice(0, size),
             is_first=True,
             is_last=True,
@@ -95,12 +150,6 @@ class DecodeGraphs:
             stores=dict.fromkeys(BlockKind, stores),
             sample_rows=rows,
         )
-        step = Pass([batch])
-        for op in self._ops:
-            if op.kind is not OpKind.SAMPLE:
-                self._launches.launch(op, step)
-        assert step.logits is not None  # HEAD made them
-        self._logits[:size].copy_(step.logits)
 
     def _layout(self, given: torch.Tensor, window: int | None) -> DeviceLayout:
         """All tokens are in the tables, which begin no later than what the widest window shows."""
@@ -125,11 +174,16 @@ class DecodeGraphs:
 
 
 def can_capture(plan: Plan) -> bool:
-    """Whether graphs can run steps: no weights come from the host, and blocks read in place lie on the device."""
-    return not any(plan.streamed_bytes) and plan.demand is None and plan.num_blocks[plan.in_place] > 0
+    """Whether graphs can run steps: no weights stream, and blocks read in place lie on the device."""
+    return not any(plan.streamed_bytes) and plan.num_blocks[plan.in_place] > 0
 
 
-def _batch_sizes(max_size: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, ... up to `max_size`, which is included: no batch is padded by more than half."""
-    smaller = {n for power in range(max_size.bit_length()) for n in (2**power, 3 * 2**power) if n < max_size}
-    return sorted(smaller | {max_size})
+def _segments(ops: Sequence[Op]) -> list[list[Op]]:
+    """What is computed between the choices of experts, up to the logits."""
+    segments: list[list[Op]] = [[]]
+    for op in ops:
+        if op.kind is OpKind.LOAD_EXPERTS:
+            segments.append([])
+        elif op.kind is not OpKind.SAMPLE:
+            segments[-1].append(op)
+    return segments

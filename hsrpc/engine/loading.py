@@ -5,28 +5,29 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from hsrpc.config import WeightCoding, format_bytes
 from hsrpc.device.device import Device
-from hsrpc.engine.weights import HostExperts, LayerWeights, ModelWeights, PackedTensor, arrange
+from hsrpc.engine.weights import HostExperts, KeptTensor, LayerWeights, ModelWeights, PackedTensor, arrange
 from hsrpc.errors import ConfigError, EngineUnavailableError
-from hsrpc.model.checkpoint import WeightSource
 from hsrpc.model.family import Family
-from hsrpc.model.formats.format import Packing, WeightFormat
+from hsrpc.model.formats.format import AsPublished, FromValues, Packing, WeightFormat, WeightSource
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
+from hsrpc.plan.sizes import align
 
 _PACKED_AT_ONCE = 2
 """Layers that are packed on the device at once. Each takes its packed size of device memory meanwhile, and half of its
-own or one tensor: together no more than the weight buffers, which are allocated later."""
+own or one tensor: together no more than the weight buffers, which are allocated later. Where nothing streams these are
+the one that a layer is decoded to, which has room for one layer: what stays is moved to its place meanwhile."""
 _MARGIN = 1.05
 """Host memory taken in advance for a layer that is being packed, over its expected size. What is left over goes back to
 the system; what is missing is taken only when the size is known, which makes loading slower."""
@@ -37,11 +38,11 @@ class OverBoundError(ConfigError):
 
 
 def compile_formats(family: Family, plan: Plan, device: Device) -> None:
-    """Make the formats of the streamed tensors ready: the threads that load would otherwise all compile the same."""
+    """Make the formats of the packed tensors ready: the threads that load would otherwise all compile the same."""
     formats: dict[WeightFormat, None] = {}
-    for layer, resident in enumerate(plan.resident):
-        streamed = [tensor for tensor in family.layer_tensors(layer) if tensor.name not in resident]
-        formats |= dict.fromkeys(map(family.spec.formats.weight, streamed))
+    for layer, stays in enumerate(plan.resident):
+        packed = [tensor for tensor in family.layer_tensors(layer) if tensor.name not in stays.ready]
+        formats |= dict.fromkeys(map(family.spec.formats.weight, packed))
     for each in formats:
         each.compile(device.torch_device)
 
@@ -86,11 +87,14 @@ class _Loader:
     stop: threading.Event
     packers: ThreadPoolExecutor
     """Read and pack the tensors of the layers that are being packed."""
-    _packing: threading.Semaphore = field(default_factory=partial(threading.Semaphore, _PACKED_AT_ONCE))
+    _packing: threading.Semaphore = field(init=False)
     """Held while a layer takes device memory to be packed."""
     _counting: threading.Lock = field(default_factory=threading.Lock)
-    _num_packed: int = 0
-    """Bytes of all layers packed so far."""
+    _taken: Counter[DeviceUse | HostUse] = field(default_factory=Counter)
+    """Bytes that layers have taken so far, by use; of streamed ones those that were packed."""
+
+    def __post_init__(self) -> None:
+        self._packing = threading.Semaphore(_PACKED_AT_ONCE if any(self.plan.streamed_bytes) else 1)
 
     def fixed(self, tensor: TensorSpec) -> torch.Tensor:
         """A tensor that is no layer's, on the device."""
@@ -104,19 +108,20 @@ class _Loader:
     def layer(self, number: int) -> LayerWeights:
         self._check_stop()
         demand, tensors = self.plan.demand, self.family.layer_tensors(number)
+        names = self.family.expert_names(number)
+        numbers = {name: expert for expert, each in enumerate(names) for name in each}
         if demand is None or not demand.counts[number]:
-            return self._others(number, tensors)
+            return replace(self._others(number, tensors), numbers=numbers)
         by_name = {tensor.name: tensor for tensor in tensors}
-        experts = [[by_name.pop(name) for name in names] for names in self.family.expert_names(number)]
-        return replace(self._others(number, tuple(by_name.values())), experts=self._experts(experts))
+        experts = [[by_name.pop(name) for name in each] for each in names]
+        return replace(self._others(number, tuple(by_name.values())), experts=self._experts(experts), numbers=numbers)
 
     def _experts(self, experts: Sequence[Sequence[TensorSpec]]) -> HostExperts:
-        """Experts that come on demand; all are alike, and their packed bytes are their values."""
+        """Experts that come on demand; all are alike, and packed as they are read."""
         parts: dict[str, tuple[int, PackedTensor]] = {}
         size = 0
         for number, tensors in enumerate(experts):
-            packings = ((tensor.name, self._format(tensor).packing(tensor)) for tensor in tensors)
-            placed, size = arrange((name, packing) for name, packing in packings if packing is not None)
+            placed, size = arrange(self._packings(tensors))
             parts |= {part.name: (number, part) for part in placed}
 
         def fill(memory: torch.Tensor) -> None:
@@ -130,26 +135,63 @@ class _Loader:
     def _others(self, number: int, tensors: Sequence[TensorSpec]) -> LayerWeights:
         """The weights that stay or stream."""
         stays = self.plan.resident[number]
-        kept = [tensor for tensor in tensors if tensor.name in stays]
-        resident = {each.name: self._format(each).place(self._read(each, DeviceUse.RESIDENT_WEIGHTS)) for each in kept}
-        streamed = [tensor for tensor in tensors if tensor.name not in stays]
+        ready = {tensor.name: self._ready(tensor) for tensor in tensors if tensor.name in stays.ready}
+        kept = self._keep([tensor for tensor in tensors if tensor.name in stays.packed])
+        streamed = [tensor for tensor in tensors if tensor.name not in stays.names]
         if not streamed:
-            return LayerWeights(resident, None, ())
-        known = [(tensor.name, self._format(tensor).packing(tensor)) for tensor in streamed]
-        packings = [(name, packing) for name, packing in known if packing is not None]
+            return LayerWeights(ready, None, (), kept)
+        packings = self._packings(streamed)
         if len(packings) == len(streamed):
-            return self._read_packed(resident, streamed, packings)
-        return self._pack(resident, streamed, self.plan.streamed[number].bus_bytes)
+            pinned, parts = self._read_packed(streamed, packings)
+        else:
+            pinned, parts = self._pack(streamed, self.plan.placed[number].bus_bytes)
+        return LayerWeights(ready, pinned, parts, kept)
+
+    def _ready(self, tensor: TensorSpec) -> torch.Tensor:
+        """A tensor that stays ready on the device."""
+        values = self._read(tensor, DeviceUse.RESIDENT_WEIGHTS)
+        self._count(DeviceUse.RESIDENT_WEIGHTS, values.nbytes)
+        return self._format(tensor).place(values)
+
+    def _keep(self, tensors: Sequence[TensorSpec]) -> tuple[KeptTensor, ...]:
+        """Tensors that stay packed on the device."""
+        packings = self._packings(tensors)
+        if len(packings) == len(tensors):
+            return tuple(self._read_kept(*each) for each in zip(tensors, packings, strict=True))
+        with self._packing:
+            self._check_stop()
+            return tuple(kept for batch in _batches(tensors) for kept in self._pack_kept(batch))
+
+    def _read_kept(self, tensor: TensorSpec, packing: tuple[str, Packing]) -> KeptTensor:
+        kept = self._kept(*packing)
+        self._fill(tensor, *kept)
+        return kept
+
+    def _pack_kept(self, tensors: Sequence[TensorSpec]) -> Iterator[KeptTensor]:
+        packed = self.packers.map(self._pack_tensor, tensors)
+        for tensor, (packing, data) in zip(tensors, packed, strict=True):
+            kept = self._kept(tensor.name, packing)
+            kept.part.data(kept.memory).copy_(data)
+            yield kept
+
+    def _kept(self, name: str, packing: Packing) -> KeptTensor:
+        """Memory for a tensor that stays packed."""
+        size = align(packing.num_bytes)
+        self._count(DeviceUse.RESIDENT_WEIGHTS, size)
+        memory = self.device.empty((size,), torch.uint8, DeviceUse.RESIDENT_WEIGHTS)
+        return KeptTensor(PackedTensor(name, packing), memory)
 
     def _format(self, tensor: TensorSpec) -> WeightFormat:
         return self.family.spec.formats.weight(tensor)
 
+    def _packings(self, tensors: Sequence[TensorSpec]) -> list[tuple[str, Packing]]:
+        """Names of the tensors that are packed as they are read, and how."""
+        known = ((tensor, self._format(tensor)) for tensor in tensors)
+        return [(tensor.name, each.packing(tensor)) for tensor, each in known if isinstance(each, AsPublished)]
+
     def _read_packed(
-        self,
-        resident: dict[str, torch.Tensor],
-        tensors: Sequence[TensorSpec],
-        packings: Sequence[tuple[str, Packing]],
-    ) -> LayerWeights:
+        self, tensors: Sequence[TensorSpec], packings: Sequence[tuple[str, Packing]]
+    ) -> tuple[torch.Tensor, tuple[PackedTensor, ...]]:
         """Read tensors that are packed as they are read straight into the memory that is then pinned."""
         parts, size = arrange(packings)
 
@@ -157,38 +199,44 @@ class _Loader:
             for tensor, part in zip(tensors, parts, strict=True):
                 self._fill(tensor, part, packed)
 
-        return LayerWeights(resident, self.device.pinned(size, HostUse.STREAMED_WEIGHTS, fill), parts)
+        return self.device.pinned(size, HostUse.STREAMED_WEIGHTS, fill), parts
 
     def _fill(self, tensor: TensorSpec, part: PackedTensor, packed: torch.Tensor) -> None:
-        for content, out in part.packing.contents(tensor, part.data(packed)):
-            self.source.read(content, out)
+        part.packing.fill(self.source, tensor, part.data(packed))
 
-    def _pack(self, resident: dict[str, torch.Tensor], tensors: Sequence[TensorSpec], expected: float) -> LayerWeights:
-        """Read each tensor to the device and pack it there."""
+    def _pack(self, tensors: Sequence[TensorSpec], expected: float) -> tuple[torch.Tensor, tuple[PackedTensor, ...]]:
+        """Read each tensor to the device and pack it there, but those on the host that are packed as they are read."""
         pages = self.device.pages(math.ceil(expected * _MARGIN))  # all threads at once, other than packing
         with self._packing:
             self._check_stop()  # again: others were packed meanwhile
             packed = [each for batch in _batches(tensors) for each in self.packers.map(self._pack_tensor, batch)]
             parts, size = arrange((each.name, packing) for each, (packing, _) in zip(tensors, packed, strict=True))
-            self._count(size)
+            self._count(HostUse.STREAMED_WEIGHTS, size)
             pinned = self.device.pinned(size, HostUse.STREAMED_WEIGHTS, pages=pages)
             for part, (_, data) in zip(parts, packed, strict=True):
                 part.data(pinned).copy_(data)
-        return LayerWeights(resident, pinned, parts)
+        return pinned, parts
 
     def _pack_tensor(self, tensor: TensorSpec) -> tuple[Packing, torch.Tensor]:
-        return self._format(tensor).pack(self._read(tensor, DeviceUse.WEIGHT_BUFFERS))
+        form = self._format(tensor)
+        if isinstance(form, FromValues):
+            return form.pack(self._read(tensor, DeviceUse.WEIGHT_BUFFERS))
+        packing = form.packing(tensor)
+        data = torch.empty(packing.num_bytes, dtype=torch.uint8)
+        packing.fill(self.source, tensor, data)
+        return packing, data
 
     def _check_stop(self) -> None:
         if self.stop.is_set():
             raise EngineUnavailableError("loading the model was stopped")
 
-    def _count(self, size: int) -> None:
-        """Add the bytes of a packed layer, before it is pinned."""
+    def _count(self, use: DeviceUse | HostUse, size: int) -> None:
+        """Add bytes for weights, before they are taken."""
         with self._counting:
-            self._num_packed += size
-        planned = self.plan.host_bytes[HostUse.STREAMED_WEIGHTS]
-        if self._num_packed > planned:
+            self._taken[use] += size
+            taken = self._taken[use]
+        planned = self.plan.device_bytes[use] if isinstance(use, DeviceUse) else self.plan.host_bytes[use]
+        if taken > planned:
             problem = f"coded weights take more than the {format_bytes(planned)} planned"
             raise OverBoundError("weight_coding", WeightCoding.LOSSLESS.value, problem, "use weight_coding=none")
 

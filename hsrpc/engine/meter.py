@@ -83,6 +83,7 @@ class Meter:
         moved = self._read_moved()
         return EngineStats(
             queued=self._scheduler.num_waiting,
+            queued_tokens=self._scheduler.num_waiting_tokens,
             running=self._scheduler.num_running,
             used_blocks={pool: blocks.num_used for pool, blocks in self._scheduler.blocks.pools.items()},
             peak_blocks=dict(self._peak_blocks),

@@ -35,6 +35,12 @@ class NoTokenizer:
     async def run(self, function: Callable[[*Args], R], *args: *Args) -> R:
         return function(*args)
 
+    def with_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
+        return list(token_ids)
+
+    async def files(self) -> dict[str, bytes]:
+        return {}
+
     def decode_now(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return ""
 

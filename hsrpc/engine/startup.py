@@ -31,15 +31,17 @@ from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.validation import max_characters
 from hsrpc.errors import ConfigError
 from hsrpc.model.attention import Attention, HeadShape
-from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource, has_weights
+from hsrpc.model.checkpoint import Checkpoint, RandomWeights, has_weights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family, ModelSpec
 from hsrpc.model.formats.choice import with_caches, with_scaled
+from hsrpc.model.formats.format import WeightSource
 from hsrpc.model.formats.rows import Rows
 from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.hub import resolve_model
-from hsrpc.model.quantization import KEY as QUANTIZATION
-from hsrpc.model.quantization import read_quantization
+from hsrpc.model.quantization.registry import read_quantization, says_more
+from hsrpc.model.quantization.section import KEY as QUANTIZATION
+from hsrpc.model.random_codes import split_format
 from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec
 from hsrpc.model.tensor import dtype_name
@@ -64,6 +66,8 @@ class Components:
 
     spec: ModelSpec
     device: Device
+    question: Question
+    """What the plan answers."""
     plan: Plan
     default_params: SamplingParams
     """What a request takes that says nothing else."""
@@ -116,11 +120,16 @@ class _Model:
         spec, directory = _read_spec(config, device), _directory(config)
         family, quantization = create_family(spec), read_quantization(spec.config)
         formats, checkpoint = family.format_choices(config.weight_coding, device), None
-        if directory is not None and has_weights(directory):
+        if directory is None:
+            drawn = split_format(config.model.removeprefix(RANDOM_PREFIX))[1]
+            formats = with_scaled(formats, drawn.formats(family) if drawn else {}, config.weight_coding)
+        elif has_weights(directory):
             checkpoint = Checkpoint(directory, quantization)
             checkpoint.check_model(family)
+            if says_more(spec.config):
+                _log.warning("%s: activations are not quantised, nor caches; scales of theirs are ignored", directory)
             formats = with_scaled(formats, checkpoint.scaled(family), config.weight_coding)
-        elif directory is not None and quantization is not None:
+        elif quantization is not None:
             raise spec.config.refuse(QUANTIZATION, "weights beside it, which say what is quantised", "fetch them")
         formats = with_caches(formats, config.cache_format)
         return cls(spec, [in_formats(spec, each) for each in formats], directory, checkpoint)
@@ -225,7 +234,9 @@ def _read_spec(config: EngineConfig, device: torch.device) -> ModelSpec:
     dtype = _dtype(config.dtype, on_cpu=device.type == "cpu")
     directory = _directory(config)
     if directory is None:
-        return named_spec(config.model.removeprefix(RANDOM_PREFIX), dtype)
+        shape, form = split_format(config.model.removeprefix(RANDOM_PREFIX))
+        spec = named_spec(shape, dtype)
+        return spec if form is None else replace(spec, name=f"{spec.name}:{form.name}")
     return load_spec(directory, dtype)
 
 
@@ -270,7 +281,7 @@ def _open_best(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
 
 def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
     with ExitStack() as undo:
-        template = _template(config)
+        _template(config)  # first: what is wrong with it is told before anything takes time
         device = open_device(config.device)
         planned = _plan_here(device, config, choose_plan)
         spec, plan = planned.spec, planned.plan
@@ -279,7 +290,8 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         _check_room(plan, device)
         device.limit_memory(plan.budgets.device)
         family = create_family(spec, plan.max_model_len)
-        source, tokenizer = _source(planned, template)
+        source = _source(planned)  # before the tokenizer: what fails here leaves no threads behind
+        tokenizer = open_tokenizer(planned, config)
         undo.callback(tokenizer.close)
         torch_device = device.torch_device
         attention = _attention(family, family.heads, family.kv_rows, plan, torch_device)
@@ -311,15 +323,16 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
                 max_queries=plan.buffers.queries,
                 in_place=plan.in_place,
             )
-            graphs = (
-                DecodeGraphs(forward, cache, device, layers=assembler.layers, plan=plan) if can_capture(plan) else None
-            )
+            graphs = None
+            if can_capture(plan):
+                graphs = DecodeGraphs(forward, cache, prefetcher, device, layers=assembler.layers, plan=plan)
             executor = Executor(assembler, device, prefetcher=prefetcher, cache=cache, forward=forward, graphs=graphs)
         undo.pop_all()
         ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.end_token_ids))
         spec = replace(spec, eos_token_ids=tuple(ends))
         params = planned.default_params
-        return Components(spec, device, plan, params, tokenizer, prefetcher, cache, executor)
+        question = planned.question
+        return Components(spec, device, question, plan, params, tokenizer, prefetcher, cache, executor)
 
 
 def _absorbed_attention(family: Family, plan: Plan, device: torch.device) -> Attention | None:
@@ -377,13 +390,23 @@ def _template(config: EngineConfig) -> str | None:
     return read_template(config.chat_template)
 
 
-def _source(planned: Planned, template: str | None) -> tuple[WeightSource, Tokenizer | NoTokenizer]:
+def open_tokenizer(planned: Planned, config: EngineConfig) -> Tokenizer | NoTokenizer:
+    """The tokenizer of a planned model, with the chat template that `config` gives; takes seconds.
+
+    Raises:
+        ConfigError, CheckpointError: as their names say.
+    """
+    template = _template(config)
     if planned.directory is None:
-        return RandomWeights(0), NoTokenizer()
-    spec = planned.spec
-    weights = planned.checkpoint or Checkpoint(planned.directory)  # first: what fails here leaves no threads behind
+        return NoTokenizer()
     longest = max_characters(planned.plan.max_model_len)
-    return weights, Tokenizer(planned.directory, spec.vocab_size, chat_template=template, max_characters=longest)
+    return Tokenizer(planned.directory, planned.spec.vocab_size, chat_template=template, max_characters=longest)
+
+
+def _source(planned: Planned) -> WeightSource:
+    if planned.directory is None:
+        return RandomWeights(0)
+    return planned.checkpoint or Checkpoint(planned.directory)
 
 
 def _dtype(wanted: DType, on_cpu: bool) -> torch.dtype | None:

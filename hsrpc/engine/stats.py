@@ -13,6 +13,8 @@ class EngineStats:
     """One moment; what only grows counts since the start."""
 
     queued: int
+    queued_tokens: int
+    """Prompt tokens of those that wait, and what those that gave way had generated."""
     running: int
     used_blocks: Mapping[PoolId, int]
     """Blocks in use now."""

@@ -38,6 +38,13 @@ CHAT_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<|end_of_t
 _READ = (".json", ".txt", ".jinja", ".model")
 """Ends of the names of the files that may be a tokenizer's."""
 _BYTE_ORDER_MARKS = (BOM_UTF8, BOM_UTF16_LE, BOM_UTF16_BE)
+_TEMPLATE_FILE = "chat_template.jinja"
+_SHARED = (
+    *_FILES,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("config.json", "generation_config.json", "chat_template.json", _TEMPLATE_FILE),
+)
+"""Files that make a tokenizer elsewhere; the configurations tell which tokens end a text."""
 _KEPT = ("model_type", "architectures", "tokenizer_class", "transformers_version")
 """What a tokenizer reads of config.json."""
 
@@ -70,12 +77,13 @@ class Tokenizer:
         chat_template: str | None = None,
         max_characters: int = _MAX_CHARACTERS,
     ) -> None:
-        _check_files(Path(directory))
+        self._directory = Path(directory)
+        _check_files(self._directory)
         self._short = FairThread("hsrpc-short-texts")
         self._long = FairThread("hsrpc-long-texts")
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="hsrpc-decode")
         self._decoder_thread = self._decoder.submit(threading.get_ident).result()
-        loading = self._decoder.submit(_load, Path(directory))
+        loading = self._decoder.submit(_load, self._directory)
         # The tokenizers library raises plain Exception for what it cannot parse.
         if (error := loading.exception()) is not None:
             self.close()
@@ -149,6 +157,15 @@ class Tokenizer:
         """
         return await self._thread(len(token_ids)).run(client, self._decode, list(token_ids), skip_special_tokens)
 
+    def with_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
+        """Ids of a text that was encoded without the special tokens of a prompt, with them; the first never twice."""
+        begun = list(token_ids[: len(self._prefix)]) == self._prefix
+        return [*([] if begun else self._prefix), *token_ids, *self._suffix]
+
+    async def files(self) -> dict[str, bytes]:
+        """Files that make the same tokenizer elsewhere, by their names, with the chat template in effect."""
+        return await asyncio.to_thread(self._read_files)
+
     async def run(self, function: Callable[[*Args], R], *args: *Args) -> R:
         """Calls `function` on the decoding thread, such as one that pushes a whole step's tokens to Detokenizers."""
         return await asyncio.get_running_loop().run_in_executor(self._decoder, function, *args)
@@ -168,6 +185,18 @@ class Tokenizer:
         self._short.close()
         self._long.close()
         self._decoder.shutdown(wait=False)
+
+    def _read_files(self) -> dict[str, bytes]:
+        with _readable(self._directory) as directory:
+            files = {name: (directory / name).read_bytes() for name in _SHARED if (directory / name).is_file()}
+        if self._tokenizer.is_fast:  # as it is used here: what was left out of the file must not come back
+            files["tokenizer.json"] = self._tokenizer.backend_tokenizer.to_str().encode()
+        template = self._tokenizer.chat_template
+        if isinstance(template, str):
+            settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+            files["tokenizer_config.json"] = json.dumps(settings | {"chat_template": template}).encode()
+            files[_TEMPLATE_FILE] = template.encode()
+        return files
 
     def _thread(self, length: int) -> FairThread:
         return self._short if length <= _MAX_SHORT else self._long

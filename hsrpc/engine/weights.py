@@ -2,37 +2,46 @@
 
 Experts that come on demand are neither: they cross the bus one by one.
 
-Each tensor lies in that buffer as its format packs it. What is to be decoded before it is used goes to another buffer
-on the device, the same for all layers, because the compute stream uses them one after the other.
+Each tensor lies in that buffer as its format packs it, and some of the resident ones lie so too. What is to be decoded
+before it is used goes to another buffer on the device, the same for all layers, because the compute stream uses them
+one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
+from hsrpc.engine.chosen_experts import ChosenExperts, ExpertDecoding
 from hsrpc.model.formats.format import Encoded, Packing
 from hsrpc.plan.sizes import align
 
 
 class PackedTensor(NamedTuple):
-    """A tensor within a packed buffer, and where it is decoded to in another, if it is."""
+    """A tensor within packed memory."""
 
     name: str
     packing: Packing
-    offset: int
-    target: int
+    offset: int = 0
 
-    def data(self, buffer: torch.Tensor) -> torch.Tensor:
+    def data(self, memory: torch.Tensor) -> torch.Tensor:
         """Packed bytes of the tensor: uint8."""
-        return buffer[self.offset : self.offset + self.packing.num_bytes]
+        return memory[self.offset : self.offset + self.packing.num_bytes]
 
-    def open(self, buffer: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-        """Operand to multiply by: a view of one of the two buffers."""
-        return self.packing.open(self.data(buffer), decoded[self.target : self.target + self.packing.decoded_bytes])
+    def open(self, memory: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+        """Operand to multiply by: a view of the memory, or of the front of `decoded`, where it is decoded to."""
+        return self.packing.open(self.data(memory), decoded[: self.packing.decoded_bytes])
+
+
+class KeptTensor(NamedTuple):
+    """A tensor that stays on the device packed."""
+
+    part: PackedTensor
+    memory: torch.Tensor
+    """uint8: of this tensor alone"""
 
 
 class HostExperts(NamedTuple):
@@ -48,13 +57,20 @@ class HostExperts(NamedTuple):
         """The tensors of the first expert: those of all others lie alike."""
         return [part for expert, part in self.parts.values() if not expert]
 
+    @property
+    def is_coded(self) -> bool:
+        """Whether they are decoded before they are used."""
+        return any(part.packing.decoded_bytes for part in self.of_first)
+
 
 class OpenedLayer(NamedTuple):
     """A layer's weights as they are multiplied, and what the family adds to them."""
 
     tensors: Mapping[str, torch.Tensor]
     decodings: tuple[Callable[[], None], ...]
-    """To call before the tensors are used: each decodes all that are packed in one way."""
+    """To call before the tensors are used: each decodes all that are packed in one way, but experts."""
+    experts: ExpertDecoding | None = None
+    """Decodes experts, once they are chosen; None: they are ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +78,17 @@ class LayerWeights:
     """Weights of one layer."""
 
     resident: Mapping[str, torch.Tensor]
+    """Those that stay ready on the device."""
     packed: torch.Tensor | None
     """Pinned bytes of the tensors that are streamed; None where none is."""
     parts: tuple[PackedTensor, ...]
     """Tensors within `packed`."""
+    kept: tuple[KeptTensor, ...] = ()
+    """Those that stay packed on the device."""
     experts: HostExperts | None = None
     """Experts that come on demand; they are not among the others."""
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    """The expert to which a tensor belongs, by its name; others have none."""
 
     @property
     def bus_bytes(self) -> int:
@@ -76,19 +97,39 @@ class LayerWeights:
 
     @property
     def is_decoded(self) -> bool:
-        """Some tensors are decoded on the device before they are used."""
-        return any(part.packing.decoded_bytes for part in self.parts)
+        """Some tensors are decoded on the device before they are used, other than experts."""
+        return any(name not in self.numbers for name in self._coded)
 
-    def open(self, buffer: torch.Tensor, decoded: torch.Tensor) -> OpenedLayer:
-        """All tensors, given the device buffers (bytes) with a copy of `packed`, and of what is decoded from it."""
-        tensors = {part.name: part.open(buffer, decoded) for part in self.parts}
-        encoded: dict[type[Packing], list[Encoded[Packing]]] = {}
-        for part in self.parts:
+    @property
+    def has_coded_experts(self) -> bool:
+        """Some experts' tensors are decoded on the device, once they are chosen."""
+        on_demand = self.experts is not None and self.experts.is_coded
+        return on_demand or any(name in self.numbers for name in self._coded)
+
+    @property
+    def _coded(self) -> Iterator[str]:
+        parts = (*self.parts, *(each.part for each in self.kept))
+        return (part.name for part in parts if part.packing.decoded_bytes)
+
+    def open(self, buffer: torch.Tensor, decoded: torch.Tensor, tables: ChosenExperts | None = None) -> OpenedLayer:
+        """All tensors, given the device buffers (bytes) with a copy of `packed`, and of what is decoded.
+
+        `tables`: what experts are decoded by, where there are coded ones.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        others, experts = list[Encoded[Packing]](), list[Encoded[Packing]]()
+        for part, memory in (*((part, buffer) for part in self.parts), *self.kept):
+            tensors[part.name] = operand = part.open(memory, decoded)
             if part.packing.decoded_bytes:
-                each = Encoded(part.packing, part.data(buffer), tensors[part.name])
-                encoded.setdefault(type(part.packing), []).append(each)
-        decodings = tuple(packing.decoding(together) for packing, together in encoded.items())
-        return OpenedLayer({**self.resident, **tensors}, decodings)
+                number = self.numbers.get(part.name)
+                of_one = others if number is None else experts
+                of_one.append(Encoded(part.packing, part.data(memory), operand, number or 0))
+                decoded = decoded[align(part.packing.decoded_bytes) :]
+        of_experts = None
+        if experts:
+            assert tables is not None  # there are coded ones
+            of_experts = ExpertDecoding(tables, tables.in_place, decodings(experts, tables.moves))
+        return OpenedLayer({**self.resident, **tensors}, decodings(others), of_experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +140,18 @@ class ModelWeights:
     layers: Sequence[LayerWeights]
 
 
+def decodings(encoded: Iterable[Encoded[Packing]], moves: torch.Tensor | None = None) -> tuple[Callable[[], None], ...]:
+    """Each decodes all that are packed in one way; see `Packing.decoding`."""
+    alike: dict[type[Packing], list[Encoded[Packing]]] = {}
+    for each in encoded:
+        alike.setdefault(type(each.packing), []).append(each)
+    return tuple(packing.decoding(together, moves) for packing, together in alike.items())
+
+
 def arrange(packings: Iterable[tuple[str, Packing]]) -> tuple[tuple[PackedTensor, ...], int]:
     """Tensors one behind the other, each aligned, and the bytes of the packed buffer."""
-    parts, offset, target = [], 0, 0
+    parts, offset = [], 0
     for name, packing in packings:
-        parts.append(PackedTensor(name, packing, offset, target))
+        parts.append(PackedTensor(name, packing, offset))
         offset += align(packing.num_bytes)
-        target += align(packing.decoded_bytes)
     return tuple(parts), offset

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -15,9 +15,13 @@ from hsrpc.errors import CheckpointError
 from hsrpc.model.config_file import read_config, shortened
 from hsrpc.model.family import Family
 from hsrpc.model.foreign import gguf_files, refuse_gguf
-from hsrpc.model.formats.scaled import Scaled, ScaledSource, decode
-from hsrpc.model.quantization import KEY, SCALE_SUFFIXES, Quantization
-from hsrpc.model.safetensors_file import CODES, DTYPES, SafetensorsFile
+from hsrpc.model.formats.codes import CodedParts, decode, scales_of
+from hsrpc.model.formats.scaled import Scaled
+from hsrpc.model.quantization.fp8 import CODES
+from hsrpc.model.quantization.reader import Quantized, Reader, Stored, WeightTensors
+from hsrpc.model.quantization.section import KEY
+from hsrpc.model.random_codes import draw_codes, repeat
+from hsrpc.model.safetensors_file import SafetensorsFile
 from hsrpc.model.shards import check_complete
 from hsrpc.model.tensor import RowOrder, Stacked, TensorSpec, dtype_name
 from hsrpc.model.tensor_names import EMBEDDING, HEAD, TensorNames, part_of
@@ -26,11 +30,12 @@ _log = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_log = logging.getLogger(__name__)
 _OTHER_CONFIG = "use the config.json of this checkpoint, or fetch it again"
 _TIE = "fetch the checkpoint again, or set tie_word_embeddings to true in config.json if the embedding is the head too"
-_UNQUANTIZED = "serve the model's unquantized checkpoint"
-_REFETCH = "fetch the checkpoint again"
+_WEIGHT = ".weight"
+"""What the name of a linear layer's weight ends with."""
+_CODE_ENDS = (".qweight", ".weight_packed")
+"""What names of its codes end with, where these are in words."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _NO_SHARDS = ("consolidated", "adapter_model", "optimizer", "training_args")
 """Beginnings of the names of safetensors files that hold no part of the model under its Hugging Face names."""
@@ -40,23 +45,20 @@ _RANDOM_BLOCK = 130_267
 which they would be one apart. Small: drawing is what takes long."""
 
 
-class WeightSource(Protocol):
-    """Anything that can fill packed tensors; safe to call from several threads at once."""
+class _Plain(NamedTuple):
+    """A source of a tensor that has values."""
 
-    def read(self, tensor: TensorSpec, out: torch.Tensor) -> None:
-        """Fills `out`, contiguous and of the tensor's shape, in its own element type and on its own device."""
+    stored: Stored
+    transposed: bool = False
+    """Its two dimensions are exchanged."""
 
 
 class _Located(NamedTuple):
-    """Where a source of a tensor is read."""
+    """Where a tensor is read."""
 
-    file: SafetensorsFile
-    name: str
-    """In the file."""
-    numel: int
-    """Elements that are read."""
-    scaled: ScaledSource | None = None
-    """How its codes are scaled; None: it has values."""
+    sources: Sequence[Quantized | _Plain]
+    order: RowOrder | None
+    """Order that the rows of its sources get."""
 
 
 def has_weights(directory: Path) -> bool:
@@ -65,15 +67,15 @@ def has_weights(directory: Path) -> bool:
 
 
 class Checkpoint:
-    """The safetensors files of a model directory, whose config.json says that weights have codes if any have.
+    """The safetensors files of a model directory; `reader` reads weights that have codes, as config.json says.
 
     Raises:
         CheckpointError: on construction, when the directory has none, or a file is truncated or corrupt.
     """
 
-    def __init__(self, directory: Path, quantization: Quantization | None = None) -> None:
+    def __init__(self, directory: Path, reader: Reader | None = None) -> None:
         self.directory = directory
-        self._quantization = quantization
+        self._reader = reader
         self._promised: dict[str, Path] = {}
         """Tensors that the index places in a shard that is missing, or has them not: nobody may need them."""
         if (directory / WEIGHTS_FILE).exists() or not (directory / INDEX_FILE).exists():
@@ -112,25 +114,23 @@ class Checkpoint:
         self._check_ties(family)
         if ignored := self._parts_beside(family):
             _log.warning("%s: serving the language model alone, without its %s", self.directory, ", ".join(ignored))
-        if self._quantization is not None:
-            _log.warning("%s: activations are not quantised, nor caches; scales of theirs are ignored", self.directory)
 
     def scaled(self, family: Family) -> dict[TensorSpec, Scaled]:
-        """The format of each tensor of the layers that has codes and scales here, and can be used with them.
+        """The format of each tensor of the layers that has codes here, of all its sources.
 
-        One whose rows get another order is decoded when it is loaded, and so is one of which a source has no codes.
+        One of which a source has values is decoded when it is loaded, and so is one whose rows change places between
+        sources.
 
         Raises:
-            CheckpointError: as `check`, or weights may be too large for the type that is computed in.
+            CheckpointError: as `check`.
         """
         found: dict[TensorSpec, Scaled] = {}
-        for layer in range(family.num_layers if self._quantization is not None else 0):
+        for layer in range(family.num_layers if self._reader is not None else 0):
             for tensor in family.layer_tensors(layer):
-                sources = [located.scaled for located in self._locate(tensor)]
-                scaled = tuple(source for source in sources if source is not None)
-                self._check_range(scaled, tensor.dtype(family.spec.dtype))
-                if tensor.order is None and len(scaled) == len(sources):
-                    found[tensor] = Scaled(tensor.dtype(family.spec.dtype), scaled)
+                quantized = self._quantized(tensor)
+                if quantized is not None:
+                    sources = tuple(each.matrix for each in quantized)
+                    found[tensor] = Scaled(tensor.dtype(family.spec.dtype), sources)
         return found
 
     def _parts_beside(self, family: Family) -> list[str]:
@@ -146,19 +146,7 @@ class Checkpoint:
         """Where the head is a tensor of its own, it does not stand for the embedding."""
         for tensor in family.fixed_tensors() if _has_head(family) else ():
             if tensor.sources[0] != HEAD and self._names.find(tensor.sources[0]) == self._names.find(HEAD):
-                raise self._missing(tensor.sources[0])
-
-    def _check_range(self, sources: Iterable[ScaledSource], dtype: torch.dtype) -> None:
-        """Check that the largest code has a weight in `dtype`; of types that reach as far as float32, all have."""
-        if torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max:
-            return
-        most = torch.finfo(dtype).max / torch.finfo(DTYPES[CODES]).max
-        for source in sources:
-            largest = self._read_scales(source).abs().max().item()
-            if largest > most:
-                expected = f"scales of at most {most:.4g}, for weights in {dtype_name(dtype)}"
-                remedy = "serve it with --dtype bfloat16"
-                raise self._file(source.scales).refuse(expected, f"{largest:.4g}", remedy, source.scales)
+                raise self.missing(tensor.sources[0])
 
     def check(self, tensors: Iterable[TensorSpec]) -> None:
         """Checks from the headers that all `tensors` can be read.
@@ -167,107 +155,114 @@ class Checkpoint:
             CheckpointError: a tensor is missing, or its shape or element type is wrong.
         """
         for tensor in tensors:
-            for _ in self._locate(tensor):
-                pass
+            self._locate(tensor)
 
     def read(self, tensor: TensorSpec, out: torch.Tensor) -> None:
-        """Fills `out`, contiguous and of the tensor's shape, with its sources one after the other.
-
-        Weights with scales are decoded; where `out` has the type of codes, it gets their codes.
+        """Fills `out`, contiguous and of the tensor's shape, with its sources one after the other, decoded.
 
         Raises:
-            CheckpointError: as `check`, or a file has become shorter since.
+            CheckpointError: as `check`, or a file has become shorter since, or a value is too large for the type.
         """
-        stacked = self._stacked(tensor)
-        if stacked is not None:
-            self._read_stacked(tensor, stacked, out)
-            return
-        located = list(self._locate(tensor))
-        flat, start = _flat(tensor, out), 0
-        for each in located:
-            self._read_located(each, flat[start : start + each.numel])
-            start += each.numel
-        _reorder(flat, tensor.order)
+        flat, start, located = _flat(tensor, out), 0, self._locate(tensor)
+        for each in located.sources:
+            shape = each.matrix.shape if isinstance(each, Quantized) else each.stored.shape
+            piece = flat[start : start + math.prod(shape)]
+            if isinstance(each, Quantized):
+                _decode(each, piece.view(shape))
+            else:
+                each.stored.read(piece, transposed=each.transposed)
+            start += len(piece)
+        _reorder(flat, located.order)
 
-    def _read_located(self, located: _Located, out: torch.Tensor) -> None:
-        scaled = located.scaled
-        if scaled is None or out.dtype == DTYPES[CODES]:
-            located.file.read(located.name, out)
-            return
-        codes = torch.empty(located.numel, dtype=DTYPES[CODES])
-        located.file.read(located.name, codes)
-        decode(codes.view(scaled.shape), self._read_scales(scaled), scaled.block, out.view(scaled.shape))
+    def read_codes(self, tensor: TensorSpec, out: Sequence[CodedParts], dtype: torch.dtype) -> None:
+        """Fills the parts of each source of a tensor that is `scaled`.
 
-    def _read_scales(self, scaled: ScaledSource) -> torch.Tensor:
-        scales = torch.empty(scaled.grid, dtype=torch.float32)
-        self._file(scaled.scales).read(scaled.scales, scales.view(-1))
-        return scales
+        Raises:
+            CheckpointError: a file has become shorter, or a weight may be too large for `dtype`.
+        """
+        quantized = self._quantized(tensor)
+        assert quantized is not None
+        for each, parts in zip(quantized, out, strict=True):
+            _fill(each, parts, dtype)
 
-    def _read_stacked(self, tensor: TensorSpec, stacked: Stacked, out: torch.Tensor) -> None:
-        [(file, name, count, _)] = self._locate(tensor)
-        flat = _flat(tensor, out)
-        if stacked.transposed:
-            turned = torch.empty_like(flat)
-            file.read(name, turned, stacked.index * count)
-            out.copy_(turned.view(out.shape[::-1]).t())
-        else:
-            file.read(name, flat, stacked.index * count)
-        _reorder(flat, stacked.order)
-
-    def _stacked(self, tensor: TensorSpec) -> Stacked | None:
-        """What the tensor is read from, where that is a part of one that is there and its own sources are not."""
-        stacked = tensor.stacked
-        if stacked is None or self._names.find(tensor.sources[0]) is not None:
+    def _quantized(self, tensor: TensorSpec) -> list[Quantized] | None:
+        """What the tensor's sources have, rows in their order; None: not all have codes, or rows leave their source."""
+        sources, order = self._locate(tensor)
+        quantized = [each for each in sources if isinstance(each, Quantized)]
+        if len(quantized) < len(sources):
             return None
-        return None if self._names.find(stacked.source) is None else stacked
+        if order is None:
+            return quantized
+        index, first, found = order.index(), 0, list[Quantized]()
+        for each in quantized:
+            rows = index[first : first + each.matrix.rows] - first
+            if not bool(((rows >= 0) & (rows < each.matrix.rows)).all()):
+                return None
+            found.append(each.in_order(rows))
+            first += each.matrix.rows
+        return found
 
-    def _locate(self, tensor: TensorSpec) -> Iterator[_Located]:
-        """Where each source is read."""
-        if stacked := self._stacked(tensor):
-            file, name = self._find(stacked.source, stacked.shape(tensor.shape))
-            if file.entries[name].dtype == CODES:
-                raise file.refuse("a tensor for each expert", "codes of all in one", _UNQUANTIZED, name)
-            yield _Located(file, name, tensor.numel)
-            return
+    def _locate(self, tensor: TensorSpec) -> _Located:
+        """Where its sources are read; or the one that it is stacked in with others, where that alone is there."""
+        found = list[Quantized | _Plain]()
         for source, shape in zip(tensor.sources, tensor.source_shapes, strict=True):
-            file, name = self._find(source, shape)
-            yield _Located(file, name, math.prod(shape), self._scaled(file, name))
+            one = self._one_source(source, shape)
+            stacked = None if one is not None or found else self._from_stacked(tensor)
+            if stacked is not None:
+                return stacked
+            if one is None:
+                raise self.missing(source)
+            found.append(one)
+        return _Located(found, tensor.order)
 
-    def _scaled(self, file: SafetensorsFile, name: str) -> ScaledSource | None:
-        """How the tensor is scaled; None: it has values, not codes."""
-        codes = file.entries[name]
-        if codes.dtype != CODES:
+    def _one_source(self, source: str, shape: tuple[int, ...]) -> Quantized | _Plain | None:
+        """Where a source is read; None: it is not there."""
+        if len(shape) == 2 and source.endswith(_WEIGHT):
+            found = self._with_codes(source.removesuffix(_WEIGHT), shape, None)
+            if found is not None:
+                return found
+        stored = self.stored(source)
+        return None if stored is None else _Plain(self._checked(stored, shape))
+
+    def _from_stacked(self, tensor: TensorSpec) -> _Located | None:
+        """Where it is read as a part of a stacked tensor; None: that is not there."""
+        stacked = tensor.stacked
+        if stacked is None:
             return None
-        if self._quantization is None:
-            raise file.refuse(f"{KEY} in config.json, for codes ({CODES})", "none", _OTHER_CONFIG, name)
-        suffix = next((each for each in SCALE_SUFFIXES if self._has(name + each)), None)
-        if suffix is None or len(codes.shape) != 2:
-            expected = f"a matrix, and its scales {name}{' or '.join(SCALE_SUFFIXES)}"
-            raise file.refuse(expected, f"shape {list(codes.shape)} without scales", _REFETCH, name)
-        scales = name + suffix
-        holder = self._file(scales)
-        holder.check_dtype(scales)
-        entry = holder.entries[scales]
-        block = self._quantization.scaled_block(codes.shape, entry.shape)
-        if block is None or entry.dtype == CODES:
-            found = f"{entry.dtype} of shape {list(entry.shape)}"
-            raise holder.refuse(self._quantization.expected(codes.shape), found, _REFETCH, scales)
-        return ScaledSource(*codes.shape, block, scales, entry.shape)
+        found = self._with_codes(stacked.source, tensor.shape, stacked)
+        if found is not None:
+            return _Located([found], stacked.order)
+        stored = self.stored(stacked.source)
+        if stored is None:
+            return None
+        part = self._checked(stored, stacked.shape(tensor.shape)).part(stacked.index)
+        return _Located([_Plain(part, stacked.transposed)], stacked.order)
 
-    def _has(self, name: str) -> bool:
-        return name in self._files or name in self._promised
+    def _with_codes(self, name: str, shape: tuple[int, ...], stacked: Stacked | None) -> Quantized | None:
+        """How a weight's tensors become codes; None: it has none."""
+        if self._reader is None:
+            return None
+        rows, columns = shape
+        return self._reader.find(WeightTensors(name, rows, columns, self.stored, self.missing, stacked))
 
-    def _find(self, source: str, shape: tuple[int, ...]) -> tuple[SafetensorsFile, str]:
-        """File and name in it of a tensor of that shape."""
+    def stored(self, source: str) -> Stored | None:
+        """The tensor that is called `source` canonically; None: there is none."""
         name = self._names.find(source)
         if name is None:
-            raise self._missing(source)
+            return None
         file = self._file(name)
+        return Stored(file, name, file.entries[name].shape)
+
+    def _checked(self, stored: Stored, shape: tuple[int, ...]) -> Stored:
+        """A tensor of values, of that shape."""
+        file, name = stored.file, stored.name
+        if stored.dtype == CODES and self._reader is None:
+            raise file.refuse(f"{KEY} in config.json, for codes ({CODES})", "none", _OTHER_CONFIG, name)
         file.check_dtype(name)
-        found = file.entries[name].shape
-        if found != shape:
-            raise file.refuse(f"shape {list(shape)}", list(found), "use the config.json of this checkpoint", name)
-        return file, name
+        if stored.shape != shape:
+            remedy = "use the config.json of this checkpoint"
+            raise file.refuse(f"shape {list(shape)}", list(stored.shape), remedy, name)
+        return stored
 
     def _file(self, name: str) -> SafetensorsFile:
         if name in self._files:
@@ -275,10 +270,45 @@ class Checkpoint:
         shard = SafetensorsFile(self._promised[name])  # most often it is missing, which this says
         raise shard.refuse("the tensor that the index places here", "none of that name", tensor=name)
 
-    def _missing(self, source: str) -> CheckpointError:
+    def missing(self, source: str) -> CheckpointError:
+        """What is said where there is no tensor that is called `source`."""
+        for end in _CODE_ENDS if self._reader is None else ():
+            codes = self.stored(source.removesuffix(_WEIGHT) + end)
+            if codes is not None:
+                return codes.file.refuse(f"{KEY} in config.json, for codes", "none", _OTHER_CONFIG, codes.name)
         nearest = ", ".join(map(shortened, self._names.nearest(source))) or "no tensor at all"
         remedy = _TIE if source == HEAD else _OTHER_CONFIG
         return CheckpointError(f"{self.directory}: expected tensor {source}, found as the nearest {nearest}; {remedy}")
+
+
+def _fill(quantized: Quantized, parts: CodedParts, dtype: torch.dtype) -> None:
+    """Read codes and what goes with them, and check that the largest of all codes has a weight in `dtype`.
+
+    Of types that reach as far as float32, all have.
+    """
+    quantized.fill(parts)
+    largest = torch.finfo(dtype).max
+    if largest >= torch.finfo(torch.bfloat16).max:
+        return
+    most = largest / quantized.matrix.code.largest
+    found = scales_of(parts).abs().max().item()
+    if found > most:
+        expected = f"scales of at most {most:.4g}, for weights in {dtype_name(dtype)}"
+        stored = quantized.stored
+        raise stored.file.refuse(expected, f"{found:.4g}", "serve it with --dtype bfloat16", stored.name)
+
+
+def _decode(quantized: Quantized, out: torch.Tensor) -> None:
+    """Read and decode a weight."""
+    matrix = quantized.matrix
+    parts = matrix.parts(torch.empty(matrix.num_bytes, dtype=torch.uint8))
+    _fill(quantized, parts, out.dtype)
+    if out.device.type == "cpu":
+        decode(parts, out)
+        return
+    values = torch.empty(matrix.shape, dtype=out.dtype)
+    decode(parts, values)
+    out.copy_(values)
 
 
 def _has_head(family: Family) -> bool:
@@ -365,10 +395,13 @@ class RandomWeights:
         flat = _flat(tensor, out)
         mean, deviation = _distribution(tensor)
         drawn = torch.empty(min(len(flat), _RANDOM_BLOCK)).normal_(mean, deviation, generator=self._generator(tensor))
-        block = drawn.to(out.device, out.dtype)
-        end = len(flat) // len(block) * len(block)
-        flat[:end].view(-1, len(block)).copy_(block)
-        flat[end:].copy_(block[: len(flat) - end])
+        repeat(drawn.to(out.dtype), flat)
+
+    def read_codes(self, tensor: TensorSpec, out: Sequence[CodedParts], dtype: torch.dtype) -> None:
+        """Fills the parts of each of the tensor's sources, such that weights are about those of `read`."""
+        generator, (_, deviation) = self._generator(tensor), _distribution(tensor)
+        for parts in out:
+            draw_codes(parts, deviation, generator)
 
     def _generator(self, tensor: TensorSpec) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed}:{':'.join(tensor.sources)}".encode(), digest_size=8).digest()

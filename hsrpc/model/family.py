@@ -78,6 +78,12 @@ class ModelSpec:
     config: ConfigFile
     """What the family reads its own settings from."""
 
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Names of the architecture in config.json; none where it has none."""
+        named = self.config.values.get("architectures")
+        return tuple(map(str, named)) if isinstance(named, list) else ()
+
 
 class Absorption(ABC):
     """How single queries attend to activations as they are stored, without their K and V."""

@@ -26,15 +26,19 @@ def check_own(path: Path, head: bytes) -> None:
 
 
 def refuse_gguf(path: Path) -> CheckpointError:
-    """What is said of a model in GGUF format."""
-    way = f"from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}) and save_pretrained(DIRECTORY)"
-    remedy = f"fetch the model's safetensors checkpoint, or make one with transformers: {way}"
-    return CheckpointError(f"{path}: expected safetensors, found GGUF, which hsrpc does not read; {remedy}")
+    """What is said of a model in GGUF format where one is to be served."""
+    remedy = f"run `hsrpc convert {path} DIRECTORY` and serve DIRECTORY"
+    return CheckpointError(f"{path}: expected safetensors, found GGUF; {remedy}")
 
 
 def gguf_files(directory: Path) -> list[Path]:
     """The GGUF files of a directory."""
     return sorted(directory.glob("*.gguf"))
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether there is a file that begins as one in GGUF format, whatever its name."""
+    return path.is_file() and read_head(path).startswith(_GGUF)
 
 
 def read_head(path: Path) -> bytes:

@@ -63,7 +63,8 @@ def _find(name: str, pickled: bool) -> Path:
         remedy = "fetch it where there is a network and give its directory"
         raise ModelNotFoundError(f"{name!r} is not on this machine and the hub is out of reach; {remedy}")
     if not _is_complete(directory, pattern):
-        remedy = "serve it without converting it" if pickled else f"run `hsrpc convert {name} DIRECTORY`"
+        converted = "serve it without converting it, or fetch a GGUF file and give its path"
+        remedy = converted if pickled else f"run `hsrpc convert {name} DIRECTORY`"
         raise ModelNotFoundError(f"{name!r} has no complete {pattern} on the hub; {remedy}")
     return directory
 

@@ -20,15 +20,22 @@ from hsrpc.model.config_file import shortened, shown
 from hsrpc.model.foreign import HEAD_BYTES, check_own
 from hsrpc.model.tensor import dtype_name
 
-CODES = "F8_E4M3"
-"""Element type of codes: they are weights with scales alone."""
-DTYPES = {
+VALUES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    CODES: torch.float8_e4m3fn,
 }
+"""Element types of weights that are no codes."""
+DTYPES = VALUES | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+"""Element types that can be read."""
 _LENGTH_BYTES = 8
 _CHUNK_ELEMENTS = 1 << 23
 _COMPARED_BYTES = 1 << 22
@@ -114,7 +121,7 @@ class SafetensorsFile:
             raise self.refuse(f"a file of {reached} bytes", f"{size} bytes")
 
     def read(self, name: str, out: torch.Tensor, first: int = 0) -> None:
-        """Copies elements of the tensor `name`, from `first` on, into `out`, converted to its type.
+        """Copies elements of the tensor `name`, from `first` on, into `out`; values are converted to its type.
 
         `out` has one dimension, contiguous, and as many elements as are read.
 
@@ -123,11 +130,13 @@ class SafetensorsFile:
                 has become shorter.
         """
         entry = self.entries[name]
-        self.check_dtype(name)
+        is_direct = out.device.type == "cpu" and out.dtype == DTYPES.get(entry.dtype)
+        if not is_direct:
+            self.check_dtype(name)
         dtype = DTYPES[entry.dtype]
         begin = entry.start + first * dtype.itemsize
         with self.path.open("rb", buffering=0) as file:
-            if out.dtype == dtype and out.device.type == "cpu":
+            if is_direct:
                 self._fill(file.fileno(), name, begin, out)
                 return
             scratch = torch.empty(min(len(out), _CHUNK_ELEMENTS), dtype=dtype, device="cpu")
@@ -165,8 +174,8 @@ class SafetensorsFile:
 
     def check_dtype(self, name: str) -> None:
         dtype = self.entries[name].dtype
-        if dtype not in DTYPES:
-            raise self.refuse("one of " + ", ".join(DTYPES), shortened(dtype), "serve an unquantized checkpoint", name)
+        if dtype not in VALUES:
+            raise self.refuse("one of " + ", ".join(VALUES), shortened(dtype), "serve an unquantized checkpoint", name)
 
     def _fill(self, descriptor: int, name: str, start: int, out: torch.Tensor) -> None:
         memory = out.view(torch.uint8).numpy().data

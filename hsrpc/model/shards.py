@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hsrpc.errors import CheckpointError
@@ -18,6 +18,12 @@ def is_one_set(names: Iterable[str]) -> bool:
     return len(sets) == 1 and None not in sets
 
 
+def numbered_set(name: str) -> list[str]:
+    """The names of the set that a file belongs to, in order: itself alone, if it is not numbered."""
+    match = _NUMBERED.fullmatch(name)
+    return [name] if match is None else list(_names(match))
+
+
 def check_complete(directory: Path, names: set[str]) -> None:
     """Check that with each numbered file all others of its set are there.
 
@@ -25,8 +31,12 @@ def check_complete(directory: Path, names: set[str]) -> None:
         CheckpointError: one is missing.
     """
     for match in filter(None, map(_NUMBERED.fullmatch, sorted(names))):
-        for number in range(1, int(match["count"]) + 1):
-            wanted = f"{match['stem']}-{number:0{len(match['number'])}}-of-{match['count']}{match['suffix']}"
+        for wanted in _names(match):
             if wanted not in names:
                 expected = f"{wanted} beside {match.string}"
                 raise CheckpointError(f"{directory}: expected {expected}, found none; fetch the missing file")
+
+
+def _names(match: re.Match[str]) -> Iterator[str]:
+    for number in range(1, int(match["count"]) + 1):
+        yield f"{match['stem']}-{number:0{len(match['number'])}}-of-{match['count']}{match['suffix']}"

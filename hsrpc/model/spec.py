@@ -19,12 +19,13 @@ from hsrpc.model.formats.format import Formats
 from hsrpc.model.formats.plain import Plain
 from hsrpc.model.generation_config import GENERATION_FILE
 from hsrpc.model.hub import model_name
-from hsrpc.model.quantization import read_quantization
+from hsrpc.model.quantization.modelopt import with_export
+from hsrpc.model.quantization.registry import read_quantization
 from hsrpc.model.shapes import SHAPES
 from hsrpc.model.text_part import text_part
 from hsrpc.plan.sizes import LayerSizes
 
-__all__ = ["ModelSpec", "in_formats", "load_spec", "named_spec"]
+__all__ = ["ModelSpec", "in_formats", "load_spec", "make_spec", "named_spec"]
 
 CONFIG_FILE = "config.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,11 +42,11 @@ def load_spec(directory: Path, dtype: torch.dtype | None) -> ModelSpec:
     """
     if not (directory / CONFIG_FILE).exists() and (gguf := gguf_files(directory)):
         raise refuse_gguf(gguf[0])
-    config = text_part(read_config(directory / CONFIG_FILE))
-    spec = _make_spec(model_name(directory), config, dtype)
+    config = with_export(text_part(read_config(directory / CONFIG_FILE)), directory)
+    spec = make_spec(model_name(directory), config, dtype)
     if has_weights(directory) and Checkpoint(directory).has_own_head(create_family(spec)):
         untied = ConfigFile(config.file, {**config.values, "tie_word_embeddings": False})
-        spec = _make_spec(spec.name, untied, dtype)
+        spec = make_spec(spec.name, untied, dtype)
     generation = directory / GENERATION_FILE
     if not generation.exists():
         return spec
@@ -61,18 +62,23 @@ def named_spec(name: str, dtype: torch.dtype | None) -> ModelSpec:
         CheckpointError: the file cannot be read or is not of a supported model.
     """
     if name in SHAPES:
-        return _make_spec(name, ConfigFile(f"shape {name}", SHAPES[name]), dtype)
+        return make_spec(name, ConfigFile(f"shape {name}", SHAPES[name]), dtype)
     path = Path(name).expanduser()
     path = path / CONFIG_FILE if path.is_dir() else path
     if path.suffix != ".json":
         known = ", ".join(SHAPES)
         raise ModelNotFoundError(f"{name!r} is not a known shape; use one of {known}, or the path of a {CONFIG_FILE}")
-    return _make_spec(
+    return make_spec(
         model_name(path.parent) if path.name == CONFIG_FILE else path.stem, text_part(read_config(path)), dtype
     )
 
 
-def _make_spec(name: str, config: ConfigFile, dtype: torch.dtype | None) -> ModelSpec:
+def make_spec(name: str, config: ConfigFile, dtype: torch.dtype | None) -> ModelSpec:
+    """The spec of the model that `config` describes, to be served in `dtype`; None serves the checkpoint's own.
+
+    Raises:
+        CheckpointError: a key is missing or wrong, or the model is not supported.
+    """
     read_quantization(config)  # refuses what is not served
     family = family_name(config)
     config = replace(config, values={**config.values, "model_type": family})

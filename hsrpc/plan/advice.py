@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hsrpc.config import format_bytes, format_rate
 from hsrpc.errors import ConfigError
+from hsrpc.plan.fitted import CODES_RATE_SHARE
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import MAX_BATCH
 from hsrpc.plan.question import Question
@@ -15,6 +16,9 @@ from hsrpc.plan.sizes import LayerSizes, ModelSizes, TensorSizes, align
 
 _FACTOR = 2
 """How much more there is in each change."""
+_WORTH = 0.01
+"""A smaller gain than this part is within what predictions do not tell apart."""
+_NUM_BEST = 2
 _WEIGHT_BITS = {8: 8.0, 4: 4.25}
 """Bits that a weight takes, with a scale of 16 bits for 64 weights of 4 bits."""
 
@@ -25,8 +29,6 @@ class Change:
 
     name: str
     """For people."""
-    is_served: bool
-    """Whether hsrpc could serve the model so."""
     question: Question
 
 
@@ -35,7 +37,6 @@ class Advice:
     """What a change is predicted to bring."""
 
     name: str
-    is_served: bool
     tokens_per_second: float
     """While requests come and go."""
     gain: float
@@ -53,6 +54,11 @@ def advise(question: Question, sizes: ModelSizes, plan: Plan) -> list[Advice]:
     return sorted((advice for advice in found if advice is not None), key=lambda advice: -advice.gain)
 
 
+def best_advice(advice: Sequence[Advice]) -> list[Advice]:
+    """Those of `advise` that help most, and that help at all."""
+    return [each for each in advice if each.gain >= _WORTH][:_NUM_BEST]
+
+
 def _try(change: Change, plan: Plan) -> Advice | None:
     """None: with this change no plan fits."""
     try:
@@ -61,62 +67,54 @@ def _try(change: Change, plan: Plan) -> Advice | None:
         return None
     rate = changed.prediction.mean_tokens_per_second
     gain = rate / plan.prediction.mean_tokens_per_second - 1
-    return Advice(name=change.name, is_served=change.is_served, tokens_per_second=rate, gain=gain)
+    return Advice(name=change.name, tokens_per_second=rate, gain=gain)
 
 
 def _changes(question: Question, plan: Plan) -> Iterator[Change]:
     config, hardware = question.config, question.machine.hardware
     device, host = _FACTOR * plan.budgets.device, _FACTOR * plan.budgets.host
     with_device = replace(config, gpu_memory=device, host_memory=plan.budgets.host)
-    yield _served(f"twice the device memory, {format_bytes(device)}", replace(question, config=with_device))
+    yield Change(
+        name=f"twice the device memory, {format_bytes(device)}", question=replace(question, config=with_device)
+    )
     with_host = replace(config, gpu_memory=plan.budgets.device, host_memory=host)
-    yield _served(f"twice the host memory, {format_bytes(host)}", replace(question, config=with_host))
+    yield Change(name=f"twice the host memory, {format_bytes(host)}", question=replace(question, config=with_host))
     load, store = _FACTOR * hardware.load_bandwidth, _FACTOR * hardware.store_bandwidth
     faster = replace(question.machine, hardware=replace(hardware, load_bandwidth=load, store_bandwidth=store))
-    yield _served(f"a bus twice as fast, {format_rate(load, 'B/s')}", replace(question, machine=faster))
+    yield Change(name=f"a bus twice as fast, {format_rate(load, 'B/s')}", question=replace(question, machine=faster))
     bound = config.max_batch or max(MAX_BATCH, config.min_batch)
     if plan.max_batch == bound:
         with_batch = replace(config, max_batch=_FACTOR * bound)
-        yield _served(f"max_batch {_FACTOR * bound} in place of {bound}", replace(question, config=with_batch))
+        yield Change(
+            name=f"max_batch {_FACTOR * bound} in place of {bound}", question=replace(question, config=with_batch)
+        )
     [sizes] = question.choices
     for bits, bits_each in _WEIGHT_BITS.items():
         smaller = _with_weight_bits(sizes, bits_each)
-        if smaller.layers_bytes < sizes.layers_bytes:
-            changed = replace(question, choices=(smaller,))
-            yield Change(name=f"weights of {bits} bits", is_served=False, question=changed)
-
-
-def _served(name: str, question: Question) -> Change:
-    return Change(name=name, is_served=True, question=question)
+        if smaller != sizes:
+            yield Change(name=f"weights of {bits} bits", question=replace(question, choices=(smaller,)))
 
 
 def _with_weight_bits(sizes: ModelSizes, bits: float) -> ModelSizes:
-    """The model with so many bits for each weight of its layers, multiplied as they lie."""
+    """The model with matrices in so many bits for each weight of its layers, where these are fewer."""
     smaller = {layer: _layer_with_bits(layer, bits) for layer, _ in sizes.distinct}
     return replace(sizes, layers=tuple(smaller[layer] for layer in sizes.layers))
 
 
 def _layer_with_bits(layer: LayerSizes, bits: float) -> LayerSizes:
-    found = replace(layer, tensors=_tensors(layer, bits))
-    if found.experts is None:
-        return found
-    each = sum(tensor.device_bytes for tensor in found.expert_tensors) // found.experts.count
-    return replace(found, experts=replace(found.experts, device_bytes=each))
+    return replace(layer, tensors=tuple(_with_bits(tensor, bits) for tensor in layer.tensors))
 
 
-def _tensors(layer: LayerSizes, bits: float) -> tuple[TensorSizes, ...]:
-    found = []
-    for tensor in layer.tensors:
-        size = align(math.ceil(tensor.num_elements * bits / 8))
-        found.append(
-            TensorSizes(
-                name=tensor.name,
-                num_elements=tensor.num_elements,
-                resident_bytes=size,
-                device_bytes=size,
-                buffer_bytes=size,
-                bus_bytes=size,
-                host_bytes=size,
-            )
-        )
-    return tuple(found)
+def _with_bits(tensor: TensorSizes, bits: float) -> TensorSizes:
+    """As a quantised checkpoint has it: decoded before it is used."""
+    size = align(math.ceil(tensor.num_elements * bits / 8))
+    if size >= tensor.bus_bytes:
+        return tensor
+    return replace(
+        tensor,
+        buffer_bytes=size,
+        bus_bytes=size,
+        host_bytes=size,
+        decoded_bytes=tensor.device_bytes,
+        decode_traffic=(size + tensor.device_bytes) / CODES_RATE_SHARE,
+    )

@@ -45,11 +45,9 @@ class Assembly:
         choice, sizes = choices.choices[point.choice], model.sizes
         placed, demand = choice.in_sizes(sizes), choice.demand
         lines = {use: int(size) for use, size in device_bytes(sizes, staging).items()}
+        lines[DeviceUse.WORKSPACE] += int(choices.tables[point.choice])
         if demand is not None:
-            lines |= {
-                DeviceUse.EXPERTS: demand.device_bytes,
-                DeviceUse.WORKSPACE: lines[DeviceUse.WORKSPACE] + demand.table_bytes,
-            }
+            lines[DeviceUse.EXPERTS] = demand.device_bytes
         share = self._share(one)
         closed = as_prediction(point.batch, model.traffic.context, one.times)
         plan = Plan(
@@ -66,7 +64,7 @@ class Assembly:
             buffers=BufferLimits(point.rows, int(staging.activation_rows), int(staging.queries)),
             costs=_row_costs(sizes, model.hardware),
             resident=choice.resident,
-            streamed=tuple(layer.streamed(names) for layer, names in zip(placed.layers, choice.resident, strict=True)),
+            placed=tuple(layer.placed(stays) for layer, stays in zip(placed.layers, choice.resident, strict=True)),
             demand=demand,
             num_blocks=blocks,
             device_bytes={
@@ -113,10 +111,8 @@ class Assembly:
         staging = Staging(**{item.name: int(getattr(one.staging, item.name)) for item in fields(Staging)})
         if not blocks[PoolId.DEVICE_ACTIVATION] + blocks[PoolId.HOST_ACTIVATION]:
             staging = replace(staging, activation_rows=0)
-        choices = self.evaluator.choices
-        waits = choices.on_bus[point.choice] > 0 or choices.on_demand[point.choice] > 0
         pool = PoolId.DEVICE_ACTIVATION if point.absorbed_rows else PoolId.DEVICE_KV
-        has_graphs = blocks[pool] > 0 and not waits
+        has_graphs = blocks[pool] > 0 and not self.evaluator.choices.on_bus[point.choice]
         return staging if has_graphs else replace(staging, graph_batch=0)
 
     def _share(self, one: Evaluation) -> float:

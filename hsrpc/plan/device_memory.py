@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hsrpc.plan.fitted import GRAPH_BYTES
+from hsrpc.plan.graph_sizes import num_segment_graphs
 from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import PENDING_QUERIES, REGENERATE_ROWS, SAMPLE_ELEMENTS
 from hsrpc.plan.sizes import LayerSizes, ModelSizes, Number
@@ -47,6 +49,8 @@ class Staging:
     """Queries that attend to activations as they are stored, at most."""
     graph_batch: Number
     """Requests of the largest decode graph; 0: there are no graphs."""
+    num_segments: Number = 1
+    """Graphs that a decode step is divided into."""
     table: int
     """Blocks of a request at full length."""
 
@@ -65,7 +69,8 @@ def device_bytes(sizes: ModelSizes, staging: Staging) -> dict[DeviceUse, Number]
         DeviceUse.GRAPH_BUFFERS: staging.graph_batch * (graph_input + logits),
         DeviceUse.GRAPHS: query_bytes(sizes, staging.graph_batch)
         + _absorbed_bytes(sizes, np.minimum(staging.absorbing, staging.graph_batch))
-        + staging.graph_batch * logits,
+        + staging.graph_batch * logits
+        + num_segment_graphs(staging.graph_batch, staging.num_segments) * GRAPH_BYTES,
     }
 
 

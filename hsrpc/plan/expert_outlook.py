@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from hsrpc.config import ExpertLoading
@@ -59,9 +60,14 @@ def _streaming_from(question: Question, sizes: ModelSizes, plan: Plan) -> int | 
         return None
     both = [(plan, sizes), (found, planner.sizes)]
     streaming, on_demand = both if plan.demand is None else both[::-1]
-    context, batch = plan.prediction.context, 1
+    context, before, batch = plan.prediction.context, 0, 1
+
+    def is_as_fast(batch: int) -> bool:
+        return predict_at(*streaming, context, batch).step <= predict_at(*on_demand, context, batch).step
+
     while batch <= MAX_BATCH:
-        if predict_at(*streaming, context, batch).step <= predict_at(*on_demand, context, batch).step:
-            return batch
-        batch = max(batch + 1, int(batch * _GROWTH))
+        if is_as_fast(batch):
+            between = range(before + 1, batch + 1)
+            return between[bisect_left(between, True, key=is_as_fast)]
+        before, batch = batch, max(batch + 1, int(batch * _GROWTH))
     return None

@@ -58,13 +58,14 @@ def _idle(plan: Plan, sizes: ModelSizes, prompt: int) -> float:
     steps = math.ceil(prompt / plan.max_idle_prefill_tokens)
     tokens, layers, hardware = prompt / steps, sizes.num_layers, plan.hardware
     times, mini_batches = LayerTimes(sizes, hardware), math.ceil(prompt / steps / plan.buffers.queries)
-    bus = sum(layer.bus_bytes for layer in plan.streamed) / hardware.load_bandwidth
+    bus = sum(layer.bus_bytes for layer in plan.placed) / hardware.load_bandwidth
     launch = hardware.prompt_launch_time
     if bus:
         bus += layers * mini_batches * hardware.handover_time
         launch += hardware.hop_time
     each = max(float(times.forward(tokens, mini_batches)), tokens * times.prompt_token(prompt / 2))
-    decoding = sum(layer.decode_traffic for layer in plan.streamed) / hardware.memory_bandwidth
+    traffic = sum(layer.decode_traffic for layer in plan.placed) + sum(plan.expert_traffic)
+    decoding = traffic / hardware.memory_bandwidth
     gpu = layers * each + decoding + float(times.head(1))
     # A mini-batch loads while the one before it computes: the first load or the last compute overlaps nothing.
     alone = min(bus, gpu) / (layers * mini_batches)

@@ -42,7 +42,7 @@ class LayerTimes:
             if layer.experts is None:
                 return 0.0
             touched = groups * layer.experts.touched(tokens / groups)
-            return self.load(missed * touched * layer.experts.device_bytes) + groups * CHOICE_SECONDS
+            return self.load(missed * touched * layer.expert_bus_bytes) + groups * CHOICE_SECONDS
 
         return self.sizes.mean(loads)
 
@@ -50,21 +50,46 @@ class LayerTimes:
         """Weights for which decoding reads and writes `traffic` bytes of device memory."""
         return traffic / self.hardware.memory_bandwidth
 
+    def decode_experts(self, traffic: Number, tokens: Number) -> Number:
+        """Experts that `tokens` tokens take, where `traffic` bytes are for all of them."""
+        counts = [(layer.experts, count) for layer, count in self.sizes.distinct if layer.experts is not None]
+        if not counts:
+            return 0.0
+        shares = sum(count * experts.touched_share(tokens) for experts, count in counts)
+        return self.decode_weights(traffic) * shares / sum(count for _, count in counts)
+
     def code_weight(self) -> float:
         """[W_K W_V], where it is coded to rebuild with: read and written once a step."""
         return float(self.sizes.mean(lambda layer: layer.coding_traffic)) / self.hardware.memory_bandwidth
 
-    def forward(self, queries: Number, groups: Number = 1.0) -> Number:
-        """All but attention for `queries` tokens; each group of mini-batches reads the weights."""
+    def forward(self, queries: Number, groups: Number = 1.0, touched: Number | None = None) -> Number:
+        """All but attention for `queries` tokens; each group of mini-batches reads the weights.
+
+        `touched`: experts of a layer that a group takes; None: as many as on average.
+        """
         hardware = self.hardware
 
         def products(layer: LayerSizes) -> Number:
             compute = groups * hardware.gemm_overhead + layer.flop(queries) / hardware.gemm_rate
-            read = groups * layer.read_bytes(queries / groups) / hardware.weight_bandwidth
+            read = groups * layer.read_bytes(queries / groups, touched) / hardware.weight_bandwidth
             return beside(compute, read, self.product_waiting)
 
         kernels = self.sizes.mean(lambda layer: layer.small_kernels)
         return self.sizes.mean(products) + groups * (kernels * hardware.small_kernel_time)
+
+    def expert_products(self, queries: Number, touched: Number) -> Number:
+        """What of `forward` are the products of experts, of which `queries` tokens take `touched` in a layer."""
+
+        def products(layer: LayerSizes) -> Number:
+            experts = layer.experts
+            if experts is None:
+                return 0.0
+            compute = queries * (2 * experts.k * experts.num_elements / self.hardware.gemm_rate)
+            return beside(
+                compute, touched * experts.device_bytes / self.hardware.weight_bandwidth, self.product_waiting
+            )
+
+        return self.sizes.mean(products)
 
     def regenerate(self, tokens: Number, context: int = 0) -> Number:
         """K and V of `tokens` cached tokens, of each `context` those that a layer sees; without `context`, all.

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from hsrpc.plan.demand import Demand, demand_of
-from hsrpc.plan.sizes import Floats, ModelSizes, StreamedSizes, WeightBuffers
+from hsrpc.config import ResidentWeights
+from hsrpc.plan.demand import AlikeExperts, Demand, choice_table_bytes
+from hsrpc.plan.sizes import Floats, ModelSizes, PlacedSizes, Stays, TensorSizes, WeightBuffers
 from hsrpc.schedule.sweep import BUFFERS
 
-Resident = tuple[frozenset[str], ...]
-"""Names of the packed tensors that stay on the device, for each layer."""
+_PACKED_WORTH = 0.98
+"""What stays is decoded in every step only where that gains more than 2 %: a smaller gain is within what predictions do
+not tell apart."""
+_OPENED_STEP = 4
+"""Of the shares that are tried, every so many are for weights that are ready while all others stay packed."""
+Resident = tuple[Stays, ...]
+"""The weight tensors that stay on the device, for each layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +31,11 @@ class WeightChoice:
     resident: Resident
     demand: Demand | None = None
     """Experts come on demand, and are not among the resident weights; None: all that does not stay streams."""
+
+    @property
+    def keeps_packed(self) -> bool:
+        """Whether some weights that stay are decoded in every step."""
+        return any(stays.packed for stays in self.resident)
 
     def in_sizes(self, sizes: ModelSizes) -> ModelSizes:
         """The model with the weights that stay or stream."""
@@ -36,44 +48,73 @@ class ResidentChoices:
 
     choices: tuple[WeightChoice, ...]
     resident: Floats
-    """Bytes that stay, all layers: each tensor is allocated by itself, without padding."""
+    """Bytes that stay, all layers, at most: a tensor that is ready is allocated by itself, without padding."""
     on_bus: Floats
     """Bytes that cross the bus in every step for the others."""
     on_bus_at_most: Floats
     """Bytes that cross it in a step that needs every expert."""
     decode_traffic: Floats
-    """Bytes of device memory that decoding these reads and writes in every step."""
+    """Bytes of device memory that decoding reads and writes in every step, but for experts."""
+    expert_traffic: Floats
+    """The same for all experts; a step decodes those that its tokens take."""
     on_host: Floats
     """Bytes that the others take in host memory, at most."""
     buffers: Floats
-    """Bytes of the device buffers for them."""
+    """Bytes of the device buffers for them, and for what is decoded."""
     experts: Floats
     """Bytes on the device for experts that come on demand."""
+    tables: Floats
+    """Bytes on the device that say where experts lie, and which are decoded."""
     on_demand: Floats
     """1: experts come on demand; 0: they stay or stream."""
     missed: Floats
     """Part of the experts that have no slot, where they come on demand; else 0."""
+    worth: Floats
+    """Factor on the speed that is predicted, where choices are compared."""
+    num_segments: Floats
+    """Graphs of a decode step, where no weights stream."""
 
     @classmethod
     def of(cls, sizes: ModelSizes, choices: Sequence[WeightChoice]) -> ResidentChoices:
         """What follows from each of the choices."""
-        placed = [count_streamed(choice.in_sizes(sizes), choice.resident) for choice in choices]
-        demands = [choice.demand for choice in choices]
-        bus = floats(sum(n * each.bus_bytes for each, n in found.items()) for found in placed)
-        missed = floats(0 if demand is None else demand.missed for demand in demands)
-        experts = floats(0 if demand is None else demand.host_bytes for demand in demands)
-        return cls(
-            choices=tuple(choices),
-            resident=floats(resident_bytes(each.in_sizes(sizes), each.resident) for each in choices),
-            on_bus=bus,
-            on_bus_at_most=bus + missed * experts,
-            decode_traffic=floats(sum(n * each.decode_traffic for each, n in found.items()) for found in placed),
-            on_host=experts + floats(host_bytes(found) for found in placed),
-            buffers=floats(BUFFERS * each.packed + each.decoded for each in map(WeightBuffers.of, placed)),
-            experts=floats(0 if demand is None else demand.device_bytes + demand.table_bytes for demand in demands),
-            on_demand=floats(demand is not None for demand in demands),
-            missed=missed,
-        )
+        found = [_numbers(sizes, choice) for choice in choices]
+        return cls(tuple(choices), **{name: floats(each[name] for each in found) for name in found[0]})
+
+
+def _numbers(sizes: ModelSizes, choice: WeightChoice) -> dict[str, float]:
+    """What follows from one choice, as `ResidentChoices` has it of all."""
+    placed, demand = count_placed(choice.in_sizes(sizes), choice.resident), choice.demand
+    buffers = WeightBuffers.of(placed)
+    bus = sum(n * each.bus_bytes for each, n in placed.items())
+    expert_traffic = sum(n * each.expert_traffic for each, n in placed.items())
+    found = {
+        "resident": _at_most(placed, lambda each: each.resident_bytes),
+        "on_bus": bus,
+        "on_bus_at_most": bus,
+        "decode_traffic": sum(n * each.decode_traffic for each, n in placed.items()),
+        "expert_traffic": expert_traffic,
+        "on_host": _at_most(placed, lambda each: each.host_bytes),
+        "buffers": BUFFERS * buffers.packed + buffers.decoded,
+        "experts": 0.0,
+        "tables": choice_table_bytes(sizes) if expert_traffic else 0.0,
+        "on_demand": 0.0,
+        "missed": 0.0,
+        "worth": _PACKED_WORTH if choice.keeps_packed else 1.0,
+        "num_segments": 1.0,
+    }
+    if demand is None:
+        return found
+    return found | {
+        "on_bus_at_most": bus + demand.missed * demand.host_bytes,
+        "expert_traffic": demand.traffic,
+        "on_host": found["on_host"] + demand.host_bytes,
+        "buffers": found["buffers"] + demand.decoded_bytes,
+        "experts": demand.device_bytes,
+        "tables": demand.table_bytes + (choice_table_bytes(sizes) if demand.is_coded else 0),
+        "on_demand": 1.0,
+        "missed": demand.missed,
+        "num_segments": demand.num_segments,
+    }
 
 
 def floats(values: Iterable[float]) -> Floats:
@@ -81,62 +122,130 @@ def floats(values: Iterable[float]) -> Floats:
     return np.array(list(values), dtype=np.float64)
 
 
-def streaming_choices(sizes: ModelSizes, shares: Sequence[float]) -> list[WeightChoice]:
-    """The weights that stay for each of the given shares of all layers' bytes, at most; all others stream."""
-    found = {spread_resident(sizes, int(share * sizes.layers_bytes)): None for share in sorted(shares)}
-    return [WeightChoice(resident) for resident in found]
+def streaming_choices(
+    sizes: ModelSizes, shares: Sequence[float], residence: ResidentWeights = ResidentWeights.AUTO
+) -> list[WeightChoice]:
+    """The weights that stay for each of the given shares of all layers' bytes, at most; all others stream.
+
+    Those stay packed, or ready. Where all may stay, there is between both: some are ready, and the others packed.
+    """
+    found: list[Resident] = []
+    for way in _ways(sizes, residence):
+        found += (way.resident(sizes, int(share * way.total(sizes))) for share in sorted(shares))
+        if way is _PACKED and residence is ResidentWeights.AUTO and 1.0 in shares:
+            found += (all_stay(sizes, share) for share in sorted(shares)[::_OPENED_STEP])
+    last = dict.fromkeys(reversed(found))  # of equal ones
+    return [WeightChoice(resident) for resident in reversed(last)]
 
 
-def demand_choices(sizes: ModelSizes, shares: Sequence[float]) -> list[WeightChoice]:
+def demand_choices(
+    sizes: ModelSizes, shares: Sequence[float], residence: ResidentWeights = ResidentWeights.AUTO
+) -> list[WeightChoice]:
     """The same where experts come on demand; empty where they cannot.
 
-    The other weights stay first, since every step needs them; then experts have slots.
+    The other weights stay first, since every step needs them; then experts have slots, in which they lie packed.
     """
-    others = sizes.without_experts
-    found: dict[WeightChoice, None] = {}
-    for share in sorted(shares):
-        budget = int(share * sizes.layers_bytes)
-        if (demand := demand_of(sizes, budget - others.layers_bytes)) is not None:
-            resident = spread_resident(others, min(budget, others.layers_bytes))
-            found[WeightChoice(resident, demand)] = None
+    experts = AlikeExperts.of(sizes)
+    if experts is None:
+        return []
+    others, found = sizes.without_experts, dict[WeightChoice, None]()
+    for way in _ways(others, residence):
+        total = way.total(others)
+        for share in sorted(shares):
+            budget = int(share * (total + experts.num_bytes))
+            found[WeightChoice(way.resident(others, min(budget, total)), experts.within(budget - total))] = None
     return list(found)
 
 
-def resident_bytes(sizes: ModelSizes, resident: Resident) -> int:
-    """Bytes of the weights that stay: each tensor is allocated by itself, without padding."""
+def count_placed(sizes: ModelSizes, resident: Resident) -> Counter[PlacedSizes]:
+    """What the tensors of each layer take, and in how many layers they take the same."""
     alike = Counter(zip(sizes.kinds, resident, strict=True))
-    return sum(count * sizes.distinct[kind][0].resident_bytes(names) for (kind, names), count in alike.items())
-
-
-def count_streamed(sizes: ModelSizes, resident: Resident) -> Counter[StreamedSizes]:
-    """What streams of each layer, and in how many layers the same does."""
-    alike = Counter(zip(sizes.kinds, resident, strict=True))
-    found: Counter[StreamedSizes] = Counter()
-    for (kind, names), count in alike.items():
-        found[sizes.distinct[kind][0].streamed(names)] += count
+    found: Counter[PlacedSizes] = Counter()
+    for (kind, stays), count in alike.items():
+        found[sizes.distinct[kind][0].placed(stays)] += count
     return found
 
 
-def host_bytes(streamed: Counter[StreamedSizes]) -> int:
-    """Bytes of all layers' streamed weights in host memory, at most."""
-    exact = sum(count * each.host_bytes for each, count in streamed.items())
+def _at_most(placed: Counter[PlacedSizes], size: Callable[[PlacedSizes], float]) -> int:
+    """Bytes of all layers, at most."""
+    exact = sum(count * size(each) for each, count in placed.items())
     return math.ceil(round(exact, 3))  # what is rounded in the last place adds no byte
 
 
 def spread_resident(sizes: ModelSizes, budget: int) -> Resident:
-    """Tensors that stay on the device in each layer: at most `budget` bytes in all, the same part of each layer.
+    """Tensors that stay ready in each layer: at most `budget` bytes in all, the same part of each layer."""
+    return tuple(map(Stays, _spread(sizes, budget, _ready_bytes)))
 
-    Layer by layer, largest first, the tensors stay that keep the running total within the budget's part so far.
+
+def spread_packed(sizes: ModelSizes, budget: int) -> Resident:
+    """The same of tensors that stay packed, those that are coded."""
+    both = zip(_spread(sizes, budget, _packed_bytes), sizes.layers, strict=True)
+    return tuple(Stays(ready=each - layer.coded, packed=each & layer.coded) for each, layer in both)
+
+
+def all_stay(sizes: ModelSizes, share: float) -> Resident:
+    """All tensors; ready are those that are not coded, and of the others at most that share of the room it takes."""
+    opened = _spread(sizes, int(share * _total(sizes, _room)), _room)
+    both = zip(opened, sizes.layers, strict=True)
+    return tuple(Stays(ready=layer.names - (layer.coded - each), packed=layer.coded - each) for each, layer in both)
+
+
+def _ready_bytes(tensor: TensorSizes) -> int:
+    return tensor.device_bytes
+
+
+def _packed_bytes(tensor: TensorSizes) -> int:
+    return math.ceil(tensor.host_bytes)
+
+
+def _room(tensor: TensorSizes) -> int:
+    """Bytes more that it takes ready."""
+    return max(0, _ready_bytes(tensor) - _packed_bytes(tensor))
+
+
+def _total(sizes: ModelSizes, cost: Callable[[TensorSizes], int]) -> int:
+    return sum(count * sum(map(cost, layer.tensors)) for layer, count in sizes.distinct)
+
+
+class _Way(NamedTuple):
+    """How weights lie that stay."""
+
+    resident: Callable[[ModelSizes, int], Resident]
+    """Those that stay within a budget."""
+    num_bytes: Callable[[TensorSizes], int]
+
+    def total(self, sizes: ModelSizes) -> int:
+        """Bytes of all layers."""
+        return _total(sizes, self.num_bytes)
+
+
+_READY, _PACKED = _Way(spread_resident, _ready_bytes), _Way(spread_packed, _packed_bytes)
+
+
+def _ways(sizes: ModelSizes, residence: ResidentWeights) -> list[_Way]:
+    """Those to try; of two that are equal the later one is taken."""
+    if not any(layer.coded for layer, _ in sizes.distinct) or residence is ResidentWeights.DECODED:
+        return [_READY]
+    return [_PACKED] if residence is ResidentWeights.PACKED else [_PACKED, _READY]
+
+
+def _spread(sizes: ModelSizes, budget: int, cost: Callable[[TensorSizes], int]) -> list[frozenset[str]]:
+    """Tensors of each layer that cost at most `budget` in all, the same part in each layer.
+
+    Layer by layer, largest first, the tensors are taken that keep the running total within the budget's part so far.
     """
+    costs = [[(tensor.name, cost(tensor)) for tensor in layer.largest_first] for layer, _ in sizes.distinct]
+    wholes = [sum(each for _, each in layer) for layer in costs]
+    total = sum(wholes[kind] for kind in sizes.kinds)
     chosen: list[frozenset[str]] = []
     spent = passed = 0
-    for layer in sizes.layers:
+    for kind in sizes.kinds:
         names = []
-        passed += layer.weight_bytes
-        limit = budget * passed // sizes.layers_bytes
-        for tensor in layer.largest_first:
-            if spent + tensor.device_bytes <= limit:
-                names.append(tensor.name)
-                spent += tensor.device_bytes
+        passed += wholes[kind]
+        limit = budget * passed // max(1, total)
+        for name, each in costs[kind]:
+            if spent + each <= limit:
+                names.append(name)
+                spent += each
         chosen.append(frozenset(names))
-    return tuple(chosen)
+    return chosen

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hsrpc.config import CacheCoding, CachePolicy
 from hsrpc.plan.demand import Demand
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.memory_use import DeviceUse, HostUse
-from hsrpc.plan.sizes import StreamedSizes, WeightBuffers
+from hsrpc.plan.sizes import PlacedSizes, Stays, WeightBuffers
 from hsrpc.schedule.blocks import IN_PROPORTION, BlockKind, KindRule, PoolId
 from hsrpc.schedule.recompute import RecomputeLimits
 from hsrpc.schedule.step import BufferLimits, RowCosts
@@ -100,10 +101,10 @@ class Plan:
     recompute: RecomputeLimits
     buffers: BufferLimits
     costs: RowCosts
-    resident: tuple[frozenset[str], ...]
-    """Names of the packed tensors that stay on the device, for each layer."""
-    streamed: tuple[StreamedSizes, ...]
-    """Sizes of each layer's other tensors, which cross the bus in every step; experts on demand are not among them."""
+    resident: tuple[Stays, ...]
+    """The weight tensors that stay on the device, for each layer; all others but experts on demand stream."""
+    placed: tuple[PlacedSizes, ...]
+    """What each layer's tensors take, placed so; experts on demand are not among them."""
     num_blocks: dict[PoolId, int]
     device_bytes: dict[DeviceUse, int]
     """What the device budget is spent on; for hidden states, workspace, graphs and runtime bounds, else exact."""
@@ -141,24 +142,39 @@ class Plan:
     @property
     def streamed_bytes(self) -> tuple[int, ...]:
         """Bytes of each layer's weights that stream, as they are when they are used."""
-        return tuple(layer.device_bytes for layer in self.streamed)
+        return tuple(layer.streamed_bytes for layer in self.placed)
 
     @property
     def weight_buffer_bytes(self) -> int:
         """Bytes of each of the buffers that weights are loaded to."""
-        return WeightBuffers.of(self.streamed).packed
+        return WeightBuffers.of(self.placed).packed
 
     @property
     def decode_buffer_bytes(self) -> int:
-        """Bytes of the buffer that a layer's weights are decoded to; 0: none are decoded."""
-        return WeightBuffers.of(self.streamed).decoded
+        """Bytes of the buffer that a layer's weights are decoded to, experts on demand last; 0: none are decoded."""
+        experts = 0 if self.demand is None else self.demand.decoded_bytes
+        return WeightBuffers.of(self.placed).decoded + experts
+
+    @property
+    def expert_traffic(self) -> tuple[float, ...]:
+        """Bytes of device memory that decoding all experts of each layer reads and writes."""
+        demand = self.demand
+        if demand is None:
+            return tuple(layer.expert_traffic for layer in self.placed)
+        return tuple(count * demand.decode_traffic for count in demand.counts)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes on the device of weights that stay packed, at most; they are among the resident ones."""
+        return math.ceil(round(sum(layer.kept_bytes for layer in self.placed), 3))
 
     @property
     def resident_share(self) -> float:
-        """Share of the layers' weights that stay on the device; experts in slots are among them."""
-        stays, all_bytes = float(self.device_bytes[DeviceUse.RESIDENT_WEIGHTS]), sum(self.streamed_bytes)
-        all_bytes += self.device_bytes[DeviceUse.RESIDENT_WEIGHTS]
+        """Share of the layers' weights that stay on the device, packed or not; experts in slots are among them."""
+        stays: float = sum(layer.ready_bytes for layer in self.placed)
+        all_bytes = stays + sum(self.streamed_bytes)
         if self.demand is not None:
-            stays += self.demand.hit_rate * self.demand.host_bytes
-            all_bytes += self.demand.host_bytes
+            experts = sum(self.demand.counts) * self.demand.ready_bytes
+            stays += self.demand.hit_rate * experts
+            all_bytes += experts
         return stays / all_bytes

@@ -33,6 +33,8 @@ MODEST_CONTEXT = 4096
 MAX_BATCH = 512
 _BATCH_GROWTH = 1.03
 _RESIDENT_SHARES = tuple(i / 128 for i in range(129))
+_AT_ONCE = 64
+"""Of them, evaluated together with all batches."""
 _BUFFER_BYTES = (512 * 1024**2, 256 * 1024**2, 128 * 1024**2)
 """Sizes of a kv buffer to try: copies large enough to fill the bus, and few mini-batches."""
 _BUFFER_PART = 20
@@ -102,6 +104,7 @@ class Planner:
             raise self._too_slow(_join([e.times.longest_step for e in found], found)[fits])
         batch = _join([e.grid.batch for e in found], found)
         rates = np.where(fits & in_time, batch / _join([e.times.mean_step for e in found], found), 0.0)
+        rates *= _join([self._choices.worth[e.grid.choice] for e in found], found)
         rates[batch < min(self.config.min_batch, batch[rates > 0].max())] = 0.0
         worth = batch[rates >= _WORTH * rates.max()]
         rates[batch != (worth.min() if self.config.max_batch is None else worth.max())] = 0.0
@@ -131,7 +134,7 @@ class Planner:
     def _rebuilding_grids(self, evaluator: Evaluator) -> Iterator[Grid]:
         budgets, shares = evaluator.budgets, evaluator.shares
         batch = _batches(self.config)[:, None, None]
-        choice = self._possible_choices(budgets)[None, :, None]
+        choices = self._possible_choices(budgets)
         is_free = len(shares) > 1
         tries_kv_alone = is_free and not self.sizes.rounds  # else that is an evaluator of its own
         shares = (0.0, *shares) if tries_kv_alone else shares
@@ -140,34 +143,39 @@ class Planner:
         for wanted in self._row_choices(budgets):
             for recompute in self._recompute_choices(batch):
                 rows = self._rows(batch, wanted, recompute)
-                yield Grid(
-                    batch=batch, choice=choice, device_share=share, kv_only=kv_only, rows=rows, recompute=recompute
-                )
+                for choice in choices:
+                    yield Grid(
+                        batch=batch, choice=choice, device_share=share, kv_only=kv_only, rows=rows, recompute=recompute
+                    )
 
     def _absorbing_grids(self, budgets: Budgets) -> Iterator[Grid]:
         """Activations alone, and buffers of these; those of K and V have the rows of a chunk."""
         batch = _batches(self.config)[:, None, None]
-        choice = self._possible_choices(budgets)[None, :, None]
+        choices = self._possible_choices(budgets)
         share = np.ones((1, 1, 1))
         for wanted in self._row_choices(budgets, BlockKind.ACTIVATION):
             for recompute in self._recompute_choices(batch):
-                yield Grid(
-                    batch=batch,
-                    choice=choice,
-                    device_share=share,
-                    kv_only=share == 0,
-                    rows=self._rows(batch, 1, recompute),
-                    recompute=recompute,
-                    absorbed_rows=self._rows(batch, wanted, recompute),
-                )
+                for choice in choices:
+                    yield Grid(
+                        batch=batch,
+                        choice=choice,
+                        device_share=share,
+                        kv_only=share == 0,
+                        rows=self._rows(batch, 1, recompute),
+                        recompute=recompute,
+                        absorbed_rows=self._rows(batch, wanted, recompute),
+                    )
 
-    def _possible_choices(self, budgets: Budgets) -> npt.NDArray[np.int64]:
-        """Choices of resident weights, from many to few, that alone do not exceed a budget; one where all do."""
+    def _possible_choices(self, budgets: Budgets) -> list[npt.NDArray[np.int64]]:
+        """Choices of resident weights, from many to few, that alone do not exceed a budget; one where all do.
+
+        As so many [1, choices, 1] at once that what is computed of them stays in the host's caches.
+        """
         choices = self._choices
-        fits = (choices.resident + choices.buffers + choices.experts <= budgets.device - budgets.runtime) & (
-            choices.on_host <= budgets.host
-        )
-        return (np.flatnonzero(fits) if fits.any() else np.zeros(1, np.int64))[::-1]
+        on_device = choices.resident + choices.buffers + choices.experts + choices.tables
+        fits = (on_device <= budgets.device - budgets.runtime) & (choices.on_host <= budgets.host)
+        found = (np.flatnonzero(fits) if fits.any() else np.zeros(1, np.int64))[::-1]
+        return [found[None, start : start + _AT_ONCE, None] for start in range(0, len(found), _AT_ONCE)]
 
     def _resident_shares(self) -> tuple[float, ...]:
         if self.config.placement is Placement.HOST:
@@ -265,11 +273,12 @@ def _max_model_len(config: EngineConfig, sizes: ModelSizes) -> int:
 
 def _weight_choices(config: EngineConfig, sizes: ModelSizes, shares: tuple[float, ...]) -> list[WeightChoice]:
     """Those to try; of two that are equal the later one is taken."""
-    on_demand = [] if config.experts is ExpertLoading.STREAM else demand_choices(sizes, shares)
+    residence = config.resident_weights
+    on_demand = [] if config.experts is ExpertLoading.STREAM else demand_choices(sizes, shares, residence)
     if config.experts is not ExpertLoading.DEMAND:
-        return on_demand + streaming_choices(sizes, shares)
+        return on_demand + streaming_choices(sizes, shares, residence)
     if not on_demand:
-        problem = "the model has no experts, or they are coded or quantised"
+        problem = "the model has no experts, or they are coded, or not all alike"
         remedy = "use experts=auto, or weight_coding=none for coded ones"
         raise ConfigError("experts", config.experts.value, problem, remedy)
     return on_demand

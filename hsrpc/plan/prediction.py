@@ -18,20 +18,26 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
 
     No prompts come in: `prefill` is 0, and `mean_step` is `step`.
     """
-    batch = num_requests or plan.max_batch
     traffic = Traffic(context=context, prompt=0, output=1, longest=plan.max_model_len)
+    found = predict_traffic(plan, sizes, traffic, num_requests)
+    return replace(found, mean_step=found.step)
+
+
+def predict_traffic(plan: Plan, sizes: ModelSizes, traffic: Traffic, num_requests: int | None = None) -> StepPrediction:
+    """A step of `num_requests` (default: the whole batch) of another traffic than the plan's, prompts coming in."""
+    batch, context = num_requests or plan.max_batch, traffic.context
     model = StepModel(sizes, plan.hardware, traffic)
-    used = batch * sizes.held_blocks(context, plan.block_size)
-    on_device = min(1.0, sum(_blocks(plan, Tier.DEVICE)) / used)
+    on_device, at_end = (_on_device(plan, sizes, batch, tokens) for tokens in (context, max(context, traffic.at_end)))
     rebuilding = 1 - len(plan.kv_layers) / sizes.num_layers
     candidate = Candidates(
         batch=np.asarray(float(batch)),
-        streamed=sum(layer.bus_bytes for layer in plan.streamed) / sizes.num_layers,
-        decode_traffic=sum(layer.decode_traffic for layer in plan.streamed) / sizes.num_layers,
+        streamed=sum(layer.bus_bytes for layer in plan.placed) / sizes.num_layers,
+        decode_traffic=sum(layer.decode_traffic for layer in plan.placed) / sizes.num_layers,
+        expert_traffic=sum(plan.expert_traffic) / sizes.num_layers,
         on_demand=float(plan.demand is not None),
         missed=0.0 if plan.demand is None else plan.demand.missed,
         on_device=on_device,
-        on_device_at_end=on_device,
+        on_device_at_end=at_end,
         device_share=rebuilding * _share(plan, Tier.DEVICE),
         host_share=rebuilding * _share(plan, Tier.HOST),
         recomputed=0.0 if plan.keeps_cache else 1.0,
@@ -48,8 +54,13 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
         balanced = model.balanced_recompute(candidate, min(1.0 - on_device, part))
         candidate = replace(candidate, recomputed=balanced)
     closed = as_prediction(batch, context, model.predict(candidate))
-    found = simulated(plan, sizes, closed, recomputes=bool(candidate.recomputed))
-    return replace(found, mean_step=found.step)
+    return simulated(plan, sizes, closed, recomputes=bool(candidate.recomputed))
+
+
+def _on_device(plan: Plan, sizes: ModelSizes, batch: int, tokens: int) -> float:
+    """Part of the cached tokens that lies on the device, where `batch` requests have so many each."""
+    held = batch * float(sizes.held_blocks(tokens, plan.block_size))
+    return min(1.0, sum(_blocks(plan, Tier.DEVICE)) / held)
 
 
 def as_prediction(batch: int, context: int, times: StepTimes) -> StepPrediction:
@@ -70,7 +81,7 @@ def simulated(plan: Plan, sizes: ModelSizes, closed: StepPrediction, *, recomput
     # The list's first and last mini-batch, beside which nothing runs, are in its own time.
     alone = min(closed.bus, closed.gpu) / (sizes.num_layers * closed.mini_batches)
     by_list = simulated_step(plan, sizes, closed, recomputes=recomputes)
-    step = max(by_list, closed.launch) + max(0.0, closed.boundary - alone)
+    step = max(by_list, closed.launch + closed.experts) + max(0.0, closed.boundary - alone)
     return replace(
         closed, step=step, longest_step=max(step, closed.longest_step), mean_step=max(step, closed.mean_step)
     )

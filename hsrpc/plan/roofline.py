@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.layer_times import LayerTimes
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.sizes import LayerSizes, ModelSizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,9 @@ class Roofline:
     forward: float
     regenerate: float
     attention: float
+    in_turn: float = 0.0
+    """Experts that came on demand, and all that is computed but the products of experts: a choice is behind what was
+    computed before it, and what it loads before all that follows. 0 where none come so."""
 
     @property
     def gpu(self) -> float:
@@ -55,11 +58,11 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        return max(self.bus, self.gpu)
+        return max(self.bus, self.gpu, self.in_turn)
 
 
 def roofline(record: StepRecord, sizes: ModelSizes, hardware: Hardware, *, absorbs: bool = False) -> Roofline:
-    """max(bus, gpu) for the work of one step, each at the best rate measured on this machine.
+    """max(bus, gpu, what takes turns) for the work of one step, each at the best rate measured on this machine.
 
     The work that the method itself asks for and no more: no copies within the device, no logits, one mini-batch.
     `absorbs`: queries attend to activations as they are stored.
@@ -72,9 +75,24 @@ def roofline(record: StepRecord, sizes: ModelSizes, hardware: Hardware, *, absor
     tokens = record.decode_tokens + record.prefill_tokens + record.recomputed_tokens
     context = round(record.context_tokens / max(1, record.num_requests))
     layers, attend = sizes.num_layers, layer.absorbed if absorbs else layer.attention
-    return Roofline(
+    touched = _touched(record, sizes)
+    found = Roofline(
         bus=float(layer.load(record.weight_bytes + record.cache_bytes)),
-        forward=float(layers * layer.forward(tokens)),
+        forward=float(layers * layer.forward(tokens, touched=touched)),
         regenerate=float(layer.regenerate(record.regenerated_tokens)),
         attention=float(layers * attend(record.context_tokens + tokens, 0, context)),
     )
+    if touched is None:
+        return found
+    loads = float(layer.load(record.expert_loads * sizes.largest(_expert_bytes)))  # all are alike
+    return replace(found, in_turn=loads + found.gpu - float(layers * layer.expert_products(tokens, touched)))
+
+
+def _touched(record: StepRecord, sizes: ModelSizes) -> float | None:
+    """Experts that the step took of a layer, on average over those that have some; None: none come on demand."""
+    count = record.expert_hits + record.expert_loads
+    return count / sum(layer.experts is not None for layer in sizes.layers) if count else None
+
+
+def _expert_bytes(layer: LayerSizes) -> int:
+    return 0 if layer.experts is None else layer.experts.device_bytes

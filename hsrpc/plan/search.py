@@ -151,7 +151,8 @@ class Evaluator:
         staging = self.staging(grid, prompt_queries, idle_chunk)
         device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
         device_room = device_room - self.sizes.max_coded_bytes
-        for part in (self.choices.resident, self.choices.buffers, self.choices.experts):
+        choices = self.choices
+        for part in (choices.resident, choices.buffers, choices.experts, choices.tables):
             device_room = device_room - part[grid.choice]
         host_room = self.budgets.host - self.choices.on_host[grid.choice]
         usable = self._usable_blocks(grid.batch, idle_chunk)
@@ -194,6 +195,7 @@ class Evaluator:
     def staging(self, grid: Grid, prompt_queries: Number, idle_chunk: Number) -> Staging:
         """Sizes of the device buffers for candidates; `prompt_queries`: prompt tokens of a mini-batch, at most."""
         batch, rows, traffic = grid.batch, grid.rows, self.model.traffic
+        segments = np.where(self.choices.on_bus[grid.choice] > 0, 1.0, self.choices.num_segments[grid.choice])
         if self.recomputes:
             step_tokens = batch * self.max_model_len
             return Staging(
@@ -216,6 +218,7 @@ class Evaluator:
             step_tokens=idle_chunk + batch + np.minimum(grid.recompute, batch * traffic.at_end),
             absorbing=np.where(grid.absorbs, batch, 0),
             graph_batch=batch,
+            num_segments=segments,
             table=self.longest,
         )
 
@@ -356,6 +359,7 @@ class Evaluator:
             batch=grid.batch,
             streamed=self.choices.on_bus[grid.choice] / self.sizes.num_layers,
             decode_traffic=self.choices.decode_traffic[grid.choice] / self.sizes.num_layers,
+            expert_traffic=self.choices.expert_traffic[grid.choice] / self.sizes.num_layers,
             on_demand=self.choices.on_demand[grid.choice],
             missed=self.choices.missed[grid.choice],
             on_device=self._on_device(grid.batch, device_blocks, traffic.context),

@@ -33,15 +33,16 @@ def simulated_step(plan: Plan, sizes: ModelSizes, step: StepPrediction, *, recom
 
 def placements(plan: Plan, sizes: ModelSizes) -> Places:
     """Where each layer's weights are, as planned."""
-    counts = (0,) * len(plan.streamed) if plan.demand is None else plan.demand.counts
+    counts = (0,) * len(plan.placed) if plan.demand is None else plan.demand.counts
     return tuple(
         LayerPlacement(
             bus_bytes=round(layer.bus_bytes),
             is_coded=layer.decode_traffic > 0 or sizes.layers[number].coded_weight_bytes > 0,
+            has_coded_experts=plan.expert_traffic[number] > 0,
             rebuilds=number not in plan.kv_layers,
             on_demand=counts[number] > 0,
         )
-        for number, layer in enumerate(plan.streamed)
+        for number, layer in enumerate(plan.placed)
     )
 
 
@@ -52,6 +53,8 @@ class _OpSeconds:
     load_bandwidth: float
     decode: Sequence[float]
     """For each layer."""
+    decode_experts: Sequence[float]
+    """For each layer, of one group."""
     seen: Sequence[float]
     """For each layer, the cached tokens that it sees over those that layers see on average."""
     blocks: float
@@ -68,21 +71,24 @@ class _OpSeconds:
     @classmethod
     def of(cls, plan: Plan, layer: LayerTimes, step: StepPrediction, num_groups: int) -> _OpSeconds:
         """Parts of a step divided among its operations."""
-        traffic = zip(plan.streamed, layer.sizes.layers, strict=True)
+        traffic = zip(plan.placed, layer.sizes.layers, strict=True)
         decode = [float(layer.decode_weights(one.decode_traffic + sizes.coding_traffic)) for one, sizes in traffic]
-        weights = float(layer.load(sum(each.bus_bytes for each in plan.streamed)))
-        each = len(plan.streamed) * step.mini_batches
+        tokens = step.batch if num_groups == 1 else step.batch * step.context  # recomputed ones
+        experts = [float(layer.decode_experts(traffic, tokens)) for traffic in plan.expert_traffic]
+        weights = float(layer.load(sum(each.bus_bytes for each in plan.placed)))
+        each = len(plan.placed) * step.mini_batches
         layers = layer.sizes.layers
         parts = [sizes.seen_part(step.context) for sizes in layers]
         return cls(
             load_bandwidth=plan.hardware.load_bandwidth,
             decode=decode,
+            decode_experts=[seconds / num_groups for seconds in experts],
             seen=[len(parts) * part / sum(parts) for part in parts],
             blocks=max(0.0, step.bus - weights) / each,
             rebuild=step.regenerate / each,
             place=step.gather / each,
             attend=step.attention / each,
-            group=(step.forward - sum(decode)) / (len(plan.streamed) * num_groups),
+            group=(step.forward - sum(decode) - sum(experts)) / (len(plan.placed) * num_groups),
             head=step.head,
             experts=step.experts / (num_groups * max(1, sum(layer.experts is not None for layer in layers))),
         )
@@ -97,6 +103,8 @@ class _OpSeconds:
                 return self.experts
             case OpKind.DECODE:
                 return self.decode[op.layer]
+            case OpKind.DECODE_EXPERTS:
+                return self.decode_experts[op.layer]
             case OpKind.PLACE:
                 return self.place * self.seen[op.layer]
             case OpKind.REBUILD:

@@ -47,28 +47,57 @@ class TensorSizes:
     bus_bytes: float
     """Bytes expected on the bus."""
     host_bytes: float
-    """Upper bound of the bytes in host memory."""
+    """Upper bound of the bytes in host memory; on the device too, where it stays there packed."""
     decoded_bytes: int = 0
-    """Device memory that it is decoded to before it is used; 0: it is used where it lies in the weight buffer."""
+    """Device memory that it is decoded to before it is used; 0: it is used where it lies packed."""
     decode_traffic: float = 0.0
     """Bytes of device memory that are read and written in the time that decoding takes."""
 
+    @property
+    def is_coded(self) -> bool:
+        """Whether it is decoded before it is used; else it lies ready where it lies packed."""
+        return self.decoded_bytes > 0
+
+
+class Stays(NamedTuple):
+    """Names of the weight tensors of a layer that stay on the device; the others stream."""
+
+    ready: frozenset[str] = frozenset()
+    """Ready to multiply by."""
+    packed: frozenset[str] = frozenset()
+    """As their format packs them, to be decoded in every step; none that is not coded."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All that stay."""
+        return self.ready | self.packed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StreamedSizes:
-    """What the tensors of a layer take that stream."""
+class PlacedSizes:
+    """What the weight tensors of a layer take, some of which stay on the device."""
 
-    device_bytes: int
-    """Bytes that they would take if they stayed on the device."""
+    resident_bytes: float
+    """Upper bound of what those take that stay."""
+    kept_bytes: float
+    """Part of these that is for weights that stay packed."""
+    ready_bytes: int
+    """Bytes that all that stay would take ready to multiply by."""
+    streamed_bytes: int
+    """Bytes that the others would take so, in a buffer."""
     buffer_bytes: int
     bus_bytes: float
     host_bytes: float
     decoded_bytes: int
+    """Device memory that tensors are decoded to before they are used: of all that stream or stay packed."""
     decode_traffic: float
+    """Bytes of device memory that are read and written in the time that decoding them takes, but for experts."""
+    expert_traffic: float
+    """The same for all experts; a step decodes those that its tokens take."""
 
 
 class WeightBuffers(NamedTuple):
-    """Bytes of the device buffers that streamed weights go through: those of the layer that takes most."""
+    """Bytes of the device buffers that weights go through: those of the layer that takes most."""
 
     packed: int
     """Buffer for weights as they came over the bus."""
@@ -76,9 +105,9 @@ class WeightBuffers(NamedTuple):
     """Buffer for decoded weights: one for all layers, since one is computed after the other."""
 
     @classmethod
-    def of(cls, streamed: Iterable[StreamedSizes]) -> WeightBuffers:
-        """The buffers for what streams of each layer."""
-        sizes = [(each.buffer_bytes, each.decoded_bytes) for each in streamed]
+    def of(cls, placed: Iterable[PlacedSizes]) -> WeightBuffers:
+        """The buffers for what streams, and what is decoded, of each layer."""
+        sizes = [(each.buffer_bytes, each.decoded_bytes) for each in placed]
         return cls(*map(max, zip(*sizes, strict=True)))
 
 
@@ -123,7 +152,11 @@ class ExpertSizes:
 
     def touched(self, tokens: Number) -> Number:
         """Experts that `tokens` tokens take together, on average, where all are as likely."""
-        return self.count * (1 - (1 - self.k / self.count) ** tokens)
+        return self.count * self.touched_share(tokens)
+
+    def touched_share(self, tokens: Number) -> Number:
+        """Part of the experts that `tokens` tokens take together."""
+        return 1 - (1 - self.k / self.count) ** tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +199,11 @@ class LayerSizes:
         return frozenset(tensor.name for tensor in self.tensors)
 
     @cached_property
+    def coded(self) -> frozenset[str]:
+        """Names of the weight tensors that are decoded before they are used, unless they stay ready."""
+        return frozenset(tensor.name for tensor in self.tensors if tensor.is_coded)
+
+    @cached_property
     def weight_bytes(self) -> int:
         """Bytes of all weights on the device."""
         return sum(tensor.device_bytes for tensor in self.tensors)
@@ -182,25 +220,36 @@ class LayerSizes:
         return tuple(tensor for tensor in self.tensors if tensor.name in names)
 
     @cached_property
+    def expert_bus_bytes(self) -> float:
+        """Bytes of one expert on the bus, on average; 0: there are none."""
+        count = 1 if self.experts is None else self.experts.count
+        return sum(tensor.bus_bytes for tensor in self.expert_tensors) / count
+
+    @cached_property
     def without_experts(self) -> LayerSizes:
         """The layer with its other weights alone."""
         others = set(self.tensors) - set(self.expert_tensors)
         return replace(self, tensors=tuple(tensor for tensor in self.tensors if tensor in others))
 
-    def resident_bytes(self, names: Collection[str]) -> int:
-        """Bytes of the weight tensors of these names on the device."""
-        return sum(tensor.resident_bytes for tensor in self.tensors if tensor.name in names)
-
-    def streamed(self, resident: Collection[str]) -> StreamedSizes:
-        """What the other weight tensors take, where those of these names stay on the device."""
-        tensors = [tensor for tensor in self.tensors if tensor.name not in resident]
-        return StreamedSizes(
-            device_bytes=sum(tensor.device_bytes for tensor in tensors),
-            buffer_bytes=sum(tensor.buffer_bytes for tensor in tensors),
-            bus_bytes=sum(tensor.bus_bytes for tensor in tensors),
-            host_bytes=sum(tensor.host_bytes for tensor in tensors),
-            decoded_bytes=sum(tensor.decoded_bytes for tensor in tensors),
-            decode_traffic=sum(tensor.decode_traffic for tensor in tensors),
+    def placed(self, stays: Stays) -> PlacedSizes:
+        """What the weight tensors take where these of them stay on the device."""
+        ready = [tensor for tensor in self.tensors if tensor.name in stays.ready]
+        packed = [tensor for tensor in self.tensors if tensor.name in stays.packed]
+        names = stays.names
+        streamed = [tensor for tensor in self.tensors if tensor.name not in names]
+        kept_bytes = sum(tensor.host_bytes for tensor in packed)
+        experts = frozenset[str]() if self.experts is None else self.experts.names
+        return PlacedSizes(
+            resident_bytes=kept_bytes + sum(tensor.resident_bytes for tensor in ready),
+            kept_bytes=kept_bytes,
+            ready_bytes=sum(tensor.resident_bytes for tensor in (*ready, *packed)),
+            streamed_bytes=sum(tensor.device_bytes for tensor in streamed),
+            buffer_bytes=sum(tensor.buffer_bytes for tensor in streamed),
+            bus_bytes=sum(tensor.bus_bytes for tensor in streamed),
+            host_bytes=sum(tensor.host_bytes for tensor in streamed),
+            decoded_bytes=sum(tensor.decoded_bytes for tensor in (*packed, *streamed)),
+            decode_traffic=sum(each.decode_traffic for each in (*packed, *streamed) if each.name not in experts),
+            expert_traffic=sum(each.decode_traffic for each in (*packed, *streamed) if each.name in experts),
         )
 
     def holding(self, kinds: Collection[BlockKind]) -> LayerSizes:
@@ -222,11 +271,14 @@ class LayerSizes:
         idle = 0 if self.experts is None else (self.experts.count - self.experts.k) * self.experts.num_elements
         return tokens * (2 * (self.num_elements - idle))
 
-    def read_bytes(self, tokens: Number) -> Number:
-        """Bytes of weights that the products of `tokens` tokens read from device memory."""
+    def read_bytes(self, tokens: Number, touched: Number | None = None) -> Number:
+        """Bytes of weights that the products of `tokens` tokens read from device memory.
+
+        `touched`: experts that they take together; None: as many as on average, where all are as likely.
+        """
         if self.experts is None:
             return self.weight_bytes
-        idle = self.experts.count - self.experts.touched(tokens)
+        idle = self.experts.count - (self.experts.touched(tokens) if touched is None else touched)
         return self.weight_bytes - idle * self.experts.device_bytes
 
     def workspace_bytes(self, tokens: Number) -> Number:

@@ -6,7 +6,7 @@ For each layer, of `n` requests with `context` cached tokens each:
     gpu    = forward + recomputed tokens + regeneration + gather + attention
     layer  = max(bus, gpu, launches)        (near the balance of bus and GPU a little more: `beside`)
 
-Experts that come on demand are loaded when nothing else can be done: that time is added to both.
+Experts that come on demand are loaded when nothing else can be done: that time is added to all three.
 
 Beyond the paper: resident weights, blocks on the device, the host's launches and step boundary, and the prompts that
 keep coming. Every number may be an array; all are of one layer but those in `StepTimes`.
@@ -58,7 +58,9 @@ class Candidates:
     streamed: Number
     """Weight bytes that cross the bus, a layer, on average."""
     decode_traffic: Number = 0.0
-    """Bytes of device memory that decoding these reads and writes."""
+    """Bytes of device memory that decoding reads and writes, but for experts."""
+    expert_traffic: Number = 0.0
+    """The same for all experts."""
     on_demand: Number = 0.0
     """1 where experts come on demand, else 0."""
     missed: Number = 0.0
@@ -168,6 +170,7 @@ class StepModel:
             self.layer.forward(queries, groups), self.layer.forward(queries) + recomputed_tokens * self.recompute_token
         )
         forward = forward + layers * (self.layer.decode_weights(c.decode_traffic) + self.layer.code_weight())
+        forward = forward + self._decoded_experts(c, queries + recomputed_tokens)
         gemms = layers * self.layer.regenerate(regenerated, context)
         times = {
             "mini_batches": mini_batches,
@@ -196,24 +199,26 @@ class StepModel:
         launch, boundary, shortest = self._host(c, bus, times["mini_batches"])
         # A mini-batch loads while the one before it computes: the step's first load or last compute overlaps nothing.
         boundary = boundary + np.minimum(bus, gpu) / (layers * times["mini_batches"])
-        work = beside(bus, gpu, WAITING) + times["experts"]
-        step = np.maximum(work, np.maximum(launch, shortest)) + boundary
+        work = np.maximum(beside(bus, gpu, WAITING), launch) + times["experts"]
+        step = np.maximum(work, shortest) + boundary
         hardware = self.hardware
         parts = np.ceil(c.chunk / c.prompt_queries)
         rest = np.maximum(0.0, times["mini_batches"] - parts)
         launches = layers * (rest * hardware.launch_time + parts * hardware.prompt_launch_time)
-        with_chunk = np.maximum(bus, gpu + c.chunk * (layers * self.chunk_token))
-        with_chunk = np.maximum(with_chunk + self._experts(c, c.batch + c.chunk), launches) + boundary
+        more_experts = self._decoded_experts(c, c.batch + c.chunk) - self._decoded_experts(c, c.batch)
+        with_chunk = np.maximum(bus, gpu + c.chunk * (layers * self.chunk_token) + more_experts)
+        with_chunk = np.maximum(with_chunk, launches) + self._experts(c, c.batch + c.chunk) + boundary
         # Requests come and go: prompts beside, and room for their outputs to grow.
         tokens = c.batch * self.traffic.context
         later_host = _tiers(tokens, c.on_device_at_end, c.recomputed)[1]
         later_bus = layers * self._bus(c, later_host, times["mini_batches"])
-        later_bus = self._contended(later_bus, times["forward"] + times["regenerate"] + prefill)
+        prompt_work = prefill + self._chunked_part(c) * more_experts
+        later_bus = self._contended(later_bus, times["forward"] + times["regenerate"] + prompt_work)
         later_bus = self._both_ways(later_bus, self._store(c, later_host / tokens))
         later_launch, later_boundary, _ = self._host(c, later_bus, times["mini_batches"])
         later_boundary = later_boundary + np.minimum(later_bus, gpu) / (layers * times["mini_batches"])
-        later = beside(later_bus, gpu + prefill, WAITING) + self._mean_experts(c, times["experts"])
-        later = np.maximum(later, later_launch) + later_boundary
+        later = np.maximum(beside(later_bus, gpu + prompt_work, WAITING), later_launch)
+        later = later + self._mean_experts(c, times["experts"]) + later_boundary
         # Where more prompt tokens come in than a chunk takes, newcomers wait and the batch is not full.
         queueing = np.maximum(1.0, prompts / np.maximum(c.chunk, 1.0))
         return StepTimes(
@@ -235,17 +240,30 @@ class StepModel:
         found: Number = self.sizes.num_layers * c.on_demand * self.layer.on_demand(tokens, c.missed, groups)
         return found
 
-    def _mean_experts(self, c: Candidates, decoding: Number) -> Number:
-        """As `_experts` of `decoding` alone, in the steps that have no prompt beside, and with a chunk in the others.
+    def _decoded_experts(self, c: Candidates, tokens: Number) -> Number:
+        """All layers' seconds to decode the experts of `tokens` tokens, those of all groups once."""
+        found: Number = self.sizes.num_layers * self.layer.decode_experts(c.expert_traffic, tokens)
+        return found
 
-        Prompts come in as requests end: so many steps have a chunk, if each prompt has chunks of its own.
-        """
-        traffic = self.traffic
-        chunk = np.minimum(np.maximum(c.chunk, 1.0), max(1, traffic.prompt))
-        part = np.minimum(1.0, c.batch * np.ceil(traffic.prompt / chunk) / traffic.output)
-        with_chunk = np.maximum(decoding, self._experts(c, c.batch + chunk))
+    def _mean_experts(self, c: Candidates, decoding: Number) -> Number:
+        """As `_experts` of `decoding` alone in the steps that have no prompt beside, and with a chunk in the others."""
+        part, with_chunk = self._chunked_part(c), np.maximum(decoding, self._experts(c, c.batch + self._chunk(c)))
         found: Number = (1 - part) * decoding + part * with_chunk
         return found
+
+    def _chunk(self, c: Candidates) -> Number:
+        """Tokens of a prompt's chunk, at most."""
+        chunk: Number = np.minimum(np.maximum(c.chunk, 1.0), max(1, self.traffic.prompt))
+        return chunk
+
+    def _chunked_part(self, c: Candidates) -> Number:
+        """Part of the steps that have a prompt's chunk beside.
+
+        Prompts come in as requests end: so many steps have one, if each prompt has chunks of its own.
+        """
+        traffic = self.traffic
+        part: Number = np.minimum(1.0, c.batch * np.ceil(traffic.prompt / self._chunk(c)) / traffic.output)
+        return part
 
     def _contended(self, bus: Number, gemms: Number) -> Number:
         """Seconds that copies of `bus` seconds take beside products of `gemms` seconds, which slow them down."""
@@ -262,8 +280,8 @@ class StepModel:
         """Host seconds: to launch a step, that the boundary adds to it, and that bound it where the boundary is hidden.
 
         While weights stream, the boundary is hidden for as long as the bus goes on filling the weight buffers for the
-        next step. With nothing on the bus it is hidden beside the step itself, which a graph runs where all of the
-        cache is K and V.
+        next step. With nothing on the bus graphs run the step where all of the cache is K and V, and the boundary is
+        hidden beside the step itself, unless experts come on demand: nothing is launched ahead of a choice.
         """
         hardware = self.hardware
         each = np.where(c.recomputed > 0, hardware.prompt_launch_time, hardware.launch_time)
@@ -271,12 +289,13 @@ class StepModel:
         launch = self.sizes.num_layers * mini_batches * each
         boundary = hardware.boundary_time + c.batch * hardware.request_time
         exposed = np.maximum(0.0, boundary - BUFFERS * self.layer.load(c.streamed))
-        on_device = (bus == 0) & (c.recomputed == 0) & (c.on_demand == 0)
-        has_graph = on_device & ((c.device_share == 0) | c.absorbs)
+        on_device = (bus == 0) & (c.recomputed == 0)
+        has_graphs = on_device & ((c.device_share == 0) | c.absorbs)
+        hides = on_device & (c.on_demand == 0)
         return (
-            np.where(has_graph, 0.0, launch),
-            np.where(on_device, 0.0, exposed),
-            np.where(on_device, boundary, 0.0),
+            np.where(has_graphs, 0.0, launch),
+            np.where(hides, 0.0, exposed),
+            np.where(hides, boundary, 0.0),
         )
 
     def _store(self, c: Candidates, on_host: Number) -> Number:

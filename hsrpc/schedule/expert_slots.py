@@ -37,11 +37,13 @@ class ExpertSlots:
 
         The least recently needed give way, never one that is needed now.
         """
-        hits = [expert for expert in needed if expert in self._slots]
-        missing = [expert for expert in needed if expert not in self._slots]
-        for expert in hits:
-            self._slots[expert] = self._slots.pop(expert)  # to the end: it is needed now
-        room = self.num_slots - len(hits)
+        slots, missing = self._slots, list[int]()
+        for expert in needed:
+            if expert in slots:
+                slots[expert] = slots.pop(expert)  # to the end: it is needed now
+            else:
+                missing.append(expert)
+        room = self.num_slots - len(needed) + len(missing)
         for expert in missing[:room]:
             self._slots[expert] = self._free_slot()
         self._beyond = {expert: self.num_slots + number for number, expert in enumerate(missing[room:])}

@@ -8,8 +8,8 @@ A layer is computed mini-batch by mini-batch. The n-th mini-batch of a step, cou
 buffer `n mod 2`; the j-th streamed layer uses weight buffer `j mod 2`, counted on from step to step. Weights of the
 next step's first layers are the tail of this step's list.
 
-Where experts come on demand, a layer is finished in two: the router chooses, and what it chose is loaded, before the
-rest is computed. Weights that are known to be wanted go before them.
+Where experts come on demand, or have to be decoded, a layer is finished in two: the router chooses, and what it chose
+is loaded and decoded, before the rest is computed. Weights that are known to be wanted go before them.
 
 The bus takes blocks and weights in turns: between the blocks of two mini-batches goes a part of the weights that are
 wanted next. Blocks are wanted at once, and their buffers come free while the layer computes; weights are wanted a layer
@@ -61,7 +61,10 @@ class OpKind(Enum):
     EMBED = "embed"
     """The step's arrays to the device, and the input of the first layer."""
     DECODE = "decode"
-    """Weights of a layer that came coded, or are coded to be multiplied, made ready for use."""
+    """Weights of a layer that came coded, lie so on the device, or are coded to be multiplied, made ready for use; all
+    but experts."""
+    DECODE_EXPERTS = "decode_experts"
+    """The same of the experts that a group of mini-batches needs of a layer."""
     PROJECT = "project"
     """Queries, keys and values of a group of mini-batches."""
     PLACE = "place"
@@ -105,7 +108,7 @@ class Op(NamedTuple):
     kind: OpKind
     layer: int = -1
     batch: int = -1
-    """Mini-batch; of a group the first for PROJECT, the last for ROUTE, LOAD_EXPERTS and FINISH."""
+    """Mini-batch; of a group the first for PROJECT, the last for ROUTE, LOAD_EXPERTS, DECODE_EXPERTS and FINISH."""
     slot: int = -1
     """Weight buffer (LOAD_WEIGHTS, DECODE, PROJECT) or cache buffer (LOAD_BLOCKS, PLACE, REBUILD, ATTEND)."""
     part: tuple[int, int] = (0, 0)
@@ -125,7 +128,10 @@ class LayerPlacement(NamedTuple):
     bus_bytes: int = 0
     """Bytes that cross the bus in every step; 0 where all lie on the device."""
     is_coded: bool = False
-    """Some of them are decoded, or coded, on the device before they are used."""
+    """Some weights are decoded, or coded, before they are used: of those that cross the bus, or of those on the device.
+    Experts are not among them."""
+    has_coded_experts: bool = False
+    """Its experts are decoded once they are chosen."""
     rebuilds: bool = True
     """Activation blocks hold activations in this layer; else K and V, of which nothing is to be rebuilt."""
     on_demand: bool = False
@@ -331,10 +337,15 @@ class _Builder:
 
     def _experts(self, layer: int, batch: int) -> tuple[_Ref, ...]:
         """What completes the experts of a layer for the group that ends with `batch`; nothing where they are there."""
-        if not self._layers[layer].on_demand:
+        place = self._layers[layer]
+        if not (place.on_demand or place.has_coded_experts):
             return ()
         chosen = self._add(Op(OpKind.ROUTE, layer, batch))
-        return (self._add(Op(OpKind.LOAD_EXPERTS, layer, batch), chosen),)
+        loaded = (self._add(Op(OpKind.LOAD_EXPERTS, layer, batch), chosen),) if place.on_demand else ()
+        if not place.has_coded_experts:
+            return loaded
+        self._add(Op(OpKind.DECODE_EXPERTS, layer, batch), *loaded)
+        return ()  # what follows on the same stream needs not wait for them again
 
     def _layer_weights(self, layer: int) -> tuple[_Ref, ...]:
         """What completes the weights of a layer; nothing where they lie on the device."""

@@ -16,6 +16,7 @@ from hsrpc.server.engine_protocol import Engine
 from hsrpc.server.grpc.listener import GrpcFrontEnd
 from hsrpc.server.lifecycle import Lifecycle
 from hsrpc.server.observation import CallObserver, CountCall, CountCut
+from hsrpc.server.openai.gateway import OpenAiFrontEnd
 from hsrpc.server.ops.forced_exit import EXIT_SECONDS, LOADING_EXIT_SECONDS
 from hsrpc.server.ops.telemetry import Telemetry
 from hsrpc.server.reloaded_file import ReloadedFiles
@@ -28,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class Server(Lifecycle):
-    """The service with its front ends, of which there is one: gRPC."""
+    """The service with its front ends: gRPC, and, where it has a port, HTTP by a gateway."""
 
     def __init__(
         self,
@@ -49,12 +50,29 @@ class Server(Lifecycle):
         """
         service = Service(config)
         self._files = ReloadedFiles(count_failed_reload)
-        self.grpc = GrpcFrontEnd(service, interceptors, observers, count_call, self._files, count_cut=count_cut)
-        super().__init__(service, [self.grpc])
+        self.grpc = GrpcFrontEnd(
+            service,
+            interceptors,
+            observers,
+            count_call,
+            self._files,
+            count_cut=count_cut,
+            gateway_pids=lambda: self.openai.pids if self.openai is not None else (),
+        )
+        self.openai = self._open_gateway(service)
+        super().__init__(service, [self.grpc] if self.openai is None else [self.grpc, self.openai])
+
+    def _open_gateway(self, service: Service) -> OpenAiFrontEnd | None:
+        port, listener = service.config.openai_port, self.grpc.gateway_port
+        if port is None or listener is None:
+            return None
+        return OpenAiFrontEnd(service, port, lambda: listener.address, self.report)
 
     def reload(self) -> None:
         """Read certificates and tokens again now; what cannot be used is not taken."""
         self._files.reload()
+        if self.openai is not None:
+            self.openai.reload()
 
     @property
     def address(self) -> str:
@@ -107,6 +125,8 @@ async def _serve(
 ) -> None:
     await server.start()
     print(f"listening on {server.address}", flush=True)
+    if server.openai is not None:
+        print(f"OpenAI API on {server.openai.url}, once the model is loaded", flush=True)
     if telemetry.port is not None:
         _log.info("metrics on http://%s/metrics", join_address(server.config.metrics_host, telemetry.port))
     stopping = asyncio.Event()

@@ -49,7 +49,16 @@ class Tokens:
 
 
 def read_tokens(path: Path) -> Tokens:
-    """The tokens of a file with `name token [max-priority=N]` a line.
+    """The tokens of a file, by their digests.
+
+    Raises:
+        ConfigError: as `read_holders`.
+    """
+    return Tokens(tuple((_digest(token), holder) for token, holder in read_holders(path).items()))
+
+
+def read_holders(path: Path) -> dict[str, Holder]:
+    """The tokens of a file with `name token [max-priority=N]` a line, and whose they are. They are not to be kept.
 
     `#` begins a comment line, a name may have several tokens.
 
@@ -57,7 +66,7 @@ def read_tokens(path: Path) -> Tokens:
         ConfigError: it cannot be read, others may read it, a line is wrong, or none has a token. Its message never
             has one.
     """
-    holders: dict[bytes, Holder] = {}
+    holders: dict[str, Holder] = {}
     data = read_file(path, "auth_tokens", secret=True).decode("utf-8", errors="replace")
     for number, line in enumerate(data.splitlines(), start=1):
         words = line.split()
@@ -71,17 +80,33 @@ def read_tokens(path: Path) -> Tokens:
             remedy = "write nothing more, or max-priority=N with a whole number, such as max-priority=-3"
             raise ConfigError("auth_tokens", str(path), f"line {number} has more than name, token and grant", remedy)
         holder = Holder(words[0], None if grants[1] is None else int(grants[1]))
-        first = holders.setdefault(_digest(words[1]), holder)
+        first = holders.setdefault(words[1], holder)
         if first != holder:
             problem, remedy = f"line {number} has the token of {first.name!r}", "give each client a token of its own"
             raise ConfigError("auth_tokens", str(path), problem, f"{remedy}, and write each once")
     if not holders:
         raise ConfigError("auth_tokens", str(path), "no tokens in it", "add a line `name token` for each client")
-    return Tokens(tuple(holders.items()))
+    return holders
 
 
 def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
+
+
+class RefusalLog:
+    """Counts refusals, and logs one line for all those of some seconds: strangers must not fill the disk."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+        self._refused = 0
+        self._reported = -math.inf
+
+    def note(self) -> None:
+        """A call is refused."""
+        self._refused += 1
+        if time.monotonic() - self._reported >= _REPORT_SECONDS:
+            _log.warning("%d calls refused %s", self._refused, self._why)
+            self._refused, self._reported = 0, time.monotonic()
 
 
 class Authenticator:
@@ -93,8 +118,7 @@ class Authenticator:
 
     def __init__(self, path: Path, files: ReloadedFiles) -> None:
         self._tokens = files.watch([path], lambda: read_tokens(path))
-        self._refused = 0
-        self._reported = -math.inf
+        self._refusals = RefusalLog("for want of a known token")
 
     def holder_of(self, token: str | None) -> Holder:
         """The client that brings `token`.
@@ -104,13 +128,6 @@ class Authenticator:
         """
         holder = self._tokens.current().holder_of(token) if token else None
         if holder is None:
-            self._report_refusal()
+            self._refusals.note()
             raise UnauthenticatedError("the token is unknown" if token else "no token")
         return holder
-
-    def _report_refusal(self) -> None:
-        """Log refusals, one line for all those of some seconds: strangers must not fill the disk."""
-        self._refused += 1
-        if time.monotonic() - self._reported >= _REPORT_SECONDS:
-            _log.warning("%d calls refused for want of a known token", self._refused)
-            self._refused, self._reported = 0, time.monotonic()

@@ -42,6 +42,16 @@ class ServerConfig:
     """Names that the `model` of a request may have; answers say the first. Empty: the model's own alone."""
     port: int = 50051
     """0 takes a free one."""
+    vllm_engine: bool = False
+    """Serve vllm.grpc.engine.VllmEngine too, which gateways speak; needs the extra `hsrpc[gateway]`."""
+    openai_port: int | None = None
+    """Port of OpenAI's and Anthropic's APIs, by a gateway; 0 takes a free one, None has none. Needs the same extra."""
+    openai_host: str = "127.0.0.1"
+    """Address of that port; what holds for `host` holds for it, and of authentication it knows tokens alone."""
+    tool_call_parser: str | None = None
+    """Name that the gateway has for the notation in which the model calls tools; None: as it guesses by the model."""
+    reasoning_parser: str | None = None
+    """The same for how the model marks its reasoning."""
     drain_timeout: float = 30.0
     """Seconds that running requests may take to end after the first SIGTERM or SIGINT."""
     request_timeout: float = 30.0
@@ -79,7 +89,7 @@ class ServerConfig:
             if not _MODEL_NAME.fullmatch(name):
                 remedy = "give names of A-Z a-z 0-9 . _ : / @ + -, such as org/name"
                 raise ConfigError("served_model_name", name, "no name of a model", remedy)
-        for name in ("port", "metrics_port"):
+        for name in ("port", "metrics_port", "openai_port"):
             if not 0 <= (getattr(self, name) or 0) <= 65_535:
                 raise ConfigError(name, getattr(self, name), "not a port", "give 0 to 65535")
         for name, allowed in SERVER_TIMES.items():
@@ -94,6 +104,8 @@ class ServerConfig:
                 "max_tokens_per_message", self.max_tokens_per_message, "out of range", f"give 1 to {MAX_MESSAGE_TOKENS}"
             )
         self.security.check_exposure(self.host)
+        if self.openai_port is not None:
+            self.security.check_http_exposure(self.openai_host)
 
     @property
     def bind_address(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from enum import Enum, auto
+from enum import Enum
 from typing import Protocol
 
 from hsrpc.server.engine_protocol import Engine
@@ -22,21 +22,46 @@ _log = logging.getLogger(__name__)
 class Health(Enum):
     """What probes are told."""
 
-    DOWN = auto()
-    """No requests are taken."""
-    SERVING = auto()
-    UNWELL = auto()
+    DOWN = (False, False)
+    """No requests are taken; or both of the next are true."""
+    UNREADY = (True, False)
+    """Requests are taken, but not by every front end: others should have them."""
+    UNWELL = (False, True)
     """Requests are taken, but a step takes too long, or all of them fail: the process should be looked at."""
+    SERVING = (True, True)
+
+    @property
+    def is_alive(self) -> bool:
+        """The process should be left as it is."""
+        return self.value[0]
+
+    @property
+    def is_ready(self) -> bool:
+        """Requests should be sent here."""
+        return self.value[1]
 
 
 class FrontEnd(Protocol):
     """Carries calls to a service. Each transport's is in a package of its own."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Takes calls, once an engine is there; where that changes, `Lifecycle.report` is to be called."""
+        ...
 
     async def start(self) -> None:
         """Bind and answer.
 
         Raises:
             ConfigError: the address cannot be bound.
+        """
+        ...
+
+    async def attach(self, engine: Engine) -> None:
+        """Requests are taken for `engine` from now on.
+
+        Raises:
+            ConfigError: it cannot be served here.
         """
         ...
 
@@ -57,6 +82,7 @@ class Lifecycle:
         self.state = service.state
         self._front_ends = front_ends
         self._liveness: asyncio.Task[None] | None = None
+        self._is_alive = True
 
     async def start(self) -> None:
         """Bind and answer; requests are refused until an engine is attached.
@@ -64,14 +90,20 @@ class Lifecycle:
         Raises:
             ConfigError: an address cannot be bound.
         """
-        await self._report(Health.DOWN)
+        await self.report()
         for front_end in self._front_ends:
             await front_end.start()
 
     async def attach(self, engine: Engine) -> None:
-        """Take requests for `engine`, which has started."""
+        """Take requests for `engine`, which has started.
+
+        Raises:
+            ConfigError: a front end cannot serve it.
+        """
         self.state.attach(engine)
-        await self._report(Health.SERVING)
+        for front_end in self._front_ends:
+            await front_end.attach(engine)
+        await self.report()
         self._liveness = asyncio.create_task(watch_engine(engine, self.config.step_timeout, self._set_alive))
 
     async def drain(self) -> None:
@@ -95,15 +127,22 @@ class Lifecycle:
         self.state.enter(phase)
         if self._liveness is not None:
             self._liveness.cancel()  # what does not serve needs no watching
-        await self._report(Health.DOWN)
+        await self.report()
 
     async def _set_alive(self, alive: bool) -> None:
-        if self.state.phase is Phase.SERVING:
-            await self._report(Health.SERVING if alive else Health.UNWELL)
+        self._is_alive = alive
+        await self.report()
 
-    async def _report(self, health: Health) -> None:
+    async def report(self) -> None:
+        """Have probes told how things are now."""
         for front_end in self._front_ends:
-            await front_end.report(health)
+            await front_end.report(self._health)
+
+    @property
+    def _health(self) -> Health:
+        if self.state.phase is not Phase.SERVING:
+            return Health.DOWN
+        return Health((self._is_alive, all(front_end.is_ready for front_end in self._front_ends)))
 
     async def _wait_idle(self, seconds: float) -> None:
         try:

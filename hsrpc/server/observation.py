@@ -18,7 +18,10 @@ from hsrpc.server.engine_protocol import Generation
 from hsrpc.server.errors import StalledClientError
 from hsrpc.server.failure import Failure, Outcome
 
-METHODS = ("Generate", "Abort", "GetModel", "Tokenize", "Detokenize", "GetServerInfo", "WatchLoad")
+METHODS = (
+    *("Generate", "Abort", "GetModel", "Tokenize", "Detokenize", "GetServerInfo", "WatchLoad"),
+    *("HealthCheck", "GetModelInfo", "GetLoads", "GetTokenizer"),
+)
 """What may be asked of the server; every front end calls it so."""
 Listener = Callable[["ObservedCall"], None]
 CountCall = Callable[[str, Outcome], object]

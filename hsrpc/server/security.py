@@ -85,12 +85,26 @@ class SecurityConfig:
         Raises:
             ConfigError: others reach `host`, and TLS or authentication is missing, and `insecure` is not set.
         """
-        if self.insecure or is_loopback(host) or (self.tls and self.authenticates):
-            return
-        missing = [] if self.tls else ["encryption (--tls-cert, --tls-key)"]
-        missing += [] if self.authenticates else ["authentication (--auth-tokens or --tls-client-ca)"]
-        remedy = "add it, or --insecure where the network itself keeps others out"
-        raise ConfigError("host", host, f"other machines reach it without {' and '.join(missing)}", remedy)
+        authentication = [] if self.authenticates else ["authentication (--auth-tokens or --tls-client-ca)"]
+        self._check_exposure("host", host, authentication)
+
+    def check_http_exposure(self, host: str) -> None:
+        """The same for HTTP, where clients are known by tokens alone.
+
+        Raises:
+            ConfigError: as `check_exposure`; or clients are known by certificates otherwise, and would not be here.
+        """
+        missing = [] if self.auth_tokens is not None else ["authentication (--auth-tokens)"]
+        self._check_exposure("openai_host", host, missing)
+        if self.tls_client_ca is not None and missing and not self.insecure:
+            problem = "clients there are known by tokens alone, and there are only certificates"
+            raise ConfigError("openai_host", host, problem, "add --auth-tokens, or --insecure to let everybody in")
+
+    def _check_exposure(self, field: str, host: str, missing: list[str]) -> None:
+        missing = [*([] if self.tls else ["encryption (--tls-cert, --tls-key)"]), *missing]
+        if missing and not self.insecure and not is_loopback(host):
+            remedy = "add it, or --insecure where the network itself keeps others out"
+            raise ConfigError(field, host, f"other machines reach it without {' and '.join(missing)}", remedy)
 
 
 def is_loopback(host: str) -> bool:

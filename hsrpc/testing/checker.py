@@ -214,7 +214,7 @@ class Checker:
         if actor is not buffer.owner:
             buffer.others.add(actor)
         buffer.history.add(region, actor, number, writes=writes)
-        if buffer.is_staging and not writes:
+        if buffer.is_staging and not writes and actor is not Actor.HOST:
             self._reads.append(_Read(buffer, tensor, tensor.clone(), actor, number))
 
     def _look_at_unreferenced(self) -> None:

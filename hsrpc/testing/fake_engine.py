@@ -98,6 +98,7 @@ class FakeEngine(StubEngine):
         return replace(
             super().stats(),
             queued=1,
+            queued_tokens=7,
             used_blocks={PoolId.HOST_KV: 3},
             steps=4,
             step_seconds=2.0,

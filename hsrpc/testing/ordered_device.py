@@ -164,18 +164,25 @@ class OrderedDevice(CpuDevice):
     def upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array).clone()
 
-    def small_memory(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def small_pinned(self, size: int) -> torch.Tensor:
         with _disable_current_modes():
             host = torch.empty(size, dtype=torch.uint8)
         self._checker.allocate(host, f"pinned memory [{size}]", None, is_staging=True)
-        return host, self.empty((size,), torch.uint8, DeviceUse.WORKSPACE)
+        return host
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         if self._stream is None:
             return super().fetch(tensor)
         on_host = tensor.clone()
         self._checker.to_host(on_host)
-        return partial(self._fetched, on_host, self._checker.mark(self._stream))
+        return partial(self.arrived, on_host, cast("Event", self._checker.mark(self._stream)))
+
+    def arrived(self, target: torch.Tensor, event: Event) -> torch.Tensor:
+        mark = cast("Mark", event)
+        if self._waits(f"host waits for {mark.stream}", "arrived"):
+            self._checker.synchronize(mark)
+        self._checker.operation("reading the result", Actor.HOST, [Use(target, Role.READ)])
+        return target
 
     def load_bytes(self, target: torch.Tensor, source: torch.Tensor) -> None:
         with _disable_current_modes():
@@ -237,12 +244,6 @@ class OrderedDevice(CpuDevice):
         site = f"{what} in {site_of(sys._getframe(2), method)}"
         self.sites.add(site)
         return site != self._without
-
-    def _fetched(self, on_host: torch.Tensor, mark: Mark) -> torch.Tensor:
-        if self._waits(f"host waits for {mark.stream}", "fetch"):
-            self._checker.synchronize(mark)
-        self._checker.operation("reading the result", Actor.HOST, [Use(on_host, Role.READ)])
-        return on_host
 
 
 @contextmanager

@@ -75,6 +75,9 @@ class StubSpec:
     sizes: ModelSizes = _SIZES
     vocab_size: int = _SIZES.vocab_size
     eos_token_ids: tuple[int, ...] = (2,)
+    bos_token_id: int | None = 1
+    pad_token_id: int | None = None
+    architectures: tuple[str, ...] = ("OPTForCausalLM",)
 
 
 class StubTokenizer:
@@ -91,6 +94,12 @@ class StubTokenizer:
 
     async def decode(self, token_ids: Sequence[int], client: str = "", skip_special_tokens: bool = True) -> str:
         return "".join(map(chr, token_ids))
+
+    def with_special_tokens(self, token_ids: Sequence[int]) -> list[int]:
+        return list(token_ids)
+
+    async def files(self) -> dict[str, bytes]:
+        return {"tokenizer.json": b"{}"}
 
 
 class StubGeneration(Generation):
@@ -175,6 +184,7 @@ class StubEngine:
     def stats(self) -> EngineStats:
         return EngineStats(
             queued=0,
+            queued_tokens=0,
             running=len(self.live),
             used_blocks={},
             peak_blocks={},

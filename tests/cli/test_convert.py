@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.engine.reference import opt, save_tokenizer, spread_norms
+from tests.engine.reference import decoder, opt, save_tokenizer, spread_norms
+from tests.model.gguf.writer import write_gguf
 
 PROMPT = (5, 17, 250, 44, 3)
 GENERATE = ("generate", "--device=cpu", "--gpu-memory=8MiB", "--host-memory=32MiB", "--temperature=0", "--ignore-eos")
@@ -99,3 +100,30 @@ def test_a_target_that_cannot_be_made(hsrpc, tmp_path, pickled):
     assert ran.err.startswith("hsrpc: error: ")
     assert str(tmp_path / "file") in ran.err
     assert ran.err.count("\n") == 1
+
+
+def test_a_gguf_file_is_refused_converted_served(hsrpc, tmp_path):
+    """Refused with the command that converts it; then its tokens are transformers' for the model that it was."""
+    llama = decoder("llama", num_key_value_heads=2).eval()
+    spread_norms(llama)
+    file, target = tmp_path / "tiny.gguf", tmp_path / "converted"
+    write_gguf(file, llama, "llama", {})
+    refused = hsrpc(*GENERATE, *IDS, "--model", str(file))
+    assert refused.code == 1
+    assert f"run `hsrpc convert {file} DIRECTORY` and serve DIRECTORY" in refused.err
+    converted = hsrpc("convert", str(file), str(target), "--dtype", "float32")
+    assert converted.code == 0
+    assert converted.out == f"saved {target}; serve it with: hsrpc serve --model {target}\n"
+    save_tokenizer(target)
+    ran = hsrpc(*GENERATE, *IDS, "--model", str(target), "--json")
+    assert ran.code == 0
+    assert json.loads(ran.out)["token_ids"] == greedy(llama)
+
+
+@pytest.mark.parametrize("flags", [("--dtype", "float16"), ("--keep-quantized",)])
+def test_flags_of_gguf_files_alone(hsrpc, tmp_path, pickled, flags):
+    """Pickled weights keep their type."""
+    ran = hsrpc("convert", str(pickled), str(tmp_path / "target"), *flags)
+    assert ran.code == 1
+    assert "pickled weights" in ran.err
+    assert not (tmp_path / "target").exists()

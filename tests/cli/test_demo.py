@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -42,11 +43,19 @@ def table(output: str) -> dict[str, str]:
 def test_three_stories_are_told(output):
     """Each prompt goes on in a panel of its own, with about a hundred words in all of them."""
     texts = panels(output)
-    assert len(texts) == 3
-    for text, prompt in zip(texts, PROMPTS, strict=True):
+    assert len(texts) == 4
+    for text, prompt in zip(texts[:3], PROMPTS, strict=True):
         assert text.startswith(prompt)
         assert len(text.split()) > 30
     assert len({text[-40:] for text in texts}) == 3
+
+
+def test_curl_gets_the_same_story(output):
+    """Through the OpenAI port, where the request is shown as it may be typed."""
+    texts = panels(output)
+    assert texts[3] == texts[0]
+    assert "the same, to the last character" in output
+    assert re.search(r"^\$ curl .* http://127\.0\.0\.1:\d+/v1/completions ", output, re.MULTILINE)
 
 
 def test_the_table_shows_that_it_streamed(output):

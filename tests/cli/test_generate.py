@@ -13,10 +13,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from hsrpc.cli.main import build_parser
-from hsrpc.cli.source import Remote
 from hsrpc.config import BUNDLED_MODEL
 from hsrpc.prompt import Chat, Message
 from hsrpc.request import Delta, Finish, FinishReason, Timings, Usage
+from hsrpc.source import Remote
 from tests.cli.conftest import SMALL
 
 PROMPT = "The little robot"

@@ -16,7 +16,7 @@ from hsrpc import __version__
 from hsrpc.cli import generate, info
 from hsrpc.cli.main import build_parser
 
-COMMANDS = ("serve", "generate", "chat", "plan", "convert", "info", "bench", "top")
+COMMANDS = ("serve", "generate", "chat", "batch", "plan", "convert", "info", "bench", "top")
 
 
 def examples(text: str) -> list[list[str]]:

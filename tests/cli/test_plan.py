@@ -192,7 +192,7 @@ def test_the_tables_say_what_a_plan_lets_expect(hsrpc):
     [*_, first, second] = [row for row in out.splitlines() if re.search(r"[+-]\d+% │", row)]
     for row, advice in zip((first, second), plan["advice"], strict=False):
         assert f"{advice['gain']:+.0%}" in row
-        assert row.startswith(f"│ {advice['name']}{'' if advice['is_served'] else ' (not served yet)'} ")
+        assert row.startswith(f"│ {advice['name']} ")
     assert "would help" not in hsrpc("plan", *BOUNDED, "--no-advice").out
 
 

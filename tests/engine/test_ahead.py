@@ -13,7 +13,7 @@ from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.engine.graphs import DecodeGraphs
 from hsrpc.errors import OutOfDeviceMemoryError
 from hsrpc.request import FinishReason
-from hsrpc.schedule.step import MiniBatch
+from hsrpc.schedule.step import MiniBatch, StopFlag
 from tests.engine.reference import NEW_TOKENS, Reference
 from tests.engine.support import before_sampling, collect, config_for, greedy, idle, ids, parts
 
@@ -31,9 +31,9 @@ def counting() -> Iterator[list[MiniBatch]]:
     """The mini-batches that are launched before the tokens that they continue with are known."""
     run, found = DecodeGraphs.run, []
 
-    def counted(graphs: DecodeGraphs, batch: MiniBatch, sampled: torch.Tensor | None) -> torch.Tensor:
+    def counted(graphs: DecodeGraphs, batch: MiniBatch, sampled: torch.Tensor | None, stop: StopFlag) -> torch.Tensor:
         found.extend([batch] if sampled is not None else [])
-        return run(graphs, batch, sampled)
+        return run(graphs, batch, sampled, stop)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DecodeGraphs, "run", counted)

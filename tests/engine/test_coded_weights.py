@@ -111,6 +111,36 @@ async def test_tokens_are_the_same_to_the_bit(
     assert coded_bytes < SHARES[dtype] * plain_bytes * 1.02  # biases and norms are not coded
 
 
+@pytest.mark.parametrize("resident", [0.4, 1.0])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("model", list(CONFIGS))
+async def test_tokens_are_the_same_where_coded_weights_stay(
+    model: str, dtype: str, resident: float, tmp_path: Path
+) -> None:
+    """Coded on the device, which takes no more than was planned, and decoded there in every step."""
+    settings = {"placement": "auto", "resident_share": resident, "cache_policy": "kv", "dtype": dtype}
+    config = config_for(tmp_path, model, **settings)
+    plain, _ = await run(config)
+    async with Engine(replace(config, weight_coding="lossless", resident_weights="packed")) as engine:
+        coded = await asyncio.gather(*(collect(engine.generate(each, greedy(20, logprobs=3))) for each in PROMPTS))
+        await idle(engine)
+        opened, plan = parts(engine), engine.plan
+        allocated = opened.device.allocated[DeviceUse.RESIDENT_WEIGHTS]
+    assert [told(each) for each in coded] == [told(each) for each in plain]
+    assert plan.kept_bytes
+    assert allocated <= plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS]
+    assert allocated < SHARES[dtype] * 1.05 * sum(layer.ready_bytes for layer in plan.placed)
+    assert plan.decode_buffer_bytes
+
+
+async def test_what_stays_coded_is_within_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before more device memory is taken than was planned."""
+    monkeypatch.setattr(RandomWeights, "read", noise)
+    config = config_for(tmp_path, "opt", dtype="bfloat16", weight_coding="lossless", placement="auto")
+    with pytest.raises(ConfigError, match=r"weight_coding='lossless': .* more than .* planned; use weight_coding=none"):
+        await Engine(replace(config, resident_weights="packed")).__aenter__()
+
+
 async def test_the_host_holds_what_is_coded(tmp_path: Path) -> None:
     """The plan counts fewer bytes in host memory and on the bus, and one buffer more on the device."""
     config = config_for(tmp_path, "opt", dtype="bfloat16", cache_policy="kv")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +17,14 @@ from typing import Self
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hsrpc import Engine, EngineConfig
-from hsrpc.config import WeightCoding
+from hsrpc.config import ResidentWeights, WeightCoding
+from hsrpc.device.device import CpuDevice
 from hsrpc.engine import startup
+from hsrpc.engine.loading import load_weights
 from hsrpc.engine.weights import LayerWeights, arrange
 from hsrpc.model.checkpoint import RandomWeights
 from hsrpc.model.config_file import ConfigFile
@@ -28,7 +33,7 @@ from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.registry import create_family, register_family
 from hsrpc.model.families.settings import DecoderSettings
 from hsrpc.model.family import Family
-from hsrpc.model.formats.format import CacheFormat, Encoded, Formats, Packing, WeightFormat
+from hsrpc.model.formats.format import CacheFormat, Encoded, Formats, FromValues, Packing, moved
 from hsrpc.model.formats.lossless import WORD, Lossless
 from hsrpc.model.formats.plain import Plain
 from hsrpc.model.layers import linear_tensors
@@ -36,7 +41,7 @@ from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Budgets
 from hsrpc.plan.planner import Planner
-from hsrpc.plan.sizes import LayerSizes, TensorSizes, align
+from hsrpc.plan.sizes import LayerSizes, Stays, TensorSizes, align
 from hsrpc.schedule.blocks import PoolId
 from hsrpc.schedule.sweep import BUFFERS
 from tests.engine.conftest import HARDWARE
@@ -75,9 +80,9 @@ class BytesPacking(Packing):
         return target.view(torch.float32).view(self.shape)
 
     @classmethod
-    def decoding(cls, tensors: Sequence[Encoded[Self]]) -> Callable[[], None]:
+    def decoding(cls, tensors: Sequence[Encoded[Self]], moves: torch.Tensor | None = None) -> Callable[[], None]:
         def decode() -> None:
-            for packing, data, operand in tensors:
+            for packing, data, operand, _ in moved(tensors, moves):
                 scales = data[: 4 * packing.shape[0]].view(torch.float32)
                 weights = data[4 * packing.shape[0] :].view(torch.int8).view(packing.shape)
                 torch.mul(weights, scales[:, None], out=operand)
@@ -86,7 +91,7 @@ class BytesPacking(Packing):
 
 
 @dataclass(frozen=True)
-class Bytes(WeightFormat):
+class Bytes(FromValues):
     """float32 matrices in a quarter of their bytes."""
 
     def sizes(self, tensor: TensorSpec) -> TensorSizes:
@@ -209,13 +214,16 @@ def continued(family: Family, prompt: list[int]) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@pytest.mark.parametrize("residence", [ResidentWeights.DECODED, ResidentWeights.PACKED])
 @pytest.mark.parametrize("resident", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("policy", ["kv", "activation", "hybrid", "recompute"])
-async def test_tokens_are_those_of_a_plain_forward_pass(policy: str, resident: float, tmp_path: Path) -> None:
+async def test_tokens_are_those_of_a_plain_forward_pass(
+    policy: str, resident: float, residence: ResidentWeights, tmp_path: Path
+) -> None:
     """With all weights streamed, with a part of them on the device, and with all; and the bytes are those planned."""
     share = {"activation_share": 0.5} if policy == "hybrid" else {}
     placement = {"placement": "auto", "resident_share": resident} if resident else {}
-    config = config_for(tmp_path, cache_policy=policy, **share, **placement)
+    config = config_for(tmp_path, cache_policy=policy, resident_weights=residence, **share, **placement)
     moved: list[int] = []
     async with Engine(config, observe=lambda step: moved.append(step.weight_bytes)) as engine:
         found = await asyncio.gather(*(collect(engine.generate(prompt, greedy(NUM_TOKENS))) for prompt in PROMPTS))
@@ -225,21 +233,25 @@ async def test_tokens_are_those_of_a_plain_forward_pass(policy: str, resident: f
     with torch.inference_mode():
         assert [ids(each) for each in found] == [continued(family, prompt) for prompt in PROMPTS]
     packed = [0 if layer.packed is None else len(layer.packed) for layer in layers]
-    assert packed == [streamed.host_bytes for streamed in plan.streamed]
+    assert packed == [placed.host_bytes for placed in plan.placed]
     assert sum(packed) == plan.host_bytes[HostUse.STREAMED_WEIGHTS]
     assert median(moved) == pytest.approx(sum(packed))
-    assert (len(compiled) > 0) == (resident < 1)
-    stays = sum(tensor.nbytes for layer in layers for tensor in layer.resident.values())
-    assert stays == plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS]
+    assert (len(compiled) > 0) == (resident < 1 or residence is ResidentWeights.PACKED)
+    ready = sum(tensor.nbytes for layer in layers for tensor in layer.resident.values())
+    kept = sum(each.memory.nbytes for layer in layers for each in layer.kept)
+    assert (ready + kept, kept) == (plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS], plan.kept_bytes)
+    assert (kept > 0) == (resident > 0 and residence is ResidentWeights.PACKED)
 
 
 def test_tensors_packed_in_one_way_are_decoded_together() -> None:
     """Whatever lies between them: a call for each way, for all that do not lie ready."""
-    formats = [Bytes(), Plain(torch.float32), Lossless(torch.bfloat16), Bytes(), Lossless(torch.bfloat16)]
+    formats = [Bytes(), Lossless(torch.bfloat16), Bytes(), Lossless(torch.bfloat16)]
     values = [
         torch.randn(3, WORD).to(torch.bfloat16 if isinstance(each, Lossless) else torch.float32) for each in formats
     ]
     packed = [each.pack(value) for each, value in zip(formats, values, strict=True)]
+    plain = torch.randn(3, WORD)
+    packed.insert(1, (Plain(torch.float32).packing(TensorSpec("w", (3, WORD), ())), plain.view(-1).view(torch.uint8)))
     parts, size = arrange((f"tensor {i}", packing) for i, (packing, _) in enumerate(packed))
     buffer, decoded = torch.zeros(size, dtype=torch.uint8), torch.zeros(4 * size, dtype=torch.uint8)
     for part, (_, data) in zip(parts, packed, strict=True):
@@ -248,8 +260,48 @@ def test_tensors_packed_in_one_way_are_decoded_together() -> None:
     assert len(opened.decodings) == 2
     for decode in opened.decodings:
         decode()
-    for kind, value, found in zip(formats, values, opened.tensors.values(), strict=True):
-        assert torch.equal(found, kind.place(value))
+    found = list(opened.tensors.values())
+    assert torch.equal(found.pop(1), plain)
+    for kind, value, each in zip(formats, values, found, strict=True):
+        assert torch.equal(each, kind.place(value))
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> startup.Planned:
+    """With room for all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(startup, "calibrate", lambda *_: HARDWARE)
+        return startup.make_plan(config_for(tmp_path_factory.mktemp("planned"), placement="auto"))
+
+
+@given(data=st.data())
+@settings(max_examples=15)
+def test_what_stays_takes_what_was_planned(planned: startup.Planned, data: st.DataObject) -> None:
+    """Whatever stays, ready or packed: bytes of each layer, and operands of all that is decoded, apart from another."""
+    family, layers = create_family(planned.spec), planned.spec.sizes.layers
+    resident = []
+    for layer in layers:
+        places = {name: data.draw(st.sampled_from(["ready", "packed", "streams"])) for name in sorted(layer.names)}
+        packed = {name for name, place in places.items() if place == "packed"} & layer.coded
+        ready = {name for name, place in places.items() if place != "streams"} - packed
+        resident.append(Stays(frozenset(ready), frozenset(packed)))
+    placed = tuple(layer.placed(stays) for layer, stays in zip(layers, resident, strict=True))
+    lines = {DeviceUse.RESIDENT_WEIGHTS: int(sum(each.resident_bytes for each in placed))}
+    on_host = {HostUse.STREAMED_WEIGHTS: int(sum(each.host_bytes for each in placed))}
+    plan = replace(planned.plan, resident=tuple(resident), placed=placed, device_bytes=lines, host_bytes=on_host)
+    device = CpuDevice()
+    weights = load_weights(family, RandomWeights(0), plan, device, threading.Event())
+    assert dict(device.allocated).items() >= {use: size for use, size in (lines | on_host).items() if size}.items()
+    decoded = torch.empty(plan.decode_buffer_bytes, dtype=torch.uint8)
+    for number, layer in enumerate(weights.layers):
+        assert layer.bus_bytes == placed[number].bus_bytes
+        opened = layer.open(decoded if layer.packed is None else layer.packed, decoded)
+        for decode in opened.decodings:
+            decode()
+        wanted = {tensor.name: rounded(tensor) for tensor in family.layer_tensors(number)}
+        assert set(opened.tensors) == set(wanted)
+        for name, value in wanted.items():
+            torch.testing.assert_close(opened.tensors[name], value)
 
 
 def test_the_plan_counts_each_layer(tmp_path: Path) -> None:
@@ -261,21 +313,21 @@ def test_the_plan_counts_each_layer(tmp_path: Path) -> None:
     for layer, shapes in zip(layers, matrices, strict=True):
         packed = sum(-(-rows * (columns + 4) // 256) * 256 for rows, columns in shapes)
         own = sum(4 * rows * columns for rows, columns in shapes)
-        streamed = layer.streamed(())
+        streamed = layer.placed(Stays())
         assert streamed.bus_bytes == streamed.host_bytes == streamed.buffer_bytes == packed + 2 * 256
-        assert (streamed.device_bytes, streamed.decoded_bytes) == (own + 2 * 256, own)
+        assert (streamed.streamed_bytes, streamed.decoded_bytes) == (own + 2 * 256, own)
         assert streamed.decode_traffic == own + packed
         assert layer.flop(3) == 3 * 2 * (own // 4 + 2 * 32)
     assert [layer.sliding_window for layer in layers] == [None, WINDOW, None, None, WINDOW]
     assert [count for _, count in planned.spec.sizes.distinct] == [2, 1, 1, 1]
-    assert plan.streamed == tuple(layer.streamed(()) for layer in layers)
-    assert plan.weight_buffer_bytes == max(layer.streamed(()).buffer_bytes for layer in layers)
+    assert plan.placed == tuple(layer.placed(Stays()) for layer in layers)
+    assert plan.weight_buffer_bytes == max(layer.placed(Stays()).buffer_bytes for layer in layers)
     assert plan.device_bytes[DeviceUse.WEIGHT_BUFFERS] == BUFFERS * plan.weight_buffer_bytes + plan.decode_buffer_bytes
     undecoded = [replace(each, tensors=tuple(replace(t, decode_traffic=0.0) for t in each.tensors)) for each in layers]
     without = Planner(
         replace(planned.spec.sizes, layers=tuple(undecoded)), plan.budgets, HARDWARE, planned.planner.config
     ).plan()
-    decoding = sum(layer.streamed(()).decode_traffic for layer in layers) / HARDWARE.memory_bandwidth
+    decoding = sum(layer.placed(Stays()).decode_traffic for layer in layers) / HARDWARE.memory_bandwidth
     assert plan.prediction.forward - without.prediction.forward == pytest.approx(decoding)
 
 

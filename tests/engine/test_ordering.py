@@ -6,6 +6,8 @@ They are known by the function that calls for them, not by lines. Who adds, move
 from __future__ import annotations
 
 import asyncio
+import itertools
+import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -23,6 +25,7 @@ from hsrpc.schedule.sweep import BatchShape, LayerPlacement, Op, OpKind, sweep
 from hsrpc.testing.ordered_device import OrderedDevice, RaceError, ordered_devices
 from tests.engine.reference import Reference
 from tests.engine.support import collect, config_for, greedy, idle, parts, tight, weights_on_device
+from tests.engine.test_scaled_weights import edit_config, edit_tensors
 
 NUM_REQUESTS, NUM_TOKENS = 6, 10
 
@@ -115,6 +118,15 @@ async def coded_bfloat16(made: Reference) -> None:
     await coded(made, "bfloat16")
 
 
+async def kept_packed(made: Reference) -> None:
+    """Some weights stay on the device packed, experts too: they are decoded with those that cross the bus."""
+    settings = {"experts": "stream", "resident_share": 0.5, "resident_weights": "packed"}
+    config = config_for(quantised(made), gpu_memory="1GiB", host_memory="64MiB", **settings)
+    async with Engine(config) as engine:
+        assert engine.plan.kept_bytes
+        await crowd(engine, made)
+
+
 async def cancels(made: Reference) -> None:
     """Steps are abandoned in the middle, over and over."""
     async with Engine(tight(made)) as engine, asyncio.timeout(60):
@@ -190,12 +202,60 @@ async def chosen_experts(made: Reference) -> None:
         assert engine.stats().expert_loads > engine.stats().expert_hits > 0
 
 
+async def chosen_experts_in_graphs(made: Reference, share: float = 0.6) -> None:
+    """All of the cache is read in place: steps are graphs, in segments between which the host waits for the choice."""
+    settings = {"cache_policy": "kv", "activation_share": None, "gpu_memory": "1GiB", "host_memory": "1GiB"}
+    config = config_for(made, experts="demand", resident_share=share, **settings)
+    async with Engine(config) as engine, asyncio.timeout(60):
+        await crowd(engine, made)
+        assert engine.stats().expert_loads > engine.stats().expert_hits > 0
+
+
 async def chosen_experts_and_streaming(made: Reference) -> None:
     """The other weights and blocks cross the bus beside them; some requests keep no cache, so steps have groups."""
     config = tight(made, experts="demand", recompute_share=0.6, expected_context=90)
     async with Engine(config) as engine, asyncio.timeout(60):
         await crowd(engine, made)
         assert engine.stats().weights_streamed_bytes > engine.stats().expert_loaded_bytes > 0
+
+
+async def packed_experts(made: Reference) -> None:
+    """Quantised experts come on demand, and are decoded where they lie; the other weights stream, or stay packed."""
+    settings = {"experts": "demand", "resident_weights": "packed", "resident_share": 0.6}
+    config = config_for(quantised(made), gpu_memory="1GiB", host_memory="64MiB", **settings)
+    async with Engine(config) as engine, asyncio.timeout(60):
+        assert engine.plan.demand.is_coded
+        await crowd(engine, made)
+        assert engine.stats().expert_loads > engine.stats().expert_hits > 0
+
+
+async def packed_experts_in_graphs(made: Reference) -> None:
+    """The same in graphs: a segment begins with the decoding of what was loaded behind the one before."""
+    await chosen_experts_in_graphs(quantised(made), share=0.85)
+
+
+async def streamed_experts(made: Reference) -> None:
+    """Coded experts stream; those that were chosen are decoded, in steps of several groups."""
+    settings = {"weight_coding": "lossless", "dtype": "bfloat16", "placement": "host", "recompute_share": 0.6}
+    async with Engine(config_for(made, gpu_memory="1GiB", host_memory="64MiB", **settings)) as engine:
+        assert engine.plan.recompute.tokens > 0
+        await crowd(engine, made)
+
+
+def quantised(made: Reference) -> Reference:
+    """The same model, its matrices in codes of float8; nobody compares its tokens."""
+    directory = made.directory.with_name(f"{made.directory.name}-fp8")
+    if not directory.exists():
+        shutil.copytree(made.directory, directory)
+        edit_tensors(directory, with_codes)
+        edit_config(directory, {"quant_method": "modelopt", "quant_algo": "FP8"})
+    return Reference(directory, made.prompts, made.outputs)
+
+
+def with_codes(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        scale = tensors[name].abs().max() / 448
+        tensors[name], tensors[f"{name}_scale"] = (tensors[name] / scale).to(torch.float8_e4m3fn), scale
 
 
 Scenario = Callable[[Reference], Awaitable[None]]
@@ -210,6 +270,7 @@ SCENARIOS: list[Scenario] = [
     ahead_and_loads,
     coded_float16,
     coded_bfloat16,
+    kept_packed,
     cancels,
     out_of_memory,
     out_of_memory_weights_resident,
@@ -217,7 +278,11 @@ SCENARIOS: list[Scenario] = [
     windows,
     absorbing,
     chosen_experts,
+    chosen_experts_in_graphs,
     chosen_experts_and_streaming,
+    packed_experts,
+    packed_experts_in_graphs,
+    streamed_experts,
 ]
 
 LAUNCH = "engine.lanes.StepRun.launch"
@@ -229,6 +294,7 @@ SHOWN: dict[str, Scenario] = {
     "compute waits for load in engine.tasks.executor.Executor._join_streams": out_of_memory_weights_resident,
     "host waits for all in engine.startup._open_once": streaming,
     CHOICE: chosen_experts,
+    "compute waits for load in engine.graphs.DecodeGraphs._launch": chosen_experts_in_graphs,
     "host waits for compute in model.sampler.PendingSample.result": streaming,
     "load waits for compute in engine.lanes.StepRun.hold_loads": out_of_memory,
     "load waits for store in engine.lanes.StepRun.hold_loads": streaming,
@@ -251,6 +317,7 @@ EDGES: dict[tuple[OpKind, OpKind], Scenario] = {
     (OpKind.ATTEND, OpKind.STORE): streaming,
     (OpKind.FINISH, OpKind.LOAD_WEIGHTS): streaming,
     (OpKind.LOAD_BLOCKS, OpKind.PLACE): streaming,
+    (OpKind.LOAD_EXPERTS, OpKind.DECODE_EXPERTS): packed_experts,
     (OpKind.LOAD_EXPERTS, OpKind.FINISH): chosen_experts,
     (OpKind.LOAD_WEIGHTS, OpKind.DECODE): coded_bfloat16,
     (OpKind.LOAD_WEIGHTS, OpKind.PROJECT): streaming,
@@ -264,7 +331,9 @@ CHOSEN = (OpKind.ROUTE, OpKind.LOAD_EXPERTS)
 
 def reference_of(scenario: Scenario, reference: Callable[[str], Reference]) -> Reference:
     models = {window: "mistral-window", windows: "ministral", absorbing: "deepseek-v2"}
-    models |= dict.fromkeys((chosen_experts, chosen_experts_and_streaming), "qwen3-moe")
+    of_experts = (chosen_experts, chosen_experts_in_graphs, chosen_experts_and_streaming)
+    of_experts += (packed_experts, packed_experts_in_graphs, streamed_experts, kept_packed)
+    models |= dict.fromkeys(of_experts, "qwen3-moe")
     return reference(models.get(scenario, "opt"))
 
 
@@ -303,8 +372,10 @@ async def test_what_is_said_to_order_nothing_orders_nothing(site: str, reference
 
 def test_every_edge_of_a_list_is_known() -> None:
     """Operations of different streams wait for one another in no other way."""
-    kinds = [(number % 2 > 0, number > 2) for number in range(5)]
-    placements = tuple(LayerPlacement(2**26, is_coded=coded, on_demand=demand) for coded, demand in kinds)
+    kinds = itertools.product((False, True), repeat=3)
+    placements = tuple(
+        LayerPlacement(2**26, coded, has_coded_experts=experts, on_demand=demand) for coded, experts, demand in kinds
+    )
     batches = tuple(BatchShape(group, loads=True, rebuilds=True, stores=True) for group in (0, 0, 1))
     ops = sweep(placements, batches).ops
     found = {(ops[before].kind, op.kind) for op in ops for before in op.after if crosses(op.kind, ops[before].kind)}
@@ -329,13 +400,18 @@ async def test_without_an_edge_there_is_a_race(
         await scenario(reference_of(scenario, reference))
 
 
+@pytest.mark.parametrize("scenario", [chosen_experts, chosen_experts_in_graphs])
 async def test_experts_are_not_overwritten_before_their_last_reader(
-    reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+    scenario: Scenario, reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A choice is behind all that used experts before it: loads that wait neither for it nor for its event race."""
-    made = reference_of(chosen_experts, reference)
+    """A choice is behind all that used experts before it: loads that wait neither for it nor for its event race.
+
+    In graphs the host alone waits, so that its wait orders all.
+    """
+    made = reference_of(scenario, reference)
     monkeypatch.setattr(lanes, "crosses", lambda kind, first: crosses(kind, first) and (first, kind) != CHOSEN)
-    races = await run_without(CHOICE, chosen_experts, made)
+    races = await run_without(CHOICE, scenario, made)
     assert any(race.startswith("experts on demand") and "write by copy_runs" in race for race in races)
+    assert any("reading the result" in race for race in races)
     with ordered_devices():  # the host's wait alone orders all
-        await chosen_experts(made)
+        await scenario(made)

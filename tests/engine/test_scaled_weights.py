@@ -17,18 +17,22 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hsrpc import Engine, EngineConfig
-from hsrpc.config import WeightCoding
+from hsrpc.config import ResidentWeights, WeightCoding
 from hsrpc.engine import startup
+from hsrpc.engine.startup import ChoosePlan
 from hsrpc.errors import CheckpointError, ConfigError
 from hsrpc.model.checkpoint import Checkpoint
 from hsrpc.model.convert import convert_checkpoint
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.formats.plain import Plain
 from hsrpc.model.formats.scaled import Scaled
-from hsrpc.model.quantization import Quantization
+from hsrpc.model.quantization.fp8 import Fp8
 from hsrpc.model.tensor import Stacked, TensorSpec
 from hsrpc.plan.memory_use import HostUse
+from hsrpc.plan.placement import ResidentChoices, WeightChoice, all_stay
 from hsrpc.plan.plan import Plan
+from hsrpc.plan.planner import Planner
+from hsrpc.plan.roofline import StepRecord
 from tests.engine.reference import Reference, decoder, greedy, save_tokenizer, spread_norms
 from tests.engine.support import collect, config_for, idle, ids, roomy
 from tests.engine.support import greedy as greedily
@@ -162,10 +166,14 @@ def copied(scaled: Callable[[str], Reference], tmp_path: Path) -> Reference:
     return Reference(tmp_path, made.prompts, made.outputs)
 
 
-async def check(made: Reference, config: EngineConfig) -> tuple[Plan, float]:
+async def check(made: Reference, config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> tuple[Plan, float]:
     """Hold tokens to the reference's; the plan, and the weight bytes that crossed the bus in a step."""
     weights: list[int] = []
-    async with Engine(config, observe=lambda step: weights.append(step.weight_bytes)) as engine:
+
+    def observe(step: StepRecord) -> None:
+        weights.append(step.weight_bytes)
+
+    async with Engine(config, choose_plan=choose_plan, observe=observe) as engine:
         requests = (collect(engine.generate(prompt, greedily(64))) for prompt in made.prompts)
         assert [ids(each) for each in await asyncio.gather(*requests)] == made.outputs
         await idle(engine)
@@ -181,27 +189,53 @@ async def test_tokens_equal_the_reference_where_weights_stream(
     made = scaled(name)
     plan, streamed = await check(made, roomy(made, cache_policy=policy, activation_share=None))
     assert plan.decode_buffer_bytes > 0
-    assert streamed == sum(each.bus_bytes for each in plan.streamed)
+    assert streamed == sum(each.bus_bytes for each in plan.placed)
     sizes = startup.make_plan(roomy(made)).spec.sizes
     values = 4 * sum(layer.num_elements for layer in sizes.layers)
     assert streamed < (0.42 if name != "cohere" else 0.6) * values  # some are plain
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0])
-@pytest.mark.parametrize("name", ["qwen3", "llama-channel"])
+@pytest.mark.parametrize("residence", [ResidentWeights.DECODED, ResidentWeights.PACKED])
+@pytest.mark.parametrize("name", ["qwen3", "llama-channel", "qwen3-moe"])
 async def test_tokens_equal_the_reference_where_weights_stay(
-    name: str, share: float, scaled: Callable[[str], Reference]
+    name: str, residence: ResidentWeights, share: float, scaled: Callable[[str], Reference]
 ) -> None:
-    """Those are decoded when they are loaded."""
+    """Those are decoded when they are loaded, or packed: then in every step, with those that stream."""
     made = scaled(name)
-    plan, streamed = await check(made, config_for(made, resident_share=share, gpu_memory="1GiB"))
+    config = config_for(made, resident_share=share, resident_weights=residence, gpu_memory="1GiB")
+    plan, streamed = await check(made, config)
+    keeps = residence is ResidentWeights.PACKED
     assert (streamed > 0) == (share < 1)
-    assert (plan.decode_buffer_bytes > 0) == (share < 1)
+    assert any(stays.packed for stays in plan.resident) == keeps
+    assert (plan.decode_buffer_bytes > 0) == (share < 1 or keeps)
+    stays, all_bytes = (
+        sum(getattr(each, field) for each in plan.placed) for field in ("resident_bytes", "ready_bytes")
+    )
+    assert (stays < 0.4 * all_bytes) == keeps
 
 
-async def test_on_a_device_that_orders_accesses(scaled: Callable[[str], Reference], ordered: list[object]) -> None:
+async def test_some_that_stay_are_ready_and_others_packed(scaled: Callable[[str], Reference]) -> None:
+    """As where a little less fits than all of them decoded."""
+    made = scaled("llama")
+
+    def half_of_them(planner: Planner) -> Plan:
+        planner._choices = ResidentChoices.of(planner.sizes, [WeightChoice(all_stay(planner.sizes, 0.5))])
+        return planner.plan()
+
+    plan, streamed = await check(made, config_for(made, gpu_memory="1GiB"), half_of_them)
+    assert streamed == 0
+    assert all("qkv_weight" in stays.names for stays in plan.resident)
+    assert len({"qkv_weight" in stays.packed for stays in plan.resident}) == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+async def test_on_a_device_that_orders_accesses(
+    share: float, scaled: Callable[[str], Reference], ordered: list[object]
+) -> None:
     """The buffer that weights are decoded to is used by one layer after the other."""
-    await check(scaled("qwen3"), roomy(scaled("qwen3")))
+    made = scaled("qwen3")
+    await check(made, config_for(made, resident_share=share, resident_weights="packed", gpu_memory="1GiB"))
     assert ordered
 
 
@@ -216,14 +250,17 @@ def test_formats_come_from_the_headers(scaled: Callable[[str], Reference]) -> No
     [qkv] = [each for source, each in formats.items() if source.endswith("v_proj.weight")]
     assert [source.grid for source in qkv.sources] == [(2, 2), (1, 2), (1, 2)]
     streamed = planned.plan.host_bytes[HostUse.STREAMED_WEIGHTS]
-    assert streamed == sum(each.host_bytes for each in planned.plan.streamed)
+    assert streamed == sum(each.host_bytes for each in planned.plan.placed)
 
 
 def test_formats_where_rows_get_another_order(scaled: Callable[[str], Reference]) -> None:
-    """Blocks would be cut: plain ones, decoded when they are loaded."""
+    """Fewer of them share a scale where their blocks are cut: here four, of 40 in a head and 128 in a block."""
     planned = startup.make_plan(roomy(scaled("cohere")))
     for tensor in create_family(planned.spec).layer_tensors(0):
-        assert isinstance(planned.spec.formats.weight(tensor), Scaled) == (len(tensor.shape) > 1 and not tensor.order)
+        form = planned.spec.formats.weight(tensor)
+        assert isinstance(form, Scaled) == (len(tensor.shape) > 1)
+        if tensor.order is not None and isinstance(form, Scaled):
+            assert [source.block for source in form.sources] == [(4, BLOCK), (80, BLOCK), (80, BLOCK)]
 
 
 def test_what_is_ignored_is_said_once(scaled: Callable[[str], Reference], caplog: pytest.LogCaptureFixture) -> None:
@@ -240,26 +277,41 @@ def test_coding_without_loss_is_refused(scaled: Callable[[str], Reference]) -> N
         startup.make_plan(config)
 
 
-def test_quantised_experts_do_not_come_on_demand(scaled: Callable[[str], Reference]) -> None:
-    """They would have to be decoded in their slots."""
-    with pytest.raises(ConfigError, match=r"experts='demand': .*coded or quantised; use experts=auto"):
-        startup.make_plan(roomy(scaled("qwen3-moe"), experts="demand"))
+@pytest.mark.parametrize("share", [0.0, 0.85, 1.0])
+@pytest.mark.parametrize("residence", [ResidentWeights.DECODED, ResidentWeights.PACKED])
+async def test_quantised_experts_come_on_demand(
+    residence: ResidentWeights, share: float, scaled: Callable[[str], Reference]
+) -> None:
+    """Packed in their slots, some or all of them; the other weights stream, or stay either way."""
+    made = scaled("qwen3-moe")
+    settings = {"experts": "demand", "resident_share": share, "resident_weights": residence}
+    plan, streamed = await check(made, config_for(made, gpu_memory="1GiB", **settings))
+    assert plan.demand is not None
+    assert plan.demand.is_coded
+    assert 0.25 * plan.demand.ready_bytes < plan.demand.expert_bytes < 0.32 * plan.demand.ready_bytes
+    assert (plan.demand.slots == 4) == (share == 1)
+    assert (any(plan.streamed_bytes), plan.demand.slots > 0) == (share == 0, share > 0)
+    assert plan.decode_buffer_bytes >= plan.demand.decoded_bytes > 0
+    assert (streamed > 0) == (share < 1)  # experts among them
 
 
 _Q = "model.layers.2.self_attn.q_proj.weight"
 DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
-    "missing": (lambda tensors: tensors.pop(f"{_Q}_scale_inv"), f"{_Q}: expected .*{_Q}_scale_inv or _scale"),
+    "missing": (
+        lambda tensors: tensors.pop(f"{_Q}_scale_inv"),
+        f"{_Q}: expected scales beside it, {_Q}_scale_inv or {_Q}_scale, found",
+    ),
     "truncated": (
         lambda tensors: tensors.update({f"{_Q}_scale_inv": tensors[f"{_Q}_scale_inv"][:1].clone()}),
-        rf"{_Q}_scale_inv: expected shape \[2, 2\].* found F32 of shape \[1, 2\]",
+        rf"{_Q}_scale_inv: expected shape \[2, 2\].* of F32.* found shape \[1, 2\] of F32",
     ),
     "one": (
         lambda tensors: tensors.update({f"{_Q}_scale_inv": torch.tensor(1.0)}),
-        rf"{_Q}_scale_inv: expected shape \[2, 2\].* found F32 of shape \[\]",
+        rf"{_Q}_scale_inv: expected shape \[2, 2\].* found shape \[\] of F32",
     ),
     "type": (
         lambda tensors: tensors.update({f"{_Q}_scale_inv": torch.ones(2, 2, dtype=torch.int64)}),
-        f"{_Q}_scale_inv: expected one of F64.*found I64",
+        f"{_Q}_scale_inv: expected shape .* of F32 or .*found shape .* of I64",
     ),
 }
 
@@ -276,17 +328,25 @@ def test_scales_that_do_not_fit_are_refused(kind: str, copied: Reference) -> Non
 def test_scales_beyond_float16_are_refused(copied: Reference) -> None:
     """Weights would be infinite; bfloat16 has them."""
     edit_tensors(copied.directory, lambda tensors: tensors[f"{_Q}_scale_inv"].mul_(1e6))
+    checkpoint, tensor = Checkpoint(copied.directory, Fp8((BLOCK, BLOCK))), TensorSpec("q", (192, 160), (_Q,))
     with pytest.raises(CheckpointError, match=rf"{_Q}_scale_inv: expected scales of at most 146.2.*--dtype bfloat16"):
-        startup.make_plan(roomy(copied, dtype="float16"))
-    startup.make_plan(roomy(copied, dtype="bfloat16"))
+        checkpoint.read(tensor, torch.empty(192, 160, dtype=torch.float16))
+    checkpoint.read(tensor, torch.empty(192, 160, dtype=torch.bfloat16))
 
 
-def test_codes_of_all_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
-    """What their scales would be is said nowhere."""
-    save_file({"all": torch.zeros(4, 2, 3).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    tensor = TensorSpec("w", (2, 3), ("one",), stacked=Stacked("all", 0, 4))
-    with pytest.raises(CheckpointError, match=r"all: expected a tensor for each expert, found codes of all in one"):
-        Checkpoint(tmp_path, Quantization(None)).check([tensor])
+def test_codes_of_all_experts_in_one_tensor(tmp_path: Path) -> None:
+    """As their scales, with a matrix for each; of another number, they are refused."""
+    codes, scales, values = zip(*(in_blocks(torch.randn(6, 8), 4, 4) for _ in range(3)), strict=True)
+    stacked = {"all": torch.stack(codes), "all_scale_inv": torch.stack(scales)}
+    save_file(stacked, tmp_path / "model.safetensors")
+    tensors = [TensorSpec("w", (6, 8), ("one.weight",), stacked=Stacked("all", index, 3)) for index in range(3)]
+    out = torch.empty(3, 6, 8)
+    for tensor, part in zip(tensors, out, strict=True):
+        Checkpoint(tmp_path, Fp8((4, 4))).read(tensor, part)
+    assert torch.equal(out, torch.stack(values))
+    save_file(stacked | {"all_scale_inv": torch.ones(2, 2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"all_scale_inv: expected a shape that begins with 3, one for each"):
+        Checkpoint(tmp_path, Fp8((4, 4))).check(tensors)
 
 
 def test_pickled_codes_are_converted(copied: Reference, tmp_path: Path) -> None:
@@ -313,3 +373,12 @@ def test_a_plan_needs_the_headers(copied: Reference) -> None:
     planned = startup.make_plan(config)
     tensors = create_family(planned.spec).layer_tensors(0)
     assert all(isinstance(planned.spec.formats.weight(tensor), Plain) for tensor in tensors)
+
+
+async def test_random_weights_of_a_format(copied: Reference) -> None:
+    """Their codes cross the bus, and the model answers."""
+    config = roomy(Reference(Path(f"random:{copied.directory}:w4a16"), [], []))
+    async with Engine(config) as engine:
+        assert len(ids(await collect(engine.generate([5, 6], greedily(8))))) == 8
+        assert engine.spec.name.endswith(":w4a16")
+        assert engine.plan.decode_buffer_bytes > 0

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.errors import CheckpointError, InvalidRequestError
+from hsrpc.prompt import Chat
 from hsrpc.text.detokenizer import Detokenizer
 
 LONG = 100_000
@@ -265,3 +266,30 @@ def test_tokens_that_end_a_turn_are_those_of_the_chat_template(tmp_path, directo
         tokenizer = Tokenizer(tmp_path, rows)
         assert list(tokenizer.end_token_ids) == expected
         tokenizer.close()
+
+
+TEMPLATE = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
+CHAT = Chat([{"role": "user", "content": "hello"}])
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own template", "template of the operator"])
+async def test_its_files_make_the_same_tokenizer_elsewhere(tmp_path, directory, own):
+    """By hsrpc and by the tokenizers library alone, which heeds what a file says of truncation."""
+    shutil.copytree(directory, tmp_path / "here")
+    (tmp_path / "here" / "model.safetensors.index.json").write_text("{}")
+    (tmp_path / "here" / "chat_template.jinja").write_text(TEMPLATE if own else "")
+    here = Tokenizer(tmp_path / "here", chat_template=None if own else TEMPLATE)
+    files = await here.files()
+    (tmp_path / "there").mkdir()
+    for name, content in files.items():
+        (tmp_path / "there" / name).write_bytes(content)
+    there = Tokenizer(tmp_path / "there")
+    assert "model.safetensors.index.json" not in files
+    for prompt in ("hello world, the cat sat", CHAT):
+        assert await there.encode(prompt) == await here.encode(prompt)
+    raw = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    text = "hello world, the cat sat on the mat"
+    assert raw.encode(text, add_special_tokens=False).ids == await here.encode(text)
+    assert json.loads(files["tokenizer_config.json"])["chat_template"] == TEMPLATE
+    here.close()
+    there.close()

@@ -29,7 +29,7 @@ from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
-from hsrpc.plan.sizes import ALIGNMENT
+from hsrpc.plan.sizes import ALIGNMENT, Stays
 from hsrpc.schedule import sweep as sweeps
 from hsrpc.schedule.sweep import BUFFERS, NOTHING_CARRIED, BatchShape, Lane, Op, OpKind, OpList, sweep
 from tests.engine.conftest import HARDWARE
@@ -44,12 +44,13 @@ def family(reference: Callable[[str], Reference]) -> Family:
     return create_family(load_spec(reference("opt").directory, torch.float32))
 
 
-def plan_for(family: Family, resident: tuple[frozenset[str], ...]) -> Plan:
+def plan_for(family: Family, names: tuple[frozenset[str], ...]) -> Plan:
     """A plan in which exactly these tensors stay on the device."""
     config = EngineConfig(device="cpu", max_batch=1, max_model_len=64, expected_context=32, max_prefill_tokens=32)
     plan = Planner(family.sizes, Budgets(device=2**30, host=2**30), HARDWARE, config).plan()
-    streamed = tuple(layer.streamed(stays) for layer, stays in zip(family.sizes.layers, resident, strict=True))
-    return replace(plan, resident=resident, streamed=streamed)
+    resident = tuple(map(Stays, names))
+    placed = tuple(layer.placed(stays) for layer, stays in zip(family.sizes.layers, resident, strict=True))
+    return replace(plan, resident=resident, placed=placed)
 
 
 def load(family: Family, plan: Plan) -> ModelWeights:

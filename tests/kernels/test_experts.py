@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hsrpc.device.device import CpuDevice
+from hsrpc.engine.chosen_experts import ChosenExperts
 from hsrpc.engine.tasks.experts import ExpertLoader
-from hsrpc.engine.weights import HostExperts, PackedTensor, arrange
+from hsrpc.engine.weights import HostExperts, OpenedLayer, PackedTensor, arrange
 from hsrpc.model.experts import CORRECTION, ROUTER, Experts, Routing, Scoring, expert_in, expert_out
 from hsrpc.model.families.decoder import Decoder
 from hsrpc.model.family import Routes
@@ -74,16 +75,33 @@ def test_experts_on_demand_are_found_by_their_tables(slots: int) -> None:
     memory = torch.zeros((experts.count, size), dtype=torch.uint8)
     for name, (number, part) in parts.items():
         part.open(memory[number], memory[0, :0]).copy_(w[name])
-    demand = Demand(slots=slots, counts=(experts.count,), expert_bytes=size, num_tensors=2 * experts.count)
-    loader = ExpertLoader([HostExperts(memory, parts)], demand, CpuDevice(), Decoder.expert_tables)
-    opened = loader.with_experts(0, {})
+    demand = Demand(
+        slots=slots, counts=(experts.count,), k=2, expert_bytes=size, ready_bytes=size, num_tensors=2 * experts.count
+    )
+    layers = [HostExperts(memory, parts)]
+    loader = ExpertLoader(layers, demand, CpuDevice(), Decoder.expert_tables, max_tokens=40)
+    opened = loader.open(0, OpenedLayer({}, ()), memory[0, :0], None).tensors
     for n in (1, 3, 40, 2):
         routes, x = routes_of(choices(n, experts.count, experts.k)), torch.randn(n, SIZE)
-        loader.expect(routes.chosen)
+        loader.expect(n).copy_(routes.chosen)
         loader.load(0)
         wanted = experts.one_by_one(w, x, routes)
         torch.testing.assert_close(experts.on_gpu(opened, x, routes), wanted, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(experts.one_by_one(opened, x, routes), wanted)
+
+
+@pytest.mark.parametrize("count", [1, 6, 40])
+def test_experts_are_marked_as_on_the_cpu(count: int) -> None:
+    """Those that groups choose, one after the other, each once a step; steps of one token and of many."""
+    tables, places = ChosenExperts(CpuDevice(), count), torch.randint(100, (count,))
+    moves, decoded = torch.zeros_like(places), torch.zeros_like(places)
+    k = min(2, count)
+    for n, is_first in ((1, True), (3, False), (40, False), (1, True), (2, True)):
+        chosen = choices(n, count, k)
+        tables.mark(chosen, places, is_first=is_first)
+        kernels.mark(chosen, places, moves, decoded, is_first=is_first)
+        assert torch.equal(moves, tables.moves)
+        assert ((moves < 0) | (moves == places)).all()
 
 
 @pytest.mark.parametrize("tiles", [FEW, SOME, MANY, SMALL_TILES], ids=["few", "some", "many", "small"])

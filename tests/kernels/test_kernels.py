@@ -344,6 +344,24 @@ def test_decode_weights(dtype: torch.dtype, spread: int, monkeypatch: pytest.Mon
         assert torch.equal(target[len(values) :], torch.full((9,), 3.0, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_that_are_left_out_are_not_decoded(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a table that is read when they are decoded."""
+    monkeypatch.setattr(lossless, "_GROUP", 2)
+    values = [torch.randn(BLOCK + WORD).to(dtype) for _ in range(3)]
+    targets, moves = [torch.zeros_like(each) for each in values], torch.tensor([0, -1, -1])
+    parts = zip(values, targets, range(3), strict=True)
+    decode = WeightDecoder.of([Encoded(*encode(each), target, number) for each, target, number in parts], moves)
+    decode.run()
+    assert torch.equal(targets[0], values[0])
+    assert not targets[1].any()
+    moves.copy_(torch.tensor([-1, 0, -1]))
+    targets[0].zero_()
+    decode.run()
+    assert torch.equal(targets[1], values[1])
+    assert not torch.stack(targets[::2]).any()
+
+
 def test_weights_of_two_types_are_not_decoded_together() -> None:
     """They have kernels of their own."""
     values = [torch.ones(WORD, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hsrpc.model.checkpoint import Checkpoint, RandomWeights, WeightSource
+from hsrpc.model.checkpoint import Checkpoint, RandomWeights
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import Family, Weights
+from hsrpc.model.formats.format import WeightSource
 from hsrpc.model.spec import load_spec
 from hsrpc.model.tensor import TensorSpec
 

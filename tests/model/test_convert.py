@@ -63,6 +63,8 @@ def test_converted_model_has_the_same_weights_and_files(source, tmp_path):
     state = torch.load(source / "pytorch_model.bin", weights_only=True)
     convert_checkpoint(source, tmp_path / "out", progress=False)
     assert_same_weights(tmp_path / "out", state)
+    (tmp_path / "new").touch()
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"model.safetensors", "config.json", "merges.txt"}
 

@@ -6,10 +6,20 @@ import pytest
 
 from hsrpc.errors import CheckpointError
 from hsrpc.model.config_file import ConfigFile
-from hsrpc.model.quantization import Quantization, read_quantization
+from hsrpc.model.quantization.fp8 import Fp8
+from hsrpc.model.quantization.reader import AnyOf, Reader
+from hsrpc.model.quantization.registry import read_quantization, says_more
 
 _WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
 _BLOCKS = _WEIGHTS | {"strategy": "block", "block_structure": [128, 128]}
+
+
+_FLOAT4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "symmetric": True}
+
+
+def mixed(**algorithms: str) -> dict[str, object]:
+    layers = {layer: {"quant_algo": each} for layer, each in algorithms.items()}
+    return {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
 
 
 def compressed(*weights: object, **settings: object) -> dict[str, object]:
@@ -17,7 +27,7 @@ def compressed(*weights: object, **settings: object) -> dict[str, object]:
     return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups} | settings
 
 
-def read(quantization: object) -> Quantization | None:
+def read(quantization: object) -> Reader | None:
     return read_quantization(ConfigFile("config.json", {"quantization_config": quantization}))
 
 
@@ -26,7 +36,10 @@ def read(quantization: object) -> Quantization | None:
     [
         ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, (128, 128)),
         ({"quant_method": "fp8", "activation_scheme": "static"}, None),
+        ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, None),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, None),
+        ({"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"}, (128, 128)),
+        (compressed(_WEIGHTS | {"strategy": "group", "group_size": 32}, format="mxfp8-quantized"), (1, 32)),
         (compressed(_WEIGHTS), None),
         (compressed(_WEIGHTS, _WEIGHTS | {"strategy": "channel"}, sparsity_config={}), None),
         (compressed(_BLOCKS, _BLOCKS), (128, 128)),
@@ -34,7 +47,15 @@ def read(quantization: object) -> Quantization | None:
 )
 def test_what_is_served(quantization: dict[str, object], block: tuple[int, int] | None) -> None:
     """Blocks as the file has them; else the shape of the scales says."""
-    assert read(quantization) == Quantization(block)
+    reader = read(quantization)
+    assert reader in (Fp8(block), AnyOf((Fp8(block),)))
+
+
+def test_each_algorithm_has_a_reader_once() -> None:
+    """Where layers differ in it."""
+    reader = read(mixed(a="FP8", b="NVFP4", c="FP8", d="MXFP8"))
+    assert isinstance(reader, AnyOf)
+    assert len(reader.readers) == 3
 
 
 @pytest.mark.parametrize(
@@ -44,17 +65,24 @@ def test_what_is_served(quantization: dict[str, object], block: tuple[int, int] 
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt: expected one of e4m3.*'e5m2'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size: expected two whole numbers"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size: expected two whole numbers"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo: expected one of FP8.*'NVFP4'"),
-        (compressed(_WEIGHTS, format="pack-quantized"), "format: expected one of float-quantized.*'pack-quantized'"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "quant_algo: expected one of FP8.*'NVFP4_AWQ'"),
+        (compressed(_WEIGHTS, format="marlin-24"), "format: expected one of float-quantized.*'marlin-24'"),
         (compressed(), "config_groups: expected an object"),
         (compressed(3), "group_0: weights: expected an object"),
         (compressed(None), "group_0: expected an object that describes weights"),
         (compressed(_WEIGHTS | {"type": "int"}), "type: expected one of float"),
         (compressed(_WEIGHTS | {"num_bits": 4}), "num_bits: expected 8"),
         (compressed(_WEIGHTS | {"symmetric": False}), "symmetric: expected true"),
-        (compressed(_WEIGHTS | {"strategy": "group"}), "strategy: expected one of tensor, channel, block"),
+        (compressed(_WEIGHTS | {"strategy": "token"}), "strategy: expected one of tensor, channel, group, block"),
+        (compressed(_WEIGHTS | {"strategy": "group"}), "group_size: expected"),
+        (compressed(_FLOAT4 | {"group_size": 32}, format="nvfp4-pack-quantized"), "group_size: expected 16, found 32"),
+        (compressed(_WEIGHTS, format="mxfp4-pack-quantized"), "num_bits: expected 4, found 8"),
+        ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "quantized_layers: expected an object"),
+        (mixed(a="FP8", b="W4A16_AWQ"), "quantized_layers: b: quant_algo: expected one of FP8.*'W4A16_AWQ'"),
+        ({"quant_method": "bitsandbytes"}, "quant_method: expected one of .*found 'bitsandbytes'; .*awq, gptq"),
+        ({"quant_method": "quark"}, "quant_method: expected one of .*found 'quark'; .*fp8 or compressed-tensors"),
         (compressed(_WEIGHTS | {"strategy": "block"}), "block_structure: expected two sizes"),
-        (compressed(_WEIGHTS, _BLOCKS), "config_groups: expected blocks of one size"),
+        (compressed(_WEIGHTS, _BLOCKS), "group_1: weights: strategy: expected blocks of one size"),
         (compressed(_WEIGHTS, transform_config={"config_groups": {}}), "transform_config: expected nothing"),
         (compressed(_WEIGHTS, sparsity_config={"format": "sparse-24"}), "sparsity_config: expected nothing"),
     ],
@@ -67,18 +95,16 @@ def test_what_is_refused(quantization: object, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "scales", "block"),
+    ("quantization", "says"),
     [
-        ((6, 9), (), (6, 9)),
-        ((6, 9), (1,), (6, 9)),
-        ((6, 9), (6,), (1, 9)),
-        ((6, 9), (6, 1), (1, 9)),
-        ((6, 9), (9,), None),
-        ((6, 9), (6, 9), None),
+        (None, False),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, False),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, True),
+        (compressed(_WEIGHTS), False),
+        (compressed(_WEIGHTS, kv_cache_scheme={"num_bits": 8}), True),
+        (compressed(_WEIGHTS, config_groups={"a": {"weights": _WEIGHTS, "input_activations": {"num_bits": 8}}}), True),
     ],
 )
-def test_the_shape_of_the_scales_says(
-    shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None
-) -> None:
-    """Where config.json names no blocks."""
-    assert Quantization(None).scaled_block(shape, scales) == block
+def test_activations_and_caches(quantization: object, says: bool) -> None:
+    """Where they are quantised too, it is said that they are not served so."""
+    assert says_more(ConfigFile("config.json", {"quantization_config": quantization})) == says

@@ -212,7 +212,7 @@ REFUSALS = [
     ("opt-125m", {"quantization_config": {"bits": 4}}, "quantization_config: quant_method", "unquantized"),
     *(
         ("opt-125m", {"quantization_config": {"quant_method": name}}, "quantization_config: quant_method", repr(name))
-        for name in ("bitsandbytes", "awq", "gptq", "mxfp4", "exl3", "fbgemm_fp8")
+        for name in ("bitsandbytes", "exl3", "hqq", "quark")
     ),
     (
         "llama-2-7b",

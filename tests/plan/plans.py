@@ -15,10 +15,13 @@ from typing import NamedTuple
 
 import torch
 
-from hsrpc.config import EngineConfig
+from hsrpc.config import EngineConfig, WeightCoding
 from hsrpc.errors import ConfigError
-from hsrpc.model.formats.choice import uniform
+from hsrpc.model.families.registry import create_family
+from hsrpc.model.formats.choice import uniform, with_scaled
 from hsrpc.model.formats.lossless import Lossless
+from hsrpc.model.formats.plain import Plain
+from hsrpc.model.random_codes import RANDOM_FORMATS
 from hsrpc.model.spec import in_formats, named_spec
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets, Plan, StepPrediction
@@ -59,7 +62,9 @@ class Case(NamedTuple):
     settings: dict[str, object]
     dtype: torch.dtype | None = None
     coded: bool = False
-    """Weights that stream are coded without loss."""
+    """Weights are coded without loss."""
+    quantised: str = ""
+    """Format of weights that are quantised: see `RANDOM_FORMATS`."""
 
 
 CASES = {
@@ -83,6 +88,10 @@ CASES = {
     ),
     "qwen3-30b-a3b, partly resident": Case("qwen3-30b-a3b", 24, 80, {"expected_context": 700}, coded=True),
     "mixtral-8x7b, activations": Case("mixtral-8x7b", 40, 120, {"cache_policy": "activation"}),
+    "llama-3.3-70b, fp8, packed": Case("llama-3.3-70b", 80, 110, {"max_batch": 32}, quantised="fp8"),
+    "qwen3-32b, fp8, packed in part": Case("qwen3-32b", 48, 110, {"max_batch": 8}, quantised="fp8"),
+    "gpt-oss-120b, mxfp4, packed": Case("gpt-oss-120b", 80, 110, {"max_batch": 4}, quantised="mxfp4"),
+    "gpt-oss-120b, mxfp4, on demand": Case("gpt-oss-120b", 40, 110, {"max_batch": 1}, quantised="mxfp4"),
     "opt-66b, too small": Case("opt-66b", 8, 20, {}),
 }
 
@@ -90,7 +99,11 @@ CASES = {
 def sizes_of(case: Case) -> ModelSizes:
     """The model's sizes with the formats of the case."""
     spec = named_spec(case.shape, case.dtype)
-    return (in_formats(spec, uniform(Lossless(spec.dtype), spec.dtype)) if case.coded else spec).sizes
+    formats = uniform(Lossless(spec.dtype) if case.coded else Plain(spec.dtype), spec.dtype)
+    if case.quantised:
+        scaled = RANDOM_FORMATS[case.quantised].formats(create_family(spec))
+        [formats] = with_scaled([formats], scaled, WeightCoding.AUTO)
+    return in_formats(spec, formats).sizes
 
 
 def describe(case: Case, digits: int = 9) -> str:
@@ -114,6 +127,10 @@ def _facts(plan: Plan, sizes: ModelSizes) -> Iterator[tuple[str, object]]:
     yield "buffers", astuple(plan.buffers)
     yield "costs", astuple(plan.costs)
     yield "streamed", _runs(_streamed(plan, sizes))
+    if plan.kept_bytes:
+        yield "packed", tuple(_counted(sorted(name for stays in plan.resident for name in stays.packed)))
+    if plan.demand is not None:
+        yield "on demand", (plan.demand.slots, plan.demand.expert_bytes, plan.demand.decoded_bytes)
     yield "blocks", {pool.name.lower(): count for pool, count in plan.num_blocks.items()}
     yield "device", {use.value: size for use, size in plan.device_bytes.items()}
     yield "host", {use.value: size for use, size in plan.host_bytes.items()}
@@ -130,7 +147,7 @@ def _facts(plan: Plan, sizes: ModelSizes) -> Iterator[tuple[str, object]]:
         cache_bytes=1_234_567_890,
         regenerated_tokens=123_456,
     )
-    yield "roofline", astuple(roofline(record, sizes, plan.hardware))
+    yield "roofline", astuple(roofline(record, sizes, plan.hardware))[:4]
 
 
 def _parts(step: StepPrediction) -> dict[str, float]:
@@ -140,8 +157,8 @@ def _parts(step: StepPrediction) -> dict[str, float]:
 
 def _streamed(plan: Plan, sizes: ModelSizes) -> Iterator[str]:
     """For each layer, what does not stay on the device, and the bytes that this takes before it is coded."""
-    for layer, resident, streamed in zip(sizes.layers, plan.resident, plan.streamed, strict=True):
-        yield f"{' '.join(_counted(sorted(layer.names - resident)))} {streamed.device_bytes}"
+    for layer, stays, placed in zip(sizes.layers, plan.resident, plan.placed, strict=True):
+        yield f"{' '.join(_counted(sorted(layer.names - stays.names)))} {placed.streamed_bytes}"
 
 
 def _counted(names: Iterable[str]) -> Iterator[str]:

@@ -15,7 +15,9 @@ from hsrpc.model.formats.lossless import Lossless
 from hsrpc.model.spec import ModelSpec, in_formats, named_spec
 from hsrpc.plan.advice import _with_weight_bits
 from hsrpc.plan.demand import demand_of
+from hsrpc.plan.device_memory import query_bytes
 from hsrpc.plan.expert_outlook import expert_outlook
+from hsrpc.plan.fitted import CHOICE_SECONDS, GRAPH_BYTES
 from hsrpc.plan.layer_times import LayerTimes
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.memory_use import DeviceUse, HostUse
@@ -24,8 +26,10 @@ from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at
 from hsrpc.plan.question import Question
+from hsrpc.plan.roofline import Roofline, StepRecord, roofline
 from hsrpc.plan.simulated_step import placements, simulated_step
-from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.sizes import ModelSizes, Stays
+from hsrpc.schedule.blocks import PoolId
 from tests.plan.plans import GIB, HARDWARE
 
 COUNT, K, NUM_LAYERS = 64, 4, 6
@@ -76,8 +80,8 @@ def test_slots_follow_the_other_weights(sizes: ModelSizes) -> None:
     found = demand_choices(sizes, shares)
     assert [choice.demand.slots for choice in found] == [0, 0, 5, COUNT]
     names = [layer.names for layer in sizes.without_experts.layers]
-    assert [sum(map(len, choice.resident)) for choice in found[::3]] == [0, sum(map(len, names))]
-    assert all(choice.resident == tuple(names) for choice in found[2:])
+    assert [sum(len(stays.ready) for stays in choice.resident) for choice in found[::3]] == [0, sum(map(len, names))]
+    assert all(choice.resident == tuple(map(Stays, names)) for choice in found[2:])
     assert not any("expert_" in name for layer in names for name in layer)
 
 
@@ -117,13 +121,15 @@ def test_a_model_that_fits_stays(sizes: ModelSizes) -> None:
 
 
 def test_lines_of_a_plan(sizes: ModelSizes) -> None:
-    """Within the budgets; experts' rows are a line, and no graphs wait for a choice."""
+    """Within the budgets; experts' rows are a line, and graphs are one behind each choice, for two sizes."""
     plan = make(sizes, max_batch=2, experts="demand")
     demand = plan.demand
     assert demand is not None
     assert 0 < demand.slots < COUNT
     assert plan.device_bytes[DeviceUse.EXPERTS] == demand.num_rows * EXPERT_BYTES
-    assert plan.device_bytes[DeviceUse.GRAPHS] == 0
+    assert demand.num_segments == 6
+    logits = 2 * 4 * sizes.vocab_size
+    assert plan.device_bytes[DeviceUse.GRAPHS] == query_bytes(sizes, 2) + logits + 2 * 6 * GRAPH_BYTES
     assert plan.host_bytes[HostUse.STREAMED_WEIGHTS] == demand.host_bytes + sum(plan.streamed_bytes)
     assert sum(plan.device_bytes.values()) <= plan.budgets.device
     assert sum(plan.host_bytes.values()) <= plan.budgets.host
@@ -134,22 +140,28 @@ def test_lines_of_a_plan(sizes: ModelSizes) -> None:
 
 
 def test_seconds_of_what_is_missed(sizes: ModelSizes) -> None:
-    """Bytes of the experts that a batch touches, less those in slots, and a wait; a step takes that beside all else."""
+    """Bytes of the experts that a batch touches, less those in slots, and a wait; a step takes that beside all else.
+
+    Graphs run it where all its cache is K and V on the device.
+    """
     times, demand = LayerTimes(sizes, HARDWARE), demand_of(sizes, 16 * 5 * EXPERT_BYTES)
     assert demand is not None
     for tokens, groups in ((1, 1), (7, 1), (8, 2)):
         touched = groups * COUNT * (1 - (1 - K / COUNT) ** (tokens / groups))
         bus = touched * 0.75 * EXPERT_BYTES / HARDWARE.load_bandwidth
-        assert times.on_demand(tokens, demand.missed, groups) == pytest.approx((bus + groups * 1e-4) * 5 / 6)
+        assert times.on_demand(tokens, demand.missed, groups) == pytest.approx((bus + groups * CHOICE_SECONDS) * 5 / 6)
     plan = make(sizes, max_batch=1, experts="demand")
     step = predict_at(plan, sizes, 100)
     assert step.bus == 0
     assert step.experts == pytest.approx(6 * times.on_demand(1, plan.demand.missed))
-    assert step.launch == pytest.approx(6 * HARDWARE.launch_time)  # no graph launches it
+    assert step.launch == 0
     assert step.boundary == pytest.approx(HARDWARE.boundary_time + HARDWARE.request_time)
-    assert step.step == pytest.approx(step.launch + step.boundary)
-    quick = predict_at(replace(plan, hardware=replace(HARDWARE, launch_time=0)), sizes, 100)
-    assert quick.step == pytest.approx(step.gpu + step.experts + step.boundary)
+    assert step.step == pytest.approx(step.gpu + step.experts + step.boundary)
+    activations = {pool: 100 * (pool is PoolId.DEVICE_ACTIVATION) for pool in PoolId}
+    launched = predict_at(replace(plan, num_blocks=activations), sizes, 100)
+    assert launched.launch == pytest.approx(6 * HARDWARE.launch_time)
+    assert launched.launch > launched.gpu
+    assert launched.step == pytest.approx(launched.launch + launched.experts + launched.boundary)
     assert plan.prediction.longest_step > plan.prediction.step + 6 * times.on_demand(512, plan.demand.missed) / 2
 
 
@@ -159,9 +171,41 @@ def test_where_other_weights_stream_the_list_has_the_waits(sizes: ModelSizes) ->
     assert any(plan.streamed_bytes)
     plan = replace(plan, hardware=replace(HARDWARE, launch_time=0, hop_time=0))  # the bus binds
     step = predict_at(plan, sizes, 100)
-    weights = sum(layer.bus_bytes for layer in plan.streamed) / HARDWARE.load_bandwidth
+    weights = sum(layer.bus_bytes for layer in plan.placed) / HARDWARE.load_bandwidth
     assert step.step - step.boundary >= 0.99 * (weights + step.experts)
     assert simulated_step(plan, sizes, replace(step, experts=0), recomputes=False) < step.step - step.experts
+
+
+def test_the_limit_of_a_step_lets_experts_and_what_waits_take_turns(sizes: ModelSizes) -> None:
+    """Their own products may be computed beside; they are those that the step took, whatever was to be expected."""
+    plain = StepRecord(
+        seconds=1.0,
+        num_requests=4,
+        decode_tokens=4,
+        prefill_tokens=0,
+        context_tokens=400,
+        weight_bytes=0,
+        cache_bytes=0,
+        regenerated_tokens=0,
+    )
+    experts = sizes.commonest.experts
+    assert experts is not None
+    all_taken = 5 * experts.touched(4)
+
+    def limit(taken: float, loads: int = 0) -> Roofline:
+        counts = {"expert_hits": taken - loads, "expert_loads": loads, "weight_bytes": loads * EXPERT_BYTES}
+        return roofline(replace(plain, **counts), sizes, HARDWARE)
+
+    whole, hits = roofline(plain, sizes, HARDWARE), limit(all_taken)
+    assert hits.forward == pytest.approx(whole.forward)
+    assert (whole.in_turn, whole.seconds) == (0, whole.gpu)
+    assert limit(20).seconds < hits.seconds == hits.gpu  # the router prefers some; nothing but the GPU works
+    products = all_taken * EXPERT_BYTES / HARDWARE.memory_bandwidth
+    assert hits.in_turn == pytest.approx(hits.gpu - products)
+    for loads in (1, 30):
+        found, bus = limit(all_taken, loads), loads * EXPERT_BYTES / HARDWARE.load_bandwidth
+        assert (found.bus, found.in_turn) == pytest.approx((bus, bus + hits.in_turn))
+        assert found.seconds == max(hits.gpu, found.in_turn) > bus
 
 
 def question(spec: ModelSpec, *, coded: bool = False, **settings: object) -> Question:
@@ -225,9 +269,11 @@ def test_the_outlook_names_the_batch_from_which_streaming_is_as_fast(spec: Model
         assert (steps[0] <= steps[1]) == is_faster
 
 
-def test_smaller_weights_have_smaller_experts(sizes: ModelSizes) -> None:
-    """Advice on fewer bits counts what tokens read of them."""
+def test_smaller_weights_are_decoded_before_they_are_read(sizes: ModelSizes) -> None:
+    """Advice on fewer bits counts them on the bus; tokens read of experts what they are decoded to."""
     smaller = _with_weight_bits(sizes, 4.25)
     before, after = sizes.layers[1], smaller.layers[1]
-    assert after.read_bytes(1) == pytest.approx(before.read_bytes(1) * 4.25 / 16, rel=0.01)
-    assert after.experts.device_bytes == pytest.approx(EXPERT_BYTES * 4.25 / 16, rel=0.01)
+    on_bus = [sum(tensor.bus_bytes for tensor in layer.expert_tensors) for layer in (before, after)]
+    assert on_bus[1] == pytest.approx(on_bus[0] * 4.25 / 16, rel=0.01)
+    assert after.read_bytes(1) == before.read_bytes(1)
+    assert all(tensor.decoded_bytes == tensor.device_bytes for tensor in after.expert_tensors)

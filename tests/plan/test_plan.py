@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsrpc.config import CachePolicy, EngineConfig, Placement, parse_bytes
+from hsrpc.config import CachePolicy, EngineConfig, Placement, ResidentWeights, parse_bytes
 from hsrpc.errors import ConfigError
 from hsrpc.plan.default_context import planner_with_context
 from hsrpc.plan.device_memory import device_bytes
@@ -160,7 +160,7 @@ def random_sizes(random: Random) -> ModelSizes:
         vocab=random.randint(2, 1000),
         context_length=random.choice((8, 64, 500)),
         compute_bytes=random.choice((2, 4)),
-        coded=random.choice((None, None, (0.7, 0.76))),
+        coded=random.choice((*[None] * 4, (0.7, 0.76), (0.25, 0.25))),
     )
 
 
@@ -170,6 +170,7 @@ def random_config(random: Random) -> EngineConfig:
         cache_policy=policy,
         activation_share=random.choice((None, random.random())) if policy is CachePolicy.HYBRID else None,
         placement=random.choice(list(Placement)),
+        resident_weights=random.choice(list(ResidentWeights)),
         block_size=random.randint(1, 24),
         max_batch=random.choice((None, random.randint(1, 40))),
         max_model_len=random.choice((None, None, 1, 5, 8)),
@@ -255,20 +256,28 @@ def test_a_plan_stays_within_the_budgets(planner: Planner):
     assert plan.device_bytes[DeviceUse.CACHE_BLOCKS] == spare + sum(cached[p] for p in PoolId if p.tier is Tier.DEVICE)
     assert plan.host_bytes[HostUse.CACHE_BLOCKS] == sum(cached[pool] for pool in PoolId if pool.tier is Tier.HOST)
     streamed = [
-        [tensor for tensor in layer.tensors if tensor.name not in names]
-        for layer, names in zip(sizes.layers, plan.resident, strict=True)
+        [tensor for tensor in layer.tensors if tensor.name not in stays.names]
+        for layer, stays in zip(sizes.layers, plan.resident, strict=True)
     ]
     assert plan.streamed_bytes == tuple(sum(tensor.device_bytes for tensor in tensors) for tensors in streamed)
-    own = sum(layer.resident_bytes(names) for layer, names in zip(sizes.layers, plan.resident, strict=True))
-    assert plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS] == own
+    ready, packed = (
+        [
+            [tensor for tensor in layer.tensors if tensor.name in getattr(stays, how)]
+            for layer, stays in zip(sizes.layers, plan.resident, strict=True)
+        ]
+        for how in ("ready", "packed")
+    )
+    own = sum(tensor.resident_bytes for tensors in ready for tensor in tensors)
+    own += sum(tensor.host_bytes for tensors in packed for tensor in tensors)
+    assert plan.device_bytes[DeviceUse.RESIDENT_WEIGHTS] == math.ceil(round(own, 3))
+    assert all(tensor.is_coded for tensors in packed for tensor in tensors)
     on_host = sum(tensor.host_bytes for tensors in streamed for tensor in tensors)
     assert plan.host_bytes[HostUse.STREAMED_WEIGHTS] == math.ceil(round(on_host, 3))
-    packed, decoded = (
-        max(sum(getattr(tensor, field) for tensor in tensors) for tensors in streamed)
-        for field in ("buffer_bytes", "decoded_bytes")
-    )
-    assert (plan.weight_buffer_bytes, plan.decode_buffer_bytes) == (packed, decoded)
-    assert plan.device_bytes[DeviceUse.WEIGHT_BUFFERS] == BUFFERS * packed + decoded
+    on_bus = max(sum(tensor.buffer_bytes for tensor in tensors) for tensors in streamed)
+    coded = [[*streams, *stays] for streams, stays in zip(streamed, packed, strict=True)]
+    decoded = max(sum(tensor.decoded_bytes for tensor in tensors) for tensors in coded)
+    assert (plan.weight_buffer_bytes, plan.decode_buffer_bytes) == (on_bus, decoded)
+    assert plan.device_bytes[DeviceUse.WEIGHT_BUFFERS] == BUFFERS * on_bus + decoded
 
 
 @given(planner=IN_WINDOWS)
@@ -433,7 +442,58 @@ def test_a_model_that_fits_stays_on_the_device():
     assert plan.resident_share == 1.0
     assert plan.weight_buffer_bytes == plan.device_bytes[DeviceUse.WEIGHT_BUFFERS] == 0
     assert plan.prediction.bus == 0.0
-    assert all(names == SMALL.layers[0].names for names in plan.resident)
+    assert all(stays.ready == SMALL.layers[0].names for stays in plan.resident)
+
+
+FP8_30B = make_sizes(num_layers=48, hidden=7168, heads=56, ffn=28672, vocab=50272, coded=(0.51, 0.51))
+LOSSLESS_30B = make_sizes(num_layers=48, hidden=7168, heads=56, ffn=28672, vocab=50272, coded=(0.668, 0.76))
+
+
+def residences(sizes: ModelSizes, device: int) -> dict[str, Plan]:
+    """Plans for four requests, by how coded weights lie that stay."""
+    given = {"max_batch": 4, "min_batch": 4, "max_model_len": 512, "cache_policy": "kv", "hardware": PCIE5_H100}
+    return {how: make_plan(sizes, device=device * GIB, resident_weights=how, **given) for how in ResidentWeights}
+
+
+@pytest.mark.parametrize("sizes", [FP8_30B, LOSSLESS_30B], ids=["fp8", "lossless"])
+@pytest.mark.parametrize("device", [16, 24, 40, 48, 56, 60])
+def test_more_weights_stay_packed(sizes: ModelSizes, device: int):
+    """Where they do not all fit decoded, more of them fit packed, which is faster; where they do, that is."""
+    plans = residences(sizes, device)
+    decoded, packed = plans["decoded"], plans["packed"]
+    rates = {how: plan.prediction.mean_tokens_per_second for how, plan in plans.items()}
+    assert not decoded.kept_bytes
+    assert packed.kept_bytes
+    if device == 60:
+        assert decoded.resident_share == 1
+        assert plans["auto"] == decoded
+        assert rates["decoded"] > 2 * rates["packed"]
+        return
+    assert packed.resident_share > decoded.resident_share
+    assert rates["auto"] > 1.05 * rates["decoded"]
+    assert rates["auto"] > 0.98 * rates["packed"]
+    assert plans["auto"].prediction.bus < decoded.prediction.bus
+
+
+def test_what_room_is_left_takes_weights_that_are_ready():
+    """More than all of them take packed, and less than decoded: faster than either."""
+    plans = residences(FP8_30B, 48)
+    auto, packed = plans["auto"], plans["packed"]
+    assert auto.resident_share == packed.resident_share == 1
+    assert 0 < auto.kept_bytes < 0.5 * packed.kept_bytes
+    rates = {how: plan.prediction.mean_tokens_per_second for how, plan in plans.items()}
+    assert rates["auto"] > 1.5 * rates["packed"] > 2 * rates["decoded"]
+
+
+def test_what_stays_packed_is_decoded_in_every_step():
+    """Its traffic counts as that of weights that stream."""
+    layers = (
+        replace(each, tensors=tuple(replace(t, decode_traffic=0.0) for t in each.tensors)) for each in FP8_30B.layers
+    )
+    plans = residences(FP8_30B, 60), residences(replace(FP8_30B, layers=tuple(layers)), 60)
+    kept, undecoded = (each["packed"].prediction.forward for each in plans)
+    traffic = sum(tensor.decode_traffic for layer in FP8_30B.layers for tensor in layer.tensors)
+    assert kept - undecoded == pytest.approx(traffic / PCIE5_H100.memory_bandwidth)
 
 
 def test_a_small_batch_on_the_device_can_win():
@@ -452,15 +512,15 @@ def test_resident_weights_are_spread_evenly(sizes: ModelSizes, part: float):
     budget = int(part * sizes.layers_bytes)
     resident = spread_resident(sizes, budget)
     sums = [
-        sum(tensor.device_bytes for tensor in layer.tensors if tensor.name in names)
-        for layer, names in zip(sizes.layers, resident, strict=True)
+        sum(tensor.device_bytes for tensor in layer.tensors if tensor.name in stays.ready)
+        for layer, stays in zip(sizes.layers, resident, strict=True)
     ]
     largest = max(layer.largest_first[0].device_bytes for layer in sizes.layers)
     assert len(resident) == sizes.num_layers
     assert sum(sums) <= budget
     for size, layer in zip(sums, sizes.layers, strict=True):
         assert abs(size - min(budget / sizes.layers_bytes, 1) * layer.weight_bytes) <= largest
-    left_out = [tensor.device_bytes for tensor in sizes.layers[-1].tensors if tensor.name not in resident[-1]]
+    left_out = [tensor.device_bytes for tensor in sizes.layers[-1].tensors if tensor.name not in resident[-1].ready]
     assert sum(sums) + min(left_out, default=budget + 1) > budget
 
 

@@ -84,7 +84,7 @@ def test_placements_are_those_of_the_plan() -> None:
     """Bytes on the bus, decoding, and layers in which activation blocks hold K and V."""
     plan = replace(on_host(), kv_layers=frozenset({1}))
     found = placements(plan, OPT_6_7B)
-    assert [place.bus_bytes for place in found] == [round(layer.bus_bytes) for layer in plan.streamed]
+    assert [place.bus_bytes for place in found] == [round(layer.bus_bytes) for layer in plan.placed]
     assert [number for number, place in enumerate(found) if not place.rebuilds] == [1]
     assert not any(place.is_coded for place in found)
 

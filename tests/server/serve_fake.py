@@ -55,7 +55,10 @@ async def main(mode: str) -> None:
         reloaded_file.CHECK_SECONDS = math.inf
         security = SecurityConfig(auth_tokens=Path(sys.argv[2]))
     drain_timeout, endpoint = (1.0, sys.argv[2]) if mode == "traced" else (30.0, None)
-    config = ServerConfig(port=0, drain_timeout=drain_timeout, security=security, otel_endpoint=endpoint)
+    openai_port = 0 if mode == "openai" else None
+    config = ServerConfig(
+        port=0, openai_port=openai_port, drain_timeout=drain_timeout, security=security, otel_endpoint=endpoint
+    )
     telemetry = Telemetry(config)
     engine.held = mode != "logs"
     if mode in ("logs", "tokens"):

@@ -38,10 +38,15 @@ class LocalFrontEnd:
         self._service = service
         self._observers = observers
         self.health: list[Health] = []
+        self.attached: list[FakeEngine] = []
+        self.is_ready = True
         self.listens = False
 
     async def start(self) -> None:
         self.listens = True
+
+    async def attach(self, engine: FakeEngine) -> None:
+        self.attached.append(engine)
 
     async def report(self, health: Health) -> None:
         self.health.append(health)
@@ -251,6 +256,23 @@ async def test_it_goes_up_and_down_with_the_server(lifecycle, front_end, engine)
     assert front_end.listens
     await lifecycle.stop()
     assert not front_end.listens
+
+
+async def test_a_server_is_ready_when_all_its_front_ends_are(service, engine):
+    """Requests are taken all the same; each front end is told of the engine before it has to be ready."""
+    one, two = LocalFrontEnd(service, []), LocalFrontEnd(service, [])
+    two.is_ready = False
+    lifecycle = Lifecycle(service, [one, two])
+    await lifecycle.start()
+    await lifecycle.attach(engine)
+    assert (one.attached, two.attached) == ([engine], [engine])
+    assert await one.generate(ALICE, "Hi")
+    two.is_ready = True
+    await lifecycle.report()
+    two.is_ready = False
+    await lifecycle.report()
+    await lifecycle.stop()
+    assert one.health == two.health == [Health.DOWN, Health.UNREADY, Health.SERVING, Health.UNREADY, Health.DOWN]
 
 
 async def test_two_front_ends_share_owners_and_health(service, engine):

@@ -61,3 +61,26 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
     """The error names the setting, its value and the remedy."""
     with pytest.raises(ConfigError, match=message):
         SecurityConfig(**settings)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7"])
+@pytest.mark.parametrize(
+    ("security", "missing"),
+    [({}, "encryption .* and authentication"), (TLS | {"tls_client_ca": CA}, "authentication")],
+)
+def test_http_that_others_reach_needs_tls_and_tokens(host, security, missing):
+    """Certificates of clients are none of its ways to know them."""
+    with pytest.raises(ConfigError, match=f"openai_host='{host}': other machines reach it without {missing}"):
+        ServerConfig(openai_port=0, openai_host=host, security=SecurityConfig(**security))
+    for enough in (security | {"insecure": True}, TLS | {"auth_tokens": TOKENS}):
+        ServerConfig(openai_port=0, openai_host=host, security=SecurityConfig(**enough))
+    ServerConfig(openai_host=host, security=SecurityConfig(**security))
+
+
+def test_http_on_the_loopback_asks_for_what_grpc_asks_for():
+    """Where clients show certificates to gRPC, nobody gets in by HTTP for being on this machine."""
+    with pytest.raises(ConfigError, match=r"openai_host='127\.0\.0\.1': clients there are known by tokens alone"):
+        ServerConfig(openai_port=0, security=SecurityConfig(**TLS, tls_client_ca=CA))
+    ServerConfig(openai_port=0, security=SecurityConfig(**TLS, tls_client_ca=CA, auth_tokens=TOKENS))
+    ServerConfig(openai_port=0, security=SecurityConfig(**TLS, tls_client_ca=CA, insecure=True))
+    ServerConfig(openai_port=0)

@@ -280,6 +280,16 @@ def a_result_on_the_host(device: OrderedDevice, memory: torch.Tensor, ordered: b
     assert fetched().shape == (8, 6)
 
 
+def what_is_sent_to_the_host(device: OrderedDevice, memory: torch.Tensor, ordered: bool) -> None:
+    target = device.small_pinned(4).view(torch.float32)
+    sent = device.record(device.compute)
+    with device.on(device.compute):
+        device.send(memory[0, :1] * 2, target)
+    if ordered:
+        sent = device.record(device.compute)
+    assert device.arrived(target, sent).shape == (1,)
+
+
 def what_the_host_sends(device: OrderedDevice, memory: torch.Tensor, ordered: bool) -> None:
     host, target = device.small_memory(4)
     device.drain()
@@ -322,6 +332,7 @@ EXAMPLES: list[Example] = [
     memory_without_a_stream,
     memory_without_a_stream_is_reused,
     a_result_on_the_host,
+    what_is_sent_to_the_host,
     what_the_host_sends,
 ]
 

@@ -88,7 +88,7 @@ class Executor:
     @property
     def runs_ahead(self) -> bool:
         """Steps in place can be launched before the tokens of the step before are known."""
-        return self._graphs is not None
+        return self._graphs is not None and not self._graphs.waits
 
     @property
     def num_queued(self) -> int:
@@ -140,7 +140,7 @@ class Executor:
         if self._graphs is not None and step.is_in_place:
             if step.is_ahead and (launched is None or launched.step_id != step.step_id):
                 return None  # the step before it failed, and with it the tokens to continue with
-            return await worker.run(partial(self._run_graph, step, launched, ahead))
+            return await worker.run(partial(self._run_graphs, step, launched, ahead))
         state = _Computing(step)
         try:
             is_whole = await self._run_lanes(worker, run, state)
@@ -205,18 +205,20 @@ class Executor:
         device = self._device
         self._before.barrier = (device.record(device.compute), device.record(device.store))
 
-    def _run_graph(self, step: Step, launched: _Launched | None, ahead: Step | None) -> list[Sampled]:
-        """Tokens of `step`; behind them `ahead` is computed already."""
-        logits = self._launch_graph(step, None) if launched is None else launched.logits
+    def _run_graphs(self, step: Step, launched: _Launched | None, ahead: Step | None) -> list[Sampled] | None:
+        """Tokens of `step`; behind them `ahead` is computed already. None where it was stopped."""
+        logits = self._launch_graphs(step, None) if launched is None else launched.logits
+        if logits is None:
+            return None
         with self._device.on(self._device.compute):
             pending = self._sampler.launch(logits, step.sampling)
-        if ahead is not None:
-            self._launched = _Launched(ahead.step_id, self._launch_graph(ahead, pending.on_device))
+        if ahead is not None and (coming := self._launch_graphs(ahead, pending.on_device)) is not None:
+            self._launched = _Launched(ahead.step_id, coming)
         return pending.result()
 
-    def _launch_graph(self, step: Step, sampled: torch.Tensor | None) -> torch.Tensor:
+    def _launch_graphs(self, step: Step, sampled: torch.Tensor | None) -> torch.Tensor | None:
         assert self._graphs is not None  # asked before
-        logits = self._graphs.run(step.mini_batches[0], sampled)
+        logits = self._graphs.run(step.mini_batches[0], sampled, step.stop)
         self._note_end()
         return logits
 

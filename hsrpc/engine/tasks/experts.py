@@ -10,10 +10,13 @@ import numpy as np
 import torch
 
 from hsrpc.device.device import Device
-from hsrpc.engine.weights import HostExperts
+from hsrpc.engine.chosen_experts import ChosenExperts, ExpertDecoding
+from hsrpc.engine.weights import HostExperts, OpenedLayer, decodings
+from hsrpc.model.formats.format import Encoded
 from hsrpc.plan.demand import Demand
 from hsrpc.plan.memory_use import DeviceUse
-from hsrpc.schedule.expert_slots import ExpertSlots
+from hsrpc.plan.sizes import align
+from hsrpc.schedule.expert_slots import ExpertLoad, ExpertSlots
 from hsrpc.schedule.step import Ints, Runs
 
 
@@ -31,52 +34,96 @@ class ExpertLoader:
     """Loads experts, one layer after the other.
 
     A layer's choice is known when all that was computed before it is done. So nothing reads any more what is then
-    written over: slots of this layer, the area that all layers share, and this layer's table.
+    written over: slots of this layer, the area that all layers share, this layer's table, and the choice itself.
     """
 
     def __init__(
-        self, layers: Sequence[HostExperts | None], demand: Demand, device: Device, tables: Sequence[str]
+        self,
+        layers: Sequence[HostExperts | None],
+        demand: Demand,
+        device: Device,
+        tables: Sequence[str],
+        *,
+        max_tokens: int,
     ) -> None:
-        """`tables`: names of the tables of addresses, in the order of an expert's tensors."""
+        """`tables`: names of the tables of addresses, in the order of an expert's tensors.
+
+        `max_tokens`: for which experts are chosen at once.
+        """
         self.counts = ExpertCounts()
         self._device = device
         self._demand = demand
         shape = (demand.num_rows, demand.expert_bytes)
         self._rows = device.empty(shape, torch.uint8, DeviceUse.EXPERTS)
         self._layers = [
-            None if experts is None else _Layer(number, experts, demand, _Tables(device, experts, self._rows, tables))
+            None if experts is None else _Layer(number, experts, demand, self._tables(experts))
             for number, experts in enumerate(layers)
         ]
-        self._arriving: Callable[[], torch.Tensor] | None = None
-        """Gives the choice that was made last, once it is on the host."""
+        self._names = tables
+        memory = device.small_pinned(max_tokens * demand.k * torch.int64.itemsize)
+        self._choices = memory.view(torch.int64).view(max_tokens, demand.k)
+        self._expected = self._choices[:0]
 
-    def expect(self, chosen: torch.Tensor) -> None:
-        """Let the choice of a layer's experts [n, k] go to the host, on the current stream: of the next to load."""
-        self._arriving = self._device.fetch(chosen)
+    def expect(self, num_tokens: int) -> torch.Tensor:
+        """Where to send the next choice: int64 [num_tokens, k] on the host, which `load` reads."""
+        self._expected = self._choices[:num_tokens]
+        return self._expected
 
     def load(self, number: int) -> int:
-        """Load a layer's chosen experts that are not in its slots, on the current stream; how many bytes these are.
+        """Load a layer's chosen experts that are not in its slots, on the load stream; how many bytes these are.
 
-        Blocks this thread until the choice is there.
+        Blocks this thread until the choice is there: nothing else was launched on the compute stream behind it.
         """
-        layer, arriving = self._layer(number), self._arriving
-        assert arriving is not None  # the choice comes first
-        needed = np.flatnonzero(np.bincount(arriving().numpy().reshape(-1), minlength=len(layer.experts.memory)))
-        loads = layer.slots.bring(needed.tolist())
-        if loads:
-            experts, rows = np.array([(expert, layer.row(place)) for expert, place in loads], dtype=np.int64).T
-            runs = Runs(experts, rows, np.ones_like(rows))
-            self._device.copy_runs(self._rows, layer.experts.memory, runs)
-            layer.tables.write(experts, rows)
+        layer, device = self._layer(number), self._device
+        chosen = device.arrived(self._expected, device.record(device.compute))
+        needed = np.flatnonzero(np.bincount(chosen.numpy().reshape(-1))).tolist()
+        loads = layer.slots.bring(needed)
         size, counts = len(loads) * self._demand.expert_bytes, self.counts
         hits = counts.hits + len(needed) - len(loads)
         self.counts = ExpertCounts(hits, counts.loads + len(loads), counts.loaded_bytes + size)
+        if loads:
+            with device.on(device.load):
+                self._launch(layer, loads)
         return size
 
-    def with_experts(self, number: int, others: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """A layer's other weights, with the tables of its experts, and the weights of those that were loaded last."""
+    def _launch(self, layer: _Layer, loads: Sequence[ExpertLoad]) -> None:
+        """Copy experts to their places, and tell where they are, on the current stream."""
+        experts, rows = np.array([(expert, layer.row(place)) for expert, place in loads], dtype=np.int64).T
+        self._device.copy_runs(self._rows, layer.experts.memory, Runs(experts, rows, np.ones_like(rows)))
+        layer.tables.write(experts, rows)
+
+    def open(
+        self, number: int, others: OpenedLayer, decoded: torch.Tensor, chosen: ChosenExperts | None
+    ) -> OpenedLayer:
+        """A layer's weights with its experts: where they were loaded to last, or where they are decoded to.
+
+        `decoded` (uint8): the buffer for all experts of a layer, to which `chosen` says which are decoded; None: they
+        lie ready.
+        """
         layer = self._layer(number)
-        return _WithExperts({**others, **layer.tables.by_name}, partial(self._find, layer))
+        if chosen is not None:
+            return self._open_coded(layer, others, decoded, chosen)
+        tables = dict(zip(self._names, layer.tables.on_device, strict=True))
+        return others._replace(tensors=_WithExperts({**others.tensors, **tables}, partial(self._find, layer)))
+
+    def _open_coded(
+        self, layer: _Layer, others: OpenedLayer, decoded: torch.Tensor, chosen: ChosenExperts
+    ) -> OpenedLayer:
+        """Each expert as if it lay in the first row: by then it is moved to its own."""
+        tensors, encoded = dict(others.tensors), []
+        for name, (expert, part) in layer.experts.parts.items():
+            tensors[name] = operand = part.open(self._rows[0], decoded)
+            encoded.append(Encoded(part.packing, part.data(self._rows[0]), operand, expert))
+            decoded = decoded[align(part.packing.decoded_bytes) :]
+        [places] = layer.tables.on_device
+        decoding = ExpertDecoding(chosen, places, decodings(encoded, chosen.moves))
+        return others._replace(tensors=tensors, experts=decoding)
+
+    def _tables(self, experts: HostExperts) -> _Tables:
+        """For each tensor of an expert its address; of coded ones, one table: bytes from the first row to its own."""
+        first = self._rows.data_ptr()
+        bases = [0] if experts.is_coded else [first + part.offset for part in experts.of_first]
+        return _Tables(self._device, bases, self._rows.stride(0), len(experts.memory))
 
     def _find(self, layer: _Layer, name: str) -> torch.Tensor:
         expert, part = layer.experts.parts[name]
@@ -100,23 +147,23 @@ class _WithExperts(dict[str, torch.Tensor]):
 
 
 class _Tables:
-    """Addresses of a layer's experts on the device, in one table for each of their tensors."""
+    """Where a layer's experts lie on the device: tables of a number for each expert."""
 
-    def __init__(self, device: Device, experts: HostExperts, rows: torch.Tensor, names: Sequence[str]) -> None:
-        """`names`: of the tables, in the order of an expert's tensors. At first all addresses are those of row 0."""
-        self._rows = rows
-        self._offsets = np.array([part.offset for part in experts.of_first], dtype=np.int64)[:, None]
-        num_experts = len(experts.memory)
-        memory = device.small_memory(len(self._offsets) * num_experts * torch.int64.itemsize)
-        self._host, self._on_device = (part.view(torch.int64).view(-1, num_experts) for part in memory)
-        self.by_name = dict(zip(names, self._on_device, strict=True))
-        """int64 [E] each, on the device."""
+    def __init__(self, device: Device, bases: Sequence[int], stride: int, num_experts: int) -> None:
+        """`bases`: of each table the number of what lies in row 0; `stride`: by how much those of rows differ.
+
+        At first all experts lie in row 0.
+        """
+        self._bases = np.array(bases, dtype=np.int64)[:, None]
+        self._stride = stride
+        memory = device.small_memory(len(bases) * num_experts * torch.int64.itemsize)
+        self._host, self.on_device = (part.view(torch.int64).view(-1, num_experts) for part in memory)
         self.write(np.arange(num_experts), np.zeros(num_experts, dtype=np.int64))
 
     def write(self, experts: Ints, rows: Ints) -> None:
         """Let `experts` lie in these rows, on the current stream. The host's copy is free: see `ExpertLoader`."""
-        self._host.numpy()[:, experts] = self._rows.data_ptr() + rows * self._rows.stride(0) + self._offsets
-        self._on_device.copy_(self._host, non_blocking=True)
+        self._host.numpy()[:, experts] = self._bases + rows * self._stride
+        self.on_device.copy_(self._host, non_blocking=True)
 
 
 class _Layer:

@@ -7,6 +7,7 @@ import asyncio
 import torch
 
 from hsrpc.device.device import Device
+from hsrpc.engine.chosen_experts import ChosenExperts
 from hsrpc.engine.lanes import StepRun
 from hsrpc.engine.tasks.experts import ExpertCounts, ExpertLoader
 from hsrpc.engine.weights import ModelWeights, OpenedLayer
@@ -30,20 +31,32 @@ class WeightPrefetcher:
         streams = any(layer.packed is not None for layer in weights.layers)
         self._buffers = [self._buffer(plan.weight_buffer_bytes) for _ in range(BUFFERS * streams)]
         self._decoded = self._buffer(plan.decode_buffer_bytes)
+        self._of_experts = self._decoded[:0]
+        """The end of that, for experts on demand."""
         self._coded = self._buffer(family.activations.coded_weight_bytes)
+        self._chosen: ChosenExperts | None = None
+        if any(layer.has_coded_experts for layer in weights.layers):
+            self._chosen = ChosenExperts(device, max(len(family.expert_names(i)) for i in range(family.num_layers)))
         self._open: dict[tuple[int, int], OpenedLayer] = {}
         """Opened layers by layer and buffer."""
         self._experts: ExpertLoader | None = None
         if plan.demand is not None:
+            self._of_experts = self._decoded[len(self._decoded) - plan.demand.decoded_bytes :]
             experts = [layer.experts for layer in weights.layers]
-            self._experts = ExpertLoader(experts, plan.demand, device, family.expert_tables)
+            tables, max_tokens = family.expert_tables, plan.buffers.queries
+            self._experts = ExpertLoader(experts, plan.demand, device, tables, max_tokens=max_tokens)
 
     @property
     def places(self) -> Places:
         """Placement of each layer's weights."""
         codes = self._family.activations.coded_weight_bytes > 0
         return tuple(
-            LayerPlacement(each.bus_bytes, each.is_decoded or codes, on_demand=each.experts is not None)
+            LayerPlacement(
+                each.bus_bytes,
+                each.is_decoded or codes,
+                has_coded_experts=each.has_coded_experts,
+                on_demand=each.experts is not None,
+            )
             for each in self._layers
         )
 
@@ -68,18 +81,24 @@ class WeightPrefetcher:
                 await (await self.steps.get()).run(Lane.WEIGHTS, worker, self.launch)
 
     def launch(self, op: Op) -> None:
-        """Load a part of a layer's weights to a buffer, or the experts that were chosen, on the current stream."""
+        """Load a part of a layer's weights to a buffer, on the current stream, or the experts that were chosen."""
         if op.kind is OpKind.LOAD_EXPERTS:
-            self.streamed_bytes += self._on_demand.load(op.layer)
+            self.load_experts(op.layer)
             return
         packed, (start, end) = self._layers[op.layer].packed, op.part
         assert packed is not None  # only streamed layers are in the list
         self._device.load_bytes(self._buffers[op.slot][start:end], packed[start:end])
         self.streamed_bytes += end - start
 
-    def expect(self, chosen: torch.Tensor) -> None:
-        """Let the experts [n, k] be loaded next that the router has chosen, on the current stream."""
-        self._on_demand.expect(chosen)
+    def load_experts(self, layer: int) -> int:
+        """Load what a layer's router has chosen and is not there, on the load stream, once it is known; the bytes."""
+        size = self._on_demand.load(layer)
+        self.streamed_bytes += size
+        return size
+
+    def expect(self, layer: int, num_tokens: int) -> torch.Tensor | None:
+        """Where on the host a layer's choice of experts is to go: int64 [num_tokens, k]; None: none come on demand."""
+        return None if self._layers[layer].experts is None else self._on_demand.expect(num_tokens)
 
     @property
     def _on_demand(self) -> ExpertLoader:
@@ -95,9 +114,9 @@ class WeightPrefetcher:
 
     def _make(self, layer: int, slot: int) -> OpenedLayer:
         weights = self._layers[layer]
-        opened = OpenedLayer(weights.resident, ())
-        if weights.packed is not None:
-            opened = weights.open(self._buffers[slot], self._decoded)
-        tensors = opened.tensors if weights.experts is None else self._on_demand.with_experts(layer, opened.tensors)
-        ready, more = self._family.activations.prepared(self._family.opened(layer, tensors), self._coded)
-        return OpenedLayer(ready, (*opened.decodings, *more))
+        buffer = self._decoded[:0] if weights.packed is None else self._buffers[slot]
+        opened = weights.open(buffer, self._decoded, self._chosen)
+        if weights.experts is not None:
+            opened = self._on_demand.open(layer, opened, self._of_experts, self._chosen)
+        ready, more = self._family.activations.prepared(self._family.opened(layer, opened.tensors), self._coded)
+        return opened._replace(tensors=ready, decodings=(*opened.decodings, *more))

@@ -5,14 +5,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, NamedTuple, Self, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import torch
 
+from hsrpc.model.formats.codes import CodedParts
 from hsrpc.model.formats.rows import CodedRows, Codes, Rows, RowShape, ValueRows
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.sizes import TensorSizes
 from hsrpc.schedule.blocks import BlockKind
+
+
+class WeightSource(Protocol):
+    """Anything that can fill packed tensors; safe to call from several threads at once."""
+
+    def read(self, tensor: TensorSpec, out: torch.Tensor) -> None:
+        """Fills `out`, contiguous and of the tensor's shape, in its own element type and on its own device."""
+
+    def read_codes(self, tensor: TensorSpec, out: Sequence[CodedParts], dtype: torch.dtype) -> None:
+        """Fills the parts of each of the tensor's sources, on their device, to be decoded to `dtype`."""
 
 
 class Packing(ABC):
@@ -35,19 +46,19 @@ class Packing(ABC):
         Or a view of `target` (uint8 [decoded_bytes]), which holds it once it is decoded.
         """
 
-    def contents(self, tensor: TensorSpec, data: torch.Tensor) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-        """What a source of weights reads, and where to, to fill the packed bytes `data` of a tensor that is read so.
-
-        Here the tensor itself, which lies ready there.
-        """
-        yield tensor, self.open(data, data[:0])
+    def fill(self, source: WeightSource, tensor: TensorSpec, data: torch.Tensor) -> None:
+        """Read the packed bytes `data` of a tensor whose format is `AsPublished`. Here it lies ready there."""
+        source.read(tensor, self.open(data, data[:0]))
 
     @classmethod
-    def decoding(cls, tensors: Sequence[Encoded[Self]]) -> Callable[[], None]:
+    def decoding(cls, tensors: Sequence[Encoded[Self]], moves: torch.Tensor | None = None) -> Callable[[], None]:
         """What writes the operands of all these tensors from their packed bytes, on the current stream.
 
         Together: a launch for each would take longer than decoding small ones. It is made once and called in every
         step. All are of one device and element type. Here there is nothing to write.
+
+        `moves` (int64 [*], on that device) are read when it runs: of a tensor's `number`, how many bytes behind `data`
+        its packed bytes lie by then; a tensor for which this is negative is left out. None: all, where they lie.
         """
         return _nothing
 
@@ -63,22 +74,31 @@ class Encoded(NamedTuple, Generic[Packing_co]):
     """Packed bytes: uint8 [num_bytes]"""
     operand: torch.Tensor
     """What `packing.open` gives."""
+    number: int = 0
+    """Its place in the `moves` by which some of several tensors are decoded."""
+
+
+def moved(tensors: Sequence[Encoded[Packing_co]], moves: torch.Tensor | None) -> Iterator[Encoded[Packing_co]]:
+    """Those that are decoded now, as they lie in host memory; see `Packing.decoding`."""
+    places = None if moves is None else moves.tolist()
+    for each in tensors:
+        if places is None:
+            yield each
+        elif (move := places[each.number]) >= 0:
+            start = each.data.storage_offset() + move
+            yield each._replace(data=each.data.as_strided(each.data.shape, (1,), start))
 
 
 def _nothing() -> None:
     """What is called to decode what lies ready."""
 
 
-class WeightFormat(ABC):
-    """The format of a weight tensor."""
+class Format(ABC):
+    """What every format of a weight tensor answers."""
 
     @abstractmethod
     def sizes(self, tensor: TensorSpec) -> TensorSizes:
         """The tensor's bytes: expected ones, and bounds that loading holds packed weights to."""
-
-    @abstractmethod
-    def pack(self, values: torch.Tensor) -> tuple[Packing, torch.Tensor]:
-        """Packed bytes (uint8) of a tensor's values, on their device; the host may wait for the current stream."""
 
     def place(self, values: torch.Tensor) -> torch.Tensor:
         """The operand of a tensor that stays on the device, from its values there: what a streamed one decodes to.
@@ -87,16 +107,29 @@ class WeightFormat(ABC):
         """
         return values
 
-    def packing(self, tensor: TensorSpec) -> Packing | None:
-        """How the tensor is packed where packed bytes are read as they are, see `contents`: no `pack` is needed.
-
-        None: only `pack` knows.
-        """
-        return None
-
     @abstractmethod
     def compile(self, device: torch.device) -> None:
         """Make ready what packing and decoding compile for the first time: several threads would do it at once."""
+
+
+class AsPublished(Format):
+    """A format whose packed bytes are read as they are: how they lie is known before."""
+
+    @abstractmethod
+    def packing(self, tensor: TensorSpec) -> Packing:
+        """How the tensor is packed; `Packing.fill` reads it."""
+
+
+class FromValues(Format):
+    """A format that a tensor's values are packed to."""
+
+    @abstractmethod
+    def pack(self, values: torch.Tensor) -> tuple[Packing, torch.Tensor]:
+        """Packed bytes (uint8) of a tensor's values, on their device; the host may wait for the current stream."""
+
+
+WeightFormat: TypeAlias = AsPublished | FromValues
+"""The format of a weight tensor."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ Normally distributed float16 takes 0.86 of its bytes, bfloat16 0.67.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -26,7 +26,7 @@ from typing import NamedTuple, Self
 import torch
 from torch.nn import functional
 
-from hsrpc.model.formats.format import Encoded, Packing, WeightFormat
+from hsrpc.model.formats.format import Encoded, FromValues, Packing, moved
 from hsrpc.model.formats.plain import PlainPacking
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.fitted import DECODE_RATE_SHARE
@@ -130,12 +130,12 @@ class Coding(Packing):
         return target.view(self.dtype).view(self.shape)
 
     @classmethod
-    def decoding(cls, tensors: Sequence[Encoded[Self]]) -> Callable[[], None]:
+    def decoding(cls, tensors: Sequence[Encoded[Self]], moves: torch.Tensor | None = None) -> Callable[[], None]:
         if tensors[0].data.is_cuda:
             from hsrpc.model.kernels.lossless import WeightDecoder  # loads Triton
 
-            return WeightDecoder.of(tensors).run
-        return partial(_decode_each, tensors)
+            return WeightDecoder.of(tensors, moves).run
+        return partial(_decode_each, tensors, moves)
 
     def views(self, data: torch.Tensor) -> CodedViews:
         """The parts of the tensor's coded bytes (uint8)."""
@@ -153,7 +153,7 @@ class Coding(Packing):
 
 
 @dataclass(frozen=True, slots=True)
-class Lossless(WeightFormat):
+class Lossless(FromValues):
     """Weights coded without loss: on the device while they are loaded, and decoded there before they are used.
 
     Tensors that do not fill words lie as they are. They are small, and counted as if they were coded.
@@ -264,8 +264,8 @@ def decode(data: torch.Tensor, coding: Coding, target: torch.Tensor) -> None:
     target.view(-1).view(torch.int16).copy_(turned >> 1 | (turned & 1) << 15)
 
 
-def _decode_each(tensors: Iterable[Encoded[Coding]]) -> None:
-    for coding, data, operand in tensors:
+def _decode_each(tensors: Sequence[Encoded[Coding]], moves: torch.Tensor | None) -> None:
+    for coding, data, operand, _ in moved(tensors, moves):
         decode(data, coding, operand)
 
 

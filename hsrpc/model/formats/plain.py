@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hsrpc.model.formats.format import Packing, WeightFormat
+from hsrpc.model.formats.format import AsPublished, Packing
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.sizes import TensorSizes, align
 
@@ -28,7 +28,7 @@ class PlainPacking(Packing):
 
 
 @dataclass(frozen=True, slots=True)
-class Plain(WeightFormat):
+class Plain(AsPublished):
     """The values themselves, of one element type."""
 
     dtype: torch.dtype
@@ -45,9 +45,6 @@ class Plain(WeightFormat):
             bus_bytes=size,
             host_bytes=size,
         )
-
-    def pack(self, values: torch.Tensor) -> tuple[Packing, torch.Tensor]:
-        return PlainPacking(tuple(values.shape), values.dtype), values.view(-1).view(torch.uint8)
 
     def packing(self, tensor: TensorSpec) -> Packing:
         return PlainPacking(tensor.shape, self.dtype)

@@ -263,6 +263,30 @@ def _out(
         tl.store(target, added.to(dtype), mask=(m < end)[:, None] & there[None, :])
 
 
+@triton.jit(do_not_specialize=["num_choices"])
+def _mark(chosen, places, moves, decoded, num_choices, FIRST: tl.constexpr, TILE: tl.constexpr):
+    """One expert: whether it is chosen, and was not before."""
+    expert = tl.program_id(0)
+    count = 0
+    for first in range(0, num_choices, TILE):
+        i = first + tl.arange(0, TILE)
+        each = tl.load(chosen + i, mask=i < num_choices, other=1 << 30).to(tl.int32)
+        count += tl.sum((each == expert).to(tl.int32), 0)
+    before = count * 0 if FIRST else tl.load(decoded + expert).to(tl.int32)
+    tl.store(moves + expert, tl.where((count > 0) & (before == 0), tl.load(places + expert), -1))
+    tl.store(decoded + expert, tl.where((count > 0) | (before > 0), 1, 0))
+
+
+def mark(
+    chosen: torch.Tensor, places: torch.Tensor, moves: torch.Tensor, decoded: torch.Tensor, *, is_first: bool
+) -> None:
+    """`moves` (int64 [E]) of the experts in `chosen` [n, k], contiguous: their `places`, or -1 for all others.
+
+    And for those that are `decoded` (int64 [E]) before, unless it `is_first`; all chosen ones are so afterwards.
+    """
+    _mark[len(moves),](chosen, places, moves, decoded, chosen.numel(), FIRST=is_first, TILE=_SORTED_AT_ONCE)
+
+
 class SortedChoices(NamedTuple):
     """Choices of experts, numbered token by token, sorted by expert."""
 

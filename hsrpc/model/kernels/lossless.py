@@ -74,9 +74,9 @@ def _take(codes, table, exponent, has_code):
 
 
 @triton.jit
-def _pointer(fields, number: tl.constexpr, dtype: tl.constexpr):
-    """The address in that field: a multiple of 16 bytes."""
-    return tl.multiple_of(tl.load(fields + number).to(tl.pointer_type(dtype)), 16)
+def _pointer(fields, number: tl.constexpr, dtype: tl.constexpr, move):
+    """The address in that field, and so many bytes behind it: a multiple of 16 bytes."""
+    return tl.multiple_of((tl.load(fields + number) + move).to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
@@ -88,7 +88,9 @@ def _number(fields, number: tl.constexpr):
 def _decode_weights(
     tensors,
     groups,
+    moves,
     MANTISSA_BITS: tl.constexpr,
+    MOVES: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -96,24 +98,33 @@ def _decode_weights(
     """A thread decodes a row of 16 values one behind the other: they share a word of codes, and half of each plane.
 
     Target and low bytes are taken as words too. A group of programs is one tensor's: `groups` says whose row of
-    `tensors` [*, FIELDS] it is. Their last ones may be behind its end.
+    `tensors` [*, FIELDS] it is. Their last ones may be behind its end. MOVES: as `Packing.decoding` has `moves`; a
+    program takes a group's work then: most tensors may be left out.
     """
     program = tl.program_id(0)
-    fields = tensors + tl.load(groups + program // GROUP) * FIELDS
-    block = program - _number(fields, 0)
-    num_rows = _number(fields, 1)
-    if block * ROWS < num_rows:
-        _decode_block(fields, block, num_rows, MANTISSA_BITS, ROWS)
+    if MOVES:
+        fields = tensors + tl.load(groups + program) * FIELDS
+        move = tl.load(moves + _number(fields, 11))
+        if move >= 0:
+            first, num_rows = program * GROUP - _number(fields, 0), _number(fields, 1)
+            for block in range(first, min(first + GROUP, tl.cdiv(num_rows, ROWS))):
+                _decode_block(fields, block, num_rows, move, MANTISSA_BITS, ROWS)
+    else:
+        fields = tensors + tl.load(groups + program // GROUP) * FIELDS
+        block = program - _number(fields, 0)
+        num_rows = _number(fields, 1)
+        if block * ROWS < num_rows:
+            _decode_block(fields, block, num_rows, 0, MANTISSA_BITS, ROWS)
 
 
 @triton.jit
-def _decode_block(fields, block, num_rows, MANTISSA_BITS: tl.constexpr, ROWS: tl.constexpr):
-    target = _pointer(fields, 2, tl.int32)
-    codes = _pointer(fields, 3, tl.int32)
-    planes = _pointer(fields, 4, tl.int32)
-    offsets = _pointer(fields, 5, tl.int32)
-    low = _pointer(fields, 6, tl.int32)
-    escapes = _pointer(fields, 7, tl.uint8)
+def _decode_block(fields, block, num_rows, move, MANTISSA_BITS: tl.constexpr, ROWS: tl.constexpr):
+    target = _pointer(fields, 2, tl.int32, 0)
+    codes = _pointer(fields, 3, tl.int32, move)
+    planes = _pointer(fields, 4, tl.int32, move)
+    offsets = _pointer(fields, 5, tl.int32, move)
+    low = _pointer(fields, 6, tl.int32, move)
+    escapes = _pointer(fields, 7, tl.uint8, move)
     first_table, second_table, third_table = _number(fields, 8), _number(fields, 9), _number(fields, 10)
     row = block * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
@@ -162,24 +173,29 @@ class WeightDecoder:
     """int64 [tensors, fields], as `_decode_weights` reads them, on the device."""
     groups: torch.Tensor
     """int32 [groups]: the tensor of each group of programs, on the device."""
+    moves: torch.Tensor | None
+    """As `Packing.decoding` has them."""
     mantissa_bits: int
 
     @classmethod
-    def of(cls, tensors: Sequence[Encoded[Coding]]) -> WeightDecoder:
+    def of(cls, tensors: Sequence[Encoded[Coding]], moves: torch.Tensor | None = None) -> WeightDecoder:
         """Made once for the memory that they lie in, which takes long; the host waits for the current stream."""
         [mantissa_bits] = {each.packing.mantissa_bits for each in tensors}
         device, counts = tensors[0].data.device, [-(-each.packing.num_blocks // _GROUP) for each in tensors]
         firsts = accumulate(counts, initial=0)
-        fields = [_fields(first * _GROUP, *each) for first, each in zip(firsts, tensors, strict=False)]
+        fields = [_fields(first * _GROUP, each) for first, each in zip(firsts, tensors, strict=False)]
         groups = torch.arange(len(tensors), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-        return cls(tensors, torch.tensor(fields).to(device), groups.to(device), mantissa_bits)
+        return cls(tensors, torch.tensor(fields).to(device), groups.to(device), moves, mantissa_bits)
 
     def run(self) -> None:
         """As `lossless.decode` of each, on the current stream."""
-        _decode_weights[(len(self.groups) * _GROUP,)](
+        programs = len(self.groups) * (_GROUP if self.moves is None else 1)
+        _decode_weights[(programs,)](
             self.tensors,
             self.groups,
+            self.groups if self.moves is None else self.moves,
             MANTISSA_BITS=self.mantissa_bits,
+            MOVES=self.moves is not None,
             ROWS=_ROWS,
             GROUP=_GROUP,
             FIELDS=self.tensors.shape[1],
@@ -188,10 +204,11 @@ class WeightDecoder:
         )
 
 
-def _fields(first_program: int, coding: Coding, data: torch.Tensor, target: torch.Tensor) -> list[int]:
+def _fields(first_program: int, encoded: Encoded[Coding]) -> list[int]:
     """A tensor's row of the table that the kernel reads."""
+    coding, data, target, number = encoded
     parts = [data.data_ptr() + start for start, _ in coding.bounds()]
-    return [first_program, coding.num_values // CODES_IN_WORD, target.data_ptr(), *parts, *coding.tables]
+    return [first_program, coding.num_values // CODES_IN_WORD, target.data_ptr(), *parts, *coding.tables, number]
 
 
 @triton.jit

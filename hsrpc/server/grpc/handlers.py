@@ -6,7 +6,7 @@ Requests are parsed here and not by grpc, which answers malformed ones with UNKN
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.descriptor import FieldDescriptor
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[bytes, bytes]
     Handler = grpc.RpcMethodHandler[bytes, bytes]
 
+MakeHandler: TypeAlias = "Callable[[RpcMethod], Handler]"
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
 Response_contra = TypeVar("Response_contra", bound=Message, contravariant=True)
@@ -40,19 +41,21 @@ def unary(
     method: Callable[[Request], Awaitable[Message]],
     sender: Sender,
     observers: Sequence[CallObserver] = (),
-) -> Handler:
-    """A handler of one request and one response."""
-    called = _method(request_type)
+) -> MakeHandler:
+    """Makes the handler of one request and one response, of the method that calls come by."""
 
-    async def handle(data: bytes, context: Context) -> bytes:
-        with observed_call(observers, called, context) as call:
-            async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call):
-                current_caller.set(read_caller(context))
-                response = await method(parse(request_type, data))
-                return await sender.last(context, response.SerializeToString())
-        raise AssertionError("a boundary lets no exception vanish")
+    def make(called: RpcMethod) -> Handler:
+        async def handle(data: bytes, context: Context) -> bytes:
+            with observed_call(observers, called, context) as call:
+                async with StatusBoundary(request_type.DESCRIPTOR.full_name, context, call):
+                    current_caller.set(read_caller(context))
+                    response = await method(parse(request_type, data))
+                    return await sender.last(context, response.SerializeToString())
+            raise AssertionError("a boundary lets no exception vanish")
 
-    return grpc.unary_unary_rpc_method_handler(handle)
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    return make
 
 
 def streaming(
@@ -60,32 +63,28 @@ def streaming(
     method: Callable[[Request, Write[Response]], Awaitable[None]],
     sender: Sender,
     observers: Sequence[CallObserver] = (),
-) -> Handler:
-    """A handler of one request and a stream of responses."""
-    called = _method(request_type)
+) -> MakeHandler:
+    """Makes the handler of one request and a stream of responses, of the method that calls come by."""
 
-    async def handle(data: bytes, context: Context) -> None:
-        with observed_call(observers, called, context) as call:
-            async with (
-                StatusBoundary(request_type.DESCRIPTOR.full_name, context, call),
-                sender.stream(context) as send,
-            ):
-                current_caller.set(read_caller(context))
-                await method(parse(request_type, data), lambda message: send(message.SerializeToString()))
+    def make(called: RpcMethod) -> Handler:
+        async def handle(data: bytes, context: Context) -> None:
+            with observed_call(observers, called, context) as call:
+                async with (
+                    StatusBoundary(request_type.DESCRIPTOR.full_name, context, call),
+                    sender.stream(context) as send,
+                ):
+                    current_caller.set(read_caller(context))
+                    await method(parse(request_type, data), lambda message: send(message.SerializeToString()))
 
-    return grpc.unary_stream_rpc_method_handler(handle)
+        return grpc.unary_stream_rpc_method_handler(handle)
+
+    return make
 
 
-def _method(request_type: type[Message]) -> RpcMethod:
-    """The method that takes such requests: each has a type of its own."""
-    taken = request_type.DESCRIPTOR
-    [method] = [
-        RpcMethod(service.full_name, method.name)
-        for service in taken.file.services_by_name.values()
-        for method in service.methods
-        if method.input_type is taken
-    ]
-    return method
+def service_handlers(service: str, methods: Mapping[str, MakeHandler]) -> grpc.GenericRpcHandler:
+    """What a listener is given; grpc itself is told no names: it would keep the latest call of each method."""
+    handlers = {name: make(RpcMethod(service, name)) for name, make in methods.items()}
+    return grpc.method_handlers_generic_handler(service, handlers)
 
 
 def parse(request_type: type[Request], data: bytes) -> Request:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from hsrpc.request import (
 )
 from hsrpc.server.config import ServerConfig
 from hsrpc.server.errors import NotSupportedError
+from hsrpc.server.grpc.field_paths import named_by
 from hsrpc.server.pacing import Pace, choose_pace
 from hsrpc.server.service import Submission
 from hsrpc.server.stream import Stream
@@ -83,18 +84,9 @@ def read_submission(request: v1.GenerateRequest, config: ServerConfig, defaults:
     return Submission(read_prompt(request), params, pace, request_id)
 
 
-@contextmanager
-def field_paths() -> Iterator[None]:
+def field_paths() -> AbstractContextManager[None]:
     """Errors that leave the block name fields by their path in the message: temperature is sampling.temperature."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        raise InvalidRequestError(_path(error.field), error.description) from None
-
-
-def _path(field: str) -> str:
-    name, bracket, index = field.partition("[")
-    return _PATHS.get(name, name) + bracket + index
+    return named_by(_PATHS)
 
 
 def read_prompt(request: v1.GenerateRequest) -> Text | Chat | Sequence[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 
 from hsrpc.errors import ConfigError
+from hsrpc.server.certificates import check_pair
 from hsrpc.server.reloaded_file import ReloadedFiles, read_file
 from hsrpc.server.security import SecurityConfig
 
@@ -31,7 +32,7 @@ def server_credentials(config: SecurityConfig, files: ReloadedFiles) -> grpc.Ser
 def _load(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCertificateConfiguration:
     chain, private = _read_pair(cert, key)
     roots = read_file(client_ca, "tls_client_ca", secret=False) if client_ca else None
-    _check_pair(cert, key)
+    check_pair(cert, key)
     if _read_pair(cert, key) != (chain, private):
         raise ConfigError("tls_cert", str(cert), "changed while it was read", "replace files by renaming")
     if roots is not None:
@@ -41,15 +42,6 @@ def _load(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCertifica
 
 def _read_pair(cert: Path, key: Path) -> tuple[bytes, bytes]:
     return read_file(cert, "tls_cert", secret=False), read_file(key, "tls_key", secret=True)
-
-
-def _check_pair(cert: Path, key: Path) -> None:
-    """gRPC would find out at the first handshake only, and then refuse every client."""
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
-    except (ssl.SSLError, OSError, ValueError):
-        problem = f"not a PEM certificate with its private key in {str(key)!r}"
-        raise ConfigError("tls_cert", str(cert), problem, "give both as PEM, the key without a passphrase") from None
 
 
 def _check_roots(roots: bytes, path: str) -> None:

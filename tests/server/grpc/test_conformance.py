@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 import pytest
+from smg_grpc_proto import vllm_engine_pb2 as vllm
+from smg_grpc_proto import vllm_engine_pb2_grpc
 
 from hsrpc.errors import InvalidRequestError
 from hsrpc.server import Server, ServerConfig
@@ -52,10 +54,51 @@ def echo() -> Echo:
 @pytest.fixture
 async def loading_server(echo: Echo) -> AsyncIterator[Server]:
     """Bound, without an engine, with an interceptor."""
-    server = Server(ServerConfig(port=0, drain_timeout=5), [echo])
+    server = Server(ServerConfig(port=0, drain_timeout=5, vllm_engine=True), [echo])
     await server.start()
     yield server
     await server.stop()
+
+
+class V1:
+    """Generate of hsrpc.v1; the engine's word of n characters is a delta of as many."""
+
+    path = "/hsrpc.v1.GenerationService/Generate"
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = generation_pb2_grpc.GenerationServiceStub(channel)
+
+    def generate(self, text: str = "Hi", request_id: str | None = None, **settings: float) -> grpc.aio.UnaryStreamCall:
+        return self._stub.Generate(v1.GenerateRequest(request_id=request_id, text=text), **settings)
+
+    def size(self, response: v1.GenerateResponse) -> int:
+        return len(response.delta.text)
+
+    def is_last(self, response: v1.GenerateResponse) -> bool:
+        return response.HasField("finish")
+
+
+class Vllm:
+    """Generate of VllmEngine; the engine's word of n characters is token n."""
+
+    path = "/vllm.grpc.engine.VllmEngine/Generate"
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = vllm_engine_pb2_grpc.VllmEngineStub(channel)
+
+    def generate(self, text: str = "Hi", request_id: str | None = None, **settings: float) -> grpc.aio.UnaryStreamCall:
+        return self._stub.Generate(vllm.GenerateRequest(request_id=request_id, text=text, stream=True), **settings)
+
+    def size(self, response: vllm.GenerateResponse) -> int:
+        return response.chunk.token_ids[0]
+
+    def is_last(self, response: vllm.GenerateResponse) -> bool:
+        return response.HasField("complete")
+
+
+@pytest.fixture(params=[V1, Vllm], ids=["hsrpc.v1", "VllmEngine"])
+def door(request: pytest.FixtureRequest, server: Server, channel: grpc.aio.Channel) -> V1 | Vllm:
+    return request.param(channel)
 
 
 async def ended(call: grpc.aio.Call) -> tuple[grpc.StatusCode, str]:
@@ -78,79 +121,81 @@ async def test_large_unary(server, channel, engine):
     assert text == "x" * 271_828 + "Once upon a time"
 
 
-async def test_a_message_that_is_too_large_is_refused(server, stub):
+async def test_a_message_that_is_too_large_is_refused(server, door):
     """More than max_message_bytes is RESOURCE_EXHAUSTED, and the connection still serves."""
-    request = v1.GenerateRequest(text="x" * (server.config.max_message_bytes + 1))
-    assert (await ended(stub.Generate(request)))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert len([response async for response in stub.Generate(v1.GenerateRequest(text="Hi"))]) > 0
+    call = door.generate("x" * (server.config.max_message_bytes + 1))
+    assert (await ended(call))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert len([response async for response in door.generate()]) > 0
 
 
-async def test_server_streaming(stub, engine):
+async def test_server_streaming(door, engine):
     """Messages of a stream arrive in order, each as it was sent."""
     engine.held = True
-    call = stub.Generate(v1.GenerateRequest(request_id="r", text="Hi"), timeout=TIMEOUT)
+    call = door.generate(request_id="r", timeout=TIMEOUT)
     await until(lambda: engine.live)
     for size in (31_415, 9, 2_653, 58_979):
         engine.say("r", "x" * size)
-        assert len((await call.read()).delta.text) == size
+        assert door.size(await call.read()) == size
     engine.end("r")
-    assert (await call.read()).HasField("finish")
+    assert door.is_last(await call.read())
     assert await call.read() is grpc.aio.EOF
 
 
-async def test_empty_stream(server, channel, echo):
+async def test_empty_stream(server, channel, door):
     """A call that sends no request at all is ended by the server, without work, when the client goes."""
 
     async def nothing() -> AsyncIterator[bytes]:
         return
         yield b""
 
-    call = channel.stream_stream("/hsrpc.v1.GenerationService/Generate")(nothing(), timeout=1)
+    call = channel.stream_stream(door.path)(nothing(), timeout=1)
     code, _ = await ended(call)
     assert code is not grpc.StatusCode.OK
     assert server.state.live == 0
 
 
-async def test_cancel_after_begin(stub, engine, server):
+async def test_cancel_after_begin(door, engine, server):
     """A call that is cancelled before any response ends CANCELLED, and nothing is left of it."""
     engine.held = True
-    call = stub.Generate(v1.GenerateRequest(request_id="r", text="Hi"))
+    call = door.generate(request_id="r")
     await until(lambda: engine.live)
     call.cancel()
     assert (await ended(call))[0] is grpc.StatusCode.CANCELLED
     await until(lambda: engine.aborted == ["r"] and not server.state.live)
 
 
-async def test_cancel_after_first_response(stub, engine, server):
+async def test_cancel_after_first_response(door, engine, server):
     """A call that is cancelled amid its responses ends CANCELLED, and nothing is left of it."""
     engine.held = True
-    call = stub.Generate(v1.GenerateRequest(request_id="r", text="Hi"))
+    call = door.generate(request_id="r")
     await until(lambda: engine.live)
     engine.say("r", "Once")
-    assert (await call.read()).delta.text == "Once"
+    assert door.size(await call.read()) == 4
     call.cancel()
     assert (await ended(call))[0] is grpc.StatusCode.CANCELLED
     await until(lambda: engine.aborted == ["r"] and not server.state.live)
 
 
-async def test_timeout_on_sleeping_server(stub, engine, server):
+async def test_timeout_on_sleeping_server(door, engine, server):
     """A deadline that passes while the server waits is DEADLINE_EXCEEDED, and nothing is left of the call."""
     engine.held = True
-    call = stub.Generate(v1.GenerateRequest(request_id="r", text="Hi"), timeout=0.2)
+    call = door.generate(request_id="r", timeout=0.2)
     await until(lambda: engine.live)
     assert (await ended(call))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
     await until(lambda: engine.aborted == ["r"] and not server.state.live)
 
 
 @pytest.mark.parametrize("message", ["test status message", SPECIAL], ids=["plain", "special"])
-async def test_status_code_and_message(stub, engine, message):
+async def test_status_code_and_message(door, engine, message):
     """Status and message arrive as they were given, whitespace, percent signs and Unicode included."""
     engine.refusal = InvalidRequestError("text", message)
-    code, found = await ended(stub.Generate(v1.GenerateRequest(text="Hi")))
+    code, found = await ended(door.generate())
     assert (code, found) == (grpc.StatusCode.INVALID_ARGUMENT, f"text: {message}")
 
 
-@pytest.mark.parametrize("name", ["hsrpc.v1.GenerationService/Nothing", "hsrpc.v1.NoService/Generate"])
+@pytest.mark.parametrize(
+    "name", ["hsrpc.v1.GenerationService/Nothing", "hsrpc.v1.NoService/Generate", "vllm.grpc.engine.VllmEngine/Nothing"]
+)
 async def test_unimplemented_method_and_service(server, channel, name):
     """What is not there is UNIMPLEMENTED, and the connection still serves."""
     assert (await ended(channel.unary_unary(f"/{name}")(b"")))[0] is grpc.StatusCode.UNIMPLEMENTED

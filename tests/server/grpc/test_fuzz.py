@@ -12,12 +12,15 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from smg_grpc_proto import vllm_engine_pb2 as vllm
 
 from hsrpc.server import Server, ServerConfig
+from hsrpc.server.grpc.vllm_messages import TAKEN, TAKEN_PARAMS
 from hsrpc.testing.fake_engine import FakeEngine
 from hsrpc.v1 import generation_pb2 as v1
 
 EXAMPLES = int(os.environ.get("HSRPC_FUZZ_EXAMPLES", "300"))
+VLLM = "/vllm.grpc.engine.VllmEngine"
 METHODS = (
     "/hsrpc.v1.GenerationService/Generate",
     "/hsrpc.v1.GenerationService/Abort",
@@ -25,8 +28,9 @@ METHODS = (
     "/hsrpc.v1.ModelService/Tokenize",
     "/hsrpc.v1.ModelService/Detokenize",
     "/hsrpc.v1.ServerService/GetServerInfo",
+    *(f"{VLLM}/{method.name}" for method in vllm.DESCRIPTOR.services_by_name["VllmEngine"].methods),
 )
-GENERATE = METHODS[0]
+GENERATE = {"/hsrpc.v1.GenerationService/Generate": v1.GenerateRequest, f"{VLLM}/Generate": vllm.GenerateRequest}
 DOCUMENTED = {
     grpc.StatusCode.OK,
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -37,9 +41,18 @@ DOCUMENTED = {
 }
 """Codes of docs/grpc.md that a client can bring about by what it sends. INTERNAL is a fault of the server's."""
 
+REFUSED = {
+    field.full_name
+    for kind, taken in ((vllm.GenerateRequest, TAKEN), (vllm.SamplingParams, TAKEN_PARAMS))
+    for field in kind.DESCRIPTOR.fields
+    if field.name not in taken
+}
+"""Fields that are refused whatever they hold: set as often as others, they would leave nothing else to be seen."""
 INTS = {
     FieldDescriptor.TYPE_INT32: (-(2**31), 2**31 - 1),
     FieldDescriptor.TYPE_INT64: (-(2**63), 2**63 - 1),
+    FieldDescriptor.TYPE_UINT32: (0, 2**32 - 1),
+    FieldDescriptor.TYPE_UINT64: (0, 2**64 - 1),
 }
 
 
@@ -58,6 +71,10 @@ def values(field: FieldDescriptor) -> st.SearchStrategy[object]:
         return numbers(*INTS[field.type])
     if field.type == FieldDescriptor.TYPE_DOUBLE:
         return st.one_of(st.floats(0, 2), st.floats())
+    if field.type == FieldDescriptor.TYPE_FLOAT:
+        return st.one_of(st.floats(0, 2, width=32), st.floats(width=32))
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return st.binary(max_size=12)
     if field.type == FieldDescriptor.TYPE_BOOL:
         return st.booleans()
     if field.type == FieldDescriptor.TYPE_ENUM:
@@ -70,10 +87,10 @@ def values(field: FieldDescriptor) -> st.SearchStrategy[object]:
 def messages(draw: st.DrawFn, kind: type[Message]) -> Message:
     """A message with any of its fields set to anything; a request mostly has a prompt."""
     message = kind()
-    if kind is v1.GenerateRequest and draw(st.booleans()):
+    if kind in GENERATE.values() and draw(st.booleans()):
         message.text = "Hi"
     for field in kind.DESCRIPTOR.fields:
-        if draw(st.integers(0, 3)):
+        if draw(st.integers(0, 3 if field.full_name not in REFUSED else 60)):
             continue
         if field.type == FieldDescriptor.TYPE_MESSAGE and field.message_type.GetOptions().map_entry:
             key, value = (field.message_type.fields_by_name[name] for name in ("key", "value"))
@@ -89,9 +106,9 @@ def messages(draw: st.DrawFn, kind: type[Message]) -> Message:
 
 
 @st.composite
-def mutated(draw: st.DrawFn) -> bytes:
+def mutated(draw: st.DrawFn, kind: type[Message]) -> bytes:
     """A message's bytes with some cut out, put in or changed."""
-    data = bytearray(draw(messages(v1.GenerateRequest)).SerializeToString())
+    data = bytearray(draw(messages(kind)).SerializeToString())
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(data)))
         end = min(len(data), start + draw(st.integers(0, 8)))
@@ -99,10 +116,15 @@ def mutated(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-PAYLOADS = st.one_of(
-    messages(v1.GenerateRequest).map(lambda message: message.SerializeToString()), mutated(), st.binary(max_size=200)
+def payloads(kind: type[Message]) -> st.SearchStrategy[bytes]:
+    whole = messages(kind).map(lambda message: message.SerializeToString())
+    return st.one_of(whole, whole, mutated(kind), st.binary(max_size=200))
+
+
+CALLS = st.one_of(
+    *(st.tuples(st.just(method), payloads(kind)) for method, kind in GENERATE.items()),
+    st.tuples(st.sampled_from(METHODS), st.one_of(map(payloads, GENERATE.values()))),
 )
-CALLS = st.tuples(st.sampled_from((GENERATE,) * 6 + METHODS), PAYLOADS)
 
 
 async def status_of(channel: grpc.aio.Channel, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
@@ -121,7 +143,7 @@ class Target:
     def __enter__(self) -> Target:
         self._runner = asyncio.Runner()
         self._runner.run(self._start())
-        self.seen: Counter[grpc.StatusCode] = Counter()
+        self.seen: Counter[tuple[str, grpc.StatusCode]] = Counter()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -130,11 +152,11 @@ class Target:
 
     def send(self, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
         code, text = self._runner.run(status_of(self._channel, method, data))
-        self.seen[code] += 1
+        self.seen[method, code] += 1
         return code, text
 
     async def _start(self) -> None:
-        self._server = Server(ServerConfig(port=0))
+        self._server = Server(ServerConfig(port=0, vllm_engine=True))
         await self._server.start()
         self.engine = FakeEngine()
         await self._server.attach(self.engine)
@@ -165,7 +187,8 @@ def test_only_documented_statuses_come_back():
             assert not target.engine.live
 
         fuzz()
-        assert target.seen[grpc.StatusCode.OK]
-        assert target.seen[grpc.StatusCode.INVALID_ARGUMENT]
-        assert target.send(GENERATE, v1.GenerateRequest(text="Hi").SerializeToString())[0] is grpc.StatusCode.OK
-        print(f"{sum(target.seen.values())} calls:", {code.name: count for code, count in target.seen.items()})
+        assert any(target.seen[method, grpc.StatusCode.OK] for method in GENERATE)
+        for method, kind in GENERATE.items():
+            assert target.seen[method, grpc.StatusCode.INVALID_ARGUMENT]
+            assert target.send(method, kind(text="Hi").SerializeToString())[0] is grpc.StatusCode.OK
+        print(f"{target.seen.total()} calls:", {f"{way} {code.name}": n for (way, code), n in target.seen.items()})

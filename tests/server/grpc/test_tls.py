@@ -166,7 +166,7 @@ async def test_what_cannot_be_used_is_said_before_serving(authority, damage, mes
 async def test_a_pair_that_changes_while_it_is_read_is_not_used(authority, monkeypatch):
     """What is checked is what is used: a file written between the two is refused until the next look."""
     files = authority.issue()
-    monkeypatch.setattr(tls, "_check_pair", lambda *_: authority.issue())
+    monkeypatch.setattr(tls, "check_pair", lambda *_: authority.issue())
     with pytest.raises(ConfigError, match=r"tls_cert='.*': changed while it was read"):
         Server(ServerConfig(port=0, security=SecurityConfig(**files)))
 

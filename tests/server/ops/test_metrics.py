@@ -20,6 +20,7 @@ from hsrpc.errors import ConfigError
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.request import FinishReason
 from hsrpc.server import Server, ServerConfig
+from hsrpc.server.observation import METHODS
 from hsrpc.server.ops.exposition import exposed
 from hsrpc.server.ops.telemetry import Telemetry
 from hsrpc.server.security import SecurityConfig
@@ -123,7 +124,7 @@ async def test_every_method_is_counted_by_its_status(telemetry, server, channel)
     expected = {(method, "INVALID_ARGUMENT"): 1 for methods in names.values() for method in methods}
     expected |= {("GetModel", "OK"): 1, ("WatchLoad", "CANCELLED"): 1}
     assert {key: value for key, value in counted.items() if value} == expected
-    assert len(counted) == 8 * len(grpc.StatusCode)
+    assert len(counted) == (len(METHODS) + 1) * len(grpc.StatusCode)
 
 
 async def test_refusals_for_want_of_a_token_are_counted(telemetry, tmp_path):

@@ -1,0 +1,1 @@
+"""What the OpenAI port costs beside gRPC."""

@@ -1,0 +1,102 @@
+"""How many requests and tokens an input holds, counted without running any."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from hsrpc.batch.call import Call
+from hsrpc.batch.order import Job
+from hsrpc.batch.refusal import Refusal
+from hsrpc.batch.retry import failure_of
+from hsrpc.errors import HsrpcError
+from hsrpc.prompt import Chat, Prompt, Text
+
+_MAX_TOLD = 3
+
+
+@dataclass(slots=True)
+class Count:
+    """What was found in an input."""
+
+    lines: int = 0
+    refused: int = 0
+    """Lines that would be refused, whatever their length."""
+    problems: tuple[str, ...] = ()
+    """Of the first of these."""
+    requests: int = 0
+    prompt_tokens: int = 0
+    """Of all requests: a prompt with several outputs counts with each."""
+    output_tokens: int = 0
+    """At most."""
+    unbounded: int = 0
+    """Requests that give no max_tokens."""
+    longest: int = 0
+    """Most tokens of a request, prompt and output."""
+    longest_line: int = 0
+    longest_prompt: int = 0
+
+    def refuse(self, line: int, problem: str) -> None:
+        """Count a line that would be refused."""
+        self.refused += 1
+        if len(self.problems) < _MAX_TOLD:
+            self.problems += (problem if problem.startswith("line ") else f"line {line}: {problem}",)
+
+    def add(self, line: int, prompt: int, output: int, n: int) -> None:
+        """Count `n` requests with one prompt of a line."""
+        self.requests += n
+        self.prompt_tokens += n * prompt
+        self.output_tokens += n * output
+        self.longest_prompt = max(self.longest_prompt, prompt)
+        if prompt + output > self.longest:
+            self.longest, self.longest_line = prompt + output, line
+
+
+async def count_tokens(
+    windows: Iterable[list[Job]],
+    tokenize: Callable[[str | Text | Chat], Awaitable[list[int]]],
+    serves: Callable[[str], Awaitable[bool]],
+    output: int,
+) -> Count:
+    """Count all lines; `output` tokens are taken for a request that gives no max_tokens."""
+    found = Count()
+    for job in _jobs(windows):
+        found.lines += 1
+        number, task = job.line.number, job.task
+        if not isinstance(task, Call):
+            found.refuse(number, task.message)
+        elif not await serves(task.model):
+            found.refuse(number, f"model: {task.model!r} is not served here")
+        else:
+            await _count(found, number, task, tokenize, output)
+    return found
+
+
+async def _count(
+    found: Count,
+    number: int,
+    call: Call,
+    tokenize: Callable[[str | Text | Chat], Awaitable[list[int]]],
+    output: int,
+) -> None:
+    try:
+        sizes = [await _size(prompt, tokenize) for prompt in call.prompts]
+    except HsrpcError as error:
+        failure = failure_of(error, call)
+        if not isinstance(failure, Refusal):
+            raise
+        found.refuse(number, failure.message)
+        return
+    if call.max_tokens is None:
+        found.unbounded += call.num_requests
+    for size in sizes:
+        found.add(number, size, call.max_tokens or output, call.n)
+
+
+async def _size(prompt: Prompt, tokenize: Callable[[str | Text | Chat], Awaitable[list[int]]]) -> int:
+    return len(await tokenize(prompt) if isinstance(prompt, str | Text | Chat) else prompt)
+
+
+def _jobs(windows: Iterable[list[Job]]) -> Iterator[Job]:
+    for jobs in windows:
+        yield from jobs

@@ -1,0 +1,102 @@
+"""What a plan makes of a batch: how long it takes, and what would make it faster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hsrpc.config import EngineConfig
+from hsrpc.errors import ConfigError
+from hsrpc.plan.advice import Advice, advise
+from hsrpc.plan.plan import Plan
+from hsrpc.plan.prediction import predict_traffic
+from hsrpc.plan.question import Question
+from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.step_time import Traffic
+
+_WORTH = 0.01
+"""A smaller gain than this part is within what predictions do not tell apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """The requests of a batch."""
+
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+    longest: int
+    """Tokens of the longest request, prompt and output."""
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of a prompt, on average."""
+        return max(1, round(self.prompt_tokens / max(1, self.requests)))
+
+    @property
+    def output(self) -> int:
+        """Tokens of an output, on average."""
+        return max(1, round(self.output_tokens / max(1, self.requests)))
+
+    @property
+    def context(self) -> int:
+        """Tokens that a request holds while it runs, on average."""
+        return self.prompt + self.output // 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """Predictions for a batch."""
+
+    batch: int
+    """Requests that run at once."""
+    seconds: float
+    """As the engine is set."""
+    settings: dict[str, int]
+    """Settings with which it would be planned for this load; empty: it hardly matters."""
+    seconds_with_settings: float
+    advice: list[Advice] | None
+    """What would help beyond that, each with the settings; None: not asked for."""
+
+
+def outlook(question: Question, sizes: ModelSizes, plan: Plan, load: Load, *, with_advice: bool) -> Outlook:
+    """What is to be expected of `load` under `plan`, the answer to `question`. With advice it takes seconds."""
+    batch = min(plan.max_batch, load.requests)
+    traffic = Traffic(
+        context=min(load.context, plan.max_model_len),
+        prompt=load.prompt,
+        output=load.output,
+        longest=plan.max_model_len,
+    )
+    seconds = load.output_tokens / predict_traffic(plan, sizes, traffic, batch).mean_tokens_per_second
+    settings, suited, suited_plan = _suited(question, sizes, plan, load)
+    with_settings = seconds
+    if settings:
+        rate = predict_traffic(suited_plan, sizes, traffic, min(suited_plan.max_batch, load.requests))
+        with_settings = load.output_tokens / rate.mean_tokens_per_second
+        if with_settings > (1 - _WORTH) * seconds:
+            settings, with_settings = {}, seconds
+    advice = advise(suited, sizes, suited_plan) if with_advice else None
+    return Outlook(
+        batch=batch,
+        seconds=seconds,
+        settings=settings,
+        seconds_with_settings=with_settings,
+        advice=advice,
+    )
+
+
+def _suited(question: Question, sizes: ModelSizes, plan: Plan, load: Load) -> tuple[dict[str, int], Question, Plan]:
+    """Settings for the load in place of those that nobody has given, the question with them, and its answer."""
+    wanted = {
+        "max_model_len": min(plan.max_model_len, load.longest),
+        "expected_context": load.context,
+        "expected_output": load.output,
+    }
+    settings = {name: value for name, value in wanted.items() if getattr(question.config, name) is None}
+    config: EngineConfig = replace(question.config, **settings)  # type: ignore[arg-type]
+    suited = replace(question, choices=(sizes,), config=config)
+    try:
+        _, suited_plan = suited.answer()
+    except ConfigError:  # its budgets suit the plan that there is, and no other
+        return {}, question, plan
+    return settings, suited, suited_plan
