@@ -233,9 +233,9 @@ async def test_some_that_stay_are_ready_and_others_packed(scaled: Callable[[str]
 async def test_on_a_device_that_orders_accesses(
     share: float, scaled: Callable[[str], Reference], ordered: list[object]
 ) -> None:
-    """The buffer that weights are decoded to is used by one layer after the other."""
-    made = scaled("qwen3")
-    await check(made, config_for(made, resident_share=share, resident_weights="packed", gpu_memory="1GiB"))
+    """The buffer that weights are decoded to is used by one layer after the other; others are read where they came."""
+    made, kv = scaled("qwen3"), {"cache_policy": "kv", "activation_share": None}
+    await check(made, config_for(made, resident_share=share, resident_weights="packed", gpu_memory="1GiB", **kv))
     assert ordered
 
 

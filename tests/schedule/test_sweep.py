@@ -31,13 +31,21 @@ from hsrpc.schedule.sweep import (
 )
 
 MIB = 2**20
-READS_WEIGHTS = {OpKind.DECODE, OpKind.PROJECT, OpKind.REBUILD, OpKind.ROUTE, OpKind.FINISH}
+READS_WEIGHTS = {
+    OpKind.DECODE,
+    OpKind.PROJECT,
+    OpKind.REBUILD,
+    OpKind.ROUTE,
+    OpKind.DECODE_EXPERTS,
+    OpKind.FINISH,
+}
 READS_BLOCKS = {OpKind.REBUILD, OpKind.ATTEND}
 
 placements = st.builds(
     LayerPlacement,
     bus_bytes=st.sampled_from((0, 1, 5 * MIB, 40 * MIB, 300 * MIB)),
     is_coded=st.booleans(),
+    has_coded_experts=st.booleans(),
     rebuilds=st.booleans(),
     on_demand=st.booleans(),
 )
@@ -191,20 +199,32 @@ def test_stores_follow_what_they_store(run: Steps) -> None:
 def test_experts_are_loaded_between_choice_and_use(run: Steps) -> None:
     """For each group of a layer whose experts come on demand: its choice, its experts, its end, one after the other.
 
-    The choice comes after all that uses experts before it: their places may be written over once it is known.
+    The choice comes after all that uses experts before it: their places may be written over once it is known. Coded
+    ones are decoded behind their choice, and behind what brings them.
     """
     before, used = run.before(), set[tuple[int, int]]()
     for key, op in run.ops:
-        if op.kind in (OpKind.ROUTE, OpKind.LOAD_EXPERTS):
-            assert run.layers[op.layer].on_demand
+        place = run.layers[op.layer]
+        if op.kind is OpKind.ROUTE:
+            assert place.on_demand or place.has_coded_experts
         if op.kind is OpKind.LOAD_EXPERTS:
+            assert place.on_demand
             (route,) = (a for a in op.after if run.lists[key[0]].ops[a].kind is OpKind.ROUTE)
             assert run.lists[key[0]].ops[route].place == op.place
             assert used <= before[key[0], route]
-        if op.kind is OpKind.FINISH and run.layers[op.layer].on_demand:
+        first_use = OpKind.DECODE_EXPERTS if place.has_coded_experts else OpKind.FINISH
+        if op.kind is first_use and place.on_demand:
             (load,) = op.after
             assert run.lists[key[0]].ops[load][:3] == (OpKind.LOAD_EXPERTS, *op.place)
+        if op.kind in (OpKind.DECODE_EXPERTS, OpKind.FINISH) and place.on_demand:
             used.add(key)
+    for ops in run.lists:
+        kinds = {(op.kind, op.place): number for number, op in enumerate(ops.ops)}
+        for (kind, at), number in kinds.items():
+            if kind is OpKind.FINISH and run.layers[at[0]].has_coded_experts:
+                assert kinds[OpKind.ROUTE, at] < kinds[OpKind.DECODE_EXPERTS, at] < number
+            if kind is OpKind.DECODE_EXPERTS:
+                assert run.layers[at[0]].has_coded_experts
 
 
 def test_weights_that_are_known_to_be_wanted_go_before_experts() -> None:
