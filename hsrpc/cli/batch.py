@@ -86,7 +86,7 @@ def add_parser(commands: Commands) -> None:
         type=SecondsOption(Seconds(0.0)),
         default=300.0,
         metavar="SECONDS",
-        help="to wait for a server that is gone (default: 300)",
+        help="to wait for a server that is gone; 0 does not wait (default: 300)",
     )
     parser.add_argument(
         "--no-advice", action="store_true", help="do not plan again for what would be faster, which takes seconds"

@@ -124,7 +124,7 @@ def test_template_parameters_reach_the_template(hsrpc, monkeypatch):
     """Each is JSON; the last one of a name counts."""
     chats = []
 
-    async def generate(_, chat, *__):
+    async def generate(_, chat, *__, **___):
         chats.append(chat)
         yield Delta("Yes.", finish=Finish(FinishReason.EOS, Usage(1, 1), Timings(0, 0, 0, 0)))
 

@@ -66,7 +66,7 @@ def test_zero_is_refused_or_explained(hsrpc, path, action) -> None:
     allowed, [flag] = action.type.allowed, action.option_strings
     if 0 in allowed:
         assert action.type("0") == 0
-        said = re.search(r"\b0 (is never|ends them at once)|default: 0,", action.help)
+        said = re.search(r"\b0 (is never|ends them at once|does not wait)|default: 0,", action.help)
         assert said, action.help
         assert allowed.has_never == ("0 is never" in action.help)
     else:

@@ -38,7 +38,7 @@ def printed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that says TEXT."""
 
-    async def generate(*_: object) -> AsyncIterator[Delta]:
+    async def generate(*_: object, **__: object) -> AsyncIterator[Delta]:
         yield Delta(text=TEXT, finish=Finish(FinishReason.EOS, Usage(1, 1, 0), Timings(0, 0, 0, 0)))
 
     monkeypatch.setattr(Engine, "generate", generate)
