@@ -151,7 +151,7 @@ def test_a_server_says_the_same(hsrpc, address, arguments):
 
 
 def test_json_of_a_server_is_that_of_an_engine(hsrpc, address):
-    """The same object, less the size and format of blocks, which are not in a server's state; its counters are all requests'."""
+    """The same object, less how blocks are, which a server's state has not; its counters are all requests'."""
     ran = hsrpc("generate", "--temperature=0", "--max-tokens=24", PROMPT, "--target", address, "--json")
     found, embedded = json.loads(ran.out), generated(hsrpc, PROMPT)
     for name in ("token_ids", "text", "finish_reason", "matched_stop", "usage"):
