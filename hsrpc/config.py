@@ -169,11 +169,11 @@ def format_bytes(size: float) -> str:
 
 def format_rate(rate: float, unit: str) -> str:
     """`rate` as people read it, in decimal units: 1.5e9 of B/s is 1.50 GB/s."""
-    for prefix in ("", "k", "M", "G"):
+    for prefix in ("", "k", "M", "G", "T"):
         if rate < 999.5:
             return f"{rate:#.3g}".rstrip(".") + f" {prefix}{unit}"
         rate /= 1000
-    return f"{rate:#.3g}".rstrip(".") + f" T{unit}"
+    return f"{rate:#.3g}".rstrip(".") + f" P{unit}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

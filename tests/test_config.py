@@ -18,6 +18,7 @@ from hsrpc.config import format_rate
         (1.5e9, "1.50 GB/s"),
         (5.31e10, "53.1 GB/s"),
         (6.8e14, "680 TB/s"),
+        (1.28e15, "1.28 PB/s"),
     ],
 )
 def test_a_rate_has_the_unit_that_fits(rate, expected):
