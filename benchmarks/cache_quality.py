@@ -54,7 +54,7 @@ BEGINNINGS = (
     "A horse could pull on rails",
     "The sea was calm that night, and",
 )
-"""Of the texts that a model writes, and prompts of the engine."""
+"""Beginnings: a model continues them to the texts that are scored, and the engine's answers to them are compared."""
 WINDOW, GREEDY_TOKENS = 256, 48
 
 

@@ -104,7 +104,7 @@ class _Bench:
     client: Connection
     streams: int
     seconds: float
-    """Of a run."""
+    """How long a run lasts."""
 
     async def run(self, way: Way, rate: float) -> Sample:
         gateway = self.server.openai
@@ -128,7 +128,7 @@ class _Bench:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """Of a process, all its threads."""
+    """CPU time that a process has taken, all its threads."""
     words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(words[11]) + int(words[12])) / _TICKS
 

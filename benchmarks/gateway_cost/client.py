@@ -38,7 +38,7 @@ class Job:
     address: str
     streams: int
     tokens: int
-    """Of each stream."""
+    """Tokens that each stream asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def _grpc_request(job: Job) -> tuple[str, bytes]:
 
 
 def _grpc_tokens(way: Way, last: bytes) -> int:
-    """Of a stream, by its last message."""
+    """Tokens that a stream has brought, by its last message."""
     if way is Way.V1:
         return v1.GenerateResponse.FromString(last).finish.usage.completion_tokens
     return int(vllm.GenerateResponse.FromString(last).complete.completion_tokens)

@@ -44,7 +44,7 @@ class Answer:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of each prompt, however many outputs it has."""
+        """Tokens of the prompts; each prompt counts once, however many outputs it has."""
         return sum(output.finish.usage.prompt_tokens for output in self.outputs[:: self.call.n])
 
     @property

@@ -22,7 +22,7 @@ MAX_N = 128
 MAX_REQUESTS = 2048
 """Prompts of a body times `n`."""
 _DEFAULT_MAX_TOKENS = 16
-"""Of /v1/completions, as OpenAI has it; a conversation goes on to the end of the context."""
+"""What /v1/completions takes by default, as OpenAI has it; a conversation goes on to the end of the context."""
 
 _TOKEN_ID = re.compile(r"[0-9]{1,9}")
 

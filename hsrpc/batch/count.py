@@ -23,10 +23,10 @@ class Count:
     refused: int = 0
     """Lines that would be refused, whatever their length."""
     problems: tuple[str, ...] = ()
-    """Of the first of these."""
+    """What is wrong with the first of these."""
     requests: int = 0
     prompt_tokens: int = 0
-    """Of all requests: a prompt with several outputs counts with each."""
+    """Tokens of all requests' prompts: a prompt with several outputs counts with each."""
     output_tokens: int = 0
     """At most."""
     unbounded: int = 0

@@ -20,7 +20,7 @@ from hsrpc.batch.line import ID_PREFIX
 from hsrpc.batch.refusal import BatchError
 
 _BEGIN = f'{{"id": "{ID_PREFIX}'.encode()
-"""Of each line."""
+"""Beginning of each line."""
 _GZIP = b"\x1f\x8b\x08"
 _MAX_TORN = 2**26
 """Bytes that a kill may have left damaged: a larger damage is none of ours, and is not cut."""

@@ -17,7 +17,7 @@ from hsrpc.errors import (
 )
 
 MAX_ATTEMPTS = 4
-"""Of a request that fails by chance."""
+"""Times that a request which fails by chance is sent."""
 _FIRST_WAIT, _MAX_WAIT = 0.25, 30.0
 """Seconds; they double with each attempt."""
 _FATAL = ("UNAUTHENTICATED", "PERMISSION_DENIED")

@@ -41,7 +41,7 @@ class Tally:
     requests: int = 0
     """Requests whose outputs are in lines that were written."""
     prompt_tokens: int = 0
-    """Of all these requests: a prompt with several outputs counts with each."""
+    """Tokens of all these requests' prompts: a prompt with several outputs counts with each."""
     completion_tokens: int = 0
     longest: int = 0
     """Most tokens of one of them, prompt and output."""

@@ -185,7 +185,7 @@ class _Batch:
     seconds: float = 0.0
     efficiency: Efficiency | None = None
     planned: tuple[Question, ModelSizes, Plan] | None = None
-    """Of an engine in this process."""
+    """What an engine in this process was asked and planned; None: a server answers."""
 
     def run(self) -> None:
         """Run all lines that no file has."""

@@ -24,7 +24,7 @@ from hsrpc.model.tensor import TensorSpec
 _BLOCK = 130_267
 """Bytes drawn, which repeat: a prime, so that rows of a matrix do not begin alike."""
 _FACTOR = 2.0**-10
-"""Of all scales, where they have one: those of usual weights then fit their type."""
+"""The number for all scales, where they have one: scales of usual weights then fit their type."""
 _SPREAD = 0.2
 """Scales are up to so much larger or smaller than what weights need, as a part of it."""
 _DEVIATIONS = {Code.E4M3: 100.0, Code.E2M1: 2.0, Code.UINT8: 28.0, Code.UINT4: 2.3}
@@ -42,7 +42,7 @@ class RandomFormat:
     """Where a layer has experts, nothing else is quantised."""
 
     def formats(self, family: Family) -> dict[TensorSpec, Scaled]:
-        """Of each tensor of the layers that is quantised."""
+        """The format of each tensor of the layers that is quantised."""
         dtype = family.spec.dtype
         found: dict[TensorSpec, Scaled] = {}
         for layer in range(family.num_layers):

@@ -19,7 +19,7 @@ _PACKED_WORTH = 0.98
 """What stays is decoded in every step only where that gains more than 2 %: a smaller gain is within what predictions do
 not tell apart."""
 _OPENED_STEP = 4
-"""Of the shares that are tried, every so many are for weights that are ready while all others stay packed."""
+"""Every so many of the shares that are tried are for weights that are ready while all others stay packed."""
 Resident = tuple[Stays, ...]
 """The weight tensors that stay on the device, for each layer."""
 

@@ -34,7 +34,7 @@ MAX_BATCH = 512
 _BATCH_GROWTH = 1.03
 _RESIDENT_SHARES = tuple(i / 128 for i in range(129))
 _AT_ONCE = 64
-"""Of them, evaluated together with all batches."""
+"""Shares that are evaluated together with all batches."""
 _BUFFER_BYTES = (512 * 1024**2, 256 * 1024**2, 128 * 1024**2)
 """Sizes of a kv buffer to try: copies large enough to fill the bus, and few mini-batches."""
 _BUFFER_PART = 20
@@ -91,7 +91,7 @@ class Planner:
         return points
 
     def _best(self) -> tuple[Evaluator, Point]:
-        """Of the batches that are worth it the smallest, or the largest under a bound; its simplest fast candidate."""
+        """The smallest of the batches that are worth it, or the largest under a bound; its simplest fast candidate."""
         evaluated = [
             (each, each.evaluate(grid)) for each in self._evaluators(self.budgets) for grid in self._grids(each)
         ]

@@ -91,7 +91,7 @@ def test_lengths():
 
 
 def test_logprobs():
-    """Of conversations by a flag and a number, of completions by a number."""
+    """Conversations ask for them by a flag and a number, completions by a number."""
     assert "logprobs" not in chat_call(logprobs=False).settings
     assert chat_call(logprobs=True).settings["logprobs"] == 0
     assert chat_call(logprobs=True, top_logprobs=3).settings["logprobs"] == 3

@@ -157,7 +157,7 @@ def test_a_short_write_goes_on(path, monkeypatch):
     ],
 )
 def test_errors_have_a_file_beside(name, errors):
-    """Of the same kind."""
+    """It ends as the other does, compressed or not."""
     assert errors_path(Path(name)) == Path(errors)
 
 

@@ -60,7 +60,7 @@ async def run(source: StubSource, kept: Kept, windows: Iterator[list[Job]], **se
 
 
 async def test_each_line_has_an_answer(source, kept):
-    """Of its own endpoint, as the types of OpenAI's client read it."""
+    """The answer is its own endpoint's, as the types of OpenAI's client read it."""
     tally = await run(source, kept, jobs(chat("a", logprobs=True, top_logprobs=2), completion("b", logprobs=1)))
     bodies = {line["custom_id"]: line["response"]["body"] for line in kept.lines}
     talk = ChatCompletion.model_validate(bodies["a"], strict=True)

@@ -70,7 +70,7 @@ def test_tokens_count_up_to_the_first_difference():
 
 
 def test_what_is_saved_is_in_the_table(checkpoint, tmp_path, monkeypatch, capsys):
-    """Of a model with weights, of the bundled one's place, and of random ones."""
+    """Rows of a model with weights, of one in the bundled one's place, and of random ones."""
     monkeypatch.setattr(cache_quality, "BUNDLED_MODEL", str(checkpoint))
     monkeypatch.setattr(cache_quality, "MODES", MODES[2:4])  # one that is served, and one that is not
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}

@@ -16,7 +16,7 @@ POSITIVE = E4M3[:127]
 
 
 def nearest(x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Of the ascending `numbers` the nearest to each of x >= 0; of two as near the one with the even place."""
+    """The nearest of the ascending `numbers` to each of x >= 0; of two as near the one with the even place."""
     above = torch.searchsorted(numbers, x.contiguous()).clamp(max=len(numbers) - 1)
     below = (above - 1).clamp(min=0)
     low, high = x - numbers[below], numbers[above] - x

@@ -72,7 +72,7 @@ class Expected(NamedTuple):
 
     made: Reference
     logprobs: list[torch.Tensor]
-    """Of each output, token by token."""
+    """Logarithms of the probabilities of each output's tokens."""
     without: dict[str, list[torch.Tensor]]
     """The same where a part of the rounding is left out, by its name."""
 
@@ -156,7 +156,7 @@ async def check(expected: Expected, config: EngineConfig, choose_plan: ChoosePla
 
 
 def distance(found: list[torch.Tensor], others: list[torch.Tensor]) -> float:
-    """Of the probabilities of all prompts' tokens, by what their logarithms differ on average."""
+    """What the logarithms of the probabilities of all prompts' tokens differ by, on average."""
     return float((torch.cat(found) - torch.cat(others)).abs().mean())
 
 

@@ -157,7 +157,7 @@ async def test_graphs_of_every_family_wait_for_its_experts(model: str, reference
 async def test_padding_takes_the_experts_of_the_first_row(
     reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three requests in a graph for four: nothing is loaded, or read, that none of them has chosen."""
+    """Three requests in a graph for four: nothing is loaded, or read, that none of them has chosen."""
     made, choices = reference("olmoe"), list[torch.Tensor]()
     async with Engine(on_demand(made, **IN_GRAPHS), choose_plan=with_slots(3)) as engine, asyncio.timeout(60):
         device = parts(engine).device

@@ -60,7 +60,7 @@ def by_nvfp4(name: str, weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
 
 
 def by_mixture(name: str, weight: torch.Tensor) -> tuple[Parts, torch.Tensor] | None:
-    """Of ModelOpt's algorithms: fp8 with one scale in attention, none in the first layer's MLP."""
+    """A mixture of ModelOpt's algorithms: fp8 with one scale in attention, none in the first layer's MLP."""
     if "self_attn" in name:
         codes, scales, values = in_blocks(weight, *weight.shape)
         return {"weight": codes, "weight_scale": scales[0, 0].clone()}, values
@@ -166,7 +166,7 @@ async def test_tokens_equal_the_reference_where_weights_stay(kept: str, made: Ca
 
 
 def test_rows_in_another_order_keep_their_codes(made: Callable[[str], Made]) -> None:
-    """Of heads that rotate neighbours, and of K and V apart: fewer of them share a scale where blocks are cut."""
+    """Heads that rotate neighbours, and K and V apart: fewer rows share a scale where blocks are cut."""
     planned = startup.make_plan(roomy(made("powers").reference))
     family, formats = create_family(planned.spec), planned.spec.formats.weight
     blocks = {}

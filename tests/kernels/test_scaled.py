@@ -107,7 +107,7 @@ def test_tensors_are_decoded_from_where_they_were_moved_to(kind: str, monkeypatc
 def test_matrices_that_lie_alike_are_decoded_in_one_launch(
     kind: str, launches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all tensors."""
+    """One launch for the matrices of all tensors."""
     launched: list[int] = []
     monkeypatch.setattr(scaled.ScaledDecoder, "run", lambda decoder: launched.append(len(decoder.matrices)))
     scaled.decoding([packed(kind, torch.float16, exact=True) for _ in range(3)])()

@@ -138,7 +138,7 @@ def test_a_gemm_takes_some_time_beside_its_flop() -> None:
 
 
 def test_products_turn_from_reading_to_computing_by_and_by() -> None:
-    """Of a few hundred rows they take longer than either, as measured: the longer of both is 19 to 30 % too short."""
+    """With a few hundred rows they take longer than either, as measured: the longer of both is 19 to 30 % too short."""
     large, small = json.loads((RESULTS / "products" / "h200.json").read_text())["result"]
     for model, error, without in ((large, 0.08, -0.193), (small, 0.14, -0.303)):
         lines = model["rows"]

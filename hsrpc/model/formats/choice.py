@@ -24,7 +24,7 @@ def uniform(weight: WeightFormat, dtype: torch.dtype) -> Formats:
 
 
 _CODES = {CacheCoding.PLAIN: None, CacheCoding.FP8: Codes.FP8, CacheCoding.INT8: Codes.INT8}
-"""Of K and V; activations have outliers, which float8 takes and whole numbers do not."""
+"""What K and V are coded as; activations have outliers, which float8 takes and whole numbers do not."""
 
 
 def with_caches(choices: Sequence[Formats], coding: CacheCoding) -> Sequence[Formats]:

@@ -139,7 +139,7 @@ class CodedParts(NamedTuple):
     codes: torch.Tensor
     """uint8 [rows, `CodedMatrix.used_bytes`]; rows are strided where they are filled up"""
     scales: torch.Tensor
-    """Of their own type, as many as `CodedMatrix.grid` says"""
+    """Numbers of the scales' own type, as many as `CodedMatrix.grid` says"""
     zeros: torch.Tensor | None
     """uint8, one for each scale"""
     groups: torch.Tensor | None

@@ -6,7 +6,7 @@ from tokenizers import Regex, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Split
 
 _SUFFIXES = r"'s|'t|'re|'ve|'m|'ll|'d"
-"""Of English words."""
+"""Endings of English words."""
 _SPACES = r"\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 """Letters that may begin a word, and those that may end one."""

@@ -62,7 +62,7 @@ class Target:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     order: torch.Tensor | None = None
-    """Of each row its place among those of the pieces: int64 [rows]; None: they stay."""
+    """The place of each row among those of the pieces: int64 [rows]; None: they stay."""
     transposed: bool = False
     """The last two dimensions are exchanged when it is written; `shape` is that before."""
     offset: float = 0.0

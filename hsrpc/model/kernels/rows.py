@@ -242,7 +242,7 @@ class Coding(NamedTuple):
 
 
 def coding_of(rows: Rows, device: torch.device) -> Coding:
-    """Of these rows on a device."""
+    """How these rows are coded on a device."""
     if not isinstance(rows, CodedRows):
         return Coding(0, rows.columns, 0, is_native=False)
     is_native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

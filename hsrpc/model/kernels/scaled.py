@@ -41,7 +41,7 @@ class Tiles(NamedTuple):
 
     threads: int = 128
     units: int = 8
-    """Of a thread: the codes of all are on the way before the first one is decoded."""
+    """Units that a thread decodes: the codes of all are on the way before the first one is decoded."""
 
 
 TILES, TILES_EACH = Tiles(), Tiles(units=2)
@@ -268,7 +268,7 @@ class _Matrix(NamedTuple):
     target: torch.Tensor
     tiles: Tiles
     number: int
-    """Of its tensor, see `Encoded`."""
+    """Number of its tensor, see `Encoded`."""
 
     @property
     def matrix(self) -> CodedMatrix:

@@ -20,7 +20,7 @@ WORD_BITS = 32
 _READ_AT_ONCE = 1 << 18
 """Words: 1 MiB, which stay in a core's cache until they are turned."""
 _LEAST_ROWS = 16
-"""Of words that are read at once: turned ones are written so many together."""
+"""Rows of words that are read at once, at least: turned ones are written so many together."""
 
 
 def read_bits(section: ConfigFile, key: str) -> int:

@@ -22,7 +22,7 @@ class Integers:
     """What groups of modules may have: the shapes of a weight's tensors say what it has."""
 
     bits: tuple[int, ...]
-    """Of codes in words; the most first."""
+    """Widths that codes in words may have; the most bits first."""
     sizes: frozenset[int]
     """Columns that share a scale, in each row."""
     whole: bool

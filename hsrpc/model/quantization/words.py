@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Of the eight rows that AWQ has in a word, the one in each field of four bits, the lowest first."""
+"""Which of the eight rows that AWQ has in a word is in each field of four bits, the lowest first."""
 _SWAPS = ((4, 0x0F0F0F0F, 1), (8, 0x00FF00FF, 2), (16, 0x0000FFFF, 4))
 """By which eight words of eight fields are transposed: bits of a field, low fields of each pair, words apart."""
 

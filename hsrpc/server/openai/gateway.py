@@ -79,7 +79,7 @@ class OpenAiFrontEnd:
 
     @property
     def pids(self) -> Collection[int]:
-        """Of the gateways that run, those among them that only finish their calls."""
+        """Processes of the gateways that run, also of those that only finish their calls."""
         return {process.pid for process in self._processes}
 
     @property

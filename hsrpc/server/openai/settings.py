@@ -22,7 +22,7 @@ from hsrpc.server.security import SecurityConfig
 PROBER = "hsrpc:probe"
 """Whose key the server's own probes bring: tokens belong to nobody of such a name."""
 _REQUEST_SECONDS = 86_400
-"""Of a call, at most: as long as a time limit may be."""
+"""Time that a call may take, at most: as long as a time limit may be."""
 _NO_HEADER = "x-hsrpc-request-id-is-made-here"
 """Ids of requests are the gateway's own: the server tells by them what was asked."""
 _PARSERS = ("tool_call_parser", "reasoning_parser")

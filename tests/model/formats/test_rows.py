@@ -39,7 +39,7 @@ def numbers(shape: RowShape, seed: int, spread: float) -> torch.Tensor:
     size=st.integers(-60, 60),
 )
 def test_errors_are_within_half_a_step(shape: RowShape, codes: Codes, seed: int, spread: float, size: int) -> None:
-    """Of a float8 code a sixteenth of the number or a step of the least codes; of a whole number half a scale."""
+    """A float8 code errs by a sixteenth of the number or a step of the least codes, a whole number by half a scale."""
     x = numbers(shape, seed, spread) * 2.0**size
     rows = CodedRows(shape, torch.float32, codes)
     found = rows.decode(rows.encode(x))

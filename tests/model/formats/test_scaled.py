@@ -27,7 +27,7 @@ MATRICES = {
     ),
     "w8": CodedMatrix(rows=5, columns=30, code=Code.UINT8, block=(1, 30), scale=torch.float32, zero=128),
 }
-"""Of each kind that readers make."""
+"""A matrix of each kind that readers make."""
 
 
 def value(code: int, kind: Code) -> float:

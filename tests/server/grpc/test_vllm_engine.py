@@ -31,7 +31,7 @@ from tests.server.grpc.test_status import details, failure
 
 SERVICE = "vllm.grpc.engine.VllmEngine"
 IDS = [4, 5, 2, 5]
-"""Of the fake engine's words."""
+"""Ids of the fake engine's words."""
 
 
 @pytest.fixture

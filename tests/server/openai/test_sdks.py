@@ -103,7 +103,7 @@ def test_a_seed_gives_the_same_tokens_by_either_door(client, direct):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_are_the_models(client, direct, stream):
-    """Of each token, and of the most probable ones."""
+    """Those of each token, and of the most probable ones."""
     asked = {"model": MODEL, "messages": CHAT, "max_tokens": 5, "temperature": 0, "logprobs": True, "top_logprobs": 2}
     if stream:
         chunks = [chunk.choices[0].logprobs for chunk in client.chat.completions.create(**asked, stream=True)]
@@ -179,7 +179,7 @@ def test_messages(claude, direct):
 
 
 def test_messages_with_errors(claude):
-    """Of the SDK's classes too."""
+    """They are of the SDK's classes too."""
     with pytest.raises(anthropic.NotFoundError, match="another"):
         claude.messages.create(model="another", max_tokens=5, messages=[QUESTION])
     with pytest.raises(anthropic.BadRequestError):

@@ -127,7 +127,7 @@ def test_what_a_request_leaves_out_is_the_models_own(client, served, stream):
 
 
 def test_an_abort_is_an_end(client, served):
-    """Of a stream that somebody else ends, what there is comes with a reason."""
+    """A stream that somebody else ends brings what there is, and a reason."""
     served.engine.answer = None
     with ThreadPoolExecutor() as threads:
         reading = threads.submit(lambda: list(client.chat.completions.create(**ASKED, stream=True)))
