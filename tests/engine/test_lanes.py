@@ -426,6 +426,7 @@ class Memory:
         self._layers = layers
         self._weights, self._blocks = ([self._buffer() for _ in range(BUFFERS)] for _ in range(2))
         self._decoded = self._weights_of_layer = self._buffer()
+        self._resident = [self._buffer().fill_(number) for number in range(len(layers))]
         self._pools = [device.pinned(64, HostUse.CACHE_BLOCKS).view(8, 8) for _ in layers]
         for number, pool in enumerate(self._pools):
             pool.copy_((16 * number + torch.arange(8)).view(8, 1).expand(8, 8))
@@ -450,15 +451,16 @@ class Memory:
                 self._weights[op.slot][start:end].fill_(op.layer)
             case OpKind.LOAD_BLOCKS:
                 self._blocks[op.slot].copy_(self._pools[op.layer][op.batch])
-            case OpKind.DECODE:
+            case OpKind.DECODE if op.slot >= 0:
                 self._decoded.copy_(self._weights[op.slot])
-            case OpKind.PROJECT if op.slot >= 0:
-                is_coded = self._layers[op.layer].is_coded
-                self._weights_of_layer = self._decoded if is_coded else self._weights[op.slot]
+            case OpKind.DECODE:
+                self._decoded.copy_(self._resident[op.layer])
+            case OpKind.PROJECT:
+                self._weights_of_layer = self._weights_read(op)
                 self._look(op, self._weights_of_layer, op.layer)
             case OpKind.PLACE if not batches[op.batch].loads:
                 self._blocks[op.slot].fill_(16 * op.layer + op.batch)
-            case OpKind.REBUILD | OpKind.FINISH if self._layers[op.layer].bus_bytes:
+            case OpKind.REBUILD | OpKind.FINISH:
                 self._look(op, self._weights_of_layer, op.layer)
             case OpKind.ATTEND:
                 self._look(op, self._blocks[op.slot], 16 * op.layer + op.batch)
@@ -466,6 +468,11 @@ class Memory:
             case OpKind.STORE:
                 self._pools[op.layer][op.batch].copy_(self._out[op.batch])
                 self._device.keep(self._out[op.batch], self._device.store)
+
+    def _weights_read(self, op: Op) -> torch.Tensor:
+        if self._layers[op.layer].is_coded:
+            return self._decoded
+        return self._weights[op.slot] if op.slot >= 0 else self._resident[op.layer]
 
     def _look(self, op: Op, buffer: torch.Tensor, mark: int) -> None:
         self._read.append((op.kind, buffer.clone(), mark))
