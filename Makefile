@@ -86,7 +86,7 @@ proto-check: $(installed) ## Check proto/ for style and breaking changes, and hs
 .PHONY: manifests
 manifests: $(installed) ## Check the Kubernetes manifests, offline (promtool of Debian's prometheus tests alerts)
 	@$(bin)/yamllint --strict k8s tests/k8s .yamllint.yaml
-	@$(pytest) tests/k8s
+	@$(pytest) -rs tests/k8s
 
 .PHONY: clean
 clean: ## Remove the environments and everything else that was built
