@@ -135,11 +135,3 @@ func (c *Client) stream(ctx context.Context, request *hsrpcv1.GenerateRequest, s
 	stream.call = call
 	return stream
 }
-
-// withTimeout gives a context that has no deadline one; 0 is none.
-func withTimeout(ctx context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
-	if _, ok := ctx.Deadline(); ok || timeout == 0 {
-		return context.WithCancel(ctx)
-	}
-	return context.WithTimeout(ctx, timeout)
-}

@@ -11,10 +11,13 @@ import (
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/hsrpc/hsrpc/clients/go/hsrpcv1"
@@ -50,20 +53,32 @@ func (s *server) Abort(context.Context, *hsrpcv1.AbortRequest) (*hsrpcv1.AbortRe
 // serve starts a server, and gives a client of it.
 func serve(t *testing.T, answer answerFunc, options ...Option) (*server, *Client) {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	service := &server{answer: answer}
+	_, address := listen(t, service, "127.0.0.1:0")
+	return service, connect(t, address, options...)
+}
+
+func listen(t *testing.T, service *server, address string) (*grpc.Server, string) {
+	t.Helper()
+	listener, err := net.Listen("tcp", address)
 	if err != nil {
 		t.Fatal(err)
 	}
-	service, runner := &server{answer: answer}, grpc.NewServer()
+	runner := grpc.NewServer()
 	hsrpcv1.RegisterGenerationServiceServer(runner, service)
 	go runner.Serve(listener)
 	t.Cleanup(runner.Stop)
-	client, err := NewClient(listener.Addr().String(), options...)
+	return runner, listener.Addr().String()
+}
+
+func connect(t *testing.T, address string, options ...Option) *Client {
+	t.Helper()
+	client, err := NewClient(address, options...)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { client.Close() })
-	return service, client
+	return client
 }
 
 func piece(text string) *hsrpcv1.GenerateResponse {
@@ -87,7 +102,7 @@ func untilCancelled(ended chan<- struct{}) answerFunc {
 		}
 		<-stream.Context().Done()
 		close(ended)
-		return stream.Context().Err()
+		return status.FromContextError(stream.Context().Err()).Err()
 	}
 }
 
@@ -204,7 +219,8 @@ func TestDetailsOfErrorsAreDecoded(t *testing.T) {
 	}
 	if failure.Code != codes.InvalidArgument || failure.Message != "wrong" ||
 		failure.RetryDelay != 1500*time.Millisecond || failure.Reason != "WHY" ||
-		failure.Domain != "hsrpc" || failure.Metadata["feature"] != "x" || len(failure.Fields) != 1 || failure.Fields[0] != (FieldViolation{"stopping.max_tokens", "0 is too few"}) {
+		failure.Domain != "hsrpc" || failure.Metadata["feature"] != "x" ||
+		len(failure.Fields) != 1 || failure.Fields[0] != (FieldViolation{"stopping.max_tokens", "0 is too few"}) {
 		t.Errorf("%+v", failure)
 	}
 	if status.Code(err) != codes.InvalidArgument {
@@ -260,6 +276,36 @@ func TestNothingIsRetriedAfterTheFirstMessage(t *testing.T) {
 	_, err := client.Complete(context.Background(), Text("?"))
 	if status.Code(err) != codes.Unavailable || service.calls != 1 {
 		t.Errorf("%v after %d calls", err, service.calls)
+	}
+}
+
+func TestWithoutRetries(t *testing.T) {
+	service, client := serve(t, func(
+		_ int, _ *hsrpcv1.GenerateRequest, stream hsrpcv1.GenerationService_GenerateServer,
+	) error {
+		return refuse(codes.Unavailable, "0")(stream)
+	}, WithoutRetries())
+	_, err := client.Complete(context.Background(), Text("?"))
+	if status.Code(err) != codes.Unavailable || service.calls != 1 {
+		t.Errorf("%v after %d calls", err, service.calls)
+	}
+}
+
+func TestServerThatIsBackIsFoundAtOnce(t *testing.T) {
+	service := &server{answer: story}
+	runner, address := listen(t, service, "127.0.0.1:0")
+	patience := grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: time.Hour, Multiplier: 1, MaxDelay: time.Hour}}
+	client := connect(t, address, WithDialOptions(grpc.WithConnectParams(patience)))
+	if _, err := client.Complete(context.Background(), Text("?")); err != nil {
+		t.Fatal(err)
+	}
+	runner.Stop()
+	if _, err := client.Complete(context.Background(), Text("?")); status.Code(err) != codes.Unavailable {
+		t.Fatal(err)
+	}
+	listen(t, service, address)
+	if _, err := client.Complete(context.Background(), Text("?")); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -337,6 +383,66 @@ func TestMistakesInSettings(t *testing.T) {
 	for field, err := range map[string]error{"chat.tools": tools, "chat.template_parameters": parameters} {
 		if failure := FromError(err); failure == nil || len(failure.Fields) != 1 || failure.Fields[0].Field != field {
 			t.Errorf("%s: %v", field, err)
+		}
+	}
+}
+
+func TestSettings(t *testing.T) {
+	var got *hsrpcv1.GenerateRequest
+	_, client := serve(t, func(
+		number int, request *hsrpcv1.GenerateRequest, stream hsrpcv1.GenerationService_GenerateServer,
+	) error {
+		got = request
+		return story(number, request, stream)
+	})
+	for _, test := range []struct {
+		stream   func(...Setting) *Stream
+		settings []Setting
+		expected string
+	}{
+		{
+			func(s ...Setting) *Stream { return client.Generate(context.Background(), Text("?"), s...) },
+			[]Setting{
+				RequestID("id"), Model("m"), Priority(3), NoSpecialTokens(), PlainText(),
+				Temperature(0), TopP(0.1), TopK(2), MinP(0.3), RepetitionPenalty(0.4), PresencePenalty(0.5),
+				FrequencyPenalty(0.6), Seed(7), LogitBias(map[int32]float64{8: 0.9}),
+				MaxTokens(10), MinTokens(11), Stop("12"), StopTokenIDs(13), IgnoreEOS(), IncludeStop(),
+				TimeLimit(14 * time.Second), Logprobs(15), EchoPrompt(), ReturnTokenIDs(), MaxTokensPerMessage(16),
+				MaxMessageDelay(17 * time.Second), ShowSpecialTokens(),
+			},
+			`{"text": "?", "requestId": "id", "model": "m", "priority": 3,
+				"textOptions": {"addSpecialTokens": false, "parseSpecial": false},
+				"sampling": {"temperature": 0, "topP": 0.1, "topK": 2, "minP": 0.3, "repetitionPenalty": 0.4,
+					"presencePenalty": 0.5, "frequencyPenalty": 0.6, "seed": "7", "logitBias": {"8": 0.9}},
+				"stopping": {"maxTokens": 10, "minTokens": 11, "stop": ["12"], "stopTokenIds": [13],
+					"ignoreEos": true, "includeStop": true, "timeLimit": "14s"},
+				"output": {"logprobs": 15, "echoPrompt": true, "returnTokenIds": true, "maxTokensPerMessage": 16,
+					"maxMessageDelay": "17s", "skipSpecialTokens": false}}`,
+		},
+		{
+			func(s ...Setting) *Stream {
+				messages := []*hsrpcv1.Message{System("a"), User(""), Assistant("c")}
+				return client.Chat(context.Background(), messages, s...)
+			},
+			[]Setting{
+				Tools("{}"), ContinueFinalMessage(), TemplateParameters(map[string]interface{}{"think": true}),
+			},
+			`{"chat": {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": ""},
+				{"role": "assistant", "content": "c"}],
+				"tools": ["{}"], "continueFinalMessage": true, "templateParameters": {"think": true}}}`,
+		},
+		{
+			func(s ...Setting) *Stream { return client.Generate(context.Background(), TokenIDs{1, 2}, s...) },
+			nil,
+			`{"tokenIds": {"ids": [1, 2]}}`,
+		},
+	} {
+		want := &hsrpcv1.GenerateRequest{}
+		if err := protojson.Unmarshal([]byte(test.expected), want); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := test.stream(test.settings...).completion(); err != nil || !proto.Equal(got, want) {
+			t.Errorf("%v, %v", got, err)
 		}
 	}
 }

@@ -20,7 +20,7 @@ import (
 // The attempts of serviceConfig's retryPolicy; gRPC allows no more than five.
 const (
 	maxAttempts       = 5
-	initialBackoff    = 500 * time.Millisecond
+	initialBackoff    = 100 * time.Millisecond
 	maxBackoff        = 5 * time.Second
 	backoffMultiplier = 2
 )
@@ -36,15 +36,15 @@ var serviceConfig = fmt.Sprintf(`{
 	}]
 }`, maxAttempts, initialBackoff.Seconds(), maxBackoff.Seconds(), backoffMultiplier)
 
-// retryBuffer is the largest request in bytes that is kept for another attempt; servers take no more than 4 MiB.
-const retryBuffer = 4<<20 + 1<<10
+// retryBuffer is the largest request in bytes that is kept for another attempt: as large as servers take them.
+const retryBuffer = 4 << 20
 
 var (
 	// A vanished server is noticed within 40 s. Servers take a ping every ten seconds.
 	keepaliveParameters = keepalive.ClientParameters{
 		Time: 30 * time.Second, Timeout: 10 * time.Second, PermitWithoutStream: true,
 	}
-	// A server that is back is found within about a second, so that the attempts of a call outlast its absence.
+	// A server that is back is found within about a second, and at once by a call.
 	connectParameters = grpc.ConnectParams{
 		Backoff: backoff.Config{
 			BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second,
@@ -66,6 +66,7 @@ type connection struct {
 	token          string
 	plaintextToken bool
 	timeout        time.Duration
+	withoutRetries bool
 	extra          []grpc.DialOption
 }
 
@@ -102,6 +103,11 @@ func WithTimeout(timeout time.Duration) Option {
 	return func(c *connection) { c.timeout = timeout }
 }
 
+// WithoutRetries makes each call once, for those who have a way of their own to try again.
+func WithoutRetries() Option {
+	return func(c *connection) { c.withoutRetries = true }
+}
+
 // WithDialOptions adds options of gRPC, which win over those of this package.
 func WithDialOptions(options ...grpc.DialOption) Option {
 	return func(c *connection) { c.extra = append(c.extra, options...) }
@@ -122,13 +128,16 @@ func (c *connection) dialOptions() ([]grpc.DialOption, error) {
 		grpc.WithKeepaliveParams(keepaliveParameters),
 		grpc.WithConnectParams(connectParameters),
 		grpc.WithDefaultCallOptions(grpc.MaxRetryRPCBufferSize(retryBuffer)),
-		grpc.WithChainUnaryInterceptor(typedUnary, timeoutUnary(c.timeout)),
-		grpc.WithChainStreamInterceptor(typedStream),
+		grpc.WithChainUnaryInterceptor(unaryCall(c.timeout)),
+		grpc.WithChainStreamInterceptor(streamCall),
 	}
 	if c.hasToken {
 		options = append(options, grpc.WithPerRPCCredentials(bearer{c.token, !c.plaintextToken}))
 	}
-	if !retriesByItself(grpc.Version) {
+	switch {
+	case c.withoutRetries:
+		options = append(options, grpc.WithDisableRetry())
+	case !retriesByItself(grpc.Version):
 		options = append(options, retrying()...)
 	}
 	return append(options, c.extra...), nil
@@ -216,16 +225,4 @@ func (b bearer) GetRequestMetadata(context.Context, ...string) (map[string]strin
 
 func (b bearer) RequireTransportSecurity() bool {
 	return b.secure
-}
-
-// timeoutUnary gives calls without a deadline one.
-func timeoutUnary(timeout time.Duration) grpc.UnaryClientInterceptor {
-	return func(
-		ctx context.Context, method string, request, response interface{}, conn *grpc.ClientConn,
-		invoke grpc.UnaryInvoker, options ...grpc.CallOption,
-	) error {
-		ctx, cancel := withTimeout(ctx, timeout)
-		defer cancel()
-		return invoke(ctx, method, request, response, conn, options...)
-	}
 }

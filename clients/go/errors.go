@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -100,32 +99,4 @@ func typed(err error) error {
 		return err
 	}
 	return FromError(err)
-}
-
-func typedUnary(
-	ctx context.Context, method string, request, response interface{}, conn *grpc.ClientConn,
-	invoke grpc.UnaryInvoker, options ...grpc.CallOption,
-) error {
-	return typed(invoke(ctx, method, request, response, conn, options...))
-}
-
-func typedStream(
-	ctx context.Context, description *grpc.StreamDesc, conn *grpc.ClientConn, method string,
-	open grpc.Streamer, options ...grpc.CallOption,
-) (grpc.ClientStream, error) {
-	stream, err := open(ctx, description, conn, method, options...)
-	if err != nil {
-		return nil, typed(err)
-	}
-	return typedClientStream{stream}, nil
-}
-
-type typedClientStream struct{ grpc.ClientStream }
-
-func (s typedClientStream) SendMsg(message interface{}) error {
-	return typed(s.ClientStream.SendMsg(message))
-}
-
-func (s typedClientStream) RecvMsg(message interface{}) error {
-	return typed(s.ClientStream.RecvMsg(message))
 }
