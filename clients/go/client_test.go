@@ -15,6 +15,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/resolver/manual"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
@@ -306,6 +308,27 @@ func TestServerThatIsBackIsFoundAtOnce(t *testing.T) {
 	listen(t, service, address)
 	if _, err := client.Complete(context.Background(), Text("?")); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestAddressesTakeTurns(t *testing.T) {
+	addresses := manual.NewBuilderWithScheme("test")
+	var state resolver.State
+	services := []*server{{answer: story}, {answer: story}}
+	for _, service := range services {
+		_, address := listen(t, service, "127.0.0.1:0")
+		state.Addresses = append(state.Addresses, resolver.Address{Addr: address})
+	}
+	addresses.InitialState(state)
+	client := connect(t, "test:///any", WithDialOptions(grpc.WithResolvers(addresses)))
+	// The second connection may come later than the first calls.
+	for begun := time.Now(); services[0].calls == 0 || services[1].calls == 0; {
+		if time.Since(begun) > 5*time.Second {
+			t.Fatalf("%d and %d calls", services[0].calls, services[1].calls)
+		}
+		if _, err := client.Complete(context.Background(), Text("?")); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
