@@ -44,13 +44,16 @@ build_as_module() {
     export GO111MODULE=on GOFLAGS=-mod=mod GOPATH="$outside/gopath" GOPROXY=off GOSUMDB=off
     go mod init readme-example 2>/dev/null
     go mod edit -require "$module@v0.0.0" -replace "$module=$installed"
-    for requirement in $(requirements); do
+    go mod edit -require github.com/golang/protobuf@v1.5.2 # for Debian's release of gRPC alone
+    for requirement in $(requirements) github.com/golang/protobuf; do
         replace "$requirement"
     done
     # Without paths in it, what was built in another folder before is taken from the cache.
     go build -trimpath -o "$outside/as-module" .
 }
 
+rm -f "$program"
+mkdir -p "$(dirname "$program")"
 install_module
 extract_example
 build_in_gopath
