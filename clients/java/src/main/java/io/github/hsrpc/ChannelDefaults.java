@@ -2,10 +2,14 @@ package io.github.hsrpc;
 
 import io.grpc.ChannelCredentials;
 import io.grpc.Grpc;
+import io.grpc.ManagedChannel;
 import io.grpc.ManagedChannelBuilder;
 import java.util.List;
 import java.util.Map;
 import java.util.concurrent.TimeUnit;
+import java.util.function.Consumer;
+import java.util.regex.Matcher;
+import java.util.regex.Pattern;
 
 /** What a channel has unless its user changes it. */
 final class ChannelDefaults {
@@ -30,14 +34,41 @@ final class ChannelDefaults {
     /** The server's largest request: one that is not kept is not tried again. */
     private static final int RETRY_BYTES = 4 << 20;
 
+    private static final Pattern PORT = Pattern.compile("(?<=:)\\d{1,9}$");
+    private static final int MAX_PORT = 65535;
+
     private ChannelDefaults() {}
 
-    static ManagedChannelBuilder<?> newBuilder(String target, ChannelCredentials credentials) {
-        return Grpc.newChannelBuilder(target, credentials)
-                .defaultServiceConfig(SERVICE_CONFIG)
-                .enableRetry()
-                .perRpcBufferLimit(RETRY_BYTES)
-                .keepAliveTime(KEEPALIVE_SECONDS, TimeUnit.SECONDS)
-                .keepAliveTimeout(KEEPALIVE_TIMEOUT_SECONDS, TimeUnit.SECONDS);
+    /**
+     * Opens a channel.
+     *
+     * @throws IllegalArgumentException if it cannot be, with the target or the credentials as they are
+     */
+    static ManagedChannel open(
+            String target, ChannelCredentials credentials, Consumer<ManagedChannelBuilder<?>> change) {
+        try {
+            checkPort(target);
+            ManagedChannelBuilder<?> builder = Grpc.newChannelBuilder(target, credentials)
+                    .defaultServiceConfig(SERVICE_CONFIG)
+                    .enableRetry()
+                    .perRpcBufferLimit(RETRY_BYTES)
+                    .keepAliveTime(KEEPALIVE_SECONDS, TimeUnit.SECONDS)
+                    .keepAliveTimeout(KEEPALIVE_TIMEOUT_SECONDS, TimeUnit.SECONDS);
+            change.accept(builder);
+            return builder.build();
+        } catch (IllegalArgumentException error) {
+            throw new IllegalArgumentException(
+                    "no channel to \"" + target + "\": " + error.getMessage()
+                            + "; give host:port ([host]:port for IPv6) or dns:///name:port, and PEM files for TLS",
+                    error);
+        }
+    }
+
+    /** gRPC's calls to a port that cannot be wait for ever. */
+    private static void checkPort(String target) {
+        Matcher port = PORT.matcher(target);
+        if (port.find() && Integer.parseInt(port.group()) > MAX_PORT) {
+            throw new IllegalArgumentException("port " + port.group() + " is beyond " + MAX_PORT);
+        }
     }
 }

@@ -28,7 +28,9 @@ import io.grpc.StatusRuntimeException;
 import io.grpc.TlsChannelCredentials;
 import io.grpc.stub.AbstractStub;
 import java.io.IOException;
+import java.io.InputStream;
 import java.io.UncheckedIOException;
+import java.nio.file.Files;
 import java.nio.file.Path;
 import java.time.Duration;
 import java.util.List;
@@ -342,7 +344,7 @@ public final class HsrpcClient implements AutoCloseable {
             try {
                 tls.get().trustManager(file.toFile());
             } catch (IOException error) {
-                throw new UncheckedIOException("tlsCa: cannot read " + file, error);
+                throw new UncheckedIOException("tlsCa: cannot read " + error.getMessage(), error);
             }
             return this;
         }
@@ -351,16 +353,18 @@ public final class HsrpcClient implements AutoCloseable {
          * Turns TLS on, with a certificate of the client's own for servers that ask for one.
          *
          * @param certificate file of the certificate, and of those between it and its root, in PEM
-         * @param key file of its private key, in PEM: PKCS #8 ({@code BEGIN PRIVATE KEY}), not encrypted
+         * @param key file of its private key, in PEM, not encrypted
          * @return this builder
          * @throws UncheckedIOException if a file cannot be read
+         * @throws IllegalArgumentException if there is no key in the file of the key
          */
         public Builder tlsCertificate(Path certificate, Path key) {
             tls();
-            try {
-                tls.get().keyManager(certificate.toFile(), key.toFile());
+            try (InputStream chain = Files.newInputStream(certificate);
+                    InputStream pem = PrivateKeyFile.read(key)) {
+                tls.get().keyManager(chain, pem);
             } catch (IOException error) {
-                throw new UncheckedIOException("tlsCertificate: cannot read " + certificate + " or " + key, error);
+                throw new UncheckedIOException("tlsCertificate: cannot read " + error.getMessage(), error);
             }
             return this;
         }
@@ -404,13 +408,11 @@ public final class HsrpcClient implements AutoCloseable {
          * Makes the client, which connects at its first call.
          *
          * @return the client
-         * @throws IllegalArgumentException if the target is no name that gRPC knows, or a TLS file does not hold what
-         *     it should
+         * @throws IllegalArgumentException if the target is no name that gRPC knows, or a file of TLS does not hold
+         *     what it should
          */
         public HsrpcClient build() {
-            ManagedChannelBuilder<?> builder = ChannelDefaults.newBuilder(target, credentials());
-            change.accept(builder);
-            ManagedChannel connections = builder.build();
+            ManagedChannel connections = ChannelDefaults.open(target, credentials(), change);
             ClientInterceptor[] interceptors = token.stream().toArray(ClientInterceptor[]::new);
             return new HsrpcClient(connections, ClientInterceptors.intercept(connections, interceptors), deadline);
         }
