@@ -135,13 +135,9 @@ final class Conformance {
     }
 
     private void stream(Generation generation, Result result) {
-        int pieces = 0;
         for (Delta delta : generation) {
             result.delta(delta);
-            if (!delta.getText().isEmpty() || delta.getTokenIdsCount() > 0) {
-                pieces++;
-            }
-            if (pieces >= cancelAfter) {
+            if (result.deltas >= cancelAfter) {
                 result.cancelled();
                 return;
             }
@@ -184,7 +180,9 @@ final class Conformance {
         private JsonElement error = JsonNull.INSTANCE;
 
         void delta(Delta delta) {
-            deltas++;
+            if (!delta.getText().isEmpty() || delta.getTokenIdsCount() > 0) {
+                deltas++;
+            }
             output(delta.getText(), delta.getTokenIdsList(), delta.getLogprobsList());
         }
 

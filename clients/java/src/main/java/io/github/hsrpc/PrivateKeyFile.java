@@ -88,16 +88,20 @@ final class PrivateKeyFile {
         }
         ByteArrayOutputStream element = new ByteArrayOutputStream();
         element.write(tag);
-        int length = content.size();
-        if (length < 0x80) {
-            element.write(length);
-        } else {
-            element.write(0x82);
-            element.write(length >> 8);
-            element.write(length);
-        }
+        element.writeBytes(length(content.size()));
         element.writeBytes(content.toByteArray());
         return element.toByteArray();
+    }
+
+    /** A length below 64 Ki, in as few bytes as hold it. */
+    private static byte[] length(int length) {
+        if (length < 0x80) {
+            return new byte[] {(byte) length};
+        }
+        if (length < 0x100) {
+            return new byte[] {(byte) 0x81, (byte) length};
+        }
+        return new byte[] {(byte) 0x82, (byte) (length >> 8), (byte) length};
     }
 
     /** The content of the next element of DER, which is taken. */

@@ -11,6 +11,7 @@ import java.nio.file.Files;
 import java.nio.file.Path;
 import java.security.GeneralSecurityException;
 import java.security.KeyFactory;
+import java.security.KeyPair;
 import java.security.KeyPairGenerator;
 import java.security.PrivateKey;
 import java.security.interfaces.ECPrivateKey;
@@ -24,33 +25,42 @@ public final class PrivateKeyFileTest {
     /** Bytes of PKCS #8 in front of what it holds of an RSA key of 2048 bits, and of a key of P-256. */
     private static final int RSA_HEADER = 26;
     private static final int EC_HEADER = 28;
+    /** Bytes of a public key of P-256 in front of the BIT STRING. */
+    private static final int PUBLIC_HEADER = 23;
     /** What SEC 1 says of the curve P-256, and Java does not, since PKCS #8 has said it. */
     private static final byte[] P256 = {(byte) 0xa0, 10, 6, 8, 0x2a, (byte) 0x86, 0x48, (byte) 0xce, 0x3d, 3, 1, 7};
 
     @Test
     public void pkcs8IsTakenAsItIs() throws Exception {
-        PrivateKey key = generate("EC", 256);
+        PrivateKey key = generate("EC", 256).getPrivate();
         assertEquals(key, read("EC", pem("PRIVATE KEY", key.getEncoded())));
     }
 
     @Test
     public void pkcs1IsTaken() throws Exception {
-        PrivateKey key = generate("RSA", 2048);
+        PrivateKey key = generate("RSA", 2048).getPrivate();
         byte[] inside = Arrays.copyOfRange(key.getEncoded(), RSA_HEADER, key.getEncoded().length);
         assertEquals(key, read("RSA", pem("RSA PRIVATE KEY", inside)));
     }
 
     @Test
     public void sec1IsTakenAlsoBehindParameters() throws Exception {
-        PrivateKey key = generate("EC", 256);
-        byte[] inside = Arrays.copyOfRange(key.getEncoded(), EC_HEADER, key.getEncoded().length);
-        inside[1] += (byte) P256.length;
+        KeyPair pair = generate("EC", 256);
+        byte[] key = pair.getPrivate().getEncoded();
+        byte[] point = pair.getPublic().getEncoded();
+        ByteArrayOutputStream fields = new ByteArrayOutputStream();
+        fields.write(key, EC_HEADER + 2, key.length - EC_HEADER - 2);
+        fields.writeBytes(P256);
+        fields.write(0xa1);
+        fields.write(point.length - PUBLIC_HEADER);
+        fields.write(point, PUBLIC_HEADER, point.length - PUBLIC_HEADER);
         ByteArrayOutputStream sec1 = new ByteArrayOutputStream();
-        sec1.writeBytes(inside);
-        sec1.writeBytes(P256);
+        sec1.write(0x30);
+        sec1.write(fields.size());
+        sec1.writeBytes(fields.toByteArray());
         String parameters = pem("EC PARAMETERS", Arrays.copyOfRange(P256, 2, P256.length));
         PrivateKey read = read("EC", parameters + pem("EC PRIVATE KEY", sec1.toByteArray()));
-        assertEquals(((ECPrivateKey) key).getS(), ((ECPrivateKey) read).getS());
+        assertEquals(((ECPrivateKey) pair.getPrivate()).getS(), ((ECPrivateKey) read).getS());
     }
 
     @Test
@@ -65,10 +75,10 @@ public final class PrivateKeyFileTest {
         }
     }
 
-    private static PrivateKey generate(String algorithm, int bits) throws GeneralSecurityException {
+    private static KeyPair generate(String algorithm, int bits) throws GeneralSecurityException {
         KeyPairGenerator generator = KeyPairGenerator.getInstance(algorithm);
         generator.initialize(bits);
-        return generator.generateKeyPair().getPrivate();
+        return generator.generateKeyPair();
     }
 
     private static String pem(String kind, byte[] bytes) {
