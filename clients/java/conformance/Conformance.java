@@ -26,6 +26,7 @@ import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.time.Duration;
+import java.util.Collections;
 import java.util.List;
 import java.util.Optional;
 import java.util.concurrent.Callable;
@@ -33,8 +34,6 @@ import java.util.concurrent.ExecutionException;
 import java.util.concurrent.ExecutorService;
 import java.util.concurrent.Executors;
 import java.util.concurrent.Future;
-import java.util.stream.Collectors;
-import java.util.stream.Stream;
 
 /** Answers the lines of the conformance suite, one JSON object each, with what the client made of them. */
 final class Conformance {
@@ -76,9 +75,8 @@ final class Conformance {
                 if (repeat > 0 && pause.isPresent()) {
                     waitFor(pause.get());
                 }
-                List<Callable<JsonObject>> calls =
-                        Stream.<Callable<JsonObject>>generate(() -> () -> result(client)).limit(streams).collect(Collectors.toList());
-                for (Future<JsonObject> result : threads.invokeAll(calls)) {
+                Callable<JsonObject> one = () -> result(client);
+                for (Future<JsonObject> result : threads.invokeAll(Collections.nCopies(streams, one))) {
                     results.add(result.get());
                 }
             }
@@ -161,6 +159,10 @@ final class Conformance {
         return Duration.ofNanos(Math.round(seconds * 1e9));
     }
 
+    private static double seconds(Duration time) {
+        return time.toNanos() / 1e9;
+    }
+
     /** Tells the runner that this waits, and waits until it may go on. */
     private static void waitFor(Path file) throws IOException, InterruptedException {
         Files.createFile(Path.of(file + ".waiting"));
@@ -211,7 +213,7 @@ final class Conformance {
             object.addProperty("code", exception.code().name());
             object.addProperty("message", exception.getMessage());
             object.add("fields", fields);
-            object.addProperty("retry_delay_s", exception.retryDelay().map(delay -> delay.toNanos() / 1e9).orElse(null));
+            object.addProperty("retry_delay_s", exception.retryDelay().map(Conformance::seconds).orElse(null));
             object.addProperty("reason", exception.reason().orElse(null));
             object.addProperty("domain", exception.domain().orElse(null));
             object.add("metadata", GSON.toJsonTree(exception.metadata()));

@@ -31,7 +31,8 @@ final class Example {
                 System.out.flush();
             }
             Usage usage = answer.finish().orElseThrow().getUsage();
-            System.out.printf("%n%d tokens of prompt, %d of output%n", usage.getPromptTokens(), usage.getCompletionTokens());
+            System.out.printf(
+                    "%n%d tokens of prompt, %d of output%n", usage.getPromptTokens(), usage.getCompletionTokens());
         } catch (HsrpcException error) {
             System.err.println(error.getMessage());
             System.exit(1);

@@ -16,8 +16,8 @@ final class ChannelDefaults {
     /** Of one call. Both statuses come before the server did anything for it. */
     private static final Map<String, Object> RETRY_POLICY = Map.of(
             "maxAttempts", 5.0,
-            "initialBackoff", "0.5s",
-            "maxBackoff", "10s",
+            "initialBackoff", "0.1s",
+            "maxBackoff", "5s",
             "backoffMultiplier", 2.0,
             "retryableStatusCodes", List.of("UNAVAILABLE", "RESOURCE_EXHAUSTED"));
 

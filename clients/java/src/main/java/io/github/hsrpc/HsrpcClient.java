@@ -247,16 +247,18 @@ public final class HsrpcClient implements AutoCloseable {
      * Waits until the server answers and has loaded its model.
      *
      * @param time how long to wait
-     * @throws HsrpcException if it has not by then, or refuses the call for another reason
+     * @throws HsrpcException with {@code DEADLINE_EXCEEDED} if it has not by then; or if it refuses the call for
+     *     another reason than that it is not there yet
      */
     public void waitReady(Duration time) {
         long end = System.nanoTime() + time.toNanos();
         while (true) {
+            Duration left = Duration.ofNanos(end - System.nanoTime());
             try {
-                getModel();
+                call(() -> ready(model, Optional.of(left)).getModel(GetModelRequest.getDefaultInstance()));
                 return;
             } catch (HsrpcException error) {
-                if (error.code() != Status.Code.UNAVAILABLE || System.nanoTime() - end > 0) {
+                if (error.code() != Status.Code.UNAVAILABLE) {
                     throw error;
                 }
             }

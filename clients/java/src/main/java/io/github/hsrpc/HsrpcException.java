@@ -5,7 +5,10 @@ import io.grpc.StatusRuntimeException;
 import java.time.Duration;
 import java.util.List;
 import java.util.Map;
+import java.util.Objects;
 import java.util.Optional;
+import java.util.stream.Collectors;
+import java.util.stream.Stream;
 
 /**
  * A call that failed, with the details that the server gave. Its cause is gRPC's own exception, whose trailers have
@@ -89,14 +92,15 @@ public final class HsrpcException extends RuntimeException {
         return metadata;
     }
 
-    /** The status's own words; where the connection failed, those of what it failed by. */
+    /** Code and first line of the status; where the connection failed, also what it failed by. */
     private static String describe(Status status) {
-        String description = status.getDescription();
+        String description = Objects.requireNonNullElse(status.getDescription(), "");
         Throwable root = status.getCause();
         while (root != null && root.getCause() != null) {
             root = root.getCause();
         }
-        String words = status.getCode() + (description == null ? "" : ": " + description.lines().findFirst().orElse(""));
-        return root == null || root.getMessage() == null ? words : words + ": " + root.getMessage();
+        Stream<String> cause = Stream.ofNullable(root).map(Throwable::getMessage).filter(Objects::nonNull);
+        Stream<String> words = Stream.concat(description.lines().limit(1), cause);
+        return Stream.concat(Stream.of(status.getCode().name()), words).collect(Collectors.joining(": "));
     }
 }

@@ -6,6 +6,9 @@ import io.github.hsrpc.v1.FinishReason;
 import io.github.hsrpc.v1.GenerateRequest;
 import io.github.hsrpc.v1.GenerateResponse;
 import io.github.hsrpc.v1.GenerationServiceGrpc;
+import io.github.hsrpc.v1.GetModelRequest;
+import io.github.hsrpc.v1.GetModelResponse;
+import io.github.hsrpc.v1.ModelServiceGrpc;
 import io.github.hsrpc.v1.Start;
 import io.grpc.Grpc;
 import io.grpc.InsecureServerCredentials;
@@ -49,6 +52,7 @@ final class FakeServer implements AutoCloseable {
         this.answers = List.of(answers);
         server = Grpc.newServerBuilderForPort(port, InsecureServerCredentials.create())
                 .addService(new Service())
+                .addService(new Model())
                 .intercept(new Headers())
                 .build()
                 .start();
@@ -109,6 +113,14 @@ final class FakeServer implements AutoCloseable {
             requests.add(request);
             Answer answer = answers.get(Math.min(requests.size(), answers.size()) - 1);
             answer.to(request, (ServerCallStreamObserver<GenerateResponse>) responses);
+        }
+    }
+
+    private static final class Model extends ModelServiceGrpc.ModelServiceImplBase {
+        @Override
+        public void getModel(GetModelRequest request, StreamObserver<GetModelResponse> response) {
+            response.onNext(GetModelResponse.getDefaultInstance());
+            response.onCompleted();
         }
     }
 

@@ -22,7 +22,7 @@ import org.junit.Test;
 
 /** That options reach the request. */
 public final class GenerateOptionsTest {
-    /** The prompts, which are arguments of the calls; messages, whose fields have methods; and what no server supports. */
+    /** Prompts, which are arguments of the calls; messages, whose fields have methods; what no server supports. */
     private static final Set<String> OTHERS = Set.of(
             "text", "tokenIds", "chat", "sampling", "stopping", "output", "textOptions", "promptLogprobs");
     private static final Map<Class<?>, Object> VALUES = Map.of(
@@ -84,7 +84,11 @@ public final class GenerateOptionsTest {
         method.invoke(builder, Arrays.stream(method.getParameterTypes()).map(VALUES::get).toArray());
         GenerateRequest request = builder.build().request().build();
         return Stream.of(
-                        request, request.getSampling(), request.getStopping(), request.getOutput(), request.getTextOptions())
+                        request,
+                        request.getSampling(),
+                        request.getStopping(),
+                        request.getOutput(),
+                        request.getTextOptions())
                 .flatMap(message -> message.getAllFields().keySet().stream())
                 .map(FieldDescriptor::getJsonName)
                 .filter(name -> !OTHERS.contains(name))

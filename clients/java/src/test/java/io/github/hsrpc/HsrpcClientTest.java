@@ -101,6 +101,21 @@ public final class HsrpcClientTest {
     }
 
     @Test
+    public void aServerThatComesLateIsWaitedFor() throws Exception {
+        FakeServer gone = new FakeServer(STORY);
+        gone.close();
+        try (HsrpcClient client = HsrpcClient.create(gone.target())) {
+            HsrpcException error =
+                    assertThrows(HsrpcException.class, () -> client.waitReady(Duration.ofMillis(300)));
+            assertEquals(Status.Code.DEADLINE_EXCEEDED, error.code());
+            try (FakeServer late = new FakeServer(gone.port(), STORY)) {
+                client.waitReady(Duration.ofMinutes(1));
+                assertTrue(late.requests.isEmpty());
+            }
+        }
+    }
+
+    @Test
     public void theDeadlineIsTheOptionsOwnOrElseTheClients() throws Exception {
         GenerateOptions own = GenerateOptions.builder().deadline(Duration.ofMillis(50)).build();
         try (FakeServer server = new FakeServer(SILENCE);
@@ -162,7 +177,8 @@ public final class HsrpcClientTest {
 
     private static void assertNames(String word, Runnable code) {
         Exception error = assertThrows(Exception.class, code::run);
-        assertTrue(error.toString(), error instanceof IllegalArgumentException || error instanceof UncheckedIOException);
+        List<Class<?>> kinds = List.of(IllegalArgumentException.class, UncheckedIOException.class);
+        assertTrue(error.toString(), kinds.contains(error.getClass()));
         assertTrue(error.getMessage(), error.getMessage().contains(word));
     }
 

@@ -5,7 +5,7 @@ import static org.junit.Assert.assertSame;
 import static org.junit.Assert.assertTrue;
 
 import com.google.protobuf.Any;
-import com.google.protobuf.Message;
+import com.google.protobuf.ByteString;
 import io.github.hsrpc.internal.rpc.BadRequest;
 import io.github.hsrpc.internal.rpc.ErrorInfo;
 import io.github.hsrpc.internal.rpc.LocalizedMessage;
@@ -15,6 +15,7 @@ import io.grpc.Status;
 import io.grpc.StatusRuntimeException;
 import java.nio.charset.StandardCharsets;
 import java.time.Duration;
+import java.util.List;
 import java.util.Map;
 import java.util.Optional;
 import org.junit.Test;
@@ -33,7 +34,10 @@ public final class HsrpcExceptionTest {
         ErrorInfo.Builder errorInfo =
                 ErrorInfo.newBuilder().setReason("LOADING").setDomain("hsrpc").putMetadata("model", "opt");
         HsrpcException error = exception(trailers(
-                LocalizedMessage.getDefaultInstance(), badRequest.build(), retryInfo.build(), errorInfo.build()));
+                Any.pack(LocalizedMessage.getDefaultInstance()),
+                Any.pack(badRequest.build()),
+                Any.pack(retryInfo.build()),
+                Any.pack(errorInfo.build())));
         assertEquals("sampling.top_p", error.fieldViolations().get(0).field());
         assertEquals("2.0 is too much", error.fieldViolations().get(0).description());
         assertEquals(Optional.of(Duration.ofMillis(1500)), error.retryDelay());
@@ -46,13 +50,10 @@ public final class HsrpcExceptionTest {
     public void withoutDetailsThereAreNone() {
         Metadata foreign = new Metadata();
         foreign.put(DETAILS, "no message".getBytes(StandardCharsets.UTF_8));
-        Any broken = Any.newBuilder()
-                .setTypeUrl("type.googleapis.com/google.rpc.RetryInfo")
-                .setValue(com.google.protobuf.ByteString.copyFromUtf8("no message"))
+        Any broken = Any.pack(RetryInfo.getDefaultInstance()).toBuilder()
+                .setValue(ByteString.copyFromUtf8("no message"))
                 .build();
-        Metadata halfForeign = new Metadata();
-        halfForeign.put(DETAILS, io.github.hsrpc.internal.rpc.Status.newBuilder().addDetails(broken).build().toByteArray());
-        for (Metadata trailers : new Metadata[] {null, new Metadata(), foreign, halfForeign}) {
+        for (Metadata trailers : new Metadata[] {null, new Metadata(), foreign, trailers(broken)}) {
             HsrpcException error = exception(trailers);
             assertEquals(Status.Code.UNAVAILABLE, error.code());
             assertTrue(error.fieldViolations().isEmpty());
@@ -78,13 +79,14 @@ public final class HsrpcExceptionTest {
         return HsrpcException.of(new StatusRuntimeException(Status.UNAVAILABLE.withDescription("later"), trailers));
     }
 
-    private static Metadata trailers(Message... details) {
-        io.github.hsrpc.internal.rpc.Status.Builder status = io.github.hsrpc.internal.rpc.Status.newBuilder();
-        for (Message detail : details) {
-            status.addDetails(Any.pack(detail));
-        }
+    private static Metadata trailers(Any... details) {
         Metadata trailers = new Metadata();
-        trailers.put(DETAILS, status.build().toByteArray());
+        trailers.put(
+                DETAILS,
+                io.github.hsrpc.internal.rpc.Status.newBuilder()
+                        .addAllDetails(List.of(details))
+                        .build()
+                        .toByteArray());
         return trailers;
     }
 }

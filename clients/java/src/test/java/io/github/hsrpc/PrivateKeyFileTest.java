@@ -71,7 +71,8 @@ public final class PrivateKeyFileTest {
             pem("DSA PRIVATE KEY", bytes)
         }) {
             IllegalArgumentException error = assertThrows(text, IllegalArgumentException.class, () -> read("EC", text));
-            assertTrue(error.getMessage(), error.getMessage().matches("tlsCertificate: .*key.*\\.pem .*openssl pkcs8.*"));
+            String expected = "tlsCertificate: .*key.*\\.pem .*openssl pkcs8.*";
+            assertTrue(error.getMessage(), error.getMessage().matches(expected));
         }
     }
 
