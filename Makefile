@@ -16,7 +16,7 @@ CALLS ?= 20000
 
 bin := .venv/bin
 installed := .venv/installed
-node_client := clients/node
+node_client := clients/typescript
 interpreter := build/triton/installed
 ray := build/ray-installed
 node_installed := $(if $(shell command -v npm),$(node_client)/node_modules/.package-lock.json)

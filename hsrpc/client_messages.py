@@ -60,8 +60,8 @@ class Settings(TypedDict, total=False):
 class CallError(HsrpcError):
     """A call ended with a status that is not OK.
 
-    `fields` says what is wrong with which field, `reason` is to switch on, `retry_after` is in seconds; all three
-    are filled in only where googleapis-common-protos is installed.
+    `fields` says what is wrong with which field, `reason` is to switch on, within `domain`, and has `metadata`;
+    `retry_after` is in seconds. All are filled in only where googleapis-common-protos is installed.
     """
 
     def __init__(self, code: grpc.StatusCode, message: str, details: bytes | None = None) -> None:
@@ -69,6 +69,8 @@ class CallError(HsrpcError):
         self.message = message
         self.fields: dict[str, str] = {}
         self.reason: str | None = None
+        self.domain: str | None = None
+        self.metadata: dict[str, str] = {}
         self.retry_after: float | None = None
         if details:
             self._read_details(details)
@@ -85,7 +87,7 @@ class CallError(HsrpcError):
             if detail.Unpack(bad):
                 self.fields = {violation.field: violation.description for violation in bad.field_violations}
             elif detail.Unpack(info):
-                self.reason = info.reason
+                self.reason, self.domain, self.metadata = info.reason, info.domain, dict(info.metadata)
             elif detail.Unpack(retry):
                 self.retry_after = retry.retry_delay.ToTimedelta().total_seconds()
 

@@ -11,7 +11,7 @@ from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.registry import REFUSED
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = (".", "docs", "k8s", "proto", "clients", "clients/node", "benchmarks/results")
+FOLDERS = (".", "docs", "k8s", "proto", "clients", "clients/typescript", "benchmarks/results")
 PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
 WIDTH = 120
 GENERATED = ROOT / "benchmarks/results/README.md"
