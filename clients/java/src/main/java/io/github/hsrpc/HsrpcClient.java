@@ -51,9 +51,10 @@ import java.util.function.Supplier;
  * }
  * }</pre>
  *
- * <p>Calls go to every address of the target in turn. A call that the server refuses with {@code UNAVAILABLE} or
- * {@code RESOURCE_EXHAUSTED} is tried again, five times in all, when the server says or else after half a second and
- * more; never once its first message has come. A connection with calls on it is probed after 30 silent seconds.
+ * <p>Calls go to every address of the target in turn. A call that is refused with {@code UNAVAILABLE} or {@code
+ * RESOURCE_EXHAUSTED}, or reaches no server, is made again, five times in all, when the server says or else after a
+ * tenth of a second and more; never once its first message has come. A connection with calls on it is probed after 30
+ * silent seconds. {@link Builder#channel} changes that.
  *
  * <p>Safe for use by many threads, which share its connections: make one and keep it. A {@link Generation} belongs to
  * one thread at a time.
