@@ -37,6 +37,10 @@ class Program:
         except BrokenPipeError:
             raise self._failed(f"ended with {process.wait()}") from None
 
+    @property
+    def has_ended(self) -> bool:
+        return self._process is None or self._process.poll() is not None
+
     def answer(self, name: str, seconds: float) -> list[Result]:
         """Results of the request of that id.
 
@@ -79,7 +83,7 @@ class Program:
             raise ProgramError(f"ended with {code} after the end of its input")
 
     def _start(self) -> subprocess.Popen[str]:
-        with self._log.open("a", encoding="utf-8") as log:
+        with self._log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(  # noqa: S603
                 [self._path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8"
             )
@@ -94,7 +98,7 @@ class Program:
             self._process.kill()
             self._process.wait()
             self._process = None
-        said = self._log.read_text(encoding="utf-8", errors="replace")[-2000:].strip()
+        said = self._log.read_text(encoding="utf-8", errors="replace")[-1500:].strip()
         return ProgramError(f"{problem}; its stderr: {said or 'nothing'}")
 
 

@@ -1,16 +1,16 @@
-// Streams a continuation: node example.js [HOST:PORT] [PROMPT]
+// Streams a continuation, after `make build`: node example.js [HOST:PORT] [PROMPT]
 
-import { Client } from "./client.js";
+import { CallError, Client, FinishReason } from "hsrpc-client";
 
-const [target = "127.0.0.1:50051", text = "Once upon a time"] = process.argv.slice(2);
+const [target = "localhost:50051", prompt = "Once upon a time"] = process.argv.slice(2);
 const client = new Client(target);
 try {
-  for await (const { delta, finish } of client.generate({ text, stopping: { maxTokens: 64 } })) {
-    process.stdout.write(delta?.text ?? "");
-    if (finish) console.log(`\n[${finish.reason}, ${finish.usage.completionTokens} tokens]`);
-  }
+  const stream = client.generate(prompt, { stopping: { maxTokens: 64 } });
+  for await (const { text } of stream) process.stdout.write(text);
+  console.log(`\n[${FinishReason[stream.finish.reason]}, ${stream.finish.usage.completionTokens} tokens]`);
 } catch (error) {
-  console.error(`${error.code}: ${error.details}`);
+  if (!(error instanceof CallError)) throw error;
+  console.error(`${error.code}: ${error.message}`);
   process.exitCode = 1;
 } finally {
   client.close();
