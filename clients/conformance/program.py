@@ -14,7 +14,7 @@ from clients.conformance.result import Json, Result
 
 _END_SECONDS = 20
 _NO_WAY = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
-"""A proxy that is not there: a client reaches a server on its own machine without one, whatever the environment says."""
+"""A proxy that is not there: a client reaches a server on its own machine without one."""
 
 
 class ProgramError(Exception):
