@@ -24,20 +24,18 @@ examples:
   python -m clients.conformance --markdown docs/clients.md
   python -m clients.conformance --list                   the cases, and what each is for
 """
-
-
-STDOUT = Path("-")
+_STDOUT = Path("-")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases; 0: all passed."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     suite = Suite.load()
     try:
         suite = suite.named(options.case) if options.case else suite
     except ValueError as error:
-        print(f"--case: {error}", file=sys.stderr)
-        return 2
+        parser.error(f"--case: {error}")
     if options.list:
         for case in suite.cases:
             print(f"{case.name:28} {case.about}")
@@ -47,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1
+    if options.markdown not in (None, _STDOUT) and (options.case or list(programs) != languages()):
+        parser.error("--markdown: a page has all cases of all languages, and these are fewer")
     outcomes = _run(suite, programs)
     if options.markdown is not None:
         _write(options.markdown, tables(suite, outcomes, {name: versions(name) for name in programs}))
@@ -81,7 +81,7 @@ def _run(suite: Suite, programs: dict[str, Path]) -> list[Outcome]:
 
 
 def _write(page: Path, found: Mapping[str, str]) -> None:
-    if page == STDOUT:
+    if page == _STDOUT:
         print("\n\n".join(found.values()))
     else:
         page.write_text(replace_tables(page.read_text(encoding="utf-8"), found), encoding="utf-8")
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "--markdown",
         nargs="?",
         type=Path,
-        const=STDOUT,
+        const=_STDOUT,
         metavar="PAGE",
         help="print the results as tables, or put them into this page, between the marks of each",
     )

@@ -76,9 +76,9 @@ class Runner:
         request = filled_in(case.request, server.direct.tokenize)
         reference = self._reference(case, request, server)
         pause_file = self._folder / f"{language}-{case.name.replace(' ', '-')}"
-        num_refusals = server.num_refusals
         busy = server.occupied(_BLOCKER_TOKENS[case.occupied]) if case.occupied else nullcontext()
         with busy:
+            num_refusals = server.num_refusals
             program.ask(_line(case, request, server, pause_file))
             if case.pause is not None:
                 yield from _paused(case, server, pause_file, program)

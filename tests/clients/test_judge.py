@@ -106,7 +106,7 @@ def test_every_case_can_be_read():
     assert {case.server for case in suite.cases} == set(suite.servers)
     with pytest.raises(ValueError, match="tokens in"):
         Case.read({"name": "it", "about": "", "call": "text", "request": {}, "tokens": 3})
-    with pytest.raises(ValueError, match="'no such' is no case; there are: streamed text, "):
+    with pytest.raises(ValueError, match="'no such' is no case; there are: 'streamed text', "):
         suite.named(["no such"])
     assert suite.named(["cancel"]).cases[0].client == Identity()
 
