@@ -17,10 +17,15 @@ import java.util.NoSuchElementException;
 import java.util.concurrent.CountDownLatch;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicInteger;
+import org.junit.Rule;
 import org.junit.Test;
+import org.junit.rules.Timeout;
 
 /** What a generation does with the responses to it. */
 public final class GenerationTest {
+    @Rule
+    public final Timeout timeout = Timeout.seconds(60);
+
     private static final int PIECE_LENGTH = 1 << 16;
     private static final int PIECES = 2000;
     /** Netty's windows end at 8 MiB, and the server counts a piece when it hands it over. */

@@ -18,10 +18,15 @@ import java.nio.file.Files;
 import java.nio.file.Path;
 import java.time.Duration;
 import java.util.List;
+import org.junit.Rule;
 import org.junit.Test;
+import org.junit.rules.Timeout;
 
 /** What a client does with its calls: retries, deadlines, tokens, reconnecting. */
 public final class HsrpcClientTest {
+    @Rule
+    public final Timeout timeout = Timeout.seconds(60);
+
     private static final Metadata.Key<String> PUSHBACK =
             Metadata.Key.of("grpc-retry-pushback-ms", Metadata.ASCII_STRING_MARSHALLER);
     private static final FakeServer.Answer STORY = says(first("Once"), piece(" more"), last());
