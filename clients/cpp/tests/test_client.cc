@@ -4,12 +4,17 @@
 #include <grpcpp/server.h>
 #include <grpcpp/server_builder.h>
 
-#include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <cstddef>
 #include <cstdlib>
 #include <functional>
 #include <future>
 #include <iostream>
+#include <iterator>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -53,6 +58,13 @@ bool fails(const std::function<void()>& action, StatusCode code) {
   return throws<hsrpc::Error>(action, std::string(hsrpc::code_name(code)) + ": ");
 }
 
+/// What a server saw of a call.
+struct Seen {
+  v1::GenerateRequest request;
+  std::multimap<std::string, std::string> metadata;
+  std::chrono::system_clock::time_point deadline;
+};
+
 /// A server whose Generate is a function of the test's.
 class Server final : public v1::GenerationService::Service {
  public:
@@ -61,7 +73,6 @@ class Server final : public v1::GenerationService::Service {
 
   explicit Server(Answer answer) : answer_(std::move(answer)) {
     grpc::ServerBuilder builder;
-    builder.SetMaxReceiveMessageSize(-1);
     builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port_);
     builder.RegisterService(this);
     server_ = builder.BuildAndStart();
@@ -73,27 +84,38 @@ class Server final : public v1::GenerationService::Service {
 
   std::string target() const { return "127.0.0.1:" + std::to_string(port_); }
   int num_calls() const { return num_calls_; }
-
-  std::atomic<bool> cancelled{false};
-  std::multimap<std::string, std::string> metadata;  // of the last call
-  std::chrono::system_clock::time_point deadline;    // of the last call
+  /// Whether a call has been cancelled.
+  bool cancelled() const { return cancelled_; }
+  /// The last call.
+  Seen seen() {
+    const std::lock_guard lock(mutex_);
+    return seen_;
+  }
 
  private:
   grpc::Status Generate(grpc::ServerContext* context, const v1::GenerateRequest* request, Writer* writer) override {
     ++num_calls_;
-    deadline = context->deadline();
-    metadata.clear();
-    for (const auto& [name, value] : context->client_metadata()) {
-      metadata.emplace(std::string(name.data(), name.size()), std::string(value.data(), value.size()));
-    }
+    see(*context, *request);
     const grpc::Status status = answer_(*request, writer);
-    cancelled = context->IsCancelled();
+    if (context->IsCancelled()) cancelled_ = true;
     return status;
+  }
+
+  void see(const grpc::ServerContext& context, const v1::GenerateRequest& request) {
+    Seen seen{request, {}, context.deadline()};
+    for (const auto& [name, value] : context.client_metadata()) {
+      seen.metadata.emplace(std::string(name.data(), name.size()), std::string(value.data(), value.size()));
+    }
+    const std::lock_guard lock(mutex_);
+    seen_ = seen;
   }
 
   Answer answer_;
   int port_ = 0;
   std::atomic<int> num_calls_{0};
+  std::atomic<bool> cancelled_{false};
+  std::mutex mutex_;
+  Seen seen_;
   std::unique_ptr<grpc::Server> server_;
 };
 
@@ -265,8 +287,8 @@ void test_leaving_a_loop_cancels_the_call() {
     CHECK(delta.text() == "x");
     break;
   }
-  for (int i = 0; i < 500 && !server.cancelled; ++i) std::this_thread::sleep_for(milliseconds(10));
-  CHECK(server.cancelled);
+  for (int i = 0; i < 500 && !server.cancelled(); ++i) std::this_thread::sleep_for(milliseconds(10));
+  CHECK(server.cancelled());
 }
 
 void test_a_stream_outlives_its_client() {
@@ -313,10 +335,9 @@ void test_a_call_is_made_again_until_an_answer_begins() {
   Server refusing([&](const v1::GenerateRequest& request, Server::Writer* writer) {
     return refusals-- > 0 ? grpc::Status(StatusCode::RESOURCE_EXHAUSTED, "full") : spell(request, writer);
   });
-  const std::string prompt(1'000'000, 'x');  // beyond what gRPC would keep for another attempt by itself
   v1::GenerateRequest request;
   request.set_text("fox");
-  request.set_model(prompt);
+  request.set_model(std::string(1'000'000, 'x'));  // more than gRPC would keep for another attempt by itself
   CHECK(hsrpc::Client(refusing.target()).complete(request).text == "fox");
   CHECK(refusing.num_calls() == 3);
 
@@ -338,15 +359,16 @@ void test_calls_bring_token_and_metadata() {
   hsrpc::CallOptions options;
   options.metadata.emplace("x-hsrpc-client", "me");
   hsrpc::Client(server.target(), with_token("secret")).complete("fox", {}, options);
-  CHECK(server.metadata.count("authorization") == 1);
-  CHECK(server.metadata.find("authorization")->second == "Bearer secret");
-  CHECK(server.metadata.find("x-hsrpc-client")->second == "me");
+  const auto metadata = server.seen().metadata;
+  CHECK(metadata.count("authorization") == 1);
+  CHECK(metadata.find("authorization")->second == "Bearer secret");
+  CHECK(metadata.find("x-hsrpc-client")->second == "me");
 }
 
 void test_a_call_has_its_own_deadline_or_the_clients() {
   Server server(spell);
   hsrpc::Client client(server.target(), with_timeout(std::chrono::hours(1)));
-  const auto left = [&] { return server.deadline - std::chrono::system_clock::now(); };
+  const auto left = [&] { return server.seen().deadline - std::chrono::system_clock::now(); };
   client.complete("fox");
   CHECK(left() > std::chrono::minutes(59) && left() <= std::chrono::minutes(61));
   client.complete("fox", {}, {std::chrono::hours(5), {}});
@@ -355,9 +377,7 @@ void test_a_call_has_its_own_deadline_or_the_clients() {
 }
 
 void test_a_conversation_takes_the_place_of_the_input() {
-  v1::GenerateRequest seen;
-  Server server([&](const v1::GenerateRequest& request, Server::Writer* writer) {
-    seen = request;
+  Server server([](const v1::GenerateRequest&, Server::Writer* writer) {
     write(writer, "x", true);
     return grpc::Status::OK;
   });
@@ -365,12 +385,15 @@ void test_a_conversation_takes_the_place_of_the_input() {
   settings.mutable_sampling()->set_temperature(0);
   settings.mutable_chat()->add_tools("{}");
   settings.mutable_chat()->add_messages()->set_role("system");
-  hsrpc::Client(server.target()).complete_chat({hsrpc::message("user", "Hi")}, settings);
-  CHECK(seen.sampling().has_temperature());
-  CHECK(seen.chat().tools_size() == 1 && seen.chat().messages_size() == 1);
-  CHECK(seen.chat().messages(0).role() == "user" && seen.chat().messages(0).content() == "Hi");
-  hsrpc::Client(server.target()).complete("Hi", settings);
-  CHECK(seen.text() == "Hi" && !seen.has_chat());
+  hsrpc::Client client(server.target());
+  client.complete_chat({hsrpc::message("user", "Hi")}, settings);
+  const v1::GenerateRequest chat = server.seen().request;
+  CHECK(chat.sampling().has_temperature());
+  CHECK(chat.chat().tools_size() == 1 && chat.chat().messages_size() == 1);
+  CHECK(chat.chat().messages(0).role() == "user" && chat.chat().messages(0).content() == "Hi");
+  client.complete("Hi", settings);
+  const v1::GenerateRequest text = server.seen().request;
+  CHECK(text.text() == "Hi" && !text.has_chat());
 }
 
 }  // namespace
