@@ -88,8 +88,9 @@ proto-check: $(installed) ## Check proto/ for style and breaking changes, and hs
 	@$(proto) --check
 
 .PHONY: manifests
-manifests: $(installed) ## Validate the Kubernetes manifests, offline
-	@$(pytest) tests/test_manifests.py
+manifests: $(installed) ## Check the Kubernetes manifests, offline (promtool of Debian's prometheus tests alerts)
+	@$(bin)/yamllint --strict k8s tests/k8s .yamllint.yaml
+	@$(pytest) -rs tests/k8s
 
 .PHONY: clean
 clean: ## Remove the environments and everything else that was built

@@ -52,6 +52,7 @@ class Settings(TypedDict, total=False):
     max_message_delay: float
     priority: int
     request_id: str
+    cache_salt: str
     model: str
     timeout: float
     """Seconds after which the call ends with DEADLINE_EXCEEDED and its work is stopped."""
@@ -246,7 +247,7 @@ def _read_finish(finish: v1.Finish) -> Finish:
     matched = finish.WhichOneof("matched")
     return Finish(
         reason=FinishReason(v1.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_")),
-        usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.preemptions),
+        usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.preemptions, usage.cached_tokens),
         timings=Timings(*map(_seconds, (timings.queue, timings.prefill, timings.decode, timings.first_token))),
         matched_stop=getattr(finish, matched) if matched else None,
     )

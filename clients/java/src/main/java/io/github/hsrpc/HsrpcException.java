@@ -7,7 +7,6 @@ import java.util.List;
 import java.util.Map;
 import java.util.Objects;
 import java.util.Optional;
-import java.util.stream.Collectors;
 import java.util.stream.Stream;
 
 /**
@@ -94,13 +93,17 @@ public final class HsrpcException extends RuntimeException {
 
     /** Code and first line of the status; where the connection failed, also what it failed by. */
     private static String describe(Status status) {
-        String description = Objects.requireNonNullElse(status.getDescription(), "");
-        Throwable root = status.getCause();
-        while (root != null && root.getCause() != null) {
-            root = root.getCause();
+        StringBuilder words = new StringBuilder(status.getCode().name());
+        Stream.ofNullable(status.getDescription()).flatMap(String::lines).limit(1).forEach(line -> add(words, line));
+        for (Throwable cause = status.getCause(); cause != null; cause = cause.getCause()) {
+            add(words, Objects.requireNonNullElse(cause.getMessage(), ""));
         }
-        Stream<String> cause = Stream.ofNullable(root).map(Throwable::getMessage).filter(Objects::nonNull);
-        Stream<String> words = Stream.concat(description.lines().limit(1), cause);
-        return Stream.concat(Stream.of(status.getCode().name()), words).collect(Collectors.joining(": "));
+        return words.toString();
+    }
+
+    private static void add(StringBuilder words, String more) {
+        if (words.indexOf(more) < 0) {
+            words.append(": ").append(more);
+        }
     }
 }

@@ -106,6 +106,18 @@ public final class HsrpcClientTest {
     }
 
     @Test
+    public void callsGoToEveryAddressInTurn() throws Exception {
+        try (FakeServer one = new FakeServer(STORY);
+                FakeServer two = new FakeServer(STORY);
+                Addresses addresses = new Addresses(one.port(), two.port());
+                HsrpcClient client = HsrpcClient.create(addresses.getDefaultScheme() + ":///")) {
+            while (one.requests.isEmpty() || two.requests.isEmpty()) {
+                client.generate("a").complete();
+            }
+        }
+    }
+
+    @Test
     public void aServerThatComesLateIsWaitedFor() throws Exception {
         FakeServer gone = new FakeServer(STORY);
         gone.close();

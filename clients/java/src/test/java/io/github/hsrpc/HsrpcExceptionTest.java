@@ -68,10 +68,10 @@ public final class HsrpcExceptionTest {
     public void theMessageSaysWhatTheConnectionFailedBy() {
         Status status = Status.UNAVAILABLE
                 .withDescription("io exception\nChannel Pipeline: [a, b]")
-                .withCause(new IllegalStateException("outer", new IllegalStateException("no route")));
+                .withCause(new IllegalStateException("no route: /10.0.0.1", new IllegalStateException("no route")));
         StatusRuntimeException cause = status.asRuntimeException();
         HsrpcException error = HsrpcException.of(cause);
-        assertEquals("UNAVAILABLE: io exception: no route", error.getMessage());
+        assertEquals("UNAVAILABLE: io exception: no route: /10.0.0.1", error.getMessage());
         assertSame(cause, error.getCause());
     }
 
