@@ -19,7 +19,12 @@ installed := .venv/installed
 node_client := clients/node
 interpreter := build/triton/installed
 ray := build/ray-installed
-node_installed := $(if $(shell command -v npm),$(node_client)/node_modules/.package-lock.json)
+uv := build/uv/bin/uv
+node_installed := $(if $(shell command -v npm),# Beside the environment: only who makes the locks anew needs it.
+$(uv): | $(installed)
+	@$(bin)/pip install -qq --disable-pip-version-check --target build/uv uv
+
+$(node_client)/node_modules/.package-lock.json)
 proto := PYTHON=$(bin)/python BUF=$(bin)/buf tools/proto.sh
 
 # One core per worker: torch's own threads would only compete with the other workers.
@@ -68,6 +73,7 @@ lint: $(installed) proto-check ## Check style, format, types, the proto files an
 	@$(bin)/ruff check .
 	@$(bin)/ruff format --check .
 	@$(bin)/mypy
+	@$(bin)/hadolint Dockerfile
 
 .PHONY: format
 format: $(installed) ## Fix style and format
@@ -86,6 +92,10 @@ proto-check: $(installed) ## Check proto/ for style and breaking changes, and hs
 .PHONY: manifests
 manifests: $(installed) ## Validate the Kubernetes manifests, offline
 	@$(pytest) tests/test_manifests.py
+
+.PHONY: lock
+lock: $(uv) ## Write requirements/, what the images install: one version of each package, and its hashes
+	@UV=$(uv) tools/lock.sh
 
 .PHONY: clean
 clean: ## Remove the environments and everything else that was built
@@ -108,6 +118,10 @@ $(ray): $(installed)
 	@$(bin)/pip install -qq --disable-pip-version-check -c constraints.txt 'ray[data]'
 	@mkdir -p $(@D)
 	@touch $@
+
+# Beside the environment: only who makes the locks anew needs it.
+$(uv): | $(installed)
+	@$(bin)/pip install -qq --disable-pip-version-check --target build/uv uv
 
 $(node_client)/node_modules/.package-lock.json: $(node_client)/package.json $(node_client)/package-lock.json
 	@npm ci --prefix $(node_client) --silent --no-audit --no-fund

@@ -277,12 +277,3 @@ def test_the_model_lies_on_the_claim_that_the_job_fills():
     model = build_parser().parse_args(["serve", *container["args"]]).model
     assert Path(model).is_relative_to(mount["mountPath"])
     assert model == pod(job)["containers"][0]["command"][-1]
-
-
-def test_the_image_is_what_the_manifests_say():
-    """The Dockerfile's user and port are the manifests', and its entry point is `hsrpc serve` on all addresses."""
-    text = (ROOT / "Dockerfile").read_text()
-    context = pod(DEPLOYMENT)["securityContext"]
-    assert f"USER {context['runAsUser']}:{context['runAsGroup']}\n" in text
-    assert f"EXPOSE {ServerConfig().port}\n" in text
-    assert text.endswith('ENTRYPOINT ["hsrpc", "serve", "--host", "0.0.0.0"]\n')
