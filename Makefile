@@ -20,11 +20,8 @@ node_client := clients/node
 interpreter := build/triton/installed
 ray := build/ray-installed
 uv := build/uv/bin/uv
-node_installed := $(if $(shell command -v npm),# Beside the environment: only who makes the locks anew needs it.
-$(uv): | $(installed)
-	@$(bin)/pip install -qq --disable-pip-version-check --target build/uv uv
-
-$(node_client)/node_modules/.package-lock.json)
+node_installed := $(if $(shell command -v npm),$(node_client)/node_modules/.package-lock.json)
+workflows := $(wildcard .github/workflows/*.yml)
 proto := PYTHON=$(bin)/python BUF=$(bin)/buf tools/proto.sh
 
 # One core per worker: torch's own threads would only compete with the other workers.
@@ -69,11 +66,13 @@ guard: $(installed) ## Hold the speed of the engine's data path against the refe
 	@$(bin)/python -m benchmarks.guard
 
 .PHONY: lint
-lint: $(installed) proto-check ## Check style, format, types, the proto files and their stubs
+lint: $(installed) proto-check ## Check style, format, types, proto files, stubs, Dockerfile and workflows
 	@$(bin)/ruff check .
 	@$(bin)/ruff format --check .
 	@$(bin)/mypy
 	@$(bin)/hadolint Dockerfile
+	@$(bin)/check-jsonschema --builtin-schema vendor.github-workflows $(workflows)
+	@$(bin)/zizmor --offline --quiet $(workflows)
 
 .PHONY: format
 format: $(installed) ## Fix style and format

@@ -91,6 +91,14 @@ def test_the_locks_have_all_that_hsrpc_needs(files):
     assert "setuptools" in versions  # which builds hsrpc itself
 
 
+def test_the_lock_of_the_build_has_what_builds_the_wheel():
+    """The backend that pyproject.toml asks for, and the program that calls it."""
+    versions = pinned("build")
+    [needed] = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"])
+    assert needed.specifier.contains(versions[needed.name])
+    assert "build" in versions
+
+
 def test_the_locks_differ_by_what_cuda_needs():
     """One set of versions but for torch; of NVIDIA's libraries and Triton the CPU's has none."""
     cpu, cuda = pinned("cpu", "torch-cpu"), pinned("cuda")
