@@ -89,8 +89,9 @@ proto-check: $(installed) ## Check proto/ for style and breaking changes, and hs
 	@$(proto) --check
 
 .PHONY: manifests
-manifests: $(installed) ## Validate the Kubernetes manifests, offline
-	@$(pytest) tests/test_manifests.py
+manifests: $(installed) ## Check the Kubernetes manifests, offline (promtool of Debian's prometheus tests alerts)
+	@$(bin)/yamllint --strict k8s tests/k8s .yamllint.yaml
+	@$(pytest) -n auto --dist worksteal tests/k8s
 
 .PHONY: lock
 lock: $(uv) ## Write requirements/, what the images install: one version of each package, and its hashes

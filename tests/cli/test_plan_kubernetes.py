@@ -17,10 +17,9 @@ from hsrpc.config import BUNDLED_MODEL
 from hsrpc.engine.startup import plan_for
 from hsrpc.plan.known_machines import find_machine
 from tests.k8s.kubelet import start
-from tests.k8s.manifests import ROOT, Manifest, of_kind, pod_spec, render
 from tests.k8s.pod import Cluster, Container
+from tests.k8s.rendering import K8S, ROOT, Manifest, find, kustomize, pod_of
 
-K8S = ROOT / "k8s"
 KUBERNETES = "1.30"
 ELSEWHERE = ("--hardware=rtx3090", "--gpu-memory=3GiB", "--host-memory=16GiB", "--max-batch=16", "--max-model-len=1024")
 SHAPE = ("--model=random:opt-1.3b", *ELSEWHERE)
@@ -37,13 +36,13 @@ def overlay(hsrpc, tmp_path):
         assert ran.err.endswith(
             f"saved {tmp_path}/overlay/kustomization.yaml; next: kubectl apply -k {tmp_path}/overlay\n"
         )
-        return render(tmp_path / "overlay")
+        return kustomize(tmp_path / "overlay")
 
     return make
 
 
 def container_of(manifests: list[Manifest], folder: Path, **claims: Path) -> Container:
-    [deployment] = of_kind(manifests, "Deployment")
+    deployment = find(manifests, "Deployment")
     named = {name.replace("_", "-"): path for name, path in claims.items()}
     [container] = Cluster(manifests, folder, named).pod(deployment["spec"]["template"]).containers
     return container
@@ -83,8 +82,8 @@ def test_the_manifests_are_valid_and_ask_for_what_the_plan_takes(overlay):
     manifests = overlay(*SHAPE, "--read-rate=10MB")
     for manifest in manifests:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
-    [deployment] = of_kind(manifests, "Deployment")
-    [server] = pod_spec(deployment)["containers"]
+    deployment = find(manifests, "Deployment")
+    [server] = pod_of(deployment)["containers"]
     requests, limits = server["resources"]["requests"], server["resources"]["limits"]
     assert requests["nvidia.com/gpu"] == limits["nvidia.com/gpu"] == 1
     assert requests["memory"] == limits["memory"] == "24Gi"
@@ -126,7 +125,7 @@ def test_a_model_on_a_volume(place, entries, hsrpc, overlay, tmp_path, monkeypat
     shutil.copytree(BUNDLED_MODEL, on_volume)
     options = (f"--model={model}", *ELSEWHERE, "--max-model-len=256")
     manifests = overlay(*options)
-    assert [each["data"] for each in of_kind(manifests, "ConfigMap") if "MODEL_NAME" in each["data"]] == [entries]
+    assert [each["data"] for each in manifests if each["kind"] == "ConfigMap"] == [entries]
     container = container_of(manifests, tmp_path, hsrpc_models=volume)
     assert f"--model={on_volume}" in container.command
     assert_same(planned_in(container, monkeypatch), printed(hsrpc, *options))
@@ -135,8 +134,8 @@ def test_a_model_on_a_volume(place, entries, hsrpc, overlay, tmp_path, monkeypat
 async def test_the_pod_of_a_plan_for_the_cpu_starts(hsrpc, overlay, tmp_path):
     """Without a GPU, with memory for both budgets and the process; it becomes ready here, within that memory."""
     manifests = overlay(*HERE)
-    [deployment] = of_kind(manifests, "Deployment")
-    [server] = pod_spec(deployment)["containers"]
+    deployment = find(manifests, "Deployment")
+    [server] = pod_of(deployment)["containers"]
     assert server["resources"]["limits"] == {"memory": "1184Mi"}
     server["startupProbe"]["periodSeconds"] = server["readinessProbe"]["periodSeconds"] = 1
     async with start(Cluster(manifests, tmp_path).pod(deployment["spec"]["template"])) as running:

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tests.k8s.manifests import ROOT
+from tests.k8s.rendering import ROOT
 
 _PORT_VARIABLE = "HSRPC_PORT"
 """Moves the port that the server listens on where no argument names one."""

@@ -25,8 +25,8 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.k8s.manifests import Manifest
 from tests.k8s.pod import ADDRESS, Container, Pod, UnknownError
+from tests.k8s.rendering import Manifest
 
 MIN_GRACE = 2.0
 """Seconds from SIGTERM to SIGKILL, even if the hook before took all of the grace period."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.k8s.image import Image, find_image
-from tests.k8s.manifests import Manifest, of_kind
+from tests.k8s.rendering import Manifest, title
 
 ADDRESS = "127.0.0.1"
 """Of the pod, its node and every service."""
@@ -118,18 +118,29 @@ class Cluster:
     claims: Mapping[str, Path] = field(default_factory=dict)
     """Of persistent volume claims, by name."""
 
-    def pod(self, template: Manifest, name: str = "hsrpc-0", annotations: Mapping[str, str] | None = None) -> Pod:
-        """The pod of a workload's template.
+    def pod(self, template: Manifest, name: str = "hsrpc-0", index: int | None = None) -> Pod:
+        """The pod of a workload's template; `index`: of an indexed job.
 
         Raises:
             UnknownError: it has something that cannot be modelled.
         """
-        return _Builder(self, template, name, annotations or {}).pod()
+        return _Builder(self, template, name, index).pod()
+
+    def pods(self, job: Manifest) -> list[Pod]:
+        """The pods of an indexed job, each with its index.
+
+        Raises:
+            UnknownError: it is none, or its pods have something that cannot be modelled.
+        """
+        if job["spec"].get("completionMode") != "Indexed":
+            raise UnknownError(f"{title(job)} is no indexed job")
+        name = job["metadata"]["name"]
+        return [self.pod(job["spec"]["template"], f"{name}-{each}", each) for each in range(job["spec"]["completions"])]
 
     def data(self, kind: str, name: str, *, optional: bool = False) -> dict[str, bytes]:
         """Entries of a ConfigMap or Secret."""
-        for manifest in of_kind(self.manifests, kind):
-            if manifest["metadata"]["name"] == name:
+        for manifest in self.manifests:
+            if title(manifest) == f"{kind}/{name}":
                 encoded = {**manifest.get("binaryData", {}), **(manifest.get("data", {}) if kind == "Secret" else {})}
                 plain = {**manifest.get("stringData", {}), **(manifest.get("data", {}) if kind != "Secret" else {})}
                 decoded = {key: base64.b64decode(value) for key, value in encoded.items()}
@@ -144,7 +155,7 @@ class _Builder:
     cluster: Cluster
     template: Manifest
     name: str
-    annotations: Mapping[str, str]
+    index: int | None
 
     def pod(self) -> Pod:
         spec = self.template["spec"]
@@ -209,6 +220,7 @@ class _Builder:
     def _environment(self, spec: Manifest) -> dict[str, str]:
         """Variables of services, then those of `envFrom`, then those of `env`, each with those before it."""
         env = dict(self._service_variables())
+        env |= {} if self.index is None else {"JOB_COMPLETION_INDEX": str(self.index)}
         for source in spec.get("envFrom", []):
             kind, key = ("Secret", "secretRef") if "secretRef" in source else ("ConfigMap", "configMapRef")
             entries = self.cluster.data(kind, source[key]["name"], optional=source[key].get("optional", False))
@@ -225,8 +237,8 @@ class _Builder:
         yield "KUBERNETES_SERVICE_PORT", "443"
         if not self.template["spec"].get("enableServiceLinks", True):
             return
-        for service in of_kind(self.cluster.manifests, "Service"):
-            if service["spec"].get("clusterIP") == "None":
+        for service in self.cluster.manifests:
+            if service["kind"] != "Service" or service["spec"].get("clusterIP") == "None":
                 continue
             name, port = service["metadata"]["name"].upper().replace("-", "_"), service["spec"]["ports"][0]["port"]
             yield f"{name}_SERVICE_HOST", ADDRESS
@@ -264,7 +276,7 @@ class _Builder:
         }
         maps = {
             "labels": metadata.get("labels", {}),
-            "annotations": {**metadata.get("annotations", {}), **self.annotations},
+            "annotations": metadata.get("annotations", {}),
         }
         if found := re.fullmatch(r"metadata\.(labels|annotations)\['(.+)'\]", path):
             return str(maps[found[1]].get(found[2], ""))

@@ -16,7 +16,7 @@ from hsrpc import __version__
 from hsrpc.cli.main import build_parser
 from hsrpc.server.config import ServerConfig
 from tests.k8s.image import Image, find_image
-from tests.k8s.manifests import OVERLAYS, ROOT, of_kind, pod_spec, render
+from tests.k8s.rendering import NAMES, ROOT, find, pod_of, rendered
 
 DOCKERFILE = ROOT / "Dockerfile"
 REQUIREMENTS = ROOT / "requirements"
@@ -50,8 +50,7 @@ def test_the_image_serves_on_all_addresses_and_downloads_nothing(image):
 
 def test_the_image_s_user_is_that_of_the_manifests(image):
     """By number, which runAsNonRoot needs."""
-    [deployment] = of_kind(render(OVERLAYS / "cpu-demo"), "Deployment")
-    context = pod_spec(deployment)["securityContext"]
+    context = pod_of(find(rendered("base"), "Deployment"))["securityContext"]
     assert image.user == f"{context['runAsUser']}:{context['runAsGroup']}"
 
 
@@ -111,7 +110,7 @@ def test_the_locks_differ_by_what_cuda_needs():
 
 def test_the_tags_that_manifests_name_are_targets_of_this_version():
     """Each image of this repository in an overlay, by the name that the Dockerfile says how to give."""
-    text = "".join(str(render(folder)) for folder in OVERLAYS.iterdir())
+    text = "".join(str(rendered(name)) for name in NAMES)
     named = set(re.findall(r"'image': '(hsrpc:[^']+)'", text))
     text = DOCKERFILE.read_text()
     assert named

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.k8s.kubelet import PodError, start
-from tests.k8s.manifests import Manifest
 from tests.k8s.pod import Cluster, Container, Place, Pod, UnknownError
+from tests.k8s.rendering import Manifest
 
 HANDLES = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('up', flush=True); "
 LASTS = "time.sleep(60)"
