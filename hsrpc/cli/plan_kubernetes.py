@@ -19,7 +19,7 @@ from hsrpc.model.shapes import RANDOM_PREFIX
 FILE = "kustomization.yaml"
 
 _GIB, _MIB = 2**30, 2**20
-_PROCESS_BYTES = {DeviceKind.CUDA: 8 * _GIB, DeviceKind.CPU: 1 * _GIB}
+PROCESS_BYTES = {DeviceKind.CUDA: 8 * _GIB, DeviceKind.CPU: 1 * _GIB}
 """Host memory beside the budgets: the interpreter with torch (0.35 GiB on a CPU), CUDA's libraries and context, what is
 packed or converted while loading, requests, and responses that are not read yet. An allowance, not a measure."""
 _CPUS = 8
@@ -55,7 +55,7 @@ class Overlay:
     @property
     def process_bytes(self) -> int:
         """Host memory beside the budgets."""
-        return _PROCESS_BYTES[self.planned.question.machine.kind]
+        return PROCESS_BYTES[self.planned.question.machine.kind]
 
     @property
     def memory(self) -> int:

@@ -13,12 +13,13 @@ import yaml
 
 from hsrpc.cli.main import build_parser
 from hsrpc.cli.options import engine_config
-from hsrpc.config import BUNDLED_MODEL
+from hsrpc.cli.plan_kubernetes import PROCESS_BYTES
+from hsrpc.config import BUNDLED_MODEL, DeviceKind, parse_bytes
 from hsrpc.engine.startup import plan_for
 from hsrpc.plan.known_machines import find_machine
 from tests.k8s.kubelet import start
 from tests.k8s.pod import Cluster, Container
-from tests.k8s.rendering import K8S, ROOT, Manifest, find, kustomize, pod_of
+from tests.k8s.rendering import K8S, ROOT, Manifest, bytes_of, find, kustomize, pod_of, rendered
 
 KUBERNETES = "1.30"
 ELSEWHERE = ("--hardware=rtx3090", "--gpu-memory=3GiB", "--host-memory=16GiB", "--max-batch=16", "--max-model-len=1024")
@@ -95,7 +96,7 @@ def test_the_manifests_are_valid_and_ask_for_what_the_plan_takes(overlay):
 
 def test_defaults_become_numbers_that_a_pod_finds_everywhere(hsrpc, overlay, tmp_path, monkeypatch):
     """Shares of what is free are of another node's; whole MiB stand in their place, for the same plan."""
-    container = container_of(overlay("--model=random:opt-1.3b", "--hardware=rtx3090", "--max-model-len=1024"), tmp_path)
+    container = container_of(overlay(*SHAPE[:2], *SHAPE[4:]), tmp_path)
     [device] = [word for word in container.command if word.startswith("--gpu-memory=")]
     [host] = [word for word in container.command if word.startswith("--host-memory=")]
     assert (device, host) == ("--gpu-memory=21196MiB", "--host-memory=52428MiB")
@@ -196,3 +197,11 @@ def test_help_has_an_example(hsrpc):
     out = hsrpc("plan", "--help").out
     assert "--kubernetes --output k8s/overlays/opt-13b" in out
     assert "kubectl apply -k k8s/overlays/opt-13b" in out
+
+
+def test_the_overlays_give_the_process_as_much():
+    """What stands in the manifests by hand is the sum that a plan makes."""
+    [server] = pod_of(find(rendered("overlays/single-gpu"), "Deployment"))["containers"]
+    [budget] = [word.partition("=")[2] for word in server["args"] if word.startswith("--host-memory=")]
+    memory = bytes_of(server["resources"]["limits"]["memory"])
+    assert memory == parse_bytes(budget, "host_memory") + PROCESS_BYTES[DeviceKind.CUDA]

@@ -12,9 +12,6 @@ from pathlib import Path
 
 from tests.k8s.rendering import ROOT
 
-_PORT_VARIABLE = "HSRPC_PORT"
-"""Moves the port that the server listens on where no argument names one."""
-
 
 @dataclass(frozen=True, slots=True)
 class Image:
@@ -55,10 +52,6 @@ class Image:
         binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         env = self.env | {"PATH": self.env["PATH"].replace("/opt/hsrpc/bin:$PATH", binaries)}
         return replace(self, env=env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-
-    def listening(self, ports: dict[int, int]) -> dict[str, str]:
-        """Variables that move the port which no argument names; `ports`: from the image's to those of this machine."""
-        return {_PORT_VARIABLE: str(ports[self.ports[0]])} if self.ports else {}
 
 
 def find_image(reference: str) -> Image | None:

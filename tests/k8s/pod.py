@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.k8s.image import Image, find_image
+from tests.k8s.image import find_image
 from tests.k8s.rendering import Manifest, title
 
 ADDRESS = "127.0.0.1"
@@ -174,11 +174,10 @@ class _Builder:
         return [*spec.get("initContainers", []), *spec["containers"]]
 
     def _ports(self, spec: Manifest) -> dict[int, int]:
-        """A free port of this machine for each that containers, probes, arguments or images name."""
+        """A free port of this machine for each that containers, probes or arguments name."""
         numbers: set[int] = set()
         for container in self._all(spec):
-            image = find_image(container["image"]) or Image()
-            numbers |= {*image.ports, *(port["containerPort"] for port in container.get("ports", []))}
+            numbers |= {port["containerPort"] for port in container.get("ports", [])}
             probes = [container.get(f"{kind}Probe", {}) for kind in ("startup", "readiness", "liveness")]
             asked = (value.get("port") for probe in probes for value in probe.values() if isinstance(value, dict))
             numbers |= {port for port in asked if isinstance(port, int)}
@@ -206,7 +205,7 @@ class _Builder:
         return Container(
             name=spec["name"],
             command=[*place.arguments(command), *place.arguments(arguments)],
-            env=image.listening(dict(ports)) | env | {"HOSTNAME": self.name},
+            env=env | {"HOSTNAME": self.name},
             folder=folder,
             memory=_quantity(spec.get("resources", {}).get("limits", {}).get("memory")),
             restarts="Always" in (spec.get("restartPolicy"), self.template["spec"].get("restartPolicy", "Always")),

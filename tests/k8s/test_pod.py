@@ -185,24 +185,59 @@ def test_sidecars_of_other_images_are_named(tmp_path):
     assert pod("envoy", tmp_path).left_out == ["envoy"]
 
 
-async def test_a_job_answers_a_file_of_requests(tmp_path):
-    """Each index its share of the lines, on the bundled model: an answer to each request, and no faults."""
-    volume = tmp_path / "volume"
-    volume.mkdir()
-    body = {"model": "storyteller", "prompt": PROMPT, "max_tokens": 5}
+def batch_volume(folder: Path, requests: int, tokens: int) -> Path:
+    """A volume with a file of requests."""
+    folder.mkdir()
+    body = {"model": "storyteller", "prompt": PROMPT, "max_tokens": tokens, "seed": 1}
     request = {"method": "POST", "url": "/v1/completions", "body": body}
-    lines = [json.dumps({"custom_id": str(number), **request}) for number in range(7)]
-    (volume / "requests.jsonl").write_text("\n".join(lines))
+    lines = [json.dumps({"custom_id": str(number), **request}) for number in range(requests)]
+    (folder / "requests.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def batch_pods(volume: Path, folder: Path) -> list[Pod]:
+    """The pods of the component batch on the bundled model, with sizes as an overlay gives them."""
     manifests = rendered("batch")
     job = find(manifests, "Job", "hsrpc-batch")
-    pods = Cluster(manifests, tmp_path, claims={"hsrpc-batch": volume}).pods(job)
-    assert len(pods) == job["spec"]["completions"] > 1
+    [container] = pod_of(job)["containers"]
+    container["args"] += ["--device=cpu", "--gpu-memory=64MiB", "--host-memory=64MiB", "--max-model-len=384"]
+    return Cluster(manifests, folder, claims={"hsrpc-batch": volume}).pods(job)
+
+
+def answered(volume: Path) -> list[int]:
+    """Numbers of the requests that have answers, all of them good."""
+    answers = [json.loads(line) for file in volume.glob("answers-?.jsonl") for line in file.read_text().splitlines()]
+    assert {answer["response"]["status_code"] for answer in answers} <= {200}
+    return sorted(int(answer["custom_id"]) for answer in answers)
+
+
+async def test_a_job_answers_a_file_of_requests(tmp_path):
+    """Each index its share of the lines, on the bundled model: an answer to each request, and no faults."""
+    volume = batch_volume(tmp_path / "volume", requests=7, tokens=5)
+    pods = batch_pods(volume, tmp_path)
+    assert len(pods) == 2
     for each in pods:
         async with start(each) as running:
             await running.completion(120)
-    answers = [json.loads(line) for file in volume.glob("answers-*.jsonl") for line in file.read_text().splitlines()]
-    assert sorted(answer["custom_id"] for answer in answers) == [str(number) for number in range(7)]
-    assert {answer["response"]["status_code"] for answer in answers} == {200}
+    assert answered(volume) == list(range(7))
+
+
+async def test_a_job_s_pod_that_has_to_leave_goes_on_elsewhere(tmp_path):
+    """It ends by SIGTERM, with what is done written; the next one does the rest, and nothing twice."""
+    volume = batch_volume(tmp_path / "volume", requests=120, tokens=120)
+    async with start(batch_pods(volume, tmp_path)[0]) as running:
+        while not answered(volume):
+            running.check()
+            await asyncio.sleep(0.05)
+        [ended] = await running.delete()
+    assert ended.code == 128 + signal.SIGINT
+    assert "goes on with the rest" in ended.log
+    done = answered(volume)
+    assert len(done) < 60
+    async with start(batch_pods(volume, tmp_path)[0]) as running:
+        await running.completion(120)
+    assert answered(volume) == list(range(0, 120, 2))
+    assert set(done) <= set(answered(volume))
 
 
 def test_what_downloads_is_let_to(tmp_path):
@@ -225,7 +260,7 @@ def missing_file(spec: Manifest) -> None:
 
 
 def service_links(spec: Manifest) -> None:
-    """A Service named hsrpc puts HSRPC_PORT=tcp://... into its pods, as Kubernetes does unless told not to."""
+    """A Service named hsrpc puts HSRPC_SERVICE_HOST and others into its pods, unless Kubernetes is told not to."""
     del spec["enableServiceLinks"]
 
 
@@ -261,7 +296,7 @@ def quick(spec: Manifest) -> None:
     [
         (misspelt_flag, "exited with 2\n.*unrecognized arguments: --host-memroy=512MiB"),
         (missing_file, "exited with 2\n.*/settings/hsrpc.toml: No such file"),
-        (service_links, "exited with 2\n.*HSRPC_PORT = 'tcp://"),
+        (service_links, "exited with 2\n.*environment variable HSRPC_SERVICE_HOST is no setting"),
         (little_memory, "OOMKilled: [0-9]+ bytes, and the limit is 104857600"),
         (wrong_startup_service, "startup probe failed 3 times, 1 s apart"),
         (wrong_liveness_service, "liveness probe failed 2 times, 1 s apart"),
