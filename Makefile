@@ -16,7 +16,7 @@ CALLS ?= 20000
 
 bin := .venv/bin
 installed := .venv/installed
-node_client := clients/node
+node_client := clients/typescript
 interpreter := build/triton/installed
 ray := build/ray-installed
 uv := build/uv/bin/uv
@@ -91,7 +91,7 @@ proto-check: $(installed) ## Check proto/ for style and breaking changes, and hs
 .PHONY: manifests
 manifests: $(installed) ## Check the Kubernetes manifests, offline (promtool of Debian's prometheus tests alerts)
 	@$(bin)/yamllint --strict k8s tests/k8s .yamllint.yaml
-	@$(pytest) -n auto --dist worksteal tests/k8s
+	@$(pytest) -rs -n auto --dist worksteal tests/k8s
 
 .PHONY: lock
 lock: $(uv) ## Write requirements/, what the images install: one version of each package, and its hashes

@@ -87,6 +87,17 @@ def test_images_are_those_of_the_dockerfile(release):
     )
 
 
+def test_a_release_names_what_is_there(release):
+    """The folder of the client, the lock of the build, and what checks all of it."""
+    steps = [step for job in release["jobs"].values() for step in job["steps"]]
+    [client] = {step["working-directory"] for step in steps if "working-directory" in step}
+    assert (ROOT / client / "package-lock.json").is_file()
+    commands = "\n".join(step.get("run", "") for step in steps)
+    for file in ("requirements/build.txt", ".ci/run"):
+        assert file in commands
+        assert (ROOT / file).is_file()
+
+
 def test_what_never_ran_says_so():
     """In its own first lines, and where releases are described."""
     assert "has never run" in RELEASE.read_text().split("\nname:")[0]

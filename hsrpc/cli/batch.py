@@ -236,7 +236,8 @@ class _Batch:
                 print_error(f"hsrpc: {self.done} lines were done before; going on with the rest")
             if self.options.target is None:
                 self._observe()
-            with running_source(self.options, names=self.names, observe=self.efficiency) as (run, source):
+            context = running_source(self.options, names=self.names, observe=self.efficiency, retries=False)
+            with context as (run, source):
                 self._run(run, source, windows, survey, outputs)
 
     @contextmanager
