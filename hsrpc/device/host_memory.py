@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 _RESERVED_SHARE = 1 / 16
 """Part of a machine's memory that its kernel may keep for itself, so that it never becomes free."""
+_NO_LIMIT = sys.maxsize // mmap.PAGESIZE * mmap.PAGESIZE
+"""What version 1 has in place of a limit."""
 _CAP_IPC_LOCK = 14
 """Number of the capability with which RLIMIT_MEMLOCK does not count."""
 
@@ -107,7 +109,8 @@ def _limits(group: Path, files: _Files) -> Iterator[GroupLimit]:
             left = size - int((group / files.used).read_text()) + _cached(group)
         except (OSError, ValueError):  # no such control group, or `max`: no limit
             continue
-        yield GroupLimit(left, size, group / name)
+        if size < _NO_LIMIT:
+            yield GroupLimit(left, size, group / name)
 
 
 def _cached(group: Path) -> int:

@@ -21,7 +21,7 @@ def test_a_service_that_is_not_there(hsrpc, address):
 
 def test_nobody_listens(hsrpc):
     """1, and the address."""
-    ran = hsrpc("health", "--target=127.0.0.1:1", "--timeout=1")
+    ran = hsrpc("health", "--target=127.0.0.1:1", "--timeout=30")
     assert (ran.code, ran.out) == (1, "")
     assert ran.err.startswith("hsrpc: error: UNAVAILABLE: ")
 
