@@ -84,7 +84,7 @@ class Overlay:
         """The kustomization, as YAML."""
         components = [*([] if self._on_cpu else ["gpu"]), *(["model-volume"] if self._directory else [])]
         lines = [
-            *(f"# {line}" for line in self._remarks()),
+            *(f"# {' '.join(line.split())}" for line in self._remarks()),  # a folder's name may have anything in it
             "apiVersion: kustomize.config.k8s.io/v1beta1",
             "kind: Kustomization",
             "resources:",

@@ -111,12 +111,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
     ("place", "entries"),
     [
         ("stories", {"MODEL_NAME": "stories", "MODEL_REVISION": "local"}),
+        ("two\nlines: 1", {"MODEL_NAME": "two\nlines: 1", "MODEL_REVISION": "local"}),
         (
             f"hub/models--org--Tales/snapshots/{COMMIT}",
             {"MODEL_ID": "org/Tales", "MODEL_NAME": "Tales", "MODEL_REVISION": COMMIT},
         ),
     ],
-    ids=["directory", "hub"],
+    ids=["directory", "odd", "hub"],
 )
 def test_a_model_on_a_volume(place, entries, hsrpc, overlay, tmp_path, monkeypatch):
     """Mounted where the server reads it, in a folder of its name; a model of the hub is pinned to its commit."""

@@ -15,11 +15,11 @@ import os
 import signal
 import ssl
 import time
-import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
 import grpc
@@ -47,7 +47,7 @@ class Ended:
     code: int
     """Exit code; 128 + n after signal n."""
     seconds: float
-    """From the deletion of the pod, or from its start where it was not deleted."""
+    """From the deletion of the pod."""
     log: str
 
 
@@ -132,7 +132,7 @@ def _gets(spec: Manifest, container: Container, seconds: float) -> bool:
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=seconds, context=context):
             return True
-    except OSError:
+    except (OSError, HTTPException):
         return False
 
 
@@ -152,7 +152,7 @@ class _Running:
     container: Container
     process: asyncio.subprocess.Process
     log: Path
-    began: float
+    supervised: asyncio.Task[None] = field(init=False)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """The startup probe has succeeded, or there is none."""
     ready: bool = False
@@ -162,13 +162,21 @@ class _Running:
     peak_memory: int = 0
     """Bytes that cannot be reclaimed, at most so far."""
 
-    def tail(self) -> str:
+    def __post_init__(self) -> None:
+        self.supervised = asyncio.create_task(self._supervise())
+
+    def ended(self, began: float) -> Ended:
+        """How the process ended; `began`: clock of what led to it."""
+        code = self.process.returncode or 0
+        return Ended(self.container.name, _exit_code(code), time.monotonic() - began, self._tail())
+
+    def _tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
 
     def error(self, problem: str) -> PodError:
-        return PodError(f"{self.container.name}: {problem}\n{' '.join(self.container.command)}\n{self.tail()}")
+        return PodError(f"{self.container.name}: {problem}\n{' '.join(self.container.command)}\n{self._tail()}")
 
-    async def supervise(self) -> None:
+    async def _supervise(self) -> None:
         """Probe and watch until the process ends; nobody may have to start it again."""
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(self._watch())
@@ -222,8 +230,9 @@ class _Running:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     async def end(self, deadline: float) -> None:
-        """Run the hook, then SIGTERM, then SIGKILL once the grace period is over."""
-        self.deleted = True
+        """Run the hook, then SIGTERM, then SIGKILL once the grace period is over, unless the process has ended."""
+        if self.process.returncode is not None:
+            return
         before = self.container.spec.get("lifecycle", {}).get("preStop")
         if before is not None:
             with suppress(TimeoutError):
@@ -263,9 +272,12 @@ class RunningPod:
     """A pod whose containers have been started."""
 
     pod: Pod
-    _running: list[_Running]
-    _began: float
-    _supervised: dict[str, asyncio.Task[None]]
+    _sidecars: list[_Running] = field(default_factory=list)
+    _containers: list[_Running] = field(default_factory=list)
+
+    @property
+    def _all(self) -> list[_Running]:
+        return [*self._sidecars, *self._containers]
 
     async def ready(self, seconds: float) -> None:
         """Wait until every container is ready.
@@ -273,36 +285,30 @@ class RunningPod:
         Raises:
             PodError: one failed before, or the time is over.
         """
-        await self._until(lambda: all(each.ready for each in self._running), seconds, "is not ready")
+        await self._until(lambda: all(each.ready for each in self._all), seconds, "is not ready")
 
     async def _until(self, condition: Callable[[], bool], seconds: float, problem: str) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             self.check()
             if time.monotonic() > deadline:
-                raise self._running[-1].error(f"{problem} after {seconds:g} s")
+                raise self._all[-1].error(f"{problem} after {seconds:g} s")
             await asyncio.sleep(0.02)
 
     def check(self) -> None:
         """Raise what failed, if anything did."""
-        for task in self._supervised.values():
+        for task in (each.supervised for each in self._all):
             if task.done() and not task.cancelled() and (error := task.exception()) is not None:
                 raise _only(error)
 
-    def address(self, port: int, container: str | None = None) -> str:
-        """HOST:PORT on this machine of a port of the pod."""
-        [running] = [each for each in self._running if each.container.name == (container or self._main)]
-        return f"{ADDRESS}:{running.container.port(port)}"
-
-    @property
-    def _main(self) -> str:
-        return self.pod.containers[0].name
+    def address(self, port: int) -> str:
+        """HOST:PORT on this machine of a port of the pod's first container."""
+        return f"{ADDRESS}:{self.pod.containers[0].port(port)}"
 
     async def terminated(self) -> None:
         """Wait until SIGTERM has been sent to the containers."""
-        for each in self._running:
-            if each.container in self.pod.containers:
-                await each.terminated.wait()
+        for each in self._containers:
+            await each.terminated.wait()
 
     async def unready(self, seconds: float) -> None:
         """Ask the readiness probes, out of turn, until one fails.
@@ -313,17 +319,17 @@ class RunningPod:
         deadline = time.monotonic() + seconds
         while await self.answers_ready():
             if time.monotonic() > deadline:
-                raise self._running[-1].error(f"is still ready after {seconds:g} s")
+                raise self._all[-1].error(f"is still ready after {seconds:g} s")
 
     async def answers_ready(self) -> bool:
         """Ask all readiness probes now, out of turn; whether all succeed."""
-        probes = [Probe.of(container, "readiness") for container in (*self.pod.sidecars, *self.pod.containers)]
+        probes = [Probe.of(each.container, "readiness") for each in self._all]
         return all([await probe.succeeds() for probe in probes if probe is not None])
 
     @property
     def peak_memory(self) -> dict[str, int]:
         """Bytes of each container that could not be reclaimed, at most so far."""
-        return {each.container.name: each.peak_memory for each in self._running}
+        return {each.container.name: each.peak_memory for each in self._all}
 
     async def delete(self) -> list[Ended]:
         """End the pod within its grace period: containers together, then sidecars from the last on.
@@ -332,24 +338,15 @@ class RunningPod:
             PodError: a container failed before.
         """
         self.check()
-        loop = asyncio.get_running_loop()
-        began, deadline = loop.time(), loop.time() + self.pod.grace
-        names = {each.name for each in self.pod.sidecars}
-        ended: list[Ended] = []
-
-        async def end(running: _Running) -> None:
-            await running.end(deadline)
-            code = _exit_code(running.process.returncode or 0)
-            ended.append(Ended(running.container.name, code, loop.time() - began, running.tail()))
-
-        async with asyncio.TaskGroup() as group:
-            for running in self._running:
-                running.deleted = True
-                if running.container.name not in names:
-                    group.create_task(end(running))
-        for running in reversed(self._running):
-            if running.container.name in names:
-                await end(running)
+        began = time.monotonic()
+        deadline = asyncio.get_running_loop().time() + self.pod.grace
+        for each in self._all:
+            each.deleted = True
+        await asyncio.gather(*(each.end(deadline) for each in self._containers))
+        ended = [each.ended(began) for each in self._containers]
+        for each in reversed(self._sidecars):
+            await each.end(deadline)
+            ended.append(each.ended(began))
         return ended
 
     async def completion(self, seconds: float) -> list[Ended]:
@@ -358,39 +355,27 @@ class RunningPod:
         Raises:
             PodError: one ended with another code than 0, or the time is over.
         """
-        names = {each.name for each in self.pod.containers}
-        running = [each for each in self._running if each.container.name in names]
-        await self._until(lambda: all(each.process.returncode is not None for each in running), seconds, "runs on")
-        ended = [Ended(each.container.name, 0, time.monotonic() - self._began, each.tail()) for each in running]
-        await asyncio.sleep(0)
-        for each in running:
-            await asyncio.wait([self._supervised[each.container.name]])
-        self.check()
-        return [*ended, *[each for each in await self.delete() if each.name not in names]]
+        await self._until(lambda: all(each.supervised.done() for each in self._containers), seconds, "runs on")
+        return await self.delete()
 
 
 @asynccontextmanager
 async def start(pod: Pod) -> AsyncIterator[RunningPod]:
     """Start a pod's containers: each sidecar once the one before it has started. Nothing of them stays behind."""
-    running: list[_Running] = []
-    supervised: dict[str, asyncio.Task[None]] = {}
-    started = RunningPod(pod, running, time.monotonic(), supervised)
+    running = RunningPod(pod)
     try:
-        for container in (*pod.sidecars, *pod.containers):
-            each = await _start(container)
-            running.append(each)
-            supervised[container.name] = asyncio.create_task(each.supervise())
-            if container in pod.sidecars:
-                await started._until(each.started.is_set, 600, "has not started")
-        yield started
+        for container in pod.sidecars:
+            running._sidecars.append(await _start(container))
+            await running._until(running._sidecars[-1].started.is_set, 600, "has not started")
+        for container in pod.containers:
+            running._containers.append(await _start(container))
+        yield running
     finally:
-        for each in running:
+        for each in running._all:
             each.kill()
-        for task in supervised.values():
-            task.cancel()
-        await asyncio.gather(*supervised.values(), return_exceptions=True)
-        for each in running:
-            await each.process.wait()
+            each.supervised.cancel()
+        await asyncio.gather(*(each.supervised for each in running._all), return_exceptions=True)
+        await asyncio.gather(*(each.process.wait() for each in running._all))
 
 
 async def _start(container: Container) -> _Running:
@@ -408,7 +393,7 @@ async def _start(container: Container) -> _Running:
             )
         except FileNotFoundError as error:
             raise PodError(f"{container.name}: {container.command[0]} is not in the image") from error
-    return _Running(container, process, log, time.monotonic())
+    return _Running(container, process, log)
 
 
 def _exit_code(code: int) -> int:
