@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clients.conformance.cases import Suite
-from clients.conformance.languages import BuildError, build, languages, missing, versions
+from clients.conformance.languages import OWN, BuildError, build, languages, remedy, versions
 from clients.conformance.run import Outcome, Runner
 from clients.conformance.servers import Servers
-from clients.conformance.table import conformance_table, version_table
+from clients.conformance.table import replace_tables, tables
 
 _EXAMPLES = """
 examples:
@@ -20,34 +20,36 @@ examples:
   python -m clients.conformance --language go            one language
   python -m clients.conformance --language go --case "stop string" --case cancel
   python -m clients.conformance --program ./my-client    a program of your own, in any language
-  python -m clients.conformance --markdown               the tables of docs/clients.md
+  python -m clients.conformance --markdown               the results as tables
+  python -m clients.conformance --markdown docs/clients.md
   python -m clients.conformance --list                   the cases, and what each is for
 """
+_STDOUT = Path("-")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases; 0: all passed."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     suite = Suite.load()
     try:
         suite = suite.named(options.case) if options.case else suite
     except ValueError as error:
-        print(f"--case: {error}", file=sys.stderr)
-        return 2
+        parser.error(f"--case: {error}")
     if options.list:
         for case in suite.cases:
             print(f"{case.name:28} {case.about}")
         return 0
     try:
-        programs = {"program": options.program} if options.program else _built(options.language or languages())
+        programs = {OWN: options.program} if options.program else _built(options.language or languages())
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1
+    if options.markdown not in (None, _STDOUT) and (options.case or list(programs) != languages()):
+        parser.error("--markdown: a page has all cases of all languages, and these are fewer")
     outcomes = _run(suite, programs)
-    if options.markdown:
-        print(conformance_table(suite, outcomes))
-        print()
-        print(version_table({language: versions(language) for language in programs}))
+    if options.markdown is not None:
+        _write(options.markdown, tables(suite, outcomes, {name: versions(name) for name in programs}))
     failed = [outcome for outcome in outcomes if not outcome.passed]
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} passed", file=sys.stderr)
     return 1 if failed or not outcomes else 0
@@ -57,8 +59,8 @@ def _built(names: Sequence[str]) -> dict[str, Path]:
     """Programs by language; what cannot be built here is left out, with a line."""
     programs = {}
     for name in names:
-        if lacking := missing(name):
-            print(f"{name}: left out; it needs: apt-get install {lacking}", file=sys.stderr)
+        if left_out := remedy(name):
+            print(left_out, file=sys.stderr)
         else:
             print(f"{name}: building", file=sys.stderr)
             programs[name] = build(name)
@@ -78,6 +80,13 @@ def _run(suite: Suite, programs: dict[str, Path]) -> list[Outcome]:
     return outcomes
 
 
+def _write(page: Path, found: Mapping[str, str]) -> None:
+    if page == _STDOUT:
+        print("\n\n".join(found.values()))
+    else:
+        page.write_text(replace_tables(page.read_text(encoding="utf-8"), found), encoding="utf-8")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m clients.conformance",
@@ -91,7 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--program", type=Path, metavar="FILE", help="run this one, which is built already")
     parser.add_argument("--case", action="append", metavar="NAME", help="this case alone; may be given again")
-    parser.add_argument("--markdown", action="store_true", help="print the tables of docs/clients.md")
+    parser.add_argument(
+        "--markdown",
+        nargs="?",
+        type=Path,
+        const=_STDOUT,
+        metavar="PAGE",
+        help="print the results as tables, or put them into this page, between the marks of each",
+    )
     parser.add_argument("--list", action="store_true", help="print the cases, and exit")
     return parser
 

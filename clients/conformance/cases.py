@@ -137,7 +137,7 @@ class Suite:
         known = {case.name: case for case in self.cases}
         for name in names:
             if name not in known:
-                raise ValueError(f"{name!r} is no case; there are: {', '.join(known)}")
+                raise ValueError(f"{name!r} is no case; there are: {', '.join(map(repr, known))}")
         return type(self)(self.servers, tuple(known[name] for name in names))
 
 

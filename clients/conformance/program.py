@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import subprocess
 import threading
@@ -12,6 +13,8 @@ from typing import IO
 from clients.conformance.result import Json, Result
 
 _END_SECONDS = 20
+_NO_WAY = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+"""A proxy that is not there: a client reaches a server on its own machine without one."""
 
 
 class ProgramError(Exception):
@@ -85,7 +88,13 @@ class Program:
     def _start(self) -> subprocess.Popen[str]:
         with self._log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(  # noqa: S603
-                [self._path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8"
+                [self._path],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=os.environ | _NO_WAY,
+                text=True,
+                encoding="utf-8",
             )
         assert self._process.stdout is not None
         self._lines = queue.SimpleQueue()

@@ -19,9 +19,9 @@ _WAIT_SECONDS = 30
 _IDLE_SECONDS = 5
 _MAX_FAILURES = 3
 """Cases in a row whose program ends or says nothing, after which the others are not run."""
-_BLOCKER_TOKENS = {Occupied.UNTIL_REFUSED: 500, Occupied.THROUGHOUT: 100}
-"""Output of the calls that keep a server busy: long ones, so that no call slips in between two, and shorter ones, so
-that the server asks for a short delay."""
+_BLOCKER_TOKENS = {Occupied.UNTIL_REFUSED: 500, Occupied.THROUGHOUT: 40}
+"""Output of the calls that keep a server busy: long ones, so that a refusal comes before the first of them ends, and
+short ones, so that the server asks for a short delay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,9 @@ class Runner:
         request = filled_in(case.request, server.direct.tokenize)
         reference = self._reference(case, request, server)
         pause_file = self._folder / f"{language}-{case.name.replace(' ', '-')}"
-        num_refusals = server.num_refusals
         busy = server.occupied(_BLOCKER_TOKENS[case.occupied]) if case.occupied else nullcontext()
         with busy:
+            num_refusals = server.num_refusals
             program.ask(_line(case, request, server, pause_file))
             if case.pause is not None:
                 yield from _paused(case, server, pause_file, program)

@@ -24,8 +24,8 @@ TOKEN = "conformance-token-0123456789abcdef"
 _READY_SECONDS = 120
 _STOP_SECONDS = 30
 _FULL_SECONDS = 30
-_BLOCKERS = 2
-"""Calls that fill a server of one running and one waiting request."""
+_FULL = (1, 3)
+"""Requests that run and wait at a server of which no more may wait."""
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,12 @@ class RunningServer:
         """Keeps the server busy with calls of this many tokens, one after the other."""
         over = threading.Event()
         request = {"text": "Once upon a time", "stopping": {"maxTokens": max_tokens, "ignoreEos": True}}
-        blockers = [threading.Thread(target=self._block, args=(request, over)) for _ in range(_BLOCKERS)]
+        blockers = [threading.Thread(target=self._block, args=(request, over)) for _ in range(sum(_FULL))]
         for blocker in blockers:
             blocker.start()
         try:
-            if not until(lambda: self.direct.load() == (1, 1), _FULL_SECONDS):
-                raise RuntimeError(f"{_BLOCKERS} calls do not fill the server:\n{self.log}")
+            if not until(lambda: self.direct.load() == _FULL, _FULL_SECONDS):
+                raise RuntimeError(f"{sum(_FULL)} calls do not fill the server:\n{self.log}")
             yield
         finally:
             over.set()

@@ -11,6 +11,26 @@ from clients.conformance.run import Outcome
 _MARKS = {True: "yes", False: "**no**", None: "-"}
 
 
+def tables(suite: Suite, outcomes: Sequence[Outcome], versions: Mapping[str, str]) -> dict[str, str]:
+    """Each table by its name."""
+    return {"conformance": conformance_table(suite, outcomes), "versions": version_table(versions)}
+
+
+def replace_tables(page: str, found: Mapping[str, str]) -> str:
+    """A page with each table in place of what stands between `<!-- table: NAME -->` and `<!-- end -->`.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    for name, table in found.items():
+        head, mark, rest = page.partition(f"<!-- table: {name} -->\n")
+        _, end, tail = rest.partition("<!-- end -->")
+        if not end:
+            raise ValueError(f"no place for a table: <!-- table: {name} --> and <!-- end --> are not there")
+        page = f"{head}{mark}{table}\n{end}{tail}"
+    return page
+
+
 def conformance_table(suite: Suite, outcomes: Sequence[Outcome]) -> str:
     """Markdown: cases down, languages across."""
     languages = list(dict.fromkeys(outcome.language for outcome in outcomes))
@@ -28,5 +48,5 @@ def version_table(versions: Mapping[str, str]) -> str:
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [f"| {' | '.join(line)} |" for line in (head, *body)]
+    return "\n".join((lines[0], f"|{'---|' * len(head)}", *lines[1:]))
