@@ -19,7 +19,7 @@ import openai
 import pytest
 import trustme
 
-from hsrpc.client import AsyncClient, CallError
+from hsrpc.client import NO_RETRIES, AsyncClient, CallError
 from tests.k8s.kubelet import PodError, RunningPod, start
 from tests.k8s.pod import Cluster, Pod
 from tests.k8s.rendering import COMPONENTS, K8S, Manifest, compose, find, overlays, pod_of, rendered, title
@@ -99,8 +99,12 @@ class Traffic:
 
 @asynccontextmanager
 async def traffic(running: RunningPod, streams: int, **connection: Any) -> AsyncIterator[Traffic]:
-    """Streams of different lengths, all under way; left when all have ended. `connection`: of the client."""
-    async with AsyncClient(running.address(PORT), **connection) as client, asyncio.TaskGroup() as group:
+    """Streams of different lengths, all under way; left when all have ended. `connection`: of the client.
+
+    Refusals are not tried again: they are to be seen, and there is no other pod.
+    """
+    client = AsyncClient(running.address(PORT), options=NO_RETRIES, **connection)
+    async with client, asyncio.TaskGroup() as group:
         flowing = Traffic(client)
         for number in range(streams):
             group.create_task(flowing.flow(240 + 200 * number // streams))
