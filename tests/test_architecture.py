@@ -44,7 +44,7 @@ ALLOWED = {
         *("engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"),
     },
     "cli": {
-        *("bench", "batch", "source", "client", "server", "v1"),
+        *("bench", "batch", "source", "client", "client_channel", "client_messages", "client_proxy", "server", "v1"),
         *("engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"),
     },
     "__main__": {"cli"},
