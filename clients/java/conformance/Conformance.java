@@ -10,7 +10,7 @@ import com.google.protobuf.util.JsonFormat;
 import io.github.hsrpc.Completion;
 import io.github.hsrpc.FieldViolation;
 import io.github.hsrpc.GenerateOptions;
-import io.github.hsrpc.Generation;
+import io.github.hsrpc.GenerationStream;
 import io.github.hsrpc.HsrpcClient;
 import io.github.hsrpc.HsrpcException;
 import io.github.hsrpc.v1.Delta;
@@ -105,7 +105,7 @@ final class Conformance {
         return builder.build();
     }
 
-    private Generation start(HsrpcClient client) {
+    private GenerationStream start(HsrpcClient client) {
         switch (request.getInputCase()) {
             case TEXT:
                 return client.generate(request.getText(), options);
@@ -120,7 +120,7 @@ final class Conformance {
 
     private JsonObject result(HsrpcClient client) {
         Result result = new Result();
-        try (Generation generation = start(client)) {
+        try (GenerationStream generation = start(client)) {
             if (call.equals("text") || call.equals("chat_text")) {
                 result.whole(generation.complete());
             } else {
@@ -132,7 +132,7 @@ final class Conformance {
         return result.json();
     }
 
-    private void stream(Generation generation, Result result) {
+    private void stream(GenerationStream generation, Result result) {
         for (Delta delta : generation) {
             result.delta(delta);
             if (result.deltas >= cancelAfter) {

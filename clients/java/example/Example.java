@@ -1,5 +1,5 @@
 import io.github.hsrpc.GenerateOptions;
-import io.github.hsrpc.Generation;
+import io.github.hsrpc.GenerationStream;
 import io.github.hsrpc.HsrpcClient;
 import io.github.hsrpc.HsrpcException;
 import io.github.hsrpc.Messages;
@@ -25,7 +25,7 @@ final class Example {
         Optional.ofNullable(System.getenv("HSRPC_TOKEN")).ifPresent(builder::token);
         Optional.ofNullable(System.getenv("HSRPC_TLS_CA")).map(Path::of).ifPresent(builder::tlsCa);
         try (HsrpcClient client = builder.build();
-                Generation answer = start(client, prompt)) {
+                GenerationStream answer = start(client, prompt)) {
             for (Delta delta : answer) {
                 System.out.print(delta.getText());
                 System.out.flush();
@@ -40,7 +40,7 @@ final class Example {
     }
 
     /** A model that was trained on conversations expects one. */
-    private static Generation start(HsrpcClient client, String prompt) {
+    private static GenerationStream start(HsrpcClient client, String prompt) {
         if (client.getModel().getHasChatTemplate()) {
             return client.chat(List.of(Messages.user(prompt)), OPTIONS);
         }

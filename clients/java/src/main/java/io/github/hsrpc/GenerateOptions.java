@@ -9,8 +9,8 @@ import java.util.stream.Collectors;
 import java.util.stream.IntStream;
 
 /**
- * How to continue a prompt. What is not set takes the server's or the model's default, which {@link Generation#start}
- * tells; what is wrong comes back as an {@link HsrpcException} that names the field. Immutable.
+ * How to continue a prompt. What is not set takes the server's or the model's default, which {@link
+ * GenerationStream#start} tells; what is wrong comes back as an {@link HsrpcException} that names the field. Immutable.
  */
 public final class GenerateOptions {
     private static final GenerateOptions DEFAULTS = builder().build();
@@ -134,6 +134,17 @@ public final class GenerateOptions {
         }
 
         /**
+         * Shares what the server keeps of equal first tokens only with requests of the same salt. Default: none.
+         *
+         * @param salt a secret of those who may share, of at most 256 bytes
+         * @return this builder
+         */
+        public Builder cacheSalt(String salt) {
+            settings.setCacheSalt(salt);
+            return this;
+        }
+
+        /**
          * Lets the tokenizer add its special tokens to a text. Default true.
          *
          * @param add whether it does
@@ -233,7 +244,8 @@ public final class GenerateOptions {
         }
 
         /**
-         * Seeds the draws: same seed, same tokens. Default: the server draws one, and {@link Generation#start} has it.
+         * Seeds the draws: same seed, same tokens. Default: the server draws one, and {@link GenerationStream#start}
+         * has it.
          *
          * @param value not negative
          * @return this builder

@@ -44,7 +44,7 @@ import java.util.function.Supplier;
  *
  * <pre>{@code
  * try (HsrpcClient client = HsrpcClient.create("localhost:50051");
- *         Generation story = client.generate("Once upon a time")) {
+ *         GenerationStream story = client.generate("Once upon a time")) {
  *     for (Delta delta : story) {
  *         System.out.print(delta.getText());
  *     }
@@ -56,8 +56,8 @@ import java.util.function.Supplier;
  * tenth of a second and more; never once its first message has come. A connection with calls on it is probed after 30
  * silent seconds. {@link Builder#channel} changes that.
  *
- * <p>Safe for use by many threads, which share its connections: make one and keep it. A {@link Generation} belongs to
- * one thread at a time.
+ * <p>Safe for use by many threads, which share its connections: make one and keep it. A {@link GenerationStream}
+ * belongs to one thread at a time.
  */
 public final class HsrpcClient implements AutoCloseable {
     private static final Duration CLOSE_TIME = Duration.ofSeconds(5);
@@ -105,7 +105,7 @@ public final class HsrpcClient implements AutoCloseable {
      * @param prompt the text to continue
      * @return the output as it comes; to be closed, or read to its end
      */
-    public Generation generate(String prompt) {
+    public GenerationStream generate(String prompt) {
         return generate(prompt, GenerateOptions.defaults());
     }
 
@@ -116,7 +116,7 @@ public final class HsrpcClient implements AutoCloseable {
      * @param options how to continue it
      * @return the output as it comes; to be closed, or read to its end
      */
-    public Generation generate(String prompt, GenerateOptions options) {
+    public GenerationStream generate(String prompt, GenerateOptions options) {
         return generate(options.request().setText(prompt).build(), options.deadline());
     }
 
@@ -127,7 +127,7 @@ public final class HsrpcClient implements AutoCloseable {
      * @param options how to continue it
      * @return the output as it comes; to be closed, or read to its end
      */
-    public Generation generate(List<Integer> tokenIds, GenerateOptions options) {
+    public GenerationStream generate(List<Integer> tokenIds, GenerateOptions options) {
         TokenIds ids = TokenIds.newBuilder().addAllIds(tokenIds).build();
         return generate(options.request().setTokenIds(ids).build(), options.deadline());
     }
@@ -138,7 +138,7 @@ public final class HsrpcClient implements AutoCloseable {
      * @param request prompt and settings
      * @return the output as it comes; to be closed, or read to its end
      */
-    public Generation generate(GenerateRequest request) {
+    public GenerationStream generate(GenerateRequest request) {
         return generate(request, Optional.empty());
     }
 
@@ -148,7 +148,7 @@ public final class HsrpcClient implements AutoCloseable {
      * @param messages what was said, first to last; {@link Messages} makes the usual ones
      * @return the output as it comes; to be closed, or read to its end
      */
-    public Generation chat(List<Message> messages) {
+    public GenerationStream chat(List<Message> messages) {
         return chat(messages, GenerateOptions.defaults());
     }
 
@@ -159,7 +159,7 @@ public final class HsrpcClient implements AutoCloseable {
      * @param options how to answer it
      * @return the output as it comes; to be closed, or read to its end
      */
-    public Generation chat(List<Message> messages, GenerateOptions options) {
+    public GenerationStream chat(List<Message> messages, GenerateOptions options) {
         return chat(Chat.newBuilder().addAllMessages(messages).build(), options);
     }
 
@@ -170,18 +170,18 @@ public final class HsrpcClient implements AutoCloseable {
      * @param options how to answer it
      * @return the output as it comes; to be closed, or read to its end
      */
-    public Generation chat(Chat chat, GenerateOptions options) {
+    public GenerationStream chat(Chat chat, GenerateOptions options) {
         return generate(options.request().setChat(chat).build(), options.deadline());
     }
 
-    private Generation generate(GenerateRequest request, Optional<Duration> ownDeadline) {
-        return new Generation(ready(generation, ownDeadline.or(() -> deadline)), request);
+    private GenerationStream generate(GenerateRequest request, Optional<Duration> ownDeadline) {
+        return new GenerationStream(ready(generation, ownDeadline.or(() -> deadline)), request);
     }
 
     /**
      * Ends a live request, whose call then finishes with what it has so far.
      *
-     * @param requestId the id, from the request's options or its {@link Generation#start}
+     * @param requestId the id, from the request's options or its {@link GenerationStream#start}
      * @return whether there was one to end
      * @throws HsrpcException if the call fails
      */

@@ -199,7 +199,7 @@ public final class HsrpcClientTest {
         assertTrue(error.getMessage(), error.getMessage().contains(word));
     }
 
-    private static HsrpcException failure(Generation generation) {
+    private static HsrpcException failure(GenerationStream generation) {
         return assertThrows(HsrpcException.class, generation::complete);
     }
 

@@ -23,6 +23,7 @@ private static final long serialVersionUID = 0L;
   private GenerateRequest() {
     requestId_ = "";
     model_ = "";
+    cacheSalt_ = "";
   }
 
   @java.lang.Override
@@ -551,6 +552,68 @@ private static final long serialVersionUID = 0L;
     return textOptions_ == null ? io.github.hsrpc.v1.TextOptions.getDefaultInstance() : textOptions_;
   }
 
+  public static final int CACHE_SALT_FIELD_NUMBER = 12;
+  @SuppressWarnings("serial")
+  private volatile java.lang.Object cacheSalt_ = "";
+  /**
+   * <pre>
+   * Requests share what the server keeps of equal first tokens only if their salts are equal, too: a secret of those who
+   * may. Where clients have to say who they are, each has its own share anyway. At most 256 bytes. Default "".
+   * </pre>
+   *
+   * <code>optional string cache_salt = 12;</code>
+   * @return Whether the cacheSalt field is set.
+   */
+  @java.lang.Override
+  public boolean hasCacheSalt() {
+    return ((bitField0_ & 0x00000008) != 0);
+  }
+  /**
+   * <pre>
+   * Requests share what the server keeps of equal first tokens only if their salts are equal, too: a secret of those who
+   * may. Where clients have to say who they are, each has its own share anyway. At most 256 bytes. Default "".
+   * </pre>
+   *
+   * <code>optional string cache_salt = 12;</code>
+   * @return The cacheSalt.
+   */
+  @java.lang.Override
+  public java.lang.String getCacheSalt() {
+    java.lang.Object ref = cacheSalt_;
+    if (ref instanceof java.lang.String) {
+      return (java.lang.String) ref;
+    } else {
+      com.google.protobuf.ByteString bs = 
+          (com.google.protobuf.ByteString) ref;
+      java.lang.String s = bs.toStringUtf8();
+      cacheSalt_ = s;
+      return s;
+    }
+  }
+  /**
+   * <pre>
+   * Requests share what the server keeps of equal first tokens only if their salts are equal, too: a secret of those who
+   * may. Where clients have to say who they are, each has its own share anyway. At most 256 bytes. Default "".
+   * </pre>
+   *
+   * <code>optional string cache_salt = 12;</code>
+   * @return The bytes for cacheSalt.
+   */
+  @java.lang.Override
+  public com.google.protobuf.ByteString
+      getCacheSaltBytes() {
+    java.lang.Object ref = cacheSalt_;
+    if (ref instanceof java.lang.String) {
+      com.google.protobuf.ByteString b = 
+          com.google.protobuf.ByteString.copyFromUtf8(
+              (java.lang.String) ref);
+      cacheSalt_ = b;
+      return b;
+    } else {
+      return (com.google.protobuf.ByteString) ref;
+    }
+  }
+
   private byte memoizedIsInitialized = -1;
   @java.lang.Override
   public final boolean isInitialized() {
@@ -594,6 +657,9 @@ private static final long serialVersionUID = 0L;
     }
     if (textOptions_ != null) {
       output.writeMessage(10, getTextOptions());
+    }
+    if (((bitField0_ & 0x00000008) != 0)) {
+      com.google.protobuf.GeneratedMessageV3.writeString(output, 12, cacheSalt_);
     }
     getUnknownFields().writeTo(output);
   }
@@ -640,6 +706,9 @@ private static final long serialVersionUID = 0L;
     if (textOptions_ != null) {
       size += com.google.protobuf.CodedOutputStream
         .computeMessageSize(10, getTextOptions());
+    }
+    if (((bitField0_ & 0x00000008) != 0)) {
+      size += com.google.protobuf.GeneratedMessageV3.computeStringSize(12, cacheSalt_);
     }
     size += getUnknownFields().getSerializedSize();
     memoizedSize = size;
@@ -690,6 +759,11 @@ private static final long serialVersionUID = 0L;
     if (hasTextOptions()) {
       if (!getTextOptions()
           .equals(other.getTextOptions())) return false;
+    }
+    if (hasCacheSalt() != other.hasCacheSalt()) return false;
+    if (hasCacheSalt()) {
+      if (!getCacheSalt()
+          .equals(other.getCacheSalt())) return false;
     }
     if (!getInputCase().equals(other.getInputCase())) return false;
     switch (inputCase_) {
@@ -746,6 +820,10 @@ private static final long serialVersionUID = 0L;
     if (hasTextOptions()) {
       hash = (37 * hash) + TEXT_OPTIONS_FIELD_NUMBER;
       hash = (53 * hash) + getTextOptions().hashCode();
+    }
+    if (hasCacheSalt()) {
+      hash = (37 * hash) + CACHE_SALT_FIELD_NUMBER;
+      hash = (53 * hash) + getCacheSalt().hashCode();
     }
     switch (inputCase_) {
       case 3:
@@ -926,6 +1004,7 @@ private static final long serialVersionUID = 0L;
         textOptionsBuilder_.dispose();
         textOptionsBuilder_ = null;
       }
+      cacheSalt_ = "";
       inputCase_ = 0;
       input_ = null;
       return this;
@@ -994,6 +1073,10 @@ private static final long serialVersionUID = 0L;
         result.textOptions_ = textOptionsBuilder_ == null
             ? textOptions_
             : textOptionsBuilder_.build();
+      }
+      if (((from_bitField0_ & 0x00000400) != 0)) {
+        result.cacheSalt_ = cacheSalt_;
+        to_bitField0_ |= 0x00000008;
       }
       result.bitField0_ |= to_bitField0_;
     }
@@ -1079,6 +1162,11 @@ private static final long serialVersionUID = 0L;
       }
       if (other.hasTextOptions()) {
         mergeTextOptions(other.getTextOptions());
+      }
+      if (other.hasCacheSalt()) {
+        cacheSalt_ = other.cacheSalt_;
+        bitField0_ |= 0x00000400;
+        onChanged();
       }
       switch (other.getInputCase()) {
         case TEXT: {
@@ -1188,6 +1276,11 @@ private static final long serialVersionUID = 0L;
               bitField0_ |= 0x00000200;
               break;
             } // case 82
+            case 98: {
+              cacheSalt_ = input.readStringRequireUtf8();
+              bitField0_ |= 0x00000400;
+              break;
+            } // case 98
             default: {
               if (!super.parseUnknownField(input, extensionRegistry, tag)) {
                 done = true; // was an endgroup tag
@@ -2593,6 +2686,115 @@ private static final long serialVersionUID = 0L;
         textOptions_ = null;
       }
       return textOptionsBuilder_;
+    }
+
+    private java.lang.Object cacheSalt_ = "";
+    /**
+     * <pre>
+     * Requests share what the server keeps of equal first tokens only if their salts are equal, too: a secret of those who
+     * may. Where clients have to say who they are, each has its own share anyway. At most 256 bytes. Default "".
+     * </pre>
+     *
+     * <code>optional string cache_salt = 12;</code>
+     * @return Whether the cacheSalt field is set.
+     */
+    public boolean hasCacheSalt() {
+      return ((bitField0_ & 0x00000400) != 0);
+    }
+    /**
+     * <pre>
+     * Requests share what the server keeps of equal first tokens only if their salts are equal, too: a secret of those who
+     * may. Where clients have to say who they are, each has its own share anyway. At most 256 bytes. Default "".
+     * </pre>
+     *
+     * <code>optional string cache_salt = 12;</code>
+     * @return The cacheSalt.
+     */
+    public java.lang.String getCacheSalt() {
+      java.lang.Object ref = cacheSalt_;
+      if (!(ref instanceof java.lang.String)) {
+        com.google.protobuf.ByteString bs =
+            (com.google.protobuf.ByteString) ref;
+        java.lang.String s = bs.toStringUtf8();
+        cacheSalt_ = s;
+        return s;
+      } else {
+        return (java.lang.String) ref;
+      }
+    }
+    /**
+     * <pre>
+     * Requests share what the server keeps of equal first tokens only if their salts are equal, too: a secret of those who
+     * may. Where clients have to say who they are, each has its own share anyway. At most 256 bytes. Default "".
+     * </pre>
+     *
+     * <code>optional string cache_salt = 12;</code>
+     * @return The bytes for cacheSalt.
+     */
+    public com.google.protobuf.ByteString
+        getCacheSaltBytes() {
+      java.lang.Object ref = cacheSalt_;
+      if (ref instanceof String) {
+        com.google.protobuf.ByteString b = 
+            com.google.protobuf.ByteString.copyFromUtf8(
+                (java.lang.String) ref);
+        cacheSalt_ = b;
+        return b;
+      } else {
+        return (com.google.protobuf.ByteString) ref;
+      }
+    }
+    /**
+     * <pre>
+     * Requests share what the server keeps of equal first tokens only if their salts are equal, too: a secret of those who
+     * may. Where clients have to say who they are, each has its own share anyway. At most 256 bytes. Default "".
+     * </pre>
+     *
+     * <code>optional string cache_salt = 12;</code>
+     * @param value The cacheSalt to set.
+     * @return This builder for chaining.
+     */
+    public Builder setCacheSalt(
+        java.lang.String value) {
+      if (value == null) { throw new NullPointerException(); }
+      cacheSalt_ = value;
+      bitField0_ |= 0x00000400;
+      onChanged();
+      return this;
+    }
+    /**
+     * <pre>
+     * Requests share what the server keeps of equal first tokens only if their salts are equal, too: a secret of those who
+     * may. Where clients have to say who they are, each has its own share anyway. At most 256 bytes. Default "".
+     * </pre>
+     *
+     * <code>optional string cache_salt = 12;</code>
+     * @return This builder for chaining.
+     */
+    public Builder clearCacheSalt() {
+      cacheSalt_ = getDefaultInstance().getCacheSalt();
+      bitField0_ = (bitField0_ & ~0x00000400);
+      onChanged();
+      return this;
+    }
+    /**
+     * <pre>
+     * Requests share what the server keeps of equal first tokens only if their salts are equal, too: a secret of those who
+     * may. Where clients have to say who they are, each has its own share anyway. At most 256 bytes. Default "".
+     * </pre>
+     *
+     * <code>optional string cache_salt = 12;</code>
+     * @param value The bytes for cacheSalt to set.
+     * @return This builder for chaining.
+     */
+    public Builder setCacheSaltBytes(
+        com.google.protobuf.ByteString value) {
+      if (value == null) { throw new NullPointerException(); }
+      checkByteStringIsUtf8(value);
+      cacheSalt_ = value;
+      bitField0_ |= 0x00000400;
+      onChanged();
+      return this;
     }
     @java.lang.Override
     public final Builder setUnknownFields(

@@ -285,5 +285,37 @@ public interface GenerateRequestOrBuilder extends
    */
   io.github.hsrpc.v1.TextOptionsOrBuilder getTextOptionsOrBuilder();
 
+  /**
+   * <pre>
+   * Requests share what the server keeps of equal first tokens only if their salts are equal, too: a secret of those who
+   * may. Where clients have to say who they are, each has its own share anyway. At most 256 bytes. Default "".
+   * </pre>
+   *
+   * <code>optional string cache_salt = 12;</code>
+   * @return Whether the cacheSalt field is set.
+   */
+  boolean hasCacheSalt();
+  /**
+   * <pre>
+   * Requests share what the server keeps of equal first tokens only if their salts are equal, too: a secret of those who
+   * may. Where clients have to say who they are, each has its own share anyway. At most 256 bytes. Default "".
+   * </pre>
+   *
+   * <code>optional string cache_salt = 12;</code>
+   * @return The cacheSalt.
+   */
+  java.lang.String getCacheSalt();
+  /**
+   * <pre>
+   * Requests share what the server keeps of equal first tokens only if their salts are equal, too: a secret of those who
+   * may. Where clients have to say who they are, each has its own share anyway. At most 256 bytes. Default "".
+   * </pre>
+   *
+   * <code>optional string cache_salt = 12;</code>
+   * @return The bytes for cacheSalt.
+   */
+  com.google.protobuf.ByteString
+      getCacheSaltBytes();
+
   public io.github.hsrpc.v1.GenerateRequest.InputCase getInputCase();
 }

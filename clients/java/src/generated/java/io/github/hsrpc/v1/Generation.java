@@ -105,7 +105,7 @@ public final class Generation {
     java.lang.String[] descriptorData = {
       "\n\031hsrpc/v1/generation.proto\022\010hsrpc.v1\032\036g" +
       "oogle/protobuf/duration.proto\032\025hsrpc/v1/" +
-      "prompt.proto\"\370\002\n\017GenerateRequest\022\027\n\nrequ" +
+      "prompt.proto\"\240\003\n\017GenerateRequest\022\027\n\nrequ" +
       "est_id\030\001 \001(\tH\001\210\001\001\022\022\n\005model\030\002 \001(\tH\002\210\001\001\022\016\n" +
       "\004text\030\003 \001(\tH\000\022\'\n\ttoken_ids\030\004 \001(\0132\022.hsrpc" +
       ".v1.TokenIdsH\000\022\036\n\004chat\030\t \001(\0132\016.hsrpc.v1." +
@@ -113,8 +113,9 @@ public final class Generation {
       "ling\022$\n\010stopping\030\006 \001(\0132\022.hsrpc.v1.Stoppi" +
       "ng\022 \n\006output\030\007 \001(\0132\020.hsrpc.v1.Output\022\025\n\010" +
       "priority\030\010 \001(\005H\003\210\001\001\022+\n\014text_options\030\n \001(" +
-      "\0132\025.hsrpc.v1.TextOptionsB\007\n\005inputB\r\n\013_re" +
-      "quest_idB\010\n\006_modelB\013\n\t_priority\"\027\n\010Token" +
+      "\0132\025.hsrpc.v1.TextOptions\022\027\n\ncache_salt\030\014" +
+      " \001(\tH\004\210\001\001B\007\n\005inputB\r\n\013_request_idB\010\n\006_mo" +
+      "delB\013\n\t_priorityB\r\n\013_cache_salt\"\027\n\010Token" +
       "Ids\022\013\n\003ids\030\001 \003(\005\"\265\003\n\010Sampling\022\030\n\013tempera" +
       "ture\030\001 \001(\001H\000\210\001\001\022\022\n\005top_p\030\002 \001(\001H\001\210\001\001\022\022\n\005t" +
       "op_k\030\003 \001(\005H\002\210\001\001\022\022\n\005min_p\030\004 \001(\001H\003\210\001\001\022\037\n\022r" +
@@ -160,28 +161,29 @@ public final class Generation {
       "(\0162\026.hsrpc.v1.FinishReason\022\025\n\013stop_strin" +
       "g\030\002 \001(\tH\000\022\027\n\rstop_token_id\030\003 \001(\005H\000\022\036\n\005us" +
       "age\030\004 \001(\0132\017.hsrpc.v1.Usage\022\"\n\007timings\030\005 " +
-      "\001(\0132\021.hsrpc.v1.TimingsB\t\n\007matched\"N\n\005Usa" +
+      "\001(\0132\021.hsrpc.v1.TimingsB\t\n\007matched\"e\n\005Usa" +
       "ge\022\025\n\rprompt_tokens\030\001 \001(\005\022\031\n\021completion_" +
-      "tokens\030\002 \001(\005\022\023\n\013preemptions\030\003 \001(\005\"\272\001\n\007Ti" +
-      "mings\022(\n\005queue\030\001 \001(\0132\031.google.protobuf.D" +
-      "uration\022*\n\007prefill\030\002 \001(\0132\031.google.protob" +
-      "uf.Duration\022)\n\006decode\030\003 \001(\0132\031.google.pro" +
-      "tobuf.Duration\022.\n\013first_token\030\004 \001(\0132\031.go" +
-      "ogle.protobuf.Duration\"\"\n\014AbortRequest\022\022" +
-      "\n\nrequest_id\030\001 \001(\t\" \n\rAbortResponse\022\017\n\007a" +
-      "borted\030\001 \001(\010*\372\001\n\014FinishReason\022\035\n\031FINISH_" +
-      "REASON_UNSPECIFIED\020\000\022\025\n\021FINISH_REASON_EO" +
-      "S\020\001\022\035\n\031FINISH_REASON_STOP_STRING\020\002\022\034\n\030FI" +
-      "NISH_REASON_STOP_TOKEN\020\003\022\034\n\030FINISH_REASO" +
-      "N_MAX_TOKENS\020\004\022 \n\034FINISH_REASON_CONTEXT_" +
-      "LENGTH\020\005\022\034\n\030FINISH_REASON_TIME_LIMIT\020\006\022\031" +
-      "\n\025FINISH_REASON_ABORTED\020\0072\222\001\n\021Generation" +
-      "Service\022C\n\010Generate\022\031.hsrpc.v1.GenerateR" +
-      "equest\032\032.hsrpc.v1.GenerateResponse0\001\0228\n\005" +
-      "Abort\022\026.hsrpc.v1.AbortRequest\032\027.hsrpc.v1" +
-      ".AbortResponseBL\n\022io.github.hsrpc.v1P\001Z)" +
-      "github.com/hsrpc/hsrpc/clients/go/hsrpcv" +
-      "1\252\002\010Hsrpc.V1b\006proto3"
+      "tokens\030\002 \001(\005\022\023\n\013preemptions\030\003 \001(\005\022\025\n\rcac" +
+      "hed_tokens\030\004 \001(\005\"\272\001\n\007Timings\022(\n\005queue\030\001 " +
+      "\001(\0132\031.google.protobuf.Duration\022*\n\007prefil" +
+      "l\030\002 \001(\0132\031.google.protobuf.Duration\022)\n\006de" +
+      "code\030\003 \001(\0132\031.google.protobuf.Duration\022.\n" +
+      "\013first_token\030\004 \001(\0132\031.google.protobuf.Dur" +
+      "ation\"\"\n\014AbortRequest\022\022\n\nrequest_id\030\001 \001(" +
+      "\t\" \n\rAbortResponse\022\017\n\007aborted\030\001 \001(\010*\372\001\n\014" +
+      "FinishReason\022\035\n\031FINISH_REASON_UNSPECIFIE" +
+      "D\020\000\022\025\n\021FINISH_REASON_EOS\020\001\022\035\n\031FINISH_REA" +
+      "SON_STOP_STRING\020\002\022\034\n\030FINISH_REASON_STOP_" +
+      "TOKEN\020\003\022\034\n\030FINISH_REASON_MAX_TOKENS\020\004\022 \n" +
+      "\034FINISH_REASON_CONTEXT_LENGTH\020\005\022\034\n\030FINIS" +
+      "H_REASON_TIME_LIMIT\020\006\022\031\n\025FINISH_REASON_A" +
+      "BORTED\020\0072\222\001\n\021GenerationService\022C\n\010Genera" +
+      "te\022\031.hsrpc.v1.GenerateRequest\032\032.hsrpc.v1" +
+      ".GenerateResponse0\001\0228\n\005Abort\022\026.hsrpc.v1." +
+      "AbortRequest\032\027.hsrpc.v1.AbortResponseBL\n" +
+      "\022io.github.hsrpc.v1P\001Z)github.com/hsrpc/" +
+      "hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1b\006pro" +
+      "to3"
     };
     descriptor = com.google.protobuf.Descriptors.FileDescriptor
       .internalBuildGeneratedFileFrom(descriptorData,
@@ -194,7 +196,7 @@ public final class Generation {
     internal_static_hsrpc_v1_GenerateRequest_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_GenerateRequest_descriptor,
-        new java.lang.String[] { "RequestId", "Model", "Text", "TokenIds", "Chat", "Sampling", "Stopping", "Output", "Priority", "TextOptions", "Input", "RequestId", "Model", "Priority", });
+        new java.lang.String[] { "RequestId", "Model", "Text", "TokenIds", "Chat", "Sampling", "Stopping", "Output", "Priority", "TextOptions", "CacheSalt", "Input", "RequestId", "Model", "Priority", "CacheSalt", });
     internal_static_hsrpc_v1_TokenIds_descriptor =
       getDescriptor().getMessageTypes().get(1);
     internal_static_hsrpc_v1_TokenIds_fieldAccessorTable = new
@@ -266,7 +268,7 @@ public final class Generation {
     internal_static_hsrpc_v1_Usage_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_Usage_descriptor,
-        new java.lang.String[] { "PromptTokens", "CompletionTokens", "Preemptions", });
+        new java.lang.String[] { "PromptTokens", "CompletionTokens", "Preemptions", "CachedTokens", });
     internal_static_hsrpc_v1_Timings_descriptor =
       getDescriptor().getMessageTypes().get(12);
     internal_static_hsrpc_v1_Timings_fieldAccessorTable = new

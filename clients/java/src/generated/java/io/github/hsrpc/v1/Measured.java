@@ -233,6 +233,21 @@ private static final long serialVersionUID = 0L;
     return recomputedTokens_;
   }
 
+  public static final int CACHED_TOKENS_FIELD_NUMBER = 11;
+  private long cachedTokens_ = 0L;
+  /**
+   * <pre>
+   * Tokens found in blocks of other requests, and not computed.
+   * </pre>
+   *
+   * <code>int64 cached_tokens = 11;</code>
+   * @return The cachedTokens.
+   */
+  @java.lang.Override
+  public long getCachedTokens() {
+    return cachedTokens_;
+  }
+
   private byte memoizedIsInitialized = -1;
   @java.lang.Override
   public final boolean isInitialized() {
@@ -276,6 +291,9 @@ private static final long serialVersionUID = 0L;
     }
     if (recomputedTokens_ != 0L) {
       output.writeInt64(10, recomputedTokens_);
+    }
+    if (cachedTokens_ != 0L) {
+      output.writeInt64(11, cachedTokens_);
     }
     getUnknownFields().writeTo(output);
   }
@@ -326,6 +344,10 @@ private static final long serialVersionUID = 0L;
       size += com.google.protobuf.CodedOutputStream
         .computeInt64Size(10, recomputedTokens_);
     }
+    if (cachedTokens_ != 0L) {
+      size += com.google.protobuf.CodedOutputStream
+        .computeInt64Size(11, cachedTokens_);
+    }
     size += getUnknownFields().getSerializedSize();
     memoizedSize = size;
     return size;
@@ -368,6 +390,8 @@ private static final long serialVersionUID = 0L;
         != other.getPeakDeviceBytes()) return false;
     if (getRecomputedTokens()
         != other.getRecomputedTokens()) return false;
+    if (getCachedTokens()
+        != other.getCachedTokens()) return false;
     if (!getUnknownFields().equals(other.getUnknownFields())) return false;
     return true;
   }
@@ -412,6 +436,9 @@ private static final long serialVersionUID = 0L;
     hash = (37 * hash) + RECOMPUTED_TOKENS_FIELD_NUMBER;
     hash = (53 * hash) + com.google.protobuf.Internal.hashLong(
         getRecomputedTokens());
+    hash = (37 * hash) + CACHED_TOKENS_FIELD_NUMBER;
+    hash = (53 * hash) + com.google.protobuf.Internal.hashLong(
+        getCachedTokens());
     hash = (29 * hash) + getUnknownFields().hashCode();
     memoizedHashCode = hash;
     return hash;
@@ -559,6 +586,7 @@ private static final long serialVersionUID = 0L;
       preemptions_ = 0L;
       peakDeviceBytes_ = 0L;
       recomputedTokens_ = 0L;
+      cachedTokens_ = 0L;
       return this;
     }
 
@@ -625,6 +653,9 @@ private static final long serialVersionUID = 0L;
       }
       if (((from_bitField0_ & 0x00000200) != 0)) {
         result.recomputedTokens_ = recomputedTokens_;
+      }
+      if (((from_bitField0_ & 0x00000400) != 0)) {
+        result.cachedTokens_ = cachedTokens_;
       }
       result.bitField0_ |= to_bitField0_;
     }
@@ -702,6 +733,9 @@ private static final long serialVersionUID = 0L;
       }
       if (other.getRecomputedTokens() != 0L) {
         setRecomputedTokens(other.getRecomputedTokens());
+      }
+      if (other.getCachedTokens() != 0L) {
+        setCachedTokens(other.getCachedTokens());
       }
       this.mergeUnknownFields(other.getUnknownFields());
       onChanged();
@@ -781,6 +815,11 @@ private static final long serialVersionUID = 0L;
               bitField0_ |= 0x00000200;
               break;
             } // case 80
+            case 88: {
+              cachedTokens_ = input.readInt64();
+              bitField0_ |= 0x00000400;
+              break;
+            } // case 88
             default: {
               if (!super.parseUnknownField(input, extensionRegistry, tag)) {
                 done = true; // was an endgroup tag
@@ -1357,6 +1396,50 @@ private static final long serialVersionUID = 0L;
     public Builder clearRecomputedTokens() {
       bitField0_ = (bitField0_ & ~0x00000200);
       recomputedTokens_ = 0L;
+      onChanged();
+      return this;
+    }
+
+    private long cachedTokens_ ;
+    /**
+     * <pre>
+     * Tokens found in blocks of other requests, and not computed.
+     * </pre>
+     *
+     * <code>int64 cached_tokens = 11;</code>
+     * @return The cachedTokens.
+     */
+    @java.lang.Override
+    public long getCachedTokens() {
+      return cachedTokens_;
+    }
+    /**
+     * <pre>
+     * Tokens found in blocks of other requests, and not computed.
+     * </pre>
+     *
+     * <code>int64 cached_tokens = 11;</code>
+     * @param value The cachedTokens to set.
+     * @return This builder for chaining.
+     */
+    public Builder setCachedTokens(long value) {
+      
+      cachedTokens_ = value;
+      bitField0_ |= 0x00000400;
+      onChanged();
+      return this;
+    }
+    /**
+     * <pre>
+     * Tokens found in blocks of other requests, and not computed.
+     * </pre>
+     *
+     * <code>int64 cached_tokens = 11;</code>
+     * @return This builder for chaining.
+     */
+    public Builder clearCachedTokens() {
+      bitField0_ = (bitField0_ & ~0x00000400);
+      cachedTokens_ = 0L;
       onChanged();
       return this;
     }

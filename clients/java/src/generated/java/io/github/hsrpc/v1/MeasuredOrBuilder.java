@@ -132,4 +132,14 @@ public interface MeasuredOrBuilder extends
    * @return The recomputedTokens.
    */
   long getRecomputedTokens();
+
+  /**
+   * <pre>
+   * Tokens found in blocks of other requests, and not computed.
+   * </pre>
+   *
+   * <code>int64 cached_tokens = 11;</code>
+   * @return The cachedTokens.
+   */
+  long getCachedTokens();
 }

@@ -162,7 +162,7 @@ private static final long serialVersionUID = 0L;
   private int cachedTokens_ = 0;
   /**
    * <pre>
-   * Tokens of the prompt that were found in a cache and not computed.
+   * Tokens of the prompt that were found in blocks of other requests and not computed.
    * </pre>
    *
    * <code>int32 cached_tokens = 4;</code>
@@ -1062,7 +1062,7 @@ private static final long serialVersionUID = 0L;
     private int cachedTokens_ ;
     /**
      * <pre>
-     * Tokens of the prompt that were found in a cache and not computed.
+     * Tokens of the prompt that were found in blocks of other requests and not computed.
      * </pre>
      *
      * <code>int32 cached_tokens = 4;</code>
@@ -1074,7 +1074,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Tokens of the prompt that were found in a cache and not computed.
+     * Tokens of the prompt that were found in blocks of other requests and not computed.
      * </pre>
      *
      * <code>int32 cached_tokens = 4;</code>
@@ -1090,7 +1090,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Tokens of the prompt that were found in a cache and not computed.
+     * Tokens of the prompt that were found in blocks of other requests and not computed.
      * </pre>
      *
      * <code>int32 cached_tokens = 4;</code>

@@ -59,7 +59,7 @@ public interface StartOrBuilder extends
 
   /**
    * <pre>
-   * Tokens of the prompt that were found in a cache and not computed.
+   * Tokens of the prompt that were found in blocks of other requests and not computed.
    * </pre>
    *
    * <code>int32 cached_tokens = 4;</code>

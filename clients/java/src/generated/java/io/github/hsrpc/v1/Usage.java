@@ -92,6 +92,21 @@ private static final long serialVersionUID = 0L;
     return preemptions_;
   }
 
+  public static final int CACHED_TOKENS_FIELD_NUMBER = 4;
+  private int cachedTokens_ = 0;
+  /**
+   * <pre>
+   * Tokens of the prompt that were found in blocks of other requests and not computed.
+   * </pre>
+   *
+   * <code>int32 cached_tokens = 4;</code>
+   * @return The cachedTokens.
+   */
+  @java.lang.Override
+  public int getCachedTokens() {
+    return cachedTokens_;
+  }
+
   private byte memoizedIsInitialized = -1;
   @java.lang.Override
   public final boolean isInitialized() {
@@ -115,6 +130,9 @@ private static final long serialVersionUID = 0L;
     if (preemptions_ != 0) {
       output.writeInt32(3, preemptions_);
     }
+    if (cachedTokens_ != 0) {
+      output.writeInt32(4, cachedTokens_);
+    }
     getUnknownFields().writeTo(output);
   }
 
@@ -135,6 +153,10 @@ private static final long serialVersionUID = 0L;
     if (preemptions_ != 0) {
       size += com.google.protobuf.CodedOutputStream
         .computeInt32Size(3, preemptions_);
+    }
+    if (cachedTokens_ != 0) {
+      size += com.google.protobuf.CodedOutputStream
+        .computeInt32Size(4, cachedTokens_);
     }
     size += getUnknownFields().getSerializedSize();
     memoizedSize = size;
@@ -157,6 +179,8 @@ private static final long serialVersionUID = 0L;
         != other.getCompletionTokens()) return false;
     if (getPreemptions()
         != other.getPreemptions()) return false;
+    if (getCachedTokens()
+        != other.getCachedTokens()) return false;
     if (!getUnknownFields().equals(other.getUnknownFields())) return false;
     return true;
   }
@@ -174,6 +198,8 @@ private static final long serialVersionUID = 0L;
     hash = (53 * hash) + getCompletionTokens();
     hash = (37 * hash) + PREEMPTIONS_FIELD_NUMBER;
     hash = (53 * hash) + getPreemptions();
+    hash = (37 * hash) + CACHED_TOKENS_FIELD_NUMBER;
+    hash = (53 * hash) + getCachedTokens();
     hash = (29 * hash) + getUnknownFields().hashCode();
     memoizedHashCode = hash;
     return hash;
@@ -310,6 +336,7 @@ private static final long serialVersionUID = 0L;
       promptTokens_ = 0;
       completionTokens_ = 0;
       preemptions_ = 0;
+      cachedTokens_ = 0;
       return this;
     }
 
@@ -351,6 +378,9 @@ private static final long serialVersionUID = 0L;
       }
       if (((from_bitField0_ & 0x00000004) != 0)) {
         result.preemptions_ = preemptions_;
+      }
+      if (((from_bitField0_ & 0x00000008) != 0)) {
+        result.cachedTokens_ = cachedTokens_;
       }
     }
 
@@ -407,6 +437,9 @@ private static final long serialVersionUID = 0L;
       if (other.getPreemptions() != 0) {
         setPreemptions(other.getPreemptions());
       }
+      if (other.getCachedTokens() != 0) {
+        setCachedTokens(other.getCachedTokens());
+      }
       this.mergeUnknownFields(other.getUnknownFields());
       onChanged();
       return this;
@@ -448,6 +481,11 @@ private static final long serialVersionUID = 0L;
               bitField0_ |= 0x00000004;
               break;
             } // case 24
+            case 32: {
+              cachedTokens_ = input.readInt32();
+              bitField0_ |= 0x00000008;
+              break;
+            } // case 32
             default: {
               if (!super.parseUnknownField(input, extensionRegistry, tag)) {
                 done = true; // was an endgroup tag
@@ -593,6 +631,50 @@ private static final long serialVersionUID = 0L;
     public Builder clearPreemptions() {
       bitField0_ = (bitField0_ & ~0x00000004);
       preemptions_ = 0;
+      onChanged();
+      return this;
+    }
+
+    private int cachedTokens_ ;
+    /**
+     * <pre>
+     * Tokens of the prompt that were found in blocks of other requests and not computed.
+     * </pre>
+     *
+     * <code>int32 cached_tokens = 4;</code>
+     * @return The cachedTokens.
+     */
+    @java.lang.Override
+    public int getCachedTokens() {
+      return cachedTokens_;
+    }
+    /**
+     * <pre>
+     * Tokens of the prompt that were found in blocks of other requests and not computed.
+     * </pre>
+     *
+     * <code>int32 cached_tokens = 4;</code>
+     * @param value The cachedTokens to set.
+     * @return This builder for chaining.
+     */
+    public Builder setCachedTokens(int value) {
+      
+      cachedTokens_ = value;
+      bitField0_ |= 0x00000008;
+      onChanged();
+      return this;
+    }
+    /**
+     * <pre>
+     * Tokens of the prompt that were found in blocks of other requests and not computed.
+     * </pre>
+     *
+     * <code>int32 cached_tokens = 4;</code>
+     * @return This builder for chaining.
+     */
+    public Builder clearCachedTokens() {
+      bitField0_ = (bitField0_ & ~0x00000008);
+      cachedTokens_ = 0;
       onChanged();
       return this;
     }

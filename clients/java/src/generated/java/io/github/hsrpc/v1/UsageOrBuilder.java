@@ -36,4 +36,14 @@ public interface UsageOrBuilder extends
    * @return The preemptions.
    */
   int getPreemptions();
+
+  /**
+   * <pre>
+   * Tokens of the prompt that were found in blocks of other requests and not computed.
+   * </pre>
+   *
+   * <code>int32 cached_tokens = 4;</code>
+   * @return The cachedTokens.
+   */
+  int getCachedTokens();
 }

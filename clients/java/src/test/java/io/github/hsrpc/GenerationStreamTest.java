@@ -22,7 +22,7 @@ import org.junit.Test;
 import org.junit.rules.Timeout;
 
 /** What a generation does with the responses to it. */
-public final class GenerationTest {
+public final class GenerationStreamTest {
     @Rule
     public final Timeout timeout = Timeout.seconds(60);
 
@@ -35,7 +35,7 @@ public final class GenerationTest {
     public void theFactsComeWithTheOutput() throws Exception {
         try (FakeServer server = new FakeServer(says(first("Once"), last()));
                 HsrpcClient client = HsrpcClient.create(server.target());
-                Generation generation = client.generate("a")) {
+                GenerationStream generation = client.generate("a")) {
             assertTrue(generation.start().isEmpty());
             Iterator<Delta> deltas = generation.iterator();
             assertEquals("Once", deltas.next().getText());
@@ -66,7 +66,7 @@ public final class GenerationTest {
         };
         try (FakeServer server = new FakeServer(answer);
                 HsrpcClient client = HsrpcClient.create(server.target())) {
-            try (Generation generation = client.generate("a")) {
+            try (GenerationStream generation = client.generate("a")) {
                 generation.iterator().next();
             }
             assertTrue(cancelled.await(10, TimeUnit.SECONDS));
@@ -77,7 +77,7 @@ public final class GenerationTest {
     public void closingEndsTheWaitOfAnotherThread() throws Exception {
         try (FakeServer server = new FakeServer((request, responses) -> {});
                 HsrpcClient client = HsrpcClient.create(server.target())) {
-            Generation generation = client.generate("a");
+            GenerationStream generation = client.generate("a");
             Thread closing = new Thread(generation::close);
             closing.start();
             HsrpcException error = assertThrows(HsrpcException.class, generation::complete);
@@ -101,7 +101,7 @@ public final class GenerationTest {
         });
         try (FakeServer server = new FakeServer(answer);
                 HsrpcClient client = HsrpcClient.create(server.target());
-                Generation generation = client.generate("a")) {
+                GenerationStream generation = client.generate("a")) {
             int read = 0;
             for (Delta delta : generation) {
                 read++;

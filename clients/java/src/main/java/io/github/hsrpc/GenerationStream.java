@@ -25,14 +25,14 @@ import java.util.Optional;
  *
  * <p>Belongs to one thread at a time, but for {@link #close}, which any thread may call to end the wait of another.
  */
-public final class Generation implements Iterable<Delta>, AutoCloseable {
+public final class GenerationStream implements Iterable<Delta>, AutoCloseable {
     private final Context.CancellableContext context = Context.current().withCancellation();
     private final Iterator<GenerateResponse> responses;
     private boolean iterated;
     private Optional<Start> start = Optional.empty();
     private Optional<Finish> finish = Optional.empty();
 
-    Generation(GenerationServiceBlockingStub stub, GenerateRequest request) {
+    GenerationStream(GenerationServiceBlockingStub stub, GenerateRequest request) {
         Context previous = context.attach();
         try {
             responses = stub.generate(request);
@@ -125,7 +125,7 @@ public final class Generation implements Iterable<Delta>, AutoCloseable {
         @Override
         public boolean hasNext() {
             while (delta.isEmpty()) {
-                Optional<GenerateResponse> response = Generation.this.next();
+                Optional<GenerateResponse> response = GenerationStream.this.next();
                 if (response.isEmpty()) {
                     return false;
                 }
