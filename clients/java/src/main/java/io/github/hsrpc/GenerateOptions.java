@@ -244,8 +244,8 @@ public final class GenerateOptions {
         }
 
         /**
-         * Seeds the draws: same seed, same tokens. Default: the server draws one, and {@link GenerationStream#start} has
-         * it.
+         * Seeds the draws: same seed, same tokens. Default: the server draws one, and {@link GenerationStream#start}
+         * has it.
          *
          * @param value not negative
          * @return this builder
