@@ -85,9 +85,12 @@ std::shared_ptr<grpc::ChannelCredentials> credentials(const ClientOptions& optio
   return grpc::CompositeChannelCredentials(channel, grpc::AccessTokenCredentials(*options.token));
 }
 
+bool is_printable(const std::string& text) {
+  return std::all_of(text.begin(), text.end(), [](char each) { return ' ' <= each && each <= '~'; });
+}
+
 void check_token(const std::string& token) {
-  const bool printable = std::all_of(token.begin(), token.end(), [](char each) { return ' ' <= each && each <= '~'; });
-  if (token.empty() || !printable) {
+  if (token.empty() || !is_printable(token)) {
     throw std::invalid_argument("token: empty, or not printable ASCII; give the token alone, without a newline");
   }
 }
@@ -112,6 +115,17 @@ bool is_loopback(const std::string& target) {
   static const std::regex kLoopback(
       R"(((dns|ipv4|ipv6):(//[^/]*/)?)?(([\w.-]+\.)?localhost|127(\.\d+){3}|0(\.0){3}|\[?::1?\]?)(:\d+)?)");
   return std::regex_match(target, kLoopback);
+}
+
+void check_metadata(const std::string& name, const std::string& value) {
+  if (name.empty() || name.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789-_.") != name.npos) {
+    throw std::invalid_argument("metadata: " + name + " is no name; use lower-case letters, digits, - _ and .");
+  }
+  const bool is_binary = name.size() > 4 && name.compare(name.size() - 4, 4, "-bin") == 0;
+  if (!is_binary && !is_printable(value)) {
+    throw std::invalid_argument("metadata: the value of " + name +
+                                " is not printable ASCII; other bytes need a name that ends with -bin");
+  }
 }
 
 void check_timeout(std::chrono::milliseconds timeout) {
