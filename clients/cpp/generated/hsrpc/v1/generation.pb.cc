@@ -28,6 +28,7 @@ PROTOBUF_CONSTEXPR GenerateRequest::GenerateRequest(
   , /*decltype(_impl_._cached_size_)*/{}
   , /*decltype(_impl_.request_id_)*/{&::_pbi::fixed_address_empty_string, ::_pbi::ConstantInitialized{}}
   , /*decltype(_impl_.model_)*/{&::_pbi::fixed_address_empty_string, ::_pbi::ConstantInitialized{}}
+  , /*decltype(_impl_.cache_salt_)*/{&::_pbi::fixed_address_empty_string, ::_pbi::ConstantInitialized{}}
   , /*decltype(_impl_.sampling_)*/nullptr
   , /*decltype(_impl_.stopping_)*/nullptr
   , /*decltype(_impl_.output_)*/nullptr
@@ -235,6 +236,7 @@ PROTOBUF_CONSTEXPR Usage::Usage(
     /*decltype(_impl_.prompt_tokens_)*/0
   , /*decltype(_impl_.completion_tokens_)*/0
   , /*decltype(_impl_.preemptions_)*/0
+  , /*decltype(_impl_.cached_tokens_)*/0
   , /*decltype(_impl_._cached_size_)*/{}} {}
 struct UsageDefaultTypeInternal {
   PROTOBUF_CONSTEXPR UsageDefaultTypeInternal()
@@ -310,6 +312,7 @@ const uint32_t TableStruct_hsrpc_2fv1_2fgeneration_2eproto::offsets[] PROTOBUF_S
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GenerateRequest, _impl_.output_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GenerateRequest, _impl_.priority_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GenerateRequest, _impl_.text_options_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GenerateRequest, _impl_.cache_salt_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GenerateRequest, _impl_.input_),
   0,
   1,
@@ -319,8 +322,9 @@ const uint32_t TableStruct_hsrpc_2fv1_2fgeneration_2eproto::offsets[] PROTOBUF_S
   ~0u,
   ~0u,
   ~0u,
-  2,
+  3,
   ~0u,
+  2,
   ~0u,  // no _has_bits_
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::TokenIds, _internal_metadata_),
   ~0u,  // no _extensions_
@@ -473,6 +477,7 @@ const uint32_t TableStruct_hsrpc_2fv1_2fgeneration_2eproto::offsets[] PROTOBUF_S
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Usage, _impl_.prompt_tokens_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Usage, _impl_.completion_tokens_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Usage, _impl_.preemptions_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Usage, _impl_.cached_tokens_),
   ~0u,  // no _has_bits_
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Timings, _internal_metadata_),
   ~0u,  // no _extensions_
@@ -499,22 +504,22 @@ const uint32_t TableStruct_hsrpc_2fv1_2fgeneration_2eproto::offsets[] PROTOBUF_S
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::AbortResponse, _impl_.aborted_),
 };
 static const ::_pbi::MigrationSchema schemas[] PROTOBUF_SECTION_VARIABLE(protodesc_cold) = {
-  { 0, 17, -1, sizeof(::hsrpc::v1::GenerateRequest)},
-  { 27, -1, -1, sizeof(::hsrpc::v1::TokenIds)},
-  { 34, 42, -1, sizeof(::hsrpc::v1::Sampling_LogitBiasEntry_DoNotUse)},
-  { 44, 59, -1, sizeof(::hsrpc::v1::Sampling)},
-  { 68, 81, -1, sizeof(::hsrpc::v1::Stopping)},
-  { 88, 101, -1, sizeof(::hsrpc::v1::Output)},
-  { 108, -1, -1, sizeof(::hsrpc::v1::GenerateResponse)},
-  { 117, -1, -1, sizeof(::hsrpc::v1::Start)},
-  { 131, -1, -1, sizeof(::hsrpc::v1::Delta)},
-  { 140, -1, -1, sizeof(::hsrpc::v1::TokenLogprob)},
-  { 150, -1, -1, sizeof(::hsrpc::v1::TopLogprob)},
-  { 158, -1, -1, sizeof(::hsrpc::v1::Finish)},
-  { 170, -1, -1, sizeof(::hsrpc::v1::Usage)},
-  { 179, -1, -1, sizeof(::hsrpc::v1::Timings)},
-  { 189, -1, -1, sizeof(::hsrpc::v1::AbortRequest)},
-  { 196, -1, -1, sizeof(::hsrpc::v1::AbortResponse)},
+  { 0, 18, -1, sizeof(::hsrpc::v1::GenerateRequest)},
+  { 29, -1, -1, sizeof(::hsrpc::v1::TokenIds)},
+  { 36, 44, -1, sizeof(::hsrpc::v1::Sampling_LogitBiasEntry_DoNotUse)},
+  { 46, 61, -1, sizeof(::hsrpc::v1::Sampling)},
+  { 70, 83, -1, sizeof(::hsrpc::v1::Stopping)},
+  { 90, 103, -1, sizeof(::hsrpc::v1::Output)},
+  { 110, -1, -1, sizeof(::hsrpc::v1::GenerateResponse)},
+  { 119, -1, -1, sizeof(::hsrpc::v1::Start)},
+  { 133, -1, -1, sizeof(::hsrpc::v1::Delta)},
+  { 142, -1, -1, sizeof(::hsrpc::v1::TokenLogprob)},
+  { 152, -1, -1, sizeof(::hsrpc::v1::TopLogprob)},
+  { 160, -1, -1, sizeof(::hsrpc::v1::Finish)},
+  { 172, -1, -1, sizeof(::hsrpc::v1::Usage)},
+  { 182, -1, -1, sizeof(::hsrpc::v1::Timings)},
+  { 192, -1, -1, sizeof(::hsrpc::v1::AbortRequest)},
+  { 199, -1, -1, sizeof(::hsrpc::v1::AbortResponse)},
 };
 
 static const ::_pb::Message* const file_default_instances[] = {
@@ -539,7 +544,7 @@ static const ::_pb::Message* const file_default_instances[] = {
 const char descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto[] PROTOBUF_SECTION_VARIABLE(protodesc_cold) =
   "\n\031hsrpc/v1/generation.proto\022\010hsrpc.v1\032\036g"
   "oogle/protobuf/duration.proto\032\025hsrpc/v1/"
-  "prompt.proto\"\370\002\n\017GenerateRequest\022\027\n\nrequ"
+  "prompt.proto\"\240\003\n\017GenerateRequest\022\027\n\nrequ"
   "est_id\030\001 \001(\tH\001\210\001\001\022\022\n\005model\030\002 \001(\tH\002\210\001\001\022\016\n"
   "\004text\030\003 \001(\tH\000\022\'\n\ttoken_ids\030\004 \001(\0132\022.hsrpc"
   ".v1.TokenIdsH\000\022\036\n\004chat\030\t \001(\0132\016.hsrpc.v1."
@@ -547,8 +552,9 @@ const char descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto[] PROTOBUF_
   "ling\022$\n\010stopping\030\006 \001(\0132\022.hsrpc.v1.Stoppi"
   "ng\022 \n\006output\030\007 \001(\0132\020.hsrpc.v1.Output\022\025\n\010"
   "priority\030\010 \001(\005H\003\210\001\001\022+\n\014text_options\030\n \001("
-  "\0132\025.hsrpc.v1.TextOptionsB\007\n\005inputB\r\n\013_re"
-  "quest_idB\010\n\006_modelB\013\n\t_priority\"\027\n\010Token"
+  "\0132\025.hsrpc.v1.TextOptions\022\027\n\ncache_salt\030\014"
+  " \001(\tH\004\210\001\001B\007\n\005inputB\r\n\013_request_idB\010\n\006_mo"
+  "delB\013\n\t_priorityB\r\n\013_cache_salt\"\027\n\010Token"
   "Ids\022\013\n\003ids\030\001 \003(\005\"\265\003\n\010Sampling\022\030\n\013tempera"
   "ture\030\001 \001(\001H\000\210\001\001\022\022\n\005top_p\030\002 \001(\001H\001\210\001\001\022\022\n\005t"
   "op_k\030\003 \001(\005H\002\210\001\001\022\022\n\005min_p\030\004 \001(\001H\003\210\001\001\022\037\n\022r"
@@ -594,28 +600,29 @@ const char descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto[] PROTOBUF_
   "(\0162\026.hsrpc.v1.FinishReason\022\025\n\013stop_strin"
   "g\030\002 \001(\tH\000\022\027\n\rstop_token_id\030\003 \001(\005H\000\022\036\n\005us"
   "age\030\004 \001(\0132\017.hsrpc.v1.Usage\022\"\n\007timings\030\005 "
-  "\001(\0132\021.hsrpc.v1.TimingsB\t\n\007matched\"N\n\005Usa"
+  "\001(\0132\021.hsrpc.v1.TimingsB\t\n\007matched\"e\n\005Usa"
   "ge\022\025\n\rprompt_tokens\030\001 \001(\005\022\031\n\021completion_"
-  "tokens\030\002 \001(\005\022\023\n\013preemptions\030\003 \001(\005\"\272\001\n\007Ti"
-  "mings\022(\n\005queue\030\001 \001(\0132\031.google.protobuf.D"
-  "uration\022*\n\007prefill\030\002 \001(\0132\031.google.protob"
-  "uf.Duration\022)\n\006decode\030\003 \001(\0132\031.google.pro"
-  "tobuf.Duration\022.\n\013first_token\030\004 \001(\0132\031.go"
-  "ogle.protobuf.Duration\"\"\n\014AbortRequest\022\022"
-  "\n\nrequest_id\030\001 \001(\t\" \n\rAbortResponse\022\017\n\007a"
-  "borted\030\001 \001(\010*\372\001\n\014FinishReason\022\035\n\031FINISH_"
-  "REASON_UNSPECIFIED\020\000\022\025\n\021FINISH_REASON_EO"
-  "S\020\001\022\035\n\031FINISH_REASON_STOP_STRING\020\002\022\034\n\030FI"
-  "NISH_REASON_STOP_TOKEN\020\003\022\034\n\030FINISH_REASO"
-  "N_MAX_TOKENS\020\004\022 \n\034FINISH_REASON_CONTEXT_"
-  "LENGTH\020\005\022\034\n\030FINISH_REASON_TIME_LIMIT\020\006\022\031"
-  "\n\025FINISH_REASON_ABORTED\020\0072\222\001\n\021Generation"
-  "Service\022C\n\010Generate\022\031.hsrpc.v1.GenerateR"
-  "equest\032\032.hsrpc.v1.GenerateResponse0\001\0228\n\005"
-  "Abort\022\026.hsrpc.v1.AbortRequest\032\027.hsrpc.v1"
-  ".AbortResponseBL\n\022io.github.hsrpc.v1P\001Z)"
-  "github.com/hsrpc/hsrpc/clients/go/hsrpcv"
-  "1\252\002\010Hsrpc.V1b\006proto3"
+  "tokens\030\002 \001(\005\022\023\n\013preemptions\030\003 \001(\005\022\025\n\rcac"
+  "hed_tokens\030\004 \001(\005\"\272\001\n\007Timings\022(\n\005queue\030\001 "
+  "\001(\0132\031.google.protobuf.Duration\022*\n\007prefil"
+  "l\030\002 \001(\0132\031.google.protobuf.Duration\022)\n\006de"
+  "code\030\003 \001(\0132\031.google.protobuf.Duration\022.\n"
+  "\013first_token\030\004 \001(\0132\031.google.protobuf.Dur"
+  "ation\"\"\n\014AbortRequest\022\022\n\nrequest_id\030\001 \001("
+  "\t\" \n\rAbortResponse\022\017\n\007aborted\030\001 \001(\010*\372\001\n\014"
+  "FinishReason\022\035\n\031FINISH_REASON_UNSPECIFIE"
+  "D\020\000\022\025\n\021FINISH_REASON_EOS\020\001\022\035\n\031FINISH_REA"
+  "SON_STOP_STRING\020\002\022\034\n\030FINISH_REASON_STOP_"
+  "TOKEN\020\003\022\034\n\030FINISH_REASON_MAX_TOKENS\020\004\022 \n"
+  "\034FINISH_REASON_CONTEXT_LENGTH\020\005\022\034\n\030FINIS"
+  "H_REASON_TIME_LIMIT\020\006\022\031\n\025FINISH_REASON_A"
+  "BORTED\020\0072\222\001\n\021GenerationService\022C\n\010Genera"
+  "te\022\031.hsrpc.v1.GenerateRequest\032\032.hsrpc.v1"
+  ".GenerateResponse0\001\0228\n\005Abort\022\026.hsrpc.v1."
+  "AbortRequest\032\027.hsrpc.v1.AbortResponseBL\n"
+  "\022io.github.hsrpc.v1P\001Z)github.com/hsrpc/"
+  "hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1b\006pro"
+  "to3"
   ;
 static const ::_pbi::DescriptorTable* const descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_deps[2] = {
   &::descriptor_table_google_2fprotobuf_2fduration_2eproto,
@@ -623,7 +630,7 @@ static const ::_pbi::DescriptorTable* const descriptor_table_hsrpc_2fv1_2fgenera
 };
 static ::_pbi::once_flag descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once;
 const ::_pbi::DescriptorTable descriptor_table_hsrpc_2fv1_2fgeneration_2eproto = {
-    false, false, 3140, descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto,
+    false, false, 3203, descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto,
     "hsrpc/v1/generation.proto",
     &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once, descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_deps, 2, 16,
     schemas, file_default_instances, TableStruct_hsrpc_2fv1_2fgeneration_2eproto::offsets,
@@ -676,9 +683,12 @@ class GenerateRequest::_Internal {
   static const ::hsrpc::v1::Stopping& stopping(const GenerateRequest* msg);
   static const ::hsrpc::v1::Output& output(const GenerateRequest* msg);
   static void set_has_priority(HasBits* has_bits) {
-    (*has_bits)[0] |= 4u;
+    (*has_bits)[0] |= 8u;
   }
   static const ::hsrpc::v1::TextOptions& text_options(const GenerateRequest* msg);
+  static void set_has_cache_salt(HasBits* has_bits) {
+    (*has_bits)[0] |= 4u;
+  }
 };
 
 const ::hsrpc::v1::TokenIds&
@@ -764,6 +774,7 @@ GenerateRequest::GenerateRequest(const GenerateRequest& from)
     , /*decltype(_impl_._cached_size_)*/{}
     , decltype(_impl_.request_id_){}
     , decltype(_impl_.model_){}
+    , decltype(_impl_.cache_salt_){}
     , decltype(_impl_.sampling_){nullptr}
     , decltype(_impl_.stopping_){nullptr}
     , decltype(_impl_.output_){nullptr}
@@ -787,6 +798,14 @@ GenerateRequest::GenerateRequest(const GenerateRequest& from)
   #endif // PROTOBUF_FORCE_COPY_DEFAULT_STRING
   if (from._internal_has_model()) {
     _this->_impl_.model_.Set(from._internal_model(), 
+      _this->GetArenaForAllocation());
+  }
+  _impl_.cache_salt_.InitDefault();
+  #ifdef PROTOBUF_FORCE_COPY_DEFAULT_STRING
+    _impl_.cache_salt_.Set("", GetArenaForAllocation());
+  #endif // PROTOBUF_FORCE_COPY_DEFAULT_STRING
+  if (from._internal_has_cache_salt()) {
+    _this->_impl_.cache_salt_.Set(from._internal_cache_salt(), 
       _this->GetArenaForAllocation());
   }
   if (from._internal_has_sampling()) {
@@ -834,6 +853,7 @@ inline void GenerateRequest::SharedCtor(
     , /*decltype(_impl_._cached_size_)*/{}
     , decltype(_impl_.request_id_){}
     , decltype(_impl_.model_){}
+    , decltype(_impl_.cache_salt_){}
     , decltype(_impl_.sampling_){nullptr}
     , decltype(_impl_.stopping_){nullptr}
     , decltype(_impl_.output_){nullptr}
@@ -849,6 +869,10 @@ inline void GenerateRequest::SharedCtor(
   _impl_.model_.InitDefault();
   #ifdef PROTOBUF_FORCE_COPY_DEFAULT_STRING
     _impl_.model_.Set("", GetArenaForAllocation());
+  #endif // PROTOBUF_FORCE_COPY_DEFAULT_STRING
+  _impl_.cache_salt_.InitDefault();
+  #ifdef PROTOBUF_FORCE_COPY_DEFAULT_STRING
+    _impl_.cache_salt_.Set("", GetArenaForAllocation());
   #endif // PROTOBUF_FORCE_COPY_DEFAULT_STRING
   clear_has_input();
 }
@@ -866,6 +890,7 @@ inline void GenerateRequest::SharedDtor() {
   GOOGLE_DCHECK(GetArenaForAllocation() == nullptr);
   _impl_.request_id_.Destroy();
   _impl_.model_.Destroy();
+  _impl_.cache_salt_.Destroy();
   if (this != internal_default_instance()) delete _impl_.sampling_;
   if (this != internal_default_instance()) delete _impl_.stopping_;
   if (this != internal_default_instance()) delete _impl_.output_;
@@ -913,12 +938,15 @@ void GenerateRequest::Clear() {
   (void) cached_has_bits;
 
   cached_has_bits = _impl_._has_bits_[0];
-  if (cached_has_bits & 0x00000003u) {
+  if (cached_has_bits & 0x00000007u) {
     if (cached_has_bits & 0x00000001u) {
       _impl_.request_id_.ClearNonDefaultToEmpty();
     }
     if (cached_has_bits & 0x00000002u) {
       _impl_.model_.ClearNonDefaultToEmpty();
+    }
+    if (cached_has_bits & 0x00000004u) {
+      _impl_.cache_salt_.ClearNonDefaultToEmpty();
     }
   }
   if (GetArenaForAllocation() == nullptr && _impl_.sampling_ != nullptr) {
@@ -1037,6 +1065,16 @@ const char* GenerateRequest::_InternalParse(const char* ptr, ::_pbi::ParseContex
         } else
           goto handle_unusual;
         continue;
+      // optional string cache_salt = 12;
+      case 12:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 98)) {
+          auto str = _internal_mutable_cache_salt();
+          ptr = ::_pbi::InlineGreedyStringParser(str, ptr, ctx);
+          CHK_(ptr);
+          CHK_(::_pbi::VerifyUTF8(str, "hsrpc.v1.GenerateRequest.cache_salt"));
+        } else
+          goto handle_unusual;
+        continue;
       default:
         goto handle_unusual;
     }  // switch
@@ -1145,6 +1183,16 @@ uint8_t* GenerateRequest::_InternalSerialize(
         _Internal::text_options(this).GetCachedSize(), target, stream);
   }
 
+  // optional string cache_salt = 12;
+  if (_internal_has_cache_salt()) {
+    ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::VerifyUtf8String(
+      this->_internal_cache_salt().data(), static_cast<int>(this->_internal_cache_salt().length()),
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::SERIALIZE,
+      "hsrpc.v1.GenerateRequest.cache_salt");
+    target = stream->WriteStringMaybeAliased(
+        12, this->_internal_cache_salt(), target);
+  }
+
   if (PROTOBUF_PREDICT_FALSE(_internal_metadata_.have_unknown_fields())) {
     target = ::_pbi::WireFormat::InternalSerializeUnknownFieldsToArray(
         _internal_metadata_.unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(::PROTOBUF_NAMESPACE_ID::UnknownFieldSet::default_instance), target, stream);
@@ -1162,7 +1210,7 @@ size_t GenerateRequest::ByteSizeLong() const {
   (void) cached_has_bits;
 
   cached_has_bits = _impl_._has_bits_[0];
-  if (cached_has_bits & 0x00000003u) {
+  if (cached_has_bits & 0x00000007u) {
     // optional string request_id = 1;
     if (cached_has_bits & 0x00000001u) {
       total_size += 1 +
@@ -1175,6 +1223,13 @@ size_t GenerateRequest::ByteSizeLong() const {
       total_size += 1 +
         ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::StringSize(
           this->_internal_model());
+    }
+
+    // optional string cache_salt = 12;
+    if (cached_has_bits & 0x00000004u) {
+      total_size += 1 +
+        ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::StringSize(
+          this->_internal_cache_salt());
     }
 
   }
@@ -1207,7 +1262,7 @@ size_t GenerateRequest::ByteSizeLong() const {
   }
 
   // optional int32 priority = 8;
-  if (cached_has_bits & 0x00000004u) {
+  if (cached_has_bits & 0x00000008u) {
     total_size += ::_pbi::WireFormatLite::Int32SizePlusOne(this->_internal_priority());
   }
 
@@ -1256,12 +1311,15 @@ void GenerateRequest::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const 
   (void) cached_has_bits;
 
   cached_has_bits = from._impl_._has_bits_[0];
-  if (cached_has_bits & 0x00000003u) {
+  if (cached_has_bits & 0x00000007u) {
     if (cached_has_bits & 0x00000001u) {
       _this->_internal_set_request_id(from._internal_request_id());
     }
     if (cached_has_bits & 0x00000002u) {
       _this->_internal_set_model(from._internal_model());
+    }
+    if (cached_has_bits & 0x00000004u) {
+      _this->_internal_set_cache_salt(from._internal_cache_salt());
     }
   }
   if (from._internal_has_sampling()) {
@@ -1280,7 +1338,7 @@ void GenerateRequest::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const 
     _this->_internal_mutable_text_options()->::hsrpc::v1::TextOptions::MergeFrom(
         from._internal_text_options());
   }
-  if (cached_has_bits & 0x00000004u) {
+  if (cached_has_bits & 0x00000008u) {
     _this->_internal_set_priority(from._internal_priority());
   }
   switch (from.input_case()) {
@@ -1329,6 +1387,10 @@ void GenerateRequest::InternalSwap(GenerateRequest* other) {
   ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr::InternalSwap(
       &_impl_.model_, lhs_arena,
       &other->_impl_.model_, rhs_arena
+  );
+  ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr::InternalSwap(
+      &_impl_.cache_salt_, lhs_arena,
+      &other->_impl_.cache_salt_, rhs_arena
   );
   ::PROTOBUF_NAMESPACE_ID::internal::memswap<
       PROTOBUF_FIELD_OFFSET(GenerateRequest, _impl_.priority_)
@@ -4745,12 +4807,13 @@ Usage::Usage(const Usage& from)
       decltype(_impl_.prompt_tokens_){}
     , decltype(_impl_.completion_tokens_){}
     , decltype(_impl_.preemptions_){}
+    , decltype(_impl_.cached_tokens_){}
     , /*decltype(_impl_._cached_size_)*/{}};
 
   _internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
   ::memcpy(&_impl_.prompt_tokens_, &from._impl_.prompt_tokens_,
-    static_cast<size_t>(reinterpret_cast<char*>(&_impl_.preemptions_) -
-    reinterpret_cast<char*>(&_impl_.prompt_tokens_)) + sizeof(_impl_.preemptions_));
+    static_cast<size_t>(reinterpret_cast<char*>(&_impl_.cached_tokens_) -
+    reinterpret_cast<char*>(&_impl_.prompt_tokens_)) + sizeof(_impl_.cached_tokens_));
   // @@protoc_insertion_point(copy_constructor:hsrpc.v1.Usage)
 }
 
@@ -4762,6 +4825,7 @@ inline void Usage::SharedCtor(
       decltype(_impl_.prompt_tokens_){0}
     , decltype(_impl_.completion_tokens_){0}
     , decltype(_impl_.preemptions_){0}
+    , decltype(_impl_.cached_tokens_){0}
     , /*decltype(_impl_._cached_size_)*/{}
   };
 }
@@ -4790,8 +4854,8 @@ void Usage::Clear() {
   (void) cached_has_bits;
 
   ::memset(&_impl_.prompt_tokens_, 0, static_cast<size_t>(
-      reinterpret_cast<char*>(&_impl_.preemptions_) -
-      reinterpret_cast<char*>(&_impl_.prompt_tokens_)) + sizeof(_impl_.preemptions_));
+      reinterpret_cast<char*>(&_impl_.cached_tokens_) -
+      reinterpret_cast<char*>(&_impl_.prompt_tokens_)) + sizeof(_impl_.cached_tokens_));
   _internal_metadata_.Clear<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>();
 }
 
@@ -4821,6 +4885,14 @@ const char* Usage::_InternalParse(const char* ptr, ::_pbi::ParseContext* ctx) {
       case 3:
         if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 24)) {
           _impl_.preemptions_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint32(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // int32 cached_tokens = 4;
+      case 4:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 32)) {
+          _impl_.cached_tokens_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint32(&ptr);
           CHK_(ptr);
         } else
           goto handle_unusual;
@@ -4872,6 +4944,12 @@ uint8_t* Usage::_InternalSerialize(
     target = ::_pbi::WireFormatLite::WriteInt32ToArray(3, this->_internal_preemptions(), target);
   }
 
+  // int32 cached_tokens = 4;
+  if (this->_internal_cached_tokens() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt32ToArray(4, this->_internal_cached_tokens(), target);
+  }
+
   if (PROTOBUF_PREDICT_FALSE(_internal_metadata_.have_unknown_fields())) {
     target = ::_pbi::WireFormat::InternalSerializeUnknownFieldsToArray(
         _internal_metadata_.unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(::PROTOBUF_NAMESPACE_ID::UnknownFieldSet::default_instance), target, stream);
@@ -4903,6 +4981,11 @@ size_t Usage::ByteSizeLong() const {
     total_size += ::_pbi::WireFormatLite::Int32SizePlusOne(this->_internal_preemptions());
   }
 
+  // int32 cached_tokens = 4;
+  if (this->_internal_cached_tokens() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int32SizePlusOne(this->_internal_cached_tokens());
+  }
+
   return MaybeComputeUnknownFieldsSize(total_size, &_impl_._cached_size_);
 }
 
@@ -4930,6 +5013,9 @@ void Usage::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTOBUF
   if (from._internal_preemptions() != 0) {
     _this->_internal_set_preemptions(from._internal_preemptions());
   }
+  if (from._internal_cached_tokens() != 0) {
+    _this->_internal_set_cached_tokens(from._internal_cached_tokens());
+  }
   _this->_internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
 }
 
@@ -4948,8 +5034,8 @@ void Usage::InternalSwap(Usage* other) {
   using std::swap;
   _internal_metadata_.InternalSwap(&other->_internal_metadata_);
   ::PROTOBUF_NAMESPACE_ID::internal::memswap<
-      PROTOBUF_FIELD_OFFSET(Usage, _impl_.preemptions_)
-      + sizeof(Usage::_impl_.preemptions_)
+      PROTOBUF_FIELD_OFFSET(Usage, _impl_.cached_tokens_)
+      + sizeof(Usage::_impl_.cached_tokens_)
       - PROTOBUF_FIELD_OFFSET(Usage, _impl_.prompt_tokens_)>(
           reinterpret_cast<char*>(&_impl_.prompt_tokens_),
           reinterpret_cast<char*>(&other->_impl_.prompt_tokens_));

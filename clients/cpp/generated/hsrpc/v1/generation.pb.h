@@ -286,6 +286,7 @@ class GenerateRequest final :
   enum : int {
     kRequestIdFieldNumber = 1,
     kModelFieldNumber = 2,
+    kCacheSaltFieldNumber = 12,
     kSamplingFieldNumber = 5,
     kStoppingFieldNumber = 6,
     kOutputFieldNumber = 7,
@@ -329,6 +330,24 @@ class GenerateRequest final :
   const std::string& _internal_model() const;
   inline PROTOBUF_ALWAYS_INLINE void _internal_set_model(const std::string& value);
   std::string* _internal_mutable_model();
+  public:
+
+  // optional string cache_salt = 12;
+  bool has_cache_salt() const;
+  private:
+  bool _internal_has_cache_salt() const;
+  public:
+  void clear_cache_salt();
+  const std::string& cache_salt() const;
+  template <typename ArgT0 = const std::string&, typename... ArgT>
+  void set_cache_salt(ArgT0&& arg0, ArgT... args);
+  std::string* mutable_cache_salt();
+  PROTOBUF_NODISCARD std::string* release_cache_salt();
+  void set_allocated_cache_salt(std::string* cache_salt);
+  private:
+  const std::string& _internal_cache_salt() const;
+  inline PROTOBUF_ALWAYS_INLINE void _internal_set_cache_salt(const std::string& value);
+  std::string* _internal_mutable_cache_salt();
   public:
 
   // .hsrpc.v1.Sampling sampling = 5;
@@ -490,6 +509,7 @@ class GenerateRequest final :
     mutable ::PROTOBUF_NAMESPACE_ID::internal::CachedSize _cached_size_;
     ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr request_id_;
     ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr model_;
+    ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr cache_salt_;
     ::hsrpc::v1::Sampling* sampling_;
     ::hsrpc::v1::Stopping* stopping_;
     ::hsrpc::v1::Output* output_;
@@ -2869,6 +2889,7 @@ class Usage final :
     kPromptTokensFieldNumber = 1,
     kCompletionTokensFieldNumber = 2,
     kPreemptionsFieldNumber = 3,
+    kCachedTokensFieldNumber = 4,
   };
   // int32 prompt_tokens = 1;
   void clear_prompt_tokens();
@@ -2897,6 +2918,15 @@ class Usage final :
   void _internal_set_preemptions(int32_t value);
   public:
 
+  // int32 cached_tokens = 4;
+  void clear_cached_tokens();
+  int32_t cached_tokens() const;
+  void set_cached_tokens(int32_t value);
+  private:
+  int32_t _internal_cached_tokens() const;
+  void _internal_set_cached_tokens(int32_t value);
+  public:
+
   // @@protoc_insertion_point(class_scope:hsrpc.v1.Usage)
  private:
   class _Internal;
@@ -2908,6 +2938,7 @@ class Usage final :
     int32_t prompt_tokens_;
     int32_t completion_tokens_;
     int32_t preemptions_;
+    int32_t cached_tokens_;
     mutable ::PROTOBUF_NAMESPACE_ID::internal::CachedSize _cached_size_;
   };
   union { Impl_ _impl_; };
@@ -4067,7 +4098,7 @@ inline void GenerateRequest::set_allocated_output(::hsrpc::v1::Output* output) {
 
 // optional int32 priority = 8;
 inline bool GenerateRequest::_internal_has_priority() const {
-  bool value = (_impl_._has_bits_[0] & 0x00000004u) != 0;
+  bool value = (_impl_._has_bits_[0] & 0x00000008u) != 0;
   return value;
 }
 inline bool GenerateRequest::has_priority() const {
@@ -4075,7 +4106,7 @@ inline bool GenerateRequest::has_priority() const {
 }
 inline void GenerateRequest::clear_priority() {
   _impl_.priority_ = 0;
-  _impl_._has_bits_[0] &= ~0x00000004u;
+  _impl_._has_bits_[0] &= ~0x00000008u;
 }
 inline int32_t GenerateRequest::_internal_priority() const {
   return _impl_.priority_;
@@ -4085,7 +4116,7 @@ inline int32_t GenerateRequest::priority() const {
   return _internal_priority();
 }
 inline void GenerateRequest::_internal_set_priority(int32_t value) {
-  _impl_._has_bits_[0] |= 0x00000004u;
+  _impl_._has_bits_[0] |= 0x00000008u;
   _impl_.priority_ = value;
 }
 inline void GenerateRequest::set_priority(int32_t value) {
@@ -4176,6 +4207,74 @@ inline void GenerateRequest::set_allocated_text_options(::hsrpc::v1::TextOptions
   }
   _impl_.text_options_ = text_options;
   // @@protoc_insertion_point(field_set_allocated:hsrpc.v1.GenerateRequest.text_options)
+}
+
+// optional string cache_salt = 12;
+inline bool GenerateRequest::_internal_has_cache_salt() const {
+  bool value = (_impl_._has_bits_[0] & 0x00000004u) != 0;
+  return value;
+}
+inline bool GenerateRequest::has_cache_salt() const {
+  return _internal_has_cache_salt();
+}
+inline void GenerateRequest::clear_cache_salt() {
+  _impl_.cache_salt_.ClearToEmpty();
+  _impl_._has_bits_[0] &= ~0x00000004u;
+}
+inline const std::string& GenerateRequest::cache_salt() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.GenerateRequest.cache_salt)
+  return _internal_cache_salt();
+}
+template <typename ArgT0, typename... ArgT>
+inline PROTOBUF_ALWAYS_INLINE
+void GenerateRequest::set_cache_salt(ArgT0&& arg0, ArgT... args) {
+ _impl_._has_bits_[0] |= 0x00000004u;
+ _impl_.cache_salt_.Set(static_cast<ArgT0 &&>(arg0), args..., GetArenaForAllocation());
+  // @@protoc_insertion_point(field_set:hsrpc.v1.GenerateRequest.cache_salt)
+}
+inline std::string* GenerateRequest::mutable_cache_salt() {
+  std::string* _s = _internal_mutable_cache_salt();
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.GenerateRequest.cache_salt)
+  return _s;
+}
+inline const std::string& GenerateRequest::_internal_cache_salt() const {
+  return _impl_.cache_salt_.Get();
+}
+inline void GenerateRequest::_internal_set_cache_salt(const std::string& value) {
+  _impl_._has_bits_[0] |= 0x00000004u;
+  _impl_.cache_salt_.Set(value, GetArenaForAllocation());
+}
+inline std::string* GenerateRequest::_internal_mutable_cache_salt() {
+  _impl_._has_bits_[0] |= 0x00000004u;
+  return _impl_.cache_salt_.Mutable(GetArenaForAllocation());
+}
+inline std::string* GenerateRequest::release_cache_salt() {
+  // @@protoc_insertion_point(field_release:hsrpc.v1.GenerateRequest.cache_salt)
+  if (!_internal_has_cache_salt()) {
+    return nullptr;
+  }
+  _impl_._has_bits_[0] &= ~0x00000004u;
+  auto* p = _impl_.cache_salt_.Release();
+#ifdef PROTOBUF_FORCE_COPY_DEFAULT_STRING
+  if (_impl_.cache_salt_.IsDefault()) {
+    _impl_.cache_salt_.Set("", GetArenaForAllocation());
+  }
+#endif // PROTOBUF_FORCE_COPY_DEFAULT_STRING
+  return p;
+}
+inline void GenerateRequest::set_allocated_cache_salt(std::string* cache_salt) {
+  if (cache_salt != nullptr) {
+    _impl_._has_bits_[0] |= 0x00000004u;
+  } else {
+    _impl_._has_bits_[0] &= ~0x00000004u;
+  }
+  _impl_.cache_salt_.SetAllocated(cache_salt, GetArenaForAllocation());
+#ifdef PROTOBUF_FORCE_COPY_DEFAULT_STRING
+  if (_impl_.cache_salt_.IsDefault()) {
+    _impl_.cache_salt_.Set("", GetArenaForAllocation());
+  }
+#endif // PROTOBUF_FORCE_COPY_DEFAULT_STRING
+  // @@protoc_insertion_point(field_set_allocated:hsrpc.v1.GenerateRequest.cache_salt)
 }
 
 inline bool GenerateRequest::has_input() const {
@@ -6464,6 +6563,26 @@ inline void Usage::_internal_set_preemptions(int32_t value) {
 inline void Usage::set_preemptions(int32_t value) {
   _internal_set_preemptions(value);
   // @@protoc_insertion_point(field_set:hsrpc.v1.Usage.preemptions)
+}
+
+// int32 cached_tokens = 4;
+inline void Usage::clear_cached_tokens() {
+  _impl_.cached_tokens_ = 0;
+}
+inline int32_t Usage::_internal_cached_tokens() const {
+  return _impl_.cached_tokens_;
+}
+inline int32_t Usage::cached_tokens() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Usage.cached_tokens)
+  return _internal_cached_tokens();
+}
+inline void Usage::_internal_set_cached_tokens(int32_t value) {
+  
+  _impl_.cached_tokens_ = value;
+}
+inline void Usage::set_cached_tokens(int32_t value) {
+  _internal_set_cached_tokens(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Usage.cached_tokens)
 }
 
 // -------------------------------------------------------------------

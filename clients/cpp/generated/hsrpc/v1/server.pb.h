@@ -922,6 +922,7 @@ class Measured final :
     kPreemptionsFieldNumber = 8,
     kPeakDeviceBytesFieldNumber = 9,
     kRecomputedTokensFieldNumber = 10,
+    kCachedTokensFieldNumber = 11,
   };
   // .google.protobuf.Duration step_time = 1;
   bool has_step_time() const;
@@ -1026,6 +1027,15 @@ class Measured final :
   void _internal_set_recomputed_tokens(int64_t value);
   public:
 
+  // int64 cached_tokens = 11;
+  void clear_cached_tokens();
+  int64_t cached_tokens() const;
+  void set_cached_tokens(int64_t value);
+  private:
+  int64_t _internal_cached_tokens() const;
+  void _internal_set_cached_tokens(int64_t value);
+  public:
+
   // @@protoc_insertion_point(class_scope:hsrpc.v1.Measured)
  private:
   class _Internal;
@@ -1046,6 +1056,7 @@ class Measured final :
     int64_t preemptions_;
     int64_t peak_device_bytes_;
     int64_t recomputed_tokens_;
+    int64_t cached_tokens_;
   };
   union { Impl_ _impl_; };
   friend struct ::TableStruct_hsrpc_2fv1_2fserver_2eproto;
@@ -2899,6 +2910,26 @@ inline void Measured::_internal_set_recomputed_tokens(int64_t value) {
 inline void Measured::set_recomputed_tokens(int64_t value) {
   _internal_set_recomputed_tokens(value);
   // @@protoc_insertion_point(field_set:hsrpc.v1.Measured.recomputed_tokens)
+}
+
+// int64 cached_tokens = 11;
+inline void Measured::clear_cached_tokens() {
+  _impl_.cached_tokens_ = int64_t{0};
+}
+inline int64_t Measured::_internal_cached_tokens() const {
+  return _impl_.cached_tokens_;
+}
+inline int64_t Measured::cached_tokens() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Measured.cached_tokens)
+  return _internal_cached_tokens();
+}
+inline void Measured::_internal_set_cached_tokens(int64_t value) {
+  
+  _impl_.cached_tokens_ = value;
+}
+inline void Measured::set_cached_tokens(int64_t value) {
+  _internal_set_cached_tokens(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Measured.cached_tokens)
 }
 
 // -------------------------------------------------------------------
