@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeAlias
+from threading import Lock
 
 import llguidance
 import numpy as np
@@ -23,9 +22,6 @@ from hsrpc.schedule.step import SamplingRow
 _MAX_CACHED = 64
 """Compiled constraints that are kept; each may come to hold tens of megabytes, most hold some kilobytes."""
 
-_log = logging.getLogger(__name__)
-_Key: TypeAlias = tuple[str, str]
-
 
 class Grammars:
     """What constrains requests to one model's tokens, on two threads of its own: one compiles, one makes masks.
@@ -40,7 +36,7 @@ class Grammars:
         self._compiler = FairThread("hsrpc-constraints", stack_bytes=STACK_BYTES)
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="hsrpc-masks")
         self._pool: llguidance.LLExecutor | None = None
-        self._cache: OrderedDict[_Key, Compiled] = OrderedDict()
+        self._cache = _Cache()
 
     async def matcher(self, constraint: Constraint, client: str) -> Matcher:
         """What follows `constraint`, from the first token of an output on; compiled at `client`'s turn.
@@ -48,14 +44,7 @@ class Grammars:
         Raises:
             InvalidRequestError: it cannot be compiled, or no text satisfies it.
         """
-        key = (constraint.field, constraint.text)
-        compiled = self._cache.get(key)
-        if compiled is None or compiled.original.is_error():  # a copy has come to the bounds that all share
-            compiled = await self._compiler.run(client, self._compile, constraint)
-        self._cache[key] = compiled
-        self._cache.move_to_end(key)
-        while len(self._cache) > _MAX_CACHED:
-            self._cache.popitem(last=False)
+        compiled = self._cache.get(constraint) or await self._compiler.run(client, self._compile_once, constraint)
         return Matcher(compiled)
 
     def begin(self, rows: Iterable[SamplingRow]) -> None:
@@ -70,6 +59,14 @@ class Grammars:
         """End the threads after what was asked of them."""
         self._compiler.finish(self._trial.close)
         self._masks.shutdown(wait=False)
+
+    def _compile_once(self, constraint: Constraint) -> Compiled:
+        """Compile it, unless that was done while it waited for its turn."""
+        compiled = self._cache.get(constraint)
+        if compiled is None:
+            compiled = self._compile(constraint)
+            self._cache.put(compiled)
+        return compiled
 
     def _compile(self, constraint: Constraint) -> Compiled:
         notation = self._trial.compilable(constraint)
@@ -101,6 +98,29 @@ class Grammars:
             self._pool = llguidance.LLExecutor()
         wanted = [(matchers[row].catch_up(), row) for row in rows]
         self._pool.unsafe_compute_mask_ptr(wanted, masks.ctypes.data, masks.strides[0], len(masks))
+
+
+class _Cache:
+    """Compiled constraints that were used last, by what they say. For any thread."""
+
+    def __init__(self) -> None:
+        self._compiled: OrderedDict[tuple[str, str], Compiled] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, constraint: Constraint) -> Compiled | None:
+        key = (constraint.field, constraint.text)
+        with self._lock:
+            compiled = self._compiled.get(key)
+            if compiled is None or compiled.original.is_error():  # a copy has come to the bounds that all share
+                return None
+            self._compiled.move_to_end(key)
+            return compiled
+
+    def put(self, compiled: Compiled) -> None:
+        with self._lock:
+            self._compiled[compiled.constraint.field, compiled.constraint.text] = compiled
+            if len(self._compiled) > _MAX_CACHED:
+                self._compiled.popitem(last=False)
 
 
 class NoGrammars:

@@ -30,9 +30,13 @@ _SIMPLIFY = "make it simpler: fewer and shorter parts, repetitions and intersect
 
 
 class Trial:
-    """The process, which is started when it is needed. For one thread."""
+    """The process, which is started when it is needed. For one thread.
 
-    def __init__(self) -> None:
+    `max_seconds` of a processor are what a constraint may take.
+    """
+
+    def __init__(self, max_seconds: float = MAX_SECONDS) -> None:
+        self._max_seconds = max_seconds
         self._process: subprocess.Popen[str] | None = None
 
     def compilable(self, constraint: Constraint) -> str:
@@ -65,7 +69,7 @@ class Trial:
             home = str(Path(hsrpc.__file__).parents[1])
             path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
             self._process = subprocess.Popen(  # noqa: S603 (this program's own interpreter)
-                [sys.executable, "-c", _START],
+                [sys.executable, "-c", _START, str(self._max_seconds)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -81,7 +85,7 @@ class Trial:
             pass
         self._process = None
         if process.returncode == -signal.SIGVTALRM:
-            return f"takes longer than {MAX_SECONDS:.0f} s to compile; {_SIMPLIFY}"
+            return f"takes longer than {self._max_seconds:g} s to compile; {_SIMPLIFY}"
         return f"takes too much memory to compile; {_SIMPLIFY}"
 
 
@@ -89,14 +93,14 @@ def main() -> None:
     """Answer line by line, as `Trial` asks; ends with its standard input."""
     resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY, _MAX_MEMORY))
     threading.stack_size(STACK_BYTES)
-    thread = threading.Thread(target=_answer_all)
+    thread = threading.Thread(target=_answer_all, args=[float(sys.argv[1])])
     thread.start()
     thread.join()
 
 
-def _answer_all() -> None:
+def _answer_all(max_seconds: float) -> None:
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+        signal.setitimer(signal.ITIMER_VIRTUAL, max_seconds)
         answer = _answer(*json.loads(line))
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         print(json.dumps(answer), flush=True)
