@@ -19,7 +19,8 @@ _SHOWN = 60
 class JsonSchema:
     """JSON that a JSON Schema describes, given as its text or as what `json.loads` makes of that.
 
-    `x-guidance` in the schema says of white space: {"whitespace_flexible": false} allows none between tokens of JSON.
+    Between tokens of JSON there may be a space, or a new line with up to 32 spaces and tabs; nothing where the schema
+    has "x-guidance": {"whitespace_flexible": false}.
 
     Raises:
         InvalidRequestError: on construction, naming the field.

@@ -193,8 +193,8 @@ class Constraint(google.protobuf.message.Message):
     CHOICE_FIELD_NUMBER: builtins.int
     json_schema: builtins.str
     """JSON that this JSON Schema describes, its keys in the order of the schema. What of JSON Schema is not followed is
-    refused, never ignored; `$ref` reaches into the schema itself alone. Any white space may stand between tokens of
-    JSON, unless the schema has "x-guidance": {"whitespace_flexible": false}.
+    refused, never ignored; `$ref` reaches into the schema itself alone. Between tokens of JSON there may be a space, or a
+    new line with up to 32 spaces and tabs; nothing if the schema has "x-guidance": {"whitespace_flexible": false}.
     """
     regex: builtins.str
     """What this regular expression matches as a whole, in the syntax of Rust's regex crate: without look-around and back

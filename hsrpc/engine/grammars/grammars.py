@@ -44,7 +44,9 @@ class Grammars:
         Raises:
             InvalidRequestError: it cannot be compiled, or no text satisfies it.
         """
-        compiled = self._cache.get(constraint) or await self._compiler.run(client, self._compile_once, constraint)
+        compiled = self._cache.get(constraint)
+        if compiled is None:
+            compiled = await self._compiler.run(client, self._compile_once, constraint)
         return Matcher(compiled)
 
     def begin(self, rows: Iterable[SamplingRow]) -> None:

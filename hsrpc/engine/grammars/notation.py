@@ -6,12 +6,15 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llguidance
 
 from hsrpc.constraint import Choice, Constraint, Grammar, JsonObject, JsonSchema, Regex
 from hsrpc.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=250_000,
@@ -21,6 +24,8 @@ LIMITS = llguidance.LLParserLimits(
 )
 """A quarter of the library's own work to begin with and in a step, and less than a tenth of its states (a kilobyte or
 two each): with its own, a step of `((a{1000}){1000}){1000}` takes 0.7 s and 190 MB before it is given up."""
+_WHITE_SPACE: JsonCompileOptions = {"whitespace_pattern": r"\x20|\x0D?\x0A[\x20\x09]{0,32}"}
+"""Between tokens of JSON: models that would go on with white space for ever cannot."""
 _GBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
 _MANY = ("properties", "patternProperties", "$defs", "definitions")
@@ -66,7 +71,7 @@ def compilable(constraint: Constraint) -> str:
 def _notation(constraint: Constraint) -> str:
     match constraint:
         case JsonSchema() | JsonObject():
-            return llguidance.LLMatcher.grammar_from_json_schema(constraint.text)
+            return _json(constraint.text)
         case Regex():
             return llguidance.LLMatcher.grammar_from_regex(constraint.text)
         case Choice():
@@ -74,6 +79,16 @@ def _notation(constraint: Constraint) -> str:
             return llguidance.LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}\n")
         case Grammar():
             return _lark(constraint)
+
+
+def _json(schema: str) -> str:
+    """With white space as the schema says itself, by the words that llguidance has for it, or as people write it."""
+    found = json.loads(schema)
+    if not isinstance(found, dict):  # true is {}, false has no options
+        return _json("{}") if found else llguidance.LLMatcher.grammar_from_json_schema(schema)
+    own = found.get("x-guidance")
+    says = isinstance(own, dict) and any(name.startswith("whitespace") for name in own)
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults={} if says else _WHITE_SPACE)
 
 
 def _lark(constraint: Grammar) -> str:
@@ -143,5 +158,4 @@ def _parts(schema: object) -> Iterator[tuple[str, object]]:
 
 
 def _error(schema: object) -> str:
-    notation = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
-    return llguidance.LLMatcher.validate_grammar(notation, limits=LIMITS)
+    return llguidance.LLMatcher.validate_grammar(_json(json.dumps(schema)), limits=LIMITS)
