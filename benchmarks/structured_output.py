@@ -3,9 +3,10 @@
     pip install --no-deps --target DIR xgrammar apache-tvm-ffi
     PYTHONPATH=.:DIR python -m benchmarks.structured_output --json structured-output.json
 
-The tokenizer is one of 128,000 tokens that litellm brings. Each constraint is followed through a document that satisfies
-it, token by token; a mask's seconds are those of taking the token before and filling the bits. All seconds are a
-processor's, on one thread. Then, which documents are let pass that a schema forbids. What is not installed is left out.
+The tokenizer is one of 128,000 tokens that litellm brings. Each constraint is followed through a document that
+satisfies it, token by token; a mask's seconds are those of taking the token before and filling the bits. All seconds
+are a processor's, on one thread. Then, which documents are let pass that a schema forbids. What is not installed is
+left out.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from benchmarks.record import header, write_json
+from hsrpc.engine.grammars.notation import LIMITS
 
 PROGRAM = "python -m benchmarks.structured_output"
 _TOKENIZER = "litellm_core_utils/tokenizers/deepseek_tokenizer.json"
@@ -145,7 +147,7 @@ class Library(Protocol):
 
 
 class LLGuidance:
-    """One matcher a request, each a copy of the compiled one."""
+    """One matcher a request, each a copy of the compiled one, within hsrpc's bounds."""
 
     def __init__(self, text: str, eos: int) -> None:
         self._library = import_module("llguidance")
@@ -154,7 +156,9 @@ class LLGuidance:
 
     def compile(self, case: Case) -> Callable[[], Run]:
         kind = "lark" if case.kind == "grammar" else case.kind
-        matcher = self._library.LLMatcher(self._tokenizer, self._library.grammar_from(kind, case.constraint))
+        matcher = self._library.LLMatcher(
+            self._tokenizer, self._library.grammar_from(kind, case.constraint), limits=LIMITS
+        )
         if matcher.get_error():
             raise ValueError(f"{case.name}: {matcher.get_error()}")
         return lambda: _LLGuidanceRun(matcher.deep_copy())

@@ -20,10 +20,12 @@ LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=250_000,
     step_lexer_fuel=50_000,
     max_lexer_states=20_000,
+    max_items_in_row=20_000,
     verbose_errors=False,
 )
 """A quarter of the library's own work to begin with and in a step, and less than a tenth of its states (a kilobyte or
-two each): with its own, a step of `((a{1000}){1000}){1000}` takes 0.7 s and 190 MB before it is given up."""
+two each): with its own, a step of `((a{1000}){1000}){1000}` takes 0.7 s and 190 MB before it is given up. Ten times its
+rows: 1,000 properties that may be left out need 4,000."""
 _WHITE_SPACE: JsonCompileOptions = {"whitespace_pattern": r"\x20|\x0D?\x0A[\x20\x09]{0,32}"}
 """Between tokens of JSON: models that would go on with white space for ever cannot."""
 _GBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
