@@ -76,7 +76,7 @@ _QUANTIZED = (
 )
 _RESIDENT = ("qwen3-8b-109", "qwen3-8b-219", "qwen3-8b-219-again", "qwen3-8b-planned")
 _MODELS = ("models/current",)
-_OF_LIBRARY = ("compile", "mask", "longest")
+_OF_MASKS = ("mask", "longest")
 _OF_PLAN = ("requests", "caches", "resident")
 
 TABLES = {
@@ -87,7 +87,7 @@ TABLES = {
     ),
     "structured-output": Table(
         ("structured-output/libraries",),
-        ("constraint", "tokens", *(f"{name}: {part}" for name in ("llguidance", "xgrammar") for part in _OF_LIBRARY)),
+        ("constraint", "tokens", "llguidance: compile", *_OF_MASKS, "xgrammar: compile", *_OF_MASKS),
         tables.structured_output,
     ),
     "products": Table(
