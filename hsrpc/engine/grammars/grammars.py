@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,9 @@ from hsrpc.schedule.step import SamplingRow
 
 _MAX_CACHED = 64
 """Compiled constraints that are kept; each may come to hold tens of megabytes, most hold some kilobytes."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class Grammars:
@@ -84,14 +88,24 @@ class Grammars:
 
     def _fill(self, matchers: Sequence[Matcher]) -> Masks:
         masks = np.zeros((len(matchers), self._num_words), dtype=np.int32)
+        try:
+            self._fill_all(matchers, masks)
+        except Exception as error:
+            # What the library does not foresee is the fault of these requests alone.
+            _log.error("masks of %d requests cannot be made", len(matchers), exc_info=error)
+            for matcher in matchers:
+                matcher.fail("internal error")
+            masks[:] = 0
+        return masks
+
+    def _fill_all(self, matchers: Sequence[Matcher], masks: Masks) -> None:
         self._fill_rows(matchers, range(len(matchers)), masks)
-        again = [row for row, matcher in enumerate(matchers) if matcher.has_failed and matcher.begin_again()]
+        again = [row for row, matcher in enumerate(matchers) if matcher.problem and matcher.begin_again()]
         self._fill_rows(matchers, again, masks)
         for row, matcher in enumerate(matchers):
-            if matcher.has_failed:
-                matcher.fail()
+            if (problem := matcher.problem) is not None:
+                matcher.fail(problem)
                 masks[row] = 0
-        return masks
 
     def _fill_rows(self, matchers: Sequence[Matcher], rows: Sequence[int], masks: Masks) -> None:
         if not rows:

@@ -76,9 +76,9 @@ class Matcher:
         return self._native
 
     @property
-    def has_failed(self) -> bool:
-        """The library goes no further, though the output is not at its end."""
-        return bool(self._native.is_error())
+    def problem(self) -> str | None:
+        """Why the library goes no further, though the output is not at its end; None: it does."""
+        return self._native.get_error().split("\n", 1)[0] if self._native.is_error() else None
 
     def begin_again(self) -> bool:
         """Take a matcher that shares no bounds with others', where it did; False where that is of no use, or slow."""
@@ -87,8 +87,9 @@ class Matcher:
         self._native, self._is_shared, self._num_taken = self.compiled.fresh(), False, 0
         return True
 
-    def fail(self) -> None:
+    def fail(self, problem: str) -> None:
         """Give up: no token is allowed any more."""
-        first = self._native.get_error().split("\n", 1)[0]
         place = f"token {len(self._token_ids) + 1} of the output"
-        self.failure = f"cannot be followed beyond {place} ({first}); make it simpler, or one that some text satisfies"
+        self.failure = (
+            f"cannot be followed beyond {place} ({problem}); make it simpler, or one that some text satisfies"
+        )

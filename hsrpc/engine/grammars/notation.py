@@ -64,9 +64,12 @@ def compilable(constraint: Constraint) -> str:
     Raises:
         InvalidRequestError: it cannot; says what is wrong, and where.
     """
-    notation = _notation(constraint)
-    if error := llguidance.LLMatcher.validate_grammar(notation, limits=LIMITS):
-        raise InvalidRequestError(constraint.field, _describe(constraint, error))
+    try:
+        notation = _notation(constraint)
+    except ValueError as error:
+        raise InvalidRequestError(constraint.field, _shortened(str(error))) from None
+    if found := llguidance.LLMatcher.validate_grammar(notation, limits=LIMITS):
+        raise InvalidRequestError(constraint.field, _describe(constraint, found))
     return notation
 
 
@@ -96,10 +99,7 @@ def _json(schema: str) -> str:
 def _lark(constraint: Grammar) -> str:
     if not _GBNF.search(constraint.text):
         return llguidance.LLMatcher.grammar_from_lark(constraint.text)
-    try:
-        return llguidance.grammar_from("gbnf", constraint.text)
-    except ValueError as error:
-        raise InvalidRequestError(constraint.field, _shortened(str(error))) from None
+    return llguidance.grammar_from("gbnf", constraint.text)
 
 
 def _describe(constraint: Constraint, error: str) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hsrpc.constraint import Choice, Constraint, Grammar, JsonObject, JsonSchema, Regex
 from hsrpc.engine.grammars.notation import compilable, read_constraint
@@ -25,6 +29,7 @@ WRONG = (
     (JsonSchema({"$ref": "https://example.com/schema"}), "at the root: Resource 'https://example.com/schema'"),
     (JsonSchema({"prefixItems": [{}, {"type": "bar"}]}), "at /prefixItems/1: Invalid type: bar"),
     (JsonSchema(False), "at the root: Unsatisfiable"),
+    (JsonSchema({"x-guidance": {"whitespace_flexible": "no"}}), "expected a boolean"),
     (Regex("ab("), "unclosed group, at character 2 of the expression"),
     (Regex(r"a(?=b)"), "look-around, including look-ahead and look-behind, is not supported, at character 1"),
     (Regex("a{5,2}"), "invalid repetition count range"),
@@ -99,6 +104,37 @@ def test_what_would_take_for_ever_is_given_up(trial):
 def test_what_nests_deeply_has_the_stack_for_it(trial):
     """A thread of the usual size would end the process."""
     assert trial.compilable(DEEP)
+
+
+TEXTS = st.text(
+    st.sampled_from("ab01()[]{}|*+?.,\\^$\"'/:=<> \n\td%&~-é") | st.characters(exclude_categories=["Cs"]), max_size=40
+)
+WORDS = (
+    *("type", "properties", "items", "anyOf", "allOf", "oneOf", "$ref", "$defs", "enum", "const", "pattern", "minimum"),
+    *("maxLength", "required", "additionalProperties", "format", "not", "x-guidance", "prefixItems"),
+)
+SCHEMAS = st.recursive(
+    st.sampled_from([True, False, None, 3, "string", "integer", "object", "array", "a+(", "#", "date"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+def test_whatever_it_is_there_is_an_answer(trial):
+    """It is compiled or refused, in words, whatever the text."""
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.one_of(st.builds(Regex, TEXTS.filter(bool)), st.builds(Grammar, TEXTS.filter(bool)), SCHEMAS))
+    def answered(made: object) -> None:
+        try:
+            constraint = made if isinstance(made, Regex | Grammar) else JsonSchema(json.dumps(made))
+            answer = trial.compilable(constraint)
+        except InvalidRequestError as error:
+            answer = error.description
+        assert answer
+        assert "takes too much memory" not in answer
+
+    answered()
 
 
 def test_a_process_that_ends_is_followed_by_another(trial):
