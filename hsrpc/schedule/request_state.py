@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from hsrpc.request import FinishReason, SamplingParams, Timings
 from hsrpc.schedule.blocks import BlockTable
+from hsrpc.schedule.prefixes import BlockKeys
 
 
 class Matcher(Protocol):
@@ -40,16 +41,20 @@ class Request:
     __slots__ = (
         "arrival",
         "arrival_time",
+        "awaits_prefix",
         "blocks",
+        "cached_tokens",
         "client",
         "finish_reason",
         "first_token_time",
         "in_flight",
         "is_uncached",
+        "keys",
         "matcher",
         "max_total_tokens",
         "num_computed",
         "num_prompt_tokens",
+        "num_published",
         "params",
         "preemptions",
         "rank",
@@ -69,15 +74,16 @@ class Request:
         *,
         client: str = "",
         user: str = "",
-        matcher: Matcher | None = None,
+        salt: str = "",
     ) -> None:
+        """`salt`: requests of equal salt alone share blocks."""
         self.request_id = request_id
         self.client = client
         """Whose share it takes."""
         self.user = user
         """Whose part of that share."""
         self.params = params
-        self.matcher = matcher
+        self.matcher: Matcher | None = None
         """What follows `params.constraint`; it stays with the request when that is preempted."""
         self.token_ids = list(prompt)
         """Prompt, then output."""
@@ -87,6 +93,13 @@ class Request:
         self.num_computed = 0
         """Tokens whose K and V, or activations, are in `blocks`."""
         self.blocks = BlockTable()
+        self.keys = BlockKeys(salt)
+        self.num_published = 0
+        """Its blocks, from the first on, that others were let find, or that it found."""
+        self.awaits_prefix = False
+        """It runs, and computes nothing until another has computed blocks that it shares."""
+        self.cached_tokens: int | None = None
+        """Tokens that were found when it was first computed; None: it was not."""
         self.arrival = arrival
         self.rank = math.inf
         """How many requests were admitted before it; infinite until it is admitted itself."""
