@@ -9,9 +9,11 @@ The attention of a single query need not find its rows in one piece. It also rea
 in place: their rows are in no buffer. And its rebuilt rows lie at the front of the kv buffer, in the order of the
 activation buffer, so that regeneration writes them where they are read. Where single queries attend to activations as
 they are stored, the pool and the buffer that they read are those of activations, and a request's new row follows its
-others there. The layout is the same in every layer that has the same window, because a block has the same number in all
-of them: in layers in which activation blocks hold K and V, by the plan, these are loaded to the rows that regeneration
-would fill. It has no token that these layers do not see, so that a single query sees all its rows.
+others there. A block that several requests of a mini-batch hold is loaded and rebuilt once, and its rows are copied to
+where the others read them; only of those that are attended to as activations each has its own. The layout is the same
+in every layer that has the same window, because a block has the same number in all of them: in layers in which
+activation blocks hold K and V, by the plan, these are loaded to the rows that regeneration would fill. It has no token
+that these layers do not see, so that a single query sees all its rows.
 """
 
 from __future__ import annotations
@@ -153,6 +155,9 @@ class Layout:
     """[m] kv-buffer row that each activation row becomes; of those that are attended to as they are, none."""
     activation_positions: Ints
     """[m]"""
+    copies: Rows = NO_ROWS
+    """Rows of blocks that several requests hold, from where these are loaded or rebuilt to where others read them: kv
+    buffer to kv buffer."""
 
     @property
     def num_rows(self) -> int:
