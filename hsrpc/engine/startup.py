@@ -21,6 +21,7 @@ from hsrpc.device.device import Device, open_device
 from hsrpc.device.host_memory import HostMemory
 from hsrpc.engine.chat_template import read_template
 from hsrpc.engine.forward import Forward
+from hsrpc.engine.grammars.grammars import Grammars, NoGrammars
 from hsrpc.engine.graphs import DecodeGraphs, can_capture
 from hsrpc.engine.loading import OverBoundError, compile_formats, load_weights
 from hsrpc.engine.no_tokenizer import NoTokenizer
@@ -75,13 +76,15 @@ class Components:
     default_params: SamplingParams
     """What a request takes that says nothing else."""
     tokenizer: Tokenizer | NoTokenizer
+    grammars: Grammars | NoGrammars
     prefetcher: WeightPrefetcher
     cache: CacheManager
     executor: Executor
 
     async def close(self) -> None:
-        """End the tokenizer and unpin the host's memory; the tasks have ended. See `release`."""
+        """End the threads of texts and constraints, unpin the host's memory; the tasks have ended. See `release`."""
         self.tokenizer.close()
+        self.grammars.close()
         await asyncio.to_thread(self.device.release_pinned)
 
 
@@ -339,12 +342,13 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
             if can_capture(plan):
                 graphs = DecodeGraphs(forward, cache, prefetcher, device, layers=assembler.layers, plan=plan)
             executor = Executor(assembler, device, prefetcher=prefetcher, cache=cache, forward=forward, graphs=graphs)
-        undo.pop_all()
         ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.end_token_ids))
         spec = replace(spec, eos_token_ids=tuple(ends))
+        grammars = open_grammars(tokenizer, spec)
+        undo.pop_all()
         params = planned.default_params
         question = planned.question
-        return Components(spec, device, question, plan, params, tokenizer, prefetcher, cache, executor)
+        return Components(spec, device, question, plan, params, tokenizer, grammars, prefetcher, cache, executor)
 
 
 def _absorbed_attention(family: Family, plan: Plan, device: torch.device) -> Attention | None:
@@ -435,6 +439,19 @@ def open_tokenizer(planned: Planned, config: EngineConfig) -> Tokenizer | NoToke
         return NoTokenizer()
     longest = max_characters(planned.plan.max_model_len)
     return Tokenizer(planned.directory, planned.spec.vocab_size, chat_template=template, max_characters=longest)
+
+
+def open_grammars(tokenizer: Tokenizer | NoTokenizer, spec: ModelSpec) -> Grammars | NoGrammars:
+    """What constrains outputs; takes half a second of a large vocabulary."""
+    if isinstance(tokenizer, NoTokenizer):
+        return NoGrammars("this model has no tokenizer, which says what text its tokens are")
+    if not spec.eos_token_ids:
+        return NoGrammars("this model has no token that ends a text, by which constrained output would end")
+    try:
+        return Grammars(tokenizer.vocabulary(spec.eos_token_ids))
+    except ValueError as error:
+        _log.warning("outputs cannot be constrained: %s", error)
+        return NoGrammars("this model's tokenizer does not say what text its tokens are")
 
 
 def _source(planned: Planned) -> WeightSource:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from hsrpc.request import SamplingParams
 from hsrpc.schedule.blocks import BlockKind, PoolId
-from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.request_state import Matcher, Request
 from hsrpc.schedule.sweep import OpList
 
 Ints = npt.NDArray[np.int64]
@@ -215,6 +215,8 @@ class SamplingRow(NamedTuple):
     """End tokens of the model."""
     token_ids: Sequence[int] = ()
     """Prompt, then output, where a penalty asks for them."""
+    matcher: Matcher | None = None
+    """What the output must match; None: nothing. A process that is sent the row is to have it without."""
 
     @property
     def prompt_token_ids(self) -> Sequence[int]:
@@ -226,14 +228,17 @@ class SamplingRow(NamedTuple):
 
     @property
     def excluded_ids(self) -> frozenset[int]:
-        """Tokens that are not sampled until the output has `params.min_tokens`: end tokens and stop tokens."""
-        if self.num_output_tokens >= self.params.min_tokens:
-            return frozenset()
-        return self.eos_token_ids | frozenset(self.params.stop_token_ids)
+        """Tokens that are sampled only where nothing else may be: end tokens and stop tokens until the output has
+        `params.min_tokens`, and end tokens of a constrained output that goes on past them.
+        """
+        if self.num_output_tokens < self.params.min_tokens:
+            return self.eos_token_ids | frozenset(self.params.stop_token_ids)
+        return self.eos_token_ids if self.params.ignore_eos and self.matcher is not None else frozenset()
 
     @property
     def has_edits(self) -> bool:
-        return bool(self.params.logit_bias) or self.params.has_penalties or bool(self.excluded_ids)
+        has_matcher = self.matcher is not None
+        return has_matcher or bool(self.params.logit_bias) or self.params.has_penalties or bool(self.excluded_ids)
 
 
 class StepCounts(NamedTuple):
