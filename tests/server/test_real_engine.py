@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from hsrpc import __version__
-from hsrpc.client import AsyncClient, CallError
+from hsrpc.client import NO_RETRIES, AsyncClient, CallError
 from hsrpc.config import EngineConfig
 from hsrpc.constraint import Choice, Grammar, JsonSchema, Regex
 from hsrpc.engine.engine import Engine
@@ -451,11 +451,12 @@ async def test_a_bad_request_names_its_field_and_costs_nothing(client, prompt, s
     assert info.measured.prompt_tokens == info.load.running_requests == info.load.queued_requests == 0
 
 
-async def test_a_full_queue_refuses_and_recovers(client):
+async def test_a_full_queue_refuses_and_recovers(client, real_server):
     """More requests than may wait: some are refused with RESOURCE_EXHAUSTED, all others finish."""
-    results = await asyncio.gather(
-        *(client.complete(PROMPTS[0], max_tokens=8, ignore_eos=True) for _ in range(64)), return_exceptions=True
-    )
+    async with AsyncClient(real_server.address, options=NO_RETRIES) as impatient:
+        results = await asyncio.gather(
+            *(impatient.complete(PROMPTS[0], max_tokens=8, ignore_eos=True) for _ in range(64)), return_exceptions=True
+        )
     refused = [result for result in results if isinstance(result, CallError)]
     assert refused
     assert {error.code.name for error in refused} == {"RESOURCE_EXHAUSTED"}
