@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from hsrpc import __version__
-from hsrpc.client import AsyncClient, CallError
+from hsrpc.client import NO_RETRIES, AsyncClient, CallError
 from hsrpc.config import EngineConfig
 from hsrpc.engine.engine import Engine
 from hsrpc.engine.forward import Forward
@@ -68,7 +68,7 @@ async def real_server(real_engine: Engine) -> AsyncIterator[Server]:
 
 @pytest.fixture
 async def client(real_server: Server) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(real_server.address) as client:
+    async with AsyncClient(real_server.address, options=NO_RETRIES) as client:
         yield client
 
 
