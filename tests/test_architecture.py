@@ -21,7 +21,8 @@ PACKAGE = "hsrpc"
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
-    "request": {"errors"},
+    "constraint": {"errors"},
+    "request": {"constraint", "errors"},
     "prompt": {"errors"},
     "v1": set(),
     "text": set(),
@@ -29,14 +30,16 @@ ALLOWED = {
     "plan": {"schedule", "config", "errors"},
     "model": {"plan", "schedule", "request", "config", "errors"},
     "device": {"plan", "schedule", "config", "errors"},
-    "engine": {"model", "device", "plan", "schedule", "text", "prompt", "request", "config", "errors"},
-    "server": {"engine", "plan", "schedule", "prompt", "request", "config", "errors", "v1"},
+    "engine": {
+        *("model", "device", "plan", "schedule", "text", "prompt", "request", "constraint", "config", "errors"),
+    },
+    "server": {"engine", "plan", "schedule", "prompt", "request", "constraint", "config", "errors", "v1"},
     "client_proxy": set(),
-    "client_messages": {"client_proxy", "prompt", "request", "errors", "v1"},
+    "client_messages": {"client_proxy", "prompt", "request", "constraint", "errors", "v1"},
     "client_channel": {"client_proxy"},
     "client": {"client_channel", "client_messages", "client_proxy", "prompt", "request", "errors", "v1"},
     "source": {"client", "engine", "prompt", "request", "errors", "v1"},
-    "batch": {"source", "client_messages", "plan", "prompt", "request", "config", "errors"},
+    "batch": {"source", "client_messages", "plan", "prompt", "request", "constraint", "config", "errors"},
     "ray": {"batch", "source", "engine", "config", "errors"},
     "testing": {"server", "engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"},
     "bench": {
@@ -44,8 +47,8 @@ ALLOWED = {
         *("engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"),
     },
     "cli": {
-        *("bench", "batch", "source", "client", "server", "v1"),
-        *("engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"),
+        *("bench", "batch", "source", "client", "client_channel", "client_messages", "client_proxy", "server", "v1"),
+        *("engine", "model", "device", "plan", "schedule", "prompt", "request", "constraint", "config", "errors"),
     },
     "__main__": {"cli"},
 }

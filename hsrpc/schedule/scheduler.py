@@ -290,6 +290,7 @@ class Scheduler:
             params.seed or 0,
             self._eos,
             array("q", request.token_ids) if params.has_penalties else (),
+            request.matcher,
         )
 
     def commit(
@@ -349,6 +350,8 @@ class Scheduler:
             self.finish(request.request_id, FinishReason.ABORTED)
             return Output(request, None, FinishReason.ABORTED, failed=True)
         request.token_ids.append(token_id)
+        if request.matcher is not None:
+            request.matcher.push(token_id)
         if request.first_token_time is None:
             request.first_token_time = now
         reason = finish_reason(request, token_id, self._eos)

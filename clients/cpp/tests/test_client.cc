@@ -367,7 +367,7 @@ void test_calls_bring_token_and_metadata() {
 
 /// gRPC would end the process.
 void test_metadata_is_checked() {
-  hsrpc::Client client("localhost:1");
+  hsrpc::Client client("ipv4:127.0.0.1:1");
   const auto call = [&](const std::string& name, const std::string& value) {
     return [&client, name, value] { client.generate("hi", {}, {{}, {{name, value}}}); };
   };
