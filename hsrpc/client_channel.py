@@ -27,7 +27,9 @@ _SERVICE_CONFIG = {
                 "initialBackoff": "0.1s",
                 "maxBackoff": "5s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+                # Not UNAVAILABLE: where a server goes away, a call whose last attempt finds no connection may never end
+                # (grpcio 1.85), and without a deadline its caller waits for good.
+                "retryableStatusCodes": ["RESOURCE_EXHAUSTED"],
             },
         }
     ],
@@ -41,8 +43,8 @@ DEFAULTS: tuple[Option, ...] = (
 )
 """Options that a client has unless it is given others of these names.
 
-Calls go to every address of the target in turn, such as to all pods of a headless service. One that was refused, or
-reached no server, is made again, before its first message only, after the time that the server asks for; with prompts
+Calls go to every address of the target in turn, such as to all pods of a headless service. One that was refused since
+the server is full is made again, before its first message only, after the time that the server asks for; with prompts
 of any size that a server takes. A server that is gone without a word is found out within 40 s, by pings that the server
 allows, and one that is back within a second."""
 

@@ -71,7 +71,7 @@ async def real_server(real_engine: Engine) -> AsyncIterator[Server]:
 
 @pytest.fixture
 async def client(real_server: Server) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(real_server.address) as client:
+    async with AsyncClient(real_server.address, options=NO_RETRIES) as client:
         yield client
 
 
