@@ -128,7 +128,7 @@ class Delivery:
             return
         transcript.generation.put(delta)
         if delta.finish is not None:
-            if delta.finish.usage.completion_tokens:
+            if delta.finish.usage.completion_tokens or delta.finish.reason is FinishReason.MAX_TOKENS:
                 self.failed_in_a_row = 0
             self._close(transcript, delta.finish.reason)
             self._hint(transcript, delta.finish)

@@ -25,6 +25,7 @@ class Request:
         "max_total_tokens",
         "num_computed",
         "num_prompt_tokens",
+        "num_scored",
         "params",
         "preemptions",
         "rank",
@@ -58,6 +59,8 @@ class Request:
         """That it may come to have; the scheduler allows no more than fit the context."""
         self.num_computed = 0
         """Tokens whose K and V, or activations, are in `blocks`."""
+        self.num_scored = 1
+        """Prompt tokens whose log-probabilities are reported, where they are asked for; the first has none."""
         self.blocks = BlockTable()
         self.arrival = arrival
         self.rank = math.inf
