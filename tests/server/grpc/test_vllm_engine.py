@@ -135,6 +135,22 @@ async def test_logprobs_come_once(engine_stub, engine, stream):
     ]
 
 
+@pytest.mark.parametrize(("stream", "max_tokens"), [(False, 4), (True, 4), (False, 0), (True, 0)])
+async def test_a_prompts_logprobs_come_once(engine_stub, engine, stream, max_tokens):
+    """With the first chunk, else at the end; the first token has an entry without a value, as vLLM has it."""
+    *chunks, last = await answers(engine_stub.Generate(asked(prompt_logprobs=2, stream=stream, max_tokens=max_tokens)))
+    assert bool(chunks) == (stream and max_tokens > 0)
+    given = [chunk.chunk for chunk in chunks] + [last.complete]
+    assert [each.HasField("input_logprobs") for each in given] == [True] + [False] * len(chunks)
+    found = given[0].input_logprobs
+    assert list(found.token_ids) == [1, 2, 3]
+    assert [each.HasField("value") for each in found.token_logprobs] == [False, True, True]
+    assert [each.value for each in found.token_logprobs] == [0, -1, -2]
+    assert [list(top.token_ids) for top in found.top_logprobs] == [[], [0, 1], [0, 1]]
+    assert [list(top.values) for top in found.top_logprobs] == [[], [-1, -2], [-1, -2]]
+    assert list(last.complete.output_ids) == (IDS if max_tokens else [])
+
+
 FLOATS = st.decimals(0, 2, places=3).map(float)
 SETTINGS = st.fixed_dictionaries(
     {},
@@ -154,21 +170,24 @@ SETTINGS = st.fixed_dictionaries(
         "stop_token_ids": st.lists(st.integers(0, 99), max_size=3),
         "ignore_eos": st.booleans(),
         "logprobs": st.integers(0, 20),
+        "prompt_logprobs": st.integers(0, 20),
     },
 )
 STOPPING = {"max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"}
+OUTPUT = {"logprobs", "prompt_logprobs"}
 
 
 @settings(max_examples=50, deadline=None)
 @given(SETTINGS, st.booleans())
 def test_settings_mean_what_they_mean_in_v1(asked, include_stop):
     """The same settings, to the last bit of what was written; without one, what a model has that has no own."""
-    sampling = {name: value for name, value in asked.items() if name not in STOPPING | {"logprobs"}}
+    output = {name: value for name, value in asked.items() if name in OUTPUT}
+    sampling = {name: value for name, value in asked.items() if name not in STOPPING | OUTPUT}
     stopping = {name: value for name, value in asked.items() if name in STOPPING}
     request = v1.GenerateRequest(
         sampling=v1.Sampling(**sampling),
         stopping=v1.Stopping(**stopping, include_stop=include_stop),
-        output=v1.Output(logprobs=asked.get("logprobs")),
+        output=v1.Output(**output),
     )
     given_here = vllm.SamplingParams(**asked, n=1, skip_special_tokens=True, include_stop_str_in_output=include_stop)
     assert read_params(given_here) == read_v1_params(request, SamplingParams())
@@ -207,7 +226,7 @@ def with_value(kind: type, name: str) -> object:
 REQUEST = {"request_id", "tokenized", "text", "sampling_params", "stream", "data_parallel_rank"}
 PARAMS = {"temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"}
 PARAMS |= {"max_tokens", "min_tokens", "stop", "stop_token_ids", "skip_special_tokens", "ignore_eos", "n", "logprobs"}
-PARAMS |= {"spaces_between_special_tokens", "seed", "include_stop_str_in_output", "logit_bias"}
+PARAMS |= {"prompt_logprobs", "spaces_between_special_tokens", "seed", "include_stop_str_in_output", "logit_bias"}
 
 
 @pytest.mark.parametrize("name", others(vllm.GenerateRequest, REQUEST))
@@ -223,7 +242,7 @@ async def test_what_a_request_cannot_have_is_named(engine_stub, engine, name):
 
 @pytest.mark.parametrize("name", others(vllm.SamplingParams, PARAMS))
 async def test_what_no_setting_can_be_is_named(engine_stub, engine, name):
-    """The same for settings: constraints, logprobs of the prompt, truncation."""
+    """The same for settings: constraints, truncation."""
     request = vllm.GenerateRequest(text="Hi", sampling_params=with_value(vllm.SamplingParams, name))
     error = await refusal(engine_stub, request)
     assert error.code() is grpc.StatusCode.UNIMPLEMENTED
@@ -253,6 +272,7 @@ async def test_several_outputs_of_a_prompt_are_not_supported(engine_stub):
         (asked(seed=-1), "sampling_params.seed"),
         (asked(max_tokens=0), "sampling_params.max_tokens"),
         (asked(logprobs=-1), "sampling_params.logprobs"),
+        (asked(prompt_logprobs=-1), "sampling_params.prompt_logprobs"),
         (asked(stop=["x"] * 17), "sampling_params.stop"),
         (asked(logit_bias={1: float("nan")}), "sampling_params.logit_bias[1]"),
         (asked(request_id="a b"), "request_id"),
