@@ -94,7 +94,8 @@ class SamplingParams:
         if self.max_tokens is not None:
             _check_range("max_tokens", self.max_tokens, 0, 2**31 - 1)
             if self.max_tokens == 0 and self.prompt_logprobs is None:
-                raise InvalidRequestError("max_tokens", "0 generates nothing; give 1 or more, or prompt_logprobs too")
+                problem = "0 is outside [1, 2147483647] without prompt_logprobs: nothing would come of it"
+                raise InvalidRequestError("max_tokens", problem)
             if self.min_tokens > self.max_tokens:
                 raise InvalidRequestError("min_tokens", f"{self.min_tokens} is more than max_tokens={self.max_tokens}")
         if self.seed is not None:

@@ -10,7 +10,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hsrpc.errors import InvalidRequestError
-from hsrpc.prompt import CHAT_HINT, Prompt
+from hsrpc.prompt import CHAT_HINT, Chat, Prompt, Text
 from hsrpc.request import Delta
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ class Source(Protocol):
         """Text of token ids, special ones shown."""
         ...
 
+    async def tokenize(self, prompt: str | Text | Chat) -> list[int]:
+        """Token ids that a request with this prompt has."""
+        ...
+
     async def max_batch(self) -> int:
         """Most requests that run at once."""
         ...
@@ -76,6 +80,9 @@ class Embedded:
 
     async def text_of(self, token_ids: Sequence[int]) -> str:
         return await self.engine.tokenizer.decode(token_ids, skip_special_tokens=False)  # takes no place in the queue
+
+    async def tokenize(self, prompt: str | Text | Chat) -> list[int]:
+        return await self.engine.tokenizer.encode(prompt)  # likewise
 
     async def max_batch(self) -> int:
         return self.engine.plan.max_batch
@@ -142,6 +149,10 @@ class Remote:
 
     async def text_of(self, token_ids: Sequence[int]) -> str:
         return await self.client.detokenize(token_ids, skip_special_tokens=False)
+
+    async def tokenize(self, prompt: str | Text | Chat) -> list[int]:
+        with _refusals():
+            return await self.client.tokenize(prompt)
 
     async def max_batch(self) -> int:
         return (await self.client.get_server_info()).plan.max_batch

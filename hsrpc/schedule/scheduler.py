@@ -299,7 +299,8 @@ class Scheduler:
         for chunk in chunks:
             request = chunk.request
             token_id, logprob = next(sampled) if chunk.samples else (None, None)
-            prompt_logprobs = tuple(islice(scores, len(chunk.scored))) if scored else ()
+            of_prompt = list(islice(scores, len(chunk.scored))) if scored else []
+            prompt_logprobs = tuple(each for each in of_prompt if each is not None)
             request.in_flight -= 1
             if request.finish_reason is not None:
                 self._free_ended(request)
@@ -308,7 +309,7 @@ class Scheduler:
                 request.num_computed = chunk.context + chunk.num_new
                 request.is_uncached = False
                 self._free_hidden(request)
-            if None in prompt_logprobs or (chunk.samples and token_id is None):
+            if len(prompt_logprobs) < len(of_prompt) or (chunk.samples and token_id is None):
                 self.finish(request.request_id, FinishReason.ABORTED)
                 outputs.append(Output(request, None, FinishReason.ABORTED, failed=True))
                 continue

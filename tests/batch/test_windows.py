@@ -89,7 +89,7 @@ def test_an_output_of_another_input(path):
 
 def test_what_a_line_becomes(path):
     """A call, a refusal of its body, or a fault of its own."""
-    write_lines(path, [completion("a"), completion("b", echo=True), b"oops"])
+    write_lines(path, [completion("a"), completion("b", suffix="."), b"oops"])
     [jobs] = Windows(str(path), Ledger())
     assert [type(job.task) for job in sorted(jobs, key=lambda job: job.line.number)] == [Call, Refusal, Fault]
 

@@ -192,7 +192,7 @@ async def test_token_ids_come_only_when_asked_for(stub):
 
 
 async def test_a_prompts_logprobs_come_before_the_output(stub, engine):
-    """In order, at most as many in a message as it may have tokens, with rank and alternatives; the first in `start`'s."""
+    """In order, at most as many in a message as it may have tokens, with rank and alternatives."""
     engine.held = True
     output = v1.Output(prompt_logprobs=1, max_tokens_per_message=4, echo_prompt=True, return_token_ids=True)
     call = stub.Generate(v1.GenerateRequest(request_id="r", text="Hello world", output=output))
