@@ -24,8 +24,6 @@ class Echo:
 
     text: str
     first_token_id: int
-    logprobs: Sequence[TokenLogprob]
-    """Of its tokens but the first, where they are wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +34,15 @@ class Output:
     token_ids: Sequence[int]
     logprobs: Sequence[TokenLogprob]
     finish: Finish
+    prompt_logprobs: Sequence[TokenLogprob] = ()
+    """Of the prompt's tokens but the first, where they are wanted."""
     echo: Echo | None = None
     """Of the prompt, where it comes back."""
 
     def named_ids(self) -> set[int]:
         """Token ids whose texts an answer with logprobs has."""
-        echo, items = self.echo, list(self.logprobs)
-        if echo is not None:
-            items += echo.logprobs
-        first = set() if echo is None else {echo.first_token_id}
+        items = [*self.prompt_logprobs, *self.logprobs]
+        first = set() if self.echo is None else {self.echo.first_token_id}
         chosen = {item.token_id for item in items}
         return first | chosen | {token_id for item in items for token_id, _ in item.top}
 
@@ -112,9 +110,8 @@ class Answer:
 
     def _logprobs(self, output: Output) -> dict[str, object]:
         """Lists with an entry for each token; the first of a prompt that comes back has no logprob."""
-        echo, items, first = output.echo, list(output.logprobs), list[str]()
-        if echo is not None:
-            items, first = [*echo.logprobs, *items], [self.texts[echo.first_token_id]]
+        echo, items = output.echo, [*output.prompt_logprobs, *output.logprobs]
+        first = [] if echo is None else [self.texts[echo.first_token_id]]
         nothing = [None] * len(first)
         tokens = first + [self.texts[item.token_id] for item in items]
         lengths = list(map(len, tokens))

@@ -109,15 +109,16 @@ class Caller:
             [token_id for delta in deltas for token_id in delta.token_ids],
             [logprob for delta in deltas for logprob in delta.logprobs],
             finish,
-            await self._echo(prompt, deltas) if call.echo else None,
+            [logprob for delta in deltas for logprob in delta.prompt_logprobs],
+            await self._echo(prompt) if call.echo else None,
         )
 
-    async def _echo(self, prompt: Prompt, deltas: Sequence[Delta]) -> Echo:
+    async def _echo(self, prompt: Prompt) -> Echo:
         if isinstance(prompt, str | Text | Chat):
             text, (first, *_) = told(prompt), await self._source.tokenize(prompt)
         else:
             text, first = await self._source.text_of(prompt), prompt[0]
-        return Echo(text, first, [logprob for delta in deltas for logprob in delta.prompt_logprobs])
+        return Echo(text, first)
 
     async def _text(self, token_id: int) -> str:
         """Text of a token within others: where a text begins, some tokenizers leave its space out."""

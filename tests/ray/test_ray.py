@@ -38,7 +38,7 @@ def prompt(row: dict[str, Any]) -> str:
 def ask(row: dict[str, Any]) -> dict[str, Any]:
     """What is asked of a row; some rows ask for what is not served."""
     body = {"prompt": prompt(row), "max_tokens": TOKENS, "temperature": 0}
-    return body | ({"echo": True} if row["number"] % 10 == 3 else {})
+    return body | ({"best_of": 2} if row["number"] % 10 == 3 else {})
 
 
 @pytest.fixture(scope="module")
