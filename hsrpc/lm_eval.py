@@ -30,7 +30,7 @@ from hsrpc.batch.caller import Caller, default_concurrency
 from hsrpc.batch.line import Endpoint
 from hsrpc.batch.refusal import Refusal
 from hsrpc.client import AsyncClient
-from hsrpc.config import EngineConfig
+from hsrpc.config import DeviceKind, EngineConfig
 from hsrpc.errors import ConfigError, InvalidRequestError, RequestFailedError
 from hsrpc.loop_thread import LoopThread
 from hsrpc.prompt import Chat, Text
@@ -66,6 +66,7 @@ class HsrpcLM(TemplateLM):  # type: ignore[misc]  # lm-eval brings no types
         prefix_token_id: int | None = None,
         concurrency: int | None = None,
         retry_seconds: float = 300.0,
+        device: str | None = None,
         batch_size: object = None,
         max_batch_size: object = None,
         **settings: Any,
@@ -75,12 +76,13 @@ class HsrpcLM(TemplateLM):  # type: ignore[misc]  # lm-eval brings no types
         Without a target `model` and further settings are those of `EngineConfig`. `max_length`: most tokens that are
         seen before one that is scored. `prefix_token_id` comes before what has no context; by default the token that
         begins the model's texts, else the one that ends them. `retry_seconds`: how long a server may be gone.
+        `device` is for an engine here, "cpu" or the GPU; lm-eval's command says "cuda:0" where nobody says anything.
         """
         super().__init__()
         self.max_gen_toks = max_gen_toks
         self._loop = LoopThread("hsrpc-lm-eval", asyncio.new_event_loop)
         self._opened = AsyncExitStack()
-        self._source = self._loop.run(self._open(target, model, settings))
+        self._source = self._loop.run(self._open(target, model, _device(device), settings))
         self._caller = Caller(self._source, retry_seconds)
         self._name, _ = self._loop.run(self._source.model())
         if target is not None and model is not None and not self._loop.run(self._source.serves(model)):
@@ -95,7 +97,9 @@ class HsrpcLM(TemplateLM):  # type: ignore[misc]  # lm-eval brings no types
         self._loop.run(self._opened.aclose())
         self._loop.close()
 
-    async def _open(self, target: str | None, model: str | None, settings: dict[str, Any]) -> Source:
+    async def _open(
+        self, target: str | None, model: str | None, device: DeviceKind, settings: Mapping[str, Any]
+    ) -> Source:
         given = {name: value for name, value in settings.items() if value is not None}
         if target is not None:
             return Remote(await self._opened.enter_async_context(_client(target, given)), None)
@@ -108,7 +112,9 @@ class HsrpcLM(TemplateLM):  # type: ignore[misc]  # lm-eval brings no types
             raise ConfigError(unknown[0], given[unknown[0]], problem, "leave it out")
         from hsrpc.engine.engine import Engine
 
-        config = EngineConfig(**given) if model is None else EngineConfig(model=model, **given)
+        if model is not None:
+            given["model"] = model
+        config = EngineConfig(device=device, **given)
         return Embedded(await self._opened.enter_async_context(Engine(config)))
 
     @property
@@ -233,6 +239,15 @@ class HsrpcLM(TemplateLM):  # type: ignore[misc]  # lm-eval brings no types
 
         with tqdm(total=len(calls), desc=doing, disable=disable_tqdm) as bar:
             return self._loop.run(answers())
+
+
+def _device(name: str | None) -> DeviceKind:
+    if name == "cpu":
+        return DeviceKind.CPU
+    if name not in (None, "auto", "cuda", "cuda:0"):
+        remedy = 'give "cpu" or "cuda"; CUDA_VISIBLE_DEVICES says which GPU'
+        raise ConfigError("device", name, "no device of an engine", remedy)
+    return DeviceKind.AUTO
 
 
 def _client(target: str, given: Mapping[str, Any]) -> AsyncClient:

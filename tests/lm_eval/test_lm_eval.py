@@ -234,5 +234,6 @@ def test_the_command_line_knows_the_model(target: str, tasks: TaskManager, tmp_p
     (tmp_path / "choices.yaml").write_text(yaml.safe_dump({"task": "choices", **source, **TASKS["choices"]}))
     command = [sys.executable, "-m", "hsrpc.lm_eval", "run", "--model", "hsrpc", "--model_args", f"target={target}"]
     command += ["--tasks", "choices", "--include_path", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
     assert "acc_norm" in done.stdout
