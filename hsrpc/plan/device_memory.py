@@ -17,7 +17,7 @@ from hsrpc.schedule.sweep import BUFFERS
 _INDEX_BYTES = 8
 _LOGIT_BYTES = 4
 """Logits are float32."""
-_SCORE_BYTES = 24
+SCORE_BYTES = 24
 """Bytes for a logit that a prompt's token is scored by: of the model's type and of float32, its logarithm, and more to
 find the best."""
 _GRAPH_COLUMNS, _GRAPH_COLUMN_BYTES = 4, 4
@@ -112,7 +112,7 @@ def score_rows(sizes: ModelSizes, batch: int, queries: int) -> int:
     The last layer is done by then, and sampling has not begun.
     """
     room = sizes.largest(lambda layer: layer.workspace_bytes(queries)) + _sampling_bytes(sizes, batch)
-    return max(1, int(room) // (_SCORE_BYTES * sizes.vocab_size))
+    return max(1, int(room) // (SCORE_BYTES * sizes.vocab_size))
 
 
 def _absorbed_bytes(sizes: ModelSizes, queries: Number) -> Number:
