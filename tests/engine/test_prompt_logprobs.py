@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hsrpc import Engine, SamplingParams
 from hsrpc.engine.forward import DeviceBatch, Forward
+from hsrpc.engine.tasks.executor import Executor, StepResult
 from hsrpc.errors import InvalidRequestError, NotFiniteError
 from hsrpc.request import Delta, FinishReason, TokenLogprob
+from hsrpc.schedule.step import Step
 from hsrpc.schedule.sweep import OpKind
 from tests.engine.reference import NEW_TOKENS, VOCAB, Reference
 from tests.engine.support import collect, config_for, greedy, idle, ids, live, parts, roomy, tight
@@ -106,13 +108,14 @@ async def test_they_do_not_depend_on_chunks_and_slices(
     monkeypatch.setattr(Forward, "prompt_logits", counted)
     async with Engine(config_for(made, max_prefill_tokens=max_prefill_tokens, gpu_memory="64MiB")) as engine:
         parts(engine).executor._scorer._num_rows = 5
-        for deltas, prompt in zip(await run_all(engine, made.prompts, SCORE), made.prompts, strict=True):
+        prompts = made.prompts[:6]
+        for deltas, prompt in zip(await run_all(engine, prompts, SCORE), prompts, strict=True):
             check(scores(deltas), prompt, logprobs_of(made, prompt))
             assert [ids(deltas), deltas[-1].finish.reason] == [[], FinishReason.MAX_TOKENS]
             assert deltas[-1].finish.usage.completion_tokens == 0
         assert engine.stats().generated_tokens == 0
         await idle(engine)
-    assert sum(num_rows) == sum(len(prompt) - 1 for prompt in made.prompts)
+    assert sum(num_rows) == sum(len(prompt) - 1 for prompt in prompts)
     assert 1 < max(num_rows) <= 5 or max_prefill_tokens == 1
 
 
@@ -136,15 +139,37 @@ async def test_each_request_has_what_it_asks_for(
 
 
 async def test_nobody_else_pays(monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]) -> None:
-    """Without such a request no step has the operation, and steps are handed out ahead as ever."""
-    made, kinds = reference("opt"), set()
-    launch = Forward.prompt_logits
-    monkeypatch.setattr(Forward, "prompt_logits", lambda *args: kinds.add(OpKind.SCORE) or launch(*args))
+    """Without such a request no step has the operation; with one its decoding is handed out ahead as everybody's."""
+    made, steps = reference("opt"), []
+    execute = Executor.execute
+
+    async def noted(executor: Executor, step: Step, ahead: Step | None = None) -> StepResult | None:
+        steps.append(step)
+        return await execute(executor, step, ahead)
+
+    monkeypatch.setattr(Executor, "execute", noted)
+    async with Engine(config_for(made, gpu_memory="1GiB", cache_policy="kv", activation_share=None)) as engine:
+        await run_all(engine, made.prompts[:3], greedy(8))
+        without = list(steps)
+        steps.clear()
+        await run_all(engine, made.prompts[:3], greedy(8, prompt_logprobs=0))
+    counts = [sum(op.kind is OpKind.SCORE for op in step.ops.ops) for step in steps]
+    assert not any(op.kind is OpKind.SCORE for step in without for op in step.ops.ops)
+    assert 0 < sum(counts) <= sum(step.counts.prefill > 0 for step in steps)
+    assert all(step.counts.prefill for step, count in zip(steps, counts, strict=True) if count)
+    assert sum(step.is_ahead for step in steps) == sum(step.is_ahead for step in without) > 0
+
+
+async def test_a_prompt_that_was_computed_before_is_scored_whole(
+    reference: Callable[[str], Reference], logprobs_of: Callable[[Reference, Sequence[int]], torch.Tensor]
+) -> None:
+    """By a request before, and by one at the same time, whether these asked for it or not."""
+    made = reference("llama-gqa-tied")
+    prompt = max(made.prompts, key=len)
     async with Engine(roomy(made)) as engine:
-        await run_all(engine, made.prompts[:3], greedy(4))
-        assert not kinds
-        await run_all(engine, made.prompts[:3], greedy(4, prompt_logprobs=0))
-        assert kinds
+        await run_all(engine, [prompt, prompt], greedy(3))
+        for deltas in await run_all(engine, [prompt] * 3, SCORE):
+            check(scores(deltas), prompt, logprobs_of(made, prompt))
 
 
 @pytest.mark.parametrize("length", [1, 2, 127, 128])

@@ -67,7 +67,7 @@ def test_prompts_are_scored_in_what_the_workspace_has(batch: int, queries: int) 
     """Rows of logits take no more than is planned for a layer and for sampling, which begins after them."""
     staging = replace(STAGING, batch=batch, queries=queries, rows=0, activation_rows=0, step_tokens=0)
     rows = score_rows(SIZES, batch, queries)
-    assert 1 <= rows
+    assert rows >= 1
     planned = device_bytes(SIZES, staging)[DeviceUse.WORKSPACE] - queries * (
         PENDING_QUERIES * SIZES.layers[0].pending_bytes
     )

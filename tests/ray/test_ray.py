@@ -98,7 +98,7 @@ def test_a_worker_that_is_killed_loses_no_row(tmp_path, expected):
     for row in found:
         if row["number"] % 10 == 3:
             assert (row["answer"], row["response"]) == (None, None)
-            assert json.loads(row["error"])["param"] == "echo"
+            assert json.loads(row["error"])["param"] == "best_of"
         else:
             assert (row["answer"], row["error"]) == (expected[row["years"]], None)
             assert json.loads(row["response"])["usage"]["completion_tokens"] == TOKENS

@@ -6,13 +6,14 @@ import asyncio
 import hashlib
 import io
 import json
+import re
 import zipfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import grpc
 import pytest
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,14 +21,26 @@ from smg_grpc_proto import vllm_engine_pb2 as vllm
 from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
+from hsrpc.errors import (
+    EngineUnavailableError,
+    GaveWayError,
+    NotFiniteError,
+    OutOfDeviceMemoryError,
+    QueueFullError,
+    RequestExistsError,
+    RequestFailedError,
+    WaitTooLongError,
+)
 from hsrpc.request import Delta, FinishReason, SamplingParams, TokenLogprob
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.grpc.messages import read_params as read_v1_params
 from hsrpc.server.grpc.vllm_messages import read_params
+from hsrpc.server.state import Phase
 from hsrpc.testing.fake_engine import USAGE
 from hsrpc.v1 import generation_pb2 as v1
+from hsrpc.v1 import generation_pb2_grpc
 from tests.server.conftest import until
-from tests.server.grpc.test_status import details, failure
+from tests.server.grpc.test_status import details, failure, rich_status
 
 SERVICE = "vllm.grpc.engine.VllmEngine"
 IDS = [4, 5, 2, 5]
@@ -408,3 +421,64 @@ async def test_nothing_of_it_is_there_unless_it_is_asked_for(engine):
         with pytest.raises(grpc.aio.AioRpcError, match="NOT_FOUND"):
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=SERVICE))
     await server.stop()
+
+
+def told(error: grpc.aio.AioRpcError) -> tuple[object, ...]:
+    """Status, words and details; the id of an error, which is another each time, left out."""
+    infos = [ErrorInfo(), RetryInfo(), QuotaFailure(), BadRequest()]
+    found = [info for detail in rich_status(error).details for info in infos if detail.Unpack(info)]
+    for info in found:
+        if isinstance(info, ErrorInfo):
+            info.metadata.pop("error_id", None)
+    return error.code(), re.sub("[0-9a-f]{32}", "ID", error.details()), [str(info) for info in found]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code", "words"),
+    [
+        (QueueFullError("1024 requests wait", 2.0), "RESOURCE_EXHAUSTED", "subject"),
+        (GaveWayError("others wait too"), "RESOURCE_EXHAUSTED", "subject"),
+        (WaitTooLongError("a minute"), "RESOURCE_EXHAUSTED", "subject"),
+        (OutOfDeviceMemoryError("the step"), "RESOURCE_EXHAUSTED", "OUT_OF_DEVICE_MEMORY"),
+        (EngineUnavailableError("it stops"), "UNAVAILABLE", "retry_delay"),
+        (RequestExistsError("r"), "ALREADY_EXISTS", "REQUEST_EXISTS"),
+        (NotFiniteError("float16"), "INTERNAL", "NOT_FINITE"),
+        (RequestFailedError("secret"), "INTERNAL", 'reason: "INTERNAL"'),
+        (ValueError("secret"), "INTERNAL", 'reason: "INTERNAL"'),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+async def test_the_table_of_statuses_holds(engine_stub, channel, engine, refusal, code, words):
+    """What a call fails with is the same as in hsrpc.v1, details and all."""
+    engine.refusal = refusal
+    here = told(await failure(engine_stub.Generate(asked())))
+    generation = generation_pb2_grpc.GenerationServiceStub(channel)
+    assert here == told(await failure(generation.Generate(v1.GenerateRequest(text="Hi"))))
+    assert here[0] is grpc.StatusCode[code]
+    assert any(words in detail for detail in here[2]), here
+    assert "secret" not in str(here)
+
+
+async def test_the_table_of_statuses_holds_in_every_phase(loading_server, engine, channel):
+    """While loading and while draining, too."""
+    stubs = vllm_engine_pb2_grpc.VllmEngineStub(channel), generation_pb2_grpc.GenerationServiceStub(channel)
+
+    async def both() -> list[tuple[object, ...]]:
+        requests = asked(), v1.GenerateRequest(text="Hi")
+        return [told(await failure(stub.Generate(each))) for stub, each in zip(stubs, requests, strict=True)]
+
+    here, there = await both()
+    assert here == there
+    assert (here[0], "LOADING" in str(here)) == (grpc.StatusCode.UNAVAILABLE, True)
+    await loading_server.attach(engine)
+    engine.held = True
+    running = stubs[0].Generate(asked(request_id="r", stream=True))
+    await until(lambda: engine.live)
+    draining = asyncio.create_task(loading_server.drain())
+    await until(lambda: loading_server.state.phase is Phase.DRAINING)
+    here, there = await both()
+    assert here == there
+    assert (here[0], "DRAINING" in str(here)) == (grpc.StatusCode.UNAVAILABLE, True)
+    engine.end("r")
+    await answers(running)
+    await draining
