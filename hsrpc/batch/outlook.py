@@ -6,15 +6,12 @@ from dataclasses import dataclass, replace
 
 from hsrpc.config import EngineConfig
 from hsrpc.errors import ConfigError
-from hsrpc.plan.advice import Advice, advise
+from hsrpc.plan.advice import WORTH, Advice, advise
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.prediction import predict_traffic
 from hsrpc.plan.question import Question
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.plan.step_time import Traffic
-
-_WORTH = 0.01
-"""A smaller gain than this part is within what predictions do not tell apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +70,7 @@ def outlook(question: Question, sizes: ModelSizes, plan: Plan, load: Load, *, wi
     if settings:
         rate = predict_traffic(suited_plan, sizes, traffic, min(suited_plan.max_batch, load.requests))
         with_settings = load.output_tokens / rate.mean_tokens_per_second
-        if with_settings > (1 - _WORTH) * seconds:
+        if with_settings > (1 - WORTH) * seconds:
             settings, with_settings = {}, seconds
     advice = advise(suited, sizes, suited_plan) if with_advice else None
     return Outlook(

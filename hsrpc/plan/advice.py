@@ -16,7 +16,7 @@ from hsrpc.plan.sizes import LayerSizes, ModelSizes, TensorSizes, align
 
 _FACTOR = 2
 """How much more there is in each change."""
-_WORTH = 0.01
+WORTH = 0.01
 """A smaller gain than this part is within what predictions do not tell apart."""
 _NUM_BEST = 2
 _WEIGHT_BITS = {8: 8.0, 4: 4.25}
@@ -56,7 +56,7 @@ def advise(question: Question, sizes: ModelSizes, plan: Plan) -> list[Advice]:
 
 def best_advice(advice: Sequence[Advice]) -> list[Advice]:
     """Those of `advise` that help most, and that help at all."""
-    return [each for each in advice if each.gain >= _WORTH][:_NUM_BEST]
+    return [each for each in advice if each.gain >= WORTH][:_NUM_BEST]
 
 
 def _try(change: Change, plan: Plan) -> Advice | None:
