@@ -119,6 +119,7 @@ async def test_they_do_not_depend_on_chunks_and_slices(
     assert 1 < max(num_rows) <= 5 or max_prefill_tokens == 1
 
 
+@pytest.mark.usefixtures("ordered")
 async def test_each_request_has_what_it_asks_for(
     reference: Callable[[str], Reference], logprobs_of: Callable[[Reference, Sequence[int]], torch.Tensor]
 ) -> None:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+from tempfile import TemporaryDirectory
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # read as the packages load
-collect_ignore_glob = [] if os.environ.get("HSRPC_TEST_LM_EVAL") == "1" else ["test_*.py"]
+collect_ignore_glob = ["test_*.py"]
+if os.environ.get("HSRPC_TEST_LM_EVAL") == "1":
+    collect_ignore_glob = []
+    _home = TemporaryDirectory(prefix="hsrpc-lm-eval-")  # until the process ends
+    # Read as the packages load: nothing is fetched, and what they keep is gone afterwards.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": _home.name}
