@@ -82,15 +82,19 @@ class HsrpcLM(TemplateLM):  # type: ignore[misc]  # lm-eval brings no types
         self.max_gen_toks = max_gen_toks
         self._loop = LoopThread("hsrpc-lm-eval", asyncio.new_event_loop)
         self._opened = AsyncExitStack()
-        self._source = self._loop.run(self._open(target, model, _device(device), settings))
-        self._caller = Caller(self._source, retry_seconds)
-        self._name, _ = self._loop.run(self._source.model())
-        if target is not None and model is not None and not self._loop.run(self._source.serves(model)):
-            raise ConfigError("model", model, f"the server at {target} has another", f"give {self._name}, or none")
-        self._bounds = self._loop.run(self._source.bounds())
         self._prefix = prefix_token_id
+        try:
+            self._source = self._loop.run(self._open(target, model, _device(device), settings))
+            self._name, _ = self._loop.run(self._source.model())
+            if target is not None and model is not None and not self._loop.run(self._source.serves(model)):
+                raise ConfigError("model", model, f"the server at {target} has another", f"give {self._name}, or none")
+            self._bounds = self._loop.run(self._source.bounds())
+            self._concurrency = concurrency or default_concurrency(self._loop.run(self._source.max_batch()))
+        except BaseException:
+            self.close()
+            raise
+        self._caller = Caller(self._source, retry_seconds)
         self.max_length = min(max_length or self._bounds.max_model_len, self._bounds.max_model_len - 1)
-        self._concurrency = concurrency or default_concurrency(self._loop.run(self._source.max_batch()))
 
     def close(self) -> None:
         """End the engine or the connection; the end of the process does so too."""

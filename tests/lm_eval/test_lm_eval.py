@@ -129,9 +129,9 @@ def lm(target: str) -> Iterator[HsrpcLM]:
     lm.close()
 
 
-def evaluate(tasks: TaskManager, name: str, **model_args: object) -> dict[str, Any]:
+def evaluate(tasks: TaskManager, model: str | HsrpcLM, **model_args: object) -> dict[str, Any]:
     return simple_evaluate(
-        model=name,
+        model=model,
         model_args=model_args,
         tasks=list(TASKS),
         task_manager=tasks,
@@ -167,8 +167,9 @@ def test_an_engine_gives_the_numbers_of_hf(
 ) -> None:
     """Choices, last words, whole texts in several windows, and outputs."""
     path = str(directory(model))
-    found = evaluate(tasks, "hsrpc", model=path, max_model_len=max_model_len, **SMALL)
-    seen = max_model_len - 1
+    lm = HsrpcLM(model=path, max_model_len=max_model_len, **SMALL)
+    found, seen = evaluate(tasks, lm), max_model_len - 1
+    lm.close()
     expected = evaluate(tasks, "hf", pretrained=path, device="cpu", dtype="float32", max_length=seen)
     check(found, expected)
     assert any(len(row["text"]) > 4 * max_model_len for row in ROWS)  # of which there are several windows
