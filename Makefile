@@ -16,11 +16,10 @@ CALLS ?= 20000
 
 bin := .venv/bin
 installed := .venv/installed
-node_client := clients/node
+clients := $(patsubst %/Makefile,%,$(wildcard clients/*/Makefile))
 interpreter := build/triton/installed
 ray := build/ray-installed
 lm_eval := build/lm-eval-installed
-node_installed := $(if $(shell command -v npm),$(node_client)/node_modules/.package-lock.json)
 proto := PYTHON=$(bin)/python BUF=$(bin)/buf tools/proto.sh
 
 # One core per worker: torch's own threads would only compete with the other workers.
@@ -36,9 +35,14 @@ demo: $(installed) ## Stream text from a model that does not fit its device memo
 	@$(bin)/python -m hsrpc.cli.demo
 
 .PHONY: test
-test: $(installed) $(node_installed) ## Run all tests
-	$(if $(node_installed),,@echo "npm is not installed: the tests of the Node.js client are left out")
+test: $(installed) ## Run all tests
+	@for client in $(clients); do lacking=$$($(MAKE) --silent --no-print-directory -C $$client missing); \
+		test -z "$$lacking" || echo "$$client is left out of the tests: apt-get install $$lacking"; done
 	@$(pytest) -n auto --dist worksteal $(PYTEST_ARGS)
+
+.PHONY: clients
+clients: $(installed) ## Run the suite of all clients, as far as their tools are here, and show its table
+	@OMP_NUM_THREADS=1 $(bin)/python -m clients.conformance --markdown
 
 .PHONY: kernels
 kernels: $(installed) $(interpreter) ## Run the GPU kernels on the CPU, in Triton's interpreter (1 GB in build/triton)
@@ -89,12 +93,14 @@ proto-check: $(installed) ## Check proto/ for style and breaking changes, and hs
 	@$(proto) --check
 
 .PHONY: manifests
-manifests: $(installed) ## Validate the Kubernetes manifests, offline
-	@$(pytest) tests/test_manifests.py
+manifests: $(installed) ## Check the Kubernetes manifests, offline (promtool of Debian's prometheus tests alerts)
+	@$(bin)/yamllint --strict k8s tests/k8s .yamllint.yaml
+	@$(pytest) -rs tests/k8s
 
 .PHONY: clean
 clean: ## Remove the environments and everything else that was built
-	rm -rf .venv .venv-proto $(node_client)/node_modules build dist *.egg-info
+	rm -rf .venv .venv-proto build dist *.egg-info
+	@for client in $(clients); do $(MAKE) --silent --no-print-directory -C $$client clean; done
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -117,8 +123,4 @@ $(ray): $(installed)
 $(lm_eval): $(installed)
 	@$(bin)/pip install -qq --disable-pip-version-check -c constraints.txt lm-eval
 	@mkdir -p $(@D)
-	@touch $@
-
-$(node_client)/node_modules/.package-lock.json: $(node_client)/package.json $(node_client)/package-lock.json
-	@npm ci --prefix $(node_client) --silent --no-audit --no-fund
 	@touch $@

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol, Self, Unpack
 import grpc
 import grpc.aio
 
-from hsrpc.client_channel import ROUND_ROBIN, Connection, FileName, Option
+from hsrpc.client_channel import NO_RETRIES, Connection, FileName, Option
 from hsrpc.client_messages import (
     CallError,
     Completion,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from hsrpc.v1.model_pb2_grpc import ModelServiceAsyncStub
     from hsrpc.v1.server_pb2_grpc import ServerServiceAsyncStub
 
-__all__ = ["ROUND_ROBIN", "AsyncClient", "AsyncStream", "CallError", "Client", "Completion", "Settings", "Stream"]
+__all__ = ["NO_RETRIES", "AsyncClient", "AsyncStream", "CallError", "Client", "Completion", "Settings", "Stream"]
 
 _POLL_SECONDS = 0.2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +17,37 @@ from hsrpc.client_proxy import is_loopback
 Option = tuple[str, str | int]
 FileName = str | PathLike[str]
 
-ROUND_ROBIN: tuple[Option, ...] = (("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),)
-"""Options with which calls go to every address of the target in turn, such as to all pods of a headless service."""
+_SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "methodConfig": [
+        {
+            "name": [{}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "5s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+            },
+        }
+    ],
+}
+DEFAULTS: tuple[Option, ...] = (
+    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+    ("grpc.per_rpc_retry_buffer_size", 4 << 20),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+"""Options that a client has unless it is given others of these names.
 
+Calls go to every address of the target in turn, such as to all pods of a headless service. One that was refused, or
+reached no server, is made again, before its first message only, after the time that the server asks for; with prompts
+of any size that a server takes. A server that is gone without a word is found out within 40 s, by pings that the server
+allows, and one that is back within a second."""
+
+NO_RETRIES: tuple[Option, ...] = (("grpc.enable_retries", 0),)
+"""Options with which each call is made once: for who has a way of its own to try again, or counts refusals."""
 
 DIRECT: tuple[Option, ...] = (("grpc.enable_http_proxy", 0),)
 """Options with which calls go through no proxy, whatever the environment says."""
@@ -44,7 +73,8 @@ class Connection:
     tls_key: FileName | None = None
     """PEM file of its private key."""
     options: Sequence[Option] = ()
-    """Arguments of the gRPC channel, such as `ROUND_ROBIN`. Servers on this machine are reached without a proxy."""
+    """Arguments of the gRPC channel, such as `NO_RETRIES`, before those of `DEFAULTS`. Servers on this machine are
+    reached without a proxy."""
 
     def __post_init__(self) -> None:
         files = (self.tls_ca, self.tls_cert, self.tls_key)
@@ -76,7 +106,7 @@ class Connection:
 
     def _options(self, target: str) -> list[Option]:
         """The caller's own come first: gRPC takes the first of a name."""
-        return [*self.options, *(DIRECT if is_loopback(target) else ())]
+        return [*self.options, *DEFAULTS, *(DIRECT if is_loopback(target) else ())]
 
     def _credentials(self) -> grpc.ChannelCredentials | None:
         if not (self.tls_ca or self.tls_cert):

@@ -53,6 +53,7 @@ class Settings(TypedDict, total=False):
     max_message_delay: float
     priority: int
     request_id: str
+    cache_salt: str
     model: str
     timeout: float
     """Seconds after which the call ends with DEADLINE_EXCEEDED and its work is stopped."""
@@ -61,8 +62,8 @@ class Settings(TypedDict, total=False):
 class CallError(HsrpcError):
     """A call ended with a status that is not OK.
 
-    `fields` says what is wrong with which field, `reason` is to switch on, `retry_after` is in seconds; all three
-    are filled in only where googleapis-common-protos is installed.
+    `fields` says what is wrong with which field, `reason` is to switch on, within `domain`, and has `metadata`;
+    `retry_after` is in seconds. All are filled in only where googleapis-common-protos is installed.
     """
 
     def __init__(self, code: grpc.StatusCode, message: str, details: bytes | None = None) -> None:
@@ -70,6 +71,8 @@ class CallError(HsrpcError):
         self.message = message
         self.fields: dict[str, str] = {}
         self.reason: str | None = None
+        self.domain: str | None = None
+        self.metadata: dict[str, str] = {}
         self.retry_after: float | None = None
         if details:
             self._read_details(details)
@@ -86,7 +89,7 @@ class CallError(HsrpcError):
             if detail.Unpack(bad):
                 self.fields = {violation.field: violation.description for violation in bad.field_violations}
             elif detail.Unpack(info):
-                self.reason = info.reason
+                self.reason, self.domain, self.metadata = info.reason, info.domain, dict(info.metadata)
             elif detail.Unpack(retry):
                 self.retry_after = retry.retry_delay.ToTimedelta().total_seconds()
 
@@ -249,7 +252,7 @@ def _read_finish(finish: v1.Finish) -> Finish:
     matched = finish.WhichOneof("matched")
     return Finish(
         reason=FinishReason(v1.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_")),
-        usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.preemptions),
+        usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.preemptions, usage.cached_tokens),
         timings=Timings(*map(_seconds, (timings.queue, timings.prefill, timings.decode, timings.first_token))),
         matched_stop=getattr(finish, matched) if matched else None,
     )

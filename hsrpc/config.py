@@ -217,6 +217,8 @@ class EngineConfig:
     """What single queries attend to where a model keeps latents; for measurements."""
     experts: ExpertLoading = ExpertLoading.AUTO
     """How the experts of a mixture come to the device that do not stay there."""
+    prefix_cache: bool = True
+    """Whether requests with equal first tokens share the blocks of these, and blocks that nobody holds are kept."""
     block_size: int = 16
     """Tokens a cache block holds."""
     min_batch: int = 1

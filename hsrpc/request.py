@@ -173,6 +173,8 @@ class Usage:
     completion_tokens: int
     preemptions: int = 0
     """Times its blocks were freed and recomputed."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were found in blocks of other requests, and not computed."""
 
 
 @dataclass(frozen=True, slots=True)

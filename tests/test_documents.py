@@ -11,8 +11,8 @@ from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.registry import REFUSED
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = (".", "docs", "k8s", "clients", "clients/node", "benchmarks/results")
-PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
+FOLDERS = (".", "docs", "k8s", "proto", "clients", "clients/*", "benchmarks/results")
+PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}/*.md"))
 WIDTH = 120
 GENERATED = ROOT / "benchmarks/results/README.md"
 """Its rows have whole command lines, and cannot be wrapped."""

@@ -44,7 +44,7 @@ check() {
 lint() {
     buf=${BUF:-buf}
     "$buf" lint proto
-    "$buf" format proto --diff --exit-code
+    "$buf" format proto --exclude-path proto/google --diff --exit-code
     base=$(git rev-parse --verify --quiet origin/main || git rev-parse --verify --quiet main || true)
     if [ -n "$base" ] && git cat-file -e "$base:proto" 2>/dev/null; then
         "$buf" breaking proto --against ".git#ref=$base,subdir=proto"

@@ -63,6 +63,11 @@ class Answer:
         return sum(output.finish.usage.prompt_tokens for output in self.outputs[:: self.call.n])
 
     @property
+    def cached_tokens(self) -> int:
+        """Those of `prompt_tokens` that were found in blocks of other requests, and not computed."""
+        return sum(output.finish.usage.cached_tokens for output in self.outputs[:: self.call.n])
+
+    @property
     def completion_tokens(self) -> int:
         return sum(output.finish.usage.completion_tokens for output in self.outputs)
 
@@ -83,6 +88,7 @@ class Answer:
                 "prompt_tokens": self.prompt_tokens,
                 "completion_tokens": self.completion_tokens,
                 "total_tokens": self.prompt_tokens + self.completion_tokens,
+                "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             },
         }
 

@@ -42,6 +42,8 @@ class Tally:
     """Requests whose outputs are in lines that were written."""
     prompt_tokens: int = 0
     """Tokens of all these requests' prompts: a prompt with several outputs counts with each."""
+    cached_tokens: int = 0
+    """Those of them that were found in blocks of other requests, and not computed."""
     completion_tokens: int = 0
     longest: int = 0
     """Most tokens of one of them, prompt and output."""
@@ -52,6 +54,7 @@ class Tally:
             usage = output.finish.usage
             self.requests += 1
             self.prompt_tokens += usage.prompt_tokens
+            self.cached_tokens += usage.cached_tokens
             self.completion_tokens += usage.completion_tokens
             self.longest = max(self.longest, usage.prompt_tokens + usage.completion_tokens)
 

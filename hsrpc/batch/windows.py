@@ -12,6 +12,7 @@ from hsrpc.batch.ledger import Ledger
 from hsrpc.batch.line import Line
 from hsrpc.batch.order import Job, arranged
 from hsrpc.batch.refusal import Fault, Refusal
+from hsrpc.batch.shard import WHOLE, Shard
 from hsrpc.errors import InvalidRequestError
 
 DEFAULT_BYTES = 2**26
@@ -29,14 +30,17 @@ class Survey:
 
 
 class Windows:
-    """The lines of the input `name` that no output has, in windows of `max_bytes` at most; of one thread at a time.
+    """The lines of a shard of the input `name` that no output has, in windows of `max_bytes` at most.
+
+    One thread at a time may use it.
 
     Raises:
         OSError, BatchError: from all methods, the input cannot be read, or two lines have one custom_id.
     """
 
-    def __init__(self, name: str, ledger: Ledger, max_bytes: int = DEFAULT_BYTES) -> None:
+    def __init__(self, name: str, ledger: Ledger, max_bytes: int = DEFAULT_BYTES, shard: Shard = WHOLE) -> None:
         self._name = name
+        self._shard = shard
         self._ledger = ledger
         self._max_bytes = max_bytes
         self._is_surveyed = False
@@ -46,7 +50,7 @@ class Windows:
         if not can_read_twice(self._name):
             return None
         lines = done = 0
-        with open_lines(self._name, self._max_bytes) as found:
+        with open_lines(self._name, self._max_bytes, self._shard) as found:
             for line in found:
                 lines += 1
                 self._ledger.note_seen(line)
@@ -59,7 +63,7 @@ class Windows:
         jobs: list[Job] = []
         num_bytes = 0
         with ExitStack() as stack:
-            for line in stack.enter_context(open_lines(self._name, self._max_bytes)):
+            for line in stack.enter_context(open_lines(self._name, self._max_bytes, self._shard)):
                 if not self._is_surveyed:
                     self._ledger.note_seen(line)
                 if self._ledger.is_done(line):

@@ -13,6 +13,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from hsrpc.batch.shard import WHOLE, Shard
 from hsrpc.cli.options import Commands, SecondsOption, add_command, check_folders
 from hsrpc.cli.source import Run, add_source_options, running_source
 from hsrpc.cli.terminal import print_error
@@ -34,6 +35,7 @@ _EXAMPLES = """\
   hsrpc batch requests.jsonl.gz answers.jsonl.gz --model ./opt-13b --gpu-memory 20GiB
   hsrpc batch requests.jsonl --dry-run --model ./opt-13b                what it would take, and what to set
   hsrpc batch requests.jsonl answers.jsonl --target 10.0.0.7:50051      on a server
+  hsrpc batch requests.jsonl part2.jsonl --shard 2/8                    the third of eight machines
   zcat requests.jsonl.gz | hsrpc batch - - --errors errors.jsonl | jq .response.body.choices
 """
 STANDARD = "-"
@@ -62,6 +64,14 @@ def add_parser(commands: Commands) -> None:
         "--dry-run",
         action="store_true",
         help="run nothing: check and count all of IN, predict the time, say what to set",
+    )
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        default=WHOLE,
+        metavar="I/N",
+        help="run each Nth line alone, from line I + 1 on, where N runs share IN; each needs an OUT of its own "
+        "(default: 0/1, all lines)",
     )
     parser.add_argument(
         "--served-model-name",
@@ -93,6 +103,15 @@ def add_parser(commands: Commands) -> None:
     )
     add_source_options(parser)
     parser.set_defaults(run=run)
+
+
+def _shard(text: str) -> Shard:
+    try:
+        index, count = map(int, text.split("/"))
+        return Shard(index, count)
+    except ValueError:
+        problem = f"{text!r} is no shard; give I/N with I from 0 to N - 1, such as 0/8 for the first of eight"
+        raise argparse.ArgumentTypeError(problem) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +215,7 @@ class _Batch:
         can_read_twice(self.files.input)  # first: where there is no input, no output is made
         with closing(Ledger()) as ledger, self._outputs() as outputs:
             self.done = outputs.resume(ledger)
-            windows = Windows(self.files.input, ledger, self.max_bytes)
+            windows = Windows(self.files.input, ledger, self.max_bytes, self.options.shard)
             survey = windows.survey()
             if survey is not None and survey.lines == survey.done:
                 print_error(f"hsrpc: all {survey.lines} lines are done")
@@ -205,7 +224,8 @@ class _Batch:
                 print_error(f"hsrpc: {self.done} lines were done before; going on with the rest")
             if self.options.target is None:
                 self._observe()
-            with running_source(self.options, names=self.names, observe=self.efficiency) as (run, source):
+            context = running_source(self.options, names=self.names, observe=self.efficiency, retries=False)
+            with context as (run, source):
                 self._run(run, source, windows, survey, outputs)
 
     @contextmanager

@@ -19,7 +19,7 @@ from hsrpc.source import Remote
 def dry_run(options: argparse.Namespace, names: Sequence[str], max_bytes: int) -> None:
     """Count, predict, print; nothing is read of what an output has already."""
     with closing(Ledger()) as ledger:
-        windows = Windows(options.input, ledger, max_bytes)
+        windows = Windows(options.input, ledger, max_bytes, options.shard)
         lines = _embedded(options, names, windows) if options.target is None else _remote(options, windows)
     for line in lines:
         print(line)

@@ -26,7 +26,8 @@ def summary(tally: Tally, seconds: float, errors: Path, efficiency: Efficiency |
     """What a run has done."""
     in_error = f", {tally.errors} of them in error: {errors}" if tally.errors else ""
     yield row("lines", f"{tally.lines:,}{in_error}")
-    yield row("tokens", f"{tally.prompt_tokens:,} of prompts, {tally.completion_tokens:,} generated")
+    found = f" ({tally.cached_tokens:,} of them found)" if tally.cached_tokens else ""
+    yield row("tokens", f"{tally.prompt_tokens:,} of prompts{found}, {tally.completion_tokens:,} generated")
     generated, all_tokens = tally.completion_tokens, tally.completion_tokens + tally.prompt_tokens
     rates = f"{generated / seconds:,.1f} tokens/s generated, {all_tokens / seconds:,.1f} with prompts"
     yield row("time", f"{told_time(seconds)}: {rates}")

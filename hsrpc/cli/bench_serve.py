@@ -111,9 +111,9 @@ async def _load(
 ) -> tuple[LoadSummary, list[Outcome]]:
     from hsrpc.bench.load import make_arrivals
     from hsrpc.bench.load_report import summarise_load
-    from hsrpc.client import AsyncClient
+    from hsrpc.client import NO_RETRIES, AsyncClient
 
-    async with AsyncClient(target, **connection) as client:
+    async with AsyncClient(target, options=NO_RETRIES, **connection) as client:
         await client.wait_ready(_READY_SECONDS)
         model = await client.get_model()
         arrivals = make_arrivals(mix, model.sizes.vocab_size, model.max_model_len, seed)

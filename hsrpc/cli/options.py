@@ -238,6 +238,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="0 to 1: most of the tokens in use that are cached nowhere and recomputed in each step "
         "(default: planned under auto, 0 under other policies)",
     )
+    cache.add_argument(
+        "--no-prefix-cache",
+        dest="prefix_cache",
+        action="store_false",
+        help="compute each prompt from its first token; without, requests share what is cached of equal beginnings",
+    )
     cache.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a cache block (default: 16)")
     batch = parser.add_argument_group("batch")
     batch.add_argument(

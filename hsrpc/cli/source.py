@@ -37,16 +37,18 @@ def running_source(
     *,
     names: Sequence[str] = (),
     observe: Callable[[StepRecord], object] | None = None,
+    retries: bool = True,
 ) -> Iterator[tuple[Run[Any], Source]]:
     """The source that the flags choose, and what runs coroutines on its event loop; nothing runs in between.
 
     An engine in this process answers to `names` (empty: its model's own), and `observe` is told of its steps.
+    Calls of a server are made again where they may be, unless `retries` is false: then the caller does it.
 
     Raises:
         HsrpcError: the flags contradict each other, or the engine cannot be started.
     """
     with asyncio.Runner(loop_factory=_loop_factory(options)) as runner:
-        context = _open_source(options, names, observe)
+        context = _open_source(options, names, observe, retries)
         source = runner.run(context.__aenter__())
         try:
             yield runner.run, source
@@ -65,7 +67,10 @@ def _loop_factory(options: argparse.Namespace) -> Callable[[], asyncio.AbstractE
 
 @asynccontextmanager
 async def _open_source(
-    options: argparse.Namespace, names: Sequence[str], observe: Callable[[StepRecord], object] | None
+    options: argparse.Namespace,
+    names: Sequence[str],
+    observe: Callable[[StepRecord], object] | None,
+    retries: bool,
 ) -> AsyncIterator[Source]:
     if options.target is None:
         _check_connection_settings(options)
@@ -76,9 +81,10 @@ async def _open_source(
         return
     _check_engine_settings(options)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read once, as grpc loads
-    from hsrpc.client import AsyncClient
+    from hsrpc.client import NO_RETRIES, AsyncClient
 
-    async with AsyncClient(options.target, **connection_settings(options)) as client:
+    settings = connection_settings(options)
+    async with AsyncClient(options.target, options=() if retries else NO_RETRIES, **settings) as client:
         yield Remote(client, None if options.seed is None else Random(options.seed))
 
 

@@ -126,6 +126,7 @@ class Delivery:
             self.failed_in_a_row += 1
             self.fail(transcript.request, delta)
             return
+        transcript.generation.cached_tokens = transcript.request.cached_tokens or 0
         transcript.generation.put(delta)
         if delta.finish is not None:
             if delta.finish.usage.completion_tokens or delta.finish.reason is FinishReason.MAX_TOKENS:

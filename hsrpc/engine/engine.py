@@ -102,7 +102,7 @@ class Engine:
         self._warm = asyncio.get_running_loop().create_future()
         self._components = await open_components(self.config, self._choose_plan, self._progress)
         plan = self._components.plan
-        limits = _limits(plan, self._components.spec)
+        limits = _limits(plan, self._components.spec, shares_prefixes=self.config.prefix_cache)
         blocks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule)
         self._scheduler = Scheduler(blocks, limits, self._components.spec.eos_token_ids)
         self._delivery = Delivery(self._scheduler, self._components.tokenizer, dtype_name(self.spec.dtype))
@@ -183,11 +183,13 @@ class Engine:
         client: str = "",
         user: str = "",
         max_wait: float | None = None,
+        cache_salt: str = "",
     ) -> Generation:
         """Queue a request; nothing is allocated for one that is refused.
 
         Requests with the same `client` share one fair share, of which those of each `user` have an equal part.
-        `max_wait`: seconds that the caller waits at most.
+        `max_wait`: seconds that the caller waits at most. Those of equal `cache_salt` share the blocks of equal first
+        tokens; nothing tells one about the prompts of those with another.
 
         Raises:
             InvalidRequestError: the prompt or a setting does not suit the model.
@@ -211,23 +213,29 @@ class Engine:
         self._check_open(request_id)  # again: while the tokenizer ran, others came
         applicant.num_prompt_tokens = len(token_ids)
         self._admission.check(applicant)
-        request = self._request(request_id or uuid4().hex, token_ids, applicant)
+        request = self._request(request_id or uuid4().hex, token_ids, applicant, cache_salt)
         return self._add(request, detokenizer, is_text=isinstance(prompt, str | Text))
 
     async def _token_ids(self, prompt: Prompt, client: str) -> list[int]:
         return await self.tokenizer.encode(prompt, client) if isinstance(prompt, str | Text | Chat) else list(prompt)
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        cache_salt: str = "",
     ) -> AsyncGenerator[Delta, None]:
         """Submit and iterate; leaving the loop early aborts the request. `params` None are `default_params`.
 
-        `prompt` is text, a Chat, or token ids.
+        `prompt` is text, a Chat, or token ids. Requests of equal `cache_salt` share the blocks of their first tokens.
 
         Raises:
             As `submit`, and EngineFaultError or RequestFailedError while iterating.
         """
-        generation = await self.submit(prompt, params or self.default_params, request_id=request_id)
+        settings = params or self.default_params
+        generation = await self.submit(prompt, settings, request_id=request_id, cache_salt=cache_salt)
         try:
             async for delta in generation:
                 yield delta
@@ -429,11 +437,12 @@ class Engine:
         self._meter.generated_tokens += sum(output.token_id is not None for output in outputs)
         return outputs
 
-    def _request(self, request_id: str, token_ids: list[int], applicant: Applicant) -> Request:
+    def _request(self, request_id: str, token_ids: list[int], applicant: Applicant, salt: str) -> Request:
         params, client, user = applicant.params, applicant.client, applicant.user
         seed = self._seeds.randrange(2**63) if params.seed is None else params.seed
         params = replace(params, seed=seed, top_k=min(params.top_k, self.spec.vocab_size))
-        return Request(request_id, token_ids, params, self._arrivals, time.monotonic(), client=client, user=user)
+        now = time.monotonic()
+        return Request(request_id, token_ids, params, self._arrivals, now, client=client, user=user, salt=salt)
 
     def _add(self, request: Request, detokenizer: Detokenizer, *, is_text: bool) -> Generation:
         # The request keeps the max_tokens asked for: it tells MAX_TOKENS from CONTEXT_LENGTH.
@@ -465,7 +474,7 @@ def _not_started() -> EngineUnavailableError:
     return EngineUnavailableError("the engine is not started; use `async with Engine(...)`")
 
 
-def _limits(plan: Plan, spec: ModelSpec) -> SchedulerLimits:
+def _limits(plan: Plan, spec: ModelSpec, *, shares_prefixes: bool) -> SchedulerLimits:
     return SchedulerLimits(
         max_batch=plan.max_batch,
         max_model_len=plan.max_model_len,
@@ -478,5 +487,6 @@ def _limits(plan: Plan, spec: ModelSpec) -> SchedulerLimits:
         windows=spec.sizes.windows,
         in_place=plan.in_place,
         keeps_cache=plan.keeps_cache,
+        shares_prefixes=shares_prefixes,
         recompute=plan.recompute,
     )

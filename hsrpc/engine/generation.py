@@ -28,6 +28,8 @@ class Generation:
         self.prompt_token_ids = list(prompt)
         self.params = params
         """Settings in effect: `seed` and `max_tokens` are filled in, and what exceeds context or vocabulary is cut."""
+        self.cached_tokens = 0
+        """Tokens of the prompt that were found and not computed, from the first output on."""
         self._abort = abort
         self._pending: list[Delta] = []
         self._num_pending = 0

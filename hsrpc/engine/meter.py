@@ -96,6 +96,7 @@ class Meter:
             cache_loaded_bytes=moved.cache_bytes,
             regenerated_tokens=moved.regenerated_tokens,
             recomputed_tokens=self.recomputed_tokens,
+            cached_tokens=self._scheduler.cached_tokens,
             expert_hits=moved.expert_hits,
             expert_loads=moved.expert_loads,
             expert_loaded_bytes=moved.expert_bytes,

@@ -32,6 +32,8 @@ class EngineStats:
     """Rows of K and V rebuilt from activations, each layer counted."""
     recomputed_tokens: int = 0
     """Tokens that steps recomputed because their requests keep no cache; a request's newest token is not counted."""
+    cached_tokens: int = 0
+    """Tokens of requests that were found in blocks of others when they were admitted, and not computed."""
     expert_hits: int = 0
     """Experts that steps needed and found in their slots, each layer counted; none where they do not come on demand."""
     expert_loads: int = 0

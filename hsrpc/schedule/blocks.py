@@ -1,17 +1,19 @@
-"""Cache blocks: who owns which. Numbers only; the memory behind them belongs to the cache manager's pools.
+"""Cache blocks: who holds which. Numbers only; the memory behind them belongs to the cache manager's pools.
 
-A block holds `block_size` tokens of one request across all layers. It is of one kind (K and V, or activations) and lies
-in one tier (device or host); kind and tier together name its pool.
+A block holds `block_size` tokens across all layers, of one request or of a prefix that several share. It is of one kind
+(K and V, or activations) and lies in one tier (device or host); kind and tier together name its pool.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from functools import partial
 from heapq import heappop, heappush
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 
 class BlockKind(Enum):
@@ -57,6 +59,19 @@ POOLS_OF_TIER = (
 """K and V, then activations; in order of preference: a block on the device costs no transfer."""
 
 
+class Block(NamedTuple):
+    """A block, by its pool and its number there."""
+
+    pool: PoolId
+    number: int
+
+
+_MOST_AT_ONCE = 16
+"""Kept blocks that make room at once, at most: a copy of so many is about as fast as one of more."""
+_LEAST_ROUNDS = 64
+"""Of a small pool fewer make room at once: it is full again after so many rounds, at least."""
+
+
 class BlockTable:
     """The blocks of one request in token order, as two parallel arrays, of which the first ones may be freed.
 
@@ -79,6 +94,10 @@ class BlockTable:
         """Number of the block that comes next."""
         return self.first + len(self.pools)
 
+    def block(self, number: int) -> Block:
+        """The request's block of that number, which is kept."""
+        return Block(PoolId(self.pools[number - self.first]), self.indices[number - self.first])
+
     def append(self, pool: PoolId, index: int) -> None:
         self.pools.append(pool)
         self.indices.append(index)
@@ -92,15 +111,25 @@ class BlockTable:
 
 
 class BlockPool:
-    """Free and used blocks 0 .. num_blocks-1 of one pool. A block is free or owned once, never both.
+    """Blocks 0 .. num_blocks-1 of one pool: each is free, held by one or more, or kept for what it holds.
+
+    One that is kept is nobody's and counts as free; where no other is free, those not used for longest are taken.
 
     Neighbours travel as one copy. So that a request's later blocks find room behind its first ones, the pool is divided
-    into slots of `slot_size` blocks, and a run of blocks begins with a free slot as long as there is one.
+    into slots of `slot_size` blocks, and a run of blocks begins with a free slot as long as there is one. For the same
+    reason several that are kept make room at once.
     """
 
-    def __init__(self, num_blocks: int, slot_size: int = 1) -> None:
+    def __init__(self, num_blocks: int, slot_size: int = 1, forget: Callable[[int], object] | None = None) -> None:
+        """`forget` is called with each block that was `valued`, when its content is about to be lost."""
         self.num_blocks = num_blocks
         self.num_free = num_blocks
+        """Blocks that nobody holds."""
+        self._forget = forget
+        self._holders = array("l", bytes(array("l").itemsize * num_blocks))
+        self._is_valued = bytearray(num_blocks)
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        """Blocks that are kept, longest unused first."""
         self._slot_size = slot_size
         self._free = bytearray(b"\x01" * num_blocks)
         self._used_in_slot = [0] * -(-num_blocks // slot_size)
@@ -111,41 +140,90 @@ class BlockPool:
     def num_used(self) -> int:
         return self.num_blocks - self.num_free
 
+    @property
+    def num_kept(self) -> int:
+        """Blocks that nobody holds, and whose content is kept."""
+        return len(self._kept)
+
+    def num_holders(self, index: int) -> int:
+        """How often a block is held."""
+        return self._holders[index]
+
     def allocate(self, after: int | None = None) -> int:
         """Take the block behind `after` where it is free, else the first of a free slot, else the lowest free one.
 
         Raises:
             IndexError: no block is free.
         """
+        if not self.num_free:
+            raise IndexError("no block is free")
+        if self.num_free == len(self._kept):
+            self._make_room()
         if after is not None and after + 1 < self.num_blocks and self._free[after + 1]:
             return self._take(after + 1)
         slot = self._free_slots.first(lambda slot: not self._used_in_slot[slot])
         index = self._free_blocks.first(self._free.__getitem__) if slot is None else slot * self._slot_size
-        if index is None:
-            raise IndexError("no block is free")
+        assert index is not None  # one is free, and there is room
         return self._take(index)
 
-    def free(self, index: int) -> None:
-        """Give a block back.
+    def hold(self, index: int) -> None:
+        """Hold a block once more, or one that is kept.
 
         Raises:
-            ValueError: it is free already.
+            ValueError: it is free.
         """
         if self._free[index]:
+            raise ValueError(f"block {index} is free")
+        if not self._holders[index]:
+            del self._kept[index]
+            self.num_free -= 1
+        self._holders[index] += 1
+
+    def value(self, index: int) -> None:
+        """What a block that is held holds is worth keeping when nobody holds it any longer."""
+        assert self._holders[index]
+        self._is_valued[index] = 1
+
+    def free(self, index: int) -> None:
+        """Hold a block once less; it is free, or kept, if that was the last time.
+
+        Raises:
+            ValueError: nobody holds it.
+        """
+        if not self._holders[index]:
             raise ValueError(f"block {index} is free already")
+        self._holders[index] -= 1
+        if self._holders[index]:
+            return
+        self.num_free += 1
+        if self._is_valued[index]:
+            self._kept[index] = None
+        else:
+            self._release(index)
+
+    def _take(self, index: int) -> int:
+        self._free[index] = 0
+        self._holders[index] = 1
+        self.num_free -= 1
+        self._used_in_slot[index // self._slot_size] += 1
+        return index
+
+    def _make_room(self) -> None:
+        """Free some blocks that are kept."""
+        for _ in range(min(len(self._kept), max(1, min(_MOST_AT_ONCE, self.num_blocks // _LEAST_ROUNDS)))):
+            index, _ = self._kept.popitem(last=False)
+            self._is_valued[index] = 0
+            if self._forget is not None:
+                self._forget(index)
+            self._release(index)
+
+    def _release(self, index: int) -> None:
         slot = index // self._slot_size
         self._free[index] = 1
-        self.num_free += 1
         self._used_in_slot[slot] -= 1
         self._free_blocks.add(index)
         if not self._used_in_slot[slot] and (slot + 1) * self._slot_size <= self.num_blocks:
             self._free_slots.add(slot)
-
-    def _take(self, index: int) -> int:
-        self._free[index] = 0
-        self.num_free -= 1
-        self._used_in_slot[index // self._slot_size] += 1
-        return index
 
 
 class _LowestFirst:
@@ -168,6 +246,8 @@ class _LowestFirst:
 
 
 Pools: TypeAlias = Mapping[PoolId, BlockPool]
+Key: TypeAlias = bytes
+"""Stands for the tokens of a full block, for all before them, and for whose they are."""
 
 
 class KindRule(Protocol):
@@ -213,10 +293,13 @@ class BlockManager:
     ) -> None:
         """Make the pools; with `max_batch`, each of them leaves as many requests room to grow in."""
         self.pools = {
-            pool: BlockPool(count, max(1, count // (max_batch or count or 1)))
+            pool: BlockPool(count, max(1, count // (max_batch or count or 1)), partial(self._forget, pool))
             for pool, count in ((pool, num_blocks.get(pool, 0)) for pool in PoolId)
         }
         self._rule = rule
+        self._published: dict[Key, Block] = {}
+        self._keys: dict[Block, Key] = {}
+        """Of the blocks that are published."""
 
     @property
     def num_blocks(self) -> int:
@@ -242,9 +325,39 @@ class BlockManager:
             num_blocks -= count
         return True
 
+    def find(self, keys: Sequence[Key]) -> list[Block]:
+        """The blocks that hold the tokens of the first `keys`, as far as there are such blocks."""
+        found = []
+        for key in keys:
+            block = self._published.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def is_held(self, block: Block) -> bool:
+        return self.pools[block.pool].num_holders(block.number) > 0
+
+    def share(self, table: BlockTable, blocks: Sequence[Block]) -> None:
+        """Append published blocks to the table, which holds them too."""
+        for pool, index in blocks:
+            self.pools[pool].hold(index)
+            table.append(pool, index)
+
+    def publish(self, table: BlockTable, number: int, key: Key) -> None:
+        """Let others find the request's block `number`, which is full, by its `key`, unless another is found by it."""
+        if key in self._published:
+            return
+        block = table.block(number)
+        self._published[key] = block
+        self._keys[block] = key
+        self.pools[block.pool].value(block.number)
+
     def free(self, table: BlockTable) -> None:
-        """Give all blocks of the table back; it is as new."""
-        self.free_before(table, table.end)
+        """Give all blocks of the table back, the last first: of what is kept, a prefix stays longest. It is as new."""
+        for pool, index in zip(reversed(table.pools), reversed(table.indices), strict=True):
+            self.pools[PoolId(pool)].free(index)
+        del table.pools[:], table.indices[:]
         table.first = 0
 
     def free_before(self, table: BlockTable, number: int) -> None:
@@ -256,6 +369,9 @@ class BlockManager:
             self.pools[PoolId(pool)].free(index)
         del table.pools[:count], table.indices[:count]
         table.first = number
+
+    def _forget(self, pool: PoolId, index: int) -> None:
+        del self._published[self._keys.pop(Block(pool, index))]
 
 
 def _lacks_activations(kv: BlockPool, activation: BlockPool) -> bool:

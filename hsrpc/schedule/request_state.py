@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from hsrpc.request import FinishReason, SamplingParams, Timings
 from hsrpc.schedule.blocks import BlockTable
+from hsrpc.schedule.prefixes import BlockKeys
 
 
 class Request:
@@ -16,15 +17,19 @@ class Request:
     __slots__ = (
         "arrival",
         "arrival_time",
+        "awaits_prefix",
         "blocks",
+        "cached_tokens",
         "client",
         "finish_reason",
         "first_token_time",
         "in_flight",
         "is_uncached",
+        "keys",
         "max_total_tokens",
         "num_computed",
         "num_prompt_tokens",
+        "num_published",
         "num_scored",
         "params",
         "preemptions",
@@ -45,7 +50,9 @@ class Request:
         *,
         client: str = "",
         user: str = "",
+        salt: str = "",
     ) -> None:
+        """`salt`: requests of equal salt alone share blocks."""
         self.request_id = request_id
         self.client = client
         """Whose share it takes."""
@@ -62,6 +69,13 @@ class Request:
         self.num_scored = 1
         """Prompt tokens whose log-probabilities are reported, where they are asked for; the first has none."""
         self.blocks = BlockTable()
+        self.keys = BlockKeys(salt)
+        self.num_published = 0
+        """Its blocks, from the first on, that others were let find, or that it found."""
+        self.awaits_prefix = False
+        """It runs, and computes nothing until another has computed blocks that it shares."""
+        self.cached_tokens: int | None = None
+        """Tokens that were found when it was first computed; None: it was not."""
         self.arrival = arrival
         self.rank = math.inf
         """How many requests were admitted before it; infinite until it is admitted itself."""
@@ -83,6 +97,15 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_reusable(self) -> int:
+        """Its first tokens that need not be computed where they are cached: all but the newest.
+
+        While the prompt is scored, those before the one that tells the next log-probability.
+        """
+        is_scored = self.params.prompt_logprobs is None or self.num_scored == self.num_prompt_tokens
+        return self.num_tokens - 1 if is_scored else self.num_scored - 1
 
     @property
     def num_output_tokens(self) -> int:

@@ -6,6 +6,10 @@ is recomputed from its token ids later, before any that was never admitted. Henc
 every request ends, and nothing dead-locks: one request at full length fits by construction (the planner sees to it).
 Uncached requests need no blocks and are never preempted. Where every layer has a window, a request's blocks that the
 widest one has left are freed with each step that is committed.
+
+A request takes the blocks of its first tokens that are there already, held by others or kept, and computes what is
+left. Where another is about to compute the next one of them, it waits for that: it runs, and computes nothing. Whoever
+computes does not wait, and needs none of those who do; so here too nothing dead-locks.
 """
 
 from __future__ import annotations
@@ -21,12 +25,13 @@ from itertools import islice
 from typing import NamedTuple
 
 from hsrpc.request import FinishReason, TokenLogprob
-from hsrpc.schedule.blocks import BlockManager, PoolId
+from hsrpc.schedule.blocks import BlockManager, Key, PoolId
 from hsrpc.schedule.decode_ahead import advance, uses_no_buffer
 from hsrpc.schedule.fair_queue import FairQueue
 from hsrpc.schedule.finish import finish_reason, goes_on
 from hsrpc.schedule.mini_batches import form_mini_batches
 from hsrpc.schedule.packing import in_order
+from hsrpc.schedule.prefixes import Claims
 from hsrpc.schedule.queue_places import QueuePlaces
 from hsrpc.schedule.queue_rate import QueueRate
 from hsrpc.schedule.recompute import NO_RECOMPUTE, RecomputeLimits, RecomputePolicy
@@ -57,6 +62,8 @@ class SchedulerLimits:
     """The blocks that single queries read in place."""
     keeps_cache: bool = True
     """False for the recompute policy: nothing is cached, every step computes all tokens of its requests."""
+    shares_prefixes: bool = False
+    """Requests with equal first tokens hold the same blocks, which are kept when nobody holds them any longer."""
     recompute: RecomputeLimits = NO_RECOMPUTE
     """How many tokens of requests that began with a cache each step may recompute instead of loading them."""
 
@@ -99,6 +106,10 @@ class Scheduler:
             max_queries=limits.buffers.queries,
             windows=limits.windows,
         )
+        self._claims: Claims[Request] = Claims()
+        """Which running request computes which blocks that others may share."""
+        self.cached_tokens = 0
+        """Tokens of requests that were found, and not computed when these were admitted for the first time."""
         self._live: dict[str, Request] = {}
         self._running: list[Request] = []
         self._queue = FairQueue()
@@ -161,6 +172,7 @@ class Scheduler:
         if request is None:
             return None
         request.finish_reason = reason
+        self._drop_claims(request)
         if request in self._running:
             self._running.remove(request)
         else:
@@ -181,6 +193,8 @@ class Scheduler:
             self._balance(now)
         budget = self._prefill_budget()
         chunks = self._continue_running(budget)
+        while not chunks and self._running:  # whom they waited for was preempted: for want of blocks, itself
+            chunks = self._continue_running(budget)
         if self.num_waiting:
             chunks += self._admit(now, budget - sum(map(_prefill_tokens, chunks)))
         self._queue_rate.note(now, is_waiting=self.num_waiting > 0)
@@ -220,7 +234,9 @@ class Scheduler:
             block for r in self._live.values() for block in zip(r.blocks.pools, r.blocks.indices, strict=True)
         )
         used = sum(pool.num_used for pool in self.blocks.pools.values())
-        in_flight = {chunk.request.request_id for flight in self._in_flight.values() for chunk in flight.chunks}
+        held = ((block, self.blocks.pools[PoolId(block[0])].num_holders(block[1])) for block in owned)
+        in_flight = (chunk.request for flight in self._in_flight.values() for chunk in flight.chunks)
+        has_ended = any(request.finish_reason is not None for request in in_flight)
         found = {
             "running": self.num_running,
             "waiting": self.num_waiting,
@@ -228,8 +244,9 @@ class Scheduler:
             "live": list(self._live),
             "steps in flight": list(self._in_flight),
             "used blocks": used,
-            "blocks of two owners": [block for block, count in owned.items() if count > 1],
-            "blocks without owner": 0 if in_flight - set(self._live) else used - len(owned),
+            "blocks of other owners": [block for block, holders in held if holders < owned[block]],
+            "claims": len(self._claims),
+            "blocks without owner": 0 if has_ended else used - len(owned),
         }
         return {name: value for name, value in found.items() if value}
 
@@ -308,6 +325,7 @@ class Scheduler:
             if len(request.blocks):
                 request.num_computed = chunk.context + chunk.num_new
                 request.is_uncached = False
+                self._publish(request)
                 self._free_hidden(request)
             if len(prompt_logprobs) < len(of_prompt) or (chunk.samples and token_id is None):
                 self.finish(request.request_id, FinishReason.ABORTED)
@@ -367,8 +385,7 @@ class Scheduler:
         """Free the blocks of requests, which are uncached then, or cache one again, as bus and GPU have time."""
         choice = self._recompute.choose(self._running, self._coming_prompt_tokens(now))
         for request in choice.giving_up:
-            self.blocks.free(request.blocks)
-            request.num_computed = 0
+            self._give_up_blocks(request)
             request.is_uncached = True
         reserved = self._reserved() if choice.taking_back else 0
         for request in choice.taking_back:
@@ -382,7 +399,7 @@ class Scheduler:
         pending = sum(r.num_tokens - r.num_computed for r in self._running if not r.is_decoding)
         if len(self._running) < self.limits.max_batch:
             first, reserved = self._first_waiting(now), self._reserved()
-            if first is not None and self._has_room(self._most_held(first), reserved):
+            if first is not None and self._has_room(self._num_wanted(first), reserved):
                 room = (self.blocks.num_free - reserved) * self.limits.block_size
                 pending += min(room, self.num_waiting_tokens)
         return min(pending, self._prefill_budget())
@@ -393,6 +410,8 @@ class Scheduler:
         while position < len(self._running):
             request = self._running[position]
             position += 1
+            if request.awaits_prefix and not self._take_prefix(request):
+                continue
             if request.has_room_for_next(block_size):  # most of them, in most steps
                 chunks.append(Chunk(request, request.num_computed, 1, samples=True))
                 continue
@@ -413,16 +432,68 @@ class Scheduler:
         reserved = self._reserved()
         while len(self._running) < self.limits.max_batch and budget > 0:
             request = self._first_waiting(now)
-            if request is None or not (request.is_uncached or self._has_room(self._most_held(request), reserved)):
+            if request is None or not (request.is_uncached or self._has_room(self._num_wanted(request), reserved)):
                 break
-            chunk = self._next_chunk(request, budget)
-            if chunk is None or not self.blocks.grow(request.blocks, self._missing_blocks(request, chunk)):
-                break
+            if self._take_prefix(request):
+                chunk = self._next_chunk(request, budget)
+                if chunk is None or not self.blocks.grow(request.blocks, self._missing_blocks(request, chunk)):
+                    self._give_up_blocks(request)
+                    break
+                budget -= chunk.num_new
+                chunks.append(chunk)
             self._admit_one(request, now)
             reserved += self._num_needed(request)
-            budget -= chunk.num_new
-            chunks.append(chunk)
         return chunks
+
+    def _take_prefix(self, request: Request) -> bool:
+        """Hold the blocks of its first tokens that are there; False while another computes the next one of them."""
+        if not self._may_share(request):
+            return True
+        keys = self._keys(request)
+        found = self.blocks.find(keys[request.blocks.end :])
+        self.blocks.share(request.blocks, found)
+        request.num_published = end = request.blocks.end
+        request.num_computed = end * self.limits.block_size
+        self._free_hidden(request)
+        request.awaits_prefix = end < len(keys) and self._claims.is_others(keys[end], request)
+        if request.awaits_prefix:
+            return False
+        self._claims.claim(keys[end:], request)
+        if request.cached_tokens is None:
+            request.cached_tokens = request.num_computed
+            self.cached_tokens += request.num_computed
+        return True
+
+    def _may_share(self, request: Request) -> bool:
+        return self.limits.shares_prefixes and not request.is_uncached
+
+    def _keys(self, request: Request) -> list[Key]:
+        """Keys of its full blocks that need not be computed where they are found."""
+        size = self.limits.block_size
+        return request.keys.first(request.num_reusable // size, request.token_ids, size)
+
+    def _publish(self, request: Request) -> None:
+        """Let others find the blocks that are full by now."""
+        size = self.limits.block_size
+        number, end = request.num_published, request.num_computed // size
+        if number >= end or not self.limits.shares_prefixes:
+            return
+        keys = request.keys.first(end, request.token_ids, size)
+        for each in range(max(number, request.blocks.first), end):
+            self.blocks.publish(request.blocks, each, keys[each])
+        self._claims.drop(keys[number:], request)
+        request.num_published = end
+
+    def _drop_claims(self, request: Request) -> None:
+        """It computes no blocks that others wait for."""
+        if self._may_share(request):
+            self._claims.drop(self._keys(request)[request.num_published :], request)
+
+    def _give_up_blocks(self, request: Request) -> None:
+        self._drop_claims(request)
+        self.blocks.free(request.blocks)
+        request.num_computed = request.num_published = 0
+        request.awaits_prefix = False
 
     def _admit_one(self, request: Request, now: float) -> None:
         self.num_waiting_tokens -= request.num_tokens
@@ -456,8 +527,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        self.blocks.free(request.blocks)
-        request.num_computed = 0
+        self._give_up_blocks(request)
         request.preemptions += 1
         self.preemptions += 1
         self.num_waiting_tokens += request.num_tokens
@@ -478,6 +548,22 @@ class Scheduler:
         """Blocks that a request holds at once while its tokens are computed, chunk by chunk."""
         return min(self._num_blocks(request.num_tokens), self._most_blocks)
 
+    def _num_wanted(self, request: Request) -> int:
+        """Blocks that one which waits holds at once, beside those that others hold."""
+        return self._most_held(request) - self._num_shared(request)
+
+    def _num_shared(self, request: Request) -> int:
+        """Blocks of its first tokens beyond those that it holds which others hold, or are about to compute."""
+        if not self._may_share(request):
+            return 0
+        count = 0
+        for key in self._keys(request)[request.blocks.end :]:
+            found = self.blocks.find((key,))
+            if not (self.blocks.is_held(found[0]) if found else self._claims.is_others(key, request)):
+                break
+            count += 1
+        return count
+
     def _has_room(self, num_blocks: int, reserved: int) -> bool:
         """Whether they fit beside `reserved` blocks for those that run: to admit, then preempt, is work lost."""
         return self.blocks.num_free >= num_blocks + reserved
@@ -491,6 +577,8 @@ class Scheduler:
         if request.is_uncached and not len(request.blocks):
             return 0
         left = self._num_blocks(request.num_tokens) - request.blocks.end
+        if request.awaits_prefix:
+            left -= self._num_shared(request)
         return max(1, min(left, self._most_blocks - len(request.blocks)))
 
     def _drop_ended(self) -> None:

@@ -70,6 +70,8 @@ class Stats(Protocol):
     @property
     def recomputed_tokens(self) -> int: ...
     @property
+    def cached_tokens(self) -> int: ...
+    @property
     def preemptions(self) -> int: ...
     @property
     def peak_device_bytes(self) -> int: ...
@@ -105,6 +107,11 @@ class Generation(Protocol):
         """Settings in effect: `seed` and `max_tokens` filled in, and what exceeds context or vocabulary cut."""
         ...
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were found and not computed, from the first output on."""
+        ...
+
     def __aiter__(self) -> AsyncIterator[Delta]: ...
     async def __anext__(self) -> Delta: ...
 
@@ -131,6 +138,8 @@ class SubmitOptions(TypedDict, total=False):
     """Users of one client with the same key share one part of its share; empty where it is left out."""
     max_wait: float | None
     """Seconds that the caller waits at most; None: for ever."""
+    cache_salt: str
+    """Those of equal salt share blocks; empty where it is left out."""
 
 
 class Engine(Protocol):

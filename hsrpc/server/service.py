@@ -34,6 +34,8 @@ class Submission:
     pace: Pace
     request_id: str | None = None
     """None: one is made."""
+    cache_salt: str = ""
+    """Requests of equal salt share blocks, if their callers may."""
 
 
 class Tokenized(NamedTuple):
@@ -166,6 +168,7 @@ class Admitted:
             request_id=submission.request_id,
             client=caller.client,
             user=caller.user,
+            cache_salt=_salt(submission, caller),
             max_wait=caller.time_remaining,
         )
         note_generation(generation, self.model, submission.prompt)
@@ -178,6 +181,11 @@ class Admitted:
     def _bounded(self, params: SamplingParams, caller: Caller) -> SamplingParams:
         most_urgent = self._max_priority if caller.max_priority is None else caller.max_priority
         return params if params.priority >= most_urgent else replace(params, priority=most_urgent)
+
+
+def _salt(submission: Submission, caller: Caller) -> str:
+    """What keeps the blocks of clients apart that are known, whatever they ask for."""
+    return submission.cache_salt if caller.name is None else f"{len(caller.name)} {caller.name}{submission.cache_salt}"
 
 
 def _check_request_id(request_id: str) -> None:

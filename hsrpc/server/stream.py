@@ -43,6 +43,11 @@ class Stream:
         return self._generation.prompt_token_ids
 
     @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were found and not computed, from the first delta on."""
+        return self._generation.cached_tokens
+
+    @property
     def params(self) -> SamplingParams:
         """Settings in effect: `seed` and `max_tokens` filled in, and what exceeds context or vocabulary cut."""
         return self._generation.params

@@ -41,6 +41,7 @@ class FakeEngine(StubEngine):
         self.users: list[str] = []
         """Of those that submitted."""
         self.max_waits: list[float | None] = []
+        self.salts: list[str] = []
         self.device = "cpu"
         self.max_model_len = 256
         self.beat = 0.0
@@ -63,6 +64,7 @@ class FakeEngine(StubEngine):
         self.users.append(options.get("user", ""))
         self._receive(options.get("client", ""))
         self.max_waits.append(options.get("max_wait"))
+        self.salts.append(options.get("cache_salt", ""))
         self.prompts.append(prompt)
         generation = await super().submit(prompt, params, **options)
         self.submitted.append(generation.params)

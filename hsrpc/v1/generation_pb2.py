@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from hsrpc.v1 import prompt_pb2 as hsrpc_dot_v1_dot_prompt__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19hsrpc/v1/generation.proto\x12\x08hsrpc.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15hsrpc/v1/prompt.proto\"\xf8\x02\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05model\x18\x02 \x01(\tH\x02\x88\x01\x01\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x12.hsrpc.v1.TokenIdsH\x00\x12\x1e\n\x04\x63hat\x18\t \x01(\x0b\x32\x0e.hsrpc.v1.ChatH\x00\x12$\n\x08sampling\x18\x05 \x01(\x0b\x32\x12.hsrpc.v1.Sampling\x12$\n\x08stopping\x18\x06 \x01(\x0b\x32\x12.hsrpc.v1.Stopping\x12 \n\x06output\x18\x07 \x01(\x0b\x32\x10.hsrpc.v1.Output\x12\x15\n\x08priority\x18\x08 \x01(\x05H\x03\x88\x01\x01\x12+\n\x0ctext_options\x18\n \x01(\x0b\x32\x15.hsrpc.v1.TextOptionsB\x07\n\x05inputB\r\n\x0b_request_idB\x08\n\x06_modelB\x0b\n\t_priority\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xb5\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x07\x88\x01\x01\x12\x35\n\nlogit_bias\x18\t \x03(\x0b\x32!.hsrpc.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\x83\x02\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\x05\x12\x17\n\nignore_eos\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\x19\n\x0cinclude_stop\x18\x06 \x01(\x08H\x03\x88\x01\x01\x12-\n\ntime_limit\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_include_stop\"\xec\x02\n\x06Output\x12\x15\n\x08logprobs\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0b\x65\x63ho_prompt\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x1d\n\x10return_token_ids\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12#\n\x16max_tokens_per_message\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x34\n\x11max_message_delay\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12 \n\x13skip_special_tokens\x18\x07 \x01(\x08H\x05\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x0e\n\x0c_echo_promptB\x13\n\x11_return_token_idsB\x19\n\x17_max_tokens_per_messageB\x16\n\x14_skip_special_tokens\"t\n\x10GenerateResponse\x12\x1e\n\x05start\x18\x01 \x01(\x0b\x32\x0f.hsrpc.v1.Start\x12\x1e\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x0f.hsrpc.v1.Delta\x12 \n\x06\x66inish\x18\x03 \x01(\x0b\x32\x10.hsrpc.v1.Finish\"\xd8\x01\n\x05Start\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12\x15\n\rcached_tokens\x18\x04 \x01(\x05\x12$\n\x08sampling\x18\x05 \x01(\x0b\x32\x12.hsrpc.v1.Sampling\x12$\n\x08stopping\x18\x06 \x01(\x0b\x32\x12.hsrpc.v1.Stopping\x12 \n\x06output\x18\x07 \x01(\x0b\x32\x10.hsrpc.v1.Output\x12\x10\n\x08priority\x18\x08 \x01(\x05\"\x83\x01\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.hsrpc.v1.TokenLogprob\x12/\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x16.hsrpc.v1.TokenLogprob\"b\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12!\n\x03top\x18\x04 \x03(\x0b\x32\x14.hsrpc.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xaf\x01\n\x06\x46inish\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.hsrpc.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\x05H\x00\x12\x1e\n\x05usage\x18\x04 \x01(\x0b\x32\x0f.hsrpc.v1.Usage\x12\"\n\x07timings\x18\x05 \x01(\x0b\x32\x11.hsrpc.v1.TimingsB\t\n\x07matched\"N\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x13\n\x0bpreemptions\x18\x03 \x01(\x05\"\xba\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08*\xfa\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x03\x12\x1c\n\x18\x46INISH_REASON_MAX_TOKENS\x10\x04\x12 \n\x1c\x46INISH_REASON_CONTEXT_LENGTH\x10\x05\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x06\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x07\x32\x92\x01\n\x11GenerationService\x12\x43\n\x08Generate\x12\x19.hsrpc.v1.GenerateRequest\x1a\x1a.hsrpc.v1.GenerateResponse0\x01\x12\x38\n\x05\x41\x62ort\x12\x16.hsrpc.v1.AbortRequest\x1a\x17.hsrpc.v1.AbortResponseBL\n\x12io.github.hsrpc.v1P\x01Z)github.com/hsrpc/hsrpc/clients/go/hsrpcv1\xaa\x02\x08Hsrpc.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19hsrpc/v1/generation.proto\x12\x08hsrpc.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15hsrpc/v1/prompt.proto\"\xa0\x03\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05model\x18\x02 \x01(\tH\x02\x88\x01\x01\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x12.hsrpc.v1.TokenIdsH\x00\x12\x1e\n\x04\x63hat\x18\t \x01(\x0b\x32\x0e.hsrpc.v1.ChatH\x00\x12$\n\x08sampling\x18\x05 \x01(\x0b\x32\x12.hsrpc.v1.Sampling\x12$\n\x08stopping\x18\x06 \x01(\x0b\x32\x12.hsrpc.v1.Stopping\x12 \n\x06output\x18\x07 \x01(\x0b\x32\x10.hsrpc.v1.Output\x12\x15\n\x08priority\x18\x08 \x01(\x05H\x03\x88\x01\x01\x12+\n\x0ctext_options\x18\n \x01(\x0b\x32\x15.hsrpc.v1.TextOptions\x12\x17\n\ncache_salt\x18\x0c \x01(\tH\x04\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_request_idB\x08\n\x06_modelB\x0b\n\t_priorityB\r\n\x0b_cache_salt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xb5\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x07\x88\x01\x01\x12\x35\n\nlogit_bias\x18\t \x03(\x0b\x32!.hsrpc.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\x83\x02\n\x08Stopping\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\x05\x12\x17\n\nignore_eos\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\x19\n\x0cinclude_stop\x18\x06 \x01(\x08H\x03\x88\x01\x01\x12-\n\ntime_limit\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_include_stop\"\xec\x02\n\x06Output\x12\x15\n\x08logprobs\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0b\x65\x63ho_prompt\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x1d\n\x10return_token_ids\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12#\n\x16max_tokens_per_message\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x34\n\x11max_message_delay\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12 \n\x13skip_special_tokens\x18\x07 \x01(\x08H\x05\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x0e\n\x0c_echo_promptB\x13\n\x11_return_token_idsB\x19\n\x17_max_tokens_per_messageB\x16\n\x14_skip_special_tokens\"t\n\x10GenerateResponse\x12\x1e\n\x05start\x18\x01 \x01(\x0b\x32\x0f.hsrpc.v1.Start\x12\x1e\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x0f.hsrpc.v1.Delta\x12 \n\x06\x66inish\x18\x03 \x01(\x0b\x32\x10.hsrpc.v1.Finish\"\xd8\x01\n\x05Start\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12\x15\n\rcached_tokens\x18\x04 \x01(\x05\x12$\n\x08sampling\x18\x05 \x01(\x0b\x32\x12.hsrpc.v1.Sampling\x12$\n\x08stopping\x18\x06 \x01(\x0b\x32\x12.hsrpc.v1.Stopping\x12 \n\x06output\x18\x07 \x01(\x0b\x32\x10.hsrpc.v1.Output\x12\x10\n\x08priority\x18\x08 \x01(\x05\"\x83\x01\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.hsrpc.v1.TokenLogprob\x12/\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x16.hsrpc.v1.TokenLogprob\"b\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12!\n\x03top\x18\x04 \x03(\x0b\x32\x14.hsrpc.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xaf\x01\n\x06\x46inish\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.hsrpc.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\x05H\x00\x12\x1e\n\x05usage\x18\x04 \x01(\x0b\x32\x0f.hsrpc.v1.Usage\x12\"\n\x07timings\x18\x05 \x01(\x0b\x32\x11.hsrpc.v1.TimingsB\t\n\x07matched\"e\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x13\n\x0bpreemptions\x18\x03 \x01(\x05\x12\x15\n\rcached_tokens\x18\x04 \x01(\x05\"\xba\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08*\xfa\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x03\x12\x1c\n\x18\x46INISH_REASON_MAX_TOKENS\x10\x04\x12 \n\x1c\x46INISH_REASON_CONTEXT_LENGTH\x10\x05\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x06\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x07\x32\x92\x01\n\x11GenerationService\x12\x43\n\x08Generate\x12\x19.hsrpc.v1.GenerateRequest\x1a\x1a.hsrpc.v1.GenerateResponse0\x01\x12\x38\n\x05\x41\x62ort\x12\x16.hsrpc.v1.AbortRequest\x1a\x17.hsrpc.v1.AbortResponseBL\n\x12io.github.hsrpc.v1P\x01Z)github.com/hsrpc/hsrpc/clients/go/hsrpcv1\xaa\x02\x08Hsrpc.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,40 +36,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'\n\022io.github.hsrpc.v1P\001Z)github.com/hsrpc/hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1'
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2705
-  _globals['_FINISHREASON']._serialized_end=2955
+  _globals['_FINISHREASON']._serialized_start=2768
+  _globals['_FINISHREASON']._serialized_end=3018
   _globals['_GENERATEREQUEST']._serialized_start=95
-  _globals['_GENERATEREQUEST']._serialized_end=471
-  _globals['_TOKENIDS']._serialized_start=473
-  _globals['_TOKENIDS']._serialized_end=496
-  _globals['_SAMPLING']._serialized_start=499
-  _globals['_SAMPLING']._serialized_end=936
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=767
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=815
-  _globals['_STOPPING']._serialized_start=939
-  _globals['_STOPPING']._serialized_end=1198
-  _globals['_OUTPUT']._serialized_start=1201
-  _globals['_OUTPUT']._serialized_end=1565
-  _globals['_GENERATERESPONSE']._serialized_start=1567
-  _globals['_GENERATERESPONSE']._serialized_end=1683
-  _globals['_START']._serialized_start=1686
-  _globals['_START']._serialized_end=1902
-  _globals['_DELTA']._serialized_start=1905
-  _globals['_DELTA']._serialized_end=2036
-  _globals['_TOKENLOGPROB']._serialized_start=2038
-  _globals['_TOKENLOGPROB']._serialized_end=2136
-  _globals['_TOPLOGPROB']._serialized_start=2138
-  _globals['_TOPLOGPROB']._serialized_end=2185
-  _globals['_FINISH']._serialized_start=2188
-  _globals['_FINISH']._serialized_end=2363
-  _globals['_USAGE']._serialized_start=2365
-  _globals['_USAGE']._serialized_end=2443
-  _globals['_TIMINGS']._serialized_start=2446
-  _globals['_TIMINGS']._serialized_end=2632
-  _globals['_ABORTREQUEST']._serialized_start=2634
-  _globals['_ABORTREQUEST']._serialized_end=2668
-  _globals['_ABORTRESPONSE']._serialized_start=2670
-  _globals['_ABORTRESPONSE']._serialized_end=2702
-  _globals['_GENERATIONSERVICE']._serialized_start=2958
-  _globals['_GENERATIONSERVICE']._serialized_end=3104
+  _globals['_GENERATEREQUEST']._serialized_end=511
+  _globals['_TOKENIDS']._serialized_start=513
+  _globals['_TOKENIDS']._serialized_end=536
+  _globals['_SAMPLING']._serialized_start=539
+  _globals['_SAMPLING']._serialized_end=976
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=807
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=855
+  _globals['_STOPPING']._serialized_start=979
+  _globals['_STOPPING']._serialized_end=1238
+  _globals['_OUTPUT']._serialized_start=1241
+  _globals['_OUTPUT']._serialized_end=1605
+  _globals['_GENERATERESPONSE']._serialized_start=1607
+  _globals['_GENERATERESPONSE']._serialized_end=1723
+  _globals['_START']._serialized_start=1726
+  _globals['_START']._serialized_end=1942
+  _globals['_DELTA']._serialized_start=1945
+  _globals['_DELTA']._serialized_end=2076
+  _globals['_TOKENLOGPROB']._serialized_start=2078
+  _globals['_TOKENLOGPROB']._serialized_end=2176
+  _globals['_TOPLOGPROB']._serialized_start=2178
+  _globals['_TOPLOGPROB']._serialized_end=2225
+  _globals['_FINISH']._serialized_start=2228
+  _globals['_FINISH']._serialized_end=2403
+  _globals['_USAGE']._serialized_start=2405
+  _globals['_USAGE']._serialized_end=2506
+  _globals['_TIMINGS']._serialized_start=2509
+  _globals['_TIMINGS']._serialized_end=2695
+  _globals['_ABORTREQUEST']._serialized_start=2697
+  _globals['_ABORTREQUEST']._serialized_end=2731
+  _globals['_ABORTRESPONSE']._serialized_start=2733
+  _globals['_ABORTRESPONSE']._serialized_end=2765
+  _globals['_GENERATIONSERVICE']._serialized_start=3021
+  _globals['_GENERATIONSERVICE']._serialized_end=3167
 # @@protoc_insertion_point(module_scope)

@@ -83,6 +83,7 @@ class GenerateRequest(google.protobuf.message.Message):
     OUTPUT_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     TEXT_OPTIONS_FIELD_NUMBER: builtins.int
+    CACHE_SALT_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Name of this request, for Abort and for logs: 1 to 128 of A-Z a-z 0-9 . _ : -. Default: the server makes one. The id
     of a live request is answered with ALREADY_EXISTS.
@@ -97,6 +98,10 @@ class GenerateRequest(google.protobuf.message.Message):
     """Smaller is let in first; ten seconds of waiting make up for one step. Among equals the client that was served least
     comes first. The server lets nobody be more urgent than its operator allows, which is -8 unless its operator says
     otherwise: a smaller value counts as that one. Default 0.
+    """
+    cache_salt: builtins.str
+    """Requests share what the server keeps of equal first tokens only if their salts are equal, too: a secret of those who
+    may. Where clients have to say who they are, each has its own share anyway. At most 256 bytes. Default "".
     """
     @property
     def token_ids(self) -> Global___TokenIds:
@@ -135,9 +140,12 @@ class GenerateRequest(google.protobuf.message.Message):
         output: Global___Output | None = ...,
         priority: builtins.int | None = ...,
         text_options: hsrpc.v1.prompt_pb2.TextOptions | None = ...,
+        cache_salt: builtins.str | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "chat", b"chat", "input", b"input", "model", b"model", "output", b"output", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "text_options", b"text_options", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "chat", b"chat", "input", b"input", "model", b"model", "output", b"output", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "text_options", b"text_options", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "model", b"model", "output", b"output", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "text_options", b"text_options", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "model", b"model", "output", b"output", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "text_options", b"text_options", "token_ids", b"token_ids"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_cache_salt", b"_cache_salt"]) -> typing.Literal["cache_salt"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_model", b"_model"]) -> typing.Literal["model"] | None: ...
     @typing.overload
@@ -445,7 +453,7 @@ class Start(google.protobuf.message.Message):
     prompt_tokens: builtins.int
     """Tokens of the prompt."""
     cached_tokens: builtins.int
-    """Tokens of the prompt that were found in a cache and not computed."""
+    """Tokens of the prompt that were found in blocks of other requests and not computed."""
     priority: builtins.int
     """Priority in effect: the one asked for, or the most urgent that the client may have."""
     @property
@@ -620,20 +628,24 @@ class Usage(google.protobuf.message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
     PREEMPTIONS_FIELD_NUMBER: builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: builtins.int
     prompt_tokens: builtins.int
     """Tokens of the prompt."""
     completion_tokens: builtins.int
     """Tokens generated."""
     preemptions: builtins.int
     """Times that the request's cache was given up for others and computed again."""
+    cached_tokens: builtins.int
+    """Tokens of the prompt that were found in blocks of other requests and not computed."""
     def __init__(
         self,
         *,
         prompt_tokens: builtins.int = ...,
         completion_tokens: builtins.int = ...,
         preemptions: builtins.int = ...,
+        cached_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["completion_tokens", b"completion_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens"]) -> None: ...
 
 Global___Usage: typing_extensions.TypeAlias = Usage
 

@@ -94,7 +94,7 @@ class StubSource:
                 return
             half = len(text) // 2
             yield self._delta(text[:half], settings)
-            usage = Usage(len(text), len(text))
+            usage = Usage(len(text), len(text), cached_tokens=len(text) // 2)
             yield Delta(finish=Finish(self.reason, usage, TIMINGS), **self._part(text[half:], settings))
         finally:
             self.running -= 1

@@ -85,9 +85,15 @@ async def test_choices_of_prompts_and_n(source, kept):
     [line] = kept.lines
     body = line["response"]["body"]
     assert [(each["index"], each["text"]) for each in body["choices"]] == [(0, "x"), (1, "x"), (2, "yy"), (3, "yy")]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
+    assert body["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 6,
+        "total_tokens": 9,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
     assert sorted(settings["seed"] for _, settings in source.asked) == [5, 5, 6, 6]
     assert (tally.requests, tally.prompt_tokens, tally.completion_tokens, tally.longest) == (4, 6, 6, 4)
+    assert tally.cached_tokens == 2
 
 
 @pytest.mark.parametrize(

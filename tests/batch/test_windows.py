@@ -20,6 +20,7 @@ from hsrpc.batch.input_file import open_lines
 from hsrpc.batch.ledger import Ledger
 from hsrpc.batch.line import key_of, read_line
 from hsrpc.batch.refusal import BatchError, Fault, Refusal
+from hsrpc.batch.shard import Shard
 from hsrpc.batch.windows import Survey, Windows
 from tests.batch.support import completion, write_lines
 
@@ -112,6 +113,27 @@ def test_no_newline_at_the_end(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(write_lines(path, [completion("a")]).read_bytes().rstrip())
     assert found(Windows(str(path), Ledger())) == [["a"]]
+
+
+@pytest.mark.parametrize("count", [1, 3, 50])
+def test_each_line_is_of_one_shard(path, count):
+    """By its number in the file, empty and overlong lines counted; a shard may have no line at all."""
+    names = [f"r{number}" for number in range(12)]
+    write_lines(path, [*map(completion, names[:5]), b"", b"x" * 9000, *map(completion, names[5:])])
+    shards = [Windows(str(path), Ledger(), max_bytes=8000, shard=Shard(index, count)) for index in range(count)]
+    surveys = [windows.survey() for windows in shards]
+    assert sum(survey.lines for survey in surveys) == 13
+    found_names = [name for windows in shards for jobs in found(windows) for name in jobs]
+    assert sorted(found_names, key=str) == sorted([*names, None], key=str)
+    if count == 3:
+        assert [name for jobs in found(shards[1]) for name in jobs] == ["r1", "r4", "r5", "r8", "r11"]
+
+
+def test_there_is_no_such_shard():
+    """Of eight the last is 7."""
+    for index, count in ((8, 8), (-1, 8), (0, 0)):
+        with pytest.raises(ValueError, match=f"there is no shard {index} of {count}"):
+            Shard(index, count)
 
 
 def test_compressed_input_that_ends_too_soon(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from hsrpc.bench.load import CANCELLED, OK, Arrival, Mix, make_arrivals, run_load
 from hsrpc.bench.workload import Lengths
-from hsrpc.client import AsyncClient
+from hsrpc.client import NO_RETRIES, AsyncClient
 from hsrpc.errors import QueueFullError
 from hsrpc.server import Server, ServerConfig
 from hsrpc.testing.fake_engine import WORDS, FakeEngine
@@ -37,7 +37,7 @@ async def client(engine: FakeEngine) -> AsyncIterator[AsyncClient]:
     server = Server(ServerConfig(port=0))
     await server.start()
     await server.attach(engine)
-    async with AsyncClient(server.address) as client:
+    async with AsyncClient(server.address, options=NO_RETRIES) as client:
         yield client
     await server.stop()
 

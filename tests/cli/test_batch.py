@@ -216,6 +216,24 @@ sys.exit(" ".join(name for name in names if name in sys.modules) or 0)
     assert "hsrpc: error: UNAVAILABLE: " in ran.stderr
 
 
+def test_shards_share_an_input(hsrpc, tmp_path, address):
+    """Every line is in the output of one of them, and nowhere else."""
+    source = write_lines(tmp_path / "in.jsonl", [completion(f"r{number}", **GREEDY) for number in range(5)])
+    outputs = [tmp_path / f"out{index}.jsonl" for index in range(2)]
+    for index, output in enumerate(outputs):
+        ran = hsrpc("batch", str(source), str(output), "--shard", f"{index}/2", "--target", address)
+        assert ran.code == 0, ran.err
+    assert [set(custom_ids(output)) for output in outputs] == [{"r0", "r2", "r4"}, {"r1", "r3"}]
+
+
+@pytest.mark.parametrize("shard", ["2/2", "-1/2", "1", "1/2/3", "one/2"])
+def test_a_shard_that_is_none(hsrpc, source, output, shard):
+    """Says what one looks like."""
+    ran = hsrpc("batch", str(source), str(output), f"--shard={shard}")
+    assert ran.code == 2
+    assert f"{shard!r} is no shard; give I/N with I from 0 to N - 1, such as 0/8 for the first of eight" in ran.err
+
+
 def test_a_dry_run_counts_and_predicts(hsrpc, source, tmp_path):
     """Nothing is run, and nothing is written."""
     ran = hsrpc("batch", str(source), str(tmp_path / "out"), *ENGINE, "--dry-run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from hashlib import blake2s
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsrpc.request import FinishReason, SamplingParams
-from hsrpc.schedule.blocks import BlockManager, PoolId
+from hsrpc.schedule.blocks import Block, BlockManager, PoolId
 from hsrpc.schedule.recompute import Choice, RecomputeLimits
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Output, Scheduler, SchedulerLimits
@@ -81,7 +82,7 @@ class Harness:
         self, prompt: list[int], params: SamplingParams, request_id: str | None = None, client: str = ""
     ) -> Request:
         number = len(self.requests)
-        request = Request(request_id or str(number), prompt, params, number, 0.0, client=client)
+        request = Request(request_id or str(number), prompt, params, number, 0.0, client=client, salt=client)
         self.requests.append(request)
         self.prompts.append(list(prompt))
         self.scheduler.add(request)
@@ -135,11 +136,11 @@ class Harness:
         requests = [chunk.request for chunk in chunks]
         assert len(set(map(id, requests))) == len(requests)
         assert all(request in self.running and request.in_flight for request in requests)
-        assert self.running[0] in requests
+        assert next(request for request in self.running if not request.awaits_prefix) in requests
         for request in kept:
             assert request in requests or (request.num_tokens - request.num_computed > 1 and not request.is_uncached)
         admitted = [request for request in self.running if request not in kept]
-        assert all(request in requests for request in admitted)
+        assert all(request in requests or request.awaits_prefix for request in admitted)
         assert all(a.order < b.order for a in admitted for b in self.waiting)
         for chunk in chunks:
             self._check_chunk(chunk)
@@ -206,14 +207,20 @@ class Harness:
         assert list(self.scheduler.live()) == []
         assert len(self.ended) == len(self.requests)
         assert self.scheduler.blocks.num_free == self.scheduler.blocks.num_blocks
+        assert self.scheduler.integrity() == {}
 
     def check(self) -> None:
-        """Blocks are owned once by live or in-flight requests, counts agree, the running list is in order."""
+        """Blocks are held by live or in-flight requests, counts agree, the running list is in order."""
         scheduler, running, waiting = self.scheduler, self.running, self.waiting
         tables = [request.blocks for request in self.requests]
-        owned = [block for table in tables for block in zip(table.pools, table.indices, strict=True)]
-        assert len(set(owned)) == len(owned)
+        owned = Counter(Block(*block) for table in tables for block in zip(table.pools, table.indices, strict=True))
+        assert all(count == 1 for count in owned.values()) or self.limits.shares_prefixes
+        for pool, blocks in scheduler.blocks.pools.items():
+            assert [blocks.num_holders(n) for n in range(blocks.num_blocks)] == [
+                owned[pool, n] for n in range(blocks.num_blocks)
+            ]
         assert scheduler.blocks.num_free == scheduler.blocks.num_blocks - len(owned)
+        assert not any(name.startswith("blocks") for name in scheduler.integrity())
         assert scheduler.num_waiting == len(waiting)
         assert scheduler.num_waiting_tokens == sum(r.num_tokens for r in waiting)
         preempted = [r for r in waiting if r.scheduled_time is not None]
@@ -320,6 +327,7 @@ def harnesses(draw: st.DrawFn) -> Harness:
             weights=draw(st.sampled_from((0.0, 4.0, 1000.0))),
             is_forced=draw(st.booleans()),
         ),
+        shares_prefixes=draw(st.booleans()),
         buffers=replace(LIMITS.buffers, queries=draw(st.sampled_from((4, 12, 24)))),
         windows=LayerWindows((draw(st.none() | st.sampled_from((1, 2, 5, 9, 30))),)),
     )
@@ -348,7 +356,7 @@ PARAMS = st.builds(
 PROMPTS = st.builds(
     lambda length, token_id: [token_id + i for i in range(length)],
     st.sampled_from((1, 2, 3, 5, 8, 12, 23)),
-    st.integers(0, VOCAB - 24),
+    st.sampled_from((3, 3, 3, 4)) | st.integers(0, VOCAB - 24),
 )
 ADD = st.tuples(st.sampled_from(("add for a", "add for b")), PROMPTS, PARAMS)
 STEPS = st.tuples(st.just("steps"), st.integers(1, 6), st.just(0))

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 
 ROOT = Path(__file__).parents[2]
-NODE_CLIENT = ROOT / "clients" / "node"
-# The Node.js client is tested where `npm ci` has been run for it.
-collect_ignore = [] if (NODE_CLIENT / "node_modules").is_dir() else ["grpc/test_node_client.py"]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import grpc
 import pytest
 import trustme
 
-from hsrpc.client import AsyncClient, CallError
+from hsrpc.client import NO_RETRIES, AsyncClient, CallError
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.security import SecurityConfig
 from hsrpc.testing.fake_engine import FakeEngine
@@ -64,7 +64,7 @@ async def serving(engine: FakeEngine | None = None, **security: Any) -> AsyncIte
 
 async def name_of_model(server: Server, **connection: Any) -> str:
     """What a new client with these settings gets."""
-    async with AsyncClient(server.address, options=ALONE, **connection) as client:
+    async with AsyncClient(server.address, options=(*ALONE, *NO_RETRIES), **connection) as client:
         return (await client.get_model()).name
 
 

@@ -83,5 +83,6 @@ def _finish(transcript: Transcript, output: Output, matched: str | None, now: fl
     if reason is None:
         return None
     request = transcript.request
-    usage = Usage(request.num_prompt_tokens, transcript.num_tokens, request.preemptions)
+    cached_tokens = request.cached_tokens or 0
+    usage = Usage(request.num_prompt_tokens, transcript.num_tokens, request.preemptions, cached_tokens)
     return Finish(reason, usage, request.timings(now), matched if matched is not None else output.matched_stop)

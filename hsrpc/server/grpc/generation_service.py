@@ -47,6 +47,8 @@ async def _send(
     stream: Stream, response: v1.GenerateResponse, output: v1.Output, write: Write[v1.GenerateResponse]
 ) -> None:
     async for delta in stream:
+        if response.HasField("start"):
+            response.start.cached_tokens = stream.cached_tokens
         add_delta(response, delta, output)
         if response.ByteSize():
             await stream.turn()

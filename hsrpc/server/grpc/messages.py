@@ -46,6 +46,8 @@ _SAMPLING = (
     "frequency_penalty",
     "seed",
 )
+_MAX_SALT = 256
+"""Bytes of what says whose cached tokens a request may share."""
 _TEXT_OPTIONS = ("add_special_tokens", "parse_special")
 _STOPPING = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
 _SECTIONS: dict[str, type[Message]] = {
@@ -79,7 +81,13 @@ def read_submission(request: v1.GenerateRequest, config: ServerConfig, defaults:
         pace = read_pace(request.output, config)
         params = read_params(request, defaults)
     request_id = request.request_id if request.HasField("request_id") else None
-    return Submission(read_prompt(request), params, pace, request_id)
+    return Submission(read_prompt(request), params, pace, request_id, _read_salt(request.cache_salt))
+
+
+def _read_salt(salt: str) -> str:
+    if len(salt.encode()) > _MAX_SALT:
+        raise InvalidRequestError("cache_salt", f"longer than {_MAX_SALT} bytes; give a shorter one, such as a UUID")
+    return salt
 
 
 def field_paths() -> AbstractContextManager[None]:
@@ -299,6 +307,7 @@ def finish_message(finish: Finish) -> v1.Finish:
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             preemptions=usage.preemptions,
+            cached_tokens=usage.cached_tokens,
         ),
         timings=v1.Timings(
             queue=duration(timings.queue),

@@ -90,6 +90,7 @@ def _measured_message(stats: Stats) -> v1.Measured:
         cache_loaded_bytes=stats.cache_loaded_bytes,
         regenerated_tokens=stats.regenerated_tokens,
         recomputed_tokens=stats.recomputed_tokens,
+        cached_tokens=stats.cached_tokens,
         preemptions=stats.preemptions,
         peak_device_bytes=stats.peak_device_bytes,
     )

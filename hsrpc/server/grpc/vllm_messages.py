@@ -171,6 +171,7 @@ def complete_message(
         finish_reason=_REASONS[finish.reason],
         prompt_tokens=finish.usage.prompt_tokens,
         completion_tokens=finish.usage.completion_tokens,
+        cached_tokens=finish.usage.cached_tokens,
         output_logprobs=_logprobs_message(logprobs),
         input_logprobs=input_logprobs,
     )

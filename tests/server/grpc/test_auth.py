@@ -177,3 +177,19 @@ async def test_refusals_are_logged_in_few_lines(tokens, caplog):
         for _ in range(5):
             await refusal(server)
     assert caplog.text.count("refused for want of a known token") == 1
+
+
+async def test_the_prompts_of_others_are_not_found(tokens):
+    """Who proves who he is has a share of his own, whatever salt he gives; others have that of their salt."""
+    engine, salts = FakeEngine(), ("", "x", "bob")
+    async with serving(engine, auth_tokens=tokens) as server:
+        for token in (ALICE, BOB):
+            async with AsyncClient(server.address, token=token) as client:
+                for salt in salts:
+                    await client.complete("Hi", cache_salt=salt)
+    assert len(set(engine.salts)) == 6
+    async with serving(engine) as server, AsyncClient(server.address) as client:
+        for salt in salts:
+            await client.complete("Hi", cache_salt=salt)
+    assert engine.salts[6:] == list(salts)
+    assert not set(engine.salts[:6]) & set(salts)

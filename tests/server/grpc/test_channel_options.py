@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from hsrpc.client import ROUND_ROBIN, AsyncClient
+from hsrpc.client import AsyncClient
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.grpc.channel_options import channel_options, connection_options
 from hsrpc.server.security import SecurityConfig
@@ -127,11 +127,11 @@ async def test_both_listeners_have_the_limits(monkeypatch):
 
 
 async def test_round_robin_reaches_every_address():
-    """With ROUND_ROBIN the calls of one client go to all servers of its target."""
+    """The calls of one client go to all servers of its target."""
     engines = [FakeEngine(), FakeEngine()]
     async with serving(engines[0]) as one, serving(engines[1]) as two:
         target = f"ipv4:{one.address},{two.address}"
-        async with AsyncClient(target, options=ROUND_ROBIN) as client:
+        async with AsyncClient(target) as client:
             for _ in range(200):
                 await client.complete("Hi")
                 if all(engine.submitted for engine in engines):

@@ -52,7 +52,7 @@ def test_a_base_install_is_enough():
 def test_settings_are_those_of_the_service():
     """Every setting of the engine and the service can be given to the client."""
     output = set(v1.Output.DESCRIPTOR.fields_by_name)
-    expected = set(SamplingParams.__dataclass_fields__) | output | {"request_id", "model", "timeout"}
+    expected = set(SamplingParams.__dataclass_fields__) | output | {"request_id", "cache_salt", "model", "timeout"}
     assert set(Settings.__annotations__) == expected
 
 

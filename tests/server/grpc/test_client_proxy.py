@@ -7,7 +7,7 @@ import asyncio
 import grpc
 import pytest
 
-from hsrpc.client import AsyncClient, CallError, Client
+from hsrpc.client import NO_RETRIES, AsyncClient, CallError, Client
 from hsrpc.client_proxy import is_loopback, proxy_to
 
 VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
@@ -54,7 +54,7 @@ async def test_a_refused_connection_names_the_proxy(monkeypatch, variable):
         f"calls to it go through a proxy, as {variable}=http://127.0.0.1:9 in the environment says; "
         "if they should not, add models.test to no_proxy"
     )
-    async with AsyncClient("models.test:50051") as client:
+    async with AsyncClient("models.test:50051", options=NO_RETRIES) as client:
         for call in (client.get_model(), client.complete("Hi")):
             with pytest.raises(CallError) as caught:
                 await call
@@ -63,7 +63,7 @@ async def test_a_refused_connection_names_the_proxy(monkeypatch, variable):
             assert caught.value.code is grpc.StatusCode.UNAVAILABLE
 
     def sync() -> None:
-        with Client("models.test:50051") as client, pytest.raises(CallError, match="to no_proxy"):
+        with Client("models.test:50051", options=NO_RETRIES) as client, pytest.raises(CallError, match="to no_proxy"):
             client.complete("Hi")
 
     await asyncio.to_thread(sync)
@@ -72,7 +72,7 @@ async def test_a_refused_connection_names_the_proxy(monkeypatch, variable):
 async def test_what_a_server_says_is_not_blamed_on_the_proxy(loading_server, monkeypatch):
     """A model that loads is not out of reach."""
     monkeypatch.setattr("hsrpc.client.proxy_to", lambda _: "the proxy")
-    async with AsyncClient(loading_server.address) as client:
+    async with AsyncClient(loading_server.address, options=NO_RETRIES) as client:
         with pytest.raises(CallError, match="the model is loading") as caught:
             await client.get_model()
     assert "the proxy" not in caught.value.message

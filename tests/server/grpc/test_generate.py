@@ -8,6 +8,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from hsrpc import Engine, EngineConfig
 from hsrpc.request import MAX_LOGPROBS, Delta, FinishReason, SamplingParams, TokenLogprob
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.config import MAX_MESSAGE_TEXT, MAX_MESSAGE_TOKENS
@@ -15,6 +16,7 @@ from hsrpc.server.grpc.messages import add_delta
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc
 from tests.server.conftest import until
+from tests.server.secured import plain, serving
 
 
 async def collect(stub, request):
@@ -354,3 +356,24 @@ def test_the_largest_message_is_half_of_the_clients_limit():
     response = v1.GenerateResponse()
     add_delta(response, Delta(text, (largest,) * size, (logprob,) * size), v1.Output(return_token_ids=True))
     assert response.ByteSize() < 2 * 2**20
+
+
+async def test_start_and_usage_say_what_was_found():
+    """Of a prompt that was asked for before, on a real engine."""
+    request = v1.GenerateRequest(text="Once upon a time, there was a small cat named Arlo. " * 2)
+    request.stopping.max_tokens = 2
+    async with Engine(EngineConfig(device="cpu")) as engine, serving(engine) as server, plain(server) as channel:
+        stub, found = generation_pb2_grpc.GenerationServiceStub(channel), []
+        for _ in range(2):
+            responses = await collect(stub, request)
+            found.append((responses[0].start.cached_tokens, responses[-1].finish.usage.cached_tokens))
+    assert found[0] == (0, 0)
+    assert 0 < found[1][0] == found[1][1] < responses[0].start.prompt_tokens
+
+
+@pytest.mark.parametrize("salt", ["x" * 257, "é" * 129])
+async def test_a_salt_is_short(stub, salt):
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await collect(stub, v1.GenerateRequest(text="Hi", cache_salt=salt))
+    assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "cache_salt" in (raised.value.details() or "")

@@ -1,0 +1,1 @@
+"""Checks of the Kubernetes manifests, offline, as `kubectl kustomize` renders them."""
