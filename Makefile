@@ -20,6 +20,8 @@ clients := $(patsubst %/Makefile,%,$(wildcard clients/*/Makefile))
 interpreter := build/triton/installed
 ray := build/ray-installed
 lm_eval := build/lm-eval-installed
+uv := build/uv/bin/uv
+workflows := $(wildcard .github/workflows/*.yml)
 proto := PYTHON=$(bin)/python BUF=$(bin)/buf tools/proto.sh
 
 # One core per worker: torch's own threads would only compete with the other workers.
@@ -73,10 +75,13 @@ guard: $(installed) ## Hold the speed of the engine's data path against the refe
 	@$(bin)/python -m benchmarks.guard
 
 .PHONY: lint
-lint: $(installed) proto-check ## Check style, format, types, the proto files and their stubs
+lint: $(installed) proto-check ## Check style, format, types, proto files, stubs, Dockerfile and workflows
 	@$(bin)/ruff check .
 	@$(bin)/ruff format --check .
 	@$(bin)/mypy
+	@$(bin)/hadolint Dockerfile
+	@$(bin)/check-jsonschema --builtin-schema vendor.github-workflows $(workflows)
+	@$(bin)/zizmor --offline --quiet $(workflows)
 
 .PHONY: format
 format: $(installed) ## Fix style and format
@@ -95,7 +100,11 @@ proto-check: $(installed) ## Check proto/ for style and breaking changes, and hs
 .PHONY: manifests
 manifests: $(installed) ## Check the Kubernetes manifests, offline (promtool of Debian's prometheus tests alerts)
 	@$(bin)/yamllint --strict k8s tests/k8s .yamllint.yaml
-	@$(pytest) -rs tests/k8s
+	@$(pytest) -rs -n auto --dist worksteal tests/k8s
+
+.PHONY: lock
+lock: $(uv) ## Write requirements/, what the images install: one version of each package, and its hashes
+	@UV=$(uv) tools/lock.sh
 
 .PHONY: clean
 clean: ## Remove the environments and everything else that was built
@@ -124,3 +133,7 @@ $(lm_eval): $(installed)
 	@$(bin)/pip install -qq --disable-pip-version-check -c constraints.txt lm-eval
 	@mkdir -p $(@D)
 	@touch $@
+
+# Beside the environment: only who makes the locks anew needs it.
+$(uv): | $(installed)
+	@$(bin)/pip install -qq --disable-pip-version-check --target build/uv uv

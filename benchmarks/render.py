@@ -76,6 +76,7 @@ _QUANTIZED = (
 )
 _RESIDENT = ("qwen3-8b-109", "qwen3-8b-219", "qwen3-8b-219-again", "qwen3-8b-planned")
 _MODELS = ("models/current",)
+_OF_MASKS = ("mask", "longest")
 _OF_PLAN = ("requests", "caches", "resident")
 
 TABLES = {
@@ -83,6 +84,11 @@ TABLES = {
         _POLICIES,
         ("model, requests x tokens", "policy", *_STEP, "beside plain copies", "predicted", "tokens/s"),
         tables.policies,
+    ),
+    "structured-output": Table(
+        ("structured-output/libraries",),
+        ("constraint", "tokens", "llguidance: compile", *_OF_MASKS, "xgrammar: compile", *_OF_MASKS),
+        tables.structured_output,
     ),
     "products": Table(
         ("products/h200",), ("model", "rows", "time", "reading", "computing", "exponent"), tables.products

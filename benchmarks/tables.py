@@ -122,6 +122,21 @@ def products(records: Sequence[Record]) -> Iterator[Row]:
             name = ""
 
 
+def structured_output(records: Sequence[Record]) -> Iterator[Row]:
+    """Processor time of each library, by constraint."""
+    [record] = records
+    for cases in zip(*(library["cases"] for library in record.result), strict=True):
+        times = [
+            text
+            for case in cases
+            for text in (
+                f"{case['compile'] * 1e3:.1f} ms",
+                *(f"{case[part] * 1e6:,.0f} us" for part in ("mask_mean", "mask_max")),
+            )
+        ]
+        yield cases[0]["name"], str(cases[0]["tokens"]), *times
+
+
 def experts(records: Sequence[Record]) -> Iterator[Row]:
     """Hit rates of experts on demand, of a random model and of choices that are drawn: a column for the slots."""
     [record] = records

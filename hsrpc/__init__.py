@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hsrpc.config import EngineConfig
+    from hsrpc.constraint import Choice, Grammar, JsonObject, JsonSchema, Regex
     from hsrpc.engine.engine import Engine
     from hsrpc.prompt import Chat, Message, Text, ToolCall
     from hsrpc.request import Delta, FinishReason, SamplingParams
@@ -14,11 +15,16 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = [
     "Chat",
+    "Choice",
     "Delta",
     "Engine",
     "EngineConfig",
     "FinishReason",
+    "Grammar",
+    "JsonObject",
+    "JsonSchema",
     "Message",
+    "Regex",
     "SamplingParams",
     "Text",
     "ToolCall",
@@ -27,11 +33,16 @@ __all__ = [
 
 _HOMES = {
     "Chat": "hsrpc.prompt",
+    "Choice": "hsrpc.constraint",
     "Delta": "hsrpc.request",
     "Engine": "hsrpc.engine.engine",
     "EngineConfig": "hsrpc.config",
     "FinishReason": "hsrpc.request",
+    "Grammar": "hsrpc.constraint",
+    "JsonObject": "hsrpc.constraint",
+    "JsonSchema": "hsrpc.constraint",
     "Message": "hsrpc.prompt",
+    "Regex": "hsrpc.constraint",
     "SamplingParams": "hsrpc.request",
     "Text": "hsrpc.prompt",
     "ToolCall": "hsrpc.prompt",

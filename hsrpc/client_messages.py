@@ -15,6 +15,7 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 
 from hsrpc.client_proxy import Proxy
+from hsrpc.constraint import Choice, Constraint, JsonObject
 from hsrpc.errors import HsrpcError, InvalidRequestError
 from hsrpc.prompt import Chat, Prompt, Text
 from hsrpc.request import Delta, Finish, FinishReason, Timings, TokenLogprob, Usage
@@ -44,6 +45,7 @@ class Settings(TypedDict, total=False):
     ignore_eos: bool
     include_stop: bool
     time_limit: float
+    constraint: Constraint | None
     logprobs: int
     prompt_logprobs: int
     skip_special_tokens: bool
@@ -162,6 +164,9 @@ def generate_request(prompt: Prompt, settings: Settings) -> v1.GenerateRequest:
         if name == "timeout":
             check_seconds(name, settings["timeout"])
             continue
+        if name == "constraint":
+            _set_constraint(request, settings["constraint"])
+            continue
         home = next((home for home in homes if name in home.DESCRIPTOR.fields_by_name), None)
         if home is None:
             raise TypeError(f"{name!r} is no setting; use one of " + ", ".join(Settings.__annotations__))
@@ -202,6 +207,18 @@ def _set_chat(message: prompt_pb2.Chat, chat: Chat) -> None:
     message.continue_final_message = chat.continue_final_message
     if chat.template_parameters:
         ParseDict(dict(chat.template_parameters), message.template_parameters)
+
+
+def _set_constraint(request: v1.GenerateRequest, constraint: Constraint | None) -> None:
+    match constraint:
+        case None:
+            pass
+        case Choice():
+            request.constraint.choice.texts.extend(constraint.choices)
+        case JsonObject():
+            request.constraint.json_object.SetInParent()
+        case _:
+            setattr(request.constraint, constraint.field, constraint.text)
 
 
 def _set(home: Message, name: str, value: object) -> None:

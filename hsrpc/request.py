@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from hsrpc.constraint import Constraint
 from hsrpc.errors import InvalidRequestError
 
 MAX_LOGPROBS = 20
@@ -32,9 +33,9 @@ class FinishReason(Enum):
 class SamplingParams:
     """How to choose tokens and when to stop.
 
-    The next token is drawn from the logits after, in this order: logit bias, penalties, `min_tokens` (end tokens are
-    excluded until then), temperature, min-p, top-k, top-p. Temperature 0 is greedy. Logprobs are of the model's own
-    logits, before any of these.
+    The next token is drawn from the logits after, in this order: logit bias, penalties, `constraint` (what it does not
+    allow is excluded), `min_tokens` (end tokens are excluded until then), temperature, min-p, top-k, top-p. Temperature
+    0 is greedy. Logprobs are of the model's own logits, before any of these.
 
     Raises:
         InvalidRequestError: on construction, naming the field.
@@ -67,7 +68,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     """Output ends at the first of these tokens."""
     ignore_eos: bool = False
-    """Goes on past the model's end-of-text token."""
+    """Goes on past the model's end-of-text token; with a `constraint` only while that allows something else."""
     include_stop: bool = False
     """The text includes what ended it: the stop string, or the token where that has text."""
     skip_special_tokens: bool = True
@@ -76,6 +77,9 @@ class SamplingParams:
     """Seconds from arrival after which the output ends with what there is."""
     logprobs: int | None = None
     """None: no logprobs; n: the chosen token's and the n most probable ones'."""
+    constraint: Constraint | None = None
+    """What the output may be: `JsonSchema`, `JsonObject`, `Regex`, `Grammar` or `Choice`. Once nothing can follow, the
+    end-of-text token does; `max_tokens` may cut the output off before."""
     prompt_logprobs: int | None = None
     """None: none of the prompt; n: those of each of its tokens but the first, and of the n most probable ones."""
     priority: int = 0

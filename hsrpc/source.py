@@ -219,7 +219,8 @@ def _refusals() -> Iterator[None]:
         field, colon, description = error.message.partition(": ")
         if error.code.name != "INVALID_ARGUMENT" or not colon:
             raise
-        raise InvalidRequestError(field.removeprefix("chat."), description) from None
+        name = field.removeprefix("chat.").removeprefix("constraint.").replace("choice.texts", "choice")
+        raise InvalidRequestError(name, description) from None
 
 
 def _pool(use: BlockUse) -> str:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from hsrpc.batch.line import Endpoint
 from hsrpc.batch.refusal import UnservedError
+from hsrpc.constraint import Choice, Constraint, Grammar, JsonObject, JsonSchema, Regex
 from hsrpc.errors import InvalidRequestError
 from hsrpc.prompt import Chat, Json, Prompt, Text, check_count, check_unicode, within
 from hsrpc.request import SamplingParams
@@ -67,6 +68,8 @@ class Call:
         root, bracket, rest = name.partition("[")
         if root in ("text", "token_ids"):
             return "prompt" + bracket + rest
+        if root in _CONSTRAINTS:
+            root = "constraint"
         return self.names.get(root, root) + bracket + rest
 
 
@@ -187,6 +190,9 @@ def _settings(given: Mapping[str, Any], served: Mapping[str, tuple[str, Reader]]
     """The settings of what is left of a body."""
     settings = _Settings()
     for name, value in given.items():
+        if name in _CONSTRAINED:
+            _add_constraint(settings, *_CONSTRAINED[name](name, value))
+            continue
         if name in served:
             setting, read = served[name]
             settings.add(setting, name, read(name, value))
@@ -198,6 +204,45 @@ def _settings(given: Mapping[str, Any], served: Mapping[str, tuple[str, Reader]]
         elif name not in _IGNORED:
             raise UnservedError(name, "not served; leave it out")
     return settings
+
+
+def _add_constraint(settings: _Settings, path: str, make: Callable[[], Constraint | None]) -> None:
+    """Take what is made, whose parts the body has at `path`."""
+    try:
+        constraint = make()
+    except InvalidRequestError as error:
+        raise InvalidRequestError(
+            path + error.field.removeprefix(error.field.partition("[")[0]), error.description
+        ) from None
+    if constraint is not None:
+        settings.add("constraint", path, constraint)
+
+
+def _response_format(name: str, value: object) -> tuple[str, Callable[[], Constraint | None]]:
+    """A format as OpenAI has it; its path, and what it becomes."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or kind not in ("text", "json_object", "json_schema"):
+        found = f"{json.dumps(kind)[:80]} is not served; give text, json_object or json_schema"
+        raise InvalidRequestError(f"{name}.type", found)
+    if kind != "json_schema":
+        return name, lambda: JsonObject() if kind == "json_object" else None
+    described = _object(f"{name}.json_schema", value.get("json_schema"))
+    path = f"{name}.json_schema.schema"
+    schema = _object(path, described.get("schema"))
+    return path, lambda: JsonSchema(schema)
+
+
+def _structured_outputs(name: str, value: object) -> tuple[str, Callable[[], Constraint | None]]:
+    """A constraint as vLLM has it: one of several names, of which others are null; its path, and what it becomes."""
+    given = {key: each for key, each in _object(name, value).items() if each is not None}
+    if len(given) != 1 or (kind := next(iter(given))) not in _STRUCTURED:
+        raise InvalidRequestError(name, f"{sorted(given)} is not served; give one of {', '.join(_STRUCTURED)}")
+    path, part = f"{name}.{kind}", given[kind]
+    return path, lambda: _STRUCTURED[kind](path, part)
+
+
+def _json_schema(name: str, value: object) -> Constraint:
+    return JsonSchema(value if isinstance(value, str) else _object(name, value))
 
 
 def _number(name: str, value: object) -> float:
@@ -303,6 +348,16 @@ _CHAT_OPTIONS: Mapping[str, tuple[str, Reader]] = {
     "continue_final_message": ("continue_final_message", _flag),
 }
 """Name in a body: the field of `Chat`, and what reads it."""
+_STRUCTURED: Mapping[str, Callable[[str, object], Constraint | None]] = {
+    "json": _json_schema,
+    "json_object": lambda name, value: JsonObject() if _flag(name, value) else None,
+    "regex": lambda name, value: Regex(_text(name, value)),
+    "grammar": lambda name, value: Grammar(_text(name, value)),
+    "choice": lambda name, value: Choice(tuple(_texts(name, value))),
+}
+_CONSTRAINED = {"response_format": _response_format, "structured_outputs": _structured_outputs}
+_CONSTRAINTS = tuple(kind.field for kind in (JsonSchema, JsonObject, Regex, Grammar, Choice))
+"""What the engine calls the parts of a constraint."""
 _IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 """Say nothing of the output."""
 _INERT: Mapping[str, tuple[object, ...]] = {
@@ -311,7 +366,6 @@ _INERT: Mapping[str, tuple[object, ...]] = {
     "store": (False,),
     "echo": (False,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
     "functions": ([],),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -173,11 +174,22 @@ def run(options: argparse.Namespace) -> None:
         options.parser.error("the following arguments are required: OUT")
     batch = _Batch(options, _Files.of(options), names, max_bytes)
     try:
-        batch.run()
+        with _terminated_as_interrupted():
+            batch.run()
     except (HsrpcError, OSError, KeyboardInterrupt):
         batch.tell_how_to_go_on()
         raise
     batch.tell_summary()
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Within it, SIGTERM does what Ctrl-C does: the first process of a container gets it only if it handles it."""
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _names(options: argparse.Namespace) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from hsrpc.cli.constraint import add_constraint_options, constraint_of
 from hsrpc.cli.options import Commands, add_command, add_sampling_options, sampling_settings
 from hsrpc.cli.source import add_source_options, running_source
 from hsrpc.cli.terminal import printable_json
@@ -20,6 +21,7 @@ _EXAMPLES = r"""  hsrpc generate "Once upon a time"
   hsrpc generate --model ./opt-13b --gpu-memory 20GiB --json "Dear reader," | jq .cache
   hsrpc generate --token-ids 2,47,11
   hsrpc generate --target 10.0.0.7:50051 "Once upon a time"
+  hsrpc generate --choice fox --choice owl "The robot met a"
   printf "Deep in the forest" | hsrpc generate -
 """
 _JSON_HELP = "print one object at the end instead of streaming; of a server, `cache` counts all that it has served"
@@ -32,6 +34,7 @@ def add_parser(commands: Commands) -> None:
     prompt.add_argument("--token-ids", metavar="IDS", help="prompt as token ids, such as 5,6,7, in place of PROMPT")
     parser.add_argument("--json", action="store_true", help=_JSON_HELP)
     add_sampling_options(parser)
+    add_constraint_options(parser)
     add_source_options(parser)
     parser.set_defaults(run=run)
 
@@ -39,7 +42,7 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Generate and print."""
     prompt = _prompt(options)
-    settings = sampling_settings(options)  # refused before the model is loaded
+    settings = sampling_settings(options) | constraint_of(options)  # refused before the model is loaded
     with running_source(options) as (run, source):
         run(_generate(source, prompt, settings, as_json=options.json))
 

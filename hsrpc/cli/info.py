@@ -29,12 +29,26 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Collect and print."""
     found = {"hsrpc": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    found |= {name: _version(name) for name in _PACKAGES} | _machine_and_model(engine_config(options))
+    found |= {name: _version(name) for name in _PACKAGES} | _host() | _machine_and_model(engine_config(options))
     if options.json:
         print(json.dumps(found))
         return
     for name, value in found.items():
         print(f"{name:28} {value}")
+
+
+def _host() -> dict[str, str]:
+    """Memory of the host, and the limits of this process."""
+    from hsrpc.device.host_memory import HostMemory, lock_limit
+
+    memory, locked = HostMemory.read(), lock_limit()
+    limit = memory.limit
+    return {
+        "host memory free": format_bytes(memory.free),
+        "host memory obtainable": format_bytes(memory.obtainable),
+        "memory limit": "none" if limit is None else f"{format_bytes(limit.size)} ({limit.file})",
+        "locked memory limit": "none" if locked is None else format_bytes(locked),
+    }
 
 
 def _machine_and_model(config: EngineConfig) -> dict[str, str]:

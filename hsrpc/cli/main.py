@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 
 from hsrpc import __version__
-from hsrpc.cli import batch, bench, chat, convert, generate, info, plan, serve, top
+from hsrpc.cli import batch, bench, chat, convert, generate, health, info, plan, serve, top
 from hsrpc.cli.options import Parser
 from hsrpc.cli.terminal import print_any_text, print_error
 from hsrpc.errors import HsrpcError
 
-_COMMANDS = (serve, generate, chat, batch, plan, convert, info, bench, top)
+_COMMANDS = (serve, generate, chat, batch, plan, convert, info, bench, top, health)
 
 _EXAMPLES = """\
 examples:

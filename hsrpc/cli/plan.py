@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING
 
 from hsrpc.cli.options import Commands, add_command, add_engine_options, engine_config
 from hsrpc.cli.terminal import print_error
-from hsrpc.config import DeviceKind, EngineConfig
+from hsrpc.config import DeviceKind, EngineConfig, parse_bytes
 from hsrpc.errors import ConfigError
 
 if TYPE_CHECKING:
     from hsrpc.engine.startup import Planned
     from hsrpc.plan.plan import Plan, StepPrediction
 
+MANIFESTS = "k8s"
+"""Folder of the Kubernetes manifests in a checkout."""
+READ_RATE = "200MB"
+"""Bytes a second that a volume on a network is taken to give."""
 _EXAMPLES = """\
   hsrpc plan --model ./opt-13b --gpu-memory 20GiB --host-memory 96GiB
   hsrpc plan --model random:opt-30b --gpu-memory 24GiB --host-memory 96GiB --plot share.png
@@ -25,6 +29,8 @@ _EXAMPLES = """\
   hsrpc plan --model random:qwen3-14b --hardware rtx4090 --host-memory 128GiB    with more memory than is assumed
   hsrpc plan --model ./opt-13b --hardware gpu1.json    as `hsrpc bench calibrate --save gpu1.json` measured there
   hsrpc plan --model ./opt-13b --json | jq .prediction
+  hsrpc plan --model ./opt-13b --hardware h100 --kubernetes --output k8s/overlays/opt-13b
+                                                       and then: kubectl apply -k k8s/overlays/opt-13b
 """
 
 
@@ -37,9 +43,34 @@ def add_parser(commands: Commands) -> None:
         "(by their datasheets), or a file that `hsrpc bench calibrate --save` wrote there (default: this machine)",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="save throughput over activation share as PNG")
-    parser.add_argument("--json", action="store_true", help="print one object instead of tables")
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--json", action="store_true", help="print one object instead of tables")
+    forms.add_argument(
+        "--kubernetes",
+        action="store_true",
+        help="print an overlay of hsrpc's manifests in place of tables, with which a pod makes this plan: flags, "
+        "memory, GPU, and the startup probe's patience",
+    )
     parser.add_argument(
         "--no-advice", action="store_true", help="do not plan again for what would make it faster, which takes seconds"
+    )
+    kubernetes = parser.add_argument_group("with --kubernetes")
+    kubernetes.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write the overlay into this folder, for kubectl apply -k (default: to standard output, for a folder "
+        "beside the manifests' own overlays)",
+    )
+    kubernetes.add_argument(
+        "--manifests",
+        metavar="DIR|URL",
+        help=f"hsrpc's manifests, as a folder or as kustomize takes them from elsewhere (default: {MANIFESTS})",
+    )
+    kubernetes.add_argument(
+        "--read-rate",
+        metavar="SIZE",
+        help=f"bytes a second that the model's volume gives, for the startup probe (default: {READ_RATE})",
     )
     add_engine_options(parser)
     parser.set_defaults(run=run)
@@ -51,6 +82,10 @@ def run(options: argparse.Namespace) -> None:
     from hsrpc.plan.advice import advise
 
     config = engine_config(options)
+    if options.kubernetes:
+        _print_overlay(options, config)
+        return
+    _refuse_without_kubernetes(options)
     planned = _planned(options, config)
     _tell_machine(options, planned)
     report = Report.of(planned)
@@ -64,6 +99,33 @@ def run(options: argparse.Namespace) -> None:
         report.print_advice(advice)
     if options.plot:
         _plot(planned.planner.curve(), plan, planned.spec.name, options.plot)
+
+
+def _refuse_without_kubernetes(options: argparse.Namespace) -> None:
+    for name in ("output", "manifests", "read_rate"):
+        if (value := getattr(options, name)) is not None:
+            raise ConfigError(name, str(value), "has no meaning without --kubernetes", "give both, or neither")
+
+
+def _print_overlay(options: argparse.Namespace, config: EngineConfig) -> None:
+    """Plan with budgets that read well as flags, and print or write the overlay that gives a pod the same."""
+    from hsrpc.cli.plan_kubernetes import Overlay, check_movable, in_whole_mib, seen_from, write
+    from hsrpc.engine.startup import plan_for
+
+    check_movable(config)
+    read_rate = parse_bytes(options.read_rate or READ_RATE, "read_rate")
+    folder, manifests = options.output, options.manifests or MANIFESTS
+    manifests = seen_from(folder or Path(manifests, "overlays/plan"), manifests)
+    planned = _planned(options, config)
+    _tell_machine(options, planned)
+    exact = in_whole_mib(config, planned)
+    overlay = Overlay(plan_for(planned.question.machine, exact), exact, read_rate, manifests)
+    if folder is None:
+        print(overlay.text(), end="")
+    else:
+        print(f"saved {write(overlay.text(), folder)}; next: kubectl apply -k {folder}", file=sys.stderr)
+    if options.plot:
+        _plot(planned.planner.curve(), overlay.planned.plan, planned.spec.name, options.plot)
 
 
 def _planned(options: argparse.Namespace, config: EngineConfig) -> Planned:

@@ -10,16 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hsrpc.config import format_bytes
 from hsrpc.device.batched_copy import BatchedCopy
 from hsrpc.device.device import Device, Event, Stream
 from hsrpc.device.host_pages import HostPages
 from hsrpc.device.kernels import copy_rows
-from hsrpc.errors import ConfigError
+from hsrpc.device.pinned_pages import PinnedPages
 from hsrpc.plan.memory_use import HostUse
 from hsrpc.schedule.step import Runs
 
-_REGISTER_PORTABLE_MAPPED = 0x01 | 0x02
 _PIECE_BYTES = 16 * 1024**2
 """A copy engine runs one copy to its end: in one piece, a layer's weights would keep a step's small arrays waiting."""
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -40,7 +38,7 @@ class CudaDevice(Device):
         self._graph_memory = torch.cuda.graph_pool_handle()
         self._copy = BatchedCopy()
         self._row_0 = torch.zeros(1, dtype=torch.int64, device=self.torch_device)
-        self._pinned: list[HostPages] = []
+        self._pinned = PinnedPages(torch.cuda.cudart())
 
     @property
     def name(self) -> str:
@@ -74,23 +72,15 @@ class CudaDevice(Device):
         if pages is None or len(pages.tensor) < size:
             pages = HostPages(size, fill)
         pages.shorten(size)
-        address = pages.tensor.data_ptr()
-        status = torch.cuda.cudart().cudaHostRegister(address, pages.num_bytes, _REGISTER_PORTABLE_MAPPED)
-        if int(status) != 0:
-            raise ConfigError(
-                "host_memory",
-                format_bytes(size),
-                f"CUDA cannot pin it (error {int(status)})",
-                "lower host_memory, or raise the limit of locked memory (ulimit -l)",
-            )
-        self._pinned.append(pages)
+        self._pinned.pin(pages)
         return self._account.add(pages.tensor, use)
 
     def release_pinned(self) -> None:
         self.drain()
-        for pages in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(pages.tensor.data_ptr())
-        self._pinned.clear()
+        self._pinned.release()
+
+    def check_pinning(self, size: int) -> None:
+        self._pinned.check_limit(size)
 
     def release_cached(self) -> None:
         torch.cuda.empty_cache()

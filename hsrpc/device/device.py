@@ -9,11 +9,9 @@ Work is ordered by events, never by waiting for the device. A stream is entered 
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -22,17 +20,12 @@ import torch
 
 from hsrpc.config import DeviceKind, format_bytes
 from hsrpc.device.account import Account
+from hsrpc.device.host_memory import HostMemory
 from hsrpc.device.host_pages import HostPages
 from hsrpc.device.uploads import Uploads
 from hsrpc.errors import ConfigError
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.schedule.step import Runs
-
-_CONTROL_GROUPS = {
-    "sys/fs/cgroup": ("memory.max", "memory.current"),
-    "sys/fs/cgroup/memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-}
-"""Version 2 and 1, as a container sees its own: limit and use."""
 
 Stream: TypeAlias = "torch.cuda.Stream | None"
 Event: TypeAlias = "torch.cuda.Event | None"
@@ -104,6 +97,14 @@ class Device(ABC):
 
         Raises:
             ConfigError: the memory cannot be had or cannot be pinned; never falls back to pageable memory.
+        """
+
+    @abstractmethod
+    def check_pinning(self, size: int) -> None:
+        """Find out whether `size` bytes could be pinned, as far as the limits of this process have a say in it.
+
+        Raises:
+            ConfigError: a limit is too low.
         """
 
     @abstractmethod
@@ -216,7 +217,7 @@ class CpuDevice(Device):
 
     @property
     def free_memory(self) -> int:
-        return available_memory()
+        return HostMemory.read().free
 
     @property
     def peak_memory(self) -> int:
@@ -245,6 +246,9 @@ class CpuDevice(Device):
         if fill is not None:
             fill(tensor)
         return self._account.add(tensor, use)
+
+    def check_pinning(self, size: int) -> None:
+        pass
 
     def release_pinned(self) -> None:
         pass
@@ -298,23 +302,6 @@ class CpuDevice(Device):
         self, target: torch.Tensor, target_rows: torch.Tensor, source: torch.Tensor, source_rows: torch.Tensor
     ) -> None:
         target.index_copy_(0, target_rows, source.index_select(0, source_rows))
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of host memory that this program can take: Linux' MemAvailable, or what its control group leaves."""
-    fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
-    free = [int(fields["MemAvailable"].split()[0]) * 1024]
-    free += [_group_memory(root / group, *names) for group, names in _CONTROL_GROUPS.items()]
-    return max(0, min(free))
-
-
-def _group_memory(group: Path, limit: str, used: str) -> int:
-    """What is left of a control group's limit, counting the file cache as free; no limit: the largest integer."""
-    if not (group / limit).exists() or (text := (group / limit).read_text().strip()) == "max":
-        return sys.maxsize
-    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    cached = int(stat["inactive_file"]) + int(stat["active_file"])
-    return int(text) - int((group / used).read_text()) + cached
 
 
 def _open_cuda() -> Device:

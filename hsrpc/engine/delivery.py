@@ -13,7 +13,7 @@ from hsrpc.engine.generation import Generation
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.tasks.text import Transcript, next_deltas
 from hsrpc.engine.tokenizer import Tokenizer
-from hsrpc.errors import HsrpcError, NotFiniteError, RequestFailedError
+from hsrpc.errors import HsrpcError, InvalidRequestError, NotFiniteError, RequestFailedError
 from hsrpc.prompt import CHAT_HINT
 from hsrpc.request import Delta, Finish, FinishReason, SamplingParams
 from hsrpc.schedule.request_state import Request
@@ -119,6 +119,9 @@ class Delivery:
     def _deliver(self, transcript: Transcript, output: Output, delta: Delta | RequestFailedError) -> None:
         if not self._is_live(transcript.request):
             return  # ended while its text was made
+        if output.failed and (problem := _unmatched(transcript.request)) is not None:
+            self.fail(transcript.request, problem)
+            return
         if output.failed:
             delta = NotFiniteError(self._dtype)
             _log.error("request %s: %s", transcript.request.request_id, delta)
@@ -155,3 +158,9 @@ class Delivery:
         if limit is None:
             return None
         return asyncio.get_running_loop().call_later(limit, self.end, request, FinishReason.TIME_LIMIT)
+
+
+def _unmatched(request: Request) -> InvalidRequestError | None:
+    """What is wrong with the constraint of a request that has no next token; None: it is not the constraint."""
+    constraint, failure = request.params.constraint, request.matcher and request.matcher.failure
+    return None if constraint is None or not failure else InvalidRequestError(constraint.field, failure)

@@ -17,9 +17,11 @@ from typing import Any, Self
 from uuid import uuid4
 
 from hsrpc.config import EngineConfig
+from hsrpc.constraint import Constraint
 from hsrpc.engine.admission import Admission, Applicant
 from hsrpc.engine.delivery import Delivery
 from hsrpc.engine.generation import Generation
+from hsrpc.engine.grammars.matcher import Matcher
 from hsrpc.engine.meter import Meter
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.run_to_end import run_to_end
@@ -210,14 +212,19 @@ class Engine:
             self._validator.check_prompt(token_ids, field_of(prompt), params)
             decode = partial(self.tokenizer.decode_now, skip_special_tokens=params.skip_special_tokens)
             detokenizer = await self.tokenizer.run(Detokenizer, decode, token_ids[-8:])
+            matcher = await self._matcher(params.constraint, client)
         self._check_open(request_id)  # again: while the tokenizer ran, others came
         applicant.num_prompt_tokens = len(token_ids)
         self._admission.check(applicant)
         request = self._request(request_id or uuid4().hex, token_ids, applicant, cache_salt)
+        request.matcher = matcher
         return self._add(request, detokenizer, is_text=isinstance(prompt, str | Text))
 
     async def _token_ids(self, prompt: Prompt, client: str) -> list[int]:
         return await self.tokenizer.encode(prompt, client) if isinstance(prompt, str | Text | Chat) else list(prompt)
+
+    async def _matcher(self, constraint: Constraint | None, client: str) -> Matcher | None:
+        return None if constraint is None else await self._opened.grammars.matcher(constraint, client)
 
     async def generate(
         self,
@@ -404,6 +411,7 @@ class Engine:
                 await self._wake.wait()
                 self._meter.begin()
                 continue
+            self._opened.grammars.begin(step.sampling)  # made while the device computes
             ahead = self._schedule_ahead(step)
             self._meter.note_blocks()
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,9 +33,14 @@ class FairThread:
     made, unless it was begun: then it runs to its end, and nobody hears of it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, stack_bytes: int = 0) -> None:
+        """`stack_bytes` of the thread; 0: as others."""
         # Holds a turn for each call that waits, and none of them says whose: that is decided when it comes.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+        if stack_bytes:
+            usual = threading.stack_size(stack_bytes)
+            self._executor.submit(int)  # starts the thread
+            threading.stack_size(usual)
         self._lock = Lock()
         # In the order of their turns; none is empty.
         self._lines: OrderedDict[str, deque[_Call]] = OrderedDict()
@@ -61,6 +67,11 @@ class FairThread:
     def close(self) -> None:
         """Ends the thread after the calls that wait."""
         self._executor.shutdown(wait=False)
+
+    def finish(self, function: Callable[[], object]) -> None:
+        """Ends the thread after the calls that wait and, last, `function`."""
+        self._executor.submit(function)
+        self.close()
 
     def _take_turn(self) -> None:
         call = self._next()

@@ -77,6 +77,8 @@ class DeviceLayout:
     new_rows: DeviceRows
     activation_rows: torch.Tensor
     activation_positions: torch.Tensor
+    copies: DeviceRows
+    """Rows that other requests of the mini-batch read as well."""
 
 
 class DeviceScores(NamedTuple):
@@ -283,6 +285,7 @@ class Forward:
         queries, out = step.projected.projection.queries, step.projected.attended
         kv, first = self._cache.buffers[op.slot].kv, batch.num_in_place
         layout, sinks = self._layout(op, step), self._family.sinks(step.w, op.layer)
+        self._device.copy_rows(kv, layout.copies.target, kv, layout.copies.source)
         if layout.in_place is not None:
             self._attend_in_place(op, step.w, queries[:first], layout.in_place, out[:first])
         if layout.packed is not None:
@@ -362,6 +365,7 @@ def _on_device(layout: Layout, query_starts: Ints, upload: Upload) -> DeviceLayo
         new_rows=DeviceRows.of(layout.new_rows, upload),
         activation_rows=upload(layout.activation_rows),
         activation_positions=upload(layout.activation_positions),
+        copies=DeviceRows.of(layout.copies, upload),
     )
 
 

@@ -170,6 +170,7 @@ class DecodeGraphs:
             new_rows=DeviceRows(nothing, nothing),
             activation_rows=nothing,
             activation_positions=nothing,
+            copies=DeviceRows(nothing, nothing),
         )
 
 

@@ -17,9 +17,11 @@ import torch
 
 from hsrpc.config import DeviceKind, DType, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
 from hsrpc.device.calibration import calibrate, sustained_load
-from hsrpc.device.device import Device, available_memory, open_device
+from hsrpc.device.device import Device, open_device
+from hsrpc.device.host_memory import HostMemory
 from hsrpc.engine.chat_template import read_template
 from hsrpc.engine.forward import Forward
+from hsrpc.engine.grammars.grammars import Grammars, NoGrammars
 from hsrpc.engine.graphs import DecodeGraphs, can_capture
 from hsrpc.engine.loading import OverBoundError, compile_formats, load_weights
 from hsrpc.engine.no_tokenizer import NoTokenizer
@@ -59,6 +61,8 @@ ChoosePlan: TypeAlias = Callable[[Planner], Plan]
 """Another policy is another plan, made with hsrpc's planner for the model, the machine and the settings."""
 _CPU_MAX_BATCH = 32
 _CPU_PREFILL_TOKENS = 256
+_MUCH_MORE = 1.25
+_LOWER = "lower it, or end what else uses the memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +77,15 @@ class Components:
     default_params: SamplingParams
     """What a request takes that says nothing else."""
     tokenizer: Tokenizer | NoTokenizer
+    grammars: Grammars | NoGrammars
     prefetcher: WeightPrefetcher
     cache: CacheManager
     executor: Executor
 
     async def close(self) -> None:
-        """End the tokenizer and unpin the host's memory; the tasks have ended. See `release`."""
+        """End the threads of texts and constraints, unpin the host's memory; the tasks have ended. See `release`."""
         self.tokenizer.close()
+        self.grammars.close()
         await asyncio.to_thread(self.device.release_pinned)
 
 
@@ -157,6 +163,8 @@ def plan_for(machine: Machine, config: EngineConfig) -> Planned:
 def _plan_here(device: Device, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
     model = _Model.read(config, device.torch_device)
     _check_layer(model.choices, config, device)
+    if config.host_memory is None:
+        _tell_of_growth(HostMemory.read())
     return _plan(model, _measure(device, model.spec), config, choose_plan)
 
 
@@ -174,6 +182,13 @@ def _plan(model: _Model, machine: Machine, config: EngineConfig, choose_plan: Ch
     spec = spec if formats == spec.formats else in_formats(spec, formats)
     default_params = _default_params(config, model.directory)
     return Planned(spec, question, planner, plan, model.directory, default_params, model.checkpoint)
+
+
+def _tell_of_growth(memory: HostMemory) -> None:
+    """Say that the default counts on what is free now alone, where the machine has much more."""
+    if memory.obtainable > _MUCH_MORE * memory.free:
+        free, more = format_bytes(memory.free), format_bytes(memory.obtainable)
+        _log.warning("host memory: %s are free, and up to %s as it is used; give host_memory to use more", free, more)
 
 
 def _default_params(config: EngineConfig, directory: Path | None) -> SamplingParams:
@@ -205,7 +220,7 @@ def measure_machine(config: EngineConfig) -> Machine:
 
 
 def _measure(device: Device, spec: ModelSpec) -> Machine:
-    device_memory, host_memory = device.free_memory, available_memory()  # before calibration takes some
+    device_memory, host_memory = device.free_memory, HostMemory.read().free  # before calibration takes some
     return Machine(
         name=device.name,
         kind=DeviceKind(device.torch_device.type),
@@ -336,12 +351,13 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
                 graphs=graphs,
                 score_rows=score_rows(spec.sizes, plan.max_batch, plan.buffers.queries),
             )
-        undo.pop_all()
         ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.end_token_ids))
         spec = replace(spec, eos_token_ids=tuple(ends))
+        grammars = open_grammars(tokenizer, spec)
+        undo.pop_all()
         params = planned.default_params
         question = planned.question
-        return Components(spec, device, question, plan, params, tokenizer, prefetcher, cache, executor)
+        return Components(spec, device, question, plan, params, tokenizer, grammars, prefetcher, cache, executor)
 
 
 def _absorbed_attention(family: Family, plan: Plan, device: torch.device) -> Attention | None:
@@ -374,16 +390,38 @@ def _check_room(plan: Plan, device: Device) -> None:
     """Check the free memory before anything is allocated: a host that runs out ends this program, or another.
 
     Raises:
-        ConfigError: the device or the host has less memory left than the plan takes.
+        ConfigError: the device or the host has less memory left than the plan takes, or a limit is too low for it.
     """
-    wanted = {
-        "gpu_memory": (plan.budgets.device, sum(plan.device_bytes.values()), device.free_memory),
-        "host_memory": (plan.budgets.host, sum(plan.host_bytes.values()), available_memory()),
-    }
-    for field, (budget, size, free) in wanted.items():
-        if size > free:
-            problem = f"the plan takes {format_bytes(size)} of it, and {format_bytes(free)} are free"
-            raise ConfigError(field, format_bytes(budget), problem, "lower it, or end what else uses the memory")
+    device_bytes, host_bytes = (sum(parts.values()) for parts in (plan.device_bytes, plan.host_bytes))
+    memory = HostMemory.read()
+    others = 0
+    if device.torch_device.type == "cpu":  # one memory for both
+        _check_host_room("gpu_memory", plan.budgets.device, device_bytes, 0, memory)
+        others = device_bytes
+    elif device_bytes > (free := device.free_memory):
+        problem = f"the plan takes {format_bytes(device_bytes)} of it, and {format_bytes(free)} are free"
+        raise ConfigError("gpu_memory", format_bytes(plan.budgets.device), problem, _LOWER)
+    _check_host_room("host_memory", plan.budgets.host, host_bytes, others, memory)
+    device.check_pinning(host_bytes)
+
+
+def _check_host_room(field: str, budget: int, size: int, others: int, memory: HostMemory) -> None:
+    """Check that `size` bytes fit the host's memory beside `others`, which come out of it too.
+
+    What is not free yet but would be if the machine brought in all of its memory is tried.
+    """
+    if size + others <= memory.free:
+        return
+    problem = f"the plan takes {format_bytes(size)} of it"
+    limit = memory.limit
+    if limit is not None and size + others > limit.left:
+        left = format_bytes(max(0, limit.left - others))
+        problem += f", and the memory limit of {format_bytes(limit.size)} ({limit.file}) leaves {left}"
+        raise ConfigError(field, format_bytes(budget), problem, "lower it, or raise that limit")
+    free = format_bytes(max(0, memory.free - others))
+    if size + others > memory.obtainable:
+        raise ConfigError(field, format_bytes(budget), f"{problem}, and {free} are free", _LOWER)
+    _log.warning("%s: %s, %s are free, and the machine may bring in the rest: trying it", field, problem, free)
 
 
 def _template(config: EngineConfig) -> str | None:
@@ -410,6 +448,19 @@ def open_tokenizer(planned: Planned, config: EngineConfig) -> Tokenizer | NoToke
         return NoTokenizer()
     longest = max_characters(planned.plan.max_model_len)
     return Tokenizer(planned.directory, planned.spec.vocab_size, chat_template=template, max_characters=longest)
+
+
+def open_grammars(tokenizer: Tokenizer | NoTokenizer, spec: ModelSpec) -> Grammars | NoGrammars:
+    """What constrains outputs; takes half a second of a large vocabulary."""
+    if isinstance(tokenizer, NoTokenizer):
+        return NoGrammars("this model has no tokenizer, which says what text its tokens are")
+    if not spec.eos_token_ids:
+        return NoGrammars("this model has no token that ends a text, by which constrained output would end")
+    try:
+        return Grammars(tokenizer.vocabulary(spec.eos_token_ids))
+    except ValueError as error:
+        _log.warning("outputs cannot be constrained: %s", error)
+        return NoGrammars("this model's tokenizer does not say what text its tokens are")
 
 
 def _source(planned: Planned) -> WeightSource:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 from hsrpc.engine.chat_template import ChatTemplate
 from hsrpc.engine.fair_thread import FairThread
+from hsrpc.engine.grammars.vocabulary import vocabulary
 from hsrpc.engine.plain_words import PlainWords
 from hsrpc.errors import CheckpointError, InvalidRequestError
 from hsrpc.model.config_file import read_config
@@ -25,6 +26,7 @@ from hsrpc.model.foreign import check_own, read_head
 from hsrpc.prompt import Chat, Text, check_unicode, field_of
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
@@ -125,6 +127,14 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._chat_template.exists
+
+    def vocabulary(self, end_token_ids: Sequence[int]) -> LLTokenizer:
+        """What constraints are matched against: the bytes of the model's tokens, and which of them end a text.
+
+        Raises:
+            ValueError: the tokenizer does not tell.
+        """
+        return vocabulary(self._tokenizer, self._num_rows, end_token_ids)
 
     def special_token_id(self, text: str) -> int | None:
         """Id of the special token that is spelt `text`; None: there is none."""

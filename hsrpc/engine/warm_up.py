@@ -5,6 +5,8 @@ Libraries load a kernel when its shape is first computed, which takes tens of mi
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hsrpc.engine.startup import Components
 from hsrpc.request import SamplingParams
 from hsrpc.schedule.blocks import BlockManager
@@ -23,7 +25,7 @@ async def warm_up(components: Components, limits: SchedulerLimits) -> None:
     Raises:
         OutOfDeviceMemoryError: the device has not the memory for a step.
     """
-    plan = components.plan
+    plan, limits = components.plan, replace(limits, shares_prefixes=False)  # all prompts are equal
     scheduler = Scheduler(BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule), limits, ())
     for tokens in (limits.max_idle_prefill_tokens, limits.max_prefill_tokens):
         for length in _prompts(tokens, limits, scheduler):

@@ -35,11 +35,16 @@ def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Logits [n, vocab] with bias, penalties and exclusions; `logits` may be overwritten."""
+    """Logits [n, vocab] with bias, penalties and exclusions; `logits` may be overwritten.
+
+    Waits for what says which tokens a constrained row may have. Where it may have none, all are minus infinity.
+    """
     if any(row.params.logit_bias for row in rows):
         _add_bias(logits, rows)
     if any(row.params.has_penalties for row in rows):
         logits = _penalise(logits, rows)
+    if any(row.matcher is not None for row in rows):
+        _constrain(logits, rows)
     excluded = _positions([row.excluded_ids for row in rows], logits.shape[1])
     if excluded.size:
         left = logits.flatten().index_fill(0, to_device(excluded, logits.device), -torch.inf).view_as(logits)
@@ -69,6 +74,16 @@ def _add_bias(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     positions = np.array([position for position, _ in kept], dtype=np.int64)
     biases = np.array([bias for _, bias in kept], dtype=np.float32)
     logits.view(-1).scatter_add_(0, to_device(positions, logits.device), to_device(biases, logits.device))
+
+
+def _constrain(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Exclude what constrained rows may not have."""
+    allowed = {index: row.matcher.allowed() for index, row in enumerate(rows) if row.matcher is not None}
+    index = to_device(np.array(list(allowed), dtype=np.int64), logits.device)
+    words = to_device(np.stack(list(allowed.values())), logits.device)
+    bits = words.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1
+    excluded = bits.flatten(1)[:, : logits.shape[1]] == 0
+    logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(excluded, -torch.inf))
 
 
 def _penalise(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

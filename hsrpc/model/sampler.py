@@ -29,7 +29,8 @@ class Sampled(NamedTuple):
     """-1 where the row failed."""
     logprob: TokenLogprob | None
     failed: bool
-    """The model's logits held NaN or infinity, or nothing but minus infinity: there is no token, for this row alone."""
+    """The model's logits held NaN or infinity, or nothing but minus infinity, or the row's constraint allows no token
+    that they leave: there is none, for this row alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Sampler:
 
     @torch.inference_mode()
     def launch(self, logits: Tensor, rows: Sequence[SamplingRow]) -> PendingSample:
-        """Starts sampling logits [n, vocab] with `n` rows, on the current stream; waits for nothing.
+        """Starts sampling logits [n, vocab] with `n` rows, on the current stream; waits for rows' matchers alone.
 
         Raises:
             ValueError: not one row for each row of logits.
@@ -99,12 +100,14 @@ class Sampler:
         self, logits: Tensor, rows: Sequence[SamplingRow], indices: Sequence[int], route: int, token_ids: Tensor
     ) -> None:
         index = _index(indices, logits.device)
-        chosen = edit(logits.index_select(0, index).float(), rows)
+        edited = edit(logits.index_select(0, index).float(), rows)
         if route == _GREEDY:
-            token_ids.index_copy_(0, index, chosen.argmax(dim=-1))
-            return
-        max_rank = {_ALL: 0, _TOP_K: max(row.params.top_k for row in rows), _SORTED: logits.shape[1]}[route]
-        token_ids.index_copy_(0, index, draw(chosen, rows, min(max_rank, logits.shape[1])))
+            chosen = edited.argmax(dim=-1)
+        else:
+            max_rank = {_ALL: 0, _TOP_K: max(row.params.top_k for row in rows), _SORTED: logits.shape[1]}[route]
+            chosen = draw(edited, rows, min(max_rank, logits.shape[1]))
+        is_possible = edited.amax(dim=-1) > -torch.inf  # a constraint may leave nothing
+        token_ids.index_copy_(0, index, torch.where(is_possible, chosen, _FAILED))
 
     def _logprobs(
         self, logits: Tensor, rows: Sequence[SamplingRow], token_ids: Tensor

@@ -9,7 +9,8 @@ from hsrpc.schedule.request_state import Request
 def finish_reason(request: Request, token_id: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
     """Why it ends with its newest token, which is `token_id`; None: it goes on."""
     params = request.params
-    if token_id in eos_token_ids and not params.ignore_eos:
+    # A constrained output has an end token only where nothing else may follow, whatever it ignores.
+    if token_id in eos_token_ids and (not params.ignore_eos or request.matcher is not None):
         return FinishReason.EOS
     if token_id in params.stop_token_ids:
         return FinishReason.STOP_TOKEN

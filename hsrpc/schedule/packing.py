@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsrpc.schedule.blocks import POOLS_OF_KIND, BlockKind, PoolId
-from hsrpc.schedule.step import Chunk, InPlace, Ints, Layout, MiniBatch, Rows, Runs, Scores, expand, starts
+from hsrpc.schedule.step import NO_ROWS, Chunk, InPlace, Ints, Layout, MiniBatch, Rows, Runs, Scores, expand, starts
 from hsrpc.schedule.windows import first_visible
 
 IS_ACTIVATION = np.array([pool.kind is BlockKind.ACTIVATION for pool in PoolId])
@@ -55,21 +55,31 @@ def _lay_out(
     before all others. The rows of several queries stay in order of position where a window's mask needs that.
     """
     num_in_place = int((counts == 1).sum())
-    in_place, new_in_place = _in_place(table, num_in_place, len(counts), block_size, window, read_pool=pool)
-    is_loaded = (table.pool != pool) | (table.owner >= num_in_place)
-    loaded = np.flatnonzero(is_loaded & (table.cached > 0))
-    owner, activations = table.owner[loaded], IS_ACTIVATION[table.pool[loaded]]
-    in_front = activations & (owner < num_in_place)
+    is_in_place = table.owner < num_in_place
+    is_loaded = ((table.pool != pool) | ~is_in_place) & (table.cached > 0)
+    absorbs = pool.kind is BlockKind.ACTIVATION
+    copied_from = _copied_from(table, is_loaded & ~(is_in_place & absorbs), block_size)
+    in_place, new_in_place = _in_place(
+        table, num_in_place, len(counts), block_size, window, read_pool=pool, is_copied=copied_from >= 0
+    )
+    loaded = np.flatnonzero(is_loaded)
+    owner, is_copied = table.owner[loaded], copied_from[loaded] >= 0
+    activations = IS_ACTIVATION[table.pool[loaded]]
+    in_front = activations & (owner < num_in_place) & ~is_copied
     is_behind = activations if window is None else in_front
     order = np.argsort(2 * owner + is_behind + 2 * len(counts) * ~in_front, kind="stable")
-    blocks, in_front, activations = table.select(loaded[order]), in_front[order], activations[order]
+    blocks, in_front, is_copied = table.select(loaded[order]), in_front[order], is_copied[order]
+    activations = activations[order] & ~is_copied
     behind = np.bincount(blocks.owner, blocks.cached * ~in_front, len(counts)).astype(np.int64)
     absorbed = (counts - new_in_place) * in_place.absorbs * (np.arange(len(counts)) < num_in_place)
     new = counts - new_in_place - absorbed
     key_starts = starts(behind + new) + in_place.num_rebuilt
     skipped = int(blocks.cached[in_front].sum()) * in_place.absorbs  # they are in no row of the kv buffer
     targets = starts(blocks.cached)[:-1] - skipped + np.where(in_front, 0, starts(new)[blocks.owner])
-    rebuilt = blocks.select(activations)
+    target_of = np.zeros(len(table.owner), dtype=np.int64)
+    target_of[loaded[order]] = targets
+    sources = target_of[copied_from[loaded[order][is_copied]]]
+    rebuilt, copied = blocks.select(activations), blocks.cached[is_copied]
     in_buffer = starts(rebuilt.cached)[:-1] + starts(absorbed)[rebuilt.owner]
     unused = np.zeros(in_place.num_absorbed, dtype=np.int64)
     becomes, positions = (expand(first, rebuilt.cached)[skipped:] for first in (targets[activations], rebuilt.position))
@@ -78,11 +88,23 @@ def _lay_out(
         in_place=in_place,
         new_rows=Rows(expand(query_starts[:-1], new), expand(key_starts[:-1] + behind, new)),
         absorbed=Rows(query_starts[:-1][absorbed > 0], in_place.rebuilt_starts[1:][absorbed[:num_in_place] > 0] - 1),
-        kv_loads=_loads(blocks, BlockKind.KV, targets),
+        kv_loads=_loads(blocks.select(~is_copied), BlockKind.KV, targets[~is_copied]),
         activation_loads=_loads(rebuilt, BlockKind.ACTIVATION, in_buffer),
         activation_rows=np.concatenate((unused, becomes)),
         activation_positions=np.concatenate((unused, positions)),
+        copies=Rows(expand(sources, copied), expand(targets[is_copied], copied)) if len(copied) else NO_ROWS,
     )
+
+
+def _copied_from(table: _Blocks, chosen: npt.NDArray[np.bool_], block_size: int) -> Ints:
+    """For each block that is `chosen`, and was for an owner before, the number of the first such; -1 of all others."""
+    found = np.full(len(table.owner), -1, dtype=np.int64)
+    numbers = np.flatnonzero(chosen)
+    what = (table.slot[numbers] * len(PoolId) + table.pool[numbers]) * (block_size + 1) + table.cached[numbers]
+    _, first, which = np.unique(what, return_index=True, return_inverse=True)
+    is_copied = numbers[first][which] != numbers
+    found[numbers[is_copied]] = numbers[first][which[is_copied]]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +165,21 @@ def _read_tables(chunks: Sequence[Chunk], contexts: Ints, counts: Ints, block_si
 
 
 def _in_place(
-    table: _Blocks, num_chunks: int, num_all: int, block_size: int, window: int | None, *, read_pool: PoolId
+    table: _Blocks,
+    num_chunks: int,
+    num_all: int,
+    block_size: int,
+    window: int | None,
+    *,
+    read_pool: PoolId,
+    is_copied: npt.NDArray[np.bool_],
 ) -> tuple[InPlace, Ints]:
     """What the first chunks read apart; and for each of all, whether (1) or not (0) its new row is read in place."""
     end = np.searchsorted(table.owner, num_chunks)
     owner, pool, cached, filled = table.owner[:end], table.pool[:end], table.cached[:end], table.filled[:end]
     read = pool == read_pool
-    rebuilt = np.bincount(owner, cached * (IS_ACTIVATION[pool] & ~read), num_chunks).astype(np.int64)
+    is_rebuilt = IS_ACTIVATION[pool] & ~read & ~is_copied[:end]
+    rebuilt = np.bincount(owner, cached * is_rebuilt, num_chunks).astype(np.int64)
     lengths = np.bincount(owner[read], minlength=num_chunks)
     tables = np.zeros((num_chunks, int(lengths.max(initial=0))), dtype=np.int64)
     tables[owner[read], expand(np.zeros_like(lengths), lengths)] = table.slot[:end][read] // block_size

@@ -5,10 +5,34 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from hsrpc.request import FinishReason, SamplingParams, Timings
 from hsrpc.schedule.blocks import BlockTable
 from hsrpc.schedule.prefixes import BlockKeys
+
+
+class Matcher(Protocol):
+    """What an output must match: it follows the tokens, and tells which may come next."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why it can tell no more; None: it can."""
+        ...
+
+    def push(self, token_id: int) -> None:
+        """Take note of an output token."""
+        ...
+
+    def allowed(self) -> npt.NDArray[np.int32]:
+        """A bit for each token, the first in the lowest bit of the first word, set where the token may come next.
+
+        Waits until that is known; none is set after a failure.
+        """
+        ...
 
 
 class Request:
@@ -26,6 +50,7 @@ class Request:
         "in_flight",
         "is_uncached",
         "keys",
+        "matcher",
         "max_total_tokens",
         "num_computed",
         "num_prompt_tokens",
@@ -59,6 +84,8 @@ class Request:
         self.user = user
         """Whose part of that share."""
         self.params = params
+        self.matcher: Matcher | None = None
+        """What follows `params.constraint`; it stays with the request when that is preempted."""
         self.token_ids = list(prompt)
         """Prompt, then output."""
         self.num_prompt_tokens = len(self.token_ids)

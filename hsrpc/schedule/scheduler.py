@@ -293,6 +293,7 @@ class Scheduler:
             params.seed or 0,
             self._eos,
             array("q", request.token_ids) if params.has_penalties else (),
+            request.matcher,
         )
 
     def commit(
@@ -368,6 +369,8 @@ class Scheduler:
             self.finish(request.request_id, FinishReason.MAX_TOKENS)
             return Output(request, None, FinishReason.MAX_TOKENS)
         request.token_ids.append(token_id)
+        if request.matcher is not None:
+            request.matcher.push(token_id)
         reason = finish_reason(request, token_id, self._eos)
         if reason is not None:
             self.finish(request.request_id, reason)

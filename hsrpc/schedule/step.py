@@ -9,9 +9,11 @@ The attention of a single query need not find its rows in one piece. It also rea
 in place: their rows are in no buffer. And its rebuilt rows lie at the front of the kv buffer, in the order of the
 activation buffer, so that regeneration writes them where they are read. Where single queries attend to activations as
 they are stored, the pool and the buffer that they read are those of activations, and a request's new row follows its
-others there. The layout is the same in every layer that has the same window, because a block has the same number in all
-of them: in layers in which activation blocks hold K and V, by the plan, these are loaded to the rows that regeneration
-would fill. It has no token that these layers do not see, so that a single query sees all its rows.
+others there. A block that several requests of a mini-batch hold is loaded and rebuilt once, and its rows are copied to
+where the others read them; only of those that are attended to as activations each has its own. The layout is the same
+in every layer that has the same window, because a block has the same number in all of them: in layers in which
+activation blocks hold K and V, by the plan, these are loaded to the rows that regeneration would fill. It has no token
+that these layers do not see, so that a single query sees all its rows.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import numpy.typing as npt
 
 from hsrpc.request import SamplingParams
 from hsrpc.schedule.blocks import BlockKind, PoolId
-from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.request_state import Matcher, Request
 from hsrpc.schedule.sweep import OpList
 
 Ints = npt.NDArray[np.int64]
@@ -162,6 +164,9 @@ class Layout:
     """[m] kv-buffer row that each activation row becomes; of those that are attended to as they are, none."""
     activation_positions: Ints
     """[m]"""
+    copies: Rows = NO_ROWS
+    """Rows of blocks that several requests hold, from where these are loaded or rebuilt to where others read them: kv
+    buffer to kv buffer."""
 
     @property
     def num_rows(self) -> int:
@@ -233,6 +238,8 @@ class SamplingRow(NamedTuple):
     """End tokens of the model."""
     token_ids: Sequence[int] = ()
     """Prompt, then output, where a penalty asks for them."""
+    matcher: Matcher | None = None
+    """What the output must match; None: nothing. A process that is sent the row is to have it without."""
 
     @property
     def prompt_token_ids(self) -> Sequence[int]:
@@ -244,14 +251,17 @@ class SamplingRow(NamedTuple):
 
     @property
     def excluded_ids(self) -> frozenset[int]:
-        """Tokens that are not sampled until the output has `params.min_tokens`: end tokens and stop tokens."""
-        if self.num_output_tokens >= self.params.min_tokens:
-            return frozenset()
-        return self.eos_token_ids | frozenset(self.params.stop_token_ids)
+        """Tokens that are sampled only where nothing else may be: end tokens and stop tokens until the output has
+        `params.min_tokens`, and end tokens of a constrained output that goes on past them.
+        """
+        if self.num_output_tokens < self.params.min_tokens:
+            return self.eos_token_ids | frozenset(self.params.stop_token_ids)
+        return self.eos_token_ids if self.params.ignore_eos and self.matcher is not None else frozenset()
 
     @property
     def has_edits(self) -> bool:
-        return bool(self.params.logit_bias) or self.params.has_penalties or bool(self.excluded_ids)
+        has_matcher = self.matcher is not None
+        return has_matcher or bool(self.params.logit_bias) or self.params.has_penalties or bool(self.excluded_ids)
 
 
 class StepCounts(NamedTuple):

@@ -83,6 +83,7 @@ class GenerateRequest(google.protobuf.message.Message):
     OUTPUT_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     TEXT_OPTIONS_FIELD_NUMBER: builtins.int
+    CONSTRAINT_FIELD_NUMBER: builtins.int
     CACHE_SALT_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Name of this request, for Abort and for logs: 1 to 128 of A-Z a-z 0-9 . _ : -. Default: the server makes one. The id
@@ -127,6 +128,10 @@ class GenerateRequest(google.protobuf.message.Message):
     def text_options(self) -> hsrpc.v1.prompt_pb2.TextOptions:
         """How `text` becomes token ids; only with `text`. Default: every field's default."""
 
+    @property
+    def constraint(self) -> Global___Constraint:
+        """What the output must be. Default: anything."""
+
     def __init__(
         self,
         *,
@@ -140,10 +145,11 @@ class GenerateRequest(google.protobuf.message.Message):
         output: Global___Output | None = ...,
         priority: builtins.int | None = ...,
         text_options: hsrpc.v1.prompt_pb2.TextOptions | None = ...,
+        constraint: Global___Constraint | None = ...,
         cache_salt: builtins.str | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "model", b"model", "output", b"output", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "text_options", b"text_options", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "model", b"model", "output", b"output", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "text_options", b"text_options", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "cache_salt", b"cache_salt", "chat", b"chat", "constraint", b"constraint", "input", b"input", "model", b"model", "output", b"output", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "text_options", b"text_options", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_cache_salt", b"_cache_salt", "_model", b"_model", "_priority", b"_priority", "_request_id", b"_request_id", "cache_salt", b"cache_salt", "chat", b"chat", "constraint", b"constraint", "input", b"input", "model", b"model", "output", b"output", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "text_options", b"text_options", "token_ids", b"token_ids"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_cache_salt", b"_cache_salt"]) -> typing.Literal["cache_salt"] | None: ...
     @typing.overload
@@ -178,9 +184,93 @@ class TokenIds(google.protobuf.message.Message):
 Global___TokenIds: typing_extensions.TypeAlias = TokenIds
 
 @typing.final
+class Constraint(google.protobuf.message.Message):
+    """Constraint says what the output must be: tokens that it does not allow are excluded. Once nothing can follow, a token
+    that ends a text does, with FINISH_REASON_EOS, whatever `ignore_eos` says; what stops the output before (max_tokens, a
+    stop string) leaves it incomplete. One that cannot be compiled, within 2 s of a processor and bounded memory, is
+    answered with INVALID_ARGUMENT that says where it is wrong; so is one that turns out later to be too complex to be
+    followed.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JSON_SCHEMA_FIELD_NUMBER: builtins.int
+    JSON_OBJECT_FIELD_NUMBER: builtins.int
+    REGEX_FIELD_NUMBER: builtins.int
+    GRAMMAR_FIELD_NUMBER: builtins.int
+    CHOICE_FIELD_NUMBER: builtins.int
+    json_schema: builtins.str
+    """JSON that this JSON Schema describes, its keys in the order of the schema. What of JSON Schema is not followed is
+    refused, never ignored; `$ref` reaches into the schema itself alone. Between tokens of JSON there may be a space, or a
+    new line with up to 32 spaces and tabs; nothing if the schema has "x-guidance": {"whitespace_flexible": false}.
+    """
+    regex: builtins.str
+    """What this regular expression matches as a whole, in the syntax of Rust's regex crate: without look-around and back
+    references.
+    """
+    grammar: builtins.str
+    """What this context-free grammar derives: in Lark's notation, from the rule `start`, or in llama.cpp's GBNF, from
+    `root`.
+    """
+    @property
+    def json_object(self) -> Global___JsonObject:
+        """Any JSON object."""
+
+    @property
+    def choice(self) -> Global___Choice:
+        """One of some texts."""
+
+    def __init__(
+        self,
+        *,
+        json_schema: builtins.str = ...,
+        json_object: Global___JsonObject | None = ...,
+        regex: builtins.str = ...,
+        grammar: builtins.str = ...,
+        choice: Global___Choice | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["choice", b"choice", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["choice", b"choice", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["json_schema", "json_object", "regex", "grammar", "choice"] | None: ...
+
+Global___Constraint: typing_extensions.TypeAlias = Constraint
+
+@typing.final
+class JsonObject(google.protobuf.message.Message):
+    """JsonObject is any JSON object."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___JsonObject: typing_extensions.TypeAlias = JsonObject
+
+@typing.final
+class Choice(google.protobuf.message.Message):
+    """Choice is a list of texts, of which the output is one."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: builtins.int
+    @property
+    def texts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The texts: 1 to 1024, none empty, of 131072 bytes in all, written as a list in JSON."""
+
+    def __init__(
+        self,
+        *,
+        texts: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["texts", b"texts"]) -> None: ...
+
+Global___Choice: typing_extensions.TypeAlias = Choice
+
+@typing.final
 class Sampling(google.protobuf.message.Message):
     """Sampling says how the next token is drawn from the model's logits. Applied in this order: logit bias, penalties,
-    min_tokens, temperature, min_p, top_k, top_p. The model's own defaults are those of its generation_config.json, unless
+    constraint, min_tokens, temperature, min_p, top_k, top_p. The model's own defaults are those of its generation_config.json, unless
     the server's operator has them ignored; what is in effect comes back in `Start`.
     """
 
@@ -285,9 +375,11 @@ class Stopping(google.protobuf.message.Message):
     as many as the context has room for.
     """
     min_tokens: builtins.int
-    """End tokens are excluded before this many output tokens. Default 0."""
+    """End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0."""
     ignore_eos: builtins.bool
-    """Goes on past the tokens that end a text (GetModel says which). Default false."""
+    """Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+    false.
+    """
     include_stop: builtins.bool
     """The text includes what ended it: the stop string, or the token where that has text. Default false."""
     @property

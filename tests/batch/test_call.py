@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hsrpc.batch.call import MAX_N, Call, read_call
 from hsrpc.batch.line import Endpoint
 from hsrpc.batch.refusal import Refusal, UnservedError
+from hsrpc.constraint import Choice, Grammar, JsonObject, JsonSchema, Regex
 from hsrpc.errors import InvalidRequestError
 from hsrpc.prompt import Chat, Text
 from tests.batch.support import chat, completion
@@ -161,7 +162,6 @@ def test_what_is_wrong_with_a_body(call, body, message):
     ("call", "body"),
     [
         (chat_call, {"stream": True}),
-        (chat_call, {"response_format": {"type": "json_object"}}),
         (chat_call, {"tools": [{"type": "function"}]}),
         (chat_call, {"reasoning_effort": "low"}),
         (chat_call, {"frobnicate": 1}),
@@ -182,6 +182,61 @@ def test_what_is_not_served_is_refused_by_name(call, body):
     assert "leave it out" in refusal.message
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+CONSTRAINTS = (
+    ({"response_format": {"type": "text"}}, None),
+    ({"response_format": {"type": "json_object"}}, JsonObject()),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}, JsonSchema(SCHEMA)),
+    ({"structured_outputs": {"json": SCHEMA}}, JsonSchema(SCHEMA)),
+    ({"structured_outputs": {"json": "true", "regex": None}}, JsonSchema("true")),
+    ({"structured_outputs": {"json_object": True}}, JsonObject()),
+    ({"structured_outputs": {"regex": "a+"}}, Regex("a+")),
+    ({"structured_outputs": {"grammar": "start: A"}}, Grammar("start: A")),
+    ({"structured_outputs": {"choice": ["a", "b"]}}, Choice(("a", "b"))),
+)
+
+
+@pytest.mark.parametrize("call", [chat_call, completion_call])
+@pytest.mark.parametrize(("body", "constraint"), CONSTRAINTS, ids=str)
+def test_constraints(call, body, constraint):
+    """As OpenAI has them, and as vLLM does."""
+    assert call(**body).settings.get("constraint") == constraint
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"response_format": "json"}, "response_format.type"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice[1]"),
+        (
+            {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+            "structured_outputs.regex",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_a_constraint(body, param):
+    """Is told with where the body has it."""
+    with pytest.raises(InvalidRequestError) as caught:
+        chat_call(**body)
+    assert caught.value.field == param
+
+
+def test_what_the_engine_finds_wrong_with_a_constraint():
+    """Is told with where the body has it, too."""
+    body = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}
+    assert chat_call(**body).field("json_schema") == "response_format.json_schema.schema"
+    assert chat_call(structured_outputs={"regex": "a"}).field("regex") == "structured_outputs.regex"
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [("token_ids[3]", "prompt[3]"), ("text", "prompt"), ("max_tokens", "max_completion_tokens"), ("stop", "stop")],
@@ -199,7 +254,7 @@ JSON = st.recursive(
 NAMES = (
     *("model", "messages", "prompt", "n", "temperature", "top_p", "stop", "seed", "logit_bias", "max_tokens"),
     *("logprobs", "top_logprobs", "stream", "response_format", "tools", "chat_template_kwargs", "stop_token_ids"),
-    *("max_completion_tokens", "top_k", "best_of", "continue_final_message", "user", "echo"),
+    *("max_completion_tokens", "top_k", "best_of", "continue_final_message", "user", "echo", "structured_outputs"),
 )
 
 

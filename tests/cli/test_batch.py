@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ LINES = [
     completion("text", **GREEDY, prompt="Once upon a time"),
     completion("ids", **GREEDY, prompt=[[2, 47, 11], [5, 6, 7]]),
     completion("long", **GREEDY, prompt="x " * 300),
-    chat("schema", **GREEDY, response_format={"type": "json_object"}),
+    chat("tools", **GREEDY, tools=[{"type": "function"}]),
     completion("other", **(GREEDY | {"model": "gpt-9"})),
     b"oops",
 ]
@@ -81,12 +82,12 @@ def check(output: Path, expected: dict[str, list[str]]) -> None:
     errors = errors_of(output)
     assert {name: each["response"] and each["response"]["status_code"] for name, each in errors.items()} == {
         "long": 400,
-        "schema": 400,
+        "tools": 400,
         "other": 404,
         None: None,
     }
     told = {name: each["response"]["body"]["error"]["param"] for name, each in errors.items() if name is not None}
-    assert told == {"long": "prompt", "schema": "response_format", "other": "model"}
+    assert told == {"long": "prompt", "tools": "tools", "other": "model"}
 
 
 def test_answers_are_those_of_the_reference(hsrpc, source, output, expected):
@@ -109,6 +110,47 @@ def test_a_server_gives_the_same(hsrpc, source, output, expected, address):
     ran = hsrpc("batch", str(write_lines(source, lines)), str(output), "--target", address)
     assert (ran.code, ran.out) == (0, "")
     check(output, expected)
+
+
+SCHEMA = {"type": "array", "items": {"enum": ["fox", 7]}, "minItems": 2, "maxItems": 2}
+STRUCTURED = {
+    "object": {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+    "regex": {"structured_outputs": {"regex": "[a-z]{3}-[0-9]{2}"}},
+    "choice": {"structured_outputs": {"choice": ["fox", "owl"]}},
+}
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_answers_match_what_they_must(hsrpc, source, output, address, is_remote):
+    """Of each kind, of both endpoints, several of a line."""
+    asked = GREEDY | {"max_tokens": 120, "temperature": 1, "n": 2}
+    lines = [make(name, **asked, **body) for make in (chat, completion) for name, body in STRUCTURED.items()]
+    lines = [{**line, "custom_id": f"{number}-{line['custom_id']}"} for number, line in enumerate(lines)]
+    where = ("--target", address) if is_remote else ENGINE
+    ran = hsrpc("batch", str(write_lines(source, lines)), str(output), *where)
+    assert (ran.code, errors_of(output)) == (0, {})
+    for line in read_lines(output):
+        for choice in line["response"]["body"]["choices"]:
+            text = choice.get("text") or choice["message"]["content"]
+            assert choice["finish_reason"] == "stop"
+            match line["custom_id"].partition("-")[2]:
+                case "object":
+                    assert set(json.loads(text)) <= {"fox", 7}
+                case "regex":
+                    assert re.fullmatch("[a-z]{3}-[0-9]{2}", text)
+                case _:
+                    assert text in ("fox", "owl")
+
+
+def test_a_schema_that_cannot_be_is_told_with_where(hsrpc, source, output):
+    """By the line's own name for it; the others run."""
+    wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"items": {"type": "text"}}}}
+    lines = [chat("wrong", **GREEDY, response_format=wrong), completion("right", **GREEDY)]
+    ran = hsrpc("batch", str(write_lines(source, lines)), str(output), *ENGINE)
+    assert (ran.code, list(custom_ids(output))) == (0, ["right"])
+    response = errors_of(output)["wrong"]["response"]
+    assert (response["status_code"], response["body"]["error"]["param"]) == (400, "response_format.json_schema.schema")
+    assert "at /items: Invalid type: text" in response["body"]["error"]["message"]
 
 
 def test_it_goes_on_where_it_was_ended(hsrpc, source, output, expected):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -43,7 +44,8 @@ def test_json_is_one_object_with_everything(hsrpc, tokenizer):
     assert found["text"] == tokenizer.decode(found["token_ids"], skip_special_tokens=True)
     assert (found["finish_reason"], found["matched_stop"]) == ("MAX_TOKENS", None)
     prompt_tokens = len(tokenizer(PROMPT).input_ids)
-    assert found["usage"] == {"prompt_tokens": prompt_tokens, "completion_tokens": 24, "preemptions": 0}
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 24, "preemptions": 0, "cached_tokens": 0}
+    assert found["usage"] == usage
     assert len(found["token_ids"]) == 24
     assert set(found["timings"]) == {"queue", "prefill", "decode", "first_token"}
     assert found["timings"]["first_token"] == pytest.approx(found["timings"]["queue"] + found["timings"]["prefill"])
@@ -285,3 +287,50 @@ def test_a_hub_id_out_of_reach(hsrpc, monkeypatch, tmp_path):
     assert ran.code == 1
     problem = "'some-org/some-model' is not on this machine and the hub is out of reach"
     assert ran.err == f"hsrpc: error: {problem}; fetch it where there is a network and give its directory\n"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A schema and a grammar in files."""
+    (tmp_path / "schema.json").write_text('{"enum": [{"a": 1}, {"b": [2]}]}')
+    (tmp_path / "list.lark").write_text('start: ITEM ("," ITEM)~2\nITEM: "fox" | "owl"\n')
+    return tmp_path
+
+
+def test_outputs_that_must_match(hsrpc, files):
+    """Of each kind, by an engine of its own."""
+    for flags, pattern in (
+        (("--json-schema", f"{files}/schema.json"), r'\{\s*"a"\s*:\s*1\s*\}|\{\s*"b"\s*:\s*\[\s*2\s*\]\s*\}'),
+        (("--grammar", f"{files}/list.lark"), "((fox|owl),){2}(fox|owl)"),
+        (("--regex", "[a-z]{3} [0-9]{2}"), "[a-z]{3} [0-9]{2}"),
+        (("--choice", "one", "--choice", r"t\tw\x6f"), "one|t\two"),
+        (("--json-object",), r"(?s)\{.*"),
+    ):
+        ran = hsrpc("generate", *SMALL, "--seed=1", "--max-tokens=70", *flags, PROMPT)
+        assert (ran.code, ran.err) == (0, ""), flags
+        assert re.fullmatch(pattern, ran.out.removesuffix("\n")), flags
+
+
+def test_a_server_takes_the_same_constraints(hsrpc, address):
+    """And its refusal is told as an engine's is."""
+    ran = hsrpc("generate", "--target", address, "--choice", "fox", "--choice", "owl", PROMPT)
+    assert (ran.code, ran.out.strip() in ("fox", "owl")) == (0, True)
+    ran = hsrpc("generate", "--target", address, "--regex", "a(", PROMPT)
+    assert ran.code == 1
+    assert "regex: unclosed group, at character 1 of the expression" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--regex", "a", "--json-object"], "not allowed with argument --regex"),
+        (["--json-schema", "there-is-none"], "json_schema='there-is-none': it cannot be read: No such file"),
+        (["--json-schema", "{files}/list.lark"], "json_schema: not JSON"),
+        (["--choice", ""], "choice[0]: empty"),
+    ],
+)
+def test_constraints_that_are_none(hsrpc, files, flags, words):
+    """Are told before a model is loaded."""
+    ran = hsrpc("generate", "--model", "there-is-none", *(flag.format(files=files) for flag in flags), PROMPT)
+    assert ran.code in (1, 2)
+    assert words in ran.err

@@ -22,6 +22,8 @@ def test_json_has_versions_device_and_model(hsrpc):
     assert (found["layers, hidden size"], found["heads, K and V heads"]) == ("4, 256", "4, 4")
     assert found["context length"] == "512"
     assert found["K and V over activations"].startswith("2.00 ")
+    assert found["host memory free"].endswith("iB")
+    assert {"host memory obtainable", "memory limit", "locked memory limit"} <= set(found)
     assert all(isinstance(value, str) for value in found.values())
 
 

@@ -76,21 +76,23 @@ def test_tests_of_the_language_itself(language: str):
     clients.test(language)
 
 
-def test_stubs_of_typescript_are_current(tmp_path: Path):
-    """They are what the proto files give."""
-    if left_out := clients.remedy("typescript"):
-        (pytest.fail if MUST_BE_HERE else pytest.skip)(left_out)
-    clients.build("typescript")
-    folder = ROOT / "clients/typescript"
-    (tmp_path / "clients/typescript").mkdir(parents=True)
+@pytest.mark.parametrize("language", [name for name in LANGUAGES if name != "python"], indirect=True)
+def test_stubs_are_current(language: str, tmp_path: Path):
+    """They are what the proto files give, with the tools of CI; `make proto-check` looks after Python's."""
+    if not MUST_BE_HERE:
+        pytest.skip("stubs name the version of what made them: compared with HSRPC_ALL_CLIENTS=1, where that is known")
+    folder, copy = ROOT / "clients" / language, tmp_path / "clients" / language
     shutil.copytree(ROOT / "proto", tmp_path / "proto")
-    for name in ("Makefile", "buf.gen.yaml", "package.json", "package-lock.json"):
-        shutil.copy2(folder / name, tmp_path / "clients/typescript")
-    (tmp_path / "clients/typescript/node_modules").symlink_to(folder / "node_modules")
-    command = ["make", "--silent", "-C", str(tmp_path / "clients/typescript"), "stubs"]
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("build", "node_modules"))
+    if (folder / "node_modules").exists():
+        (copy / "node_modules").symlink_to(folder / "node_modules")
+    command = ["make", "--silent", "-C", str(copy), "stubs"]
     subprocess.run(command, check=True, env=os.environ | {"PYTHON": sys.executable})
-    assert stubs(tmp_path / "clients/typescript/src/gen") == stubs(folder / "src/gen")
+    differing = [name for name in tracked(folder) if (copy / name).read_bytes() != (folder / name).read_bytes()]
+    assert differing == [], f"make -C clients/{language} stubs"
 
 
-def stubs(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(folder.rglob("*.ts"))}
+def tracked(folder: Path) -> list[str]:
+    """Names of the files that git has of a folder."""
+    command = ["git", "-C", str(folder), "ls-files"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsrpc.config import DeviceKind
-from hsrpc.device.device import CpuDevice, available_memory, open_device
+from hsrpc.device.device import CpuDevice, open_device
 from hsrpc.device.host_pages import HostPages
 from hsrpc.device.uploads import Uploads
 from hsrpc.errors import ConfigError
@@ -125,45 +125,6 @@ def test_opening_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="use device=cpu") as caught:
         open_device(DeviceKind.CUDA)
     assert caught.value.field == "device"
-
-
-STAT_V2 = "anon 500\ninactive_file 200\nactive_file 100\n"
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        pytest.param({}, 1_024_000, id="machine"),
-        pytest.param({"memory.max": "max\n"}, 1_024_000, id="no-limit"),
-        pytest.param({"memory.max": "5000\n", "memory.current": "1000\n", "memory.stat": STAT_V2}, 4300, id="v2"),
-        pytest.param({"memory.max": "900\n", "memory.current": "1500\n", "memory.stat": STAT_V2}, 0, id="exceeded"),
-        pytest.param(
-            {
-                "memory/memory.limit_in_bytes": "6000\n",
-                "memory/memory.usage_in_bytes": "1000\n",
-                "memory/memory.stat": STAT_V2,
-            },
-            5300,
-            id="v1",
-        ),
-        pytest.param(
-            {"memory.max": "9999999999\n", "memory.current": "0\n", "memory.stat": STAT_V2}, 1_024_000, id="more"
-        ),
-    ],
-)
-def test_available_memory_keeps_to_the_containers_limit(files: dict[str, str], expected: int, tmp_path: Path) -> None:
-    """The lesser of what the machine has and what the control group leaves, where the file cache counts as free."""
-    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
-    for name, text in (files | {"proc/meminfo": "MemTotal: 2000 kB\nMemAvailable:    1000 kB\n"}).items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert available_memory(tmp_path) == expected
-
-
-def test_available_memory_of_this_machine() -> None:
-    """Positive, and no more than a machine has."""
-    assert 2**20 < available_memory() < 2**50
-    assert CpuDevice().free_memory > 2**20
 
 
 @given(data=st.data())

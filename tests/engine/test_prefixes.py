@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from hsrpc import Engine, EngineConfig, SamplingParams
+from hsrpc.plan.roofline import StepRecord
 from hsrpc.testing.ordered_device import OrderedDevice
 from tests.engine.conftest import tightest
 from tests.engine.reference import NEW_TOKENS, Reference
@@ -95,6 +96,26 @@ async def first_and_again(engine: Engine, reference: Reference, first: str, agai
 @pytest.fixture
 def roomy(reference: Callable[[str], Reference]) -> EngineConfig:
     return config_for(reference("opt"), block_size=4, gpu_memory="64MiB", host_memory="64MiB")
+
+
+@pytest.mark.parametrize("policy", ["kv", "activation"])
+async def test_what_is_shared_crosses_once(policy: str, reference: Callable[[str], Reference]) -> None:
+    """Six requests of 20 equal tokens and more that differ, in one mini-batch, all on the host."""
+    made, moved = reference("opt"), []
+    config = config_for(
+        made, block_size=4, cache_policy=policy, placement="host", gpu_memory="1GiB", host_memory="1GiB"
+    )
+    for count in (1, 6):
+        steps: list[StepRecord] = []
+        async with Engine(config, observe=steps.append) as engine:
+            prompts = [[*(made.prompts[0] * 9)[:20], 3 + number] for number in range(count)]
+            await asyncio.gather(*(continue_one(engine, prompt, 5) for prompt in prompts))
+        step = next(each for each in steps if each.decode_tokens == count and not each.prefill_tokens)
+        rows = step.context_tokens - 20 * (count - 1)
+        moved.append((step.cache_bytes / rows, step.regenerated_tokens / rows))
+    assert moved[0] == moved[1]
+    assert moved[0][0] > 0
+    assert (moved[0][1] > 0) == (policy == "activation")
 
 
 async def test_salts_keep_prompts_apart(roomy: EngineConfig, reference: Callable[[str], Reference]) -> None:

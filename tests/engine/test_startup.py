@@ -8,6 +8,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import torch
 
 from hsrpc import Engine, EngineConfig
 from hsrpc.config import DeviceKind, DType
-from hsrpc.device.device import CpuDevice, available_memory
+from hsrpc.device.device import CpuDevice
+from hsrpc.device.host_memory import GroupLimit, HostMemory
 from hsrpc.engine import startup
 from hsrpc.engine.forward import Forward
 from hsrpc.engine.startup import describe_model, make_plan
@@ -155,20 +157,78 @@ async def test_budgets_that_are_too_small(field: str, reference: Callable[[str],
     await fails(config, ConfigError, field)
 
 
-@pytest.mark.parametrize("field", ["gpu_memory", "host_memory"])
+GIB = 2**30
+LIMIT = GroupLimit(left=2**18, size=2**19, file=Path("/sys/fs/cgroup/memory.max"))
+
+
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        (HostMemory(2**17, 2**17, None), r"gpu_memory=.* 128\.0 KiB are free; lower it, or end what else"),
+        (HostMemory(2**22, 2**22, None), r"host_memory=.* takes .* and .* KiB are free; lower it, or end what else"),
+        (
+            HostMemory(2**18, 2**18, LIMIT),
+            r"gpu_memory=.* limit of 512\.0 KiB \(.*memory\.max\) leaves 256\.0 KiB; lower",
+        ),
+        (
+            HostMemory(2**17, 2**18, LIMIT),
+            r"gpu_memory=.* limit of 512\.0 KiB .* leaves 256\.0 KiB; lower it, or raise",
+        ),
+    ],
+    ids=["device", "both", "limit", "limit-of-a-machine-that-grows"],
+)
 async def test_memory_that_is_not_free(
-    field: str, monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+    memory: HostMemory, words: str, monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
 ) -> None:
-    """ConfigError before anything is allocated: neither the system nor the device is asked for what it has not."""
+    """ConfigError before anything is allocated: the system is not asked for what it has not, on the CPU for both."""
     allocated: list[int] = []
     monkeypatch.setattr(CpuDevice, "pinned", lambda *_, **__: allocated.append(1))
-    monkeypatch.setattr(CpuDevice, "free_memory", property(lambda _: 2**17 if field == "gpu_memory" else 2**40))
-    monkeypatch.setattr(startup, "available_memory", lambda: 2**17 if field == "host_memory" else 2**40)
+    monkeypatch.setattr(CpuDevice, "free_memory", property(lambda _: 2**40))
+    monkeypatch.setattr(HostMemory, "read", lambda: memory)
     monkeypatch.setattr(startup, "calibrate", lambda *_: HARDWARE)
     budgets = {"gpu_memory": "1GiB", "host_memory": "64MiB", "placement": "host"}
     config = EngineConfig(model=str(reference("opt").directory), device="cpu", **budgets)
-    await fails(config, ConfigError, f"{field}=.* 128.0 KiB are free; lower it")
+    await fails(config, ConfigError, words)
     assert not allocated
+
+
+async def test_memory_that_the_machine_brings_in_as_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reference: Callable[[str], Reference]
+) -> None:
+    """What is asked for and not free yet is tried where the machine has it, with a warning; the default says so."""
+    monkeypatch.setattr(HostMemory, "read", lambda: HostMemory(2**17, GIB, None))
+    monkeypatch.setattr(CpuDevice, "free_memory", property(lambda _: 2**40))
+    async with Engine(roomy(reference("opt"))) as engine:
+        assert [words for words in caplog.messages if "128.0 KiB are free" in words and "trying it" in words]
+        assert len(await collect(engine.generate([5, 6], greedy(3)))) > 0
+    caplog.clear()
+    make_plan(
+        EngineConfig(model=str(reference("opt").directory), device="cpu", gpu_memory="64MiB", host_memory="64MiB")
+    )
+    assert caplog.messages == []
+    with suppress(ConfigError):  # half of so little is nothing
+        make_plan(EngineConfig(model=str(reference("opt").directory), device="cpu", gpu_memory="64MiB"))
+    assert "128.0 KiB are free, and up to 1.0 GiB as it is used; give host_memory" in caplog.text
+
+
+async def test_a_limit_of_what_can_be_pinned_is_found_before_loading(
+    monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]
+) -> None:
+    """A device that pins is asked for the plan's bytes of host memory, before the first layer is read."""
+    asked: list[int] = []
+
+    def refuse(_: object, size: int) -> None:
+        asked.append(size)
+        raise ConfigError("host_memory", "x", "too little may be locked", "raise it")
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("loads")
+
+    monkeypatch.setattr(CpuDevice, "check_pinning", refuse)
+    monkeypatch.setattr(startup, "load_weights", load)
+    planned = make_plan(roomy(reference("opt")))
+    await fails(roomy(reference("opt")), ConfigError, "may be locked; raise it")
+    assert asked == [sum(planned.plan.host_bytes.values())]
 
 
 async def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch, reference: Callable[[str], Reference]) -> None:
@@ -184,7 +244,7 @@ def test_budgets_default_to_a_part_of_what_is_there(reference: Callable[[str], R
     """On the CPU both together leave room for the rest of the machine; what is asked for is taken."""
     directory = str(reference("opt").directory)
     budgets = make_plan(EngineConfig(model=directory, device="cpu")).planner.budgets
-    assert 0 < budgets.device + budgets.host < 0.9 * available_memory()
+    assert 0 < budgets.device + budgets.host < 0.9 * HostMemory.read().free
     asked = EngineConfig(model=directory, device="cpu", gpu_memory="3GiB", host_memory="5GiB")
     budgets = make_plan(asked).planner.budgets
     assert (budgets.device, budgets.host) == (3 * 2**30, 5 * 2**30)

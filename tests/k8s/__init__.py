@@ -1,1 +1,1 @@
-"""Checks of the Kubernetes manifests, offline, as `kubectl kustomize` renders them."""
+"""Checks of the Kubernetes manifests: rendered by `kubectl kustomize`, offline, and as pods that are started."""

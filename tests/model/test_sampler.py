@@ -277,6 +277,56 @@ def test_exclusions_that_leave_nothing_are_dropped() -> None:
     assert token_ids(logits, rows) == [int(logits[0].argmax()), int(logits[1].argsort()[-2])]
 
 
+class Allows:
+    """A matcher that allows these tokens; its mask has bits for more tokens than the model."""
+
+    failure = None
+
+    def __init__(self, *token_ids: int) -> None:
+        self._token_ids = token_ids
+
+    def push(self, token_id: int) -> None:
+        raise AssertionError("sampling follows no tokens")
+
+    def allowed(self) -> np.ndarray:
+        bits = np.zeros(96, dtype=np.uint8)
+        bits[list(self._token_ids)] = 1
+        return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+@pytest.mark.parametrize("chunk_elements", [VOCAB, 2**22])
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(), SamplingParams(top_k=5), SamplingParams(top_p=0.9)])
+def test_constrained_rows_have_what_they_may(params: SamplingParams, chunk_elements: int) -> None:
+    """Each its own tokens, in whatever chunks; rows beside them are as without them."""
+    logits = random_logits(6)
+    rows = [row(params, seed=seed) for seed in range(6)]
+    free = token_ids(logits, rows)
+    allowed = [(0, 31), (32,), (7, 59, 70)]
+    rows[::2] = [made._replace(matcher=Allows(*ids)) for made, ids in zip(rows[::2], allowed, strict=True)]
+    found = Sampler(CpuDevice().fetch, chunk_elements).launch(logits, rows).result()
+    assert all(sampled.token_id in ids for sampled, ids in zip(found[::2], allowed, strict=True))
+    assert [sampled.token_id for sampled in found[1::2]] == free[1::2]
+    if params.is_greedy:
+        assert found[0].token_id == max(allowed[0], key=lambda token_id: float(logits[0, token_id]))
+
+
+def test_a_constraint_comes_before_other_exclusions_and_after_biases() -> None:
+    """An end token that it alone allows is not excluded; no bias brings back what it excludes."""
+    params = SamplingParams(temperature=0.0, min_tokens=5, logit_bias={9: 100.0}, repetition_penalty=2.0)
+    rows = [row(params, (4,), eos=(2,))._replace(matcher=Allows(*ids)) for ids in [(2,), (2, 4)]]
+    assert token_ids(random_logits(2), rows) == [2, 4]
+
+
+def test_a_constraint_that_leaves_nothing_fails_its_row_alone() -> None:
+    """Whether it allows no token, none of the model's, or only some that the model excludes."""
+    logits = random_logits(4)
+    logits[2, 5] = -math.inf
+    rows = [row(params)._replace(matcher=Allows(*ids)) for params in (GREEDY, SamplingParams()) for ids in [(), (70,)]]
+    assert [each.failed for each in sample(logits, rows)] == [True] * 4
+    rows = [row(), row(), row()._replace(matcher=Allows(5)), row()]
+    assert [each.failed for each in sample(logits, rows)] == [False, False, True, False]
+
+
 def test_ids_outside_the_vocabulary_are_ignored() -> None:
     """Such ids touch no other row's logits."""
     params = SamplingParams(temperature=0.0, min_tokens=9, logit_bias={VOCAB: 100.0, -1: 100.0}, presence_penalty=2.0)

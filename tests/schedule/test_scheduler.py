@@ -276,6 +276,8 @@ class Harness:
             for pool, runs in loads.items():
                 target |= {row: self.slots[pool, slot] for slot, row in pairs(runs.rows())}
         buffer |= {row: activations[i] for i, row in enumerate(batch.widest.activation_rows.tolist())}
+        self._check_loaded_once(batch)
+        buffer |= {target: buffer[source] for source, target in pairs(batch.widest.copies)}
         for pool, rows in batch.stores.items():
             self.slots |= {(pool, slot): queries[query] for query, slot in pairs(rows)}
         tokens = {}
@@ -291,6 +293,17 @@ class Harness:
             if chunk.samples:
                 tokens[chunk.request.arrival] = next_token(known)
         return tokens
+
+    def _check_loaded_once(self, batch: MiniBatch) -> None:
+        """No row crosses the bus, or is rebuilt, twice for a mini-batch; nor is one copied that is there."""
+        layout = batch.widest
+        for pool, runs in (*layout.kv_loads.items(), *layout.activation_loads.items()):
+            sources = runs.rows().source.tolist()
+            assert len(set(sources)) == len(sources), pool
+        targets = layout.copies.target.tolist()
+        loaded = {row for runs in layout.kv_loads.values() for row in runs.rows().target.tolist()}
+        assert not {*targets} & {*loaded, *layout.activation_rows.tolist()}
+        assert len(set(targets)) == len(targets)
 
     def _in_place(self, batch: MiniBatch, index: int) -> list[tuple[int, int]]:
         """What a request reads in the pool of device KV blocks."""

@@ -219,7 +219,7 @@ def test_a_step_can_be_sent_to_another_process(case: Case):
     )
     found = json.loads(answer.stdout)
     rooms = {".".join(name.split(".")[:2]) for name in found["modules"]}
-    assert rooms == {"hsrpc", "hsrpc.errors", "hsrpc.request", "hsrpc.schedule"}
+    assert rooms == {"hsrpc", "hsrpc.constraint", "hsrpc.errors", "hsrpc.request", "hsrpc.schedule"}
     assert found["sums"] == sums(case.step)
     assert found["sums"]["positions"] == [
         sum(sum(range(chunk.context, chunk.context + chunk.num_new)) for chunk in part)

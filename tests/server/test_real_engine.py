@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import re
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -19,6 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hsrpc import __version__
 from hsrpc.client import AsyncClient, CallError
 from hsrpc.config import EngineConfig
+from hsrpc.constraint import Choice, Grammar, JsonSchema, Regex
 from hsrpc.engine.engine import Engine
 from hsrpc.engine.forward import Forward
 from hsrpc.errors import EngineFaultError
@@ -135,6 +138,42 @@ async def test_a_client_gives_way_in_a_full_queue(tmp_path, monkeypatch):
         left = [call for call in calls if call not in at_the_door and call not in gone]
         assert len(left) == 8
         await asyncio.gather(*map(read_all, left))
+
+
+SCHEMA = JsonSchema({"x-guidance": {"whitespace_flexible": False}, "enum": [{"a": [1, "fox"]}, {"b": None}]})
+REFUSED = (
+    (JsonSchema({"properties": {"a": {"type": "text"}}}), "constraint.json_schema", "at /properties/a: Invalid type"),
+    (Regex("a("), "constraint.regex", "unclosed group, at character 1"),
+    (Grammar("start: b"), "constraint.grammar", "line 1, column 8"),
+    (Regex("((a{1000}){1000}){1000}"), "constraint.regex", "cannot be followed beyond token"),
+)
+
+
+async def test_outputs_match_what_they_must(client):
+    """Of each kind, as Start and the embedded engine have it; it ends with what ends a text."""
+    done = await client.complete("Hi", constraint=SCHEMA, max_tokens=60)
+    assert json.loads(done.text) in ({"a": [1, "fox"]}, {"b": None})
+    assert done.finish.reason is FinishReason.EOS
+    for constraint, pattern in (
+        (Regex("[a-z]{3}-[0-9]{2}"), "[a-z]{3}-[0-9]{2}"),
+        (Grammar('root ::= item item\nitem ::= "a" | "(" [0-9] ")"'), r"(a|\([0-9]\)){2}"),
+        (Choice(("fox", "owl")), "fox|owl"),
+    ):
+        done = await client.complete("Hi", constraint=constraint, max_tokens=60, ignore_eos=True)
+        assert re.fullmatch(pattern, done.text)
+        assert done.finish.reason is FinishReason.EOS
+
+
+async def test_a_constraint_that_cannot_be_is_told_with_where(client):
+    """INVALID_ARGUMENT, whether that is found at once or in the middle; nothing stays behind, and others go on."""
+    other = asyncio.create_task(client.complete("Once upon a time", max_tokens=60, ignore_eos=True))
+    for constraint, field, words in REFUSED:
+        with pytest.raises(CallError) as caught:
+            await client.complete("Hi", constraint=constraint, max_tokens=20)
+        assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert words in caught.value.fields[field]
+    assert (await other).finish.usage.completion_tokens == 60
+    await until_idle(client)
 
 
 def write_tokens(folder: Path, text: str) -> Path:

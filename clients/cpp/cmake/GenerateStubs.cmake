@@ -4,7 +4,7 @@
 # hsrpc.rpc, and without descriptors: a process in which two libraries register the same file ends, and whoever links
 # this one may well bring google/rpc along. On the wire they are the same messages.
 
-cmake_minimum_required(VERSION 3.16)
+cmake_minimum_required(VERSION 3.18)
 get_filename_component(proto "${CMAKE_CURRENT_LIST_DIR}/../../../proto" ABSOLUTE)
 set(PROTOC "protoc" CACHE STRING "The compiler")
 set(PLUGIN "grpc_cpp_plugin" CACHE STRING "gRPC's plugin for it")

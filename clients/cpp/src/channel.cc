@@ -6,8 +6,8 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstring>
 #include <fstream>
-#include <regex>
 #include <sstream>
 #include <stdexcept>
 #include <system_error>
@@ -32,6 +32,26 @@ constexpr char kServiceConfig[] = R"({
     }
   }]
 })";
+
+bool starts_with(const std::string& text, const std::string& start) {
+  return text.compare(0, start.size(), start) == 0;
+}
+
+bool ends_with(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+/// The host in host:port, dns:///host:port, ipv4:host:port, ipv6:[host]:port and their like.
+std::string host_of(const std::string& target) {
+  std::string address = target.substr(target.rfind('/') + 1);
+  for (const char* scheme : {"dns:", "ipv4:", "ipv6:"}) {
+    if (starts_with(address, scheme)) address.erase(0, std::strlen(scheme));
+  }
+  if (starts_with(address, "[")) return address.substr(1, address.find(']') - 1);
+  const auto colon = address.find(':');
+  const bool has_port = colon != address.npos && colon == address.rfind(':');  // more colons are an address of IPv6
+  return has_port ? address.substr(0, colon) : address;
+}
 
 ChannelArguments arguments(const std::string& target, const ClientOptions& options) {
   ChannelArguments all = options.channel_arguments;
@@ -85,9 +105,12 @@ std::shared_ptr<grpc::ChannelCredentials> credentials(const ClientOptions& optio
   return grpc::CompositeChannelCredentials(channel, grpc::AccessTokenCredentials(*options.token));
 }
 
+bool is_printable(const std::string& text) {
+  return std::all_of(text.begin(), text.end(), [](char each) { return ' ' <= each && each <= '~'; });
+}
+
 void check_token(const std::string& token) {
-  const bool printable = std::all_of(token.begin(), token.end(), [](char each) { return ' ' <= each && each <= '~'; });
-  if (token.empty() || !printable) {
+  if (token.empty() || !is_printable(token)) {
     throw std::invalid_argument("token: empty, or not printable ASCII; give the token alone, without a newline");
   }
 }
@@ -109,9 +132,20 @@ std::shared_ptr<grpc::Channel> make_channel(const std::string& target, const Cli
 }
 
 bool is_loopback(const std::string& target) {
-  static const std::regex kLoopback(
-      R"(((dns|ipv4|ipv6):(//[^/]*/)?)?(([\w.-]+\.)?localhost|127(\.\d+){3}|0(\.0){3}|\[?::1?\]?)(:\d+)?)");
-  return std::regex_match(target, kLoopback);
+  const std::string host = host_of(target);
+  const bool is_dotted = host.find_first_not_of("0123456789.") == host.npos;
+  return host == "localhost" || ends_with(host, ".localhost") || host == "::1" || host == "::" || host == "0.0.0.0" ||
+         (is_dotted && starts_with(host, "127."));
+}
+
+void check_metadata(const std::string& name, const std::string& value) {
+  if (name.empty() || name.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789-_.") != name.npos) {
+    throw std::invalid_argument("metadata: " + name + " is no name; use lower-case letters, digits, - _ and .");
+  }
+  if (!ends_with(name, "-bin") && !is_printable(value)) {
+    throw std::invalid_argument("metadata: the value of " + name +
+                                " is not printable ASCII; other bytes need a name that ends with -bin");
+  }
 }
 
 void check_timeout(std::chrono::milliseconds timeout) {

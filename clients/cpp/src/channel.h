@@ -17,6 +17,9 @@ std::shared_ptr<grpc::Channel> make_channel(const std::string& target, const Cli
 /// Whether `target` is on this machine, where no proxy can reach it.
 bool is_loopback(const std::string& target);
 
+/// \throws std::invalid_argument gRPC would end the process for it
+void check_metadata(const std::string& name, const std::string& value);
+
 /// \throws std::invalid_argument it is negative, or more than clocks can count
 void check_timeout(std::chrono::milliseconds timeout);
 

@@ -56,7 +56,10 @@ class Client::Connection {
       check_timeout(*timeout);
       context->set_deadline(std::chrono::system_clock::now() + *timeout);
     }
-    for (const auto& [name, value] : options.metadata) context->AddMetadata(name, value);
+    for (const auto& [name, value] : options.metadata) {
+      check_metadata(name, value);
+      context->AddMetadata(name, value);
+    }
     if (plain_token_) context->AddMetadata("authorization", "Bearer " + *plain_token_);
     return context;
   }

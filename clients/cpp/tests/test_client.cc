@@ -365,6 +365,18 @@ void test_calls_bring_token_and_metadata() {
   CHECK(metadata.find("x-hsrpc-client")->second == "me");
 }
 
+/// gRPC would end the process.
+void test_metadata_is_checked() {
+  hsrpc::Client client("ipv4:127.0.0.1:1");
+  const auto call = [&](const std::string& name, const std::string& value) {
+    return [&client, name, value] { client.generate("hi", {}, {{}, {{name, value}}}); };
+  };
+  CHECK(throws<std::invalid_argument>(call("X-Client", "me"), "metadata: X-Client is no name"));
+  CHECK(throws<std::invalid_argument>(call("", "me"), "metadata:  is no name"));
+  CHECK(throws<std::invalid_argument>(call("x-client", "m\xc3\xa9"), "metadata: the value of x-client is not"));
+  call("x-client-bin", "m\xc3\xa9")();
+}
+
 void test_a_call_has_its_own_deadline_or_the_clients() {
   Server server(spell);
   hsrpc::Client client(server.target(), with_timeout(std::chrono::hours(1)));
@@ -414,6 +426,7 @@ int main() {
   test_a_stream_without_its_last_response_failed();
   test_a_call_is_made_again_until_an_answer_begins();
   test_calls_bring_token_and_metadata();
+  test_metadata_is_checked();
   test_a_call_has_its_own_deadline_or_the_clients();
   test_a_conversation_takes_the_place_of_the_input();
   if (failures == 0) std::cout << "all tests passed" << std::endl;

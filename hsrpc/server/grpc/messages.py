@@ -11,6 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Value
 
+from hsrpc.constraint import MAX_CHOICES, Choice, Constraint, Grammar, JsonObject, JsonSchema, Regex
 from hsrpc.errors import InvalidRequestError
 from hsrpc.prompt import MAX_MESSAGES, MAX_TOOLS, Chat, Text, check_count, read_object
 from hsrpc.request import (
@@ -55,10 +56,12 @@ _SECTIONS: dict[str, type[Message]] = {
     "stopping": v1.Stopping,
     "output": v1.Output,
     "chat": prompt_pb2.Chat,
+    "constraint": v1.Constraint,
 }
 _PATHS = {
     "token_ids": "token_ids.ids",
     **{field.name: f"{name}.{field.name}" for name, kind in _SECTIONS.items() for field in kind.DESCRIPTOR.fields},
+    "choice": "constraint.choice.texts",
 }
 """Where a request has what the engine calls by a name of its own."""
 
@@ -197,7 +200,26 @@ def read_params(request: v1.GenerateRequest, defaults: SamplingParams) -> Sampli
     settings |= _given(output, ("logprobs", "prompt_logprobs", "skip_special_tokens"))
     settings |= {"logit_bias": dict(sampling.logit_bias), "priority": request.priority}
     settings |= {"stop": tuple(stopping.stop), "stop_token_ids": tuple(stopping.stop_token_ids)}
+    settings["constraint"] = _read_constraint(request.constraint) if request.HasField("constraint") else None
     return replace(defaults, **settings)
+
+
+def _read_constraint(constraint: v1.Constraint) -> Constraint:
+    match constraint.WhichOneof("kind"):
+        case "json_schema":
+            return JsonSchema(constraint.json_schema)
+        case "json_object":
+            return JsonObject()
+        case "regex":
+            return Regex(constraint.regex)
+        case "grammar":
+            return Grammar(constraint.grammar)
+        case "choice":
+            return Choice(tuple(constraint.choice.texts))
+        case _:
+            raise InvalidRequestError(
+                "constraint", "of no kind; set json_schema, json_object, regex, grammar or choice"
+            )
 
 
 def _check_counts(request: v1.GenerateRequest) -> None:
@@ -206,6 +228,7 @@ def _check_counts(request: v1.GenerateRequest) -> None:
         ("stopping.stop", len(request.stopping.stop), MAX_STOP_STRINGS),
         ("stopping.stop_token_ids", len(request.stopping.stop_token_ids), MAX_STOP_TOKEN_IDS),
         ("sampling.logit_bias", len(request.sampling.logit_bias), MAX_LOGIT_BIAS),
+        ("constraint.choice.texts", len(request.constraint.choice.texts), MAX_CHOICES),
     ):
         if count > max_count:
             raise InvalidRequestError(path, f"{count} entries, at most {max_count} are allowed")

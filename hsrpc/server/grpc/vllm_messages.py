@@ -17,6 +17,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from smg_grpc_proto import vllm_engine_pb2 as vllm
 
 from hsrpc import __version__
+from hsrpc.constraint import MAX_CHOICES, Choice, Constraint, Grammar, JsonObject, JsonSchema, Regex
 from hsrpc.errors import InvalidRequestError
 from hsrpc.prompt import Text, check_count
 from hsrpc.request import (
@@ -48,6 +49,8 @@ TAKEN_PARAMS = frozenset(
         *("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"),
         # Of text, which answers here have none of: the first only tells in what text stop strings are looked for.
         *("skip_special_tokens", "spaces_between_special_tokens"),
+        # A constraint begins with the first token anyway.
+        *("json_schema", "json_object", "regex", "grammar", "choice", "grammar_from_first_token"),
     }
 )
 """Settings that mean something here."""
@@ -58,6 +61,7 @@ _PATHS = {
     "token_ids": "tokenized.input_ids",
     "include_stop": "sampling_params.include_stop_str_in_output",
     **{field.name: f"sampling_params.{field.name}" for field in vllm.SamplingParams.DESCRIPTOR.fields},
+    "choice": "sampling_params.choice.choices",
 }
 """Where a request has what the engine calls by a name of its own."""
 _REASONS = {
@@ -137,8 +141,26 @@ def read_params(given: vllm.SamplingParams) -> SamplingParams:
         ignore_eos=given.ignore_eos,
         include_stop=given.include_stop_str_in_output,
         skip_special_tokens=given.skip_special_tokens,
+        constraint=_read_constraint(given),
         **optional,
     )
+
+
+def _read_constraint(given: vllm.SamplingParams) -> Constraint | None:
+    match given.WhichOneof("constraint"):
+        case "json_schema":
+            return JsonSchema(given.json_schema)
+        case "json_object":
+            return JsonObject() if given.json_object else None
+        case "regex":
+            return Regex(given.regex)
+        case "grammar":
+            return Grammar(given.grammar)
+        case "choice":
+            check_count("choice", len(given.choice.choices), MAX_CHOICES)
+            return Choice(tuple(given.choice.choices))
+        case _:
+            return None  # or one that is refused by its name
 
 
 def _decimal(value: float) -> float:

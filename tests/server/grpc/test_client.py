@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from hsrpc.client import AsyncClient, CallError, Client, Settings
+from hsrpc.constraint import Choice, Grammar, JsonObject, JsonSchema, Regex
 from hsrpc.errors import InvalidRequestError
 from hsrpc.request import Delta, FinishReason, SamplingParams, Timings, Usage
 from hsrpc.server import Server
@@ -76,6 +77,26 @@ async def test_generate_yields_deltas(server):
     assert finish is not None
     assert (finish.reason, finish.usage) == (FinishReason.EOS, Usage(3, 4, 1))
     assert finish.timings == Timings(queue=0.5, prefill=1.0, decode=2.0, first_token=1.5)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        JsonSchema({"type": "integer"}),
+        JsonObject(),
+        Regex("a+"),
+        Grammar('start: "a"'),
+        Choice(("a", "b")),
+        None,
+    ],
+    ids=lambda each: type(each).__name__,
+)
+async def test_a_constraint_is_the_engines(server, engine, constraint):
+    """Whatever its kind; a schema comes as its text."""
+    await with_client(server, lambda client: client.complete("Hi", constraint=constraint))
+    found = engine.submitted[0].constraint
+    assert type(found) is type(constraint)
+    assert constraint is None or found.text == constraint.text
 
 
 async def test_complete_returns_the_whole(server, engine):

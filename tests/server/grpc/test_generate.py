@@ -166,6 +166,7 @@ def test_messages_have_a_field_for_every_parameter():
         "logprobs",
         "prompt_logprobs",
         "priority",
+        "constraint",
         "skip_special_tokens",
     }
     assert fields == set(SamplingParams.__dataclass_fields__)

@@ -21,6 +21,7 @@ from smg_grpc_proto import vllm_engine_pb2 as vllm
 from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
+from hsrpc.constraint import Choice, Grammar, JsonObject, JsonSchema, Regex
 from hsrpc.errors import (
     EngineUnavailableError,
     GaveWayError,
@@ -240,6 +241,7 @@ REQUEST = {"request_id", "tokenized", "text", "sampling_params", "stream", "data
 PARAMS = {"temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"}
 PARAMS |= {"max_tokens", "min_tokens", "stop", "stop_token_ids", "skip_special_tokens", "ignore_eos", "n", "logprobs"}
 PARAMS |= {"prompt_logprobs", "spaces_between_special_tokens", "seed", "include_stop_str_in_output", "logit_bias"}
+PARAMS |= {"json_schema", "json_object", "regex", "grammar", "choice", "grammar_from_first_token"}
 
 
 @pytest.mark.parametrize("name", others(vllm.GenerateRequest, REQUEST))
@@ -255,12 +257,31 @@ async def test_what_a_request_cannot_have_is_named(engine_stub, engine, name):
 
 @pytest.mark.parametrize("name", others(vllm.SamplingParams, PARAMS))
 async def test_what_no_setting_can_be_is_named(engine_stub, engine, name):
-    """The same for settings: constraints, truncation."""
+    """The same for settings: structural tags, truncation."""
     request = vllm.GenerateRequest(text="Hi", sampling_params=with_value(vllm.SamplingParams, name))
     error = await refusal(engine_stub, request)
     assert error.code() is grpc.StatusCode.UNIMPLEMENTED
     assert details(error, ErrorInfo).metadata["feature"] == f"sampling_params.{name}"
     assert not engine.prompts
+
+
+@pytest.mark.parametrize(
+    ("given", "constraint"),
+    [
+        ({}, None),
+        ({"json_schema": '{"type": "integer"}'}, JsonSchema('{"type": "integer"}')),
+        ({"json_object": True}, JsonObject()),
+        ({"json_object": False}, None),
+        ({"regex": "a+"}, Regex("a+")),
+        ({"grammar": 'root ::= "a"'}, Grammar('root ::= "a"')),
+        ({"choice": vllm.ChoiceConstraint(choices=["a", "b"])}, Choice(("a", "b"))),
+    ],
+    ids=str,
+)
+async def test_a_constraint_is_the_engines(engine_stub, engine, given, constraint):
+    """From the first token on, whether a gateway says so or not."""
+    await answers(engine_stub.Generate(asked(**given, grammar_from_first_token=True)))
+    assert engine.submitted[0].constraint == constraint
 
 
 async def test_several_outputs_of_a_prompt_are_not_supported(engine_stub):
@@ -288,6 +309,11 @@ async def test_several_outputs_of_a_prompt_are_not_supported(engine_stub):
         (asked(prompt_logprobs=-1), "sampling_params.prompt_logprobs"),
         (asked(stop=["x"] * 17), "sampling_params.stop"),
         (asked(logit_bias={1: float("nan")}), "sampling_params.logit_bias[1]"),
+        (asked(json_schema="{"), "sampling_params.json_schema"),
+        (asked(regex=""), "sampling_params.regex"),
+        (asked(grammar="x" * 131_073), "sampling_params.grammar"),
+        (asked(choice=vllm.ChoiceConstraint(choices=["a", ""])), "sampling_params.choice.choices[1]"),
+        (asked(choice=vllm.ChoiceConstraint(choices=["a"] * 1025)), "sampling_params.choice.choices"),
         (asked(request_id="a b"), "request_id"),
         (vllm.GenerateRequest(text="Hi", data_parallel_rank=1), "data_parallel_rank"),
     ],

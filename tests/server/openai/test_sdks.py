@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
+from typing import Literal
 
 import anthropic
 import openai
+import pydantic
 import pytest
 import torch
 
@@ -18,6 +22,19 @@ from tests.server.openai.conftest import Running, running
 MODEL = "storyteller"
 QUESTION = {"role": "user", "content": "Tell me a story about a fox."}
 CHAT = [{"role": "system", "content": "Be kind."}, QUESTION]
+SCHEMA = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "animal",
+        "schema": {
+            "type": "object",
+            "properties": {"kind": {"enum": ["fox", "owl"]}},
+            "required": ["kind"],
+            "additionalProperties": False,
+        },
+    },
+}
+NO_SCHEMA = (openai.BadRequestError, "sampling_params.json_schema: at the root: Invalid type: text")
 CONFIG = EngineConfig(device="cpu", dtype="float32", host_memory="64MiB", max_model_len=256, max_batch=8)
 
 
@@ -137,7 +154,8 @@ def test_stop_strings_end_it(client):
         ({"extra_body": {"stop_token_ids": [99_999]}}, openai.BadRequestError, r"sampling_params.stop_token_ids\[0\]"),
         ({"model": "another"}, openai.NotFoundError, "another"),
         ({"n": 2}, openai.InternalServerError, "sampling_params.n of 2"),
-        ({"response_format": {"type": "json_object"}}, openai.InternalServerError, "sampling_params.json_schema"),
+        ({"response_format": SCHEMA | {"json_schema": {"name": "x", "schema": {"type": "text"}}}}, *NO_SCHEMA),
+        ({"extra_body": {"regex": "("}}, openai.BadRequestError, "sampling_params.regex: unclosed group"),
     ],
 )
 def test_errors_are_those_of_the_sdk(client, served, asked, error, words):
@@ -146,6 +164,67 @@ def test_errors_are_those_of_the_sdk(client, served, asked, error, words):
         client.chat.completions.create(**({"model": MODEL, "messages": CHAT} | asked))
     assert error is not openai.InternalServerError or caught.value.status_code == 501
     assert not served.engine.stats().running
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_is_followed(client, stream):
+    """JSON, whatever the model would rather say; whole, and in pieces."""
+    asked = {"model": MODEL, "messages": CHAT, "response_format": SCHEMA, "max_tokens": 60}
+    if stream:
+        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+        text, reason = "".join(chunk.delta.content or "" for chunk in chunks), chunks[-1].finish_reason
+    else:
+        [choice] = client.chat.completions.create(**asked).choices
+        text, reason = choice.message.content, choice.finish_reason
+    assert json.loads(text)["kind"] in ("fox", "owl")
+    assert reason == "stop"
+
+
+def test_a_class_is_parsed(client):
+    """As the SDK makes a schema of it, and it of the answer."""
+
+    class Animal(pydantic.BaseModel):
+        kind: Literal["fox", "owl"]
+        is_old: bool
+
+    parsed = client.chat.completions.parse(model=MODEL, messages=CHAT, response_format=Animal, temperature=0)
+    assert isinstance(parsed.choices[0].message.parsed, Animal)
+    own = client.responses.parse(model=MODEL, input=QUESTION["content"], text_format=Animal, temperature=0)
+    assert isinstance(own.output_parsed, Animal)
+
+
+def test_any_object(client):
+    """Of which this model may say more than it has room for."""
+    asked = {"model": MODEL, "messages": CHAT, "response_format": {"type": "json_object"}, "max_tokens": 60}
+    [choice] = client.chat.completions.create(**asked, temperature=0).choices
+    assert choice.message.content.startswith("{")
+    assert choice.finish_reason == "length" or isinstance(json.loads(choice.message.content), dict)
+
+
+def test_expressions_and_grammars(client, direct):
+    """By smg's own names, of both endpoints; a completion has a schema's text."""
+    for extra, pattern in (
+        ({"regex": "[a-z]{3}-[0-9]{2}"}, "[a-z]{3}-[0-9]{2}"),
+        ({"ebnf": 'root ::= item item\nitem ::= "a" | "(" [0-9] ")"'}, r"(a|\([0-9]\)){2}"),
+    ):
+        said = client.chat.completions.create(model=MODEL, messages=CHAT, extra_body=extra).choices[0].message.content
+        text = client.completions.create(model=MODEL, prompt="Hi", max_tokens=60, extra_body=extra).choices[0].text
+        assert re.fullmatch(pattern, said)
+        assert re.fullmatch(pattern, text)
+    schema = {"json_schema": json.dumps({"enum": ["fox", "owl"]})}
+    text = client.completions.create(model=MODEL, prompt="Hi", max_tokens=60, extra_body=schema).choices[0].text
+    assert json.loads(text) in ("fox", "owl")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "see"}}], ids=str)
+def test_a_call_of_a_tool_can_be_forced(client, choice):
+    """Its arguments are what the tool takes. Of a required call the list may go on: with this seed it does not."""
+    parameters = SCHEMA["json_schema"]["schema"]
+    tools = [{"type": "function", "function": {"name": "see", "parameters": parameters}}]
+    asked = {"model": MODEL, "messages": CHAT, "tools": tools, "tool_choice": choice, "max_tokens": 200}
+    [call] = client.chat.completions.create(**asked, temperature=1, seed=0).choices[0].message.tool_calls
+    assert call.function.name == "see"
+    assert json.loads(call.function.arguments)["kind"] in ("fox", "owl")
 
 
 @pytest.mark.parametrize("stream", [True, False])

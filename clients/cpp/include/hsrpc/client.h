@@ -53,7 +53,8 @@ struct ClientOptions {
 struct CallOptions {
   /// Time from its start after which the call ends with DEADLINE_EXCEEDED. Default: the client's.
   std::optional<std::chrono::milliseconds> timeout;
-  /// Metadata to send, such as `x-hsrpc-client`; names in lower case.
+  /// Metadata to send, such as `x-hsrpc-client`; names in lower case, values of printable ASCII, or of any bytes where
+  /// the name ends with `-bin`.
   std::multimap<std::string, std::string> metadata;
 };
 
@@ -77,7 +78,7 @@ struct Completion {
 ///
 /// Destroying it cancels the call, and the server stops the work; so does leaving the loop, where the stream is a
 /// temporary of the loop. It may outlive its client. One thread at a time may use it; `cancel()` alone may be called by
-/// any thread meanwhile.
+/// any thread meanwhile. What it was moved from can be destroyed or assigned to, and nothing else.
 class Stream {
  public:
   class iterator;
@@ -151,7 +152,8 @@ class Stream::iterator {
 /// A call that finds the server unavailable or its queue full is made again, up to four times, after the delay that the
 /// server names, as long as nothing of the answer has come. Calls go to all addresses of the target in turn.
 ///
-/// Every method that waits throws Error where the call does not end well.
+/// Every method that waits throws Error where the call does not end well, and every one std::invalid_argument where its
+/// CallOptions cannot be. `generate` and `chat` do not wait.
 class Client {
  public:
   /// \param target `host:port`, or a name as gRPC takes them, such as `dns:///host:port`

@@ -83,7 +83,7 @@ private static final long serialVersionUID = 0L;
   private int minTokens_ = 0;
   /**
    * <pre>
-   * End tokens are excluded before this many output tokens. Default 0.
+   * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
    * </pre>
    *
    * <code>optional int32 min_tokens = 2;</code>
@@ -95,7 +95,7 @@ private static final long serialVersionUID = 0L;
   }
   /**
    * <pre>
-   * End tokens are excluded before this many output tokens. Default 0.
+   * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
    * </pre>
    *
    * <code>optional int32 min_tokens = 2;</code>
@@ -207,7 +207,8 @@ private static final long serialVersionUID = 0L;
   private boolean ignoreEos_ = false;
   /**
    * <pre>
-   * Goes on past the tokens that end a text (GetModel says which). Default false.
+   * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+   * false.
    * </pre>
    *
    * <code>optional bool ignore_eos = 5;</code>
@@ -219,7 +220,8 @@ private static final long serialVersionUID = 0L;
   }
   /**
    * <pre>
-   * Goes on past the tokens that end a text (GetModel says which). Default false.
+   * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+   * false.
    * </pre>
    *
    * <code>optional bool ignore_eos = 5;</code>
@@ -922,7 +924,7 @@ private static final long serialVersionUID = 0L;
     private int minTokens_ ;
     /**
      * <pre>
-     * End tokens are excluded before this many output tokens. Default 0.
+     * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
      * </pre>
      *
      * <code>optional int32 min_tokens = 2;</code>
@@ -934,7 +936,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * End tokens are excluded before this many output tokens. Default 0.
+     * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
      * </pre>
      *
      * <code>optional int32 min_tokens = 2;</code>
@@ -946,7 +948,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * End tokens are excluded before this many output tokens. Default 0.
+     * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
      * </pre>
      *
      * <code>optional int32 min_tokens = 2;</code>
@@ -962,7 +964,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * End tokens are excluded before this many output tokens. Default 0.
+     * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
      * </pre>
      *
      * <code>optional int32 min_tokens = 2;</code>
@@ -1236,7 +1238,8 @@ private static final long serialVersionUID = 0L;
     private boolean ignoreEos_ ;
     /**
      * <pre>
-     * Goes on past the tokens that end a text (GetModel says which). Default false.
+     * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+     * false.
      * </pre>
      *
      * <code>optional bool ignore_eos = 5;</code>
@@ -1248,7 +1251,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Goes on past the tokens that end a text (GetModel says which). Default false.
+     * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+     * false.
      * </pre>
      *
      * <code>optional bool ignore_eos = 5;</code>
@@ -1260,7 +1264,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Goes on past the tokens that end a text (GetModel says which). Default false.
+     * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+     * false.
      * </pre>
      *
      * <code>optional bool ignore_eos = 5;</code>
@@ -1276,7 +1281,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Goes on past the tokens that end a text (GetModel says which). Default false.
+     * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+     * false.
      * </pre>
      *
      * <code>optional bool ignore_eos = 5;</code>

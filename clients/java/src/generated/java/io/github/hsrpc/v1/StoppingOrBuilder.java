@@ -30,7 +30,7 @@ public interface StoppingOrBuilder extends
 
   /**
    * <pre>
-   * End tokens are excluded before this many output tokens. Default 0.
+   * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
    * </pre>
    *
    * <code>optional int32 min_tokens = 2;</code>
@@ -39,7 +39,7 @@ public interface StoppingOrBuilder extends
   boolean hasMinTokens();
   /**
    * <pre>
-   * End tokens are excluded before this many output tokens. Default 0.
+   * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
    * </pre>
    *
    * <code>optional int32 min_tokens = 2;</code>
@@ -123,7 +123,8 @@ public interface StoppingOrBuilder extends
 
   /**
    * <pre>
-   * Goes on past the tokens that end a text (GetModel says which). Default false.
+   * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+   * false.
    * </pre>
    *
    * <code>optional bool ignore_eos = 5;</code>
@@ -132,7 +133,8 @@ public interface StoppingOrBuilder extends
   boolean hasIgnoreEos();
   /**
    * <pre>
-   * Goes on past the tokens that end a text (GetModel says which). Default false.
+   * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+   * false.
    * </pre>
    *
    * <code>optional bool ignore_eos = 5;</code>
