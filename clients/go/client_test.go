@@ -431,7 +431,7 @@ func TestSettings(t *testing.T) {
 				FrequencyPenalty(0.6), Seed(7), LogitBias(map[int32]float64{8: 0.9}),
 				MaxTokens(10), MinTokens(11), Stop("12"), StopTokenIDs(13), IgnoreEOS(), IncludeStop(),
 				TimeLimit(14 * time.Second), Logprobs(15), EchoPrompt(), ReturnTokenIDs(), MaxTokensPerMessage(16),
-				MaxMessageDelay(17 * time.Second), ShowSpecialTokens(),
+				MaxMessageDelay(17 * time.Second), ShowSpecialTokens(), PromptLogprobs(18),
 			},
 			`{"text": "?", "requestId": "id", "model": "m", "priority": 3,
 				"textOptions": {"addSpecialTokens": false, "parseSpecial": false},
@@ -440,7 +440,7 @@ func TestSettings(t *testing.T) {
 				"stopping": {"maxTokens": 10, "minTokens": 11, "stop": ["12"], "stopTokenIds": [13],
 					"ignoreEos": true, "includeStop": true, "timeLimit": "14s"},
 				"output": {"logprobs": 15, "echoPrompt": true, "returnTokenIds": true, "maxTokensPerMessage": 16,
-					"maxMessageDelay": "17s", "skipSpecialTokens": false}}`,
+					"maxMessageDelay": "17s", "skipSpecialTokens": false, "promptLogprobs": 18}}`,
 		},
 		{
 			func(s ...Setting) *Stream {

@@ -130,6 +130,12 @@ func Logprobs(count int32) Setting {
 	return output(func(o *hsrpcv1.Output) { o.Logprobs = &count })
 }
 
+// PromptLogprobs gives the logprob of each token of the prompt but the first, and those of this many of the most probable
+// ones in its place. With it MaxTokens may be 0: the prompt is scored, and nothing generated.
+func PromptLogprobs(count int32) Setting {
+	return output(func(o *hsrpcv1.Output) { o.PromptLogprobs = &count })
+}
+
 // EchoPrompt has the text begin with the prompt's.
 func EchoPrompt() Setting {
 	return output(func(o *hsrpcv1.Output) { o.EchoPrompt = yes() })

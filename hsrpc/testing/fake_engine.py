@@ -69,7 +69,7 @@ class FakeEngine(StubEngine):
         generation = await super().submit(prompt, params, **options)
         self.submitted.append(generation.params)
         if not self.held:
-            self.say(generation.request_id, *WORDS)
+            self.say(generation.request_id, *(() if params.only_scores else WORDS))
             self.end(generation.request_id)
         return generation
 

@@ -355,6 +355,18 @@ public final class GenerateOptions {
         }
 
         /**
+         * Asks for the logprobs of the prompt's tokens but the first, and of the most probable ones in their places. With
+         * it {@link #maxTokens} may be 0: the prompt is scored, and nothing generated. Default: none of the prompt.
+         *
+         * @param count most probable ones, 0 to 20
+         * @return this builder
+         */
+        public Builder promptLogprobs(int count) {
+            settings.getOutputBuilder().setPromptLogprobs(count);
+            return this;
+        }
+
+        /**
          * Begins the text with the prompt's. Default false.
          *
          * @param echo whether it does

@@ -22,9 +22,9 @@ import org.junit.Test;
 
 /** That options reach the request. */
 public final class GenerateOptionsTest {
-    /** Prompts, which are arguments of the calls; messages, whose fields have methods; what no server supports. */
+    /** Prompts, which are arguments of the calls; messages, whose fields have methods. */
     private static final Set<String> OTHERS = Set.of(
-            "text", "tokenIds", "chat", "sampling", "stopping", "output", "textOptions", "promptLogprobs");
+            "text", "tokenIds", "chat", "sampling", "stopping", "output", "textOptions");
     private static final Map<Class<?>, Object> VALUES = Map.of(
             int.class, 1,
             long.class, 1L,

@@ -54,7 +54,8 @@ private static final long serialVersionUID = 0L;
   private int maxTokens_ = 0;
   /**
    * <pre>
-   * Most output tokens, at least 1. Default: as many as the context has room for.
+   * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+   * as many as the context has room for.
    * </pre>
    *
    * <code>optional int32 max_tokens = 1;</code>
@@ -66,7 +67,8 @@ private static final long serialVersionUID = 0L;
   }
   /**
    * <pre>
-   * Most output tokens, at least 1. Default: as many as the context has room for.
+   * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+   * as many as the context has room for.
    * </pre>
    *
    * <code>optional int32 max_tokens = 1;</code>
@@ -81,7 +83,7 @@ private static final long serialVersionUID = 0L;
   private int minTokens_ = 0;
   /**
    * <pre>
-   * End tokens are excluded before this many output tokens. Default 0.
+   * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
    * </pre>
    *
    * <code>optional int32 min_tokens = 2;</code>
@@ -93,7 +95,7 @@ private static final long serialVersionUID = 0L;
   }
   /**
    * <pre>
-   * End tokens are excluded before this many output tokens. Default 0.
+   * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
    * </pre>
    *
    * <code>optional int32 min_tokens = 2;</code>
@@ -205,7 +207,8 @@ private static final long serialVersionUID = 0L;
   private boolean ignoreEos_ = false;
   /**
    * <pre>
-   * Goes on past the tokens that end a text (GetModel says which). Default false.
+   * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+   * false.
    * </pre>
    *
    * <code>optional bool ignore_eos = 5;</code>
@@ -217,7 +220,8 @@ private static final long serialVersionUID = 0L;
   }
   /**
    * <pre>
-   * Goes on past the tokens that end a text (GetModel says which). Default false.
+   * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+   * false.
    * </pre>
    *
    * <code>optional bool ignore_eos = 5;</code>
@@ -860,7 +864,8 @@ private static final long serialVersionUID = 0L;
     private int maxTokens_ ;
     /**
      * <pre>
-     * Most output tokens, at least 1. Default: as many as the context has room for.
+     * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+     * as many as the context has room for.
      * </pre>
      *
      * <code>optional int32 max_tokens = 1;</code>
@@ -872,7 +877,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Most output tokens, at least 1. Default: as many as the context has room for.
+     * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+     * as many as the context has room for.
      * </pre>
      *
      * <code>optional int32 max_tokens = 1;</code>
@@ -884,7 +890,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Most output tokens, at least 1. Default: as many as the context has room for.
+     * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+     * as many as the context has room for.
      * </pre>
      *
      * <code>optional int32 max_tokens = 1;</code>
@@ -900,7 +907,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Most output tokens, at least 1. Default: as many as the context has room for.
+     * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+     * as many as the context has room for.
      * </pre>
      *
      * <code>optional int32 max_tokens = 1;</code>
@@ -916,7 +924,7 @@ private static final long serialVersionUID = 0L;
     private int minTokens_ ;
     /**
      * <pre>
-     * End tokens are excluded before this many output tokens. Default 0.
+     * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
      * </pre>
      *
      * <code>optional int32 min_tokens = 2;</code>
@@ -928,7 +936,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * End tokens are excluded before this many output tokens. Default 0.
+     * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
      * </pre>
      *
      * <code>optional int32 min_tokens = 2;</code>
@@ -940,7 +948,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * End tokens are excluded before this many output tokens. Default 0.
+     * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
      * </pre>
      *
      * <code>optional int32 min_tokens = 2;</code>
@@ -956,7 +964,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * End tokens are excluded before this many output tokens. Default 0.
+     * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
      * </pre>
      *
      * <code>optional int32 min_tokens = 2;</code>
@@ -1230,7 +1238,8 @@ private static final long serialVersionUID = 0L;
     private boolean ignoreEos_ ;
     /**
      * <pre>
-     * Goes on past the tokens that end a text (GetModel says which). Default false.
+     * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+     * false.
      * </pre>
      *
      * <code>optional bool ignore_eos = 5;</code>
@@ -1242,7 +1251,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Goes on past the tokens that end a text (GetModel says which). Default false.
+     * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+     * false.
      * </pre>
      *
      * <code>optional bool ignore_eos = 5;</code>
@@ -1254,7 +1264,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Goes on past the tokens that end a text (GetModel says which). Default false.
+     * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+     * false.
      * </pre>
      *
      * <code>optional bool ignore_eos = 5;</code>
@@ -1270,7 +1281,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Goes on past the tokens that end a text (GetModel says which). Default false.
+     * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+     * false.
      * </pre>
      *
      * <code>optional bool ignore_eos = 5;</code>

@@ -9,7 +9,8 @@ public interface StoppingOrBuilder extends
 
   /**
    * <pre>
-   * Most output tokens, at least 1. Default: as many as the context has room for.
+   * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+   * as many as the context has room for.
    * </pre>
    *
    * <code>optional int32 max_tokens = 1;</code>
@@ -18,7 +19,8 @@ public interface StoppingOrBuilder extends
   boolean hasMaxTokens();
   /**
    * <pre>
-   * Most output tokens, at least 1. Default: as many as the context has room for.
+   * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+   * as many as the context has room for.
    * </pre>
    *
    * <code>optional int32 max_tokens = 1;</code>
@@ -28,7 +30,7 @@ public interface StoppingOrBuilder extends
 
   /**
    * <pre>
-   * End tokens are excluded before this many output tokens. Default 0.
+   * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
    * </pre>
    *
    * <code>optional int32 min_tokens = 2;</code>
@@ -37,7 +39,7 @@ public interface StoppingOrBuilder extends
   boolean hasMinTokens();
   /**
    * <pre>
-   * End tokens are excluded before this many output tokens. Default 0.
+   * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
    * </pre>
    *
    * <code>optional int32 min_tokens = 2;</code>
@@ -121,7 +123,8 @@ public interface StoppingOrBuilder extends
 
   /**
    * <pre>
-   * Goes on past the tokens that end a text (GetModel says which). Default false.
+   * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+   * false.
    * </pre>
    *
    * <code>optional bool ignore_eos = 5;</code>
@@ -130,7 +133,8 @@ public interface StoppingOrBuilder extends
   boolean hasIgnoreEos();
   /**
    * <pre>
-   * Goes on past the tokens that end a text (GetModel says which). Default false.
+   * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+   * false.
    * </pre>
    *
    * <code>optional bool ignore_eos = 5;</code>
