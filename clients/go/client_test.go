@@ -426,7 +426,7 @@ func TestSettings(t *testing.T) {
 		{
 			func(s ...Setting) *Stream { return client.Generate(context.Background(), Text("?"), s...) },
 			[]Setting{
-				RequestID("id"), Model("m"), Priority(3), NoSpecialTokens(), PlainText(),
+				RequestID("id"), Model("m"), Priority(3), NoSpecialTokens(), PlainText(), JSONSchema("{}"), CacheSalt("4"),
 				Temperature(0), TopP(0.1), TopK(2), MinP(0.3), RepetitionPenalty(0.4), PresencePenalty(0.5),
 				FrequencyPenalty(0.6), Seed(7), LogitBias(map[int32]float64{8: 0.9}),
 				MaxTokens(10), MinTokens(11), Stop("12"), StopTokenIDs(13), IgnoreEOS(), IncludeStop(),
@@ -434,6 +434,7 @@ func TestSettings(t *testing.T) {
 				MaxMessageDelay(17 * time.Second), ShowSpecialTokens(), PromptLogprobs(18),
 			},
 			`{"text": "?", "requestId": "id", "model": "m", "priority": 3,
+				"constraint": {"jsonSchema": "{}"}, "cacheSalt": "4",
 				"textOptions": {"addSpecialTokens": false, "parseSpecial": false},
 				"sampling": {"temperature": 0, "topP": 0.1, "topK": 2, "minP": 0.3, "repetitionPenalty": 0.4,
 					"presencePenalty": 0.5, "frequencyPenalty": 0.6, "seed": "7", "logitBias": {"8": 0.9}},

@@ -161,6 +161,22 @@ func ShowSpecialTokens() Setting {
 	return output(func(o *hsrpcv1.Output) { o.SkipSpecialTokens = no() })
 }
 
+// JSONSchema lets the output be nothing but JSON of this schema.
+func JSONSchema(schema string) Setting {
+	return Constraint(&hsrpcv1.Constraint{Kind: &hsrpcv1.Constraint_JsonSchema{JsonSchema: schema}})
+}
+
+// Constraint lets the output be nothing but what it allows: a JSON Schema, any JSON object, a regular expression, a
+// grammar, or a choice of texts.
+func Constraint(constraint *hsrpcv1.Constraint) Setting {
+	return set(func(r *hsrpcv1.GenerateRequest) { r.Constraint = constraint })
+}
+
+// CacheSalt is a secret of those who may share what the server keeps of equal first tokens.
+func CacheSalt(salt string) Setting {
+	return set(func(r *hsrpcv1.GenerateRequest) { r.CacheSalt = &salt })
+}
+
 // Priority lets a request in before those of a larger one.
 func Priority(priority int32) Setting {
 	return set(func(r *hsrpcv1.GenerateRequest) { r.Priority = &priority })

@@ -4,6 +4,7 @@ import static org.junit.Assert.assertEquals;
 import static org.junit.Assert.assertThrows;
 
 import com.google.protobuf.Descriptors.FieldDescriptor;
+import io.github.hsrpc.v1.Constraint;
 import io.github.hsrpc.v1.GenerateRequest;
 import io.github.hsrpc.v1.Output;
 import io.github.hsrpc.v1.Sampling;
@@ -34,7 +35,8 @@ public final class GenerateOptionsTest {
             Duration.class, Duration.ofMillis(1500),
             Map.class, Map.of(1, 2.0),
             int[].class, new int[] {1},
-            String[].class, new String[] {"a"});
+            String[].class, new String[] {"a"},
+            Constraint.class, Constraint.newBuilder().setRegex("a").build());
 
     @Test
     public void everySettingHasAMethodThatSetsItAlone() throws Exception {
@@ -46,6 +48,12 @@ public final class GenerateOptionsTest {
             }
         }
         assertEquals(fields(), set);
+    }
+
+    @Test
+    public void aSchemaIsAConstraint() {
+        GenerateRequest request = GenerateOptions.builder().jsonSchema("{}").build().request().build();
+        assertEquals("{}", request.getConstraint().getJsonSchema());
     }
 
     @Test
