@@ -107,7 +107,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...]
     finish: Finish
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the prompt's tokens but the first."""
+    """Log-probabilities of the prompt's tokens but the first."""
 
 
 @contextmanager

@@ -220,4 +220,4 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the next tokens of the prompt, from its second on: all come before, or with, the first token of the output."""
+    """Log-probabilities of the prompt's next tokens, from its second on; all come before, or with, the first output."""

@@ -66,7 +66,7 @@ class Source(Protocol):
         ...
 
     async def bounds(self) -> Bounds:
-        """Of the model's texts."""
+        """Bounds of the model's texts."""
         ...
 
     async def max_batch(self) -> int:

@@ -35,9 +35,9 @@ class Output:
     logprobs: Sequence[TokenLogprob]
     finish: Finish
     prompt_logprobs: Sequence[TokenLogprob] = ()
-    """Of the prompt's tokens but the first, where they are wanted."""
+    """Log-probabilities of the prompt's tokens but the first, where they are wanted."""
     echo: Echo | None = None
-    """Of the prompt, where it comes back."""
+    """Text of the prompt, where it comes back."""
 
     def named_ids(self) -> set[int]:
         """Token ids whose texts an answer with logprobs has."""

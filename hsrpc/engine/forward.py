@@ -51,7 +51,7 @@ class Group:
     choosing: torch.Tensor | None = None
     """[n] the row by which each one's experts are chosen, where that is told before they are used; None: its own."""
     rotation: Rotation = field(init=False)
-    """Of those positions."""
+    """Rotation of those positions."""
     hidden: torch.Tensor = field(init=False)
     """[n, h] input of the first layer, then output of the layer computed last."""
     projected: Projected | None = None

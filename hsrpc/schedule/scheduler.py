@@ -88,7 +88,7 @@ class Output(NamedTuple):
     logprob: TokenLogprob | None = None
     """The token's log-probability, where it was asked for."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the next tokens of its prompt, where they were asked for."""
+    """Log-probabilities of the next tokens of its prompt, where they were asked for."""
 
 
 class Scheduler:
@@ -114,7 +114,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._queue = FairQueue()
         self.places = QueuePlaces()
-        """Of those that wait and were never admitted; and of others that hold one before they are added."""
+        """Places of those that wait and were never admitted, and of others that hold one before they are added."""
         self._queue_rate = QueueRate()
         self._preempted: list[tuple[tuple[float, int], Request]] = []
         self.num_preempted = 0

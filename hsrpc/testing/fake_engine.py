@@ -39,7 +39,7 @@ class FakeEngine(StubEngine):
         self.clients: list[str] = []
         """Keys of those that submitted or used the tokenizer, refused ones too."""
         self.users: list[str] = []
-        """Of those that submitted."""
+        """Users of those that submitted."""
         self.max_waits: list[float | None] = []
         self.salts: list[str] = []
         self.device = "cpu"
