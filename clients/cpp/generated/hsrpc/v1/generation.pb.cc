@@ -33,6 +33,7 @@ PROTOBUF_CONSTEXPR GenerateRequest::GenerateRequest(
   , /*decltype(_impl_.stopping_)*/nullptr
   , /*decltype(_impl_.output_)*/nullptr
   , /*decltype(_impl_.text_options_)*/nullptr
+  , /*decltype(_impl_.constraint_)*/nullptr
   , /*decltype(_impl_.priority_)*/0
   , /*decltype(_impl_.input_)*/{}
   , /*decltype(_impl_._oneof_case_)*/{}} {}
@@ -59,6 +60,44 @@ struct TokenIdsDefaultTypeInternal {
   };
 };
 PROTOBUF_ATTRIBUTE_NO_DESTROY PROTOBUF_CONSTINIT PROTOBUF_ATTRIBUTE_INIT_PRIORITY1 TokenIdsDefaultTypeInternal _TokenIds_default_instance_;
+PROTOBUF_CONSTEXPR Constraint::Constraint(
+    ::_pbi::ConstantInitialized): _impl_{
+    /*decltype(_impl_.kind_)*/{}
+  , /*decltype(_impl_._cached_size_)*/{}
+  , /*decltype(_impl_._oneof_case_)*/{}} {}
+struct ConstraintDefaultTypeInternal {
+  PROTOBUF_CONSTEXPR ConstraintDefaultTypeInternal()
+      : _instance(::_pbi::ConstantInitialized{}) {}
+  ~ConstraintDefaultTypeInternal() {}
+  union {
+    Constraint _instance;
+  };
+};
+PROTOBUF_ATTRIBUTE_NO_DESTROY PROTOBUF_CONSTINIT PROTOBUF_ATTRIBUTE_INIT_PRIORITY1 ConstraintDefaultTypeInternal _Constraint_default_instance_;
+PROTOBUF_CONSTEXPR JsonObject::JsonObject(
+    ::_pbi::ConstantInitialized) {}
+struct JsonObjectDefaultTypeInternal {
+  PROTOBUF_CONSTEXPR JsonObjectDefaultTypeInternal()
+      : _instance(::_pbi::ConstantInitialized{}) {}
+  ~JsonObjectDefaultTypeInternal() {}
+  union {
+    JsonObject _instance;
+  };
+};
+PROTOBUF_ATTRIBUTE_NO_DESTROY PROTOBUF_CONSTINIT PROTOBUF_ATTRIBUTE_INIT_PRIORITY1 JsonObjectDefaultTypeInternal _JsonObject_default_instance_;
+PROTOBUF_CONSTEXPR Choice::Choice(
+    ::_pbi::ConstantInitialized): _impl_{
+    /*decltype(_impl_.texts_)*/{}
+  , /*decltype(_impl_._cached_size_)*/{}} {}
+struct ChoiceDefaultTypeInternal {
+  PROTOBUF_CONSTEXPR ChoiceDefaultTypeInternal()
+      : _instance(::_pbi::ConstantInitialized{}) {}
+  ~ChoiceDefaultTypeInternal() {}
+  union {
+    Choice _instance;
+  };
+};
+PROTOBUF_ATTRIBUTE_NO_DESTROY PROTOBUF_CONSTINIT PROTOBUF_ATTRIBUTE_INIT_PRIORITY1 ChoiceDefaultTypeInternal _Choice_default_instance_;
 PROTOBUF_CONSTEXPR Sampling_LogitBiasEntry_DoNotUse::Sampling_LogitBiasEntry_DoNotUse(
     ::_pbi::ConstantInitialized) {}
 struct Sampling_LogitBiasEntry_DoNotUseDefaultTypeInternal {
@@ -291,7 +330,7 @@ struct AbortResponseDefaultTypeInternal {
 PROTOBUF_ATTRIBUTE_NO_DESTROY PROTOBUF_CONSTINIT PROTOBUF_ATTRIBUTE_INIT_PRIORITY1 AbortResponseDefaultTypeInternal _AbortResponse_default_instance_;
 }  // namespace v1
 }  // namespace hsrpc
-static ::_pb::Metadata file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[16];
+static ::_pb::Metadata file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[19];
 static const ::_pb::EnumDescriptor* file_level_enum_descriptors_hsrpc_2fv1_2fgeneration_2eproto[1];
 static constexpr ::_pb::ServiceDescriptor const** file_level_service_descriptors_hsrpc_2fv1_2fgeneration_2eproto = nullptr;
 
@@ -312,6 +351,7 @@ const uint32_t TableStruct_hsrpc_2fv1_2fgeneration_2eproto::offsets[] PROTOBUF_S
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GenerateRequest, _impl_.output_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GenerateRequest, _impl_.priority_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GenerateRequest, _impl_.text_options_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GenerateRequest, _impl_.constraint_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GenerateRequest, _impl_.cache_salt_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GenerateRequest, _impl_.input_),
   0,
@@ -324,6 +364,7 @@ const uint32_t TableStruct_hsrpc_2fv1_2fgeneration_2eproto::offsets[] PROTOBUF_S
   ~0u,
   3,
   ~0u,
+  ~0u,
   2,
   ~0u,  // no _has_bits_
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::TokenIds, _internal_metadata_),
@@ -332,6 +373,31 @@ const uint32_t TableStruct_hsrpc_2fv1_2fgeneration_2eproto::offsets[] PROTOBUF_S
   ~0u,  // no _weak_field_map_
   ~0u,  // no _inlined_string_donated_
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::TokenIds, _impl_.ids_),
+  ~0u,  // no _has_bits_
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Constraint, _internal_metadata_),
+  ~0u,  // no _extensions_
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Constraint, _impl_._oneof_case_[0]),
+  ~0u,  // no _weak_field_map_
+  ~0u,  // no _inlined_string_donated_
+  ::_pbi::kInvalidFieldOffsetTag,
+  ::_pbi::kInvalidFieldOffsetTag,
+  ::_pbi::kInvalidFieldOffsetTag,
+  ::_pbi::kInvalidFieldOffsetTag,
+  ::_pbi::kInvalidFieldOffsetTag,
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Constraint, _impl_.kind_),
+  ~0u,  // no _has_bits_
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::JsonObject, _internal_metadata_),
+  ~0u,  // no _extensions_
+  ~0u,  // no _oneof_case_
+  ~0u,  // no _weak_field_map_
+  ~0u,  // no _inlined_string_donated_
+  ~0u,  // no _has_bits_
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Choice, _internal_metadata_),
+  ~0u,  // no _extensions_
+  ~0u,  // no _oneof_case_
+  ~0u,  // no _weak_field_map_
+  ~0u,  // no _inlined_string_donated_
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Choice, _impl_.texts_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Sampling_LogitBiasEntry_DoNotUse, _has_bits_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Sampling_LogitBiasEntry_DoNotUse, _internal_metadata_),
   ~0u,  // no _extensions_
@@ -504,27 +570,33 @@ const uint32_t TableStruct_hsrpc_2fv1_2fgeneration_2eproto::offsets[] PROTOBUF_S
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::AbortResponse, _impl_.aborted_),
 };
 static const ::_pbi::MigrationSchema schemas[] PROTOBUF_SECTION_VARIABLE(protodesc_cold) = {
-  { 0, 18, -1, sizeof(::hsrpc::v1::GenerateRequest)},
-  { 29, -1, -1, sizeof(::hsrpc::v1::TokenIds)},
-  { 36, 44, -1, sizeof(::hsrpc::v1::Sampling_LogitBiasEntry_DoNotUse)},
-  { 46, 61, -1, sizeof(::hsrpc::v1::Sampling)},
-  { 70, 83, -1, sizeof(::hsrpc::v1::Stopping)},
-  { 90, 103, -1, sizeof(::hsrpc::v1::Output)},
-  { 110, -1, -1, sizeof(::hsrpc::v1::GenerateResponse)},
-  { 119, -1, -1, sizeof(::hsrpc::v1::Start)},
-  { 133, -1, -1, sizeof(::hsrpc::v1::Delta)},
-  { 142, -1, -1, sizeof(::hsrpc::v1::TokenLogprob)},
-  { 152, -1, -1, sizeof(::hsrpc::v1::TopLogprob)},
-  { 160, -1, -1, sizeof(::hsrpc::v1::Finish)},
-  { 172, -1, -1, sizeof(::hsrpc::v1::Usage)},
-  { 182, -1, -1, sizeof(::hsrpc::v1::Timings)},
-  { 192, -1, -1, sizeof(::hsrpc::v1::AbortRequest)},
-  { 199, -1, -1, sizeof(::hsrpc::v1::AbortResponse)},
+  { 0, 19, -1, sizeof(::hsrpc::v1::GenerateRequest)},
+  { 31, -1, -1, sizeof(::hsrpc::v1::TokenIds)},
+  { 38, -1, -1, sizeof(::hsrpc::v1::Constraint)},
+  { 50, -1, -1, sizeof(::hsrpc::v1::JsonObject)},
+  { 56, -1, -1, sizeof(::hsrpc::v1::Choice)},
+  { 63, 71, -1, sizeof(::hsrpc::v1::Sampling_LogitBiasEntry_DoNotUse)},
+  { 73, 88, -1, sizeof(::hsrpc::v1::Sampling)},
+  { 97, 110, -1, sizeof(::hsrpc::v1::Stopping)},
+  { 117, 130, -1, sizeof(::hsrpc::v1::Output)},
+  { 137, -1, -1, sizeof(::hsrpc::v1::GenerateResponse)},
+  { 146, -1, -1, sizeof(::hsrpc::v1::Start)},
+  { 160, -1, -1, sizeof(::hsrpc::v1::Delta)},
+  { 169, -1, -1, sizeof(::hsrpc::v1::TokenLogprob)},
+  { 179, -1, -1, sizeof(::hsrpc::v1::TopLogprob)},
+  { 187, -1, -1, sizeof(::hsrpc::v1::Finish)},
+  { 199, -1, -1, sizeof(::hsrpc::v1::Usage)},
+  { 209, -1, -1, sizeof(::hsrpc::v1::Timings)},
+  { 219, -1, -1, sizeof(::hsrpc::v1::AbortRequest)},
+  { 226, -1, -1, sizeof(::hsrpc::v1::AbortResponse)},
 };
 
 static const ::_pb::Message* const file_default_instances[] = {
   &::hsrpc::v1::_GenerateRequest_default_instance_._instance,
   &::hsrpc::v1::_TokenIds_default_instance_._instance,
+  &::hsrpc::v1::_Constraint_default_instance_._instance,
+  &::hsrpc::v1::_JsonObject_default_instance_._instance,
+  &::hsrpc::v1::_Choice_default_instance_._instance,
   &::hsrpc::v1::_Sampling_LogitBiasEntry_DoNotUse_default_instance_._instance,
   &::hsrpc::v1::_Sampling_default_instance_._instance,
   &::hsrpc::v1::_Stopping_default_instance_._instance,
@@ -544,7 +616,7 @@ static const ::_pb::Message* const file_default_instances[] = {
 const char descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto[] PROTOBUF_SECTION_VARIABLE(protodesc_cold) =
   "\n\031hsrpc/v1/generation.proto\022\010hsrpc.v1\032\036g"
   "oogle/protobuf/duration.proto\032\025hsrpc/v1/"
-  "prompt.proto\"\240\003\n\017GenerateRequest\022\027\n\nrequ"
+  "prompt.proto\"\312\003\n\017GenerateRequest\022\027\n\nrequ"
   "est_id\030\001 \001(\tH\001\210\001\001\022\022\n\005model\030\002 \001(\tH\002\210\001\001\022\016\n"
   "\004text\030\003 \001(\tH\000\022\'\n\ttoken_ids\030\004 \001(\0132\022.hsrpc"
   ".v1.TokenIdsH\000\022\036\n\004chat\030\t \001(\0132\016.hsrpc.v1."
@@ -552,77 +624,83 @@ const char descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto[] PROTOBUF_
   "ling\022$\n\010stopping\030\006 \001(\0132\022.hsrpc.v1.Stoppi"
   "ng\022 \n\006output\030\007 \001(\0132\020.hsrpc.v1.Output\022\025\n\010"
   "priority\030\010 \001(\005H\003\210\001\001\022+\n\014text_options\030\n \001("
-  "\0132\025.hsrpc.v1.TextOptions\022\027\n\ncache_salt\030\014"
-  " \001(\tH\004\210\001\001B\007\n\005inputB\r\n\013_request_idB\010\n\006_mo"
-  "delB\013\n\t_priorityB\r\n\013_cache_salt\"\027\n\010Token"
-  "Ids\022\013\n\003ids\030\001 \003(\005\"\265\003\n\010Sampling\022\030\n\013tempera"
-  "ture\030\001 \001(\001H\000\210\001\001\022\022\n\005top_p\030\002 \001(\001H\001\210\001\001\022\022\n\005t"
-  "op_k\030\003 \001(\005H\002\210\001\001\022\022\n\005min_p\030\004 \001(\001H\003\210\001\001\022\037\n\022r"
-  "epetition_penalty\030\005 \001(\001H\004\210\001\001\022\035\n\020presence"
-  "_penalty\030\006 \001(\001H\005\210\001\001\022\036\n\021frequency_penalty"
-  "\030\007 \001(\001H\006\210\001\001\022\021\n\004seed\030\010 \001(\003H\007\210\001\001\0225\n\nlogit_"
-  "bias\030\t \003(\0132!.hsrpc.v1.Sampling.LogitBias"
-  "Entry\0320\n\016LogitBiasEntry\022\013\n\003key\030\001 \001(\005\022\r\n\005"
-  "value\030\002 \001(\001:\0028\001B\016\n\014_temperatureB\010\n\006_top_"
-  "pB\010\n\006_top_kB\010\n\006_min_pB\025\n\023_repetition_pen"
-  "altyB\023\n\021_presence_penaltyB\024\n\022_frequency_"
-  "penaltyB\007\n\005_seed\"\203\002\n\010Stopping\022\027\n\nmax_tok"
-  "ens\030\001 \001(\005H\000\210\001\001\022\027\n\nmin_tokens\030\002 \001(\005H\001\210\001\001\022"
-  "\014\n\004stop\030\003 \003(\t\022\026\n\016stop_token_ids\030\004 \003(\005\022\027\n"
-  "\nignore_eos\030\005 \001(\010H\002\210\001\001\022\031\n\014include_stop\030\006"
-  " \001(\010H\003\210\001\001\022-\n\ntime_limit\030\007 \001(\0132\031.google.p"
-  "rotobuf.DurationB\r\n\013_max_tokensB\r\n\013_min_"
-  "tokensB\r\n\013_ignore_eosB\017\n\r_include_stop\"\354"
-  "\002\n\006Output\022\025\n\010logprobs\030\001 \001(\005H\000\210\001\001\022\034\n\017prom"
-  "pt_logprobs\030\002 \001(\005H\001\210\001\001\022\030\n\013echo_prompt\030\003 "
-  "\001(\010H\002\210\001\001\022\035\n\020return_token_ids\030\004 \001(\010H\003\210\001\001\022"
-  "#\n\026max_tokens_per_message\030\005 \001(\005H\004\210\001\001\0224\n\021"
-  "max_message_delay\030\006 \001(\0132\031.google.protobu"
-  "f.Duration\022 \n\023skip_special_tokens\030\007 \001(\010H"
-  "\005\210\001\001B\013\n\t_logprobsB\022\n\020_prompt_logprobsB\016\n"
-  "\014_echo_promptB\023\n\021_return_token_idsB\031\n\027_m"
-  "ax_tokens_per_messageB\026\n\024_skip_special_t"
-  "okens\"t\n\020GenerateResponse\022\036\n\005start\030\001 \001(\013"
-  "2\017.hsrpc.v1.Start\022\036\n\005delta\030\002 \001(\0132\017.hsrpc"
-  ".v1.Delta\022 \n\006finish\030\003 \001(\0132\020.hsrpc.v1.Fin"
-  "ish\"\330\001\n\005Start\022\022\n\nrequest_id\030\001 \001(\t\022\r\n\005mod"
-  "el\030\002 \001(\t\022\025\n\rprompt_tokens\030\003 \001(\005\022\025\n\rcache"
-  "d_tokens\030\004 \001(\005\022$\n\010sampling\030\005 \001(\0132\022.hsrpc"
-  ".v1.Sampling\022$\n\010stopping\030\006 \001(\0132\022.hsrpc.v"
-  "1.Stopping\022 \n\006output\030\007 \001(\0132\020.hsrpc.v1.Ou"
-  "tput\022\020\n\010priority\030\010 \001(\005\"R\n\005Delta\022\014\n\004text\030"
-  "\001 \001(\t\022\021\n\ttoken_ids\030\002 \003(\005\022(\n\010logprobs\030\003 \003"
-  "(\0132\026.hsrpc.v1.TokenLogprob\"b\n\014TokenLogpr"
-  "ob\022\020\n\010token_id\030\001 \001(\005\022\017\n\007logprob\030\002 \001(\001\022\014\n"
-  "\004rank\030\003 \001(\005\022!\n\003top\030\004 \003(\0132\024.hsrpc.v1.TopL"
-  "ogprob\"/\n\nTopLogprob\022\020\n\010token_id\030\001 \001(\005\022\017"
-  "\n\007logprob\030\002 \001(\001\"\257\001\n\006Finish\022&\n\006reason\030\001 \001"
-  "(\0162\026.hsrpc.v1.FinishReason\022\025\n\013stop_strin"
-  "g\030\002 \001(\tH\000\022\027\n\rstop_token_id\030\003 \001(\005H\000\022\036\n\005us"
-  "age\030\004 \001(\0132\017.hsrpc.v1.Usage\022\"\n\007timings\030\005 "
-  "\001(\0132\021.hsrpc.v1.TimingsB\t\n\007matched\"e\n\005Usa"
-  "ge\022\025\n\rprompt_tokens\030\001 \001(\005\022\031\n\021completion_"
-  "tokens\030\002 \001(\005\022\023\n\013preemptions\030\003 \001(\005\022\025\n\rcac"
-  "hed_tokens\030\004 \001(\005\"\272\001\n\007Timings\022(\n\005queue\030\001 "
-  "\001(\0132\031.google.protobuf.Duration\022*\n\007prefil"
-  "l\030\002 \001(\0132\031.google.protobuf.Duration\022)\n\006de"
-  "code\030\003 \001(\0132\031.google.protobuf.Duration\022.\n"
-  "\013first_token\030\004 \001(\0132\031.google.protobuf.Dur"
-  "ation\"\"\n\014AbortRequest\022\022\n\nrequest_id\030\001 \001("
-  "\t\" \n\rAbortResponse\022\017\n\007aborted\030\001 \001(\010*\372\001\n\014"
-  "FinishReason\022\035\n\031FINISH_REASON_UNSPECIFIE"
-  "D\020\000\022\025\n\021FINISH_REASON_EOS\020\001\022\035\n\031FINISH_REA"
-  "SON_STOP_STRING\020\002\022\034\n\030FINISH_REASON_STOP_"
-  "TOKEN\020\003\022\034\n\030FINISH_REASON_MAX_TOKENS\020\004\022 \n"
-  "\034FINISH_REASON_CONTEXT_LENGTH\020\005\022\034\n\030FINIS"
-  "H_REASON_TIME_LIMIT\020\006\022\031\n\025FINISH_REASON_A"
-  "BORTED\020\0072\222\001\n\021GenerationService\022C\n\010Genera"
-  "te\022\031.hsrpc.v1.GenerateRequest\032\032.hsrpc.v1"
-  ".GenerateResponse0\001\0228\n\005Abort\022\026.hsrpc.v1."
-  "AbortRequest\032\027.hsrpc.v1.AbortResponseBL\n"
-  "\022io.github.hsrpc.v1P\001Z)github.com/hsrpc/"
-  "hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1b\006pro"
-  "to3"
+  "\0132\025.hsrpc.v1.TextOptions\022(\n\nconstraint\030\013"
+  " \001(\0132\024.hsrpc.v1.Constraint\022\027\n\ncache_salt"
+  "\030\014 \001(\tH\004\210\001\001B\007\n\005inputB\r\n\013_request_idB\010\n\006_"
+  "modelB\013\n\t_priorityB\r\n\013_cache_salt\"\027\n\010Tok"
+  "enIds\022\013\n\003ids\030\001 \003(\005\"\240\001\n\nConstraint\022\025\n\013jso"
+  "n_schema\030\001 \001(\tH\000\022+\n\013json_object\030\002 \001(\0132\024."
+  "hsrpc.v1.JsonObjectH\000\022\017\n\005regex\030\003 \001(\tH\000\022\021"
+  "\n\007grammar\030\004 \001(\tH\000\022\"\n\006choice\030\005 \001(\0132\020.hsrp"
+  "c.v1.ChoiceH\000B\006\n\004kind\"\014\n\nJsonObject\"\027\n\006C"
+  "hoice\022\r\n\005texts\030\001 \003(\t\"\265\003\n\010Sampling\022\030\n\013tem"
+  "perature\030\001 \001(\001H\000\210\001\001\022\022\n\005top_p\030\002 \001(\001H\001\210\001\001\022"
+  "\022\n\005top_k\030\003 \001(\005H\002\210\001\001\022\022\n\005min_p\030\004 \001(\001H\003\210\001\001\022"
+  "\037\n\022repetition_penalty\030\005 \001(\001H\004\210\001\001\022\035\n\020pres"
+  "ence_penalty\030\006 \001(\001H\005\210\001\001\022\036\n\021frequency_pen"
+  "alty\030\007 \001(\001H\006\210\001\001\022\021\n\004seed\030\010 \001(\003H\007\210\001\001\0225\n\nlo"
+  "git_bias\030\t \003(\0132!.hsrpc.v1.Sampling.Logit"
+  "BiasEntry\0320\n\016LogitBiasEntry\022\013\n\003key\030\001 \001(\005"
+  "\022\r\n\005value\030\002 \001(\001:\0028\001B\016\n\014_temperatureB\010\n\006_"
+  "top_pB\010\n\006_top_kB\010\n\006_min_pB\025\n\023_repetition"
+  "_penaltyB\023\n\021_presence_penaltyB\024\n\022_freque"
+  "ncy_penaltyB\007\n\005_seed\"\203\002\n\010Stopping\022\027\n\nmax"
+  "_tokens\030\001 \001(\005H\000\210\001\001\022\027\n\nmin_tokens\030\002 \001(\005H\001"
+  "\210\001\001\022\014\n\004stop\030\003 \003(\t\022\026\n\016stop_token_ids\030\004 \003("
+  "\005\022\027\n\nignore_eos\030\005 \001(\010H\002\210\001\001\022\031\n\014include_st"
+  "op\030\006 \001(\010H\003\210\001\001\022-\n\ntime_limit\030\007 \001(\0132\031.goog"
+  "le.protobuf.DurationB\r\n\013_max_tokensB\r\n\013_"
+  "min_tokensB\r\n\013_ignore_eosB\017\n\r_include_st"
+  "op\"\354\002\n\006Output\022\025\n\010logprobs\030\001 \001(\005H\000\210\001\001\022\034\n\017"
+  "prompt_logprobs\030\002 \001(\005H\001\210\001\001\022\030\n\013echo_promp"
+  "t\030\003 \001(\010H\002\210\001\001\022\035\n\020return_token_ids\030\004 \001(\010H\003"
+  "\210\001\001\022#\n\026max_tokens_per_message\030\005 \001(\005H\004\210\001\001"
+  "\0224\n\021max_message_delay\030\006 \001(\0132\031.google.pro"
+  "tobuf.Duration\022 \n\023skip_special_tokens\030\007 "
+  "\001(\010H\005\210\001\001B\013\n\t_logprobsB\022\n\020_prompt_logprob"
+  "sB\016\n\014_echo_promptB\023\n\021_return_token_idsB\031"
+  "\n\027_max_tokens_per_messageB\026\n\024_skip_speci"
+  "al_tokens\"t\n\020GenerateResponse\022\036\n\005start\030\001"
+  " \001(\0132\017.hsrpc.v1.Start\022\036\n\005delta\030\002 \001(\0132\017.h"
+  "srpc.v1.Delta\022 \n\006finish\030\003 \001(\0132\020.hsrpc.v1"
+  ".Finish\"\330\001\n\005Start\022\022\n\nrequest_id\030\001 \001(\t\022\r\n"
+  "\005model\030\002 \001(\t\022\025\n\rprompt_tokens\030\003 \001(\005\022\025\n\rc"
+  "ached_tokens\030\004 \001(\005\022$\n\010sampling\030\005 \001(\0132\022.h"
+  "srpc.v1.Sampling\022$\n\010stopping\030\006 \001(\0132\022.hsr"
+  "pc.v1.Stopping\022 \n\006output\030\007 \001(\0132\020.hsrpc.v"
+  "1.Output\022\020\n\010priority\030\010 \001(\005\"R\n\005Delta\022\014\n\004t"
+  "ext\030\001 \001(\t\022\021\n\ttoken_ids\030\002 \003(\005\022(\n\010logprobs"
+  "\030\003 \003(\0132\026.hsrpc.v1.TokenLogprob\"b\n\014TokenL"
+  "ogprob\022\020\n\010token_id\030\001 \001(\005\022\017\n\007logprob\030\002 \001("
+  "\001\022\014\n\004rank\030\003 \001(\005\022!\n\003top\030\004 \003(\0132\024.hsrpc.v1."
+  "TopLogprob\"/\n\nTopLogprob\022\020\n\010token_id\030\001 \001"
+  "(\005\022\017\n\007logprob\030\002 \001(\001\"\257\001\n\006Finish\022&\n\006reason"
+  "\030\001 \001(\0162\026.hsrpc.v1.FinishReason\022\025\n\013stop_s"
+  "tring\030\002 \001(\tH\000\022\027\n\rstop_token_id\030\003 \001(\005H\000\022\036"
+  "\n\005usage\030\004 \001(\0132\017.hsrpc.v1.Usage\022\"\n\007timing"
+  "s\030\005 \001(\0132\021.hsrpc.v1.TimingsB\t\n\007matched\"e\n"
+  "\005Usage\022\025\n\rprompt_tokens\030\001 \001(\005\022\031\n\021complet"
+  "ion_tokens\030\002 \001(\005\022\023\n\013preemptions\030\003 \001(\005\022\025\n"
+  "\rcached_tokens\030\004 \001(\005\"\272\001\n\007Timings\022(\n\005queu"
+  "e\030\001 \001(\0132\031.google.protobuf.Duration\022*\n\007pr"
+  "efill\030\002 \001(\0132\031.google.protobuf.Duration\022)"
+  "\n\006decode\030\003 \001(\0132\031.google.protobuf.Duratio"
+  "n\022.\n\013first_token\030\004 \001(\0132\031.google.protobuf"
+  ".Duration\"\"\n\014AbortRequest\022\022\n\nrequest_id\030"
+  "\001 \001(\t\" \n\rAbortResponse\022\017\n\007aborted\030\001 \001(\010*"
+  "\372\001\n\014FinishReason\022\035\n\031FINISH_REASON_UNSPEC"
+  "IFIED\020\000\022\025\n\021FINISH_REASON_EOS\020\001\022\035\n\031FINISH"
+  "_REASON_STOP_STRING\020\002\022\034\n\030FINISH_REASON_S"
+  "TOP_TOKEN\020\003\022\034\n\030FINISH_REASON_MAX_TOKENS\020"
+  "\004\022 \n\034FINISH_REASON_CONTEXT_LENGTH\020\005\022\034\n\030F"
+  "INISH_REASON_TIME_LIMIT\020\006\022\031\n\025FINISH_REAS"
+  "ON_ABORTED\020\0072\222\001\n\021GenerationService\022C\n\010Ge"
+  "nerate\022\031.hsrpc.v1.GenerateRequest\032\032.hsrp"
+  "c.v1.GenerateResponse0\001\0228\n\005Abort\022\026.hsrpc"
+  ".v1.AbortRequest\032\027.hsrpc.v1.AbortRespons"
+  "eBL\n\022io.github.hsrpc.v1P\001Z)github.com/hs"
+  "rpc/hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1b"
+  "\006proto3"
   ;
 static const ::_pbi::DescriptorTable* const descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_deps[2] = {
   &::descriptor_table_google_2fprotobuf_2fduration_2eproto,
@@ -630,9 +708,9 @@ static const ::_pbi::DescriptorTable* const descriptor_table_hsrpc_2fv1_2fgenera
 };
 static ::_pbi::once_flag descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once;
 const ::_pbi::DescriptorTable descriptor_table_hsrpc_2fv1_2fgeneration_2eproto = {
-    false, false, 3203, descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto,
+    false, false, 3447, descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto,
     "hsrpc/v1/generation.proto",
-    &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once, descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_deps, 2, 16,
+    &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once, descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_deps, 2, 19,
     schemas, file_default_instances, TableStruct_hsrpc_2fv1_2fgeneration_2eproto::offsets,
     file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto, file_level_enum_descriptors_hsrpc_2fv1_2fgeneration_2eproto,
     file_level_service_descriptors_hsrpc_2fv1_2fgeneration_2eproto,
@@ -686,6 +764,7 @@ class GenerateRequest::_Internal {
     (*has_bits)[0] |= 8u;
   }
   static const ::hsrpc::v1::TextOptions& text_options(const GenerateRequest* msg);
+  static const ::hsrpc::v1::Constraint& constraint(const GenerateRequest* msg);
   static void set_has_cache_salt(HasBits* has_bits) {
     (*has_bits)[0] |= 4u;
   }
@@ -714,6 +793,10 @@ GenerateRequest::_Internal::output(const GenerateRequest* msg) {
 const ::hsrpc::v1::TextOptions&
 GenerateRequest::_Internal::text_options(const GenerateRequest* msg) {
   return *msg->_impl_.text_options_;
+}
+const ::hsrpc::v1::Constraint&
+GenerateRequest::_Internal::constraint(const GenerateRequest* msg) {
+  return *msg->_impl_.constraint_;
 }
 void GenerateRequest::set_allocated_token_ids(::hsrpc::v1::TokenIds* token_ids) {
   ::PROTOBUF_NAMESPACE_ID::Arena* message_arena = GetArenaForAllocation();
@@ -779,6 +862,7 @@ GenerateRequest::GenerateRequest(const GenerateRequest& from)
     , decltype(_impl_.stopping_){nullptr}
     , decltype(_impl_.output_){nullptr}
     , decltype(_impl_.text_options_){nullptr}
+    , decltype(_impl_.constraint_){nullptr}
     , decltype(_impl_.priority_){}
     , decltype(_impl_.input_){}
     , /*decltype(_impl_._oneof_case_)*/{}};
@@ -820,6 +904,9 @@ GenerateRequest::GenerateRequest(const GenerateRequest& from)
   if (from._internal_has_text_options()) {
     _this->_impl_.text_options_ = new ::hsrpc::v1::TextOptions(*from._impl_.text_options_);
   }
+  if (from._internal_has_constraint()) {
+    _this->_impl_.constraint_ = new ::hsrpc::v1::Constraint(*from._impl_.constraint_);
+  }
   _this->_impl_.priority_ = from._impl_.priority_;
   clear_has_input();
   switch (from.input_case()) {
@@ -858,6 +945,7 @@ inline void GenerateRequest::SharedCtor(
     , decltype(_impl_.stopping_){nullptr}
     , decltype(_impl_.output_){nullptr}
     , decltype(_impl_.text_options_){nullptr}
+    , decltype(_impl_.constraint_){nullptr}
     , decltype(_impl_.priority_){0}
     , decltype(_impl_.input_){}
     , /*decltype(_impl_._oneof_case_)*/{}
@@ -895,6 +983,7 @@ inline void GenerateRequest::SharedDtor() {
   if (this != internal_default_instance()) delete _impl_.stopping_;
   if (this != internal_default_instance()) delete _impl_.output_;
   if (this != internal_default_instance()) delete _impl_.text_options_;
+  if (this != internal_default_instance()) delete _impl_.constraint_;
   if (has_input()) {
     clear_input();
   }
@@ -965,6 +1054,10 @@ void GenerateRequest::Clear() {
     delete _impl_.text_options_;
   }
   _impl_.text_options_ = nullptr;
+  if (GetArenaForAllocation() == nullptr && _impl_.constraint_ != nullptr) {
+    delete _impl_.constraint_;
+  }
+  _impl_.constraint_ = nullptr;
   _impl_.priority_ = 0;
   clear_input();
   _impl_._has_bits_.Clear();
@@ -1061,6 +1154,14 @@ const char* GenerateRequest::_InternalParse(const char* ptr, ::_pbi::ParseContex
       case 10:
         if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 82)) {
           ptr = ctx->ParseMessage(_internal_mutable_text_options(), ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // .hsrpc.v1.Constraint constraint = 11;
+      case 11:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 90)) {
+          ptr = ctx->ParseMessage(_internal_mutable_constraint(), ptr);
           CHK_(ptr);
         } else
           goto handle_unusual;
@@ -1183,6 +1284,13 @@ uint8_t* GenerateRequest::_InternalSerialize(
         _Internal::text_options(this).GetCachedSize(), target, stream);
   }
 
+  // .hsrpc.v1.Constraint constraint = 11;
+  if (this->_internal_has_constraint()) {
+    target = ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::
+      InternalWriteMessage(11, _Internal::constraint(this),
+        _Internal::constraint(this).GetCachedSize(), target, stream);
+  }
+
   // optional string cache_salt = 12;
   if (_internal_has_cache_salt()) {
     ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::VerifyUtf8String(
@@ -1261,6 +1369,13 @@ size_t GenerateRequest::ByteSizeLong() const {
         *_impl_.text_options_);
   }
 
+  // .hsrpc.v1.Constraint constraint = 11;
+  if (this->_internal_has_constraint()) {
+    total_size += 1 +
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::MessageSize(
+        *_impl_.constraint_);
+  }
+
   // optional int32 priority = 8;
   if (cached_has_bits & 0x00000008u) {
     total_size += ::_pbi::WireFormatLite::Int32SizePlusOne(this->_internal_priority());
@@ -1337,6 +1452,10 @@ void GenerateRequest::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const 
   if (from._internal_has_text_options()) {
     _this->_internal_mutable_text_options()->::hsrpc::v1::TextOptions::MergeFrom(
         from._internal_text_options());
+  }
+  if (from._internal_has_constraint()) {
+    _this->_internal_mutable_constraint()->::hsrpc::v1::Constraint::MergeFrom(
+        from._internal_constraint());
   }
   if (cached_has_bits & 0x00000008u) {
     _this->_internal_set_priority(from._internal_priority());
@@ -1603,6 +1722,658 @@ void TokenIds::InternalSwap(TokenIds* other) {
 
 // ===================================================================
 
+class Constraint::_Internal {
+ public:
+  static const ::hsrpc::v1::JsonObject& json_object(const Constraint* msg);
+  static const ::hsrpc::v1::Choice& choice(const Constraint* msg);
+};
+
+const ::hsrpc::v1::JsonObject&
+Constraint::_Internal::json_object(const Constraint* msg) {
+  return *msg->_impl_.kind_.json_object_;
+}
+const ::hsrpc::v1::Choice&
+Constraint::_Internal::choice(const Constraint* msg) {
+  return *msg->_impl_.kind_.choice_;
+}
+void Constraint::set_allocated_json_object(::hsrpc::v1::JsonObject* json_object) {
+  ::PROTOBUF_NAMESPACE_ID::Arena* message_arena = GetArenaForAllocation();
+  clear_kind();
+  if (json_object) {
+    ::PROTOBUF_NAMESPACE_ID::Arena* submessage_arena =
+      ::PROTOBUF_NAMESPACE_ID::Arena::InternalGetOwningArena(json_object);
+    if (message_arena != submessage_arena) {
+      json_object = ::PROTOBUF_NAMESPACE_ID::internal::GetOwnedMessage(
+          message_arena, json_object, submessage_arena);
+    }
+    set_has_json_object();
+    _impl_.kind_.json_object_ = json_object;
+  }
+  // @@protoc_insertion_point(field_set_allocated:hsrpc.v1.Constraint.json_object)
+}
+void Constraint::set_allocated_choice(::hsrpc::v1::Choice* choice) {
+  ::PROTOBUF_NAMESPACE_ID::Arena* message_arena = GetArenaForAllocation();
+  clear_kind();
+  if (choice) {
+    ::PROTOBUF_NAMESPACE_ID::Arena* submessage_arena =
+      ::PROTOBUF_NAMESPACE_ID::Arena::InternalGetOwningArena(choice);
+    if (message_arena != submessage_arena) {
+      choice = ::PROTOBUF_NAMESPACE_ID::internal::GetOwnedMessage(
+          message_arena, choice, submessage_arena);
+    }
+    set_has_choice();
+    _impl_.kind_.choice_ = choice;
+  }
+  // @@protoc_insertion_point(field_set_allocated:hsrpc.v1.Constraint.choice)
+}
+Constraint::Constraint(::PROTOBUF_NAMESPACE_ID::Arena* arena,
+                         bool is_message_owned)
+  : ::PROTOBUF_NAMESPACE_ID::Message(arena, is_message_owned) {
+  SharedCtor(arena, is_message_owned);
+  // @@protoc_insertion_point(arena_constructor:hsrpc.v1.Constraint)
+}
+Constraint::Constraint(const Constraint& from)
+  : ::PROTOBUF_NAMESPACE_ID::Message() {
+  Constraint* const _this = this; (void)_this;
+  new (&_impl_) Impl_{
+      decltype(_impl_.kind_){}
+    , /*decltype(_impl_._cached_size_)*/{}
+    , /*decltype(_impl_._oneof_case_)*/{}};
+
+  _internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
+  clear_has_kind();
+  switch (from.kind_case()) {
+    case kJsonSchema: {
+      _this->_internal_set_json_schema(from._internal_json_schema());
+      break;
+    }
+    case kJsonObject: {
+      _this->_internal_mutable_json_object()->::hsrpc::v1::JsonObject::MergeFrom(
+          from._internal_json_object());
+      break;
+    }
+    case kRegex: {
+      _this->_internal_set_regex(from._internal_regex());
+      break;
+    }
+    case kGrammar: {
+      _this->_internal_set_grammar(from._internal_grammar());
+      break;
+    }
+    case kChoice: {
+      _this->_internal_mutable_choice()->::hsrpc::v1::Choice::MergeFrom(
+          from._internal_choice());
+      break;
+    }
+    case KIND_NOT_SET: {
+      break;
+    }
+  }
+  // @@protoc_insertion_point(copy_constructor:hsrpc.v1.Constraint)
+}
+
+inline void Constraint::SharedCtor(
+    ::_pb::Arena* arena, bool is_message_owned) {
+  (void)arena;
+  (void)is_message_owned;
+  new (&_impl_) Impl_{
+      decltype(_impl_.kind_){}
+    , /*decltype(_impl_._cached_size_)*/{}
+    , /*decltype(_impl_._oneof_case_)*/{}
+  };
+  clear_has_kind();
+}
+
+Constraint::~Constraint() {
+  // @@protoc_insertion_point(destructor:hsrpc.v1.Constraint)
+  if (auto *arena = _internal_metadata_.DeleteReturnArena<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>()) {
+  (void)arena;
+    return;
+  }
+  SharedDtor();
+}
+
+inline void Constraint::SharedDtor() {
+  GOOGLE_DCHECK(GetArenaForAllocation() == nullptr);
+  if (has_kind()) {
+    clear_kind();
+  }
+}
+
+void Constraint::SetCachedSize(int size) const {
+  _impl_._cached_size_.Set(size);
+}
+
+void Constraint::clear_kind() {
+// @@protoc_insertion_point(one_of_clear_start:hsrpc.v1.Constraint)
+  switch (kind_case()) {
+    case kJsonSchema: {
+      _impl_.kind_.json_schema_.Destroy();
+      break;
+    }
+    case kJsonObject: {
+      if (GetArenaForAllocation() == nullptr) {
+        delete _impl_.kind_.json_object_;
+      }
+      break;
+    }
+    case kRegex: {
+      _impl_.kind_.regex_.Destroy();
+      break;
+    }
+    case kGrammar: {
+      _impl_.kind_.grammar_.Destroy();
+      break;
+    }
+    case kChoice: {
+      if (GetArenaForAllocation() == nullptr) {
+        delete _impl_.kind_.choice_;
+      }
+      break;
+    }
+    case KIND_NOT_SET: {
+      break;
+    }
+  }
+  _impl_._oneof_case_[0] = KIND_NOT_SET;
+}
+
+
+void Constraint::Clear() {
+// @@protoc_insertion_point(message_clear_start:hsrpc.v1.Constraint)
+  uint32_t cached_has_bits = 0;
+  // Prevent compiler warnings about cached_has_bits being unused
+  (void) cached_has_bits;
+
+  clear_kind();
+  _internal_metadata_.Clear<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>();
+}
+
+const char* Constraint::_InternalParse(const char* ptr, ::_pbi::ParseContext* ctx) {
+#define CHK_(x) if (PROTOBUF_PREDICT_FALSE(!(x))) goto failure
+  while (!ctx->Done(&ptr)) {
+    uint32_t tag;
+    ptr = ::_pbi::ReadTag(ptr, &tag);
+    switch (tag >> 3) {
+      // string json_schema = 1;
+      case 1:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 10)) {
+          auto str = _internal_mutable_json_schema();
+          ptr = ::_pbi::InlineGreedyStringParser(str, ptr, ctx);
+          CHK_(ptr);
+          CHK_(::_pbi::VerifyUTF8(str, "hsrpc.v1.Constraint.json_schema"));
+        } else
+          goto handle_unusual;
+        continue;
+      // .hsrpc.v1.JsonObject json_object = 2;
+      case 2:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 18)) {
+          ptr = ctx->ParseMessage(_internal_mutable_json_object(), ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // string regex = 3;
+      case 3:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 26)) {
+          auto str = _internal_mutable_regex();
+          ptr = ::_pbi::InlineGreedyStringParser(str, ptr, ctx);
+          CHK_(ptr);
+          CHK_(::_pbi::VerifyUTF8(str, "hsrpc.v1.Constraint.regex"));
+        } else
+          goto handle_unusual;
+        continue;
+      // string grammar = 4;
+      case 4:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 34)) {
+          auto str = _internal_mutable_grammar();
+          ptr = ::_pbi::InlineGreedyStringParser(str, ptr, ctx);
+          CHK_(ptr);
+          CHK_(::_pbi::VerifyUTF8(str, "hsrpc.v1.Constraint.grammar"));
+        } else
+          goto handle_unusual;
+        continue;
+      // .hsrpc.v1.Choice choice = 5;
+      case 5:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 42)) {
+          ptr = ctx->ParseMessage(_internal_mutable_choice(), ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      default:
+        goto handle_unusual;
+    }  // switch
+  handle_unusual:
+    if ((tag == 0) || ((tag & 7) == 4)) {
+      CHK_(ptr);
+      ctx->SetLastTag(tag);
+      goto message_done;
+    }
+    ptr = UnknownFieldParse(
+        tag,
+        _internal_metadata_.mutable_unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(),
+        ptr, ctx);
+    CHK_(ptr != nullptr);
+  }  // while
+message_done:
+  return ptr;
+failure:
+  ptr = nullptr;
+  goto message_done;
+#undef CHK_
+}
+
+uint8_t* Constraint::_InternalSerialize(
+    uint8_t* target, ::PROTOBUF_NAMESPACE_ID::io::EpsCopyOutputStream* stream) const {
+  // @@protoc_insertion_point(serialize_to_array_start:hsrpc.v1.Constraint)
+  uint32_t cached_has_bits = 0;
+  (void) cached_has_bits;
+
+  // string json_schema = 1;
+  if (_internal_has_json_schema()) {
+    ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::VerifyUtf8String(
+      this->_internal_json_schema().data(), static_cast<int>(this->_internal_json_schema().length()),
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::SERIALIZE,
+      "hsrpc.v1.Constraint.json_schema");
+    target = stream->WriteStringMaybeAliased(
+        1, this->_internal_json_schema(), target);
+  }
+
+  // .hsrpc.v1.JsonObject json_object = 2;
+  if (_internal_has_json_object()) {
+    target = ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::
+      InternalWriteMessage(2, _Internal::json_object(this),
+        _Internal::json_object(this).GetCachedSize(), target, stream);
+  }
+
+  // string regex = 3;
+  if (_internal_has_regex()) {
+    ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::VerifyUtf8String(
+      this->_internal_regex().data(), static_cast<int>(this->_internal_regex().length()),
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::SERIALIZE,
+      "hsrpc.v1.Constraint.regex");
+    target = stream->WriteStringMaybeAliased(
+        3, this->_internal_regex(), target);
+  }
+
+  // string grammar = 4;
+  if (_internal_has_grammar()) {
+    ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::VerifyUtf8String(
+      this->_internal_grammar().data(), static_cast<int>(this->_internal_grammar().length()),
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::SERIALIZE,
+      "hsrpc.v1.Constraint.grammar");
+    target = stream->WriteStringMaybeAliased(
+        4, this->_internal_grammar(), target);
+  }
+
+  // .hsrpc.v1.Choice choice = 5;
+  if (_internal_has_choice()) {
+    target = ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::
+      InternalWriteMessage(5, _Internal::choice(this),
+        _Internal::choice(this).GetCachedSize(), target, stream);
+  }
+
+  if (PROTOBUF_PREDICT_FALSE(_internal_metadata_.have_unknown_fields())) {
+    target = ::_pbi::WireFormat::InternalSerializeUnknownFieldsToArray(
+        _internal_metadata_.unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(::PROTOBUF_NAMESPACE_ID::UnknownFieldSet::default_instance), target, stream);
+  }
+  // @@protoc_insertion_point(serialize_to_array_end:hsrpc.v1.Constraint)
+  return target;
+}
+
+size_t Constraint::ByteSizeLong() const {
+// @@protoc_insertion_point(message_byte_size_start:hsrpc.v1.Constraint)
+  size_t total_size = 0;
+
+  uint32_t cached_has_bits = 0;
+  // Prevent compiler warnings about cached_has_bits being unused
+  (void) cached_has_bits;
+
+  switch (kind_case()) {
+    // string json_schema = 1;
+    case kJsonSchema: {
+      total_size += 1 +
+        ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::StringSize(
+          this->_internal_json_schema());
+      break;
+    }
+    // .hsrpc.v1.JsonObject json_object = 2;
+    case kJsonObject: {
+      total_size += 1 +
+        ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::MessageSize(
+          *_impl_.kind_.json_object_);
+      break;
+    }
+    // string regex = 3;
+    case kRegex: {
+      total_size += 1 +
+        ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::StringSize(
+          this->_internal_regex());
+      break;
+    }
+    // string grammar = 4;
+    case kGrammar: {
+      total_size += 1 +
+        ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::StringSize(
+          this->_internal_grammar());
+      break;
+    }
+    // .hsrpc.v1.Choice choice = 5;
+    case kChoice: {
+      total_size += 1 +
+        ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::MessageSize(
+          *_impl_.kind_.choice_);
+      break;
+    }
+    case KIND_NOT_SET: {
+      break;
+    }
+  }
+  return MaybeComputeUnknownFieldsSize(total_size, &_impl_._cached_size_);
+}
+
+const ::PROTOBUF_NAMESPACE_ID::Message::ClassData Constraint::_class_data_ = {
+    ::PROTOBUF_NAMESPACE_ID::Message::CopyWithSourceCheck,
+    Constraint::MergeImpl
+};
+const ::PROTOBUF_NAMESPACE_ID::Message::ClassData*Constraint::GetClassData() const { return &_class_data_; }
+
+
+void Constraint::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTOBUF_NAMESPACE_ID::Message& from_msg) {
+  auto* const _this = static_cast<Constraint*>(&to_msg);
+  auto& from = static_cast<const Constraint&>(from_msg);
+  // @@protoc_insertion_point(class_specific_merge_from_start:hsrpc.v1.Constraint)
+  GOOGLE_DCHECK_NE(&from, _this);
+  uint32_t cached_has_bits = 0;
+  (void) cached_has_bits;
+
+  switch (from.kind_case()) {
+    case kJsonSchema: {
+      _this->_internal_set_json_schema(from._internal_json_schema());
+      break;
+    }
+    case kJsonObject: {
+      _this->_internal_mutable_json_object()->::hsrpc::v1::JsonObject::MergeFrom(
+          from._internal_json_object());
+      break;
+    }
+    case kRegex: {
+      _this->_internal_set_regex(from._internal_regex());
+      break;
+    }
+    case kGrammar: {
+      _this->_internal_set_grammar(from._internal_grammar());
+      break;
+    }
+    case kChoice: {
+      _this->_internal_mutable_choice()->::hsrpc::v1::Choice::MergeFrom(
+          from._internal_choice());
+      break;
+    }
+    case KIND_NOT_SET: {
+      break;
+    }
+  }
+  _this->_internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
+}
+
+void Constraint::CopyFrom(const Constraint& from) {
+// @@protoc_insertion_point(class_specific_copy_from_start:hsrpc.v1.Constraint)
+  if (&from == this) return;
+  Clear();
+  MergeFrom(from);
+}
+
+bool Constraint::IsInitialized() const {
+  return true;
+}
+
+void Constraint::InternalSwap(Constraint* other) {
+  using std::swap;
+  _internal_metadata_.InternalSwap(&other->_internal_metadata_);
+  swap(_impl_.kind_, other->_impl_.kind_);
+  swap(_impl_._oneof_case_[0], other->_impl_._oneof_case_[0]);
+}
+
+::PROTOBUF_NAMESPACE_ID::Metadata Constraint::GetMetadata() const {
+  return ::_pbi::AssignDescriptors(
+      &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[2]);
+}
+
+// ===================================================================
+
+class JsonObject::_Internal {
+ public:
+};
+
+JsonObject::JsonObject(::PROTOBUF_NAMESPACE_ID::Arena* arena,
+                         bool is_message_owned)
+  : ::PROTOBUF_NAMESPACE_ID::internal::ZeroFieldsBase(arena, is_message_owned) {
+  // @@protoc_insertion_point(arena_constructor:hsrpc.v1.JsonObject)
+}
+JsonObject::JsonObject(const JsonObject& from)
+  : ::PROTOBUF_NAMESPACE_ID::internal::ZeroFieldsBase() {
+  JsonObject* const _this = this; (void)_this;
+  _internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
+  // @@protoc_insertion_point(copy_constructor:hsrpc.v1.JsonObject)
+}
+
+
+
+
+
+const ::PROTOBUF_NAMESPACE_ID::Message::ClassData JsonObject::_class_data_ = {
+    ::PROTOBUF_NAMESPACE_ID::internal::ZeroFieldsBase::CopyImpl,
+    ::PROTOBUF_NAMESPACE_ID::internal::ZeroFieldsBase::MergeImpl,
+};
+const ::PROTOBUF_NAMESPACE_ID::Message::ClassData*JsonObject::GetClassData() const { return &_class_data_; }
+
+
+
+
+
+
+
+::PROTOBUF_NAMESPACE_ID::Metadata JsonObject::GetMetadata() const {
+  return ::_pbi::AssignDescriptors(
+      &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[3]);
+}
+
+// ===================================================================
+
+class Choice::_Internal {
+ public:
+};
+
+Choice::Choice(::PROTOBUF_NAMESPACE_ID::Arena* arena,
+                         bool is_message_owned)
+  : ::PROTOBUF_NAMESPACE_ID::Message(arena, is_message_owned) {
+  SharedCtor(arena, is_message_owned);
+  // @@protoc_insertion_point(arena_constructor:hsrpc.v1.Choice)
+}
+Choice::Choice(const Choice& from)
+  : ::PROTOBUF_NAMESPACE_ID::Message() {
+  Choice* const _this = this; (void)_this;
+  new (&_impl_) Impl_{
+      decltype(_impl_.texts_){from._impl_.texts_}
+    , /*decltype(_impl_._cached_size_)*/{}};
+
+  _internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
+  // @@protoc_insertion_point(copy_constructor:hsrpc.v1.Choice)
+}
+
+inline void Choice::SharedCtor(
+    ::_pb::Arena* arena, bool is_message_owned) {
+  (void)arena;
+  (void)is_message_owned;
+  new (&_impl_) Impl_{
+      decltype(_impl_.texts_){arena}
+    , /*decltype(_impl_._cached_size_)*/{}
+  };
+}
+
+Choice::~Choice() {
+  // @@protoc_insertion_point(destructor:hsrpc.v1.Choice)
+  if (auto *arena = _internal_metadata_.DeleteReturnArena<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>()) {
+  (void)arena;
+    return;
+  }
+  SharedDtor();
+}
+
+inline void Choice::SharedDtor() {
+  GOOGLE_DCHECK(GetArenaForAllocation() == nullptr);
+  _impl_.texts_.~RepeatedPtrField();
+}
+
+void Choice::SetCachedSize(int size) const {
+  _impl_._cached_size_.Set(size);
+}
+
+void Choice::Clear() {
+// @@protoc_insertion_point(message_clear_start:hsrpc.v1.Choice)
+  uint32_t cached_has_bits = 0;
+  // Prevent compiler warnings about cached_has_bits being unused
+  (void) cached_has_bits;
+
+  _impl_.texts_.Clear();
+  _internal_metadata_.Clear<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>();
+}
+
+const char* Choice::_InternalParse(const char* ptr, ::_pbi::ParseContext* ctx) {
+#define CHK_(x) if (PROTOBUF_PREDICT_FALSE(!(x))) goto failure
+  while (!ctx->Done(&ptr)) {
+    uint32_t tag;
+    ptr = ::_pbi::ReadTag(ptr, &tag);
+    switch (tag >> 3) {
+      // repeated string texts = 1;
+      case 1:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 10)) {
+          ptr -= 1;
+          do {
+            ptr += 1;
+            auto str = _internal_add_texts();
+            ptr = ::_pbi::InlineGreedyStringParser(str, ptr, ctx);
+            CHK_(ptr);
+            CHK_(::_pbi::VerifyUTF8(str, "hsrpc.v1.Choice.texts"));
+            if (!ctx->DataAvailable(ptr)) break;
+          } while (::PROTOBUF_NAMESPACE_ID::internal::ExpectTag<10>(ptr));
+        } else
+          goto handle_unusual;
+        continue;
+      default:
+        goto handle_unusual;
+    }  // switch
+  handle_unusual:
+    if ((tag == 0) || ((tag & 7) == 4)) {
+      CHK_(ptr);
+      ctx->SetLastTag(tag);
+      goto message_done;
+    }
+    ptr = UnknownFieldParse(
+        tag,
+        _internal_metadata_.mutable_unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(),
+        ptr, ctx);
+    CHK_(ptr != nullptr);
+  }  // while
+message_done:
+  return ptr;
+failure:
+  ptr = nullptr;
+  goto message_done;
+#undef CHK_
+}
+
+uint8_t* Choice::_InternalSerialize(
+    uint8_t* target, ::PROTOBUF_NAMESPACE_ID::io::EpsCopyOutputStream* stream) const {
+  // @@protoc_insertion_point(serialize_to_array_start:hsrpc.v1.Choice)
+  uint32_t cached_has_bits = 0;
+  (void) cached_has_bits;
+
+  // repeated string texts = 1;
+  for (int i = 0, n = this->_internal_texts_size(); i < n; i++) {
+    const auto& s = this->_internal_texts(i);
+    ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::VerifyUtf8String(
+      s.data(), static_cast<int>(s.length()),
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::SERIALIZE,
+      "hsrpc.v1.Choice.texts");
+    target = stream->WriteString(1, s, target);
+  }
+
+  if (PROTOBUF_PREDICT_FALSE(_internal_metadata_.have_unknown_fields())) {
+    target = ::_pbi::WireFormat::InternalSerializeUnknownFieldsToArray(
+        _internal_metadata_.unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(::PROTOBUF_NAMESPACE_ID::UnknownFieldSet::default_instance), target, stream);
+  }
+  // @@protoc_insertion_point(serialize_to_array_end:hsrpc.v1.Choice)
+  return target;
+}
+
+size_t Choice::ByteSizeLong() const {
+// @@protoc_insertion_point(message_byte_size_start:hsrpc.v1.Choice)
+  size_t total_size = 0;
+
+  uint32_t cached_has_bits = 0;
+  // Prevent compiler warnings about cached_has_bits being unused
+  (void) cached_has_bits;
+
+  // repeated string texts = 1;
+  total_size += 1 *
+      ::PROTOBUF_NAMESPACE_ID::internal::FromIntSize(_impl_.texts_.size());
+  for (int i = 0, n = _impl_.texts_.size(); i < n; i++) {
+    total_size += ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::StringSize(
+      _impl_.texts_.Get(i));
+  }
+
+  return MaybeComputeUnknownFieldsSize(total_size, &_impl_._cached_size_);
+}
+
+const ::PROTOBUF_NAMESPACE_ID::Message::ClassData Choice::_class_data_ = {
+    ::PROTOBUF_NAMESPACE_ID::Message::CopyWithSourceCheck,
+    Choice::MergeImpl
+};
+const ::PROTOBUF_NAMESPACE_ID::Message::ClassData*Choice::GetClassData() const { return &_class_data_; }
+
+
+void Choice::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTOBUF_NAMESPACE_ID::Message& from_msg) {
+  auto* const _this = static_cast<Choice*>(&to_msg);
+  auto& from = static_cast<const Choice&>(from_msg);
+  // @@protoc_insertion_point(class_specific_merge_from_start:hsrpc.v1.Choice)
+  GOOGLE_DCHECK_NE(&from, _this);
+  uint32_t cached_has_bits = 0;
+  (void) cached_has_bits;
+
+  _this->_impl_.texts_.MergeFrom(from._impl_.texts_);
+  _this->_internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
+}
+
+void Choice::CopyFrom(const Choice& from) {
+// @@protoc_insertion_point(class_specific_copy_from_start:hsrpc.v1.Choice)
+  if (&from == this) return;
+  Clear();
+  MergeFrom(from);
+}
+
+bool Choice::IsInitialized() const {
+  return true;
+}
+
+void Choice::InternalSwap(Choice* other) {
+  using std::swap;
+  _internal_metadata_.InternalSwap(&other->_internal_metadata_);
+  _impl_.texts_.InternalSwap(&other->_impl_.texts_);
+}
+
+::PROTOBUF_NAMESPACE_ID::Metadata Choice::GetMetadata() const {
+  return ::_pbi::AssignDescriptors(
+      &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[4]);
+}
+
+// ===================================================================
+
 Sampling_LogitBiasEntry_DoNotUse::Sampling_LogitBiasEntry_DoNotUse() {}
 Sampling_LogitBiasEntry_DoNotUse::Sampling_LogitBiasEntry_DoNotUse(::PROTOBUF_NAMESPACE_ID::Arena* arena)
     : SuperType(arena) {}
@@ -1612,7 +2383,7 @@ void Sampling_LogitBiasEntry_DoNotUse::MergeFrom(const Sampling_LogitBiasEntry_D
 ::PROTOBUF_NAMESPACE_ID::Metadata Sampling_LogitBiasEntry_DoNotUse::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[2]);
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[5]);
 }
 
 // ===================================================================
@@ -2071,7 +2842,7 @@ void Sampling::InternalSwap(Sampling* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata Sampling::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[3]);
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[6]);
 }
 
 // ===================================================================
@@ -2491,7 +3262,7 @@ void Stopping::InternalSwap(Stopping* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata Stopping::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[4]);
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[7]);
 }
 
 // ===================================================================
@@ -2886,7 +3657,7 @@ void Output::InternalSwap(Output* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata Output::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[5]);
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[8]);
 }
 
 // ===================================================================
@@ -3166,7 +3937,7 @@ void GenerateResponse::InternalSwap(GenerateResponse* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata GenerateResponse::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[6]);
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[9]);
 }
 
 // ===================================================================
@@ -3626,7 +4397,7 @@ void Start::InternalSwap(Start* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata Start::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[7]);
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[10]);
 }
 
 // ===================================================================
@@ -3905,7 +4676,7 @@ void Delta::InternalSwap(Delta* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata Delta::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[8]);
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[11]);
 }
 
 // ===================================================================
@@ -4186,7 +4957,7 @@ void TokenLogprob::InternalSwap(TokenLogprob* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata TokenLogprob::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[9]);
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[12]);
 }
 
 // ===================================================================
@@ -4409,7 +5180,7 @@ void TopLogprob::InternalSwap(TopLogprob* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata TopLogprob::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[10]);
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[13]);
 }
 
 // ===================================================================
@@ -4785,7 +5556,7 @@ void Finish::InternalSwap(Finish* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata Finish::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[11]);
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[14]);
 }
 
 // ===================================================================
@@ -5044,7 +5815,7 @@ void Usage::InternalSwap(Usage* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata Usage::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[12]);
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[15]);
 }
 
 // ===================================================================
@@ -5389,7 +6160,7 @@ void Timings::InternalSwap(Timings* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata Timings::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[13]);
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[16]);
 }
 
 // ===================================================================
@@ -5592,7 +6363,7 @@ void AbortRequest::InternalSwap(AbortRequest* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata AbortRequest::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[14]);
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[17]);
 }
 
 // ===================================================================
@@ -5770,7 +6541,7 @@ void AbortResponse::InternalSwap(AbortResponse* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata AbortResponse::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[15]);
+      file_level_metadata_hsrpc_2fv1_2fgeneration_2eproto[18]);
 }
 
 // @@protoc_insertion_point(namespace_scope)
@@ -5784,6 +6555,18 @@ Arena::CreateMaybeMessage< ::hsrpc::v1::GenerateRequest >(Arena* arena) {
 template<> PROTOBUF_NOINLINE ::hsrpc::v1::TokenIds*
 Arena::CreateMaybeMessage< ::hsrpc::v1::TokenIds >(Arena* arena) {
   return Arena::CreateMessageInternal< ::hsrpc::v1::TokenIds >(arena);
+}
+template<> PROTOBUF_NOINLINE ::hsrpc::v1::Constraint*
+Arena::CreateMaybeMessage< ::hsrpc::v1::Constraint >(Arena* arena) {
+  return Arena::CreateMessageInternal< ::hsrpc::v1::Constraint >(arena);
+}
+template<> PROTOBUF_NOINLINE ::hsrpc::v1::JsonObject*
+Arena::CreateMaybeMessage< ::hsrpc::v1::JsonObject >(Arena* arena) {
+  return Arena::CreateMessageInternal< ::hsrpc::v1::JsonObject >(arena);
+}
+template<> PROTOBUF_NOINLINE ::hsrpc::v1::Choice*
+Arena::CreateMaybeMessage< ::hsrpc::v1::Choice >(Arena* arena) {
+  return Arena::CreateMessageInternal< ::hsrpc::v1::Choice >(arena);
 }
 template<> PROTOBUF_NOINLINE ::hsrpc::v1::Sampling_LogitBiasEntry_DoNotUse*
 Arena::CreateMaybeMessage< ::hsrpc::v1::Sampling_LogitBiasEntry_DoNotUse >(Arena* arena) {

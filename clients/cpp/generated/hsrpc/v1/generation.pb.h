@@ -23,6 +23,7 @@
 #include <google/protobuf/io/coded_stream.h>
 #include <google/protobuf/arena.h>
 #include <google/protobuf/arenastring.h>
+#include <google/protobuf/generated_message_bases.h>
 #include <google/protobuf/generated_message_util.h>
 #include <google/protobuf/metadata_lite.h>
 #include <google/protobuf/generated_message_reflection.h>
@@ -58,6 +59,12 @@ extern AbortRequestDefaultTypeInternal _AbortRequest_default_instance_;
 class AbortResponse;
 struct AbortResponseDefaultTypeInternal;
 extern AbortResponseDefaultTypeInternal _AbortResponse_default_instance_;
+class Choice;
+struct ChoiceDefaultTypeInternal;
+extern ChoiceDefaultTypeInternal _Choice_default_instance_;
+class Constraint;
+struct ConstraintDefaultTypeInternal;
+extern ConstraintDefaultTypeInternal _Constraint_default_instance_;
 class Delta;
 struct DeltaDefaultTypeInternal;
 extern DeltaDefaultTypeInternal _Delta_default_instance_;
@@ -70,6 +77,9 @@ extern GenerateRequestDefaultTypeInternal _GenerateRequest_default_instance_;
 class GenerateResponse;
 struct GenerateResponseDefaultTypeInternal;
 extern GenerateResponseDefaultTypeInternal _GenerateResponse_default_instance_;
+class JsonObject;
+struct JsonObjectDefaultTypeInternal;
+extern JsonObjectDefaultTypeInternal _JsonObject_default_instance_;
 class Output;
 struct OutputDefaultTypeInternal;
 extern OutputDefaultTypeInternal _Output_default_instance_;
@@ -105,10 +115,13 @@ extern UsageDefaultTypeInternal _Usage_default_instance_;
 PROTOBUF_NAMESPACE_OPEN
 template<> ::hsrpc::v1::AbortRequest* Arena::CreateMaybeMessage<::hsrpc::v1::AbortRequest>(Arena*);
 template<> ::hsrpc::v1::AbortResponse* Arena::CreateMaybeMessage<::hsrpc::v1::AbortResponse>(Arena*);
+template<> ::hsrpc::v1::Choice* Arena::CreateMaybeMessage<::hsrpc::v1::Choice>(Arena*);
+template<> ::hsrpc::v1::Constraint* Arena::CreateMaybeMessage<::hsrpc::v1::Constraint>(Arena*);
 template<> ::hsrpc::v1::Delta* Arena::CreateMaybeMessage<::hsrpc::v1::Delta>(Arena*);
 template<> ::hsrpc::v1::Finish* Arena::CreateMaybeMessage<::hsrpc::v1::Finish>(Arena*);
 template<> ::hsrpc::v1::GenerateRequest* Arena::CreateMaybeMessage<::hsrpc::v1::GenerateRequest>(Arena*);
 template<> ::hsrpc::v1::GenerateResponse* Arena::CreateMaybeMessage<::hsrpc::v1::GenerateResponse>(Arena*);
+template<> ::hsrpc::v1::JsonObject* Arena::CreateMaybeMessage<::hsrpc::v1::JsonObject>(Arena*);
 template<> ::hsrpc::v1::Output* Arena::CreateMaybeMessage<::hsrpc::v1::Output>(Arena*);
 template<> ::hsrpc::v1::Sampling* Arena::CreateMaybeMessage<::hsrpc::v1::Sampling>(Arena*);
 template<> ::hsrpc::v1::Sampling_LogitBiasEntry_DoNotUse* Arena::CreateMaybeMessage<::hsrpc::v1::Sampling_LogitBiasEntry_DoNotUse>(Arena*);
@@ -291,6 +304,7 @@ class GenerateRequest final :
     kStoppingFieldNumber = 6,
     kOutputFieldNumber = 7,
     kTextOptionsFieldNumber = 10,
+    kConstraintFieldNumber = 11,
     kPriorityFieldNumber = 8,
     kTextFieldNumber = 3,
     kTokenIdsFieldNumber = 4,
@@ -422,6 +436,24 @@ class GenerateRequest final :
       ::hsrpc::v1::TextOptions* text_options);
   ::hsrpc::v1::TextOptions* unsafe_arena_release_text_options();
 
+  // .hsrpc.v1.Constraint constraint = 11;
+  bool has_constraint() const;
+  private:
+  bool _internal_has_constraint() const;
+  public:
+  void clear_constraint();
+  const ::hsrpc::v1::Constraint& constraint() const;
+  PROTOBUF_NODISCARD ::hsrpc::v1::Constraint* release_constraint();
+  ::hsrpc::v1::Constraint* mutable_constraint();
+  void set_allocated_constraint(::hsrpc::v1::Constraint* constraint);
+  private:
+  const ::hsrpc::v1::Constraint& _internal_constraint() const;
+  ::hsrpc::v1::Constraint* _internal_mutable_constraint();
+  public:
+  void unsafe_arena_set_allocated_constraint(
+      ::hsrpc::v1::Constraint* constraint);
+  ::hsrpc::v1::Constraint* unsafe_arena_release_constraint();
+
   // optional int32 priority = 8;
   bool has_priority() const;
   private:
@@ -514,6 +546,7 @@ class GenerateRequest final :
     ::hsrpc::v1::Stopping* stopping_;
     ::hsrpc::v1::Output* output_;
     ::hsrpc::v1::TextOptions* text_options_;
+    ::hsrpc::v1::Constraint* constraint_;
     int32_t priority_;
     union InputUnion {
       constexpr InputUnion() : _constinit_{} {}
@@ -692,6 +725,549 @@ class TokenIds final :
 };
 // -------------------------------------------------------------------
 
+class Constraint final :
+    public ::PROTOBUF_NAMESPACE_ID::Message /* @@protoc_insertion_point(class_definition:hsrpc.v1.Constraint) */ {
+ public:
+  inline Constraint() : Constraint(nullptr) {}
+  ~Constraint() override;
+  explicit PROTOBUF_CONSTEXPR Constraint(::PROTOBUF_NAMESPACE_ID::internal::ConstantInitialized);
+
+  Constraint(const Constraint& from);
+  Constraint(Constraint&& from) noexcept
+    : Constraint() {
+    *this = ::std::move(from);
+  }
+
+  inline Constraint& operator=(const Constraint& from) {
+    CopyFrom(from);
+    return *this;
+  }
+  inline Constraint& operator=(Constraint&& from) noexcept {
+    if (this == &from) return *this;
+    if (GetOwningArena() == from.GetOwningArena()
+  #ifdef PROTOBUF_FORCE_COPY_IN_MOVE
+        && GetOwningArena() != nullptr
+  #endif  // !PROTOBUF_FORCE_COPY_IN_MOVE
+    ) {
+      InternalSwap(&from);
+    } else {
+      CopyFrom(from);
+    }
+    return *this;
+  }
+
+  static const ::PROTOBUF_NAMESPACE_ID::Descriptor* descriptor() {
+    return GetDescriptor();
+  }
+  static const ::PROTOBUF_NAMESPACE_ID::Descriptor* GetDescriptor() {
+    return default_instance().GetMetadata().descriptor;
+  }
+  static const ::PROTOBUF_NAMESPACE_ID::Reflection* GetReflection() {
+    return default_instance().GetMetadata().reflection;
+  }
+  static const Constraint& default_instance() {
+    return *internal_default_instance();
+  }
+  enum KindCase {
+    kJsonSchema = 1,
+    kJsonObject = 2,
+    kRegex = 3,
+    kGrammar = 4,
+    kChoice = 5,
+    KIND_NOT_SET = 0,
+  };
+
+  static inline const Constraint* internal_default_instance() {
+    return reinterpret_cast<const Constraint*>(
+               &_Constraint_default_instance_);
+  }
+  static constexpr int kIndexInFileMessages =
+    2;
+
+  friend void swap(Constraint& a, Constraint& b) {
+    a.Swap(&b);
+  }
+  inline void Swap(Constraint* other) {
+    if (other == this) return;
+  #ifdef PROTOBUF_FORCE_COPY_IN_SWAP
+    if (GetOwningArena() != nullptr &&
+        GetOwningArena() == other->GetOwningArena()) {
+   #else  // PROTOBUF_FORCE_COPY_IN_SWAP
+    if (GetOwningArena() == other->GetOwningArena()) {
+  #endif  // !PROTOBUF_FORCE_COPY_IN_SWAP
+      InternalSwap(other);
+    } else {
+      ::PROTOBUF_NAMESPACE_ID::internal::GenericSwap(this, other);
+    }
+  }
+  void UnsafeArenaSwap(Constraint* other) {
+    if (other == this) return;
+    GOOGLE_DCHECK(GetOwningArena() == other->GetOwningArena());
+    InternalSwap(other);
+  }
+
+  // implements Message ----------------------------------------------
+
+  Constraint* New(::PROTOBUF_NAMESPACE_ID::Arena* arena = nullptr) const final {
+    return CreateMaybeMessage<Constraint>(arena);
+  }
+  using ::PROTOBUF_NAMESPACE_ID::Message::CopyFrom;
+  void CopyFrom(const Constraint& from);
+  using ::PROTOBUF_NAMESPACE_ID::Message::MergeFrom;
+  void MergeFrom( const Constraint& from) {
+    Constraint::MergeImpl(*this, from);
+  }
+  private:
+  static void MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTOBUF_NAMESPACE_ID::Message& from_msg);
+  public:
+  PROTOBUF_ATTRIBUTE_REINITIALIZES void Clear() final;
+  bool IsInitialized() const final;
+
+  size_t ByteSizeLong() const final;
+  const char* _InternalParse(const char* ptr, ::PROTOBUF_NAMESPACE_ID::internal::ParseContext* ctx) final;
+  uint8_t* _InternalSerialize(
+      uint8_t* target, ::PROTOBUF_NAMESPACE_ID::io::EpsCopyOutputStream* stream) const final;
+  int GetCachedSize() const final { return _impl_._cached_size_.Get(); }
+
+  private:
+  void SharedCtor(::PROTOBUF_NAMESPACE_ID::Arena* arena, bool is_message_owned);
+  void SharedDtor();
+  void SetCachedSize(int size) const final;
+  void InternalSwap(Constraint* other);
+
+  private:
+  friend class ::PROTOBUF_NAMESPACE_ID::internal::AnyMetadata;
+  static ::PROTOBUF_NAMESPACE_ID::StringPiece FullMessageName() {
+    return "hsrpc.v1.Constraint";
+  }
+  protected:
+  explicit Constraint(::PROTOBUF_NAMESPACE_ID::Arena* arena,
+                       bool is_message_owned = false);
+  public:
+
+  static const ClassData _class_data_;
+  const ::PROTOBUF_NAMESPACE_ID::Message::ClassData*GetClassData() const final;
+
+  ::PROTOBUF_NAMESPACE_ID::Metadata GetMetadata() const final;
+
+  // nested types ----------------------------------------------------
+
+  // accessors -------------------------------------------------------
+
+  enum : int {
+    kJsonSchemaFieldNumber = 1,
+    kJsonObjectFieldNumber = 2,
+    kRegexFieldNumber = 3,
+    kGrammarFieldNumber = 4,
+    kChoiceFieldNumber = 5,
+  };
+  // string json_schema = 1;
+  bool has_json_schema() const;
+  private:
+  bool _internal_has_json_schema() const;
+  public:
+  void clear_json_schema();
+  const std::string& json_schema() const;
+  template <typename ArgT0 = const std::string&, typename... ArgT>
+  void set_json_schema(ArgT0&& arg0, ArgT... args);
+  std::string* mutable_json_schema();
+  PROTOBUF_NODISCARD std::string* release_json_schema();
+  void set_allocated_json_schema(std::string* json_schema);
+  private:
+  const std::string& _internal_json_schema() const;
+  inline PROTOBUF_ALWAYS_INLINE void _internal_set_json_schema(const std::string& value);
+  std::string* _internal_mutable_json_schema();
+  public:
+
+  // .hsrpc.v1.JsonObject json_object = 2;
+  bool has_json_object() const;
+  private:
+  bool _internal_has_json_object() const;
+  public:
+  void clear_json_object();
+  const ::hsrpc::v1::JsonObject& json_object() const;
+  PROTOBUF_NODISCARD ::hsrpc::v1::JsonObject* release_json_object();
+  ::hsrpc::v1::JsonObject* mutable_json_object();
+  void set_allocated_json_object(::hsrpc::v1::JsonObject* json_object);
+  private:
+  const ::hsrpc::v1::JsonObject& _internal_json_object() const;
+  ::hsrpc::v1::JsonObject* _internal_mutable_json_object();
+  public:
+  void unsafe_arena_set_allocated_json_object(
+      ::hsrpc::v1::JsonObject* json_object);
+  ::hsrpc::v1::JsonObject* unsafe_arena_release_json_object();
+
+  // string regex = 3;
+  bool has_regex() const;
+  private:
+  bool _internal_has_regex() const;
+  public:
+  void clear_regex();
+  const std::string& regex() const;
+  template <typename ArgT0 = const std::string&, typename... ArgT>
+  void set_regex(ArgT0&& arg0, ArgT... args);
+  std::string* mutable_regex();
+  PROTOBUF_NODISCARD std::string* release_regex();
+  void set_allocated_regex(std::string* regex);
+  private:
+  const std::string& _internal_regex() const;
+  inline PROTOBUF_ALWAYS_INLINE void _internal_set_regex(const std::string& value);
+  std::string* _internal_mutable_regex();
+  public:
+
+  // string grammar = 4;
+  bool has_grammar() const;
+  private:
+  bool _internal_has_grammar() const;
+  public:
+  void clear_grammar();
+  const std::string& grammar() const;
+  template <typename ArgT0 = const std::string&, typename... ArgT>
+  void set_grammar(ArgT0&& arg0, ArgT... args);
+  std::string* mutable_grammar();
+  PROTOBUF_NODISCARD std::string* release_grammar();
+  void set_allocated_grammar(std::string* grammar);
+  private:
+  const std::string& _internal_grammar() const;
+  inline PROTOBUF_ALWAYS_INLINE void _internal_set_grammar(const std::string& value);
+  std::string* _internal_mutable_grammar();
+  public:
+
+  // .hsrpc.v1.Choice choice = 5;
+  bool has_choice() const;
+  private:
+  bool _internal_has_choice() const;
+  public:
+  void clear_choice();
+  const ::hsrpc::v1::Choice& choice() const;
+  PROTOBUF_NODISCARD ::hsrpc::v1::Choice* release_choice();
+  ::hsrpc::v1::Choice* mutable_choice();
+  void set_allocated_choice(::hsrpc::v1::Choice* choice);
+  private:
+  const ::hsrpc::v1::Choice& _internal_choice() const;
+  ::hsrpc::v1::Choice* _internal_mutable_choice();
+  public:
+  void unsafe_arena_set_allocated_choice(
+      ::hsrpc::v1::Choice* choice);
+  ::hsrpc::v1::Choice* unsafe_arena_release_choice();
+
+  void clear_kind();
+  KindCase kind_case() const;
+  // @@protoc_insertion_point(class_scope:hsrpc.v1.Constraint)
+ private:
+  class _Internal;
+  void set_has_json_schema();
+  void set_has_json_object();
+  void set_has_regex();
+  void set_has_grammar();
+  void set_has_choice();
+
+  inline bool has_kind() const;
+  inline void clear_has_kind();
+
+  template <typename T> friend class ::PROTOBUF_NAMESPACE_ID::Arena::InternalHelper;
+  typedef void InternalArenaConstructable_;
+  typedef void DestructorSkippable_;
+  struct Impl_ {
+    union KindUnion {
+      constexpr KindUnion() : _constinit_{} {}
+        ::PROTOBUF_NAMESPACE_ID::internal::ConstantInitialized _constinit_;
+      ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr json_schema_;
+      ::hsrpc::v1::JsonObject* json_object_;
+      ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr regex_;
+      ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr grammar_;
+      ::hsrpc::v1::Choice* choice_;
+    } kind_;
+    mutable ::PROTOBUF_NAMESPACE_ID::internal::CachedSize _cached_size_;
+    uint32_t _oneof_case_[1];
+
+  };
+  union { Impl_ _impl_; };
+  friend struct ::TableStruct_hsrpc_2fv1_2fgeneration_2eproto;
+};
+// -------------------------------------------------------------------
+
+class JsonObject final :
+    public ::PROTOBUF_NAMESPACE_ID::internal::ZeroFieldsBase /* @@protoc_insertion_point(class_definition:hsrpc.v1.JsonObject) */ {
+ public:
+  inline JsonObject() : JsonObject(nullptr) {}
+  explicit PROTOBUF_CONSTEXPR JsonObject(::PROTOBUF_NAMESPACE_ID::internal::ConstantInitialized);
+
+  JsonObject(const JsonObject& from);
+  JsonObject(JsonObject&& from) noexcept
+    : JsonObject() {
+    *this = ::std::move(from);
+  }
+
+  inline JsonObject& operator=(const JsonObject& from) {
+    CopyFrom(from);
+    return *this;
+  }
+  inline JsonObject& operator=(JsonObject&& from) noexcept {
+    if (this == &from) return *this;
+    if (GetOwningArena() == from.GetOwningArena()
+  #ifdef PROTOBUF_FORCE_COPY_IN_MOVE
+        && GetOwningArena() != nullptr
+  #endif  // !PROTOBUF_FORCE_COPY_IN_MOVE
+    ) {
+      InternalSwap(&from);
+    } else {
+      CopyFrom(from);
+    }
+    return *this;
+  }
+
+  static const ::PROTOBUF_NAMESPACE_ID::Descriptor* descriptor() {
+    return GetDescriptor();
+  }
+  static const ::PROTOBUF_NAMESPACE_ID::Descriptor* GetDescriptor() {
+    return default_instance().GetMetadata().descriptor;
+  }
+  static const ::PROTOBUF_NAMESPACE_ID::Reflection* GetReflection() {
+    return default_instance().GetMetadata().reflection;
+  }
+  static const JsonObject& default_instance() {
+    return *internal_default_instance();
+  }
+  static inline const JsonObject* internal_default_instance() {
+    return reinterpret_cast<const JsonObject*>(
+               &_JsonObject_default_instance_);
+  }
+  static constexpr int kIndexInFileMessages =
+    3;
+
+  friend void swap(JsonObject& a, JsonObject& b) {
+    a.Swap(&b);
+  }
+  inline void Swap(JsonObject* other) {
+    if (other == this) return;
+  #ifdef PROTOBUF_FORCE_COPY_IN_SWAP
+    if (GetOwningArena() != nullptr &&
+        GetOwningArena() == other->GetOwningArena()) {
+   #else  // PROTOBUF_FORCE_COPY_IN_SWAP
+    if (GetOwningArena() == other->GetOwningArena()) {
+  #endif  // !PROTOBUF_FORCE_COPY_IN_SWAP
+      InternalSwap(other);
+    } else {
+      ::PROTOBUF_NAMESPACE_ID::internal::GenericSwap(this, other);
+    }
+  }
+  void UnsafeArenaSwap(JsonObject* other) {
+    if (other == this) return;
+    GOOGLE_DCHECK(GetOwningArena() == other->GetOwningArena());
+    InternalSwap(other);
+  }
+
+  // implements Message ----------------------------------------------
+
+  JsonObject* New(::PROTOBUF_NAMESPACE_ID::Arena* arena = nullptr) const final {
+    return CreateMaybeMessage<JsonObject>(arena);
+  }
+  using ::PROTOBUF_NAMESPACE_ID::internal::ZeroFieldsBase::CopyFrom;
+  inline void CopyFrom(const JsonObject& from) {
+    ::PROTOBUF_NAMESPACE_ID::internal::ZeroFieldsBase::CopyImpl(*this, from);
+  }
+  using ::PROTOBUF_NAMESPACE_ID::internal::ZeroFieldsBase::MergeFrom;
+  void MergeFrom(const JsonObject& from) {
+    ::PROTOBUF_NAMESPACE_ID::internal::ZeroFieldsBase::MergeImpl(*this, from);
+  }
+  public:
+
+  private:
+  friend class ::PROTOBUF_NAMESPACE_ID::internal::AnyMetadata;
+  static ::PROTOBUF_NAMESPACE_ID::StringPiece FullMessageName() {
+    return "hsrpc.v1.JsonObject";
+  }
+  protected:
+  explicit JsonObject(::PROTOBUF_NAMESPACE_ID::Arena* arena,
+                       bool is_message_owned = false);
+  public:
+
+  static const ClassData _class_data_;
+  const ::PROTOBUF_NAMESPACE_ID::Message::ClassData*GetClassData() const final;
+
+  ::PROTOBUF_NAMESPACE_ID::Metadata GetMetadata() const final;
+
+  // nested types ----------------------------------------------------
+
+  // accessors -------------------------------------------------------
+
+  // @@protoc_insertion_point(class_scope:hsrpc.v1.JsonObject)
+ private:
+  class _Internal;
+
+  template <typename T> friend class ::PROTOBUF_NAMESPACE_ID::Arena::InternalHelper;
+  typedef void InternalArenaConstructable_;
+  typedef void DestructorSkippable_;
+  struct Impl_ {
+  };
+  friend struct ::TableStruct_hsrpc_2fv1_2fgeneration_2eproto;
+};
+// -------------------------------------------------------------------
+
+class Choice final :
+    public ::PROTOBUF_NAMESPACE_ID::Message /* @@protoc_insertion_point(class_definition:hsrpc.v1.Choice) */ {
+ public:
+  inline Choice() : Choice(nullptr) {}
+  ~Choice() override;
+  explicit PROTOBUF_CONSTEXPR Choice(::PROTOBUF_NAMESPACE_ID::internal::ConstantInitialized);
+
+  Choice(const Choice& from);
+  Choice(Choice&& from) noexcept
+    : Choice() {
+    *this = ::std::move(from);
+  }
+
+  inline Choice& operator=(const Choice& from) {
+    CopyFrom(from);
+    return *this;
+  }
+  inline Choice& operator=(Choice&& from) noexcept {
+    if (this == &from) return *this;
+    if (GetOwningArena() == from.GetOwningArena()
+  #ifdef PROTOBUF_FORCE_COPY_IN_MOVE
+        && GetOwningArena() != nullptr
+  #endif  // !PROTOBUF_FORCE_COPY_IN_MOVE
+    ) {
+      InternalSwap(&from);
+    } else {
+      CopyFrom(from);
+    }
+    return *this;
+  }
+
+  static const ::PROTOBUF_NAMESPACE_ID::Descriptor* descriptor() {
+    return GetDescriptor();
+  }
+  static const ::PROTOBUF_NAMESPACE_ID::Descriptor* GetDescriptor() {
+    return default_instance().GetMetadata().descriptor;
+  }
+  static const ::PROTOBUF_NAMESPACE_ID::Reflection* GetReflection() {
+    return default_instance().GetMetadata().reflection;
+  }
+  static const Choice& default_instance() {
+    return *internal_default_instance();
+  }
+  static inline const Choice* internal_default_instance() {
+    return reinterpret_cast<const Choice*>(
+               &_Choice_default_instance_);
+  }
+  static constexpr int kIndexInFileMessages =
+    4;
+
+  friend void swap(Choice& a, Choice& b) {
+    a.Swap(&b);
+  }
+  inline void Swap(Choice* other) {
+    if (other == this) return;
+  #ifdef PROTOBUF_FORCE_COPY_IN_SWAP
+    if (GetOwningArena() != nullptr &&
+        GetOwningArena() == other->GetOwningArena()) {
+   #else  // PROTOBUF_FORCE_COPY_IN_SWAP
+    if (GetOwningArena() == other->GetOwningArena()) {
+  #endif  // !PROTOBUF_FORCE_COPY_IN_SWAP
+      InternalSwap(other);
+    } else {
+      ::PROTOBUF_NAMESPACE_ID::internal::GenericSwap(this, other);
+    }
+  }
+  void UnsafeArenaSwap(Choice* other) {
+    if (other == this) return;
+    GOOGLE_DCHECK(GetOwningArena() == other->GetOwningArena());
+    InternalSwap(other);
+  }
+
+  // implements Message ----------------------------------------------
+
+  Choice* New(::PROTOBUF_NAMESPACE_ID::Arena* arena = nullptr) const final {
+    return CreateMaybeMessage<Choice>(arena);
+  }
+  using ::PROTOBUF_NAMESPACE_ID::Message::CopyFrom;
+  void CopyFrom(const Choice& from);
+  using ::PROTOBUF_NAMESPACE_ID::Message::MergeFrom;
+  void MergeFrom( const Choice& from) {
+    Choice::MergeImpl(*this, from);
+  }
+  private:
+  static void MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTOBUF_NAMESPACE_ID::Message& from_msg);
+  public:
+  PROTOBUF_ATTRIBUTE_REINITIALIZES void Clear() final;
+  bool IsInitialized() const final;
+
+  size_t ByteSizeLong() const final;
+  const char* _InternalParse(const char* ptr, ::PROTOBUF_NAMESPACE_ID::internal::ParseContext* ctx) final;
+  uint8_t* _InternalSerialize(
+      uint8_t* target, ::PROTOBUF_NAMESPACE_ID::io::EpsCopyOutputStream* stream) const final;
+  int GetCachedSize() const final { return _impl_._cached_size_.Get(); }
+
+  private:
+  void SharedCtor(::PROTOBUF_NAMESPACE_ID::Arena* arena, bool is_message_owned);
+  void SharedDtor();
+  void SetCachedSize(int size) const final;
+  void InternalSwap(Choice* other);
+
+  private:
+  friend class ::PROTOBUF_NAMESPACE_ID::internal::AnyMetadata;
+  static ::PROTOBUF_NAMESPACE_ID::StringPiece FullMessageName() {
+    return "hsrpc.v1.Choice";
+  }
+  protected:
+  explicit Choice(::PROTOBUF_NAMESPACE_ID::Arena* arena,
+                       bool is_message_owned = false);
+  public:
+
+  static const ClassData _class_data_;
+  const ::PROTOBUF_NAMESPACE_ID::Message::ClassData*GetClassData() const final;
+
+  ::PROTOBUF_NAMESPACE_ID::Metadata GetMetadata() const final;
+
+  // nested types ----------------------------------------------------
+
+  // accessors -------------------------------------------------------
+
+  enum : int {
+    kTextsFieldNumber = 1,
+  };
+  // repeated string texts = 1;
+  int texts_size() const;
+  private:
+  int _internal_texts_size() const;
+  public:
+  void clear_texts();
+  const std::string& texts(int index) const;
+  std::string* mutable_texts(int index);
+  void set_texts(int index, const std::string& value);
+  void set_texts(int index, std::string&& value);
+  void set_texts(int index, const char* value);
+  void set_texts(int index, const char* value, size_t size);
+  std::string* add_texts();
+  void add_texts(const std::string& value);
+  void add_texts(std::string&& value);
+  void add_texts(const char* value);
+  void add_texts(const char* value, size_t size);
+  const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField<std::string>& texts() const;
+  ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField<std::string>* mutable_texts();
+  private:
+  const std::string& _internal_texts(int index) const;
+  std::string* _internal_add_texts();
+  public:
+
+  // @@protoc_insertion_point(class_scope:hsrpc.v1.Choice)
+ private:
+  class _Internal;
+
+  template <typename T> friend class ::PROTOBUF_NAMESPACE_ID::Arena::InternalHelper;
+  typedef void InternalArenaConstructable_;
+  typedef void DestructorSkippable_;
+  struct Impl_ {
+    ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField<std::string> texts_;
+    mutable ::PROTOBUF_NAMESPACE_ID::internal::CachedSize _cached_size_;
+  };
+  union { Impl_ _impl_; };
+  friend struct ::TableStruct_hsrpc_2fv1_2fgeneration_2eproto;
+};
+// -------------------------------------------------------------------
+
 class Sampling_LogitBiasEntry_DoNotUse : public ::PROTOBUF_NAMESPACE_ID::internal::MapEntry<Sampling_LogitBiasEntry_DoNotUse, 
     int32_t, double,
     ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::TYPE_INT32,
@@ -764,7 +1340,7 @@ class Sampling final :
                &_Sampling_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    3;
+    6;
 
   friend void swap(Sampling& a, Sampling& b) {
     a.Swap(&b);
@@ -1048,7 +1624,7 @@ class Stopping final :
                &_Stopping_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    4;
+    7;
 
   friend void swap(Stopping& a, Stopping& b) {
     a.Swap(&b);
@@ -1317,7 +1893,7 @@ class Output final :
                &_Output_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    5;
+    8;
 
   friend void swap(Output& a, Output& b) {
     a.Swap(&b);
@@ -1565,7 +2141,7 @@ class GenerateResponse final :
                &_GenerateResponse_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    6;
+    9;
 
   friend void swap(GenerateResponse& a, GenerateResponse& b) {
     a.Swap(&b);
@@ -1762,7 +2338,7 @@ class Start final :
                &_Start_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    7;
+    10;
 
   friend void swap(Start& a, Start& b) {
     a.Swap(&b);
@@ -2024,7 +2600,7 @@ class Delta final :
                &_Delta_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    8;
+    11;
 
   friend void swap(Delta& a, Delta& b) {
     a.Swap(&b);
@@ -2222,7 +2798,7 @@ class TokenLogprob final :
                &_TokenLogprob_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    9;
+    12;
 
   friend void swap(TokenLogprob& a, TokenLogprob& b) {
     a.Swap(&b);
@@ -2412,7 +2988,7 @@ class TopLogprob final :
                &_TopLogprob_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    10;
+    13;
 
   friend void swap(TopLogprob& a, TopLogprob& b) {
     a.Swap(&b);
@@ -2577,7 +3153,7 @@ class Finish final :
                &_Finish_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    11;
+    14;
 
   friend void swap(Finish& a, Finish& b) {
     a.Swap(&b);
@@ -2813,7 +3389,7 @@ class Usage final :
                &_Usage_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    12;
+    15;
 
   friend void swap(Usage& a, Usage& b) {
     a.Swap(&b);
@@ -2994,7 +3570,7 @@ class Timings final :
                &_Timings_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    13;
+    16;
 
   friend void swap(Timings& a, Timings& b) {
     a.Swap(&b);
@@ -3211,7 +3787,7 @@ class AbortRequest final :
                &_AbortRequest_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    14;
+    17;
 
   friend void swap(AbortRequest& a, AbortRequest& b) {
     a.Swap(&b);
@@ -3364,7 +3940,7 @@ class AbortResponse final :
                &_AbortResponse_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    15;
+    18;
 
   friend void swap(AbortResponse& a, AbortResponse& b) {
     a.Swap(&b);
@@ -4209,6 +4785,96 @@ inline void GenerateRequest::set_allocated_text_options(::hsrpc::v1::TextOptions
   // @@protoc_insertion_point(field_set_allocated:hsrpc.v1.GenerateRequest.text_options)
 }
 
+// .hsrpc.v1.Constraint constraint = 11;
+inline bool GenerateRequest::_internal_has_constraint() const {
+  return this != internal_default_instance() && _impl_.constraint_ != nullptr;
+}
+inline bool GenerateRequest::has_constraint() const {
+  return _internal_has_constraint();
+}
+inline void GenerateRequest::clear_constraint() {
+  if (GetArenaForAllocation() == nullptr && _impl_.constraint_ != nullptr) {
+    delete _impl_.constraint_;
+  }
+  _impl_.constraint_ = nullptr;
+}
+inline const ::hsrpc::v1::Constraint& GenerateRequest::_internal_constraint() const {
+  const ::hsrpc::v1::Constraint* p = _impl_.constraint_;
+  return p != nullptr ? *p : reinterpret_cast<const ::hsrpc::v1::Constraint&>(
+      ::hsrpc::v1::_Constraint_default_instance_);
+}
+inline const ::hsrpc::v1::Constraint& GenerateRequest::constraint() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.GenerateRequest.constraint)
+  return _internal_constraint();
+}
+inline void GenerateRequest::unsafe_arena_set_allocated_constraint(
+    ::hsrpc::v1::Constraint* constraint) {
+  if (GetArenaForAllocation() == nullptr) {
+    delete reinterpret_cast<::PROTOBUF_NAMESPACE_ID::MessageLite*>(_impl_.constraint_);
+  }
+  _impl_.constraint_ = constraint;
+  if (constraint) {
+    
+  } else {
+    
+  }
+  // @@protoc_insertion_point(field_unsafe_arena_set_allocated:hsrpc.v1.GenerateRequest.constraint)
+}
+inline ::hsrpc::v1::Constraint* GenerateRequest::release_constraint() {
+  
+  ::hsrpc::v1::Constraint* temp = _impl_.constraint_;
+  _impl_.constraint_ = nullptr;
+#ifdef PROTOBUF_FORCE_COPY_IN_RELEASE
+  auto* old =  reinterpret_cast<::PROTOBUF_NAMESPACE_ID::MessageLite*>(temp);
+  temp = ::PROTOBUF_NAMESPACE_ID::internal::DuplicateIfNonNull(temp);
+  if (GetArenaForAllocation() == nullptr) { delete old; }
+#else  // PROTOBUF_FORCE_COPY_IN_RELEASE
+  if (GetArenaForAllocation() != nullptr) {
+    temp = ::PROTOBUF_NAMESPACE_ID::internal::DuplicateIfNonNull(temp);
+  }
+#endif  // !PROTOBUF_FORCE_COPY_IN_RELEASE
+  return temp;
+}
+inline ::hsrpc::v1::Constraint* GenerateRequest::unsafe_arena_release_constraint() {
+  // @@protoc_insertion_point(field_release:hsrpc.v1.GenerateRequest.constraint)
+  
+  ::hsrpc::v1::Constraint* temp = _impl_.constraint_;
+  _impl_.constraint_ = nullptr;
+  return temp;
+}
+inline ::hsrpc::v1::Constraint* GenerateRequest::_internal_mutable_constraint() {
+  
+  if (_impl_.constraint_ == nullptr) {
+    auto* p = CreateMaybeMessage<::hsrpc::v1::Constraint>(GetArenaForAllocation());
+    _impl_.constraint_ = p;
+  }
+  return _impl_.constraint_;
+}
+inline ::hsrpc::v1::Constraint* GenerateRequest::mutable_constraint() {
+  ::hsrpc::v1::Constraint* _msg = _internal_mutable_constraint();
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.GenerateRequest.constraint)
+  return _msg;
+}
+inline void GenerateRequest::set_allocated_constraint(::hsrpc::v1::Constraint* constraint) {
+  ::PROTOBUF_NAMESPACE_ID::Arena* message_arena = GetArenaForAllocation();
+  if (message_arena == nullptr) {
+    delete _impl_.constraint_;
+  }
+  if (constraint) {
+    ::PROTOBUF_NAMESPACE_ID::Arena* submessage_arena =
+        ::PROTOBUF_NAMESPACE_ID::Arena::InternalGetOwningArena(constraint);
+    if (message_arena != submessage_arena) {
+      constraint = ::PROTOBUF_NAMESPACE_ID::internal::GetOwnedMessage(
+          message_arena, constraint, submessage_arena);
+    }
+    
+  } else {
+    
+  }
+  _impl_.constraint_ = constraint;
+  // @@protoc_insertion_point(field_set_allocated:hsrpc.v1.GenerateRequest.constraint)
+}
+
 // optional string cache_salt = 12;
 inline bool GenerateRequest::_internal_has_cache_salt() const {
   bool value = (_impl_._has_bits_[0] & 0x00000004u) != 0;
@@ -4335,6 +5001,481 @@ inline ::PROTOBUF_NAMESPACE_ID::RepeatedField< int32_t >*
 TokenIds::mutable_ids() {
   // @@protoc_insertion_point(field_mutable_list:hsrpc.v1.TokenIds.ids)
   return _internal_mutable_ids();
+}
+
+// -------------------------------------------------------------------
+
+// Constraint
+
+// string json_schema = 1;
+inline bool Constraint::_internal_has_json_schema() const {
+  return kind_case() == kJsonSchema;
+}
+inline bool Constraint::has_json_schema() const {
+  return _internal_has_json_schema();
+}
+inline void Constraint::set_has_json_schema() {
+  _impl_._oneof_case_[0] = kJsonSchema;
+}
+inline void Constraint::clear_json_schema() {
+  if (_internal_has_json_schema()) {
+    _impl_.kind_.json_schema_.Destroy();
+    clear_has_kind();
+  }
+}
+inline const std::string& Constraint::json_schema() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Constraint.json_schema)
+  return _internal_json_schema();
+}
+template <typename ArgT0, typename... ArgT>
+inline void Constraint::set_json_schema(ArgT0&& arg0, ArgT... args) {
+  if (!_internal_has_json_schema()) {
+    clear_kind();
+    set_has_json_schema();
+    _impl_.kind_.json_schema_.InitDefault();
+  }
+  _impl_.kind_.json_schema_.Set( static_cast<ArgT0 &&>(arg0), args..., GetArenaForAllocation());
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Constraint.json_schema)
+}
+inline std::string* Constraint::mutable_json_schema() {
+  std::string* _s = _internal_mutable_json_schema();
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.Constraint.json_schema)
+  return _s;
+}
+inline const std::string& Constraint::_internal_json_schema() const {
+  if (_internal_has_json_schema()) {
+    return _impl_.kind_.json_schema_.Get();
+  }
+  return ::PROTOBUF_NAMESPACE_ID::internal::GetEmptyStringAlreadyInited();
+}
+inline void Constraint::_internal_set_json_schema(const std::string& value) {
+  if (!_internal_has_json_schema()) {
+    clear_kind();
+    set_has_json_schema();
+    _impl_.kind_.json_schema_.InitDefault();
+  }
+  _impl_.kind_.json_schema_.Set(value, GetArenaForAllocation());
+}
+inline std::string* Constraint::_internal_mutable_json_schema() {
+  if (!_internal_has_json_schema()) {
+    clear_kind();
+    set_has_json_schema();
+    _impl_.kind_.json_schema_.InitDefault();
+  }
+  return _impl_.kind_.json_schema_.Mutable(      GetArenaForAllocation());
+}
+inline std::string* Constraint::release_json_schema() {
+  // @@protoc_insertion_point(field_release:hsrpc.v1.Constraint.json_schema)
+  if (_internal_has_json_schema()) {
+    clear_has_kind();
+    return _impl_.kind_.json_schema_.Release();
+  } else {
+    return nullptr;
+  }
+}
+inline void Constraint::set_allocated_json_schema(std::string* json_schema) {
+  if (has_kind()) {
+    clear_kind();
+  }
+  if (json_schema != nullptr) {
+    set_has_json_schema();
+    _impl_.kind_.json_schema_.InitAllocated(json_schema, GetArenaForAllocation());
+  }
+  // @@protoc_insertion_point(field_set_allocated:hsrpc.v1.Constraint.json_schema)
+}
+
+// .hsrpc.v1.JsonObject json_object = 2;
+inline bool Constraint::_internal_has_json_object() const {
+  return kind_case() == kJsonObject;
+}
+inline bool Constraint::has_json_object() const {
+  return _internal_has_json_object();
+}
+inline void Constraint::set_has_json_object() {
+  _impl_._oneof_case_[0] = kJsonObject;
+}
+inline void Constraint::clear_json_object() {
+  if (_internal_has_json_object()) {
+    if (GetArenaForAllocation() == nullptr) {
+      delete _impl_.kind_.json_object_;
+    }
+    clear_has_kind();
+  }
+}
+inline ::hsrpc::v1::JsonObject* Constraint::release_json_object() {
+  // @@protoc_insertion_point(field_release:hsrpc.v1.Constraint.json_object)
+  if (_internal_has_json_object()) {
+    clear_has_kind();
+    ::hsrpc::v1::JsonObject* temp = _impl_.kind_.json_object_;
+    if (GetArenaForAllocation() != nullptr) {
+      temp = ::PROTOBUF_NAMESPACE_ID::internal::DuplicateIfNonNull(temp);
+    }
+    _impl_.kind_.json_object_ = nullptr;
+    return temp;
+  } else {
+    return nullptr;
+  }
+}
+inline const ::hsrpc::v1::JsonObject& Constraint::_internal_json_object() const {
+  return _internal_has_json_object()
+      ? *_impl_.kind_.json_object_
+      : reinterpret_cast< ::hsrpc::v1::JsonObject&>(::hsrpc::v1::_JsonObject_default_instance_);
+}
+inline const ::hsrpc::v1::JsonObject& Constraint::json_object() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Constraint.json_object)
+  return _internal_json_object();
+}
+inline ::hsrpc::v1::JsonObject* Constraint::unsafe_arena_release_json_object() {
+  // @@protoc_insertion_point(field_unsafe_arena_release:hsrpc.v1.Constraint.json_object)
+  if (_internal_has_json_object()) {
+    clear_has_kind();
+    ::hsrpc::v1::JsonObject* temp = _impl_.kind_.json_object_;
+    _impl_.kind_.json_object_ = nullptr;
+    return temp;
+  } else {
+    return nullptr;
+  }
+}
+inline void Constraint::unsafe_arena_set_allocated_json_object(::hsrpc::v1::JsonObject* json_object) {
+  clear_kind();
+  if (json_object) {
+    set_has_json_object();
+    _impl_.kind_.json_object_ = json_object;
+  }
+  // @@protoc_insertion_point(field_unsafe_arena_set_allocated:hsrpc.v1.Constraint.json_object)
+}
+inline ::hsrpc::v1::JsonObject* Constraint::_internal_mutable_json_object() {
+  if (!_internal_has_json_object()) {
+    clear_kind();
+    set_has_json_object();
+    _impl_.kind_.json_object_ = CreateMaybeMessage< ::hsrpc::v1::JsonObject >(GetArenaForAllocation());
+  }
+  return _impl_.kind_.json_object_;
+}
+inline ::hsrpc::v1::JsonObject* Constraint::mutable_json_object() {
+  ::hsrpc::v1::JsonObject* _msg = _internal_mutable_json_object();
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.Constraint.json_object)
+  return _msg;
+}
+
+// string regex = 3;
+inline bool Constraint::_internal_has_regex() const {
+  return kind_case() == kRegex;
+}
+inline bool Constraint::has_regex() const {
+  return _internal_has_regex();
+}
+inline void Constraint::set_has_regex() {
+  _impl_._oneof_case_[0] = kRegex;
+}
+inline void Constraint::clear_regex() {
+  if (_internal_has_regex()) {
+    _impl_.kind_.regex_.Destroy();
+    clear_has_kind();
+  }
+}
+inline const std::string& Constraint::regex() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Constraint.regex)
+  return _internal_regex();
+}
+template <typename ArgT0, typename... ArgT>
+inline void Constraint::set_regex(ArgT0&& arg0, ArgT... args) {
+  if (!_internal_has_regex()) {
+    clear_kind();
+    set_has_regex();
+    _impl_.kind_.regex_.InitDefault();
+  }
+  _impl_.kind_.regex_.Set( static_cast<ArgT0 &&>(arg0), args..., GetArenaForAllocation());
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Constraint.regex)
+}
+inline std::string* Constraint::mutable_regex() {
+  std::string* _s = _internal_mutable_regex();
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.Constraint.regex)
+  return _s;
+}
+inline const std::string& Constraint::_internal_regex() const {
+  if (_internal_has_regex()) {
+    return _impl_.kind_.regex_.Get();
+  }
+  return ::PROTOBUF_NAMESPACE_ID::internal::GetEmptyStringAlreadyInited();
+}
+inline void Constraint::_internal_set_regex(const std::string& value) {
+  if (!_internal_has_regex()) {
+    clear_kind();
+    set_has_regex();
+    _impl_.kind_.regex_.InitDefault();
+  }
+  _impl_.kind_.regex_.Set(value, GetArenaForAllocation());
+}
+inline std::string* Constraint::_internal_mutable_regex() {
+  if (!_internal_has_regex()) {
+    clear_kind();
+    set_has_regex();
+    _impl_.kind_.regex_.InitDefault();
+  }
+  return _impl_.kind_.regex_.Mutable(      GetArenaForAllocation());
+}
+inline std::string* Constraint::release_regex() {
+  // @@protoc_insertion_point(field_release:hsrpc.v1.Constraint.regex)
+  if (_internal_has_regex()) {
+    clear_has_kind();
+    return _impl_.kind_.regex_.Release();
+  } else {
+    return nullptr;
+  }
+}
+inline void Constraint::set_allocated_regex(std::string* regex) {
+  if (has_kind()) {
+    clear_kind();
+  }
+  if (regex != nullptr) {
+    set_has_regex();
+    _impl_.kind_.regex_.InitAllocated(regex, GetArenaForAllocation());
+  }
+  // @@protoc_insertion_point(field_set_allocated:hsrpc.v1.Constraint.regex)
+}
+
+// string grammar = 4;
+inline bool Constraint::_internal_has_grammar() const {
+  return kind_case() == kGrammar;
+}
+inline bool Constraint::has_grammar() const {
+  return _internal_has_grammar();
+}
+inline void Constraint::set_has_grammar() {
+  _impl_._oneof_case_[0] = kGrammar;
+}
+inline void Constraint::clear_grammar() {
+  if (_internal_has_grammar()) {
+    _impl_.kind_.grammar_.Destroy();
+    clear_has_kind();
+  }
+}
+inline const std::string& Constraint::grammar() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Constraint.grammar)
+  return _internal_grammar();
+}
+template <typename ArgT0, typename... ArgT>
+inline void Constraint::set_grammar(ArgT0&& arg0, ArgT... args) {
+  if (!_internal_has_grammar()) {
+    clear_kind();
+    set_has_grammar();
+    _impl_.kind_.grammar_.InitDefault();
+  }
+  _impl_.kind_.grammar_.Set( static_cast<ArgT0 &&>(arg0), args..., GetArenaForAllocation());
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Constraint.grammar)
+}
+inline std::string* Constraint::mutable_grammar() {
+  std::string* _s = _internal_mutable_grammar();
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.Constraint.grammar)
+  return _s;
+}
+inline const std::string& Constraint::_internal_grammar() const {
+  if (_internal_has_grammar()) {
+    return _impl_.kind_.grammar_.Get();
+  }
+  return ::PROTOBUF_NAMESPACE_ID::internal::GetEmptyStringAlreadyInited();
+}
+inline void Constraint::_internal_set_grammar(const std::string& value) {
+  if (!_internal_has_grammar()) {
+    clear_kind();
+    set_has_grammar();
+    _impl_.kind_.grammar_.InitDefault();
+  }
+  _impl_.kind_.grammar_.Set(value, GetArenaForAllocation());
+}
+inline std::string* Constraint::_internal_mutable_grammar() {
+  if (!_internal_has_grammar()) {
+    clear_kind();
+    set_has_grammar();
+    _impl_.kind_.grammar_.InitDefault();
+  }
+  return _impl_.kind_.grammar_.Mutable(      GetArenaForAllocation());
+}
+inline std::string* Constraint::release_grammar() {
+  // @@protoc_insertion_point(field_release:hsrpc.v1.Constraint.grammar)
+  if (_internal_has_grammar()) {
+    clear_has_kind();
+    return _impl_.kind_.grammar_.Release();
+  } else {
+    return nullptr;
+  }
+}
+inline void Constraint::set_allocated_grammar(std::string* grammar) {
+  if (has_kind()) {
+    clear_kind();
+  }
+  if (grammar != nullptr) {
+    set_has_grammar();
+    _impl_.kind_.grammar_.InitAllocated(grammar, GetArenaForAllocation());
+  }
+  // @@protoc_insertion_point(field_set_allocated:hsrpc.v1.Constraint.grammar)
+}
+
+// .hsrpc.v1.Choice choice = 5;
+inline bool Constraint::_internal_has_choice() const {
+  return kind_case() == kChoice;
+}
+inline bool Constraint::has_choice() const {
+  return _internal_has_choice();
+}
+inline void Constraint::set_has_choice() {
+  _impl_._oneof_case_[0] = kChoice;
+}
+inline void Constraint::clear_choice() {
+  if (_internal_has_choice()) {
+    if (GetArenaForAllocation() == nullptr) {
+      delete _impl_.kind_.choice_;
+    }
+    clear_has_kind();
+  }
+}
+inline ::hsrpc::v1::Choice* Constraint::release_choice() {
+  // @@protoc_insertion_point(field_release:hsrpc.v1.Constraint.choice)
+  if (_internal_has_choice()) {
+    clear_has_kind();
+    ::hsrpc::v1::Choice* temp = _impl_.kind_.choice_;
+    if (GetArenaForAllocation() != nullptr) {
+      temp = ::PROTOBUF_NAMESPACE_ID::internal::DuplicateIfNonNull(temp);
+    }
+    _impl_.kind_.choice_ = nullptr;
+    return temp;
+  } else {
+    return nullptr;
+  }
+}
+inline const ::hsrpc::v1::Choice& Constraint::_internal_choice() const {
+  return _internal_has_choice()
+      ? *_impl_.kind_.choice_
+      : reinterpret_cast< ::hsrpc::v1::Choice&>(::hsrpc::v1::_Choice_default_instance_);
+}
+inline const ::hsrpc::v1::Choice& Constraint::choice() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Constraint.choice)
+  return _internal_choice();
+}
+inline ::hsrpc::v1::Choice* Constraint::unsafe_arena_release_choice() {
+  // @@protoc_insertion_point(field_unsafe_arena_release:hsrpc.v1.Constraint.choice)
+  if (_internal_has_choice()) {
+    clear_has_kind();
+    ::hsrpc::v1::Choice* temp = _impl_.kind_.choice_;
+    _impl_.kind_.choice_ = nullptr;
+    return temp;
+  } else {
+    return nullptr;
+  }
+}
+inline void Constraint::unsafe_arena_set_allocated_choice(::hsrpc::v1::Choice* choice) {
+  clear_kind();
+  if (choice) {
+    set_has_choice();
+    _impl_.kind_.choice_ = choice;
+  }
+  // @@protoc_insertion_point(field_unsafe_arena_set_allocated:hsrpc.v1.Constraint.choice)
+}
+inline ::hsrpc::v1::Choice* Constraint::_internal_mutable_choice() {
+  if (!_internal_has_choice()) {
+    clear_kind();
+    set_has_choice();
+    _impl_.kind_.choice_ = CreateMaybeMessage< ::hsrpc::v1::Choice >(GetArenaForAllocation());
+  }
+  return _impl_.kind_.choice_;
+}
+inline ::hsrpc::v1::Choice* Constraint::mutable_choice() {
+  ::hsrpc::v1::Choice* _msg = _internal_mutable_choice();
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.Constraint.choice)
+  return _msg;
+}
+
+inline bool Constraint::has_kind() const {
+  return kind_case() != KIND_NOT_SET;
+}
+inline void Constraint::clear_has_kind() {
+  _impl_._oneof_case_[0] = KIND_NOT_SET;
+}
+inline Constraint::KindCase Constraint::kind_case() const {
+  return Constraint::KindCase(_impl_._oneof_case_[0]);
+}
+// -------------------------------------------------------------------
+
+// JsonObject
+
+// -------------------------------------------------------------------
+
+// Choice
+
+// repeated string texts = 1;
+inline int Choice::_internal_texts_size() const {
+  return _impl_.texts_.size();
+}
+inline int Choice::texts_size() const {
+  return _internal_texts_size();
+}
+inline void Choice::clear_texts() {
+  _impl_.texts_.Clear();
+}
+inline std::string* Choice::add_texts() {
+  std::string* _s = _internal_add_texts();
+  // @@protoc_insertion_point(field_add_mutable:hsrpc.v1.Choice.texts)
+  return _s;
+}
+inline const std::string& Choice::_internal_texts(int index) const {
+  return _impl_.texts_.Get(index);
+}
+inline const std::string& Choice::texts(int index) const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Choice.texts)
+  return _internal_texts(index);
+}
+inline std::string* Choice::mutable_texts(int index) {
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.Choice.texts)
+  return _impl_.texts_.Mutable(index);
+}
+inline void Choice::set_texts(int index, const std::string& value) {
+  _impl_.texts_.Mutable(index)->assign(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Choice.texts)
+}
+inline void Choice::set_texts(int index, std::string&& value) {
+  _impl_.texts_.Mutable(index)->assign(std::move(value));
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Choice.texts)
+}
+inline void Choice::set_texts(int index, const char* value) {
+  GOOGLE_DCHECK(value != nullptr);
+  _impl_.texts_.Mutable(index)->assign(value);
+  // @@protoc_insertion_point(field_set_char:hsrpc.v1.Choice.texts)
+}
+inline void Choice::set_texts(int index, const char* value, size_t size) {
+  _impl_.texts_.Mutable(index)->assign(
+    reinterpret_cast<const char*>(value), size);
+  // @@protoc_insertion_point(field_set_pointer:hsrpc.v1.Choice.texts)
+}
+inline std::string* Choice::_internal_add_texts() {
+  return _impl_.texts_.Add();
+}
+inline void Choice::add_texts(const std::string& value) {
+  _impl_.texts_.Add()->assign(value);
+  // @@protoc_insertion_point(field_add:hsrpc.v1.Choice.texts)
+}
+inline void Choice::add_texts(std::string&& value) {
+  _impl_.texts_.Add(std::move(value));
+  // @@protoc_insertion_point(field_add:hsrpc.v1.Choice.texts)
+}
+inline void Choice::add_texts(const char* value) {
+  GOOGLE_DCHECK(value != nullptr);
+  _impl_.texts_.Add()->assign(value);
+  // @@protoc_insertion_point(field_add_char:hsrpc.v1.Choice.texts)
+}
+inline void Choice::add_texts(const char* value, size_t size) {
+  _impl_.texts_.Add()->assign(reinterpret_cast<const char*>(value), size);
+  // @@protoc_insertion_point(field_add_pointer:hsrpc.v1.Choice.texts)
+}
+inline const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField<std::string>&
+Choice::texts() const {
+  // @@protoc_insertion_point(field_list:hsrpc.v1.Choice.texts)
+  return _impl_.texts_;
+}
+inline ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField<std::string>*
+Choice::mutable_texts() {
+  // @@protoc_insertion_point(field_mutable_list:hsrpc.v1.Choice.texts)
+  return &_impl_.texts_;
 }
 
 // -------------------------------------------------------------------
@@ -7010,6 +8151,12 @@ inline void AbortResponse::set_aborted(bool value) {
 #ifdef __GNUC__
   #pragma GCC diagnostic pop
 #endif  // __GNUC__
+// -------------------------------------------------------------------
+
+// -------------------------------------------------------------------
+
+// -------------------------------------------------------------------
+
 // -------------------------------------------------------------------
 
 // -------------------------------------------------------------------

@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file hsrpc/v1/generation.proto.
  */
 export const file_hsrpc_v1_generation: GenFile = /*@__PURE__*/
-  fileDesc("Chloc3JwYy92MS9nZW5lcmF0aW9uLnByb3RvEghoc3JwYy52MSKgAwoPR2VuZXJhdGVSZXF1ZXN0EhcKCnJlcXVlc3RfaWQYASABKAlIAYgBARISCgVtb2RlbBgCIAEoCUgCiAEBEg4KBHRleHQYAyABKAlIABInCgl0b2tlbl9pZHMYBCABKAsyEi5oc3JwYy52MS5Ub2tlbklkc0gAEh4KBGNoYXQYCSABKAsyDi5oc3JwYy52MS5DaGF0SAASJAoIc2FtcGxpbmcYBSABKAsyEi5oc3JwYy52MS5TYW1wbGluZxIkCghzdG9wcGluZxgGIAEoCzISLmhzcnBjLnYxLlN0b3BwaW5nEiAKBm91dHB1dBgHIAEoCzIQLmhzcnBjLnYxLk91dHB1dBIVCghwcmlvcml0eRgIIAEoBUgDiAEBEisKDHRleHRfb3B0aW9ucxgKIAEoCzIVLmhzcnBjLnYxLlRleHRPcHRpb25zEhcKCmNhY2hlX3NhbHQYDCABKAlIBIgBAUIHCgVpbnB1dEINCgtfcmVxdWVzdF9pZEIICgZfbW9kZWxCCwoJX3ByaW9yaXR5Qg0KC19jYWNoZV9zYWx0IhcKCFRva2VuSWRzEgsKA2lkcxgBIAMoBSK1AwoIU2FtcGxpbmcSGAoLdGVtcGVyYXR1cmUYASABKAFIAIgBARISCgV0b3BfcBgCIAEoAUgBiAEBEhIKBXRvcF9rGAMgASgFSAKIAQESEgoFbWluX3AYBCABKAFIA4gBARIfChJyZXBldGl0aW9uX3BlbmFsdHkYBSABKAFIBIgBARIdChBwcmVzZW5jZV9wZW5hbHR5GAYgASgBSAWIAQESHgoRZnJlcXVlbmN5X3BlbmFsdHkYByABKAFIBogBARIRCgRzZWVkGAggASgDSAeIAQESNQoKbG9naXRfYmlhcxgJIAMoCzIhLmhzcnBjLnYxLlNhbXBsaW5nLkxvZ2l0Qmlhc0VudHJ5GjAKDkxvZ2l0Qmlhc0VudHJ5EgsKA2tleRgBIAEoBRINCgV2YWx1ZRgCIAEoAToCOAFCDgoMX3RlbXBlcmF0dXJlQggKBl90b3BfcEIICgZfdG9wX2tCCAoGX21pbl9wQhUKE19yZXBldGl0aW9uX3BlbmFsdHlCEwoRX3ByZXNlbmNlX3BlbmFsdHlCFAoSX2ZyZXF1ZW5jeV9wZW5hbHR5QgcKBV9zZWVkIoMCCghTdG9wcGluZxIXCgptYXhfdG9rZW5zGAEgASgFSACIAQESFwoKbWluX3Rva2VucxgCIAEoBUgBiAEBEgwKBHN0b3AYAyADKAkSFgoOc3RvcF90b2tlbl9pZHMYBCADKAUSFwoKaWdub3JlX2VvcxgFIAEoCEgCiAEBEhkKDGluY2x1ZGVfc3RvcBgGIAEoCEgDiAEBEi0KCnRpbWVfbGltaXQYByABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb25CDQoLX21heF90b2tlbnNCDQoLX21pbl90b2tlbnNCDQoLX2lnbm9yZV9lb3NCDwoNX2luY2x1ZGVfc3RvcCLsAgoGT3V0cHV0EhUKCGxvZ3Byb2JzGAEgASgFSACIAQESHAoPcHJvbXB0X2xvZ3Byb2JzGAIgASgFSAGIAQESGAoLZWNob19wcm9tcHQYAyABKAhIAogBARIdChByZXR1cm5fdG9rZW5faWRzGAQgASgISAOIAQESIwoWbWF4X3Rva2Vuc19wZXJfbWVzc2FnZRgFIAEoBUgEiAEBEjQKEW1heF9tZXNzYWdlX2RlbGF5GAYgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEiAKE3NraXBfc3BlY2lhbF90b2tlbnMYByABKAhIBYgBAUILCglfbG9ncHJvYnNCEgoQX3Byb21wdF9sb2dwcm9ic0IOCgxfZWNob19wcm9tcHRCEwoRX3JldHVybl90b2tlbl9pZHNCGQoXX21heF90b2tlbnNfcGVyX21lc3NhZ2VCFgoUX3NraXBfc3BlY2lhbF90b2tlbnMidAoQR2VuZXJhdGVSZXNwb25zZRIeCgVzdGFydBgBIAEoCzIPLmhzcnBjLnYxLlN0YXJ0Eh4KBWRlbHRhGAIgASgLMg8uaHNycGMudjEuRGVsdGESIAoGZmluaXNoGAMgASgLMhAuaHNycGMudjEuRmluaXNoItgBCgVTdGFydBISCgpyZXF1ZXN0X2lkGAEgASgJEg0KBW1vZGVsGAIgASgJEhUKDXByb21wdF90b2tlbnMYAyABKAUSFQoNY2FjaGVkX3Rva2VucxgEIAEoBRIkCghzYW1wbGluZxgFIAEoCzISLmhzcnBjLnYxLlNhbXBsaW5nEiQKCHN0b3BwaW5nGAYgASgLMhIuaHNycGMudjEuU3RvcHBpbmcSIAoGb3V0cHV0GAcgASgLMhAuaHNycGMudjEuT3V0cHV0EhAKCHByaW9yaXR5GAggASgFIlIKBURlbHRhEgwKBHRleHQYASABKAkSEQoJdG9rZW5faWRzGAIgAygFEigKCGxvZ3Byb2JzGAMgAygLMhYuaHNycGMudjEuVG9rZW5Mb2dwcm9iImIKDFRva2VuTG9ncHJvYhIQCgh0b2tlbl9pZBgBIAEoBRIPCgdsb2dwcm9iGAIgASgBEgwKBHJhbmsYAyABKAUSIQoDdG9wGAQgAygLMhQuaHNycGMudjEuVG9wTG9ncHJvYiIvCgpUb3BMb2dwcm9iEhAKCHRva2VuX2lkGAEgASgFEg8KB2xvZ3Byb2IYAiABKAEirwEKBkZpbmlzaBImCgZyZWFzb24YASABKA4yFi5oc3JwYy52MS5GaW5pc2hSZWFzb24SFQoLc3RvcF9zdHJpbmcYAiABKAlIABIXCg1zdG9wX3Rva2VuX2lkGAMgASgFSAASHgoFdXNhZ2UYBCABKAsyDy5oc3JwYy52MS5Vc2FnZRIiCgd0aW1pbmdzGAUgASgLMhEuaHNycGMudjEuVGltaW5nc0IJCgdtYXRjaGVkImUKBVVzYWdlEhUKDXByb21wdF90b2tlbnMYASABKAUSGQoRY29tcGxldGlvbl90b2tlbnMYAiABKAUSEwoLcHJlZW1wdGlvbnMYAyABKAUSFQoNY2FjaGVkX3Rva2VucxgEIAEoBSK6AQoHVGltaW5ncxIoCgVxdWV1ZRgBIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIqCgdwcmVmaWxsGAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEikKBmRlY29kZRgDIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIuCgtmaXJzdF90b2tlbhgEIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiIiCgxBYm9ydFJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCSIgCg1BYm9ydFJlc3BvbnNlEg8KB2Fib3J0ZWQYASABKAgq+gEKDEZpbmlzaFJlYXNvbhIdChlGSU5JU0hfUkVBU09OX1VOU1BFQ0lGSUVEEAASFQoRRklOSVNIX1JFQVNPTl9FT1MQARIdChlGSU5JU0hfUkVBU09OX1NUT1BfU1RSSU5HEAISHAoYRklOSVNIX1JFQVNPTl9TVE9QX1RPS0VOEAMSHAoYRklOSVNIX1JFQVNPTl9NQVhfVE9LRU5TEAQSIAocRklOSVNIX1JFQVNPTl9DT05URVhUX0xFTkdUSBAFEhwKGEZJTklTSF9SRUFTT05fVElNRV9MSU1JVBAGEhkKFUZJTklTSF9SRUFTT05fQUJPUlRFRBAHMpIBChFHZW5lcmF0aW9uU2VydmljZRJDCghHZW5lcmF0ZRIZLmhzcnBjLnYxLkdlbmVyYXRlUmVxdWVzdBoaLmhzcnBjLnYxLkdlbmVyYXRlUmVzcG9uc2UwARI4CgVBYm9ydBIWLmhzcnBjLnYxLkFib3J0UmVxdWVzdBoXLmhzcnBjLnYxLkFib3J0UmVzcG9uc2VCTAoSaW8uZ2l0aHViLmhzcnBjLnYxUAFaKWdpdGh1Yi5jb20vaHNycGMvaHNycGMvY2xpZW50cy9nby9oc3JwY3YxqgIISHNycGMuVjFiBnByb3RvMw", [file_google_protobuf_duration, file_hsrpc_v1_prompt]);
+  fileDesc("Chloc3JwYy92MS9nZW5lcmF0aW9uLnByb3RvEghoc3JwYy52MSLKAwoPR2VuZXJhdGVSZXF1ZXN0EhcKCnJlcXVlc3RfaWQYASABKAlIAYgBARISCgVtb2RlbBgCIAEoCUgCiAEBEg4KBHRleHQYAyABKAlIABInCgl0b2tlbl9pZHMYBCABKAsyEi5oc3JwYy52MS5Ub2tlbklkc0gAEh4KBGNoYXQYCSABKAsyDi5oc3JwYy52MS5DaGF0SAASJAoIc2FtcGxpbmcYBSABKAsyEi5oc3JwYy52MS5TYW1wbGluZxIkCghzdG9wcGluZxgGIAEoCzISLmhzcnBjLnYxLlN0b3BwaW5nEiAKBm91dHB1dBgHIAEoCzIQLmhzcnBjLnYxLk91dHB1dBIVCghwcmlvcml0eRgIIAEoBUgDiAEBEisKDHRleHRfb3B0aW9ucxgKIAEoCzIVLmhzcnBjLnYxLlRleHRPcHRpb25zEigKCmNvbnN0cmFpbnQYCyABKAsyFC5oc3JwYy52MS5Db25zdHJhaW50EhcKCmNhY2hlX3NhbHQYDCABKAlIBIgBAUIHCgVpbnB1dEINCgtfcmVxdWVzdF9pZEIICgZfbW9kZWxCCwoJX3ByaW9yaXR5Qg0KC19jYWNoZV9zYWx0IhcKCFRva2VuSWRzEgsKA2lkcxgBIAMoBSKgAQoKQ29uc3RyYWludBIVCgtqc29uX3NjaGVtYRgBIAEoCUgAEisKC2pzb25fb2JqZWN0GAIgASgLMhQuaHNycGMudjEuSnNvbk9iamVjdEgAEg8KBXJlZ2V4GAMgASgJSAASEQoHZ3JhbW1hchgEIAEoCUgAEiIKBmNob2ljZRgFIAEoCzIQLmhzcnBjLnYxLkNob2ljZUgAQgYKBGtpbmQiDAoKSnNvbk9iamVjdCIXCgZDaG9pY2USDQoFdGV4dHMYASADKAkitQMKCFNhbXBsaW5nEhgKC3RlbXBlcmF0dXJlGAEgASgBSACIAQESEgoFdG9wX3AYAiABKAFIAYgBARISCgV0b3BfaxgDIAEoBUgCiAEBEhIKBW1pbl9wGAQgASgBSAOIAQESHwoScmVwZXRpdGlvbl9wZW5hbHR5GAUgASgBSASIAQESHQoQcHJlc2VuY2VfcGVuYWx0eRgGIAEoAUgFiAEBEh4KEWZyZXF1ZW5jeV9wZW5hbHR5GAcgASgBSAaIAQESEQoEc2VlZBgIIAEoA0gHiAEBEjUKCmxvZ2l0X2JpYXMYCSADKAsyIS5oc3JwYy52MS5TYW1wbGluZy5Mb2dpdEJpYXNFbnRyeRowCg5Mb2dpdEJpYXNFbnRyeRILCgNrZXkYASABKAUSDQoFdmFsdWUYAiABKAE6AjgBQg4KDF90ZW1wZXJhdHVyZUIICgZfdG9wX3BCCAoGX3RvcF9rQggKBl9taW5fcEIVChNfcmVwZXRpdGlvbl9wZW5hbHR5QhMKEV9wcmVzZW5jZV9wZW5hbHR5QhQKEl9mcmVxdWVuY3lfcGVuYWx0eUIHCgVfc2VlZCKDAgoIU3RvcHBpbmcSFwoKbWF4X3Rva2VucxgBIAEoBUgAiAEBEhcKCm1pbl90b2tlbnMYAiABKAVIAYgBARIMCgRzdG9wGAMgAygJEhYKDnN0b3BfdG9rZW5faWRzGAQgAygFEhcKCmlnbm9yZV9lb3MYBSABKAhIAogBARIZCgxpbmNsdWRlX3N0b3AYBiABKAhIA4gBARItCgp0aW1lX2xpbWl0GAcgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uQg0KC19tYXhfdG9rZW5zQg0KC19taW5fdG9rZW5zQg0KC19pZ25vcmVfZW9zQg8KDV9pbmNsdWRlX3N0b3Ai7AIKBk91dHB1dBIVCghsb2dwcm9icxgBIAEoBUgAiAEBEhwKD3Byb21wdF9sb2dwcm9icxgCIAEoBUgBiAEBEhgKC2VjaG9fcHJvbXB0GAMgASgISAKIAQESHQoQcmV0dXJuX3Rva2VuX2lkcxgEIAEoCEgDiAEBEiMKFm1heF90b2tlbnNfcGVyX21lc3NhZ2UYBSABKAVIBIgBARI0ChFtYXhfbWVzc2FnZV9kZWxheRgGIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIgChNza2lwX3NwZWNpYWxfdG9rZW5zGAcgASgISAWIAQFCCwoJX2xvZ3Byb2JzQhIKEF9wcm9tcHRfbG9ncHJvYnNCDgoMX2VjaG9fcHJvbXB0QhMKEV9yZXR1cm5fdG9rZW5faWRzQhkKF19tYXhfdG9rZW5zX3Blcl9tZXNzYWdlQhYKFF9za2lwX3NwZWNpYWxfdG9rZW5zInQKEEdlbmVyYXRlUmVzcG9uc2USHgoFc3RhcnQYASABKAsyDy5oc3JwYy52MS5TdGFydBIeCgVkZWx0YRgCIAEoCzIPLmhzcnBjLnYxLkRlbHRhEiAKBmZpbmlzaBgDIAEoCzIQLmhzcnBjLnYxLkZpbmlzaCLYAQoFU3RhcnQSEgoKcmVxdWVzdF9pZBgBIAEoCRINCgVtb2RlbBgCIAEoCRIVCg1wcm9tcHRfdG9rZW5zGAMgASgFEhUKDWNhY2hlZF90b2tlbnMYBCABKAUSJAoIc2FtcGxpbmcYBSABKAsyEi5oc3JwYy52MS5TYW1wbGluZxIkCghzdG9wcGluZxgGIAEoCzISLmhzcnBjLnYxLlN0b3BwaW5nEiAKBm91dHB1dBgHIAEoCzIQLmhzcnBjLnYxLk91dHB1dBIQCghwcmlvcml0eRgIIAEoBSJSCgVEZWx0YRIMCgR0ZXh0GAEgASgJEhEKCXRva2VuX2lkcxgCIAMoBRIoCghsb2dwcm9icxgDIAMoCzIWLmhzcnBjLnYxLlRva2VuTG9ncHJvYiJiCgxUb2tlbkxvZ3Byb2ISEAoIdG9rZW5faWQYASABKAUSDwoHbG9ncHJvYhgCIAEoARIMCgRyYW5rGAMgASgFEiEKA3RvcBgEIAMoCzIULmhzcnBjLnYxLlRvcExvZ3Byb2IiLwoKVG9wTG9ncHJvYhIQCgh0b2tlbl9pZBgBIAEoBRIPCgdsb2dwcm9iGAIgASgBIq8BCgZGaW5pc2gSJgoGcmVhc29uGAEgASgOMhYuaHNycGMudjEuRmluaXNoUmVhc29uEhUKC3N0b3Bfc3RyaW5nGAIgASgJSAASFwoNc3RvcF90b2tlbl9pZBgDIAEoBUgAEh4KBXVzYWdlGAQgASgLMg8uaHNycGMudjEuVXNhZ2USIgoHdGltaW5ncxgFIAEoCzIRLmhzcnBjLnYxLlRpbWluZ3NCCQoHbWF0Y2hlZCJlCgVVc2FnZRIVCg1wcm9tcHRfdG9rZW5zGAEgASgFEhkKEWNvbXBsZXRpb25fdG9rZW5zGAIgASgFEhMKC3ByZWVtcHRpb25zGAMgASgFEhUKDWNhY2hlZF90b2tlbnMYBCABKAUiugEKB1RpbWluZ3MSKAoFcXVldWUYASABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKgoHcHJlZmlsbBgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIpCgZkZWNvZGUYAyABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SLgoLZmlyc3RfdG9rZW4YBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24iIgoMQWJvcnRSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkiIAoNQWJvcnRSZXNwb25zZRIPCgdhYm9ydGVkGAEgASgIKvoBCgxGaW5pc2hSZWFzb24SHQoZRklOSVNIX1JFQVNPTl9VTlNQRUNJRklFRBAAEhUKEUZJTklTSF9SRUFTT05fRU9TEAESHQoZRklOSVNIX1JFQVNPTl9TVE9QX1NUUklORxACEhwKGEZJTklTSF9SRUFTT05fU1RPUF9UT0tFThADEhwKGEZJTklTSF9SRUFTT05fTUFYX1RPS0VOUxAEEiAKHEZJTklTSF9SRUFTT05fQ09OVEVYVF9MRU5HVEgQBRIcChhGSU5JU0hfUkVBU09OX1RJTUVfTElNSVQQBhIZChVGSU5JU0hfUkVBU09OX0FCT1JURUQQBzKSAQoRR2VuZXJhdGlvblNlcnZpY2USQwoIR2VuZXJhdGUSGS5oc3JwYy52MS5HZW5lcmF0ZVJlcXVlc3QaGi5oc3JwYy52MS5HZW5lcmF0ZVJlc3BvbnNlMAESOAoFQWJvcnQSFi5oc3JwYy52MS5BYm9ydFJlcXVlc3QaFy5oc3JwYy52MS5BYm9ydFJlc3BvbnNlQkwKEmlvLmdpdGh1Yi5oc3JwYy52MVABWilnaXRodWIuY29tL2hzcnBjL2hzcnBjL2NsaWVudHMvZ28vaHNycGN2MaoCCEhzcnBjLlYxYgZwcm90bzM", [file_google_protobuf_duration, file_hsrpc_v1_prompt]);
 
 /**
  * GenerateRequest is one prompt and how to continue it. Every setting left out takes the default in its comment; the
@@ -108,6 +108,13 @@ export type GenerateRequest = Message<"hsrpc.v1.GenerateRequest"> & {
   textOptions?: TextOptions | undefined;
 
   /**
+   * What the output must be. Default: anything.
+   *
+   * @generated from field: hsrpc.v1.Constraint constraint = 11;
+   */
+  constraint?: Constraint | undefined;
+
+  /**
    * Requests share what the server keeps of equal first tokens only if their salts are equal, too: a secret of those who
    * may. Where clients have to say who they are, each has its own share anyway. At most 256 bytes. Default "".
    *
@@ -145,8 +152,113 @@ export const TokenIdsSchema: GenMessage<TokenIds> = /*@__PURE__*/
   messageDesc(file_hsrpc_v1_generation, 1);
 
 /**
+ * Constraint says what the output must be: tokens that it does not allow are excluded. Once nothing can follow, a token
+ * that ends a text does, with FINISH_REASON_EOS, whatever `ignore_eos` says; what stops the output before (max_tokens, a
+ * stop string) leaves it incomplete. One that cannot be compiled, within 2 s of a processor and bounded memory, is
+ * answered with INVALID_ARGUMENT that says where it is wrong; so is one that turns out later to be too complex to be
+ * followed.
+ *
+ * @generated from message hsrpc.v1.Constraint
+ */
+export type Constraint = Message<"hsrpc.v1.Constraint"> & {
+  /**
+   * The kind; exactly one must be set. Texts have 1 to 131072 bytes.
+   *
+   * @generated from oneof hsrpc.v1.Constraint.kind
+   */
+  kind: {
+    /**
+     * JSON that this JSON Schema describes, its keys in the order of the schema. What of JSON Schema is not followed is
+     * refused, never ignored; `$ref` reaches into the schema itself alone. Between tokens of JSON there may be a space, or a
+     * new line with up to 32 spaces and tabs; nothing if the schema has "x-guidance": {"whitespace_flexible": false}.
+     *
+     * @generated from field: string json_schema = 1;
+     */
+    value: string;
+    case: "jsonSchema";
+  } | {
+    /**
+     * Any JSON object.
+     *
+     * @generated from field: hsrpc.v1.JsonObject json_object = 2;
+     */
+    value: JsonObject;
+    case: "jsonObject";
+  } | {
+    /**
+     * What this regular expression matches as a whole, in the syntax of Rust's regex crate: without look-around and back
+     * references.
+     *
+     * @generated from field: string regex = 3;
+     */
+    value: string;
+    case: "regex";
+  } | {
+    /**
+     * What this context-free grammar derives: in Lark's notation, from the rule `start`, or in llama.cpp's GBNF, from
+     * `root`.
+     *
+     * @generated from field: string grammar = 4;
+     */
+    value: string;
+    case: "grammar";
+  } | {
+    /**
+     * One of some texts.
+     *
+     * @generated from field: hsrpc.v1.Choice choice = 5;
+     */
+    value: Choice;
+    case: "choice";
+  } | { case: undefined; value?: undefined };
+};
+
+/**
+ * Describes the message hsrpc.v1.Constraint.
+ * Use `create(ConstraintSchema)` to create a new message.
+ */
+export const ConstraintSchema: GenMessage<Constraint> = /*@__PURE__*/
+  messageDesc(file_hsrpc_v1_generation, 2);
+
+/**
+ * JsonObject is any JSON object.
+ *
+ * @generated from message hsrpc.v1.JsonObject
+ */
+export type JsonObject = Message<"hsrpc.v1.JsonObject"> & {
+};
+
+/**
+ * Describes the message hsrpc.v1.JsonObject.
+ * Use `create(JsonObjectSchema)` to create a new message.
+ */
+export const JsonObjectSchema: GenMessage<JsonObject> = /*@__PURE__*/
+  messageDesc(file_hsrpc_v1_generation, 3);
+
+/**
+ * Choice is a list of texts, of which the output is one.
+ *
+ * @generated from message hsrpc.v1.Choice
+ */
+export type Choice = Message<"hsrpc.v1.Choice"> & {
+  /**
+   * The texts: 1 to 1024, none empty, of 131072 bytes in all, written as a list in JSON.
+   *
+   * @generated from field: repeated string texts = 1;
+   */
+  texts: string[];
+};
+
+/**
+ * Describes the message hsrpc.v1.Choice.
+ * Use `create(ChoiceSchema)` to create a new message.
+ */
+export const ChoiceSchema: GenMessage<Choice> = /*@__PURE__*/
+  messageDesc(file_hsrpc_v1_generation, 4);
+
+/**
  * Sampling says how the next token is drawn from the model's logits. Applied in this order: logit bias, penalties,
- * min_tokens, temperature, min_p, top_k, top_p. The model's own defaults are those of its generation_config.json, unless
+ * constraint, min_tokens, temperature, min_p, top_k, top_p. The model's own defaults are those of its generation_config.json, unless
  * the server's operator has them ignored; what is in effect comes back in `Start`.
  *
  * @generated from message hsrpc.v1.Sampling
@@ -222,7 +334,7 @@ export type Sampling = Message<"hsrpc.v1.Sampling"> & {
  * Use `create(SamplingSchema)` to create a new message.
  */
 export const SamplingSchema: GenMessage<Sampling> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_generation, 2);
+  messageDesc(file_hsrpc_v1_generation, 5);
 
 /**
  * Stopping says when the output ends.
@@ -238,7 +350,7 @@ export type Stopping = Message<"hsrpc.v1.Stopping"> & {
   maxTokens?: number | undefined;
 
   /**
-   * End tokens are excluded before this many output tokens. Default 0.
+   * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
    *
    * @generated from field: optional int32 min_tokens = 2;
    */
@@ -260,7 +372,8 @@ export type Stopping = Message<"hsrpc.v1.Stopping"> & {
   stopTokenIds: number[];
 
   /**
-   * Goes on past the tokens that end a text (GetModel says which). Default false.
+   * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+   * false.
    *
    * @generated from field: optional bool ignore_eos = 5;
    */
@@ -286,7 +399,7 @@ export type Stopping = Message<"hsrpc.v1.Stopping"> & {
  * Use `create(StoppingSchema)` to create a new message.
  */
 export const StoppingSchema: GenMessage<Stopping> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_generation, 3);
+  messageDesc(file_hsrpc_v1_generation, 6);
 
 /**
  * Output says what comes back, and in which portions.
@@ -355,7 +468,7 @@ export type Output = Message<"hsrpc.v1.Output"> & {
  * Use `create(OutputSchema)` to create a new message.
  */
 export const OutputSchema: GenMessage<Output> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_generation, 4);
+  messageDesc(file_hsrpc_v1_generation, 7);
 
 /**
  * GenerateResponse is a part of the answer. The first response alone has `start`, the last one alone has `finish`; the
@@ -391,7 +504,7 @@ export type GenerateResponse = Message<"hsrpc.v1.GenerateResponse"> & {
  * Use `create(GenerateResponseSchema)` to create a new message.
  */
 export const GenerateResponseSchema: GenMessage<GenerateResponse> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_generation, 5);
+  messageDesc(file_hsrpc_v1_generation, 8);
 
 /**
  * Start holds the prompt's facts and the settings in effect, defaults filled in.
@@ -461,7 +574,7 @@ export type Start = Message<"hsrpc.v1.Start"> & {
  * Use `create(StartSchema)` to create a new message.
  */
 export const StartSchema: GenMessage<Start> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_generation, 6);
+  messageDesc(file_hsrpc_v1_generation, 9);
 
 /**
  * Delta is the next piece of output. The texts of all deltas, one after the other, are the output: never half a
@@ -497,7 +610,7 @@ export type Delta = Message<"hsrpc.v1.Delta"> & {
  * Use `create(DeltaSchema)` to create a new message.
  */
 export const DeltaSchema: GenMessage<Delta> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_generation, 7);
+  messageDesc(file_hsrpc_v1_generation, 10);
 
 /**
  * TokenLogprob is a token's natural-log probability under the model, before any sampling setting.
@@ -539,7 +652,7 @@ export type TokenLogprob = Message<"hsrpc.v1.TokenLogprob"> & {
  * Use `create(TokenLogprobSchema)` to create a new message.
  */
 export const TokenLogprobSchema: GenMessage<TokenLogprob> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_generation, 8);
+  messageDesc(file_hsrpc_v1_generation, 11);
 
 /**
  * TopLogprob is one of the most probable tokens at a position.
@@ -567,7 +680,7 @@ export type TopLogprob = Message<"hsrpc.v1.TopLogprob"> & {
  * Use `create(TopLogprobSchema)` to create a new message.
  */
 export const TopLogprobSchema: GenMessage<TopLogprob> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_generation, 9);
+  messageDesc(file_hsrpc_v1_generation, 12);
 
 /**
  * Finish says how a request ended, and what it took.
@@ -625,7 +738,7 @@ export type Finish = Message<"hsrpc.v1.Finish"> & {
  * Use `create(FinishSchema)` to create a new message.
  */
 export const FinishSchema: GenMessage<Finish> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_generation, 10);
+  messageDesc(file_hsrpc_v1_generation, 13);
 
 /**
  * Usage counts tokens.
@@ -667,7 +780,7 @@ export type Usage = Message<"hsrpc.v1.Usage"> & {
  * Use `create(UsageSchema)` to create a new message.
  */
 export const UsageSchema: GenMessage<Usage> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_generation, 11);
+  messageDesc(file_hsrpc_v1_generation, 14);
 
 /**
  * Timings says where the time of a request went.
@@ -709,7 +822,7 @@ export type Timings = Message<"hsrpc.v1.Timings"> & {
  * Use `create(TimingsSchema)` to create a new message.
  */
 export const TimingsSchema: GenMessage<Timings> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_generation, 12);
+  messageDesc(file_hsrpc_v1_generation, 15);
 
 /**
  * AbortRequest names the request to end.
@@ -730,7 +843,7 @@ export type AbortRequest = Message<"hsrpc.v1.AbortRequest"> & {
  * Use `create(AbortRequestSchema)` to create a new message.
  */
 export const AbortRequestSchema: GenMessage<AbortRequest> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_generation, 13);
+  messageDesc(file_hsrpc_v1_generation, 16);
 
 /**
  * AbortResponse says whether there was something to end.
@@ -751,7 +864,7 @@ export type AbortResponse = Message<"hsrpc.v1.AbortResponse"> & {
  * Use `create(AbortResponseSchema)` to create a new message.
  */
 export const AbortResponseSchema: GenMessage<AbortResponse> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_generation, 14);
+  messageDesc(file_hsrpc_v1_generation, 17);
 
 /**
  * FinishReason is why an output ended.

@@ -552,6 +552,44 @@ private static final long serialVersionUID = 0L;
     return textOptions_ == null ? io.github.hsrpc.v1.TextOptions.getDefaultInstance() : textOptions_;
   }
 
+  public static final int CONSTRAINT_FIELD_NUMBER = 11;
+  private io.github.hsrpc.v1.Constraint constraint_;
+  /**
+   * <pre>
+   * What the output must be. Default: anything.
+   * </pre>
+   *
+   * <code>.hsrpc.v1.Constraint constraint = 11;</code>
+   * @return Whether the constraint field is set.
+   */
+  @java.lang.Override
+  public boolean hasConstraint() {
+    return constraint_ != null;
+  }
+  /**
+   * <pre>
+   * What the output must be. Default: anything.
+   * </pre>
+   *
+   * <code>.hsrpc.v1.Constraint constraint = 11;</code>
+   * @return The constraint.
+   */
+  @java.lang.Override
+  public io.github.hsrpc.v1.Constraint getConstraint() {
+    return constraint_ == null ? io.github.hsrpc.v1.Constraint.getDefaultInstance() : constraint_;
+  }
+  /**
+   * <pre>
+   * What the output must be. Default: anything.
+   * </pre>
+   *
+   * <code>.hsrpc.v1.Constraint constraint = 11;</code>
+   */
+  @java.lang.Override
+  public io.github.hsrpc.v1.ConstraintOrBuilder getConstraintOrBuilder() {
+    return constraint_ == null ? io.github.hsrpc.v1.Constraint.getDefaultInstance() : constraint_;
+  }
+
   public static final int CACHE_SALT_FIELD_NUMBER = 12;
   @SuppressWarnings("serial")
   private volatile java.lang.Object cacheSalt_ = "";
@@ -658,6 +696,9 @@ private static final long serialVersionUID = 0L;
     if (textOptions_ != null) {
       output.writeMessage(10, getTextOptions());
     }
+    if (constraint_ != null) {
+      output.writeMessage(11, getConstraint());
+    }
     if (((bitField0_ & 0x00000008) != 0)) {
       com.google.protobuf.GeneratedMessageV3.writeString(output, 12, cacheSalt_);
     }
@@ -706,6 +747,10 @@ private static final long serialVersionUID = 0L;
     if (textOptions_ != null) {
       size += com.google.protobuf.CodedOutputStream
         .computeMessageSize(10, getTextOptions());
+    }
+    if (constraint_ != null) {
+      size += com.google.protobuf.CodedOutputStream
+        .computeMessageSize(11, getConstraint());
     }
     if (((bitField0_ & 0x00000008) != 0)) {
       size += com.google.protobuf.GeneratedMessageV3.computeStringSize(12, cacheSalt_);
@@ -759,6 +804,11 @@ private static final long serialVersionUID = 0L;
     if (hasTextOptions()) {
       if (!getTextOptions()
           .equals(other.getTextOptions())) return false;
+    }
+    if (hasConstraint() != other.hasConstraint()) return false;
+    if (hasConstraint()) {
+      if (!getConstraint()
+          .equals(other.getConstraint())) return false;
     }
     if (hasCacheSalt() != other.hasCacheSalt()) return false;
     if (hasCacheSalt()) {
@@ -820,6 +870,10 @@ private static final long serialVersionUID = 0L;
     if (hasTextOptions()) {
       hash = (37 * hash) + TEXT_OPTIONS_FIELD_NUMBER;
       hash = (53 * hash) + getTextOptions().hashCode();
+    }
+    if (hasConstraint()) {
+      hash = (37 * hash) + CONSTRAINT_FIELD_NUMBER;
+      hash = (53 * hash) + getConstraint().hashCode();
     }
     if (hasCacheSalt()) {
       hash = (37 * hash) + CACHE_SALT_FIELD_NUMBER;
@@ -1004,6 +1058,11 @@ private static final long serialVersionUID = 0L;
         textOptionsBuilder_.dispose();
         textOptionsBuilder_ = null;
       }
+      constraint_ = null;
+      if (constraintBuilder_ != null) {
+        constraintBuilder_.dispose();
+        constraintBuilder_ = null;
+      }
       cacheSalt_ = "";
       inputCase_ = 0;
       input_ = null;
@@ -1075,6 +1134,11 @@ private static final long serialVersionUID = 0L;
             : textOptionsBuilder_.build();
       }
       if (((from_bitField0_ & 0x00000400) != 0)) {
+        result.constraint_ = constraintBuilder_ == null
+            ? constraint_
+            : constraintBuilder_.build();
+      }
+      if (((from_bitField0_ & 0x00000800) != 0)) {
         result.cacheSalt_ = cacheSalt_;
         to_bitField0_ |= 0x00000008;
       }
@@ -1163,9 +1227,12 @@ private static final long serialVersionUID = 0L;
       if (other.hasTextOptions()) {
         mergeTextOptions(other.getTextOptions());
       }
+      if (other.hasConstraint()) {
+        mergeConstraint(other.getConstraint());
+      }
       if (other.hasCacheSalt()) {
         cacheSalt_ = other.cacheSalt_;
-        bitField0_ |= 0x00000400;
+        bitField0_ |= 0x00000800;
         onChanged();
       }
       switch (other.getInputCase()) {
@@ -1276,9 +1343,16 @@ private static final long serialVersionUID = 0L;
               bitField0_ |= 0x00000200;
               break;
             } // case 82
+            case 90: {
+              input.readMessage(
+                  getConstraintFieldBuilder().getBuilder(),
+                  extensionRegistry);
+              bitField0_ |= 0x00000400;
+              break;
+            } // case 90
             case 98: {
               cacheSalt_ = input.readStringRequireUtf8();
-              bitField0_ |= 0x00000400;
+              bitField0_ |= 0x00000800;
               break;
             } // case 98
             default: {
@@ -2688,6 +2762,161 @@ private static final long serialVersionUID = 0L;
       return textOptionsBuilder_;
     }
 
+    private io.github.hsrpc.v1.Constraint constraint_;
+    private com.google.protobuf.SingleFieldBuilderV3<
+        io.github.hsrpc.v1.Constraint, io.github.hsrpc.v1.Constraint.Builder, io.github.hsrpc.v1.ConstraintOrBuilder> constraintBuilder_;
+    /**
+     * <pre>
+     * What the output must be. Default: anything.
+     * </pre>
+     *
+     * <code>.hsrpc.v1.Constraint constraint = 11;</code>
+     * @return Whether the constraint field is set.
+     */
+    public boolean hasConstraint() {
+      return ((bitField0_ & 0x00000400) != 0);
+    }
+    /**
+     * <pre>
+     * What the output must be. Default: anything.
+     * </pre>
+     *
+     * <code>.hsrpc.v1.Constraint constraint = 11;</code>
+     * @return The constraint.
+     */
+    public io.github.hsrpc.v1.Constraint getConstraint() {
+      if (constraintBuilder_ == null) {
+        return constraint_ == null ? io.github.hsrpc.v1.Constraint.getDefaultInstance() : constraint_;
+      } else {
+        return constraintBuilder_.getMessage();
+      }
+    }
+    /**
+     * <pre>
+     * What the output must be. Default: anything.
+     * </pre>
+     *
+     * <code>.hsrpc.v1.Constraint constraint = 11;</code>
+     */
+    public Builder setConstraint(io.github.hsrpc.v1.Constraint value) {
+      if (constraintBuilder_ == null) {
+        if (value == null) {
+          throw new NullPointerException();
+        }
+        constraint_ = value;
+      } else {
+        constraintBuilder_.setMessage(value);
+      }
+      bitField0_ |= 0x00000400;
+      onChanged();
+      return this;
+    }
+    /**
+     * <pre>
+     * What the output must be. Default: anything.
+     * </pre>
+     *
+     * <code>.hsrpc.v1.Constraint constraint = 11;</code>
+     */
+    public Builder setConstraint(
+        io.github.hsrpc.v1.Constraint.Builder builderForValue) {
+      if (constraintBuilder_ == null) {
+        constraint_ = builderForValue.build();
+      } else {
+        constraintBuilder_.setMessage(builderForValue.build());
+      }
+      bitField0_ |= 0x00000400;
+      onChanged();
+      return this;
+    }
+    /**
+     * <pre>
+     * What the output must be. Default: anything.
+     * </pre>
+     *
+     * <code>.hsrpc.v1.Constraint constraint = 11;</code>
+     */
+    public Builder mergeConstraint(io.github.hsrpc.v1.Constraint value) {
+      if (constraintBuilder_ == null) {
+        if (((bitField0_ & 0x00000400) != 0) &&
+          constraint_ != null &&
+          constraint_ != io.github.hsrpc.v1.Constraint.getDefaultInstance()) {
+          getConstraintBuilder().mergeFrom(value);
+        } else {
+          constraint_ = value;
+        }
+      } else {
+        constraintBuilder_.mergeFrom(value);
+      }
+      bitField0_ |= 0x00000400;
+      onChanged();
+      return this;
+    }
+    /**
+     * <pre>
+     * What the output must be. Default: anything.
+     * </pre>
+     *
+     * <code>.hsrpc.v1.Constraint constraint = 11;</code>
+     */
+    public Builder clearConstraint() {
+      bitField0_ = (bitField0_ & ~0x00000400);
+      constraint_ = null;
+      if (constraintBuilder_ != null) {
+        constraintBuilder_.dispose();
+        constraintBuilder_ = null;
+      }
+      onChanged();
+      return this;
+    }
+    /**
+     * <pre>
+     * What the output must be. Default: anything.
+     * </pre>
+     *
+     * <code>.hsrpc.v1.Constraint constraint = 11;</code>
+     */
+    public io.github.hsrpc.v1.Constraint.Builder getConstraintBuilder() {
+      bitField0_ |= 0x00000400;
+      onChanged();
+      return getConstraintFieldBuilder().getBuilder();
+    }
+    /**
+     * <pre>
+     * What the output must be. Default: anything.
+     * </pre>
+     *
+     * <code>.hsrpc.v1.Constraint constraint = 11;</code>
+     */
+    public io.github.hsrpc.v1.ConstraintOrBuilder getConstraintOrBuilder() {
+      if (constraintBuilder_ != null) {
+        return constraintBuilder_.getMessageOrBuilder();
+      } else {
+        return constraint_ == null ?
+            io.github.hsrpc.v1.Constraint.getDefaultInstance() : constraint_;
+      }
+    }
+    /**
+     * <pre>
+     * What the output must be. Default: anything.
+     * </pre>
+     *
+     * <code>.hsrpc.v1.Constraint constraint = 11;</code>
+     */
+    private com.google.protobuf.SingleFieldBuilderV3<
+        io.github.hsrpc.v1.Constraint, io.github.hsrpc.v1.Constraint.Builder, io.github.hsrpc.v1.ConstraintOrBuilder> 
+        getConstraintFieldBuilder() {
+      if (constraintBuilder_ == null) {
+        constraintBuilder_ = new com.google.protobuf.SingleFieldBuilderV3<
+            io.github.hsrpc.v1.Constraint, io.github.hsrpc.v1.Constraint.Builder, io.github.hsrpc.v1.ConstraintOrBuilder>(
+                getConstraint(),
+                getParentForChildren(),
+                isClean());
+        constraint_ = null;
+      }
+      return constraintBuilder_;
+    }
+
     private java.lang.Object cacheSalt_ = "";
     /**
      * <pre>
@@ -2699,7 +2928,7 @@ private static final long serialVersionUID = 0L;
      * @return Whether the cacheSalt field is set.
      */
     public boolean hasCacheSalt() {
-      return ((bitField0_ & 0x00000400) != 0);
+      return ((bitField0_ & 0x00000800) != 0);
     }
     /**
      * <pre>
@@ -2758,7 +2987,7 @@ private static final long serialVersionUID = 0L;
         java.lang.String value) {
       if (value == null) { throw new NullPointerException(); }
       cacheSalt_ = value;
-      bitField0_ |= 0x00000400;
+      bitField0_ |= 0x00000800;
       onChanged();
       return this;
     }
@@ -2773,7 +3002,7 @@ private static final long serialVersionUID = 0L;
      */
     public Builder clearCacheSalt() {
       cacheSalt_ = getDefaultInstance().getCacheSalt();
-      bitField0_ = (bitField0_ & ~0x00000400);
+      bitField0_ = (bitField0_ & ~0x00000800);
       onChanged();
       return this;
     }
@@ -2792,7 +3021,7 @@ private static final long serialVersionUID = 0L;
       if (value == null) { throw new NullPointerException(); }
       checkByteStringIsUtf8(value);
       cacheSalt_ = value;
-      bitField0_ |= 0x00000400;
+      bitField0_ |= 0x00000800;
       onChanged();
       return this;
     }

@@ -287,6 +287,33 @@ public interface GenerateRequestOrBuilder extends
 
   /**
    * <pre>
+   * What the output must be. Default: anything.
+   * </pre>
+   *
+   * <code>.hsrpc.v1.Constraint constraint = 11;</code>
+   * @return Whether the constraint field is set.
+   */
+  boolean hasConstraint();
+  /**
+   * <pre>
+   * What the output must be. Default: anything.
+   * </pre>
+   *
+   * <code>.hsrpc.v1.Constraint constraint = 11;</code>
+   * @return The constraint.
+   */
+  io.github.hsrpc.v1.Constraint getConstraint();
+  /**
+   * <pre>
+   * What the output must be. Default: anything.
+   * </pre>
+   *
+   * <code>.hsrpc.v1.Constraint constraint = 11;</code>
+   */
+  io.github.hsrpc.v1.ConstraintOrBuilder getConstraintOrBuilder();
+
+  /**
+   * <pre>
    * Requests share what the server keeps of equal first tokens only if their salts are equal, too: a secret of those who
    * may. Where clients have to say who they are, each has its own share anyway. At most 256 bytes. Default "".
    * </pre>

@@ -25,6 +25,21 @@ public final class Generation {
     com.google.protobuf.GeneratedMessageV3.FieldAccessorTable
       internal_static_hsrpc_v1_TokenIds_fieldAccessorTable;
   static final com.google.protobuf.Descriptors.Descriptor
+    internal_static_hsrpc_v1_Constraint_descriptor;
+  static final 
+    com.google.protobuf.GeneratedMessageV3.FieldAccessorTable
+      internal_static_hsrpc_v1_Constraint_fieldAccessorTable;
+  static final com.google.protobuf.Descriptors.Descriptor
+    internal_static_hsrpc_v1_JsonObject_descriptor;
+  static final 
+    com.google.protobuf.GeneratedMessageV3.FieldAccessorTable
+      internal_static_hsrpc_v1_JsonObject_fieldAccessorTable;
+  static final com.google.protobuf.Descriptors.Descriptor
+    internal_static_hsrpc_v1_Choice_descriptor;
+  static final 
+    com.google.protobuf.GeneratedMessageV3.FieldAccessorTable
+      internal_static_hsrpc_v1_Choice_fieldAccessorTable;
+  static final com.google.protobuf.Descriptors.Descriptor
     internal_static_hsrpc_v1_Sampling_descriptor;
   static final 
     com.google.protobuf.GeneratedMessageV3.FieldAccessorTable
@@ -105,7 +120,7 @@ public final class Generation {
     java.lang.String[] descriptorData = {
       "\n\031hsrpc/v1/generation.proto\022\010hsrpc.v1\032\036g" +
       "oogle/protobuf/duration.proto\032\025hsrpc/v1/" +
-      "prompt.proto\"\240\003\n\017GenerateRequest\022\027\n\nrequ" +
+      "prompt.proto\"\312\003\n\017GenerateRequest\022\027\n\nrequ" +
       "est_id\030\001 \001(\tH\001\210\001\001\022\022\n\005model\030\002 \001(\tH\002\210\001\001\022\016\n" +
       "\004text\030\003 \001(\tH\000\022\'\n\ttoken_ids\030\004 \001(\0132\022.hsrpc" +
       ".v1.TokenIdsH\000\022\036\n\004chat\030\t \001(\0132\016.hsrpc.v1." +
@@ -113,77 +128,83 @@ public final class Generation {
       "ling\022$\n\010stopping\030\006 \001(\0132\022.hsrpc.v1.Stoppi" +
       "ng\022 \n\006output\030\007 \001(\0132\020.hsrpc.v1.Output\022\025\n\010" +
       "priority\030\010 \001(\005H\003\210\001\001\022+\n\014text_options\030\n \001(" +
-      "\0132\025.hsrpc.v1.TextOptions\022\027\n\ncache_salt\030\014" +
-      " \001(\tH\004\210\001\001B\007\n\005inputB\r\n\013_request_idB\010\n\006_mo" +
-      "delB\013\n\t_priorityB\r\n\013_cache_salt\"\027\n\010Token" +
-      "Ids\022\013\n\003ids\030\001 \003(\005\"\265\003\n\010Sampling\022\030\n\013tempera" +
-      "ture\030\001 \001(\001H\000\210\001\001\022\022\n\005top_p\030\002 \001(\001H\001\210\001\001\022\022\n\005t" +
-      "op_k\030\003 \001(\005H\002\210\001\001\022\022\n\005min_p\030\004 \001(\001H\003\210\001\001\022\037\n\022r" +
-      "epetition_penalty\030\005 \001(\001H\004\210\001\001\022\035\n\020presence" +
-      "_penalty\030\006 \001(\001H\005\210\001\001\022\036\n\021frequency_penalty" +
-      "\030\007 \001(\001H\006\210\001\001\022\021\n\004seed\030\010 \001(\003H\007\210\001\001\0225\n\nlogit_" +
-      "bias\030\t \003(\0132!.hsrpc.v1.Sampling.LogitBias" +
-      "Entry\0320\n\016LogitBiasEntry\022\013\n\003key\030\001 \001(\005\022\r\n\005" +
-      "value\030\002 \001(\001:\0028\001B\016\n\014_temperatureB\010\n\006_top_" +
-      "pB\010\n\006_top_kB\010\n\006_min_pB\025\n\023_repetition_pen" +
-      "altyB\023\n\021_presence_penaltyB\024\n\022_frequency_" +
-      "penaltyB\007\n\005_seed\"\203\002\n\010Stopping\022\027\n\nmax_tok" +
-      "ens\030\001 \001(\005H\000\210\001\001\022\027\n\nmin_tokens\030\002 \001(\005H\001\210\001\001\022" +
-      "\014\n\004stop\030\003 \003(\t\022\026\n\016stop_token_ids\030\004 \003(\005\022\027\n" +
-      "\nignore_eos\030\005 \001(\010H\002\210\001\001\022\031\n\014include_stop\030\006" +
-      " \001(\010H\003\210\001\001\022-\n\ntime_limit\030\007 \001(\0132\031.google.p" +
-      "rotobuf.DurationB\r\n\013_max_tokensB\r\n\013_min_" +
-      "tokensB\r\n\013_ignore_eosB\017\n\r_include_stop\"\354" +
-      "\002\n\006Output\022\025\n\010logprobs\030\001 \001(\005H\000\210\001\001\022\034\n\017prom" +
-      "pt_logprobs\030\002 \001(\005H\001\210\001\001\022\030\n\013echo_prompt\030\003 " +
-      "\001(\010H\002\210\001\001\022\035\n\020return_token_ids\030\004 \001(\010H\003\210\001\001\022" +
-      "#\n\026max_tokens_per_message\030\005 \001(\005H\004\210\001\001\0224\n\021" +
-      "max_message_delay\030\006 \001(\0132\031.google.protobu" +
-      "f.Duration\022 \n\023skip_special_tokens\030\007 \001(\010H" +
-      "\005\210\001\001B\013\n\t_logprobsB\022\n\020_prompt_logprobsB\016\n" +
-      "\014_echo_promptB\023\n\021_return_token_idsB\031\n\027_m" +
-      "ax_tokens_per_messageB\026\n\024_skip_special_t" +
-      "okens\"t\n\020GenerateResponse\022\036\n\005start\030\001 \001(\013" +
-      "2\017.hsrpc.v1.Start\022\036\n\005delta\030\002 \001(\0132\017.hsrpc" +
-      ".v1.Delta\022 \n\006finish\030\003 \001(\0132\020.hsrpc.v1.Fin" +
-      "ish\"\330\001\n\005Start\022\022\n\nrequest_id\030\001 \001(\t\022\r\n\005mod" +
-      "el\030\002 \001(\t\022\025\n\rprompt_tokens\030\003 \001(\005\022\025\n\rcache" +
-      "d_tokens\030\004 \001(\005\022$\n\010sampling\030\005 \001(\0132\022.hsrpc" +
-      ".v1.Sampling\022$\n\010stopping\030\006 \001(\0132\022.hsrpc.v" +
-      "1.Stopping\022 \n\006output\030\007 \001(\0132\020.hsrpc.v1.Ou" +
-      "tput\022\020\n\010priority\030\010 \001(\005\"R\n\005Delta\022\014\n\004text\030" +
-      "\001 \001(\t\022\021\n\ttoken_ids\030\002 \003(\005\022(\n\010logprobs\030\003 \003" +
-      "(\0132\026.hsrpc.v1.TokenLogprob\"b\n\014TokenLogpr" +
-      "ob\022\020\n\010token_id\030\001 \001(\005\022\017\n\007logprob\030\002 \001(\001\022\014\n" +
-      "\004rank\030\003 \001(\005\022!\n\003top\030\004 \003(\0132\024.hsrpc.v1.TopL" +
-      "ogprob\"/\n\nTopLogprob\022\020\n\010token_id\030\001 \001(\005\022\017" +
-      "\n\007logprob\030\002 \001(\001\"\257\001\n\006Finish\022&\n\006reason\030\001 \001" +
-      "(\0162\026.hsrpc.v1.FinishReason\022\025\n\013stop_strin" +
-      "g\030\002 \001(\tH\000\022\027\n\rstop_token_id\030\003 \001(\005H\000\022\036\n\005us" +
-      "age\030\004 \001(\0132\017.hsrpc.v1.Usage\022\"\n\007timings\030\005 " +
-      "\001(\0132\021.hsrpc.v1.TimingsB\t\n\007matched\"e\n\005Usa" +
-      "ge\022\025\n\rprompt_tokens\030\001 \001(\005\022\031\n\021completion_" +
-      "tokens\030\002 \001(\005\022\023\n\013preemptions\030\003 \001(\005\022\025\n\rcac" +
-      "hed_tokens\030\004 \001(\005\"\272\001\n\007Timings\022(\n\005queue\030\001 " +
-      "\001(\0132\031.google.protobuf.Duration\022*\n\007prefil" +
-      "l\030\002 \001(\0132\031.google.protobuf.Duration\022)\n\006de" +
-      "code\030\003 \001(\0132\031.google.protobuf.Duration\022.\n" +
-      "\013first_token\030\004 \001(\0132\031.google.protobuf.Dur" +
-      "ation\"\"\n\014AbortRequest\022\022\n\nrequest_id\030\001 \001(" +
-      "\t\" \n\rAbortResponse\022\017\n\007aborted\030\001 \001(\010*\372\001\n\014" +
-      "FinishReason\022\035\n\031FINISH_REASON_UNSPECIFIE" +
-      "D\020\000\022\025\n\021FINISH_REASON_EOS\020\001\022\035\n\031FINISH_REA" +
-      "SON_STOP_STRING\020\002\022\034\n\030FINISH_REASON_STOP_" +
-      "TOKEN\020\003\022\034\n\030FINISH_REASON_MAX_TOKENS\020\004\022 \n" +
-      "\034FINISH_REASON_CONTEXT_LENGTH\020\005\022\034\n\030FINIS" +
-      "H_REASON_TIME_LIMIT\020\006\022\031\n\025FINISH_REASON_A" +
-      "BORTED\020\0072\222\001\n\021GenerationService\022C\n\010Genera" +
-      "te\022\031.hsrpc.v1.GenerateRequest\032\032.hsrpc.v1" +
-      ".GenerateResponse0\001\0228\n\005Abort\022\026.hsrpc.v1." +
-      "AbortRequest\032\027.hsrpc.v1.AbortResponseBL\n" +
-      "\022io.github.hsrpc.v1P\001Z)github.com/hsrpc/" +
-      "hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1b\006pro" +
-      "to3"
+      "\0132\025.hsrpc.v1.TextOptions\022(\n\nconstraint\030\013" +
+      " \001(\0132\024.hsrpc.v1.Constraint\022\027\n\ncache_salt" +
+      "\030\014 \001(\tH\004\210\001\001B\007\n\005inputB\r\n\013_request_idB\010\n\006_" +
+      "modelB\013\n\t_priorityB\r\n\013_cache_salt\"\027\n\010Tok" +
+      "enIds\022\013\n\003ids\030\001 \003(\005\"\240\001\n\nConstraint\022\025\n\013jso" +
+      "n_schema\030\001 \001(\tH\000\022+\n\013json_object\030\002 \001(\0132\024." +
+      "hsrpc.v1.JsonObjectH\000\022\017\n\005regex\030\003 \001(\tH\000\022\021" +
+      "\n\007grammar\030\004 \001(\tH\000\022\"\n\006choice\030\005 \001(\0132\020.hsrp" +
+      "c.v1.ChoiceH\000B\006\n\004kind\"\014\n\nJsonObject\"\027\n\006C" +
+      "hoice\022\r\n\005texts\030\001 \003(\t\"\265\003\n\010Sampling\022\030\n\013tem" +
+      "perature\030\001 \001(\001H\000\210\001\001\022\022\n\005top_p\030\002 \001(\001H\001\210\001\001\022" +
+      "\022\n\005top_k\030\003 \001(\005H\002\210\001\001\022\022\n\005min_p\030\004 \001(\001H\003\210\001\001\022" +
+      "\037\n\022repetition_penalty\030\005 \001(\001H\004\210\001\001\022\035\n\020pres" +
+      "ence_penalty\030\006 \001(\001H\005\210\001\001\022\036\n\021frequency_pen" +
+      "alty\030\007 \001(\001H\006\210\001\001\022\021\n\004seed\030\010 \001(\003H\007\210\001\001\0225\n\nlo" +
+      "git_bias\030\t \003(\0132!.hsrpc.v1.Sampling.Logit" +
+      "BiasEntry\0320\n\016LogitBiasEntry\022\013\n\003key\030\001 \001(\005" +
+      "\022\r\n\005value\030\002 \001(\001:\0028\001B\016\n\014_temperatureB\010\n\006_" +
+      "top_pB\010\n\006_top_kB\010\n\006_min_pB\025\n\023_repetition" +
+      "_penaltyB\023\n\021_presence_penaltyB\024\n\022_freque" +
+      "ncy_penaltyB\007\n\005_seed\"\203\002\n\010Stopping\022\027\n\nmax" +
+      "_tokens\030\001 \001(\005H\000\210\001\001\022\027\n\nmin_tokens\030\002 \001(\005H\001" +
+      "\210\001\001\022\014\n\004stop\030\003 \003(\t\022\026\n\016stop_token_ids\030\004 \003(" +
+      "\005\022\027\n\nignore_eos\030\005 \001(\010H\002\210\001\001\022\031\n\014include_st" +
+      "op\030\006 \001(\010H\003\210\001\001\022-\n\ntime_limit\030\007 \001(\0132\031.goog" +
+      "le.protobuf.DurationB\r\n\013_max_tokensB\r\n\013_" +
+      "min_tokensB\r\n\013_ignore_eosB\017\n\r_include_st" +
+      "op\"\354\002\n\006Output\022\025\n\010logprobs\030\001 \001(\005H\000\210\001\001\022\034\n\017" +
+      "prompt_logprobs\030\002 \001(\005H\001\210\001\001\022\030\n\013echo_promp" +
+      "t\030\003 \001(\010H\002\210\001\001\022\035\n\020return_token_ids\030\004 \001(\010H\003" +
+      "\210\001\001\022#\n\026max_tokens_per_message\030\005 \001(\005H\004\210\001\001" +
+      "\0224\n\021max_message_delay\030\006 \001(\0132\031.google.pro" +
+      "tobuf.Duration\022 \n\023skip_special_tokens\030\007 " +
+      "\001(\010H\005\210\001\001B\013\n\t_logprobsB\022\n\020_prompt_logprob" +
+      "sB\016\n\014_echo_promptB\023\n\021_return_token_idsB\031" +
+      "\n\027_max_tokens_per_messageB\026\n\024_skip_speci" +
+      "al_tokens\"t\n\020GenerateResponse\022\036\n\005start\030\001" +
+      " \001(\0132\017.hsrpc.v1.Start\022\036\n\005delta\030\002 \001(\0132\017.h" +
+      "srpc.v1.Delta\022 \n\006finish\030\003 \001(\0132\020.hsrpc.v1" +
+      ".Finish\"\330\001\n\005Start\022\022\n\nrequest_id\030\001 \001(\t\022\r\n" +
+      "\005model\030\002 \001(\t\022\025\n\rprompt_tokens\030\003 \001(\005\022\025\n\rc" +
+      "ached_tokens\030\004 \001(\005\022$\n\010sampling\030\005 \001(\0132\022.h" +
+      "srpc.v1.Sampling\022$\n\010stopping\030\006 \001(\0132\022.hsr" +
+      "pc.v1.Stopping\022 \n\006output\030\007 \001(\0132\020.hsrpc.v" +
+      "1.Output\022\020\n\010priority\030\010 \001(\005\"R\n\005Delta\022\014\n\004t" +
+      "ext\030\001 \001(\t\022\021\n\ttoken_ids\030\002 \003(\005\022(\n\010logprobs" +
+      "\030\003 \003(\0132\026.hsrpc.v1.TokenLogprob\"b\n\014TokenL" +
+      "ogprob\022\020\n\010token_id\030\001 \001(\005\022\017\n\007logprob\030\002 \001(" +
+      "\001\022\014\n\004rank\030\003 \001(\005\022!\n\003top\030\004 \003(\0132\024.hsrpc.v1." +
+      "TopLogprob\"/\n\nTopLogprob\022\020\n\010token_id\030\001 \001" +
+      "(\005\022\017\n\007logprob\030\002 \001(\001\"\257\001\n\006Finish\022&\n\006reason" +
+      "\030\001 \001(\0162\026.hsrpc.v1.FinishReason\022\025\n\013stop_s" +
+      "tring\030\002 \001(\tH\000\022\027\n\rstop_token_id\030\003 \001(\005H\000\022\036" +
+      "\n\005usage\030\004 \001(\0132\017.hsrpc.v1.Usage\022\"\n\007timing" +
+      "s\030\005 \001(\0132\021.hsrpc.v1.TimingsB\t\n\007matched\"e\n" +
+      "\005Usage\022\025\n\rprompt_tokens\030\001 \001(\005\022\031\n\021complet" +
+      "ion_tokens\030\002 \001(\005\022\023\n\013preemptions\030\003 \001(\005\022\025\n" +
+      "\rcached_tokens\030\004 \001(\005\"\272\001\n\007Timings\022(\n\005queu" +
+      "e\030\001 \001(\0132\031.google.protobuf.Duration\022*\n\007pr" +
+      "efill\030\002 \001(\0132\031.google.protobuf.Duration\022)" +
+      "\n\006decode\030\003 \001(\0132\031.google.protobuf.Duratio" +
+      "n\022.\n\013first_token\030\004 \001(\0132\031.google.protobuf" +
+      ".Duration\"\"\n\014AbortRequest\022\022\n\nrequest_id\030" +
+      "\001 \001(\t\" \n\rAbortResponse\022\017\n\007aborted\030\001 \001(\010*" +
+      "\372\001\n\014FinishReason\022\035\n\031FINISH_REASON_UNSPEC" +
+      "IFIED\020\000\022\025\n\021FINISH_REASON_EOS\020\001\022\035\n\031FINISH" +
+      "_REASON_STOP_STRING\020\002\022\034\n\030FINISH_REASON_S" +
+      "TOP_TOKEN\020\003\022\034\n\030FINISH_REASON_MAX_TOKENS\020" +
+      "\004\022 \n\034FINISH_REASON_CONTEXT_LENGTH\020\005\022\034\n\030F" +
+      "INISH_REASON_TIME_LIMIT\020\006\022\031\n\025FINISH_REAS" +
+      "ON_ABORTED\020\0072\222\001\n\021GenerationService\022C\n\010Ge" +
+      "nerate\022\031.hsrpc.v1.GenerateRequest\032\032.hsrp" +
+      "c.v1.GenerateResponse0\001\0228\n\005Abort\022\026.hsrpc" +
+      ".v1.AbortRequest\032\027.hsrpc.v1.AbortRespons" +
+      "eBL\n\022io.github.hsrpc.v1P\001Z)github.com/hs" +
+      "rpc/hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1b" +
+      "\006proto3"
     };
     descriptor = com.google.protobuf.Descriptors.FileDescriptor
       .internalBuildGeneratedFileFrom(descriptorData,
@@ -196,15 +217,33 @@ public final class Generation {
     internal_static_hsrpc_v1_GenerateRequest_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_GenerateRequest_descriptor,
-        new java.lang.String[] { "RequestId", "Model", "Text", "TokenIds", "Chat", "Sampling", "Stopping", "Output", "Priority", "TextOptions", "CacheSalt", "Input", "RequestId", "Model", "Priority", "CacheSalt", });
+        new java.lang.String[] { "RequestId", "Model", "Text", "TokenIds", "Chat", "Sampling", "Stopping", "Output", "Priority", "TextOptions", "Constraint", "CacheSalt", "Input", "RequestId", "Model", "Priority", "CacheSalt", });
     internal_static_hsrpc_v1_TokenIds_descriptor =
       getDescriptor().getMessageTypes().get(1);
     internal_static_hsrpc_v1_TokenIds_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_TokenIds_descriptor,
         new java.lang.String[] { "Ids", });
-    internal_static_hsrpc_v1_Sampling_descriptor =
+    internal_static_hsrpc_v1_Constraint_descriptor =
       getDescriptor().getMessageTypes().get(2);
+    internal_static_hsrpc_v1_Constraint_fieldAccessorTable = new
+      com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
+        internal_static_hsrpc_v1_Constraint_descriptor,
+        new java.lang.String[] { "JsonSchema", "JsonObject", "Regex", "Grammar", "Choice", "Kind", });
+    internal_static_hsrpc_v1_JsonObject_descriptor =
+      getDescriptor().getMessageTypes().get(3);
+    internal_static_hsrpc_v1_JsonObject_fieldAccessorTable = new
+      com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
+        internal_static_hsrpc_v1_JsonObject_descriptor,
+        new java.lang.String[] { });
+    internal_static_hsrpc_v1_Choice_descriptor =
+      getDescriptor().getMessageTypes().get(4);
+    internal_static_hsrpc_v1_Choice_fieldAccessorTable = new
+      com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
+        internal_static_hsrpc_v1_Choice_descriptor,
+        new java.lang.String[] { "Texts", });
+    internal_static_hsrpc_v1_Sampling_descriptor =
+      getDescriptor().getMessageTypes().get(5);
     internal_static_hsrpc_v1_Sampling_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_Sampling_descriptor,
@@ -216,73 +255,73 @@ public final class Generation {
         internal_static_hsrpc_v1_Sampling_LogitBiasEntry_descriptor,
         new java.lang.String[] { "Key", "Value", });
     internal_static_hsrpc_v1_Stopping_descriptor =
-      getDescriptor().getMessageTypes().get(3);
+      getDescriptor().getMessageTypes().get(6);
     internal_static_hsrpc_v1_Stopping_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_Stopping_descriptor,
         new java.lang.String[] { "MaxTokens", "MinTokens", "Stop", "StopTokenIds", "IgnoreEos", "IncludeStop", "TimeLimit", "MaxTokens", "MinTokens", "IgnoreEos", "IncludeStop", });
     internal_static_hsrpc_v1_Output_descriptor =
-      getDescriptor().getMessageTypes().get(4);
+      getDescriptor().getMessageTypes().get(7);
     internal_static_hsrpc_v1_Output_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_Output_descriptor,
         new java.lang.String[] { "Logprobs", "PromptLogprobs", "EchoPrompt", "ReturnTokenIds", "MaxTokensPerMessage", "MaxMessageDelay", "SkipSpecialTokens", "Logprobs", "PromptLogprobs", "EchoPrompt", "ReturnTokenIds", "MaxTokensPerMessage", "SkipSpecialTokens", });
     internal_static_hsrpc_v1_GenerateResponse_descriptor =
-      getDescriptor().getMessageTypes().get(5);
+      getDescriptor().getMessageTypes().get(8);
     internal_static_hsrpc_v1_GenerateResponse_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_GenerateResponse_descriptor,
         new java.lang.String[] { "Start", "Delta", "Finish", });
     internal_static_hsrpc_v1_Start_descriptor =
-      getDescriptor().getMessageTypes().get(6);
+      getDescriptor().getMessageTypes().get(9);
     internal_static_hsrpc_v1_Start_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_Start_descriptor,
         new java.lang.String[] { "RequestId", "Model", "PromptTokens", "CachedTokens", "Sampling", "Stopping", "Output", "Priority", });
     internal_static_hsrpc_v1_Delta_descriptor =
-      getDescriptor().getMessageTypes().get(7);
+      getDescriptor().getMessageTypes().get(10);
     internal_static_hsrpc_v1_Delta_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_Delta_descriptor,
         new java.lang.String[] { "Text", "TokenIds", "Logprobs", });
     internal_static_hsrpc_v1_TokenLogprob_descriptor =
-      getDescriptor().getMessageTypes().get(8);
+      getDescriptor().getMessageTypes().get(11);
     internal_static_hsrpc_v1_TokenLogprob_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_TokenLogprob_descriptor,
         new java.lang.String[] { "TokenId", "Logprob", "Rank", "Top", });
     internal_static_hsrpc_v1_TopLogprob_descriptor =
-      getDescriptor().getMessageTypes().get(9);
+      getDescriptor().getMessageTypes().get(12);
     internal_static_hsrpc_v1_TopLogprob_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_TopLogprob_descriptor,
         new java.lang.String[] { "TokenId", "Logprob", });
     internal_static_hsrpc_v1_Finish_descriptor =
-      getDescriptor().getMessageTypes().get(10);
+      getDescriptor().getMessageTypes().get(13);
     internal_static_hsrpc_v1_Finish_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_Finish_descriptor,
         new java.lang.String[] { "Reason", "StopString", "StopTokenId", "Usage", "Timings", "Matched", });
     internal_static_hsrpc_v1_Usage_descriptor =
-      getDescriptor().getMessageTypes().get(11);
+      getDescriptor().getMessageTypes().get(14);
     internal_static_hsrpc_v1_Usage_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_Usage_descriptor,
         new java.lang.String[] { "PromptTokens", "CompletionTokens", "Preemptions", "CachedTokens", });
     internal_static_hsrpc_v1_Timings_descriptor =
-      getDescriptor().getMessageTypes().get(12);
+      getDescriptor().getMessageTypes().get(15);
     internal_static_hsrpc_v1_Timings_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_Timings_descriptor,
         new java.lang.String[] { "Queue", "Prefill", "Decode", "FirstToken", });
     internal_static_hsrpc_v1_AbortRequest_descriptor =
-      getDescriptor().getMessageTypes().get(13);
+      getDescriptor().getMessageTypes().get(16);
     internal_static_hsrpc_v1_AbortRequest_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_AbortRequest_descriptor,
         new java.lang.String[] { "RequestId", });
     internal_static_hsrpc_v1_AbortResponse_descriptor =
-      getDescriptor().getMessageTypes().get(14);
+      getDescriptor().getMessageTypes().get(17);
     internal_static_hsrpc_v1_AbortResponse_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_AbortResponse_descriptor,

@@ -6,7 +6,7 @@ package io.github.hsrpc.v1;
 /**
  * <pre>
  * Sampling says how the next token is drawn from the model's logits. Applied in this order: logit bias, penalties,
- * min_tokens, temperature, min_p, top_k, top_p. The model's own defaults are those of its generation_config.json, unless
+ * constraint, min_tokens, temperature, min_p, top_k, top_p. The model's own defaults are those of its generation_config.json, unless
  * the server's operator has them ignored; what is in effect comes back in `Start`.
  * </pre>
  *
@@ -683,7 +683,7 @@ private static final long serialVersionUID = 0L;
   /**
    * <pre>
    * Sampling says how the next token is drawn from the model's logits. Applied in this order: logit bias, penalties,
-   * min_tokens, temperature, min_p, top_k, top_p. The model's own defaults are those of its generation_config.json, unless
+   * constraint, min_tokens, temperature, min_p, top_k, top_p. The model's own defaults are those of its generation_config.json, unless
    * the server's operator has them ignored; what is in effect comes back in `Start`.
    * </pre>
    *

@@ -81,7 +81,7 @@ private static final long serialVersionUID = 0L;
   private int minTokens_ = 0;
   /**
    * <pre>
-   * End tokens are excluded before this many output tokens. Default 0.
+   * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
    * </pre>
    *
    * <code>optional int32 min_tokens = 2;</code>
@@ -93,7 +93,7 @@ private static final long serialVersionUID = 0L;
   }
   /**
    * <pre>
-   * End tokens are excluded before this many output tokens. Default 0.
+   * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
    * </pre>
    *
    * <code>optional int32 min_tokens = 2;</code>
@@ -205,7 +205,8 @@ private static final long serialVersionUID = 0L;
   private boolean ignoreEos_ = false;
   /**
    * <pre>
-   * Goes on past the tokens that end a text (GetModel says which). Default false.
+   * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+   * false.
    * </pre>
    *
    * <code>optional bool ignore_eos = 5;</code>
@@ -217,7 +218,8 @@ private static final long serialVersionUID = 0L;
   }
   /**
    * <pre>
-   * Goes on past the tokens that end a text (GetModel says which). Default false.
+   * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+   * false.
    * </pre>
    *
    * <code>optional bool ignore_eos = 5;</code>
@@ -916,7 +918,7 @@ private static final long serialVersionUID = 0L;
     private int minTokens_ ;
     /**
      * <pre>
-     * End tokens are excluded before this many output tokens. Default 0.
+     * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
      * </pre>
      *
      * <code>optional int32 min_tokens = 2;</code>
@@ -928,7 +930,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * End tokens are excluded before this many output tokens. Default 0.
+     * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
      * </pre>
      *
      * <code>optional int32 min_tokens = 2;</code>
@@ -940,7 +942,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * End tokens are excluded before this many output tokens. Default 0.
+     * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
      * </pre>
      *
      * <code>optional int32 min_tokens = 2;</code>
@@ -956,7 +958,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * End tokens are excluded before this many output tokens. Default 0.
+     * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
      * </pre>
      *
      * <code>optional int32 min_tokens = 2;</code>
@@ -1230,7 +1232,8 @@ private static final long serialVersionUID = 0L;
     private boolean ignoreEos_ ;
     /**
      * <pre>
-     * Goes on past the tokens that end a text (GetModel says which). Default false.
+     * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+     * false.
      * </pre>
      *
      * <code>optional bool ignore_eos = 5;</code>
@@ -1242,7 +1245,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Goes on past the tokens that end a text (GetModel says which). Default false.
+     * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+     * false.
      * </pre>
      *
      * <code>optional bool ignore_eos = 5;</code>
@@ -1254,7 +1258,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Goes on past the tokens that end a text (GetModel says which). Default false.
+     * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+     * false.
      * </pre>
      *
      * <code>optional bool ignore_eos = 5;</code>
@@ -1270,7 +1275,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Goes on past the tokens that end a text (GetModel says which). Default false.
+     * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+     * false.
      * </pre>
      *
      * <code>optional bool ignore_eos = 5;</code>

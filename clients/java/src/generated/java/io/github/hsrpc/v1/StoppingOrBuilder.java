@@ -28,7 +28,7 @@ public interface StoppingOrBuilder extends
 
   /**
    * <pre>
-   * End tokens are excluded before this many output tokens. Default 0.
+   * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
    * </pre>
    *
    * <code>optional int32 min_tokens = 2;</code>
@@ -37,7 +37,7 @@ public interface StoppingOrBuilder extends
   boolean hasMinTokens();
   /**
    * <pre>
-   * End tokens are excluded before this many output tokens. Default 0.
+   * End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0.
    * </pre>
    *
    * <code>optional int32 min_tokens = 2;</code>
@@ -121,7 +121,8 @@ public interface StoppingOrBuilder extends
 
   /**
    * <pre>
-   * Goes on past the tokens that end a text (GetModel says which). Default false.
+   * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+   * false.
    * </pre>
    *
    * <code>optional bool ignore_eos = 5;</code>
@@ -130,7 +131,8 @@ public interface StoppingOrBuilder extends
   boolean hasIgnoreEos();
   /**
    * <pre>
-   * Goes on past the tokens that end a text (GetModel says which). Default false.
+   * Goes on past the tokens that end a text (GetModel says which), unless the constraint allows nothing else. Default
+   * false.
    * </pre>
    *
    * <code>optional bool ignore_eos = 5;</code>
