@@ -19,6 +19,7 @@ installed := .venv/installed
 clients := $(patsubst %/Makefile,%,$(wildcard clients/*/Makefile))
 interpreter := build/triton/installed
 ray := build/ray-installed
+lm_eval := build/lm-eval-installed
 uv := build/uv/bin/uv
 workflows := $(wildcard .github/workflows/*.yml)
 proto := PYTHON=$(bin)/python BUF=$(bin)/buf tools/proto.sh
@@ -52,6 +53,10 @@ kernels: $(installed) $(interpreter) ## Run the GPU kernels on the CPU, in Trito
 .PHONY: ray
 ray: $(installed) $(ray) ## Test the stage of Ray Data with a real Ray on this machine, of which a worker is killed
 	@HSRPC_TEST_RAY=1 $(pytest) tests/ray
+
+.PHONY: lm-eval
+lm-eval: $(installed) $(lm_eval) ## Test the model of lm-eval: its numbers are those of lm-eval's own for transformers
+	@HSRPC_TEST_LM_EVAL=1 $(pytest) tests/lm_eval
 
 .PHONY: soak
 soak: $(installed) ## Serve under load, faults, kills and a siege, for SECONDS=600 and more; report in build/soak
@@ -121,6 +126,11 @@ $(interpreter): Makefile
 
 $(ray): $(installed)
 	@$(bin)/pip install -qq --disable-pip-version-check -c constraints.txt 'ray[data]'
+	@mkdir -p $(@D)
+	@touch $@
+
+$(lm_eval): $(installed)
+	@$(bin)/pip install -qq --disable-pip-version-check -c constraints.txt lm-eval
 	@mkdir -p $(@D)
 	@touch $@
 

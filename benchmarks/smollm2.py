@@ -168,7 +168,7 @@ def measure(directory: Path, max_tokens: int) -> dict[str, Any]:
 
 
 def _told(prompt: Rendered, expected: Expected, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Of a prompt and its output: texts, tokens, and how near the second best token came to any."""
+    """Facts of a prompt and its output: texts, tokens, and how near the second best token came to any."""
     best = expected.logits.topk(2).values
     return {
         "kind": prompt.kind,

@@ -487,7 +487,7 @@ def _beginning(text: str) -> str:
 
 
 def _paying_cache(ratio: float) -> str:
-    """Of which kind a token takes fewer bytes, where caches cross the bus; `ratio` is of K and V to an activation."""
+    """Kind whose blocks take fewer bytes a token, where caches cross the bus; `ratio`: K and V to an activation."""
     if ratio > 1:
         return f"activations: {'half' if ratio == 2 else f'{1 / ratio:.2f}'} of K and V"
     if ratio == 1:

@@ -64,6 +64,7 @@ class _Output:
             token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
             logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
             finish=finish,
+            prompt_logprobs=tuple(logprob for delta in deltas for logprob in delta.prompt_logprobs),
         )
 
 

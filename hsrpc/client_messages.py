@@ -47,6 +47,7 @@ class Settings(TypedDict, total=False):
     time_limit: float
     constraint: Constraint | None
     logprobs: int
+    prompt_logprobs: int
     skip_special_tokens: bool
     echo_prompt: bool
     return_token_ids: bool
@@ -105,6 +106,8 @@ class Completion:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     finish: Finish
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Log-probabilities of the prompt's tokens but the first."""
 
 
 @contextmanager
@@ -251,12 +254,14 @@ def read_delta(response: v1.GenerateResponse) -> Delta:
     return Delta(
         text=response.delta.text,
         token_ids=tuple(response.delta.token_ids),
-        logprobs=tuple(
-            TokenLogprob(item.token_id, item.logprob, item.rank, tuple((top.token_id, top.logprob) for top in item.top))
-            for item in response.delta.logprobs
-        ),
+        logprobs=tuple(map(_read_logprob, response.delta.logprobs)),
         finish=_read_finish(response.finish) if response.HasField("finish") else None,
+        prompt_logprobs=tuple(map(_read_logprob, response.delta.prompt_logprobs)),
     )
+
+
+def _read_logprob(item: v1.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(item.token_id, item.logprob, item.rank, tuple((top.token_id, top.logprob) for top in item.top))
 
 
 def _read_finish(finish: v1.Finish) -> Finish:

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, Mapping
-from threading import Thread
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import uuid4
 
 import uvloop
@@ -29,6 +28,7 @@ from hsrpc.batch.refusal import Refusal
 from hsrpc.config import DeviceKind, EngineConfig
 from hsrpc.engine.engine import Engine
 from hsrpc.errors import ConfigError, InvalidRequestError
+from hsrpc.loop_thread import LoopThread
 from hsrpc.source import Embedded
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ Row: TypeAlias = dict[str, Any]
 Request: TypeAlias = Callable[[Row], Mapping[str, Any]]
 """Makes of a row the body of a request, as OpenAI has it: with `messages` or `prompt`; without `model`, the served one.
 It travels to the workers, pickled."""
-T = TypeVar("T")
 
 COLUMNS = ("answer", "response", "error")
 """Text of the first choice; body of the response, JSON; OpenAI's error object, JSON. Null where there is none."""
@@ -103,9 +102,8 @@ class Worker:
     def __init__(self, config: EngineConfig, request: Request) -> None:
         self._request = request
         self._seed = config.seed
-        self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-        Thread(target=self._loop.run_forever, name="hsrpc-engine", daemon=True).start()
-        self._engine = self._run(Engine(config).__aenter__())
+        self._loop = LoopThread("hsrpc-engine", uvloop.new_event_loop)
+        self._engine = self._loop.run(Engine(config).__aenter__())
         self._caller = Caller(Embedded(self._engine), 0.0)
         self._slots = asyncio.Semaphore(default_concurrency(self._engine.plan.max_batch))
 
@@ -122,18 +120,15 @@ class Worker:
         if taken is not None:
             raise ConfigError("dataset", taken, "the name of a column that is added", "rename it before")
         bodies = [self._request(row) for row in rows.to_pylist()]
-        values = [_values(result) for result in self._run(self._answers(bodies))]
+        values = [_values(result) for result in self._loop.run(self._answers(bodies))]
         for index, name in enumerate(COLUMNS):
             rows = rows.append_column(name, pa.array([each[index] for each in values], pa.string()))
         return rows
 
     def close(self) -> None:
         """End the engine and its loop."""
-        self._run(self._engine.__aexit__(None, None, None))
-        self._loop.call_soon_threadsafe(self._loop.stop)
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        self._loop.run(self._engine.__aexit__(None, None, None))
+        self._loop.close()
 
     async def _answers(self, bodies: list[Mapping[str, Any]]) -> list[Answer | Refusal]:
         return await asyncio.gather(*map(self._answer, bodies))

@@ -60,7 +60,7 @@ class SamplingParams:
     seed: int | None = None
     """Same seed, same tokens; None draws one."""
     max_tokens: int | None = None
-    """Most output tokens; None goes to the end of the context."""
+    """Most output tokens; None goes to the end of the context; 0, with `prompt_logprobs` only, generates nothing."""
     min_tokens: int = 0
     """End tokens are excluded before this many output tokens."""
     stop: Sequence[str] = ()
@@ -80,6 +80,8 @@ class SamplingParams:
     constraint: Constraint | None = None
     """What the output may be: `JsonSchema`, `JsonObject`, `Regex`, `Grammar` or `Choice`. Once nothing can follow, the
     end-of-text token does; `max_tokens` may cut the output off before."""
+    prompt_logprobs: int | None = None
+    """None: none of the prompt; n: those of each of its tokens but the first, and of the n most probable ones."""
     priority: int = 0
     """Smaller is admitted first; waiting makes up for it, and ties go to the client that was served least."""
 
@@ -94,7 +96,10 @@ class SamplingParams:
         _check_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
         _check_range("priority", self.priority, -(2**31), 2**31 - 1)
         if self.max_tokens is not None:
-            _check_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
+            _check_range("max_tokens", self.max_tokens, 0, 2**31 - 1)
+            if self.max_tokens == 0 and self.prompt_logprobs is None:
+                problem = "0 is outside [1, 2147483647] without prompt_logprobs: nothing would come of it"
+                raise InvalidRequestError("max_tokens", problem)
             if self.min_tokens > self.max_tokens:
                 raise InvalidRequestError("min_tokens", f"{self.min_tokens} is more than max_tokens={self.max_tokens}")
         if self.seed is not None:
@@ -103,6 +108,8 @@ class SamplingParams:
             _check_range("time_limit", self.time_limit, 0.0, 86_400.0, low_open=True)
         if self.logprobs is not None:
             _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         self._check_collections()
 
     def _check_collections(self) -> None:
@@ -127,6 +134,11 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def only_scores(self) -> bool:
+        """The prompt is computed, and nothing generated."""
+        return self.max_tokens == 0
 
     @property
     def has_penalties(self) -> bool:
@@ -207,3 +219,5 @@ class Delta:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Log-probabilities of the prompt's next tokens, from its second on; all come before, or with, the first output."""

@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from random import Random
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from hsrpc.errors import InvalidRequestError
-from hsrpc.prompt import CHAT_HINT, Prompt
+from hsrpc.prompt import CHAT_HINT, Chat, Prompt, Text
 from hsrpc.request import Delta
 
 if TYPE_CHECKING:
@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from hsrpc.v1.server_pb2 import BlockUse
 
 _log = logging.getLogger(__name__)
+
+
+class Bounds(NamedTuple):
+    """Where texts begin and end."""
+
+    max_model_len: int
+    """Most tokens of a request, prompt and output together."""
+    bos_token_id: int | None
+    """Token that begins a text; None: the model names none."""
+    eos_token_ids: Sequence[int]
+    """Tokens that end one."""
 
 
 class Source(Protocol):
@@ -44,6 +55,18 @@ class Source(Protocol):
 
     async def text_of(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special ones shown."""
+        ...
+
+    async def tokenize(self, prompt: str | Text | Chat) -> list[int]:
+        """Token ids that a request with this prompt has."""
+        ...
+
+    async def render(self, chat: Chat) -> str:
+        """The text that the model's template makes of a conversation."""
+        ...
+
+    async def bounds(self) -> Bounds:
+        """Bounds of the model's texts."""
         ...
 
     async def max_batch(self) -> int:
@@ -76,6 +99,16 @@ class Embedded:
 
     async def text_of(self, token_ids: Sequence[int]) -> str:
         return await self.engine.tokenizer.decode(token_ids, skip_special_tokens=False)  # takes no place in the queue
+
+    async def tokenize(self, prompt: str | Text | Chat) -> list[int]:
+        return await self.engine.tokenizer.encode(prompt)  # likewise
+
+    async def render(self, chat: Chat) -> str:
+        return await self.engine.tokenizer.render(chat)
+
+    async def bounds(self) -> Bounds:
+        spec = self.engine.spec
+        return Bounds(self.engine.max_model_len, spec.bos_token_id, spec.eos_token_ids)
 
     async def max_batch(self) -> int:
         return self.engine.plan.max_batch
@@ -142,6 +175,19 @@ class Remote:
 
     async def text_of(self, token_ids: Sequence[int]) -> str:
         return await self.client.detokenize(token_ids, skip_special_tokens=False)
+
+    async def tokenize(self, prompt: str | Text | Chat) -> list[int]:
+        with _refusals():
+            return await self.client.tokenize(prompt)
+
+    async def render(self, chat: Chat) -> str:
+        with _refusals():
+            return await self.client.render(chat)
+
+    async def bounds(self) -> Bounds:
+        found = await self.client.get_model()
+        bos = found.bos_token_id if found.HasField("bos_token_id") else None
+        return Bounds(found.max_model_len, bos, tuple(found.eos_token_ids))
 
     async def max_batch(self) -> int:
         return (await self.client.get_server_info()).plan.max_batch

@@ -40,7 +40,9 @@ ALLOWED = {
     "client": {"client_channel", "client_messages", "client_proxy", "prompt", "request", "errors", "v1"},
     "source": {"client", "engine", "prompt", "request", "errors", "v1"},
     "batch": {"source", "client_messages", "plan", "prompt", "request", "constraint", "config", "errors"},
-    "ray": {"batch", "source", "engine", "config", "errors"},
+    "loop_thread": set(),
+    "ray": {"batch", "loop_thread", "source", "engine", "config", "errors"},
+    "lm_eval": {"batch", "client", "loop_thread", "source", "engine", "prompt", "request", "config", "errors"},
     "testing": {"server", "engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"},
     "bench": {
         *("testing", "server", "client", "client_channel", "client_messages", "v1"),

@@ -40,7 +40,7 @@ class _Talker(FakeEngine):
 
 
 def resident() -> float:
-    """Of this process, MiB, without what its allocator keeps for later."""
+    """Memory of this process, MiB, without what its allocator keeps for later."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -426,21 +426,22 @@ func TestSettings(t *testing.T) {
 		{
 			func(s ...Setting) *Stream { return client.Generate(context.Background(), Text("?"), s...) },
 			[]Setting{
-				RequestID("id"), Model("m"), Priority(3), NoSpecialTokens(), PlainText(),
+				RequestID("id"), Model("m"), Priority(3), NoSpecialTokens(), PlainText(), JSONSchema("{}"), CacheSalt("4"),
 				Temperature(0), TopP(0.1), TopK(2), MinP(0.3), RepetitionPenalty(0.4), PresencePenalty(0.5),
 				FrequencyPenalty(0.6), Seed(7), LogitBias(map[int32]float64{8: 0.9}),
 				MaxTokens(10), MinTokens(11), Stop("12"), StopTokenIDs(13), IgnoreEOS(), IncludeStop(),
 				TimeLimit(14 * time.Second), Logprobs(15), EchoPrompt(), ReturnTokenIDs(), MaxTokensPerMessage(16),
-				MaxMessageDelay(17 * time.Second), ShowSpecialTokens(),
+				MaxMessageDelay(17 * time.Second), ShowSpecialTokens(), PromptLogprobs(18),
 			},
 			`{"text": "?", "requestId": "id", "model": "m", "priority": 3,
+				"constraint": {"jsonSchema": "{}"}, "cacheSalt": "4",
 				"textOptions": {"addSpecialTokens": false, "parseSpecial": false},
 				"sampling": {"temperature": 0, "topP": 0.1, "topK": 2, "minP": 0.3, "repetitionPenalty": 0.4,
 					"presencePenalty": 0.5, "frequencyPenalty": 0.6, "seed": "7", "logitBias": {"8": 0.9}},
 				"stopping": {"maxTokens": 10, "minTokens": 11, "stop": ["12"], "stopTokenIds": [13],
 					"ignoreEos": true, "includeStop": true, "timeLimit": "14s"},
 				"output": {"logprobs": 15, "echoPrompt": true, "returnTokenIds": true, "maxTokensPerMessage": 16,
-					"maxMessageDelay": "17s", "skipSpecialTokens": false}}`,
+					"maxMessageDelay": "17s", "skipSpecialTokens": false, "promptLogprobs": 18}}`,
 		},
 		{
 			func(s ...Setting) *Stream {

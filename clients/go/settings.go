@@ -130,6 +130,12 @@ func Logprobs(count int32) Setting {
 	return output(func(o *hsrpcv1.Output) { o.Logprobs = &count })
 }
 
+// PromptLogprobs gives the logprob of each token of the prompt but the first, and those of this many of the most probable
+// ones in its place. With it MaxTokens may be 0: the prompt is scored, and nothing generated.
+func PromptLogprobs(count int32) Setting {
+	return output(func(o *hsrpcv1.Output) { o.PromptLogprobs = &count })
+}
+
 // EchoPrompt has the text begin with the prompt's.
 func EchoPrompt() Setting {
 	return output(func(o *hsrpcv1.Output) { o.EchoPrompt = yes() })
@@ -153,6 +159,22 @@ func MaxMessageDelay(delay time.Duration) Setting {
 // ShowSpecialTokens leaves special tokens in the text, such as those that mark calls of tools.
 func ShowSpecialTokens() Setting {
 	return output(func(o *hsrpcv1.Output) { o.SkipSpecialTokens = no() })
+}
+
+// JSONSchema lets the output be nothing but JSON of this schema.
+func JSONSchema(schema string) Setting {
+	return Constraint(&hsrpcv1.Constraint{Kind: &hsrpcv1.Constraint_JsonSchema{JsonSchema: schema}})
+}
+
+// Constraint lets the output be nothing but what it allows: a JSON Schema, any JSON object, a regular expression, a
+// grammar, or a choice of texts.
+func Constraint(constraint *hsrpcv1.Constraint) Setting {
+	return set(func(r *hsrpcv1.GenerateRequest) { r.Constraint = constraint })
+}
+
+// CacheSalt is a secret of those who may share what the server keeps of equal first tokens.
+func CacheSalt(salt string) Setting {
+	return set(func(r *hsrpcv1.GenerateRequest) { r.CacheSalt = &salt })
 }
 
 // Priority lets a request in before those of a larger one.

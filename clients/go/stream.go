@@ -32,6 +32,8 @@ type Completion struct {
 	// TokenIDs are there with ReturnTokenIDs, Logprobs with Logprobs.
 	TokenIDs []int32
 	Logprobs []*hsrpcv1.TokenLogprob
+	// PromptLogprobs are there with PromptLogprobs, one for each token of the prompt but the first.
+	PromptLogprobs []*hsrpcv1.TokenLogprob
 	// Start has the prompt's facts and the settings in effect; Finish says why the output ended, and what it took.
 	Start  *hsrpcv1.Start
 	Finish *hsrpcv1.Finish
@@ -112,6 +114,7 @@ func (s *Stream) completion() (*Completion, error) {
 		text.WriteString(s.Text())
 		whole.TokenIDs = append(whole.TokenIDs, s.delta.GetTokenIds()...)
 		whole.Logprobs = append(whole.Logprobs, s.delta.GetLogprobs()...)
+		whole.PromptLogprobs = append(whole.PromptLogprobs, s.delta.GetPromptLogprobs()...)
 	}
 	if s.err != nil {
 		return nil, s.err

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from hsrpc.batch.call import Call
 from hsrpc.batch.line import Endpoint, Line
@@ -18,6 +19,14 @@ _STOPS = (FinishReason.EOS, FinishReason.STOP_STRING, FinishReason.STOP_TOKEN)
 
 
 @dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt in front of its output."""
+
+    text: str
+    first_token_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """All that a request gave."""
 
@@ -25,11 +34,17 @@ class Output:
     token_ids: Sequence[int]
     logprobs: Sequence[TokenLogprob]
     finish: Finish
+    prompt_logprobs: Sequence[TokenLogprob] = ()
+    """Log-probabilities of the prompt's tokens but the first, where they are wanted."""
+    echo: Echo | None = None
+    """Text of the prompt, where it comes back."""
 
     def named_ids(self) -> set[int]:
         """Token ids whose texts an answer with logprobs has."""
-        chosen = {item.token_id for item in self.logprobs}
-        return chosen | {token_id for item in self.logprobs for token_id, _ in item.top}
+        items = [*self.prompt_logprobs, *self.logprobs]
+        first = set() if self.echo is None else {self.echo.first_token_id}
+        chosen = {item.token_id for item in items}
+        return first | chosen | {token_id for item in items for token_id, _ in item.top}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,25 +111,29 @@ class Answer:
 
     def _choice(self, output: Output) -> dict[str, object]:
         logprobs = self._logprobs(output) if "logprobs" in self.call.settings else None
-        return {"text": output.text, "logprobs": logprobs}
+        text = output.text if output.echo is None else output.echo.text + output.text
+        return {"text": text, "logprobs": logprobs}
 
     def _logprobs(self, output: Output) -> dict[str, object]:
-        tokens = [self.texts[item.token_id] for item in output.logprobs]
-        starts = [0]
-        for token in tokens:
-            starts.append(starts[-1] + len(token))
+        """Lists with an entry for each token; the first of a prompt that comes back has no logprob."""
+        echo, items = output.echo, [*output.prompt_logprobs, *output.logprobs]
+        first = [] if echo is None else [self.texts[echo.first_token_id]]
+        nothing = [None] * len(first)
+        tokens = first + [self.texts[item.token_id] for item in items]
+        lengths = list(map(len, tokens))
+        if echo is not None and not echo.text.startswith(tokens[0]):
+            lengths[0] = 0  # a token that the text itself does not have
         return {
             "tokens": tokens,
-            "token_logprobs": [max(item.logprob, LEAST_LOGPROB) for item in output.logprobs],
-            "top_logprobs": [
-                {
-                    self.texts[token_id]: max(logprob, LEAST_LOGPROB)
-                    for token_id, logprob in (*item.top, (item.token_id, item.logprob))
-                }
-                for item in output.logprobs
-            ],
-            "text_offset": starts[:-1],
+            "token_logprobs": [*nothing, *(max(item.logprob, LEAST_LOGPROB) for item in items)],
+            "top_logprobs": [*nothing, *map(self._best, items)],
+            "text_offset": list(accumulate(lengths, initial=0))[:-1],
         }
+
+    def _best(self, item: TokenLogprob) -> dict[str, float]:
+        """The most probable tokens, and the one that is there."""
+        found = (*item.top, (item.token_id, item.logprob))
+        return {self.texts[token_id]: max(logprob, LEAST_LOGPROB) for token_id, logprob in found}
 
 
 def _reason(finish: Finish) -> str:

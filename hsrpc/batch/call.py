@@ -42,6 +42,8 @@ class Call:
     """Settings of `SamplingParams` that the body gives."""
     names: Mapping[str, str]
     """What the body calls each of them."""
+    echo: bool = False
+    """The prompt comes back in front of the output, with its logprobs where those are wanted."""
 
     @property
     def num_requests(self) -> int:
@@ -82,10 +84,16 @@ def read_call(endpoint: Endpoint, body: Json) -> Call:
     n = _whole("n", given.pop("n", 1))
     if not 1 <= n <= MAX_N:
         raise InvalidRequestError("n", f"{n} is outside [1, {MAX_N}]")
+    echo = endpoint is Endpoint.COMPLETIONS and _flag("echo", given.pop("echo", False))
     prompts, settings = _BODIES[endpoint](given)
+    if echo:
+        _score_prompts(settings)
+    elif settings.values.get("max_tokens") == 0:
+        remedy = "1 or more, or echo" if endpoint is Endpoint.COMPLETIONS else "1 or more"
+        raise InvalidRequestError(settings.names["max_tokens"], f"nothing would come of 0; give {remedy}")
     if len(prompts) * n > MAX_REQUESTS:
         raise InvalidRequestError("n", f"{len(prompts)} prompts, {n} times each, are more than {MAX_REQUESTS} requests")
-    call = Call(endpoint, model, prompts, n, settings.values, settings.names)
+    call = Call(endpoint, model, prompts, n, settings.values, settings.names, echo)
     try:
         SamplingParams(**call.settings)
     except InvalidRequestError as error:
@@ -149,6 +157,13 @@ def _read_completion(given: dict[str, Any]) -> tuple[Sequence[Prompt], _Settings
     settings = _settings(given, _COMPLETIONS)
     settings.values.setdefault("max_tokens", _DEFAULT_MAX_TOKENS)
     return prompts, settings
+
+
+def _score_prompts(settings: _Settings) -> None:
+    """Let a prompt that comes back be scored: where logprobs are wanted, or nothing else is."""
+    values = settings.values
+    if "logprobs" in values or values["max_tokens"] == 0:
+        settings.add("prompt_logprobs", "logprobs", values.get("logprobs", 0))
 
 
 def _prompts(value: object) -> list[Prompt]:

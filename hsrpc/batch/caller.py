@@ -8,11 +8,12 @@ from hashlib import sha256
 from itertools import count
 from typing import TypeVar
 
-from hsrpc.batch.answer import Answer, Output
+from hsrpc.batch.answer import Answer, Echo, Output
 from hsrpc.batch.call import Call
 from hsrpc.batch.refusal import FAILED, Refusal
 from hsrpc.batch.retry import MAX_ATTEMPTS, ChanceError, Retries, failure_of
 from hsrpc.errors import HsrpcError
+from hsrpc.prompt import Chat, Prompt, Text, told
 from hsrpc.request import Delta, FinishReason
 from hsrpc.source import Source
 
@@ -108,7 +109,16 @@ class Caller:
             [token_id for delta in deltas for token_id in delta.token_ids],
             [logprob for delta in deltas for logprob in delta.logprobs],
             finish,
+            [logprob for delta in deltas for logprob in delta.prompt_logprobs],
+            await self._echo(prompt) if call.echo else None,
         )
+
+    async def _echo(self, prompt: Prompt) -> Echo:
+        if isinstance(prompt, str | Text | Chat):
+            text, (first, *_) = told(prompt), await self._source.tokenize(prompt)
+        else:
+            text, first = await self._source.text_of(prompt), prompt[0]
+        return Echo(text, first)
 
     async def _text(self, token_id: int) -> str:
         """Text of a token within others: where a text begins, some tokenizers leave its space out."""

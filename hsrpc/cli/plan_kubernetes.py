@@ -117,7 +117,7 @@ class Overlay:
 
     @property
     def _hub_id(self) -> str | None:
-        """Of a model in the hub's cache, org/name; None: it is elsewhere."""
+        """Name of a model in the hub's cache, org/name; None: it is elsewhere."""
         directory = self._directory
         if directory is None or directory.parent.name != "snapshots":
             return None

@@ -132,7 +132,7 @@ class Delivery:
         transcript.generation.cached_tokens = transcript.request.cached_tokens or 0
         transcript.generation.put(delta)
         if delta.finish is not None:
-            if delta.finish.usage.completion_tokens:
+            if delta.finish.usage.completion_tokens or delta.finish.reason is FinishReason.MAX_TOKENS:
                 self.failed_in_a_row = 0
             self._close(transcript, delta.finish.reason)
             self._hint(transcript, delta.finish)

@@ -27,6 +27,7 @@ from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.run_to_end import run_to_end
 from hsrpc.engine.startup import ChoosePlan, Components, open_components, release
 from hsrpc.engine.stats import EngineStats
+from hsrpc.engine.tasks.executor import StepResult
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.validation import Validator
 from hsrpc.engine.warm_up import warm_up
@@ -38,7 +39,6 @@ from hsrpc.errors import (
     RequestExistsError,
 )
 from hsrpc.model.family import ModelSpec
-from hsrpc.model.sampler import Sampled
 from hsrpc.model.tensor import dtype_name
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
@@ -202,14 +202,14 @@ class Engine:
             EngineUnavailableError: the engine is not running.
         """
         self._check_open(request_id)
-        self._validator.check_length(prompt)
+        self._validator.check_length(prompt, params)
         self._validator.check_params(params)
         num_tokens = 1 if isinstance(prompt, str | Text | Chat) else len(prompt)
         applicant = Applicant(params, client, user, max_wait, num_tokens)
         self._admission.check(applicant)
         with self._admission.preparing(applicant):
             token_ids = await self._token_ids(prompt, client)
-            self._validator.check_prompt(token_ids, field_of(prompt))
+            self._validator.check_prompt(token_ids, field_of(prompt), params)
             decode = partial(self.tokenizer.decode_now, skip_special_tokens=params.skip_special_tokens)
             detokenizer = await self.tokenizer.run(Detokenizer, decode, token_ids[-8:])
             matcher = await self._matcher(params.constraint, client)
@@ -415,9 +415,9 @@ class Engine:
             ahead = self._schedule_ahead(step)
             self._meter.note_blocks()
             try:
-                sampled = await executor.execute(step, ahead)
+                result = await executor.execute(step, ahead)
                 self._meter.note_step(step.counts)
-                outputs = self._commit(step, sampled)
+                outputs = self._commit(step, result)
             except OutOfDeviceMemoryError as error:
                 outputs = self._fail_step(step, error)
             await self._delivery.put(outputs)
@@ -435,14 +435,14 @@ class Engine:
         self._scheduler.abandon(step.step_id)
         return []
 
-    def _commit(self, step: Step, sampled: list[Sampled] | None) -> list[Output]:
-        if sampled is None:
+    def _commit(self, step: Step, result: StepResult | None) -> list[Output]:
+        if result is None:
             self._scheduler.abandon(step.step_id)
             return []
-        token_ids = [None if failed else token_id for token_id, _, failed in sampled]
-        logprobs = [logprob for _, logprob, _ in sampled]
-        outputs = self._scheduler.commit(step.step_id, token_ids, time.monotonic(), logprobs)
-        self._meter.generated_tokens += len(outputs)
+        token_ids = [None if failed else token_id for token_id, _, failed in result.sampled]
+        logprobs = [logprob for _, logprob, _ in result.sampled]
+        outputs = self._scheduler.commit(step.step_id, token_ids, time.monotonic(), logprobs, result.scored)
+        self._meter.generated_tokens += sum(output.token_id is not None for output in outputs)
         return outputs
 
     def _request(self, request_id: str, token_ids: list[int], applicant: Applicant, salt: str) -> Request:

@@ -22,7 +22,7 @@ from hsrpc.model.rope import Rotation
 from hsrpc.plan.plan import REGENERATE_ROWS
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
-from hsrpc.schedule.step import Ints, Layout, MiniBatch
+from hsrpc.schedule.step import Ints, Layout, MiniBatch, Scores
 from hsrpc.schedule.sweep import Op, OpKind
 
 
@@ -51,7 +51,7 @@ class Group:
     choosing: torch.Tensor | None = None
     """[n] the row by which each one's experts are chosen, where that is told before they are used; None: its own."""
     rotation: Rotation = field(init=False)
-    """Of those positions."""
+    """Rotation of those positions."""
     hidden: torch.Tensor = field(init=False)
     """[n, h] input of the first layer, then output of the layer computed last."""
     projected: Projected | None = None
@@ -81,6 +81,15 @@ class DeviceLayout:
     """Rows that other requests of the mini-batch read as well."""
 
 
+class DeviceScores(NamedTuple):
+    """Prompt tokens of a mini-batch whose log-probabilities are wanted, on the device."""
+
+    rows: torch.Tensor
+    """[s] query rows."""
+    token_ids: torch.Tensor
+    """[s]"""
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceBatch:
     """A mini-batch on the device."""
@@ -98,6 +107,7 @@ class DeviceBatch:
     stores: Mapping[BlockKind, Mapping[PoolId, Stores]]
     """Copies of new rows, by what activation blocks hold in a layer."""
     sample_rows: torch.Tensor
+    scores: DeviceScores | None = None
 
     @property
     def num_queries(self) -> int:
@@ -192,6 +202,12 @@ class Forward:
             case _:
                 raise AssertionError(f"{op.kind} is no operation of the forward pass")
 
+    def prompt_logits(self, batch: DeviceBatch, wanted: slice) -> torch.Tensor:
+        """Logits [r, vocab] of some of the rows that tell a mini-batch's prompt tokens, behind the last layer."""
+        assert batch.scores is not None  # else the list does not ask for it
+        hidden = batch.group.hidden[batch.rows].index_select(0, batch.scores.rows[wanted])
+        return self._family.logits(self._fixed, hidden)
+
     def _upload(self, batches: Sequence[MiniBatch], upload: Upload) -> Iterator[DeviceBatch]:
         """A group's mini-batches."""
         positions = upload(np.concatenate([batch.positions for batch in batches]))
@@ -211,6 +227,7 @@ class Forward:
                 gathers=self._cache.gathers(batch, upload),
                 stores=self._cache.stores(batch, upload),
                 sample_rows=upload(batch.sample_rows),
+                scores=_scores(batch.scores, upload),
             )
 
     def _layout(self, op: Op, step: Pass) -> DeviceLayout:
@@ -332,6 +349,10 @@ class Forward:
     def _logits(self, step: Pass) -> torch.Tensor:
         hidden = torch.cat([batch.sampled for batch in step.batches])
         return self._family.logits(self._fixed, hidden)
+
+
+def _scores(scores: Scores | None, upload: Upload) -> DeviceScores | None:
+    return None if scores is None else DeviceScores(upload(scores.rows), upload(scores.token_ids))
 
 
 def _on_device(layout: Layout, query_starts: Ints, upload: Upload) -> DeviceLayout:

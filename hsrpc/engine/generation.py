@@ -108,4 +108,5 @@ def _merge(deltas: Sequence[Delta]) -> Delta:
         tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
         tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
         deltas[-1].finish,
+        tuple(chain.from_iterable(delta.prompt_logprobs for delta in deltas)),
     )

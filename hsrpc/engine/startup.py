@@ -47,6 +47,7 @@ from hsrpc.model.random_codes import split_format
 from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec
 from hsrpc.model.tensor import dtype_name
+from hsrpc.plan.device_memory import score_rows
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
@@ -341,7 +342,15 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
             graphs = None
             if can_capture(plan):
                 graphs = DecodeGraphs(forward, cache, prefetcher, device, layers=assembler.layers, plan=plan)
-            executor = Executor(assembler, device, prefetcher=prefetcher, cache=cache, forward=forward, graphs=graphs)
+            executor = Executor(
+                assembler,
+                device,
+                prefetcher=prefetcher,
+                cache=cache,
+                forward=forward,
+                graphs=graphs,
+                score_rows=score_rows(spec.sizes, plan.max_batch, plan.buffers.queries),
+            )
         ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.end_token_ids))
         spec = replace(spec, eos_token_ids=tuple(ends))
         grammars = open_grammars(tokenizer, spec)

@@ -25,10 +25,10 @@ class Validator:
     vocab_size: int
     max_model_len: int
 
-    def check_length(self, prompt: Prompt) -> None:
-        """What cannot fit is refused for its length alone, whatever it holds."""
+    def check_length(self, prompt: Prompt, params: SamplingParams | None = None) -> None:
+        """What cannot fit is refused for its length alone, whatever it holds; `params` None: it is no request's."""
         if not isinstance(prompt, str | Text | Chat):
-            self._check_count(len(prompt), "token_ids")
+            self._check_count(len(prompt), "token_ids", params)
             return
         length = len(prompt) if isinstance(prompt, str) else prompt.num_characters
         most = max_characters(self.max_model_len)
@@ -42,11 +42,11 @@ class Validator:
             raise InvalidRequestError("token_ids", found)
         self._check_vocabulary(token_ids, "token_ids")
 
-    def check_prompt(self, token_ids: Sequence[int], field: str) -> None:
-        """Check that there is at least one token, and room for one more."""
+    def check_prompt(self, token_ids: Sequence[int], field: str, params: SamplingParams) -> None:
+        """Check that there is at least one token, and room for one more where any is to be generated."""
         if not token_ids:
             raise InvalidRequestError(field, "the prompt is empty; give at least one token")
-        self._check_count(len(token_ids), field)
+        self._check_count(len(token_ids), field, params)
         self._check_vocabulary(token_ids, field)
 
     def check_params(self, params: SamplingParams) -> None:
@@ -55,10 +55,12 @@ class Validator:
         for token_id in params.logit_bias:
             self._check_token(token_id, f"logit_bias[{token_id}]")
 
-    def _check_count(self, count: int, field: str) -> None:
-        if count >= self.max_model_len:
-            max_count = self.max_model_len - 1
-            raise InvalidRequestError(field, f"{count} prompt tokens; at most {max_count} fit (max_model_len less one)")
+    def _check_count(self, count: int, field: str, params: SamplingParams | None) -> None:
+        only_scores = params is not None and params.only_scores
+        max_count = self.max_model_len - (not only_scores)
+        if count > max_count:
+            bound = "max_model_len" if only_scores else "max_model_len less one"
+            raise InvalidRequestError(field, f"{count} prompt tokens; at most {max_count} fit ({bound})")
 
     def _check_vocabulary(self, token_ids: Sequence[int], field: str) -> None:
         """Check all ids at once, and each only to name a wrong one: a long prompt would hold the event loop up."""

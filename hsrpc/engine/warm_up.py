@@ -54,6 +54,7 @@ async def _step(components: Components, scheduler: Scheduler) -> bool:
     scheduled = scheduler.schedule(0.0)
     if scheduled is None:
         return False
-    sampled = await components.executor.execute(components.executor.assemble(scheduled)) or []
+    result = await components.executor.execute(components.executor.assemble(scheduled))
+    sampled = [] if result is None else result.sampled
     scheduler.commit(scheduled.step_id, [None if item.failed else item.token_id for item in sampled], 0.0)
     return True

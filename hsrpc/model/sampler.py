@@ -88,6 +88,14 @@ class Sampler:
         logprobs = self._logprobs(logits, rows, token_ids)
         return PendingSample(rows, token_ids, self._fetch(token_ids), logprobs)
 
+    @torch.inference_mode()
+    def score(self, logits: Tensor, token_ids: Tensor, top: int) -> Callable[[], Tensor]:
+        """Starts to find the log-probabilities of tokens [n] under logits [n, vocab], and of the `top` most probable.
+
+        What it returns waits for the device, and is a table as `PendingSample.logprobs` has them.
+        """
+        return self._fetch(_logprob_table(logits, token_ids, min(top, logits.shape[1])))
+
     def _choose(
         self, logits: Tensor, rows: Sequence[SamplingRow], indices: Sequence[int], route: int, token_ids: Tensor
     ) -> None:
@@ -143,11 +151,14 @@ def _logprob_table(logits: Tensor, token_ids: Tensor, top: int) -> Tensor:
 def _sampled(token_id: int, row: SamplingRow, values: list[float] | None) -> Sampled:
     if token_id == _FAILED or values is None:
         return Sampled(token_id, None, token_id == _FAILED)
-    top = (len(values) - 2) // 2
-    best = [(int(best_id), value) for best_id, value in zip(values[2 : 2 + top], values[2 + top :], strict=True)]
-    return Sampled(
-        token_id, TokenLogprob(token_id, values[0], int(values[1]), tuple(best[: row.params.logprobs])), False
-    )
+    return Sampled(token_id, read_logprob(token_id, values, row.params.logprobs or 0), False)
+
+
+def read_logprob(token_id: int, values: Sequence[float], top: int) -> TokenLogprob:
+    """A row of a table of log-probabilities, with the `top` most probable tokens of those that it has."""
+    width = (len(values) - 2) // 2
+    best = zip(values[2 : 2 + min(top, width)], values[2 + width :], strict=False)
+    return TokenLogprob(token_id, values[0], int(values[1]), tuple((int(best_id), value) for best_id, value in best))
 
 
 def _index(indices: Sequence[int], device: torch.device) -> Tensor:

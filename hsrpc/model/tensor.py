@@ -13,7 +13,7 @@ class RowOrder(Protocol):
     """Where the rows of a checkpoint's tensors, one for each dimension of a head, go when they are packed."""
 
     def index(self) -> torch.Tensor:
-        """Of each row of the packed tensor its row in the sources, one after the other: int64 [rows]."""
+        """Row in the sources, one after the other, of each row of the packed tensor: int64 [rows]."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class TensorSpec:
     stacked: Stacked | None = None
     """Where it is read from in a checkpoint that has this instead of the sources."""
     mean: float = 0.0
-    """Of random weights: what a norm begins its training with."""
+    """Value of random weights: what a norm begins its training with."""
     exact: bool = False
     """It lies in float32, whatever type the model is computed in."""
 

@@ -17,6 +17,9 @@ from hsrpc.schedule.sweep import BUFFERS
 _INDEX_BYTES = 8
 _LOGIT_BYTES = 4
 """Logits are float32."""
+SCORE_BYTES = 24
+"""Bytes for a logit that a prompt's token is scored by: of the model's type and of float32, its logarithm, and more to
+find the best."""
 _GRAPH_COLUMNS, _GRAPH_COLUMN_BYTES = 4, 4
 """Numbers of a request in a decode graph's input beside its block table, and the bytes of each."""
 _QUERY_PARTS, _PART_BYTES = 32, 4
@@ -91,12 +94,25 @@ def workspace_bytes(sizes: ModelSizes, staging: Staging) -> Number:
     rows = 3 * np.minimum(staging.activation_rows, REGENERATE_ROWS)
     regenerate = rows * sizes.largest(lambda layer: layer.rebuilt_bytes)
     padded = staging.rows * sizes.largest(lambda layer: layer.padded_bytes)
-    logits = staging.batch * sizes.vocab_size
-    sampling = 8 * logits + 48 * np.minimum(logits, SAMPLE_ELEMENTS)
+    sampling = _sampling_bytes(sizes, staging.batch)
     indices = _INDICES * _INDEX_BYTES * len(sizes.windows.distinct) * (staging.rows + staging.step_tokens)
     absorbed = _absorbed_bytes(sizes, staging.absorbing)
     found: Number = query_bytes(sizes, staging.queries) + regenerate + padded + absorbed + sampling + indices
     return found
+
+
+def _sampling_bytes(sizes: ModelSizes, batch: Number) -> Number:
+    logits = batch * sizes.vocab_size
+    return 8 * logits + 48 * np.minimum(logits, SAMPLE_ELEMENTS)
+
+
+def score_rows(sizes: ModelSizes, batch: int, queries: int) -> int:
+    """Rows of logits of prompts at a time that fit what a layer and sampling have of the workspace.
+
+    The last layer is done by then, and sampling has not begun.
+    """
+    room = sizes.largest(lambda layer: layer.workspace_bytes(queries)) + _sampling_bytes(sizes, batch)
+    return max(1, int(room) // (SCORE_BYTES * sizes.vocab_size))
 
 
 def _absorbed_bytes(sizes: ModelSizes, queries: Number) -> Number:

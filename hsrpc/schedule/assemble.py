@@ -69,4 +69,5 @@ def _shape(batch: MiniBatch, group: int) -> BatchShape:
         loads=any(pool.tier is Tier.HOST for pool in (*layout.kv_loads, *layout.activation_loads)),
         rebuilds=layout.rebuilds,
         stores=any(pool.tier is Tier.HOST for pool in batch.stores),
+        scores=batch.scores is not None,
     )

@@ -299,7 +299,7 @@ class BlockManager:
         self._rule = rule
         self._published: dict[Key, Block] = {}
         self._keys: dict[Block, Key] = {}
-        """Of the blocks that are published."""
+        """Keys of the blocks that are published."""
 
     @property
     def num_blocks(self) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsrpc.schedule.blocks import POOLS_OF_KIND, BlockKind, PoolId
-from hsrpc.schedule.step import NO_ROWS, Chunk, InPlace, Ints, Layout, MiniBatch, Rows, Runs, expand, starts
+from hsrpc.schedule.step import NO_ROWS, Chunk, InPlace, Ints, Layout, MiniBatch, Rows, Runs, Scores, expand, starts
 from hsrpc.schedule.windows import first_visible
 
 IS_ACTIVATION = np.array([pool.kind is BlockKind.ACTIVATION for pool in PoolId])
@@ -37,6 +37,7 @@ def pack(
         layouts=tuple(_lay_out(each, counts, query_starts, block_size, window, pool=pool) for each, window in seen),
         stores=_stores(table, positions, np.repeat(np.arange(len(chunks)), counts), block_size),
         sample_rows=query_starts[1:][[chunk.samples for chunk in chunks]] - 1,
+        scores=_scores(chunks, query_starts),
     )
 
 
@@ -198,6 +199,17 @@ def _new_tokens(chunks: Sequence[Chunk]) -> Ints:
         new = chunk.request.token_ids[chunk.context : chunk.context + chunk.num_new]
         tokens += new if chunk.previous_row is None else [chunk.previous_row]
     return np.array(tokens, dtype=np.int64)
+
+
+def _scores(chunks: Sequence[Chunk], query_starts: Ints) -> Scores | None:
+    """What is wanted of the prompt tokens behind the queries."""
+    asking = [(chunk, scored, i) for i, chunk in enumerate(chunks) if (scored := chunk.scored)]
+    if not asking:
+        return None
+    rows = [query_starts[i] + np.arange(scored.start, scored.stop) - chunk.context - 1 for chunk, scored, i in asking]
+    tokens = [chunk.request.token_ids[scored.start : scored.stop] for chunk, scored, _ in asking]
+    tops = [np.full(len(scored), chunk.request.params.prompt_logprobs) for chunk, scored, _ in asking]
+    return Scores(*(np.concatenate(part).astype(np.int64) for part in (rows, tokens, tops)))
 
 
 def _loads(blocks: _Blocks, kind: BlockKind, targets: Ints) -> dict[PoolId, Runs]:

@@ -55,6 +55,7 @@ class Request:
         "num_computed",
         "num_prompt_tokens",
         "num_published",
+        "num_scored",
         "params",
         "preemptions",
         "rank",
@@ -92,6 +93,8 @@ class Request:
         """That it may come to have; the scheduler allows no more than fit the context."""
         self.num_computed = 0
         """Tokens whose K and V, or activations, are in `blocks`."""
+        self.num_scored = 1
+        """Prompt tokens whose log-probabilities are reported, where they are asked for; the first has none."""
         self.blocks = BlockTable()
         self.keys = BlockKeys(salt)
         self.num_published = 0
@@ -121,6 +124,15 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_reusable(self) -> int:
+        """Its first tokens that need not be computed where they are cached: all but the newest.
+
+        While the prompt is scored, those before the one that tells the next log-probability.
+        """
+        is_scored = self.params.prompt_logprobs is None or self.num_scored == self.num_prompt_tokens
+        return self.num_tokens - 1 if is_scored else self.num_scored - 1
 
     @property
     def num_output_tokens(self) -> int:

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from typing import NamedTuple
 
 from hsrpc.request import FinishReason, TokenLogprob
@@ -86,6 +87,8 @@ class Output(NamedTuple):
     """Sampling failed for this request alone."""
     logprob: TokenLogprob | None = None
     """The token's log-probability, where it was asked for."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Log-probabilities of the next tokens of its prompt, where they were asked for."""
 
 
 class Scheduler:
@@ -111,7 +114,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._queue = FairQueue()
         self.places = QueuePlaces()
-        """Of those that wait and were never admitted; and of others that hold one before they are added."""
+        """Places of those that wait and were never admitted, and of others that hold one before they are added."""
         self._queue_rate = QueueRate()
         self._preempted: list[tuple[tuple[float, int], Request]] = []
         self.num_preempted = 0
@@ -299,15 +302,23 @@ class Scheduler:
         token_ids: Sequence[int | None],
         now: float,
         logprobs: Sequence[TokenLogprob | None] | None = None,
+        scored: Sequence[TokenLogprob | None] = (),
     ) -> list[Output]:
-        """Take a step's result in the order of its rows that sample: the token is None where sampling failed."""
+        """Take a step's result in the order of its rows that sample: the token is None where sampling failed.
+
+        `scored`: log-probabilities of prompt tokens in the order of its chunks, as far as they are asked for; None
+        where that failed.
+        """
         chunks = self._in_flight.pop(step_id).chunks
         assert len(token_ids) == sum(chunk.samples for chunk in chunks)
         sampled = zip(token_ids, logprobs or [None] * len(token_ids), strict=True)
+        scores = iter(scored)
         outputs = []
         for chunk in chunks:
             request = chunk.request
             token_id, logprob = next(sampled) if chunk.samples else (None, None)
+            of_prompt = list(islice(scores, len(chunk.scored))) if scored else []
+            prompt_logprobs = tuple(each for each in of_prompt if each is not None)
             request.in_flight -= 1
             if request.finish_reason is not None:
                 self._free_ended(request)
@@ -317,8 +328,14 @@ class Scheduler:
                 request.is_uncached = False
                 self._publish(request)
                 self._free_hidden(request)
-            if chunk.samples:
-                outputs.append(self._accept(request, token_id, logprob, now))
+            if len(prompt_logprobs) < len(of_prompt) or (chunk.samples and token_id is None):
+                self.finish(request.request_id, FinishReason.ABORTED)
+                outputs.append(Output(request, None, FinishReason.ABORTED, failed=True))
+                continue
+            request.num_scored += len(prompt_logprobs)
+            output = Output(request) if token_id is None else self._accept(request, token_id, logprob, now)
+            if output.token_id is not None or output.finish is not None or prompt_logprobs:
+                outputs.append(output._replace(prompt_logprobs=prompt_logprobs))
         return outputs
 
     def abandon(self, step_id: int) -> None:
@@ -345,15 +362,15 @@ class Scheduler:
             first = first_visible(request.num_computed, window) // self.limits.block_size
             self.blocks.free_before(request.blocks, first)
 
-    def _accept(self, request: Request, token_id: int | None, logprob: TokenLogprob | None, now: float) -> Output:
-        if token_id is None:
-            self.finish(request.request_id, FinishReason.ABORTED)
-            return Output(request, None, FinishReason.ABORTED, failed=True)
+    def _accept(self, request: Request, token_id: int, logprob: TokenLogprob | None, now: float) -> Output:
+        if request.first_token_time is None:
+            request.first_token_time = now
+        if request.params.only_scores:
+            self.finish(request.request_id, FinishReason.MAX_TOKENS)
+            return Output(request, None, FinishReason.MAX_TOKENS)
         request.token_ids.append(token_id)
         if request.matcher is not None:
             request.matcher.push(token_id)
-        if request.first_token_time is None:
-            request.first_token_time = now
         reason = finish_reason(request, token_id, self._eos)
         if reason is not None:
             self.finish(request.request_id, reason)
@@ -454,9 +471,9 @@ class Scheduler:
         return self.limits.shares_prefixes and not request.is_uncached
 
     def _keys(self, request: Request) -> list[Key]:
-        """Keys of its full blocks before its newest token, which is computed whatever is found."""
+        """Keys of its full blocks that need not be computed where they are found."""
         size = self.limits.block_size
-        return request.keys.first((request.num_tokens - 1) // size, request.token_ids, size)
+        return request.keys.first(request.num_reusable // size, request.token_ids, size)
 
     def _publish(self, request: Request) -> None:
         """Let others find the blocks that are full by now."""

@@ -56,6 +56,15 @@ class Chunk(NamedTuple):
         """Its attention reads device KV blocks where they lie: a single query sees all its keys, in any order."""
         return self.num_new == 1
 
+    @property
+    def scored(self) -> range:
+        """Positions of the prompt tokens whose log-probabilities it gives: each by the query of the one before."""
+        request = self.request
+        if request.params.prompt_logprobs is None:
+            return range(0)
+        first = max(self.context + 1, request.num_scored)
+        return range(first, max(first, min(self.context + self.num_new + 1, request.num_prompt_tokens)))
+
 
 @dataclass(frozen=True, slots=True)
 class Runs:
@@ -168,6 +177,18 @@ class Layout:
         return len(self.activation_rows) > self.in_place.num_absorbed
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Prompt tokens of a mini-batch whose log-probabilities are wanted: `s` of them, in the order of the chunks."""
+
+    rows: Ints
+    """[s] query row that tells each."""
+    token_ids: Ints
+    """[s]"""
+    tops: Ints
+    """[s] how many of the most probable tokens are wanted beside each."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MiniBatch:
     """The part of a step that shares device buffers. `n` query rows of `r` requests."""
@@ -184,6 +205,8 @@ class MiniBatch:
     """Query rows to pool slots."""
     sample_rows: Ints
     """Query rows whose logits are sampled, in the order of the chunks that sample."""
+    scores: Scores | None = None
+    """None: no log-probabilities of prompt tokens are wanted."""
 
     @property
     def num_requests(self) -> int:

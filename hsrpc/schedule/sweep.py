@@ -79,6 +79,8 @@ class OpKind(Enum):
     """The rest of a layer for a group of mini-batches."""
     STORE = "store"
     """A mini-batch's new rows of a layer, to the host's pools."""
+    SCORE = "score"
+    """Log-probabilities of a mini-batch's prompt tokens, where they are wanted."""
     HEAD = "head"
     """Logits of the rows that are sampled."""
     SAMPLE = "sample"
@@ -149,6 +151,8 @@ class BatchShape(NamedTuple):
     """It has cached activations."""
     stores: bool = False
     """Some of its new rows go to the host."""
+    scores: bool = False
+    """Log-probabilities of its prompt tokens are wanted."""
 
 
 class Carried(NamedTuple):
@@ -209,6 +213,9 @@ def sweep(layers: Places, batches: tuple[BatchShape, ...], carried: Carried = NO
     builder.compute(OpKind.EMBED)
     for layer in range(len(layers)):
         builder.layer(layer)
+    for batch, shape in enumerate(batches):
+        if shape.scores:
+            builder.compute(OpKind.SCORE, batch)
     builder.compute(OpKind.HEAD)
     builder.compute(OpKind.SAMPLE)
     builder.tail()
@@ -256,9 +263,9 @@ class _Builder:
         self._weights: list[_Ref] = []
         """What completes each streamed layer, on through the next step's first ones."""
 
-    def compute(self, kind: OpKind) -> _Ref:
-        """An operation for the whole step."""
-        return self._add(Op(kind))
+    def compute(self, kind: OpKind, batch: int = -1) -> _Ref:
+        """An operation outside the layers, for the whole step or for a mini-batch."""
+        return self._add(Op(kind, batch=batch))
 
     def layer(self, layer: int) -> None:
         """All of a layer, and its weights."""

@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hsrpc.errors import InvalidRequestError
 from hsrpc.request import Delta
@@ -117,7 +117,16 @@ class Pacer:
 
 
 def split(delta: Delta, max_tokens: int) -> Iterator[Delta]:
-    """`delta` in pieces of at most `max_tokens` tokens and MAX_MESSAGE_TEXT characters; the last has the finish."""
+    """`delta` in pieces of at most `max_tokens` tokens and MAX_MESSAGE_TEXT characters; the last has the finish.
+
+    Log-probabilities of the prompt are as many of them as tokens may be, and come before what they share a piece with.
+    """
+    scored = delta.prompt_logprobs
+    if len(scored) > max_tokens:
+        *starts, last = range(0, len(scored), max_tokens)
+        for start in starts:
+            yield Delta(prompt_logprobs=scored[start : start + max_tokens])
+        delta = replace(delta, prompt_logprobs=scored[last:])
     num_tokens, length = len(delta.token_ids), len(delta.text)
     num_pieces = max(math.ceil(num_tokens / max_tokens), math.ceil(length / MAX_MESSAGE_TEXT))
     if num_pieces <= 1:
@@ -130,4 +139,5 @@ def split(delta: Delta, max_tokens: int) -> Iterator[Delta]:
             token_ids=delta.token_ids[tokens],
             logprobs=delta.logprobs[tokens],
             finish=delta.finish if i == num_pieces - 1 else None,
+            prompt_logprobs=delta.prompt_logprobs if i == 0 else (),
         )

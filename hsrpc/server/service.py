@@ -43,7 +43,7 @@ class Tokenized(NamedTuple):
 
     token_ids: Sequence[int]
     text: str | None
-    """Of a conversation; None: the prompt was text."""
+    """Text of a conversation; None: the prompt was text."""
 
 
 class Service:

@@ -39,7 +39,7 @@ class FakeEngine(StubEngine):
         self.clients: list[str] = []
         """Keys of those that submitted or used the tokenizer, refused ones too."""
         self.users: list[str] = []
-        """Of those that submitted."""
+        """Users of those that submitted."""
         self.max_waits: list[float | None] = []
         self.salts: list[str] = []
         self.device = "cpu"
@@ -69,7 +69,7 @@ class FakeEngine(StubEngine):
         generation = await super().submit(prompt, params, **options)
         self.submitted.append(generation.params)
         if not self.held:
-            self.say(generation.request_id, *WORDS)
+            self.say(generation.request_id, *(() if params.only_scores else WORDS))
             self.end(generation.request_id)
         return generation
 

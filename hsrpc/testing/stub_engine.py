@@ -21,7 +21,7 @@ from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import CacheRow, LayerSizes, ModelSizes, TensorSizes
 from hsrpc.prompt import Chat, Prompt, Text, field_of, told
-from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, Usage
+from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, TokenLogprob, Usage
 from hsrpc.server.engine_protocol import SubmitOptions
 
 STEP_SECONDS = 0.005
@@ -143,14 +143,16 @@ class StubEngine:
     async def submit(self, prompt: Prompt, params: SamplingParams, **options: Unpack[SubmitOptions]) -> StubGeneration:
         ids = await self.tokenizer.encode(prompt) if isinstance(prompt, str | Text | Chat) else list(prompt)
         room = self.max_model_len - len(ids)
-        if room <= 0:
+        if room < (not params.only_scores):
             raise InvalidRequestError(field_of(prompt), f"{len(ids)} tokens")
         request_id = options.get("request_id") or f"made-{next(self._ids)}"
         if request_id in self.live:
             raise RequestExistsError(request_id)
         effective = replace(params.within(room), seed=_SEED if params.seed is None else params.seed)
-        self.live[request_id] = StubGeneration(request_id, ids, effective, self)
-        return self.live[request_id]
+        self.live[request_id] = generation = StubGeneration(request_id, ids, effective, self)
+        if params.prompt_logprobs is not None and len(ids) > 1:
+            generation.put(Delta(prompt_logprobs=stub_logprobs(ids, params.prompt_logprobs)))
+        return generation
 
     async def tokenize(self, prompt: str | Text | Chat, *, client: str = "") -> list[int]:
         self._validator.check_length(prompt)
@@ -221,6 +223,12 @@ class StubEngine:
             self._tokens += 1
         if generation.given == max_tokens:
             self.end(generation.request_id, FinishReason.MAX_TOKENS)
+
+
+def stub_logprobs(prompt: Sequence[int], top: int) -> tuple[TokenLogprob, ...]:
+    """What a prompt's tokens but the first are scored: the place of each, which is its rank as well."""
+    best = tuple((token_id, -1.0 - token_id) for token_id in range(top))
+    return tuple(TokenLogprob(token_id, -float(place), place, best) for place, token_id in enumerate(prompt[1:], 1))
 
 
 def _plan() -> Plan:

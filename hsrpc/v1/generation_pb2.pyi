@@ -371,7 +371,9 @@ class Stopping(google.protobuf.message.Message):
     INCLUDE_STOP_FIELD_NUMBER: builtins.int
     TIME_LIMIT_FIELD_NUMBER: builtins.int
     max_tokens: builtins.int
-    """Most output tokens, at least 1. Default: as many as the context has room for."""
+    """Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+    as many as the context has room for.
+    """
     min_tokens: builtins.int
     """End tokens are excluded before this many output tokens, unless the constraint allows nothing else. Default 0."""
     ignore_eos: builtins.bool
@@ -434,7 +436,9 @@ class Output(google.protobuf.message.Message):
     logprobs: builtins.int
     """The chosen token's logprob and those of this many of the most probable ones, 0 to 20. Default: no logprobs."""
     prompt_logprobs: builtins.int
-    """Logprobs of the prompt's tokens. Not supported: setting it is answered with UNIMPLEMENTED."""
+    """The logprob of each of the prompt's tokens but the first, which has none before it, and those of this many of the
+    most probable ones in its place, 0 to 20. Default: none of the prompt.
+    """
     echo_prompt: builtins.bool
     """The text starts with the prompt's: `text` as it was given, token ids and conversations as Detokenize shows them.
     Default false.
@@ -488,7 +492,7 @@ Global___Output: typing_extensions.TypeAlias = Output
 @typing.final
 class GenerateResponse(google.protobuf.message.Message):
     """GenerateResponse is a part of the answer. The first response alone has `start`, the last one alone has `finish`; the
-    first response comes with the first token. One response may have several of the fields.
+    first response comes with the first token, or with the first logprobs of the prompt. One response may have several of the fields.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -584,6 +588,7 @@ class Delta(google.protobuf.message.Message):
     TEXT_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     text: builtins.str
     """New text; may be empty."""
     @property
@@ -594,14 +599,21 @@ class Delta(google.protobuf.message.Message):
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
         """One for each new token; only with `logprobs`."""
 
+    @property
+    def prompt_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+        first token, or with it, and no message has more of them than it may have tokens.
+        """
+
     def __init__(
         self,
         *,
         text: builtins.str = ...,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         logprobs: collections.abc.Iterable[Global___TokenLogprob] | None = ...,
+        prompt_logprobs: collections.abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
 
 Global___Delta: typing_extensions.TypeAlias = Delta
 
@@ -616,7 +628,7 @@ class TokenLogprob(google.protobuf.message.Message):
     RANK_FIELD_NUMBER: builtins.int
     TOP_FIELD_NUMBER: builtins.int
     token_id: builtins.int
-    """The token that was chosen."""
+    """The token that was chosen, or that the prompt has."""
     logprob: builtins.float
     """Natural logarithm of its probability."""
     rank: builtins.int

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from hsrpc.v1 import prompt_pb2 as hsrpc_dot_v1_dot_prompt__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hsrpc/v1/model.proto\x12\x08hsrpc.v1\x1a\x15hsrpc/v1/prompt.proto\"/\n\x0fGetModelRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_model\"\xde\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x05\x12\x15\n\rmax_model_len\x18\x04 \x01(\x05\x12\x15\n\reos_token_ids\x18\x05 \x03(\x05\x12#\n\x05sizes\x18\x06 \x01(\x0b\x32\x14.hsrpc.v1.ModelSizes\x12&\n\x05\x63\x61\x63he\x18\x07 \x01(\x0b\x32\x17.hsrpc.v1.CacheDecision\x12\x19\n\x11has_chat_template\x18\x08 \x01(\x08\"\x87\x02\n\nModelSizes\x12\x12\n\nnum_layers\x18\x01 \x01(\x05\x12\x13\n\x0bhidden_size\x18\x02 \x01(\x05\x12\x11\n\tnum_heads\x18\x03 \x01(\x05\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\x05\x12\x10\n\x08head_dim\x18\x05 \x01(\x05\x12\x10\n\x08\x66\x66n_size\x18\x06 \x01(\x05\x12\x12\n\nvocab_size\x18\x07 \x01(\x05\x12\x15\n\relement_bytes\x18\x08 \x01(\x05\x12\x13\n\x0blayer_bytes\x18\t \x01(\x03\x12\x13\n\x0bmodel_bytes\x18\n \x01(\x03\x12\x1b\n\x0esliding_window\x18\x0b \x01(\x05H\x00\x88\x01\x01\x42\x11\n\x0f_sliding_window\"\xa4\x01\n\rCacheDecision\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x18\n\x10\x61\x63tivation_share\x18\x02 \x01(\x01\x12\x18\n\x10\x61\x63tivation_ratio\x18\x03 \x01(\x01\x12\x10\n\x08kv_bytes\x18\x04 \x01(\x03\x12\x18\n\x10\x61\x63tivation_bytes\x18\x05 \x01(\x03\x12\x13\n\x0b\x65xplanation\x18\x06 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x07 \x01(\t\"\x96\x01\n\x0fTokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x0c\n\x04text\x18\x02 \x01(\t\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0e.hsrpc.v1.ChatH\x01\x88\x01\x01\x12+\n\x0ctext_options\x18\x04 \x01(\x0b\x32\x15.hsrpc.v1.TextOptionsB\x08\n\x06_modelB\x07\n\x05_chat\"A\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x11\n\x04text\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_text\"~\n\x11\x44\x65tokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06_modelB\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xdd\x01\n\x0cModelService\x12\x41\n\x08GetModel\x12\x19.hsrpc.v1.GetModelRequest\x1a\x1a.hsrpc.v1.GetModelResponse\x12\x41\n\x08Tokenize\x12\x19.hsrpc.v1.TokenizeRequest\x1a\x1a.hsrpc.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.hsrpc.v1.DetokenizeRequest\x1a\x1c.hsrpc.v1.DetokenizeResponseBL\n\x12io.github.hsrpc.v1P\x01Z)github.com/hsrpc/hsrpc/clients/go/hsrpcv1\xaa\x02\x08Hsrpc.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hsrpc/v1/model.proto\x12\x08hsrpc.v1\x1a\x15hsrpc/v1/prompt.proto\"/\n\x0fGetModelRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_model\"\x8a\x02\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x05\x12\x15\n\rmax_model_len\x18\x04 \x01(\x05\x12\x15\n\reos_token_ids\x18\x05 \x03(\x05\x12#\n\x05sizes\x18\x06 \x01(\x0b\x32\x14.hsrpc.v1.ModelSizes\x12&\n\x05\x63\x61\x63he\x18\x07 \x01(\x0b\x32\x17.hsrpc.v1.CacheDecision\x12\x19\n\x11has_chat_template\x18\x08 \x01(\x08\x12\x19\n\x0c\x62os_token_id\x18\t \x01(\x05H\x00\x88\x01\x01\x42\x0f\n\r_bos_token_id\"\x87\x02\n\nModelSizes\x12\x12\n\nnum_layers\x18\x01 \x01(\x05\x12\x13\n\x0bhidden_size\x18\x02 \x01(\x05\x12\x11\n\tnum_heads\x18\x03 \x01(\x05\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\x05\x12\x10\n\x08head_dim\x18\x05 \x01(\x05\x12\x10\n\x08\x66\x66n_size\x18\x06 \x01(\x05\x12\x12\n\nvocab_size\x18\x07 \x01(\x05\x12\x15\n\relement_bytes\x18\x08 \x01(\x05\x12\x13\n\x0blayer_bytes\x18\t \x01(\x03\x12\x13\n\x0bmodel_bytes\x18\n \x01(\x03\x12\x1b\n\x0esliding_window\x18\x0b \x01(\x05H\x00\x88\x01\x01\x42\x11\n\x0f_sliding_window\"\xa4\x01\n\rCacheDecision\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x18\n\x10\x61\x63tivation_share\x18\x02 \x01(\x01\x12\x18\n\x10\x61\x63tivation_ratio\x18\x03 \x01(\x01\x12\x10\n\x08kv_bytes\x18\x04 \x01(\x03\x12\x18\n\x10\x61\x63tivation_bytes\x18\x05 \x01(\x03\x12\x13\n\x0b\x65xplanation\x18\x06 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x07 \x01(\t\"\x96\x01\n\x0fTokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x0c\n\x04text\x18\x02 \x01(\t\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0e.hsrpc.v1.ChatH\x01\x88\x01\x01\x12+\n\x0ctext_options\x18\x04 \x01(\x0b\x32\x15.hsrpc.v1.TextOptionsB\x08\n\x06_modelB\x07\n\x05_chat\"A\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x11\n\x04text\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_text\"~\n\x11\x44\x65tokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06_modelB\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xdd\x01\n\x0cModelService\x12\x41\n\x08GetModel\x12\x19.hsrpc.v1.GetModelRequest\x1a\x1a.hsrpc.v1.GetModelResponse\x12\x41\n\x08Tokenize\x12\x19.hsrpc.v1.TokenizeRequest\x1a\x1a.hsrpc.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.hsrpc.v1.DetokenizeRequest\x1a\x1c.hsrpc.v1.DetokenizeResponseBL\n\x12io.github.hsrpc.v1P\x01Z)github.com/hsrpc/hsrpc/clients/go/hsrpcv1\xaa\x02\x08Hsrpc.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,19 +36,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELREQUEST']._serialized_start=57
   _globals['_GETMODELREQUEST']._serialized_end=104
   _globals['_GETMODELRESPONSE']._serialized_start=107
-  _globals['_GETMODELRESPONSE']._serialized_end=329
-  _globals['_MODELSIZES']._serialized_start=332
-  _globals['_MODELSIZES']._serialized_end=595
-  _globals['_CACHEDECISION']._serialized_start=598
-  _globals['_CACHEDECISION']._serialized_end=762
-  _globals['_TOKENIZEREQUEST']._serialized_start=765
-  _globals['_TOKENIZEREQUEST']._serialized_end=915
-  _globals['_TOKENIZERESPONSE']._serialized_start=917
-  _globals['_TOKENIZERESPONSE']._serialized_end=982
-  _globals['_DETOKENIZEREQUEST']._serialized_start=984
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1110
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1112
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1146
-  _globals['_MODELSERVICE']._serialized_start=1149
-  _globals['_MODELSERVICE']._serialized_end=1370
+  _globals['_GETMODELRESPONSE']._serialized_end=373
+  _globals['_MODELSIZES']._serialized_start=376
+  _globals['_MODELSIZES']._serialized_end=639
+  _globals['_CACHEDECISION']._serialized_start=642
+  _globals['_CACHEDECISION']._serialized_end=806
+  _globals['_TOKENIZEREQUEST']._serialized_start=809
+  _globals['_TOKENIZEREQUEST']._serialized_end=959
+  _globals['_TOKENIZERESPONSE']._serialized_start=961
+  _globals['_TOKENIZERESPONSE']._serialized_end=1026
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1028
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1154
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1156
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1190
+  _globals['_MODELSERVICE']._serialized_start=1193
+  _globals['_MODELSERVICE']._serialized_end=1414
 # @@protoc_insertion_point(module_scope)

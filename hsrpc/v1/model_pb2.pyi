@@ -53,6 +53,7 @@ class GetModelResponse(google.protobuf.message.Message):
     SIZES_FIELD_NUMBER: builtins.int
     CACHE_FIELD_NUMBER: builtins.int
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: builtins.int
+    BOS_TOKEN_ID_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name, as requests may give it in `model`; the first one, where the server's operator gave it several."""
     family: builtins.str
@@ -65,6 +66,8 @@ class GetModelResponse(google.protobuf.message.Message):
     """
     has_chat_template: builtins.bool
     """The model has a chat template: requests may bring `chat`."""
+    bos_token_id: builtins.int
+    """Token that begins a text, of the model's configuration. Absent: it names none."""
     @property
     def eos_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Tokens that end a text: of the model's configuration, its generation configuration, and its tokenizer, with those
@@ -90,9 +93,11 @@ class GetModelResponse(google.protobuf.message.Message):
         sizes: Global___ModelSizes | None = ...,
         cache: Global___CacheDecision | None = ...,
         has_chat_template: builtins.bool = ...,
+        bos_token_id: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cache", b"cache", "sizes", b"sizes"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cache", b"cache", "context_length", b"context_length", "eos_token_ids", b"eos_token_ids", "family", b"family", "has_chat_template", b"has_chat_template", "max_model_len", b"max_model_len", "name", b"name", "sizes", b"sizes"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_bos_token_id", b"_bos_token_id", "bos_token_id", b"bos_token_id", "cache", b"cache", "sizes", b"sizes"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_bos_token_id", b"_bos_token_id", "bos_token_id", b"bos_token_id", "cache", b"cache", "context_length", b"context_length", "eos_token_ids", b"eos_token_ids", "family", b"family", "has_chat_template", b"has_chat_template", "max_model_len", b"max_model_len", "name", b"name", "sizes", b"sizes"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_bos_token_id", b"_bos_token_id"]) -> typing.Literal["bos_token_id"] | None: ...
 
 Global___GetModelResponse: typing_extensions.TypeAlias = GetModelResponse
 

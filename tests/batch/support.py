@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hsrpc.prompt import Prompt, told
+from hsrpc.prompt import Chat, Prompt, Text, told
 from hsrpc.request import Delta, Finish, FinishReason, Timings, TokenLogprob, Usage
 
 MODEL = "stub"
@@ -85,6 +85,13 @@ class StubSource:
             await asyncio.sleep(self.seconds)
             if self.failures.get(text):
                 raise self.failures[text].pop(0)
+            top = settings.get("prompt_logprobs")
+            if top is not None:
+                best = tuple((65 + rank, -1.0 - rank) for rank in range(top))
+                yield Delta(prompt_logprobs=tuple(TokenLogprob(ord(each), -2.0, 3, best) for each in text[1:]))
+            if settings.get("max_tokens") == 0:
+                yield Delta(finish=Finish(FinishReason.MAX_TOKENS, Usage(len(text), 0), TIMINGS))
+                return
             half = len(text) // 2
             yield self._delta(text[:half], settings)
             usage = Usage(len(text), len(text), cached_tokens=len(text) // 2)
@@ -116,6 +123,10 @@ class StubSource:
     async def text_of(self, token_ids: Sequence[int]) -> str:
         self._fail()
         return "".join(map(chr, token_ids)).removeprefix(" ")
+
+    async def tokenize(self, prompt: str | Text | Chat) -> list[int]:
+        self._fail()
+        return list(map(ord, told(prompt)))
 
     async def max_batch(self) -> int:
         return 8

@@ -99,6 +99,16 @@ def test_logprobs():
     assert completion_call(logprobs=2).settings["logprobs"] == 2
 
 
+def test_echo():
+    """A prompt that comes back is scored where logprobs are wanted, or nothing is generated."""
+    assert not completion_call(logprobs=2, echo=False).echo
+    assert "prompt_logprobs" not in completion_call(logprobs=2).settings
+    assert completion_call(echo=True).echo
+    assert "prompt_logprobs" not in completion_call(echo=True).settings
+    assert completion_call(echo=True, logprobs=2).settings["prompt_logprobs"] == 2
+    assert completion_call(echo=True, max_tokens=0).settings == {"max_tokens": 0, "prompt_logprobs": 0}
+
+
 @pytest.mark.parametrize(
     ("call", "body", "message"),
     [
@@ -119,7 +129,11 @@ def test_logprobs():
         (chat_call, {"temperature": float("nan")}, "temperature: nan is outside"),
         (chat_call, {"seed": -1}, "seed: -1 is outside"),
         (chat_call, {"seed": 10**400}, "seed: outside [-2^63"),
-        (chat_call, {"max_completion_tokens": 0}, "max_completion_tokens: 0 is outside"),
+        (chat_call, {"max_completion_tokens": 0}, "max_completion_tokens: nothing would come of 0; give 1 or more"),
+        (completion_call, {"max_tokens": 0}, "max_tokens: nothing would come of 0; give 1 or more, or echo"),
+        (completion_call, {"max_tokens": -1, "echo": True}, "max_tokens: -1 is outside"),
+        (completion_call, {"logprobs": 21, "echo": True}, "logprobs: 21 is outside"),
+        (completion_call, {"echo": "yes"}, "echo: a JSON str; give true or false"),
         (chat_call, {"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens: not that of max_tokens"),
         (chat_call, {"top_logprobs": 2}, "top_logprobs: given without logprobs"),
         (chat_call, {"logprobs": True, "top_logprobs": 99}, "top_logprobs: 99 is outside"),
@@ -151,7 +165,7 @@ def test_what_is_wrong_with_a_body(call, body, message):
         (chat_call, {"tools": [{"type": "function"}]}),
         (chat_call, {"reasoning_effort": "low"}),
         (chat_call, {"frobnicate": 1}),
-        (completion_call, {"echo": True}),
+        (chat_call, {"echo": True}),
         (completion_call, {"suffix": "."}),
         (completion_call, {"best_of": 2}),
         (completion_call, {"top_logprobs": 2}),
@@ -240,7 +254,7 @@ JSON = st.recursive(
 NAMES = (
     *("model", "messages", "prompt", "n", "temperature", "top_p", "stop", "seed", "logit_bias", "max_tokens"),
     *("logprobs", "top_logprobs", "stream", "response_format", "tools", "chat_template_kwargs", "stop_token_ids"),
-    *("max_completion_tokens", "top_k", "best_of", "continue_final_message", "user", "structured_outputs"),
+    *("max_completion_tokens", "top_k", "best_of", "continue_final_message", "user", "echo", "structured_outputs"),
 )
 
 

@@ -49,7 +49,7 @@ async def test_tokens_of_all_requests(tmp_path):
 
 async def test_what_would_be_refused(tmp_path):
     """Is counted, and the first are told by line."""
-    lines = (b"oops", completion("a", model="no"), completion("b", echo=True), completion("c", prompt="bad"))
+    lines = (b"oops", completion("a", model="no"), completion("b", suffix="."), completion("c", prompt="bad"))
     found = await count_tokens(windows(tmp_path, *lines), tokenize, serves, 100)
     assert (found.lines, found.refused, found.requests) == (4, 4, 0)
     assert len(found.problems) == 3

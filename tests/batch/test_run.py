@@ -122,6 +122,43 @@ async def test_what_an_operator_aborts_is_in_error(source, kept):
     assert kept.errors[0]["response"]["body"]["error"]["code"] == "aborted"
 
 
+@pytest.mark.parametrize("prompt", ["say b", list(b"say b")])
+async def test_a_prompt_comes_back(source, kept, prompt):
+    """In front of the output, in the text and in each list of logprobs, where its first token has none."""
+    body = {"prompt": prompt, "echo": True, "logprobs": 1}
+    lines = [completion("a", **body), completion("b", **body, max_tokens=0), completion("c", prompt=prompt, echo=True)]
+    await run(source, kept, jobs(*lines))
+    bodies = {line["custom_id"]: line["response"]["body"] for line in kept.lines}
+    said = "say b" if isinstance(prompt, str) else " ".join(map(str, prompt))
+    for custom_id, output in {"a": said, "b": "", "c": said}.items():
+        [choice] = bodies[custom_id]["choices"]
+        assert choice["text"] == "say b" + output
+        assert choice["finish_reason"] == ("stop" if output else "length")
+        if custom_id == "c":
+            assert choice["logprobs"] is None
+            continue
+        found = choice["logprobs"]
+        assert found["tokens"][0] == said[0] if isinstance(prompt, str) else "s"
+        assert found["token_logprobs"][:2] == [None, -2.0]
+        assert found["top_logprobs"][0] is None
+        assert found["top_logprobs"][1].keys() == {"A", found["tokens"][1]}
+        assert found["text_offset"][:2] == [0, 1]
+        assert {len(each) for each in found.values()} == {len(said) + len(output)}
+
+
+async def test_offsets_are_those_of_the_text(source, kept, monkeypatch):
+    """A token that the tokenizer puts before a text is in the lists, and takes no place in the text."""
+
+    async def tokenize(prompt):
+        return [1, *map(ord, prompt.text)]
+
+    monkeypatch.setattr(source, "tokenize", tokenize)
+    await run(source, kept, jobs(completion("a", echo=True, logprobs=0, max_tokens=0, prompt="xsay")))
+    found = kept.lines[0]["response"]["body"]["choices"][0]
+    assert (found["text"], found["logprobs"]["tokens"]) == ("xsay", ["\x01", "s", "a", "y"])
+    assert found["logprobs"]["text_offset"] == [0, 0, 1, 2]
+
+
 async def test_logprobs_of_what_text_cannot_tell(source, kept):
     """A part of a character has no bytes, minus infinity is a number, and a space at a token's beginning is kept."""
     prompt = chat("a", messages=[{"role": "user", "content": " \ufffd"}], logprobs=True)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 import tracemalloc
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from hsrpc.batch.answer import output_line
 from hsrpc.batch.call import Call
 from hsrpc.batch.input_file import open_lines
 from hsrpc.batch.ledger import Ledger
@@ -90,7 +95,7 @@ def test_an_output_of_another_input(path):
 
 def test_what_a_line_becomes(path):
     """A call, a refusal of its body, or a fault of its own."""
-    write_lines(path, [completion("a"), completion("b", echo=True), b"oops"])
+    write_lines(path, [completion("a"), completion("b", suffix="."), b"oops"])
     [jobs] = Windows(str(path), Ledger())
     assert [type(job.task) for job in sorted(jobs, key=lambda job: job.line.number)] == [Call, Refusal, Fault]
 
@@ -137,6 +142,40 @@ def test_compressed_input_that_ends_too_soon(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(BatchError, match=r"in\.gz: damaged after line 49 .*; copy it again"):
         Windows(str(path), Ledger()).survey()
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """Lines of requests, compressed or not, with some bytes cut out, put in or changed."""
+    lines = draw(st.lists(st.sampled_from(["a", "b", "c"]).map(completion).map(json.dumps), max_size=4))
+    data = bytearray("\n".join(lines).encode())
+    if draw(st.booleans()):
+        data = bytearray(gzip.compress(data, mtime=0))
+    for _ in range(draw(st.integers(0, 4))):
+        start = draw(st.integers(0, len(data)))
+        data[start : start + draw(st.integers(0, 8))] = draw(st.binary(max_size=8))
+    return bytes(data)
+
+
+@settings(deadline=None)
+@given(st.one_of(damaged(), damaged(), st.binary(max_size=200), st.binary(max_size=200).map(b"\x1f\x8b".__add__)))
+def test_any_file_is_lines_or_refused(data):
+    """Each of its lines is a call, a refusal or a fault, whose output can be written; or the file is damaged."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "in"
+        path.write_bytes(data)
+        windows, jobs, problem = Windows(str(path), Ledger(), max_bytes=5_000), [], ""
+        try:
+            windows.survey()
+            jobs = [job for window in windows for job in window]
+        except BatchError as error:
+            problem = str(error).removeprefix(f"{path}: ")
+    assert not problem or problem.startswith(("damaged after line", "line "))
+    assert len({job.line.number for job in jobs}) == len(jobs)
+    for job in jobs:
+        assert isinstance(job.task, Call) or json.loads(output_line(job.line, job.task, "r"))["custom_id"] == (
+            job.line.custom_id
+        )
 
 
 def test_what_can_be_read_once_is_not_surveyed(tmp_path):

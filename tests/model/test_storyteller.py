@@ -195,7 +195,7 @@ def test_a_story_that_was_asked_for(model: OPTForCausalLM, vocabulary: set[str],
 
 @pytest.mark.parametrize("question", ANSWERS)
 def test_answers_from_the_conversation(model: OPTForCausalLM, question: str) -> None:
-    """Of the story and of the user's name in the system message; and that it knows nothing else."""
+    """The model knows the story and the user's name in the system message, and nothing else."""
     said = answer(model, "Tell me a story about a fox.", TOLD, question, system="The user is called Anna.")
     assert ANSWERS[question] in said
     assert re.search(r"[.!?]<\|im_end\|>$", said)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
+import torch
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
-from hsrpc.plan.device_memory import Staging, device_bytes, query_bytes
+from hsrpc.device.device import CpuDevice
+from hsrpc.model.sampler import Sampler
+from hsrpc.plan.device_memory import SCORE_BYTES, Staging, device_bytes, query_bytes, score_rows
 from hsrpc.plan.memory_use import DeviceUse
-from hsrpc.plan.plan import REGENERATE_ROWS, SAMPLE_ELEMENTS
+from hsrpc.plan.plan import PENDING_QUERIES, REGENERATE_ROWS, SAMPLE_ELEMENTS
 from tests.plan.test_plan import OPT_6_7B as SIZES
 
 STAGING = Staging(batch=64, rows=9000, activation_rows=9000, queries=500, step_tokens=700, graph_batch=64, table=128)
@@ -53,3 +59,29 @@ def test_graphs_take_a_step_of_their_largest_batch() -> None:
     assert change(DeviceUse.GRAPH_BUFFERS, graph_batch=1) == 4 * (4 + 128) + logits
     none = device_bytes(SIZES, replace(STAGING, graph_batch=0))
     assert none[DeviceUse.GRAPHS] == none[DeviceUse.GRAPH_BUFFERS] == 0
+
+
+@pytest.mark.parametrize("batch", [1, 64, 1000])
+@pytest.mark.parametrize("queries", [1, 500, 8192])
+def test_prompts_are_scored_in_what_the_workspace_has(batch: int, queries: int) -> None:
+    """Rows of logits take no more than is planned for a layer and for sampling, which begins after them."""
+    staging = replace(STAGING, batch=batch, queries=queries, rows=0, activation_rows=0, step_tokens=0)
+    rows = score_rows(SIZES, batch, queries)
+    assert rows >= 1
+    planned = device_bytes(SIZES, staging)[DeviceUse.WORKSPACE] - queries * (
+        PENDING_QUERIES * SIZES.layers[0].pending_bytes
+    )
+    assert SCORE_BYTES * SIZES.vocab_size * rows <= planned < SCORE_BYTES * SIZES.vocab_size * (rows + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_scored_row_takes(dtype: torch.dtype) -> None:
+    """From the head's product to the table, as torch's profiler sees its allocations on the CPU."""
+    rows, vocab = 8, 4000
+    hidden, head = torch.randn(rows, 16, dtype=dtype), torch.randn(vocab, 16, dtype=dtype)
+    sampler, token_ids = Sampler(CpuDevice().fetch), torch.arange(rows)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        sampler.score(functional.linear(hidden, head).float(), token_ids, 20)
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    assert 8 * vocab * rows < max(accumulate(sizes)) <= SCORE_BYTES * vocab * rows

@@ -55,8 +55,8 @@ placements = st.builds(
 def batches(draw: st.DrawFn) -> tuple[BatchShape, ...]:
     group, found = 0, []
     for _ in range(draw(st.integers(1, 5))):
-        loads, rebuilds, stores = (draw(st.booleans()) for _ in range(3))
-        found.append(BatchShape(group, loads, rebuilds, stores))
+        loads, rebuilds, stores, scores = (draw(st.booleans()) for _ in range(4))
+        found.append(BatchShape(group, loads, rebuilds, stores, scores))
         group += draw(st.integers(0, 1))
     return tuple(found)
 
@@ -124,7 +124,8 @@ def test_each_lane_has_its_operations_in_order(run: Steps) -> None:
     for ops in run.lists:
         assert sorted(number for lane in ops.lanes for number in lane) == list(range(len(ops)))
         for lane in Lane:
-            places = [ops.ops[number].place for number in ops.lanes[lane] if ops.ops[number].batch >= 0]
+            of_layers = (ops.ops[number] for number in ops.lanes[lane] if ops.ops[number].layer >= 0)
+            places = [op.place for op in of_layers if op.batch >= 0]
             assert places == sorted(places)
 
 
@@ -225,6 +226,16 @@ def test_experts_are_loaded_between_choice_and_use(run: Steps) -> None:
                 assert kinds[OpKind.ROUTE, at] < kinds[OpKind.DECODE_EXPERTS, at] < number
             if kind is OpKind.DECODE_EXPERTS:
                 assert run.layers[at[0]].has_coded_experts
+
+
+def test_prompts_are_scored_when_all_layers_are_done() -> None:
+    """Each mini-batch that asks, in order, before the logits of what is sampled."""
+    shapes = (BatchShape(0, scores=True), BatchShape(0), BatchShape(1, scores=True))
+    *layers, first, second, head, sample = sweep((LayerPlacement(), LayerPlacement()), shapes).ops
+    assert [(op.kind, op.batch) for op in (first, second)] == [(OpKind.SCORE, 0), (OpKind.SCORE, 2)]
+    assert [head.kind, sample.kind] == [OpKind.HEAD, OpKind.SAMPLE]
+    assert layers[-1].kind is OpKind.FINISH
+    assert not any(op.kind is OpKind.SCORE for op in layers)
 
 
 def test_weights_that_are_known_to_be_wanted_go_before_experts() -> None:

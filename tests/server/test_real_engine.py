@@ -205,6 +205,27 @@ async def test_many_streams_give_what_the_engine_gives(client, real_engine):
     await until_idle(client)
 
 
+async def test_prompts_are_scored_as_by_the_engine(client, real_engine):
+    """In messages of a few, while others generate; a prompt that was computed before has all of its logprobs, too."""
+    params = SamplingParams(max_tokens=0, prompt_logprobs=2)
+    settings = {"max_tokens": 0, "prompt_logprobs": 2, "max_tokens_per_message": 3}
+    prompts = [PROMPTS[0], PROMPTS[0], *PROMPTS[:4]]
+    expected = {}
+    for prompt in prompts:
+        deltas = [delta async for delta in real_engine.generate(prompt, params)]
+        expected[prompt] = [logprob for delta in deltas for logprob in delta.prompt_logprobs]
+        assert len(expected[prompt]) == deltas[-1].finish.usage.prompt_tokens - 1
+    others = [client.complete(prompt, max_tokens=12, ignore_eos=True) for prompt in PROMPTS[:4]]
+    scored = [client.complete(prompt, **settings) for prompt in prompts]
+    found = (await asyncio.gather(*others, *scored))[len(others) :]
+    for prompt, each in zip(prompts, found, strict=True):
+        assert [logprob.token_id for logprob in each.prompt_logprobs] == [own.token_id for own in expected[prompt]]
+        values = [logprob.logprob for logprob in each.prompt_logprobs]
+        assert values == pytest.approx([own.logprob for own in expected[prompt]], abs=1e-4)
+        assert (each.text, each.finish.reason) == ("", FinishReason.MAX_TOKENS)
+    await until_idle(client)
+
+
 async def test_a_seed_repeats_the_output(client):
     """The seed that start names gives the same tokens again."""
     first = await client.complete(PROMPTS[0], max_tokens=12, return_token_ids=True)
@@ -451,11 +472,12 @@ async def test_a_bad_request_names_its_field_and_costs_nothing(client, prompt, s
     assert info.measured.prompt_tokens == info.load.running_requests == info.load.queued_requests == 0
 
 
-async def test_a_full_queue_refuses_and_recovers(client):
+async def test_a_full_queue_refuses_and_recovers(client, real_server):
     """More requests than may wait: some are refused with RESOURCE_EXHAUSTED, all others finish."""
-    results = await asyncio.gather(
-        *(client.complete(PROMPTS[0], max_tokens=8, ignore_eos=True) for _ in range(64)), return_exceptions=True
-    )
+    async with AsyncClient(real_server.address, options=NO_RETRIES) as impatient:
+        results = await asyncio.gather(
+            *(impatient.complete(PROMPTS[0], max_tokens=8, ignore_eos=True) for _ in range(64)), return_exceptions=True
+        )
     refused = [result for result in results if isinstance(result, CallError)]
     assert refused
     assert {error.code.name for error in refused} == {"RESOURCE_EXHAUSTED"}

@@ -174,7 +174,7 @@ Value error_json(const hsrpc::Error& error) {
 }
 
 Value result_json(const Result& result) {
-  const auto& [start, output, token_ids, logprobs, finish] = result.completion;
+  const auto& [start, output, token_ids, logprobs, prompt_logprobs, finish] = result.completion;
   const bool finished = finish.reason() != hsrpc::v1::FINISH_REASON_UNSPECIFIED;
   return object({{"text", text(output)},
                  {"deltas", number(result.deltas)},

@@ -20,6 +20,8 @@ Completion gather(Stream stream) {
     completion.text += delta.text();
     completion.token_ids.insert(completion.token_ids.end(), delta.token_ids().begin(), delta.token_ids().end());
     completion.logprobs.insert(completion.logprobs.end(), delta.logprobs().begin(), delta.logprobs().end());
+    const auto& of_prompt = delta.prompt_logprobs();
+    completion.prompt_logprobs.insert(completion.prompt_logprobs.end(), of_prompt.begin(), of_prompt.end());
   }
   if (stream.start()) completion.start = *stream.start();
   completion.finish = *stream.finish();

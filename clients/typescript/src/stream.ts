@@ -8,6 +8,8 @@ export interface Completion {
   text: string;
   tokenIds: number[];
   logprobs: TokenLogprob[];
+  /** Of the prompt's tokens but the first, where they were asked for. */
+  promptLogprobs: TokenLogprob[];
   start: Start;
   finish: Finish;
 }
@@ -45,11 +47,13 @@ export class Stream implements AsyncIterable<Delta> {
 
   /** The whole output, in place of its deltas. */
   async completion(): Promise<Completion> {
-    const output = { text: "", tokenIds: [] as number[], logprobs: [] as TokenLogprob[] };
-    for await (const { text, tokenIds, logprobs } of this) {
+    const lists = { logprobs: [] as TokenLogprob[], promptLogprobs: [] as TokenLogprob[] };
+    const output = { text: "", tokenIds: [] as number[], ...lists };
+    for await (const { text, tokenIds, logprobs, promptLogprobs } of this) {
       output.text += text;
       output.tokenIds.push(...tokenIds);
       output.logprobs.push(...logprobs);
+      output.promptLogprobs.push(...promptLogprobs);
     }
     return { ...output, start: this.start!, finish: this.finish! };
   }

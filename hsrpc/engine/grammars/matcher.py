@@ -50,7 +50,7 @@ class Matcher:
         self._is_shared = True
         self._token_ids: list[int] = []
         self._num_taken = 0
-        """Of them, those that `_native` has."""
+        """Tokens that `_native` has."""
         self._masks: Future[Masks] | None = None
         self._row = 0
 

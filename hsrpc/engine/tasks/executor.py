@@ -18,12 +18,14 @@ from hsrpc.engine.forward import Forward, Pass
 from hsrpc.engine.graphs import DecodeGraphs
 from hsrpc.engine.lanes import StepRun
 from hsrpc.engine.pace import Pace
+from hsrpc.engine.scorer import Scorer
 from hsrpc.engine.tasks.cache import CacheManager
 from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.worker import Worker
 from hsrpc.errors import OutOfDeviceMemoryError
 from hsrpc.model.sampler import Sampled, Sampler
 from hsrpc.plan.plan import SAMPLE_ELEMENTS
+from hsrpc.request import TokenLogprob
 from hsrpc.schedule.assemble import Assembler
 from hsrpc.schedule.step import Scheduled, Step
 from hsrpc.schedule.sweep import NOTHING_CARRIED, Carried, Lane, Op, OpKind
@@ -36,6 +38,16 @@ class _Launched(NamedTuple):
 
     step_id: int
     logits: torch.Tensor
+
+
+class StepResult(NamedTuple):
+    """What a step gives."""
+
+    sampled: list[Sampled]
+    """Tokens in the order of `Step.sampling`."""
+    scored: list[TokenLogprob | None]
+    """Log-probabilities of prompt tokens, in the order of each mini-batch's `scores`; None: the logits were not finite.
+    """
 
 
 class _Request(NamedTuple):
@@ -68,8 +80,9 @@ class Executor:
         cache: CacheManager,
         forward: Forward,
         graphs: DecodeGraphs | None,
+        score_rows: int,
     ) -> None:
-        """`graphs`: for steps in place, where there are such."""
+        """`graphs`: for steps in place, where there are such; `score_rows`: rows of logits of prompts at a time."""
         self.forward = forward
         self._assembler = assembler
         self._prefetcher = prefetcher
@@ -77,10 +90,11 @@ class Executor:
         self._device = device
         self._graphs = graphs
         self._sampler = Sampler(device.fetch, SAMPLE_ELEMENTS)
+        self._scorer = Scorer(forward, self._sampler, score_rows)
         self._pace = Pace(device, assembler.max_queries)
         self._streams_weights = any(layer.bus_bytes for layer in assembler.layers)
         self._requests: asyncio.Queue[_Request] = asyncio.Queue(1)
-        self._results: asyncio.Queue[list[Sampled] | OutOfDeviceMemoryError | None] = asyncio.Queue(1)
+        self._results: asyncio.Queue[StepResult | OutOfDeviceMemoryError | None] = asyncio.Queue(1)
         self._launched: _Launched | None = None
         """A step whose logits are under way, ahead of its turn."""
         self._before = _Before()
@@ -107,8 +121,8 @@ class Executor:
         """The step, to be executed next; it takes milliseconds for a large batch."""
         return self._assembler.assemble(scheduled, self._before.carried)
 
-    async def execute(self, step: Step, ahead: Step | None = None) -> list[Sampled] | None:
-        """Tokens in the order of `step.sampling`; None where the step was abandoned.
+    async def execute(self, step: Step, ahead: Step | None = None) -> StepResult | None:
+        """What the step gives; None where it was abandoned.
 
         `ahead` is launched before they are known; it is the next step to be executed.
 
@@ -125,7 +139,7 @@ class Executor:
             raise result
         return result
 
-    async def _compute(self, worker: Worker, request: _Request) -> list[Sampled] | OutOfDeviceMemoryError | None:
+    async def _compute(self, worker: Worker, request: _Request) -> StepResult | OutOfDeviceMemoryError | None:
         step = request.run.step
         try:
             return await self._compute_step(worker, request)
@@ -133,14 +147,15 @@ class Executor:
             _log.error("a step of %d requests ran out of device memory", step.counts.requests, exc_info=error)
             return OutOfDeviceMemoryError("the step ran out of device memory")
 
-    async def _compute_step(self, worker: Worker, request: _Request) -> list[Sampled] | None:
+    async def _compute_step(self, worker: Worker, request: _Request) -> StepResult | None:
         run, ahead = request
         step = run.step
         launched, self._launched = self._launched, None
         if self._graphs is not None and step.is_in_place:
             if step.is_ahead and (launched is None or launched.step_id != step.step_id):
                 return None  # the step before it failed, and with it the tokens to continue with
-            return await worker.run(partial(self._run_graphs, step, launched, ahead))
+            sampled = await worker.run(partial(self._run_graphs, step, launched, ahead))
+            return None if sampled is None else StepResult(sampled, [])
         state = _Computing(step)
         try:
             is_whole = await self._run_lanes(worker, run, state)
@@ -149,7 +164,7 @@ class Executor:
             await self._end(worker, run)
             raise
         await self._end(worker, run)
-        return state.sampled if is_whole else None
+        return StepResult(state.sampled, state.scored) if is_whole else None
 
     async def _run_lanes(self, worker: Worker, run: StepRun, state: _Computing) -> bool:
         """Whether the compute lane was run to its end; of a step that waits for no weights, all lanes."""
@@ -185,6 +200,10 @@ class Executor:
                 case OpKind.EMBED:
                     state.on_device = self.forward.upload(step.mini_batches, step.ops.group_starts)
                     self.forward.launch(op, state.on_device)
+                case OpKind.SCORE:
+                    scores = step.mini_batches[op.batch].scores
+                    assert scores is not None  # else the list does not ask for it
+                    state.scored += self._scorer.score(scores, state.on_device.batches[op.batch])
                 case OpKind.SAMPLE:
                     state.sampled = self._sample(step, state.on_device.logits)
                 case _:
@@ -230,8 +249,10 @@ class _Computing:
     step: Step
     on_device: Pass = field(default_factory=lambda: Pass([]))
     """Mini-batches of the step on the device, from the EMBED operation on."""
-    sampled: list[Sampled] | None = None
+    sampled: list[Sampled] = field(default_factory=list)
     """Tokens of the step, once it is computed to its end."""
+    scored: list[TokenLogprob | None] = field(default_factory=list)
+    """Log-probabilities of the step's prompt tokens, as far as they are computed."""
 
 
 def _range(kind: OpKind) -> AbstractContextManager[object]:

@@ -68,7 +68,7 @@ def next_delta(transcript: Transcript, output: Output, now: float) -> Delta:
             matched = stop
             text += _end_text(transcript, token_ids, stop)
     finish = _finish(transcript, output, matched, now)
-    return Delta(text, token_ids, () if output.logprob is None else (output.logprob,), finish)
+    return Delta(text, token_ids, () if output.logprob is None else (output.logprob,), finish, output.prompt_logprobs)
 
 
 def _end_text(transcript: Transcript, token_ids: Sequence[int], stop: str | None) -> str:

@@ -75,9 +75,9 @@ class Multipliers:
 
     embedding: float = 1.0
     attention: float | None = None
-    """Of the products of queries and keys; None: head_dim**-0.5."""
+    """Factor of the products of queries and keys; None: head_dim**-0.5."""
     residual: float = 1.0
-    """Of what attention and MLP add to the hidden state."""
+    """Factor of what attention and MLP add to the hidden state."""
     logits: float = 1.0
 
 

@@ -25,7 +25,6 @@ from hsrpc.request import (
     TokenLogprob,
 )
 from hsrpc.server.config import ServerConfig
-from hsrpc.server.errors import NotSupportedError
 from hsrpc.server.grpc.field_paths import named_by
 from hsrpc.server.pacing import Pace, choose_pace
 from hsrpc.server.service import Submission
@@ -80,7 +79,6 @@ def read_submission(request: v1.GenerateRequest, config: ServerConfig, defaults:
 
     Raises:
         InvalidRequestError: naming the field by its path in the message.
-        NotSupportedError: a field that the server lacks is set.
     """
     with field_paths():
         pace = read_pace(request.output, config)
@@ -193,16 +191,13 @@ def read_params(request: v1.GenerateRequest, defaults: SamplingParams) -> Sampli
 
     Raises:
         InvalidRequestError: naming the field.
-        NotSupportedError: a field that the engine lacks is set.
     """
     sampling, stopping, output = request.sampling, request.stopping, request.output
-    if output.HasField("prompt_logprobs"):
-        raise NotSupportedError("output.prompt_logprobs")
     _check_counts(request)
     settings = _given(sampling, _SAMPLING) | _given(stopping, _STOPPING)
     if stopping.HasField("time_limit"):
         settings["time_limit"] = read_seconds(stopping.time_limit, "time_limit")
-    settings |= _given(output, ("logprobs", "skip_special_tokens"))
+    settings |= _given(output, ("logprobs", "prompt_logprobs", "skip_special_tokens"))
     settings |= {"logit_bias": dict(sampling.logit_bias), "priority": request.priority}
     settings |= {"stop": tuple(stopping.stop), "stop_token_ids": tuple(stopping.stop_token_ids)}
     settings["constraint"] = _read_constraint(request.constraint) if request.HasField("constraint") else None
@@ -298,6 +293,7 @@ def _stopping_message(params: SamplingParams) -> v1.Stopping:
 def _output_message(params: SamplingParams, pace: Pace, output: v1.Output) -> v1.Output:
     return v1.Output(
         logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
         echo_prompt=output.echo_prompt,
         return_token_ids=output.return_token_ids,
         skip_special_tokens=params.skip_special_tokens,
@@ -314,6 +310,8 @@ def add_delta(response: v1.GenerateResponse, delta: Delta, output: v1.Output) ->
         response.delta.token_ids.extend(delta.token_ids)
     if delta.logprobs:
         response.delta.logprobs.extend(map(_logprob_message, delta.logprobs))
+    if delta.prompt_logprobs:
+        response.delta.prompt_logprobs.extend(map(_logprob_message, delta.prompt_logprobs))
     if delta.finish:
         response.finish.CopyFrom(finish_message(delta.finish))
 

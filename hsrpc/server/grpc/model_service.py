@@ -29,6 +29,7 @@ class ModelService:
             sizes=_sizes_message(spec.sizes),
             cache=_cache_message(spec.sizes, engine.plan),
             has_chat_template=engine.tokenizer.has_chat_template,
+            bos_token_id=spec.bos_token_id,
         )
 
     async def tokenize(self, request: model_pb2.TokenizeRequest) -> model_pb2.TokenizeResponse:

@@ -101,7 +101,7 @@ class WatchedCall:
         return self._context.write(message)
 
     async def abort(self, *status: Any) -> NoReturn:
-        """Of a call whose request was not read, a moment later: grpc takes an answer to a reset call for sent."""
+        """Reset a call whose request was not read, a moment later: grpc takes an answer to a reset call for sent."""
         if not self._came:
             await asyncio.sleep(self._started + _MOMENT - time.monotonic())
         if status[0] is grpc.StatusCode.UNAUTHENTICATED:

@@ -45,7 +45,7 @@ TAKEN = frozenset({"request_id", "tokenized", "text", "sampling_params", "stream
 TAKEN_PARAMS = frozenset(
     {
         *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-        *("seed", "logit_bias", "n", "logprobs"),
+        *("seed", "logit_bias", "n", "logprobs", "prompt_logprobs"),
         *("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"),
         # Of text, which answers here have none of: the first only tells in what text stop strings are looked for.
         *("skip_special_tokens", "spaces_between_special_tokens"),
@@ -54,7 +54,7 @@ TAKEN_PARAMS = frozenset(
     }
 )
 """Settings that mean something here."""
-_OPTIONAL = ("seed", "max_tokens", "logprobs")
+_OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
 _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Settings of which models have defaults of their own."""
 _PATHS = {
@@ -168,22 +168,26 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def chunk_message(delta: Delta, prompt_tokens: int) -> vllm.GenerateResponse:
-    """New tokens of a stream."""
+def chunk_message(delta: Delta, prompt_tokens: int, input_logprobs: vllm.InputLogProbs | None) -> vllm.GenerateResponse:
+    """New tokens of a stream; the first chunk brings the prompt's logprobs, where they were asked for."""
     return vllm.GenerateResponse(
         chunk=vllm.GenerateStreamChunk(
             token_ids=delta.token_ids,
             prompt_tokens=prompt_tokens,
             completion_tokens=len(delta.token_ids),
             output_logprobs=_logprobs_message(delta.logprobs),
+            input_logprobs=input_logprobs,
         )
     )
 
 
 def complete_message(
-    finish: Finish, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()
+    finish: Finish,
+    token_ids: Sequence[int],
+    logprobs: Sequence[TokenLogprob] = (),
+    input_logprobs: vllm.InputLogProbs | None = None,
 ) -> vllm.GenerateResponse:
-    """The end of an output of `token_ids`; `logprobs` are those that no chunk has brought."""
+    """The end of an output of `token_ids`; `logprobs` and `input_logprobs` are those that no chunk has brought."""
     complete = vllm.GenerateComplete(
         output_ids=token_ids,
         finish_reason=_REASONS[finish.reason],
@@ -191,6 +195,7 @@ def complete_message(
         completion_tokens=finish.usage.completion_tokens,
         cached_tokens=finish.usage.cached_tokens,
         output_logprobs=_logprobs_message(logprobs),
+        input_logprobs=input_logprobs,
     )
     if isinstance(finish.matched_stop, str):
         complete.matched_stop_str = finish.matched_stop
@@ -205,11 +210,23 @@ def _logprobs_message(logprobs: Sequence[TokenLogprob]) -> vllm.OutputLogProbs |
     return vllm.OutputLogProbs(
         token_logprobs=[each.logprob for each in logprobs],
         token_ids=[each.token_id for each in logprobs],
-        top_logprobs=[
-            vllm.TopLogProbs(token_ids=[token_id for token_id, _ in each.top], values=[value for _, value in each.top])
-            for each in logprobs
-        ],
+        top_logprobs=map(_top_message, logprobs),
     )
+
+
+def input_logprobs_message(prompt: Sequence[int], logprobs: Sequence[TokenLogprob]) -> vllm.InputLogProbs:
+    """Those of a prompt's tokens, as far as it is computed; the first has none."""
+    values = (vllm.InputTokenLogProb(value=each.logprob) for each in logprobs)
+    return vllm.InputLogProbs(
+        token_logprobs=[vllm.InputTokenLogProb(), *values],
+        token_ids=prompt[: 1 + len(logprobs)],
+        top_logprobs=[vllm.TopLogProbs(), *map(_top_message, logprobs)],
+    )
+
+
+def _top_message(logprob: TokenLogprob) -> vllm.TopLogProbs:
+    top = logprob.top
+    return vllm.TopLogProbs(token_ids=[token_id for token_id, _ in top], values=[value for _, value in top])
 
 
 def model_message(engine: Engine, name: str) -> vllm.GetModelInfoResponse:

@@ -23,6 +23,7 @@ from hsrpc.server.grpc.vllm_messages import (
     chunk_message,
     complete_message,
     field_paths,
+    input_logprobs_message,
     loads_message,
     model_message,
     read_submission,
@@ -136,19 +137,27 @@ async def _refuse(request: Message, *_: object) -> NoReturn:
 
 
 async def _send(stream: Stream, write: Write[vllm.GenerateResponse], *, in_chunks: bool) -> None:
-    """Send the tokens as they come, and all of them at the end."""
+    """Send the tokens as they come, and all of them at the end; what is told of the prompt goes with the first."""
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] = []
+    of_prompt: list[TokenLogprob] | None = None if stream.params.prompt_logprobs is None else []
     async for delta in stream:
         token_ids += delta.token_ids
+        if of_prompt is not None:
+            of_prompt += delta.prompt_logprobs
         if not in_chunks:
             logprobs += delta.logprobs
         elif delta.token_ids:
+            told, of_prompt = _input_logprobs(stream, of_prompt), None
             await stream.turn()
-            await write(chunk_message(delta, len(stream.prompt_token_ids)))
+            await write(chunk_message(delta, len(stream.prompt_token_ids), told))
         if delta.finish is not None:
             await stream.turn()
-            await write(complete_message(delta.finish, token_ids, logprobs))
+            await write(complete_message(delta.finish, token_ids, logprobs, _input_logprobs(stream, of_prompt)))
+
+
+def _input_logprobs(stream: Stream, of_prompt: Sequence[TokenLogprob] | None) -> vllm.InputLogProbs | None:
+    return None if of_prompt is None else input_logprobs_message(stream.prompt_token_ids, of_prompt)
 
 
 def _zip(files: Mapping[str, bytes]) -> _Archive:

@@ -17,6 +17,7 @@ from hsrpc.constraint import Choice, Grammar, JsonObject, JsonSchema, Regex
 from hsrpc.errors import InvalidRequestError
 from hsrpc.request import Delta, FinishReason, SamplingParams, Timings, Usage
 from hsrpc.server import Server
+from hsrpc.testing.stub_engine import stub_logprobs
 from hsrpc.v1 import generation_pb2 as v1
 from tests.server.conftest import until
 
@@ -51,9 +52,19 @@ def test_a_base_install_is_enough():
 
 def test_settings_are_those_of_the_service():
     """Every setting of the engine and the service can be given to the client."""
-    output = set(v1.Output.DESCRIPTOR.fields_by_name) - {"prompt_logprobs"}
+    output = set(v1.Output.DESCRIPTOR.fields_by_name)
     expected = set(SamplingParams.__dataclass_fields__) | output | {"request_id", "cache_salt", "model", "timeout"}
     assert set(Settings.__annotations__) == expected
+
+
+async def test_the_prompts_logprobs_are_those_of_the_engine(server):
+    """All of them, in order, whatever messages they come in; the parts of a stream have them too."""
+    asked = {"prompt_logprobs": 2, "max_tokens": 0, "max_tokens_per_message": 3}
+    whole = await with_client(server, lambda client: client.complete([65] * 9, **asked))
+    assert whole.prompt_logprobs == stub_logprobs([65] * 9, 2)
+    assert (whole.token_ids, whole.finish.reason) == ((), FinishReason.EOS)
+    deltas = await with_client(server, lambda client: list(client.generate([65] * 9, **asked)))
+    assert [len(delta.prompt_logprobs) for delta in deltas] == [3, 3, 2]
 
 
 async def test_generate_yields_deltas(server):

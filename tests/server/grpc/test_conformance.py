@@ -121,6 +121,20 @@ async def test_large_unary(server, channel, engine):
     assert text == "x" * 271_828 + "Once upon a time"
 
 
+async def test_a_long_prompts_logprobs_arrive_whole(server, channel, engine):
+    """In messages of no more than a client takes unasked, which all of them together are not."""
+    engine.max_model_len = 1_000_000
+    output = v1.Output(prompt_logprobs=20)
+    call = generation_pb2_grpc.GenerationServiceStub(channel).Generate(
+        v1.GenerateRequest(text="x" * 20_000, stopping=v1.Stopping(max_tokens=0), output=output), timeout=TIMEOUT
+    )
+    responses = [response async for response in call]
+    places = [logprob.rank for response in responses for logprob in response.delta.prompt_logprobs]
+    assert places == list(range(1, 20_000))
+    assert max(response.ByteSize() for response in responses) < 2**20
+    assert sum(response.ByteSize() for response in responses) > 2**22
+
+
 async def test_a_message_that_is_too_large_is_refused(server, door):
     """More than max_message_bytes is RESOURCE_EXHAUSTED, and the connection still serves."""
     call = door.generate("x" * (server.config.max_message_bytes + 1))

@@ -130,7 +130,7 @@ async def test_every_setting_reaches_the_engine_and_comes_back(stub, engine):
         time_limit=Duration(seconds=1, nanos=500_000_000),
     )
     request = v1.GenerateRequest(
-        text="Hi", sampling=sampling, stopping=stopping, output=v1.Output(logprobs=2), priority=-3
+        text="Hi", sampling=sampling, stopping=stopping, output=v1.Output(logprobs=2, prompt_logprobs=3), priority=-3
     )
     start = (await collect(stub, request))[0].start
     assert engine.submitted == [
@@ -152,17 +152,21 @@ async def test_every_setting_reaches_the_engine_and_comes_back(stub, engine):
             include_stop=True,
             time_limit=1.5,
             logprobs=2,
+            prompt_logprobs=3,
             priority=-3,
         )
     ]
-    assert (start.sampling, start.stopping, start.priority, start.output.logprobs) == (sampling, stopping, -3, 2)
+    assert (start.sampling, start.stopping, start.priority) == (sampling, stopping, -3)
+    assert (start.output.logprobs, start.output.prompt_logprobs) == (2, 3)
 
 
 def test_messages_have_a_field_for_every_parameter():
     """Nothing that the engine can do is missing from the service, or the other way round."""
     fields = {name for message in (v1.Sampling, v1.Stopping) for name in message.DESCRIPTOR.fields_by_name} | {
         "logprobs",
+        "prompt_logprobs",
         "priority",
+        "constraint",
         "skip_special_tokens",
     }
     assert fields == set(SamplingParams.__dataclass_fields__)
@@ -188,6 +192,37 @@ async def test_token_ids_come_only_when_asked_for(stub):
     asked = await collect(stub, v1.GenerateRequest(text="Hi", output=v1.Output(return_token_ids=True)))
     assert [token_id for response in without for token_id in response.delta.token_ids] == []
     assert [token_id for response in asked for token_id in response.delta.token_ids] == [4, 5, 2, 5]
+
+
+async def test_a_prompts_logprobs_come_before_the_output(stub, engine):
+    """In order, at most as many in a message as it may have tokens, with rank and alternatives."""
+    engine.held = True
+    output = v1.Output(prompt_logprobs=1, max_tokens_per_message=4, echo_prompt=True, return_token_ids=True)
+    call = stub.Generate(v1.GenerateRequest(request_id="r", text="Hello world", output=output))
+    await until(lambda: engine.live)
+    engine.say("r", "a")
+    engine.end("r")
+    found = [response async for response in call]
+    scored = [logprob for response in found for logprob in response.delta.prompt_logprobs]
+    assert [each.token_id for each in scored] == list(b"ello world")
+    assert [(each.logprob, each.rank) for each in scored] == [(-float(place), place) for place in range(1, 11)]
+    assert all([(top.token_id, top.logprob) for top in each.top] == [(0, -1.0)] for each in scored)
+    assert [len(response.delta.prompt_logprobs) for response in found if response.delta.prompt_logprobs] == [4, 4, 2]
+    assert [list(response.delta.token_ids) for response in found[:2] + found[-1:]] == [[], [], [1]]
+    assert not any(response.delta.prompt_logprobs for response in found[3:])
+    assert found[0].HasField("start")
+    assert "".join(response.delta.text for response in found) == "Hello worlda"
+
+
+async def test_a_prompt_is_scored_without_output(stub, engine):
+    """0 of max_tokens is in effect, and not unset; a prompt of one token has nothing to score."""
+    for text, count in (("Hi", 1), ("H", 0)):
+        request = v1.GenerateRequest(text=text, stopping=v1.Stopping(max_tokens=0), output=v1.Output(prompt_logprobs=0))
+        found = await collect(stub, request)
+        assert engine.submitted[-1].only_scores
+        assert (found[0].start.stopping.HasField("max_tokens"), found[0].start.stopping.max_tokens) == (True, 0)
+        assert sum(len(response.delta.prompt_logprobs) for response in found) == count
+        assert not any(response.delta.text for response in found)
 
 
 async def test_logprobs_come_with_rank_and_alternatives(stub, engine):

@@ -70,6 +70,8 @@ def request(**fields) -> v1.GenerateRequest:
         (request(stopping=v1.Stopping(stop=[""])), "stopping.stop"),
         (request(stopping=v1.Stopping(time_limit=Duration(seconds=-1))), "stopping.time_limit"),
         (request(output=v1.Output(logprobs=21)), "output.logprobs"),
+        (request(output=v1.Output(prompt_logprobs=21)), "output.prompt_logprobs"),
+        (request(output=v1.Output(prompt_logprobs=-1)), "output.prompt_logprobs"),
         (request(constraint=v1.Constraint()), "constraint"),
         (request(constraint=v1.Constraint(json_schema='{"type": ')), "constraint.json_schema"),
         (request(constraint=v1.Constraint(regex="")), "constraint.regex"),
@@ -241,7 +243,6 @@ async def test_what_is_not_supported_is_unimplemented(stub, channel, engine):
     unknown_in_sampling = b"\x1a\x02Hi" + b"\x2a\x04\xa2\x06\x01x"
     raw = channel.unary_stream("/hsrpc.v1.GenerationService/Generate")
     calls = {
-        "output.prompt_logprobs": stub.Generate(request(output=v1.Output(prompt_logprobs=0))),
         "field 100 of hsrpc.v1.GenerateRequest": raw(unknown),
         "field 100 of hsrpc.v1.Sampling": raw(unknown_in_sampling),
     }

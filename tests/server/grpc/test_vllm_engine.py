@@ -6,13 +6,14 @@ import asyncio
 import hashlib
 import io
 import json
+import re
 import zipfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import grpc
 import pytest
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,14 +22,26 @@ from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
 from hsrpc.constraint import Choice, Grammar, JsonObject, JsonSchema, Regex
+from hsrpc.errors import (
+    EngineUnavailableError,
+    GaveWayError,
+    NotFiniteError,
+    OutOfDeviceMemoryError,
+    QueueFullError,
+    RequestExistsError,
+    RequestFailedError,
+    WaitTooLongError,
+)
 from hsrpc.request import Delta, FinishReason, SamplingParams, TokenLogprob
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.grpc.messages import read_params as read_v1_params
 from hsrpc.server.grpc.vllm_messages import read_params
+from hsrpc.server.state import Phase
 from hsrpc.testing.fake_engine import USAGE
 from hsrpc.v1 import generation_pb2 as v1
+from hsrpc.v1 import generation_pb2_grpc
 from tests.server.conftest import until
-from tests.server.grpc.test_status import details, failure
+from tests.server.grpc.test_status import details, failure, rich_status
 
 SERVICE = "vllm.grpc.engine.VllmEngine"
 IDS = [4, 5, 2, 5]
@@ -136,6 +149,22 @@ async def test_logprobs_come_once(engine_stub, engine, stream):
     ]
 
 
+@pytest.mark.parametrize(("stream", "max_tokens"), [(False, 4), (True, 4), (False, 0), (True, 0)])
+async def test_a_prompts_logprobs_come_once(engine_stub, engine, stream, max_tokens):
+    """With the first chunk, else at the end; the first token has an entry without a value, as vLLM has it."""
+    *chunks, last = await answers(engine_stub.Generate(asked(prompt_logprobs=2, stream=stream, max_tokens=max_tokens)))
+    assert bool(chunks) == (stream and max_tokens > 0)
+    given = [chunk.chunk for chunk in chunks] + [last.complete]
+    assert [each.HasField("input_logprobs") for each in given] == [True] + [False] * len(chunks)
+    found = given[0].input_logprobs
+    assert list(found.token_ids) == [1, 2, 3]
+    assert [each.HasField("value") for each in found.token_logprobs] == [False, True, True]
+    assert [each.value for each in found.token_logprobs] == [0, -1, -2]
+    assert [list(top.token_ids) for top in found.top_logprobs] == [[], [0, 1], [0, 1]]
+    assert [list(top.values) for top in found.top_logprobs] == [[], [-1, -2], [-1, -2]]
+    assert list(last.complete.output_ids) == (IDS if max_tokens else [])
+
+
 FLOATS = st.decimals(0, 2, places=3).map(float)
 SETTINGS = st.fixed_dictionaries(
     {},
@@ -155,21 +184,24 @@ SETTINGS = st.fixed_dictionaries(
         "stop_token_ids": st.lists(st.integers(0, 99), max_size=3),
         "ignore_eos": st.booleans(),
         "logprobs": st.integers(0, 20),
+        "prompt_logprobs": st.integers(0, 20),
     },
 )
 STOPPING = {"max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"}
+OUTPUT = {"logprobs", "prompt_logprobs"}
 
 
 @settings(max_examples=50, deadline=None)
 @given(SETTINGS, st.booleans())
 def test_settings_mean_what_they_mean_in_v1(asked, include_stop):
     """The same settings, to the last bit of what was written; without one, what a model has that has no own."""
-    sampling = {name: value for name, value in asked.items() if name not in STOPPING | {"logprobs"}}
+    output = {name: value for name, value in asked.items() if name in OUTPUT}
+    sampling = {name: value for name, value in asked.items() if name not in STOPPING | OUTPUT}
     stopping = {name: value for name, value in asked.items() if name in STOPPING}
     request = v1.GenerateRequest(
         sampling=v1.Sampling(**sampling),
         stopping=v1.Stopping(**stopping, include_stop=include_stop),
-        output=v1.Output(logprobs=asked.get("logprobs")),
+        output=v1.Output(**output),
     )
     given_here = vllm.SamplingParams(**asked, n=1, skip_special_tokens=True, include_stop_str_in_output=include_stop)
     assert read_params(given_here) == read_v1_params(request, SamplingParams())
@@ -208,7 +240,7 @@ def with_value(kind: type, name: str) -> object:
 REQUEST = {"request_id", "tokenized", "text", "sampling_params", "stream", "data_parallel_rank"}
 PARAMS = {"temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"}
 PARAMS |= {"max_tokens", "min_tokens", "stop", "stop_token_ids", "skip_special_tokens", "ignore_eos", "n", "logprobs"}
-PARAMS |= {"spaces_between_special_tokens", "seed", "include_stop_str_in_output", "logit_bias"}
+PARAMS |= {"prompt_logprobs", "spaces_between_special_tokens", "seed", "include_stop_str_in_output", "logit_bias"}
 PARAMS |= {"json_schema", "json_object", "regex", "grammar", "choice", "grammar_from_first_token"}
 
 
@@ -225,7 +257,7 @@ async def test_what_a_request_cannot_have_is_named(engine_stub, engine, name):
 
 @pytest.mark.parametrize("name", others(vllm.SamplingParams, PARAMS))
 async def test_what_no_setting_can_be_is_named(engine_stub, engine, name):
-    """The same for settings: structural tags, logprobs of the prompt, truncation."""
+    """The same for settings: structural tags, truncation."""
     request = vllm.GenerateRequest(text="Hi", sampling_params=with_value(vllm.SamplingParams, name))
     error = await refusal(engine_stub, request)
     assert error.code() is grpc.StatusCode.UNIMPLEMENTED
@@ -274,6 +306,7 @@ async def test_several_outputs_of_a_prompt_are_not_supported(engine_stub):
         (asked(seed=-1), "sampling_params.seed"),
         (asked(max_tokens=0), "sampling_params.max_tokens"),
         (asked(logprobs=-1), "sampling_params.logprobs"),
+        (asked(prompt_logprobs=-1), "sampling_params.prompt_logprobs"),
         (asked(stop=["x"] * 17), "sampling_params.stop"),
         (asked(logit_bias={1: float("nan")}), "sampling_params.logit_bias[1]"),
         (asked(json_schema="{"), "sampling_params.json_schema"),
@@ -414,3 +447,64 @@ async def test_nothing_of_it_is_there_unless_it_is_asked_for(engine):
         with pytest.raises(grpc.aio.AioRpcError, match="NOT_FOUND"):
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=SERVICE))
     await server.stop()
+
+
+def told(error: grpc.aio.AioRpcError) -> tuple[object, ...]:
+    """Status, words and details; the id of an error, which is another each time, left out."""
+    infos = [ErrorInfo(), RetryInfo(), QuotaFailure(), BadRequest()]
+    found = [info for detail in rich_status(error).details for info in infos if detail.Unpack(info)]
+    for info in found:
+        if isinstance(info, ErrorInfo):
+            info.metadata.pop("error_id", None)
+    return error.code(), re.sub("[0-9a-f]{32}", "ID", error.details()), [str(info) for info in found]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code", "words"),
+    [
+        (QueueFullError("1024 requests wait", 2.0), "RESOURCE_EXHAUSTED", "subject"),
+        (GaveWayError("others wait too"), "RESOURCE_EXHAUSTED", "subject"),
+        (WaitTooLongError("a minute"), "RESOURCE_EXHAUSTED", "subject"),
+        (OutOfDeviceMemoryError("the step"), "RESOURCE_EXHAUSTED", "OUT_OF_DEVICE_MEMORY"),
+        (EngineUnavailableError("it stops"), "UNAVAILABLE", "retry_delay"),
+        (RequestExistsError("r"), "ALREADY_EXISTS", "REQUEST_EXISTS"),
+        (NotFiniteError("float16"), "INTERNAL", "NOT_FINITE"),
+        (RequestFailedError("secret"), "INTERNAL", 'reason: "INTERNAL"'),
+        (ValueError("secret"), "INTERNAL", 'reason: "INTERNAL"'),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+async def test_the_table_of_statuses_holds(engine_stub, channel, engine, refusal, code, words):
+    """What a call fails with is the same as in hsrpc.v1, details and all."""
+    engine.refusal = refusal
+    here = told(await failure(engine_stub.Generate(asked())))
+    generation = generation_pb2_grpc.GenerationServiceStub(channel)
+    assert here == told(await failure(generation.Generate(v1.GenerateRequest(text="Hi"))))
+    assert here[0] is grpc.StatusCode[code]
+    assert any(words in detail for detail in here[2]), here
+    assert "secret" not in str(here)
+
+
+async def test_the_table_of_statuses_holds_in_every_phase(loading_server, engine, channel):
+    """While loading and while draining, too."""
+    stubs = vllm_engine_pb2_grpc.VllmEngineStub(channel), generation_pb2_grpc.GenerationServiceStub(channel)
+
+    async def both() -> list[tuple[object, ...]]:
+        requests = asked(), v1.GenerateRequest(text="Hi")
+        return [told(await failure(stub.Generate(each))) for stub, each in zip(stubs, requests, strict=True)]
+
+    here, there = await both()
+    assert here == there
+    assert (here[0], "LOADING" in str(here)) == (grpc.StatusCode.UNAVAILABLE, True)
+    await loading_server.attach(engine)
+    engine.held = True
+    running = stubs[0].Generate(asked(request_id="r", stream=True))
+    await until(lambda: engine.live)
+    draining = asyncio.create_task(loading_server.drain())
+    await until(lambda: loading_server.state.phase is Phase.DRAINING)
+    here, there = await both()
+    assert here == there
+    assert (here[0], "DRAINING" in str(here)) == (grpc.StatusCode.UNAVAILABLE, True)
+    engine.end("r")
+    await answers(running)
+    await draining

@@ -67,6 +67,8 @@ struct Completion {
   std::vector<std::int32_t> token_ids;
   /// Only with `output.logprobs`.
   std::vector<v1::TokenLogprob> logprobs;
+  /// Only with `output.prompt_logprobs`: one for each token of the prompt but the first.
+  std::vector<v1::TokenLogprob> prompt_logprobs;
   /// Why the output ended, and the counts of tokens.
   v1::Finish finish;
 };

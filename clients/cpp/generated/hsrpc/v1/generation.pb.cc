@@ -212,6 +212,7 @@ PROTOBUF_CONSTEXPR Delta::Delta(
     /*decltype(_impl_.token_ids_)*/{}
   , /*decltype(_impl_._token_ids_cached_byte_size_)*/{0}
   , /*decltype(_impl_.logprobs_)*/{}
+  , /*decltype(_impl_.prompt_logprobs_)*/{}
   , /*decltype(_impl_.text_)*/{&::_pbi::fixed_address_empty_string, ::_pbi::ConstantInitialized{}}
   , /*decltype(_impl_._cached_size_)*/{}} {}
 struct DeltaDefaultTypeInternal {
@@ -504,6 +505,7 @@ const uint32_t TableStruct_hsrpc_2fv1_2fgeneration_2eproto::offsets[] PROTOBUF_S
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Delta, _impl_.text_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Delta, _impl_.token_ids_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Delta, _impl_.logprobs_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Delta, _impl_.prompt_logprobs_),
   ~0u,  // no _has_bits_
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::TokenLogprob, _internal_metadata_),
   ~0u,  // no _extensions_
@@ -582,13 +584,13 @@ static const ::_pbi::MigrationSchema schemas[] PROTOBUF_SECTION_VARIABLE(protode
   { 137, -1, -1, sizeof(::hsrpc::v1::GenerateResponse)},
   { 146, -1, -1, sizeof(::hsrpc::v1::Start)},
   { 160, -1, -1, sizeof(::hsrpc::v1::Delta)},
-  { 169, -1, -1, sizeof(::hsrpc::v1::TokenLogprob)},
-  { 179, -1, -1, sizeof(::hsrpc::v1::TopLogprob)},
-  { 187, -1, -1, sizeof(::hsrpc::v1::Finish)},
-  { 199, -1, -1, sizeof(::hsrpc::v1::Usage)},
-  { 209, -1, -1, sizeof(::hsrpc::v1::Timings)},
-  { 219, -1, -1, sizeof(::hsrpc::v1::AbortRequest)},
-  { 226, -1, -1, sizeof(::hsrpc::v1::AbortResponse)},
+  { 170, -1, -1, sizeof(::hsrpc::v1::TokenLogprob)},
+  { 180, -1, -1, sizeof(::hsrpc::v1::TopLogprob)},
+  { 188, -1, -1, sizeof(::hsrpc::v1::Finish)},
+  { 200, -1, -1, sizeof(::hsrpc::v1::Usage)},
+  { 210, -1, -1, sizeof(::hsrpc::v1::Timings)},
+  { 220, -1, -1, sizeof(::hsrpc::v1::AbortRequest)},
+  { 227, -1, -1, sizeof(::hsrpc::v1::AbortResponse)},
 };
 
 static const ::_pb::Message* const file_default_instances[] = {
@@ -668,39 +670,40 @@ const char descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto[] PROTOBUF_
   "ached_tokens\030\004 \001(\005\022$\n\010sampling\030\005 \001(\0132\022.h"
   "srpc.v1.Sampling\022$\n\010stopping\030\006 \001(\0132\022.hsr"
   "pc.v1.Stopping\022 \n\006output\030\007 \001(\0132\020.hsrpc.v"
-  "1.Output\022\020\n\010priority\030\010 \001(\005\"R\n\005Delta\022\014\n\004t"
-  "ext\030\001 \001(\t\022\021\n\ttoken_ids\030\002 \003(\005\022(\n\010logprobs"
-  "\030\003 \003(\0132\026.hsrpc.v1.TokenLogprob\"b\n\014TokenL"
-  "ogprob\022\020\n\010token_id\030\001 \001(\005\022\017\n\007logprob\030\002 \001("
-  "\001\022\014\n\004rank\030\003 \001(\005\022!\n\003top\030\004 \003(\0132\024.hsrpc.v1."
-  "TopLogprob\"/\n\nTopLogprob\022\020\n\010token_id\030\001 \001"
-  "(\005\022\017\n\007logprob\030\002 \001(\001\"\257\001\n\006Finish\022&\n\006reason"
-  "\030\001 \001(\0162\026.hsrpc.v1.FinishReason\022\025\n\013stop_s"
-  "tring\030\002 \001(\tH\000\022\027\n\rstop_token_id\030\003 \001(\005H\000\022\036"
-  "\n\005usage\030\004 \001(\0132\017.hsrpc.v1.Usage\022\"\n\007timing"
-  "s\030\005 \001(\0132\021.hsrpc.v1.TimingsB\t\n\007matched\"e\n"
-  "\005Usage\022\025\n\rprompt_tokens\030\001 \001(\005\022\031\n\021complet"
-  "ion_tokens\030\002 \001(\005\022\023\n\013preemptions\030\003 \001(\005\022\025\n"
-  "\rcached_tokens\030\004 \001(\005\"\272\001\n\007Timings\022(\n\005queu"
-  "e\030\001 \001(\0132\031.google.protobuf.Duration\022*\n\007pr"
-  "efill\030\002 \001(\0132\031.google.protobuf.Duration\022)"
-  "\n\006decode\030\003 \001(\0132\031.google.protobuf.Duratio"
-  "n\022.\n\013first_token\030\004 \001(\0132\031.google.protobuf"
-  ".Duration\"\"\n\014AbortRequest\022\022\n\nrequest_id\030"
-  "\001 \001(\t\" \n\rAbortResponse\022\017\n\007aborted\030\001 \001(\010*"
-  "\372\001\n\014FinishReason\022\035\n\031FINISH_REASON_UNSPEC"
-  "IFIED\020\000\022\025\n\021FINISH_REASON_EOS\020\001\022\035\n\031FINISH"
-  "_REASON_STOP_STRING\020\002\022\034\n\030FINISH_REASON_S"
-  "TOP_TOKEN\020\003\022\034\n\030FINISH_REASON_MAX_TOKENS\020"
-  "\004\022 \n\034FINISH_REASON_CONTEXT_LENGTH\020\005\022\034\n\030F"
-  "INISH_REASON_TIME_LIMIT\020\006\022\031\n\025FINISH_REAS"
-  "ON_ABORTED\020\0072\222\001\n\021GenerationService\022C\n\010Ge"
-  "nerate\022\031.hsrpc.v1.GenerateRequest\032\032.hsrp"
-  "c.v1.GenerateResponse0\001\0228\n\005Abort\022\026.hsrpc"
-  ".v1.AbortRequest\032\027.hsrpc.v1.AbortRespons"
-  "eBL\n\022io.github.hsrpc.v1P\001Z)github.com/hs"
-  "rpc/hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1b"
-  "\006proto3"
+  "1.Output\022\020\n\010priority\030\010 \001(\005\"\203\001\n\005Delta\022\014\n\004"
+  "text\030\001 \001(\t\022\021\n\ttoken_ids\030\002 \003(\005\022(\n\010logprob"
+  "s\030\003 \003(\0132\026.hsrpc.v1.TokenLogprob\022/\n\017promp"
+  "t_logprobs\030\004 \003(\0132\026.hsrpc.v1.TokenLogprob"
+  "\"b\n\014TokenLogprob\022\020\n\010token_id\030\001 \001(\005\022\017\n\007lo"
+  "gprob\030\002 \001(\001\022\014\n\004rank\030\003 \001(\005\022!\n\003top\030\004 \003(\0132\024"
+  ".hsrpc.v1.TopLogprob\"/\n\nTopLogprob\022\020\n\010to"
+  "ken_id\030\001 \001(\005\022\017\n\007logprob\030\002 \001(\001\"\257\001\n\006Finish"
+  "\022&\n\006reason\030\001 \001(\0162\026.hsrpc.v1.FinishReason"
+  "\022\025\n\013stop_string\030\002 \001(\tH\000\022\027\n\rstop_token_id"
+  "\030\003 \001(\005H\000\022\036\n\005usage\030\004 \001(\0132\017.hsrpc.v1.Usage"
+  "\022\"\n\007timings\030\005 \001(\0132\021.hsrpc.v1.TimingsB\t\n\007"
+  "matched\"e\n\005Usage\022\025\n\rprompt_tokens\030\001 \001(\005\022"
+  "\031\n\021completion_tokens\030\002 \001(\005\022\023\n\013preemption"
+  "s\030\003 \001(\005\022\025\n\rcached_tokens\030\004 \001(\005\"\272\001\n\007Timin"
+  "gs\022(\n\005queue\030\001 \001(\0132\031.google.protobuf.Dura"
+  "tion\022*\n\007prefill\030\002 \001(\0132\031.google.protobuf."
+  "Duration\022)\n\006decode\030\003 \001(\0132\031.google.protob"
+  "uf.Duration\022.\n\013first_token\030\004 \001(\0132\031.googl"
+  "e.protobuf.Duration\"\"\n\014AbortRequest\022\022\n\nr"
+  "equest_id\030\001 \001(\t\" \n\rAbortResponse\022\017\n\007abor"
+  "ted\030\001 \001(\010*\372\001\n\014FinishReason\022\035\n\031FINISH_REA"
+  "SON_UNSPECIFIED\020\000\022\025\n\021FINISH_REASON_EOS\020\001"
+  "\022\035\n\031FINISH_REASON_STOP_STRING\020\002\022\034\n\030FINIS"
+  "H_REASON_STOP_TOKEN\020\003\022\034\n\030FINISH_REASON_M"
+  "AX_TOKENS\020\004\022 \n\034FINISH_REASON_CONTEXT_LEN"
+  "GTH\020\005\022\034\n\030FINISH_REASON_TIME_LIMIT\020\006\022\031\n\025F"
+  "INISH_REASON_ABORTED\020\0072\222\001\n\021GenerationSer"
+  "vice\022C\n\010Generate\022\031.hsrpc.v1.GenerateRequ"
+  "est\032\032.hsrpc.v1.GenerateResponse0\001\0228\n\005Abo"
+  "rt\022\026.hsrpc.v1.AbortRequest\032\027.hsrpc.v1.Ab"
+  "ortResponseBL\n\022io.github.hsrpc.v1P\001Z)git"
+  "hub.com/hsrpc/hsrpc/clients/go/hsrpcv1\252\002"
+  "\010Hsrpc.V1b\006proto3"
   ;
 static const ::_pbi::DescriptorTable* const descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_deps[2] = {
   &::descriptor_table_google_2fprotobuf_2fduration_2eproto,
@@ -708,7 +711,7 @@ static const ::_pbi::DescriptorTable* const descriptor_table_hsrpc_2fv1_2fgenera
 };
 static ::_pbi::once_flag descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once;
 const ::_pbi::DescriptorTable descriptor_table_hsrpc_2fv1_2fgeneration_2eproto = {
-    false, false, 3447, descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto,
+    false, false, 3497, descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto,
     "hsrpc/v1/generation.proto",
     &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once, descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_deps, 2, 19,
     schemas, file_default_instances, TableStruct_hsrpc_2fv1_2fgeneration_2eproto::offsets,
@@ -4419,6 +4422,7 @@ Delta::Delta(const Delta& from)
       decltype(_impl_.token_ids_){from._impl_.token_ids_}
     , /*decltype(_impl_._token_ids_cached_byte_size_)*/{0}
     , decltype(_impl_.logprobs_){from._impl_.logprobs_}
+    , decltype(_impl_.prompt_logprobs_){from._impl_.prompt_logprobs_}
     , decltype(_impl_.text_){}
     , /*decltype(_impl_._cached_size_)*/{}};
 
@@ -4442,6 +4446,7 @@ inline void Delta::SharedCtor(
       decltype(_impl_.token_ids_){arena}
     , /*decltype(_impl_._token_ids_cached_byte_size_)*/{0}
     , decltype(_impl_.logprobs_){arena}
+    , decltype(_impl_.prompt_logprobs_){arena}
     , decltype(_impl_.text_){}
     , /*decltype(_impl_._cached_size_)*/{}
   };
@@ -4464,6 +4469,7 @@ inline void Delta::SharedDtor() {
   GOOGLE_DCHECK(GetArenaForAllocation() == nullptr);
   _impl_.token_ids_.~RepeatedField();
   _impl_.logprobs_.~RepeatedPtrField();
+  _impl_.prompt_logprobs_.~RepeatedPtrField();
   _impl_.text_.Destroy();
 }
 
@@ -4479,6 +4485,7 @@ void Delta::Clear() {
 
   _impl_.token_ids_.Clear();
   _impl_.logprobs_.Clear();
+  _impl_.prompt_logprobs_.Clear();
   _impl_.text_.ClearToEmpty();
   _internal_metadata_.Clear<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>();
 }
@@ -4520,6 +4527,19 @@ const char* Delta::_InternalParse(const char* ptr, ::_pbi::ParseContext* ctx) {
             CHK_(ptr);
             if (!ctx->DataAvailable(ptr)) break;
           } while (::PROTOBUF_NAMESPACE_ID::internal::ExpectTag<26>(ptr));
+        } else
+          goto handle_unusual;
+        continue;
+      // repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;
+      case 4:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 34)) {
+          ptr -= 1;
+          do {
+            ptr += 1;
+            ptr = ctx->ParseMessage(_internal_add_prompt_logprobs(), ptr);
+            CHK_(ptr);
+            if (!ctx->DataAvailable(ptr)) break;
+          } while (::PROTOBUF_NAMESPACE_ID::internal::ExpectTag<34>(ptr));
         } else
           goto handle_unusual;
         continue;
@@ -4579,6 +4599,14 @@ uint8_t* Delta::_InternalSerialize(
         InternalWriteMessage(3, repfield, repfield.GetCachedSize(), target, stream);
   }
 
+  // repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;
+  for (unsigned i = 0,
+      n = static_cast<unsigned>(this->_internal_prompt_logprobs_size()); i < n; i++) {
+    const auto& repfield = this->_internal_prompt_logprobs(i);
+    target = ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::
+        InternalWriteMessage(4, repfield, repfield.GetCachedSize(), target, stream);
+  }
+
   if (PROTOBUF_PREDICT_FALSE(_internal_metadata_.have_unknown_fields())) {
     target = ::_pbi::WireFormat::InternalSerializeUnknownFieldsToArray(
         _internal_metadata_.unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(::PROTOBUF_NAMESPACE_ID::UnknownFieldSet::default_instance), target, stream);
@@ -4616,6 +4644,13 @@ size_t Delta::ByteSizeLong() const {
       ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::MessageSize(msg);
   }
 
+  // repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;
+  total_size += 1UL * this->_internal_prompt_logprobs_size();
+  for (const auto& msg : this->_impl_.prompt_logprobs_) {
+    total_size +=
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::MessageSize(msg);
+  }
+
   // string text = 1;
   if (!this->_internal_text().empty()) {
     total_size += 1 +
@@ -4643,6 +4678,7 @@ void Delta::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTOBUF
 
   _this->_impl_.token_ids_.MergeFrom(from._impl_.token_ids_);
   _this->_impl_.logprobs_.MergeFrom(from._impl_.logprobs_);
+  _this->_impl_.prompt_logprobs_.MergeFrom(from._impl_.prompt_logprobs_);
   if (!from._internal_text().empty()) {
     _this->_internal_set_text(from._internal_text());
   }
@@ -4667,6 +4703,7 @@ void Delta::InternalSwap(Delta* other) {
   _internal_metadata_.InternalSwap(&other->_internal_metadata_);
   _impl_.token_ids_.InternalSwap(&other->_impl_.token_ids_);
   _impl_.logprobs_.InternalSwap(&other->_impl_.logprobs_);
+  _impl_.prompt_logprobs_.InternalSwap(&other->_impl_.prompt_logprobs_);
   ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr::InternalSwap(
       &_impl_.text_, lhs_arena,
       &other->_impl_.text_, rhs_arena

@@ -2675,6 +2675,7 @@ class Delta final :
   enum : int {
     kTokenIdsFieldNumber = 2,
     kLogprobsFieldNumber = 3,
+    kPromptLogprobsFieldNumber = 4,
     kTextFieldNumber = 1,
   };
   // repeated int32 token_ids = 2;
@@ -2717,6 +2718,24 @@ class Delta final :
   const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::TokenLogprob >&
       logprobs() const;
 
+  // repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;
+  int prompt_logprobs_size() const;
+  private:
+  int _internal_prompt_logprobs_size() const;
+  public:
+  void clear_prompt_logprobs();
+  ::hsrpc::v1::TokenLogprob* mutable_prompt_logprobs(int index);
+  ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::TokenLogprob >*
+      mutable_prompt_logprobs();
+  private:
+  const ::hsrpc::v1::TokenLogprob& _internal_prompt_logprobs(int index) const;
+  ::hsrpc::v1::TokenLogprob* _internal_add_prompt_logprobs();
+  public:
+  const ::hsrpc::v1::TokenLogprob& prompt_logprobs(int index) const;
+  ::hsrpc::v1::TokenLogprob* add_prompt_logprobs();
+  const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::TokenLogprob >&
+      prompt_logprobs() const;
+
   // string text = 1;
   void clear_text();
   const std::string& text() const;
@@ -2742,6 +2761,7 @@ class Delta final :
     ::PROTOBUF_NAMESPACE_ID::RepeatedField< int32_t > token_ids_;
     mutable std::atomic<int> _token_ids_cached_byte_size_;
     ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::TokenLogprob > logprobs_;
+    ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::TokenLogprob > prompt_logprobs_;
     ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr text_;
     mutable ::PROTOBUF_NAMESPACE_ID::internal::CachedSize _cached_size_;
   };
@@ -7164,6 +7184,46 @@ inline const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::TokenLogpro
 Delta::logprobs() const {
   // @@protoc_insertion_point(field_list:hsrpc.v1.Delta.logprobs)
   return _impl_.logprobs_;
+}
+
+// repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;
+inline int Delta::_internal_prompt_logprobs_size() const {
+  return _impl_.prompt_logprobs_.size();
+}
+inline int Delta::prompt_logprobs_size() const {
+  return _internal_prompt_logprobs_size();
+}
+inline void Delta::clear_prompt_logprobs() {
+  _impl_.prompt_logprobs_.Clear();
+}
+inline ::hsrpc::v1::TokenLogprob* Delta::mutable_prompt_logprobs(int index) {
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.Delta.prompt_logprobs)
+  return _impl_.prompt_logprobs_.Mutable(index);
+}
+inline ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::TokenLogprob >*
+Delta::mutable_prompt_logprobs() {
+  // @@protoc_insertion_point(field_mutable_list:hsrpc.v1.Delta.prompt_logprobs)
+  return &_impl_.prompt_logprobs_;
+}
+inline const ::hsrpc::v1::TokenLogprob& Delta::_internal_prompt_logprobs(int index) const {
+  return _impl_.prompt_logprobs_.Get(index);
+}
+inline const ::hsrpc::v1::TokenLogprob& Delta::prompt_logprobs(int index) const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Delta.prompt_logprobs)
+  return _internal_prompt_logprobs(index);
+}
+inline ::hsrpc::v1::TokenLogprob* Delta::_internal_add_prompt_logprobs() {
+  return _impl_.prompt_logprobs_.Add();
+}
+inline ::hsrpc::v1::TokenLogprob* Delta::add_prompt_logprobs() {
+  ::hsrpc::v1::TokenLogprob* _add = _internal_add_prompt_logprobs();
+  // @@protoc_insertion_point(field_add:hsrpc.v1.Delta.prompt_logprobs)
+  return _add;
+}
+inline const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::TokenLogprob >&
+Delta::prompt_logprobs() const {
+  // @@protoc_insertion_point(field_list:hsrpc.v1.Delta.prompt_logprobs)
+  return _impl_.prompt_logprobs_;
 }
 
 // -------------------------------------------------------------------

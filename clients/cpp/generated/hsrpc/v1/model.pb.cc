@@ -38,7 +38,9 @@ struct GetModelRequestDefaultTypeInternal {
 PROTOBUF_ATTRIBUTE_NO_DESTROY PROTOBUF_CONSTINIT PROTOBUF_ATTRIBUTE_INIT_PRIORITY1 GetModelRequestDefaultTypeInternal _GetModelRequest_default_instance_;
 PROTOBUF_CONSTEXPR GetModelResponse::GetModelResponse(
     ::_pbi::ConstantInitialized): _impl_{
-    /*decltype(_impl_.eos_token_ids_)*/{}
+    /*decltype(_impl_._has_bits_)*/{}
+  , /*decltype(_impl_._cached_size_)*/{}
+  , /*decltype(_impl_.eos_token_ids_)*/{}
   , /*decltype(_impl_._eos_token_ids_cached_byte_size_)*/{0}
   , /*decltype(_impl_.name_)*/{&::_pbi::fixed_address_empty_string, ::_pbi::ConstantInitialized{}}
   , /*decltype(_impl_.family_)*/{&::_pbi::fixed_address_empty_string, ::_pbi::ConstantInitialized{}}
@@ -47,7 +49,7 @@ PROTOBUF_CONSTEXPR GetModelResponse::GetModelResponse(
   , /*decltype(_impl_.context_length_)*/0
   , /*decltype(_impl_.max_model_len_)*/0
   , /*decltype(_impl_.has_chat_template_)*/false
-  , /*decltype(_impl_._cached_size_)*/{}} {}
+  , /*decltype(_impl_.bos_token_id_)*/0} {}
 struct GetModelResponseDefaultTypeInternal {
   PROTOBUF_CONSTEXPR GetModelResponseDefaultTypeInternal()
       : _instance(::_pbi::ConstantInitialized{}) {}
@@ -178,7 +180,7 @@ const uint32_t TableStruct_hsrpc_2fv1_2fmodel_2eproto::offsets[] PROTOBUF_SECTIO
   ~0u,  // no _inlined_string_donated_
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GetModelRequest, _impl_.model_),
   0,
-  ~0u,  // no _has_bits_
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GetModelResponse, _impl_._has_bits_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GetModelResponse, _internal_metadata_),
   ~0u,  // no _extensions_
   ~0u,  // no _oneof_case_
@@ -192,6 +194,16 @@ const uint32_t TableStruct_hsrpc_2fv1_2fmodel_2eproto::offsets[] PROTOBUF_SECTIO
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GetModelResponse, _impl_.sizes_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GetModelResponse, _impl_.cache_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GetModelResponse, _impl_.has_chat_template_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GetModelResponse, _impl_.bos_token_id_),
+  ~0u,
+  ~0u,
+  ~0u,
+  ~0u,
+  ~0u,
+  ~0u,
+  ~0u,
+  ~0u,
+  0,
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::ModelSizes, _impl_._has_bits_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::ModelSizes, _internal_metadata_),
   ~0u,  // no _extensions_
@@ -279,13 +291,13 @@ const uint32_t TableStruct_hsrpc_2fv1_2fmodel_2eproto::offsets[] PROTOBUF_SECTIO
 };
 static const ::_pbi::MigrationSchema schemas[] PROTOBUF_SECTION_VARIABLE(protodesc_cold) = {
   { 0, 7, -1, sizeof(::hsrpc::v1::GetModelRequest)},
-  { 8, -1, -1, sizeof(::hsrpc::v1::GetModelResponse)},
-  { 22, 39, -1, sizeof(::hsrpc::v1::ModelSizes)},
-  { 50, -1, -1, sizeof(::hsrpc::v1::CacheDecision)},
-  { 63, 73, -1, sizeof(::hsrpc::v1::TokenizeRequest)},
-  { 77, 85, -1, sizeof(::hsrpc::v1::TokenizeResponse)},
-  { 87, 96, -1, sizeof(::hsrpc::v1::DetokenizeRequest)},
-  { 99, -1, -1, sizeof(::hsrpc::v1::DetokenizeResponse)},
+  { 8, 23, -1, sizeof(::hsrpc::v1::GetModelResponse)},
+  { 32, 49, -1, sizeof(::hsrpc::v1::ModelSizes)},
+  { 60, -1, -1, sizeof(::hsrpc::v1::CacheDecision)},
+  { 73, 83, -1, sizeof(::hsrpc::v1::TokenizeRequest)},
+  { 87, 95, -1, sizeof(::hsrpc::v1::TokenizeResponse)},
+  { 97, 106, -1, sizeof(::hsrpc::v1::DetokenizeRequest)},
+  { 109, -1, -1, sizeof(::hsrpc::v1::DetokenizeResponse)},
 };
 
 static const ::_pb::Message* const file_default_instances[] = {
@@ -302,48 +314,49 @@ static const ::_pb::Message* const file_default_instances[] = {
 const char descriptor_table_protodef_hsrpc_2fv1_2fmodel_2eproto[] PROTOBUF_SECTION_VARIABLE(protodesc_cold) =
   "\n\024hsrpc/v1/model.proto\022\010hsrpc.v1\032\025hsrpc/"
   "v1/prompt.proto\"/\n\017GetModelRequest\022\022\n\005mo"
-  "del\030\001 \001(\tH\000\210\001\001B\010\n\006_model\"\336\001\n\020GetModelRes"
+  "del\030\001 \001(\tH\000\210\001\001B\010\n\006_model\"\212\002\n\020GetModelRes"
   "ponse\022\014\n\004name\030\001 \001(\t\022\016\n\006family\030\002 \001(\t\022\026\n\016c"
   "ontext_length\030\003 \001(\005\022\025\n\rmax_model_len\030\004 \001"
   "(\005\022\025\n\reos_token_ids\030\005 \003(\005\022#\n\005sizes\030\006 \001(\013"
   "2\024.hsrpc.v1.ModelSizes\022&\n\005cache\030\007 \001(\0132\027."
   "hsrpc.v1.CacheDecision\022\031\n\021has_chat_templ"
-  "ate\030\010 \001(\010\"\207\002\n\nModelSizes\022\022\n\nnum_layers\030\001"
-  " \001(\005\022\023\n\013hidden_size\030\002 \001(\005\022\021\n\tnum_heads\030\003"
-  " \001(\005\022\024\n\014num_kv_heads\030\004 \001(\005\022\020\n\010head_dim\030\005"
-  " \001(\005\022\020\n\010ffn_size\030\006 \001(\005\022\022\n\nvocab_size\030\007 \001"
-  "(\005\022\025\n\relement_bytes\030\010 \001(\005\022\023\n\013layer_bytes"
-  "\030\t \001(\003\022\023\n\013model_bytes\030\n \001(\003\022\033\n\016sliding_w"
-  "indow\030\013 \001(\005H\000\210\001\001B\021\n\017_sliding_window\"\244\001\n\r"
-  "CacheDecision\022\016\n\006policy\030\001 \001(\t\022\030\n\020activat"
-  "ion_share\030\002 \001(\001\022\030\n\020activation_ratio\030\003 \001("
-  "\001\022\020\n\010kv_bytes\030\004 \001(\003\022\030\n\020activation_bytes\030"
-  "\005 \001(\003\022\023\n\013explanation\030\006 \001(\t\022\016\n\006format\030\007 \001"
-  "(\t\"\226\001\n\017TokenizeRequest\022\022\n\005model\030\001 \001(\tH\000\210"
-  "\001\001\022\014\n\004text\030\002 \001(\t\022!\n\004chat\030\003 \001(\0132\016.hsrpc.v"
-  "1.ChatH\001\210\001\001\022+\n\014text_options\030\004 \001(\0132\025.hsrp"
-  "c.v1.TextOptionsB\010\n\006_modelB\007\n\005_chat\"A\n\020T"
-  "okenizeResponse\022\021\n\ttoken_ids\030\001 \003(\005\022\021\n\004te"
-  "xt\030\002 \001(\tH\000\210\001\001B\007\n\005_text\"~\n\021DetokenizeRequ"
-  "est\022\022\n\005model\030\001 \001(\tH\000\210\001\001\022\021\n\ttoken_ids\030\002 \003"
-  "(\005\022 \n\023skip_special_tokens\030\003 \001(\010H\001\210\001\001B\010\n\006"
-  "_modelB\026\n\024_skip_special_tokens\"\"\n\022Detoke"
-  "nizeResponse\022\014\n\004text\030\001 \001(\t2\335\001\n\014ModelServ"
-  "ice\022A\n\010GetModel\022\031.hsrpc.v1.GetModelReque"
-  "st\032\032.hsrpc.v1.GetModelResponse\022A\n\010Tokeni"
-  "ze\022\031.hsrpc.v1.TokenizeRequest\032\032.hsrpc.v1"
-  ".TokenizeResponse\022G\n\nDetokenize\022\033.hsrpc."
-  "v1.DetokenizeRequest\032\034.hsrpc.v1.Detokeni"
-  "zeResponseBL\n\022io.github.hsrpc.v1P\001Z)gith"
-  "ub.com/hsrpc/hsrpc/clients/go/hsrpcv1\252\002\010"
-  "Hsrpc.V1b\006proto3"
+  "ate\030\010 \001(\010\022\031\n\014bos_token_id\030\t \001(\005H\000\210\001\001B\017\n\r"
+  "_bos_token_id\"\207\002\n\nModelSizes\022\022\n\nnum_laye"
+  "rs\030\001 \001(\005\022\023\n\013hidden_size\030\002 \001(\005\022\021\n\tnum_hea"
+  "ds\030\003 \001(\005\022\024\n\014num_kv_heads\030\004 \001(\005\022\020\n\010head_d"
+  "im\030\005 \001(\005\022\020\n\010ffn_size\030\006 \001(\005\022\022\n\nvocab_size"
+  "\030\007 \001(\005\022\025\n\relement_bytes\030\010 \001(\005\022\023\n\013layer_b"
+  "ytes\030\t \001(\003\022\023\n\013model_bytes\030\n \001(\003\022\033\n\016slidi"
+  "ng_window\030\013 \001(\005H\000\210\001\001B\021\n\017_sliding_window\""
+  "\244\001\n\rCacheDecision\022\016\n\006policy\030\001 \001(\t\022\030\n\020act"
+  "ivation_share\030\002 \001(\001\022\030\n\020activation_ratio\030"
+  "\003 \001(\001\022\020\n\010kv_bytes\030\004 \001(\003\022\030\n\020activation_by"
+  "tes\030\005 \001(\003\022\023\n\013explanation\030\006 \001(\t\022\016\n\006format"
+  "\030\007 \001(\t\"\226\001\n\017TokenizeRequest\022\022\n\005model\030\001 \001("
+  "\tH\000\210\001\001\022\014\n\004text\030\002 \001(\t\022!\n\004chat\030\003 \001(\0132\016.hsr"
+  "pc.v1.ChatH\001\210\001\001\022+\n\014text_options\030\004 \001(\0132\025."
+  "hsrpc.v1.TextOptionsB\010\n\006_modelB\007\n\005_chat\""
+  "A\n\020TokenizeResponse\022\021\n\ttoken_ids\030\001 \003(\005\022\021"
+  "\n\004text\030\002 \001(\tH\000\210\001\001B\007\n\005_text\"~\n\021Detokenize"
+  "Request\022\022\n\005model\030\001 \001(\tH\000\210\001\001\022\021\n\ttoken_ids"
+  "\030\002 \003(\005\022 \n\023skip_special_tokens\030\003 \001(\010H\001\210\001\001"
+  "B\010\n\006_modelB\026\n\024_skip_special_tokens\"\"\n\022De"
+  "tokenizeResponse\022\014\n\004text\030\001 \001(\t2\335\001\n\014Model"
+  "Service\022A\n\010GetModel\022\031.hsrpc.v1.GetModelR"
+  "equest\032\032.hsrpc.v1.GetModelResponse\022A\n\010To"
+  "kenize\022\031.hsrpc.v1.TokenizeRequest\032\032.hsrp"
+  "c.v1.TokenizeResponse\022G\n\nDetokenize\022\033.hs"
+  "rpc.v1.DetokenizeRequest\032\034.hsrpc.v1.Deto"
+  "kenizeResponseBL\n\022io.github.hsrpc.v1P\001Z)"
+  "github.com/hsrpc/hsrpc/clients/go/hsrpcv"
+  "1\252\002\010Hsrpc.V1b\006proto3"
   ;
 static const ::_pbi::DescriptorTable* const descriptor_table_hsrpc_2fv1_2fmodel_2eproto_deps[1] = {
   &::descriptor_table_hsrpc_2fv1_2fprompt_2eproto,
 };
 static ::_pbi::once_flag descriptor_table_hsrpc_2fv1_2fmodel_2eproto_once;
 const ::_pbi::DescriptorTable descriptor_table_hsrpc_2fv1_2fmodel_2eproto = {
-    false, false, 1456, descriptor_table_protodef_hsrpc_2fv1_2fmodel_2eproto,
+    false, false, 1500, descriptor_table_protodef_hsrpc_2fv1_2fmodel_2eproto,
     "hsrpc/v1/model.proto",
     &descriptor_table_hsrpc_2fv1_2fmodel_2eproto_once, descriptor_table_hsrpc_2fv1_2fmodel_2eproto_deps, 1, 8,
     schemas, file_default_instances, TableStruct_hsrpc_2fv1_2fmodel_2eproto::offsets,
@@ -580,8 +593,12 @@ void GetModelRequest::InternalSwap(GetModelRequest* other) {
 
 class GetModelResponse::_Internal {
  public:
+  using HasBits = decltype(std::declval<GetModelResponse>()._impl_._has_bits_);
   static const ::hsrpc::v1::ModelSizes& sizes(const GetModelResponse* msg);
   static const ::hsrpc::v1::CacheDecision& cache(const GetModelResponse* msg);
+  static void set_has_bos_token_id(HasBits* has_bits) {
+    (*has_bits)[0] |= 1u;
+  }
 };
 
 const ::hsrpc::v1::ModelSizes&
@@ -602,7 +619,9 @@ GetModelResponse::GetModelResponse(const GetModelResponse& from)
   : ::PROTOBUF_NAMESPACE_ID::Message() {
   GetModelResponse* const _this = this; (void)_this;
   new (&_impl_) Impl_{
-      decltype(_impl_.eos_token_ids_){from._impl_.eos_token_ids_}
+      decltype(_impl_._has_bits_){from._impl_._has_bits_}
+    , /*decltype(_impl_._cached_size_)*/{}
+    , decltype(_impl_.eos_token_ids_){from._impl_.eos_token_ids_}
     , /*decltype(_impl_._eos_token_ids_cached_byte_size_)*/{0}
     , decltype(_impl_.name_){}
     , decltype(_impl_.family_){}
@@ -611,7 +630,7 @@ GetModelResponse::GetModelResponse(const GetModelResponse& from)
     , decltype(_impl_.context_length_){}
     , decltype(_impl_.max_model_len_){}
     , decltype(_impl_.has_chat_template_){}
-    , /*decltype(_impl_._cached_size_)*/{}};
+    , decltype(_impl_.bos_token_id_){}};
 
   _internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
   _impl_.name_.InitDefault();
@@ -637,8 +656,8 @@ GetModelResponse::GetModelResponse(const GetModelResponse& from)
     _this->_impl_.cache_ = new ::hsrpc::v1::CacheDecision(*from._impl_.cache_);
   }
   ::memcpy(&_impl_.context_length_, &from._impl_.context_length_,
-    static_cast<size_t>(reinterpret_cast<char*>(&_impl_.has_chat_template_) -
-    reinterpret_cast<char*>(&_impl_.context_length_)) + sizeof(_impl_.has_chat_template_));
+    static_cast<size_t>(reinterpret_cast<char*>(&_impl_.bos_token_id_) -
+    reinterpret_cast<char*>(&_impl_.context_length_)) + sizeof(_impl_.bos_token_id_));
   // @@protoc_insertion_point(copy_constructor:hsrpc.v1.GetModelResponse)
 }
 
@@ -647,7 +666,9 @@ inline void GetModelResponse::SharedCtor(
   (void)arena;
   (void)is_message_owned;
   new (&_impl_) Impl_{
-      decltype(_impl_.eos_token_ids_){arena}
+      decltype(_impl_._has_bits_){}
+    , /*decltype(_impl_._cached_size_)*/{}
+    , decltype(_impl_.eos_token_ids_){arena}
     , /*decltype(_impl_._eos_token_ids_cached_byte_size_)*/{0}
     , decltype(_impl_.name_){}
     , decltype(_impl_.family_){}
@@ -656,7 +677,7 @@ inline void GetModelResponse::SharedCtor(
     , decltype(_impl_.context_length_){0}
     , decltype(_impl_.max_model_len_){0}
     , decltype(_impl_.has_chat_template_){false}
-    , /*decltype(_impl_._cached_size_)*/{}
+    , decltype(_impl_.bos_token_id_){0}
   };
   _impl_.name_.InitDefault();
   #ifdef PROTOBUF_FORCE_COPY_DEFAULT_STRING
@@ -710,11 +731,14 @@ void GetModelResponse::Clear() {
   ::memset(&_impl_.context_length_, 0, static_cast<size_t>(
       reinterpret_cast<char*>(&_impl_.has_chat_template_) -
       reinterpret_cast<char*>(&_impl_.context_length_)) + sizeof(_impl_.has_chat_template_));
+  _impl_.bos_token_id_ = 0;
+  _impl_._has_bits_.Clear();
   _internal_metadata_.Clear<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>();
 }
 
 const char* GetModelResponse::_InternalParse(const char* ptr, ::_pbi::ParseContext* ctx) {
 #define CHK_(x) if (PROTOBUF_PREDICT_FALSE(!(x))) goto failure
+  _Internal::HasBits has_bits{};
   while (!ctx->Done(&ptr)) {
     uint32_t tag;
     ptr = ::_pbi::ReadTag(ptr, &tag);
@@ -790,6 +814,15 @@ const char* GetModelResponse::_InternalParse(const char* ptr, ::_pbi::ParseConte
         } else
           goto handle_unusual;
         continue;
+      // optional int32 bos_token_id = 9;
+      case 9:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 72)) {
+          _Internal::set_has_bos_token_id(&has_bits);
+          _impl_.bos_token_id_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint32(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
       default:
         goto handle_unusual;
     }  // switch
@@ -806,6 +839,7 @@ const char* GetModelResponse::_InternalParse(const char* ptr, ::_pbi::ParseConte
     CHK_(ptr != nullptr);
   }  // while
 message_done:
+  _impl_._has_bits_.Or(has_bits);
   return ptr;
 failure:
   ptr = nullptr;
@@ -878,6 +912,12 @@ uint8_t* GetModelResponse::_InternalSerialize(
   if (this->_internal_has_chat_template() != 0) {
     target = stream->EnsureSpace(target);
     target = ::_pbi::WireFormatLite::WriteBoolToArray(8, this->_internal_has_chat_template(), target);
+  }
+
+  // optional int32 bos_token_id = 9;
+  if (_internal_has_bos_token_id()) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt32ToArray(9, this->_internal_bos_token_id(), target);
   }
 
   if (PROTOBUF_PREDICT_FALSE(_internal_metadata_.have_unknown_fields())) {
@@ -953,6 +993,12 @@ size_t GetModelResponse::ByteSizeLong() const {
     total_size += 1 + 1;
   }
 
+  // optional int32 bos_token_id = 9;
+  cached_has_bits = _impl_._has_bits_[0];
+  if (cached_has_bits & 0x00000001u) {
+    total_size += ::_pbi::WireFormatLite::Int32SizePlusOne(this->_internal_bos_token_id());
+  }
+
   return MaybeComputeUnknownFieldsSize(total_size, &_impl_._cached_size_);
 }
 
@@ -995,6 +1041,9 @@ void GetModelResponse::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const
   if (from._internal_has_chat_template() != 0) {
     _this->_internal_set_has_chat_template(from._internal_has_chat_template());
   }
+  if (from._internal_has_bos_token_id()) {
+    _this->_internal_set_bos_token_id(from._internal_bos_token_id());
+  }
   _this->_internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
 }
 
@@ -1014,6 +1063,7 @@ void GetModelResponse::InternalSwap(GetModelResponse* other) {
   auto* lhs_arena = GetArenaForAllocation();
   auto* rhs_arena = other->GetArenaForAllocation();
   _internal_metadata_.InternalSwap(&other->_internal_metadata_);
+  swap(_impl_._has_bits_[0], other->_impl_._has_bits_[0]);
   _impl_.eos_token_ids_.InternalSwap(&other->_impl_.eos_token_ids_);
   ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr::InternalSwap(
       &_impl_.name_, lhs_arena,
@@ -1024,8 +1074,8 @@ void GetModelResponse::InternalSwap(GetModelResponse* other) {
       &other->_impl_.family_, rhs_arena
   );
   ::PROTOBUF_NAMESPACE_ID::internal::memswap<
-      PROTOBUF_FIELD_OFFSET(GetModelResponse, _impl_.has_chat_template_)
-      + sizeof(GetModelResponse::_impl_.has_chat_template_)
+      PROTOBUF_FIELD_OFFSET(GetModelResponse, _impl_.bos_token_id_)
+      + sizeof(GetModelResponse::_impl_.bos_token_id_)
       - PROTOBUF_FIELD_OFFSET(GetModelResponse, _impl_.sizes_)>(
           reinterpret_cast<char*>(&_impl_.sizes_),
           reinterpret_cast<char*>(&other->_impl_.sizes_));

@@ -375,6 +375,7 @@ class GetModelResponse final :
     kContextLengthFieldNumber = 3,
     kMaxModelLenFieldNumber = 4,
     kHasChatTemplateFieldNumber = 8,
+    kBosTokenIdFieldNumber = 9,
   };
   // repeated int32 eos_token_ids = 5;
   int eos_token_ids_size() const;
@@ -489,6 +490,19 @@ class GetModelResponse final :
   void _internal_set_has_chat_template(bool value);
   public:
 
+  // optional int32 bos_token_id = 9;
+  bool has_bos_token_id() const;
+  private:
+  bool _internal_has_bos_token_id() const;
+  public:
+  void clear_bos_token_id();
+  int32_t bos_token_id() const;
+  void set_bos_token_id(int32_t value);
+  private:
+  int32_t _internal_bos_token_id() const;
+  void _internal_set_bos_token_id(int32_t value);
+  public:
+
   // @@protoc_insertion_point(class_scope:hsrpc.v1.GetModelResponse)
  private:
   class _Internal;
@@ -497,6 +511,8 @@ class GetModelResponse final :
   typedef void InternalArenaConstructable_;
   typedef void DestructorSkippable_;
   struct Impl_ {
+    ::PROTOBUF_NAMESPACE_ID::internal::HasBits<1> _has_bits_;
+    mutable ::PROTOBUF_NAMESPACE_ID::internal::CachedSize _cached_size_;
     ::PROTOBUF_NAMESPACE_ID::RepeatedField< int32_t > eos_token_ids_;
     mutable std::atomic<int> _eos_token_ids_cached_byte_size_;
     ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr name_;
@@ -506,7 +522,7 @@ class GetModelResponse final :
     int32_t context_length_;
     int32_t max_model_len_;
     bool has_chat_template_;
-    mutable ::PROTOBUF_NAMESPACE_ID::internal::CachedSize _cached_size_;
+    int32_t bos_token_id_;
   };
   union { Impl_ _impl_; };
   friend struct ::TableStruct_hsrpc_2fv1_2fmodel_2eproto;
@@ -2219,6 +2235,34 @@ inline void GetModelResponse::_internal_set_has_chat_template(bool value) {
 inline void GetModelResponse::set_has_chat_template(bool value) {
   _internal_set_has_chat_template(value);
   // @@protoc_insertion_point(field_set:hsrpc.v1.GetModelResponse.has_chat_template)
+}
+
+// optional int32 bos_token_id = 9;
+inline bool GetModelResponse::_internal_has_bos_token_id() const {
+  bool value = (_impl_._has_bits_[0] & 0x00000001u) != 0;
+  return value;
+}
+inline bool GetModelResponse::has_bos_token_id() const {
+  return _internal_has_bos_token_id();
+}
+inline void GetModelResponse::clear_bos_token_id() {
+  _impl_.bos_token_id_ = 0;
+  _impl_._has_bits_[0] &= ~0x00000001u;
+}
+inline int32_t GetModelResponse::_internal_bos_token_id() const {
+  return _impl_.bos_token_id_;
+}
+inline int32_t GetModelResponse::bos_token_id() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.GetModelResponse.bos_token_id)
+  return _internal_bos_token_id();
+}
+inline void GetModelResponse::_internal_set_bos_token_id(int32_t value) {
+  _impl_._has_bits_[0] |= 0x00000001u;
+  _impl_.bos_token_id_ = value;
+}
+inline void GetModelResponse::set_bos_token_id(int32_t value) {
+  _internal_set_bos_token_id(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.GetModelResponse.bos_token_id)
 }
 
 // -------------------------------------------------------------------

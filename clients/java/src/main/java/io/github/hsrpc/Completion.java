@@ -13,13 +13,21 @@ public final class Completion {
     private final String text;
     private final List<Integer> tokenIds;
     private final List<TokenLogprob> logprobs;
+    private final List<TokenLogprob> promptLogprobs;
     private final Finish finish;
 
-    Completion(Start start, String text, List<Integer> tokenIds, List<TokenLogprob> logprobs, Finish finish) {
+    Completion(
+            Start start,
+            String text,
+            List<Integer> tokenIds,
+            List<TokenLogprob> logprobs,
+            List<TokenLogprob> promptLogprobs,
+            Finish finish) {
         this.start = start;
         this.text = text;
         this.tokenIds = List.copyOf(tokenIds);
         this.logprobs = List.copyOf(logprobs);
+        this.promptLogprobs = List.copyOf(promptLogprobs);
         this.finish = finish;
     }
 
@@ -57,6 +65,15 @@ public final class Completion {
      */
     public List<TokenLogprob> logprobs() {
         return logprobs;
+    }
+
+    /**
+     * Gives the probabilities of the prompt's tokens.
+     *
+     * @return one for each token but the first; empty without {@link GenerateOptions.Builder#promptLogprobs}
+     */
+    public List<TokenLogprob> promptLogprobs() {
+        return promptLogprobs;
     }
 
     /**

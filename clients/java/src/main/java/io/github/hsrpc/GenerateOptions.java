@@ -1,5 +1,6 @@
 package io.github.hsrpc;
 
+import io.github.hsrpc.v1.Constraint;
 import io.github.hsrpc.v1.GenerateRequest;
 import java.time.Duration;
 import java.util.List;
@@ -141,6 +142,28 @@ public final class GenerateOptions {
          */
         public Builder cacheSalt(String salt) {
             settings.setCacheSalt(salt);
+            return this;
+        }
+
+        /**
+         * Lets the output be nothing but JSON of a schema; {@link #constraint} has regular expressions, grammars and
+         * choices as well. Default: the output may be anything.
+         *
+         * @param schema a JSON Schema
+         * @return this builder
+         */
+        public Builder jsonSchema(String schema) {
+            return constraint(Constraint.newBuilder().setJsonSchema(schema).build());
+        }
+
+        /**
+         * Lets the output be nothing but what a constraint allows. Default: it may be anything.
+         *
+         * @param constraint a JSON Schema, any JSON object, a regular expression, a grammar, or a choice of texts
+         * @return this builder
+         */
+        public Builder constraint(Constraint constraint) {
+            settings.setConstraint(constraint);
             return this;
         }
 
@@ -351,6 +374,18 @@ public final class GenerateOptions {
          */
         public Builder logprobs(int count) {
             settings.getOutputBuilder().setLogprobs(count);
+            return this;
+        }
+
+        /**
+         * Asks for the logprobs of the prompt's tokens but the first, and of the most probable ones in their places. With
+         * it {@link #maxTokens} may be 0: the prompt is scored, and nothing generated. Default: none of the prompt.
+         *
+         * @param count most probable ones, 0 to 20
+         * @return this builder
+         */
+        public Builder promptLogprobs(int count) {
+            settings.getOutputBuilder().setPromptLogprobs(count);
             return this;
         }
 

@@ -67,12 +67,15 @@ public final class GenerationStream implements Iterable<Delta>, AutoCloseable {
         StringBuilder text = new StringBuilder();
         List<Integer> tokenIds = new ArrayList<>();
         List<TokenLogprob> logprobs = new ArrayList<>();
+        List<TokenLogprob> promptLogprobs = new ArrayList<>();
         for (Delta delta : this) {
             text.append(delta.getText());
             tokenIds.addAll(delta.getTokenIdsList());
             logprobs.addAll(delta.getLogprobsList());
+            promptLogprobs.addAll(delta.getPromptLogprobsList());
         }
-        return new Completion(start.orElseThrow(), text.toString(), tokenIds, logprobs, finish.orElseThrow());
+        return new Completion(
+                start.orElseThrow(), text.toString(), tokenIds, logprobs, promptLogprobs, finish.orElseThrow());
     }
 
     /**

@@ -4,6 +4,7 @@ import static org.junit.Assert.assertEquals;
 import static org.junit.Assert.assertThrows;
 
 import com.google.protobuf.Descriptors.FieldDescriptor;
+import io.github.hsrpc.v1.Constraint;
 import io.github.hsrpc.v1.GenerateRequest;
 import io.github.hsrpc.v1.Output;
 import io.github.hsrpc.v1.Sampling;
@@ -22,9 +23,9 @@ import org.junit.Test;
 
 /** That options reach the request. */
 public final class GenerateOptionsTest {
-    /** Prompts, which are arguments of the calls; messages, whose fields have methods; what no server supports. */
+    /** Prompts, which are arguments of the calls; messages, whose fields have methods. */
     private static final Set<String> OTHERS = Set.of(
-            "text", "tokenIds", "chat", "sampling", "stopping", "output", "textOptions", "promptLogprobs");
+            "text", "tokenIds", "chat", "sampling", "stopping", "output", "textOptions");
     private static final Map<Class<?>, Object> VALUES = Map.of(
             int.class, 1,
             long.class, 1L,
@@ -34,7 +35,8 @@ public final class GenerateOptionsTest {
             Duration.class, Duration.ofMillis(1500),
             Map.class, Map.of(1, 2.0),
             int[].class, new int[] {1},
-            String[].class, new String[] {"a"});
+            String[].class, new String[] {"a"},
+            Constraint.class, Constraint.newBuilder().setRegex("a").build());
 
     @Test
     public void everySettingHasAMethodThatSetsItAlone() throws Exception {
@@ -46,6 +48,12 @@ public final class GenerateOptionsTest {
             }
         }
         assertEquals(fields(), set);
+    }
+
+    @Test
+    public void aSchemaIsAConstraint() {
+        GenerateRequest request = GenerateOptions.builder().jsonSchema("{}").build().request().build();
+        assertEquals("{}", request.getConstraint().getJsonSchema());
     }
 
     @Test

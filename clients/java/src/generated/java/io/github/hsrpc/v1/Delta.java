@@ -24,6 +24,7 @@ private static final long serialVersionUID = 0L;
     text_ = "";
     tokenIds_ = emptyIntList();
     logprobs_ = java.util.Collections.emptyList();
+    promptLogprobs_ = java.util.Collections.emptyList();
   }
 
   @java.lang.Override
@@ -200,6 +201,72 @@ private static final long serialVersionUID = 0L;
     return logprobs_.get(index);
   }
 
+  public static final int PROMPT_LOGPROBS_FIELD_NUMBER = 4;
+  @SuppressWarnings("serial")
+  private java.util.List<io.github.hsrpc.v1.TokenLogprob> promptLogprobs_;
+  /**
+   * <pre>
+   * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+   * first token, or with it, and no message has more of them than it may have tokens.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+   */
+  @java.lang.Override
+  public java.util.List<io.github.hsrpc.v1.TokenLogprob> getPromptLogprobsList() {
+    return promptLogprobs_;
+  }
+  /**
+   * <pre>
+   * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+   * first token, or with it, and no message has more of them than it may have tokens.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+   */
+  @java.lang.Override
+  public java.util.List<? extends io.github.hsrpc.v1.TokenLogprobOrBuilder> 
+      getPromptLogprobsOrBuilderList() {
+    return promptLogprobs_;
+  }
+  /**
+   * <pre>
+   * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+   * first token, or with it, and no message has more of them than it may have tokens.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+   */
+  @java.lang.Override
+  public int getPromptLogprobsCount() {
+    return promptLogprobs_.size();
+  }
+  /**
+   * <pre>
+   * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+   * first token, or with it, and no message has more of them than it may have tokens.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+   */
+  @java.lang.Override
+  public io.github.hsrpc.v1.TokenLogprob getPromptLogprobs(int index) {
+    return promptLogprobs_.get(index);
+  }
+  /**
+   * <pre>
+   * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+   * first token, or with it, and no message has more of them than it may have tokens.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+   */
+  @java.lang.Override
+  public io.github.hsrpc.v1.TokenLogprobOrBuilder getPromptLogprobsOrBuilder(
+      int index) {
+    return promptLogprobs_.get(index);
+  }
+
   private byte memoizedIsInitialized = -1;
   @java.lang.Override
   public final boolean isInitialized() {
@@ -227,6 +294,9 @@ private static final long serialVersionUID = 0L;
     }
     for (int i = 0; i < logprobs_.size(); i++) {
       output.writeMessage(3, logprobs_.get(i));
+    }
+    for (int i = 0; i < promptLogprobs_.size(); i++) {
+      output.writeMessage(4, promptLogprobs_.get(i));
     }
     getUnknownFields().writeTo(output);
   }
@@ -258,6 +328,10 @@ private static final long serialVersionUID = 0L;
       size += com.google.protobuf.CodedOutputStream
         .computeMessageSize(3, logprobs_.get(i));
     }
+    for (int i = 0; i < promptLogprobs_.size(); i++) {
+      size += com.google.protobuf.CodedOutputStream
+        .computeMessageSize(4, promptLogprobs_.get(i));
+    }
     size += getUnknownFields().getSerializedSize();
     memoizedSize = size;
     return size;
@@ -279,6 +353,8 @@ private static final long serialVersionUID = 0L;
         .equals(other.getTokenIdsList())) return false;
     if (!getLogprobsList()
         .equals(other.getLogprobsList())) return false;
+    if (!getPromptLogprobsList()
+        .equals(other.getPromptLogprobsList())) return false;
     if (!getUnknownFields().equals(other.getUnknownFields())) return false;
     return true;
   }
@@ -299,6 +375,10 @@ private static final long serialVersionUID = 0L;
     if (getLogprobsCount() > 0) {
       hash = (37 * hash) + LOGPROBS_FIELD_NUMBER;
       hash = (53 * hash) + getLogprobsList().hashCode();
+    }
+    if (getPromptLogprobsCount() > 0) {
+      hash = (37 * hash) + PROMPT_LOGPROBS_FIELD_NUMBER;
+      hash = (53 * hash) + getPromptLogprobsList().hashCode();
     }
     hash = (29 * hash) + getUnknownFields().hashCode();
     memoizedHashCode = hash;
@@ -443,6 +523,13 @@ private static final long serialVersionUID = 0L;
         logprobsBuilder_.clear();
       }
       bitField0_ = (bitField0_ & ~0x00000004);
+      if (promptLogprobsBuilder_ == null) {
+        promptLogprobs_ = java.util.Collections.emptyList();
+      } else {
+        promptLogprobs_ = null;
+        promptLogprobsBuilder_.clear();
+      }
+      bitField0_ = (bitField0_ & ~0x00000008);
       return this;
     }
 
@@ -489,6 +576,15 @@ private static final long serialVersionUID = 0L;
         result.logprobs_ = logprobs_;
       } else {
         result.logprobs_ = logprobsBuilder_.build();
+      }
+      if (promptLogprobsBuilder_ == null) {
+        if (((bitField0_ & 0x00000008) != 0)) {
+          promptLogprobs_ = java.util.Collections.unmodifiableList(promptLogprobs_);
+          bitField0_ = (bitField0_ & ~0x00000008);
+        }
+        result.promptLogprobs_ = promptLogprobs_;
+      } else {
+        result.promptLogprobs_ = promptLogprobsBuilder_.build();
       }
     }
 
@@ -584,6 +680,32 @@ private static final long serialVersionUID = 0L;
           }
         }
       }
+      if (promptLogprobsBuilder_ == null) {
+        if (!other.promptLogprobs_.isEmpty()) {
+          if (promptLogprobs_.isEmpty()) {
+            promptLogprobs_ = other.promptLogprobs_;
+            bitField0_ = (bitField0_ & ~0x00000008);
+          } else {
+            ensurePromptLogprobsIsMutable();
+            promptLogprobs_.addAll(other.promptLogprobs_);
+          }
+          onChanged();
+        }
+      } else {
+        if (!other.promptLogprobs_.isEmpty()) {
+          if (promptLogprobsBuilder_.isEmpty()) {
+            promptLogprobsBuilder_.dispose();
+            promptLogprobsBuilder_ = null;
+            promptLogprobs_ = other.promptLogprobs_;
+            bitField0_ = (bitField0_ & ~0x00000008);
+            promptLogprobsBuilder_ = 
+              com.google.protobuf.GeneratedMessageV3.alwaysUseFieldBuilders ?
+                 getPromptLogprobsFieldBuilder() : null;
+          } else {
+            promptLogprobsBuilder_.addAllMessages(other.promptLogprobs_);
+          }
+        }
+      }
       this.mergeUnknownFields(other.getUnknownFields());
       onChanged();
       return this;
@@ -644,6 +766,19 @@ private static final long serialVersionUID = 0L;
               }
               break;
             } // case 26
+            case 34: {
+              io.github.hsrpc.v1.TokenLogprob m =
+                  input.readMessage(
+                      io.github.hsrpc.v1.TokenLogprob.parser(),
+                      extensionRegistry);
+              if (promptLogprobsBuilder_ == null) {
+                ensurePromptLogprobsIsMutable();
+                promptLogprobs_.add(m);
+              } else {
+                promptLogprobsBuilder_.addMessage(m);
+              }
+              break;
+            } // case 34
             default: {
               if (!super.parseUnknownField(input, extensionRegistry, tag)) {
                 done = true; // was an endgroup tag
@@ -1172,6 +1307,336 @@ private static final long serialVersionUID = 0L;
         logprobs_ = null;
       }
       return logprobsBuilder_;
+    }
+
+    private java.util.List<io.github.hsrpc.v1.TokenLogprob> promptLogprobs_ =
+      java.util.Collections.emptyList();
+    private void ensurePromptLogprobsIsMutable() {
+      if (!((bitField0_ & 0x00000008) != 0)) {
+        promptLogprobs_ = new java.util.ArrayList<io.github.hsrpc.v1.TokenLogprob>(promptLogprobs_);
+        bitField0_ |= 0x00000008;
+       }
+    }
+
+    private com.google.protobuf.RepeatedFieldBuilderV3<
+        io.github.hsrpc.v1.TokenLogprob, io.github.hsrpc.v1.TokenLogprob.Builder, io.github.hsrpc.v1.TokenLogprobOrBuilder> promptLogprobsBuilder_;
+
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public java.util.List<io.github.hsrpc.v1.TokenLogprob> getPromptLogprobsList() {
+      if (promptLogprobsBuilder_ == null) {
+        return java.util.Collections.unmodifiableList(promptLogprobs_);
+      } else {
+        return promptLogprobsBuilder_.getMessageList();
+      }
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public int getPromptLogprobsCount() {
+      if (promptLogprobsBuilder_ == null) {
+        return promptLogprobs_.size();
+      } else {
+        return promptLogprobsBuilder_.getCount();
+      }
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public io.github.hsrpc.v1.TokenLogprob getPromptLogprobs(int index) {
+      if (promptLogprobsBuilder_ == null) {
+        return promptLogprobs_.get(index);
+      } else {
+        return promptLogprobsBuilder_.getMessage(index);
+      }
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public Builder setPromptLogprobs(
+        int index, io.github.hsrpc.v1.TokenLogprob value) {
+      if (promptLogprobsBuilder_ == null) {
+        if (value == null) {
+          throw new NullPointerException();
+        }
+        ensurePromptLogprobsIsMutable();
+        promptLogprobs_.set(index, value);
+        onChanged();
+      } else {
+        promptLogprobsBuilder_.setMessage(index, value);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public Builder setPromptLogprobs(
+        int index, io.github.hsrpc.v1.TokenLogprob.Builder builderForValue) {
+      if (promptLogprobsBuilder_ == null) {
+        ensurePromptLogprobsIsMutable();
+        promptLogprobs_.set(index, builderForValue.build());
+        onChanged();
+      } else {
+        promptLogprobsBuilder_.setMessage(index, builderForValue.build());
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public Builder addPromptLogprobs(io.github.hsrpc.v1.TokenLogprob value) {
+      if (promptLogprobsBuilder_ == null) {
+        if (value == null) {
+          throw new NullPointerException();
+        }
+        ensurePromptLogprobsIsMutable();
+        promptLogprobs_.add(value);
+        onChanged();
+      } else {
+        promptLogprobsBuilder_.addMessage(value);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public Builder addPromptLogprobs(
+        int index, io.github.hsrpc.v1.TokenLogprob value) {
+      if (promptLogprobsBuilder_ == null) {
+        if (value == null) {
+          throw new NullPointerException();
+        }
+        ensurePromptLogprobsIsMutable();
+        promptLogprobs_.add(index, value);
+        onChanged();
+      } else {
+        promptLogprobsBuilder_.addMessage(index, value);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public Builder addPromptLogprobs(
+        io.github.hsrpc.v1.TokenLogprob.Builder builderForValue) {
+      if (promptLogprobsBuilder_ == null) {
+        ensurePromptLogprobsIsMutable();
+        promptLogprobs_.add(builderForValue.build());
+        onChanged();
+      } else {
+        promptLogprobsBuilder_.addMessage(builderForValue.build());
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public Builder addPromptLogprobs(
+        int index, io.github.hsrpc.v1.TokenLogprob.Builder builderForValue) {
+      if (promptLogprobsBuilder_ == null) {
+        ensurePromptLogprobsIsMutable();
+        promptLogprobs_.add(index, builderForValue.build());
+        onChanged();
+      } else {
+        promptLogprobsBuilder_.addMessage(index, builderForValue.build());
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public Builder addAllPromptLogprobs(
+        java.lang.Iterable<? extends io.github.hsrpc.v1.TokenLogprob> values) {
+      if (promptLogprobsBuilder_ == null) {
+        ensurePromptLogprobsIsMutable();
+        com.google.protobuf.AbstractMessageLite.Builder.addAll(
+            values, promptLogprobs_);
+        onChanged();
+      } else {
+        promptLogprobsBuilder_.addAllMessages(values);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public Builder clearPromptLogprobs() {
+      if (promptLogprobsBuilder_ == null) {
+        promptLogprobs_ = java.util.Collections.emptyList();
+        bitField0_ = (bitField0_ & ~0x00000008);
+        onChanged();
+      } else {
+        promptLogprobsBuilder_.clear();
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public Builder removePromptLogprobs(int index) {
+      if (promptLogprobsBuilder_ == null) {
+        ensurePromptLogprobsIsMutable();
+        promptLogprobs_.remove(index);
+        onChanged();
+      } else {
+        promptLogprobsBuilder_.remove(index);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public io.github.hsrpc.v1.TokenLogprob.Builder getPromptLogprobsBuilder(
+        int index) {
+      return getPromptLogprobsFieldBuilder().getBuilder(index);
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public io.github.hsrpc.v1.TokenLogprobOrBuilder getPromptLogprobsOrBuilder(
+        int index) {
+      if (promptLogprobsBuilder_ == null) {
+        return promptLogprobs_.get(index);  } else {
+        return promptLogprobsBuilder_.getMessageOrBuilder(index);
+      }
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public java.util.List<? extends io.github.hsrpc.v1.TokenLogprobOrBuilder> 
+         getPromptLogprobsOrBuilderList() {
+      if (promptLogprobsBuilder_ != null) {
+        return promptLogprobsBuilder_.getMessageOrBuilderList();
+      } else {
+        return java.util.Collections.unmodifiableList(promptLogprobs_);
+      }
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public io.github.hsrpc.v1.TokenLogprob.Builder addPromptLogprobsBuilder() {
+      return getPromptLogprobsFieldBuilder().addBuilder(
+          io.github.hsrpc.v1.TokenLogprob.getDefaultInstance());
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public io.github.hsrpc.v1.TokenLogprob.Builder addPromptLogprobsBuilder(
+        int index) {
+      return getPromptLogprobsFieldBuilder().addBuilder(
+          index, io.github.hsrpc.v1.TokenLogprob.getDefaultInstance());
+    }
+    /**
+     * <pre>
+     * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+     * first token, or with it, and no message has more of them than it may have tokens.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+     */
+    public java.util.List<io.github.hsrpc.v1.TokenLogprob.Builder> 
+         getPromptLogprobsBuilderList() {
+      return getPromptLogprobsFieldBuilder().getBuilderList();
+    }
+    private com.google.protobuf.RepeatedFieldBuilderV3<
+        io.github.hsrpc.v1.TokenLogprob, io.github.hsrpc.v1.TokenLogprob.Builder, io.github.hsrpc.v1.TokenLogprobOrBuilder> 
+        getPromptLogprobsFieldBuilder() {
+      if (promptLogprobsBuilder_ == null) {
+        promptLogprobsBuilder_ = new com.google.protobuf.RepeatedFieldBuilderV3<
+            io.github.hsrpc.v1.TokenLogprob, io.github.hsrpc.v1.TokenLogprob.Builder, io.github.hsrpc.v1.TokenLogprobOrBuilder>(
+                promptLogprobs_,
+                ((bitField0_ & 0x00000008) != 0),
+                getParentForChildren(),
+                isClean());
+        promptLogprobs_ = null;
+      }
+      return promptLogprobsBuilder_;
     }
     @java.lang.Override
     public final Builder setUnknownFields(

@@ -99,4 +99,53 @@ public interface DeltaOrBuilder extends
    */
   io.github.hsrpc.v1.TokenLogprobOrBuilder getLogprobsOrBuilder(
       int index);
+
+  /**
+   * <pre>
+   * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+   * first token, or with it, and no message has more of them than it may have tokens.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+   */
+  java.util.List<io.github.hsrpc.v1.TokenLogprob> 
+      getPromptLogprobsList();
+  /**
+   * <pre>
+   * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+   * first token, or with it, and no message has more of them than it may have tokens.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+   */
+  io.github.hsrpc.v1.TokenLogprob getPromptLogprobs(int index);
+  /**
+   * <pre>
+   * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+   * first token, or with it, and no message has more of them than it may have tokens.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+   */
+  int getPromptLogprobsCount();
+  /**
+   * <pre>
+   * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+   * first token, or with it, and no message has more of them than it may have tokens.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+   */
+  java.util.List<? extends io.github.hsrpc.v1.TokenLogprobOrBuilder> 
+      getPromptLogprobsOrBuilderList();
+  /**
+   * <pre>
+   * Of the next tokens of the prompt, from its second on, in order; only with `prompt_logprobs`. All come before the
+   * first token, or with it, and no message has more of them than it may have tokens.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.TokenLogprob prompt_logprobs = 4;</code>
+   */
+  io.github.hsrpc.v1.TokenLogprobOrBuilder getPromptLogprobsOrBuilder(
+      int index);
 }

@@ -6,7 +6,7 @@ package io.github.hsrpc.v1;
 /**
  * <pre>
  * GenerateResponse is a part of the answer. The first response alone has `start`, the last one alone has `finish`; the
- * first response comes with the first token. One response may have several of the fields.
+ * first response comes with the first token, or with the first logprobs of the prompt. One response may have several of the fields.
  * </pre>
  *
  * Protobuf type {@code hsrpc.v1.GenerateResponse}
@@ -357,7 +357,7 @@ private static final long serialVersionUID = 0L;
   /**
    * <pre>
    * GenerateResponse is a part of the answer. The first response alone has `start`, the last one alone has `finish`; the
-   * first response comes with the first token. One response may have several of the fields.
+   * first response comes with the first token, or with the first logprobs of the prompt. One response may have several of the fields.
    * </pre>
    *
    * Protobuf type {@code hsrpc.v1.GenerateResponse}

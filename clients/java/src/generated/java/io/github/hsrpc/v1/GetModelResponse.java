@@ -50,6 +50,7 @@ private static final long serialVersionUID = 0L;
             io.github.hsrpc.v1.GetModelResponse.class, io.github.hsrpc.v1.GetModelResponse.Builder.class);
   }
 
+  private int bitField0_;
   public static final int NAME_FIELD_NUMBER = 1;
   @SuppressWarnings("serial")
   private volatile java.lang.Object name_ = "";
@@ -310,6 +311,33 @@ private static final long serialVersionUID = 0L;
     return hasChatTemplate_;
   }
 
+  public static final int BOS_TOKEN_ID_FIELD_NUMBER = 9;
+  private int bosTokenId_ = 0;
+  /**
+   * <pre>
+   * Token that begins a text, of the model's configuration. Absent: it names none.
+   * </pre>
+   *
+   * <code>optional int32 bos_token_id = 9;</code>
+   * @return Whether the bosTokenId field is set.
+   */
+  @java.lang.Override
+  public boolean hasBosTokenId() {
+    return ((bitField0_ & 0x00000001) != 0);
+  }
+  /**
+   * <pre>
+   * Token that begins a text, of the model's configuration. Absent: it names none.
+   * </pre>
+   *
+   * <code>optional int32 bos_token_id = 9;</code>
+   * @return The bosTokenId.
+   */
+  @java.lang.Override
+  public int getBosTokenId() {
+    return bosTokenId_;
+  }
+
   private byte memoizedIsInitialized = -1;
   @java.lang.Override
   public final boolean isInitialized() {
@@ -352,6 +380,9 @@ private static final long serialVersionUID = 0L;
     }
     if (hasChatTemplate_ != false) {
       output.writeBool(8, hasChatTemplate_);
+    }
+    if (((bitField0_ & 0x00000001) != 0)) {
+      output.writeInt32(9, bosTokenId_);
     }
     getUnknownFields().writeTo(output);
   }
@@ -402,6 +433,10 @@ private static final long serialVersionUID = 0L;
       size += com.google.protobuf.CodedOutputStream
         .computeBoolSize(8, hasChatTemplate_);
     }
+    if (((bitField0_ & 0x00000001) != 0)) {
+      size += com.google.protobuf.CodedOutputStream
+        .computeInt32Size(9, bosTokenId_);
+    }
     size += getUnknownFields().getSerializedSize();
     memoizedSize = size;
     return size;
@@ -439,6 +474,11 @@ private static final long serialVersionUID = 0L;
     }
     if (getHasChatTemplate()
         != other.getHasChatTemplate()) return false;
+    if (hasBosTokenId() != other.hasBosTokenId()) return false;
+    if (hasBosTokenId()) {
+      if (getBosTokenId()
+          != other.getBosTokenId()) return false;
+    }
     if (!getUnknownFields().equals(other.getUnknownFields())) return false;
     return true;
   }
@@ -473,6 +513,10 @@ private static final long serialVersionUID = 0L;
     hash = (37 * hash) + HAS_CHAT_TEMPLATE_FIELD_NUMBER;
     hash = (53 * hash) + com.google.protobuf.Internal.hashBoolean(
         getHasChatTemplate());
+    if (hasBosTokenId()) {
+      hash = (37 * hash) + BOS_TOKEN_ID_FIELD_NUMBER;
+      hash = (53 * hash) + getBosTokenId();
+    }
     hash = (29 * hash) + getUnknownFields().hashCode();
     memoizedHashCode = hash;
     return hash;
@@ -622,6 +666,7 @@ private static final long serialVersionUID = 0L;
         cacheBuilder_ = null;
       }
       hasChatTemplate_ = false;
+      bosTokenId_ = 0;
       return this;
     }
 
@@ -689,6 +734,12 @@ private static final long serialVersionUID = 0L;
       if (((from_bitField0_ & 0x00000080) != 0)) {
         result.hasChatTemplate_ = hasChatTemplate_;
       }
+      int to_bitField0_ = 0;
+      if (((from_bitField0_ & 0x00000100) != 0)) {
+        result.bosTokenId_ = bosTokenId_;
+        to_bitField0_ |= 0x00000001;
+      }
+      result.bitField0_ |= to_bitField0_;
     }
 
     @java.lang.Override
@@ -769,6 +820,9 @@ private static final long serialVersionUID = 0L;
       }
       if (other.getHasChatTemplate() != false) {
         setHasChatTemplate(other.getHasChatTemplate());
+      }
+      if (other.hasBosTokenId()) {
+        setBosTokenId(other.getBosTokenId());
       }
       this.mergeUnknownFields(other.getUnknownFields());
       onChanged();
@@ -851,6 +905,11 @@ private static final long serialVersionUID = 0L;
               bitField0_ |= 0x00000080;
               break;
             } // case 64
+            case 72: {
+              bosTokenId_ = input.readInt32();
+              bitField0_ |= 0x00000100;
+              break;
+            } // case 72
             default: {
               if (!super.parseUnknownField(input, extensionRegistry, tag)) {
                 done = true; // was an endgroup tag
@@ -1609,6 +1668,62 @@ private static final long serialVersionUID = 0L;
     public Builder clearHasChatTemplate() {
       bitField0_ = (bitField0_ & ~0x00000080);
       hasChatTemplate_ = false;
+      onChanged();
+      return this;
+    }
+
+    private int bosTokenId_ ;
+    /**
+     * <pre>
+     * Token that begins a text, of the model's configuration. Absent: it names none.
+     * </pre>
+     *
+     * <code>optional int32 bos_token_id = 9;</code>
+     * @return Whether the bosTokenId field is set.
+     */
+    @java.lang.Override
+    public boolean hasBosTokenId() {
+      return ((bitField0_ & 0x00000100) != 0);
+    }
+    /**
+     * <pre>
+     * Token that begins a text, of the model's configuration. Absent: it names none.
+     * </pre>
+     *
+     * <code>optional int32 bos_token_id = 9;</code>
+     * @return The bosTokenId.
+     */
+    @java.lang.Override
+    public int getBosTokenId() {
+      return bosTokenId_;
+    }
+    /**
+     * <pre>
+     * Token that begins a text, of the model's configuration. Absent: it names none.
+     * </pre>
+     *
+     * <code>optional int32 bos_token_id = 9;</code>
+     * @param value The bosTokenId to set.
+     * @return This builder for chaining.
+     */
+    public Builder setBosTokenId(int value) {
+      
+      bosTokenId_ = value;
+      bitField0_ |= 0x00000100;
+      onChanged();
+      return this;
+    }
+    /**
+     * <pre>
+     * Token that begins a text, of the model's configuration. Absent: it names none.
+     * </pre>
+     *
+     * <code>optional int32 bos_token_id = 9;</code>
+     * @return This builder for chaining.
+     */
+    public Builder clearBosTokenId() {
+      bitField0_ = (bitField0_ & ~0x00000100);
+      bosTokenId_ = 0;
       onChanged();
       return this;
     }

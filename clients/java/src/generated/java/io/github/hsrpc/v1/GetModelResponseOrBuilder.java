@@ -163,4 +163,23 @@ public interface GetModelResponseOrBuilder extends
    * @return The hasChatTemplate.
    */
   boolean getHasChatTemplate();
+
+  /**
+   * <pre>
+   * Token that begins a text, of the model's configuration. Absent: it names none.
+   * </pre>
+   *
+   * <code>optional int32 bos_token_id = 9;</code>
+   * @return Whether the bosTokenId field is set.
+   */
+  boolean hasBosTokenId();
+  /**
+   * <pre>
+   * Token that begins a text, of the model's configuration. Absent: it names none.
+   * </pre>
+   *
+   * <code>optional int32 bos_token_id = 9;</code>
+   * @return The bosTokenId.
+   */
+  int getBosTokenId();
 }

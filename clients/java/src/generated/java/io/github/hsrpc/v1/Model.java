@@ -65,41 +65,42 @@ public final class Model {
     java.lang.String[] descriptorData = {
       "\n\024hsrpc/v1/model.proto\022\010hsrpc.v1\032\025hsrpc/" +
       "v1/prompt.proto\"/\n\017GetModelRequest\022\022\n\005mo" +
-      "del\030\001 \001(\tH\000\210\001\001B\010\n\006_model\"\336\001\n\020GetModelRes" +
+      "del\030\001 \001(\tH\000\210\001\001B\010\n\006_model\"\212\002\n\020GetModelRes" +
       "ponse\022\014\n\004name\030\001 \001(\t\022\016\n\006family\030\002 \001(\t\022\026\n\016c" +
       "ontext_length\030\003 \001(\005\022\025\n\rmax_model_len\030\004 \001" +
       "(\005\022\025\n\reos_token_ids\030\005 \003(\005\022#\n\005sizes\030\006 \001(\013" +
       "2\024.hsrpc.v1.ModelSizes\022&\n\005cache\030\007 \001(\0132\027." +
       "hsrpc.v1.CacheDecision\022\031\n\021has_chat_templ" +
-      "ate\030\010 \001(\010\"\207\002\n\nModelSizes\022\022\n\nnum_layers\030\001" +
-      " \001(\005\022\023\n\013hidden_size\030\002 \001(\005\022\021\n\tnum_heads\030\003" +
-      " \001(\005\022\024\n\014num_kv_heads\030\004 \001(\005\022\020\n\010head_dim\030\005" +
-      " \001(\005\022\020\n\010ffn_size\030\006 \001(\005\022\022\n\nvocab_size\030\007 \001" +
-      "(\005\022\025\n\relement_bytes\030\010 \001(\005\022\023\n\013layer_bytes" +
-      "\030\t \001(\003\022\023\n\013model_bytes\030\n \001(\003\022\033\n\016sliding_w" +
-      "indow\030\013 \001(\005H\000\210\001\001B\021\n\017_sliding_window\"\244\001\n\r" +
-      "CacheDecision\022\016\n\006policy\030\001 \001(\t\022\030\n\020activat" +
-      "ion_share\030\002 \001(\001\022\030\n\020activation_ratio\030\003 \001(" +
-      "\001\022\020\n\010kv_bytes\030\004 \001(\003\022\030\n\020activation_bytes\030" +
-      "\005 \001(\003\022\023\n\013explanation\030\006 \001(\t\022\016\n\006format\030\007 \001" +
-      "(\t\"\226\001\n\017TokenizeRequest\022\022\n\005model\030\001 \001(\tH\000\210" +
-      "\001\001\022\014\n\004text\030\002 \001(\t\022!\n\004chat\030\003 \001(\0132\016.hsrpc.v" +
-      "1.ChatH\001\210\001\001\022+\n\014text_options\030\004 \001(\0132\025.hsrp" +
-      "c.v1.TextOptionsB\010\n\006_modelB\007\n\005_chat\"A\n\020T" +
-      "okenizeResponse\022\021\n\ttoken_ids\030\001 \003(\005\022\021\n\004te" +
-      "xt\030\002 \001(\tH\000\210\001\001B\007\n\005_text\"~\n\021DetokenizeRequ" +
-      "est\022\022\n\005model\030\001 \001(\tH\000\210\001\001\022\021\n\ttoken_ids\030\002 \003" +
-      "(\005\022 \n\023skip_special_tokens\030\003 \001(\010H\001\210\001\001B\010\n\006" +
-      "_modelB\026\n\024_skip_special_tokens\"\"\n\022Detoke" +
-      "nizeResponse\022\014\n\004text\030\001 \001(\t2\335\001\n\014ModelServ" +
-      "ice\022A\n\010GetModel\022\031.hsrpc.v1.GetModelReque" +
-      "st\032\032.hsrpc.v1.GetModelResponse\022A\n\010Tokeni" +
-      "ze\022\031.hsrpc.v1.TokenizeRequest\032\032.hsrpc.v1" +
-      ".TokenizeResponse\022G\n\nDetokenize\022\033.hsrpc." +
-      "v1.DetokenizeRequest\032\034.hsrpc.v1.Detokeni" +
-      "zeResponseBL\n\022io.github.hsrpc.v1P\001Z)gith" +
-      "ub.com/hsrpc/hsrpc/clients/go/hsrpcv1\252\002\010" +
-      "Hsrpc.V1b\006proto3"
+      "ate\030\010 \001(\010\022\031\n\014bos_token_id\030\t \001(\005H\000\210\001\001B\017\n\r" +
+      "_bos_token_id\"\207\002\n\nModelSizes\022\022\n\nnum_laye" +
+      "rs\030\001 \001(\005\022\023\n\013hidden_size\030\002 \001(\005\022\021\n\tnum_hea" +
+      "ds\030\003 \001(\005\022\024\n\014num_kv_heads\030\004 \001(\005\022\020\n\010head_d" +
+      "im\030\005 \001(\005\022\020\n\010ffn_size\030\006 \001(\005\022\022\n\nvocab_size" +
+      "\030\007 \001(\005\022\025\n\relement_bytes\030\010 \001(\005\022\023\n\013layer_b" +
+      "ytes\030\t \001(\003\022\023\n\013model_bytes\030\n \001(\003\022\033\n\016slidi" +
+      "ng_window\030\013 \001(\005H\000\210\001\001B\021\n\017_sliding_window\"" +
+      "\244\001\n\rCacheDecision\022\016\n\006policy\030\001 \001(\t\022\030\n\020act" +
+      "ivation_share\030\002 \001(\001\022\030\n\020activation_ratio\030" +
+      "\003 \001(\001\022\020\n\010kv_bytes\030\004 \001(\003\022\030\n\020activation_by" +
+      "tes\030\005 \001(\003\022\023\n\013explanation\030\006 \001(\t\022\016\n\006format" +
+      "\030\007 \001(\t\"\226\001\n\017TokenizeRequest\022\022\n\005model\030\001 \001(" +
+      "\tH\000\210\001\001\022\014\n\004text\030\002 \001(\t\022!\n\004chat\030\003 \001(\0132\016.hsr" +
+      "pc.v1.ChatH\001\210\001\001\022+\n\014text_options\030\004 \001(\0132\025." +
+      "hsrpc.v1.TextOptionsB\010\n\006_modelB\007\n\005_chat\"" +
+      "A\n\020TokenizeResponse\022\021\n\ttoken_ids\030\001 \003(\005\022\021" +
+      "\n\004text\030\002 \001(\tH\000\210\001\001B\007\n\005_text\"~\n\021Detokenize" +
+      "Request\022\022\n\005model\030\001 \001(\tH\000\210\001\001\022\021\n\ttoken_ids" +
+      "\030\002 \003(\005\022 \n\023skip_special_tokens\030\003 \001(\010H\001\210\001\001" +
+      "B\010\n\006_modelB\026\n\024_skip_special_tokens\"\"\n\022De" +
+      "tokenizeResponse\022\014\n\004text\030\001 \001(\t2\335\001\n\014Model" +
+      "Service\022A\n\010GetModel\022\031.hsrpc.v1.GetModelR" +
+      "equest\032\032.hsrpc.v1.GetModelResponse\022A\n\010To" +
+      "kenize\022\031.hsrpc.v1.TokenizeRequest\032\032.hsrp" +
+      "c.v1.TokenizeResponse\022G\n\nDetokenize\022\033.hs" +
+      "rpc.v1.DetokenizeRequest\032\034.hsrpc.v1.Deto" +
+      "kenizeResponseBL\n\022io.github.hsrpc.v1P\001Z)" +
+      "github.com/hsrpc/hsrpc/clients/go/hsrpcv" +
+      "1\252\002\010Hsrpc.V1b\006proto3"
     };
     descriptor = com.google.protobuf.Descriptors.FileDescriptor
       .internalBuildGeneratedFileFrom(descriptorData,
@@ -117,7 +118,7 @@ public final class Model {
     internal_static_hsrpc_v1_GetModelResponse_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_GetModelResponse_descriptor,
-        new java.lang.String[] { "Name", "Family", "ContextLength", "MaxModelLen", "EosTokenIds", "Sizes", "Cache", "HasChatTemplate", });
+        new java.lang.String[] { "Name", "Family", "ContextLength", "MaxModelLen", "EosTokenIds", "Sizes", "Cache", "HasChatTemplate", "BosTokenId", "BosTokenId", });
     internal_static_hsrpc_v1_ModelSizes_descriptor =
       getDescriptor().getMessageTypes().get(2);
     internal_static_hsrpc_v1_ModelSizes_fieldAccessorTable = new

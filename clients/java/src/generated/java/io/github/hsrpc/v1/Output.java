@@ -79,7 +79,8 @@ private static final long serialVersionUID = 0L;
   private int promptLogprobs_ = 0;
   /**
    * <pre>
-   * Logprobs of the prompt's tokens. Not supported: setting it is answered with UNIMPLEMENTED.
+   * The logprob of each of the prompt's tokens but the first, which has none before it, and those of this many of the
+   * most probable ones in its place, 0 to 20. Default: none of the prompt.
    * </pre>
    *
    * <code>optional int32 prompt_logprobs = 2;</code>
@@ -91,7 +92,8 @@ private static final long serialVersionUID = 0L;
   }
   /**
    * <pre>
-   * Logprobs of the prompt's tokens. Not supported: setting it is answered with UNIMPLEMENTED.
+   * The logprob of each of the prompt's tokens but the first, which has none before it, and those of this many of the
+   * most probable ones in its place, 0 to 20. Default: none of the prompt.
    * </pre>
    *
    * <code>optional int32 prompt_logprobs = 2;</code>
@@ -840,7 +842,8 @@ private static final long serialVersionUID = 0L;
     private int promptLogprobs_ ;
     /**
      * <pre>
-     * Logprobs of the prompt's tokens. Not supported: setting it is answered with UNIMPLEMENTED.
+     * The logprob of each of the prompt's tokens but the first, which has none before it, and those of this many of the
+     * most probable ones in its place, 0 to 20. Default: none of the prompt.
      * </pre>
      *
      * <code>optional int32 prompt_logprobs = 2;</code>
@@ -852,7 +855,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Logprobs of the prompt's tokens. Not supported: setting it is answered with UNIMPLEMENTED.
+     * The logprob of each of the prompt's tokens but the first, which has none before it, and those of this many of the
+     * most probable ones in its place, 0 to 20. Default: none of the prompt.
      * </pre>
      *
      * <code>optional int32 prompt_logprobs = 2;</code>
@@ -864,7 +868,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Logprobs of the prompt's tokens. Not supported: setting it is answered with UNIMPLEMENTED.
+     * The logprob of each of the prompt's tokens but the first, which has none before it, and those of this many of the
+     * most probable ones in its place, 0 to 20. Default: none of the prompt.
      * </pre>
      *
      * <code>optional int32 prompt_logprobs = 2;</code>
@@ -880,7 +885,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Logprobs of the prompt's tokens. Not supported: setting it is answered with UNIMPLEMENTED.
+     * The logprob of each of the prompt's tokens but the first, which has none before it, and those of this many of the
+     * most probable ones in its place, 0 to 20. Default: none of the prompt.
      * </pre>
      *
      * <code>optional int32 prompt_logprobs = 2;</code>

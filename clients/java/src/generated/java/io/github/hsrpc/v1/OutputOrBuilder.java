@@ -28,7 +28,8 @@ public interface OutputOrBuilder extends
 
   /**
    * <pre>
-   * Logprobs of the prompt's tokens. Not supported: setting it is answered with UNIMPLEMENTED.
+   * The logprob of each of the prompt's tokens but the first, which has none before it, and those of this many of the
+   * most probable ones in its place, 0 to 20. Default: none of the prompt.
    * </pre>
    *
    * <code>optional int32 prompt_logprobs = 2;</code>
@@ -37,7 +38,8 @@ public interface OutputOrBuilder extends
   boolean hasPromptLogprobs();
   /**
    * <pre>
-   * Logprobs of the prompt's tokens. Not supported: setting it is answered with UNIMPLEMENTED.
+   * The logprob of each of the prompt's tokens but the first, which has none before it, and those of this many of the
+   * most probable ones in its place, 0 to 20. Default: none of the prompt.
    * </pre>
    *
    * <code>optional int32 prompt_logprobs = 2;</code>

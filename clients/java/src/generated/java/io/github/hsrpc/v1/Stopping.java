@@ -54,7 +54,8 @@ private static final long serialVersionUID = 0L;
   private int maxTokens_ = 0;
   /**
    * <pre>
-   * Most output tokens, at least 1. Default: as many as the context has room for.
+   * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+   * as many as the context has room for.
    * </pre>
    *
    * <code>optional int32 max_tokens = 1;</code>
@@ -66,7 +67,8 @@ private static final long serialVersionUID = 0L;
   }
   /**
    * <pre>
-   * Most output tokens, at least 1. Default: as many as the context has room for.
+   * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+   * as many as the context has room for.
    * </pre>
    *
    * <code>optional int32 max_tokens = 1;</code>
@@ -862,7 +864,8 @@ private static final long serialVersionUID = 0L;
     private int maxTokens_ ;
     /**
      * <pre>
-     * Most output tokens, at least 1. Default: as many as the context has room for.
+     * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+     * as many as the context has room for.
      * </pre>
      *
      * <code>optional int32 max_tokens = 1;</code>
@@ -874,7 +877,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Most output tokens, at least 1. Default: as many as the context has room for.
+     * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+     * as many as the context has room for.
      * </pre>
      *
      * <code>optional int32 max_tokens = 1;</code>
@@ -886,7 +890,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Most output tokens, at least 1. Default: as many as the context has room for.
+     * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+     * as many as the context has room for.
      * </pre>
      *
      * <code>optional int32 max_tokens = 1;</code>
@@ -902,7 +907,8 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Most output tokens, at least 1. Default: as many as the context has room for.
+     * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+     * as many as the context has room for.
      * </pre>
      *
      * <code>optional int32 max_tokens = 1;</code>

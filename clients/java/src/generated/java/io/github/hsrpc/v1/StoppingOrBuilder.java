@@ -9,7 +9,8 @@ public interface StoppingOrBuilder extends
 
   /**
    * <pre>
-   * Most output tokens, at least 1. Default: as many as the context has room for.
+   * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+   * as many as the context has room for.
    * </pre>
    *
    * <code>optional int32 max_tokens = 1;</code>
@@ -18,7 +19,8 @@ public interface StoppingOrBuilder extends
   boolean hasMaxTokens();
   /**
    * <pre>
-   * Most output tokens, at least 1. Default: as many as the context has room for.
+   * Most output tokens, at least 1; 0 with `output.prompt_logprobs`: the prompt is scored, and nothing generated. Default:
+   * as many as the context has room for.
    * </pre>
    *
    * <code>optional int32 max_tokens = 1;</code>

@@ -52,7 +52,7 @@ private static final long serialVersionUID = 0L;
   private int tokenId_ = 0;
   /**
    * <pre>
-   * The token that was chosen.
+   * The token that was chosen, or that the prompt has.
    * </pre>
    *
    * <code>int32 token_id = 1;</code>
@@ -604,7 +604,7 @@ private static final long serialVersionUID = 0L;
     private int tokenId_ ;
     /**
      * <pre>
-     * The token that was chosen.
+     * The token that was chosen, or that the prompt has.
      * </pre>
      *
      * <code>int32 token_id = 1;</code>
@@ -616,7 +616,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * The token that was chosen.
+     * The token that was chosen, or that the prompt has.
      * </pre>
      *
      * <code>int32 token_id = 1;</code>
@@ -632,7 +632,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * The token that was chosen.
+     * The token that was chosen, or that the prompt has.
      * </pre>
      *
      * <code>int32 token_id = 1;</code>

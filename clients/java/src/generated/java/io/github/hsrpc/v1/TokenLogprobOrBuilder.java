@@ -9,7 +9,7 @@ public interface TokenLogprobOrBuilder extends
 
   /**
    * <pre>
-   * The token that was chosen.
+   * The token that was chosen, or that the prompt has.
    * </pre>
    *
    * <code>int32 token_id = 1;</code>
