@@ -584,7 +584,6 @@ static const ::_pbi::MigrationSchema schemas[] PROTOBUF_SECTION_VARIABLE(protode
   { 137, -1, -1, sizeof(::hsrpc::v1::GenerateResponse)},
   { 146, -1, -1, sizeof(::hsrpc::v1::Start)},
   { 160, -1, -1, sizeof(::hsrpc::v1::Delta)},
-<<<<<<< HEAD
   { 170, -1, -1, sizeof(::hsrpc::v1::TokenLogprob)},
   { 180, -1, -1, sizeof(::hsrpc::v1::TopLogprob)},
   { 188, -1, -1, sizeof(::hsrpc::v1::Finish)},
@@ -592,15 +591,6 @@ static const ::_pbi::MigrationSchema schemas[] PROTOBUF_SECTION_VARIABLE(protode
   { 210, -1, -1, sizeof(::hsrpc::v1::Timings)},
   { 220, -1, -1, sizeof(::hsrpc::v1::AbortRequest)},
   { 227, -1, -1, sizeof(::hsrpc::v1::AbortResponse)},
-=======
-  { 169, -1, -1, sizeof(::hsrpc::v1::TokenLogprob)},
-  { 179, -1, -1, sizeof(::hsrpc::v1::TopLogprob)},
-  { 187, -1, -1, sizeof(::hsrpc::v1::Finish)},
-  { 199, -1, -1, sizeof(::hsrpc::v1::Usage)},
-  { 209, -1, -1, sizeof(::hsrpc::v1::Timings)},
-  { 219, -1, -1, sizeof(::hsrpc::v1::AbortRequest)},
-  { 226, -1, -1, sizeof(::hsrpc::v1::AbortResponse)},
->>>>>>> typescript
 };
 
 static const ::_pb::Message* const file_default_instances[] = {
@@ -680,7 +670,6 @@ const char descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto[] PROTOBUF_
   "ached_tokens\030\004 \001(\005\022$\n\010sampling\030\005 \001(\0132\022.h"
   "srpc.v1.Sampling\022$\n\010stopping\030\006 \001(\0132\022.hsr"
   "pc.v1.Stopping\022 \n\006output\030\007 \001(\0132\020.hsrpc.v"
-<<<<<<< HEAD
   "1.Output\022\020\n\010priority\030\010 \001(\005\"\203\001\n\005Delta\022\014\n\004"
   "text\030\001 \001(\t\022\021\n\ttoken_ids\030\002 \003(\005\022(\n\010logprob"
   "s\030\003 \003(\0132\026.hsrpc.v1.TokenLogprob\022/\n\017promp"
@@ -715,41 +704,6 @@ const char descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto[] PROTOBUF_
   "ortResponseBL\n\022io.github.hsrpc.v1P\001Z)git"
   "hub.com/hsrpc/hsrpc/clients/go/hsrpcv1\252\002"
   "\010Hsrpc.V1b\006proto3"
-=======
-  "1.Output\022\020\n\010priority\030\010 \001(\005\"R\n\005Delta\022\014\n\004t"
-  "ext\030\001 \001(\t\022\021\n\ttoken_ids\030\002 \003(\005\022(\n\010logprobs"
-  "\030\003 \003(\0132\026.hsrpc.v1.TokenLogprob\"b\n\014TokenL"
-  "ogprob\022\020\n\010token_id\030\001 \001(\005\022\017\n\007logprob\030\002 \001("
-  "\001\022\014\n\004rank\030\003 \001(\005\022!\n\003top\030\004 \003(\0132\024.hsrpc.v1."
-  "TopLogprob\"/\n\nTopLogprob\022\020\n\010token_id\030\001 \001"
-  "(\005\022\017\n\007logprob\030\002 \001(\001\"\257\001\n\006Finish\022&\n\006reason"
-  "\030\001 \001(\0162\026.hsrpc.v1.FinishReason\022\025\n\013stop_s"
-  "tring\030\002 \001(\tH\000\022\027\n\rstop_token_id\030\003 \001(\005H\000\022\036"
-  "\n\005usage\030\004 \001(\0132\017.hsrpc.v1.Usage\022\"\n\007timing"
-  "s\030\005 \001(\0132\021.hsrpc.v1.TimingsB\t\n\007matched\"e\n"
-  "\005Usage\022\025\n\rprompt_tokens\030\001 \001(\005\022\031\n\021complet"
-  "ion_tokens\030\002 \001(\005\022\023\n\013preemptions\030\003 \001(\005\022\025\n"
-  "\rcached_tokens\030\004 \001(\005\"\272\001\n\007Timings\022(\n\005queu"
-  "e\030\001 \001(\0132\031.google.protobuf.Duration\022*\n\007pr"
-  "efill\030\002 \001(\0132\031.google.protobuf.Duration\022)"
-  "\n\006decode\030\003 \001(\0132\031.google.protobuf.Duratio"
-  "n\022.\n\013first_token\030\004 \001(\0132\031.google.protobuf"
-  ".Duration\"\"\n\014AbortRequest\022\022\n\nrequest_id\030"
-  "\001 \001(\t\" \n\rAbortResponse\022\017\n\007aborted\030\001 \001(\010*"
-  "\372\001\n\014FinishReason\022\035\n\031FINISH_REASON_UNSPEC"
-  "IFIED\020\000\022\025\n\021FINISH_REASON_EOS\020\001\022\035\n\031FINISH"
-  "_REASON_STOP_STRING\020\002\022\034\n\030FINISH_REASON_S"
-  "TOP_TOKEN\020\003\022\034\n\030FINISH_REASON_MAX_TOKENS\020"
-  "\004\022 \n\034FINISH_REASON_CONTEXT_LENGTH\020\005\022\034\n\030F"
-  "INISH_REASON_TIME_LIMIT\020\006\022\031\n\025FINISH_REAS"
-  "ON_ABORTED\020\0072\222\001\n\021GenerationService\022C\n\010Ge"
-  "nerate\022\031.hsrpc.v1.GenerateRequest\032\032.hsrp"
-  "c.v1.GenerateResponse0\001\0228\n\005Abort\022\026.hsrpc"
-  ".v1.AbortRequest\032\027.hsrpc.v1.AbortRespons"
-  "eBL\n\022io.github.hsrpc.v1P\001Z)github.com/hs"
-  "rpc/hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1b"
-  "\006proto3"
->>>>>>> typescript
   ;
 static const ::_pbi::DescriptorTable* const descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_deps[2] = {
   &::descriptor_table_google_2fprotobuf_2fduration_2eproto,
@@ -757,11 +711,7 @@ static const ::_pbi::DescriptorTable* const descriptor_table_hsrpc_2fv1_2fgenera
 };
 static ::_pbi::once_flag descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once;
 const ::_pbi::DescriptorTable descriptor_table_hsrpc_2fv1_2fgeneration_2eproto = {
-<<<<<<< HEAD
     false, false, 3497, descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto,
-=======
-    false, false, 3447, descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto,
->>>>>>> typescript
     "hsrpc/v1/generation.proto",
     &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once, descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_deps, 2, 19,
     schemas, file_default_instances, TableStruct_hsrpc_2fv1_2fgeneration_2eproto::offsets,
