@@ -60,7 +60,7 @@ async def test_every_metric_tells_of_real_requests():
     async with observed_server() as (server, engine, telemetry), AsyncClient(server.address) as client:
         gate = Gate(engine)
         gate.close_when(lambda: engine.stats().running >= 4)
-        calls = [client.complete([5] * 40, max_tokens=200, ignore_eos=True) for _ in range(6)]
+        calls = [client.complete([5 + number] * 40, max_tokens=200, ignore_eos=True) for number in range(6)]
         running = [asyncio.create_task(call) for call in calls]
         await gate.closed.wait()
         await until(lambda: engine.stats().running + engine.stats().queued == 6)
