@@ -133,7 +133,7 @@ async def observe_run(
 
     `choose` says which steps are measured, `choose_plan` makes the engine's plan. Steps like them are profiled
     afterwards, `with_busy` for the time in which a GPU is busy, and `with_ranges` for the parts of a step; where the
-    requests have ended they run once more. What was profiled is saved as `trace`.
+    requests have ended others like them run. What was profiled is saved as `trace`.
     """
     steps = _Steps(is_enough)
     started = time.perf_counter()
@@ -147,8 +147,8 @@ async def observe_run(
             steps.profiler = profiler = _profiler_for(run, config, with_busy, with_ranges)
             if profiler is not None:
                 await _until(steps.profiled, load)
-        if profiler is not None and not profiler.is_done:  # the requests have ended: the same ones once more
-            async with _load(engine, workload) as load:
+        if profiler is not None and not profiler.is_done:  # the requests have ended: others like them
+            async with _load(engine, workload.like_it()) as load:
                 await _until(steps.profiled, load)
         if profiler is not None and profiler.is_done and trace is not None:
             profiler.save(trace)

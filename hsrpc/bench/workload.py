@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -30,6 +30,13 @@ class Workload:
 
     prompts: Sequence[Sequence[int]]
     output_tokens: Sequence[int]
+    shared: int = 0
+    """First tokens that are those of all prompts."""
+
+    def like_it(self) -> Workload:
+        """Requests of the same lengths that find no block of these, but of what all share."""
+        prompts = [[*prompt[: self.shared], *reversed(prompt[self.shared :])] for prompt in self.prompts]
+        return replace(self, prompts=prompts)
 
     @property
     def longest(self) -> int:
@@ -45,18 +52,22 @@ def make_workload(
     output: int,
     vocab_size: int,
     longest: int | None = None,
+    shared: int = 0,
     seed: int = 0,
 ) -> Workload:
     """`count` requests of `prompt` tokens that generate `output` tokens, exactly or on average.
 
-    Drawn lengths are cut so that no request has more than `longest` tokens.
+    Drawn lengths are cut so that no request has more than `longest` tokens. The first `shared` of each prompt are those
+    of all others.
     """
     rng = np.random.default_rng(seed)
     sizes, outputs = (_lengths(lengths, count, mean, rng) for mean in (prompt, output))
     if longest is not None and lengths is not Lengths.UNIFORM:
         outputs = [min(size, longest - 1) for size in outputs]
         sizes = [min(size, longest - out) for size, out in zip(sizes, outputs, strict=True)]
-    return Workload([rng.integers(_FIRST_ID, vocab_size, size).tolist() for size in sizes], outputs)
+    prompts = [rng.integers(_FIRST_ID, vocab_size, size).tolist() for size in sizes]
+    prefix = max(prompts, key=len)[:shared]
+    return Workload([[*prefix, *prompt[shared:]][: len(prompt)] for prompt in prompts], outputs, shared)
 
 
 def _lengths(lengths: Lengths, count: int, mean: int, rng: np.random.Generator) -> list[int]:

@@ -28,6 +28,7 @@ _EXAMPLES = """\
   hsrpc bench decode --shape ./my-model/config.json --profile
   hsrpc bench prefill --shape opt-6.7b --max-batch 16 --prompt 2047
   hsrpc bench offline --shape opt-13b --requests 256 --lengths sharegpt-like --gpu-memory 24GiB
+  hsrpc bench offline --shape opt-13b --prompt 512 --shared-prefix 400 --gpu-memory 24GiB
   hsrpc bench sweep --shape opt-6.7b --max-batch 64 --placement host --plot sweep.png --json sweep.json
   hsrpc bench calibrate --shape opt-13b --save gpu1.json
   hsrpc bench serve --rate 4 --duration 30
@@ -62,6 +63,13 @@ def _add_engine_parser(kinds: Commands, name: str, text: str) -> None:
         "--requests", type=int, metavar="N", help="default: as many as run at once; prefill: as many as fill the steps"
     )
     load.add_argument("--prompt", type=int, default=512, metavar="N", help="prompt tokens of a request (default: 512)")
+    load.add_argument(
+        "--shared-prefix",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first prompt tokens that are the same in all requests (default: 0)",
+    )
     load.add_argument("--output", type=int, default=128, metavar="N", help="output tokens of a request (default: 128)")
     load.add_argument("--lengths", choices=("uniform", "sharegpt-like"), default="uniform", help="default: uniform")
     load.add_argument(
@@ -96,6 +104,9 @@ def run(options: argparse.Namespace) -> None:
     if options.kind == "sweep" and options.trace:
         problem, remedy = "a sweep is many measurements", "trace one of them, with --activation-share"
         raise ConfigError("trace", str(options.trace), problem, remedy)
+    if not 0 <= options.shared_prefix < options.prompt:
+        problem, remedy = f"not a part of {options.prompt} prompt tokens", "give fewer, or a longer --prompt"
+        raise ConfigError("shared_prefix", options.shared_prefix, problem, remedy)
     check_folders(options, "json", "trace", "plot")
     results: list[Result] = []
     for each in [_with_share(config, share / 10) for share in range(11)] if options.kind == "sweep" else [config]:
@@ -146,6 +157,7 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
             output=output,
             vocab_size=engine.spec.vocab_size,
             longest=config.max_model_len,
+            shared=options.shared_prefix,
         )
         if is_whole:
             _check_whole(workload, engine.plan)

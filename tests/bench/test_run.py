@@ -253,3 +253,16 @@ def test_drawn_lengths_fit_the_model():
     assert cut.longest == 256
     same = sum(len(a) == len(b) for a, b in zip(free.prompts, cut.prompts, strict=True))
     assert 100 < same < 200
+
+
+def test_prompts_begin_with_what_they_share():
+    """So many tokens and no more, of whatever length they are; those like them share nothing else with them."""
+    made = make_workload(Lengths.SHAREGPT_LIKE, count=20, prompt=50, output=20, vocab_size=5000, shared=30)
+    longest = max(made.prompts, key=len)
+    for workload in (made, made.like_it()):
+        assert all(prompt[:30] == longest[:30][: len(prompt)] for prompt in workload.prompts)
+        assert len({tuple(prompt[30:33]) for prompt in workload.prompts if len(prompt) > 33}) > 5
+    pairs = list(zip(made.prompts, made.like_it().prompts, strict=True))
+    assert all(len(one) == len(other) for one, other in pairs)
+    assert all(one[30:] != other[30:] for one, other in pairs if len(one) > 40)
+    assert made.like_it().output_tokens == made.output_tokens

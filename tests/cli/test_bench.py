@@ -33,6 +33,13 @@ def test_a_wrong_number_is_named(hsrpc, flag):
     assert all(part in ran.err for part in (flag.partition("=")[0], flag.partition("=")[2], "give "))
 
 
+@pytest.mark.parametrize("shared", ["-1", "8", "9"])
+def test_a_prompt_is_longer_than_what_it_shares(hsrpc, shared):
+    ran = hsrpc("bench", "offline", "--prompt=8", f"--shared-prefix={shared}")
+    assert ran.code == 1
+    assert all(part in ran.err for part in (f"shared_prefix={shared}", "8 prompt tokens", "a longer --prompt"))
+
+
 def test_a_sweep_is_not_traced(hsrpc):
     """It is many measurements: the flag, its value and the remedy are named before anything runs."""
     ran = hsrpc("bench", "sweep", "--trace=trace.json.gz")
