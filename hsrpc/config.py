@@ -234,6 +234,8 @@ class EngineConfig:
     """Tokens a running request holds on average: what the planner plans for."""
     expected_output: int | None = None
     """Tokens a request generates on average, from which the cost of prompts follows; None: a quarter of the context."""
+    expected_shared_prefix: int = 0
+    """First tokens that running requests have in common, on average: what the planner plans for."""
     max_step_time: float | None = None
     """Bound on the predicted time of a step in which requests decode, with and without a prompt's chunk, seconds."""
     max_queued_requests: int = 1024
@@ -274,6 +276,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(name, value, "not a positive whole number", "give 1 or more")
+        self._check_shared_prefix()
         if self.max_batch is not None and self.min_batch > self.max_batch:
             raise ConfigError("min_batch", self.min_batch, f"more than max_batch={self.max_batch}", "give at most that")
         if self.block_size > 1024:
@@ -281,6 +284,17 @@ class EngineConfig:
         if self.max_step_time is not None:
             MAX_STEP_TIME.check("max_step_time", self.max_step_time)
         self._check_shares()
+
+    def _check_shared_prefix(self) -> None:
+        name, value = "expected_shared_prefix", self.expected_shared_prefix
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ConfigError(name, value, "not a number of tokens", "give 0 or more")
+        if value and not self.prefix_cache:
+            raise ConfigError(name, value, "has no meaning with prefix_cache=False", "leave one of them out")
+        if value and self.cache_policy is CachePolicy.RECOMPUTE:
+            raise ConfigError(
+                name, value, "has no meaning with cache_policy=recompute", "leave it out: nothing is cached"
+            )
 
     def _check_shares(self) -> None:
         for name, whole in (

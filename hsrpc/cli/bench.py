@@ -139,6 +139,7 @@ def _measure(options: argparse.Namespace, config: EngineConfig) -> Result:
     config = replace(
         config,
         expected_context=config.expected_context or mean,
+        expected_shared_prefix=config.expected_shared_prefix or (options.shared_prefix if config.prefix_cache else 0),
         expected_output=config.expected_output or (None if options.kind == "prefill" else output),
         max_model_len=config.max_model_len or longest,
     )

@@ -267,6 +267,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--expected-output", type=int, metavar="N", help="tokens that a typical request generates, to plan for"
     )
     batch.add_argument(
+        "--expected-shared-prefix",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first tokens that requests have in common, such as a system prompt, to plan for (default: 0)",
+    )
+    batch.add_argument(
         "--max-step-time",
         type=SecondsOption(MAX_STEP_TIME),
         metavar="SECONDS",

@@ -173,6 +173,7 @@ def _prediction_table(plan: Plan, sizes: ModelSizes) -> Table:
     rows = {
         "longest request, tokens": str(plan.max_model_len),
         "requests, tokens of each": f"{step.batch}, {step.context}",
+        "of these shared by all": str(plan.shared_prefix),
         "mini-batches": str(step.mini_batches),
         "activation share": f"{plan.activation_share:.2f}",
         "cached tokens": plan.cache_format.value,
@@ -251,6 +252,7 @@ def _plan_json(plan: Plan) -> dict[str, object]:
         "recomputed_tokens": plan.recompute.tokens,
         "resident_share": plan.resident_share,
         "max_batch": plan.max_batch,
+        "shared_prefix": plan.shared_prefix,
         "max_model_len": plan.max_model_len,
         "device_bytes": {use.value: size for use, size in plan.device_bytes.items()},
         "host_bytes": {use.value: size for use, size in plan.host_bytes.items()},

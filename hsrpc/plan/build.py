@@ -84,6 +84,7 @@ class Assembly:
             absorbs=point.absorbed_rows > 0,
             cache_format=config.cache_format,
             kinds=evaluator.held.kinds,
+            shared_prefix=model.traffic.shared,
         )
         return replace(plan, prediction=simulated(plan, sizes, closed, recomputes=bool(one.recomputed)))
 

@@ -110,6 +110,11 @@ class LayerTimes:
         row = self.sizes.mean(lambda layer: layer.seen_part(context) * layer.activation.num_bytes)
         return tokens * (2 * row / self.hardware.memory_bandwidth)
 
+    def copy(self, tokens: Number, context: int) -> Number:
+        """K and V within device memory, as `gather`."""
+        row = self.sizes.mean(lambda layer: layer.seen_part(context) * layer.kv.num_bytes)
+        return tokens * (2 * row / self.hardware.memory_bandwidth)
+
     def attention(self, tokens: Number, queries: Number, context: int) -> Number:
         """`queries` queries to `context` tokens each; of `tokens` cached tokens in all, layers read what they see."""
         hardware = self.hardware

@@ -123,6 +123,8 @@ class Plan:
     """How cached tokens are kept."""
     kinds: frozenset[BlockKind] = frozenset(BlockKind)
     """Kinds that blocks may be of. In 8 bits all tokens' activations and K and V are rounded as blocks of these are."""
+    shared_prefix: int = 0
+    """First tokens that requests are expected to share."""
     kind_rule: KindRule = IN_PROPORTION
     """Decides of which kind a request's next blocks are."""
 

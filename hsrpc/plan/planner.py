@@ -190,11 +190,12 @@ class Planner:
         return [*dict.fromkeys(min(size, max_bytes) // row for size in _BUFFER_BYTES), 1]
 
     def _recompute_choices(self, batch: Floats) -> list[Number]:
-        """Tokens that a step may recompute: none, some, many."""
+        """Tokens that a step may recompute: none, some, many. What requests share is loaded once for all: none."""
         given = self.config.recompute_share
         if given is not None:
             return [given * batch * self.traffic.context]
-        return [0, *_RECOMPUTE_TOKENS] if self.config.cache_policy is CachePolicy.AUTO else [0]
+        may_recompute = self.config.cache_policy is CachePolicy.AUTO and not self.traffic.shared
+        return [0, *_RECOMPUTE_TOKENS] if may_recompute else [0]
 
     def _rows(self, batch: Number, wanted: int, recompute: Number) -> Number:
         """`wanted`, but at least all that the longest request shows, or all of it where requests are recomputed."""
@@ -302,11 +303,15 @@ def _traffic(config: EngineConfig, sizes: ModelSizes, longest: int) -> Traffic:
     """A request holds its prompt and half of its output on average."""
     context = min(config.expected_context or DEFAULT_CONTEXT, longest)
     output = config.expected_output or max(1, context // 4)
+    prompt = max(1, context - output // 2)
+    # Blocks that a window has left behind are nobody's.
+    shared = min(config.expected_shared_prefix, prompt - 1) if sizes.sliding_window is None else 0
     return Traffic(
         context=context,
-        prompt=max(1, context - output // 2),
+        prompt=prompt,
         output=output,
         longest=longest,
+        shared=shared // config.block_size * config.block_size,
     )
 
 

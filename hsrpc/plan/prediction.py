@@ -18,7 +18,8 @@ def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | 
 
     No prompts come in: `prefill` is 0, and `mean_step` is `step`.
     """
-    traffic = Traffic(context=context, prompt=0, output=1, longest=plan.max_model_len)
+    shared = min(plan.shared_prefix, context)
+    traffic = Traffic(context=context, prompt=0, output=1, longest=plan.max_model_len, shared=shared)
     found = predict_traffic(plan, sizes, traffic, num_requests)
     return replace(found, mean_step=found.step)
 
@@ -27,7 +28,8 @@ def predict_traffic(plan: Plan, sizes: ModelSizes, traffic: Traffic, num_request
     """A step of `num_requests` (default: the whole batch) of another traffic than the plan's, prompts coming in."""
     batch, context = num_requests or plan.max_batch, traffic.context
     model = StepModel(sizes, plan.hardware, traffic)
-    on_device, at_end = (_on_device(plan, sizes, batch, tokens) for tokens in (context, max(context, traffic.at_end)))
+    lengths = context, max(context, traffic.at_end)
+    on_device, at_end = (_on_device(plan, sizes, batch, tokens, traffic.shared) for tokens in lengths)
     rebuilding = 1 - len(plan.kv_layers) / sizes.num_layers
     candidate = Candidates(
         batch=np.asarray(float(batch)),
@@ -57,9 +59,9 @@ def predict_traffic(plan: Plan, sizes: ModelSizes, traffic: Traffic, num_request
     return simulated(plan, sizes, closed, recomputes=bool(candidate.recomputed))
 
 
-def _on_device(plan: Plan, sizes: ModelSizes, batch: int, tokens: int) -> float:
-    """Part of the cached tokens that lies on the device, where `batch` requests have so many each."""
-    held = batch * float(sizes.held_blocks(tokens, plan.block_size))
+def _on_device(plan: Plan, sizes: ModelSizes, batch: int, tokens: int, shared: int) -> float:
+    """Part of the cached tokens that lies on the device, where `batch` requests have so many each, some in common."""
+    held = batch * float(sizes.held_blocks(tokens, plan.block_size)) - (batch - 1) * (shared // plan.block_size)
     return min(1.0, sum(_blocks(plan, Tier.DEVICE)) / held)
 
 

@@ -281,7 +281,7 @@ class Evaluator:
         """
         if self.recomputes:
             return 0 * batch
-        expected = self._held_blocks(self.model.traffic.context) + 1
+        expected = self._held_blocks(self.model.traffic.context) + 1 - self._shared_blocks
         found: Number = self._held_blocks(self.max_model_len, chunk) + np.maximum(0, np.ceil(batch) - 1) * expected
         return found
 
@@ -292,10 +292,15 @@ class Evaluator:
         # Each chunk touches one block more than its tokens fill.
         prompts = np.ceil(idle_chunk / self.config.block_size) + batch
         found: Number = np.minimum(batch * self.longest, batch * self._held_blocks(self.max_model_len) + prompts)
-        return found
+        return found - np.maximum(0, batch - 1) * self._shared_blocks
 
     def _held_blocks(self, num_tokens: int, chunk: Number = 1) -> Number:
         return self.sizes.held_blocks(num_tokens, self.config.block_size, chunk)
+
+    @property
+    def _shared_blocks(self) -> int:
+        """Full blocks that all requests hold."""
+        return self.model.traffic.shared // self.config.block_size
 
     def _device_blocks(self, room: Number, share: Number) -> Number:
         if self.config.placement is Placement.HOST:
@@ -309,7 +314,7 @@ class Evaluator:
 
     def _on_device(self, batch: Floats, blocks: Number, length: int) -> Number:
         """Part of the cached tokens that lies on the device, which fills first; requests have `length` tokens."""
-        used = batch * self._held_blocks(length)
+        used = batch * self._held_blocks(length) - np.maximum(0, batch - 1) * self._shared_blocks
         found: Number = np.minimum(1.0, blocks / used)
         return found
 

@@ -38,6 +38,16 @@ class Traffic:
     output: int
     longest: int
     """Most tokens of a request."""
+    shared: int = 0
+    """First tokens that are the same in all requests, which are part of `context` and of `prompt`."""
+
+    def distinct(self, batch: Number, length: int) -> Number:
+        """Cached tokens of `batch` requests of `length` tokens each, what they share once."""
+        return batch * length - self.repeated(batch)
+
+    def repeated(self, times: Number) -> Number:
+        """Tokens that so many have in common, beyond those of one."""
+        return np.maximum(0.0, times - 1) * self.shared
 
     @property
     def at_end(self) -> int:
@@ -46,8 +56,8 @@ class Traffic:
 
     @property
     def prompt_tokens_per_output(self) -> float:
-        """Prompt tokens that come in for each token that goes out, in steady state."""
-        return self.prompt / self.output
+        """Prompt tokens to compute that come in for each token that goes out, in steady state."""
+        return max(0, self.prompt - self.shared) / self.output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,13 +165,19 @@ class StepModel:
     def predict(self, c: Candidates) -> StepTimes:
         """Times of the candidates' steps."""
         context = self.traffic.context
-        tokens = c.batch * context
+        tokens = self.traffic.distinct(c.batch, context)
         device, host = _tiers(tokens, c.on_device, c.recomputed)
-        regenerated = np.where(c.absorbs, 0.0, device * c.device_share + host * c.host_share)
         gathered = np.where(c.absorbs, 0.0, device * c.device_share)
         recomputed_tokens = tokens * c.recomputed
+        # The prefix came first: it lies on the device if there is room for it. Else each request has rows of it.
+        in_host = self.traffic.shared > device
+        copied = self.traffic.repeated(c.batch) * np.where(in_host, 1.0, c.device_share) * ~np.asarray(c.absorbs)
         seen = self.sizes.largest(lambda layer: layer.seen_part(context))
-        mini_batches = self._mini_batches(c, recomputed_tokens, seen * (host + gathered))
+        mini_batches = self._mini_batches(c, recomputed_tokens, seen * (host + gathered + copied))
+        again = self.traffic.repeated(np.where(c.absorbs, c.batch, mini_batches))
+        host = host + np.where(in_host, again, 0.0)
+        regenerated = device * c.device_share + host * c.host_share + np.where(in_host, 0.0, again * c.device_share)
+        regenerated = np.where(c.absorbs, 0.0, regenerated)
         queries, layers = c.batch * (1 - c.recomputed), self.sizes.num_layers
         # Mini-batches that only decode form one group, which reads the weights once; with recomputed tokens each
         # mini-batch reads them itself.
@@ -177,8 +193,8 @@ class StepModel:
             "bus": self._contended(layers * self._bus(c, host, mini_batches), forward + gemms),
             "forward": forward,
             "regenerate": gemms,
-            "gather": layers * self.layer.gather(gathered, context),
-            "attention": layers * self._attention(c, device + host, queries),
+            "gather": layers * (self.layer.gather(gathered, context) + self.layer.copy(copied, context)),
+            "attention": layers * self._attention(c, c.batch * context * (1 - c.recomputed), queries),
             "head": self.layer.head(c.batch),
             "experts": self._experts(c, queries + recomputed_tokens, groups),
         }
@@ -209,7 +225,7 @@ class StepModel:
         with_chunk = np.maximum(bus, gpu + c.chunk * (layers * self.chunk_token) + more_experts)
         with_chunk = np.maximum(with_chunk, launches) + self._experts(c, c.batch + c.chunk) + boundary
         # Requests come and go: prompts beside, and room for their outputs to grow.
-        tokens = c.batch * self.traffic.context
+        tokens = self.traffic.distinct(c.batch, self.traffic.context)
         later_host = _tiers(tokens, c.on_device_at_end, c.recomputed)[1]
         later_bus = layers * self._bus(c, later_host, times["mini_batches"])
         prompt_work = prefill + self._chunked_part(c) * more_experts
