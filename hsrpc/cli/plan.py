@@ -29,8 +29,7 @@ _EXAMPLES = """\
   hsrpc plan --model random:qwen3-14b --hardware rtx4090 --host-memory 128GiB    with more memory than is assumed
   hsrpc plan --model ./opt-13b --hardware gpu1.json    as `hsrpc bench calibrate --save gpu1.json` measured there
   hsrpc plan --model ./opt-13b --json | jq .prediction
-  hsrpc plan --model ./opt-13b --hardware h100 --kubernetes --output k8s/overlays/opt-13b
-                                                       and then: kubectl apply -k k8s/overlays/opt-13b
+  hsrpc plan --model ./opt-13b --hardware h100 --kubernetes --output deploy    and then: kubectl apply -k deploy
 """
 
 

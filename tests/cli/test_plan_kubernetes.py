@@ -196,8 +196,8 @@ def test_what_cannot_be_an_overlay(hsrpc, options, words):
 def test_help_has_an_example(hsrpc):
     """Whose overlay is named as kubectl takes it."""
     out = hsrpc("plan", "--help").out
-    assert "--kubernetes --output k8s/overlays/opt-13b" in out
-    assert "kubectl apply -k k8s/overlays/opt-13b" in out
+    assert "--kubernetes --output deploy" in out
+    assert "kubectl apply -k deploy" in out
 
 
 def test_the_overlays_give_the_process_as_much():
