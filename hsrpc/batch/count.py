@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hsrpc.batch.call import Call
@@ -35,6 +35,9 @@ class Count:
     """Most tokens of a request, prompt and output."""
     longest_line: int = 0
     longest_prompt: int = 0
+    shared_tokens: int = 0
+    """Tokens of prompts with which the prompt before began as well."""
+    _last: Sequence[int] = ()
 
     def refuse(self, line: int, problem: str) -> None:
         """Count a line that would be refused."""
@@ -42,14 +45,17 @@ class Count:
         if len(self.problems) < _MAX_TOLD:
             self.problems += (problem if problem.startswith("line ") else f"line {line}: {problem}",)
 
-    def add(self, line: int, prompt: int, output: int, n: int) -> None:
-        """Count `n` requests with one prompt of a line."""
+    def add(self, line: int, prompt: Sequence[int], output: int, n: int) -> None:
+        """Count `n` requests with one prompt of a line, which has these tokens."""
+        size = len(prompt)
         self.requests += n
-        self.prompt_tokens += n * prompt
+        self.prompt_tokens += n * size
         self.output_tokens += n * output
-        self.longest_prompt = max(self.longest_prompt, prompt)
-        if prompt + output > self.longest:
-            self.longest, self.longest_line = prompt + output, line
+        self.shared_tokens += _num_shared(self._last, prompt) + (n - 1) * size
+        self._last = prompt
+        self.longest_prompt = max(self.longest_prompt, size)
+        if size + output > self.longest:
+            self.longest, self.longest_line = size + output, line
 
 
 async def count_tokens(
@@ -80,7 +86,7 @@ async def _count(
     output: int,
 ) -> None:
     try:
-        sizes = [await _size(prompt, tokenize) for prompt in call.prompts]
+        prompts = [await _token_ids(prompt, tokenize) for prompt in call.prompts]
     except HsrpcError as error:
         failure = failure_of(error, call)
         if not isinstance(failure, Refusal):
@@ -89,12 +95,17 @@ async def _count(
         return
     if call.max_tokens is None:
         found.unbounded += call.num_requests
-    for size in sizes:
-        found.add(number, size, call.max_tokens or output, call.n)
+    for prompt in prompts:
+        found.add(number, prompt, call.max_tokens or output, call.n)
 
 
-async def _size(prompt: Prompt, tokenize: Callable[[str | Text | Chat], Awaitable[list[int]]]) -> int:
-    return len(await tokenize(prompt) if isinstance(prompt, str | Text | Chat) else prompt)
+async def _token_ids(prompt: Prompt, tokenize: Callable[[str | Text | Chat], Awaitable[list[int]]]) -> Sequence[int]:
+    return await tokenize(prompt) if isinstance(prompt, str | Text | Chat) else prompt
+
+
+def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """First tokens of both."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _jobs(windows: Iterable[list[Job]]) -> Iterator[Job]:

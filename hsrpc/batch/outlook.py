@@ -23,6 +23,13 @@ class Load:
     output_tokens: int
     longest: int
     """Tokens of the longest request, prompt and output."""
+    shared_tokens: int = 0
+    """Tokens of prompts that others begin with as well, but for those of one."""
+
+    @property
+    def shared(self) -> int:
+        """First tokens that requests have in common, on average."""
+        return min(self.prompt - 1, self.shared_tokens // max(1, self.requests - 1))
 
     @property
     def prompt(self) -> int:
@@ -63,6 +70,7 @@ def outlook(question: Question, sizes: ModelSizes, plan: Plan, load: Load, *, wi
         prompt=load.prompt,
         output=load.output,
         longest=plan.max_model_len,
+        shared=load.shared // plan.block_size * plan.block_size if question.config.prefix_cache else 0,
     )
     seconds = load.output_tokens / predict_traffic(plan, sizes, traffic, batch).mean_tokens_per_second
     settings, suited, suited_plan = _suited(question, sizes, plan, load)
@@ -90,6 +98,8 @@ def _suited(question: Question, sizes: ModelSizes, plan: Plan, load: Load) -> tu
         "expected_output": load.output,
     }
     settings = {name: value for name, value in wanted.items() if getattr(question.config, name) is None}
+    if load.shared >= plan.block_size and question.config.prefix_cache and not question.config.expected_shared_prefix:
+        settings["expected_shared_prefix"] = load.shared
     config: EngineConfig = replace(question.config, **settings)  # type: ignore[arg-type]
     suited = replace(question, choices=(sizes,), config=config)
     try:

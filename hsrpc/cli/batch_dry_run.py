@@ -49,6 +49,7 @@ def _embedded(options: argparse.Namespace, names: Sequence[str], windows: Window
             prompt_tokens=count.prompt_tokens,
             output_tokens=count.output_tokens,
             longest=count.longest,
+            shared_tokens=count.shared_tokens,
         )
         found = outlook(planned.question, sizes, plan, load, with_advice=not options.no_advice)
         lines.append(row("time, as set", f"at most {told_time(found.seconds)}, predicted"))
@@ -80,6 +81,8 @@ def _count_rows(count: Count, output: int) -> Iterator[str]:
     yield row("requests", f"{count.requests:,}")
     mean = count.prompt_tokens / max(1, count.requests)
     yield row("prompt tokens", f"{count.prompt_tokens:,}: {mean:,.0f} each, {count.longest_prompt:,} at most")
+    if count.shared_tokens:
+        yield row("of these shared", f"{count.shared_tokens:,} with the prompt that runs before")
     assumed = f"; {output} each for {count.unbounded:,} without max_tokens" if count.unbounded else ""
     yield row("output tokens", f"at most {count.output_tokens:,}{assumed}")
 

@@ -45,6 +45,7 @@ def advice(tally: Tally, question: Question, sizes: ModelSizes, plan: Plan) -> I
         prompt_tokens=tally.prompt_tokens,
         output_tokens=tally.completion_tokens,
         longest=tally.longest,
+        shared_tokens=tally.cached_tokens,
     )
     yield from advice_rows("would have helped", outlook(question, sizes, plan, load, with_advice=True))
 

@@ -47,6 +47,17 @@ async def test_tokens_of_all_requests(tmp_path):
     assert (found.longest, found.longest_line, found.longest_prompt) == (rendered + 100, 3, rendered)
 
 
+async def test_what_prompts_share(tmp_path):
+    """Each with the one before it, in the order in which they run, and with its own other outputs."""
+    lines = (
+        completion("a", prompt=[1, 2, 3, 4], max_tokens=1),
+        completion("b", prompt=[[1, 2, 3], [1, 2, 5, 6]], max_tokens=1, n=2),
+        completion("c", prompt=[7], max_tokens=1),
+    )
+    found = await count_tokens(windows(tmp_path, *lines), tokenize, serves, 100)
+    assert found.shared_tokens == 3 + 3 + 2 + 4
+
+
 async def test_what_would_be_refused(tmp_path):
     """Is counted, and the first are told by line."""
     lines = (b"oops", completion("a", model="no"), completion("b", suffix="."), completion("c", prompt="bad"))

@@ -44,6 +44,17 @@ def test_settings_for_the_load():
     assert (again.settings, again.seconds) == ({}, pytest.approx(found.seconds_with_settings, rel=0.01))
 
 
+def test_a_prefix_that_the_load_shares():
+    """It takes less time, and less still where the planner counts on it; none where nothing is to be shared."""
+    load = replace(LOAD, prompt_tokens=500_000, shared_tokens=999 * 400)
+    assert load.shared == 400
+    alone, found = look(STREAMING, replace(load, shared_tokens=0)), look(STREAMING, load)
+    assert found.seconds < alone.seconds
+    assert found.settings["expected_shared_prefix"] == 400
+    assert found.seconds_with_settings < found.seconds
+    assert "expected_shared_prefix" not in look(STREAMING | {"prefix_cache": False}, load).settings
+
+
 def test_settings_that_hardly_matter_are_not_told():
     """A model on the device, with few requests, does as well without."""
     found = look(RESIDENT)
