@@ -13,7 +13,7 @@ lock() {
     shift
     {
         echo "# Made by \`make lock\`; not edited by hand."
-        "$uv" pip compile --constraint constraints.txt --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
+        "$uv" pip compile --constraint constraints.txt --python-version 3.12 --python-platform x86_64-manylinux_2_31 \
             --only-binary :all: --generate-hashes --no-header --no-annotate --no-emit-index-url --quiet "$@"
     } > "$output.new"
     mv "$output.new" "$output"
