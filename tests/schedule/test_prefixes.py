@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from hsrpc.request import FinishReason, SamplingParams
 from hsrpc.schedule.blocks import Block, BlockManager, BlockPool, BlockTable, PoolId
 from hsrpc.schedule.prefixes import BlockKeys, Claims
+from hsrpc.schedule.request_state import Request
+from hsrpc.schedule.scheduler import Scheduler, SchedulerLimits
+from hsrpc.schedule.step import BufferLimits, RowCosts
 
 TOKENS = st.lists(st.integers(0, 3), max_size=20)
 
@@ -170,3 +175,37 @@ def test_a_prefix_is_kept_longer_than_what_follows_it() -> None:
     manager.free(table)
     manager.grow(table, 2)
     assert len(manager.find(keys)) == 2
+
+
+def test_nothing_is_held_after_twenty_thousand_requests() -> None:
+    """Of a few beginnings and two salts, in blocks for some; they end, are aborted, and give way to others."""
+    random = Random(5)
+    limits = SchedulerLimits(
+        max_batch=32,
+        max_model_len=400,
+        max_prefill_tokens=64,
+        max_idle_prefill_tokens=256,
+        block_size=16,
+        shares_prefixes=True,
+        buffers=BufferLimits(rows=4000, activation_rows=4000, queries=400),
+        costs=RowCosts(1.0, 0.5, 0.1, 0.6),
+    )
+    pools = {PoolId.DEVICE_KV: 8, PoolId.HOST_KV: 30, PoolId.HOST_ACTIVATION: 30}
+    scheduler, added = Scheduler(BlockManager(pools, limits.max_batch), limits, ()), 0
+    beginnings = [random.choices(range(50), k=200) for _ in range(6)]
+    while added < 20_000 or scheduler.has_work:
+        while added < 20_000 and scheduler.num_waiting < 40:
+            prompt = [*random.choice(beginnings)[: random.randrange(200)], *random.choices(range(50), k=30)]
+            params = SamplingParams(max_tokens=random.randrange(1, 120), ignore_eos=True)
+            scheduler.add(Request(str(added), prompt, params, added, 0.0, salt=random.choice(("", "b"))))
+            added += 1
+        step, live = scheduler.schedule(0.0), list(scheduler.live())
+        if live and random.random() < 0.3:
+            scheduler.finish(random.choice(live).request_id, FinishReason.ABORTED)
+        if step is not None:
+            scheduler.commit(step.step_id, [random.randrange(50) for _ in step.sampling], 1.0)
+        assert not any(name.startswith("blocks") for name in scheduler.integrity())
+    assert scheduler.integrity() == {}
+    assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
+    assert scheduler.preemptions > 100
+    assert scheduler.cached_tokens > 100_000
