@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from tests.k8s.rendering import (
     ALONE,
     COMPONENTS,
     NAMES,
-    ROOT,
     Manifest,
     bytes_of,
     compose,
@@ -209,14 +207,6 @@ def test_a_misspelt_flag_is_seen(monkeypatch):
     server["env"].append({"name": "HSRPC_MAX_BACH", "value": "8"})
     with pytest.raises(SystemExit):
         settings(server, monkeypatch)
-
-
-def test_the_image_is_what_the_manifests_say():
-    """The Dockerfile's user is the manifests', and its port the server's."""
-    text = Path(ROOT / "Dockerfile").read_text()
-    context = pod_of(find(rendered("base"), "Deployment"))["securityContext"]
-    assert f"USER {context['runAsUser']}:{context['runAsGroup']}\n" in text
-    assert f"EXPOSE {ServerConfig().port}\n" in text
 
 
 def test_every_server_is_seen():
