@@ -1,18 +1,49 @@
-"""The paper's mini-batch formation, for ragged requests: each fits the buffers and balances bus and GPU."""
+"""The paper's mini-batch formation, for ragged requests: each fits the buffers and balances bus and GPU.
+
+Requests that hold the same first block follow each other into a mini-batch until it has its fair share of the step:
+what they have in common crosses the bus once there.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from hsrpc.schedule.blocks import BlockKind, PoolId
+from hsrpc.schedule.blocks import Block, BlockKind, PoolId
 from hsrpc.schedule.packing import IS_ACTIVATION
 from hsrpc.schedule.step import BufferLimits, Chunk, Ints, RowCosts
 from hsrpc.schedule.windows import LayerWindows, first_visible
 
 _NO_POOL = -1
+_Sized: TypeAlias = tuple[Chunk, int, int, int, int]
+"""A chunk, and what `_buffer_rows` has of it."""
+
+
+class _Need(NamedTuple):
+    """What a chunk takes of a mini-batch."""
+
+    rows: int
+    activation_rows: int
+    queries: int
+    bus: float
+    """Seconds a layer, as `gpu`."""
+    gpu: float
+
+    @classmethod
+    def of(cls, sized: _Sized, costs: RowCosts) -> _Need:
+        chunk, kv_rows, rebuilt_rows, new_rows, absorbed_rows = sized
+        activation_rows = rebuilt_rows + absorbed_rows
+        return cls(
+            rows=kv_rows + rebuilt_rows + new_rows,
+            activation_rows=activation_rows,
+            queries=chunk.num_new,
+            bus=kv_rows * costs.load_kv + activation_rows * costs.load_activation,
+            gpu=rebuilt_rows * costs.regenerate + chunk.num_new * costs.compute,
+        )
 
 
 class _Bin:
@@ -23,12 +54,75 @@ class _Bin:
         self.rows = self.activation_rows = self.queries = 0
         self.bus = self.gpu = 0.0
 
-    def fits(self, rows: int, activation_rows: int, queries: int, limits: BufferLimits) -> bool:
+    @property
+    def load(self) -> float:
+        return max(self.bus, self.gpu)
+
+    def fits(self, need: _Need, limits: BufferLimits) -> bool:
         return (
-            self.rows + rows <= limits.rows
-            and self.activation_rows + activation_rows <= limits.activation_rows
-            and self.queries + queries <= limits.queries
+            self.rows + need.rows <= limits.rows
+            and self.activation_rows + need.activation_rows <= limits.activation_rows
+            and self.queries + need.queries <= limits.queries
         )
+
+    def add(self, chunk: Chunk, need: _Need) -> None:
+        self.chunks.append(chunk)
+        self.rows += need.rows
+        self.activation_rows += need.activation_rows
+        self.queries += need.queries
+        self.bus += need.bus
+        self.gpu += need.gpu
+
+
+class _Bins:
+    """Mini-batches being filled, and the least loaded of them."""
+
+    def __init__(self, count: int, limits: BufferLimits, fair: float) -> None:
+        """`fair`: seconds that each takes where all take the same."""
+        self.bins = [_Bin() for _ in range(count)]
+        self._limits = limits
+        self._fair = fair
+        self._homes: dict[Block, int] = {}
+        """Where a request went that begins with this block."""
+        self._by_load = [(0.0, 0, number) for number in range(count)]
+        """Load, rows and number: a heap, in which some are outdated."""
+
+    def add(self, chunk: Chunk, need: _Need, shared: Block | None) -> None:
+        """Put a chunk where another is that begins with the block `shared`, else into the least loaded with room."""
+        number = self._home(need, shared)
+        if number is None:
+            number = self._least_loaded(need)
+        chosen = self.bins[number]
+        chosen.add(chunk, need)
+        heappush(self._by_load, (chosen.load, chosen.rows, number))
+        if shared is not None:
+            self._homes[shared] = number
+
+    def _home(self, need: _Need, shared: Block | None) -> int | None:
+        number = None if shared is None else self._homes.get(shared)
+        if number is None:
+            return None
+        home = self.bins[number]
+        is_fair = max(home.bus + need.bus, home.gpu + need.gpu) <= self._fair
+        return number if is_fair and home.fits(need, self._limits) else None
+
+    def _least_loaded(self, need: _Need) -> int:
+        """The number of that one; a new one's where none has room."""
+        full, found = [], len(self.bins)
+        while found == len(self.bins) and self._by_load:
+            entry = load, rows, number = heappop(self._by_load)
+            least = self.bins[number]
+            if (load, rows) != (least.load, least.rows):
+                continue
+            if least.fits(need, self._limits):
+                found = number
+            else:
+                full.append(entry)
+        for entry in full:
+            heappush(self._by_load, entry)
+        if found == len(self.bins):
+            self.bins.append(_Bin())
+        return found
 
 
 def form_mini_batches(
@@ -42,8 +136,8 @@ def form_mini_batches(
 ) -> list[list[Chunk]]:
     """Divide chunks into as few mini-batches as fit the buffers, each with about the same bus and GPU time.
 
-    Longest first into the least loaded that has room. The layers with the widest window need most of the buffers.
-    `pool`: the blocks that single queries read in place.
+    Longest first into the least loaded that has room, or to another that holds the same first block. The layers with
+    the widest window need most of the buffers. `pool`: the blocks that single queries read in place.
     """
     if not chunks:
         return []
@@ -53,28 +147,23 @@ def form_mini_batches(
     if min_bins == 1:  # nothing to balance
         return [list(chunks)]
     sized.sort(key=lambda item: (-sum(item[1:]), item[0].request.order))
-    bins = [_Bin() for _ in range(min_bins)]
-    by_load = [(0.0, 0, number) for number in range(len(bins))]  # load, rows, number: a heap
-    for chunk, kv_rows, rebuilt_rows, new_rows, absorbed_rows in sized:
-        rows, activation_rows, full = kv_rows + rebuilt_rows + new_rows, rebuilt_rows + absorbed_rows, []
-        while by_load and not bins[by_load[0][2]].fits(rows, activation_rows, chunk.num_new, limits):
-            full.append(heappop(by_load))
-        number = heappop(by_load)[2] if by_load else len(bins)
-        if number == len(bins):
-            bins.append(_Bin())
-        chosen = bins[number]
-        chosen.chunks.append(chunk)
-        chosen.rows += rows
-        chosen.activation_rows += activation_rows
-        chosen.queries += chunk.num_new
-        chosen.bus += kv_rows * costs.load_kv + activation_rows * costs.load_activation
-        chosen.gpu += rebuilt_rows * costs.regenerate + chunk.num_new * costs.compute
-        for entry in (*full, (max(chosen.bus, chosen.gpu), chosen.rows, number)):
-            heappush(by_load, entry)
-    return [b.chunks for b in bins if b.chunks]
+    needs = [_Need.of(each, costs) for each in sized]
+    fair = max(sum(need.bus for need in needs), sum(need.gpu for need in needs)) / min_bins
+    bins, shared = _Bins(min_bins, limits, fair), _shared_blocks(chunks, pool)
+    for (chunk, *_), need in zip(sized, needs, strict=True):
+        bins.add(chunk, need, shared.get(chunk.request.request_id))
+    return [each.chunks for each in bins.bins if each.chunks]
 
 
-def _min_bins(sized: Sequence[tuple[Chunk, int, int, int, int]], limits: BufferLimits) -> int:
+def _shared_blocks(chunks: Sequence[Chunk], pool: PoolId) -> dict[str, Block]:
+    """By request, the first block of each that others of the chunks hold too; those read in place are no matter."""
+    tables = {chunk.request.request_id: chunk.request.blocks for chunk in chunks if chunk.context}
+    first = {name: table.block(table.first) for name, table in tables.items() if len(table)}
+    count = Counter(first.values())
+    return {name: block for name, block in first.items() if count[block] > 1 and block.pool is not pool}
+
+
+def _min_bins(sized: Sequence[_Sized], limits: BufferLimits) -> int:
     """Mini-batches that are needed if rows could be divided at will."""
     rows = sum(kv_rows + rebuilt_rows + new_rows for _, kv_rows, rebuilt_rows, new_rows, _ in sized)
     activations = sum(rebuilt_rows + absorbed_rows for _, _, rebuilt_rows, _, absorbed_rows in sized)

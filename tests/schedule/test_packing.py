@@ -387,6 +387,25 @@ def test_mini_batches_balance_the_longer_side(short: PoolId, costs: RowCosts):
     assert [count[short] for count in kinds] == [2, 2]
 
 
+@pytest.mark.parametrize("pool", [PoolId.HOST_KV, PoolId.HOST_ACTIVATION])
+def test_those_that_share_go_together(pool: PoolId):
+    """Three prefixes of four requests each, and four requests with none, in four mini-batches of equal time."""
+    tables = [[(pool, 100 + group), (pool, 10 * group + i)] for i in range(4) for group in range(3)]
+    tables += [[(pool, 200 + i), (pool, 300 + i)] for i in range(4)]
+    chunks = [make_chunk(i, table, 31, 1) for i, table in enumerate(tables)]
+    parts = form_mini_batches(chunks, 16, BufferLimits(rows=128, activation_rows=128, queries=4), COSTS, NO_WINDOWS)
+    first = [Counter(chunk.request.blocks.indices[0] for chunk in part) for part in parts]
+    assert sorted(first, key=len)[:3] == [Counter({100 + group: 4}) for group in range(3)]
+    assert [len(part) for part in parts] == [4] * 4
+
+
+def test_a_prefix_of_all_is_in_every_mini_batch():
+    """None takes more than its share for it."""
+    chunks = [make_chunk(i, [(PoolId.HOST_KV, 99), (PoolId.HOST_KV, i)], 31, 1) for i in range(12)]
+    parts = form_mini_batches(chunks, 16, BufferLimits(rows=400, activation_rows=0, queries=5), COSTS, NO_WINDOWS)
+    assert [len(part) for part in parts] == [4, 4, 4]
+
+
 def test_a_partly_filled_activation_block_counts_as_far_as_it_is_filled():
     """Two requests of one activation row each share a buffer of two rows, though their blocks hold 16."""
     chunks = [make_chunk(i, [(PoolId.HOST_ACTIVATION, i)], 1, 1) for i in range(2)]
