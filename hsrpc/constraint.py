@@ -10,7 +10,7 @@ from typing import ClassVar, TypeAlias
 from hsrpc.errors import InvalidRequestError
 
 MAX_BYTES = 131_072
-"""Of the UTF-8 text of a schema, an expression, a grammar, or all choices together."""
+"""Bytes of the UTF-8 text of a schema, an expression, a grammar, or all choices together."""
 MAX_CHOICES = 1024
 _SHOWN = 60
 

@@ -56,13 +56,13 @@ CANCELS, DEADLINES, MALFORMED, NEW_CONNECTIONS = 0.2, 0.05, 0.01, 0.1
 SIEGE = 0.25
 """Share of the time, after the lives, on the last one's server."""
 SIEGE_LOAD = 0.2
-"""Of the capacity; a flood leaves honest calls a part of it."""
+"""Part of the capacity; a flood leaves honest calls a part of it."""
 RESTART_SECONDS = 60.0
 TRIM_SECONDS = 3.0
 RSS_SLACK, FD_SLACK = 48 * 1024**2, 12
 """Growth from the second quarter of the last life to its last one, bytes and number."""
 WARM_UP_SECONDS = 5.0
-"""Of floods before memory is measured: the first ones leave what later ones use again, some 70 MiB."""
+"""Seconds of floods before memory is measured: the first ones leave what later ones use again, some 70 MiB."""
 SIEGE_SLACK, FLOOD_SLACK = 24 * 1024**2, 1024**2
 """Growth of trimmed resident memory over a siege, bytes: of all, and for each flood. Of each call that was reset before
 grpc handed it out grpc keeps some 120 bytes, half of the second; 29 floods, 4 times a hundred unread streams and the

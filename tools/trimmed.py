@@ -13,7 +13,7 @@ import runpy
 import signal
 
 _M_ARENA_MAX = -8
-"""Of mallopt."""
+"""Parameter of mallopt."""
 
 
 def main() -> None:

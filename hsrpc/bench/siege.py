@@ -14,7 +14,7 @@ from hsrpc.testing.raw_http2 import RawConnection, connected, message
 from hsrpc.v1 import generation_pb2
 
 HOST = "127.0.0.2"
-"""Of the hostile connections: not that of honest clients on the loopback, so they have a share of their own."""
+"""Address of the hostile connections: not that of honest clients on the loopback, so they have a share of their own."""
 FLOOD = 4096
 """Calls, unless the connection is cut before: as many as one may have at once."""
 HALVES = 32

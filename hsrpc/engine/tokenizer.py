@@ -51,7 +51,7 @@ _KEPT = ("model_type", "architectures", "tokenizer_class", "transformers_version
 """What a tokenizer reads of config.json."""
 
 _MAX_CHARACTERS = 2**26
-"""Of a conversation's text, where nothing is said of it."""
+"""Most characters of a conversation's text, where nothing is said of it."""
 
 R = TypeVar("R")
 Args = TypeVarTuple("Args")

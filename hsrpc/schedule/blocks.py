@@ -69,7 +69,7 @@ class Block(NamedTuple):
 _MOST_AT_ONCE = 16
 """Kept blocks that make room at once, at most: a copy of so many is about as fast as one of more."""
 _LEAST_ROUNDS = 64
-"""Of a small pool fewer make room at once: it is full again after so many rounds, at least."""
+"""Rounds after which a small pool is full again, at least: fewer blocks make room at once there."""
 
 
 class BlockTable:

@@ -130,7 +130,7 @@ def test_each_line_is_of_one_shard(path, count):
 
 
 def test_there_is_no_such_shard():
-    """Of eight the last is 7."""
+    """The last of eight is 7."""
     for index, count in ((8, 8), (-1, 8), (0, 0)):
         with pytest.raises(ValueError, match=f"there is no shard {index} of {count}"):
             Shard(index, count)

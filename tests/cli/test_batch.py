@@ -122,7 +122,7 @@ STRUCTURED = {
 
 @pytest.mark.parametrize("is_remote", [False, True])
 def test_answers_match_what_they_must(hsrpc, source, output, address, is_remote):
-    """Of each kind, of both endpoints, several of a line."""
+    """Constraints of each kind, of both endpoints, several of a line."""
     asked = GREEDY | {"max_tokens": 120, "temperature": 1, "n": 2}
     lines = [make(name, **asked, **body) for make in (chat, completion) for name, body in STRUCTURED.items()]
     lines = [{**line, "custom_id": f"{number}-{line['custom_id']}"} for number, line in enumerate(lines)]

@@ -298,7 +298,7 @@ def files(tmp_path):
 
 
 def test_outputs_that_must_match(hsrpc, files):
-    """Of each kind, by an engine of its own."""
+    """Constraints of each kind, by an engine of its own."""
     for flags, pattern in (
         (("--json-schema", f"{files}/schema.json"), r'\{\s*"a"\s*:\s*1\s*\}|\{\s*"b"\s*:\s*\[\s*2\s*\]\s*\}'),
         (("--grammar", f"{files}/list.lark"), "((fox|owl),){2}(fox|owl)"),

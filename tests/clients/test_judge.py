@@ -91,7 +91,7 @@ def test_a_wrong_error_is_found(change):
 
 
 def test_wrong_counts_are_found():
-    """Of results, of deltas of a whole text, and of a stream that was to be left."""
+    """Results, deltas of a whole text, and a stream that was to be left."""
     assert found(case(streams=2), GOOD) == ["1 results of 2 calls"]
     assert found(replace(case(), call="text"), GOOD) == ["2 deltas of a call for the whole text"]
     left = case(expect=Expected(cancelled=True), cancel_after=1)

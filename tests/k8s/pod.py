@@ -20,7 +20,7 @@ from tests.k8s.image import find_image
 from tests.k8s.rendering import Manifest, title
 
 ADDRESS = "127.0.0.1"
-"""Of the pod, its node and every service."""
+"""Address of the pod, its node and every service."""
 NAMESPACE = "default"
 _PORT_OPTION = re.compile(r"--(?:[\w-]+-)?port")
 _PORT_ARGUMENT = re.compile(rf"^{_PORT_OPTION.pattern}[=\n](\d+)$", re.MULTILINE)
@@ -116,7 +116,7 @@ class Cluster:
     manifests: Sequence[Manifest]
     folder: Path
     claims: Mapping[str, Path] = field(default_factory=dict)
-    """Of persistent volume claims, by name."""
+    """Folders of persistent volume claims, by name."""
 
     def pod(self, template: Manifest, name: str = "hsrpc-0", index: int | None = None) -> Pod:
         """The pod of a workload's template; `index`: of an indexed job.

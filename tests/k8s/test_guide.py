@@ -41,7 +41,7 @@ def test_folders_that_the_documents_name_exist():
 
 
 def test_flags_that_the_guide_names_exist():
-    """Of `hsrpc serve`, `plan` and `batch`, but for those of other programs."""
+    """Flags of `hsrpc serve`, `plan` and `batch`, but for those of other programs."""
     commands = build_parser()._subparsers._group_actions[0].choices
     known = {each for name in ("serve", "plan", "batch", "generate") for each in commands[name]._option_string_actions}
     named = {f"--{name}" for name in re.findall(r"(?<![\w-])--([a-z][a-z-]+)", GUIDE) if name not in OF_OTHERS}

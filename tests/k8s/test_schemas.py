@@ -15,7 +15,7 @@ from tests.k8s.rendering import NAMES, Manifest, find, rendered
 OLDEST = "1.30"
 NEWEST = "1.37"
 OLDEST_OF = {"gpu-claim": "1.34", "model-image": "1.33"}
-"""Of components that need a newer one."""
+"""Versions of components that need a newer one."""
 SCHEMAS = Path(__file__).parent / "schemas"
 
 

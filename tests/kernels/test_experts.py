@@ -146,7 +146,7 @@ def test_choices_are_sorted(n: int) -> None:
 
 
 def test_tiles_are_chosen_by_the_rows_of_an_expert() -> None:
-    """Of Qwen3-30B-A3B, with 128 experts of which 8 are taken: by tokens."""
+    """Experts of Qwen3-30B-A3B, with 128 experts of which 8 are taken: by tokens."""
     assert [choose_tiles(8 * n, 128) for n in (1, 256, 1024, 8192)] == [FEW, FEW, SOME, MANY]
 
 

@@ -80,7 +80,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
-    """Of files on this disk alone."""
+    """Tasks of files on this disk alone."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -223,7 +223,7 @@ def question(spec: ModelSpec, *, coded: bool = False, **settings: object) -> Que
 
 
 def test_experts_that_are_coded_cannot_come_on_demand(spec: ModelSpec) -> None:
-    """Of two choices of formats the one that can is taken; where there is no such, the setting is refused."""
+    """The one of two choices of formats that can is taken; where there is no such, the setting is refused."""
     _, plan = question(spec, experts="demand", max_batch=1).answer()
     assert plan.demand is not None
     with pytest.raises(ConfigError, match=r"experts='demand'.*use experts=auto, or weight_coding=none"):

@@ -84,7 +84,7 @@ def test_under_load_a_first_token_waits_for_a_place_and_for_chunks():
 
 
 def test_advice_is_what_planning_again_finds():
-    """Of all changes, as they were made by hand; the best comes first."""
+    """All changes, as they were made by hand; the best comes first."""
     question, planner, plan = ask(SHORT)
     rate = plan.prediction.mean_tokens_per_second
     found = by_name(question, plan)

@@ -537,7 +537,7 @@ def test_rounding_to_whole_blocks_keeps_the_budget(kv_heads: int, share: float):
 
 
 def make_small_plan(**settings: object) -> Plan:
-    """Of SMALL on the host with K and V, for requests of 64 tokens: 396 blocks of the host, and a fast GPU."""
+    """A plan of SMALL on the host with K and V, for requests of 64 tokens: 396 blocks of the host, and a fast GPU."""
     cache = 99 * 64 * SMALL.token_bytes(BlockKind.KV)
     return make_plan(
         SMALL,

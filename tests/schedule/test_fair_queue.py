@@ -127,7 +127,7 @@ def test_a_greedy_client_does_not_delay_a_light_one():
 
 
 def test_users_of_a_client_take_turns_within_its_share():
-    """Of two that are let in, one is of the client that names a new user each time, and its old user has his turns."""
+    """One of two that are let in is of the client that names a new user each time, and its old user has his turns."""
     trace = Trace()
     for number in range(40):
         trace.add("plain")

@@ -178,7 +178,7 @@ def test_a_prefix_is_kept_longer_than_what_follows_it() -> None:
 
 
 def test_nothing_is_held_after_twenty_thousand_requests() -> None:
-    """Of a few beginnings and two salts, in blocks for some; they end, are aborted, and give way to others."""
+    """Few beginnings and two salts, in blocks for some requests; they end, are aborted, and give way to others."""
     random = Random(5)
     limits = SchedulerLimits(
         max_batch=32,

@@ -104,7 +104,7 @@ def test_what_lies_before_the_window_is_not_loaded_anyway():
 
 
 def test_each_layer_loads_what_its_own_window_shows():
-    """Of four layers one sees 16 tokens and three see 4: on average 7 s of the bus and 1.75 s of the GPU a request."""
+    """One of four layers sees 16 tokens and three see 4: on average 7 s of the bus and 1.75 s of the GPU a request."""
     running = [make_request(number, 4) for number in range(7)]
     enough = (5 * 1.75 + 2 * 1.5 * 17) * 8 / 7 - 5 * 7.0  # seconds of weights beside which two are computed anew
     for weights, count in ((enough - 0.01, 1), (enough + 0.01, 2)):

@@ -23,7 +23,7 @@ def stall(found: Readers, connection: str, times: int = 1, *, is_reset: bool = T
 
 
 def test_stalls_in_a_row_cut_a_connection(cut):
-    """Of one connection, also one after the other; what fails otherwise neither counts nor forgives."""
+    """Those of one connection, also one after the other; what fails otherwise neither counts nor forgives."""
     found = Readers(lambda *told: cut.append(told))
     stall(found, "a", MAX_STALLS - 1)
     stall(found, "b", MAX_STALLS - 1)

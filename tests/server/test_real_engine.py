@@ -150,7 +150,7 @@ REFUSED = (
 
 
 async def test_outputs_match_what_they_must(client):
-    """Of each kind, as Start and the embedded engine have it; it ends with what ends a text."""
+    """Constraints of each kind, as Start and the embedded engine have it; it ends with what ends a text."""
     done = await client.complete("Hi", constraint=SCHEMA, max_tokens=60)
     assert json.loads(done.text) in ({"a": [1, "fox"]}, {"b": None})
     assert done.finish.reason is FinishReason.EOS

@@ -21,9 +21,9 @@ from hsrpc.engine.grammars.notation import compilable, read_constraint
 from hsrpc.errors import InvalidRequestError
 
 MAX_SECONDS = 2.0
-"""Of a processor, to compile a constraint."""
+"""Seconds of a processor, to compile a constraint."""
 STACK_BYTES = 256 * 1024**2
-"""Of a thread that compiles: enough for what 128 KiB can nest."""
+"""Stack of a thread that compiles, bytes: enough for what 128 KiB can nest."""
 _MAX_MEMORY = 2 * 1024**3
 _START = "from hsrpc.engine.grammars.trial import main; main()"
 _SIMPLIFY = "make it simpler: fewer and shorter parts, repetitions and intersections"

@@ -25,9 +25,9 @@ class _Ends(NamedTuple):
 
 
 _makers: WeakKeyDictionary[Task, ReferenceType[Task]] = WeakKeyDictionary()
-"""Of each task that handles a call the one that holds it; of each that holds one the server's."""
+"""The task that holds a call, by the one that handles it; the server's, by the one that holds one."""
 _ends: WeakKeyDictionary[Task, _Ends] = WeakKeyDictionary()
-"""Of each server's task those that hold its first call and its latest."""
+"""Tasks that hold the first call and the latest, by the server's task."""
 
 
 class _NotingCalls:

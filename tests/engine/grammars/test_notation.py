@@ -48,7 +48,7 @@ def test_each_kind_is_compiled(constraint):
 
 @pytest.mark.parametrize(("constraint", "words"), WRONG, ids=lambda each: getattr(each, "text", "")[:30])
 def test_what_is_wrong_is_told_with_its_place(constraint, words):
-    """Of schemas as a JSON pointer, of grammars as line and column, of expressions as a character."""
+    """In schemas a JSON pointer, in grammars line and column, in expressions a character."""
     with pytest.raises(InvalidRequestError) as caught:
         compilable(constraint)
     assert caught.value.field == constraint.field

@@ -337,7 +337,7 @@ def test_a_prompt_beyond_the_trained_context(save_packed, kind, settings, length
 
 
 def test_the_context_grows_with_the_scaling(save_packed):
-    """Of the kinds whose files say what the model was trained with."""
+    """The kinds whose files say what the model was trained with."""
     lengths = {
         kind: save_packed(make("llama", rope_parameters=rope, max_position_embeddings=32)).family.sizes.context_length
         for kind, rope in {"yarn": YARN | {"factor": 16.0}, "dynamic": DYNAMIC, "linear": LINEAR}.items()

@@ -97,7 +97,7 @@ def test_one_that_is_gone_is_not_cut():
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
 async def test_calls_of_a_connection_that_is_cut_end(host):
-    """Of grpc's own connections: the server's handler is cancelled, the client gets UNAVAILABLE."""
+    """On grpc's own connections: the server's handler is cancelled, the client gets UNAVAILABLE."""
     peers, ended = asyncio.Queue(), asyncio.Event()
 
     async def wait(_, context):

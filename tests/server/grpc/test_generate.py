@@ -336,7 +336,7 @@ async def test_abort_ends_the_stream_with_ok(stub, engine):
 
 
 async def test_text_beyond_the_clients_limit_comes_in_messages_within_it(stub, engine):
-    """Of output that has gathered, and of an echoed prompt: by default a client takes no message over 4 MiB."""
+    """Output that has gathered, and an echoed prompt: by default a client takes no message over 4 MiB."""
     engine.held, engine.max_model_len = True, 2**23
     prompt, output = "p" * (4 * 2**20 - 100), "\N{GRINNING FACE}" * 2**20 + "!"
     call = stub.Generate(v1.GenerateRequest(request_id="r", text=prompt, output=v1.Output(echo_prompt=True)))
@@ -360,7 +360,7 @@ def test_the_largest_message_is_half_of_the_clients_limit():
 
 
 async def test_start_and_usage_say_what_was_found():
-    """Of a prompt that was asked for before, on a real engine."""
+    """A prompt that was asked for before, on a real engine."""
     request = v1.GenerateRequest(text="Once upon a time, there was a small cat named Arlo. " * 2)
     request.stopping.max_tokens = 2
     async with Engine(EngineConfig(device="cpu")) as engine, serving(engine) as server, plain(server) as channel:

@@ -45,7 +45,7 @@ async def served(engine, counts: Counts, request_timeout: float) -> AsyncIterato
 
 @pytest.mark.parametrize("data", [b"", HALF], ids=["none", "half"])
 async def test_a_request_that_does_not_come_ends_its_call(engine, data):
-    """Of every service, on both ports: DEADLINE_EXCEEDED, counted; nothing is left, and others are answered."""
+    """Every service, on both ports: DEADLINE_EXCEEDED, counted; nothing is left, and others are answered."""
     counts = Counts()
     async with served(engine, counts, 0.2) as server, plain(server) as channel:
         await model_pb2_grpc.ModelServiceStub(channel).GetModel(model_pb2.GetModelRequest())

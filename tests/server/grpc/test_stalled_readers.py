@@ -216,7 +216,7 @@ async def test_tasks_that_are_no_calls_are_made_as_before():
 
 @pytest.mark.parametrize("port", ["services", "health"])
 async def test_an_unread_watch_of_health_is_reset_and_holds_up_nobody(engine, port):
-    """Of a stranger, on both ports: health is told on meanwhile, to others and at once."""
+    """A stranger's, on both ports: health is told on meanwhile, to others and at once."""
     async with serving(engine, security=SecurityConfig(health_port=0)) as server:
         number = server.port if port == "services" else server.grpc.health_port.port
         async with connected(number, window=0) as reader, connected(number) as honest:

@@ -194,7 +194,7 @@ def test_a_class_is_parsed(client):
 
 
 def test_any_object(client):
-    """Of which this model may say more than it has room for."""
+    """An object, of which this model may say more than it has room for."""
     asked = {"model": MODEL, "messages": CHAT, "response_format": {"type": "json_object"}, "max_tokens": 60}
     [choice] = client.chat.completions.create(**asked, temperature=0).choices
     assert choice.message.content.startswith("{")
