@@ -180,9 +180,9 @@ class Usage:
     cached_tokens: int = 0
     """Tokens of the prompt that were found in blocks of other requests, and not computed."""
     drafted_tokens: int = 0
-    """Tokens that were drafted, and checked by its steps."""
+    """Tokens that were computed beside those of the output because it was thought to go on with them."""
     accepted_tokens: int = 0
-    """Those of them that were the output's."""
+    """Those of them that it did go on with."""
 
 
 @dataclass(frozen=True, slots=True)
