@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Collection, Iterable, Sequence
 from random import Random
 
@@ -12,6 +11,8 @@ from hsrpc import Engine, EngineConfig
 from hsrpc.draft.drafter import Drafter, Wanted
 from hsrpc.draft.replay import ReplayDrafter
 from hsrpc.engine.stats import EngineStats
+from hsrpc.schedule import assemble, packing
+from hsrpc.schedule.step import Chunk, MiniBatch
 from tests.engine.conftest import tightest
 from tests.engine.reference import VOCAB, Reference
 from tests.engine.support import idle
@@ -88,3 +89,25 @@ async def test_tokens_equal_the_reference_with_tight_budgets(
         assert 0 < stats.accepted_tokens <= stats.drafted_tokens
         steps.append(stats.steps)
     print(steps, stats)
+
+
+@pytest.mark.parametrize("model", ["opt", "mistral-window", "deepseek-v2"])
+async def test_drafts_are_read_in_place(
+    model: str, reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all blocks lie on the device, drafted tokens are single queries beside the others."""
+    made = reference(model)
+    drafted = []
+    pack = packing.pack
+
+    def spy(chunks: Sequence[Chunk], *given: object, **settings: object) -> MiniBatch:
+        batch = pack(chunks, *given, **settings)
+        if any(chunk.draft for chunk in chunks) and all(chunk.is_decode for chunk in chunks):
+            drafted.append(batch.only_single_queries)
+        return batch
+
+    monkeypatch.setattr(assemble, "pack", spy)
+    stats = await check(made, config_for(made, gpu_memory="1GiB"), Hostile(made))
+    assert stats.accepted_tokens
+    assert drafted
+    assert all(drafted)
