@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from random import Random
 from typing import Any, NamedTuple
@@ -19,8 +20,11 @@ from hsrpc.request import FinishReason, Usage
 from hsrpc.testing.ordered_device import OrderedDevice
 from tests.engine.conftest import tightest
 from tests.engine.reference import NEW_TOKENS, VOCAB, Reference
-from tests.engine.support import collect, greedy, idle, ids, roomy, text, tight
+from tests.engine.support import collect, greedy, idle, ids, roomy, text, tight, until
+from tests.engine.test_ahead import counting, resident
 from tests.engine.test_equivalence import IN_WINDOWS, config_for, generate_all
+
+NUM_PROMPTS = 9
 
 
 class Hostile:
@@ -29,9 +33,12 @@ class Hostile:
     def __init__(self, reference: Reference, seed: int = 0) -> None:
         self._right = replay(reference)
         self._random = Random(seed)
+        self.asked: set[str] = set()
         self.forgotten: list[str] = []
 
     def draft(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[int]]:
+        assert wanted
+        self.asked |= {each.request_id for each in wanted}
         return [self._spoil(draft, each) for draft, each in zip(self._right.draft(wanted), wanted, strict=True)]
 
     def forget(self, request_ids: Collection[str]) -> None:
@@ -61,6 +68,11 @@ def replay(reference: Reference, acceptance: float = 1.0) -> ReplayDrafter:
     return ReplayDrafter(dict(outputs), acceptance)
 
 
+def first(made: Reference, count: int) -> Reference:
+    """The reference with fewer prompts."""
+    return replace(made, prompts=made.prompts[:count], outputs=made.outputs[:count])
+
+
 async def check(made: Reference, config: EngineConfig, drafter: Drafter) -> EngineStats:
     """Every token is the reference's, and nothing is held at the end."""
     async with Engine(config, drafter=drafter) as engine:
@@ -81,7 +93,7 @@ async def check(made: Reference, config: EngineConfig, drafter: Drafter) -> Engi
         ("mistral-window", {"cache_policy": "hybrid", "activation_share": 0.5, "block_size": 4}, "hostile"),
         ("deepseek-v2", {"latent_attention": "absorb"}, "hostile"),
         ("deepseek-v2", {"latent_attention": "rebuild"}, "hostile"),
-        ("qwen3-moe", {}, "hostile"),
+        ("qwen3-moe", {"experts": "stream"}, "hostile"),
         ("qwen3-moe", {"experts": "demand"}, "hostile"),
     ],
 )
@@ -89,7 +101,7 @@ async def test_tokens_equal_the_reference_with_tight_budgets(
     model: str, settings: dict[str, object], drafters: str, reference: Callable[[str], Reference]
 ) -> None:
     """Under every policy, with requests that queue and are preempted."""
-    made = reference(model)
+    made = first(reference(model), NUM_PROMPTS)
     config = tightest(config_for(made, **settings))
     of_each = {"right": replay(made), "wrong": replay(made, 0.5), "hostile": Hostile(made)}
     for drafter in map(of_each.__getitem__, drafters.split()):
@@ -103,8 +115,7 @@ async def test_accesses_of_steps_with_drafts_are_in_order(
     reference: Callable[[str], Reference], ordered: list[OrderedDevice]
 ) -> None:
     """Blocks that rejected tokens were stored to are another's with the next step."""
-    made = reference("opt")
-    made = replace(made, prompts=made.prompts[:6], outputs=made.outputs[:6])
+    made = first(reference("opt"), 6)
     settings = {"cache_policy": "hybrid", "activation_share": 0.5, "block_size": 4, "max_batch": 3}
     await check(made, tightest(config_for(made, **settings)), Hostile(made))
     assert ordered
@@ -186,3 +197,89 @@ async def test_answers_are_those_without_drafts(
         found, usage = await answers(config, ReplayDrafter(known, acceptance))
         assert found == wanted
         assert all(0 < each.accepted_tokens <= each.drafted_tokens for each in usage.values())
+
+
+async def test_whoever_leaves_takes_nothing_along(reference: Callable[[str], Reference]) -> None:
+    """Requests come and go; the others have their tokens, and the drafter forgets all that it was asked about."""
+    made, random = reference("opt"), Random(3)
+    drafter = Hostile(made)
+
+    async def one(engine: Engine, number: int) -> None:
+        await asyncio.sleep(random.random())
+        prompt, output = made.prompts[number % len(made.prompts)], made.outputs[number % len(made.prompts)]
+        leaves_at = random.choice((0, 1, 9, 40, 99, 99))
+        tokens: list[int] = []
+        deltas = engine.generate(prompt, greedy(NEW_TOKENS), request_id=str(number % 20))  # some ids are used again
+        async with aclosing(deltas):
+            async for delta in deltas:
+                tokens += delta.token_ids
+                if len(tokens) > leaves_at:
+                    break
+        assert tokens == output[: len(tokens)]
+        assert len(tokens) >= min(leaves_at, NEW_TOKENS)
+
+    async with Engine(tight(made, block_size=4), drafter=drafter) as engine, asyncio.timeout(120):
+        for start in (0, 20):
+            await asyncio.gather(*(one(engine, number) for number in range(start, start + 20)))
+        await idle(engine)
+        await until(lambda: set(drafter.forgotten) == drafter.asked)
+        assert engine.stats().accepted_tokens > 0
+
+
+class Broken(Hostile):
+    """A drafter that works for some steps."""
+
+    def draft(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[int]]:
+        drafts = super().draft(wanted)
+        return drafts if len(self.asked) < 5 else self.break_down(drafts)
+
+    def break_down(self, drafts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        raise RuntimeError("no more")
+
+
+class Unequal(Broken):
+    """A drafter that forgets some requests in its answer."""
+
+    def break_down(self, drafts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        return drafts[1:]
+
+
+class NoNumbers(Broken):
+    """A drafter that answers with texts."""
+
+    def break_down(self, drafts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        return ["abc"] * len(drafts)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("kind", [Broken, Unequal, NoNumbers])
+async def test_requests_go_on_without_a_drafter_that_fails(
+    kind: type[Broken], reference: Callable[[str], Reference], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = first(reference("opt"), 6)
+    stats = await check(made, roomy(made), kind(made))
+    assert stats.generated_tokens == 6 * NEW_TOKENS
+    assert "the drafter failed: no more tokens are drafted" in caplog.text
+
+
+class Seldom(Hostile):
+    """A drafter that mostly has nothing to say."""
+
+    calls = 0
+
+    def draft(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[int]]:
+        self.calls += 1
+        drafts = super().draft(wanted)
+        return drafts if self.calls % 4 == 0 else [()] * len(drafts)
+
+
+async def test_steps_run_ahead_while_nothing_is_drafted(
+    reference: Callable[[str], Reference], ordered: list[OrderedDevice]
+) -> None:
+    """A model on the device: of its steps those without a draft are launched before their tokens are known."""
+    made = first(reference("opt"), 6)
+    for drafter, runs_ahead in ((Seldom(made), True), (replay(made), False)):
+        with counting() as ahead:
+            stats = await check(made, resident(made), drafter)
+        assert stats.accepted_tokens > 0
+        assert bool(ahead) == runs_ahead
+    assert ordered
