@@ -527,8 +527,9 @@ class Scheduler:
     def _with_drafts(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """The chunks, those that decode with what is drafted for their requests, as far as room is left."""
         limits = self.limits
-        # Workspace is planned for so many tokens beside those that decode.
-        room = limits.max_idle_prefill_tokens - sum(map(_prefill_tokens, chunks)) if limits.keeps_cache else sys.maxsize
+        room = sys.maxsize
+        if limits.keeps_cache:  # beside those that decode, workspace is planned for so many tokens
+            room = limits.max_idle_prefill_tokens - sum(map(_prefill_tokens, chunks))
         found = []
         for chunk in chunks:
             drafted, chunk.request.draft = chunk.request.draft, ()
