@@ -97,20 +97,22 @@ def engine_arguments(setups: Sequence[Setup], model: Path) -> dict[str, Any]:
 
 
 def timed(engine: Any, output: int, clock: Any = time.perf_counter) -> Timing:
-    """Run the engine until no request is left. A step that gives some request its first token is one with prompts.
+    """Run the engine until no request is left; its results have the new tokens alone.
+
+    A step that gives some request its first token is one with prompts.
 
     Raises:
         ValueError: some request did not get `output` tokens, or all tokens are alike.
     """
-    told: dict[str, Sequence[int]] = {}
+    told: dict[str, list[int]] = {}
     prefill, steps, tokens, before = 0.0, [], 0, clock()
     while engine.has_unfinished_requests():
         made, begun = 0, False
         for result in engine.step():
-            known = len(told.get(result.request_id, ()))
-            told[result.request_id] = result.outputs[0].token_ids
-            made += len(told[result.request_id]) - known
+            known, fresh = told.setdefault(result.request_id, []), result.outputs[0].token_ids
             begun |= not known
+            made += len(fresh)
+            known.extend(fresh)
         now = clock()
         if made and not begun:
             steps.append(now - before)
@@ -158,10 +160,17 @@ def _prompts(setup: Setup, *, reverse: bool = False) -> list[list[int]]:
 def _generate(llm: Any, prompts: Sequence[Sequence[int]], output: int) -> Timing:
     """From an empty prefix cache, as `LLM.generate` does it, with the time of each step."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     if not llm.reset_prefix_cache():
         raise ValueError("vLLM's prefix cache cannot be emptied: blocks of the run before are still in use")
-    wanted = SamplingParams(max_tokens=output, ignore_eos=True, detokenize=False, temperature=0.0)
+    wanted = SamplingParams(
+        max_tokens=output,
+        ignore_eos=True,
+        detokenize=False,
+        temperature=0.0,
+        output_kind=RequestOutputKind.DELTA,
+    )
     started = time.perf_counter()
     for index, prompt in enumerate(prompts):
         llm.llm_engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, wanted)

@@ -31,7 +31,6 @@ class Engine:
 
     def __init__(self, steps: Sequence[tuple[float, dict[str, int]]]) -> None:
         self.steps, self.now = list(steps), 0.0
-        self.tokens: dict[str, list[int]] = {}
 
     def clock(self) -> float:
         return self.now
@@ -42,12 +41,9 @@ class Engine:
     def step(self) -> list[SimpleNamespace]:
         seconds, made = self.steps.pop(0)
         self.now += seconds
-        for name, count in made.items():
-            known = self.tokens.setdefault(name, [])
-            known.extend(range(len(known), len(known) + count))
         return [
-            SimpleNamespace(request_id=name, outputs=[SimpleNamespace(token_ids=list(self.tokens[name]))])
-            for name in made
+            SimpleNamespace(request_id=name, outputs=[SimpleNamespace(token_ids=list(range(count)))])
+            for name, count in made.items()
         ]
 
 
@@ -112,8 +108,7 @@ def test_steps_with_prompts_are_told_from_others():
 def test_its_outcome_counts_what_its_steps_gave():
     """Not one token of each request in each step; nothing is projected."""
     hardware = Hardware(load_bandwidth=5e10, store_bandwidth=5e10, gemm_rate=5e14, memory_bandwidth=3e12)
-    engine = Engine([(2.0, {"a": 1, "b": 1}), (0.5, {"a": 1, "b": 1}), (0.5, {"a": 1})])
-    engine.tokens = {"b": [7]}
+    engine = Engine([(2.0, {"a": 1, "b": 2}), (0.5, {"a": 1, "b": 1}), (0.5, {"a": 1})])
     timing = timed(engine, 3, engine.clock)
     run = PeerRun(
         timing=timing,
