@@ -104,6 +104,12 @@ def _add_cell_options(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="vLLM: requests, as multiples of what its cache has room for at once (default: 1)",
     )
+    parser.add_argument(
+        "--workspace",
+        default="2GiB",
+        metavar="SIZE",
+        help="vLLM: device memory of a step of 8192 tokens; more where it runs out of memory (default: 2GiB)",
+    )
     parser.add_argument("--drafts", type=int, default=0, metavar="N", help="vLLM: tokens of an n-gram draft")
 
 
@@ -124,7 +130,8 @@ def _setups(cell: Cell, options: argparse.Namespace) -> list[Setup]:
     """Those of the cell, or the one FlexGen setup that the flags give."""
     setups = setups_of(cell, _budgets(options), options.candidates)
     if cell.system is System.VLLM:
-        return vllm_setups(setups[0], options.offload, options.fill, options.drafts)
+        setup = replace(setups[0], drafts=options.drafts, workspace=parse_bytes(options.workspace, "workspace"))
+        return vllm_setups(setup, options.offload, options.fill)
     if cell.system is not System.FLEXGEN or options.percent is None:
         return setups
     num_batches = options.num_batches

@@ -107,6 +107,8 @@ class Setup:
     """vLLM: layers of a group, those of them that are on the host, layers that are loaded ahead."""
     drafts: int = 0
     """vLLM: tokens of a draft that n-grams of the request itself give; 0: none."""
+    workspace: int = 2 * GIB
+    """vLLM: device bytes left to a step, and to what the allocator loses; the cache has the others."""
     compiled: bool = False
     """transformers: decode is compiled, which it does by itself for a static cache on a GPU unless told not to."""
 

@@ -19,6 +19,8 @@ from benchmarks.peers.record import Outcome, Record, add_record, read_records
 Measure = Callable[[Sequence[Setup], float], Sequence[Record]]
 """Runs setups of one engine within a number of seconds."""
 _ROOT = Path(__file__).parents[2]
+_MAX_SAID = 30
+"""Last lines of a process that failed which are printed."""
 _MEMORY = "memory"
 """Word in the reason of every failure or excess that a smaller batch may cure."""
 _ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
@@ -119,7 +121,10 @@ def run_child(setups: Sequence[Setup], seconds: float) -> list[Record]:
                     check=False,
                     env=_environment(setups[0]),
                 ).returncode
-                error = reason(code, messages.read_text(errors="replace"))
+                said = messages.read_text(errors="replace")
+                error = reason(code, said)
+                if code:
+                    print(*said.splitlines()[-_MAX_SAID:], sep="\n", file=sys.stderr)
             except subprocess.TimeoutExpired:
                 error = f"took longer than {seconds:.0f} s"
         outcomes = [Outcome(**entry) for entry in json.loads(file.read_text())] if file.exists() else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from benchmarks.peers.cases import GIB, Setup, sizes_of
+from benchmarks.peers.cases import Setup, sizes_of
 from hsrpc.schedule.blocks import BlockKind
 
 VLLM_OFFLOADS = ((1, 1, 2), (4, 3, 2), (2, 1, 1))
@@ -17,16 +17,14 @@ VLLM_OFFLOADS = ((1, 1, 2), (4, 3, 2), (2, 1, 1))
 PREFILL_TOKENS = 8192
 """Prompt tokens of a step at most."""
 BLOCK_SIZE = 16
-_WORKSPACE = 2 * GIB
-"""Device: what a step of so many tokens needs, and what the allocator loses."""
 
 
-def vllm_setups(setup: Setup, offloads: Sequence[Sequence[int]], fills: Sequence[float], drafts: int) -> list[Setup]:
+def vllm_setups(setup: Setup, offloads: Sequence[Sequence[int]], fills: Sequence[float]) -> list[Setup]:
     """One for each way to offload and each multiple of the requests that fit."""
     return [
         replace(each, batch=max(1, int(fill * room(each))))
         for offload in offloads
-        for each in [replace(setup, offload=tuple(offload), drafts=drafts)]
+        for each in [replace(setup, offload=tuple(offload))]
         for fill in fills
     ]
 
@@ -50,7 +48,7 @@ def cache_bytes(setup: Setup) -> int:
     """
     sizes = sizes_of(setup.model)
     buffers = min(setup.offload[2], num_offloaded(setup)) * sizes.layers[0].weight_bytes
-    left = setup.budgets.device - (sizes.model_bytes - streamed_bytes(setup)) - buffers - _WORKSPACE
+    left = setup.budgets.device - (sizes.model_bytes - streamed_bytes(setup)) - buffers - setup.workspace
     if left <= 0:
         offload = "/".join(map(str, setup.offload))
         raise ValueError(f"--offload {offload} leaves no room for a cache; put more layers on the host")

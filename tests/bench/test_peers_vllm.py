@@ -62,14 +62,15 @@ def test_the_cache_has_what_weights_leave():
     assert room(vllm(shared=SHARED_PREFIX)) > 3 * room(vllm())
     kept = 10 * sizes_of(LLAMA).layers[0].weight_bytes + sizes_of(LLAMA).fixed_bytes
     assert cache_bytes(vllm()) < 24 * GIB - kept
+    assert cache_bytes(vllm()) - cache_bytes(vllm(workspace=3 * GIB)) == GIB
     with pytest.raises(ValueError, match="--offload 20/1/1 leaves no room"):
         cache_bytes(vllm(offload=(20, 1, 1)))
 
 
 def test_one_engine_runs_both_cases(capsys):
     """Without and with a prefix, and all multiples of what fits; starting it counts once."""
-    setups = vllm_setups(vllm(), [(1, 1, 2), (4, 3, 2)], [0.5, 1.0], 0)
-    shared = vllm_setups(vllm(case=Case.SHARED, shared=SHARED_PREFIX), [(1, 1, 2)], [1.0], 0)
+    setups = vllm_setups(vllm(), [(1, 1, 2), (4, 3, 2)], [0.5, 1.0])
+    shared = vllm_setups(vllm(case=Case.SHARED, shared=SHARED_PREFIX), [(1, 1, 2)], [1.0])
     groups = engines([*setups, *shared])
     assert [[each.batch for each in group] for group in groups] == [[22, 45, 148], [16, 32]]
     assert estimated_seconds(*groups[0]) < sum(map(estimated_seconds, groups[0])) - 100
