@@ -136,7 +136,12 @@ def _load(setups: Sequence[Setup]) -> Any:
         model.mkdir()
         config = SHAPES[setups[0].model] | {"dtype": "bfloat16", "eos_token_id": None}
         (model / "config.json").write_text(json.dumps(config))
-        return LLM(**engine_arguments(setups, model))
+        return LLM(**engine_arguments(setups, model), gpu_memory_utilization=_share(setups[0].budgets.device))
+
+
+def _share(size: int) -> float:
+    """Part of the device's memory, which vLLM wants to find free."""
+    return size / torch.cuda.get_device_properties(0).total_memory
 
 
 @torch.no_grad()
