@@ -28,6 +28,7 @@ from hsrpc.model.shapes import SHAPES
 _ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other one never asks for an offloader, without a word
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
