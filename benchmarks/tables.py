@@ -27,6 +27,7 @@ NAMES = {
     "llama-3.3-70b": "Llama-3.3-70B",
     "qwen3-32b": "Qwen3-32B",
     "gpt-oss-120b": "gpt-oss-120b",
+    "gpt-oss-20b:mxfp4": "gpt-oss-20b, mxfp4",
 }
 OWN = "hsrpc"
 

@@ -444,11 +444,27 @@ def open_tokenizer(planned: Planned, config: EngineConfig) -> Tokenizer | NoToke
     Raises:
         ConfigError, CheckpointError: as their names say.
     """
+    return _open_tokenizer(config, planned.directory, planned.spec, planned.plan.max_model_len)
+
+
+def open_model_tokenizer(config: EngineConfig) -> Tokenizer | NoTokenizer:
+    """The tokenizer of the model that a configuration names, before there is a plan; takes seconds.
+
+    Raises:
+        ConfigError, CheckpointError, ModelNotFoundError: as their names say.
+    """
+    directory, spec = _directory(config), _read_spec(config, torch.device("cpu"))
+    return _open_tokenizer(config, directory, spec, config.max_model_len or spec.sizes.context_length)
+
+
+def _open_tokenizer(
+    config: EngineConfig, directory: Path | None, spec: ModelSpec, max_model_len: int
+) -> Tokenizer | NoTokenizer:
     template = _template(config)
-    if planned.directory is None:
+    if directory is None:
         return NoTokenizer()
-    longest = max_characters(planned.plan.max_model_len)
-    return Tokenizer(planned.directory, planned.spec.vocab_size, chat_template=template, max_characters=longest)
+    longest = max_characters(max_model_len)
+    return Tokenizer(directory, spec.vocab_size, chat_template=template, max_characters=longest)
 
 
 def open_grammars(tokenizer: Tokenizer | NoTokenizer, spec: ModelSpec) -> Grammars | NoGrammars:
