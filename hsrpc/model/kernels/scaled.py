@@ -24,16 +24,16 @@ _GROUP = 16
 _LEAST_WIDTH = 3
 _WHOLE = 30
 """Exponent of two beyond all sizes: where a whole row shares a scale."""
-_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-_SCALES = {
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+SCALES = {
     torch.float32: 0,
     torch.float16: 1,
     torch.bfloat16: 2,
     torch.float8_e8m0fnu: 3,
     torch.float8_e4m3fn: 4,
 }
-_FACTORS = {None: 0, Factor.MULTIPLIES: 1, Factor.DIVIDES: 2}
-_CODES = {Code.E4M3: 0, Code.E2M1: 1, Code.UINT8: 2, Code.UINT4: 2}
+FACTORS = {None: 0, Factor.MULTIPLIES: 1, Factor.DIVIDES: 2}
+CODES = {Code.E4M3: 0, Code.E2M1: 1, Code.UINT8: 2, Code.UINT4: 2}
 
 
 class Tiles(NamedTuple):
@@ -285,9 +285,9 @@ class Kind(NamedTuple):
     def of(cls, matrix: CodedMatrix) -> Kind:
         return cls(
             code=matrix.code,
-            scale=_SCALES[matrix.scale],
+            scale=SCALES[matrix.scale],
             has_zeros=matrix.zero is None,
-            factor=_FACTORS[matrix.factor],
+            factor=FACTORS[matrix.factor],
             is_each=matrix.finds_by_column,
             has_groups=matrix.has_groups,
             is_aligned=matrix.columns % UNIT == 0,
@@ -379,8 +379,8 @@ class ScaledDecoder:
             self.table,
             self.owners,
             self.owners if self.moves is None else self.moves,
-            DTYPE=_TYPES[self.dtype],
-            CODE=_CODES[kind.code],
+            DTYPE=TYPES[self.dtype],
+            CODE=CODES[kind.code],
             BITS=kind.code.bits,
             SCALE=kind.scale,
             ZEROS=kind.has_zeros,
