@@ -110,6 +110,9 @@ class Scaled(AsPublished):
         packing = ScaledPacking((sum(source.rows for source in sources), sources[0].columns), self.dtype, sources)
         data = torch.zeros(packing.num_bytes, dtype=torch.uint8, device=device)
         packing.decoding([Encoded(packing, data, torch.empty(packing.shape, dtype=self.dtype, device=device))])()
+        multiply = packing.product(data)
+        for rows in range(1, packing.few_rows + 1):
+            multiply(torch.zeros((rows, packing.shape[1]), dtype=self.dtype, device=device), None)
 
 
 def decode_each(tensors: Sequence[Encoded[ScaledPacking]], moves: torch.Tensor | None = None) -> None:

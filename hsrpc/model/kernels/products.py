@@ -42,9 +42,9 @@ class Share(NamedTuple):
     """Each takes eight columns at a time: the codes of all channels are on the way before it multiplies."""
 
 
-SHARES = (Share(1, 8), Share(2, 8), Share(4, 4), Share(8, 4))
-"""By rows: all that there are, or as many as one may take at once; then codes are read again for others. Sums, as many
-as rows times channels, stay in registers."""
+SHARES = (Share(1, 8), Share(4, 4), Share(8, 4))
+"""By rows, the first that has room for all that there are; by the last one codes are read again for every so many.
+Sums, as many as rows times channels, stay in registers. Each is a kernel to be compiled."""
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _stacked(parts, COUNT: tl.constexpr):
     return parts[0]
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_units", "num_channels"])  # one kernel for all shapes
+@triton.jit(do_not_specialize=["num_rows", "num_units", "num_channels", "num_biased"])  # one kernel for all shapes
 def _multiply(
     matrices,
     owners,
@@ -68,13 +68,13 @@ def _multiply(
     num_rows,
     num_units,
     num_channels,
+    num_biased,
     DTYPE: tl.constexpr,
     CODE: tl.constexpr,
     BITS: tl.constexpr,
     SCALE: tl.constexpr,
     ZEROS: tl.constexpr,
     FACTOR: tl.constexpr,
-    BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     THREADS: tl.constexpr,
@@ -82,7 +82,7 @@ def _multiply(
 ):
     """Some channels of the matrix that `owners` names, for some rows of x [num_rows, 8 * num_units].
 
-    They go to `out` [num_rows, num_channels].
+    They go to `out` [num_rows, num_channels], with the bias [num_biased] of the first channels: of all, or of none.
     """
     fields = matrices + tl.load(owners + tl.program_id(0)) * FIELDS
     codes = tl.load(fields + 1).to(tl.pointer_type(tl.int64 if BITS == 8 else tl.int32))
@@ -126,8 +126,7 @@ def _multiply(
     channel, row = first_channel + number // ROWS, first_row + number % ROWS
     inside = (channel < height) & (row < num_rows)
     channel += number_of(fields, 10)
-    if BIAS:
-        total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(bias + channel, mask=inside & (channel < num_biased), other=0.0).to(tl.float32)
     tl.store(out + row.to(tl.int64) * num_channels + channel, total.to(DTYPE), mask=inside)
 
 
@@ -161,13 +160,13 @@ class _Launch:
             rows,
             columns // UNIT,
             out.shape[1],
+            0 if bias is None else len(bias),
             DTYPE=TYPES[x.dtype],
             CODE=CODES[kind.code],
             BITS=kind.code.bits,
             SCALE=kind.scale,
             ZEROS=kind.has_zeros,
             FACTOR=kind.factor,
-            BIAS=bias is not None,
             ROWS=share.rows,
             CHANNELS=share.channels,
             THREADS=share.threads,
