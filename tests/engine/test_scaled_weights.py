@@ -244,8 +244,8 @@ async def test_few_rows_are_multiplied_by_codes_as_they_lie(
     settings = {"resident_share": 1.0, "resident_weights": "packed", "cache_policy": "kv", "activation_share": None}
     plan, _ = await check(made, config_for(made, gpu_memory="1GiB", **settings))
     per_step = sum(len(stays.packed) for stays in plan.resident)
-    assert len(rows) >= 60 * per_step
-    assert max(rows) == len(made.prompts)
+    assert rows.count(len(made.prompts)) >= 30 * per_step
+    assert max(rows) <= scaled_format.FEW_ROWS
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
