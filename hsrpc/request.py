@@ -180,9 +180,9 @@ class Usage:
     cached_tokens: int = 0
     """Tokens of the prompt that were found in blocks of other requests, and not computed."""
     drafted_tokens: int = 0
-    """Tokens that were computed beside those of the output because it was thought to go on with them."""
+    """Tokens that were drafted, and checked by its steps."""
     accepted_tokens: int = 0
-    """Those of them that it did go on with."""
+    """Those of them that were the output's."""
 
 
 @dataclass(frozen=True, slots=True)

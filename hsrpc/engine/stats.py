@@ -35,9 +35,9 @@ class EngineStats:
     cached_tokens: int = 0
     """Tokens of requests that were found in blocks of others when they were admitted, and not computed."""
     drafted_tokens: int = 0
-    """Tokens that steps computed because requests were thought to go on with them."""
+    """Tokens that were drafted, and checked by steps."""
     accepted_tokens: int = 0
-    """Those of them that requests did go on with."""
+    """Those of them that were the output's."""
     expert_hits: int = 0
     """Experts that steps needed and found in their slots, each layer counted; none where they do not come on demand."""
     expert_loads: int = 0
