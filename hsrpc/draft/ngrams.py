@@ -35,5 +35,5 @@ class NgramDrafter:
         if trail is None:
             trail = self._trails[wanted.request_id] = Trail()
         trail.extend(wanted.token_ids[len(trail) :])
-        length, end = max(trail.matches(trail.tail), default=(0, 0))
+        length, end = max(trail.repeats(), default=(0, 0))
         return trail.go_on(end, wanted.max_tokens) if length >= self._min_match else ()

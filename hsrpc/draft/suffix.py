@@ -84,11 +84,14 @@ class Votes:
         return draft
 
 
-def votes_of(trails: Iterable[Trail], tail: array[int], max_tokens: int) -> Votes:
-    """What followed where `tail` stood; no more of it once `MAX_MATCH` tokens were the same."""
+def votes_of(own: Trail, others: Iterable[Trail], max_tokens: int) -> Votes:
+    """What followed where what ends `own` stood before, in itself and in others.
+
+    Once `MAX_MATCH` tokens are the same at some place, no more are asked.
+    """
     votes = Votes()
-    for trail in trails:
-        for same, end in trail.matches(tail):
+    for trail in (own, *others):
+        for same, end in trail.repeats() if trail is own else trail.matches(own.tail):
             votes.add(_whole(trail.go_on(end, max_tokens)), same)
             if same == MAX_MATCH:
                 return votes
@@ -179,8 +182,8 @@ class SuffixDrafter:
             live = self._live[request_id] = _Live(salt, num_prompt_tokens)
         live.trail.extend(token_ids[len(live.trail) :])
         outputs = self._outputs.get(salt)
-        trails = (live.trail, *outputs.trails) if outputs is not None else (live.trail,)
-        return votes_of(trails, live.trail.tail, max_tokens).follow(self._min_chance)
+        others = outputs.trails if outputs is not None else ()
+        return votes_of(live.trail, others, max_tokens).follow(self._min_chance)
 
     def _keep(self, salt: str, output: Sequence[int]) -> None:
         """Remember an output, and as many salts as there is room for."""

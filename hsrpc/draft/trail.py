@@ -39,6 +39,8 @@ class Trail:
         """By bucket: the end of the newest pair; the number of buckets is a power of 2, and at least that of tokens."""
         self._earlier = array(_TOKENS, [_NONE]) * MIN_MATCH
         """By end: that of the newest pair before it in the same bucket."""
+        self._followed = _NONE
+        """A place before which `MAX_MATCH` tokens are those that end the trail, while it goes on as it did there."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -50,16 +52,31 @@ class Trail:
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Add tokens behind the others, in constant time for each."""
-        begin = max(MIN_MATCH, len(self.tokens) + 1)
-        self.tokens.extend(token_ids)
-        if len(self.tokens) > len(self._newest):
-            self._newest = array(_TOKENS, [_NONE]) * (1 << len(self.tokens).bit_length())
+        tokens, known, followed = self.tokens, len(self.tokens), self._followed
+        tokens.extend(token_ids)
+        is_as_before = followed != _NONE and tokens[followed : followed + len(token_ids)] == tokens[known:]
+        self._followed = followed + len(token_ids) if is_as_before else _NONE
+        begin = max(MIN_MATCH, known + 1)
+        if len(tokens) > len(self._newest):
+            self._newest = array(_TOKENS, [_NONE]) * (1 << len(tokens).bit_length())
             del self._earlier[MIN_MATCH:]
             begin = MIN_MATCH
-        if len(self.tokens) - begin < _MANY:
+        if len(tokens) - begin < _MANY:
             self._link(begin)
         else:
             self._link_many(begin)
+
+    def repeats(self) -> list[tuple[int, int]]:
+        """Where what ends the trail stood before, as `matches` tells it.
+
+        As long as it goes on as after `MAX_MATCH` equal tokens, that place is the only one.
+        """
+        if self._followed != _NONE:
+            return [(MAX_MATCH, self._followed)]
+        found = self.matches(self.tail)
+        if found and found[-1][0] == MAX_MATCH:
+            self._followed = found[-1][1]
+        return found
 
     def matches(self, tail: array[int]) -> list[tuple[int, int]]:
         """Where a text that ends with `tail` stood before, the newest place first; none of them ends the trail.
@@ -72,7 +89,7 @@ class Trail:
             return found
         before, last = tail[-2], tail[-1]
         number = int.from_bytes(tail, "little")
-        end = self._newest[self._bucket(before, last)]
+        end = self._newest[(before * _FACTOR + last) & (len(self._newest) - 1)]
         for _ in range(_MAX_TRIED):
             if end == _NONE:
                 break
@@ -99,9 +116,6 @@ class Trail:
         other = int.from_bytes(same, "little") << (missing * _TOKEN_BITS)
         differing = -(-(tail ^ other).bit_length() // _TOKEN_BITS)
         return length - max(differing, missing)
-
-    def _bucket(self, before: int, last: int) -> int:
-        return (before * _FACTOR + last) & (len(self._newest) - 1)
 
     def _link(self, begin: int) -> None:
         """Put pairs that end at `begin` and behind it into their buckets."""
