@@ -58,13 +58,31 @@ def test_pieces_make_no_difference(tokens, cuts):
             assert trail.matches(tail) == expected
 
 
+@given(st.lists(st.tuples(st.integers(0, 12), st.lists(st.integers(0, 1), max_size=2)), max_size=12))
+def test_a_place_that_is_followed_is_still_one(pieces):
+    """However long a trail went on as at a place before, and wherever it leaves it."""
+    trail, tokens = Trail(), list(range(12)) * 2
+    trail.extend(tokens)
+    for count, others in pieces:
+        piece = [*(tokens * 2)[4 : 4 + count], *others]
+        tokens += piece
+        trail.extend(piece)
+        expected = searched(tokens, list(trail.tail))
+        found = trail.repeats()
+        assert max(found, default=(0, 0))[0] == max(expected, default=(0, 0))[0]
+        assert all(tokens[end - same : end] == tokens[-same:] and end < len(tokens) for same, end in found)
+
+
 def test_many_tokens_are_linked_as_few_are():
     """Beyond some number arrays take over from the loop, and buckets grow with the tokens."""
-    tokens = [number * number % 97 for number in range(5000)]
-    at_once, one_by_one = trail_of(tokens), trail_of(*([token] for token in tokens))
-    for end in range(0, 5000, 37):
-        tail = trail_of(tokens[end : end + 8]).tail
-        assert at_once.matches(tail) == one_by_one.matches(tail)
+    tokens = [number % 700 for number in range(5000)]
+    pieces = (tokens[begin : begin + 500] for begin in range(0, 5000, 500))
+    trails = [trail_of(tokens), trail_of(*pieces), trail_of(*([token] for token in tokens))]
+    for end in range(8, 5000, 37):
+        tail = trail_of(tokens[end - 8 : end]).tail
+        first, *others = (trail.matches(tail) for trail in trails)
+        assert {place % 700 for _, place in first} == {end % 700}
+        assert others == [first, first]
 
 
 def test_a_trail_that_ends_goes_on_from_where_it_was_followed():
