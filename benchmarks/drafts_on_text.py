@@ -143,7 +143,7 @@ def replay(way: Way, texts: Sequence[Text], max_drafted: int) -> Iterator[Replay
 
 
 def step_seconds(
-    make: Callable[[], Drafter],
+    way: Way,
     texts: Sequence[Text],
     *,
     max_drafted: int,
@@ -155,7 +155,7 @@ def step_seconds(
 
     That of the fastest of so many steps: where other programs run beside, the others say more of these.
     """
-    rng, drafter, pieces = random.Random(0), make(), [[*text.prompt, *text.output] for text in texts]
+    rng, drafter, pieces = random.Random(0), way.make(), [[*text.prompt, *text.output] for text in texts]
     requests = [list(itertools.chain(*rng.choices(pieces, k=length))) for _ in range(num_requests)]
 
     def draft(end: int) -> float:
@@ -164,7 +164,7 @@ def step_seconds(
         drafter.draft(wanted)
         return time.thread_time() - begin
 
-    for number, piece in enumerate(pieces):
+    for number, piece in enumerate(pieces if way.is_shared else ()):
         drafter.draft([Wanted(f"before {number}", "", piece, 1, 1)])
         drafter.forget([f"before {number}"])
     draft(length - 2 * steps)
@@ -192,10 +192,9 @@ def measure(texts: Sequence[Text]) -> dict[str, Any]:
             {
                 "way": way.name,
                 "max_drafted": max_drafted,
-                "seconds": step_seconds(way.make, texts, max_drafted=max_drafted),
+                "seconds": step_seconds(way, texts, max_drafted=max_drafted),
             }
             for way, max_drafted in cells
-            if way.is_shared or way.make is NgramDrafter
         ],
     }
 

@@ -415,7 +415,6 @@ def draft_costs(records: Sequence[Record]) -> Iterator[Row]:
     without_loops = _of_ways([text for text in texts if text["distinct"] >= DISTINCT])
     last = ""
     for cell, calm in zip(_of_ways(texts), without_loops, strict=True):
-        time = seconds.get((cell.way, cell.max_drafted))
         yield (
             "" if cell.way == last else cell.way,
             str(cell.max_drafted),
@@ -423,7 +422,7 @@ def draft_costs(records: Sequence[Record]) -> Iterator[Row]:
             f"{calm.tau:.2f}",
             f"{cell.drafted / cell.steps:.2f}",
             f"{cell.accepted / cell.drafted:.0%}",
-            f"{time * 1e3:.1f} ms" if time else "",
+            f"{seconds[cell.way, cell.max_drafted] * 1e3:.1f} ms",
         )
         last = cell.way
 

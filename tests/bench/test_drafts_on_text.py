@@ -79,5 +79,6 @@ def test_recorded_outputs_are_measured_without_the_model(tmp_path, monkeypatch, 
     assert all(float(row[2]) > 1 and float(row[3]) <= float(row[2]) for row in costs)
 
 
-def test_drafting_is_timed():
-    assert step_seconds(WAYS[1].make, [text(LOOP)], max_drafted=3, num_requests=2, length=100, steps=3) > 0
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_drafting_is_timed(way):
+    assert step_seconds(way, [text(LOOP)], max_drafted=3, num_requests=2, length=100, steps=3) > 0
