@@ -32,7 +32,8 @@ ALLOWED = {
     "model": {"plan", "schedule", "request", "config", "errors"},
     "device": {"plan", "schedule", "config", "errors"},
     "engine": {
-        *("model", "device", "plan", "draft", "schedule", "text", "prompt", "request", "constraint", "config", "errors"),
+        *("model", "device", "plan", "draft", "schedule", "text", "prompt", "request", "constraint"),
+        *("config", "errors"),
     },
     "server": {"engine", "plan", "schedule", "prompt", "request", "constraint", "config", "errors", "v1"},
     "client_proxy": set(),
