@@ -83,11 +83,10 @@ def measure(shape: str, weights: str) -> Iterator[dict[str, Any]]:
     """A line for each number of rows."""
     coded, decode = matrices(shape, weights)
     decoding_time = milliseconds(decode)
-    width = coded[0].parts.matrix.block[1]
+    widths = {each.parts.matrix.columns: each.parts.matrix.block[1] for each in coded}
     for rows in ROWS:
-        widths = {each.weight.shape[1] for each in coded}
         inputs = {size: torch.randn(rows, size, device="cuda", dtype=torch.bfloat16) for size in widths}
-        rounded = {size: round_inputs(x, min(width, size)) for size, x in inputs.items()}
+        rounded = {size: round_inputs(x, widths[size]) for size, x in inputs.items()}
 
         def exactly() -> list[torch.Tensor]:
             return [functional.linear(inputs[each.weight.shape[1]], each.weight) for each in coded]  # noqa: B023
@@ -96,7 +95,7 @@ def measure(shape: str, weights: str) -> Iterator[dict[str, Any]]:
             return [multiply(rounded[each.weight.shape[1]], each.parts) for each in coded]  # noqa: B023
 
         def rounding() -> list[Rounded]:
-            return [round_inputs(x, min(width, size)) for size, x in inputs.items()]  # noqa: B023
+            return [round_inputs(x, widths[size]) for size, x in inputs.items()]  # noqa: B023
 
         wanted = [functional.linear(inputs[each.weight.shape[1]].float(), each.weight.float()) for each in coded]
         yield {
