@@ -44,7 +44,7 @@ class Tiles(NamedTuple):
     """Units that a thread decodes: the codes of all are on the way before the first one is decoded."""
 
 
-TILES, TILES_EACH = Tiles(), Tiles(units=2)
+TILES, TILES_EACH = Tiles(), Tiles(units=4)
 """Where units share a scale, and where it is found for each column."""
 
 
