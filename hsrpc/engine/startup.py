@@ -328,6 +328,7 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
                 cache=cache,
                 attention=attention,
                 absorbed=absorbed,
+                sample_rows=plan.max_batch,
             )
             for each in compiled:
                 each.result()
