@@ -15,9 +15,6 @@ from hsrpc.schedule.scheduler import DraftCandidate, Scheduler
 
 _log = logging.getLogger(__name__)
 
-MAX_DRAFT_TOKENS = 15
-"""Drafted tokens of a request in a step, at most."""
-
 
 class Allocation(Protocol):
     """Decides how many tokens are drafted for each request."""

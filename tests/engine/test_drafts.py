@@ -81,7 +81,7 @@ async def test_tokens_equal_the_reference_with_tight_budgets(
     model: str, settings: dict[str, object], reference: Callable[[str], Reference]
 ) -> None:
     made = reference(model)
-    config = tightest(config_for(made, **settings))
+    config = tightest(config_for(made, max_draft_tokens=15, **settings))
     steps = []
     for drafter in (replay(made), replay(made, 0.6), Hostile(made)):
         stats = await check(made, config, drafter)
