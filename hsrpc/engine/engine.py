@@ -112,7 +112,8 @@ class Engine:
         limits = _limits(plan, self._components.spec, shares_prefixes=self.config.prefix_cache)
         blocks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule)
         self._scheduler = Scheduler(blocks, limits, self._components.spec.eos_token_ids)
-        self._speculation = self._open_speculation()
+        drafter = self._drafter if plan.max_draft_tokens else None
+        self._speculation = Speculation(drafter, self._scheduler, AsManyAsMayBe(), self.spec.vocab_size)
         self._delivery = Delivery(self._scheduler, self._components.tokenizer, dtype_name(self.spec.dtype))
         self._meter = Meter(self._components, self._scheduler, self._observe)
         self._admission = Admission(
@@ -408,7 +409,7 @@ class Engine:
         while True:
             self._last_beat = time.monotonic()
             step = ahead
-            if step is None and self._speculation is not None:
+            if step is None:
                 await self._speculation.draft(worker)
             if step is not None:
                 step.sampling = scheduler.sampling(step.step_id)
@@ -432,15 +433,11 @@ class Engine:
 
     def _schedule_ahead(self, step: Step) -> Step | None:
         """The step after `step`, where it is known already what that will be."""
-        executor, speculation = self._opened.executor, self._speculation
-        runs_ahead = executor.runs_ahead and not (speculation is not None and speculation.is_on)
-        scheduled = self._scheduler.schedule_ahead(step) if runs_ahead else None
-        return None if scheduled is None else executor.assemble(scheduled)  # its arrays are there
-
-    def _open_speculation(self) -> Speculation | None:
-        if self._drafter is None or not self.plan.max_draft_tokens:
+        executor = self._opened.executor
+        if not executor.runs_ahead or not self._speculation.leave_out():
             return None
-        return Speculation(self._drafter, self._scheduler, AsManyAsMayBe(), self.spec.vocab_size)
+        scheduled = self._scheduler.schedule_ahead(step)
+        return None if scheduled is None else executor.assemble(scheduled)  # its arrays are there
 
     def _fail_step(self, step: Step, error: OutOfDeviceMemoryError) -> list[Output]:
         """End the step's requests; their blocks are free for the others."""
