@@ -48,7 +48,7 @@ ALLOWED = {
     "testing": {"server", "engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"},
     "bench": {
         *("testing", "server", "client", "client_channel", "client_messages", "v1"),
-        *("engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"),
+        *("engine", "model", "device", "plan", "draft", "schedule", "prompt", "request", "config", "errors"),
     },
     "cli": {
         *("bench", "batch", "source", "client", "client_channel", "client_messages", "client_proxy", "server", "v1"),
