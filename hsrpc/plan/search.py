@@ -389,7 +389,7 @@ class Evaluator:
             recomputed=0.0,
             chunk=chunk,
             prompt_queries=prompt_queries,
-            rows=np.where(grid.absorbs, grid.absorbed_rows, grid.rows),
+            rows=np.where(grid.absorbs & np.equal(grid.drafts, 0), grid.absorbed_rows, grid.rows),
             absorbs=grid.absorbs,
             drafts=grid.drafts,
         )

@@ -124,7 +124,7 @@ class Candidates:
 
     @property
     def absorbed(self) -> npt.NDArray[np.bool_]:
-        """Whether queries attend to activations as they are stored."""
+        """Whether queries attend to activations as they are stored: several of a request attend to K and V."""
         return np.asarray(self.absorbs) & self.is_in_place
 
 

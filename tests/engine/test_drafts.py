@@ -88,7 +88,7 @@ async def check(made: Reference, config: EngineConfig, drafter: Drafter) -> Engi
 @pytest.mark.parametrize(
     ("model", "settings", "drafters"),
     [
-        ("opt", {"cache_policy": "kv", "block_size": 4}, "right wrong hostile"),
+        ("opt", {"cache_policy": "kv", "block_size": 4, "expected_context": 4}, "right wrong hostile"),
         ("opt", {"cache_policy": "activation"}, "hostile"),
         ("opt", {"cache_policy": "hybrid", "activation_share": 0.5}, "right hostile"),
         ("opt", {"cache_policy": "recompute"}, "hostile"),
