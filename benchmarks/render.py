@@ -91,6 +91,21 @@ TABLES = {
         ("model, requests x tokens", "policy", *_STEP, "beside plain copies", "predicted", "tokens/s"),
         tables.policies,
     ),
+    "drafts-replay": Table(
+        tuple(name for name in _ALL if name.startswith("drafts-replay/")),
+        (
+            "model, requests",
+            "drafted, right",
+            "tau",
+            "step",
+            "predicted",
+            "limit",
+            "tokens/s",
+            "predicted",
+            "times",
+        ),
+        tables.drafts_replay,
+    ),
     "structured-output": Table(
         ("structured-output/libraries",),
         ("constraint", "tokens", "llguidance: compile", *_OF_MASKS, "xgrammar: compile", *_OF_MASKS),

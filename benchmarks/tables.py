@@ -34,6 +34,30 @@ DISTINCT = 0.8
 """Share of distinct 4-grams from which an output is no loop."""
 
 
+def drafts_replay(records: Sequence[Record]) -> Iterator[Row]:
+    """Steps of each setting beside the formula; the model and its batch once."""
+    for record in records:
+        run, alone = record.result, None
+        if "failure" in run:
+            continue
+        model = f"{NAMES.get(run['model'], run['model'])}, {run['batch']}"
+        for each in run["settings"]:
+            rate = each["tokens_per_second"]
+            alone = alone or rate
+            yield (
+                model,
+                f"{each['drafts']}, {each['acceptance']:.0%}" if each["drafts"] else "none",
+                f"{each['tokens_per_request']:.2f}",
+                f"{each['step_seconds'] * 1e3:.0f} ms",
+                f"{each['predicted_step_seconds'] * 1e3:.0f} ms",
+                f"{each['limit_seconds'] * 1e3:.0f} ms",
+                f"{rate:.1f}",
+                f"{each['predicted_tokens_per_second']:.1f}",
+                f"{rate / alone:.2f}",
+            )
+            model = ""
+
+
 def policies(records: Sequence[Record]) -> Iterator[Row]:
     """Whole decode steps under each policy."""
     for record in records:

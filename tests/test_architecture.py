@@ -1,6 +1,6 @@
 """Who may import whom, read from the source.
 
-request <- text, schedule <- plan <- {model, device} <- engine <- server <- cli
+request <- text, draft, schedule <- plan <- {model, device} <- engine <- server <- cli
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ALLOWED = {
     "text": set(),
     "schedule": {"request", "errors"},
     "draft": {"request", "errors"},
-    "plan": {"schedule", "config", "errors"},
+    "plan": {"draft", "schedule", "config", "errors"},
     "model": {"plan", "schedule", "request", "config", "errors"},
     "device": {"plan", "schedule", "config", "errors"},
     "engine": {
@@ -48,7 +48,7 @@ ALLOWED = {
     "testing": {"server", "engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"},
     "bench": {
         *("testing", "server", "client", "client_channel", "client_messages", "v1"),
-        *("engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"),
+        *("engine", "model", "device", "plan", "draft", "schedule", "prompt", "request", "config", "errors"),
     },
     "cli": {
         *("bench", "batch", "source", "client", "client_channel", "client_messages", "client_proxy", "server", "v1"),

@@ -2,11 +2,12 @@
 
 A row is a token that the step computes. With `n` drafted rows a step takes
 
-    step + max(0, max(0, n - free) * row - spare)
+    step + first + max(0, max(0, n - free) * row - spare)
 
-seconds, where `spare` is what the GPU would wait for the bus anyway: much where weights stream, nothing where all is
-resident. A request of acceptance `p` gains `p**j` tokens by its j-th row. Rows are taken in the order of what they
-gain, up to where tokens a second are most; where rows cost nothing, as long as they gain anything to speak of.
+seconds, where `first` counts if there is any row, and `spare` is what the GPU would wait for the bus anyway: much where
+weights stream, nothing where all is resident. A request of acceptance `p` gains `p**j` tokens by its j-th row. Rows are
+taken in the order of what they gain, up to where tokens a second are most; where rows cost nothing, as long as they
+gain anything to speak of.
 """
 
 from __future__ import annotations
@@ -41,13 +42,16 @@ class StepPrice:
     """Rows that take no GPU time, since the others leave the GPU waiting for device memory."""
     spare_seconds: float = 0.0
     """GPU time that the step has beside the bus; 0 where all is resident."""
+    first_seconds: float = 0.0
+    """That a step takes longer with any draft, whatever its rows take: without, it may be launched as a graph."""
     max_rows: int
     """Rows for which the step has room in its buffers."""
 
     def seconds(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """The step with so many drafted rows."""
         compute = np.maximum(0, rows - self.free_rows) * self.row_seconds
-        return self.step_seconds + np.maximum(0.0, compute - self.spare_seconds)
+        first = np.where(rows > 0, self.first_seconds, 0.0)
+        return self.step_seconds + first + np.maximum(0.0, compute - self.spare_seconds)
 
 
 @dataclass(frozen=True, slots=True)

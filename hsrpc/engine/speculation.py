@@ -15,8 +15,6 @@ from hsrpc.schedule.scheduler import DraftCandidate, Scheduler
 
 _log = logging.getLogger(__name__)
 
-MAX_DRAFT_TOKENS = 15
-"""Drafted tokens of a request in a step, at most."""
 _REST = 8
 """Steps that are launched ahead, where that is possible, after one of which nothing was drafted."""
 

@@ -47,7 +47,7 @@ from hsrpc.model.random_codes import split_format
 from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec
 from hsrpc.model.tensor import dtype_name
-from hsrpc.plan.device_memory import score_rows
+from hsrpc.plan.device_memory import sampled_at_once, score_rows
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
@@ -319,6 +319,7 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
             weights = load_weights(family, source, plan, device, stop, progress=progress)
             device.release_cached()  # what packing used
             cache = CacheManager(spec.sizes, plan, device, family.rows)
+            sampled = int(sampled_at_once(plan.max_batch, plan.max_draft_tokens))
             prefetcher = WeightPrefetcher(weights, plan, device, family)
             forward = Forward(
                 family,
@@ -328,7 +329,7 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
                 cache=cache,
                 attention=attention,
                 absorbed=absorbed,
-                sample_rows=plan.max_batch,
+                sample_rows=sampled,
             )
             for each in compiled:
                 each.result()
@@ -350,7 +351,7 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
                 cache=cache,
                 forward=forward,
                 graphs=graphs,
-                score_rows=score_rows(spec.sizes, plan.max_batch, plan.buffers.queries),
+                score_rows=score_rows(spec.sizes, sampled, plan.buffers.queries),
             )
         ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.end_token_ids))
         spec = replace(spec, eos_token_ids=tuple(ends))

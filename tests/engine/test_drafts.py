@@ -29,6 +29,10 @@ from tests.engine.test_equivalence import IN_WINDOWS, config_for, generate_all
 NUM_PROMPTS = 9
 
 
+DRAFTS = {"max_draft_tokens": 15}
+"""Room for drafts."""
+
+
 class Hostile:
     """Drafts that are wrong in any way, or in none."""
 
@@ -86,7 +90,7 @@ async def check(made: Reference, config: EngineConfig, drafter: Drafter) -> Engi
 @pytest.mark.parametrize(
     ("model", "settings", "drafters"),
     [
-        ("opt", {"cache_policy": "kv", "block_size": 4}, "right wrong hostile"),
+        ("opt", {"cache_policy": "kv", "block_size": 4, "expected_context": 4}, "right wrong hostile"),
         ("opt", {"cache_policy": "activation"}, "hostile"),
         ("opt", {"cache_policy": "hybrid", "activation_share": 0.5}, "right hostile"),
         ("opt", {"cache_policy": "recompute"}, "hostile"),
@@ -104,7 +108,7 @@ async def test_tokens_equal_the_reference_with_tight_budgets(
 ) -> None:
     """Under every policy, with requests that queue and are preempted."""
     made = first(reference(model), NUM_PROMPTS)
-    config = tightest(config_for(made, **settings))
+    config = tightest(config_for(made, **DRAFTS, **settings))
     of_each = {"right": replay(made), "wrong": replay(made, 0.5), "hostile": Hostile(made)}
     for drafter in map(of_each.__getitem__, drafters.split()):
         stats = await check(made, config, drafter)
@@ -119,7 +123,7 @@ async def test_accesses_of_steps_with_drafts_are_in_order(
     """Blocks that rejected tokens were stored to are another's with the next step."""
     made = first(reference("opt"), 6)
     settings = {"cache_policy": "hybrid", "activation_share": 0.5, "block_size": 4, "max_batch": 3}
-    await check(made, tightest(config_for(made, **settings)), Hostile(made))
+    await check(made, tightest(config_for(made, **DRAFTS, **settings)), Hostile(made))
     assert ordered
 
 
@@ -185,7 +189,7 @@ async def test_answers_are_those_without_drafts(
     budget: Callable[..., EngineConfig], reference: Callable[[str], Reference]
 ) -> None:
     """Whatever a request asks for, and wherever in a draft it ends; prompts share their first blocks."""
-    config = budget(reference("opt"), block_size=4, max_batch=4)
+    config = budget(reference("opt"), block_size=4, max_batch=4, **DRAFTS)
     wanted, _ = await answers(config, None)
     assert {answer.reason for answer in wanted.values()} == {
         *(FinishReason.EOS, FinishReason.STOP_STRING, FinishReason.STOP_TOKEN),
@@ -220,7 +224,7 @@ async def test_whoever_leaves_takes_nothing_along(reference: Callable[[str], Ref
         assert tokens == output[: len(tokens)]
         assert len(tokens) >= min(leaves_at, NEW_TOKENS)
 
-    async with Engine(tight(made, block_size=4), drafter=drafter) as engine, asyncio.timeout(120):
+    async with Engine(tight(made, block_size=4, **DRAFTS), drafter=drafter) as engine, asyncio.timeout(120):
         for start in (0, 20):
             await asyncio.gather(*(one(engine, number) for number in range(start, start + 20)))
         await idle(engine)
@@ -258,7 +262,7 @@ async def test_requests_go_on_without_a_drafter_that_fails(
     kind: type[Broken], reference: Callable[[str], Reference], caplog: pytest.LogCaptureFixture
 ) -> None:
     made = first(reference("opt"), 6)
-    stats = await check(made, roomy(made), kind(made))
+    stats = await check(made, roomy(made, **DRAFTS), kind(made))
     assert stats.generated_tokens == 6 * NEW_TOKENS
     assert "the drafter failed: no more tokens are drafted" in caplog.text
 
@@ -281,7 +285,7 @@ async def test_steps_run_ahead_while_nothing_is_drafted(
     made = first(reference("opt"), 6)
     for drafter, runs_ahead in ((Seldom(made), True), (replay(made), False)):
         with counting() as ahead:
-            stats = await check(made, resident(made), drafter)
+            stats = await check(made, resident(made, **DRAFTS), drafter)
         assert stats.accepted_tokens > 0
         assert bool(ahead) == runs_ahead
     assert ordered
