@@ -27,11 +27,12 @@ ALLOWED = {
     "v1": set(),
     "text": set(),
     "schedule": {"request", "errors"},
+    "draft": {"request", "errors"},
     "plan": {"schedule", "config", "errors"},
     "model": {"plan", "schedule", "request", "config", "errors"},
     "device": {"plan", "schedule", "config", "errors"},
     "engine": {
-        *("model", "device", "plan", "schedule", "text", "prompt", "request", "constraint", "config", "errors"),
+        *("model", "device", "plan", "draft", "schedule", "text", "prompt", "request", "constraint", "config", "errors"),
     },
     "server": {"engine", "plan", "schedule", "prompt", "request", "constraint", "config", "errors", "v1"},
     "client_proxy": set(),
