@@ -18,6 +18,7 @@ from uuid import uuid4
 
 from hsrpc.config import EngineConfig
 from hsrpc.constraint import Constraint
+from hsrpc.draft.drafter import Drafter
 from hsrpc.engine.admission import Admission, Applicant
 from hsrpc.engine.delivery import Delivery
 from hsrpc.engine.generation import Generation
@@ -25,6 +26,7 @@ from hsrpc.engine.grammars.matcher import Matcher
 from hsrpc.engine.meter import Meter
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.run_to_end import run_to_end
+from hsrpc.engine.speculation import MAX_DRAFT_TOKENS, AsManyAsMayBe, Speculation
 from hsrpc.engine.startup import ChoosePlan, Components, open_components, release
 from hsrpc.engine.stats import EngineStats
 from hsrpc.engine.tasks.executor import StepResult
@@ -68,7 +70,8 @@ class Engine:
     Models that were trained on conversations take a Chat in place of the text.
 
     `progress` shows bars while loading; `observe` is called on the event loop with each step's record;
-    `choose_plan` makes the plan, for policies that hsrpc's planner does not know.
+    `choose_plan` makes the plan, for policies that hsrpc's planner does not know; `drafter` proposes tokens that
+    requests may go on with, which changes no output.
 
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: on entering.
@@ -82,10 +85,12 @@ class Engine:
         progress: bool = False,
         observe: Callable[[StepRecord], object] | None = None,
         choose_plan: ChoosePlan = Planner.plan,
+        drafter: Drafter | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         self._observe = observe
         self._choose_plan = choose_plan
+        self._drafter = drafter
         self._progress = progress
         self._components: Components | None = None
         self._wake = asyncio.Event()
@@ -105,8 +110,11 @@ class Engine:
         self._components = await open_components(self.config, self._choose_plan, self._progress)
         plan = self._components.plan
         limits = _limits(plan, self._components.spec, shares_prefixes=self.config.prefix_cache)
+        if self._drafter is not None:
+            limits = replace(limits, max_draft_tokens=MAX_DRAFT_TOKENS)
         blocks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule)
         self._scheduler = Scheduler(blocks, limits, self._components.spec.eos_token_ids)
+        self._speculation = self._open_speculation()
         self._delivery = Delivery(self._scheduler, self._components.tokenizer, dtype_name(self.spec.dtype))
         self._meter = Meter(self._components, self._scheduler, self._observe)
         self._admission = Admission(
@@ -402,6 +410,8 @@ class Engine:
         while True:
             self._last_beat = time.monotonic()
             step = ahead
+            if step is None and self._speculation is not None:
+                await self._speculation.draft(worker)
             if step is not None:
                 step.sampling = scheduler.sampling(step.step_id)
             elif (scheduled := scheduler.schedule(self._last_beat)) is not None:
@@ -424,9 +434,15 @@ class Engine:
 
     def _schedule_ahead(self, step: Step) -> Step | None:
         """The step after `step`, where it is known already what that will be."""
-        executor = self._opened.executor
-        scheduled = self._scheduler.schedule_ahead(step) if executor.runs_ahead else None
+        executor, speculation = self._opened.executor, self._speculation
+        runs_ahead = executor.runs_ahead and not (speculation is not None and speculation.is_on)
+        scheduled = self._scheduler.schedule_ahead(step) if runs_ahead else None
         return None if scheduled is None else executor.assemble(scheduled)  # its arrays are there
+
+    def _open_speculation(self) -> Speculation | None:
+        if self._drafter is None:
+            return None
+        return Speculation(self._drafter, self._scheduler, AsManyAsMayBe(), self.spec.vocab_size)
 
     def _fail_step(self, step: Step, error: OutOfDeviceMemoryError) -> list[Output]:
         """End the step's requests; their blocks are free for the others."""
@@ -442,7 +458,7 @@ class Engine:
         token_ids = [None if failed else token_id for token_id, _, failed in result.sampled]
         logprobs = [logprob for _, logprob, _ in result.sampled]
         outputs = self._scheduler.commit(step.step_id, token_ids, time.monotonic(), logprobs, result.scored)
-        self._meter.generated_tokens += sum(output.token_id is not None for output in outputs)
+        self._meter.generated_tokens += sum(len(output.token_ids) for output in outputs)
         return outputs
 
     def _request(self, request_id: str, token_ids: list[int], applicant: Applicant, salt: str) -> Request:

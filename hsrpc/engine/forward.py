@@ -128,8 +128,10 @@ class Pass:
     """Weights of the layer that is computed."""
     projected: Projected | None = None
     """Projections of the mini-batch that is computed."""
+    sampled: torch.Tensor | None = None
+    """[r, h] output of the last layer: the rows that are sampled."""
     logits: torch.Tensor | None = None
-    """[r, vocab] of the rows that are sampled."""
+    """[r, vocab] of the first of them, as many as there is room for at a time."""
 
     @property
     def w(self) -> Weights:
@@ -150,8 +152,12 @@ class Forward:
         cache: CacheManager,
         attention: Attention,
         absorbed: Attention | None = None,
+        sample_rows: int,
     ) -> None:
-        """`absorbed`: attention of single queries to activations as they are stored; None: they attend to K and V."""
+        """`absorbed`: attention of single queries to activations as they are stored; None: they attend to K and V.
+
+        `sample_rows`: rows of logits that are sampled at a time.
+        """
         self.regenerated_tokens = 0
         """Rows rebuilt from activations since the start, all layers."""
         self._family = family
@@ -161,6 +167,7 @@ class Forward:
         self._cache = cache
         self._attention = attention
         self._absorbed = absorbed
+        self._sample_rows = sample_rows
         self._device = device
 
     @property
@@ -198,7 +205,7 @@ class Forward:
             case OpKind.STORE:
                 self._store(Tier.HOST, op, step)
             case OpKind.HEAD:
-                step.logits = self._logits(step)
+                self._head(step)
             case _:
                 raise AssertionError(f"{op.kind} is no operation of the forward pass")
 
@@ -207,6 +214,16 @@ class Forward:
         assert batch.scores is not None  # else the list does not ask for it
         hidden = batch.group.hidden[batch.rows].index_select(0, batch.scores.rows[wanted])
         return self._family.logits(self._fixed, hidden)
+
+    def logits(self, step: Pass) -> Iterator[torch.Tensor]:
+        """Logits [r, vocab] of the rows that are sampled, behind HEAD, some at a time: each is launched when the one
+        before is done with, whose memory it takes."""
+        assert step.sampled is not None  # HEAD comes first
+        for start in range(0, len(step.sampled), self._sample_rows):
+            rows = step.sampled[start : start + self._sample_rows]
+            logits, step.logits = step.logits, None
+            yield self._family.logits(self._fixed, rows) if logits is None else logits
+            del logits
 
     def _upload(self, batches: Sequence[MiniBatch], upload: Upload) -> Iterator[DeviceBatch]:
         """A group's mini-batches."""
@@ -346,9 +363,9 @@ class Forward:
             if start >= in_front:
                 kv_rows.put(kv, layout.activation_rows[rows], out)
 
-    def _logits(self, step: Pass) -> torch.Tensor:
-        hidden = torch.cat([batch.sampled for batch in step.batches])
-        return self._family.logits(self._fixed, hidden)
+    def _head(self, step: Pass) -> None:
+        step.sampled = torch.cat([batch.sampled for batch in step.batches])
+        step.logits = self._family.logits(self._fixed, step.sampled[: self._sample_rows])
 
 
 def _scores(scores: Scores | None, upload: Upload) -> DeviceScores | None:

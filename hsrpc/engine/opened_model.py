@@ -69,6 +69,7 @@ class OpenedModel:
                 cache=cache,
                 attention=attention,
                 absorbed=absorbed,
+                sample_rows=plan.max_batch,
             )
             for each in compiled:
                 each.result()

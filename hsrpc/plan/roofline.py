@@ -21,6 +21,8 @@ class StepRecord:
     prefill_tokens: int
     recomputed_tokens: int = 0
     """Tokens of requests that keep no cache, all but the newest of each."""
+    drafted_tokens: int = 0
+    """Tokens behind the newest ones of their requests, which these may turn out not to have."""
     context_tokens: int
     """Cached tokens attended to, of all requests."""
     weight_bytes: int
