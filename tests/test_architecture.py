@@ -1,6 +1,6 @@
 """Who may import whom, read from the source.
 
-request <- text, schedule <- plan <- {model, device} <- engine <- server <- cli
+request <- text, draft, schedule <- plan <- {model, device} <- engine <- server <- cli
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ ALLOWED = {
     "text": set(),
     "schedule": {"request", "errors"},
     "draft": {"request", "errors"},
-    "plan": {"schedule", "config", "errors"},
+    "plan": {"draft", "schedule", "config", "errors"},
     "model": {"plan", "schedule", "request", "config", "errors"},
     "device": {"plan", "schedule", "config", "errors"},
     "engine": {
-        *("model", "device", "plan", "draft", "schedule", "text", "prompt", "request", "constraint", "config", "errors"),
+        *("model", "device", "plan", "draft", "schedule", "text", "prompt", "request", "constraint"),
+        *("config", "errors"),
     },
     "server": {"engine", "plan", "schedule", "prompt", "request", "constraint", "config", "errors", "v1"},
     "client_proxy": set(),

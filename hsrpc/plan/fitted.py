@@ -19,6 +19,7 @@ the heading of docs/findings.md and, where raw results were kept, their file in 
 | HOP_SECONDS | 0.25e-3 s a layer of a mini-batch | 0.25 ms | "Mini-batches and what they cost the host" |
 | CHOICE_SECONDS | 0.125e-3 s a layer of a group | 9.4 ms, all hits | "Experts on demand"; mixtures/qwen3-30b-a3b-1 |
 | GRAPH_BYTES | 256 KiB a graph | assumed, not measured | |
+| PACKED_QUERIES | 128 queries of a request and head | assumed, not measured | |
 | HANDOVER_SECONDS | 0.08e-3 s a layer of a mini-batch | 0.07 to 0.09 ms | "Mini-batches and what they cost the host" |
 """
 
@@ -31,6 +32,9 @@ time of its kernels and the boundary, over its layers."""
 GRAPH_BYTES = 256 * 1024
 """Device memory that the driver takes for a graph, of which steps with experts on demand have one a layer for each
 size. To be fitted: what free memory loses while these are captured, less the allocator's part, over their number."""
+PACKED_QUERIES = 128
+"""Queries of a request that the attention of chunks computes together: fewer take as long. To be fitted: that kernel's
+time for 1 to 256 queries a request."""
 WAITING = 8
 """Bus and GPU take turns with two buffers. Where they take equally long, they wait for each other: by 9 % with this
 exponent, by 1 % where one takes three quarters of the other's time."""

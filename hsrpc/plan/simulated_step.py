@@ -73,7 +73,8 @@ class _OpSeconds:
         """Parts of a step divided among its operations."""
         traffic = zip(plan.placed, layer.sizes.layers, strict=True)
         decode = [float(layer.decode_weights(one.decode_traffic + sizes.coding_traffic)) for one, sizes in traffic]
-        tokens = step.batch if num_groups == 1 else step.batch * step.context  # recomputed ones
+        queries = step.batch * (1 + step.drafts)
+        tokens = queries if num_groups == 1 else step.batch * step.context  # recomputed ones
         experts = [float(layer.decode_experts(traffic, tokens)) for traffic in plan.expert_traffic]
         weights = float(layer.load(sum(each.bus_bytes for each in plan.placed)))
         each = len(plan.placed) * step.mini_batches
