@@ -131,7 +131,9 @@ class DraftModel:
 
     def warm_up(self) -> None:
         """Draft for a prompt and forget it: kernels are then loaded, and their memory is seen to suffice."""
-        length = min(self._plan.max_model_len - 1, self._plan.max_idle_prefill_tokens)
+        plan = self._plan
+        room = self._blocks.num_blocks * plan.block_size
+        length = min(plan.max_model_len - 1, plan.max_idle_prefill_tokens, room - 1)
         self.draft([Wanted("", "", [0] * length, length, 2)])
         self.forget([""])
 

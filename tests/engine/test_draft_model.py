@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +16,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
-from hsrpc import EngineConfig
-from hsrpc.config import DeviceKind
+from hsrpc import Engine, EngineConfig
+from hsrpc.config import BUNDLED_MODEL, DeviceKind
 from hsrpc.device.device import CpuDevice, Device
 from hsrpc.draft.drafter import Wanted
 from hsrpc.engine.draft_model import DraftModel, PlannedDraftModel, plan_draft_model
@@ -28,6 +31,8 @@ from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.testing.ordered_device import OrderedDevice
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import VOCAB, Reference
+from tests.engine.support import idle, roomy
+from tests.engine.test_equivalence import generate_all
 
 CPU = torch.device("cpu")
 MACHINE = Machine(
@@ -38,8 +43,7 @@ MACHINE = Machine(
     dtype="float32",
     hardware=HARDWARE,
 )
-WEIGHTS = 2**20
-"""More than the weights and buffers of a model of these tests take, with few blocks."""
+WEIGHTS = "model.safetensors"
 
 
 class Opened(NamedTuple):
@@ -189,10 +193,10 @@ def test_what_cannot_be_drafted_for(few: Opened, few_made: Reference) -> None:
 def test_its_memory_is_one_line(reference: Callable[[str], Reference]) -> None:
     """All that is allocated is for the draft model, within what its plan says, within an eighth of the budget."""
     made = reference("llama")
-    found = opened(str(made.directory), gpu_memory=64 * WEIGHTS)
+    found = opened(str(made.directory), gpu_memory=2**26)
     held = {use: size for use, size in found.device.allocated.items() if size}
     assert set(held) == {DeviceUse.DRAFT_MODEL}
-    assert 0 < held[DeviceUse.DRAFT_MODEL] <= found.planned.device_bytes <= 8 * WEIGHTS
+    assert 0 < held[DeviceUse.DRAFT_MODEL] <= found.planned.device_bytes <= 2**23
     lines = found.planned.plan.device_bytes
     exact = lines[DeviceUse.FIXED] + lines[DeviceUse.RESIDENT_WEIGHTS] + lines[DeviceUse.CACHE_BLOCKS]
     assert held[DeviceUse.DRAFT_MODEL] >= exact
@@ -234,6 +238,34 @@ def test_its_accesses_are_ordered(reference: Callable[[str], Reference]) -> None
     assert device.num_operations
 
 
+@pytest.mark.parametrize("name", ["opt", "mistral-window"])
+async def test_an_engine_says_the_same_with_it(name: str, reference: Callable[[str], Reference]) -> None:
+    """Tokens are the reference's; where the model drafts for itself, all that it drafts is accepted."""
+    made = reference(name)
+    model = opened(str(made.directory), max_batch=16).model
+    async with Engine(roomy(made, max_draft_tokens=3), drafter=model) as engine:
+        assert await generate_all(engine, made) == made.outputs
+        await idle(engine)
+        stats = engine.stats()
+    assert 0 < stats.accepted_tokens == stats.drafted_tokens
+
+
+async def test_an_engine_says_the_same_with_one_that_knows_nothing(
+    tmp_path: Path, reference: Callable[[str], Reference]
+) -> None:
+    """A model with other weights drafts what is rejected, and changes no token."""
+    made = reference("llama")
+    other = Path(shutil.copytree(made.directory, tmp_path / "other"))
+    torch.manual_seed(5)
+    save_file({n: torch.randn_like(w) for n, w in load_file(other / WEIGHTS).items()}, other / WEIGHTS)
+    model = opened(str(other), str(made.directory), max_batch=16).model
+    async with Engine(roomy(made, max_draft_tokens=3), drafter=model) as engine:
+        assert await generate_all(engine, made) == made.outputs
+        await idle(engine)
+        stats = engine.stats()
+    assert stats.accepted_tokens < 0.1 * stats.drafted_tokens
+
+
 def test_a_random_model_drafts_tokens() -> None:
     """A shape with random weights needs no files, and what it drafts are ids of its vocabulary."""
     found = opened("random:opt-125m", max_batch=2, gpu_memory="16GiB", max_model_len=64)
@@ -263,3 +295,30 @@ def test_another_vocabulary_is_refused_without_a_tokenizer(reference: Callable[[
     """Random weights have no tokenizer: sizes and special ids tell."""
     with pytest.raises(ConfigError, match=r"has another tokenizer than .*: vocab_size 50272 / 300"):
         planned("random:opt-125m", str(reference("opt").directory), gpu_memory="16GiB")
+
+
+PROMPTS = (
+    "Once upon a time",
+    "The little robot",
+    "One rainy morning",
+    "Mia had a",
+    "Tell me a story about a dragon and a red kite.",
+    "Tell me a story about a fox.",
+)
+
+
+def test_the_sibling_of_the_bundled_model_is_worth_its_time() -> None:
+    """On stories of the bundled model: a pass with up to three drafted tokens gives more than 1.3."""
+    sibling = str(Path(BUNDLED_MODEL).with_name("storyteller-draft"))
+    model, given = (opened(name, BUNDLED_MODEL, max_model_len=512).model for name in (BUNDLED_MODEL, sibling))
+    tokenizer = Tokenizer.from_file(str(Path(BUNDLED_MODEL) / "tokenizer.json"))
+    prompts = [tokenizer.encode(text).ids for text in PROMPTS]
+    outputs = model.draft([wanted(str(i), prompt, 60) for i, prompt in enumerate(prompts)])
+    known, passes = [0] * len(prompts), 0
+    while left := [i for i, output in enumerate(outputs) if known[i] < len(output)]:
+        drafts = given.draft([wanted(str(i), [*prompts[i], *outputs[i][: known[i]]], 3) for i in left])
+        for i, draft in zip(left, drafts, strict=True):
+            following = outputs[i][known[i] : known[i] + len(draft)]
+            known[i] += len(commonprefix([list(draft), following])) + 1
+        passes += len(left)
+    assert sum(map(len, outputs)) / passes > 1.3
