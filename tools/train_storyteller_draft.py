@@ -1,7 +1,7 @@
 """Trains, measures and saves the draft model of the bundled model, hsrpc/models/storyteller-draft.
 
-It learns the texts that the bundled model learnt (storyteller.py, storyteller_chat.py), and of a part of them what the
-bundled model says of every next token. Two cores of a CPU need less than half an hour.
+It learns the texts that the bundled model learnt (storyteller.py, storyteller_chat.py), and where asked to, of a part
+of them what the bundled model says of every next token. A core of a CPU needs a quarter of an hour.
 
 Example:
     python tools/train_storyteller_draft.py --out hsrpc/models/storyteller-draft
@@ -203,15 +203,15 @@ def readme(args: argparse.Namespace, model: OPTForCausalLM, found: dict[str, Rep
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=900, help="training steps (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=8, help="rows of 512 tokens in a step (default: %(default)s)")
-    parser.add_argument("--taught", type=int, default=2, help="rows that the teacher tells (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=6e-3, help="peak rate of learning (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="training steps (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=2, help="rows of 512 tokens in a step (default: %(default)s)")
+    parser.add_argument("--taught", type=int, default=0, help="rows that the teacher tells (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=0.012, help="peak rate of learning (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=2, help="seed of texts and weights (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="of the computation")
-    parser.add_argument("--dialogues", type=int, default=60, help="dialogues to measure with (default: %(default)s)")
-    parser.add_argument("--stories", type=int, default=64, help="stories to measure with (default: %(default)s)")
+    parser.add_argument("--dialogues", type=int, default=20, help="dialogues to measure with (default: %(default)s)")
+    parser.add_argument("--stories", type=int, default=32, help="stories to measure with (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     return parser.parse_args()
 
