@@ -10,6 +10,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -227,6 +228,7 @@ def main() -> None:
     loss = TaughtLoss(teacher, args.taught) if args.taught else text_loss
     train(model, batches, args.steps, getattr(torch, args.dtype), args.rate, loss_of=loss)
     save(model.half(), tokenizer, args.out)
+    shutil.copy(TEACHER / "tokenizer_config.json", args.out)  # without what reading it has added
     found = measure(model.float().eval(), teacher, tokenizer, args)
     print(table(found))
     (args.out / "README.md").write_text(readme(args, model, found), encoding="utf-8")

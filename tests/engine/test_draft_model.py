@@ -103,7 +103,7 @@ def test_more_requests_than_a_batch_and_prompts_longer_than_a_pass(reference: Ca
 
 
 def test_what_was_rejected_is_written_over(reference: Callable[[str], Reference]) -> None:
-    """A request that goes on with another token than was drafted has drafts as if it had never been drafted for."""
+    """A request that goes on with other tokens than were drafted, by one or several, has drafts as if it were new."""
     made = reference("llama")
     model, fresh = opened(str(made.directory)).model, opened(str(made.directory)).model
     tokens = list(made.prompts[0])
@@ -112,7 +112,7 @@ def test_what_was_rejected_is_written_over(reference: Callable[[str], Reference]
         assert draft == fresh.draft([wanted(f"new {step}", tokens, 5)])[0]
         fresh.forget([f"new {step}"])
         accepted = step % 6
-        tokens += [*draft[:accepted], (draft[min(accepted, 4)] + 1) % VOCAB]
+        tokens += [*draft[:accepted], (draft[min(accepted, 4)] + 1) % VOCAB, *range(step % 3)]
 
 
 @given(
