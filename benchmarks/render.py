@@ -76,6 +76,7 @@ _QUANTIZED = (
 )
 _RESIDENT = ("qwen3-8b-109", "qwen3-8b-219", "qwen3-8b-219-again", "qwen3-8b-planned")
 _MODELS = ("models/current",)
+_DRAFTS = ("drafts/smollm2",)
 _OF_MASKS = ("mask", "longest")
 _OF_PLAN = ("requests", "caches", "resident")
 
@@ -84,6 +85,21 @@ TABLES = {
         _POLICIES,
         ("model, requests x tokens", "policy", *_STEP, "beside plain copies", "predicted", "tokens/s"),
         tables.policies,
+    ),
+    "drafts-replay": Table(
+        tuple(name for name in _ALL if name.startswith("drafts-replay/")),
+        (
+            "model, requests",
+            "drafted, right",
+            "tau",
+            "step",
+            "predicted",
+            "limit",
+            "tokens/s",
+            "predicted",
+            "times",
+        ),
+        tables.drafts_replay,
     ),
     "structured-output": Table(
         ("structured-output/libraries",),
@@ -200,6 +216,16 @@ TABLES = {
             "output begins",
         ),
         tables.smollm2,
+    ),
+    "drafts": Table(
+        _DRAFTS,
+        ("work", "temperature", "tokens", "distinct 4-grams", "n-gram", "suffix", "suffix, after others"),
+        tables.drafts,
+    ),
+    "draft-costs": Table(
+        _DRAFTS,
+        ("drafter", "draft", "tau", "without loops", "drafted a step", "accepted", "256 requests"),
+        tables.draft_costs,
     ),
     "cache-quality": Table(
         ("cache-quality/current",),

@@ -75,7 +75,7 @@ def allocate(requests: Sequence[Draftable], price: StepPrice) -> list[int]:
     order = np.argsort(-gains, axis=None, kind="stable")[: np.count_nonzero(gains >= MIN_GAIN)][: price.max_rows]
     tokens = len(requests) + np.concatenate(([0.0], np.cumsum(gains.flat[order])))
     best = int(np.argmax(tokens / price.seconds(np.arange(len(tokens)))))
-    counts = np.bincount(order[:best] % len(requests), minlength=len(requests)).tolist()
+    counts: list[int] = np.bincount(order[:best] % len(requests), minlength=len(requests)).tolist()
     for request in _probed(requests, counts, price):
         counts[request] = min(PROBE_TOKENS, requests[request].max_tokens)
     return counts
@@ -90,6 +90,6 @@ def _probed(requests: Sequence[Draftable], counts: Sequence[int], price: StepPri
     ]
     rows = sum(counts) + PROBE_TOKENS * np.arange(1, len(idle) + 1)
     seconds = price.seconds(np.array([sum(counts)]))
-    affordable = np.count_nonzero(price.seconds(rows) <= seconds * (1 + _PROBED))
-    fitting = np.count_nonzero(rows <= price.max_rows)
+    affordable = int(np.count_nonzero(price.seconds(rows) <= seconds * (1 + _PROBED)))
+    fitting = int(np.count_nonzero(rows <= price.max_rows))
     return sorted(idle, key=lambda number: -requests[number].acceptance.num_idle)[: min(fitting, max(1, affordable))]

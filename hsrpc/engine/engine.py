@@ -26,7 +26,7 @@ from hsrpc.engine.grammars.matcher import Matcher
 from hsrpc.engine.meter import Meter
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.run_to_end import run_to_end
-from hsrpc.engine.speculation import MAX_DRAFT_TOKENS, AsManyAsMayBe, Speculation
+from hsrpc.engine.speculation import AsManyAsMayBe, Speculation
 from hsrpc.engine.startup import ChoosePlan, Components, open_components, release
 from hsrpc.engine.stats import EngineStats
 from hsrpc.engine.tasks.executor import StepResult
@@ -71,7 +71,7 @@ class Engine:
 
     `progress` shows bars while loading; `observe` is called on the event loop with each step's record;
     `choose_plan` makes the plan, for policies that hsrpc's planner does not know; `drafter` proposes tokens that
-    requests may go on with, which changes no output.
+    requests may go on with, as many as `max_draft_tokens` plans, which changes no output.
 
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: on entering.
@@ -110,11 +110,10 @@ class Engine:
         self._components = await open_components(self.config, self._choose_plan, self._progress)
         plan = self._components.plan
         limits = _limits(plan, self._components.spec, shares_prefixes=self.config.prefix_cache)
-        if self._drafter is not None:
-            limits = replace(limits, max_draft_tokens=MAX_DRAFT_TOKENS)
         blocks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule)
         self._scheduler = Scheduler(blocks, limits, self._components.spec.eos_token_ids)
-        self._speculation = self._open_speculation()
+        drafter = self._drafter if plan.max_draft_tokens else None
+        self._speculation = Speculation(drafter, self._scheduler, AsManyAsMayBe(), self.spec.vocab_size)
         self._delivery = Delivery(self._scheduler, self._components.tokenizer, dtype_name(self.spec.dtype))
         self._meter = Meter(self._components, self._scheduler, self._observe)
         self._admission = Admission(
@@ -410,7 +409,7 @@ class Engine:
         while True:
             self._last_beat = time.monotonic()
             step = ahead
-            if step is None and self._speculation is not None:
+            if step is None:
                 await self._speculation.draft(worker)
             if step is not None:
                 step.sampling = scheduler.sampling(step.step_id)
@@ -434,15 +433,11 @@ class Engine:
 
     def _schedule_ahead(self, step: Step) -> Step | None:
         """The step after `step`, where it is known already what that will be."""
-        executor, speculation = self._opened.executor, self._speculation
-        runs_ahead = executor.runs_ahead and not (speculation is not None and speculation.is_on)
-        scheduled = self._scheduler.schedule_ahead(step) if runs_ahead else None
-        return None if scheduled is None else executor.assemble(scheduled)  # its arrays are there
-
-    def _open_speculation(self) -> Speculation | None:
-        if self._drafter is None:
+        executor = self._opened.executor
+        if not executor.runs_ahead or not self._speculation.leave_out():
             return None
-        return Speculation(self._drafter, self._scheduler, AsManyAsMayBe(), self.spec.vocab_size)
+        scheduled = self._scheduler.schedule_ahead(step)
+        return None if scheduled is None else executor.assemble(scheduled)  # its arrays are there
 
     def _fail_step(self, step: Step, error: OutOfDeviceMemoryError) -> list[Output]:
         """End the step's requests; their blocks are free for the others."""
@@ -513,4 +508,5 @@ def _limits(plan: Plan, spec: ModelSpec, *, shares_prefixes: bool) -> SchedulerL
         keeps_cache=plan.keeps_cache,
         shares_prefixes=shares_prefixes,
         recompute=plan.recompute,
+        max_draft_tokens=plan.max_draft_tokens,
     )

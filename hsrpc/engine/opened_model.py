@@ -18,6 +18,7 @@ from hsrpc.model.attention import Attention, HeadShape
 from hsrpc.model.family import Family
 from hsrpc.model.formats.format import WeightSource
 from hsrpc.model.formats.rows import Rows
+from hsrpc.plan.device_memory import sampled_at_once, score_rows
 from hsrpc.plan.plan import Plan
 from hsrpc.schedule.assemble import Assembler
 from hsrpc.schedule.sweep import Places
@@ -33,6 +34,8 @@ class OpenedModel:
     assembler: Assembler
     graphs: DecodeGraphs | None
     """For steps in place; None: there are no such steps."""
+    score_rows: int
+    """Rows of logits of prompts that there is room for at a time."""
 
     @classmethod
     def open(
@@ -50,7 +53,7 @@ class OpenedModel:
         Raises:
             CheckpointError, ConfigError, OverBoundError, EngineUnavailableError: as `load_weights` does.
         """
-        torch_device = device.torch_device
+        torch_device, sampled = device.torch_device, int(sampled_at_once(plan.max_batch, plan.max_draft_tokens))
         attention = _attention(family, family.heads, family.kv_rows, plan, torch_device)
         absorbed = _absorbed_attention(family, plan, torch_device)
         with torch.inference_mode(), ThreadPoolExecutor(1, thread_name_prefix="compile") as compiler:
@@ -69,7 +72,7 @@ class OpenedModel:
                 cache=cache,
                 attention=attention,
                 absorbed=absorbed,
-                sample_rows=plan.max_batch,
+                sample_rows=sampled,
             )
             for each in compiled:
                 each.result()
@@ -84,7 +87,8 @@ class OpenedModel:
             graphs = None
             if can_capture(plan):
                 graphs = DecodeGraphs(forward, cache, prefetcher, device, layers=assembler.layers, plan=plan)
-        return cls(cache, prefetcher, forward, assembler, graphs)
+        rows = score_rows(family.sizes, sampled, plan.buffers.queries)
+        return cls(cache, prefetcher, forward, assembler, graphs, rows)
 
 
 def _absorbed_attention(family: Family, plan: Plan, device: torch.device) -> Attention | None:

@@ -15,8 +15,8 @@ from hsrpc.schedule.scheduler import DraftCandidate, Scheduler
 
 _log = logging.getLogger(__name__)
 
-MAX_DRAFT_TOKENS = 15
-"""Drafted tokens of a request in a step, at most."""
+_REST = 8
+"""Steps that are launched ahead, where that is possible, after one of which nothing was drafted."""
 
 
 class Allocation(Protocol):
@@ -44,18 +44,23 @@ class _Asked(NamedTuple):
 class Speculation:
     """Gives requests their drafts. Whatever a drafter answers, no request fails by it."""
 
-    def __init__(self, drafter: Drafter, scheduler: Scheduler, allocation: Allocation, vocab_size: int) -> None:
-        self._drafter: Drafter | None = drafter
+    def __init__(self, drafter: Drafter | None, scheduler: Scheduler, allocation: Allocation, vocab_size: int) -> None:
+        """`drafter` None: there are no drafts."""
+        self._drafter = drafter
         self._scheduler = scheduler
         self._allocation = allocation
         self._vocab_size = vocab_size
         self._known: dict[str, Request] = {}
         """Requests that the drafter was asked about, and not told to forget."""
+        self._num_left_out = 0
+        """Steps that may still go without being asked about."""
 
-    @property
-    def is_on(self) -> bool:
-        """Each step may have drafts, so none can be launched before the tokens of the one before are known."""
-        return self._drafter is not None
+    def leave_out(self) -> bool:
+        """Whether the next step is to be as it is without drafts: it can be launched ahead of its tokens then."""
+        if self._drafter is None:
+            return True
+        self._num_left_out -= 1
+        return self._num_left_out >= 0
 
     async def draft(self, worker: Worker) -> None:
         """Give those that decode in the next step their drafts; the drafter runs on the worker's thread."""
@@ -71,6 +76,7 @@ class Speculation:
         ]
         ended = [name for name, request in self._known.items() if request.finish_reason is not None]
         if not asked and not ended:
+            self._num_left_out = _REST
             return
         for name in ended:
             del self._known[name]
@@ -84,6 +90,7 @@ class Speculation:
             return
         for each, draft in zip(asked, drafts, strict=True):
             each.request.draft = draft
+        self._num_left_out = 0 if any(drafts) else _REST
 
     def _ask(self, drafter: Drafter, asked: Sequence[_Asked], ended: Sequence[str]) -> list[tuple[int, ...]]:
         if ended:

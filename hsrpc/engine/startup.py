@@ -36,7 +36,6 @@ from hsrpc.model.family import ModelSpec
 from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.model.tensor import dtype_name
-from hsrpc.plan.device_memory import score_rows
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
@@ -244,7 +243,7 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
             cache=opened.cache,
             forward=opened.forward,
             graphs=opened.graphs,
-            score_rows=score_rows(spec.sizes, plan.max_batch, plan.buffers.queries),
+            score_rows=opened.score_rows,
         )
         ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.end_token_ids))
         spec = replace(spec, eos_token_ids=tuple(ends))

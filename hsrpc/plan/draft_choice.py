@@ -67,7 +67,9 @@ def _why_off(plan: Plan, none: StepPrediction) -> str:
     if plan.absorbs:
         return "off: queries attend to latents as they are stored, which several of a request cannot"
     if not none.bus:
-        return "off: model and cache are on the device, where a verified token costs about what it saves"
+        return (
+            "off: model and cache are on the device, where a step with drafts is predicted to cost more than it gives"
+        )
     return "off: the GPU is about as busy as the bus, or drafts would take the room of cached tokens"
 
 
@@ -79,11 +81,9 @@ def _why_on(plan: Plan, price: StepPrice, none: StepPrediction, chosen: StepPred
     free = price.free_rows + int(price.spare_seconds / price.row_seconds)
     if free < plan.max_batch:
         return f"{limit}: {_changed(none, chosen)}"
-    requests = _counted(plan.max_batch, "request")
-    uses = "uses" if plan.max_batch == 1 else "use"
-    return (
-        f"{limit}: {requests} {uses} {plan.max_batch:,} of {plan.max_batch + free:,} rows that the bus leaves time for"
-    )
+    requests, uses = _counted(plan.max_batch, "request"), "uses" if plan.max_batch == 1 else "use"
+    rows = f"{plan.max_batch:,} of {plan.max_batch + free:,} rows that the GPU computes in the time of a step"
+    return f"{limit}: {requests} {uses} {rows}"
 
 
 def _changed(none: StepPrediction, some: StepPrediction) -> str:

@@ -74,7 +74,7 @@ def roofline(record: StepRecord, sizes: ModelSizes, hardware: Hardware, *, absor
         hardware, weight_read_share=share, attention_read_share=share, gemm_overhead=0.0, small_kernel_time=0.0
     )
     layer = LayerTimes(sizes, best, math.inf)
-    tokens = record.decode_tokens + record.prefill_tokens + record.recomputed_tokens
+    tokens = record.decode_tokens + record.prefill_tokens + record.recomputed_tokens + record.drafted_tokens
     context = round(record.context_tokens / max(1, record.num_requests))
     layers, attend = sizes.num_layers, layer.absorbed if absorbs else layer.attention
     touched = _touched(record, sizes)

@@ -72,7 +72,7 @@ class SchedulerLimits:
     recompute: RecomputeLimits = NO_RECOMPUTE
     """How many tokens of requests that began with a cache each step may recompute instead of loading them."""
     max_draft_tokens: int = 0
-    """Drafted tokens of a request that a step computes, at most."""
+    """Drafted tokens of a request that a step computes, at most; for those of a whole batch there is workspace."""
 
 
 class _InFlight(NamedTuple):
@@ -462,7 +462,8 @@ class Scheduler:
 
     def _balance(self, now: float) -> None:
         """Free the blocks of requests, which are uncached then, or cache one again, as bus and GPU have time."""
-        choice = self._recompute.choose(self._running, self._coming_prompt_tokens(now))
+        drafted = sum(len(request.draft) for request in self._running)
+        choice = self._recompute.choose(self._running, self._coming_prompt_tokens(now) + drafted)
         for request in choice.giving_up:
             self._give_up_blocks(request)
             request.is_uncached = True
@@ -526,14 +527,10 @@ class Scheduler:
 
     def _with_drafts(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """The chunks, those that decode with what is drafted for their requests, as far as room is left."""
-        limits = self.limits
-        # Workspace is planned for so many tokens beside those that decode.
-        room = limits.max_idle_prefill_tokens - sum(map(_prefill_tokens, chunks)) if limits.keeps_cache else sys.maxsize
         found = []
         for chunk in chunks:
             drafted, chunk.request.draft = chunk.request.draft, ()
-            count = self._draft_room(chunk, min(len(drafted), room)) if drafted and chunk.is_decode else 0
-            room -= count
+            count = self._draft_room(chunk, len(drafted)) if drafted and chunk.is_decode else 0
             found.append(chunk._replace(num_new=chunk.num_new + count, draft=tuple(drafted[:count])))
         return found
 
