@@ -77,9 +77,9 @@ def requests() -> list[Asked]:
         (Choice(_CHOICES), _CHOICES.__contains__),
     )
     constrained = [
-        Asked(f"{_TALE} Question {number}:", SamplingParams(constraint=constraint, max_tokens=90, **draw), holds)
+        Asked(f"{_TALE} Question {number}:", replace(draw, constraint=constraint, max_tokens=90), holds)
         for number, (constraint, holds) in enumerate(constraints)
-        for draw in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 11, "top_k": 30})
+        for draw in (SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, seed=11, top_k=30))
     ]
     scored = [
         Asked(_TALE[: 40 + 100 * number], SamplingParams(temperature=0.0, max_tokens=4, prompt_logprobs=3))

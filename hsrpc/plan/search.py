@@ -158,7 +158,7 @@ class Evaluator:
         prompt_queries = self._prompt_queries(chunk, idle_chunk, streamed)
         grid = replace(grid, rows=np.maximum(grid.rows, self._chunk_rows(grid, prompt_queries)))
         staging = self.staging(grid, prompt_queries, idle_chunk)
-        device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
+        device_room = self.budgets.plannable - sum(device_bytes(self.sizes, staging).values())
         device_room = device_room - self.sizes.max_coded_bytes
         choices = self.choices
         for part in (choices.resident, choices.buffers, choices.experts, choices.tables):
