@@ -31,7 +31,8 @@ PROGRAM = "python -m benchmarks.drafts"
 FOLDER = RESULTS / "drafts-replay"
 SHAPES = ("opt-13b", "llama-2-13b", "qwen3-32b")
 """Two multi-head models, and one with grouped queries."""
-BATCHES = {1: 512, 64: 512, 256: 128}
+_PROMPT = 512
+BATCHES = {1: _PROMPT, 64: _PROMPT, 256: 128}
 """Prompt tokens of each request, by the number of requests: few where there are many, so that a step stays short."""
 DRAFTS = (1, 3, 7, 15)
 ACCEPTANCE = (0.3, 0.7, 1.0)
@@ -49,17 +50,21 @@ class Case(NamedTuple):
     shape: str
     batch: int
 
+    def prompt(self, options: argparse.Namespace) -> int:
+        """Prompt tokens of a request."""
+        return int(options.prompt or BATCHES.get(self.batch, _PROMPT))
+
     @property
     def name(self) -> str:
         return f"{Path(self.shape).stem}-{self.batch}"
 
-    def config(self, max_draft_tokens: int, *, output: int, gpu_memory: str, host_memory: str) -> EngineConfig:
+    def config(self, max_draft_tokens: int, options: argparse.Namespace) -> EngineConfig:
         """Just so many requests, in so much memory."""
-        prompt = BATCHES.get(self.batch, 512)
+        prompt, output = self.prompt(options), options.output
         return EngineConfig(
             model=RANDOM_PREFIX + self.shape,
-            gpu_memory=gpu_memory,
-            host_memory=host_memory,
+            gpu_memory=options.gpu_memory,
+            host_memory=options.host_memory,
             min_batch=self.batch,
             max_batch=self.batch,
             max_model_len=prompt + output,
@@ -75,8 +80,8 @@ CASES = tuple(Case(shape, batch) for shape in SHAPES for batch in BATCHES)
 async def measure(case: Case, settings: Sequence[Drafting], options: argparse.Namespace) -> dict[str, object]:
     """All settings of a case; or its `failure`."""
     most = max(drafting.tokens for drafting in settings)
-    config = case.config(most, output=options.output, gpu_memory=options.gpu_memory, host_memory=options.host_memory)
-    lengths = {"prompt": BATCHES.get(case.batch, 512), "output": options.output, "steps": options.steps}
+    config = case.config(most, options)
+    lengths = {"prompt": case.prompt(options), "output": options.output, "steps": options.steps}
 
     async def all_settings() -> dict[str, object]:
         return asdict(await replay(config, settings, on_setting=_tell, **lengths))
@@ -99,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="may be repeated")
     parser.add_argument("--shape", help="this shape or config.json alone, in place of the cases")
     parser.add_argument("--batch", type=int, default=64, help="of --shape (default: 64)")
+    parser.add_argument("--prompt", type=int, metavar="N", help="prompt tokens (default: 512; of 256 requests: 128)")
     parser.add_argument("--drafts", type=int, nargs="+", default=list(DRAFTS), metavar="N", help="default: 1 3 7 15")
     parser.add_argument(
         "--acceptance", type=float, nargs="+", default=list(ACCEPTANCE), metavar="X", help="default: 0.3 0.7 1"

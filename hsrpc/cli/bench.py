@@ -84,7 +84,7 @@ def _add_engine_parser(kinds: Commands, name: str, text: str) -> None:
             "--replay-acceptance",
             type=float,
             metavar="X",
-            help="0 to 1: record the model's own output, then draft it, --max-draft-tokens at a time, with this part right",
+            help="0 to 1: record the model's output, then draft it, --max-draft-tokens at a time, this part right",
         )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="save everything that was measured; sweep: after each share"

@@ -49,7 +49,7 @@ class ModelFiles:
         Raises:
             ConfigError, CheckpointError, ModelNotFoundError: as their names say.
         """
-        spec, directory = read_spec(config, device), _directory(config)
+        spec, directory = read_spec(config, device), model_directory(config)
         family, quantization = create_family(spec), read_quantization(spec.config)
         formats, checkpoint = family.format_choices(config.weight_coding, device), None
         if directory is None:
@@ -101,7 +101,7 @@ def read_spec(config: EngineConfig, device: torch.device) -> ModelSpec:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
     dtype = _dtype(config.dtype, on_cpu=device.type == "cpu")
-    directory = _directory(config)
+    directory = model_directory(config)
     if directory is None:
         shape, form = split_format(config.model.removeprefix(RANDOM_PREFIX))
         spec = named_spec(shape, dtype)
@@ -109,7 +109,7 @@ def read_spec(config: EngineConfig, device: torch.device) -> ModelSpec:
     return load_spec(directory, dtype)
 
 
-def _directory(config: EngineConfig) -> Path | None:
+def model_directory(config: EngineConfig) -> Path | None:
     """The model's; None: its weights are random."""
     if config.model.startswith(RANDOM_PREFIX):
         return None

@@ -21,7 +21,7 @@ from hsrpc.device.host_memory import HostMemory
 from hsrpc.engine.chat_template import read_template
 from hsrpc.engine.grammars.grammars import Grammars, NoGrammars
 from hsrpc.engine.loading import OverBoundError
-from hsrpc.engine.model_files import ModelFiles, read_spec
+from hsrpc.engine.model_files import ModelFiles, model_directory, read_spec
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.opened_model import OpenedModel
 from hsrpc.engine.run_to_end import run_to_end
@@ -311,11 +311,27 @@ def open_tokenizer(planned: Planned, config: EngineConfig) -> Tokenizer | NoToke
     Raises:
         ConfigError, CheckpointError: as their names say.
     """
+    return _open_tokenizer(config, planned.files.directory, planned.spec, planned.plan.max_model_len)
+
+
+def open_model_tokenizer(config: EngineConfig) -> Tokenizer | NoTokenizer:
+    """The tokenizer of the model that a configuration names, before there is a plan; takes seconds.
+
+    Raises:
+        ConfigError, CheckpointError, ModelNotFoundError: as their names say.
+    """
+    directory, spec = model_directory(config), read_spec(config, torch.device("cpu"))
+    return _open_tokenizer(config, directory, spec, config.max_model_len or spec.sizes.context_length)
+
+
+def _open_tokenizer(
+    config: EngineConfig, directory: Path | None, spec: ModelSpec, max_model_len: int
+) -> Tokenizer | NoTokenizer:
     template = _template(config)
-    if planned.files.directory is None:
+    if directory is None:
         return NoTokenizer()
-    longest = max_characters(planned.plan.max_model_len)
-    return Tokenizer(planned.files.directory, planned.spec.vocab_size, chat_template=template, max_characters=longest)
+    longest = max_characters(max_model_len)
+    return Tokenizer(directory, spec.vocab_size, chat_template=template, max_characters=longest)
 
 
 def open_grammars(tokenizer: Tokenizer | NoTokenizer, spec: ModelSpec) -> Grammars | NoGrammars:

@@ -65,7 +65,7 @@ def _price(plan: Plan, drafting: Drafting, step: Callable[[int], StepPrediction]
 
 def _why_off(plan: Plan, none: StepPrediction) -> str:
     if plan.absorbs:
-        return "off: queries attend to latents as they are stored, which several of a request cannot"
+        return "off: single queries attend to latents as they are stored, of which several would need K and V rebuilt"
     if not none.bus:
         return (
             "off: model and cache are on the device, where a step with drafts is predicted to cost more than it gives"

@@ -157,8 +157,8 @@ class Planner:
         for drafts in tried.drafts:
             if False in self.decision.absorbing:
                 yield from self._rebuilding_grids(evaluator, tried.batch[:, None, None], drafts)
-        if True in self.decision.absorbing and (BlockKind.KV not in evaluator.held.kinds or not self.sizes.rounds):
-            yield from self._absorbing_grids(evaluator.budgets, tried.batch[:, None, None])
+            if True in self.decision.absorbing and (BlockKind.KV not in evaluator.held.kinds or not self.sizes.rounds):
+                yield from self._absorbing_grids(evaluator.budgets, tried.batch[:, None, None], drafts)
 
     def _rebuilding_grids(self, evaluator: Evaluator, batch: Floats, drafts: int) -> Iterator[Grid]:
         budgets, shares = evaluator.budgets, evaluator.shares
@@ -181,11 +181,8 @@ class Planner:
                     drafts=drafts,
                 )
 
-    def _absorbing_grids(self, budgets: Budgets, batch: Floats) -> Iterator[Grid]:
-        """Activations alone, and buffers of these; those of K and V have the rows of a chunk.
-
-        Nothing is drafted: several queries of a request attend to K and V.
-        """
+    def _absorbing_grids(self, budgets: Budgets, batch: Floats, drafts: int) -> Iterator[Grid]:
+        """Activations alone, and buffers of these; those of K and V have the rows of a chunk, or of drafts."""
         choices = self._possible_choices(budgets)
         share = np.ones((1, 1, 1))
         for wanted in self._row_choices(budgets, BlockKind.ACTIVATION):
@@ -199,6 +196,7 @@ class Planner:
                         rows=self._rows(batch, 1, recompute),
                         recompute=recompute,
                         absorbed_rows=self._rows(batch, wanted, recompute),
+                        drafts=drafts,
                     )
 
     def _possible_choices(self, budgets: Budgets) -> list[npt.NDArray[np.int64]]:

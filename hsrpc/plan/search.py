@@ -380,6 +380,7 @@ class Evaluator:
             streamed=self.choices.on_bus[grid.choice] / self.sizes.num_layers,
             decode_traffic=self.choices.decode_traffic[grid.choice] / self.sizes.num_layers,
             expert_traffic=self.choices.expert_traffic[grid.choice] / self.sizes.num_layers,
+            spared_traffic=self.choices.spared_traffic[grid.choice] / self.sizes.num_layers,
             on_demand=self.choices.on_demand[grid.choice],
             missed=self.choices.missed[grid.choice],
             on_device=self._on_device(grid.batch, device_blocks, traffic.context),
@@ -389,7 +390,7 @@ class Evaluator:
             recomputed=0.0,
             chunk=chunk,
             prompt_queries=prompt_queries,
-            rows=np.where(grid.absorbs, grid.absorbed_rows, grid.rows),
+            rows=np.where(grid.absorbs & np.equal(grid.drafts, 0), grid.absorbed_rows, grid.rows),
             absorbs=grid.absorbs,
             drafts=grid.drafts,
         )
