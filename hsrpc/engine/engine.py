@@ -26,7 +26,8 @@ from hsrpc.engine.grammars.matcher import Matcher
 from hsrpc.engine.meter import Meter
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.run_to_end import run_to_end
-from hsrpc.engine.speculation import AsManyAsMayBe, Speculation
+from hsrpc.engine.draft_lengths import AllThatFit
+from hsrpc.engine.speculation import Speculation
 from hsrpc.engine.startup import ChoosePlan, Components, open_components, release
 from hsrpc.engine.stats import EngineStats
 from hsrpc.engine.tasks.executor import StepResult
@@ -113,7 +114,7 @@ class Engine:
         blocks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule)
         self._scheduler = Scheduler(blocks, limits, self._components.spec.eos_token_ids)
         drafter = self._drafter if plan.max_draft_tokens else None
-        self._speculation = Speculation(drafter, self._scheduler, AsManyAsMayBe(), self.spec.vocab_size)
+        self._speculation = Speculation(drafter, self._scheduler, AllThatFit(), self.spec.vocab_size)
         self._delivery = Delivery(self._scheduler, self._components.tokenizer, dtype_name(self.spec.dtype))
         self._meter = Meter(self._components, self._scheduler, self._observe)
         self._admission = Admission(

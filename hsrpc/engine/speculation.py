@@ -6,32 +6,18 @@ import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
 from operator import index
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from hsrpc.draft.drafter import Drafter, Wanted
+from hsrpc.engine.draft_lengths import DraftLengths
 from hsrpc.engine.worker import Worker
 from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.scheduler import DraftCandidate, Scheduler
+from hsrpc.schedule.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 
 _REST = 8
 """Steps that are launched ahead, where that is possible, after one of which nothing was drafted."""
-
-
-class Allocation(Protocol):
-    """Decides how many tokens are drafted for each request."""
-
-    def lengths(self, candidates: Sequence[DraftCandidate]) -> Sequence[int]:
-        """For each candidate, of at most its `max_tokens`; 0: none."""
-        ...
-
-
-class AsManyAsMayBe:
-    """All that there is room for."""
-
-    def lengths(self, candidates: Sequence[DraftCandidate]) -> Sequence[int]:
-        return [candidate.max_tokens for candidate in candidates]
 
 
 class _Asked(NamedTuple):
@@ -44,14 +30,14 @@ class _Asked(NamedTuple):
 class Speculation:
     """Gives requests their drafts. Whatever a drafter answers, no request fails by it."""
 
-    def __init__(self, drafter: Drafter | None, scheduler: Scheduler, allocation: Allocation, vocab_size: int) -> None:
+    def __init__(self, drafter: Drafter | None, scheduler: Scheduler, lengths: DraftLengths, vocab_size: int) -> None:
         """`drafter` None: there are no drafts."""
         self._drafter = drafter
         self._scheduler = scheduler
-        self._allocation = allocation
+        self._lengths = lengths
         self._vocab_size = vocab_size
         self._known: dict[str, Request] = {}
-        """Requests that the drafter was asked about, and not told to forget."""
+        """Requests that may have been asked about, and that the drafter was not told to forget."""
         self._num_left_out = 0
         """Steps that may still go without being asked about."""
 
@@ -67,20 +53,17 @@ class Speculation:
         drafter = self._drafter
         if drafter is None:
             return
+        ended = self._take_ended()
         candidates = self._scheduler.draft_candidates()
-        lengths = self._allocation.lengths(candidates)
+        self._known |= {each.request.request_id: each.request for each in candidates}
         asked = [
             _Asked(candidate.request, _wanted(candidate.request, length))
-            for candidate, length in zip(candidates, lengths, strict=True)
+            for candidate, length in zip(candidates, self._lengths.choose(candidates), strict=True)
             if length > 0
         ]
-        ended = [name for name, request in self._known.items() if request.finish_reason is not None]
         if not asked and not ended:
             self._num_left_out = _REST
             return
-        for name in ended:
-            del self._known[name]
-        self._known |= {each.request.request_id: each.request for each in asked}
         try:
             drafts = await worker.run(partial(self._ask, drafter, asked, ended))
         except Exception as error:
@@ -91,6 +74,14 @@ class Speculation:
         for each, draft in zip(asked, drafts, strict=True):
             each.request.draft = draft
         self._num_left_out = 0 if any(drafts) else _REST
+
+    def _take_ended(self) -> list[str]:
+        """Those that have ended since: another may have the id of one of them by now."""
+        ended = [name for name, request in self._known.items() if request.finish_reason is not None]
+        for name in ended:
+            del self._known[name]
+        self._lengths.forget(ended)
+        return ended
 
     def _ask(self, drafter: Drafter, asked: Sequence[_Asked], ended: Sequence[str]) -> list[tuple[int, ...]]:
         if ended:
