@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from itertools import islice, zip_longest
+from itertools import islice
 from typing import NamedTuple
 
 from hsrpc.request import FinishReason, TokenLogprob
@@ -45,6 +45,7 @@ from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, RowCosts, Sampli
 from hsrpc.schedule.windows import NO_WINDOWS, LayerWindows, first_visible, most_blocks
 
 _MAX_ENDED_WAITING = 64
+_NOT_SAMPLED: tuple[int | None, TokenLogprob | None] = None, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,7 +270,13 @@ class Scheduler:
 
     def sampling(self, step_id: int) -> tuple[SamplingRow, ...]:
         """Rows of a step that was scheduled ahead, now that the tokens of the step before are known."""
-        return tuple(row for chunk in self._in_flight[step_id].chunks if chunk.samples for row in self._rows(chunk))
+        rows = []
+        for chunk in self._in_flight[step_id].chunks:
+            if chunk.samples:
+                rows.append(row := self._row(chunk.request))
+                if chunk.draft:
+                    rows += _rows_behind(row, chunk.draft)
+        return tuple(rows)
 
     def integrity(self) -> dict[str, object]:
         """What requests hold, and what contradicts itself, by name; empty where nobody is there and all is well."""
@@ -327,21 +334,17 @@ class Scheduler:
             is_in_place=is_in_place,
         )
 
-    def _rows(self, chunk: Chunk) -> Iterator[SamplingRow]:
-        """What is sampled behind the newest token of a request, and behind each that is drafted."""
-        request, params = chunk.request, chunk.request.params
-        for count in range(chunk.num_sampled):
-            draft = chunk.draft[:count]
-            yield SamplingRow(
-                params,
-                request.num_prompt_tokens,
-                request.num_output_tokens + count,
-                params.seed or 0,
-                self._eos,
-                array("q", (*request.token_ids, *draft)) if params.has_penalties else (),
-                request.matcher,
-                draft,
-            )
+    def _row(self, request: Request) -> SamplingRow:
+        params = request.params
+        return SamplingRow(
+            params,
+            request.num_prompt_tokens,
+            request.num_output_tokens,
+            params.seed or 0,
+            self._eos,
+            array("q", request.token_ids) if params.has_penalties else (),
+            request.matcher,
+        )
 
     def commit(
         self,
@@ -363,23 +366,26 @@ class Scheduler:
         outputs = []
         for chunk in chunks:
             request = chunk.request
-            sampled = list(islice(rows, chunk.num_sampled))
+            token_id, logprob = next(rows) if chunk.samples else _NOT_SAMPLED
+            behind = tuple(islice(rows, len(chunk.draft))) if chunk.draft else ()
             of_prompt = list(islice(scores, len(chunk.scored))) if scored else []
             prompt_logprobs = tuple(each for each in of_prompt if each is not None)
             request.in_flight -= 1
             if request.finish_reason is not None:
                 self._free_ended(request)
                 continue
-            has_failed = len(prompt_logprobs) < len(of_prompt) or (chunk.samples and sampled[0][0] is None)
-            output = Output(request) if has_failed or not chunk.samples else self._accept(request, chunk, sampled, now)
-            self._note_computed(request, chunk, max(0, len(output.token_ids) - 1))
-            if has_failed:
-                output = output._replace(finish=FinishReason.ABORTED, failed=True)
+            if len(prompt_logprobs) < len(of_prompt) or (chunk.samples and token_id is None):
+                output, prompt_logprobs = Output(request, (), FinishReason.ABORTED, failed=True), ()
             else:
+                output = Output(request) if token_id is None else self._accept(request, token_id, logprob, now)
                 request.num_scored += len(prompt_logprobs)
-                output = output._replace(prompt_logprobs=prompt_logprobs)
+            if behind:
+                output = self._accept_behind(output, chunk.draft, behind, now)
+            self._note_computed(chunk, output)
             if output.finish is not None:
                 self.finish(request.request_id, output.finish)
+            if prompt_logprobs:
+                output = output._replace(prompt_logprobs=prompt_logprobs)
             if output.token_ids or output.finish is not None or prompt_logprobs:
                 outputs.append(output)
         return outputs
@@ -408,48 +414,55 @@ class Scheduler:
             first = first_visible(request.num_computed, window) // self.limits.block_size
             self.blocks.free_before(request.blocks, first)
 
-    def _accept(
-        self, request: Request, chunk: Chunk, sampled: Sequence[tuple[int | None, TokenLogprob | None]], now: float
-    ) -> Output:
-        """Append what was sampled for a request, as far as it is behind tokens that it has.
-
-        Where sampling failed behind an accepted token, the next step fails there.
-        """
+    def _accept(self, request: Request, token_id: int, logprob: TokenLogprob | None, now: float) -> Output:
+        """Its next token, and whether it is to end with that."""
         if request.first_token_time is None:
             request.first_token_time = now
         if request.params.only_scores:
             return Output(request, (), FinishReason.MAX_TOKENS)
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprob] = []
-        reason = None
-        for (token_id, logprob), drafted in zip_longest(sampled, chunk.draft):
-            if token_id is None:
-                break
-            request.token_ids.append(token_id)
-            token_ids.append(token_id)
-            if logprob is not None:
-                logprobs.append(logprob)
-            if request.matcher is not None:
-                request.matcher.push(token_id)
-            reason = finish_reason(request, token_id, self._eos)
-            if reason is not None or token_id != drafted:
-                break
-        matched = token_ids[-1] if reason is FinishReason.STOP_TOKEN else None
-        return Output(request, tuple(token_ids), reason, matched, logprobs=tuple(logprobs))
+        request.token_ids.append(token_id)
+        if request.matcher is not None:
+            request.matcher.push(token_id)
+        reason = finish_reason(request, token_id, self._eos)
+        matched = token_id if reason is FinishReason.STOP_TOKEN else None
+        return Output(request, (token_id,), reason, matched, logprobs=() if logprob is None else (logprob,))
 
-    def _note_computed(self, request: Request, chunk: Chunk, num_accepted: int) -> None:
+    def _accept_behind(
+        self,
+        output: Output,
+        draft: Sequence[int],
+        sampled: Sequence[tuple[int | None, TokenLogprob | None]],
+        now: float,
+    ) -> Output:
+        """The output with what was `sampled` behind each token of the draft, as far as the request has that token.
+
+        Where sampling failed there, the next step fails.
+        """
+        for drafted, (token_id, logprob) in zip(draft, sampled, strict=True):
+            if output.finish is not None or token_id is None or output.token_ids[-1] != drafted:
+                break
+            more = self._accept(output.request, token_id, logprob, now)
+            output = more._replace(
+                token_ids=output.token_ids + more.token_ids, logprobs=output.logprobs + more.logprobs
+            )
+        return output
+
+    def _note_computed(self, chunk: Chunk, output: Output) -> None:
         """What a step computed of a request is cached; what was drafted, and is not accepted, is as if it never was."""
-        num_drafted = len(chunk.draft)
-        request.num_drafted += num_drafted
-        request.num_accepted += num_accepted
-        self.drafted_tokens += num_drafted
-        self.accepted_tokens += num_accepted
+        request = chunk.request
+        computed = chunk.context + chunk.num_new
+        if chunk.draft:
+            num_drafted, num_accepted = len(chunk.draft), max(0, len(output.token_ids) - 1)
+            request.num_drafted += num_drafted
+            request.num_accepted += num_accepted
+            self.drafted_tokens += num_drafted
+            self.accepted_tokens += num_accepted
+            computed += num_accepted - num_drafted
+            self.blocks.free_from(request.blocks, self._num_blocks(computed))
         if not len(request.blocks):
             return
-        request.num_computed = chunk.context + chunk.num_new - num_drafted + num_accepted
+        request.num_computed = computed
         request.is_uncached = False
-        if num_drafted:
-            self.blocks.free_from(request.blocks, self._num_blocks(request.num_computed))
         self._publish(request)
         self._free_hidden(request)
 
@@ -708,3 +721,14 @@ class Scheduler:
 def _prefill_tokens(chunk: Chunk) -> int:
     """Tokens of a running request's chunk that count against the prefill budget: all but the one of a decode."""
     return 0 if chunk.is_decode else chunk.num_new
+
+
+def _rows_behind(row: SamplingRow, draft: tuple[int, ...]) -> Iterator[SamplingRow]:
+    """What is sampled behind each token of a draft, as it would be if the request had these."""
+    for count in range(1, len(draft) + 1):
+        known = draft[:count]
+        yield row._replace(
+            num_output_tokens=row.num_output_tokens + count,
+            token_ids=(*row.token_ids, *known) if row.token_ids else (),
+            draft=known,
+        )

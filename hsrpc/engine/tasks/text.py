@@ -36,6 +36,8 @@ class Transcript:
     """Ends the request at its time limit."""
     num_tokens: int = 0
     """Output tokens delivered."""
+    num_accepted: int = 0
+    """Those of them that were drafted."""
 
 
 def next_deltas(live: Sequence[tuple[Transcript, Output]], now: float) -> list[Delta | RequestFailedError]:
@@ -67,6 +69,7 @@ def next_delta(transcript: Transcript, output: Output, now: float) -> Delta:
         text, matched = _last_text(transcript)
         texts.append(text)
     transcript.num_tokens += len(token_ids)
+    transcript.num_accepted += max(0, len(token_ids) - 1)
     ended = _finish(transcript, output, matched, now)
     return Delta("".join(texts), token_ids, output.logprobs[: len(token_ids)], ended, output.prompt_logprobs)
 
@@ -110,6 +113,6 @@ def _finish(transcript: Transcript, output: Output, matched: str | None, now: fl
         request.preemptions,
         cached_tokens,
         request.num_drafted,
-        request.num_accepted,
+        transcript.num_accepted,
     )
     return Finish(reason, usage, request.timings(now), matched if matched is not None else output.matched_stop)
