@@ -142,6 +142,12 @@ def replay(way: Way, texts: Sequence[Text], max_drafted: int) -> Iterator[Replay
         yield Replayed(way.name, max_drafted, steps, drafted)
 
 
+def _endless(pieces: Sequence[list[int]], rng: random.Random) -> Iterator[int]:
+    """Tokens of one drawn piece after the other."""
+    while True:
+        yield from rng.choice(pieces)
+
+
 def step_seconds(
     way: Way,
     texts: Sequence[Text],
@@ -156,7 +162,7 @@ def step_seconds(
     That of the fastest of so many steps: where other programs run beside, the others say more of these.
     """
     rng, drafter, pieces = random.Random(0), way.make(), [[*text.prompt, *text.output] for text in texts]
-    requests = [list(itertools.chain(*rng.choices(pieces, k=length))) for _ in range(num_requests)]
+    requests = [list(itertools.islice(_endless(pieces, rng), length)) for _ in range(num_requests)]
 
     def draft(end: int) -> float:
         wanted = [Wanted(str(n), "", tokens[:end], length // 2, max_drafted) for n, tokens in enumerate(requests)]

@@ -23,6 +23,8 @@ _DOUBT = 2.0
 """Tokens that are the same, at all places that agree, for which what they say is as likely wrong as right."""
 _MORE = 2.0
 """Times that a place counts more for each token more that is the same there."""
+_MUCH_LESS = 4
+"""Places at which so many fewer tokens are the same than at another still count; others would have no weight."""
 
 
 class _Voice(NamedTuple):
@@ -89,12 +91,15 @@ def votes_of(own: Trail, others: Iterable[Trail], max_tokens: int) -> Votes:
 
     Once `MAX_MATCH` tokens are the same at some place, no more are asked.
     """
-    votes = Votes()
+    found = list[tuple[int, int, Trail]]()
     for trail in (own, *others):
-        for same, end in trail.repeats() if trail is own else trail.matches(own.tail):
+        found += [(same, end, trail) for same, end in (trail.repeats() if trail is own else trail.matches(own.tail))]
+        if found and found[-1][0] == MAX_MATCH:
+            break
+    votes, longest = Votes(), max((same for same, _, _ in found), default=0)
+    for same, end, trail in found:
+        if same >= longest - _MUCH_LESS:
             votes.add(_whole(trail.go_on(end, max_tokens)), same)
-            if same == MAX_MATCH:
-                return votes
     return votes
 
 
