@@ -27,6 +27,7 @@ NAMES = {
     "llama-3.3-70b": "Llama-3.3-70B",
     "qwen3-32b": "Qwen3-32B",
     "gpt-oss-120b": "gpt-oss-120b",
+    "gpt-oss-20b:mxfp4": "gpt-oss-20b, mxfp4",
 }
 OWN = "hsrpc"
 DISTINCT = 0.8
@@ -69,6 +70,32 @@ def policies(records: Sequence[Record]) -> Iterator[Row]:
             model = ""
 
 
+def prefixes(records: Sequence[Record]) -> Iterator[Row]:
+    """Pairs of decode steps: nothing shared, then a prefix, and how many times the tokens/s that makes."""
+    for alone, sharing in zip(records[::2], records[1::2], strict=True):
+        [before], [after] = alone.result, sharing.result
+        words = sharing.header.command.split()
+        times = after["decode_tokens_per_second"] / before["decode_tokens_per_second"]
+        where = "on the host" if "--placement" in words else "planned"
+        for run, name, shared, gain in (
+            (before, f"{NAMES[before['model']]}, {before['batch']}, {where}", "0", ""),
+            (after, "", words[words.index("--shared-prefix") + 1], f"**{times:.2f}**"),
+        ):
+            resident, busy = f"{100 * run['resident_share']:.0f} %", f"{100 * run['device_busy_share']:.0f} %"
+            yield name, shared, resident, *_step(run), busy, rate(run["decode_tokens_per_second"]), gain
+
+
+def fp8_products(records: Sequence[Record]) -> Iterator[Row]:
+    """A layer's products of fp8 weights: decoded and multiplied in 16 bits, and codes with codes."""
+    [record] = records
+    forms, seen = {"fp8": "blocks of 128 x 128", "fp8-rows": "a scale for each row"}, ""
+    for line in record.result:
+        name, times = f"{NAMES[line['model']]}, {forms[line['weights']]}", ("decode", "products", "codes", "rounding")
+        errors = (f"{100 * line[part]:.1f} %" for part in ("products_error", "codes_error"))
+        yield "" if name == seen else name, f"{line['rows']:,}", *(f"{line[part]:.2f} ms" for part in times), *errors
+        seen = name
+
+
 def coding(records: Sequence[Record]) -> Iterator[Row]:
     """Decode steps with weights as they are and coded."""
     seen = ""
@@ -91,9 +118,13 @@ def mixtures(records: Sequence[Record]) -> Iterator[Row]:
         words = record.header.command.split()
         latents = words[words.index("--latent-attention") + 1] if "--latent-attention" in words else None
         caches = {None: run["policy"], "absorb": "latents, absorbed", "rebuild": "latents, rebuilt"}[latents]
+        memory = f"{run['device_budget'] / 2**30:.0f} GiB"
+        if not run["codes_weights"] and run["resident_share"] == 1:
+            weights = "none"
         model = f"{NAMES[run['model']]}, {run['batch']}"
         yield (
             model,
+            memory,
             caches,
             weights,
             *_step(run),

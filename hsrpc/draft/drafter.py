@@ -1,4 +1,11 @@
-"""What the engine asks of whatever proposes tokens."""
+"""What the engine asks of whatever proposes tokens.
+
+A drafter sees tokens alone: n-grams, suffixes and a draft model need no more. Heads on the model itself (EAGLE-3) read
+what its layers computed of the newest tokens. For them the forward pass would keep the hidden states of a few layers
+for the rows that are sampled, as it keeps those of the last layer for the logits, and hand them on with the commit: a
+field of `Wanted` with the states of the accepted rows, on the device. The heads would be a model as the draft model is,
+whose first layer takes these states beside the embeddings, with the same blocks, the same plan and the same call.
+"""
 
 from __future__ import annotations
 

@@ -114,6 +114,11 @@ class DeviceBatch:
         return int(self.rows.stop - self.rows.start)
 
     @property
+    def rebuilds(self) -> bool:
+        """Whether K and V are rebuilt."""
+        return any(len(layout.activation_rows) > layout.num_absorbed for layout in self.layouts)
+
+    @property
     def sampled(self) -> torch.Tensor:
         """[r, h] output of the layer computed last: the rows that are sampled."""
         return self.group.hidden[self.rows].index_select(0, self.sample_rows)
@@ -132,6 +137,13 @@ class Pass:
     """[r, h] output of the last layer: the rows that are sampled."""
     logits: torch.Tensor | None = None
     """[r, vocab] of the first of them, as many as there is room for at a time."""
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows of the largest group; None where K and V are rebuilt."""
+        if any(batch.rebuilds for batch in self.batches):
+            return None
+        return max(len(batch.group.token_ids) for batch in self.batches)
 
     @property
     def w(self) -> Weights:
@@ -186,11 +198,11 @@ class Forward:
             case OpKind.EMBED:
                 self._embed(step)
             case OpKind.DECODE:
-                self._decode(self._prefetcher.open(op.layer, op.slot))
+                self._decode(self._prefetcher.open(op.layer, op.slot, step.num_rows))
             case OpKind.DECODE_EXPERTS:
                 self._decode_experts(step, step.batches[op.batch])
             case OpKind.PROJECT:
-                step.weights = self._prefetcher.open(op.layer, op.slot)
+                step.weights = self._prefetcher.open(op.layer, op.slot, step.num_rows)
                 self._project(step.w, op.layer, step.batches[op.batch])
             case OpKind.PLACE:
                 self._place(op, step, step.batches[op.batch])

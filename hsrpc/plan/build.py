@@ -50,6 +50,8 @@ class Assembly:
         lines[DeviceUse.WORKSPACE] += int(choices.tables[point.choice])
         if demand is not None:
             lines[DeviceUse.EXPERTS] = demand.device_bytes
+        if evaluator.budgets.draft_model:
+            lines[DeviceUse.DRAFT_MODEL] = evaluator.budgets.draft_model
         share = self._share(one)
         closed = as_prediction(point.batch, model.traffic.context, point.drafts, one.times)
         drafting = Drafting(point.drafts, model.traffic.acceptance)

@@ -31,6 +31,13 @@ class Budgets:
     host: int
     runtime: int = 0
     """Part of `device` that the allocator's rounding and the libraries' own buffers take."""
+    draft_model: int = 0
+    """Part of `device` that a draft model takes, which is planned before; 0: there is none."""
+
+    @property
+    def plannable(self) -> int:
+        """What is left of `device` for the model."""
+        return self.device - self.runtime - self.draft_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -206,7 +206,7 @@ class Planner:
         """
         choices = self._choices
         on_device = choices.resident + choices.buffers + choices.experts + choices.tables
-        fits = (on_device <= budgets.device - budgets.runtime) & (choices.on_host <= budgets.host)
+        fits = (on_device <= budgets.plannable) & (choices.on_host <= budgets.host)
         found = (np.flatnonzero(fits) if fits.any() else np.zeros(1, np.int64))[::-1]
         return [found[None, start : start + _AT_ONCE, None] for start in range(0, len(found), _AT_ONCE)]
 

@@ -54,6 +54,7 @@ def predict_traffic(
         streamed=sum(layer.bus_bytes for layer in plan.placed) / sizes.num_layers,
         decode_traffic=sum(layer.decode_traffic for layer in plan.placed) / sizes.num_layers,
         expert_traffic=sum(plan.expert_traffic) / sizes.num_layers,
+        spared_traffic=sum(layer.spared_traffic for layer in plan.placed) / sizes.num_layers,
         on_demand=float(plan.demand is not None),
         missed=0.0 if plan.demand is None else plan.demand.missed,
         on_device=on_device,

@@ -158,7 +158,7 @@ class Evaluator:
         prompt_queries = self._prompt_queries(chunk, idle_chunk, streamed)
         grid = replace(grid, rows=np.maximum(grid.rows, self._chunk_rows(grid, prompt_queries)))
         staging = self.staging(grid, prompt_queries, idle_chunk)
-        device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
+        device_room = self.budgets.plannable - sum(device_bytes(self.sizes, staging).values())
         device_room = device_room - self.sizes.max_coded_bytes
         choices = self.choices
         for part in (choices.resident, choices.buffers, choices.experts, choices.tables):
@@ -380,6 +380,7 @@ class Evaluator:
             streamed=self.choices.on_bus[grid.choice] / self.sizes.num_layers,
             decode_traffic=self.choices.decode_traffic[grid.choice] / self.sizes.num_layers,
             expert_traffic=self.choices.expert_traffic[grid.choice] / self.sizes.num_layers,
+            spared_traffic=self.choices.spared_traffic[grid.choice] / self.sizes.num_layers,
             on_demand=self.choices.on_demand[grid.choice],
             missed=self.choices.missed[grid.choice],
             on_device=self._on_device(grid.batch, device_blocks, traffic.context),

@@ -86,6 +86,8 @@ class Candidates:
     """Bytes of device memory that decoding reads and writes, but for experts."""
     expert_traffic: Number = 0.0
     """The same for all experts."""
+    spared_traffic: Number = 0.0
+    """What of the first a step saves whose rows are few, see `multiplies_few`."""
     on_demand: Number = 0.0
     """1 where experts come on demand, else 0."""
     missed: Number = 0.0
@@ -221,7 +223,9 @@ class StepModel:
         forward = layers * np.maximum(
             self.layer.forward(queries, groups), self.layer.forward(queries) + recomputed_tokens * self.recompute_token
         )
-        forward = forward + layers * (self.layer.decode_weights(c.decode_traffic) + self.layer.code_weight())
+        is_few = multiplies_few(self.sizes, c.queries, (regenerated > 0) | (recomputed_tokens > 0))
+        traffic = c.decode_traffic - np.where(is_few, c.spared_traffic, 0.0)
+        forward = forward + layers * (self.layer.decode_weights(traffic) + self.layer.code_weight())
         forward = forward + self._decoded_experts(c, queries + recomputed_tokens)
         gemms = layers * self.layer.regenerate(regenerated, context)
         times = {
@@ -368,6 +372,15 @@ class StepModel:
 def _tiers(tokens: Number, on_device: Number, recomputed: Number) -> tuple[Number, Number]:
     """Cached tokens on the device and on the host."""
     return tokens * np.minimum(on_device, 1.0 - recomputed), tokens * np.maximum(0.0, 1.0 - on_device - recomputed)
+
+
+def multiplies_few(sizes: ModelSizes, rows: Number, rebuilds: npt.NDArray[np.bool_] | bool) -> npt.NDArray[np.bool_]:
+    """Whether a step's rows are multiplied by weights as they lie, if these stay packed.
+
+    They are few then, and no K and V are rebuilt.
+    """
+    found: npt.NDArray[np.bool_] = np.asarray(rows <= sizes.few_rows) & ~np.asarray(rebuilds)
+    return found
 
 
 def token_bytes(sizes: ModelSizes, share: Number) -> Number:

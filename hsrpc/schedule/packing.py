@@ -24,7 +24,7 @@ def pack(
     `pool`: the blocks that single queries read in place. Where it holds activations, all blocks do, and nothing is
     rebuilt for these queries: they read the front of the activation buffer, where their new rows follow the others.
     """
-    chunks = in_order(chunks)
+    chunks = [part for chunk in in_order(chunks) for part in chunk.parts]
     counts = np.array([chunk.num_new for chunk in chunks], dtype=np.int64)
     contexts = np.array([chunk.context for chunk in chunks], dtype=np.int64)
     positions, query_starts = expand(contexts, counts), starts(counts)

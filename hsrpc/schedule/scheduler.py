@@ -544,8 +544,13 @@ class Scheduler:
         for chunk in chunks:
             drafted, chunk.request.draft = chunk.request.draft, ()
             count = self._draft_room(chunk, len(drafted)) if drafted and chunk.is_decode else 0
-            found.append(chunk._replace(num_new=chunk.num_new + count, draft=tuple(drafted[:count])))
+            found.append(self._with_draft(chunk, tuple(drafted[:count])) if count else chunk)
         return found
+
+    def _with_draft(self, chunk: Chunk, draft: tuple[int, ...]) -> Chunk:
+        longer = chunk._replace(num_new=chunk.num_new + len(draft), draft=draft)
+        splits = not longer.recomputed and longer.lies_in(self.limits.in_place, self.limits.block_size)
+        return longer._replace(splits=splits)
 
     def _draft_room(self, chunk: Chunk, wanted: int) -> int:
         """How many of the `wanted` drafted tokens a chunk has room for, whose blocks are there then."""

@@ -47,6 +47,8 @@ class Chunk(NamedTuple):
     """How many of its tokens, from the first, were computed in the step before as well, and not kept."""
     draft: tuple[int, ...] = ()
     """The last of its tokens, which its request may turn out not to have: the step samples behind each of them too."""
+    splits: bool = False
+    """All that it attends to, and its own tokens, lie where single queries read: each token is such a query."""
 
     @property
     def is_decode(self) -> bool:
@@ -56,12 +58,28 @@ class Chunk(NamedTuple):
     @property
     def num_sampled(self) -> int:
         """Rows of logits that are sampled of it: the last ones."""
-        return 1 + len(self.draft) if self.samples else 0
+        return min(self.num_new, 1 + len(self.draft)) if self.samples else 0
 
     @property
     def reads_in_place(self) -> bool:
         """Its attention reads device KV blocks where they lie: a single query sees all its keys, in any order."""
-        return self.num_new == 1
+        return self.num_new == 1 or self.splits
+
+    @property
+    def parts(self) -> Iterator[Chunk]:
+        """What of it is packed as a chunk of its own; a token sees those before it where they were just stored."""
+        if not self.splits:
+            yield self
+            return
+        for number in range(self.num_new):
+            token = self.draft[number - 1 : number] if number else ()
+            yield self._replace(context=self.context + number, num_new=1, draft=token, splits=False)
+
+    def lies_in(self, pool: PoolId, block_size: int) -> bool:
+        """All its tokens, cached and new, lie in blocks of the pool."""
+        table = self.request.blocks
+        used = (self.context + self.num_new - 1) // block_size + 1 - table.first
+        return table.pools[:used].count(pool) == used
 
     @property
     def scored(self) -> range:

@@ -17,6 +17,8 @@ from hsrpc.draft.drafter import Drafter, Wanted
 from hsrpc.draft.replay import ReplayDrafter
 from hsrpc.engine.stats import EngineStats
 from hsrpc.request import FinishReason, Usage
+from hsrpc.schedule import assemble, packing
+from hsrpc.schedule.step import Chunk, MiniBatch
 from hsrpc.testing.ordered_device import OrderedDevice
 from tests.engine.conftest import tightest
 from tests.engine.reference import NEW_TOKENS, VOCAB, Reference
@@ -287,3 +289,25 @@ async def test_steps_run_ahead_while_nothing_is_drafted(
         assert stats.accepted_tokens > 0
         assert bool(ahead) == runs_ahead
     assert ordered
+
+
+@pytest.mark.parametrize("model", ["opt", "mistral-window", "deepseek-v2"])
+async def test_drafts_are_read_in_place(
+    model: str, reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all blocks lie on the device, drafted tokens are single queries beside the others."""
+    made = first(reference(model), NUM_PROMPTS)
+    drafted = []
+    pack = packing.pack
+
+    def spy(chunks: Sequence[Chunk], *given: object, **settings: object) -> MiniBatch:
+        batch = pack(chunks, *given, **settings)
+        if any(chunk.draft for chunk in chunks) and all(chunk.is_decode for chunk in chunks):
+            drafted.append(batch.only_single_queries)
+        return batch
+
+    monkeypatch.setattr(assemble, "pack", spy)
+    stats = await check(made, config_for(made, gpu_memory="1GiB"), Hostile(made))
+    assert stats.accepted_tokens
+    assert drafted
+    assert all(drafted)

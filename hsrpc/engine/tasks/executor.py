@@ -152,7 +152,7 @@ class Executor:
         run, ahead = request
         step = run.step
         launched, self._launched = self._launched, None
-        if self._graphs is not None and step.is_in_place:
+        if self._graphs is not None and step.is_in_place and self._graphs.have_room_for(step.mini_batches[0]):
             if step.is_ahead and (launched is None or launched.step_id != step.step_id):
                 return None  # the step before it failed, and with it the tokens to continue with
             sampled = await worker.run(partial(self._run_graphs, step, launched, ahead))
