@@ -117,6 +117,15 @@ class CacheCoding(StrEnum):
     """In 8 bits, nearer to plain: K and V as whole numbers, activations as float8; weights as they are."""
 
 
+class DraftMethod(StrEnum):
+    """Where drafted tokens come from, without a model."""
+
+    SUFFIX = "suffix"
+    """What followed most often where a request's last tokens stood before: in itself, and in outputs of others."""
+    NGRAM = "ngram"
+    """What followed where most of a request's last tokens stood before in itself."""
+
+
 class LatentAttention(StrEnum):
     """What single queries attend to where a model keeps latents."""
 
@@ -238,8 +247,13 @@ class EngineConfig:
     """Tokens a running request holds on average: what the planner plans for."""
     expected_output: int | None = None
     """Tokens a request generates on average, from which the cost of prompts follows; None: a quarter of the context."""
-    max_draft_tokens: int | str = 0
-    """Tokens that each request drafts in a step, at most, and that the same pass verifies; 0: none; `auto`: planned."""
+    max_draft_tokens: int | str | None = None
+    """Tokens that each request drafts in a step, at most, and that the same pass verifies; 0: none; `auto`: planned.
+    None: `auto` where `drafter` or `draft_model` is given, else none."""
+    drafter: DraftMethod | None = None
+    """Where drafted tokens come from; None: from `draft_model`, else by suffixes."""
+    draft_model: str | None = None
+    """A small model with the same tokenizer that drafts: a directory, or a hub id; it lies on the device."""
     expected_acceptance: float = 0.5
     """Part of the drafted tokens that is accepted, of those before which all were, in [0, 1]: what the planner plans
     for."""
@@ -306,8 +320,24 @@ class EngineConfig:
                 name, value, "has no meaning with cache_policy=recompute", "leave it out: nothing is cached"
             )
 
+    @property
+    def draft_tokens(self) -> int | str:
+        """What `max_draft_tokens` comes to: a number, or `auto`."""
+        if self.max_draft_tokens is not None:
+            return self.max_draft_tokens
+        return 0 if self.drafter is None and self.draft_model is None else AUTO
+
     def _check_drafts(self) -> None:
-        given = self.max_draft_tokens
+        if self.drafter is not None:
+            self._set("drafter", _member(DraftMethod, self.drafter, "drafter"))
+        for name in ("drafter", "draft_model"):
+            value = getattr(self, name)
+            if value is not None and self.max_draft_tokens == 0:
+                raise ConfigError(name, value, "has no meaning with max_draft_tokens=0", "leave one of them out")
+        if self.drafter is not None and self.draft_model is not None:
+            problem = f"has no meaning with draft_model={self.draft_model}"
+            raise ConfigError("drafter", self.drafter.value, problem, "leave one of them out")
+        given = self.draft_tokens
         is_number = isinstance(given, int) and not isinstance(given, bool) and 0 <= given <= _MAX_DRAFT
         if not is_number and given != AUTO:
             problem, remedy = "not a number of tokens that it may be", f"give 0 to {_MAX_DRAFT}, or {AUTO}"

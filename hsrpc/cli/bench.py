@@ -139,7 +139,7 @@ def _replay(options: argparse.Namespace, config: EngineConfig) -> None:
     from hsrpc.cli.loop import run_loop
     from hsrpc.plan.drafting import Drafting
 
-    acceptance, drafts = options.replay_acceptance, config.max_draft_tokens
+    acceptance, drafts = options.replay_acceptance, config.draft_tokens
     if not 0 <= acceptance <= 1:
         raise ConfigError("replay_acceptance", acceptance, "outside [0, 1]", "give a part of the drafted tokens")
     if isinstance(drafts, str) or not drafts:

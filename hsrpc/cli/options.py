@@ -19,6 +19,7 @@ from hsrpc.config import (
     CacheCoding,
     CachePolicy,
     DeviceKind,
+    DraftMethod,
     DType,
     EngineConfig,
     ExpertLoading,
@@ -277,10 +278,20 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     batch.add_argument(
         "--max-draft-tokens",
         type=_draft_tokens,
-        default=0,
         metavar="N|auto",
         help="tokens that each request drafts in a step at most, which the same pass verifies; auto plans as many as "
-        "pay (default: 0, none)",
+        "pay (default: auto with --drafter or --draft-model, else 0)",
+    )
+    batch.add_argument(
+        "--drafter",
+        choices=[*DraftMethod],
+        help="what drafts: suffix follows what came most often behind the same tokens, in the request and in outputs "
+        "of others; ngram looks in the request alone (default: suffix)",
+    )
+    batch.add_argument(
+        "--draft-model",
+        metavar="MODEL",
+        help="a small model with the same tokenizer that drafts: a directory, or a hub id",
     )
     batch.add_argument(
         "--expected-acceptance",

@@ -21,12 +21,12 @@ from hsrpc.constraint import Constraint
 from hsrpc.draft.drafter import Drafter
 from hsrpc.engine.admission import Admission, Applicant
 from hsrpc.engine.delivery import Delivery
+from hsrpc.engine.draft_lengths import AllThatFit, ByGain, DraftLengths
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.grammars.matcher import Matcher
 from hsrpc.engine.meter import Meter
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.run_to_end import run_to_end
-from hsrpc.engine.draft_lengths import AllThatFit
 from hsrpc.engine.speculation import Speculation
 from hsrpc.engine.startup import ChoosePlan, Components, open_components, release
 from hsrpc.engine.stats import EngineStats
@@ -113,8 +113,7 @@ class Engine:
         limits = _limits(plan, self._components.spec, shares_prefixes=self.config.prefix_cache)
         blocks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule)
         self._scheduler = Scheduler(blocks, limits, self._components.spec.eos_token_ids)
-        drafter = self._drafter if plan.max_draft_tokens else None
-        self._speculation = Speculation(drafter, self._scheduler, AllThatFit(), self.spec.vocab_size)
+        self._speculation = self._open_speculation(self._components)
         self._delivery = Delivery(self._scheduler, self._components.tokenizer, dtype_name(self.spec.dtype))
         self._meter = Meter(self._components, self._scheduler, self._observe)
         self._admission = Admission(
@@ -131,6 +130,14 @@ class Engine:
             raise
         self._accepts = True
         return self
+
+    def _open_speculation(self, components: Components) -> Speculation:
+        """The engine's own drafter is asked for what pays; one that was given, for as much as there is room for."""
+        price, drafter = components.plan.drafts.price, self._drafter
+        lengths: DraftLengths = AllThatFit()
+        if drafter is None and price is not None:
+            drafter, lengths = components.drafter, ByGain(price)
+        return Speculation(drafter if price else None, self._scheduler, lengths, self.spec.vocab_size)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

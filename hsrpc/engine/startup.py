@@ -14,11 +14,15 @@ from typing import TypeAlias
 
 import torch
 
-from hsrpc.config import DeviceKind, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
+from hsrpc.config import DeviceKind, DraftMethod, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
 from hsrpc.device.calibration import calibrate, sustained_load
 from hsrpc.device.device import Device, open_device
 from hsrpc.device.host_memory import HostMemory
+from hsrpc.draft.drafter import Drafter
+from hsrpc.draft.ngrams import NgramDrafter
+from hsrpc.draft.suffix import SuffixDrafter
 from hsrpc.engine.chat_template import read_template
+from hsrpc.engine.draft_model import PlannedDraftModel, plan_draft_model
 from hsrpc.engine.grammars.grammars import Grammars, NoGrammars
 from hsrpc.engine.loading import OverBoundError
 from hsrpc.engine.model_files import ModelFiles, model_directory, read_spec
@@ -65,6 +69,8 @@ class Components:
     prefetcher: WeightPrefetcher
     cache: CacheManager
     executor: Executor
+    drafter: Drafter | None
+    """What drafts tokens; None: nothing is drafted."""
 
     async def close(self) -> None:
         """End the threads of texts and constraints, unpin the host's memory; the tasks have ended. See `release`."""
@@ -90,6 +96,7 @@ class Planned:
     """hsrpc's own, whoever made the plan."""
     plan: Plan
     files: ModelFiles
+    draft_model: PlannedDraftModel | None
     default_params: SamplingParams
     """What a request takes that says nothing else."""
 
@@ -121,10 +128,13 @@ def _plan_here(device: Device, config: EngineConfig, choose_plan: ChoosePlan) ->
 
 
 def _plan(model: ModelFiles, machine: Machine, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
-    question = model.question(machine, config)
+    question, drafting = model.question(machine, config), None
+    if config.draft_model is not None:
+        drafting = plan_draft_model(config.draft_model, config, model, machine)
+        question = replace(question, draft_model_bytes=drafting.device_bytes)
     planner, plan = question.answer(choose_plan)
     spec, default_params = model.planned_spec(planner, plan), _default_params(config, model.directory)
-    return Planned(spec, question, planner, plan, model, default_params)
+    return Planned(spec, question, planner, plan, model, drafting, default_params)
 
 
 def _tell_of_growth(memory: HostMemory) -> None:
@@ -236,6 +246,7 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         tokenizer = open_tokenizer(planned, config)
         undo.callback(tokenizer.close)
         opened = OpenedModel.open(family, source, plan, device, stop, progress=progress)
+        drafter = _open_drafter(planned, config, device, stop)
         executor = Executor(
             opened.assembler,
             device,
@@ -251,7 +262,21 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         undo.pop_all()
         params, question = planned.default_params, planned.question
         prefetcher, cache = opened.prefetcher, opened.cache
-        return Components(spec, device, question, plan, params, tokenizer, grammars, prefetcher, cache, executor)
+        return Components(
+            spec, device, question, plan, params, tokenizer, grammars, prefetcher, cache, executor, drafter
+        )
+
+
+def _open_drafter(planned: Planned, config: EngineConfig, device: Device, stop: threading.Event) -> Drafter | None:
+    """What drafts tokens; a model is loaded for it."""
+    if not planned.plan.max_draft_tokens:
+        return None
+    if planned.draft_model is None:
+        return NgramDrafter() if config.drafter is DraftMethod.NGRAM else SuffixDrafter()
+    model = planned.draft_model.open(device, stop)
+    if device.warms_up:
+        model.warm_up()
+    return model
 
 
 def _check_room(plan: Plan, device: Device) -> None:

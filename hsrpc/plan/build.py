@@ -93,7 +93,7 @@ class Assembly:
             drafts=DraftPlan(drafting=drafting) if point.drafts else NO_DRAFTS,
         )
         plan = replace(plan, prediction=simulated(plan, sizes, closed, recomputes=bool(one.recomputed)))
-        given = config.max_draft_tokens
+        given = config.draft_tokens
         if given == 0:
             return plan
         drafts = plan_drafts(plan, sizes, drafting, is_given=given != AUTO)

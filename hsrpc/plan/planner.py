@@ -77,7 +77,7 @@ class Planner:
         self.decision = decide_cache(config, sizes)
         self.traffic = _traffic(config, sizes, self.max_model_len)
         self._choices = ResidentChoices.of(sizes, _weight_choices(config, sizes, self._resident_shares()))
-        drafts = config.max_draft_tokens
+        drafts = config.draft_tokens
         self._tried = _Tried(_batches(config), (0 if isinstance(drafts, str) else drafts,))
         self._models = {
             held: StepModel(sizes.holding(held.kinds), hardware, self.traffic)
@@ -110,7 +110,7 @@ class Planner:
     def _best(self) -> tuple[Evaluator, Point]:
         """The best candidate; where drafts are planned, that with the most drafts around its batch which is as fast."""
         best = self._best_of(self._tried)
-        if not isinstance(self.config.max_draft_tokens, str):
+        if not isinstance(self.config.draft_tokens, str):
             return best
         batch = best[1].batch
         near = self._tried.batch[(self._tried.batch <= batch) & (self._tried.batch >= _NEAR * batch)]
