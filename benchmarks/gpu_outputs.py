@@ -14,7 +14,8 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -76,26 +77,20 @@ def requests() -> list[Asked]:
         (Regex(_PHONE), lambda text: re.fullmatch(_PHONE, text)),
         (Choice(_CHOICES), _CHOICES.__contains__),
     )
-    draws: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {"temperature": 1.0, "seed": 11, "top_k": 30})
     constrained = [
-        Asked(f"{_TALE} Question {number}:", SamplingParams(constraint=constraint, max_tokens=90, **draw), holds)
+        Asked(f"{_TALE} Question {number}:", replace(draw, constraint=constraint, max_tokens=90), holds)
         for number, (constraint, holds) in enumerate(constraints)
-        for draw in draws
+        for draw in (SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, seed=11, top_k=30))
     ]
     scored = [
         Asked(_TALE[: 40 + 100 * number], SamplingParams(temperature=0.0, max_tokens=4, prompt_logprobs=3))
         for number in range(3)
     ]
-    penalties: dict[str, Any] = {"repetition_penalty": 1.2, "frequency_penalty": 0.5, "logit_bias": {40: 2.0}}
-    ways: tuple[dict[str, Any], ...] = (
-        {"temperature": 0.0},
-        {"temperature": 0.8, "seed": 3, "top_p": 0.9},
-        penalties | {"seed": 4},
-    )
+    penalties = {"repetition_penalty": 1.2, "frequency_penalty": 0.5, "logit_bias": {40: 2.0}}
     free = [
         Asked(f"{_TALE} Then {name} said", SamplingParams(max_tokens=24, ignore_eos=True, **settings))
         for name in ("Tom", "Lily", "Ben")
-        for settings in ways
+        for settings in ({"temperature": 0.0}, {"temperature": 0.8, "seed": 3, "top_p": 0.9}, penalties | {"seed": 4})
     ]
     return [*constrained, *scored, *free]
 

@@ -81,6 +81,7 @@ _QUANTIZED = (
 _PREFIXES = ("opt-13b-none", "opt-13b-400", "opt-13b-host-none", "opt-13b-host-400")
 _RESIDENT = ("qwen3-8b-109", "qwen3-8b-219", "qwen3-8b-219-again", "qwen3-8b-planned")
 _MODELS = ("models/current",)
+_DRAFTS = ("drafts/smollm2",)
 _OF_MASKS = ("mask", "longest")
 _OF_PLAN = ("requests", "caches", "resident")
 
@@ -89,6 +90,21 @@ TABLES = {
         _POLICIES,
         ("model, requests x tokens", "policy", *_STEP, "beside plain copies", "predicted", "tokens/s"),
         tables.policies,
+    ),
+    "drafts-replay": Table(
+        tuple(name for name in _ALL if name.startswith("drafts-replay/")),
+        (
+            "model, requests",
+            "drafted, right",
+            "tau",
+            "step",
+            "predicted",
+            "limit",
+            "tokens/s",
+            "predicted",
+            "times",
+        ),
+        tables.drafts_replay,
     ),
     "structured-output": Table(
         ("structured-output/libraries",),
@@ -215,6 +231,16 @@ TABLES = {
             "output begins",
         ),
         tables.smollm2,
+    ),
+    "drafts": Table(
+        _DRAFTS,
+        ("work", "temperature", "tokens", "distinct 4-grams", "n-gram", "suffix", "suffix, after others"),
+        tables.drafts,
+    ),
+    "draft-costs": Table(
+        _DRAFTS,
+        ("drafter", "draft", "tau", "without loops", "drafted a step", "accepted", "256 requests"),
+        tables.draft_costs,
     ),
     "cache-quality": Table(
         ("cache-quality/current",),

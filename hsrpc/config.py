@@ -11,6 +11,8 @@ from hsrpc.errors import ConfigError
 
 BUNDLED_MODEL = str(Path(__file__).parent / "models" / "storyteller")
 
+AUTO = "auto"
+"""In place of a number: planned."""
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS |= {f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power, _letter: 1024**_power}
@@ -42,6 +44,8 @@ class Seconds:
 
 
 MAX_STEP_TIME = Seconds(1e-6)
+_MAX_DRAFT = 64
+"""Drafted tokens of a request in a step: more are hardly ever all accepted."""
 
 
 class DeviceKind(StrEnum):
@@ -234,6 +238,11 @@ class EngineConfig:
     """Tokens a running request holds on average: what the planner plans for."""
     expected_output: int | None = None
     """Tokens a request generates on average, from which the cost of prompts follows; None: a quarter of the context."""
+    max_draft_tokens: int | str = 0
+    """Tokens that each request drafts in a step, at most, and that the same pass verifies; 0: none; `auto`: planned."""
+    expected_acceptance: float = 0.5
+    """Part of the drafted tokens that is accepted, of those before which all were, in [0, 1]: what the planner plans
+    for."""
     expected_shared_prefix: int = 0
     """First tokens that running requests have in common, on average: what the planner plans for."""
     max_step_time: float | None = None
@@ -277,6 +286,7 @@ class EngineConfig:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(name, value, "not a positive whole number", "give 1 or more")
         self._check_shared_prefix()
+        self._check_drafts()
         if self.max_batch is not None and self.min_batch > self.max_batch:
             raise ConfigError("min_batch", self.min_batch, f"more than max_batch={self.max_batch}", "give at most that")
         if self.block_size > 1024:
@@ -296,11 +306,19 @@ class EngineConfig:
                 name, value, "has no meaning with cache_policy=recompute", "leave it out: nothing is cached"
             )
 
+    def _check_drafts(self) -> None:
+        given = self.max_draft_tokens
+        is_number = isinstance(given, int) and not isinstance(given, bool) and 0 <= given <= _MAX_DRAFT
+        if not is_number and given != AUTO:
+            problem, remedy = "not a number of tokens that it may be", f"give 0 to {_MAX_DRAFT}, or {AUTO}"
+            raise ConfigError("max_draft_tokens", given, problem, remedy)
+
     def _check_shares(self) -> None:
         for name, whole in (
             ("resident_share", "weights"),
             ("recompute_share", "tokens"),
             ("activation_share", "tokens"),
+            ("expected_acceptance", "drafted tokens"),
         ):
             share = getattr(self, name)
             if share is not None and not 0.0 <= share <= 1.0:

@@ -18,6 +18,7 @@ from uuid import uuid4
 
 from hsrpc.config import EngineConfig
 from hsrpc.constraint import Constraint
+from hsrpc.draft.drafter import Drafter
 from hsrpc.engine.admission import Admission, Applicant
 from hsrpc.engine.delivery import Delivery
 from hsrpc.engine.generation import Generation
@@ -25,6 +26,7 @@ from hsrpc.engine.grammars.matcher import Matcher
 from hsrpc.engine.meter import Meter
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.run_to_end import run_to_end
+from hsrpc.engine.speculation import AsManyAsMayBe, Speculation
 from hsrpc.engine.startup import ChoosePlan, Components, open_components, release
 from hsrpc.engine.stats import EngineStats
 from hsrpc.engine.tasks.executor import StepResult
@@ -68,7 +70,8 @@ class Engine:
     Models that were trained on conversations take a Chat in place of the text.
 
     `progress` shows bars while loading; `observe` is called on the event loop with each step's record;
-    `choose_plan` makes the plan, for policies that hsrpc's planner does not know.
+    `choose_plan` makes the plan, for policies that hsrpc's planner does not know; `drafter` proposes tokens that
+    requests may go on with, as many as `max_draft_tokens` plans, which changes no output.
 
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: on entering.
@@ -82,10 +85,12 @@ class Engine:
         progress: bool = False,
         observe: Callable[[StepRecord], object] | None = None,
         choose_plan: ChoosePlan = Planner.plan,
+        drafter: Drafter | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         self._observe = observe
         self._choose_plan = choose_plan
+        self._drafter = drafter
         self._progress = progress
         self._components: Components | None = None
         self._wake = asyncio.Event()
@@ -107,6 +112,8 @@ class Engine:
         limits = _limits(plan, self._components.spec, shares_prefixes=self.config.prefix_cache)
         blocks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule)
         self._scheduler = Scheduler(blocks, limits, self._components.spec.eos_token_ids)
+        drafter = self._drafter if plan.max_draft_tokens else None
+        self._speculation = Speculation(drafter, self._scheduler, AsManyAsMayBe(), self.spec.vocab_size)
         self._delivery = Delivery(self._scheduler, self._components.tokenizer, dtype_name(self.spec.dtype))
         self._meter = Meter(self._components, self._scheduler, self._observe)
         self._admission = Admission(
@@ -402,6 +409,8 @@ class Engine:
         while True:
             self._last_beat = time.monotonic()
             step = ahead
+            if step is None:
+                await self._speculation.draft(worker)
             if step is not None:
                 step.sampling = scheduler.sampling(step.step_id)
             elif (scheduled := scheduler.schedule(self._last_beat)) is not None:
@@ -425,7 +434,9 @@ class Engine:
     def _schedule_ahead(self, step: Step) -> Step | None:
         """The step after `step`, where it is known already what that will be."""
         executor = self._opened.executor
-        scheduled = self._scheduler.schedule_ahead(step) if executor.runs_ahead else None
+        if not executor.runs_ahead or not self._speculation.leave_out():
+            return None
+        scheduled = self._scheduler.schedule_ahead(step)
         return None if scheduled is None else executor.assemble(scheduled)  # its arrays are there
 
     def _fail_step(self, step: Step, error: OutOfDeviceMemoryError) -> list[Output]:
@@ -442,7 +453,7 @@ class Engine:
         token_ids = [None if failed else token_id for token_id, _, failed in result.sampled]
         logprobs = [logprob for _, logprob, _ in result.sampled]
         outputs = self._scheduler.commit(step.step_id, token_ids, time.monotonic(), logprobs, result.scored)
-        self._meter.generated_tokens += sum(output.token_id is not None for output in outputs)
+        self._meter.generated_tokens += sum(len(output.token_ids) for output in outputs)
         return outputs
 
     def _request(self, request_id: str, token_ids: list[int], applicant: Applicant, salt: str) -> Request:
@@ -497,4 +508,5 @@ def _limits(plan: Plan, spec: ModelSpec, *, shares_prefixes: bool) -> SchedulerL
         keeps_cache=plan.keeps_cache,
         shares_prefixes=shares_prefixes,
         recompute=plan.recompute,
+        max_draft_tokens=plan.max_draft_tokens,
     )

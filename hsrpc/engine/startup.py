@@ -7,7 +7,6 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +14,16 @@ from typing import TypeAlias
 
 import torch
 
-from hsrpc.config import DeviceKind, DType, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
+from hsrpc.config import DeviceKind, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
 from hsrpc.device.calibration import calibrate, sustained_load
 from hsrpc.device.device import Device, open_device
 from hsrpc.device.host_memory import HostMemory
 from hsrpc.engine.chat_template import read_template
-from hsrpc.engine.forward import Forward
 from hsrpc.engine.grammars.grammars import Grammars, NoGrammars
-from hsrpc.engine.graphs import DecodeGraphs, can_capture
-from hsrpc.engine.loading import OverBoundError, compile_formats, load_weights
+from hsrpc.engine.loading import OverBoundError
+from hsrpc.engine.model_files import ModelFiles, model_directory, read_spec
 from hsrpc.engine.no_tokenizer import NoTokenizer
+from hsrpc.engine.opened_model import OpenedModel
 from hsrpc.engine.run_to_end import run_to_end
 from hsrpc.engine.tasks.cache import CacheManager
 from hsrpc.engine.tasks.executor import Executor
@@ -32,35 +31,20 @@ from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.validation import max_characters
 from hsrpc.errors import ConfigError
-from hsrpc.model.attention import Attention, HeadShape
-from hsrpc.model.checkpoint import Checkpoint, RandomWeights, has_weights
 from hsrpc.model.families.registry import create_family
-from hsrpc.model.family import Family, ModelSpec
-from hsrpc.model.formats.choice import with_caches, with_scaled
-from hsrpc.model.formats.format import WeightSource
-from hsrpc.model.formats.rows import Rows
+from hsrpc.model.family import ModelSpec
 from hsrpc.model.generation_config import read_default_params
-from hsrpc.model.hub import resolve_model
-from hsrpc.model.quantization.registry import read_quantization, says_more
-from hsrpc.model.quantization.section import KEY as QUANTIZATION
-from hsrpc.model.random_codes import split_format
 from hsrpc.model.shapes import RANDOM_PREFIX
-from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec
 from hsrpc.model.tensor import dtype_name
-from hsrpc.plan.device_memory import score_rows
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.question import Question
 from hsrpc.request import SamplingParams
-from hsrpc.schedule.assemble import Assembler
-from hsrpc.schedule.sweep import Places
 
 _log = logging.getLogger(__name__)
 ChoosePlan: TypeAlias = Callable[[Planner], Plan]
 """Another policy is another plan, made with hsrpc's planner for the model, the machine and the settings."""
-_CPU_MAX_BATCH = 32
-_CPU_PREFILL_TOKENS = 256
 _MUCH_MORE = 1.25
 _LOWER = "lower it, or end what else uses the memory"
 
@@ -105,41 +89,9 @@ class Planned:
     planner: Planner
     """hsrpc's own, whoever made the plan."""
     plan: Plan
-    directory: Path | None
-    """None: random weights."""
+    files: ModelFiles
     default_params: SamplingParams
     """What a request takes that says nothing else."""
-    checkpoint: Checkpoint | None
-    """The weights in the directory, checked from their headers; None: it has none, or they are random."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A model as its files declare it, in each choice of formats."""
-
-    spec: ModelSpec
-    choices: list[ModelSpec]
-    directory: Path | None
-    checkpoint: Checkpoint | None
-
-    @classmethod
-    def read(cls, config: EngineConfig, device: torch.device) -> _Model:
-        spec, directory = _read_spec(config, device), _directory(config)
-        family, quantization = create_family(spec), read_quantization(spec.config)
-        formats, checkpoint = family.format_choices(config.weight_coding, device), None
-        if directory is None:
-            drawn = split_format(config.model.removeprefix(RANDOM_PREFIX))[1]
-            formats = with_scaled(formats, drawn.formats(family) if drawn else {}, config.weight_coding)
-        elif has_weights(directory):
-            checkpoint = Checkpoint(directory, quantization)
-            checkpoint.check_model(family)
-            if says_more(spec.config):
-                _log.warning("%s: activations are not quantised, nor caches; scales of theirs are ignored", directory)
-            formats = with_scaled(formats, checkpoint.scaled(family), config.weight_coding)
-        elif quantization is not None:
-            raise spec.config.refuse(QUANTIZATION, "weights beside it, which say what is quantised", "fetch them")
-        formats = with_caches(formats, config.cache_format)
-        return cls(spec, [in_formats(spec, each) for each in formats], directory, checkpoint)
 
 
 def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> Planned:
@@ -157,31 +109,22 @@ def plan_for(machine: Machine, config: EngineConfig) -> Planned:
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
-    return _plan(_Model.read(config, torch.device(machine.kind)), machine, config, Planner.plan)
+    return _plan(ModelFiles.read(config, torch.device(machine.kind)), machine, config, Planner.plan)
 
 
 def _plan_here(device: Device, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
-    model = _Model.read(config, device.torch_device)
+    model = ModelFiles.read(config, device.torch_device)
     _check_layer(model.choices, config, device)
     if config.host_memory is None:
         _tell_of_growth(HostMemory.read())
     return _plan(model, _measure(device, model.spec), config, choose_plan)
 
 
-def _plan(model: _Model, machine: Machine, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
-    if machine.kind is DeviceKind.CPU:
-        config = replace(
-            config,
-            max_batch=config.max_batch or max(_CPU_MAX_BATCH, config.min_batch),
-            max_prefill_tokens=config.max_prefill_tokens or _CPU_PREFILL_TOKENS,
-        )
-    question = Question(choices=tuple(spec.sizes for spec in model.choices), machine=machine, config=config)
+def _plan(model: ModelFiles, machine: Machine, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
+    question = model.question(machine, config)
     planner, plan = question.answer(choose_plan)
-    [spec] = [spec for spec in model.choices if spec.sizes is planner.sizes]
-    formats = spec.formats.holding(plan.kinds)
-    spec = spec if formats == spec.formats else in_formats(spec, formats)
-    default_params = _default_params(config, model.directory)
-    return Planned(spec, question, planner, plan, model.directory, default_params, model.checkpoint)
+    spec, default_params = model.planned_spec(planner, plan), _default_params(config, model.directory)
+    return Planned(spec, question, planner, plan, model, default_params)
 
 
 def _tell_of_growth(memory: HostMemory) -> None:
@@ -243,24 +186,7 @@ def describe_model(config: EngineConfig) -> tuple[ModelSpec, Device]:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
     device = open_device(config.device)
-    return _read_spec(config, device.torch_device), device
-
-
-def _read_spec(config: EngineConfig, device: torch.device) -> ModelSpec:
-    dtype = _dtype(config.dtype, on_cpu=device.type == "cpu")
-    directory = _directory(config)
-    if directory is None:
-        shape, form = split_format(config.model.removeprefix(RANDOM_PREFIX))
-        spec = named_spec(shape, dtype)
-        return spec if form is None else replace(spec, name=f"{spec.name}:{form.name}")
-    return load_spec(directory, dtype)
-
-
-def _directory(config: EngineConfig) -> Path | None:
-    """The model's; None: its weights are random."""
-    if config.model.startswith(RANDOM_PREFIX):
-        return None
-    return resolve_model(config.model, trust_links=config.trust_links)
+    return read_spec(config, device.torch_device), device
 
 
 async def open_components(config: EngineConfig, choose_plan: ChoosePlan, progress: bool) -> Components:
@@ -306,84 +232,26 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         _check_room(plan, device)
         device.limit_memory(plan.budgets.device)
         family = create_family(spec, plan.max_model_len)
-        source = _source(planned)  # before the tokenizer: what fails here leaves no threads behind
+        source = planned.files.source  # before the tokenizer: what fails here leaves no threads behind
         tokenizer = open_tokenizer(planned, config)
         undo.callback(tokenizer.close)
-        torch_device = device.torch_device
-        attention = _attention(family, family.heads, family.kv_rows, plan, torch_device)
-        absorbed = _absorbed_attention(family, plan, torch_device)
-        with torch.inference_mode(), ThreadPoolExecutor(1, thread_name_prefix="compile") as compiler:
-            compile_formats(family, plan, device)  # before the other thread compiles
-            compiled = [compiler.submit(each.compile) for each in (attention, absorbed) if each is not None]
-            compiled.append(compiler.submit(family.activations.compile, torch_device))
-            weights = load_weights(family, source, plan, device, stop, progress=progress)
-            device.release_cached()  # what packing used
-            cache = CacheManager(spec.sizes, plan, device, family.rows)
-            prefetcher = WeightPrefetcher(weights, plan, device, family)
-            forward = Forward(
-                family,
-                weights.fixed,
-                device,
-                prefetcher=prefetcher,
-                cache=cache,
-                attention=attention,
-                absorbed=absorbed,
-            )
-            for each in compiled:
-                each.result()
-            device.drain()
-            assembler = Assembler(
-                layers=_places(prefetcher, plan),
-                block_size=plan.block_size,
-                windows=spec.sizes.windows,
-                max_queries=plan.buffers.queries,
-                in_place=plan.in_place,
-            )
-            graphs = None
-            if can_capture(plan):
-                graphs = DecodeGraphs(forward, cache, prefetcher, device, layers=assembler.layers, plan=plan)
-            executor = Executor(
-                assembler,
-                device,
-                prefetcher=prefetcher,
-                cache=cache,
-                forward=forward,
-                graphs=graphs,
-                score_rows=score_rows(spec.sizes, plan.max_batch, plan.buffers.queries),
-            )
+        opened = OpenedModel.open(family, source, plan, device, stop, progress=progress)
+        executor = Executor(
+            opened.assembler,
+            device,
+            prefetcher=opened.prefetcher,
+            cache=opened.cache,
+            forward=opened.forward,
+            graphs=opened.graphs,
+            score_rows=opened.score_rows,
+        )
         ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.end_token_ids))
         spec = replace(spec, eos_token_ids=tuple(ends))
         grammars = open_grammars(tokenizer, spec)
         undo.pop_all()
-        params = planned.default_params
-        question = planned.question
+        params, question = planned.default_params, planned.question
+        prefetcher, cache = opened.prefetcher, opened.cache
         return Components(spec, device, question, plan, params, tokenizer, grammars, prefetcher, cache, executor)
-
-
-def _absorbed_attention(family: Family, plan: Plan, device: torch.device) -> Attention | None:
-    """Attention of single queries to activations as they are stored, where the plan has it."""
-    absorption = family.absorption
-    if not plan.absorbs or absorption is None:
-        return None
-    return _attention(family, absorption.heads, family.activation_rows, plan, device)
-
-
-def _attention(family: Family, heads: HeadShape, rows: Rows, plan: Plan, device: torch.device) -> Attention:
-    return Attention(
-        heads,
-        family.attention_scale,
-        plan.block_size,
-        device,
-        family.spec.dtype,
-        rows=rows,
-        windows=family.sizes.windows.distinct,
-        extras=family.attention_extras,
-    )
-
-
-def _places(prefetcher: WeightPrefetcher, plan: Plan) -> Places:
-    """Placement of each layer's weights, and whether anything is rebuilt in it."""
-    return tuple(place._replace(rebuilds=layer not in plan.kv_layers) for layer, place in enumerate(prefetcher.places))
 
 
 def _check_room(plan: Plan, device: Device) -> None:
@@ -443,11 +311,27 @@ def open_tokenizer(planned: Planned, config: EngineConfig) -> Tokenizer | NoToke
     Raises:
         ConfigError, CheckpointError: as their names say.
     """
+    return _open_tokenizer(config, planned.files.directory, planned.spec, planned.plan.max_model_len)
+
+
+def open_model_tokenizer(config: EngineConfig) -> Tokenizer | NoTokenizer:
+    """The tokenizer of the model that a configuration names, before there is a plan; takes seconds.
+
+    Raises:
+        ConfigError, CheckpointError, ModelNotFoundError: as their names say.
+    """
+    directory, spec = model_directory(config), read_spec(config, torch.device("cpu"))
+    return _open_tokenizer(config, directory, spec, config.max_model_len or spec.sizes.context_length)
+
+
+def _open_tokenizer(
+    config: EngineConfig, directory: Path | None, spec: ModelSpec, max_model_len: int
+) -> Tokenizer | NoTokenizer:
     template = _template(config)
-    if planned.directory is None:
+    if directory is None:
         return NoTokenizer()
-    longest = max_characters(planned.plan.max_model_len)
-    return Tokenizer(planned.directory, planned.spec.vocab_size, chat_template=template, max_characters=longest)
+    longest = max_characters(max_model_len)
+    return Tokenizer(directory, spec.vocab_size, chat_template=template, max_characters=longest)
 
 
 def open_grammars(tokenizer: Tokenizer | NoTokenizer, spec: ModelSpec) -> Grammars | NoGrammars:
@@ -461,16 +345,3 @@ def open_grammars(tokenizer: Tokenizer | NoTokenizer, spec: ModelSpec) -> Gramma
     except ValueError as error:
         _log.warning("outputs cannot be constrained: %s", error)
         return NoGrammars("this model's tokenizer does not say what text its tokens are")
-
-
-def _source(planned: Planned) -> WeightSource:
-    if planned.directory is None:
-        return RandomWeights(0)
-    return planned.checkpoint or Checkpoint(planned.directory)
-
-
-def _dtype(wanted: DType, on_cpu: bool) -> torch.dtype | None:
-    """None: the checkpoint's own."""
-    if wanted is DType.AUTO:
-        return torch.float32 if on_cpu else None
-    return DTYPES[wanted]

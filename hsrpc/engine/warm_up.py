@@ -14,7 +14,7 @@ from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Scheduler, SchedulerLimits
 
 _NEW_TOKENS = 2
-_PARAMS = SamplingParams(temperature=0.0, max_tokens=_NEW_TOKENS, ignore_eos=True)
+"""Output tokens of a request, beside drafted ones."""
 _MAX_TOKENS = 16384
 """Prompt tokens of a warm-up step, at most."""
 
@@ -22,15 +22,19 @@ _MAX_TOKENS = 16384
 async def warm_up(components: Components, limits: SchedulerLimits) -> None:
     """Compute a step of prompts alone, one of prompts beside decoding, and decode steps; counters are as before.
 
+    Where there may be drafts, all that decode have the longest.
+
     Raises:
         OutOfDeviceMemoryError: the device has not the memory for a step.
     """
     plan, limits = components.plan, replace(limits, shares_prefixes=False)  # all prompts are equal
     scheduler = Scheduler(BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule), limits, ())
+    new_tokens = min(_NEW_TOKENS + limits.max_draft_tokens, limits.max_model_len - 1)
+    params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     for tokens in (limits.max_idle_prefill_tokens, limits.max_prefill_tokens):
-        for length in _prompts(tokens, limits, scheduler):
+        for length in _prompts(tokens, limits, scheduler, new_tokens):
             number = scheduler.num_running + scheduler.num_waiting
-            scheduler.add(Request(f"warm-up {number}", [0] * length, _PARAMS, number, 0.0))
+            scheduler.add(Request(f"warm-up {number}", [0] * length, params, number, 0.0))
         await _step(components, scheduler)
     while await _step(components, scheduler):
         pass
@@ -38,23 +42,24 @@ async def warm_up(components: Components, limits: SchedulerLimits) -> None:
     components.cache.loaded_bytes = components.executor.forward.regenerated_tokens = 0
 
 
-def _prompts(tokens: int, limits: SchedulerLimits, scheduler: Scheduler) -> list[int]:
+def _prompts(tokens: int, limits: SchedulerLimits, scheduler: Scheduler, new_tokens: int) -> list[int]:
     """Lengths of prompts with `tokens` tokens in all, as far as there is room for them."""
     longest, room = limits.max_model_len, limits.max_batch - scheduler.num_running
     if limits.keeps_cache:  # there may be blocks for a window and a chunk only
         longest = min(longest, scheduler.blocks.num_blocks * limits.block_size)
-    length = max(1, min(tokens, longest - _NEW_TOKENS))
+    length = max(1, min(tokens, longest - new_tokens))
     if limits.keeps_cache:
-        room = min(room, scheduler.blocks.num_free // -(-(length + _NEW_TOKENS) // limits.block_size))
+        room = min(room, scheduler.blocks.num_free // -(-(length + new_tokens) // limits.block_size))
     return [length] * min(min(tokens, _MAX_TOKENS) // length, room)
 
 
 async def _step(components: Components, scheduler: Scheduler) -> bool:
-    """False: there is none left."""
+    """False: there is none left. Requests go on as they are drafted."""
+    for request, max_tokens in scheduler.draft_candidates():
+        request.draft = [0] * max_tokens
     scheduled = scheduler.schedule(0.0)
     if scheduled is None:
         return False
-    result = await components.executor.execute(components.executor.assemble(scheduled))
-    sampled = [] if result is None else result.sampled
-    scheduler.commit(scheduled.step_id, [None if item.failed else item.token_id for item in sampled], 0.0)
+    await components.executor.execute(components.executor.assemble(scheduled))
+    scheduler.commit(scheduled.step_id, [0] * len(scheduled.sampling), 0.0)
     return True

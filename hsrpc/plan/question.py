@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hsrpc.config import EngineConfig
 from hsrpc.errors import ConfigError
@@ -22,6 +22,8 @@ class Question:
     """Sizes of the model in each choice of formats."""
     machine: Machine
     config: EngineConfig
+    draft_model_bytes: int = 0
+    """Device memory that a draft model takes, which is planned before; 0: there is none."""
 
     def answer(self, choose_plan: Callable[[Planner], Plan] = Planner.plan) -> tuple[Planner, Plan]:
         """The choice of formats with the fastest plan, of those that fit; the first one, where they are equal.
@@ -29,7 +31,8 @@ class Question:
         Raises:
             ConfigError: none fits.
         """
-        budgets, hardware = self.machine.budgets(self.config), self.machine.hardware
+        hardware = self.machine.hardware
+        budgets = replace(self.machine.budgets(self.config), draft_model=self.draft_model_bytes)
         found: list[tuple[Planner, Plan]] = []
         errors: list[ConfigError] = []
         for sizes in self.choices:

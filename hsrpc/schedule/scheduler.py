@@ -10,6 +10,11 @@ widest one has left are freed with each step that is committed.
 A request takes the blocks of its first tokens that are there already, held by others or kept, and computes what is
 left. Where another is about to compute the next one of them, it waits for that: it runs, and computes nothing. Whoever
 computes does not wait, and needs none of those who do; so here too nothing dead-locks.
+
+A request that decodes may have a draft: tokens that it is thought to go on with. They are computed behind its newest
+one, as far as there is room that nobody else wants in this step, and behind each of them a token is sampled as it would
+be without a draft. Those drafted that are equal to what was sampled before them are accepted, as if each had been
+computed in a step of its own; the others are forgotten, and their blocks given back.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, RowCosts, Sampli
 from hsrpc.schedule.windows import NO_WINDOWS, LayerWindows, first_visible, most_blocks
 
 _MAX_ENDED_WAITING = 64
+_NOT_SAMPLED: tuple[int | None, TokenLogprob | None] = None, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +72,8 @@ class SchedulerLimits:
     """Requests with equal first tokens hold the same blocks, which are kept when nobody holds them any longer."""
     recompute: RecomputeLimits = NO_RECOMPUTE
     """How many tokens of requests that began with a cache each step may recompute instead of loading them."""
+    max_draft_tokens: int = 0
+    """Drafted tokens of a request that a step computes, at most; for those of a whole batch there is workspace."""
 
 
 class _InFlight(NamedTuple):
@@ -76,17 +84,27 @@ class _InFlight(NamedTuple):
     stop: StopFlag
 
 
-class Output(NamedTuple):
-    """What a step (or an end without one) gave a request: a token, an end, or both."""
+class DraftCandidate(NamedTuple):
+    """A request that the next step may compute drafted tokens of."""
 
     request: Request
-    token_id: int | None = None
+    max_tokens: int
+    """So many of them, at most."""
+
+
+class Output(NamedTuple):
+    """What a step (or an end without one) gave a request: tokens, an end, or both."""
+
+    request: Request
+    token_ids: tuple[int, ...] = ()
+    """Its next token, and those that were drafted behind it and accepted."""
     finish: FinishReason | None = None
+    """How it ended, with the last of them."""
     matched_stop: int | None = None
     failed: bool = False
     """Sampling failed for this request alone."""
-    logprob: TokenLogprob | None = None
-    """The token's log-probability, where it was asked for."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """The tokens' log-probabilities, where they were asked for."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """Log-probabilities of the next tokens of its prompt, where they were asked for."""
 
@@ -110,6 +128,10 @@ class Scheduler:
         """Which running request computes which blocks that others may share."""
         self.cached_tokens = 0
         """Tokens of requests that were found, and not computed when these were admitted for the first time."""
+        self.drafted_tokens = 0
+        """Tokens drafted for requests that steps computed."""
+        self.accepted_tokens = 0
+        """Those of them that the requests came to have."""
         self._live: dict[str, Request] = {}
         self._running: list[Request] = []
         self._queue = FairQueue()
@@ -187,6 +209,26 @@ class Scheduler:
             self._stop_abandoned()
         return request
 
+    def draft_candidates(self) -> list[DraftCandidate]:
+        """Requests that the next step may compute drafted tokens of, with how many each at most, in order.
+
+        The step computes fewer where room runs out: for prompts, for blocks, or for all drafts together.
+        """
+        limits, found = self.limits, []
+        free_tokens, queries = self.blocks.num_free * limits.block_size, limits.buffers.queries
+        for request in self._running:
+            if not request.is_decoding or request.awaits_prefix:
+                continue
+            room = min(limits.max_draft_tokens, request.max_total_tokens - request.num_tokens - 1)
+            if request.is_uncached:
+                room = min(room, queries - request.num_tokens)
+            else:
+                in_blocks = request.blocks.end * limits.block_size - request.num_tokens
+                room = min(room, queries - 1, in_blocks + free_tokens)
+            if room > 0:
+                found.append(DraftCandidate(request, room))
+        return found
+
     def schedule(self, now: float) -> Scheduled | None:
         """The next step: a token for each running request, and prompts as far as room allows. None: nothing to do."""
         if self._recompute.is_of_use:
@@ -200,6 +242,8 @@ class Scheduler:
         self._queue_rate.note(now, is_waiting=self.num_waiting > 0)
         if not chunks:
             return None
+        if self.limits.max_draft_tokens:
+            chunks = self._with_drafts(chunks)
         batches, limits = self._divide(chunks), self.limits
         is_in_place = len(batches) == 1 and uses_no_buffer(batches[0], limits.block_size, limits.in_place)
         return self._hand_out(batches, is_in_place=is_in_place)
@@ -226,7 +270,13 @@ class Scheduler:
 
     def sampling(self, step_id: int) -> tuple[SamplingRow, ...]:
         """Rows of a step that was scheduled ahead, now that the tokens of the step before are known."""
-        return tuple(self._row(chunk.request) for chunk in self._in_flight[step_id].chunks if chunk.samples)
+        rows = []
+        for chunk in self._in_flight[step_id].chunks:
+            if chunk.samples:
+                rows.append(row := self._row(chunk.request))
+                if chunk.draft:
+                    rows += _rows_behind(row, chunk.draft)
+        return tuple(rows)
 
     def integrity(self) -> dict[str, object]:
         """What requests hold, and what contradicts itself, by name; empty where nobody is there and all is well."""
@@ -310,32 +360,34 @@ class Scheduler:
         where that failed.
         """
         chunks = self._in_flight.pop(step_id).chunks
-        assert len(token_ids) == sum(chunk.samples for chunk in chunks)
-        sampled = zip(token_ids, logprobs or [None] * len(token_ids), strict=True)
+        assert len(token_ids) == sum(chunk.num_sampled for chunk in chunks)
+        rows = zip(token_ids, logprobs or [None] * len(token_ids), strict=True)
         scores = iter(scored)
         outputs = []
         for chunk in chunks:
             request = chunk.request
-            token_id, logprob = next(sampled) if chunk.samples else (None, None)
+            token_id, logprob = next(rows) if chunk.samples else _NOT_SAMPLED
+            behind = tuple(islice(rows, len(chunk.draft))) if chunk.draft else ()
             of_prompt = list(islice(scores, len(chunk.scored))) if scored else []
             prompt_logprobs = tuple(each for each in of_prompt if each is not None)
             request.in_flight -= 1
             if request.finish_reason is not None:
                 self._free_ended(request)
                 continue
-            if len(request.blocks):
-                request.num_computed = chunk.context + chunk.num_new
-                request.is_uncached = False
-                self._publish(request)
-                self._free_hidden(request)
             if len(prompt_logprobs) < len(of_prompt) or (chunk.samples and token_id is None):
-                self.finish(request.request_id, FinishReason.ABORTED)
-                outputs.append(Output(request, None, FinishReason.ABORTED, failed=True))
-                continue
-            request.num_scored += len(prompt_logprobs)
-            output = Output(request) if token_id is None else self._accept(request, token_id, logprob, now)
-            if output.token_id is not None or output.finish is not None or prompt_logprobs:
-                outputs.append(output._replace(prompt_logprobs=prompt_logprobs))
+                output, prompt_logprobs = Output(request, (), FinishReason.ABORTED, failed=True), ()
+            else:
+                output = Output(request) if token_id is None else self._accept(request, token_id, logprob, now)
+                request.num_scored += len(prompt_logprobs)
+            if behind:
+                output = self._accept_behind(output, chunk.draft, behind, now)
+            self._note_computed(chunk, output)
+            if output.finish is not None:
+                self.finish(request.request_id, output.finish)
+            if prompt_logprobs:
+                output = output._replace(prompt_logprobs=prompt_logprobs)
+            if output.token_ids or output.finish is not None or prompt_logprobs:
+                outputs.append(output)
         return outputs
 
     def abandon(self, step_id: int) -> None:
@@ -363,19 +415,56 @@ class Scheduler:
             self.blocks.free_before(request.blocks, first)
 
     def _accept(self, request: Request, token_id: int, logprob: TokenLogprob | None, now: float) -> Output:
+        """Its next token, and whether it is to end with that."""
         if request.first_token_time is None:
             request.first_token_time = now
         if request.params.only_scores:
-            self.finish(request.request_id, FinishReason.MAX_TOKENS)
-            return Output(request, None, FinishReason.MAX_TOKENS)
+            return Output(request, (), FinishReason.MAX_TOKENS)
         request.token_ids.append(token_id)
         if request.matcher is not None:
             request.matcher.push(token_id)
         reason = finish_reason(request, token_id, self._eos)
-        if reason is not None:
-            self.finish(request.request_id, reason)
         matched = token_id if reason is FinishReason.STOP_TOKEN else None
-        return Output(request, token_id, reason, matched, logprob=logprob)
+        return Output(request, (token_id,), reason, matched, logprobs=() if logprob is None else (logprob,))
+
+    def _accept_behind(
+        self,
+        output: Output,
+        draft: Sequence[int],
+        sampled: Sequence[tuple[int | None, TokenLogprob | None]],
+        now: float,
+    ) -> Output:
+        """The output with what was `sampled` behind each token of the draft, as far as the request has that token.
+
+        Where sampling failed there, the next step fails.
+        """
+        for drafted, (token_id, logprob) in zip(draft, sampled, strict=True):
+            if output.finish is not None or token_id is None or output.token_ids[-1] != drafted:
+                break
+            more = self._accept(output.request, token_id, logprob, now)
+            output = more._replace(
+                token_ids=output.token_ids + more.token_ids, logprobs=output.logprobs + more.logprobs
+            )
+        return output
+
+    def _note_computed(self, chunk: Chunk, output: Output) -> None:
+        """What a step computed of a request is cached; what was drafted, and is not accepted, is as if it never was."""
+        request = chunk.request
+        computed = chunk.context + chunk.num_new
+        if chunk.draft:
+            num_drafted, num_accepted = len(chunk.draft), max(0, len(output.token_ids) - 1)
+            request.num_drafted += num_drafted
+            request.num_accepted += num_accepted
+            self.drafted_tokens += num_drafted
+            self.accepted_tokens += num_accepted
+            computed += num_accepted - num_drafted
+            self.blocks.free_from(request.blocks, self._num_blocks(computed))
+        if not len(request.blocks):
+            return
+        request.num_computed = computed
+        request.is_uncached = False
+        self._publish(request)
+        self._free_hidden(request)
 
     def _prefill_budget(self) -> int:
         limits = self.limits
@@ -386,7 +475,8 @@ class Scheduler:
 
     def _balance(self, now: float) -> None:
         """Free the blocks of requests, which are uncached then, or cache one again, as bus and GPU have time."""
-        choice = self._recompute.choose(self._running, self._coming_prompt_tokens(now))
+        drafted = sum(len(request.draft) for request in self._running)
+        choice = self._recompute.choose(self._running, self._coming_prompt_tokens(now) + drafted)
         for request in choice.giving_up:
             self._give_up_blocks(request)
             request.is_uncached = True
@@ -448,6 +538,35 @@ class Scheduler:
             reserved += self._num_needed(request)
         return chunks
 
+    def _with_drafts(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """The chunks, those that decode with what is drafted for their requests, as far as room is left."""
+        found = []
+        for chunk in chunks:
+            drafted, chunk.request.draft = chunk.request.draft, ()
+            count = self._draft_room(chunk, len(drafted)) if drafted and chunk.is_decode else 0
+            found.append(self._with_draft(chunk, tuple(drafted[:count])) if count else chunk)
+        return found
+
+    def _with_draft(self, chunk: Chunk, draft: tuple[int, ...]) -> Chunk:
+        longer = chunk._replace(num_new=chunk.num_new + len(draft), draft=draft)
+        splits = not longer.recomputed and longer.lies_in(self.limits.in_place, self.limits.block_size)
+        return longer._replace(splits=splits)
+
+    def _draft_room(self, chunk: Chunk, wanted: int) -> int:
+        """How many of the `wanted` drafted tokens a chunk has room for, whose blocks are there then."""
+        limits, request = self.limits, chunk.request
+        left = request.max_total_tokens - request.num_tokens - 1
+        count = min(wanted, limits.max_draft_tokens, left, limits.buffers.queries - chunk.num_new)
+        if request.is_uncached and not len(request.blocks):
+            return max(0, count)
+        known = chunk.context + chunk.num_new
+        while count > 0:
+            missing = self._num_blocks(known + count) - request.blocks.end
+            if self.blocks.grow(request.blocks, missing):
+                break
+            count = (request.blocks.end + missing - 1) * limits.block_size - known
+        return max(0, count)
+
     def _take_prefix(self, request: Request) -> bool:
         """Hold the blocks of its first tokens that are there; False while another computes the next one of them."""
         if not self._may_share(request):
@@ -497,6 +616,7 @@ class Scheduler:
         self.blocks.free(request.blocks)
         request.num_computed = request.num_published = 0
         request.awaits_prefix = False
+        request.draft = ()
 
     def _admit_one(self, request: Request, now: float) -> None:
         self.num_waiting_tokens -= request.num_tokens
@@ -606,3 +726,14 @@ class Scheduler:
 def _prefill_tokens(chunk: Chunk) -> int:
     """Tokens of a running request's chunk that count against the prefill budget: all but the one of a decode."""
     return 0 if chunk.is_decode else chunk.num_new
+
+
+def _rows_behind(row: SamplingRow, draft: tuple[int, ...]) -> Iterator[SamplingRow]:
+    """What is sampled behind each token of a draft, as it would be if the request had these."""
+    for count in range(1, len(draft) + 1):
+        known = draft[:count]
+        yield row._replace(
+            num_output_tokens=row.num_output_tokens + count,
+            token_ids=(*row.token_ids, *known) if row.token_ids else (),
+            draft=known,
+        )
