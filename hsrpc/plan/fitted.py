@@ -12,7 +12,7 @@ the heading of docs/findings.md and, where raw results were kept, their file in 
 | DECODE_RATE_SHARE | 0.3 of the memory bandwidth | 0.33 (float16), 0.45 (bfloat16) | "Coded weights" |
 | CODES_RATE_SHARE | 0.9 of the memory bandwidth | 0.9 to 1.0 | "Quantised weights"; quantized/kernels.json |
 | CODES_BY_COLUMN_RATE_SHARE | 0.35 of the memory bandwidth | 0.38, 0.45 | "Quantised weights" |
-| FEW_ROWS_RATE_SHARE | 0.5 of the memory bandwidth | 0.49, 0.59 for 4 rows | "Quantised weights"; products/few-rows.json |
+| FEW_ROWS_RATE_SHARE | 0.5 of the memory bandwidth | 0.49, 0.59 | "Quantised weights"; products/few-rows.json |
 | LAUNCHES | 30 kernels a layer of a mini-batch | 0.3 ms where a kernel takes 10 us | "Prompts" |
 | PROMPT_LAUNCHES | 90 kernels a layer of a mini-batch | 1.1 ms, a part of it once a step | "Prompts" |
 | BOUNDARY_SECONDS | 1e-3 s a step | 1 ms | "The host between and inside steps" |
