@@ -261,8 +261,9 @@ def _gemm_rates(device: Device, layer: LayerSizes, dtype: torch.dtype, amounts: 
     products = (_regeneration(device, layer, dtype, rows) for rows in amounts.rows)
     seconds = [_seconds(device, product, amounts.loops) for product in products]
     per_row, overhead = fit_line(amounts.rows, seconds)
-    size = layer.ffn_size * layer.hidden_size * dtype.itemsize
-    weights = [random(layer.ffn_size, layer.hidden_size) for _ in range(max(1, amounts.weight_bytes // size))]
+    width = _read_width(layer, amounts.weight_bytes // (layer.hidden_size * dtype.itemsize))
+    size = width * layer.hidden_size * dtype.itemsize
+    weights = [random(width, layer.hidden_size) for _ in range(max(1, amounts.weight_bytes // size))]
     few = random(amounts.decode_rows, layer.hidden_size)
 
     def decode() -> None:
@@ -274,6 +275,13 @@ def _gemm_rates(device: Device, layer: LayerSizes, dtype: torch.dtype, amounts: 
     decoding = _seconds(device, graph, amounts.loops)
     flop = 2 * layer.activation.width * (layer.key_size + layer.value_size)
     return flop / per_row, overhead, size * len(weights) / decoding
+
+
+def _read_width(layer: LayerSizes, max_width: int) -> int:
+    """Outputs of a product that reads as many weights at once as the layer does: of experts one launch reads all."""
+    if layer.experts is None:
+        return layer.ffn_size
+    return max(layer.ffn_size, min(layer.ffn_size // layer.experts.k * layer.experts.count, max_width))
 
 
 def _regeneration(device: Device, layer: LayerSizes, dtype: torch.dtype, rows: int) -> Callable[[], object]:

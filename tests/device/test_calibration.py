@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from hsrpc.device.calibration import calibrate, fit_line, sustained_load
+from hsrpc.device.calibration import _read_width, calibrate, fit_line, sustained_load
 from hsrpc.device.device import CpuDevice
 from hsrpc.model.spec import named_spec
 from hsrpc.testing.ordered_device import OrderedDevice
@@ -73,6 +73,14 @@ def test_a_disturbance_of_most_times_does_not_count(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "amax", disturbed)
     found = calibrate(CpuDevice(), named_spec("opt-125m", torch.float32).sizes, torch.float32)
     assert found.attention_bandwidth > 8 * 1024**2 / 0.01
+
+
+@pytest.mark.parametrize(("name", "width"), [("opt-125m", 3072), ("olmoe", 64 * 1024)])
+def test_weights_of_experts_are_read_together(name: str, width: int) -> None:
+    """Those of one token's are so few that reading them says little of a launch that reads all."""
+    layer = named_spec(name, torch.float32).sizes.commonest
+    assert _read_width(layer, max_width=1 << 20) == width
+    assert _read_width(layer, max_width=1) == layer.ffn_size
 
 
 @pytest.mark.parametrize(("name", "most"), [("layer_norm", 30), ("linear", 45)])
