@@ -7,13 +7,13 @@ import gc
 import logging
 import time
 import traceback
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from random import Random
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 from uuid import uuid4
 
 from hsrpc.config import EngineConfig
@@ -21,13 +21,13 @@ from hsrpc.constraint import Constraint
 from hsrpc.engine.admission import Admission, Applicant
 from hsrpc.engine.delivery import Delivery
 from hsrpc.engine.generation import Generation
+from hsrpc.engine.gpus.contract import StepResult, Task
 from hsrpc.engine.grammars.matcher import Matcher
 from hsrpc.engine.meter import Meter
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.run_to_end import run_to_end
-from hsrpc.engine.startup import ChoosePlan, Components, open_components, release
+from hsrpc.engine.startup import ChoosePlan, Components, open_components
 from hsrpc.engine.stats import EngineStats
-from hsrpc.engine.tasks.executor import StepResult
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.validation import Validator
 from hsrpc.engine.warm_up import warm_up
@@ -138,10 +138,9 @@ class Engine:
         self._delivery.fail_all(EngineUnavailableError("the engine was shut down"))
         components, self._components, self._main = self._opened, None, None
         if main is None or main.done():
-            await components.close()
-            device = components.device
+            release = await components.close()
             del components, main, self._meter
-            release(device)
+            release()
         else:  # a thread may still use the memory: it goes with the process
             _log.error("the engine's tasks have not ended; it is left without freeing its memory")
 
@@ -161,7 +160,7 @@ class Engine:
     @property
     def device(self) -> str:
         """Name of the device, for people."""
-        return self._opened.device.name
+        return self._opened.gpus.name
 
     @property
     def tokenizer(self) -> Tokenizer | NoTokenizer:
@@ -304,7 +303,7 @@ class Engine:
 
         What begins with "blocks of" or "blocks without" is a fault at any time.
         """
-        steps = self._opened.executor.num_queued
+        steps = self._opened.gpus.num_queued
         return {
             **self._scheduler.integrity(),
             **self._delivery.integrity(),
@@ -355,14 +354,7 @@ class Engine:
 
     async def _run(self) -> None:
         """All tasks under one group: what fails, fails loudly and at once."""
-        components = self._opened
-        tasks: tuple[Callable[[], Coroutine[Any, Any, None]], ...] = (
-            components.prefetcher.run,
-            components.cache.run,
-            components.executor.run,
-            self._run_steps,
-            self._delivery.run,
-        )
+        tasks: tuple[Task, ...] = (*self._opened.gpus.tasks, self._run_steps, self._delivery.run)
         try:
             async with asyncio.TaskGroup() as group:
                 for task in tasks:
@@ -388,7 +380,7 @@ class Engine:
         self._delivery.fail_all(fault)
 
     async def _run_steps(self) -> None:
-        if self._opened.device.warms_up:
+        if self._opened.gpus.warms_up:
             await warm_up(self._opened, self._scheduler.limits)
         assert self._warm is not None  # made on entering
         gc.freeze()  # what was made so far stays: a collection that looks at it takes tens of milliseconds
@@ -397,7 +389,7 @@ class Engine:
             await self._run_forever(worker)
 
     async def _run_forever(self, worker: Worker) -> None:
-        scheduler, executor = self._scheduler, self._opened.executor
+        scheduler, gpus = self._scheduler, self._opened.gpus
         ahead: Step | None = None
         while True:
             self._last_beat = time.monotonic()
@@ -405,7 +397,7 @@ class Engine:
             if step is not None:
                 step.sampling = scheduler.sampling(step.step_id)
             elif (scheduled := scheduler.schedule(self._last_beat)) is not None:
-                step = await worker.run(partial(executor.assemble, scheduled))
+                step = await worker.run(partial(gpus.assemble, scheduled))
             else:
                 self._wake.clear()
                 await self._wake.wait()
@@ -415,7 +407,7 @@ class Engine:
             ahead = self._schedule_ahead(step)
             self._meter.note_blocks()
             try:
-                result = await executor.execute(step, ahead)
+                result = await gpus.execute(step, ahead)
                 self._meter.note_step(step.counts)
                 outputs = self._commit(step, result)
             except OutOfDeviceMemoryError as error:
@@ -424,9 +416,9 @@ class Engine:
 
     def _schedule_ahead(self, step: Step) -> Step | None:
         """The step after `step`, where it is known already what that will be."""
-        executor = self._opened.executor
-        scheduled = self._scheduler.schedule_ahead(step) if executor.runs_ahead else None
-        return None if scheduled is None else executor.assemble(scheduled)  # its arrays are there
+        gpus = self._opened.gpus
+        scheduled = self._scheduler.schedule_ahead(step) if gpus.runs_ahead else None
+        return None if scheduled is None else gpus.assemble(scheduled)  # its arrays are there
 
     def _fail_step(self, step: Step, error: OutOfDeviceMemoryError) -> list[Output]:
         """End the step's requests; their blocks are free for the others."""

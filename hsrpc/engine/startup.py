@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -21,6 +20,8 @@ from hsrpc.device.device import Device, open_device
 from hsrpc.device.host_memory import HostMemory
 from hsrpc.engine.chat_template import read_template
 from hsrpc.engine.forward import Forward
+from hsrpc.engine.gpus.contract import Gpus
+from hsrpc.engine.gpus.one import OneGpu
 from hsrpc.engine.grammars.grammars import Grammars, NoGrammars
 from hsrpc.engine.graphs import DecodeGraphs, can_capture
 from hsrpc.engine.loading import OverBoundError, compile_formats, load_weights
@@ -70,7 +71,6 @@ class Components:
     """What an engine owns while it runs."""
 
     spec: ModelSpec
-    device: Device
     question: Question
     """What the plan answers."""
     plan: Plan
@@ -78,22 +78,13 @@ class Components:
     """What a request takes that says nothing else."""
     tokenizer: Tokenizer | NoTokenizer
     grammars: Grammars | NoGrammars
-    prefetcher: WeightPrefetcher
-    cache: CacheManager
-    executor: Executor
+    gpus: Gpus
 
-    async def close(self) -> None:
-        """End the threads of texts and constraints, unpin the host's memory; the tasks have ended. See `release`."""
+    async def close(self) -> Callable[[], None]:
+        """End the threads of texts and constraints, and give host memory back, as `Gpus.close`."""
         self.tokenizer.close()
         self.grammars.close()
-        await asyncio.to_thread(self.device.release_pinned)
-
-
-def release(device: Device) -> None:
-    """Give memory back whose components are closed and that nobody refers to any more."""
-    gc.unfreeze()
-    gc.collect()  # what the ended tasks' tracebacks still hold
-    device.release_cached()
+        return await self.gpus.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,9 +346,8 @@ def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         spec = replace(spec, eos_token_ids=tuple(ends))
         grammars = open_grammars(tokenizer, spec)
         undo.pop_all()
-        params = planned.default_params
-        question = planned.question
-        return Components(spec, device, question, plan, params, tokenizer, grammars, prefetcher, cache, executor)
+        gpu = OneGpu(device, prefetcher, cache, executor)
+        return Components(spec, planned.question, plan, planned.default_params, tokenizer, grammars, gpu)
 
 
 def _absorbed_attention(family: Family, plan: Plan, device: torch.device) -> Attention | None:

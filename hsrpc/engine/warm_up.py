@@ -34,8 +34,7 @@ async def warm_up(components: Components, limits: SchedulerLimits) -> None:
         await _step(components, scheduler)
     while await _step(components, scheduler):
         pass
-    components.prefetcher.reset_counts()
-    components.cache.loaded_bytes = components.executor.forward.regenerated_tokens = 0
+    components.gpus.reset_counts()
 
 
 def _prompts(tokens: int, limits: SchedulerLimits, scheduler: Scheduler) -> list[int]:
@@ -54,7 +53,7 @@ async def _step(components: Components, scheduler: Scheduler) -> bool:
     scheduled = scheduler.schedule(0.0)
     if scheduled is None:
         return False
-    result = await components.executor.execute(components.executor.assemble(scheduled))
+    result = await components.gpus.execute(components.gpus.assemble(scheduled))
     sampled = [] if result is None else result.sampled
     scheduler.commit(scheduled.step_id, [None if item.failed else item.token_id for item in sampled], 0.0)
     return True

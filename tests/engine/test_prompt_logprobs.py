@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hsrpc import Engine, SamplingParams
 from hsrpc.engine.forward import DeviceBatch, Forward
-from hsrpc.engine.tasks.executor import Executor, StepResult
+from hsrpc.engine.gpus.contract import StepResult
+from hsrpc.engine.tasks.executor import Executor
 from hsrpc.errors import InvalidRequestError, NotFiniteError
 from hsrpc.request import Delta, FinishReason, TokenLogprob
 from hsrpc.schedule.step import Step

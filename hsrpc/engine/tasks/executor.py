@@ -15,6 +15,7 @@ from torch.autograd import profiler
 
 from hsrpc.device.device import Device, Event
 from hsrpc.engine.forward import Forward, Pass
+from hsrpc.engine.gpus.contract import StepResult
 from hsrpc.engine.graphs import DecodeGraphs
 from hsrpc.engine.lanes import StepRun
 from hsrpc.engine.pace import Pace
@@ -38,16 +39,6 @@ class _Launched(NamedTuple):
 
     step_id: int
     logits: torch.Tensor
-
-
-class StepResult(NamedTuple):
-    """What a step gives."""
-
-    sampled: list[Sampled]
-    """Tokens in the order of `Step.sampling`."""
-    scored: list[TokenLogprob | None]
-    """Log-probabilities of prompt tokens, in the order of each mini-batch's `scores`; None: the logits were not finite.
-    """
 
 
 class _Request(NamedTuple):
