@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Protocol, TypedDict, cast
 
@@ -269,7 +269,7 @@ def _read_finish(finish: v1.Finish) -> Finish:
     matched = finish.WhichOneof("matched")
     return Finish(
         reason=FinishReason(v1.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_")),
-        usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.preemptions, usage.cached_tokens),
+        usage=Usage(**{field.name: getattr(usage, field.name) for field in fields(Usage)}),
         timings=Timings(*map(_seconds, (timings.queue, timings.prefill, timings.decode, timings.first_token))),
         matched_stop=getattr(finish, matched) if matched else None,
     )

@@ -179,6 +179,10 @@ class Usage:
     """Times its blocks were freed and recomputed."""
     cached_tokens: int = 0
     """Tokens of the prompt that were found in blocks of other requests, and not computed."""
+    drafted_tokens: int = 0
+    """Tokens that were drafted, and checked by its steps."""
+    accepted_tokens: int = 0
+    """Those of them that were the output's."""
 
 
 @dataclass(frozen=True, slots=True)

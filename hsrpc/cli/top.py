@@ -87,6 +87,9 @@ def view(info: GetServerInfoResponse, last: WatchLoadResponse | None, report: Wa
     table.add_row("prompts", _rate(last, report, ("prompt_tokens",), _tokens))
     table.add_row("regenerated", _rate(last, report, ("regenerated_tokens",), _tokens) + ", layers counted")
     table.add_row("recomputed", _rate(last, report, ("recomputed_tokens",), _tokens))
+    if measured.drafted_tokens:
+        share = measured.accepted_tokens / measured.drafted_tokens
+        table.add_row("drafted", f"{measured.drafted_tokens:,} tokens, {share:.0%} of them accepted")
     table.add_row("preemptions", str(measured.preemptions))
     if measured.HasField("step_time"):
         predicted = info.plan.predicted_step_time.ToTimedelta().total_seconds()

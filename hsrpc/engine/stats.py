@@ -34,6 +34,10 @@ class EngineStats:
     """Tokens that steps recomputed because their requests keep no cache; a request's newest token is not counted."""
     cached_tokens: int = 0
     """Tokens of requests that were found in blocks of others when they were admitted, and not computed."""
+    drafted_tokens: int = 0
+    """Tokens that were drafted, and checked by steps."""
+    accepted_tokens: int = 0
+    """Those of them that were the output's."""
     expert_hits: int = 0
     """Experts that steps needed and found in their slots, each layer counted; none where they do not come on demand."""
     expert_loads: int = 0

@@ -17,7 +17,7 @@ from hsrpc.server.engine_protocol import SubmitOptions
 from hsrpc.testing.stub_engine import StubEngine, StubGeneration
 
 WORDS = ("Once", " upon", " a", " time")
-USAGE = Usage(3, 4, 1)
+USAGE = Usage(3, 4, 1, drafted_tokens=6, accepted_tokens=3)
 TIMINGS = Timings(queue=0.5, prefill=1.0, decode=2.0, first_token=1.5)
 
 

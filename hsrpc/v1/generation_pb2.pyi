@@ -721,6 +721,8 @@ class Usage(google.protobuf.message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
     PREEMPTIONS_FIELD_NUMBER: builtins.int
     CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
     prompt_tokens: builtins.int
     """Tokens of the prompt."""
     completion_tokens: builtins.int
@@ -729,6 +731,10 @@ class Usage(google.protobuf.message.Message):
     """Times that the request's cache was given up for others and computed again."""
     cached_tokens: builtins.int
     """Tokens of the prompt that were found in blocks of other requests and not computed."""
+    drafted_tokens: builtins.int
+    """Tokens that were drafted, so that one step could check several of them; none of them changes the output."""
+    accepted_tokens: builtins.int
+    """Those of them that were the output's."""
     def __init__(
         self,
         *,
@@ -736,8 +742,10 @@ class Usage(google.protobuf.message.Message):
         completion_tokens: builtins.int = ...,
         preemptions: builtins.int = ...,
         cached_tokens: builtins.int = ...,
+        drafted_tokens: builtins.int = ...,
+        accepted_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_tokens", b"accepted_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "drafted_tokens", b"drafted_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens"]) -> None: ...
 
 Global___Usage: typing_extensions.TypeAlias = Usage
 

@@ -205,6 +205,8 @@ class Measured(google.protobuf.message.Message):
     PEAK_DEVICE_BYTES_FIELD_NUMBER: builtins.int
     RECOMPUTED_TOKENS_FIELD_NUMBER: builtins.int
     CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
     tokens_per_second: builtins.float
     """Decode rate while there was work, tokens a second."""
     generated_tokens: builtins.int
@@ -225,6 +227,10 @@ class Measured(google.protobuf.message.Message):
     """Tokens computed anew in a step because their request keeps no cache."""
     cached_tokens: builtins.int
     """Tokens found in blocks of other requests, and not computed."""
+    drafted_tokens: builtins.int
+    """Tokens that were drafted, so that one step could check several of a request."""
+    accepted_tokens: builtins.int
+    """Those of them that were the output's."""
     @property
     def step_time(self) -> google.protobuf.duration_pb2.Duration:
         """Mean time of a step."""
@@ -243,9 +249,11 @@ class Measured(google.protobuf.message.Message):
         peak_device_bytes: builtins.int = ...,
         recomputed_tokens: builtins.int = ...,
         cached_tokens: builtins.int = ...,
+        drafted_tokens: builtins.int = ...,
+        accepted_tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_tokens_per_second", b"_tokens_per_second", "step_time", b"step_time", "tokens_per_second", b"tokens_per_second"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_tokens_per_second", b"_tokens_per_second", "cache_loaded_bytes", b"cache_loaded_bytes", "cached_tokens", b"cached_tokens", "generated_tokens", b"generated_tokens", "peak_device_bytes", b"peak_device_bytes", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "recomputed_tokens", b"recomputed_tokens", "regenerated_tokens", b"regenerated_tokens", "step_time", b"step_time", "tokens_per_second", b"tokens_per_second", "weights_streamed_bytes", b"weights_streamed_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_tokens_per_second", b"_tokens_per_second", "accepted_tokens", b"accepted_tokens", "cache_loaded_bytes", b"cache_loaded_bytes", "cached_tokens", b"cached_tokens", "drafted_tokens", b"drafted_tokens", "generated_tokens", b"generated_tokens", "peak_device_bytes", b"peak_device_bytes", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "recomputed_tokens", b"recomputed_tokens", "regenerated_tokens", b"regenerated_tokens", "step_time", b"step_time", "tokens_per_second", b"tokens_per_second", "weights_streamed_bytes", b"weights_streamed_bytes"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_tokens_per_second", b"_tokens_per_second"]) -> typing.Literal["tokens_per_second"] | None: ...
 
 Global___Measured: typing_extensions.TypeAlias = Measured

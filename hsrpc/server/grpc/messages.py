@@ -331,6 +331,8 @@ def finish_message(finish: Finish) -> v1.Finish:
             completion_tokens=usage.completion_tokens,
             preemptions=usage.preemptions,
             cached_tokens=usage.cached_tokens,
+            drafted_tokens=usage.drafted_tokens,
+            accepted_tokens=usage.accepted_tokens,
         ),
         timings=v1.Timings(
             queue=duration(timings.queue),

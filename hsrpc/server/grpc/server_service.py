@@ -91,6 +91,8 @@ def _measured_message(stats: Stats) -> v1.Measured:
         regenerated_tokens=stats.regenerated_tokens,
         recomputed_tokens=stats.recomputed_tokens,
         cached_tokens=stats.cached_tokens,
+        drafted_tokens=stats.drafted_tokens,
+        accepted_tokens=stats.accepted_tokens,
         preemptions=stats.preemptions,
         peak_device_bytes=stats.peak_device_bytes,
     )

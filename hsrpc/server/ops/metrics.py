@@ -185,6 +185,8 @@ def _work(stats: Stats) -> Iterator[Metric]:
     yield _counter("hsrpc_regenerated_tokens", "K and V rebuilt, tokens times layers", stats.regenerated_tokens)
     yield _counter("hsrpc_recomputed_tokens", "Tokens of requests that keep no cache", stats.recomputed_tokens)
     yield _counter("hsrpc_cached_tokens", "Tokens found in blocks of other requests, not computed", stats.cached_tokens)
+    yield _counter("hsrpc_drafted_tokens", "Tokens drafted, and checked by steps", stats.drafted_tokens)
+    yield _counter("hsrpc_accepted_tokens", "Drafted tokens that were the output's", stats.accepted_tokens)
     yield _counter("hsrpc_expert_hits", "Experts on demand that were on the device", stats.expert_hits)
     yield _counter("hsrpc_expert_loads", "Experts on demand that were loaded", stats.expert_loads)
     yield _counter("hsrpc_expert_load_bytes", "Bytes of the experts loaded", stats.expert_loaded_bytes)

@@ -75,7 +75,7 @@ async def test_generate_yields_deltas(server):
     assert all(isinstance(delta, Delta) for delta in deltas)
     finish = deltas[-1].finish
     assert finish is not None
-    assert (finish.reason, finish.usage) == (FinishReason.EOS, Usage(3, 4, 1))
+    assert (finish.reason, finish.usage) == (FinishReason.EOS, Usage(3, 4, 1, drafted_tokens=6, accepted_tokens=3))
     assert finish.timings == Timings(queue=0.5, prefill=1.0, decode=2.0, first_token=1.5)
 
 

@@ -277,6 +277,8 @@ PROTOBUF_CONSTEXPR Usage::Usage(
   , /*decltype(_impl_.completion_tokens_)*/0
   , /*decltype(_impl_.preemptions_)*/0
   , /*decltype(_impl_.cached_tokens_)*/0
+  , /*decltype(_impl_.drafted_tokens_)*/0
+  , /*decltype(_impl_.accepted_tokens_)*/0
   , /*decltype(_impl_._cached_size_)*/{}} {}
 struct UsageDefaultTypeInternal {
   PROTOBUF_CONSTEXPR UsageDefaultTypeInternal()
@@ -546,6 +548,8 @@ const uint32_t TableStruct_hsrpc_2fv1_2fgeneration_2eproto::offsets[] PROTOBUF_S
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Usage, _impl_.completion_tokens_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Usage, _impl_.preemptions_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Usage, _impl_.cached_tokens_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Usage, _impl_.drafted_tokens_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Usage, _impl_.accepted_tokens_),
   ~0u,  // no _has_bits_
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Timings, _internal_metadata_),
   ~0u,  // no _extensions_
@@ -588,9 +592,9 @@ static const ::_pbi::MigrationSchema schemas[] PROTOBUF_SECTION_VARIABLE(protode
   { 180, -1, -1, sizeof(::hsrpc::v1::TopLogprob)},
   { 188, -1, -1, sizeof(::hsrpc::v1::Finish)},
   { 200, -1, -1, sizeof(::hsrpc::v1::Usage)},
-  { 210, -1, -1, sizeof(::hsrpc::v1::Timings)},
-  { 220, -1, -1, sizeof(::hsrpc::v1::AbortRequest)},
-  { 227, -1, -1, sizeof(::hsrpc::v1::AbortResponse)},
+  { 212, -1, -1, sizeof(::hsrpc::v1::Timings)},
+  { 222, -1, -1, sizeof(::hsrpc::v1::AbortRequest)},
+  { 229, -1, -1, sizeof(::hsrpc::v1::AbortResponse)},
 };
 
 static const ::_pb::Message* const file_default_instances[] = {
@@ -682,28 +686,29 @@ const char descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto[] PROTOBUF_
   "\022\025\n\013stop_string\030\002 \001(\tH\000\022\027\n\rstop_token_id"
   "\030\003 \001(\005H\000\022\036\n\005usage\030\004 \001(\0132\017.hsrpc.v1.Usage"
   "\022\"\n\007timings\030\005 \001(\0132\021.hsrpc.v1.TimingsB\t\n\007"
-  "matched\"e\n\005Usage\022\025\n\rprompt_tokens\030\001 \001(\005\022"
-  "\031\n\021completion_tokens\030\002 \001(\005\022\023\n\013preemption"
-  "s\030\003 \001(\005\022\025\n\rcached_tokens\030\004 \001(\005\"\272\001\n\007Timin"
-  "gs\022(\n\005queue\030\001 \001(\0132\031.google.protobuf.Dura"
-  "tion\022*\n\007prefill\030\002 \001(\0132\031.google.protobuf."
-  "Duration\022)\n\006decode\030\003 \001(\0132\031.google.protob"
-  "uf.Duration\022.\n\013first_token\030\004 \001(\0132\031.googl"
-  "e.protobuf.Duration\"\"\n\014AbortRequest\022\022\n\nr"
-  "equest_id\030\001 \001(\t\" \n\rAbortResponse\022\017\n\007abor"
-  "ted\030\001 \001(\010*\372\001\n\014FinishReason\022\035\n\031FINISH_REA"
-  "SON_UNSPECIFIED\020\000\022\025\n\021FINISH_REASON_EOS\020\001"
-  "\022\035\n\031FINISH_REASON_STOP_STRING\020\002\022\034\n\030FINIS"
-  "H_REASON_STOP_TOKEN\020\003\022\034\n\030FINISH_REASON_M"
-  "AX_TOKENS\020\004\022 \n\034FINISH_REASON_CONTEXT_LEN"
-  "GTH\020\005\022\034\n\030FINISH_REASON_TIME_LIMIT\020\006\022\031\n\025F"
-  "INISH_REASON_ABORTED\020\0072\222\001\n\021GenerationSer"
-  "vice\022C\n\010Generate\022\031.hsrpc.v1.GenerateRequ"
-  "est\032\032.hsrpc.v1.GenerateResponse0\001\0228\n\005Abo"
-  "rt\022\026.hsrpc.v1.AbortRequest\032\027.hsrpc.v1.Ab"
-  "ortResponseBL\n\022io.github.hsrpc.v1P\001Z)git"
-  "hub.com/hsrpc/hsrpc/clients/go/hsrpcv1\252\002"
-  "\010Hsrpc.V1b\006proto3"
+  "matched\"\226\001\n\005Usage\022\025\n\rprompt_tokens\030\001 \001(\005"
+  "\022\031\n\021completion_tokens\030\002 \001(\005\022\023\n\013preemptio"
+  "ns\030\003 \001(\005\022\025\n\rcached_tokens\030\004 \001(\005\022\026\n\016draft"
+  "ed_tokens\030\005 \001(\005\022\027\n\017accepted_tokens\030\006 \001(\005"
+  "\"\272\001\n\007Timings\022(\n\005queue\030\001 \001(\0132\031.google.pro"
+  "tobuf.Duration\022*\n\007prefill\030\002 \001(\0132\031.google"
+  ".protobuf.Duration\022)\n\006decode\030\003 \001(\0132\031.goo"
+  "gle.protobuf.Duration\022.\n\013first_token\030\004 \001"
+  "(\0132\031.google.protobuf.Duration\"\"\n\014AbortRe"
+  "quest\022\022\n\nrequest_id\030\001 \001(\t\" \n\rAbortRespon"
+  "se\022\017\n\007aborted\030\001 \001(\010*\372\001\n\014FinishReason\022\035\n\031"
+  "FINISH_REASON_UNSPECIFIED\020\000\022\025\n\021FINISH_RE"
+  "ASON_EOS\020\001\022\035\n\031FINISH_REASON_STOP_STRING\020"
+  "\002\022\034\n\030FINISH_REASON_STOP_TOKEN\020\003\022\034\n\030FINIS"
+  "H_REASON_MAX_TOKENS\020\004\022 \n\034FINISH_REASON_C"
+  "ONTEXT_LENGTH\020\005\022\034\n\030FINISH_REASON_TIME_LI"
+  "MIT\020\006\022\031\n\025FINISH_REASON_ABORTED\020\0072\222\001\n\021Gen"
+  "erationService\022C\n\010Generate\022\031.hsrpc.v1.Ge"
+  "nerateRequest\032\032.hsrpc.v1.GenerateRespons"
+  "e0\001\0228\n\005Abort\022\026.hsrpc.v1.AbortRequest\032\027.h"
+  "srpc.v1.AbortResponseBL\n\022io.github.hsrpc"
+  ".v1P\001Z)github.com/hsrpc/hsrpc/clients/go"
+  "/hsrpcv1\252\002\010Hsrpc.V1b\006proto3"
   ;
 static const ::_pbi::DescriptorTable* const descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_deps[2] = {
   &::descriptor_table_google_2fprotobuf_2fduration_2eproto,
@@ -711,7 +716,7 @@ static const ::_pbi::DescriptorTable* const descriptor_table_hsrpc_2fv1_2fgenera
 };
 static ::_pbi::once_flag descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once;
 const ::_pbi::DescriptorTable descriptor_table_hsrpc_2fv1_2fgeneration_2eproto = {
-    false, false, 3497, descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto,
+    false, false, 3547, descriptor_table_protodef_hsrpc_2fv1_2fgeneration_2eproto,
     "hsrpc/v1/generation.proto",
     &descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_once, descriptor_table_hsrpc_2fv1_2fgeneration_2eproto_deps, 2, 19,
     schemas, file_default_instances, TableStruct_hsrpc_2fv1_2fgeneration_2eproto::offsets,
@@ -5616,12 +5621,14 @@ Usage::Usage(const Usage& from)
     , decltype(_impl_.completion_tokens_){}
     , decltype(_impl_.preemptions_){}
     , decltype(_impl_.cached_tokens_){}
+    , decltype(_impl_.drafted_tokens_){}
+    , decltype(_impl_.accepted_tokens_){}
     , /*decltype(_impl_._cached_size_)*/{}};
 
   _internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
   ::memcpy(&_impl_.prompt_tokens_, &from._impl_.prompt_tokens_,
-    static_cast<size_t>(reinterpret_cast<char*>(&_impl_.cached_tokens_) -
-    reinterpret_cast<char*>(&_impl_.prompt_tokens_)) + sizeof(_impl_.cached_tokens_));
+    static_cast<size_t>(reinterpret_cast<char*>(&_impl_.accepted_tokens_) -
+    reinterpret_cast<char*>(&_impl_.prompt_tokens_)) + sizeof(_impl_.accepted_tokens_));
   // @@protoc_insertion_point(copy_constructor:hsrpc.v1.Usage)
 }
 
@@ -5634,6 +5641,8 @@ inline void Usage::SharedCtor(
     , decltype(_impl_.completion_tokens_){0}
     , decltype(_impl_.preemptions_){0}
     , decltype(_impl_.cached_tokens_){0}
+    , decltype(_impl_.drafted_tokens_){0}
+    , decltype(_impl_.accepted_tokens_){0}
     , /*decltype(_impl_._cached_size_)*/{}
   };
 }
@@ -5662,8 +5671,8 @@ void Usage::Clear() {
   (void) cached_has_bits;
 
   ::memset(&_impl_.prompt_tokens_, 0, static_cast<size_t>(
-      reinterpret_cast<char*>(&_impl_.cached_tokens_) -
-      reinterpret_cast<char*>(&_impl_.prompt_tokens_)) + sizeof(_impl_.cached_tokens_));
+      reinterpret_cast<char*>(&_impl_.accepted_tokens_) -
+      reinterpret_cast<char*>(&_impl_.prompt_tokens_)) + sizeof(_impl_.accepted_tokens_));
   _internal_metadata_.Clear<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>();
 }
 
@@ -5701,6 +5710,22 @@ const char* Usage::_InternalParse(const char* ptr, ::_pbi::ParseContext* ctx) {
       case 4:
         if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 32)) {
           _impl_.cached_tokens_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint32(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // int32 drafted_tokens = 5;
+      case 5:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 40)) {
+          _impl_.drafted_tokens_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint32(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // int32 accepted_tokens = 6;
+      case 6:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 48)) {
+          _impl_.accepted_tokens_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint32(&ptr);
           CHK_(ptr);
         } else
           goto handle_unusual;
@@ -5758,6 +5783,18 @@ uint8_t* Usage::_InternalSerialize(
     target = ::_pbi::WireFormatLite::WriteInt32ToArray(4, this->_internal_cached_tokens(), target);
   }
 
+  // int32 drafted_tokens = 5;
+  if (this->_internal_drafted_tokens() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt32ToArray(5, this->_internal_drafted_tokens(), target);
+  }
+
+  // int32 accepted_tokens = 6;
+  if (this->_internal_accepted_tokens() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt32ToArray(6, this->_internal_accepted_tokens(), target);
+  }
+
   if (PROTOBUF_PREDICT_FALSE(_internal_metadata_.have_unknown_fields())) {
     target = ::_pbi::WireFormat::InternalSerializeUnknownFieldsToArray(
         _internal_metadata_.unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(::PROTOBUF_NAMESPACE_ID::UnknownFieldSet::default_instance), target, stream);
@@ -5794,6 +5831,16 @@ size_t Usage::ByteSizeLong() const {
     total_size += ::_pbi::WireFormatLite::Int32SizePlusOne(this->_internal_cached_tokens());
   }
 
+  // int32 drafted_tokens = 5;
+  if (this->_internal_drafted_tokens() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int32SizePlusOne(this->_internal_drafted_tokens());
+  }
+
+  // int32 accepted_tokens = 6;
+  if (this->_internal_accepted_tokens() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int32SizePlusOne(this->_internal_accepted_tokens());
+  }
+
   return MaybeComputeUnknownFieldsSize(total_size, &_impl_._cached_size_);
 }
 
@@ -5824,6 +5871,12 @@ void Usage::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTOBUF
   if (from._internal_cached_tokens() != 0) {
     _this->_internal_set_cached_tokens(from._internal_cached_tokens());
   }
+  if (from._internal_drafted_tokens() != 0) {
+    _this->_internal_set_drafted_tokens(from._internal_drafted_tokens());
+  }
+  if (from._internal_accepted_tokens() != 0) {
+    _this->_internal_set_accepted_tokens(from._internal_accepted_tokens());
+  }
   _this->_internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
 }
 
@@ -5842,8 +5895,8 @@ void Usage::InternalSwap(Usage* other) {
   using std::swap;
   _internal_metadata_.InternalSwap(&other->_internal_metadata_);
   ::PROTOBUF_NAMESPACE_ID::internal::memswap<
-      PROTOBUF_FIELD_OFFSET(Usage, _impl_.cached_tokens_)
-      + sizeof(Usage::_impl_.cached_tokens_)
+      PROTOBUF_FIELD_OFFSET(Usage, _impl_.accepted_tokens_)
+      + sizeof(Usage::_impl_.accepted_tokens_)
       - PROTOBUF_FIELD_OFFSET(Usage, _impl_.prompt_tokens_)>(
           reinterpret_cast<char*>(&_impl_.prompt_tokens_),
           reinterpret_cast<char*>(&other->_impl_.prompt_tokens_));

@@ -3486,6 +3486,8 @@ class Usage final :
     kCompletionTokensFieldNumber = 2,
     kPreemptionsFieldNumber = 3,
     kCachedTokensFieldNumber = 4,
+    kDraftedTokensFieldNumber = 5,
+    kAcceptedTokensFieldNumber = 6,
   };
   // int32 prompt_tokens = 1;
   void clear_prompt_tokens();
@@ -3523,6 +3525,24 @@ class Usage final :
   void _internal_set_cached_tokens(int32_t value);
   public:
 
+  // int32 drafted_tokens = 5;
+  void clear_drafted_tokens();
+  int32_t drafted_tokens() const;
+  void set_drafted_tokens(int32_t value);
+  private:
+  int32_t _internal_drafted_tokens() const;
+  void _internal_set_drafted_tokens(int32_t value);
+  public:
+
+  // int32 accepted_tokens = 6;
+  void clear_accepted_tokens();
+  int32_t accepted_tokens() const;
+  void set_accepted_tokens(int32_t value);
+  private:
+  int32_t _internal_accepted_tokens() const;
+  void _internal_set_accepted_tokens(int32_t value);
+  public:
+
   // @@protoc_insertion_point(class_scope:hsrpc.v1.Usage)
  private:
   class _Internal;
@@ -3535,6 +3555,8 @@ class Usage final :
     int32_t completion_tokens_;
     int32_t preemptions_;
     int32_t cached_tokens_;
+    int32_t drafted_tokens_;
+    int32_t accepted_tokens_;
     mutable ::PROTOBUF_NAMESPACE_ID::internal::CachedSize _cached_size_;
   };
   union { Impl_ _impl_; };
@@ -7784,6 +7806,46 @@ inline void Usage::_internal_set_cached_tokens(int32_t value) {
 inline void Usage::set_cached_tokens(int32_t value) {
   _internal_set_cached_tokens(value);
   // @@protoc_insertion_point(field_set:hsrpc.v1.Usage.cached_tokens)
+}
+
+// int32 drafted_tokens = 5;
+inline void Usage::clear_drafted_tokens() {
+  _impl_.drafted_tokens_ = 0;
+}
+inline int32_t Usage::_internal_drafted_tokens() const {
+  return _impl_.drafted_tokens_;
+}
+inline int32_t Usage::drafted_tokens() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Usage.drafted_tokens)
+  return _internal_drafted_tokens();
+}
+inline void Usage::_internal_set_drafted_tokens(int32_t value) {
+  
+  _impl_.drafted_tokens_ = value;
+}
+inline void Usage::set_drafted_tokens(int32_t value) {
+  _internal_set_drafted_tokens(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Usage.drafted_tokens)
+}
+
+// int32 accepted_tokens = 6;
+inline void Usage::clear_accepted_tokens() {
+  _impl_.accepted_tokens_ = 0;
+}
+inline int32_t Usage::_internal_accepted_tokens() const {
+  return _impl_.accepted_tokens_;
+}
+inline int32_t Usage::accepted_tokens() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Usage.accepted_tokens)
+  return _internal_accepted_tokens();
+}
+inline void Usage::_internal_set_accepted_tokens(int32_t value) {
+  
+  _impl_.accepted_tokens_ = value;
+}
+inline void Usage::set_accepted_tokens(int32_t value) {
+  _internal_set_accepted_tokens(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Usage.accepted_tokens)
 }
 
 // -------------------------------------------------------------------

@@ -88,7 +88,9 @@ PROTOBUF_CONSTEXPR Measured::Measured(
   , /*decltype(_impl_.preemptions_)*/int64_t{0}
   , /*decltype(_impl_.peak_device_bytes_)*/int64_t{0}
   , /*decltype(_impl_.recomputed_tokens_)*/int64_t{0}
-  , /*decltype(_impl_.cached_tokens_)*/int64_t{0}} {}
+  , /*decltype(_impl_.cached_tokens_)*/int64_t{0}
+  , /*decltype(_impl_.drafted_tokens_)*/int64_t{0}
+  , /*decltype(_impl_.accepted_tokens_)*/int64_t{0}} {}
 struct MeasuredDefaultTypeInternal {
   PROTOBUF_CONSTEXPR MeasuredDefaultTypeInternal()
       : _instance(::_pbi::ConstantInitialized{}) {}
@@ -217,8 +219,12 @@ const uint32_t TableStruct_hsrpc_2fv1_2fserver_2eproto::offsets[] PROTOBUF_SECTI
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Measured, _impl_.peak_device_bytes_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Measured, _impl_.recomputed_tokens_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Measured, _impl_.cached_tokens_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Measured, _impl_.drafted_tokens_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Measured, _impl_.accepted_tokens_),
   ~0u,
   0,
+  ~0u,
+  ~0u,
   ~0u,
   ~0u,
   ~0u,
@@ -269,11 +275,11 @@ static const ::_pbi::MigrationSchema schemas[] PROTOBUF_SECTION_VARIABLE(protode
   { 0, -1, -1, sizeof(::hsrpc::v1::GetServerInfoRequest)},
   { 6, -1, -1, sizeof(::hsrpc::v1::GetServerInfoResponse)},
   { 19, -1, -1, sizeof(::hsrpc::v1::Plan)},
-  { 35, 52, -1, sizeof(::hsrpc::v1::Measured)},
-  { 63, -1, -1, sizeof(::hsrpc::v1::Load)},
-  { 72, -1, -1, sizeof(::hsrpc::v1::BlockUse)},
-  { 83, -1, -1, sizeof(::hsrpc::v1::WatchLoadRequest)},
-  { 90, -1, -1, sizeof(::hsrpc::v1::WatchLoadResponse)},
+  { 35, 54, -1, sizeof(::hsrpc::v1::Measured)},
+  { 67, -1, -1, sizeof(::hsrpc::v1::Load)},
+  { 76, -1, -1, sizeof(::hsrpc::v1::BlockUse)},
+  { 87, -1, -1, sizeof(::hsrpc::v1::WatchLoadRequest)},
+  { 94, -1, -1, sizeof(::hsrpc::v1::WatchLoadResponse)},
 };
 
 static const ::_pb::Message* const file_default_instances[] = {
@@ -303,7 +309,7 @@ const char descriptor_table_protodef_hsrpc_2fv1_2fserver_2eproto[] PROTOBUF_SECT
   "ep_time\030\007 \001(\0132\031.google.protobuf.Duration"
   "\022#\n\033predicted_tokens_per_second\030\010 \001(\001\022\024\n"
   "\014cache_policy\030\t \001(\t\022\026\n\016cache_decision\030\n "
-  "\001(\t\"\331\002\n\010Measured\022,\n\tstep_time\030\001 \001(\0132\031.go"
+  "\001(\t\"\212\003\n\010Measured\022,\n\tstep_time\030\001 \001(\0132\031.go"
   "ogle.protobuf.Duration\022\036\n\021tokens_per_sec"
   "ond\030\002 \001(\001H\000\210\001\001\022\030\n\020generated_tokens\030\003 \001(\003"
   "\022\025\n\rprompt_tokens\030\004 \001(\003\022\036\n\026weights_strea"
@@ -311,35 +317,37 @@ const char descriptor_table_protodef_hsrpc_2fv1_2fserver_2eproto[] PROTOBUF_SECT
   "\001(\003\022\032\n\022regenerated_tokens\030\007 \001(\003\022\023\n\013preem"
   "ptions\030\010 \001(\003\022\031\n\021peak_device_bytes\030\t \001(\003\022"
   "\031\n\021recomputed_tokens\030\n \001(\003\022\025\n\rcached_tok"
-  "ens\030\013 \001(\003B\024\n\022_tokens_per_second\"]\n\004Load\022"
-  "\027\n\017queued_requests\030\001 \001(\005\022\030\n\020running_requ"
-  "ests\030\002 \001(\005\022\"\n\006blocks\030\003 \003(\0132\022.hsrpc.v1.Bl"
-  "ockUse\"{\n\010BlockUse\022!\n\004kind\030\001 \001(\0162\023.hsrpc"
-  ".v1.BlockKind\022!\n\004tier\030\002 \001(\0162\023.hsrpc.v1.B"
-  "lockTier\022\014\n\004used\030\003 \001(\003\022\r\n\005total\030\004 \001(\003\022\014\n"
-  "\004peak\030\005 \001(\003\"\?\n\020WatchLoadRequest\022+\n\010inter"
-  "val\030\001 \001(\0132\031.google.protobuf.Duration\"\202\001\n"
-  "\021WatchLoadResponse\022\034\n\004load\030\001 \001(\0132\016.hsrpc"
-  ".v1.Load\022$\n\010measured\030\002 \001(\0132\022.hsrpc.v1.Me"
-  "asured\022)\n\006uptime\030\003 \001(\0132\031.google.protobuf"
-  ".Duration*U\n\tBlockKind\022\032\n\026BLOCK_KIND_UNS"
-  "PECIFIED\020\000\022\021\n\rBLOCK_KIND_KV\020\001\022\031\n\025BLOCK_K"
-  "IND_ACTIVATION\020\002*S\n\tBlockTier\022\032\n\026BLOCK_T"
-  "IER_UNSPECIFIED\020\000\022\025\n\021BLOCK_TIER_DEVICE\020\001"
-  "\022\023\n\017BLOCK_TIER_HOST\020\0022\251\001\n\rServerService\022"
-  "P\n\rGetServerInfo\022\036.hsrpc.v1.GetServerInf"
-  "oRequest\032\037.hsrpc.v1.GetServerInfoRespons"
-  "e\022F\n\tWatchLoad\022\032.hsrpc.v1.WatchLoadReque"
-  "st\032\033.hsrpc.v1.WatchLoadResponse0\001BL\n\022io."
-  "github.hsrpc.v1P\001Z)github.com/hsrpc/hsrp"
-  "c/clients/go/hsrpcv1\252\002\010Hsrpc.V1b\006proto3"
+  "ens\030\013 \001(\003\022\026\n\016drafted_tokens\030\014 \001(\003\022\027\n\017acc"
+  "epted_tokens\030\r \001(\003B\024\n\022_tokens_per_second"
+  "\"]\n\004Load\022\027\n\017queued_requests\030\001 \001(\005\022\030\n\020run"
+  "ning_requests\030\002 \001(\005\022\"\n\006blocks\030\003 \003(\0132\022.hs"
+  "rpc.v1.BlockUse\"{\n\010BlockUse\022!\n\004kind\030\001 \001("
+  "\0162\023.hsrpc.v1.BlockKind\022!\n\004tier\030\002 \001(\0162\023.h"
+  "srpc.v1.BlockTier\022\014\n\004used\030\003 \001(\003\022\r\n\005total"
+  "\030\004 \001(\003\022\014\n\004peak\030\005 \001(\003\"\?\n\020WatchLoadRequest"
+  "\022+\n\010interval\030\001 \001(\0132\031.google.protobuf.Dur"
+  "ation\"\202\001\n\021WatchLoadResponse\022\034\n\004load\030\001 \001("
+  "\0132\016.hsrpc.v1.Load\022$\n\010measured\030\002 \001(\0132\022.hs"
+  "rpc.v1.Measured\022)\n\006uptime\030\003 \001(\0132\031.google"
+  ".protobuf.Duration*U\n\tBlockKind\022\032\n\026BLOCK"
+  "_KIND_UNSPECIFIED\020\000\022\021\n\rBLOCK_KIND_KV\020\001\022\031"
+  "\n\025BLOCK_KIND_ACTIVATION\020\002*S\n\tBlockTier\022\032"
+  "\n\026BLOCK_TIER_UNSPECIFIED\020\000\022\025\n\021BLOCK_TIER"
+  "_DEVICE\020\001\022\023\n\017BLOCK_TIER_HOST\020\0022\251\001\n\rServe"
+  "rService\022P\n\rGetServerInfo\022\036.hsrpc.v1.Get"
+  "ServerInfoRequest\032\037.hsrpc.v1.GetServerIn"
+  "foResponse\022F\n\tWatchLoad\022\032.hsrpc.v1.Watch"
+  "LoadRequest\032\033.hsrpc.v1.WatchLoadResponse"
+  "0\001BL\n\022io.github.hsrpc.v1P\001Z)github.com/h"
+  "srpc/hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1"
+  "b\006proto3"
   ;
 static const ::_pbi::DescriptorTable* const descriptor_table_hsrpc_2fv1_2fserver_2eproto_deps[1] = {
   &::descriptor_table_google_2fprotobuf_2fduration_2eproto,
 };
 static ::_pbi::once_flag descriptor_table_hsrpc_2fv1_2fserver_2eproto_once;
 const ::_pbi::DescriptorTable descriptor_table_hsrpc_2fv1_2fserver_2eproto = {
-    false, false, 1799, descriptor_table_protodef_hsrpc_2fv1_2fserver_2eproto,
+    false, false, 1848, descriptor_table_protodef_hsrpc_2fv1_2fserver_2eproto,
     "hsrpc/v1/server.proto",
     &descriptor_table_hsrpc_2fv1_2fserver_2eproto_once, descriptor_table_hsrpc_2fv1_2fserver_2eproto_deps, 1, 8,
     schemas, file_default_instances, TableStruct_hsrpc_2fv1_2fserver_2eproto::offsets,
@@ -1463,15 +1471,17 @@ Measured::Measured(const Measured& from)
     , decltype(_impl_.preemptions_){}
     , decltype(_impl_.peak_device_bytes_){}
     , decltype(_impl_.recomputed_tokens_){}
-    , decltype(_impl_.cached_tokens_){}};
+    , decltype(_impl_.cached_tokens_){}
+    , decltype(_impl_.drafted_tokens_){}
+    , decltype(_impl_.accepted_tokens_){}};
 
   _internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
   if (from._internal_has_step_time()) {
     _this->_impl_.step_time_ = new ::PROTOBUF_NAMESPACE_ID::Duration(*from._impl_.step_time_);
   }
   ::memcpy(&_impl_.tokens_per_second_, &from._impl_.tokens_per_second_,
-    static_cast<size_t>(reinterpret_cast<char*>(&_impl_.cached_tokens_) -
-    reinterpret_cast<char*>(&_impl_.tokens_per_second_)) + sizeof(_impl_.cached_tokens_));
+    static_cast<size_t>(reinterpret_cast<char*>(&_impl_.accepted_tokens_) -
+    reinterpret_cast<char*>(&_impl_.tokens_per_second_)) + sizeof(_impl_.accepted_tokens_));
   // @@protoc_insertion_point(copy_constructor:hsrpc.v1.Measured)
 }
 
@@ -1493,6 +1503,8 @@ inline void Measured::SharedCtor(
     , decltype(_impl_.peak_device_bytes_){int64_t{0}}
     , decltype(_impl_.recomputed_tokens_){int64_t{0}}
     , decltype(_impl_.cached_tokens_){int64_t{0}}
+    , decltype(_impl_.drafted_tokens_){int64_t{0}}
+    , decltype(_impl_.accepted_tokens_){int64_t{0}}
   };
 }
 
@@ -1526,8 +1538,8 @@ void Measured::Clear() {
   _impl_.step_time_ = nullptr;
   _impl_.tokens_per_second_ = 0;
   ::memset(&_impl_.generated_tokens_, 0, static_cast<size_t>(
-      reinterpret_cast<char*>(&_impl_.cached_tokens_) -
-      reinterpret_cast<char*>(&_impl_.generated_tokens_)) + sizeof(_impl_.cached_tokens_));
+      reinterpret_cast<char*>(&_impl_.accepted_tokens_) -
+      reinterpret_cast<char*>(&_impl_.generated_tokens_)) + sizeof(_impl_.accepted_tokens_));
   _impl_._has_bits_.Clear();
   _internal_metadata_.Clear<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>();
 }
@@ -1624,6 +1636,22 @@ const char* Measured::_InternalParse(const char* ptr, ::_pbi::ParseContext* ctx)
       case 11:
         if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 88)) {
           _impl_.cached_tokens_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint64(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // int64 drafted_tokens = 12;
+      case 12:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 96)) {
+          _impl_.drafted_tokens_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint64(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // int64 accepted_tokens = 13;
+      case 13:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 104)) {
+          _impl_.accepted_tokens_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint64(&ptr);
           CHK_(ptr);
         } else
           goto handle_unusual;
@@ -1725,6 +1753,18 @@ uint8_t* Measured::_InternalSerialize(
     target = ::_pbi::WireFormatLite::WriteInt64ToArray(11, this->_internal_cached_tokens(), target);
   }
 
+  // int64 drafted_tokens = 12;
+  if (this->_internal_drafted_tokens() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt64ToArray(12, this->_internal_drafted_tokens(), target);
+  }
+
+  // int64 accepted_tokens = 13;
+  if (this->_internal_accepted_tokens() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt64ToArray(13, this->_internal_accepted_tokens(), target);
+  }
+
   if (PROTOBUF_PREDICT_FALSE(_internal_metadata_.have_unknown_fields())) {
     target = ::_pbi::WireFormat::InternalSerializeUnknownFieldsToArray(
         _internal_metadata_.unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(::PROTOBUF_NAMESPACE_ID::UnknownFieldSet::default_instance), target, stream);
@@ -1799,6 +1839,16 @@ size_t Measured::ByteSizeLong() const {
     total_size += ::_pbi::WireFormatLite::Int64SizePlusOne(this->_internal_cached_tokens());
   }
 
+  // int64 drafted_tokens = 12;
+  if (this->_internal_drafted_tokens() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int64SizePlusOne(this->_internal_drafted_tokens());
+  }
+
+  // int64 accepted_tokens = 13;
+  if (this->_internal_accepted_tokens() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int64SizePlusOne(this->_internal_accepted_tokens());
+  }
+
   return MaybeComputeUnknownFieldsSize(total_size, &_impl_._cached_size_);
 }
 
@@ -1851,6 +1901,12 @@ void Measured::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTO
   if (from._internal_cached_tokens() != 0) {
     _this->_internal_set_cached_tokens(from._internal_cached_tokens());
   }
+  if (from._internal_drafted_tokens() != 0) {
+    _this->_internal_set_drafted_tokens(from._internal_drafted_tokens());
+  }
+  if (from._internal_accepted_tokens() != 0) {
+    _this->_internal_set_accepted_tokens(from._internal_accepted_tokens());
+  }
   _this->_internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
 }
 
@@ -1870,8 +1926,8 @@ void Measured::InternalSwap(Measured* other) {
   _internal_metadata_.InternalSwap(&other->_internal_metadata_);
   swap(_impl_._has_bits_[0], other->_impl_._has_bits_[0]);
   ::PROTOBUF_NAMESPACE_ID::internal::memswap<
-      PROTOBUF_FIELD_OFFSET(Measured, _impl_.cached_tokens_)
-      + sizeof(Measured::_impl_.cached_tokens_)
+      PROTOBUF_FIELD_OFFSET(Measured, _impl_.accepted_tokens_)
+      + sizeof(Measured::_impl_.accepted_tokens_)
       - PROTOBUF_FIELD_OFFSET(Measured, _impl_.step_time_)>(
           reinterpret_cast<char*>(&_impl_.step_time_),
           reinterpret_cast<char*>(&other->_impl_.step_time_));

@@ -923,6 +923,8 @@ class Measured final :
     kPeakDeviceBytesFieldNumber = 9,
     kRecomputedTokensFieldNumber = 10,
     kCachedTokensFieldNumber = 11,
+    kDraftedTokensFieldNumber = 12,
+    kAcceptedTokensFieldNumber = 13,
   };
   // .google.protobuf.Duration step_time = 1;
   bool has_step_time() const;
@@ -1036,6 +1038,24 @@ class Measured final :
   void _internal_set_cached_tokens(int64_t value);
   public:
 
+  // int64 drafted_tokens = 12;
+  void clear_drafted_tokens();
+  int64_t drafted_tokens() const;
+  void set_drafted_tokens(int64_t value);
+  private:
+  int64_t _internal_drafted_tokens() const;
+  void _internal_set_drafted_tokens(int64_t value);
+  public:
+
+  // int64 accepted_tokens = 13;
+  void clear_accepted_tokens();
+  int64_t accepted_tokens() const;
+  void set_accepted_tokens(int64_t value);
+  private:
+  int64_t _internal_accepted_tokens() const;
+  void _internal_set_accepted_tokens(int64_t value);
+  public:
+
   // @@protoc_insertion_point(class_scope:hsrpc.v1.Measured)
  private:
   class _Internal;
@@ -1057,6 +1077,8 @@ class Measured final :
     int64_t peak_device_bytes_;
     int64_t recomputed_tokens_;
     int64_t cached_tokens_;
+    int64_t drafted_tokens_;
+    int64_t accepted_tokens_;
   };
   union { Impl_ _impl_; };
   friend struct ::TableStruct_hsrpc_2fv1_2fserver_2eproto;
@@ -2930,6 +2952,46 @@ inline void Measured::_internal_set_cached_tokens(int64_t value) {
 inline void Measured::set_cached_tokens(int64_t value) {
   _internal_set_cached_tokens(value);
   // @@protoc_insertion_point(field_set:hsrpc.v1.Measured.cached_tokens)
+}
+
+// int64 drafted_tokens = 12;
+inline void Measured::clear_drafted_tokens() {
+  _impl_.drafted_tokens_ = int64_t{0};
+}
+inline int64_t Measured::_internal_drafted_tokens() const {
+  return _impl_.drafted_tokens_;
+}
+inline int64_t Measured::drafted_tokens() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Measured.drafted_tokens)
+  return _internal_drafted_tokens();
+}
+inline void Measured::_internal_set_drafted_tokens(int64_t value) {
+  
+  _impl_.drafted_tokens_ = value;
+}
+inline void Measured::set_drafted_tokens(int64_t value) {
+  _internal_set_drafted_tokens(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Measured.drafted_tokens)
+}
+
+// int64 accepted_tokens = 13;
+inline void Measured::clear_accepted_tokens() {
+  _impl_.accepted_tokens_ = int64_t{0};
+}
+inline int64_t Measured::_internal_accepted_tokens() const {
+  return _impl_.accepted_tokens_;
+}
+inline int64_t Measured::accepted_tokens() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Measured.accepted_tokens)
+  return _internal_accepted_tokens();
+}
+inline void Measured::_internal_set_accepted_tokens(int64_t value) {
+  
+  _impl_.accepted_tokens_ = value;
+}
+inline void Measured::set_accepted_tokens(int64_t value) {
+  _internal_set_accepted_tokens(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Measured.accepted_tokens)
 }
 
 // -------------------------------------------------------------------

@@ -184,28 +184,29 @@ public final class Generation {
       "\022\025\n\013stop_string\030\002 \001(\tH\000\022\027\n\rstop_token_id" +
       "\030\003 \001(\005H\000\022\036\n\005usage\030\004 \001(\0132\017.hsrpc.v1.Usage" +
       "\022\"\n\007timings\030\005 \001(\0132\021.hsrpc.v1.TimingsB\t\n\007" +
-      "matched\"e\n\005Usage\022\025\n\rprompt_tokens\030\001 \001(\005\022" +
-      "\031\n\021completion_tokens\030\002 \001(\005\022\023\n\013preemption" +
-      "s\030\003 \001(\005\022\025\n\rcached_tokens\030\004 \001(\005\"\272\001\n\007Timin" +
-      "gs\022(\n\005queue\030\001 \001(\0132\031.google.protobuf.Dura" +
-      "tion\022*\n\007prefill\030\002 \001(\0132\031.google.protobuf." +
-      "Duration\022)\n\006decode\030\003 \001(\0132\031.google.protob" +
-      "uf.Duration\022.\n\013first_token\030\004 \001(\0132\031.googl" +
-      "e.protobuf.Duration\"\"\n\014AbortRequest\022\022\n\nr" +
-      "equest_id\030\001 \001(\t\" \n\rAbortResponse\022\017\n\007abor" +
-      "ted\030\001 \001(\010*\372\001\n\014FinishReason\022\035\n\031FINISH_REA" +
-      "SON_UNSPECIFIED\020\000\022\025\n\021FINISH_REASON_EOS\020\001" +
-      "\022\035\n\031FINISH_REASON_STOP_STRING\020\002\022\034\n\030FINIS" +
-      "H_REASON_STOP_TOKEN\020\003\022\034\n\030FINISH_REASON_M" +
-      "AX_TOKENS\020\004\022 \n\034FINISH_REASON_CONTEXT_LEN" +
-      "GTH\020\005\022\034\n\030FINISH_REASON_TIME_LIMIT\020\006\022\031\n\025F" +
-      "INISH_REASON_ABORTED\020\0072\222\001\n\021GenerationSer" +
-      "vice\022C\n\010Generate\022\031.hsrpc.v1.GenerateRequ" +
-      "est\032\032.hsrpc.v1.GenerateResponse0\001\0228\n\005Abo" +
-      "rt\022\026.hsrpc.v1.AbortRequest\032\027.hsrpc.v1.Ab" +
-      "ortResponseBL\n\022io.github.hsrpc.v1P\001Z)git" +
-      "hub.com/hsrpc/hsrpc/clients/go/hsrpcv1\252\002" +
-      "\010Hsrpc.V1b\006proto3"
+      "matched\"\226\001\n\005Usage\022\025\n\rprompt_tokens\030\001 \001(\005" +
+      "\022\031\n\021completion_tokens\030\002 \001(\005\022\023\n\013preemptio" +
+      "ns\030\003 \001(\005\022\025\n\rcached_tokens\030\004 \001(\005\022\026\n\016draft" +
+      "ed_tokens\030\005 \001(\005\022\027\n\017accepted_tokens\030\006 \001(\005" +
+      "\"\272\001\n\007Timings\022(\n\005queue\030\001 \001(\0132\031.google.pro" +
+      "tobuf.Duration\022*\n\007prefill\030\002 \001(\0132\031.google" +
+      ".protobuf.Duration\022)\n\006decode\030\003 \001(\0132\031.goo" +
+      "gle.protobuf.Duration\022.\n\013first_token\030\004 \001" +
+      "(\0132\031.google.protobuf.Duration\"\"\n\014AbortRe" +
+      "quest\022\022\n\nrequest_id\030\001 \001(\t\" \n\rAbortRespon" +
+      "se\022\017\n\007aborted\030\001 \001(\010*\372\001\n\014FinishReason\022\035\n\031" +
+      "FINISH_REASON_UNSPECIFIED\020\000\022\025\n\021FINISH_RE" +
+      "ASON_EOS\020\001\022\035\n\031FINISH_REASON_STOP_STRING\020" +
+      "\002\022\034\n\030FINISH_REASON_STOP_TOKEN\020\003\022\034\n\030FINIS" +
+      "H_REASON_MAX_TOKENS\020\004\022 \n\034FINISH_REASON_C" +
+      "ONTEXT_LENGTH\020\005\022\034\n\030FINISH_REASON_TIME_LI" +
+      "MIT\020\006\022\031\n\025FINISH_REASON_ABORTED\020\0072\222\001\n\021Gen" +
+      "erationService\022C\n\010Generate\022\031.hsrpc.v1.Ge" +
+      "nerateRequest\032\032.hsrpc.v1.GenerateRespons" +
+      "e0\001\0228\n\005Abort\022\026.hsrpc.v1.AbortRequest\032\027.h" +
+      "srpc.v1.AbortResponseBL\n\022io.github.hsrpc" +
+      ".v1P\001Z)github.com/hsrpc/hsrpc/clients/go" +
+      "/hsrpcv1\252\002\010Hsrpc.V1b\006proto3"
     };
     descriptor = com.google.protobuf.Descriptors.FileDescriptor
       .internalBuildGeneratedFileFrom(descriptorData,
@@ -308,7 +309,7 @@ public final class Generation {
     internal_static_hsrpc_v1_Usage_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_Usage_descriptor,
-        new java.lang.String[] { "PromptTokens", "CompletionTokens", "Preemptions", "CachedTokens", });
+        new java.lang.String[] { "PromptTokens", "CompletionTokens", "Preemptions", "CachedTokens", "DraftedTokens", "AcceptedTokens", });
     internal_static_hsrpc_v1_Timings_descriptor =
       getDescriptor().getMessageTypes().get(15);
     internal_static_hsrpc_v1_Timings_fieldAccessorTable = new

@@ -248,6 +248,36 @@ private static final long serialVersionUID = 0L;
     return cachedTokens_;
   }
 
+  public static final int DRAFTED_TOKENS_FIELD_NUMBER = 12;
+  private long draftedTokens_ = 0L;
+  /**
+   * <pre>
+   * Tokens that were drafted, so that one step could check several of a request.
+   * </pre>
+   *
+   * <code>int64 drafted_tokens = 12;</code>
+   * @return The draftedTokens.
+   */
+  @java.lang.Override
+  public long getDraftedTokens() {
+    return draftedTokens_;
+  }
+
+  public static final int ACCEPTED_TOKENS_FIELD_NUMBER = 13;
+  private long acceptedTokens_ = 0L;
+  /**
+   * <pre>
+   * Those of them that were the output's.
+   * </pre>
+   *
+   * <code>int64 accepted_tokens = 13;</code>
+   * @return The acceptedTokens.
+   */
+  @java.lang.Override
+  public long getAcceptedTokens() {
+    return acceptedTokens_;
+  }
+
   private byte memoizedIsInitialized = -1;
   @java.lang.Override
   public final boolean isInitialized() {
@@ -294,6 +324,12 @@ private static final long serialVersionUID = 0L;
     }
     if (cachedTokens_ != 0L) {
       output.writeInt64(11, cachedTokens_);
+    }
+    if (draftedTokens_ != 0L) {
+      output.writeInt64(12, draftedTokens_);
+    }
+    if (acceptedTokens_ != 0L) {
+      output.writeInt64(13, acceptedTokens_);
     }
     getUnknownFields().writeTo(output);
   }
@@ -348,6 +384,14 @@ private static final long serialVersionUID = 0L;
       size += com.google.protobuf.CodedOutputStream
         .computeInt64Size(11, cachedTokens_);
     }
+    if (draftedTokens_ != 0L) {
+      size += com.google.protobuf.CodedOutputStream
+        .computeInt64Size(12, draftedTokens_);
+    }
+    if (acceptedTokens_ != 0L) {
+      size += com.google.protobuf.CodedOutputStream
+        .computeInt64Size(13, acceptedTokens_);
+    }
     size += getUnknownFields().getSerializedSize();
     memoizedSize = size;
     return size;
@@ -392,6 +436,10 @@ private static final long serialVersionUID = 0L;
         != other.getRecomputedTokens()) return false;
     if (getCachedTokens()
         != other.getCachedTokens()) return false;
+    if (getDraftedTokens()
+        != other.getDraftedTokens()) return false;
+    if (getAcceptedTokens()
+        != other.getAcceptedTokens()) return false;
     if (!getUnknownFields().equals(other.getUnknownFields())) return false;
     return true;
   }
@@ -439,6 +487,12 @@ private static final long serialVersionUID = 0L;
     hash = (37 * hash) + CACHED_TOKENS_FIELD_NUMBER;
     hash = (53 * hash) + com.google.protobuf.Internal.hashLong(
         getCachedTokens());
+    hash = (37 * hash) + DRAFTED_TOKENS_FIELD_NUMBER;
+    hash = (53 * hash) + com.google.protobuf.Internal.hashLong(
+        getDraftedTokens());
+    hash = (37 * hash) + ACCEPTED_TOKENS_FIELD_NUMBER;
+    hash = (53 * hash) + com.google.protobuf.Internal.hashLong(
+        getAcceptedTokens());
     hash = (29 * hash) + getUnknownFields().hashCode();
     memoizedHashCode = hash;
     return hash;
@@ -587,6 +641,8 @@ private static final long serialVersionUID = 0L;
       peakDeviceBytes_ = 0L;
       recomputedTokens_ = 0L;
       cachedTokens_ = 0L;
+      draftedTokens_ = 0L;
+      acceptedTokens_ = 0L;
       return this;
     }
 
@@ -656,6 +712,12 @@ private static final long serialVersionUID = 0L;
       }
       if (((from_bitField0_ & 0x00000400) != 0)) {
         result.cachedTokens_ = cachedTokens_;
+      }
+      if (((from_bitField0_ & 0x00000800) != 0)) {
+        result.draftedTokens_ = draftedTokens_;
+      }
+      if (((from_bitField0_ & 0x00001000) != 0)) {
+        result.acceptedTokens_ = acceptedTokens_;
       }
       result.bitField0_ |= to_bitField0_;
     }
@@ -736,6 +798,12 @@ private static final long serialVersionUID = 0L;
       }
       if (other.getCachedTokens() != 0L) {
         setCachedTokens(other.getCachedTokens());
+      }
+      if (other.getDraftedTokens() != 0L) {
+        setDraftedTokens(other.getDraftedTokens());
+      }
+      if (other.getAcceptedTokens() != 0L) {
+        setAcceptedTokens(other.getAcceptedTokens());
       }
       this.mergeUnknownFields(other.getUnknownFields());
       onChanged();
@@ -820,6 +888,16 @@ private static final long serialVersionUID = 0L;
               bitField0_ |= 0x00000400;
               break;
             } // case 88
+            case 96: {
+              draftedTokens_ = input.readInt64();
+              bitField0_ |= 0x00000800;
+              break;
+            } // case 96
+            case 104: {
+              acceptedTokens_ = input.readInt64();
+              bitField0_ |= 0x00001000;
+              break;
+            } // case 104
             default: {
               if (!super.parseUnknownField(input, extensionRegistry, tag)) {
                 done = true; // was an endgroup tag
@@ -1440,6 +1518,94 @@ private static final long serialVersionUID = 0L;
     public Builder clearCachedTokens() {
       bitField0_ = (bitField0_ & ~0x00000400);
       cachedTokens_ = 0L;
+      onChanged();
+      return this;
+    }
+
+    private long draftedTokens_ ;
+    /**
+     * <pre>
+     * Tokens that were drafted, so that one step could check several of a request.
+     * </pre>
+     *
+     * <code>int64 drafted_tokens = 12;</code>
+     * @return The draftedTokens.
+     */
+    @java.lang.Override
+    public long getDraftedTokens() {
+      return draftedTokens_;
+    }
+    /**
+     * <pre>
+     * Tokens that were drafted, so that one step could check several of a request.
+     * </pre>
+     *
+     * <code>int64 drafted_tokens = 12;</code>
+     * @param value The draftedTokens to set.
+     * @return This builder for chaining.
+     */
+    public Builder setDraftedTokens(long value) {
+      
+      draftedTokens_ = value;
+      bitField0_ |= 0x00000800;
+      onChanged();
+      return this;
+    }
+    /**
+     * <pre>
+     * Tokens that were drafted, so that one step could check several of a request.
+     * </pre>
+     *
+     * <code>int64 drafted_tokens = 12;</code>
+     * @return This builder for chaining.
+     */
+    public Builder clearDraftedTokens() {
+      bitField0_ = (bitField0_ & ~0x00000800);
+      draftedTokens_ = 0L;
+      onChanged();
+      return this;
+    }
+
+    private long acceptedTokens_ ;
+    /**
+     * <pre>
+     * Those of them that were the output's.
+     * </pre>
+     *
+     * <code>int64 accepted_tokens = 13;</code>
+     * @return The acceptedTokens.
+     */
+    @java.lang.Override
+    public long getAcceptedTokens() {
+      return acceptedTokens_;
+    }
+    /**
+     * <pre>
+     * Those of them that were the output's.
+     * </pre>
+     *
+     * <code>int64 accepted_tokens = 13;</code>
+     * @param value The acceptedTokens to set.
+     * @return This builder for chaining.
+     */
+    public Builder setAcceptedTokens(long value) {
+      
+      acceptedTokens_ = value;
+      bitField0_ |= 0x00001000;
+      onChanged();
+      return this;
+    }
+    /**
+     * <pre>
+     * Those of them that were the output's.
+     * </pre>
+     *
+     * <code>int64 accepted_tokens = 13;</code>
+     * @return This builder for chaining.
+     */
+    public Builder clearAcceptedTokens() {
+      bitField0_ = (bitField0_ & ~0x00001000);
+      acceptedTokens_ = 0L;
       onChanged();
       return this;
     }

@@ -142,4 +142,24 @@ public interface MeasuredOrBuilder extends
    * @return The cachedTokens.
    */
   long getCachedTokens();
+
+  /**
+   * <pre>
+   * Tokens that were drafted, so that one step could check several of a request.
+   * </pre>
+   *
+   * <code>int64 drafted_tokens = 12;</code>
+   * @return The draftedTokens.
+   */
+  long getDraftedTokens();
+
+  /**
+   * <pre>
+   * Those of them that were the output's.
+   * </pre>
+   *
+   * <code>int64 accepted_tokens = 13;</code>
+   * @return The acceptedTokens.
+   */
+  long getAcceptedTokens();
 }

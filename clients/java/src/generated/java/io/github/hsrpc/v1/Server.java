@@ -78,7 +78,7 @@ public final class Server {
       "ep_time\030\007 \001(\0132\031.google.protobuf.Duration" +
       "\022#\n\033predicted_tokens_per_second\030\010 \001(\001\022\024\n" +
       "\014cache_policy\030\t \001(\t\022\026\n\016cache_decision\030\n " +
-      "\001(\t\"\331\002\n\010Measured\022,\n\tstep_time\030\001 \001(\0132\031.go" +
+      "\001(\t\"\212\003\n\010Measured\022,\n\tstep_time\030\001 \001(\0132\031.go" +
       "ogle.protobuf.Duration\022\036\n\021tokens_per_sec" +
       "ond\030\002 \001(\001H\000\210\001\001\022\030\n\020generated_tokens\030\003 \001(\003" +
       "\022\025\n\rprompt_tokens\030\004 \001(\003\022\036\n\026weights_strea" +
@@ -86,28 +86,30 @@ public final class Server {
       "\001(\003\022\032\n\022regenerated_tokens\030\007 \001(\003\022\023\n\013preem" +
       "ptions\030\010 \001(\003\022\031\n\021peak_device_bytes\030\t \001(\003\022" +
       "\031\n\021recomputed_tokens\030\n \001(\003\022\025\n\rcached_tok" +
-      "ens\030\013 \001(\003B\024\n\022_tokens_per_second\"]\n\004Load\022" +
-      "\027\n\017queued_requests\030\001 \001(\005\022\030\n\020running_requ" +
-      "ests\030\002 \001(\005\022\"\n\006blocks\030\003 \003(\0132\022.hsrpc.v1.Bl" +
-      "ockUse\"{\n\010BlockUse\022!\n\004kind\030\001 \001(\0162\023.hsrpc" +
-      ".v1.BlockKind\022!\n\004tier\030\002 \001(\0162\023.hsrpc.v1.B" +
-      "lockTier\022\014\n\004used\030\003 \001(\003\022\r\n\005total\030\004 \001(\003\022\014\n" +
-      "\004peak\030\005 \001(\003\"?\n\020WatchLoadRequest\022+\n\010inter" +
-      "val\030\001 \001(\0132\031.google.protobuf.Duration\"\202\001\n" +
-      "\021WatchLoadResponse\022\034\n\004load\030\001 \001(\0132\016.hsrpc" +
-      ".v1.Load\022$\n\010measured\030\002 \001(\0132\022.hsrpc.v1.Me" +
-      "asured\022)\n\006uptime\030\003 \001(\0132\031.google.protobuf" +
-      ".Duration*U\n\tBlockKind\022\032\n\026BLOCK_KIND_UNS" +
-      "PECIFIED\020\000\022\021\n\rBLOCK_KIND_KV\020\001\022\031\n\025BLOCK_K" +
-      "IND_ACTIVATION\020\002*S\n\tBlockTier\022\032\n\026BLOCK_T" +
-      "IER_UNSPECIFIED\020\000\022\025\n\021BLOCK_TIER_DEVICE\020\001" +
-      "\022\023\n\017BLOCK_TIER_HOST\020\0022\251\001\n\rServerService\022" +
-      "P\n\rGetServerInfo\022\036.hsrpc.v1.GetServerInf" +
-      "oRequest\032\037.hsrpc.v1.GetServerInfoRespons" +
-      "e\022F\n\tWatchLoad\022\032.hsrpc.v1.WatchLoadReque" +
-      "st\032\033.hsrpc.v1.WatchLoadResponse0\001BL\n\022io." +
-      "github.hsrpc.v1P\001Z)github.com/hsrpc/hsrp" +
-      "c/clients/go/hsrpcv1\252\002\010Hsrpc.V1b\006proto3"
+      "ens\030\013 \001(\003\022\026\n\016drafted_tokens\030\014 \001(\003\022\027\n\017acc" +
+      "epted_tokens\030\r \001(\003B\024\n\022_tokens_per_second" +
+      "\"]\n\004Load\022\027\n\017queued_requests\030\001 \001(\005\022\030\n\020run" +
+      "ning_requests\030\002 \001(\005\022\"\n\006blocks\030\003 \003(\0132\022.hs" +
+      "rpc.v1.BlockUse\"{\n\010BlockUse\022!\n\004kind\030\001 \001(" +
+      "\0162\023.hsrpc.v1.BlockKind\022!\n\004tier\030\002 \001(\0162\023.h" +
+      "srpc.v1.BlockTier\022\014\n\004used\030\003 \001(\003\022\r\n\005total" +
+      "\030\004 \001(\003\022\014\n\004peak\030\005 \001(\003\"?\n\020WatchLoadRequest" +
+      "\022+\n\010interval\030\001 \001(\0132\031.google.protobuf.Dur" +
+      "ation\"\202\001\n\021WatchLoadResponse\022\034\n\004load\030\001 \001(" +
+      "\0132\016.hsrpc.v1.Load\022$\n\010measured\030\002 \001(\0132\022.hs" +
+      "rpc.v1.Measured\022)\n\006uptime\030\003 \001(\0132\031.google" +
+      ".protobuf.Duration*U\n\tBlockKind\022\032\n\026BLOCK" +
+      "_KIND_UNSPECIFIED\020\000\022\021\n\rBLOCK_KIND_KV\020\001\022\031" +
+      "\n\025BLOCK_KIND_ACTIVATION\020\002*S\n\tBlockTier\022\032" +
+      "\n\026BLOCK_TIER_UNSPECIFIED\020\000\022\025\n\021BLOCK_TIER" +
+      "_DEVICE\020\001\022\023\n\017BLOCK_TIER_HOST\020\0022\251\001\n\rServe" +
+      "rService\022P\n\rGetServerInfo\022\036.hsrpc.v1.Get" +
+      "ServerInfoRequest\032\037.hsrpc.v1.GetServerIn" +
+      "foResponse\022F\n\tWatchLoad\022\032.hsrpc.v1.Watch" +
+      "LoadRequest\032\033.hsrpc.v1.WatchLoadResponse" +
+      "0\001BL\n\022io.github.hsrpc.v1P\001Z)github.com/h" +
+      "srpc/hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1" +
+      "b\006proto3"
     };
     descriptor = com.google.protobuf.Descriptors.FileDescriptor
       .internalBuildGeneratedFileFrom(descriptorData,
@@ -137,7 +139,7 @@ public final class Server {
     internal_static_hsrpc_v1_Measured_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_Measured_descriptor,
-        new java.lang.String[] { "StepTime", "TokensPerSecond", "GeneratedTokens", "PromptTokens", "WeightsStreamedBytes", "CacheLoadedBytes", "RegeneratedTokens", "Preemptions", "PeakDeviceBytes", "RecomputedTokens", "CachedTokens", "TokensPerSecond", });
+        new java.lang.String[] { "StepTime", "TokensPerSecond", "GeneratedTokens", "PromptTokens", "WeightsStreamedBytes", "CacheLoadedBytes", "RegeneratedTokens", "Preemptions", "PeakDeviceBytes", "RecomputedTokens", "CachedTokens", "DraftedTokens", "AcceptedTokens", "TokensPerSecond", });
     internal_static_hsrpc_v1_Load_descriptor =
       getDescriptor().getMessageTypes().get(4);
     internal_static_hsrpc_v1_Load_fieldAccessorTable = new

@@ -107,6 +107,36 @@ private static final long serialVersionUID = 0L;
     return cachedTokens_;
   }
 
+  public static final int DRAFTED_TOKENS_FIELD_NUMBER = 5;
+  private int draftedTokens_ = 0;
+  /**
+   * <pre>
+   * Tokens that were drafted, so that one step could check several of them; none of them changes the output.
+   * </pre>
+   *
+   * <code>int32 drafted_tokens = 5;</code>
+   * @return The draftedTokens.
+   */
+  @java.lang.Override
+  public int getDraftedTokens() {
+    return draftedTokens_;
+  }
+
+  public static final int ACCEPTED_TOKENS_FIELD_NUMBER = 6;
+  private int acceptedTokens_ = 0;
+  /**
+   * <pre>
+   * Those of them that were the output's.
+   * </pre>
+   *
+   * <code>int32 accepted_tokens = 6;</code>
+   * @return The acceptedTokens.
+   */
+  @java.lang.Override
+  public int getAcceptedTokens() {
+    return acceptedTokens_;
+  }
+
   private byte memoizedIsInitialized = -1;
   @java.lang.Override
   public final boolean isInitialized() {
@@ -133,6 +163,12 @@ private static final long serialVersionUID = 0L;
     if (cachedTokens_ != 0) {
       output.writeInt32(4, cachedTokens_);
     }
+    if (draftedTokens_ != 0) {
+      output.writeInt32(5, draftedTokens_);
+    }
+    if (acceptedTokens_ != 0) {
+      output.writeInt32(6, acceptedTokens_);
+    }
     getUnknownFields().writeTo(output);
   }
 
@@ -158,6 +194,14 @@ private static final long serialVersionUID = 0L;
       size += com.google.protobuf.CodedOutputStream
         .computeInt32Size(4, cachedTokens_);
     }
+    if (draftedTokens_ != 0) {
+      size += com.google.protobuf.CodedOutputStream
+        .computeInt32Size(5, draftedTokens_);
+    }
+    if (acceptedTokens_ != 0) {
+      size += com.google.protobuf.CodedOutputStream
+        .computeInt32Size(6, acceptedTokens_);
+    }
     size += getUnknownFields().getSerializedSize();
     memoizedSize = size;
     return size;
@@ -181,6 +225,10 @@ private static final long serialVersionUID = 0L;
         != other.getPreemptions()) return false;
     if (getCachedTokens()
         != other.getCachedTokens()) return false;
+    if (getDraftedTokens()
+        != other.getDraftedTokens()) return false;
+    if (getAcceptedTokens()
+        != other.getAcceptedTokens()) return false;
     if (!getUnknownFields().equals(other.getUnknownFields())) return false;
     return true;
   }
@@ -200,6 +248,10 @@ private static final long serialVersionUID = 0L;
     hash = (53 * hash) + getPreemptions();
     hash = (37 * hash) + CACHED_TOKENS_FIELD_NUMBER;
     hash = (53 * hash) + getCachedTokens();
+    hash = (37 * hash) + DRAFTED_TOKENS_FIELD_NUMBER;
+    hash = (53 * hash) + getDraftedTokens();
+    hash = (37 * hash) + ACCEPTED_TOKENS_FIELD_NUMBER;
+    hash = (53 * hash) + getAcceptedTokens();
     hash = (29 * hash) + getUnknownFields().hashCode();
     memoizedHashCode = hash;
     return hash;
@@ -337,6 +389,8 @@ private static final long serialVersionUID = 0L;
       completionTokens_ = 0;
       preemptions_ = 0;
       cachedTokens_ = 0;
+      draftedTokens_ = 0;
+      acceptedTokens_ = 0;
       return this;
     }
 
@@ -381,6 +435,12 @@ private static final long serialVersionUID = 0L;
       }
       if (((from_bitField0_ & 0x00000008) != 0)) {
         result.cachedTokens_ = cachedTokens_;
+      }
+      if (((from_bitField0_ & 0x00000010) != 0)) {
+        result.draftedTokens_ = draftedTokens_;
+      }
+      if (((from_bitField0_ & 0x00000020) != 0)) {
+        result.acceptedTokens_ = acceptedTokens_;
       }
     }
 
@@ -440,6 +500,12 @@ private static final long serialVersionUID = 0L;
       if (other.getCachedTokens() != 0) {
         setCachedTokens(other.getCachedTokens());
       }
+      if (other.getDraftedTokens() != 0) {
+        setDraftedTokens(other.getDraftedTokens());
+      }
+      if (other.getAcceptedTokens() != 0) {
+        setAcceptedTokens(other.getAcceptedTokens());
+      }
       this.mergeUnknownFields(other.getUnknownFields());
       onChanged();
       return this;
@@ -486,6 +552,16 @@ private static final long serialVersionUID = 0L;
               bitField0_ |= 0x00000008;
               break;
             } // case 32
+            case 40: {
+              draftedTokens_ = input.readInt32();
+              bitField0_ |= 0x00000010;
+              break;
+            } // case 40
+            case 48: {
+              acceptedTokens_ = input.readInt32();
+              bitField0_ |= 0x00000020;
+              break;
+            } // case 48
             default: {
               if (!super.parseUnknownField(input, extensionRegistry, tag)) {
                 done = true; // was an endgroup tag
@@ -675,6 +751,94 @@ private static final long serialVersionUID = 0L;
     public Builder clearCachedTokens() {
       bitField0_ = (bitField0_ & ~0x00000008);
       cachedTokens_ = 0;
+      onChanged();
+      return this;
+    }
+
+    private int draftedTokens_ ;
+    /**
+     * <pre>
+     * Tokens that were drafted, so that one step could check several of them; none of them changes the output.
+     * </pre>
+     *
+     * <code>int32 drafted_tokens = 5;</code>
+     * @return The draftedTokens.
+     */
+    @java.lang.Override
+    public int getDraftedTokens() {
+      return draftedTokens_;
+    }
+    /**
+     * <pre>
+     * Tokens that were drafted, so that one step could check several of them; none of them changes the output.
+     * </pre>
+     *
+     * <code>int32 drafted_tokens = 5;</code>
+     * @param value The draftedTokens to set.
+     * @return This builder for chaining.
+     */
+    public Builder setDraftedTokens(int value) {
+      
+      draftedTokens_ = value;
+      bitField0_ |= 0x00000010;
+      onChanged();
+      return this;
+    }
+    /**
+     * <pre>
+     * Tokens that were drafted, so that one step could check several of them; none of them changes the output.
+     * </pre>
+     *
+     * <code>int32 drafted_tokens = 5;</code>
+     * @return This builder for chaining.
+     */
+    public Builder clearDraftedTokens() {
+      bitField0_ = (bitField0_ & ~0x00000010);
+      draftedTokens_ = 0;
+      onChanged();
+      return this;
+    }
+
+    private int acceptedTokens_ ;
+    /**
+     * <pre>
+     * Those of them that were the output's.
+     * </pre>
+     *
+     * <code>int32 accepted_tokens = 6;</code>
+     * @return The acceptedTokens.
+     */
+    @java.lang.Override
+    public int getAcceptedTokens() {
+      return acceptedTokens_;
+    }
+    /**
+     * <pre>
+     * Those of them that were the output's.
+     * </pre>
+     *
+     * <code>int32 accepted_tokens = 6;</code>
+     * @param value The acceptedTokens to set.
+     * @return This builder for chaining.
+     */
+    public Builder setAcceptedTokens(int value) {
+      
+      acceptedTokens_ = value;
+      bitField0_ |= 0x00000020;
+      onChanged();
+      return this;
+    }
+    /**
+     * <pre>
+     * Those of them that were the output's.
+     * </pre>
+     *
+     * <code>int32 accepted_tokens = 6;</code>
+     * @return This builder for chaining.
+     */
+    public Builder clearAcceptedTokens() {
+      bitField0_ = (bitField0_ & ~0x00000020);
+      acceptedTokens_ = 0;
       onChanged();
       return this;
     }

@@ -46,4 +46,24 @@ public interface UsageOrBuilder extends
    * @return The cachedTokens.
    */
   int getCachedTokens();
+
+  /**
+   * <pre>
+   * Tokens that were drafted, so that one step could check several of them; none of them changes the output.
+   * </pre>
+   *
+   * <code>int32 drafted_tokens = 5;</code>
+   * @return The draftedTokens.
+   */
+  int getDraftedTokens();
+
+  /**
+   * <pre>
+   * Those of them that were the output's.
+   * </pre>
+   *
+   * <code>int32 accepted_tokens = 6;</code>
+   * @return The acceptedTokens.
+   */
+  int getAcceptedTokens();
 }
