@@ -46,10 +46,9 @@ from hsrpc.plan.question import Question
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.prompt import Chat, Prompt, Text, field_of
 from hsrpc.request import Delta, FinishReason, SamplingParams
-from hsrpc.schedule.blocks import BlockManager
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Output, Scheduler, SchedulerLimits
-from hsrpc.schedule.step import Step
+from hsrpc.schedule.step import Packed
 from hsrpc.text.detokenizer import Detokenizer
 
 _log = logging.getLogger(__name__)
@@ -105,8 +104,8 @@ class Engine:
         self._components = await open_components(self.config, self._choose_plan, self._progress)
         plan = self._components.plan
         limits = _limits(plan, self._components.spec, shares_prefixes=self.config.prefix_cache)
-        blocks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule)
-        self._scheduler = Scheduler(blocks, limits, self._components.spec.eos_token_ids)
+        blocks, *others = self._components.new_blocks()
+        self._scheduler = Scheduler(blocks, limits, self._components.spec.eos_token_ids, others)
         self._delivery = Delivery(self._scheduler, self._components.tokenizer, dtype_name(self.spec.dtype))
         self._meter = Meter(self._components, self._scheduler, self._observe)
         self._admission = Admission(
@@ -390,11 +389,12 @@ class Engine:
 
     async def _run_forever(self, worker: Worker) -> None:
         scheduler, gpus = self._scheduler, self._opened.gpus
-        ahead: Step | None = None
+        step: Packed
+        ahead: Packed | None = None
         while True:
             self._last_beat = time.monotonic()
-            step = ahead
-            if step is not None:
+            if ahead is not None:
+                step = ahead
                 step.sampling = scheduler.sampling(step.step_id)
             elif (scheduled := scheduler.schedule(self._last_beat)) is not None:
                 step = await worker.run(partial(gpus.assemble, scheduled))
@@ -414,20 +414,20 @@ class Engine:
                 outputs = self._fail_step(step, error)
             await self._delivery.put(outputs)
 
-    def _schedule_ahead(self, step: Step) -> Step | None:
+    def _schedule_ahead(self, step: Packed) -> Packed | None:
         """The step after `step`, where it is known already what that will be."""
         gpus = self._opened.gpus
         scheduled = self._scheduler.schedule_ahead(step) if gpus.runs_ahead else None
         return None if scheduled is None else gpus.assemble(scheduled)  # its arrays are there
 
-    def _fail_step(self, step: Step, error: OutOfDeviceMemoryError) -> list[Output]:
+    def _fail_step(self, step: Packed, error: OutOfDeviceMemoryError) -> list[Output]:
         """End the step's requests; their blocks are free for the others."""
         for request in self._scheduler.requests(step.step_id):
             self._delivery.fail(request, error)
         self._scheduler.abandon(step.step_id)
         return []
 
-    def _commit(self, step: Step, result: StepResult | None) -> list[Output]:
+    def _commit(self, step: Packed, result: StepResult | None) -> list[Output]:
         if result is None:
             self._scheduler.abandon(step.step_id)
             return []

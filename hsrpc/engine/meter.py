@@ -38,8 +38,8 @@ class Meter:
 
     def note_blocks(self) -> None:
         """Blocks for a step are taken."""
-        for pool, blocks in self._scheduler.blocks.pools.items():
-            self._peak_blocks[pool] = max(self._peak_blocks[pool], blocks.num_used)
+        for pool, used in self._used_blocks().items():
+            self._peak_blocks[pool] = max(self._peak_blocks[pool], used)
 
     def note_step(self, counts: StepCounts) -> None:
         """The tokens of a step are there: it took the time since those of the step before, or since `begin`."""
@@ -74,7 +74,7 @@ class Meter:
             queued=self._scheduler.num_waiting,
             queued_tokens=self._scheduler.num_waiting_tokens,
             running=self._scheduler.num_running,
-            used_blocks={pool: blocks.num_used for pool, blocks in self._scheduler.blocks.pools.items()},
+            used_blocks=self._used_blocks(),
             peak_blocks=dict(self._peak_blocks),
             steps=self._steps,
             step_seconds=self._step_seconds,
@@ -91,3 +91,8 @@ class Meter:
             expert_loaded_bytes=moved.expert_bytes,
             peak_device_bytes=self._components.gpus.peak_memory,
         )
+
+    def _used_blocks(self) -> dict[PoolId, int]:
+        """Blocks of all GPUs that are held."""
+        managers = self._scheduler.blocks
+        return {pool: sum(blocks.pools[pool].num_used for blocks in managers) for pool in PoolId}

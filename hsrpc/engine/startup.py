@@ -10,18 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
-from hsrpc.config import DeviceKind, DType, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
+from hsrpc.config import ALL_GPUS, DeviceKind, DType, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
 from hsrpc.device.calibration import calibrate, sustained_load
-from hsrpc.device.device import Device, open_device
+from hsrpc.device.device import Device, device_kind, num_devices, open_device
+from hsrpc.device.group import ALONE, DeviceGroup
 from hsrpc.device.host_memory import HostMemory
 from hsrpc.engine.chat_template import read_template
 from hsrpc.engine.forward import Forward
 from hsrpc.engine.gpus.contract import Gpus
 from hsrpc.engine.gpus.one import OneGpu
+from hsrpc.engine.gpus.ranks import Ranks
 from hsrpc.engine.grammars.grammars import Grammars, NoGrammars
 from hsrpc.engine.graphs import DecodeGraphs, can_capture
 from hsrpc.engine.loading import OverBoundError, compile_formats, load_weights
@@ -55,6 +57,7 @@ from hsrpc.plan.planner import Planner
 from hsrpc.plan.question import Question
 from hsrpc.request import SamplingParams
 from hsrpc.schedule.assemble import Assembler
+from hsrpc.schedule.blocks import BlockManager
 from hsrpc.schedule.sweep import Places
 
 _log = logging.getLogger(__name__)
@@ -78,7 +81,12 @@ class Components:
     """What a request takes that says nothing else."""
     tokenizer: Tokenizer | NoTokenizer
     grammars: Grammars | NoGrammars
-    gpus: Gpus
+    gpus: Gpus[Any]
+
+    def new_blocks(self) -> list[BlockManager]:
+        """Blocks of each GPU, all free."""
+        plan = self.plan
+        return [BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule) for _ in range(self.gpus.count)]
 
     async def close(self) -> Callable[[], None]:
         """End the threads of texts and constraints, and give host memory back, as `Gpus.close`."""
@@ -88,33 +96,23 @@ class Components:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """A model and its plan, before any weight is read."""
-
-    spec: ModelSpec
-    question: Question
-    planner: Planner
-    """hsrpc's own, whoever made the plan."""
-    plan: Plan
-    directory: Path | None
-    """None: random weights."""
-    default_params: SamplingParams
-    """What a request takes that says nothing else."""
-    checkpoint: Checkpoint | None
-    """The weights in the directory, checked from their headers; None: it has none, or they are random."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
+class Model:
     """A model as its files declare it, in each choice of formats."""
 
     spec: ModelSpec
     choices: list[ModelSpec]
     directory: Path | None
+    """None: random weights."""
     checkpoint: Checkpoint | None
+    """The weights in the directory, checked from their headers; None: it has none, or they are random."""
 
     @classmethod
-    def read(cls, config: EngineConfig, device: torch.device) -> _Model:
+    def read(cls, config: EngineConfig, device: torch.device) -> Model:
+        """The model that a configuration names, for a kind of device; reads no weights.
+
+        Raises:
+            ConfigError, CheckpointError, ModelNotFoundError: as their names say.
+        """
         spec, directory = _read_spec(config, device), _directory(config)
         family, quantization = create_family(spec), read_quantization(spec.config)
         formats, checkpoint = family.format_choices(config.weight_coding, device), None
@@ -132,6 +130,41 @@ class _Model:
         formats = with_caches(formats, config.cache_format)
         return cls(spec, [in_formats(spec, each) for each in formats], directory, checkpoint)
 
+    def spec_of(self, choice: int, plan: Plan) -> ModelSpec:
+        """The model in the formats of a plan for that choice."""
+        spec = self.choices[choice]
+        formats = spec.formats.holding(plan.kinds)
+        return spec if formats == spec.formats else in_formats(spec, formats)
+
+    @property
+    def source(self) -> WeightSource:
+        """Where its weights come from."""
+        if self.directory is None:
+            return RandomWeights(0)
+        return self.checkpoint or Checkpoint(self.directory)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A model and its plan, before any weight is read."""
+
+    model: Model
+    choice: int
+    """Number of the model's choice of formats that the plan is for."""
+    spec: ModelSpec
+    """The model in these, as the plan has them."""
+    question: Question
+    planner: Planner
+    """hsrpc's own, whoever made the plan."""
+    plan: Plan
+    default_params: SamplingParams
+    """What a request takes that says nothing else."""
+
+    @property
+    def directory(self) -> Path | None:
+        """None: random weights."""
+        return self.model.directory
+
 
 def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> Planned:
     """Read the model's configuration, open the device, calibrate, and plan. Takes seconds.
@@ -148,31 +181,30 @@ def plan_for(machine: Machine, config: EngineConfig) -> Planned:
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
-    return _plan(_Model.read(config, torch.device(machine.kind)), machine, config, Planner.plan)
+    return _plan(Model.read(config, torch.device(machine.kind)), machine, config, Planner.plan)
 
 
 def _plan_here(device: Device, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
-    model = _Model.read(config, device.torch_device)
+    model = Model.read(config, device.torch_device)
     _check_layer(model.choices, config, device)
     if config.host_memory is None:
         _tell_of_growth(HostMemory.read())
-    return _plan(model, _measure(device, model.spec), config, choose_plan)
+    return _plan(model, measure(device, model.spec), config, choose_plan)
 
 
-def _plan(model: _Model, machine: Machine, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
+def _plan(model: Model, machine: Machine, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
     if machine.kind is DeviceKind.CPU:
         config = replace(
             config,
             max_batch=config.max_batch or max(_CPU_MAX_BATCH, config.min_batch),
             max_prefill_tokens=config.max_prefill_tokens or _CPU_PREFILL_TOKENS,
         )
-    question = Question(choices=tuple(spec.sizes for spec in model.choices), machine=machine, config=config)
+    sizes = tuple(spec.sizes.on_gpus(config.num_gpus) for spec in model.choices)
+    question = Question(choices=sizes, machine=machine, config=config)
     planner, plan = question.answer(choose_plan)
-    [spec] = [spec for spec in model.choices if spec.sizes is planner.sizes]
-    formats = spec.formats.holding(plan.kinds)
-    spec = spec if formats == spec.formats else in_formats(spec, formats)
-    default_params = _default_params(config, model.directory)
-    return Planned(spec, question, planner, plan, model.directory, default_params, model.checkpoint)
+    [choice] = [number for number, each in enumerate(sizes) if each is planner.sizes]
+    spec, default_params = model.spec_of(choice, plan), _default_params(config, model.directory)
+    return Planned(model, choice, spec, question, planner, plan, default_params)
 
 
 def _tell_of_growth(memory: HostMemory) -> None:
@@ -207,10 +239,11 @@ def _check_layer(choices: Sequence[ModelSpec], config: EngineConfig, device: Dev
 def measure_machine(config: EngineConfig) -> Machine:
     """The device that a configuration names, as it is now: its memory, and its rates for the model's sizes."""
     spec, device = describe_model(config)
-    return _measure(device, spec)
+    return measure(device, spec)
 
 
-def _measure(device: Device, spec: ModelSpec) -> Machine:
+def measure(device: Device, spec: ModelSpec) -> Machine:
+    """The memory of a device and of this host, and the rates at which it computes a model."""
     device_memory, host_memory = device.free_memory, HostMemory.read().free  # before calibration takes some
     return Machine(
         name=device.name,
@@ -260,8 +293,21 @@ async def open_components(config: EngineConfig, choose_plan: ChoosePlan, progres
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
+    config = _counted(config)
+    try:
+        return await _open(config, choose_plan, progress)
+    except OverBoundError as error:
+        if config.weight_coding is not WeightCoding.AUTO:
+            raise
+        _log.warning("%s; loading them as they are", error)
+        return await _open(replace(config, weight_coding=WeightCoding.NONE), choose_plan, progress)
+
+
+async def _open(config: EngineConfig, choose_plan: ChoosePlan, progress: bool) -> Components:
+    if config.num_gpus > 1:
+        return await _open_ranks(config, choose_plan, progress)
     stop = threading.Event()
-    opening = asyncio.create_task(asyncio.to_thread(_open_best, config, choose_plan, progress, stop))
+    opening = asyncio.create_task(asyncio.to_thread(_open_here, config, choose_plan, progress, stop))
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
@@ -275,79 +321,121 @@ async def _close_opened(opening: asyncio.Task[Components]) -> None:
         await (await opening).close()
 
 
-def _open_best(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
-    """Open components; with weights as they are where packed ones turn out to take more than their bound."""
+async def _open_ranks(config: EngineConfig, choose_plan: ChoosePlan, progress: bool) -> Components:
+    """Several GPUs, each opened by a process of its own; model, plan and tokenizer are this one's."""
+    _template(config)  # first: what is wrong with it is told before anything takes time
+    model = await asyncio.to_thread(Model.read, config, torch.device(device_kind(config.device)))
+    ranks = await Ranks.start(config, progress)
     try:
-        return _open_once(config, choose_plan, progress, stop)
-    except OverBoundError as error:
-        if config.weight_coding is not WeightCoding.AUTO:
-            raise
-        _log.warning("%s; loading them as they are", error)
-        return _open_once(replace(config, weight_coding=WeightCoding.NONE), choose_plan, progress, stop)
+        planned = await asyncio.to_thread(_plan, model, ranks.machine, config, choose_plan)
+        await ranks.load(planned.plan, planned.choice, planned.spec.sizes.windows)
+        tokenizer = await asyncio.to_thread(open_tokenizer, planned, config)
+        return await asyncio.to_thread(_components, planned, tokenizer, ranks)
+    except BaseException:
+        await run_to_end(_close_ranks(ranks))
+        raise
 
 
-def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
+async def _close_ranks(ranks: Ranks) -> None:
+    await ranks.close()
+
+
+def _counted(config: EngineConfig) -> EngineConfig:
+    """The configuration with a number of GPUs.
+
+    Raises:
+        ConfigError: there are fewer than it wants.
+    """
+    there = num_devices(config.device)
+    if config.gpus == ALL_GPUS:
+        return replace(config, gpus=there or 1)
+    if there is not None and config.num_gpus > there:
+        raise ConfigError("gpus", config.gpus, f"there are {there}", "give at most that, or all")
+    return config
+
+
+def _open_here(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
+    """One GPU, in this process."""
     with ExitStack() as undo:
         _template(config)  # first: what is wrong with it is told before anything takes time
         device = open_device(config.device)
         planned = _plan_here(device, config, choose_plan)
-        spec, plan = planned.spec, planned.plan
         undo.callback(device.release_pinned)
-        device.release_cached()  # what calibration used
-        _check_room(plan, device)
-        device.limit_memory(plan.budgets.device)
-        family = create_family(spec, plan.max_model_len)
-        source = _source(planned)  # before the tokenizer: what fails here leaves no threads behind
+        source = planned.model.source  # before the tokenizer: what fails here leaves no threads behind
         tokenizer = open_tokenizer(planned, config)
         undo.callback(tokenizer.close)
-        torch_device = device.torch_device
-        attention = _attention(family, family.heads, family.kv_rows, plan, torch_device)
-        absorbed = _absorbed_attention(family, plan, torch_device)
-        with torch.inference_mode(), ThreadPoolExecutor(1, thread_name_prefix="compile") as compiler:
-            compile_formats(family, plan, device)  # before the other thread compiles
-            compiled = [compiler.submit(each.compile) for each in (attention, absorbed) if each is not None]
-            compiled.append(compiler.submit(family.activations.compile, torch_device))
-            weights = load_weights(family, source, plan, device, stop, progress=progress)
-            device.release_cached()  # what packing used
-            cache = CacheManager(spec.sizes, plan, device, family.rows)
-            prefetcher = WeightPrefetcher(weights, plan, device, family)
-            forward = Forward(
-                family,
-                weights.fixed,
-                device,
-                prefetcher=prefetcher,
-                cache=cache,
-                attention=attention,
-                absorbed=absorbed,
-            )
-            for each in compiled:
-                each.result()
-            device.drain()
-            assembler = Assembler(
-                layers=_places(prefetcher, plan),
-                block_size=plan.block_size,
-                windows=spec.sizes.windows,
-                max_queries=plan.buffers.queries,
-                in_place=plan.in_place,
-            )
-            graphs = None
-            if can_capture(plan):
-                graphs = DecodeGraphs(forward, cache, prefetcher, device, layers=assembler.layers, plan=plan)
-            executor = Executor(
-                assembler,
-                device,
-                prefetcher=prefetcher,
-                cache=cache,
-                forward=forward,
-                graphs=graphs,
-                score_rows=score_rows(spec.sizes, plan.max_batch, plan.buffers.queries),
-            )
-        ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.end_token_ids))
-        spec = replace(spec, eos_token_ids=tuple(ends))
-        grammars = open_grammars(tokenizer, spec)
+        gpu = open_gpu(planned.spec, planned.plan, source, device, stop, progress=progress)
+        components = _components(planned, tokenizer, gpu)
         undo.pop_all()
-        gpu = OneGpu(device, prefetcher, cache, executor)
-        return Components(spec, planned.question, plan, planned.default_params, tokenizer, grammars, gpu)
+        return components
+
+
+def _components(planned: Planned, tokenizer: Tokenizer | NoTokenizer, gpus: Gpus[Any]) -> Components:
+    ends = dict.fromkeys((*planned.spec.eos_token_ids, *tokenizer.end_token_ids))
+    spec = replace(planned.spec, eos_token_ids=tuple(ends))
+    grammars = open_grammars(tokenizer, spec)
+    return Components(spec, planned.question, planned.plan, planned.default_params, tokenizer, grammars, gpus)
+
+
+def open_gpu(
+    spec: ModelSpec,
+    plan: Plan,
+    source: WeightSource,
+    device: Device,
+    stop: threading.Event,
+    *,
+    group: DeviceGroup = ALONE,
+    progress: bool = False,
+) -> OneGpu:
+    """The model on a device, as the plan wants it; `group`: GPUs that load what streams for each other.
+
+    Once `stop` is set, no further layer is loaded.
+
+    Raises:
+        ConfigError, CheckpointError: as their names say.
+        EngineUnavailableError: it was stopped.
+    """
+    device.release_cached()  # what calibration used
+    _check_room(plan, device, group.size)
+    group.meet()  # nobody takes memory before all have looked
+    device.limit_memory(plan.budgets.device)
+    family, torch_device = create_family(spec, plan.max_model_len), device.torch_device
+    attention = _attention(family, family.heads, family.kv_rows, plan, torch_device)
+    absorbed = _absorbed_attention(family, plan, torch_device)
+    with torch.inference_mode(), ThreadPoolExecutor(1, thread_name_prefix="compile") as compiler:
+        compile_formats(family, plan, device)  # before the other thread compiles
+        compiled = [compiler.submit(each.compile) for each in (attention, absorbed) if each is not None]
+        compiled.append(compiler.submit(family.activations.compile, torch_device))
+        weights = load_weights(family, source, plan, device, stop, group=group, progress=progress)
+        device.release_cached()  # what packing used
+        cache = CacheManager(spec.sizes, plan, device, family.rows)
+        prefetcher = WeightPrefetcher(weights, plan, device, family, group)
+        forward = Forward(
+            family, weights.fixed, device, prefetcher=prefetcher, cache=cache, attention=attention, absorbed=absorbed
+        )
+        for each in compiled:
+            each.result()
+        device.drain()
+        assembler = Assembler(
+            layers=_places(prefetcher, plan),
+            block_size=plan.block_size,
+            windows=spec.sizes.windows,
+            max_queries=plan.buffers.queries,
+            in_place=plan.in_place,
+        )
+        graphs = None
+        if can_capture(plan):
+            graphs = DecodeGraphs(forward, cache, prefetcher, device, layers=assembler.layers, plan=plan)
+        executor = Executor(
+            assembler,
+            device,
+            prefetcher=prefetcher,
+            cache=cache,
+            forward=forward,
+            graphs=graphs,
+            score_rows=score_rows(spec.sizes, plan.max_batch, plan.buffers.queries),
+        )
+    return OneGpu(device, prefetcher, cache, executor)
 
 
 def _absorbed_attention(family: Family, plan: Plan, device: torch.device) -> Attention | None:
@@ -376,8 +464,10 @@ def _places(prefetcher: WeightPrefetcher, plan: Plan) -> Places:
     return tuple(place._replace(rebuilds=layer not in plan.kv_layers) for layer, place in enumerate(prefetcher.places))
 
 
-def _check_room(plan: Plan, device: Device) -> None:
+def _check_room(plan: Plan, device: Device, num_gpus: int = 1) -> None:
     """Check the free memory before anything is allocated: a host that runs out ends this program, or another.
+
+    `num_gpus` take as much of the host's.
 
     Raises:
         ConfigError: the device or the host has less memory left than the plan takes, or a limit is too low for it.
@@ -386,12 +476,12 @@ def _check_room(plan: Plan, device: Device) -> None:
     memory = HostMemory.read()
     others = 0
     if device.torch_device.type == "cpu":  # one memory for both
-        _check_host_room("gpu_memory", plan.budgets.device, device_bytes, 0, memory)
-        others = device_bytes
+        others = num_gpus * device_bytes
+        _check_host_room("gpu_memory", plan.budgets.device, others, 0, memory)
     elif device_bytes > (free := device.free_memory):
         problem = f"the plan takes {format_bytes(device_bytes)} of it, and {format_bytes(free)} are free"
         raise ConfigError("gpu_memory", format_bytes(plan.budgets.device), problem, _LOWER)
-    _check_host_room("host_memory", plan.budgets.host, host_bytes, others, memory)
+    _check_host_room("host_memory", num_gpus * plan.budgets.host, num_gpus * host_bytes, others, memory)
     device.check_pinning(host_bytes)
 
 
@@ -451,12 +541,6 @@ def open_grammars(tokenizer: Tokenizer | NoTokenizer, spec: ModelSpec) -> Gramma
     except ValueError as error:
         _log.warning("outputs cannot be constrained: %s", error)
         return NoGrammars("this model's tokenizer does not say what text its tokens are")
-
-
-def _source(planned: Planned) -> WeightSource:
-    if planned.directory is None:
-        return RandomWeights(0)
-    return planned.checkpoint or Checkpoint(planned.directory)
 
 
 def _dtype(wanted: DType, on_cpu: bool) -> torch.dtype | None:

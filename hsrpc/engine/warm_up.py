@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from hsrpc.engine.startup import Components
 from hsrpc.request import SamplingParams
-from hsrpc.schedule.blocks import BlockManager
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Scheduler, SchedulerLimits
 
@@ -25,8 +24,9 @@ async def warm_up(components: Components, limits: SchedulerLimits) -> None:
     Raises:
         OutOfDeviceMemoryError: the device has not the memory for a step.
     """
-    plan, limits = components.plan, replace(limits, shares_prefixes=False)  # all prompts are equal
-    scheduler = Scheduler(BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule), limits, ())
+    limits = replace(limits, shares_prefixes=False)  # all prompts are equal
+    blocks, *others = components.new_blocks()
+    scheduler = Scheduler(blocks, limits, (), others)
     for tokens in (limits.max_idle_prefill_tokens, limits.max_prefill_tokens):
         for length in _prompts(tokens, limits, scheduler):
             number = scheduler.num_running + scheduler.num_waiting
@@ -38,14 +38,15 @@ async def warm_up(components: Components, limits: SchedulerLimits) -> None:
 
 
 def _prompts(tokens: int, limits: SchedulerLimits, scheduler: Scheduler) -> list[int]:
-    """Lengths of prompts with `tokens` tokens in all, as far as there is room for them."""
-    longest, room = limits.max_model_len, limits.max_batch - scheduler.num_running
+    """Lengths of prompts with `tokens` tokens on each GPU, as far as there is room for them."""
+    gpus, blocks = len(scheduler.blocks), scheduler.blocks[0]  # all have as many, and as many run on each
+    longest, room = limits.max_model_len, limits.max_batch - scheduler.num_running // gpus
     if limits.keeps_cache:  # there may be blocks for a window and a chunk only
-        longest = min(longest, scheduler.blocks.num_blocks * limits.block_size)
+        longest = min(longest, blocks.num_blocks * limits.block_size)
     length = max(1, min(tokens, longest - _NEW_TOKENS))
     if limits.keeps_cache:
-        room = min(room, scheduler.blocks.num_free // -(-(length + _NEW_TOKENS) // limits.block_size))
-    return [length] * min(min(tokens, _MAX_TOKENS) // length, room)
+        room = min(room, blocks.num_free // -(-(length + _NEW_TOKENS) // limits.block_size))
+    return [length] * (min(min(tokens, _MAX_TOKENS) // length, room) * gpus)
 
 
 async def _step(components: Components, scheduler: Scheduler) -> bool:

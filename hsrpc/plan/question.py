@@ -16,7 +16,7 @@ from hsrpc.plan.sizes import ModelSizes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """All that a plan follows from."""
+    """All that a plan follows from; where there are several GPUs it is one for each of them."""
 
     choices: tuple[ModelSizes, ...]
     """Sizes of the model in each choice of formats."""
@@ -30,11 +30,12 @@ class Question:
             ConfigError: none fits.
         """
         budgets, hardware = self.machine.budgets(self.config), self.machine.hardware
+        config = self.config.of_one_gpu
         found: list[tuple[Planner, Plan]] = []
         errors: list[ConfigError] = []
         for sizes in self.choices:
             try:
-                planner = planner_with_context(sizes, budgets, hardware, self.config)
+                planner = planner_with_context(sizes, budgets, hardware, config)
                 found.append((planner, choose_plan(planner)))
             except ConfigError as error:
                 errors.append(error)

@@ -224,7 +224,7 @@ async def test_what_is_reported_is_not_reported_again(
             taken.append(delta)
             request = live(engine, generation.request_id)
             if len(taken) == 2 and request is not None:
-                engine._scheduler._running.remove(request)
+                engine._scheduler._gpus[0].running.remove(request)
                 engine._scheduler._preempt(request)
         assert taken[-1].finish.usage.preemptions == 1
         await idle(engine)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from hsrpc.model.sampler import Sampled
 from hsrpc.request import TokenLogprob
-from hsrpc.schedule.step import Scheduled, Step
+from hsrpc.schedule.step import Packed, Scheduled
 
 Task: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 """Runs until it is cancelled."""
@@ -38,8 +38,16 @@ class Moved(NamedTuple):
     expert_bytes: int = 0
 
 
-class Gpus(Protocol):
+S = TypeVar("S", bound=Packed)
+"""A step as it is executed there."""
+
+
+class Gpus(Protocol[S]):
     """One GPU or several, which hold a model's weights and caches and compute its steps."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
 
     @property
     def name(self) -> str:
@@ -65,10 +73,10 @@ class Gpus(Protocol):
     def num_queued(self) -> int:
         """Steps, and parts of them, that are handed to a task and not taken, and results not taken."""
 
-    def assemble(self, scheduled: Scheduled) -> Step:
+    def assemble(self, scheduled: Scheduled) -> S:
         """The step, to be executed next; it takes milliseconds for a large batch."""
 
-    async def execute(self, step: Step, ahead: Step | None = None) -> StepResult | None:
+    async def execute(self, step: S, ahead: S | None = None) -> StepResult | None:
         """What the step gives; None where it was abandoned.
 
         `ahead` is launched before they are known; it is the next step to be executed.

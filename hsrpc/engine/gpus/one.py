@@ -26,6 +26,10 @@ class OneGpu:
     executor: Executor
 
     @property
+    def count(self) -> int:
+        return 1
+
+    @property
     def name(self) -> str:
         return self.device.name
 
