@@ -1,0 +1,86 @@
+"""Tokens of several GPUs equal those of one, and of transformers: what requests get does not depend on where they run.
+
+The ranks are processes on the CPU, connected by gloo; what differs on GPUs is who copies the bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import Callable
+
+import pytest
+
+from hsrpc import Engine, SamplingParams
+from hsrpc.constraint import Regex
+from hsrpc.plan.roofline import StepRecord
+from hsrpc.plan.sizes import ALIGNMENT
+from hsrpc.request import Delta
+from tests.engine.gpus.support import GREEDY, config_for, planned
+from tests.engine.reference import Reference
+from tests.engine.support import collect, idle, ids, text, until
+
+NUM_PROMPTS = 10
+
+
+async def generate_all(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    async def one(prompt: list[int]) -> list[int]:
+        return [token async for delta in engine.generate(prompt, GREEDY) for token in delta.token_ids]
+
+    return await asyncio.gather(*map(one, prompts))
+
+
+def expected(made: Reference) -> list[list[int]]:
+    return [output[: GREEDY.max_tokens] for output in made.outputs[:NUM_PROMPTS]]
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "settings"),
+    [
+        ("opt", 2, {"cache_policy": "hybrid", "activation_share": 0.5, "host_memory": "900KiB"}),
+        ("llama-gqa-tied", 3, {"cache_policy": "kv", "host_memory": "700KiB"}),
+        ("qwen3-moe", 2, {"cache_policy": "auto", "host_memory": "1MiB"}),
+    ],
+)
+async def test_tokens_equal_the_reference(
+    model: str, gpus: int, settings: dict[str, object], reference: Callable[[str], Reference]
+) -> None:
+    """Weights stream in parts, requests give way, others come and go; each layer's bytes cross one bus in a step."""
+    made, steps = reference(model), list[StepRecord]()
+    config = config_for(made, gpus, **settings)
+    async with Engine(config, choose_plan=planned, observe=steps.append) as engine, asyncio.timeout(60):
+        first = asyncio.create_task(generate_all(engine, made.prompts[:4]))
+        await until(lambda: steps)
+        leaver = await engine.submit(made.prompts[5], GREEDY)
+        await anext(leaver)
+        leaver.close()
+        others = await generate_all(engine, made.prompts[4:NUM_PROMPTS])
+        assert await first + others == expected(made)
+        await idle(engine)
+        stats, weights = engine.stats(), sum(engine.plan.streamed_bytes)
+        padding = gpus * ALIGNMENT * engine.spec.sizes.num_layers
+    assert weights * stats.steps <= stats.weights_streamed_bytes <= (weights + padding) * (stats.steps + 1)
+    assert max(step.num_requests for step in steps) > -(-config.max_batch // gpus)
+    assert stats.preemptions > 0
+
+
+async def test_settings_reach_the_rank_that_samples(reference: Callable[[str], Reference]) -> None:
+    """Seeds, log-probabilities and constraints, whose matchers stay with the front process, are as with one GPU."""
+    made = reference("opt")
+    drawn = SamplingParams(temperature=1.0, seed=5, max_tokens=12, logprobs=2, prompt_logprobs=0, ignore_eos=True)
+    matching = SamplingParams(temperature=1.0, seed=5, max_tokens=12, constraint=Regex("[ab]{3}(c|d)+"))
+    found = []
+    for gpus in (1, 2):
+        async with Engine(config_for(made, gpus), choose_plan=planned) as engine, asyncio.timeout(60):
+            asked = [(prompt, params) for prompt in made.prompts[:3] for params in (drawn, matching)]
+            found.append(await asyncio.gather(*(collect(engine.generate(*each)) for each in asked)))
+    assert all(re.fullmatch("[ab]{3}[cd]+", text(each)) for each in found[1][1::2])
+    for one, two in zip(*found, strict=True):
+        assert ids(one) == ids(two)
+        both = zip(logprobs(one), logprobs(two), strict=True)
+        assert all(math.isclose(first, second, abs_tol=1e-4) for first, second in both)
+
+
+def logprobs(deltas: list[Delta]) -> list[float]:
+    return [each.logprob for delta in deltas for each in (*delta.prompt_logprobs, *delta.logprobs)]
