@@ -16,7 +16,7 @@ from tests.engine.reference import Reference
 
 PATIENCE = 30.0
 """Seconds that a test waits at most for something that takes milliseconds."""
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
 
 
 def config_for(made: Reference, gpus: int, **settings: object) -> EngineConfig:

@@ -21,7 +21,9 @@ from tests.engine.gpus.support import GREEDY, config_for, planned
 from tests.engine.reference import Reference
 from tests.engine.support import collect, idle, ids, text, until
 
-NUM_PROMPTS = 10
+NUM_PROMPTS = 8
+WITH_EXPERTS = "qwen3-moe"
+"""All of which stream; it has blocks for all."""
 
 
 async def generate_all(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
@@ -38,9 +40,10 @@ def expected(made: Reference) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("model", "gpus", "settings"),
     [
-        ("opt", 2, {"cache_policy": "hybrid", "activation_share": 0.5, "host_memory": "900KiB"}),
+        ("opt", 2, {"cache_policy": "activation", "host_memory": "900KiB"}),
         ("llama-gqa-tied", 3, {"cache_policy": "kv", "host_memory": "700KiB"}),
-        ("qwen3-moe", 2, {"cache_policy": "auto", "host_memory": "1MiB"}),
+        ("opt", 2, {"cache_policy": "auto", "host_memory": "900KiB"}),
+        (WITH_EXPERTS, 2, {"cache_policy": "auto"}),
     ],
 )
 async def test_tokens_equal_the_reference(
@@ -62,7 +65,7 @@ async def test_tokens_equal_the_reference(
         padding = gpus * ALIGNMENT * engine.spec.sizes.num_layers
     assert weights * stats.steps <= stats.weights_streamed_bytes <= (weights + padding) * (stats.steps + 1)
     assert max(step.num_requests for step in steps) > -(-config.max_batch // gpus)
-    assert stats.preemptions > 0
+    assert stats.preemptions > 0 or model == WITH_EXPERTS
 
 
 async def test_settings_reach_the_rank_that_samples(reference: Callable[[str], Reference]) -> None:
