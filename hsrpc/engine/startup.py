@@ -172,6 +172,7 @@ def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> P
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
+    config = _counted(config)
     return _plan_here(open_device(config.device), config, choose_plan)
 
 
@@ -181,7 +182,8 @@ def plan_for(machine: Machine, config: EngineConfig) -> Planned:
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
-    return _plan(Model.read(config, torch.device(machine.kind)), machine, config, Planner.plan)
+    model = Model.read(config, torch.device(machine.kind))
+    return _plan(model, machine.at_once(config.num_gpus), config, Planner.plan)
 
 
 def _plan_here(device: Device, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
@@ -189,7 +191,7 @@ def _plan_here(device: Device, config: EngineConfig, choose_plan: ChoosePlan) ->
     _check_layer(model.choices, config, device)
     if config.host_memory is None:
         _tell_of_growth(HostMemory.read())
-    return _plan(model, measure(device, model.spec), config, choose_plan)
+    return _plan(model, measure(device, model.spec).at_once(config.num_gpus), config, choose_plan)
 
 
 def _plan(model: Model, machine: Machine, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:

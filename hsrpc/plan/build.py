@@ -85,6 +85,7 @@ class Assembly:
             cache_format=config.cache_format,
             kinds=evaluator.held.kinds,
             shared_prefix=model.traffic.shared,
+            num_gpus=sizes.num_gpus,
         )
         return replace(plan, prediction=simulated(plan, sizes, closed, recomputes=bool(one.recomputed)))
 

@@ -11,6 +11,7 @@ from typing import Any
 from hsrpc.config import DeviceKind, EngineConfig
 from hsrpc.errors import ConfigError
 from hsrpc.plan.device_memory import cuda_runtime_memory
+from hsrpc.plan.fitted import LOADS_BANDWIDTH
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets
 
@@ -50,6 +51,12 @@ class Machine:
         device = int(config.gpu_memory or self.device_memory * (0.25 / gpus if on_cpu else 0.9))
         host = int(config.host_memory or self.host_memory * (0.5 if on_cpu else 0.8)) // gpus
         return Budgets(device=device, host=host, runtime=0 if on_cpu else cuda_runtime_memory(device))
+
+    def at_once(self, num_gpus: int) -> Machine:
+        """The same where so many GPUs load at once, though each was measured alone."""
+        share = LOADS_BANDWIDTH / num_gpus
+        hardware = replace(self.hardware, load_bandwidth=min(self.hardware.load_bandwidth, share))
+        return self if num_gpus == 1 or self.kind is DeviceKind.CPU else replace(self, hardware=hardware)
 
     def slowest(self, others: Sequence[Machine]) -> Machine:
         """One as this and others of its kind: each rate is that of the slowest, and memory that of the fullest."""
