@@ -170,6 +170,11 @@ class Scheduler:
         return tuple(gpu.blocks for gpu in self._gpus)
 
     @property
+    def running(self) -> list[Request]:
+        """Those that run, GPU by GPU, each in the order in which they were admitted."""
+        return [request for gpu in self._gpus for request in gpu.running]
+
+    @property
     def num_running(self) -> int:
         return sum(len(gpu.running) for gpu in self._gpus)
 

@@ -71,7 +71,7 @@ class Harness:
 
     @property
     def running(self) -> list[Request]:
-        return list(self.scheduler._running)
+        return self.scheduler.running
 
     @property
     def waiting(self) -> list[Request]:
