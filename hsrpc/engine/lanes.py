@@ -101,8 +101,8 @@ class StepRun:
         return self.step.stop.is_set and not self.step.ops.is_gathered
 
     def _passes_over(self, op: Op) -> bool:
-        """Whether an operation of a stopped step is left out: all but weights for which other GPUs wait."""
-        return self.step.stop.is_set and not (self.step.ops.is_gathered and op.kind.lane is Lane.WEIGHTS)
+        """Whether an operation of a stopped step is left out that goes on for weights for which other GPUs wait."""
+        return self.step.stop.is_set and self.step.ops.is_gathered and op.kind.lane is not Lane.WEIGHTS
 
     def _waits(self, number: int) -> Iterator[Event]:
         """Events of another stream before which an operation must not run."""

@@ -185,7 +185,9 @@ class Executor:
         self._note_end()
 
     def _launch_or_stop(self, state: _Computing, op: Op) -> None:
-        """Launch an operation; where it finds no memory the step is stopped."""
+        """Launch an operation; where it finds no memory the step is stopped, and what is left of it passed over."""
+        if state.is_out_of_memory:
+            return
         try:
             self._launch(state, op)
         except torch.OutOfMemoryError as error:
