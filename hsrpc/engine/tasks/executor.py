@@ -154,7 +154,7 @@ class Executor:
             return None if sampled is None else StepResult(sampled, [])
         state = _Computing(step)
         await self._run_lanes(worker, run, state)
-        await self._end(worker, run)
+        await self._end(worker, run, goes_on=run.step.ops.is_gathered or not state.is_out_of_memory)
         if state.is_out_of_memory:
             return OutOfDeviceMemoryError(_OUT_OF_MEMORY)
         return None if state.sampled is None else StepResult(state.sampled, state.scored)
@@ -169,10 +169,13 @@ class Executor:
         # Going from thread to thread takes longer than launching it.
         await worker.run(partial(run.run_here, launch))
 
-    async def _end(self, worker: Worker, run: StepRun) -> None:
-        """Take what the step leaves to the next one, once all lanes have launched what they will."""
+    async def _end(self, worker: Worker, run: StepRun, *, goes_on: bool) -> None:
+        """Take what the step leaves to the next one, once all lanes have launched what they will.
+
+        `goes_on`: the next list may go on behind this one, where that is whole.
+        """
         if self._streams_weights:
-            is_whole = all([await run.ended.get() for _ in Lane])
+            is_whole = all([await run.ended.get() for _ in Lane]) and goes_on
             self._before.carried = run.step.ops.carries if is_whole else NOTHING_CARRIED
             self._before.events = run.events if is_whole else ()
         if run.step.stop.is_set:
