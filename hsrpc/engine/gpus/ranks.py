@@ -7,6 +7,7 @@ says nothing any more, is the end of all: the others wait for what it would have
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import sys
@@ -137,6 +138,8 @@ class RankProcess:
         """End the process, and wait until it has given back all that it held."""
         self.kill()
         self._line.writer.close()
+        with suppress(ConnectionError):
+            await self._line.writer.wait_closed()
         await self._process.wait()
 
     async def _receive(self) -> Any:
@@ -287,7 +290,7 @@ class Ranks:
             process.kill()
         for process in self._processes:
             await process.close()
-        return _nothing
+        return _release
 
     async def _tell_allowed(self, step: JointStep) -> None:
         """Send the ranks what constrained rows may sample, once the step is under way and that is known."""
@@ -335,5 +338,7 @@ def _environment(number: int) -> dict[str, str]:
     return os.environ | _SETTINGS | {"PYTHONPATH": path, _VISIBLE: own if isinstance(own, str) else "".join(own)}
 
 
-def _nothing() -> None:
-    """Device memory went with the processes."""
+def _release() -> None:
+    """Close the meeting's sockets: what ended tasks' tracebacks hold; device memory went with the processes."""
+    gc.unfreeze()
+    gc.collect()
