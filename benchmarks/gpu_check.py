@@ -78,14 +78,13 @@ def reference_model(config: dict[str, Any], file: Path, device: DeviceKind, dtyp
     settings = CONFIG_MAPPING[str(config["model_type"])](**config)
     family, source = create_family(named_spec(str(file), dtype)), RandomWeights(0)
     attention = "sdpa" if family.attention_extras == PLAIN else "eager"  # the other one has neither caps nor sinks
-    torch.set_default_dtype(dtype)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
             settings,
+            dtype=dtype,  # the configuration names that of its checkpoint
             attn_implementation=attention,
             experts_implementation="eager",  # products that are as exact as the element type
         ).eval()
-    torch.set_default_dtype(torch.float32)
     tensors = model.state_dict()  # whose memory is that of the model
     names = TensorNames(tensors)
     for tensor in family.all_tensors():

@@ -61,8 +61,11 @@ _MIXTURES = (
     "qwen3-30b-a3b-1",
     "qwen3-30b-a3b-256",
     "qwen3-30b-a3b-1024",
+    "qwen3-30b-a3b-80gib",
     "mixtral-8x7b-256",
+    "mixtral-8x7b-80gib",
     "gemma-3-27b-64",
+    "gemma-3-27b-80gib",
     "deepseek-v2-lite-kv",
     "deepseek-v2-lite-rebuilt",
     "deepseek-v2-lite-absorbed",
@@ -73,9 +76,12 @@ _QUANTIZED = (
     "llama-3.3-70b-w4a16",
     "qwen3-32b-fp8",
     "gpt-oss-120b-mxfp4-256",
+    "gpt-oss-120b-mxfp4-1024",
 )
+_PREFIXES = ("opt-13b-none", "opt-13b-400", "opt-13b-host-none", "opt-13b-host-400")
 _RESIDENT = ("qwen3-8b-109", "qwen3-8b-219", "qwen3-8b-219-again", "qwen3-8b-planned")
 _MODELS = ("models/current",)
+_DRAFTS = ("drafts/smollm2",)
 _OF_MASKS = ("mask", "longest")
 _OF_PLAN = ("requests", "caches", "resident")
 
@@ -84,6 +90,21 @@ TABLES = {
         _POLICIES,
         ("model, requests x tokens", "policy", *_STEP, "beside plain copies", "predicted", "tokens/s"),
         tables.policies,
+    ),
+    "drafts-replay": Table(
+        tuple(name for name in _ALL if name.startswith("drafts-replay/")),
+        (
+            "model, requests",
+            "drafted, right",
+            "tau",
+            "step",
+            "predicted",
+            "limit",
+            "tokens/s",
+            "predicted",
+            "times",
+        ),
+        tables.drafts_replay,
     ),
     "structured-output": Table(
         ("structured-output/libraries",),
@@ -99,7 +120,7 @@ TABLES = {
     ),
     "mixtures": Table(
         tuple(f"mixtures/{case}" for case in _MIXTURES),
-        ("model, requests", "caches", "weights that stream", *_STEP, "predicted", "tokens/s"),
+        ("model, requests", "device", "caches", "weights that stream", *_STEP, "predicted", "tokens/s"),
         tables.mixtures,
     ),
     "quantized": Table(
@@ -111,6 +132,16 @@ TABLES = {
         tuple(f"caches/{case}" for case in _CACHES),
         ("model, requests", "activations", "resident", *_STEP, "GPU busy", "predicted", "tokens/s"),
         tables.caches,
+    ),
+    "prefixes": Table(
+        tuple(f"prefixes/{case}" for case in _PREFIXES),
+        ("model, requests", "shared", "weights resident", *_STEP, "GPU busy", "tokens/s", "times"),
+        tables.prefixes,
+    ),
+    "fp8-products": Table(
+        ("quantized/fp8-products",),
+        ("a layer of", "rows", "decoding", "products", "of codes", "rounding inputs", "error", "error of codes"),
+        tables.fp8_products,
     ),
     "code-kernels": Table(
         ("quantized/kernels",), ("a layer of", "weights", "time", "read and written", "of a copy"), tables.code_kernels
@@ -200,6 +231,16 @@ TABLES = {
             "output begins",
         ),
         tables.smollm2,
+    ),
+    "drafts": Table(
+        _DRAFTS,
+        ("work", "temperature", "tokens", "distinct 4-grams", "n-gram", "suffix", "suffix, after others"),
+        tables.drafts,
+    ),
+    "draft-costs": Table(
+        _DRAFTS,
+        ("drafter", "draft", "tau", "without loops", "drafted a step", "accepted", "256 requests"),
+        tables.draft_costs,
     ),
     "cache-quality": Table(
         ("cache-quality/current",),

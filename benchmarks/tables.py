@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from statistics import geometric_mean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.comparison import Comparison
 from benchmarks.raw_results import Record
@@ -27,8 +27,35 @@ NAMES = {
     "llama-3.3-70b": "Llama-3.3-70B",
     "qwen3-32b": "Qwen3-32B",
     "gpt-oss-120b": "gpt-oss-120b",
+    "gpt-oss-20b:mxfp4": "gpt-oss-20b, mxfp4",
 }
 OWN = "hsrpc"
+DISTINCT = 0.8
+"""Share of distinct 4-grams from which an output is no loop."""
+
+
+def drafts_replay(records: Sequence[Record]) -> Iterator[Row]:
+    """Steps of each setting beside the formula; the model and its batch once."""
+    for record in records:
+        run, alone = record.result, None
+        if "failure" in run:
+            continue
+        model = f"{NAMES.get(run['model'], run['model'])}, {run['batch']}"
+        for each in run["settings"]:
+            rate = each["tokens_per_second"]
+            alone = alone or rate
+            yield (
+                model,
+                f"{each['drafts']}, {each['acceptance']:.0%}" if each["drafts"] else "none",
+                f"{each['tokens_per_request']:.2f}",
+                f"{each['step_seconds'] * 1e3:.0f} ms",
+                f"{each['predicted_step_seconds'] * 1e3:.0f} ms",
+                f"{each['limit_seconds'] * 1e3:.0f} ms",
+                f"{rate:.1f}",
+                f"{each['predicted_tokens_per_second']:.1f}",
+                f"{rate / alone:.2f}",
+            )
+            model = ""
 
 
 def policies(records: Sequence[Record]) -> Iterator[Row]:
@@ -41,6 +68,32 @@ def policies(records: Sequence[Record]) -> Iterator[Row]:
             copies, predicted = f"{run['sustained_efficiency']:.2f}", ms(run["predicted_step_seconds"])
             yield (model, _policy(cell), *_step(cell), copies, predicted, rate(cell["tokens_per_second"]))
             model = ""
+
+
+def prefixes(records: Sequence[Record]) -> Iterator[Row]:
+    """Pairs of decode steps: nothing shared, then a prefix, and how many times the tokens/s that makes."""
+    for alone, sharing in zip(records[::2], records[1::2], strict=True):
+        [before], [after] = alone.result, sharing.result
+        words = sharing.header.command.split()
+        times = after["decode_tokens_per_second"] / before["decode_tokens_per_second"]
+        where = "on the host" if "--placement" in words else "planned"
+        for run, name, shared, gain in (
+            (before, f"{NAMES[before['model']]}, {before['batch']}, {where}", "0", ""),
+            (after, "", words[words.index("--shared-prefix") + 1], f"**{times:.2f}**"),
+        ):
+            resident, busy = f"{100 * run['resident_share']:.0f} %", f"{100 * run['device_busy_share']:.0f} %"
+            yield name, shared, resident, *_step(run), busy, rate(run["decode_tokens_per_second"]), gain
+
+
+def fp8_products(records: Sequence[Record]) -> Iterator[Row]:
+    """A layer's products of fp8 weights: decoded and multiplied in 16 bits, and codes with codes."""
+    [record] = records
+    forms, seen = {"fp8": "blocks of 128 x 128", "fp8-rows": "a scale for each row"}, ""
+    for line in record.result:
+        name, times = f"{NAMES[line['model']]}, {forms[line['weights']]}", ("decode", "products", "codes", "rounding")
+        errors = (f"{100 * line[part]:.1f} %" for part in ("products_error", "codes_error"))
+        yield "" if name == seen else name, f"{line['rows']:,}", *(f"{line[part]:.2f} ms" for part in times), *errors
+        seen = name
 
 
 def coding(records: Sequence[Record]) -> Iterator[Row]:
@@ -65,9 +118,13 @@ def mixtures(records: Sequence[Record]) -> Iterator[Row]:
         words = record.header.command.split()
         latents = words[words.index("--latent-attention") + 1] if "--latent-attention" in words else None
         caches = {None: run["policy"], "absorb": "latents, absorbed", "rebuild": "latents, rebuilt"}[latents]
+        memory = f"{run['device_budget'] / 2**30:.0f} GiB"
+        if not run["codes_weights"] and run["resident_share"] == 1:
+            weights = "none"
         model = f"{NAMES[run['model']]}, {run['batch']}"
         yield (
             model,
+            memory,
             caches,
             weights,
             *_step(run),
@@ -389,6 +446,83 @@ def smollm2(records: Sequence[Record]) -> Iterator[Row]:
         for weights, cells in found.items():
             yield (*facts, weights, *cells, *rest)
             facts = rest = ("", "")
+
+
+def drafts(records: Sequence[Record]) -> Iterator[Row]:
+    """Tau of outputs of each kind of work: a column for a drafter, with a figure for each length of drafts."""
+    [record] = records
+    groups: dict[tuple[str, float], list[Any]] = {}
+    for text in record.result["texts"]:
+        groups.setdefault((text["kind"], text["temperature"]), []).append(text)
+    for (kind, temperature), texts in groups.items():
+        distinct = sorted(text["distinct"] for text in texts)
+        cells = _of_ways(texts)
+        ways = [", ".join(f"{cell.tau:.2f}" for cell in cells if cell.way == way) for way in _ways(cells)]
+        tokens = f"{sum(text['output_tokens'] for text in texts):,}"
+        yield kind, "greedy" if temperature == 0 else f"{temperature:g}", tokens, _range(distinct), *ways
+
+
+def draft_costs(records: Sequence[Record]) -> Iterator[Row]:
+    """What drafters gain and ask for over all outputs: a line for each and for each length of drafts."""
+    [record] = records
+    texts = record.result["texts"]
+    seconds = {(cell["way"], cell["max_drafted"]): cell["seconds"] for cell in record.result["step_seconds"]}
+    without_loops = _of_ways([text for text in texts if text["distinct"] >= DISTINCT])
+    last = ""
+    for cell, calm in zip(_of_ways(texts), without_loops, strict=True):
+        yield (
+            "" if cell.way == last else cell.way,
+            str(cell.max_drafted),
+            f"{cell.tau:.2f}",
+            f"{calm.tau:.2f}",
+            f"{cell.drafted / cell.steps:.2f}",
+            f"{cell.accepted / cell.drafted:.0%}",
+            f"{seconds[cell.way, cell.max_drafted] * 1e3:.1f} ms",
+        )
+        last = cell.way
+
+
+class _OfWay(NamedTuple):
+    """What a drafter does for some outputs, with drafts of a certain length at most."""
+
+    way: str
+    max_drafted: int
+    tokens: int
+    steps: int
+    drafted: int
+
+    @property
+    def tau(self) -> float:
+        return self.tokens / self.steps
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that were right: all but that of the model itself, of each step."""
+        return self.tokens - self.steps
+
+
+def _of_ways(texts: Sequence[Any]) -> list[_OfWay]:
+    """Sums over these outputs, in the order of the file."""
+    tokens = sum(text["output_tokens"] for text in texts)
+    return [
+        _OfWay(
+            cells[0]["way"],
+            cells[0]["max_drafted"],
+            tokens,
+            sum(cell["steps"] for cell in cells),
+            sum(cell["drafted"] for cell in cells),
+        )
+        for cells in zip(*(text["replayed"] for text in texts), strict=True)
+    ]
+
+
+def _ways(cells: Sequence[_OfWay]) -> list[str]:
+    return list(dict.fromkeys(cell.way for cell in cells))
+
+
+def _range(shares: Sequence[float]) -> str:
+    """Least, median and most, of shares in order."""
+    return " / ".join(f"{share:.2f}" for share in (shares[0], median(shares), shares[-1]))
 
 
 def cache_quality(records: Sequence[Record]) -> Iterator[Row]:

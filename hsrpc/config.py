@@ -11,6 +11,8 @@ from hsrpc.errors import ConfigError
 
 BUNDLED_MODEL = str(Path(__file__).parent / "models" / "storyteller")
 
+AUTO = "auto"
+"""In place of a number: planned."""
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS |= {f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power, _letter: 1024**_power}
@@ -46,6 +48,8 @@ ALL_GPUS = "all"
 """As many as there are."""
 MAX_GPUS = 16
 """Of one host."""
+_MAX_DRAFT = 64
+"""Drafted tokens of a request in a step: more are hardly ever all accepted."""
 
 
 class DeviceKind(StrEnum):
@@ -115,6 +119,15 @@ class CacheCoding(StrEnum):
     """In 8 bits, half of the bytes: K and V and activations as float8 (e4m3); [W_K W_V] is rounded alike."""
     INT8 = "int8"
     """In 8 bits, nearer to plain: K and V as whole numbers, activations as float8; weights as they are."""
+
+
+class DraftMethod(StrEnum):
+    """Where drafted tokens come from, without a model."""
+
+    SUFFIX = "suffix"
+    """What followed most often where a request's last tokens stood before: in itself, and in outputs of others."""
+    NGRAM = "ngram"
+    """What followed where most of a request's last tokens stood before in itself."""
 
 
 class LatentAttention(StrEnum):
@@ -242,6 +255,16 @@ class EngineConfig:
     """Tokens a running request holds on average: what the planner plans for."""
     expected_output: int | None = None
     """Tokens a request generates on average, from which the cost of prompts follows; None: a quarter of the context."""
+    max_draft_tokens: int | str | None = None
+    """Tokens that each request drafts in a step, at most, and that the same pass verifies; 0: none; `auto`: planned.
+    None: `auto` where `drafter` or `draft_model` is given, else none."""
+    drafter: DraftMethod | None = None
+    """Where drafted tokens come from; None: from `draft_model`, else by suffixes."""
+    draft_model: str | None = None
+    """A small model with the same tokenizer that drafts: a directory, or a hub id; it lies on the device."""
+    expected_acceptance: float = 0.5
+    """Part of the drafted tokens that is accepted, of those before which all were, in [0, 1]: what the planner plans
+    for."""
     expected_shared_prefix: int = 0
     """First tokens that running requests have in common, on average: what the planner plans for."""
     max_step_time: float | None = None
@@ -286,6 +309,7 @@ class EngineConfig:
                 raise ConfigError(name, value, "not a positive whole number", "give 1 or more")
         self._check_gpus()
         self._check_shared_prefix()
+        self._check_drafts()
         if self.max_batch is not None and self.min_batch > self.max_batch:
             raise ConfigError("min_batch", self.min_batch, f"more than max_batch={self.max_batch}", "give at most that")
         if self.block_size > 1024:
@@ -303,6 +327,9 @@ class EngineConfig:
             self._set(name, count)
         if self.gpus != 1 and self.experts is ExpertLoading.DEMAND:
             raise ConfigError(name, self.gpus, "has no meaning with experts=demand", "use experts=stream, or one GPU")
+        if self.gpus != 1 and self.draft_model is not None:
+            problem = f"has no meaning with draft_model={self.draft_model}, which drafts on one GPU"
+            raise ConfigError(name, self.gpus, problem, "give a drafter in its place, or gpus=1")
 
     @property
     def num_gpus(self) -> int:
@@ -333,11 +360,35 @@ class EngineConfig:
                 name, value, "has no meaning with cache_policy=recompute", "leave it out: nothing is cached"
             )
 
+    @property
+    def draft_tokens(self) -> int | str:
+        """What `max_draft_tokens` comes to: a number, or `auto`."""
+        if self.max_draft_tokens is not None:
+            return self.max_draft_tokens
+        return 0 if self.drafter is None and self.draft_model is None else AUTO
+
+    def _check_drafts(self) -> None:
+        if self.drafter is not None:
+            self._set("drafter", _member(DraftMethod, self.drafter, "drafter"))
+        for name in ("drafter", "draft_model"):
+            value = getattr(self, name)
+            if value is not None and self.max_draft_tokens == 0:
+                raise ConfigError(name, value, "has no meaning with max_draft_tokens=0", "leave one of them out")
+        if self.drafter is not None and self.draft_model is not None:
+            problem = f"has no meaning with draft_model={self.draft_model}"
+            raise ConfigError("drafter", self.drafter.value, problem, "leave one of them out")
+        given = self.draft_tokens
+        is_number = isinstance(given, int) and not isinstance(given, bool) and 0 <= given <= _MAX_DRAFT
+        if not is_number and given != AUTO:
+            problem, remedy = "not a number of tokens that it may be", f"give 0 to {_MAX_DRAFT}, or {AUTO}"
+            raise ConfigError("max_draft_tokens", given, problem, remedy)
+
     def _check_shares(self) -> None:
         for name, whole in (
             ("resident_share", "weights"),
             ("recompute_share", "tokens"),
             ("activation_share", "tokens"),
+            ("expected_acceptance", "drafted tokens"),
         ):
             share = getattr(self, name)
             if share is not None and not 0.0 <= share <= 1.0:

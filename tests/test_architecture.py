@@ -1,6 +1,6 @@
 """Who may import whom, read from the source.
 
-request <- text, schedule <- plan <- {model, device} <- engine <- server <- cli
+request <- text, draft, schedule <- plan <- {model, device} <- engine <- server <- cli
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ ALLOWED = {
     "v1": set(),
     "text": set(),
     "schedule": {"request", "errors"},
-    "plan": {"schedule", "config", "errors"},
+    "draft": {"request", "errors"},
+    "plan": {"draft", "schedule", "config", "errors"},
     "model": {"plan", "schedule", "request", "config", "errors"},
     "device": {"plan", "schedule", "config", "errors"},
     "engine": {
-        *("model", "device", "plan", "schedule", "text", "prompt", "request", "constraint", "config", "errors"),
+        *("model", "device", "plan", "draft", "schedule", "text", "prompt", "request", "constraint"),
+        *("config", "errors"),
     },
     "server": {"engine", "plan", "schedule", "prompt", "request", "constraint", "config", "errors", "v1"},
     "client_proxy": set(),
@@ -46,7 +48,7 @@ ALLOWED = {
     "testing": {"server", "engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"},
     "bench": {
         *("testing", "server", "client", "client_channel", "client_messages", "v1"),
-        *("engine", "model", "device", "plan", "schedule", "prompt", "request", "config", "errors"),
+        *("engine", "model", "device", "plan", "draft", "schedule", "prompt", "request", "config", "errors"),
     },
     "cli": {
         *("bench", "batch", "source", "client", "client_channel", "client_messages", "client_proxy", "server", "v1"),
@@ -247,7 +249,7 @@ print(sorted({{"grpc", "google.protobuf", "google.rpc", "hsrpc.v1", "hsrpc.serve
 @pytest.mark.parametrize("library", ["torch", "asyncio"])
 def test_decisions_are_pure(library: str):
     """They need neither tensors nor an event loop."""
-    assert parts(users(library)).isdisjoint({"request", "text", "schedule", "plan"})
+    assert parts(users(library)).isdisjoint({"request", "text", "draft", "schedule", "plan"})
 
 
 def test_models_and_devices_are_synchronous():

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 import hsrpc
 
 ROOT = Path(__file__).parents[1]
+MODELS = ("storyteller", "storyteller-draft")
 SOURCES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt")
 BUILD = "from setuptools import build_meta; build_meta.build_sdist('dist'); build_meta.build_wheel('dist')"
 
@@ -79,7 +80,7 @@ def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel):
     """Type marker, stubs and the bundled model are in it; tests are not."""
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert files == package_files()
-    assert {"hsrpc/py.typed", "hsrpc/models/storyteller/model.safetensors"} <= files
+    assert {"hsrpc/py.typed", *(f"hsrpc/models/{name}/model.safetensors" for name in MODELS)} <= files
 
 
 def test_the_wheel_has_the_license_and_the_command(wheel):

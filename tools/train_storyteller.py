@@ -14,7 +14,7 @@ import math
 import os
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -118,13 +118,13 @@ class Batches(Dataset[torch.Tensor]):
         return [SPECIAL_TOKENS.index(EOS), *parts[0], *parts[1]]
 
 
-def make_model(vocab_size: int, hidden_size: int = 256) -> OPTForCausalLM:
+def make_model(vocab_size: int, hidden_size: int = 256, num_layers: int = 4, num_heads: int = 4) -> OPTForCausalLM:
     config = OPTConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         word_embed_proj_dim=hidden_size,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
         ffn_dim=4 * hidden_size,
         max_position_embeddings=CONTEXT_LENGTH,
         dropout=0.0,
@@ -157,8 +157,20 @@ def labels_of(ids: torch.Tensor) -> torch.Tensor:
     return ids.masked_fill(ids == SPECIAL_TOKENS.index(TURN), -100)
 
 
+def text_loss(model: OPTForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the texts `ids` [rows, tokens]."""
+    loss: torch.Tensor = model(input_ids=ids, labels=labels_of(ids)).loss
+    return loss
+
+
 def train(
-    model: OPTForCausalLM, batches: Iterable[torch.Tensor], steps: int, dtype: torch.dtype, peak_rate: float = 3e-3
+    model: OPTForCausalLM,
+    batches: Iterable[torch.Tensor],
+    steps: int,
+    dtype: torch.dtype,
+    peak_rate: float = 3e-3,
+    *,
+    loss_of: Callable[[OPTForCausalLM, torch.Tensor], torch.Tensor] = text_loss,
 ) -> None:
     """Computes in `dtype` with float32 weights; shows the loss every 50 steps."""
     optimizers = make_optimizers(model, peak_rate)
@@ -167,7 +179,7 @@ def train(
     for step, batch in enumerate(progress := tqdm(batches, desc="train", total=steps, mininterval=5)):
         ids = batch.to(model.device, torch.long)
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(input_ids=ids, labels=labels_of(ids)).loss
+            loss = loss_of(model, ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):

@@ -8,7 +8,17 @@ from enum import StrEnum
 from pathlib import Path
 
 from hsrpc.bench.workload import Lengths
-from hsrpc.config import CachePolicy, DeviceKind, DType, EngineConfig, ExpertLoading, Placement, WeightCoding
+from hsrpc.config import (
+    CacheCoding,
+    CachePolicy,
+    DeviceKind,
+    DType,
+    EngineConfig,
+    ExpertLoading,
+    Placement,
+    WeightCoding,
+)
+from hsrpc.model.random_codes import split_format
 from hsrpc.model.shapes import RANDOM_PREFIX, SHAPES
 
 _TINY = {
@@ -129,6 +139,40 @@ CASES = (
         steps=6,
     ),
     Case(
+        name="fp8-caches",
+        shows="activations in 8 bits: stored, and multiplied as codes to rebuild K and V",
+        config=EngineConfig(
+            model=RANDOM_PREFIX + "opt-13b",
+            device=DeviceKind.CUDA,
+            dtype=DType.FLOAT16,
+            cache_format=CacheCoding.FP8,
+            gpu_memory="24GiB",
+            host_memory="14GiB",
+            min_batch=96,
+            max_batch=96,
+        ),
+        prompt=512,
+        output=40,
+        steps=5,
+    ),
+    Case(
+        name="quantised",
+        shows="weights of 4 bits in part on the device, packed, all decoded by one launch a layer",
+        config=EngineConfig(
+            model=RANDOM_PREFIX + "qwen3-32b:w4a16",
+            device=DeviceKind.CUDA,
+            dtype=DType.BFLOAT16,
+            cache_policy=CachePolicy.KV,
+            gpu_memory="12GiB",
+            host_memory="12GiB",
+            min_batch=32,
+            max_batch=32,
+        ),
+        prompt=256,
+        output=24,
+        steps=6,
+    ),
+    Case(
         name="coded-mixed",
         shows="coded bfloat16 weights decoded on the GPU, rotary positions, requests of mixed lengths",
         config=EngineConfig(
@@ -201,13 +245,14 @@ def tiny(case: Case, directory: Path) -> Case:
 
     It takes the same paths; its figures mean nothing.
     """
-    shape = SHAPES[case.config.model.removeprefix(RANDOM_PREFIX)]
+    name, form = split_format(case.config.model.removeprefix(RANDOM_PREFIX))
+    shape = SHAPES[name]
     file = directory / f"{case.name}.json"
     file.write_text(json.dumps(shape | {name: value for name, value in _TINY.items() if name in shape}))
     is_coded = case.config.weight_coding is WeightCoding.LOSSLESS
     config = replace(
         case.config,
-        model=f"{RANDOM_PREFIX}{file}",
+        model=f"{RANDOM_PREFIX}{file}" + ("" if form is None else f":{form.name}"),
         device=DeviceKind.CPU,
         dtype=case.config.dtype if is_coded else DType.FLOAT32,
         gpu_memory="64MiB",

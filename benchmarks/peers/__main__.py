@@ -1,4 +1,4 @@
-"""python -m benchmarks.peers: hsrpc beside FlexGen and transformers."""
+"""python -m benchmarks.peers: hsrpc beside FlexGen, transformers, vLLM and llama.cpp."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.peers.cases import ALL_MODELS, Budgets, Case, Setup, System
-from benchmarks.peers.cells import Cell, all_cells, estimated_seconds, setups_of
+from benchmarks.peers.cells import Cell, all_cells, engines, estimated_seconds, setups_of
+from benchmarks.peers.vllm_plan import VLLM_OFFLOADS, vllm_setups
 from hsrpc.config import parse_bytes
 
 _EXAMPLES = """\
@@ -19,6 +20,8 @@ examples, from the root of the repository:
   python -m benchmarks.peers run --case budget --model opt-13b --system flexgen --file peers.json \\
       --percent 55 45 100 0 100 0 --batch 16
   python -m benchmarks.peers run --case resident --file peers.json
+  python -m benchmarks.peers run --model llama-2-13b --file peers.json      beside vLLM, without and with a prefix
+  python -m benchmarks.peers run --model gpt-oss-20b:mxfp4 --file peers.json           beside llama.cpp
   python -m benchmarks.peers run --file peers.json             all cells; goes on where it was interrupted
   python -m benchmarks.peers report peers.json --json report.json --plot report.png
 """
@@ -54,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--json", type=Path, metavar="FILE", help="save best setups, ratios and all records")
     report.add_argument("--plot", type=Path, metavar="FILE", help="save total throughputs as PNG")
     report.set_defaults(run=_report)
-    one = commands.add_parser("one", help="measure one setup, given as JSON, in this process (what `run` starts)")
-    one.add_argument("setup")
+    one = commands.add_parser("one", help="measure setups, given as JSON, in this process (what `run` starts)")
+    one.add_argument("setups")
     one.add_argument("file", type=Path)
     one.set_defaults(run=_one)
     return parser
@@ -85,6 +88,36 @@ def _add_cell_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, metavar="N", help="of that setup (default: as in the best one offered)")
     parser.add_argument("--num-batches", type=int, default=1, metavar="N", help="GPU batches of it (default: 1)")
+    parser.add_argument(
+        "--offload",
+        type=_offload,
+        nargs="+",
+        default=VLLM_OFFLOADS,
+        metavar="G/N/A",
+        help="vLLM: N layers of each G on the host, A loaded ahead (default: 1/1/2 4/3/2 2/1/1)",
+    )
+    parser.add_argument(
+        "--fill",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="X",
+        help="vLLM: requests, as multiples of what its cache has room for at once (default: 1)",
+    )
+    parser.add_argument(
+        "--workspace",
+        default="2GiB",
+        metavar="SIZE",
+        help="vLLM: device memory of a step of 8192 tokens; more where it runs out of memory (default: 2GiB)",
+    )
+    parser.add_argument("--drafts", type=int, default=0, metavar="N", help="vLLM: tokens of an n-gram draft")
+
+
+def _offload(text: str) -> tuple[int, ...]:
+    parts = text.split("/")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 4/3/2: layers of a group, on the host, loaded ahead")
+    return tuple(map(int, parts))
 
 
 def _budgets(options: argparse.Namespace) -> Budgets:
@@ -96,6 +129,9 @@ def _budgets(options: argparse.Namespace) -> Budgets:
 def _setups(cell: Cell, options: argparse.Namespace) -> list[Setup]:
     """Those of the cell, or the one FlexGen setup that the flags give."""
     setups = setups_of(cell, _budgets(options), options.candidates)
+    if cell.system is System.VLLM:
+        setup = replace(setups[0], drafts=options.drafts, workspace=parse_bytes(options.workspace, "workspace"))
+        return vllm_setups(setup, options.offload, options.fill)
     if cell.system is not System.FLEXGEN or options.percent is None:
         return setups
     num_batches = options.num_batches
@@ -116,13 +152,13 @@ def _run(options: argparse.Namespace) -> None:
         deadline=time.monotonic() + options.time,
         limit=options.limit,
     )
-    for cell in all_cells(options.case, options.model, options.system):
-        setups = _setups(cell, options)
+    cells = all_cells(options.case, options.model, options.system)
+    for cell in cells:
         if cell.system is System.FLEXGEN:
-            driver.run_best(setups, options.screen_steps, options.final_steps)
-        else:
-            for setup in setups:
-                driver.run(setup)
+            driver.run_best(_setups(cell, options), options.screen_steps, options.final_steps)
+    others = [setup for cell in cells if cell.system is not System.FLEXGEN for setup in _setups(cell, options)]
+    for setups in engines(others):
+        driver.run_engine(setups)
 
 
 def _estimate(options: argparse.Namespace) -> None:
@@ -132,7 +168,8 @@ def _estimate(options: argparse.Namespace) -> None:
             tried = setups if len(setups) > 1 else []
             final = replace(setups[0], steps=options.final_steps)
             setups = [*(replace(setup, steps=options.screen_steps) for setup in tried), final]
-        print(f"{cell.case} {cell.model} {cell.system}: {sum(map(estimated_seconds, setups)):.0f} s")
+        seconds = sum(estimated_seconds(*group) for group in engines(setups))
+        print(f"{cell.case} {cell.model} {cell.system}: {seconds:.0f} s")
         for setup in setups:
             print(f"  {estimated_seconds(setup):4.0f} s  {setup.key}")
 
@@ -154,7 +191,7 @@ def _report(options: argparse.Namespace) -> None:
 def _one(options: argparse.Namespace) -> None:
     from benchmarks.peers.one import run_one
 
-    run_one(options.setup, options.file)
+    run_one(options.setups, options.file)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measures cells: each setup in a process of its own, with a time limit, and its record saved at once."""
+"""Measures cells: each engine in a process of its own, with a time limit, and each record saved at once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from benchmarks.peers.cases import Case, Setup, System
 from benchmarks.peers.cells import estimated_seconds
 from benchmarks.peers.record import Outcome, Record, add_record, read_records
 
-Measure = Callable[[Setup, float], Record]
-"""Runs a setup within a number of seconds."""
+Measure = Callable[[Sequence[Setup], float], Sequence[Record]]
+"""Runs setups of one engine within a number of seconds."""
 _ROOT = Path(__file__).parents[2]
+_MAX_SAID = 30
+"""Last lines of a process that failed which are printed."""
 _MEMORY = "memory"
 """Word in the reason of every failure or excess that a smaller batch may cure."""
 _ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
@@ -39,22 +41,33 @@ class Driver:
 
     def run(self, setup: Setup) -> Record | None:
         """The setup's record, from the file or measured now; None: there is no time left for it."""
-        known = [record for record in read_records(self.file) if record.setup == setup]
-        if known:
-            self.say(f"{setup.name}: in {self.file.name} already: {_told(known[-1])}")
-            return known[-1]
-        left = self.deadline - time.monotonic()
-        if left < estimated_seconds(setup):
-            self.say(f"{setup.name}: not started, {max(0.0, left):.0f} s are left; run again to go on")
-            return None
-        self.say(f"{setup.name}: started, {estimated_seconds(setup):.0f} s estimated")
-        record = self.measure(setup, min(self.limit, left))
-        if record.outcome is None and time.monotonic() > self.deadline:  # not its fault: there was no more time
-            self.say(f"{setup.name}: stopped, the time is over; run again to measure it")
-            return None
-        add_record(self.file, record)
-        self.say(f"{setup.name}: {_told(record)}")
-        return record
+        return self.run_engine([setup]).get(setup)
+
+    def run_engine(self, setups: Sequence[Setup]) -> dict[Setup, Record]:
+        """Records of setups that one engine runs, from the file or measured now; none of one that time is over for."""
+        saved = {record.setup: record for record in read_records(self.file)}
+        found = {setup: saved[setup] for setup in setups if setup in saved}
+        for setup, record in found.items():
+            self.say(f"{setup.name}: in {self.file.name} already: {_told(record)}")
+        missing = [setup for setup in setups if setup not in found]
+        return found | self._measured(missing) if missing else found
+
+    def _measured(self, setups: Sequence[Setup]) -> dict[Setup, Record]:
+        left, estimated = self.deadline - time.monotonic(), estimated_seconds(*setups)
+        names = "; ".join(setup.name for setup in setups)
+        if left < estimated:
+            self.say(f"{names}: not started, {max(0.0, left):.0f} s are left; run again to go on")
+            return {}
+        self.say(f"{names}: started, {estimated:.0f} s estimated")
+        found: dict[Setup, Record] = {}
+        for record in self.measure(setups, min(self.limit, left)):
+            if record.outcome is None and time.monotonic() > self.deadline:  # not its fault: there was no more time
+                self.say(f"{record.setup.name}: stopped, the time is over; run again to measure it")
+                continue
+            add_record(self.file, record)
+            self.say(f"{record.setup.name}: {_told(record)}")
+            found[record.setup] = record
+        return found
 
     def run_best(self, setups: Sequence[Setup], steps: int, final_steps: int | None) -> Record | None:
         """Try setups for `steps` tokens each, then measure the best of them for `final_steps`, or in full.
@@ -88,11 +101,15 @@ class Driver:
         return record
 
 
-def run_child(setup: Setup, seconds: float) -> Record:
-    """Measure a setup in a process of its own; what goes wrong there becomes the record's error."""
+def run_child(setups: Sequence[Setup], seconds: float) -> list[Record]:
+    """Measure setups of one engine in a process of its own.
+
+    What goes wrong there is the error of all that it did not come to.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        outcome, messages = Path(folder, "outcome.json"), Path(folder, "messages")
-        command = [sys.executable, "-m", "benchmarks.peers", "one", json.dumps(asdict(setup)), str(outcome)]
+        file, messages = Path(folder, "outcomes.json"), Path(folder, "messages")
+        wanted = json.dumps([asdict(setup) for setup in setups])
+        command = [sys.executable, "-m", "benchmarks.peers", "one", wanted, str(file)]
         with messages.open("w") as stream:
             try:
                 code = subprocess.run(
@@ -102,13 +119,17 @@ def run_child(setup: Setup, seconds: float) -> Record:
                     stderr=stream,
                     timeout=seconds,
                     check=False,
-                    env=_environment(setup),
+                    env=_environment(setups[0]),
                 ).returncode
+                said = messages.read_text(errors="replace")
+                error = reason(code, said)
+                if code:
+                    print(*said.splitlines()[-_MAX_SAID:], sep="\n", file=sys.stderr)
             except subprocess.TimeoutExpired:
-                return Record(setup=setup, outcome=None, error=f"took longer than {seconds:.0f} s")
-        if outcome.exists():
-            return Record(setup=setup, outcome=Outcome(**json.loads(outcome.read_text())))
-        return Record(setup=setup, outcome=None, error=reason(code, messages.read_text(errors="replace")))
+                error = f"took longer than {seconds:.0f} s"
+        outcomes = [Outcome(**entry) for entry in json.loads(file.read_text())] if file.exists() else []
+    measured = [Record(setup=setup, outcome=outcome) for setup, outcome in zip(setups, outcomes, strict=False)]
+    return [*measured, *(Record(setup=setup, outcome=None, error=error) for setup in setups[len(measured) :])]
 
 
 def reason(code: int, messages: str) -> str:
@@ -122,7 +143,7 @@ def reason(code: int, messages: str) -> str:
 
 
 def _environment(setup: Setup) -> dict[str, str]:
-    is_tight = setup.system in (System.FLEXGEN, System.ACCELERATE, System.ACCELERATE_PINNED)
+    is_tight = setup.system in (System.FLEXGEN, System.ACCELERATE, System.ACCELERATE_PINNED, System.VLLM)
     return os.environ | _ENVIRONMENT if is_tight else dict(os.environ)
 
 

@@ -77,11 +77,18 @@ class Timing:
 
     prefill: float
     steps: Sequence[float]
+    """Those without prompts, where prompts come between them; `prefill` then has the others."""
+    tokens: int | None = None
+    """New tokens of these steps, which are all that there are; None: one of each request in each."""
+
+    def num_steps(self, output: int) -> int:
+        """Decode steps that `output` tokens take, made or not."""
+        return output - 1 if self.tokens is None else len(self.steps)
 
     def decode_seconds(self, output: int) -> float:
         """Seconds of all steps that `output` tokens take; those that were not made count as the mean settled one."""
         settled = self.steps[_SETTLING_STEPS:] or self.steps
-        missing = output - 1 - len(self.steps)
+        missing = self.num_steps(output) - len(self.steps)
         return sum(self.steps) + (missing * fmean(settled) if missing > 0 else 0.0)
 
     @property
@@ -155,5 +162,6 @@ def setup_from(entry: dict[str, Any]) -> Setup:
             "system": System(entry["system"]),
             "budgets": Budgets(**entry["budgets"]),
             "percent": tuple(entry["percent"]),
+            "offload": tuple(entry.get("offload", ())),
         }
     )

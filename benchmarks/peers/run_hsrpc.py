@@ -45,11 +45,12 @@ def engine_config(setup: Setup) -> EngineConfig:
         gpu_memory=setup.budgets.device,
         host_memory=setup.budgets.host,
         cache_policy=CachePolicy(setup.policy),
-        placement=Placement.HOST if setup.case is Case.HOST else Placement.AUTO,
+        placement=Placement.HOST if setup.case in (Case.HOST, Case.ALONE) else Placement.AUTO,
         min_batch=setup.batch or 1,
         max_batch=setup.batch,
         max_model_len=setup.prompt + setup.output,
         expected_context=setup.prompt + setup.output,  # all requests grow together: what the last steps hold
+        expected_shared_prefix=setup.shared,
     )
 
 

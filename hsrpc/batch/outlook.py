@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from hsrpc.batch.count import Count
 from hsrpc.config import EngineConfig
 from hsrpc.errors import ConfigError
 from hsrpc.plan.advice import WORTH, Advice, advise
@@ -45,6 +46,17 @@ class Load:
     def context(self) -> int:
         """Tokens that a request holds while it runs, on average."""
         return self.prompt + self.output // 2
+
+
+def load_of(count: Count) -> Load:
+    """The requests that were counted in an input."""
+    return Load(
+        requests=count.requests,
+        prompt_tokens=count.prompt_tokens,
+        output_tokens=count.output_tokens,
+        longest=count.longest,
+        shared_tokens=count.shared_tokens,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

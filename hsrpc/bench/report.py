@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from hsrpc.bench.replay import ReplayResult
 from hsrpc.bench.run import Result
 from hsrpc.config import format_bytes, format_rate
 
@@ -29,6 +31,33 @@ def print_results(results: Sequence[Result]) -> None:
 def save_json(results: Sequence[Result], file: Path) -> None:
     """All results, with everything that was measured."""
     file.write_text(json.dumps([result.as_json() for result in results], indent=1) + "\n")
+
+
+def print_replay(result: ReplayResult) -> None:
+    """One line a setting, the first without drafts."""
+    title = f"{result.model} on {result.device}, {result.batch} requests of {result.context} tokens"
+    table = Table(title=title, title_justify="left", caption=f"drafts: {result.drafts}", caption_justify="left")
+    for column in ("drafted", "right", "steps", "tau", "step", "predicted", "limit"):
+        table.add_column(column, justify="right")
+    for column in ("tokens/s", "predicted", "limit"):
+        table.add_column(column, justify="right")
+    for each in result.settings:
+        steps = each.step_seconds, each.predicted_step_seconds, each.limit_seconds
+        rates = each.tokens_per_second, each.predicted_tokens_per_second, each.limit_tokens_per_second
+        table.add_row(
+            str(each.drafts),
+            f"{each.acceptance:.0%}" if each.drafts else "",
+            str(each.num_steps),
+            f"{each.tokens_per_request:.2f}",
+            *map(_ms, steps),
+            *(f"{rate:.1f}" for rate in rates),
+        )
+    Console(width=120).print(table)
+
+
+def save_replay(result: ReplayResult, file: Path) -> None:
+    """All settings, with everything that was measured."""
+    file.write_text(json.dumps(asdict(result), indent=1) + "\n")
 
 
 def plot_sweep(

@@ -15,7 +15,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from hsrpc.batch.shard import WHOLE, Shard
-from hsrpc.cli.options import Commands, SecondsOption, add_command, check_folders
+from hsrpc.cli.options import Commands, SecondsOption, add_command, check_folders, engine_config
 from hsrpc.cli.source import Run, add_source_options, running_source
 from hsrpc.cli.terminal import print_error
 from hsrpc.config import Seconds, parse_bytes
@@ -236,6 +236,8 @@ class _Batch:
                 print_error(f"hsrpc: {self.done} lines were done before; going on with the rest")
             if self.options.target is None:
                 self._observe()
+                if survey is not None:
+                    self._expect_shared(windows)
             context = running_source(self.options, names=self.names, observe=self.efficiency, retries=False)
             with context as (run, source):
                 self._run(run, source, windows, survey, outputs)
@@ -258,6 +260,16 @@ class _Batch:
 
         self.efficiency = Efficiency()
         sys.setswitchinterval(SWITCH_SECONDS)
+
+    def _expect_shared(self, windows: Windows) -> None:
+        """Plan for the prefix that the input's prompts share, where the flags say nothing of it."""
+        from hsrpc.cli.batch_shared import shared_prefix  # needs the engine, which a client's installation lacks
+
+        found = shared_prefix(windows, engine_config(self.options), self.names)
+        if found:
+            self.options.expected_shared_prefix = found
+            told = f"requests begin with {found} tokens of those before them, on average"
+            print_error(f"hsrpc: {told}; planning with --expected-shared-prefix {found}")
 
     def _run(self, run: Run[Any], source: Source, windows: Windows, survey: Survey | None, outputs: Outputs) -> None:
         from hsrpc.batch.caller import default_concurrency

@@ -26,7 +26,7 @@ def dry_run(options: argparse.Namespace, names: Sequence[str], max_bytes: int) -
 
 
 def _embedded(options: argparse.Namespace, names: Sequence[str], windows: Windows) -> list[str]:
-    from hsrpc.batch.outlook import Load, outlook
+    from hsrpc.batch.outlook import load_of, outlook
     from hsrpc.cli.loop import run_loop
     from hsrpc.engine.startup import make_plan, open_tokenizer
 
@@ -44,14 +44,7 @@ def _embedded(options: argparse.Namespace, names: Sequence[str], windows: Window
     lines.append(row("plan", f"{plan.max_batch} requests at once, of at most {plan.max_model_len} tokens each"))
     lines += _context_rows(count, plan.max_model_len, sizes.context_length)
     if count.requests:
-        load = Load(
-            requests=count.requests,
-            prompt_tokens=count.prompt_tokens,
-            output_tokens=count.output_tokens,
-            longest=count.longest,
-            shared_tokens=count.shared_tokens,
-        )
-        found = outlook(planned.question, sizes, plan, load, with_advice=not options.no_advice)
+        found = outlook(planned.question, sizes, plan, load_of(count), with_advice=not options.no_advice)
         lines.append(row("time, as set", f"at most {told_time(found.seconds)}, predicted"))
         lines += advice_rows("would help", found)
     return lines

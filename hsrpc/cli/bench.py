@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
   hsrpc bench decode --shape opt-6.7b --max-batch 128 --prompt 512 --placement host
   hsrpc bench decode --shape ./my-model/config.json --profile
+  hsrpc bench decode --shape opt-13b --max-batch 64 --gpu-memory 24GiB --max-draft-tokens 7 --replay-acceptance 0.8
   hsrpc bench prefill --shape opt-6.7b --max-batch 16 --prompt 2047
   hsrpc bench offline --shape opt-13b --requests 256 --lengths sharegpt-like --gpu-memory 24GiB
   hsrpc bench offline --shape opt-13b --prompt 512 --shared-prefix 400 --gpu-memory 24GiB
@@ -78,6 +79,13 @@ def _add_engine_parser(kinds: Commands, name: str, text: str) -> None:
     load.add_argument(
         "--seconds", type=MEASURED_TIME, metavar="SECONDS", help="measure no longer than so (default: to the end)"
     )
+    if name == "decode":
+        load.add_argument(
+            "--replay-acceptance",
+            type=float,
+            metavar="X",
+            help="0 to 1: record the model's output, then draft it, --max-draft-tokens at a time, this part right",
+        )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="save everything that was measured; sweep: after each share"
     )
@@ -101,6 +109,9 @@ def run(options: argparse.Namespace) -> None:
         options.model = f"random:{options.shape}"
     config = engine_config(options)
     config = replace(config, min_batch=config.max_batch or config.min_batch)
+    if options.kind == "decode" and options.replay_acceptance is not None:
+        _replay(options, config)
+        return
     if options.kind == "sweep" and options.trace:
         problem, remedy = "a sweep is many measurements", "trace one of them, with --activation-share"
         raise ConfigError("trace", str(options.trace), problem, remedy)
@@ -119,6 +130,35 @@ def run(options: argparse.Namespace) -> None:
         measured = [(r.activation_share, r.decode_tokens_per_second) for r in results]
         predicted = [(r.activation_share, r.batch / r.predicted_step_seconds) for r in results]
         plot_sweep(title, measured, predicted, options.plot)
+
+
+def _replay(options: argparse.Namespace, config: EngineConfig) -> None:
+    """Measure steps without drafts and with them, print, save."""
+    from hsrpc.bench.replay import replay
+    from hsrpc.bench.report import print_replay, save_replay
+    from hsrpc.cli.loop import run_loop
+    from hsrpc.plan.drafting import Drafting
+
+    acceptance, drafts = options.replay_acceptance, config.draft_tokens
+    if not 0 <= acceptance <= 1:
+        raise ConfigError("replay_acceptance", acceptance, "outside [0, 1]", "give a part of the drafted tokens")
+    if isinstance(drafts, str) or not drafts:
+        problem, remedy = f"has no meaning with max_draft_tokens={drafts}", "give --max-draft-tokens 1 or more with it"
+        raise ConfigError("replay_acceptance", acceptance, problem, remedy)
+    check_folders(options, "json")
+    config = replace(
+        config,
+        expected_context=config.expected_context or options.prompt + options.output // 2,
+        expected_output=config.expected_output or options.output,
+        max_model_len=config.max_model_len or options.prompt + options.output,
+        expected_acceptance=acceptance,
+    )
+    setting = Drafting(drafts, acceptance)
+    lengths = {"prompt": options.prompt, "output": options.output, "steps": options.steps}
+    result = run_loop(replay(config, [setting], **lengths))
+    print_replay(result)
+    if options.json:
+        save_replay(result, options.json)
 
 
 def _with_share(config: EngineConfig, share: float) -> EngineConfig:

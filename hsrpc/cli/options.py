@@ -13,11 +13,13 @@ from typing import Any, NoReturn, TypeAlias
 
 from hsrpc.cli.terminal import print_error
 from hsrpc.config import (
+    AUTO,
     BUNDLED_MODEL,
     MAX_STEP_TIME,
     CacheCoding,
     CachePolicy,
     DeviceKind,
+    DraftMethod,
     DType,
     EngineConfig,
     ExpertLoading,
@@ -283,6 +285,32 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="first tokens that requests have in common, such as a system prompt, to plan for (default: 0)",
     )
     batch.add_argument(
+        "--max-draft-tokens",
+        type=_draft_tokens,
+        metavar="N|auto",
+        help="tokens that each request drafts in a step at most, which the same pass verifies; auto plans as many as "
+        "pay (default: auto with --drafter or --draft-model, else 0)",
+    )
+    batch.add_argument(
+        "--drafter",
+        choices=[*DraftMethod],
+        help="what drafts: suffix follows what came most often behind the same tokens, in the request and in outputs "
+        "of others; ngram looks in the request alone (default: suffix)",
+    )
+    batch.add_argument(
+        "--draft-model",
+        metavar="MODEL",
+        help="a small model with the same tokenizer that drafts: a directory, or a hub id",
+    )
+    batch.add_argument(
+        "--expected-acceptance",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="0 to 1: part of the drafted tokens that turn out right, of those before which all did, to plan for "
+        "(default: 0.5)",
+    )
+    batch.add_argument(
         "--max-step-time",
         type=SecondsOption(MAX_STEP_TIME),
         metavar="SECONDS",
@@ -292,6 +320,15 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     batch.add_argument(
         "--max-queued-tokens", type=int, default=1_048_576, metavar="N", help="of prompts that wait (default: 1048576)"
     )
+
+
+def _draft_tokens(text: str) -> int | str:
+    if text == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; give 0, 1 and so on, or {AUTO}") from None
 
 
 def add_trust_links(parser: argparse._ActionsContainer) -> None:

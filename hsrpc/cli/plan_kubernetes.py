@@ -112,7 +112,7 @@ class Overlay:
     @property
     def _directory(self) -> Path | None:
         """The model's, with links followed; None: it is on no volume."""
-        directory = self.planned.directory
+        directory = self.planned.files.directory
         return None if directory is None or self.config.model == BUNDLED_MODEL else directory.resolve()
 
     @property

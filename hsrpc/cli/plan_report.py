@@ -53,6 +53,8 @@ class Report:
         if plan.num_gpus > 1:
             console.print(f"{plan.num_gpus} GPUs share one stream of weights: all that follows is of each of them")
         console.print(f"cache policy [bold]{plan.policy}[/]: {plan.reason}")
+        if plan.drafts.reason:
+            console.print(f"drafts: {plan.drafts.reason}")
         console.print(_places_table(plan))
         console.print(_memory_table("device memory", plan.device_bytes, plan.budgets.device))
         console.print(_memory_table("host memory", plan.host_bytes, plan.budgets.host))
@@ -181,6 +183,7 @@ def _prediction_table(plan: Plan, sizes: ModelSizes) -> Table:
         "activation share": f"{plan.activation_share:.2f}",
         "cached tokens": plan.cache_format.value,
         "tokens recomputed": str(plan.recompute.tokens),
+        **_draft_rows(step),
         "weights resident": f"{plan.resident_share:.0%}",
         "weights that stay": "packed, decoded in every step" if plan.kept_bytes else "as they are multiplied",
         "weights that stream": "coded" if _is_coded(plan) else "as they are",
@@ -207,6 +210,15 @@ def _prediction_table(plan: Plan, sizes: ModelSizes) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _draft_rows(step: StepPrediction) -> dict[str, str]:
+    if not step.drafts:
+        return {}
+    return {
+        "tokens drafted for each request": str(step.drafts),
+        "tokens of a step for each request": f"{step.tokens_per_request:.2f}",
+    }
 
 
 def _experts_table(found: ExpertOutlook) -> Table:
@@ -269,12 +281,17 @@ def _plan_json(plan: Plan) -> dict[str, object]:
         "max_prefill_tokens": plan.max_prefill_tokens,
         "spare_prefill_tokens": plan.spare_prefill_tokens,
         "max_idle_prefill_tokens": plan.max_idle_prefill_tokens,
+        "drafts": {
+            "max_tokens": plan.max_draft_tokens,
+            "acceptance": plan.drafts.drafting.acceptance,
+            "reason": plan.drafts.reason,
+        },
     }
 
 
 def _prediction_json(step: StepPrediction) -> dict[str, float]:
     """Counts and tokens as they are, times in seconds."""
-    counts = {"batch", "context", "mini_batches"}
+    counts = {"batch", "context", "mini_batches", "drafts", "tokens_per_request"}
     parts = {name if name in counts else f"{name}_seconds": value for name, value in asdict(step).items()}
     return parts | {
         "gpu_seconds": step.gpu,

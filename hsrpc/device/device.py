@@ -12,7 +12,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeAlias
+from copy import copy
+from typing import Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,13 @@ class Device(ABC):
 
     def __init__(self) -> None:
         self._account = Account()
+        self._only_use: DeviceUse | None = None
+
+    def used_for(self, use: DeviceUse) -> Self:
+        """The same device, with the same streams and account, whose memory from `empty` is all for `use`."""
+        device = copy(self)
+        device._only_use = use
+        return device
 
     @property
     def allocated(self) -> Mapping[DeviceUse | HostUse, int]:
@@ -75,7 +83,8 @@ class Device(ABC):
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, use: DeviceUse) -> torch.Tensor:
         """Device memory for `use`, not initialised."""
-        return self._account.add(torch.empty(tuple(shape), dtype=dtype, device=self.torch_device), use)
+        memory = torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
+        return self._account.add(memory, self._only_use or use)
 
     @abstractmethod
     def pages(self, size: int) -> HostPages | None:

@@ -97,7 +97,7 @@ class Delivery:
         """
         if not self._is_live(request) or self._scheduler.finish(request.request_id, reason) is None:
             return False
-        self._outputs.put_nowait(_Outputs([Output(request, None, reason)], is_step=False))
+        self._outputs.put_nowait(_Outputs([Output(request, finish=reason)], is_step=False))
         return True
 
     def leave(self, request: Request) -> None:

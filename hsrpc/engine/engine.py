@@ -18,14 +18,17 @@ from uuid import uuid4
 
 from hsrpc.config import EngineConfig
 from hsrpc.constraint import Constraint
+from hsrpc.draft.drafter import Drafter
 from hsrpc.engine.admission import Admission, Applicant
 from hsrpc.engine.delivery import Delivery
+from hsrpc.engine.draft_lengths import AllThatFit, ByGain, DraftLengths
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.gpus.contract import StepResult, Task
 from hsrpc.engine.grammars.matcher import Matcher
 from hsrpc.engine.meter import Meter
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.run_to_end import run_to_end
+from hsrpc.engine.speculation import Speculation
 from hsrpc.engine.startup import ChoosePlan, Components, open_components
 from hsrpc.engine.stats import EngineStats
 from hsrpc.engine.tokenizer import Tokenizer
@@ -48,7 +51,7 @@ from hsrpc.prompt import Chat, Prompt, Text, field_of
 from hsrpc.request import Delta, FinishReason, SamplingParams
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Output, Scheduler, SchedulerLimits
-from hsrpc.schedule.step import Packed
+from hsrpc.schedule.step import Packed, Scheduled
 from hsrpc.text.detokenizer import Detokenizer
 
 _log = logging.getLogger(__name__)
@@ -67,7 +70,8 @@ class Engine:
     Models that were trained on conversations take a Chat in place of the text.
 
     `progress` shows bars while loading; `observe` is called on the event loop with each step's record;
-    `choose_plan` makes the plan, for policies that hsrpc's planner does not know.
+    `choose_plan` makes the plan, for policies that hsrpc's planner does not know; `drafter` proposes tokens that
+    requests may go on with, as many as `max_draft_tokens` plans, which changes no output.
 
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: on entering.
@@ -81,10 +85,12 @@ class Engine:
         progress: bool = False,
         observe: Callable[[StepRecord], object] | None = None,
         choose_plan: ChoosePlan = Planner.plan,
+        drafter: Drafter | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         self._observe = observe
         self._choose_plan = choose_plan
+        self._drafter = drafter
         self._progress = progress
         self._components: Components | None = None
         self._wake = asyncio.Event()
@@ -106,6 +112,7 @@ class Engine:
         limits = _limits(plan, self._components.spec, shares_prefixes=self.config.prefix_cache)
         blocks, *others = self._components.new_blocks()
         self._scheduler = Scheduler(blocks, limits, self._components.spec.eos_token_ids, others)
+        self._speculation = self._open_speculation(self._components)
         self._delivery = Delivery(self._scheduler, self._components.tokenizer, dtype_name(self.spec.dtype))
         self._meter = Meter(self._components, self._scheduler, self._observe)
         self._admission = Admission(
@@ -122,6 +129,14 @@ class Engine:
             raise
         self._accepts = True
         return self
+
+    def _open_speculation(self, components: Components) -> Speculation:
+        """The engine's own drafter is asked for what pays; one that was given, for as much as there is room for."""
+        price, drafter = components.plan.drafts.price, self._drafter
+        lengths: DraftLengths = AllThatFit()
+        if drafter is None and price is not None:
+            drafter, lengths = components.drafter, ByGain(price)
+        return Speculation(drafter if price else None, self._scheduler, lengths, self.spec.vocab_size)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -396,7 +411,7 @@ class Engine:
             if ahead is not None:
                 step = ahead
                 step.sampling = scheduler.sampling(step.step_id)
-            elif (scheduled := scheduler.schedule(self._last_beat)) is not None:
+            elif (scheduled := await self._schedule(worker)) is not None:
                 step = await worker.run(partial(gpus.assemble, scheduled))
             else:
                 self._wake.clear()
@@ -414,10 +429,17 @@ class Engine:
                 outputs = self._fail_step(step, error)
             await self._delivery.put(outputs)
 
+    async def _schedule(self, worker: Worker) -> Scheduled | None:
+        """The next step, with what is drafted by then."""
+        await self._speculation.draft(worker)
+        return self._scheduler.schedule(self._last_beat)
+
     def _schedule_ahead(self, step: Packed) -> Packed | None:
         """The step after `step`, where it is known already what that will be."""
         gpus = self._opened.gpus
-        scheduled = self._scheduler.schedule_ahead(step) if gpus.runs_ahead else None
+        if not gpus.runs_ahead or not self._speculation.leave_out():
+            return None
+        scheduled = self._scheduler.schedule_ahead(step)
         return None if scheduled is None else gpus.assemble(scheduled)  # its arrays are there
 
     def _fail_step(self, step: Packed, error: OutOfDeviceMemoryError) -> list[Output]:
@@ -434,7 +456,7 @@ class Engine:
         token_ids = [None if failed else token_id for token_id, _, failed in result.sampled]
         logprobs = [logprob for _, logprob, _ in result.sampled]
         outputs = self._scheduler.commit(step.step_id, token_ids, time.monotonic(), logprobs, result.scored)
-        self._meter.generated_tokens += sum(output.token_id is not None for output in outputs)
+        self._meter.generated_tokens += sum(len(output.token_ids) for output in outputs)
         return outputs
 
     def _request(self, request_id: str, token_ids: list[int], applicant: Applicant, salt: str) -> Request:
@@ -489,4 +511,5 @@ def _limits(plan: Plan, spec: ModelSpec, *, shares_prefixes: bool) -> SchedulerL
         keeps_cache=plan.keeps_cache,
         shares_prefixes=shares_prefixes,
         recompute=plan.recompute,
+        max_draft_tokens=plan.max_draft_tokens,
     )

@@ -114,6 +114,11 @@ class DeviceBatch:
         return int(self.rows.stop - self.rows.start)
 
     @property
+    def rebuilds(self) -> bool:
+        """Whether K and V are rebuilt."""
+        return any(len(layout.activation_rows) > layout.num_absorbed for layout in self.layouts)
+
+    @property
     def sampled(self) -> torch.Tensor:
         """[r, h] output of the layer computed last: the rows that are sampled."""
         return self.group.hidden[self.rows].index_select(0, self.sample_rows)
@@ -128,8 +133,17 @@ class Pass:
     """Weights of the layer that is computed."""
     projected: Projected | None = None
     """Projections of the mini-batch that is computed."""
+    sampled: torch.Tensor | None = None
+    """[r, h] output of the last layer: the rows that are sampled."""
     logits: torch.Tensor | None = None
-    """[r, vocab] of the rows that are sampled."""
+    """[r, vocab] of the first of them, as many as there is room for at a time."""
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows of the largest group; None where K and V are rebuilt."""
+        if any(batch.rebuilds for batch in self.batches):
+            return None
+        return max(len(batch.group.token_ids) for batch in self.batches)
 
     @property
     def w(self) -> Weights:
@@ -150,8 +164,12 @@ class Forward:
         cache: CacheManager,
         attention: Attention,
         absorbed: Attention | None = None,
+        sample_rows: int,
     ) -> None:
-        """`absorbed`: attention of single queries to activations as they are stored; None: they attend to K and V."""
+        """`absorbed`: attention of single queries to activations as they are stored; None: they attend to K and V.
+
+        `sample_rows`: rows of logits that are sampled at a time.
+        """
         self.regenerated_tokens = 0
         """Rows rebuilt from activations since the start, all layers."""
         self._family = family
@@ -161,6 +179,7 @@ class Forward:
         self._cache = cache
         self._attention = attention
         self._absorbed = absorbed
+        self._sample_rows = sample_rows
         self._device = device
 
     @property
@@ -179,11 +198,11 @@ class Forward:
             case OpKind.EMBED:
                 self._embed(step)
             case OpKind.DECODE:
-                self._decode(self._prefetcher.open(op.layer, op.slot))
+                self._decode(self._prefetcher.open(op.layer, op.slot, step.num_rows))
             case OpKind.DECODE_EXPERTS:
                 self._decode_experts(step, step.batches[op.batch])
             case OpKind.PROJECT:
-                step.weights = self._prefetcher.open(op.layer, op.slot)
+                step.weights = self._prefetcher.open(op.layer, op.slot, step.num_rows)
                 self._project(step.w, op.layer, step.batches[op.batch])
             case OpKind.PLACE:
                 self._place(op, step, step.batches[op.batch])
@@ -198,7 +217,7 @@ class Forward:
             case OpKind.STORE:
                 self._store(Tier.HOST, op, step)
             case OpKind.HEAD:
-                step.logits = self._logits(step)
+                self._head(step)
             case _:
                 raise AssertionError(f"{op.kind} is no operation of the forward pass")
 
@@ -207,6 +226,16 @@ class Forward:
         assert batch.scores is not None  # else the list does not ask for it
         hidden = batch.group.hidden[batch.rows].index_select(0, batch.scores.rows[wanted])
         return self._family.logits(self._fixed, hidden)
+
+    def logits(self, step: Pass) -> Iterator[torch.Tensor]:
+        """Logits [r, vocab] of the rows that are sampled, behind HEAD, some at a time: each is launched when the one
+        before is done with, whose memory it takes."""
+        assert step.sampled is not None  # HEAD comes first
+        for start in range(0, len(step.sampled), self._sample_rows):
+            rows = step.sampled[start : start + self._sample_rows]
+            logits, step.logits = step.logits, None
+            yield self._family.logits(self._fixed, rows) if logits is None else logits
+            del logits
 
     def _upload(self, batches: Sequence[MiniBatch], upload: Upload) -> Iterator[DeviceBatch]:
         """A group's mini-batches."""
@@ -346,9 +375,9 @@ class Forward:
             if start >= in_front:
                 kv_rows.put(kv, layout.activation_rows[rows], out)
 
-    def _logits(self, step: Pass) -> torch.Tensor:
-        hidden = torch.cat([batch.sampled for batch in step.batches])
-        return self._family.logits(self._fixed, hidden)
+    def _head(self, step: Pass) -> None:
+        step.sampled = torch.cat([batch.sampled for batch in step.batches])
+        step.logits = self._family.logits(self._fixed, step.sampled[: self._sample_rows])
 
 
 def _scores(scores: Scores | None, upload: Upload) -> DeviceScores | None:

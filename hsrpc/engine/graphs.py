@@ -79,6 +79,10 @@ class DecodeGraphs:
         """Whether the host waits for the device within a step: for choices of experts."""
         return bool(self._choosing)
 
+    def have_room_for(self, batch: MiniBatch) -> bool:
+        """Whether one of them is large enough: drafts may make more rows than there are requests."""
+        return batch.num_queries <= self._sizes[-1]
+
     def run(self, batch: MiniBatch, sampled: torch.Tensor | None, stop: StopFlag) -> torch.Tensor | None:
         """Logits [n, vocab] of a mini-batch in place, launched on the compute stream; good until the next run.
 

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,57 +13,45 @@ from typing import Any, TypeAlias
 
 import torch
 
-from hsrpc.config import ALL_GPUS, DeviceKind, DType, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
+from hsrpc.config import ALL_GPUS, DeviceKind, DraftMethod, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
 from hsrpc.device.calibration import calibrate, sustained_load
 from hsrpc.device.device import Device, device_kind, num_devices, open_device
 from hsrpc.device.group import ALONE, DeviceGroup
 from hsrpc.device.host_memory import HostMemory
+from hsrpc.draft.drafter import Drafter
+from hsrpc.draft.ngrams import NgramDrafter
+from hsrpc.draft.suffix import SuffixDrafter
 from hsrpc.engine.chat_template import read_template
-from hsrpc.engine.forward import Forward
+from hsrpc.engine.draft_model import PlannedDraftModel, plan_draft_model
 from hsrpc.engine.gpus.contract import Gpus
 from hsrpc.engine.gpus.one import OneGpu
 from hsrpc.engine.gpus.ranks import Ranks
 from hsrpc.engine.grammars.grammars import Grammars, NoGrammars
-from hsrpc.engine.graphs import DecodeGraphs, can_capture
-from hsrpc.engine.loading import OverBoundError, compile_formats, load_weights
+from hsrpc.engine.loading import OverBoundError
+from hsrpc.engine.model_files import ModelFiles, model_directory, read_spec
 from hsrpc.engine.no_tokenizer import NoTokenizer
+from hsrpc.engine.opened_model import OpenedModel
 from hsrpc.engine.run_to_end import run_to_end
-from hsrpc.engine.tasks.cache import CacheManager
 from hsrpc.engine.tasks.executor import Executor
-from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.validation import max_characters
 from hsrpc.errors import ConfigError
-from hsrpc.model.attention import Attention, HeadShape
-from hsrpc.model.checkpoint import Checkpoint, RandomWeights, has_weights
 from hsrpc.model.families.registry import create_family
-from hsrpc.model.family import Family, ModelSpec
-from hsrpc.model.formats.choice import with_caches, with_scaled
+from hsrpc.model.family import ModelSpec
 from hsrpc.model.formats.format import WeightSource
-from hsrpc.model.formats.rows import Rows
 from hsrpc.model.generation_config import read_default_params
-from hsrpc.model.hub import resolve_model
-from hsrpc.model.quantization.registry import read_quantization, says_more
-from hsrpc.model.quantization.section import KEY as QUANTIZATION
-from hsrpc.model.random_codes import split_format
 from hsrpc.model.shapes import RANDOM_PREFIX
-from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec
 from hsrpc.model.tensor import dtype_name
-from hsrpc.plan.device_memory import score_rows
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.question import Question
 from hsrpc.request import SamplingParams
-from hsrpc.schedule.assemble import Assembler
 from hsrpc.schedule.blocks import BlockManager
-from hsrpc.schedule.sweep import Places
 
 _log = logging.getLogger(__name__)
 ChoosePlan: TypeAlias = Callable[[Planner], Plan]
 """Another policy is another plan, made with hsrpc's planner for the model, the machine and the settings."""
-_CPU_MAX_BATCH = 32
-_CPU_PREFILL_TOKENS = 256
 _MUCH_MORE = 1.25
 _LOWER = "lower it, or end what else uses the memory"
 
@@ -82,6 +69,8 @@ class Components:
     tokenizer: Tokenizer | NoTokenizer
     grammars: Grammars | NoGrammars
     gpus: Gpus[Any]
+    drafter: Drafter | None
+    """What drafts tokens; None: nothing is drafted."""
 
     def new_blocks(self) -> list[BlockManager]:
         """Blocks of each GPU, all free."""
@@ -96,59 +85,10 @@ class Components:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """A model as its files declare it, in each choice of formats."""
-
-    spec: ModelSpec
-    choices: list[ModelSpec]
-    directory: Path | None
-    """None: random weights."""
-    checkpoint: Checkpoint | None
-    """The weights in the directory, checked from their headers; None: it has none, or they are random."""
-
-    @classmethod
-    def read(cls, config: EngineConfig, device: torch.device) -> Model:
-        """The model that a configuration names, for a kind of device; reads no weights.
-
-        Raises:
-            ConfigError, CheckpointError, ModelNotFoundError: as their names say.
-        """
-        spec, directory = _read_spec(config, device), _directory(config)
-        family, quantization = create_family(spec), read_quantization(spec.config)
-        formats, checkpoint = family.format_choices(config.weight_coding, device), None
-        if directory is None:
-            drawn = split_format(config.model.removeprefix(RANDOM_PREFIX))[1]
-            formats = with_scaled(formats, drawn.formats(family) if drawn else {}, config.weight_coding)
-        elif has_weights(directory):
-            checkpoint = Checkpoint(directory, quantization)
-            checkpoint.check_model(family)
-            if says_more(spec.config):
-                _log.warning("%s: activations are not quantised, nor caches; scales of theirs are ignored", directory)
-            formats = with_scaled(formats, checkpoint.scaled(family), config.weight_coding)
-        elif quantization is not None:
-            raise spec.config.refuse(QUANTIZATION, "weights beside it, which say what is quantised", "fetch them")
-        formats = with_caches(formats, config.cache_format)
-        return cls(spec, [in_formats(spec, each) for each in formats], directory, checkpoint)
-
-    def spec_of(self, choice: int, plan: Plan) -> ModelSpec:
-        """The model in the formats of a plan for that choice."""
-        spec = self.choices[choice]
-        formats = spec.formats.holding(plan.kinds)
-        return spec if formats == spec.formats else in_formats(spec, formats)
-
-    @property
-    def source(self) -> WeightSource:
-        """Where its weights come from."""
-        if self.directory is None:
-            return RandomWeights(0)
-        return self.checkpoint or Checkpoint(self.directory)
-
-
-@dataclass(frozen=True, slots=True)
 class Planned:
     """A model and its plan, before any weight is read."""
 
-    model: Model
+    files: ModelFiles
     choice: int
     """Number of the model's choice of formats that the plan is for."""
     spec: ModelSpec
@@ -157,13 +97,9 @@ class Planned:
     planner: Planner
     """hsrpc's own, whoever made the plan."""
     plan: Plan
+    draft_model: PlannedDraftModel | None
     default_params: SamplingParams
     """What a request takes that says nothing else."""
-
-    @property
-    def directory(self) -> Path | None:
-        """None: random weights."""
-        return self.model.directory
 
 
 def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> Planned:
@@ -182,31 +118,27 @@ def plan_for(machine: Machine, config: EngineConfig) -> Planned:
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
-    model = Model.read(config, torch.device(machine.kind))
+    model = ModelFiles.read(config, torch.device(machine.kind))
     return _plan(model, machine.at_once(config.num_gpus), config, Planner.plan)
 
 
 def _plan_here(device: Device, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
-    model = Model.read(config, device.torch_device)
+    model = ModelFiles.read(config, device.torch_device)
     _check_layer(model.choices, config, device)
     if config.host_memory is None:
         _tell_of_growth(HostMemory.read())
     return _plan(model, measure(device, model.spec).at_once(config.num_gpus), config, choose_plan)
 
 
-def _plan(model: Model, machine: Machine, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
-    if machine.kind is DeviceKind.CPU:
-        config = replace(
-            config,
-            max_batch=config.max_batch or max(_CPU_MAX_BATCH, config.min_batch),
-            max_prefill_tokens=config.max_prefill_tokens or _CPU_PREFILL_TOKENS,
-        )
-    sizes = tuple(spec.sizes.on_gpus(config.num_gpus) for spec in model.choices)
-    question = Question(choices=sizes, machine=machine, config=config)
+def _plan(model: ModelFiles, machine: Machine, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
+    question, drafting = model.question(machine, config), None
+    if config.draft_model is not None:
+        drafting = plan_draft_model(config.draft_model, config, model, machine)
+        question = replace(question, draft_model_bytes=drafting.device_bytes)
     planner, plan = question.answer(choose_plan)
-    [choice] = [number for number, each in enumerate(sizes) if each is planner.sizes]
+    choice = question.choice_of(planner)
     spec, default_params = model.spec_of(choice, plan), _default_params(config, model.directory)
-    return Planned(model, choice, spec, question, planner, plan, default_params)
+    return Planned(model, choice, spec, question, planner, plan, drafting, default_params)
 
 
 def _tell_of_growth(memory: HostMemory) -> None:
@@ -269,24 +201,7 @@ def describe_model(config: EngineConfig) -> tuple[ModelSpec, Device]:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
     device = open_device(config.device)
-    return _read_spec(config, device.torch_device), device
-
-
-def _read_spec(config: EngineConfig, device: torch.device) -> ModelSpec:
-    dtype = _dtype(config.dtype, on_cpu=device.type == "cpu")
-    directory = _directory(config)
-    if directory is None:
-        shape, form = split_format(config.model.removeprefix(RANDOM_PREFIX))
-        spec = named_spec(shape, dtype)
-        return spec if form is None else replace(spec, name=f"{spec.name}:{form.name}")
-    return load_spec(directory, dtype)
-
-
-def _directory(config: EngineConfig) -> Path | None:
-    """The model's; None: its weights are random."""
-    if config.model.startswith(RANDOM_PREFIX):
-        return None
-    return resolve_model(config.model, trust_links=config.trust_links)
+    return read_spec(config, device.torch_device), device
 
 
 async def open_components(config: EngineConfig, choose_plan: ChoosePlan, progress: bool) -> Components:
@@ -326,13 +241,13 @@ async def _close_opened(opening: asyncio.Task[Components]) -> None:
 async def _open_ranks(config: EngineConfig, choose_plan: ChoosePlan, progress: bool) -> Components:
     """Several GPUs, each opened by a process of its own; model, plan and tokenizer are this one's."""
     _template(config)  # first: what is wrong with it is told before anything takes time
-    model = await asyncio.to_thread(Model.read, config, torch.device(device_kind(config.device)))
+    model = await asyncio.to_thread(ModelFiles.read, config, torch.device(device_kind(config.device)))
     ranks = await Ranks.start(config, progress)
     try:
         planned = await asyncio.to_thread(_plan, model, ranks.machine, config, choose_plan)
         await ranks.load(planned.plan, planned.choice, planned.spec.sizes.windows)
         tokenizer = await asyncio.to_thread(open_tokenizer, planned, config)
-        return await asyncio.to_thread(_components, planned, tokenizer, ranks)
+        return await asyncio.to_thread(_components, planned, tokenizer, ranks, _drafter(planned, config))
     except BaseException:
         await run_to_end(_close_ranks(ranks))
         raise
@@ -363,20 +278,40 @@ def _open_here(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         device = open_device(config.device)
         planned = _plan_here(device, config, choose_plan)
         undo.callback(device.release_pinned)
-        source = planned.model.source  # before the tokenizer: what fails here leaves no threads behind
+        source = planned.files.source  # before the tokenizer: what fails here leaves no threads behind
         tokenizer = open_tokenizer(planned, config)
         undo.callback(tokenizer.close)
         gpu = open_gpu(planned.spec, planned.plan, source, device, stop, progress=progress)
-        components = _components(planned, tokenizer, gpu)
+        drafter = _open_draft_model(planned, device, stop) or _drafter(planned, config)
+        components = _components(planned, tokenizer, gpu, drafter)
         undo.pop_all()
         return components
 
 
-def _components(planned: Planned, tokenizer: Tokenizer | NoTokenizer, gpus: Gpus[Any]) -> Components:
+def _components(
+    planned: Planned, tokenizer: Tokenizer | NoTokenizer, gpus: Gpus[Any], drafter: Drafter | None
+) -> Components:
     ends = dict.fromkeys((*planned.spec.eos_token_ids, *tokenizer.end_token_ids))
     spec = replace(planned.spec, eos_token_ids=tuple(ends))
     grammars = open_grammars(tokenizer, spec)
-    return Components(spec, planned.question, planned.plan, planned.default_params, tokenizer, grammars, gpus)
+    return Components(spec, planned.question, planned.plan, planned.default_params, tokenizer, grammars, gpus, drafter)
+
+
+def _open_draft_model(planned: Planned, device: Device, stop: threading.Event) -> Drafter | None:
+    """The model that drafts tokens, loaded; None: there is none, or nothing is drafted."""
+    if planned.draft_model is None or not planned.plan.max_draft_tokens:
+        return None
+    model = planned.draft_model.open(device, stop)
+    if device.warms_up:
+        model.warm_up()
+    return model
+
+
+def _drafter(planned: Planned, config: EngineConfig) -> Drafter | None:
+    """What drafts tokens without a model; None: nothing does."""
+    if planned.draft_model is not None or not planned.plan.max_draft_tokens:
+        return None
+    return NgramDrafter() if config.drafter is DraftMethod.NGRAM else SuffixDrafter()
 
 
 def open_gpu(
@@ -401,69 +336,18 @@ def open_gpu(
     _check_room(plan, device, group.size)
     group.meet()  # nobody takes memory before all have looked
     device.limit_memory(plan.budgets.device)
-    family, torch_device = create_family(spec, plan.max_model_len), device.torch_device
-    attention = _attention(family, family.heads, family.kv_rows, plan, torch_device)
-    absorbed = _absorbed_attention(family, plan, torch_device)
-    with torch.inference_mode(), ThreadPoolExecutor(1, thread_name_prefix="compile") as compiler:
-        compile_formats(family, plan, device)  # before the other thread compiles
-        compiled = [compiler.submit(each.compile) for each in (attention, absorbed) if each is not None]
-        compiled.append(compiler.submit(family.activations.compile, torch_device))
-        weights = load_weights(family, source, plan, device, stop, group=group, progress=progress)
-        device.release_cached()  # what packing used
-        cache = CacheManager(spec.sizes, plan, device, family.rows)
-        prefetcher = WeightPrefetcher(weights, plan, device, family, group)
-        forward = Forward(
-            family, weights.fixed, device, prefetcher=prefetcher, cache=cache, attention=attention, absorbed=absorbed
-        )
-        for each in compiled:
-            each.result()
-        device.drain()
-        assembler = Assembler(
-            layers=_places(prefetcher, plan),
-            block_size=plan.block_size,
-            windows=spec.sizes.windows,
-            max_queries=plan.buffers.queries,
-            in_place=plan.in_place,
-        )
-        graphs = None
-        if can_capture(plan):
-            graphs = DecodeGraphs(forward, cache, prefetcher, device, layers=assembler.layers, plan=plan)
-        executor = Executor(
-            assembler,
-            device,
-            prefetcher=prefetcher,
-            cache=cache,
-            forward=forward,
-            graphs=graphs,
-            score_rows=score_rows(spec.sizes, plan.max_batch, plan.buffers.queries),
-        )
-    return OneGpu(device, prefetcher, cache, executor)
-
-
-def _absorbed_attention(family: Family, plan: Plan, device: torch.device) -> Attention | None:
-    """Attention of single queries to activations as they are stored, where the plan has it."""
-    absorption = family.absorption
-    if not plan.absorbs or absorption is None:
-        return None
-    return _attention(family, absorption.heads, family.activation_rows, plan, device)
-
-
-def _attention(family: Family, heads: HeadShape, rows: Rows, plan: Plan, device: torch.device) -> Attention:
-    return Attention(
-        heads,
-        family.attention_scale,
-        plan.block_size,
+    family = create_family(spec, plan.max_model_len)
+    opened = OpenedModel.open(family, source, plan, device, stop, group=group, progress=progress)
+    executor = Executor(
+        opened.assembler,
         device,
-        family.spec.dtype,
-        rows=rows,
-        windows=family.sizes.windows.distinct,
-        extras=family.attention_extras,
+        prefetcher=opened.prefetcher,
+        cache=opened.cache,
+        forward=opened.forward,
+        graphs=opened.graphs,
+        score_rows=opened.score_rows,
     )
-
-
-def _places(prefetcher: WeightPrefetcher, plan: Plan) -> Places:
-    """Placement of each layer's weights, and whether anything is rebuilt in it."""
-    return tuple(place._replace(rebuilds=layer not in plan.kv_layers) for layer, place in enumerate(prefetcher.places))
+    return OneGpu(device, opened.prefetcher, opened.cache, executor)
 
 
 def _check_room(plan: Plan, device: Device, num_gpus: int = 1) -> None:
@@ -525,11 +409,27 @@ def open_tokenizer(planned: Planned, config: EngineConfig) -> Tokenizer | NoToke
     Raises:
         ConfigError, CheckpointError: as their names say.
     """
+    return _open_tokenizer(config, planned.files.directory, planned.spec, planned.plan.max_model_len)
+
+
+def open_model_tokenizer(config: EngineConfig) -> Tokenizer | NoTokenizer:
+    """The tokenizer of the model that a configuration names, before there is a plan; takes seconds.
+
+    Raises:
+        ConfigError, CheckpointError, ModelNotFoundError: as their names say.
+    """
+    directory, spec = model_directory(config), read_spec(config, torch.device("cpu"))
+    return _open_tokenizer(config, directory, spec, config.max_model_len or spec.sizes.context_length)
+
+
+def _open_tokenizer(
+    config: EngineConfig, directory: Path | None, spec: ModelSpec, max_model_len: int
+) -> Tokenizer | NoTokenizer:
     template = _template(config)
-    if planned.directory is None:
+    if directory is None:
         return NoTokenizer()
-    longest = max_characters(planned.plan.max_model_len)
-    return Tokenizer(planned.directory, planned.spec.vocab_size, chat_template=template, max_characters=longest)
+    longest = max_characters(max_model_len)
+    return Tokenizer(directory, spec.vocab_size, chat_template=template, max_characters=longest)
 
 
 def open_grammars(tokenizer: Tokenizer | NoTokenizer, spec: ModelSpec) -> Grammars | NoGrammars:
@@ -543,10 +443,3 @@ def open_grammars(tokenizer: Tokenizer | NoTokenizer, spec: ModelSpec) -> Gramma
     except ValueError as error:
         _log.warning("outputs cannot be constrained: %s", error)
         return NoGrammars("this model's tokenizer does not say what text its tokens are")
-
-
-def _dtype(wanted: DType, on_cpu: bool) -> torch.dtype | None:
-    """None: the checkpoint's own."""
-    if wanted is DType.AUTO:
-        return torch.float32 if on_cpu else None
-    return DTYPES[wanted]

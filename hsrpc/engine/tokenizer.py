@@ -89,9 +89,7 @@ class Tokenizer:
         # The tokenizers library raises plain Exception for what it cannot parse.
         if (error := loading.exception()) is not None:
             self.close()
-            raise CheckpointError(
-                f"{directory}: the tokenizer cannot be read ({error}); copy the model's tokenizer files again"
-            ) from error
+            raise _unreadable(self._directory, error) from error
         self._tokenizer = loading.result()
         self._vocab_size = len(self._tokenizer)
         self._num_rows = self._vocab_size if num_rows is None else num_rows
@@ -247,6 +245,31 @@ class Tokenizer:
         )
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model directory has files of a tokenizer."""
+    return any((directory / name).is_file() for name in _FILES)
+
+
+def read_vocabulary(directory: Path) -> dict[int, str]:
+    """Tokens of a model directory's tokenizer by their ids, added and special ones among them; takes seconds.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    _check_files(directory)
+    try:
+        tokens = _load(directory).get_vocab()
+    except Exception as error:  # the tokenizers library raises no other for what it cannot parse
+        raise _unreadable(directory, error) from error
+    return {token_id: token for token, token_id in tokens.items()}
+
+
+def _unreadable(directory: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"{directory}: the tokenizer cannot be read ({error}); copy the model's tokenizer files again"
+    )
+
+
 def _added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Ids that the tokenizer puts before a text and after it."""
     alone, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
@@ -256,7 +279,7 @@ def _added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
 
 def _check_files(directory: Path) -> None:
     """Some families load as an empty tokenizer where the files are missing."""
-    if not any((directory / name).is_file() for name in _FILES):
+    if not has_tokenizer(directory):
         raise CheckpointError(
             f"{directory / 'tokenizer.json'}: no tokenizer found (looked for {', '.join(_FILES)}); "
             "copy the tokenizer files of the model there"

@@ -12,14 +12,14 @@ one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from hsrpc.engine.chosen_experts import ChosenExperts, ExpertDecoding
-from hsrpc.model.formats.format import Encoded, Packing
+from hsrpc.model.formats.format import Encoded, PackedOperand, Packing
 from hsrpc.plan.sizes import align
 
 
@@ -122,20 +122,33 @@ class LayerWeights:
         parts = (*self.parts, *(each.part for each in self.kept))
         return (part.name for part in parts if part.packing.decoded_bytes)
 
-    def open(self, buffer: torch.Tensor, decoded: torch.Tensor, tables: ChosenExperts | None = None) -> OpenedLayer:
+    def few_rows(self, names: Collection[str]) -> Iterator[int]:
+        """Most rows that are multiplied by those of `names` as they lie that stay packed; none of what cannot be."""
+        return (few for part, _ in self.kept if part.name in names and (few := part.packing.few_rows))
+
+    def open(
+        self,
+        buffer: torch.Tensor,
+        decoded: torch.Tensor,
+        tables: ChosenExperts | None = None,
+        multiplied: Collection[str] = (),
+    ) -> OpenedLayer:
         """All tensors, given the device buffers (bytes) with what is streamed, and of what is decoded.
 
-        `tables`: what experts are decoded by, where there are coded ones.
+        `tables`: what experts are decoded by, where there are coded ones. `multiplied`: those that a few rows are
+        multiplied by as they lie, if they stay packed and their format can.
         """
         tensors: dict[str, torch.Tensor] = {}
         others, experts = list[Encoded[Packing]](), list[Encoded[Packing]]()
         for part, memory in (*((part, buffer) for part in self.parts), *self.kept):
             tensors[part.name] = operand = part.open(memory, decoded)
-            if part.packing.decoded_bytes:
+            if part.name in multiplied and memory is not buffer and part.packing.few_rows:
+                tensors[part.name] = PackedOperand.of(operand, part.packing.product(part.data(memory)))
+            elif part.packing.decoded_bytes:
                 number = self.numbers.get(part.name)
                 of_one = others if number is None else experts
                 of_one.append(Encoded(part.packing, part.data(memory), operand, number or 0))
-                decoded = decoded[align(part.packing.decoded_bytes) :]
+            decoded = decoded[align(part.packing.decoded_bytes) :]
         of_experts = None
         if experts:
             assert tables is not None  # there are coded ones

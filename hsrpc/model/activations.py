@@ -53,6 +53,8 @@ class Activations:
 
     coded_weight_bytes = 0
     """Device memory for what `prepared` adds; 0: weights are multiplied as they are."""
+    projects_whole = True
+    """Queries, keys and values of a layer's input are one product."""
 
     def __init__(self, rows: Rows, projection: KvProjection) -> None:
         self._rows = rows
@@ -79,6 +81,8 @@ class Activations:
 
 class RoundedActivations(Activations):
     """Activations in 8 bits, decoded before they are multiplied."""
+
+    projects_whole = False
 
     def project(self, w: Weights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         of, first = self._projection

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple, TypeAlias
 
@@ -20,7 +20,7 @@ from hsrpc.model.formats.format import Formats
 from hsrpc.model.formats.rows import Rows, RowShape
 from hsrpc.model.rope import Rotation
 from hsrpc.model.tensor import TensorSpec
-from hsrpc.plan.sizes import LayerSizes, ModelSizes
+from hsrpc.plan.sizes import LayerSizes, ModelSizes, TensorSizes
 from hsrpc.schedule.blocks import BlockKind
 
 Weights: TypeAlias = Mapping[str, torch.Tensor]
@@ -183,9 +183,9 @@ class Family(ABC):
 
     def layer_sizes(self, layer: int) -> LayerSizes:
         """Sizes of one decoder layer, in the model's formats; here of one whose attention sees all tokens."""
-        sizes, formats = self.sizes, self.spec.formats
+        sizes = self.sizes
         return LayerSizes(
-            tensors=tuple(formats.weight(tensor).sizes(tensor) for tensor in self.layer_tensors(layer)),
+            tensors=tuple(map(self._tensor_sizes, self.layer_tensors(layer))),
             hidden_size=sizes.hidden_size,
             query_size=self.q_size,
             key_size=self.key_size,
@@ -196,6 +196,10 @@ class Family(ABC):
             compute_bytes=sizes.compute_bytes,
             coded_weight_bytes=self.activations.coded_weight_bytes,
         )
+
+    def _tensor_sizes(self, tensor: TensorSpec) -> TensorSizes:
+        sizes = self.spec.formats.weight(tensor).sizes(tensor)
+        return sizes if tensor.name in self.multiplied else replace(sizes, few_rows=0)
 
     def format_choices(self, coding: WeightCoding, device: torch.device) -> Sequence[Formats]:
         """Formats that the planner may choose from on `device`; quantised tensors of a checkpoint keep theirs.
@@ -222,6 +226,14 @@ class Family(ABC):
     def rotation(self, positions: torch.Tensor) -> Rotation:
         """What the projections of all layers take of `positions` [n]."""
         return Rotation(positions)
+
+    @property
+    def multiplied(self) -> frozenset[str]:
+        """Names of weights of the layers that `layers.project` alone takes, but where K and V are rebuilt.
+
+        A few rows may be multiplied by them as they lie. Here none.
+        """
+        return frozenset()
 
     def opened(self, layer: int, w: Weights) -> Weights:
         """What the layer is computed with, of its tensors: made once for each place where they lie. Here themselves."""

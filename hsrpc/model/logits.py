@@ -78,7 +78,7 @@ def _add_bias(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
 
 def _constrain(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     """Exclude what constrained rows may not have."""
-    allowed = {index: row.matcher.allowed() for index, row in enumerate(rows) if row.matcher is not None}
+    allowed = {i: row.matcher.allowed(len(row.draft)) for i, row in enumerate(rows) if row.matcher is not None}
     index = to_device(np.array(list(allowed), dtype=np.int64), logits.device)
     words = to_device(np.stack(list(allowed.values())), logits.device)
     bits = words.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-from hsrpc.config import CacheCoding
+from hsrpc.config import AUTO, CacheCoding
 from hsrpc.plan.cache_policy import CacheDecision
 from hsrpc.plan.device_memory import SPARE_SLOTS, Staging, device_bytes, pool_bytes
+from hsrpc.plan.draft_choice import plan_drafts
+from hsrpc.plan.drafting import NO_DRAFTS, Drafting, DraftPlan
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.layer_times import rebuild_rate
 from hsrpc.plan.memory_use import DeviceUse, HostUse
@@ -48,8 +50,11 @@ class Assembly:
         lines[DeviceUse.WORKSPACE] += int(choices.tables[point.choice])
         if demand is not None:
             lines[DeviceUse.EXPERTS] = demand.device_bytes
+        if evaluator.budgets.draft_model:
+            lines[DeviceUse.DRAFT_MODEL] = evaluator.budgets.draft_model
         share = self._share(one)
-        closed = as_prediction(point.batch, model.traffic.context, one.times)
+        closed = as_prediction(point.batch, model.traffic.context, point.drafts, one.times)
+        drafting = Drafting(point.drafts, model.traffic.acceptance)
         plan = Plan(
             policy=self.decision.named(share),
             reason=self._reason(point, one, share),
@@ -86,8 +91,14 @@ class Assembly:
             kinds=evaluator.held.kinds,
             shared_prefix=model.traffic.shared,
             num_gpus=sizes.num_gpus,
+            drafts=DraftPlan(drafting=drafting) if point.drafts else NO_DRAFTS,
         )
-        return replace(plan, prediction=simulated(plan, sizes, closed, recomputes=bool(one.recomputed)))
+        plan = replace(plan, prediction=simulated(plan, sizes, closed, recomputes=bool(one.recomputed)))
+        given = config.draft_tokens
+        if given == 0:
+            return plan
+        drafts = plan_drafts(plan, sizes, drafting, is_given=given != AUTO)
+        return replace(plan, drafts=drafts)
 
     def _spare_prefill_tokens(self, point: Point, one: Evaluation) -> float:
         """None where no weights stream: there each mini-batch more costs its launches, as it does with a bound."""

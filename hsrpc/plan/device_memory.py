@@ -30,6 +30,8 @@ SPARE_SLOTS = 1
 """Rows of each pool on the device that belong to no block, in every layer."""
 _INDICES = 8
 """Arrays of row numbers that a mini-batch brings along for each window of the layers, at most."""
+_MIN_SAMPLED = 64
+"""Rows of logits, of a step with drafts: the head's weights are read once for so many."""
 _LIBRARY_BYTES = 128 * 1024**2
 """cuBLAS' workspaces, of two streams and of graphs."""
 _ROUNDED_PART = 100
@@ -41,6 +43,8 @@ class Staging:
     """Sizes of what a step goes through on the device, for one candidate or, as arrays, for many."""
 
     batch: Number
+    drafts: Number = 0
+    """Tokens that each request drafts in a step, at most."""
     rows: Number
     """Rows of a mini-batch's kv buffer."""
     activation_rows: Number
@@ -94,7 +98,7 @@ def workspace_bytes(sizes: ModelSizes, staging: Staging) -> Number:
     rows = 3 * np.minimum(staging.activation_rows, REGENERATE_ROWS)
     regenerate = rows * sizes.largest(lambda layer: layer.rebuilt_bytes)
     padded = staging.rows * sizes.largest(lambda layer: layer.padded_bytes)
-    sampling = _sampling_bytes(sizes, staging.batch)
+    sampling = _sampling_bytes(sizes, sampled_at_once(staging.batch, staging.drafts))
     indices = _INDICES * _INDEX_BYTES * len(sizes.windows.distinct) * (staging.rows + staging.step_tokens)
     absorbed = _absorbed_bytes(sizes, staging.absorbing)
     found: Number = query_bytes(sizes, staging.queries) + regenerate + padded + absorbed + sampling + indices
@@ -106,12 +110,18 @@ def _sampling_bytes(sizes: ModelSizes, batch: Number) -> Number:
     return 8 * logits + 48 * np.minimum(logits, SAMPLE_ELEMENTS)
 
 
-def score_rows(sizes: ModelSizes, batch: int, queries: int) -> int:
-    """Rows of logits of prompts at a time that fit what a layer and sampling have of the workspace.
+def sampled_at_once(batch: Number, drafts: Number) -> Number:
+    """Rows of logits that are sampled at a time: of a step without drafts all, of one with drafts hardly more."""
+    found: Number = np.minimum(batch * (1 + drafts), np.maximum(batch, _MIN_SAMPLED))
+    return found
+
+
+def score_rows(sizes: ModelSizes, sampled: int, queries: int) -> int:
+    """Rows of logits of prompts at a time that fit what a layer and sampling `sampled` rows have of the workspace.
 
     The last layer is done by then, and sampling has not begun.
     """
-    room = sizes.largest(lambda layer: layer.workspace_bytes(queries)) + _sampling_bytes(sizes, batch)
+    room = sizes.largest(lambda layer: layer.workspace_bytes(queries)) + _sampling_bytes(sizes, sampled)
     return max(1, int(room) // (SCORE_BYTES * sizes.vocab_size))
 
 

@@ -12,6 +12,7 @@ the heading of docs/findings.md and, where raw results were kept, their file in 
 | DECODE_RATE_SHARE | 0.3 of the memory bandwidth | 0.33 (float16), 0.45 (bfloat16) | "Coded weights" |
 | CODES_RATE_SHARE | 0.9 of the memory bandwidth | 0.9 to 1.0 | "Quantised weights"; quantized/kernels.json |
 | CODES_BY_COLUMN_RATE_SHARE | 0.35 of the memory bandwidth | 0.38, 0.45 | "Quantised weights" |
+| FEW_ROWS_RATE_SHARE | 0.4 of the memory bandwidth | assumed, not measured | |
 | LAUNCHES | 30 kernels a layer of a mini-batch | 0.3 ms where a kernel takes 10 us | "Prompts" |
 | PROMPT_LAUNCHES | 90 kernels a layer of a mini-batch | 1.1 ms, a part of it once a step | "Prompts" |
 | BOUNDARY_SECONDS | 1e-3 s a step | 1 ms | "The host between and inside steps" |
@@ -21,6 +22,7 @@ the heading of docs/findings.md and, where raw results were kept, their file in 
 | GRAPH_BYTES | 256 KiB a graph | assumed, not measured | |
 | LOADS_BANDWIDTH | 169e9 bytes/s, all buses of a host | 55, 110, 169 GB/s of 1, 2, 4 GPUs | "Several GPUs" |
 | GATHER_BANDWIDTH | 250e9 bytes/s, whole layers at each GPU | 250 to 320 GB/s | "Several GPUs" |
+| PACKED_QUERIES | 128 queries of a request and head | assumed, not measured | |
 | HANDOVER_SECONDS | 0.08e-3 s a layer of a mini-batch | 0.07 to 0.09 ms | "Mini-batches and what they cost the host" |
 """
 
@@ -33,6 +35,9 @@ time of its kernels and the boundary, over its layers."""
 GRAPH_BYTES = 256 * 1024
 """Device memory that the driver takes for a graph, of which steps with experts on demand have one a layer for each
 size. To be fitted: what free memory loses while these are captured, less the allocator's part, over their number."""
+PACKED_QUERIES = 128
+"""Queries of a request that the attention of chunks computes together: fewer take as long. To be fitted: that kernel's
+time for 1 to 256 queries a request."""
 WAITING = 8
 """Bus and GPU take turns with two buffers. Where they take equally long, they wait for each other: by 9 % with this
 exponent, by 1 % where one takes three quarters of the other's time."""
@@ -47,6 +52,9 @@ DECODE_RATE_SHARE = 0.3
 """Part of the device's memory bandwidth at which coded weights are read, and decoded ones written."""
 CODES_RATE_SHARE, CODES_BY_COLUMN_RATE_SHARE = 0.9, 0.35
 """The same of codes with scales; the second, where the scale of each column is found by itself."""
+FEW_ROWS_RATE_SHARE = 0.4
+"""Part of the device's memory bandwidth at which products of few rows read codes as they lie. To be fitted:
+`benchmarks.products --format`, for 1 to 8 rows."""
 LAUNCHES, PROMPT_LAUNCHES = 30, 90
 """Small kernels that take the host as long as one layer of one mini-batch; the second, with prompts in it."""
 BOUNDARY_SECONDS, REQUEST_SECONDS = 1e-3, 20e-6

@@ -138,12 +138,14 @@ class LayerTimes:
 
         return self.sizes.mean(attend)
 
-    def head(self, queries: Number) -> Number:
-        """Logits of `queries` tokens, once a step: the head's weights read, float32 logits written and read."""
+    def head(self, queries: Number, parts: Number = 1) -> Number:
+        """Logits of `queries` tokens, once a step: float32 logits written and read, the head's weights read for each of
+        the `parts` that are sampled one after the other.
+        """
         sizes, hardware = self.sizes, self.hardware
         weights = sizes.vocab_size * sizes.hidden_size
         compute = queries * (2 * weights / hardware.gemm_rate)
-        read = np.maximum(compute, weights * sizes.compute_bytes / hardware.weight_bandwidth)
+        read = np.maximum(compute, np.ceil(parts) * (weights * sizes.compute_bytes / hardware.weight_bandwidth))
         return read + queries * (2 * _LOGIT_BYTES * sizes.vocab_size / hardware.memory_bandwidth)
 
     def prompt_token(self, context: float) -> float:

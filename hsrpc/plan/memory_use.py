@@ -20,6 +20,8 @@ class DeviceUse(Enum):
     EXPERTS = "experts on demand"
     """A line of plans in which there are some."""
     CACHE_BLOCKS = "cache blocks"
+    DRAFT_MODEL = "draft model"
+    """All that it takes, by a plan of its own. A line of plans beside which there is one."""
     MEASUREMENT = "measurement"
     """Before there is a plan, and given back: no line of one."""
 

@@ -57,6 +57,8 @@ class ResidentChoices:
     """Bytes of device memory that decoding reads and writes in every step, but for experts."""
     expert_traffic: Floats
     """The same for all experts; a step decodes those that its tokens take."""
+    spared_traffic: Floats
+    """Of both, what a step of few rows saves."""
     on_host: Floats
     """Bytes that the others take in host memory, at most."""
     buffers: Floats
@@ -93,6 +95,7 @@ def _numbers(sizes: ModelSizes, choice: WeightChoice) -> dict[str, float]:
         "on_bus_at_most": bus,
         "decode_traffic": sum(n * each.decode_traffic for each, n in placed.items()),
         "expert_traffic": expert_traffic,
+        "spared_traffic": sum(n * each.spared_traffic for each, n in placed.items()),
         "on_host": _at_most(placed, lambda each: each.host_bytes),
         "buffers": BUFFERS * buffers.packed + buffers.decoded,
         "experts": 0.0,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hsrpc.config import CacheCoding, CachePolicy
 from hsrpc.plan.demand import Demand
+from hsrpc.plan.drafting import NO_DRAFTS, DraftPlan
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.sizes import PlacedSizes, Stays, WeightBuffers
@@ -30,6 +31,13 @@ class Budgets:
     host: int
     runtime: int = 0
     """Part of `device` that the allocator's rounding and the libraries' own buffers take."""
+    draft_model: int = 0
+    """Part of `device` that a draft model takes, which is planned before; 0: there is none."""
+
+    @property
+    def plannable(self) -> int:
+        """What is left of `device` for the model."""
+        return self.device - self.runtime - self.draft_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +47,10 @@ class StepPrediction:
     batch: int
     context: int
     mini_batches: int
+    drafts: int = 0
+    """Tokens that each request drafts."""
+    tokens_per_request: float = 1.0
+    """Tokens that the step gives each request, on average."""
     bus: float
     forward: float
     """Projections and MLP of the new tokens; the attention of recomputed ones as well."""
@@ -70,12 +82,12 @@ class StepPrediction:
     @property
     def tokens_per_second(self) -> float:
         """While all requests decode."""
-        return self.batch / self.step
+        return self.batch * self.tokens_per_request / self.step
 
     @property
     def mean_tokens_per_second(self) -> float:
         """While requests come and go: what the plan was chosen for."""
-        return self.batch / self.mean_step
+        return self.batch * self.tokens_per_request / self.mean_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +141,13 @@ class Plan:
     """GPUs that each have such a plan, and load what streams for each other: all bytes and times are those of one."""
     kind_rule: KindRule = IN_PROPORTION
     """Decides of which kind a request's next blocks are."""
+    drafts: DraftPlan = NO_DRAFTS
+    """Room for drafts, and what verifying them takes."""
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """Tokens that a request drafts in a step, at most: there is room for as many of a whole batch."""
+        return self.drafts.drafting.tokens
 
     def held(self, kind: BlockKind, layer: int) -> BlockKind:
         """What blocks of a kind hold in a layer."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +41,10 @@ _BUFFER_BYTES = (512 * 1024**2, 256 * 1024**2, 128 * 1024**2)
 """Sizes of a kv buffer to try: copies large enough to fill the bus, and few mini-batches."""
 _BUFFER_PART = 20
 """At most this part of the device budget is one kv buffer."""
+_DRAFTS = (0, 1, 3, 7, 15)
+"""Tokens that each request drafts, at most: what to try where that is planned."""
+_NEAR = 0.8
+"""Batches from this part of that without drafts on are tried with drafts, for which there may be less room."""
 _RECOMPUTE_TOKENS = (8192, 32768)
 """Their hidden states lie on the device."""
 _WORTH = 0.99
@@ -48,6 +54,15 @@ _BOUNDLESS = 2**60
 """Bytes that are enough for any model."""
 _EQUAL = 0.995
 """Candidates so near to the best of a batch count as equal: the simplest is chosen, by mini-batches, kinds, rows."""
+
+
+class _Tried(NamedTuple):
+    """What candidates there are to compare, beside the places of weights and caches."""
+
+    batch: Floats
+    """[batches], ascending."""
+    drafts: tuple[int, ...]
+    """Tokens that each request drafts."""
 
 
 class Planner:
@@ -62,6 +77,8 @@ class Planner:
         self.decision = decide_cache(config, sizes)
         self.traffic = _traffic(config, sizes, self.max_model_len)
         self._choices = ResidentChoices.of(sizes, _weight_choices(config, sizes, self._resident_shares()))
+        drafts = config.draft_tokens
+        self._tried = _Tried(_batches(config), (0 if isinstance(drafts, str) else drafts,))
         self._models = {
             held: StepModel(sizes.holding(held.kinds), hardware, self.traffic)
             for held in _held_choices(sizes, self.decision.shares)
@@ -91,9 +108,18 @@ class Planner:
         return points
 
     def _best(self) -> tuple[Evaluator, Point]:
+        """The best candidate; where drafts are planned, that with the most drafts around its batch which is as fast."""
+        best = self._best_of(self._tried)
+        if not isinstance(self.config.draft_tokens, str):
+            return best
+        batch = best[1].batch
+        near = self._tried.batch[(self._tried.batch <= batch) & (self._tried.batch >= _NEAR * batch)]
+        return self._best_of(_Tried(near, _DRAFTS))
+
+    def _best_of(self, tried: _Tried) -> tuple[Evaluator, Point]:
         """The smallest of the batches that are worth it, or the largest under a bound; its simplest fast candidate."""
         evaluated = [
-            (each, each.evaluate(grid)) for each in self._evaluators(self.budgets) for grid in self._grids(each)
+            (each, each.evaluate(grid)) for each in self._evaluators(self.budgets) for grid in self._grids(each, tried)
         ]
         found = [evaluation for _, evaluation in evaluated]
         fits = _join([e.fits for e in found], found).astype(np.bool_)
@@ -103,7 +129,8 @@ class Planner:
         if not (fits & in_time).any():
             raise self._too_slow(_join([e.times.longest_step for e in found], found)[fits])
         batch = _join([e.grid.batch for e in found], found)
-        rates = np.where(fits & in_time, batch / _join([e.times.mean_step for e in found], found), 0.0)
+        tokens = batch * _join([e.times.tokens_per_request for e in found], found)
+        rates = np.where(fits & in_time, tokens / _join([e.times.mean_step for e in found], found), 0.0)
         rates *= _join([self._choices.worth[e.grid.choice] for e in found], found)
         rates[batch < min(self.config.min_batch, batch[rates > 0].max())] = 0.0
         worth = batch[rates >= _WORTH * rates.max()]
@@ -114,6 +141,7 @@ class Planner:
             [e.mixes for e in found],
             [e.times.mini_batches for e in found],
             [e.recomputed for e in found],
+            [-e.grid.drafts for e in found],
         )
         order = np.lexsort((-rates[equal], *(_join(parts, found)[equal] for parts in simpler)))
         index = int(equal[order[0]])
@@ -124,33 +152,37 @@ class Planner:
         """One for each choice of the kinds that blocks may be of."""
         return [Evaluator(model, budgets, self.config, self._choices, held) for held, model in self._models.items()]
 
-    def _grids(self, evaluator: Evaluator) -> Iterator[Grid]:
+    def _grids(self, evaluator: Evaluator, tried: _Tried) -> Iterator[Grid]:
         """All choices, for each size of the buffers; of equal candidates the first, with most resident, is taken."""
-        if False in self.decision.absorbing:
-            yield from self._rebuilding_grids(evaluator)
-        if True in self.decision.absorbing and (BlockKind.KV not in evaluator.held.kinds or not self.sizes.rounds):
-            yield from self._absorbing_grids(evaluator.budgets)
+        for drafts in tried.drafts:
+            if False in self.decision.absorbing:
+                yield from self._rebuilding_grids(evaluator, tried.batch[:, None, None], drafts)
+            if True in self.decision.absorbing and (BlockKind.KV not in evaluator.held.kinds or not self.sizes.rounds):
+                yield from self._absorbing_grids(evaluator.budgets, tried.batch[:, None, None], drafts)
 
-    def _rebuilding_grids(self, evaluator: Evaluator) -> Iterator[Grid]:
+    def _rebuilding_grids(self, evaluator: Evaluator, batch: Floats, drafts: int) -> Iterator[Grid]:
         budgets, shares = evaluator.budgets, evaluator.shares
-        batch = _batches(self.config)[:, None, None]
         choices = self._possible_choices(budgets)
         is_free = len(shares) > 1
         tries_kv_alone = is_free and not self.sizes.rounds  # else that is an evaluator of its own
         shares = (0.0, *shares) if tries_kv_alone else shares
         share = np.array(shares)[None, None, :]
         kv_only = (share == 0) & (np.arange(len(shares)) == 0) & (tries_kv_alone or not is_free)
-        for wanted in self._row_choices(budgets):
-            for recompute in self._recompute_choices(batch):
-                rows = self._rows(batch, wanted, recompute)
-                for choice in choices:
-                    yield Grid(
-                        batch=batch, choice=choice, device_share=share, kv_only=kv_only, rows=rows, recompute=recompute
-                    )
+        for wanted, recompute in product(self._row_choices(budgets), self._recompute_choices(batch)):
+            rows = self._rows(batch, wanted, recompute)
+            for choice in choices:
+                yield Grid(
+                    batch=batch,
+                    choice=choice,
+                    device_share=share,
+                    kv_only=kv_only,
+                    rows=rows,
+                    recompute=recompute,
+                    drafts=drafts,
+                )
 
-    def _absorbing_grids(self, budgets: Budgets) -> Iterator[Grid]:
-        """Activations alone, and buffers of these; those of K and V have the rows of a chunk."""
-        batch = _batches(self.config)[:, None, None]
+    def _absorbing_grids(self, budgets: Budgets, batch: Floats, drafts: int) -> Iterator[Grid]:
+        """Activations alone, and buffers of these; those of K and V have the rows of a chunk, or of drafts."""
         choices = self._possible_choices(budgets)
         share = np.ones((1, 1, 1))
         for wanted in self._row_choices(budgets, BlockKind.ACTIVATION):
@@ -164,6 +196,7 @@ class Planner:
                         rows=self._rows(batch, 1, recompute),
                         recompute=recompute,
                         absorbed_rows=self._rows(batch, wanted, recompute),
+                        drafts=drafts,
                     )
 
     def _possible_choices(self, budgets: Budgets) -> list[npt.NDArray[np.int64]]:
@@ -173,7 +206,7 @@ class Planner:
         """
         choices = self._choices
         on_device = choices.resident + choices.buffers + choices.experts + choices.tables
-        fits = (on_device <= budgets.device - budgets.runtime) & (choices.on_host <= budgets.host)
+        fits = (on_device <= budgets.plannable) & (choices.on_host <= budgets.host)
         found = (np.flatnonzero(fits) if fits.any() else np.zeros(1, np.int64))[::-1]
         return [found[None, start : start + _AT_ONCE, None] for start in range(0, len(found), _AT_ONCE)]
 
@@ -254,7 +287,7 @@ class Planner:
         return any(
             bool(evaluator.evaluate(grid).fits.any())
             for evaluator in self._evaluators(budgets)
-            for grid in self._grids(evaluator)
+            for grid in self._grids(evaluator, self._tried)
         )
 
 
@@ -313,6 +346,7 @@ def _traffic(config: EngineConfig, sizes: ModelSizes, longest: int) -> Traffic:
         output=output,
         longest=longest,
         shared=shared // config.block_size * config.block_size,
+        acceptance=config.expected_acceptance,
     )
 
 
@@ -337,5 +371,6 @@ def _point(found: Sequence[Evaluation], index: int) -> Point:
     """The candidate at `index` of what `_join` gives."""
     grids = [evaluation.grid for evaluation in found]
     values = [[getattr(grid, item.name) for grid in grids] for item in fields(Grid)]
-    batch, choice, share, kv_only, rows, recompute, absorbed = (_join(value, found)[index] for value in values)
-    return Point(int(batch), int(choice), float(share), bool(kv_only), int(rows), float(recompute), int(absorbed))
+    batch, choice, share, kv_only, rows, recompute, *more = (_join(value, found)[index] for value in values)
+    absorbed, drafts = map(int, more)
+    return Point(int(batch), int(choice), float(share), bool(kv_only), int(rows), float(recompute), absorbed, drafts)

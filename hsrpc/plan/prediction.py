@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 
+from hsrpc.plan.drafting import Drafting
 from hsrpc.plan.plan import Plan, StepPrediction
 from hsrpc.plan.simulated_step import simulated_step
 from hsrpc.plan.sizes import ModelSizes
@@ -13,20 +14,37 @@ from hsrpc.plan.step_time import Candidates, StepModel, StepTimes, Traffic
 from hsrpc.schedule.blocks import PoolId, Tier
 
 
-def predict_at(plan: Plan, sizes: ModelSizes, context: int, num_requests: int | None = None) -> StepPrediction:
+def predict_at(
+    plan: Plan,
+    sizes: ModelSizes,
+    context: int,
+    num_requests: int | None = None,
+    drafting: Drafting | None = None,
+) -> StepPrediction:
     """A decode step of `num_requests` (default: the whole batch) with `context` cached tokens each.
 
-    No prompts come in: `prefill` is 0, and `mean_step` is `step`.
+    No prompts come in: `prefill` is 0, and `mean_step` is `step`. `drafting` None is the plan's.
     """
     shared = min(plan.shared_prefix, context)
     traffic = Traffic(context=context, prompt=0, output=1, longest=plan.max_model_len, shared=shared)
-    found = predict_traffic(plan, sizes, traffic, num_requests)
+    found = predict_traffic(plan, sizes, traffic, num_requests, drafting)
     return replace(found, mean_step=found.step)
 
 
-def predict_traffic(plan: Plan, sizes: ModelSizes, traffic: Traffic, num_requests: int | None = None) -> StepPrediction:
-    """A step of `num_requests` (default: the whole batch) of another traffic than the plan's, prompts coming in."""
+def predict_traffic(
+    plan: Plan,
+    sizes: ModelSizes,
+    traffic: Traffic,
+    num_requests: int | None = None,
+    drafting: Drafting | None = None,
+) -> StepPrediction:
+    """A step of `num_requests` (default: the whole batch) of another traffic than the plan's, prompts coming in.
+
+    `drafting` None is the plan's.
+    """
     batch, context = num_requests or plan.max_batch, traffic.context
+    drafts, acceptance = plan.drafts.drafting if drafting is None else drafting
+    traffic = replace(traffic, acceptance=acceptance)
     model = StepModel(sizes, plan.hardware, traffic)
     lengths = context, max(context, traffic.at_end)
     on_device, at_end = (_on_device(plan, sizes, batch, tokens, traffic.shared) for tokens in lengths)
@@ -36,6 +54,7 @@ def predict_traffic(plan: Plan, sizes: ModelSizes, traffic: Traffic, num_request
         streamed=sum(layer.bus_bytes for layer in plan.placed) / sizes.num_layers,
         decode_traffic=sum(layer.decode_traffic for layer in plan.placed) / sizes.num_layers,
         expert_traffic=sum(plan.expert_traffic) / sizes.num_layers,
+        spared_traffic=sum(layer.spared_traffic for layer in plan.placed) / sizes.num_layers,
         on_demand=float(plan.demand is not None),
         missed=0.0 if plan.demand is None else plan.demand.missed,
         on_device=on_device,
@@ -44,9 +63,10 @@ def predict_traffic(plan: Plan, sizes: ModelSizes, traffic: Traffic, num_request
         host_share=rebuilding * _share(plan, Tier.HOST),
         recomputed=0.0 if plan.keeps_cache else 1.0,
         chunk=plan.max_prefill_tokens,
-        prompt_queries=max(1, plan.buffers.queries - plan.max_batch),
-        rows=plan.buffers.activation_rows if plan.absorbs else plan.buffers.rows,
+        prompt_queries=max(1, plan.buffers.queries - plan.max_batch * (1 + plan.max_draft_tokens)),
+        rows=plan.buffers.activation_rows if plan.absorbs and not drafts else plan.buffers.rows,
         absorbs=plan.absorbs,
+        drafts=drafts,
     )
     fits = context <= plan.buffers.queries  # a request that keeps no cache is part of one mini-batch
     part = fits * plan.recompute.tokens / (batch * context)
@@ -55,7 +75,7 @@ def predict_traffic(plan: Plan, sizes: ModelSizes, traffic: Traffic, num_request
     elif part:
         balanced = model.balanced_recompute(candidate, min(1.0 - on_device, part))
         candidate = replace(candidate, recomputed=balanced)
-    closed = as_prediction(batch, context, model.predict(candidate))
+    closed = as_prediction(batch, context, drafts, model.predict(candidate))
     return simulated(plan, sizes, closed, recomputes=bool(candidate.recomputed))
 
 
@@ -65,11 +85,11 @@ def _on_device(plan: Plan, sizes: ModelSizes, batch: int, tokens: int, shared: i
     return min(1.0, sum(_blocks(plan, Tier.DEVICE)) / held)
 
 
-def as_prediction(batch: int, context: int, times: StepTimes) -> StepPrediction:
+def as_prediction(batch: int, context: int, drafts: int, times: StepTimes) -> StepPrediction:
     """One candidate's times, as plain numbers."""
     seconds = {item.name: float(getattr(times, item.name)) for item in fields(times)}
     mini_batches = round(seconds.pop("mini_batches"))
-    return StepPrediction(batch=batch, context=context, mini_batches=mini_batches, **seconds)
+    return StepPrediction(batch=batch, context=context, drafts=drafts, mini_batches=mini_batches, **seconds)
 
 
 def simulated(plan: Plan, sizes: ModelSizes, closed: StepPrediction, *, recomputes: bool) -> StepPrediction:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hsrpc.config import EngineConfig
 from hsrpc.errors import ConfigError
@@ -22,6 +22,8 @@ class Question:
     """Sizes of the model in each choice of formats."""
     machine: Machine
     config: EngineConfig
+    draft_model_bytes: int = 0
+    """Device memory that a draft model takes, which is planned before; 0: there is none."""
 
     def answer(self, choose_plan: Callable[[Planner], Plan] = Planner.plan) -> tuple[Planner, Plan]:
         """The choice of formats with the fastest plan, of those that fit; the first one, where they are equal.
@@ -29,8 +31,8 @@ class Question:
         Raises:
             ConfigError: none fits.
         """
-        budgets, hardware = self.machine.budgets(self.config), self.machine.hardware
-        config = self.config.of_one_gpu
+        hardware, config = self.machine.hardware, self.config.of_one_gpu
+        budgets = replace(self.machine.budgets(self.config), draft_model=self.draft_model_bytes)
         found: list[tuple[Planner, Plan]] = []
         errors: list[ConfigError] = []
         for sizes in self.choices:
@@ -42,3 +44,8 @@ class Question:
         if not found:
             raise errors[0]
         return max(found, key=lambda each: each[1].prediction.mean_tokens_per_second)
+
+    def choice_of(self, planner: Planner) -> int:
+        """Number of the choice that a planner of the answer is for."""
+        [choice] = [number for number, sizes in enumerate(self.choices) if sizes is planner.sizes]
+        return choice

@@ -21,6 +21,8 @@ class StepRecord:
     prefill_tokens: int
     recomputed_tokens: int = 0
     """Tokens of requests that keep no cache, all but the newest of each."""
+    drafted_tokens: int = 0
+    """Tokens behind the newest ones of their requests, which these may turn out not to have."""
     context_tokens: int
     """Cached tokens attended to, of all requests."""
     weight_bytes: int
@@ -72,7 +74,7 @@ def roofline(record: StepRecord, sizes: ModelSizes, hardware: Hardware, *, absor
         hardware, weight_read_share=share, attention_read_share=share, gemm_overhead=0.0, small_kernel_time=0.0
     )
     layer = LayerTimes(sizes, best, math.inf)
-    tokens = record.decode_tokens + record.prefill_tokens + record.recomputed_tokens
+    tokens = record.decode_tokens + record.prefill_tokens + record.recomputed_tokens + record.drafted_tokens
     context = round(record.context_tokens / max(1, record.num_requests))
     layers, attend = sizes.num_layers, layer.absorbed if absorbs else layer.attention
     touched = _touched(record, sizes)

@@ -55,6 +55,13 @@ class Grid:
     """Tokens that a step may recompute, at most."""
     absorbed_rows: Number = 0
     """Rows of the activation buffer, where single queries attend to activations as they are; 0: they need K and V."""
+    drafts: Number = 0
+    """Tokens that each request drafts in a step."""
+
+    @property
+    def queries(self) -> Number:
+        """New tokens of a whole batch that decodes."""
+        return self.batch * (1 + self.drafts)
 
     @property
     def absorbs(self) -> Bools:
@@ -72,6 +79,7 @@ class Point:
     rows: int
     recompute: float
     absorbed_rows: int = 0
+    drafts: int = 0
 
     def as_grid(self) -> Grid:
         """Arrays without dimensions."""
@@ -83,6 +91,7 @@ class Point:
             rows=self.rows,
             recompute=self.recompute,
             absorbed_rows=self.absorbed_rows,
+            drafts=self.drafts,
         )
 
 
@@ -145,30 +154,30 @@ class Evaluator:
     def evaluate(self, grid: Grid) -> Evaluation:
         """Everything about the grid's candidates."""
         streamed = self.choices.on_bus_at_most[grid.choice] / self.sizes.num_layers  # by steps with prompts
-        chunk, idle_chunk = self._chunks(grid.batch, streamed)
+        chunk, idle_chunk = self._chunks(grid, streamed)
         prompt_queries = self._prompt_queries(chunk, idle_chunk, streamed)
-        grid = replace(grid, rows=np.maximum(grid.rows, self._chunk_rows(grid.batch, prompt_queries)))
+        grid = replace(grid, rows=np.maximum(grid.rows, self._chunk_rows(grid, prompt_queries)))
         staging = self.staging(grid, prompt_queries, idle_chunk)
-        device_room = self.budgets.device - self.budgets.runtime - sum(device_bytes(self.sizes, staging).values())
+        device_room = self.budgets.plannable - sum(device_bytes(self.sizes, staging).values())
         device_room = device_room - self.sizes.max_coded_bytes
         choices = self.choices
         for part in (choices.resident, choices.buffers, choices.experts, choices.tables):
             device_room = device_room - part[grid.choice]
         host_room = self.budgets.host - self.choices.on_host[grid.choice]
-        usable = self._usable_blocks(grid.batch, idle_chunk)
+        usable = self._usable_blocks(grid, idle_chunk)
         max_blocks = usable + (0 if self.recomputes else grid.batch)  # each has one to grow into
         device_blocks = np.minimum(self._device_blocks(device_room, grid.device_share), max_blocks)
         on_device = self._on_device(grid.batch, device_blocks, self.model.traffic.context)
-        queries = prompt_queries if self.recomputes else staging.queries - grid.batch
+        queries = prompt_queries if self.recomputes else staging.queries - grid.queries
         candidates = self._candidates(grid, device_blocks, chunk, queries)
         prompt_chunk = np.minimum(staging.queries, idle_chunk)
-        missing = np.maximum(0, self._needed_blocks(grid.batch, prompt_chunk) - device_blocks)
+        missing = np.maximum(0, self._needed_blocks(grid.batch, prompt_chunk, grid.drafts) - device_blocks)
         host_share = np.where(grid.absorbs, 1.0, self._host_share(candidates, grid.kv_only, host_room, missing))
         candidates = replace(candidates, host_share=host_share)
         recomputed = self._recomputed(candidates, grid.recompute, staging)
         candidates = replace(candidates, recomputed=recomputed)
         cached = grid.batch * (1 - recomputed)
-        missing = np.maximum(0, self._needed_blocks(cached, prompt_chunk) - device_blocks)
+        missing = np.maximum(0, self._needed_blocks(cached, prompt_chunk, grid.drafts) - device_blocks)
         # Where the device holds all requests at full length, the host gets no blocks: a step that reads any of them
         # goes through buffers, while all others read their blocks in place.
         of_use = np.where(device_blocks >= usable, 0.0, max_blocks - device_blocks)
@@ -200,6 +209,7 @@ class Evaluator:
             step_tokens = batch * self.max_model_len
             return Staging(
                 batch=batch,
+                drafts=grid.drafts,
                 rows=rows,
                 activation_rows=0,
                 queries=rows,
@@ -212,30 +222,31 @@ class Evaluator:
         whole = np.where(np.asarray(grid.recompute) > 0, np.minimum(min_tokens, batch * self.max_model_len), 0)
         return Staging(
             batch=batch,
+            drafts=grid.drafts,
             rows=rows,
             activation_rows=np.where(grid.kv_only, 0, np.maximum(rows, grid.absorbed_rows)),
-            queries=np.maximum(prompt_queries + batch, whole),
-            step_tokens=idle_chunk + batch + np.minimum(grid.recompute, batch * traffic.at_end),
+            queries=np.maximum(prompt_queries + grid.queries, whole),
+            step_tokens=idle_chunk + grid.queries + np.minimum(grid.recompute, batch * traffic.at_end),
             absorbing=np.where(grid.absorbs, batch, 0),
             graph_batch=batch,
             num_segments=segments,
             table=self.longest,
         )
 
-    def _chunks(self, batch: Floats, streamed: Number) -> tuple[Number, Number]:
+    def _chunks(self, grid: Grid, streamed: Number) -> tuple[Number, Number]:
         """Prompt tokens of a step beside decoding, and without.
 
         Beside decoding, as many as compute while the weights stream or the host launches, which costs next to nothing,
         or as keep up with the traffic; without, as many as keep the GPU busy meanwhile. Where the bus is busy anyway,
         they may take several mini-batches.
         """
-        given = self.config.max_prefill_tokens
+        given, batch = self.config.max_prefill_tokens, grid.batch
         if given is not None or self.recomputes:
             chunk = np.full_like(batch, given or 1)
             return chunk, chunk
         hidden = self.model.hidden_chunk(streamed)
         backlog = np.where(streamed > 0, _STREAMED_BACKLOG, _BACKLOG)
-        wanted = np.maximum(hidden, backlog * self.model.prompt_tokens(batch))
+        wanted = np.maximum(hidden, backlog * self.model.prompt_tokens(batch, grid.drafts))
         room = self._max_prompt_tokens()
         part = self.budgets.device // _CHUNK_PART
         idle_room = min(MAX_IDLE_CHUNK, max(MIN_CHUNK, part // (2 * self.sizes.hidden_bytes)))
@@ -263,35 +274,39 @@ class Evaluator:
         found: Number = np.minimum(np.maximum(chunk, min_queries), self._max_prompt_tokens())
         return found
 
-    def _chunk_rows(self, batch: Floats, prompt_queries: Number) -> Number:
+    def _chunk_rows(self, grid: Grid, prompt_queries: Number) -> Number:
         """Buffer rows that let `prompt_queries` tokens be one mini-batch, however much of a prompt is cached."""
         if self.recomputes:
-            return 0.0 * batch
+            return 0.0 * grid.batch
         longest = self.longest * self.config.block_size
         window = self.sizes.sliding_window
         # A chunk may take the decoding requests' queries too, and sees no more than its window beside.
-        cached = longest if window is None else np.minimum(longest, window + batch)
-        rows: Number = np.minimum(prompt_queries + cached, batch * longest)
+        cached = longest if window is None else np.minimum(longest, window + grid.queries)
+        rows: Number = np.minimum(prompt_queries + cached, grid.batch * longest)
         return rows
 
-    def _needed_blocks(self, batch: Number, chunk: Number) -> Number:
-        """Blocks for one request at full length and the others at the expected one, each with a block to grow into.
+    def _needed_blocks(self, batch: Number, chunk: Number, drafts: Number) -> Number:
+        """Blocks for one request at full length and the others at the expected one, each with blocks to grow into.
 
         `chunk`: tokens of one request in a step, at most. A prompt holds what its chunk adds, until the step has ended.
         """
         if self.recomputes:
             return 0 * batch
-        expected = self._held_blocks(self.model.traffic.context) + 1 - self._shared_blocks
+        growth = np.ceil((1 + np.asarray(drafts)) / self.config.block_size)
+        expected = self._held_blocks(self.model.traffic.context, 1 + drafts) + growth - self._shared_blocks
         found: Number = self._held_blocks(self.max_model_len, chunk) + np.maximum(0, np.ceil(batch) - 1) * expected
         return found
 
-    def _usable_blocks(self, batch: Floats, idle_chunk: Number) -> Number:
+    def _usable_blocks(self, grid: Grid, idle_chunk: Number) -> Number:
         """Blocks that all requests hold at full length, or with a step's prompts: more would never be used."""
+        batch = grid.batch
         if self.recomputes:
             return 0 * batch
         # Each chunk touches one block more than its tokens fill.
         prompts = np.ceil(idle_chunk / self.config.block_size) + batch
-        found: Number = np.minimum(batch * self.longest, batch * self._held_blocks(self.max_model_len) + prompts)
+        found: Number = np.minimum(
+            batch * self.longest, batch * self._held_blocks(self.max_model_len, 1 + grid.drafts) + prompts
+        )
         return found - np.maximum(0, batch - 1) * self._shared_blocks
 
     def _held_blocks(self, num_tokens: int, chunk: Number = 1) -> Number:
@@ -365,6 +380,7 @@ class Evaluator:
             streamed=self.choices.on_bus[grid.choice] / self.sizes.num_layers,
             decode_traffic=self.choices.decode_traffic[grid.choice] / self.sizes.num_layers,
             expert_traffic=self.choices.expert_traffic[grid.choice] / self.sizes.num_layers,
+            spared_traffic=self.choices.spared_traffic[grid.choice] / self.sizes.num_layers,
             on_demand=self.choices.on_demand[grid.choice],
             missed=self.choices.missed[grid.choice],
             on_device=self._on_device(grid.batch, device_blocks, traffic.context),
@@ -374,8 +390,9 @@ class Evaluator:
             recomputed=0.0,
             chunk=chunk,
             prompt_queries=prompt_queries,
-            rows=np.where(grid.absorbs, grid.absorbed_rows, grid.rows),
+            rows=np.where(grid.absorbs & np.equal(grid.drafts, 0), grid.absorbed_rows, grid.rows),
             absorbs=grid.absorbs,
+            drafts=grid.drafts,
         )
 
     def _fitted(self, chunk: Number, max_chunk: Number, times: StepTimes) -> Number:

@@ -9,6 +9,7 @@ from hsrpc.plan.fitted import GATHER_BANDWIDTH
 from hsrpc.plan.layer_times import LayerTimes
 from hsrpc.plan.plan import Plan, StepPrediction
 from hsrpc.plan.sizes import ModelSizes
+from hsrpc.plan.step_time import multiplies_few
 from hsrpc.schedule.simulate import steady
 from hsrpc.schedule.sweep import BatchShape, LayerPlacement, Op, OpKind, OpList, Places, sweep
 
@@ -76,8 +77,11 @@ class _OpSeconds:
     def of(cls, plan: Plan, layer: LayerTimes, step: StepPrediction, num_groups: int) -> _OpSeconds:
         """Parts of a step divided among its operations."""
         traffic = zip(plan.placed, layer.sizes.layers, strict=True)
-        decode = [float(layer.decode_weights(one.decode_traffic + sizes.coding_traffic)) for one, sizes in traffic]
-        tokens = step.batch if num_groups == 1 else step.batch * step.context  # recomputed ones
+        queries = step.batch * (1 + step.drafts)
+        spared = float(multiplies_few(layer.sizes, queries, step.regenerate > 0 or num_groups > 1))
+        decoded = ((max(0.0, one.decode_traffic - spared * one.spared_traffic), sizes) for one, sizes in traffic)
+        decode = [float(layer.decode_weights(size + sizes.coding_traffic)) for size, sizes in decoded]
+        tokens = queries if num_groups == 1 else step.batch * step.context  # recomputed ones
         experts = [float(layer.decode_experts(traffic, tokens)) for traffic in plan.expert_traffic]
         weights = float(layer.load(sum(each.bus_bytes for each in plan.placed)))
         each = len(plan.placed) * step.mini_batches

@@ -59,6 +59,11 @@ class TensorSizes:
     decode_traffic: float = 0.0
     """Bytes of device memory that are read and written in the time that decoding takes."""
 
+    few_rows: int = 0
+    """Most rows that are multiplied by it as it lies, where it stays packed; 0: it is always decoded."""
+    spared_traffic: float = 0.0
+    """Bytes of device memory that are read and written in the time that this saves."""
+
     @property
     def is_coded(self) -> bool:
         """Whether it is decoded before it is used; else it lies ready where it lies packed."""
@@ -100,6 +105,8 @@ class PlacedSizes:
     """Bytes of device memory that are read and written in the time that decoding them takes, but for experts."""
     expert_traffic: float
     """The same for all experts; a step decodes those that its tokens take."""
+    spared_traffic: float
+    """The same of what a step of up to `ModelSizes.few_rows` rows saves: it multiplies as it lies what stays packed."""
 
 
 class WeightBuffers(NamedTuple):
@@ -258,6 +265,7 @@ class LayerSizes:
             decoded_bytes=sum(tensor.decoded_bytes for tensor in (*packed, *streamed)),
             decode_traffic=sum(each.decode_traffic for each in (*packed, *streamed) if each.name not in experts),
             expert_traffic=sum(each.decode_traffic for each in (*packed, *streamed) if each.name in experts),
+            spared_traffic=sum(each.spared_traffic for each in packed if each.few_rows),
         )
 
     def _part(self, size: float) -> float:
@@ -431,6 +439,12 @@ class ModelSizes:
         """
         whole, window = -(-num_tokens // block_size), self.sliding_window
         return whole if window is None else np.minimum(whole, most_blocks(window, chunk, block_size))
+
+    @cached_property
+    def few_rows(self) -> int:
+        """Most rows that are multiplied by some weights as they lie, where these stay packed."""
+        tensors = (tensor for layer, _ in self.distinct for tensor in layer.tensors)
+        return min((tensor.few_rows for tensor in tensors if tensor.few_rows), default=0)
 
     @cached_property
     def layers_bytes(self) -> int:

@@ -8,6 +8,11 @@ For each layer, of `n` requests with `context` cached tokens each:
 
 Experts that come on demand are loaded when nothing else can be done: that time is added to all three.
 
+A request that drafts k tokens has 1 + k queries, which cost the GPU and no byte on the bus, and gets tau tokens:
+
+    tokens/s = n * tau / step
+
+
 Beyond the paper: resident weights, blocks on the device, the host's launches and step boundary, and the prompts that
 keep coming. Every number may be an array; all are of one layer but those in `StepTimes`.
 """
@@ -19,7 +24,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from hsrpc.plan.fitted import WAITING
+from hsrpc.plan.device_memory import sampled_at_once
+from hsrpc.plan.fitted import PACKED_QUERIES, WAITING
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.layer_times import LayerTimes, beside
 from hsrpc.plan.sizes import ModelSizes, Number
@@ -40,6 +46,15 @@ class Traffic:
     """Most tokens of a request."""
     shared: int = 0
     """First tokens that are the same in all requests, which are part of `context` and of `prompt`."""
+    acceptance: float = 0.0
+    """Part of the drafted tokens that are accepted, of those before which all were."""
+
+    def tokens_per_step(self, drafts: Number) -> Number:
+        """Tokens that a step gives a request on average which drafts so many: what is accepted, and one more."""
+        if self.acceptance == 1.0:
+            return drafts + 1.0
+        found: Number = (1 - self.acceptance ** (drafts + 1.0)) / (1 - self.acceptance)
+        return found
 
     def distinct(self, batch: Number, length: int) -> Number:
         """Cached tokens of `batch` requests of `length` tokens each, what they share once."""
@@ -71,6 +86,8 @@ class Candidates:
     """Bytes of device memory that decoding reads and writes, but for experts."""
     expert_traffic: Number = 0.0
     """The same for all experts."""
+    spared_traffic: Number = 0.0
+    """What of the first a step saves whose rows are few, see `multiplies_few`."""
     on_demand: Number = 0.0
     """1 where experts come on demand, else 0."""
     missed: Number = 0.0
@@ -93,6 +110,24 @@ class Candidates:
     """Rows of the buffer that single queries read: of a mini-batch's kv buffer, or of its activation buffer."""
     absorbs: npt.NDArray[np.bool_] | bool = False
     """Single queries attend to activations as they are stored; all blocks hold activations."""
+    drafts: Number = 0
+    """Tokens that each request drafts in a step. Where it drafts some its queries are a chunk's: all that they attend
+    to is copied to the kv buffer, or rebuilt there."""
+
+    @property
+    def queries(self) -> Number:
+        """New tokens of the requests in a step: one of each, and drafted ones."""
+        return self.batch * (1 + self.drafts)
+
+    @property
+    def is_in_place(self) -> npt.NDArray[np.bool_]:
+        """Whether requests have one query each, which reads blocks on the device where they lie."""
+        return np.equal(self.drafts, 0)
+
+    @property
+    def absorbed(self) -> npt.NDArray[np.bool_]:
+        """Whether queries attend to activations as they are stored: several of a request attend to K and V."""
+        return np.asarray(self.absorbs) & self.is_in_place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +135,7 @@ class StepTimes:
     """Seconds, all layers; the fields are those of `StepPrediction`."""
 
     mini_batches: Number
+    tokens_per_request: Number
     bus: Number
     forward: Number
     regenerate: Number
@@ -136,9 +172,9 @@ class StepModel:
         """
         return np.maximum(self.layer.load(streamed), self.hardware.prompt_launch_time) / self.prompt_token
 
-    def prompt_tokens(self, batch: Number) -> Number:
+    def prompt_tokens(self, batch: Number, drafts: Number = 0) -> Number:
         """Prompt tokens that come in during a step on average."""
-        return batch * self.traffic.prompt_tokens_per_output
+        return batch * self.traffic.tokens_per_step(drafts) * self.traffic.prompt_tokens_per_output
 
     def balanced_share(self, at_zero: StepTimes, at_one: StepTimes) -> Number:
         """Share in [0, 1] at which bus and GPU balance, given the times at shares 0 and 1; both are linear in it."""
@@ -167,25 +203,29 @@ class StepModel:
         context = self.traffic.context
         tokens = self.traffic.distinct(c.batch, context)
         device, host = _tiers(tokens, c.on_device, c.recomputed)
-        gathered = np.where(c.absorbs, 0.0, device * c.device_share)
+        gathered = np.where(c.absorbed, 0.0, device * c.device_share)
+        to_buffer: Number = np.where(c.is_in_place, 0.0, device * (1 - c.device_share))
         recomputed_tokens = tokens * c.recomputed
         # The prefix came first: it lies on the device if there is room for it. Else each request has rows of it.
         in_host = self.traffic.shared > device
-        copied = self.traffic.repeated(c.batch) * np.where(in_host, 1.0, c.device_share) * ~np.asarray(c.absorbs)
+        is_copied: Number = np.where(in_host | ~c.is_in_place, 1.0, c.device_share) * ~c.absorbed
+        copied = to_buffer + self.traffic.repeated(c.batch) * is_copied
         seen = self.sizes.largest(lambda layer: layer.seen_part(context))
         mini_batches = self._mini_batches(c, recomputed_tokens, seen * (host + gathered + copied))
-        again = self.traffic.repeated(np.where(c.absorbs, c.batch, mini_batches))
+        again = self.traffic.repeated(np.where(c.absorbed, c.batch, mini_batches))
         host = host + np.where(in_host, again, 0.0)
         regenerated = device * c.device_share + host * c.host_share + np.where(in_host, 0.0, again * c.device_share)
-        regenerated = np.where(c.absorbs, 0.0, regenerated)
-        queries, layers = c.batch * (1 - c.recomputed), self.sizes.num_layers
+        regenerated = np.where(c.absorbed, 0.0, regenerated)
+        queries, layers = c.queries - c.batch * c.recomputed, self.sizes.num_layers
         # Mini-batches that only decode form one group, which reads the weights once; with recomputed tokens each
         # mini-batch reads them itself.
         groups = np.where(recomputed_tokens > 0, mini_batches, 1.0)
         forward = layers * np.maximum(
             self.layer.forward(queries, groups), self.layer.forward(queries) + recomputed_tokens * self.recompute_token
         )
-        forward = forward + layers * (self.layer.decode_weights(c.decode_traffic) + self.layer.code_weight())
+        is_few = multiplies_few(self.sizes, c.queries, (regenerated > 0) | (recomputed_tokens > 0))
+        traffic = c.decode_traffic - np.where(is_few, c.spared_traffic, 0.0)
+        forward = forward + layers * (self.layer.decode_weights(traffic) + self.layer.code_weight())
         forward = forward + self._decoded_experts(c, queries + recomputed_tokens)
         gemms = layers * self.layer.regenerate(regenerated, context)
         times = {
@@ -194,23 +234,24 @@ class StepModel:
             "forward": forward,
             "regenerate": gemms,
             "gather": layers * (self.layer.gather(gathered, context) + self.layer.copy(copied, context)),
-            "attention": layers * self._attention(c, c.batch * context * (1 - c.recomputed), queries),
-            "head": self.layer.head(c.batch),
+            "attention": layers * self._attention(c),
+            "head": self.layer.head(c.queries, c.queries / sampled_at_once(c.batch, c.drafts)),
             "experts": self._experts(c, queries + recomputed_tokens, groups),
         }
         return self._whole_step(c, times)
 
-    def _attention(self, c: Candidates, tokens: Number, queries: Number) -> Number:
-        context = self.traffic.context
-        attention = self.layer.attention(tokens, queries, context)
-        if not np.any(c.absorbs):
+    def _attention(self, c: Candidates) -> Number:
+        context, cached = self.traffic.context, c.batch * (1 - c.recomputed)
+        queries = cached * np.where(c.is_in_place, 1, PACKED_QUERIES * np.ceil((1 + c.drafts) / PACKED_QUERIES))
+        attention = self.layer.attention(cached * context, queries, context)
+        if not np.any(c.absorbed):
             return attention
-        return np.where(c.absorbs, self.layer.absorbed(tokens, queries, context), attention)
+        return np.where(c.absorbed, self.layer.absorbed(cached * context, queries, context), attention)
 
     def _whole_step(self, c: Candidates, times: dict[str, Number]) -> StepTimes:
         layers, bus = self.sizes.num_layers, times["bus"]
         gpu = times["forward"] + times["regenerate"] + times["gather"] + times["attention"] + times["head"]
-        prompts = self.prompt_tokens(c.batch * (1 - c.recomputed))
+        prompts = self.prompt_tokens(c.batch * (1 - c.recomputed), c.drafts)
         prefill = prompts * (layers * self.prompt_token)
         launch, boundary, shortest = self._host(c, bus, times["mini_batches"])
         # A mini-batch loads while the one before it computes: the step's first load or last compute overlaps nothing.
@@ -221,9 +262,9 @@ class StepModel:
         parts = np.ceil(c.chunk / c.prompt_queries)
         rest = np.maximum(0.0, times["mini_batches"] - parts)
         launches = layers * (rest * hardware.launch_time + parts * hardware.prompt_launch_time)
-        more_experts = self._decoded_experts(c, c.batch + c.chunk) - self._decoded_experts(c, c.batch)
+        more_experts = self._decoded_experts(c, c.queries + c.chunk) - self._decoded_experts(c, c.queries)
         with_chunk = np.maximum(bus, gpu + c.chunk * (layers * self.chunk_token) + more_experts)
-        with_chunk = np.maximum(with_chunk, launches) + self._experts(c, c.batch + c.chunk) + boundary
+        with_chunk = np.maximum(with_chunk, launches) + self._experts(c, c.queries + c.chunk) + boundary
         # Requests come and go: prompts beside, and room for their outputs to grow.
         tokens = self.traffic.distinct(c.batch, self.traffic.context)
         later_host = _tiers(tokens, c.on_device_at_end, c.recomputed)[1]
@@ -239,6 +280,7 @@ class StepModel:
         queueing = np.maximum(1.0, prompts / np.maximum(c.chunk, 1.0))
         return StepTimes(
             **times,
+            tokens_per_request=self.traffic.tokens_per_step(c.drafts),
             launch=launch,
             boundary=boundary,
             step=step,
@@ -263,7 +305,7 @@ class StepModel:
 
     def _mean_experts(self, c: Candidates, decoding: Number) -> Number:
         """As `_experts` of `decoding` alone in the steps that have no prompt beside, and with a chunk in the others."""
-        part, with_chunk = self._chunked_part(c), np.maximum(decoding, self._experts(c, c.batch + self._chunk(c)))
+        part, with_chunk = self._chunked_part(c), np.maximum(decoding, self._experts(c, c.queries + self._chunk(c)))
         found: Number = (1 - part) * decoding + part * with_chunk
         return found
 
@@ -278,7 +320,8 @@ class StepModel:
         Prompts come in as requests end: so many steps have one, if each prompt has chunks of its own.
         """
         traffic = self.traffic
-        part: Number = np.minimum(1.0, c.batch * np.ceil(traffic.prompt / self._chunk(c)) / traffic.output)
+        ended = c.batch * traffic.tokens_per_step(c.drafts) / traffic.output
+        part: Number = np.minimum(1.0, ended * np.ceil(traffic.prompt / self._chunk(c)))
         return part
 
     def _contended(self, bus: Number, gemms: Number) -> Number:
@@ -289,7 +332,7 @@ class StepModel:
 
     def _mini_batches(self, c: Candidates, recomputed_tokens: Number, staged: Number) -> Number:
         """Mini-batches that the rows in the kv buffer need; K and V on the device are read in place, without rows."""
-        rows = staged + recomputed_tokens + c.batch * (1 - c.recomputed)
+        rows = staged + recomputed_tokens + c.queries - c.batch * c.recomputed
         return np.maximum(np.maximum(1.0, np.ceil(rows / c.rows)), np.ceil(recomputed_tokens / c.prompt_queries))
 
     def _host(self, c: Candidates, bus: Number, mini_batches: Number) -> tuple[Number, Number, Number]:
@@ -297,7 +340,8 @@ class StepModel:
 
         While weights stream, the boundary is hidden for as long as the bus goes on filling the weight buffers for the
         next step. With nothing on the bus graphs run the step where all of the cache is K and V, and the boundary is
-        hidden beside the step itself, unless experts come on demand: nothing is launched ahead of a choice.
+        hidden beside the step itself, unless experts come on demand: nothing is launched ahead of a choice. Nor is a
+        step with drafts: it is laid out when the tokens before it are known.
         """
         hardware = self.hardware
         each = np.where(c.recomputed > 0, hardware.prompt_launch_time, hardware.launch_time)
@@ -306,8 +350,8 @@ class StepModel:
         boundary = hardware.boundary_time + c.batch * hardware.request_time
         exposed = np.maximum(0.0, boundary - BUFFERS * self.layer.load(c.streamed))
         on_device = (bus == 0) & (c.recomputed == 0)
-        has_graphs = on_device & ((c.device_share == 0) | c.absorbs)
-        hides = on_device & (c.on_demand == 0)
+        has_graphs = on_device & ((c.device_share == 0) | c.absorbs) & c.is_in_place
+        hides = on_device & (c.on_demand == 0) & c.is_in_place
         return (
             np.where(has_graphs, 0.0, launch),
             np.where(hides, 0.0, exposed),
@@ -316,7 +360,8 @@ class StepModel:
 
     def _store(self, c: Candidates, on_host: Number) -> Number:
         """All layers' seconds to store the rows of new tokens that lie on the host."""
-        size = (self.prompt_tokens(c.batch) + c.batch) * on_host * token_bytes(self.sizes, c.host_share)
+        tokens = self.prompt_tokens(c.batch, c.drafts) + c.queries
+        size = tokens * on_host * token_bytes(self.sizes, c.host_share)
         return self.sizes.num_layers * size / self.hardware.store_bandwidth
 
     def _both_ways(self, load: Number, store: Number) -> Number:
@@ -327,6 +372,15 @@ class StepModel:
 def _tiers(tokens: Number, on_device: Number, recomputed: Number) -> tuple[Number, Number]:
     """Cached tokens on the device and on the host."""
     return tokens * np.minimum(on_device, 1.0 - recomputed), tokens * np.maximum(0.0, 1.0 - on_device - recomputed)
+
+
+def multiplies_few(sizes: ModelSizes, rows: Number, rebuilds: npt.NDArray[np.bool_] | bool) -> npt.NDArray[np.bool_]:
+    """Whether a step's rows are multiplied by weights as they lie, if these stay packed.
+
+    They are few then, and no K and V are rebuilt.
+    """
+    found: npt.NDArray[np.bool_] = np.asarray(rows <= sizes.few_rows) & ~np.asarray(rebuilds)
+    return found
 
 
 def token_bytes(sizes: ModelSizes, share: Number) -> Number:

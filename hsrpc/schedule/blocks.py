@@ -370,6 +370,13 @@ class BlockManager:
         del table.pools[:count], table.indices[:count]
         table.first = number
 
+    def free_from(self, table: BlockTable, number: int) -> None:
+        """Give back the request's blocks from block `number` on, the last first; others cannot have found them yet."""
+        while table.end > max(number, table.first):
+            pool, index = table.pools.pop(), table.indices.pop()
+            assert Block(PoolId(pool), index) not in self._keys
+            self.pools[PoolId(pool)].free(index)
+
     def _forget(self, pool: PoolId, index: int) -> None:
         del self._published[self._keys.pop(Block(pool, index))]
 

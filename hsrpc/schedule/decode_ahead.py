@@ -14,13 +14,7 @@ _NOTHING = np.zeros(0, dtype=np.int64)
 
 def uses_no_buffer(chunks: Sequence[Chunk], block_size: int, pool: PoolId = PoolId.DEVICE_KV) -> bool:
     """All of it is decode that reads, and stores to, blocks of the `pool` that is read in place."""
-    return all(chunk.is_decode and chunk.reads_in_place and _is_in_pool(chunk, block_size, pool) for chunk in chunks)
-
-
-def _is_in_pool(chunk: Chunk, block_size: int, pool: PoolId) -> bool:
-    table = chunk.request.blocks
-    used = chunk.context // block_size + 1 - table.first
-    return table.pools[:used].count(pool) == used
+    return all(chunk.is_decode and chunk.reads_in_place and chunk.lies_in(pool, block_size) for chunk in chunks)
 
 
 def advance(batch: MiniBatch, chunks: Sequence[Chunk], block_size: int, window: int | None) -> MiniBatch | None:

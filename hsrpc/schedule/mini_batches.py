@@ -198,7 +198,8 @@ def _buffer_rows(
         kv -= missing * (is_loaded & ~is_activation)
         activations -= missing * (is_loaded & is_activation)
     # Where that block is partly filled, the newest token goes to it too.
-    new = np.array([chunk.num_new for chunk in chunks], dtype=np.int64) - (in_place & (newest == pool))
+    new = np.array([0 if chunk.splits else chunk.num_new for chunk in chunks], dtype=np.int64)
+    new -= (new == 1) & (newest == pool)
     absorbs = in_place & (pool.kind is BlockKind.ACTIVATION)
     absorbed = (activations + new) * absorbs
     return kv, activations * ~absorbs, new * ~absorbs, absorbed

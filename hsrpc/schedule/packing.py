@@ -24,7 +24,7 @@ def pack(
     `pool`: the blocks that single queries read in place. Where it holds activations, all blocks do, and nothing is
     rebuilt for these queries: they read the front of the activation buffer, where their new rows follow the others.
     """
-    chunks = in_order(chunks)
+    chunks = [part for chunk in in_order(chunks) for part in chunk.parts]
     counts = np.array([chunk.num_new for chunk in chunks], dtype=np.int64)
     contexts = np.array([chunk.context for chunk in chunks], dtype=np.int64)
     positions, query_starts = expand(contexts, counts), starts(counts)
@@ -36,7 +36,7 @@ def pack(
         query_starts=query_starts,
         layouts=tuple(_lay_out(each, counts, query_starts, block_size, window, pool=pool) for each, window in seen),
         stores=_stores(table, positions, np.repeat(np.arange(len(chunks)), counts), block_size),
-        sample_rows=query_starts[1:][[chunk.samples for chunk in chunks]] - 1,
+        sample_rows=_sample_rows(chunks, query_starts),
         scores=_scores(chunks, query_starts),
     )
 
@@ -196,9 +196,17 @@ def _in_place(
 def _new_tokens(chunks: Sequence[Chunk]) -> Ints:
     tokens: list[int] = []
     for chunk in chunks:
-        new = chunk.request.token_ids[chunk.context : chunk.context + chunk.num_new]
+        known = chunk.context + chunk.num_new - len(chunk.draft)
+        new = chunk.request.token_ids[chunk.context : known]
         tokens += new if chunk.previous_row is None else [chunk.previous_row]
+        tokens += chunk.draft
     return np.array(tokens, dtype=np.int64)
+
+
+def _sample_rows(chunks: Sequence[Chunk], query_starts: Ints) -> Ints:
+    """The last rows of each chunk."""
+    sampled = np.array([chunk.num_sampled for chunk in chunks], dtype=np.int64)
+    return expand(query_starts[1:] - sampled, sampled)
 
 
 def _scores(chunks: Sequence[Chunk], query_starts: Ints) -> Scores | None:

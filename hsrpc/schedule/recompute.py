@@ -68,10 +68,10 @@ class RecomputePolicy:
     def is_of_use(self) -> bool:
         return self._limits.tokens > 0
 
-    def choose(self, running: Sequence[Request], prompt_tokens: int) -> Choice:
-        """Choose for a step with `prompt_tokens` prompt tokens, in the order of `running`, as far as the GPU has time.
+    def choose(self, running: Sequence[Request], other_tokens: int) -> Choice:
+        """Choose for a step with `other_tokens` of prompts and drafts, in the order of `running`, as the GPU has time.
 
-        Where the GPU takes longer than the bus even without prompts, uncached requests are cached again instead, the
+        Where the GPU takes longer than the bus even without those, uncached requests are cached again instead, the
         last first.
         """
         compute, is_forced = self._costs.compute, self._limits.is_forced
@@ -81,7 +81,7 @@ class RecomputePolicy:
         gpu = compute * sum(request.num_tokens for request in uncached) + sum(on_gpu for *_, on_gpu in cached)
         if gpu > bus and uncached and not is_forced:
             return Choice([], uncached[::-1])
-        gpu += compute * prompt_tokens
+        gpu += compute * other_tokens
         room = self._limits.tokens - sum(map(self._mean_tokens, uncached))
         giving_up = []
         for request, on_bus, on_gpu in cached:

@@ -27,11 +27,16 @@ class Matcher(Protocol):
         """Take note of an output token."""
         ...
 
-    def allowed(self) -> npt.NDArray[np.int32]:
+    def allowed(self, num_drafted: int = 0) -> npt.NDArray[np.int32]:
         """A bit for each token, the first in the lowest bit of the first word, set where the token may come next.
 
-        Waits until that is known; none is set after a failure.
+        `num_drafted`: behind so many tokens of the step's draft. Waits until that is known; none is set after a
+        failure, nor behind a drafted token that may not come.
         """
+        ...
+
+    def matched(self, draft: Sequence[int]) -> int:
+        """How many of the `draft` may come next, one after the other. Not while a step is under way."""
         ...
 
 
@@ -45,6 +50,7 @@ class Request:
         "blocks",
         "cached_tokens",
         "client",
+        "draft",
         "finish_reason",
         "first_token_time",
         "gpu",
@@ -53,7 +59,9 @@ class Request:
         "keys",
         "matcher",
         "max_total_tokens",
+        "num_accepted",
         "num_computed",
+        "num_drafted",
         "num_prompt_tokens",
         "num_published",
         "num_scored",
@@ -61,6 +69,7 @@ class Request:
         "preemptions",
         "rank",
         "request_id",
+        "salt",
         "scheduled_time",
         "token_ids",
         "user",
@@ -78,12 +87,13 @@ class Request:
         user: str = "",
         salt: str = "",
     ) -> None:
-        """`salt`: requests of equal salt alone share blocks."""
+        """`salt`: requests of equal salt alone share blocks, and learn from each other what may come next."""
         self.request_id = request_id
         self.client = client
         """Whose share it takes."""
         self.user = user
         """Whose part of that share."""
+        self.salt = salt
         self.params = params
         self.matcher: Matcher | None = None
         """What follows `params.constraint`; it stays with the request when that is preempted."""
@@ -94,6 +104,12 @@ class Request:
         """That it may come to have; the scheduler allows no more than fit the context."""
         self.num_computed = 0
         """Tokens whose K and V, or activations, are in `blocks`."""
+        self.draft: Sequence[int] = ()
+        """Tokens that it may have next: what the next step computes of them it takes away."""
+        self.num_drafted = 0
+        """Tokens drafted for it that steps computed."""
+        self.num_accepted = 0
+        """Those of them that it came to have."""
         self.num_scored = 1
         """Prompt tokens whose log-probabilities are reported, where they are asked for; the first has none."""
         self.blocks = BlockTable()

@@ -13,6 +13,11 @@ computes does not wait, and needs none of those who do; so here too nothing dead
 
 Where several GPUs share a stream of weights, each has blocks and a running list of its own. A request is given to one
 of them when it is admitted, and stays until it ends or is preempted. All have one queue, and one step.
+
+A request that decodes may have a draft: tokens that it is thought to go on with. They are computed behind its newest
+one, as far as there is room that nobody else wants in this step, and behind each of them a token is sampled as it would
+be without a draft. Those drafted that are equal to what was sampled before them are accepted, as if each had been
+computed in a step of its own; the others are forgotten, and their blocks given back.
 """
 
 from __future__ import annotations
@@ -45,6 +50,7 @@ from hsrpc.schedule.windows import NO_WINDOWS, LayerWindows, first_visible, most
 _MAX_ENDED_WAITING = 64
 _SLANT = 8
 """Part of the batch that a GPU may be ahead of another by, to have requests where their first blocks are."""
+_NOT_SAMPLED: tuple[int | None, TokenLogprob | None] = None, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +77,8 @@ class SchedulerLimits:
     """Requests with equal first tokens hold the same blocks, which are kept when nobody holds them any longer."""
     recompute: RecomputeLimits = NO_RECOMPUTE
     """How many tokens of requests that began with a cache each step may recompute instead of loading them."""
+    max_draft_tokens: int = 0
+    """Drafted tokens of a request that a step computes, at most; for those of a whole batch there is workspace."""
 
 
 class _InFlight(NamedTuple):
@@ -105,17 +113,27 @@ class _Turn:
     """Blocks that those that run still need."""
 
 
-class Output(NamedTuple):
-    """What a step (or an end without one) gave a request: a token, an end, or both."""
+class DraftCandidate(NamedTuple):
+    """A request that the next step may compute drafted tokens of."""
 
     request: Request
-    token_id: int | None = None
+    max_tokens: int
+    """So many of them, at most."""
+
+
+class Output(NamedTuple):
+    """What a step (or an end without one) gave a request: tokens, an end, or both."""
+
+    request: Request
+    token_ids: tuple[int, ...] = ()
+    """Its next token, and those that were drafted behind it and accepted."""
     finish: FinishReason | None = None
+    """How it ended, with the last of them."""
     matched_stop: int | None = None
     failed: bool = False
     """Sampling failed for this request alone."""
-    logprob: TokenLogprob | None = None
-    """The token's log-probability, where it was asked for."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """The tokens' log-probabilities, where they were asked for."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """Log-probabilities of the next tokens of its prompt, where they were asked for."""
 
@@ -144,6 +162,10 @@ class Scheduler:
         )
         self.cached_tokens = 0
         """Tokens of requests that were found, and not computed when these were admitted for the first time."""
+        self.drafted_tokens = 0
+        """Tokens drafted for requests that steps computed."""
+        self.accepted_tokens = 0
+        """Those of them that the requests came to have."""
         self._live: dict[str, Request] = {}
         self._queue = FairQueue()
         self.places = QueuePlaces()
@@ -231,12 +253,37 @@ class Scheduler:
             self._stop_abandoned()
         return request
 
+    def draft_candidates(self) -> list[DraftCandidate]:
+        """Requests that the next step may compute drafted tokens of, with how many each at most, GPU by GPU.
+
+        The step computes fewer where room runs out: for prompts, for blocks, or for all drafts together.
+        """
+        return [each for gpu in self._gpus for each in self._draft_candidates(gpu)]
+
+    def _draft_candidates(self, gpu: _Gpu) -> Iterator[DraftCandidate]:
+        limits = self.limits
+        free_tokens, queries = gpu.blocks.num_free * limits.block_size, limits.buffers.queries
+        for request in gpu.running:
+            if not request.is_decoding or request.awaits_prefix:
+                continue
+            room = min(limits.max_draft_tokens, request.max_total_tokens - request.num_tokens - 1)
+            if request.is_uncached:
+                room = min(room, queries - request.num_tokens)
+            else:
+                in_blocks = request.blocks.end * limits.block_size - request.num_tokens
+                room = min(room, queries - 1, in_blocks + free_tokens)
+            if room > 0:
+                yield DraftCandidate(request, room)
+
     def schedule(self, now: float) -> Scheduled | None:
         """The next step: a token for each running request, and prompts as far as room allows. None: nothing to do."""
         turns = [self._continue(gpu, now) for gpu in self._gpus]
         if self.num_waiting:
             self._admit(now, turns)
         self._queue_rate.note(now, is_waiting=self.num_waiting > 0)
+        if self.limits.max_draft_tokens:
+            for turn in turns:
+                turn.chunks = self._with_drafts(turn.chunks)
         batches = tuple(batch for turn in turns if turn.chunks for batch in self._divide(turn.chunks))
         if not batches:
             return None
@@ -266,7 +313,13 @@ class Scheduler:
 
     def sampling(self, step_id: int) -> tuple[SamplingRow, ...]:
         """Rows of a step that was scheduled ahead, now that the tokens of the step before are known."""
-        return tuple(self._row(chunk.request) for chunk in self._in_flight[step_id].chunks if chunk.samples)
+        rows = []
+        for chunk in self._in_flight[step_id].chunks:
+            if chunk.samples:
+                rows.append(row := self._row(chunk.request))
+                if chunk.draft:
+                    rows += _rows_behind(row, chunk.draft)
+        return tuple(rows)
 
     def integrity(self) -> dict[str, object]:
         """What requests hold, and what contradicts itself, by name; empty where nobody is there and all is well."""
@@ -351,32 +404,34 @@ class Scheduler:
         where that failed.
         """
         chunks = self._in_flight.pop(step_id).chunks
-        assert len(token_ids) == sum(chunk.samples for chunk in chunks)
-        sampled = zip(token_ids, logprobs or [None] * len(token_ids), strict=True)
+        assert len(token_ids) == sum(chunk.num_sampled for chunk in chunks)
+        rows = zip(token_ids, logprobs or [None] * len(token_ids), strict=True)
         scores = iter(scored)
         outputs = []
         for chunk in chunks:
             request = chunk.request
-            token_id, logprob = next(sampled) if chunk.samples else (None, None)
+            token_id, logprob = next(rows) if chunk.samples else _NOT_SAMPLED
+            behind = tuple(islice(rows, len(chunk.draft))) if chunk.draft else ()
             of_prompt = list(islice(scores, len(chunk.scored))) if scored else []
             prompt_logprobs = tuple(each for each in of_prompt if each is not None)
             request.in_flight -= 1
             if request.finish_reason is not None:
                 self._free_ended(request)
                 continue
-            if len(request.blocks):
-                request.num_computed = chunk.context + chunk.num_new
-                request.is_uncached = False
-                self._publish(request)
-                self._free_hidden(request)
             if len(prompt_logprobs) < len(of_prompt) or (chunk.samples and token_id is None):
-                self.finish(request.request_id, FinishReason.ABORTED)
-                outputs.append(Output(request, None, FinishReason.ABORTED, failed=True))
-                continue
-            request.num_scored += len(prompt_logprobs)
-            output = Output(request) if token_id is None else self._accept(request, token_id, logprob, now)
-            if output.token_id is not None or output.finish is not None or prompt_logprobs:
-                outputs.append(output._replace(prompt_logprobs=prompt_logprobs))
+                output, prompt_logprobs = Output(request, (), FinishReason.ABORTED, failed=True), ()
+            else:
+                output = Output(request) if token_id is None else self._accept(request, token_id, logprob, now)
+                request.num_scored += len(prompt_logprobs)
+            if behind:
+                output = self._accept_behind(output, chunk.draft, behind, now)
+            self._note_computed(chunk, output)
+            if output.finish is not None:
+                self.finish(request.request_id, output.finish)
+            if prompt_logprobs:
+                output = output._replace(prompt_logprobs=prompt_logprobs)
+            if output.token_ids or output.finish is not None or prompt_logprobs:
+                outputs.append(output)
         return outputs
 
     def abandon(self, step_id: int) -> None:
@@ -404,19 +459,56 @@ class Scheduler:
             self._gpu(request).blocks.free_before(request.blocks, first)
 
     def _accept(self, request: Request, token_id: int, logprob: TokenLogprob | None, now: float) -> Output:
+        """Its next token, and whether it is to end with that."""
         if request.first_token_time is None:
             request.first_token_time = now
         if request.params.only_scores:
-            self.finish(request.request_id, FinishReason.MAX_TOKENS)
-            return Output(request, None, FinishReason.MAX_TOKENS)
+            return Output(request, (), FinishReason.MAX_TOKENS)
         request.token_ids.append(token_id)
         if request.matcher is not None:
             request.matcher.push(token_id)
         reason = finish_reason(request, token_id, self._eos)
-        if reason is not None:
-            self.finish(request.request_id, reason)
         matched = token_id if reason is FinishReason.STOP_TOKEN else None
-        return Output(request, token_id, reason, matched, logprob=logprob)
+        return Output(request, (token_id,), reason, matched, logprobs=() if logprob is None else (logprob,))
+
+    def _accept_behind(
+        self,
+        output: Output,
+        draft: Sequence[int],
+        sampled: Sequence[tuple[int | None, TokenLogprob | None]],
+        now: float,
+    ) -> Output:
+        """The output with what was `sampled` behind each token of the draft, as far as the request has that token.
+
+        Where sampling failed there, the next step fails.
+        """
+        for drafted, (token_id, logprob) in zip(draft, sampled, strict=True):
+            if output.finish is not None or token_id is None or output.token_ids[-1] != drafted:
+                break
+            more = self._accept(output.request, token_id, logprob, now)
+            output = more._replace(
+                token_ids=output.token_ids + more.token_ids, logprobs=output.logprobs + more.logprobs
+            )
+        return output
+
+    def _note_computed(self, chunk: Chunk, output: Output) -> None:
+        """What a step computed of a request is cached; what was drafted, and is not accepted, is as if it never was."""
+        request = chunk.request
+        computed = chunk.context + chunk.num_new
+        if chunk.draft:
+            num_drafted, num_accepted = len(chunk.draft), max(0, len(output.token_ids) - 1)
+            request.num_drafted += num_drafted
+            request.num_accepted += num_accepted
+            self.drafted_tokens += num_drafted
+            self.accepted_tokens += num_accepted
+            computed += num_accepted - num_drafted
+            self._gpu(request).blocks.free_from(request.blocks, self._num_blocks(computed))
+        if not len(request.blocks):
+            return
+        request.num_computed = computed
+        request.is_uncached = False
+        self._publish(request)
+        self._free_hidden(request)
 
     def _gpu(self, request: Request) -> _Gpu:
         """Where a request runs, or ran last."""
@@ -431,7 +523,8 @@ class Scheduler:
 
     def _balance(self, gpu: _Gpu, now: float) -> None:
         """Free the blocks of requests, which are uncached then, or cache one again, as bus and GPU have time."""
-        choice = self._recompute.choose(gpu.running, self._coming_prompt_tokens(gpu, now))
+        drafted = sum(len(request.draft) for request in gpu.running)
+        choice = self._recompute.choose(gpu.running, self._coming_prompt_tokens(gpu, now) + drafted)
         for request in choice.giving_up:
             self._give_up_blocks(request)
             request.is_uncached = True
@@ -532,6 +625,35 @@ class Scheduler:
             found += 1
         return found
 
+    def _with_drafts(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """The chunks, those that decode with what is drafted for their requests, as far as room is left."""
+        found = []
+        for chunk in chunks:
+            drafted, chunk.request.draft = chunk.request.draft, ()
+            count = self._draft_room(chunk, len(drafted)) if drafted and chunk.is_decode else 0
+            found.append(self._with_draft(chunk, tuple(drafted[:count])) if count else chunk)
+        return found
+
+    def _with_draft(self, chunk: Chunk, draft: tuple[int, ...]) -> Chunk:
+        longer = chunk._replace(num_new=chunk.num_new + len(draft), draft=draft)
+        splits = not longer.recomputed and longer.lies_in(self.limits.in_place, self.limits.block_size)
+        return longer._replace(splits=splits)
+
+    def _draft_room(self, chunk: Chunk, wanted: int) -> int:
+        """How many of the `wanted` drafted tokens a chunk has room for, whose blocks are there then."""
+        limits, request = self.limits, chunk.request
+        left = request.max_total_tokens - request.num_tokens - 1
+        count = min(wanted, limits.max_draft_tokens, left, limits.buffers.queries - chunk.num_new)
+        if request.is_uncached and not len(request.blocks):
+            return max(0, count)
+        known = chunk.context + chunk.num_new
+        while count > 0:
+            missing = self._num_blocks(known + count) - request.blocks.end
+            if self._gpu(request).blocks.grow(request.blocks, missing):
+                break
+            count = (request.blocks.end + missing - 1) * limits.block_size - known
+        return max(0, count)
+
     def _take_prefix(self, request: Request) -> bool:
         """Hold the blocks of its first tokens that are there; False while another computes the next one of them."""
         if not self._may_share(request):
@@ -582,6 +704,7 @@ class Scheduler:
         self._gpu(request).blocks.free(request.blocks)
         request.num_computed = request.num_published = 0
         request.awaits_prefix = False
+        request.draft = ()
 
     def _admit_one(self, request: Request, now: float) -> None:
         self.num_waiting_tokens -= request.num_tokens
@@ -693,3 +816,14 @@ def _has_room(gpu: _Gpu, num_blocks: int, reserved: int) -> bool:
 def _prefill_tokens(chunk: Chunk) -> int:
     """Tokens of a running request's chunk that count against the prefill budget: all but the one of a decode."""
     return 0 if chunk.is_decode else chunk.num_new
+
+
+def _rows_behind(row: SamplingRow, draft: tuple[int, ...]) -> Iterator[SamplingRow]:
+    """What is sampled behind each token of a draft, as it would be if the request had these."""
+    for count in range(1, len(draft) + 1):
+        known = draft[:count]
+        yield row._replace(
+            num_output_tokens=row.num_output_tokens + count,
+            token_ids=(*row.token_ids, *known) if row.token_ids else (),
+            draft=known,
+        )

@@ -45,16 +45,41 @@ class Chunk(NamedTuple):
     """The token is not known yet: it is this one of those that the step before samples."""
     recomputed: int = 0
     """How many of its tokens, from the first, were computed in the step before as well, and not kept."""
+    draft: tuple[int, ...] = ()
+    """The last of its tokens, which its request may turn out not to have: the step samples behind each of them too."""
+    splits: bool = False
+    """All that it attends to, and its own tokens, lie where single queries read: each token is such a query."""
 
     @property
     def is_decode(self) -> bool:
-        """Its newest token alone is new; otherwise it is a part of a prefill."""
-        return self.num_new - self.recomputed == 1 and self.samples
+        """Its newest token alone is new, and drafted ones behind it; otherwise it is a part of a prefill."""
+        return self.num_new - self.recomputed - len(self.draft) == 1 and self.samples
+
+    @property
+    def num_sampled(self) -> int:
+        """Rows of logits that are sampled of it: the last ones."""
+        return min(self.num_new, 1 + len(self.draft)) if self.samples else 0
 
     @property
     def reads_in_place(self) -> bool:
         """Its attention reads device KV blocks where they lie: a single query sees all its keys, in any order."""
-        return self.num_new == 1
+        return self.num_new == 1 or self.splits
+
+    @property
+    def parts(self) -> Iterator[Chunk]:
+        """What of it is packed as a chunk of its own; a token sees those before it where they were just stored."""
+        if not self.splits:
+            yield self
+            return
+        for number in range(self.num_new):
+            token = self.draft[number - 1 : number] if number else ()
+            yield self._replace(context=self.context + number, num_new=1, draft=token, splits=False)
+
+    def lies_in(self, pool: PoolId, block_size: int) -> bool:
+        """All its tokens, cached and new, lie in blocks of the pool."""
+        table = self.request.blocks
+        used = (self.context + self.num_new - 1) // block_size + 1 - table.first
+        return table.pools[:used].count(pool) == used
 
     @property
     def scored(self) -> range:
@@ -240,6 +265,9 @@ class SamplingRow(NamedTuple):
     """Prompt, then output, where a penalty asks for them."""
     matcher: Matcher | None = None
     """What the output must match; None: nothing. A process that is sent the row is to have it without."""
+    draft: tuple[int, ...] = ()
+    """Output tokens that it is sampled behind, and which its request may turn out not to have: the last of both
+    `token_ids` and `num_output_tokens`."""
 
     @property
     def prompt_token_ids(self) -> Sequence[int]:
@@ -274,6 +302,8 @@ class StepCounts(NamedTuple):
     """Computed in the step before as well."""
     context: int
     """Cached tokens of all its requests."""
+    drafted: int = 0
+    """Computed behind the newest ones of their requests, which may turn out not to have them."""
 
 
 @dataclass(slots=True)
@@ -307,7 +337,7 @@ class Scheduled:
 
     def of_gpu(self, gpu: int) -> Scheduled:
         """What one of several GPUs computes of it: mini-batches and rows of a GPU are neighbours."""
-        sampled = (chunk.request.gpu for chunk in self.chunks if chunk.samples)
+        sampled = (chunk.request.gpu for chunk in self.chunks for _ in range(chunk.num_sampled))
         return replace(
             self,
             mini_batches=tuple(chunks for chunks in self.mini_batches if chunks[0].request.gpu == gpu),
@@ -323,11 +353,13 @@ class Scheduled:
     def counts(self) -> StepCounts:
         chunks = list(self.chunks)
         decode, recomputed = sum(c.is_decode for c in chunks), sum(c.recomputed for c in chunks)
+        drafted = sum(len(c.draft) for c in chunks)
         return StepCounts(
             requests=len(chunks),
             decode=decode,
-            prefill=sum(c.num_new for c in chunks) - decode - recomputed,
+            prefill=sum(c.num_new for c in chunks) - decode - recomputed - drafted,
             recomputed=recomputed,
+            drafted=drafted,
             context=sum(c.context for c in chunks),
         )
 

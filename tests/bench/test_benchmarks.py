@@ -15,6 +15,7 @@ from benchmarks import (
     decoding,
     expert_cache,
     gpu_check,
+    gpu_outputs,
     growth,
     orchestration,
     planner_check,
@@ -24,6 +25,7 @@ from benchmarks import (
 from benchmarks.planner_report import draw_grid, draw_sweep
 from hsrpc.config import CachePolicy, DeviceKind, Placement
 from hsrpc.model.shapes import SHAPES
+from hsrpc.request import Delta, TokenLogprob
 from tests.bench.conftest import TINY
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -288,6 +290,29 @@ def test_the_gpu_check_compares_with_transformers(tiny_shape, monkeypatch, capsy
     monkeypatch.setattr(gpu_check, "RUNS", runs)
     gpu_check.main(["--shape", tiny_shape, "--device", "cpu", "--layers", "1"])
     assert capsys.readouterr().out.count("of 2 prompts equal throughout") == 2
+
+
+def test_the_gpu_checks_reference_has_the_type_that_is_asked_for(tiny_shape, tmp_path):
+    """A configuration names the type of its checkpoint."""
+    config, file = gpu_check.configuration(tiny_shape, 1) | {"dtype": "bfloat16"}, tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    model = gpu_check.reference_model(config, file, DeviceKind.CPU, torch.float32)
+    assert {each.dtype for each in model.parameters()} == {torch.float32}
+
+
+def test_outputs_of_two_devices_are_compared(monkeypatch, capsys):
+    """Here of the CPU with itself; an output that does not match, or a score that is another, is found."""
+    asked = gpu_outputs.requests()
+    few = [asked[2]._replace(prompt="One"), asked[6]._replace(prompt="A fox and an owl")]
+    monkeypatch.setattr(gpu_outputs, "requests", lambda: few)
+    monkeypatch.setattr(gpu_outputs, "SETTINGS", gpu_outputs.SETTINGS[2:])
+    gpu_outputs.main(["--device", "cpu"])
+    assert "2 of 2 outputs equal throughout" in capsys.readouterr().out
+    one, other = TokenLogprob(5, -1.0, 1), TokenLogprob(5, -1.1, 1)
+    with pytest.raises(AssertionError, match=r"logprob=-1\.1"):
+        gpu_outputs.check([few[1]], [[Delta("a", prompt_logprobs=(one,))]], [[Delta("a", prompt_logprobs=(other,))]])
+    with pytest.raises(AssertionError, match="'a'"):
+        gpu_outputs.check([few[0]], [[Delta("a")]], [[Delta("a")]])
 
 
 def test_the_gpu_check_finds_a_token_that_is_not_the_models(tiny_shape, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -54,16 +54,19 @@ def outcome(total: float = 10.0, *, projected: bool = False, decode: float | Non
     )
 
 
+def _record(wanted: Setup, found: Outcome | str) -> Record:
+    if isinstance(found, str):
+        return Record(setup=wanted, outcome=None, error=found)
+    return Record(setup=wanted, outcome=found)
+
+
 def driver(file: Path, rate: Callable[[Setup], Outcome | str], seconds: float = 1e6) -> tuple[Driver, list[Setup]]:
     """One whose measurements are made up, and what it measured."""
     measured: list[Setup] = []
 
-    def measure(wanted: Setup, limit: float) -> Record:
-        measured.append(wanted)
-        found = rate(wanted)
-        if isinstance(found, str):
-            return Record(setup=wanted, outcome=None, error=found)
-        return Record(setup=wanted, outcome=found)
+    def measure(setups: Sequence[Setup], limit: float) -> list[Record]:
+        measured.extend(setups)
+        return [_record(wanted, rate(wanted)) for wanted in setups]
 
     made = Driver(file=file, measure=measure, say=lambda _: None, deadline=time.monotonic() + seconds)
     return made, measured
@@ -291,7 +294,7 @@ def test_hsrpc_is_measured_in_a_process_of_its_own():
         prompt=8,
         output=8,
     )
-    record = run_child(small, 120)
+    [record] = run_child([small], 120)
     assert record.error is None
     assert (record.outcome.batch, record.outcome.total_tokens) == (2, 16)
     assert record.outcome.prefill_seconds + record.outcome.decode_seconds == pytest.approx(record.outcome.total_seconds)
@@ -301,14 +304,14 @@ def test_hsrpc_is_measured_in_a_process_of_its_own():
 
 def test_a_failure_in_the_process_is_a_record():
     """A model that there is no shape of: the last words are kept."""
-    record = run_child(setup(System.HSRPC, model="opt-1t"), 120)
+    [record] = run_child([setup(System.HSRPC, model="opt-1t")], 120)
     assert record.outcome is None
     assert "opt-1t" in record.error
 
 
 def test_a_process_that_takes_too_long_is_ended():
     """And that is what the record says."""
-    record = run_child(setup(System.HSRPC), 0.2)
+    [record] = run_child([setup(System.HSRPC)], 0.2)
     assert record.outcome is None
     assert "longer" in record.error
 

@@ -345,6 +345,26 @@ def test_an_output_is_needed(hsrpc):
     assert "the following arguments are required: OUT; see `hsrpc batch --help`" in ran.err
 
 
+@pytest.mark.parametrize(
+    ("prompts", "flags", "planned"),
+    [
+        ([[*range(5, 45), n, 9] for n in range(50, 56)], (), 40),
+        ([[*range(5, 45), n, 9] for n in range(50, 56)], ("--expected-shared-prefix=20",), None),
+        ([[*range(5, 45), n, 9] for n in range(50, 56)], ("--no-prefix-cache",), None),
+        ([[n, *range(5, 45)] for n in range(50, 56)], (), None),
+    ],
+    ids=["shared", "given", "no cache", "not shared"],
+)
+def test_the_plan_counts_on_what_prompts_share(hsrpc, tmp_path, output, prompts, flags, planned):
+    """Where they share a block or more and no flag says otherwise; what is planned with is told."""
+    lines = [completion(str(n), **GREEDY, prompt=prompt) for n, prompt in enumerate(prompts)]
+    ran = hsrpc("batch", str(write_lines(tmp_path / "in.jsonl", lines)), str(output), *ENGINE, *flags)
+    assert ran.code == 0
+    told = re.findall(r"planning with --expected-shared-prefix (\d+)", ran.err)
+    assert told == ([] if planned is None else [str(planned)])
+    assert len(read_lines(output)) == len(prompts)
+
+
 def test_names_of_the_model(hsrpc, tmp_path, output):
     """Those given, in place of its own."""
     source = write_lines(

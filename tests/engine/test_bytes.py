@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from hsrpc import Engine, SamplingParams
 from hsrpc.device.device import CpuDevice, Stream
 from hsrpc.device.uploads import Uploads
+from hsrpc.draft.replay import ReplayDrafter
 from hsrpc.engine import startup
 from hsrpc.model.attention import Attention
 from hsrpc.model.formats.rows import CodedRows
@@ -315,6 +316,38 @@ async def test_steps_stay_within_their_lines(
         assert 0 < transient.most <= room
         assert transient.most_of_graphs <= planned[DeviceUse.GRAPHS]
         assert (transient.most_of_graphs > 0) == (planned[DeviceUse.GRAPHS] > 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "policy", "placement"),
+    [
+        ("opt-odd-heads", POLICIES[2], STREAMED),
+        ("opt-odd-heads", POLICIES[3], None),
+        ("opt-odd-heads", POLICIES[4], None),
+        ("mistral-window", POLICIES[0], None),
+        ("mistral-window", POLICIES[1], RESIDENT),
+    ],
+    ids=["hybrid, host", "auto, small", "recompute, small", "kv, small", "activation, resident"],
+)
+async def test_steps_with_drafts_stay_within_their_lines(
+    model: str,
+    policy: dict[str, object],
+    placement: dict[str, object] | None,
+    transient: TransientDevice,
+    reference: Callable[[str], Reference],
+) -> None:
+    """Queries, rows of buffers and logits of as many drafts as the plan has room for, of all requests at once."""
+    made = reference(model)
+    settings = {"max_draft_tokens": 15, **policy}
+    config = config_for(made, **settings, **placement) if placement else tight(made, **settings)
+    drafter = ReplayDrafter(dict(zip(map(tuple, made.prompts), made.outputs, strict=True)), 0.9)
+    async with Engine(config, drafter=drafter) as engine:
+        assert taken(transient) == without(lines(engine.plan))
+        await run(engine, made.prompts[:8], SamplingParams(temperature=0, logprobs=3, max_tokens=30, ignore_eos=True))
+        planned, stats = engine.plan.device_bytes, engine.stats()
+        assert taken(transient) == without(lines(engine.plan))
+        assert 0 < transient.most <= planned[DeviceUse.WORKSPACE] + planned[DeviceUse.HIDDEN_STATES]
+        assert stats.accepted_tokens > 8 * 10
 
 
 async def test_graphs_in_segments_stay_within_their_line(

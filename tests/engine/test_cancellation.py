@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hsrpc import Engine, EngineConfig
-from hsrpc.engine import loading, startup
+from hsrpc.engine import loading, opened_model
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.weights import LayerWeights, ModelWeights
 from hsrpc.errors import EngineUnavailableError
@@ -330,8 +330,8 @@ async def test_cancelling_again_while_loading_stops_gives_everything_back(
         assert proceed.wait(20)
         return load_weights(*args, progress=progress)
 
-    load_weights = startup.load_weights
-    monkeypatch.setattr(startup, "load_weights", slow)
+    load_weights = opened_model.load_weights
+    monkeypatch.setattr(opened_model, "load_weights", slow)
     monkeypatch.setattr("hsrpc.device.device.CpuDevice.release_pinned", lambda device: released.append(1))
     entering = asyncio.create_task(Engine(roomy(reference("opt"))).__aenter__())
     await asyncio.to_thread(started.wait, 20)

@@ -328,7 +328,7 @@ CHOICE = "host waits for compute in engine.tasks.experts.ExpertLoader.load"
 
 SHOWN: dict[str, Scenario] = {
     "compute waits for load in engine.tasks.executor.Executor._join_streams": out_of_memory_weights_resident,
-    "host waits for all in engine.startup.open_gpu": streaming,
+    "host waits for all in engine.opened_model.OpenedModel.open": streaming,
     CHOICE: chosen_experts,
     "compute waits for load in engine.graphs.DecodeGraphs._launch": chosen_experts_in_graphs,
     "host waits for compute in model.sampler.PendingSample.result": streaming,

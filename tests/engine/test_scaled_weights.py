@@ -24,8 +24,9 @@ from hsrpc.errors import CheckpointError, ConfigError
 from hsrpc.model.checkpoint import Checkpoint
 from hsrpc.model.convert import convert_checkpoint
 from hsrpc.model.families.registry import create_family
+from hsrpc.model.formats import scaled as scaled_format
 from hsrpc.model.formats.plain import Plain
-from hsrpc.model.formats.scaled import Scaled
+from hsrpc.model.formats.scaled import Scaled, ScaledPacking
 from hsrpc.model.quantization.fp8 import Fp8
 from hsrpc.model.tensor import Stacked, TensorSpec
 from hsrpc.plan.memory_use import HostUse
@@ -227,6 +228,24 @@ async def test_some_that_stay_are_ready_and_others_packed(scaled: Callable[[str]
     assert streamed == 0
     assert all("qkv_weight" in stays.names for stays in plan.resident)
     assert len({"qkv_weight" in stays.packed for stays in plan.resident}) == 2
+
+
+async def test_few_rows_are_multiplied_by_codes_as_they_lie(
+    scaled: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of steps that decode, by weights that stay; prompts are multiplied by decoded ones."""
+    made, rows, multiply = scaled("llama"), list[int](), scaled_format._decode_and_multiply
+
+    def count(packing: ScaledPacking, data: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows.append(len(x))
+        return multiply(packing, data, x, bias)
+
+    monkeypatch.setattr(scaled_format, "_decode_and_multiply", count)
+    settings = {"resident_share": 1.0, "resident_weights": "packed", "cache_policy": "kv", "activation_share": None}
+    plan, _ = await check(made, config_for(made, gpu_memory="1GiB", **settings))
+    per_step = sum(len(stays.packed) for stays in plan.resident)
+    assert rows.count(len(made.prompts)) >= 30 * per_step
+    assert max(rows) <= scaled_format.FEW_ROWS
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

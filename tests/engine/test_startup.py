@@ -20,7 +20,7 @@ from hsrpc import Engine, EngineConfig
 from hsrpc.config import DeviceKind, DType
 from hsrpc.device.device import CpuDevice
 from hsrpc.device.host_memory import GroupLimit, HostMemory
-from hsrpc.engine import startup
+from hsrpc.engine import opened_model, startup
 from hsrpc.engine.forward import Forward
 from hsrpc.engine.startup import describe_model, make_plan
 from hsrpc.engine.tasks.executor import Executor
@@ -225,7 +225,7 @@ async def test_a_limit_of_what_can_be_pinned_is_found_before_loading(
         raise AssertionError("loads")
 
     monkeypatch.setattr(CpuDevice, "check_pinning", refuse)
-    monkeypatch.setattr(startup, "load_weights", load)
+    monkeypatch.setattr(opened_model, "load_weights", load)
     planned = make_plan(roomy(reference("opt")))
     await fails(roomy(reference("opt")), ConfigError, "may be locked; raise it")
     assert asked == [sum(planned.plan.host_bytes.values())]

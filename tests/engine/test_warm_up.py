@@ -18,4 +18,4 @@ def test_prompts_are_no_longer_than_the_blocks_hold():
     """
     limits = replace(LIMITS, max_model_len=100, max_idle_prefill_tokens=60, windows=LayerWindows((5,)))
     scheduler = Scheduler(BlockManager({PoolId.DEVICE_KV: 6}), limits, [])
-    assert _prompts(60, limits, scheduler) == [22]
+    assert _prompts(60, limits, scheduler, 2) == [22]

@@ -288,7 +288,7 @@ class Allows:
     def push(self, token_id: int) -> None:
         raise AssertionError("sampling follows no tokens")
 
-    def allowed(self) -> np.ndarray:
+    def allowed(self, num_drafted: int = 0) -> np.ndarray:
         bits = np.zeros(96, dtype=np.uint8)
         bits[list(self._token_ids)] = 1
         return np.packbits(bits, bitorder="little").view(np.int32)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 storyteller = importlib.import_module("storyteller")
 chat = importlib.import_module("storyteller_chat")
 trainer = importlib.import_module("train_storyteller")
+drafts = importlib.import_module("train_storyteller_draft")
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hi"},
@@ -109,3 +110,53 @@ def test_the_folder_has_weights_template_ends_and_its_page(tmp_path, monkeypatch
     assert re.search(r"--steps 1 --rows 1 .*--dtype float32", page)
     assert re.search(r"^\| all \| \d+ \| [\d.]+% \|$", page, re.MULTILINE)
     assert max(map(len, page.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("is_right", "length", "passes"),
+    [
+        ([], 3, 0),
+        ([False], 3, 1),
+        ([True] * 8, 3, 2),
+        ([True, False, True, True, True, True, False], 3, 3),
+        ([True, False, True, True, True, True, False], 5, 2),
+        ([False] * 4, 5, 4),
+    ],
+)
+def test_passes_that_a_text_takes(is_right, length, passes):
+    """Each pass gives the drafted tokens up to the first wrong one, and the right one in its place or behind them."""
+    assert drafts.num_passes(is_right, length) == passes
+
+
+def test_a_model_drafts_its_own_words(tokenizer):
+    """By replay of what it said itself all of its drafts are accepted: a pass gives one token more than are drafted."""
+    torch.manual_seed(3)
+    model = trainer.make_model(len(tokenizer), hidden_size=32, num_layers=1, num_heads=2).eval()
+    outputs = drafts.say(model, [[2, 70, 71], [2, 80], [2, 90, 91, 92]], 24, 0.0)
+    found = drafts.replay(model, outputs)
+    assert (found.tokens, found.right) == (sum(map(len, outputs.texts)),) * 2
+    assert found.passes == tuple(sum(-(-len(text) // (length + 1)) for text in outputs.texts) for length in (3, 5))
+
+
+def test_a_draft_model_begins_with_the_teachers_embeddings(tokenizer):
+    """Tokens that are alike for the teacher are alike for it, and their size is that of a new model's."""
+    teacher, student = (trainer.make_model(len(tokenizer), size, 1, 2) for size in (64, 32))
+    similar = teacher.model.decoder.embed_tokens.weight
+    with torch.no_grad():
+        similar[70] = similar[71] = similar[70] * 10
+    before = student.model.decoder.embed_tokens.weight.std()
+    drafts.embed_as(student, teacher)
+    made = student.model.decoder.embed_tokens.weight
+    assert torch.allclose(made[70], made[71], atol=1e-5)
+    assert made.std().item() == pytest.approx(before.item(), rel=1e-3)
+
+
+def test_the_teacher_tells_what_comes_next(tokenizer):
+    """A model that says what the teacher says loses what the teacher does not know, and another one more."""
+    torch.manual_seed(4)
+    teacher, other = (trainer.make_model(len(tokenizer), 32, 1, 2).eval() for _ in range(2))
+    ids = torch.randint(5, 300, (3, 20))
+    loss = drafts.TaughtLoss(teacher, 3)
+    assert loss(teacher, ids) < loss(other, ids)
+    mixed, text = drafts.TaughtLoss(teacher, 1)(other, ids), trainer.text_loss(other, ids[1:])
+    assert mixed.item() == pytest.approx((drafts.TaughtLoss(teacher, 1)(other, ids[:1]) + 2 * text).item() / 3)

@@ -95,6 +95,17 @@ class ManagerMachine(RuleBasedStateMachine):
         assert len(table) == len(before[0]) + (num_blocks if grown else 0)
         assert (after[0][: len(before[0])], after[1][: len(before[1])]) == before
 
+    @rule(which=st.integers(0, 4), behind=st.integers(0, 20))
+    def free_from(self, which: int, behind: int) -> None:
+        """The last blocks of the table become free, and the others stay as they are."""
+        table = self.tables[which]
+        first, kept, free = table.first, contents(table), self.manager.num_free
+        left = min(len(kept[0]), max(0, behind - first))
+        self.manager.free_from(table, behind)
+        assert contents(table) == (kept[0][:left], kept[1][:left])
+        assert table.first == first
+        assert self.manager.num_free == free + len(kept[0]) - left
+
     @rule(which=st.integers(0, 4), before=st.integers(0, 20))
     def free_before(self, which: int, before: int) -> None:
         """The first blocks of the table become free, once, and the others keep their numbers."""

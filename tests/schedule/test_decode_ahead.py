@@ -315,7 +315,7 @@ def test_one_that_ends_in_flight_gives_back_its_own_blocks() -> None:
     for step in found.steps:
         assert (len(ended.blocks), len(other.blocks)) == taken
         [output] = found.scheduler.commit(step.step_id, [5, 6], 3.0)
-        assert (output.request, output.token_id) == (other, 6)
+        assert (output.request, output.token_ids) == (other, (6,))
     assert (len(ended.blocks), len(other.blocks)) == (0, taken[1])
     assert found.scheduler.blocks[0].num_free == BLOCKS - taken[1]
     assert found.are_stopped == (False, False)

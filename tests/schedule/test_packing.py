@@ -579,3 +579,20 @@ def test_a_block_that_is_not_read_in_place_needs_a_new_layout(pool: PoolId):
     chunk.request.blocks.append(pool, 0)
     batch = pack([chunk], 4, (None,))
     assert advance(batch, [Chunk(chunk.request, 4, 1, samples=True, previous_row=0)], 4, None) is None
+
+
+@given(cases(kinds=[PoolId.DEVICE_KV]))
+def test_a_draft_that_lies_in_place_is_single_queries(case: Case) -> None:
+    """Each sees what was stored before it, and no more: as if it were known, and a request of its own."""
+    chunks = case.chunks
+    drafted = [
+        chunk._replace(samples=True, draft=tuple(chunk.request.token_ids[chunk.context + 1 :]), splits=True)
+        for chunk in chunks
+    ]
+    single = [
+        Chunk(chunk.request, chunk.context + i, 1, samples=True) for chunk in chunks for i in range(chunk.num_new)
+    ]
+    assert_same(pack(drafted, case.block_size, case.windows), pack(single, case.block_size, case.windows))
+    assert uses_no_buffer(drafted, case.block_size)
+    rows = _buffer_rows(drafted, case.block_size, case.windows[0], PoolId.DEVICE_KV)
+    assert [part.tolist() for part in rows] == [[0] * len(chunks)] * 4

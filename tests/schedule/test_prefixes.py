@@ -187,6 +187,7 @@ def test_nothing_is_held_after_twenty_thousand_requests() -> None:
         max_idle_prefill_tokens=256,
         block_size=16,
         shares_prefixes=True,
+        max_draft_tokens=4,
         buffers=BufferLimits(rows=4000, activation_rows=4000, queries=400),
         costs=RowCosts(1.0, 0.5, 0.1, 0.6),
     )
@@ -199,13 +200,19 @@ def test_nothing_is_held_after_twenty_thousand_requests() -> None:
             params = SamplingParams(max_tokens=random.randrange(1, 120), ignore_eos=True)
             scheduler.add(Request(str(added), prompt, params, added, 0.0, salt=random.choice(("", "b"))))
             added += 1
+        for request, max_tokens in scheduler.draft_candidates():
+            request.draft = random.choices(range(50), k=random.randrange(max_tokens + 1))
         step, live = scheduler.schedule(0.0), list(scheduler.live())
         if live and random.random() < 0.3:
             scheduler.finish(random.choice(live).request_id, FinishReason.ABORTED)
         if step is not None:
-            scheduler.commit(step.step_id, [random.randrange(50) for _ in step.sampling], 1.0)
+            chunks = [chunk for chunk in step.chunks if chunk.samples]
+            rows = [token for chunk in chunks for token in (*chunk.draft, random.randrange(50))]  # half of them right
+            tokens = [token if random.random() < 0.5 else random.randrange(50) for token in rows]
+            scheduler.commit(step.step_id, tokens, 1.0)
         assert not any(name.startswith("blocks") for name in scheduler.integrity())
     assert scheduler.integrity() == {}
     assert scheduler.blocks[0].num_free == scheduler.blocks[0].num_blocks
     assert scheduler.preemptions > 100
     assert scheduler.cached_tokens > 100_000
+    assert 100_000 < scheduler.accepted_tokens < scheduler.drafted_tokens

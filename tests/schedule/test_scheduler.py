@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import blake2s
+from random import Random
+from types import MappingProxyType
 
 import pytest
 from hypothesis import given, settings
@@ -68,6 +71,8 @@ class Harness:
         self.step: Scheduled | None = None
         self.lengths: dict[int, int] = {}
         """Tokens by arrival, before the step."""
+        self.random = Random(len(num_blocks))
+        """What drafts are of."""
 
     @property
     def running(self) -> list[Request]:
@@ -98,6 +103,7 @@ class Harness:
 
     def schedule(self) -> Scheduled | None:
         """A step, checked against the contract."""
+        self.draft()
         before = self.running
         preemptions = {request.arrival: request.preemptions for request in self.requests}
         self.step = self.scheduler.schedule(1.0)
@@ -111,6 +117,15 @@ class Harness:
         self._check_chunks(list(self.step.chunks), [request for request in before if request not in preempted])
         return self.step
 
+    def draft(self) -> None:
+        """Drafts for all that may have one: right, right at first, wrong, too long, or none."""
+        for request, max_tokens in self.scheduler.draft_candidates():
+            assert 1 <= max_tokens <= self.limits.max_draft_tokens
+            tokens = list(request.token_ids)
+            while len(tokens) - request.num_tokens < max_tokens + self.random.choice((0, 0, 5)):
+                tokens.append(next_token(tokens) if self.random.random() < 0.8 else self.random.randrange(VOCAB))
+            request.draft = tokens[request.num_tokens :] if self.random.random() < 0.9 else []
+
     def _check_preempted(self, before: list[Request], preempted: list[Request]) -> None:
         """The last of those with blocks gave way, with all of their blocks, and are not admitted at once."""
         cached = [request for request in before if not request.is_uncached]
@@ -122,15 +137,15 @@ class Harness:
     def _check_sampling(self, step: Scheduled) -> None:
         """A row for each that samples, in mini-batch order, with the tokens where a penalty asks for them."""
         assert self.scheduler.requests(step.step_id) == [chunk.request for chunk in step.chunks]
-        assert len(step.sampling) == len(sampled(step))
-        for row, request in zip(step.sampling, sampled(step), strict=True):
+        places = [(chunk, count) for chunk in step.chunks for count in range(chunk.num_sampled)]
+        for row, (chunk, count) in zip(step.sampling, places, strict=True):
+            request = chunk.request
             assert row.params is request.params
-            assert (row.num_prompt_tokens, row.num_output_tokens) == (
-                request.num_prompt_tokens,
-                request.num_output_tokens,
-            )
+            assert row.num_prompt_tokens == request.num_prompt_tokens
+            assert row.num_output_tokens == request.num_output_tokens + count
             assert (row.seed, row.eos_token_ids) == (request.params.seed or 0, {EOS})
-            assert list(row.token_ids) == (request.token_ids if request.params.has_penalties else [])
+            assert row.draft == chunk.draft[:count]
+            assert list(row.token_ids) == ([*request.token_ids, *row.draft] if request.params.has_penalties else [])
 
     def _check_chunks(self, chunks: list[Chunk], kept: list[Request]) -> None:
         requests = [chunk.request for chunk in chunks]
@@ -163,22 +178,28 @@ class Harness:
         request = chunk.request
         assert chunk.num_new >= 1
         assert chunk.context == request.num_computed
-        assert chunk.samples == (chunk.context + chunk.num_new == request.num_tokens)
+        assert chunk.samples == (chunk.context + chunk.num_new - len(chunk.draft) == request.num_tokens)
+        assert len(chunk.draft) <= self.limits.max_draft_tokens * chunk.is_decode
+        assert request.num_tokens + len(chunk.draft) < request.max_total_tokens or not chunk.draft
+        assert not request.draft
         blocks = -(-(chunk.context + chunk.num_new) // self.limits.block_size)
         assert request.blocks.end in ((0, blocks * self.limits.keeps_cache) if request.is_uncached else (blocks,))
         assert request.blocks.first == first_visible(chunk.context, self.window) // self.limits.block_size
-        assert chunk.recomputed == (chunk.num_new - 1 if request.is_uncached and request.num_output_tokens else 0)
+        recomputed = chunk.num_new - 1 - len(chunk.draft) if request.is_uncached and request.num_output_tokens else 0
+        assert chunk.recomputed == recomputed
 
-    def commit(self, failed: frozenset[int] = frozenset()) -> list[Output]:
-        """Compute the step from what the pools hold, and commit it; sampling fails for the arrivals in `failed`."""
+    def commit(self, failed: Mapping[int, int] = MappingProxyType({})) -> list[Output]:
+        """Compute the step from what the pools hold, and commit it; sampling fails for the arrivals in `failed`, from
+        that row of theirs on."""
         assert self.step is not None
         step, self.step = self.step, None
         self.lengths = {chunk.request.arrival: chunk.request.num_tokens for chunk in step.chunks}
-        tokens: dict[int, int] = {}
+        tokens: dict[int, list[int]] = {}
         for chunks, batch in zip(step.mini_batches, assemble(step, self.limits).mini_batches, strict=True):
             tokens |= self._compute(chunks, batch)
         requests = sampled(step)
-        token_ids = [None if request.arrival in failed else tokens[request.arrival] for request in requests]
+        rows = ((request.arrival, *row) for request in requests for row in enumerate(tokens[request.arrival]))
+        token_ids = [None if row >= failed.get(arrival, row + 1) else token_id for arrival, row, token_id in rows]
         live = [request for request in requests if request.finish_reason is None]
         outputs = self.scheduler.commit(step.step_id, token_ids, 2.0)
         assert [output.request for output in outputs] == live
@@ -245,14 +266,14 @@ class Harness:
     def _note(self, output: Output) -> None:
         request = output.request
         assert request.finish_reason is output.finish
-        assert output.failed == (output.token_id is None)
+        assert output.failed == (not output.token_ids)
         if output.finish is not None:
             assert request.arrival not in self.ended
             self.ended[request.arrival] = output.finish
         if output.finish is FinishReason.STOP_TOKEN:
-            assert output.matched_stop == output.token_id
-        if output.token_id is not None:
-            assert request.token_ids[-1] == output.token_id
+            assert output.matched_stop == output.token_ids[-1]
+        if output.token_ids:
+            assert request.token_ids[self.lengths[request.arrival] :] == list(output.token_ids)
 
     def _check_committed(self, step: Scheduled) -> None:
         for chunk in step.chunks:
@@ -261,13 +282,16 @@ class Harness:
             if request.finish_reason is not None:
                 assert len(request.blocks) == 0
             elif self.limits.keeps_cache:
-                assert request.num_computed == (0 if request.is_uncached else chunk.context + chunk.num_new)
+                num_new = request.num_tokens - self.lengths[request.arrival]
+                known = self.lengths[request.arrival] + num_new - 1 if chunk.samples else chunk.context + chunk.num_new
+                assert request.num_computed == (0 if request.is_uncached else known)
                 assert request.is_uncached == (request.blocks.end == 0)
+                assert request.blocks.end == (0 if request.is_uncached else -(-known // self.limits.block_size))
                 first = first_visible(request.num_computed, self.window) // self.limits.block_size
                 assert request.blocks.first == first
-                assert request.num_tokens == self.lengths[request.arrival] + chunk.samples
+                assert chunk.samples <= num_new <= chunk.num_sampled
 
-    def _compute(self, chunks: tuple[Chunk, ...], batch: MiniBatch) -> dict[int, int]:
+    def _compute(self, chunks: tuple[Chunk, ...], batch: MiniBatch) -> dict[int, list[int]]:
         """Tokens by arrival, after each request's buffer rows were seen to hold the tokens that its chunk sees."""
         queries = list(zip(batch.positions.tolist(), batch.token_ids.tolist(), strict=True))
         buffer = {row: queries[query] for query, row in pairs(batch.widest.new_rows)}
@@ -288,10 +312,11 @@ class Harness:
             )
             rows = [buffer[row] for row in [*range(*front), *rows_of_request]]
             held = sorted(rows + self._in_place(batch, i))
-            known = chunk.request.token_ids[: chunk.context + chunk.num_new]
+            known = [*chunk.request.token_ids, *chunk.draft][: chunk.context + chunk.num_new]
             assert held == list(enumerate(known))[first_visible(chunk.context, self.window) :]
             if chunk.samples:
-                tokens[chunk.request.arrival] = next_token(known)
+                ends = range(len(known) - len(chunk.draft), len(known) + 1)
+                tokens[chunk.request.arrival] = [next_token(known[:end]) for end in ends]
         return tokens
 
     def _check_loaded_once(self, batch: MiniBatch) -> None:
@@ -343,6 +368,7 @@ def harnesses(draw: st.DrawFn) -> Harness:
         shares_prefixes=draw(st.booleans()),
         buffers=replace(LIMITS.buffers, queries=draw(st.sampled_from((4, 12, 24)))),
         windows=LayerWindows((draw(st.none() | st.sampled_from((1, 2, 5, 9, 30))),)),
+        max_draft_tokens=draw(st.sampled_from((0, 1, 3, 9))),
     )
     longest = -(-limits.max_model_len // block_size)
     if limits.windows.widest is not None:
@@ -406,16 +432,21 @@ def apply(harness: Harness, operation: tuple, aborted: set[int]) -> None:
 
 
 def step_and_fail(harness: Harness, which: int, aborted: set[int]) -> None:
-    """A step in which sampling fails for one request."""
+    """A step in which sampling fails for one request, at its newest token, or behind one that is drafted.
+
+    There it matters only if the draft is right, and then to the next step.
+    """
     if harness.schedule() is None or not sampled(harness.step):
         if harness.step is not None:
             harness.commit()
         return
-    requests = sampled(harness.step)
-    arrival = requests[which % len(requests)].arrival
-    aborted.add(arrival)
-    for output in harness.commit(failed=frozenset((arrival,))):
-        assert output.failed == (output.request.arrival == arrival)
+    chunks = [chunk for chunk in harness.step.chunks if chunk.samples]
+    chunk = chunks[which % len(chunks)]
+    arrival, row = chunk.request.arrival, which % chunk.num_sampled
+    if not row:
+        aborted.add(arrival)
+    for output in harness.commit(failed={arrival: row}):
+        assert output.failed == (output.request.arrival == arrival and not row)
 
 
 def abort(harness: Harness, request: Request, aborted: set[int]) -> None:
@@ -742,9 +773,9 @@ def test_failed_sampling_ends_one_request_alone():
     harness = make(num_blocks=12)
     bad, good = harness.add([1], endless(max_tokens=3)), harness.add([2], endless(max_tokens=3))
     harness.schedule()
-    outputs = {output.request: output for output in harness.commit(failed=frozenset((bad.arrival,)))}
+    outputs = {output.request: output for output in harness.commit(failed={bad.arrival: 0})}
     assert outputs[bad].failed
-    assert outputs[bad].token_id is None
+    assert outputs[bad].token_ids == ()
     assert not outputs[good].failed
     harness.drain()
     assert good.finish_reason is FinishReason.MAX_TOKENS

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -37,7 +37,8 @@ from hsrpc.engine.gpus.messages import (
     Stop,
 )
 from hsrpc.engine.gpus.one import OneGpu
-from hsrpc.engine.startup import Model, measure, open_gpu
+from hsrpc.engine.model_files import ModelFiles
+from hsrpc.engine.startup import measure, open_gpu
 from hsrpc.errors import HsrpcError, OutOfDeviceMemoryError
 from hsrpc.schedule.step import StopFlag
 
@@ -72,8 +73,11 @@ class _TheirMatcher:
     def push(self, token_id: int) -> None:
         raise AssertionError("the front process takes note of tokens")
 
-    def allowed(self) -> npt.NDArray[np.int32]:
-        return self.masks.of(self.row)
+    def allowed(self, num_drafted: int = 0) -> npt.NDArray[np.int32]:
+        return self.masks.of(self.row)  # of a row behind drafted tokens: what may come behind these
+
+    def matched(self, draft: Sequence[int]) -> int:
+        raise AssertionError("the front process drafts")
 
 
 @dataclass(slots=True)
@@ -111,7 +115,7 @@ class Rank:
 
     async def _open(self, begin: Begin) -> OneGpu:
         device, joined = await asyncio.to_thread(_join, begin)
-        model = await asyncio.to_thread(Model.read, begin.config, device.torch_device)
+        model = await asyncio.to_thread(ModelFiles.read, begin.config, device.torch_device)
         self._line.send(Measured(await asyncio.to_thread(measure, device, model.spec)))
         load = await self._loads.get()
         spec, progress = model.spec_of(load.choice, load.plan), begin.progress and begin.rank == 0  # all are as far

@@ -17,7 +17,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 import hsrpc
 from hsrpc.config import EngineConfig
@@ -41,7 +44,6 @@ from hsrpc.errors import EngineFaultError, OutOfDeviceMemoryError
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Plan
 from hsrpc.schedule.assemble import pack_step
-from hsrpc.schedule.request_state import Matcher
 from hsrpc.schedule.step import Packed, Scheduled, StopFlag
 from hsrpc.schedule.windows import LayerWindows
 
@@ -54,6 +56,8 @@ _SETTINGS = {
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 M = TypeVar("M")
+Mask: TypeAlias = Callable[[], npt.NDArray[np.int32]]
+"""What a row may sample, as `Matcher.allowed` has it; waits until that is known."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,7 +66,7 @@ class JointStep(Packed):
 
     parts: tuple[Execute, ...]
     """One for each GPU."""
-    matchers: tuple[Mapping[int, Matcher], ...]
+    masks: tuple[Mapping[int, Mask], ...]
     """Of each GPU's constrained rows."""
     stop: StopFlag
 
@@ -240,20 +244,24 @@ class Ranks:
         return self._queued
 
     def assemble(self, scheduled: Scheduled) -> JointStep:
-        plan, parts, matchers = self._plan, list[Execute](), list[dict[int, Matcher]]()
+        plan, parts, masks = self._plan, list[Execute](), list[dict[int, Mask]]()
         for number in range(self.count):
             packed = pack_step(scheduled.of_gpu(number), plan.block_size, self._windows, plan.in_place)
-            found = {row: each.matcher for row, each in enumerate(packed.sampling) if each.matcher is not None}
+            found: dict[int, Mask] = {
+                row: partial(each.matcher.allowed, len(each.draft))
+                for row, each in enumerate(packed.sampling)
+                if each.matcher is not None
+            }
             packed.sampling = tuple(row._replace(matcher=None) for row in packed.sampling)
             parts.append(Execute(packed, tuple(found)))
-            matchers.append(found)
+            masks.append(found)
         return JointStep(
             step_id=scheduled.step_id,
             mini_batches=(),
             sampling=scheduled.sampling,
             counts=scheduled.counts,
             parts=tuple(parts),
-            matchers=tuple(matchers),
+            masks=tuple(masks),
             stop=scheduled.stop,
         )
 
@@ -264,7 +272,7 @@ class Ranks:
         step.stop.tell = partial(self._stop, step.step_id)
         if step.stop.is_set:
             self._stop(step.step_id)
-        if any(step.matchers):
+        if any(step.masks):
             await self._tell_allowed(step)
         self._last = executed = [await process.executed() for process in self._processes]
         self._queued -= 1
@@ -294,7 +302,7 @@ class Ranks:
 
     async def _tell_allowed(self, step: JointStep) -> None:
         """Send the ranks what constrained rows may sample, once the step is under way and that is known."""
-        masks = await asyncio.to_thread(lambda: [_allowed(each) for each in step.matchers])
+        masks = await asyncio.to_thread(lambda: [_allowed(each) for each in step.masks])
         for process, each in zip(self._processes, masks, strict=True):
             if each:
                 process.send(Allowed(step.step_id, each))
@@ -304,8 +312,8 @@ class Ranks:
             process.send(Stop(step_id))
 
 
-def _allowed(matchers: Mapping[int, Matcher]) -> dict[int, Any]:
-    return {row: matcher.allowed() for row, matcher in matchers.items()}
+def _allowed(masks: Mapping[int, Mask]) -> dict[int, npt.NDArray[np.int32]]:
+    return {row: mask() for row, mask in masks.items()}
 
 
 async def _from_all(processes: Sequence[RankProcess], kind: type[M]) -> list[M]:

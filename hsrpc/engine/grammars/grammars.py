@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
+from typing import NamedTuple
 
 import llguidance
 import numpy as np
@@ -55,11 +56,17 @@ class Grammars:
 
     def begin(self, rows: Iterable[SamplingRow]) -> None:
         """Begin to make the masks of those rows of a step that are constrained."""
-        matchers = [row.matcher for row in rows if isinstance(row.matcher, Matcher)]
-        if matchers:
-            masks = self._masks.submit(self._fill, matchers)
-            for row, matcher in enumerate(matchers):
-                matcher.expect(masks, row)
+        wanted: list[_Masked] = []
+        constrained = ((row.matcher, row.draft) for row in rows if isinstance(row.matcher, Matcher))
+        for index, (matcher, draft) in enumerate(constrained):
+            if draft:  # its request has a row behind each of these, and one before them
+                wanted[-1] = wanted[-1]._replace(draft=draft)
+            else:
+                wanted.append(_Masked(matcher, index))
+        if wanted:
+            masks = self._masks.submit(self._fill, wanted)
+            for each in wanted:
+                each.matcher.expect(masks, each.row)
 
     def close(self) -> None:
         """End the threads after what was asked of them."""
@@ -86,34 +93,63 @@ class Grammars:
             raise InvalidRequestError(constraint.field, f"no output can begin to satisfy it ({gist}); change it")
         return compiled
 
-    def _fill(self, matchers: Sequence[Matcher]) -> Masks:
-        masks = np.zeros((len(matchers), self._num_words), dtype=np.int32)
+    def _fill(self, wanted: Sequence[_Masked]) -> Masks:
+        masks = np.zeros((wanted[-1].end, self._num_words), dtype=np.int32)
         try:
-            self._fill_all(matchers, masks)
+            self._fill_all(wanted, masks)
         except Exception as error:
             # What the library does not foresee is the fault of these requests alone.
-            _log.error("masks of %d requests cannot be made", len(matchers), exc_info=error)
-            for matcher in matchers:
-                matcher.fail("internal error")
+            _log.error("masks of %d requests cannot be made", len(wanted), exc_info=error)
+            for each in wanted:
+                each.matcher.fail("internal error")
             masks[:] = 0
         return masks
 
-    def _fill_all(self, matchers: Sequence[Matcher], masks: Masks) -> None:
-        self._fill_rows(matchers, range(len(matchers)), masks)
-        again = [row for row, matcher in enumerate(matchers) if matcher.problem and matcher.begin_again()]
-        self._fill_rows(matchers, again, masks)
-        for row, matcher in enumerate(matchers):
-            if (problem := matcher.problem) is not None:
-                matcher.fail(problem)
-                masks[row] = 0
+    def _fill_all(self, wanted: Sequence[_Masked], masks: Masks) -> None:
+        self._fill_rows(wanted, masks)
+        # A draft may come to a bound that the output never comes to.
+        again = [each.without_draft() for each in wanted if each.draft and each.matcher.problem]
+        for each in again:
+            each.matcher.go_back()
+        self._fill_rows(again, masks)
+        again = [each.without_draft() for each in wanted if each.matcher.problem and each.matcher.begin_again()]
+        self._fill_rows(again, masks)
+        for each in wanted:
+            if (problem := each.matcher.problem) is not None:
+                each.matcher.fail(problem)
+                masks[each.row : each.end] = 0
 
-    def _fill_rows(self, matchers: Sequence[Matcher], rows: Sequence[int], masks: Masks) -> None:
-        if not rows:
+    def _fill_rows(self, wanted: Sequence[_Masked], masks: Masks) -> None:
+        if not wanted:
             return
         if self._pool is None:
             self._pool = llguidance.LLExecutor()
-        wanted = [(matchers[row].catch_up(), row) for row in rows]
-        self._pool.unsafe_compute_mask_ptr(wanted, masks.ctypes.data, masks.strides[0], len(masks))
+        memory = masks.ctypes.data, masks.strides[0], len(masks)
+        alone = [(each.matcher.catch_up(), each.row) for each in wanted if not each.draft]
+        along = [(each.matcher.catch_up(), each.row, list(each.draft)) for each in wanted if each.draft]
+        if alone:
+            self._pool.unsafe_compute_mask_ptr(alone, *memory)
+        if along:
+            self._pool.unsafe_compute_mask_ptr_with_draft_token(along, *memory)
+
+
+class _Masked(NamedTuple):
+    """A matcher whose masks a step wants, and the rows that they go to."""
+
+    matcher: Matcher
+    row: int
+    """Of the next token."""
+    draft: tuple[int, ...] = ()
+    """Tokens behind each of which a mask is wanted too, in the rows that follow."""
+
+    @property
+    def end(self) -> int:
+        """The row behind its own."""
+        return self.row + 1 + len(self.draft)
+
+    def without_draft(self) -> _Masked:
+        """The next token's alone."""
+        return self._replace(draft=())
 
 
 class _Cache:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TypeAlias
 
 import llguidance
@@ -37,10 +39,9 @@ class Compiled:
 
 
 class Matcher:
-    """Follows the output of one request. `push` is for the event loop, the rest for the thread that makes masks.
+    """Follows the output of one request.
 
-    Masks along a draft need no more than this has: the library takes tokens, says which it would take, and goes back
-    over as many (`LLMatcher.rollback`).
+    `push` is for the event loop, `matched` for any thread between two steps, the rest for the thread that makes masks.
     """
 
     def __init__(self, compiled: Compiled) -> None:
@@ -57,14 +58,25 @@ class Matcher:
     def push(self, token_id: int) -> None:
         self._token_ids.append(token_id)
 
-    def allowed(self) -> NDArray[np.int32]:
+    def allowed(self, num_drafted: int = 0) -> NDArray[np.int32]:
         assert self._masks is not None  # begun before the step is sampled
         masks = self._masks.result()
-        row: NDArray[np.int32] = masks[self._row]
+        row: NDArray[np.int32] = masks[self._row + num_drafted]
         return row
 
+    def matched(self, draft: Sequence[int]) -> int:
+        native, size = self.catch_up(), self.compiled.vocabulary.vocab_size
+        if native.is_error():
+            return 0
+        known = list(takewhile(lambda token_id: token_id < size, draft))  # the library fails at one it does not know
+        count = native.validate_tokens(known)
+        if not native.is_error():
+            return count
+        self.go_back()
+        return 0
+
     def expect(self, masks: Future[Masks], row: int) -> None:
-        """Have the mask of the next token from that row of what is computed."""
+        """Have the mask of the next token from that row of what is computed, those along the draft from the next."""
         self._masks, self._row = masks, row
 
     def catch_up(self) -> llguidance.LLMatcher:
@@ -79,6 +91,10 @@ class Matcher:
     def problem(self) -> str | None:
         """Why the library goes no further, though the output is not at its end; None: it does."""
         return self._native.get_error().split("\n", 1)[0] if self._native.is_error() else None
+
+    def go_back(self) -> None:
+        """Forget what was tried along a draft, which came to a bound."""
+        self._native, self._num_taken = self.compiled.original.deep_copy(), 0
 
     def begin_again(self) -> bool:
         """Take a matcher that shares no bounds with others', where it did; False where that is of no use, or slow."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -147,7 +148,7 @@ class Executor:
         run, ahead = request
         step = run.step
         launched, self._launched = self._launched, None
-        if self._graphs is not None and step.is_in_place:
+        if self._graphs is not None and step.is_in_place and self._graphs.have_room_for(step.mini_batches[0]):
             if step.is_ahead and (launched is None or launched.step_id != step.step_id):
                 return None  # the step before it failed, and with it the tokens to continue with
             sampled = await worker.run(partial(self._run_graphs, step, launched, ahead))
@@ -214,19 +215,24 @@ class Executor:
                     assert scores is not None  # else the list does not ask for it
                     state.scored += self._scorer.score(scores, state.on_device.batches[op.batch])
                 case OpKind.SAMPLE:
-                    state.sampled = self._sample(step, state.on_device.logits)
+                    state.sampled = self._sample(step, state.on_device)
                 case _:
                     if op.batch >= 0:
                         self._pace.turn(op.place, step.mini_batches[op.batch].num_queries)
                     self.forward.launch(op, state.on_device)
 
-    def _sample(self, step: Step, logits: torch.Tensor | None) -> list[Sampled]:
+    def _sample(self, step: Step, on_device: Pass) -> list[Sampled]:
         """Tokens of the rows that are sampled; waits for the device, since the next step depends on them."""
         self._note_end()
-        if logits is None or not step.sampling:
+        if not step.sampling:
             self._device.synchronize(self._device.record(self._device.compute))
             return []
-        return self._sampler.launch(logits, step.sampling).result()
+        rows = iter(step.sampling)
+        pending = []
+        for logits in self.forward.logits(on_device):
+            pending.append(self._sampler.launch(logits, list(islice(rows, len(logits)))))
+            del logits  # its memory is the next rows'
+        return [sampled for part in pending for sampled in part.result()]
 
     def _note_end(self) -> None:
         """All of a step is launched: loads of the next one come after it."""

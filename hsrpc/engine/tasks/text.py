@@ -36,6 +36,8 @@ class Transcript:
     """Ends the request at its time limit."""
     num_tokens: int = 0
     """Output tokens delivered."""
+    num_accepted: int = 0
+    """Those of them that were drafted."""
 
 
 def next_deltas(live: Sequence[tuple[Transcript, Output]], now: float) -> list[Delta | RequestFailedError]:
@@ -53,29 +55,50 @@ def _delta_or_error(transcript: Transcript, output: Output, now: float) -> Delta
 
 
 def next_delta(transcript: Transcript, output: Output, now: float) -> Delta:
-    """The delta that follows from one output. On a stop string its `finish` says so, whatever the output said."""
-    text, matched = "", None
-    token_ids = () if output.token_id is None else (output.token_id,)
+    """The delta that follows from one output. On a stop string its `finish` says so, whatever the output said, and the
+    tokens behind the one that completes it are dropped."""
+    token_ids, texts, matched = output.token_ids, [], None
+    for count, token_id in enumerate(token_ids, 1):
+        finish = output.finish if count == len(token_ids) else None
+        text, matched = _next_text(transcript, token_id, finish)
+        texts.append(text)
+        if matched is not None:
+            token_ids = token_ids[:count]
+            break
+    if not token_ids and output.finish is not None:
+        text, matched = _last_text(transcript)
+        texts.append(text)
     transcript.num_tokens += len(token_ids)
-    stop = None if output.token_id is None else transcript.stop_tokens.get(output.token_id)
-    is_end = stop is not None or output.finish in _BY_TOKEN
-    if token_ids and not is_end:
-        text, matched = transcript.stops.push(transcript.detokenizer.push(token_ids))
-    if matched is None and (is_end or output.finish is not None):
-        rest, matched = transcript.stops.push(transcript.detokenizer.flush())
-        text += rest + ("" if matched else transcript.stops.flush())
-        if is_end and matched is None:
-            matched = stop
-            text += _end_text(transcript, token_ids, stop)
-    finish = _finish(transcript, output, matched, now)
-    return Delta(text, token_ids, () if output.logprob is None else (output.logprob,), finish, output.prompt_logprobs)
+    transcript.num_accepted += max(0, len(token_ids) - 1)
+    ended = _finish(transcript, output, matched, now)
+    return Delta("".join(texts), token_ids, output.logprobs[: len(token_ids)], ended, output.prompt_logprobs)
 
 
-def _end_text(transcript: Transcript, token_ids: Sequence[int], stop: str | None) -> str:
+def _next_text(transcript: Transcript, token_id: int, finish: FinishReason | None) -> tuple[str, str | None]:
+    """What a token adds to the text, where the output ends with it as `finish` says; and the stop string that it
+    completes."""
+    stop = transcript.stop_tokens.get(token_id)
+    if stop is None and finish not in _BY_TOKEN:
+        text, matched = transcript.stops.push(transcript.detokenizer.push((token_id,)))
+        if matched is not None or finish is None:
+            return text, matched
+        rest, matched = _last_text(transcript)
+        return text + rest, matched
+    text, matched = _last_text(transcript)
+    return (text, matched) if matched is not None else (text + _end_text(transcript, token_id, stop), stop)
+
+
+def _last_text(transcript: Transcript) -> tuple[str, str | None]:
+    """What was held back, and the stop string that it completes."""
+    text, matched = transcript.stops.push(transcript.detokenizer.flush())
+    return text + ("" if matched else transcript.stops.flush()), matched
+
+
+def _end_text(transcript: Transcript, token_id: int, stop: str | None) -> str:
     """The text of the token that ends the output, where it was asked for."""
     if not transcript.request.params.include_stop:
         return ""
-    return stop or transcript.detokenizer.push(token_ids) + transcript.detokenizer.flush()
+    return stop or transcript.detokenizer.push((token_id,)) + transcript.detokenizer.flush()
 
 
 def _finish(transcript: Transcript, output: Output, matched: str | None, now: float) -> Finish | None:
@@ -84,5 +107,12 @@ def _finish(transcript: Transcript, output: Output, matched: str | None, now: fl
         return None
     request = transcript.request
     cached_tokens = request.cached_tokens or 0
-    usage = Usage(request.num_prompt_tokens, transcript.num_tokens, request.preemptions, cached_tokens)
+    usage = Usage(
+        request.num_prompt_tokens,
+        transcript.num_tokens,
+        request.preemptions,
+        cached_tokens,
+        request.num_drafted,
+        transcript.num_accepted,
+    )
     return Finish(reason, usage, request.timings(now), matched if matched is not None else output.matched_stop)

@@ -42,8 +42,11 @@ class WeightPrefetcher:
         self._chosen: ChosenExperts | None = None
         if any(layer.has_coded_experts for layer in weights.layers):
             self._chosen = ChosenExperts(device, max(len(family.expert_names(i)) for i in range(family.num_layers)))
-        self._open: dict[tuple[int, int], OpenedLayer] = {}
-        """Opened layers by layer and buffer."""
+        few_rows = (rows for layer in weights.layers for rows in layer.few_rows(family.multiplied))
+        self._few_rows = min(few_rows, default=0)
+        """Most rows that are multiplied by weights as they lie."""
+        self._open: dict[tuple[int, int, bool], OpenedLayer] = {}
+        """Opened layers by layer and buffer, and whether they are for few rows."""
         self._experts: ExpertLoader | None = None
         if plan.demand is not None:
             self._of_experts = self._decoded[len(self._decoded) - plan.demand.decoded_bytes :]
@@ -119,17 +122,22 @@ class WeightPrefetcher:
         assert self._experts is not None  # else the list does not ask for it
         return self._experts
 
-    def open(self, layer: int, slot: int) -> OpenedLayer:
-        """A layer's weights, in that buffer where they are streamed: made once, for it takes long."""
-        key = layer, slot
+    def open(self, layer: int, slot: int, num_rows: int | None = None) -> OpenedLayer:
+        """A layer's weights, in that buffer where they are streamed: made once, for it takes long.
+
+        `num_rows`: at most so many go through its products at once, and no K and V are rebuilt; None: any number, and
+        they may be.
+        """
+        key = layer, slot, num_rows is not None and num_rows <= self._few_rows
         if key not in self._open:
-            self._open[key] = self._make(layer, slot)
+            self._open[key] = self._make(*key)
         return self._open[key]
 
-    def _make(self, layer: int, slot: int) -> OpenedLayer:
+    def _make(self, layer: int, slot: int, is_few: bool) -> OpenedLayer:
         weights = self._layers[layer]
         buffer = self._decoded[:0] if weights.packed is None else self._buffers[slot]
-        opened = weights.open(buffer, self._decoded, self._chosen)
+        multiplied = self._family.multiplied if is_few else frozenset[str]()
+        opened = weights.open(buffer, self._decoded, self._chosen, multiplied)
         if weights.experts is not None:
             opened = self._on_demand.open(layer, opened, self._of_experts, self._chosen)
         ready, more = self._family.activations.prepared(self._family.opened(layer, opened.tensors), self._coded)

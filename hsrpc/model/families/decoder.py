@@ -15,7 +15,7 @@ from hsrpc.model.activations import Activations, KvProjection, make_activations
 from hsrpc.model.attention import Extras
 from hsrpc.model.bounds import MAX_CONTEXT, MAX_VOCAB_SIZE, MAX_WIDTH
 from hsrpc.model.config_file import ConfigFile
-from hsrpc.model.experts import IN_TABLE, OUT_TABLE, Experts
+from hsrpc.model.experts import IN_TABLE, OUT_TABLE, SHARED_IN, SHARED_OUT, Experts
 from hsrpc.model.families.expert_readers import NUM_EXPERTS
 from hsrpc.model.families.readers import DECODERS
 from hsrpc.model.families.settings import DecoderSettings, Names, QkNorm
@@ -207,6 +207,11 @@ class Decoder(Family):
         return make_activations(
             self.activation_rows, projection, self.heads.row_size, codes_weight=self.spec.formats.codes_weight
         )
+
+    @cached_property
+    def multiplied(self) -> frozenset[str]:
+        whole = (QKV,) if self.activations.projects_whole else ()
+        return frozenset(each.weight for each in (*whole, OUT, GATE_UP, DOWN, SHARED_IN, SHARED_OUT))
 
     def opened(self, layer: int, w: Weights) -> Weights:
         experts = self.settings.experts[layer]

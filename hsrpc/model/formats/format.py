@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import torch
+from torch.nn import functional
 
 from hsrpc.model.formats.codes import CodedParts
 from hsrpc.model.formats.rows import CodedRows, Codes, Rows, RowShape, ValueRows
@@ -24,6 +25,40 @@ class WeightSource(Protocol):
 
     def read_codes(self, tensor: TensorSpec, out: Sequence[CodedParts], dtype: torch.dtype) -> None:
         """Fills the parts of each of the tensor's sources, on their device, to be decoded to `dtype`."""
+
+
+class Product(Protocol):
+    """The product of a few rows with a weight that lies packed."""
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `functional.linear` of x [n, in] with the weight [out, in] and the bias [out]: [n, out]."""
+
+
+class PackedOperand(torch.Tensor):
+    """An operand that is not decoded: `functional.linear` by it reads its packed bytes, and nothing else may use it."""
+
+    product: Product
+
+    @classmethod
+    def of(cls, operand: torch.Tensor, product: Product) -> PackedOperand:
+        """In place of `operand`, which `Packing.open` gives."""
+        made = operand.as_subclass(cls)
+        made.product = product
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if func is not functional.linear:
+            raise TypeError(f"{func} of a weight that is not decoded")
+        x, weight, bias = args
+        assert isinstance(weight, cls)  # x and bias are none
+        return weight.product(x, bias)
 
 
 class Packing(ABC):
@@ -45,6 +80,18 @@ class Packing(ABC):
 
         Or a view of `target` (uint8 [decoded_bytes]), which holds it once it is decoded.
         """
+
+    @property
+    def few_rows(self) -> int:
+        """Most rows that `product` multiplies in less time than decoding takes; 0: there is no such product."""
+        return 0
+
+    def product(self, data: torch.Tensor) -> Product:
+        """What multiplies up to `few_rows` rows by the packed bytes `data` as they lie, on their device.
+
+        Made once for the memory that they lie in, and called in every step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is multiplied once it is decoded")
 
     def fill(self, source: WeightSource, tensor: TensorSpec, data: torch.Tensor) -> None:
         """Read the packed bytes `data` of a tensor whose format is `AsPublished`. Here it lies ready there."""

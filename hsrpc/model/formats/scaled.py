@@ -9,13 +9,19 @@ from functools import partial
 from typing import Self
 
 import torch
+from torch.nn import functional
 
 from hsrpc.model.formats.codes import UNIT, CodedMatrix, CodedParts, decode
-from hsrpc.model.formats.format import AsPublished, Encoded, Packing, WeightSource, moved
+from hsrpc.model.formats.format import AsPublished, Encoded, Packing, Product, WeightSource, moved
 from hsrpc.model.tensor import TensorSpec
-from hsrpc.plan.fitted import CODES_BY_COLUMN_RATE_SHARE, CODES_RATE_SHARE
+from hsrpc.plan.fitted import CODES_BY_COLUMN_RATE_SHARE, CODES_RATE_SHARE, FEW_ROWS_RATE_SHARE
 from hsrpc.plan.sizes import TensorSizes, align
 
+FEW_ROWS = 8
+"""Most rows that are multiplied by codes as they lie, where scales are found by units. To be measured, by
+`benchmarks.products --format`. Counted on an H200 from the kernel's instructions: for a weight the products of 8 rows
+take 0.9 ps (of 4 bits 0.75), decoding it and reading what was written 1.2 to 1.3; those of 16 rows take twice as long.
+"""
 _ALIGNMENT = 16
 """Bytes; each source begins at a multiple."""
 
@@ -50,6 +56,17 @@ class ScaledPacking(Packing):
             yield source.parts(data[start : start + source.num_bytes])
             start += _aligned_bytes(source)
 
+    @property
+    def few_rows(self) -> int:
+        return 0 if any(source.finds_by_column or source.columns % UNIT for source in self.sources) else FEW_ROWS
+
+    def product(self, data: torch.Tensor) -> Product:
+        if data.is_cuda:
+            from hsrpc.model.kernels.products import product  # loads Triton
+
+            return product(self, data)
+        return partial(_decode_and_multiply, self, data)
+
     @classmethod
     def decoding(cls, tensors: Sequence[Encoded[Self]], moves: torch.Tensor | None = None) -> Callable[[], None]:
         if tensors[0].data.is_cuda:
@@ -81,6 +98,8 @@ class Scaled(AsPublished):
             host_bytes=packed,
             decoded_bytes=size,
             decode_traffic=(packed + size) / share,
+            few_rows=self.packing(tensor).few_rows,
+            spared_traffic=(packed + size) / share + size - packed / FEW_ROWS_RATE_SHARE,
         )
 
     def packing(self, tensor: TensorSpec) -> ScaledPacking:
@@ -91,6 +110,9 @@ class Scaled(AsPublished):
         packing = ScaledPacking((sum(source.rows for source in sources), sources[0].columns), self.dtype, sources)
         data = torch.zeros(packing.num_bytes, dtype=torch.uint8, device=device)
         packing.decoding([Encoded(packing, data, torch.empty(packing.shape, dtype=self.dtype, device=device))])()
+        multiply = packing.product(data)
+        for rows in range(1, packing.few_rows + 1):
+            multiply(torch.zeros((rows, packing.shape[1]), dtype=self.dtype, device=device), None)
 
 
 def decode_each(tensors: Sequence[Encoded[ScaledPacking]], moves: torch.Tensor | None = None) -> None:
@@ -99,6 +121,15 @@ def decode_each(tensors: Sequence[Encoded[ScaledPacking]], moves: torch.Tensor |
         rows = [source.rows for source in packing.sources]
         for parts, target in zip(packing.parts(data), operand.split(rows), strict=True):
             decode(parts, target)
+
+
+def _decode_and_multiply(
+    packing: ScaledPacking, data: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """See `Packing.product`; for that time the tensor takes the memory that it is decoded to."""
+    weight = torch.empty(packing.shape, dtype=packing.dtype, device=data.device)
+    decode_each([Encoded(packing, data, weight)])
+    return functional.linear(x, weight, bias)
 
 
 def _aligned_bytes(source: CodedMatrix) -> int:

@@ -1,4 +1,4 @@
-"""A Triton kernel that decodes codes with scales: the same bits as `codes.decode`.
+"""A Triton kernel that decodes codes with scales: the same bits as `codes.decode`; and what codes mean to kernels.
 
 All matrices of a layer that lie alike are decoded in one launch. A thread decodes units of eight columns, which share a
 scale where that can be: so codes are read and weights written as words, and nothing is gathered.
@@ -24,16 +24,16 @@ _GROUP = 16
 _LEAST_WIDTH = 3
 _WHOLE = 30
 """Exponent of two beyond all sizes: where a whole row shares a scale."""
-_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-_SCALES = {
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+SCALES = {
     torch.float32: 0,
     torch.float16: 1,
     torch.bfloat16: 2,
     torch.float8_e8m0fnu: 3,
     torch.float8_e4m3fn: 4,
 }
-_FACTORS = {None: 0, Factor.MULTIPLIES: 1, Factor.DIVIDES: 2}
-_CODES = {Code.E4M3: 0, Code.E2M1: 1, Code.UINT8: 2, Code.UINT4: 2}
+FACTORS = {None: 0, Factor.MULTIPLIES: 1, Factor.DIVIDES: 2}
+CODES = {Code.E4M3: 0, Code.E2M1: 1, Code.UINT8: 2, Code.UINT4: 2}
 
 
 class Tiles(NamedTuple):
@@ -44,17 +44,19 @@ class Tiles(NamedTuple):
     """Units that a thread decodes: the codes of all are on the way before the first one is decoded."""
 
 
-TILES, TILES_EACH = Tiles(), Tiles(units=2)
+TILES, TILES_EACH = Tiles(), Tiles(units=4)
 """Where units share a scale, and where it is found for each column."""
 
 
 @triton.jit
-def _number(fields, number: tl.constexpr):
+def number_of(fields, number: tl.constexpr):
+    """A field of a matrix, which fits 32 bits."""
     return tl.load(fields + number).to(tl.int32)
 
 
 @triton.jit
-def _nothing():
+def nothing():
+    """What tuples begin with."""
     return ()
 
 
@@ -77,7 +79,7 @@ def _e2m1(code):
 
 
 @triton.jit
-def _load_scales(scales, where, inside, SCALE: tl.constexpr):
+def load_scales(scales, where, inside, SCALE: tl.constexpr):
     """Scales as float32."""
     if SCALE == 0:
         return tl.load(scales.to(tl.pointer_type(tl.float32)) + where, mask=inside, other=0.0)
@@ -105,22 +107,60 @@ def _numbers(words, CODE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def load_factor(address, FACTOR: tl.constexpr):
+    """The number for all scales, float32, where there is one."""
+    if FACTOR > 0:  # noqa: SIM108 (one of both is compiled)
+        factor = tl.load(address.to(tl.pointer_type(tl.float32)))
+    else:
+        factor = 1.0
+    return factor
+
+
+@triton.jit
+def weights_of(
+    words,
+    scale,
+    point,
+    factor,
+    DTYPE: tl.constexpr,
+    CODE: tl.constexpr,
+    BITS: tl.constexpr,
+    ZEROS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    EACH: tl.constexpr,
+):
+    """The weights of the eight codes of each word, rounded: DTYPE [words, 8].
+
+    `scale` and, with ZEROS, `point` are of each word, with EACH of each code; else `point` is a number for all.
+    """
+    if FACTOR > 0:
+        scale = scale * factor if FACTOR == 1 else tl.div_rn(scale, factor)
+    value = _numbers(words, CODE, BITS)
+    if ZEROS:
+        zero = point.to(tl.float32)
+        value -= zero if EACH else zero[:, None]
+    elif CODE == 2:
+        value -= point.to(tl.float32)
+    return (value * (scale if EACH else scale[:, None])).to(DTYPE)
+
+
+@triton.jit
 def _scales_in_row(fields, move, unit, column, num_columns, EACH: tl.constexpr, GROUPS: tl.constexpr):
     """Which scale of their rows units of eight columns have: a unit, or each of its columns."""
     if GROUPS:
         groups = (tl.load(fields + 5) + move).to(tl.pointer_type(tl.int32))
         found = tl.load(groups + column, mask=column < num_columns, other=0)
     elif EACH:
-        found = column // _number(fields, 10)
+        found = column // number_of(fields, 10)
     else:
-        found = unit * 8 >> _number(fields, 10)
+        found = unit * 8 >> number_of(fields, 10)
     return found
 
 
 @triton.jit
 def _first_scales(fields, row, EACH: tl.constexpr):
     """The first scale of rows; [rows, 1] where scales are found for each column."""
-    row_block, across = _number(fields, 9), _number(fields, 11)
+    row_block, across = number_of(fields, 9), number_of(fields, 11)
     if EACH:  # noqa: SIM108 (one of both is compiled)
         found = (row // row_block * across)[:, None]
     else:
@@ -157,16 +197,16 @@ def _decode_units(
     program = tl.program_id(0)
     if MOVES:
         fields = matrices + tl.load(owners + program) * FIELDS
-        move = tl.load(moves + _number(fields, 15))
+        move = tl.load(moves + number_of(fields, 15))
         if move >= 0:
-            first = program * GROUP - _number(fields, 0)
+            first = program * GROUP - number_of(fields, 0)
             for tile in range(first, first + GROUP):
                 _decode_rows(
                     fields, tile, move, DTYPE, CODE, BITS, SCALE, ZEROS, FACTOR, EACH, GROUPS, ALIGNED, THREADS, TILES
                 )
     else:
         fields = matrices + tl.load(owners + program // GROUP) * FIELDS
-        tile = program - _number(fields, 0)
+        tile = program - number_of(fields, 0)
         _decode_rows(fields, tile, 0, DTYPE, CODE, BITS, SCALE, ZEROS, FACTOR, EACH, GROUPS, ALIGNED, THREADS, TILES)
 
 
@@ -192,18 +232,19 @@ def _decode_rows(
     codes = (tl.load(fields + 2) + move).to(tl.pointer_type(tl.int64 if BITS == 8 else tl.int32))
     scales = (tl.load(fields + 3) + move).to(tl.pointer_type(tl.uint8))
     zeros = (tl.load(fields + 4) + move).to(tl.pointer_type(tl.uint8))
-    num_rows, num_columns = _number(fields, 7), _number(fields, 8)
+    factor = load_factor(tl.load(fields + 6) + move, FACTOR)
+    num_rows, num_columns = number_of(fields, 7), number_of(fields, 8)
     if ALIGNED:
         target = tl.multiple_of(target, 16)
     num_units = tl.cdiv(num_columns, 8)
-    width, across = _number(fields, 12), _number(fields, 13)
+    width, across = number_of(fields, 12), number_of(fields, 13)
     thread, height = tl.arange(0, THREADS), THREADS >> width
     unit = ((tile % across) << width) + (thread & ((1 << width) - 1))
     first_row = tile // across * (height * TILES) + (thread >> width)
     eight = tl.arange(0, 8)
     column = unit[:, None] * 8 + eight[None, :]
     in_row = _scales_in_row(fields, move, unit, column, num_columns, EACH, GROUPS)
-    words, factors, points = _nothing(), _nothing(), _nothing()
+    words, found, points = nothing(), nothing(), nothing()
     for number in tl.static_range(TILES):
         row = first_row + number * height
         inside = (row < num_rows) & (unit < num_units)
@@ -211,21 +252,13 @@ def _decode_rows(
         if EACH:
             inside = inside[:, None] & (column < num_columns)
         where = _first_scales(fields, row, EACH) + in_row
-        factors += (_load_scales(scales, where, inside, SCALE),)
+        found += (load_scales(scales, where, inside, SCALE),)
         if ZEROS:
             points += (tl.load(zeros + where, mask=inside, other=0),)
     for number in tl.static_range(TILES):
-        row, scale = first_row + number * height, factors[number]
-        if FACTOR > 0:
-            factor = tl.load((tl.load(fields + 6) + move).to(tl.pointer_type(tl.float32)))
-            scale = scale * factor if FACTOR == 1 else tl.div_rn(scale, factor)
-        value = _numbers(words[number], CODE, BITS)
-        if ZEROS:
-            zero = points[number].to(tl.float32)
-            value -= zero if EACH else zero[:, None]
-        elif CODE == 2:
-            value -= _number(fields, 14).to(tl.float32)
-        value = (value * (scale if EACH else scale[:, None])).to(DTYPE)
+        row = first_row + number * height
+        point = points[number] if ZEROS else number_of(fields, 14)
+        value = weights_of(words[number], found[number], point, factor, DTYPE, CODE, BITS, ZEROS, FACTOR, EACH)
         inside = (row < num_rows) & (unit < num_units)
         if ALIGNED:
             where = (row.to(tl.int64) * num_units + unit)[:, None] * 8 + eight[None, :]
@@ -235,7 +268,7 @@ def _decode_rows(
             tl.store(target + where, value, mask=inside[:, None] & (column < num_columns))
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """What the kernel is compiled for: matrices that lie alike."""
 
     code: Code
@@ -249,12 +282,12 @@ class _Kind(NamedTuple):
     """Rows have a multiple of eight columns."""
 
     @classmethod
-    def of(cls, matrix: CodedMatrix) -> _Kind:
+    def of(cls, matrix: CodedMatrix) -> Kind:
         return cls(
             code=matrix.code,
-            scale=_SCALES[matrix.scale],
+            scale=SCALES[matrix.scale],
             has_zeros=matrix.zero is None,
-            factor=_FACTORS[matrix.factor],
+            factor=FACTORS[matrix.factor],
             is_each=matrix.finds_by_column,
             has_groups=matrix.has_groups,
             is_aligned=matrix.columns % UNIT == 0,
@@ -291,11 +324,11 @@ class _Matrix(NamedTuple):
         rows = (self.tiles.threads >> self.width) * self.tiles.units
         return -(-self.matrix.rows // rows) * self.across
 
-    def fields(self, kind: _Kind) -> list[int]:
+    def fields(self, kind: Kind) -> list[int]:
         """Its row of the table that the kernel reads, without the first field."""
         matrix, parts = self.matrix, self.parts
         addresses = (0 if part is None else part.data_ptr() for part in (self.target, *parts[1:]))
-        blocks = matrix.block if kind.is_each else map(_shift, matrix.block, matrix.shape)
+        blocks = matrix.block if kind.is_each else map(shift_of, matrix.block, matrix.shape)
         return [
             *addresses,
             *matrix.shape,
@@ -308,7 +341,7 @@ class _Matrix(NamedTuple):
         ]
 
 
-def _shift(block: int, size: int) -> int:
+def shift_of(block: int, size: int) -> int:
     return _WHOLE if block >= size else block.bit_length() - 1
 
 
@@ -316,7 +349,7 @@ def _shift(block: int, size: int) -> int:
 class ScaledDecoder:
     """Decodes matrices that lie alike in one launch, again and again."""
 
-    kind: _Kind
+    kind: Kind
     dtype: torch.dtype
     tiles: Tiles
     matrices: Sequence[_Matrix]
@@ -330,7 +363,7 @@ class ScaledDecoder:
 
     @classmethod
     def of(
-        cls, kind: _Kind, dtype: torch.dtype, matrices: Sequence[_Matrix], moves: torch.Tensor | None
+        cls, kind: Kind, dtype: torch.dtype, matrices: Sequence[_Matrix], moves: torch.Tensor | None
     ) -> ScaledDecoder:
         device, tiles = matrices[0].target.device, matrices[0].tiles
         counts = [-(-each.num_programs // _GROUP) for each in matrices]
@@ -346,8 +379,8 @@ class ScaledDecoder:
             self.table,
             self.owners,
             self.owners if self.moves is None else self.moves,
-            DTYPE=_TYPES[self.dtype],
-            CODE=_CODES[kind.code],
+            DTYPE=TYPES[self.dtype],
+            CODE=CODES[kind.code],
             BITS=kind.code.bits,
             SCALE=kind.scale,
             ZEROS=kind.has_zeros,
@@ -372,11 +405,11 @@ def decoding(
     By other `tiles`, if given. It is made once for the memory that they lie in; the host waits for the current stream.
     """
     [dtype] = {each.packing.dtype for each in tensors}
-    kinds: dict[_Kind, list[_Matrix]] = {}
+    kinds: dict[Kind, list[_Matrix]] = {}
     for packing, data, operand, number in tensors:
         targets = operand.split([source.rows for source in packing.sources])
         for parts, target in zip(packing.parts(data), targets, strict=True):
-            kind = _Kind.of(parts.matrix)
+            kind = Kind.of(parts.matrix)
             usual = TILES_EACH if kind.is_each else TILES
             kinds.setdefault(kind, []).append(_Matrix(parts, target, tiles or usual, number))
     decoders = [ScaledDecoder.of(kind, dtype, matrices, moves) for kind, matrices in kinds.items()]

@@ -70,7 +70,7 @@ def test_parts_put_together_are_the_layers(
     def load(group: DeviceGroup) -> ModelWeights:
         planned = make_plan(config, partial(plan_for, size=group.size))
         family, device = create_family(planned.spec, planned.plan.max_model_len), CpuDevice()
-        source = planned.model.source
+        source = planned.files.source
         found = load_weights(family, source, planned.plan, device, threading.Event(), group=group)
         taken, bound = device.allocated[HostUse.STREAMED_WEIGHTS], planned.plan.host_bytes[HostUse.STREAMED_WEIGHTS]
         assert taken == bound if is_exact else taken <= bound

@@ -1,0 +1,1 @@
+"""Tokens that requests may go on with, proposed before the model is asked: drafters."""

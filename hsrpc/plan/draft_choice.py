@@ -1,0 +1,95 @@
+"""What drafts cost under a plan, and why there are so many, in words.
+
+A GPU second beside the bus goes first to prompts, then to drafts, then to recomputing, by what it saves:
+
+- A prompt's token is computed sooner or later; until it is, a place of the batch is empty, which costs a token in each
+  step. So the planner leaves chunks their size, and the scheduler drafts beside them.
+- A drafted token that is accepted is worth a request's part of a step, `step / batch`. Of a model that streams that is
+  tens to hundreds of times the time of its row, so drafts pay until hardly one in a hundred is accepted.
+- Recomputing a token saves its bytes on the bus, which take a fifth of the time of its row, or less. It takes what
+  drafts leave: the planner balances it against a step with drafts, and the scheduler counts those of the step before.
+
+Where nothing streams, nobody waits for the bus. There a row costs what it computes, as soon as there are so many that
+products compute longer than they read weights; and a step with drafts is launched kernel by kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from hsrpc.draft.allocation import StepPrice
+from hsrpc.plan.drafting import Drafting, DraftPlan
+from hsrpc.plan.plan import Plan, StepPrediction
+from hsrpc.plan.prediction import predict_at
+from hsrpc.plan.sizes import ModelSizes
+
+_MANY_ROWS = 8192
+"""So many rows compute longer than they read weights."""
+
+
+def plan_drafts(plan: Plan, sizes: ModelSizes, drafting: Drafting, *, is_given: bool) -> DraftPlan:
+    """The price and the reason of what each request may draft, where drafts are wanted.
+
+    `is_given`: so many were asked for; else the planner has chosen.
+    """
+
+    def step(tokens: int) -> StepPrediction:
+        return predict_at(plan, sizes, plan.prediction.context, drafting=drafting._replace(tokens=tokens))
+
+    none = step(0)
+    if not drafting.tokens:
+        return DraftPlan(reason=_why_off(plan, none))
+    price = _price(plan, drafting, step)
+    reason = _why_on(plan, price, none, step(drafting.tokens), is_given=is_given)
+    return DraftPlan(drafting=drafting, price=price, reason=reason)
+
+
+def _price(plan: Plan, drafting: Drafting, step: Callable[[int], StepPrediction]) -> StepPrice:
+    """A line through the GPU's time for many rows, and what a step with any draft takes beyond it."""
+    batch, many = plan.max_batch, math.ceil(_MANY_ROWS / plan.max_batch)
+    none, one, some, more = map(step, (0, 1, many, 2 * many))
+    row = (more.gpu - some.gpu) / (many * batch)
+    price = StepPrice(
+        step_seconds=none.step,
+        row_seconds=row,
+        free_rows=max(0, int(many * batch - (some.gpu - one.gpu) / row)),
+        spare_seconds=max(0.0, max(none.bus, none.launch) - none.gpu),
+        max_rows=batch * drafting.tokens,
+    )
+    return replace(price, first_seconds=max(0.0, one.step - float(price.seconds(np.array(batch)))))
+
+
+def _why_off(plan: Plan, none: StepPrediction) -> str:
+    if plan.absorbs:
+        return "off: single queries attend to latents as they are stored, of which several would need K and V rebuilt"
+    if not none.bus:
+        return (
+            "off: model and cache are on the device, where a step with drafts is predicted to cost more than it gives"
+        )
+    return "off: the GPU is about as busy as the bus, or drafts would take the room of cached tokens"
+
+
+def _why_on(plan: Plan, price: StepPrice, none: StepPrediction, chosen: StepPrediction, *, is_given: bool) -> str:
+    asked = ", as asked" if is_given else ""
+    limit = f"up to {_counted(chosen.drafts, 'token')} a request{asked}"
+    if chosen.tokens_per_second < none.tokens_per_second:
+        return f"{limit}, though that is predicted not to pay: {_changed(none, chosen)}"
+    free = price.free_rows + int(price.spare_seconds / price.row_seconds)
+    if free < plan.max_batch:
+        return f"{limit}: {_changed(none, chosen)}"
+    requests, uses = _counted(plan.max_batch, "request"), "uses" if plan.max_batch == 1 else "use"
+    rows = f"{plan.max_batch:,} of {plan.max_batch + free:,} rows that the GPU computes in the time of a step"
+    return f"{limit}: {requests} {uses} {rows}"
+
+
+def _changed(none: StepPrediction, some: StepPrediction) -> str:
+    times = f"a step takes {some.step * 1e3:.4g} ms in place of {none.step * 1e3:.4g} ms"
+    return f"{times} for {some.tokens_per_request:.2f} tokens of each"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
