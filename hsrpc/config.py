@@ -373,7 +373,7 @@ class EngineConfig:
         for name in ("drafter", "draft_model"):
             value = getattr(self, name)
             if value is not None and self.max_draft_tokens == 0:
-                raise ConfigError(name, value, "has no meaning with max_draft_tokens=0", "leave one of them out")
+                raise ConfigError(name, str(value), "has no meaning with max_draft_tokens=0", "leave one of them out")
         if self.drafter is not None and self.draft_model is not None:
             problem = f"has no meaning with draft_model={self.draft_model}"
             raise ConfigError("drafter", self.drafter.value, problem, "leave one of them out")

@@ -132,7 +132,10 @@ class Engine:
 
     def _open_speculation(self, components: Components) -> Speculation:
         """The engine's own drafter is asked for what pays; one that was given, for as much as there is room for."""
-        price, drafter = components.plan.drafts.price, self._drafter
+        drafts, drafter = components.plan.drafts, self._drafter
+        price = drafts.price
+        if drafts.reason:
+            _log.info("drafts: %s", drafts.reason)
         lengths: DraftLengths = AllThatFit()
         if drafter is None and price is not None:
             drafter, lengths = components.drafter, ByGain(price)

@@ -12,7 +12,7 @@ the heading of docs/findings.md and, where raw results were kept, their file in 
 | DECODE_RATE_SHARE | 0.3 of the memory bandwidth | 0.33 (float16), 0.45 (bfloat16) | "Coded weights" |
 | CODES_RATE_SHARE | 0.9 of the memory bandwidth | 0.9 to 1.0 | "Quantised weights"; quantized/kernels.json |
 | CODES_BY_COLUMN_RATE_SHARE | 0.35 of the memory bandwidth | 0.38, 0.45 | "Quantised weights" |
-| FEW_ROWS_RATE_SHARE | 0.4 of the memory bandwidth | assumed, not measured | |
+| FEW_ROWS_RATE_SHARE | 0.5 of the memory bandwidth | 0.49, 0.59 | "Quantised weights"; products/few-rows.json |
 | LAUNCHES | 30 kernels a layer of a mini-batch | 0.3 ms where a kernel takes 10 us | "Prompts" |
 | PROMPT_LAUNCHES | 90 kernels a layer of a mini-batch | 1.1 ms, a part of it once a step | "Prompts" |
 | BOUNDARY_SECONDS | 1e-3 s a step | 1 ms | "The host between and inside steps" |
@@ -52,9 +52,9 @@ DECODE_RATE_SHARE = 0.3
 """Part of the device's memory bandwidth at which coded weights are read, and decoded ones written."""
 CODES_RATE_SHARE, CODES_BY_COLUMN_RATE_SHARE = 0.9, 0.35
 """The same of codes with scales; the second, where the scale of each column is found by itself."""
-FEW_ROWS_RATE_SHARE = 0.4
-"""Part of the device's memory bandwidth at which products of few rows read codes as they lie. To be fitted:
-`benchmarks.products --format`, for 1 to 8 rows."""
+FEW_ROWS_RATE_SHARE = 0.5
+"""Products of few rows with codes as they lie take as long as reading the decoded weights at this part of the device's
+memory bandwidth: it is the instructions for each weight that take the time."""
 LAUNCHES, PROMPT_LAUNCHES = 30, 90
 """Small kernels that take the host as long as one layer of one mini-batch; the second, with prompts in it."""
 BOUNDARY_SECONDS, REQUEST_SECONDS = 1e-3, 20e-6

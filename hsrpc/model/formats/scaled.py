@@ -17,10 +17,10 @@ from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.fitted import CODES_BY_COLUMN_RATE_SHARE, CODES_RATE_SHARE, FEW_ROWS_RATE_SHARE
 from hsrpc.plan.sizes import TensorSizes, align
 
-FEW_ROWS = 8
-"""Most rows that are multiplied by codes as they lie, where scales are found by units. To be measured, by
-`benchmarks.products --format`. Counted on an H200 from the kernel's instructions: for a weight the products of 8 rows
-take 0.9 ps (of 4 bits 0.75), decoding it and reading what was written 1.2 to 1.3; those of 16 rows take twice as long.
+FEW_ROWS = 4
+"""Most rows that are multiplied by codes as they lie, where scales are found by units. On an H200 a weight takes 0.8 ps
+(fp8: 1.0) for 4 rows where decoding it and reading what was written take 1.3, and 1.5 (1.6) for 8 rows
+(products/few-rows.json).
 """
 _ALIGNMENT = 16
 """Bytes; each source begins at a multiple."""
@@ -99,7 +99,7 @@ class Scaled(AsPublished):
             decoded_bytes=size,
             decode_traffic=(packed + size) / share,
             few_rows=self.packing(tensor).few_rows,
-            spared_traffic=(packed + size) / share + size - packed / FEW_ROWS_RATE_SHARE,
+            spared_traffic=(packed + size) / share + size - size / FEW_ROWS_RATE_SHARE,
         )
 
     def packing(self, tensor: TensorSpec) -> ScaledPacking:
