@@ -12,8 +12,10 @@ from collections.abc import Callable
 
 import pytest
 
-from hsrpc import Engine, SamplingParams
+from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.constraint import Regex
+from hsrpc.draft.replay import ReplayDrafter
+from hsrpc.errors import ConfigError
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.plan.sizes import ALIGNMENT
 from hsrpc.request import Delta
@@ -83,6 +85,32 @@ async def test_settings_reach_the_rank_that_samples(reference: Callable[[str], R
         assert ids(one) == ids(two)
         both = zip(logprobs(one), logprobs(two), strict=True)
         assert all(math.isclose(first, second, abs_tol=1e-4) for first, second in both)
+
+
+async def test_drafts_reach_the_rank_that_verifies_them(reference: Callable[[str], Reference]) -> None:
+    """Outputs are the reference's, and a constraint holds behind drafted tokens too."""
+    made = reference("opt")
+    outputs = dict(zip(map(tuple, made.prompts), made.outputs, strict=True))
+    matching = SamplingParams(temperature=0.0, max_tokens=12, constraint=Regex("[ab]{3}(c|d)+"))
+    found = []
+    for gpus, drafts in ((1, 0), (2, 5)):
+        config = config_for(made, gpus, max_draft_tokens=drafts)
+        drafter = ReplayDrafter(outputs, 0.9)
+        async with Engine(config, choose_plan=planned, drafter=drafter) as engine, asyncio.timeout(60):
+            assert await generate_all(engine, made.prompts[:NUM_PROMPTS]) == expected(made)
+            before = engine.stats()
+            found.append(ids(await collect(engine.generate(made.prompts[NUM_PROMPTS], matching))))
+            stats = engine.stats()
+            await idle(engine)
+        outputs[tuple(made.prompts[NUM_PROMPTS])] = found[0]
+    assert 0 < before.accepted_tokens < before.drafted_tokens
+    assert stats.accepted_tokens > before.accepted_tokens
+    assert found[0] == found[1]
+
+
+def test_a_draft_model_is_for_one_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"gpus=2.*draft_model=small.*gpus=1"):
+        EngineConfig(gpus=2, draft_model="small")
 
 
 def logprobs(deltas: list[Delta]) -> list[float]:
