@@ -22,6 +22,7 @@ from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.bench.run import BenchError, load_requests
 from hsrpc.bench.workload import Lengths, make_workload
 from hsrpc.config import CachePolicy, DeviceKind
+from hsrpc.engine.gpus.one import OneGpu
 from hsrpc.engine.graphs import DecodeGraphs
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.schedule.blocks import BlockManager
@@ -87,8 +88,8 @@ async def measure(options: argparse.Namespace) -> Found:
 @torch.inference_mode()
 def time_alone(engine: Engine, graphs: DecodeGraphs, batch: int, context: int) -> float:
     """Seconds of a decode step's graph and sampling."""
-    components = engine._opened
-    device, sampler = components.device, components.executor._sampler
+    gpu = one_gpu(engine)
+    device, sampler = gpu.device, gpu.executor._sampler
     logits = graphs.run(_decode_step(engine, batch, context), None, StopFlag())  # fills the input that the graph reads
     assert logits is not None  # nobody stops it
     rows = [SamplingRow(SamplingParams(temperature=0.0), num_prompt_tokens=0, num_output_tokens=0, seed=0)] * batch
@@ -115,13 +116,20 @@ def _decode_step(engine: Engine, batch: int, context: int) -> MiniBatch:
     return pack(chunks, plan.block_size, engine.spec.sizes.windows.distinct)
 
 
+def one_gpu(engine: Engine) -> OneGpu:
+    """What a running engine computes with."""
+    gpu = engine._opened.gpus
+    assert isinstance(gpu, OneGpu)  # benchmarks ask for no more
+    return gpu
+
+
 def decode_graphs(engine: Engine) -> DecodeGraphs:
     """The graphs of a running engine's decode steps.
 
     Raises:
         BenchError: no graph runs a whole step of the model.
     """
-    graphs = engine._opened.executor._graphs
+    graphs = one_gpu(engine).executor._graphs
     if graphs is None or graphs.waits:
         raise BenchError(f"{engine.spec.name} does not fit the device with its cache; raise --gpu-memory")
     return graphs

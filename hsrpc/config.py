@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -44,6 +44,10 @@ class Seconds:
 
 
 MAX_STEP_TIME = Seconds(1e-6)
+ALL_GPUS = "all"
+"""As many as there are."""
+MAX_GPUS = 16
+"""Of one host."""
 _MAX_DRAFT = 64
 """Drafted tokens of a request in a step: more are hardly ever all accepted."""
 
@@ -204,13 +208,16 @@ class EngineConfig:
     chat_template: str | None = None
     """File with a chat template in place of the model's own."""
     device: DeviceKind = DeviceKind.AUTO
+    gpus: int | str = 1
+    """GPUs of this host that share one stream of weights, each with requests and caches of its own; `all`: those there
+    are. With several, each is a process of its own."""
     dtype: DType = DType.AUTO
     generation_config: GenerationDefaults = GenerationDefaults.AUTO
     """Where the sampling settings come from that a request leaves out."""
     gpu_memory: int | str | None = None
-    """Hard budget of device memory, bytes; on the CPU it bounds the emulated device."""
+    """Hard budget of device memory, bytes, of each GPU; on the CPU it bounds the emulated device."""
     host_memory: int | str | None = None
-    """Hard budget of (pinned) host memory for weights and caches, bytes."""
+    """Hard budget of (pinned) host memory for weights and caches, bytes; all GPUs share it."""
     cache_policy: CachePolicy = CachePolicy.AUTO
     activation_share: float | None = None
     """Share of cached tokens held as activations, in [0, 1]; only with the hybrid policy."""
@@ -237,7 +244,8 @@ class EngineConfig:
     min_batch: int = 1
     """Requests that run at once where so many fit, even where fewer would be faster. Equal to `max_batch`: so many."""
     max_batch: int | None = None
-    """Most requests that run at once; of those up to it, as many as give the highest predicted throughput."""
+    """Most requests that run at once; of those up to it, as many as give the highest predicted throughput. Each of
+    several GPUs takes its part of it, rounded up."""
     max_model_len: int | None = None
     """Most tokens of one request, prompt and output together. None: the model's own, as far as that fits the budgets at
     hardly less speed; else its half and so on, not below 4096."""
@@ -299,6 +307,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(name, value, "not a positive whole number", "give 1 or more")
+        self._check_gpus()
         self._check_shared_prefix()
         self._check_drafts()
         if self.max_batch is not None and self.min_batch > self.max_batch:
@@ -308,6 +317,37 @@ class EngineConfig:
         if self.max_step_time is not None:
             MAX_STEP_TIME.check("max_step_time", self.max_step_time)
         self._check_shares()
+
+    def _check_gpus(self) -> None:
+        name, text = "gpus", str(self.gpus)
+        if text != ALL_GPUS:
+            count = int(text) if re.fullmatch(r"[0-9]{1,3}", text) else 0
+            if not 1 <= count <= MAX_GPUS:
+                raise ConfigError(name, self.gpus, "not a number of GPUs", f"give 1 to {MAX_GPUS}, or all")
+            self._set(name, count)
+        if self.gpus != 1 and self.experts is ExpertLoading.DEMAND:
+            raise ConfigError(name, self.gpus, "has no meaning with experts=demand", "use experts=stream, or one GPU")
+        if self.gpus != 1 and self.draft_model is not None:
+            problem = f"has no meaning with draft_model={self.draft_model}, which drafts on one GPU"
+            raise ConfigError(name, self.gpus, problem, "give a drafter in its place, or gpus=1")
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs to plan for.
+
+        Raises:
+            ConfigError: all of them, and nobody has counted them.
+        """
+        if self.gpus == ALL_GPUS:
+            raise ConfigError("gpus", ALL_GPUS, "how many GPUs there are is not known here", "give their number")
+        return int(self.gpus)
+
+    @property
+    def of_one_gpu(self) -> EngineConfig:
+        """The settings of each of the GPUs: its part of the batch, and nothing of the others."""
+        gpus = self.num_gpus
+        max_batch = None if self.max_batch is None else -(-self.max_batch // gpus)
+        return replace(self, gpus=1, min_batch=-(-self.min_batch // gpus), max_batch=max_batch)
 
     def _check_shared_prefix(self) -> None:
         name, value = "expected_shared_prefix", self.expected_shared_prefix

@@ -13,7 +13,12 @@ class ConfigError(HsrpcError):
     def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
         self.field = field
         self.value = value
+        self._parts = (field, value, problem, remedy)
         super().__init__(f"{field}={value!r}: {problem}; {remedy}")
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[object, ...]]:
+        """A process that found it may tell another."""
+        return type(self), self._parts
 
 
 class CheckpointError(HsrpcError):

@@ -179,7 +179,16 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     memory = parser.add_argument_group("device and memory")
     memory.add_argument("--device", choices=_values(DeviceKind), default=DeviceKind.AUTO, help="default: auto")
     memory.add_argument(
-        "--gpu-memory", metavar="SIZE", help="hard budget of device memory, such as 24GiB (default: 90%% of it)"
+        "--gpus",
+        default=1,
+        metavar="N",
+        help="GPUs of this host that share one stream of weights, or all: each loads a part of every layer and gets "
+        "the others from the others, and serves requests of its own (default: 1)",
+    )
+    memory.add_argument(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="hard budget of device memory of each GPU, such as 24GiB (default: 90%% of it)",
     )
     memory.add_argument(
         "--host-memory", metavar="SIZE", help="hard budget of pinned host memory (default: 80%% of what is free)"

@@ -172,8 +172,10 @@ def check_movable(config: EngineConfig) -> None:
     """Check that what the settings name is in a pod too.
 
     Raises:
-        ConfigError: a file of this machine is named.
+        ConfigError: a file of this machine is named, or more than the GPU that a pod has.
     """
+    if config.gpus != 1:
+        raise ConfigError("gpus", config.gpus, "the manifests give a pod one GPU", "leave it out: one plan is one pod")
     if config.chat_template is not None:
         remedy = "leave it out, and mount it in the overlay"
         raise ConfigError("chat_template", config.chat_template, "a file of this machine", remedy)

@@ -50,6 +50,8 @@ class Report:
         weights = format_bytes(spec.sizes.model_bytes)
         name, machine = escape(spec.name), escape(self.planned.question.machine.name)
         console.print(f"[bold]{name}[/] ({spec.family}) on {machine}: {weights} of weights", highlight=False)
+        if plan.num_gpus > 1:
+            console.print(f"{plan.num_gpus} GPUs share one stream of weights: all that follows is of each of them")
         console.print(f"cache policy [bold]{plan.policy}[/]: {plan.reason}")
         if plan.drafts.reason:
             console.print(f"drafts: {plan.drafts.reason}")
@@ -87,6 +89,7 @@ class Report:
                 "host_memory": machine.host_memory,
                 "dtype": machine.dtype,
             },
+            "gpus": plan.num_gpus,
             **_plan_json(plan),
             "places": {name: place.as_json() for name, place in _places(plan).items()},
             "prediction": _prediction_json(plan.prediction),
@@ -199,6 +202,11 @@ def _prediction_table(plan: Plan, sizes: ModelSizes) -> Table:
         "throughput": f"{step.tokens_per_second:.1f} tokens/s",
         "throughput, prompts coming in": f"{step.mean_tokens_per_second:.1f} tokens/s",
     }
+    if plan.num_gpus > 1:
+        rows |= {
+            "throughput of all GPUs": f"{plan.num_gpus * step.tokens_per_second:.1f} tokens/s",
+            "the same, prompts coming in": f"{plan.num_gpus * step.mean_tokens_per_second:.1f} tokens/s",
+        }
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -24,7 +24,7 @@ _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 class CudaDevice(Device):
-    """The current CUDA device, with one stream each for loads, compute and stores."""
+    """The current CUDA device, with one stream each for loads, gathers, compute and stores."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,6 +33,7 @@ class CudaDevice(Device):
         self.torch_device = torch.device("cuda", index)
         self.warms_up = True
         self.load = torch.cuda.Stream(index)
+        self.gather = torch.cuda.Stream(index)
         self.compute = torch.cuda.Stream(index)
         self.store = torch.cuda.Stream(index)
         self._graph_memory = torch.cuda.graph_pool_handle()

@@ -1,4 +1,4 @@
-"""A device: memory, three streams, events between them, and the copies that the engine needs.
+"""A device: memory, streams, events between them, and the copies that the engine needs.
 
 Work is ordered by events, never by waiting for the device. A stream is entered in the thread that launches on it:
 
@@ -34,12 +34,16 @@ Event: TypeAlias = "torch.cuda.Event | None"
 
 
 class Device(ABC):
-    """One accelerator. `load` copies weights and cache blocks to the device, `store` new rows from it."""
+    """One accelerator. `load` copies weights and cache blocks to the device, `store` new rows from it.
+
+    On `gather` go the parts of weights that several devices have loaded for each other.
+    """
 
     torch_device: torch.device
     warms_up: bool
     """What is done for the first time takes long: kernels are compiled and loaded."""
     load: Stream
+    gather: Stream
     compute: Stream
     store: Stream
 
@@ -218,7 +222,7 @@ class CpuDevice(Device):
         super().__init__()
         self.torch_device = torch.device("cpu")
         self.warms_up = False
-        self.load = self.compute = self.store = None
+        self.load = self.gather = self.compute = self.store = None
 
     @property
     def name(self) -> str:
@@ -331,6 +335,16 @@ def open_device(kind: DeviceKind) -> Device:
     Raises:
         ConfigError: CUDA was asked for and is not there.
     """
-    if kind is DeviceKind.AUTO:
-        kind = DeviceKind.CUDA if torch.cuda.is_available() else DeviceKind.CPU
-    return OPENERS[kind]()
+    return OPENERS[device_kind(kind)]()
+
+
+def device_kind(kind: DeviceKind) -> DeviceKind:
+    """CUDA or CPU; `auto` takes CUDA where there is one."""
+    if kind is not DeviceKind.AUTO:
+        return kind
+    return DeviceKind.CUDA if torch.cuda.is_available() else DeviceKind.CPU
+
+
+def num_devices(kind: DeviceKind) -> int | None:
+    """GPUs that there are; None: a CPU stands for as many as are wanted."""
+    return torch.cuda.device_count() if device_kind(kind) is DeviceKind.CUDA else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import groupby
 from typing import NamedTuple, Protocol
 
 from hsrpc.draft.acceptance import AcceptanceEstimates
@@ -15,7 +16,7 @@ class DraftLengths(Protocol):
     """Decides how many tokens are drafted for each request."""
 
     def choose(self, candidates: Sequence[DraftCandidate]) -> Sequence[int]:
-        """For each candidate of the next step, of at most its `max_tokens`; 0: none."""
+        """For each candidate of the next step, GPU by GPU, of at most its `max_tokens`; 0: none."""
         ...
 
     def forget(self, request_ids: Collection[str]) -> None:
@@ -37,7 +38,7 @@ class ByGain:
     """As many tokens as raise tokens/s, by what became of those drafted before."""
 
     def __init__(self, price: StepPrice) -> None:
-        """`price`: what drafted rows cost a step of the planned batch."""
+        """`price`: what drafted rows cost a step of a GPU's planned batch."""
         self._price = price
         self._estimates = AcceptanceEstimates()
         self._asked: dict[str, _Counts] = {}
@@ -46,12 +47,8 @@ class ByGain:
     def choose(self, candidates: Sequence[DraftCandidate]) -> Sequence[int]:
         for candidate in candidates:
             self._learn(candidate.request)
-        of_each = [self._estimates.of(candidate.request.request_id) for candidate in candidates]
-        draftable = [
-            Draftable(acceptance, candidate.max_tokens)
-            for acceptance, candidate in zip(of_each, candidates, strict=True)
-        ]
-        counts = allocate(draftable, self._price)
+        of_gpus = groupby(candidates, key=lambda candidate: candidate.request.gpu)
+        counts = [count for _, of_gpu in of_gpus for count in allocate(list(map(self._draftable, of_gpu)), self._price)]
         for candidate, count in zip(candidates, counts, strict=True):
             request = candidate.request
             if count:
@@ -64,6 +61,9 @@ class ByGain:
         self._estimates.forget(request_ids)
         for request_id in request_ids:
             self._asked.pop(request_id, None)
+
+    def _draftable(self, candidate: DraftCandidate) -> Draftable:
+        return Draftable(self._estimates.of(candidate.request.request_id), candidate.max_tokens)
 
     def _learn(self, request: Request) -> None:
         before = self._asked.pop(request.request_id, None)

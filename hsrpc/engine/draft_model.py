@@ -96,11 +96,12 @@ def plan_draft_model(name: str, config: EngineConfig, verifier: ModelFiles, mach
     if config.max_model_len is not None:
         own = replace(own, max_model_len=min(config.max_model_len, files.spec.sizes.context_length))
     try:
-        planner, plan = files.question(replace(machine, host_memory=0), own).answer()
+        question = files.question(replace(machine, host_memory=0), own)
+        planner, plan = question.answer()
     except ConfigError as error:
         problem = f"does not fit {format_bytes(budget // _PART)}, an eighth of gpu_memory={format_bytes(budget)}"
         raise ConfigError(FIELD, name, problem, f"raise gpu_memory, or choose a smaller model ({error})") from error
-    return PlannedDraftModel(files.planned_spec(planner, plan), plan, files)
+    return PlannedDraftModel(files.spec_of(question.choice_of(planner), plan), plan, files)
 
 
 class DraftModel:

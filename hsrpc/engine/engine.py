@@ -7,13 +7,13 @@ import gc
 import logging
 import time
 import traceback
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from random import Random
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 from uuid import uuid4
 
 from hsrpc.config import EngineConfig
@@ -23,14 +23,14 @@ from hsrpc.engine.admission import Admission, Applicant
 from hsrpc.engine.delivery import Delivery
 from hsrpc.engine.draft_lengths import AllThatFit, ByGain, DraftLengths
 from hsrpc.engine.generation import Generation
+from hsrpc.engine.gpus.contract import StepResult, Task
 from hsrpc.engine.grammars.matcher import Matcher
 from hsrpc.engine.meter import Meter
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.run_to_end import run_to_end
 from hsrpc.engine.speculation import Speculation
-from hsrpc.engine.startup import ChoosePlan, Components, open_components, release
+from hsrpc.engine.startup import ChoosePlan, Components, open_components
 from hsrpc.engine.stats import EngineStats
-from hsrpc.engine.tasks.executor import StepResult
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.validation import Validator
 from hsrpc.engine.warm_up import warm_up
@@ -49,10 +49,9 @@ from hsrpc.plan.question import Question
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.prompt import Chat, Prompt, Text, field_of
 from hsrpc.request import Delta, FinishReason, SamplingParams
-from hsrpc.schedule.blocks import BlockManager
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Output, Scheduler, SchedulerLimits
-from hsrpc.schedule.step import Step
+from hsrpc.schedule.step import Packed, Scheduled
 from hsrpc.text.detokenizer import Detokenizer
 
 _log = logging.getLogger(__name__)
@@ -111,8 +110,8 @@ class Engine:
         self._components = await open_components(self.config, self._choose_plan, self._progress)
         plan = self._components.plan
         limits = _limits(plan, self._components.spec, shares_prefixes=self.config.prefix_cache)
-        blocks = BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule)
-        self._scheduler = Scheduler(blocks, limits, self._components.spec.eos_token_ids)
+        blocks, *others = self._components.new_blocks()
+        self._scheduler = Scheduler(blocks, limits, self._components.spec.eos_token_ids, others)
         self._speculation = self._open_speculation(self._components)
         self._delivery = Delivery(self._scheduler, self._components.tokenizer, dtype_name(self.spec.dtype))
         self._meter = Meter(self._components, self._scheduler, self._observe)
@@ -156,10 +155,9 @@ class Engine:
         self._delivery.fail_all(EngineUnavailableError("the engine was shut down"))
         components, self._components, self._main = self._opened, None, None
         if main is None or main.done():
-            await components.close()
-            device = components.device
+            release = await components.close()
             del components, main, self._meter
-            release(device)
+            release()
         else:  # a thread may still use the memory: it goes with the process
             _log.error("the engine's tasks have not ended; it is left without freeing its memory")
 
@@ -179,7 +177,7 @@ class Engine:
     @property
     def device(self) -> str:
         """Name of the device, for people."""
-        return self._opened.device.name
+        return self._opened.gpus.name
 
     @property
     def tokenizer(self) -> Tokenizer | NoTokenizer:
@@ -322,7 +320,7 @@ class Engine:
 
         What begins with "blocks of" or "blocks without" is a fault at any time.
         """
-        steps = self._opened.executor.num_queued
+        steps = self._opened.gpus.num_queued
         return {
             **self._scheduler.integrity(),
             **self._delivery.integrity(),
@@ -373,14 +371,7 @@ class Engine:
 
     async def _run(self) -> None:
         """All tasks under one group: what fails, fails loudly and at once."""
-        components = self._opened
-        tasks: tuple[Callable[[], Coroutine[Any, Any, None]], ...] = (
-            components.prefetcher.run,
-            components.cache.run,
-            components.executor.run,
-            self._run_steps,
-            self._delivery.run,
-        )
+        tasks: tuple[Task, ...] = (*self._opened.gpus.tasks, self._run_steps, self._delivery.run)
         try:
             async with asyncio.TaskGroup() as group:
                 for task in tasks:
@@ -406,7 +397,7 @@ class Engine:
         self._delivery.fail_all(fault)
 
     async def _run_steps(self) -> None:
-        if self._opened.device.warms_up:
+        if self._opened.gpus.warms_up:
             await warm_up(self._opened, self._scheduler.limits)
         assert self._warm is not None  # made on entering
         gc.freeze()  # what was made so far stays: a collection that looks at it takes tens of milliseconds
@@ -415,17 +406,16 @@ class Engine:
             await self._run_forever(worker)
 
     async def _run_forever(self, worker: Worker) -> None:
-        scheduler, executor = self._scheduler, self._opened.executor
-        ahead: Step | None = None
+        scheduler, gpus = self._scheduler, self._opened.gpus
+        step: Packed
+        ahead: Packed | None = None
         while True:
             self._last_beat = time.monotonic()
-            step = ahead
-            if step is None:
-                await self._speculation.draft(worker)
-            if step is not None:
+            if ahead is not None:
+                step = ahead
                 step.sampling = scheduler.sampling(step.step_id)
-            elif (scheduled := scheduler.schedule(self._last_beat)) is not None:
-                step = await worker.run(partial(executor.assemble, scheduled))
+            elif (scheduled := await self._schedule(worker)) is not None:
+                step = await worker.run(partial(gpus.assemble, scheduled))
             else:
                 self._wake.clear()
                 await self._wake.wait()
@@ -435,29 +425,34 @@ class Engine:
             ahead = self._schedule_ahead(step)
             self._meter.note_blocks()
             try:
-                result = await executor.execute(step, ahead)
+                result = await gpus.execute(step, ahead)
                 self._meter.note_step(step.counts)
                 outputs = self._commit(step, result)
             except OutOfDeviceMemoryError as error:
                 outputs = self._fail_step(step, error)
             await self._delivery.put(outputs)
 
-    def _schedule_ahead(self, step: Step) -> Step | None:
+    async def _schedule(self, worker: Worker) -> Scheduled | None:
+        """The next step, with what is drafted by then."""
+        await self._speculation.draft(worker)
+        return self._scheduler.schedule(self._last_beat)
+
+    def _schedule_ahead(self, step: Packed) -> Packed | None:
         """The step after `step`, where it is known already what that will be."""
-        executor = self._opened.executor
-        if not executor.runs_ahead or not self._speculation.leave_out():
+        gpus = self._opened.gpus
+        if not gpus.runs_ahead or not self._speculation.leave_out():
             return None
         scheduled = self._scheduler.schedule_ahead(step)
-        return None if scheduled is None else executor.assemble(scheduled)  # its arrays are there
+        return None if scheduled is None else gpus.assemble(scheduled)  # its arrays are there
 
-    def _fail_step(self, step: Step, error: OutOfDeviceMemoryError) -> list[Output]:
+    def _fail_step(self, step: Packed, error: OutOfDeviceMemoryError) -> list[Output]:
         """End the step's requests; their blocks are free for the others."""
         for request in self._scheduler.requests(step.step_id):
             self._delivery.fail(request, error)
         self._scheduler.abandon(step.step_id)
         return []
 
-    def _commit(self, step: Step, result: StepResult | None) -> list[Output]:
+    def _commit(self, step: Packed, result: StepResult | None) -> list[Output]:
         if result is None:
             self._scheduler.abandon(step.step_id)
             return []

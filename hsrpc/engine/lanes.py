@@ -2,7 +2,8 @@
 
 A task launches its operations in order. Before one it waits until those that it comes after are launched, which their
 tasks say through its inbox, and lets its stream wait for their events where they are on another stream. A step that is
-stopped ends wherever its lanes are: each skips the rest of its operations and tells the others.
+stopped ends wherever its lanes are: each skips the rest of its operations and tells the others. Where other GPUs wait
+for weights that this one loads, these go on to the end, and all else is passed over.
 """
 
 from __future__ import annotations
@@ -44,7 +45,12 @@ class StepRun:
         self._device = device
         self._before = before
         self._barrier = barrier
-        self._streams = {Stream.LOAD: device.load, Stream.COMPUTE: device.compute, Stream.STORE: device.store}
+        self._streams = {
+            Stream.LOAD: device.load,
+            Stream.GATHER: device.gather,
+            Stream.COMPUTE: device.compute,
+            Stream.STORE: device.store,
+        }
         self._inboxes: dict[Lane, asyncio.Queue[_Message]] = {lane: asyncio.Queue() for lane in Lane}
         """A lane is ahead of another by their buffers at most, and weights come in few parts: that bounds each."""
         self._launched = {lane: dict.fromkeys(Lane, _ENDED) for lane in Lane}
@@ -65,7 +71,7 @@ class StepRun:
         """Launch all operations on this thread, in the order of the list; as `run`."""
         self.hold_loads()
         for _, numbers in groupby(range(len(self.events)), key=lambda number: self.step.ops.ops[number].place):
-            if self.step.stop.is_set:
+            if self._is_ended:
                 return False
             self.launch(list(numbers), launch)
         return True
@@ -84,17 +90,28 @@ class StepRun:
                 for number in group:
                     for event in self._waits(number):
                         device.wait(stream, event)
-                    launch(ops.ops[number])
+                    if not self._passes_over(ops.ops[number]):
+                        launch(ops.ops[number])
                     if number in ops.awaited:
                         self.events[number] = device.record(stream)
+
+    @property
+    def _is_ended(self) -> bool:
+        """Nothing more is launched."""
+        return self.step.stop.is_set and not self.step.ops.is_gathered
+
+    def _passes_over(self, op: Op) -> bool:
+        """Whether an operation of a stopped step is left out that goes on for weights for which other GPUs wait."""
+        return self.step.stop.is_set and self.step.ops.is_gathered and op.kind.lane is not Lane.WEIGHTS
 
     def _waits(self, number: int) -> Iterator[Event]:
         """Events of another stream before which an operation must not run."""
         ops = self.step.ops.ops
         for before in ops[number].after:
-            kind = OpKind.LOAD_WEIGHTS if before < 0 else ops[before].kind  # no others are carried over
-            if crosses(ops[number].kind, kind):
-                yield self._before[before] if before < 0 else self.events[before]
+            if before < 0:  # weights, which other streams alone wait for
+                yield self._before[before]
+            elif crosses(ops[number].kind, ops[before].kind):
+                yield self.events[before]
 
     async def _launch_all(self, lane: Lane, worker: Worker, launch: Launch) -> bool:
         numbers = self.step.ops.lanes[lane]
@@ -102,7 +119,7 @@ class StepRun:
             await worker.run(self.hold_loads)
         done = 0
         while done < len(numbers):
-            if not await self._until_ready(lane, numbers[done]) or self.step.stop.is_set:
+            if not await self._until_ready(lane, numbers[done]) or self._is_ended:
                 return False
             chosen = self._in_one_go(lane, numbers, done)
             await worker.run(partial(self.launch, chosen, launch))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from hsrpc.config import WeightCoding, format_bytes
 from hsrpc.device.device import Device
+from hsrpc.device.group import ALONE, DeviceGroup
 from hsrpc.engine.weights import HostExperts, KeptTensor, LayerWeights, ModelWeights, PackedTensor, arrange
 from hsrpc.errors import ConfigError, EngineUnavailableError
 from hsrpc.model.family import Family
@@ -48,11 +49,18 @@ def compile_formats(family: Family, plan: Plan, device: Device) -> None:
 
 
 def load_weights(
-    family: Family, source: WeightSource, plan: Plan, device: Device, stop: threading.Event, *, progress: bool = False
+    family: Family,
+    source: WeightSource,
+    plan: Plan,
+    device: Device,
+    stop: threading.Event,
+    *,
+    group: DeviceGroup = ALONE,
+    progress: bool = False,
 ) -> ModelWeights:
     """Read, convert, pin and place all weights, in parallel, since reading and pinning each use one core.
 
-    Once `stop` is set, no further layer is begun.
+    Of what streams, one of a `group` of GPUs pins its part. Once `stop` is set, no further layer is begun.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
@@ -62,7 +70,7 @@ def load_weights(
     """
     fixed, layers = family.fixed_tensors(), range(family.num_layers)
     with _threads() as pool, _threads() as packers:
-        loader = _Loader(family, source, plan, device, stop, packers)
+        loader = _Loader(family, source, plan, device, stop, packers, group)
         read = pool.map(loader.fixed, fixed)
         loaded = pool.map(loader.layer, layers)
         bar = tqdm(loaded, total=len(layers), desc="loading weights", unit="layer", disable=not progress, leave=False)
@@ -87,6 +95,7 @@ class _Loader:
     stop: threading.Event
     packers: ThreadPoolExecutor
     """Read and pack the tensors of the layers that are being packed."""
+    group: DeviceGroup
     _packing: threading.Semaphore = field(init=False)
     """Held while a layer takes device memory to be packed."""
     _counting: threading.Lock = field(default_factory=threading.Lock)
@@ -194,12 +203,18 @@ class _Loader:
     ) -> tuple[torch.Tensor, tuple[PackedTensor, ...]]:
         """Read tensors that are packed as they are read straight into the memory that is then pinned."""
         parts, size = arrange(packings)
+        start, end = self.group.part(size)
 
         def fill(packed: torch.Tensor) -> None:
             for tensor, part in zip(tensors, parts, strict=True):
-                self._fill(tensor, part, packed)
+                if start <= part.offset and part.end <= end:
+                    self._fill(tensor, part.moved(-start), packed)
+                elif start < part.end and part.offset < end:
+                    whole = torch.empty(part.packing.num_bytes, dtype=torch.uint8)
+                    part.packing.fill(self.source, tensor, whole)
+                    _copy_between(packed, start, whole, part.offset)
 
-        return self.device.pinned(size, HostUse.STREAMED_WEIGHTS, fill), parts
+        return self.device.pinned(end - start, HostUse.STREAMED_WEIGHTS, fill), parts
 
     def _fill(self, tensor: TensorSpec, part: PackedTensor, packed: torch.Tensor) -> None:
         part.packing.fill(self.source, tensor, part.data(packed))
@@ -211,10 +226,11 @@ class _Loader:
             self._check_stop()  # again: others were packed meanwhile
             packed = [each for batch in _batches(tensors) for each in self.packers.map(self._pack_tensor, batch)]
             parts, size = arrange((each.name, packing) for each, (packing, _) in zip(tensors, packed, strict=True))
-            self._count(HostUse.STREAMED_WEIGHTS, size)
-            pinned = self.device.pinned(size, HostUse.STREAMED_WEIGHTS, pages=pages)
+            start, end = self.group.part(size)
+            self._count(HostUse.STREAMED_WEIGHTS, end - start)
+            pinned = self.device.pinned(end - start, HostUse.STREAMED_WEIGHTS, pages=pages)
             for part, (_, data) in zip(parts, packed, strict=True):
-                part.data(pinned).copy_(data)
+                _copy_between(pinned, start, data, part.offset)
         return pinned, parts
 
     def _pack_tensor(self, tensor: TensorSpec) -> tuple[Packing, torch.Tensor]:
@@ -239,6 +255,13 @@ class _Loader:
         if taken > planned:
             problem = f"coded weights take more than the {format_bytes(planned)} planned"
             raise OverBoundError("weight_coding", WeightCoding.LOSSLESS.value, problem, "use weight_coding=none")
+
+
+def _copy_between(target: torch.Tensor, first: int, source: torch.Tensor, offset: int) -> None:
+    """Copy what overlaps of bytes that lie in a layer from `first` on, and from `offset` on."""
+    start, end = max(first, offset), min(first + len(target), offset + len(source))
+    if start < end:
+        target[start - first : end - first].copy_(source[start - offset : end - offset])
 
 
 def _batches(tensors: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
+from hsrpc.engine.gpus.contract import Moved
 from hsrpc.engine.startup import Components
 from hsrpc.engine.stats import EngineStats
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.schedule.blocks import PoolId
 from hsrpc.schedule.scheduler import Scheduler
 from hsrpc.schedule.step import StepCounts
-
-
-class _Moved(NamedTuple):
-    """What was copied and rebuilt."""
-
-    weight_bytes: int
-    cache_bytes: int
-    regenerated_tokens: int
-    expert_hits: int
-    expert_loads: int
-    expert_bytes: int
 
 
 class Meter:
@@ -40,7 +29,7 @@ class Meter:
         self._steps = 0
         self._step_seconds = 0.0
         self._began = time.monotonic()
-        self._moved = self._read_moved()
+        self._moved = self._components.gpus.moved()
         self._peak_blocks = dict.fromkeys(PoolId, 0)
 
     def begin(self) -> None:
@@ -49,14 +38,14 @@ class Meter:
 
     def note_blocks(self) -> None:
         """Blocks for a step are taken."""
-        for pool, blocks in self._scheduler.blocks.pools.items():
-            self._peak_blocks[pool] = max(self._peak_blocks[pool], blocks.num_used)
+        for pool, used in self._used_blocks().items():
+            self._peak_blocks[pool] = max(self._peak_blocks[pool], used)
 
     def note_step(self, counts: StepCounts) -> None:
         """The tokens of a step are there: it took the time since those of the step before, or since `begin`."""
-        now, moved = time.monotonic(), self._read_moved()
+        now, moved = time.monotonic(), self._components.gpus.moved()
         seconds, self._began = now - self._began, now
-        new = _Moved(*(each - old for old, each in zip(self._moved, moved, strict=True)))
+        new = Moved(*(each - old for old, each in zip(self._moved, moved, strict=True)))
         self._moved = moved
         self._steps += 1
         self._step_seconds += seconds
@@ -81,12 +70,12 @@ class Meter:
 
     def stats(self) -> EngineStats:
         """Counters at this moment."""
-        moved = self._read_moved()
+        moved = self._components.gpus.moved()
         return EngineStats(
             queued=self._scheduler.num_waiting,
             queued_tokens=self._scheduler.num_waiting_tokens,
             running=self._scheduler.num_running,
-            used_blocks={pool: blocks.num_used for pool, blocks in self._scheduler.blocks.pools.items()},
+            used_blocks=self._used_blocks(),
             peak_blocks=dict(self._peak_blocks),
             steps=self._steps,
             step_seconds=self._step_seconds,
@@ -103,15 +92,10 @@ class Meter:
             expert_hits=moved.expert_hits,
             expert_loads=moved.expert_loads,
             expert_loaded_bytes=moved.expert_bytes,
-            peak_device_bytes=self._components.device.peak_memory,
+            peak_device_bytes=self._components.gpus.peak_memory,
         )
 
-    def _read_moved(self) -> _Moved:
-        prefetcher, cache, forward = (
-            self._components.prefetcher,
-            self._components.cache,
-            self._components.executor.forward,
-        )
-        return _Moved(
-            prefetcher.streamed_bytes, cache.loaded_bytes, forward.regenerated_tokens, *prefetcher.expert_counts
-        )
+    def _used_blocks(self) -> dict[PoolId, int]:
+        """Blocks of all GPUs that are held."""
+        managers = self._scheduler.blocks
+        return {pool: sum(blocks.pools[pool].num_used for blocks in managers) for pool in PoolId}

@@ -22,7 +22,6 @@ from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.model.spec import DTYPES, in_formats, load_spec, named_spec
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Plan
-from hsrpc.plan.planner import Planner
 from hsrpc.plan.question import Question
 
 _log = logging.getLogger(__name__)
@@ -74,11 +73,12 @@ class ModelFiles:
                 max_batch=config.max_batch or max(_CPU_MAX_BATCH, config.min_batch),
                 max_prefill_tokens=config.max_prefill_tokens or _CPU_PREFILL_TOKENS,
             )
-        return Question(choices=tuple(spec.sizes for spec in self.choices), machine=machine, config=config)
+        sizes = tuple(spec.sizes.on_gpus(config.num_gpus) for spec in self.choices)
+        return Question(choices=sizes, machine=machine, config=config)
 
-    def planned_spec(self, planner: Planner, plan: Plan) -> ModelSpec:
-        """The model in the formats of a plan, which one of its choices was planned for."""
-        [spec] = [spec for spec in self.choices if spec.sizes is planner.sizes]
+    def spec_of(self, choice: int, plan: Plan) -> ModelSpec:
+        """The model in the formats of a plan for the choice of that number."""
+        spec = self.choices[choice]
         formats = spec.formats.holding(plan.kinds)
         return spec if formats == spec.formats else in_formats(spec, formats)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from hsrpc.device.device import Device
+from hsrpc.device.group import ALONE, DeviceGroup
 from hsrpc.engine.forward import Forward
 from hsrpc.engine.graphs import DecodeGraphs, can_capture
 from hsrpc.engine.loading import compile_formats, load_weights
@@ -46,9 +47,12 @@ class OpenedModel:
         device: Device,
         stop: threading.Event,
         *,
+        group: DeviceGroup = ALONE,
         progress: bool = False,
     ) -> OpenedModel:
         """Load the weights, allocate what is planned, compile and capture what is launched.
+
+        `group`: GPUs that load what streams for each other.
 
         Raises:
             CheckpointError, ConfigError, OverBoundError, EngineUnavailableError: as `load_weights` does.
@@ -60,10 +64,10 @@ class OpenedModel:
             compile_formats(family, plan, device)  # before the other thread compiles
             compiled = [compiler.submit(each.compile) for each in (attention, absorbed) if each is not None]
             compiled.append(compiler.submit(family.activations.compile, torch_device))
-            weights = load_weights(family, source, plan, device, stop, progress=progress)
+            weights = load_weights(family, source, plan, device, stop, group=group, progress=progress)
             device.release_cached()  # what packing used
             cache = CacheManager(family.sizes, plan, device, family.rows)
-            prefetcher = WeightPrefetcher(weights, plan, device, family)
+            prefetcher = WeightPrefetcher(weights, plan, device, family, group)
             forward = Forward(
                 family,
                 weights.fixed,

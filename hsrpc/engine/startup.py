@@ -3,40 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
-from hsrpc.config import DeviceKind, DraftMethod, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
+from hsrpc.config import ALL_GPUS, DeviceKind, DraftMethod, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
 from hsrpc.device.calibration import calibrate, sustained_load
-from hsrpc.device.device import Device, open_device
+from hsrpc.device.device import Device, device_kind, num_devices, open_device
+from hsrpc.device.group import ALONE, DeviceGroup
 from hsrpc.device.host_memory import HostMemory
 from hsrpc.draft.drafter import Drafter
 from hsrpc.draft.ngrams import NgramDrafter
 from hsrpc.draft.suffix import SuffixDrafter
 from hsrpc.engine.chat_template import read_template
 from hsrpc.engine.draft_model import PlannedDraftModel, plan_draft_model
+from hsrpc.engine.gpus.contract import Gpus
+from hsrpc.engine.gpus.one import OneGpu
+from hsrpc.engine.gpus.ranks import Ranks
 from hsrpc.engine.grammars.grammars import Grammars, NoGrammars
 from hsrpc.engine.loading import OverBoundError
 from hsrpc.engine.model_files import ModelFiles, model_directory, read_spec
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.opened_model import OpenedModel
 from hsrpc.engine.run_to_end import run_to_end
-from hsrpc.engine.tasks.cache import CacheManager
 from hsrpc.engine.tasks.executor import Executor
-from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.tokenizer import Tokenizer
 from hsrpc.engine.validation import max_characters
 from hsrpc.errors import ConfigError
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import ModelSpec
+from hsrpc.model.formats.format import WeightSource
 from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.model.tensor import dtype_name
@@ -45,6 +47,7 @@ from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.question import Question
 from hsrpc.request import SamplingParams
+from hsrpc.schedule.blocks import BlockManager
 
 _log = logging.getLogger(__name__)
 ChoosePlan: TypeAlias = Callable[[Planner], Plan]
@@ -58,7 +61,6 @@ class Components:
     """What an engine owns while it runs."""
 
     spec: ModelSpec
-    device: Device
     question: Question
     """What the plan answers."""
     plan: Plan
@@ -66,36 +68,35 @@ class Components:
     """What a request takes that says nothing else."""
     tokenizer: Tokenizer | NoTokenizer
     grammars: Grammars | NoGrammars
-    prefetcher: WeightPrefetcher
-    cache: CacheManager
-    executor: Executor
+    gpus: Gpus[Any]
     drafter: Drafter | None
     """What drafts tokens; None: nothing is drafted."""
 
-    async def close(self) -> None:
-        """End the threads of texts and constraints, unpin the host's memory; the tasks have ended. See `release`."""
+    def new_blocks(self) -> list[BlockManager]:
+        """Blocks of each GPU, all free."""
+        plan = self.plan
+        return [BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule) for _ in range(self.gpus.count)]
+
+    async def close(self) -> Callable[[], None]:
+        """End the threads of texts and constraints, and give host memory back, as `Gpus.close`."""
         self.tokenizer.close()
         self.grammars.close()
-        await asyncio.to_thread(self.device.release_pinned)
-
-
-def release(device: Device) -> None:
-    """Give memory back whose components are closed and that nobody refers to any more."""
-    gc.unfreeze()
-    gc.collect()  # what the ended tasks' tracebacks still hold
-    device.release_cached()
+        return await self.gpus.close()
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
     """A model and its plan, before any weight is read."""
 
+    files: ModelFiles
+    choice: int
+    """Number of the model's choice of formats that the plan is for."""
     spec: ModelSpec
+    """The model in these, as the plan has them."""
     question: Question
     planner: Planner
     """hsrpc's own, whoever made the plan."""
     plan: Plan
-    files: ModelFiles
     draft_model: PlannedDraftModel | None
     default_params: SamplingParams
     """What a request takes that says nothing else."""
@@ -107,6 +108,7 @@ def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> P
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
+    config = _counted(config)
     return _plan_here(open_device(config.device), config, choose_plan)
 
 
@@ -116,7 +118,8 @@ def plan_for(machine: Machine, config: EngineConfig) -> Planned:
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
-    return _plan(ModelFiles.read(config, torch.device(machine.kind)), machine, config, Planner.plan)
+    model = ModelFiles.read(config, torch.device(machine.kind))
+    return _plan(model, machine.at_once(config.num_gpus), config, Planner.plan)
 
 
 def _plan_here(device: Device, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
@@ -124,7 +127,7 @@ def _plan_here(device: Device, config: EngineConfig, choose_plan: ChoosePlan) ->
     _check_layer(model.choices, config, device)
     if config.host_memory is None:
         _tell_of_growth(HostMemory.read())
-    return _plan(model, _measure(device, model.spec), config, choose_plan)
+    return _plan(model, measure(device, model.spec).at_once(config.num_gpus), config, choose_plan)
 
 
 def _plan(model: ModelFiles, machine: Machine, config: EngineConfig, choose_plan: ChoosePlan) -> Planned:
@@ -133,8 +136,9 @@ def _plan(model: ModelFiles, machine: Machine, config: EngineConfig, choose_plan
         drafting = plan_draft_model(config.draft_model, config, model, machine)
         question = replace(question, draft_model_bytes=drafting.device_bytes)
     planner, plan = question.answer(choose_plan)
-    spec, default_params = model.planned_spec(planner, plan), _default_params(config, model.directory)
-    return Planned(spec, question, planner, plan, model, drafting, default_params)
+    choice = question.choice_of(planner)
+    spec, default_params = model.spec_of(choice, plan), _default_params(config, model.directory)
+    return Planned(model, choice, spec, question, planner, plan, drafting, default_params)
 
 
 def _tell_of_growth(memory: HostMemory) -> None:
@@ -169,10 +173,11 @@ def _check_layer(choices: Sequence[ModelSpec], config: EngineConfig, device: Dev
 def measure_machine(config: EngineConfig) -> Machine:
     """The device that a configuration names, as it is now: its memory, and its rates for the model's sizes."""
     spec, device = describe_model(config)
-    return _measure(device, spec)
+    return measure(device, spec)
 
 
-def _measure(device: Device, spec: ModelSpec) -> Machine:
+def measure(device: Device, spec: ModelSpec) -> Machine:
+    """The memory of a device and of this host, and the rates at which it computes a model."""
     device_memory, host_memory = device.free_memory, HostMemory.read().free  # before calibration takes some
     return Machine(
         name=device.name,
@@ -205,8 +210,21 @@ async def open_components(config: EngineConfig, choose_plan: ChoosePlan, progres
     Raises:
         ConfigError, CheckpointError, ModelNotFoundError: as their names say.
     """
+    config = _counted(config)
+    try:
+        return await _open(config, choose_plan, progress)
+    except OverBoundError as error:
+        if config.weight_coding is not WeightCoding.AUTO:
+            raise
+        _log.warning("%s; loading them as they are", error)
+        return await _open(replace(config, weight_coding=WeightCoding.NONE), choose_plan, progress)
+
+
+async def _open(config: EngineConfig, choose_plan: ChoosePlan, progress: bool) -> Components:
+    if config.num_gpus > 1:
+        return await _open_ranks(config, choose_plan, progress)
     stop = threading.Event()
-    opening = asyncio.create_task(asyncio.to_thread(_open_best, config, choose_plan, progress, stop))
+    opening = asyncio.create_task(asyncio.to_thread(_open_here, config, choose_plan, progress, stop))
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
@@ -220,67 +238,122 @@ async def _close_opened(opening: asyncio.Task[Components]) -> None:
         await (await opening).close()
 
 
-def _open_best(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
-    """Open components; with weights as they are where packed ones turn out to take more than their bound."""
+async def _open_ranks(config: EngineConfig, choose_plan: ChoosePlan, progress: bool) -> Components:
+    """Several GPUs, each opened by a process of its own; model, plan and tokenizer are this one's."""
+    _template(config)  # first: what is wrong with it is told before anything takes time
+    model = await asyncio.to_thread(ModelFiles.read, config, torch.device(device_kind(config.device)))
+    ranks = await Ranks.start(config, progress)
     try:
-        return _open_once(config, choose_plan, progress, stop)
-    except OverBoundError as error:
-        if config.weight_coding is not WeightCoding.AUTO:
-            raise
-        _log.warning("%s; loading them as they are", error)
-        return _open_once(replace(config, weight_coding=WeightCoding.NONE), choose_plan, progress, stop)
+        planned = await asyncio.to_thread(_plan, model, ranks.machine, config, choose_plan)
+        await ranks.load(planned.plan, planned.choice, planned.spec.sizes.windows)
+        tokenizer = await asyncio.to_thread(open_tokenizer, planned, config)
+        return await asyncio.to_thread(_components, planned, tokenizer, ranks, _drafter(planned, config))
+    except BaseException:
+        await run_to_end(_close_ranks(ranks))
+        raise
 
 
-def _open_once(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
+async def _close_ranks(ranks: Ranks) -> None:
+    await ranks.close()
+
+
+def _counted(config: EngineConfig) -> EngineConfig:
+    """The configuration with a number of GPUs.
+
+    Raises:
+        ConfigError: there are fewer than it wants.
+    """
+    there = num_devices(config.device)
+    if config.gpus == ALL_GPUS:
+        return replace(config, gpus=there or 1)
+    if there is not None and config.num_gpus > there:
+        raise ConfigError("gpus", config.gpus, f"there are {there}", "give at most that, or all")
+    return config
+
+
+def _open_here(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, stop: threading.Event) -> Components:
+    """One GPU, in this process."""
     with ExitStack() as undo:
         _template(config)  # first: what is wrong with it is told before anything takes time
         device = open_device(config.device)
         planned = _plan_here(device, config, choose_plan)
-        spec, plan = planned.spec, planned.plan
         undo.callback(device.release_pinned)
-        device.release_cached()  # what calibration used
-        _check_room(plan, device)
-        device.limit_memory(plan.budgets.device)
-        family = create_family(spec, plan.max_model_len)
         source = planned.files.source  # before the tokenizer: what fails here leaves no threads behind
         tokenizer = open_tokenizer(planned, config)
         undo.callback(tokenizer.close)
-        opened = OpenedModel.open(family, source, plan, device, stop, progress=progress)
-        drafter = _open_drafter(planned, config, device, stop)
-        executor = Executor(
-            opened.assembler,
-            device,
-            prefetcher=opened.prefetcher,
-            cache=opened.cache,
-            forward=opened.forward,
-            graphs=opened.graphs,
-            score_rows=opened.score_rows,
-        )
-        ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.end_token_ids))
-        spec = replace(spec, eos_token_ids=tuple(ends))
-        grammars = open_grammars(tokenizer, spec)
+        gpu = open_gpu(planned.spec, planned.plan, source, device, stop, progress=progress)
+        drafter = _open_draft_model(planned, device, stop) or _drafter(planned, config)
+        components = _components(planned, tokenizer, gpu, drafter)
         undo.pop_all()
-        params, question = planned.default_params, planned.question
-        prefetcher, cache = opened.prefetcher, opened.cache
-        return Components(
-            spec, device, question, plan, params, tokenizer, grammars, prefetcher, cache, executor, drafter
-        )
+        return components
 
 
-def _open_drafter(planned: Planned, config: EngineConfig, device: Device, stop: threading.Event) -> Drafter | None:
-    """What drafts tokens; a model is loaded for it."""
-    if not planned.plan.max_draft_tokens:
+def _components(
+    planned: Planned, tokenizer: Tokenizer | NoTokenizer, gpus: Gpus[Any], drafter: Drafter | None
+) -> Components:
+    ends = dict.fromkeys((*planned.spec.eos_token_ids, *tokenizer.end_token_ids))
+    spec = replace(planned.spec, eos_token_ids=tuple(ends))
+    grammars = open_grammars(tokenizer, spec)
+    return Components(spec, planned.question, planned.plan, planned.default_params, tokenizer, grammars, gpus, drafter)
+
+
+def _open_draft_model(planned: Planned, device: Device, stop: threading.Event) -> Drafter | None:
+    """The model that drafts tokens, loaded; None: there is none, or nothing is drafted."""
+    if planned.draft_model is None or not planned.plan.max_draft_tokens:
         return None
-    if planned.draft_model is None:
-        return NgramDrafter() if config.drafter is DraftMethod.NGRAM else SuffixDrafter()
     model = planned.draft_model.open(device, stop)
     if device.warms_up:
         model.warm_up()
     return model
 
 
-def _check_room(plan: Plan, device: Device) -> None:
+def _drafter(planned: Planned, config: EngineConfig) -> Drafter | None:
+    """What drafts tokens without a model; None: nothing does."""
+    if planned.draft_model is not None or not planned.plan.max_draft_tokens:
+        return None
+    return NgramDrafter() if config.drafter is DraftMethod.NGRAM else SuffixDrafter()
+
+
+def open_gpu(
+    spec: ModelSpec,
+    plan: Plan,
+    source: WeightSource,
+    device: Device,
+    stop: threading.Event,
+    *,
+    group: DeviceGroup = ALONE,
+    progress: bool = False,
+) -> OneGpu:
+    """The model on a device, as the plan wants it; `group`: GPUs that load what streams for each other.
+
+    Once `stop` is set, no further layer is loaded.
+
+    Raises:
+        ConfigError, CheckpointError: as their names say.
+        EngineUnavailableError: it was stopped.
+    """
+    device.release_cached()  # what calibration used
+    _check_room(plan, device, group.size)
+    group.meet()  # nobody takes memory before all have looked
+    device.limit_memory(plan.budgets.device)
+    family = create_family(spec, plan.max_model_len)
+    opened = OpenedModel.open(family, source, plan, device, stop, group=group, progress=progress)
+    executor = Executor(
+        opened.assembler,
+        device,
+        prefetcher=opened.prefetcher,
+        cache=opened.cache,
+        forward=opened.forward,
+        graphs=opened.graphs,
+        score_rows=opened.score_rows,
+    )
+    return OneGpu(device, opened.prefetcher, opened.cache, executor)
+
+
+def _check_room(plan: Plan, device: Device, num_gpus: int = 1) -> None:
     """Check the free memory before anything is allocated: a host that runs out ends this program, or another.
+
+    `num_gpus` take as much of the host's.
 
     Raises:
         ConfigError: the device or the host has less memory left than the plan takes, or a limit is too low for it.
@@ -289,12 +362,12 @@ def _check_room(plan: Plan, device: Device) -> None:
     memory = HostMemory.read()
     others = 0
     if device.torch_device.type == "cpu":  # one memory for both
-        _check_host_room("gpu_memory", plan.budgets.device, device_bytes, 0, memory)
-        others = device_bytes
+        others = num_gpus * device_bytes
+        _check_host_room("gpu_memory", plan.budgets.device, others, 0, memory)
     elif device_bytes > (free := device.free_memory):
         problem = f"the plan takes {format_bytes(device_bytes)} of it, and {format_bytes(free)} are free"
         raise ConfigError("gpu_memory", format_bytes(plan.budgets.device), problem, _LOWER)
-    _check_host_room("host_memory", plan.budgets.host, host_bytes, others, memory)
+    _check_host_room("host_memory", num_gpus * plan.budgets.host, num_gpus * host_bytes, others, memory)
     device.check_pinning(host_bytes)
 
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from hsrpc.engine.startup import Components
 from hsrpc.request import SamplingParams
-from hsrpc.schedule.blocks import BlockManager
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Scheduler, SchedulerLimits
 
@@ -27,8 +26,9 @@ async def warm_up(components: Components, limits: SchedulerLimits) -> None:
     Raises:
         OutOfDeviceMemoryError: the device has not the memory for a step.
     """
-    plan, limits = components.plan, replace(limits, shares_prefixes=False)  # all prompts are equal
-    scheduler = Scheduler(BlockManager(plan.num_blocks, plan.max_batch, plan.kind_rule), limits, ())
+    limits = replace(limits, shares_prefixes=False)  # all prompts are equal
+    blocks, *others = components.new_blocks()
+    scheduler = Scheduler(blocks, limits, (), others)
     new_tokens = min(_NEW_TOKENS + limits.max_draft_tokens, limits.max_model_len - 1)
     params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     for tokens in (limits.max_idle_prefill_tokens, limits.max_prefill_tokens):
@@ -38,19 +38,19 @@ async def warm_up(components: Components, limits: SchedulerLimits) -> None:
         await _step(components, scheduler)
     while await _step(components, scheduler):
         pass
-    components.prefetcher.reset_counts()
-    components.cache.loaded_bytes = components.executor.forward.regenerated_tokens = 0
+    components.gpus.reset_counts()
 
 
 def _prompts(tokens: int, limits: SchedulerLimits, scheduler: Scheduler, new_tokens: int) -> list[int]:
-    """Lengths of prompts with `tokens` tokens in all, as far as there is room for them."""
-    longest, room = limits.max_model_len, limits.max_batch - scheduler.num_running
+    """Lengths of prompts with `tokens` tokens on each GPU, as far as there is room for them."""
+    gpus, blocks = len(scheduler.blocks), scheduler.blocks[0]  # all have as many, and as many run on each
+    longest, room = limits.max_model_len, limits.max_batch - scheduler.num_running // gpus
     if limits.keeps_cache:  # there may be blocks for a window and a chunk only
-        longest = min(longest, scheduler.blocks.num_blocks * limits.block_size)
+        longest = min(longest, blocks.num_blocks * limits.block_size)
     length = max(1, min(tokens, longest - new_tokens))
     if limits.keeps_cache:
-        room = min(room, scheduler.blocks.num_free // -(-(length + new_tokens) // limits.block_size))
-    return [length] * min(min(tokens, _MAX_TOKENS) // length, room)
+        room = min(room, blocks.num_free // -(-(length + new_tokens) // limits.block_size))
+    return [length] * (min(min(tokens, _MAX_TOKENS) // length, room) * gpus)
 
 
 async def _step(components: Components, scheduler: Scheduler) -> bool:
@@ -60,6 +60,6 @@ async def _step(components: Components, scheduler: Scheduler) -> bool:
     scheduled = scheduler.schedule(0.0)
     if scheduled is None:
         return False
-    await components.executor.execute(components.executor.assemble(scheduled))
+    await components.gpus.execute(components.gpus.assemble(scheduled))
     scheduler.commit(scheduled.step_id, [0] * len(scheduled.sampling), 0.0)
     return True

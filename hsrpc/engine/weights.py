@@ -1,5 +1,8 @@
 """Layer weights: a part resident on the device, the rest in one pinned buffer a layer, which crosses the bus whole.
 
+Where several GPUs load for each other, each has a part of that buffer pinned, and gets the others over the wire between
+them: the layer is whole on each device.
+
 Experts that come on demand are neither: they cross the bus one by one.
 
 Each tensor lies in that buffer as its format packs it, and some of the resident ones lie so too. What is to be decoded
@@ -27,9 +30,17 @@ class PackedTensor(NamedTuple):
     packing: Packing
     offset: int = 0
 
+    @property
+    def end(self) -> int:
+        return self.offset + self.packing.num_bytes
+
+    def moved(self, distance: int) -> PackedTensor:
+        """The tensor within memory that begins so much earlier."""
+        return self._replace(offset=self.offset + distance)
+
     def data(self, memory: torch.Tensor) -> torch.Tensor:
         """Packed bytes of the tensor: uint8."""
-        return memory[self.offset : self.offset + self.packing.num_bytes]
+        return memory[self.offset : self.end]
 
     def open(self, memory: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
         """Operand to multiply by: a view of the memory, or of the front of `decoded`, where it is decoded to."""
@@ -80,9 +91,9 @@ class LayerWeights:
     resident: Mapping[str, torch.Tensor]
     """Those that stay ready on the device."""
     packed: torch.Tensor | None
-    """Pinned bytes of the tensors that are streamed; None where none is."""
+    """Pinned bytes of the tensors that are streamed, as far as this GPU loads them; None where none is."""
     parts: tuple[PackedTensor, ...]
-    """Tensors within `packed`."""
+    """Tensors within the bytes that all GPUs load together."""
     kept: tuple[KeptTensor, ...] = ()
     """Those that stay packed on the device."""
     experts: HostExperts | None = None
@@ -92,7 +103,7 @@ class LayerWeights:
 
     @property
     def bus_bytes(self) -> int:
-        """Bytes that cross the bus in every step; 0 where all lie on the device."""
+        """Bytes that cross this GPU's bus in every step; 0 where all lie on the device."""
         return 0 if self.packed is None else len(self.packed)
 
     @property
@@ -122,7 +133,7 @@ class LayerWeights:
         tables: ChosenExperts | None = None,
         multiplied: Collection[str] = (),
     ) -> OpenedLayer:
-        """All tensors, given the device buffers (bytes) with a copy of `packed`, and of what is decoded.
+        """All tensors, given the device buffers (bytes) with what is streamed, and of what is decoded.
 
         `tables`: what experts are decoded by, where there are coded ones. `multiplied`: those that a few rows are
         multiplied by as they lie, if they stay packed and their format can.

@@ -90,6 +90,7 @@ class Assembly:
             cache_format=config.cache_format,
             kinds=evaluator.held.kinds,
             shared_prefix=model.traffic.shared,
+            num_gpus=sizes.num_gpus,
             drafts=DraftPlan(drafting=drafting) if point.drafts else NO_DRAFTS,
         )
         plan = replace(plan, prediction=simulated(plan, sizes, closed, recomputes=bool(one.recomputed)))

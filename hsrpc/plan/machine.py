@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from hsrpc.config import DeviceKind, EngineConfig
 from hsrpc.errors import ConfigError
 from hsrpc.plan.device_memory import cuda_runtime_memory
+from hsrpc.plan.fitted import LOADS_BANDWIDTH
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets
 
 CALIBRATE = "hsrpc bench calibrate --save"
 """The command that writes a machine's file."""
 _FORMAT = 1
+_TIMES = ("_time", "_overhead")
+"""How names of hardware's times end; all others are rates, and parts of them."""
 _MOST_BYTES = 2**16
 """No machine's file is longer."""
 _MOST = 1e18
@@ -40,11 +43,36 @@ class Machine:
     hardware: Hardware
 
     def budgets(self, config: EngineConfig) -> Budgets:
-        """The budgets that are given; else 0.9 of a GPU's memory and 0.8 of the host's, or on a CPU 1/4 and 1/2."""
-        on_cpu = self.kind is DeviceKind.CPU
-        device = int(config.gpu_memory or self.device_memory * (0.25 if on_cpu else 0.9))
-        host = int(config.host_memory or self.host_memory * (0.5 if on_cpu else 0.8))
+        """The budgets that are given; else 0.9 of a GPU's memory and 0.8 of the host's, or on a CPU 1/4 and 1/2.
+
+        Several GPUs have equal parts of the host's memory, and of a CPU's that stands for them.
+        """
+        on_cpu, gpus = self.kind is DeviceKind.CPU, config.num_gpus
+        device = int(config.gpu_memory or self.device_memory * (0.25 / gpus if on_cpu else 0.9))
+        host = int(config.host_memory or self.host_memory * (0.5 if on_cpu else 0.8)) // gpus
         return Budgets(device=device, host=host, runtime=0 if on_cpu else cuda_runtime_memory(device))
+
+    def at_once(self, num_gpus: int) -> Machine:
+        """The same where so many GPUs load at once, though each was measured alone."""
+        share = LOADS_BANDWIDTH / num_gpus
+        hardware = replace(self.hardware, load_bandwidth=min(self.hardware.load_bandwidth, share))
+        return self if num_gpus == 1 or self.kind is DeviceKind.CPU else replace(self, hardware=hardware)
+
+    def slowest(self, others: Sequence[Machine]) -> Machine:
+        """One as this and others of its kind: each rate is that of the slowest, and memory that of the fullest."""
+        machines = (self, *others)
+        rates = {
+            item.name: (max if item.name.endswith(_TIMES) else min)(
+                getattr(each.hardware, item.name) for each in machines
+            )
+            for item in fields(Hardware)
+        }
+        return replace(
+            self,
+            device_memory=min(each.device_memory for each in machines),
+            host_memory=min(each.host_memory for each in machines),
+            hardware=Hardware(**rates),
+        )
 
 
 def save_machine(machine: Machine, file: Path) -> None:
@@ -109,7 +137,7 @@ class _Reader:
         self._check_names(values, "hardware", names, needed)
         for name, value in values.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST
-            if not is_number or (value == 0 and not name.endswith(("_time", "_overhead"))):
+            if not is_number or (value == 0 and not name.endswith(_TIMES)):
                 raise _wrong(self.file, f"hardware.{name} is {_short(value)}, not a positive number")
         return Hardware(**{name: float(value) for name, value in values.items()})
 

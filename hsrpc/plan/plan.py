@@ -137,6 +137,8 @@ class Plan:
     """Kinds that blocks may be of. In 8 bits all tokens' activations and K and V are rounded as blocks of these are."""
     shared_prefix: int = 0
     """First tokens that requests are expected to share."""
+    num_gpus: int = 1
+    """GPUs that each have such a plan, and load what streams for each other: all bytes and times are those of one."""
     kind_rule: KindRule = IN_PROPORTION
     """Decides of which kind a request's next blocks are."""
     drafts: DraftPlan = NO_DRAFTS

@@ -66,7 +66,7 @@ class _Tried(NamedTuple):
 
 
 class Planner:
-    """Finds the plan of highest predicted throughput within the budgets."""
+    """Finds the plan of highest predicted throughput within the budgets: of several GPUs that of each."""
 
     def __init__(self, sizes: ModelSizes, budgets: Budgets, hardware: Hardware, config: EngineConfig) -> None:
         self.sizes = sizes
@@ -308,7 +308,8 @@ def _max_model_len(config: EngineConfig, sizes: ModelSizes) -> int:
 def _weight_choices(config: EngineConfig, sizes: ModelSizes, shares: tuple[float, ...]) -> list[WeightChoice]:
     """Those to try; of two that are equal the later one is taken."""
     residence = config.resident_weights
-    on_demand = [] if config.experts is ExpertLoading.STREAM else demand_choices(sizes, shares, residence)
+    streams = config.experts is ExpertLoading.STREAM or sizes.num_gpus > 1  # each would pin all experts
+    on_demand = [] if streams else demand_choices(sizes, shares, residence)
     if config.experts is not ExpertLoading.DEMAND:
         return on_demand + streaming_choices(sizes, shares, residence)
     if not on_demand:

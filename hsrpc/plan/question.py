@@ -16,7 +16,7 @@ from hsrpc.plan.sizes import ModelSizes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """All that a plan follows from."""
+    """All that a plan follows from; where there are several GPUs it is one for each of them."""
 
     choices: tuple[ModelSizes, ...]
     """Sizes of the model in each choice of formats."""
@@ -31,16 +31,21 @@ class Question:
         Raises:
             ConfigError: none fits.
         """
-        hardware = self.machine.hardware
+        hardware, config = self.machine.hardware, self.config.of_one_gpu
         budgets = replace(self.machine.budgets(self.config), draft_model=self.draft_model_bytes)
         found: list[tuple[Planner, Plan]] = []
         errors: list[ConfigError] = []
         for sizes in self.choices:
             try:
-                planner = planner_with_context(sizes, budgets, hardware, self.config)
+                planner = planner_with_context(sizes, budgets, hardware, config)
                 found.append((planner, choose_plan(planner)))
             except ConfigError as error:
                 errors.append(error)
         if not found:
             raise errors[0]
         return max(found, key=lambda each: each[1].prediction.mean_tokens_per_second)
+
+    def choice_of(self, planner: Planner) -> int:
+        """Number of the choice that a planner of the answer is for."""
+        [choice] = [number for number, sizes in enumerate(self.choices) if sizes is planner.sizes]
+        return choice

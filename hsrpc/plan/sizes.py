@@ -5,6 +5,7 @@ A family makes one `LayerSizes` for each layer; what a tensor or a cached row ta
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
@@ -30,6 +31,11 @@ ALIGNMENT = 256
 def align(size: int) -> int:
     """`size` bytes rounded up to the alignment of tensors in a buffer."""
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def part_bytes(size: int, num_gpus: int) -> int:
+    """Bytes of a layer's `size` packed bytes that each of several GPUs loads, with what pads the last part."""
+    return align(-(-size // num_gpus))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +200,8 @@ class LayerSizes:
     """None: attention needs K and V."""
     sliding_window: int | None = None
     """A token sees itself and the `sliding_window - 1` tokens before it; None: all."""
+    num_gpus: int = 1
+    """GPUs of which each loads a part of what streams, and gets the other parts from the others."""
 
     @cached_property
     def num_elements(self) -> int:
@@ -239,7 +247,7 @@ class LayerSizes:
         return replace(self, tensors=tuple(tensor for tensor in self.tensors if tensor in others))
 
     def placed(self, stays: Stays) -> PlacedSizes:
-        """What the weight tensors take where these of them stay on the device."""
+        """What the weight tensors take on one GPU, and of the host for that, where these of them stay on the device."""
         ready = [tensor for tensor in self.tensors if tensor.name in stays.ready]
         packed = [tensor for tensor in self.tensors if tensor.name in stays.packed]
         names = stays.names
@@ -251,14 +259,18 @@ class LayerSizes:
             kept_bytes=kept_bytes,
             ready_bytes=sum(tensor.resident_bytes for tensor in (*ready, *packed)),
             streamed_bytes=sum(tensor.device_bytes for tensor in streamed),
-            buffer_bytes=sum(tensor.buffer_bytes for tensor in streamed),
-            bus_bytes=sum(tensor.bus_bytes for tensor in streamed),
-            host_bytes=sum(tensor.host_bytes for tensor in streamed),
+            buffer_bytes=self.num_gpus * int(self._part(sum(tensor.buffer_bytes for tensor in streamed))),
+            bus_bytes=sum(tensor.bus_bytes for tensor in streamed) / self.num_gpus,
+            host_bytes=self._part(sum(tensor.host_bytes for tensor in streamed)),
             decoded_bytes=sum(tensor.decoded_bytes for tensor in (*packed, *streamed)),
             decode_traffic=sum(each.decode_traffic for each in (*packed, *streamed) if each.name not in experts),
             expert_traffic=sum(each.decode_traffic for each in (*packed, *streamed) if each.name in experts),
             spared_traffic=sum(each.spared_traffic for each in packed if each.few_rows),
         )
+
+    def _part(self, size: float) -> float:
+        """Bytes of a GPU's part of `size` bytes that stream, at most."""
+        return size if self.num_gpus == 1 else part_bytes(math.ceil(round(size, 3)), self.num_gpus)
 
     def holding(self, kinds: Collection[BlockKind]) -> LayerSizes:
         """The layer where blocks are of these kinds alone."""
@@ -443,6 +455,16 @@ class ModelSizes:
     def model_bytes(self) -> int:
         """Bytes of all weights on the device."""
         return self.layers_bytes + self.fixed_bytes
+
+    def on_gpus(self, num_gpus: int) -> ModelSizes:
+        """The model on so many GPUs, which load what streams for each other."""
+        shared = {layer: replace(layer, num_gpus=num_gpus) for layer, _ in self.distinct}
+        return replace(self, layers=tuple(shared[layer] for layer in self.layers))
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that load what streams for each other."""
+        return self.layers[0].num_gpus
 
     def holding(self, kinds: Collection[BlockKind]) -> ModelSizes:
         """The model where blocks are of these kinds alone: rows that no block holds are as they are computed."""

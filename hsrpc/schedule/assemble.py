@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hsrpc.schedule.blocks import PoolId, Tier
 from hsrpc.schedule.packing import pack
-from hsrpc.schedule.step import MiniBatch, Scheduled, Step
+from hsrpc.schedule.step import MiniBatch, Packed, Scheduled, Step, StopFlag
 from hsrpc.schedule.sweep import BatchShape, Carried, Places, sweep
 from hsrpc.schedule.windows import LayerWindows
 
@@ -26,20 +26,35 @@ class Assembler:
 
     def assemble(self, scheduled: Scheduled, carried: Carried) -> Step:
         """The step, after a list that has left `carried` in the weight buffers."""
-        arrays, windows = scheduled.arrays, self.windows.distinct
-        batches = arrays or tuple(
-            pack(chunks, self.block_size, windows, self.in_place) for chunks in scheduled.mini_batches
-        )
+        packed = pack_step(scheduled, self.block_size, self.windows, self.in_place)
+        return self.order(packed, scheduled.stop, carried)
+
+    def order(self, packed: Packed, stop: StopFlag, carried: Carried) -> Step:
+        """The step of these arrays."""
         return Step(
-            step_id=scheduled.step_id,
-            mini_batches=batches,
-            ops=sweep(self.layers, batch_shapes(batches, self.max_queries), carried),
-            sampling=scheduled.sampling,
-            counts=scheduled.counts,
-            stop=scheduled.stop,
-            is_in_place=scheduled.is_in_place,
-            is_ahead=arrays is not None,
+            step_id=packed.step_id,
+            mini_batches=packed.mini_batches,
+            ops=sweep(self.layers, batch_shapes(packed.mini_batches, self.max_queries), carried),
+            sampling=packed.sampling,
+            counts=packed.counts,
+            stop=stop,
+            is_in_place=packed.is_in_place,
+            is_ahead=packed.is_ahead,
         )
+
+
+def pack_step(scheduled: Scheduled, block_size: int, windows: LayerWindows, in_place: PoolId) -> Packed:
+    """The arrays of a step."""
+    arrays = scheduled.arrays
+    return Packed(
+        step_id=scheduled.step_id,
+        mini_batches=arrays
+        or tuple(pack(chunks, block_size, windows.distinct, in_place) for chunks in scheduled.mini_batches),
+        sampling=scheduled.sampling,
+        counts=scheduled.counts,
+        is_in_place=scheduled.is_in_place,
+        is_ahead=arrays is not None,
+    )
 
 
 def batch_shapes(batches: Sequence[MiniBatch], max_queries: int) -> tuple[BatchShape, ...]:

@@ -53,6 +53,7 @@ class Request:
         "draft",
         "finish_reason",
         "first_token_time",
+        "gpu",
         "in_flight",
         "is_uncached",
         "keys",
@@ -125,6 +126,8 @@ class Request:
         self.is_uncached = False
         """It keeps no blocks: each step recomputes all of its tokens."""
         self.preemptions = 0
+        self.gpu = 0
+        """Number of the GPU that has its blocks, once it is admitted."""
         self.in_flight = 0
         """Steps that compute it, handed out and not committed."""
         self.finish_reason: FinishReason | None = None

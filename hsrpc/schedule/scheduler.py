@@ -11,6 +11,9 @@ A request takes the blocks of its first tokens that are there already, held by o
 left. Where another is about to compute the next one of them, it waits for that: it runs, and computes nothing. Whoever
 computes does not wait, and needs none of those who do; so here too nothing dead-locks.
 
+Where several GPUs share a stream of weights, each has blocks and a running list of its own. A request is given to one
+of them when it is admitted, and stays until it ends or is preempted. All have one queue, and one step.
+
 A request that decodes may have a draft: tokens that it is thought to go on with. They are computed behind its newest
 one, as far as there is room that nobody else wants in this step, and behind each of them a token is sampled as it would
 be without a draft. Those drafted that are equal to what was sampled before them are accepted, as if each had been
@@ -24,7 +27,7 @@ from array import array
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import NamedTuple
@@ -41,10 +44,12 @@ from hsrpc.schedule.queue_places import QueuePlaces
 from hsrpc.schedule.queue_rate import QueueRate
 from hsrpc.schedule.recompute import NO_RECOMPUTE, RecomputeLimits, RecomputePolicy
 from hsrpc.schedule.request_state import Request
-from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, RowCosts, SamplingRow, Scheduled, Step, StopFlag
+from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, Packed, RowCosts, SamplingRow, Scheduled, StopFlag
 from hsrpc.schedule.windows import NO_WINDOWS, LayerWindows, first_visible, most_blocks
 
 _MAX_ENDED_WAITING = 64
+_SLANT = 8
+"""Part of the batch that a GPU may be ahead of another by, to have requests where their first blocks are."""
 _NOT_SAMPLED: tuple[int | None, TokenLogprob | None] = None, None
 
 
@@ -84,6 +89,30 @@ class _InFlight(NamedTuple):
     stop: StopFlag
 
 
+@dataclass(slots=True)
+class _Gpu:
+    """Who runs on a GPU, and what holds their tokens there."""
+
+    number: int
+    blocks: BlockManager
+    claims: Claims[Request] = field(default_factory=Claims)
+    """Which running request computes which blocks that others may share."""
+    running: list[Request] = field(default_factory=list)
+    """In the order in which they were admitted."""
+
+
+@dataclass(slots=True)
+class _Turn:
+    """What a GPU computes in the step that is being made."""
+
+    gpu: _Gpu
+    chunks: list[Chunk]
+    budget: int
+    """Prompt tokens that it has room for."""
+    reserved: int = 0
+    """Blocks that those that run still need."""
+
+
 class DraftCandidate(NamedTuple):
     """A request that the next step may compute drafted tokens of."""
 
@@ -112,9 +141,16 @@ class Output(NamedTuple):
 class Scheduler:
     """Owns the life of requests and their blocks. Synchronous: every call leaves all of its state consistent."""
 
-    def __init__(self, blocks: BlockManager, limits: SchedulerLimits, eos_token_ids: Sequence[int]) -> None:
-        self.blocks = blocks
+    def __init__(
+        self,
+        blocks: BlockManager,
+        limits: SchedulerLimits,
+        eos_token_ids: Sequence[int],
+        others: Sequence[BlockManager] = (),
+    ) -> None:
+        """`limits` are those of each GPU; `others`: blocks of the GPUs behind the first, where there are several."""
         self.limits = limits
+        self._gpus = tuple(_Gpu(number, each) for number, each in enumerate((blocks, *others)))
         self.preemptions = 0
         self._eos = frozenset(eos_token_ids)
         self._recompute = RecomputePolicy(
@@ -124,8 +160,6 @@ class Scheduler:
             max_queries=limits.buffers.queries,
             windows=limits.windows,
         )
-        self._claims: Claims[Request] = Claims()
-        """Which running request computes which blocks that others may share."""
         self.cached_tokens = 0
         """Tokens of requests that were found, and not computed when these were admitted for the first time."""
         self.drafted_tokens = 0
@@ -133,7 +167,6 @@ class Scheduler:
         self.accepted_tokens = 0
         """Those of them that the requests came to have."""
         self._live: dict[str, Request] = {}
-        self._running: list[Request] = []
         self._queue = FairQueue()
         self.places = QueuePlaces()
         """Places of those that wait and were never admitted, and of others that hold one before they are added."""
@@ -154,8 +187,18 @@ class Scheduler:
         """Steps handed out and not committed, by id."""
 
     @property
+    def blocks(self) -> tuple[BlockManager, ...]:
+        """Those of each GPU."""
+        return tuple(gpu.blocks for gpu in self._gpus)
+
+    @property
+    def running(self) -> list[Request]:
+        """Those that run, GPU by GPU, each in the order in which they were admitted."""
+        return [request for gpu in self._gpus for request in gpu.running]
+
+    @property
     def num_running(self) -> int:
-        return len(self._running)
+        return sum(len(gpu.running) for gpu in self._gpus)
 
     @property
     def num_waiting(self) -> int:
@@ -163,7 +206,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running) or self.num_waiting > 0
+        return self.num_running > 0 or self.num_waiting > 0
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._live
@@ -195,8 +238,9 @@ class Scheduler:
             return None
         request.finish_reason = reason
         self._drop_claims(request)
-        if request in self._running:
-            self._running.remove(request)
+        running = self._gpu(request).running
+        if request in running:
+            running.remove(request)
         else:
             self.num_waiting_tokens -= request.num_tokens
             if request.scheduled_time is not None:
@@ -210,13 +254,16 @@ class Scheduler:
         return request
 
     def draft_candidates(self) -> list[DraftCandidate]:
-        """Requests that the next step may compute drafted tokens of, with how many each at most, in order.
+        """Requests that the next step may compute drafted tokens of, with how many each at most, GPU by GPU.
 
         The step computes fewer where room runs out: for prompts, for blocks, or for all drafts together.
         """
-        limits, found = self.limits, []
-        free_tokens, queries = self.blocks.num_free * limits.block_size, limits.buffers.queries
-        for request in self._running:
+        return [each for gpu in self._gpus for each in self._draft_candidates(gpu)]
+
+    def _draft_candidates(self, gpu: _Gpu) -> Iterator[DraftCandidate]:
+        limits = self.limits
+        free_tokens, queries = gpu.blocks.num_free * limits.block_size, limits.buffers.queries
+        for request in gpu.running:
             if not request.is_decoding or request.awaits_prefix:
                 continue
             room = min(limits.max_draft_tokens, request.max_total_tokens - request.num_tokens - 1)
@@ -226,37 +273,33 @@ class Scheduler:
                 in_blocks = request.blocks.end * limits.block_size - request.num_tokens
                 room = min(room, queries - 1, in_blocks + free_tokens)
             if room > 0:
-                found.append(DraftCandidate(request, room))
-        return found
+                yield DraftCandidate(request, room)
 
     def schedule(self, now: float) -> Scheduled | None:
         """The next step: a token for each running request, and prompts as far as room allows. None: nothing to do."""
-        if self._recompute.is_of_use:
-            self._balance(now)
-        budget = self._prefill_budget()
-        chunks = self._continue_running(budget)
-        while not chunks and self._running:  # whom they waited for was preempted: for want of blocks, itself
-            chunks = self._continue_running(budget)
+        turns = [self._continue(gpu, now) for gpu in self._gpus]
         if self.num_waiting:
-            chunks += self._admit(now, budget - sum(map(_prefill_tokens, chunks)))
+            self._admit(now, turns)
         self._queue_rate.note(now, is_waiting=self.num_waiting > 0)
-        if not chunks:
-            return None
         if self.limits.max_draft_tokens:
-            chunks = self._with_drafts(chunks)
-        batches, limits = self._divide(chunks), self.limits
-        is_in_place = len(batches) == 1 and uses_no_buffer(batches[0], limits.block_size, limits.in_place)
+            for turn in turns:
+                turn.chunks = self._with_drafts(turn.chunks)
+        batches = tuple(batch for turn in turns if turn.chunks for batch in self._divide(turn.chunks))
+        if not batches:
+            return None
+        limits, is_alone = self.limits, len(batches) == len(self._gpus) == 1
+        is_in_place = is_alone and uses_no_buffer(batches[0], limits.block_size, limits.in_place)
         return self._hand_out(batches, is_in_place=is_in_place)
 
-    def schedule_ahead(self, step: Step) -> Scheduled | None:
+    def schedule_ahead(self, step: Packed) -> Scheduled | None:
         """The step after `step`, which is under way: its requests' next tokens, in place.
 
         Those that `step` ends by its length are left out; those that it ends otherwise are computed in vain. None where
         that is not all there is to do: somebody could be admitted, or would have to be preempted.
         """
         under_way = self._in_flight[step.step_id].chunks
-        can_admit = self.num_waiting > 0 and len(self._running) < self.limits.max_batch
-        if can_admit or not step.is_in_place or len(self._running) != len(under_way):
+        can_admit = self.num_waiting > 0 and self.num_running < self.limits.max_batch
+        if can_admit or not step.is_in_place or self.num_running != len(under_way):
             return None
         chunks = [
             Chunk(chunk.request, chunk.context + 1, 1, samples=True, previous_row=row)
@@ -281,10 +324,10 @@ class Scheduler:
     def integrity(self) -> dict[str, object]:
         """What requests hold, and what contradicts itself, by name; empty where nobody is there and all is well."""
         owned = Counter(
-            block for r in self._live.values() for block in zip(r.blocks.pools, r.blocks.indices, strict=True)
+            (r.gpu, *block) for r in self._live.values() for block in zip(r.blocks.pools, r.blocks.indices, strict=True)
         )
-        used = sum(pool.num_used for pool in self.blocks.pools.values())
-        held = ((block, self.blocks.pools[PoolId(block[0])].num_holders(block[1])) for block in owned)
+        used = sum(pool.num_used for blocks in self.blocks for pool in blocks.pools.values())
+        held = ((block, self.blocks[block[0]].pools[PoolId(block[1])].num_holders(block[2])) for block in owned)
         in_flight = (chunk.request for flight in self._in_flight.values() for chunk in flight.chunks)
         has_ended = any(request.finish_reason is not None for request in in_flight)
         found = {
@@ -295,7 +338,7 @@ class Scheduler:
             "steps in flight": list(self._in_flight),
             "used blocks": used,
             "blocks of other owners": [block for block, holders in held if holders < owned[block]],
-            "claims": len(self._claims),
+            "claims": sum(len(gpu.claims) for gpu in self._gpus),
             "blocks without owner": 0 if has_ended else used - len(owned),
         }
         return {name: value for name, value in found.items() if value}
@@ -308,9 +351,10 @@ class Scheduler:
         """A block for each that begins one; False where there are too few, and what was taken by then stays taken."""
         size = self.limits.block_size
         starting = [chunk.request.blocks for chunk in chunks if chunk.request.blocks.end * size == chunk.context]
-        if len(starting) > self.blocks.num_free:
+        [blocks] = self.blocks  # the step is in place, so there is one GPU
+        if len(starting) > blocks.num_free:
             return False
-        return all(self.blocks.grow(blocks, 1) for blocks in starting)
+        return all(blocks.grow(table, 1) for table in starting)
 
     def _hand_out(
         self,
@@ -405,14 +449,14 @@ class Scheduler:
     def _free_ended(self, request: Request) -> None:
         """Blocks go back with the last step that writes them."""
         if not request.in_flight and request.finish_reason is not None:
-            self.blocks.free(request.blocks)
+            self._gpu(request).blocks.free(request.blocks)
 
     def _free_hidden(self, request: Request) -> None:
         """Blocks that no token to come sees: a step ahead of those that are committed does not read them either."""
         window = self.limits.windows.widest
         if window is not None:
             first = first_visible(request.num_computed, window) // self.limits.block_size
-            self.blocks.free_before(request.blocks, first)
+            self._gpu(request).blocks.free_before(request.blocks, first)
 
     def _accept(self, request: Request, token_id: int, logprob: TokenLogprob | None, now: float) -> Output:
         """Its next token, and whether it is to end with that."""
@@ -458,7 +502,7 @@ class Scheduler:
             self.drafted_tokens += num_drafted
             self.accepted_tokens += num_accepted
             computed += num_accepted - num_drafted
-            self.blocks.free_from(request.blocks, self._num_blocks(computed))
+            self._gpu(request).blocks.free_from(request.blocks, self._num_blocks(computed))
         if not len(request.blocks):
             return
         request.num_computed = computed
@@ -466,42 +510,56 @@ class Scheduler:
         self._publish(request)
         self._free_hidden(request)
 
-    def _prefill_budget(self) -> int:
+    def _gpu(self, request: Request) -> _Gpu:
+        """Where a request runs, or ran last."""
+        return self._gpus[request.gpu]
+
+    def _prefill_budget(self, gpu: _Gpu) -> int:
         limits = self.limits
-        decoding = sum(request.is_decoding for request in self._running)
+        decoding = sum(request.is_decoding for request in gpu.running)
         spare = int(limits.spare_prefill_tokens * (limits.max_batch - decoding))
         idle = limits.max_idle_prefill_tokens
         return min(idle, limits.max_prefill_tokens + spare) if decoding else idle
 
-    def _balance(self, now: float) -> None:
+    def _balance(self, gpu: _Gpu, now: float) -> None:
         """Free the blocks of requests, which are uncached then, or cache one again, as bus and GPU have time."""
-        drafted = sum(len(request.draft) for request in self._running)
-        choice = self._recompute.choose(self._running, self._coming_prompt_tokens(now) + drafted)
+        drafted = sum(len(request.draft) for request in gpu.running)
+        choice = self._recompute.choose(gpu.running, self._coming_prompt_tokens(gpu, now) + drafted)
         for request in choice.giving_up:
             self._give_up_blocks(request)
             request.is_uncached = True
-        reserved = self._reserved() if choice.taking_back else 0
+        reserved = self._reserved(gpu) if choice.taking_back else 0
         for request in choice.taking_back:
             num_blocks = self._num_blocks(request.num_tokens)  # as the step computes it
-            if self._has_room(num_blocks, reserved):
-                self.blocks.grow(request.blocks, num_blocks)
+            if _has_room(gpu, num_blocks, reserved):
+                gpu.blocks.grow(request.blocks, num_blocks)
                 break
 
-    def _coming_prompt_tokens(self, now: float) -> int:
+    def _coming_prompt_tokens(self, gpu: _Gpu, now: float) -> int:
         """Upper bound of the prompt tokens in the next step."""
-        pending = sum(r.num_tokens - r.num_computed for r in self._running if not r.is_decoding)
-        if len(self._running) < self.limits.max_batch:
-            first, reserved = self._first_waiting(now), self._reserved()
-            if first is not None and self._has_room(self._num_wanted(first), reserved):
-                room = (self.blocks.num_free - reserved) * self.limits.block_size
+        pending = sum(r.num_tokens - r.num_computed for r in gpu.running if not r.is_decoding)
+        if len(gpu.running) < self.limits.max_batch:
+            first, reserved = self._first_waiting(now), self._reserved(gpu)
+            if first is not None and _has_room(gpu, self._num_wanted(first, gpu), reserved):
+                room = (gpu.blocks.num_free - reserved) * self.limits.block_size
                 pending += min(room, self.num_waiting_tokens)
-        return min(pending, self._prefill_budget())
+        return min(pending, self._prefill_budget(gpu))
 
-    def _continue_running(self, budget: int) -> list[Chunk]:
+    def _continue(self, gpu: _Gpu, now: float) -> _Turn:
+        """What those compute next that run on a GPU, and how many prompt tokens it has room for beside."""
+        if self._recompute.is_of_use:
+            self._balance(gpu, now)
+        budget = self._prefill_budget(gpu)
+        chunks = self._continue_running(gpu, budget)
+        while not chunks and gpu.running:  # whom they waited for was preempted: for want of blocks, itself
+            chunks = self._continue_running(gpu, budget)
+        return _Turn(gpu, chunks, budget - sum(map(_prefill_tokens, chunks)))
+
+    def _continue_running(self, gpu: _Gpu, budget: int) -> list[Chunk]:
         chunks: list[Chunk] = []
         position, block_size = 0, self.limits.block_size
-        while position < len(self._running):
-            request = self._running[position]
+        while position < len(gpu.running):
+            request = gpu.running[position]
             position += 1
             if request.awaits_prefix and not self._take_prefix(request):
                 continue
@@ -518,25 +576,54 @@ class Scheduler:
             chunks.append(chunk)
         return chunks
 
-    def _admit(self, now: float, budget: int) -> list[Chunk]:
-        chunks: list[Chunk] = []
-        if len(self._running) >= self.limits.max_batch:
-            return chunks
-        reserved = self._reserved()
-        while len(self._running) < self.limits.max_batch and budget > 0:
-            request = self._first_waiting(now)
-            if request is None or not (request.is_uncached or self._has_room(self._num_wanted(request), reserved)):
-                break
+    def _admit(self, now: float, turns: Sequence[_Turn]) -> None:
+        """Let those that wait run, one after the other, each on a GPU that has room, as long as there is one."""
+        turns = [turn for turn in turns if len(turn.gpu.running) < self.limits.max_batch]
+        for each in turns:
+            each.reserved = self._reserved(each.gpu)
+        while turns and (request := self._first_waiting(now)) is not None:
+            if (turn := self._roomiest(request, turns)) is None:
+                return
+            request.gpu = turn.gpu.number
             if self._take_prefix(request):
-                chunk = self._next_chunk(request, budget)
-                if chunk is None or not self.blocks.grow(request.blocks, self._missing_blocks(request, chunk)):
+                chunk = self._next_chunk(request, turn.budget)
+                missing = 0 if chunk is None else self._missing_blocks(request, chunk)
+                if chunk is None or not turn.gpu.blocks.grow(request.blocks, missing):
                     self._give_up_blocks(request)
-                    break
-                budget -= chunk.num_new
-                chunks.append(chunk)
+                    return
+                turn.budget -= chunk.num_new
+                turn.chunks.append(chunk)
             self._admit_one(request, now)
-            reserved += self._num_needed(request)
-        return chunks
+            turn.reserved += self._num_needed(request)
+
+    def _roomiest(self, request: Request, turns: Sequence[_Turn]) -> _Turn | None:
+        """The GPU for a request of those that have room: where most of its first blocks are, unless more run there."""
+        roomy = [turn for turn in turns if self._has_room_for(request, turn)]
+        if len(roomy) <= 1:
+            return roomy[0] if roomy else None
+        num_running = min(len(turn.gpu.running) for turn in roomy) + self.limits.max_batch // _SLANT
+        even = [turn for turn in roomy if len(turn.gpu.running) <= num_running]
+
+        def worth(turn: _Turn) -> tuple[int, int]:
+            return self._num_known(request, turn.gpu), turn.gpu.blocks.num_free - turn.reserved
+
+        return max(even, key=worth)
+
+    def _has_room_for(self, request: Request, turn: _Turn) -> bool:
+        gpu = turn.gpu
+        if turn.budget <= 0 or len(gpu.running) >= self.limits.max_batch:
+            return False
+        return request.is_uncached or _has_room(gpu, self._num_wanted(request, gpu), turn.reserved)
+
+    def _num_known(self, request: Request, gpu: _Gpu) -> int:
+        """Blocks of its first tokens that need not be computed on a GPU."""
+        if not self._may_share(request):
+            return 0
+        keys = self._keys(request)
+        found = len(gpu.blocks.find(keys))
+        while found < len(keys) and gpu.claims.is_others(keys[found], request):
+            found += 1
+        return found
 
     def _with_drafts(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """The chunks, those that decode with what is drafted for their requests, as far as room is left."""
@@ -562,7 +649,7 @@ class Scheduler:
         known = chunk.context + chunk.num_new
         while count > 0:
             missing = self._num_blocks(known + count) - request.blocks.end
-            if self.blocks.grow(request.blocks, missing):
+            if self._gpu(request).blocks.grow(request.blocks, missing):
                 break
             count = (request.blocks.end + missing - 1) * limits.block_size - known
         return max(0, count)
@@ -572,15 +659,16 @@ class Scheduler:
         if not self._may_share(request):
             return True
         keys = self._keys(request)
-        found = self.blocks.find(keys[request.blocks.end :])
-        self.blocks.share(request.blocks, found)
+        gpu = self._gpu(request)
+        found = gpu.blocks.find(keys[request.blocks.end :])
+        gpu.blocks.share(request.blocks, found)
         request.num_published = end = request.blocks.end
         request.num_computed = end * self.limits.block_size
         self._free_hidden(request)
-        request.awaits_prefix = end < len(keys) and self._claims.is_others(keys[end], request)
+        request.awaits_prefix = end < len(keys) and gpu.claims.is_others(keys[end], request)
         if request.awaits_prefix:
             return False
-        self._claims.claim(keys[end:], request)
+        gpu.claims.claim(keys[end:], request)
         if request.cached_tokens is None:
             request.cached_tokens = request.num_computed
             self.cached_tokens += request.num_computed
@@ -600,20 +688,20 @@ class Scheduler:
         number, end = request.num_published, request.num_computed // size
         if number >= end or not self.limits.shares_prefixes:
             return
-        keys = request.keys.first(end, request.token_ids, size)
+        keys, gpu = request.keys.first(end, request.token_ids, size), self._gpu(request)
         for each in range(max(number, request.blocks.first), end):
-            self.blocks.publish(request.blocks, each, keys[each])
-        self._claims.drop(keys[number:], request)
+            gpu.blocks.publish(request.blocks, each, keys[each])
+        gpu.claims.drop(keys[number:], request)
         request.num_published = end
 
     def _drop_claims(self, request: Request) -> None:
         """It computes no blocks that others wait for."""
         if self._may_share(request):
-            self._claims.drop(self._keys(request)[request.num_published :], request)
+            self._gpu(request).claims.drop(self._keys(request)[request.num_published :], request)
 
     def _give_up_blocks(self, request: Request) -> None:
         self._drop_claims(request)
-        self.blocks.free(request.blocks)
+        self._gpu(request).blocks.free(request.blocks)
         request.num_computed = request.num_published = 0
         request.awaits_prefix = False
         request.draft = ()
@@ -630,7 +718,7 @@ class Scheduler:
         else:
             heappop(self._preempted)
             self._count_preempted(request, -1)
-        insort(self._running, request, key=lambda r: r.order)
+        insort(self._gpu(request).running, request, key=lambda r: r.order)
 
     def _next_chunk(self, request: Request, budget: int) -> Chunk | None:
         pending = request.num_tokens - request.num_computed
@@ -641,9 +729,10 @@ class Scheduler:
 
     def _reserve(self, request: Request, chunk: Chunk) -> bool:
         """Blocks for `chunk`, preempting from the end of the running list; False where it is the request itself."""
-        while not self.blocks.grow(request.blocks, self._missing_blocks(request, chunk)):
-            victim = next(r for r in reversed(self._running) if not r.is_uncached)
-            self._running.remove(victim)
+        gpu = self._gpu(request)
+        while not gpu.blocks.grow(request.blocks, self._missing_blocks(request, chunk)):
+            victim = next(r for r in reversed(gpu.running) if not r.is_uncached)
+            gpu.running.remove(victim)
             self._preempt(victim)
             if victim is request:
                 return False
@@ -671,29 +760,25 @@ class Scheduler:
         """Blocks that a request holds at once while its tokens are computed, chunk by chunk."""
         return min(self._num_blocks(request.num_tokens), self._most_blocks)
 
-    def _num_wanted(self, request: Request) -> int:
-        """Blocks that one which waits holds at once, beside those that others hold."""
-        return self._most_held(request) - self._num_shared(request)
+    def _num_wanted(self, request: Request, gpu: _Gpu) -> int:
+        """Blocks that one which waits holds at once on a GPU, beside those that others hold there."""
+        return self._most_held(request) - self._num_shared(request, gpu)
 
-    def _num_shared(self, request: Request) -> int:
-        """Blocks of its first tokens beyond those that it holds which others hold, or are about to compute."""
+    def _num_shared(self, request: Request, gpu: _Gpu) -> int:
+        """Blocks of its first tokens beyond those that it holds which others hold there, or are about to compute."""
         if not self._may_share(request):
             return 0
         count = 0
         for key in self._keys(request)[request.blocks.end :]:
-            found = self.blocks.find((key,))
-            if not (self.blocks.is_held(found[0]) if found else self._claims.is_others(key, request)):
+            found = gpu.blocks.find((key,))
+            if not (gpu.blocks.is_held(found[0]) if found else gpu.claims.is_others(key, request)):
                 break
             count += 1
         return count
 
-    def _has_room(self, num_blocks: int, reserved: int) -> bool:
-        """Whether they fit beside `reserved` blocks for those that run: to admit, then preempt, is work lost."""
-        return self.blocks.num_free >= num_blocks + reserved
-
-    def _reserved(self) -> int:
-        """Blocks that those that run still need."""
-        return sum(map(self._num_needed, self._running))
+    def _reserved(self, gpu: _Gpu) -> int:
+        """Blocks that those that run there still need."""
+        return sum(map(self._num_needed, gpu.running))
 
     def _num_needed(self, request: Request) -> int:
         """Blocks for what is left of a running request's prompt, and at least one to grow into."""
@@ -701,7 +786,7 @@ class Scheduler:
             return 0
         left = self._num_blocks(request.num_tokens) - request.blocks.end
         if request.awaits_prefix:
-            left -= self._num_shared(request)
+            left -= self._num_shared(request, self._gpu(request))
         return max(1, min(left, self._most_blocks - len(request.blocks)))
 
     def _drop_ended(self) -> None:
@@ -721,6 +806,11 @@ class Scheduler:
             chunks, limits.block_size, limits.buffers, limits.costs, limits.windows, pool=limits.in_place
         )
         return tuple(map(in_order, batches))
+
+
+def _has_room(gpu: _Gpu, num_blocks: int, reserved: int) -> bool:
+    """Whether they fit beside `reserved` blocks for those that run: to admit, then preempt, is work lost."""
+    return gpu.blocks.num_free >= num_blocks + reserved
 
 
 def _prefill_tokens(chunk: Chunk) -> int:

@@ -18,8 +18,8 @@ that these layers do not see, so that a single query sees all its rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -311,9 +311,13 @@ class StopFlag:
     """Set once nobody waits for a step any more, or it cannot be computed to its end; never taken back."""
 
     is_set: bool = False
+    tell: Callable[[], object] | None = None
+    """Called when it is set: other processes may compute the step."""
 
     def set(self) -> None:
         self.is_set = True
+        if self.tell is not None:
+            self.tell()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,6 +334,15 @@ class Scheduled:
     """Arrays of the mini-batches, where they are made already."""
     is_in_place: bool = False
     """It is one mini-batch of decode that uses no buffer."""
+
+    def of_gpu(self, gpu: int) -> Scheduled:
+        """What one of several GPUs computes of it: mini-batches and rows of a GPU are neighbours."""
+        sampled = (chunk.request.gpu for chunk in self.chunks for _ in range(chunk.num_sampled))
+        return replace(
+            self,
+            mini_batches=tuple(chunks for chunks in self.mini_batches if chunks[0].request.gpu == gpu),
+            sampling=tuple(row for of, row in zip(sampled, self.sampling, strict=True) if of == gpu),
+        )
 
     @property
     def chunks(self) -> Iterator[Chunk]:
@@ -352,20 +365,26 @@ class Scheduled:
 
 
 @dataclass(slots=True, kw_only=True)
-class Step:
-    """One sweep over the layers for every request in it: plain data, which can be sent to another process."""
+class Packed:
+    """What a step computes: plain data, which can be sent to another process."""
 
     step_id: int
     mini_batches: tuple[MiniBatch, ...]
-    ops: OpList
     sampling: tuple[SamplingRow, ...]
     """Settings for each row that is sampled, in mini-batch order."""
     counts: StepCounts
-    stop: StopFlag
     is_in_place: bool = False
     """It is one mini-batch of decode that uses no buffer."""
     is_ahead: bool = False
     """It continues with tokens that the step before has still to sample."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Step(Packed):
+    """One sweep over the layers for every request in it."""
+
+    ops: OpList
+    stop: StopFlag
 
 
 @dataclass(frozen=True, slots=True)

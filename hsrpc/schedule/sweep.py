@@ -44,6 +44,7 @@ class Stream(Enum):
     """The device's queue that an operation is launched on."""
 
     LOAD = "load"
+    GATHER = "gather"
     COMPUTE = "compute"
     STORE = "store"
 
@@ -53,6 +54,8 @@ class OpKind(Enum):
 
     LOAD_WEIGHTS = "load_weights"
     """A part of a layer's weights, from pinned memory to a weight buffer."""
+    GATHER = "gather"
+    """A layer's weights of which each of several GPUs has loaded a part: each gets the other parts."""
     LOAD_BLOCKS = "load_blocks"
     """A mini-batch's cached rows of a layer, from the host's pools to a cache buffer."""
     LOAD_EXPERTS = "load_experts"
@@ -95,9 +98,15 @@ class OpKind(Enum):
         return _STREAMS.get(self, Stream.COMPUTE)
 
 
-_LANES = {OpKind.LOAD_WEIGHTS: Lane.WEIGHTS, OpKind.LOAD_EXPERTS: Lane.WEIGHTS, OpKind.LOAD_BLOCKS: Lane.CACHE}
+_LANES = {
+    OpKind.LOAD_WEIGHTS: Lane.WEIGHTS,
+    OpKind.GATHER: Lane.WEIGHTS,
+    OpKind.LOAD_EXPERTS: Lane.WEIGHTS,
+    OpKind.LOAD_BLOCKS: Lane.CACHE,
+}
 _STREAMS = {
     OpKind.LOAD_WEIGHTS: Stream.LOAD,
+    OpKind.GATHER: Stream.GATHER,
     OpKind.LOAD_EXPERTS: Stream.LOAD,
     OpKind.LOAD_BLOCKS: Stream.LOAD,
     OpKind.STORE: Stream.STORE,
@@ -112,9 +121,9 @@ class Op(NamedTuple):
     batch: int = -1
     """Mini-batch; of a group the first for PROJECT, the last for ROUTE, LOAD_EXPERTS, DECODE_EXPERTS and FINISH."""
     slot: int = -1
-    """Weight buffer (LOAD_WEIGHTS, DECODE, PROJECT) or cache buffer (LOAD_BLOCKS, PLACE, REBUILD, ATTEND)."""
+    """Weight buffer (LOAD_WEIGHTS, GATHER, DECODE, PROJECT) or cache buffer (LOAD_BLOCKS, PLACE, REBUILD, ATTEND)."""
     part: tuple[int, int] = (0, 0)
-    """First byte and end, of a layer's weights (LOAD_WEIGHTS)."""
+    """First byte and end, of what this GPU loads of a layer's weights (LOAD_WEIGHTS)."""
     after: tuple[int, ...] = ()
     """Numbers of the operations of other lanes or streams that come first; below 0: from the end of the list before."""
 
@@ -128,7 +137,7 @@ class LayerPlacement(NamedTuple):
     """Where the weights of a layer are."""
 
     bus_bytes: int = 0
-    """Bytes that cross the bus in every step; 0 where all lie on the device."""
+    """Bytes that cross this GPU's bus in every step; 0 where all lie on the device."""
     is_coded: bool = False
     """Some weights are decoded, or coded, before they are used: of those that cross the bus, or of those on the device.
     Experts are not among them."""
@@ -138,6 +147,8 @@ class LayerPlacement(NamedTuple):
     """Activation blocks hold activations in this layer; else K and V, of which nothing is to be rebuilt."""
     on_demand: bool = False
     """Its experts come once they are chosen; they are not among the `bus_bytes`."""
+    is_gathered: bool = False
+    """The `bus_bytes` are a part of those that stream, and other GPUs load the others."""
 
 
 class BatchShape(NamedTuple):
@@ -185,6 +196,11 @@ class OpList:
         return tuple(tuple(i for i, op in enumerate(self.ops) if op.kind.lane is lane) for lane in Lane)
 
     @cached_property
+    def is_gathered(self) -> bool:
+        """Other GPUs wait for what this one loads: it is run to its end, even where nobody waits for its tokens."""
+        return any(op.kind is OpKind.GATHER for op in self.ops)
+
+    @cached_property
     def group_starts(self) -> tuple[int, ...]:
         """Mini-batches that begin a group."""
         return tuple(op.batch for op in self.ops if op.kind is OpKind.PROJECT and op.layer == 0)
@@ -208,15 +224,21 @@ class OpList:
 
 @lru_cache(maxsize=64)
 def sweep(layers: Places, batches: tuple[BatchShape, ...], carried: Carried = NOTHING_CARRIED) -> OpList:
-    """The list of a step of these mini-batches through these layers."""
+    """The list of a step of these mini-batches through these layers.
+
+    Without mini-batches the weights sweep alone: where GPUs load parts for each other, one with nothing to compute does
+    its part of every layer, in the order of the others.
+    """
     builder = _Builder(layers, batches, carried)
-    builder.compute(OpKind.EMBED)
+    if batches:
+        builder.compute(OpKind.EMBED)
     for layer in range(len(layers)):
         builder.layer(layer)
     for batch, shape in enumerate(batches):
         if shape.scores:
             builder.compute(OpKind.SCORE, batch)
-    builder.compute(OpKind.HEAD)
+    if batches:
+        builder.compute(OpKind.HEAD)
     builder.compute(OpKind.SAMPLE)
     builder.tail()
     return builder.merged()
@@ -235,6 +257,7 @@ _QUEUES = {
     OpKind.LOAD_BLOCKS: _Queue.BLOCKS,
     OpKind.LOAD_EXPERTS: _Queue.EXPERTS,
     OpKind.LOAD_WEIGHTS: _Queue.WEIGHTS,
+    OpKind.GATHER: _Queue.WEIGHTS,
 }
 
 
@@ -271,7 +294,7 @@ class _Builder:
         """All of a layer, and its weights."""
         weights = self._layer_weights(layer)
         slot = self._slot(len(self._weights) - 1) if weights else -1
-        if self._layers[layer].is_coded:
+        if self._layers[layer].is_coded and self._batches:
             self._add(Op(OpKind.DECODE, layer, slot=slot), *weights)
             weights = ()  # what follows on the same stream needs not wait for them again
         for batch in range(len(self._batches)):
@@ -371,7 +394,7 @@ class _Builder:
         """A streamed layer's weights: behind each anchor's blocks, the part up to its share of them all."""
         number, size = len(self._weights), self._layers[layer].bus_bytes
         before = number - BUFFERS
-        free = (self._finishes[self._streamed[before]],) if before >= 0 else ()
+        free = (self._last_use(before),) if before >= 0 else ()
         slot, ref = self._slot(number), None
         ends = _cut(size, [share for share, _ in anchors] or [1.0])
         behind: list[tuple[_Ref, ...]] = [(blocks,) for _, blocks in anchors] or [()]
@@ -380,7 +403,13 @@ class _Builder:
                 ref = self._add(Op(OpKind.LOAD_WEIGHTS, layer, slot=slot, part=part), *free, *blocks)
                 free = ()  # the others follow the first on its stream
         assert ref is not None  # a streamed layer has bytes
+        if self._layers[layer].is_gathered:
+            ref = self._add(Op(OpKind.GATHER, layer, slot=slot), ref)
         self._weights.append(ref)
+
+    def _last_use(self, number: int) -> _Ref:
+        """What uses the buffer of the streamed layer of that number last."""
+        return self._finishes[self._streamed[number]] if self._finishes else self._weights[number]
 
     def _between(self, first: int, end: int) -> list[tuple[float, _Ref]]:
         """Loads of blocks of the layers from `first` to before `end`, and which share of those is done with each."""

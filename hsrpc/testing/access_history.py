@@ -15,13 +15,14 @@ Numbers: TypeAlias = npt.NDArray[np.int64]
 
 
 class Actor(IntEnum):
-    """Who reads and writes: the three streams, the stream that CUDA has where none is named, and the host."""
+    """Who reads and writes: the four streams, the stream that CUDA has where none is named, and the host."""
 
     LOAD = 0
     COMPUTE = 1
     STORE = 2
-    DEFAULT = 3
-    HOST = 4
+    GATHER = 3
+    DEFAULT = 4
+    HOST = 5
 
     def __str__(self) -> str:
         return self.name.lower()

@@ -19,6 +19,9 @@ from hsrpc.testing.sites import Place, user_place
 _EVER = sys.maxsize
 """Every stream knows of all that the host did: what it launches comes after that."""
 
+_OF_DEVICE = [0] * Actor.HOST
+"""No stream knows of what another does, before it has waited for that."""
+
 Clock: TypeAlias = list[int]
 """For each actor, the number of its latest operation that is known to be done."""
 
@@ -85,7 +88,7 @@ class Checker:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._clocks: dict[Actor, Clock] = {actor: [0, 0, 0, 0, _EVER] for actor in Actor}
+        self._clocks: dict[Actor, Clock] = {actor: [*_OF_DEVICE, _EVER] for actor in Actor}
         self._operations: list[_Operation] = []
         """Operations by number, from 1."""
         self._races: Counter[Race] = Counter()

@@ -1,6 +1,6 @@
 """A CPU device for tests that finds what a GPU may get wrong now and then: accesses to memory that no event orders.
 
-Work runs at once, as on `CpuDevice`, but is judged as if the three streams ran on their own. Each stream has a vector
+Work runs at once, as on `CpuDevice`, but is judged as if the four streams ran on their own. Each stream has a vector
 clock: how far it knows the others to be. `record` takes it, `wait` and `synchronize` pass it on. Every operation inside
 `on(stream)` is seen, with the bytes that it reads and writes; one that conflicts with an access of which its stream
 does not know is a race. So is memory that its own stream may reuse while another one still reads it.
@@ -83,8 +83,8 @@ class OrderedDevice(CpuDevice):
 
     def __init__(self, *, without: str | None = None) -> None:
         super().__init__()
-        self.load, self.compute, self.store = (
-            cast("Stream", stream) for stream in (Actor.LOAD, Actor.COMPUTE, Actor.STORE)
+        self.load, self.gather, self.compute, self.store = (
+            cast("Stream", stream) for stream in (Actor.LOAD, Actor.GATHER, Actor.COMPUTE, Actor.STORE)
         )
         self.sites: set[str] = set()
         """Places where something had to wait for something else: streams, the host, and whoever reuses memory."""

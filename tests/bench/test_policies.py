@@ -33,7 +33,7 @@ from hsrpc.schedule.sweep import Carried, OpKind, OpList, sweep
 from tests.bench.conftest import TINY
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference, make_reference
-from tests.engine.support import collect, greedy
+from tests.engine.support import collect, greedy, parts
 
 BALANCED = replace(HARDWARE, gemm_rate=3e11)
 """KVPR's rule gives 12 of 24 tokens of the model `opt`, HCache's 3 of 4 layers."""
@@ -171,7 +171,7 @@ async def test_a_step_is_our_own_list_less_what_is_not_rebuilt(name: str, hidden
     """K and V are rebuilt in exactly the layers of hidden states; all else is as in a list that rebuilds in all."""
     made = reference("opt")
     async with Engine(config_for(made), choose_plan=follow(name)) as engine:
-        executor = engine._opened.executor
+        executor = parts(engine).executor
         executor._assembler = recording = Recording(executor._assembler)
         await outputs(engine, made.prompts)
     assembler = recording.assembler
@@ -215,7 +215,7 @@ async def test_host_memory_is_counted_and_within_its_budget(name: str, reference
     made = reference("opt")
     config = tightest(name, made, config_for(made))
     async with Engine(config, choose_plan=follow(name)) as engine:
-        pools = engine._opened.cache._pools
+        pools = parts(engine).cache._pools
         taken = sum(layer.nbytes for pool, layers in pools.items() if pool.tier is Tier.HOST for layer in layers)
         assert engine.plan.host_bytes[HostUse.CACHE_BLOCKS] == taken
     least = int(config.host_memory)

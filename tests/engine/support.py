@@ -13,7 +13,7 @@ import torch
 
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.engine.forward import Pass
-from hsrpc.engine.startup import Components
+from hsrpc.engine.gpus.one import OneGpu
 from hsrpc.model.sampler import PendingSample, Sampler
 from hsrpc.request import Delta
 from hsrpc.schedule.request_state import Request
@@ -68,9 +68,11 @@ def text(deltas: list[Delta]) -> str:
     return "".join(delta.text for delta in deltas)
 
 
-def parts(engine: Engine) -> Components:
-    """What a running engine is made of: tests look at it, or break it, where no public way leads."""
-    return engine._opened
+def parts(engine: Engine) -> OneGpu:
+    """What a running engine computes with: tests look at it, or break it, where no public way leads."""
+    gpu = engine._opened.gpus
+    assert isinstance(gpu, OneGpu)
+    return gpu
 
 
 def live(engine: Engine, request_id: str) -> Request | None:

@@ -22,7 +22,7 @@ from hsrpc.errors import InvalidRequestError
 from hsrpc.request import Delta, FinishReason
 from hsrpc.schedule.step import SamplingRow
 from tests.engine.reference import NEW_TOKENS, Reference
-from tests.engine.support import collect, config_for, greedy, idle, ids, parts, text, tight, until, weights_on_device
+from tests.engine.support import collect, config_for, greedy, idle, ids, text, tight, until, weights_on_device
 
 COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 PERSON = {
@@ -189,7 +189,7 @@ async def test_cancels_at_any_moment_leave_nothing(reference: Callable[[str], Re
             for task in random.sample(tasks, 30):
                 asyncio.get_running_loop().call_later(random.random() * 0.7, task.cancel)
         await idle(engine)
-        process = parts(engine).grammars._trial._process
+        process = engine._opened.grammars._trial._process
         assert process.poll() is None
     await until(lambda: process.poll() is not None)
     await until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("hsrpc-")])
@@ -239,7 +239,7 @@ async def test_bounds_that_requests_share_are_not_the_end_of_one(
     async with Engine(story) as engine, asyncio.timeout(60):
         constraint = Regex("(a|b|[c-z ]{1,500}x){1,500}")
         whole = await collect(engine.generate("Hi", asked(constraint, temperature=1.0, seed=1)))
-        compiled = parts(engine).grammars._cache.get(constraint)
+        compiled = engine._opened.grammars._cache.get(constraint)
         params = asked(constraint, temperature=1.0, seed=1)
         stream = engine.generate("Hi", params)
         found = [await anext(stream) for _ in range(5)]

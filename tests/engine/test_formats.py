@@ -45,7 +45,7 @@ from hsrpc.plan.sizes import LayerSizes, Stays, TensorSizes, align
 from hsrpc.schedule.blocks import PoolId
 from hsrpc.schedule.sweep import BUFFERS
 from tests.engine.conftest import HARDWARE
-from tests.engine.support import collect, greedy, idle, ids
+from tests.engine.support import collect, greedy, idle, ids, parts
 
 NUM_LAYERS, WINDOW, NUM_TOKENS = 5, 6, 24
 CONFIG = {
@@ -229,7 +229,7 @@ async def test_tokens_are_those_of_a_plain_forward_pass(
         found = await asyncio.gather(*(collect(engine.generate(prompt, greedy(NUM_TOKENS))) for prompt in PROMPTS))
         await idle(engine)
         plan, family = engine.plan, create_family(engine.spec)
-        layers = engine._opened.prefetcher._layers
+        layers = parts(engine).prefetcher._layers
     with torch.inference_mode():
         assert [ids(each) for each in found] == [continued(family, prompt) for prompt in PROMPTS]
     packed = [0 if layer.packed is None else len(layer.packed) for layer in layers]

@@ -341,7 +341,7 @@ class NotingDevice(CpuDevice):
 
     def __init__(self) -> None:
         super().__init__()
-        self.load, self.compute, self.store = "load", "compute", "store"
+        self.load, self.gather, self.compute, self.store = "load", "gather", "compute", "store"
         self.notes: list[tuple[object, ...]] = []
         self.current: object = None
         self._num_events = 0

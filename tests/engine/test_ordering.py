@@ -21,7 +21,9 @@ from hsrpc.engine import lanes
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.lanes import crosses
 from hsrpc.errors import OutOfDeviceMemoryError
+from hsrpc.schedule.step import Packed, StepCounts, StopFlag
 from hsrpc.schedule.sweep import BatchShape, LayerPlacement, Op, OpKind, sweep
+from hsrpc.testing.half_group import half_of_two, plan_for_half
 from hsrpc.testing.ordered_device import OrderedDevice, RaceError, ordered_devices
 from tests.engine.reference import Reference
 from tests.engine.support import collect, config_for, greedy, idle, parts, tight, weights_on_device
@@ -258,6 +260,38 @@ def with_codes(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name], tensors[f"{name}_scale"] = (tensors[name] / scale).to(torch.float8_e4m3fn), scale
 
 
+async def gathered(made: Reference) -> None:
+    """One of two GPUs: it loads half of what streams, and gets the other half; steps are stopped, others are idle."""
+    config = config_for(made, gpu_memory="1GiB", host_memory="64MiB", placement="host")
+    with half_of_two():
+        async with Engine(config, choose_plan=plan_for_half) as engine, asyncio.timeout(60):
+            await crowd(engine, made)
+            await idle_steps(engine)
+            leaver = await engine.submit([5] * 60, greedy(20))
+            await anext(leaver)
+            leaver.close()
+            await idle(engine)
+            await crowd(engine, made, 3)
+
+
+async def gathered_coded(made: Reference) -> None:
+    """The same, with weights that are decoded once they are whole."""
+    settings = {"gpu_memory": "1GiB", "host_memory": "64MiB", "placement": "host"}
+    config = config_for(made, dtype="bfloat16", weight_coding="lossless", **settings)
+    with half_of_two():
+        async with Engine(config, choose_plan=plan_for_half) as engine, asyncio.timeout(60):
+            await crowd(engine, made)
+
+
+async def idle_steps(engine: Engine) -> None:
+    """Steps in which the other GPUs compute, and this one does not."""
+    executor = parts(engine).executor
+    for _ in range(3):
+        counts = StepCounts(requests=0, decode=0, prefill=0, recomputed=0, context=0)
+        nothing = Packed(step_id=-1, mini_batches=(), sampling=(), counts=counts)
+        assert await executor.execute(executor.order(nothing, StopFlag())) == ([], [])
+
+
 Scenario = Callable[[Reference], Awaitable[None]]
 SCENARIOS: list[Scenario] = [
     streaming,
@@ -283,6 +317,8 @@ SCENARIOS: list[Scenario] = [
     packed_experts,
     packed_experts_in_graphs,
     streamed_experts,
+    gathered,
+    gathered_coded,
 ]
 
 LAUNCH = "engine.lanes.StepRun.launch"
@@ -300,7 +336,10 @@ SHOWN: dict[str, Scenario] = {
     "load waits for store in engine.lanes.StepRun.hold_loads": streaming,
     "memory is kept for store in device.device.Device._upload_memory": streaming,
     "memory is kept for store in engine.tasks.cache.CacheManager.store": streaming,
+    f"compute waits for gather in {LAUNCH}": gathered,
     f"compute waits for load in {LAUNCH}": streaming,
+    f"gather waits for load in {LAUNCH}": gathered,
+    f"load waits for gather in {LAUNCH}": gathered,
     f"load waits for compute in {LAUNCH}": streaming,
     f"store waits for compute in {LAUNCH}": streaming,
 }
@@ -316,10 +355,14 @@ EDGES: dict[tuple[OpKind, OpKind], Scenario] = {
     (OpKind.ATTEND, OpKind.LOAD_BLOCKS): mini_batches,
     (OpKind.ATTEND, OpKind.STORE): streaming,
     (OpKind.FINISH, OpKind.LOAD_WEIGHTS): streaming,
+    (OpKind.GATHER, OpKind.DECODE): gathered_coded,
+    (OpKind.GATHER, OpKind.LOAD_WEIGHTS): gathered,
+    (OpKind.GATHER, OpKind.PROJECT): gathered,
     (OpKind.LOAD_BLOCKS, OpKind.PLACE): streaming,
     (OpKind.LOAD_EXPERTS, OpKind.DECODE_EXPERTS): packed_experts,
     (OpKind.LOAD_EXPERTS, OpKind.FINISH): chosen_experts,
     (OpKind.LOAD_WEIGHTS, OpKind.DECODE): coded_bfloat16,
+    (OpKind.LOAD_WEIGHTS, OpKind.GATHER): gathered,
     (OpKind.LOAD_WEIGHTS, OpKind.PROJECT): streaming,
 }
 """Which kind of operation waits for which, first the one that is waited for; a scenario that goes wrong without it."""
@@ -377,8 +420,10 @@ def test_every_edge_of_a_list_is_known() -> None:
         LayerPlacement(2**26, coded, has_coded_experts=experts, on_demand=demand) for coded, experts, demand in kinds
     )
     batches = tuple(BatchShape(group, loads=True, rebuilds=True, stores=True) for group in (0, 0, 1))
-    ops = sweep(placements, batches).ops
-    found = {(ops[before].kind, op.kind) for op in ops for before in op.after if crosses(op.kind, ops[before].kind)}
+    gathered = tuple(place._replace(is_gathered=True) for place in placements if not place.on_demand)
+    found = set()
+    for ops in (sweep(placements, batches).ops, sweep(gathered, batches).ops, sweep(gathered, ()).ops):
+        found |= {(ops[a].kind, op.kind) for op in ops for a in op.after if crosses(op.kind, ops[a].kind)}
     assert found == EDGES.keys() | {CHOSEN}
 
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hsrpc import Engine, SamplingParams
 from hsrpc.engine.forward import DeviceBatch, Forward
-from hsrpc.engine.tasks.executor import Executor, StepResult
+from hsrpc.engine.gpus.contract import StepResult
+from hsrpc.engine.tasks.executor import Executor
 from hsrpc.errors import InvalidRequestError, NotFiniteError
 from hsrpc.request import Delta, FinishReason, TokenLogprob
 from hsrpc.schedule.step import Step
@@ -223,7 +224,7 @@ async def test_what_is_reported_is_not_reported_again(
             taken.append(delta)
             request = live(engine, generation.request_id)
             if len(taken) == 2 and request is not None:
-                engine._scheduler._running.remove(request)
+                engine._scheduler._gpus[0].running.remove(request)
                 engine._scheduler._preempt(request)
         assert taken[-1].finish.usage.preemptions == 1
         await idle(engine)

@@ -334,7 +334,7 @@ def test_what_is_computed_anew_takes_less_time_to_launch_than_the_bus_takes():
         scheduler.commit(step.step_id, [1] * len(step.sampling), 0.0)
     assert step.counts.requests == 64
     assert step.counts.recomputed > 0
-    rows = sum(pool.num_used for pool in scheduler.blocks.pools.values()) * plan.block_size
+    rows = sum(pool.num_used for pool in scheduler.blocks[0].pools.values()) * plan.block_size
     bus = plan.recompute.weights + rows * plan.costs.load_activation
     assert len(step.mini_batches) * H100.prompt_launch_time <= bus
 

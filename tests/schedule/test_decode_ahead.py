@@ -151,7 +151,7 @@ def test_tokens_are_those_of_each_request_alone(
         if not pipeline.step() and not arrivals:
             break
     assert not pipeline.scheduler.has_work
-    assert pipeline.scheduler.blocks.num_free == num_blocks
+    assert pipeline.scheduler.blocks[0].num_free == num_blocks
     for request in pipeline.requests:
         wanted = generate(list(request.token_ids[: request.num_prompt_tokens]), request.params, LIMITS.max_model_len)
         if request.finish_reason is FinishReason.ABORTED:
@@ -196,7 +196,7 @@ def test_steps_ahead_need_no_more_blocks_than_a_window() -> None:
         assert len(pipeline.requests[0].blocks) <= 3
     assert pipeline.requests[0].num_tokens == 24
     assert pipeline.num_ahead == 19  # of 21: the prompt, then twenty of decode
-    assert pipeline.scheduler.blocks.num_free == 3
+    assert pipeline.scheduler.blocks[0].num_free == 3
 
 
 def test_host_blocks_and_activations_are_not_ahead() -> None:
@@ -272,7 +272,7 @@ def test_a_step_ahead_stops_though_the_one_before_has_another_request() -> None:
     assert last.finish_reason is FinishReason.MAX_TOKENS
     assert found.are_stopped == (False, True)
     found.scheduler.abandon(found.steps[1].step_id)
-    assert found.scheduler.blocks.num_free == BLOCKS
+    assert found.scheduler.blocks[0].num_free == BLOCKS
 
 
 def test_a_token_that_ends_the_last_request_stops_the_step_ahead() -> None:
@@ -282,7 +282,7 @@ def test_a_token_that_ends_the_last_request_stops_the_step_ahead() -> None:
     assert [request.finish_reason for request in found.requests] == [FinishReason.STOP_TOKEN, FinishReason.EOS]
     assert found.are_stopped == (False, True)
     found.scheduler.abandon(found.steps[1].step_id)
-    assert found.scheduler.blocks.num_free == BLOCKS
+    assert found.scheduler.blocks[0].num_free == BLOCKS
 
 
 @pytest.mark.parametrize("ways", list(product(("commit", "abandon"), repeat=2)), ids="-".join)
@@ -297,13 +297,13 @@ def test_blocks_are_kept_until_the_last_step_that_writes_them(ways: tuple[str, s
     for num_left, way, step in zip((2, 1), ways, found.steps, strict=True):
         assert [request.in_flight for request in found.requests] == [num_left] * 2
         assert [len(request.blocks) for request in found.requests] == taken
-        assert scheduler.blocks.num_free == BLOCKS - sum(taken)
+        assert scheduler.blocks[0].num_free == BLOCKS - sum(taken)
         if way == "commit":
             assert scheduler.commit(step.step_id, [5, 6], 3.0) == []
         else:
             scheduler.abandon(step.step_id)
     assert [(len(request.blocks), request.in_flight) for request in found.requests] == [(0, 0)] * 2
-    assert scheduler.blocks.num_free == BLOCKS
+    assert scheduler.blocks[0].num_free == BLOCKS
 
 
 def test_one_that_ends_in_flight_gives_back_its_own_blocks() -> None:
@@ -317,7 +317,7 @@ def test_one_that_ends_in_flight_gives_back_its_own_blocks() -> None:
         [output] = found.scheduler.commit(step.step_id, [5, 6], 3.0)
         assert (output.request, output.token_ids) == (other, (6,))
     assert (len(ended.blocks), len(other.blocks)) == (0, taken[1])
-    assert found.scheduler.blocks.num_free == BLOCKS - taken[1]
+    assert found.scheduler.blocks[0].num_free == BLOCKS - taken[1]
     assert found.are_stopped == (False, False)
 
 

@@ -120,6 +120,6 @@ def test_who_computes_a_prompt_drafts_nothing() -> None:
     while not request.num_output_tokens:
         advance(harness)
     request.draft = right(request, 2)
-    harness.scheduler._running.remove(request)
+    harness.scheduler._gpus[0].running.remove(request)
     harness.scheduler._preempt(request)
     assert request.draft == ()

@@ -212,7 +212,7 @@ def test_nothing_is_held_after_twenty_thousand_requests() -> None:
             scheduler.commit(step.step_id, tokens, 1.0)
         assert not any(name.startswith("blocks") for name in scheduler.integrity())
     assert scheduler.integrity() == {}
-    assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
+    assert scheduler.blocks[0].num_free == scheduler.blocks[0].num_blocks
     assert scheduler.preemptions > 100
     assert scheduler.cached_tokens > 100_000
     assert 100_000 < scheduler.accepted_tokens < scheduler.drafted_tokens

@@ -76,7 +76,7 @@ class Harness:
 
     @property
     def running(self) -> list[Request]:
-        return list(self.scheduler._running)
+        return self.scheduler.running
 
     @property
     def waiting(self) -> list[Request]:
@@ -227,7 +227,7 @@ class Harness:
         assert not self.scheduler.has_work
         assert list(self.scheduler.live()) == []
         assert len(self.ended) == len(self.requests)
-        assert self.scheduler.blocks.num_free == self.scheduler.blocks.num_blocks
+        assert self.scheduler.blocks[0].num_free == self.scheduler.blocks[0].num_blocks
         assert self.scheduler.integrity() == {}
 
     def check(self) -> None:
@@ -236,11 +236,11 @@ class Harness:
         tables = [request.blocks for request in self.requests]
         owned = Counter(Block(*block) for table in tables for block in zip(table.pools, table.indices, strict=True))
         assert all(count == 1 for count in owned.values()) or self.limits.shares_prefixes
-        for pool, blocks in scheduler.blocks.pools.items():
+        for pool, blocks in scheduler.blocks[0].pools.items():
             assert [blocks.num_holders(n) for n in range(blocks.num_blocks)] == [
                 owned[pool, n] for n in range(blocks.num_blocks)
             ]
-        assert scheduler.blocks.num_free == scheduler.blocks.num_blocks - len(owned)
+        assert scheduler.blocks[0].num_free == scheduler.blocks[0].num_blocks - len(owned)
         assert not any(name.startswith("blocks") for name in scheduler.integrity())
         assert scheduler.num_waiting == len(waiting)
         assert scheduler.num_waiting_tokens == sum(r.num_tokens for r in waiting)

@@ -48,6 +48,7 @@ placements = st.builds(
     has_coded_experts=st.booleans(),
     rebuilds=st.booleans(),
     on_demand=st.booleans(),
+    is_gathered=st.just(False),
 )
 
 
@@ -64,6 +65,11 @@ def batches(draw: st.DrawFn) -> tuple[BatchShape, ...]:
 models = st.lists(placements, min_size=1, max_size=7).map(tuple)
 
 
+def gathered(layers: Places) -> Places:
+    """The same of one of several GPUs, which load parts for each other; experts do not come on demand there."""
+    return tuple(layer._replace(is_gathered=layer.bus_bytes > 0, on_demand=False) for layer in layers)
+
+
 @dataclass(frozen=True)
 class Steps:
     """Several lists, one behind the other, as one device sees them: operations by (list, number)."""
@@ -78,8 +84,7 @@ class Steps:
     def before(self) -> dict[tuple[int, int], set[tuple[int, int]]]:
         """For each operation all that are done when it begins: by order of its stream, and by what it comes after.
 
-        A step's loads come after all that the step before has computed and stored (the executor's barrier), and its
-        tokens are waited for before the next list is made.
+        A step's loads come after all that the step before has computed and stored (the executor's barrier).
         """
         done: dict[tuple[int, int], set[tuple[int, int]]] = {}
         latest: dict[Stream, tuple[int, int]] = {}
@@ -94,28 +99,33 @@ class Steps:
                     found |= done[each]
                 done[step, number] = found
                 latest[op.kind.stream] = (step, number)
-            ended = [key for key in done if key[0] == step and ops.ops[key[1]].kind.stream is not Stream.LOAD]
+            ended = [
+                key for key in done if key[0] == step and ops.ops[key[1]].kind.stream in (Stream.COMPUTE, Stream.STORE)
+            ]
             barrier = barrier | set(ended).union(*(done[key] for key in ended))
         return done
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> Steps:
-    layers, carried, lists = draw(models), NOTHING_CARRIED, []
+    layers, carried, lists = draw(models | models.map(gathered)), NOTHING_CARRIED, []
+    idle = any(layer.is_gathered for layer in layers)
     for _ in range(draw(st.integers(1, 3))):
-        lists.append(sweep(layers, draw(batches()), carried))
+        lists.append(sweep(layers, draw(batches() | st.just(()) if idle else batches()), carried))
         carried = lists[-1].carries
     return Steps(layers, tuple(lists))
 
 
 @given(run=steps())
 def test_every_operation_is_behind_those_that_it_comes_after(run: Steps) -> None:
-    """Below 0 stand loads of weights of the list before, and nothing else."""
+    """Below 0 stand loads and gathers of weights of the list before, for other streams than those, and nothing else."""
     for (step, number), op in run.ops:
         for after in op.after:
             assert after < number
             if after < 0:
-                assert run.lists[step - 1].ops[after].kind is OpKind.LOAD_WEIGHTS
+                kind = run.lists[step - 1].ops[after].kind
+                assert kind in (OpKind.LOAD_WEIGHTS, OpKind.GATHER)
+                assert kind.stream is not op.kind.stream
 
 
 @given(run=steps())
@@ -155,6 +165,7 @@ def test_a_weight_buffer_is_not_written_before_its_last_reader(run: Steps) -> No
     owner: dict[int, tuple[int, list[tuple[int, int]]]] = {}
     readers: dict[int, set[tuple[int, int]]] = {slot: set() for slot in range(BUFFERS)}
     slots: dict[int, int] = {}
+    gathers: dict[int, tuple[int, int]] = {}
     for key, op in run.ops:
         if op.kind is OpKind.LOAD_WEIGHTS:
             if op.part[0] == 0:
@@ -162,11 +173,18 @@ def test_a_weight_buffer_is_not_written_before_its_last_reader(run: Steps) -> No
                 owner[op.slot], readers[op.slot] = (op.layer, []), set()
             assert owner[op.slot][0] == op.layer
             owner[op.slot][1].append(key)
+        elif op.kind is OpKind.GATHER:
+            layer, parts = owner[op.slot]
+            assert (layer, set(parts) <= before[key]) == (op.layer, True)
+            assert readers[op.slot] <= before[key]
+            gathers[op.slot] = key
+            readers[op.slot].add(key)
         elif op.kind in READS_WEIGHTS and run.layers[op.layer].bus_bytes:
             slot = slots[op.layer] = op.slot if op.kind in (OpKind.DECODE, OpKind.PROJECT) else slots[op.layer]
             layer, parts = owner[slot]
             assert layer == op.layer
             assert set(parts) <= before[key]
+            assert not run.layers[layer].is_gathered or gathers[slot] in before[key]
             ends = [run.lists[step].ops[number].part for step, number in parts]
             assert ends[0][0] == 0
             assert ends[-1][1] == run.layers[op.layer].bus_bytes
@@ -183,7 +201,36 @@ def test_each_layer_crosses_the_bus_once_a_step(run: Steps) -> None:
         loaded = [op.layer for op in ops.ops if op.kind is OpKind.LOAD_WEIGHTS and op.part[0] == 0]
         assert loaded == (streamed if step == 0 else streamed[len(ahead) :]) + ahead
         assert [ops.ops[number].layer for number in ops.carries.loaded] == ahead
-        assert [ops.ops[number].part[1] for number in ops.carries.loaded] == [run.layers[n].bus_bytes for n in ahead]
+        for number in ops.carries.loaded:
+            op = ops.ops[number]
+            assert (op.kind is OpKind.GATHER) == run.layers[op.layer].is_gathered
+            assert op.part[1] == (0 if op.kind is OpKind.GATHER else run.layers[op.layer].bus_bytes)
+
+
+@given(
+    layers=models.map(gathered), of_ranks=st.lists(st.lists(st.none() | batches(), min_size=3, max_size=3), min_size=2)
+)
+def test_all_gpus_gather_the_same_in_the_same_order(
+    layers: Places, of_ranks: list[list[tuple[BatchShape, ...] | None]]
+) -> None:
+    """Whatever each computes in a step, or whether it has nothing to: else they would wait for each other for ever."""
+    gathers = []
+    for shapes in of_ranks:
+        carried, found = NOTHING_CARRIED, list[tuple[int, int]]()
+        for each in shapes:
+            ops = sweep(layers, each or (), carried)
+            found += ((op.layer, op.slot) for op in ops.ops if op.kind is OpKind.GATHER)
+            carried = ops.carries
+        gathers.append(found)
+    assert all(found == gathers[0] for found in gathers)
+
+
+@given(layers=models.map(gathered))
+def test_a_gpu_with_nothing_to_compute_loads_its_part(layers: Places) -> None:
+    """And does nothing else but say that it is done."""
+    kinds = {op.kind for op in sweep(layers, ()).ops}
+    assert kinds <= {OpKind.LOAD_WEIGHTS, OpKind.GATHER, OpKind.SAMPLE}
+    assert (OpKind.GATHER in kinds) == any(layer.bus_bytes for layer in layers)
 
 
 @given(run=steps())

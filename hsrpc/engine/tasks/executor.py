@@ -16,6 +16,7 @@ from torch.autograd import profiler
 
 from hsrpc.device.device import Device, Event
 from hsrpc.engine.forward import Forward, Pass
+from hsrpc.engine.gpus.contract import StepResult
 from hsrpc.engine.graphs import DecodeGraphs
 from hsrpc.engine.lanes import StepRun
 from hsrpc.engine.pace import Pace
@@ -28,10 +29,11 @@ from hsrpc.model.sampler import Sampled, Sampler
 from hsrpc.plan.plan import SAMPLE_ELEMENTS
 from hsrpc.request import TokenLogprob
 from hsrpc.schedule.assemble import Assembler
-from hsrpc.schedule.step import Scheduled, Step
+from hsrpc.schedule.step import Packed, Scheduled, Step, StopFlag
 from hsrpc.schedule.sweep import NOTHING_CARRIED, Carried, Lane, Op, OpKind
 
 _log = logging.getLogger(__name__)
+_OUT_OF_MEMORY = "the step ran out of device memory"
 
 
 class _Launched(NamedTuple):
@@ -39,16 +41,6 @@ class _Launched(NamedTuple):
 
     step_id: int
     logits: torch.Tensor
-
-
-class StepResult(NamedTuple):
-    """What a step gives."""
-
-    sampled: list[Sampled]
-    """Tokens in the order of `Step.sampling`."""
-    scored: list[TokenLogprob | None]
-    """Log-probabilities of prompt tokens, in the order of each mini-batch's `scores`; None: the logits were not finite.
-    """
 
 
 class _Request(NamedTuple):
@@ -122,6 +114,10 @@ class Executor:
         """The step, to be executed next; it takes milliseconds for a large batch."""
         return self._assembler.assemble(scheduled, self._before.carried)
 
+    def order(self, packed: Packed, stop: StopFlag) -> Step:
+        """The step of these arrays, to be executed next."""
+        return self._assembler.order(packed, stop, self._before.carried)
+
     async def execute(self, step: Step, ahead: Step | None = None) -> StepResult | None:
         """What the step gives; None where it was abandoned.
 
@@ -145,10 +141,10 @@ class Executor:
         try:
             return await self._compute_step(worker, request)
         except torch.OutOfMemoryError as error:
-            _log.error("a step of %d requests ran out of device memory", step.counts.requests, exc_info=error)
-            return OutOfDeviceMemoryError("the step ran out of device memory")
+            _log_out_of_memory(step, error)
+            return OutOfDeviceMemoryError(_OUT_OF_MEMORY)
 
-    async def _compute_step(self, worker: Worker, request: _Request) -> StepResult | None:
+    async def _compute_step(self, worker: Worker, request: _Request) -> StepResult | OutOfDeviceMemoryError | None:
         run, ahead = request
         step = run.step
         launched, self._launched = self._launched, None
@@ -158,27 +154,29 @@ class Executor:
             sampled = await worker.run(partial(self._run_graphs, step, launched, ahead))
             return None if sampled is None else StepResult(sampled, [])
         state = _Computing(step)
-        try:
-            is_whole = await self._run_lanes(worker, run, state)
-        except torch.OutOfMemoryError:
-            step.stop.set()
-            await self._end(worker, run)
-            raise
-        await self._end(worker, run)
-        return StepResult(state.sampled, state.scored) if is_whole else None
+        await self._run_lanes(worker, run, state)
+        await self._end(worker, run, goes_on=run.step.ops.is_gathered or not state.is_out_of_memory)
+        if state.is_out_of_memory:
+            return OutOfDeviceMemoryError(_OUT_OF_MEMORY)
+        return None if state.sampled is None else StepResult(state.sampled, state.scored)
 
-    async def _run_lanes(self, worker: Worker, run: StepRun, state: _Computing) -> bool:
-        """Whether the compute lane was run to its end; of a step that waits for no weights, all lanes."""
+    async def _run_lanes(self, worker: Worker, run: StepRun, state: _Computing) -> None:
+        """Run the compute lane; of a step that waits for no weights, all lanes."""
+        launch = partial(self._launch_or_stop, state)
         if self._streams_weights:
-            return await run.run(Lane.COMPUTE, worker, partial(self._launch, state))
+            await run.run(Lane.COMPUTE, worker, launch)
+            return
         self._cache.begin(run.step)
         # Going from thread to thread takes longer than launching it.
-        return await worker.run(partial(run.run_here, partial(self._launch, state)))
+        await worker.run(partial(run.run_here, launch))
 
-    async def _end(self, worker: Worker, run: StepRun) -> None:
-        """Take what the step leaves to the next one, once all lanes have launched what they will."""
+    async def _end(self, worker: Worker, run: StepRun, *, goes_on: bool) -> None:
+        """Take what the step leaves to the next one, once all lanes have launched what they will.
+
+        `goes_on`: the next list may go on behind this one, where that is whole.
+        """
         if self._streams_weights:
-            is_whole = all([await run.ended.get() for _ in Lane])
+            is_whole = all([await run.ended.get() for _ in Lane]) and goes_on
             self._before.carried = run.step.ops.carries if is_whole else NOTHING_CARRIED
             self._before.events = run.events if is_whole else ()
         if run.step.stop.is_set:
@@ -189,6 +187,17 @@ class Executor:
         device = self._device
         device.wait(device.compute, device.record(device.load))
         self._note_end()
+
+    def _launch_or_stop(self, state: _Computing, op: Op) -> None:
+        """Launch an operation; where it finds no memory the step is stopped, and what is left of it passed over."""
+        if state.is_out_of_memory:
+            return
+        try:
+            self._launch(state, op)
+        except torch.OutOfMemoryError as error:
+            _log_out_of_memory(state.step, error)  # here: it must not be kept with what its functions hold
+            state.is_out_of_memory = True
+            state.step.stop.set()
 
     def _launch(self, state: _Computing, op: Op) -> None:
         step = state.step
@@ -255,10 +264,16 @@ class _Computing:
     step: Step
     on_device: Pass = field(default_factory=lambda: Pass([]))
     """Mini-batches of the step on the device, from the EMBED operation on."""
-    sampled: list[Sampled] = field(default_factory=list)
-    """Tokens of the step, once it is computed to its end."""
+    sampled: list[Sampled] | None = None
+    """Tokens of the step; None: it is not computed to its end."""
     scored: list[TokenLogprob | None] = field(default_factory=list)
     """Log-probabilities of the step's prompt tokens, as far as they are computed."""
+    is_out_of_memory: bool = False
+    """Why it was not."""
+
+
+def _log_out_of_memory(step: Step, error: torch.OutOfMemoryError) -> None:
+    _log.error("a step of %d requests ran out of device memory", step.counts.requests, exc_info=error)
 
 
 def _range(kind: OpKind) -> AbstractContextManager[object]:

@@ -7,6 +7,7 @@ import asyncio
 import torch
 
 from hsrpc.device.device import Device
+from hsrpc.device.group import ALONE, DeviceGroup
 from hsrpc.engine.chosen_experts import ChosenExperts
 from hsrpc.engine.lanes import StepRun
 from hsrpc.engine.tasks.experts import ExpertCounts, ExpertLoader
@@ -21,13 +22,17 @@ from hsrpc.schedule.sweep import BUFFERS, Lane, LayerPlacement, Op, OpKind, Plac
 class WeightPrefetcher:
     """Task that runs the weights' lane of each step: it sweeps over the streamed layers, ahead of the executor."""
 
-    def __init__(self, weights: ModelWeights, plan: Plan, device: Device, family: Family) -> None:
+    def __init__(
+        self, weights: ModelWeights, plan: Plan, device: Device, family: Family, group: DeviceGroup = ALONE
+    ) -> None:
+        """`group`: the GPUs that load what streams for each other."""
         self.streamed_bytes = 0
         """Copied to the device since the start, experts on demand among them."""
         self.steps: asyncio.Queue[StepRun] = asyncio.Queue(1)
         self._layers = weights.layers
         self._device = device
         self._family = family
+        self._group = group
         streams = any(layer.packed is not None for layer in weights.layers)
         self._buffers = [self._buffer(plan.weight_buffer_bytes) for _ in range(BUFFERS * streams)]
         self._decoded = self._buffer(plan.decode_buffer_bytes)
@@ -59,6 +64,7 @@ class WeightPrefetcher:
                 each.is_decoded or codes,
                 has_coded_experts=each.has_coded_experts,
                 on_demand=each.experts is not None,
+                is_gathered=each.packed is not None and not self._group.is_alone,
             )
             for each in self._layers
         )
@@ -84,13 +90,21 @@ class WeightPrefetcher:
                 await (await self.steps.get()).run(Lane.WEIGHTS, worker, self.launch)
 
     def launch(self, op: Op) -> None:
-        """Load a part of a layer's weights to a buffer, on the current stream, or the experts that were chosen."""
+        """Load a part of a layer's weights to a buffer, on the current stream, or the experts that were chosen.
+
+        Or get what the other GPUs have loaded of the layer.
+        """
         if op.kind is OpKind.LOAD_EXPERTS:
             self.load_experts(op.layer)
             return
         packed, (start, end) = self._layers[op.layer].packed, op.part
         assert packed is not None  # only streamed layers are in the list
-        self._device.load_bytes(self._buffers[op.slot][start:end], packed[start:end])
+        size, buffer = len(packed), self._buffers[op.slot]
+        if op.kind is OpKind.GATHER:
+            self._group.gather(buffer[: self._group.size * size])
+            return
+        own = buffer[self._group.rank * size :]
+        self._device.load_bytes(own[start:end], packed[start:end])
         self.streamed_bytes += end - start
 
     def load_experts(self, layer: int) -> int:

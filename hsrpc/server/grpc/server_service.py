@@ -73,7 +73,7 @@ def _plan_message(plan: Plan) -> v1.Plan:
         host_memory_bytes=plan.budgets.host,
         resident_share=plan.resident_share,
         activation_share=plan.activation_share,
-        max_batch=plan.max_batch,
+        max_batch=plan.num_gpus * plan.max_batch,
         expected_context=plan.prediction.context,
         predicted_step_time=duration(plan.prediction.step),
         predicted_tokens_per_second=plan.prediction.tokens_per_second,

@@ -265,7 +265,7 @@ def server_message(engine: Engine, uptime: float, *, is_draining: bool) -> vllm.
         server_type="vllm-grpc",
         data_parallel_size=1,
         block_size=engine.plan.block_size,
-        max_num_seqs=engine.plan.max_batch,
+        max_num_seqs=engine.plan.num_gpus * engine.plan.max_batch,
     )
 
 
@@ -289,7 +289,7 @@ def _load_message(engine: Engine, stats: Stats) -> vllm.SchedulerLoad:
         max_total_num_tokens=min(_MAX_COUNT, blocks * plan.block_size),
         token_usage=used / blocks if blocks else 0.0,
         gen_throughput=stats.generated_tokens / stats.step_seconds if stats.step_seconds else 0.0,
-        utilization=stats.running / plan.max_batch,
-        max_running_requests=plan.max_batch,
+        utilization=stats.running / (plan.num_gpus * plan.max_batch),
+        max_running_requests=plan.num_gpus * plan.max_batch,
         num_waiting_uncached_tokens=min(_MAX_COUNT, stats.queued_tokens),
     )

@@ -1,0 +1,200 @@
+"""A rank: the process of one of several GPUs. It computes its part of each step, as long as the front process is there.
+
+It has the same tasks as an engine with one GPU. What it lacks is the front: scheduler, tokenizer, output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from hsrpc.device.device import Device, open_device
+from hsrpc.device.group import Connected
+from hsrpc.engine.gpus.contract import StepResult
+from hsrpc.engine.gpus.messages import (
+    BEAT_SECONDS,
+    Alive,
+    Allowed,
+    Begin,
+    Execute,
+    Executed,
+    Failed,
+    Line,
+    Load,
+    Measured,
+    Ready,
+    ResetCounts,
+    Stop,
+)
+from hsrpc.engine.gpus.one import OneGpu
+from hsrpc.engine.model_files import ModelFiles
+from hsrpc.engine.startup import measure, open_gpu
+from hsrpc.errors import HsrpcError, OutOfDeviceMemoryError
+from hsrpc.schedule.step import StopFlag
+
+_log = logging.getLogger(__name__)
+
+
+class _Masks:
+    """What the constrained rows of a step may sample, once the front process has told."""
+
+    def __init__(self) -> None:
+        self._told = threading.Event()
+        self._masks: Mapping[int, npt.NDArray[np.int32]] = {}
+
+    def tell(self, masks: Mapping[int, npt.NDArray[np.int32]]) -> None:
+        self._masks = masks
+        self._told.set()
+
+    def of(self, row: int) -> npt.NDArray[np.int32]:
+        """Wait until it is told."""
+        self._told.wait()
+        return self._masks[row]
+
+
+@dataclass(frozen=True, slots=True)
+class _TheirMatcher:
+    """A matcher that the front process has."""
+
+    masks: _Masks
+    row: int
+    failure: str | None = None
+
+    def push(self, token_id: int) -> None:
+        raise AssertionError("the front process takes note of tokens")
+
+    def allowed(self, num_drafted: int = 0) -> npt.NDArray[np.int32]:
+        return self.masks.of(self.row)  # of a row behind drafted tokens: what may come behind these
+
+    def matched(self, draft: Sequence[int]) -> int:
+        raise AssertionError("the front process drafts")
+
+
+@dataclass(slots=True)
+class _Work:
+    """A step that was asked for."""
+
+    execute: Execute
+    stop: StopFlag = field(default_factory=StopFlag)
+    masks: _Masks = field(default_factory=_Masks)
+
+
+class Rank:
+    """One of the ranks, with its end of the line to the front process."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._loads: asyncio.Queue[Load] = asyncio.Queue()
+        self._works: asyncio.Queue[_Work] = asyncio.Queue()
+        self._under_way: dict[int, _Work] = {}
+        """Steps that were asked for and not executed, by id."""
+        self._gpu: OneGpu | None = None
+
+    async def run(self) -> None:
+        """Load and compute as the front process asks; ends with this process."""
+        begin: Begin = await self._line.receive()
+        logging.basicConfig(format=f"gpu {begin.rank}: %(levelname)s: %(message)s")
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._read())
+            group.create_task(self._beat())
+            self._gpu = gpu = await self._open(begin)
+            for task in gpu.tasks:
+                group.create_task(task())
+            self._line.send(Ready(gpu.warms_up))
+            await self._compute(gpu)
+
+    async def _open(self, begin: Begin) -> OneGpu:
+        device, joined = await asyncio.to_thread(_join, begin)
+        model = await asyncio.to_thread(ModelFiles.read, begin.config, device.torch_device)
+        self._line.send(Measured(await asyncio.to_thread(measure, device, model.spec)))
+        load = await self._loads.get()
+        spec, progress = model.spec_of(load.choice, load.plan), begin.progress and begin.rank == 0  # all are as far
+        opening = partial(open_gpu, spec, load.plan, model.source, device, threading.Event())
+        return await asyncio.to_thread(opening, group=joined, progress=progress)
+
+    async def _read(self) -> None:
+        """Take messages; without the front process there is nothing left to do."""
+        while True:
+            try:
+                message = await self._line.receive()
+            except EOFError:
+                os._exit(0)  # whatever its threads wait for
+            match message:
+                case Load():
+                    self._loads.put_nowait(message)
+                case Execute():
+                    work = self._under_way[message.packed.step_id] = _Work(message)
+                    self._works.put_nowait(work)
+                case Allowed(step_id, masks):
+                    self._under_way[step_id].masks.tell(masks)
+                case Stop(step_id):
+                    if step_id in self._under_way:
+                        self._under_way[step_id].stop.set()
+                case ResetCounts():
+                    assert self._gpu is not None  # it is ready
+                    self._gpu.reset_counts()
+
+    async def _beat(self) -> None:
+        while True:
+            self._line.send(Alive())
+            await asyncio.sleep(BEAT_SECONDS)
+
+    async def _compute(self, gpu: OneGpu) -> None:
+        while True:
+            work = await self._works.get()
+            step_id = work.execute.packed.step_id
+            result = await _execute(gpu, work)
+            del self._under_way[step_id]
+            self._line.send(Executed(step_id, result, gpu.moved(), gpu.peak_memory))
+
+
+def _join(begin: Begin) -> tuple[Device, Connected]:
+    """The device, and the group; all measure at once then."""
+    device = open_device(begin.config.device)
+    joined = Connected(begin.meeting, begin.rank, begin.size, device.torch_device)
+    joined.meet()
+    return device, joined
+
+
+async def _execute(gpu: OneGpu, work: _Work) -> StepResult | OutOfDeviceMemoryError | None:
+    packed, constrained = work.execute
+    rows = list(packed.sampling)
+    for row in constrained:
+        rows[row] = rows[row]._replace(matcher=_TheirMatcher(work.masks, row))
+    packed.sampling = tuple(rows)
+    try:
+        return await gpu.execute(gpu.executor.order(packed, work.stop))
+    except OutOfDeviceMemoryError as error:
+        return error
+
+
+async def serve(end: socket.socket) -> None:
+    """Be the rank that the process at the other `end` asks for; tells it why, where it cannot."""
+    line = await Line.over(end)
+    try:
+        await Rank(line).run()
+    except BaseExceptionGroup as group:
+        [error, *_] = group.exceptions
+        _log.error("this rank ends", exc_info=error)
+        line.send(Failed(error if isinstance(error, HsrpcError) else RuntimeError(f"{type(error).__name__}: {error}")))
+        await line.writer.drain()
+
+
+def main() -> None:
+    """Serve over the socket whose number is given; ends at once, whatever threads are left."""
+    asyncio.run(serve(socket.socket(fileno=int(sys.argv[1]))))
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

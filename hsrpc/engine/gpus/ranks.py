@@ -1,0 +1,352 @@
+"""Several GPUs, each in a process of its own: what the front process has of them.
+
+It starts the ranks, sends each its part of every step, and puts together what they give. A rank that ends, or that
+says nothing any more, is the end of all: the others wait for what it would have loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import socket
+import sys
+from asyncio.subprocess import DEVNULL, Process
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+import hsrpc
+from hsrpc.config import EngineConfig
+from hsrpc.device.group import MeetingPlace
+from hsrpc.engine.gpus.contract import Moved, StepResult, Task
+from hsrpc.engine.gpus.messages import (
+    MAX_SILENCE,
+    Allowed,
+    Begin,
+    Execute,
+    Executed,
+    Failed,
+    Line,
+    Load,
+    Measured,
+    Ready,
+    ResetCounts,
+    Stop,
+)
+from hsrpc.errors import EngineFaultError, OutOfDeviceMemoryError
+from hsrpc.plan.machine import Machine
+from hsrpc.plan.plan import Plan
+from hsrpc.schedule.assemble import pack_step
+from hsrpc.schedule.step import Packed, Scheduled, StopFlag
+from hsrpc.schedule.windows import LayerWindows
+
+_RANK = "hsrpc.engine.gpus.rank"
+_SETTINGS = {
+    "NCCL_NVLS_ENABLE": "0",  # multicast hangs where the host does not have it set up
+    "NCCL_SOCKET_IFNAME": "lo",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+M = TypeVar("M")
+Mask: TypeAlias = Callable[[], npt.NDArray[np.int32]]
+"""What a row may sample, as `Matcher.allowed` has it; waits until that is known."""
+
+
+@dataclass(slots=True, kw_only=True)
+class JointStep(Packed):
+    """A step of all GPUs: its own arrays are those of its parts."""
+
+    parts: tuple[Execute, ...]
+    """One for each GPU."""
+    masks: tuple[Mapping[int, Mask], ...]
+    """Of each GPU's constrained rows."""
+    stop: StopFlag
+
+
+class RankProcess:
+    """A rank as the front process sees it."""
+
+    def __init__(self, number: int, process: Process, line: Line) -> None:
+        self._number = number
+        self._process = process
+        self._line = line
+        self._executed: asyncio.Queue[Executed] = asyncio.Queue()
+
+    @classmethod
+    async def start(cls, number: int) -> Self:
+        """Start the process of a GPU."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", _RANK, str(theirs.fileno())),
+                stdin=DEVNULL,
+                stdout=DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=_environment(number),
+                start_new_session=True,  # Ctrl-C is for the front process, which ends this one
+            )
+        return cls(number, process, await Line.over(ours))
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: tuple[Any, ...]) -> None:
+        self._line.send(message)
+
+    async def expect(self, kind: type[M]) -> M:
+        """The next message of that kind; before there are steps.
+
+        Raises:
+            HsrpcError: the rank cannot go on.
+        """
+        while not isinstance(message := await self._receive(), kind):
+            pass
+        return message
+
+    async def executed(self) -> Executed:
+        """What the step gives that was asked for."""
+        return await self._executed.get()
+
+    async def run(self) -> None:
+        """Take what the rank says; ends by cancellation, and the process with it.
+
+        Raises:
+            EngineFaultError: the rank is gone, or hangs.
+        """
+        try:
+            while True:
+                async with asyncio.timeout(MAX_SILENCE):
+                    message = await self._receive()
+                if isinstance(message, Executed):
+                    self._executed.put_nowait(message)
+        except TimeoutError:
+            raise EngineFaultError(f"GPU {self._number} has said nothing for {MAX_SILENCE:g} s") from None
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the process now."""
+        with suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def close(self) -> None:
+        """End the process, and wait until it has given back all that it held."""
+        self.kill()
+        self._line.writer.close()
+        with suppress(ConnectionError):
+            await self._line.writer.wait_closed()
+        await self._process.wait()
+
+    async def _receive(self) -> Any:
+        try:
+            message = await self._line.receive()
+        except EOFError:
+            self.kill()
+            code = await self._process.wait()
+            raise EngineFaultError(f"the process of GPU {self._number} has ended, with exit code {code}") from None
+        if isinstance(message, Failed):
+            raise message.error
+        return message
+
+
+class Ranks:
+    """Several GPUs; see `Gpus`."""
+
+    def __init__(self, processes: Sequence[RankProcess], meeting: MeetingPlace) -> None:
+        self._processes = processes
+        self._meeting = meeting
+        """Kept as long as they meet there."""
+        self._plan: Plan
+        self._windows: LayerWindows
+        self._machine: Machine
+        self._warms_up = False
+        self._last: Sequence[Executed] = ()
+        """What each rank said last."""
+        self._queued = 0
+
+    @classmethod
+    async def start(cls, config: EngineConfig, progress: bool) -> Self:
+        """Start the processes; they find each other, and measure, all at once.
+
+        Raises:
+            HsrpcError: a rank cannot go on.
+        """
+        count = config.num_gpus
+        meeting, processes = MeetingPlace(count), list[RankProcess]()
+        found = cls(processes, meeting)
+        try:
+            for number in range(count):
+                processes.append(await RankProcess.start(number))
+                processes[-1].send(Begin(config, number, count, meeting.meeting, progress))
+            measured = await _from_all(processes, Measured)
+        except BaseException:
+            await found.close()
+            raise
+        found._machine = _slowest([each.machine for each in measured])
+        return found
+
+    async def load(self, plan: Plan, choice: int, windows: LayerWindows) -> None:
+        """Load the model as `plan` says, on all GPUs.
+
+        Raises:
+            HsrpcError: a rank cannot go on.
+        """
+        self._plan, self._windows = plan, windows
+        for process in self._processes:
+            process.send(Load(plan, choice))
+        ready = await _from_all(self._processes, Ready)
+        self._warms_up = any(each.warms_up for each in ready)
+
+    @property
+    def machine(self) -> Machine:
+        """The machine as the slowest of the GPUs found it."""
+        return self._machine
+
+    @property
+    def processes(self) -> Sequence[RankProcess]:
+        return self._processes
+
+    @property
+    def count(self) -> int:
+        return len(self._processes)
+
+    @property
+    def name(self) -> str:
+        return f"{self.count} x {self._machine.name}"
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        return [process.run for process in self._processes]
+
+    @property
+    def warms_up(self) -> bool:
+        return self._warms_up
+
+    @property
+    def peak_memory(self) -> int:
+        return max((each.peak_memory for each in self._last), default=0)
+
+    @property
+    def runs_ahead(self) -> bool:
+        return False
+
+    @property
+    def num_queued(self) -> int:
+        return self._queued
+
+    def assemble(self, scheduled: Scheduled) -> JointStep:
+        plan, parts, masks = self._plan, list[Execute](), list[dict[int, Mask]]()
+        for number in range(self.count):
+            packed = pack_step(scheduled.of_gpu(number), plan.block_size, self._windows, plan.in_place)
+            found: dict[int, Mask] = {
+                row: partial(each.matcher.allowed, len(each.draft))
+                for row, each in enumerate(packed.sampling)
+                if each.matcher is not None
+            }
+            packed.sampling = tuple(row._replace(matcher=None) for row in packed.sampling)
+            parts.append(Execute(packed, tuple(found)))
+            masks.append(found)
+        return JointStep(
+            step_id=scheduled.step_id,
+            mini_batches=(),
+            sampling=scheduled.sampling,
+            counts=scheduled.counts,
+            parts=tuple(parts),
+            masks=tuple(masks),
+            stop=scheduled.stop,
+        )
+
+    async def execute(self, step: JointStep, ahead: JointStep | None = None) -> StepResult | None:
+        self._queued += 1
+        for process, part in zip(self._processes, step.parts, strict=True):
+            process.send(part)
+        step.stop.tell = partial(self._stop, step.step_id)
+        if step.stop.is_set:
+            self._stop(step.step_id)
+        if any(step.masks):
+            await self._tell_allowed(step)
+        self._last = executed = [await process.executed() for process in self._processes]
+        self._queued -= 1
+        results = [each.result for each in executed]
+        for result in results:
+            if isinstance(result, OutOfDeviceMemoryError):
+                raise result
+        whole = [result for result in results if isinstance(result, StepResult)]
+        if len(whole) < len(results):
+            return None
+        return StepResult([each for part in whole for each in part.sampled], [s for part in whole for s in part.scored])
+
+    def moved(self) -> Moved:
+        return Moved(*map(sum, zip(*(each.moved for each in self._last), strict=True))) if self._last else Moved()
+
+    def reset_counts(self) -> None:
+        self._last = ()
+        for process in self._processes:
+            process.send(ResetCounts())
+
+    async def close(self) -> Callable[[], None]:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            await process.close()
+        return _release
+
+    async def _tell_allowed(self, step: JointStep) -> None:
+        """Send the ranks what constrained rows may sample, once the step is under way and that is known."""
+        masks = await asyncio.to_thread(lambda: [_allowed(each) for each in step.masks])
+        for process, each in zip(self._processes, masks, strict=True):
+            if each:
+                process.send(Allowed(step.step_id, each))
+
+    def _stop(self, step_id: int) -> None:
+        for process in self._processes:
+            process.send(Stop(step_id))
+
+
+def _allowed(masks: Mapping[int, Mask]) -> dict[int, npt.NDArray[np.int32]]:
+    return {row: mask() for row, mask in masks.items()}
+
+
+async def _from_all(processes: Sequence[RankProcess], kind: type[M]) -> list[M]:
+    """A message of that kind from each; what goes wrong first is told.
+
+    Raises:
+        HsrpcError: a rank cannot go on.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(process.expect(kind)) for process in processes]
+    except* Exception as errors:
+        # What a rank found out comes before that the others have ended, for want of it.
+        causes = sorted(errors.exceptions, key=lambda error: isinstance(error, EngineFaultError))
+        raise causes[0] from None
+    return [task.result() for task in tasks]
+
+
+def _slowest(machines: Sequence[Machine]) -> Machine:
+    """One as the slowest of them, with as little memory as any of them found."""
+    return machines[0].slowest(machines[1:])
+
+
+def _environment(number: int) -> dict[str, str]:
+    """Variables of a rank: it sees its own GPU alone, so that all its threads use that."""
+    home = str(Path(hsrpc.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+    visible = os.environ.get(_VISIBLE)
+    own = str(number) if not visible else visible.split(",")[number : number + 1]
+    return os.environ | _SETTINGS | {"PYTHONPATH": path, _VISIBLE: own if isinstance(own, str) else "".join(own)}
+
+
+def _release() -> None:
+    """Close the meeting's sockets: what ended tasks' tracebacks hold; device memory went with the processes."""
+    gc.unfreeze()
+    gc.collect()

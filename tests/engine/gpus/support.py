@@ -1,0 +1,84 @@
+"""What the tests of several GPUs share: configurations that stream, a plan that no machine decides, processes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hsrpc import Engine, EngineConfig, SamplingParams
+from hsrpc.engine.gpus.ranks import Ranks
+from hsrpc.plan.plan import Plan
+from hsrpc.plan.planner import Planner
+from tests.engine.conftest import HARDWARE
+from tests.engine.reference import Reference
+
+PATIENCE = 30.0
+"""Seconds that a test waits at most for something that takes milliseconds."""
+GREEDY = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+
+
+def config_for(made: Reference, gpus: int, **settings: object) -> EngineConfig:
+    """Weights and caches on the host; few blocks, and chunks of prompts."""
+    base = {
+        "max_batch": 3 * gpus,
+        "max_model_len": 128,
+        "max_prefill_tokens": 24,
+        "expected_context": 24,
+        "device": "cpu",
+        "placement": "host",
+        "gpu_memory": "4MiB",
+        "host_memory": "16MiB",
+        "experts": "stream",
+    }
+    return EngineConfig(model=str(made.directory), gpus=gpus, **(base | settings))
+
+
+def planned(planner: Planner) -> Plan:
+    """The plan for a machine that is the same everywhere: the ranks' own measurements decide nothing."""
+    return Planner(planner.sizes, planner.budgets, HARDWARE, planner.config).plan()
+
+
+def ranks(engine: Engine) -> Ranks:
+    """What a running engine computes with."""
+    found = engine._opened.gpus
+    assert isinstance(found, Ranks)
+    return found
+
+
+def pids(engine: Engine) -> list[int]:
+    return [process.pid for process in ranks(engine).processes]
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def until_gone(found: Sequence[int]) -> None:
+    """Wait until these processes have ended."""
+    end = time.monotonic() + PATIENCE
+    while left := [pid for pid in found if is_there(pid)]:
+        assert time.monotonic() < end, f"processes {left} are still there"
+        time.sleep(0.01)
+
+
+def children(pid: int) -> Iterator[int]:
+    """Processes that a process has started, and that are there."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if parent == pid:
+                yield int(entry.name)
+
+
+def shared_memory() -> set[str]:
+    """Names of what lies in memory that processes share."""
+    return set(os.listdir("/dev/shm"))
