@@ -90,7 +90,7 @@ def test_zeros_in_the_middle_are_cut_with_all_behind_them(tmp_path):
     "content",
     [
         *(b"precious", b"precious\n", b'{"id": 5}\n', b"[]\n", b'{"id": "mine"', b"\x1f\x8bx"),
-        gzip.compress(b"precious")[:-4],
+        gzip.compress(b"precious", mtime=0)[:-4],
     ],
 )
 def test_a_file_of_something_else_is_left_as_it_is(path, content):

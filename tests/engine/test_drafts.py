@@ -307,7 +307,7 @@ async def test_drafts_are_read_in_place(
         return batch
 
     monkeypatch.setattr(assemble, "pack", spy)
-    stats = await check(made, config_for(made, gpu_memory="1GiB"), Hostile(made))
+    stats = await check(made, config_for(made, gpu_memory="1GiB", max_draft_tokens=15), Hostile(made))
     assert stats.accepted_tokens
     assert drafted
     assert all(drafted)

@@ -72,7 +72,7 @@ def test_blocks_of_rejected_tokens_are_given_back() -> None:
     assert len(request.blocks) == 1
     request.draft = wrong(request, 9)
     harness.schedule()
-    assert len(request.blocks) == 3  # 3 + 1 + 8 tokens: so many may be computed beside those that decode
+    assert len(request.blocks) == 4  # for 3 + 1 + 9 tokens
     harness.commit()
     assert (len(request.blocks), request.num_computed) == (1, 4)
 
@@ -95,7 +95,7 @@ def test_whoever_waits_is_admitted_before_drafts_take_blocks() -> None:
     first.draft = right(first, 9)
     harness.schedule()
     assert chunk_of(harness, other).num_new == 5
-    assert len(chunk_of(harness, first).draft) == 3  # beside 5 prompt tokens there is room for 3 of 8
+    assert len(chunk_of(harness, first).draft) == 4  # the other has two of the blocks, so there is one to draft into
     harness.commit()
 
 

@@ -304,19 +304,19 @@ class Harness:
         buffer |= {target: buffer[source] for source, target in pairs(batch.widest.copies)}
         for pool, rows in batch.stores.items():
             self.slots |= {(pool, slot): queries[query] for query, slot in pairs(rows)}
-        tokens = {}
-        for i, chunk in enumerate(chunks):
+        tokens: dict[int, list[int]] = {}
+        for i, (chunk, part) in enumerate((chunk, part) for chunk in chunks for part in chunk.parts):
             rows_of_request = range(batch.widest.key_starts[i], batch.widest.key_starts[i + 1])
             front = (
                 batch.widest.in_place.rebuilt_starts[i : i + 2] if i < batch.widest.in_place.num_requests else (0, 0)
             )
             rows = [buffer[row] for row in [*range(*front), *rows_of_request]]
             held = sorted(rows + self._in_place(batch, i))
-            known = [*chunk.request.token_ids, *chunk.draft][: chunk.context + chunk.num_new]
-            assert held == list(enumerate(known))[first_visible(chunk.context, self.window) :]
+            known = [*chunk.request.token_ids, *chunk.draft][: part.context + part.num_new]
+            assert held == list(enumerate(known))[first_visible(part.context, self.window) :]
             if chunk.samples:
-                ends = range(len(known) - len(chunk.draft), len(known) + 1)
-                tokens[chunk.request.arrival] = [next_token(known[:end]) for end in ends]
+                ends = range(len(known) - part.num_sampled + 1, len(known) + 1)
+                tokens.setdefault(chunk.request.arrival, []).extend(next_token(known[:end]) for end in ends)
         return tokens
 
     def _check_loaded_once(self, batch: MiniBatch) -> None:
