@@ -42,7 +42,7 @@ def expected(made: Reference) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("model", "gpus", "settings"),
     [
-        ("opt", 2, {"cache_policy": "activation", "host_memory": "900KiB"}),
+        ("opt", 2, {"cache_policy": "activation", "host_memory": "650KiB"}),
         ("llama-gqa-tied", 3, {"cache_policy": "kv", "host_memory": "700KiB"}),
         ("opt", 2, {"cache_policy": "auto", "host_memory": "900KiB"}),
         (WITH_EXPERTS, 2, {"cache_policy": "auto"}),
