@@ -114,6 +114,9 @@ TABLES = {
     "products": Table(
         ("products/h200",), ("model", "rows", "time", "reading", "computing", "exponent"), tables.products
     ),
+    "few-rows": Table(
+        ("products/few-rows",), ("a layer of", "rows", "codes as they lie", "decoded", "16 bits"), tables.few_rows
+    ),
     "experts": Table(("experts/random",), ("requests: slots of 64 experts", *_SLOTS), tables.experts),
     "coding": Table(
         _CODING, ("model", "weights", *_STEP, "beside plain copies", "predicted", "tokens/s"), tables.coding

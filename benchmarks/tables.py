@@ -179,6 +179,15 @@ def products(records: Sequence[Record]) -> Iterator[Row]:
             name = ""
 
 
+def few_rows(records: Sequence[Record]) -> Iterator[Row]:
+    """A layer's products with codes as they lie, and with decoded weights, over rows."""
+    for model in (model for record in records for model in record.result):
+        name = f"{NAMES[model['model']]}, {model['format']}"
+        for line in model["rows"]:
+            yield name, f"{line['rows']:,}", *(f"{line[part] * 1e6:.0f} us" for part in ("fused", "decoded", "plain"))
+            name = ""
+
+
 def structured_output(records: Sequence[Record]) -> Iterator[Row]:
     """Processor time of each library, by constraint."""
     [record] = records

@@ -180,6 +180,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--device", choices=_values(DeviceKind), default=DeviceKind.AUTO, help="default: auto")
     memory.add_argument(
         "--gpus",
+        type=_number_or_word,
         default=1,
         metavar="N",
         help="GPUs of this host that share one stream of weights, or all: each loads a part of every layer and gets "
@@ -320,6 +321,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     batch.add_argument(
         "--max-queued-tokens", type=int, default=1_048_576, metavar="N", help="of prompts that wait (default: 1048576)"
     )
+
+
+def _number_or_word(text: str) -> int | str:
+    """A number where it is one; what else it may be, the configuration checks."""
+    return int(text) if text.isdecimal() else text
 
 
 def _draft_tokens(text: str) -> int | str:

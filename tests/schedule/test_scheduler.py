@@ -305,7 +305,8 @@ class Harness:
         for pool, rows in batch.stores.items():
             self.slots |= {(pool, slot): queries[query] for query, slot in pairs(rows)}
         tokens: dict[int, list[int]] = {}
-        for i, (chunk, part) in enumerate((chunk, part) for chunk in chunks for part in chunk.parts):
+        packed = [(chunk, part) for chunk in chunks for part in chunk.parts]
+        for i, (chunk, part) in enumerate(packed):
             rows_of_request = range(batch.widest.key_starts[i], batch.widest.key_starts[i + 1])
             front = (
                 batch.widest.in_place.rebuilt_starts[i : i + 2] if i < batch.widest.in_place.num_requests else (0, 0)
