@@ -266,7 +266,7 @@ def _counted(config: EngineConfig) -> EngineConfig:
     there = num_devices(config.device)
     if config.gpus == ALL_GPUS:
         return replace(config, gpus=there or 1)
-    if there is not None and config.num_gpus > there:
+    if there is not None and config.num_gpus > max(1, there):  # without any, opening one says so
         raise ConfigError("gpus", config.gpus, f"there are {there}", "give at most that, or all")
     return config
 

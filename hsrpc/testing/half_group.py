@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from hsrpc.device.device import Device
 from hsrpc.device.group import DeviceGroup
-from hsrpc.engine import startup
+from hsrpc.engine import opened_model, startup
 from hsrpc.engine.loading import load_weights
 from hsrpc.engine.weights import ModelWeights
 from hsrpc.model.family import Family
@@ -63,7 +63,7 @@ def half_of_two() -> Iterator[None]:
         return own
 
     with (
-        patch.object(startup, "load_weights", load),
+        patch.object(opened_model, "load_weights", load),
         patch.object(startup, "open_gpu", partial(startup.open_gpu, group=group)),
     ):
         yield
