@@ -47,7 +47,7 @@ MAX_STEP_TIME = Seconds(1e-6)
 ALL_GPUS = "all"
 """As many as there are."""
 MAX_GPUS = 16
-"""Of one host."""
+"""GPUs of one host, at most."""
 _MAX_DRAFT = 64
 """Drafted tokens of a request in a step: more are hardly ever all accepted."""
 

@@ -26,7 +26,7 @@ from hsrpc.request import SamplingParams
 _WARM_UP_STEPS = 1
 """Whole steps of a setting that are not measured."""
 _FIRST_TOKEN = 10
-"""Of a vocabulary: those before it may have a meaning."""
+"""Id in a vocabulary: those before it may have a meaning."""
 _CERTAIN = 100.0
 """Added to the logit of a token that is to be sampled whatever the others are."""
 _MAX_RUNS = 8

@@ -77,7 +77,7 @@ class Meeting:
     """Where the processes of a group find each other: a store on this host, which the front process keeps."""
 
     port: int
-    """Of the loopback interface."""
+    """Port on the loopback interface."""
 
     def join(self, size: int) -> Store:
         """The store as one of `size` processes sees it."""

@@ -58,7 +58,7 @@ class ResidentChoices:
     expert_traffic: Floats
     """The same for all experts; a step decodes those that its tokens take."""
     spared_traffic: Floats
-    """Of both, what a step of few rows saves."""
+    """What a step of few rows saves of both."""
     on_host: Floats
     """Bytes that the others take in host memory, at most."""
     buffers: Floats

@@ -110,7 +110,7 @@ def test_the_gpu_stays_below_the_bus_where_a_row_gains_little():
 
 
 def test_rows_that_cost_are_drafted_only_where_they_pay():
-    """Of 64 resident requests: a row of 20 us in 10 ms has to gain a part of 64 tokens."""
+    """A row of 20 us in 10 ms, for 64 resident requests, has to gain a part of 64 tokens."""
     counts = allocate([*[busy(0.95)] * 32, *[busy(0.1)] * 32], replace(RESIDENT, free_rows=0))
     assert min(counts[:32]) > 3
     assert counts[32:] == [0] * 32

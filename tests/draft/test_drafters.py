@@ -97,7 +97,7 @@ def test_the_longest_match_is_followed_and_of_equal_ones_the_newest():
 
 
 def test_the_most_frequent_continuation_is_followed():
-    """Of places where equally many tokens are the same; the newest says something else."""
+    """Places where equally many tokens are the same outvote the newest, which says something else."""
     seen = [4, 5, 6, 70, 1, 4, 5, 6, 70, 2, 4, 5, 6, 70, 3, 4, 5, 6, 80]
     assert draft(SuffixDrafter(), [*seen, 9, 4, 5, 6], max_tokens=1) == [70]
 

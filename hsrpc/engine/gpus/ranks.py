@@ -67,7 +67,7 @@ class JointStep(Packed):
     parts: tuple[Execute, ...]
     """One for each GPU."""
     masks: tuple[Mapping[int, Mask], ...]
-    """Of each GPU's constrained rows."""
+    """Masks of each GPU's constrained rows."""
     stop: StopFlag
 
 

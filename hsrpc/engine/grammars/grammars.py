@@ -138,7 +138,7 @@ class _Masked(NamedTuple):
 
     matcher: Matcher
     row: int
-    """Of the next token."""
+    """Row of logits that the next token is sampled from."""
     draft: tuple[int, ...] = ()
     """Tokens behind each of which a mask is wanted too, in the rows that follow."""
 
