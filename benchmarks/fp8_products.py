@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,30 +85,31 @@ def measure(shape: str, weights: str) -> Iterator[dict[str, Any]]:
     decoding_time = milliseconds(decode)
     widths = {each.parts.matrix.columns: each.parts.matrix.block[1] for each in coded}
     for rows in ROWS:
-        inputs = {size: torch.randn(rows, size, device="cuda", dtype=torch.bfloat16) for size in widths}
-        rounded = {size: round_inputs(x, widths[size]) for size, x in inputs.items()}
+        yield {"model": shape, "weights": weights, "rows": rows, "decode": decoding_time} | _line(coded, widths, rows)
 
-        def exactly() -> list[torch.Tensor]:
-            return [functional.linear(inputs[each.weight.shape[1]], each.weight) for each in coded]  # noqa: B023
 
-        def by_codes() -> list[torch.Tensor]:
-            return [multiply(rounded[each.weight.shape[1]], each.parts) for each in coded]  # noqa: B023
+def _line(coded: Sequence[Coded], widths: Mapping[int, int], rows: int) -> dict[str, float]:
+    """Seconds and errors of products with so many rows; `widths`: columns that share a scale, by the columns in all."""
+    inputs = {size: torch.randn(rows, size, device="cuda", dtype=torch.bfloat16) for size in widths}
+    rounded = {size: round_inputs(x, widths[size]) for size, x in inputs.items()}
 
-        def rounding() -> list[Rounded]:
-            return [round_inputs(x, widths[size]) for size, x in inputs.items()]  # noqa: B023
+    def exactly() -> list[torch.Tensor]:
+        return [functional.linear(inputs[each.weight.shape[1]], each.weight) for each in coded]
 
-        wanted = [functional.linear(inputs[each.weight.shape[1]].float(), each.weight.float()) for each in coded]
-        yield {
-            "model": shape,
-            "weights": weights,
-            "rows": rows,
-            "decode": decoding_time,
-            "products": milliseconds(exactly),
-            "products_error": _error(exactly(), wanted),
-            "codes": milliseconds(by_codes),
-            "codes_error": _error(by_codes(), wanted),
-            "rounding": milliseconds(rounding),
-        }
+    def by_codes() -> list[torch.Tensor]:
+        return [multiply(rounded[each.weight.shape[1]], each.parts) for each in coded]
+
+    def rounding() -> list[Rounded]:
+        return [round_inputs(x, widths[size]) for size, x in inputs.items()]
+
+    wanted = [functional.linear(inputs[each.weight.shape[1]].float(), each.weight.float()) for each in coded]
+    return {
+        "products": milliseconds(exactly),
+        "products_error": _error(exactly(), wanted),
+        "codes": milliseconds(by_codes),
+        "codes_error": _error(by_codes(), wanted),
+        "rounding": milliseconds(rounding),
+    }
 
 
 def _error(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
