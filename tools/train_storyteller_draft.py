@@ -1,7 +1,7 @@
 """Trains, measures and saves the draft model of the bundled model, hsrpc/models/storyteller-draft.
 
 It learns the texts that the bundled model learnt (storyteller.py, storyteller_chat.py), and where asked to, of a part
-of them what the bundled model says of every next token. A core of a CPU needs a quarter of an hour.
+of them what the bundled model says of every next token. Two busy cores of a CPU took half an hour.
 
 Example:
     python tools/train_storyteller_draft.py --out hsrpc/models/storyteller-draft
