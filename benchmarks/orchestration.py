@@ -90,8 +90,9 @@ def time_alone(engine: Engine, graphs: DecodeGraphs, batch: int, context: int) -
     """Seconds of a decode step's graph and sampling."""
     gpu = one_gpu(engine)
     device, sampler = gpu.device, gpu.executor._sampler
-    logits = graphs.run(_decode_step(engine, batch, context), None, StopFlag())  # fills the input that the graph reads
-    assert logits is not None  # nobody stops it
+    step = graphs.run(_decode_step(engine, batch, context), None, StopFlag())  # fills the input that the graph reads
+    assert step is not None  # nobody stops it
+    assert step.logits is not None  # of all its rows: it has no drafts
     rows = [SamplingRow(SamplingParams(temperature=0.0), num_prompt_tokens=0, num_output_tokens=0, seed=0)] * batch
     [graph] = graphs._graphs[batch]
     with device.on(device.compute):
@@ -100,7 +101,7 @@ def time_alone(engine: Engine, graphs: DecodeGraphs, batch: int, context: int) -
                 device.drain()
                 start = time.perf_counter()
             graph()
-            sampler.launch(logits, rows)
+            sampler.launch(step.logits, rows)
         device.drain()
     return (time.perf_counter() - start) / REPLAYS
 

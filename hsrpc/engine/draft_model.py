@@ -213,9 +213,10 @@ class DraftModel:
             count = bisect_left(part, -position, key=lambda each: -each.num_tokens)
             chunks = [each.chunk(position, row) for row, each in enumerate(part[:count])]
             batch = self._pack(chunks) if batch is None else self._advance(batch, chunks)
-            logits = self._graphs.run(batch, found[-1], StopFlag())
-            assert logits is not None  # nobody stops it
-            found.append(logits.argmax(dim=-1))
+            step = self._graphs.run(batch, found[-1], StopFlag())
+            assert step is not None  # nobody stops it
+            assert step.logits is not None  # of all its rows: it has no drafts
+            found.append(step.logits.argmax(dim=-1))
         token_ids = iter(self._device.fetch(torch.cat(found))().tolist())
         drafts: list[list[int]] = [[] for _ in part]
         for tokens in found:

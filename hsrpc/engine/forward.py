@@ -133,10 +133,10 @@ class Pass:
     """Weights of the layer that is computed."""
     projected: Projected | None = None
     """Projections of the mini-batch that is computed."""
-    sampled: torch.Tensor | None = None
-    """[r, h] output of the last layer: the rows that are sampled."""
     logits: torch.Tensor | None = None
-    """[r, vocab] of the first of them, as many as there is room for at a time."""
+    """[r, vocab] of the first rows that are sampled, as many as there is room for at a time."""
+    others: torch.Tensor | None = None
+    """[s, h] output of the last layer: the rows that are sampled behind these."""
 
     @property
     def num_rows(self) -> int | None:
@@ -179,12 +179,17 @@ class Forward:
         self._cache = cache
         self._attention = attention
         self._absorbed = absorbed
-        self._sample_rows = sample_rows
+        self.sample_rows = sample_rows
         self._device = device
 
     @property
     def sizes(self) -> ModelSizes:
         return self._family.spec.sizes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of hidden states."""
+        return self._family.spec.dtype
 
     def upload(self, batches: Sequence[MiniBatch], group_starts: Sequence[int]) -> Pass:
         """A step's mini-batches on the device, as soon as the current stream has come to it."""
@@ -230,12 +235,14 @@ class Forward:
     def logits(self, step: Pass) -> Iterator[torch.Tensor]:
         """Logits [r, vocab] of the rows that are sampled, behind HEAD, some at a time: each is launched when the one
         before is done with, whose memory it takes."""
-        assert step.sampled is not None  # HEAD comes first
-        for start in range(0, len(step.sampled), self._sample_rows):
-            rows = step.sampled[start : start + self._sample_rows]
-            logits, step.logits = step.logits, None
-            yield self._family.logits(self._fixed, rows) if logits is None else logits
-            del logits
+        assert step.others is not None  # HEAD comes first
+        assert step.logits is not None
+        first, step.logits = step.logits, None
+        yield first
+        del first
+        for rows in step.others.split(self.sample_rows):
+            if len(rows):
+                yield self._family.logits(self._fixed, rows)
 
     def _upload(self, batches: Sequence[MiniBatch], upload: Upload) -> Iterator[DeviceBatch]:
         """A group's mini-batches."""
@@ -376,8 +383,9 @@ class Forward:
                 kv_rows.put(kv, layout.activation_rows[rows], out)
 
     def _head(self, step: Pass) -> None:
-        step.sampled = torch.cat([batch.sampled for batch in step.batches])
-        step.logits = self._family.logits(self._fixed, step.sampled[: self._sample_rows])
+        sampled = torch.cat([batch.sampled for batch in step.batches])
+        step.logits = self._family.logits(self._fixed, sampled[: self.sample_rows])
+        step.others = sampled[self.sample_rows :]
 
 
 def _scores(scores: Scores | None, upload: Upload) -> DeviceScores | None:

@@ -1,9 +1,9 @@
 """Whole decode steps of a model that lies on the device with all its cache, launched as a few graphs, or as one.
 
 A step of a small resident model takes a few milliseconds, and launching its kernels one by one would take longer. So
-it is captured for each of a few batch sizes; smaller batches are padded with rows that read nothing. Where experts come
-on demand, the host has to know in each layer which of them the router has chosen: there the step's list is cut, and
-each segment is a graph. Otherwise there is one segment.
+it is captured for each of a few numbers of rows; steps of fewer are padded with rows that read nothing. A drafted token
+is a row as the newest one is. Where experts come on demand, the host has to know in each layer which of them the router
+has chosen: there the step's list is cut, and each segment is a graph. Otherwise there is one segment.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DecodeGraphs:
         self._windows = forward.sizes.windows.distinct
         self._pool, self._absorbs = plan.in_place, plan.absorbs
         segments = _segments(ops)
-        self._sizes = graph_sizes(plan.max_batch, len(segments))
+        self._sizes = graph_sizes(plan.max_batch, len(segments), plan.max_draft_tokens)
         self._pass = Pass([])
         """The step under way: what a segment leaves to the next one."""
         max_size = self._sizes[-1]
@@ -67,7 +67,10 @@ class DecodeGraphs:
             self._input.copy_(torch.from_numpy(self._padding(max_size)))
             self._rows = torch.arange(max_size, device=device.torch_device)
             self._nothing = torch.zeros(max_size + 1, dtype=torch.int32, device=device.torch_device)
-            self._logits = device.empty((max_size, forward.sizes.vocab_size), torch.float32, DeviceUse.GRAPH_BUFFERS)
+            logits = min(forward.sample_rows, max_size), forward.sizes.vocab_size
+            others = max_size - logits[0], forward.sizes.hidden_size
+            self._logits = device.empty(logits, torch.float32, DeviceUse.GRAPH_BUFFERS)
+            self._others = device.empty(others, forward.dtype, DeviceUse.GRAPH_BUFFERS)
         # The largest first, so that the others fit into its memory.
         self._graphs = {
             size: device.capture(*(partial(self._compute, size, segment) for segment in segments))
@@ -79,12 +82,8 @@ class DecodeGraphs:
         """Whether the host waits for the device within a step: for choices of experts."""
         return bool(self._choosing)
 
-    def have_room_for(self, batch: MiniBatch) -> bool:
-        """Whether one of them is large enough: drafts may make more rows than there are requests."""
-        return batch.num_queries <= self._sizes[-1]
-
-    def run(self, batch: MiniBatch, sampled: torch.Tensor | None, stop: StopFlag) -> torch.Tensor | None:
-        """Logits [n, vocab] of a mini-batch in place, launched on the compute stream; good until the next run.
+    def run(self, batch: MiniBatch, sampled: torch.Tensor | None, stop: StopFlag) -> Pass | None:
+        """A mini-batch in place up to its first logits, launched on the compute stream; good until the next run.
 
         `sampled`: token ids of the step before on the device, with which chunks that have a `previous_row` continue.
         None where the step was stopped.
@@ -103,7 +102,9 @@ class DecodeGraphs:
                 tokens = self._input[:count, _TOKEN]
                 # A failed row has no token; it is computed in vain, with some token.
                 tokens.copy_(sampled.index_select(0, tokens.long()).clamp_(min=0))
-            return self._logits[:count] if self._launch(size, stop) else None
+            if not self._launch(size, stop):
+                return None
+        return Pass([], logits=self._logits[:count], others=self._others[: max(0, count - len(self._logits))])
 
     def _launch(self, size: int, stop: StopFlag) -> bool:
         """Launch the segments of a step, each once its experts are under way; whether all were."""
@@ -130,9 +131,15 @@ class DecodeGraphs:
                 self._pass = Pass([self._batch(size)])
             self._launches.launch(op, self._pass)
             if op.kind is OpKind.HEAD:
-                assert self._pass.logits is not None  # HEAD made them
-                self._logits[:size].copy_(self._pass.logits)
+                self._keep(self._pass)
                 self._pass = Pass([])
+
+    def _keep(self, done: Pass) -> None:
+        """Copy what HEAD made to where it stays while the next graph runs."""
+        assert done.logits is not None
+        assert done.others is not None
+        self._logits[: len(done.logits)].copy_(done.logits)
+        self._others[: len(done.others)].copy_(done.others)
 
     def _batch(self, size: int) -> DeviceBatch:
         """The mini-batch that is in the input."""

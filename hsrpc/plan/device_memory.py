@@ -56,6 +56,8 @@ class Staging:
     """Queries that attend to activations as they are stored, at most."""
     graph_batch: Number
     """Requests of the largest decode graph; 0: there are no graphs."""
+    graph_drafts: Number = 0
+    """Tokens that each of them drafts there."""
     num_segments: Number = 1
     """Graphs that a decode step is divided into."""
     table: int
@@ -66,18 +68,20 @@ def device_bytes(sizes: ModelSizes, staging: Staging) -> dict[DeviceUse, Number]
     """Device memory beside weights of layers and blocks, by what it is for; pools have their spare rows alone."""
     kv, activation = map(sizes.max_row_bytes, BlockKind)
     graph_input = _GRAPH_COLUMN_BYTES * (_GRAPH_COLUMNS + staging.table)
-    logits = _LOGIT_BYTES * sizes.vocab_size
+    graph_rows = staging.graph_batch * (1 + staging.graph_drafts)
+    sampled = sampled_at_once(staging.graph_batch, staging.graph_drafts)
+    logits = sampled * (_LOGIT_BYTES * sizes.vocab_size)
     return {
         DeviceUse.FIXED: sizes.fixed_bytes,
         DeviceUse.CACHE_BUFFERS: BUFFERS * (staging.rows * kv + staging.activation_rows * activation),
         DeviceUse.CACHE_BLOCKS: pool_bytes(sizes, SPARE_SLOTS, SPARE_SLOTS),
         DeviceUse.HIDDEN_STATES: 2 * staging.step_tokens * sizes.hidden_bytes,
         DeviceUse.WORKSPACE: workspace_bytes(sizes, staging),
-        DeviceUse.GRAPH_BUFFERS: staging.graph_batch * (graph_input + logits),
-        DeviceUse.GRAPHS: query_bytes(sizes, staging.graph_batch)
-        + _absorbed_bytes(sizes, np.minimum(staging.absorbing, staging.graph_batch))
-        + staging.graph_batch * logits
-        + num_segment_graphs(staging.graph_batch, staging.num_segments) * GRAPH_BYTES,
+        DeviceUse.GRAPH_BUFFERS: graph_rows * graph_input + logits + (graph_rows - sampled) * sizes.hidden_bytes,
+        DeviceUse.GRAPHS: query_bytes(sizes, graph_rows)
+        + _absorbed_bytes(sizes, np.minimum(staging.absorbing, graph_rows))
+        + logits
+        + num_segment_graphs(staging.graph_batch, staging.num_segments, staging.graph_drafts) * GRAPH_BYTES,
     }
 
 

@@ -204,7 +204,8 @@ class Evaluator:
     def staging(self, grid: Grid, prompt_queries: Number, idle_chunk: Number) -> Staging:
         """Sizes of the device buffers for candidates; `prompt_queries`: prompt tokens of a mini-batch, at most."""
         batch, rows, traffic = grid.batch, grid.rows, self.model.traffic
-        segments = np.where(self.choices.on_bus[grid.choice] > 0, 1.0, self.choices.num_segments[grid.choice])
+        streams = self.choices.on_bus[grid.choice] > 0
+        segments = np.where(streams, 1.0, self.choices.num_segments[grid.choice])
         if self.recomputes:
             step_tokens = batch * self.max_model_len
             return Staging(
@@ -227,8 +228,9 @@ class Evaluator:
             activation_rows=np.where(grid.kv_only, 0, np.maximum(rows, grid.absorbed_rows)),
             queries=np.maximum(prompt_queries + grid.queries, whole),
             step_tokens=idle_chunk + grid.queries + np.minimum(grid.recompute, batch * traffic.at_end),
-            absorbing=np.where(grid.absorbs, batch, 0),
+            absorbing=np.where(grid.absorbs, grid.queries, 0),
             graph_batch=batch,
+            graph_drafts=np.where(streams, 0, grid.drafts),
             num_segments=segments,
             table=self.longest,
         )

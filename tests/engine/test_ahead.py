@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hsrpc import Engine, EngineConfig, SamplingParams
+from hsrpc.engine.forward import Pass
 from hsrpc.engine.graphs import DecodeGraphs
 from hsrpc.errors import OutOfDeviceMemoryError
 from hsrpc.request import FinishReason
@@ -31,7 +32,7 @@ def counting() -> Iterator[list[MiniBatch]]:
     """The mini-batches that are launched before the tokens that they continue with are known."""
     run, found = DecodeGraphs.run, []
 
-    def counted(graphs: DecodeGraphs, batch: MiniBatch, sampled: torch.Tensor | None, stop: StopFlag) -> torch.Tensor:
+    def counted(graphs: DecodeGraphs, batch: MiniBatch, sampled: torch.Tensor | None, stop: StopFlag) -> Pass | None:
         found.extend([batch] if sampled is not None else [])
         return run(graphs, batch, sampled, stop)
 

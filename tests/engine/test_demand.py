@@ -13,6 +13,7 @@ import torch
 
 from hsrpc import Engine, EngineConfig
 from hsrpc.device.device import Event
+from hsrpc.engine.forward import Pass
 from hsrpc.engine.graphs import DecodeGraphs
 from hsrpc.engine.stats import EngineStats
 from hsrpc.errors import OutOfDeviceMemoryError
@@ -59,7 +60,7 @@ def graphs_run() -> Iterator[list[int]]:
     """The sizes of the mini-batches that graphs run meanwhile."""
     run, found = DecodeGraphs.run, list[int]()
 
-    def noted(graphs: DecodeGraphs, batch: MiniBatch, *others: object) -> torch.Tensor | None:
+    def noted(graphs: DecodeGraphs, batch: MiniBatch, *others: object) -> Pass | None:
         found.append(batch.num_queries)
         return run(graphs, batch, *others)
 

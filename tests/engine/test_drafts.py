@@ -24,6 +24,7 @@ from tests.engine.conftest import tightest
 from tests.engine.reference import NEW_TOKENS, VOCAB, Reference
 from tests.engine.support import collect, greedy, idle, ids, roomy, text, tight, until
 from tests.engine.test_ahead import counting, resident
+from tests.engine.test_demand import graphs_run
 from tests.engine.test_equivalence import IN_WINDOWS, config_for, generate_all
 
 NUM_PROMPTS = 9
@@ -295,7 +296,7 @@ async def test_steps_run_ahead_while_nothing_is_drafted(
 async def test_drafts_are_read_in_place(
     model: str, reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where all blocks lie on the device, drafted tokens are single queries beside the others."""
+    """Where all blocks lie on the device, drafted tokens are single queries beside the others, in the same graphs."""
     made = first(reference(model), NUM_PROMPTS)
     drafted = []
     pack = packing.pack
@@ -307,7 +308,9 @@ async def test_drafts_are_read_in_place(
         return batch
 
     monkeypatch.setattr(assemble, "pack", spy)
-    stats = await check(made, config_for(made, gpu_memory="1GiB", max_draft_tokens=15), Hostile(made))
+    with graphs_run() as sizes:
+        stats = await check(made, config_for(made, gpu_memory="1GiB", max_batch=4, max_draft_tokens=15), Hostile(made))
+    assert max(sizes) > 4
     assert stats.accepted_tokens
     assert drafted
     assert all(drafted)

@@ -57,6 +57,8 @@ def test_graphs_take_a_step_of_their_largest_batch() -> None:
     logits = 4 * SIZES.vocab_size
     assert change(DeviceUse.GRAPHS, graph_batch=1) == query_bytes(SIZES, 1) + logits
     assert change(DeviceUse.GRAPH_BUFFERS, graph_batch=1) == 4 * (4 + 128) + logits
+    drafts = query_bytes(SIZES, 64), 64 * (4 * (4 + 128) + SIZES.hidden_bytes)  # whose logits are made in parts
+    assert tuple(change(use, graph_drafts=1) for use in (DeviceUse.GRAPHS, DeviceUse.GRAPH_BUFFERS)) == drafts
     none = device_bytes(SIZES, replace(STAGING, graph_batch=0))
     assert none[DeviceUse.GRAPHS] == none[DeviceUse.GRAPH_BUFFERS] == 0
 

@@ -21,8 +21,15 @@ def test_no_batch_is_padded_by_more_than_half(num_segments: int) -> None:
         assert all(size < 2 * batch for batch, size in padded.items())
 
 
-def test_graphs_are_counted_as_they_are_made() -> None:
+def test_drafts_add_a_few_widths() -> None:
+    """Up to all drafts of a whole batch, which is a size of its own with them and without."""
+    assert graph_sizes(20, 1, 3) == [1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64, 80]
+    assert graph_sizes(20, 5, 3) == [1, 2, 4, 8, 16, 20, 32, 64, 80]
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 2, 7])
+def test_graphs_are_counted_as_they_are_made(drafts: int) -> None:
     """A graph for each size and segment; steps of one graph, and plans without graphs, have none of them."""
     for max_batch in range(1, 70):
-        assert num_segment_graphs(max_batch, 5) == 5 * len(graph_sizes(max_batch, 5))
+        assert num_segment_graphs(max_batch, 5, drafts) == 5 * len(graph_sizes(max_batch, 5, drafts))
     assert num_segment_graphs(8, 1) == num_segment_graphs(0, 5) == 0

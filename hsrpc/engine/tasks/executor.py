@@ -25,7 +25,7 @@ from hsrpc.engine.tasks.cache import CacheManager
 from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.engine.worker import Worker
 from hsrpc.errors import OutOfDeviceMemoryError
-from hsrpc.model.sampler import Sampled, Sampler
+from hsrpc.model.sampler import PendingSample, Sampled, Sampler
 from hsrpc.plan.plan import SAMPLE_ELEMENTS
 from hsrpc.request import TokenLogprob
 from hsrpc.schedule.assemble import Assembler
@@ -37,10 +37,10 @@ _OUT_OF_MEMORY = "the step ran out of device memory"
 
 
 class _Launched(NamedTuple):
-    """A step whose logits are being computed."""
+    """A step that is being computed."""
 
     step_id: int
-    logits: torch.Tensor
+    on_device: Pass
 
 
 class _Request(NamedTuple):
@@ -148,7 +148,7 @@ class Executor:
         run, ahead = request
         step = run.step
         launched, self._launched = self._launched, None
-        if self._graphs is not None and step.is_in_place and self._graphs.have_room_for(step.mini_batches[0]):
+        if self._graphs is not None and step.is_in_place:
             if step.is_ahead and (launched is None or launched.step_id != step.step_id):
                 return None  # the step before it failed, and with it the tokens to continue with
             sampled = await worker.run(partial(self._run_graphs, step, launched, ahead))
@@ -227,12 +227,16 @@ class Executor:
         if not step.sampling:
             self._device.synchronize(self._device.record(self._device.compute))
             return []
+        return _results(self._launch_sampling(step, on_device))
+
+    def _launch_sampling(self, step: Step, on_device: Pass) -> list[PendingSample]:
+        """As many rows at a time as there is room for; of a step without drafts all."""
         rows = iter(step.sampling)
         pending = []
         for logits in self.forward.logits(on_device):
             pending.append(self._sampler.launch(logits, list(islice(rows, len(logits)))))
             del logits  # its memory is the next rows'
-        return [sampled for part in pending for sampled in part.result()]
+        return pending
 
     def _note_end(self) -> None:
         """All of a step is launched: loads of the next one come after it."""
@@ -241,20 +245,22 @@ class Executor:
 
     def _run_graphs(self, step: Step, launched: _Launched | None, ahead: Step | None) -> list[Sampled] | None:
         """Tokens of `step`; behind them `ahead` is computed already. None where it was stopped."""
-        logits = self._launch_graphs(step, None) if launched is None else launched.logits
-        if logits is None:
+        on_device = self._launch_graphs(step, None) if launched is None else launched.on_device
+        if on_device is None:
             return None
         with self._device.on(self._device.compute):
-            pending = self._sampler.launch(logits, step.sampling)
-        if ahead is not None and (coming := self._launch_graphs(ahead, pending.on_device)) is not None:
-            self._launched = _Launched(ahead.step_id, coming)
-        return pending.result()
+            pending = self._launch_sampling(step, on_device)
+        if ahead is not None:
+            [all_rows] = pending  # a step that another is launched behind has no drafts
+            coming = self._launch_graphs(ahead, all_rows.on_device)
+            self._launched = None if coming is None else _Launched(ahead.step_id, coming)
+        return _results(pending)
 
-    def _launch_graphs(self, step: Step, sampled: torch.Tensor | None) -> torch.Tensor | None:
+    def _launch_graphs(self, step: Step, sampled: torch.Tensor | None) -> Pass | None:
         assert self._graphs is not None  # asked before
-        logits = self._graphs.run(step.mini_batches[0], sampled, step.stop)
+        on_device = self._graphs.run(step.mini_batches[0], sampled, step.stop)
         self._note_end()
-        return logits
+        return on_device
 
 
 @dataclass(slots=True)
@@ -270,6 +276,11 @@ class _Computing:
     """Log-probabilities of the step's prompt tokens, as far as they are computed."""
     is_out_of_memory: bool = False
     """Why it was not."""
+
+
+def _results(pending: Sequence[PendingSample]) -> list[Sampled]:
+    """What was sampled, one part after the other; waits for the device."""
+    return [sampled for part in pending for sampled in part.result()]
 
 
 def _log_out_of_memory(step: Step, error: torch.OutOfMemoryError) -> None:
