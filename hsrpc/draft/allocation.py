@@ -2,7 +2,7 @@
 
 A row is a token that the step computes. With `n` drafted rows a step takes
 
-    step + first + max(0, max(0, n - free) * row - spare)
+    step + first + max(0, n * read + max(0, n - free) * row - spare)
 
 seconds, where `first` counts if there is any row, and `spare` is what the GPU would wait for the bus anyway: much where
 weights stream, nothing where all is resident. A request of acceptance `p` gains `p**j` tokens by its j-th row. Rows are
@@ -37,9 +37,12 @@ class StepPrice:
     step_seconds: float
     """The step without any."""
     row_seconds: float
-    """GPU time of a row."""
+    """GPU time of a row's products."""
+    read_seconds: float = 0.0
+    """GPU time of what a row alone reads, however few there are: what its request has cached, where that is read in
+    place."""
     free_rows: int = 0
-    """Rows that take no GPU time, since the others leave the GPU waiting for device memory."""
+    """Rows whose products take no GPU time, since the others leave the GPU waiting for device memory."""
     spare_seconds: float = 0.0
     """GPU time that the step has beside the bus; 0 where all is resident."""
     first_seconds: float = 0.0
@@ -47,9 +50,15 @@ class StepPrice:
     max_rows: int
     """Rows for which the step has room in its buffers."""
 
+    @property
+    def num_free(self) -> int:
+        """Rows that make no step longer, but for what the first of them adds."""
+        free = (self.spare_seconds + self.free_rows * self.row_seconds) / (self.read_seconds + self.row_seconds)
+        return int(min(free, self.spare_seconds / self.read_seconds) if self.read_seconds else free)
+
     def seconds(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """The step with so many drafted rows."""
-        compute = np.maximum(0, rows - self.free_rows) * self.row_seconds
+        compute = rows * self.read_seconds + np.maximum(0, rows - self.free_rows) * self.row_seconds
         first = np.where(rows > 0, self.first_seconds, 0.0)
         return self.step_seconds + first + np.maximum(0.0, compute - self.spare_seconds)
 

@@ -10,7 +10,8 @@ A GPU second beside the bus goes first to prompts, then to drafts, then to recom
   drafts leave: the planner balances it against a step with drafts, and the scheduler counts those of the step before.
 
 Where nothing streams, nobody waits for the bus. There a row costs what it computes, as soon as there are so many that
-products compute longer than they read weights; and a step with drafts is launched kernel by kernel.
+products compute longer than they read weights, and its attention to all that its request has cached; and a step with
+drafts is laid out when the tokens before it are known, while the device waits.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from hsrpc.plan.drafting import Drafting, DraftPlan
 from hsrpc.plan.plan import Plan, StepPrediction
 from hsrpc.plan.prediction import predict_at
 from hsrpc.plan.sizes import ModelSizes
+from hsrpc.schedule.blocks import PoolId
 
 _MANY_ROWS = 8192
 """So many rows compute longer than they read weights."""
@@ -49,14 +51,18 @@ def plan_drafts(plan: Plan, sizes: ModelSizes, drafting: Drafting, *, is_given: 
 
 
 def _price(plan: Plan, drafting: Drafting, step: Callable[[int], StepPrediction]) -> StepPrice:
-    """A line through the GPU's time for many rows, and what a step with any draft takes beyond it."""
+    """Lines through the GPU's time for few rows and for many, and what a step with any draft takes beyond them."""
     batch, many = plan.max_batch, math.ceil(_MANY_ROWS / plan.max_batch)
-    none, one, some, more = map(step, (0, 1, many, 2 * many))
-    row = (more.gpu - some.gpu) / (many * batch)
+    none, one, two, some, more = map(step, (0, 1, 2, many, 2 * many))
+    each = (more.gpu - some.gpu) / (many * batch)
+    read = min(each, (two.gpu - one.gpu) / batch)
+    row = each - read
+    beyond = (some.gpu - one.gpu - read * (many - 1) * batch) / row if row else 0.0
     price = StepPrice(
         step_seconds=none.step,
         row_seconds=row,
-        free_rows=max(0, int(many * batch - (some.gpu - one.gpu) / row)),
+        read_seconds=read,
+        free_rows=max(0, int(many * batch - beyond)),
         spare_seconds=max(0.0, max(none.bus, none.launch) - none.gpu),
         max_rows=batch * drafting.tokens,
     )
@@ -64,12 +70,12 @@ def _price(plan: Plan, drafting: Drafting, step: Callable[[int], StepPrediction]
 
 
 def _why_off(plan: Plan, none: StepPrediction) -> str:
-    if plan.absorbs:
-        return "off: single queries attend to latents as they are stored, of which several would need K and V rebuilt"
     if not none.bus:
         return (
             "off: model and cache are on the device, where a step with drafts is predicted to cost more than it gives"
         )
+    if plan.absorbs and plan.num_blocks[PoolId.HOST_ACTIVATION]:
+        return "off: single queries attend to latents as they are stored, those of drafts to K and V that are rebuilt"
     return "off: the GPU is about as busy as the bus, or drafts would take the room of cached tokens"
 
 
@@ -78,11 +84,10 @@ def _why_on(plan: Plan, price: StepPrice, none: StepPrediction, chosen: StepPred
     limit = f"up to {_counted(chosen.drafts, 'token')} a request{asked}"
     if chosen.tokens_per_second < none.tokens_per_second:
         return f"{limit}, though that is predicted not to pay: {_changed(none, chosen)}"
-    free = price.free_rows + int(price.spare_seconds / price.row_seconds)
-    if free < plan.max_batch:
+    if price.num_free < plan.max_batch:
         return f"{limit}: {_changed(none, chosen)}"
     requests, uses = _counted(plan.max_batch, "request"), "uses" if plan.max_batch == 1 else "use"
-    rows = f"{plan.max_batch:,} of {plan.max_batch + free:,} rows that the GPU computes in the time of a step"
+    rows = f"{plan.max_batch:,} of {plan.max_batch + price.num_free:,} rows that the GPU computes in the time of a step"
     return f"{limit}: {requests} {uses} {rows}"
 
 

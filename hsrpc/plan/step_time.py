@@ -111,8 +111,8 @@ class Candidates:
     absorbs: npt.NDArray[np.bool_] | bool = False
     """Single queries attend to activations as they are stored; all blocks hold activations."""
     drafts: Number = 0
-    """Tokens that each request drafts in a step. Where it drafts some its queries are a chunk's: all that they attend
-    to is copied to the kv buffer, or rebuilt there."""
+    """Tokens that each request drafts in a step. Unless all of it lies where single queries read, its queries are a
+    chunk's then: what they attend to is copied to the kv buffer, or rebuilt there."""
 
     @property
     def queries(self) -> Number:
@@ -120,13 +120,21 @@ class Candidates:
         return self.batch * (1 + self.drafts)
 
     @property
+    def uses_no_buffer(self) -> npt.NDArray[np.bool_]:
+        """Whether all of every request lies where single queries read it, and nothing is computed anew."""
+        lies_on_device = np.equal(self.on_device, 1) & np.equal(self.recomputed, 0)
+        return lies_on_device & (np.equal(self.device_share, 0) | self.absorbs)
+
+    @property
     def is_in_place(self) -> npt.NDArray[np.bool_]:
-        """Whether requests have one query each, which reads blocks on the device where they lie."""
-        return np.equal(self.drafts, 0)
+        """Whether all queries are single ones, which read blocks on the device where they lie: a request's one, or each
+        of those that it has with drafts, where it uses no buffer.
+        """
+        return np.equal(self.drafts, 0) | self.uses_no_buffer
 
     @property
     def absorbed(self) -> npt.NDArray[np.bool_]:
-        """Whether queries attend to activations as they are stored: several of a request attend to K and V."""
+        """Whether queries attend to activations as they are stored: those of a chunk attend to K and V."""
         return np.asarray(self.absorbs) & self.is_in_place
 
 
@@ -241,23 +249,28 @@ class StepModel:
         return self._whole_step(c, times)
 
     def _attention(self, c: Candidates) -> Number:
-        context, cached = self.traffic.context, c.batch * (1 - c.recomputed)
-        queries = cached * np.where(c.is_in_place, 1, PACKED_QUERIES * np.ceil((1 + c.drafts) / PACKED_QUERIES))
-        attention = self.layer.attention(cached * context, queries, context)
+        """Each single query reads what it attends to, as it does alone: that neighbours may find it in the device's
+        caches is not counted. Those of a chunk read it once.
+        """
+        context, cached, each = self.traffic.context, c.batch * (1 - c.recomputed), 1 + c.drafts
+        tokens = cached * np.where(c.is_in_place, each, 1) * context
+        queries = cached * np.where(c.is_in_place, each, PACKED_QUERIES * np.ceil(each / PACKED_QUERIES))
+        attention = self.layer.attention(tokens, queries, context)
         if not np.any(c.absorbed):
             return attention
-        return np.where(c.absorbed, self.layer.absorbed(cached * context, queries, context), attention)
+        return np.where(c.absorbed, self.layer.absorbed(tokens, queries, context), attention)
 
     def _whole_step(self, c: Candidates, times: dict[str, Number]) -> StepTimes:
         layers, bus = self.sizes.num_layers, times["bus"]
         gpu = times["forward"] + times["regenerate"] + times["gather"] + times["attention"] + times["head"]
         prompts = self.prompt_tokens(c.batch * (1 - c.recomputed), c.drafts)
         prefill = prompts * (layers * self.prompt_token)
-        launch, boundary, shortest = self._host(c, bus, times["mini_batches"])
+        launch, boundary, waiting = self._host(c, bus, times["mini_batches"])
+        shortest = self._between(c)
         # A mini-batch loads while the one before it computes: the step's first load or last compute overlaps nothing.
         boundary = boundary + np.minimum(bus, gpu) / (layers * times["mini_batches"])
         work = np.maximum(beside(bus, gpu, WAITING), launch) + times["experts"]
-        step = np.maximum(work, shortest) + boundary
+        step = np.maximum(work + boundary, np.maximum(gpu + times["experts"] + waiting, shortest))
         hardware = self.hardware
         parts = np.ceil(c.chunk / c.prompt_queries)
         rest = np.maximum(0.0, times["mini_batches"] - parts)
@@ -272,10 +285,11 @@ class StepModel:
         prompt_work = prefill + self._chunked_part(c) * more_experts
         later_bus = self._contended(later_bus, times["forward"] + times["regenerate"] + prompt_work)
         later_bus = self._both_ways(later_bus, self._store(c, later_host / tokens))
-        later_launch, later_boundary, _ = self._host(c, later_bus, times["mini_batches"])
+        later_launch, later_boundary, later_waiting = self._host(c, later_bus, times["mini_batches"])
         later_boundary = later_boundary + np.minimum(later_bus, gpu) / (layers * times["mini_batches"])
         later = np.maximum(beside(later_bus, gpu + prompt_work, WAITING), later_launch)
-        later = later + self._mean_experts(c, times["experts"]) + later_boundary
+        later = np.maximum(later + later_boundary, gpu + prompt_work + later_waiting)
+        later = later + self._mean_experts(c, times["experts"])
         # Where more prompt tokens come in than a chunk takes, newcomers wait and the batch is not full.
         queueing = np.maximum(1.0, prompts / np.maximum(c.chunk, 1.0))
         return StepTimes(
@@ -332,31 +346,33 @@ class StepModel:
 
     def _mini_batches(self, c: Candidates, recomputed_tokens: Number, staged: Number) -> Number:
         """Mini-batches that the rows in the kv buffer need; K and V on the device are read in place, without rows."""
-        rows = staged + recomputed_tokens + c.queries - c.batch * c.recomputed
+        new = np.where(c.uses_no_buffer, 0.0, c.queries - c.batch * c.recomputed)
+        rows = staged + recomputed_tokens + new
         return np.maximum(np.maximum(1.0, np.ceil(rows / c.rows)), np.ceil(recomputed_tokens / c.prompt_queries))
 
     def _host(self, c: Candidates, bus: Number, mini_batches: Number) -> tuple[Number, Number, Number]:
-        """Host seconds: to launch a step, that the boundary adds to it, and that bound it where the boundary is hidden.
+        """Seconds: of the host to launch a step, that the boundary adds to it, and that the device waits in it.
 
-        While weights stream, the boundary is hidden for as long as the bus goes on filling the weight buffers for the
-        next step. With nothing on the bus graphs run the step where all of the cache is K and V, and the boundary is
-        hidden beside the step itself, unless experts come on demand: nothing is launched ahead of a choice. Nor is a
-        step with drafts: it is laid out when the tokens before it are known.
+        While weights stream, the boundary adds nothing to the bus's time for as long as that goes on filling the weight
+        buffers for the next step; the device waits meanwhile. With nothing on the bus graphs run the step where all of
+        the cache is read in place, and the boundary is hidden beside the step itself, unless experts come on demand:
+        nothing is launched ahead of a choice. Nor is a step with drafts: it is laid out when the tokens before it are
+        known.
         """
         hardware = self.hardware
         each = np.where(c.recomputed > 0, hardware.prompt_launch_time, hardware.launch_time)
         each = each + np.where(bus > 0, hardware.hop_time, 0.0)
         launch = self.sizes.num_layers * mini_batches * each
-        boundary = hardware.boundary_time + c.batch * hardware.request_time
-        exposed = np.maximum(0.0, boundary - BUFFERS * self.layer.load(c.streamed))
+        between = self._between(c)
+        exposed = np.maximum(0.0, between - BUFFERS * self.layer.load(c.streamed))
         on_device = (bus == 0) & (c.recomputed == 0)
         has_graphs = on_device & ((c.device_share == 0) | c.absorbs) & c.is_in_place
-        hides = on_device & (c.on_demand == 0) & c.is_in_place
-        return (
-            np.where(has_graphs, 0.0, launch),
-            np.where(hides, 0.0, exposed),
-            np.where(hides, boundary, 0.0),
-        )
+        hides = on_device & (c.on_demand == 0) & np.equal(c.drafts, 0)
+        return np.where(has_graphs, 0.0, launch), np.where(hides, 0.0, exposed), np.where(hides, 0.0, between)
+
+    def _between(self, c: Candidates) -> Number:
+        """Seconds from a step's tokens to the next step, which take as long beside a step that is launched ahead."""
+        return self.hardware.boundary_time + c.batch * self.hardware.request_time
 
     def _store(self, c: Candidates, on_host: Number) -> Number:
         """All layers' seconds to store the rows of new tokens that lie on the host."""

@@ -89,12 +89,28 @@ def test_rows_of_a_mini_batch_hold_the_drafts() -> None:
 
 
 def test_what_lies_on_the_device_is_copied_for_several_queries() -> None:
-    """A single query reads K and V where they lie."""
-    times, alone = predict(RESIDENT, DRAFTS), predict(RESIDENT, 0)
+    """Of requests that do not lie there as a whole; the others' drafts are single queries, which read it in place."""
+    partly, alone = (predict(replace(RESIDENT, on_device=0.75), drafts) for drafts in (DRAFTS, 0))
     assert alone.gather == 0
-    assert times.gather == pytest.approx(LAYERS * BATCH * CONTEXT * 2 * LAYER.kv.num_bytes / EVEN.memory_bandwidth)
-    shared = StepModel(SIZES, EVEN, replace(TRAFFIC, shared=384)).predict(replace(RESIDENT, drafts=DRAFTS))
-    assert shared.gather == pytest.approx(times.gather)  # each request has its own rows of what it shares
+    copied = 0.75 * BATCH * CONTEXT * 2 * LAYER.kv.num_bytes / EVEN.memory_bandwidth
+    assert partly.gather == pytest.approx(LAYERS * copied)
+    shared = StepModel(SIZES, EVEN, replace(TRAFFIC, shared=384))
+    for on_device in (0.75, 1.0):
+        found = shared.predict(replace(RESIDENT, drafts=DRAFTS, on_device=on_device))
+        assert (found.gather > 0) == (on_device < 1)
+
+
+def test_drafts_in_place_are_single_queries() -> None:
+    """Nothing is copied, no rows of buffers are taken, and each query reads what its request has cached."""
+    few_rows = replace(RESIDENT, rows=ROWS / 4)
+    times, alone = predict(few_rows, DRAFTS), predict(few_rows, 0)
+    assert (times.gather, times.mini_batches, times.launch) == (0, 1, 0)
+    assert times.attention == pytest.approx((1 + DRAFTS) * alone.attention)
+    between = EVEN.boundary_time + BATCH * EVEN.request_time
+    gpu = times.forward + times.attention + times.head
+    assert times.step == pytest.approx(gpu + between)  # nothing is launched ahead of it
+    rebuilt = predict(replace(few_rows, device_share=0.5), DRAFTS)  # not as single queries read
+    assert rebuilt.gather > 0
 
 
 def test_drafts_take_more_experts() -> None:
@@ -122,16 +138,18 @@ def test_where_the_bus_binds_drafts_are_nearly_for_nothing(batch: int, drafts: i
     assert plan.prediction.bus > plan.prediction.gpu
 
 
-@pytest.mark.parametrize("batch", [1, 64])
-def test_where_all_is_resident_nothing_is_drafted(batch: int) -> None:
-    """A step would copy the cache to where several queries read it, kernel by kernel; whoever asks for drafts is told.
+def test_where_all_is_resident_drafts_cost_what_they_read() -> None:
+    """One request's are nearly for nothing, since a step reads all weights for it; of 64 each reads its own cache.
 
-    If half of the tokens are right, that is.
+    If half of the tokens are right, that is; whoever asks for drafts is told.
     """
-    plan = resident(batch, max_draft_tokens="auto")
+    one, alone = (resident(1, max_draft_tokens=each) for each in ("auto", 0))
+    assert one.max_draft_tokens > 0
+    assert one.prediction.tokens_per_second > 1.3 * alone.prediction.tokens_per_second
+    plan = resident(64, max_draft_tokens="auto")
     assert (plan.max_draft_tokens, plan.drafts.price) == (0, None)
     assert plan.drafts.reason.startswith("off: model and cache are on the device")
-    asked = resident(batch, max_draft_tokens=3)
+    asked = resident(64, max_draft_tokens=3)
     assert asked.max_draft_tokens == 3
     assert "up to 3 tokens a request, as asked, though that is predicted not to pay" in asked.drafts.reason
 
