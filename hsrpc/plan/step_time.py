@@ -6,7 +6,8 @@ For each layer, of `n` requests with `context` cached tokens each:
     gpu    = forward + recomputed tokens + regeneration + gather + attention
     layer  = max(bus, gpu, launches)        (near the balance of bus and GPU a little more: `beside`)
 
-Experts that come on demand are loaded when nothing else can be done: that time is added to all three.
+Experts that come on demand are loaded when nothing else can be done: that time is added to all three. Where cached
+tokens are loaded too, no products are computed meanwhile (`StepModel._beside`).
 
 A request that drafts k tokens has 1 + k queries, which cost the GPU and no byte on the bus, and gets tau tokens:
 
@@ -269,7 +270,7 @@ class StepModel:
         shortest = self._between(c)
         # A mini-batch loads while the one before it computes: the step's first load or last compute overlaps nothing.
         boundary = boundary + np.minimum(bus, gpu) / (layers * times["mini_batches"])
-        work = np.maximum(beside(bus, gpu, WAITING), launch) + times["experts"]
+        work = np.maximum(self._beside(c, times, bus), launch) + times["experts"]
         step = np.maximum(work + boundary, np.maximum(gpu + times["experts"] + waiting, shortest))
         hardware = self.hardware
         parts = np.ceil(c.chunk / c.prompt_queries)
@@ -287,7 +288,7 @@ class StepModel:
         later_bus = self._both_ways(later_bus, self._store(c, later_host / tokens))
         later_launch, later_boundary, later_waiting = self._host(c, later_bus, times["mini_batches"])
         later_boundary = later_boundary + np.minimum(later_bus, gpu) / (layers * times["mini_batches"])
-        later = np.maximum(beside(later_bus, gpu + prompt_work, WAITING), later_launch)
+        later = np.maximum(self._beside(c, times, later_bus, prompt_work), later_launch)
         later = np.maximum(later + later_boundary, gpu + prompt_work + later_waiting)
         later = later + self._mean_experts(c, times["experts"])
         # Where more prompt tokens come in than a chunk takes, newcomers wait and the batch is not full.
@@ -302,6 +303,24 @@ class StepModel:
             longest_step=np.maximum(step, with_chunk),
             mean_step=np.maximum(step, later) * queueing,
         )
+
+    def _beside(self, c: Candidates, times: dict[str, Number], bus: Number, prompts: Number = 0.0) -> Number:
+        """All layers' seconds until bus and GPU are done, but for experts that come on demand.
+
+        These come behind the blocks of the next layer's first mini-batches, which fill all buffers: beside the products
+        that wait for them, and the first attention behind these, no blocks are loaded.
+        """
+        attention = times["regenerate"] + times["gather"] + times["attention"]
+        products = times["forward"] + times["head"] + prompts
+        at_once = beside(bus, attention + products, WAITING)
+        if not np.any(c.on_demand):
+            return at_once
+        blocks = np.maximum(0.0, bus - self.sizes.num_layers * self.layer.load(c.streamed))
+        first = attention / times["mini_batches"]
+        in_turn = np.maximum(at_once, beside(blocks, attention - first, WAITING) + first + products)
+        part = c.on_demand * self.sizes.mean(lambda layer: float(layer.experts is not None))
+        found: Number = part * in_turn + (1 - part) * at_once
+        return found
 
     def _bus(self, c: Candidates, host: Number, mini_batches: Number) -> Number:
         load = self.layer.load(c.streamed + host * seen_bytes(self.sizes, self.traffic.context, c.host_share))

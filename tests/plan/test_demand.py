@@ -176,6 +176,25 @@ def test_where_other_weights_stream_the_list_has_the_waits(sizes: ModelSizes) ->
     assert simulated_step(plan, sizes, replace(step, experts=0), recomputes=False) < step.step - step.experts
 
 
+@pytest.mark.parametrize("batch", [32, 64, 256])
+def test_the_search_knows_that_cached_tokens_wait_for_experts(
+    sizes: ModelSizes, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it compares agrees with the list, where caches cross the bus beside experts on demand, and products take
+    about as long.
+    """
+    hardware = replace(HARDWARE, memory_bandwidth=5e10, launch_time=0.0, hop_time=0.0)
+    settings = {"max_batch": batch, "min_batch": batch, "max_model_len": 1024, "expected_context": 700}
+    settings |= {"placement": "host", "cache_policy": "kv", "experts": "demand", "max_prefill_tokens": 512}
+    budgets = Budgets(device=int(DEVICE * GIB), host=HOST * GIB, runtime=2**26)
+    planner = Planner(sizes, budgets, hardware, EngineConfig(**settings))
+    by_list = planner.plan().prediction
+    monkeypatch.setattr("hsrpc.plan.build.simulated", lambda plan, sizes, closed, recomputes: closed)
+    closed = planner.plan().prediction
+    assert min(by_list.bus, by_list.experts, by_list.forward) > 0.05 * by_list.step
+    assert closed.step == pytest.approx(by_list.step, rel=0.03)  # six layers: the first and the last are not as others
+
+
 def test_the_limit_of_a_step_lets_experts_and_what_waits_take_turns(sizes: ModelSizes) -> None:
     """Their own products may be computed beside; they are those that the step took, whatever was to be expected."""
     plain = StepRecord(
