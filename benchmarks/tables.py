@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import geometric_mean, median
 from typing import Any, NamedTuple
 
@@ -112,9 +112,11 @@ def mixtures(records: Sequence[Record]) -> Iterator[Row]:
     """Decode steps of mixtures of experts and of layers that differ, and what is cached."""
     for record in records:
         [run] = record.result
-        weights = "coded" if run["codes_weights"] else "as they are"
+        weights, predicted = "coded" if run["codes_weights"] else "as they are", ms(run["predicted_step_seconds"])
         if run["expert_hits"]:
-            weights = f"experts on demand, {100 * run['expert_hit_rate']:.0f} % hits"
+            hits, assumed = (f"{100 * run[name]:.0f} %" for name in ("expert_hit_rate", "expected_hit_rate"))
+            weights = f"experts on demand, {hits} hits"
+            predicted = f"{ms(_predicted_at_hits(run))} at these hits, {predicted} at {assumed}"
         words = record.header.command.split()
         latents = words[words.index("--latent-attention") + 1] if "--latent-attention" in words else None
         caches = {None: run["policy"], "absorb": "latents, absorbed", "rebuild": "latents, rebuilt"}[latents]
@@ -128,9 +130,22 @@ def mixtures(records: Sequence[Record]) -> Iterator[Row]:
             caches,
             weights,
             *_step(run),
-            ms(run["predicted_step_seconds"]),
+            predicted,
             rate(run["decode_tokens_per_second"]),
         )
+
+
+def _predicted_at_hits(run: Mapping[str, Any]) -> float:
+    """Seconds of the predicted step, had as many experts been hits as were.
+
+    Where the run does not say it yet: less the loads of those that were hits beyond what the plan assumes.
+    """
+    if "predicted_at_hits_seconds" in run:
+        return float(run["predicted_at_hits_seconds"])
+    needed = (run["expert_hits"] + run["expert_loads"]) / run["num_steps"]
+    each = run["expert_loaded_bytes"] / run["expert_loads"] / run["hardware"]["load_bandwidth"]
+    spared = (run["expert_hit_rate"] - run["expected_hit_rate"]) * needed * each
+    return float(run["predicted_step_seconds"] - spared)
 
 
 def quantized(records: Sequence[Record]) -> Iterator[Row]:

@@ -107,6 +107,7 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
         ("  beside plain copies", [f"{r.sustained_efficiency:.3f}" for r in results]),
         ("recomputed", [f"{r.recomputed_tokens / r.num_steps:,.0f} tokens a step" for r in results]),
         ("predicted step", [_ms(r.predicted_step_seconds) for r in results]),
+        *_at_hits(results),
         ("decode", [f"{r.decode_tokens_per_second:.1f} tokens/s" for r in results]),
         ("prefill", [f"{r.prefill_tokens_per_second:.0f} tokens/s" for r in results]),
         ("whole run", [f"{r.total_tokens_per_second:.1f} tokens/s" for r in results]),
@@ -145,11 +146,17 @@ def _ms(seconds: float | None) -> str:
     return _NOT_MEASURED if seconds is None else f"{seconds * 1e3:.1f} ms"
 
 
+def _at_hits(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
+    """Empty where no experts come on demand."""
+    steps = [result.predicted_at_hits_seconds for result in results]
+    return [("  at the hits measured", ["" if step is None else _ms(step) for step in steps])] if any(steps) else []
+
+
 def _hits(result: Result) -> str:
     if result.expert_hit_rate is None or result.expected_hit_rate is None:
         return "none come so"
     each = format_bytes(result.expert_loaded_bytes / result.num_steps)
-    return f"{result.expert_hit_rate:.0%} (planned {result.expected_hit_rate:.0%}), {each} a step"
+    return f"{result.expert_hit_rate:.0%} (the plan assumes {result.expected_hit_rate:.0%}), {each} a step"
 
 
 def _rate(value: float | None) -> str:

@@ -22,7 +22,9 @@ from hsrpc.model.family import ModelSpec
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
+from hsrpc.plan.prediction import predict_at
 from hsrpc.plan.roofline import Roofline, StepRecord, roofline
+from hsrpc.plan.sizes import ModelSizes
 from hsrpc.request import SamplingParams
 
 WARM_UP_STEPS = 3
@@ -102,7 +104,9 @@ class Result:
     expert_hit_rate: float | None
     """None: experts do not come on demand."""
     expected_hit_rate: float | None
-    """Where all are as likely."""
+    """Where all are as likely: what the plan counts on."""
+    predicted_at_hits_seconds: float | None
+    """The predicted step, had as many experts been hits as were; None: experts do not come on demand."""
     preemptions: int
     peak_device_bytes: int
     device_budget: int
@@ -175,6 +179,7 @@ def summarise(run: Run, config: EngineConfig) -> Result:
     plan, stats, sizes = run.plan, run.stats, run.spec.sizes
     hits, loads = (sum(getattr(record, name) for record in chosen) for name in ("expert_hits", "expert_loads"))
     flop = sizes.num_layers * float(sizes.mean(lambda layer: layer.flop(sum(tokens))))
+    hit_rate = hits / (hits + loads) if hits + loads else None
     return Result(
         model=run.spec.name,
         device=run.device,
@@ -204,8 +209,9 @@ def summarise(run: Run, config: EngineConfig) -> Result:
         expert_hits=hits,
         expert_loads=loads,
         expert_loaded_bytes=loads * plan.demand.expert_bytes if plan.demand else 0,
-        expert_hit_rate=hits / (hits + loads) if hits + loads else None,
+        expert_hit_rate=hit_rate,
         expected_hit_rate=plan.demand.hit_rate if plan.demand else None,
+        predicted_at_hits_seconds=None if hit_rate is None else _predicted_at(hit_rate, plan, sizes),
         preemptions=stats.preemptions,
         peak_device_bytes=stats.peak_device_bytes,
         device_budget=plan.budgets.device,
@@ -216,6 +222,11 @@ def summarise(run: Run, config: EngineConfig) -> Result:
         hardware=hardware,
         profile=profile,
     )
+
+
+def _predicted_at(hit_rate: float, plan: Plan, sizes: ModelSizes) -> float:
+    """Seconds of the step that the plan predicts, with that part of the experts on the device."""
+    return predict_at(plan, sizes, plan.prediction.context, hit_rate=hit_rate).step
 
 
 class _Steps:

@@ -20,14 +20,17 @@ def predict_at(
     context: int,
     num_requests: int | None = None,
     drafting: Drafting | None = None,
+    *,
+    hit_rate: float | None = None,
 ) -> StepPrediction:
     """A decode step of `num_requests` (default: the whole batch) with `context` cached tokens each.
 
-    No prompts come in: `prefill` is 0, and `mean_step` is `step`. `drafting` None is the plan's.
+    No prompts come in: `prefill` is 0, and `mean_step` is `step`. `drafting` None is the plan's. `hit_rate`: part of
+    the experts on demand that a step finds on the device; None: as many as lie there, where all are as likely.
     """
     shared = min(plan.shared_prefix, context)
     traffic = Traffic(context=context, prompt=0, output=1, longest=plan.max_model_len, shared=shared)
-    found = predict_traffic(plan, sizes, traffic, num_requests, drafting)
+    found = predict_traffic(plan, sizes, traffic, num_requests, drafting, hit_rate=hit_rate)
     return replace(found, mean_step=found.step)
 
 
@@ -37,10 +40,12 @@ def predict_traffic(
     traffic: Traffic,
     num_requests: int | None = None,
     drafting: Drafting | None = None,
+    *,
+    hit_rate: float | None = None,
 ) -> StepPrediction:
     """A step of `num_requests` (default: the whole batch) of another traffic than the plan's, prompts coming in.
 
-    `drafting` None is the plan's.
+    `drafting` and `hit_rate` as `predict_at` has them.
     """
     batch, context = num_requests or plan.max_batch, traffic.context
     drafts, acceptance = plan.drafts.drafting if drafting is None else drafting
@@ -56,7 +61,7 @@ def predict_traffic(
         expert_traffic=sum(plan.expert_traffic) / sizes.num_layers,
         spared_traffic=sum(layer.spared_traffic for layer in plan.placed) / sizes.num_layers,
         on_demand=float(plan.demand is not None),
-        missed=0.0 if plan.demand is None else plan.demand.missed,
+        missed=_missed(plan, hit_rate),
         on_device=on_device,
         on_device_at_end=at_end,
         device_share=rebuilding * _share(plan, Tier.DEVICE),
@@ -77,6 +82,13 @@ def predict_traffic(
         candidate = replace(candidate, recomputed=balanced)
     closed = as_prediction(batch, context, drafts, model.predict(candidate))
     return simulated(plan, sizes, closed, recomputes=bool(candidate.recomputed))
+
+
+def _missed(plan: Plan, hit_rate: float | None) -> float:
+    """Part of the experts that a step has to load."""
+    if plan.demand is None:
+        return 0.0
+    return plan.demand.missed if hit_rate is None else 1 - hit_rate
 
 
 def _on_device(plan: Plan, sizes: ModelSizes, batch: int, tokens: int, shared: int) -> float:

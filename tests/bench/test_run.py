@@ -110,9 +110,14 @@ async def test_hits_of_experts_are_those_of_the_measured_steps(config, tmp_path,
     assert result.expert_hit_rate == result.expert_hits / (result.expert_hits + result.expert_loads)
     assert result.expected_hit_rate == run.plan.demand.hit_rate
     print_results([result])
-    assert f"{result.expert_hit_rate:.0%} (planned {result.expected_hit_rate:.0%})" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{result.expert_hit_rate:.0%} (the plan assumes {result.expected_hit_rate:.0%})" in told
+    assert "at the hits measured" in told
+    lead = result.predicted_step_seconds - result.predicted_at_hits_seconds
+    assert (lead > 0) == (result.expert_hit_rate > result.expected_hit_rate)
     without = summarise(await observe_run(config, nine_tokens, list), config)
     assert (without.expert_hit_rate, without.expert_loaded_bytes) == (None, 0)
+    assert without.predicted_at_hits_seconds is None
     print_results([without])
     assert "none come so" in capsys.readouterr().out
 

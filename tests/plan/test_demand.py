@@ -154,6 +154,9 @@ def test_seconds_of_what_is_missed(sizes: ModelSizes) -> None:
     step = predict_at(plan, sizes, 100)
     assert step.bus == 0
     assert step.experts == pytest.approx(6 * times.on_demand(1, plan.demand.missed))
+    at_hits = predict_at(plan, sizes, 100, hit_rate=1.0)
+    assert at_hits.experts == pytest.approx(5 * CHOICE_SECONDS)  # they are waited for all the same
+    assert step.step - at_hits.step == pytest.approx(step.experts - at_hits.experts)
     assert step.launch == 0
     assert step.boundary == pytest.approx(HARDWARE.boundary_time + HARDWARE.request_time)
     assert step.step == pytest.approx(step.gpu + step.experts + step.boundary)
