@@ -2,9 +2,10 @@
 
 A row is a token that the step computes. With `n` drafted rows a step takes
 
-    step + first + max(0, n * read + max(0, n - free) * row - spare)
+    step + first + d * token + max(0, n * read + max(0, n - free) * row - spare)
 
-seconds, where `first` counts if there is any row, and `spare` is what the GPU would wait for the bus anyway: much where
+seconds, where `first` counts if there is any row, `d` is the length of the longest draft, for which a draft model takes
+`token` each, and `spare` is what the GPU would wait for the bus anyway: much where
 weights stream, nothing where all is resident. A request of acceptance `p` gains `p**j` tokens by its j-th row. Rows are
 taken in the order of what they gain, up to where tokens a second are most; where rows cost nothing, as long as they
 gain anything to speak of.
@@ -47,6 +48,8 @@ class StepPrice:
     """GPU time that the step has beside the bus; 0 where all is resident."""
     first_seconds: float = 0.0
     """That a step takes longer with any draft, whatever its rows take: without, it may be launched as a graph."""
+    token_seconds: float = 0.0
+    """That each token of the longest draft takes a draft model, which nothing hides."""
     max_rows: int
     """Rows for which the step has room in its buffers."""
 
@@ -56,11 +59,12 @@ class StepPrice:
         free = (self.spare_seconds + self.free_rows * self.row_seconds) / (self.read_seconds + self.row_seconds)
         return int(min(free, self.spare_seconds / self.read_seconds) if self.read_seconds else free)
 
-    def seconds(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """The step with so many drafted rows."""
+    def seconds(self, rows: npt.NDArray[np.int64], longest: npt.NDArray[np.int64] | int) -> npt.NDArray[np.float64]:
+        """The step with so many drafted rows, of which a request has the `longest` draft."""
         compute = rows * self.read_seconds + np.maximum(0, rows - self.free_rows) * self.row_seconds
         first = np.where(rows > 0, self.first_seconds, 0.0)
-        return self.step_seconds + first + np.maximum(0.0, compute - self.spare_seconds)
+        drafting = longest * self.token_seconds
+        return self.step_seconds + first + drafting + np.maximum(0.0, compute - self.spare_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,8 @@ def allocate(requests: Sequence[Draftable], price: StepPrice) -> list[int]:
     """[depths, requests]; never more in a greater depth."""
     order = np.argsort(-gains, axis=None, kind="stable")[: np.count_nonzero(gains >= MIN_GAIN)][: price.max_rows]
     tokens = len(requests) + np.concatenate(([0.0], np.cumsum(gains.flat[order])))
-    best = int(np.argmax(tokens / price.seconds(np.arange(len(tokens)))))
+    longest = np.maximum.accumulate(np.concatenate(([0], order // len(requests) + 1)))
+    best = int(np.argmax(tokens / price.seconds(np.arange(len(tokens)), longest)))
     counts: list[int] = np.bincount(order[:best] % len(requests), minlength=len(requests)).tolist()
     for request in _probed(requests, counts, price):
         counts[request] = min(PROBE_TOKENS, requests[request].max_tokens)
@@ -98,7 +103,9 @@ def _probed(requests: Sequence[Draftable], counts: Sequence[int], price: StepPri
         if count == 0 and request.max_tokens and request.acceptance.num_idle >= MIN_IDLE
     ]
     rows = sum(counts) + PROBE_TOKENS * np.arange(1, len(idle) + 1)
-    seconds = price.seconds(np.array([sum(counts)]))
-    affordable = int(np.count_nonzero(price.seconds(rows) <= seconds * (1 + _PROBED)))
+    longest = max(counts, default=0)
+    seconds = price.seconds(np.array([sum(counts)]), longest)
+    probed = price.seconds(rows, max(PROBE_TOKENS, longest))
+    affordable = int(np.count_nonzero(probed <= seconds * (1 + _PROBED)))
     fitting = int(np.count_nonzero(rows <= price.max_rows))
     return sorted(idle, key=lambda number: -requests[number].acceptance.num_idle)[: min(fitting, max(1, affordable))]

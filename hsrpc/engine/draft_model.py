@@ -24,9 +24,11 @@ from hsrpc.engine.same_tokenizer import check_same_tokenizer
 from hsrpc.errors import ConfigError
 from hsrpc.model.families.registry import create_family
 from hsrpc.model.family import ModelSpec
+from hsrpc.plan.drafting import DraftTime
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import Plan
+from hsrpc.plan.prediction import predict_at
 from hsrpc.request import SamplingParams
 from hsrpc.schedule.blocks import BlockManager
 from hsrpc.schedule.decode_ahead import advance
@@ -55,6 +57,16 @@ class PlannedDraftModel:
     def device_bytes(self) -> int:
         """Device memory that it takes in all."""
         return sum(self.plan.device_bytes.values())
+
+    @property
+    def time(self) -> DraftTime:
+        """Seconds that it takes to draft for requests of the expected length: passes of one request, and of all."""
+        plan, sizes, hardware = self.plan, self.spec.sizes, self.plan.hardware
+        context, batch = plan.prediction.context, plan.max_batch
+        one, all_requests = (predict_at(plan, sizes, context, number).gpu for number in (1, batch))
+        request = max(0.0, all_requests - one) / max(1, batch - 1)
+        launch = hardware.boundary_time + sizes.num_layers * hardware.launch_time
+        return DraftTime(first=launch, each=one - request, request=request)
 
     def open(self, device: Device, stop: threading.Event) -> DraftModel:
         """Load the weights, allocate, compile and capture. All that it takes counts as the device's draft model.

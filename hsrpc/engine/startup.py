@@ -134,7 +134,7 @@ def _plan(model: ModelFiles, machine: Machine, config: EngineConfig, choose_plan
     question, drafting = model.question(machine, config), None
     if config.draft_model is not None:
         drafting = plan_draft_model(config.draft_model, config, model, machine)
-        question = replace(question, draft_model_bytes=drafting.device_bytes)
+        question = replace(question, draft_model_bytes=drafting.device_bytes, draft_time=drafting.time)
     planner, plan = question.answer(choose_plan)
     choice = question.choice_of(planner)
     spec, default_params = model.spec_of(choice, plan), _default_params(config, model.directory)

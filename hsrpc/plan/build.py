@@ -54,7 +54,7 @@ class Assembly:
             lines[DeviceUse.DRAFT_MODEL] = evaluator.budgets.draft_model
         share = self._share(one)
         closed = as_prediction(point.batch, model.traffic.context, point.drafts, one.times)
-        drafting = Drafting(point.drafts, model.traffic.acceptance)
+        drafting = Drafting(point.drafts, model.traffic.acceptance, model.traffic.draft_time)
         plan = Plan(
             policy=self.decision.named(share),
             reason=self._reason(point, one, share),

@@ -23,7 +23,7 @@ from dataclasses import replace
 import numpy as np
 
 from hsrpc.draft.allocation import StepPrice
-from hsrpc.plan.drafting import Drafting, DraftPlan
+from hsrpc.plan.drafting import Drafting, DraftPlan, DraftTime
 from hsrpc.plan.plan import Plan, StepPrediction
 from hsrpc.plan.prediction import predict_at
 from hsrpc.plan.sizes import ModelSizes
@@ -44,7 +44,7 @@ def plan_drafts(plan: Plan, sizes: ModelSizes, drafting: Drafting, *, is_given: 
 
     none = step(0)
     if not drafting.tokens:
-        return DraftPlan(reason=_why_off(plan, none))
+        return DraftPlan(reason=_why_off(plan, none, drafting.time))
     price = _price(plan, drafting, step)
     reason = _why_on(plan, price, none, step(drafting.tokens), is_given=is_given)
     return DraftPlan(drafting=drafting, price=price, reason=reason)
@@ -64,16 +64,24 @@ def _price(plan: Plan, drafting: Drafting, step: Callable[[int], StepPrediction]
         read_seconds=read,
         free_rows=max(0, int(many * batch - beyond)),
         spare_seconds=max(0.0, max(none.bus, none.launch) - none.gpu),
+        token_seconds=max(0.0, two.boundary - one.boundary) if drafting.time.each else 0.0,
         max_rows=batch * drafting.tokens,
     )
-    return replace(price, first_seconds=max(0.0, one.step - float(price.seconds(np.array(batch)))))
+    return replace(price, first_seconds=max(0.0, one.step - float(price.seconds(np.array(batch), 1))))
 
 
-def _why_off(plan: Plan, none: StepPrediction) -> str:
+def _why_off(plan: Plan, none: StepPrediction, time: DraftTime) -> str:
     if not none.bus:
-        return (
+        found = (
             "off: model and cache are on the device, where a step with drafts is predicted to cost more than it gives"
         )
+        first, later = (
+            1e3 * float(seconds) for seconds in (time.seconds(plan.max_batch, 1), time.token(plan.max_batch))
+        )
+        alone = (
+            f"the draft model alone takes {first:.3g} ms for a token of each, and {later:.3g} ms for every later one"
+        )
+        return f"{found}: {alone}" if first else found
     if plan.absorbs and plan.num_blocks[PoolId.HOST_ACTIVATION]:
         return "off: single queries attend to latents as they are stored, those of drafts to K and V that are rebuilt"
     return "off: the GPU is about as busy as the bus, or drafts would take the room of cached tokens"

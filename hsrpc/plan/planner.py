@@ -21,6 +21,7 @@ from hsrpc.config import CachePolicy, EngineConfig, ExpertLoading, Placement, fo
 from hsrpc.errors import ConfigError
 from hsrpc.plan.build import Assembly
 from hsrpc.plan.cache_policy import decide_cache
+from hsrpc.plan.drafting import NO_DRAFT_TIME, DraftTime
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.placement import ResidentChoices, WeightChoice, demand_choices, streaming_choices
 from hsrpc.plan.plan import Budgets, Plan, StepPrediction
@@ -68,14 +69,22 @@ class _Tried(NamedTuple):
 class Planner:
     """Finds the plan of highest predicted throughput within the budgets: of several GPUs that of each."""
 
-    def __init__(self, sizes: ModelSizes, budgets: Budgets, hardware: Hardware, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        sizes: ModelSizes,
+        budgets: Budgets,
+        hardware: Hardware,
+        config: EngineConfig,
+        draft_time: DraftTime = NO_DRAFT_TIME,
+    ) -> None:
+        """`draft_time`: what a draft model takes, where that proposes tokens."""
         self.sizes = sizes
         self.budgets = budgets
         self.hardware = hardware
         self.config = config
         self.max_model_len = _max_model_len(config, sizes)
         self.decision = decide_cache(config, sizes)
-        self.traffic = _traffic(config, sizes, self.max_model_len)
+        self.traffic = replace(_traffic(config, sizes, self.max_model_len), draft_time=draft_time)
         self._choices = ResidentChoices.of(sizes, _weight_choices(config, sizes, self._resident_shares()))
         drafts = config.draft_tokens
         self._tried = _Tried(_batches(config), (0 if isinstance(drafts, str) else drafts,))
@@ -104,8 +113,11 @@ class Planner:
         for share in (i / 20 for i in range(21)):
             config = replace(self.config, cache_policy=CachePolicy.HYBRID, activation_share=share)
             with suppress(ConfigError):
-                points.append((share, Planner(self.sizes, self.budgets, self.hardware, config).plan().prediction))
+                points.append((share, self._with(config).plan().prediction))
         return points
+
+    def _with(self, config: EngineConfig) -> Planner:
+        return Planner(self.sizes, self.budgets, self.hardware, config, self.traffic.draft_time)
 
     def _best(self) -> tuple[Evaluator, Point]:
         """The best candidate; where drafts are planned, that with the most drafts around its batch which is as fast."""

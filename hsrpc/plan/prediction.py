@@ -48,8 +48,8 @@ def predict_traffic(
     `drafting` and `hit_rate` as `predict_at` has them.
     """
     batch, context = num_requests or plan.max_batch, traffic.context
-    drafts, acceptance = plan.drafts.drafting if drafting is None else drafting
-    traffic = replace(traffic, acceptance=acceptance)
+    drafts, acceptance, time = plan.drafts.drafting if drafting is None else drafting
+    traffic = replace(traffic, acceptance=acceptance, draft_time=time)
     model = StepModel(sizes, plan.hardware, traffic)
     lengths = context, max(context, traffic.at_end)
     on_device, at_end = (_on_device(plan, sizes, batch, tokens, traffic.shared) for tokens in lengths)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from hsrpc.config import EngineConfig
 from hsrpc.errors import ConfigError
 from hsrpc.plan.default_context import planner_with_context
+from hsrpc.plan.drafting import NO_DRAFT_TIME, DraftTime
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
@@ -24,6 +25,8 @@ class Question:
     config: EngineConfig
     draft_model_bytes: int = 0
     """Device memory that a draft model takes, which is planned before; 0: there is none."""
+    draft_time: DraftTime = NO_DRAFT_TIME
+    """What it takes to draft."""
 
     def answer(self, choose_plan: Callable[[Planner], Plan] = Planner.plan) -> tuple[Planner, Plan]:
         """The choice of formats with the fastest plan, of those that fit; the first one, where they are equal.
@@ -37,7 +40,7 @@ class Question:
         errors: list[ConfigError] = []
         for sizes in self.choices:
             try:
-                planner = planner_with_context(sizes, budgets, hardware, config)
+                planner = planner_with_context(sizes, budgets, hardware, config, self.draft_time)
                 found.append((planner, choose_plan(planner)))
             except ConfigError as error:
                 errors.append(error)

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsrpc.plan.device_memory import sampled_at_once
+from hsrpc.plan.drafting import NO_DRAFT_TIME, DraftTime
 from hsrpc.plan.fitted import PACKED_QUERIES, WAITING
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.layer_times import LayerTimes, beside
@@ -49,6 +50,8 @@ class Traffic:
     """First tokens that are the same in all requests, which are part of `context` and of `prompt`."""
     acceptance: float = 0.0
     """Part of the drafted tokens that are accepted, of those before which all were."""
+    draft_time: DraftTime = NO_DRAFT_TIME
+    """What proposing them takes."""
 
     def tokens_per_step(self, drafts: Number) -> Number:
         """Tokens that a step gives a request on average which drafts so many: what is accepted, and one more."""
@@ -391,7 +394,8 @@ class StepModel:
 
     def _between(self, c: Candidates) -> Number:
         """Seconds from a step's tokens to the next step, which take as long beside a step that is launched ahead."""
-        return self.hardware.boundary_time + c.batch * self.hardware.request_time
+        host = self.hardware.boundary_time + c.batch * self.hardware.request_time
+        return host + self.traffic.draft_time.seconds(c.batch, c.drafts)
 
     def _store(self, c: Candidates, on_host: Number) -> Number:
         """All layers' seconds to store the rows of new tokens that lie on the host."""

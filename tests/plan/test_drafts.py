@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from hsrpc.config import EngineConfig
+from hsrpc.draft.acceptance import Acceptance
+from hsrpc.draft.allocation import Draftable, allocate
 from hsrpc.engine.startup import plan_for as plan_on
 from hsrpc.errors import ConfigError
 from hsrpc.plan.device_memory import sampled_at_once
-from hsrpc.plan.drafting import Drafting
+from hsrpc.plan.draft_choice import plan_drafts
+from hsrpc.plan.drafting import Drafting, DraftTime
 from hsrpc.plan.fitted import PACKED_QUERIES
 from hsrpc.plan.known_machines import KNOWN_MACHINES
 from hsrpc.plan.memory_use import DeviceUse
@@ -179,7 +182,31 @@ def test_the_price_is_that_of_the_prediction(make: Callable[..., Plan], batch: i
     assert price.max_rows == 15 * batch
     for drafts in (0, 1, 7, 15):
         predicted = predict_at(plan, sizes, context, drafting=Drafting(drafts)).step
-        assert float(price.seconds(np.array(drafts * batch))) == pytest.approx(predicted, rel=0.08)
+        assert float(price.seconds(np.array(drafts * batch), drafts)) == pytest.approx(predicted, rel=0.08)
+
+
+def test_a_draft_model_takes_its_time() -> None:
+    """A pass for each token, which adds to a step of a model that is resident, and to the price of its drafts."""
+    time = DraftTime(first=0.002, each=0.001, request=1e-5)
+    assert time.seconds(64, 0) == 0
+    assert time.seconds(64, 3) == pytest.approx(0.002 + 3 * 0.00164)
+    model = StepModel(SIZES, EVEN, replace(TRAFFIC, draft_time=time))
+    for drafts in (0, 3):
+        candidate = replace(RESIDENT, drafts=drafts)
+        assert model.predict(candidate).step - predict(candidate, drafts).step == pytest.approx(
+            time.seconds(BATCH, drafts)
+        )
+    slow = DraftTime(first=0.001, each=0.02)
+    plan, sizes = resident(1, max_draft_tokens=15), OPT["6.7b"]
+    found = [plan_drafts(plan, sizes, Drafting(15, 0.7, each), is_given=True).price for each in (DraftTime(), slow)]
+    without, price = (each for each in found if each is not None)
+    assert (without.token_seconds, price.token_seconds) == (0, pytest.approx(slow.each))
+    predicted = predict_at(plan, sizes, plan.prediction.context, drafting=Drafting(7, 0.7, slow)).step
+    assert float(price.seconds(np.array(7), 7)) == pytest.approx(predicted, rel=0.01)
+    lengths = {allocate([Draftable(Acceptance(0.7, 0), 15)], each)[0] for each in (without, price)}
+    assert len(lengths) == 2
+    off = plan_drafts(plan, sizes, Drafting(0, 0.7, slow), is_given=False).reason
+    assert off.endswith("the draft model alone takes 21 ms for a token of each, and 20 ms for every later one")
 
 
 @pytest.mark.parametrize("drafts", [-1, 65, True, 1.5, "many"])
