@@ -115,8 +115,8 @@ def mixtures(records: Sequence[Record]) -> Iterator[Row]:
         weights, predicted = "coded" if run["codes_weights"] else "as they are", ms(run["predicted_step_seconds"])
         if run["expert_hits"]:
             hits, assumed = (f"{100 * run[name]:.0f} %" for name in ("expert_hit_rate", "expected_hit_rate"))
-            weights = f"experts on demand, {hits} hits"
-            predicted = f"{ms(_predicted_at_hits(run))} at these hits, {predicted} at {assumed}"
+            weights = f"on demand, {hits} hits"
+            predicted = f"{ms(_predicted_at_hits(run))}, {predicted} at {assumed}"
         words = record.header.command.split()
         latents = words[words.index("--latent-attention") + 1] if "--latent-attention" in words else None
         caches = {None: run["policy"], "absorb": "latents, absorbed", "rebuild": "latents, rebuilt"}[latents]
