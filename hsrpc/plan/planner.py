@@ -281,13 +281,17 @@ class Planner:
             too_small, enough = (too_small, middle) if self.fits(budgets(middle)) else (middle, enough)
         return enough
 
-    def fits(self, budgets: Budgets | None = None) -> bool:
-        """Whether a candidate fits these budgets, or the planner's own; it may be too slow."""
+    def fits(self, budgets: Budgets | None = None, batch: int | None = None) -> bool:
+        """Whether a candidate fits these budgets, or the planner's own; it may be too slow.
+
+        `batch`: requests that it runs at once; None: any number that the planner tries.
+        """
         budgets = budgets or self.budgets
+        tried = self._tried if batch is None else self._tried._replace(batch=np.array([batch], dtype=np.float64))
         return any(
             bool(evaluator.evaluate(grid).fits.any())
             for evaluator in self._evaluators(budgets)
-            for grid in self._grids(evaluator, self._tried)
+            for grid in self._grids(evaluator, tried)
         )
 
 
