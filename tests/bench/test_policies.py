@@ -77,10 +77,12 @@ def plan_of(name: str, made: Reference, config: EngineConfig) -> Plan:
 
 def tightest(name: str, made: Reference, config: EngineConfig) -> EngineConfig:
     """The smallest device budget, then the smallest host budget, with which the whole batch runs."""
-    for budget in ("gpu_memory", "host_memory"):
-        size = smallest(lambda size, budget=budget: runs(name, made, replace(config, **{budget: size})))
-        config = replace(config, **{budget: size})
-    return config
+
+    def enough(budget: str) -> Callable[[int], bool]:
+        return lambda size: runs(name, made, replace(config, **{budget: size}))
+
+    config = replace(config, gpu_memory=smallest(enough("gpu_memory")))
+    return replace(config, host_memory=smallest(enough("host_memory")))
 
 
 def runs(name: str, made: Reference, config: EngineConfig) -> bool:

@@ -58,12 +58,9 @@ def tightest(config: EngineConfig) -> EngineConfig:
 
 @cache
 def _tightest(sizes: ModelSizes, config: EngineConfig) -> Budgets:
-    planner = Planner(sizes, Budgets(device=0, host=2**34), HARDWARE, config)
-    for tier in ("device", "host"):
-        budgets = planner.budgets
-        size = smallest(lambda size: planner.fits(replace(budgets, **{tier: size}), config.max_batch))
-        planner.budgets = replace(budgets, **{tier: size})
-    return planner.budgets
+    planner, batch = Planner(sizes, Budgets(device=0, host=2**34), HARDWARE, config), config.max_batch
+    device = smallest(lambda size: planner.fits(Budgets(device=size, host=2**34), batch))
+    return Budgets(device=device, host=smallest(lambda size: planner.fits(Budgets(device=device, host=size), batch)))
 
 
 def smallest(is_enough: Callable[[int], bool]) -> int:
