@@ -389,7 +389,8 @@ class Engine:
         _log.error("an engine task died", exc_info=error)
         self._accepts = False
         _forget(error)
-        fault = EngineFaultError("an engine task died; see the log")
+        why = error if isinstance(error, EngineFaultError) else "an engine task died"
+        fault = EngineFaultError(f"{why}; see the log")
         fault.__cause__ = error
         if self._failed is not None and not self._failed.done():
             self._failed.set_exception(fault)

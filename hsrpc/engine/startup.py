@@ -42,6 +42,7 @@ from hsrpc.model.formats.format import WeightSource
 from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.model.tensor import dtype_name
+from hsrpc.plan.forecast import longest_step
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
@@ -245,7 +246,8 @@ async def _open_ranks(config: EngineConfig, choose_plan: ChoosePlan, progress: b
     ranks = await Ranks.start(config, progress)
     try:
         planned = await asyncio.to_thread(_plan, model, ranks.machine, config, choose_plan)
-        await ranks.load(planned.plan, planned.choice, planned.spec.sizes.windows)
+        longest = longest_step(planned.plan, planned.spec.sizes)
+        await ranks.load(planned.plan, planned.choice, planned.spec.sizes.windows, longest)
         tokenizer = await asyncio.to_thread(open_tokenizer, planned, config)
         return await asyncio.to_thread(_components, planned, tokenizer, ranks, _drafter(planned, config))
     except BaseException:

@@ -20,16 +20,11 @@ import numpy.typing as npt
 from hsrpc.config import EngineConfig
 from hsrpc.device.group import Meeting
 from hsrpc.engine.gpus.contract import Moved, StepResult
-from hsrpc.errors import OutOfDeviceMemoryError
+from hsrpc.errors import HsrpcError, OutOfDeviceMemoryError
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Plan
 from hsrpc.schedule.step import Packed
 
-BEAT_SECONDS = 0.25
-"""A rank says that often that it is there."""
-MAX_SILENCE = 10.0
-"""Seconds after which a rank that says nothing is taken to hang. It says so on its event loop, which other threads of
-the process, or of a busy host, may keep waiting for a while."""
 _LENGTH = struct.Struct("!Q")
 
 
@@ -99,14 +94,10 @@ class Executed(NamedTuple):
     peak_memory: int
 
 
-class Alive(NamedTuple):
-    """A rank's event loop runs."""
-
-
 class Failed(NamedTuple):
     """Why a rank ends."""
 
-    error: Exception
+    error: HsrpcError
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +112,15 @@ class Line:
         return cls(*await asyncio.open_connection(sock=end))
 
     def send(self, message: tuple[Any, ...]) -> None:
-        """Send without waiting: what is under way is bounded by what is asked for."""
+        """Send without waiting: what is under way is bounded by what is asked for. Nothing, where it is closed."""
+        if self.writer.is_closing():
+            return  # `receive` tells
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         self.writer.write(_LENGTH.pack(len(data)) + data)
+
+    def fail(self, error: Exception) -> None:
+        """Let `receive` raise `error`, whatever comes."""
+        self.reader.set_exception(error)
 
     async def receive(self) -> Any:
         """The next message.
