@@ -15,6 +15,7 @@ import pytest
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.constraint import Regex
 from hsrpc.draft.replay import ReplayDrafter
+from hsrpc.engine import loading_progress
 from hsrpc.engine.stats import EngineStats
 from hsrpc.errors import ConfigError
 from hsrpc.plan.roofline import StepRecord
@@ -50,11 +51,18 @@ def expected(made: Reference) -> list[list[int]]:
     ],
 )
 async def test_tokens_equal_the_reference(
-    model: str, gpus: int, settings: dict[str, object], reference: Callable[[str], Reference]
+    model: str,
+    gpus: int,
+    settings: dict[str, object],
+    reference: Callable[[str], Reference],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights stream in parts, requests give way, others come and go; each layer's bytes cross one bus in a step."""
     made, steps = reference(model), list[StepRecord]()
     config = config_for(made, gpus, **settings)
+    monkeypatch.setattr(loading_progress, "_LINE_SECONDS", 0.0)
+    caplog.set_level("INFO", "hsrpc.engine.loading_progress")
     async with Engine(config, choose_plan=planned, observe=steps.append) as engine, asyncio.timeout(60):
         first = asyncio.create_task(generate_all(engine, made.prompts[:4]))
         await until(lambda: steps)
@@ -67,6 +75,8 @@ async def test_tokens_equal_the_reference(
         stats, weights = engine.stats(), sum(engine.plan.streamed_bytes)
         padding = gpus * ALIGNMENT * engine.spec.sizes.num_layers
         check_each(engine, stats, padding)
+        layers = engine.spec.sizes.num_layers
+    assert re.fullmatch(rf"GPU [0-9]: loading weights: {layers} of {layers} layers", caplog.messages[-1])
     assert weights * stats.steps <= stats.weights_streamed_bytes <= (weights + padding) * (stats.steps + 1)
     assert max(step.num_requests for step in steps) > -(-config.max_batch // gpus)
     assert stats.preemptions > 0 or model == WITH_EXPERTS
