@@ -19,9 +19,8 @@ import numpy.typing as npt
 
 from hsrpc.config import EngineConfig
 from hsrpc.device.group import Meeting
-from hsrpc.engine.gpus.contract import Moved, StepResult
+from hsrpc.engine.gpus.contract import GpuFacts, GpuUse, StepResult
 from hsrpc.errors import HsrpcError, OutOfDeviceMemoryError
-from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Plan
 from hsrpc.schedule.step import Packed
 
@@ -35,14 +34,12 @@ class Begin(NamedTuple):
     rank: int
     size: int
     meeting: Meeting
-    progress: bool
-    """It shows bars while it loads."""
 
 
 class Measured(NamedTuple):
     """What a rank found of its GPU, measured while all others did so too."""
 
-    machine: Machine
+    facts: GpuFacts
 
 
 class Load(NamedTuple):
@@ -53,10 +50,19 @@ class Load(NamedTuple):
     """Number of the choice of the model's formats that the plan is for."""
 
 
+class Loading(NamedTuple):
+    """How far a rank is with what it is to load."""
+
+    done: int
+    """Layers."""
+    total: int
+
+
 class Ready(NamedTuple):
     """A rank takes steps."""
 
     warms_up: bool
+    use: GpuUse
 
 
 class Execute(NamedTuple):
@@ -86,12 +92,11 @@ class ResetCounts(NamedTuple):
 
 
 class Executed(NamedTuple):
-    """What a step gave, and what was moved by then."""
+    """What a step gave, and what the rank has done by then."""
 
     step_id: int
     result: StepResult | OutOfDeviceMemoryError | None
-    moved: Moved
-    peak_memory: int
+    use: GpuUse
 
 
 class Failed(NamedTuple):

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from hsrpc.device.device import Device, open_device
 from hsrpc.device.group import Connected
-from hsrpc.engine.gpus.contract import StepResult, Task
+from hsrpc.engine.gpus.contract import GpuFacts, StepResult, Task
 from hsrpc.engine.gpus.messages import (
     Allowed,
     Begin,
@@ -30,6 +30,7 @@ from hsrpc.engine.gpus.messages import (
     Failed,
     Line,
     Load,
+    Loading,
     Measured,
     Ready,
     ResetCounts,
@@ -112,7 +113,7 @@ class Rank:
                 self._gpu = gpu = await self._open(begin)
                 for task in gpu.tasks:
                     group.create_task(self._told(task))
-                self._line.send(Ready(gpu.warms_up))
+                self._line.send(Ready(gpu.warms_up, *gpu.uses()))
                 await self._compute(gpu)
 
     async def _told(self, task: Task) -> None:
@@ -132,11 +133,16 @@ class Rank:
     async def _open(self, begin: Begin) -> OneGpu:
         device, joined = await asyncio.to_thread(_join, begin)
         model = await asyncio.to_thread(ModelFiles.read, begin.config, device.torch_device)
-        self._line.send(Measured(await asyncio.to_thread(measure, device, model.spec)))
+        machine = await asyncio.to_thread(measure, device, model.spec)
+        self._line.send(Measured(GpuFacts(device.uuid, machine)))
         load = await self._loads.get()
-        spec, progress = model.spec_of(load.choice, load.plan), begin.progress and begin.rank == 0  # all are as far
+        spec, tell = model.spec_of(load.choice, load.plan), asyncio.get_running_loop().call_soon_threadsafe
+
+        def note(done: int, total: int) -> None:
+            tell(self._line.send, Loading(done, total))
+
         opening = partial(open_gpu, spec, load.plan, model.source, device, threading.Event())
-        return await asyncio.to_thread(opening, group=joined, progress=progress)
+        return await asyncio.to_thread(opening, group=joined, progress=note)
 
     async def _read(self) -> None:
         """Take messages; without the front process there is nothing left to do."""
@@ -166,7 +172,7 @@ class Rank:
             step_id = work.execute.packed.step_id
             result = await _execute(gpu, work)
             del self._under_way[step_id]
-            self._line.send(Executed(step_id, result, gpu.moved(), gpu.peak_memory))
+            self._line.send(Executed(step_id, result, *gpu.uses()))
 
 
 def _join(begin: Begin) -> tuple[Device, Connected]:

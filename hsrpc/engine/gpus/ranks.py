@@ -26,7 +26,7 @@ import numpy.typing as npt
 import hsrpc
 from hsrpc.config import EngineConfig
 from hsrpc.device.group import LostError, MeetingPlace
-from hsrpc.engine.gpus.contract import Moved, StepResult, Task
+from hsrpc.engine.gpus.contract import GpuFacts, GpuUse, Moved, StepResult, Task
 from hsrpc.engine.gpus.messages import (
     Allowed,
     Begin,
@@ -35,12 +35,14 @@ from hsrpc.engine.gpus.messages import (
     Failed,
     Line,
     Load,
+    Loading,
     Measured,
     Ready,
     ResetCounts,
     Stop,
 )
 from hsrpc.engine.gpus.pulse import SERVING, Pulse
+from hsrpc.engine.loading_progress import LoadingProgress
 from hsrpc.errors import EngineFaultError, OutOfDeviceMemoryError
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Plan
@@ -119,14 +121,15 @@ class RankProcess:
     def send(self, message: tuple[Any, ...]) -> None:
         self._line.send(message)
 
-    async def expect(self, kind: type[M]) -> M:
-        """The next message of that kind; before there are steps.
+    async def expect(self, kind: type[M], progress: LoadingProgress | None = None) -> M:
+        """The next message of that kind; before there are steps. `progress` is told what it loads until then.
 
         Raises:
             HsrpcError: the rank cannot go on.
         """
         while not isinstance(message := await self._receive(), kind):
-            pass
+            if progress is not None and isinstance(message, Loading):
+                progress.note(self._number, message.done, message.total)
         return message
 
     @property
@@ -198,14 +201,14 @@ class Ranks:
         self._plan: Plan
         self._windows: LayerWindows
         self._longest_step: float
-        self._machine: Machine
+        self._facts: Sequence[GpuFacts] = ()
         self._warms_up = False
-        self._last: Sequence[Executed] = ()
+        self._uses: Sequence[GpuUse] = [GpuUse()] * len(processes)
         """What each rank said last."""
         self._queued = 0
 
     @classmethod
-    async def start(cls, config: EngineConfig, progress: bool) -> Self:
+    async def start(cls, config: EngineConfig) -> Self:
         """Start the processes; they find each other, and measure, all at once.
 
         Raises:
@@ -217,16 +220,20 @@ class Ranks:
         try:
             for number in range(count):
                 processes.append(await RankProcess.start(number))
-                processes[-1].send(Begin(config, number, count, meeting.meeting, progress))
+                processes[-1].send(Begin(config, number, count, meeting.meeting))
             measured = await _from_all(processes, Measured)
         except BaseException:
             await found.close()
             raise
-        found._machine = _slowest([each.machine for each in measured])
+        found._facts = [each.facts for each in measured]
         return found
 
-    async def load(self, plan: Plan, choice: int, windows: LayerWindows, longest_step: float) -> None:
-        """Load the model as `plan` says, on all GPUs; `longest_step`: seconds that a step takes at most, as predicted.
+    async def load(
+        self, plan: Plan, choice: int, windows: LayerWindows, longest_step: float, *, bars: bool = False
+    ) -> None:
+        """Load the model as `plan` says, on all GPUs.
+
+        `longest_step`: seconds that a step takes at most, as predicted; `bars`: show how far they are on a terminal.
 
         Raises:
             HsrpcError: a rank cannot go on.
@@ -234,13 +241,19 @@ class Ranks:
         self._plan, self._windows, self._longest_step = plan, windows, longest_step
         for process in self._processes:
             process.send(Load(plan, choice))
-        ready = await _from_all(self._processes, Ready)
+        with LoadingProgress(self.count, bars=bars) as progress:
+            ready = await _from_all(self._processes, Ready, progress)
         self._warms_up = any(each.warms_up for each in ready)
+        self._uses = [each.use for each in ready]
 
     @property
     def machine(self) -> Machine:
         """The machine as the slowest of the GPUs found it."""
-        return self._machine
+        return _slowest([each.machine for each in self._facts])
+
+    @property
+    def facts(self) -> Sequence[GpuFacts]:
+        return self._facts
 
     @property
     def processes(self) -> Sequence[RankProcess]:
@@ -252,7 +265,7 @@ class Ranks:
 
     @property
     def name(self) -> str:
-        return f"{self.count} x {self._machine.name}"
+        return f"{self.count} x {self._facts[0].machine.name}"
 
     @property
     def tasks(self) -> Sequence[Task]:
@@ -261,10 +274,6 @@ class Ranks:
     @property
     def warms_up(self) -> bool:
         return self._warms_up
-
-    @property
-    def peak_memory(self) -> int:
-        return max((each.peak_memory for each in self._last), default=0)
 
     @property
     def runs_ahead(self) -> bool:
@@ -305,7 +314,8 @@ class Ranks:
             self._stop(step.step_id)
         if any(step.masks):
             await self._tell_allowed(step)
-        self._last = executed = await self._executed()
+        executed = await self._executed()
+        self._uses = [each.use for each in executed]
         self._queued -= 1
         results = [each.result for each in executed]
         for result in results:
@@ -317,10 +327,13 @@ class Ranks:
         return StepResult([each for part in whole for each in part.sampled], [s for part in whole for s in part.scored])
 
     def moved(self) -> Moved:
-        return Moved(*map(sum, zip(*(each.moved for each in self._last), strict=True))) if self._last else Moved()
+        return Moved(*map(sum, zip(*(each.moved for each in self._uses), strict=True)))
+
+    def uses(self) -> Sequence[GpuUse]:
+        return self._uses
 
     def reset_counts(self) -> None:
-        self._last = ()
+        self._uses = [GpuUse(memory=each.memory) for each in self._uses]
         for process in self._processes:
             process.send(ResetCounts())
 
@@ -369,13 +382,15 @@ def _allowed(masks: Mapping[int, Mask]) -> dict[int, npt.NDArray[np.int32]]:
     return {row: mask() for row, mask in masks.items()}
 
 
-async def _from_all(processes: Sequence[RankProcess], kind: type[M]) -> list[M]:
-    """A message of that kind from each; what goes wrong first is told.
+async def _from_all(
+    processes: Sequence[RankProcess], kind: type[M], progress: LoadingProgress | None = None
+) -> list[M]:
+    """A message of that kind from each, `progress` being told what they load; what goes wrong first is told.
 
     Raises:
         HsrpcError: a rank cannot go on.
     """
-    return await results_of([process.expect(kind) for process in processes])
+    return await results_of([process.expect(kind, progress) for process in processes])
 
 
 async def results_of(works: Sequence[Coroutine[Any, Any, M]]) -> list[M]:
