@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
 import threading
@@ -22,6 +23,7 @@ from hsrpc.device.device import CpuDevice
 from hsrpc.device.host_memory import GroupLimit, HostMemory
 from hsrpc.engine import opened_model, startup
 from hsrpc.engine.forward import Forward
+from hsrpc.engine.gpus import one
 from hsrpc.engine.startup import describe_model, make_plan
 from hsrpc.engine.tasks.executor import Executor
 from hsrpc.errors import (
@@ -262,8 +264,11 @@ def test_the_element_type_is_the_one_asked_for(
     assert spec.dtype is expected
 
 
-async def test_nothing_of_an_engine_stays_when_it_is_left(reference: Callable[[str], Reference]) -> None:
+async def test_nothing_of_an_engine_stays_when_it_is_left(
+    reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pools, buffers and weights go at once: another engine may need all of the device."""
+    monkeypatch.setattr(one, "gc", gc)
     async with Engine(roomy(reference("opt"))) as engine:
         await collect(engine.generate([5, 6], greedy(3)))
         opened = parts(engine)
