@@ -327,9 +327,6 @@ class EngineConfig:
             self._set(name, count)
         if self.gpus != 1 and self.experts is ExpertLoading.DEMAND:
             raise ConfigError(name, self.gpus, "has no meaning with experts=demand", "use experts=stream, or one GPU")
-        if self.gpus != 1 and self.draft_model is not None:
-            problem = f"has no meaning with draft_model={self.draft_model}, which drafts on one GPU"
-            raise ConfigError(name, self.gpus, problem, "give a drafter in its place, or gpus=1")
 
     @property
     def num_gpus(self) -> int:

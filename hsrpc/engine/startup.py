@@ -101,6 +101,11 @@ class Planned:
     default_params: SamplingParams
     """What a request takes that says nothing else."""
 
+    @property
+    def used_draft_model(self) -> PlannedDraftModel | None:
+        """The draft model that is loaded; None: there is none, or nothing is drafted."""
+        return self.draft_model if self.plan.max_draft_tokens else None
+
 
 def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> Planned:
     """Read the model's configuration, open the device, calibrate, and plan. Takes seconds.
@@ -245,9 +250,10 @@ async def _open_ranks(config: EngineConfig, choose_plan: ChoosePlan, progress: b
     ranks = await Ranks.start(config, progress)
     try:
         planned = await asyncio.to_thread(_plan, model, ranks.machine, config, choose_plan)
-        await ranks.load(planned.plan, planned.choice, planned.spec.sizes.windows)
+        await ranks.load(planned.plan, planned.choice, planned.spec.sizes.windows, planned.used_draft_model)
         tokenizer = await asyncio.to_thread(open_tokenizer, planned, config)
-        return await asyncio.to_thread(_components, planned, tokenizer, ranks, _drafter(planned, config))
+        drafter = _drafter(planned, config) if planned.used_draft_model is None else ranks.drafter()
+        return await asyncio.to_thread(_components, planned, tokenizer, ranks, drafter)
     except BaseException:
         await run_to_end(_close_ranks(ranks))
         raise
@@ -282,7 +288,8 @@ def _open_here(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         tokenizer = open_tokenizer(planned, config)
         undo.callback(tokenizer.close)
         gpu = open_gpu(planned.spec, planned.plan, source, device, stop, progress=progress)
-        drafter = _open_draft_model(planned, device, stop) or _drafter(planned, config)
+        draft_model = planned.used_draft_model
+        drafter = _drafter(planned, config) if draft_model is None else draft_model.open(device, stop)
         components = _components(planned, tokenizer, gpu, drafter)
         undo.pop_all()
         return components
@@ -295,16 +302,6 @@ def _components(
     spec = replace(planned.spec, eos_token_ids=tuple(ends))
     grammars = open_grammars(tokenizer, spec)
     return Components(spec, planned.question, planned.plan, planned.default_params, tokenizer, grammars, gpus, drafter)
-
-
-def _open_draft_model(planned: Planned, device: Device, stop: threading.Event) -> Drafter | None:
-    """The model that drafts tokens, loaded; None: there is none, or nothing is drafted."""
-    if planned.draft_model is None or not planned.plan.max_draft_tokens:
-        return None
-    model = planned.draft_model.open(device, stop)
-    if device.warms_up:
-        model.warm_up()
-    return model
 
 
 def _drafter(planned: Planned, config: EngineConfig) -> Drafter | None:

@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from hsrpc.config import EngineConfig
 from hsrpc.device.group import Meeting
+from hsrpc.draft.drafter import Wanted
+from hsrpc.engine.draft_model import PlannedDraftModel
 from hsrpc.engine.gpus.contract import Moved, StepResult
 from hsrpc.errors import OutOfDeviceMemoryError
 from hsrpc.plan.machine import Machine
@@ -56,6 +58,8 @@ class Load(NamedTuple):
     plan: Plan
     choice: int
     """Number of the choice of the model's formats that the plan is for."""
+    draft_model: PlannedDraftModel | None
+    """None: nothing is drafted by a model."""
 
 
 class Ready(NamedTuple):
@@ -90,6 +94,19 @@ class ResetCounts(NamedTuple):
     """Count from 0 again."""
 
 
+class Draft(NamedTuple):
+    """Requests to draft for; answered by `Drafted`."""
+
+    wanted: Sequence[Wanted]
+    """Their `token_ids` are those alone that the rank has not been told."""
+
+
+class Forget(NamedTuple):
+    """Requests for which a rank drafts no more."""
+
+    request_ids: Sequence[str]
+
+
 class Executed(NamedTuple):
     """What a step gave, and what was moved by then."""
 
@@ -97,6 +114,13 @@ class Executed(NamedTuple):
     result: StepResult | OutOfDeviceMemoryError | None
     moved: Moved
     peak_memory: int
+
+
+class Drafted(NamedTuple):
+    """What a rank has drafted."""
+
+    drafts: Sequence[Sequence[int]] | None
+    """One for each of those wanted; None: it could not, and has logged why."""
 
 
 class Alive(NamedTuple):

@@ -20,15 +20,19 @@ import numpy.typing as npt
 
 from hsrpc.device.device import Device, open_device
 from hsrpc.device.group import Connected
+from hsrpc.draft.drafter import Drafter
 from hsrpc.engine.gpus.contract import StepResult
+from hsrpc.engine.gpus.drafts import NearDrafter
 from hsrpc.engine.gpus.messages import (
     BEAT_SECONDS,
     Alive,
     Allowed,
     Begin,
+    Draft,
     Execute,
     Executed,
     Failed,
+    Forget,
     Line,
     Load,
     Measured,
@@ -39,6 +43,7 @@ from hsrpc.engine.gpus.messages import (
 from hsrpc.engine.gpus.one import OneGpu
 from hsrpc.engine.model_files import ModelFiles
 from hsrpc.engine.startup import measure, open_gpu
+from hsrpc.engine.worker import Worker
 from hsrpc.errors import HsrpcError, OutOfDeviceMemoryError
 from hsrpc.schedule.step import StopFlag
 
@@ -96,6 +101,7 @@ class Rank:
         self._line = line
         self._loads: asyncio.Queue[Load] = asyncio.Queue()
         self._works: asyncio.Queue[_Work] = asyncio.Queue()
+        self._drafts: asyncio.Queue[Draft | Forget] = asyncio.Queue()
         self._under_way: dict[int, _Work] = {}
         """Steps that were asked for and not executed, by id."""
         self._gpu: OneGpu | None = None
@@ -107,20 +113,26 @@ class Rank:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._read())
             group.create_task(self._beat())
-            self._gpu = gpu = await self._open(begin)
+            gpu, drafter = await self._open(begin)
+            self._gpu = gpu
             for task in gpu.tasks:
                 group.create_task(task())
+            if drafter is not None:
+                group.create_task(self._draft(NearDrafter(drafter)))
             self._line.send(Ready(gpu.warms_up))
             await self._compute(gpu)
 
-    async def _open(self, begin: Begin) -> OneGpu:
+    async def _open(self, begin: Begin) -> tuple[OneGpu, Drafter | None]:
+        """The GPU with the model, and the draft model beside it where there is one."""
         device, joined = await asyncio.to_thread(_join, begin)
         model = await asyncio.to_thread(ModelFiles.read, begin.config, device.torch_device)
         self._line.send(Measured(await asyncio.to_thread(measure, device, model.spec)))
         load = await self._loads.get()
         spec, progress = model.spec_of(load.choice, load.plan), begin.progress and begin.rank == 0  # all are as far
-        opening = partial(open_gpu, spec, load.plan, model.source, device, threading.Event())
-        return await asyncio.to_thread(opening, group=joined, progress=progress)
+        stop, draft_model = threading.Event(), load.draft_model
+        opening = partial(open_gpu, spec, load.plan, model.source, device, stop, group=joined, progress=progress)
+        gpu = await asyncio.to_thread(opening)
+        return gpu, None if draft_model is None else await asyncio.to_thread(draft_model.open, device, stop)
 
     async def _read(self) -> None:
         """Take messages; without the front process there is nothing left to do."""
@@ -135,6 +147,8 @@ class Rank:
                 case Execute():
                     work = self._under_way[message.packed.step_id] = _Work(message)
                     self._works.put_nowait(work)
+                case Draft() | Forget():
+                    self._drafts.put_nowait(message)
                 case Allowed(step_id, masks):
                     self._under_way[step_id].masks.tell(masks)
                 case Stop(step_id):
@@ -148,6 +162,16 @@ class Rank:
         while True:
             self._line.send(Alive())
             await asyncio.sleep(BEAT_SECONDS)
+
+    async def _draft(self, drafter: NearDrafter) -> None:
+        """Draft as the front process asks, between two steps."""
+        async with Worker("drafts") as worker:
+            while True:
+                message = await self._drafts.get()
+                if isinstance(message, Draft):
+                    self._line.send(await worker.run(partial(drafter.draft, message)))
+                else:
+                    await worker.run(partial(drafter.forget, message))
 
     async def _compute(self, gpu: OneGpu) -> None:
         while True:

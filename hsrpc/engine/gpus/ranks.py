@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Self, TypeAlias, TypeVar
 
 import numpy as np
@@ -25,11 +26,15 @@ import numpy.typing as npt
 import hsrpc
 from hsrpc.config import EngineConfig
 from hsrpc.device.group import MeetingPlace
+from hsrpc.draft.drafter import Drafter
+from hsrpc.engine.draft_model import PlannedDraftModel
 from hsrpc.engine.gpus.contract import Moved, StepResult, Task
+from hsrpc.engine.gpus.drafts import FarDrafter
 from hsrpc.engine.gpus.messages import (
     MAX_SILENCE,
     Allowed,
     Begin,
+    Drafted,
     Execute,
     Executed,
     Failed,
@@ -79,6 +84,7 @@ class RankProcess:
         self._process = process
         self._line = line
         self._executed: asyncio.Queue[Executed] = asyncio.Queue()
+        self._drafted: SimpleQueue[Drafted | None] = SimpleQueue()
 
     @classmethod
     async def start(cls, number: int) -> Self:
@@ -116,6 +122,10 @@ class RankProcess:
         """What the step gives that was asked for."""
         return await self._executed.get()
 
+    def drafted(self) -> Drafted | None:
+        """Wait for what was asked to be drafted, on another thread; None: the rank has ended."""
+        return self._drafted.get()
+
     async def run(self) -> None:
         """Take what the rank says; ends by cancellation, and the process with it.
 
@@ -126,12 +136,16 @@ class RankProcess:
             while True:
                 async with asyncio.timeout(MAX_SILENCE):
                     message = await self._receive()
-                if isinstance(message, Executed):
-                    self._executed.put_nowait(message)
+                match message:
+                    case Executed():
+                        self._executed.put_nowait(message)
+                    case Drafted():
+                        self._drafted.put(message)
         except TimeoutError:
             raise EngineFaultError(f"GPU {self._number} has said nothing for {MAX_SILENCE:g} s") from None
         finally:
             self.kill()
+            self._drafted.put(None)
 
     def kill(self) -> None:
         """End the process now."""
@@ -194,15 +208,17 @@ class Ranks:
         found._machine = _slowest([each.machine for each in measured])
         return found
 
-    async def load(self, plan: Plan, choice: int, windows: LayerWindows) -> None:
-        """Load the model as `plan` says, on all GPUs.
+    async def load(
+        self, plan: Plan, choice: int, windows: LayerWindows, draft_model: PlannedDraftModel | None = None
+    ) -> None:
+        """Load the model as `plan` says, on all GPUs, and the draft model.
 
         Raises:
             HsrpcError: a rank cannot go on.
         """
         self._plan, self._windows = plan, windows
         for process in self._processes:
-            process.send(Load(plan, choice))
+            process.send(Load(plan, choice, draft_model))
         ready = await _from_all(self._processes, Ready)
         self._warms_up = any(each.warms_up for each in ready)
 
@@ -284,6 +300,10 @@ class Ranks:
         if len(whole) < len(results):
             return None
         return StepResult([each for part in whole for each in part.sampled], [s for part in whole for s in part.scored])
+
+    def drafter(self) -> Drafter:
+        """The draft models that were loaded."""
+        return FarDrafter(self._processes, asyncio.get_running_loop())
 
     def moved(self) -> Moved:
         return Moved(*map(sum, zip(*(each.moved for each in self._last), strict=True))) if self._last else Moved()

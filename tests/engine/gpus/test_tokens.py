@@ -12,10 +12,9 @@ from collections.abc import Callable
 
 import pytest
 
-from hsrpc import Engine, EngineConfig, SamplingParams
+from hsrpc import Engine, SamplingParams
 from hsrpc.constraint import Regex
 from hsrpc.draft.replay import ReplayDrafter
-from hsrpc.errors import ConfigError
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.plan.sizes import ALIGNMENT
 from hsrpc.request import Delta
@@ -106,11 +105,6 @@ async def test_drafts_reach_the_rank_that_verifies_them(reference: Callable[[str
     assert 0 < before.accepted_tokens < before.drafted_tokens
     assert stats.accepted_tokens > before.accepted_tokens
     assert found[0] == found[1]
-
-
-def test_a_draft_model_is_for_one_gpu() -> None:
-    with pytest.raises(ConfigError, match=r"gpus=2.*draft_model=small.*gpus=1"):
-        EngineConfig(gpus=2, draft_model="small")
 
 
 def logprobs(deltas: list[Delta]) -> list[float]:
