@@ -66,14 +66,18 @@ class Ready(NamedTuple):
     """A rank takes steps."""
 
     warms_up: bool
+    runs_ahead: bool
 
 
 class Execute(NamedTuple):
     """A step's part of one rank."""
 
     packed: Packed
+    """Without its mini-batches where it is ahead: these came with the step before."""
     constrained: Sequence[int]
     """Rows of its `sampling` that have a matcher, which stays with the front process."""
+    ahead: Packed | None
+    """Its part of the next step, without rows to sample: to be launched before this one's tokens are known."""
 
 
 class Allowed(NamedTuple):

@@ -45,7 +45,7 @@ from hsrpc.engine.model_files import ModelFiles
 from hsrpc.engine.startup import measure, open_gpu
 from hsrpc.engine.worker import Worker
 from hsrpc.errors import HsrpcError, OutOfDeviceMemoryError
-from hsrpc.schedule.step import StopFlag
+from hsrpc.schedule.step import Step, StopFlag
 
 _log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Rank:
                 group.create_task(task())
             if drafter is not None:
                 group.create_task(self._draft(NearDrafter(drafter)))
-            self._line.send(Ready(gpu.warms_up))
+            self._line.send(Ready(gpu.warms_up, gpu.runs_ahead))
             await self._compute(gpu)
 
     async def _open(self, begin: Begin) -> tuple[OneGpu, Drafter | None]:
@@ -174,10 +174,13 @@ class Rank:
                     await worker.run(partial(drafter.forget, message))
 
     async def _compute(self, gpu: OneGpu) -> None:
+        ahead: Step | None = None
         while True:
             work = await self._works.get()
-            step_id = work.execute.packed.step_id
-            result = await _execute(gpu, work)
+            step_id, step = work.execute.packed.step_id, _step(gpu, work, ahead)
+            coming = work.execute.ahead
+            ahead = None if coming is None else gpu.executor.order(coming, StopFlag())
+            result = await _execute(gpu, step, ahead)
             del self._under_way[step_id]
             self._line.send(Executed(step_id, result, gpu.moved(), gpu.peak_memory))
 
@@ -190,14 +193,26 @@ def _join(begin: Begin) -> tuple[Device, Connected]:
     return device, joined
 
 
-async def _execute(gpu: OneGpu, work: _Work) -> StepResult | OutOfDeviceMemoryError | None:
-    packed, constrained = work.execute
+def _step(gpu: OneGpu, work: _Work, ahead: Step | None) -> Step:
+    """The step that was asked for; its list and arrays may have come `ahead`."""
+    packed = work.execute.packed
+    if packed.is_ahead:
+        assert ahead is not None  # it came with the step before
+        step = ahead
+        step.stop = work.stop
+    else:
+        step = gpu.executor.order(packed, work.stop)
     rows = list(packed.sampling)
-    for row in constrained:
+    for row in work.execute.constrained:
         rows[row] = rows[row]._replace(matcher=_TheirMatcher(work.masks, row))
-    packed.sampling = tuple(rows)
+    step.sampling = tuple(rows)
+    return step
+
+
+async def _execute(gpu: OneGpu, step: Step, ahead: Step | None) -> StepResult | OutOfDeviceMemoryError | None:
+    """What the step gives; `ahead` may have nothing to compute here."""
     try:
-        return await gpu.execute(gpu.executor.order(packed, work.stop))
+        return await gpu.execute(step, ahead if ahead is not None and ahead.is_in_place else None)
     except OutOfDeviceMemoryError as error:
         return error
 

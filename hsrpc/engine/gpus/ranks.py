@@ -14,8 +14,9 @@ import sys
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self, TypeAlias, TypeVar
@@ -67,12 +68,10 @@ Mask: TypeAlias = Callable[[], npt.NDArray[np.int32]]
 
 @dataclass(slots=True, kw_only=True)
 class JointStep(Packed):
-    """A step of all GPUs: its own arrays are those of its parts."""
+    """A step of all GPUs: its mini-batches are those of its parts."""
 
-    parts: tuple[Execute, ...]
-    """One for each GPU."""
-    masks: tuple[Mapping[int, Mask], ...]
-    """Masks of each GPU's constrained rows."""
+    parts: tuple[Packed, ...]
+    """One for each GPU, without rows to sample."""
     stop: StopFlag
 
 
@@ -182,7 +181,7 @@ class Ranks:
         self._plan: Plan
         self._windows: LayerWindows
         self._machine: Machine
-        self._warms_up = False
+        self._warms_up = self._runs_ahead = False
         self._last: Sequence[Executed] = ()
         """What each rank said last."""
         self._queued = 0
@@ -221,6 +220,7 @@ class Ranks:
             process.send(Load(plan, choice, draft_model))
         ready = await _from_all(self._processes, Ready)
         self._warms_up = any(each.warms_up for each in ready)
+        self._runs_ahead = all(each.runs_ahead for each in ready)
 
     @property
     def machine(self) -> Machine:
@@ -253,43 +253,34 @@ class Ranks:
 
     @property
     def runs_ahead(self) -> bool:
-        return False
+        return self._runs_ahead
 
     @property
     def num_queued(self) -> int:
         return self._queued
 
     def assemble(self, scheduled: Scheduled) -> JointStep:
-        plan, parts, masks = self._plan, list[Execute](), list[dict[int, Mask]]()
-        for number in range(self.count):
-            packed = pack_step(scheduled.of_gpu(number), plan.block_size, self._windows, plan.in_place)
-            found: dict[int, Mask] = {
-                row: partial(each.matcher.allowed, len(each.draft))
-                for row, each in enumerate(packed.sampling)
-                if each.matcher is not None
-            }
-            packed.sampling = tuple(row._replace(matcher=None) for row in packed.sampling)
-            parts.append(Execute(packed, tuple(found)))
-            masks.append(found)
+        plan, numbers = self._plan, range(self.count)
+        parts = [pack_step(scheduled.of_gpu(n), plan.block_size, self._windows, plan.in_place) for n in numbers]
         return JointStep(
             step_id=scheduled.step_id,
-            mini_batches=(),
+            mini_batches=tuple(batch for part in parts for batch in part.mini_batches),
             sampling=scheduled.sampling,
             counts=scheduled.counts,
+            is_in_place=scheduled.is_in_place,
+            is_ahead=scheduled.arrays is not None,
             parts=tuple(parts),
-            masks=tuple(masks),
             stop=scheduled.stop,
         )
 
     async def execute(self, step: JointStep, ahead: JointStep | None = None) -> StepResult | None:
         self._queued += 1
-        for process, part in zip(self._processes, step.parts, strict=True):
-            process.send(part)
+        masks = self._send(step, ahead)
         step.stop.tell = partial(self._stop, step.step_id)
         if step.stop.is_set:
             self._stop(step.step_id)
-        if any(step.masks):
-            await self._tell_allowed(step)
+        if any(masks):
+            await self._tell_allowed(step.step_id, masks)
         self._last = executed = [await process.executed() for process in self._processes]
         self._queued -= 1
         results = [each.result for each in executed]
@@ -320,12 +311,29 @@ class Ranks:
             await process.close()
         return _release
 
-    async def _tell_allowed(self, step: JointStep) -> None:
+    def _send(self, step: JointStep, ahead: JointStep | None) -> list[dict[int, Mask]]:
+        """Send each rank its part of a step; the masks of its constrained rows, which are sent when they are known."""
+        rows, masks = iter(step.sampling), list[dict[int, Mask]]()
+        coming = [None] * self.count if ahead is None else ahead.parts
+        for process, part, next_part in zip(self._processes, step.parts, coming, strict=True):
+            of_part = list(islice(rows, part.num_sampled))
+            found: dict[int, Mask] = {
+                row: partial(each.matcher.allowed, len(each.draft))
+                for row, each in enumerate(of_part)
+                if each.matcher is not None
+            }
+            plain = tuple(row._replace(matcher=None) for row in of_part)
+            known = replace(part, sampling=plain, mini_batches=() if part.is_ahead else part.mini_batches)
+            process.send(Execute(known, tuple(found), next_part))
+            masks.append(found)
+        return masks
+
+    async def _tell_allowed(self, step_id: int, masks: Sequence[Mapping[int, Mask]]) -> None:
         """Send the ranks what constrained rows may sample, once the step is under way and that is known."""
-        masks = await asyncio.to_thread(lambda: [_allowed(each) for each in step.masks])
-        for process, each in zip(self._processes, masks, strict=True):
+        allowed = await asyncio.to_thread(lambda: list(map(_allowed, masks)))
+        for process, each in zip(self._processes, allowed, strict=True):
             if each:
-                process.send(Allowed(step.step_id, each))
+                process.send(Allowed(step_id, each))
 
     def _stop(self, step_id: int) -> None:
         for process in self._processes:

@@ -6,8 +6,6 @@ The ranks are processes on the CPU, connected by gloo; what differs on GPUs is w
 from __future__ import annotations
 
 import asyncio
-import math
-import re
 from collections.abc import Callable
 
 import pytest
@@ -17,10 +15,9 @@ from hsrpc.constraint import Regex
 from hsrpc.draft.replay import ReplayDrafter
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.plan.sizes import ALIGNMENT
-from hsrpc.request import Delta
-from tests.engine.gpus.support import GREEDY, config_for, planned
+from tests.engine.gpus.support import GREEDY, ask_with_settings, assert_same, config_for, planned
 from tests.engine.reference import Reference
-from tests.engine.support import collect, idle, ids, text, until
+from tests.engine.support import collect, idle, ids, until
 
 NUM_PROMPTS = 8
 WITH_EXPERTS = "qwen3-moe"
@@ -71,19 +68,11 @@ async def test_tokens_equal_the_reference(
 
 async def test_settings_reach_the_rank_that_samples(reference: Callable[[str], Reference]) -> None:
     """Seeds, log-probabilities and constraints, whose matchers stay with the front process, are as with one GPU."""
-    made = reference("opt")
-    drawn = SamplingParams(temperature=1.0, seed=5, max_tokens=12, logprobs=2, prompt_logprobs=0, ignore_eos=True)
-    matching = SamplingParams(temperature=1.0, seed=5, max_tokens=12, constraint=Regex("[ab]{3}(c|d)+"))
-    found = []
+    made, found = reference("opt"), []
     for gpus in (1, 2):
         async with Engine(config_for(made, gpus), choose_plan=planned) as engine, asyncio.timeout(60):
-            asked = [(prompt, params) for prompt in made.prompts[:3] for params in (drawn, matching)]
-            found.append(await asyncio.gather(*(collect(engine.generate(*each)) for each in asked)))
-    assert all(re.fullmatch("[ab]{3}[cd]+", text(each)) for each in found[1][1::2])
-    for one, two in zip(*found, strict=True):
-        assert ids(one) == ids(two)
-        both = zip(logprobs(one), logprobs(two), strict=True)
-        assert all(math.isclose(first, second, abs_tol=1e-4) for first, second in both)
+            found.append(await ask_with_settings(engine, made))
+    assert_same(*found)
 
 
 async def test_drafts_reach_the_rank_that_verifies_them(reference: Callable[[str], Reference]) -> None:
@@ -105,7 +94,3 @@ async def test_drafts_reach_the_rank_that_verifies_them(reference: Callable[[str
     assert 0 < before.accepted_tokens < before.drafted_tokens
     assert stats.accepted_tokens > before.accepted_tokens
     assert found[0] == found[1]
-
-
-def logprobs(deltas: list[Delta]) -> list[float]:
-    return [each.logprob for delta in deltas for each in (*delta.prompt_logprobs, *delta.logprobs)]
