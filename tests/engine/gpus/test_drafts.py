@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import signal
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -147,10 +149,10 @@ def drafting(planner: Planner) -> Plan:
 
 
 async def test_tokens_equal_the_reference(
-    reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+    reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The model drafts for itself, so that all is accepted; requests give way to each other, and one leaves; a
-    constraint holds behind drafted tokens."""
+    constraint holds behind drafted tokens. Then a rank ends before it answers, and so does everything else."""
     made, sent, send = reference("opt"), dict[RankProcess, list[Draft | Forget]](), RankProcess.send
 
     def watched(rank: RankProcess, message: tuple[object, ...]) -> None:
@@ -162,6 +164,11 @@ async def test_tokens_equal_the_reference(
         """Requests that each rank has drafted for."""
         drafts = [[each for each in messages if isinstance(each, Draft)] for messages in sent.values()]
         return [{each.request_id for message in of_rank for each in message.wanted} for of_rank in drafts]
+
+    def killing(rank: RankProcess, message: tuple[object, ...]) -> None:
+        if isinstance(message, Draft):
+            os.kill(rank.pid, signal.SIGKILL)
+        send(rank, message)
 
     monkeypatch.setattr(RankProcess, "send", watched)
     config = config_for(
@@ -184,6 +191,10 @@ async def test_tokens_equal_the_reference(
         stats = engine.stats()
         constrained = await collect(engine.generate(made.prompts[0], matching))
         await idle(engine)
+        monkeypatch.setattr(RankProcess, "send", killing)
+        with pytest.raises(EngineFaultError):
+            await collect(engine.generate(made.prompts[0], GREEDY))
+    assert "tasks have not ended" not in caplog.text
     assert re.fullmatch("[ab]{3}[cd]+", text(constrained))
     assert 0 < stats.accepted_tokens == stats.drafted_tokens
     assert stats.preemptions > 0
