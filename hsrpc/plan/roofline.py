@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.layer_times import LayerTimes
@@ -16,6 +16,8 @@ class StepRecord:
 
     seconds: float
     """Time from the tokens of the step before, or from the arrival of work, to its own."""
+    num_gpus: int = 1
+    """GPUs that shared the work: all numbers are those of all together."""
     num_requests: int
     decode_tokens: int
     prefill_tokens: int
@@ -40,6 +42,18 @@ class StepRecord:
     def held_tokens(self) -> int:
         """Tokens of all requests before the step: cached, or recomputed."""
         return self.context_tokens + self.recomputed_tokens
+
+    @property
+    def of_one_gpu(self) -> StepRecord:
+        """Each GPU's share of the step, if all had an equal one, rounded up."""
+        if self.num_gpus == 1:
+            return self
+        counts = {
+            item.name: -(-getattr(self, item.name) // self.num_gpus)
+            for item in fields(self)
+            if item.name not in ("seconds", "num_gpus")
+        }
+        return replace(self, num_gpus=1, **counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +81,10 @@ def roofline(record: StepRecord, sizes: ModelSizes, hardware: Hardware, *, absor
     """max(bus, gpu, what takes turns) for the work of one step, each at the best rate measured on this machine.
 
     The work that the method itself asks for and no more: no copies within the device, no logits, one mini-batch.
-    `absorbs`: queries attend to activations as they are stored.
+    `absorbs`: queries attend to activations as they are stored. Several GPUs have equal shares of the work, which no
+    division of it is faster than.
     """
+    record = record.of_one_gpu
     share = max(1.0, hardware.weight_read_share, hardware.attention_read_share)
     best = replace(
         hardware, weight_read_share=share, attention_read_share=share, gemm_overhead=0.0, small_kernel_time=0.0

@@ -11,7 +11,8 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,11 +22,9 @@ import numpy.typing as npt
 from hsrpc.device.device import Device, open_device
 from hsrpc.device.group import Connected
 from hsrpc.draft.drafter import Drafter
-from hsrpc.engine.gpus.contract import StepResult
+from hsrpc.engine.gpus.contract import GpuFacts, StepResult, Task
 from hsrpc.engine.gpus.drafts import NearDrafter
 from hsrpc.engine.gpus.messages import (
-    BEAT_SECONDS,
-    Alive,
     Allowed,
     Begin,
     Draft,
@@ -35,16 +34,18 @@ from hsrpc.engine.gpus.messages import (
     Forget,
     Line,
     Load,
+    Loading,
     Measured,
     Ready,
     ResetCounts,
     Stop,
 )
 from hsrpc.engine.gpus.one import OneGpu
+from hsrpc.engine.gpus.pulse import Heart
 from hsrpc.engine.model_files import ModelFiles
 from hsrpc.engine.startup import measure, open_gpu
 from hsrpc.engine.worker import Worker
-from hsrpc.errors import HsrpcError, OutOfDeviceMemoryError
+from hsrpc.errors import EngineFaultError, HsrpcError, OutOfDeviceMemoryError
 from hsrpc.schedule.step import Step, StopFlag
 
 _log = logging.getLogger(__name__)
@@ -104,34 +105,55 @@ class Rank:
         self._drafts: asyncio.Queue[Draft | Forget] = asyncio.Queue()
         self._under_way: dict[int, _Work] = {}
         """Steps that were asked for and not executed, by id."""
+        self._number = 0
         self._gpu: OneGpu | None = None
 
     async def run(self) -> None:
         """Load and compute as the front process asks; ends with this process."""
         begin: Begin = await self._line.receive()
+        self._number = begin.rank
         logging.basicConfig(format=f"gpu {begin.rank}: %(levelname)s: %(message)s")
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._read())
-            group.create_task(self._beat())
-            gpu, drafter = await self._open(begin)
-            self._gpu = gpu
-            for task in gpu.tasks:
-                group.create_task(task())
-            if drafter is not None:
-                group.create_task(self._draft(NearDrafter(drafter)))
-            self._line.send(Ready(gpu.warms_up, gpu.runs_ahead))
-            await self._compute(gpu)
+            group.create_task(self._told(self._read))
+            with self._telling():
+                gpu, drafter = await self._open(begin)
+                self._gpu = gpu
+                for task in gpu.tasks:
+                    group.create_task(self._told(task))
+                if drafter is not None:
+                    group.create_task(self._told(partial(self._draft, NearDrafter(drafter))))
+                self._line.send(Ready(gpu.warms_up, gpu.runs_ahead, *gpu.uses()))
+                await self._compute(gpu)
+
+    async def _told(self, task: Task) -> None:
+        with self._telling():
+            await task()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tell at once what goes wrong here: this process may wait long for threads of its other tasks."""
+        try:
+            yield
+        except Exception as error:
+            _log.error("this rank ends", exc_info=error)
+            self._line.send(Failed(_known(error, self._number)))
+            raise
 
     async def _open(self, begin: Begin) -> tuple[OneGpu, Drafter | None]:
         """The GPU with the model, and the draft model beside it where there is one."""
         device, joined = await asyncio.to_thread(_join, begin)
         model = await asyncio.to_thread(ModelFiles.read, begin.config, device.torch_device)
-        self._line.send(Measured(await asyncio.to_thread(measure, device, model.spec)))
+        machine = await asyncio.to_thread(measure, device, model.spec)
+        self._line.send(Measured(GpuFacts(device.uuid, machine)))
         load = await self._loads.get()
-        spec, progress = model.spec_of(load.choice, load.plan), begin.progress and begin.rank == 0  # all are as far
+        spec, tell = model.spec_of(load.choice, load.plan), asyncio.get_running_loop().call_soon_threadsafe
+
+        def note(done: int, total: int) -> None:
+            tell(self._line.send, Loading(done, total))
+
         stop, draft_model = threading.Event(), load.draft_model
-        opening = partial(open_gpu, spec, load.plan, model.source, device, stop, group=joined, progress=progress)
-        gpu = await asyncio.to_thread(opening)
+        opening = partial(open_gpu, spec, load.plan, model.source, device, stop)
+        gpu = await asyncio.to_thread(opening, group=joined, progress=note)
         return gpu, None if draft_model is None else await asyncio.to_thread(draft_model.open, device, stop)
 
     async def _read(self) -> None:
@@ -158,11 +180,6 @@ class Rank:
                     assert self._gpu is not None  # it is ready
                     self._gpu.reset_counts()
 
-    async def _beat(self) -> None:
-        while True:
-            self._line.send(Alive())
-            await asyncio.sleep(BEAT_SECONDS)
-
     async def _draft(self, drafter: NearDrafter) -> None:
         """Draft as the front process asks, between two steps."""
         async with Worker("drafts") as worker:
@@ -182,7 +199,7 @@ class Rank:
             ahead = None if coming is None else gpu.executor.order(coming, StopFlag())
             result = await _execute(gpu, step, ahead)
             del self._under_way[step_id]
-            self._line.send(Executed(step_id, result, gpu.moved(), gpu.peak_memory))
+            self._line.send(Executed(step_id, result, *gpu.uses()))
 
 
 def _join(begin: Begin) -> tuple[Device, Connected]:
@@ -217,21 +234,26 @@ async def _execute(gpu: OneGpu, step: Step, ahead: Step | None) -> StepResult | 
         return error
 
 
-async def serve(end: socket.socket) -> None:
-    """Be the rank that the process at the other `end` asks for; tells it why, where it cannot."""
+def _known(error: Exception, number: int) -> HsrpcError:
+    """What the front process is told: what nobody expects is a fault of GPU `number`."""
+    if isinstance(error, HsrpcError):
+        return error
+    return EngineFaultError(f"GPU {number} failed: {type(error).__name__}: {error}")
+
+
+async def serve(end: socket.socket, pulse: int) -> None:
+    """Be the rank that the process at the other `end` asks for; `pulse`: file descriptor to which it beats."""
+    Heart(pulse, asyncio.get_running_loop())
     line = await Line.over(end)
-    try:
+    with suppress(BaseExceptionGroup):  # it is told
         await Rank(line).run()
-    except BaseExceptionGroup as group:
-        [error, *_] = group.exceptions
-        _log.error("this rank ends", exc_info=error)
-        line.send(Failed(error if isinstance(error, HsrpcError) else RuntimeError(f"{type(error).__name__}: {error}")))
-        await line.writer.drain()
+    await line.writer.drain()
 
 
 def main() -> None:
-    """Serve over the socket whose number is given; ends at once, whatever threads are left."""
-    asyncio.run(serve(socket.socket(fileno=int(sys.argv[1]))))
+    """Serve over the socket and the pipe whose numbers are given; ends at once, whatever threads are left."""
+    end, pulse = map(int, sys.argv[1:])
+    asyncio.run(serve(socket.socket(fileno=end), pulse))
     os._exit(1)
 
 

@@ -6,6 +6,7 @@ The ranks are processes on the CPU, connected by gloo; what differs on GPUs is w
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -14,6 +15,8 @@ import pytest_asyncio
 from hsrpc import Engine, SamplingParams
 from hsrpc.constraint import Regex
 from hsrpc.draft.replay import ReplayDrafter
+from hsrpc.engine import loading_progress
+from hsrpc.engine.stats import EngineStats
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.plan.sizes import ALIGNMENT
 from tests.engine.gpus.support import GREEDY, ask_with_settings, assert_same, config_for, planned
@@ -46,12 +49,19 @@ def expected(made: Reference) -> list[list[int]]:
     ],
 )
 async def test_tokens_equal_the_reference(
-    model: str, gpus: int, settings: dict[str, object], reference: Callable[[str], Reference]
+    model: str,
+    gpus: int,
+    settings: dict[str, object],
+    reference: Callable[[str], Reference],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights stream in parts, requests give way or keep no cache, others come and go; each layer's bytes cross one bus
     in a step."""
     made, steps = reference(model), list[StepRecord]()
     config = config_for(made, gpus, **settings)
+    monkeypatch.setattr(loading_progress, "_LINE_SECONDS", 0.0)
+    caplog.set_level("INFO", "hsrpc.engine.loading_progress")
     async with Engine(config, choose_plan=planned, observe=steps.append) as engine, asyncio.timeout(60):
         first = asyncio.create_task(generate_all(engine, made.prompts[:4]))
         await until(lambda: steps)
@@ -63,10 +73,23 @@ async def test_tokens_equal_the_reference(
         await idle(engine)
         stats, weights = engine.stats(), sum(engine.plan.streamed_bytes)
         padding = gpus * ALIGNMENT * engine.spec.sizes.num_layers
+        check_each(engine, stats, padding)
+        layers = engine.spec.sizes.num_layers
+    assert re.fullmatch(rf"GPU [0-9]: loading weights: {layers} of {layers} layers", caplog.messages[-1])
     assert weights * stats.steps <= stats.weights_streamed_bytes <= (weights + padding) * (stats.steps + 1)
     assert max(step.num_requests for step in steps) > -(-config.max_batch // gpus)
     assert stats.preemptions > 0 or model == WITH_EXPERTS
     assert (stats.recomputed_tokens > 0) == ("recompute_share" in settings)
+
+
+def check_each(engine: Engine, stats: EngineStats, padding: int) -> None:
+    """Every GPU loads an equal part of the weights, some tokens' blocks, and is not busy for longer than steps take."""
+    assert len(stats.gpus) == len(engine.gpus) == engine.plan.num_gpus
+    parts = [gpu.weights_streamed_bytes for gpu in stats.gpus]
+    assert 0 < max(parts) - padding <= min(parts)
+    assert all(gpu.cache_loaded_bytes > 0 and sum(gpu.peak_blocks.values()) > 0 for gpu in stats.gpus)
+    assert all(gpu.busy_seconds > 0 for gpu in stats.gpus)
+    assert [facts.machine.name for facts in engine.gpus] == ["CPU"] * engine.plan.num_gpus
 
 
 @pytest.fixture(scope="module")
