@@ -326,10 +326,8 @@ class EngineConfig:
                 raise ConfigError(name, self.gpus, "not a number of GPUs", f"give 1 to {MAX_GPUS}, or all")
             self._set(name, count)
         if self.gpus != 1 and self.experts is ExpertLoading.DEMAND:
-            raise ConfigError(name, self.gpus, "has no meaning with experts=demand", "use experts=stream, or one GPU")
-        if self.gpus != 1 and self.draft_model is not None:
-            problem = f"has no meaning with draft_model={self.draft_model}, which drafts on one GPU"
-            raise ConfigError(name, self.gpus, problem, "give a drafter in its place, or gpus=1")
+            problem = "does not go with experts=demand: each GPU's process would need all experts in host memory"
+            raise ConfigError(name, self.gpus, problem, "use experts=auto, or gpus=1, which is faster for few requests")
 
     @property
     def num_gpus(self) -> int:

@@ -62,7 +62,7 @@ class Report:
         console.print(_blocks_table(plan))
         console.print(_prediction_table(plan, spec.sizes))
         if self.experts is not None:
-            console.print(_experts_table(self.experts))
+            console.print(_experts_table(self.experts, plan.num_gpus))
         console.print(_batches_table(self.by_batch))
         console.print(_first_token_table(self.first_token))
 
@@ -268,7 +268,7 @@ def _draft_rows(step: StepPrediction) -> dict[str, str]:
     }
 
 
-def _experts_table(found: ExpertOutlook) -> Table:
+def _experts_table(found: ExpertOutlook, num_gpus: int) -> Table:
     table = _table("experts", "", "")
     if found.loading is ExpertLoading.DEMAND:
         table.add_row("they come", "on demand")
@@ -277,7 +277,8 @@ def _experts_table(found: ExpertOutlook) -> Table:
     else:
         table.add_row("they come", "all in every step, but those resident")
     unknown = "any number: on demand does not fit" if found.loading is ExpertLoading.STREAM else "none that fits"
-    pays = unknown if found.streaming_from is None else f"{found.streaming_from} requests at once on"
+    before = "" if num_gpus == 1 else "; before, one GPU on demand is faster"
+    pays = unknown if found.streaming_from is None else f"{found.streaming_from} requests at once on{before}"
     table.add_row("streaming all is as fast from", pays)
     return table
 

@@ -24,6 +24,8 @@ class Wanted(NamedTuple):
     num_prompt_tokens: int
     max_tokens: int
     """Tokens to draft, at most; at least 1."""
+    gpu: int = 0
+    """The GPU that computes it, where there are several; it may come to another after it was preempted."""
 
 
 class Drafter(Protocol):

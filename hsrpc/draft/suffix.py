@@ -181,7 +181,7 @@ class SuffixDrafter:
                 self._keep(live.salt, live.output)
 
     def _draft(self, wanted: Wanted) -> list[int]:
-        request_id, salt, token_ids, num_prompt_tokens, max_tokens = wanted
+        request_id, salt, token_ids, num_prompt_tokens, max_tokens, _ = wanted
         live = self._live.get(request_id)
         if live is None:
             live = self._live[request_id] = _Live(salt, num_prompt_tokens)

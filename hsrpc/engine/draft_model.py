@@ -23,7 +23,6 @@ from hsrpc.engine.opened_model import OpenedModel
 from hsrpc.engine.same_tokenizer import check_same_tokenizer
 from hsrpc.errors import ConfigError
 from hsrpc.model.families.registry import create_family
-from hsrpc.model.family import ModelSpec
 from hsrpc.plan.drafting import DraftTime
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.memory_use import DeviceUse
@@ -47,11 +46,13 @@ _PARAMS = SamplingParams()
 
 @dataclass(frozen=True, slots=True)
 class PlannedDraftModel:
-    """A draft model and its plan, before any weight is read."""
+    """A draft model and its plan, before any weight is read: plain data, by which any process can open it."""
 
-    spec: ModelSpec
+    config: EngineConfig
+    """It as an engine's model."""
+    choice: int
+    """Number of the choice of its formats that the plan is for."""
     plan: Plan
-    files: ModelFiles
 
     @property
     def device_bytes(self) -> int:
@@ -74,14 +75,20 @@ class PlannedDraftModel:
         Raises:
             CheckpointError, ConfigError, EngineUnavailableError: as `load_weights` does.
         """
-        own = device.used_for(DeviceUse.DRAFT_MODEL)
-        family = create_family(self.spec, self.plan.max_model_len)
-        opened = OpenedModel.open(family, self.files.source, self.plan, own, stop)
-        return DraftModel(opened, self.plan, self.spec.vocab_size, own)
+        files, own = ModelFiles.read(self.config, device.torch_device), device.used_for(DeviceUse.DRAFT_MODEL)
+        spec = files.spec_of(self.choice, self.plan)
+        family = create_family(spec, self.plan.max_model_len)
+        opened = OpenedModel.open(family, files.source, self.plan, own, stop)
+        model = DraftModel(opened, self.plan, spec.vocab_size, own)
+        if device.warms_up:
+            model.warm_up()
+        return model
 
 
 def plan_draft_model(name: str, config: EngineConfig, verifier: ModelFiles, machine: Machine) -> PlannedDraftModel:
     """Read a draft model's configuration and plan it, all on the device, for the `verifier` that `config` names.
+
+    Where there are several GPUs, it is the plan of each.
 
     Raises:
         ConfigError: it has another tokenizer, or is too large for its part of the device budget.
@@ -99,7 +106,7 @@ def plan_draft_model(name: str, config: EngineConfig, verifier: ModelFiles, mach
         weight_coding=WeightCoding.NONE,
         experts=ExpertLoading.STREAM,
         block_size=config.block_size,
-        max_batch=config.max_batch,
+        max_batch=config.of_one_gpu.max_batch,
         expected_context=config.expected_context,
         expected_output=config.expected_output,
     )
@@ -113,7 +120,7 @@ def plan_draft_model(name: str, config: EngineConfig, verifier: ModelFiles, mach
     except ConfigError as error:
         problem = f"does not fit {format_bytes(budget // _PART)}, an eighth of gpu_memory={format_bytes(budget)}"
         raise ConfigError(FIELD, name, problem, f"raise gpu_memory, or choose a smaller model ({error})") from error
-    return PlannedDraftModel(files.spec_of(question.choice_of(planner), plan), plan, files)
+    return PlannedDraftModel(own, question.choice_of(planner), plan)
 
 
 class DraftModel:

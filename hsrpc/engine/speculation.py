@@ -103,4 +103,5 @@ class Speculation:
 
 
 def _wanted(request: Request, max_tokens: int) -> Wanted:
-    return Wanted(request.request_id, request.salt, request.token_ids, request.num_prompt_tokens, max_tokens)
+    token_ids, num_prompt_tokens = request.token_ids, request.num_prompt_tokens
+    return Wanted(request.request_id, request.salt, token_ids, num_prompt_tokens, max_tokens, request.gpu)

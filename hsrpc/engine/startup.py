@@ -106,6 +106,11 @@ class Planned:
     default_params: SamplingParams
     """What a request takes that says nothing else."""
 
+    @property
+    def used_draft_model(self) -> PlannedDraftModel | None:
+        """The draft model that is loaded; None: there is none, or nothing is drafted."""
+        return self.draft_model if self.plan.max_draft_tokens else None
+
 
 def make_plan(config: EngineConfig, choose_plan: ChoosePlan = Planner.plan) -> Planned:
     """Read the model's configuration, open the device, calibrate, and plan. Takes seconds.
@@ -250,10 +255,12 @@ async def _open_ranks(config: EngineConfig, choose_plan: ChoosePlan, progress: b
     ranks = await Ranks.start(config)
     try:
         planned = await asyncio.to_thread(_plan, model, ranks.machine, config, choose_plan)
-        longest = longest_step(planned.plan, planned.spec.sizes)
-        await ranks.load(planned.plan, planned.choice, planned.spec.sizes.windows, longest, bars=progress)
+        sizes, draft_model = planned.spec.sizes, planned.used_draft_model
+        longest = longest_step(planned.plan, sizes)
+        await ranks.load(planned.plan, planned.choice, sizes.windows, longest, draft_model, bars=progress)
         tokenizer = await asyncio.to_thread(open_tokenizer, planned, config)
-        return await asyncio.to_thread(_components, planned, tokenizer, ranks, ranks.facts, _drafter(planned, config))
+        drafter = _drafter(planned, config) if draft_model is None else ranks.drafter()
+        return await asyncio.to_thread(_components, planned, tokenizer, ranks, ranks.facts, drafter)
     except BaseException:
         await run_to_end(_close_ranks(ranks))
         raise
@@ -289,7 +296,8 @@ def _open_here(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         undo.callback(tokenizer.close)
         with LoadingProgress(1, bars=progress) as shown:
             gpu = open_gpu(planned.spec, planned.plan, source, device, stop, progress=partial(shown.note, 0))
-        drafter = _open_draft_model(planned, device, stop) or _drafter(planned, config)
+        draft_model = planned.used_draft_model
+        drafter = _drafter(planned, config) if draft_model is None else draft_model.open(device, stop)
         facts = GpuFacts(device.uuid, planned.question.machine)
         components = _components(planned, tokenizer, gpu, [facts], drafter)
         undo.pop_all()
@@ -308,16 +316,6 @@ def _components(
     grammars = open_grammars(tokenizer, spec)
     question, plan, default_params = planned.question, planned.plan, planned.default_params
     return Components(spec, question, plan, default_params, tokenizer, grammars, gpus, facts, drafter)
-
-
-def _open_draft_model(planned: Planned, device: Device, stop: threading.Event) -> Drafter | None:
-    """The model that drafts tokens, loaded; None: there is none, or nothing is drafted."""
-    if planned.draft_model is None or not planned.plan.max_draft_tokens:
-        return None
-    model = planned.draft_model.open(device, stop)
-    if device.warms_up:
-        model.warm_up()
-    return model
 
 
 def _drafter(planned: Planned, config: EngineConfig) -> Drafter | None:

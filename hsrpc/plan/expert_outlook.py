@@ -29,14 +29,15 @@ class ExpertOutlook:
     hit_rate: float
     """Part of the experts needed that is in a slot, where all are as likely: routers that repeat theirs hit more."""
     streaming_from: int | None
-    """Requests at once from which on a step is no longer where all stream. None: no plan of the other kind fits, or
-    there is no such number."""
+    """Requests at once, on all GPUs, from which on a step is no longer where all stream. None: no plan of the other
+    kind fits, or there is no such number."""
 
 
 def expert_outlook(question: Question, sizes: ModelSizes, plan: Plan) -> ExpertOutlook | None:
     """None: the model has no experts. `sizes` are those of the question's that the plan is for.
 
-    Plans once more, with the experts loaded the other way, and compares steps of the expected length.
+    Plans once more, with the experts loaded the other way, and compares steps of the expected length. To several GPUs
+    they do not come on demand: the other way is that of one of them then.
     """
     counts = [layer.experts.count for layer in sizes.layers if layer.experts is not None]
     if not counts:
@@ -53,9 +54,10 @@ def expert_outlook(question: Question, sizes: ModelSizes, plan: Plan) -> ExpertO
 
 def _streaming_from(question: Question, sizes: ModelSizes, plan: Plan) -> int | None:
     other = ExpertLoading.DEMAND if plan.demand is None else ExpertLoading.STREAM
-    config = replace(question.config, experts=other, max_model_len=plan.max_model_len)
+    config = replace(question.config, gpus=1, experts=other, max_model_len=plan.max_model_len)
+    choices = tuple(each.on_gpus(1) for each in question.choices)
     try:
-        planner, found = replace(question, config=config).answer()
+        planner, found = replace(question, choices=choices, config=config).answer()
     except ConfigError:
         return None
     both = [(plan, sizes), (found, planner.sizes)]
@@ -63,7 +65,8 @@ def _streaming_from(question: Question, sizes: ModelSizes, plan: Plan) -> int | 
     context, before, batch = plan.prediction.context, 0, 1
 
     def is_as_fast(batch: int) -> bool:
-        return predict_at(*streaming, context, batch).step <= predict_at(*on_demand, context, batch).step
+        of_each = -(-batch // plan.num_gpus)
+        return predict_at(*streaming, context, of_each).step <= predict_at(*on_demand, context, batch).step
 
     while batch <= MAX_BATCH:
         if is_as_fast(batch):

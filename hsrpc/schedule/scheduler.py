@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
-from itertools import islice
+from itertools import groupby, islice
 from typing import NamedTuple
 
 from hsrpc.request import FinishReason, TokenLogprob
@@ -292,8 +292,9 @@ class Scheduler:
         batches = tuple(batch for turn in turns if turn.chunks for batch in self._divide(turn.chunks))
         if not batches:
             return None
-        limits, is_alone = self.limits, len(batches) == len(self._gpus) == 1
-        is_in_place = is_alone and uses_no_buffer(batches[0], limits.block_size, limits.in_place)
+        block_size, pool = self.limits.block_size, self.limits.in_place
+        is_one_each = len(batches) == sum(bool(turn.chunks) for turn in turns)
+        is_in_place = is_one_each and all(uses_no_buffer(batch, block_size, pool) for batch in batches)
         return self._hand_out(batches, is_in_place=is_in_place)
 
     def schedule_ahead(self, step: Packed) -> Scheduled | None:
@@ -303,18 +304,27 @@ class Scheduler:
         that is not all there is to do: somebody could be admitted, or would have to be preempted.
         """
         under_way = self._in_flight[step.step_id].chunks
-        can_admit = self.num_waiting > 0 and self.num_running < self.limits.max_batch
-        if can_admit or not step.is_in_place or self.num_running != len(under_way):
+        has_places = any(len(gpu.running) < self.limits.max_batch for gpu in self._gpus)
+        if (self.num_waiting and has_places) or not step.is_in_place or self.num_running != len(under_way):
             return None
-        chunks = [
-            Chunk(chunk.request, chunk.context + 1, 1, samples=True, previous_row=row)
-            for row, chunk in enumerate(under_way)
-            if goes_on(chunk.request)
-        ]
-        if not chunks or not self._grow_ahead(chunks):
-            return None
-        batch = advance(step.mini_batches[0], chunks, self.limits.block_size, self.limits.windows.widest)
-        return None if batch is None else self._hand_out((tuple(chunks),), is_in_place=True, arrays=(batch,))
+        batches, arrays = list[tuple[Chunk, ...]](), list[MiniBatch]()
+        of_gpus = groupby(under_way, key=lambda chunk: chunk.request.gpu)
+        for before, (_, of_gpu) in zip(step.mini_batches, of_gpus, strict=True):
+            chunks = tuple(
+                Chunk(chunk.request, chunk.context + 1, 1, samples=True, previous_row=row)
+                for row, chunk in enumerate(of_gpu)
+                if goes_on(chunk.request)
+            )
+            if not chunks:
+                continue
+            if not self._grow_ahead(chunks):
+                return None
+            batch = advance(before, chunks, self.limits.block_size, self.limits.windows.widest)
+            if batch is None:
+                return None
+            batches.append(chunks)
+            arrays.append(batch)
+        return self._hand_out(tuple(batches), is_in_place=True, arrays=tuple(arrays)) if batches else None
 
     def sampling(self, step_id: int) -> tuple[SamplingRow, ...]:
         """Rows of a step that was scheduled ahead, now that the tokens of the step before are known."""
@@ -353,10 +363,10 @@ class Scheduler:
         return [chunk.request for chunk in self._in_flight[step_id].chunks]
 
     def _grow_ahead(self, chunks: Sequence[Chunk]) -> bool:
-        """A block for each that begins one; False where there are too few, and what was taken by then stays taken."""
+        """A block for each of a GPU's that begins one; False where there are too few: what was taken stays taken."""
         size = self.limits.block_size
         starting = [chunk.request.blocks for chunk in chunks if chunk.request.blocks.end * size == chunk.context]
-        [blocks] = self.blocks  # the step is in place, so there is one GPU
+        blocks = self._gpu(chunks[0].request).blocks
         if len(starting) > blocks.num_free:
             return False
         return all(blocks.grow(table, 1) for table in starting)

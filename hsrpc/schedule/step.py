@@ -333,15 +333,17 @@ class Scheduled:
     arrays: tuple[MiniBatch, ...] | None = None
     """Arrays of the mini-batches, where they are made already."""
     is_in_place: bool = False
-    """It is one mini-batch of decode that uses no buffer."""
+    """It is one mini-batch of decode that uses no buffer, on each GPU that computes any of it."""
 
     def of_gpu(self, gpu: int) -> Scheduled:
-        """What one of several GPUs computes of it: mini-batches and rows of a GPU are neighbours."""
-        sampled = (chunk.request.gpu for chunk in self.chunks for _ in range(chunk.num_sampled))
+        """What one of several GPUs computes of it; its rows to sample are known at its turn."""
+        numbers = [number for number, chunks in enumerate(self.mini_batches) if chunks[0].request.gpu == gpu]
         return replace(
             self,
-            mini_batches=tuple(chunks for chunks in self.mini_batches if chunks[0].request.gpu == gpu),
-            sampling=tuple(row for of, row in zip(sampled, self.sampling, strict=True) if of == gpu),
+            mini_batches=tuple(self.mini_batches[number] for number in numbers),
+            sampling=(),
+            arrays=None if self.arrays is None else tuple(self.arrays[number] for number in numbers),
+            is_in_place=self.is_in_place and bool(numbers),
         )
 
     @property
@@ -374,9 +376,14 @@ class Packed:
     """Settings for each row that is sampled, in mini-batch order."""
     counts: StepCounts
     is_in_place: bool = False
-    """It is one mini-batch of decode that uses no buffer."""
+    """It is one mini-batch of decode that uses no buffer, on each GPU that computes any of it."""
     is_ahead: bool = False
     """It continues with tokens that the step before has still to sample."""
+
+    @property
+    def num_sampled(self) -> int:
+        """Rows of logits that are sampled."""
+        return sum(len(batch.sample_rows) for batch in self.mini_batches)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -240,8 +240,9 @@ def question(spec: ModelSpec, *, coded: bool = False, **settings: object) -> Que
         dtype="bfloat16",
         hardware=HARDWARE,
     )
-    choices = tuple(each.sizes for each in (formats[1:] if coded else formats))
-    return Question(choices=choices, machine=machine, config=EngineConfig(max_prefill_tokens=512, **settings))
+    config = EngineConfig(max_prefill_tokens=512, **settings)
+    choices = tuple(each.sizes.on_gpus(config.num_gpus) for each in (formats[1:] if coded else formats))
+    return Question(choices=choices, machine=machine, config=config)
 
 
 def test_experts_that_are_coded_cannot_come_on_demand(spec: ModelSpec) -> None:
@@ -289,6 +290,28 @@ def test_the_outlook_names_the_batch_from_which_streaming_is_as_fast(spec: Model
         context = plan.prediction.context
         steps = [predict_at(*each, context, batch).step for each in (streaming, on_demand)]
         assert (steps[0] <= steps[1]) == is_faster
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_to_several_gpus_they_do_not_come_on_demand(spec: ModelSpec, gpus: int) -> None:
+    """Though for few requests one GPU would choose that, and be faster: from how many on it is not is said."""
+    with pytest.raises(ConfigError, match=rf"gpus={gpus}: .*experts=demand.*host memory; use experts=auto, or gpus=1"):
+        EngineConfig(gpus=gpus, experts="demand")
+    _, alone = question(spec, max_batch=1).answer()
+    asked = question(spec, max_batch=gpus, gpus=gpus)
+    planner, plan = asked.answer()
+    assert alone.demand is not None
+    assert plan.demand is None
+    found = expert_outlook(asked, planner.sizes, plan)
+    assert found is not None
+    assert found.loading is ExpertLoading.STREAM
+    assert found.streaming_from is not None
+    assert found.streaming_from > 1
+    on_demand, demanding = question(spec, experts="demand", max_batch=gpus, max_model_len=plan.max_model_len).answer()
+    context = plan.prediction.context
+    for requests, is_faster in ((found.streaming_from - 1, False), (found.streaming_from, True)):
+        streaming = predict_at(plan, planner.sizes, context, -(-requests // gpus)).step
+        assert (streaming <= predict_at(demanding, on_demand.sizes, context, requests).step) == is_faster
 
 
 def test_smaller_weights_are_decoded_before_they_are_read(sizes: ModelSizes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 from typing import NamedTuple
 
 import pytest
@@ -17,7 +17,7 @@ from hsrpc.schedule.blocks import BlockManager, PoolId
 from hsrpc.schedule.decode_ahead import uses_no_buffer
 from hsrpc.schedule.request_state import Request
 from hsrpc.schedule.scheduler import Scheduler
-from hsrpc.schedule.step import NO_ROWS, Chunk, InPlace, MiniBatch, SamplingRow, Scheduled
+from hsrpc.schedule.step import NO_ROWS, Chunk, InPlace, MiniBatch, SamplingRow, Scheduled, Step
 from hsrpc.schedule.windows import LayerWindows, first_visible
 from tests.schedule.support import assemble, sampled
 from tests.schedule.test_scheduler import EOS, LIMITS, generate, next_token
@@ -31,17 +31,21 @@ AHEAD_LIMITS = replace(
 class Pipeline:
     """Runs a scheduler as the engine does: the next step is scheduled before this one's tokens are committed."""
 
-    def __init__(self, num_blocks: int, pool: PoolId = PoolId.DEVICE_KV, window: int | None = None) -> None:
+    def __init__(
+        self, num_blocks: int, pool: PoolId = PoolId.DEVICE_KV, window: int | None = None, gpus: int = 1
+    ) -> None:
         self.limits = replace(AHEAD_LIMITS, windows=LayerWindows((window,)))
-        self.scheduler = Scheduler(BlockManager({pool: num_blocks}), self.limits, [EOS])
+        first, *others = [BlockManager({pool: num_blocks}) for _ in range(gpus)]
+        self.scheduler = Scheduler(first, self.limits, [EOS], others)
         self.window = window
-        self.slots: dict[int, tuple[int, int]] = {}
-        """Arrival and position of the token in each slot of the device's K and V."""
+        self.slots: list[dict[int, tuple[int, int]]] = [{} for _ in range(gpus)]
+        """Arrival and position of the token in each slot of each device's K and V."""
         self.requests: list[Request] = []
         self.num_ahead = 0
         self.num_in_vain = 0
         self.next: Scheduled | None = None
-        self.sampled: list[int] = []
+        self.sampled: list[list[int]] = [[] for _ in range(gpus)]
+        """Tokens of the step before, those of each GPU."""
 
     def add(self, prompt: list[int], params: SamplingParams) -> Request:
         self.requests.append(Request(str(len(self.requests)), prompt, params, len(self.requests), 0.0))
@@ -54,17 +58,26 @@ class Pipeline:
         if scheduled is None:
             return False
         self._check_sampling(scheduled)
-        step = assemble(scheduled, self.limits)
+        step = self._assemble(scheduled)
         self.next = self.scheduler.schedule_ahead(step)
         if self.next is not None:
             self.num_ahead += 1
             self._check_ahead(self.next)
         for chunks, batch in zip(scheduled.mini_batches, step.mini_batches, strict=True):
             self._compute(chunks, batch)
-        self.sampled = self._sample(scheduled)
+        self.sampled = [self._sample(scheduled.of_gpu(gpu), before) for gpu, before in enumerate(self.sampled)]
         self.num_in_vain += sum(request.finish_reason is not None for request in sampled(scheduled))
-        self.scheduler.commit(scheduled.step_id, self.sampled, 2.0)
+        self.scheduler.commit(scheduled.step_id, list(chain(*self.sampled)), 2.0)
         return True
+
+    def _assemble(self, scheduled: Scheduled) -> Step:
+        """As each GPU has its part."""
+        parts = [assemble(scheduled.of_gpu(gpu), self.limits) for gpu in range(len(self.slots))]
+        for gpu, part in enumerate(parts):
+            assert part.num_sampled == len(sampled(scheduled.of_gpu(gpu)))
+            assert part.is_in_place == (scheduled.is_in_place and len(part.mini_batches) == 1)
+        batches = tuple(batch for part in parts for batch in part.mini_batches)
+        return replace(parts[0], mini_batches=batches, is_in_place=scheduled.is_in_place)
 
     def _check_sampling(self, scheduled: Scheduled) -> None:
         """At its turn a step has a row for each that samples, with the tokens that there are by then."""
@@ -88,18 +101,18 @@ class Pipeline:
         """Store new rows, then see that each single query finds in place the tokens that it sees, and no others."""
         owners = [chunk.request.arrival for chunk in chunks for _ in range(chunk.num_new)]
         new = list(zip(owners, batch.positions.tolist(), strict=True))
-        rows = batch.stores.get(PoolId.DEVICE_KV, NO_ROWS)
-        self.slots |= {slot: new[row] for row, slot in zip(rows.source.tolist(), rows.target.tolist(), strict=True)}
+        rows, slots = batch.stores.get(PoolId.DEVICE_KV, NO_ROWS), self.slots[chunks[0].request.gpu]
+        slots |= {slot: new[row] for row, slot in zip(rows.source.tolist(), rows.target.tolist(), strict=True)}
         read, size = batch.widest.in_place, self.limits.block_size
         for chunk, table, first, count in zip(chunks, read.tables, skips(read), read.counts.tolist(), strict=False):
-            found = [self.slots[int(table[i // size]) * size + i % size] for i in range(first, count)]
+            found = [slots[int(table[i // size]) * size + i % size] for i in range(first, count)]
             if uses_no_buffer([chunk], size):
                 seen = range(first_visible(chunk.context, self.window), chunk.context + 1)
                 assert found == [(chunk.request.arrival, position) for position in seen]
 
-    def _sample(self, scheduled: Scheduled) -> list[int]:
+    def _sample(self, scheduled: Scheduled, before: Sequence[int]) -> list[int]:
         """The model: a function of the tokens computed so far, the one that the step before sampled among them."""
-        before, tokens = self.sampled, []
+        tokens = []
         for chunk in scheduled.chunks:
             assert chunk.samples or scheduled.arrays is None
             if not chunk.samples:
@@ -133,15 +146,17 @@ prompts = st.lists(st.integers(1, 49), min_size=1, max_size=9)
     num_blocks=st.integers(6, BLOCKS),
     window=st.none() | st.integers(1, 10),
     aborted=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 12)), max_size=3),
+    gpus=st.integers(1, 3),
 )
 def test_tokens_are_those_of_each_request_alone(
     requests: list[tuple[list[int], SamplingParams, int]],
     num_blocks: int,
     window: int | None,
     aborted: list[tuple[int, int]],
+    gpus: int,
 ) -> None:
-    """Whoever comes, ends early or is aborted, and however few blocks there are."""
-    pipeline, arrivals = Pipeline(num_blocks, window=window), sorted(requests, key=lambda item: item[2])
+    """Whoever comes, ends early or is aborted, however few blocks there are, and on how many GPUs."""
+    pipeline, arrivals = Pipeline(num_blocks, window=window, gpus=gpus), sorted(requests, key=lambda item: item[2])
     for tick in range(400):
         while arrivals and arrivals[0][2] <= tick:
             pipeline.add(*arrivals.pop(0)[:2])
@@ -151,7 +166,7 @@ def test_tokens_are_those_of_each_request_alone(
         if not pipeline.step() and not arrivals:
             break
     assert not pipeline.scheduler.has_work
-    assert pipeline.scheduler.blocks[0].num_free == num_blocks
+    assert [blocks.num_free for blocks in pipeline.scheduler.blocks] == [num_blocks] * gpus
     for request in pipeline.requests:
         wanted = generate(list(request.token_ids[: request.num_prompt_tokens]), request.params, LIMITS.max_model_len)
         if request.finish_reason is FinishReason.ABORTED:
@@ -164,9 +179,10 @@ def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
 
 
-def test_every_decode_step_but_the_first_is_ahead() -> None:
-    """Requests that end by their length cost no step in vain."""
-    pipeline = Pipeline(BLOCKS)
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_every_decode_step_but_the_first_is_ahead(gpus: int) -> None:
+    """Requests that end by their length cost no step in vain, though a GPU has nothing left to do then."""
+    pipeline = Pipeline(BLOCKS, gpus=gpus)
     for count in (5, 8):
         pipeline.add([1, 2, 3], greedy(count))
     while pipeline.step():
@@ -174,10 +190,12 @@ def test_every_decode_step_but_the_first_is_ahead() -> None:
     assert (pipeline.num_ahead, pipeline.num_in_vain) == (6, 0)  # of eight: the prompts, then seven of decode
 
 
-def test_a_request_that_may_be_let_in_goes_first() -> None:
-    """No step is scheduled ahead while somebody waits and there is a place."""
-    pipeline = Pipeline(BLOCKS)
-    pipeline.add([1, 2], greedy(9))
+@pytest.mark.parametrize(("running", "gpus"), [(1, 1), (5, 2)])
+def test_a_request_that_may_be_let_in_goes_first(running: int, gpus: int) -> None:
+    """No step is scheduled ahead while somebody waits and there is a place, on whichever GPU."""
+    pipeline = Pipeline(BLOCKS, gpus=gpus)
+    for _ in range(running):
+        pipeline.add([1, 2], greedy(9))
     for _ in range(3):
         pipeline.step()
     assert pipeline.next is not None

@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from hsrpc.config import EngineConfig
 from hsrpc.device.group import Meeting
+from hsrpc.draft.drafter import Wanted
+from hsrpc.engine.draft_model import PlannedDraftModel
 from hsrpc.engine.gpus.contract import GpuFacts, GpuUse, StepResult
 from hsrpc.errors import HsrpcError, OutOfDeviceMemoryError
 from hsrpc.plan.plan import Plan
@@ -48,6 +50,8 @@ class Load(NamedTuple):
     plan: Plan
     choice: int
     """Number of the choice of the model's formats that the plan is for."""
+    draft_model: PlannedDraftModel | None
+    """None: nothing is drafted by a model."""
 
 
 class Loading(NamedTuple):
@@ -62,6 +66,7 @@ class Ready(NamedTuple):
     """A rank takes steps."""
 
     warms_up: bool
+    runs_ahead: bool
     use: GpuUse
 
 
@@ -69,8 +74,11 @@ class Execute(NamedTuple):
     """A step's part of one rank."""
 
     packed: Packed
+    """Without its mini-batches where it is ahead: these came with the step before."""
     constrained: Sequence[int]
     """Rows of its `sampling` that have a matcher, which stays with the front process."""
+    ahead: Packed | None
+    """Its part of the next step, without rows to sample: to be launched before this one's tokens are known."""
 
 
 class Allowed(NamedTuple):
@@ -91,12 +99,32 @@ class ResetCounts(NamedTuple):
     """Count from 0 again."""
 
 
+class Draft(NamedTuple):
+    """Requests to draft for; answered by `Drafted`."""
+
+    wanted: Sequence[Wanted]
+    """Their `token_ids` are those alone that the rank has not been told."""
+
+
+class Forget(NamedTuple):
+    """Requests for which a rank drafts no more."""
+
+    request_ids: Sequence[str]
+
+
 class Executed(NamedTuple):
     """What a step gave, and what the rank has done by then."""
 
     step_id: int
     result: StepResult | OutOfDeviceMemoryError | None
     use: GpuUse
+
+
+class Drafted(NamedTuple):
+    """What a rank has drafted."""
+
+    drafts: Sequence[Sequence[int]] | None
+    """One for each of those wanted; None: it could not, and has logged why."""
 
 
 class Failed(NamedTuple):

@@ -21,13 +21,17 @@ import numpy.typing as npt
 
 from hsrpc.device.device import Device, open_device
 from hsrpc.device.group import Connected
+from hsrpc.draft.drafter import Drafter
 from hsrpc.engine.gpus.contract import GpuFacts, StepResult, Task
+from hsrpc.engine.gpus.drafts import NearDrafter
 from hsrpc.engine.gpus.messages import (
     Allowed,
     Begin,
+    Draft,
     Execute,
     Executed,
     Failed,
+    Forget,
     Line,
     Load,
     Loading,
@@ -40,8 +44,9 @@ from hsrpc.engine.gpus.one import OneGpu
 from hsrpc.engine.gpus.pulse import Heart
 from hsrpc.engine.model_files import ModelFiles
 from hsrpc.engine.startup import measure, open_gpu
+from hsrpc.engine.worker import Worker
 from hsrpc.errors import EngineFaultError, HsrpcError, OutOfDeviceMemoryError
-from hsrpc.schedule.step import StopFlag
+from hsrpc.schedule.step import Step, StopFlag
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +102,7 @@ class Rank:
         self._line = line
         self._loads: asyncio.Queue[Load] = asyncio.Queue()
         self._works: asyncio.Queue[_Work] = asyncio.Queue()
+        self._drafts: asyncio.Queue[Draft | Forget] = asyncio.Queue()
         self._under_way: dict[int, _Work] = {}
         """Steps that were asked for and not executed, by id."""
         self._number = 0
@@ -110,10 +116,13 @@ class Rank:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._told(self._read))
             with self._telling():
-                self._gpu = gpu = await self._open(begin)
+                gpu, drafter = await self._open(begin)
+                self._gpu = gpu
                 for task in gpu.tasks:
                     group.create_task(self._told(task))
-                self._line.send(Ready(gpu.warms_up, *gpu.uses()))
+                if drafter is not None:
+                    group.create_task(self._told(partial(self._draft, NearDrafter(drafter))))
+                self._line.send(Ready(gpu.warms_up, gpu.runs_ahead, *gpu.uses()))
                 await self._compute(gpu)
 
     async def _told(self, task: Task) -> None:
@@ -130,7 +139,8 @@ class Rank:
             self._line.send(Failed(_known(error, self._number)))
             raise
 
-    async def _open(self, begin: Begin) -> OneGpu:
+    async def _open(self, begin: Begin) -> tuple[OneGpu, Drafter | None]:
+        """The GPU with the model, and the draft model beside it where there is one."""
         device, joined = await asyncio.to_thread(_join, begin)
         model = await asyncio.to_thread(ModelFiles.read, begin.config, device.torch_device)
         machine = await asyncio.to_thread(measure, device, model.spec)
@@ -141,8 +151,10 @@ class Rank:
         def note(done: int, total: int) -> None:
             tell(self._line.send, Loading(done, total))
 
-        opening = partial(open_gpu, spec, load.plan, model.source, device, threading.Event())
-        return await asyncio.to_thread(opening, group=joined, progress=note)
+        stop, draft_model = threading.Event(), load.draft_model
+        opening = partial(open_gpu, spec, load.plan, model.source, device, stop)
+        gpu = await asyncio.to_thread(opening, group=joined, progress=note)
+        return gpu, None if draft_model is None else await asyncio.to_thread(draft_model.open, device, stop)
 
     async def _read(self) -> None:
         """Take messages; without the front process there is nothing left to do."""
@@ -157,6 +169,8 @@ class Rank:
                 case Execute():
                     work = self._under_way[message.packed.step_id] = _Work(message)
                     self._works.put_nowait(work)
+                case Draft() | Forget():
+                    self._drafts.put_nowait(message)
                 case Allowed(step_id, masks):
                     self._under_way[step_id].masks.tell(masks)
                 case Stop(step_id):
@@ -166,11 +180,24 @@ class Rank:
                     assert self._gpu is not None  # it is ready
                     self._gpu.reset_counts()
 
+    async def _draft(self, drafter: NearDrafter) -> None:
+        """Draft as the front process asks, between two steps."""
+        async with Worker("drafts") as worker:
+            while True:
+                message = await self._drafts.get()
+                if isinstance(message, Draft):
+                    self._line.send(await worker.run(partial(drafter.draft, message)))
+                else:
+                    await worker.run(partial(drafter.forget, message))
+
     async def _compute(self, gpu: OneGpu) -> None:
+        ahead: Step | None = None
         while True:
             work = await self._works.get()
-            step_id = work.execute.packed.step_id
-            result = await _execute(gpu, work)
+            step_id, step = work.execute.packed.step_id, _step(gpu, work, ahead)
+            coming = work.execute.ahead
+            ahead = None if coming is None else gpu.executor.order(coming, StopFlag())
+            result = await _execute(gpu, step, ahead)
             del self._under_way[step_id]
             self._line.send(Executed(step_id, result, *gpu.uses()))
 
@@ -183,14 +210,26 @@ def _join(begin: Begin) -> tuple[Device, Connected]:
     return device, joined
 
 
-async def _execute(gpu: OneGpu, work: _Work) -> StepResult | OutOfDeviceMemoryError | None:
-    packed, constrained = work.execute
+def _step(gpu: OneGpu, work: _Work, ahead: Step | None) -> Step:
+    """The step that was asked for; its list and arrays may have come `ahead`."""
+    packed = work.execute.packed
+    if packed.is_ahead:
+        assert ahead is not None  # it came with the step before
+        step = ahead
+        step.stop = work.stop
+    else:
+        step = gpu.executor.order(packed, work.stop)
     rows = list(packed.sampling)
-    for row in constrained:
+    for row in work.execute.constrained:
         rows[row] = rows[row]._replace(matcher=_TheirMatcher(work.masks, row))
-    packed.sampling = tuple(rows)
+    step.sampling = tuple(rows)
+    return step
+
+
+async def _execute(gpu: OneGpu, step: Step, ahead: Step | None) -> StepResult | OutOfDeviceMemoryError | None:
+    """What the step gives; `ahead` may have nothing to compute here."""
     try:
-        return await gpu.execute(gpu.executor.order(packed, work.stop))
+        return await gpu.execute(step, ahead if ahead is not None and ahead.is_in_place else None)
     except OutOfDeviceMemoryError as error:
         return error
 

@@ -15,9 +15,11 @@ import sys
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Self, TypeAlias, TypeVar
 
 import numpy as np
@@ -26,10 +28,14 @@ import numpy.typing as npt
 import hsrpc
 from hsrpc.config import EngineConfig
 from hsrpc.device.group import LostError, MeetingPlace
+from hsrpc.draft.drafter import Drafter
+from hsrpc.engine.draft_model import PlannedDraftModel
 from hsrpc.engine.gpus.contract import GpuFacts, GpuUse, Moved, StepResult, Task
+from hsrpc.engine.gpus.drafts import FarDrafter
 from hsrpc.engine.gpus.messages import (
     Allowed,
     Begin,
+    Drafted,
     Execute,
     Executed,
     Failed,
@@ -71,12 +77,10 @@ Mask: TypeAlias = Callable[[], npt.NDArray[np.int32]]
 
 @dataclass(slots=True, kw_only=True)
 class JointStep(Packed):
-    """A step of all GPUs: its own arrays are those of its parts."""
+    """A step of all GPUs: its mini-batches are those of its parts."""
 
-    parts: tuple[Execute, ...]
-    """One for each GPU."""
-    masks: tuple[Mapping[int, Mask], ...]
-    """Masks of each GPU's constrained rows."""
+    parts: tuple[Packed, ...]
+    """One for each GPU, without rows to sample."""
     stop: StopFlag
 
 
@@ -90,6 +94,7 @@ class RankProcess:
         self._line = line
         self._pulse = Pulse(beats, process.pid, self._fail)
         self._executed: asyncio.Queue[Executed] = asyncio.Queue()
+        self._drafted: SimpleQueue[Drafted | None] = SimpleQueue()
 
     @classmethod
     async def start(cls, number: int) -> Self:
@@ -141,6 +146,10 @@ class RankProcess:
         """What the step gives that was asked for."""
         return await self._executed.get()
 
+    def drafted(self) -> Drafted | None:
+        """Wait for what was asked to be drafted, on another thread; None: the rank has ended."""
+        return self._drafted.get()
+
     async def run(self) -> None:
         """Take what the rank says; ends by cancellation, and the process with it.
 
@@ -150,11 +159,14 @@ class RankProcess:
         self._pulse.limits = SERVING
         try:
             while True:
-                message = await self._receive()
-                if isinstance(message, Executed):
-                    self._executed.put_nowait(message)
+                match message := await self._receive():
+                    case Executed():
+                        self._executed.put_nowait(message)
+                    case Drafted():
+                        self._drafted.put(message)
         finally:
             self.kill()
+            self._drafted.put(None)
 
     def kill(self) -> None:
         """End the process now, and what it has started.
@@ -202,7 +214,7 @@ class Ranks:
         self._windows: LayerWindows
         self._longest_step: float
         self._facts: Sequence[GpuFacts] = ()
-        self._warms_up = False
+        self._warms_up = self._runs_ahead = False
         self._uses: Sequence[GpuUse] = [GpuUse()] * len(processes)
         """What each rank said last."""
         self._queued = 0
@@ -229,9 +241,16 @@ class Ranks:
         return found
 
     async def load(
-        self, plan: Plan, choice: int, windows: LayerWindows, longest_step: float, *, bars: bool = False
+        self,
+        plan: Plan,
+        choice: int,
+        windows: LayerWindows,
+        longest_step: float,
+        draft_model: PlannedDraftModel | None = None,
+        *,
+        bars: bool = False,
     ) -> None:
-        """Load the model as `plan` says, on all GPUs.
+        """Load the model as `plan` says, on all GPUs, and the draft model.
 
         `longest_step`: seconds that a step takes at most, as predicted; `bars`: show how far they are on a terminal.
 
@@ -240,10 +259,11 @@ class Ranks:
         """
         self._plan, self._windows, self._longest_step = plan, windows, longest_step
         for process in self._processes:
-            process.send(Load(plan, choice))
+            process.send(Load(plan, choice, draft_model))
         with LoadingProgress(self.count, bars=bars) as progress:
             ready = await _from_all(self._processes, Ready, progress)
         self._warms_up = any(each.warms_up for each in ready)
+        self._runs_ahead = all(each.runs_ahead for each in ready)
         self._uses = [each.use for each in ready]
 
     @property
@@ -277,43 +297,34 @@ class Ranks:
 
     @property
     def runs_ahead(self) -> bool:
-        return False
+        return self._runs_ahead
 
     @property
     def num_queued(self) -> int:
         return self._queued
 
     def assemble(self, scheduled: Scheduled) -> JointStep:
-        plan, parts, masks = self._plan, list[Execute](), list[dict[int, Mask]]()
-        for number in range(self.count):
-            packed = pack_step(scheduled.of_gpu(number), plan.block_size, self._windows, plan.in_place)
-            found: dict[int, Mask] = {
-                row: partial(each.matcher.allowed, len(each.draft))
-                for row, each in enumerate(packed.sampling)
-                if each.matcher is not None
-            }
-            packed.sampling = tuple(row._replace(matcher=None) for row in packed.sampling)
-            parts.append(Execute(packed, tuple(found)))
-            masks.append(found)
+        plan, numbers = self._plan, range(self.count)
+        parts = [pack_step(scheduled.of_gpu(n), plan.block_size, self._windows, plan.in_place) for n in numbers]
         return JointStep(
             step_id=scheduled.step_id,
-            mini_batches=(),
+            mini_batches=tuple(batch for part in parts for batch in part.mini_batches),
             sampling=scheduled.sampling,
             counts=scheduled.counts,
+            is_in_place=scheduled.is_in_place,
+            is_ahead=scheduled.arrays is not None,
             parts=tuple(parts),
-            masks=tuple(masks),
             stop=scheduled.stop,
         )
 
     async def execute(self, step: JointStep, ahead: JointStep | None = None) -> StepResult | None:
         self._queued += 1
-        for process, part in zip(self._processes, step.parts, strict=True):
-            process.send(part)
+        masks = self._send(step, ahead)
         step.stop.tell = partial(self._stop, step.step_id)
         if step.stop.is_set:
             self._stop(step.step_id)
-        if any(step.masks):
-            await self._tell_allowed(step)
+        if any(masks):
+            await self._tell_allowed(step.step_id, masks)
         executed = await self._executed()
         self._uses = [each.use for each in executed]
         self._queued -= 1
@@ -325,6 +336,10 @@ class Ranks:
         if len(whole) < len(results):
             return None
         return StepResult([each for part in whole for each in part.sampled], [s for part in whole for s in part.scored])
+
+    def drafter(self) -> Drafter:
+        """The draft models that were loaded."""
+        return FarDrafter(self._processes, asyncio.get_running_loop())
 
     def moved(self) -> Moved:
         return Moved(*map(sum, zip(*(each.moved for each in self._uses), strict=True)))
@@ -366,12 +381,29 @@ class Ranks:
             raise EngineFaultError(f"a step has not ended after {limit:.1f} s on GPU {late}; {predicted}") from None
         return list(executed.values())
 
-    async def _tell_allowed(self, step: JointStep) -> None:
+    def _send(self, step: JointStep, ahead: JointStep | None) -> list[dict[int, Mask]]:
+        """Send each rank its part of a step; the masks of its constrained rows, which are sent when they are known."""
+        rows, masks = iter(step.sampling), list[dict[int, Mask]]()
+        coming = [None] * self.count if ahead is None else ahead.parts
+        for process, part, next_part in zip(self._processes, step.parts, coming, strict=True):
+            of_part = list(islice(rows, part.num_sampled))
+            found: dict[int, Mask] = {
+                row: partial(each.matcher.allowed, len(each.draft))
+                for row, each in enumerate(of_part)
+                if each.matcher is not None
+            }
+            plain = tuple(row._replace(matcher=None) for row in of_part)
+            known = replace(part, sampling=plain, mini_batches=() if part.is_ahead else part.mini_batches)
+            process.send(Execute(known, tuple(found), next_part))
+            masks.append(found)
+        return masks
+
+    async def _tell_allowed(self, step_id: int, masks: Sequence[Mapping[int, Mask]]) -> None:
         """Send the ranks what constrained rows may sample, once the step is under way and that is known."""
-        masks = await asyncio.to_thread(lambda: [_allowed(each) for each in step.masks])
-        for process, each in zip(self._processes, masks, strict=True):
+        allowed = await asyncio.to_thread(lambda: list(map(_allowed, masks)))
+        for process, each in zip(self._processes, allowed, strict=True):
             if each:
-                process.send(Allowed(step.step_id, each))
+                process.send(Allowed(step_id, each))
 
     def _stop(self, step_id: int) -> None:
         for process in self._processes:

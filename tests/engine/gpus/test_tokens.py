@@ -6,24 +6,22 @@ The ranks are processes on the CPU, connected by gloo; what differs on GPUs is w
 from __future__ import annotations
 
 import asyncio
-import math
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import pytest
+import pytest_asyncio
 
-from hsrpc import Engine, EngineConfig, SamplingParams
+from hsrpc import Engine, SamplingParams
 from hsrpc.constraint import Regex
 from hsrpc.draft.replay import ReplayDrafter
 from hsrpc.engine import loading_progress
 from hsrpc.engine.stats import EngineStats
-from hsrpc.errors import ConfigError
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.plan.sizes import ALIGNMENT
-from hsrpc.request import Delta
-from tests.engine.gpus.support import GREEDY, config_for, planned
+from tests.engine.gpus.support import GREEDY, ask_with_settings, assert_same, config_for, planned
 from tests.engine.reference import Reference
-from tests.engine.support import collect, idle, ids, text, until
+from tests.engine.support import collect, idle, ids, until
 
 NUM_PROMPTS = 8
 WITH_EXPERTS = "qwen3-moe"
@@ -47,7 +45,7 @@ def expected(made: Reference) -> list[list[int]]:
         ("opt", 2, {"cache_policy": "activation", "host_memory": "650KiB"}),
         ("llama-gqa-tied", 3, {"cache_policy": "kv", "host_memory": "700KiB"}),
         ("opt", 2, {"cache_policy": "auto", "host_memory": "900KiB"}),
-        (WITH_EXPERTS, 2, {"cache_policy": "auto"}),
+        (WITH_EXPERTS, 2, {"cache_policy": "auto", "recompute_share": 0.5, "expected_context": 60}),
     ],
 )
 async def test_tokens_equal_the_reference(
@@ -58,7 +56,8 @@ async def test_tokens_equal_the_reference(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Weights stream in parts, requests give way, others come and go; each layer's bytes cross one bus in a step."""
+    """Weights stream in parts, requests give way or keep no cache, others come and go; each layer's bytes cross one bus
+    in a step."""
     made, steps = reference(model), list[StepRecord]()
     config = config_for(made, gpus, **settings)
     monkeypatch.setattr(loading_progress, "_LINE_SECONDS", 0.0)
@@ -80,6 +79,7 @@ async def test_tokens_equal_the_reference(
     assert weights * stats.steps <= stats.weights_streamed_bytes <= (weights + padding) * (stats.steps + 1)
     assert max(step.num_requests for step in steps) > -(-config.max_batch // gpus)
     assert stats.preemptions > 0 or model == WITH_EXPERTS
+    assert (stats.recomputed_tokens > 0) == ("recompute_share" in settings)
 
 
 def check_each(engine: Engine, stats: EngineStats, padding: int) -> None:
@@ -92,21 +92,66 @@ def check_each(engine: Engine, stats: EngineStats, padding: int) -> None:
     assert [facts.machine.name for facts in engine.gpus] == ["CPU"] * engine.plan.num_gpus
 
 
-async def test_settings_reach_the_rank_that_samples(reference: Callable[[str], Reference]) -> None:
-    """Seeds, log-probabilities and constraints, whose matchers stay with the front process, are as with one GPU."""
-    made = reference("opt")
-    drawn = SamplingParams(temperature=1.0, seed=5, max_tokens=12, logprobs=2, prompt_logprobs=0, ignore_eos=True)
-    matching = SamplingParams(temperature=1.0, seed=5, max_tokens=12, constraint=Regex("[ab]{3}(c|d)+"))
-    found = []
-    for gpus in (1, 2):
-        async with Engine(config_for(made, gpus), choose_plan=planned) as engine, asyncio.timeout(60):
-            asked = [(prompt, params) for prompt in made.prompts[:3] for params in (drawn, matching)]
-            found.append(await asyncio.gather(*(collect(engine.generate(*each)) for each in asked)))
-    assert all(re.fullmatch("[ab]{3}[cd]+", text(each)) for each in found[1][1::2])
-    for one, two in zip(*found, strict=True):
-        assert ids(one) == ids(two)
-        both = zip(logprobs(one), logprobs(two), strict=True)
-        assert all(math.isclose(first, second, abs_tol=1e-4) for first, second in both)
+@pytest.fixture(scope="module")
+def opt(reference: Callable[[str], Reference]) -> Reference:
+    return reference("opt")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def two(opt: Reference) -> AsyncIterator[Engine]:
+    """An engine for the tests that follow: what it has served changes nothing of what comes behind."""
+    async with Engine(config_for(opt, 2), choose_plan=planned) as engine:
+        yield engine
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_settings_reach_the_rank_that_samples(two: Engine, opt: Reference) -> None:
+    """Seeds, penalties, log-probabilities, of prompts too, and constraints, whose matchers stay with the front process,
+    are as with one GPU."""
+    async with Engine(config_for(opt, 1), choose_plan=planned) as one, asyncio.timeout(60):
+        assert_same(await ask_with_settings(two, opt), await ask_with_settings(one, opt))
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_one_request_alone(two: Engine, opt: Reference) -> None:
+    """All GPUs load and gather for the one that computes; no step is waited for in vain."""
+    await idle(two)
+    before = two.stats()
+    async with asyncio.timeout(60):
+        assert await generate_all(two, opt.prompts[:1]) == expected(opt)[:1]
+        await idle(two)
+    after, weights = two.stats(), sum(two.plan.streamed_bytes)
+    steps, moved = after.steps - before.steps, after.weights_streamed_bytes - before.weights_streamed_bytes
+    assert steps == GREEDY.max_tokens + len(opt.prompts[0]) // two.plan.max_idle_prefill_tokens
+    assert (steps - 1) * weights <= moved <= (steps + 1) * (weights + 2 * ALIGNMENT * two.spec.sizes.num_layers)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_prefix_is_found_where_it_is(two: Engine, opt: Reference) -> None:
+    """Those that begin alike share blocks of their GPU, others are on another; what is found is as if computed."""
+    prompts = sorted(opt.prompts, key=len)[-2:]
+    wanted = [opt.outputs[opt.prompts.index(prompt)][: GREEDY.max_tokens] for prompt in prompts]
+    async with asyncio.timeout(60):
+        assert await generate_all(two, prompts) == wanted
+        cached = two.stats().cached_tokens
+        assert await generate_all(two, prompts) == wanted
+        await idle(two)
+    whole_blocks = sum((len(prompt) - 1) // two.plan.block_size for prompt in prompts)
+    assert two.stats().cached_tokens == cached + whole_blocks * two.plan.block_size
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_step_that_all_have_left(two: Engine, opt: Reference) -> None:
+    """It is swept to its end on all GPUs, and the next request finds everything as it was."""
+    async with asyncio.timeout(60):
+        leaving = [await two.submit(prompt, GREEDY) for prompt in opt.prompts[:4]]
+        for each in leaving:
+            await anext(each)
+        for each in leaving:
+            each.close()
+        await idle(two)
+        assert await generate_all(two, opt.prompts[4:5]) == expected(opt)[4:5]
+        await idle(two)
 
 
 async def test_drafts_reach_the_rank_that_verifies_them(reference: Callable[[str], Reference]) -> None:
@@ -128,12 +173,3 @@ async def test_drafts_reach_the_rank_that_verifies_them(reference: Callable[[str
     assert 0 < before.accepted_tokens < before.drafted_tokens
     assert stats.accepted_tokens > before.accepted_tokens
     assert found[0] == found[1]
-
-
-def test_a_draft_model_is_for_one_gpu() -> None:
-    with pytest.raises(ConfigError, match=r"gpus=2.*draft_model=small.*gpus=1"):
-        EngineConfig(gpus=2, draft_model="small")
-
-
-def logprobs(deltas: list[Delta]) -> list[float]:
-    return [each.logprob for delta in deltas for each in (*delta.prompt_logprobs, *delta.logprobs)]
