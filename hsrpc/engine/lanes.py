@@ -77,9 +77,12 @@ class StepRun:
         return True
 
     def hold_loads(self) -> None:
-        """Let loads wait for what the step before has launched."""
+        """Let loads wait for what the step before has launched, and weights from other devices behind them."""
+        device = self._device
         for event in self._barrier:
-            self._device.wait(self._device.load, event)
+            device.wait(device.load, event)
+        if self.step.ops.is_gathered:
+            device.wait(device.gather, device.record(device.load))
 
     def launch(self, numbers: Sequence[int], launch: Launch) -> None:
         """Launch these operations, each behind the events of those that it comes after."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hsrpc.plan.fitted import GATHER_BANDWIDTH
 from hsrpc.plan.layer_times import LayerTimes
 from hsrpc.plan.plan import Plan, StepPrediction
 from hsrpc.plan.sizes import ModelSizes
@@ -44,6 +43,7 @@ def placements(plan: Plan, sizes: ModelSizes) -> Places:
             rebuilds=number not in plan.kv_layers,
             on_demand=counts[number] > 0,
             is_gathered=plan.num_gpus > 1 and layer.bus_bytes > 0,
+            spread_bytes=layer.spread_bytes,
         )
         for number, layer in enumerate(plan.placed)
     )
@@ -55,6 +55,8 @@ class _OpSeconds:
 
     load_bandwidth: float
     gather: Sequence[float]
+    """For each layer."""
+    gather_spread: Sequence[float]
     """For each layer."""
     decode: Sequence[float]
     """For each layer."""
@@ -89,7 +91,8 @@ class _OpSeconds:
         parts = [sizes.seen_part(step.context) for sizes in layers]
         return cls(
             load_bandwidth=plan.hardware.load_bandwidth,
-            gather=[plan.num_gpus * each.bus_bytes / GATHER_BANDWIDTH for each in plan.placed],
+            gather=[float(layer.gather_weights(each.num_others * each.bus_bytes)) for each in plan.placed],
+            gather_spread=[float(layer.gather_weights(each.num_others * each.spread_bytes)) for each in plan.placed],
             decode=decode,
             decode_experts=[seconds / num_groups for seconds in experts],
             seen=[len(parts) * part / sum(parts) for part in parts],
@@ -108,6 +111,8 @@ class _OpSeconds:
                 return (op.part[1] - op.part[0]) / self.load_bandwidth
             case OpKind.GATHER:
                 return self.gather[op.layer]
+            case OpKind.GATHER_SPREAD:
+                return self.gather_spread[op.layer]
             case OpKind.LOAD_BLOCKS:
                 return self.blocks * self.seen[op.layer]
             case OpKind.LOAD_EXPERTS:
