@@ -77,12 +77,14 @@ class StepRun:
         return True
 
     def hold_loads(self) -> None:
-        """Let loads wait for what the step before has launched, and weights from other devices behind them."""
-        device = self._device
+        """Let loads wait for what the step before has launched, and so what comes from other devices."""
         for event in self._barrier:
-            device.wait(device.load, event)
+            self._device.wait(self._device.load, event)
         if self.step.ops.is_gathered:
-            device.wait(device.gather, device.record(device.load))
+            self._hold_gathers()
+
+    def _hold_gathers(self) -> None:
+        self._device.wait(self._device.gather, self._device.record(self._device.load))
 
     def launch(self, numbers: Sequence[int], launch: Launch) -> None:
         """Launch these operations, each behind the events of those that it comes after."""

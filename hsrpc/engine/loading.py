@@ -62,7 +62,8 @@ def load_weights(
 ) -> ModelWeights:
     """Read, convert, pin and place all weights, in parallel, since reading and pinning each use one core.
 
-    Of what streams, one of a `group` of GPUs pins its part; of what is spread, it has its part on its device. Once `stop` is set, no further layer is begun.
+    Of what streams, one of a `group` of GPUs pins its part; of what is spread, it has its part on its device. Once
+    `stop` is set, no further layer is begun.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.

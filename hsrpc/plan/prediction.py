@@ -98,7 +98,8 @@ def simulated(plan: Plan, sizes: ModelSizes, closed: StepPrediction, *, recomput
     """A step with the parts of `closed`, whose own time is that of the list which the engine will run.
 
     A search compares thousands of candidates by a closed form; what is told of the chosen one is its list's time. Where
-    nothing crosses the bus, nor comes from other GPUs, there is nothing that takes turns. `recomputes`: some tokens of the step are recomputed.
+    nothing crosses the bus, nor comes from other GPUs, there is nothing that takes turns. `recomputes`: some tokens of
+    the step are recomputed.
     """
     if not closed.bus + closed.peers:
         return closed

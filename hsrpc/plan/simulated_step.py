@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hsrpc.plan.layer_times import LayerTimes
@@ -54,9 +54,7 @@ class _OpSeconds:
     """Seconds of each operation; those of a mini-batch are of one layer."""
 
     load_bandwidth: float
-    gather: Sequence[float]
-    """For each layer."""
-    gather_spread: Sequence[float]
+    gather: Mapping[OpKind, Sequence[float]]
     """For each layer."""
     decode: Sequence[float]
     """For each layer."""
@@ -91,8 +89,12 @@ class _OpSeconds:
         parts = [sizes.seen_part(step.context) for sizes in layers]
         return cls(
             load_bandwidth=plan.hardware.load_bandwidth,
-            gather=[float(layer.gather_weights(each.num_others * each.bus_bytes)) for each in plan.placed],
-            gather_spread=[float(layer.gather_weights(each.num_others * each.spread_bytes)) for each in plan.placed],
+            gather={
+                OpKind.GATHER: [float(layer.gather_weights(one.num_others * one.bus_bytes)) for one in plan.placed],
+                OpKind.GATHER_SPREAD: [
+                    float(layer.gather_weights(one.num_others * one.spread_bytes)) for one in plan.placed
+                ],
+            },
             decode=decode,
             decode_experts=[seconds / num_groups for seconds in experts],
             seen=[len(parts) * part / sum(parts) for part in parts],
@@ -109,10 +111,8 @@ class _OpSeconds:
         match op.kind:
             case OpKind.LOAD_WEIGHTS:
                 return (op.part[1] - op.part[0]) / self.load_bandwidth
-            case OpKind.GATHER:
-                return self.gather[op.layer]
-            case OpKind.GATHER_SPREAD:
-                return self.gather_spread[op.layer]
+            case OpKind.GATHER | OpKind.GATHER_SPREAD:
+                return self.gather[op.kind][op.layer]
             case OpKind.LOAD_BLOCKS:
                 return self.blocks * self.seen[op.layer]
             case OpKind.LOAD_EXPERTS:

@@ -365,9 +365,9 @@ class StepModel:
         """Host seconds: to launch a step, that the boundary adds to it, and that bound it where the boundary is hidden.
 
         While weights stream, the boundary is hidden for as long as the weight buffers are still being filled for the
-        next step. With nothing on the bus, nor from other GPUs, graphs run the step where all of the cache is K and V, and the boundary is
-        hidden beside the step itself, unless experts come on demand: nothing is launched ahead of a choice. Nor is a
-        step with drafts: it is laid out when the tokens before it are known.
+        next step. With nothing on the bus, nor from other GPUs, graphs run the step where all of the cache is K and V,
+        and the boundary is hidden beside the step itself, unless experts come on demand: nothing is launched ahead of a
+        choice. Nor is a step with drafts: it is laid out when the tokens before it are known.
         """
         hardware = self.hardware
         each = np.where(c.recomputed > 0, hardware.prompt_launch_time, hardware.launch_time)

@@ -125,8 +125,8 @@ class Op(NamedTuple):
     batch: int = -1
     """Mini-batch; of a group the first for PROJECT, the last for ROUTE, LOAD_EXPERTS, DECODE_EXPERTS and FINISH."""
     slot: int = -1
-    """Weight buffer (LOAD_WEIGHTS, GATHER, GATHER_SPREAD, DECODE, PROJECT) or cache buffer (LOAD_BLOCKS, PLACE, REBUILD,
-    ATTEND)."""
+    """Weight buffer (LOAD_WEIGHTS, GATHER, GATHER_SPREAD, DECODE, PROJECT) or cache buffer (LOAD_BLOCKS, PLACE,
+    REBUILD, ATTEND)."""
     part: tuple[int, int] = (0, 0)
     """First byte and end, of what this GPU loads of a layer's weights (LOAD_WEIGHTS)."""
     after: tuple[int, ...] = ()

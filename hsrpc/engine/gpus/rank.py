@@ -116,7 +116,7 @@ class Rank:
     async def _open(self, begin: Begin) -> OneGpu:
         device, joined = await asyncio.to_thread(_join, begin)
         model = await asyncio.to_thread(ModelFiles.read, begin.config, device.torch_device)
-        self._line.send(Measured(await asyncio.to_thread(measure, device, model.spec)))
+        self._line.send(Measured(await asyncio.to_thread(measure, device, model.spec, joined)))
         load = await self._loads.get()
         spec, progress = model.spec_of(load.choice, load.plan), begin.progress and begin.rank == 0  # all are as far
         opening = partial(open_gpu, spec, load.plan, model.source, device, threading.Event())

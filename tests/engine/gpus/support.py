@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.engine.gpus.ranks import Ranks
+from hsrpc.plan.placement import ResidentChoices, WeightChoice
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
+from hsrpc.plan.sizes import LayerSizes, Stays
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
 
@@ -38,6 +40,20 @@ def config_for(made: Reference, gpus: int, **settings: object) -> EngineConfig:
 def planned(planner: Planner) -> Plan:
     """The plan for a machine that is the same everywhere: the ranks' own measurements decide nothing."""
     return Planner(planner.sizes, planner.budgets, HARDWARE, planner.config).plan()
+
+
+def in_all_ways(number: int, layer: LayerSizes) -> Stays:
+    """Of four layers one streams, one does all that there is, one is spread over the GPUs, one stays on each."""
+    largest = frozenset({layer.largest_first[0].name})
+    return (Stays(), Stays(ready=largest, spread=0.5), Stays(spread=1.0), Stays(ready=layer.names))[number]
+
+
+def plan_where(planner: Planner, gpus: int, stays: Callable[[int, LayerSizes], Stays] = in_all_ways) -> Plan:
+    """The plan of each of so many GPUs, with each layer's weights as `stays` says."""
+    found = Planner(planner.sizes.on_gpus(gpus), planner.budgets, HARDWARE, planner.config)
+    resident = tuple(stays(*each) for each in enumerate(found.sizes.layers))
+    found._choices = ResidentChoices.of(found.sizes, [WeightChoice(resident)])
+    return found.plan()
 
 
 def ranks(engine: Engine) -> Ranks:
