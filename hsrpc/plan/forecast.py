@@ -59,7 +59,6 @@ def _idle(plan: Plan, sizes: ModelSizes, prompt: int) -> float:
     tokens, layers, hardware = prompt / steps, sizes.num_layers, plan.hardware
     times, mini_batches = LayerTimes(sizes, hardware), math.ceil(prompt / steps / plan.buffers.queries)
     bus = sum(layer.bus_bytes for layer in plan.placed) / hardware.load_bandwidth
-    peers = sum(layer.num_others * (layer.bus_bytes + layer.spread_bytes) for layer in plan.placed)
     launch = hardware.prompt_launch_time
     if bus:
         bus += layers * mini_batches * hardware.handover_time
@@ -71,7 +70,9 @@ def _idle(plan: Plan, sizes: ModelSizes, prompt: int) -> float:
     # A mini-batch loads while the one before it computes: the first load or the last compute overlaps nothing.
     alone = min(bus, gpu) / (layers * mini_batches)
     experts = 0.0 if plan.demand is None else float(layers * times.on_demand(tokens, plan.demand.missed, mini_batches))
-    work = max(max(bus, float(times.gather_weights(peers)), gpu) + experts, layers * mini_batches * launch)
+    work = max(
+        max(bus, float(times.gather_weights(plan.gathered_bytes)), gpu) + experts, layers * mini_batches * launch
+    )
     step = work + alone + hardware.boundary_time + hardware.request_time
     return steps * step
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.layer_times import LayerTimes
-from hsrpc.plan.sizes import LayerSizes, ModelSizes
+from hsrpc.plan.sizes import NOT_SHARED, LayerSizes, ModelSizes, Sharing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,8 @@ class Roofline:
     in_turn: float = 0.0
     """Experts that came on demand, and all that is computed but the products of experts: a choice is behind what was
     computed before it, and what it loads before all that follows. 0 where none come so."""
+    peers: float = 0.0
+    """Weights from other GPUs."""
 
     @property
     def gpu(self) -> float:
@@ -60,15 +62,20 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        return max(self.bus, self.gpu, self.in_turn)
+        return max(self.bus, self.gpu, self.in_turn, self.peers)
 
 
-def roofline(record: StepRecord, sizes: ModelSizes, hardware: Hardware, *, absorbs: bool = False) -> Roofline:
+def roofline(
+    record: StepRecord, sizes: ModelSizes, hardware: Hardware, *, absorbs: bool = False, sharing: Sharing = NOT_SHARED
+) -> Roofline:
     """max(bus, gpu, what takes turns) for the work of one step, each at the best rate measured on this machine.
 
     The work that the method itself asks for and no more: no copies within the device, no logits, one mini-batch.
-    `absorbs`: queries attend to activations as they are stored.
+    `absorbs`: queries attend to activations as they are stored. Several GPUs that are `sharing` it have equal parts.
     """
+    if sharing.num_gpus > 1:
+        part = roofline(_divided(record, sharing.num_gpus), sizes, hardware, absorbs=absorbs)
+        return replace(part, peers=sharing.gathered_bytes / hardware.gather_bandwidth)
     share = max(1.0, hardware.weight_read_share, hardware.attention_read_share)
     best = replace(
         hardware, weight_read_share=share, attention_read_share=share, gemm_overhead=0.0, small_kernel_time=0.0
@@ -88,6 +95,12 @@ def roofline(record: StepRecord, sizes: ModelSizes, hardware: Hardware, *, absor
         return found
     loads = float(layer.load(record.expert_loads * sizes.largest(_expert_bytes)))  # all are alike
     return replace(found, in_turn=loads + found.gpu - float(layers * layer.expert_products(tokens, touched)))
+
+
+def _divided(record: StepRecord, count: int) -> StepRecord:
+    """An equal part of what was done; the time is that of all."""
+    numbers = {item.name: getattr(record, item.name) for item in fields(StepRecord) if item.name != "seconds"}
+    return replace(record, **{name: -(-number // count) for name, number in numbers.items()})
 
 
 def _touched(record: StepRecord, sizes: ModelSizes) -> float | None:

@@ -202,7 +202,7 @@ class Evaluator:
         )
 
     def _arrival(self, choice: npt.NDArray[np.int64]) -> Number:
-        """Seconds in which a layer's weights come, in steps with prompts, on average; 0: all are where they are used."""
+        """Seconds in which a layer's weights come, in steps with prompts, on average; 0: none come."""
         choices = self.choices
         sizes = choices.on_bus_at_most[choice], choices.from_buses[choice], choices.from_devices[choice]
         return self.model.layer.arrival(*(size / self.sizes.num_layers for size in sizes))

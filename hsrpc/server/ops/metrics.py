@@ -95,8 +95,8 @@ class EngineMetrics(Collector):
         engine = self._engine()
         if engine is not None:
             plan = engine.plan
-            limit = roofline(record, engine.spec.sizes, plan.hardware, absorbs=plan.absorbs).seconds
-            self._ratio.observe(record.seconds / limit)
+            limit = roofline(record, engine.spec.sizes, plan.hardware, absorbs=plan.absorbs, sharing=plan.sharing)
+            self._ratio.observe(record.seconds / limit.seconds)
 
     def _observe_bus(self, record: StepRecord) -> None:
         """One step says little: the prefetcher works ahead of it. Older ones count less and less."""
