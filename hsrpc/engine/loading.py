@@ -103,7 +103,7 @@ class _Loader:
     """Held while a layer takes device memory to be packed."""
     _counting: threading.Lock = field(default_factory=threading.Lock)
     _taken: Counter[DeviceUse | HostUse] = field(default_factory=Counter)
-    """Bytes that layers have taken so far, by use."""
+    """Bytes that layers have taken so far, by use; of streamed ones those that were packed."""
 
     def __post_init__(self) -> None:
         self._packing = threading.Semaphore(_PACKED_AT_ONCE if any(self.plan.streamed_bytes) else 1)
@@ -217,7 +217,7 @@ class _Loader:
                     part.packing.fill(self.source, tensor, whole)
                     _copy_between(packed, start, whole, part.offset)
 
-        return parts, self._hold(size, spread, fill)
+        return parts, self._hold(self._split(size, spread), fill)
 
     def _fill(self, tensor: TensorSpec, part: PackedTensor, packed: torch.Tensor) -> None:
         part.packing.fill(self.source, tensor, part.data(packed))
@@ -235,27 +235,27 @@ class _Loader:
                 for part, (_, data) in zip(parts, packed, strict=True):
                     _copy_between(memory, start, data, part.offset)
 
-            return parts, self._hold(size, placed.spread_bytes, fill, pages)
+            split = self._split(size, placed.spread_bytes)
+            self._count(HostUse.STREAMED_WEIGHTS, split.end - split.start)
+            return parts, self._hold(split, fill, pages)
 
-    def _hold(
-        self,
-        size: int,
-        spread: int,
-        fill: Callable[[torch.Tensor, int], None],
-        pages: HostPages | None = None,
-    ) -> _Held:
+    def _split(self, size: int, spread: int) -> _Split:
         """This GPU's parts of `size` bytes that come to a buffer, of which it is to hold `spread` on its device.
 
-        `fill` writes the bytes of its first argument, which lie in the layer from the second on. Values decide how
-        many bytes coded weights have: there may be fewer than planned, which then lie on the devices first.
+        Values decide how many bytes coded weights have: there may be fewer than planned, which then lie on the devices
+        first.
         """
         spread = min(spread, self.group.part_bytes(size))
         first = self.group.size * spread
+        start, end = self.group.part(max(0, size - first))
+        return _Split(spread, first + start, first + end)
+
+    def _hold(self, split: _Split, fill: Callable[[torch.Tensor, int], None], pages: HostPages | None = None) -> _Held:
+        """Memory for this GPU's parts; `fill` writes its first argument, which lies in the layer from the second on."""
+        spread, start, end = split
         held = self._held_on_device(spread, fill) if spread else None
-        start, end = (first + each for each in self.group.part(max(0, size - first)))
         if start == end:
             return _Held(None, held)
-        self._count(HostUse.STREAMED_WEIGHTS, end - start)
         if pages is None:
             return _Held(self.device.pinned(end - start, HostUse.STREAMED_WEIGHTS, lambda out: fill(out, start)), held)
         pinned = self.device.pinned(end - start, HostUse.STREAMED_WEIGHTS, pages=pages)
@@ -290,6 +290,16 @@ class _Loader:
         if taken > planned:
             problem = f"coded weights take more than the {format_bytes(planned)} planned"
             raise OverBoundError("weight_coding", WeightCoding.LOSSLESS.value, problem, "use weight_coding=none")
+
+
+class _Split(NamedTuple):
+    """Bytes of a layer that are a GPU's."""
+
+    spread: int
+    """Bytes that it holds on its device."""
+    start: int
+    """First byte that it loads, and end."""
+    end: int
 
 
 class _Held(NamedTuple):
