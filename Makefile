@@ -1,5 +1,5 @@
 # Everything here works from a clean clone: .venv is made when it is missing or pyproject.toml has changed.
-# Settings: PYTHON=python3.12 (any >= 3.11), PYTEST_ARGS='-k planner', SECONDS=60, EXAMPLES=1000, CALLS=2000.
+# Settings: PYTHON=python3.12 (any >= 3.11), PYTEST_ARGS='-k planner', SECONDS=60, EXAMPLES=1000, CALLS=2000, KILLS=20.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -13,6 +13,7 @@ PYTEST_ARGS ?=
 SECONDS = 600
 EXAMPLES ?= 10000
 CALLS ?= 20000
+KILLS ?= 50
 
 bin := .venv/bin
 installed := .venv/installed
@@ -65,6 +66,10 @@ soak: $(installed) ## Serve under load, faults, kills and a siege, for SECONDS=6
 .PHONY: cancels
 cancels: $(installed) ## End CALLS=20000 calls early, and check that the server holds what it held before
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(bin)/python tools/cancels.py --calls $(CALLS)
+
+.PHONY: kills
+kills: $(installed) ## Harm ranks of engines with two GPUs KILLS=50 times, and check that nothing is left of them
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(bin)/python tools/kills.py --kills $(KILLS)
 
 .PHONY: fuzz
 fuzz: $(installed) ## Send EXAMPLES=10000 mutated requests to a server

@@ -70,18 +70,23 @@ class ServerProcess:
     def kill(self) -> None:
         """SIGKILL: nothing is drained."""
         self._process.kill()
-        self._wait()
+        self.wait()
 
     def stop(self) -> int:
         """SIGTERM, and SIGKILL where that does not help; the exit code."""
         self._process.terminate()
         try:
-            return self._wait(_STOP_SECONDS)
+            return self.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            return self._wait()
+            return self.wait()
 
-    def _wait(self, timeout: float | None = None) -> int:
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, once it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not, within `timeout` s.
+        """
         code = self._process.wait(timeout)
         assert self._process.stdout is not None
         self._process.stdout.close()
@@ -92,7 +97,7 @@ class ServerProcess:
         for line in self._process.stdout:
             if line.startswith("listening on "):
                 return line.removeprefix("listening on ").strip()
-        raise ServerProcessError(f"hsrpc serve ended with {self._wait()} before it listened")
+        raise ServerProcessError(f"hsrpc serve ended with {self.wait()} before it listened")
 
     def __enter__(self) -> Self:
         return self

@@ -20,10 +20,11 @@ FILE = "kustomization.yaml"
 
 _GIB, _MIB = 2**30, 2**20
 PROCESS_BYTES = {DeviceKind.CUDA: 8 * _GIB, DeviceKind.CPU: 1 * _GIB}
-"""Host memory beside the budgets: the interpreter with torch (0.35 GiB on a CPU), CUDA's libraries and context, what is
-packed or converted while loading, requests, and responses that are not read yet. An allowance, not a measure."""
+"""Host memory of a GPU's process beside the budgets: the interpreter with torch (0.35 GiB on a CPU), CUDA's libraries
+and context, what is packed or converted while loading, requests, and responses that are not read yet. An allowance, not
+a measure."""
 _CPUS = 8
-"""Cores of a server with a GPU: as many threads read and pack weights; serving takes fewer."""
+"""Cores for each GPU: as many threads read and pack weights; serving takes fewer."""
 _PIN_RATE = 2e9
 """Bytes a second that CUDA's driver pins."""
 _START_SECONDS = 120
@@ -53,36 +54,41 @@ class Overlay:
     """Path or URL of hsrpc's manifests, as a kustomization names it."""
 
     @property
+    def num_gpus(self) -> int:
+        return self.planned.plan.num_gpus
+
+    @property
     def process_bytes(self) -> int:
-        """Host memory beside the budgets."""
-        return PROCESS_BYTES[self.planned.question.machine.kind]
+        """Host memory beside the budgets, of the processes of all GPUs."""
+        return self.num_gpus * PROCESS_BYTES[self.planned.question.machine.kind]
 
     @property
     def memory(self) -> int:
         """Bytes of the pod, request and limit; on the CPU both budgets come out of it."""
         budgets = self.planned.plan.budgets
         device = budgets.device if self._on_cpu else 0
-        return budgets.host + device + self.process_bytes
+        return self._host_budget + self.num_gpus * device + self.process_bytes
 
     @property
     def start_seconds(self) -> int:
         """How long the startup probe waits."""
         read = self.planned.spec.sizes.model_bytes / self.read_rate
-        pinned = 0 if self._on_cpu else sum(self.planned.plan.host_bytes.values()) / _PIN_RATE
+        pinned = 0 if self._on_cpu else self.num_gpus * sum(self.planned.plan.host_bytes.values()) / _PIN_RATE
         return math.ceil(_PATIENCE * (_START_SECONDS + read + pinned))
 
     @property
     def arguments(self) -> list[str]:
         """Flags of the server, beside those of base and components."""
-        budgets = self.planned.plan.budgets
+        device, host = self.planned.plan.budgets.device, self._host_budget
         where = ["--device=cpu"] if self._on_cpu else []
         model = [f"--model={self.config.model}"] if self._is_random else []
-        sizes = [f"--gpu-memory={_size(budgets.device)}", f"--host-memory={_size(budgets.host)}"]
+        sizes = [f"--gpu-memory={_size(device)}", f"--host-memory={_size(host)}"]
         return [*model, *where, *sizes, *_flags(self.config)]
 
     def text(self) -> str:
         """The kustomization, as YAML."""
-        components = [*([] if self._on_cpu else ["gpu"]), *(["model-volume"] if self._directory else [])]
+        gpu = [] if self._on_cpu else ["gpu", *(["shared-memory"] if self.num_gpus > 1 else [])]
+        components = [*gpu, *(["model-volume"] if self._directory else [])]
         lines = [
             *(f"# {' '.join(line.split())}" for line in self._remarks()),  # a folder's name may have anything in it
             "apiVersion: kustomize.config.k8s.io/v1beta1",
@@ -100,6 +106,11 @@ class Overlay:
             *(f"      {line}" for line in self._patch()),
         ]
         return "\n".join(lines) + "\n"
+
+    @property
+    def _host_budget(self) -> int:
+        """Of all GPUs together, as the setting has it."""
+        return int(self.config.host_memory or self.num_gpus * self.planned.plan.budgets.host)
 
     @property
     def _on_cpu(self) -> bool:
@@ -130,13 +141,16 @@ class Overlay:
     def _remarks(self) -> Iterator[str]:
         plan, machine, step = self.planned.plan, self.planned.question.machine, self.planned.plan.prediction
         yield f"{self.planned.spec.name} on {machine.name}, by `hsrpc plan --kubernetes`:"
-        yield f"{step.batch} requests at once, {step.tokens_per_second:.0f} tokens/s predicted."
-        host = ", ".join(f"{use.value} {format_bytes(size)}" for use, size in plan.host_bytes.items() if size)
+        gpus, count = ("", 1) if self.num_gpus == 1 else (f" on {self.num_gpus} GPUs", self.num_gpus)
+        rate = count * step.tokens_per_second
+        yield f"{count * step.batch} requests at once{gpus}, {rate:.0f} tokens/s predicted."
+        host = ", ".join(f"{use.value} {format_bytes(count * size)}" for use, size in plan.host_bytes.items() if size)
         yield f"Pinned host memory: {host or 'none'}." if not self._on_cpu else f"Host memory: {host or 'none'}."
         budgets = "--gpu-memory, --host-memory" if self._on_cpu else "--host-memory"
-        yield f"Memory of the pod: {budgets} and {format_bytes(self.process_bytes)} for the process."
-        weights, rate = format_bytes(self.planned.spec.sizes.model_bytes), format_rate(self.read_rate, "B/s")
-        yield f"Time to start: {_PATIENCE} times what reading {weights} at {rate}, pinning and compiling should take."
+        process = "the process" if count == 1 else "the processes"
+        yield f"Memory of the pod: {budgets} and {format_bytes(self.process_bytes)} for {process}."
+        weights, reads = format_bytes(self.planned.spec.sizes.model_bytes), format_rate(self.read_rate, "B/s")
+        yield f"Time to start: {_PATIENCE} times what reading {weights} at {reads}, pinning and compiling should take."
         if self._directory is not None:
             yield "The model is in MODEL_NAME/MODEL_REVISION on the claim hsrpc-models."
 
@@ -159,8 +173,10 @@ class Overlay:
         for argument in self.arguments:
             yield from _operation("add", f"{container}/args/-", argument)
         if not self._on_cpu:
-            yield from _operation("replace", f"{container}/resources/requests/cpu", str(_CPUS))
+            yield from _operation("replace", f"{container}/resources/requests/cpu", str(self.num_gpus * _CPUS))
         for kind in ("requests", "limits"):
+            if self.num_gpus > 1 and not self._on_cpu:
+                yield from _operation("replace", f"{container}/resources/{kind}/nvidia.com~1gpu", self.num_gpus)
             yield from _operation("replace", f"{container}/resources/{kind}/memory", _size(self.memory).rstrip("B"))
         probes = math.ceil(self.start_seconds / _PROBE_SECONDS)
         yield from _operation("replace", f"{container}/startupProbe/failureThreshold", probes)
@@ -172,10 +188,8 @@ def check_movable(config: EngineConfig) -> None:
     """Check that what the settings name is in a pod too.
 
     Raises:
-        ConfigError: a file of this machine is named, or more than the GPU that a pod has.
+        ConfigError: a file of this machine is named.
     """
-    if config.gpus != 1:
-        raise ConfigError("gpus", config.gpus, "the manifests give a pod one GPU", "leave it out: one plan is one pod")
     if config.chat_template is not None:
         remedy = "leave it out, and mount it in the overlay"
         raise ConfigError("chat_template", config.chat_template, "a file of this machine", remedy)
@@ -185,11 +199,11 @@ def check_movable(config: EngineConfig) -> None:
 
 
 def in_whole_mib(config: EngineConfig, planned: Planned) -> EngineConfig:
-    """Settings with the budgets of a plan, in units that read well as flags."""
-    budgets = planned.plan.budgets
-    whole = {"gpu_memory": budgets.device // _MIB * _MIB, "host_memory": budgets.host // _MIB * _MIB}
+    """Settings with the GPUs and the budgets of a plan, in units that read well as flags."""
+    budgets, gpus = planned.plan.budgets, planned.plan.num_gpus
+    whole = {"gpu_memory": budgets.device // _MIB * _MIB, "host_memory": gpus * budgets.host // _MIB * _MIB}
     values = {item.name: getattr(config, item.name) for item in fields(EngineConfig)}
-    return EngineConfig(**(values | whole))
+    return EngineConfig(**(values | whole | {"gpus": gpus}))
 
 
 def seen_from(folder: Path, manifests: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from rich.console import Console
 from rich.markup import escape
@@ -53,7 +53,8 @@ class Report:
         name, machine = escape(spec.name), escape(self.planned.question.machine.name)
         console.print(f"[bold]{name}[/] ({spec.family}) on {machine}: {weights} of weights", highlight=False)
         if plan.num_gpus > 1:
-            console.print(f"{plan.num_gpus} GPUs share one stream of weights: all that follows is of each of them")
+            console.print(f"{plan.num_gpus} GPUs share one stream of weights: all but this table is of each of them")
+            console.print(_gpus_table(_gpus(plan)))
         console.print(f"cache policy [bold]{plan.policy}[/]: {plan.reason}")
         if plan.drafts.reason:
             console.print(f"drafts: {plan.drafts.reason}")
@@ -92,6 +93,7 @@ class Report:
                 "dtype": machine.dtype,
             },
             "gpus": plan.num_gpus,
+            "each_gpu": [asdict(gpu) for gpu in _gpus(plan)],
             **_plan_json(plan),
             "places": {name: place.as_json() for name, place in _places(plan).items()},
             "prediction": _prediction_json(plan.prediction),
@@ -142,6 +144,51 @@ def _places(plan: Plan) -> dict[str, _Place]:
             blocks[Tier.DEVICE] / num_blocks if num_blocks else 1.0,
         ),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class _GpuShare:
+    """What one of the GPUs holds and does; that of all is their sum."""
+
+    device_bytes: int
+    host_bytes: int
+    requests: int
+    """At once, at most."""
+    blocks: int
+    loaded_weight_bytes: int
+    """Over its own bus in a step."""
+    tokens_per_second: float
+
+
+def _gpus(plan: Plan) -> list[_GpuShare]:
+    """By number; all have one plan."""
+    share = _GpuShare(
+        device_bytes=sum(plan.device_bytes.values()),
+        host_bytes=sum(plan.host_bytes.values()),
+        requests=plan.max_batch,
+        blocks=sum(plan.num_blocks.values()),
+        loaded_weight_bytes=round(sum(layer.bus_bytes for layer in plan.placed)),
+        tokens_per_second=plan.prediction.tokens_per_second,
+    )
+    return [share] * plan.num_gpus
+
+
+def _gpus_table(shares: Sequence[_GpuShare]) -> Table:
+    table = _table("the GPUs", "", "device", "host", "requests", "blocks", "weights a step", "tokens/s")
+    whole = _GpuShare(*(sum(parts) for parts in zip(*map(astuple, shares), strict=True)))
+    for name, share in (*((str(number), share) for number, share in enumerate(shares)), ("all", whole)):
+        if share is whole:
+            table.add_section()
+        table.add_row(
+            name,
+            format_bytes(share.device_bytes),
+            format_bytes(share.host_bytes),
+            str(share.requests),
+            str(share.blocks),
+            format_bytes(share.loaded_weight_bytes),
+            f"{share.tokens_per_second:.1f}",
+        )
+    return table
 
 
 def _is_coded(plan: Plan) -> bool:

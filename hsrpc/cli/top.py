@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from hsrpc.cli.connection import add_connection_options, connection_settings
@@ -14,7 +14,15 @@ from hsrpc.config import Seconds, format_bytes, format_rate
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from hsrpc.v1.server_pb2 import BlockUse, GetServerInfoResponse, WatchLoadResponse
+    from hsrpc.v1.server_pb2 import (
+        BlockUse,
+        GetServerInfoResponse,
+        Gpu,
+        GpuLoad,
+        GpuMeasured,
+        Measured,
+        WatchLoadResponse,
+    )
 
 _EXAMPLES = """\
   hsrpc top                                  the server on this machine; Ctrl-C ends
@@ -25,6 +33,8 @@ _TARGET = "127.0.0.1:50051"
 _INTERVAL = Seconds(0.1, 3600.0)
 """What WatchLoad takes."""
 Unit = Callable[[float], str]
+_BUS = ("weights_streamed_bytes", "cache_loaded_bytes")
+"""Counters of what crosses a bus."""
 
 _BAR = 40
 """Characters."""
@@ -73,6 +83,7 @@ def _views(
 
 def view(info: GetServerInfoResponse, last: WatchLoadResponse | None, report: WatchLoadResponse) -> RenderableType:
     """One screen; rates are between the two reports, and unknown without `last`."""
+    from rich.console import Group
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
@@ -82,7 +93,7 @@ def view(info: GetServerInfoResponse, last: WatchLoadResponse | None, report: Wa
     for use in load.blocks:
         if use.total:
             table.add_row(_title(use), f"{_bar(use.used / use.total)} {use.used} of {use.total} blocks")
-    table.add_row("bus", _rate(last, report, ("weights_streamed_bytes", "cache_loaded_bytes"), _bytes))
+    table.add_row("bus", _rate(last, report, _BUS, _bytes))
     table.add_row("generated", _rate(last, report, ("generated_tokens",), _tokens))
     table.add_row("prompts", _rate(last, report, ("prompt_tokens",), _tokens))
     table.add_row("regenerated", _rate(last, report, ("regenerated_tokens",), _tokens) + ", layers counted")
@@ -98,15 +109,62 @@ def view(info: GetServerInfoResponse, last: WatchLoadResponse | None, report: Wa
     if measured.peak_device_bytes:
         budget = format_bytes(info.plan.device_memory_bytes)
         table.add_row("device memory", f"{format_bytes(measured.peak_device_bytes)} at the peak, of {budget}")
+    return Group(table, _gpus_table(info, last, report)) if len(info.gpus) > 1 else table
+
+
+def _gpus_table(
+    info: GetServerInfoResponse, last: WatchLoadResponse | None, report: WatchLoadResponse
+) -> RenderableType:
+    """A line for each GPU."""
+    from rich.table import Table
+
+    names = ("GPU", "requests", "blocks used", "kept", "bus", "of measured", "busy", "memory", "peak")
+    table = Table(*names, box=None, padding=(0, 2, 0, 0))
+    before = last.measured.gpus if last is not None else [None] * len(info.gpus)
+    seconds = _seconds_between(last, report)
+    for each in zip(info.gpus, report.load.gpus, before, report.measured.gpus, strict=True):
+        table.add_row(*_gpu_cells(*each, seconds))
     return table
 
 
-def _rate(last: WatchLoadResponse | None, report: WatchLoadResponse, counters: tuple[str, ...], unit: Unit) -> str:
-    if last is None:
-        return "-"
-    seconds = (report.uptime.ToNanoseconds() - last.uptime.ToNanoseconds()) / 1e9
-    moved = sum(getattr(report.measured, name) - getattr(last.measured, name) for name in counters)
-    return unit(moved / seconds) if seconds > 0 else "-"
+def _gpu_cells(
+    gpu: Gpu, load: GpuLoad, before: GpuMeasured | None, measured: GpuMeasured, seconds: float
+) -> Iterator[str]:
+    yield str(gpu.gpu)
+    yield str(load.running_requests)
+    total = sum(use.total for use in load.blocks)
+    yield f"{sum(use.used for use in load.blocks) / total:.0%} of {total}" if total else "-"
+    yield str(sum(use.kept for use in load.blocks))
+    rate = _growth(before, measured, _BUS, seconds)
+    yield "-" if rate is None else _bytes(rate)
+    yield "-" if rate is None or not gpu.load_bytes_per_second else f"{rate / gpu.load_bytes_per_second:.0%}"
+    yield "-" if before is None or seconds <= 0 else f"{_busy_seconds(measured, before) / seconds:.0%}"
+    yield format_bytes(load.device_bytes)
+    yield format_bytes(measured.peak_device_bytes)
+
+
+def _busy_seconds(measured: GpuMeasured, before: GpuMeasured) -> float:
+    return (measured.busy_time.ToNanoseconds() - before.busy_time.ToNanoseconds()) / 1e9
+
+
+def _seconds_between(last: WatchLoadResponse | None, report: WatchLoadResponse) -> float:
+    """By the server's clock; 0 without `last`."""
+    return 0.0 if last is None else (report.uptime.ToNanoseconds() - last.uptime.ToNanoseconds()) / 1e9
+
+
+def _growth(
+    before: Measured | GpuMeasured | None, now: Measured | GpuMeasured, counters: Sequence[str], seconds: float
+) -> float | None:
+    """What the counters have grown by in a second, together; None: nobody knows."""
+    if before is None or seconds <= 0:
+        return None
+    return float(sum(getattr(now, name) - getattr(before, name) for name in counters) / seconds)
+
+
+def _rate(last: WatchLoadResponse | None, report: WatchLoadResponse, counters: Sequence[str], unit: Unit) -> str:
+    before = None if last is None else last.measured
+    rate = _growth(before, report.measured, counters, _seconds_between(last, report))
+    return "-" if rate is None else unit(rate)
 
 
 def _bytes(rate: float) -> str:

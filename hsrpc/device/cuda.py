@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from hsrpc.device.batched_copy import BatchedCopy
-from hsrpc.device.device import Device, Event, Stream
+from hsrpc.device.device import Device, DeviceMemory, Event, Stream
 from hsrpc.device.host_pages import HostPages
 from hsrpc.device.kernels import copy_rows
 from hsrpc.device.pinned_pages import PinnedPages
@@ -46,12 +46,17 @@ class CudaDevice(Device):
         return torch.cuda.get_device_name(self.torch_device)
 
     @property
+    def uuid(self) -> str:
+        return f"GPU-{torch.cuda.get_device_properties(self.torch_device).uuid}"
+
+    @property
     def free_memory(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]
 
     @property
-    def peak_memory(self) -> int:
-        return torch.cuda.max_memory_reserved(self.torch_device)
+    def memory(self) -> DeviceMemory:
+        stats = torch.cuda.memory_stats(self.torch_device)
+        return DeviceMemory(*(stats.get(f"reserved_bytes.all.{which}", 0) for which in ("current", "peak")))
 
     def limit_memory(self, size: int) -> None:
         total = torch.cuda.get_device_properties(self.torch_device).total_memory

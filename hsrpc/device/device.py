@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from typing import Self, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,14 @@ from hsrpc.schedule.step import Runs
 Stream: TypeAlias = "torch.cuda.Stream | None"
 Event: TypeAlias = "torch.cuda.Event | None"
 """None on the CPU, where work is done when the call returns."""
+
+
+class DeviceMemory(NamedTuple):
+    """Bytes of device memory in use, as the allocator counts them; 0 on the CPU."""
+
+    used: int = 0
+    peak: int = 0
+    """Most in use at once so far."""
 
 
 class Device(ABC):
@@ -69,13 +77,18 @@ class Device(ABC):
 
     @property
     @abstractmethod
+    def uuid(self) -> str:
+        """By which NVIDIA's tools know it; empty on the CPU."""
+
+    @property
+    @abstractmethod
     def free_memory(self) -> int:
         """Bytes of device memory that nobody uses."""
 
     @property
     @abstractmethod
-    def peak_memory(self) -> int:
-        """Most bytes of device memory in use at once so far, as the allocator counts them."""
+    def memory(self) -> DeviceMemory:
+        """What this process uses of it."""
 
     @abstractmethod
     def limit_memory(self, size: int) -> None:
@@ -229,12 +242,16 @@ class CpuDevice(Device):
         return "CPU"
 
     @property
+    def uuid(self) -> str:
+        return ""
+
+    @property
     def free_memory(self) -> int:
         return HostMemory.read().free
 
     @property
-    def peak_memory(self) -> int:
-        return 0
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory()
 
     def limit_memory(self, size: int) -> None:
         pass

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import socket
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,11 +19,16 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
+from hsrpc.errors import EngineFaultError
 from hsrpc.plan.sizes import part_bytes
 
 _HOST = "127.0.0.1"
 _LIMIT = timedelta(seconds=60)
 """After which a collective operation that does not end is a fault: GPUs go through the layers side by side."""
+
+
+class LostError(EngineFaultError):
+    """The other GPUs did not do their part: why, they know."""
 
 
 class DeviceGroup(ABC):
@@ -50,11 +57,18 @@ class DeviceGroup(ABC):
         """Fill `whole` (uint8, all parts) with the parts of all GPUs, on the current stream.
 
         `own` is this GPU's: its place in `whole`, or memory apart from it.
+
+        Raises:
+            LostError: they do not come.
         """
 
     @abstractmethod
     def meet(self) -> None:
-        """Block this thread until all have come here."""
+        """Block this thread until all have come here.
+
+        Raises:
+            LostError: not all do.
+        """
 
     @abstractmethod
     def leave(self) -> None:
@@ -101,7 +115,7 @@ class MeetingPlace:
             listener.bind((_HOST, 0))
             listener.listen()
             self.meeting = Meeting(listener.getsockname()[1])
-            self._store = TCPStore(
+            self._store: TCPStore | None = TCPStore(
                 _HOST,
                 self.meeting.port,
                 world_size=size,
@@ -111,33 +125,52 @@ class MeetingPlace:
                 master_listen_fd=listener.detach(),
             )
 
+    def close(self) -> None:
+        """End the store's thread, and its connections."""
+        self._store = None
+
 
 class Connected(DeviceGroup):
     """One of several GPUs, each of a process of its own, connected by NCCL, or by gloo on the CPU."""
 
     def __init__(self, meeting: Meeting, rank: int, size: int, device: torch.device) -> None:
-        """Connect to the others; returns once all have."""
+        """Connect to the others; returns once all have.
+
+        Raises:
+            LostError: not all do.
+        """
         self.rank = rank
         self.size = size
         self._device = device
         on_gpu = device.type == "cuda"
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            store=meeting.join(size),
-            rank=rank,
-            world_size=size,
-            timeout=_LIMIT,
-            device_id=device if on_gpu else None,  # connects now, not with the first operation
-        )
+        with _with_others():
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                store=meeting.join(size),
+                rank=rank,
+                world_size=size,
+                timeout=_LIMIT,
+                device_id=device if on_gpu else None,  # connects now, not with the first operation
+            )
 
     def gather(self, whole: torch.Tensor, own: torch.Tensor) -> None:
-        _all_gather(whole, own)
+        with _with_others():
+            _all_gather(whole, own)
 
     def meet(self) -> None:
-        dist.barrier(device_ids=[self._device.index] if self._device.type == "cuda" else None)
+        with _with_others():
+            dist.barrier(device_ids=[self._device.index] if self._device.type == "cuda" else None)
 
     def leave(self) -> None:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _with_others() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of many kinds; what they have in common is that this GPU can do nothing about it
+        raise LostError(f"the other GPUs did not do their part: {error}") from None
 
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

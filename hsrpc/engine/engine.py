@@ -23,7 +23,7 @@ from hsrpc.engine.admission import Admission, Applicant
 from hsrpc.engine.delivery import Delivery
 from hsrpc.engine.draft_lengths import AllThatFit, ByGain, DraftLengths
 from hsrpc.engine.generation import Generation
-from hsrpc.engine.gpus.contract import StepResult, Task
+from hsrpc.engine.gpus.contract import GpuFacts, StepResult, Task
 from hsrpc.engine.grammars.matcher import Matcher
 from hsrpc.engine.meter import Meter
 from hsrpc.engine.no_tokenizer import NoTokenizer
@@ -178,6 +178,11 @@ class Engine:
     def device(self) -> str:
         """Name of the device, for people."""
         return self._opened.gpus.name
+
+    @property
+    def gpus(self) -> Sequence[GpuFacts]:
+        """The GPUs that compute, by their numbers; a CPU counts as one."""
+        return self._opened.facts
 
     @property
     def tokenizer(self) -> Tokenizer | NoTokenizer:
@@ -389,7 +394,8 @@ class Engine:
         _log.error("an engine task died", exc_info=error)
         self._accepts = False
         _forget(error)
-        fault = EngineFaultError("an engine task died; see the log")
+        why = error if isinstance(error, EngineFaultError) else "an engine task died"
+        fault = EngineFaultError(f"{why}; see the log")
         fault.__cause__ = error
         if self._failed is not None and not self._failed.done():
             self._failed.set_exception(fault)

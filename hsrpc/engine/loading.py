@@ -9,10 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
-from tqdm import tqdm
 
 from hsrpc.config import WeightCoding, format_bytes
 from hsrpc.device.device import Device
@@ -27,6 +26,8 @@ from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.sizes import PlacedSizes, align
 
+Progress: TypeAlias = Callable[[int, int], object]
+"""Is told how many layers of how many are loaded, on the thread that loads them."""
 _PACKED_AT_ONCE = 2
 """Layers that are packed on the device at once. Each takes its packed size of device memory meanwhile, and half of its
 own or one tensor: together no more than the weight buffers, which are allocated later. Where nothing streams these are
@@ -58,7 +59,7 @@ def load_weights(
     stop: threading.Event,
     *,
     group: DeviceGroup = ALONE,
-    progress: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> ModelWeights:
     """Read, convert, pin and place all weights, in parallel, since reading and pinning each use one core.
 
@@ -75,10 +76,13 @@ def load_weights(
     with _threads() as pool, _threads() as packers:
         loader = _Loader(family, source, plan, device, stop, packers, group)
         read = pool.map(loader.fixed, fixed)
-        loaded = pool.map(loader.layer, layers)
-        bar = tqdm(loaded, total=len(layers), desc="loading weights", unit="layer", disable=not progress, leave=False)
+        coming, loaded = pool.map(loader.layer, layers), list[LayerWeights]()
         try:
-            return ModelWeights({tensor.name: out for tensor, out in zip(fixed, read, strict=True)}, list(bar))
+            weights = {tensor.name: out for tensor, out in zip(fixed, read, strict=True)}
+            for layer in coming:
+                loaded.append(layer)
+                progress(len(loaded), len(layers))
+            return ModelWeights(weights, loaded)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after an error the rest is not read
 

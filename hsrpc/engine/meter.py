@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from hsrpc.engine.gpus.contract import Moved
 from hsrpc.engine.startup import Components
-from hsrpc.engine.stats import EngineStats
+from hsrpc.engine.stats import EngineStats, GpuStats
 from hsrpc.plan.roofline import StepRecord
-from hsrpc.schedule.blocks import PoolId
+from hsrpc.schedule.blocks import BlockManager, PoolId
 from hsrpc.schedule.scheduler import Scheduler
 from hsrpc.schedule.step import StepCounts
 
@@ -31,6 +31,7 @@ class Meter:
         self._began = time.monotonic()
         self._moved = self._components.gpus.moved()
         self._peak_blocks = dict.fromkeys(PoolId, 0)
+        self._peak_blocks_each = [dict.fromkeys(PoolId, 0) for _ in scheduler.blocks]
 
     def begin(self) -> None:
         """Work has come after a pause: the time until now belongs to no step."""
@@ -38,8 +39,10 @@ class Meter:
 
     def note_blocks(self) -> None:
         """Blocks for a step are taken."""
-        for pool, used in self._used_blocks().items():
-            self._peak_blocks[pool] = max(self._peak_blocks[pool], used)
+        each = [_used(blocks) for blocks in self._scheduler.blocks]
+        for used, peaks in zip(each, self._peak_blocks_each, strict=True):
+            _raise(peaks, used)
+        _raise(self._peak_blocks, {pool: sum(used[pool] for used in each) for pool in PoolId})
 
     def note_step(self, counts: StepCounts) -> None:
         """The tokens of a step are there: it took the time since those of the step before, or since `begin`."""
@@ -54,6 +57,7 @@ class Meter:
             self._observe(
                 StepRecord(
                     seconds=seconds,
+                    num_gpus=self._components.gpus.count,
                     num_requests=counts.requests,
                     decode_tokens=counts.decode,
                     prefill_tokens=counts.prefill,
@@ -74,17 +78,13 @@ class Meter:
         return EngineStats(
             queued=self._scheduler.num_waiting,
             queued_tokens=self._scheduler.num_waiting_tokens,
-            running=self._scheduler.num_running,
-            used_blocks=self._used_blocks(),
+            gpus=self._gpus(),
             peak_blocks=dict(self._peak_blocks),
             steps=self._steps,
             step_seconds=self._step_seconds,
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,
             preemptions=self._scheduler.preemptions,
-            weights_streamed_bytes=moved.weight_bytes,
-            cache_loaded_bytes=moved.cache_bytes,
-            regenerated_tokens=moved.regenerated_tokens,
             recomputed_tokens=self.recomputed_tokens,
             cached_tokens=self._scheduler.cached_tokens,
             drafted_tokens=self._scheduler.drafted_tokens,
@@ -92,10 +92,33 @@ class Meter:
             expert_hits=moved.expert_hits,
             expert_loads=moved.expert_loads,
             expert_loaded_bytes=moved.expert_bytes,
-            peak_device_bytes=self._components.gpus.peak_memory,
         )
 
-    def _used_blocks(self) -> dict[PoolId, int]:
-        """Blocks of all GPUs that are held."""
-        managers = self._scheduler.blocks
-        return {pool: sum(blocks.pools[pool].num_used for blocks in managers) for pool in PoolId}
+    def _gpus(self) -> list[GpuStats]:
+        scheduler = self._scheduler
+        each = (self._components.gpus.uses(), scheduler.num_running_each, scheduler.blocks, self._peak_blocks_each)
+        return [
+            GpuStats(
+                running=running,
+                used_blocks=_used(blocks),
+                kept_blocks={pool: blocks.pools[pool].num_kept for pool in PoolId},
+                peak_blocks=dict(peaks),
+                weights_streamed_bytes=use.moved.weight_bytes,
+                cache_loaded_bytes=use.moved.cache_bytes,
+                regenerated_tokens=use.moved.regenerated_tokens,
+                device_bytes=use.memory.used,
+                peak_device_bytes=use.memory.peak,
+                busy_seconds=use.busy_seconds,
+            )
+            for use, running, blocks, peaks in zip(*each, strict=True)
+        ]
+
+
+def _used(blocks: BlockManager) -> dict[PoolId, int]:
+    """Blocks of one GPU that are held."""
+    return {pool: blocks.pools[pool].num_used for pool in PoolId}
+
+
+def _raise(peaks: dict[PoolId, int], used: Mapping[PoolId, int]) -> None:
+    for pool, count in used.items():
+        peaks[pool] = max(peaks[pool], count)

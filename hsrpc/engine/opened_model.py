@@ -12,7 +12,7 @@ from hsrpc.device.device import Device
 from hsrpc.device.group import ALONE, DeviceGroup
 from hsrpc.engine.forward import Forward
 from hsrpc.engine.graphs import DecodeGraphs, can_capture
-from hsrpc.engine.loading import compile_formats, load_weights
+from hsrpc.engine.loading import Progress, compile_formats, load_weights
 from hsrpc.engine.tasks.cache import CacheManager
 from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.model.attention import Attention, HeadShape
@@ -48,7 +48,7 @@ class OpenedModel:
         stop: threading.Event,
         *,
         group: DeviceGroup = ALONE,
-        progress: bool = False,
+        progress: Progress = lambda done, total: None,
     ) -> OpenedModel:
         """Load the weights, allocate what is planned, compile and capture what is launched.
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,11 +24,12 @@ from hsrpc.draft.ngrams import NgramDrafter
 from hsrpc.draft.suffix import SuffixDrafter
 from hsrpc.engine.chat_template import read_template
 from hsrpc.engine.draft_model import PlannedDraftModel, plan_draft_model
-from hsrpc.engine.gpus.contract import Gpus
+from hsrpc.engine.gpus.contract import GpuFacts, Gpus
 from hsrpc.engine.gpus.one import OneGpu
 from hsrpc.engine.gpus.ranks import Ranks
 from hsrpc.engine.grammars.grammars import Grammars, NoGrammars
-from hsrpc.engine.loading import OverBoundError
+from hsrpc.engine.loading import OverBoundError, Progress
+from hsrpc.engine.loading_progress import LoadingProgress
 from hsrpc.engine.model_files import ModelFiles, model_directory, read_spec
 from hsrpc.engine.no_tokenizer import NoTokenizer
 from hsrpc.engine.opened_model import OpenedModel
@@ -42,6 +44,7 @@ from hsrpc.model.formats.format import WeightSource
 from hsrpc.model.generation_config import read_default_params
 from hsrpc.model.shapes import RANDOM_PREFIX
 from hsrpc.model.tensor import dtype_name
+from hsrpc.plan.forecast import longest_step
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
@@ -69,6 +72,8 @@ class Components:
     tokenizer: Tokenizer | NoTokenizer
     grammars: Grammars | NoGrammars
     gpus: Gpus[Any]
+    facts: Sequence[GpuFacts]
+    """What was found of each GPU."""
     drafter: Drafter | None
     """What drafts tokens; None: nothing is drafted."""
 
@@ -249,12 +254,13 @@ async def _open_ranks(config: EngineConfig, choose_plan: ChoosePlan, progress: b
     """Several GPUs, each opened by a process of its own; model, plan and tokenizer are this one's."""
     _template(config)  # first: what is wrong with it is told before anything takes time
     model = await asyncio.to_thread(ModelFiles.read, config, torch.device(device_kind(config.device)))
-    ranks = await Ranks.start(config, progress)
+    ranks = await Ranks.start(config)
     try:
         planned = await asyncio.to_thread(_plan, model, ranks.machine, config, choose_plan)
-        await ranks.load(planned.plan, planned.choice, planned.spec.sizes.windows)
+        longest = longest_step(planned.plan, planned.spec.sizes)
+        await ranks.load(planned.plan, planned.choice, planned.spec.sizes.windows, longest, bars=progress)
         tokenizer = await asyncio.to_thread(open_tokenizer, planned, config)
-        return await asyncio.to_thread(_components, planned, tokenizer, ranks, _drafter(planned, config))
+        return await asyncio.to_thread(_components, planned, tokenizer, ranks, ranks.facts, _drafter(planned, config))
     except BaseException:
         await run_to_end(_close_ranks(ranks))
         raise
@@ -288,20 +294,27 @@ def _open_here(config: EngineConfig, choose_plan: ChoosePlan, progress: bool, st
         source = planned.files.source  # before the tokenizer: what fails here leaves no threads behind
         tokenizer = open_tokenizer(planned, config)
         undo.callback(tokenizer.close)
-        gpu = open_gpu(planned.spec, planned.plan, source, device, stop, progress=progress)
+        with LoadingProgress(1, bars=progress) as shown:
+            gpu = open_gpu(planned.spec, planned.plan, source, device, stop, progress=partial(shown.note, 0))
         drafter = _open_draft_model(planned, device, stop) or _drafter(planned, config)
-        components = _components(planned, tokenizer, gpu, drafter)
+        facts = GpuFacts(device.uuid, planned.question.machine)
+        components = _components(planned, tokenizer, gpu, [facts], drafter)
         undo.pop_all()
         return components
 
 
 def _components(
-    planned: Planned, tokenizer: Tokenizer | NoTokenizer, gpus: Gpus[Any], drafter: Drafter | None
+    planned: Planned,
+    tokenizer: Tokenizer | NoTokenizer,
+    gpus: Gpus[Any],
+    facts: Sequence[GpuFacts],
+    drafter: Drafter | None,
 ) -> Components:
     ends = dict.fromkeys((*planned.spec.eos_token_ids, *tokenizer.end_token_ids))
     spec = replace(planned.spec, eos_token_ids=tuple(ends))
     grammars = open_grammars(tokenizer, spec)
-    return Components(spec, planned.question, planned.plan, planned.default_params, tokenizer, grammars, gpus, drafter)
+    question, plan, default_params = planned.question, planned.plan, planned.default_params
+    return Components(spec, question, plan, default_params, tokenizer, grammars, gpus, facts, drafter)
 
 
 def _open_draft_model(planned: Planned, device: Device, stop: threading.Event) -> Drafter | None:
@@ -329,7 +342,7 @@ def open_gpu(
     stop: threading.Event,
     *,
     group: DeviceGroup = ALONE,
-    progress: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> OneGpu:
     """The model on a device, as the plan wants it; `group`: GPUs that load what streams for each other.
 

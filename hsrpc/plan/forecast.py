@@ -50,6 +50,11 @@ def first_token(plan: Plan, sizes: ModelSizes, traffic: Traffic) -> FirstToken:
     )
 
 
+def longest_step(plan: Plan, sizes: ModelSizes) -> float:
+    """Seconds of the longest step, at the expected context: with prompt tokens beside decoding, or as many alone."""
+    return max(plan.prediction.longest_step, _idle(plan, sizes, plan.max_idle_prefill_tokens))
+
+
 def _idle(plan: Plan, sizes: ModelSizes, prompt: int) -> float:
     """Steps of prompt tokens alone, as few as the plan allows, of as many tokens each.
 

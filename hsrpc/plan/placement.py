@@ -49,6 +49,11 @@ class WeightChoice:
         both = zip(sizes.layers, self.resident, strict=True)
         return self.demand is None and all(layer.names == stays.names for layer, stays in both)
 
+    @property
+    def way(self) -> int:
+        """How the weights lie: choices of one way differ in how many stay."""
+        return 2 * (self.demand is not None) + self.keeps_packed
+
     def in_sizes(self, sizes: ModelSizes) -> ModelSizes:
         """The model with the weights that stay or stream."""
         return sizes if self.demand is None else sizes.without_experts
@@ -59,6 +64,8 @@ class ResidentChoices:
     """Choices of the weights that stay on the device, from few to many; parallel."""
 
     choices: tuple[WeightChoice, ...]
+    way: npt.NDArray[np.int64]
+    """`WeightChoice.way`."""
     resident: Floats
     """Bytes that stay, all layers, at most: a tensor that is ready is allocated by itself, without padding."""
     on_bus: Floats
@@ -104,7 +111,8 @@ class ResidentChoices:
     def of(cls, sizes: ModelSizes, choices: Sequence[WeightChoice]) -> ResidentChoices:
         """What follows from each of the choices."""
         found = [_numbers(sizes, choice) for choice in choices]
-        return cls(tuple(choices), **{name: floats(each[name] for each in found) for name in found[0]})
+        way = np.array([choice.way for choice in choices])
+        return cls(tuple(choices), way, **{name: floats(each[name] for each in found) for name in found[0]})
 
 
 def _numbers(sizes: ModelSizes, choice: WeightChoice) -> dict[str, float]:

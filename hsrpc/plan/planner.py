@@ -36,7 +36,11 @@ MAX_BATCH = 512
 _BATCH_GROWTH = 1.03
 _RESIDENT_SHARES = tuple(i / 128 for i in range(129))
 _AT_ONCE = 64
-"""Shares that are evaluated together with all batches."""
+"""Choices of resident weights that are evaluated together with all batches."""
+_STRIDE = 8
+"""Of more than `_AT_ONCE` choices every so many are evaluated first, then those between the best."""
+_PROMISING = 0.98
+"""Choices next to one that gives this part of the best throughput may give more than it, with the same batch."""
 _BUFFER_BYTES = (512 * 1024**2, 256 * 1024**2, 128 * 1024**2)
 """Sizes of a kv buffer to try: copies large enough to fill the bus, and few mini-batches."""
 _BUFFER_PART = 20
@@ -57,10 +61,12 @@ _EQUAL = 0.995
 
 
 class _Tried(NamedTuple):
-    """What candidates there are to compare, beside the places of weights and caches."""
+    """What candidates there are to compare, beside the places of caches."""
 
     batch: Floats
     """[batches], ascending."""
+    choices: npt.NDArray[np.int64]
+    """Numbers of the choices of resident weights, ascending."""
     drafts: tuple[int, ...]
     """Tokens that each request drafts."""
 
@@ -78,7 +84,8 @@ class Planner:
         self.traffic = _traffic(config, sizes, self.max_model_len)
         self._choices = ResidentChoices.of(sizes, _weight_choices(config, sizes, self._resident_shares(), hardware))
         drafts = config.draft_tokens
-        self._tried = _Tried(_batches(config), (0 if isinstance(drafts, str) else drafts,))
+        every = np.arange(len(self._choices.choices))
+        self._tried = _Tried(_batches(config), every, (0 if isinstance(drafts, str) else drafts,))
         self._models = {
             held: StepModel(sizes.holding(held.kinds), hardware, self.traffic)
             for held in _held_choices(sizes, self.decision.shares)
@@ -114,25 +121,20 @@ class Planner:
             return best
         batch = best[1].batch
         near = self._tried.batch[(self._tried.batch <= batch) & (self._tried.batch >= _NEAR * batch)]
-        return self._best_of(_Tried(near, _DRAFTS))
+        return self._best_of(self._tried._replace(batch=near, drafts=_DRAFTS))
 
     def _best_of(self, tried: _Tried) -> tuple[Evaluator, Point]:
         """The smallest of the batches that are worth it, or the largest under a bound; its simplest fast candidate."""
-        evaluated = [
-            (each, each.evaluate(grid)) for each in self._evaluators(self.budgets) for grid in self._grids(each, tried)
-        ]
+        few = self._few(tried)
+        evaluated = self._evaluated(few)
+        rates = self._rates([evaluation for _, evaluation in evaluated])
+        if len(few.choices) < len(tried.choices):
+            evaluated += self._evaluated(self._between(tried, few, [evaluation for _, evaluation in evaluated], rates))
+            rates = self._rates([evaluation for _, evaluation in evaluated])
         found = [evaluation for _, evaluation in evaluated]
-        fits = _join([e.fits for e in found], found).astype(np.bool_)
-        if not fits.any():
-            raise self._too_small()
-        in_time = _join([e.in_time for e in found], found).astype(np.bool_)
-        if not (fits & in_time).any():
-            raise self._too_slow(_join([e.times.longest_step for e in found], found)[fits])
+        if not rates.any():
+            raise self._impossible(found)
         batch = _join([e.grid.batch for e in found], found)
-        tokens = batch * _join([e.times.tokens_per_request for e in found], found)
-        rates = np.where(fits & in_time, tokens / _join([e.times.mean_step for e in found], found), 0.0)
-        rates *= _join([self._choices.worth[e.grid.choice] for e in found], found)
-        rates[batch < min(self.config.min_batch, batch[rates > 0].max())] = 0.0
         worth = batch[rates >= _WORTH * rates.max()]
         rates[batch != (worth.min() if self.config.max_batch is None else worth.max())] = 0.0
         equal = np.flatnonzero(rates >= _EQUAL * rates.max())
@@ -148,21 +150,55 @@ class Planner:
         ends = np.cumsum([np.size(evaluation.times.step) for evaluation in found])
         return evaluated[np.searchsorted(ends, index, side="right")][0], _point(found, index)
 
+    def _few(self, tried: _Tried) -> _Tried:
+        """The choices of resident weights to begin with: all, or a part that has those without a load."""
+        is_few = len(tried.choices) <= _AT_ONCE
+        is_first = (tried.choices % _STRIDE == 0) | (self._choices.on_bus[tried.choices] == 0)
+        return tried._replace(choices=tried.choices[is_first | is_few])
+
+    def _between(self, tried: _Tried, few: _Tried, found: Sequence[Evaluation], rates: Floats) -> _Tried:
+        """What is left: choices next to the best `few` of each way; all if `min_batch` fits none of these."""
+        choice, batch = (_join([getattr(e.grid, name) for e in found], found) for name in ("choice", "batch"))
+        others = np.setdiff1d(tried.choices, few.choices)
+        if batch[rates > 0].max(initial=0) < self.config.min_batch:
+            return tried._replace(choices=others)
+        way = self._choices.way[choice]
+        best = np.zeros(1 + self._choices.way.max())
+        np.maximum.at(best, way, rates)
+        promising = (rates > 0) & (rates >= _PROMISING * best[way])
+        distance = np.abs(others[:, None] - np.unique(choice[promising])).min(axis=1)
+        return tried._replace(batch=np.unique(batch[promising]), choices=others[distance < _STRIDE])
+
+    def _rates(self, found: Sequence[Evaluation]) -> Floats:
+        """Tokens/s of each candidate, as they are compared; 0: it does not fit, or is not in time."""
+        possible = _join([e.fits & e.in_time for e in found], found).astype(np.bool_)
+        batch = _join([e.grid.batch for e in found], found)
+        tokens = batch * _join([e.times.tokens_per_request for e in found], found)
+        rates = np.where(possible, tokens / _join([e.times.mean_step for e in found], found), 0.0)
+        rates *= _join([self._choices.worth[e.grid.choice] for e in found], found)
+        rates[batch < min(self.config.min_batch, batch[possible].max(initial=0))] = 0.0
+        return rates
+
     def _evaluators(self, budgets: Budgets) -> list[Evaluator]:
         """One for each choice of the kinds that blocks may be of."""
         return [Evaluator(model, budgets, self.config, self._choices, held) for held, model in self._models.items()]
+
+    def _evaluated(self, tried: _Tried) -> list[tuple[Evaluator, Evaluation]]:
+        return [
+            (each, each.evaluate(grid)) for each in self._evaluators(self.budgets) for grid in self._grids(each, tried)
+        ]
 
     def _grids(self, evaluator: Evaluator, tried: _Tried) -> Iterator[Grid]:
         """All choices, for each size of the buffers; of equal candidates the first, with most resident, is taken."""
         for drafts in tried.drafts:
             if False in self.decision.absorbing:
-                yield from self._rebuilding_grids(evaluator, tried.batch[:, None, None], drafts)
+                yield from self._rebuilding_grids(evaluator, tried, drafts)
             if True in self.decision.absorbing and (BlockKind.KV not in evaluator.held.kinds or not self.sizes.rounds):
-                yield from self._absorbing_grids(evaluator.budgets, tried.batch[:, None, None], drafts)
+                yield from self._absorbing_grids(evaluator.budgets, tried, drafts)
 
-    def _rebuilding_grids(self, evaluator: Evaluator, batch: Floats, drafts: int) -> Iterator[Grid]:
-        budgets, shares = evaluator.budgets, evaluator.shares
-        choices = self._possible_choices(budgets)
+    def _rebuilding_grids(self, evaluator: Evaluator, tried: _Tried, drafts: int) -> Iterator[Grid]:
+        budgets, shares, batch = evaluator.budgets, evaluator.shares, tried.batch[:, None, None]
+        choices = self._possible_choices(budgets, tried)
         is_free = len(shares) > 1
         tries_kv_alone = is_free and not self.sizes.rounds  # else that is an evaluator of its own
         shares = (0.0, *shares) if tries_kv_alone else shares
@@ -181,9 +217,9 @@ class Planner:
                     drafts=drafts,
                 )
 
-    def _absorbing_grids(self, budgets: Budgets, batch: Floats, drafts: int) -> Iterator[Grid]:
+    def _absorbing_grids(self, budgets: Budgets, tried: _Tried, drafts: int) -> Iterator[Grid]:
         """Activations alone, and buffers of these; those of K and V have the rows of a chunk, or of drafts."""
-        choices = self._possible_choices(budgets)
+        batch, choices = tried.batch[:, None, None], self._possible_choices(budgets, tried)
         share = np.ones((1, 1, 1))
         for wanted in self._row_choices(budgets, BlockKind.ACTIVATION):
             for recompute in self._recompute_choices(batch):
@@ -199,7 +235,7 @@ class Planner:
                         drafts=drafts,
                     )
 
-    def _possible_choices(self, budgets: Budgets) -> list[npt.NDArray[np.int64]]:
+    def _possible_choices(self, budgets: Budgets, tried: _Tried) -> list[npt.NDArray[np.int64]]:
         """Choices of resident weights, from many to few, that alone do not exceed a budget; one where all do.
 
         As so many [1, choices, 1] at once that what is computed of them stays in the host's caches.
@@ -207,7 +243,8 @@ class Planner:
         choices = self._choices
         on_device = choices.resident + choices.spread + choices.buffers + choices.experts + choices.tables
         fits = (on_device <= budgets.plannable) & (choices.on_host <= budgets.host)
-        found = (np.flatnonzero(fits) if fits.any() else np.zeros(1, np.int64))[::-1]
+        possible = tried.choices[fits[tried.choices]]
+        found = (possible if possible.size else tried.choices[:1])[::-1]
         return [found[None, start : start + _AT_ONCE, None] for start in range(0, len(found), _AT_ONCE)]
 
     def _resident_shares(self) -> tuple[float, ...]:
@@ -238,6 +275,11 @@ class Planner:
         least = np.where(is_whole, longest, min(longest, self.sizes.sliding_window or longest))
         rows: Number = np.clip(wanted, least, batch * longest)
         return rows
+
+    def _impossible(self, found: Sequence[Evaluation]) -> ConfigError:
+        fits = _join([e.fits for e in found], found).astype(np.bool_)
+        steps = _join([e.times.longest_step for e in found], found)
+        return self._too_slow(steps[fits]) if fits.any() else self._too_small()
 
     def _too_slow(self, steps: Floats) -> ConfigError:
         return ConfigError(
@@ -281,13 +323,17 @@ class Planner:
             too_small, enough = (too_small, middle) if self.fits(budgets(middle)) else (middle, enough)
         return enough
 
-    def fits(self, budgets: Budgets | None = None) -> bool:
-        """Whether a candidate fits these budgets, or the planner's own; it may be too slow."""
+    def fits(self, budgets: Budgets | None = None, batch: int | None = None) -> bool:
+        """Whether a candidate fits these budgets, or the planner's own; it may be too slow.
+
+        `batch`: requests that it runs at once; None: any number that the planner tries.
+        """
         budgets = budgets or self.budgets
+        tried = self._tried if batch is None else self._tried._replace(batch=np.array([batch], dtype=np.float64))
         return any(
             bool(evaluator.evaluate(grid).fits.any())
             for evaluator in self._evaluators(budgets)
-            for grid in self._grids(evaluator, self._tried)
+            for grid in self._grids(evaluator, tried)
         )
 
 

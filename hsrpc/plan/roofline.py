@@ -16,6 +16,8 @@ class StepRecord:
 
     seconds: float
     """Time from the tokens of the step before, or from the arrival of work, to its own."""
+    num_gpus: int = 1
+    """GPUs that shared the work: all numbers are those of all together."""
     num_requests: int
     decode_tokens: int
     prefill_tokens: int
@@ -40,6 +42,18 @@ class StepRecord:
     def held_tokens(self) -> int:
         """Tokens of all requests before the step: cached, or recomputed."""
         return self.context_tokens + self.recomputed_tokens
+
+    @property
+    def of_one_gpu(self) -> StepRecord:
+        """Each GPU's share of the step, if all had an equal one, rounded up."""
+        if self.num_gpus == 1:
+            return self
+        counts = {
+            item.name: -(-getattr(self, item.name) // self.num_gpus)
+            for item in fields(self)
+            if item.name not in ("seconds", "num_gpus")
+        }
+        return replace(self, num_gpus=1, **counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +85,10 @@ def roofline(
     """max(bus, gpu, what takes turns) for the work of one step, each at the best rate measured on this machine.
 
     The work that the method itself asks for and no more: no copies within the device, no logits, one mini-batch.
-    `absorbs`: queries attend to activations as they are stored. Several GPUs that are `sharing` it have equal parts.
+    `absorbs`: queries attend to activations as they are stored. Several GPUs have equal shares of the work, which no
+    division of it is faster than.
     """
-    if sharing.num_gpus > 1:
-        part = roofline(_divided(record, sharing.num_gpus), sizes, hardware, absorbs=absorbs)
-        return replace(part, peers=sharing.gathered_bytes / hardware.gather_bandwidth)
+    record = record.of_one_gpu
     share = max(1.0, hardware.weight_read_share, hardware.attention_read_share)
     best = replace(
         hardware, weight_read_share=share, attention_read_share=share, gemm_overhead=0.0, small_kernel_time=0.0
@@ -90,17 +103,12 @@ def roofline(
         forward=float(layers * layer.forward(tokens, touched=touched)),
         regenerate=float(layer.regenerate(record.regenerated_tokens)),
         attention=float(layers * attend(record.context_tokens + tokens, 0, context)),
+        peers=sharing.gathered_bytes / hardware.gather_bandwidth,
     )
     if touched is None:
         return found
     loads = float(layer.load(record.expert_loads * sizes.largest(_expert_bytes)))  # all are alike
     return replace(found, in_turn=loads + found.gpu - float(layers * layer.expert_products(tokens, touched)))
-
-
-def _divided(record: StepRecord, count: int) -> StepRecord:
-    """An equal part of what was done; the time is that of all."""
-    numbers = {item.name: getattr(record, item.name) for item in fields(StepRecord) if item.name != "seconds"}
-    return replace(record, **{name: -(-number // count) for name, number in numbers.items()})
 
 
 def _touched(record: StepRecord, sizes: ModelSizes) -> float | None:

@@ -207,7 +207,12 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return sum(len(gpu.running) for gpu in self._gpus)
+        return sum(self.num_running_each)
+
+    @property
+    def num_running_each(self) -> list[int]:
+        """Requests that run on each GPU."""
+        return [len(gpu.running) for gpu in self._gpus]
 
     @property
     def num_waiting(self) -> int:

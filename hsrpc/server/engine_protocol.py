@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol, TypedDict, Unpack
 
+from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.sizes import ModelSizes
 from hsrpc.prompt import Chat, Prompt, Text
@@ -52,8 +53,52 @@ class Tokenizer(Protocol):
         ...
 
 
+class Gpu(Protocol):
+    """One of the GPUs that compute."""
+
+    @property
+    def uuid(self) -> str:
+        """By which NVIDIA's tools know it; empty on the CPU."""
+        ...
+
+    @property
+    def machine(self) -> Machine:
+        """What was found there when the engine started."""
+        ...
+
+
+class GpuStats(Protocol):
+    """What of an engine's counters is one GPU's."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def used_blocks(self) -> Mapping[PoolId, int]: ...
+    @property
+    def kept_blocks(self) -> Mapping[PoolId, int]: ...
+    @property
+    def peak_blocks(self) -> Mapping[PoolId, int]: ...
+    @property
+    def weights_streamed_bytes(self) -> int: ...
+    @property
+    def cache_loaded_bytes(self) -> int: ...
+    @property
+    def regenerated_tokens(self) -> int: ...
+    @property
+    def device_bytes(self) -> int: ...
+    @property
+    def peak_device_bytes(self) -> int: ...
+    @property
+    def busy_seconds(self) -> float: ...
+
+
 class Stats(Protocol):
     """Counters of an engine at one moment, since it started."""
+
+    @property
+    def gpus(self) -> Sequence[GpuStats]:
+        """Each GPU by itself; all else is of all together."""
+        ...
 
     @property
     def queued(self) -> int: ...
@@ -63,6 +108,8 @@ class Stats(Protocol):
     def running(self) -> int: ...
     @property
     def used_blocks(self) -> Mapping[PoolId, int]: ...
+    @property
+    def kept_blocks(self) -> Mapping[PoolId, int]: ...
     @property
     def peak_blocks(self) -> Mapping[PoolId, int]: ...
     @property
@@ -157,6 +204,8 @@ class Engine(Protocol):
     def max_model_len(self) -> int: ...
     @property
     def device(self) -> str: ...
+    @property
+    def gpus(self) -> Sequence[Gpu]: ...
     @property
     def tokenizer(self) -> Tokenizer: ...
 

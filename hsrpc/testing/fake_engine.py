@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -24,8 +25,8 @@ TIMINGS = Timings(queue=0.5, prefill=1.0, decode=2.0, first_token=1.5)
 class FakeEngine(StubEngine):
     """Answers every prompt with WORDS at once, or, if `held`, with what the test puts into the generations."""
 
-    def __init__(self, *, held: bool = False, load_gate: asyncio.Event | None = None) -> None:
-        super().__init__(name="fake/model")
+    def __init__(self, *, held: bool = False, load_gate: asyncio.Event | None = None, num_gpus: int = 1) -> None:
+        super().__init__(name="fake/model", num_gpus=num_gpus)
         self.held = held
         self.load_gate = load_gate
         """Entering waits for it."""
@@ -97,17 +98,20 @@ class FakeEngine(StubEngine):
         self.live.pop(request_id).put(Delta(finish=Finish(reason, USAGE, TIMINGS, matched)))
 
     def stats(self) -> EngineStats:
+        stats = super().stats()
+        blocks = {**dict.fromkeys(PoolId, 0), PoolId.HOST_KV: 3}
+        busy = partial(
+            replace, used_blocks=blocks, weights_streamed_bytes=1000, cache_loaded_bytes=500, busy_seconds=1.5
+        )
         return replace(
-            super().stats(),
+            stats,
             queued=1,
             queued_tokens=7,
-            used_blocks={PoolId.HOST_KV: 3},
+            gpus=[busy(gpu) for gpu in stats.gpus],
             steps=4,
             step_seconds=2.0,
             prompt_tokens=10,
             generated_tokens=20,
-            weights_streamed_bytes=1000,
-            cache_loaded_bytes=500,
         )
 
     def heartbeat(self) -> float:

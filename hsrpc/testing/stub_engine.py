@@ -11,17 +11,20 @@ from itertools import count
 from types import TracebackType
 from typing import Self, Unpack
 
-from hsrpc.config import CachePolicy, EngineConfig
+from hsrpc.config import CachePolicy, DeviceKind, EngineConfig
 from hsrpc.engine.generation import Generation
-from hsrpc.engine.stats import EngineStats
+from hsrpc.engine.gpus.contract import GpuFacts
+from hsrpc.engine.stats import EngineStats, GpuStats
 from hsrpc.engine.validation import Validator
 from hsrpc.errors import InvalidRequestError, RequestExistsError
 from hsrpc.plan.hardware import Hardware
+from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import CacheRow, LayerSizes, ModelSizes, TensorSizes
 from hsrpc.prompt import Chat, Prompt, Text, field_of, told
 from hsrpc.request import Delta, Finish, FinishReason, SamplingParams, Timings, TokenLogprob, Usage
+from hsrpc.schedule.blocks import PoolId
 from hsrpc.server.engine_protocol import SubmitOptions
 
 STEP_SECONDS = 0.005
@@ -64,6 +67,15 @@ _SIZES = ModelSizes(
     fixed_bytes=4 * 128 * 64,
 )
 _HARDWARE = Hardware(load_bandwidth=5e10, store_bandwidth=5e10, gemm_rate=1e14, memory_bandwidth=1e12)
+_MACHINE = Machine(
+    name="none",
+    kind=DeviceKind.CPU,
+    device_memory=2**26,
+    host_memory=2**26,
+    dtype="float32",
+    hardware=_HARDWARE,
+)
+_NO_BLOCKS = dict.fromkeys(PoolId, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +126,14 @@ class StubGeneration(Generation):
 class StubEngine:
     """While entered it gives every live request `rate` tokens per second, one delta a token, until its `max_tokens`."""
 
-    def __init__(self, rate: float = 0.0, name: str = "stub") -> None:
+    def __init__(self, rate: float = 0.0, name: str = "stub", num_gpus: int = 1) -> None:
         self.rate = rate
         self.spec = StubSpec(name)
         self.tokenizer = StubTokenizer()
-        self.device = "none"
+        self.device = _MACHINE.name
+        self.gpus = [GpuFacts("", _MACHINE)] * num_gpus
         self.max_model_len = _MAX_MODEL_LEN
-        self.plan = _plan()
+        self.plan = replace(_plan(), num_gpus=num_gpus)
         self.default_params = SamplingParams()
         self.failed_in_a_row = 0
         self.live: dict[str, StubGeneration] = {}
@@ -187,19 +200,19 @@ class StubEngine:
         return EngineStats(
             queued=0,
             queued_tokens=0,
-            running=len(self.live),
-            used_blocks={},
-            peak_blocks={},
+            gpus=[self._gpu(number) for number in range(len(self.gpus))],
+            peak_blocks=_NO_BLOCKS,
             steps=self._steps,
             step_seconds=STEP_SECONDS,
             prompt_tokens=0,
             generated_tokens=self._tokens,
             preemptions=0,
-            weights_streamed_bytes=0,
-            cache_loaded_bytes=0,
-            regenerated_tokens=0,
-            peak_device_bytes=0,
         )
+
+    def _gpu(self, number: int) -> GpuStats:
+        """Live requests go to the GPUs in turn."""
+        running = len(range(number, len(self.live), len(self.gpus)))
+        return GpuStats(running=running, used_blocks=_NO_BLOCKS, kept_blocks=_NO_BLOCKS, peak_blocks=_NO_BLOCKS)
 
     def heartbeat(self) -> float:
         return 0.0

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15hsrpc/v1/server.proto\x12\x08hsrpc.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14GetServerInfoRequest\"\xd4\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12)\n\x06uptime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x04plan\x18\x05 \x01(\x0b\x32\x0e.hsrpc.v1.Plan\x12$\n\x08measured\x18\x06 \x01(\x0b\x32\x12.hsrpc.v1.Measured\x12\x1c\n\x04load\x18\x07 \x01(\x0b\x32\x0e.hsrpc.v1.Load\"\xa8\x02\n\x04Plan\x12\x1b\n\x13\x64\x65vice_memory_bytes\x18\x01 \x01(\x03\x12\x19\n\x11host_memory_bytes\x18\x02 \x01(\x03\x12\x16\n\x0eresident_share\x18\x03 \x01(\x01\x12\x18\n\x10\x61\x63tivation_share\x18\x04 \x01(\x01\x12\x11\n\tmax_batch\x18\x05 \x01(\x05\x12\x18\n\x10\x65xpected_context\x18\x06 \x01(\x05\x12\x36\n\x13predicted_step_time\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12#\n\x1bpredicted_tokens_per_second\x18\x08 \x01(\x01\x12\x14\n\x0c\x63\x61\x63he_policy\x18\t \x01(\t\x12\x16\n\x0e\x63\x61\x63he_decision\x18\n \x01(\t\"\x8a\x03\n\x08Measured\x12,\n\tstep_time\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1e\n\x11tokens_per_second\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x03\x12\x1e\n\x16weights_streamed_bytes\x18\x05 \x01(\x03\x12\x1a\n\x12\x63\x61\x63he_loaded_bytes\x18\x06 \x01(\x03\x12\x1a\n\x12regenerated_tokens\x18\x07 \x01(\x03\x12\x13\n\x0bpreemptions\x18\x08 \x01(\x03\x12\x19\n\x11peak_device_bytes\x18\t \x01(\x03\x12\x19\n\x11recomputed_tokens\x18\n \x01(\x03\x12\x15\n\rcached_tokens\x18\x0b \x01(\x03\x12\x16\n\x0e\x64rafted_tokens\x18\x0c \x01(\x03\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\r \x01(\x03\x42\x14\n\x12_tokens_per_second\"]\n\x04Load\x12\x17\n\x0fqueued_requests\x18\x01 \x01(\x05\x12\x18\n\x10running_requests\x18\x02 \x01(\x05\x12\"\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x12.hsrpc.v1.BlockUse\"{\n\x08\x42lockUse\x12!\n\x04kind\x18\x01 \x01(\x0e\x32\x13.hsrpc.v1.BlockKind\x12!\n\x04tier\x18\x02 \x01(\x0e\x32\x13.hsrpc.v1.BlockTier\x12\x0c\n\x04used\x18\x03 \x01(\x03\x12\r\n\x05total\x18\x04 \x01(\x03\x12\x0c\n\x04peak\x18\x05 \x01(\x03\"?\n\x10WatchLoadRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x82\x01\n\x11WatchLoadResponse\x12\x1c\n\x04load\x18\x01 \x01(\x0b\x32\x0e.hsrpc.v1.Load\x12$\n\x08measured\x18\x02 \x01(\x0b\x32\x12.hsrpc.v1.Measured\x12)\n\x06uptime\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration*U\n\tBlockKind\x12\x1a\n\x16\x42LOCK_KIND_UNSPECIFIED\x10\x00\x12\x11\n\rBLOCK_KIND_KV\x10\x01\x12\x19\n\x15\x42LOCK_KIND_ACTIVATION\x10\x02*S\n\tBlockTier\x12\x1a\n\x16\x42LOCK_TIER_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42LOCK_TIER_DEVICE\x10\x01\x12\x13\n\x0f\x42LOCK_TIER_HOST\x10\x02\x32\xa9\x01\n\rServerService\x12P\n\rGetServerInfo\x12\x1e.hsrpc.v1.GetServerInfoRequest\x1a\x1f.hsrpc.v1.GetServerInfoResponse\x12\x46\n\tWatchLoad\x12\x1a.hsrpc.v1.WatchLoadRequest\x1a\x1b.hsrpc.v1.WatchLoadResponse0\x01\x42L\n\x12io.github.hsrpc.v1P\x01Z)github.com/hsrpc/hsrpc/clients/go/hsrpcv1\xaa\x02\x08Hsrpc.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15hsrpc/v1/server.proto\x12\x08hsrpc.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14GetServerInfoRequest\"\xf1\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12)\n\x06uptime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x04plan\x18\x05 \x01(\x0b\x32\x0e.hsrpc.v1.Plan\x12$\n\x08measured\x18\x06 \x01(\x0b\x32\x12.hsrpc.v1.Measured\x12\x1c\n\x04load\x18\x07 \x01(\x0b\x32\x0e.hsrpc.v1.Load\x12\x1b\n\x04gpus\x18\x08 \x03(\x0b\x32\r.hsrpc.v1.Gpu\"\xe0\x01\n\x03Gpu\x12\x0b\n\x03gpu\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04uuid\x18\x03 \x01(\t\x12\x1b\n\x13\x64\x65vice_memory_bytes\x18\x04 \x01(\x03\x12\x19\n\x11host_memory_bytes\x18\x05 \x01(\x03\x12\x1d\n\x15load_bytes_per_second\x18\x06 \x01(\x01\x12\x1e\n\x16store_bytes_per_second\x18\x07 \x01(\x01\x12\x1f\n\x17memory_bytes_per_second\x18\x08 \x01(\x01\x12\x18\n\x10\x66lops_per_second\x18\t \x01(\x01\"\xa8\x02\n\x04Plan\x12\x1b\n\x13\x64\x65vice_memory_bytes\x18\x01 \x01(\x03\x12\x19\n\x11host_memory_bytes\x18\x02 \x01(\x03\x12\x16\n\x0eresident_share\x18\x03 \x01(\x01\x12\x18\n\x10\x61\x63tivation_share\x18\x04 \x01(\x01\x12\x11\n\tmax_batch\x18\x05 \x01(\x05\x12\x18\n\x10\x65xpected_context\x18\x06 \x01(\x05\x12\x36\n\x13predicted_step_time\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12#\n\x1bpredicted_tokens_per_second\x18\x08 \x01(\x01\x12\x14\n\x0c\x63\x61\x63he_policy\x18\t \x01(\t\x12\x16\n\x0e\x63\x61\x63he_decision\x18\n \x01(\t\"\xaf\x03\n\x08Measured\x12,\n\tstep_time\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1e\n\x11tokens_per_second\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x03\x12\x1e\n\x16weights_streamed_bytes\x18\x05 \x01(\x03\x12\x1a\n\x12\x63\x61\x63he_loaded_bytes\x18\x06 \x01(\x03\x12\x1a\n\x12regenerated_tokens\x18\x07 \x01(\x03\x12\x13\n\x0bpreemptions\x18\x08 \x01(\x03\x12\x19\n\x11peak_device_bytes\x18\t \x01(\x03\x12\x19\n\x11recomputed_tokens\x18\n \x01(\x03\x12\x15\n\rcached_tokens\x18\x0b \x01(\x03\x12\x16\n\x0e\x64rafted_tokens\x18\x0c \x01(\x03\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\r \x01(\x03\x12#\n\x04gpus\x18\x0e \x03(\x0b\x32\x15.hsrpc.v1.GpuMeasuredB\x14\n\x12_tokens_per_second\"\xbb\x01\n\x0bGpuMeasured\x12\x0b\n\x03gpu\x18\x01 \x01(\x05\x12\x1e\n\x16weights_streamed_bytes\x18\x02 \x01(\x03\x12\x1a\n\x12\x63\x61\x63he_loaded_bytes\x18\x03 \x01(\x03\x12\x1a\n\x12regenerated_tokens\x18\x04 \x01(\x03\x12\x19\n\x11peak_device_bytes\x18\x05 \x01(\x03\x12,\n\tbusy_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"~\n\x04Load\x12\x17\n\x0fqueued_requests\x18\x01 \x01(\x05\x12\x18\n\x10running_requests\x18\x02 \x01(\x05\x12\"\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x12.hsrpc.v1.BlockUse\x12\x1f\n\x04gpus\x18\x04 \x03(\x0b\x32\x11.hsrpc.v1.GpuLoad\"j\n\x07GpuLoad\x12\x0b\n\x03gpu\x18\x01 \x01(\x05\x12\x18\n\x10running_requests\x18\x02 \x01(\x05\x12\"\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x12.hsrpc.v1.BlockUse\x12\x14\n\x0c\x64\x65vice_bytes\x18\x04 \x01(\x03\"\x89\x01\n\x08\x42lockUse\x12!\n\x04kind\x18\x01 \x01(\x0e\x32\x13.hsrpc.v1.BlockKind\x12!\n\x04tier\x18\x02 \x01(\x0e\x32\x13.hsrpc.v1.BlockTier\x12\x0c\n\x04used\x18\x03 \x01(\x03\x12\r\n\x05total\x18\x04 \x01(\x03\x12\x0c\n\x04peak\x18\x05 \x01(\x03\x12\x0c\n\x04kept\x18\x06 \x01(\x03\"?\n\x10WatchLoadRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x82\x01\n\x11WatchLoadResponse\x12\x1c\n\x04load\x18\x01 \x01(\x0b\x32\x0e.hsrpc.v1.Load\x12$\n\x08measured\x18\x02 \x01(\x0b\x32\x12.hsrpc.v1.Measured\x12)\n\x06uptime\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration*U\n\tBlockKind\x12\x1a\n\x16\x42LOCK_KIND_UNSPECIFIED\x10\x00\x12\x11\n\rBLOCK_KIND_KV\x10\x01\x12\x19\n\x15\x42LOCK_KIND_ACTIVATION\x10\x02*S\n\tBlockTier\x12\x1a\n\x16\x42LOCK_TIER_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42LOCK_TIER_DEVICE\x10\x01\x12\x13\n\x0f\x42LOCK_TIER_HOST\x10\x02\x32\xa9\x01\n\rServerService\x12P\n\rGetServerInfo\x12\x1e.hsrpc.v1.GetServerInfoRequest\x1a\x1f.hsrpc.v1.GetServerInfoResponse\x12\x46\n\tWatchLoad\x12\x1a.hsrpc.v1.WatchLoadRequest\x1a\x1b.hsrpc.v1.WatchLoadResponse0\x01\x42L\n\x12io.github.hsrpc.v1P\x01Z)github.com/hsrpc/hsrpc/clients/go/hsrpcv1\xaa\x02\x08Hsrpc.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,26 +33,32 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hsrpc.v1.server_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\022io.github.hsrpc.v1P\001Z)github.com/hsrpc/hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1'
-  _globals['_BLOCKKIND']._serialized_start=1420
-  _globals['_BLOCKKIND']._serialized_end=1505
-  _globals['_BLOCKTIER']._serialized_start=1507
-  _globals['_BLOCKTIER']._serialized_end=1590
+  _globals['_BLOCKKIND']._serialized_start=2059
+  _globals['_BLOCKKIND']._serialized_end=2144
+  _globals['_BLOCKTIER']._serialized_start=2146
+  _globals['_BLOCKTIER']._serialized_end=2229
   _globals['_GETSERVERINFOREQUEST']._serialized_start=67
   _globals['_GETSERVERINFOREQUEST']._serialized_end=89
   _globals['_GETSERVERINFORESPONSE']._serialized_start=92
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=304
-  _globals['_PLAN']._serialized_start=307
-  _globals['_PLAN']._serialized_end=603
-  _globals['_MEASURED']._serialized_start=606
-  _globals['_MEASURED']._serialized_end=1000
-  _globals['_LOAD']._serialized_start=1002
-  _globals['_LOAD']._serialized_end=1095
-  _globals['_BLOCKUSE']._serialized_start=1097
-  _globals['_BLOCKUSE']._serialized_end=1220
-  _globals['_WATCHLOADREQUEST']._serialized_start=1222
-  _globals['_WATCHLOADREQUEST']._serialized_end=1285
-  _globals['_WATCHLOADRESPONSE']._serialized_start=1288
-  _globals['_WATCHLOADRESPONSE']._serialized_end=1418
-  _globals['_SERVERSERVICE']._serialized_start=1593
-  _globals['_SERVERSERVICE']._serialized_end=1762
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=333
+  _globals['_GPU']._serialized_start=336
+  _globals['_GPU']._serialized_end=560
+  _globals['_PLAN']._serialized_start=563
+  _globals['_PLAN']._serialized_end=859
+  _globals['_MEASURED']._serialized_start=862
+  _globals['_MEASURED']._serialized_end=1293
+  _globals['_GPUMEASURED']._serialized_start=1296
+  _globals['_GPUMEASURED']._serialized_end=1483
+  _globals['_LOAD']._serialized_start=1485
+  _globals['_LOAD']._serialized_end=1611
+  _globals['_GPULOAD']._serialized_start=1613
+  _globals['_GPULOAD']._serialized_end=1719
+  _globals['_BLOCKUSE']._serialized_start=1722
+  _globals['_BLOCKUSE']._serialized_end=1859
+  _globals['_WATCHLOADREQUEST']._serialized_start=1861
+  _globals['_WATCHLOADREQUEST']._serialized_end=1924
+  _globals['_WATCHLOADRESPONSE']._serialized_start=1927
+  _globals['_WATCHLOADRESPONSE']._serialized_end=2057
+  _globals['_SERVERSERVICE']._serialized_start=2232
+  _globals['_SERVERSERVICE']._serialized_end=2401
 # @@protoc_insertion_point(module_scope)

@@ -93,6 +93,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     PLAN_FIELD_NUMBER: builtins.int
     MEASURED_FIELD_NUMBER: builtins.int
     LOAD_FIELD_NUMBER: builtins.int
+    GPUS_FIELD_NUMBER: builtins.int
     version: builtins.str
     """Version of hsrpc."""
     model: builtins.str
@@ -115,6 +116,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     def load(self) -> Global___Load:
         """The load at this moment."""
 
+    @property
+    def gpus(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Gpu]:
+        """The GPUs that compute, by their numbers; a CPU counts as one."""
+
     def __init__(
         self,
         *,
@@ -125,11 +130,62 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         plan: Global___Plan | None = ...,
         measured: Global___Measured | None = ...,
         load: Global___Load | None = ...,
+        gpus: collections.abc.Iterable[Global___Gpu] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["load", b"load", "measured", b"measured", "plan", b"plan", "uptime", b"uptime"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "load", b"load", "measured", b"measured", "model", b"model", "plan", b"plan", "uptime", b"uptime", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "gpus", b"gpus", "load", b"load", "measured", b"measured", "model", b"model", "plan", b"plan", "uptime", b"uptime", "version", b"version"]) -> None: ...
 
 Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse
+
+@typing.final
+class Gpu(google.protobuf.message.Message):
+    """Gpu is one of the GPUs that compute, and what was found of it when the engine started."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GPU_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    UUID_FIELD_NUMBER: builtins.int
+    DEVICE_MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    HOST_MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    LOAD_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    STORE_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    MEMORY_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    FLOPS_PER_SECOND_FIELD_NUMBER: builtins.int
+    gpu: builtins.int
+    """Its number, from 0 on, as in GpuLoad, GpuMeasured and the label of metrics."""
+    name: builtins.str
+    """Its name, for people."""
+    uuid: builtins.str
+    """By which NVIDIA's tools know it, such as GPU-7d3e...; empty on the CPU."""
+    device_memory_bytes: builtins.int
+    """Budget of its memory, bytes."""
+    host_memory_bytes: builtins.int
+    """Its part of the budget of host memory, bytes."""
+    load_bytes_per_second: builtins.float
+    """Rate of copies from the host, bytes a second; several GPUs are measured all at once."""
+    store_bytes_per_second: builtins.float
+    """Rate of copies to the host, bytes a second."""
+    memory_bytes_per_second: builtins.float
+    """Rate at which its memory is read and written, bytes a second."""
+    flops_per_second: builtins.float
+    """Rate of products of matrices, FLOP a second."""
+    def __init__(
+        self,
+        *,
+        gpu: builtins.int = ...,
+        name: builtins.str = ...,
+        uuid: builtins.str = ...,
+        device_memory_bytes: builtins.int = ...,
+        host_memory_bytes: builtins.int = ...,
+        load_bytes_per_second: builtins.float = ...,
+        store_bytes_per_second: builtins.float = ...,
+        memory_bytes_per_second: builtins.float = ...,
+        flops_per_second: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_memory_bytes", b"device_memory_bytes", "flops_per_second", b"flops_per_second", "gpu", b"gpu", "host_memory_bytes", b"host_memory_bytes", "load_bytes_per_second", b"load_bytes_per_second", "memory_bytes_per_second", b"memory_bytes_per_second", "name", b"name", "store_bytes_per_second", b"store_bytes_per_second", "uuid", b"uuid"]) -> None: ...
+
+Global___Gpu: typing_extensions.TypeAlias = Gpu
 
 @typing.final
 class Plan(google.protobuf.message.Message):
@@ -148,9 +204,9 @@ class Plan(google.protobuf.message.Message):
     CACHE_POLICY_FIELD_NUMBER: builtins.int
     CACHE_DECISION_FIELD_NUMBER: builtins.int
     device_memory_bytes: builtins.int
-    """Budget of device memory, bytes."""
+    """Budget of the device memory of each GPU, bytes."""
     host_memory_bytes: builtins.int
-    """Budget of host memory, bytes."""
+    """Budget of host memory, of all GPUs together, bytes."""
     resident_share: builtins.float
     """Share of the layers' weights that stay on the device, in [0, 1]."""
     activation_share: builtins.float
@@ -207,6 +263,7 @@ class Measured(google.protobuf.message.Message):
     CACHED_TOKENS_FIELD_NUMBER: builtins.int
     DRAFTED_TOKENS_FIELD_NUMBER: builtins.int
     ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
+    GPUS_FIELD_NUMBER: builtins.int
     tokens_per_second: builtins.float
     """Decode rate while there was work, tokens a second."""
     generated_tokens: builtins.int
@@ -222,7 +279,7 @@ class Measured(google.protobuf.message.Message):
     preemptions: builtins.int
     """Times that a request gave its blocks up for others and was computed anew."""
     peak_device_bytes: builtins.int
-    """Most device memory in use at once, bytes, as the device counts it; 0 on the CPU."""
+    """Most device memory in use at once, bytes, as the device counts it, of the GPU that used most; 0 on the CPU."""
     recomputed_tokens: builtins.int
     """Tokens computed anew in a step because their request keeps no cache."""
     cached_tokens: builtins.int
@@ -234,6 +291,10 @@ class Measured(google.protobuf.message.Message):
     @property
     def step_time(self) -> google.protobuf.duration_pb2.Duration:
         """Mean time of a step."""
+
+    @property
+    def gpus(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GpuMeasured]:
+        """What of this is one GPU's, by their numbers; all else is of all together."""
 
     def __init__(
         self,
@@ -251,12 +312,56 @@ class Measured(google.protobuf.message.Message):
         cached_tokens: builtins.int = ...,
         drafted_tokens: builtins.int = ...,
         accepted_tokens: builtins.int = ...,
+        gpus: collections.abc.Iterable[Global___GpuMeasured] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_tokens_per_second", b"_tokens_per_second", "step_time", b"step_time", "tokens_per_second", b"tokens_per_second"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_tokens_per_second", b"_tokens_per_second", "accepted_tokens", b"accepted_tokens", "cache_loaded_bytes", b"cache_loaded_bytes", "cached_tokens", b"cached_tokens", "drafted_tokens", b"drafted_tokens", "generated_tokens", b"generated_tokens", "peak_device_bytes", b"peak_device_bytes", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "recomputed_tokens", b"recomputed_tokens", "regenerated_tokens", b"regenerated_tokens", "step_time", b"step_time", "tokens_per_second", b"tokens_per_second", "weights_streamed_bytes", b"weights_streamed_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_tokens_per_second", b"_tokens_per_second", "accepted_tokens", b"accepted_tokens", "cache_loaded_bytes", b"cache_loaded_bytes", "cached_tokens", b"cached_tokens", "drafted_tokens", b"drafted_tokens", "generated_tokens", b"generated_tokens", "gpus", b"gpus", "peak_device_bytes", b"peak_device_bytes", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "recomputed_tokens", b"recomputed_tokens", "regenerated_tokens", b"regenerated_tokens", "step_time", b"step_time", "tokens_per_second", b"tokens_per_second", "weights_streamed_bytes", b"weights_streamed_bytes"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_tokens_per_second", b"_tokens_per_second"]) -> typing.Literal["tokens_per_second"] | None: ...
 
 Global___Measured: typing_extensions.TypeAlias = Measured
+
+@typing.final
+class GpuMeasured(google.protobuf.message.Message):
+    """GpuMeasured is what was measured of one GPU since the engine started."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GPU_FIELD_NUMBER: builtins.int
+    WEIGHTS_STREAMED_BYTES_FIELD_NUMBER: builtins.int
+    CACHE_LOADED_BYTES_FIELD_NUMBER: builtins.int
+    REGENERATED_TOKENS_FIELD_NUMBER: builtins.int
+    PEAK_DEVICE_BYTES_FIELD_NUMBER: builtins.int
+    BUSY_TIME_FIELD_NUMBER: builtins.int
+    gpu: builtins.int
+    """Its number."""
+    weights_streamed_bytes: builtins.int
+    """Bytes of weights streamed over its own bus. Of what several GPUs load for each other each loads a part."""
+    cache_loaded_bytes: builtins.int
+    """Bytes of cache blocks loaded over its own bus."""
+    regenerated_tokens: builtins.int
+    """Keys and values rebuilt there from activations, tokens times layers."""
+    peak_device_bytes: builtins.int
+    """Most of its memory in use at once, bytes, as the device counts it; 0 on the CPU."""
+    @property
+    def busy_time(self) -> google.protobuf.duration_pb2.Duration:
+        """Time in which it did its parts of steps, waiting for weights that other GPUs load included. In what is left of the
+        steps' time it was done and others were not.
+        """
+
+    def __init__(
+        self,
+        *,
+        gpu: builtins.int = ...,
+        weights_streamed_bytes: builtins.int = ...,
+        cache_loaded_bytes: builtins.int = ...,
+        regenerated_tokens: builtins.int = ...,
+        peak_device_bytes: builtins.int = ...,
+        busy_time: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["busy_time", b"busy_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["busy_time", b"busy_time", "cache_loaded_bytes", b"cache_loaded_bytes", "gpu", b"gpu", "peak_device_bytes", b"peak_device_bytes", "regenerated_tokens", b"regenerated_tokens", "weights_streamed_bytes", b"weights_streamed_bytes"]) -> None: ...
+
+Global___GpuMeasured: typing_extensions.TypeAlias = GpuMeasured
 
 @typing.final
 class Load(google.protobuf.message.Message):
@@ -267,6 +372,7 @@ class Load(google.protobuf.message.Message):
     QUEUED_REQUESTS_FIELD_NUMBER: builtins.int
     RUNNING_REQUESTS_FIELD_NUMBER: builtins.int
     BLOCKS_FIELD_NUMBER: builtins.int
+    GPUS_FIELD_NUMBER: builtins.int
     queued_requests: builtins.int
     """Requests that wait to run."""
     running_requests: builtins.int
@@ -275,16 +381,53 @@ class Load(google.protobuf.message.Message):
     def blocks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___BlockUse]:
         """Cache blocks by kind and tier."""
 
+    @property
+    def gpus(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GpuLoad]:
+        """What of this is one GPU's, by their numbers; all else is of all together."""
+
     def __init__(
         self,
         *,
         queued_requests: builtins.int = ...,
         running_requests: builtins.int = ...,
         blocks: collections.abc.Iterable[Global___BlockUse] | None = ...,
+        gpus: collections.abc.Iterable[Global___GpuLoad] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "queued_requests", b"queued_requests", "running_requests", b"running_requests"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "gpus", b"gpus", "queued_requests", b"queued_requests", "running_requests", b"running_requests"]) -> None: ...
 
 Global___Load: typing_extensions.TypeAlias = Load
+
+@typing.final
+class GpuLoad(google.protobuf.message.Message):
+    """GpuLoad is how busy one GPU is."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GPU_FIELD_NUMBER: builtins.int
+    RUNNING_REQUESTS_FIELD_NUMBER: builtins.int
+    BLOCKS_FIELD_NUMBER: builtins.int
+    DEVICE_BYTES_FIELD_NUMBER: builtins.int
+    gpu: builtins.int
+    """Its number."""
+    running_requests: builtins.int
+    """Requests that run there."""
+    device_bytes: builtins.int
+    """Its memory in use, bytes, as the device counts it; 0 on the CPU."""
+    @property
+    def blocks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___BlockUse]:
+        """Its cache blocks by kind and tier."""
+
+    def __init__(
+        self,
+        *,
+        gpu: builtins.int = ...,
+        running_requests: builtins.int = ...,
+        blocks: collections.abc.Iterable[Global___BlockUse] | None = ...,
+        device_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "device_bytes", b"device_bytes", "gpu", b"gpu", "running_requests", b"running_requests"]) -> None: ...
+
+Global___GpuLoad: typing_extensions.TypeAlias = GpuLoad
 
 @typing.final
 class BlockUse(google.protobuf.message.Message):
@@ -297,6 +440,7 @@ class BlockUse(google.protobuf.message.Message):
     USED_FIELD_NUMBER: builtins.int
     TOTAL_FIELD_NUMBER: builtins.int
     PEAK_FIELD_NUMBER: builtins.int
+    KEPT_FIELD_NUMBER: builtins.int
     kind: Global___BlockKind.ValueType
     """What the blocks hold."""
     tier: Global___BlockTier.ValueType
@@ -307,6 +451,8 @@ class BlockUse(google.protobuf.message.Message):
     """Blocks there are."""
     peak: builtins.int
     """Most blocks in use at once so far."""
+    kept: builtins.int
+    """Blocks that nobody uses, and whose content is kept for requests that begin alike; free for others when wanted."""
     def __init__(
         self,
         *,
@@ -315,8 +461,9 @@ class BlockUse(google.protobuf.message.Message):
         used: builtins.int = ...,
         total: builtins.int = ...,
         peak: builtins.int = ...,
+        kept: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kind", b"kind", "peak", b"peak", "tier", b"tier", "total", b"total", "used", b"used"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kept", b"kept", "kind", b"kind", "peak", b"peak", "tier", b"tier", "total", b"total", "used", b"used"]) -> None: ...
 
 Global___BlockUse: typing_extensions.TypeAlias = BlockUse
 

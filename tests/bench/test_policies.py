@@ -31,7 +31,7 @@ from hsrpc.schedule.blocks import BlockKind, BlockManager, BlockTable, PoolId, T
 from hsrpc.schedule.step import RowCosts, Scheduled, Step
 from hsrpc.schedule.sweep import Carried, OpKind, OpList, sweep
 from tests.bench.conftest import TINY
-from tests.engine.conftest import HARDWARE
+from tests.engine.conftest import HARDWARE, smallest
 from tests.engine.reference import Reference, make_reference
 from tests.engine.support import collect, greedy, parts
 
@@ -77,13 +77,12 @@ def plan_of(name: str, made: Reference, config: EngineConfig) -> Plan:
 
 def tightest(name: str, made: Reference, config: EngineConfig) -> EngineConfig:
     """The smallest device budget, then the smallest host budget, with which the whole batch runs."""
-    for budget in ("gpu_memory", "host_memory"):
-        low, high = 0, 2**26
-        while high - low > 1024:
-            middle = (low + high) // 2
-            low, high = (low, middle) if runs(name, made, replace(config, **{budget: middle})) else (middle, high)
-        config = replace(config, **{budget: high})
-    return config
+
+    def enough(budget: str) -> Callable[[int], bool]:
+        return lambda size: runs(name, made, replace(config, **{budget: size}))
+
+    config = replace(config, gpu_memory=smallest(enough("gpu_memory")))
+    return replace(config, host_memory=smallest(enough("host_memory")))
 
 
 def runs(name: str, made: Reference, config: EngineConfig) -> bool:

@@ -197,6 +197,23 @@ def test_the_tables_say_what_a_plan_lets_expect(hsrpc):
 
 
 @pytest.mark.usefixtures("no_device")
+def test_each_of_several_gpus_is_shown(hsrpc):
+    """A line for each, and one for all; both share one stream of weights, so each loads a half of it."""
+    gpus = ("--gpus=2", "--placement=host", "--weight-coding=none", "--no-advice")
+    plan, alone = (json.loads(hsrpc("plan", *BOUNDED, *more, "--json").out) for more in (gpus, gpus[1:]))
+    first, second = plan["each_gpu"]
+    assert first == second
+    assert first["loaded_weight_bytes"] == pytest.approx(alone["each_gpu"][0]["loaded_weight_bytes"] / 2, rel=0.01)
+    assert (first["requests"], first["blocks"]) == (plan["max_batch"], sum(plan["num_blocks"].values()))
+    table = hsrpc("plan", *BOUNDED, *gpus).out.partition("the GPUs")[2].splitlines()[4:8]
+    rows = {row.split()[1]: row.split() for row in table if row.startswith("│")}
+    assert rows["0"][2:] == rows["1"][2:]
+    rate = f"{2 * plan['prediction']['tokens_per_second']:.1f}"
+    assert rows["all"][-2] == rate
+    assert "the GPUs" not in hsrpc("plan", *BOUNDED, *gpus[1:]).out
+
+
+@pytest.mark.usefixtures("no_device")
 def test_hardware_that_cannot_be(hsrpc, tmp_path):
     """A name that nobody knows, a file without sense, and a device beside it: one line each."""
     ran = hsrpc("plan", "--hardware=tpu")

@@ -94,6 +94,24 @@ def test_the_manifests_are_valid_and_ask_for_what_the_plan_takes(overlay):
     assert deployment["spec"]["progressDeadlineSeconds"] > seconds
 
 
+def test_several_gpus_are_of_one_pod(hsrpc, overlay, tmp_path, monkeypatch):
+    """As many as are planned for: memory for all of their budgets and processes, and what these share."""
+    options = (*SHAPE, "--gpus=2")
+    manifests = overlay(*options)
+    for manifest in manifests:
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+    [server] = pod_of(find(manifests, "Deployment"))["containers"]
+    requests, limits = server["resources"]["requests"], server["resources"]["limits"]
+    assert requests["nvidia.com/gpu"] == limits["nvidia.com/gpu"] == 2
+    assert (requests["cpu"], requests["memory"], limits["memory"]) == ("16", "32Gi", "32Gi")
+    assert "/dev/shm" in {mount["mountPath"] for mount in server["volumeMounts"]}
+    container = container_of(manifests, tmp_path)
+    assert {"--gpus=2", "--host-memory=16GiB", "--gpu-memory=3GiB"} <= set(container.command)
+    plan = planned_in(container, monkeypatch)
+    assert plan.num_gpus == 2
+    assert_same(plan, printed(hsrpc, *options))
+
+
 def test_defaults_become_numbers_that_a_pod_finds_everywhere(hsrpc, overlay, tmp_path, monkeypatch):
     """Shares of what is free are of another node's; whole MiB stand in their place, for the same plan."""
     container = container_of(overlay(*SHAPE[:2], *SHAPE[4:]), tmp_path)
@@ -200,9 +218,11 @@ def test_help_has_an_example(hsrpc):
     assert "kubectl apply -k deploy" in out
 
 
-def test_the_overlays_give_the_process_as_much():
+@pytest.mark.parametrize("name", ["single-gpu", "two-gpu", "two-replicas"])
+def test_the_overlays_give_the_process_as_much(name):
     """What stands in the manifests by hand is the sum that a plan makes."""
-    [server] = pod_of(find(rendered("overlays/single-gpu"), "Deployment"))["containers"]
+    [server] = pod_of(find(rendered(f"overlays/{name}"), "Deployment"))["containers"]
     [budget] = [word.partition("=")[2] for word in server["args"] if word.startswith("--host-memory=")]
-    memory = bytes_of(server["resources"]["limits"]["memory"])
-    assert memory == parse_bytes(budget, "host_memory") + PROCESS_BYTES[DeviceKind.CUDA]
+    limits = server["resources"]["limits"]
+    processes = limits["nvidia.com/gpu"] * PROCESS_BYTES[DeviceKind.CUDA]
+    assert bytes_of(limits["memory"]) == parse_bytes(budget, "host_memory") + processes

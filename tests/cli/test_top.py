@@ -32,9 +32,9 @@ def report(seconds: int, moved: int, tokens: int) -> v1.WatchLoadResponse:
     return v1.WatchLoadResponse(load=load, measured=measured, uptime=Duration(seconds=seconds))
 
 
-def shown(last: v1.WatchLoadResponse | None, now: v1.WatchLoadResponse) -> str:
+def shown(last: v1.WatchLoadResponse | None, now: v1.WatchLoadResponse, info: v1.GetServerInfoResponse = INFO) -> str:
     console = Console(file=io.StringIO(), width=120)
-    console.print(view(INFO, last, now))
+    console.print(view(info, last, now))
     return console.file.getvalue()
 
 
@@ -48,6 +48,31 @@ def test_a_view_has_load_blocks_bus_and_throughput():
     assert "5.00 GB/s" in text
     assert "100.0 tokens/s" in text
     assert "1.0 GiB at the peak, of 24.0 GiB" in text
+
+
+def report_of_two(seconds: int, moved: int, busy: int) -> v1.WatchLoadResponse:
+    """Two GPUs: the first has moved twice as much as the second, and is always busy."""
+    whole = report(seconds, 3 * moved, 50)
+    for gpu, factor in ((0, 2), (1, 1)):
+        use = v1.BlockUse(kind=v1.BLOCK_KIND_KV, tier=v1.BLOCK_TIER_HOST, used=20 * factor, total=50, kept=3)
+        whole.load.gpus.add(gpu=gpu, running_requests=3 - gpu, blocks=[use], device_bytes=factor * 1024**3)
+        time = Duration(seconds=busy if gpu else seconds)
+        whole.measured.gpus.add(
+            gpu=gpu, weights_streamed_bytes=factor * moved, cache_loaded_bytes=factor * moved, busy_time=time
+        )
+    return whole
+
+
+def test_several_gpus_have_a_line_each():
+    """What runs there, its blocks, its bus beside what was measured of it, its part of the time, its memory."""
+    info = v1.GetServerInfoResponse(plan=INFO.plan, gpus=[v1.Gpu(gpu=n, load_bytes_per_second=5e9) for n in range(2)])
+    text = shown(report_of_two(10, 10**9, 5), report_of_two(14, 3 * 10**9, 7), info)
+    head, first, second = (" ".join(line.split()) for line in text.splitlines()[-3:])
+    assert head.startswith("GPU requests")
+    assert first == "0 3 80% of 50 3 2.00 GB/s 40% 100% 2.0 GiB 0 B"
+    assert second == "1 2 40% of 50 3 1.00 GB/s 20% 50% 1.0 GiB 0 B"
+    unknown = " ".join(shown(None, report_of_two(10, 10**9, 5), info).splitlines()[-1].split())
+    assert unknown == "1 2 40% of 50 3 - - - 1.0 GiB 0 B"
 
 
 def test_the_first_view_knows_no_rates():

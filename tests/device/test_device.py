@@ -79,8 +79,8 @@ def test_work_on_the_cpu_is_done_when_the_call_returns() -> None:
     device.synchronize(event)
     device.keep(torch.empty(1), device.store)
     device.drain()
-    assert device.peak_memory == 0
-    assert device.name == "CPU"
+    assert device.memory == (0, 0)
+    assert (device.name, device.uuid) == ("CPU", "")
 
 
 def test_pinned_memory_comes_filled() -> None:

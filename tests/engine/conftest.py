@@ -12,11 +12,11 @@ import torch
 
 from hsrpc.config import EngineConfig
 from hsrpc.engine import startup
-from hsrpc.errors import ConfigError
 from hsrpc.model.spec import load_spec
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.plan import Budgets
 from hsrpc.plan.planner import Planner
+from hsrpc.plan.sizes import ModelSizes
 from hsrpc.testing.ordered_device import OrderedDevice, ordered_devices
 from tests.engine.reference import Reference, make_reference
 
@@ -52,21 +52,23 @@ def tightest(config: EngineConfig) -> EngineConfig:
     """`config` with the smallest device budget, then the smallest host budget, with which `max_batch` requests run."""
     config = replace(config, min_batch=config.max_batch)
     sizes = load_spec(Path(config.model), torch.float32).sizes
-    device = _smallest(lambda size: _plans(sizes, Budgets(device=size, host=2**34), config))
-    host = _smallest(lambda size: _plans(sizes, Budgets(device=device, host=size), config))
-    return replace(config, gpu_memory=device, host_memory=host)
+    budgets = _tightest(sizes, replace(config, model=""))
+    return replace(config, gpu_memory=budgets.device, host_memory=budgets.host)
 
 
-def _plans(sizes: object, budgets: Budgets, config: EngineConfig) -> bool:
-    try:
-        return Planner(sizes, budgets, HARDWARE, config).plan().max_batch == config.max_batch
-    except ConfigError:
-        return False
+@cache
+def _tightest(sizes: ModelSizes, config: EngineConfig) -> Budgets:
+    planner, batch = Planner(sizes, Budgets(device=0, host=2**34), HARDWARE, config), config.max_batch
+    device = smallest(lambda size: planner.fits(Budgets(device=size, host=2**34), batch))
+    return Budgets(device=device, host=smallest(lambda size: planner.fits(Budgets(device=device, host=size), batch)))
 
 
-def _smallest(fits: Callable[[int], bool]) -> int:
-    low, high = 0, 2**34
+def smallest(is_enough: Callable[[int], bool]) -> int:
+    """Bytes that are enough, where 1 KiB less is not."""
+    low, high = 0, 2**18
+    while not is_enough(high):
+        low, high = high, 2 * high
     while high - low > 1024:
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
     return high

@@ -325,10 +325,10 @@ async def test_cancelling_again_while_loading_stops_gives_everything_back(
     """An impatient caller does not leave memory or threads behind."""
     released, started, proceed = [], threading.Event(), threading.Event()
 
-    def slow(*args: Any, progress: bool) -> ModelWeights:
+    def slow(*args: Any, **options: Any) -> ModelWeights:
         started.set()
         assert proceed.wait(20)
-        return load_weights(*args, progress=progress)
+        return load_weights(*args, **options)
 
     load_weights = opened_model.load_weights
     monkeypatch.setattr(opened_model, "load_weights", slow)

@@ -27,6 +27,7 @@ ON_THE_BASE: Mapping[str, Sequence[str]] = {
     "base": (),
     "gpu": ("gpu",),
     "gpu-claim": ("gpu-claim",),
+    "shared-memory": ("gpu", "shared-memory"),
     "model-volume": ("model-volume",),
     "model-image": ("model-image",),
     "tls": ("tls",),

@@ -131,7 +131,7 @@ def test_what_there_is_not_is_seen(query, fault):
 
 
 def test_the_autoscaler_s_and_the_picker_s_metrics_exist():
-    """By the names that an adapter, or the picker itself, reads."""
+    """By the names that an adapter, or the picker itself, reads; there is one series of each, however many GPUs are."""
     [metric] = find(rendered("hpa"), "HorizontalPodAutoscaler")["spec"]["metrics"]
     [config] = (each for each in rendered("inference-pool") if each["kind"] == "ConfigMap")
     plugins = yaml.safe_load(config["data"]["picker.yaml"])["plugins"]
@@ -141,6 +141,7 @@ def test_the_autoscaler_s_and_the_picker_s_metrics_exist():
     names = {value for key, value in engine.items() if key.endswith("Spec")} | {metric["pods"]["metric"]["name"]}
     assert len(names) == 3
     assert names <= set(documented())
+    assert not any(documented()[name] for name in names), "they read one series of each pod"
 
 
 def test_the_picker_s_plugins_are_there():

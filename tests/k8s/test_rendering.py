@@ -5,7 +5,21 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from tests.k8s.rendering import ALONE, COMPONENTS, K8S, NAMES, ON_THE_BASE, compose, find, kustomize, rendered, title
+from hsrpc.cli.plan_kubernetes import PROCESS_BYTES
+from hsrpc.config import DeviceKind
+from tests.k8s.rendering import (
+    ALONE,
+    COMPONENTS,
+    K8S,
+    NAMES,
+    ON_THE_BASE,
+    bytes_of,
+    compose,
+    find,
+    kustomize,
+    rendered,
+    title,
+)
 
 KUSTOMIZATIONS = sorted(K8S.rglob("kustomization.yaml"))
 
@@ -42,11 +56,26 @@ def test_the_base_needs_no_gpu():
     assert "cuda" not in str(rendered("overlays/cpu-demo"))
 
 
-def test_two_gpus_are_two_replicas():
-    """With one each: no engine uses two."""
-    deployment = find(rendered("overlays/two-gpu"), "Deployment")
+@pytest.mark.parametrize(("name", "replicas", "gpus"), [("two-gpu", 1, 2), ("two-replicas", 2, 1)])
+def test_two_gpus_are_one_server_or_two(name, replicas, gpus):
+    """One server shares its stream of weights between all that its pod has; replicas have one each."""
+    deployment = find(rendered(f"overlays/{name}"), "Deployment")
     [server] = deployment["spec"]["template"]["spec"]["containers"]
-    assert (deployment["spec"]["replicas"], server["resources"]["limits"]["nvidia.com/gpu"]) == (2, 1)
+    resources = server["resources"]
+    assert deployment["spec"]["replicas"] == replicas
+    assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] == gpus
+    assert resources["limits"]["memory"] == resources["requests"]["memory"]
+    assert ("--gpus=all" in server["args"]) == (gpus > 1)
+
+
+def test_processes_of_several_gpus_share_memory():
+    """As much as they may need where GPUs do not reach each other, within the container's limit."""
+    pod = find(rendered("overlays/two-gpu"), "Deployment")["spec"]["template"]["spec"]
+    [server] = pod["containers"]
+    [name] = [mount["name"] for mount in server["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+    [volume] = [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == name]
+    assert volume["medium"] == "Memory"
+    assert 64 * 2**20 < bytes_of(volume["sizeLimit"]) < PROCESS_BYTES[DeviceKind.CUDA]
 
 
 def test_one_config_map_says_which_model():

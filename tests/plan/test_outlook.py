@@ -8,7 +8,7 @@ import pytest
 
 from hsrpc.config import EngineConfig
 from hsrpc.plan.advice import Advice, advise
-from hsrpc.plan.forecast import first_token, rates_by_batch
+from hsrpc.plan.forecast import first_token, longest_step, rates_by_batch
 from hsrpc.plan.known_machines import KNOWN_MACHINES
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
@@ -66,6 +66,15 @@ def test_a_long_prompt_takes_several_steps():
     once = first_token(plan, SIZES, planner.traffic)
     cut = replace(plan, max_idle_prefill_tokens=-(-once.prompt // 4))
     assert first_token(cut, SIZES, planner.traffic).idle > 1.5 * once.idle
+
+
+def test_the_longest_step_is_of_prompts_beside_decoding_or_alone():
+    """Of whichever a plan lets a step compute more."""
+    _, planner, plan = ask(STREAMING)
+    few, many = (replace(plan, max_idle_prefill_tokens=tokens) for tokens in (16, 100_000))
+    assert longest_step(few, SIZES) == plan.prediction.longest_step
+    at_once = replace(planner.traffic, prompt=100_000)
+    assert longest_step(many, SIZES) == first_token(many, SIZES, at_once).idle > plan.prediction.longest_step
 
 
 def test_under_load_a_first_token_waits_for_a_place_and_for_chunks():

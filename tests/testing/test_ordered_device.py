@@ -463,7 +463,8 @@ def test_a_history_is_exact(accesses: list[tuple[torch.Tensor, Actor, bool]], la
         naive |= {(int(i), actor, writes): number for i in view.reshape(-1)}
     for writes in (False, True):
         found = {
-            (c.actor, c.writes): c.number for c in history.unordered(Box.of(last), Actor.HOST, [0] * 5, writes=writes)
+            (c.actor, c.writes): c.number
+            for c in history.unordered(Box.of(last), Actor.HOST, [0] * len(Actor), writes=writes)
         }
         expected: dict[tuple[Actor, bool], int] = {}
         for (index, actor, wrote), number in naive.items():
@@ -478,6 +479,6 @@ def test_a_set_of_rows_is_exact(rows: list[int], view: torch.Tensor) -> None:
     history = AccessHistory(4 * _SIZE)
     right = torch.arange(_SIZE, dtype=torch.float32).view(8, 6)[:, 3:]
     history.add(RowSet.of(right, ints(*rows)), Actor.LOAD, 1, writes=True)
-    found = list(history.unordered(Box.of(view), Actor.COMPUTE, [0] * 5, writes=False))
+    found = list(history.unordered(Box.of(view), Actor.COMPUTE, [0] * len(Actor), writes=False))
     written = {int(i) for i in right[rows].reshape(-1)}
     assert bool(found) == (not written.isdisjoint(int(i) for i in view.reshape(-1)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
+from hsrpc.device.device import DeviceMemory
 from hsrpc.model.sampler import Sampled
+from hsrpc.plan.machine import Machine
 from hsrpc.request import TokenLogprob
 from hsrpc.schedule.step import Packed, Scheduled
 
@@ -38,6 +40,23 @@ class Moved(NamedTuple):
     expert_bytes: int = 0
 
 
+class GpuFacts(NamedTuple):
+    """Which GPU one is, and what was found there before the plan was made."""
+
+    uuid: str
+    """As `Device.uuid`."""
+    machine: Machine
+
+
+class GpuUse(NamedTuple):
+    """What one GPU has done since the start, and what it holds."""
+
+    moved: Moved = Moved()
+    memory: DeviceMemory = DeviceMemory()
+    busy_seconds: float = 0.0
+    """Time in which it did its parts of steps; in what is left of the steps' time it was done and others were not."""
+
+
 S = TypeVar("S", bound=Packed)
 """A step as it is executed there."""
 
@@ -62,10 +81,6 @@ class Gpus(Protocol[S]):
         """What is done for the first time takes long: kernels are compiled and loaded."""
 
     @property
-    def peak_memory(self) -> int:
-        """Most bytes of device memory in use at once so far, of the GPU that uses most."""
-
-    @property
     def runs_ahead(self) -> bool:
         """Steps in place can be launched before the tokens of the step before are known."""
 
@@ -86,7 +101,10 @@ class Gpus(Protocol[S]):
         """
 
     def moved(self) -> Moved:
-        """Counters at this moment."""
+        """Counters of all together at this moment."""
+
+    def uses(self) -> Sequence[GpuUse]:
+        """What each has done, and holds, at this moment."""
 
     def reset_counts(self) -> None:
         """Count from 0 again."""

@@ -19,17 +19,11 @@ import numpy.typing as npt
 
 from hsrpc.config import EngineConfig
 from hsrpc.device.group import Meeting
-from hsrpc.engine.gpus.contract import Moved, StepResult
-from hsrpc.errors import OutOfDeviceMemoryError
-from hsrpc.plan.machine import Machine
+from hsrpc.engine.gpus.contract import GpuFacts, GpuUse, StepResult
+from hsrpc.errors import HsrpcError, OutOfDeviceMemoryError
 from hsrpc.plan.plan import Plan
 from hsrpc.schedule.step import Packed
 
-BEAT_SECONDS = 0.25
-"""A rank says that often that it is there."""
-MAX_SILENCE = 10.0
-"""Seconds after which a rank that says nothing is taken to hang. It says so on its event loop, which other threads of
-the process, or of a busy host, may keep waiting for a while."""
 _LENGTH = struct.Struct("!Q")
 
 
@@ -40,14 +34,12 @@ class Begin(NamedTuple):
     rank: int
     size: int
     meeting: Meeting
-    progress: bool
-    """It shows bars while it loads."""
 
 
 class Measured(NamedTuple):
     """What a rank found of its GPU, measured while all others did so too."""
 
-    machine: Machine
+    facts: GpuFacts
 
 
 class Load(NamedTuple):
@@ -58,10 +50,19 @@ class Load(NamedTuple):
     """Number of the choice of the model's formats that the plan is for."""
 
 
+class Loading(NamedTuple):
+    """How far a rank is with what it is to load."""
+
+    done: int
+    """Layers."""
+    total: int
+
+
 class Ready(NamedTuple):
     """A rank takes steps."""
 
     warms_up: bool
+    use: GpuUse
 
 
 class Execute(NamedTuple):
@@ -91,22 +92,17 @@ class ResetCounts(NamedTuple):
 
 
 class Executed(NamedTuple):
-    """What a step gave, and what was moved by then."""
+    """What a step gave, and what the rank has done by then."""
 
     step_id: int
     result: StepResult | OutOfDeviceMemoryError | None
-    moved: Moved
-    peak_memory: int
-
-
-class Alive(NamedTuple):
-    """A rank's event loop runs."""
+    use: GpuUse
 
 
 class Failed(NamedTuple):
     """Why a rank ends."""
 
-    error: Exception
+    error: HsrpcError
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +117,15 @@ class Line:
         return cls(*await asyncio.open_connection(sock=end))
 
     def send(self, message: tuple[Any, ...]) -> None:
-        """Send without waiting: what is under way is bounded by what is asked for."""
+        """Send without waiting: what is under way is bounded by what is asked for. Nothing, where it is closed."""
+        if self.writer.is_closing():
+            return  # `receive` tells
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         self.writer.write(_LENGTH.pack(len(data)) + data)
+
+    def fail(self, error: Exception) -> None:
+        """Let `receive` raise `error`, whatever comes."""
+        self.reader.set_exception(error)
 
     async def receive(self) -> Any:
         """The next message.

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from hsrpc.device.device import Device
-from hsrpc.engine.gpus.contract import Moved, StepResult, Task
+from hsrpc.engine.gpus.contract import GpuUse, Moved, StepResult, Task
 from hsrpc.engine.tasks.cache import CacheManager
 from hsrpc.engine.tasks.executor import Executor
 from hsrpc.engine.tasks.weights import WeightPrefetcher
 from hsrpc.schedule.step import Scheduled, Step
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OneGpu:
     """The GPU of this process; see `Gpus`."""
 
@@ -24,6 +25,7 @@ class OneGpu:
     prefetcher: WeightPrefetcher
     cache: CacheManager
     executor: Executor
+    _busy_seconds: float = 0.0
 
     @property
     def count(self) -> int:
@@ -42,10 +44,6 @@ class OneGpu:
         return self.device.warms_up
 
     @property
-    def peak_memory(self) -> int:
-        return self.device.peak_memory
-
-    @property
     def runs_ahead(self) -> bool:
         return self.executor.runs_ahead
 
@@ -57,7 +55,11 @@ class OneGpu:
         return self.executor.assemble(scheduled)
 
     async def execute(self, step: Step, ahead: Step | None = None) -> StepResult | None:
-        return await self.executor.execute(step, ahead)
+        began = time.monotonic()
+        try:
+            return await self.executor.execute(step, ahead)
+        finally:
+            self._busy_seconds += time.monotonic() - began
 
     def moved(self) -> Moved:
         regenerated = self.executor.forward.regenerated_tokens
@@ -65,7 +67,11 @@ class OneGpu:
             self.prefetcher.streamed_bytes, self.cache.loaded_bytes, regenerated, *self.prefetcher.expert_counts
         )
 
+    def uses(self) -> Sequence[GpuUse]:
+        return [GpuUse(self.moved(), self.device.memory, self._busy_seconds)]
+
     def reset_counts(self) -> None:
+        self._busy_seconds = 0.0
         self.prefetcher.reset_counts()
         self.cache.loaded_bytes = self.executor.forward.regenerated_tokens = 0
 

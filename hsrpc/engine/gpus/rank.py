@@ -11,7 +11,8 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,10 +21,8 @@ import numpy.typing as npt
 
 from hsrpc.device.device import Device, open_device
 from hsrpc.device.group import Connected
-from hsrpc.engine.gpus.contract import StepResult
+from hsrpc.engine.gpus.contract import GpuFacts, StepResult, Task
 from hsrpc.engine.gpus.messages import (
-    BEAT_SECONDS,
-    Alive,
     Allowed,
     Begin,
     Execute,
@@ -31,15 +30,17 @@ from hsrpc.engine.gpus.messages import (
     Failed,
     Line,
     Load,
+    Loading,
     Measured,
     Ready,
     ResetCounts,
     Stop,
 )
 from hsrpc.engine.gpus.one import OneGpu
+from hsrpc.engine.gpus.pulse import Heart
 from hsrpc.engine.model_files import ModelFiles
 from hsrpc.engine.startup import measure, open_gpu
-from hsrpc.errors import HsrpcError, OutOfDeviceMemoryError
+from hsrpc.errors import EngineFaultError, HsrpcError, OutOfDeviceMemoryError
 from hsrpc.schedule.step import StopFlag
 
 _log = logging.getLogger(__name__)
@@ -98,29 +99,50 @@ class Rank:
         self._works: asyncio.Queue[_Work] = asyncio.Queue()
         self._under_way: dict[int, _Work] = {}
         """Steps that were asked for and not executed, by id."""
+        self._number = 0
         self._gpu: OneGpu | None = None
 
     async def run(self) -> None:
         """Load and compute as the front process asks; ends with this process."""
         begin: Begin = await self._line.receive()
+        self._number = begin.rank
         logging.basicConfig(format=f"gpu {begin.rank}: %(levelname)s: %(message)s")
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._read())
-            group.create_task(self._beat())
-            self._gpu = gpu = await self._open(begin)
-            for task in gpu.tasks:
-                group.create_task(task())
-            self._line.send(Ready(gpu.warms_up))
-            await self._compute(gpu)
+            group.create_task(self._told(self._read))
+            with self._telling():
+                self._gpu = gpu = await self._open(begin)
+                for task in gpu.tasks:
+                    group.create_task(self._told(task))
+                self._line.send(Ready(gpu.warms_up, *gpu.uses()))
+                await self._compute(gpu)
+
+    async def _told(self, task: Task) -> None:
+        with self._telling():
+            await task()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tell at once what goes wrong here: this process may wait long for threads of its other tasks."""
+        try:
+            yield
+        except Exception as error:
+            _log.error("this rank ends", exc_info=error)
+            self._line.send(Failed(_known(error, self._number)))
+            raise
 
     async def _open(self, begin: Begin) -> OneGpu:
         device, joined = await asyncio.to_thread(_join, begin)
         model = await asyncio.to_thread(ModelFiles.read, begin.config, device.torch_device)
-        self._line.send(Measured(await asyncio.to_thread(measure, device, model.spec, joined)))
+        machine = await asyncio.to_thread(measure, device, model.spec, joined)
+        self._line.send(Measured(GpuFacts(device.uuid, machine)))
         load = await self._loads.get()
-        spec, progress = model.spec_of(load.choice, load.plan), begin.progress and begin.rank == 0  # all are as far
+        spec, tell = model.spec_of(load.choice, load.plan), asyncio.get_running_loop().call_soon_threadsafe
+
+        def note(done: int, total: int) -> None:
+            tell(self._line.send, Loading(done, total))
+
         opening = partial(open_gpu, spec, load.plan, model.source, device, threading.Event())
-        return await asyncio.to_thread(opening, group=joined, progress=progress)
+        return await asyncio.to_thread(opening, group=joined, progress=note)
 
     async def _read(self) -> None:
         """Take messages; without the front process there is nothing left to do."""
@@ -144,18 +166,13 @@ class Rank:
                     assert self._gpu is not None  # it is ready
                     self._gpu.reset_counts()
 
-    async def _beat(self) -> None:
-        while True:
-            self._line.send(Alive())
-            await asyncio.sleep(BEAT_SECONDS)
-
     async def _compute(self, gpu: OneGpu) -> None:
         while True:
             work = await self._works.get()
             step_id = work.execute.packed.step_id
             result = await _execute(gpu, work)
             del self._under_way[step_id]
-            self._line.send(Executed(step_id, result, gpu.moved(), gpu.peak_memory))
+            self._line.send(Executed(step_id, result, *gpu.uses()))
 
 
 def _join(begin: Begin) -> tuple[Device, Connected]:
@@ -178,21 +195,26 @@ async def _execute(gpu: OneGpu, work: _Work) -> StepResult | OutOfDeviceMemoryEr
         return error
 
 
-async def serve(end: socket.socket) -> None:
-    """Be the rank that the process at the other `end` asks for; tells it why, where it cannot."""
+def _known(error: Exception, number: int) -> HsrpcError:
+    """What the front process is told: what nobody expects is a fault of GPU `number`."""
+    if isinstance(error, HsrpcError):
+        return error
+    return EngineFaultError(f"GPU {number} failed: {type(error).__name__}: {error}")
+
+
+async def serve(end: socket.socket, pulse: int) -> None:
+    """Be the rank that the process at the other `end` asks for; `pulse`: file descriptor to which it beats."""
+    Heart(pulse, asyncio.get_running_loop())
     line = await Line.over(end)
-    try:
+    with suppress(BaseExceptionGroup):  # it is told
         await Rank(line).run()
-    except BaseExceptionGroup as group:
-        [error, *_] = group.exceptions
-        _log.error("this rank ends", exc_info=error)
-        line.send(Failed(error if isinstance(error, HsrpcError) else RuntimeError(f"{type(error).__name__}: {error}")))
-        await line.writer.drain()
+    await line.writer.drain()
 
 
 def main() -> None:
-    """Serve over the socket whose number is given; ends at once, whatever threads are left."""
-    asyncio.run(serve(socket.socket(fileno=int(sys.argv[1]))))
+    """Serve over the socket and the pipe whose numbers are given; ends at once, whatever threads are left."""
+    end, pulse = map(int, sys.argv[1:])
+    asyncio.run(serve(socket.socket(fileno=end), pulse))
     os._exit(1)
 
 

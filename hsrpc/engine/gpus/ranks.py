@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +25,9 @@ import numpy.typing as npt
 
 import hsrpc
 from hsrpc.config import EngineConfig
-from hsrpc.device.group import MeetingPlace
-from hsrpc.engine.gpus.contract import Moved, StepResult, Task
+from hsrpc.device.group import LostError, MeetingPlace
+from hsrpc.engine.gpus.contract import GpuFacts, GpuUse, Moved, StepResult, Task
 from hsrpc.engine.gpus.messages import (
-    MAX_SILENCE,
     Allowed,
     Begin,
     Execute,
@@ -35,11 +35,14 @@ from hsrpc.engine.gpus.messages import (
     Failed,
     Line,
     Load,
+    Loading,
     Measured,
     Ready,
     ResetCounts,
     Stop,
 )
+from hsrpc.engine.gpus.pulse import SERVING, Pulse
+from hsrpc.engine.loading_progress import LoadingProgress
 from hsrpc.errors import EngineFaultError, OutOfDeviceMemoryError
 from hsrpc.plan.machine import Machine
 from hsrpc.plan.plan import Plan
@@ -47,7 +50,13 @@ from hsrpc.schedule.assemble import pack_step
 from hsrpc.schedule.step import Packed, Scheduled, StopFlag
 from hsrpc.schedule.windows import LayerWindows
 
-_RANK = "hsrpc.engine.gpus.rank"
+STEP_LIMIT = 10.0
+"""Times a step may take of what is predicted of the longest: contexts may be longer, and the host busy."""
+MIN_STEP_LIMIT = 30.0
+"""Seconds that it may take besides: kernels are compiled with the first steps."""
+_CAUSE_SECONDS = 0.1
+"""In which a rank that has failed is heard of, once another one misses it."""
+RANK_MODULE = "hsrpc.engine.gpus.rank"
 _SETTINGS = {
     "NCCL_NVLS_ENABLE": "0",  # multicast hangs where the host does not have it set up
     "NCCL_SOCKET_IFNAME": "lo",
@@ -74,26 +83,36 @@ class JointStep(Packed):
 class RankProcess:
     """A rank as the front process sees it."""
 
-    def __init__(self, number: int, process: Process, line: Line) -> None:
+    def __init__(self, number: int, process: Process, line: Line, beats: int) -> None:
+        """`beats`: file descriptor from which they come."""
         self._number = number
         self._process = process
         self._line = line
+        self._pulse = Pulse(beats, process.pid, self._fail)
         self._executed: asyncio.Queue[Executed] = asyncio.Queue()
 
     @classmethod
     async def start(cls, number: int) -> Self:
         """Start the process of a GPU."""
         ours, theirs = socket.socketpair()
-        with theirs:
+        beats, pulse = os.pipe()
+        try:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", _RANK, str(theirs.fileno())),
+                *(sys.executable, "-m", RANK_MODULE, str(theirs.fileno()), str(pulse)),
                 stdin=DEVNULL,
                 stdout=DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), pulse],
                 env=_environment(number),
                 start_new_session=True,  # Ctrl-C is for the front process, which ends this one
             )
-        return cls(number, process, await Line.over(ours))
+        except BaseException:
+            ours.close()
+            os.close(beats)
+            raise
+        finally:
+            theirs.close()
+            os.close(pulse)
+        return cls(number, process, await Line.over(ours), beats)
 
     @property
     def pid(self) -> int:
@@ -102,15 +121,21 @@ class RankProcess:
     def send(self, message: tuple[Any, ...]) -> None:
         self._line.send(message)
 
-    async def expect(self, kind: type[M]) -> M:
-        """The next message of that kind; before there are steps.
+    async def expect(self, kind: type[M], progress: LoadingProgress | None = None) -> M:
+        """The next message of that kind; before there are steps. `progress` is told what it loads until then.
 
         Raises:
             HsrpcError: the rank cannot go on.
         """
         while not isinstance(message := await self._receive(), kind):
-            pass
+            if progress is not None and isinstance(message, Loading):
+                progress.note(self._number, message.done, message.total)
         return message
+
+    @property
+    def has_executed(self) -> bool:
+        """`executed` has something to give."""
+        return not self._executed.empty()
 
     async def executed(self) -> Executed:
         """What the step gives that was asked for."""
@@ -122,37 +147,45 @@ class RankProcess:
         Raises:
             EngineFaultError: the rank is gone, or hangs.
         """
+        self._pulse.limits = SERVING
         try:
             while True:
-                async with asyncio.timeout(MAX_SILENCE):
-                    message = await self._receive()
+                message = await self._receive()
                 if isinstance(message, Executed):
                     self._executed.put_nowait(message)
-        except TimeoutError:
-            raise EngineFaultError(f"GPU {self._number} has said nothing for {MAX_SILENCE:g} s") from None
         finally:
             self.kill()
 
     def kill(self) -> None:
-        """End the process now."""
-        with suppress(ProcessLookupError):
-            self._process.kill()
+        """End the process now, and what it has started.
+
+        Not by `Process.kill`, which may take the exit code from whoever waits for it.
+        """
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     async def close(self) -> None:
         """End the process, and wait until it has given back all that it held."""
         self.kill()
+        self._pulse.close()
         self._line.writer.close()
         with suppress(ConnectionError):
             await self._line.writer.wait_closed()
         await self._process.wait()
+
+    def _fail(self, problem: str) -> None:
+        """It hangs: nothing that it says counts any more."""
+        self._line.fail(EngineFaultError(f"the process of GPU {self._number} {problem}"))
+        self.kill()
 
     async def _receive(self) -> Any:
         try:
             message = await self._line.receive()
         except EOFError:
             self.kill()
-            code = await self._process.wait()
-            raise EngineFaultError(f"the process of GPU {self._number} has ended, with exit code {code}") from None
+            how = _how_ended(await self._process.wait())
+            raise EngineFaultError(f"the process of GPU {self._number} has ended, {how}") from None
         if isinstance(message, Failed):
             raise message.error
         return message
@@ -167,14 +200,15 @@ class Ranks:
         """Kept as long as they meet there."""
         self._plan: Plan
         self._windows: LayerWindows
-        self._machine: Machine
+        self._longest_step: float
+        self._facts: Sequence[GpuFacts] = ()
         self._warms_up = False
-        self._last: Sequence[Executed] = ()
+        self._uses: Sequence[GpuUse] = [GpuUse()] * len(processes)
         """What each rank said last."""
         self._queued = 0
 
     @classmethod
-    async def start(cls, config: EngineConfig, progress: bool) -> Self:
+    async def start(cls, config: EngineConfig) -> Self:
         """Start the processes; they find each other, and measure, all at once.
 
         Raises:
@@ -186,30 +220,40 @@ class Ranks:
         try:
             for number in range(count):
                 processes.append(await RankProcess.start(number))
-                processes[-1].send(Begin(config, number, count, meeting.meeting, progress))
+                processes[-1].send(Begin(config, number, count, meeting.meeting))
             measured = await _from_all(processes, Measured)
         except BaseException:
             await found.close()
             raise
-        found._machine = _slowest([each.machine for each in measured])
+        found._facts = [each.facts for each in measured]
         return found
 
-    async def load(self, plan: Plan, choice: int, windows: LayerWindows) -> None:
+    async def load(
+        self, plan: Plan, choice: int, windows: LayerWindows, longest_step: float, *, bars: bool = False
+    ) -> None:
         """Load the model as `plan` says, on all GPUs.
+
+        `longest_step`: seconds that a step takes at most, as predicted; `bars`: show how far they are on a terminal.
 
         Raises:
             HsrpcError: a rank cannot go on.
         """
-        self._plan, self._windows = plan, windows
+        self._plan, self._windows, self._longest_step = plan, windows, longest_step
         for process in self._processes:
             process.send(Load(plan, choice))
-        ready = await _from_all(self._processes, Ready)
+        with LoadingProgress(self.count, bars=bars) as progress:
+            ready = await _from_all(self._processes, Ready, progress)
         self._warms_up = any(each.warms_up for each in ready)
+        self._uses = [each.use for each in ready]
 
     @property
     def machine(self) -> Machine:
         """The machine as the slowest of the GPUs found it."""
-        return self._machine
+        return _slowest([each.machine for each in self._facts])
+
+    @property
+    def facts(self) -> Sequence[GpuFacts]:
+        return self._facts
 
     @property
     def processes(self) -> Sequence[RankProcess]:
@@ -221,19 +265,15 @@ class Ranks:
 
     @property
     def name(self) -> str:
-        return f"{self.count} x {self._machine.name}"
+        return f"{self.count} x {self._facts[0].machine.name}"
 
     @property
     def tasks(self) -> Sequence[Task]:
-        return [process.run for process in self._processes]
+        return [self._run]
 
     @property
     def warms_up(self) -> bool:
         return self._warms_up
-
-    @property
-    def peak_memory(self) -> int:
-        return max((each.peak_memory for each in self._last), default=0)
 
     @property
     def runs_ahead(self) -> bool:
@@ -274,7 +314,8 @@ class Ranks:
             self._stop(step.step_id)
         if any(step.masks):
             await self._tell_allowed(step)
-        self._last = executed = [await process.executed() for process in self._processes]
+        executed = await self._executed()
+        self._uses = [each.use for each in executed]
         self._queued -= 1
         results = [each.result for each in executed]
         for result in results:
@@ -286,10 +327,13 @@ class Ranks:
         return StepResult([each for part in whole for each in part.sampled], [s for part in whole for s in part.scored])
 
     def moved(self) -> Moved:
-        return Moved(*map(sum, zip(*(each.moved for each in self._last), strict=True))) if self._last else Moved()
+        return Moved(*map(sum, zip(*(each.moved for each in self._uses), strict=True)))
+
+    def uses(self) -> Sequence[GpuUse]:
+        return self._uses
 
     def reset_counts(self) -> None:
-        self._last = ()
+        self._uses = [GpuUse(memory=each.memory) for each in self._uses]
         for process in self._processes:
             process.send(ResetCounts())
 
@@ -298,7 +342,29 @@ class Ranks:
             process.kill()
         for process in self._processes:
             await process.close()
-        return _release
+        self._meeting.close()
+        return gc.unfreeze
+
+    async def _run(self) -> None:
+        await results_of([process.run() for process in self._processes])
+
+    async def _executed(self) -> list[Executed]:
+        """What each GPU gives of the step under way.
+
+        Raises:
+            EngineFaultError: it takes far longer than any step should: one waits for another, or for its device.
+        """
+        executed: dict[int, Executed] = {}
+        limit = MIN_STEP_LIMIT + STEP_LIMIT * self._longest_step
+        try:
+            async with asyncio.timeout(limit):
+                for number, process in enumerate(self._processes):
+                    executed[number] = await process.executed()
+        except TimeoutError:
+            numbers = (n for n, each in enumerate(self._processes) if n not in executed and not each.has_executed)
+            late, predicted = ", ".join(map(str, numbers)), f"{self._longest_step:.2g} s were predicted at most"
+            raise EngineFaultError(f"a step has not ended after {limit:.1f} s on GPU {late}; {predicted}") from None
+        return list(executed.values())
 
     async def _tell_allowed(self, step: JointStep) -> None:
         """Send the ranks what constrained rows may sample, once the step is under way and that is known."""
@@ -316,20 +382,45 @@ def _allowed(masks: Mapping[int, Mask]) -> dict[int, npt.NDArray[np.int32]]:
     return {row: mask() for row, mask in masks.items()}
 
 
-async def _from_all(processes: Sequence[RankProcess], kind: type[M]) -> list[M]:
-    """A message of that kind from each; what goes wrong first is told.
+async def _from_all(
+    processes: Sequence[RankProcess], kind: type[M], progress: LoadingProgress | None = None
+) -> list[M]:
+    """A message of that kind from each, `progress` being told what they load; what goes wrong first is told.
 
     Raises:
         HsrpcError: a rank cannot go on.
     """
+    return await results_of([process.expect(kind, progress) for process in processes])
+
+
+async def results_of(works: Sequence[Coroutine[Any, Any, M]]) -> list[M]:
+    """Results of works, one for each rank; where one ends with an error the others are cancelled.
+
+    Raises:
+        HsrpcError: why a rank cannot go on, of all reasons the one that others may follow from.
+    """
+    tasks = [asyncio.create_task(work) for work in works]
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(process.expect(kind)) for process in processes]
-    except* Exception as errors:
-        # What a rank found out comes before that the others have ended, for want of it.
-        causes = sorted(errors.exceptions, key=lambda error: isinstance(error, EngineFaultError))
-        raise causes[0] from None
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if all(isinstance(error, LostError) for error in _errors(tasks)):  # others know why, if any do
+            await asyncio.wait(tasks, timeout=_CAUSE_SECONDS)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    for error in sorted(_errors(tasks), key=lambda error: isinstance(error, LostError)):
+        raise error
     return [task.result() for task in tasks]
+
+
+def _errors(tasks: Sequence[asyncio.Task[Any]]) -> list[BaseException]:
+    ended = [task for task in tasks if task.done() and not task.cancelled()]
+    return [error for task in ended if (error := task.exception()) is not None]
+
+
+def _how_ended(code: int) -> str:
+    """What the exit code of a process says."""
+    return f"with exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
 def _slowest(machines: Sequence[Machine]) -> Machine:
@@ -344,9 +435,3 @@ def _environment(number: int) -> dict[str, str]:
     visible = os.environ.get(_VISIBLE)
     own = str(number) if not visible else visible.split(",")[number : number + 1]
     return os.environ | _SETTINGS | {"PYTHONPATH": path, _VISIBLE: own if isinstance(own, str) else "".join(own)}
-
-
-def _release() -> None:
-    """Close the meeting's sockets: what ended tasks' tracebacks hold; device memory went with the processes."""
-    gc.unfreeze()
-    gc.collect()

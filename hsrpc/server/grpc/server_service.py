@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from hsrpc import __version__
 from hsrpc.errors import InvalidRequestError
 from hsrpc.plan.plan import Plan
 from hsrpc.schedule.blocks import BlockKind, PoolId, Tier
-from hsrpc.server.engine_protocol import Engine, Stats
+from hsrpc.server.engine_protocol import Engine, GpuStats, Stats
 from hsrpc.server.grpc.handlers import Write
 from hsrpc.server.grpc.messages import duration, read_seconds
 from hsrpc.server.service import Service
@@ -36,7 +38,8 @@ class ServerService:
             uptime=duration(self._service.uptime),
             plan=_plan_message(engine.plan),
             measured=_measured_message(stats),
-            load=_load_message(engine, stats),
+            load=_load_message(engine.plan, stats),
+            gpus=_gpu_messages(engine),
         )
 
     async def watch_load(self, request: v1.WatchLoadRequest, write: Write[v1.WatchLoadResponse]) -> None:
@@ -51,7 +54,7 @@ class ServerService:
     def _report(self, engine: Engine) -> v1.WatchLoadResponse:
         stats = engine.stats()
         return v1.WatchLoadResponse(
-            load=_load_message(engine, stats),
+            load=_load_message(engine.plan, stats),
             measured=_measured_message(stats),
             uptime=duration(self._service.uptime),
         )
@@ -70,13 +73,13 @@ def _interval(request: v1.WatchLoadRequest) -> float:
 def _plan_message(plan: Plan) -> v1.Plan:
     return v1.Plan(
         device_memory_bytes=plan.budgets.device,
-        host_memory_bytes=plan.budgets.host,
+        host_memory_bytes=plan.num_gpus * plan.budgets.host,
         resident_share=plan.resident_share,
         activation_share=plan.activation_share,
         max_batch=plan.num_gpus * plan.max_batch,
         expected_context=plan.prediction.context,
         predicted_step_time=duration(plan.prediction.step),
-        predicted_tokens_per_second=plan.prediction.tokens_per_second,
+        predicted_tokens_per_second=plan.num_gpus * plan.prediction.tokens_per_second,
         cache_policy=plan.policy,
         cache_decision=plan.reason,
     )
@@ -95,6 +98,17 @@ def _measured_message(stats: Stats) -> v1.Measured:
         accepted_tokens=stats.accepted_tokens,
         preemptions=stats.preemptions,
         peak_device_bytes=stats.peak_device_bytes,
+        gpus=[
+            v1.GpuMeasured(
+                gpu=number,
+                weights_streamed_bytes=gpu.weights_streamed_bytes,
+                cache_loaded_bytes=gpu.cache_loaded_bytes,
+                regenerated_tokens=gpu.regenerated_tokens,
+                peak_device_bytes=gpu.peak_device_bytes,
+                busy_time=duration(gpu.busy_seconds),
+            )
+            for number, gpu in enumerate(stats.gpus)
+        ],
     )
     if stats.steps and stats.step_seconds > 0:
         message.step_time.CopyFrom(duration(stats.step_seconds / stats.steps))
@@ -102,15 +116,50 @@ def _measured_message(stats: Stats) -> v1.Measured:
     return message
 
 
-def _load_message(engine: Engine, stats: Stats) -> v1.Load:
-    blocks = [
+def _load_message(plan: Plan, stats: Stats) -> v1.Load:
+    return v1.Load(
+        queued_requests=stats.queued,
+        running_requests=stats.running,
+        blocks=_block_messages(stats, {pool: plan.num_gpus * count for pool, count in plan.num_blocks.items()}),
+        gpus=[
+            v1.GpuLoad(
+                gpu=number,
+                running_requests=gpu.running,
+                blocks=_block_messages(gpu, plan.num_blocks),
+                device_bytes=gpu.device_bytes,
+            )
+            for number, gpu in enumerate(stats.gpus)
+        ],
+    )
+
+
+def _block_messages(stats: Stats | GpuStats, totals: Mapping[PoolId, int]) -> list[v1.BlockUse]:
+    return [
         v1.BlockUse(
             kind=_KINDS[pool.kind],
             tier=_TIERS[pool.tier],
-            used=stats.used_blocks.get(pool, 0),
-            total=engine.plan.num_blocks.get(pool, 0),
-            peak=stats.peak_blocks.get(pool, 0),
+            used=stats.used_blocks[pool],
+            total=totals.get(pool, 0),
+            peak=stats.peak_blocks[pool],
+            kept=stats.kept_blocks[pool],
         )
         for pool in PoolId
     ]
-    return v1.Load(queued_requests=stats.queued, running_requests=stats.running, blocks=blocks)
+
+
+def _gpu_messages(engine: Engine) -> list[v1.Gpu]:
+    budgets = engine.plan.budgets
+    return [
+        v1.Gpu(
+            gpu=number,
+            name=gpu.machine.name,
+            uuid=gpu.uuid,
+            device_memory_bytes=budgets.device,
+            host_memory_bytes=budgets.host,
+            load_bytes_per_second=gpu.machine.hardware.load_bandwidth,
+            store_bytes_per_second=gpu.machine.hardware.store_bandwidth,
+            memory_bytes_per_second=gpu.machine.hardware.memory_bandwidth,
+            flops_per_second=gpu.machine.hardware.gemm_rate,
+        )
+        for number, gpu in enumerate(engine.gpus)
+    ]

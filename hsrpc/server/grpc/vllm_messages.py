@@ -280,7 +280,7 @@ def loads_message(engine: Engine) -> vllm.GetLoadsResponse:
 def _load_message(engine: Engine, stats: Stats) -> vllm.SchedulerLoad:
     """Tokens are those that blocks have room for, of every kind and tier."""
     plan = engine.plan
-    used, blocks = sum(stats.used_blocks.values()), sum(plan.num_blocks.values())
+    used, blocks = sum(stats.used_blocks.values()), plan.num_gpus * sum(plan.num_blocks.values())
     return vllm.SchedulerLoad(
         num_running_reqs=stats.running,
         num_waiting_reqs=stats.queued,

@@ -11,6 +11,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from hsrpc.errors import EngineUnavailableError
+from hsrpc.plan.plan import Plan
 from hsrpc.plan.roofline import StepRecord, roofline
 from hsrpc.request import FinishReason
 from hsrpc.schedule.blocks import PoolId
@@ -21,6 +22,8 @@ from hsrpc.server.observation import METHODS, CutReason, ObservedCall
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 1000.0)
 _LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 _RATIO = (0.5, 0.8, 0.9, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+_GPU = "gpu"
+"""Label of what is one GPU's: its number."""
 _BUS = ("weights", "cache")
 _BUS_SECONDS = 10.0
 """Step time after which a step has about a third of its weight in the bus's rate."""
@@ -114,7 +117,9 @@ class EngineMetrics(Collector):
         except EngineUnavailableError:
             return  # left meanwhile
         yield from _requests(stats)
-        yield from _memory(engine, stats)
+        yield from _blocks(engine.plan, stats)
+        yield from _memory(engine.plan, stats)
+        yield from _gpus(engine, stats)
         yield from _work(stats)
 
 
@@ -153,35 +158,56 @@ def _seconds(name: str, text: str, registry: CollectorRegistry) -> Histogram:
 
 def _requests(stats: Stats) -> Iterator[Metric]:
     yield _gauge("hsrpc_requests_queued", "Requests that wait to run", stats.queued)
-    yield _gauge("hsrpc_requests_running", "Requests that run", stats.running)
+    yield _gauges("hsrpc_requests_running", "Requests that run", [gpu.running for gpu in stats.gpus])
     yield _gauge("vllm:num_requests_waiting", "Alias of hsrpc_requests_queued", stats.queued)
-    yield _gauge("vllm:num_requests_running", "Alias of hsrpc_requests_running", stats.running)
+    yield _gauge("vllm:num_requests_running", "Sum of hsrpc_requests_running", stats.running)
 
 
-def _memory(engine: Engine, stats: Stats) -> Iterator[Metric]:
-    plan, labels = engine.plan, ["kind", "tier"]
+def _blocks(plan: Plan, stats: Stats) -> Iterator[Metric]:
+    labels = ["kind", "tier", _GPU]
     used = GaugeMetricFamily("hsrpc_cache_blocks_used", "Cache blocks in use", labels=labels)
+    kept = GaugeMetricFamily("hsrpc_cache_blocks_kept", "Cache blocks kept for what they hold", labels=labels)
     total = GaugeMetricFamily("hsrpc_cache_blocks", "Cache blocks there are", labels=labels)
-    for pool in PoolId:
-        names = [pool.kind.value, pool.tier.value]
-        used.add_metric(names, stats.used_blocks.get(pool, 0))
-        total.add_metric(names, plan.num_blocks.get(pool, 0))
-    yield used
-    yield total
-    blocks = sum(plan.num_blocks.values())
+    for number, gpu in enumerate(stats.gpus):
+        for pool in PoolId:
+            names = [pool.kind.value, pool.tier.value, str(number)]
+            used.add_metric(names, gpu.used_blocks[pool])
+            kept.add_metric(names, gpu.kept_blocks[pool])
+            total.add_metric(names, plan.num_blocks.get(pool, 0))
+    yield from (used, kept, total)
+    blocks = plan.num_gpus * sum(plan.num_blocks.values())
     usage = sum(stats.used_blocks.values()) / blocks if blocks else 0.0
     yield _gauge("vllm:kv_cache_usage_perc", "Share of all cache blocks in use, 0 to 1", usage)
-    yield _gauge("hsrpc_device_memory_bytes", "Device memory that the plan uses", sum(plan.device_bytes.values()))
-    yield _gauge("hsrpc_device_memory_peak_bytes", "Most device memory in use at once", stats.peak_device_bytes)
-    yield _gauge("hsrpc_host_memory_bytes", "Pinned host memory that the plan uses", sum(plan.host_bytes.values()))
+
+
+def _memory(plan: Plan, stats: Stats) -> Iterator[Metric]:
+    device, host = (sum(parts.values()) for parts in (plan.device_bytes, plan.host_bytes))
+    yield _gauges("hsrpc_device_memory_bytes", "Device memory that the plan uses", [device for _ in stats.gpus])
+    used = [gpu.device_bytes for gpu in stats.gpus]
+    yield _gauges("hsrpc_device_memory_used_bytes", "Device memory in use", used)
+    peak = [gpu.peak_device_bytes for gpu in stats.gpus]
+    yield _gauges("hsrpc_device_memory_peak_bytes", "Most device memory in use at once", peak)
+    yield _gauges("hsrpc_host_memory_bytes", "Pinned host memory that the plan uses", [host for _ in stats.gpus])
     yield _gauge("hsrpc_activation_share_ratio", "Planned share of tokens held as activations", plan.activation_share)
 
 
+def _gpus(engine: Engine, stats: Stats) -> Iterator[Metric]:
+    info = GaugeMetricFamily("hsrpc_gpu_info", "1 for each GPU, by name and uuid", labels=[_GPU, "name", "uuid"])
+    for number, gpu in enumerate(engine.gpus):
+        info.add_metric([str(number), gpu.machine.name, gpu.uuid], 1)
+    yield info
+    busy = CounterMetricFamily("hsrpc_gpu_busy_seconds", "Time in which it did its parts of steps", labels=[_GPU])
+    bus = CounterMetricFamily("hsrpc_bus_bytes", "Bytes copied to the device", labels=["what", _GPU])
+    for number, each in enumerate(stats.gpus):
+        busy.add_metric([str(number)], each.busy_seconds)
+        for what, moved in zip(_BUS, (each.weights_streamed_bytes, each.cache_loaded_bytes), strict=True):
+            bus.add_metric([what, str(number)], moved)
+    yield from (busy, bus)
+    measured = [gpu.machine.hardware.load_bandwidth for gpu in engine.gpus]
+    yield _gauges("hsrpc_bus_measured_bytes_per_second", "Rate of the bus, as measured at the start", measured)
+
+
 def _work(stats: Stats) -> Iterator[Metric]:
-    bus = CounterMetricFamily("hsrpc_bus_bytes", "Bytes copied to the device; its rate is the bus's", labels=["what"])
-    for what, moved in zip(_BUS, (stats.weights_streamed_bytes, stats.cache_loaded_bytes), strict=True):
-        bus.add_metric([what], moved)
-    yield bus
     yield _counter("hsrpc_regenerated_tokens", "K and V rebuilt, tokens times layers", stats.regenerated_tokens)
     yield _counter("hsrpc_recomputed_tokens", "Tokens of requests that keep no cache", stats.recomputed_tokens)
     yield _counter("hsrpc_cached_tokens", "Tokens found in blocks of other requests, not computed", stats.cached_tokens)
@@ -197,6 +223,14 @@ def _work(stats: Stats) -> Iterator[Metric]:
 
 def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(name, text, value=value)
+
+
+def _gauges(name: str, text: str, values: Iterable[float]) -> Metric:
+    """A value of each GPU."""
+    family = GaugeMetricFamily(name, text, labels=[_GPU])
+    for number, value in enumerate(values):
+        family.add_metric([str(number)], value)
+    return family
 
 
 def _counter(name: str, text: str, value: float) -> Metric:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.engine.gpus.ranks import Ranks
@@ -13,6 +11,7 @@ from hsrpc.plan.placement import ResidentChoices, WeightChoice
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.sizes import LayerSizes, Stays
+from hsrpc.testing.processes import is_there
 from tests.engine.conftest import HARDWARE
 from tests.engine.reference import Reference
 
@@ -67,34 +66,9 @@ def pids(engine: Engine) -> list[int]:
     return [process.pid for process in ranks(engine).processes]
 
 
-def is_there(pid: int) -> bool:
-    """Whether a process runs; one that ended and was not waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def until_gone(found: Sequence[int]) -> None:
     """Wait until these processes have ended."""
     end = time.monotonic() + PATIENCE
     while left := [pid for pid in found if is_there(pid)]:
         assert time.monotonic() < end, f"processes {left} are still there"
         time.sleep(0.01)
-
-
-def children(pid: int) -> Iterator[int]:
-    """Processes that a process has started, and that are there."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if parent == pid:
-                yield int(entry.name)
-
-
-def shared_memory() -> set[str]:
-    """Names of what lies in memory that processes share."""
-    return set(os.listdir("/dev/shm"))

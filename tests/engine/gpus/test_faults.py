@@ -1,62 +1,29 @@
-"""A rank that dies or hangs ends every stream at once, and no process is left; nor is one where the front is killed."""
+"""No process is left of an engine that cannot start, nor of one whose own process is killed.
+
+What ranks come to while they serve: `tests/bench/test_kills.py`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import signal
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import pytest
+import uvloop
 
 from hsrpc import Engine
-from hsrpc.engine.gpus import ranks as front
+from hsrpc.device.group import LostError
+from hsrpc.engine.gpus.messages import Line, Stop
+from hsrpc.engine.gpus.ranks import results_of
 from hsrpc.errors import ConfigError, EngineFaultError
-from tests.engine.gpus.support import GREEDY, children, config_for, pids, planned, shared_memory, until_gone
+from hsrpc.testing.processes import children
+from tests.engine.gpus.support import config_for, planned, until_gone
 from tests.engine.reference import Reference
 from tests.engine.support import until
-
-_ENDED = 1.0
-"""Seconds in which every stream has ended."""
-
-
-async def fails(engine: Engine, made: Reference, harm: Callable[[], object]) -> float:
-    """Do `harm` while steps are computed; the seconds until every stream has ended with the engine's fault."""
-    generations = [await engine.submit(prompt, GREEDY) for prompt in made.prompts[:5]]
-    await anext(generations[0])
-    harm()
-    began = time.monotonic()
-    for generation in generations:
-        with pytest.raises(EngineFaultError):
-            async for _ in generation:
-                pass
-    with pytest.raises(EngineFaultError):
-        await engine.wait_failed()
-    return time.monotonic() - began
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-async def test_a_rank_is_killed(rank: int, reference: Callable[[str], Reference]) -> None:
-    """In the middle of a step, whichever it is."""
-    made, shared = reference("opt"), shared_memory()
-    async with Engine(config_for(made, 2), choose_plan=planned) as engine, asyncio.timeout(60):
-        found = pids(engine)
-        assert await fails(engine, made, lambda: os.kill(found[rank], signal.SIGKILL)) < _ENDED
-        await asyncio.to_thread(until_gone, found)  # also while nobody leaves the engine
-    assert shared_memory() <= shared
-
-
-async def test_a_rank_hangs(reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says nothing any more, and the other waits for what it would have loaded."""
-    monkeypatch.setattr(front, "MAX_SILENCE", 2.0)
-    made = reference("opt")
-    async with Engine(config_for(made, 2), choose_plan=planned) as engine, asyncio.timeout(60):
-        found = pids(engine)
-        assert await fails(engine, made, lambda: os.kill(found[1], signal.SIGSTOP)) < 2.0 + _ENDED
-        await asyncio.to_thread(until_gone, found)
 
 
 async def test_what_a_rank_finds_wrong_is_told(reference: Callable[[str], Reference]) -> None:
@@ -65,7 +32,48 @@ async def test_what_a_rank_finds_wrong_is_told(reference: Callable[[str], Refere
     with pytest.raises(ConfigError, match="too small"):
         async with Engine(config_for(made, 2, gpu_memory="10KiB"), choose_plan=planned):
             pass
-    await until(lambda: not list(children(os.getpid())))
+    await until(lambda: not children(os.getpid()))
+
+
+@pytest.mark.parametrize("follows", [0.0, 0.02], ids=["at once", "a little later"])
+async def test_the_cause_is_told(follows: float) -> None:
+    """What other ranks miss is heard of first now and then; and what waits for more is cancelled."""
+    waits = asyncio.Event()
+
+    async def lost() -> None:
+        raise LostError("it did not come")
+
+    async def ended() -> None:
+        await asyncio.sleep(follows)
+        raise EngineFaultError("it has ended")
+
+    async def goes_on() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            waits.set()
+
+    with pytest.raises(EngineFaultError, match="it has ended"):
+        await results_of([lost(), ended(), goes_on()])
+    assert waits.is_set()
+    with pytest.raises(LostError):
+        await results_of([lost(), goes_on()])
+
+
+def test_what_is_sent_to_nobody_is_dropped() -> None:
+    """A rank may be gone before that is seen: who stops its step does not fail for it."""
+
+    async def send() -> None:
+        ours, theirs = socket.socketpair()
+        line = await Line.over(ours)
+        theirs.close()
+        with pytest.raises(EOFError):
+            await line.receive()
+        line.writer.close()
+        await line.writer.wait_closed()
+        line.send(Stop(1))
+
+    uvloop.run(send())  # asyncio's own loop does not mind
 
 
 _FRONT = """

@@ -16,6 +16,8 @@ import pytest
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.constraint import Regex
 from hsrpc.draft.replay import ReplayDrafter
+from hsrpc.engine import loading_progress
+from hsrpc.engine.stats import EngineStats
 from hsrpc.errors import ConfigError
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.roofline import StepRecord
@@ -53,11 +55,18 @@ def expected(made: Reference) -> list[list[int]]:
     ],
 )
 async def test_tokens_equal_the_reference(
-    model: str, gpus: int, settings: dict[str, object], reference: Callable[[str], Reference]
+    model: str,
+    gpus: int,
+    settings: dict[str, object],
+    reference: Callable[[str], Reference],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights stream in parts, requests give way, others come and go; each layer's bytes cross one bus in a step."""
     made, steps = reference(model), list[StepRecord]()
     config = config_for(made, gpus, **settings)
+    monkeypatch.setattr(loading_progress, "_LINE_SECONDS", 0.0)
+    caplog.set_level("INFO", "hsrpc.engine.loading_progress")
     async with Engine(config, choose_plan=planned, observe=steps.append) as engine, asyncio.timeout(60):
         first = asyncio.create_task(generate_all(engine, made.prompts[:4]))
         await until(lambda: steps)
@@ -69,6 +78,9 @@ async def test_tokens_equal_the_reference(
         await idle(engine)
         stats, weights = engine.stats(), sum(engine.plan.streamed_bytes)
         padding = gpus * ALIGNMENT * engine.spec.sizes.num_layers
+        check_each(engine, stats, padding)
+        layers = engine.spec.sizes.num_layers
+    assert re.fullmatch(rf"GPU [0-9]: loading weights: {layers} of {layers} layers", caplog.messages[-1])
     assert weights * stats.steps <= stats.weights_streamed_bytes <= (weights + padding) * (stats.steps + 1)
     assert max(step.num_requests for step in steps) > -(-config.max_batch // gpus)
     assert stats.preemptions > 0 or model == WITH_EXPERTS
@@ -102,6 +114,16 @@ async def test_tokens_where_weights_are_spread(
     on_hosts = gpus * plan.host_bytes[HostUse.STREAMED_WEIGHTS]
     assert 0 < stats.weights_streamed_bytes <= on_hosts * (stats.steps + 1)
     assert plan.device_bytes[DeviceUse.SPREAD_WEIGHTS] > 0
+
+
+def check_each(engine: Engine, stats: EngineStats, padding: int) -> None:
+    """Every GPU loads an equal part of the weights, some tokens' blocks, and is not busy for longer than steps take."""
+    assert len(stats.gpus) == len(engine.gpus) == engine.plan.num_gpus
+    parts = [gpu.weights_streamed_bytes for gpu in stats.gpus]
+    assert 0 < max(parts) - padding <= min(parts)
+    assert all(gpu.cache_loaded_bytes > 0 and sum(gpu.peak_blocks.values()) > 0 for gpu in stats.gpus)
+    assert all(gpu.busy_seconds > 0 for gpu in stats.gpus)
+    assert [facts.machine.name for facts in engine.gpus] == ["CPU"] * engine.plan.num_gpus
 
 
 async def test_settings_reach_the_rank_that_samples(reference: Callable[[str], Reference]) -> None:

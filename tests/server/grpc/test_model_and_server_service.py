@@ -8,7 +8,9 @@ import pytest
 from hsrpc import __version__
 from hsrpc.client import AsyncClient, CallError
 from hsrpc.errors import ConfigError
+from hsrpc.request import SamplingParams
 from hsrpc.server import Server, ServerConfig
+from hsrpc.testing.fake_engine import FakeEngine
 from hsrpc.v1 import model_pb2, model_pb2_grpc, server_pb2, server_pb2_grpc
 
 
@@ -57,6 +59,34 @@ async def test_server_info_has_plan_and_measurements(server, channel, engine):
     used = {(use.kind, use.tier): use.used for use in info.load.blocks}
     assert used[server_pb2.BLOCK_KIND_KV, server_pb2.BLOCK_TIER_HOST] == 3
     assert len(used) == 4
+
+
+async def test_each_gpu_is_told_beside_the_sums():
+    """By its number: what it is, what runs there, what it moved; a reader that knows one GPU sees totals as before."""
+    engine = FakeEngine(held=True, num_gpus=2)
+    await engine.submit("Hi", SamplingParams(), request_id="r")
+    server = Server(ServerConfig(port=0))
+    await server.start()
+    await server.attach(engine)
+    async with AsyncClient(server.address) as client:
+        info = await client.get_server_info()
+    await server.stop()
+    plan, load, measured = engine.plan, info.load, info.measured
+    assert [(gpu.gpu, gpu.name, gpu.load_bytes_per_second) for gpu in info.gpus] == [
+        (0, "none", 5e10),
+        (1, "none", 5e10),
+    ]
+    assert {gpu.device_memory_bytes for gpu in info.gpus} == {info.plan.device_memory_bytes} == {plan.budgets.device}
+    assert sum(gpu.host_memory_bytes for gpu in info.gpus) == info.plan.host_memory_bytes == 2 * plan.budgets.host
+    assert info.plan.predicted_tokens_per_second == 2 * plan.prediction.tokens_per_second
+    assert [gpu.running_requests for gpu in load.gpus] == [1, 0]
+    assert load.running_requests == 1
+    for number, use in enumerate(load.blocks):
+        each = [gpu.blocks[number] for gpu in load.gpus]
+        assert {(one.kind, one.tier) for one in each} == {(use.kind, use.tier)}
+        assert (sum(one.used for one in each), sum(one.total for one in each)) == (use.used, use.total)
+    assert sum(gpu.weights_streamed_bytes for gpu in measured.gpus) == measured.weights_streamed_bytes == 2000
+    assert [gpu.busy_time.ToTimedelta().total_seconds() for gpu in measured.gpus] == [1.5, 1.5]
 
 
 async def test_a_model_is_served_under_the_names_that_the_operator_gives(engine):

@@ -35,9 +35,9 @@ from hsrpc.errors import (
 from hsrpc.request import Delta, FinishReason, SamplingParams, TokenLogprob
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.grpc.messages import read_params as read_v1_params
-from hsrpc.server.grpc.vllm_messages import read_params
+from hsrpc.server.grpc.vllm_messages import loads_message, read_params
 from hsrpc.server.state import Phase
-from hsrpc.testing.fake_engine import USAGE
+from hsrpc.testing.fake_engine import USAGE, FakeEngine
 from hsrpc.v1 import generation_pb2 as v1
 from hsrpc.v1 import generation_pb2_grpc
 from tests.server.conftest import until
@@ -384,6 +384,14 @@ async def test_loads_are_the_schedulers(engine_stub, engine):
     info = await engine_stub.GetServerInfo(vllm.GetServerInfoRequest())
     assert (info.active_requests, info.is_paused, info.max_num_seqs) == (2, False, plan.max_batch)
     call.cancel()
+
+
+def test_the_load_of_several_gpus_is_that_of_all() -> None:
+    """Blocks in use are, and so are those that there are."""
+    engine = FakeEngine(num_gpus=2)
+    [load] = loads_message(engine).loads
+    blocks = 2 * sum(engine.plan.num_blocks.values())
+    assert (load.max_total_num_tokens, load.token_usage) == (blocks * engine.plan.block_size, 6 / blocks)
 
 
 async def test_the_tokenizers_files_come_as_an_archive(engine_stub):

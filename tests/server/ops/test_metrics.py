@@ -18,12 +18,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hsrpc.errors import ConfigError
 from hsrpc.plan.roofline import StepRecord
-from hsrpc.request import FinishReason
+from hsrpc.request import FinishReason, SamplingParams
+from hsrpc.schedule.blocks import PoolId
 from hsrpc.server import Server, ServerConfig
 from hsrpc.server.observation import METHODS
 from hsrpc.server.ops.exposition import exposed
 from hsrpc.server.ops.telemetry import Telemetry
 from hsrpc.server.security import SecurityConfig
+from hsrpc.testing.fake_engine import FakeEngine
 from hsrpc.v1 import generation_pb2 as v1
 from tests.server.conftest import until
 
@@ -77,17 +79,37 @@ async def test_the_engine_is_read_at_each_scrape(telemetry, engine):
     telemetry.attach(engine)
     values = await scrape(telemetry)
     assert values["hsrpc_requests_queued",] == values["vllm:num_requests_waiting",] == 1
-    assert values["hsrpc_requests_running",] == values["vllm:num_requests_running",] == 0
-    assert values["hsrpc_cache_blocks_used", "kv", "host"] == 3
-    assert values["hsrpc_cache_blocks_used", "activation", "device"] == 0
+    assert values["hsrpc_requests_running", "0"] == values["vllm:num_requests_running",] == 0
+    assert values["hsrpc_cache_blocks_used", "0", "kv", "host"] == 3
+    assert values["hsrpc_cache_blocks_used", "0", "activation", "device"] == 0
     total = sum(value for key, value in values.items() if key[0] == "hsrpc_cache_blocks")
     assert total == sum(engine.plan.num_blocks.values()) > 0
     assert values["vllm:kv_cache_usage_perc",] == 3 / total
-    assert values["hsrpc_bus_bytes_total", "weights"] == 1000
-    assert values["hsrpc_bus_bytes_total", "cache"] == 500
+    assert values["hsrpc_bus_bytes_total", "0", "weights"] == 1000
+    assert values["hsrpc_bus_bytes_total", "0", "cache"] == 500
     assert values["hsrpc_generated_tokens_total",] == 20
     assert values["hsrpc_activation_share_ratio",] == 0.5
-    assert values["hsrpc_device_memory_bytes",] == sum(engine.plan.device_bytes.values())
+    assert values["hsrpc_device_memory_bytes", "0"] == sum(engine.plan.device_bytes.values())
+
+
+async def test_what_is_one_gpus_has_its_number(telemetry):
+    """All else is of all together, as with one GPU: what pickers and autoscalers read has no such label."""
+    engine = FakeEngine(held=True, num_gpus=2)
+    for number in range(3):
+        await engine.submit("Hi", SamplingParams(), request_id=str(number))
+    telemetry.attach(engine)
+    values, blocks = await scrape(telemetry), engine.plan.num_blocks
+    for gpu, running in (("0", 2), ("1", 1)):
+        assert values["hsrpc_requests_running", gpu] == running
+        assert values["hsrpc_cache_blocks_used", gpu, "kv", "host"] == 3
+        assert values["hsrpc_cache_blocks", gpu, "kv", "host"] == blocks[PoolId.HOST_KV]
+        assert values["hsrpc_bus_bytes_total", gpu, "weights"] == 1000
+        assert values["hsrpc_bus_measured_bytes_per_second", gpu] == 5e10
+        assert values["hsrpc_gpu_busy_seconds_total", gpu] == 1.5
+        assert values["hsrpc_host_memory_bytes", gpu] == sum(engine.plan.host_bytes.values())
+        assert values["hsrpc_gpu_info", gpu, "none", ""] == 1
+    assert values["vllm:num_requests_running",] == 3
+    assert values["vllm:kv_cache_usage_perc",] == 6 / (2 * sum(blocks.values()))
 
 
 async def test_calls_are_counted_as_they_end(telemetry, stub, engine):
@@ -233,6 +255,15 @@ async def test_steps_are_compared_with_their_limit(telemetry, engine):
     assert values["hsrpc_step_duration_seconds_sum",] == 0.25
     assert values["hsrpc_bus_bytes_per_second",] == 4e9
     assert values["hsrpc_step_time_over_predicted_ratio_sum",] == pytest.approx(12.5)
+
+
+async def test_the_limit_of_several_gpus_is_that_of_their_buses(telemetry, engine):
+    """Each moves its part of the 1 GB."""
+    telemetry.attach(engine)
+    telemetry.observe_step(replace(STEP, num_gpus=2))
+    values = await scrape(telemetry)
+    assert values["hsrpc_bus_bytes_per_second",] == 4e9
+    assert values["hsrpc_step_time_over_predicted_ratio_sum",] == pytest.approx(25)
 
 
 async def test_loop_lag_is_sampled(telemetry):

@@ -74,22 +74,23 @@ async def test_every_metric_tells_of_real_requests():
 
 
 def check_load(values: dict[tuple[str, ...], float], stats: EngineStats, plan: Plan) -> None:
-    assert values["hsrpc_requests_running",] == values["vllm:num_requests_running",] == stats.running > 0
+    assert values["hsrpc_requests_running", "0"] == values["vllm:num_requests_running",] == stats.running > 0
     assert values["hsrpc_requests_queued",] == values["vllm:num_requests_waiting",] == stats.queued > 0
-    used = {names: values["hsrpc_cache_blocks_used", *names] for names in KINDS}
-    total = {names: values["hsrpc_cache_blocks", *names] for names in KINDS}
+    used = {names: values["hsrpc_cache_blocks_used", "0", *names] for names in KINDS}
+    total = {names: values["hsrpc_cache_blocks", "0", *names] for names in KINDS}
     assert min(used["kv", "host"], used["activation", "host"]) > 0
     assert sum(total.values()) == sum(plan.num_blocks.values())
     assert values["vllm:kv_cache_usage_perc",] == pytest.approx(sum(used.values()) / sum(total.values()))
     assert values["hsrpc_activation_share_ratio",] == 0.5
-    assert 0 < values["hsrpc_device_memory_bytes",] <= 18 * 2**20
-    assert 0 < values["hsrpc_host_memory_bytes",] <= 20 * 2**20
-    assert values["hsrpc_device_memory_peak_bytes",] == 0  # the CPU has no allocator that counts
+    assert 0 < values["hsrpc_device_memory_bytes", "0"] <= 18 * 2**20
+    assert 0 < values["hsrpc_host_memory_bytes", "0"] <= 20 * 2**20
+    assert values["hsrpc_device_memory_peak_bytes", "0"] == 0  # the CPU has no allocator that counts
 
 
 def check_work(values: dict[tuple[str, ...], float]) -> None:
-    grown = [("hsrpc_bus_bytes_total", what) for what in ("weights", "cache")]
+    grown = [("hsrpc_bus_bytes_total", "0", what) for what in ("weights", "cache")]
     grown += [(f"hsrpc_{name}",) for name in ("bus_bytes_per_second", "regenerated_tokens_total", "preemptions_total")]
+    grown.append(("hsrpc_gpu_busy_seconds_total", "0"))
     grown += [(f"hsrpc_event_loop_lag_seconds_{part}",) for part in ("count", "sum")]
     grown += [(f"hsrpc_{name}_sum",) for name in ("step_duration_seconds", "step_time_over_predicted_ratio")]
     grown += [(f"hsrpc_{name}_seconds_sum",) for name in ("request_queue_time", "inter_token")]

@@ -35,7 +35,8 @@ struct GetServerInfoRequestDefaultTypeInternal {
 PROTOBUF_ATTRIBUTE_NO_DESTROY PROTOBUF_CONSTINIT PROTOBUF_ATTRIBUTE_INIT_PRIORITY1 GetServerInfoRequestDefaultTypeInternal _GetServerInfoRequest_default_instance_;
 PROTOBUF_CONSTEXPR GetServerInfoResponse::GetServerInfoResponse(
     ::_pbi::ConstantInitialized): _impl_{
-    /*decltype(_impl_.version_)*/{&::_pbi::fixed_address_empty_string, ::_pbi::ConstantInitialized{}}
+    /*decltype(_impl_.gpus_)*/{}
+  , /*decltype(_impl_.version_)*/{&::_pbi::fixed_address_empty_string, ::_pbi::ConstantInitialized{}}
   , /*decltype(_impl_.model_)*/{&::_pbi::fixed_address_empty_string, ::_pbi::ConstantInitialized{}}
   , /*decltype(_impl_.device_)*/{&::_pbi::fixed_address_empty_string, ::_pbi::ConstantInitialized{}}
   , /*decltype(_impl_.uptime_)*/nullptr
@@ -52,6 +53,27 @@ struct GetServerInfoResponseDefaultTypeInternal {
   };
 };
 PROTOBUF_ATTRIBUTE_NO_DESTROY PROTOBUF_CONSTINIT PROTOBUF_ATTRIBUTE_INIT_PRIORITY1 GetServerInfoResponseDefaultTypeInternal _GetServerInfoResponse_default_instance_;
+PROTOBUF_CONSTEXPR Gpu::Gpu(
+    ::_pbi::ConstantInitialized): _impl_{
+    /*decltype(_impl_.name_)*/{&::_pbi::fixed_address_empty_string, ::_pbi::ConstantInitialized{}}
+  , /*decltype(_impl_.uuid_)*/{&::_pbi::fixed_address_empty_string, ::_pbi::ConstantInitialized{}}
+  , /*decltype(_impl_.device_memory_bytes_)*/int64_t{0}
+  , /*decltype(_impl_.host_memory_bytes_)*/int64_t{0}
+  , /*decltype(_impl_.load_bytes_per_second_)*/0
+  , /*decltype(_impl_.store_bytes_per_second_)*/0
+  , /*decltype(_impl_.memory_bytes_per_second_)*/0
+  , /*decltype(_impl_.flops_per_second_)*/0
+  , /*decltype(_impl_.gpu_)*/0
+  , /*decltype(_impl_._cached_size_)*/{}} {}
+struct GpuDefaultTypeInternal {
+  PROTOBUF_CONSTEXPR GpuDefaultTypeInternal()
+      : _instance(::_pbi::ConstantInitialized{}) {}
+  ~GpuDefaultTypeInternal() {}
+  union {
+    Gpu _instance;
+  };
+};
+PROTOBUF_ATTRIBUTE_NO_DESTROY PROTOBUF_CONSTINIT PROTOBUF_ATTRIBUTE_INIT_PRIORITY1 GpuDefaultTypeInternal _Gpu_default_instance_;
 PROTOBUF_CONSTEXPR Plan::Plan(
     ::_pbi::ConstantInitialized): _impl_{
     /*decltype(_impl_.cache_policy_)*/{&::_pbi::fixed_address_empty_string, ::_pbi::ConstantInitialized{}}
@@ -78,6 +100,7 @@ PROTOBUF_CONSTEXPR Measured::Measured(
     ::_pbi::ConstantInitialized): _impl_{
     /*decltype(_impl_._has_bits_)*/{}
   , /*decltype(_impl_._cached_size_)*/{}
+  , /*decltype(_impl_.gpus_)*/{}
   , /*decltype(_impl_.step_time_)*/nullptr
   , /*decltype(_impl_.tokens_per_second_)*/0
   , /*decltype(_impl_.generated_tokens_)*/int64_t{0}
@@ -100,9 +123,28 @@ struct MeasuredDefaultTypeInternal {
   };
 };
 PROTOBUF_ATTRIBUTE_NO_DESTROY PROTOBUF_CONSTINIT PROTOBUF_ATTRIBUTE_INIT_PRIORITY1 MeasuredDefaultTypeInternal _Measured_default_instance_;
+PROTOBUF_CONSTEXPR GpuMeasured::GpuMeasured(
+    ::_pbi::ConstantInitialized): _impl_{
+    /*decltype(_impl_.busy_time_)*/nullptr
+  , /*decltype(_impl_.weights_streamed_bytes_)*/int64_t{0}
+  , /*decltype(_impl_.cache_loaded_bytes_)*/int64_t{0}
+  , /*decltype(_impl_.regenerated_tokens_)*/int64_t{0}
+  , /*decltype(_impl_.peak_device_bytes_)*/int64_t{0}
+  , /*decltype(_impl_.gpu_)*/0
+  , /*decltype(_impl_._cached_size_)*/{}} {}
+struct GpuMeasuredDefaultTypeInternal {
+  PROTOBUF_CONSTEXPR GpuMeasuredDefaultTypeInternal()
+      : _instance(::_pbi::ConstantInitialized{}) {}
+  ~GpuMeasuredDefaultTypeInternal() {}
+  union {
+    GpuMeasured _instance;
+  };
+};
+PROTOBUF_ATTRIBUTE_NO_DESTROY PROTOBUF_CONSTINIT PROTOBUF_ATTRIBUTE_INIT_PRIORITY1 GpuMeasuredDefaultTypeInternal _GpuMeasured_default_instance_;
 PROTOBUF_CONSTEXPR Load::Load(
     ::_pbi::ConstantInitialized): _impl_{
     /*decltype(_impl_.blocks_)*/{}
+  , /*decltype(_impl_.gpus_)*/{}
   , /*decltype(_impl_.queued_requests_)*/0
   , /*decltype(_impl_.running_requests_)*/0
   , /*decltype(_impl_._cached_size_)*/{}} {}
@@ -115,6 +157,22 @@ struct LoadDefaultTypeInternal {
   };
 };
 PROTOBUF_ATTRIBUTE_NO_DESTROY PROTOBUF_CONSTINIT PROTOBUF_ATTRIBUTE_INIT_PRIORITY1 LoadDefaultTypeInternal _Load_default_instance_;
+PROTOBUF_CONSTEXPR GpuLoad::GpuLoad(
+    ::_pbi::ConstantInitialized): _impl_{
+    /*decltype(_impl_.blocks_)*/{}
+  , /*decltype(_impl_.gpu_)*/0
+  , /*decltype(_impl_.running_requests_)*/0
+  , /*decltype(_impl_.device_bytes_)*/int64_t{0}
+  , /*decltype(_impl_._cached_size_)*/{}} {}
+struct GpuLoadDefaultTypeInternal {
+  PROTOBUF_CONSTEXPR GpuLoadDefaultTypeInternal()
+      : _instance(::_pbi::ConstantInitialized{}) {}
+  ~GpuLoadDefaultTypeInternal() {}
+  union {
+    GpuLoad _instance;
+  };
+};
+PROTOBUF_ATTRIBUTE_NO_DESTROY PROTOBUF_CONSTINIT PROTOBUF_ATTRIBUTE_INIT_PRIORITY1 GpuLoadDefaultTypeInternal _GpuLoad_default_instance_;
 PROTOBUF_CONSTEXPR BlockUse::BlockUse(
     ::_pbi::ConstantInitialized): _impl_{
     /*decltype(_impl_.kind_)*/0
@@ -122,6 +180,7 @@ PROTOBUF_CONSTEXPR BlockUse::BlockUse(
   , /*decltype(_impl_.used_)*/int64_t{0}
   , /*decltype(_impl_.total_)*/int64_t{0}
   , /*decltype(_impl_.peak_)*/int64_t{0}
+  , /*decltype(_impl_.kept_)*/int64_t{0}
   , /*decltype(_impl_._cached_size_)*/{}} {}
 struct BlockUseDefaultTypeInternal {
   PROTOBUF_CONSTEXPR BlockUseDefaultTypeInternal()
@@ -162,7 +221,7 @@ struct WatchLoadResponseDefaultTypeInternal {
 PROTOBUF_ATTRIBUTE_NO_DESTROY PROTOBUF_CONSTINIT PROTOBUF_ATTRIBUTE_INIT_PRIORITY1 WatchLoadResponseDefaultTypeInternal _WatchLoadResponse_default_instance_;
 }  // namespace v1
 }  // namespace hsrpc
-static ::_pb::Metadata file_level_metadata_hsrpc_2fv1_2fserver_2eproto[8];
+static ::_pb::Metadata file_level_metadata_hsrpc_2fv1_2fserver_2eproto[11];
 static const ::_pb::EnumDescriptor* file_level_enum_descriptors_hsrpc_2fv1_2fserver_2eproto[2];
 static constexpr ::_pb::ServiceDescriptor const** file_level_service_descriptors_hsrpc_2fv1_2fserver_2eproto = nullptr;
 
@@ -186,6 +245,22 @@ const uint32_t TableStruct_hsrpc_2fv1_2fserver_2eproto::offsets[] PROTOBUF_SECTI
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GetServerInfoResponse, _impl_.plan_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GetServerInfoResponse, _impl_.measured_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GetServerInfoResponse, _impl_.load_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GetServerInfoResponse, _impl_.gpus_),
+  ~0u,  // no _has_bits_
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Gpu, _internal_metadata_),
+  ~0u,  // no _extensions_
+  ~0u,  // no _oneof_case_
+  ~0u,  // no _weak_field_map_
+  ~0u,  // no _inlined_string_donated_
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Gpu, _impl_.gpu_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Gpu, _impl_.name_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Gpu, _impl_.uuid_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Gpu, _impl_.device_memory_bytes_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Gpu, _impl_.host_memory_bytes_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Gpu, _impl_.load_bytes_per_second_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Gpu, _impl_.store_bytes_per_second_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Gpu, _impl_.memory_bytes_per_second_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Gpu, _impl_.flops_per_second_),
   ~0u,  // no _has_bits_
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Plan, _internal_metadata_),
   ~0u,  // no _extensions_
@@ -221,6 +296,7 @@ const uint32_t TableStruct_hsrpc_2fv1_2fserver_2eproto::offsets[] PROTOBUF_SECTI
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Measured, _impl_.cached_tokens_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Measured, _impl_.drafted_tokens_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Measured, _impl_.accepted_tokens_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Measured, _impl_.gpus_),
   ~0u,
   0,
   ~0u,
@@ -234,6 +310,19 @@ const uint32_t TableStruct_hsrpc_2fv1_2fserver_2eproto::offsets[] PROTOBUF_SECTI
   ~0u,
   ~0u,
   ~0u,
+  ~0u,
+  ~0u,  // no _has_bits_
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GpuMeasured, _internal_metadata_),
+  ~0u,  // no _extensions_
+  ~0u,  // no _oneof_case_
+  ~0u,  // no _weak_field_map_
+  ~0u,  // no _inlined_string_donated_
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GpuMeasured, _impl_.gpu_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GpuMeasured, _impl_.weights_streamed_bytes_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GpuMeasured, _impl_.cache_loaded_bytes_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GpuMeasured, _impl_.regenerated_tokens_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GpuMeasured, _impl_.peak_device_bytes_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GpuMeasured, _impl_.busy_time_),
   ~0u,  // no _has_bits_
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Load, _internal_metadata_),
   ~0u,  // no _extensions_
@@ -243,6 +332,17 @@ const uint32_t TableStruct_hsrpc_2fv1_2fserver_2eproto::offsets[] PROTOBUF_SECTI
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Load, _impl_.queued_requests_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Load, _impl_.running_requests_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Load, _impl_.blocks_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::Load, _impl_.gpus_),
+  ~0u,  // no _has_bits_
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GpuLoad, _internal_metadata_),
+  ~0u,  // no _extensions_
+  ~0u,  // no _oneof_case_
+  ~0u,  // no _weak_field_map_
+  ~0u,  // no _inlined_string_donated_
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GpuLoad, _impl_.gpu_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GpuLoad, _impl_.running_requests_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GpuLoad, _impl_.blocks_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::GpuLoad, _impl_.device_bytes_),
   ~0u,  // no _has_bits_
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::BlockUse, _internal_metadata_),
   ~0u,  // no _extensions_
@@ -254,6 +354,7 @@ const uint32_t TableStruct_hsrpc_2fv1_2fserver_2eproto::offsets[] PROTOBUF_SECTI
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::BlockUse, _impl_.used_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::BlockUse, _impl_.total_),
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::BlockUse, _impl_.peak_),
+  PROTOBUF_FIELD_OFFSET(::hsrpc::v1::BlockUse, _impl_.kept_),
   ~0u,  // no _has_bits_
   PROTOBUF_FIELD_OFFSET(::hsrpc::v1::WatchLoadRequest, _internal_metadata_),
   ~0u,  // no _extensions_
@@ -274,20 +375,26 @@ const uint32_t TableStruct_hsrpc_2fv1_2fserver_2eproto::offsets[] PROTOBUF_SECTI
 static const ::_pbi::MigrationSchema schemas[] PROTOBUF_SECTION_VARIABLE(protodesc_cold) = {
   { 0, -1, -1, sizeof(::hsrpc::v1::GetServerInfoRequest)},
   { 6, -1, -1, sizeof(::hsrpc::v1::GetServerInfoResponse)},
-  { 19, -1, -1, sizeof(::hsrpc::v1::Plan)},
-  { 35, 54, -1, sizeof(::hsrpc::v1::Measured)},
-  { 67, -1, -1, sizeof(::hsrpc::v1::Load)},
-  { 76, -1, -1, sizeof(::hsrpc::v1::BlockUse)},
-  { 87, -1, -1, sizeof(::hsrpc::v1::WatchLoadRequest)},
-  { 94, -1, -1, sizeof(::hsrpc::v1::WatchLoadResponse)},
+  { 20, -1, -1, sizeof(::hsrpc::v1::Gpu)},
+  { 35, -1, -1, sizeof(::hsrpc::v1::Plan)},
+  { 51, 71, -1, sizeof(::hsrpc::v1::Measured)},
+  { 85, -1, -1, sizeof(::hsrpc::v1::GpuMeasured)},
+  { 97, -1, -1, sizeof(::hsrpc::v1::Load)},
+  { 107, -1, -1, sizeof(::hsrpc::v1::GpuLoad)},
+  { 117, -1, -1, sizeof(::hsrpc::v1::BlockUse)},
+  { 129, -1, -1, sizeof(::hsrpc::v1::WatchLoadRequest)},
+  { 136, -1, -1, sizeof(::hsrpc::v1::WatchLoadResponse)},
 };
 
 static const ::_pb::Message* const file_default_instances[] = {
   &::hsrpc::v1::_GetServerInfoRequest_default_instance_._instance,
   &::hsrpc::v1::_GetServerInfoResponse_default_instance_._instance,
+  &::hsrpc::v1::_Gpu_default_instance_._instance,
   &::hsrpc::v1::_Plan_default_instance_._instance,
   &::hsrpc::v1::_Measured_default_instance_._instance,
+  &::hsrpc::v1::_GpuMeasured_default_instance_._instance,
   &::hsrpc::v1::_Load_default_instance_._instance,
+  &::hsrpc::v1::_GpuLoad_default_instance_._instance,
   &::hsrpc::v1::_BlockUse_default_instance_._instance,
   &::hsrpc::v1::_WatchLoadRequest_default_instance_._instance,
   &::hsrpc::v1::_WatchLoadResponse_default_instance_._instance,
@@ -296,60 +403,76 @@ static const ::_pb::Message* const file_default_instances[] = {
 const char descriptor_table_protodef_hsrpc_2fv1_2fserver_2eproto[] PROTOBUF_SECTION_VARIABLE(protodesc_cold) =
   "\n\025hsrpc/v1/server.proto\022\010hsrpc.v1\032\036googl"
   "e/protobuf/duration.proto\"\026\n\024GetServerIn"
-  "foRequest\"\324\001\n\025GetServerInfoResponse\022\017\n\007v"
+  "foRequest\"\361\001\n\025GetServerInfoResponse\022\017\n\007v"
   "ersion\030\001 \001(\t\022\r\n\005model\030\002 \001(\t\022\016\n\006device\030\003 "
   "\001(\t\022)\n\006uptime\030\004 \001(\0132\031.google.protobuf.Du"
   "ration\022\034\n\004plan\030\005 \001(\0132\016.hsrpc.v1.Plan\022$\n\010"
   "measured\030\006 \001(\0132\022.hsrpc.v1.Measured\022\034\n\004lo"
-  "ad\030\007 \001(\0132\016.hsrpc.v1.Load\"\250\002\n\004Plan\022\033\n\023dev"
-  "ice_memory_bytes\030\001 \001(\003\022\031\n\021host_memory_by"
-  "tes\030\002 \001(\003\022\026\n\016resident_share\030\003 \001(\001\022\030\n\020act"
-  "ivation_share\030\004 \001(\001\022\021\n\tmax_batch\030\005 \001(\005\022\030"
-  "\n\020expected_context\030\006 \001(\005\0226\n\023predicted_st"
-  "ep_time\030\007 \001(\0132\031.google.protobuf.Duration"
-  "\022#\n\033predicted_tokens_per_second\030\010 \001(\001\022\024\n"
-  "\014cache_policy\030\t \001(\t\022\026\n\016cache_decision\030\n "
-  "\001(\t\"\212\003\n\010Measured\022,\n\tstep_time\030\001 \001(\0132\031.go"
-  "ogle.protobuf.Duration\022\036\n\021tokens_per_sec"
-  "ond\030\002 \001(\001H\000\210\001\001\022\030\n\020generated_tokens\030\003 \001(\003"
-  "\022\025\n\rprompt_tokens\030\004 \001(\003\022\036\n\026weights_strea"
-  "med_bytes\030\005 \001(\003\022\032\n\022cache_loaded_bytes\030\006 "
-  "\001(\003\022\032\n\022regenerated_tokens\030\007 \001(\003\022\023\n\013preem"
-  "ptions\030\010 \001(\003\022\031\n\021peak_device_bytes\030\t \001(\003\022"
-  "\031\n\021recomputed_tokens\030\n \001(\003\022\025\n\rcached_tok"
-  "ens\030\013 \001(\003\022\026\n\016drafted_tokens\030\014 \001(\003\022\027\n\017acc"
-  "epted_tokens\030\r \001(\003B\024\n\022_tokens_per_second"
-  "\"]\n\004Load\022\027\n\017queued_requests\030\001 \001(\005\022\030\n\020run"
-  "ning_requests\030\002 \001(\005\022\"\n\006blocks\030\003 \003(\0132\022.hs"
-  "rpc.v1.BlockUse\"{\n\010BlockUse\022!\n\004kind\030\001 \001("
-  "\0162\023.hsrpc.v1.BlockKind\022!\n\004tier\030\002 \001(\0162\023.h"
-  "srpc.v1.BlockTier\022\014\n\004used\030\003 \001(\003\022\r\n\005total"
-  "\030\004 \001(\003\022\014\n\004peak\030\005 \001(\003\"\?\n\020WatchLoadRequest"
-  "\022+\n\010interval\030\001 \001(\0132\031.google.protobuf.Dur"
-  "ation\"\202\001\n\021WatchLoadResponse\022\034\n\004load\030\001 \001("
-  "\0132\016.hsrpc.v1.Load\022$\n\010measured\030\002 \001(\0132\022.hs"
-  "rpc.v1.Measured\022)\n\006uptime\030\003 \001(\0132\031.google"
-  ".protobuf.Duration*U\n\tBlockKind\022\032\n\026BLOCK"
-  "_KIND_UNSPECIFIED\020\000\022\021\n\rBLOCK_KIND_KV\020\001\022\031"
-  "\n\025BLOCK_KIND_ACTIVATION\020\002*S\n\tBlockTier\022\032"
-  "\n\026BLOCK_TIER_UNSPECIFIED\020\000\022\025\n\021BLOCK_TIER"
-  "_DEVICE\020\001\022\023\n\017BLOCK_TIER_HOST\020\0022\251\001\n\rServe"
-  "rService\022P\n\rGetServerInfo\022\036.hsrpc.v1.Get"
-  "ServerInfoRequest\032\037.hsrpc.v1.GetServerIn"
-  "foResponse\022F\n\tWatchLoad\022\032.hsrpc.v1.Watch"
-  "LoadRequest\032\033.hsrpc.v1.WatchLoadResponse"
-  "0\001BL\n\022io.github.hsrpc.v1P\001Z)github.com/h"
-  "srpc/hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1"
-  "b\006proto3"
+  "ad\030\007 \001(\0132\016.hsrpc.v1.Load\022\033\n\004gpus\030\010 \003(\0132\r"
+  ".hsrpc.v1.Gpu\"\340\001\n\003Gpu\022\013\n\003gpu\030\001 \001(\005\022\014\n\004na"
+  "me\030\002 \001(\t\022\014\n\004uuid\030\003 \001(\t\022\033\n\023device_memory_"
+  "bytes\030\004 \001(\003\022\031\n\021host_memory_bytes\030\005 \001(\003\022\035"
+  "\n\025load_bytes_per_second\030\006 \001(\001\022\036\n\026store_b"
+  "ytes_per_second\030\007 \001(\001\022\037\n\027memory_bytes_pe"
+  "r_second\030\010 \001(\001\022\030\n\020flops_per_second\030\t \001(\001"
+  "\"\250\002\n\004Plan\022\033\n\023device_memory_bytes\030\001 \001(\003\022\031"
+  "\n\021host_memory_bytes\030\002 \001(\003\022\026\n\016resident_sh"
+  "are\030\003 \001(\001\022\030\n\020activation_share\030\004 \001(\001\022\021\n\tm"
+  "ax_batch\030\005 \001(\005\022\030\n\020expected_context\030\006 \001(\005"
+  "\0226\n\023predicted_step_time\030\007 \001(\0132\031.google.p"
+  "rotobuf.Duration\022#\n\033predicted_tokens_per"
+  "_second\030\010 \001(\001\022\024\n\014cache_policy\030\t \001(\t\022\026\n\016c"
+  "ache_decision\030\n \001(\t\"\257\003\n\010Measured\022,\n\tstep"
+  "_time\030\001 \001(\0132\031.google.protobuf.Duration\022\036"
+  "\n\021tokens_per_second\030\002 \001(\001H\000\210\001\001\022\030\n\020genera"
+  "ted_tokens\030\003 \001(\003\022\025\n\rprompt_tokens\030\004 \001(\003\022"
+  "\036\n\026weights_streamed_bytes\030\005 \001(\003\022\032\n\022cache"
+  "_loaded_bytes\030\006 \001(\003\022\032\n\022regenerated_token"
+  "s\030\007 \001(\003\022\023\n\013preemptions\030\010 \001(\003\022\031\n\021peak_dev"
+  "ice_bytes\030\t \001(\003\022\031\n\021recomputed_tokens\030\n \001"
+  "(\003\022\025\n\rcached_tokens\030\013 \001(\003\022\026\n\016drafted_tok"
+  "ens\030\014 \001(\003\022\027\n\017accepted_tokens\030\r \001(\003\022#\n\004gp"
+  "us\030\016 \003(\0132\025.hsrpc.v1.GpuMeasuredB\024\n\022_toke"
+  "ns_per_second\"\273\001\n\013GpuMeasured\022\013\n\003gpu\030\001 \001"
+  "(\005\022\036\n\026weights_streamed_bytes\030\002 \001(\003\022\032\n\022ca"
+  "che_loaded_bytes\030\003 \001(\003\022\032\n\022regenerated_to"
+  "kens\030\004 \001(\003\022\031\n\021peak_device_bytes\030\005 \001(\003\022,\n"
+  "\tbusy_time\030\006 \001(\0132\031.google.protobuf.Durat"
+  "ion\"~\n\004Load\022\027\n\017queued_requests\030\001 \001(\005\022\030\n\020"
+  "running_requests\030\002 \001(\005\022\"\n\006blocks\030\003 \003(\0132\022"
+  ".hsrpc.v1.BlockUse\022\037\n\004gpus\030\004 \003(\0132\021.hsrpc"
+  ".v1.GpuLoad\"j\n\007GpuLoad\022\013\n\003gpu\030\001 \001(\005\022\030\n\020r"
+  "unning_requests\030\002 \001(\005\022\"\n\006blocks\030\003 \003(\0132\022."
+  "hsrpc.v1.BlockUse\022\024\n\014device_bytes\030\004 \001(\003\""
+  "\211\001\n\010BlockUse\022!\n\004kind\030\001 \001(\0162\023.hsrpc.v1.Bl"
+  "ockKind\022!\n\004tier\030\002 \001(\0162\023.hsrpc.v1.BlockTi"
+  "er\022\014\n\004used\030\003 \001(\003\022\r\n\005total\030\004 \001(\003\022\014\n\004peak\030"
+  "\005 \001(\003\022\014\n\004kept\030\006 \001(\003\"\?\n\020WatchLoadRequest\022"
+  "+\n\010interval\030\001 \001(\0132\031.google.protobuf.Dura"
+  "tion\"\202\001\n\021WatchLoadResponse\022\034\n\004load\030\001 \001(\013"
+  "2\016.hsrpc.v1.Load\022$\n\010measured\030\002 \001(\0132\022.hsr"
+  "pc.v1.Measured\022)\n\006uptime\030\003 \001(\0132\031.google."
+  "protobuf.Duration*U\n\tBlockKind\022\032\n\026BLOCK_"
+  "KIND_UNSPECIFIED\020\000\022\021\n\rBLOCK_KIND_KV\020\001\022\031\n"
+  "\025BLOCK_KIND_ACTIVATION\020\002*S\n\tBlockTier\022\032\n"
+  "\026BLOCK_TIER_UNSPECIFIED\020\000\022\025\n\021BLOCK_TIER_"
+  "DEVICE\020\001\022\023\n\017BLOCK_TIER_HOST\020\0022\251\001\n\rServer"
+  "Service\022P\n\rGetServerInfo\022\036.hsrpc.v1.GetS"
+  "erverInfoRequest\032\037.hsrpc.v1.GetServerInf"
+  "oResponse\022F\n\tWatchLoad\022\032.hsrpc.v1.WatchL"
+  "oadRequest\032\033.hsrpc.v1.WatchLoadResponse0"
+  "\001BL\n\022io.github.hsrpc.v1P\001Z)github.com/hs"
+  "rpc/hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1b"
+  "\006proto3"
   ;
 static const ::_pbi::DescriptorTable* const descriptor_table_hsrpc_2fv1_2fserver_2eproto_deps[1] = {
   &::descriptor_table_google_2fprotobuf_2fduration_2eproto,
 };
 static ::_pbi::once_flag descriptor_table_hsrpc_2fv1_2fserver_2eproto_once;
 const ::_pbi::DescriptorTable descriptor_table_hsrpc_2fv1_2fserver_2eproto = {
-    false, false, 1848, descriptor_table_protodef_hsrpc_2fv1_2fserver_2eproto,
+    false, false, 2487, descriptor_table_protodef_hsrpc_2fv1_2fserver_2eproto,
     "hsrpc/v1/server.proto",
-    &descriptor_table_hsrpc_2fv1_2fserver_2eproto_once, descriptor_table_hsrpc_2fv1_2fserver_2eproto_deps, 1, 8,
+    &descriptor_table_hsrpc_2fv1_2fserver_2eproto_once, descriptor_table_hsrpc_2fv1_2fserver_2eproto_deps, 1, 11,
     schemas, file_default_instances, TableStruct_hsrpc_2fv1_2fserver_2eproto::offsets,
     file_level_metadata_hsrpc_2fv1_2fserver_2eproto, file_level_enum_descriptors_hsrpc_2fv1_2fserver_2eproto,
     file_level_service_descriptors_hsrpc_2fv1_2fserver_2eproto,
@@ -475,7 +598,8 @@ GetServerInfoResponse::GetServerInfoResponse(const GetServerInfoResponse& from)
   : ::PROTOBUF_NAMESPACE_ID::Message() {
   GetServerInfoResponse* const _this = this; (void)_this;
   new (&_impl_) Impl_{
-      decltype(_impl_.version_){}
+      decltype(_impl_.gpus_){from._impl_.gpus_}
+    , decltype(_impl_.version_){}
     , decltype(_impl_.model_){}
     , decltype(_impl_.device_){}
     , decltype(_impl_.uptime_){nullptr}
@@ -529,7 +653,8 @@ inline void GetServerInfoResponse::SharedCtor(
   (void)arena;
   (void)is_message_owned;
   new (&_impl_) Impl_{
-      decltype(_impl_.version_){}
+      decltype(_impl_.gpus_){arena}
+    , decltype(_impl_.version_){}
     , decltype(_impl_.model_){}
     , decltype(_impl_.device_){}
     , decltype(_impl_.uptime_){nullptr}
@@ -563,6 +688,7 @@ GetServerInfoResponse::~GetServerInfoResponse() {
 
 inline void GetServerInfoResponse::SharedDtor() {
   GOOGLE_DCHECK(GetArenaForAllocation() == nullptr);
+  _impl_.gpus_.~RepeatedPtrField();
   _impl_.version_.Destroy();
   _impl_.model_.Destroy();
   _impl_.device_.Destroy();
@@ -582,6 +708,7 @@ void GetServerInfoResponse::Clear() {
   // Prevent compiler warnings about cached_has_bits being unused
   (void) cached_has_bits;
 
+  _impl_.gpus_.Clear();
   _impl_.version_.ClearToEmpty();
   _impl_.model_.ClearToEmpty();
   _impl_.device_.ClearToEmpty();
@@ -672,6 +799,19 @@ const char* GetServerInfoResponse::_InternalParse(const char* ptr, ::_pbi::Parse
         } else
           goto handle_unusual;
         continue;
+      // repeated .hsrpc.v1.Gpu gpus = 8;
+      case 8:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 66)) {
+          ptr -= 1;
+          do {
+            ptr += 1;
+            ptr = ctx->ParseMessage(_internal_add_gpus(), ptr);
+            CHK_(ptr);
+            if (!ctx->DataAvailable(ptr)) break;
+          } while (::PROTOBUF_NAMESPACE_ID::internal::ExpectTag<66>(ptr));
+        } else
+          goto handle_unusual;
+        continue;
       default:
         goto handle_unusual;
     }  // switch
@@ -759,6 +899,14 @@ uint8_t* GetServerInfoResponse::_InternalSerialize(
         _Internal::load(this).GetCachedSize(), target, stream);
   }
 
+  // repeated .hsrpc.v1.Gpu gpus = 8;
+  for (unsigned i = 0,
+      n = static_cast<unsigned>(this->_internal_gpus_size()); i < n; i++) {
+    const auto& repfield = this->_internal_gpus(i);
+    target = ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::
+        InternalWriteMessage(8, repfield, repfield.GetCachedSize(), target, stream);
+  }
+
   if (PROTOBUF_PREDICT_FALSE(_internal_metadata_.have_unknown_fields())) {
     target = ::_pbi::WireFormat::InternalSerializeUnknownFieldsToArray(
         _internal_metadata_.unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(::PROTOBUF_NAMESPACE_ID::UnknownFieldSet::default_instance), target, stream);
@@ -774,6 +922,13 @@ size_t GetServerInfoResponse::ByteSizeLong() const {
   uint32_t cached_has_bits = 0;
   // Prevent compiler warnings about cached_has_bits being unused
   (void) cached_has_bits;
+
+  // repeated .hsrpc.v1.Gpu gpus = 8;
+  total_size += 1UL * this->_internal_gpus_size();
+  for (const auto& msg : this->_impl_.gpus_) {
+    total_size +=
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::MessageSize(msg);
+  }
 
   // string version = 1;
   if (!this->_internal_version().empty()) {
@@ -842,6 +997,7 @@ void GetServerInfoResponse::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, 
   uint32_t cached_has_bits = 0;
   (void) cached_has_bits;
 
+  _this->_impl_.gpus_.MergeFrom(from._impl_.gpus_);
   if (!from._internal_version().empty()) {
     _this->_internal_set_version(from._internal_version());
   }
@@ -886,6 +1042,7 @@ void GetServerInfoResponse::InternalSwap(GetServerInfoResponse* other) {
   auto* lhs_arena = GetArenaForAllocation();
   auto* rhs_arena = other->GetArenaForAllocation();
   _internal_metadata_.InternalSwap(&other->_internal_metadata_);
+  _impl_.gpus_.InternalSwap(&other->_impl_.gpus_);
   ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr::InternalSwap(
       &_impl_.version_, lhs_arena,
       &other->_impl_.version_, rhs_arena
@@ -910,6 +1067,487 @@ void GetServerInfoResponse::InternalSwap(GetServerInfoResponse* other) {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fserver_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fserver_2eproto_once,
       file_level_metadata_hsrpc_2fv1_2fserver_2eproto[1]);
+}
+
+// ===================================================================
+
+class Gpu::_Internal {
+ public:
+};
+
+Gpu::Gpu(::PROTOBUF_NAMESPACE_ID::Arena* arena,
+                         bool is_message_owned)
+  : ::PROTOBUF_NAMESPACE_ID::Message(arena, is_message_owned) {
+  SharedCtor(arena, is_message_owned);
+  // @@protoc_insertion_point(arena_constructor:hsrpc.v1.Gpu)
+}
+Gpu::Gpu(const Gpu& from)
+  : ::PROTOBUF_NAMESPACE_ID::Message() {
+  Gpu* const _this = this; (void)_this;
+  new (&_impl_) Impl_{
+      decltype(_impl_.name_){}
+    , decltype(_impl_.uuid_){}
+    , decltype(_impl_.device_memory_bytes_){}
+    , decltype(_impl_.host_memory_bytes_){}
+    , decltype(_impl_.load_bytes_per_second_){}
+    , decltype(_impl_.store_bytes_per_second_){}
+    , decltype(_impl_.memory_bytes_per_second_){}
+    , decltype(_impl_.flops_per_second_){}
+    , decltype(_impl_.gpu_){}
+    , /*decltype(_impl_._cached_size_)*/{}};
+
+  _internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
+  _impl_.name_.InitDefault();
+  #ifdef PROTOBUF_FORCE_COPY_DEFAULT_STRING
+    _impl_.name_.Set("", GetArenaForAllocation());
+  #endif // PROTOBUF_FORCE_COPY_DEFAULT_STRING
+  if (!from._internal_name().empty()) {
+    _this->_impl_.name_.Set(from._internal_name(), 
+      _this->GetArenaForAllocation());
+  }
+  _impl_.uuid_.InitDefault();
+  #ifdef PROTOBUF_FORCE_COPY_DEFAULT_STRING
+    _impl_.uuid_.Set("", GetArenaForAllocation());
+  #endif // PROTOBUF_FORCE_COPY_DEFAULT_STRING
+  if (!from._internal_uuid().empty()) {
+    _this->_impl_.uuid_.Set(from._internal_uuid(), 
+      _this->GetArenaForAllocation());
+  }
+  ::memcpy(&_impl_.device_memory_bytes_, &from._impl_.device_memory_bytes_,
+    static_cast<size_t>(reinterpret_cast<char*>(&_impl_.gpu_) -
+    reinterpret_cast<char*>(&_impl_.device_memory_bytes_)) + sizeof(_impl_.gpu_));
+  // @@protoc_insertion_point(copy_constructor:hsrpc.v1.Gpu)
+}
+
+inline void Gpu::SharedCtor(
+    ::_pb::Arena* arena, bool is_message_owned) {
+  (void)arena;
+  (void)is_message_owned;
+  new (&_impl_) Impl_{
+      decltype(_impl_.name_){}
+    , decltype(_impl_.uuid_){}
+    , decltype(_impl_.device_memory_bytes_){int64_t{0}}
+    , decltype(_impl_.host_memory_bytes_){int64_t{0}}
+    , decltype(_impl_.load_bytes_per_second_){0}
+    , decltype(_impl_.store_bytes_per_second_){0}
+    , decltype(_impl_.memory_bytes_per_second_){0}
+    , decltype(_impl_.flops_per_second_){0}
+    , decltype(_impl_.gpu_){0}
+    , /*decltype(_impl_._cached_size_)*/{}
+  };
+  _impl_.name_.InitDefault();
+  #ifdef PROTOBUF_FORCE_COPY_DEFAULT_STRING
+    _impl_.name_.Set("", GetArenaForAllocation());
+  #endif // PROTOBUF_FORCE_COPY_DEFAULT_STRING
+  _impl_.uuid_.InitDefault();
+  #ifdef PROTOBUF_FORCE_COPY_DEFAULT_STRING
+    _impl_.uuid_.Set("", GetArenaForAllocation());
+  #endif // PROTOBUF_FORCE_COPY_DEFAULT_STRING
+}
+
+Gpu::~Gpu() {
+  // @@protoc_insertion_point(destructor:hsrpc.v1.Gpu)
+  if (auto *arena = _internal_metadata_.DeleteReturnArena<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>()) {
+  (void)arena;
+    return;
+  }
+  SharedDtor();
+}
+
+inline void Gpu::SharedDtor() {
+  GOOGLE_DCHECK(GetArenaForAllocation() == nullptr);
+  _impl_.name_.Destroy();
+  _impl_.uuid_.Destroy();
+}
+
+void Gpu::SetCachedSize(int size) const {
+  _impl_._cached_size_.Set(size);
+}
+
+void Gpu::Clear() {
+// @@protoc_insertion_point(message_clear_start:hsrpc.v1.Gpu)
+  uint32_t cached_has_bits = 0;
+  // Prevent compiler warnings about cached_has_bits being unused
+  (void) cached_has_bits;
+
+  _impl_.name_.ClearToEmpty();
+  _impl_.uuid_.ClearToEmpty();
+  ::memset(&_impl_.device_memory_bytes_, 0, static_cast<size_t>(
+      reinterpret_cast<char*>(&_impl_.gpu_) -
+      reinterpret_cast<char*>(&_impl_.device_memory_bytes_)) + sizeof(_impl_.gpu_));
+  _internal_metadata_.Clear<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>();
+}
+
+const char* Gpu::_InternalParse(const char* ptr, ::_pbi::ParseContext* ctx) {
+#define CHK_(x) if (PROTOBUF_PREDICT_FALSE(!(x))) goto failure
+  while (!ctx->Done(&ptr)) {
+    uint32_t tag;
+    ptr = ::_pbi::ReadTag(ptr, &tag);
+    switch (tag >> 3) {
+      // int32 gpu = 1;
+      case 1:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 8)) {
+          _impl_.gpu_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint32(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // string name = 2;
+      case 2:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 18)) {
+          auto str = _internal_mutable_name();
+          ptr = ::_pbi::InlineGreedyStringParser(str, ptr, ctx);
+          CHK_(ptr);
+          CHK_(::_pbi::VerifyUTF8(str, "hsrpc.v1.Gpu.name"));
+        } else
+          goto handle_unusual;
+        continue;
+      // string uuid = 3;
+      case 3:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 26)) {
+          auto str = _internal_mutable_uuid();
+          ptr = ::_pbi::InlineGreedyStringParser(str, ptr, ctx);
+          CHK_(ptr);
+          CHK_(::_pbi::VerifyUTF8(str, "hsrpc.v1.Gpu.uuid"));
+        } else
+          goto handle_unusual;
+        continue;
+      // int64 device_memory_bytes = 4;
+      case 4:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 32)) {
+          _impl_.device_memory_bytes_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint64(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // int64 host_memory_bytes = 5;
+      case 5:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 40)) {
+          _impl_.host_memory_bytes_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint64(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // double load_bytes_per_second = 6;
+      case 6:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 49)) {
+          _impl_.load_bytes_per_second_ = ::PROTOBUF_NAMESPACE_ID::internal::UnalignedLoad<double>(ptr);
+          ptr += sizeof(double);
+        } else
+          goto handle_unusual;
+        continue;
+      // double store_bytes_per_second = 7;
+      case 7:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 57)) {
+          _impl_.store_bytes_per_second_ = ::PROTOBUF_NAMESPACE_ID::internal::UnalignedLoad<double>(ptr);
+          ptr += sizeof(double);
+        } else
+          goto handle_unusual;
+        continue;
+      // double memory_bytes_per_second = 8;
+      case 8:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 65)) {
+          _impl_.memory_bytes_per_second_ = ::PROTOBUF_NAMESPACE_ID::internal::UnalignedLoad<double>(ptr);
+          ptr += sizeof(double);
+        } else
+          goto handle_unusual;
+        continue;
+      // double flops_per_second = 9;
+      case 9:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 73)) {
+          _impl_.flops_per_second_ = ::PROTOBUF_NAMESPACE_ID::internal::UnalignedLoad<double>(ptr);
+          ptr += sizeof(double);
+        } else
+          goto handle_unusual;
+        continue;
+      default:
+        goto handle_unusual;
+    }  // switch
+  handle_unusual:
+    if ((tag == 0) || ((tag & 7) == 4)) {
+      CHK_(ptr);
+      ctx->SetLastTag(tag);
+      goto message_done;
+    }
+    ptr = UnknownFieldParse(
+        tag,
+        _internal_metadata_.mutable_unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(),
+        ptr, ctx);
+    CHK_(ptr != nullptr);
+  }  // while
+message_done:
+  return ptr;
+failure:
+  ptr = nullptr;
+  goto message_done;
+#undef CHK_
+}
+
+uint8_t* Gpu::_InternalSerialize(
+    uint8_t* target, ::PROTOBUF_NAMESPACE_ID::io::EpsCopyOutputStream* stream) const {
+  // @@protoc_insertion_point(serialize_to_array_start:hsrpc.v1.Gpu)
+  uint32_t cached_has_bits = 0;
+  (void) cached_has_bits;
+
+  // int32 gpu = 1;
+  if (this->_internal_gpu() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt32ToArray(1, this->_internal_gpu(), target);
+  }
+
+  // string name = 2;
+  if (!this->_internal_name().empty()) {
+    ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::VerifyUtf8String(
+      this->_internal_name().data(), static_cast<int>(this->_internal_name().length()),
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::SERIALIZE,
+      "hsrpc.v1.Gpu.name");
+    target = stream->WriteStringMaybeAliased(
+        2, this->_internal_name(), target);
+  }
+
+  // string uuid = 3;
+  if (!this->_internal_uuid().empty()) {
+    ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::VerifyUtf8String(
+      this->_internal_uuid().data(), static_cast<int>(this->_internal_uuid().length()),
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::SERIALIZE,
+      "hsrpc.v1.Gpu.uuid");
+    target = stream->WriteStringMaybeAliased(
+        3, this->_internal_uuid(), target);
+  }
+
+  // int64 device_memory_bytes = 4;
+  if (this->_internal_device_memory_bytes() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt64ToArray(4, this->_internal_device_memory_bytes(), target);
+  }
+
+  // int64 host_memory_bytes = 5;
+  if (this->_internal_host_memory_bytes() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt64ToArray(5, this->_internal_host_memory_bytes(), target);
+  }
+
+  // double load_bytes_per_second = 6;
+  static_assert(sizeof(uint64_t) == sizeof(double), "Code assumes uint64_t and double are the same size.");
+  double tmp_load_bytes_per_second = this->_internal_load_bytes_per_second();
+  uint64_t raw_load_bytes_per_second;
+  memcpy(&raw_load_bytes_per_second, &tmp_load_bytes_per_second, sizeof(tmp_load_bytes_per_second));
+  if (raw_load_bytes_per_second != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteDoubleToArray(6, this->_internal_load_bytes_per_second(), target);
+  }
+
+  // double store_bytes_per_second = 7;
+  static_assert(sizeof(uint64_t) == sizeof(double), "Code assumes uint64_t and double are the same size.");
+  double tmp_store_bytes_per_second = this->_internal_store_bytes_per_second();
+  uint64_t raw_store_bytes_per_second;
+  memcpy(&raw_store_bytes_per_second, &tmp_store_bytes_per_second, sizeof(tmp_store_bytes_per_second));
+  if (raw_store_bytes_per_second != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteDoubleToArray(7, this->_internal_store_bytes_per_second(), target);
+  }
+
+  // double memory_bytes_per_second = 8;
+  static_assert(sizeof(uint64_t) == sizeof(double), "Code assumes uint64_t and double are the same size.");
+  double tmp_memory_bytes_per_second = this->_internal_memory_bytes_per_second();
+  uint64_t raw_memory_bytes_per_second;
+  memcpy(&raw_memory_bytes_per_second, &tmp_memory_bytes_per_second, sizeof(tmp_memory_bytes_per_second));
+  if (raw_memory_bytes_per_second != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteDoubleToArray(8, this->_internal_memory_bytes_per_second(), target);
+  }
+
+  // double flops_per_second = 9;
+  static_assert(sizeof(uint64_t) == sizeof(double), "Code assumes uint64_t and double are the same size.");
+  double tmp_flops_per_second = this->_internal_flops_per_second();
+  uint64_t raw_flops_per_second;
+  memcpy(&raw_flops_per_second, &tmp_flops_per_second, sizeof(tmp_flops_per_second));
+  if (raw_flops_per_second != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteDoubleToArray(9, this->_internal_flops_per_second(), target);
+  }
+
+  if (PROTOBUF_PREDICT_FALSE(_internal_metadata_.have_unknown_fields())) {
+    target = ::_pbi::WireFormat::InternalSerializeUnknownFieldsToArray(
+        _internal_metadata_.unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(::PROTOBUF_NAMESPACE_ID::UnknownFieldSet::default_instance), target, stream);
+  }
+  // @@protoc_insertion_point(serialize_to_array_end:hsrpc.v1.Gpu)
+  return target;
+}
+
+size_t Gpu::ByteSizeLong() const {
+// @@protoc_insertion_point(message_byte_size_start:hsrpc.v1.Gpu)
+  size_t total_size = 0;
+
+  uint32_t cached_has_bits = 0;
+  // Prevent compiler warnings about cached_has_bits being unused
+  (void) cached_has_bits;
+
+  // string name = 2;
+  if (!this->_internal_name().empty()) {
+    total_size += 1 +
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::StringSize(
+        this->_internal_name());
+  }
+
+  // string uuid = 3;
+  if (!this->_internal_uuid().empty()) {
+    total_size += 1 +
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::StringSize(
+        this->_internal_uuid());
+  }
+
+  // int64 device_memory_bytes = 4;
+  if (this->_internal_device_memory_bytes() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int64SizePlusOne(this->_internal_device_memory_bytes());
+  }
+
+  // int64 host_memory_bytes = 5;
+  if (this->_internal_host_memory_bytes() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int64SizePlusOne(this->_internal_host_memory_bytes());
+  }
+
+  // double load_bytes_per_second = 6;
+  static_assert(sizeof(uint64_t) == sizeof(double), "Code assumes uint64_t and double are the same size.");
+  double tmp_load_bytes_per_second = this->_internal_load_bytes_per_second();
+  uint64_t raw_load_bytes_per_second;
+  memcpy(&raw_load_bytes_per_second, &tmp_load_bytes_per_second, sizeof(tmp_load_bytes_per_second));
+  if (raw_load_bytes_per_second != 0) {
+    total_size += 1 + 8;
+  }
+
+  // double store_bytes_per_second = 7;
+  static_assert(sizeof(uint64_t) == sizeof(double), "Code assumes uint64_t and double are the same size.");
+  double tmp_store_bytes_per_second = this->_internal_store_bytes_per_second();
+  uint64_t raw_store_bytes_per_second;
+  memcpy(&raw_store_bytes_per_second, &tmp_store_bytes_per_second, sizeof(tmp_store_bytes_per_second));
+  if (raw_store_bytes_per_second != 0) {
+    total_size += 1 + 8;
+  }
+
+  // double memory_bytes_per_second = 8;
+  static_assert(sizeof(uint64_t) == sizeof(double), "Code assumes uint64_t and double are the same size.");
+  double tmp_memory_bytes_per_second = this->_internal_memory_bytes_per_second();
+  uint64_t raw_memory_bytes_per_second;
+  memcpy(&raw_memory_bytes_per_second, &tmp_memory_bytes_per_second, sizeof(tmp_memory_bytes_per_second));
+  if (raw_memory_bytes_per_second != 0) {
+    total_size += 1 + 8;
+  }
+
+  // double flops_per_second = 9;
+  static_assert(sizeof(uint64_t) == sizeof(double), "Code assumes uint64_t and double are the same size.");
+  double tmp_flops_per_second = this->_internal_flops_per_second();
+  uint64_t raw_flops_per_second;
+  memcpy(&raw_flops_per_second, &tmp_flops_per_second, sizeof(tmp_flops_per_second));
+  if (raw_flops_per_second != 0) {
+    total_size += 1 + 8;
+  }
+
+  // int32 gpu = 1;
+  if (this->_internal_gpu() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int32SizePlusOne(this->_internal_gpu());
+  }
+
+  return MaybeComputeUnknownFieldsSize(total_size, &_impl_._cached_size_);
+}
+
+const ::PROTOBUF_NAMESPACE_ID::Message::ClassData Gpu::_class_data_ = {
+    ::PROTOBUF_NAMESPACE_ID::Message::CopyWithSourceCheck,
+    Gpu::MergeImpl
+};
+const ::PROTOBUF_NAMESPACE_ID::Message::ClassData*Gpu::GetClassData() const { return &_class_data_; }
+
+
+void Gpu::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTOBUF_NAMESPACE_ID::Message& from_msg) {
+  auto* const _this = static_cast<Gpu*>(&to_msg);
+  auto& from = static_cast<const Gpu&>(from_msg);
+  // @@protoc_insertion_point(class_specific_merge_from_start:hsrpc.v1.Gpu)
+  GOOGLE_DCHECK_NE(&from, _this);
+  uint32_t cached_has_bits = 0;
+  (void) cached_has_bits;
+
+  if (!from._internal_name().empty()) {
+    _this->_internal_set_name(from._internal_name());
+  }
+  if (!from._internal_uuid().empty()) {
+    _this->_internal_set_uuid(from._internal_uuid());
+  }
+  if (from._internal_device_memory_bytes() != 0) {
+    _this->_internal_set_device_memory_bytes(from._internal_device_memory_bytes());
+  }
+  if (from._internal_host_memory_bytes() != 0) {
+    _this->_internal_set_host_memory_bytes(from._internal_host_memory_bytes());
+  }
+  static_assert(sizeof(uint64_t) == sizeof(double), "Code assumes uint64_t and double are the same size.");
+  double tmp_load_bytes_per_second = from._internal_load_bytes_per_second();
+  uint64_t raw_load_bytes_per_second;
+  memcpy(&raw_load_bytes_per_second, &tmp_load_bytes_per_second, sizeof(tmp_load_bytes_per_second));
+  if (raw_load_bytes_per_second != 0) {
+    _this->_internal_set_load_bytes_per_second(from._internal_load_bytes_per_second());
+  }
+  static_assert(sizeof(uint64_t) == sizeof(double), "Code assumes uint64_t and double are the same size.");
+  double tmp_store_bytes_per_second = from._internal_store_bytes_per_second();
+  uint64_t raw_store_bytes_per_second;
+  memcpy(&raw_store_bytes_per_second, &tmp_store_bytes_per_second, sizeof(tmp_store_bytes_per_second));
+  if (raw_store_bytes_per_second != 0) {
+    _this->_internal_set_store_bytes_per_second(from._internal_store_bytes_per_second());
+  }
+  static_assert(sizeof(uint64_t) == sizeof(double), "Code assumes uint64_t and double are the same size.");
+  double tmp_memory_bytes_per_second = from._internal_memory_bytes_per_second();
+  uint64_t raw_memory_bytes_per_second;
+  memcpy(&raw_memory_bytes_per_second, &tmp_memory_bytes_per_second, sizeof(tmp_memory_bytes_per_second));
+  if (raw_memory_bytes_per_second != 0) {
+    _this->_internal_set_memory_bytes_per_second(from._internal_memory_bytes_per_second());
+  }
+  static_assert(sizeof(uint64_t) == sizeof(double), "Code assumes uint64_t and double are the same size.");
+  double tmp_flops_per_second = from._internal_flops_per_second();
+  uint64_t raw_flops_per_second;
+  memcpy(&raw_flops_per_second, &tmp_flops_per_second, sizeof(tmp_flops_per_second));
+  if (raw_flops_per_second != 0) {
+    _this->_internal_set_flops_per_second(from._internal_flops_per_second());
+  }
+  if (from._internal_gpu() != 0) {
+    _this->_internal_set_gpu(from._internal_gpu());
+  }
+  _this->_internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
+}
+
+void Gpu::CopyFrom(const Gpu& from) {
+// @@protoc_insertion_point(class_specific_copy_from_start:hsrpc.v1.Gpu)
+  if (&from == this) return;
+  Clear();
+  MergeFrom(from);
+}
+
+bool Gpu::IsInitialized() const {
+  return true;
+}
+
+void Gpu::InternalSwap(Gpu* other) {
+  using std::swap;
+  auto* lhs_arena = GetArenaForAllocation();
+  auto* rhs_arena = other->GetArenaForAllocation();
+  _internal_metadata_.InternalSwap(&other->_internal_metadata_);
+  ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr::InternalSwap(
+      &_impl_.name_, lhs_arena,
+      &other->_impl_.name_, rhs_arena
+  );
+  ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr::InternalSwap(
+      &_impl_.uuid_, lhs_arena,
+      &other->_impl_.uuid_, rhs_arena
+  );
+  ::PROTOBUF_NAMESPACE_ID::internal::memswap<
+      PROTOBUF_FIELD_OFFSET(Gpu, _impl_.gpu_)
+      + sizeof(Gpu::_impl_.gpu_)
+      - PROTOBUF_FIELD_OFFSET(Gpu, _impl_.device_memory_bytes_)>(
+          reinterpret_cast<char*>(&_impl_.device_memory_bytes_),
+          reinterpret_cast<char*>(&other->_impl_.device_memory_bytes_));
+}
+
+::PROTOBUF_NAMESPACE_ID::Metadata Gpu::GetMetadata() const {
+  return ::_pbi::AssignDescriptors(
+      &descriptor_table_hsrpc_2fv1_2fserver_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fserver_2eproto_once,
+      file_level_metadata_hsrpc_2fv1_2fserver_2eproto[2]);
 }
 
 // ===================================================================
@@ -1425,7 +2063,7 @@ void Plan::InternalSwap(Plan* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata Plan::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fserver_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fserver_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fserver_2eproto[2]);
+      file_level_metadata_hsrpc_2fv1_2fserver_2eproto[3]);
 }
 
 // ===================================================================
@@ -1461,6 +2099,7 @@ Measured::Measured(const Measured& from)
   new (&_impl_) Impl_{
       decltype(_impl_._has_bits_){from._impl_._has_bits_}
     , /*decltype(_impl_._cached_size_)*/{}
+    , decltype(_impl_.gpus_){from._impl_.gpus_}
     , decltype(_impl_.step_time_){nullptr}
     , decltype(_impl_.tokens_per_second_){}
     , decltype(_impl_.generated_tokens_){}
@@ -1492,6 +2131,7 @@ inline void Measured::SharedCtor(
   new (&_impl_) Impl_{
       decltype(_impl_._has_bits_){}
     , /*decltype(_impl_._cached_size_)*/{}
+    , decltype(_impl_.gpus_){arena}
     , decltype(_impl_.step_time_){nullptr}
     , decltype(_impl_.tokens_per_second_){0}
     , decltype(_impl_.generated_tokens_){int64_t{0}}
@@ -1519,6 +2159,7 @@ Measured::~Measured() {
 
 inline void Measured::SharedDtor() {
   GOOGLE_DCHECK(GetArenaForAllocation() == nullptr);
+  _impl_.gpus_.~RepeatedPtrField();
   if (this != internal_default_instance()) delete _impl_.step_time_;
 }
 
@@ -1532,6 +2173,7 @@ void Measured::Clear() {
   // Prevent compiler warnings about cached_has_bits being unused
   (void) cached_has_bits;
 
+  _impl_.gpus_.Clear();
   if (GetArenaForAllocation() == nullptr && _impl_.step_time_ != nullptr) {
     delete _impl_.step_time_;
   }
@@ -1656,6 +2298,19 @@ const char* Measured::_InternalParse(const char* ptr, ::_pbi::ParseContext* ctx)
         } else
           goto handle_unusual;
         continue;
+      // repeated .hsrpc.v1.GpuMeasured gpus = 14;
+      case 14:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 114)) {
+          ptr -= 1;
+          do {
+            ptr += 1;
+            ptr = ctx->ParseMessage(_internal_add_gpus(), ptr);
+            CHK_(ptr);
+            if (!ctx->DataAvailable(ptr)) break;
+          } while (::PROTOBUF_NAMESPACE_ID::internal::ExpectTag<114>(ptr));
+        } else
+          goto handle_unusual;
+        continue;
       default:
         goto handle_unusual;
     }  // switch
@@ -1765,6 +2420,14 @@ uint8_t* Measured::_InternalSerialize(
     target = ::_pbi::WireFormatLite::WriteInt64ToArray(13, this->_internal_accepted_tokens(), target);
   }
 
+  // repeated .hsrpc.v1.GpuMeasured gpus = 14;
+  for (unsigned i = 0,
+      n = static_cast<unsigned>(this->_internal_gpus_size()); i < n; i++) {
+    const auto& repfield = this->_internal_gpus(i);
+    target = ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::
+        InternalWriteMessage(14, repfield, repfield.GetCachedSize(), target, stream);
+  }
+
   if (PROTOBUF_PREDICT_FALSE(_internal_metadata_.have_unknown_fields())) {
     target = ::_pbi::WireFormat::InternalSerializeUnknownFieldsToArray(
         _internal_metadata_.unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(::PROTOBUF_NAMESPACE_ID::UnknownFieldSet::default_instance), target, stream);
@@ -1780,6 +2443,13 @@ size_t Measured::ByteSizeLong() const {
   uint32_t cached_has_bits = 0;
   // Prevent compiler warnings about cached_has_bits being unused
   (void) cached_has_bits;
+
+  // repeated .hsrpc.v1.GpuMeasured gpus = 14;
+  total_size += 1UL * this->_internal_gpus_size();
+  for (const auto& msg : this->_impl_.gpus_) {
+    total_size +=
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::MessageSize(msg);
+  }
 
   // .google.protobuf.Duration step_time = 1;
   if (this->_internal_has_step_time()) {
@@ -1867,6 +2537,7 @@ void Measured::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTO
   uint32_t cached_has_bits = 0;
   (void) cached_has_bits;
 
+  _this->_impl_.gpus_.MergeFrom(from._impl_.gpus_);
   if (from._internal_has_step_time()) {
     _this->_internal_mutable_step_time()->::PROTOBUF_NAMESPACE_ID::Duration::MergeFrom(
         from._internal_step_time());
@@ -1925,6 +2596,7 @@ void Measured::InternalSwap(Measured* other) {
   using std::swap;
   _internal_metadata_.InternalSwap(&other->_internal_metadata_);
   swap(_impl_._has_bits_[0], other->_impl_._has_bits_[0]);
+  _impl_.gpus_.InternalSwap(&other->_impl_.gpus_);
   ::PROTOBUF_NAMESPACE_ID::internal::memswap<
       PROTOBUF_FIELD_OFFSET(Measured, _impl_.accepted_tokens_)
       + sizeof(Measured::_impl_.accepted_tokens_)
@@ -1936,7 +2608,337 @@ void Measured::InternalSwap(Measured* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata Measured::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fserver_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fserver_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fserver_2eproto[3]);
+      file_level_metadata_hsrpc_2fv1_2fserver_2eproto[4]);
+}
+
+// ===================================================================
+
+class GpuMeasured::_Internal {
+ public:
+  static const ::PROTOBUF_NAMESPACE_ID::Duration& busy_time(const GpuMeasured* msg);
+};
+
+const ::PROTOBUF_NAMESPACE_ID::Duration&
+GpuMeasured::_Internal::busy_time(const GpuMeasured* msg) {
+  return *msg->_impl_.busy_time_;
+}
+void GpuMeasured::clear_busy_time() {
+  if (GetArenaForAllocation() == nullptr && _impl_.busy_time_ != nullptr) {
+    delete _impl_.busy_time_;
+  }
+  _impl_.busy_time_ = nullptr;
+}
+GpuMeasured::GpuMeasured(::PROTOBUF_NAMESPACE_ID::Arena* arena,
+                         bool is_message_owned)
+  : ::PROTOBUF_NAMESPACE_ID::Message(arena, is_message_owned) {
+  SharedCtor(arena, is_message_owned);
+  // @@protoc_insertion_point(arena_constructor:hsrpc.v1.GpuMeasured)
+}
+GpuMeasured::GpuMeasured(const GpuMeasured& from)
+  : ::PROTOBUF_NAMESPACE_ID::Message() {
+  GpuMeasured* const _this = this; (void)_this;
+  new (&_impl_) Impl_{
+      decltype(_impl_.busy_time_){nullptr}
+    , decltype(_impl_.weights_streamed_bytes_){}
+    , decltype(_impl_.cache_loaded_bytes_){}
+    , decltype(_impl_.regenerated_tokens_){}
+    , decltype(_impl_.peak_device_bytes_){}
+    , decltype(_impl_.gpu_){}
+    , /*decltype(_impl_._cached_size_)*/{}};
+
+  _internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
+  if (from._internal_has_busy_time()) {
+    _this->_impl_.busy_time_ = new ::PROTOBUF_NAMESPACE_ID::Duration(*from._impl_.busy_time_);
+  }
+  ::memcpy(&_impl_.weights_streamed_bytes_, &from._impl_.weights_streamed_bytes_,
+    static_cast<size_t>(reinterpret_cast<char*>(&_impl_.gpu_) -
+    reinterpret_cast<char*>(&_impl_.weights_streamed_bytes_)) + sizeof(_impl_.gpu_));
+  // @@protoc_insertion_point(copy_constructor:hsrpc.v1.GpuMeasured)
+}
+
+inline void GpuMeasured::SharedCtor(
+    ::_pb::Arena* arena, bool is_message_owned) {
+  (void)arena;
+  (void)is_message_owned;
+  new (&_impl_) Impl_{
+      decltype(_impl_.busy_time_){nullptr}
+    , decltype(_impl_.weights_streamed_bytes_){int64_t{0}}
+    , decltype(_impl_.cache_loaded_bytes_){int64_t{0}}
+    , decltype(_impl_.regenerated_tokens_){int64_t{0}}
+    , decltype(_impl_.peak_device_bytes_){int64_t{0}}
+    , decltype(_impl_.gpu_){0}
+    , /*decltype(_impl_._cached_size_)*/{}
+  };
+}
+
+GpuMeasured::~GpuMeasured() {
+  // @@protoc_insertion_point(destructor:hsrpc.v1.GpuMeasured)
+  if (auto *arena = _internal_metadata_.DeleteReturnArena<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>()) {
+  (void)arena;
+    return;
+  }
+  SharedDtor();
+}
+
+inline void GpuMeasured::SharedDtor() {
+  GOOGLE_DCHECK(GetArenaForAllocation() == nullptr);
+  if (this != internal_default_instance()) delete _impl_.busy_time_;
+}
+
+void GpuMeasured::SetCachedSize(int size) const {
+  _impl_._cached_size_.Set(size);
+}
+
+void GpuMeasured::Clear() {
+// @@protoc_insertion_point(message_clear_start:hsrpc.v1.GpuMeasured)
+  uint32_t cached_has_bits = 0;
+  // Prevent compiler warnings about cached_has_bits being unused
+  (void) cached_has_bits;
+
+  if (GetArenaForAllocation() == nullptr && _impl_.busy_time_ != nullptr) {
+    delete _impl_.busy_time_;
+  }
+  _impl_.busy_time_ = nullptr;
+  ::memset(&_impl_.weights_streamed_bytes_, 0, static_cast<size_t>(
+      reinterpret_cast<char*>(&_impl_.gpu_) -
+      reinterpret_cast<char*>(&_impl_.weights_streamed_bytes_)) + sizeof(_impl_.gpu_));
+  _internal_metadata_.Clear<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>();
+}
+
+const char* GpuMeasured::_InternalParse(const char* ptr, ::_pbi::ParseContext* ctx) {
+#define CHK_(x) if (PROTOBUF_PREDICT_FALSE(!(x))) goto failure
+  while (!ctx->Done(&ptr)) {
+    uint32_t tag;
+    ptr = ::_pbi::ReadTag(ptr, &tag);
+    switch (tag >> 3) {
+      // int32 gpu = 1;
+      case 1:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 8)) {
+          _impl_.gpu_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint32(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // int64 weights_streamed_bytes = 2;
+      case 2:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 16)) {
+          _impl_.weights_streamed_bytes_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint64(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // int64 cache_loaded_bytes = 3;
+      case 3:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 24)) {
+          _impl_.cache_loaded_bytes_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint64(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // int64 regenerated_tokens = 4;
+      case 4:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 32)) {
+          _impl_.regenerated_tokens_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint64(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // int64 peak_device_bytes = 5;
+      case 5:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 40)) {
+          _impl_.peak_device_bytes_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint64(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // .google.protobuf.Duration busy_time = 6;
+      case 6:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 50)) {
+          ptr = ctx->ParseMessage(_internal_mutable_busy_time(), ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      default:
+        goto handle_unusual;
+    }  // switch
+  handle_unusual:
+    if ((tag == 0) || ((tag & 7) == 4)) {
+      CHK_(ptr);
+      ctx->SetLastTag(tag);
+      goto message_done;
+    }
+    ptr = UnknownFieldParse(
+        tag,
+        _internal_metadata_.mutable_unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(),
+        ptr, ctx);
+    CHK_(ptr != nullptr);
+  }  // while
+message_done:
+  return ptr;
+failure:
+  ptr = nullptr;
+  goto message_done;
+#undef CHK_
+}
+
+uint8_t* GpuMeasured::_InternalSerialize(
+    uint8_t* target, ::PROTOBUF_NAMESPACE_ID::io::EpsCopyOutputStream* stream) const {
+  // @@protoc_insertion_point(serialize_to_array_start:hsrpc.v1.GpuMeasured)
+  uint32_t cached_has_bits = 0;
+  (void) cached_has_bits;
+
+  // int32 gpu = 1;
+  if (this->_internal_gpu() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt32ToArray(1, this->_internal_gpu(), target);
+  }
+
+  // int64 weights_streamed_bytes = 2;
+  if (this->_internal_weights_streamed_bytes() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt64ToArray(2, this->_internal_weights_streamed_bytes(), target);
+  }
+
+  // int64 cache_loaded_bytes = 3;
+  if (this->_internal_cache_loaded_bytes() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt64ToArray(3, this->_internal_cache_loaded_bytes(), target);
+  }
+
+  // int64 regenerated_tokens = 4;
+  if (this->_internal_regenerated_tokens() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt64ToArray(4, this->_internal_regenerated_tokens(), target);
+  }
+
+  // int64 peak_device_bytes = 5;
+  if (this->_internal_peak_device_bytes() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt64ToArray(5, this->_internal_peak_device_bytes(), target);
+  }
+
+  // .google.protobuf.Duration busy_time = 6;
+  if (this->_internal_has_busy_time()) {
+    target = ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::
+      InternalWriteMessage(6, _Internal::busy_time(this),
+        _Internal::busy_time(this).GetCachedSize(), target, stream);
+  }
+
+  if (PROTOBUF_PREDICT_FALSE(_internal_metadata_.have_unknown_fields())) {
+    target = ::_pbi::WireFormat::InternalSerializeUnknownFieldsToArray(
+        _internal_metadata_.unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(::PROTOBUF_NAMESPACE_ID::UnknownFieldSet::default_instance), target, stream);
+  }
+  // @@protoc_insertion_point(serialize_to_array_end:hsrpc.v1.GpuMeasured)
+  return target;
+}
+
+size_t GpuMeasured::ByteSizeLong() const {
+// @@protoc_insertion_point(message_byte_size_start:hsrpc.v1.GpuMeasured)
+  size_t total_size = 0;
+
+  uint32_t cached_has_bits = 0;
+  // Prevent compiler warnings about cached_has_bits being unused
+  (void) cached_has_bits;
+
+  // .google.protobuf.Duration busy_time = 6;
+  if (this->_internal_has_busy_time()) {
+    total_size += 1 +
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::MessageSize(
+        *_impl_.busy_time_);
+  }
+
+  // int64 weights_streamed_bytes = 2;
+  if (this->_internal_weights_streamed_bytes() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int64SizePlusOne(this->_internal_weights_streamed_bytes());
+  }
+
+  // int64 cache_loaded_bytes = 3;
+  if (this->_internal_cache_loaded_bytes() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int64SizePlusOne(this->_internal_cache_loaded_bytes());
+  }
+
+  // int64 regenerated_tokens = 4;
+  if (this->_internal_regenerated_tokens() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int64SizePlusOne(this->_internal_regenerated_tokens());
+  }
+
+  // int64 peak_device_bytes = 5;
+  if (this->_internal_peak_device_bytes() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int64SizePlusOne(this->_internal_peak_device_bytes());
+  }
+
+  // int32 gpu = 1;
+  if (this->_internal_gpu() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int32SizePlusOne(this->_internal_gpu());
+  }
+
+  return MaybeComputeUnknownFieldsSize(total_size, &_impl_._cached_size_);
+}
+
+const ::PROTOBUF_NAMESPACE_ID::Message::ClassData GpuMeasured::_class_data_ = {
+    ::PROTOBUF_NAMESPACE_ID::Message::CopyWithSourceCheck,
+    GpuMeasured::MergeImpl
+};
+const ::PROTOBUF_NAMESPACE_ID::Message::ClassData*GpuMeasured::GetClassData() const { return &_class_data_; }
+
+
+void GpuMeasured::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTOBUF_NAMESPACE_ID::Message& from_msg) {
+  auto* const _this = static_cast<GpuMeasured*>(&to_msg);
+  auto& from = static_cast<const GpuMeasured&>(from_msg);
+  // @@protoc_insertion_point(class_specific_merge_from_start:hsrpc.v1.GpuMeasured)
+  GOOGLE_DCHECK_NE(&from, _this);
+  uint32_t cached_has_bits = 0;
+  (void) cached_has_bits;
+
+  if (from._internal_has_busy_time()) {
+    _this->_internal_mutable_busy_time()->::PROTOBUF_NAMESPACE_ID::Duration::MergeFrom(
+        from._internal_busy_time());
+  }
+  if (from._internal_weights_streamed_bytes() != 0) {
+    _this->_internal_set_weights_streamed_bytes(from._internal_weights_streamed_bytes());
+  }
+  if (from._internal_cache_loaded_bytes() != 0) {
+    _this->_internal_set_cache_loaded_bytes(from._internal_cache_loaded_bytes());
+  }
+  if (from._internal_regenerated_tokens() != 0) {
+    _this->_internal_set_regenerated_tokens(from._internal_regenerated_tokens());
+  }
+  if (from._internal_peak_device_bytes() != 0) {
+    _this->_internal_set_peak_device_bytes(from._internal_peak_device_bytes());
+  }
+  if (from._internal_gpu() != 0) {
+    _this->_internal_set_gpu(from._internal_gpu());
+  }
+  _this->_internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
+}
+
+void GpuMeasured::CopyFrom(const GpuMeasured& from) {
+// @@protoc_insertion_point(class_specific_copy_from_start:hsrpc.v1.GpuMeasured)
+  if (&from == this) return;
+  Clear();
+  MergeFrom(from);
+}
+
+bool GpuMeasured::IsInitialized() const {
+  return true;
+}
+
+void GpuMeasured::InternalSwap(GpuMeasured* other) {
+  using std::swap;
+  _internal_metadata_.InternalSwap(&other->_internal_metadata_);
+  ::PROTOBUF_NAMESPACE_ID::internal::memswap<
+      PROTOBUF_FIELD_OFFSET(GpuMeasured, _impl_.gpu_)
+      + sizeof(GpuMeasured::_impl_.gpu_)
+      - PROTOBUF_FIELD_OFFSET(GpuMeasured, _impl_.busy_time_)>(
+          reinterpret_cast<char*>(&_impl_.busy_time_),
+          reinterpret_cast<char*>(&other->_impl_.busy_time_));
+}
+
+::PROTOBUF_NAMESPACE_ID::Metadata GpuMeasured::GetMetadata() const {
+  return ::_pbi::AssignDescriptors(
+      &descriptor_table_hsrpc_2fv1_2fserver_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fserver_2eproto_once,
+      file_level_metadata_hsrpc_2fv1_2fserver_2eproto[5]);
 }
 
 // ===================================================================
@@ -1956,6 +2958,7 @@ Load::Load(const Load& from)
   Load* const _this = this; (void)_this;
   new (&_impl_) Impl_{
       decltype(_impl_.blocks_){from._impl_.blocks_}
+    , decltype(_impl_.gpus_){from._impl_.gpus_}
     , decltype(_impl_.queued_requests_){}
     , decltype(_impl_.running_requests_){}
     , /*decltype(_impl_._cached_size_)*/{}};
@@ -1973,6 +2976,7 @@ inline void Load::SharedCtor(
   (void)is_message_owned;
   new (&_impl_) Impl_{
       decltype(_impl_.blocks_){arena}
+    , decltype(_impl_.gpus_){arena}
     , decltype(_impl_.queued_requests_){0}
     , decltype(_impl_.running_requests_){0}
     , /*decltype(_impl_._cached_size_)*/{}
@@ -1991,6 +2995,7 @@ Load::~Load() {
 inline void Load::SharedDtor() {
   GOOGLE_DCHECK(GetArenaForAllocation() == nullptr);
   _impl_.blocks_.~RepeatedPtrField();
+  _impl_.gpus_.~RepeatedPtrField();
 }
 
 void Load::SetCachedSize(int size) const {
@@ -2004,6 +3009,7 @@ void Load::Clear() {
   (void) cached_has_bits;
 
   _impl_.blocks_.Clear();
+  _impl_.gpus_.Clear();
   ::memset(&_impl_.queued_requests_, 0, static_cast<size_t>(
       reinterpret_cast<char*>(&_impl_.running_requests_) -
       reinterpret_cast<char*>(&_impl_.queued_requests_)) + sizeof(_impl_.running_requests_));
@@ -2042,6 +3048,19 @@ const char* Load::_InternalParse(const char* ptr, ::_pbi::ParseContext* ctx) {
             CHK_(ptr);
             if (!ctx->DataAvailable(ptr)) break;
           } while (::PROTOBUF_NAMESPACE_ID::internal::ExpectTag<26>(ptr));
+        } else
+          goto handle_unusual;
+        continue;
+      // repeated .hsrpc.v1.GpuLoad gpus = 4;
+      case 4:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 34)) {
+          ptr -= 1;
+          do {
+            ptr += 1;
+            ptr = ctx->ParseMessage(_internal_add_gpus(), ptr);
+            CHK_(ptr);
+            if (!ctx->DataAvailable(ptr)) break;
+          } while (::PROTOBUF_NAMESPACE_ID::internal::ExpectTag<34>(ptr));
         } else
           goto handle_unusual;
         continue;
@@ -2094,6 +3113,14 @@ uint8_t* Load::_InternalSerialize(
         InternalWriteMessage(3, repfield, repfield.GetCachedSize(), target, stream);
   }
 
+  // repeated .hsrpc.v1.GpuLoad gpus = 4;
+  for (unsigned i = 0,
+      n = static_cast<unsigned>(this->_internal_gpus_size()); i < n; i++) {
+    const auto& repfield = this->_internal_gpus(i);
+    target = ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::
+        InternalWriteMessage(4, repfield, repfield.GetCachedSize(), target, stream);
+  }
+
   if (PROTOBUF_PREDICT_FALSE(_internal_metadata_.have_unknown_fields())) {
     target = ::_pbi::WireFormat::InternalSerializeUnknownFieldsToArray(
         _internal_metadata_.unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(::PROTOBUF_NAMESPACE_ID::UnknownFieldSet::default_instance), target, stream);
@@ -2113,6 +3140,13 @@ size_t Load::ByteSizeLong() const {
   // repeated .hsrpc.v1.BlockUse blocks = 3;
   total_size += 1UL * this->_internal_blocks_size();
   for (const auto& msg : this->_impl_.blocks_) {
+    total_size +=
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::MessageSize(msg);
+  }
+
+  // repeated .hsrpc.v1.GpuLoad gpus = 4;
+  total_size += 1UL * this->_internal_gpus_size();
+  for (const auto& msg : this->_impl_.gpus_) {
     total_size +=
       ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::MessageSize(msg);
   }
@@ -2146,6 +3180,7 @@ void Load::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTOBUF_
   (void) cached_has_bits;
 
   _this->_impl_.blocks_.MergeFrom(from._impl_.blocks_);
+  _this->_impl_.gpus_.MergeFrom(from._impl_.gpus_);
   if (from._internal_queued_requests() != 0) {
     _this->_internal_set_queued_requests(from._internal_queued_requests());
   }
@@ -2170,6 +3205,7 @@ void Load::InternalSwap(Load* other) {
   using std::swap;
   _internal_metadata_.InternalSwap(&other->_internal_metadata_);
   _impl_.blocks_.InternalSwap(&other->_impl_.blocks_);
+  _impl_.gpus_.InternalSwap(&other->_impl_.gpus_);
   ::PROTOBUF_NAMESPACE_ID::internal::memswap<
       PROTOBUF_FIELD_OFFSET(Load, _impl_.running_requests_)
       + sizeof(Load::_impl_.running_requests_)
@@ -2181,7 +3217,276 @@ void Load::InternalSwap(Load* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata Load::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fserver_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fserver_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fserver_2eproto[4]);
+      file_level_metadata_hsrpc_2fv1_2fserver_2eproto[6]);
+}
+
+// ===================================================================
+
+class GpuLoad::_Internal {
+ public:
+};
+
+GpuLoad::GpuLoad(::PROTOBUF_NAMESPACE_ID::Arena* arena,
+                         bool is_message_owned)
+  : ::PROTOBUF_NAMESPACE_ID::Message(arena, is_message_owned) {
+  SharedCtor(arena, is_message_owned);
+  // @@protoc_insertion_point(arena_constructor:hsrpc.v1.GpuLoad)
+}
+GpuLoad::GpuLoad(const GpuLoad& from)
+  : ::PROTOBUF_NAMESPACE_ID::Message() {
+  GpuLoad* const _this = this; (void)_this;
+  new (&_impl_) Impl_{
+      decltype(_impl_.blocks_){from._impl_.blocks_}
+    , decltype(_impl_.gpu_){}
+    , decltype(_impl_.running_requests_){}
+    , decltype(_impl_.device_bytes_){}
+    , /*decltype(_impl_._cached_size_)*/{}};
+
+  _internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
+  ::memcpy(&_impl_.gpu_, &from._impl_.gpu_,
+    static_cast<size_t>(reinterpret_cast<char*>(&_impl_.device_bytes_) -
+    reinterpret_cast<char*>(&_impl_.gpu_)) + sizeof(_impl_.device_bytes_));
+  // @@protoc_insertion_point(copy_constructor:hsrpc.v1.GpuLoad)
+}
+
+inline void GpuLoad::SharedCtor(
+    ::_pb::Arena* arena, bool is_message_owned) {
+  (void)arena;
+  (void)is_message_owned;
+  new (&_impl_) Impl_{
+      decltype(_impl_.blocks_){arena}
+    , decltype(_impl_.gpu_){0}
+    , decltype(_impl_.running_requests_){0}
+    , decltype(_impl_.device_bytes_){int64_t{0}}
+    , /*decltype(_impl_._cached_size_)*/{}
+  };
+}
+
+GpuLoad::~GpuLoad() {
+  // @@protoc_insertion_point(destructor:hsrpc.v1.GpuLoad)
+  if (auto *arena = _internal_metadata_.DeleteReturnArena<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>()) {
+  (void)arena;
+    return;
+  }
+  SharedDtor();
+}
+
+inline void GpuLoad::SharedDtor() {
+  GOOGLE_DCHECK(GetArenaForAllocation() == nullptr);
+  _impl_.blocks_.~RepeatedPtrField();
+}
+
+void GpuLoad::SetCachedSize(int size) const {
+  _impl_._cached_size_.Set(size);
+}
+
+void GpuLoad::Clear() {
+// @@protoc_insertion_point(message_clear_start:hsrpc.v1.GpuLoad)
+  uint32_t cached_has_bits = 0;
+  // Prevent compiler warnings about cached_has_bits being unused
+  (void) cached_has_bits;
+
+  _impl_.blocks_.Clear();
+  ::memset(&_impl_.gpu_, 0, static_cast<size_t>(
+      reinterpret_cast<char*>(&_impl_.device_bytes_) -
+      reinterpret_cast<char*>(&_impl_.gpu_)) + sizeof(_impl_.device_bytes_));
+  _internal_metadata_.Clear<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>();
+}
+
+const char* GpuLoad::_InternalParse(const char* ptr, ::_pbi::ParseContext* ctx) {
+#define CHK_(x) if (PROTOBUF_PREDICT_FALSE(!(x))) goto failure
+  while (!ctx->Done(&ptr)) {
+    uint32_t tag;
+    ptr = ::_pbi::ReadTag(ptr, &tag);
+    switch (tag >> 3) {
+      // int32 gpu = 1;
+      case 1:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 8)) {
+          _impl_.gpu_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint32(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // int32 running_requests = 2;
+      case 2:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 16)) {
+          _impl_.running_requests_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint32(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // repeated .hsrpc.v1.BlockUse blocks = 3;
+      case 3:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 26)) {
+          ptr -= 1;
+          do {
+            ptr += 1;
+            ptr = ctx->ParseMessage(_internal_add_blocks(), ptr);
+            CHK_(ptr);
+            if (!ctx->DataAvailable(ptr)) break;
+          } while (::PROTOBUF_NAMESPACE_ID::internal::ExpectTag<26>(ptr));
+        } else
+          goto handle_unusual;
+        continue;
+      // int64 device_bytes = 4;
+      case 4:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 32)) {
+          _impl_.device_bytes_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint64(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      default:
+        goto handle_unusual;
+    }  // switch
+  handle_unusual:
+    if ((tag == 0) || ((tag & 7) == 4)) {
+      CHK_(ptr);
+      ctx->SetLastTag(tag);
+      goto message_done;
+    }
+    ptr = UnknownFieldParse(
+        tag,
+        _internal_metadata_.mutable_unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(),
+        ptr, ctx);
+    CHK_(ptr != nullptr);
+  }  // while
+message_done:
+  return ptr;
+failure:
+  ptr = nullptr;
+  goto message_done;
+#undef CHK_
+}
+
+uint8_t* GpuLoad::_InternalSerialize(
+    uint8_t* target, ::PROTOBUF_NAMESPACE_ID::io::EpsCopyOutputStream* stream) const {
+  // @@protoc_insertion_point(serialize_to_array_start:hsrpc.v1.GpuLoad)
+  uint32_t cached_has_bits = 0;
+  (void) cached_has_bits;
+
+  // int32 gpu = 1;
+  if (this->_internal_gpu() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt32ToArray(1, this->_internal_gpu(), target);
+  }
+
+  // int32 running_requests = 2;
+  if (this->_internal_running_requests() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt32ToArray(2, this->_internal_running_requests(), target);
+  }
+
+  // repeated .hsrpc.v1.BlockUse blocks = 3;
+  for (unsigned i = 0,
+      n = static_cast<unsigned>(this->_internal_blocks_size()); i < n; i++) {
+    const auto& repfield = this->_internal_blocks(i);
+    target = ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::
+        InternalWriteMessage(3, repfield, repfield.GetCachedSize(), target, stream);
+  }
+
+  // int64 device_bytes = 4;
+  if (this->_internal_device_bytes() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt64ToArray(4, this->_internal_device_bytes(), target);
+  }
+
+  if (PROTOBUF_PREDICT_FALSE(_internal_metadata_.have_unknown_fields())) {
+    target = ::_pbi::WireFormat::InternalSerializeUnknownFieldsToArray(
+        _internal_metadata_.unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(::PROTOBUF_NAMESPACE_ID::UnknownFieldSet::default_instance), target, stream);
+  }
+  // @@protoc_insertion_point(serialize_to_array_end:hsrpc.v1.GpuLoad)
+  return target;
+}
+
+size_t GpuLoad::ByteSizeLong() const {
+// @@protoc_insertion_point(message_byte_size_start:hsrpc.v1.GpuLoad)
+  size_t total_size = 0;
+
+  uint32_t cached_has_bits = 0;
+  // Prevent compiler warnings about cached_has_bits being unused
+  (void) cached_has_bits;
+
+  // repeated .hsrpc.v1.BlockUse blocks = 3;
+  total_size += 1UL * this->_internal_blocks_size();
+  for (const auto& msg : this->_impl_.blocks_) {
+    total_size +=
+      ::PROTOBUF_NAMESPACE_ID::internal::WireFormatLite::MessageSize(msg);
+  }
+
+  // int32 gpu = 1;
+  if (this->_internal_gpu() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int32SizePlusOne(this->_internal_gpu());
+  }
+
+  // int32 running_requests = 2;
+  if (this->_internal_running_requests() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int32SizePlusOne(this->_internal_running_requests());
+  }
+
+  // int64 device_bytes = 4;
+  if (this->_internal_device_bytes() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int64SizePlusOne(this->_internal_device_bytes());
+  }
+
+  return MaybeComputeUnknownFieldsSize(total_size, &_impl_._cached_size_);
+}
+
+const ::PROTOBUF_NAMESPACE_ID::Message::ClassData GpuLoad::_class_data_ = {
+    ::PROTOBUF_NAMESPACE_ID::Message::CopyWithSourceCheck,
+    GpuLoad::MergeImpl
+};
+const ::PROTOBUF_NAMESPACE_ID::Message::ClassData*GpuLoad::GetClassData() const { return &_class_data_; }
+
+
+void GpuLoad::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTOBUF_NAMESPACE_ID::Message& from_msg) {
+  auto* const _this = static_cast<GpuLoad*>(&to_msg);
+  auto& from = static_cast<const GpuLoad&>(from_msg);
+  // @@protoc_insertion_point(class_specific_merge_from_start:hsrpc.v1.GpuLoad)
+  GOOGLE_DCHECK_NE(&from, _this);
+  uint32_t cached_has_bits = 0;
+  (void) cached_has_bits;
+
+  _this->_impl_.blocks_.MergeFrom(from._impl_.blocks_);
+  if (from._internal_gpu() != 0) {
+    _this->_internal_set_gpu(from._internal_gpu());
+  }
+  if (from._internal_running_requests() != 0) {
+    _this->_internal_set_running_requests(from._internal_running_requests());
+  }
+  if (from._internal_device_bytes() != 0) {
+    _this->_internal_set_device_bytes(from._internal_device_bytes());
+  }
+  _this->_internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
+}
+
+void GpuLoad::CopyFrom(const GpuLoad& from) {
+// @@protoc_insertion_point(class_specific_copy_from_start:hsrpc.v1.GpuLoad)
+  if (&from == this) return;
+  Clear();
+  MergeFrom(from);
+}
+
+bool GpuLoad::IsInitialized() const {
+  return true;
+}
+
+void GpuLoad::InternalSwap(GpuLoad* other) {
+  using std::swap;
+  _internal_metadata_.InternalSwap(&other->_internal_metadata_);
+  _impl_.blocks_.InternalSwap(&other->_impl_.blocks_);
+  ::PROTOBUF_NAMESPACE_ID::internal::memswap<
+      PROTOBUF_FIELD_OFFSET(GpuLoad, _impl_.device_bytes_)
+      + sizeof(GpuLoad::_impl_.device_bytes_)
+      - PROTOBUF_FIELD_OFFSET(GpuLoad, _impl_.gpu_)>(
+          reinterpret_cast<char*>(&_impl_.gpu_),
+          reinterpret_cast<char*>(&other->_impl_.gpu_));
+}
+
+::PROTOBUF_NAMESPACE_ID::Metadata GpuLoad::GetMetadata() const {
+  return ::_pbi::AssignDescriptors(
+      &descriptor_table_hsrpc_2fv1_2fserver_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fserver_2eproto_once,
+      file_level_metadata_hsrpc_2fv1_2fserver_2eproto[7]);
 }
 
 // ===================================================================
@@ -2205,12 +3510,13 @@ BlockUse::BlockUse(const BlockUse& from)
     , decltype(_impl_.used_){}
     , decltype(_impl_.total_){}
     , decltype(_impl_.peak_){}
+    , decltype(_impl_.kept_){}
     , /*decltype(_impl_._cached_size_)*/{}};
 
   _internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
   ::memcpy(&_impl_.kind_, &from._impl_.kind_,
-    static_cast<size_t>(reinterpret_cast<char*>(&_impl_.peak_) -
-    reinterpret_cast<char*>(&_impl_.kind_)) + sizeof(_impl_.peak_));
+    static_cast<size_t>(reinterpret_cast<char*>(&_impl_.kept_) -
+    reinterpret_cast<char*>(&_impl_.kind_)) + sizeof(_impl_.kept_));
   // @@protoc_insertion_point(copy_constructor:hsrpc.v1.BlockUse)
 }
 
@@ -2224,6 +3530,7 @@ inline void BlockUse::SharedCtor(
     , decltype(_impl_.used_){int64_t{0}}
     , decltype(_impl_.total_){int64_t{0}}
     , decltype(_impl_.peak_){int64_t{0}}
+    , decltype(_impl_.kept_){int64_t{0}}
     , /*decltype(_impl_._cached_size_)*/{}
   };
 }
@@ -2252,8 +3559,8 @@ void BlockUse::Clear() {
   (void) cached_has_bits;
 
   ::memset(&_impl_.kind_, 0, static_cast<size_t>(
-      reinterpret_cast<char*>(&_impl_.peak_) -
-      reinterpret_cast<char*>(&_impl_.kind_)) + sizeof(_impl_.peak_));
+      reinterpret_cast<char*>(&_impl_.kept_) -
+      reinterpret_cast<char*>(&_impl_.kind_)) + sizeof(_impl_.kept_));
   _internal_metadata_.Clear<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>();
 }
 
@@ -2301,6 +3608,14 @@ const char* BlockUse::_InternalParse(const char* ptr, ::_pbi::ParseContext* ctx)
       case 5:
         if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 40)) {
           _impl_.peak_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint64(&ptr);
+          CHK_(ptr);
+        } else
+          goto handle_unusual;
+        continue;
+      // int64 kept = 6;
+      case 6:
+        if (PROTOBUF_PREDICT_TRUE(static_cast<uint8_t>(tag) == 48)) {
+          _impl_.kept_ = ::PROTOBUF_NAMESPACE_ID::internal::ReadVarint64(&ptr);
           CHK_(ptr);
         } else
           goto handle_unusual;
@@ -2366,6 +3681,12 @@ uint8_t* BlockUse::_InternalSerialize(
     target = ::_pbi::WireFormatLite::WriteInt64ToArray(5, this->_internal_peak(), target);
   }
 
+  // int64 kept = 6;
+  if (this->_internal_kept() != 0) {
+    target = stream->EnsureSpace(target);
+    target = ::_pbi::WireFormatLite::WriteInt64ToArray(6, this->_internal_kept(), target);
+  }
+
   if (PROTOBUF_PREDICT_FALSE(_internal_metadata_.have_unknown_fields())) {
     target = ::_pbi::WireFormat::InternalSerializeUnknownFieldsToArray(
         _internal_metadata_.unknown_fields<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(::PROTOBUF_NAMESPACE_ID::UnknownFieldSet::default_instance), target, stream);
@@ -2409,6 +3730,11 @@ size_t BlockUse::ByteSizeLong() const {
     total_size += ::_pbi::WireFormatLite::Int64SizePlusOne(this->_internal_peak());
   }
 
+  // int64 kept = 6;
+  if (this->_internal_kept() != 0) {
+    total_size += ::_pbi::WireFormatLite::Int64SizePlusOne(this->_internal_kept());
+  }
+
   return MaybeComputeUnknownFieldsSize(total_size, &_impl_._cached_size_);
 }
 
@@ -2442,6 +3768,9 @@ void BlockUse::MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTO
   if (from._internal_peak() != 0) {
     _this->_internal_set_peak(from._internal_peak());
   }
+  if (from._internal_kept() != 0) {
+    _this->_internal_set_kept(from._internal_kept());
+  }
   _this->_internal_metadata_.MergeFrom<::PROTOBUF_NAMESPACE_ID::UnknownFieldSet>(from._internal_metadata_);
 }
 
@@ -2460,8 +3789,8 @@ void BlockUse::InternalSwap(BlockUse* other) {
   using std::swap;
   _internal_metadata_.InternalSwap(&other->_internal_metadata_);
   ::PROTOBUF_NAMESPACE_ID::internal::memswap<
-      PROTOBUF_FIELD_OFFSET(BlockUse, _impl_.peak_)
-      + sizeof(BlockUse::_impl_.peak_)
+      PROTOBUF_FIELD_OFFSET(BlockUse, _impl_.kept_)
+      + sizeof(BlockUse::_impl_.kept_)
       - PROTOBUF_FIELD_OFFSET(BlockUse, _impl_.kind_)>(
           reinterpret_cast<char*>(&_impl_.kind_),
           reinterpret_cast<char*>(&other->_impl_.kind_));
@@ -2470,7 +3799,7 @@ void BlockUse::InternalSwap(BlockUse* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata BlockUse::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fserver_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fserver_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fserver_2eproto[5]);
+      file_level_metadata_hsrpc_2fv1_2fserver_2eproto[8]);
 }
 
 // ===================================================================
@@ -2669,7 +3998,7 @@ void WatchLoadRequest::InternalSwap(WatchLoadRequest* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata WatchLoadRequest::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fserver_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fserver_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fserver_2eproto[6]);
+      file_level_metadata_hsrpc_2fv1_2fserver_2eproto[9]);
 }
 
 // ===================================================================
@@ -2955,7 +4284,7 @@ void WatchLoadResponse::InternalSwap(WatchLoadResponse* other) {
 ::PROTOBUF_NAMESPACE_ID::Metadata WatchLoadResponse::GetMetadata() const {
   return ::_pbi::AssignDescriptors(
       &descriptor_table_hsrpc_2fv1_2fserver_2eproto_getter, &descriptor_table_hsrpc_2fv1_2fserver_2eproto_once,
-      file_level_metadata_hsrpc_2fv1_2fserver_2eproto[7]);
+      file_level_metadata_hsrpc_2fv1_2fserver_2eproto[10]);
 }
 
 // @@protoc_insertion_point(namespace_scope)
@@ -2970,6 +4299,10 @@ template<> PROTOBUF_NOINLINE ::hsrpc::v1::GetServerInfoResponse*
 Arena::CreateMaybeMessage< ::hsrpc::v1::GetServerInfoResponse >(Arena* arena) {
   return Arena::CreateMessageInternal< ::hsrpc::v1::GetServerInfoResponse >(arena);
 }
+template<> PROTOBUF_NOINLINE ::hsrpc::v1::Gpu*
+Arena::CreateMaybeMessage< ::hsrpc::v1::Gpu >(Arena* arena) {
+  return Arena::CreateMessageInternal< ::hsrpc::v1::Gpu >(arena);
+}
 template<> PROTOBUF_NOINLINE ::hsrpc::v1::Plan*
 Arena::CreateMaybeMessage< ::hsrpc::v1::Plan >(Arena* arena) {
   return Arena::CreateMessageInternal< ::hsrpc::v1::Plan >(arena);
@@ -2978,9 +4311,17 @@ template<> PROTOBUF_NOINLINE ::hsrpc::v1::Measured*
 Arena::CreateMaybeMessage< ::hsrpc::v1::Measured >(Arena* arena) {
   return Arena::CreateMessageInternal< ::hsrpc::v1::Measured >(arena);
 }
+template<> PROTOBUF_NOINLINE ::hsrpc::v1::GpuMeasured*
+Arena::CreateMaybeMessage< ::hsrpc::v1::GpuMeasured >(Arena* arena) {
+  return Arena::CreateMessageInternal< ::hsrpc::v1::GpuMeasured >(arena);
+}
 template<> PROTOBUF_NOINLINE ::hsrpc::v1::Load*
 Arena::CreateMaybeMessage< ::hsrpc::v1::Load >(Arena* arena) {
   return Arena::CreateMessageInternal< ::hsrpc::v1::Load >(arena);
+}
+template<> PROTOBUF_NOINLINE ::hsrpc::v1::GpuLoad*
+Arena::CreateMaybeMessage< ::hsrpc::v1::GpuLoad >(Arena* arena) {
+  return Arena::CreateMessageInternal< ::hsrpc::v1::GpuLoad >(arena);
 }
 template<> PROTOBUF_NOINLINE ::hsrpc::v1::BlockUse*
 Arena::CreateMaybeMessage< ::hsrpc::v1::BlockUse >(Arena* arena) {

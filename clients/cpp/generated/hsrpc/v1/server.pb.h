@@ -58,6 +58,15 @@ extern GetServerInfoRequestDefaultTypeInternal _GetServerInfoRequest_default_ins
 class GetServerInfoResponse;
 struct GetServerInfoResponseDefaultTypeInternal;
 extern GetServerInfoResponseDefaultTypeInternal _GetServerInfoResponse_default_instance_;
+class Gpu;
+struct GpuDefaultTypeInternal;
+extern GpuDefaultTypeInternal _Gpu_default_instance_;
+class GpuLoad;
+struct GpuLoadDefaultTypeInternal;
+extern GpuLoadDefaultTypeInternal _GpuLoad_default_instance_;
+class GpuMeasured;
+struct GpuMeasuredDefaultTypeInternal;
+extern GpuMeasuredDefaultTypeInternal _GpuMeasured_default_instance_;
 class Load;
 struct LoadDefaultTypeInternal;
 extern LoadDefaultTypeInternal _Load_default_instance_;
@@ -79,6 +88,9 @@ PROTOBUF_NAMESPACE_OPEN
 template<> ::hsrpc::v1::BlockUse* Arena::CreateMaybeMessage<::hsrpc::v1::BlockUse>(Arena*);
 template<> ::hsrpc::v1::GetServerInfoRequest* Arena::CreateMaybeMessage<::hsrpc::v1::GetServerInfoRequest>(Arena*);
 template<> ::hsrpc::v1::GetServerInfoResponse* Arena::CreateMaybeMessage<::hsrpc::v1::GetServerInfoResponse>(Arena*);
+template<> ::hsrpc::v1::Gpu* Arena::CreateMaybeMessage<::hsrpc::v1::Gpu>(Arena*);
+template<> ::hsrpc::v1::GpuLoad* Arena::CreateMaybeMessage<::hsrpc::v1::GpuLoad>(Arena*);
+template<> ::hsrpc::v1::GpuMeasured* Arena::CreateMaybeMessage<::hsrpc::v1::GpuMeasured>(Arena*);
 template<> ::hsrpc::v1::Load* Arena::CreateMaybeMessage<::hsrpc::v1::Load>(Arena*);
 template<> ::hsrpc::v1::Measured* Arena::CreateMaybeMessage<::hsrpc::v1::Measured>(Arena*);
 template<> ::hsrpc::v1::Plan* Arena::CreateMaybeMessage<::hsrpc::v1::Plan>(Arena*);
@@ -381,6 +393,7 @@ class GetServerInfoResponse final :
   // accessors -------------------------------------------------------
 
   enum : int {
+    kGpusFieldNumber = 8,
     kVersionFieldNumber = 1,
     kModelFieldNumber = 2,
     kDeviceFieldNumber = 3,
@@ -389,6 +402,24 @@ class GetServerInfoResponse final :
     kMeasuredFieldNumber = 6,
     kLoadFieldNumber = 7,
   };
+  // repeated .hsrpc.v1.Gpu gpus = 8;
+  int gpus_size() const;
+  private:
+  int _internal_gpus_size() const;
+  public:
+  void clear_gpus();
+  ::hsrpc::v1::Gpu* mutable_gpus(int index);
+  ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::Gpu >*
+      mutable_gpus();
+  private:
+  const ::hsrpc::v1::Gpu& _internal_gpus(int index) const;
+  ::hsrpc::v1::Gpu* _internal_add_gpus();
+  public:
+  const ::hsrpc::v1::Gpu& gpus(int index) const;
+  ::hsrpc::v1::Gpu* add_gpus();
+  const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::Gpu >&
+      gpus() const;
+
   // string version = 1;
   void clear_version();
   const std::string& version() const;
@@ -511,6 +542,7 @@ class GetServerInfoResponse final :
   typedef void InternalArenaConstructable_;
   typedef void DestructorSkippable_;
   struct Impl_ {
+    ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::Gpu > gpus_;
     ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr version_;
     ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr model_;
     ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr device_;
@@ -518,6 +550,252 @@ class GetServerInfoResponse final :
     ::hsrpc::v1::Plan* plan_;
     ::hsrpc::v1::Measured* measured_;
     ::hsrpc::v1::Load* load_;
+    mutable ::PROTOBUF_NAMESPACE_ID::internal::CachedSize _cached_size_;
+  };
+  union { Impl_ _impl_; };
+  friend struct ::TableStruct_hsrpc_2fv1_2fserver_2eproto;
+};
+// -------------------------------------------------------------------
+
+class Gpu final :
+    public ::PROTOBUF_NAMESPACE_ID::Message /* @@protoc_insertion_point(class_definition:hsrpc.v1.Gpu) */ {
+ public:
+  inline Gpu() : Gpu(nullptr) {}
+  ~Gpu() override;
+  explicit PROTOBUF_CONSTEXPR Gpu(::PROTOBUF_NAMESPACE_ID::internal::ConstantInitialized);
+
+  Gpu(const Gpu& from);
+  Gpu(Gpu&& from) noexcept
+    : Gpu() {
+    *this = ::std::move(from);
+  }
+
+  inline Gpu& operator=(const Gpu& from) {
+    CopyFrom(from);
+    return *this;
+  }
+  inline Gpu& operator=(Gpu&& from) noexcept {
+    if (this == &from) return *this;
+    if (GetOwningArena() == from.GetOwningArena()
+  #ifdef PROTOBUF_FORCE_COPY_IN_MOVE
+        && GetOwningArena() != nullptr
+  #endif  // !PROTOBUF_FORCE_COPY_IN_MOVE
+    ) {
+      InternalSwap(&from);
+    } else {
+      CopyFrom(from);
+    }
+    return *this;
+  }
+
+  static const ::PROTOBUF_NAMESPACE_ID::Descriptor* descriptor() {
+    return GetDescriptor();
+  }
+  static const ::PROTOBUF_NAMESPACE_ID::Descriptor* GetDescriptor() {
+    return default_instance().GetMetadata().descriptor;
+  }
+  static const ::PROTOBUF_NAMESPACE_ID::Reflection* GetReflection() {
+    return default_instance().GetMetadata().reflection;
+  }
+  static const Gpu& default_instance() {
+    return *internal_default_instance();
+  }
+  static inline const Gpu* internal_default_instance() {
+    return reinterpret_cast<const Gpu*>(
+               &_Gpu_default_instance_);
+  }
+  static constexpr int kIndexInFileMessages =
+    2;
+
+  friend void swap(Gpu& a, Gpu& b) {
+    a.Swap(&b);
+  }
+  inline void Swap(Gpu* other) {
+    if (other == this) return;
+  #ifdef PROTOBUF_FORCE_COPY_IN_SWAP
+    if (GetOwningArena() != nullptr &&
+        GetOwningArena() == other->GetOwningArena()) {
+   #else  // PROTOBUF_FORCE_COPY_IN_SWAP
+    if (GetOwningArena() == other->GetOwningArena()) {
+  #endif  // !PROTOBUF_FORCE_COPY_IN_SWAP
+      InternalSwap(other);
+    } else {
+      ::PROTOBUF_NAMESPACE_ID::internal::GenericSwap(this, other);
+    }
+  }
+  void UnsafeArenaSwap(Gpu* other) {
+    if (other == this) return;
+    GOOGLE_DCHECK(GetOwningArena() == other->GetOwningArena());
+    InternalSwap(other);
+  }
+
+  // implements Message ----------------------------------------------
+
+  Gpu* New(::PROTOBUF_NAMESPACE_ID::Arena* arena = nullptr) const final {
+    return CreateMaybeMessage<Gpu>(arena);
+  }
+  using ::PROTOBUF_NAMESPACE_ID::Message::CopyFrom;
+  void CopyFrom(const Gpu& from);
+  using ::PROTOBUF_NAMESPACE_ID::Message::MergeFrom;
+  void MergeFrom( const Gpu& from) {
+    Gpu::MergeImpl(*this, from);
+  }
+  private:
+  static void MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTOBUF_NAMESPACE_ID::Message& from_msg);
+  public:
+  PROTOBUF_ATTRIBUTE_REINITIALIZES void Clear() final;
+  bool IsInitialized() const final;
+
+  size_t ByteSizeLong() const final;
+  const char* _InternalParse(const char* ptr, ::PROTOBUF_NAMESPACE_ID::internal::ParseContext* ctx) final;
+  uint8_t* _InternalSerialize(
+      uint8_t* target, ::PROTOBUF_NAMESPACE_ID::io::EpsCopyOutputStream* stream) const final;
+  int GetCachedSize() const final { return _impl_._cached_size_.Get(); }
+
+  private:
+  void SharedCtor(::PROTOBUF_NAMESPACE_ID::Arena* arena, bool is_message_owned);
+  void SharedDtor();
+  void SetCachedSize(int size) const final;
+  void InternalSwap(Gpu* other);
+
+  private:
+  friend class ::PROTOBUF_NAMESPACE_ID::internal::AnyMetadata;
+  static ::PROTOBUF_NAMESPACE_ID::StringPiece FullMessageName() {
+    return "hsrpc.v1.Gpu";
+  }
+  protected:
+  explicit Gpu(::PROTOBUF_NAMESPACE_ID::Arena* arena,
+                       bool is_message_owned = false);
+  public:
+
+  static const ClassData _class_data_;
+  const ::PROTOBUF_NAMESPACE_ID::Message::ClassData*GetClassData() const final;
+
+  ::PROTOBUF_NAMESPACE_ID::Metadata GetMetadata() const final;
+
+  // nested types ----------------------------------------------------
+
+  // accessors -------------------------------------------------------
+
+  enum : int {
+    kNameFieldNumber = 2,
+    kUuidFieldNumber = 3,
+    kDeviceMemoryBytesFieldNumber = 4,
+    kHostMemoryBytesFieldNumber = 5,
+    kLoadBytesPerSecondFieldNumber = 6,
+    kStoreBytesPerSecondFieldNumber = 7,
+    kMemoryBytesPerSecondFieldNumber = 8,
+    kFlopsPerSecondFieldNumber = 9,
+    kGpuFieldNumber = 1,
+  };
+  // string name = 2;
+  void clear_name();
+  const std::string& name() const;
+  template <typename ArgT0 = const std::string&, typename... ArgT>
+  void set_name(ArgT0&& arg0, ArgT... args);
+  std::string* mutable_name();
+  PROTOBUF_NODISCARD std::string* release_name();
+  void set_allocated_name(std::string* name);
+  private:
+  const std::string& _internal_name() const;
+  inline PROTOBUF_ALWAYS_INLINE void _internal_set_name(const std::string& value);
+  std::string* _internal_mutable_name();
+  public:
+
+  // string uuid = 3;
+  void clear_uuid();
+  const std::string& uuid() const;
+  template <typename ArgT0 = const std::string&, typename... ArgT>
+  void set_uuid(ArgT0&& arg0, ArgT... args);
+  std::string* mutable_uuid();
+  PROTOBUF_NODISCARD std::string* release_uuid();
+  void set_allocated_uuid(std::string* uuid);
+  private:
+  const std::string& _internal_uuid() const;
+  inline PROTOBUF_ALWAYS_INLINE void _internal_set_uuid(const std::string& value);
+  std::string* _internal_mutable_uuid();
+  public:
+
+  // int64 device_memory_bytes = 4;
+  void clear_device_memory_bytes();
+  int64_t device_memory_bytes() const;
+  void set_device_memory_bytes(int64_t value);
+  private:
+  int64_t _internal_device_memory_bytes() const;
+  void _internal_set_device_memory_bytes(int64_t value);
+  public:
+
+  // int64 host_memory_bytes = 5;
+  void clear_host_memory_bytes();
+  int64_t host_memory_bytes() const;
+  void set_host_memory_bytes(int64_t value);
+  private:
+  int64_t _internal_host_memory_bytes() const;
+  void _internal_set_host_memory_bytes(int64_t value);
+  public:
+
+  // double load_bytes_per_second = 6;
+  void clear_load_bytes_per_second();
+  double load_bytes_per_second() const;
+  void set_load_bytes_per_second(double value);
+  private:
+  double _internal_load_bytes_per_second() const;
+  void _internal_set_load_bytes_per_second(double value);
+  public:
+
+  // double store_bytes_per_second = 7;
+  void clear_store_bytes_per_second();
+  double store_bytes_per_second() const;
+  void set_store_bytes_per_second(double value);
+  private:
+  double _internal_store_bytes_per_second() const;
+  void _internal_set_store_bytes_per_second(double value);
+  public:
+
+  // double memory_bytes_per_second = 8;
+  void clear_memory_bytes_per_second();
+  double memory_bytes_per_second() const;
+  void set_memory_bytes_per_second(double value);
+  private:
+  double _internal_memory_bytes_per_second() const;
+  void _internal_set_memory_bytes_per_second(double value);
+  public:
+
+  // double flops_per_second = 9;
+  void clear_flops_per_second();
+  double flops_per_second() const;
+  void set_flops_per_second(double value);
+  private:
+  double _internal_flops_per_second() const;
+  void _internal_set_flops_per_second(double value);
+  public:
+
+  // int32 gpu = 1;
+  void clear_gpu();
+  int32_t gpu() const;
+  void set_gpu(int32_t value);
+  private:
+  int32_t _internal_gpu() const;
+  void _internal_set_gpu(int32_t value);
+  public:
+
+  // @@protoc_insertion_point(class_scope:hsrpc.v1.Gpu)
+ private:
+  class _Internal;
+
+  template <typename T> friend class ::PROTOBUF_NAMESPACE_ID::Arena::InternalHelper;
+  typedef void InternalArenaConstructable_;
+  typedef void DestructorSkippable_;
+  struct Impl_ {
+    ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr name_;
+    ::PROTOBUF_NAMESPACE_ID::internal::ArenaStringPtr uuid_;
+    int64_t device_memory_bytes_;
+    int64_t host_memory_bytes_;
+    double load_bytes_per_second_;
+    double store_bytes_per_second_;
+    double memory_bytes_per_second_;
+    double flops_per_second_;
+    int32_t gpu_;
     mutable ::PROTOBUF_NAMESPACE_ID::internal::CachedSize _cached_size_;
   };
   union { Impl_ _impl_; };
@@ -573,7 +851,7 @@ class Plan final :
                &_Plan_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    2;
+    3;
 
   friend void swap(Plan& a, Plan& b) {
     a.Swap(&b);
@@ -839,7 +1117,7 @@ class Measured final :
                &_Measured_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    3;
+    4;
 
   friend void swap(Measured& a, Measured& b) {
     a.Swap(&b);
@@ -912,6 +1190,7 @@ class Measured final :
   // accessors -------------------------------------------------------
 
   enum : int {
+    kGpusFieldNumber = 14,
     kStepTimeFieldNumber = 1,
     kTokensPerSecondFieldNumber = 2,
     kGeneratedTokensFieldNumber = 3,
@@ -926,6 +1205,24 @@ class Measured final :
     kDraftedTokensFieldNumber = 12,
     kAcceptedTokensFieldNumber = 13,
   };
+  // repeated .hsrpc.v1.GpuMeasured gpus = 14;
+  int gpus_size() const;
+  private:
+  int _internal_gpus_size() const;
+  public:
+  void clear_gpus();
+  ::hsrpc::v1::GpuMeasured* mutable_gpus(int index);
+  ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::GpuMeasured >*
+      mutable_gpus();
+  private:
+  const ::hsrpc::v1::GpuMeasured& _internal_gpus(int index) const;
+  ::hsrpc::v1::GpuMeasured* _internal_add_gpus();
+  public:
+  const ::hsrpc::v1::GpuMeasured& gpus(int index) const;
+  ::hsrpc::v1::GpuMeasured* add_gpus();
+  const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::GpuMeasured >&
+      gpus() const;
+
   // .google.protobuf.Duration step_time = 1;
   bool has_step_time() const;
   private:
@@ -1066,6 +1363,7 @@ class Measured final :
   struct Impl_ {
     ::PROTOBUF_NAMESPACE_ID::internal::HasBits<1> _has_bits_;
     mutable ::PROTOBUF_NAMESPACE_ID::internal::CachedSize _cached_size_;
+    ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::GpuMeasured > gpus_;
     ::PROTOBUF_NAMESPACE_ID::Duration* step_time_;
     double tokens_per_second_;
     int64_t generated_tokens_;
@@ -1079,6 +1377,218 @@ class Measured final :
     int64_t cached_tokens_;
     int64_t drafted_tokens_;
     int64_t accepted_tokens_;
+  };
+  union { Impl_ _impl_; };
+  friend struct ::TableStruct_hsrpc_2fv1_2fserver_2eproto;
+};
+// -------------------------------------------------------------------
+
+class GpuMeasured final :
+    public ::PROTOBUF_NAMESPACE_ID::Message /* @@protoc_insertion_point(class_definition:hsrpc.v1.GpuMeasured) */ {
+ public:
+  inline GpuMeasured() : GpuMeasured(nullptr) {}
+  ~GpuMeasured() override;
+  explicit PROTOBUF_CONSTEXPR GpuMeasured(::PROTOBUF_NAMESPACE_ID::internal::ConstantInitialized);
+
+  GpuMeasured(const GpuMeasured& from);
+  GpuMeasured(GpuMeasured&& from) noexcept
+    : GpuMeasured() {
+    *this = ::std::move(from);
+  }
+
+  inline GpuMeasured& operator=(const GpuMeasured& from) {
+    CopyFrom(from);
+    return *this;
+  }
+  inline GpuMeasured& operator=(GpuMeasured&& from) noexcept {
+    if (this == &from) return *this;
+    if (GetOwningArena() == from.GetOwningArena()
+  #ifdef PROTOBUF_FORCE_COPY_IN_MOVE
+        && GetOwningArena() != nullptr
+  #endif  // !PROTOBUF_FORCE_COPY_IN_MOVE
+    ) {
+      InternalSwap(&from);
+    } else {
+      CopyFrom(from);
+    }
+    return *this;
+  }
+
+  static const ::PROTOBUF_NAMESPACE_ID::Descriptor* descriptor() {
+    return GetDescriptor();
+  }
+  static const ::PROTOBUF_NAMESPACE_ID::Descriptor* GetDescriptor() {
+    return default_instance().GetMetadata().descriptor;
+  }
+  static const ::PROTOBUF_NAMESPACE_ID::Reflection* GetReflection() {
+    return default_instance().GetMetadata().reflection;
+  }
+  static const GpuMeasured& default_instance() {
+    return *internal_default_instance();
+  }
+  static inline const GpuMeasured* internal_default_instance() {
+    return reinterpret_cast<const GpuMeasured*>(
+               &_GpuMeasured_default_instance_);
+  }
+  static constexpr int kIndexInFileMessages =
+    5;
+
+  friend void swap(GpuMeasured& a, GpuMeasured& b) {
+    a.Swap(&b);
+  }
+  inline void Swap(GpuMeasured* other) {
+    if (other == this) return;
+  #ifdef PROTOBUF_FORCE_COPY_IN_SWAP
+    if (GetOwningArena() != nullptr &&
+        GetOwningArena() == other->GetOwningArena()) {
+   #else  // PROTOBUF_FORCE_COPY_IN_SWAP
+    if (GetOwningArena() == other->GetOwningArena()) {
+  #endif  // !PROTOBUF_FORCE_COPY_IN_SWAP
+      InternalSwap(other);
+    } else {
+      ::PROTOBUF_NAMESPACE_ID::internal::GenericSwap(this, other);
+    }
+  }
+  void UnsafeArenaSwap(GpuMeasured* other) {
+    if (other == this) return;
+    GOOGLE_DCHECK(GetOwningArena() == other->GetOwningArena());
+    InternalSwap(other);
+  }
+
+  // implements Message ----------------------------------------------
+
+  GpuMeasured* New(::PROTOBUF_NAMESPACE_ID::Arena* arena = nullptr) const final {
+    return CreateMaybeMessage<GpuMeasured>(arena);
+  }
+  using ::PROTOBUF_NAMESPACE_ID::Message::CopyFrom;
+  void CopyFrom(const GpuMeasured& from);
+  using ::PROTOBUF_NAMESPACE_ID::Message::MergeFrom;
+  void MergeFrom( const GpuMeasured& from) {
+    GpuMeasured::MergeImpl(*this, from);
+  }
+  private:
+  static void MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTOBUF_NAMESPACE_ID::Message& from_msg);
+  public:
+  PROTOBUF_ATTRIBUTE_REINITIALIZES void Clear() final;
+  bool IsInitialized() const final;
+
+  size_t ByteSizeLong() const final;
+  const char* _InternalParse(const char* ptr, ::PROTOBUF_NAMESPACE_ID::internal::ParseContext* ctx) final;
+  uint8_t* _InternalSerialize(
+      uint8_t* target, ::PROTOBUF_NAMESPACE_ID::io::EpsCopyOutputStream* stream) const final;
+  int GetCachedSize() const final { return _impl_._cached_size_.Get(); }
+
+  private:
+  void SharedCtor(::PROTOBUF_NAMESPACE_ID::Arena* arena, bool is_message_owned);
+  void SharedDtor();
+  void SetCachedSize(int size) const final;
+  void InternalSwap(GpuMeasured* other);
+
+  private:
+  friend class ::PROTOBUF_NAMESPACE_ID::internal::AnyMetadata;
+  static ::PROTOBUF_NAMESPACE_ID::StringPiece FullMessageName() {
+    return "hsrpc.v1.GpuMeasured";
+  }
+  protected:
+  explicit GpuMeasured(::PROTOBUF_NAMESPACE_ID::Arena* arena,
+                       bool is_message_owned = false);
+  public:
+
+  static const ClassData _class_data_;
+  const ::PROTOBUF_NAMESPACE_ID::Message::ClassData*GetClassData() const final;
+
+  ::PROTOBUF_NAMESPACE_ID::Metadata GetMetadata() const final;
+
+  // nested types ----------------------------------------------------
+
+  // accessors -------------------------------------------------------
+
+  enum : int {
+    kBusyTimeFieldNumber = 6,
+    kWeightsStreamedBytesFieldNumber = 2,
+    kCacheLoadedBytesFieldNumber = 3,
+    kRegeneratedTokensFieldNumber = 4,
+    kPeakDeviceBytesFieldNumber = 5,
+    kGpuFieldNumber = 1,
+  };
+  // .google.protobuf.Duration busy_time = 6;
+  bool has_busy_time() const;
+  private:
+  bool _internal_has_busy_time() const;
+  public:
+  void clear_busy_time();
+  const ::PROTOBUF_NAMESPACE_ID::Duration& busy_time() const;
+  PROTOBUF_NODISCARD ::PROTOBUF_NAMESPACE_ID::Duration* release_busy_time();
+  ::PROTOBUF_NAMESPACE_ID::Duration* mutable_busy_time();
+  void set_allocated_busy_time(::PROTOBUF_NAMESPACE_ID::Duration* busy_time);
+  private:
+  const ::PROTOBUF_NAMESPACE_ID::Duration& _internal_busy_time() const;
+  ::PROTOBUF_NAMESPACE_ID::Duration* _internal_mutable_busy_time();
+  public:
+  void unsafe_arena_set_allocated_busy_time(
+      ::PROTOBUF_NAMESPACE_ID::Duration* busy_time);
+  ::PROTOBUF_NAMESPACE_ID::Duration* unsafe_arena_release_busy_time();
+
+  // int64 weights_streamed_bytes = 2;
+  void clear_weights_streamed_bytes();
+  int64_t weights_streamed_bytes() const;
+  void set_weights_streamed_bytes(int64_t value);
+  private:
+  int64_t _internal_weights_streamed_bytes() const;
+  void _internal_set_weights_streamed_bytes(int64_t value);
+  public:
+
+  // int64 cache_loaded_bytes = 3;
+  void clear_cache_loaded_bytes();
+  int64_t cache_loaded_bytes() const;
+  void set_cache_loaded_bytes(int64_t value);
+  private:
+  int64_t _internal_cache_loaded_bytes() const;
+  void _internal_set_cache_loaded_bytes(int64_t value);
+  public:
+
+  // int64 regenerated_tokens = 4;
+  void clear_regenerated_tokens();
+  int64_t regenerated_tokens() const;
+  void set_regenerated_tokens(int64_t value);
+  private:
+  int64_t _internal_regenerated_tokens() const;
+  void _internal_set_regenerated_tokens(int64_t value);
+  public:
+
+  // int64 peak_device_bytes = 5;
+  void clear_peak_device_bytes();
+  int64_t peak_device_bytes() const;
+  void set_peak_device_bytes(int64_t value);
+  private:
+  int64_t _internal_peak_device_bytes() const;
+  void _internal_set_peak_device_bytes(int64_t value);
+  public:
+
+  // int32 gpu = 1;
+  void clear_gpu();
+  int32_t gpu() const;
+  void set_gpu(int32_t value);
+  private:
+  int32_t _internal_gpu() const;
+  void _internal_set_gpu(int32_t value);
+  public:
+
+  // @@protoc_insertion_point(class_scope:hsrpc.v1.GpuMeasured)
+ private:
+  class _Internal;
+
+  template <typename T> friend class ::PROTOBUF_NAMESPACE_ID::Arena::InternalHelper;
+  typedef void InternalArenaConstructable_;
+  typedef void DestructorSkippable_;
+  struct Impl_ {
+    ::PROTOBUF_NAMESPACE_ID::Duration* busy_time_;
+    int64_t weights_streamed_bytes_;
+    int64_t cache_loaded_bytes_;
+    int64_t regenerated_tokens_;
+    int64_t peak_device_bytes_;
+    int32_t gpu_;
+    mutable ::PROTOBUF_NAMESPACE_ID::internal::CachedSize _cached_size_;
   };
   union { Impl_ _impl_; };
   friend struct ::TableStruct_hsrpc_2fv1_2fserver_2eproto;
@@ -1133,7 +1643,7 @@ class Load final :
                &_Load_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    4;
+    6;
 
   friend void swap(Load& a, Load& b) {
     a.Swap(&b);
@@ -1207,6 +1717,7 @@ class Load final :
 
   enum : int {
     kBlocksFieldNumber = 3,
+    kGpusFieldNumber = 4,
     kQueuedRequestsFieldNumber = 1,
     kRunningRequestsFieldNumber = 2,
   };
@@ -1227,6 +1738,24 @@ class Load final :
   ::hsrpc::v1::BlockUse* add_blocks();
   const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::BlockUse >&
       blocks() const;
+
+  // repeated .hsrpc.v1.GpuLoad gpus = 4;
+  int gpus_size() const;
+  private:
+  int _internal_gpus_size() const;
+  public:
+  void clear_gpus();
+  ::hsrpc::v1::GpuLoad* mutable_gpus(int index);
+  ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::GpuLoad >*
+      mutable_gpus();
+  private:
+  const ::hsrpc::v1::GpuLoad& _internal_gpus(int index) const;
+  ::hsrpc::v1::GpuLoad* _internal_add_gpus();
+  public:
+  const ::hsrpc::v1::GpuLoad& gpus(int index) const;
+  ::hsrpc::v1::GpuLoad* add_gpus();
+  const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::GpuLoad >&
+      gpus() const;
 
   // int32 queued_requests = 1;
   void clear_queued_requests();
@@ -1255,8 +1784,199 @@ class Load final :
   typedef void DestructorSkippable_;
   struct Impl_ {
     ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::BlockUse > blocks_;
+    ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::GpuLoad > gpus_;
     int32_t queued_requests_;
     int32_t running_requests_;
+    mutable ::PROTOBUF_NAMESPACE_ID::internal::CachedSize _cached_size_;
+  };
+  union { Impl_ _impl_; };
+  friend struct ::TableStruct_hsrpc_2fv1_2fserver_2eproto;
+};
+// -------------------------------------------------------------------
+
+class GpuLoad final :
+    public ::PROTOBUF_NAMESPACE_ID::Message /* @@protoc_insertion_point(class_definition:hsrpc.v1.GpuLoad) */ {
+ public:
+  inline GpuLoad() : GpuLoad(nullptr) {}
+  ~GpuLoad() override;
+  explicit PROTOBUF_CONSTEXPR GpuLoad(::PROTOBUF_NAMESPACE_ID::internal::ConstantInitialized);
+
+  GpuLoad(const GpuLoad& from);
+  GpuLoad(GpuLoad&& from) noexcept
+    : GpuLoad() {
+    *this = ::std::move(from);
+  }
+
+  inline GpuLoad& operator=(const GpuLoad& from) {
+    CopyFrom(from);
+    return *this;
+  }
+  inline GpuLoad& operator=(GpuLoad&& from) noexcept {
+    if (this == &from) return *this;
+    if (GetOwningArena() == from.GetOwningArena()
+  #ifdef PROTOBUF_FORCE_COPY_IN_MOVE
+        && GetOwningArena() != nullptr
+  #endif  // !PROTOBUF_FORCE_COPY_IN_MOVE
+    ) {
+      InternalSwap(&from);
+    } else {
+      CopyFrom(from);
+    }
+    return *this;
+  }
+
+  static const ::PROTOBUF_NAMESPACE_ID::Descriptor* descriptor() {
+    return GetDescriptor();
+  }
+  static const ::PROTOBUF_NAMESPACE_ID::Descriptor* GetDescriptor() {
+    return default_instance().GetMetadata().descriptor;
+  }
+  static const ::PROTOBUF_NAMESPACE_ID::Reflection* GetReflection() {
+    return default_instance().GetMetadata().reflection;
+  }
+  static const GpuLoad& default_instance() {
+    return *internal_default_instance();
+  }
+  static inline const GpuLoad* internal_default_instance() {
+    return reinterpret_cast<const GpuLoad*>(
+               &_GpuLoad_default_instance_);
+  }
+  static constexpr int kIndexInFileMessages =
+    7;
+
+  friend void swap(GpuLoad& a, GpuLoad& b) {
+    a.Swap(&b);
+  }
+  inline void Swap(GpuLoad* other) {
+    if (other == this) return;
+  #ifdef PROTOBUF_FORCE_COPY_IN_SWAP
+    if (GetOwningArena() != nullptr &&
+        GetOwningArena() == other->GetOwningArena()) {
+   #else  // PROTOBUF_FORCE_COPY_IN_SWAP
+    if (GetOwningArena() == other->GetOwningArena()) {
+  #endif  // !PROTOBUF_FORCE_COPY_IN_SWAP
+      InternalSwap(other);
+    } else {
+      ::PROTOBUF_NAMESPACE_ID::internal::GenericSwap(this, other);
+    }
+  }
+  void UnsafeArenaSwap(GpuLoad* other) {
+    if (other == this) return;
+    GOOGLE_DCHECK(GetOwningArena() == other->GetOwningArena());
+    InternalSwap(other);
+  }
+
+  // implements Message ----------------------------------------------
+
+  GpuLoad* New(::PROTOBUF_NAMESPACE_ID::Arena* arena = nullptr) const final {
+    return CreateMaybeMessage<GpuLoad>(arena);
+  }
+  using ::PROTOBUF_NAMESPACE_ID::Message::CopyFrom;
+  void CopyFrom(const GpuLoad& from);
+  using ::PROTOBUF_NAMESPACE_ID::Message::MergeFrom;
+  void MergeFrom( const GpuLoad& from) {
+    GpuLoad::MergeImpl(*this, from);
+  }
+  private:
+  static void MergeImpl(::PROTOBUF_NAMESPACE_ID::Message& to_msg, const ::PROTOBUF_NAMESPACE_ID::Message& from_msg);
+  public:
+  PROTOBUF_ATTRIBUTE_REINITIALIZES void Clear() final;
+  bool IsInitialized() const final;
+
+  size_t ByteSizeLong() const final;
+  const char* _InternalParse(const char* ptr, ::PROTOBUF_NAMESPACE_ID::internal::ParseContext* ctx) final;
+  uint8_t* _InternalSerialize(
+      uint8_t* target, ::PROTOBUF_NAMESPACE_ID::io::EpsCopyOutputStream* stream) const final;
+  int GetCachedSize() const final { return _impl_._cached_size_.Get(); }
+
+  private:
+  void SharedCtor(::PROTOBUF_NAMESPACE_ID::Arena* arena, bool is_message_owned);
+  void SharedDtor();
+  void SetCachedSize(int size) const final;
+  void InternalSwap(GpuLoad* other);
+
+  private:
+  friend class ::PROTOBUF_NAMESPACE_ID::internal::AnyMetadata;
+  static ::PROTOBUF_NAMESPACE_ID::StringPiece FullMessageName() {
+    return "hsrpc.v1.GpuLoad";
+  }
+  protected:
+  explicit GpuLoad(::PROTOBUF_NAMESPACE_ID::Arena* arena,
+                       bool is_message_owned = false);
+  public:
+
+  static const ClassData _class_data_;
+  const ::PROTOBUF_NAMESPACE_ID::Message::ClassData*GetClassData() const final;
+
+  ::PROTOBUF_NAMESPACE_ID::Metadata GetMetadata() const final;
+
+  // nested types ----------------------------------------------------
+
+  // accessors -------------------------------------------------------
+
+  enum : int {
+    kBlocksFieldNumber = 3,
+    kGpuFieldNumber = 1,
+    kRunningRequestsFieldNumber = 2,
+    kDeviceBytesFieldNumber = 4,
+  };
+  // repeated .hsrpc.v1.BlockUse blocks = 3;
+  int blocks_size() const;
+  private:
+  int _internal_blocks_size() const;
+  public:
+  void clear_blocks();
+  ::hsrpc::v1::BlockUse* mutable_blocks(int index);
+  ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::BlockUse >*
+      mutable_blocks();
+  private:
+  const ::hsrpc::v1::BlockUse& _internal_blocks(int index) const;
+  ::hsrpc::v1::BlockUse* _internal_add_blocks();
+  public:
+  const ::hsrpc::v1::BlockUse& blocks(int index) const;
+  ::hsrpc::v1::BlockUse* add_blocks();
+  const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::BlockUse >&
+      blocks() const;
+
+  // int32 gpu = 1;
+  void clear_gpu();
+  int32_t gpu() const;
+  void set_gpu(int32_t value);
+  private:
+  int32_t _internal_gpu() const;
+  void _internal_set_gpu(int32_t value);
+  public:
+
+  // int32 running_requests = 2;
+  void clear_running_requests();
+  int32_t running_requests() const;
+  void set_running_requests(int32_t value);
+  private:
+  int32_t _internal_running_requests() const;
+  void _internal_set_running_requests(int32_t value);
+  public:
+
+  // int64 device_bytes = 4;
+  void clear_device_bytes();
+  int64_t device_bytes() const;
+  void set_device_bytes(int64_t value);
+  private:
+  int64_t _internal_device_bytes() const;
+  void _internal_set_device_bytes(int64_t value);
+  public:
+
+  // @@protoc_insertion_point(class_scope:hsrpc.v1.GpuLoad)
+ private:
+  class _Internal;
+
+  template <typename T> friend class ::PROTOBUF_NAMESPACE_ID::Arena::InternalHelper;
+  typedef void InternalArenaConstructable_;
+  typedef void DestructorSkippable_;
+  struct Impl_ {
+    ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::BlockUse > blocks_;
+    int32_t gpu_;
+    int32_t running_requests_;
+    int64_t device_bytes_;
     mutable ::PROTOBUF_NAMESPACE_ID::internal::CachedSize _cached_size_;
   };
   union { Impl_ _impl_; };
@@ -1312,7 +2032,7 @@ class BlockUse final :
                &_BlockUse_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    5;
+    8;
 
   friend void swap(BlockUse& a, BlockUse& b) {
     a.Swap(&b);
@@ -1390,6 +2110,7 @@ class BlockUse final :
     kUsedFieldNumber = 3,
     kTotalFieldNumber = 4,
     kPeakFieldNumber = 5,
+    kKeptFieldNumber = 6,
   };
   // .hsrpc.v1.BlockKind kind = 1;
   void clear_kind();
@@ -1436,6 +2157,15 @@ class BlockUse final :
   void _internal_set_peak(int64_t value);
   public:
 
+  // int64 kept = 6;
+  void clear_kept();
+  int64_t kept() const;
+  void set_kept(int64_t value);
+  private:
+  int64_t _internal_kept() const;
+  void _internal_set_kept(int64_t value);
+  public:
+
   // @@protoc_insertion_point(class_scope:hsrpc.v1.BlockUse)
  private:
   class _Internal;
@@ -1449,6 +2179,7 @@ class BlockUse final :
     int64_t used_;
     int64_t total_;
     int64_t peak_;
+    int64_t kept_;
     mutable ::PROTOBUF_NAMESPACE_ID::internal::CachedSize _cached_size_;
   };
   union { Impl_ _impl_; };
@@ -1504,7 +2235,7 @@ class WatchLoadRequest final :
                &_WatchLoadRequest_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    6;
+    9;
 
   friend void swap(WatchLoadRequest& a, WatchLoadRequest& b) {
     a.Swap(&b);
@@ -1661,7 +2392,7 @@ class WatchLoadResponse final :
                &_WatchLoadResponse_default_instance_);
   }
   static constexpr int kIndexInFileMessages =
-    7;
+    10;
 
   friend void swap(WatchLoadResponse& a, WatchLoadResponse& b) {
     a.Swap(&b);
@@ -2326,6 +3057,290 @@ inline void GetServerInfoResponse::set_allocated_load(::hsrpc::v1::Load* load) {
   }
   _impl_.load_ = load;
   // @@protoc_insertion_point(field_set_allocated:hsrpc.v1.GetServerInfoResponse.load)
+}
+
+// repeated .hsrpc.v1.Gpu gpus = 8;
+inline int GetServerInfoResponse::_internal_gpus_size() const {
+  return _impl_.gpus_.size();
+}
+inline int GetServerInfoResponse::gpus_size() const {
+  return _internal_gpus_size();
+}
+inline void GetServerInfoResponse::clear_gpus() {
+  _impl_.gpus_.Clear();
+}
+inline ::hsrpc::v1::Gpu* GetServerInfoResponse::mutable_gpus(int index) {
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.GetServerInfoResponse.gpus)
+  return _impl_.gpus_.Mutable(index);
+}
+inline ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::Gpu >*
+GetServerInfoResponse::mutable_gpus() {
+  // @@protoc_insertion_point(field_mutable_list:hsrpc.v1.GetServerInfoResponse.gpus)
+  return &_impl_.gpus_;
+}
+inline const ::hsrpc::v1::Gpu& GetServerInfoResponse::_internal_gpus(int index) const {
+  return _impl_.gpus_.Get(index);
+}
+inline const ::hsrpc::v1::Gpu& GetServerInfoResponse::gpus(int index) const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.GetServerInfoResponse.gpus)
+  return _internal_gpus(index);
+}
+inline ::hsrpc::v1::Gpu* GetServerInfoResponse::_internal_add_gpus() {
+  return _impl_.gpus_.Add();
+}
+inline ::hsrpc::v1::Gpu* GetServerInfoResponse::add_gpus() {
+  ::hsrpc::v1::Gpu* _add = _internal_add_gpus();
+  // @@protoc_insertion_point(field_add:hsrpc.v1.GetServerInfoResponse.gpus)
+  return _add;
+}
+inline const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::Gpu >&
+GetServerInfoResponse::gpus() const {
+  // @@protoc_insertion_point(field_list:hsrpc.v1.GetServerInfoResponse.gpus)
+  return _impl_.gpus_;
+}
+
+// -------------------------------------------------------------------
+
+// Gpu
+
+// int32 gpu = 1;
+inline void Gpu::clear_gpu() {
+  _impl_.gpu_ = 0;
+}
+inline int32_t Gpu::_internal_gpu() const {
+  return _impl_.gpu_;
+}
+inline int32_t Gpu::gpu() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Gpu.gpu)
+  return _internal_gpu();
+}
+inline void Gpu::_internal_set_gpu(int32_t value) {
+  
+  _impl_.gpu_ = value;
+}
+inline void Gpu::set_gpu(int32_t value) {
+  _internal_set_gpu(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Gpu.gpu)
+}
+
+// string name = 2;
+inline void Gpu::clear_name() {
+  _impl_.name_.ClearToEmpty();
+}
+inline const std::string& Gpu::name() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Gpu.name)
+  return _internal_name();
+}
+template <typename ArgT0, typename... ArgT>
+inline PROTOBUF_ALWAYS_INLINE
+void Gpu::set_name(ArgT0&& arg0, ArgT... args) {
+ 
+ _impl_.name_.Set(static_cast<ArgT0 &&>(arg0), args..., GetArenaForAllocation());
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Gpu.name)
+}
+inline std::string* Gpu::mutable_name() {
+  std::string* _s = _internal_mutable_name();
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.Gpu.name)
+  return _s;
+}
+inline const std::string& Gpu::_internal_name() const {
+  return _impl_.name_.Get();
+}
+inline void Gpu::_internal_set_name(const std::string& value) {
+  
+  _impl_.name_.Set(value, GetArenaForAllocation());
+}
+inline std::string* Gpu::_internal_mutable_name() {
+  
+  return _impl_.name_.Mutable(GetArenaForAllocation());
+}
+inline std::string* Gpu::release_name() {
+  // @@protoc_insertion_point(field_release:hsrpc.v1.Gpu.name)
+  return _impl_.name_.Release();
+}
+inline void Gpu::set_allocated_name(std::string* name) {
+  if (name != nullptr) {
+    
+  } else {
+    
+  }
+  _impl_.name_.SetAllocated(name, GetArenaForAllocation());
+#ifdef PROTOBUF_FORCE_COPY_DEFAULT_STRING
+  if (_impl_.name_.IsDefault()) {
+    _impl_.name_.Set("", GetArenaForAllocation());
+  }
+#endif // PROTOBUF_FORCE_COPY_DEFAULT_STRING
+  // @@protoc_insertion_point(field_set_allocated:hsrpc.v1.Gpu.name)
+}
+
+// string uuid = 3;
+inline void Gpu::clear_uuid() {
+  _impl_.uuid_.ClearToEmpty();
+}
+inline const std::string& Gpu::uuid() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Gpu.uuid)
+  return _internal_uuid();
+}
+template <typename ArgT0, typename... ArgT>
+inline PROTOBUF_ALWAYS_INLINE
+void Gpu::set_uuid(ArgT0&& arg0, ArgT... args) {
+ 
+ _impl_.uuid_.Set(static_cast<ArgT0 &&>(arg0), args..., GetArenaForAllocation());
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Gpu.uuid)
+}
+inline std::string* Gpu::mutable_uuid() {
+  std::string* _s = _internal_mutable_uuid();
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.Gpu.uuid)
+  return _s;
+}
+inline const std::string& Gpu::_internal_uuid() const {
+  return _impl_.uuid_.Get();
+}
+inline void Gpu::_internal_set_uuid(const std::string& value) {
+  
+  _impl_.uuid_.Set(value, GetArenaForAllocation());
+}
+inline std::string* Gpu::_internal_mutable_uuid() {
+  
+  return _impl_.uuid_.Mutable(GetArenaForAllocation());
+}
+inline std::string* Gpu::release_uuid() {
+  // @@protoc_insertion_point(field_release:hsrpc.v1.Gpu.uuid)
+  return _impl_.uuid_.Release();
+}
+inline void Gpu::set_allocated_uuid(std::string* uuid) {
+  if (uuid != nullptr) {
+    
+  } else {
+    
+  }
+  _impl_.uuid_.SetAllocated(uuid, GetArenaForAllocation());
+#ifdef PROTOBUF_FORCE_COPY_DEFAULT_STRING
+  if (_impl_.uuid_.IsDefault()) {
+    _impl_.uuid_.Set("", GetArenaForAllocation());
+  }
+#endif // PROTOBUF_FORCE_COPY_DEFAULT_STRING
+  // @@protoc_insertion_point(field_set_allocated:hsrpc.v1.Gpu.uuid)
+}
+
+// int64 device_memory_bytes = 4;
+inline void Gpu::clear_device_memory_bytes() {
+  _impl_.device_memory_bytes_ = int64_t{0};
+}
+inline int64_t Gpu::_internal_device_memory_bytes() const {
+  return _impl_.device_memory_bytes_;
+}
+inline int64_t Gpu::device_memory_bytes() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Gpu.device_memory_bytes)
+  return _internal_device_memory_bytes();
+}
+inline void Gpu::_internal_set_device_memory_bytes(int64_t value) {
+  
+  _impl_.device_memory_bytes_ = value;
+}
+inline void Gpu::set_device_memory_bytes(int64_t value) {
+  _internal_set_device_memory_bytes(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Gpu.device_memory_bytes)
+}
+
+// int64 host_memory_bytes = 5;
+inline void Gpu::clear_host_memory_bytes() {
+  _impl_.host_memory_bytes_ = int64_t{0};
+}
+inline int64_t Gpu::_internal_host_memory_bytes() const {
+  return _impl_.host_memory_bytes_;
+}
+inline int64_t Gpu::host_memory_bytes() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Gpu.host_memory_bytes)
+  return _internal_host_memory_bytes();
+}
+inline void Gpu::_internal_set_host_memory_bytes(int64_t value) {
+  
+  _impl_.host_memory_bytes_ = value;
+}
+inline void Gpu::set_host_memory_bytes(int64_t value) {
+  _internal_set_host_memory_bytes(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Gpu.host_memory_bytes)
+}
+
+// double load_bytes_per_second = 6;
+inline void Gpu::clear_load_bytes_per_second() {
+  _impl_.load_bytes_per_second_ = 0;
+}
+inline double Gpu::_internal_load_bytes_per_second() const {
+  return _impl_.load_bytes_per_second_;
+}
+inline double Gpu::load_bytes_per_second() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Gpu.load_bytes_per_second)
+  return _internal_load_bytes_per_second();
+}
+inline void Gpu::_internal_set_load_bytes_per_second(double value) {
+  
+  _impl_.load_bytes_per_second_ = value;
+}
+inline void Gpu::set_load_bytes_per_second(double value) {
+  _internal_set_load_bytes_per_second(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Gpu.load_bytes_per_second)
+}
+
+// double store_bytes_per_second = 7;
+inline void Gpu::clear_store_bytes_per_second() {
+  _impl_.store_bytes_per_second_ = 0;
+}
+inline double Gpu::_internal_store_bytes_per_second() const {
+  return _impl_.store_bytes_per_second_;
+}
+inline double Gpu::store_bytes_per_second() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Gpu.store_bytes_per_second)
+  return _internal_store_bytes_per_second();
+}
+inline void Gpu::_internal_set_store_bytes_per_second(double value) {
+  
+  _impl_.store_bytes_per_second_ = value;
+}
+inline void Gpu::set_store_bytes_per_second(double value) {
+  _internal_set_store_bytes_per_second(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Gpu.store_bytes_per_second)
+}
+
+// double memory_bytes_per_second = 8;
+inline void Gpu::clear_memory_bytes_per_second() {
+  _impl_.memory_bytes_per_second_ = 0;
+}
+inline double Gpu::_internal_memory_bytes_per_second() const {
+  return _impl_.memory_bytes_per_second_;
+}
+inline double Gpu::memory_bytes_per_second() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Gpu.memory_bytes_per_second)
+  return _internal_memory_bytes_per_second();
+}
+inline void Gpu::_internal_set_memory_bytes_per_second(double value) {
+  
+  _impl_.memory_bytes_per_second_ = value;
+}
+inline void Gpu::set_memory_bytes_per_second(double value) {
+  _internal_set_memory_bytes_per_second(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Gpu.memory_bytes_per_second)
+}
+
+// double flops_per_second = 9;
+inline void Gpu::clear_flops_per_second() {
+  _impl_.flops_per_second_ = 0;
+}
+inline double Gpu::_internal_flops_per_second() const {
+  return _impl_.flops_per_second_;
+}
+inline double Gpu::flops_per_second() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Gpu.flops_per_second)
+  return _internal_flops_per_second();
+}
+inline void Gpu::_internal_set_flops_per_second(double value) {
+  
+  _impl_.flops_per_second_ = value;
+}
+inline void Gpu::set_flops_per_second(double value) {
+  _internal_set_flops_per_second(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.Gpu.flops_per_second)
 }
 
 // -------------------------------------------------------------------
@@ -2994,6 +4009,235 @@ inline void Measured::set_accepted_tokens(int64_t value) {
   // @@protoc_insertion_point(field_set:hsrpc.v1.Measured.accepted_tokens)
 }
 
+// repeated .hsrpc.v1.GpuMeasured gpus = 14;
+inline int Measured::_internal_gpus_size() const {
+  return _impl_.gpus_.size();
+}
+inline int Measured::gpus_size() const {
+  return _internal_gpus_size();
+}
+inline void Measured::clear_gpus() {
+  _impl_.gpus_.Clear();
+}
+inline ::hsrpc::v1::GpuMeasured* Measured::mutable_gpus(int index) {
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.Measured.gpus)
+  return _impl_.gpus_.Mutable(index);
+}
+inline ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::GpuMeasured >*
+Measured::mutable_gpus() {
+  // @@protoc_insertion_point(field_mutable_list:hsrpc.v1.Measured.gpus)
+  return &_impl_.gpus_;
+}
+inline const ::hsrpc::v1::GpuMeasured& Measured::_internal_gpus(int index) const {
+  return _impl_.gpus_.Get(index);
+}
+inline const ::hsrpc::v1::GpuMeasured& Measured::gpus(int index) const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Measured.gpus)
+  return _internal_gpus(index);
+}
+inline ::hsrpc::v1::GpuMeasured* Measured::_internal_add_gpus() {
+  return _impl_.gpus_.Add();
+}
+inline ::hsrpc::v1::GpuMeasured* Measured::add_gpus() {
+  ::hsrpc::v1::GpuMeasured* _add = _internal_add_gpus();
+  // @@protoc_insertion_point(field_add:hsrpc.v1.Measured.gpus)
+  return _add;
+}
+inline const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::GpuMeasured >&
+Measured::gpus() const {
+  // @@protoc_insertion_point(field_list:hsrpc.v1.Measured.gpus)
+  return _impl_.gpus_;
+}
+
+// -------------------------------------------------------------------
+
+// GpuMeasured
+
+// int32 gpu = 1;
+inline void GpuMeasured::clear_gpu() {
+  _impl_.gpu_ = 0;
+}
+inline int32_t GpuMeasured::_internal_gpu() const {
+  return _impl_.gpu_;
+}
+inline int32_t GpuMeasured::gpu() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.GpuMeasured.gpu)
+  return _internal_gpu();
+}
+inline void GpuMeasured::_internal_set_gpu(int32_t value) {
+  
+  _impl_.gpu_ = value;
+}
+inline void GpuMeasured::set_gpu(int32_t value) {
+  _internal_set_gpu(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.GpuMeasured.gpu)
+}
+
+// int64 weights_streamed_bytes = 2;
+inline void GpuMeasured::clear_weights_streamed_bytes() {
+  _impl_.weights_streamed_bytes_ = int64_t{0};
+}
+inline int64_t GpuMeasured::_internal_weights_streamed_bytes() const {
+  return _impl_.weights_streamed_bytes_;
+}
+inline int64_t GpuMeasured::weights_streamed_bytes() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.GpuMeasured.weights_streamed_bytes)
+  return _internal_weights_streamed_bytes();
+}
+inline void GpuMeasured::_internal_set_weights_streamed_bytes(int64_t value) {
+  
+  _impl_.weights_streamed_bytes_ = value;
+}
+inline void GpuMeasured::set_weights_streamed_bytes(int64_t value) {
+  _internal_set_weights_streamed_bytes(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.GpuMeasured.weights_streamed_bytes)
+}
+
+// int64 cache_loaded_bytes = 3;
+inline void GpuMeasured::clear_cache_loaded_bytes() {
+  _impl_.cache_loaded_bytes_ = int64_t{0};
+}
+inline int64_t GpuMeasured::_internal_cache_loaded_bytes() const {
+  return _impl_.cache_loaded_bytes_;
+}
+inline int64_t GpuMeasured::cache_loaded_bytes() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.GpuMeasured.cache_loaded_bytes)
+  return _internal_cache_loaded_bytes();
+}
+inline void GpuMeasured::_internal_set_cache_loaded_bytes(int64_t value) {
+  
+  _impl_.cache_loaded_bytes_ = value;
+}
+inline void GpuMeasured::set_cache_loaded_bytes(int64_t value) {
+  _internal_set_cache_loaded_bytes(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.GpuMeasured.cache_loaded_bytes)
+}
+
+// int64 regenerated_tokens = 4;
+inline void GpuMeasured::clear_regenerated_tokens() {
+  _impl_.regenerated_tokens_ = int64_t{0};
+}
+inline int64_t GpuMeasured::_internal_regenerated_tokens() const {
+  return _impl_.regenerated_tokens_;
+}
+inline int64_t GpuMeasured::regenerated_tokens() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.GpuMeasured.regenerated_tokens)
+  return _internal_regenerated_tokens();
+}
+inline void GpuMeasured::_internal_set_regenerated_tokens(int64_t value) {
+  
+  _impl_.regenerated_tokens_ = value;
+}
+inline void GpuMeasured::set_regenerated_tokens(int64_t value) {
+  _internal_set_regenerated_tokens(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.GpuMeasured.regenerated_tokens)
+}
+
+// int64 peak_device_bytes = 5;
+inline void GpuMeasured::clear_peak_device_bytes() {
+  _impl_.peak_device_bytes_ = int64_t{0};
+}
+inline int64_t GpuMeasured::_internal_peak_device_bytes() const {
+  return _impl_.peak_device_bytes_;
+}
+inline int64_t GpuMeasured::peak_device_bytes() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.GpuMeasured.peak_device_bytes)
+  return _internal_peak_device_bytes();
+}
+inline void GpuMeasured::_internal_set_peak_device_bytes(int64_t value) {
+  
+  _impl_.peak_device_bytes_ = value;
+}
+inline void GpuMeasured::set_peak_device_bytes(int64_t value) {
+  _internal_set_peak_device_bytes(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.GpuMeasured.peak_device_bytes)
+}
+
+// .google.protobuf.Duration busy_time = 6;
+inline bool GpuMeasured::_internal_has_busy_time() const {
+  return this != internal_default_instance() && _impl_.busy_time_ != nullptr;
+}
+inline bool GpuMeasured::has_busy_time() const {
+  return _internal_has_busy_time();
+}
+inline const ::PROTOBUF_NAMESPACE_ID::Duration& GpuMeasured::_internal_busy_time() const {
+  const ::PROTOBUF_NAMESPACE_ID::Duration* p = _impl_.busy_time_;
+  return p != nullptr ? *p : reinterpret_cast<const ::PROTOBUF_NAMESPACE_ID::Duration&>(
+      ::PROTOBUF_NAMESPACE_ID::_Duration_default_instance_);
+}
+inline const ::PROTOBUF_NAMESPACE_ID::Duration& GpuMeasured::busy_time() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.GpuMeasured.busy_time)
+  return _internal_busy_time();
+}
+inline void GpuMeasured::unsafe_arena_set_allocated_busy_time(
+    ::PROTOBUF_NAMESPACE_ID::Duration* busy_time) {
+  if (GetArenaForAllocation() == nullptr) {
+    delete reinterpret_cast<::PROTOBUF_NAMESPACE_ID::MessageLite*>(_impl_.busy_time_);
+  }
+  _impl_.busy_time_ = busy_time;
+  if (busy_time) {
+    
+  } else {
+    
+  }
+  // @@protoc_insertion_point(field_unsafe_arena_set_allocated:hsrpc.v1.GpuMeasured.busy_time)
+}
+inline ::PROTOBUF_NAMESPACE_ID::Duration* GpuMeasured::release_busy_time() {
+  
+  ::PROTOBUF_NAMESPACE_ID::Duration* temp = _impl_.busy_time_;
+  _impl_.busy_time_ = nullptr;
+#ifdef PROTOBUF_FORCE_COPY_IN_RELEASE
+  auto* old =  reinterpret_cast<::PROTOBUF_NAMESPACE_ID::MessageLite*>(temp);
+  temp = ::PROTOBUF_NAMESPACE_ID::internal::DuplicateIfNonNull(temp);
+  if (GetArenaForAllocation() == nullptr) { delete old; }
+#else  // PROTOBUF_FORCE_COPY_IN_RELEASE
+  if (GetArenaForAllocation() != nullptr) {
+    temp = ::PROTOBUF_NAMESPACE_ID::internal::DuplicateIfNonNull(temp);
+  }
+#endif  // !PROTOBUF_FORCE_COPY_IN_RELEASE
+  return temp;
+}
+inline ::PROTOBUF_NAMESPACE_ID::Duration* GpuMeasured::unsafe_arena_release_busy_time() {
+  // @@protoc_insertion_point(field_release:hsrpc.v1.GpuMeasured.busy_time)
+  
+  ::PROTOBUF_NAMESPACE_ID::Duration* temp = _impl_.busy_time_;
+  _impl_.busy_time_ = nullptr;
+  return temp;
+}
+inline ::PROTOBUF_NAMESPACE_ID::Duration* GpuMeasured::_internal_mutable_busy_time() {
+  
+  if (_impl_.busy_time_ == nullptr) {
+    auto* p = CreateMaybeMessage<::PROTOBUF_NAMESPACE_ID::Duration>(GetArenaForAllocation());
+    _impl_.busy_time_ = p;
+  }
+  return _impl_.busy_time_;
+}
+inline ::PROTOBUF_NAMESPACE_ID::Duration* GpuMeasured::mutable_busy_time() {
+  ::PROTOBUF_NAMESPACE_ID::Duration* _msg = _internal_mutable_busy_time();
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.GpuMeasured.busy_time)
+  return _msg;
+}
+inline void GpuMeasured::set_allocated_busy_time(::PROTOBUF_NAMESPACE_ID::Duration* busy_time) {
+  ::PROTOBUF_NAMESPACE_ID::Arena* message_arena = GetArenaForAllocation();
+  if (message_arena == nullptr) {
+    delete reinterpret_cast< ::PROTOBUF_NAMESPACE_ID::MessageLite*>(_impl_.busy_time_);
+  }
+  if (busy_time) {
+    ::PROTOBUF_NAMESPACE_ID::Arena* submessage_arena =
+        ::PROTOBUF_NAMESPACE_ID::Arena::InternalGetOwningArena(
+                reinterpret_cast<::PROTOBUF_NAMESPACE_ID::MessageLite*>(busy_time));
+    if (message_arena != submessage_arena) {
+      busy_time = ::PROTOBUF_NAMESPACE_ID::internal::GetOwnedMessage(
+          message_arena, busy_time, submessage_arena);
+    }
+    
+  } else {
+    
+  }
+  _impl_.busy_time_ = busy_time;
+  // @@protoc_insertion_point(field_set_allocated:hsrpc.v1.GpuMeasured.busy_time)
+}
+
 // -------------------------------------------------------------------
 
 // Load
@@ -3076,6 +4320,150 @@ inline const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::BlockUse >&
 Load::blocks() const {
   // @@protoc_insertion_point(field_list:hsrpc.v1.Load.blocks)
   return _impl_.blocks_;
+}
+
+// repeated .hsrpc.v1.GpuLoad gpus = 4;
+inline int Load::_internal_gpus_size() const {
+  return _impl_.gpus_.size();
+}
+inline int Load::gpus_size() const {
+  return _internal_gpus_size();
+}
+inline void Load::clear_gpus() {
+  _impl_.gpus_.Clear();
+}
+inline ::hsrpc::v1::GpuLoad* Load::mutable_gpus(int index) {
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.Load.gpus)
+  return _impl_.gpus_.Mutable(index);
+}
+inline ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::GpuLoad >*
+Load::mutable_gpus() {
+  // @@protoc_insertion_point(field_mutable_list:hsrpc.v1.Load.gpus)
+  return &_impl_.gpus_;
+}
+inline const ::hsrpc::v1::GpuLoad& Load::_internal_gpus(int index) const {
+  return _impl_.gpus_.Get(index);
+}
+inline const ::hsrpc::v1::GpuLoad& Load::gpus(int index) const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.Load.gpus)
+  return _internal_gpus(index);
+}
+inline ::hsrpc::v1::GpuLoad* Load::_internal_add_gpus() {
+  return _impl_.gpus_.Add();
+}
+inline ::hsrpc::v1::GpuLoad* Load::add_gpus() {
+  ::hsrpc::v1::GpuLoad* _add = _internal_add_gpus();
+  // @@protoc_insertion_point(field_add:hsrpc.v1.Load.gpus)
+  return _add;
+}
+inline const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::GpuLoad >&
+Load::gpus() const {
+  // @@protoc_insertion_point(field_list:hsrpc.v1.Load.gpus)
+  return _impl_.gpus_;
+}
+
+// -------------------------------------------------------------------
+
+// GpuLoad
+
+// int32 gpu = 1;
+inline void GpuLoad::clear_gpu() {
+  _impl_.gpu_ = 0;
+}
+inline int32_t GpuLoad::_internal_gpu() const {
+  return _impl_.gpu_;
+}
+inline int32_t GpuLoad::gpu() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.GpuLoad.gpu)
+  return _internal_gpu();
+}
+inline void GpuLoad::_internal_set_gpu(int32_t value) {
+  
+  _impl_.gpu_ = value;
+}
+inline void GpuLoad::set_gpu(int32_t value) {
+  _internal_set_gpu(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.GpuLoad.gpu)
+}
+
+// int32 running_requests = 2;
+inline void GpuLoad::clear_running_requests() {
+  _impl_.running_requests_ = 0;
+}
+inline int32_t GpuLoad::_internal_running_requests() const {
+  return _impl_.running_requests_;
+}
+inline int32_t GpuLoad::running_requests() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.GpuLoad.running_requests)
+  return _internal_running_requests();
+}
+inline void GpuLoad::_internal_set_running_requests(int32_t value) {
+  
+  _impl_.running_requests_ = value;
+}
+inline void GpuLoad::set_running_requests(int32_t value) {
+  _internal_set_running_requests(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.GpuLoad.running_requests)
+}
+
+// repeated .hsrpc.v1.BlockUse blocks = 3;
+inline int GpuLoad::_internal_blocks_size() const {
+  return _impl_.blocks_.size();
+}
+inline int GpuLoad::blocks_size() const {
+  return _internal_blocks_size();
+}
+inline void GpuLoad::clear_blocks() {
+  _impl_.blocks_.Clear();
+}
+inline ::hsrpc::v1::BlockUse* GpuLoad::mutable_blocks(int index) {
+  // @@protoc_insertion_point(field_mutable:hsrpc.v1.GpuLoad.blocks)
+  return _impl_.blocks_.Mutable(index);
+}
+inline ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::BlockUse >*
+GpuLoad::mutable_blocks() {
+  // @@protoc_insertion_point(field_mutable_list:hsrpc.v1.GpuLoad.blocks)
+  return &_impl_.blocks_;
+}
+inline const ::hsrpc::v1::BlockUse& GpuLoad::_internal_blocks(int index) const {
+  return _impl_.blocks_.Get(index);
+}
+inline const ::hsrpc::v1::BlockUse& GpuLoad::blocks(int index) const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.GpuLoad.blocks)
+  return _internal_blocks(index);
+}
+inline ::hsrpc::v1::BlockUse* GpuLoad::_internal_add_blocks() {
+  return _impl_.blocks_.Add();
+}
+inline ::hsrpc::v1::BlockUse* GpuLoad::add_blocks() {
+  ::hsrpc::v1::BlockUse* _add = _internal_add_blocks();
+  // @@protoc_insertion_point(field_add:hsrpc.v1.GpuLoad.blocks)
+  return _add;
+}
+inline const ::PROTOBUF_NAMESPACE_ID::RepeatedPtrField< ::hsrpc::v1::BlockUse >&
+GpuLoad::blocks() const {
+  // @@protoc_insertion_point(field_list:hsrpc.v1.GpuLoad.blocks)
+  return _impl_.blocks_;
+}
+
+// int64 device_bytes = 4;
+inline void GpuLoad::clear_device_bytes() {
+  _impl_.device_bytes_ = int64_t{0};
+}
+inline int64_t GpuLoad::_internal_device_bytes() const {
+  return _impl_.device_bytes_;
+}
+inline int64_t GpuLoad::device_bytes() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.GpuLoad.device_bytes)
+  return _internal_device_bytes();
+}
+inline void GpuLoad::_internal_set_device_bytes(int64_t value) {
+  
+  _impl_.device_bytes_ = value;
+}
+inline void GpuLoad::set_device_bytes(int64_t value) {
+  _internal_set_device_bytes(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.GpuLoad.device_bytes)
 }
 
 // -------------------------------------------------------------------
@@ -3180,6 +4568,26 @@ inline void BlockUse::_internal_set_peak(int64_t value) {
 inline void BlockUse::set_peak(int64_t value) {
   _internal_set_peak(value);
   // @@protoc_insertion_point(field_set:hsrpc.v1.BlockUse.peak)
+}
+
+// int64 kept = 6;
+inline void BlockUse::clear_kept() {
+  _impl_.kept_ = int64_t{0};
+}
+inline int64_t BlockUse::_internal_kept() const {
+  return _impl_.kept_;
+}
+inline int64_t BlockUse::kept() const {
+  // @@protoc_insertion_point(field_get:hsrpc.v1.BlockUse.kept)
+  return _internal_kept();
+}
+inline void BlockUse::_internal_set_kept(int64_t value) {
+  
+  _impl_.kept_ = value;
+}
+inline void BlockUse::set_kept(int64_t value) {
+  _internal_set_kept(value);
+  // @@protoc_insertion_point(field_set:hsrpc.v1.BlockUse.kept)
 }
 
 // -------------------------------------------------------------------
@@ -3543,6 +4951,12 @@ inline void WatchLoadResponse::set_allocated_uptime(::PROTOBUF_NAMESPACE_ID::Dur
 #ifdef __GNUC__
   #pragma GCC diagnostic pop
 #endif  // __GNUC__
+// -------------------------------------------------------------------
+
+// -------------------------------------------------------------------
+
+// -------------------------------------------------------------------
+
 // -------------------------------------------------------------------
 
 // -------------------------------------------------------------------

@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file hsrpc/v1/server.proto.
  */
 export const file_hsrpc_v1_server: GenFile = /*@__PURE__*/
-  fileDesc("ChVoc3JwYy92MS9zZXJ2ZXIucHJvdG8SCGhzcnBjLnYxIhYKFEdldFNlcnZlckluZm9SZXF1ZXN0ItQBChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRINCgVtb2RlbBgCIAEoCRIOCgZkZXZpY2UYAyABKAkSKQoGdXB0aW1lGAQgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEhwKBHBsYW4YBSABKAsyDi5oc3JwYy52MS5QbGFuEiQKCG1lYXN1cmVkGAYgASgLMhIuaHNycGMudjEuTWVhc3VyZWQSHAoEbG9hZBgHIAEoCzIOLmhzcnBjLnYxLkxvYWQiqAIKBFBsYW4SGwoTZGV2aWNlX21lbW9yeV9ieXRlcxgBIAEoAxIZChFob3N0X21lbW9yeV9ieXRlcxgCIAEoAxIWCg5yZXNpZGVudF9zaGFyZRgDIAEoARIYChBhY3RpdmF0aW9uX3NoYXJlGAQgASgBEhEKCW1heF9iYXRjaBgFIAEoBRIYChBleHBlY3RlZF9jb250ZXh0GAYgASgFEjYKE3ByZWRpY3RlZF9zdGVwX3RpbWUYByABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SIwobcHJlZGljdGVkX3Rva2Vuc19wZXJfc2Vjb25kGAggASgBEhQKDGNhY2hlX3BvbGljeRgJIAEoCRIWCg5jYWNoZV9kZWNpc2lvbhgKIAEoCSKKAwoITWVhc3VyZWQSLAoJc3RlcF90aW1lGAEgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEh4KEXRva2Vuc19wZXJfc2Vjb25kGAIgASgBSACIAQESGAoQZ2VuZXJhdGVkX3Rva2VucxgDIAEoAxIVCg1wcm9tcHRfdG9rZW5zGAQgASgDEh4KFndlaWdodHNfc3RyZWFtZWRfYnl0ZXMYBSABKAMSGgoSY2FjaGVfbG9hZGVkX2J5dGVzGAYgASgDEhoKEnJlZ2VuZXJhdGVkX3Rva2VucxgHIAEoAxITCgtwcmVlbXB0aW9ucxgIIAEoAxIZChFwZWFrX2RldmljZV9ieXRlcxgJIAEoAxIZChFyZWNvbXB1dGVkX3Rva2VucxgKIAEoAxIVCg1jYWNoZWRfdG9rZW5zGAsgASgDEhYKDmRyYWZ0ZWRfdG9rZW5zGAwgASgDEhcKD2FjY2VwdGVkX3Rva2VucxgNIAEoA0IUChJfdG9rZW5zX3Blcl9zZWNvbmQiXQoETG9hZBIXCg9xdWV1ZWRfcmVxdWVzdHMYASABKAUSGAoQcnVubmluZ19yZXF1ZXN0cxgCIAEoBRIiCgZibG9ja3MYAyADKAsyEi5oc3JwYy52MS5CbG9ja1VzZSJ7CghCbG9ja1VzZRIhCgRraW5kGAEgASgOMhMuaHNycGMudjEuQmxvY2tLaW5kEiEKBHRpZXIYAiABKA4yEy5oc3JwYy52MS5CbG9ja1RpZXISDAoEdXNlZBgDIAEoAxINCgV0b3RhbBgEIAEoAxIMCgRwZWFrGAUgASgDIj8KEFdhdGNoTG9hZFJlcXVlc3QSKwoIaW50ZXJ2YWwYASABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24iggEKEVdhdGNoTG9hZFJlc3BvbnNlEhwKBGxvYWQYASABKAsyDi5oc3JwYy52MS5Mb2FkEiQKCG1lYXN1cmVkGAIgASgLMhIuaHNycGMudjEuTWVhc3VyZWQSKQoGdXB0aW1lGAMgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uKlUKCUJsb2NrS2luZBIaChZCTE9DS19LSU5EX1VOU1BFQ0lGSUVEEAASEQoNQkxPQ0tfS0lORF9LVhABEhkKFUJMT0NLX0tJTkRfQUNUSVZBVElPThACKlMKCUJsb2NrVGllchIaChZCTE9DS19USUVSX1VOU1BFQ0lGSUVEEAASFQoRQkxPQ0tfVElFUl9ERVZJQ0UQARITCg9CTE9DS19USUVSX0hPU1QQAjKpAQoNU2VydmVyU2VydmljZRJQCg1HZXRTZXJ2ZXJJbmZvEh4uaHNycGMudjEuR2V0U2VydmVySW5mb1JlcXVlc3QaHy5oc3JwYy52MS5HZXRTZXJ2ZXJJbmZvUmVzcG9uc2USRgoJV2F0Y2hMb2FkEhouaHNycGMudjEuV2F0Y2hMb2FkUmVxdWVzdBobLmhzcnBjLnYxLldhdGNoTG9hZFJlc3BvbnNlMAFCTAoSaW8uZ2l0aHViLmhzcnBjLnYxUAFaKWdpdGh1Yi5jb20vaHNycGMvaHNycGMvY2xpZW50cy9nby9oc3JwY3YxqgIISHNycGMuVjFiBnByb3RvMw", [file_google_protobuf_duration]);
+  fileDesc("ChVoc3JwYy92MS9zZXJ2ZXIucHJvdG8SCGhzcnBjLnYxIhYKFEdldFNlcnZlckluZm9SZXF1ZXN0IvEBChVHZXRTZXJ2ZXJJbmZvUmVzcG9uc2USDwoHdmVyc2lvbhgBIAEoCRINCgVtb2RlbBgCIAEoCRIOCgZkZXZpY2UYAyABKAkSKQoGdXB0aW1lGAQgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEhwKBHBsYW4YBSABKAsyDi5oc3JwYy52MS5QbGFuEiQKCG1lYXN1cmVkGAYgASgLMhIuaHNycGMudjEuTWVhc3VyZWQSHAoEbG9hZBgHIAEoCzIOLmhzcnBjLnYxLkxvYWQSGwoEZ3B1cxgIIAMoCzINLmhzcnBjLnYxLkdwdSLgAQoDR3B1EgsKA2dwdRgBIAEoBRIMCgRuYW1lGAIgASgJEgwKBHV1aWQYAyABKAkSGwoTZGV2aWNlX21lbW9yeV9ieXRlcxgEIAEoAxIZChFob3N0X21lbW9yeV9ieXRlcxgFIAEoAxIdChVsb2FkX2J5dGVzX3Blcl9zZWNvbmQYBiABKAESHgoWc3RvcmVfYnl0ZXNfcGVyX3NlY29uZBgHIAEoARIfChdtZW1vcnlfYnl0ZXNfcGVyX3NlY29uZBgIIAEoARIYChBmbG9wc19wZXJfc2Vjb25kGAkgASgBIqgCCgRQbGFuEhsKE2RldmljZV9tZW1vcnlfYnl0ZXMYASABKAMSGQoRaG9zdF9tZW1vcnlfYnl0ZXMYAiABKAMSFgoOcmVzaWRlbnRfc2hhcmUYAyABKAESGAoQYWN0aXZhdGlvbl9zaGFyZRgEIAEoARIRCgltYXhfYmF0Y2gYBSABKAUSGAoQZXhwZWN0ZWRfY29udGV4dBgGIAEoBRI2ChNwcmVkaWN0ZWRfc3RlcF90aW1lGAcgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEiMKG3ByZWRpY3RlZF90b2tlbnNfcGVyX3NlY29uZBgIIAEoARIUCgxjYWNoZV9wb2xpY3kYCSABKAkSFgoOY2FjaGVfZGVjaXNpb24YCiABKAkirwMKCE1lYXN1cmVkEiwKCXN0ZXBfdGltZRgBIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIeChF0b2tlbnNfcGVyX3NlY29uZBgCIAEoAUgAiAEBEhgKEGdlbmVyYXRlZF90b2tlbnMYAyABKAMSFQoNcHJvbXB0X3Rva2VucxgEIAEoAxIeChZ3ZWlnaHRzX3N0cmVhbWVkX2J5dGVzGAUgASgDEhoKEmNhY2hlX2xvYWRlZF9ieXRlcxgGIAEoAxIaChJyZWdlbmVyYXRlZF90b2tlbnMYByABKAMSEwoLcHJlZW1wdGlvbnMYCCABKAMSGQoRcGVha19kZXZpY2VfYnl0ZXMYCSABKAMSGQoRcmVjb21wdXRlZF90b2tlbnMYCiABKAMSFQoNY2FjaGVkX3Rva2VucxgLIAEoAxIWCg5kcmFmdGVkX3Rva2VucxgMIAEoAxIXCg9hY2NlcHRlZF90b2tlbnMYDSABKAMSIwoEZ3B1cxgOIAMoCzIVLmhzcnBjLnYxLkdwdU1lYXN1cmVkQhQKEl90b2tlbnNfcGVyX3NlY29uZCK7AQoLR3B1TWVhc3VyZWQSCwoDZ3B1GAEgASgFEh4KFndlaWdodHNfc3RyZWFtZWRfYnl0ZXMYAiABKAMSGgoSY2FjaGVfbG9hZGVkX2J5dGVzGAMgASgDEhoKEnJlZ2VuZXJhdGVkX3Rva2VucxgEIAEoAxIZChFwZWFrX2RldmljZV9ieXRlcxgFIAEoAxIsCglidXN5X3RpbWUYBiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24ifgoETG9hZBIXCg9xdWV1ZWRfcmVxdWVzdHMYASABKAUSGAoQcnVubmluZ19yZXF1ZXN0cxgCIAEoBRIiCgZibG9ja3MYAyADKAsyEi5oc3JwYy52MS5CbG9ja1VzZRIfCgRncHVzGAQgAygLMhEuaHNycGMudjEuR3B1TG9hZCJqCgdHcHVMb2FkEgsKA2dwdRgBIAEoBRIYChBydW5uaW5nX3JlcXVlc3RzGAIgASgFEiIKBmJsb2NrcxgDIAMoCzISLmhzcnBjLnYxLkJsb2NrVXNlEhQKDGRldmljZV9ieXRlcxgEIAEoAyKJAQoIQmxvY2tVc2USIQoEa2luZBgBIAEoDjITLmhzcnBjLnYxLkJsb2NrS2luZBIhCgR0aWVyGAIgASgOMhMuaHNycGMudjEuQmxvY2tUaWVyEgwKBHVzZWQYAyABKAMSDQoFdG90YWwYBCABKAMSDAoEcGVhaxgFIAEoAxIMCgRrZXB0GAYgASgDIj8KEFdhdGNoTG9hZFJlcXVlc3QSKwoIaW50ZXJ2YWwYASABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24iggEKEVdhdGNoTG9hZFJlc3BvbnNlEhwKBGxvYWQYASABKAsyDi5oc3JwYy52MS5Mb2FkEiQKCG1lYXN1cmVkGAIgASgLMhIuaHNycGMudjEuTWVhc3VyZWQSKQoGdXB0aW1lGAMgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uKlUKCUJsb2NrS2luZBIaChZCTE9DS19LSU5EX1VOU1BFQ0lGSUVEEAASEQoNQkxPQ0tfS0lORF9LVhABEhkKFUJMT0NLX0tJTkRfQUNUSVZBVElPThACKlMKCUJsb2NrVGllchIaChZCTE9DS19USUVSX1VOU1BFQ0lGSUVEEAASFQoRQkxPQ0tfVElFUl9ERVZJQ0UQARITCg9CTE9DS19USUVSX0hPU1QQAjKpAQoNU2VydmVyU2VydmljZRJQCg1HZXRTZXJ2ZXJJbmZvEh4uaHNycGMudjEuR2V0U2VydmVySW5mb1JlcXVlc3QaHy5oc3JwYy52MS5HZXRTZXJ2ZXJJbmZvUmVzcG9uc2USRgoJV2F0Y2hMb2FkEhouaHNycGMudjEuV2F0Y2hMb2FkUmVxdWVzdBobLmhzcnBjLnYxLldhdGNoTG9hZFJlc3BvbnNlMAFCTAoSaW8uZ2l0aHViLmhzcnBjLnYxUAFaKWdpdGh1Yi5jb20vaHNycGMvaHNycGMvY2xpZW50cy9nby9oc3JwY3YxqgIISHNycGMuVjFiBnByb3RvMw", [file_google_protobuf_duration]);
 
 /**
  * GetServerInfoRequest asks for nothing in particular.
@@ -83,6 +83,13 @@ export type GetServerInfoResponse = Message<"hsrpc.v1.GetServerInfoResponse"> & 
    * @generated from field: hsrpc.v1.Load load = 7;
    */
   load?: Load | undefined;
+
+  /**
+   * The GPUs that compute, by their numbers; a CPU counts as one.
+   *
+   * @generated from field: repeated hsrpc.v1.Gpu gpus = 8;
+   */
+  gpus: Gpu[];
 };
 
 /**
@@ -93,20 +100,97 @@ export const GetServerInfoResponseSchema: GenMessage<GetServerInfoResponse> = /*
   messageDesc(file_hsrpc_v1_server, 1);
 
 /**
+ * Gpu is one of the GPUs that compute, and what was found of it when the engine started.
+ *
+ * @generated from message hsrpc.v1.Gpu
+ */
+export type Gpu = Message<"hsrpc.v1.Gpu"> & {
+  /**
+   * Its number, from 0 on, as in GpuLoad, GpuMeasured and the label of metrics.
+   *
+   * @generated from field: int32 gpu = 1;
+   */
+  gpu: number;
+
+  /**
+   * Its name, for people.
+   *
+   * @generated from field: string name = 2;
+   */
+  name: string;
+
+  /**
+   * By which NVIDIA's tools know it, such as GPU-7d3e...; empty on the CPU.
+   *
+   * @generated from field: string uuid = 3;
+   */
+  uuid: string;
+
+  /**
+   * Budget of its memory, bytes.
+   *
+   * @generated from field: int64 device_memory_bytes = 4;
+   */
+  deviceMemoryBytes: bigint;
+
+  /**
+   * Its part of the budget of host memory, bytes.
+   *
+   * @generated from field: int64 host_memory_bytes = 5;
+   */
+  hostMemoryBytes: bigint;
+
+  /**
+   * Rate of copies from the host, bytes a second; several GPUs are measured all at once.
+   *
+   * @generated from field: double load_bytes_per_second = 6;
+   */
+  loadBytesPerSecond: number;
+
+  /**
+   * Rate of copies to the host, bytes a second.
+   *
+   * @generated from field: double store_bytes_per_second = 7;
+   */
+  storeBytesPerSecond: number;
+
+  /**
+   * Rate at which its memory is read and written, bytes a second.
+   *
+   * @generated from field: double memory_bytes_per_second = 8;
+   */
+  memoryBytesPerSecond: number;
+
+  /**
+   * Rate of products of matrices, FLOP a second.
+   *
+   * @generated from field: double flops_per_second = 9;
+   */
+  flopsPerSecond: number;
+};
+
+/**
+ * Describes the message hsrpc.v1.Gpu.
+ * Use `create(GpuSchema)` to create a new message.
+ */
+export const GpuSchema: GenMessage<Gpu> = /*@__PURE__*/
+  messageDesc(file_hsrpc_v1_server, 2);
+
+/**
  * Plan is what was decided when the engine started, and what it should give.
  *
  * @generated from message hsrpc.v1.Plan
  */
 export type Plan = Message<"hsrpc.v1.Plan"> & {
   /**
-   * Budget of device memory, bytes.
+   * Budget of the device memory of each GPU, bytes.
    *
    * @generated from field: int64 device_memory_bytes = 1;
    */
   deviceMemoryBytes: bigint;
 
   /**
-   * Budget of host memory, bytes.
+   * Budget of host memory, of all GPUs together, bytes.
    *
    * @generated from field: int64 host_memory_bytes = 2;
    */
@@ -174,7 +258,7 @@ export type Plan = Message<"hsrpc.v1.Plan"> & {
  * Use `create(PlanSchema)` to create a new message.
  */
 export const PlanSchema: GenMessage<Plan> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_server, 2);
+  messageDesc(file_hsrpc_v1_server, 3);
 
 /**
  * Measured is what was measured since the engine started. Absent fields: nothing measured yet.
@@ -239,7 +323,7 @@ export type Measured = Message<"hsrpc.v1.Measured"> & {
   preemptions: bigint;
 
   /**
-   * Most device memory in use at once, bytes, as the device counts it; 0 on the CPU.
+   * Most device memory in use at once, bytes, as the device counts it, of the GPU that used most; 0 on the CPU.
    *
    * @generated from field: int64 peak_device_bytes = 9;
    */
@@ -272,6 +356,13 @@ export type Measured = Message<"hsrpc.v1.Measured"> & {
    * @generated from field: int64 accepted_tokens = 13;
    */
   acceptedTokens: bigint;
+
+  /**
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   *
+   * @generated from field: repeated hsrpc.v1.GpuMeasured gpus = 14;
+   */
+  gpus: GpuMeasured[];
 };
 
 /**
@@ -279,7 +370,64 @@ export type Measured = Message<"hsrpc.v1.Measured"> & {
  * Use `create(MeasuredSchema)` to create a new message.
  */
 export const MeasuredSchema: GenMessage<Measured> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_server, 3);
+  messageDesc(file_hsrpc_v1_server, 4);
+
+/**
+ * GpuMeasured is what was measured of one GPU since the engine started.
+ *
+ * @generated from message hsrpc.v1.GpuMeasured
+ */
+export type GpuMeasured = Message<"hsrpc.v1.GpuMeasured"> & {
+  /**
+   * Its number.
+   *
+   * @generated from field: int32 gpu = 1;
+   */
+  gpu: number;
+
+  /**
+   * Bytes of weights streamed over its own bus. Of what several GPUs load for each other each loads a part.
+   *
+   * @generated from field: int64 weights_streamed_bytes = 2;
+   */
+  weightsStreamedBytes: bigint;
+
+  /**
+   * Bytes of cache blocks loaded over its own bus.
+   *
+   * @generated from field: int64 cache_loaded_bytes = 3;
+   */
+  cacheLoadedBytes: bigint;
+
+  /**
+   * Keys and values rebuilt there from activations, tokens times layers.
+   *
+   * @generated from field: int64 regenerated_tokens = 4;
+   */
+  regeneratedTokens: bigint;
+
+  /**
+   * Most of its memory in use at once, bytes, as the device counts it; 0 on the CPU.
+   *
+   * @generated from field: int64 peak_device_bytes = 5;
+   */
+  peakDeviceBytes: bigint;
+
+  /**
+   * Time in which it did its parts of steps, waiting for weights that other GPUs load included. In what is left of the
+   * steps' time it was done and others were not.
+   *
+   * @generated from field: google.protobuf.Duration busy_time = 6;
+   */
+  busyTime?: Duration | undefined;
+};
+
+/**
+ * Describes the message hsrpc.v1.GpuMeasured.
+ * Use `create(GpuMeasuredSchema)` to create a new message.
+ */
+export const GpuMeasuredSchema: GenMessage<GpuMeasured> = /*@__PURE__*/
+  messageDesc(file_hsrpc_v1_server, 5);
 
 /**
  * Load is how busy a server is.
@@ -307,6 +455,13 @@ export type Load = Message<"hsrpc.v1.Load"> & {
    * @generated from field: repeated hsrpc.v1.BlockUse blocks = 3;
    */
   blocks: BlockUse[];
+
+  /**
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   *
+   * @generated from field: repeated hsrpc.v1.GpuLoad gpus = 4;
+   */
+  gpus: GpuLoad[];
 };
 
 /**
@@ -314,7 +469,49 @@ export type Load = Message<"hsrpc.v1.Load"> & {
  * Use `create(LoadSchema)` to create a new message.
  */
 export const LoadSchema: GenMessage<Load> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_server, 4);
+  messageDesc(file_hsrpc_v1_server, 6);
+
+/**
+ * GpuLoad is how busy one GPU is.
+ *
+ * @generated from message hsrpc.v1.GpuLoad
+ */
+export type GpuLoad = Message<"hsrpc.v1.GpuLoad"> & {
+  /**
+   * Its number.
+   *
+   * @generated from field: int32 gpu = 1;
+   */
+  gpu: number;
+
+  /**
+   * Requests that run there.
+   *
+   * @generated from field: int32 running_requests = 2;
+   */
+  runningRequests: number;
+
+  /**
+   * Its cache blocks by kind and tier.
+   *
+   * @generated from field: repeated hsrpc.v1.BlockUse blocks = 3;
+   */
+  blocks: BlockUse[];
+
+  /**
+   * Its memory in use, bytes, as the device counts it; 0 on the CPU.
+   *
+   * @generated from field: int64 device_bytes = 4;
+   */
+  deviceBytes: bigint;
+};
+
+/**
+ * Describes the message hsrpc.v1.GpuLoad.
+ * Use `create(GpuLoadSchema)` to create a new message.
+ */
+export const GpuLoadSchema: GenMessage<GpuLoad> = /*@__PURE__*/
+  messageDesc(file_hsrpc_v1_server, 7);
 
 /**
  * BlockUse is how many cache blocks of one kind are used in one tier of memory.
@@ -356,6 +553,13 @@ export type BlockUse = Message<"hsrpc.v1.BlockUse"> & {
    * @generated from field: int64 peak = 5;
    */
   peak: bigint;
+
+  /**
+   * Blocks that nobody uses, and whose content is kept for requests that begin alike; free for others when wanted.
+   *
+   * @generated from field: int64 kept = 6;
+   */
+  kept: bigint;
 };
 
 /**
@@ -363,7 +567,7 @@ export type BlockUse = Message<"hsrpc.v1.BlockUse"> & {
  * Use `create(BlockUseSchema)` to create a new message.
  */
 export const BlockUseSchema: GenMessage<BlockUse> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_server, 5);
+  messageDesc(file_hsrpc_v1_server, 8);
 
 /**
  * WatchLoadRequest says how often to report.
@@ -384,7 +588,7 @@ export type WatchLoadRequest = Message<"hsrpc.v1.WatchLoadRequest"> & {
  * Use `create(WatchLoadRequestSchema)` to create a new message.
  */
 export const WatchLoadRequestSchema: GenMessage<WatchLoadRequest> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_server, 6);
+  messageDesc(file_hsrpc_v1_server, 9);
 
 /**
  * WatchLoadResponse is one report.
@@ -419,7 +623,7 @@ export type WatchLoadResponse = Message<"hsrpc.v1.WatchLoadResponse"> & {
  * Use `create(WatchLoadResponseSchema)` to create a new message.
  */
 export const WatchLoadResponseSchema: GenMessage<WatchLoadResponse> = /*@__PURE__*/
-  messageDesc(file_hsrpc_v1_server, 7);
+  messageDesc(file_hsrpc_v1_server, 10);
 
 /**
  * BlockKind is what a cache block holds.

@@ -146,6 +146,21 @@ private static final long serialVersionUID = 0L;
     return peak_;
   }
 
+  public static final int KEPT_FIELD_NUMBER = 6;
+  private long kept_ = 0L;
+  /**
+   * <pre>
+   * Blocks that nobody uses, and whose content is kept for requests that begin alike; free for others when wanted.
+   * </pre>
+   *
+   * <code>int64 kept = 6;</code>
+   * @return The kept.
+   */
+  @java.lang.Override
+  public long getKept() {
+    return kept_;
+  }
+
   private byte memoizedIsInitialized = -1;
   @java.lang.Override
   public final boolean isInitialized() {
@@ -174,6 +189,9 @@ private static final long serialVersionUID = 0L;
     }
     if (peak_ != 0L) {
       output.writeInt64(5, peak_);
+    }
+    if (kept_ != 0L) {
+      output.writeInt64(6, kept_);
     }
     getUnknownFields().writeTo(output);
   }
@@ -204,6 +222,10 @@ private static final long serialVersionUID = 0L;
       size += com.google.protobuf.CodedOutputStream
         .computeInt64Size(5, peak_);
     }
+    if (kept_ != 0L) {
+      size += com.google.protobuf.CodedOutputStream
+        .computeInt64Size(6, kept_);
+    }
     size += getUnknownFields().getSerializedSize();
     memoizedSize = size;
     return size;
@@ -227,6 +249,8 @@ private static final long serialVersionUID = 0L;
         != other.getTotal()) return false;
     if (getPeak()
         != other.getPeak()) return false;
+    if (getKept()
+        != other.getKept()) return false;
     if (!getUnknownFields().equals(other.getUnknownFields())) return false;
     return true;
   }
@@ -251,6 +275,9 @@ private static final long serialVersionUID = 0L;
     hash = (37 * hash) + PEAK_FIELD_NUMBER;
     hash = (53 * hash) + com.google.protobuf.Internal.hashLong(
         getPeak());
+    hash = (37 * hash) + KEPT_FIELD_NUMBER;
+    hash = (53 * hash) + com.google.protobuf.Internal.hashLong(
+        getKept());
     hash = (29 * hash) + getUnknownFields().hashCode();
     memoizedHashCode = hash;
     return hash;
@@ -389,6 +416,7 @@ private static final long serialVersionUID = 0L;
       used_ = 0L;
       total_ = 0L;
       peak_ = 0L;
+      kept_ = 0L;
       return this;
     }
 
@@ -436,6 +464,9 @@ private static final long serialVersionUID = 0L;
       }
       if (((from_bitField0_ & 0x00000010) != 0)) {
         result.peak_ = peak_;
+      }
+      if (((from_bitField0_ & 0x00000020) != 0)) {
+        result.kept_ = kept_;
       }
     }
 
@@ -498,6 +529,9 @@ private static final long serialVersionUID = 0L;
       if (other.getPeak() != 0L) {
         setPeak(other.getPeak());
       }
+      if (other.getKept() != 0L) {
+        setKept(other.getKept());
+      }
       this.mergeUnknownFields(other.getUnknownFields());
       onChanged();
       return this;
@@ -549,6 +583,11 @@ private static final long serialVersionUID = 0L;
               bitField0_ |= 0x00000010;
               break;
             } // case 40
+            case 48: {
+              kept_ = input.readInt64();
+              bitField0_ |= 0x00000020;
+              break;
+            } // case 48
             default: {
               if (!super.parseUnknownField(input, extensionRegistry, tag)) {
                 done = true; // was an endgroup tag
@@ -840,6 +879,50 @@ private static final long serialVersionUID = 0L;
     public Builder clearPeak() {
       bitField0_ = (bitField0_ & ~0x00000010);
       peak_ = 0L;
+      onChanged();
+      return this;
+    }
+
+    private long kept_ ;
+    /**
+     * <pre>
+     * Blocks that nobody uses, and whose content is kept for requests that begin alike; free for others when wanted.
+     * </pre>
+     *
+     * <code>int64 kept = 6;</code>
+     * @return The kept.
+     */
+    @java.lang.Override
+    public long getKept() {
+      return kept_;
+    }
+    /**
+     * <pre>
+     * Blocks that nobody uses, and whose content is kept for requests that begin alike; free for others when wanted.
+     * </pre>
+     *
+     * <code>int64 kept = 6;</code>
+     * @param value The kept to set.
+     * @return This builder for chaining.
+     */
+    public Builder setKept(long value) {
+      
+      kept_ = value;
+      bitField0_ |= 0x00000020;
+      onChanged();
+      return this;
+    }
+    /**
+     * <pre>
+     * Blocks that nobody uses, and whose content is kept for requests that begin alike; free for others when wanted.
+     * </pre>
+     *
+     * <code>int64 kept = 6;</code>
+     * @return This builder for chaining.
+     */
+    public Builder clearKept() {
+      bitField0_ = (bitField0_ & ~0x00000020);
+      kept_ = 0L;
       onChanged();
       return this;
     }

@@ -74,4 +74,14 @@ public interface BlockUseOrBuilder extends
    * @return The peak.
    */
   long getPeak();
+
+  /**
+   * <pre>
+   * Blocks that nobody uses, and whose content is kept for requests that begin alike; free for others when wanted.
+   * </pre>
+   *
+   * <code>int64 kept = 6;</code>
+   * @return The kept.
+   */
+  long getKept();
 }

@@ -23,6 +23,7 @@ private static final long serialVersionUID = 0L;
     version_ = "";
     model_ = "";
     device_ = "";
+    gpus_ = java.util.Collections.emptyList();
   }
 
   @java.lang.Override
@@ -343,6 +344,67 @@ private static final long serialVersionUID = 0L;
     return load_ == null ? io.github.hsrpc.v1.Load.getDefaultInstance() : load_;
   }
 
+  public static final int GPUS_FIELD_NUMBER = 8;
+  @SuppressWarnings("serial")
+  private java.util.List<io.github.hsrpc.v1.Gpu> gpus_;
+  /**
+   * <pre>
+   * The GPUs that compute, by their numbers; a CPU counts as one.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+   */
+  @java.lang.Override
+  public java.util.List<io.github.hsrpc.v1.Gpu> getGpusList() {
+    return gpus_;
+  }
+  /**
+   * <pre>
+   * The GPUs that compute, by their numbers; a CPU counts as one.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+   */
+  @java.lang.Override
+  public java.util.List<? extends io.github.hsrpc.v1.GpuOrBuilder> 
+      getGpusOrBuilderList() {
+    return gpus_;
+  }
+  /**
+   * <pre>
+   * The GPUs that compute, by their numbers; a CPU counts as one.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+   */
+  @java.lang.Override
+  public int getGpusCount() {
+    return gpus_.size();
+  }
+  /**
+   * <pre>
+   * The GPUs that compute, by their numbers; a CPU counts as one.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+   */
+  @java.lang.Override
+  public io.github.hsrpc.v1.Gpu getGpus(int index) {
+    return gpus_.get(index);
+  }
+  /**
+   * <pre>
+   * The GPUs that compute, by their numbers; a CPU counts as one.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+   */
+  @java.lang.Override
+  public io.github.hsrpc.v1.GpuOrBuilder getGpusOrBuilder(
+      int index) {
+    return gpus_.get(index);
+  }
+
   private byte memoizedIsInitialized = -1;
   @java.lang.Override
   public final boolean isInitialized() {
@@ -378,6 +440,9 @@ private static final long serialVersionUID = 0L;
     if (load_ != null) {
       output.writeMessage(7, getLoad());
     }
+    for (int i = 0; i < gpus_.size(); i++) {
+      output.writeMessage(8, gpus_.get(i));
+    }
     getUnknownFields().writeTo(output);
   }
 
@@ -411,6 +476,10 @@ private static final long serialVersionUID = 0L;
     if (load_ != null) {
       size += com.google.protobuf.CodedOutputStream
         .computeMessageSize(7, getLoad());
+    }
+    for (int i = 0; i < gpus_.size(); i++) {
+      size += com.google.protobuf.CodedOutputStream
+        .computeMessageSize(8, gpus_.get(i));
     }
     size += getUnknownFields().getSerializedSize();
     memoizedSize = size;
@@ -453,6 +522,8 @@ private static final long serialVersionUID = 0L;
       if (!getLoad()
           .equals(other.getLoad())) return false;
     }
+    if (!getGpusList()
+        .equals(other.getGpusList())) return false;
     if (!getUnknownFields().equals(other.getUnknownFields())) return false;
     return true;
   }
@@ -485,6 +556,10 @@ private static final long serialVersionUID = 0L;
     if (hasLoad()) {
       hash = (37 * hash) + LOAD_FIELD_NUMBER;
       hash = (53 * hash) + getLoad().hashCode();
+    }
+    if (getGpusCount() > 0) {
+      hash = (37 * hash) + GPUS_FIELD_NUMBER;
+      hash = (53 * hash) + getGpusList().hashCode();
     }
     hash = (29 * hash) + getUnknownFields().hashCode();
     memoizedHashCode = hash;
@@ -642,6 +717,13 @@ private static final long serialVersionUID = 0L;
         loadBuilder_.dispose();
         loadBuilder_ = null;
       }
+      if (gpusBuilder_ == null) {
+        gpus_ = java.util.Collections.emptyList();
+      } else {
+        gpus_ = null;
+        gpusBuilder_.clear();
+      }
+      bitField0_ = (bitField0_ & ~0x00000080);
       return this;
     }
 
@@ -668,9 +750,22 @@ private static final long serialVersionUID = 0L;
     @java.lang.Override
     public io.github.hsrpc.v1.GetServerInfoResponse buildPartial() {
       io.github.hsrpc.v1.GetServerInfoResponse result = new io.github.hsrpc.v1.GetServerInfoResponse(this);
+      buildPartialRepeatedFields(result);
       if (bitField0_ != 0) { buildPartial0(result); }
       onBuilt();
       return result;
+    }
+
+    private void buildPartialRepeatedFields(io.github.hsrpc.v1.GetServerInfoResponse result) {
+      if (gpusBuilder_ == null) {
+        if (((bitField0_ & 0x00000080) != 0)) {
+          gpus_ = java.util.Collections.unmodifiableList(gpus_);
+          bitField0_ = (bitField0_ & ~0x00000080);
+        }
+        result.gpus_ = gpus_;
+      } else {
+        result.gpus_ = gpusBuilder_.build();
+      }
     }
 
     private void buildPartial0(io.github.hsrpc.v1.GetServerInfoResponse result) {
@@ -777,6 +872,32 @@ private static final long serialVersionUID = 0L;
       if (other.hasLoad()) {
         mergeLoad(other.getLoad());
       }
+      if (gpusBuilder_ == null) {
+        if (!other.gpus_.isEmpty()) {
+          if (gpus_.isEmpty()) {
+            gpus_ = other.gpus_;
+            bitField0_ = (bitField0_ & ~0x00000080);
+          } else {
+            ensureGpusIsMutable();
+            gpus_.addAll(other.gpus_);
+          }
+          onChanged();
+        }
+      } else {
+        if (!other.gpus_.isEmpty()) {
+          if (gpusBuilder_.isEmpty()) {
+            gpusBuilder_.dispose();
+            gpusBuilder_ = null;
+            gpus_ = other.gpus_;
+            bitField0_ = (bitField0_ & ~0x00000080);
+            gpusBuilder_ = 
+              com.google.protobuf.GeneratedMessageV3.alwaysUseFieldBuilders ?
+                 getGpusFieldBuilder() : null;
+          } else {
+            gpusBuilder_.addAllMessages(other.gpus_);
+          }
+        }
+      }
       this.mergeUnknownFields(other.getUnknownFields());
       onChanged();
       return this;
@@ -846,6 +967,19 @@ private static final long serialVersionUID = 0L;
               bitField0_ |= 0x00000040;
               break;
             } // case 58
+            case 66: {
+              io.github.hsrpc.v1.Gpu m =
+                  input.readMessage(
+                      io.github.hsrpc.v1.Gpu.parser(),
+                      extensionRegistry);
+              if (gpusBuilder_ == null) {
+                ensureGpusIsMutable();
+                gpus_.add(m);
+              } else {
+                gpusBuilder_.addMessage(m);
+              }
+              break;
+            } // case 66
             default: {
               if (!super.parseUnknownField(input, extensionRegistry, tag)) {
                 done = true; // was an endgroup tag
@@ -1757,6 +1891,318 @@ private static final long serialVersionUID = 0L;
         load_ = null;
       }
       return loadBuilder_;
+    }
+
+    private java.util.List<io.github.hsrpc.v1.Gpu> gpus_ =
+      java.util.Collections.emptyList();
+    private void ensureGpusIsMutable() {
+      if (!((bitField0_ & 0x00000080) != 0)) {
+        gpus_ = new java.util.ArrayList<io.github.hsrpc.v1.Gpu>(gpus_);
+        bitField0_ |= 0x00000080;
+       }
+    }
+
+    private com.google.protobuf.RepeatedFieldBuilderV3<
+        io.github.hsrpc.v1.Gpu, io.github.hsrpc.v1.Gpu.Builder, io.github.hsrpc.v1.GpuOrBuilder> gpusBuilder_;
+
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public java.util.List<io.github.hsrpc.v1.Gpu> getGpusList() {
+      if (gpusBuilder_ == null) {
+        return java.util.Collections.unmodifiableList(gpus_);
+      } else {
+        return gpusBuilder_.getMessageList();
+      }
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public int getGpusCount() {
+      if (gpusBuilder_ == null) {
+        return gpus_.size();
+      } else {
+        return gpusBuilder_.getCount();
+      }
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public io.github.hsrpc.v1.Gpu getGpus(int index) {
+      if (gpusBuilder_ == null) {
+        return gpus_.get(index);
+      } else {
+        return gpusBuilder_.getMessage(index);
+      }
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public Builder setGpus(
+        int index, io.github.hsrpc.v1.Gpu value) {
+      if (gpusBuilder_ == null) {
+        if (value == null) {
+          throw new NullPointerException();
+        }
+        ensureGpusIsMutable();
+        gpus_.set(index, value);
+        onChanged();
+      } else {
+        gpusBuilder_.setMessage(index, value);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public Builder setGpus(
+        int index, io.github.hsrpc.v1.Gpu.Builder builderForValue) {
+      if (gpusBuilder_ == null) {
+        ensureGpusIsMutable();
+        gpus_.set(index, builderForValue.build());
+        onChanged();
+      } else {
+        gpusBuilder_.setMessage(index, builderForValue.build());
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public Builder addGpus(io.github.hsrpc.v1.Gpu value) {
+      if (gpusBuilder_ == null) {
+        if (value == null) {
+          throw new NullPointerException();
+        }
+        ensureGpusIsMutable();
+        gpus_.add(value);
+        onChanged();
+      } else {
+        gpusBuilder_.addMessage(value);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public Builder addGpus(
+        int index, io.github.hsrpc.v1.Gpu value) {
+      if (gpusBuilder_ == null) {
+        if (value == null) {
+          throw new NullPointerException();
+        }
+        ensureGpusIsMutable();
+        gpus_.add(index, value);
+        onChanged();
+      } else {
+        gpusBuilder_.addMessage(index, value);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public Builder addGpus(
+        io.github.hsrpc.v1.Gpu.Builder builderForValue) {
+      if (gpusBuilder_ == null) {
+        ensureGpusIsMutable();
+        gpus_.add(builderForValue.build());
+        onChanged();
+      } else {
+        gpusBuilder_.addMessage(builderForValue.build());
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public Builder addGpus(
+        int index, io.github.hsrpc.v1.Gpu.Builder builderForValue) {
+      if (gpusBuilder_ == null) {
+        ensureGpusIsMutable();
+        gpus_.add(index, builderForValue.build());
+        onChanged();
+      } else {
+        gpusBuilder_.addMessage(index, builderForValue.build());
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public Builder addAllGpus(
+        java.lang.Iterable<? extends io.github.hsrpc.v1.Gpu> values) {
+      if (gpusBuilder_ == null) {
+        ensureGpusIsMutable();
+        com.google.protobuf.AbstractMessageLite.Builder.addAll(
+            values, gpus_);
+        onChanged();
+      } else {
+        gpusBuilder_.addAllMessages(values);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public Builder clearGpus() {
+      if (gpusBuilder_ == null) {
+        gpus_ = java.util.Collections.emptyList();
+        bitField0_ = (bitField0_ & ~0x00000080);
+        onChanged();
+      } else {
+        gpusBuilder_.clear();
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public Builder removeGpus(int index) {
+      if (gpusBuilder_ == null) {
+        ensureGpusIsMutable();
+        gpus_.remove(index);
+        onChanged();
+      } else {
+        gpusBuilder_.remove(index);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public io.github.hsrpc.v1.Gpu.Builder getGpusBuilder(
+        int index) {
+      return getGpusFieldBuilder().getBuilder(index);
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public io.github.hsrpc.v1.GpuOrBuilder getGpusOrBuilder(
+        int index) {
+      if (gpusBuilder_ == null) {
+        return gpus_.get(index);  } else {
+        return gpusBuilder_.getMessageOrBuilder(index);
+      }
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public java.util.List<? extends io.github.hsrpc.v1.GpuOrBuilder> 
+         getGpusOrBuilderList() {
+      if (gpusBuilder_ != null) {
+        return gpusBuilder_.getMessageOrBuilderList();
+      } else {
+        return java.util.Collections.unmodifiableList(gpus_);
+      }
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public io.github.hsrpc.v1.Gpu.Builder addGpusBuilder() {
+      return getGpusFieldBuilder().addBuilder(
+          io.github.hsrpc.v1.Gpu.getDefaultInstance());
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public io.github.hsrpc.v1.Gpu.Builder addGpusBuilder(
+        int index) {
+      return getGpusFieldBuilder().addBuilder(
+          index, io.github.hsrpc.v1.Gpu.getDefaultInstance());
+    }
+    /**
+     * <pre>
+     * The GPUs that compute, by their numbers; a CPU counts as one.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+     */
+    public java.util.List<io.github.hsrpc.v1.Gpu.Builder> 
+         getGpusBuilderList() {
+      return getGpusFieldBuilder().getBuilderList();
+    }
+    private com.google.protobuf.RepeatedFieldBuilderV3<
+        io.github.hsrpc.v1.Gpu, io.github.hsrpc.v1.Gpu.Builder, io.github.hsrpc.v1.GpuOrBuilder> 
+        getGpusFieldBuilder() {
+      if (gpusBuilder_ == null) {
+        gpusBuilder_ = new com.google.protobuf.RepeatedFieldBuilderV3<
+            io.github.hsrpc.v1.Gpu, io.github.hsrpc.v1.Gpu.Builder, io.github.hsrpc.v1.GpuOrBuilder>(
+                gpus_,
+                ((bitField0_ & 0x00000080) != 0),
+                getParentForChildren(),
+                isClean());
+        gpus_ = null;
+      }
+      return gpusBuilder_;
     }
     @java.lang.Override
     public final Builder setUnknownFields(

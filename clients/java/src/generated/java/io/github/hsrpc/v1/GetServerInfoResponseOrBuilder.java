@@ -174,4 +174,48 @@ public interface GetServerInfoResponseOrBuilder extends
    * <code>.hsrpc.v1.Load load = 7;</code>
    */
   io.github.hsrpc.v1.LoadOrBuilder getLoadOrBuilder();
+
+  /**
+   * <pre>
+   * The GPUs that compute, by their numbers; a CPU counts as one.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+   */
+  java.util.List<io.github.hsrpc.v1.Gpu> 
+      getGpusList();
+  /**
+   * <pre>
+   * The GPUs that compute, by their numbers; a CPU counts as one.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+   */
+  io.github.hsrpc.v1.Gpu getGpus(int index);
+  /**
+   * <pre>
+   * The GPUs that compute, by their numbers; a CPU counts as one.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+   */
+  int getGpusCount();
+  /**
+   * <pre>
+   * The GPUs that compute, by their numbers; a CPU counts as one.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+   */
+  java.util.List<? extends io.github.hsrpc.v1.GpuOrBuilder> 
+      getGpusOrBuilderList();
+  /**
+   * <pre>
+   * The GPUs that compute, by their numbers; a CPU counts as one.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.Gpu gpus = 8;</code>
+   */
+  io.github.hsrpc.v1.GpuOrBuilder getGpusOrBuilder(
+      int index);
 }

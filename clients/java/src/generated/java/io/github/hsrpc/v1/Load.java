@@ -21,6 +21,7 @@ private static final long serialVersionUID = 0L;
   }
   private Load() {
     blocks_ = java.util.Collections.emptyList();
+    gpus_ = java.util.Collections.emptyList();
   }
 
   @java.lang.Override
@@ -139,6 +140,67 @@ private static final long serialVersionUID = 0L;
     return blocks_.get(index);
   }
 
+  public static final int GPUS_FIELD_NUMBER = 4;
+  @SuppressWarnings("serial")
+  private java.util.List<io.github.hsrpc.v1.GpuLoad> gpus_;
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+   */
+  @java.lang.Override
+  public java.util.List<io.github.hsrpc.v1.GpuLoad> getGpusList() {
+    return gpus_;
+  }
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+   */
+  @java.lang.Override
+  public java.util.List<? extends io.github.hsrpc.v1.GpuLoadOrBuilder> 
+      getGpusOrBuilderList() {
+    return gpus_;
+  }
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+   */
+  @java.lang.Override
+  public int getGpusCount() {
+    return gpus_.size();
+  }
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+   */
+  @java.lang.Override
+  public io.github.hsrpc.v1.GpuLoad getGpus(int index) {
+    return gpus_.get(index);
+  }
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+   */
+  @java.lang.Override
+  public io.github.hsrpc.v1.GpuLoadOrBuilder getGpusOrBuilder(
+      int index) {
+    return gpus_.get(index);
+  }
+
   private byte memoizedIsInitialized = -1;
   @java.lang.Override
   public final boolean isInitialized() {
@@ -162,6 +224,9 @@ private static final long serialVersionUID = 0L;
     for (int i = 0; i < blocks_.size(); i++) {
       output.writeMessage(3, blocks_.get(i));
     }
+    for (int i = 0; i < gpus_.size(); i++) {
+      output.writeMessage(4, gpus_.get(i));
+    }
     getUnknownFields().writeTo(output);
   }
 
@@ -182,6 +247,10 @@ private static final long serialVersionUID = 0L;
     for (int i = 0; i < blocks_.size(); i++) {
       size += com.google.protobuf.CodedOutputStream
         .computeMessageSize(3, blocks_.get(i));
+    }
+    for (int i = 0; i < gpus_.size(); i++) {
+      size += com.google.protobuf.CodedOutputStream
+        .computeMessageSize(4, gpus_.get(i));
     }
     size += getUnknownFields().getSerializedSize();
     memoizedSize = size;
@@ -204,6 +273,8 @@ private static final long serialVersionUID = 0L;
         != other.getRunningRequests()) return false;
     if (!getBlocksList()
         .equals(other.getBlocksList())) return false;
+    if (!getGpusList()
+        .equals(other.getGpusList())) return false;
     if (!getUnknownFields().equals(other.getUnknownFields())) return false;
     return true;
   }
@@ -222,6 +293,10 @@ private static final long serialVersionUID = 0L;
     if (getBlocksCount() > 0) {
       hash = (37 * hash) + BLOCKS_FIELD_NUMBER;
       hash = (53 * hash) + getBlocksList().hashCode();
+    }
+    if (getGpusCount() > 0) {
+      hash = (37 * hash) + GPUS_FIELD_NUMBER;
+      hash = (53 * hash) + getGpusList().hashCode();
     }
     hash = (29 * hash) + getUnknownFields().hashCode();
     memoizedHashCode = hash;
@@ -365,6 +440,13 @@ private static final long serialVersionUID = 0L;
         blocksBuilder_.clear();
       }
       bitField0_ = (bitField0_ & ~0x00000004);
+      if (gpusBuilder_ == null) {
+        gpus_ = java.util.Collections.emptyList();
+      } else {
+        gpus_ = null;
+        gpusBuilder_.clear();
+      }
+      bitField0_ = (bitField0_ & ~0x00000008);
       return this;
     }
 
@@ -406,6 +488,15 @@ private static final long serialVersionUID = 0L;
         result.blocks_ = blocks_;
       } else {
         result.blocks_ = blocksBuilder_.build();
+      }
+      if (gpusBuilder_ == null) {
+        if (((bitField0_ & 0x00000008) != 0)) {
+          gpus_ = java.util.Collections.unmodifiableList(gpus_);
+          bitField0_ = (bitField0_ & ~0x00000008);
+        }
+        result.gpus_ = gpus_;
+      } else {
+        result.gpus_ = gpusBuilder_.build();
       }
     }
 
@@ -495,6 +586,32 @@ private static final long serialVersionUID = 0L;
           }
         }
       }
+      if (gpusBuilder_ == null) {
+        if (!other.gpus_.isEmpty()) {
+          if (gpus_.isEmpty()) {
+            gpus_ = other.gpus_;
+            bitField0_ = (bitField0_ & ~0x00000008);
+          } else {
+            ensureGpusIsMutable();
+            gpus_.addAll(other.gpus_);
+          }
+          onChanged();
+        }
+      } else {
+        if (!other.gpus_.isEmpty()) {
+          if (gpusBuilder_.isEmpty()) {
+            gpusBuilder_.dispose();
+            gpusBuilder_ = null;
+            gpus_ = other.gpus_;
+            bitField0_ = (bitField0_ & ~0x00000008);
+            gpusBuilder_ = 
+              com.google.protobuf.GeneratedMessageV3.alwaysUseFieldBuilders ?
+                 getGpusFieldBuilder() : null;
+          } else {
+            gpusBuilder_.addAllMessages(other.gpus_);
+          }
+        }
+      }
       this.mergeUnknownFields(other.getUnknownFields());
       onChanged();
       return this;
@@ -544,6 +661,19 @@ private static final long serialVersionUID = 0L;
               }
               break;
             } // case 26
+            case 34: {
+              io.github.hsrpc.v1.GpuLoad m =
+                  input.readMessage(
+                      io.github.hsrpc.v1.GpuLoad.parser(),
+                      extensionRegistry);
+              if (gpusBuilder_ == null) {
+                ensureGpusIsMutable();
+                gpus_.add(m);
+              } else {
+                gpusBuilder_.addMessage(m);
+              }
+              break;
+            } // case 34
             default: {
               if (!super.parseUnknownField(input, extensionRegistry, tag)) {
                 done = true; // was an endgroup tag
@@ -959,6 +1089,318 @@ private static final long serialVersionUID = 0L;
         blocks_ = null;
       }
       return blocksBuilder_;
+    }
+
+    private java.util.List<io.github.hsrpc.v1.GpuLoad> gpus_ =
+      java.util.Collections.emptyList();
+    private void ensureGpusIsMutable() {
+      if (!((bitField0_ & 0x00000008) != 0)) {
+        gpus_ = new java.util.ArrayList<io.github.hsrpc.v1.GpuLoad>(gpus_);
+        bitField0_ |= 0x00000008;
+       }
+    }
+
+    private com.google.protobuf.RepeatedFieldBuilderV3<
+        io.github.hsrpc.v1.GpuLoad, io.github.hsrpc.v1.GpuLoad.Builder, io.github.hsrpc.v1.GpuLoadOrBuilder> gpusBuilder_;
+
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public java.util.List<io.github.hsrpc.v1.GpuLoad> getGpusList() {
+      if (gpusBuilder_ == null) {
+        return java.util.Collections.unmodifiableList(gpus_);
+      } else {
+        return gpusBuilder_.getMessageList();
+      }
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public int getGpusCount() {
+      if (gpusBuilder_ == null) {
+        return gpus_.size();
+      } else {
+        return gpusBuilder_.getCount();
+      }
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public io.github.hsrpc.v1.GpuLoad getGpus(int index) {
+      if (gpusBuilder_ == null) {
+        return gpus_.get(index);
+      } else {
+        return gpusBuilder_.getMessage(index);
+      }
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public Builder setGpus(
+        int index, io.github.hsrpc.v1.GpuLoad value) {
+      if (gpusBuilder_ == null) {
+        if (value == null) {
+          throw new NullPointerException();
+        }
+        ensureGpusIsMutable();
+        gpus_.set(index, value);
+        onChanged();
+      } else {
+        gpusBuilder_.setMessage(index, value);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public Builder setGpus(
+        int index, io.github.hsrpc.v1.GpuLoad.Builder builderForValue) {
+      if (gpusBuilder_ == null) {
+        ensureGpusIsMutable();
+        gpus_.set(index, builderForValue.build());
+        onChanged();
+      } else {
+        gpusBuilder_.setMessage(index, builderForValue.build());
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public Builder addGpus(io.github.hsrpc.v1.GpuLoad value) {
+      if (gpusBuilder_ == null) {
+        if (value == null) {
+          throw new NullPointerException();
+        }
+        ensureGpusIsMutable();
+        gpus_.add(value);
+        onChanged();
+      } else {
+        gpusBuilder_.addMessage(value);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public Builder addGpus(
+        int index, io.github.hsrpc.v1.GpuLoad value) {
+      if (gpusBuilder_ == null) {
+        if (value == null) {
+          throw new NullPointerException();
+        }
+        ensureGpusIsMutable();
+        gpus_.add(index, value);
+        onChanged();
+      } else {
+        gpusBuilder_.addMessage(index, value);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public Builder addGpus(
+        io.github.hsrpc.v1.GpuLoad.Builder builderForValue) {
+      if (gpusBuilder_ == null) {
+        ensureGpusIsMutable();
+        gpus_.add(builderForValue.build());
+        onChanged();
+      } else {
+        gpusBuilder_.addMessage(builderForValue.build());
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public Builder addGpus(
+        int index, io.github.hsrpc.v1.GpuLoad.Builder builderForValue) {
+      if (gpusBuilder_ == null) {
+        ensureGpusIsMutable();
+        gpus_.add(index, builderForValue.build());
+        onChanged();
+      } else {
+        gpusBuilder_.addMessage(index, builderForValue.build());
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public Builder addAllGpus(
+        java.lang.Iterable<? extends io.github.hsrpc.v1.GpuLoad> values) {
+      if (gpusBuilder_ == null) {
+        ensureGpusIsMutable();
+        com.google.protobuf.AbstractMessageLite.Builder.addAll(
+            values, gpus_);
+        onChanged();
+      } else {
+        gpusBuilder_.addAllMessages(values);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public Builder clearGpus() {
+      if (gpusBuilder_ == null) {
+        gpus_ = java.util.Collections.emptyList();
+        bitField0_ = (bitField0_ & ~0x00000008);
+        onChanged();
+      } else {
+        gpusBuilder_.clear();
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public Builder removeGpus(int index) {
+      if (gpusBuilder_ == null) {
+        ensureGpusIsMutable();
+        gpus_.remove(index);
+        onChanged();
+      } else {
+        gpusBuilder_.remove(index);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public io.github.hsrpc.v1.GpuLoad.Builder getGpusBuilder(
+        int index) {
+      return getGpusFieldBuilder().getBuilder(index);
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public io.github.hsrpc.v1.GpuLoadOrBuilder getGpusOrBuilder(
+        int index) {
+      if (gpusBuilder_ == null) {
+        return gpus_.get(index);  } else {
+        return gpusBuilder_.getMessageOrBuilder(index);
+      }
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public java.util.List<? extends io.github.hsrpc.v1.GpuLoadOrBuilder> 
+         getGpusOrBuilderList() {
+      if (gpusBuilder_ != null) {
+        return gpusBuilder_.getMessageOrBuilderList();
+      } else {
+        return java.util.Collections.unmodifiableList(gpus_);
+      }
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public io.github.hsrpc.v1.GpuLoad.Builder addGpusBuilder() {
+      return getGpusFieldBuilder().addBuilder(
+          io.github.hsrpc.v1.GpuLoad.getDefaultInstance());
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public io.github.hsrpc.v1.GpuLoad.Builder addGpusBuilder(
+        int index) {
+      return getGpusFieldBuilder().addBuilder(
+          index, io.github.hsrpc.v1.GpuLoad.getDefaultInstance());
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+     */
+    public java.util.List<io.github.hsrpc.v1.GpuLoad.Builder> 
+         getGpusBuilderList() {
+      return getGpusFieldBuilder().getBuilderList();
+    }
+    private com.google.protobuf.RepeatedFieldBuilderV3<
+        io.github.hsrpc.v1.GpuLoad, io.github.hsrpc.v1.GpuLoad.Builder, io.github.hsrpc.v1.GpuLoadOrBuilder> 
+        getGpusFieldBuilder() {
+      if (gpusBuilder_ == null) {
+        gpusBuilder_ = new com.google.protobuf.RepeatedFieldBuilderV3<
+            io.github.hsrpc.v1.GpuLoad, io.github.hsrpc.v1.GpuLoad.Builder, io.github.hsrpc.v1.GpuLoadOrBuilder>(
+                gpus_,
+                ((bitField0_ & 0x00000008) != 0),
+                getParentForChildren(),
+                isClean());
+        gpus_ = null;
+      }
+      return gpusBuilder_;
     }
     @java.lang.Override
     public final Builder setUnknownFields(

@@ -70,4 +70,48 @@ public interface LoadOrBuilder extends
    */
   io.github.hsrpc.v1.BlockUseOrBuilder getBlocksOrBuilder(
       int index);
+
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+   */
+  java.util.List<io.github.hsrpc.v1.GpuLoad> 
+      getGpusList();
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+   */
+  io.github.hsrpc.v1.GpuLoad getGpus(int index);
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+   */
+  int getGpusCount();
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+   */
+  java.util.List<? extends io.github.hsrpc.v1.GpuLoadOrBuilder> 
+      getGpusOrBuilderList();
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuLoad gpus = 4;</code>
+   */
+  io.github.hsrpc.v1.GpuLoadOrBuilder getGpusOrBuilder(
+      int index);
 }

@@ -20,6 +20,7 @@ private static final long serialVersionUID = 0L;
     super(builder);
   }
   private Measured() {
+    gpus_ = java.util.Collections.emptyList();
   }
 
   @java.lang.Override
@@ -207,7 +208,7 @@ private static final long serialVersionUID = 0L;
   private long peakDeviceBytes_ = 0L;
   /**
    * <pre>
-   * Most device memory in use at once, bytes, as the device counts it; 0 on the CPU.
+   * Most device memory in use at once, bytes, as the device counts it, of the GPU that used most; 0 on the CPU.
    * </pre>
    *
    * <code>int64 peak_device_bytes = 9;</code>
@@ -278,6 +279,67 @@ private static final long serialVersionUID = 0L;
     return acceptedTokens_;
   }
 
+  public static final int GPUS_FIELD_NUMBER = 14;
+  @SuppressWarnings("serial")
+  private java.util.List<io.github.hsrpc.v1.GpuMeasured> gpus_;
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+   */
+  @java.lang.Override
+  public java.util.List<io.github.hsrpc.v1.GpuMeasured> getGpusList() {
+    return gpus_;
+  }
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+   */
+  @java.lang.Override
+  public java.util.List<? extends io.github.hsrpc.v1.GpuMeasuredOrBuilder> 
+      getGpusOrBuilderList() {
+    return gpus_;
+  }
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+   */
+  @java.lang.Override
+  public int getGpusCount() {
+    return gpus_.size();
+  }
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+   */
+  @java.lang.Override
+  public io.github.hsrpc.v1.GpuMeasured getGpus(int index) {
+    return gpus_.get(index);
+  }
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+   */
+  @java.lang.Override
+  public io.github.hsrpc.v1.GpuMeasuredOrBuilder getGpusOrBuilder(
+      int index) {
+    return gpus_.get(index);
+  }
+
   private byte memoizedIsInitialized = -1;
   @java.lang.Override
   public final boolean isInitialized() {
@@ -330,6 +392,9 @@ private static final long serialVersionUID = 0L;
     }
     if (acceptedTokens_ != 0L) {
       output.writeInt64(13, acceptedTokens_);
+    }
+    for (int i = 0; i < gpus_.size(); i++) {
+      output.writeMessage(14, gpus_.get(i));
     }
     getUnknownFields().writeTo(output);
   }
@@ -392,6 +457,10 @@ private static final long serialVersionUID = 0L;
       size += com.google.protobuf.CodedOutputStream
         .computeInt64Size(13, acceptedTokens_);
     }
+    for (int i = 0; i < gpus_.size(); i++) {
+      size += com.google.protobuf.CodedOutputStream
+        .computeMessageSize(14, gpus_.get(i));
+    }
     size += getUnknownFields().getSerializedSize();
     memoizedSize = size;
     return size;
@@ -440,6 +509,8 @@ private static final long serialVersionUID = 0L;
         != other.getDraftedTokens()) return false;
     if (getAcceptedTokens()
         != other.getAcceptedTokens()) return false;
+    if (!getGpusList()
+        .equals(other.getGpusList())) return false;
     if (!getUnknownFields().equals(other.getUnknownFields())) return false;
     return true;
   }
@@ -493,6 +564,10 @@ private static final long serialVersionUID = 0L;
     hash = (37 * hash) + ACCEPTED_TOKENS_FIELD_NUMBER;
     hash = (53 * hash) + com.google.protobuf.Internal.hashLong(
         getAcceptedTokens());
+    if (getGpusCount() > 0) {
+      hash = (37 * hash) + GPUS_FIELD_NUMBER;
+      hash = (53 * hash) + getGpusList().hashCode();
+    }
     hash = (29 * hash) + getUnknownFields().hashCode();
     memoizedHashCode = hash;
     return hash;
@@ -643,6 +718,13 @@ private static final long serialVersionUID = 0L;
       cachedTokens_ = 0L;
       draftedTokens_ = 0L;
       acceptedTokens_ = 0L;
+      if (gpusBuilder_ == null) {
+        gpus_ = java.util.Collections.emptyList();
+      } else {
+        gpus_ = null;
+        gpusBuilder_.clear();
+      }
+      bitField0_ = (bitField0_ & ~0x00002000);
       return this;
     }
 
@@ -669,9 +751,22 @@ private static final long serialVersionUID = 0L;
     @java.lang.Override
     public io.github.hsrpc.v1.Measured buildPartial() {
       io.github.hsrpc.v1.Measured result = new io.github.hsrpc.v1.Measured(this);
+      buildPartialRepeatedFields(result);
       if (bitField0_ != 0) { buildPartial0(result); }
       onBuilt();
       return result;
+    }
+
+    private void buildPartialRepeatedFields(io.github.hsrpc.v1.Measured result) {
+      if (gpusBuilder_ == null) {
+        if (((bitField0_ & 0x00002000) != 0)) {
+          gpus_ = java.util.Collections.unmodifiableList(gpus_);
+          bitField0_ = (bitField0_ & ~0x00002000);
+        }
+        result.gpus_ = gpus_;
+      } else {
+        result.gpus_ = gpusBuilder_.build();
+      }
     }
 
     private void buildPartial0(io.github.hsrpc.v1.Measured result) {
@@ -805,6 +900,32 @@ private static final long serialVersionUID = 0L;
       if (other.getAcceptedTokens() != 0L) {
         setAcceptedTokens(other.getAcceptedTokens());
       }
+      if (gpusBuilder_ == null) {
+        if (!other.gpus_.isEmpty()) {
+          if (gpus_.isEmpty()) {
+            gpus_ = other.gpus_;
+            bitField0_ = (bitField0_ & ~0x00002000);
+          } else {
+            ensureGpusIsMutable();
+            gpus_.addAll(other.gpus_);
+          }
+          onChanged();
+        }
+      } else {
+        if (!other.gpus_.isEmpty()) {
+          if (gpusBuilder_.isEmpty()) {
+            gpusBuilder_.dispose();
+            gpusBuilder_ = null;
+            gpus_ = other.gpus_;
+            bitField0_ = (bitField0_ & ~0x00002000);
+            gpusBuilder_ = 
+              com.google.protobuf.GeneratedMessageV3.alwaysUseFieldBuilders ?
+                 getGpusFieldBuilder() : null;
+          } else {
+            gpusBuilder_.addAllMessages(other.gpus_);
+          }
+        }
+      }
       this.mergeUnknownFields(other.getUnknownFields());
       onChanged();
       return this;
@@ -898,6 +1019,19 @@ private static final long serialVersionUID = 0L;
               bitField0_ |= 0x00001000;
               break;
             } // case 104
+            case 114: {
+              io.github.hsrpc.v1.GpuMeasured m =
+                  input.readMessage(
+                      io.github.hsrpc.v1.GpuMeasured.parser(),
+                      extensionRegistry);
+              if (gpusBuilder_ == null) {
+                ensureGpusIsMutable();
+                gpus_.add(m);
+              } else {
+                gpusBuilder_.addMessage(m);
+              }
+              break;
+            } // case 114
             default: {
               if (!super.parseUnknownField(input, extensionRegistry, tag)) {
                 done = true; // was an endgroup tag
@@ -1393,7 +1527,7 @@ private static final long serialVersionUID = 0L;
     private long peakDeviceBytes_ ;
     /**
      * <pre>
-     * Most device memory in use at once, bytes, as the device counts it; 0 on the CPU.
+     * Most device memory in use at once, bytes, as the device counts it, of the GPU that used most; 0 on the CPU.
      * </pre>
      *
      * <code>int64 peak_device_bytes = 9;</code>
@@ -1405,7 +1539,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Most device memory in use at once, bytes, as the device counts it; 0 on the CPU.
+     * Most device memory in use at once, bytes, as the device counts it, of the GPU that used most; 0 on the CPU.
      * </pre>
      *
      * <code>int64 peak_device_bytes = 9;</code>
@@ -1421,7 +1555,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Most device memory in use at once, bytes, as the device counts it; 0 on the CPU.
+     * Most device memory in use at once, bytes, as the device counts it, of the GPU that used most; 0 on the CPU.
      * </pre>
      *
      * <code>int64 peak_device_bytes = 9;</code>
@@ -1608,6 +1742,318 @@ private static final long serialVersionUID = 0L;
       acceptedTokens_ = 0L;
       onChanged();
       return this;
+    }
+
+    private java.util.List<io.github.hsrpc.v1.GpuMeasured> gpus_ =
+      java.util.Collections.emptyList();
+    private void ensureGpusIsMutable() {
+      if (!((bitField0_ & 0x00002000) != 0)) {
+        gpus_ = new java.util.ArrayList<io.github.hsrpc.v1.GpuMeasured>(gpus_);
+        bitField0_ |= 0x00002000;
+       }
+    }
+
+    private com.google.protobuf.RepeatedFieldBuilderV3<
+        io.github.hsrpc.v1.GpuMeasured, io.github.hsrpc.v1.GpuMeasured.Builder, io.github.hsrpc.v1.GpuMeasuredOrBuilder> gpusBuilder_;
+
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public java.util.List<io.github.hsrpc.v1.GpuMeasured> getGpusList() {
+      if (gpusBuilder_ == null) {
+        return java.util.Collections.unmodifiableList(gpus_);
+      } else {
+        return gpusBuilder_.getMessageList();
+      }
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public int getGpusCount() {
+      if (gpusBuilder_ == null) {
+        return gpus_.size();
+      } else {
+        return gpusBuilder_.getCount();
+      }
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public io.github.hsrpc.v1.GpuMeasured getGpus(int index) {
+      if (gpusBuilder_ == null) {
+        return gpus_.get(index);
+      } else {
+        return gpusBuilder_.getMessage(index);
+      }
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public Builder setGpus(
+        int index, io.github.hsrpc.v1.GpuMeasured value) {
+      if (gpusBuilder_ == null) {
+        if (value == null) {
+          throw new NullPointerException();
+        }
+        ensureGpusIsMutable();
+        gpus_.set(index, value);
+        onChanged();
+      } else {
+        gpusBuilder_.setMessage(index, value);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public Builder setGpus(
+        int index, io.github.hsrpc.v1.GpuMeasured.Builder builderForValue) {
+      if (gpusBuilder_ == null) {
+        ensureGpusIsMutable();
+        gpus_.set(index, builderForValue.build());
+        onChanged();
+      } else {
+        gpusBuilder_.setMessage(index, builderForValue.build());
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public Builder addGpus(io.github.hsrpc.v1.GpuMeasured value) {
+      if (gpusBuilder_ == null) {
+        if (value == null) {
+          throw new NullPointerException();
+        }
+        ensureGpusIsMutable();
+        gpus_.add(value);
+        onChanged();
+      } else {
+        gpusBuilder_.addMessage(value);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public Builder addGpus(
+        int index, io.github.hsrpc.v1.GpuMeasured value) {
+      if (gpusBuilder_ == null) {
+        if (value == null) {
+          throw new NullPointerException();
+        }
+        ensureGpusIsMutable();
+        gpus_.add(index, value);
+        onChanged();
+      } else {
+        gpusBuilder_.addMessage(index, value);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public Builder addGpus(
+        io.github.hsrpc.v1.GpuMeasured.Builder builderForValue) {
+      if (gpusBuilder_ == null) {
+        ensureGpusIsMutable();
+        gpus_.add(builderForValue.build());
+        onChanged();
+      } else {
+        gpusBuilder_.addMessage(builderForValue.build());
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public Builder addGpus(
+        int index, io.github.hsrpc.v1.GpuMeasured.Builder builderForValue) {
+      if (gpusBuilder_ == null) {
+        ensureGpusIsMutable();
+        gpus_.add(index, builderForValue.build());
+        onChanged();
+      } else {
+        gpusBuilder_.addMessage(index, builderForValue.build());
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public Builder addAllGpus(
+        java.lang.Iterable<? extends io.github.hsrpc.v1.GpuMeasured> values) {
+      if (gpusBuilder_ == null) {
+        ensureGpusIsMutable();
+        com.google.protobuf.AbstractMessageLite.Builder.addAll(
+            values, gpus_);
+        onChanged();
+      } else {
+        gpusBuilder_.addAllMessages(values);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public Builder clearGpus() {
+      if (gpusBuilder_ == null) {
+        gpus_ = java.util.Collections.emptyList();
+        bitField0_ = (bitField0_ & ~0x00002000);
+        onChanged();
+      } else {
+        gpusBuilder_.clear();
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public Builder removeGpus(int index) {
+      if (gpusBuilder_ == null) {
+        ensureGpusIsMutable();
+        gpus_.remove(index);
+        onChanged();
+      } else {
+        gpusBuilder_.remove(index);
+      }
+      return this;
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public io.github.hsrpc.v1.GpuMeasured.Builder getGpusBuilder(
+        int index) {
+      return getGpusFieldBuilder().getBuilder(index);
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public io.github.hsrpc.v1.GpuMeasuredOrBuilder getGpusOrBuilder(
+        int index) {
+      if (gpusBuilder_ == null) {
+        return gpus_.get(index);  } else {
+        return gpusBuilder_.getMessageOrBuilder(index);
+      }
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public java.util.List<? extends io.github.hsrpc.v1.GpuMeasuredOrBuilder> 
+         getGpusOrBuilderList() {
+      if (gpusBuilder_ != null) {
+        return gpusBuilder_.getMessageOrBuilderList();
+      } else {
+        return java.util.Collections.unmodifiableList(gpus_);
+      }
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public io.github.hsrpc.v1.GpuMeasured.Builder addGpusBuilder() {
+      return getGpusFieldBuilder().addBuilder(
+          io.github.hsrpc.v1.GpuMeasured.getDefaultInstance());
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public io.github.hsrpc.v1.GpuMeasured.Builder addGpusBuilder(
+        int index) {
+      return getGpusFieldBuilder().addBuilder(
+          index, io.github.hsrpc.v1.GpuMeasured.getDefaultInstance());
+    }
+    /**
+     * <pre>
+     * What of this is one GPU's, by their numbers; all else is of all together.
+     * </pre>
+     *
+     * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+     */
+    public java.util.List<io.github.hsrpc.v1.GpuMeasured.Builder> 
+         getGpusBuilderList() {
+      return getGpusFieldBuilder().getBuilderList();
+    }
+    private com.google.protobuf.RepeatedFieldBuilderV3<
+        io.github.hsrpc.v1.GpuMeasured, io.github.hsrpc.v1.GpuMeasured.Builder, io.github.hsrpc.v1.GpuMeasuredOrBuilder> 
+        getGpusFieldBuilder() {
+      if (gpusBuilder_ == null) {
+        gpusBuilder_ = new com.google.protobuf.RepeatedFieldBuilderV3<
+            io.github.hsrpc.v1.GpuMeasured, io.github.hsrpc.v1.GpuMeasured.Builder, io.github.hsrpc.v1.GpuMeasuredOrBuilder>(
+                gpus_,
+                ((bitField0_ & 0x00002000) != 0),
+                getParentForChildren(),
+                isClean());
+        gpus_ = null;
+      }
+      return gpusBuilder_;
     }
     @java.lang.Override
     public final Builder setUnknownFields(

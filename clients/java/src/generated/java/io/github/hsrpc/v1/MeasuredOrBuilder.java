@@ -115,7 +115,7 @@ public interface MeasuredOrBuilder extends
 
   /**
    * <pre>
-   * Most device memory in use at once, bytes, as the device counts it; 0 on the CPU.
+   * Most device memory in use at once, bytes, as the device counts it, of the GPU that used most; 0 on the CPU.
    * </pre>
    *
    * <code>int64 peak_device_bytes = 9;</code>
@@ -162,4 +162,48 @@ public interface MeasuredOrBuilder extends
    * @return The acceptedTokens.
    */
   long getAcceptedTokens();
+
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+   */
+  java.util.List<io.github.hsrpc.v1.GpuMeasured> 
+      getGpusList();
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+   */
+  io.github.hsrpc.v1.GpuMeasured getGpus(int index);
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+   */
+  int getGpusCount();
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+   */
+  java.util.List<? extends io.github.hsrpc.v1.GpuMeasuredOrBuilder> 
+      getGpusOrBuilderList();
+  /**
+   * <pre>
+   * What of this is one GPU's, by their numbers; all else is of all together.
+   * </pre>
+   *
+   * <code>repeated .hsrpc.v1.GpuMeasured gpus = 14;</code>
+   */
+  io.github.hsrpc.v1.GpuMeasuredOrBuilder getGpusOrBuilder(
+      int index);
 }

@@ -53,7 +53,7 @@ private static final long serialVersionUID = 0L;
   private long deviceMemoryBytes_ = 0L;
   /**
    * <pre>
-   * Budget of device memory, bytes.
+   * Budget of the device memory of each GPU, bytes.
    * </pre>
    *
    * <code>int64 device_memory_bytes = 1;</code>
@@ -68,7 +68,7 @@ private static final long serialVersionUID = 0L;
   private long hostMemoryBytes_ = 0L;
   /**
    * <pre>
-   * Budget of host memory, bytes.
+   * Budget of host memory, of all GPUs together, bytes.
    * </pre>
    *
    * <code>int64 host_memory_bytes = 2;</code>
@@ -846,7 +846,7 @@ private static final long serialVersionUID = 0L;
     private long deviceMemoryBytes_ ;
     /**
      * <pre>
-     * Budget of device memory, bytes.
+     * Budget of the device memory of each GPU, bytes.
      * </pre>
      *
      * <code>int64 device_memory_bytes = 1;</code>
@@ -858,7 +858,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Budget of device memory, bytes.
+     * Budget of the device memory of each GPU, bytes.
      * </pre>
      *
      * <code>int64 device_memory_bytes = 1;</code>
@@ -874,7 +874,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Budget of device memory, bytes.
+     * Budget of the device memory of each GPU, bytes.
      * </pre>
      *
      * <code>int64 device_memory_bytes = 1;</code>
@@ -890,7 +890,7 @@ private static final long serialVersionUID = 0L;
     private long hostMemoryBytes_ ;
     /**
      * <pre>
-     * Budget of host memory, bytes.
+     * Budget of host memory, of all GPUs together, bytes.
      * </pre>
      *
      * <code>int64 host_memory_bytes = 2;</code>
@@ -902,7 +902,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Budget of host memory, bytes.
+     * Budget of host memory, of all GPUs together, bytes.
      * </pre>
      *
      * <code>int64 host_memory_bytes = 2;</code>
@@ -918,7 +918,7 @@ private static final long serialVersionUID = 0L;
     }
     /**
      * <pre>
-     * Budget of host memory, bytes.
+     * Budget of host memory, of all GPUs together, bytes.
      * </pre>
      *
      * <code>int64 host_memory_bytes = 2;</code>

@@ -9,7 +9,7 @@ public interface PlanOrBuilder extends
 
   /**
    * <pre>
-   * Budget of device memory, bytes.
+   * Budget of the device memory of each GPU, bytes.
    * </pre>
    *
    * <code>int64 device_memory_bytes = 1;</code>
@@ -19,7 +19,7 @@ public interface PlanOrBuilder extends
 
   /**
    * <pre>
-   * Budget of host memory, bytes.
+   * Budget of host memory, of all GPUs together, bytes.
    * </pre>
    *
    * <code>int64 host_memory_bytes = 2;</code>

@@ -25,6 +25,11 @@ public final class Server {
     com.google.protobuf.GeneratedMessageV3.FieldAccessorTable
       internal_static_hsrpc_v1_GetServerInfoResponse_fieldAccessorTable;
   static final com.google.protobuf.Descriptors.Descriptor
+    internal_static_hsrpc_v1_Gpu_descriptor;
+  static final 
+    com.google.protobuf.GeneratedMessageV3.FieldAccessorTable
+      internal_static_hsrpc_v1_Gpu_fieldAccessorTable;
+  static final com.google.protobuf.Descriptors.Descriptor
     internal_static_hsrpc_v1_Plan_descriptor;
   static final 
     com.google.protobuf.GeneratedMessageV3.FieldAccessorTable
@@ -35,10 +40,20 @@ public final class Server {
     com.google.protobuf.GeneratedMessageV3.FieldAccessorTable
       internal_static_hsrpc_v1_Measured_fieldAccessorTable;
   static final com.google.protobuf.Descriptors.Descriptor
+    internal_static_hsrpc_v1_GpuMeasured_descriptor;
+  static final 
+    com.google.protobuf.GeneratedMessageV3.FieldAccessorTable
+      internal_static_hsrpc_v1_GpuMeasured_fieldAccessorTable;
+  static final com.google.protobuf.Descriptors.Descriptor
     internal_static_hsrpc_v1_Load_descriptor;
   static final 
     com.google.protobuf.GeneratedMessageV3.FieldAccessorTable
       internal_static_hsrpc_v1_Load_fieldAccessorTable;
+  static final com.google.protobuf.Descriptors.Descriptor
+    internal_static_hsrpc_v1_GpuLoad_descriptor;
+  static final 
+    com.google.protobuf.GeneratedMessageV3.FieldAccessorTable
+      internal_static_hsrpc_v1_GpuLoad_fieldAccessorTable;
   static final com.google.protobuf.Descriptors.Descriptor
     internal_static_hsrpc_v1_BlockUse_descriptor;
   static final 
@@ -65,51 +80,67 @@ public final class Server {
     java.lang.String[] descriptorData = {
       "\n\025hsrpc/v1/server.proto\022\010hsrpc.v1\032\036googl" +
       "e/protobuf/duration.proto\"\026\n\024GetServerIn" +
-      "foRequest\"\324\001\n\025GetServerInfoResponse\022\017\n\007v" +
+      "foRequest\"\361\001\n\025GetServerInfoResponse\022\017\n\007v" +
       "ersion\030\001 \001(\t\022\r\n\005model\030\002 \001(\t\022\016\n\006device\030\003 " +
       "\001(\t\022)\n\006uptime\030\004 \001(\0132\031.google.protobuf.Du" +
       "ration\022\034\n\004plan\030\005 \001(\0132\016.hsrpc.v1.Plan\022$\n\010" +
       "measured\030\006 \001(\0132\022.hsrpc.v1.Measured\022\034\n\004lo" +
-      "ad\030\007 \001(\0132\016.hsrpc.v1.Load\"\250\002\n\004Plan\022\033\n\023dev" +
-      "ice_memory_bytes\030\001 \001(\003\022\031\n\021host_memory_by" +
-      "tes\030\002 \001(\003\022\026\n\016resident_share\030\003 \001(\001\022\030\n\020act" +
-      "ivation_share\030\004 \001(\001\022\021\n\tmax_batch\030\005 \001(\005\022\030" +
-      "\n\020expected_context\030\006 \001(\005\0226\n\023predicted_st" +
-      "ep_time\030\007 \001(\0132\031.google.protobuf.Duration" +
-      "\022#\n\033predicted_tokens_per_second\030\010 \001(\001\022\024\n" +
-      "\014cache_policy\030\t \001(\t\022\026\n\016cache_decision\030\n " +
-      "\001(\t\"\212\003\n\010Measured\022,\n\tstep_time\030\001 \001(\0132\031.go" +
-      "ogle.protobuf.Duration\022\036\n\021tokens_per_sec" +
-      "ond\030\002 \001(\001H\000\210\001\001\022\030\n\020generated_tokens\030\003 \001(\003" +
-      "\022\025\n\rprompt_tokens\030\004 \001(\003\022\036\n\026weights_strea" +
-      "med_bytes\030\005 \001(\003\022\032\n\022cache_loaded_bytes\030\006 " +
-      "\001(\003\022\032\n\022regenerated_tokens\030\007 \001(\003\022\023\n\013preem" +
-      "ptions\030\010 \001(\003\022\031\n\021peak_device_bytes\030\t \001(\003\022" +
-      "\031\n\021recomputed_tokens\030\n \001(\003\022\025\n\rcached_tok" +
-      "ens\030\013 \001(\003\022\026\n\016drafted_tokens\030\014 \001(\003\022\027\n\017acc" +
-      "epted_tokens\030\r \001(\003B\024\n\022_tokens_per_second" +
-      "\"]\n\004Load\022\027\n\017queued_requests\030\001 \001(\005\022\030\n\020run" +
-      "ning_requests\030\002 \001(\005\022\"\n\006blocks\030\003 \003(\0132\022.hs" +
-      "rpc.v1.BlockUse\"{\n\010BlockUse\022!\n\004kind\030\001 \001(" +
-      "\0162\023.hsrpc.v1.BlockKind\022!\n\004tier\030\002 \001(\0162\023.h" +
-      "srpc.v1.BlockTier\022\014\n\004used\030\003 \001(\003\022\r\n\005total" +
-      "\030\004 \001(\003\022\014\n\004peak\030\005 \001(\003\"?\n\020WatchLoadRequest" +
-      "\022+\n\010interval\030\001 \001(\0132\031.google.protobuf.Dur" +
-      "ation\"\202\001\n\021WatchLoadResponse\022\034\n\004load\030\001 \001(" +
-      "\0132\016.hsrpc.v1.Load\022$\n\010measured\030\002 \001(\0132\022.hs" +
-      "rpc.v1.Measured\022)\n\006uptime\030\003 \001(\0132\031.google" +
-      ".protobuf.Duration*U\n\tBlockKind\022\032\n\026BLOCK" +
-      "_KIND_UNSPECIFIED\020\000\022\021\n\rBLOCK_KIND_KV\020\001\022\031" +
-      "\n\025BLOCK_KIND_ACTIVATION\020\002*S\n\tBlockTier\022\032" +
-      "\n\026BLOCK_TIER_UNSPECIFIED\020\000\022\025\n\021BLOCK_TIER" +
-      "_DEVICE\020\001\022\023\n\017BLOCK_TIER_HOST\020\0022\251\001\n\rServe" +
-      "rService\022P\n\rGetServerInfo\022\036.hsrpc.v1.Get" +
-      "ServerInfoRequest\032\037.hsrpc.v1.GetServerIn" +
-      "foResponse\022F\n\tWatchLoad\022\032.hsrpc.v1.Watch" +
-      "LoadRequest\032\033.hsrpc.v1.WatchLoadResponse" +
-      "0\001BL\n\022io.github.hsrpc.v1P\001Z)github.com/h" +
-      "srpc/hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1" +
-      "b\006proto3"
+      "ad\030\007 \001(\0132\016.hsrpc.v1.Load\022\033\n\004gpus\030\010 \003(\0132\r" +
+      ".hsrpc.v1.Gpu\"\340\001\n\003Gpu\022\013\n\003gpu\030\001 \001(\005\022\014\n\004na" +
+      "me\030\002 \001(\t\022\014\n\004uuid\030\003 \001(\t\022\033\n\023device_memory_" +
+      "bytes\030\004 \001(\003\022\031\n\021host_memory_bytes\030\005 \001(\003\022\035" +
+      "\n\025load_bytes_per_second\030\006 \001(\001\022\036\n\026store_b" +
+      "ytes_per_second\030\007 \001(\001\022\037\n\027memory_bytes_pe" +
+      "r_second\030\010 \001(\001\022\030\n\020flops_per_second\030\t \001(\001" +
+      "\"\250\002\n\004Plan\022\033\n\023device_memory_bytes\030\001 \001(\003\022\031" +
+      "\n\021host_memory_bytes\030\002 \001(\003\022\026\n\016resident_sh" +
+      "are\030\003 \001(\001\022\030\n\020activation_share\030\004 \001(\001\022\021\n\tm" +
+      "ax_batch\030\005 \001(\005\022\030\n\020expected_context\030\006 \001(\005" +
+      "\0226\n\023predicted_step_time\030\007 \001(\0132\031.google.p" +
+      "rotobuf.Duration\022#\n\033predicted_tokens_per" +
+      "_second\030\010 \001(\001\022\024\n\014cache_policy\030\t \001(\t\022\026\n\016c" +
+      "ache_decision\030\n \001(\t\"\257\003\n\010Measured\022,\n\tstep" +
+      "_time\030\001 \001(\0132\031.google.protobuf.Duration\022\036" +
+      "\n\021tokens_per_second\030\002 \001(\001H\000\210\001\001\022\030\n\020genera" +
+      "ted_tokens\030\003 \001(\003\022\025\n\rprompt_tokens\030\004 \001(\003\022" +
+      "\036\n\026weights_streamed_bytes\030\005 \001(\003\022\032\n\022cache" +
+      "_loaded_bytes\030\006 \001(\003\022\032\n\022regenerated_token" +
+      "s\030\007 \001(\003\022\023\n\013preemptions\030\010 \001(\003\022\031\n\021peak_dev" +
+      "ice_bytes\030\t \001(\003\022\031\n\021recomputed_tokens\030\n \001" +
+      "(\003\022\025\n\rcached_tokens\030\013 \001(\003\022\026\n\016drafted_tok" +
+      "ens\030\014 \001(\003\022\027\n\017accepted_tokens\030\r \001(\003\022#\n\004gp" +
+      "us\030\016 \003(\0132\025.hsrpc.v1.GpuMeasuredB\024\n\022_toke" +
+      "ns_per_second\"\273\001\n\013GpuMeasured\022\013\n\003gpu\030\001 \001" +
+      "(\005\022\036\n\026weights_streamed_bytes\030\002 \001(\003\022\032\n\022ca" +
+      "che_loaded_bytes\030\003 \001(\003\022\032\n\022regenerated_to" +
+      "kens\030\004 \001(\003\022\031\n\021peak_device_bytes\030\005 \001(\003\022,\n" +
+      "\tbusy_time\030\006 \001(\0132\031.google.protobuf.Durat" +
+      "ion\"~\n\004Load\022\027\n\017queued_requests\030\001 \001(\005\022\030\n\020" +
+      "running_requests\030\002 \001(\005\022\"\n\006blocks\030\003 \003(\0132\022" +
+      ".hsrpc.v1.BlockUse\022\037\n\004gpus\030\004 \003(\0132\021.hsrpc" +
+      ".v1.GpuLoad\"j\n\007GpuLoad\022\013\n\003gpu\030\001 \001(\005\022\030\n\020r" +
+      "unning_requests\030\002 \001(\005\022\"\n\006blocks\030\003 \003(\0132\022." +
+      "hsrpc.v1.BlockUse\022\024\n\014device_bytes\030\004 \001(\003\"" +
+      "\211\001\n\010BlockUse\022!\n\004kind\030\001 \001(\0162\023.hsrpc.v1.Bl" +
+      "ockKind\022!\n\004tier\030\002 \001(\0162\023.hsrpc.v1.BlockTi" +
+      "er\022\014\n\004used\030\003 \001(\003\022\r\n\005total\030\004 \001(\003\022\014\n\004peak\030" +
+      "\005 \001(\003\022\014\n\004kept\030\006 \001(\003\"?\n\020WatchLoadRequest\022" +
+      "+\n\010interval\030\001 \001(\0132\031.google.protobuf.Dura" +
+      "tion\"\202\001\n\021WatchLoadResponse\022\034\n\004load\030\001 \001(\013" +
+      "2\016.hsrpc.v1.Load\022$\n\010measured\030\002 \001(\0132\022.hsr" +
+      "pc.v1.Measured\022)\n\006uptime\030\003 \001(\0132\031.google." +
+      "protobuf.Duration*U\n\tBlockKind\022\032\n\026BLOCK_" +
+      "KIND_UNSPECIFIED\020\000\022\021\n\rBLOCK_KIND_KV\020\001\022\031\n" +
+      "\025BLOCK_KIND_ACTIVATION\020\002*S\n\tBlockTier\022\032\n" +
+      "\026BLOCK_TIER_UNSPECIFIED\020\000\022\025\n\021BLOCK_TIER_" +
+      "DEVICE\020\001\022\023\n\017BLOCK_TIER_HOST\020\0022\251\001\n\rServer" +
+      "Service\022P\n\rGetServerInfo\022\036.hsrpc.v1.GetS" +
+      "erverInfoRequest\032\037.hsrpc.v1.GetServerInf" +
+      "oResponse\022F\n\tWatchLoad\022\032.hsrpc.v1.WatchL" +
+      "oadRequest\032\033.hsrpc.v1.WatchLoadResponse0" +
+      "\001BL\n\022io.github.hsrpc.v1P\001Z)github.com/hs" +
+      "rpc/hsrpc/clients/go/hsrpcv1\252\002\010Hsrpc.V1b" +
+      "\006proto3"
     };
     descriptor = com.google.protobuf.Descriptors.FileDescriptor
       .internalBuildGeneratedFileFrom(descriptorData,
@@ -127,39 +158,57 @@ public final class Server {
     internal_static_hsrpc_v1_GetServerInfoResponse_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_GetServerInfoResponse_descriptor,
-        new java.lang.String[] { "Version", "Model", "Device", "Uptime", "Plan", "Measured", "Load", });
-    internal_static_hsrpc_v1_Plan_descriptor =
+        new java.lang.String[] { "Version", "Model", "Device", "Uptime", "Plan", "Measured", "Load", "Gpus", });
+    internal_static_hsrpc_v1_Gpu_descriptor =
       getDescriptor().getMessageTypes().get(2);
+    internal_static_hsrpc_v1_Gpu_fieldAccessorTable = new
+      com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
+        internal_static_hsrpc_v1_Gpu_descriptor,
+        new java.lang.String[] { "Gpu", "Name", "Uuid", "DeviceMemoryBytes", "HostMemoryBytes", "LoadBytesPerSecond", "StoreBytesPerSecond", "MemoryBytesPerSecond", "FlopsPerSecond", });
+    internal_static_hsrpc_v1_Plan_descriptor =
+      getDescriptor().getMessageTypes().get(3);
     internal_static_hsrpc_v1_Plan_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_Plan_descriptor,
         new java.lang.String[] { "DeviceMemoryBytes", "HostMemoryBytes", "ResidentShare", "ActivationShare", "MaxBatch", "ExpectedContext", "PredictedStepTime", "PredictedTokensPerSecond", "CachePolicy", "CacheDecision", });
     internal_static_hsrpc_v1_Measured_descriptor =
-      getDescriptor().getMessageTypes().get(3);
+      getDescriptor().getMessageTypes().get(4);
     internal_static_hsrpc_v1_Measured_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_Measured_descriptor,
-        new java.lang.String[] { "StepTime", "TokensPerSecond", "GeneratedTokens", "PromptTokens", "WeightsStreamedBytes", "CacheLoadedBytes", "RegeneratedTokens", "Preemptions", "PeakDeviceBytes", "RecomputedTokens", "CachedTokens", "DraftedTokens", "AcceptedTokens", "TokensPerSecond", });
+        new java.lang.String[] { "StepTime", "TokensPerSecond", "GeneratedTokens", "PromptTokens", "WeightsStreamedBytes", "CacheLoadedBytes", "RegeneratedTokens", "Preemptions", "PeakDeviceBytes", "RecomputedTokens", "CachedTokens", "DraftedTokens", "AcceptedTokens", "Gpus", "TokensPerSecond", });
+    internal_static_hsrpc_v1_GpuMeasured_descriptor =
+      getDescriptor().getMessageTypes().get(5);
+    internal_static_hsrpc_v1_GpuMeasured_fieldAccessorTable = new
+      com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
+        internal_static_hsrpc_v1_GpuMeasured_descriptor,
+        new java.lang.String[] { "Gpu", "WeightsStreamedBytes", "CacheLoadedBytes", "RegeneratedTokens", "PeakDeviceBytes", "BusyTime", });
     internal_static_hsrpc_v1_Load_descriptor =
-      getDescriptor().getMessageTypes().get(4);
+      getDescriptor().getMessageTypes().get(6);
     internal_static_hsrpc_v1_Load_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_Load_descriptor,
-        new java.lang.String[] { "QueuedRequests", "RunningRequests", "Blocks", });
+        new java.lang.String[] { "QueuedRequests", "RunningRequests", "Blocks", "Gpus", });
+    internal_static_hsrpc_v1_GpuLoad_descriptor =
+      getDescriptor().getMessageTypes().get(7);
+    internal_static_hsrpc_v1_GpuLoad_fieldAccessorTable = new
+      com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
+        internal_static_hsrpc_v1_GpuLoad_descriptor,
+        new java.lang.String[] { "Gpu", "RunningRequests", "Blocks", "DeviceBytes", });
     internal_static_hsrpc_v1_BlockUse_descriptor =
-      getDescriptor().getMessageTypes().get(5);
+      getDescriptor().getMessageTypes().get(8);
     internal_static_hsrpc_v1_BlockUse_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_BlockUse_descriptor,
-        new java.lang.String[] { "Kind", "Tier", "Used", "Total", "Peak", });
+        new java.lang.String[] { "Kind", "Tier", "Used", "Total", "Peak", "Kept", });
     internal_static_hsrpc_v1_WatchLoadRequest_descriptor =
-      getDescriptor().getMessageTypes().get(6);
+      getDescriptor().getMessageTypes().get(9);
     internal_static_hsrpc_v1_WatchLoadRequest_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_WatchLoadRequest_descriptor,
         new java.lang.String[] { "Interval", });
     internal_static_hsrpc_v1_WatchLoadResponse_descriptor =
-      getDescriptor().getMessageTypes().get(7);
+      getDescriptor().getMessageTypes().get(10);
     internal_static_hsrpc_v1_WatchLoadResponse_fieldAccessorTable = new
       com.google.protobuf.GeneratedMessageV3.FieldAccessorTable(
         internal_static_hsrpc_v1_WatchLoadResponse_descriptor,
