@@ -165,7 +165,10 @@ def summarise(run: Run, config: EngineConfig) -> Result:
     chosen, profile = run.chosen, run.profile
     hardware, sustained = _rates(run.plan, config)
     limits, kept_up = (
-        [roofline(each, run.spec.sizes, rates, absorbs=run.plan.absorbs, sharing=run.plan.sharing) for each in chosen]
+        [
+            roofline(each, run.spec.sizes, rates, absorbs=run.plan.absorbs, gathered_bytes=run.plan.gathered_bytes)
+            for each in chosen
+        ]
         for rates in (hardware, sustained)
     )
     seconds = [record.seconds for record in chosen]

@@ -280,7 +280,9 @@ class _Batch:
             engine = source.engine
             self.planned = engine.question, engine.spec.sizes, engine.plan
             plan = engine.plan
-            self.efficiency.begin(engine.spec.sizes, plan.hardware, absorbs=plan.absorbs, sharing=plan.sharing)
+            self.efficiency.begin(
+                engine.spec.sizes, plan.hardware, absorbs=plan.absorbs, gathered_bytes=plan.gathered_bytes
+            )
         concurrency = self.options.concurrency or default_concurrency(run(source.max_batch()))
         total, done = (None, self.done) if survey is None else (survey.lines, survey.done)
         progress = show_progress(total, done, print_error)

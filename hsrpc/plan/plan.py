@@ -10,7 +10,7 @@ from hsrpc.plan.demand import Demand
 from hsrpc.plan.drafting import NO_DRAFTS, DraftPlan
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.memory_use import DeviceUse, HostUse
-from hsrpc.plan.sizes import PlacedSizes, Sharing, Stays, WeightBuffers
+from hsrpc.plan.sizes import PlacedSizes, Stays, WeightBuffers
 from hsrpc.schedule.blocks import IN_PROPORTION, BlockKind, KindRule, PoolId
 from hsrpc.schedule.recompute import RecomputeLimits
 from hsrpc.schedule.step import BufferLimits, RowCosts
@@ -216,8 +216,3 @@ class Plan:
     def gathered_bytes(self) -> float:
         """Bytes that each of several GPUs gets from the others in every step."""
         return sum(layer.num_others * (layer.bus_bytes + layer.spread_bytes) for layer in self.placed)
-
-    @property
-    def sharing(self) -> Sharing:
-        """The GPUs that do the work of a step together."""
-        return Sharing(self.num_gpus, self.gathered_bytes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.layer_times import LayerTimes
-from hsrpc.plan.sizes import NOT_SHARED, LayerSizes, ModelSizes, Sharing
+from hsrpc.plan.sizes import LayerSizes, ModelSizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ class Roofline:
 
 
 def roofline(
-    record: StepRecord, sizes: ModelSizes, hardware: Hardware, *, absorbs: bool = False, sharing: Sharing = NOT_SHARED
+    record: StepRecord, sizes: ModelSizes, hardware: Hardware, *, absorbs: bool = False, gathered_bytes: float = 0.0
 ) -> Roofline:
     """max(bus, gpu, what takes turns) for the work of one step, each at the best rate measured on this machine.
 
@@ -103,7 +103,7 @@ def roofline(
         forward=float(layers * layer.forward(tokens, touched=touched)),
         regenerate=float(layer.regenerate(record.regenerated_tokens)),
         attention=float(layers * attend(record.context_tokens + tokens, 0, context)),
-        peers=sharing.gathered_bytes / hardware.gather_bandwidth,
+        peers=gathered_bytes / hardware.gather_bandwidth,
     )
     if touched is None:
         return found

@@ -117,17 +117,6 @@ class PlacedSizes:
     """The same of what a step of up to `ModelSizes.few_rows` rows saves: it multiplies as it lies what stays packed."""
 
 
-class Sharing(NamedTuple):
-    """GPUs that do the work of a step together."""
-
-    num_gpus: int = 1
-    gathered_bytes: float = 0.0
-    """What each gets from the others in every step."""
-
-
-NOT_SHARED = Sharing()
-
-
 class WeightBuffers(NamedTuple):
     """Bytes of the device buffers that weights go through: those of the layer that takes most."""
 

@@ -16,7 +16,7 @@ from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.prediction import predict_at
 from hsrpc.plan.roofline import StepRecord, roofline
-from hsrpc.plan.sizes import ALIGNMENT, Sharing, Stays
+from hsrpc.plan.sizes import ALIGNMENT, Stays
 from hsrpc.plan.step_time import beside
 from tests.plan.test_plan import GIB, OPT_6_7B, PCIE5_H100
 
@@ -97,6 +97,6 @@ def test_the_limit_of_several_is_that_of_an_equal_part() -> None:
         regenerated_tokens=0,
     )
     alone = roofline(record, OPT_6_7B, BY_NVLINK)
-    both = roofline(record, OPT_6_7B, BY_NVLINK, sharing=Sharing(2, 4e10))
+    both = roofline(replace(record, num_gpus=2), OPT_6_7B, BY_NVLINK, gathered_bytes=4e10)
     assert both.bus == pytest.approx(alone.bus / 2)
     assert both.peers == both.seconds == pytest.approx(4e10 / 190e9)

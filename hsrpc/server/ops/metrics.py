@@ -98,7 +98,9 @@ class EngineMetrics(Collector):
         engine = self._engine()
         if engine is not None:
             plan = engine.plan
-            limit = roofline(record, engine.spec.sizes, plan.hardware, absorbs=plan.absorbs, sharing=plan.sharing)
+            limit = roofline(
+                record, engine.spec.sizes, plan.hardware, absorbs=plan.absorbs, gathered_bytes=plan.gathered_bytes
+            )
             self._ratio.observe(record.seconds / limit.seconds)
 
     def _observe_bus(self, record: StepRecord) -> None:
