@@ -11,22 +11,22 @@ class Efficiency:
     """Sums up the steps that it is told of, from `begin` on."""
 
     def __init__(self) -> None:
-        self._model: tuple[ModelSizes, Hardware, bool] | None = None
+        self._model: tuple[ModelSizes, Hardware, bool, float] | None = None
         self.seconds = 0.0
         self._limit = 0.0
         self._requests = 0.0
 
-    def begin(self, sizes: ModelSizes, hardware: Hardware, *, absorbs: bool) -> None:
+    def begin(self, sizes: ModelSizes, hardware: Hardware, *, absorbs: bool, gathered_bytes: float = 0.0) -> None:
         """Steps count from now on, beside the limit of these rates."""
-        self._model = sizes, hardware, absorbs
+        self._model = sizes, hardware, absorbs, gathered_bytes
 
     def __call__(self, record: StepRecord) -> None:
         """Take a step that the engine has done."""
         if self._model is None:
             return
-        sizes, hardware, absorbs = self._model
+        sizes, hardware, absorbs, gathered = self._model
         self.seconds += record.seconds
-        self._limit += roofline(record, sizes, hardware, absorbs=absorbs).seconds
+        self._limit += roofline(record, sizes, hardware, absorbs=absorbs, gathered_bytes=gathered).seconds
         self._requests += record.num_requests * record.seconds
 
     @property

@@ -208,7 +208,11 @@ def _summary(plan: Plan, sizes: ModelSizes, drafting: Drafting, steps: Sequence[
         found = f"no step in which {plan.max_batch} requests draft {drafting.tokens} tokens each"
         raise BenchError(f"{found}; give more output tokens, or a plan with room for them")
     batch, seconds = plan.max_batch, [step.record.seconds for step in steps]
-    limit = median(roofline(step.record, sizes, plan.hardware, absorbs=plan.absorbs).seconds for step in steps)
+    limits = (
+        roofline(step.record, sizes, plan.hardware, absorbs=plan.absorbs, gathered_bytes=plan.gathered_bytes)
+        for step in steps
+    )
+    limit = median(each.seconds for each in limits)
     tokens = 1 + fmean(step.accepted for step in steps) / batch
     context = round(fmean(step.record.held_tokens for step in steps) / batch)
     predicted = predict_at(plan, sizes, context, drafting=drafting)

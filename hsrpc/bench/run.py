@@ -167,10 +167,12 @@ def summarise(run: Run, config: EngineConfig) -> Result:
     """
     _check(run)
     chosen, profile = run.chosen, run.profile
-    hardware = _median_hardware([run.plan.hardware, *(measure_machine(config).hardware for _ in range(_CALIBRATIONS))])
-    sustained = replace(hardware, load_bandwidth=measure_sustained_load(config))
+    hardware, sustained = _rates(run.plan, config)
     limits, kept_up = (
-        [roofline(each, run.spec.sizes, rates, absorbs=run.plan.absorbs) for each in chosen]
+        [
+            roofline(each, run.spec.sizes, rates, absorbs=run.plan.absorbs, gathered_bytes=run.plan.gathered_bytes)
+            for each in chosen
+        ]
         for rates in (hardware, sustained)
     )
     seconds = [record.seconds for record in chosen]
@@ -227,6 +229,15 @@ def summarise(run: Run, config: EngineConfig) -> Result:
 def _predicted_at(hit_rate: float, plan: Plan, sizes: ModelSizes) -> float:
     """Seconds of the step that the plan predicts, with that part of the experts on the device."""
     return predict_at(plan, sizes, plan.prediction.context, hit_rate=hit_rate).step
+
+
+def _rates(plan: Plan, config: EngineConfig) -> tuple[Hardware, Hardware]:
+    """The machine's, and those with what the bus keeps up. Of several GPUs those that all measured at once."""
+    if plan.num_gpus > 1:
+        return plan.hardware, plan.hardware
+    again = (measure_machine(config).hardware for _ in range(_CALIBRATIONS))
+    hardware = _median_hardware([plan.hardware, *again])
+    return hardware, replace(hardware, load_bandwidth=measure_sustained_load(config))
 
 
 class _Steps:
@@ -332,7 +343,7 @@ def _check(run: Run) -> None:
         raise BenchError("no step was left to measure after the warm-up; give more requests or more output tokens")
     if peak > plan.budgets.device:
         raise BenchError(f"the allocator's peak of {peak} bytes is over the device budget of {plan.budgets.device}")
-    if sum(plan.streamed_bytes) and not sum(record.weight_bytes for record in run.chosen):
+    if sum(layer.bus_bytes for layer in plan.placed) and not sum(record.weight_bytes for record in run.chosen):
         raise BenchError("weights were to stream and did not")
 
 

@@ -279,7 +279,10 @@ class _Batch:
         if isinstance(source, Embedded) and self.efficiency is not None:
             engine = source.engine
             self.planned = engine.question, engine.spec.sizes, engine.plan
-            self.efficiency.begin(engine.spec.sizes, engine.plan.hardware, absorbs=engine.plan.absorbs)
+            plan = engine.plan
+            self.efficiency.begin(
+                engine.spec.sizes, plan.hardware, absorbs=plan.absorbs, gathered_bytes=plan.gathered_bytes
+            )
         concurrency = self.options.concurrency or default_concurrency(run(source.max_batch()))
         total, done = (None, self.done) if survey is None else (survey.lines, survey.done)
         progress = show_progress(total, done, print_error)

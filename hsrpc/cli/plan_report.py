@@ -22,6 +22,8 @@ from hsrpc.schedule.blocks import PoolId, Tier
 
 _PACKED = "of those on the device, packed"
 """Weights that are decoded in every step; a row of plans in which there are some."""
+_SPREAD = "of those on the device, pieces of what is spread"
+"""Weights that several GPUs hold together; a row of plans in which there are some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +131,13 @@ def _places(plan: Plan) -> dict[str, _Place]:
     blocks = {tier: sum(n for pool, n in plan.num_blocks.items() if pool.tier is tier) for tier in Tier}
     num_blocks = sum(blocks.values())
     device, host = plan.device_bytes, plan.host_bytes
-    kept = plan.kept_bytes
+    kept, spread = plan.kept_bytes, device.get(DeviceUse.SPREAD_WEIGHTS, 0)
+    weights = device[DeviceUse.RESIDENT_WEIGHTS] + spread
     return {
         "embeddings and head": _Place(device[DeviceUse.FIXED], 0, 1.0),
-        "layers' weights": _Place(
-            device[DeviceUse.RESIDENT_WEIGHTS], host[HostUse.STREAMED_WEIGHTS], plan.resident_share
-        ),
-        **({_PACKED: _Place(kept, 0, kept / device[DeviceUse.RESIDENT_WEIGHTS])} if kept else {}),
+        "layers' weights": _Place(weights, host[HostUse.STREAMED_WEIGHTS], plan.resident_share + plan.spread_share),
+        **({_PACKED: _Place(kept, 0, kept / weights)} if kept else {}),
+        **({_SPREAD: _Place(spread, 0, spread / weights)} if spread else {}),
         "cache": _Place(
             device[DeviceUse.CACHE_BLOCKS],
             host[HostUse.CACHE_BLOCKS],
@@ -191,7 +193,8 @@ def _gpus_table(shares: Sequence[_GpuShare]) -> Table:
 
 def _is_coded(plan: Plan) -> bool:
     """Whether weights cross the bus in fewer bytes than they have."""
-    return any(layer.bus_bytes < layer.streamed_bytes for layer in plan.placed)
+    gpus = plan.num_gpus
+    return any(round(gpus * (layer.bus_bytes + layer.spread_bytes)) < layer.streamed_bytes for layer in plan.placed)
 
 
 def _places_table(plan: Plan) -> Table:
@@ -232,9 +235,15 @@ def _prediction_table(plan: Plan, sizes: ModelSizes) -> Table:
         "tokens recomputed": str(plan.recompute.tokens),
         **_draft_rows(step),
         "weights resident": f"{plan.resident_share:.0%}",
+        **({"weights spread over all GPUs": f"{plan.spread_share:.0%}"} if plan.spread_share else {}),
         "weights that stay": "packed, decoded in every step" if plan.kept_bytes else "as they are multiplied",
         "weights that stream": "coded" if _is_coded(plan) else "as they are",
         f"bus ({format_rate(hardware.load_bandwidth, 'B/s')})": _ms(step.bus),
+        **(
+            {f"from other GPUs ({format_rate(hardware.gather_bandwidth, 'B/s')})": _ms(step.peers)}
+            if step.peers
+            else {}
+        ),
         "forward": _ms(step.forward),
         f"regeneration ({format_rate(rebuild_rate(sizes.commonest, hardware), 'FLOP/s')})": _ms(step.regenerate),
         "gathering activations": _ms(step.gather),
@@ -319,6 +328,7 @@ def _plan_json(plan: Plan) -> dict[str, object]:
         "cache_format": plan.cache_format,
         "recomputed_tokens": plan.recompute.tokens,
         "resident_share": plan.resident_share,
+        "spread_share": plan.spread_share,
         "max_batch": plan.max_batch,
         "shared_prefix": plan.shared_prefix,
         "max_model_len": plan.max_model_len,

@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional
 
 from hsrpc.device.device import Device
+from hsrpc.device.group import DeviceGroup
 from hsrpc.plan import fitted
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.memory_use import DeviceUse, HostUse
@@ -133,6 +134,28 @@ def _calibrate(device: Device, sizes: ModelSizes, dtype: torch.dtype) -> Hardwar
         boundary_time=fitted.BOUNDARY_SECONDS,
         request_time=fitted.REQUEST_SECONDS,
     )
+
+
+def gather_bandwidth(device: Device, group: DeviceGroup) -> float:
+    """Bytes/s that this device gets from the others of a group, which all measure it at once: collective operations.
+
+    All repeat it equally often, whatever time each finds.
+    """
+    amounts = _amounts(device)
+    part = group.part_bytes(amounts.copy_bytes)
+    whole = device.empty((group.size * part,), torch.uint8, DeviceUse.MEASUREMENT)
+    whole.zero_()
+    own = whole[group.rank * part :][:part]
+    device.drain()
+    times = []
+    for _ in range(1 + _REPEATS):
+        group.meet()
+        start = time.perf_counter()
+        with device.on(device.gather):
+            group.gather(whole, own)
+        device.synchronize(device.record(device.gather))
+        times.append(time.perf_counter() - start)
+    return (len(whole) - part) / _lower_quartile(times[1:])
 
 
 def sustained_load(device: Device) -> float:

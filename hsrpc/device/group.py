@@ -2,7 +2,8 @@
 
 A layer crosses as bytes, whatever format it has: n GPUs cut its packed bytes into n parts of one size, the last one
 padded. Each loads its own part to where it belongs in the layer's buffer, and then all gather: a collective operation,
-which every GPU launches for every layer in the same order.
+which every GPU launches for every layer in the same order. Parts that stay on the devices are gathered from where they
+lie: the same operation, with memory of its own for what a GPU gives.
 """
 
 from __future__ import annotations
@@ -44,12 +45,18 @@ class DeviceGroup(ABC):
 
     def part(self, num_bytes: int) -> tuple[int, int]:
         """First byte and end of what this GPU loads of a layer's `num_bytes`; the end may lie in the padding."""
-        size = num_bytes if self.is_alone else part_bytes(num_bytes, self.size)
+        size = self.part_bytes(num_bytes)
         return self.rank * size, (self.rank + 1) * size
 
+    def part_bytes(self, num_bytes: int) -> int:
+        """Bytes of each GPU's part."""
+        return num_bytes if self.is_alone else part_bytes(num_bytes, self.size)
+
     @abstractmethod
-    def gather(self, whole: torch.Tensor) -> None:
-        """Get the other GPUs' parts of `whole` (uint8, all parts), of which this GPU's is there; current stream.
+    def gather(self, whole: torch.Tensor, own: torch.Tensor) -> None:
+        """Fill `whole` (uint8, all parts) with the parts of all GPUs, on the current stream.
+
+        `own` is this GPU's: its place in `whole`, or memory apart from it.
 
         Raises:
             LostError: they do not come.
@@ -74,7 +81,7 @@ class Alone(DeviceGroup):
     size = 1
     rank = 0
 
-    def gather(self, whole: torch.Tensor) -> None:
+    def gather(self, whole: torch.Tensor, own: torch.Tensor) -> None:
         raise AssertionError("nothing is gathered")
 
     def meet(self) -> None:
@@ -146,10 +153,9 @@ class Connected(DeviceGroup):
                 device_id=device if on_gpu else None,  # connects now, not with the first operation
             )
 
-    def gather(self, whole: torch.Tensor) -> None:
-        start, end = self.part(len(whole))
+    def gather(self, whole: torch.Tensor, own: torch.Tensor) -> None:
         with _with_others():
-            _all_gather(whole, whole[start:end])
+            _all_gather(whole, own)
 
     def meet(self) -> None:
         with _with_others():
@@ -168,4 +174,5 @@ def _with_others() -> Iterator[None]:
 
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Its name before torch 2.13. In place, where the part lies where it comes to lie; waits on the current stream."""
+"""Its name before torch 2.13. In place, where the part lies where it comes to lie, and else it copies that as well;
+waits on the current stream."""

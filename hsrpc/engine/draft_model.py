@@ -28,6 +28,7 @@ from hsrpc.plan.machine import Machine
 from hsrpc.plan.memory_use import DeviceUse
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.prediction import predict_at
+from hsrpc.plan.sizes import ModelSizes
 from hsrpc.request import SamplingParams
 from hsrpc.schedule.blocks import BlockManager
 from hsrpc.schedule.decode_ahead import advance
@@ -53,21 +54,12 @@ class PlannedDraftModel:
     choice: int
     """Number of the choice of its formats that the plan is for."""
     plan: Plan
+    time: DraftTime
 
     @property
     def device_bytes(self) -> int:
         """Device memory that it takes in all."""
         return sum(self.plan.device_bytes.values())
-
-    @property
-    def time(self) -> DraftTime:
-        """Seconds that it takes to draft for requests of the expected length: passes of one request, and of all."""
-        plan, sizes, hardware = self.plan, self.spec.sizes, self.plan.hardware
-        context, batch = plan.prediction.context, plan.max_batch
-        one, all_requests = (predict_at(plan, sizes, context, number).gpu for number in (1, batch))
-        request = max(0.0, all_requests - one) / max(1, batch - 1)
-        launch = hardware.boundary_time + sizes.num_layers * hardware.launch_time
-        return DraftTime(first=launch, each=one - request, request=request)
 
     def open(self, device: Device, stop: threading.Event) -> DraftModel:
         """Load the weights, allocate, compile and capture. All that it takes counts as the device's draft model.
@@ -120,7 +112,16 @@ def plan_draft_model(name: str, config: EngineConfig, verifier: ModelFiles, mach
     except ConfigError as error:
         problem = f"does not fit {format_bytes(budget // _PART)}, an eighth of gpu_memory={format_bytes(budget)}"
         raise ConfigError(FIELD, name, problem, f"raise gpu_memory, or choose a smaller model ({error})") from error
-    return PlannedDraftModel(own, question.choice_of(planner), plan)
+    return PlannedDraftModel(own, question.choice_of(planner), plan, _time(plan, planner.sizes))
+
+
+def _time(plan: Plan, sizes: ModelSizes) -> DraftTime:
+    """Seconds to draft for requests of the expected length: passes of one request, and of all."""
+    hardware, context, batch = plan.hardware, plan.prediction.context, plan.max_batch
+    one, all_requests = (predict_at(plan, sizes, context, number).gpu for number in (1, batch))
+    request = max(0.0, all_requests - one) / max(1, batch - 1)
+    launch = hardware.boundary_time + sizes.num_layers * hardware.launch_time
+    return DraftTime(first=launch, each=one - request, request=request)
 
 
 class DraftModel:

@@ -77,9 +77,14 @@ class StepRun:
         return True
 
     def hold_loads(self) -> None:
-        """Let loads wait for what the step before has launched."""
+        """Let loads wait for what the step before has launched, and so what comes from other devices."""
         for event in self._barrier:
             self._device.wait(self._device.load, event)
+        if self.step.ops.is_gathered:
+            self._hold_gathers()
+
+    def _hold_gathers(self) -> None:
+        self._device.wait(self._device.gather, self._device.record(self._device.load))
 
     def launch(self, numbers: Sequence[int], launch: Launch) -> None:
         """Launch these operations, each behind the events of those that it comes after."""

@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from hsrpc.config import WeightCoding, format_bytes
 from hsrpc.device.device import Device
 from hsrpc.device.group import ALONE, DeviceGroup
+from hsrpc.device.host_pages import HostPages
 from hsrpc.engine.weights import HostExperts, KeptTensor, LayerWeights, ModelWeights, PackedTensor, arrange
 from hsrpc.errors import ConfigError, EngineUnavailableError
 from hsrpc.model.family import Family
@@ -23,7 +24,7 @@ from hsrpc.model.formats.format import AsPublished, FromValues, Packing, WeightF
 from hsrpc.model.tensor import TensorSpec
 from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.plan import Plan
-from hsrpc.plan.sizes import align
+from hsrpc.plan.sizes import PlacedSizes, align
 
 Progress: TypeAlias = Callable[[int, int], object]
 """Is told how many layers of how many are loaded, on the thread that loads them."""
@@ -62,7 +63,8 @@ def load_weights(
 ) -> ModelWeights:
     """Read, convert, pin and place all weights, in parallel, since reading and pinning each use one core.
 
-    Of what streams, one of a `group` of GPUs pins its part. Once `stop` is set, no further layer is begun.
+    Of what streams, one of a `group` of GPUs pins its part; of what is spread, it has its part on its device. Once
+    `stop` is set, no further layer is begun.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
@@ -154,12 +156,12 @@ class _Loader:
         streamed = [tensor for tensor in tensors if tensor.name not in stays.names]
         if not streamed:
             return LayerWeights(ready, None, (), kept)
-        packings = self._packings(streamed)
+        packings, placed = self._packings(streamed), self.plan.placed[number]
         if len(packings) == len(streamed):
-            pinned, parts = self._read_packed(streamed, packings)
+            parts, held = self._read_packed(streamed, packings, placed.spread_bytes)
         else:
-            pinned, parts = self._pack(streamed, self.plan.placed[number].bus_bytes)
-        return LayerWeights(ready, pinned, parts, kept)
+            parts, held = self._pack(streamed, placed)
+        return LayerWeights(ready, held.pinned, parts, kept, spread=held.spread)
 
     def _ready(self, tensor: TensorSpec) -> torch.Tensor:
         """A tensor that stays ready on the device."""
@@ -204,13 +206,13 @@ class _Loader:
         return [(tensor.name, each.packing(tensor)) for tensor, each in known if isinstance(each, AsPublished)]
 
     def _read_packed(
-        self, tensors: Sequence[TensorSpec], packings: Sequence[tuple[str, Packing]]
-    ) -> tuple[torch.Tensor, tuple[PackedTensor, ...]]:
-        """Read tensors that are packed as they are read straight into the memory that is then pinned."""
+        self, tensors: Sequence[TensorSpec], packings: Sequence[tuple[str, Packing]], spread: int
+    ) -> tuple[tuple[PackedTensor, ...], _Held]:
+        """Read tensors that are packed as they are read straight into the memory that is then pinned, or spread."""
         parts, size = arrange(packings)
-        start, end = self.group.part(size)
 
-        def fill(packed: torch.Tensor) -> None:
+        def fill(packed: torch.Tensor, start: int) -> None:
+            end = start + len(packed)
             for tensor, part in zip(tensors, parts, strict=True):
                 if start <= part.offset and part.end <= end:
                     self._fill(tensor, part.moved(-start), packed)
@@ -219,24 +221,56 @@ class _Loader:
                     part.packing.fill(self.source, tensor, whole)
                     _copy_between(packed, start, whole, part.offset)
 
-        return self.device.pinned(end - start, HostUse.STREAMED_WEIGHTS, fill), parts
+        return parts, self._hold(self._split(size, spread), fill)
 
     def _fill(self, tensor: TensorSpec, part: PackedTensor, packed: torch.Tensor) -> None:
         part.packing.fill(self.source, tensor, part.data(packed))
 
-    def _pack(self, tensors: Sequence[TensorSpec], expected: float) -> tuple[torch.Tensor, tuple[PackedTensor, ...]]:
+    def _pack(self, tensors: Sequence[TensorSpec], placed: PlacedSizes) -> tuple[tuple[PackedTensor, ...], _Held]:
         """Read each tensor to the device and pack it there, but those on the host that are packed as they are read."""
-        pages = self.device.pages(math.ceil(expected * _MARGIN))  # all threads at once, other than packing
+        expected = math.ceil(placed.bus_bytes * _MARGIN)
+        pages = self.device.pages(expected) if expected else None  # all threads at once, other than packing
         with self._packing:
             self._check_stop()  # again: others were packed meanwhile
             packed = [each for batch in _batches(tensors) for each in self.packers.map(self._pack_tensor, batch)]
             parts, size = arrange((each.name, packing) for each, (packing, _) in zip(tensors, packed, strict=True))
-            start, end = self.group.part(size)
-            self._count(HostUse.STREAMED_WEIGHTS, end - start)
-            pinned = self.device.pinned(end - start, HostUse.STREAMED_WEIGHTS, pages=pages)
-            for part, (_, data) in zip(parts, packed, strict=True):
-                _copy_between(pinned, start, data, part.offset)
-        return pinned, parts
+
+            def fill(memory: torch.Tensor, start: int) -> None:
+                for part, (_, data) in zip(parts, packed, strict=True):
+                    _copy_between(memory, start, data, part.offset)
+
+            split = self._split(size, placed.spread_bytes)
+            self._count(HostUse.STREAMED_WEIGHTS, split.end - split.start)
+            return parts, self._hold(split, fill, pages)
+
+    def _split(self, size: int, spread: int) -> _Split:
+        """This GPU's parts of `size` bytes that come to a buffer, of which it is to hold `spread` on its device.
+
+        Values decide how many bytes coded weights have: there may be fewer than planned, which then lie on the devices
+        first.
+        """
+        spread = min(spread, self.group.part_bytes(size))
+        first = self.group.size * spread
+        start, end = self.group.part(max(0, size - first))
+        return _Split(spread, first + start, first + end)
+
+    def _hold(self, split: _Split, fill: Callable[[torch.Tensor, int], None], pages: HostPages | None = None) -> _Held:
+        """Memory for this GPU's parts; `fill` writes its first argument, which lies in the layer from the second on."""
+        spread, start, end = split
+        held = self._held_on_device(spread, fill) if spread else None
+        if start == end:
+            return _Held(None, held)
+        if pages is None:
+            return _Held(self.device.pinned(end - start, HostUse.STREAMED_WEIGHTS, lambda out: fill(out, start)), held)
+        pinned = self.device.pinned(end - start, HostUse.STREAMED_WEIGHTS, pages=pages)
+        fill(pinned, start)
+        return _Held(pinned, held)
+
+    def _held_on_device(self, size: int, fill: Callable[[torch.Tensor, int], None]) -> torch.Tensor:
+        self._count(DeviceUse.SPREAD_WEIGHTS, size)
+        memory = self.device.empty((size,), torch.uint8, DeviceUse.SPREAD_WEIGHTS)
+        fill(memory, self.group.rank * size)
+        return memory
 
     def _pack_tensor(self, tensor: TensorSpec) -> tuple[Packing, torch.Tensor]:
         form = self._format(tensor)
@@ -260,6 +294,25 @@ class _Loader:
         if taken > planned:
             problem = f"coded weights take more than the {format_bytes(planned)} planned"
             raise OverBoundError("weight_coding", WeightCoding.LOSSLESS.value, problem, "use weight_coding=none")
+
+
+class _Split(NamedTuple):
+    """Bytes of a layer that are a GPU's."""
+
+    spread: int
+    """Bytes that it holds on its device."""
+    start: int
+    """First byte that it loads, and end."""
+    end: int
+
+
+class _Held(NamedTuple):
+    """A GPU's parts of what comes to a buffer."""
+
+    pinned: torch.Tensor | None
+    """uint8, in host memory; None: it loads none."""
+    spread: torch.Tensor | None
+    """uint8, on the device; None: nothing is spread."""
 
 
 def _copy_between(target: torch.Tensor, first: int, source: torch.Tensor, offset: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from hsrpc.config import ALL_GPUS, DeviceKind, DraftMethod, EngineConfig, GenerationDefaults, WeightCoding, format_bytes
-from hsrpc.device.calibration import calibrate, sustained_load
+from hsrpc.device.calibration import calibrate, gather_bandwidth, sustained_load
 from hsrpc.device.device import Device, device_kind, num_devices, open_device
 from hsrpc.device.group import ALONE, DeviceGroup
 from hsrpc.device.host_memory import HostMemory
@@ -186,16 +186,23 @@ def measure_machine(config: EngineConfig) -> Machine:
     return measure(device, spec)
 
 
-def measure(device: Device, spec: ModelSpec) -> Machine:
-    """The memory of a device and of this host, and the rates at which it computes a model."""
+def measure(device: Device, spec: ModelSpec, group: DeviceGroup = ALONE) -> Machine:
+    """The memory of a device and of this host, and the rates at which it computes a model.
+
+    Those of a `group` of devices measure at once.
+    """
     device_memory, host_memory = device.free_memory, HostMemory.read().free  # before calibration takes some
+    hardware = calibrate(device, spec.sizes, spec.dtype)
+    if not group.is_alone:
+        hardware = replace(hardware, gather_bandwidth=gather_bandwidth(device, group))
+        device.release_cached()
     return Machine(
         name=device.name,
         kind=DeviceKind(device.torch_device.type),
         device_memory=device_memory,
         host_memory=host_memory,
         dtype=dtype_name(spec.dtype),
-        hardware=calibrate(device, spec.sizes, spec.dtype),
+        hardware=hardware,
     )
 
 

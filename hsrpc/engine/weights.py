@@ -1,7 +1,8 @@
 """Layer weights: a part resident on the device, the rest in one pinned buffer a layer, which crosses the bus whole.
 
 Where several GPUs load for each other, each has a part of that buffer pinned, and gets the others over the wire between
-them: the layer is whole on each device.
+them: the layer is whole on each device. The buffer's front may be spread: each has a part of that on its device, and no
+bus carries it.
 
 Experts that come on demand are neither: they cross the bus one by one.
 
@@ -91,20 +92,27 @@ class LayerWeights:
     resident: Mapping[str, torch.Tensor]
     """Those that stay ready on the device."""
     packed: torch.Tensor | None
-    """Pinned bytes of the tensors that are streamed, as far as this GPU loads them; None where none is."""
+    """Pinned bytes of the tensors that are streamed, as far as this GPU loads them; None where it loads none."""
     parts: tuple[PackedTensor, ...]
-    """Tensors within the bytes that all GPUs load together."""
+    """Tensors within the bytes that come to a buffer: first what is spread, then what all GPUs load together."""
     kept: tuple[KeptTensor, ...] = ()
     """Those that stay packed on the device."""
     experts: HostExperts | None = None
     """Experts that come on demand; they are not among the others."""
     numbers: Mapping[str, int] = field(default_factory=dict)
     """The expert to which a tensor belongs, by its name; others have none."""
+    spread: torch.Tensor | None = None
+    """uint8: what of the `parts` this GPU holds on its device for all; None where nothing is spread."""
 
     @property
     def bus_bytes(self) -> int:
-        """Bytes that cross this GPU's bus in every step; 0 where all lie on the device."""
+        """Bytes that cross this GPU's bus in every step; 0 where none does."""
         return 0 if self.packed is None else len(self.packed)
+
+    @property
+    def spread_bytes(self) -> int:
+        """Bytes that this GPU holds for all."""
+        return 0 if self.spread is None else len(self.spread)
 
     @property
     def is_decoded(self) -> bool:

@@ -50,6 +50,8 @@ class Assembly:
         lines[DeviceUse.WORKSPACE] += int(choices.tables[point.choice])
         if demand is not None:
             lines[DeviceUse.EXPERTS] = demand.device_bytes
+        if choices.spread[point.choice]:
+            lines[DeviceUse.SPREAD_WEIGHTS] = int(choices.spread[point.choice])
         if evaluator.budgets.draft_model:
             lines[DeviceUse.DRAFT_MODEL] = evaluator.budgets.draft_model
         share = self._share(one)
@@ -103,7 +105,7 @@ class Assembly:
     def _spare_prefill_tokens(self, point: Point, one: Evaluation) -> float:
         """None where no weights stream: there each mini-batch more costs its launches, as it does with a bound."""
         evaluator = self.evaluator
-        streams = evaluator.choices.on_bus[point.choice] > 0
+        streams = bool(evaluator.choices.streams[point.choice])
         if not streams or evaluator.recomputes or evaluator.config.max_step_time is not None:
             return 0.0
         return float(evaluator.model.spare_prompt_tokens(point.batch, one.times))
@@ -125,7 +127,7 @@ class Assembly:
         if not blocks[PoolId.DEVICE_ACTIVATION] + blocks[PoolId.HOST_ACTIVATION]:
             staging = replace(staging, activation_rows=0)
         pool = PoolId.DEVICE_ACTIVATION if point.absorbed_rows else PoolId.DEVICE_KV
-        has_graphs = blocks[pool] > 0 and not self.evaluator.choices.on_bus[point.choice]
+        has_graphs = blocks[pool] > 0 and not self.evaluator.choices.streams[point.choice]
         return staging if has_graphs else replace(staging, graph_batch=0)
 
     def _share(self, one: Evaluation) -> float:

@@ -21,7 +21,7 @@ the heading of docs/findings.md and, where raw results were kept, their file in 
 | CHOICE_SECONDS | 0.125e-3 s a layer of a group | 9.4 ms, all hits | "Experts on demand"; mixtures/qwen3-30b-a3b-1 |
 | GRAPH_BYTES | 256 KiB a graph | assumed, not measured | |
 | LOADS_BANDWIDTH | 169e9 bytes/s, all buses of a host | 55, 110, 169 GB/s of 1, 2, 4 GPUs | "Several GPUs" |
-| GATHER_BANDWIDTH | 250e9 bytes/s, whole layers at each GPU | 250 to 320 GB/s | "Several GPUs" |
+| GATHER_BANDWIDTH | 187.5e9 bytes/s from the other GPUs | whole layers at each: 250 to 320 GB/s | "Several GPUs" |
 | PACKED_QUERIES | 128 queries of a request and head | assumed, not measured | |
 | HANDOVER_SECONDS | 0.08e-3 s a layer of a mini-batch | 0.07 to 0.09 ms | "Mini-batches and what they cost the host" |
 """
@@ -64,6 +64,6 @@ HOP_SECONDS, HANDOVER_SECONDS = 0.25e-3, 0.08e-3
 Where none stream, one thread launches all."""
 LOADS_BANDWIDTH = 169e9
 """What the host's memory gives to all GPUs that load at once. To be fitted: the sum of what each of four loads."""
-GATHER_BANDWIDTH = 250e9
-"""A layer of which each GPU has loaded a part, at each of them whole. To be fitted: its bytes over the time of the
-collective operation alone."""
+GATHER_BANDWIDTH = 187.5e9
+"""What a GPU gets from the others over NVLink, where nobody has measured it: layers are whole at each of four GPUs at
+250 GB/s then. Calibration measures it where there are several."""

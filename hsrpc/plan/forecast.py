@@ -75,7 +75,9 @@ def _idle(plan: Plan, sizes: ModelSizes, prompt: int) -> float:
     # A mini-batch loads while the one before it computes: the first load or the last compute overlaps nothing.
     alone = min(bus, gpu) / (layers * mini_batches)
     experts = 0.0 if plan.demand is None else float(layers * times.on_demand(tokens, plan.demand.missed, mini_batches))
-    work = max(max(bus, gpu) + experts, layers * mini_batches * launch)
+    work = max(
+        max(bus, float(times.gather_weights(plan.gathered_bytes)), gpu) + experts, layers * mini_batches * launch
+    )
     step = work + alone + hardware.boundary_time + hardware.request_time
     return steps * step
 

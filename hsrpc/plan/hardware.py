@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hsrpc.plan.fitted import GATHER_BANDWIDTH
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
@@ -13,6 +15,8 @@ class Hardware:
     """Host to device, bytes/s."""
     store_bandwidth: float
     """Device to host, bytes/s."""
+    gather_bandwidth: float = GATHER_BANDWIDTH
+    """From other devices, bytes/s, where each of several gets a layer's parts from all others at once."""
     contended_share: float = 1.0
     """Part of the load bandwidth that is left while regeneration's GEMMs run."""
     gemm_rate: float

@@ -8,6 +8,9 @@ datasheets, times the shares of its datasheet that the H100 was measured to reac
 Products of float8 by rows took an H100 and an H200 1/1.7 of those in 16 bits, at the shapes that rebuild K and V, where
 they were measured by themselves; calibration measures them with the others now.
 
+What a GPU gets from others over NVLink is the same for both, `fitted.GATHER_BANDWIDTH`; desktop cards are taken to have
+none, and to get it through the host at half of the bus's rate.
+
 Device memory is what is free where nothing else runs. The host's is an assumption, for a GPU's part of a common
 machine: 256 GiB in a server of H100 or H200, 128 GiB in one of A100, 64 GiB in a desktop.
 """
@@ -35,6 +38,8 @@ class _Datasheet:
     """Bytes/s."""
     bus: float
     """Bytes/s in one direction."""
+    peers: float = 0.0
+    """Bytes/s from other GPUs in one direction, over links of their own; 0: they reach each other through the host."""
     has_fp8: bool = False
     """Products of float8 are twice as fast."""
 
@@ -81,16 +86,20 @@ _H200 = Hardware(
     boundary_time=1e-3,
     request_time=20e-6,
 )
-_H100_SHEET = _Datasheet(products=989e12, memory=3.35e12, bus=_PCIE_5)
+_H100_SHEET = _Datasheet(products=989e12, memory=3.35e12, bus=_PCIE_5, peers=450e9)
+_THROUGH_HOST = 0.5
+"""Part of the bus's rate at which a GPU gets what others have to send to the host first."""
 
 
 def _estimated(sheet: _Datasheet) -> Hardware:
     """Rates that reach the same part of their datasheet as those of the H100."""
     bus = sheet.bus / _H100_SHEET.bus
+    through_host = _THROUGH_HOST * _H100.load_bandwidth * bus
     return replace(
         _H100,
         load_bandwidth=_H100.load_bandwidth * bus,
         store_bandwidth=_H100.store_bandwidth * bus,
+        gather_bandwidth=_H100.gather_bandwidth * sheet.peers / _H100_SHEET.peers if sheet.peers else through_host,
         gemm_rate=_H100.gemm_rate * sheet.products / _H100_SHEET.products,
         fp8_gemm_share=_H100.fp8_gemm_share if sheet.has_fp8 else 1.0,
         memory_bandwidth=_H100.memory_bandwidth * sheet.memory / _H100_SHEET.memory,
@@ -117,7 +126,7 @@ KNOWN_MACHINES = {
         f"NVIDIA A100 80GB ({_NOT_MEASURED})",
         device=78,
         host=128,
-        hardware=_estimated(_Datasheet(products=312e12, memory=2.039e12, bus=_PCIE_4)),
+        hardware=_estimated(_Datasheet(products=312e12, memory=2.039e12, bus=_PCIE_4, peers=300e9)),
     ),
     "rtx4090": _machine(
         f"NVIDIA RTX 4090 ({_NOT_MEASURED})",

@@ -34,6 +34,15 @@ class LayerTimes:
         """`size` bytes from the host."""
         return size / self.hardware.load_bandwidth
 
+    def gather_weights(self, size: Number) -> Number:
+        """`size` bytes from other GPUs."""
+        return size / self.hardware.gather_bandwidth
+
+    def arrival(self, on_bus: Number, from_buses: Number, from_devices: Number) -> Number:
+        """Weights in a buffer: over the bus and from other GPUs at once, as `PlacedSizes` has these bytes."""
+        found: Number = np.maximum(self.load(on_bus), self.gather_weights(from_buses + from_devices))
+        return found
+
     def on_demand(self, tokens: Number, missed: Number, groups: Number = 1.0) -> Number:
         """The part `missed` of the experts that `tokens` tokens take, once they are chosen; each group loads its own.
 

@@ -17,6 +17,8 @@ class DeviceUse(Enum):
     RUNTIME = "runtime"
     WEIGHT_BUFFERS = "weight buffers"
     RESIDENT_WEIGHTS = "resident weights"
+    SPREAD_WEIGHTS = "spread weights"
+    """This GPU's pieces of those that several hold together. A line of plans in which there are some."""
     EXPERTS = "experts on demand"
     """A line of plans in which there are some."""
     CACHE_BLOCKS = "cache blocks"

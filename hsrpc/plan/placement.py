@@ -13,12 +13,18 @@ import numpy.typing as npt
 
 from hsrpc.config import ResidentWeights
 from hsrpc.plan.demand import AlikeExperts, Demand, choice_table_bytes
+from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.sizes import Floats, ModelSizes, PlacedSizes, Stays, TensorSizes, WeightBuffers
 from hsrpc.schedule.sweep import BUFFERS
 
 _PACKED_WORTH = 0.98
 """What stays is decoded in every step only where that gains more than 2 %: a smaller gain is within what predictions do
 not tell apart."""
+_ALL = 0.98
+"""Where so much of what does not stay is spread, all is: tensors that just do not fit are no reason to use the bus."""
+_FINE, _COARSE_STEP = 17, 4
+"""With several GPUs so many of the smallest shares are tried, and every so many of the larger ones: each in three ways,
+and a share of what they hold together goes further."""
 _OPENED_STEP = 4
 """Every so many of the shares that are tried are for weights that are ready while all others stay packed."""
 Resident = tuple[Stays, ...]
@@ -38,10 +44,16 @@ class WeightChoice:
         """Whether some weights that stay are decoded in every step."""
         return any(stays.packed for stays in self.resident)
 
+    def keeps_all(self, sizes: ModelSizes) -> bool:
+        """Whether nothing comes to a buffer."""
+        both = zip(sizes.layers, self.resident, strict=True)
+        return self.demand is None and all(layer.names == stays.names for layer, stays in both)
+
     @property
     def way(self) -> int:
         """How the weights lie: choices of one way differ in how many stay."""
-        return 2 * (self.demand is not None) + self.keeps_packed
+        is_spread = any(stays.spread for stays in self.resident)
+        return 4 * (self.demand is not None) + 2 * is_spread + self.keeps_packed
 
     def in_sizes(self, sizes: ModelSizes) -> ModelSizes:
         """The model with the weights that stay or stream."""
@@ -59,6 +71,12 @@ class ResidentChoices:
     """Bytes that stay, all layers, at most: a tensor that is ready is allocated by itself, without padding."""
     on_bus: Floats
     """Bytes that cross the bus in every step for the others."""
+    spread: Floats
+    """Bytes on each of several GPUs that are its pieces of what they hold together."""
+    from_buses: Floats
+    """Bytes that a GPU gets in every step of what the others have loaded."""
+    from_devices: Floats
+    """Bytes that it gets of what they hold."""
     on_bus_at_most: Floats
     """Bytes that cross it in a step that needs every expert."""
     decode_traffic: Floats
@@ -84,6 +102,12 @@ class ResidentChoices:
     num_segments: Floats
     """Graphs of a decode step, where no weights stream."""
 
+    @property
+    def streams(self) -> npt.NDArray[np.bool_]:
+        """Whether some weights come to a buffer in every step, over the bus or from devices that hold them."""
+        found: npt.NDArray[np.bool_] = self.on_bus + self.spread > 0
+        return found
+
     @classmethod
     def of(cls, sizes: ModelSizes, choices: Sequence[WeightChoice]) -> ResidentChoices:
         """What follows from each of the choices."""
@@ -101,6 +125,9 @@ def _numbers(sizes: ModelSizes, choice: WeightChoice) -> dict[str, float]:
     found = {
         "resident": _at_most(placed, lambda each: each.resident_bytes),
         "on_bus": bus,
+        "spread": float(sum(n * each.spread_bytes for each, n in placed.items())),
+        "from_buses": sum(n * each.num_others * each.bus_bytes for each, n in placed.items()),
+        "from_devices": float(sum(n * each.num_others * each.spread_bytes for each, n in placed.items())),
         "on_bus_at_most": bus,
         "decode_traffic": sum(n * each.decode_traffic for each, n in placed.items()),
         "expert_traffic": expert_traffic,
@@ -150,6 +177,46 @@ def streaming_choices(
     return [WeightChoice(resident) for resident in reversed(last)]
 
 
+def spread_choices(
+    sizes: ModelSizes, shares: Sequence[float], residence: ResidentWeights, hardware: Hardware
+) -> list[WeightChoice]:
+    """As `streaming_choices`, on several GPUs, which may hold weights together, a piece each.
+
+    A byte of a device's memory keeps one byte from crossing the bus and coming from other GPUs, or as many as there are
+    GPUs from crossing the bus. So for each share there are up to three divisions: spread is as much as makes the bus as
+    quick as the gathering, as much as there is, or half way between. Which is best depends on what else a step does.
+    """
+    found = dict[WeightChoice, None]()
+    for way in _ways(sizes, residence):
+        total = way.total(sizes)
+        for share in [*sorted(shares)[:_FINE], *sorted(shares)[_FINE::_COARSE_STEP]]:
+            budget = int(share * total)
+            for piece in _pieces(sizes, way, budget, hardware):
+                found[_with_pieces(sizes, way.resident(sizes, budget - piece), piece)] = None
+    staying = (choice for choice in streaming_choices(sizes, shares, residence) if choice.keeps_all(sizes))
+    return list(found | dict.fromkeys(staying))
+
+
+def _pieces(sizes: ModelSizes, way: _Way, budget: int, hardware: Hardware) -> list[int]:
+    """Bytes of the budget to try for pieces of what is spread, descending; what is left is for weights that stay."""
+    gpus, total = sizes.num_gpus, way.total(sizes)
+    packed = _PACKED.total(sizes) / total
+    """Bytes of what comes to a buffer over those that it takes where it stays."""
+    rest = packed * (total - budget)
+    most = min(budget, int(rest / (gpus - packed)))
+    load, gather = 1 / hardware.load_bandwidth, (gpus - 1) / hardware.gather_bandwidth
+    even = rest * (load - gather) / ((gpus - packed) * load + packed * gather)
+    least = min(most, max(0, int(even)))
+    return sorted({least, (least + most) // 2, most}, reverse=True)
+
+
+def _with_pieces(sizes: ModelSizes, resident: Resident, piece: int) -> WeightChoice:
+    """The choice of weights that stay, and of a piece of `piece` bytes on each GPU of the others."""
+    rest = sum(count * each.host_bytes for each, count in count_placed(sizes, resident).items())
+    spread = min(1.0, piece / rest) if rest else 0.0
+    return WeightChoice(tuple(stays._replace(spread=1.0 if spread > _ALL else spread) for stays in resident))
+
+
 def demand_choices(
     sizes: ModelSizes, shares: Sequence[float], residence: ResidentWeights = ResidentWeights.AUTO
 ) -> list[WeightChoice]:
@@ -184,20 +251,20 @@ def _at_most(placed: Counter[PlacedSizes], size: Callable[[PlacedSizes], float])
     return math.ceil(round(exact, 3))  # what is rounded in the last place adds no byte
 
 
-def spread_resident(sizes: ModelSizes, budget: int) -> Resident:
+def even_resident(sizes: ModelSizes, budget: int) -> Resident:
     """Tensors that stay ready in each layer: at most `budget` bytes in all, the same part of each layer."""
-    return tuple(map(Stays, _spread(sizes, budget, _ready_bytes)))
+    return tuple(map(Stays, _evenly(sizes, budget, _ready_bytes)))
 
 
-def spread_packed(sizes: ModelSizes, budget: int) -> Resident:
+def even_packed(sizes: ModelSizes, budget: int) -> Resident:
     """The same of tensors that stay packed, those that are coded."""
-    both = zip(_spread(sizes, budget, _packed_bytes), sizes.layers, strict=True)
+    both = zip(_evenly(sizes, budget, _packed_bytes), sizes.layers, strict=True)
     return tuple(Stays(ready=each - layer.coded, packed=each & layer.coded) for each, layer in both)
 
 
 def all_stay(sizes: ModelSizes, share: float) -> Resident:
     """All tensors; ready are those that are not coded, and of the others at most that share of the room it takes."""
-    opened = _spread(sizes, int(share * _total(sizes, _room)), _room)
+    opened = _evenly(sizes, int(share * _total(sizes, _room)), _room)
     both = zip(opened, sizes.layers, strict=True)
     return tuple(Stays(ready=layer.names - (layer.coded - each), packed=layer.coded - each) for each, layer in both)
 
@@ -231,7 +298,7 @@ class _Way(NamedTuple):
         return _total(sizes, self.num_bytes)
 
 
-_READY, _PACKED = _Way(spread_resident, _ready_bytes), _Way(spread_packed, _packed_bytes)
+_READY, _PACKED = _Way(even_resident, _ready_bytes), _Way(even_packed, _packed_bytes)
 
 
 def _ways(sizes: ModelSizes, residence: ResidentWeights) -> list[_Way]:
@@ -241,7 +308,7 @@ def _ways(sizes: ModelSizes, residence: ResidentWeights) -> list[_Way]:
     return [_PACKED] if residence is ResidentWeights.PACKED else [_PACKED, _READY]
 
 
-def _spread(sizes: ModelSizes, budget: int, cost: Callable[[TensorSizes], int]) -> list[frozenset[str]]:
+def _evenly(sizes: ModelSizes, budget: int, cost: Callable[[TensorSizes], int]) -> list[frozenset[str]]:
     """Tensors of each layer that cost at most `budget` in all, the same part in each layer.
 
     Layer by layer, largest first, the tensors are taken that keep the running total within the budget's part so far.

@@ -52,6 +52,8 @@ class StepPrediction:
     tokens_per_request: float = 1.0
     """Tokens that the step gives each request, on average."""
     bus: float
+    peers: float = 0.0
+    """Weights from other GPUs."""
     forward: float
     """Projections and MLP of the new tokens; the attention of recomputed ones as well."""
     regenerate: float
@@ -114,7 +116,8 @@ class Plan:
     buffers: BufferLimits
     costs: RowCosts
     resident: tuple[Stays, ...]
-    """The weight tensors that stay on the device, for each layer; all others but experts on demand stream."""
+    """The weight tensors that stay on the device, for each layer; all others but experts on demand come to a buffer in
+    every step: over the bus, or from the GPUs that hold them together."""
     placed: tuple[PlacedSizes, ...]
     """What each layer's tensors take, placed so; experts on demand are not among them."""
     num_blocks: dict[PoolId, int]
@@ -164,7 +167,7 @@ class Plan:
 
     @property
     def streamed_bytes(self) -> tuple[int, ...]:
-        """Bytes of each layer's weights that stream, as they are when they are used."""
+        """Bytes of each layer's weights that come to a buffer in every step, as they are when they are used."""
         return tuple(layer.streamed_bytes for layer in self.placed)
 
     @property
@@ -193,7 +196,7 @@ class Plan:
 
     @property
     def resident_share(self) -> float:
-        """Share of the layers' weights that stay on the device, packed or not; experts in slots are among them."""
+        """Share of the layers' weights that stay on each device, packed or not; experts in slots are among them."""
         stays: float = sum(layer.ready_bytes for layer in self.placed)
         all_bytes = stays + sum(self.streamed_bytes)
         if self.demand is not None:
@@ -201,3 +204,15 @@ class Plan:
             stays += self.demand.hit_rate * experts
             all_bytes += experts
         return stays / all_bytes
+
+    @property
+    def spread_share(self) -> float:
+        """Share of the layers' weights that the devices of several GPUs hold together, a piece each."""
+        both = zip(self.resident, self.placed, strict=True)
+        spread = sum(stays.spread * layer.streamed_bytes for stays, layer in both)
+        return spread / sum(layer.ready_bytes + layer.streamed_bytes for layer in self.placed)
+
+    @property
+    def gathered_bytes(self) -> float:
+        """Bytes that each of several GPUs gets from the others in every step."""
+        return sum(layer.num_others * (layer.bus_bytes + layer.spread_bytes) for layer in self.placed)

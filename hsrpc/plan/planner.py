@@ -23,7 +23,7 @@ from hsrpc.plan.build import Assembly
 from hsrpc.plan.cache_policy import decide_cache
 from hsrpc.plan.drafting import NO_DRAFT_TIME, DraftTime
 from hsrpc.plan.hardware import Hardware
-from hsrpc.plan.placement import ResidentChoices, WeightChoice, demand_choices, streaming_choices
+from hsrpc.plan.placement import ResidentChoices, WeightChoice, demand_choices, spread_choices, streaming_choices
 from hsrpc.plan.plan import Budgets, Plan, StepPrediction
 from hsrpc.plan.search import Bools, Evaluation, Evaluator, Grid, HeldKinds, Point
 from hsrpc.plan.sizes import Floats, ModelSizes, Number
@@ -91,7 +91,7 @@ class Planner:
         self.max_model_len = _max_model_len(config, sizes)
         self.decision = decide_cache(config, sizes)
         self.traffic = replace(_traffic(config, sizes, self.max_model_len), draft_time=draft_time)
-        self._choices = ResidentChoices.of(sizes, _weight_choices(config, sizes, self._resident_shares()))
+        self._choices = ResidentChoices.of(sizes, _weight_choices(config, sizes, self._resident_shares(), hardware))
         drafts = config.draft_tokens
         every = np.arange(len(self._choices.choices))
         self._tried = _Tried(_batches(config), every, (0 if isinstance(drafts, str) else drafts,))
@@ -253,7 +253,7 @@ class Planner:
         As so many [1, choices, 1] at once that what is computed of them stays in the host's caches.
         """
         choices = self._choices
-        on_device = choices.resident + choices.buffers + choices.experts + choices.tables
+        on_device = choices.resident + choices.spread + choices.buffers + choices.experts + choices.tables
         fits = (on_device <= budgets.plannable) & (choices.on_host <= budgets.host)
         possible = tried.choices[fits[tried.choices]]
         found = (possible if possible.size else tried.choices[:1])[::-1]
@@ -363,9 +363,13 @@ def _max_model_len(config: EngineConfig, sizes: ModelSizes) -> int:
     return given or min(sizes.context_length, MODEST_CONTEXT)
 
 
-def _weight_choices(config: EngineConfig, sizes: ModelSizes, shares: tuple[float, ...]) -> list[WeightChoice]:
+def _weight_choices(
+    config: EngineConfig, sizes: ModelSizes, shares: tuple[float, ...], hardware: Hardware
+) -> list[WeightChoice]:
     """Those to try; of two that are equal the later one is taken."""
     residence = config.resident_weights
+    if sizes.num_gpus > 1 and len(shares) > 1:  # else it is said what stays on each
+        return spread_choices(sizes, shares, residence, hardware)
     streams = config.experts is ExpertLoading.STREAM or sizes.num_gpus > 1  # each would pin all experts
     on_demand = [] if streams else demand_choices(sizes, shares, residence)
     if config.experts is not ExpertLoading.DEMAND:

@@ -57,6 +57,8 @@ def predict_traffic(
     candidate = Candidates(
         batch=np.asarray(float(batch)),
         streamed=sum(layer.bus_bytes for layer in plan.placed) / sizes.num_layers,
+        from_buses=sum(layer.num_others * layer.bus_bytes for layer in plan.placed) / sizes.num_layers,
+        from_devices=sum(layer.num_others * layer.spread_bytes for layer in plan.placed) / sizes.num_layers,
         decode_traffic=sum(layer.decode_traffic for layer in plan.placed) / sizes.num_layers,
         expert_traffic=sum(plan.expert_traffic) / sizes.num_layers,
         spared_traffic=sum(layer.spared_traffic for layer in plan.placed) / sizes.num_layers,
@@ -108,9 +110,10 @@ def simulated(plan: Plan, sizes: ModelSizes, closed: StepPrediction, *, recomput
     """A step with the parts of `closed`, whose own time is that of the list which the engine will run.
 
     A search compares thousands of candidates by a closed form; what is told of the chosen one is its list's time. Where
-    nothing crosses the bus there is nothing that takes turns. `recomputes`: some tokens of the step are recomputed.
+    nothing crosses the bus, nor comes from other GPUs, there is nothing that takes turns. `recomputes`: some tokens of
+    the step are recomputed.
     """
-    if not closed.bus:
+    if not closed.bus + closed.peers:
         return closed
     # The list's first and last mini-batch, beside which nothing runs, are in its own time.
     alone = min(closed.bus, closed.gpu) / (sizes.num_layers * closed.mini_batches)

@@ -67,6 +67,8 @@ class Roofline:
     in_turn: float = 0.0
     """Experts that came on demand, and all that is computed but the products of experts: a choice is behind what was
     computed before it, and what it loads before all that follows. 0 where none come so."""
+    peers: float = 0.0
+    """Weights from other GPUs."""
 
     @property
     def gpu(self) -> float:
@@ -74,10 +76,12 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        return max(self.bus, self.gpu, self.in_turn)
+        return max(self.bus, self.gpu, self.in_turn, self.peers)
 
 
-def roofline(record: StepRecord, sizes: ModelSizes, hardware: Hardware, *, absorbs: bool = False) -> Roofline:
+def roofline(
+    record: StepRecord, sizes: ModelSizes, hardware: Hardware, *, absorbs: bool = False, gathered_bytes: float = 0.0
+) -> Roofline:
     """max(bus, gpu, what takes turns) for the work of one step, each at the best rate measured on this machine.
 
     The work that the method itself asks for and no more: no copies within the device, no logits, one mini-batch.
@@ -99,6 +103,7 @@ def roofline(record: StepRecord, sizes: ModelSizes, hardware: Hardware, *, absor
         forward=float(layers * layer.forward(tokens, touched=touched)),
         regenerate=float(layer.regenerate(record.regenerated_tokens)),
         attention=float(layers * attend(record.context_tokens + tokens, 0, context)),
+        peers=gathered_bytes / hardware.gather_bandwidth,
     )
     if touched is None:
         return found

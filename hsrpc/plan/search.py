@@ -153,15 +153,15 @@ class Evaluator:
 
     def evaluate(self, grid: Grid) -> Evaluation:
         """Everything about the grid's candidates."""
-        streamed = self.choices.on_bus_at_most[grid.choice] / self.sizes.num_layers  # by steps with prompts
-        chunk, idle_chunk = self._chunks(grid, streamed)
-        prompt_queries = self._prompt_queries(chunk, idle_chunk, streamed)
+        arrival = self._arrival(grid.choice)
+        chunk, idle_chunk = self._chunks(grid, arrival)
+        prompt_queries = self._prompt_queries(chunk, idle_chunk, arrival)
         grid = replace(grid, rows=np.maximum(grid.rows, self._chunk_rows(grid, prompt_queries)))
         staging = self.staging(grid, prompt_queries, idle_chunk)
         device_room = self.budgets.plannable - sum(device_bytes(self.sizes, staging).values())
         device_room = device_room - self.sizes.max_coded_bytes
         choices = self.choices
-        for part in (choices.resident, choices.buffers, choices.experts, choices.tables):
+        for part in (choices.resident, choices.spread, choices.buffers, choices.experts, choices.tables):
             device_room = device_room - part[grid.choice]
         host_room = self.budgets.host - self.choices.on_host[grid.choice]
         usable = self._usable_blocks(grid, idle_chunk)
@@ -183,7 +183,7 @@ class Evaluator:
         of_use = np.where(device_blocks >= usable, 0.0, max_blocks - device_blocks)
         host_blocks = np.minimum(self._blocks(host_room, host_share), of_use)
         times = self.model.predict(candidates)
-        fitted = self._fitted(chunk, np.where(streamed > 0, np.minimum(idle_chunk, MAX_CHUNK), chunk), times)
+        fitted = self._fitted(chunk, np.where(arrival > 0, np.minimum(idle_chunk, MAX_CHUNK), chunk), times)
         times = self.model.predict(replace(candidates, chunk=fitted))
         return Evaluation(
             grid=grid,
@@ -201,10 +201,16 @@ class Evaluator:
             in_time=self._in_time(chunk, fitted, times),
         )
 
+    def _arrival(self, choice: npt.NDArray[np.int64]) -> Number:
+        """Seconds in which a layer's weights come, in steps with prompts, on average; 0: none come."""
+        choices = self.choices
+        sizes = choices.on_bus_at_most[choice], choices.from_buses[choice], choices.from_devices[choice]
+        return self.model.layer.arrival(*(size / self.sizes.num_layers for size in sizes))
+
     def staging(self, grid: Grid, prompt_queries: Number, idle_chunk: Number) -> Staging:
         """Sizes of the device buffers for candidates; `prompt_queries`: prompt tokens of a mini-batch, at most."""
         batch, rows, traffic = grid.batch, grid.rows, self.model.traffic
-        streams = self.choices.on_bus[grid.choice] > 0
+        streams = self.choices.streams[grid.choice]
         segments = np.where(streams, 1.0, self.choices.num_segments[grid.choice])
         if self.recomputes:
             step_tokens = batch * self.max_model_len
@@ -235,7 +241,7 @@ class Evaluator:
             table=self.longest,
         )
 
-    def _chunks(self, grid: Grid, streamed: Number) -> tuple[Number, Number]:
+    def _chunks(self, grid: Grid, arrival: Number) -> tuple[Number, Number]:
         """Prompt tokens of a step beside decoding, and without.
 
         Beside decoding, as many as compute while the weights stream or the host launches, which costs next to nothing,
@@ -246,13 +252,13 @@ class Evaluator:
         if given is not None or self.recomputes:
             chunk = np.full_like(batch, given or 1)
             return chunk, chunk
-        hidden = self.model.hidden_chunk(streamed)
-        backlog = np.where(streamed > 0, _STREAMED_BACKLOG, _BACKLOG)
+        hidden = self.model.hidden_chunk(arrival)
+        backlog = np.where(arrival > 0, _STREAMED_BACKLOG, _BACKLOG)
         wanted = np.maximum(hidden, backlog * self.model.prompt_tokens(batch, grid.drafts))
         room = self._max_prompt_tokens()
         part = self.budgets.device // _CHUNK_PART
         idle_room = min(MAX_IDLE_CHUNK, max(MIN_CHUNK, part // (2 * self.sizes.hidden_bytes)))
-        chunk = np.clip(wanted, MIN_CHUNK, np.where(streamed > 0, max(room, min(MAX_CHUNK, idle_room)), room))
+        chunk = np.clip(wanted, MIN_CHUNK, np.where(arrival > 0, max(room, min(MAX_CHUNK, idle_room)), room))
         idle_chunk = np.maximum(chunk, np.clip(_SPARE * hidden, MIN_IDLE_CHUNK, idle_room))
         every_token = batch * self.max_model_len
         return np.floor(np.minimum(chunk, every_token)), np.floor(np.minimum(idle_chunk, every_token))
@@ -262,7 +268,7 @@ class Evaluator:
         part = self.budgets.device // _CHUNK_PART
         return min(MAX_CHUNK, max(MIN_CHUNK, part // int(query_bytes(self.sizes, 1))))
 
-    def _prompt_queries(self, chunk: Number, idle_chunk: Number, streamed: Number) -> Number:
+    def _prompt_queries(self, chunk: Number, idle_chunk: Number, arrival: Number) -> Number:
         """Upper bound of the prompt tokens of a mini-batch.
 
         Where weights stream, a step may have several mini-batches with prompts. Each has room for `_MIN_STREAMED`
@@ -272,7 +278,7 @@ class Evaluator:
             return MAX_CHUNK  # bounded by its rows
         if self.config.max_prefill_tokens is not None:
             return chunk
-        min_queries = np.where(streamed > 0, np.minimum(_MIN_STREAMED, idle_chunk), 0)
+        min_queries = np.where(arrival > 0, np.minimum(_MIN_STREAMED, idle_chunk), 0)
         found: Number = np.minimum(np.maximum(chunk, min_queries), self._max_prompt_tokens())
         return found
 
@@ -380,6 +386,8 @@ class Evaluator:
         return Candidates(
             batch=grid.batch,
             streamed=self.choices.on_bus[grid.choice] / self.sizes.num_layers,
+            from_buses=self.choices.from_buses[grid.choice] / self.sizes.num_layers,
+            from_devices=self.choices.from_devices[grid.choice] / self.sizes.num_layers,
             decode_traffic=self.choices.decode_traffic[grid.choice] / self.sizes.num_layers,
             expert_traffic=self.choices.expert_traffic[grid.choice] / self.sizes.num_layers,
             spared_traffic=self.choices.spared_traffic[grid.choice] / self.sizes.num_layers,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hsrpc.plan.fitted import GATHER_BANDWIDTH
 from hsrpc.plan.layer_times import LayerTimes
 from hsrpc.plan.plan import Plan, StepPrediction
 from hsrpc.plan.sizes import ModelSizes
@@ -44,6 +43,7 @@ def placements(plan: Plan, sizes: ModelSizes) -> Places:
             rebuilds=number not in plan.kv_layers,
             on_demand=counts[number] > 0,
             is_gathered=plan.num_gpus > 1 and layer.bus_bytes > 0,
+            spread_bytes=layer.spread_bytes,
         )
         for number, layer in enumerate(plan.placed)
     )
@@ -54,7 +54,7 @@ class _OpSeconds:
     """Seconds of each operation; those of a mini-batch are of one layer."""
 
     load_bandwidth: float
-    gather: Sequence[float]
+    gather: Mapping[OpKind, Sequence[float]]
     """For each layer."""
     decode: Sequence[float]
     """For each layer."""
@@ -89,7 +89,12 @@ class _OpSeconds:
         parts = [sizes.seen_part(step.context) for sizes in layers]
         return cls(
             load_bandwidth=plan.hardware.load_bandwidth,
-            gather=[plan.num_gpus * each.bus_bytes / GATHER_BANDWIDTH for each in plan.placed],
+            gather={
+                OpKind.GATHER: [float(layer.gather_weights(one.num_others * one.bus_bytes)) for one in plan.placed],
+                OpKind.GATHER_SPREAD: [
+                    float(layer.gather_weights(one.num_others * one.spread_bytes)) for one in plan.placed
+                ],
+            },
             decode=decode,
             decode_experts=[seconds / num_groups for seconds in experts],
             seen=[len(parts) * part / sum(parts) for part in parts],
@@ -106,8 +111,8 @@ class _OpSeconds:
         match op.kind:
             case OpKind.LOAD_WEIGHTS:
                 return (op.part[1] - op.part[0]) / self.load_bandwidth
-            case OpKind.GATHER:
-                return self.gather[op.layer]
+            case OpKind.GATHER | OpKind.GATHER_SPREAD:
+                return self.gather[op.kind][op.layer]
             case OpKind.LOAD_BLOCKS:
                 return self.blocks * self.seen[op.layer]
             case OpKind.LOAD_EXPERTS:

@@ -71,16 +71,19 @@ class TensorSizes:
 
 
 class Stays(NamedTuple):
-    """Names of the weight tensors of a layer that stay on the device; the others stream."""
+    """Names of the weight tensors of a layer that stay on the device; the others come to a buffer in every step."""
 
     ready: frozenset[str] = frozenset()
     """Ready to multiply by."""
     packed: frozenset[str] = frozenset()
     """As their format packs them, to be decoded in every step; none that is not coded."""
+    spread: float = 0.0
+    """Part of the others that the devices of several GPUs hold together, a piece each, and give each other in every
+    step; the rest crosses the bus. In [0, 1]."""
 
     @property
     def names(self) -> frozenset[str]:
-        """All that stay."""
+        """All that stay where they are used."""
         return self.ready | self.packed
 
 
@@ -95,10 +98,15 @@ class PlacedSizes:
     ready_bytes: int
     """Bytes that all that stay would take ready to multiply by."""
     streamed_bytes: int
-    """Bytes that the others would take so, in a buffer."""
+    """Bytes that the others would take so, in a buffer; also of those that cross no bus, but are spread."""
     buffer_bytes: int
     bus_bytes: float
     host_bytes: float
+    spread_bytes: int
+    """This GPU's piece of what several of them hold together, on its device."""
+    num_others: int
+    """Other GPUs, of which each gives this one as many bytes in every step: of those that crossed its bus, and of those
+    that it holds."""
     decoded_bytes: int
     """Device memory that tensors are decoded to before they are used: of all that stream or stay packed."""
     decode_traffic: float
@@ -253,15 +261,20 @@ class LayerSizes:
         names = stays.names
         streamed = [tensor for tensor in self.tensors if tensor.name not in names]
         kept_bytes = sum(tensor.host_bytes for tensor in packed)
+        bound = sum(tensor.host_bytes for tensor in streamed)
+        spread = int(self._part(stays.spread * bound)) if stays.spread else 0
+        held = self.num_gpus * spread
         experts = frozenset[str]() if self.experts is None else self.experts.names
         return PlacedSizes(
             resident_bytes=kept_bytes + sum(tensor.resident_bytes for tensor in ready),
             kept_bytes=kept_bytes,
             ready_bytes=sum(tensor.resident_bytes for tensor in (*ready, *packed)),
             streamed_bytes=sum(tensor.device_bytes for tensor in streamed),
-            buffer_bytes=self.num_gpus * int(self._part(sum(tensor.buffer_bytes for tensor in streamed))),
-            bus_bytes=sum(tensor.bus_bytes for tensor in streamed) / self.num_gpus,
-            host_bytes=self._part(sum(tensor.host_bytes for tensor in streamed)),
+            buffer_bytes=held + self.num_gpus * int(self._part(sum(tensor.buffer_bytes for tensor in streamed) - held)),
+            bus_bytes=max(0.0, sum(tensor.bus_bytes for tensor in streamed) - held) / self.num_gpus,
+            host_bytes=self._part(bound - held),
+            spread_bytes=spread,
+            num_others=self.num_gpus - 1,
             decoded_bytes=sum(tensor.decoded_bytes for tensor in (*packed, *streamed)),
             decode_traffic=sum(each.decode_traffic for each in (*packed, *streamed) if each.name not in experts),
             expert_traffic=sum(each.decode_traffic for each in (*packed, *streamed) if each.name in experts),
@@ -270,7 +283,7 @@ class LayerSizes:
 
     def _part(self, size: float) -> float:
         """Bytes of a GPU's part of `size` bytes that stream, at most."""
-        return size if self.num_gpus == 1 else part_bytes(math.ceil(round(size, 3)), self.num_gpus)
+        return size if self.num_gpus == 1 else part_bytes(math.ceil(round(max(0.0, size), 3)), self.num_gpus)
 
     def holding(self, kinds: Collection[BlockKind]) -> LayerSizes:
         """The layer where blocks are of these kinds alone."""

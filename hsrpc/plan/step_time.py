@@ -6,6 +6,14 @@ For each layer, of `n` requests with `context` cached tokens each:
     gpu    = forward + recomputed tokens + regeneration + gather + attention
     layer  = max(bus, gpu, launches)        (near the balance of bus and GPU a little more: `beside`)
 
+Several GPUs load parts of what streams for each other, and hold what is spread together. What a GPU gets from the
+others is on neither its bus nor its compute units, and is the third bound:
+
+    peers  = bytes from other GPUs / gather bandwidth
+
+A layer is computed once it is whole, and its buffer is filled again after that: with two buffers, a layer takes no less
+than half of all that is done with one, one after the other.
+
 Experts that come on demand are loaded when nothing else can be done: that time is added to all three. Where cached
 tokens are loaded too, no products are computed meanwhile (`StepModel._beside`).
 
@@ -34,6 +42,9 @@ from hsrpc.plan.sizes import ModelSizes, Number
 from hsrpc.schedule.blocks import BlockKind
 from hsrpc.schedule.recompute import BALANCE
 from hsrpc.schedule.sweep import BUFFERS
+
+_GPU_WORK = ("forward", "regenerate", "gather", "attention", "head")
+"""What the compute units do in turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +97,10 @@ class Candidates:
     batch: Number
     streamed: Number
     """Weight bytes that cross the bus, a layer, on average."""
+    from_buses: Number = 0.0
+    """Weight bytes that come from other GPUs, which have loaded them."""
+    from_devices: Number = 0.0
+    """Weight bytes that come from other GPUs, which hold them."""
     decode_traffic: Number = 0.0
     """Bytes of device memory that decoding reads and writes, but for experts."""
     expert_traffic: Number = 0.0
@@ -149,6 +164,7 @@ class StepTimes:
     mini_batches: Number
     tokens_per_request: Number
     bus: Number
+    peers: Number
     forward: Number
     regenerate: Number
     gather: Number
@@ -177,12 +193,12 @@ class StepModel:
         self.chunk_token = self.layer.prompt_token(traffic.longest)
         """Seconds of one token of a chunk at the end of the longest prompt: bounds use it."""
 
-    def hidden_chunk(self, streamed: Number) -> Number:
-        """Prompt tokens that compute in a layer for as long as its weights take on the bus, or its launches if longer.
+    def hidden_chunk(self, arrival: Number) -> Number:
+        """Prompt tokens that compute in a layer for as long as its weights take to come, or its launches if longer.
 
         Launches count because no graph runs a step with prompts.
         """
-        return np.maximum(self.layer.load(streamed), self.hardware.prompt_launch_time) / self.prompt_token
+        return np.maximum(arrival, self.hardware.prompt_launch_time) / self.prompt_token
 
     def prompt_tokens(self, batch: Number, drafts: Number = 0) -> Number:
         """Prompt tokens that come in during a step on average."""
@@ -243,6 +259,7 @@ class StepModel:
         times = {
             "mini_batches": mini_batches,
             "bus": self._contended(layers * self._bus(c, host, mini_batches), forward + gemms),
+            "peers": layers * self.layer.gather_weights(c.from_buses + c.from_devices),
             "forward": forward,
             "regenerate": gemms,
             "gather": layers * (self.layer.gather(gathered, context) + self.layer.copy(copied, context)),
@@ -266,14 +283,14 @@ class StepModel:
 
     def _whole_step(self, c: Candidates, times: dict[str, Number]) -> StepTimes:
         layers, bus = self.sizes.num_layers, times["bus"]
-        gpu = times["forward"] + times["regenerate"] + times["gather"] + times["attention"] + times["head"]
+        gpu: Number = sum(times[name] for name in _GPU_WORK)
         prompts = self.prompt_tokens(c.batch * (1 - c.recomputed), c.drafts)
         prefill = prompts * (layers * self.prompt_token)
         launch, boundary, waiting = self._host(c, bus, times["mini_batches"])
         shortest = self._between(c)
         # A mini-batch loads while the one before it computes: the step's first load or last compute overlaps nothing.
         boundary = boundary + np.minimum(bus, gpu) / (layers * times["mini_batches"])
-        work = np.maximum(self._beside(c, times, bus), launch) + times["experts"]
+        work = np.maximum(self._together(c, times, bus), launch) + times["experts"]
         step = np.maximum(work + boundary, np.maximum(gpu + times["experts"] + waiting, shortest))
         hardware = self.hardware
         parts = np.ceil(c.chunk / c.prompt_queries)
@@ -281,6 +298,7 @@ class StepModel:
         launches = layers * (rest * hardware.launch_time + parts * hardware.prompt_launch_time)
         more_experts = self._decoded_experts(c, c.queries + c.chunk) - self._decoded_experts(c, c.queries)
         with_chunk = np.maximum(bus, gpu + c.chunk * (layers * self.chunk_token) + more_experts)
+        with_chunk = np.maximum(with_chunk, times["peers"])
         with_chunk = np.maximum(with_chunk, launches) + self._experts(c, c.queries + c.chunk) + boundary
         # Requests come and go: prompts beside, and room for their outputs to grow.
         tokens = self.traffic.distinct(c.batch, self.traffic.context)
@@ -291,7 +309,7 @@ class StepModel:
         later_bus = self._both_ways(later_bus, self._store(c, later_host / tokens))
         later_launch, later_boundary, later_waiting = self._host(c, later_bus, times["mini_batches"])
         later_boundary = later_boundary + np.minimum(later_bus, gpu) / (layers * times["mini_batches"])
-        later = np.maximum(self._beside(c, times, later_bus, prompt_work), later_launch)
+        later = np.maximum(self._together(c, times, later_bus, prompt_work), later_launch)
         later = np.maximum(later + later_boundary, gpu + prompt_work + later_waiting)
         later = later + self._mean_experts(c, times["experts"])
         # Where more prompt tokens come in than a chunk takes, newcomers wait and the batch is not full.
@@ -324,6 +342,16 @@ class StepModel:
         part = c.on_demand * self.sizes.mean(lambda layer: float(layer.experts is not None))
         found: Number = part * in_turn + (1 - part) * at_once
         return found
+
+    def _together(self, c: Candidates, times: dict[str, Number], bus: Number, prompts: Number = 0.0) -> Number:
+        """As `_beside`, with what comes from other GPUs."""
+        found = self._beside(c, times, bus, prompts)
+        if not np.any(c.from_buses + c.from_devices):
+            return found
+        layers, gather = self.sizes.num_layers, self.layer.gather_weights
+        loaded, held = (layers * gather(size) for size in (c.from_buses, c.from_devices))
+        in_turn: Number = np.maximum(bus, held) + loaded + sum(times[name] for name in _GPU_WORK) + prompts
+        return np.maximum(np.maximum(found, held + loaded), in_turn / BUFFERS)
 
     def _bus(self, c: Candidates, host: Number, mini_batches: Number) -> Number:
         load = self.layer.load(c.streamed + host * seen_bytes(self.sizes, self.traffic.context, c.host_share))
@@ -375,19 +403,20 @@ class StepModel:
     def _host(self, c: Candidates, bus: Number, mini_batches: Number) -> tuple[Number, Number, Number]:
         """Seconds: of the host to launch a step, that the boundary adds to it, and that the device waits in it.
 
-        While weights stream, the boundary adds nothing to the bus's time for as long as that goes on filling the weight
-        buffers for the next step; the device waits meanwhile. With nothing on the bus graphs run the step where all of
-        the cache is read in place, and the boundary is hidden beside the step itself, unless experts come on demand:
-        nothing is launched ahead of a choice. Nor is a step with drafts: it is laid out when the tokens before it are
-        known.
+        While weights stream, the boundary adds nothing to the bus's time for as long as the weight buffers are still
+        being filled for the next step; the device waits meanwhile. With nothing on the bus, nor from other GPUs, graphs
+        run the step where all of the cache is read in place, and the boundary is hidden beside the step itself, unless
+        experts come on demand: nothing is launched ahead of a choice. Nor is a step with drafts: it is laid out when
+        the tokens before it are known.
         """
         hardware = self.hardware
         each = np.where(c.recomputed > 0, hardware.prompt_launch_time, hardware.launch_time)
-        each = each + np.where(bus > 0, hardware.hop_time, 0.0)
+        is_loading = bus + c.from_devices > 0
+        each = each + np.where(is_loading, hardware.hop_time, 0.0)
         launch = self.sizes.num_layers * mini_batches * each
-        between = self._between(c)
-        exposed = np.maximum(0.0, between - BUFFERS * self.layer.load(c.streamed))
-        on_device = (bus == 0) & (c.recomputed == 0)
+        between, arrival = self._between(c), self.layer.arrival(c.streamed, c.from_buses, c.from_devices)
+        exposed = np.maximum(0.0, between - BUFFERS * arrival)
+        on_device = ~is_loading & (c.recomputed == 0)
         has_graphs = on_device & ((c.device_share == 0) | c.absorbs) & c.is_in_place
         hides = on_device & (c.on_demand == 0) & np.equal(c.drafts, 0)
         return np.where(has_graphs, 0.0, launch), np.where(hides, 0.0, exposed), np.where(hides, 0.0, between)
@@ -436,4 +465,5 @@ def seen_bytes(sizes: ModelSizes, context: int, share: Number) -> Number:
 
 
 def _gpu(times: StepTimes) -> Number:
-    return times.forward + times.regenerate + times.gather + times.attention + times.head
+    found: Number = sum(getattr(times, name) for name in _GPU_WORK)
+    return found

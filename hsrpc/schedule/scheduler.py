@@ -48,8 +48,6 @@ from hsrpc.schedule.step import BufferLimits, Chunk, MiniBatch, Packed, RowCosts
 from hsrpc.schedule.windows import NO_WINDOWS, LayerWindows, first_visible, most_blocks
 
 _MAX_ENDED_WAITING = 64
-_SLANT = 8
-"""Part of the batch that a GPU may be ahead of another by, to have requests where their first blocks are."""
 _NOT_SAMPLED: tuple[int | None, TokenLogprob | None] = None, None
 
 
@@ -111,6 +109,17 @@ class _Turn:
     """Prompt tokens that it has room for."""
     reserved: int = 0
     """Blocks that those that run still need."""
+    uncached: int = 0
+    """Blocks that the tokens would take of those that keep no cache."""
+
+    @property
+    def room(self) -> int:
+        """Blocks that are left; the more, the shorter is its step, whose time goes with the tokens that it has.
+
+        All GPUs have as many; what several requests share is there once, and once in a step. Below 0 where requests
+        that keep no cache have more tokens than blocks hold.
+        """
+        return self.gpu.blocks.num_free - self.reserved - self.uncached
 
 
 class DraftCandidate(NamedTuple):
@@ -595,7 +604,7 @@ class Scheduler:
         """Let those that wait run, one after the other, each on a GPU that has room, as long as there is one."""
         turns = [turn for turn in turns if len(turn.gpu.running) < self.limits.max_batch]
         for each in turns:
-            each.reserved = self._reserved(each.gpu)
+            each.reserved, each.uncached = self._reserved(each.gpu), sum(map(self._num_uncached, each.gpu.running))
         while turns and (request := self._first_waiting(now)) is not None:
             if (turn := self._roomiest(request, turns)) is None:
                 return
@@ -610,19 +619,17 @@ class Scheduler:
                 turn.chunks.append(chunk)
             self._admit_one(request, now)
             turn.reserved += self._num_needed(request)
+            turn.uncached += self._num_uncached(request)
 
     def _roomiest(self, request: Request, turns: Sequence[_Turn]) -> _Turn | None:
-        """The GPU for a request of those that have room: where most of its first blocks are, unless more run there."""
+        """The GPU for a request of those that have room: whose step is the shortest with what it adds to it.
+
+        It adds the blocks of its tokens, but for the first ones that are there.
+        """
         roomy = [turn for turn in turns if self._has_room_for(request, turn)]
         if len(roomy) <= 1:
             return roomy[0] if roomy else None
-        num_running = min(len(turn.gpu.running) for turn in roomy) + self.limits.max_batch // _SLANT
-        even = [turn for turn in roomy if len(turn.gpu.running) <= num_running]
-
-        def worth(turn: _Turn) -> tuple[int, int]:
-            return self._num_known(request, turn.gpu), turn.gpu.blocks.num_free - turn.reserved
-
-        return max(even, key=worth)
+        return max(roomy, key=lambda turn: (turn.room + self._num_known(request, turn.gpu), -len(turn.gpu.running)))
 
     def _has_room_for(self, request: Request, turn: _Turn) -> bool:
         gpu = turn.gpu
@@ -803,6 +810,10 @@ class Scheduler:
         if request.awaits_prefix:
             left -= self._num_shared(request, self._gpu(request))
         return max(1, min(left, self._most_blocks - len(request.blocks)))
+
+    def _num_uncached(self, request: Request) -> int:
+        """Blocks that a request's tokens would take which every step computes anew."""
+        return self._num_blocks(request.num_tokens) if request.is_uncached and not len(request.blocks) else 0
 
     def _drop_ended(self) -> None:
         """Requests that ended after they were preempted leave the heap at its top, or here once they are most of it."""

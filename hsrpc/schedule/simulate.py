@@ -27,7 +27,7 @@ def simulate(ops: OpList, seconds: Callable[[Op], float], before: Sequence[float
     free = dict.fromkeys(Stream, 0.0)
     busy = dict.fromkeys(Stream, 0.0)
     if before:
-        free[Stream.LOAD] = max(0.0, *before)
+        free[Stream.LOAD] = free[Stream.GATHER] = max(0.0, *before)
     ends: list[float] = []
     for op in ops.ops:
         stream, took = op.kind.stream, seconds(op)

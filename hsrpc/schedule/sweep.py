@@ -56,6 +56,8 @@ class OpKind(Enum):
     """A part of a layer's weights, from pinned memory to a weight buffer."""
     GATHER = "gather"
     """A layer's weights of which each of several GPUs has loaded a part: each gets the other parts."""
+    GATHER_SPREAD = "gather_spread"
+    """Those of which each of several GPUs holds a piece on its device: each gets all pieces, and none crosses a bus."""
     LOAD_BLOCKS = "load_blocks"
     """A mini-batch's cached rows of a layer, from the host's pools to a cache buffer."""
     LOAD_EXPERTS = "load_experts"
@@ -101,12 +103,14 @@ class OpKind(Enum):
 _LANES = {
     OpKind.LOAD_WEIGHTS: Lane.WEIGHTS,
     OpKind.GATHER: Lane.WEIGHTS,
+    OpKind.GATHER_SPREAD: Lane.WEIGHTS,
     OpKind.LOAD_EXPERTS: Lane.WEIGHTS,
     OpKind.LOAD_BLOCKS: Lane.CACHE,
 }
 _STREAMS = {
     OpKind.LOAD_WEIGHTS: Stream.LOAD,
     OpKind.GATHER: Stream.GATHER,
+    OpKind.GATHER_SPREAD: Stream.GATHER,
     OpKind.LOAD_EXPERTS: Stream.LOAD,
     OpKind.LOAD_BLOCKS: Stream.LOAD,
     OpKind.STORE: Stream.STORE,
@@ -121,7 +125,8 @@ class Op(NamedTuple):
     batch: int = -1
     """Mini-batch; of a group the first for PROJECT, the last for ROUTE, LOAD_EXPERTS, DECODE_EXPERTS and FINISH."""
     slot: int = -1
-    """Weight buffer (LOAD_WEIGHTS, GATHER, DECODE, PROJECT) or cache buffer (LOAD_BLOCKS, PLACE, REBUILD, ATTEND)."""
+    """Weight buffer (LOAD_WEIGHTS, GATHER, GATHER_SPREAD, DECODE, PROJECT) or cache buffer (LOAD_BLOCKS, PLACE,
+    REBUILD, ATTEND)."""
     part: tuple[int, int] = (0, 0)
     """First byte and end, of what this GPU loads of a layer's weights (LOAD_WEIGHTS)."""
     after: tuple[int, ...] = ()
@@ -137,7 +142,7 @@ class LayerPlacement(NamedTuple):
     """Where the weights of a layer are."""
 
     bus_bytes: int = 0
-    """Bytes that cross this GPU's bus in every step; 0 where all lie on the device."""
+    """Bytes that cross this GPU's bus in every step; 0 where all lie on the devices."""
     is_coded: bool = False
     """Some weights are decoded, or coded, before they are used: of those that cross the bus, or of those on the device.
     Experts are not among them."""
@@ -149,6 +154,13 @@ class LayerPlacement(NamedTuple):
     """Its experts come once they are chosen; they are not among the `bus_bytes`."""
     is_gathered: bool = False
     """The `bus_bytes` are a part of those that stream, and other GPUs load the others."""
+    spread_bytes: int = 0
+    """Bytes that this GPU holds on its device for all of several; each gets those of all in every step."""
+
+    @property
+    def is_streamed(self) -> bool:
+        """Weights come to a buffer in every step, over the bus or from the devices that hold them."""
+        return self.bus_bytes > 0 or self.spread_bytes > 0
 
 
 class BatchShape(NamedTuple):
@@ -197,8 +209,8 @@ class OpList:
 
     @cached_property
     def is_gathered(self) -> bool:
-        """Other GPUs wait for what this one loads: it is run to its end, even where nobody waits for its tokens."""
-        return any(op.kind is OpKind.GATHER for op in self.ops)
+        """Other GPUs wait for what this one has: it is run to its end, even where nobody waits for its tokens."""
+        return any(op.kind.stream is Stream.GATHER for op in self.ops)
 
     @cached_property
     def group_starts(self) -> tuple[int, ...]:
@@ -258,6 +270,7 @@ _QUEUES = {
     OpKind.LOAD_EXPERTS: _Queue.EXPERTS,
     OpKind.LOAD_WEIGHTS: _Queue.WEIGHTS,
     OpKind.GATHER: _Queue.WEIGHTS,
+    OpKind.GATHER_SPREAD: _Queue.WEIGHTS,
 }
 
 
@@ -276,7 +289,7 @@ class _Builder:
         self._batches = batches
         self._carried = carried
         self._queues: dict[_Queue, list[tuple[Op, tuple[_Ref, ...]]]] = {queue: [] for queue in _Queue}
-        self._streamed = [number for number, layer in enumerate(layers) if layer.bus_bytes]
+        self._streamed = [number for number, layer in enumerate(layers) if layer.is_streamed]
         loading = [n for n in range(len(layers) * len(batches)) if batches[n % len(batches)].loads]
         self._loads = {n: _Ref(_Queue.BLOCKS, number) for number, n in enumerate(loading)}
         """Loads of blocks by the number n of the mini-batch in the step."""
@@ -379,7 +392,7 @@ class _Builder:
 
     def _layer_weights(self, layer: int) -> tuple[_Ref, ...]:
         """What completes the weights of a layer; nothing where they lie on the device."""
-        if not self._layers[layer].bus_bytes:
+        if not self._layers[layer].is_streamed:
             return ()
         number = len(self._weights)
         if number < len(self._carried.loaded):
@@ -391,11 +404,17 @@ class _Builder:
         return (self._weights[-1],)
 
     def _load_weights(self, layer: int, anchors: list[tuple[float, _Ref]]) -> None:
-        """A streamed layer's weights: behind each anchor's blocks, the part up to its share of them all."""
-        number, size = len(self._weights), self._layers[layer].bus_bytes
-        before = number - BUFFERS
+        """A streamed layer's weights: behind each anchor's blocks, the part up to its share of them all.
+
+        What is spread waits for no load, and no load for it: a layer has room for both.
+        """
+        number, place = len(self._weights), self._layers[layer]
+        before, size = number - BUFFERS, place.bus_bytes
         free = (self._last_use(before),) if before >= 0 else ()
         slot, ref = self._slot(number), None
+        if place.spread_bytes:
+            after = free if self._finishes else ()  # where nothing computes a gather used it last, on the same stream
+            ref = self._add(Op(OpKind.GATHER_SPREAD, layer, slot=slot), *after)
         ends = _cut(size, [share for share, _ in anchors] or [1.0])
         behind: list[tuple[_Ref, ...]] = [(blocks,) for _, blocks in anchors] or [()]
         for part, blocks in zip(pairwise((0, *ends)), behind, strict=True):
@@ -403,7 +422,7 @@ class _Builder:
                 ref = self._add(Op(OpKind.LOAD_WEIGHTS, layer, slot=slot, part=part), *free, *blocks)
                 free = ()  # the others follow the first on its stream
         assert ref is not None  # a streamed layer has bytes
-        if self._layers[layer].is_gathered:
+        if size and place.is_gathered:
             ref = self._add(Op(OpKind.GATHER, layer, slot=slot), ref)
         self._weights.append(ref)
 

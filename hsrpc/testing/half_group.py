@@ -32,13 +32,15 @@ class _Half(DeviceGroup):
         self.size = 2
         self.rank = rank
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """What this GPU loads of each streamed layer, and what the other does."""
+        """What this GPU loads, or holds, of each layer, and what the other does."""
 
-    def gather(self, whole: torch.Tensor) -> None:
+    def gather(self, whole: torch.Tensor, own: torch.Tensor) -> None:
         start, end = self.part(len(whole))
         with _disable_current_modes():
-            [other] = [other for own, other in self.layers if torch.equal(own, whole[start:end])]
-        whole[start:end].clone()  # goes to the other
+            [other] = [other for mine, other in self.layers if torch.equal(mine, own)]
+        own.clone()  # goes to the other
+        if own.data_ptr() != whole[start:end].data_ptr():
+            whole[start:end].copy_(own)
         whole[end:].copy_(other)
 
     def meet(self) -> None:
@@ -58,8 +60,7 @@ def half_of_two() -> Iterator[None]:
     ) -> ModelWeights:
         load = partial(load_weights, family, source, plan, device, stop)
         own, others = load(group=group), load(group=_Half(1))
-        both = zip(own.layers, others.layers, strict=True)
-        group.layers = [(a.packed, b.packed) for a, b in both if a.packed is not None and b.packed is not None]
+        group.layers = list(zip(_pieces(own), _pieces(others), strict=True))
         return own
 
     with (
@@ -67,6 +68,11 @@ def half_of_two() -> Iterator[None]:
         patch.object(startup, "open_gpu", partial(startup.open_gpu, group=group)),
     ):
         yield
+
+
+def _pieces(weights: ModelWeights) -> Iterator[torch.Tensor]:
+    """What one of them has of each layer: in host memory, and on its device."""
+    return (piece for layer in weights.layers for piece in (layer.packed, layer.spread) if piece is not None)
 
 
 def plan_for_half(planner: Planner) -> Plan:

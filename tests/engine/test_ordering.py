@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import pytest
@@ -20,11 +21,15 @@ from hsrpc import Engine, EngineConfig
 from hsrpc.engine import lanes
 from hsrpc.engine.generation import Generation
 from hsrpc.engine.lanes import crosses
+from hsrpc.engine.startup import ChoosePlan
 from hsrpc.errors import OutOfDeviceMemoryError
+from hsrpc.plan.planner import Planner
+from hsrpc.plan.sizes import LayerSizes, Stays
 from hsrpc.schedule.step import Packed, StepCounts, StopFlag
 from hsrpc.schedule.sweep import BatchShape, LayerPlacement, Op, OpKind, sweep
 from hsrpc.testing.half_group import half_of_two, plan_for_half
 from hsrpc.testing.ordered_device import OrderedDevice, RaceError, ordered_devices
+from tests.engine.gpus.support import in_all_ways, plan_where
 from tests.engine.reference import Reference
 from tests.engine.support import collect, config_for, greedy, idle, parts, tight, weights_on_device
 from tests.engine.test_scaled_weights import edit_config, edit_tensors
@@ -141,9 +146,9 @@ async def cancels(made: Reference) -> None:
         await crowd(engine, made)
 
 
-async def gives_up(config: EngineConfig, made: Reference) -> None:
+async def gives_up(config: EngineConfig, made: Reference, choose_plan: ChoosePlan = Planner.plan) -> None:
     """Steps end in the middle of a layer, with the device under way; the next ones are right."""
-    async with Engine(config) as engine, asyncio.timeout(60):
+    async with Engine(config, choose_plan=choose_plan) as engine, asyncio.timeout(60):
         executor, num_failures, left, drawn = parts(engine).executor, 0, 9, Random(0)
         launch = executor._launch
 
@@ -283,6 +288,36 @@ async def gathered_coded(made: Reference) -> None:
             await crowd(engine, made)
 
 
+async def gathered_spread(
+    made: Reference, stays: Callable[[int, LayerSizes], Stays] = in_all_ways, **more: str
+) -> None:
+    """Some of its weights are spread over both GPUs; steps in which this one is idle, the first among them."""
+    config = config_for(made, **({"gpu_memory": "1GiB", "host_memory": "64MiB"} | more))
+    with half_of_two():
+        plan = partial(plan_where, gpus=2, stays=stays)
+        async with Engine(config, choose_plan=plan) as engine, asyncio.timeout(60):
+            await idle_steps(engine)
+            await crowd(engine, made)
+            await idle_steps(engine)
+            await crowd(engine, made, 3)
+
+
+async def gathered_spread_coded(made: Reference) -> None:
+    """The same, with weights that are decoded once they are whole."""
+    await gathered_spread(made, dtype="bfloat16", weight_coding="lossless")
+
+
+async def one_layer_is_spread(made: Reference) -> None:
+    """The others stay: its buffers are filled in turns, a step ahead, and the device is behind where steps fail."""
+
+    def stays(number: int, layer: LayerSizes) -> Stays:
+        return Stays(spread=1.0) if number == 1 else Stays(ready=layer.names)
+
+    config = config_for(made, gpu_memory="1GiB", host_memory="64MiB")
+    with half_of_two():
+        await gives_up(config, made, partial(plan_where, gpus=2, stays=stays))
+
+
 async def idle_steps(engine: Engine) -> None:
     """Steps in which the other GPUs compute, and this one does not."""
     executor = parts(engine).executor
@@ -319,6 +354,9 @@ SCENARIOS: list[Scenario] = [
     streamed_experts,
     gathered,
     gathered_coded,
+    gathered_spread,
+    gathered_spread_coded,
+    one_layer_is_spread,
 ]
 
 LAUNCH = "engine.lanes.StepRun.launch"
@@ -334,11 +372,13 @@ SHOWN: dict[str, Scenario] = {
     "host waits for compute in model.sampler.PendingSample.result": streaming,
     "load waits for compute in engine.lanes.StepRun.hold_loads": out_of_memory,
     "load waits for store in engine.lanes.StepRun.hold_loads": streaming,
+    "gather waits for load in engine.lanes.StepRun._hold_gathers": one_layer_is_spread,
     "memory is kept for store in device.device.Device._upload_memory": streaming,
     "memory is kept for store in engine.tasks.cache.CacheManager.store": streaming,
     f"compute waits for gather in {LAUNCH}": gathered,
     f"compute waits for load in {LAUNCH}": streaming,
     f"gather waits for load in {LAUNCH}": gathered,
+    f"gather waits for compute in {LAUNCH}": gathered_spread,
     f"load waits for gather in {LAUNCH}": gathered,
     f"load waits for compute in {LAUNCH}": streaming,
     f"store waits for compute in {LAUNCH}": streaming,
@@ -354,10 +394,14 @@ UNSEEN: dict[str, tuple[Scenario, str]] = {
 EDGES: dict[tuple[OpKind, OpKind], Scenario] = {
     (OpKind.ATTEND, OpKind.LOAD_BLOCKS): mini_batches,
     (OpKind.ATTEND, OpKind.STORE): streaming,
+    (OpKind.FINISH, OpKind.GATHER_SPREAD): gathered_spread,
     (OpKind.FINISH, OpKind.LOAD_WEIGHTS): streaming,
     (OpKind.GATHER, OpKind.DECODE): gathered_coded,
     (OpKind.GATHER, OpKind.LOAD_WEIGHTS): gathered,
     (OpKind.GATHER, OpKind.PROJECT): gathered,
+    (OpKind.GATHER_SPREAD, OpKind.DECODE): gathered_spread_coded,
+    (OpKind.GATHER_SPREAD, OpKind.LOAD_WEIGHTS): gathered_spread,
+    (OpKind.GATHER_SPREAD, OpKind.PROJECT): gathered_spread,
     (OpKind.LOAD_BLOCKS, OpKind.PLACE): streaming,
     (OpKind.LOAD_EXPERTS, OpKind.DECODE_EXPERTS): packed_experts,
     (OpKind.LOAD_EXPERTS, OpKind.FINISH): chosen_experts,
@@ -421,8 +465,11 @@ def test_every_edge_of_a_list_is_known() -> None:
     )
     batches = tuple(BatchShape(group, loads=True, rebuilds=True, stores=True) for group in (0, 0, 1))
     gathered = tuple(place._replace(is_gathered=True) for place in placements if not place.on_demand)
+    spread = tuple(place._replace(bus_bytes=0, spread_bytes=2**20) for place in gathered)
+    between = tuple(itertools.chain(*zip(gathered, spread, gathered, strict=True)))
+    several = (sweep(layers, shapes).ops for layers in (gathered, spread, between) for shapes in (batches, ()))
     found = set()
-    for ops in (sweep(placements, batches).ops, sweep(gathered, batches).ops, sweep(gathered, ()).ops):
+    for ops in (sweep(placements, batches).ops, *several):
         found |= {(ops[a].kind, op.kind) for op in ops for a in op.after if crosses(op.kind, ops[a].kind)}
     assert found == EDGES.keys() | {CHOSEN}
 

@@ -151,9 +151,9 @@ def _facts(plan: Plan, sizes: ModelSizes) -> Iterator[tuple[str, object]]:
 
 
 def _parts(step: StepPrediction) -> dict[str, float]:
-    """All of a step's, time for experts where it takes any, and drafts where there are some."""
-    hidden = {} if step.drafts else {"drafts": 0, "tokens_per_request": 1.0}
-    return {name: value for name, value in asdict(step).items() if value != ({"experts": 0} | hidden).get(name)}
+    """All of a step's, time for experts and from other GPUs where it takes any, and drafts where there are some."""
+    hidden = {"experts": 0, "peers": 0} | ({} if step.drafts else {"drafts": 0, "tokens_per_request": 1.0})
+    return {name: value for name, value in asdict(step).items() if value != hidden.get(name)}
 
 
 def _streamed(plan: Plan, sizes: ModelSizes) -> Iterator[str]:

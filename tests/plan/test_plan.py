@@ -17,7 +17,7 @@ from hsrpc.plan.default_context import planner_with_context
 from hsrpc.plan.device_memory import device_bytes
 from hsrpc.plan.hardware import Hardware
 from hsrpc.plan.memory_use import DeviceUse, HostUse
-from hsrpc.plan.placement import spread_resident
+from hsrpc.plan.placement import even_resident
 from hsrpc.plan.plan import Budgets, Plan
 from hsrpc.plan.planner import Planner
 from hsrpc.plan.search import Point
@@ -510,7 +510,7 @@ def test_a_small_batch_on_the_device_can_win():
 def test_resident_weights_are_spread_evenly(sizes: ModelSizes, part: float):
     """Never over budget; each layer is within its largest tensor of its part; nothing that fits is left out."""
     budget = int(part * sizes.layers_bytes)
-    resident = spread_resident(sizes, budget)
+    resident = even_resident(sizes, budget)
     sums = [
         sum(tensor.device_bytes for tensor in layer.tensors if tensor.name in stays.ready)
         for layer, stays in zip(sizes.layers, resident, strict=True)

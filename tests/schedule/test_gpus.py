@@ -121,3 +121,24 @@ def test_a_request_goes_where_its_first_blocks_are() -> None:
         while gpus.step() is not None:
             pass
         assert (again.gpu, again.cached_tokens) == (like.gpu, 8)
+
+
+def test_a_request_goes_where_the_step_is_shorter() -> None:
+    """By the tokens of those that run, not by how many these are; what a step has anyway adds nothing to it."""
+    gpus = Gpus(2, 40)
+    long = gpus.add([1] * 20)
+    short = [gpus.add([number]) for number in range(2, 4)]
+    for _ in range(3):  # until its prompt is computed
+        gpus.step()
+    assert [request.gpu for request in short] == [1 - long.gpu] * 2
+    other, same = gpus.add([5, 6, 7]), gpus.add([1] * 20)
+    gpus.step()
+    assert (other.gpu, same.gpu) == (1 - long.gpu, long.gpu)
+
+
+def test_requests_that_keep_no_cache_are_spread_over_the_gpus() -> None:
+    """By their tokens too, though these are in no block."""
+    gpus = Gpus(2, 40, replace(LIMITS, keeps_cache=False))
+    long, *others = [gpus.add([1] * count) for count in (20, 4, 4)]
+    gpus.step()
+    assert [request.gpu for request in others] == [1 - long.gpu] * 2

@@ -39,6 +39,7 @@ READS_WEIGHTS = {
     OpKind.DECODE_EXPERTS,
     OpKind.FINISH,
 }
+FILLS = {OpKind.LOAD_WEIGHTS, OpKind.GATHER, OpKind.GATHER_SPREAD}
 READS_BLOCKS = {OpKind.REBUILD, OpKind.ATTEND}
 
 placements = st.builds(
@@ -49,6 +50,7 @@ placements = st.builds(
     rebuilds=st.booleans(),
     on_demand=st.booleans(),
     is_gathered=st.just(False),
+    spread_bytes=st.just(0),
 )
 
 
@@ -65,9 +67,22 @@ def batches(draw: st.DrawFn) -> tuple[BatchShape, ...]:
 models = st.lists(placements, min_size=1, max_size=7).map(tuple)
 
 
-def gathered(layers: Places) -> Places:
-    """The same of one of several GPUs, which load parts for each other; experts do not come on demand there."""
-    return tuple(layer._replace(is_gathered=layer.bus_bytes > 0, on_demand=False) for layer in layers)
+def gathered(layers: Places, spread: list[int]) -> Places:
+    """The same of one of several GPUs, which load parts for each other, hold what is `spread`, or do both.
+
+    Experts do not come on demand there.
+    """
+    both = (layer._replace(on_demand=False, spread_bytes=held) for layer, held in zip(layers, spread, strict=False))
+    return tuple(layer._replace(is_gathered=layer.is_streamed) for layer in both)
+
+
+of_several = st.builds(gathered, models, st.lists(st.sampled_from((0, 0, 256, 60 * MIB)), min_size=7, max_size=7))
+
+
+def begins(op: Op, layers: Places) -> bool:
+    """Whether it is the first to write a layer's weights to their buffer."""
+    is_first_load = op.kind is OpKind.LOAD_WEIGHTS and op.part[0] == 0
+    return op.kind is OpKind.GATHER_SPREAD or (is_first_load and not layers[op.layer].spread_bytes)
 
 
 @dataclass(frozen=True)
@@ -108,7 +123,7 @@ class Steps:
 
 @st.composite
 def steps(draw: st.DrawFn) -> Steps:
-    layers, carried, lists = draw(models | models.map(gathered)), NOTHING_CARRIED, []
+    layers, carried, lists = draw(models | of_several), NOTHING_CARRIED, []
     idle = any(layer.is_gathered for layer in layers)
     for _ in range(draw(st.integers(1, 3))):
         lists.append(sweep(layers, draw(batches() | st.just(()) if idle else batches()), carried))
@@ -124,7 +139,7 @@ def test_every_operation_is_behind_those_that_it_comes_after(run: Steps) -> None
             assert after < number
             if after < 0:
                 kind = run.lists[step - 1].ops[after].kind
-                assert kind in (OpKind.LOAD_WEIGHTS, OpKind.GATHER)
+                assert kind in FILLS
                 assert kind.stream is not op.kind.stream
 
 
@@ -162,75 +177,81 @@ def test_a_cache_buffer_is_not_written_before_its_last_reader(run: Steps) -> Non
 def test_a_weight_buffer_is_not_written_before_its_last_reader(run: Steps) -> None:
     """A layer's weights are whole before they are read, and stay until they have been read for the last time."""
     before = run.before()
-    owner: dict[int, tuple[int, list[tuple[int, int]]]] = {}
-    readers: dict[int, set[tuple[int, int]]] = {slot: set() for slot in range(BUFFERS)}
-    slots: dict[int, int] = {}
-    gathers: dict[int, tuple[int, int]] = {}
+    filled: dict[int, tuple[int, dict[OpKind, list[tuple[int, int]]]]] = {}
+    uses: dict[int, set[tuple[int, int]]] = {slot: set() for slot in range(BUFFERS)}
+    uses_before, slots = dict(uses), dict[int, int]()
     for key, op in run.ops:
-        if op.kind is OpKind.LOAD_WEIGHTS:
-            if op.part[0] == 0:
-                assert readers[op.slot] <= before[key]
-                owner[op.slot], readers[op.slot] = (op.layer, []), set()
-            assert owner[op.slot][0] == op.layer
-            owner[op.slot][1].append(key)
-        elif op.kind is OpKind.GATHER:
-            layer, parts = owner[op.slot]
-            assert (layer, set(parts) <= before[key]) == (op.layer, True)
-            assert readers[op.slot] <= before[key]
-            gathers[op.slot] = key
-            readers[op.slot].add(key)
-        elif op.kind in READS_WEIGHTS and run.layers[op.layer].bus_bytes:
-            slot = slots[op.layer] = op.slot if op.kind in (OpKind.DECODE, OpKind.PROJECT) else slots[op.layer]
-            layer, parts = owner[slot]
+        if op.kind in FILLS:
+            if begins(op, run.layers):
+                filled[op.slot], uses_before[op.slot], uses[op.slot] = (op.layer, {}), uses[op.slot], set()
+            layer, fills = filled[op.slot]
             assert layer == op.layer
-            assert set(parts) <= before[key]
-            assert not run.layers[layer].is_gathered or gathers[slot] in before[key]
-            ends = [run.lists[step].ops[number].part for step, number in parts]
-            assert ends[0][0] == 0
-            assert ends[-1][1] == run.layers[op.layer].bus_bytes
+            assert uses_before[op.slot] <= before[key]
+            assert op.kind is not OpKind.GATHER or set(fills[OpKind.LOAD_WEIGHTS]) <= before[key]
+            fills.setdefault(op.kind, []).append(key)
+            uses[op.slot].add(key)
+        elif op.kind in READS_WEIGHTS and run.layers[op.layer].is_streamed:
+            slot = slots[op.layer] = op.slot if op.kind in (OpKind.DECODE, OpKind.PROJECT) else slots[op.layer]
+            (layer, fills), place = filled[slot], run.layers[op.layer]
+            assert layer == op.layer
+            assert set().union(*fills.values()) <= before[key]
+            assert (OpKind.GATHER in fills) == (place.is_gathered and place.bus_bytes > 0)
+            assert (OpKind.GATHER_SPREAD in fills) == (place.spread_bytes > 0)
+            parts = fills.get(OpKind.LOAD_WEIGHTS, [])
+            ends = [(0, 0), *(run.lists[step].ops[number].part for step, number in parts)]
+            assert ends[-1][1] == place.bus_bytes
             assert all(first[1] == second[0] for first, second in pairwise(ends))
-            readers[slot].add(key)
+            uses[slot].add(key)
 
 
 @given(run=steps())
-def test_each_layer_crosses_the_bus_once_a_step(run: Steps) -> None:
-    """What is loaded ahead is not loaded again; at a list's end as many layers are loaded as there are buffers for."""
-    streamed = [number for number, layer in enumerate(run.layers) if layer.bus_bytes]
+def test_each_layer_comes_once_a_step(run: Steps) -> None:
+    """What comes ahead does not come again; at a list's end as many layers have come as there are buffers for."""
+    streamed = [number for number, layer in enumerate(run.layers) if layer.is_streamed]
     ahead = streamed[:BUFFERS]
     for step, ops in enumerate(run.lists):
-        loaded = [op.layer for op in ops.ops if op.kind is OpKind.LOAD_WEIGHTS and op.part[0] == 0]
-        assert loaded == (streamed if step == 0 else streamed[len(ahead) :]) + ahead
+        begun = [op.layer for op in ops.ops if begins(op, run.layers)]
+        assert begun == (streamed if step == 0 else streamed[len(ahead) :]) + ahead
         assert [ops.ops[number].layer for number in ops.carries.loaded] == ahead
         for number in ops.carries.loaded:
             op = ops.ops[number]
-            assert (op.kind is OpKind.GATHER) == run.layers[op.layer].is_gathered
-            assert op.part[1] == (0 if op.kind is OpKind.GATHER else run.layers[op.layer].bus_bytes)
+            place = run.layers[op.layer]
+            by_bus = OpKind.GATHER if place.is_gathered else OpKind.LOAD_WEIGHTS
+            assert op.kind is (by_bus if place.bus_bytes else OpKind.GATHER_SPREAD)
+            assert op.part[1] == (place.bus_bytes if op.kind is OpKind.LOAD_WEIGHTS else 0)
 
 
-@given(
-    layers=models.map(gathered), of_ranks=st.lists(st.lists(st.none() | batches(), min_size=3, max_size=3), min_size=2)
-)
+@given(run=steps())
+def test_what_is_spread_waits_for_no_bus(run: Steps) -> None:
+    """It comes as soon as its buffer is free."""
+    for ops in run.lists:
+        for op in ops.ops:
+            if op.kind is OpKind.GATHER_SPREAD:
+                assert {ops.ops[number].kind for number in op.after} <= {OpKind.FINISH}
+
+
+@given(layers=of_several, of_ranks=st.lists(st.lists(st.none() | batches(), min_size=3, max_size=3), min_size=2))
 def test_all_gpus_gather_the_same_in_the_same_order(
     layers: Places, of_ranks: list[list[tuple[BatchShape, ...] | None]]
 ) -> None:
     """Whatever each computes in a step, or whether it has nothing to: else they would wait for each other for ever."""
     gathers = []
     for shapes in of_ranks:
-        carried, found = NOTHING_CARRIED, list[tuple[int, int]]()
+        carried, found = NOTHING_CARRIED, list[tuple[OpKind, int, int]]()
         for each in shapes:
             ops = sweep(layers, each or (), carried)
-            found += ((op.layer, op.slot) for op in ops.ops if op.kind is OpKind.GATHER)
+            found += ((op.kind, op.layer, op.slot) for op in ops.ops if op.kind.stream is Stream.GATHER)
             carried = ops.carries
         gathers.append(found)
     assert all(found == gathers[0] for found in gathers)
 
 
-@given(layers=models.map(gathered))
+@given(layers=of_several)
 def test_a_gpu_with_nothing_to_compute_loads_its_part(layers: Places) -> None:
     """And does nothing else but say that it is done."""
-    kinds = {op.kind for op in sweep(layers, ()).ops}
-    assert kinds <= {OpKind.LOAD_WEIGHTS, OpKind.GATHER, OpKind.SAMPLE}
-    assert (OpKind.GATHER in kinds) == any(layer.bus_bytes for layer in layers)
+    ops = sweep(layers, ())
+    assert {op.kind for op in ops.ops} <= FILLS | {OpKind.SAMPLE}
+    assert ops.is_gathered == any(layer.is_streamed for layer in layers)
 
 
 @given(run=steps())

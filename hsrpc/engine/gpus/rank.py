@@ -143,7 +143,7 @@ class Rank:
         """The GPU with the model, and the draft model beside it where there is one."""
         device, joined = await asyncio.to_thread(_join, begin)
         model = await asyncio.to_thread(ModelFiles.read, begin.config, device.torch_device)
-        machine = await asyncio.to_thread(measure, device, model.spec)
+        machine = await asyncio.to_thread(measure, device, model.spec, joined)
         self._line.send(Measured(GpuFacts(device.uuid, machine)))
         load = await self._loads.get()
         spec, tell = model.spec_of(load.choice, load.plan), asyncio.get_running_loop().call_soon_threadsafe

@@ -85,7 +85,7 @@ class Executor:
         self._sampler = Sampler(device.fetch, SAMPLE_ELEMENTS)
         self._scorer = Scorer(forward, self._sampler, score_rows)
         self._pace = Pace(device, assembler.max_queries)
-        self._streams_weights = any(layer.bus_bytes for layer in assembler.layers)
+        self._streams_weights = any(layer.is_streamed for layer in assembler.layers)
         self._requests: asyncio.Queue[_Request] = asyncio.Queue(1)
         self._results: asyncio.Queue[StepResult | OutOfDeviceMemoryError | None] = asyncio.Queue(1)
         self._launched: _Launched | None = None

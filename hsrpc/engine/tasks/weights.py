@@ -33,7 +33,7 @@ class WeightPrefetcher:
         self._device = device
         self._family = family
         self._group = group
-        streams = any(layer.packed is not None for layer in weights.layers)
+        streams = any(layer.parts for layer in weights.layers)
         self._buffers = [self._buffer(plan.weight_buffer_bytes) for _ in range(BUFFERS * streams)]
         self._decoded = self._buffer(plan.decode_buffer_bytes)
         self._of_experts = self._decoded[:0]
@@ -64,7 +64,8 @@ class WeightPrefetcher:
                 each.is_decoded or codes,
                 has_coded_experts=each.has_coded_experts,
                 on_demand=each.experts is not None,
-                is_gathered=each.packed is not None and not self._group.is_alone,
+                is_gathered=bool(each.parts) and not self._group.is_alone,
+                spread_bytes=each.spread_bytes,
             )
             for each in self._layers
         )
@@ -92,19 +93,24 @@ class WeightPrefetcher:
     def launch(self, op: Op) -> None:
         """Load a part of a layer's weights to a buffer, on the current stream, or the experts that were chosen.
 
-        Or get what the other GPUs have loaded of the layer.
+        Or get what the other GPUs have loaded of the layer, or what all hold of it.
         """
         if op.kind is OpKind.LOAD_EXPERTS:
             self.load_experts(op.layer)
             return
-        packed, (start, end) = self._layers[op.layer].packed, op.part
-        assert packed is not None  # only streamed layers are in the list
-        size, buffer = len(packed), self._buffers[op.slot]
-        if op.kind is OpKind.GATHER:
-            self._group.gather(buffer[: self._group.size * size])
+        layer, group = self._layers[op.layer], self._group
+        spread, loaded = self._buffers[op.slot].tensor_split([group.size * layer.spread_bytes])
+        if op.kind is OpKind.GATHER_SPREAD:
+            assert layer.spread is not None  # else the list does not ask for it
+            group.gather(spread, layer.spread)
             return
-        own = buffer[self._group.rank * size :]
-        self._device.load_bytes(own[start:end], packed[start:end])
+        assert layer.packed is not None  # only layers that this GPU loads some of are in the list
+        size, (start, end) = len(layer.packed), op.part
+        own = loaded[group.rank * size :][:size]
+        if op.kind is OpKind.GATHER:
+            group.gather(loaded[: group.size * size], own)
+            return
+        self._device.load_bytes(own[start:end], layer.packed[start:end])
         self.streamed_bytes += end - start
 
     def load_experts(self, layer: int) -> int:
@@ -135,7 +141,7 @@ class WeightPrefetcher:
 
     def _make(self, layer: int, slot: int, is_few: bool) -> OpenedLayer:
         weights = self._layers[layer]
-        buffer = self._decoded[:0] if weights.packed is None else self._buffers[slot]
+        buffer = self._buffers[slot] if weights.parts else self._decoded[:0]
         multiplied = self._family.multiplied if is_few else frozenset[str]()
         opened = weights.open(buffer, self._decoded, self._chosen, multiplied)
         if weights.experts is not None:

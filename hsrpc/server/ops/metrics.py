@@ -98,8 +98,10 @@ class EngineMetrics(Collector):
         engine = self._engine()
         if engine is not None:
             plan = engine.plan
-            limit = roofline(record, engine.spec.sizes, plan.hardware, absorbs=plan.absorbs).seconds
-            self._ratio.observe(record.seconds / limit)
+            limit = roofline(
+                record, engine.spec.sizes, plan.hardware, absorbs=plan.absorbs, gathered_bytes=plan.gathered_bytes
+            )
+            self._ratio.observe(record.seconds / limit.seconds)
 
     def _observe_bus(self, record: StepRecord) -> None:
         """One step says little: the prefetcher works ahead of it. Older ones count less and less."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from hsrpc import Engine, EngineConfig, SamplingParams
 from hsrpc.constraint import Regex
 from hsrpc.engine.gpus.ranks import Ranks
+from hsrpc.plan.placement import ResidentChoices, WeightChoice
 from hsrpc.plan.plan import Plan
 from hsrpc.plan.planner import Planner
+from hsrpc.plan.sizes import LayerSizes, Stays
 from hsrpc.request import Delta
 from hsrpc.testing.processes import is_there
 from tests.engine.conftest import HARDWARE
@@ -66,6 +68,20 @@ def assert_same(found: list[list[Delta]], wanted: list[list[Delta]]) -> None:
 
 def logprobs(deltas: list[Delta]) -> list[float]:
     return [each.logprob for delta in deltas for each in (*delta.prompt_logprobs, *delta.logprobs)]
+
+
+def in_all_ways(number: int, layer: LayerSizes) -> Stays:
+    """Of four layers one streams, one does all that there is, one is spread over the GPUs, one stays on each."""
+    largest = frozenset({layer.largest_first[0].name})
+    return (Stays(), Stays(ready=largest, spread=0.5), Stays(spread=1.0), Stays(ready=layer.names))[number]
+
+
+def plan_where(planner: Planner, gpus: int, stays: Callable[[int, LayerSizes], Stays] = in_all_ways) -> Plan:
+    """The plan of each of so many GPUs, with each layer's weights as `stays` says."""
+    found = Planner(planner.sizes.on_gpus(gpus), planner.budgets, HARDWARE, planner.config)
+    resident = tuple(stays(*each) for each in enumerate(found.sizes.layers))
+    found._choices = ResidentChoices.of(found.sizes, [WeightChoice(resident)])
+    return found.plan()
 
 
 def ranks(engine: Engine) -> Ranks:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 import pytest
 import pytest_asyncio
@@ -17,13 +18,16 @@ from hsrpc.constraint import Regex
 from hsrpc.draft.replay import ReplayDrafter
 from hsrpc.engine import loading_progress
 from hsrpc.engine.stats import EngineStats
+from hsrpc.plan.memory_use import DeviceUse, HostUse
 from hsrpc.plan.roofline import StepRecord
 from hsrpc.plan.sizes import ALIGNMENT
-from tests.engine.gpus.support import GREEDY, ask_with_settings, assert_same, config_for, planned
+from tests.engine.gpus.support import GREEDY, ask_with_settings, assert_same, config_for, plan_where, planned
 from tests.engine.reference import Reference
 from tests.engine.support import collect, idle, ids, until
+from tests.engine.test_ordering import quantised
 
 NUM_PROMPTS = 8
+SHORT = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
 WITH_EXPERTS = "qwen3-moe"
 """All of which stream; it has blocks for all."""
 
@@ -80,6 +84,36 @@ async def test_tokens_equal_the_reference(
     assert max(step.num_requests for step in steps) > -(-config.max_batch // gpus)
     assert stats.preemptions > 0 or model == WITH_EXPERTS
     assert (stats.recomputed_tokens > 0) == ("recompute_share" in settings)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "model", "settings"),
+    [
+        (2, "opt", {"host_memory": "650KiB", "gpu_memory": "1MiB"}),
+        (3, "opt", {"weight_coding": "lossless", "dtype": "bfloat16"}),
+        (2, WITH_EXPERTS, {}),
+    ],
+    ids=["few blocks", "coded", "quantised"],
+)
+async def test_tokens_where_weights_are_spread(
+    gpus: int, model: str, settings: dict[str, object], reference: Callable[[str], Reference]
+) -> None:
+    """One of four layers streams, one is spread, one stays, one does all of that: tokens are as if all streamed on one.
+
+    One after the other, since products of other shapes are rounded in other ways.
+    """
+    made = reference(model) if settings else quantised(reference(model))
+    found = []
+    for count, choose_plan in ((1, planned), (gpus, partial(plan_where, gpus=gpus))):
+        config = config_for(made, count, **settings)
+        async with Engine(config, choose_plan=choose_plan) as engine, asyncio.timeout(60):
+            found.append([ids(await collect(engine.generate(prompt, SHORT))) for prompt in made.prompts[:3]])
+            await idle(engine)
+            stats, plan = engine.stats(), engine.plan
+    assert found[1] == found[0]
+    on_hosts = gpus * plan.host_bytes[HostUse.STREAMED_WEIGHTS]
+    assert 0 < stats.weights_streamed_bytes <= on_hosts * (stats.steps + 1)
+    assert plan.device_bytes[DeviceUse.SPREAD_WEIGHTS] > 0
 
 
 def check_each(engine: Engine, stats: EngineStats, padding: int) -> None:
