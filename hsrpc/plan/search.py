@@ -182,9 +182,10 @@ class Evaluator:
         # goes through buffers, while all others read their blocks in place.
         of_use = np.where(device_blocks >= usable, 0.0, max_blocks - device_blocks)
         host_blocks = np.minimum(self._blocks(host_room, host_share), of_use)
-        times = self.model.predict(candidates)
+        work = self.model.work(candidates)
+        times = self.model.steps(candidates, work)
         fitted = self._fitted(chunk, np.where(arrival > 0, np.minimum(idle_chunk, MAX_CHUNK), chunk), times)
-        times = self.model.predict(replace(candidates, chunk=fitted))
+        times = self.model.steps(replace(candidates, chunk=fitted), work)
         return Evaluation(
             grid=grid,
             staging=staging,
@@ -349,7 +350,7 @@ class Evaluator:
         allowed = np.maximum(0.0, room) / (self._rows_per_block * np.maximum(1.0, missing))
         kv, activation = (sizes.mean_row_bytes(kind) for kind in BlockKind)
         min_share = (kv - allowed) / (kv - activation)
-        at_zero, at_one = (self.model.predict(replace(candidates, host_share=share)) for share in (0.0, 1.0))
+        at_zero, at_one = (self.model.work(replace(candidates, host_share=share)) for share in (0.0, 1.0))
         balanced = self.model.balanced_share(at_zero, at_one)
         # Where all tokens in use fit the device, the host takes what overflows later, in the device's mix of kinds.
         wanted = np.where(candidates.on_device < 1, balanced, candidates.device_share)

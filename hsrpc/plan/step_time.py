@@ -28,7 +28,7 @@ keep coming. Every number may be an array; all are of one layer but those in `St
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -42,9 +42,6 @@ from hsrpc.plan.sizes import ModelSizes, Number
 from hsrpc.schedule.blocks import BlockKind
 from hsrpc.schedule.recompute import BALANCE
 from hsrpc.schedule.sweep import BUFFERS
-
-_GPU_WORK = ("forward", "regenerate", "gather", "attention", "head")
-"""What the compute units do in turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,11 +155,10 @@ class Candidates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepTimes:
-    """Seconds, all layers; the fields are those of `StepPrediction`."""
+class WorkTimes:
+    """Seconds of each kind of work of a step, all layers."""
 
     mini_batches: Number
-    tokens_per_request: Number
     bus: Number
     peers: Number
     forward: Number
@@ -171,10 +167,22 @@ class StepTimes:
     attention: Number
     head: Number
     experts: Number
+    prefill: Number
+
+    @property
+    def gpu(self) -> Number:
+        """What the compute units do in turn; without prompts."""
+        return self.forward + self.regenerate + self.gather + self.attention + self.head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes(WorkTimes):
+    """Seconds, all layers; the fields are those of `StepPrediction`."""
+
+    tokens_per_request: Number
     launch: Number
     boundary: Number
     step: Number
-    prefill: Number
     longest_step: Number
     mean_step: Number
 
@@ -204,21 +212,21 @@ class StepModel:
         """Prompt tokens that come in during a step on average."""
         return batch * self.traffic.tokens_per_step(drafts) * self.traffic.prompt_tokens_per_output
 
-    def balanced_share(self, at_zero: StepTimes, at_one: StepTimes) -> Number:
+    def balanced_share(self, at_zero: WorkTimes, at_one: WorkTimes) -> Number:
         """Share in [0, 1] at which bus and GPU balance, given the times at shares 0 and 1; both are linear in it."""
-        lead = BALANCE * at_zero.bus - _gpu(at_zero) - at_zero.prefill
-        closing = BALANCE * (at_zero.bus - at_one.bus) + (_gpu(at_one) - _gpu(at_zero))
+        lead = BALANCE * at_zero.bus - at_zero.gpu - at_zero.prefill
+        closing = BALANCE * (at_zero.bus - at_one.bus) + (at_one.gpu - at_zero.gpu)
         share: Number = np.clip(np.where(closing > 0, lead, 0.0) / np.where(closing > 0, closing, 1.0), 0.0, 1.0)
         return share
 
     def balanced_recompute(self, c: Candidates, max_part: Number) -> Number:
         """Part of the tokens, up to `max_part`, that makes the GPU as busy as the bus when it is recomputed."""
-        at_zero, at_max = (self.predict(replace(c, recomputed=part)) for part in (0.0, max_part))
+        at_zero, at_max = (self.work(replace(c, recomputed=part)) for part in (0.0, max_part))
         return max_part * self.balanced_share(at_zero, at_max)
 
     def chunk_within(self, bound: Number, times: StepTimes) -> Number:
         """Prompt tokens that fit beside a step's decoding before it takes `bound` seconds."""
-        return (bound - times.boundary - _gpu(times)) / (self.sizes.num_layers * self.chunk_token)
+        return (bound - times.boundary - times.gpu) / (self.sizes.num_layers * self.chunk_token)
 
     def spare_prompt_tokens(self, batch: Number, times: StepTimes) -> Number:
         """Prompt tokens that take the GPU time of decoding one request: the room that each missing request leaves."""
@@ -228,6 +236,10 @@ class StepModel:
 
     def predict(self, c: Candidates) -> StepTimes:
         """Times of the candidates' steps."""
+        return self.steps(c, self.work(c))
+
+    def work(self, c: Candidates) -> WorkTimes:
+        """What is to be done in the candidates' steps; `Candidates.chunk` changes none of it."""
         context = self.traffic.context
         tokens = self.traffic.distinct(c.batch, context)
         device, host = _tiers(tokens, c.on_device, c.recomputed)
@@ -256,18 +268,19 @@ class StepModel:
         forward = forward + layers * (self.layer.decode_weights(traffic) + self.layer.code_weight())
         forward = forward + self._decoded_experts(c, queries + recomputed_tokens)
         gemms = layers * self.layer.regenerate(regenerated, context)
-        times = {
-            "mini_batches": mini_batches,
-            "bus": self._contended(layers * self._bus(c, host, mini_batches), forward + gemms),
-            "peers": layers * self.layer.gather_weights(c.from_buses + c.from_devices),
-            "forward": forward,
-            "regenerate": gemms,
-            "gather": layers * (self.layer.gather(gathered, context) + self.layer.copy(copied, context)),
-            "attention": layers * self._attention(c),
-            "head": self.layer.head(c.queries, c.queries / sampled_at_once(c.batch, c.drafts)),
-            "experts": self._experts(c, queries + recomputed_tokens, groups),
-        }
-        return self._whole_step(c, times)
+        prompts = self.prompt_tokens(c.batch * (1 - c.recomputed), c.drafts)
+        return WorkTimes(
+            mini_batches=mini_batches,
+            bus=self._contended(layers * self._bus(c, host, mini_batches), forward + gemms),
+            peers=layers * self.layer.gather_weights(c.from_buses + c.from_devices),
+            forward=forward,
+            regenerate=gemms,
+            gather=layers * (self.layer.gather(gathered, context) + self.layer.copy(copied, context)),
+            attention=layers * self._attention(c),
+            head=self.layer.head(c.queries, c.queries / sampled_at_once(c.batch, c.drafts)),
+            experts=self._experts(c, queries + recomputed_tokens, groups),
+            prefill=prompts * (layers * self.prompt_token),
+        )
 
     def _attention(self, c: Candidates) -> Number:
         """Each single query reads what it attends to, as it does alone: that neighbours may find it in the device's
@@ -281,76 +294,74 @@ class StepModel:
             return attention
         return np.where(c.absorbed, self.layer.absorbed(tokens, queries, context), attention)
 
-    def _whole_step(self, c: Candidates, times: dict[str, Number]) -> StepTimes:
-        layers, bus = self.sizes.num_layers, times["bus"]
-        gpu: Number = sum(times[name] for name in _GPU_WORK)
+    def steps(self, c: Candidates, times: WorkTimes) -> StepTimes:
+        """Times of the candidates' steps, in which that work is to be done."""
+        layers, bus, gpu = self.sizes.num_layers, times.bus, times.gpu
         prompts = self.prompt_tokens(c.batch * (1 - c.recomputed), c.drafts)
-        prefill = prompts * (layers * self.prompt_token)
-        launch, boundary, waiting = self._host(c, bus, times["mini_batches"])
+        launch, boundary, waiting = self._host(c, bus, times.mini_batches)
         shortest = self._between(c)
         # A mini-batch loads while the one before it computes: the step's first load or last compute overlaps nothing.
-        boundary = boundary + np.minimum(bus, gpu) / (layers * times["mini_batches"])
-        work = np.maximum(self._together(c, times, bus), launch) + times["experts"]
-        step = np.maximum(work + boundary, np.maximum(gpu + times["experts"] + waiting, shortest))
+        boundary = boundary + np.minimum(bus, gpu) / (layers * times.mini_batches)
+        work = np.maximum(self._together(c, times, bus), launch) + times.experts
+        step = np.maximum(work + boundary, np.maximum(gpu + times.experts + waiting, shortest))
         hardware = self.hardware
         parts = np.ceil(c.chunk / c.prompt_queries)
-        rest = np.maximum(0.0, times["mini_batches"] - parts)
+        rest = np.maximum(0.0, times.mini_batches - parts)
         launches = layers * (rest * hardware.launch_time + parts * hardware.prompt_launch_time)
         more_experts = self._decoded_experts(c, c.queries + c.chunk) - self._decoded_experts(c, c.queries)
         with_chunk = np.maximum(bus, gpu + c.chunk * (layers * self.chunk_token) + more_experts)
-        with_chunk = np.maximum(with_chunk, times["peers"])
+        with_chunk = np.maximum(with_chunk, times.peers)
         with_chunk = np.maximum(with_chunk, launches) + self._experts(c, c.queries + c.chunk) + boundary
         # Requests come and go: prompts beside, and room for their outputs to grow.
         tokens = self.traffic.distinct(c.batch, self.traffic.context)
         later_host = _tiers(tokens, c.on_device_at_end, c.recomputed)[1]
-        later_bus = layers * self._bus(c, later_host, times["mini_batches"])
-        prompt_work = prefill + self._chunked_part(c) * more_experts
-        later_bus = self._contended(later_bus, times["forward"] + times["regenerate"] + prompt_work)
+        later_bus = layers * self._bus(c, later_host, times.mini_batches)
+        prompt_work = times.prefill + self._chunked_part(c) * more_experts
+        later_bus = self._contended(later_bus, times.forward + times.regenerate + prompt_work)
         later_bus = self._both_ways(later_bus, self._store(c, later_host / tokens))
-        later_launch, later_boundary, later_waiting = self._host(c, later_bus, times["mini_batches"])
-        later_boundary = later_boundary + np.minimum(later_bus, gpu) / (layers * times["mini_batches"])
+        later_launch, later_boundary, later_waiting = self._host(c, later_bus, times.mini_batches)
+        later_boundary = later_boundary + np.minimum(later_bus, gpu) / (layers * times.mini_batches)
         later = np.maximum(self._together(c, times, later_bus, prompt_work), later_launch)
         later = np.maximum(later + later_boundary, gpu + prompt_work + later_waiting)
-        later = later + self._mean_experts(c, times["experts"])
+        later = later + self._mean_experts(c, times.experts)
         # Where more prompt tokens come in than a chunk takes, newcomers wait and the batch is not full.
         queueing = np.maximum(1.0, prompts / np.maximum(c.chunk, 1.0))
         return StepTimes(
-            **times,
+            **{each.name: getattr(times, each.name) for each in fields(WorkTimes)},
             tokens_per_request=self.traffic.tokens_per_step(c.drafts),
             launch=launch,
             boundary=boundary,
             step=step,
-            prefill=prefill,
             longest_step=np.maximum(step, with_chunk),
             mean_step=np.maximum(step, later) * queueing,
         )
 
-    def _beside(self, c: Candidates, times: dict[str, Number], bus: Number, prompts: Number = 0.0) -> Number:
+    def _beside(self, c: Candidates, times: WorkTimes, bus: Number, prompts: Number = 0.0) -> Number:
         """All layers' seconds until bus and GPU are done, but for experts that come on demand.
 
         These come behind the blocks of the next layer's first mini-batches, which fill all buffers: beside the products
         that wait for them, and the first attention behind these, no blocks are loaded.
         """
-        attention = times["regenerate"] + times["gather"] + times["attention"]
-        products = times["forward"] + times["head"] + prompts
+        attention = times.regenerate + times.gather + times.attention
+        products = times.forward + times.head + prompts
         at_once = beside(bus, attention + products, WAITING)
         if not np.any(c.on_demand):
             return at_once
         blocks = np.maximum(0.0, bus - self.sizes.num_layers * self.layer.load(c.streamed))
-        first = attention / times["mini_batches"]
+        first = attention / times.mini_batches
         in_turn = np.maximum(at_once, beside(blocks, attention - first, WAITING) + first + products)
         part = c.on_demand * self.sizes.mean(lambda layer: float(layer.experts is not None))
         found: Number = part * in_turn + (1 - part) * at_once
         return found
 
-    def _together(self, c: Candidates, times: dict[str, Number], bus: Number, prompts: Number = 0.0) -> Number:
+    def _together(self, c: Candidates, times: WorkTimes, bus: Number, prompts: Number = 0.0) -> Number:
         """As `_beside`, with what comes from other GPUs."""
         found = self._beside(c, times, bus, prompts)
         if not np.any(c.from_buses + c.from_devices):
             return found
         layers, gather = self.sizes.num_layers, self.layer.gather_weights
         loaded, held = (layers * gather(size) for size in (c.from_buses, c.from_devices))
-        in_turn: Number = np.maximum(bus, held) + loaded + sum(times[name] for name in _GPU_WORK) + prompts
+        in_turn: Number = np.maximum(bus, held) + loaded + times.gpu + prompts
         return np.maximum(np.maximum(found, held + loaded), in_turn / BUFFERS)
 
     def _bus(self, c: Candidates, host: Number, mini_batches: Number) -> Number:
@@ -462,8 +473,3 @@ def seen_bytes(sizes: ModelSizes, context: int, share: Number) -> Number:
     return sizes.mean(
         lambda layer: layer.seen_part(context) * ((1 - share) * layer.kv.num_bytes + share * layer.activation.num_bytes)
     )
-
-
-def _gpu(times: StepTimes) -> Number:
-    found: Number = sum(getattr(times, name) for name in _GPU_WORK)
-    return found
