@@ -186,15 +186,16 @@ def spread_choices(
     GPUs from crossing the bus. So for each share there are up to three divisions: spread is as much as makes the bus as
     quick as the gathering, as much as there is, or half way between. Which is best depends on what else a step does.
     """
-    found = dict[WeightChoice, None]()
+    found = dict[WeightChoice, int]()
+    """The number of each choice's division. Choices of one are neighbours."""
     for way in _ways(sizes, residence):
         total = way.total(sizes)
         for share in [*sorted(shares)[:_FINE], *sorted(shares)[_FINE::_COARSE_STEP]]:
             budget = int(share * total)
-            for piece in _pieces(sizes, way, budget, hardware):
-                found[_with_pieces(sizes, way.resident(sizes, budget - piece), piece)] = None
+            for number, piece in enumerate(_pieces(sizes, way, budget, hardware)):
+                found[_with_pieces(sizes, way.resident(sizes, budget - piece), piece)] = number
     staying = (choice for choice in streaming_choices(sizes, shares, residence) if choice.keeps_all(sizes))
-    return list(found | dict.fromkeys(staying))
+    return list(dict.fromkeys((*sorted(found, key=found.__getitem__), *staying)))
 
 
 def _pieces(sizes: ModelSizes, way: _Way, budget: int, hardware: Hardware) -> list[int]:
