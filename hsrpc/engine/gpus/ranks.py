@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Self, TypeAlias, TypeVar
 
 import numpy as np
@@ -92,6 +92,7 @@ class RankProcess:
         self._number = number
         self._process = process
         self._line = line
+        self._loop = asyncio.get_running_loop()
         self._pulse = Pulse(beats, process.pid, self._fail)
         self._executed: asyncio.Queue[Executed] = asyncio.Queue()
         self._drafted: SimpleQueue[Drafted | None] = SimpleQueue()
@@ -147,8 +148,15 @@ class RankProcess:
         return await self._executed.get()
 
     def drafted(self) -> Drafted | None:
-        """Wait for what was asked to be drafted, on another thread; None: the rank has ended."""
-        return self._drafted.get()
+        """Wait for what was asked to be drafted, on another thread; None: the rank has ended.
+
+        One that takes as long as no step should is ended.
+        """
+        try:
+            return self._drafted.get(timeout=MIN_STEP_LIMIT)
+        except Empty:
+            self._loop.call_soon_threadsafe(self._fail, f"has not drafted after {MIN_STEP_LIMIT:g} s")
+            return None
 
     async def run(self) -> None:
         """Take what the rank says; ends by cancellation, and the process with it.

@@ -17,8 +17,9 @@ import uvloop
 
 from hsrpc import Engine
 from hsrpc.device.group import LostError
-from hsrpc.engine.gpus.messages import Line, Stop
-from hsrpc.engine.gpus.ranks import results_of
+from hsrpc.engine.gpus import ranks
+from hsrpc.engine.gpus.messages import Drafted, Line, Stop
+from hsrpc.engine.gpus.ranks import RankProcess, results_of
 from hsrpc.errors import ConfigError, EngineFaultError
 from hsrpc.testing.processes import children
 from tests.engine.gpus.support import config_for, planned, until_gone
@@ -74,6 +75,21 @@ def test_what_is_sent_to_nobody_is_dropped() -> None:
         line.send(Stop(1))
 
     uvloop.run(send())  # asyncio's own loop does not mind
+
+
+async def test_a_rank_that_does_not_end_drafting_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it any longer; its event loop may be well."""
+    monkeypatch.setattr(ranks, "MIN_STEP_LIMIT", 0.05)
+    ours, theirs = socket.socketpair()
+    beats, pulse = os.pipe()
+    process = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True)
+    rank = RankProcess(1, process, await Line.over(ours), beats)
+    assert await asyncio.to_thread(rank.drafted) is None
+    with pytest.raises(EngineFaultError, match="GPU 1 has not drafted after"):
+        await rank.expect(Drafted)
+    await rank.close()
+    theirs.close()
+    os.close(pulse)
 
 
 _FRONT = """
