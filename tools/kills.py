@@ -167,10 +167,11 @@ async def harm_engine(harm: Harm, gpus: int) -> Seen:
 
 async def _until_fault(config: EngineConfig) -> tuple[Sequence[BaseException], float]:
     """How streams end that never end by themselves, and when the last one has; ranks are gone by then."""
+    others = children(os.getpid())
     try:
         async with asyncio.timeout(PATIENCE), Engine(config) as engine:
             errors = await asyncio.gather(*(_ask_on(engine) for _ in range(STREAMS)))
-            await _gone(children(os.getpid()))
+            await _gone([pid for pid in children(os.getpid()) if pid not in others])
             return errors, time.monotonic()
     except (HsrpcError, TimeoutError) as error:  # it has not started
         return [error], time.monotonic()
