@@ -82,9 +82,11 @@ def rows_of(request: int, tables: torch.Tensor, skips: list[int] | None) -> list
     return [int(tables[request, key // BLOCK_SIZE]) * BLOCK_SIZE + key % BLOCK_SIZE for key in keys]
 
 
-@pytest.mark.parametrize("skips", [None, SKIPS], ids=["all", "window"])
-@pytest.mark.parametrize("parts", [1, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "parts", "skips"),
+    [(torch.float32, 1, None), (torch.float32, 4, SKIPS), (torch.float16, 4, None), (torch.float16, 1, SKIPS)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("heads", "softcap", "has_sinks"),
     [(heads, None, False) for heads in HEADS] + [(heads, *more) for heads in SOME_HEADS for more in EXTRAS[1:]],
@@ -184,8 +186,7 @@ def spread(rows: torch.Tensor, heads: HeadShape) -> torch.Tensor:
     return rows
 
 
-@pytest.mark.parametrize("window", [None, 1, 50])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("dtype", "window"), [(torch.float32, None), (torch.float16, 1), (torch.float32, 50)])
 @pytest.mark.parametrize(("softcap", "has_sinks"), EXTRAS)
 @pytest.mark.parametrize("heads", SOME_HEADS, ids=str)
 def test_packed_attention(

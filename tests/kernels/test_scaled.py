@@ -80,7 +80,7 @@ def test_decode(dtype: torch.dtype, kinds: tuple[str, ...], monkeypatch: pytest.
         assert torch.equal(each.operand.signbit() & (each.operand == 0), wanted.signbit() & (wanted == 0))
 
 
-@pytest.mark.parametrize("kind", ["fp8", "nvfp4", "w4-zeros", "w4-groups"])
+@pytest.mark.parametrize("kind", ["fp8-rows", "nvfp4", "w4-zeros", "w4-groups"])
 def test_tensors_are_decoded_from_where_they_were_moved_to(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each as if it lay in the first row; those that are left out are not touched."""
     monkeypatch.setattr(scaled, "_GROUP", 2)
