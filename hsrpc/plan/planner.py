@@ -92,13 +92,16 @@ class Planner:
         self.decision = decide_cache(config, sizes)
         self.traffic = replace(_traffic(config, sizes, self.max_model_len), draft_time=draft_time)
         self._choices = ResidentChoices.of(sizes, _weight_choices(config, sizes, self._resident_shares(), hardware))
-        drafts = config.draft_tokens
-        every = np.arange(len(self._choices.choices))
-        self._tried = _Tried(_batches(config), every, (0 if isinstance(drafts, str) else drafts,))
         self._models = {
             held: StepModel(sizes.holding(held.kinds), hardware, self.traffic)
             for held in _held_choices(sizes, self.decision.shares)
         }
+
+    @property
+    def _tried(self) -> _Tried:
+        """All that there is to try at first."""
+        drafts, every = self.config.draft_tokens, np.arange(len(self._choices.choices))
+        return _Tried(_batches(self.config), every, (0 if isinstance(drafts, str) else drafts,))
 
     def plan(self) -> Plan:
         """The best plan.
