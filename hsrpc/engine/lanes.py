@@ -80,7 +80,7 @@ class StepRun:
         """Let loads wait for what the step before has launched, and so what comes from other devices."""
         for event in self._barrier:
             self._device.wait(self._device.load, event)
-        if self.step.ops.is_gathered:
+        if self._barrier and self.step.ops.is_gathered:
             self._hold_gathers()
 
     def _hold_gathers(self) -> None:

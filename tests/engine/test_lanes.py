@@ -46,6 +46,7 @@ LAYERS = st.lists(
         bus_bytes=st.sampled_from([0, 100, 3 * MIN_PART_BYTES + 7]),
         is_coded=st.booleans(),
         rebuilds=st.booleans(),
+        spread_bytes=st.just(0),
     ),
     min_size=1,
     max_size=6,
