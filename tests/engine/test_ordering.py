@@ -147,7 +147,7 @@ async def cancels(made: Reference) -> None:
 
 
 async def gives_up(
-    config: EngineConfig, made: Reference, choose_plan: ChoosePlan = Planner.plan, seed: int = 0
+    config: EngineConfig, made: Reference, choose_plan: ChoosePlan = Planner.plan, seed: int = 0, failures: int = 20
 ) -> None:
     """Steps end in the middle of a layer, with the device under way; the next ones are right."""
     async with Engine(config, choose_plan=choose_plan) as engine, asyncio.timeout(60):
@@ -168,14 +168,16 @@ async def gives_up(
             with suppress(OutOfDeviceMemoryError):
                 await collect(generation)
 
-        while num_failures < 20:
+        while num_failures < failures:
             await asyncio.gather(*[one(await engine.submit(prompt, greedy(5))) for prompt in made.prompts[:3]])
         executor._launch = launch
         await crowd(engine, made)
 
 
 async def out_of_memory(made: Reference) -> None:
-    await gives_up(config_for(made, gpu_memory="1GiB", host_memory="64MiB", placement="host"), made, seed=1)
+    await gives_up(
+        config_for(made, gpu_memory="1GiB", host_memory="64MiB", placement="host"), made, seed=1, failures=60
+    )
 
 
 async def out_of_memory_weights_resident(made: Reference) -> None:
