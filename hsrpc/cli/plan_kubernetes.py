@@ -109,7 +109,7 @@ class Overlay:
 
     @property
     def _host_budget(self) -> int:
-        """Of all GPUs together, as the setting has it."""
+        """Bytes for all GPUs together, as the setting has it."""
         return int(self.config.host_memory or self.num_gpus * self.planned.plan.budgets.host)
 
     @property

@@ -39,7 +39,7 @@ _RESIDENT_SHARES = tuple(i / 128 for i in range(129))
 _AT_ONCE = 64
 """Choices of resident weights that are evaluated together with all batches."""
 _STRIDE = 8
-"""Of more than `_AT_ONCE` choices every so many are evaluated first, then those between the best."""
+"""Every so many choices, of more than `_AT_ONCE`, are evaluated first, then those between the best."""
 _PROMISING = 0.98
 """Choices next to one that gives this part of the best throughput may give more than it, with the same batch."""
 _BUFFER_BYTES = (512 * 1024**2, 256 * 1024**2, 128 * 1024**2)

@@ -69,7 +69,7 @@ def test_a_long_prompt_takes_several_steps():
 
 
 def test_the_longest_step_is_of_prompts_beside_decoding_or_alone():
-    """Of whichever a plan lets a step compute more."""
+    """Whichever a plan lets a step compute more of."""
     _, planner, plan = ask(STREAMING)
     few, many = (replace(plan, max_idle_prefill_tokens=tokens) for tokens in (16, 100_000))
     assert longest_step(few, SIZES) == plan.prediction.longest_step

@@ -85,7 +85,7 @@ def test_a_step_takes_no_less_than_its_gathers(gpus: int) -> None:
 
 
 def test_the_limit_of_several_is_that_of_an_equal_part() -> None:
-    """Of what crosses buses and is computed; what comes from the others comes to each."""
+    """What crosses buses and is computed is divided; what comes from the others comes to each."""
     record = StepRecord(
         seconds=1.0,
         num_requests=8,

@@ -8,9 +8,8 @@ all ranks draft at once. A message has the tokens that a rank does not know yet.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
 from hsrpc.draft.drafter import Drafter, Wanted
@@ -40,10 +39,10 @@ class _Told(NamedTuple):
 class FarDrafter:
     """The draft models of all ranks as the front process sees them: a drafter, which asks each for its requests."""
 
-    def __init__(self, ranks: Sequence[DraftingRank], loop: asyncio.AbstractEventLoop) -> None:
-        """`loop`: the ranks'."""
+    def __init__(self, ranks: Sequence[DraftingRank], call_soon: Callable[..., object]) -> None:
+        """`call_soon`: has the event loop of the ranks call what it is given, from whatever thread."""
         self._ranks = ranks
-        self._loop = loop
+        self._call_soon = call_soon
         self._told: dict[str, _Told] = {}
         """Requests that a rank knows."""
 
@@ -84,7 +83,7 @@ class FarDrafter:
         return wanted._replace(token_ids=wanted.token_ids[known:])
 
     def _send(self, gpu: int, message: Draft | Forget) -> None:
-        self._loop.call_soon_threadsafe(self._ranks[gpu].send, message)
+        self._call_soon(self._ranks[gpu].send, message)
 
 
 def _drafts(gpu: int, answer: Drafted | None) -> Sequence[Sequence[int]]:

@@ -347,7 +347,7 @@ class Ranks:
 
     def drafter(self) -> Drafter:
         """The draft models that were loaded."""
-        return FarDrafter(self._processes, asyncio.get_running_loop())
+        return FarDrafter(self._processes, asyncio.get_running_loop().call_soon_threadsafe)
 
     def moved(self) -> Moved:
         return Moved(*map(sum, zip(*(each.moved for each in self._uses), strict=True)))

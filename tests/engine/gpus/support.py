@@ -71,7 +71,7 @@ def logprobs(deltas: list[Delta]) -> list[float]:
 
 
 def in_all_ways(number: int, layer: LayerSizes) -> Stays:
-    """Of four layers one streams, one does all that there is, one is spread over the GPUs, one stays on each."""
+    """One of four layers streams, one does all that there is, one is spread over the GPUs, one stays on each."""
     largest = frozenset({layer.largest_first[0].name})
     return (Stays(), Stays(ready=largest, spread=0.5), Stays(spread=1.0), Stays(ready=layer.names))[number]
 

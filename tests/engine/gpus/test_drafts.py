@@ -74,15 +74,13 @@ class NearBy:
         return self._answers.get_nowait()
 
 
-class AtOnce:
-    """An event loop that has nothing else to do."""
-
-    def call_soon_threadsafe(self, call: Callable[..., object], *args: object) -> None:
-        call(*args)
+def at_once(call: Callable[..., object], *args: object) -> None:
+    """Call it, as an event loop does that has nothing else to do."""
+    call(*args)
 
 
 def far(ranks: Sequence[NearBy]) -> FarDrafter:
-    return FarDrafter(ranks, AtOnce())  # type: ignore[arg-type]
+    return FarDrafter(ranks, at_once)
 
 
 def wanted(number: int, token_ids: Sequence[int], gpu: int) -> Wanted:

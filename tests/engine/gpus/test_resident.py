@@ -38,7 +38,7 @@ async def engine(made: Reference) -> AsyncIterator[Engine]:
 
 @asynccontextmanager
 async def watching() -> AsyncIterator[list[bool]]:
-    """Of each part of a step ahead whether it gave tokens: a rank that was not ahead has none to continue with."""
+    """Each part of a step ahead says whether it gave tokens: a rank that was not ahead has none to continue with."""
     send, executed = RankProcess.send, RankProcess.executed
     ahead: dict[RankProcess, set[int]] = {}
     found: list[bool] = []
