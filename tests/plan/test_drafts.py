@@ -92,7 +92,7 @@ def test_rows_of_a_mini_batch_hold_the_drafts() -> None:
 
 
 def test_what_lies_on_the_device_is_copied_for_several_queries() -> None:
-    """Requests that do not lie there as a whole pay for it; the others' drafts are single queries, which read it in place."""
+    """Requests that do not lie there as a whole pay for it; the others' drafts are single queries, read in place."""
     partly, alone = (predict(replace(RESIDENT, on_device=0.75), drafts) for drafts in (DRAFTS, 0))
     assert alone.gather == 0
     copied = 0.75 * BATCH * CONTEXT * 2 * LAYER.kv.num_bytes / EVEN.memory_bandwidth
