@@ -146,12 +146,10 @@ async def cancels(made: Reference) -> None:
         await crowd(engine, made)
 
 
-async def gives_up(
-    config: EngineConfig, made: Reference, choose_plan: ChoosePlan = Planner.plan, seed: int = 0, failures: int = 20
-) -> None:
+async def gives_up(config: EngineConfig, made: Reference, choose_plan: ChoosePlan = Planner.plan) -> None:
     """Steps end in the middle of a layer, with the device under way; the next ones are right."""
     async with Engine(config, choose_plan=choose_plan) as engine, asyncio.timeout(60):
-        executor, num_failures, left, drawn = parts(engine).executor, 0, 9, Random(seed)
+        executor, num_failures, left, drawn = parts(engine).executor, 0, 9, Random(0)
         launch = executor._launch
 
         def failing(state: object, op: Op) -> None:
@@ -168,7 +166,7 @@ async def gives_up(
             with suppress(OutOfDeviceMemoryError):
                 await collect(generation)
 
-        while num_failures < failures:
+        while num_failures < 20:
             await asyncio.gather(*[one(await engine.submit(prompt, greedy(5))) for prompt in made.prompts[:3]])
         executor._launch = launch
         await crowd(engine, made)
@@ -374,7 +372,7 @@ SHOWN: dict[str, Scenario] = {
     CHOICE: chosen_experts,
     "compute waits for load in engine.graphs.DecodeGraphs._launch": chosen_experts_in_graphs,
     "host waits for compute in model.sampler.PendingSample.result": streaming,
-    "load waits for compute in engine.lanes.StepRun.hold_loads": out_of_memory,
+    "load waits for compute in engine.lanes.StepRun.hold_loads": cancels,
     "load waits for store in engine.lanes.StepRun.hold_loads": streaming,
     "gather waits for load in engine.lanes.StepRun._hold_gathers": one_layer_is_spread,
     "memory is kept for store in device.device.Device._upload_memory": streaming,
