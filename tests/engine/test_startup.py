@@ -311,6 +311,7 @@ async def test_nothing_of_an_engine_that_died_stays(
     reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even while its fault is held, whose tracebacks lead to all that its tasks had."""
+    monkeypatch.setattr(one, "gc", gc)
     left: list[weakref.ref[Forward]] = []
 
     def broken(forward: Forward, *_: object) -> object:
